@@ -1,4 +1,4 @@
-"""Rounds of federated learning: who takes part, what clients do, how updates come home, what the server does."""
+"""Federated rounds: who takes part, what clients do, how updates travel, what the server does."""
 
 from fedpress.core.names import ClientId
 from fedpress.federation.aggregators import AGGREGATORS, AnyAggregator

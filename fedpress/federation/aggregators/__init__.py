@@ -1,4 +1,4 @@
-"""How the server makes one vector of what the clients of a round sent: one row per aggregator."""
+"""The table of aggregators: how the server combines the vectors of a round into one."""
 
 from collections.abc import Mapping
 from typing import Annotated, Any, TypeAlias, get_args
@@ -19,7 +19,7 @@ _Table: TypeAlias = Annotated[Row, Field(discriminator="kind")]
 
 
 def _named(value: Any) -> Any:
-    """A name alone is the row of this name with its defaults."""
+    """Turns a name into a table: "median" means { kind = "median" }."""
     return {"kind": value} if isinstance(value, str) else value
 
 

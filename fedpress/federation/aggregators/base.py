@@ -1,4 +1,4 @@
-"""What an aggregator is: how the server makes one vector of what the clients of a round sent."""
+"""What an aggregator is: it combines the vectors of a round's clients into one."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ Weights: TypeAlias = Literal["examples", "equal"]
 
 @dataclass(frozen=True, eq=False)
 class Contribution:
-    """What one client gives to an aggregate.
+    """What one client contributes to an aggregate.
 
     Attributes:
         key: of this client in this round.
         weight: of the client in a mean.
-        vectors: decoded and within their promises; empty for an aggregator that sees no single
+        vectors: decoded and clipped to their bounds; empty for an aggregator that sees no single
             update.
-        tensors: as they came.
-        secure: what the client says for a secure sum.
+        tensors: as they came, still masked in a secure sum.
+        secure: header fields of the secure sum.
     """
 
     key: Key
@@ -40,17 +40,25 @@ class Contribution:
 
 @dataclass(frozen=True, eq=False)
 class Total:
-    """What came out: for each name a sum (or a centre) in float64, and the weight behind it, 0 if nothing came."""
+    """The result of an aggregate.
+
+    Attributes:
+        vectors: for each name a sum (or a centre, such as a median) in float64.
+        weight: sum of the clients' weights; 0 if nothing came.
+    """
 
     vectors: Vectors
     weight: float
 
 
 class Gathering(Protocol):
-    """One aggregate as it grows: contributions come one after another, always in the same order for the same bits."""
+    """One aggregate in the making: contributions are added one by one.
+
+    Float sums depend on the order, so the same bits need the same order.
+    """
 
     def add(self, contribution: Contribution) -> None:
-        """Takes one more; WireError if it is refused, and then it moved nothing."""
+        """Adds one contribution; WireError if it is refused, and then nothing has changed."""
         ...
 
     def close(self) -> Total:
@@ -62,18 +70,18 @@ class Session(Protocol):
     """The server's side of the aggregates of one run."""
 
     def invite(self, cohort: Sequence[ClientId]) -> dict[str, JSON]:
-        """Returns what a request says besides, so that the clients of `cohort` can send what is aggregated here."""
+        """Returns what a "fit" must say besides, so that the clients can contribute."""
         ...
 
     def begin(
         self, vector_codecs: Sequence[VectorCodec], cohort: Sequence[ClientId], key: Key
     ) -> Gathering:
-        """Begins one aggregate of vectors that travel on `vector_codecs`.
+        """Begins one aggregate.
 
         Args:
-            vector_codecs: the named vectors, the update first.
+            vector_codecs: of the named vectors, the update first.
             cohort: who was asked.
-            key: of the round, for decoding a sum.
+            key: of the round; it decodes a sum.
 
         Raises:
             SecureError: if the clients of the cohort cannot be summed.
@@ -91,7 +99,7 @@ class Aggregator(Protocol):
 
     @property
     def sees_updates(self) -> bool:
-        """Whether it works on single decoded updates; else the server learns the aggregate alone."""
+        """Whether the server sees single decoded updates; if not, it learns the aggregate alone."""
         ...
 
     @property
@@ -101,20 +109,23 @@ class Aggregator(Protocol):
 
     @property
     def sums(self) -> bool:
-        """Whether it gives a sum, which is divided afterwards; else a centre, such as a median, that stays."""
+        """Whether it returns a sum, to be divided by the weight; if not, a centre (a median)."""
         ...
 
     def sensitivity(self, moved: Bound, cohort: int) -> float | None:
-        """Returns the L2 distance by which one protected unit moves the aggregate of a `cohort`; None: no promise.
+        """Returns by how much one protected unit moves the aggregate, in L2; None if unbounded.
 
-        `moved` says how far one protected unit moves one client's vector. Without a promise it is
-        refused wherever noise on the aggregate must hide a unit; noise in every vector before it is
-        aggregated needs no promise.
+        Without a bound the aggregator is refused wherever noise on the aggregate must hide a unit.
+        Noise in every vector before it is aggregated needs no bound here.
+
+        Args:
+            moved: by how much one protected unit moves one client's vector.
+            cohort: number of clients in a round.
         """
         ...
 
     def check(self, vector_codecs: Sequence[VectorCodec]) -> None:
-        """Raises RecipeError if it cannot aggregate what the codecs of `vector_codecs` make."""
+        """Raises RecipeError if it cannot aggregate what these codecs produce."""
         ...
 
     def open(self, transport: Transport | None, run: str) -> Session:

@@ -1,4 +1,4 @@
-"""What aggregators share that keep every update of a round and take a centre of each coordinate by itself."""
+"""Base of robust aggregators: they keep all updates and take a centre of each coordinate."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from fedpress.federation.exchange import Transport
 from fedpress.federation.vector_codec import VectorCodec
 
 BLOCK = 1 << 20
-"""Values that are sorted at a time: sorting needs a second copy of what it sorts."""
+"""Coordinates that are sorted at a time: sorting makes a second copy of what it sorts."""
 
 
 class CoordinateWise(BaseModel):
-    """The answers of such a row; it says itself what the centre is.
+    """An aggregator that computes each coordinate by itself; a subclass defines `centre`.
 
-    It keeps every update of a round: cohort x d float32 values.
+    It keeps every update of a round in memory: cohort x d float32 values.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -35,25 +35,29 @@ class CoordinateWise(BaseModel):
 
     @property
     def sees_updates(self) -> bool:
-        """Compares single updates."""
+        """It compares single updates."""
         return True
 
     @property
     def weights(self) -> Weights:
-        """Each client counts once: by examples, one client that claims many would decide alone."""
+        """Each client counts once: with weights, a client could claim many examples and win."""
         return "equal"
 
     @property
     def sums(self) -> bool:
-        """A centre: it is not divided."""
+        """It returns a centre, which is not divided."""
         return False
 
     def sensitivity(self, moved: Bound, cohort: int) -> float | None:
-        """No promise: one client can move every coordinate from one neighbour of the centre to the next."""
+        """Returns None.
+
+        One client can move a median from one neighbouring value to the next, however far they are
+        apart.
+        """
         return None
 
     def check(self, vector_codecs: Sequence[VectorCodec]) -> None:
-        """Compares after decoding, so every codec will do."""
+        """Accepts any codecs: vectors are decoded before they are compared."""
 
     def open(self, transport: Transport | None = None, run: str = "") -> Self:
         """Needs no set-up."""
@@ -72,7 +76,7 @@ class CoordinateWise(BaseModel):
 
 @dataclass(eq=False)
 class KeptUpdates:
-    """The updates of a round, kept until all are there.
+    """The updates of a round, kept until all have come.
 
     Attributes:
         sizes: of the vectors, by name.
@@ -85,7 +89,7 @@ class KeptUpdates:
     kept: list[dict[str, Tensor]] = field(default_factory=list)
 
     def add(self, contribution: Contribution) -> None:
-        """Keeps the vectors; the weight does not matter."""
+        """Keeps the vectors; the weight is ignored."""
         self.kept.append({name: contribution.vectors[name].float() for name in self.sizes})
 
     def close(self) -> Total:
@@ -93,7 +97,10 @@ class KeptUpdates:
         centres = {}
         for name, size in self.sizes.items():
             centres[name] = torch.zeros(size, dtype=torch.float64)
-            for at in range(0, size if self.kept else 0, BLOCK):
-                block = torch.stack([vectors[name][at : at + BLOCK] for vectors in self.kept])
-                centres[name][at : at + BLOCK] = self.centre(block)
+            if not self.kept:
+                continue
+            for first in range(0, size, BLOCK):
+                columns = slice(first, first + BLOCK)
+                block = torch.stack([vectors[name][columns] for vectors in self.kept])
+                centres[name][columns] = self.centre(block)
         return Total(centres, float(len(self.kept)))

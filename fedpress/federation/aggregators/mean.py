@@ -1,4 +1,4 @@
-"""The mean: a weighted sum of the updates, one after another, in the memory of one."""
+"""The mean: a running weighted sum of the updates, which needs the memory of one update."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from fedpress.federation.vector_codec import VectorCodec
 
 
 class Mean(BaseModel):
-    """Adds the updates, each times its client's weight; the server divides."""
+    """Adds the updates, each times its client's weight; the server divides afterwards."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -27,25 +27,25 @@ class Mean(BaseModel):
 
     @property
     def sees_updates(self) -> bool:
-        """Decodes each update and holds it to its promise, so a guarantee rests on server code alone."""
+        """It adds decoded and clipped updates, so a guarantee needs no trust in client code."""
         return True
 
     @property
     def weights(self) -> Weights:
-        """Any weight."""
+        """It can weigh each client by its examples."""
         return "examples"
 
     @property
     def sums(self) -> bool:
-        """A sum."""
+        """It returns a sum."""
         return True
 
     def sensitivity(self, moved: Bound, cohort: int) -> float | None:
-        """A sum moves as far as the one vector in it that moves, however many there are."""
+        """Returns the bound of one vector: if one vector moves, the sum moves as far."""
         return moved.l2
 
     def check(self, vector_codecs: Sequence[VectorCodec]) -> None:
-        """Adds after decoding, so every codec will do."""
+        """Accepts any codecs: vectors are decoded before they are added."""
 
     def open(self, transport: Transport | None = None, run: str = "") -> Mean:
         """Needs no set-up."""
@@ -66,7 +66,10 @@ class Mean(BaseModel):
 
 @dataclass(eq=False)
 class RunningSum:
-    """Sums by name in float64: the same order of contributions gives the same bits."""
+    """Sums by name.
+
+    They are float64, because in float32 the rounding errors of a large cohort would add up.
+    """
 
     sums: dict[str, Tensor] = field(default_factory=dict)
     weight: float = 0.0

@@ -1,4 +1,4 @@
-"""The coordinate-wise median: a few clients that send anything move it no further than the others' values."""
+"""The coordinate-wise median: robust against a minority of clients that send anything."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from fedpress.federation.aggregators.centre import CoordinateWise
 class Median(CoordinateWise):
     """Takes the median of every coordinate by itself (Yin et al. 2018, arXiv:1803.01498, option I).
 
-    While fewer than half of the clients send nonsense, each coordinate lies within the range of
-    what the honest ones sent. Of an even number of values it is the mean of the two in the middle.
+    While fewer than half of the clients send arbitrary values, each coordinate lies within the
+    range of what the honest ones sent. Of an even number of values it is the mean of the two in the
+    middle.
 
     >>> import torch
     >>> rows = torch.tensor([[1.0, 5.0], [2.0, 9.0], [100.0, 6.0], [4.0, 0.0]])
@@ -25,6 +26,9 @@ class Median(CoordinateWise):
 
     def centre(self, rows: Tensor) -> Tensor:
         """Returns the median of each column."""
+        # Not torch.median, which returns the lower of the two middle values.
         ordered = rows.sort(dim=0).values
-        half = (len(rows) - 1) // 2
-        return (ordered[half].double() + ordered[len(rows) - 1 - half].double()) / 2
+        last = len(rows) - 1
+        lower = ordered[last // 2].double()
+        upper = ordered[last - last // 2].double()
+        return (lower + upper) / 2

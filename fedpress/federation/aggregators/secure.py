@@ -1,4 +1,4 @@
-"""The secure sum: masked whole numbers are added, so that the server learns their sum and nothing else."""
+"""The secure sum: clients send masked whole numbers, and the server learns only their sum."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from fedpress.wire.message import Message
 
 
 class Secure(BaseModel):
-    """The row of a recipe: `aggregator = "secure"`. The stage plans the grid and makes a `SecureSum` of it."""
+    """The recipe's `aggregator = "secure"`; the stage plans the grid and makes a `SecureSum`."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -31,7 +31,7 @@ class Secure(BaseModel):
 
     @property
     def sees_updates(self) -> bool:
-        """Only their sum."""
+        """The server sees their sum only."""
         return False
 
 
@@ -42,8 +42,8 @@ class SecureSum:
     Attributes:
         plan: cohort, bits and thresholds.
         size: values that every client sends.
-        limit: largest size of a value in an honest sum; a larger one is an overflow, or somebody
-            sent nonsense.
+        limit: largest absolute value in a sum of honest clients; a larger one is an overflow, or
+            the vector of a client that did not follow the protocol.
         identities: every client's name and public signing key, known to all before the run.
     """
 
@@ -54,8 +54,10 @@ class SecureSum:
     kind: Literal["secure"] = "secure"
 
     def agreed(self) -> dict[str, object]:
-        """Returns what both sides must hold alike; of the keys a digest: the population names them."""
-        parts = [part for pair in self.identities for part in pair]
+        """Returns what both sides must hold alike, with a digest in place of the list of keys."""
+        parts: list[ClientId | bytes] = []
+        for name, public_key in self.identities:
+            parts += [name, public_key]
         return {
             "kind": self.kind,
             "plan": self.plan,
@@ -66,7 +68,7 @@ class SecureSum:
 
     @property
     def sees_updates(self) -> bool:
-        """Only their sum."""
+        """The server sees their sum only."""
         return False
 
     @property
@@ -76,36 +78,47 @@ class SecureSum:
 
     @property
     def sums(self) -> bool:
-        """A sum."""
+        """It returns a sum."""
         return True
 
     def sensitivity(self, moved: Bound, cohort: int) -> float | None:
-        """A sum moves as far as the one vector in it that moves; the grid bounds it, for no update is seen."""
+        """Returns the bound of one vector, as of a plain sum.
+
+        The server cannot clip what it does not see: here the whole numbers bound the vectors.
+        """
         return moved.l2
 
     def check(self, vector_codecs: Sequence[VectorCodec]) -> None:
-        """Needs one vector, codecs whose sums decode, and whole numbers at their end."""
+        """Accepts one vector, of additive codecs that end in whole numbers.
+
+        Raises:
+            RecipeError: if there is more than the update, or its codecs do not fit.
+        """
         for codec in vector_codecs:
             if codec.name != UPDATE:
                 raise RecipeError(
                     (
-                        f"a secure sum is planned for one vector, and the algorithm sends '{codec.name}' "
-                        "too"
+                        "a secure sum is planned for one vector, and the algorithm sends "
+                        f"'{codec.name}' too"
                     ),
                     place="aggregator",
                     cure='take aggregator = "mean", or another algorithm',
                 )
             kinds = [one.kind for one in codec.codecs]
             check_additive(dict(zip(kinds, codec.chain, strict=True)))
+            # Masks are whole numbers modulo 2^bits; floats would not cancel exactly.
             if not codec.end.integer:
                 raise RecipeError(
                     "a secure sum adds whole numbers",
                     place="chain",
-                    cure='end the list with { kind = "clip", clip_norm = 10.0 }, { kind = "discretize" }',
+                    cure=(
+                        'end the list with { kind = "clip", clip_norm = 10.0 }, '
+                        '{ kind = "discretize" }'
+                    ),
                 )
 
     def open(self, transport: Transport | None, run: str) -> SecureSession:
-        """Collects the clients' keys and hands them round: two exchanges, once per run.
+        """Collects the clients' keys and sends all keys to all clients: two exchanges, once a run.
 
         Raises:
             SecureError: if too few clients took part.
@@ -114,37 +127,43 @@ class SecureSum:
             raise SecureError(
                 "its keys travel", place="transport", cure="open it with a transport first"
             )
-        combiner, clients = SecAggServer(self.plan, dict(self.identities), run), transport.clients()
+        server = SecAggServer(self.plan, dict(self.identities), run)
+        clients = transport.clients()
+        # Absent until a good reply has come.
         absent = dict.fromkeys(clients, "no reply came")
-        _collect(
-            transport,
-            dict.fromkeys(clients, Message("join", {"run": run})),
-            "join",
-            combiner.join,
-            absent,
-        )
+        join = dict.fromkeys(clients, Message("join", {"run": run}))
+        _collect(transport, join, "join", server.join, absent)
         try:
-            roster = combiner.roster()
+            roster = server.roster()
         except SecureError as error:
-            error.problem += _named(absent, clients)
+            error.problem += _reasons(absent, clients)
             raise
+        # Those who joined must also accept the roster; until then they are absent again.
+        for name in clients:
+            absent.setdefault(name, "no reply came")
         message = Message("roster", roster.header, roster.tensors)
-        absent |= dict.fromkeys((name for name in clients if name not in absent), "no reply came")
-        _collect(transport, dict.fromkeys(clients, message), "accepted", combiner.accepted, absent)
-        return SecureSession(self, combiner, transport, absent)
+        _collect(transport, dict.fromkeys(clients, message), "accepted", server.accepted, absent)
+        return SecureSession(self, server, transport, absent)
 
 
 @dataclass(frozen=True, eq=False)
 class SecureSession:
-    """Secure sums of one run; `absent` says why clients are not in it."""
+    """The secure sums of one run.
+
+    Attributes:
+        aggregator: the agreed plan.
+        server: the server's side of the protocol.
+        transport: reaches the clients.
+        absent: clients that take part in no sum of the run -> the reason.
+    """
 
     aggregator: SecureSum
-    combiner: SecAggServer
+    server: SecAggServer
     transport: Transport
     absent: Mapping[ClientId, str] = field(default_factory=dict)
 
     def invite(self, cohort: Sequence[ClientId]) -> dict[str, JSON]:
-        """Every client must know with whom it shares masks."""
+        """Returns the cohort: every client must know with whom it shares masks."""
         return {"cohort": list(cohort)}
 
     def begin(
@@ -153,19 +172,19 @@ class SecureSession:
         """Begins the sum of one round.
 
         Raises:
-            SecureError: if a client of the cohort was not there when keys were handed round.
+            SecureError: if a client of the cohort took no part in the exchange of keys.
         """
         try:
-            opened = self.combiner.open(key.round, cohort, self.aggregator.size)
+            opened = self.server.open(key.round, cohort, self.aggregator.size)
         except RecipeError as error:
-            problem = f"{error.problem}{_named(self.absent, cohort)}"
+            problem = f"{error.problem}{_reasons(self.absent, cohort)}"
             raise SecureError(problem, place=error.place, cure=error.cure) from error
         return MaskedSum(self, vector_codecs[0], key, opened)
 
 
 @dataclass(eq=False)
 class MaskedSum:
-    """The sum of one round, masked until enough of the committee have sent what opens it."""
+    """The sum of one round, masked until enough clients of the committee have sent their shares."""
 
     session: SecureSession
     codec: VectorCodec
@@ -174,30 +193,29 @@ class MaskedSum:
 
     def add(self, contribution: Contribution) -> None:
         """Adds masked numbers."""
-        part = SecAggMessage(dict(contribution.secure), dict(contribution.tensors))
-        self.opened.add(contribution.key.client, part)
+        masked = SecAggMessage(dict(contribution.secure), dict(contribution.tensors))
+        self.opened.add(contribution.key.client, masked)
 
     def close(self) -> Total:
-        """Asks the committee for what opens the sum, and decodes it: a second exchange.
+        """Asks the committee for the shares that unmask the sum, and decodes it.
 
         Raises:
             SecureError: if too few answered, or the sum cannot be that of honest clients.
         """
-        requests = {
-            name: Message("unmask", part.header, part.tensors)
-            for name, part in self.opened.requests().items()
-        }
+        requests = {}
+        for name, part in self.opened.requests().items():
+            requests[name] = Message("unmask", part.header, part.tensors)
         silent = dict.fromkeys(requests, "no reply came")
         _collect(self.session.transport, requests, "shares", self.opened.share, silent)
         try:
             values = self.opened.sum()
         except SecureError as error:
-            error.problem += _named(silent, list(requests))
+            error.problem += _reasons(silent, list(requests))
             raise
-        largest, limit = (
-            int(values.abs().max()) if values.numel() else 0,
-            self.session.aggregator.limit,
-        )
+        # Single vectors cannot be checked, so the sum is: beyond the limit it has wrapped around
+        # modulo 2^bits, or a client sent more than the grid allows.
+        largest = int(values.abs().max()) if values.numel() else 0
+        limit = self.session.aggregator.limit
         if largest > limit:
             raise SecureError(
                 (
@@ -212,17 +230,24 @@ class MaskedSum:
 
 
 def check_additive(chain: Mapping[str, Transform]) -> None:
-    """Raises RecipeError unless sums of what `chain` makes, transforms by kind, can be decoded."""
+    """Checks that the sum of encoded vectors decodes to the sum of the vectors.
+
+    Args:
+        chain: the transforms by kind.
+
+    Raises:
+        RecipeError: if one transform is not additive.
+    """
     for kind, transform in chain.items():
-        if not transform.additive:
-            cure = (
-                "'randomk' (one mask for all clients)"
-                if kind == "topk"
-                else "'discretize' (one grid for all)"
-            )
-            raise RecipeError(
-                f"a secure sum cannot decode a sum of '{kind}'", place="chain", cure=f"use {cure}"
-            )
+        if transform.additive:
+            continue
+        if kind == "topk":
+            cure = "'randomk' (one mask for all clients)"
+        else:
+            cure = "'discretize' (one grid for all)"
+        raise RecipeError(
+            f"a secure sum cannot decode a sum of '{kind}'", place="chain", cure=f"use {cure}"
+        )
 
 
 def _collect(
@@ -232,9 +257,16 @@ def _collect(
     take: Callable[[ClientId, SecAggMessage], None],
     missing: dict[ClientId, str],
 ) -> None:
-    """Gives each reply of `kind` to `take`; a faulty one is as if none had come, for the protocol goes on without it.
+    """Sends the requests and gives each good reply to `take`.
 
-    Who gave a good reply is taken out of `missing`; for the others it says why.
+    A faulty reply is treated as none: the protocol goes on without that client.
+
+    Args:
+        transport: reaches the clients.
+        requests: a message for each client.
+        kind: of the replies.
+        take: raises WireError if a reply is faulty.
+        missing: client -> why it is missing. A client that gave a good reply is removed.
     """
     for client, reply in exchange(transport, requests):
         try:
@@ -255,8 +287,8 @@ def _collect(
             missing.pop(client, None)
 
 
-def _named(missing: Mapping[ClientId, str], among: Sequence[ClientId]) -> str:
-    """Says for a few of the missing clients why; empty if none of `among` is missing."""
+def _reasons(missing: Mapping[ClientId, str], among: Sequence[ClientId]) -> str:
+    """Returns the reasons of up to three missing clients; empty if none of `among` is missing."""
     found = [f"{name} ({missing[name][:200]})" for name in among if name in missing]
     more = f" and {len(found) - 3} more" if len(found) > 3 else ""
     return f"; missing: {', '.join(found[:3])}{more}" if found else ""

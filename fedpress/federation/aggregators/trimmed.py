@@ -11,11 +11,12 @@ from fedpress.federation.aggregators.centre import CoordinateWise
 
 
 class Trimmed(CoordinateWise):
-    """`aggregator = { kind = "trimmed", beta = 0.1 }` (Yin et al. 2018, arXiv:1803.01498, option II).
+    """`aggregator = { kind = "trimmed", beta = 0.1 }`.
 
-    Of n values of a coordinate the floor(beta n) smallest and as many largest are dropped; the rest
-    is averaged. While no more than beta n clients send nonsense, each coordinate lies within the
-    range of what the honest ones sent.
+    Yin et al. 2018 (arXiv:1803.01498), option II. Of n values of a coordinate the floor(beta n)
+    smallest and as many largest are dropped; the rest is averaged. While no more than beta n
+    clients send arbitrary values, each coordinate lies within the range of what the honest clients
+    sent.
     """
 
     kind: Literal["trimmed"] = "trimmed"

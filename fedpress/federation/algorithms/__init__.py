@@ -1,4 +1,4 @@
-"""What clients and server do with the model: one row per algorithm."""
+"""The table of algorithms: what clients and server do with the model."""
 
 from collections.abc import Mapping
 from typing import Annotated, Any, TypeAlias, get_args
@@ -22,12 +22,12 @@ _Table: TypeAlias = Annotated[Row, Field(discriminator="kind")]
 
 
 def _named(value: Any) -> Any:
-    """A name alone is the row of this name with its defaults."""
+    """Turns a name into a table: "scaffold" means { kind = "scaffold" }."""
     return {"kind": value} if isinstance(value, str) else value
 
 
 AnyAlgorithm = Annotated[_Table, BeforeValidator(_named, json_schema_input_type=str | _Table)]
-"""What a recipe may say: `algorithm = "scaffold"`, or a table `{ kind = "fedprox", proximal_mu = 0.1 }`."""
+"""In a recipe: `algorithm = "scaffold"`, or a table `{ kind = "fedprox", proximal_mu = 0.1 }`."""
 
 __all__ = [
     "ALGORITHMS",

@@ -1,4 +1,4 @@
-"""What an algorithm is: what a client does, what the server does with the mean, and all that both need."""
+"""What an algorithm is: the client's update, the server's step, and everything both need."""
 
 from __future__ import annotations
 
@@ -36,7 +36,10 @@ class RoundInfo:
 
 
 class Algorithm(Protocol):
-    """One row of the table; frozen, and alike on both sides. `AlgorithmRow` has an answer to each, for FedAvg."""
+    """One row of the table: frozen settings, the same on both sides.
+
+    `AlgorithmRow` implements all of it as FedAvg does.
+    """
 
     @property
     def kind(self) -> str:
@@ -45,12 +48,12 @@ class Algorithm(Protocol):
 
     @property
     def optimizer(self) -> Server:
-        """The server optimizer of the update; its `lr` is named where a run diverges."""
+        """The server optimizer of the update; an error names its `lr` if a run diverges."""
         ...
 
     @property
     def extras_up(self) -> Mapping[str, ExtraVector]:
-        """Further vectors from clients, by name; each is aggregated like the update and may be charged."""
+        """Further vectors from clients, by name; aggregated like the update, and charged."""
         ...
 
     @property
@@ -60,7 +63,7 @@ class Algorithm(Protocol):
 
     @property
     def corrects_gradients(self) -> bool:
-        """Whether it changes gradients of several local steps; a joint step has none to change."""
+        """Whether it changes gradients of local steps; a joint noised step has none to change."""
         ...
 
     @property
@@ -75,12 +78,15 @@ class Algorithm(Protocol):
 
     @property
     def reads_loss(self) -> bool:
-        """Whether it asks for the loss of a client's examples, which sample privacy does not allow."""
+        """Whether it needs the loss of a client's examples, which sample privacy forbids."""
         ...
 
     @property
     def penalties(self) -> Mapping[str, float]:
-        """Strengths of its corrections by recipe key: a strong one at a large rate overshoots."""
+        """Strengths of its penalties, by recipe key, such as {"proximal_mu": 0.1}.
+
+        An error names those that make training diverge at a large learning rate.
+        """
         ...
 
     def check(self, settings: LocalSettings) -> None:
@@ -111,7 +117,13 @@ class Algorithm(Protocol):
     def client_commit(
         self, before: ClientState, after: ClientState, arrived: Vectors
     ) -> ClientState:
-        """Returns the state that is kept, when the server decodes `arrived` from what was sent."""
+        """Returns the state that a client keeps after its vectors were sent.
+
+        Args:
+            before: the state before the local update.
+            after: the state that `client_update` returned.
+            arrived: the vectors as the server decodes them, after clip, codec and noise.
+        """
         ...
 
     def server_init(self, params: Tensor) -> ServerState:
@@ -125,12 +137,19 @@ class Algorithm(Protocol):
     def server_step(
         self, state: ServerState, params: Tensor, mean: Vectors, info: RoundInfo
     ) -> tuple[ServerState, Tensor]:
-        """Returns the next state and the next params [d]; changes nothing that it was given."""
+        """Returns the next state and the next params [d]; its arguments stay unchanged.
+
+        Args:
+            state: of the server, before the step.
+            params: the server's parameters [d].
+            mean: the mean of each named vector.
+            info: number of the round and of the clients.
+        """
         ...
 
 
 class AlgorithmRow(BaseModel):
-    """The answers of FedAvg to all that an algorithm is asked; a row of the table gives its own where it differs."""
+    """FedAvg, as a base: an algorithm overrides what it does differently."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -166,7 +185,7 @@ class AlgorithmRow(BaseModel):
 
     @property
     def reads_loss(self) -> bool:
-        """Looks at nothing but gradients."""
+        """It needs gradients only."""
         return False
 
     @property
@@ -175,7 +194,7 @@ class AlgorithmRow(BaseModel):
         return {}
 
     def check(self, settings: LocalSettings) -> None:
-        """Any settings."""
+        """Accepts any settings."""
 
     def client_init(self, size: int) -> ClientState:
         """Nothing."""
@@ -212,12 +231,19 @@ class AlgorithmRow(BaseModel):
 def check_fits(
     algorithm: Algorithm, settings: LocalSettings, *, steps: str, unit: str | None
 ) -> None:
-    """Checks that an algorithm holds with these settings, this source of gradients and this protected unit.
+    """Checks that an algorithm works with these settings, gradients and protected unit.
+
+    Args:
+        algorithm: the row.
+        settings: of the local training.
+        steps: source of the gradients, see `Trust.steps`.
+        unit: "sample", "client" or None.
 
     Raises:
         RecipeError: naming what does not fit, and the cure.
     """
     algorithm.check(settings)
+    # A joint step is one noised sum of gradients over all clients: there are no local steps.
     if steps == "joint" and algorithm.corrects_gradients:
         raise RecipeError(
             (

@@ -11,7 +11,7 @@ from fedpress.federation.algorithms.optimizers import Adam, Server
 
 
 class FedAdam(AlgorithmRow):
-    """`algorithm = "fedadam"`: the mean update is taken for a gradient by Adam without bias correction."""
+    """`algorithm = "fedadam"`: Adam on the server, with the mean update in place of a gradient."""
 
     kind: Literal["fedadam"] = "fedadam"
     lr: float = Field(default=0.01, gt=0, description="of the server")

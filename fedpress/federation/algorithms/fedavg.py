@@ -1,4 +1,4 @@
-"""FedAvg: local steps as they are, and their mean (McMahan et al. 2017, arXiv:1602.05629)."""
+"""FedAvg: plain local steps and the mean of the updates (McMahan et al. 2017, arXiv:1602.05629)."""
 
 from __future__ import annotations
 
@@ -20,5 +20,5 @@ class FedAvg(AlgorithmRow):
 
     @property
     def optimizer(self) -> Server:
-        """The one that was asked for."""
+        """As set by the key `server`."""
         return self.server

@@ -1,4 +1,4 @@
-"""FedProx: every local step is pulled back to the server's model (Li et al. 2020, arXiv:1812.06127)."""
+"""FedProx: a proximal term keeps local steps near the server's model (Li et al. 2020)."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Literal
 
 from pydantic import Field
-from torch import nn
+from torch import Tensor, nn
 
 from fedpress.federation.algorithms.base import AlgorithmRow, ClientState
 from fedpress.federation.algorithms.optimizers import Average, Server
@@ -15,7 +15,10 @@ from fedpress.federation.vectors import UPDATE, Vectors
 
 
 class FedProx(AlgorithmRow):
-    """`algorithm = { kind = "fedprox", proximal_mu = 0.1 }`: adds proximal_mu / 2 |w - w_server|^2 to the loss."""
+    """`algorithm = { kind = "fedprox", proximal_mu = 0.1 }` (arXiv:1812.06127, algorithm 2).
+
+    It adds proximal_mu / 2 |w - w_server|^2 to the loss of every local step.
+    """
 
     kind: Literal["fedprox"] = "fedprox"
     proximal_mu: float = Field(default=0.1, ge=0, description="strength of the pull")
@@ -25,17 +28,17 @@ class FedProx(AlgorithmRow):
 
     @property
     def optimizer(self) -> Server:
-        """The one that was asked for."""
+        """As set by the key `server`."""
         return self.server
 
     @property
     def corrects_gradients(self) -> bool:
-        """The pull is zero in the first step and acts in those after it."""
+        """The gradient of the proximal term is zero in the first step, but not in later ones."""
         return True
 
     @property
     def penalties(self) -> Mapping[str, float]:
-        """At a rate of 2 / proximal_mu the pull overshoots."""
+        """From lr = 2 / proximal_mu on, a step of the proximal term overshoots."""
         return {"proximal_mu": self.proximal_mu}
 
     def client_update(
@@ -43,9 +46,10 @@ class FedProx(AlgorithmRow):
     ) -> tuple[Vectors, ClientState, Measures]:
         """Adds proximal_mu (w - w_server) to every gradient."""
         run = work.begin(model)
-        for number, step in enumerate(run):
-            if number == 0:
-                start = [p.clone() for p in step.params]
+        start: list[Tensor] = []
+        for step in run:
+            # The parameters of the first step are the server's, in the shapes of the gradients.
+            start = start or [p.clone() for p in step.params]
             for gradient, now, before in zip(step.gradients, step.params, start, strict=True):
                 gradient.add_(now - before, alpha=self.proximal_mu)
         return {UPDATE: run.update()}, state, run.measures

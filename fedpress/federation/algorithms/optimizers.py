@@ -1,4 +1,4 @@
-"""Server optimizers, a table: how the mean update becomes a step of the server's model."""
+"""The table of server optimizers: how the mean update becomes a step of the server's model."""
 
 from __future__ import annotations
 
@@ -12,7 +12,11 @@ ServerState: TypeAlias = dict[str, Tensor]
 
 
 class ServerOptimizer(Protocol):
-    """Takes the mean update as a step uphill: pure on flat float32 vectors, its state a dict of tensors."""
+    """Moves the parameters along the mean update.
+
+    The mean update points where the loss falls, as a negative gradient does. Both methods are pure
+    functions of flat float32 vectors; the state is a dictionary of tensors.
+    """
 
     def init(self, params: Tensor) -> ServerState:
         """Returns the state before the first round, for `params` [d]."""
@@ -51,7 +55,7 @@ class Average(BaseModel):
 
 
 class Momentum(BaseModel):
-    """FedAvgM: server momentum (Hsu, Qi & Brown 2019, arXiv:1909.06335): v = beta v + u; x = x + lr v."""
+    """FedAvgM: v = beta v + update; x = x + lr v (Hsu, Qi & Brown 2019, arXiv:1909.06335)."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -62,7 +66,7 @@ class Momentum(BaseModel):
     )
 
     def init(self, params: Tensor) -> ServerState:
-        """Starts at rest."""
+        """Starts with zero velocity."""
         return {"velocity": torch.zeros_like(params)}
 
     def step(
@@ -74,7 +78,7 @@ class Momentum(BaseModel):
 
 
 class Adam(BaseModel):
-    """FedAdam (Reddi et al. 2021, arXiv:2003.00295, algorithm 2): no bias correction, `tau` keeps the step bounded."""
+    """FedAdam: Adam without bias correction (Reddi et al. 2021, arXiv:2003.00295, algorithm 2)."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -96,7 +100,8 @@ class Adam(BaseModel):
     )
 
     def init(self, params: Tensor) -> ServerState:
-        """Starts with zero mean and a second moment of tau squared, the least that the paper allows."""
+        """Starts with zero mean and a second moment of tau squared."""
+        # The least that algorithm 2 of the paper allows.
         return {"mean": torch.zeros_like(params), "square": torch.full_like(params, self.tau**2)}
 
     def step(
@@ -105,9 +110,8 @@ class Adam(BaseModel):
         """Returns the new moments and params."""
         mean = self.beta1 * state["mean"] + (1 - self.beta1) * mean_update
         square = self.beta2 * state["square"] + (1 - self.beta2) * mean_update**2
-        return {"mean": mean, "square": square}, params + self.lr * mean / (
-            square.sqrt() + self.tau
-        )
+        step = self.lr * mean / (square.sqrt() + self.tau)
+        return {"mean": mean, "square": square}, params + step
 
 
 Server = Annotated[Average | Momentum | Adam, Field(discriminator="kind")]

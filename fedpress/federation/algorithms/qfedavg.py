@@ -1,4 +1,4 @@
-"""q-FedAvg: clients that do badly count for more (Li et al. 2020, arXiv:1905.10497, algorithm 2)."""
+"""q-FedAvg: a large loss weighs more (Li et al. 2020, arXiv:1905.10497, algorithm 2)."""
 
 from __future__ import annotations
 
@@ -14,15 +14,17 @@ from fedpress.federation.local import LocalSettings, LocalWork, Measures, check_
 from fedpress.federation.vectors import UPDATE, ExtraVector, Vectors
 
 TINY = 1e-10
-"""Losses and sums of curvatures are taken to be at least this."""
+"""Least loss and least mean curvature: both are divided by."""
 
 
 class QFedAvg(AlgorithmRow):
-    """`algorithm = { kind = "qfedavg", q = 1 }`: lowers the mean of loss^(q+1), so that losses become more alike.
+    """`algorithm = { kind = "qfedavg", q = 1 }`: the clients' losses become more equal.
 
-    A client with loss F at the server's model, update u and rate lr sends F^q u and the curvature
-    F^q + q F^(q-1) |u|^2 / lr; the server adds the quotient of their means. With q = 0 it is
-    FedAvg.
+    It minimises the mean of the clients' loss^(q+1), in which a large loss weighs more.
+
+    A client with loss F at the server's model, update u and learning rate lr sends the vector F^q u
+    and the number h = F^q + q F^(q-1) |u|^2 / lr, an estimate of the curvature. The server adds
+    mean(F^q u) / mean(h). With q = 0 it is FedAvg.
     """
 
     kind: Literal["qfedavg"] = "qfedavg"
@@ -33,12 +35,12 @@ class QFedAvg(AlgorithmRow):
 
     @property
     def extras_up(self) -> Mapping[str, ExtraVector]:
-        """The curvature."""
+        """The estimate h of the curvature, one value."""
         return {"curvature": ExtraVector(size=1, clip_norm=self.clip_norm)}
 
     @property
     def reads_loss(self) -> bool:
-        """Asks for the loss at the server's model."""
+        """It needs the loss at the server's model."""
         return True
 
     def check(self, settings: LocalSettings) -> None:
@@ -49,6 +51,7 @@ class QFedAvg(AlgorithmRow):
         self, model: nn.Module, work: LocalWork, down: Vectors, state: ClientState
     ) -> tuple[Vectors, ClientState, Measures]:
         """Sends the update times loss^q, and the curvature."""
+        # Before the local steps: the loss at the server's model, as the algorithm wants it.
         loss = max(float(work.loss(model)), TINY)
         run = work.begin(model).finish()
         update = run.update()
@@ -60,6 +63,8 @@ class QFedAvg(AlgorithmRow):
     def server_step(
         self, state: ServerState, params: Tensor, mean: Vectors, info: RoundInfo
     ) -> tuple[ServerState, Tensor]:
-        """Adds the mean update over the mean curvature; noise makes the latter no less than a tenth of its bound."""
+        """Adds the mean update divided by the mean curvature."""
+        # Noise may make the mean curvature tiny or negative, and the step huge or reversed. Under
+        # privacy it is therefore at least a tenth of its bound.
         least = TINY if self.clip_norm is None else self.clip_norm / 10
         return state, params + mean[UPDATE] / mean["curvature"].clamp(min=least)

@@ -1,4 +1,4 @@
-"""SCAFFOLD: each client corrects its drift by what it knows of its own and of everybody's gradient.
+"""SCAFFOLD: each client corrects its drift by the difference of the mean and its own gradient.
 
 Karimireddy et al. 2020, arXiv:1910.06378, algorithm 1 with option II. With x the server's
 parameters, y those of a client, K local steps of rate lr, and control variates c (server) and c_i
@@ -8,7 +8,8 @@ parameters, y those of a client, K local steps of rate lr, and control variates 
     then      c_i' = c_i - c + (x - y) / (K lr),   sent: update y - x, control c_i' - c_i
     server    x <- x + step of its optimizer along the mean update,   c <- c + |S| / N mean control
 
-So c stays the mean of all c_i, and the clients' steps agree where their mean gradient is zero.
+So c stays the mean of all c_i, and the clients' corrected steps are zero where their mean gradient
+is zero: local steps no longer lead away from the common optimum.
 """
 
 from __future__ import annotations
@@ -33,16 +34,15 @@ CONTROL = "control"
 class Scaffold(AlgorithmRow):
     """`algorithm = "scaffold"`.
 
-    The state is moved by the control that arrives, after clip, codec and noise, on both sides
-    alike: what a codec loses of one control is part of the next one, and c stays the mean of all
-    c_i.
+    Both sides move their state by the control that arrives, after clip, codec and noise. So what a
+    codec loses of one control is part of the next one, and c stays the mean of all c_i.
 
-    Under client privacy `clip_norm` bounds the control of one client. It is of the size of a
-    gradient, the update of size K lr times a gradient: clip_norm of the update / (K lr) treats both
-    alike.
+    Under client privacy `clip_norm` bounds the control of one client. A control is as large as a
+    gradient, an update as large as K lr gradients: (clip_norm of the update) / (K lr) clips both
+    equally often.
 
-    Under sample privacy the control is made of noised steps and the server's vectors alone, so it
-    costs nothing more.
+    Under sample privacy the control is computed from noised steps and the server's vectors, so it
+    is post-processing and costs nothing.
     """
 
     kind: Literal["scaffold"] = "scaffold"
@@ -56,7 +56,7 @@ class Scaffold(AlgorithmRow):
 
     @property
     def optimizer(self) -> Server:
-        """The one that was asked for."""
+        """As set by the key `server`."""
         return self.server
 
     @property
@@ -71,7 +71,7 @@ class Scaffold(AlgorithmRow):
 
     @property
     def corrects_gradients(self) -> bool:
-        """Every local step."""
+        """In every local step."""
         return True
 
     @property
@@ -81,11 +81,16 @@ class Scaffold(AlgorithmRow):
 
     @property
     def needs_equal_weights(self) -> bool:
-        """With other weights c would not stay the mean of the c_i, and the rounds would settle in a wrong place."""
+        """With other weights c is not the mean of the c_i, and the rounds converge elsewhere."""
         return True
 
     def check(self, settings: LocalSettings) -> None:
-        """Refuses all but plain SGD: (x - y) / (K lr) would not be the mean gradient of the local steps."""
+        """Refuses all but plain SGD.
+
+        Raises:
+            RecipeError: if the local optimizer is another, or has momentum.
+        """
+        # With either, (x - y) / (K lr) is not the mean gradient of the local steps.
         check_is_sgd(settings, "'scaffold' takes how far a client moved for its mean gradient")
         if settings.momentum:
             raise RecipeError(
@@ -98,7 +103,7 @@ class Scaffold(AlgorithmRow):
             )
 
     def client_init(self, size: int) -> ClientState:
-        """Starts at zero, as c does."""
+        """Starts with a control of zeros, as the server does."""
         return {CONTROL: torch.zeros(size)}
 
     def client_update(
@@ -106,39 +111,39 @@ class Scaffold(AlgorithmRow):
     ) -> tuple[Vectors, ClientState, Measures]:
         """Adds c - c_i to every gradient."""
         drift = down[CONTROL] - state[CONTROL]
-        run, steps = work.begin(model), 0
+        run = work.begin(model)
+        steps = 0
         correction: list[Tensor] = []
         for step in run:
+            # Split once: only a step knows the shapes and the device of the parameters.
             correction = correction or step.split(drift)
             for gradient, part in zip(step.gradients, correction, strict=True):
                 gradient.add_(part)
             steps += 1
-        moved = run.update()
-        control = -drift - moved / (steps * work.lr)
-        return (
-            {UPDATE: moved, CONTROL: control - state[CONTROL]},
-            {CONTROL: control},
-            run.measures,
-        )
+        # The update is y - x, so (x - y) / (K lr) is -update / (K lr).
+        update = run.update()
+        control = -drift - update / (steps * work.lr)
+        vectors = {UPDATE: update, CONTROL: control - state[CONTROL]}
+        return vectors, {CONTROL: control}, run.measures
 
     def client_commit(
         self, before: ClientState, after: ClientState, arrived: Vectors
     ) -> ClientState:
-        """Moves the client's control by what the server got of it."""
+        """Moves the client's control by the change that the server decodes, not the exact one."""
         return {CONTROL: before[CONTROL] + arrived[CONTROL]}
 
     def server_init(self, params: Tensor) -> ServerState:
-        """Beside the server optimizer's state, c at zero."""
+        """Returns the server optimizer's state, and c = 0."""
         return {**self.server.init(params), CONTROL: torch.zeros_like(params)}
 
     def server_down(self, state: ServerState) -> Vectors:
-        """Sends c."""
+        """Returns c."""
         return {CONTROL: state[CONTROL]}
 
     def server_step(
         self, state: ServerState, params: Tensor, mean: Vectors, info: RoundInfo
     ) -> tuple[ServerState, Tensor]:
-        """Moves the parameters by the optimizer, and c by the share of clients that were seen."""
+        """Moves the parameters by the optimizer, and c by |S| / N times the mean change."""
         own = {name: tensor for name, tensor in state.items() if name != CONTROL}
         own, params = self.server.step(own, params, mean[UPDATE])
         control = state[CONTROL] + mean[CONTROL] * (info.cohort / info.population)

@@ -1,4 +1,4 @@
-"""Schedules are a table: when whom is asked for an update, and when the server takes a step."""
+"""The table of schedules: when which client is asked, and when the server takes a step."""
 
 from __future__ import annotations
 

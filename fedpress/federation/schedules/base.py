@@ -1,13 +1,13 @@
-"""What a schedule is: when the server asks whom for an update, and when it takes a step.
+"""What a schedule is: when the server asks which client, and when it takes a step.
 
-A schedule decides, and knows no messages: so a run can be looked ahead without training anything.
-Its clock is virtual: `delays` say how long each task takes, and the scheduler sorts answers by the
-time at which they would have come.
+A schedule makes decisions and handles no messages, so a whole run can be simulated without
+training. Its clock is virtual: `delays` say how long each task takes, and answers are taken in the
+order in which they would have come.
 
-A task is named by its client and a number: one more than the version of the model that the client
-is sent, and the version is the number of server steps in it. No client is sent the same version
-twice, so no name comes twice: streams of chance that are named by it give fresh noise each time,
-and a client can refuse a second question under one name.
+A task is named by its client and a number. A model after v server steps has version v, and the task
+that starts from it has number v + 1. No client is sent the same version twice, so no name is used
+twice. That matters for privacy: random streams named by it give fresh noise in every task, and a
+client can refuse a second question under one name.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Assignment:
     Attributes:
         client: who is asked.
         task: number of the task; the model that it starts from has seen `task - 1` server steps.
-        due: simulated seconds from the start of the run to its answer.
+        due: time of its answer, in simulated seconds since the start of the run.
     """
 
     client: ClientId
@@ -43,12 +43,12 @@ class Timing:
     """When a server step was taken and with whose answers.
 
     Attributes:
-        answered: clients whose answers the step waited for, also those that are late or do not
-            count.
+        answered: clients whose answers the step waited for, including those that were late or did
+            not count.
         staleness: for each answer in the step, in the order of the sum, how many server steps were
             taken while its client was at work.
-        late: those of them that passed the deadline.
-        spare: clients that were asked and not needed, since enough others were faster.
+        late: those of them that missed the deadline.
+        spare: clients that were asked but not needed, because enough others were faster.
         simulated_seconds: of the virtual clock since the start of the run; None without delays.
     """
 
@@ -61,13 +61,14 @@ class Timing:
 
 @dataclass(frozen=True)
 class ScheduleContext:
-    """What a schedule works with, the same from the first step to the last.
+    """What a schedule works with; the same in every step.
 
     Attributes:
         clients: all that can be asked, in a fixed order.
-        cohort: how many updates are in one server step, and how they are drawn.
-        seed: of the delays, and of draws that nobody hides.
-        draw_seed: of draws that privacy rests on: a secret, where there is one.
+        cohort: how many updates are in one server step, and how their clients are drawn.
+        seed: of the delays, and of draws that need not be secret.
+        draw_seed: of draws that privacy depends on (Poisson sampling); the server's secret if it
+            has one.
         delays: how long clients take; None without a virtual clock.
     """
 
@@ -78,17 +79,21 @@ class ScheduleContext:
     delays: Delays | None = None
 
     def due(self, client: ClientId, task: int, now: float) -> float:
-        """Returns when the answer to a task that is sent `now` comes."""
+        """Returns the time at which the answer to a task comes that is sent at time `now`."""
         if self.delays is None:
             return now
         return now + self.delays.draw(self.seed, client, task)
 
 
 class Scheduler(Protocol):
-    """A schedule at work. For each server step: `begin`, then `ask` and `wait` and `take` in turn, then `end`."""
+    """A running schedule.
+
+    For each server step call `begin`, then `ask`, `wait` and `take` in turn, then `end`; see
+    `look_ahead`.
+    """
 
     def begin(self, step: int) -> None:
-        """Begins to gather for server step `step`, counted from 1."""
+        """Begins to gather updates for server step number `step`, from 1."""
         ...
 
     def ask(self) -> list[Assignment]:
@@ -96,20 +101,23 @@ class Scheduler(Protocol):
         ...
 
     def wait(self) -> list[Assignment]:
-        """Returns the tasks of which the next answer is taken, whichever comes first; none: the step is complete."""
+        """Returns the tasks whose answers are waited for; the first answer to one is taken next.
+
+        Empty if the step has all its answers.
+        """
         ...
 
     def take(self, assignment: Assignment) -> None:
-        """Notes that the answer to a task came, or that it never will."""
+        """Notes that the answer to a task came, or never will."""
         ...
 
     def end(self) -> tuple[Timing, dict[ClientId, str]]:
-        """Ends the step; returns its timing, and why clients came too late."""
+        """Ends the step; returns its timing, and for late clients the reason."""
         ...
 
     @property
     def patience(self) -> float | None:
-        """Real seconds to wait for the next answer; None: however long it takes. Without a virtual clock alone."""
+        """Real seconds to wait for the next answer; None for any time, as with a virtual clock."""
         ...
 
     @property
@@ -123,11 +131,11 @@ class Scheduler(Protocol):
 
 
 class Participation(Protocol):
-    """Who will be asked how often in a run of some steps; privacy is planned and charged from it before anybody is."""
+    """Which client is asked how often in a run; privacy is planned and charged from it."""
 
     @property
     def composed_tasks(self) -> int:
-        """Tasks of one client that its noise must last for."""
+        """Number of tasks of one client whose privacy costs are composed to plan its noise."""
         ...
 
     @property
@@ -140,7 +148,7 @@ class Participation(Protocol):
         ...
 
     def asked(self, step: int) -> list[ClientId]:
-        """Returns who is asked while server step `step` is gathered."""
+        """Returns who is asked for server step number `step`."""
         ...
 
 
@@ -154,47 +162,50 @@ class Schedule(Protocol):
 
     @property
     def one_model(self) -> bool:
-        """Whether all answers of a server step start from the same model, and all of its clients are known before."""
+        """Whether all answers of a step start from one model, from clients known beforehand."""
         ...
 
     @property
     def timed(self) -> bool:
-        """Whether it looks at the time, so that a simulation needs a clock."""
+        """Whether it depends on time, so that a simulation needs `delays`."""
         ...
 
     @property
     def drops(self) -> bool:
-        """Whether who is in a server step hangs on how fast the others are."""
+        """Whether a slow client is left out of a step because others were faster."""
         ...
 
     def cohort(self, size: int | None, population: int, sampling: str) -> Cohort:
-        """Returns the plan of the updates in one server step, from the recipe's keys `cohort` and `sampling`."""
+        """Returns the cohort of one server step, from the recipe's keys `cohort` and `sampling`."""
         ...
 
     def check(self, cohort: Cohort) -> None:
-        """Raises RecipeError unless `cohort` is the plan of the updates in one of its steps."""
+        """Raises RecipeError if `cohort` does not fit this schedule's steps."""
         ...
 
     def weight(self, staleness: int) -> float:
-        """Returns the factor of an update, never above 1: a clipped update stays within its clip norm."""
+        """Returns the factor on an update, from 0 to 1.
+
+        Above 1 a clipped update would exceed its clip norm, which the noise is measured against.
+        """
         ...
 
     def plan_participation(self, context: ScheduleContext, num_steps: int) -> Participation:
-        """Returns who will be asked in `num_steps` server steps."""
+        """Returns which clients will be asked in `num_steps` server steps."""
         ...
 
     def open(self, context: ScheduleContext, state: Mapping[str, Tensor]) -> Scheduler:
-        """Begins, or goes on from what `state` gave; empty to begin."""
+        """Begins with an empty `state`, or goes on from what `Scheduler.state` returned."""
         ...
 
 
 def look_ahead(
     schedule: Schedule, context: ScheduleContext, num_steps: int
 ) -> list[list[ClientId]]:
-    """Returns who is asked in each of `num_steps` server steps, as a run with this clock will ask.
+    """Returns who is asked in each of `num_steps` server steps of a run with this clock.
 
-    Nothing of it hangs on data: who is drawn follows from the seed, who answers first from the
-    delays, and an answer that does not count takes its place in the step as any other does.
+    It does not depend on data: who is drawn follows from the seed, and who answers first from the
+    delays. An answer that does not count takes its place in the step as any other does.
     """
     scheduler = schedule.open(context, {})
     asked: list[list[ClientId]] = []

@@ -1,4 +1,4 @@
-"""The buffered schedule: clients work all the time, and every few updates that come in make a server step."""
+"""The buffered schedule (FedBuff): the server takes a step with every few updates that come in."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ from fedpress.federation.schedules.base import (
 
 
 class Buffered(BaseModel):
-    """FedBuff: clients work all the time, and the server takes a step with every `buffer` updates that came in.
+    """FedBuff: clients work all the time, and every `buffer` updates make a server step.
 
-    Nguyen et al. 2022 (arXiv:2106.06639). Whoever answers makes room for another client, drawn at
-    random from those who are idle and not in the buffer yet. An update that is s steps old counts
-    with (1 + s)^-staleness_exponent.
+    Nguyen et al. 2022 (arXiv:2106.06639), algorithm 1. A client that answers is replaced by
+    another, drawn at random from those that are idle and not in the buffer. An update that is s
+    steps old is multiplied by (1 + s)^-staleness_exponent.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -49,17 +49,17 @@ class Buffered(BaseModel):
 
     @property
     def one_model(self) -> bool:
-        """Clients start from the model that there is when they have time."""
+        """A client starts from the newest model when it is asked."""
         return False
 
     @property
     def timed(self) -> bool:
-        """Without a clock answers come in the order of asking, which is a schedule, too."""
+        """Without a clock answers are taken in the order of asking, which works as well."""
         return False
 
     @property
     def drops(self) -> bool:
-        """Every answer that was asked for is taken, sooner or later."""
+        """Every answer is used, sooner or later."""
         return False
 
     def cohort(self, size: int | None, population: int, sampling: str) -> Cohort:
@@ -87,8 +87,8 @@ class Buffered(BaseModel):
         if self.buffer > population:
             raise RecipeError(
                 (
-                    f"got {self.buffer}, but there are {population} clients and each is in a buffer "
-                    "at most once"
+                    f"got {self.buffer}, but there are {population} clients and each is in a "
+                    "buffer at most once"
                 ),
                 place="buffer",
                 cure="take a smaller buffer or make more clients",
@@ -100,15 +100,15 @@ class Buffered(BaseModel):
         if cohort != self.cohort(None, cohort.population, cohort.sampling):
             raise RecipeError(
                 (
-                    f"got {self.buffer}, but the uplink is planned for {cohort.size} updates in one "
-                    "step"
+                    f"got {self.buffer}, but the uplink is planned for {cohort.size} updates in "
+                    "one step"
                 ),
                 place="buffer",
                 cure="bind it with schedule.cohort(...)",
             )
 
     def weight(self, staleness: int) -> float:
-        """Falls with the staleness, from 1.
+        """Returns (1 + staleness)^-staleness_exponent: 1 for a fresh update, less for an old one.
 
         >>> Buffered().weight(0), Buffered().weight(3)
         (1.0, 0.5)
@@ -117,49 +117,55 @@ class Buffered(BaseModel):
 
     def plan_participation(self, context: ScheduleContext, num_steps: int) -> Participation:
         """See `Schedule`."""
-        return _Counted(look_ahead(self, context, num_steps))
+        return _SimulatedParticipation(look_ahead(self, context, num_steps))
 
     def open(self, context: ScheduleContext, state: Mapping[str, Tensor]) -> Scheduler:
         """See `Schedule`."""
-        scheduler = _Buffer(self, context)
+        scheduler = _BufferedScheduler(self, context)
         if state:
             scheduler.load_(state)
         return scheduler
 
 
-class _Buffer:
-    """The buffered schedule at work.
+class _BufferedScheduler:
+    """The running buffered schedule.
 
-    A client that is in the buffer is not asked again before the step is taken. This has three uses:
+    A client in the buffer is not asked again before the step is taken. There are three reasons:
 
-    - One client moves the sum of a step by at most one clipped update, times a weight of at most 1:
-      the sensitivity is the clip norm, as in a round.
+    - One client moves the sum of a step by at most one clipped update times a weight of at most 1.
+      So the sensitivity is the clip norm, as in a synchronous round.
     - Its next task starts from a newer version, so the task's name is new.
     - Between two checkpoints it answers at most once, so the two states that a client keeps are
       enough to go on after a kill.
 
-    An answer that does not count fills its place in the buffer as any other does: whether a client
-    fails must change neither who is asked next nor how many steps there are.
+    An answer that does not count fills a place in the buffer as any other does: whether a client
+    fails says something about its data, so it must not change who is asked next.
     """
 
     def __init__(self, settings: Buffered, context: ScheduleContext) -> None:
-        self._settings, self._context = settings, context
-        self._now, self._draws, self._step = 0.0, 0, 0
+        self._settings = settings
+        self._context = context
+        self._now = 0.0
+        self._draws = 0
+        self._step = 0
         self._working: list[Assignment] = []
         self._taken: list[Assignment] = []
 
     def begin(self, step: int) -> None:
-        """Empties the buffer; whoever is at work goes on."""
-        self._step, self._taken = step, []
+        """Empties the buffer; clients at work go on."""
+        self._step = step
+        self._taken = []
 
     def ask(self) -> list[Assignment]:
-        """Draws clients until `concurrency` are at work; none once the buffer is full: the model is about to change."""
+        """Draws clients until `concurrency` are at work; none once the buffer is full."""
         new: list[Assignment] = []
+        # A full buffer is about to change the model: who is asked now would start from an old one.
+        if not self._unfilled:
+            return new
         busy = {one.client for one in [*self._working, *self._taken]}
-        room = min(
-            self._settings.concurrency - len(self._working), len(self._context.clients) - len(busy)
-        )
-        while len(new) < room and self._unfilled:
+        idle = len(self._context.clients) - len(busy)
+        room = min(self._settings.concurrency - len(self._working), idle)
+        while len(new) < room:
             client = self._draw(busy)
             busy.add(client)
             due = self._context.due(client, self._step, self._now)
@@ -169,10 +175,13 @@ class _Buffer:
 
     def _draw(self, busy: set[ClientId]) -> ClientId:
         """Returns one of the clients that are not `busy`, each with the same probability."""
+        # Numbered draws, not steps: a step may draw any number of clients.
         self._draws += 1
         clients = self._context.clients
         stream = private_stream(self._context.seed, "cohort", self._draws)
-        while True:  # a client that is busy is drawn again: cheaper than a list of all others
+        # Rejection sampling: among thousands of clients few are busy, and no list of the idle ones
+        # has to be built for each draw.
+        while True:
             client = clients[int(stream.integers(len(clients)))]
             if client not in busy:
                 return client
@@ -182,14 +191,13 @@ class _Buffer:
         return len(self._taken) < self._settings.buffer
 
     def wait(self) -> list[Assignment]:
-        """Returns whose answer comes first; without a virtual clock all who are at work."""
+        """Returns the task whose answer comes first; all open ones without a virtual clock."""
         if not self._unfilled or not self._working:
             return []
         if self._context.delays is None:
             return list(self._working)
-        return [
-            min(self._working, key=lambda one: one.due)
-        ]  # the one sent first, if two come at once
+        # `min` returns the first of equals: the task that was sent first.
+        return [min(self._working, key=lambda one: one.due)]
 
     def take(self, assignment: Assignment) -> None:
         """See `Scheduler`."""
@@ -211,12 +219,12 @@ class _Buffer:
 
     @property
     def at_work(self) -> Sequence[Assignment]:
-        """Those whose answers will be in later steps."""
+        """The tasks whose answers will be in later steps."""
         return self._working
 
     def state(self) -> dict[str, Tensor]:
-        """Returns the clock, the number of draws, and who is at work: by place in the list of clients."""
-        places = {client: at for at, client in enumerate(self._context.clients)}
+        """Returns the clock, the number of draws, and the open tasks, with clients as indices."""
+        places = {client: index for index, client in enumerate(self._context.clients)}
         working = self._working
         return {
             "now": torch.tensor(self._now, dtype=torch.float64),
@@ -227,15 +235,16 @@ class _Buffer:
         }
 
     def load_(self, state: Mapping[str, Tensor]) -> None:
-        """Reads what `state` gave."""
-        self._now, self._draws = float(state["now"]), int(state["draws"])
-        rows = zip(*(state[name].tolist() for name in ("clients", "tasks", "due")), strict=True)
-        for client, task, due in rows:
+        """Goes on from what `state` returned."""
+        self._now = float(state["now"])
+        self._draws = int(state["draws"])
+        columns = [state[name].tolist() for name in ("clients", "tasks", "due")]
+        for client, task, due in zip(*columns, strict=True):
             self._working.append(Assignment(self._context.clients[client], task, due))
 
 
-class _Counted:
-    """Participation as it was found by looking ahead."""
+class _SimulatedParticipation:
+    """Participation as it was counted in a simulation of the schedule."""
 
     def __init__(self, asked: list[list[ClientId]]) -> None:
         self._asked = asked
@@ -243,7 +252,7 @@ class _Counted:
 
     @property
     def composed_tasks(self) -> int:
-        """No client needs noise for more tasks than the busiest is given."""
+        """The tasks of the busiest client: no sampling amplifies, so every task counts."""
         return self.max_tasks
 
     @property

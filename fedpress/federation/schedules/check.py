@@ -1,4 +1,4 @@
-"""What a schedule cannot give to the other parts of a run is refused with the reason, before the run."""
+"""Refuses, before the run, parts of it that do not work with its schedule, and says why."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from fedpress.federation.uplink import Uplink
 
 @dataclass(frozen=True)
 class Needs:
-    """What the other parts of a run ask of its schedule.
+    """Which parts of a run need something of its schedule.
 
     Attributes:
-        secure: no single update is seen, only a sum over clients that are named before.
-        downlink: models travel as differences to what each client holds.
+        secure: a secure sum: its clients are named before they answer.
+        downlink: the model travels as a difference to what each client holds.
         adaptive: the clip norm follows the updates.
-        correlated: noise is mixed over the steps.
-        client_state: clients keep what an algorithm needs from task to task.
-        hides_clients: noise on a sum must hide that any one client was in it.
+        correlated: the noise is correlated over the steps.
+        client_state: the algorithm keeps a state on the clients.
+        hides_clients: noise on the sum must hide whether any one client was in it.
     """
 
     secure: bool = False
@@ -33,7 +33,7 @@ class Needs:
 
     @classmethod
     def of(cls, uplink: Uplink, downlink: Downlink | None, algorithm: Algorithm) -> Needs:
-        """Reads them from the bound parts."""
+        """Returns the needs of these bound parts."""
         return cls(
             secure=not uplink.aggregator.sees_updates,
             downlink=downlink is not None,
@@ -45,13 +45,15 @@ class Needs:
 
 
 def check_schedule(schedule: Schedule, needs: Needs) -> None:
-    """Checks that the parts of a run can work with `schedule`.
+    """Checks that the parts of a run work with `schedule`.
 
     Raises:
-        RecipeError: if one of them needs what the schedule cannot give.
+        RecipeError: if one of them does not, with the reason.
     """
     if not schedule.one_model:
         _check_many_models(schedule, needs)
+    # Its noise and its bits are planned for everybody who is asked: an answer that is not needed
+    # would have to be taken out of a sum that nobody can take apart.
     if schedule.drops and needs.secure:
         raise RecipeError(
             (
@@ -61,6 +63,8 @@ def check_schedule(schedule: Schedule, needs: Needs) -> None:
             place="schedule.over_selection",
             cure="leave over_selection out and make the cohort larger",
         )
+    # Adding one client to the population may push another out of the sum: that changes two updates,
+    # and the noise covers a change of one.
     if schedule.drops and needs.hides_clients:
         raise RecipeError(
             (
@@ -73,34 +77,36 @@ def check_schedule(schedule: Schedule, needs: Needs) -> None:
 
 
 def _check_many_models(schedule: Schedule, needs: Needs) -> None:
-    """Refuses what needs all clients of a step to start from one model, or to be known before it."""
+    """Refuses what needs the clients of a step to start from one model, or to be known before."""
     reasons = {
         "secure": (
             "a secure sum",
-            "masks cancel only among clients that are named to each other before they answer, and nobody knows who "
-            "will be in a sum",
+            "masks cancel only among clients that are named to each other before they answer, and "
+            "nobody knows who will be in a sum",
             'set aggregator = "mean"',
         ),
         "downlink": (
             "coded differences (downlink)",
-            "nearly every client holds another version, so the server would keep and code one model for each",
+            "nearly every client holds another version, so the server would keep and code one "
+            "model for each",
             "leave downlink out",
         ),
         "adaptive": (
             "an adaptive clip norm",
-            "updates on their way come in units of an older clip norm, so their sum has no one bound",
+            "updates on their way come in units of an older clip norm, so their sum has no one "
+            "bound",
             "leave privacy.adaptive out",
         ),
         "correlated": (
             "correlated noise",
-            "it is planned for a least number of steps between two updates of a client, and a fast client may be in "
-            "every step",
+            "it is planned for a least number of steps between two updates of a client, and a fast "
+            "client may be in every step",
             "leave privacy.correlated out",
         ),
         "client_state": (
             "an algorithm whose clients keep a state",
-            "what a client learned against an older model would correct steps from a newer one, for which nobody has "
-            "shown that it converges",
+            "what a client learned against an older model would correct steps from a newer one, "
+            "for which nobody has shown that it converges",
             'take algorithm = "fedavg"',
         ),
     }

@@ -1,4 +1,4 @@
-"""Synchronous rounds: a cohort out, a cohort in; with a deadline, and with more clients asked than are needed."""
+"""Synchronous rounds: a cohort is asked and waited for; with a deadline and over-selection."""
 
 from __future__ import annotations
 
@@ -24,13 +24,14 @@ from fedpress.federation.schedules.base import (
 
 
 class Synchronous(BaseModel):
-    """Rounds: a cohort is sent the model, and the step is taken when its answers are in.
+    """Rounds: a cohort is sent the model, and the server takes a step when its answers are in.
 
     Attributes:
-        deadline: seconds after which nobody is waited for; whoever is late does not count in this
+        deadline: seconds after which the server stops waiting. A late client does not count in this
             round and is told to stop.
-        over_selection: so many times the cohort are asked, and the first answers of a cohort's
-            number are taken (Bonawitz et al. 2019, arXiv:1902.01046).
+        over_selection: factor on the number of clients that are asked. Example: 1.3 with a cohort
+            of 10 asks 13 and takes the first 10 answers (Bonawitz et al. 2019, arXiv:1902.01046,
+            section 2).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -48,83 +49,104 @@ class Synchronous(BaseModel):
 
     @property
     def one_model(self) -> bool:
-        """All of a round start from its model."""
+        """All clients of a round start from the same model."""
         return True
 
     @property
     def timed(self) -> bool:
-        """A deadline is a time."""
+        """Only a deadline depends on time."""
         return self.deadline is not None
 
     @property
     def drops(self) -> bool:
-        """With over-selection the slow ones are left out because others were faster."""
+        """With over-selection slow clients are left out because others were faster."""
         return self.over_selection > 1
 
     def cohort(self, size: int | None, population: int, sampling: str) -> Cohort:
-        """Returns `size` clients, all without one."""
+        """Returns a cohort of `size` clients; of all if None."""
         return Cohort(size or population, population, sampling)  # type: ignore[arg-type]
 
     def check(self, cohort: Cohort) -> None:
-        """Any cohort will do."""
+        """Accepts any cohort."""
 
     def weight(self, staleness: int) -> float:
-        """Nothing is stale."""
+        """Returns 1: no update is stale."""
         return 1.0
 
     def drawn(self, cohort: Cohort) -> Cohort:
-        """Returns the plan of how many are asked, where `cohort` is that of whose answers are taken."""
+        """Returns the cohort that is asked, if the answers of `cohort` are taken."""
         size = min(cohort.population, math.ceil(cohort.size * self.over_selection))
         return cohort if size == cohort.size else replace(cohort, size=size)
 
     def plan_participation(self, context: ScheduleContext, num_steps: int) -> Participation:
         """See `Schedule`."""
-        return _InRounds(self.drawn(context.cohort), context, num_steps)
+        return _RoundParticipation(self.drawn(context.cohort), context, num_steps)
 
     def open(self, context: ScheduleContext, state: Mapping[str, Tensor]) -> Scheduler:
         """See `Schedule`."""
-        return _Rounds(self, context, float(state["now"]) if state else 0.0)
+        return _SynchronousScheduler(self, context, float(state["now"]) if state else 0.0)
 
 
-class _Rounds:
-    """The synchronous schedule at work."""
+class _SynchronousScheduler:
+    """The running synchronous schedule.
+
+    Between `begin` and `end` a task is unsent, open (its answer is waited for) or taken.
+    """
 
     def __init__(self, settings: Synchronous, context: ScheduleContext, now: float) -> None:
-        self._settings, self._context, self._now = settings, context, now
+        self._settings = settings
+        self._context = context
+        self._now = now
         self._drawn = settings.drawn(context.cohort)
         self._started = 0.0
+        self._wanted = 0
+        self._asked: list[Assignment] = []
+        self._unsent: list[Assignment] = []
+        self._open: list[Assignment] = []
+        self._taken: list[Assignment] = []
 
     def begin(self, step: int) -> None:
-        """Draws the cohort."""
-        context, deadline = self._context, self._settings.deadline
+        """Draws the cohort of a round."""
+        context = self._context
         names = self._drawn.draw(context.clients, seed=context.draw_seed, round=step)
         self._asked = [Assignment(n, step, context.due(n, step, self._now)) for n in names]
-        self._unsent, self._taken = list(self._asked), list[Assignment]()
-        self._wanted = min(len(names), context.cohort.size) if self._settings.drops else len(names)
+        self._unsent = list(self._asked)
+        self._taken = []
+        self._wanted = len(names)
+        if self._settings.drops:
+            self._wanted = min(len(names), context.cohort.size)
         self._started = time.monotonic()
-        self._open = self._asked
-        if context.delays is not None:
-            ends = math.inf if deadline is None else self._now + deadline
-            in_time = [one for one in self._asked if one.due <= ends]
-            first = set(sorted(in_time, key=lambda one: one.due)[: self._wanted])
-            self._open = [one for one in self._asked if one in first]
-        self._open = list(self._open)
+        self._open = self._expected()
+
+    def _expected(self) -> list[Assignment]:
+        """Returns the tasks whose answers will be taken, in the order of the cohort.
+
+        With a virtual clock they are known beforehand: the first ones that are in time.
+        """
+        if self._context.delays is None:
+            return list(self._asked)
+        deadline = self._settings.deadline
+        end = math.inf if deadline is None else self._now + deadline
+        in_time = [one for one in self._asked if one.due <= end]
+        first = set(sorted(in_time, key=lambda one: one.due)[: self._wanted])
+        return [one for one in self._asked if one in first]
 
     def ask(self) -> list[Assignment]:
-        """Returns the cohort, the first time."""
-        unsent, self._unsent = self._unsent, []
+        """Returns the whole cohort on the first call of a round, then nothing."""
+        unsent = self._unsent
+        self._unsent = []
         return unsent
 
     def wait(self) -> list[Assignment]:
-        """Returns one client after the other, in the order of the cohort: the server holds one answer at a time.
+        """Returns one task after the other, in the order of the cohort.
 
-        Without a virtual clock nobody knows who will be first: then over-selection waits for all at
-        once.
+        The sum then has the same order in every run, and the server holds one answer at a time.
+        Over-selection without a virtual clock must take whichever answer comes first instead.
         """
         if len(self._taken) >= self._wanted:
             return []
-        alone = self._context.delays is not None or not self._settings.drops
-        return self._open[:1] if alone else list(self._open)
+        in_order = self._context.delays is not None or not self._settings.drops
+        return self._open[:1] if in_order else list(self._open)
 
     def take(self, assignment: Assignment) -> None:
         """See `Scheduler`."""
@@ -136,12 +158,15 @@ class _Rounds:
         taken = set(self._taken)
         left = [one for one in self._asked if one not in taken]
         late: dict[ClientId, str] = {}
-        last = max((one.due for one in self._taken), default=self._now)
-        if len(taken) < self._wanted:  # the server waited to the end, and the rest had not come
+        now = max((one.due for one in self._taken), default=self._now)
+        # Too few answers: the server has waited until the deadline, and all others are late. With
+        # enough answers those who are left were not needed.
+        if len(taken) < self._wanted:
             assert self._settings.deadline is not None
             late = {one.client: self._late(one) for one in left}
-            last, left = self._now + self._settings.deadline, []
-        self._now = last
+            now = self._now + self._settings.deadline
+            left = []
+        self._now = now
         unneeded = set(left)
         spare = tuple(one.client for one in left)
         answered = tuple(one.client for one in self._asked if one not in unneeded)
@@ -155,8 +180,9 @@ class _Rounds:
         return timing, late
 
     def _late(self, one: Assignment) -> str:
+        seconds = one.due - self._now
         return (
-            f"late: its answer would have come after {one.due - self._now:.4g} s, and the deadline is "
+            f"late: its answer would have come after {seconds:.4g} s, and the deadline is "
             f"{self._settings.deadline:g} s"
         )
 
@@ -166,25 +192,25 @@ class _Rounds:
 
     @property
     def patience(self) -> float | None:
-        """What is left of the deadline."""
+        """The seconds until the deadline, on the real clock."""
         if self._context.delays is not None or self._settings.deadline is None:
             return None
         return max(0.0, self._started + self._settings.deadline - time.monotonic())
 
     @property
     def at_work(self) -> Sequence[Assignment]:
-        """Nobody works between two rounds."""
+        """Nothing: no task is open between two rounds."""
         return []
 
     def state(self) -> dict[str, Tensor]:
-        """Returns the time."""
+        """Returns the time of the virtual clock, if there is one."""
         clock = self._clock
         return {} if clock is None else {"now": torch.tensor(clock, dtype=torch.float64)}
 
 
 @dataclass(frozen=True)
-class _InRounds:
-    """Participation in synchronous rounds: a client may be drawn in every round, or in every `period`-th one."""
+class _RoundParticipation:
+    """Participation in synchronous rounds, where a client may be drawn in every `period`-th one."""
 
     drawn: Cohort
     context: ScheduleContext
