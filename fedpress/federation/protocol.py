@@ -84,7 +84,7 @@ def check_header(kind: str, header: Mapping[str, Any]) -> None:
     Traceback (most recent call last):
         ...
     fedpress.errors.WireError: fit.round: got True, expected a whole number from 1 to 1099511627776; use the same \
-    ress on both sides
+fedpress on both sides
     """
     check_fields(kind, FIELDS.get(kind, {}), header)
     secure = header.get("secure")
