@@ -4,6 +4,7 @@ import ast
 import importlib.util
 import re
 import subprocess
+from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -260,6 +261,7 @@ BRANCHY = {
 """Functions that branch more, and why; it may only become shorter."""
 
 
+@cache
 def functions() -> list[tuple[str, ast.FunctionDef | ast.AsyncFunctionDef]]:
     """Returns every function of the package with its module and name, such as `wire.ans:encode`."""
     kinds = (ast.FunctionDef, ast.AsyncFunctionDef)

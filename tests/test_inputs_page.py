@@ -5,10 +5,11 @@ import re
 import types
 from pathlib import Path
 
+import pytest
 import torch
 
 from fedpress import deploy
-from tests.stages.recipes import finish
+from tests.harness import finish
 
 PAGE = Path(__file__).parents[1] / "docs" / "inputs.md"
 
@@ -17,6 +18,7 @@ def blocks(kind: str) -> list[str]:
     return re.findall(rf"```{kind}\n(.*?)```", PAGE.read_text(), re.DOTALL)
 
 
+@pytest.mark.recipe
 def test_the_example_of_the_page_is_trained_cut_protected_and_written(tmp_path, monkeypatch):
     (tmp_path / "notes.py").write_text(blocks("python")[0])
     monkeypatch.syspath_prepend(tmp_path)

@@ -9,26 +9,17 @@ import pytest
 from fedpress.errors import TrainingError
 from fedpress.federation import Client
 from fedpress.pipeline import recipe as recipes
-from fedpress.pipeline import run as runs
 from fedpress.pipeline.check import check_recipe
-from fedpress.pipeline.keys import settings_of
 from fedpress.pipeline.start import load_data
 from fedpress.workspace.folder import RunFolder
+from tests.harness import begun, finish, told
 from tests.mixes import MIXES
-
-
-def begun(text, path, overrides, *, reuse=None, resume=False):
-    recipe = recipes.load(text, overrides)
-    settings = settings_of(recipe)
-    folder = RunFolder.resume(path, settings) if resume else RunFolder.create(path, text, settings)
-    return runs.execute(recipe, folder, load_data(recipe), reuse=reuse)
 
 
 @pytest.fixture(scope="module")
 def base(tiny, tmp_path_factory):
     path = tmp_path_factory.mktemp("base") / "run"
-    for _ in begun(tiny, path, ["stage.2.num_rounds=0"]):
-        pass
+    finish(tiny, path, "stage.2.num_rounds=0")
     return RunFolder.open(path)
 
 
@@ -36,8 +27,7 @@ def base(tiny, tmp_path_factory):
 def mix(request, base, tiny, tmp_path_factory):
     """A whole run of one mix: its name, overrides and folder."""
     path = tmp_path_factory.mktemp("mix") / "run"
-    for _ in begun(tiny, path, MIXES[request.param], reuse=base):
-        pass
+    finish(tiny, path, *MIXES[request.param], reuse=base)
     return request.param, MIXES[request.param], path
 
 
@@ -62,7 +52,7 @@ def test_check_tells_bits_bytes_and_epsilon(mix, tiny):
 
 def test_every_update_counted(mix):
     _, _, path = mix
-    records = [json.loads(line) for line in (path / "records.jsonl").read_text().splitlines()]
+    records = told(path)
     rounds = [r for r in records if r["kind"] == "federate"]
     assert [r["round"] for r in rounds] == [1, 2, 3]
     assert all(not r["refused"] for r in rounds)
@@ -70,7 +60,7 @@ def test_every_update_counted(mix):
 
 def test_a_run_that_is_killed_in_a_round_goes_on_to_the_same_bits(mix, base, tiny, tmp_path, left):
     _, overrides, path = mix
-    running = begun(tiny, tmp_path / "run", overrides, reuse=base)
+    running = begun(tiny, tmp_path / "run", *overrides, reuse=base)
     seen = 0
     for event in running:
         seen += type(event).__name__ == "Tick" and "round 3" in event.note
@@ -78,8 +68,7 @@ def test_a_run_that_is_killed_in_a_round_goes_on_to_the_same_bits(mix, base, tin
             break
     running.close()
     assert seen
-    for _ in begun(tiny, tmp_path / "run", overrides, resume=True):
-        pass
+    finish(tiny, tmp_path / "run", *overrides, resume=True)
     whole, again = left(path), left(tmp_path / "run")
     assert {n: v for n, v in again.items() if "memory" not in n} == {
         n: v for n, v in whole.items() if "memory" not in n
@@ -89,7 +78,7 @@ def test_a_run_that_is_killed_in_a_round_goes_on_to_the_same_bits(mix, base, tin
 def test_a_round_that_is_asked_twice_has_one_answer(tiny, base, tmp_path, left):
     """The server dies after the clients answered: they remember the round, and give the same bytes again."""
     overrides = [*MIXES["top-k and ANS both ways"], "stage.2.num_rounds=2"]
-    running = begun(tiny, tmp_path / "one", overrides, reuse=base)
+    running = begun(tiny, tmp_path / "one", *overrides, reuse=base)
     stage = tmp_path / "one" / "stages" / "2-federate"
     kept = None
     for event in running:
@@ -100,9 +89,9 @@ def test_a_round_that_is_asked_twice_has_one_answer(tiny, base, tmp_path, left):
             break
     running.close()
     saved.write_bytes(kept)  # round 2 was answered, but the server does not know
-    for _ in begun(tiny, tmp_path / "one", overrides, resume=True):
+    for _ in begun(tiny, tmp_path / "one", *overrides, resume=True):
         pass
-    for _ in begun(tiny, tmp_path / "two", overrides, reuse=base):
+    for _ in begun(tiny, tmp_path / "two", *overrides, reuse=base):
         pass
     one, two = left(tmp_path / "one"), left(tmp_path / "two")
     assert one["result.json"] == two["result.json"]
@@ -125,7 +114,7 @@ def test_secure_noise_differs_between_runs_and_not_between_a_run_and_its_resumpt
     saved = {}
     for name in ("one", "two"):
         stage = tmp_path / name / "stages" / "2-federate"
-        for event in begun(tiny, tmp_path / name, overrides, reuse=base):
+        for event in begun(tiny, tmp_path / name, *overrides, reuse=base):
             if type(event).__name__ == "Tick" and "round 3" in event.note:
                 saved[name] = (stage / "progress.safetensors").read_bytes()
             elif (stage / "memory").exists():
@@ -141,15 +130,15 @@ def test_secure_noise_differs_between_runs_and_not_between_a_run_and_its_resumpt
     (stage / "progress.safetensors").write_bytes(saved["one"])
     assert not (stage / "memory").exists()  # secrets and private numbers go when the stage is done
     shutil.copytree(tmp_path / "memory-one", stage / "memory")
-    for _ in begun(tiny, tmp_path / "one", overrides, resume=True):
+    for _ in begun(tiny, tmp_path / "one", *overrides, resume=True):
         pass
     assert (stage / "model.safetensors").read_bytes() == weights[0]
 
 
 def finished(tiny, path, base, *overrides):
-    for _ in begun(tiny, path, list(overrides), reuse=base):
+    for _ in begun(tiny, path, *overrides, reuse=base):
         pass
-    records = [json.loads(line) for line in (path / "records.jsonl").read_text().splitlines()]
+    records = told(path)
     result = json.loads((path / "result.json").read_text())["stages"][2]
     return (
         result,
@@ -262,7 +251,7 @@ def test_digits_stay_accurate_under_codes_both_ways_and_under_a_jointly_noised_s
         "stage.federate.num_rounds=20",
         "stage.federate.lr=0.5",
     ]
-    for _ in begun(text, tmp_path / "run", joint if secure else coded):
+    for _ in begun(text, tmp_path / "run", *(joint if secure else coded)):
         pass
     result = json.loads((tmp_path / "run" / "result.json").read_text())["stages"][-1]
     assert result["accuracy"] >= result["accuracy_before"] - 0.015

@@ -79,6 +79,9 @@ class Commands:
         return done
 
 
+by_command = pytest.mark.recipe  # sixteen commands in one process: 15 s
+
+
 @pytest.fixture(scope="module")
 def commands(tmp_path_factory: pytest.TempPathFactory) -> Commands:
     place = tmp_path_factory.mktemp("old") / "files"
@@ -187,6 +190,7 @@ def files(run: Path) -> dict[Path, bytes]:
     return {p.relative_to(run): p.read_bytes() for p in every if p.suffix not in (".lock", "")}
 
 
+@by_command
 def test_a_stage_of_a_finished_run_is_not_done_again_with_other_random_streams(commands):
     done = commands.done[f"resume {BUT_ONE}"]
     assert done.code == 2
@@ -194,6 +198,7 @@ def test_a_stage_of_a_finished_run_is_not_done_again_with_other_random_streams(c
     assert result(commands.place / BUT_ONE) == result(OLD / "finished")
 
 
+@by_command
 def test_stages_that_do_not_belong_to_the_streams_that_are_told_are_not_done_again(commands):
     done = commands.done["resume edited"]
     assert done.code == 2
@@ -201,6 +206,7 @@ def test_stages_that_do_not_belong_to_the_streams_that_are_told_are_not_done_aga
     assert result(commands.place / EDITED) == result(OLD / "finished")
 
 
+@by_command
 @pytest.mark.parametrize("name", KILLED)
 def test_a_killed_run_of_other_random_streams_is_refused_and_kept(name, commands):
     # Its examples would be dealt to other clients, and what it learned from would be tested on.
@@ -211,6 +217,7 @@ def test_a_killed_run_of_other_random_streams_is_refused_and_kept(name, commands
     assert files(commands.place / name) == files(OLD / name)
 
 
+@by_command
 def test_a_killed_run_of_other_random_streams_gives_nothing_to_a_new_run(commands):
     done = commands.of("anew")
     assert "already done" not in done.out + done.err
@@ -220,6 +227,7 @@ def test_a_killed_run_of_other_random_streams_gives_nothing_to_a_new_run(command
     assert found["final"]["accuracy"] == pytest.approx(told["accuracy"], abs=0.2)
 
 
+@by_command
 def test_the_examples_of_an_old_run_are_not_put_aside_anew(commands):
     done = commands.done["prune a model of a run"]
     assert done.code == 2
@@ -227,6 +235,7 @@ def test_the_examples_of_an_old_run_are_not_put_aside_anew(commands):
     assert "give data=SOURCE" in done.err or "--data" in done.err
 
 
+@by_command
 def test_a_finished_run_of_an_old_version_is_finished_still(commands):
     commands.of("resume finished")
     for path in sorted((OLD / "finished" / "stages").rglob("*.*")):
@@ -235,6 +244,7 @@ def test_a_finished_run_of_an_old_version_is_finished_still(commands):
     assert result(commands.place / "finished") == result(OLD / "finished")
 
 
+@by_command
 def test_reports_of_old_runs_are_drawn(commands):
     for name in ("report of a finished run", "report of a killed run", "report of a command"):
         commands.of(name)
@@ -245,11 +255,13 @@ def test_reports_of_old_runs_are_drawn(commands):
     assert "federate" in (commands.place / "secure-begun" / "report.html").read_text("utf-8")
 
 
+@by_command
 def test_an_old_ledger_spends_what_it_spent(commands):
     spent = json.loads(commands.of("privacy").out)["epsilon"]
     assert spent == pytest.approx(NUMBERS["runs"]["finished"]["epsilon"], rel=1e-6)
 
 
+@by_command
 def test_old_recipes_are_read_and_promise_what_they_did(commands):
     federate = json.loads(commands.of("check secure").out)["stages"][-1]
     assert federate["epsilon"] == pytest.approx(NUMBERS["runs"]["secure"]["epsilon"], rel=1e-6)
@@ -258,6 +270,7 @@ def test_old_recipes_are_read_and_promise_what_they_did(commands):
     assert 0.5 < rate["bits_per_value_up"] < 2
 
 
+@by_command
 def test_the_folder_of_an_old_command_without_data_is_a_model_without_data(commands):
     told = json.loads(commands.of("pack").out)
     assert told["file"]

@@ -30,6 +30,7 @@ def test_links_and_named_files_lead_somewhere(path):
     assert not missing
 
 
+@pytest.mark.recipe
 def test_the_python_of_the_readme_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (code,) = [body for kind, body in BLOCKS if kind == "python"]

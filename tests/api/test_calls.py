@@ -303,6 +303,7 @@ def test_a_list_of_layers_from_a_file_is_checked(layers, message):
         layer_list.build(layers)
 
 
+@pytest.mark.recipe
 def test_a_folder_written_from_memory_opens_in_another_process_to_the_same_outputs(tmp_path):
     made = fedpress.prune(
         net(), keep_params=0.5, round_to=1, score="l1", input_shape=(1, 8, 8), out=tmp_path / "r"
@@ -316,6 +317,7 @@ def test_a_folder_written_from_memory_opens_in_another_process_to_the_same_outpu
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+@pytest.mark.recipe
 def test_a_class_of_ones_own_opens_with_consent_or_is_refused_before_any_work(own, tmp_path):
     fedpress.prune(
         own.Two(), keep_params=0.5, round_to=1, score="l1", input_shape=(8,), out=tmp_path / "two"

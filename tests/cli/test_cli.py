@@ -617,6 +617,7 @@ def test_a_recipe_in_latin_1_is_told(shell, plain):
     )
 
 
+@pytest.mark.recipe
 def test_the_module_is_the_command_line(tmp_path):
     asked = [sys.executable, "-m", "fedpress", "privacy", "epsilon", "--steps", "10"]
     asked += ["--sampling-prob", "1.0", "--noise-multiplier", "5", "--delta", "1e-3"]

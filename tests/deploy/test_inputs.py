@@ -208,6 +208,7 @@ def test_the_batch_of_a_spread_class_token_is_free(tmp_path, how):
         parity(model, made.path, x[:rows])
 
 
+@pytest.mark.recipe
 def test_the_batch_of_a_class_token_is_free_on_integers(tmp_path):
     torch.manual_seed(0)
     model, x = ClassToken().eval(), torch.randn(32, 3, 8, 8)
@@ -220,6 +221,7 @@ def test_the_batch_of_a_class_token_is_free_on_integers(tmp_path):
         parity(made.program, made.path, x[:rows], tolerance=made.tolerance)
 
 
+@pytest.mark.recipe
 def test_models_of_token_ids_and_of_pairs_are_measured(tmp_path):
     model = Masked().eval()
     example = {"ids": ids(2), "mask": masks(2)}

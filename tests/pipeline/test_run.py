@@ -15,7 +15,6 @@ import torch
 from fedpress.errors import FedpressError, ModelError, RecipeError, RunError, TrainingError
 from fedpress.models import load_model
 from fedpress.pipeline import recipe as recipes
-from fedpress.pipeline import run as runs
 from fedpress.pipeline.check import check_recipe
 from fedpress.pipeline.environment import note_environment
 from fedpress.pipeline.keys import settings_of
@@ -25,6 +24,7 @@ from fedpress.workspace.folder import RunFolder
 from fedpress.workspace.records import Records
 from fedpress.workspace.stage_folder import StageFolder
 from fedpress.workspace.state import StageFinished, StageStarted, Tick
+from tests.harness import Killed, begun, finish, told
 
 LINE_KEYS = {
     "kind",
@@ -48,28 +48,6 @@ FEDERATE_KEYS = {
     "delta",
 }
 FEDERATE_KEYS |= {"noise_multiplier", "clip_norm", "client_accuracy"}
-
-
-class Killed(BaseException):
-    """Stands for the end of the process: nothing may catch it."""
-
-
-def begun(text: str, path: Path, *overrides: str, resume: bool = False, reuse: Path | None = None):
-    recipe = recipes.load(text, overrides)
-    settings = settings_of(recipe)
-    folder = RunFolder.resume(path, settings) if resume else RunFolder.create(path, text, settings)
-    other = RunFolder.open(reuse) if reuse is not None else None
-    return runs.execute(recipe, folder, load_data(recipe), reuse=other)
-
-
-def finish(text: str, path: Path, *overrides: str, **how) -> dict:
-    for _ in begun(text, path, *overrides, **how):
-        pass
-    return json.loads((path / "result.json").read_text())
-
-
-def records(path: Path) -> list[dict]:
-    return [json.loads(line) for line in (path / "records.jsonl").read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")
@@ -139,8 +117,8 @@ def test_pruning_halves_the_parameters_and_the_numbers_agree(whole):
 
 
 def test_records_tell_of_every_epoch_cut_and_round(whole):
-    told = records(whole)
-    assert [(r["stage"], r["kind"], r.get("epoch"), r.get("round")) for r in told] == [
+    records = told(whole)
+    assert [(r["stage"], r["kind"], r.get("epoch"), r.get("round")) for r in records] == [
         (0, "train", 1, None),
         (0, "train", 2, None),
         (1, "prune", None, None),
@@ -148,8 +126,8 @@ def test_records_tell_of_every_epoch_cut_and_round(whole):
         (2, "federate", None, 2),
         (2, "federate", None, 3),
     ]
-    assert [client["client"] for client in told[3]["clients"]] == ["c0", "c1", "c2"]
-    assert 0 < told[3]["epsilon"] < told[4]["epsilon"] < told[5]["epsilon"] <= 8
+    assert [client["client"] for client in records[3]["clients"]] == ["c0", "c1", "c2"]
+    assert 0 < records[3]["epsilon"] < records[4]["epsilon"] < records[5]["epsilon"] <= 8
 
 
 def test_the_ledger_charges_every_step_of_every_client(whole):
@@ -248,7 +226,7 @@ def test_seconds_of_a_stopped_stage_are_counted_once(tiny, tmp_path):
     assert result["seconds"] == pytest.approx(
         sum(line["seconds"] for line in result["stages"]), abs=0.01
     )
-    assert [r["seconds"] > 1000 for r in records(path) if r["stage"] == 0] == [False, True]
+    assert [r["seconds"] > 1000 for r in told(path) if r["stage"] == 0] == [False, True]
 
 
 def test_a_corrupt_checkpoint_is_named_and_can_be_deleted(tiny, tmp_path, whole, left):
@@ -293,8 +271,8 @@ def test_equal_stages_are_taken_over_from_another_run(tiny, tmp_path, whole, lef
         "stages/1-prune/plan.json",
     ):
         assert mine[name] == theirs[name]
-    assert records(tmp_path / "more")[:3] == records(whole)[:3]
-    assert len(records(tmp_path / "more")) == 4
+    assert told(tmp_path / "more")[:3] == told(whole)[:3]
+    assert len(told(tmp_path / "more")) == 4
 
 
 def test_a_run_taken_over_whole_is_the_same_run(tiny_export, tmp_path, exported, left):

@@ -12,12 +12,8 @@ from fedpress import storage
 from fedpress.core import consent
 from fedpress.errors import ModelError
 from fedpress.models import ModelSpec, save_model
-from fedpress.pipeline import recipe as recipes
-from fedpress.pipeline import run as runs
-from fedpress.pipeline.keys import settings_of
-from fedpress.pipeline.start import load_data
 from fedpress.workspace import started
-from fedpress.workspace.folder import RunFolder
+from tests.harness import finish
 
 NETS = """
 from pathlib import Path
@@ -60,10 +56,7 @@ def made(tmp_path_factory):
     allowed = consent.withdraw()
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(home)
-        recipe = recipes.load(OWN)
-        folder = RunFolder.create(home / "run", OWN, settings_of(recipe))
-        for _ in runs.execute(recipe, folder, load_data(recipe)):
-            pass
+        finish(OWN, home / "run")
         storage.pack(*storage.load(home / "run"), home / "m.packed.safetensors")
     consent.withdraw()
     consent.allow(*allowed)
@@ -222,6 +215,7 @@ def test_a_model_given_by_name_is_consent_for_its_own_results(here, shell):
     assert shell("pack", "p", "--out", "q", "--allow-code", NET).code == 0
 
 
+@pytest.mark.usefixtures("memory_unmeasured")
 def test_a_call_says_and_takes_its_argument(here, monkeypatch):
     monkeypatch.chdir(here)
     monkeypatch.syspath_prepend(here)

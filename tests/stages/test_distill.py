@@ -17,6 +17,7 @@ from fedpress.stages.teaching import restandardised
 from fedpress.stages.train import TrainStage
 from fedpress.workspace.folder import RunFolder
 from fedpress.workspace.state import StageStarted, Tick
+from tests.harness import Killed, begun, finish
 
 RECIPE = """
 [data]
@@ -51,23 +52,9 @@ attention = ["stages.1"]
 PLAIN = (*(f"stage.tune.distill.{key}=[]" for key in ("features", "attention")),)
 
 
-class Killed(BaseException):
-    """Stands for the end of the process."""
-
-
-def begun(path, *overrides, resume=False, reuse=None):
-    recipe = recipes.load(RECIPE, overrides)
-    settings = settings_of(recipe)
-    folder = (
-        RunFolder.resume(path, settings) if resume else RunFolder.create(path, RECIPE, settings)
-    )
-    other = RunFolder.open(reuse) if reuse else None
-    return runs.execute(recipe, folder, load_data(recipe), reuse=other)
-
-
-def finish(path, *overrides, **how):
-    for _ in begun(path, *overrides, **how):
-        pass
+def tuned(path, *overrides, **how):
+    """Runs the recipe and returns the weights after its last stage."""
+    finish(RECIPE, path, *overrides, **how)
     return load_model(path / "stages" / "2-tune")[1].state_dict()
 
 
@@ -79,7 +66,7 @@ def assert_same(one, two):
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     path = tmp_path_factory.mktemp("distill") / "whole"
-    finish(path)
+    finish(RECIPE, path)
     return path
 
 
@@ -114,11 +101,11 @@ def test_a_run_checks_and_distils_from_its_dense_parent(whole):
 
 
 def test_the_teacher_is_the_model_before_the_cut(whole, tmp_path):
-    told = finish(
+    told = tuned(
         tmp_path / "told", f"stage.tune.teacher={whole / 'stages' / '0-train'}", reuse=whole
     )
     assert_same(told, load_model(whole / "stages" / "2-tune")[1].state_dict())
-    other = finish(
+    other = tuned(
         tmp_path / "other",
         f"stage.tune.teacher={whole / 'stages' / '1-prune'}",
         *PLAIN,
@@ -130,13 +117,13 @@ def test_the_teacher_is_the_model_before_the_cut(whole, tmp_path):
 @pytest.mark.parametrize("ticks", [1, 6])
 def test_killed_and_resumed_gives_the_same_bits(whole, tmp_path, ticks):
     path = tmp_path / "run"
-    events = begun(path)
+    events = begun(RECIPE, path)
     next(event for event in events if isinstance(event, StageStarted) and event.name == "tune")
     for _ in range(ticks):
         assert isinstance(next(events), Tick)
     with pytest.raises(Killed):
         events.throw(Killed())
-    assert_same(finish(path, resume=True), load_model(whole / "stages" / "2-tune")[1].state_dict())
+    assert_same(tuned(path, resume=True), load_model(whole / "stages" / "2-tune")[1].state_dict())
 
 
 def test_a_checkpoint_that_is_cut_at_once_is_the_dense_parent(whole, tmp_path):

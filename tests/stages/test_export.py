@@ -12,9 +12,6 @@ from fedpress.errors import DataError, ExportError, ModelError, RecipeError
 from fedpress.nn.quant_scheme import QuantizationScheme, WeightQuantization
 from fedpress.nn.quantized import quantize_layers_
 from fedpress.pipeline import recipe as recipes
-from fedpress.pipeline import run as runs
-from fedpress.pipeline.check import check_recipe
-from fedpress.pipeline.keys import settings_of
 from fedpress.pipeline.measure import measure
 from fedpress.pipeline.result import take_metrics_of_files_
 from fedpress.pipeline.start import first_state, load_data
@@ -25,7 +22,7 @@ from fedpress.stages.quantize import QuantizeStage
 from fedpress.stages.train import TrainStage
 from fedpress.storage import sizes
 from fedpress.tasks import Classification
-from fedpress.workspace.folder import RunFolder
+from tests.harness import checked, finish, stages
 
 RECIPE = """
 name = "small"
@@ -52,12 +49,7 @@ def test_an_integer_export_is_compared_and_measured(tmp_path):
         + EXPORT
         + 'observer = "percentile"\n[[stage]]\nkind = "measure"\nbatches = [1]\nthreads = [1]\nseconds = 0.01\n'
     )
-    recipe = recipes.load(text, ())
-    data = load_data(recipe)
-    folder = RunFolder.create(tmp_path / "run", text, settings_of(recipe))
-    for _ in runs.execute(recipe, folder, data):
-        pass
-    train, export, measure = json.loads((tmp_path / "run" / "result.json").read_text())["stages"]
+    train, export, measure = stages(text, tmp_path / "run")
     assert export["left_float"] == {}
     assert export["int8"] is True
     assert (tmp_path / "run" / export["artifact"]).stat().st_size == export["file_bytes"]
@@ -77,13 +69,10 @@ def test_an_integer_export_is_compared_and_measured(tmp_path):
     )
 
 
+@pytest.mark.recipe
 def test_clients_begin_with_the_model_and_not_with_its_file(tmp_path):
     text = RECIPE + EXPORT + '[[stage]]\nkind = "federate"\nnum_rounds = 1\nepochs = 1\nlr = 0.01\n'
-    recipe = recipes.load(text, ("stage.1.weight_bits=7",))
-    folder = RunFolder.create(tmp_path / "run", text, settings_of(recipe))
-    for _ in runs.execute(recipe, folder, load_data(recipe)):
-        pass
-    train, _, federate = json.loads((tmp_path / "run" / "result.json").read_text())["stages"]
+    train, _, federate = stages(text, tmp_path / "run", "stage.1.weight_bits=7")
     assert federate["accuracy_before"] == train["accuracy"]
 
 
@@ -100,11 +89,6 @@ def test_what_cannot_be_packed_is_measured_as_torch_holds_it(monkeypatch):
     packed = measure(state, latency=False)["file_bytes"]
     monkeypatch.setattr(sizes, "to_bytes", refuse)
     assert measure(state, latency=False)["file_bytes"] == state_bytes(state.model) != packed
-
-
-def checked(text: str) -> list[dict]:
-    recipe = recipes.load(text, ())
-    return check_recipe(recipe, load_data(recipe))
 
 
 def test_check_refuses_what_cannot_be_exported_and_ranges_from_nothing():
@@ -143,11 +127,7 @@ def test_a_quantized_network_is_worth_what_its_file_is(tmp_path):
         + '[[stage]]\nkind = "quantize"\nweights = "binary"\nkeep = []\ninputs = "static"\ncalibration = 64\n'
         + EXPORT
     )
-    recipe = recipes.load(text, ())
-    folder = RunFolder.create(tmp_path / "run", text, settings_of(recipe))
-    for _ in runs.execute(recipe, folder, load_data(recipe)):
-        pass
-    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    result = finish(text, tmp_path / "run")
     _, quantize, export = result["stages"]
     assert quantize["accuracy"] == export["accuracy"] == result["final"]["accuracy"]
     assert "accuracy_simulated" in quantize

@@ -12,10 +12,8 @@ from fedpress import deploy, storage
 from fedpress.data import Preparation, prepare
 from fedpress.errors import RunError
 from fedpress.pipeline import recipe as recipes
-from fedpress.pipeline import run as runs
-from fedpress.pipeline.keys import settings_of
 from fedpress.pipeline.start import load_data
-from fedpress.workspace.folder import RunFolder
+from tests.harness import finish
 
 RECIPE = """
 name = "tabular"
@@ -43,17 +41,6 @@ kind = "pack"
 """
 
 
-def execute(place, text, reuse=None, *, resume=False):
-    recipe = recipes.load(text)
-    settings = settings_of(recipe)
-    folder = (
-        RunFolder.resume(place, settings) if resume else RunFolder.create(place, text, settings)
-    )
-    for _ in runs.execute(recipe, folder, load_data(recipe), reuse=reuse):
-        pass
-    return place
-
-
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     place = tmp_path_factory.mktemp("tabular")
@@ -68,7 +55,8 @@ def made(tmp_path_factory):
             )
             lines.writerow([age, job, f"s{i % 4}", chance.choice(["ill", "well"])])
     text = RECIPE.format(path=(place / "t.csv").as_posix())
-    return place, text, execute(place / "run", text)
+    finish(text, place / "run")
+    return place, text, place / "run"
 
 
 def test_raw_rows_give_the_outputs_of_the_run_in_its_files(made):
@@ -90,11 +78,12 @@ def test_raw_rows_give_the_outputs_of_the_run_in_its_files(made):
 
 def test_another_run_takes_it_over_and_damage_is_noticed(made, tmp_path):
     _, text, run = made
-    other = execute(tmp_path / "other", text, RunFolder.open(run))
+    other = tmp_path / "other"
+    finish(text, other, reuse=run)
     path = other / "artifacts" / "inputs.json"
     assert path.read_bytes() == (run / "artifacts" / "inputs.json").read_bytes()
     path.write_text(json.dumps(json.loads(path.read_text()) | {"mean": [0.0] * 5}))
     with pytest.raises(
         RunError, match=r"inputs\.json.*delete the result\.json of the stage that wrote it"
     ):
-        execute(other, text, resume=True)
+        finish(text, other, resume=True)

@@ -19,7 +19,7 @@ from fedpress.reports.html import write_report
 from fedpress.stages.federate.binding import bind
 from fedpress.storage import load
 from tests import named
-from tests.stages.recipes import Killed, begun, finish, told
+from tests.harness import Killed, begun, finish, told
 
 SAMPLE = 'privacy = { unit = "sample", epsilon = 8.0, delta = 1e-3, clip_norm = 1.0 }'
 CLIENT = 'privacy = { unit = "client", trust = "central", noise_multiplier = 0.3, delta = 1e-3 }'
@@ -127,6 +127,7 @@ def test_the_file_takes_inputs_by_name_and_says_what_the_model_says(tmp_path):
         session(tokens=rows["tokens"].numpy(), sensors=rows["sensors"].numpy())
 
 
+@pytest.mark.recipe
 def test_integers_take_their_ranges_from_all_inputs(tmp_path):
     text = named.recipe(named.TRAIN, EXPORT + "int8 = true\n")
     train, export = finish(text, tmp_path)["stages"]
@@ -217,6 +218,7 @@ def test_the_report_and_the_check_tell_shapes_by_name(tmp_path):
     assert described["stages"][0]["latency_ms"] > 0
 
 
+@pytest.mark.recipe
 def test_the_page_of_the_run_is_written(tmp_path):
     finish(named.recipe(named.TRAIN, named.federate(SAMPLE), EXPORT), tmp_path)
     page = write_report(tmp_path).read_text()

@@ -7,12 +7,10 @@ from fedpress import storage
 from fedpress.errors import ModelError
 from fedpress.models import load_model
 from fedpress.pipeline import recipe as recipes
-from fedpress.pipeline import run as runs
 from fedpress.pipeline.check import check_recipe
-from fedpress.pipeline.keys import settings_of
 from fedpress.pipeline.start import first_state, load_data
 from fedpress.stages.pack import PackStage
-from fedpress.workspace.folder import RunFolder
+from tests.harness import finish
 
 RECIPE = """
 [data]
@@ -33,17 +31,11 @@ name = "again"
 """
 
 
-def execute(path, reuse=None):
-    recipe = recipes.load(RECIPE)
-    folder = RunFolder.create(path, RECIPE, settings_of(recipe))
-    for _ in runs.execute(recipe, folder, load_data(recipe), reuse=reuse):
-        pass
-    return path
-
-
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    return execute(tmp_path_factory.mktemp("pack") / "run")
+    path = tmp_path_factory.mktemp("pack") / "run"
+    finish(RECIPE, path)
+    return path
 
 
 def test_the_stage_leaves_a_packed_file_with_the_same_bits(run):
@@ -72,7 +64,7 @@ def test_each_pack_stage_has_a_file_of_its_own(run):
 
 
 def test_another_run_takes_the_file_over(run, tmp_path):
-    execute(tmp_path / "other", RunFolder.open(run))
+    finish(RECIPE, tmp_path / "other", reuse=run)
     name = "artifacts/model.packed.safetensors"
     assert (tmp_path / "other" / name).read_bytes() == (run / name).read_bytes()
 

@@ -1,7 +1,5 @@
 """The quantize stage: what it says before the run is what comes out, and everything lies on its grid to the bit."""
 
-import json
-
 import pytest
 import torch
 from pydantic import ValidationError
@@ -19,6 +17,7 @@ from fedpress.stages.quantize import QuantizeStage
 from fedpress.storage import pack, unpack
 from fedpress.workspace.folder import RunFolder
 from fedpress.workspace.state import StageFinished
+from tests.harness import told
 
 RECIPE = """
 name = "bits"
@@ -196,6 +195,7 @@ def test_training_moves_kept_weights_that_rounding_made_zero_and_no_pruned_ones(
     )
 
 
+@pytest.mark.recipe
 def test_clients_train_the_kept_weights_of_a_sparse_network_on_two_bits(trained, tmp_path):
     more = '[[stage]]\nkind = "federate"\nnum_rounds = 3\nlr = 0.5\nepochs = 2\nbatch_size = 16\nweight_decay = 1e-3\n'
     told, lines = finish(load(dense_first(SPARSE + more)), tmp_path / "run", trained)
@@ -225,7 +225,7 @@ def test_layers_that_stay_float_are_listed_with_the_reason(trained, tmp_path):
 def test_mixed_bits_meet_their_budget_and_give_more_to_what_is_sensitive(trained, tmp_path):
     changes = ["stage.1.mixed=[2, 4, 8]", "stage.1.max_bytes=14000"]
     _, results = finish(load(RECIPE, changes), tmp_path / "run", trained)
-    rows = next(r["quantized"] for r in records(tmp_path / "run") if "quantized" in r)
+    rows = next(r["quantized"] for r in told(tmp_path / "run") if "quantized" in r)
     _, model = load_model(RunFolder.open(tmp_path / "run").stage(1, "quantize", "quantize").path)
     size = sum(-(-row["weights"] * row["bits"] // 8) for row in rows)
     scales = sum(4 * len(layer.weight_scale) for _, layer in quantized_layers(model))
@@ -234,10 +234,6 @@ def test_mixed_bits_meet_their_budget_and_give_more_to_what_is_sensitive(trained
     assert results[-1]["accuracy"] >= results[0]["accuracy"] - 0.1
     with pytest.raises(RecipeError, match=r"recipe\.stage\[1\].max_bytes: .* the least is"):
         finish(load(RECIPE, ["stage.1.mixed=[4, 8]", "stage.1.max_bytes=900"]), tmp_path / "small")
-
-
-def records(folder):
-    return [json.loads(line) for line in (folder / "records.jsonl").read_text().splitlines()]
 
 
 def test_a_killed_stage_goes_on_to_the_same_bits(trained, tmp_path, left):

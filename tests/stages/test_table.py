@@ -71,6 +71,7 @@ def with_row(tmp_path):
     return run
 
 
+@pytest.mark.recipe
 def test_a_new_row_is_a_command_with_help_and_keys(with_row):
     assert "Multiplies every weight" in with_row(COMMAND, "--help")
     assert "what weights are multiplied by" in with_row(COMMAND, "shrink", "--keys")
@@ -88,6 +89,7 @@ def test_a_new_row_is_checked_and_run_by_a_recipe(with_row, tmp_path):
     assert (tmp_path / "run" / "report.html").exists()
 
 
+@pytest.mark.recipe
 def test_a_new_row_is_a_python_call(with_row):
     found = json.loads(with_row(CALL))
     assert found == {"facts": 0.25, "words": "Multiplies every weight, for instance factor=0.5."}

@@ -1,7 +1,6 @@
 """Poisson regression: metrics as scikit-learn's, targets that are counts, and a table of counts that trains."""
 
 import csv
-import json
 import re
 import sys
 import types
@@ -12,11 +11,9 @@ from sklearn import metrics as sk
 
 from fedpress.errors import DataError
 from fedpress.pipeline import recipe as recipes
-from fedpress.pipeline import run as runs
-from fedpress.pipeline.keys import settings_of
 from fedpress.pipeline.start import load_data
 from fedpress.tasks import Poisson, merged, of_model
-from fedpress.workspace.folder import RunFolder
+from tests.harness import stages
 from tests.tasks.test_recipes import PRIVATE
 
 RECIPE = """
@@ -135,11 +132,7 @@ def table(path, first_count=None) -> None:
 def test_a_table_of_counts_trains_and_federates(private, tmp_path):
     table(tmp_path / "visits.csv")
     text = RECIPE.format(path=tmp_path / "visits.csv") + private * PRIVATE
-    recipe = recipes.load(text, ())
-    folder = RunFolder.create(tmp_path / "run", text, settings_of(recipe))
-    for _ in runs.execute(recipe, folder, load_data(recipe)):
-        pass
-    train, federate = json.loads((tmp_path / "run" / "result.json").read_text())["stages"]
+    train, federate = stages(text, tmp_path / "run")
     assert train["task"] == federate["task"] == "poisson"
     assert train["deviance"] < train["deviance_of_mean"]
     if not private:

@@ -15,12 +15,10 @@ from fedpress.data import FederatedData
 from fedpress.data.functions import own_modules
 from fedpress.errors import RecipeError
 from fedpress.pipeline import recipe as recipes
-from fedpress.pipeline import run as runs
 from fedpress.pipeline.check import check_recipe
-from fedpress.pipeline.keys import settings_of
 from fedpress.pipeline.start import first_state, load_data
 from fedpress.tasks.classification import IGNORED
-from fedpress.workspace.folder import RunFolder
+from tests.harness import stages
 
 COMMAND = [sys.executable, "-c", "from fedpress.cli import main; main()"]
 PRIVATE = 'privacy = { unit = "sample", epsilon = 8.0, delta = 1e-3, clip_norm = 1.0 }\n'
@@ -181,14 +179,6 @@ def source(monkeypatch):
     assert own_modules  # data functions are found by import
 
 
-def finish(text: str, place: Path) -> list[dict]:
-    recipe = recipes.load(text, ())
-    folder = RunFolder.create(place / "run", text, settings_of(recipe))
-    for _ in runs.execute(recipe, folder, load_data(recipe)):
-        pass
-    return json.loads((place / "run" / "result.json").read_text())["stages"]
-
-
 CASES = {
     "regression": (1, "mae", "", ""),
     "several": (3, "mae", "", ""),
@@ -203,7 +193,7 @@ def test_every_task_trains_federates_and_keeps_sample_privacy(kind, private, sou
     outputs, metric, of_data, _ = CASES[kind]
     text = SMALL.format(kind=kind, outputs=outputs, lr=0.3 if private else 0.05)
     text = text.replace("validation = 20", f"validation = 20\n{of_data}") + private * PRIVATE
-    train, federate = finish(text, tmp_path)
+    train, federate = stages(text, tmp_path / "run")
     for line in (train, federate):
         assert line["task"] == ("regression" if kind == "several" else kind)
         assert "accuracy" not in line or kind == "binary"
@@ -252,7 +242,7 @@ def test_targets_may_be_sequences_with_padding(private, source, tmp_path):
     text = text.replace('"mlp"', '"made_up_task_data:Tagger"')
     text = re.sub("arguments = .*", "", text).replace("lr = 0.05", "lr = 0.5")
     text = re.sub("public_share.*\n|test_share.*\n|validation.*\n", "", text)
-    train, federate = finish(text + private * PRIVATE, tmp_path)
+    train, federate = stages(text + private * PRIVATE, tmp_path / "run")
     assert train["accuracy"] > 0.9
     assert federate["accuracy"] > 0.9
     assert sum(map(sum, train["confusion"])) == sum(
@@ -263,7 +253,7 @@ def test_targets_may_be_sequences_with_padding(private, source, tmp_path):
 def test_patience_and_a_target_go_by_the_task_s_metric_and_direction(source, tmp_path):
     text = SMALL.format(kind="regression", outputs=1, lr=0.05)
     text = text.replace("num_rounds = 3", "num_rounds = 30\ntarget_metric = 100.0")
-    _, federate = finish(text, tmp_path)
+    _, federate = stages(text, tmp_path / "run")
     assert federate["rounds"] == 1, "an error of less than 100 is reached at once"
 
 

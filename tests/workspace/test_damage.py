@@ -156,7 +156,13 @@ def test_whoever_reads_a_damaged_file_says_so(private, tmp_path):
         write_report(path)
 
 
-@pytest.mark.parametrize("listed", [True, False], ids=["with checksums", "of an older fedpress"])
+@pytest.mark.parametrize(
+    "listed",
+    [
+        pytest.param(True, id="with checksums"),
+        pytest.param(False, id="of an older fedpress", marks=pytest.mark.recipe),
+    ],
+)
 def test_lost_records_are_noticed_and_ones_too_many_are_not(
     plain, killed, whole, tmp_path, left, listed
 ):

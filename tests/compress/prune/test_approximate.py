@@ -256,6 +256,7 @@ def test_an_exact_cut_is_checked_with_all_its_statistics():
     assert check_parity(model, small, plan, x) <= 1e-5
 
 
+@pytest.mark.recipe
 def test_a_command_tells_how_far_an_approximate_cut_is_off():
     sys.path.insert(0, str(Path(__file__).parents[3] / "benchmarks"))
     try:

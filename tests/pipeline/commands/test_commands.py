@@ -24,6 +24,7 @@ from fedpress.pipeline.recipe import Override
 from fedpress.pipeline.start import load_data
 from fedpress.stages.table import STAGES, commands
 from fedpress.workspace.folder import RunFolder
+from tests.harness import finish
 
 SOURCE = """
 from torch import nn
@@ -39,10 +40,7 @@ def trained(tmp_path_factory, tiny):
     """A run of one training, whose data are known."""
     path = tmp_path_factory.mktemp("trained") / "run"
     text = tiny.partition('[[stage]]\nkind = "prune"')[0]
-    recipe = recipes.load(text)
-    folder = RunFolder.create(path, text, settings_of(recipe))
-    for _ in runs.execute(recipe, folder, load_data(recipe)):
-        pass
+    finish(text, path)
     return path
 
 
@@ -53,6 +51,7 @@ def test_every_kind_of_stage_is_a_command_and_a_call():
     assert kinds - {"federate", "measure"} == set(commands()) <= set(fedpress.__all__)
 
 
+@pytest.mark.recipe
 def test_the_result_of_one_command_is_the_model_of_the_next(shell, trained):
     said = shell("prune", trained, "keep_params=0.5", "calibration=64", "--json")
     assert said.code == 0, said.err
@@ -245,6 +244,7 @@ def test_keys_are_listed_with_their_meaning(shell):
     assert "share of the dense" in said.out
 
 
+@pytest.mark.usefixtures("memory_unmeasured")
 def test_models_and_files_are_measured_side_by_side(shell, trained):
     words = ["--formats", "onnx", "--batches", "1", "--threads", "1", "--seconds", "0.01"]
     said = shell("measure", trained, *words, "--out", "m.json")

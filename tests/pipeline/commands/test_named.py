@@ -7,7 +7,7 @@ from torch.utils.data import DataLoader
 import fedpress
 from fedpress.errors import DataError, FedpressError
 from tests import named
-from tests.stages.recipes import finish
+from tests.harness import finish
 
 
 def data(n=80):

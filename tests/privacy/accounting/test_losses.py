@@ -229,6 +229,7 @@ def test_numbers_beyond_all_use_are_refused():
         epsilon([GaussianEvent(0.01, 1.0, 10)], delta=5e-324)
 
 
+@pytest.mark.recipe
 def test_of_many_parties_the_one_that_spent_most_is_found_quickly(monkeypatch):
     charges = [
         LedgerEntry(f"c{i}", "x", 0.001 + 0.1 * i / 40, 0.7 + i / 40, 1000) for i in range(40)
@@ -244,7 +245,11 @@ def test_of_many_parties_the_one_that_spent_most_is_found_quickly(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("q", "steps", "delta", "budget"), [(1e-6, 10**5, 1e-9, 1.0), (0.02, 10**7, 1e-12, 8.0)]
+    ("q", "steps", "delta", "budget"),
+    [
+        pytest.param(1e-6, 10**5, 1e-9, 1.0, marks=pytest.mark.recipe),
+        (0.02, 10**7, 1e-12, 8.0),
+    ],
 )
 def test_noise_is_found_where_tables_are_long_and_keeps_the_budget(q, steps, delta, budget):
     noise = noise_multiplier(epsilon=budget, delta=delta, sampling_prob=q, steps=steps)
@@ -258,6 +263,7 @@ def test_a_mixture_of_a_rare_phase_and_skellam_noise_is_at_least_each_part():
     assert max(parts) <= both <= 1.2 * sum(parts)
 
 
+@pytest.mark.recipe
 def test_many_phases_and_many_parties_share_the_time_of_a_few():
     phases = [GaussianEvent(1e-5 * (1 + 0.01 * i), 0.6 + 0.01 * i, 100 + i) for i in range(60)]
     start = time.process_time()
@@ -273,6 +279,7 @@ def test_many_phases_and_many_parties_share_the_time_of_a_few():
     assert time.process_time() - start < 10
 
 
+@pytest.mark.recipe
 def test_hard_questions_take_seconds_and_little_memory():
     code = (
         "import json, resource, sys, time\n"

@@ -14,7 +14,7 @@ from fedpress.stages.federate.binding import bind
 from fedpress.stages.federate.contract import algorithm_of
 from fedpress.stages.federate.settings import FederateSettings
 from fedpress.workspace.state import Tick
-from tests.stages.recipes import begun, checked, finish
+from tests.harness import begun, checked, finish
 
 HEAD = """
 name = "algorithms"

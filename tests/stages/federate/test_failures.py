@@ -19,8 +19,8 @@ from fedpress.stages.federate.failures import PRIVATE, Failures, refusal_line
 from fedpress.stages.federate.failures import told as told_of
 from fedpress.workspace.folder import RunFolder
 from fedpress.workspace.state import Tick
+from tests.harness import finish, told
 from tests.stages.own_data import privacy, recipe
-from tests.stages.recipes import finish, told
 
 TRUSTS = [
     (unit, trust) for unit in ("sample", "client") for trust in ("local", "distributed", "central")

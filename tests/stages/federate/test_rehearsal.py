@@ -9,8 +9,8 @@ from fedpress.pipeline import recipe as recipes
 from fedpress.pipeline.check import check_recipe
 from fedpress.pipeline.start import load_data
 from fedpress.stages.federate.rehearsal import trial_examples
+from tests.harness import checked
 from tests.stages.own_data import Embeds, privacy, recipe
-from tests.stages.recipes import checked
 
 TRUSTS = ("local", "distributed", "central")
 CASES = [(unit, trust) for unit in ("sample", "client") for trust in TRUSTS]

@@ -12,7 +12,7 @@ from fedpress.pipeline.check import check_recipe
 from fedpress.pipeline.keys import settings_of
 from fedpress.pipeline.start import first_state, load_data
 from fedpress.stages.federate.binding import bind
-from tests.stages.recipes import Killed, checked, finish, told
+from tests.harness import Killed, checked, finish, told
 
 HEAD = """
 name = "uneven"

@@ -4,7 +4,8 @@ from pydantic import ValidationError
 from fedpress.errors import ModelError, RecipeError, TrainingError
 from fedpress.models import load_model
 from fedpress.stages.l0.stage import L0Stage
-from tests.stages.recipes import HEAD, TRAIN, Killed, begun, checked, finish, told, zeros
+from tests.harness import Killed, begun, checked, finish, told
+from tests.stages.recipes import HEAD, TRAIN, zeros
 
 L0 = '[[stage]]\nkind = "l0"\nepochs = 6\nbatch_size = 32\nlr = 0.05\nkeep_first = false\nkeep_last = false\n'
 CHANNELS = L0 + 'unit = "channels"\nround_to = 1\n'

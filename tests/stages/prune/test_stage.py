@@ -1,6 +1,5 @@
 """The prune stage: targets, sensitivity, several cuts with training between, and going on after a kill."""
 
-import json
 from dataclasses import replace
 from typing import get_args
 
@@ -14,13 +13,11 @@ from fedpress.errors import DataError, ModelError, RecipeError, TrainingError
 from fedpress.models import load_model
 from fedpress.nn.quant_scheme import QuantizationScheme, WeightQuantization
 from fedpress.pipeline import recipe as recipes
-from fedpress.pipeline import run as runs
-from fedpress.pipeline.check import check_recipe
-from fedpress.pipeline.keys import settings_of
 from fedpress.pipeline.start import first_state, load_data
 from fedpress.stages.prune.stage import PruneStage
 from fedpress.workspace.folder import RunFolder
 from fedpress.workspace.state import StageFinished
+from tests.harness import Killed, begun, checked, stages, told
 
 HEAD = """
 name = "cut"
@@ -50,32 +47,6 @@ MODEL = HEAD[HEAD.index("architecture") : HEAD.index("[[stage]]")]
 WIDE = HEAD[: HEAD.index("[[stage]]")].replace(MODEL, MLP)
 
 
-class Killed(BaseException):
-    """Stands for the end of the process."""
-
-
-def begun(text, path, *, resume=False, **how):
-    recipe = recipes.load(text, ())
-    settings = settings_of(recipe)
-    folder = RunFolder.resume(path, settings) if resume else RunFolder.create(path, text, settings)
-    return runs.execute(recipe, folder, load_data(recipe), **how)
-
-
-def finish(text, path, **how):
-    for _ in begun(text, path, **how):
-        pass
-    return json.loads((path / "result.json").read_text())["stages"]
-
-
-def told(path):
-    return [json.loads(line) for line in (path / "records.jsonl").read_text().splitlines()]
-
-
-def checked(text):
-    recipe = recipes.load(text, ())
-    return check_recipe(recipe, load_data(recipe))
-
-
 def prune(**fields):
     return TypeAdapter(PruneStage).validate_python({"kind": "prune", **fields})
 
@@ -84,7 +55,7 @@ def prune(**fields):
 def trained(tmp_path_factory):
     """A run of the training alone, whose result the other runs take over."""
     path = tmp_path_factory.mktemp("runs") / "trained"
-    finish(HEAD, path)
+    stages(HEAD, path)
     return RunFolder.open(path)
 
 
@@ -94,7 +65,7 @@ def test_every_score_of_the_table_is_a_setting():
 
 @pytest.mark.parametrize("name", [name for name, row in SCORES.items() if row.needs == "losses"])
 def test_every_score_from_data_prunes_in_a_run(trained, tmp_path, name):
-    _, line = finish(
+    _, line = stages(
         HEAD + PRUNE + f'score = "{name}"\nkeep_params = 0.5\n', tmp_path / "run", reuse=trained
     )
     assert line["kept_parameters"] == pytest.approx(0.5, abs=0.005)
@@ -117,7 +88,7 @@ def test_every_score_from_data_prunes_in_a_run(trained, tmp_path, name):
 )
 def test_targets_are_reached_and_foretold(trained, tmp_path, target, kept):
     text = HEAD + PRUNE + target
-    dense, line = finish(text, tmp_path / "run", reuse=trained)
+    dense, line = stages(text, tmp_path / "run", reuse=trained)
     assert kept(dense, line) == pytest.approx(0.4, abs=0.006)
     assert line["file_bytes"] <= 36000 or "max_bytes" not in target
     foretold = checked(text)[1]
@@ -129,7 +100,7 @@ def test_targets_are_reached_and_foretold(trained, tmp_path, target, kept):
 @pytest.mark.recipe
 def test_latency_is_measured_until_a_cut_is_fast_enough(tmp_path):
     text, path = WIDE + PRUNE + "keep_latency = 0.5\n", tmp_path / "run"
-    (line,) = finish(text, path)
+    (line,) = stages(text, path)
     tried = [r["latency"] for r in told(path) if "latency" in r]
     assert 1 <= len(tried) <= 5
     share = line["parameters"] / line["kept_parameters"]  # of the dense network: all of it
@@ -137,19 +108,20 @@ def test_latency_is_measured_until_a_cut_is_fast_enough(tmp_path):
     assert 0.2 < line["kept_parameters"] < 0.8
 
 
+@pytest.mark.recipe
 def test_what_cannot_be_that_fast_is_refused_with_the_fastest(tmp_path):
     text = WIDE + PRUNE + "min_keep = 0.9\nkeep_latency = 0.05\n"
     with pytest.raises(
         RecipeError,
         match=r"keep_latency: got 0\.05, .*the fastest cut measured, .*% of the parameters, takes",
     ):
-        finish(text, tmp_path / "run")
+        stages(text, tmp_path / "run")
 
 
 def test_sensitivity_is_recorded_layer_by_layer_and_decides_the_widths(trained, tmp_path):
     path = tmp_path / "run"
     text = HEAD + PRUNE + "keep_params = 0.4\nscope = 'sensitivity'\ndensities = [0.25, 0.75]\n"
-    _, line = finish(text, path, reuse=trained)
+    _, line = stages(text, path, reuse=trained)
     points = [r["sensitivity"] for r in told(path) if "sensitivity" in r]
     plan = PruningPlan.model_validate_json((path / "stages" / "1-prune" / "plan.json").read_text())
     layers = [change.name for change in plan.layers]
@@ -164,7 +136,7 @@ def test_sensitivity_is_recorded_layer_by_layer_and_decides_the_widths(trained, 
 @pytest.mark.parametrize("more", ["", "rewind = true\n"], ids=["finetune", "rewind"])
 def test_several_cuts_go_down_by_equal_factors_and_train_between(trained, tmp_path, more):
     path = tmp_path / "run"
-    _, line = finish(HEAD + PRUNE + STEPS + more, path, reuse=trained)
+    _, line = stages(HEAD + PRUNE + STEPS + more, path, reuse=trained)
     rows = [r for r in told(path) if r["stage"] == 1]
     cuts = [r for r in rows if "layers" in r]
     assert [(r["step"], r.get("epoch")) for r in rows] == [
@@ -207,7 +179,7 @@ def test_several_cuts_go_down_by_equal_factors_and_train_between(trained, tmp_pa
 def test_a_killed_stage_goes_on_to_the_same_bits(trained, tmp_path, left, more, gap):
     text = HEAD + PRUNE + more
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    finish(text, whole, reuse=trained)
+    stages(text, whole, reuse=trained)
     stops = 0
     for _ in range(40):
         try:
@@ -234,7 +206,7 @@ def test_a_killed_stage_goes_on_to_the_same_bits(trained, tmp_path, left, more, 
 def test_without_batch_norm_and_losses_no_public_examples_are_needed(tmp_path):
     text = BARE.replace(MODEL, CNN)
     text = text[: text.index("[[stage]]")] + PRUNE + "keep_params = 0.5\n"
-    (line,) = finish(text, tmp_path / "run")
+    (line,) = stages(text, tmp_path / "run")
     assert line["restored_examples"] == 0
     assert line["kept_parameters"] == pytest.approx(0.5, abs=0.01)
     for needy in (

@@ -15,7 +15,8 @@ from fedpress.pipeline.start import load_data
 from fedpress.stages.sparsify.stage import SparsifyStage
 from fedpress.training.fit import Fit, Step
 from fedpress.training.settings import TrainSettings
-from tests.stages.recipes import HEAD, TRAIN, Killed, begun, checked, finish, told, zeros
+from tests.harness import Killed, begun, checked, finish, told
+from tests.stages.recipes import HEAD, TRAIN, zeros
 
 SPARSIFY = '[[stage]]\nkind = "sparsify"\nkeep_first = false\nkeep_last = false\nbatch_size = 32\nlr = 0.05\n'
 PRUNE = '[[stage]]\nkind = "prune"\nkeep_params = 0.5\ncalibration = 64\n'
