@@ -33,6 +33,7 @@ from fedpress.pipeline.keys import settings_of
 from fedpress.pipeline.recipe import Override
 from fedpress.pipeline.start import device_of
 from fedpress.stages.table import commands
+from fedpress.tasks.weights import ClassWeights
 from fedpress.workspace.folder import RunFolder
 
 Model = str | Path | nn.Module | Result
@@ -51,6 +52,7 @@ def call(
     std: Sequence[float] | None = None,
     out: str | Path | None = None,
     device: str | torch.device | None = None,
+    class_weights: ClassWeights | None = None,
     allow_code: Collection[str] | str = (),
     progress: bool | None = None,
     **settings: Any,
@@ -74,6 +76,8 @@ def call(
         std: of each channel.
         out: the run folder to write; without one the result lives in memory alone.
         device: where to train and measure: "auto", "cpu", "cuda", "cuda:1" or "mps"; None is "auto".
+        class_weights: how much each class counts in the loss: a list, or "balanced" by the public part of the data;
+            None: all alike. On the command line and in a recipe `data.class_weights`.
         allow_code: names `module:function` that the files of `model`, of its run or of a teacher may have called; a
             `model` that is given as `module:function` is allowed by that.
         progress: whether to show bars; None: in a notebook, and where the error stream is a terminal.
@@ -96,6 +100,8 @@ def call(
         stack.enter_context(torch.random.fork_rng(devices=[]))
         given = Given.of(mean, std)
         opened = _opened(kind, model, checkpoint, out, stack)
+        if class_weights is not None:
+            settings["data.class_weights"] = class_weights
         keys = _keys(settings, stack)
         keys += [Override.of("device", str(device))] if device is not None else []
         source = data if isinstance(data, str) else None
@@ -256,6 +262,16 @@ def _held(
     Raises:
         DataError: if it is nothing that `call` takes.
     """
+    found = _as_federated(data, subject, given, keys)
+    weights = next((key.value for key in keys if key.key == "data.class_weights"), None)
+    if weights is None:
+        return found
+    return replace(found, task=found.task.weighted(weights, found.public.y))
+
+
+def _as_federated(
+    data: Any, subject: Subject, given: Given | None, keys: Sequence[Override]
+) -> FederatedData:
     if isinstance(data, FederatedData):
         return (
             data

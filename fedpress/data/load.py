@@ -37,6 +37,14 @@ def load(settings: DataSettings, seed: int, *, progress: Progress | None = None)
     >>> load(DataSettings(source="digits", examples_per_client=60), seed=0).describe()["private"]
     600
     """
+    found = _read(settings, seed, progress)
+    if settings.class_weights is None:
+        return found
+    task = found.task.weighted(settings.class_weights, found.public.y)
+    return replace(found, task=task)
+
+
+def _read(settings: DataSettings, seed: int, progress: Progress | None) -> FederatedData:
     if settings.source in SOURCES:
         return split(
             _sized(SOURCES[settings.source](settings, progress), settings.image_size),

@@ -138,6 +138,11 @@ class DataSettings(BaseModel, frozen=True, extra="forbid"):
         description="what is learned: classification, binary, multilabel, regression, poisson, or a "
         "table with options; by default as the targets are",
     )
+    class_weights: Literal["balanced"] | tuple[float, ...] | None = Field(
+        None,
+        description="how much each class counts in the loss: a list, or balanced (by the public part "
+        "alone); by default all alike",
+    )
     feature_columns: tuple[str, ...] | None = Field(
         None,
         description="the columns to predict from; by default all others; one column of images is "
@@ -223,18 +228,6 @@ class DataSettings(BaseModel, frozen=True, extra="forbid"):
                 place="test_clients",
                 cure="leave it in one of the two",
             )
-        if self.classes is not None and len(self.classes) < 2:
-            raise SettingError(
-                "a single class leaves nothing to tell apart",
-                place="classes",
-                cure="list at least two",
-            )
-        if self.classes is not None and self.task is not None:
-            kind = tasks.kind_of(self.task)
-            if tasks.find(kind).targets != "classes":
-                raise SettingError(
-                    f"the task {kind} has none", place="classes", cure="leave classes out"
-                )
         if self.decimal == self.delimiter:
             raise SettingError(
                 f"delimiter is '{self.delimiter}', too",
@@ -247,4 +240,24 @@ class DataSettings(BaseModel, frozen=True, extra="forbid"):
                 place="path",
                 cure=("give ", Argument("path", "PATH")),
             )
+        return self
+
+    @model_validator(mode="after")
+    def _classes_fit(self) -> Self:
+        if self.classes is not None and len(self.classes) < 2:
+            raise SettingError(
+                "a single class leaves nothing to tell apart",
+                place="classes",
+                cure="list at least two",
+            )
+        if self.classes is not None and self.task is not None:
+            kind = tasks.kind_of(self.task)
+            if tasks.find(kind).targets != "classes":
+                raise SettingError(
+                    f"the task {kind} has none", place="classes", cure="leave classes out"
+                )
+        if self.class_weights is not None and self.task is not None:
+            kind = tasks.kind_of(self.task)
+            if not tasks.find(kind).weighs_classes:
+                raise SettingError.of(tasks.no_classes(kind), place="class_weights")
         return self

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from fedpress.errors import RecipeError, suggestion
-from fedpress.tasks.base import Metric, Sums, Task, merged
+from fedpress.tasks.base import Metric, Sums, Task, merged, no_classes
 from fedpress.tasks.binary import Binary
 from fedpress.tasks.classification import Classification
 from fedpress.tasks.multilabel import Multilabel
@@ -59,7 +59,8 @@ def check_settings(given: str | Mapping[str, Any]) -> None:
         RecipeError: naming what is wrong.
     """
     row = find(kind_of(given))
-    known = [field.name for field in fields(row) if field.name != "names"]  # type: ignore[arg-type]
+    # Weights have a key of their own in [data], since they go with every kind of classes.
+    known = [field.name for field in fields(row) if field.name not in ("names", "class_weights")]  # type: ignore[arg-type]
     for key in () if isinstance(given, str) else given:
         if key not in (*known, "kind"):
             has = f"it has {', '.join(known)}" if known else "it has none"
@@ -140,6 +141,7 @@ __all__ = [
     "kind_of",
     "make",
     "merged",
+    "no_classes",
     "of_model",
     "task_of",
 ]

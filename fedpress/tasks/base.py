@@ -13,6 +13,7 @@ from pydantic import JsonValue
 from torch import Tensor
 
 from fedpress.errors import DataError, ModelError, RecipeError
+from fedpress.tasks.weights import ClassWeights
 
 Reduction = Literal["mean", "sum", "none"]
 Sums = Mapping[str, Tensor]
@@ -67,6 +68,8 @@ class Task(ABC):
         higher_is_better: whether a larger value of it is better.
         keys: all that `summary` gives.
         names: of the classes, or of the numbers that are predicted.
+        weighs_classes: whether there are classes that may count differently in the loss.
+        class_weights: one for each class, see `weighted`; empty where all count alike.
     """
 
     kind: ClassVar[str]
@@ -74,7 +77,9 @@ class Task(ABC):
     words: ClassVar[tuple[Metric, ...]]
     beside: ClassVar[tuple[str, ...]] = ()
     names: tuple[str, ...]
+    class_weights: tuple[float, ...] = ()
 
+    weighs_classes: ClassVar[bool] = False
     primary: ClassVar[str]
     higher_is_better: ClassVar[bool]
     keys: ClassVar[tuple[str, ...]]
@@ -174,6 +179,25 @@ class Task(ABC):
             )
         return self
 
+    def weighted(self, given: ClassWeights, public: Tensor) -> Task:
+        """Returns the task with weights in its loss; its metrics stay as they are.
+
+        Args:
+            given: "balanced", or a weight for each class.
+            public: the public targets [n, ...]. Private ones must not decide anything here.
+
+        Raises:
+            RecipeError: if its targets are no classes, or the weights do not fit them.
+            DataError: if the public targets cannot be balanced.
+        """
+        del given, public
+        raise no_classes(self.kind)
+
+    @property
+    def unweighted(self) -> Task:
+        """The task in whose loss all examples count alike, as results tell it."""
+        return self
+
     def check(self, outputs: object, targets: Tensor) -> None:
         """Refuses outputs or targets that do not belong to this task.
 
@@ -222,6 +246,15 @@ class Task(ABC):
     def to_targets(self, outputs: Tensor) -> Tensor:
         """Returns outputs in the units of the targets; unchanged by default."""
         return outputs
+
+
+def no_classes(kind: str) -> RecipeError:
+    """Returns the error of class weights for a task without classes."""
+    return RecipeError(
+        f"the task is {kind}, which has no classes to weigh",
+        place="class_weights",
+        cure="leave it out",
+    )
 
 
 def merged(first: Sums, *others: Sums) -> dict[str, Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -11,8 +11,10 @@ from pydantic import JsonValue
 from torch import Tensor
 
 from fedpress.errors import DataError
-from fedpress.tasks.base import Metric, Reduction, Sums, Task, number
+from fedpress.tasks import weights
+from fedpress.tasks.base import Metric, Reduction, Sums, Task, number, reduced
 from fedpress.tasks.classification import CALIBRATION_SAYS, Classification
+from fedpress.tasks.weights import ClassWeights
 
 
 @dataclass(frozen=True)
@@ -22,11 +24,14 @@ class Binary(Task):
     Attributes:
         names: of class 0 and class 1.
         threshold: the probability of class 1 from which on the answer is class 1.
+        class_weights: factor on the loss of an example by its class; empty: 1.
     """
 
     names: tuple[str, ...]
     threshold: float = 0.5
+    class_weights: tuple[float, ...] = ()
 
+    weighs_classes = True
     kind = "binary"
     targets = "classes"
     words = (
@@ -59,7 +64,23 @@ class Binary(Task):
     def loss(self, outputs: Tensor, targets: Tensor, *, reduction: Reduction = "mean") -> Tensor:
         """Returns the log loss in nats."""
         logits = outputs.float().reshape(len(targets))
+        if self.class_weights:
+            each = F.binary_cross_entropy_with_logits(logits, targets.float(), reduction="none")
+            first, second = self.class_weights
+            return reduced(each * torch.where(targets == 1, second, first), reduction)
         return F.binary_cross_entropy_with_logits(logits, targets.float(), reduction=reduction)
+
+    def weighted(self, given: ClassWeights, public: Tensor) -> Binary:
+        """Returns the task with class weights."""
+        if given != "balanced":
+            return replace(self, class_weights=weights.check(given, self.names))
+        counts = public.bincount(minlength=2)
+        return replace(self, class_weights=weights.balance(counts, self.names))
+
+    @property
+    def unweighted(self) -> Binary:
+        """The task without class weights."""
+        return replace(self, class_weights=()) if self.class_weights else self
 
     def soft_loss(self, outputs: Tensor, teacher: Tensor, temperature: float) -> Tensor:
         """Returns T^2 KL(teacher || student) of the two probabilities softened by T."""

@@ -11,8 +11,9 @@ from pydantic import JsonValue
 from torch import Tensor
 
 from fedpress.errors import DataError, ModelError
-from fedpress.tasks import ranking
+from fedpress.tasks import ranking, weights
 from fedpress.tasks.base import Metric, Reduction, Sums, Task, number, reduced
+from fedpress.tasks.weights import ClassWeights
 
 IGNORED = -100
 """The target of a position that counts for nothing, such as the padding of a short sequence."""
@@ -35,6 +36,7 @@ class Classification(Task):
     Attributes:
         names: of the classes, in the order of their numbers.
         label_smoothing: share of the target that is spread over all classes (Szegedy et al. 2016, section 7).
+        class_weights: factor on the loss of an example by its class; empty: 1.
 
     >>> task = Classification(("no", "yes"))
     >>> sums = task.metrics(torch.eye(2), torch.tensor([0, 1]))
@@ -44,7 +46,9 @@ class Classification(Task):
 
     names: tuple[str, ...]
     label_smoothing: float = 0.0
+    class_weights: tuple[float, ...] = ()
 
+    weighs_classes = True
     kind = "classification"
     targets = "classes"
     words = (
@@ -63,13 +67,22 @@ class Classification(Task):
     beside = ("majority_share", "accuracy_warning", "accuracy_error", "confusion")
 
     def loss(self, outputs: Tensor, targets: Tensor, *, reduction: Reduction = "mean") -> Tensor:
-        """Returns the cross-entropy in nats; that of an example with several positions is the mean over these."""
+        """Returns the cross-entropy in nats; that of an example with several positions is the mean over these.
+
+        With class weights a mean is over the number of examples, and not over the sum of their weights as in torch:
+        the loss of an example must not depend on the others.
+        """
         if outputs.dtype != torch.float32:  # no step without need in a program that a device runs
             outputs = outputs.float()
         smoothing = self.label_smoothing
-        if targets.dim() == 1:
+        weight = outputs.new_tensor(self.class_weights) if self.class_weights else None
+        if targets.dim() == 1 and weight is None:
             return F.cross_entropy(outputs, targets, reduction=reduction, label_smoothing=smoothing)
-        each = F.cross_entropy(outputs, targets, reduction="none", label_smoothing=smoothing)
+        each = F.cross_entropy(
+            outputs, targets, weight, reduction="none", label_smoothing=smoothing
+        )
+        if targets.dim() == 1:
+            return reduced(each, reduction)
         counted = (targets != IGNORED).flatten(1).sum(1).clamp_min(1)
         return reduced(each.flatten(1).sum(1) / counted, reduction)
 
@@ -91,6 +104,19 @@ class Classification(Task):
     def smoothed(self, amount: float) -> Classification:
         """Returns the task with label smoothing."""
         return replace(self, label_smoothing=amount) if amount else self
+
+    def weighted(self, given: ClassWeights, public: Tensor) -> Classification:
+        """Returns the task with class weights."""
+        if given != "balanced":
+            return replace(self, class_weights=weights.check(given, self.names))
+        counted = public[public != IGNORED]
+        counts = counted.bincount(minlength=len(self.names))
+        return replace(self, class_weights=weights.balance(counts, self.names))
+
+    @property
+    def unweighted(self) -> Classification:
+        """The task without class weights."""
+        return replace(self, class_weights=()) if self.class_weights else self
 
     def score_sums(self, outputs: Tensor, targets: Tensor) -> Sums:
         """Returns the number of right answers and of answers."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,17 +12,25 @@ from pydantic import JsonValue
 from torch import Tensor
 
 from fedpress.errors import DataError
-from fedpress.tasks import ranking
+from fedpress.tasks import ranking, weights
 from fedpress.tasks.base import Metric, Reduction, Sums, Task, check_numbers, number, reduced
 from fedpress.tasks.library import library_sums, library_values
+from fedpress.tasks.weights import ClassWeights
 
 
 @dataclass(frozen=True)
 class Multilabel(Task):
-    """Each of `names` is there or not: targets float32 [n, labels] of 0 and 1, outputs logits [n, labels]."""
+    """Each of `names` is there or not: targets float32 [n, labels] of 0 and 1, outputs logits [n, labels].
+
+    Attributes:
+        names: of the labels.
+        class_weights: factor on the loss of each label where it is there; empty: 1.
+    """
 
     names: tuple[str, ...]
+    class_weights: tuple[float, ...] = ()
 
+    weighs_classes = True
     kind = "multilabel"
     targets = "flags"
     words = (
@@ -36,8 +44,25 @@ class Multilabel(Task):
 
     def loss(self, outputs: Tensor, targets: Tensor, *, reduction: Reduction = "mean") -> Tensor:
         """Returns the log loss in nats; that of an example is the mean over its labels."""
-        each = F.binary_cross_entropy_with_logits(outputs.float(), targets, reduction="none")
+        logits = outputs.float()
+        there = logits.new_tensor(self.class_weights) if self.class_weights else None
+        each = F.binary_cross_entropy_with_logits(
+            logits, targets, reduction="none", pos_weight=there
+        )
         return reduced(each.mean(1), reduction)
+
+    def weighted(self, given: ClassWeights, public: Tensor) -> Multilabel:
+        """Returns the task with a weight for each label that is there."""
+        if given != "balanced":
+            return replace(self, class_weights=weights.check(given, self.names))
+        positive = public.long().sum(0)
+        found = weights.balance_labels(positive, len(public), self.names)
+        return replace(self, class_weights=found)
+
+    @property
+    def unweighted(self) -> Multilabel:
+        """The task without weights."""
+        return replace(self, class_weights=()) if self.class_weights else self
 
     def soft_loss(self, outputs: Tensor, teacher: Tensor, temperature: float) -> Tensor:
         """Returns T^2 times the cross-entropy of each label's probability with the teacher's, softened by T."""

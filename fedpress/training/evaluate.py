@@ -78,13 +78,15 @@ def evaluate(
             place="evaluate",
             cure="give the data set a test part",
         )
+    # Results tell the plain loss, whatever weights the training gives to classes.
+    plain = task.unweighted
     loss = 0.0
     sums: list[Sums] = []
     at = device_of(model)
     with evaluating(model), torch.inference_mode(), autocast(model, precision):
         for x, y in zip(arrays.x.split(batch_size), arrays.y.split(batch_size), strict=True):
             found = outputs(model, laid_out(preprocess(x.to(at)), model)).float()
-            loss += float(task.loss(found, y.to(at), reduction="sum"))
+            loss += float(plain.loss(found, y.to(at), reduction="sum"))
             # Metrics are counted in float64, which Apple GPUs do not have.
             count = task.metrics if all_metrics else task.score_sums
             sums.append(count(found.cpu(), y.cpu()))

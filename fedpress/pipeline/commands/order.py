@@ -164,6 +164,8 @@ class Order:
                     place=self.kind,
                     cure="give the data that the model was trained for",
                 )
+            if data.task.class_weights:
+                task = task.weighted(data.task.class_weights, data.public.y)
             return replace(data, task=task)
         return data
 

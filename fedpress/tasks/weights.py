@@ -1,0 +1,101 @@
+"""Class weights: examples of rare classes count for more in the loss that is trained on.
+
+Weights balance what the public part holds. The classes of private rows are never counted: their numbers are private.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+from torch import Tensor
+
+from fedpress.errors import Argument, DataError, RecipeError
+
+ClassWeights = Literal["balanced"] | Sequence[float]
+"""What a recipe says: "balanced", or a weight for each class."""
+MOST_SHOWN = 8
+"""Classes up to which a cure writes a whole list."""
+
+
+def check(given: Sequence[float], names: Sequence[str]) -> tuple[float, ...]:
+    """Returns the weights that a recipe gives.
+
+    Raises:
+        RecipeError: if they are not one finite number above 0 for each name.
+
+    >>> check([1, 3], ("no", "yes"))
+    (1.0, 3.0)
+    """
+    if isinstance(given, str):
+        raise RecipeError(
+            f"got '{given}'", place="class_weights", cure=("give ", _BALANCED, " or ", _list(names))
+        )
+    weights = tuple(float(weight) for weight in given)
+    if len(weights) != len(names):
+        raise RecipeError(
+            f"{len(weights)} weights for {len(names)} classes ({', '.join(names)[:80]})",
+            place="class_weights",
+            cure=("give one for each, ", _list(names), ", or ", _BALANCED),
+        )
+    if not all(0 < weight < math.inf for weight in weights):
+        raise RecipeError(
+            f"got {list(weights)}, expected finite numbers above 0",
+            place="class_weights",
+            cure=("give for instance ", _list(names)),
+        )
+    return weights
+
+
+def balance(counts: Tensor, names: Sequence[str]) -> tuple[float, ...]:
+    """Returns n / (k * count) for each of k classes, as scikit-learn does: the mean weight of an example is 1.
+
+    Args:
+        counts: of the public examples of each class, int64 [k]; n together.
+        names: of the classes.
+
+    Raises:
+        DataError: if a class has no example.
+
+    >>> import torch
+    >>> balance(torch.tensor([90, 10]), ("no", "yes"))
+    (0.5555555555555556, 5.0)
+    """
+    _check_all_there(counts, names, "of class")
+    n, k = int(counts.sum()), len(names)
+    return tuple(n / (k * count) for count in counts.tolist())
+
+
+def balance_labels(positive: Tensor, n: int, names: Sequence[str]) -> tuple[float, ...]:
+    """Returns (n - positive) / positive for each label: both answers then weigh the same together.
+
+    Args:
+        positive: public examples that have each label, int64 [k].
+        n: public examples.
+        names: of the labels.
+
+    Raises:
+        DataError: if all examples have a label, or none has it.
+    """
+    _check_all_there(positive, names, "with label")
+    _check_all_there(n - positive, names, "without label")
+    return tuple((n - count) / count for count in positive.tolist())
+
+
+def _check_all_there(counts: Tensor, names: Sequence[str], what: str) -> None:
+    missing = [name for name, count in zip(names, counts.tolist(), strict=True) if not count]
+    if missing:
+        raise DataError(
+            f"there is no public example {what} {', '.join(map(repr, missing[:3]))} to balance by",
+            place="class_weights",
+            cure=("give a list, ", _list(names), ", or declare more examples public"),
+        )
+
+
+_BALANCED = Argument("class_weights", "balanced")
+
+
+def _list(names: Sequence[str]) -> Argument:
+    example = (1.0,) * len(names) if len(names) <= MOST_SHOWN else "LIST"
+    return Argument("class_weights", example)
