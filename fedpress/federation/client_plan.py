@@ -72,32 +72,7 @@ class ClientPlan:
         """
         uplink = terms.uplink
         trust = uplink.trust
-        check_norm(terms.norm, model, sample=privacy is not None)
-        if (trust.unit == "sample") != (privacy is not None):
-            raise RecipeError(
-                (
-                    "unit 'sample' needs an uplink that knows it and a plan for each client, both "
-                    "or none"
-                ),
-                place="privacy",
-                cure="bind the uplink with a plan of unit 'sample' too, or leave privacy out",
-            )
-        # Another source would return gradients that were neither clipped nor noised.
-        if trust.steps != "plain" and source is not None:
-            raise RecipeError(
-                "private steps are taken in torch and run no other source of gradients",
-                place="source",
-                cure="leave source out",
-            )
-        if privacy is not None:
-            check_private(terms.settings, privacy)
-        if terms.error_feedback and not trust.keeps_residual:
-            raise RecipeError(
-                "a client that adds noise would take it away again in the next round",
-                place="error_feedback",
-                cure="set error_feedback = false",
-            )
-
+        _check_fit(terms, model, source, privacy)
         # Compared by names and shapes too: two models of equal size may order parameters otherwise.
         layout = parameters.Layout.of(model)
         if layout.size != uplink.size or layout != terms.layout:
@@ -115,3 +90,35 @@ class ClientPlan:
             penalties=terms.algorithm.penalties,
         )
         return cls(terms, local)
+
+
+def _check_fit(
+    terms: Terms, model: nn.Module, source: GradientSource | None, privacy: PrivacyPlan | None
+) -> None:
+    """Checks that a client's parts fit the terms; see `ClientPlan.bind`."""
+    trust = terms.uplink.trust
+    check_norm(terms.norm, model, sample=privacy is not None)
+    if (trust.unit == "sample") != (privacy is not None):
+        raise RecipeError(
+            (
+                "unit 'sample' needs an uplink that knows it and a plan for each client, both "
+                "or none"
+            ),
+            place="privacy",
+            cure="bind the uplink with a plan of unit 'sample' too, or leave privacy out",
+        )
+    # Another source would return gradients that were neither clipped nor noised.
+    if trust.steps != "plain" and source is not None:
+        raise RecipeError(
+            "private steps are taken in torch and run no other source of gradients",
+            place="source",
+            cure="leave source out",
+        )
+    if privacy is not None:
+        check_private(terms.settings, privacy)
+    if terms.error_feedback and not trust.keeps_residual:
+        raise RecipeError(
+            "a client that adds noise would take it away again in the next round",
+            place="error_feedback",
+            cure="set error_feedback = false",
+        )

@@ -1,4 +1,4 @@
-"""The simulation: builds the server's half and every client's half in this process, and hands neither the other's."""
+"""The simulation: server and all clients in this process, which share nothing but messages."""
 
 from __future__ import annotations
 
@@ -37,7 +37,10 @@ class Simulation:
 def bind(stage: FederateSettings, state: State, folder: Path | None = None) -> Simulation:
     """Builds both halves and lets them agree.
 
-    `folder` is where clients keep what must outlive a round and a process; in memory without one.
+    Args:
+        stage: the settings.
+        state: of the run, with the data of all clients.
+        folder: where clients store what must outlive a round and a process; in memory if None.
 
     Raises:
         RecipeError: naming the setting that does not fit, and the cure.
@@ -66,18 +69,18 @@ def bind(stage: FederateSettings, state: State, folder: Path | None = None) -> S
         device=state.device,
     )
     memories, own = memories_of(common, list(state.data.clients), folder)
-    # One model for all clients, who work one after another, and another for the server.
+    # Clients work one after another, so one model is enough for all. The server gets another: it
+    # must not see one in which a client has trained.
     shared = common.copy()
-    clients = {
-        name: ClientHalf(name, arrays, shared, memories[name])
-        for name, arrays in state.data.clients.items()
-    }
-    drawn = stage.privacy is not None and stage.privacy.secure_noise
+    clients = {}
+    for name, arrays in state.data.clients.items():
+        clients[name] = ClientHalf(name, arrays, shared, memories[name])
+    secure_noise = stage.privacy is not None and stage.privacy.secure_noise
     server = ServerHalf.bind(
         common,
         LocalTransport({name: client.handle for name, client in clients.items()}),
         ledger=state.ledger,
-        secret=secret_of(own) if drawn else None,
+        secret=secret_of(own) if secure_noise else None,
     )
     return Simulation(server, clients)
 
@@ -85,28 +88,32 @@ def bind(stage: FederateSettings, state: State, folder: Path | None = None) -> S
 def memories_of(
     common: CommonInputs, clients: Sequence[ClientId], folder: Path | None
 ) -> tuple[dict[ClientId, ClientState], ClientState]:
-    """Returns where each client, and the server, keeps what must outlive a process.
+    """Returns the storage of each client by name, and that of the server.
 
-    The server's is not one of the table: a client may be called "server", and would share its
-    secret.
+    They are apart, because a client may be called "server" and would share the server's secret.
     """
     if folder is None:
         return {name: InMemoryState() for name in clients}, InMemoryState()
     place = _place(common, clients, folder)
-    return {name: DiskState(place / f"{at:05d}") for at, name in enumerate(clients)}, DiskState(
-        place / SERVER
-    )
+    memories: dict[ClientId, ClientState] = {}
+    for index, name in enumerate(clients):
+        # By number: a client's name may hold characters that no file name can.
+        memories[name] = DiskState(place / f"{index:05d}")
+    return memories, DiskState(place / SERVER)
 
 
 def _place(common: CommonInputs, clients: Sequence[ClientId], folder: Path) -> Path:
-    """Returns the folder of the memories of this stage, set aside by its settings, its seed and its clients.
+    """Returns the folder of this stage's storage, named by settings, seed and clients.
 
-    A run of an older version called it by another name. A run that goes on has the settings with
-    which it began (see `RunFolder.resume`), and memories without a checkpoint are removed, so the
-    only folder that is there is this one.
+    An older version may have given it another name. If there is exactly one folder it is taken
+    whatever its name: a resumed run has the settings with which it began (see `RunFolder.resume`),
+    and storage without a checkpoint is removed, so it can be no other stage's.
     """
+    # Without defaults: a key that a new version adds must not change the name.
     settings = json.loads(common.stage.model_dump_json(exclude_defaults=True))
     text = json.dumps([settings, common.seed, list(clients)], sort_keys=True)
     place = folder / hashlib.sha256(text.encode()).hexdigest()[:16]
-    found = [path for path in folder.iterdir() if path.is_dir()] if folder.is_dir() else []
+    if not folder.is_dir():
+        return place
+    found = [path for path in folder.iterdir() if path.is_dir()]
     return found[0] if len(found) == 1 else place

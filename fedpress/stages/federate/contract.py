@@ -1,4 +1,4 @@
-"""What server and clients of a federate stage compute alike: all of it follows from the recipe and public facts."""
+"""The contract of a federate stage: what both sides compute alike from recipe and public facts."""
 
 from __future__ import annotations
 
@@ -31,6 +31,7 @@ from fedpress.federation import (
     Terms,
     Uplink,
 )
+from fedpress.federation.aggregators.base import Weights
 from fedpress.federation.schedules import Participation, ScheduleContext
 from fedpress.federation.schedules.check import Needs, check_schedule
 from fedpress.models import ModelSpec
@@ -47,16 +48,18 @@ from fedpress.training.device import place_
 
 @dataclass(frozen=True, eq=False)
 class Contract:
-    """A stage bound to a population; equal on both sides, for no client's data or secret is in it.
+    """A stage bound to a population.
+
+    It is equal on both sides, because no client's data or secret is in it.
 
     Attributes:
         stage: the settings.
-        population: who can be asked, with the public counts and keys.
+        population: names of all clients, with their public counts and keys.
         protection: the planned privacy.
         context: what the schedule works with.
-        participation: who is asked how often; draws that a secret hides are the server's alone.
-        terms: what server and clients must hold alike, whose agreement is compared before the first
-            round.
+        participation: which client is asked how often, as drawn from the seed. If the server draws
+            from a secret, only the server knows who is really asked.
+        terms: what must be alike; their agreement is compared before the first round.
     """
 
     stage: FederateSettings
@@ -68,22 +71,25 @@ class Contract:
 
     @property
     def uplink(self) -> Uplink:
-        """How updates travel."""
+        """How updates become their mean."""
         return self.terms.uplink
 
     def plan_of(self, name: ClientId) -> PrivacyPlan | None:
-        """Returns the own plan of a client where single examples are protected, which hangs on its public count."""
+        """Returns a client's own privacy plan under unit "sample", else None.
+
+        It follows from the public number of the client's examples.
+        """
         return self.protection.plans[name] if self.uplink.trust.unit == "sample" else None
 
 
 @dataclass(frozen=True, eq=False)
 class CommonInputs:
-    """What everybody who takes part is given: the recipe's stage, the model as the stage begins, and the seed.
+    """What server and clients are both given: the stage's settings, the model and the seed.
 
     Attributes:
         stage: the settings.
-        model: one to work in, its trainable parameters marked; whoever works makes a `copy` of the
-            common.
+        model: a model to work in, with `requires_grad` set on the parameters that train. Each side
+            takes a `copy` of these inputs.
         preprocess: the fixed step from raw examples to the network's input, fitted on public data.
         task: what is learned.
         seed: of this stage.
@@ -107,10 +113,17 @@ class CommonInputs:
         seed: int,
         device: torch.device | None = None,
     ) -> CommonInputs:
-        """Prepares `model`, which stays as it is, for `stage`; `seed` is that of the run.
+        """Prepares a copy of `model` for `stage`.
 
-        Each side chooses its own `device`, as `find` does by default: it is no part of what is
-        agreed.
+        Args:
+            stage: the settings.
+            spec: of the model.
+            model: stays as it is.
+            preprocess: see the attribute.
+            task: see the attribute.
+            seed: of the run.
+            device: where this side works, chosen as `find` does if None. It is not agreed on: each
+                side may have another.
 
         Raises:
             RecipeError: if no parameter would train.
@@ -120,7 +133,10 @@ class CommonInputs:
         return cls(stage, model, preprocess, task, derive(seed, "federate", stage.name))
 
     def copy(self) -> CommonInputs:
-        """Returns the same with a model of its own: the server never looks into one in which clients train."""
+        """Returns the same with a copy of the model.
+
+        The server must not work in a model in which clients train: it could hold private data.
+        """
         return CommonInputs(self.stage, copied(self.model), self.preprocess, self.task, self.seed)
 
     def contract(self, population: Population) -> Contract:
@@ -131,13 +147,13 @@ class CommonInputs:
             PrivacyError: if the budget cannot be kept.
         """
         layout = parameters.Layout.of(self.model)
-        return _contract(
-            self.stage, layout, self.preprocess, self.task, self.seed, population.to_json()
-        )
+        # As text, which can be a key of the cache.
+        text = population.to_json()
+        return _bind_contract(self.stage, layout, self.preprocess, self.task, self.seed, text)
 
 
 @lru_cache(maxsize=4)
-def _contract(
+def _bind_contract(
     stage: FederateSettings,
     layout: parameters.Layout,
     preprocess: Preprocess,
@@ -145,15 +161,25 @@ def _contract(
     seed: int,
     text: str,
 ) -> Contract:
-    """Does the work of `CommonInputs.contract`, once for all who ask in one process: noise takes long to calibrate."""
-    population, trust = Population.from_json(text), trust_of_stage(stage)
+    """Binds the stage to the population in `text`.
+
+    In a simulation all clients of one process ask for the same contract, and calibrating the noise
+    takes seconds: so the result is cached.
+    """
+    population = Population.from_json(text)
+    trust = trust_of_stage(stage)
     check_schedule(stage.schedule, needs_of(stage))
     cohort = stage.schedule.cohort(stage.cohort, len(population), stage.sampling)
     context = ScheduleContext(population.names, cohort, seed, seed, stage.delays)
     participation = stage.schedule.plan_participation(context, stage.num_rounds)
     planned = plan_protection(stage, population, participation, cohort, layout.shapes)
-    aggregator, algorithm = _aggregator(stage, planned, population), algorithm_of(stage)
-    usual = "equal" if trust.fixed_divisor or algorithm.needs_equal_weights else aggregator.weights
+
+    aggregator = _aggregator(stage, planned, population)
+    algorithm = algorithm_of(stage)
+    if trust.fixed_divisor or algorithm.needs_equal_weights:
+        usual: Weights = "equal"
+    else:
+        usual = aggregator.weights
     uplink = Uplink.bind(
         Payload(layout.size, planned.chain, layout.shapes, algorithm.extras_up),
         cohort,
@@ -161,11 +187,7 @@ def _contract(
         aggregator=aggregator,
         weights=stage.weights or usual,
     )
-    downlink = None
-    if stage.downlink:
-        downlink = Downlink(layout.size, layout.shapes, stage.downlink, stage.first_downlink)
-        with renaming({"chain": "downlink", "first": "first_downlink"}):
-            _ = downlink.bound(whole=True), downlink.bound(whole=False)  # says what does not fit
+    downlink = _downlink(stage, layout)
     terms = Terms(
         layout=layout,
         settings=local_settings(stage),
@@ -184,9 +206,22 @@ def _contract(
     return Contract(stage, population, planned, context, participation, terms)
 
 
+def _downlink(stage: FederateSettings, layout: parameters.Layout) -> Downlink | None:
+    """Returns the checked downlink; None if the model travels whole."""
+    if not stage.downlink:
+        return None
+    downlink = Downlink(layout.size, layout.shapes, stage.downlink, stage.first_downlink)
+    # Bound here only for the error: in the first round it would come too late.
+    with renaming({"chain": "downlink", "first": "first_downlink"}):
+        downlink.bound(whole=True)
+        downlink.bound(whole=False)
+    return downlink
+
+
 def needs_of(stage: FederateSettings) -> Needs:
-    """Returns what a stage asks of its schedule."""
-    private, trust = stage.privacy, trust_of_stage(stage)
+    """Returns which parts of a stage need something of its schedule."""
+    private = stage.privacy
+    trust = trust_of_stage(stage)
     return Needs(
         secure=is_secure(stage),
         client_state=algorithm_of(stage).keeps_state,
@@ -198,30 +233,34 @@ def needs_of(stage: FederateSettings) -> Needs:
 
 
 def counts_are_public(stage: FederateSettings) -> bool:
-    """Says whether a client may tell how many examples it has.
+    """Says whether a client may report how many examples it has.
 
-    Where single examples are protected their number is a public one, and the plan of the noise
-    needs it. A secure sum without privacy does not: there nobody is asked.
+    Under unit "sample" the number is public, because the noise is planned from it. Under unit
+    "client" it is private. A secure sum without privacy does not need it, so nobody is asked.
     """
     trust = trust_of_stage(stage)
     return trust.unit == "sample" or (trust.unit is None and not is_secure(stage))
 
 
 def owns_keys(stage: FederateSettings) -> bool:
-    """Says whether every client draws its keys itself, so that nobody can compute them from the recipe."""
+    """Says whether every client draws its own keys, so that they do not follow from the seed."""
     return stage.secure_keys or (stage.privacy is not None and stage.privacy.secure_noise)
 
 
 def _aggregator(stage: FederateSettings, planned: Protection, population: Population) -> Aggregator:
     if planned.grid is None:
-        return cast(Aggregator, stage.aggregator or Mean())  # every row but the secure one is whole
+        # Every row but "secure", which always has a grid, is an aggregator as it stands.
+        return cast(Aggregator, stage.aggregator or Mean())
     identities = tuple(population.identities.items())
     return SecureSum(planned.grid.plan, planned.grid.size, planned.grid.limit, identities)
 
 
 @dataclass(frozen=True)
 class Prepare:
-    """Raw examples -> network input, each example by itself: augmentation, then standardisation."""
+    """Raw examples -> network input: augmentation, then standardisation.
+
+    Each example is mapped by itself: under sample privacy one must not change another.
+    """
 
     preprocess: Preprocess
     how: Augment
@@ -232,7 +271,7 @@ class Prepare:
 
 
 def algorithm_of(stage: FederateSettings) -> Algorithm:
-    """Returns what clients and server do with the model; without a table of its own, the keys of version 0.1 say it."""
+    """Returns the algorithm: of the key `algorithm`, or of the keys that version 0.1 had for it."""
     if stage.algorithm is not None:
         return stage.algorithm
     if stage.proximal_mu:
@@ -246,11 +285,12 @@ def local_settings(stage: FederateSettings) -> LocalSettings:
 
 
 def _trainable(model: nn.Module, patterns: tuple[str, ...]) -> nn.Module:
-    hit = 0
+    """Sets which parameters of `model` train: those whose name matches one of the `patterns`."""
+    matches = 0
     for name, p in model.named_parameters():
         p.requires_grad_(any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns))
-        hit += p.requires_grad
-    if not hit:
+        matches += p.requires_grad
+    if not matches:
         names = ", ".join(name for name, _ in list(model.named_parameters())[:3])
         raise RecipeError(
             f"no parameter matches {list(patterns)}",

@@ -1,4 +1,4 @@
-"""The grid of a secure sum: how wide its numbers are, how fine, and which noise the clients make on it together."""
+"""The grid of a secure sum: bits and scale of its whole numbers, and the clients' noise on it."""
 
 from __future__ import annotations
 
@@ -16,28 +16,29 @@ from fedpress.secagg import SecurePlan
 from fedpress.stages.federate.settings import FederateSettings
 
 BITS = 16
-"""Bits of a secure sum without noise, where none are asked for: coarser than float32, finer than updates need."""
+"""Default bits of a secure sum without noise: coarser than float32, finer than updates need."""
 CLIP_NORM = 10.0
-"""Longest update of a secure sum without privacy, where the recipe gives no list: longer than those of usual rounds."""
+"""Default clip norm of a secure sum without privacy: longer than the updates of usual rounds."""
 NOISED_LIST = 'uplink = [{ kind = "rotate" }, { kind = "discretize" }]'
 PLAIN_LIST = (
     f'uplink = [{{ kind = "clip", clip_norm = {CLIP_NORM} }}, {{ kind = "rotate" }}, '
     '{ kind = "discretize" }]'
 )
-"""What a secure sum needs, with privacy (which clips by itself) and without; as a line of a recipe."""
+"""The recipe line that a secure sum needs: with privacy, which adds a clip itself, and without."""
 
 
 @dataclass(frozen=True)
 class SumGrid:
-    """The grid of a secure sum of `size` values by so many clients.
+    """The grid of whole numbers on which a secure sum adds.
 
     Attributes:
-        plan: of the secure sum.
-        size: values that every client sends.
+        plan: of the secure sum: clients, bits and thresholds.
+        size: number of values that every client sends.
         scale: grid units per unit of the update.
-        coordinate_limit: where each value is clamped, in units of the update.
-        limit: no value of an honest sum is larger, in grid units.
-        noise: the privacy it was planned for, None without.
+        coordinate_limit: largest absolute value of a coordinate, in units of the update; larger
+            ones are clamped.
+        limit: largest absolute value in a sum of honest clients, in grid units.
+        noise: the planned noise of the clients; None without privacy.
     """
 
     plan: SecurePlan
@@ -48,35 +49,39 @@ class SumGrid:
     noise: distributed.DistributedPlan | None = None
 
     def planned_chain(self, chain: Sequence[Settings]) -> tuple[Settings, ...]:
-        """Returns `chain` with the plan in its `discretize`, and each client's share of the noise behind it."""
+        """Returns `chain` with this grid in its `discretize`, and a client's noise after it."""
         filled: list[Settings] = []
         for transform in chain:
-            filled.append(transform)
-            if isinstance(transform, Discretize):
-                planned = {
-                    "bits": self.plan.bits,
-                    "scale": self.scale,
-                    "limit": self.coordinate_limit,
-                }
-                if self.noise is not None:
-                    planned["again"] = self.noise.rounds_again
-                filled[-1] = transform.model_copy(update=planned)
-                if self.noise is not None:
-                    filled.append(Noise(std=math.sqrt(self.noise.variance)))
+            if not isinstance(transform, Discretize):
+                filled.append(transform)
+                continue
+            planned = {
+                "bits": self.plan.bits,
+                "scale": self.scale,
+                "limit": self.coordinate_limit,
+            }
+            if self.noise is not None:
+                planned["again"] = self.noise.rounds_again
+            filled.append(transform.model_copy(update=planned))
+            # After rounding: the noise is Skellam, on whole numbers, so that the clients' shares
+            # add up to exactly the planned distribution.
+            if self.noise is not None:
+                filled.append(Noise(std=math.sqrt(self.noise.variance)))
         return tuple(filled)
 
 
 def default_secure_chain(private: bool) -> tuple[Settings, ...]:
-    """Returns the transforms of a secure sum where the recipe names none; under privacy a clip comes before them."""
+    """Returns the default codecs of a secure sum; with privacy, its clip comes before them."""
+    # Rotated first: it spreads large coordinates, so that the grid can be finer.
     rest: tuple[Settings, ...] = (Rotate(), Discretize())
     return rest if private else (Clip(clip_norm=CLIP_NORM), *rest)
 
 
 def noise_makers(plan: SecurePlan) -> int:
-    """Returns how many clients' noise a promise may count on.
+    """Returns how many clients' noise the guarantee may count on.
 
-    Of those who must stay, the corrupt ones tell their noise to others; and every client can take
-    its own away.
+    Only the survivors' noise is surely in the sum. Of these, corrupt clients may reveal theirs to
+    others; and every client knows its own, so at least one is subtracted.
     """
     return max(1, plan.survivors - max(plan.corrupt, 1))
 
@@ -91,30 +96,23 @@ def plan_grid(
     sampling_prob: float = 1.0,
     times: int | None = None,
 ) -> SumGrid:
-    """Plans scale, bits and noise of the grid from what is promised just before it.
+    """Plans scale, bits and noise of the grid from the bound just before it.
 
-    `sensitivity` is how much one protected unit moves a client's vector, its whole bound unless
-    given; `times` how often a unit takes part, every round unless given.
+    Args:
+        stage: the settings.
+        chain: codecs of the uplink, with a `discretize`.
+        start: bound of an update before the first codec.
+        cohort: the clients of a round.
+        sensitivity: by how much one protected unit moves a client's vector; the vector's whole
+            bound if None.
+        sampling_prob: probability of an example to be in a round.
+        times: rounds in which a unit takes part; all if None.
+
+    Raises:
+        RecipeError: if the codecs do not fit a secure sum.
+        PrivacyError: if no noise keeps the budget.
     """
-    at = next((i for i, transform in enumerate(chain) if isinstance(transform, Discretize)), None)
-    before = chain[:at]
-    transforms, bound = bind_chain(before, start)
-    check_additive({one.kind: transform for one, transform in zip(before, transforms, strict=True)})
-    line = PLAIN_LIST if stage.privacy is None else NOISED_LIST
-    if at is None:
-        raise RecipeError(
-            "a secure sum adds whole numbers",
-            place="uplink",
-            cure=f'end the list with {{ kind = "discretize" }}, as in {line}',
-        )
-    discretize = chain[at]
-    assert isinstance(discretize, Discretize)
-    if not bound.l2 < math.inf:
-        raise RecipeError(
-            "a secure sum needs updates of bounded length, or it could overflow",
-            place="uplink",
-            cure=f"put 'clip' before it, as in {line}",
-        )
+    discretize, bound = _before_grid(stage, chain, start)
     limit = discretize.limit or coordinate_limit(bound)
     private = stage.privacy
     if private is None:
@@ -137,12 +135,45 @@ def plan_grid(
     return SumGrid(secure, bound.size, planned.scale, limit, math.floor(planned.limit), planned)
 
 
+def _before_grid(
+    stage: FederateSettings, chain: tuple[Settings, ...], start: Bound
+) -> tuple[Discretize, Bound]:
+    """Returns the `discretize` of a chain, and the bound of what it rounds.
+
+    Raises:
+        RecipeError: if there is none, or what it rounds is not bounded or not additive.
+    """
+    places = [i for i, transform in enumerate(chain) if isinstance(transform, Discretize)]
+    at = places[0] if places else None
+    before = chain[:at]
+    transforms, bound = bind_chain(before, start)
+    kinds = [one.kind for one in before]
+    check_additive(dict(zip(kinds, transforms, strict=True)))
+    line = PLAIN_LIST if stage.privacy is None else NOISED_LIST
+    if at is None:
+        raise RecipeError(
+            "a secure sum adds whole numbers",
+            place="uplink",
+            cure=f'end the list with {{ kind = "discretize" }}, as in {line}',
+        )
+    discretize = chain[at]
+    assert isinstance(discretize, Discretize)
+    if not bound.l2 < math.inf:
+        raise RecipeError(
+            "a secure sum needs updates of bounded length, or it could overflow",
+            place="uplink",
+            cure=f"put 'clip' before it, as in {line}",
+        )
+    return discretize, bound
+
+
 def _open_grid(
     stage: FederateSettings, bits: int, clients: int, size: int, limit: float
 ) -> SumGrid:
-    """Plans the grid of a sum without noise, of vectors of `size` values up to `limit`."""
+    """Plans the grid of a sum without noise, of `size` values up to `limit` in absolute value."""
     half = distributed.ROOM * 2 ** (bits - 1)
-    largest = math.floor(half / clients)  # of one client's values: no honest sum can overflow
+    # Largest value of one client, so that the sum of all honest clients cannot overflow.
+    largest = math.floor(half / clients)
     if largest < 2:
         least = math.ceil(math.log2(2 * clients / distributed.ROOM)) + 1
         raise RecipeError(
@@ -151,4 +182,6 @@ def _open_grid(
             cure=f"take {least} or more",
         )
     secure = SecurePlan(clients, bits, stage.max_dropout, bound=largest)
-    return SumGrid(secure, size, (largest - 1) / limit, limit, math.floor(half))
+    # One unit less than the largest: rounding may lift a value by one.
+    scale = (largest - 1) / limit
+    return SumGrid(secure, size, scale, limit, math.floor(half))

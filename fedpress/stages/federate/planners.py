@@ -1,4 +1,4 @@
-"""How much noise keeps the budget of a federate stage: one planner for each row of who adds it."""
+"""Plans the noise that keeps the budget of a federate stage: one planner for each trust."""
 
 from __future__ import annotations
 
@@ -27,7 +27,18 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class PlanningCase:
-    """What there is to protect, by whom, in whose updates: the arguments of `protect` and what follows from them."""
+    """The arguments of a planner.
+
+    Attributes:
+        stage: the settings.
+        private: the privacy settings of the stage.
+        trust: who adds the noise.
+        population: all clients, with their public counts.
+        participation: which client is asked how often.
+        cohort: the clients of a round.
+        chain: codecs of the uplink.
+        start: bound of an update before the first codec.
+    """
 
     stage: FederateSettings
     private: PrivacySettings
@@ -40,7 +51,7 @@ class PlanningCase:
 
     @property
     def times(self) -> int:
-        """How often one client takes part."""
+        """Most tasks of one client in the whole run."""
         return max(1, self.participation.max_tasks)
 
     def each(self, value: T) -> dict[str, T]:
@@ -48,32 +59,36 @@ class PlanningCase:
         return dict.fromkeys(self.population.names, value)
 
 
-def _alone(case: PlanningCase) -> Protection:
-    """Sample privacy of each client's own noise: all get the noise that the most exposed of them needs."""
-    stage, private = case.stage, case.private
+def _sample_local(case: PlanningCase) -> Protection:
+    """Sample privacy by each client's own noise, in each of its local steps."""
+    stage = case.stage
+    private = case.private
     base = PrivacyPlan("sample", private.clip_norm, 1.0, delta=private.delta)
-    plans = {
-        name: replace(
+    plans = {}
+    for name, n in case.population.counts.items():
+        plans[name] = replace(
             base,
             sampling_prob=min(1.0, stage.batch_size / n),
             steps_per_round=steps_per_round(stage, n),
         )
-        for name, n in case.population.counts.items()
-    }
+
     noise = private.noise_multiplier
     if noise is None:
         assert private.epsilon is not None
-        budget, length = private.epsilon, max(1, case.participation.composed_tasks)
-        noise = max(
-            p.calibrate(epsilon=budget, num_rounds=length).noise_multiplier
-            for p in set(plans.values())
-        )
+        rounds = max(1, case.participation.composed_tasks)
+        # A client with few examples samples each of them more often and needs more noise. All use
+        # the most that any client needs, so that the budget holds for every one.
+        calibrated = [
+            plan.calibrate(epsilon=private.epsilon, num_rounds=rounds).noise_multiplier
+            for plan in set(plans.values())
+        ]
+        noise = max(calibrated)
     plans = {name: replace(plan, noise_multiplier=noise) for name, plan in plans.items()}
     costs = {name: plan.phase(num_rounds=1) for name, plan in plans.items()}
     return Protection(case.chain, plans, costs)
 
 
-def _joint_central(case: PlanningCase) -> Protection:
+def _sample_central(case: PlanningCase) -> Protection:
     """Sample privacy of one joint gradient step a round, noised by the server."""
     plan, divisor = _joint_step(case)
     plan = _calibrated(plan, case.private, max(1, case.participation.composed_tasks))
@@ -86,11 +101,13 @@ def _joint_central(case: PlanningCase) -> Protection:
     )
 
 
-def _joint_distributed(case: PlanningCase) -> Protection:
+def _sample_distributed(case: PlanningCase) -> Protection:
     """Sample privacy of one joint gradient step a round, noised by the clients together."""
     plan, divisor = _joint_step(case)
-    # A client's sum is cut to what its usual batch can reach. Scaling into a ball is a projection:
-    # it brings no two vectors further apart, so one example still moves the sum by one clip norm.
+    # The whole numbers of a secure sum need a bound on a client's sum, and a Poisson batch has
+    # none. So the sum is clipped to the norm that a batch of the expected size can reach. That
+    # projects it onto a ball, which moves no two vectors further apart: one example still moves
+    # the sum by at most one clip norm.
     usual = plan.sampling_prob * max(case.population.counts.values())
     chain = (Clip(clip_norm=plan.clip_norm * max(1.0, usual)), *case.chain)
     grid = plan_grid(
@@ -108,9 +125,18 @@ def _joint_distributed(case: PlanningCase) -> Protection:
 
 
 def _joint_step(case: PlanningCase) -> tuple[PrivacyPlan, float]:
-    """Returns the plan of a step over the examples of the whole cohort, without noise yet, and what divides its sum."""
-    stage, cohort, total = case.stage, case.cohort, case.population.total
+    """Plans one gradient step over the examples of the whole cohort.
+
+    Returns:
+        The plan without noise yet, and the divisor of the sum: the expected number of examples in
+        the step over the learning rate, so that the quotient is the step itself.
+    """
+    stage = case.stage
+    cohort = case.cohort
+    total = case.population.total
     _check_joint(stage)
+    # The same probability for every example, so that a client's batch has `batch_size` on average
+    # over the clients.
     share = min(1.0, stage.batch_size * len(case.population) / total)
     expected = share * total * cohort.size / cohort.population
     private = case.private
@@ -119,6 +145,7 @@ def _joint_step(case: PlanningCase) -> tuple[PrivacyPlan, float]:
 
 
 def _check_joint(stage: FederateSettings) -> None:
+    """Refuses settings that need several local steps, or codecs that break the sensitivity."""
     check_is_sgd(stage, "with this trust the clients of a cohort take one step together")
     for name, fine in (("epochs", 1), ("momentum", 0.0), ("lr_decay", 1.0)):
         if getattr(stage, name) != fine:
@@ -131,8 +158,11 @@ def _check_joint(stage: FederateSettings) -> None:
                 cure=f"set {name} = {fine:g}, and momentum in stage.server if wanted",
             )
     secure = is_secure(stage)
+    # These move two sums no further apart than they were. Quantizers and `topk` may: there one
+    # example can change the step of the grid, or which values are sent.
     fine_here = ("clip", "randomk", "rotate", "discretize") if secure else ("clip", "randomk")
     for transform in stage.uplink:
+        # An unbiased codec scales values up to keep their mean.
         if transform.kind not in fine_here or getattr(transform, "unbiased", False):
             raise RecipeError(
                 "it could let one example move a client's sum by more than the clip norm",
@@ -155,7 +185,7 @@ def _client_local(case: PlanningCase) -> Protection:
             cure="use 'fixed' or 'cyclic'",
         )
     private = case.private
-    # Whoever sees a client's update knows that it took part: sampling hides nothing.
+    # Sampling probability 1: whoever sees a client's update knows that it took part.
     plan = PrivacyPlan("client", private.clip_norm, 1.0, 1.0, delta=private.delta)
     plan = _calibrated(plan, private, case.times)
     return Protection(case.chain, case.each(plan), case.each(plan.phase(num_rounds=1)))
@@ -175,29 +205,40 @@ def _client_distributed(case: PlanningCase) -> Protection:
 
 def _client_central(case: PlanningCase) -> Protection:
     """Client privacy by the server's noise."""
-    private, cohort = case.private, case.cohort
-    # An adaptive clip's updates come in units of it.
-    unit = 1.0 if private.adaptive is not None else private.clip_norm
-    plan = PrivacyPlan("client", unit, cohort.sampling_prob, 1.0, delta=private.delta)
+    private = case.private
+    cohort = case.cohort
+    # With an adaptive clip updates are sent in units of the clip norm, so their bound is 1.
+    clip_norm = 1.0 if private.adaptive is not None else private.clip_norm
+    plan = PrivacyPlan("client", clip_norm, cohort.sampling_prob, 1.0, delta=private.delta)
     if private.correlated is not None:
         return _correlated(case, plan)
     plan = _calibrated(plan, private, case.times)
-    noise, moving = ServerNoise(plan), None
+    noise = ServerNoise(plan)
+    adaptive = None
     if private.adaptive is not None:
         count = private.adaptive.count_noise or count_noise_for(plan.noise_multiplier, cohort.size)
-        moving = replace(private.adaptive, count_noise=count)
+        adaptive = replace(private.adaptive, count_noise=count)
+        # The count of clipped updates costs privacy, too. With more noise on the updates both
+        # together cost what the plan says.
         noise = ServerNoise(replace(plan, noise_multiplier=split(plan.noise_multiplier, count)))
-    phase: MechanismEvent = plan.phase(num_rounds=1)
-    everybody = case.stage.schedule.one_model and (
-        cohort.sampling == "poisson" or cohort.size == cohort.population
-    )
-    costs = {POPULATION: phase} if everybody else case.each(phase)
-    return Protection(case.chain, case.each(plan), costs, noise=noise, adaptive=moving)
+    event: MechanismEvent = plan.phase(num_rounds=1)
+    # Where every client has the same cost in every round, one entry of the ledger stands for all.
+    # A Poisson draw must even be charged so: an entry by name would say who was drawn.
+    same_for_all = cohort.sampling == "poisson" or cohort.size == cohort.population
+    if case.stage.schedule.one_model and same_for_all:
+        costs = {POPULATION: event}
+    else:
+        costs = case.each(event)
+    return Protection(case.chain, case.each(plan), costs, noise=noise, adaptive=adaptive)
 
 
 def _correlated(case: PlanningCase, plan: PrivacyPlan) -> Protection:
-    """Noise that is correlated over the rounds: all of them together are one Gaussian mechanism."""
-    stage, private, cohort = case.stage, case.private, case.cohort
+    """Client privacy by the server's noise, correlated over the rounds: one Gaussian mechanism."""
+    stage = case.stage
+    private = case.private
+    cohort = case.cohort
+    # Its analysis needs to know in which rounds a client may take part; a Poisson draw does not
+    # say.
     if cohort.sampling == "poisson":
         raise RecipeError(
             "correlated noise is for populations without sampling",
@@ -206,7 +247,7 @@ def _correlated(case: PlanningCase, plan: PrivacyPlan) -> Protection:
         )
     assert private.correlated is not None
     rounds = max(1, stage.num_rounds)
-    mixed = Factorization.plan(
+    factorization = Factorization.plan(
         rounds,
         participations=case.times,
         min_separation=cohort.period,
@@ -217,12 +258,13 @@ def _correlated(case: PlanningCase, plan: PrivacyPlan) -> Protection:
         case.chain,
         dict.fromkeys(case.population.names, plan),
         {POPULATION: plan.phase(num_rounds=1)},
-        noise=ServerNoise(plan, mixed),
+        noise=ServerNoise(plan, factorization),
         charged_once=True,
     )
 
 
 def _calibrated(plan: PrivacyPlan, private: PrivacySettings, steps: int) -> PrivacyPlan:
+    """Returns `plan` with the noise that the settings give, or that their epsilon needs."""
     if private.noise_multiplier is not None:
         return replace(plan, noise_multiplier=private.noise_multiplier)
     assert private.epsilon is not None
@@ -230,11 +272,11 @@ def _calibrated(plan: PrivacyPlan, private: PrivacySettings, steps: int) -> Priv
 
 
 PLANNERS: Mapping[Trust, Callable[[PlanningCase], Protection]] = {
-    trust_of("sample", "local"): _alone,
-    trust_of("sample", "distributed"): _joint_distributed,
-    trust_of("sample", "central"): _joint_central,
+    trust_of("sample", "local"): _sample_local,
+    trust_of("sample", "distributed"): _sample_distributed,
+    trust_of("sample", "central"): _sample_central,
     trust_of("client", "local"): _client_local,
     trust_of("client", "distributed"): _client_distributed,
     trust_of("client", "central"): _client_central,
 }
-"""Who plans the noise, by who adds it."""
+"""The planner of each trust."""

@@ -1,4 +1,4 @@
-"""Plans the privacy of a federate stage, after what does not fit together is refused."""
+"""Plans the privacy of a federate stage; settings that break it are refused first."""
 
 from __future__ import annotations
 
@@ -29,10 +29,13 @@ def plan_protection(
         RecipeError: if settings do not fit together.
         PrivacyError: if no noise keeps the budget.
     """
-    private, secure = stage.privacy, is_secure(stage)
-    chain = tuple(stage.uplink) or (default_secure_chain(private is not None) if secure else ())
+    private = stage.privacy
+    secure = is_secure(stage)
+    chain = tuple(stage.uplink)
+    if secure and not chain:
+        chain = default_secure_chain(private is not None)
     start = Bound(sum(math.prod(s) for s in shapes), shapes=tuple(shapes))
-    _check_list(stage, secure, cohort)
+    _check_codecs(stage, secure, cohort)
     if private is None:
         if not secure:
             return Protection(chain)
@@ -50,6 +53,8 @@ def plan_protection(
             cure='leave aggregator out, or set trust = "local"',
         )
     _check_promise(stage, trust, population, cohort)
+    # In a secure sum the server can neither clip updates nor see who sent them: noise of each
+    # client's own, or of the server, has nothing there to be measured against.
     if secure and trust.noise != "sum":
         raise RecipeError(
             f"got '{private.trust}' with a secure sum",
@@ -62,8 +67,11 @@ def plan_protection(
     return PLANNERS[trust](case)
 
 
-def _check_list(stage: FederateSettings, secure: bool, cohort: Cohort) -> None:
+def _check_codecs(stage: FederateSettings, secure: bool, cohort: Cohort) -> None:
+    """Refuses codecs that do not go with error feedback or a secure sum, and uneven cohorts."""
     for transform in stage.uplink:
+        # An unbiased codec scales what it keeps up, so the residual is as long as the update or
+        # longer: added to the next one it grows without limit.
         if stage.error_feedback and getattr(transform, "unbiased", False):
             raise RecipeError(
                 f"'{transform.kind}' is unbiased, so what it lost would grow from round to round",
@@ -82,10 +90,8 @@ def _check_list(stage: FederateSettings, secure: bool, cohort: Cohort) -> None:
                 place="uplink.discretize.scale",
                 cure="give bits, or leave both out",
             )
-    if secure and (
-        cohort.sampling == "poisson"
-        or (cohort.sampling == "cyclic" and cohort.population % cohort.size)
-    ):
+    uneven = cohort.sampling == "cyclic" and cohort.population % cohort.size
+    if secure and (cohort.sampling == "poisson" or uneven):
         raise RecipeError(
             "a secure sum needs cohorts of one size, whose noise and bits are planned",
             place="sampling",

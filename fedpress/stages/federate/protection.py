@@ -18,19 +18,18 @@ from fedpress.stages.federate.settings import FederateSettings
 
 @dataclass(frozen=True)
 class Protection:
-    """A stage's privacy, planned.
+    """A stage's planned privacy.
 
     Attributes:
-        chain: the transforms of the uplink, with grid and noise filled in.
-        plans: each client's plan; the same one for all but under sample privacy of each client's
-            own; empty without.
-        costs: what one round costs those who take part, by name, or "population"; `whole` if it is
-            the cost of all rounds together, charged before the first.
-        grid: of a secure sum, None for a plain one.
-        noise: what the server adds.
+        chain: codecs of the uplink, with grid and noise filled in.
+        plans: client -> its plan; empty without privacy. They differ only under unit "sample" with
+            trust "local".
+        costs: client (or "population") -> what one round costs it.
+        grid: of a secure sum; None for a plain one.
+        noise: what the server adds; None if it adds none.
         adaptive: how the clip norm moves, with the noise of its count.
-        divisor: of the private sum.
-        whole: see `costs`.
+        divisor: of the private sum; the cohort's size if None.
+        charged_once: whether `costs` are those of all rounds together, charged before the first.
     """
 
     chain: tuple[Settings, ...]
@@ -43,13 +42,14 @@ class Protection:
     charged_once: bool = False
 
     def guarantee(self, trust: Trust) -> Guarantee:
-        """Returns what the uplink promises by it; the plan of the first client stands for all."""
+        """Returns the guarantee of the uplink."""
+        # The uplink uses only what all plans have in common: unit, clip norm and noise.
         plan = next(iter(self.plans.values()), None)
         return Guarantee(plan, trust.kind, self.noise, self.adaptive, self.divisor)
 
 
 def is_secure(stage: FederateSettings) -> bool:
-    """Says whether the stage sums securely: it is asked for, or the noise rests on it."""
+    """Says whether the stage uses a secure sum: it is the aggregator, or the trust needs it."""
     if stage.aggregator is not None:
         return not stage.aggregator.sees_updates
     return trust_of_stage(stage).noise == "sum"
@@ -62,12 +62,12 @@ def trust_of_stage(stage: FederateSettings) -> Trust:
 
 
 def repeated(phase: MechanismEvent, count: int) -> MechanismEvent:
-    """Returns `phase` so many times."""
+    """Returns the cost of `phase` repeated `count` times."""
     return replace(phase, steps=phase.steps * count)
 
 
 def steps_per_round(stage: FederateSettings, examples: int) -> int:
-    """Returns the local steps of one round for a client of so many examples."""
+    """Returns the number of local steps in a round for a client with this many examples."""
     if trust_of_stage(stage).steps == "joint":
         return 1
     return stage.epochs * math.ceil(examples / stage.batch_size)

@@ -1,4 +1,4 @@
-"""The server's half of a federate stage: bound from the recipe and a population, never from a client's data."""
+"""The server's half of a federate stage, bound from the recipe and the clients' public facts."""
 
 from __future__ import annotations
 
@@ -34,21 +34,24 @@ from fedpress.wire.fields import NUMBER, check_field
 from fedpress.wire.message import Message, pack
 
 PRIVACY_KEYS = ("unit", "delta", "noise_multiplier", "clip_norm", "sampling_prob")
+"""Fields of a privacy plan that a result shows."""
+ROUNDING = 1e-9
+"""Share of epsilon by which floating-point rounding may exceed the budget."""
 
 
 @dataclass(frozen=True, eq=False)
 class ServerHalf:
-    """Everything that the server needs: only the rounds are missing.
+    """Everything that the server needs to run the rounds.
 
     Attributes:
         common: the settings, the model to work in, the seed.
         contract: the stage bound to the population; the clients' halves are bound from the same
             facts.
         transport: reaches the clients.
-        ledger: what was spent before this stage; without end, if this stage is open.
-        secret: 256 bits on which the server's noise and draws hang instead of the seed.
-        set_up: bytes of the messages in which clients registered and agreed, as far as they may be
-            told.
+        ledger: what was spent before this stage. If this stage has no privacy, an infinite epsilon.
+        secret: key of the server's noise and draws (256 bits); they follow from the seed if None.
+        set_up: bytes of the messages in which clients registered and agreed, as far as they are
+            public.
     """
 
     common: CommonInputs
@@ -67,25 +70,33 @@ class ServerHalf:
         ledger: Ledger | None = None,
         secret: int | None = None,
     ) -> ServerHalf:
-        """Asks the clients for their public facts, binds the stage to them, and lets every client agree.
+        """Registers the clients, binds the stage to them, and lets every client agree.
 
-        A client that does not agree, and says why, is refused in every round.
+        A client that does not agree is refused in every round, with its reason.
+
+        Args:
+            common: what both sides are given.
+            transport: reaches the clients.
+            ledger: what earlier stages have spent.
+            secret: see the attribute.
 
         Raises:
             RecipeError: if settings do not fit the population, or no client agrees.
             PrivacyError: if the budget cannot be kept.
-            TrainingError: if a client does not say who it is.
+            TrainingError: if a client does not register.
         """
         before = transport.traffic
         contract = common.contract(register(transport))
         trust = contract.uplink.trust
         check_norm(contract.terms.norm, common.model, sample=trust.unit == "sample")
-        book, registered = _ledger(common.stage, ledger), transport.traffic - before
+        started = _ledger(common.stage, ledger)
+        registered = transport.traffic - before
         refused = agree(transport, contract)
         agreed = transport.traffic - before - registered
-        if trust.hides_cohort:  # nor may be told by the length of their replies who refused
+        # A refusal has another length than an agreement, so the bytes would reveal who refused.
+        if trust.hides_cohort:
             agreed = Traffic(_bytes_if_all_agree(contract), agreed.down)
-        plan = cls(common, contract, transport, book, secret, registered + agreed)
+        half = cls(common, contract, transport, started, secret, registered + agreed)
         if len(refused) == len(contract.population):
             name = contract.population.names[0]
             raise RecipeError(
@@ -93,7 +104,7 @@ class ServerHalf:
                 place="federate",
                 cure="start all of them with this recipe",
             )
-        return plan
+        return half
 
     @property
     def stage(self) -> FederateSettings:
@@ -102,12 +113,12 @@ class ServerHalf:
 
     @property
     def model(self) -> nn.Module:
-        """A model to work in: the server's parameters are put into it."""
+        """A model to work in, into which the server's parameters are written."""
         return self.common.model
 
     @property
     def population(self) -> Population:
-        """Who can be asked."""
+        """All clients, with their public counts and keys."""
         return self.contract.population
 
     @property
@@ -117,7 +128,7 @@ class ServerHalf:
 
     @property
     def uplink(self) -> Uplink:
-        """How updates travel."""
+        """How updates become their mean."""
         return self.contract.terms.uplink
 
     @property
@@ -136,38 +147,38 @@ class ServerHalf:
         )
 
     def sizes(self) -> dict[str, Any]:
-        """Returns the bytes of real messages, and bits for each value, see `sizes.sizes`.
+        """Returns the bytes of the stage's messages, and bits per value, see `sizes.sizes`.
 
-        What sets up a run is counted whole: these messages were sent already when the halves were
-        bound.
+        The messages of registering and agreeing were sent already: their real bytes are added.
         """
-        told = sizes(self.contract, parameters.flatten(self.model))
-        told["bytes_set_up"] += self.set_up.up + self.set_up.down
-        return told
+        found = sizes(self.contract, parameters.flatten(self.model))
+        found["bytes_set_up"] += self.set_up.up + self.set_up.down
+        return found
 
     @property
     def keys(self) -> str | None:
-        """Where the keys of a secure sum come from: "system" randomness or the "seed"; None for a plain sum."""
+        """Origin of a secure sum's keys: "system" (randomness) or "seed"; None for a plain sum."""
         if self.protection.grid is None:
             return None
         return "system" if owns_keys(self.stage) else "seed"
 
     @property
     def hides_cohort(self) -> bool:
-        """Whether the server sees what nobody else may: updates without noise, and who sent them."""
+        """Whether only the server may know which clients took part."""
         return self.uplink.trust.hides_cohort
 
     @cached_property
     def planned_bytes(self) -> tuple[int, int]:
-        """Bytes up and down of a round with the planned cohort and an update of noise."""
+        """Bytes up and down of a round, with the planned cohort and an update of random values."""
         sizes = self.sizes()
         return sizes["bytes_up_per_round"], sizes["bytes_down_per_round"]
 
     @cached_property
     def participation(self) -> Participation:
-        """Who is asked in which round, known before anybody is."""
+        """Which client is asked in which round, known before the run."""
         if self.secret is None:
             return self.contract.participation
+        # The clients' contract has the draws of the seed; the real ones follow from the secret.
         context = replace(self.contract.context, draw_seed=self.secret)
         return self.stage.schedule.plan_participation(context, self.stage.num_rounds)
 
@@ -176,20 +187,30 @@ class ServerHalf:
         return {name: self.participation.tasks(name) for name in self.population.names}
 
     def charges(self, tasks: Mapping[ClientId, int], first: int, last: int) -> list[LedgerEntry]:
-        """Returns what `tasks` of clients in rounds `first` to `last` cost: each its own, or the population as one."""
-        planned, name = self.protection, self.stage.name
-        if (
-            planned.charged_once and first > 1
-        ):  # all rounds are one mechanism, charged before the first
+        """Returns the ledger entries of some rounds.
+
+        Args:
+            tasks: number of tasks of each client.
+            first: first round.
+            last: last round.
+
+        Returns:
+            An entry for each client with a task; one for the whole population where it is charged
+            as one.
+        """
+        planned = self.protection
+        # With correlated noise all rounds together are one mechanism, charged before the first.
+        if planned.charged_once and first > 1:
             return []
         if POPULATION in planned.costs:
             rounds = math.ceil((last - first + 1) / self.uplink.cohort.period)
             tasks = {POPULATION: 1 if planned.charged_once else rounds}
-        return [
-            LedgerEntry.of(who, name, repeated(planned.costs[who], count), first, last)
-            for who, count in tasks.items()
-            if count
-        ]
+        entries = []
+        for who, count in tasks.items():
+            if count:
+                cost = repeated(planned.costs[who], count)
+                entries.append(LedgerEntry.of(who, self.stage.name, cost, first, last))
+        return entries
 
     def spend(self, ledger: Ledger, tasks: Mapping[ClientId, int], first: int, last: int) -> Ledger:
         """Returns `ledger` with the `charges` for these tasks and rounds in it.
@@ -197,63 +218,72 @@ class ServerHalf:
         Raises:
             PrivacyError: if they pass the budget.
         """
-        private, charges = self.stage.privacy, self.charges(tasks, first, last)
+        private = self.stage.privacy
+        charges = self.charges(tasks, first, last)
         assert private is not None
         if private.epsilon is None or not charges:
             return ledger.add(*charges)
-        # The noise was calibrated to this very epsilon: rounding must not make the last round pass
-        # it.
-        return ledger.spend(*charges, epsilon=private.epsilon * (1 + 1e-9), delta=private.delta)
+        # The noise was calibrated so that all rounds cost exactly epsilon: without the margin a
+        # rounding error could stop the run before its last round.
+        budget = private.epsilon * (1 + ROUNDING)
+        return ledger.spend(*charges, epsilon=budget, delta=private.delta)
 
     def schedule_facts(self) -> dict[str, Any]:
-        """Returns what is known of the schedule before the run, where it is not that of plain rounds."""
+        """Returns the facts of a schedule other than synchronous rounds; else nothing."""
         if self.stage.schedule.one_model:
             return {}
         return {"schedule": self.stage.schedule.kind, "most_tasks": self.participation.max_tasks}
 
     def failure_noise(self, clients: Sequence[ClientId]) -> tuple[float, float]:
-        """Returns how many protected units `clients` bring to a round, as planned, and the noise in their counts.
+        """Returns how precise the counts of failures are in a round with these clients.
 
-        The noise is its variance in each count of what failed (see `federation.failures`).
+        Returns:
+            The expected number of protected units in the round, and the variance of the noise in
+            each count (see `federation.failures`).
         """
-        plans = [self.protection.plans[name] for name in clients]
-        of = float(self.uplink.cohort.size)
-        steps = [self.uplink.trust.noised_counts(plan) for plan in plans]
-        if self.uplink.trust.unit == "sample":
-            counts = [self.population.counts[name] for name in clients]
-            of = sum(
-                plan.sampling_prob * n * k for plan, n, k in zip(plans, counts, steps, strict=True)
-            )
+        trust = self.uplink.trust
+        units = 0.0 if trust.unit == "sample" else float(self.uplink.cohort.size)
+        variance = 0.0
+        for name in clients:
+            plan = self.protection.plans[name]
+            # Each local step has a noised count of its own; a client reports their sum.
+            steps = trust.noised_counts(plan)
+            variance += plan.noise_multiplier**2 * steps
+            if trust.unit == "sample":
+                units += plan.sampling_prob * self.population.counts[name] * steps
         if self.uplink.noise is not None:
-            return of, self.uplink.noise.multiplier**2
-        return of, sum(plan.noise_multiplier**2 * k for plan, k in zip(plans, steps, strict=True))
+            variance = self.uplink.noise.multiplier**2
+        return units, variance
 
     def grid_facts(self) -> dict[str, Any]:
-        """Returns how a secure sum is planned; empty for a plain one."""
+        """Returns the facts of a secure sum; empty for a plain one."""
         grid = self.protection.grid
-        return (
-            {}
-            if grid is None
-            else {"bits": grid.plan.bits, "scale": grid.scale, "sum_limit": grid.limit}
-        )
+        if grid is None:
+            return {}
+        return {"bits": grid.plan.bits, "scale": grid.scale, "sum_limit": grid.limit}
 
     def privacy_facts(self) -> dict[str, Any]:
         """Returns the privacy settings of the client that is charged most."""
         plans = self.protection.plans.values()
         most = max(plans, key=lambda plan: (plan.sampling_prob, plan.steps_per_round))
-        told = {
-            **{name: getattr(most, name) for name in PRIVACY_KEYS},
-            "trust": self.uplink.trust.kind,
-        }
-        if self.uplink.adaptive is not None:  # the plan counts in units of a clip norm that moves
-            told["clip_norm"] = self.uplink.adaptive.initial
-        return told
+        facts = {name: getattr(most, name) for name in PRIVACY_KEYS}
+        facts["trust"] = self.uplink.trust.kind
+        # The plan's clip norm is 1 there: it counts in units of the moving one.
+        if self.uplink.adaptive is not None:
+            facts["clip_norm"] = self.uplink.adaptive.initial
+        return facts
 
     def client_scores(self, params: Tensor) -> dict[ClientId, float | None]:
-        """Asks every client what the model of `params` [d] is worth on its own examples.
+        """Asks every client for the task's metric on its own examples.
 
-        Under privacy that is a private number: nobody is asked. A client that cannot tell could not
-        train either; the records say why.
+        Under privacy nobody is asked, because the metric is a private number. A client that does
+        not answer could not train either, and the records have its reason.
+
+        Args:
+            params: of the model to measure [d].
+
+        Returns:
+            Client -> metric; None where the client's examples do not define it.
         """
         if self.uplink.privacy is not None:
             return {}
@@ -266,19 +296,22 @@ class ServerHalf:
                 continue
             try:
                 score = need(reply.kind, reply.header, "metrics").get(metric)
-                if score is not None:  # such as an AUC where there is one class only
+                # None is valid: an AUC is not defined where there is only one class.
+                if score is not None:
                     check_field("evaluated.metrics", metric, score, NUMBER)
-            except WireError:  # whatever a client sends, it must not end a run that is done
+            # A finished run must not end in an error because of one client's message.
+            except WireError:
                 continue
             found[name] = None if score is None else float(score)
         return found
 
 
 def register(transport: Transport) -> Population:
-    """Returns the clients that `transport` reaches with what each of them says of itself.
+    """Asks all clients for their public facts.
 
     Raises:
-        TrainingError: if one of them says nothing, or something else.
+        TrainingError: if a client does not answer, or with something else.
+        RecipeError: if the answers do not fit each other.
     """
     names = tuple(transport.clients())
     examples: dict[ClientId, int] = {}
@@ -315,8 +348,13 @@ def register(transport: Transport) -> Population:
 
 
 def agree(transport: Transport, contract: Contract) -> dict[ClientId, str]:
-    """Sends every client the population and the agreement; returns who refuses, with the entry that differs."""
-    agreement, names = contract.terms.agreement, contract.population.names
+    """Sends every client the population and the agreement.
+
+    Returns:
+        The clients that refuse, with the entry that differs or another reason.
+    """
+    agreement = contract.terms.agreement
+    names = contract.population.names
     question = Message(
         "agree",
         {},
@@ -340,20 +378,24 @@ def _bytes_if_all_agree(contract: Contract) -> int:
     return len(pack(reply)) * len(contract.population)
 
 
-def _ledger(stage: FederateSettings, book: Ledger | None) -> Ledger:
-    """Returns the book for this stage; one without privacy charges the clients without end before it touches them.
+def _ledger(stage: FederateSettings, ledger: Ledger | None) -> Ledger:
+    """Returns the ledger with which this stage begins.
+
+    A stage without privacy adds an entry of infinite epsilon before it uses any data, so that no
+    later stage can promise privacy to the same clients.
 
     Raises:
-        RecipeError: if the book cannot carry this stage's promise.
+        RecipeError: if this stage's guarantee does not go with what earlier stages did.
     """
     private = stage.privacy
     if private is None:
-        book = book if book is not None else Ledger("sample")
-        return (
-            book.add(LedgerEntry(POPULATION, stage.name, 1.0, 0.0, 1)) if stage.num_rounds else book
-        )
-    book = book if book is not None else Ledger(private.unit)
-    open_stage = next((c.what for c in book.charges if c.noise_multiplier == 0), None)
+        ledger = ledger if ledger is not None else Ledger("sample")
+        if not stage.num_rounds:
+            return ledger
+        # A noise multiplier of 0 is an infinite epsilon.
+        return ledger.add(LedgerEntry(POPULATION, stage.name, 1.0, 0.0, 1))
+    ledger = ledger if ledger is not None else Ledger(private.unit)
+    open_stage = next((c.what for c in ledger.charges if c.noise_multiplier == 0), None)
     if open_stage is not None:
         raise RecipeError(
             (
@@ -363,10 +405,10 @@ def _ledger(stage: FederateSettings, book: Ledger | None) -> Ledger:
             place="privacy",
             cure="give that stage privacy too, or leave it out",
         )
-    if book.unit != private.unit:
+    if ledger.unit != private.unit:
         raise RecipeError(
-            f"an earlier stage protects unit '{book.unit}' and this one '{private.unit}'",
+            f"an earlier stage protects unit '{ledger.unit}' and this one '{private.unit}'",
             place="privacy.unit",
             cure="their budgets do not add up, so use one unit in the whole recipe",
         )
-    return book
+    return ledger
