@@ -13,7 +13,17 @@ if TYPE_CHECKING:
     from fedpress.api.recipes import recipes
     from fedpress.api.result import Result
     from fedpress.api.runs import Run, check, report, run
-    from fedpress.api.stages import distill, export, l0, pack, prune, quantize, sparsify, train
+    from fedpress.api.stages import (
+        distill,
+        export,
+        federate,
+        l0,
+        pack,
+        prune,
+        quantize,
+        sparsify,
+        train,
+    )
     from fedpress.api.sweeps import sweep
     from fedpress.data import FederatedData
     from fedpress.errors import FedpressError
@@ -37,6 +47,7 @@ __all__ = [
     "distill",
     "epsilon",
     "export",
+    "federate",
     "l0",
     "measure",
     "noise_multiplier",
@@ -59,6 +70,7 @@ _NAMES_IN = {
     "fedpress.api.stages": (
         "distill",
         "export",
+        "federate",
         "l0",
         "pack",
         "prune",

@@ -7,13 +7,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+OWN_ARGUMENTS = ("data", "model")
+"""Arguments of calls that are no tables: keys of the recipe's tables of these names are given as `**{"data.x": 1}`."""
+
 
 @dataclass(frozen=True)
 class Argument:
     """An argument that a cure tells to give; Python, a recipe and the command line each write it in their own way.
 
     Attributes:
-        name: of the argument in Python; with a dot in it (`data.validation`) one that Python takes in `**{}` alone;
+        name: of the argument in Python; with a dot in it a key of a table (`privacy.epsilon`);
             a key of a recipe if it begins with `recipe.`.
         value: an example; a word in capitals stands for what the reader must choose. None: the name alone.
     """
@@ -28,6 +31,8 @@ class Argument:
         ('input_shape=(3, 32, 32)', 'data=SOURCE', 'out=')
         >>> print(Argument("data.validation", 500), "or", Argument("recipe.data.validation", 500))
         **{"data.validation": 500} or recipe.data.validation = 500
+        >>> print(Argument("privacy.epsilon", 8.0))
+        privacy={"epsilon": 8.0}
         >>> print(Argument("int8", True), "or", Argument("recipe.stage[1].int8", True))
         int8=True or recipe.stage[1].int8 = true
         """
@@ -37,7 +42,12 @@ class Argument:
         if in_recipe:
             return f"{self.name} = {_in_toml(self.value)}"
         value = _in_python(self.value)
-        return f'**{{"{self.name}": {value}}}' if "." in self.name else f"{self.name}={value}"
+        first, *rest = self.name.split(".")
+        if first in OWN_ARGUMENTS and rest:
+            return f'**{{"{self.name}": {value}}}'
+        for word in reversed(rest):
+            value = f'{{"{word}": {value}}}'
+        return f"{first}={value}"
 
 
 def _in_toml(value: object) -> str:

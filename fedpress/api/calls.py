@@ -25,6 +25,7 @@ from fedpress.errors import Argument, ModelError
 from fedpress.models import memory
 from fedpress.pipeline.commands import given as given_data
 from fedpress.pipeline.commands import several
+from fedpress.pipeline.commands.clients import Clients
 from fedpress.pipeline.commands.examples import Examples, Given
 from fedpress.pipeline.commands.order import Order
 from fedpress.pipeline.commands.subject import Subject, holding
@@ -286,13 +287,18 @@ def _as_federated(
     task = None
     if subject.spec is not None and subject.spec.task:
         task = tasks.of_model(subject.spec.task, subject.spec.class_names)
-    found = given_data.in_memory(
-        data,
-        given.preprocess() if given is not None and given.mean is not None else own,
-        class_names=subject.spec.class_names if subject.spec is not None else (),
-        model=subject.module if subject.module is not None else subject.fresh(keys),
-        task=task,
-    )
+    model = subject.module if subject.module is not None else subject.fresh(keys)
+    preprocess = given.preprocess() if given is not None and given.mean is not None else own
+    if isinstance(data, Clients):
+        found = data.federated(preprocess, model, task)
+    else:
+        found = given_data.in_memory(
+            data,
+            preprocess,
+            class_names=subject.spec.class_names if subject.spec is not None else (),
+            model=model,
+            task=task,
+        )
     if given is not None and given.mean is None:  # mean="data"
         return replace(found, preprocess=Preprocess.fit(found.public.x))
     return found

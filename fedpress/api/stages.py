@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
+
+from torch import nn
 
 from fedpress.api.calls import Model, call
 from fedpress.api.result import Result
+from fedpress.errors import Argument, DataError
 from fedpress.pipeline import recipe as recipes
+from fedpress.pipeline.commands.clients import Clients
 from fedpress.stages.table import commands
 
 Call = Callable[..., Result]
@@ -22,6 +26,11 @@ def of_stage(function: Call) -> Call:
         parameter
         for name, parameter in inspect.signature(call).parameters.items()
         if name not in ("kind", "settings")
+    ]
+    common += [
+        parameter
+        for name, parameter in inspect.signature(function).parameters.items()
+        if name not in ("model", "settings")
     ]
     own = [
         inspect.Parameter(
@@ -156,6 +165,63 @@ def export(model: Model, **settings: Any) -> Result:
     ['model.onnx']
     """
     return call("export", model, **settings)
+
+
+@of_stage
+def federate(
+    model: Model,
+    *,
+    clients: Mapping[str, Any] | None = None,
+    test: Any = None,
+    public: Any = None,
+    task: str | Mapping[str, Any] | None = None,
+    classes: Sequence[str] | None = None,
+    **settings: Any,
+) -> Result:
+    """Trains over clients that keep their data; what travels is packed to real bytes, which are counted.
+
+    Args:
+        model: as all calls take it.
+        clients: name -> its private examples: a pair (inputs, labels), a torch Dataset or a DataLoader. In their
+            place `data=` may name a source, such as "digits", with keys of `[data]`: `data.num_clients`.
+        test: examples to measure on; by default 20% of each client's are put aside.
+        public: examples that everybody may see, for settings that need some.
+        task: what is learned, such as "binary"; by default as model and labels are.
+        classes: names of the classes; by default their numbers.
+        settings: of the stage.
+
+    >>> import torch, fedpress
+    >>> x = torch.randn(400, 2)
+    >>> y = (x[:, 0] > x[:, 1]).long()
+    >>> clients = {"north": (x[:200], y[:200]), "south": (x[200:], y[200:])}
+    >>> net = torch.nn.Sequential(torch.nn.Linear(2, 2))
+    >>> together = fedpress.federate(net, clients=clients, num_rounds=5, lr=0.5)
+    >>> together.after["accuracy"] > 0.9, together.after["bytes_up"] > 0
+    (True, True)
+    """
+    if clients is not None:
+        if settings.get("data") is not None:
+            raise DataError("clients are given too", place="data", cure="leave one of them out")
+        settings["data"] = Clients(clients, test, public, task, classes)
+    else:
+        if isinstance(model, nn.Module) and settings.get("data") is None:
+            raise DataError(
+                "there are none, so nobody would train",
+                place="clients",
+                cure=(
+                    'give clients={"north": (inputs, labels), "south": dataset}, or ',
+                    Argument("data", "SOURCE"),
+                ),
+            )
+        given = {"test": test, "public": public, "task": task, "classes": classes}
+        odd = next((name for name, value in given.items() if value is not None), None)
+        if odd is not None:
+            raise DataError(
+                "it goes with clients, and the data of a source have their own",
+                place=odd,
+                cure="leave it out, or give clients",
+            )
+    return call("federate", model, **settings)
 
 
 def made_call(kind: str) -> Call:

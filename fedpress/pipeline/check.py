@@ -7,10 +7,11 @@ from typing import Any
 
 from fedpress.compress import cost
 from fedpress.data import FederatedData
+from fedpress.errors import Argument, DataError
 from fedpress.pipeline.measure import macs_of
 from fedpress.pipeline.places import placed
 from fedpress.pipeline.recipe import Recipe
-from fedpress.pipeline.start import first_state, pair_of, with_parent
+from fedpress.pipeline.start import NO_DATA, first_state, pair_of, with_parent
 
 
 def check_recipe(recipe: Recipe, data: FederatedData) -> list[dict[str, Any]]:
@@ -19,6 +20,7 @@ def check_recipe(recipe: Recipe, data: FederatedData) -> list[dict[str, Any]]:
     Raises:
         FedpressError: the first thing that would stop the run.
     """
+    _check_clients(recipe, data)
     state, lines = first_state(recipe, data), []
     trained = recipe.model.trained
     for index, stage in enumerate(recipe.stage):
@@ -30,3 +32,17 @@ def check_recipe(recipe: Recipe, data: FederatedData) -> list[dict[str, Any]]:
         size = {"parameters": cost.parameters(state.model), "macs": macs_of(state)}
         lines.append({"kind": stage.kind, "name": stage.name, **size, **facts})
     return lines
+
+
+def _check_clients(recipe: Recipe, data: FederatedData) -> None:
+    """Refuses a federation where no data were given: it would train on the noise that stands in for them.
+
+    Raises:
+        DataError: saying how to give some.
+    """
+    if data.name == NO_DATA and any(stage.needs_clients for stage in recipe.stage):
+        raise DataError(
+            "there are no clients: no data were given, or those of this run lived in the memory of another process",
+            place="data",
+            cure=("give ", Argument("data", "SOURCE"), ", or in Python clients={name: dataset}"),
+        )

@@ -26,6 +26,9 @@ from fedpress.pipeline.recipe import ModelSettings, Recipe
 from fedpress.training import device
 from fedpress.workspace.state import Loader, State
 
+NO_DATA = "no data"
+"""Name of the data set that stands in where none is given: one example of noise."""
+
 
 def load_data(recipe: Recipe, *, progress: Progress | None = None) -> data_sets.FederatedData:
     """Loads the recipe's data set, dealt to clients.

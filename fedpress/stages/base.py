@@ -30,6 +30,7 @@ class Stage:
         needs_buildable_spec: whether its output is opened by building the model from its spec, so
             that the spec must be able to do that.
         several_inputs: whether it accepts models whose forward takes several inputs.
+        needs_clients: whether it learns from the clients' private examples.
         requires_one_of: keys of which a command must be given one, because no default suits every
             model. Example: `keep_params` or `keep_macs` for prune.
         defaults_without_data: key -> value used instead of the default where there is no data.
@@ -46,6 +47,7 @@ class Stage:
     uses_data_standardization: ClassVar[bool] = False
     needs_buildable_spec: ClassVar[bool] = False
     several_inputs: ClassVar[bool] = False
+    needs_clients: ClassVar[bool] = False
     requires_one_of: ClassVar[tuple[str, ...]] = ()
     defaults_without_data: ClassVar[Mapping[str, JsonValue]] = {}
     saved_models: ClassVar[Mapping[str, tuple[str, ...]]] = {}

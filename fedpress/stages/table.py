@@ -73,7 +73,11 @@ STAGES = (
         "fedpress.stages.export:ExportStage",
         "Writes the file that a device runs, for instance int8=true, and runs it back.",
     ),
-    Row("federate", "fedpress.stages.federate.stage:FederateStage"),
+    Row(
+        "federate",
+        "fedpress.stages.federate.stage:FederateStage",
+        "Trains over clients that keep their data, for instance num_rounds=10.",
+    ),
     Row("measure", "fedpress.stages.measure:MeasureStage"),
 )
 """All kinds of stages. A new one is a file with its settings class, and a row here."""

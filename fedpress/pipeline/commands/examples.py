@@ -106,8 +106,15 @@ class Examples:
         """Says whether there are no examples at all."""
         return self.source is None and self.held is None and subject.data() is None
 
-    def table(self, subject: Subject, keys: Sequence[Override]) -> tuple[int, dict[str, Any]]:
+    def table(
+        self, subject: Subject, keys: Sequence[Override], *, needs_clients: bool = False
+    ) -> tuple[int, dict[str, Any]]:
         """Returns the seed that the data are dealt by, and the recipe's table `[data]`.
+
+        Args:
+            subject: the model.
+            keys: of the recipe.
+            needs_clients: whether the stage learns from clients. Otherwise all data that are given count as public.
 
         Raises:
             DataError: if there is a path but nothing to be found there.
@@ -115,7 +122,7 @@ class Examples:
         """
         seed = 0
         if self.source is not None:
-            table = self._of_source(self.source, subject)
+            table = self._of_source(self.source, subject, needs_clients)
         elif self.held is not None:
             table = table_of(self.held)
         elif (found := subject.data()) is not None:
@@ -132,10 +139,11 @@ class Examples:
             )
         return seed, {**table, "path": str(self.path.resolve())}
 
-    def _of_source(self, source: str, subject: Subject) -> dict[str, Any]:
-        # What is given to a command is there to be looked at: all is public, but for the one client's example.
-        table: dict[str, Any] = {"source": source, "num_clients": 1, "examples_per_client": 1}
-        table["partition"] = {"kind": "iid"}
+    def _of_source(self, source: str, subject: Subject, needs_clients: bool) -> dict[str, Any]:
+        table: dict[str, Any] = {"source": source}
+        if not needs_clients:
+            # A data set needs a client. It gets one example, so that all others are public.
+            table |= {"num_clients": 1, "examples_per_client": 1, "partition": {"kind": "iid"}}
         if subject.spec is not None and subject.spec.mean:
             table |= {"mean": list(subject.spec.mean), "std": list(subject.spec.std)}
         if subject.spec is not None and subject.spec.task:

@@ -15,7 +15,7 @@ from fedpress.core.inputs import Inputs, NamedInputs, call, map_inputs
 from fedpress.core.random_source import public_stream
 from fedpress.data import FederatedData
 from fedpress.errors import DataError
-from fedpress.tasks import Regression, Task
+from fedpress.tasks import Binary, Regression, Task
 from fedpress.training.evaluate import evaluating
 
 TAKEN = (
@@ -23,6 +23,7 @@ TAKEN = (
     "Dataset or DataLoader, or a FederatedData"
 )
 TEST_SHARE = 0.2
+"""Of the examples, or of each client's, put aside for testing."""
 VALIDATION_SHARE = 0.1
 
 
@@ -55,10 +56,14 @@ def in_memory(
     Raises:
         DataError: if `data` is something else, or its labels are no class numbers.
     """
-    x, y = _pair(data)
+    x, y = pair_of(data)
     if not len(x):
         raise DataError("there is no example in it", place="data", cure="give some")
-    x, outputs = _as_taken(x, model, preprocess) if model is not None else (x, len(class_names))
+    outputs = len(class_names)
+    shape: tuple[int, ...] | None = None
+    if model is not None:
+        x, shape = as_taken(x, model, preprocess)
+        outputs = classes_in(shape)
     if y is None:
         return unlabelled(x, preprocess)
     if len(x) != len(y):
@@ -67,7 +72,7 @@ def in_memory(
             place="data",
             cure="give one label for each input",
         )
-    task = task or _regression(y, x, model, preprocess)
+    task = task or task_of_targets(y, shape)
     if task is not None and task.targets != "classes":
         return _divided(Arrays(x, y.to(torch.float32)), preprocess, seed, task=task)
     if y.dim() != 1 or y.is_floating_point() or y.is_complex():
@@ -123,47 +128,46 @@ def _divided(every: Arrays, preprocess: Preprocess, seed: int, **about: Any) -> 
     )
 
 
-@torch.no_grad()
-def _regression(
-    y: Tensor, x: Inputs, model: nn.Module | None, preprocess: Preprocess
-) -> Task | None:
-    """Returns a regression if `y` are floats [n] or [n, k], and the model gives k numbers for each example."""
-    if model is None or not y.is_floating_point() or y.dim() not in (1, 2):
+def task_of_targets(y: Tensor, outputs: tuple[int, ...] | None) -> Task | None:
+    """Returns what a model learns that gives `outputs` for one example, where that is no classification.
+
+    Floats [n] or [n, k] of a model that gives k numbers are a regression; 0 and 1 of one that gives one number are a
+    binary classification.
+    """
+    if outputs is None or y.dim() not in (1, 2):
         return None
     width = 1 if y.dim() == 1 else y.shape[1]
-    with evaluating(model):
-        try:
-            out = call(model, preprocess(x[:2]))
-        except (
-            Exception
-        ):  # whatever somebody's own network raises; what it does not take is told later
-            return None
-    if not isinstance(out, Tensor) or list(out.shape) != [min(2, len(x)), width]:
-        return None
-    names = tuple(f"target {at}" for at in range(width)) if width > 1 else ("target",)
-    return Regression(names)
+    if y.is_floating_point() and outputs == (width,):
+        several = tuple(f"target {at}" for at in range(width))
+        return Regression(several if width > 1 else ("target",))
+    if not y.is_floating_point() and outputs == (1,) and y.dim() == 1:
+        return Binary(("0", "1"))
+    return None
 
 
 @torch.no_grad()
-def _as_taken(x: Inputs, model: nn.Module, preprocess: Preprocess) -> tuple[Inputs, int]:
-    """Returns the inputs of the type that the model takes, and the number of its classes, 0 if it tells none."""
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        model.eval()
-        whole = isinstance(x, Tensor) and x.dtype == torch.int64
+def as_taken(
+    x: Inputs, model: nn.Module, preprocess: Preprocess
+) -> tuple[Inputs, tuple[int, ...] | None]:
+    """Returns the inputs of the type that the model takes, and the shape of its outputs for one of them.
+
+    Whole numbers become floats if the model does not take them as token ids. The shape is None if the model does not
+    take the inputs, or gives something else than a tensor: what is wrong is told where the model is checked.
+    """
+    whole = isinstance(x, Tensor) and x.dtype == torch.int64
+    with evaluating(model):
         for rows in (x, map_inputs(x, Tensor.float)) if whole else (x,):
             try:
                 out = call(model, preprocess(rows[:2]))
-            except (
-                Exception
-            ):  # whatever somebody's own network raises; what it does not take is told later
+            except Exception:  # whatever somebody's own network raises
                 continue
-            is_classifier = isinstance(out, Tensor) and out.dim() == 2 and out.shape[1] > 1
-            return rows, int(out.shape[1]) if is_classifier else 0
-    finally:
-        for module, training in modes:
-            module.training = training
-    return x, 0
+            return rows, tuple(out.shape[1:]) if isinstance(out, Tensor) else None
+    return x, None
+
+
+def classes_in(outputs: tuple[int, ...] | None) -> int:
+    """Returns the number of classes of a model that gives `outputs` for one example; 0 if it is no classifier."""
+    return outputs[0] if outputs is not None and len(outputs) == 1 and outputs[0] > 1 else 0
 
 
 def unlabelled(x: Inputs, preprocess: Preprocess) -> FederatedData:
@@ -184,7 +188,12 @@ def unlabelled(x: Inputs, preprocess: Preprocess) -> FederatedData:
     )
 
 
-def _pair(data: Any) -> tuple[Inputs, Tensor | None]:
+def pair_of(data: Any) -> tuple[Inputs, Tensor | None]:
+    """Returns inputs and labels of what a user holds in memory; None where there are no labels.
+
+    Raises:
+        DataError: if it is nothing of what `TAKEN` lists, or its items do not fit together.
+    """
     if isinstance(data, Tensor | np.ndarray | Mapping):
         return _inputs(data), None
     if (
@@ -246,7 +255,9 @@ def _joined(items: Iterable[Any], join: Any) -> tuple[Inputs, Tensor | None]:
         return _inputs(_together(inputs, join)), join(labels) if labels else None
     except RuntimeError as error:
         raise DataError(
-            "its items have different shapes", place="data", cure="make them alike"
+            "its items have different shapes",
+            place="data",
+            cure="make them alike: pad sequences to one length, and give the lengths as a second input",
         ) from error
 
 

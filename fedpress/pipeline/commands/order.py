@@ -74,7 +74,7 @@ class Order:
         examples = examples or Examples()
         row = commands()[kind].load()
         given = {key.key for key in keys}
-        seed, data = examples.table(subject, keys)
+        seed, data = examples.table(subject, keys, needs_clients=row.needs_clients)
         stage: dict[str, Any] = {"kind": kind}
         if examples.of_nothing(subject):
             stage |= {

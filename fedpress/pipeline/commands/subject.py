@@ -25,6 +25,7 @@ from fedpress.pipeline import recipe as recipes
 from fedpress.pipeline.arguments import naming_arguments
 from fedpress.pipeline.places import placed_model
 from fedpress.pipeline.recipe import Override
+from fedpress.pipeline.start import NO_DATA
 from fedpress.workspace.atomic import read_json
 
 DATA = ("give ", Argument("data", "SOURCE"))
@@ -197,7 +198,7 @@ def no_data(path: Path) -> FederatedData:
     names = tuple(str(i) for i in range(max(1, count)))
     about = Preprocess()
     return FederatedData(
-        "no data", {"nobody": one}, none, none, none, len(names), names, about, labelled=count > 0
+        NO_DATA, {"nobody": one}, none, none, none, len(names), names, about, labelled=count > 0
     )
 
 

@@ -28,6 +28,7 @@ from fedpress.workspace.state import State, Tick
 class FederateStage(FederateSettings, Stage):
     """`[[stage]] kind = "federate"`: FedAvg over the clients of the data set."""
 
+    needs_clients: ClassVar[bool] = True
     places: ClassVar[Mapping[str, str]] = {
         "adaptive": "privacy.adaptive",
         "bands": "privacy.correlated.bands",

@@ -48,7 +48,7 @@ def test_every_kind_of_stage_is_a_command_and_a_call():
     stages = json.loads(recipes.schema())["properties"]["stage"]["items"]
     kinds = set(stages["discriminator"]["mapping"])
     assert kinds == {row.kind for row in STAGES}
-    assert kinds - {"federate", "measure"} == set(commands()) <= set(fedpress.__all__)
+    assert kinds - {"measure"} == set(commands()) <= set(fedpress.__all__)
 
 
 @pytest.mark.recipe

@@ -1,0 +1,190 @@
+"""`clients=` of `fedpress.federate`: data sets in memory, one for each client, become a federated data set."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fedpress import tasks
+from fedpress.core.examples import Arrays, Preprocess
+from fedpress.core.inputs import Inputs, form_of, join, map_inputs, told
+from fedpress.core.random_source import public_stream
+from fedpress.data import FederatedData
+from fedpress.errors import Argument, DataError
+from fedpress.pipeline.commands.given import (
+    TEST_SHARE,
+    as_taken,
+    classes_in,
+    pair_of,
+    task_of_targets,
+)
+from fedpress.tasks import Classification, Task
+
+PAIR = "a pair (inputs, labels), a torch Dataset or a DataLoader"
+
+
+@dataclass(frozen=True)
+class Clients:
+    """What a user gives of a federation's data; each data set is a pair (inputs, labels), a Dataset or a DataLoader.
+
+    Attributes:
+        clients: the private examples of each client by its name.
+        test: to measure on; None: 20% of each client's examples are put aside.
+        public: examples that everybody may see, for stages that train or calibrate on them; None: there are none.
+        task: what is learned, as `data.task` of a recipe says it; None: found from labels and model.
+        classes: names of the classes; None: their numbers, as many as the model has outputs.
+    """
+
+    clients: Mapping[str, Any]
+    test: Any = None
+    public: Any = None
+    task: str | Mapping[str, Any] | None = None
+    classes: Sequence[str] | None = None
+
+    def federated(
+        self, preprocess: Preprocess, model: nn.Module | None, saved: Task | None
+    ) -> FederatedData:
+        """Makes the federated data set.
+
+        What is learned follows from the model, the type of the labels and what the user says. It never follows from
+        the values of a client's labels, which are private: so a class that no client has is one nevertheless.
+
+        Args:
+            preprocess: from the examples to the input of the network.
+            model: which takes the examples; None if it is not known here.
+            saved: the task of a saved model.
+
+        Raises:
+            DataError: if a part is no data set with labels, or does not look like the others.
+        """
+        if not isinstance(self.clients, Mapping) or not self.clients:
+            raise DataError(
+                f"got {type(self.clients).__name__}, expected a dictionary of at least one client",
+                place="clients",
+                cure='give {"north": (inputs, labels), "south": dataset}',
+            )
+        raw = {name: _pair(f"clients[{name!r}]", data) for name, data in self.clients.items()}
+        first_x, first_y = next(iter(raw.values()))
+        for name, (x, _) in raw.items():
+            if form_of(x) != form_of(first_x):
+                raise DataError(
+                    f"examples of {told(x)} where the first client has {told(first_x)}",
+                    place=f"clients[{name!r}]",
+                    cure="make them all alike",
+                )
+        shape: tuple[int, ...] | None = None
+        as_floats = False
+        if model is not None:
+            taken, shape = as_taken(first_x, model, preprocess)
+            as_floats = isinstance(taken, Tensor) and taken.dtype != first_x.dtype  # type: ignore[union-attr]
+        task = saved or self._task(first_y, shape)
+
+        def arrays(x: Inputs, y: Tensor) -> Arrays:
+            rows = map_inputs(x, Tensor.float) if as_floats else x
+            return Arrays(rows, y.to(torch.int64 if task.targets == "classes" else torch.float32))
+
+        private = {str(name): arrays(*pair) for name, pair in raw.items()}
+        none = next(iter(private.values())).take(torch.zeros(0, dtype=torch.int64))
+        public = arrays(*_pair("public", self.public)) if self.public is not None else none
+        if self.test is not None:
+            test = arrays(*_pair("test", self.test))
+        else:
+            private, test = _put_aside(private)
+        names = task.names if task.targets == "classes" else ()
+        return FederatedData(
+            name="data in memory",
+            clients=private,
+            public=public,
+            validation=none,
+            test=test,
+            num_classes=len(names),
+            class_names=names,
+            preprocess=preprocess,
+            task=task,
+        )
+
+    def _task(self, y: Tensor, outputs: tuple[int, ...] | None) -> Task:
+        """Finds what is learned.
+
+        Raises:
+            DataError: if nothing says how many classes there are.
+        """
+        if self.task is not None:
+            return self._named_task(self.task, y, outputs)
+        found = task_of_targets(y, outputs)
+        if found is not None:
+            return found
+        count = len(self.classes or ()) or classes_in(outputs)
+        if y.is_floating_point() or count < 2:
+            shape = list(y.shape)[1:]
+            gives = "something else" if outputs is None else f"{list(outputs)}"
+            raise DataError(
+                f"labels of type {y.dtype} and shape {shape} for one example, where the model gives {gives}",
+                place="clients",
+                cure=(
+                    "give whole numbers below the number of outputs as labels of a classification, or floats in the "
+                    "shape of the outputs for a regression; or say what is learned with ",
+                    Argument("task", "multilabel"),
+                ),
+            )
+        return Classification(tuple(self.classes or map(str, range(count))))
+
+    def _named_task(
+        self, given: str | Mapping[str, Any], y: Tensor, outputs: tuple[int, ...] | None
+    ) -> Task:
+        """Makes the task that the user names; of the labels only type and shape count.
+
+        Raises:
+            RecipeError: if there is no such task.
+        """
+        kind = tasks.find(tasks.kind_of(given))
+        width = len(self.classes or ()) or (y.shape[1] if y.dim() > 1 else 1)
+        if kind.kind == "binary":
+            width = 2
+        elif kind.targets == "classes":
+            width = classes_in(outputs) or width
+        names = tuple(self.classes or map(str, range(width)))
+        none = y[:0].to(torch.int64 if kind.targets == "classes" else torch.float32)
+        return tasks.make(given, names, none)
+
+
+def _pair(place: str, data: Any) -> tuple[Inputs, Tensor]:
+    """Reads one data set.
+
+    Raises:
+        DataError: if it has no labels, or not as many as inputs.
+    """
+    try:
+        x, y = pair_of(data)
+    except DataError as error:
+        error.place = place
+        raise
+    if y is None or not len(x):
+        raise DataError(
+            "it has no labels" if len(x) else "there is no example in it",
+            place=place,
+            cure=f"give {PAIR}",
+        )
+    if len(x) != len(y):
+        raise DataError(
+            f"{len(x)} inputs but {len(y)} labels",
+            place=place,
+            cure="give one label for each input",
+        )
+    return x, y
+
+
+def _put_aside(private: Mapping[str, Arrays]) -> tuple[dict[str, Arrays], Arrays]:
+    """Takes 20% of each client's examples as the test set; a client keeps at least one."""
+    kept: dict[str, Arrays] = {}
+    tests: list[Arrays] = []
+    for name, arrays in private.items():
+        order = public_stream(0, "test examples of a client", name).permutation(len(arrays))
+        count = int(TEST_SHARE * len(arrays))
+        tests.append(arrays.take(order[:count]))
+        kept[name] = arrays.take(order[count:])
+    return kept, Arrays(join([part.x for part in tests]), torch.cat([part.y for part in tests]))
