@@ -189,11 +189,11 @@ def test_a_client_with_one_example_under_batch_norm_is_told(tmp_path):
 
 def test_noise_alone_is_not_taken_for_failures():
     noise = Failures(counted=Tally(2.0, -1.5), of=4.0, variance=1.0)
-    assert not noise.sure
+    assert not noise.significant
     assert not noise.all_failing
     assert not replace(noise, recent=((2.0, -1.5, 4.0, 1.0),)).all_failing
     assert noise.warning("client") == ""
-    assert Failures(counted=Tally(0, 60.0), of=100.0, variance=4.0).sure
+    assert Failures(counted=Tally(0, 60.0), of=100.0, variance=4.0).significant
 
 
 def test_a_run_stops_when_its_last_rounds_fail_also_if_the_first_went_well():
