@@ -12,7 +12,7 @@ from torch import nn
 from fedpress.api import shown
 from fedpress.errors import RunError
 from fedpress.models import ModelSpec, memory
-from fedpress.reports.table import comparison_table
+from fedpress.reports.comparison import comparison_table
 from fedpress.workspace.atomic import read_json
 from fedpress.workspace.damage import CURES
 from fedpress.workspace.folder import RunFolder

@@ -26,9 +26,11 @@ from fedpress.pipeline.check import check_recipe
 from fedpress.pipeline.commands.examples import table_of
 from fedpress.pipeline.recipe import Override, Recipe
 from fedpress.pipeline.start import load_data
+from fedpress.reports.detail_tables import progress_table
 from fedpress.reports.html import write_report
 from fedpress.reports.reading import read_run
-from fedpress.reports.table import Table, progress_table, stage_table
+from fedpress.reports.stage_table import stage_table
+from fedpress.reports.table import Table
 from fedpress.workspace.folder import RunFolder
 from fedpress.workspace.state import Event
 

@@ -62,10 +62,11 @@ def named(recipe: str | None, context: typer.Context) -> str:
 
 
 def again(place: Path) -> str:
-    """The command that goes on with the run in `place`."""
+    """Returns the command that goes on with the run in `place`."""
     words = [word for word in sys.argv[1:] if word != "--resume"]
-    named = any(word == "--out" or word.startswith("--out=") for word in words)
-    return shlex.join(["fedpress", *words, *([] if named else ["--out", str(place)]), "--resume"])
+    if not any(word == "--out" or word.startswith("--out=") for word in words):
+        words += ["--out", str(place)]
+    return shlex.join(["fedpress", *words, "--resume"])
 
 
 def on_device(overrides: Iterable[str] | None, device: str | None) -> list[str]:

@@ -134,13 +134,17 @@ def _execute(
 def _show(place: Path, report_file: Path, out_stream: Console, *, as_json: bool) -> None:
     """Prints what came out."""
     from fedpress.cli import terminal
-    from fedpress.reports.table import rich_table, runtimes_told
+    from fedpress.reports.outcome import outcome_of
+    from fedpress.reports.stage_table import rich_table, runtimes_told, spread_explained
 
     result = json.loads((place / "result.json").read_text("utf-8"))
-    out_stream.print(rich_table(result))
-    if several := runtimes_told(result):
-        out_stream.print(several, style="dim", markup=False)
+    out_stream.print(rich_table(result, width=out_stream.width))
+    for note in (spread_explained(result), runtimes_told(result)):
+        if note:
+            out_stream.print(note, style="dim", markup=False)
     terminal.show_metrics(out_stream, result)
+    out_stream.print()
+    out_stream.print(outcome_of(result, warn=False), markup=False)
     out_stream.print(f"report: {report_file}", markup=False, soft_wrap=True)
     if as_json:
         typer.echo(json.dumps(result))

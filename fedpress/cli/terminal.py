@@ -9,14 +9,16 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 from rich.padding import Padding
-from rich.progress import Progress
+from rich.progress import Progress, TaskID
 from rich.table import Table
 
 from fedpress.reports import units
+from fedpress.reports.comparison import comparison_table
+from fedpress.reports.detail_tables import left_table, metrics_table
 from fedpress.reports.headline import score_warning, stays_float
 from fedpress.reports.reading import stages_of
 from fedpress.reports.table import Table as PlainTable
-from fedpress.reports.table import as_rich, comparison_table, left_table, metrics_table
+from fedpress.reports.table import as_rich
 
 
 def console(*, quiet: bool) -> Console:
@@ -32,10 +34,11 @@ def waiting(out: Console, what: str) -> Iterator[None]:
 
 
 class Loading:
-    """Shows the progress of downloads and decoding; to be given to `fedpress.data.load`."""
+    """Shows the progress of downloads and decoding: `fedpress.data.load(settings, seed, progress=Loading(bars))`."""
 
     def __init__(self, shown: Progress) -> None:
-        self.shown, self.tasks = shown, dict[str, Any]()
+        self.shown = shown
+        self.tasks: dict[str, TaskID] = {}
 
     def __call__(self, what: str, done: int, total: int | None) -> None:
         """Moves the bar of `what`."""
@@ -87,34 +90,52 @@ def show_keys(out: Console, title: str, rows: Sequence[tuple[str, str, str]]) ->
 def show_measures(out: Console, records: Iterable[Mapping[str, Any]]) -> None:
     """Prints records of the command `measure`: a table of costs, one of times, and the machine's peak."""
     records = list(records)
-    costs = [
-        [str(n), name, r["runtime"], units.count(r["parameters"]), units.count(r["macs"] or None),
-         units.count(r["file_bytes"], "B"), units.count(r["peak_memory"], "B"), _roof(r)]
-        for n, (name, r) in enumerate(zip(_short([r["name"] for r in records]), records, strict=True), 1)
-    ]  # fmt: skip
-    out.print(
-        as_rich(
-            PlainTable(
-                ["", "Model", "Runtime", "Params", "MACs", "Size", "Memory", "Of the roof"], costs
-            ),
-            words=("Model", "Runtime"),
-        )
-    )
-    places = list(dict.fromkeys((t["batch"], t["threads"]) for r in records for t in r["timings"]))
-    times = []
-    for n, r in enumerate(records, 1):
-        found = {(t["batch"], t["threads"]): t for t in r["timings"]}
-        times.append([str(n), *(_time(found.get(place)) for place in places)])
-    header = [f"batch {batch}, {threads} thr." for batch, threads in places]
+    out.print(as_rich(_costs(records), words=("Model", "Runtime")))
     out.print()
-    out.print(as_rich(PlainTable(["", *header], times)))
+    out.print(as_rich(_times(records)))
     if records:
         top = records[0]["machine"]
         out.print(
             "Latency is the median ± half of what the middle half of the runs spans. One thread here reaches "
             f"{top['float_gmacs']:.1f} GMAC/s in float32, {top['int8_gmacs']:.1f} in int8, and copies "
-            f"{top['gigabytes']:.1f} GB/s: the roof.", style="dim",
-        )  # fmt: skip
+            f"{top['gigabytes']:.1f} GB/s: the roof.",
+            style="dim",
+        )
+
+
+def _costs(records: Sequence[Mapping[str, Any]]) -> PlainTable:
+    names = _short([record["name"] for record in records])
+    rows = []
+    for number, (name, record) in enumerate(zip(names, records, strict=True), start=1):
+        rows.append(
+            [
+                str(number),
+                name,
+                record["runtime"],
+                units.count(record["parameters"]),
+                units.count(record["macs"] or None),
+                units.size(record["file_bytes"]),
+                units.size(record["peak_memory"]),
+                _roof(record),
+            ]
+        )
+    header = ["", "Model", "Runtime", "Params", "MACs", "Size", "Memory", "Of the roof"]
+    return PlainTable(header, rows)
+
+
+def _times(records: Sequence[Mapping[str, Any]]) -> PlainTable:
+    """Returns a row for each record, and a column for each batch size and number of threads of any of them."""
+    places: list[tuple[int, int]] = []
+    by_record: list[dict[tuple[int, int], Mapping[str, Any]]] = []
+    for record in records:
+        timings = {(timing["batch"], timing["threads"]): timing for timing in record["timings"]}
+        places += [place for place in timings if place not in places]
+        by_record.append(timings)
+    rows = []
+    for number, timings in enumerate(by_record, start=1):
+        rows.append([str(number), *(_time(timings.get(place)) for place in places)])
+    header = [f"batch {batch}, {threads} thr." for batch, threads in places]
+    return PlainTable(["", *header], rows)
 
 
 def _short(names: Sequence[str], room: int = 13) -> list[str]:
@@ -156,19 +177,14 @@ def show_check(
 ) -> None:
     """Prints what `fedpress.pipeline.run.check` found: the data, and a line with a list of facts for each stage."""
     out.print(f"[bold]{escape(title)}[/]")
-    shape = _shape(data["shape"])
-    parts = ", ".join(
-        f"{data[part]:,} {part}" for part in ("private", "public", "validation", "test")
-    )
+    counts = [f"{data[part]:,} {part}" for part in ("private", "public", "validation", "test")]
+    examples = f"{_shape(data['shape'])}, {len(data['classes'])} classes"
     out.print(
-        f"data: {len(data['clients'])} clients; {parts}; {shape}, {len(data['classes'])} classes",
-        markup=False,
+        f"data: {len(data['clients'])} clients; {', '.join(counts)}; {examples}", markup=False
     )
     for at, line in enumerate(lines):
-        out.print(
-            f"[bold]{at} {escape(line['name'])}[/] ({line['kind']}): {units.count(line['parameters'])} parameters, "
-            f"{units.count(line['macs'], 'MAC')}"
-        )
+        size = f"{units.count(line['parameters'])} parameters, {units.count(line['macs'], 'MAC')}"
+        out.print(f"[bold]{at} {escape(line['name'])}[/] ({line['kind']}): {size}")
         facts = Table(box=None, show_header=False, pad_edge=False)
         facts.add_column(style="dim")
         facts.add_column()
@@ -182,7 +198,7 @@ def _fact(key: str, value: Any) -> str:
     if key == "epsilon":
         return units.epsilon(value)
     if "bytes" in key:
-        return units.count(value, "B")
+        return units.size(value)
     if isinstance(value, list):
         return " to ".join(_fact("", item) for item in value)
     if isinstance(value, float):

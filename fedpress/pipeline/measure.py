@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-
 from fedpress import storage
 from fedpress.compress import cost
 from fedpress.deploy.processor import conditions
@@ -15,7 +13,7 @@ from fedpress.training.evaluate import evaluate
 from fedpress.workspace.state import State
 
 COSTS = (
-    "task", "loss", "parameters", "nonzero_parameters", "macs", "file_bytes", "packed_file_bytes",
+    "task", "test_examples", "loss", "parameters", "nonzero_parameters", "macs", "file_bytes", "packed_file_bytes",
     "latency_ms", "runtime", "conditions",
 )  # fmt: skip
 
@@ -40,6 +38,7 @@ def measure(state: State, *, latency: bool = True) -> dict[str, Any]:
     model = state.model.to("cpu")
     line: dict[str, Any] = {
         "task": task.kind,
+        "test_examples": len(test),
         **metrics,
         "loss": loss,
         "parameters": cost.parameters(model),
@@ -58,7 +57,8 @@ def measure(state: State, *, latency: bool = True) -> dict[str, Any]:
             "latency_ms": speed.median_ms,
             "runtime": "torch, simulated" if state.spec.quantized else "torch",
         }
-        line["conditions"] = conditions("torch", threads=torch.get_num_threads(), options={})
+        # `cost.latency` computes on one thread, however many torch has otherwise.
+        line["conditions"] = conditions("torch", threads=1, options={})
     return line
 
 

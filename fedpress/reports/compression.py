@@ -13,50 +13,61 @@ from fedpress.reports.plot import (
     Figure,
     Panel,
     Series,
+    horizontal_bars,
     line,
-    lying_bars,
+    rows_height,
+    score_axis,
     short,
     values,
 )
-from fedpress.reports.reading import Json
+from fedpress.reports.reading import Json, name_of
 
-MANY_LAYERS = 8  # so many lines are named; the others stay grey
+MANY_LAYERS = 8  # so many lines have a colour and a name; the others are grey
 
 
 def sensitivity_curves(name: str, records: list[Json]) -> Figure | None:
     """Shows the metric against density for every layer alone; the most sensitive ones are coloured and named."""
-    points = [point for record in records if isinstance(point := record.get("sensitivity"), dict)]
+    points = []
+    for record in records:
+        if isinstance(record.get("sensitivity"), dict):
+            points.append(record["sensitivity"])
     shown_by = Shown.of(points)
-    curves: dict[str, list[Json]] = {}
-    for point in points:
-        if units.number(point.get("density")) is not None and shown_by.value(point) is not None:
-            curves.setdefault(str(point.get("layer")), []).append(point)
+    curves = _curves(points, shown_by)
     if not curves:
         return None
-    for curve in curves.values():
-        curve.sort(key=lambda point: float(point["density"]))
+
     higher = shown_by.metric.better == "higher"
-    worst = min if higher else max
-    lowest = {
-        layer: worst(float(p[shown_by.key]) for p in curve) for layer, curve in curves.items()
-    }
-    order = sorted(curves, key=lambda layer: lowest[layer], reverse=not higher)
+    worst: dict[str, float] = {}
+    for layer, curve in curves.items():
+        scores = [float(point[shown_by.key]) for point in curve]
+        worst[layer] = min(scores) if higher else max(scores)
+    order = sorted(curves, key=lambda layer: worst[layer], reverse=not higher)
     colors = [ORANGE, *[BLUE] * (MANY_LAYERS - 1), *[FAINT] * len(order)]
-    lines = [
-        _layer_curve(layer, curves[layer], shown_by, color)
-        for layer, color in zip(order, colors, strict=False)
-    ]
-    shown = lines[::-1]  # the most sensitive is drawn last, on top
+    lines = []
+    for layer, color in zip(order, colors, strict=False):
+        lines.append(_layer_curve(layer, curves[layer], shown_by, color))
     first, last = order[0], order[-1]
     return Figure(
         f"Sensitivity: {name}",
         f"{shown_by.title} when one layer alone is cut to a density. The most sensitive is {first}, orange, down to "
-        f"{shown_by.formatted(lowest[first])}; the least is {last}, {shown_by.formatted(lowest[last])} at its worst. "
+        f"{shown_by.formatted(worst[first])}; the least is {last}, {shown_by.formatted(worst[last])} at its worst. "
         f"The {min(MANY_LAYERS, len(order))} most sensitive of {len(order)} layers are coloured.",
         Axis("kept of this layer (%)"),
-        [Panel(Axis(shown_by.axis()), shown)],
+        # What is drawn last lies on top: the most sensitive layer.
+        [Panel(score_axis(shown_by), lines[::-1])],
         height=380,
     )
+
+
+def _curves(points: list[Json], shown_by: Shown) -> dict[str, list[Json]]:
+    """Returns the points of each layer by rising density."""
+    curves: dict[str, list[Json]] = {}
+    for point in points:
+        if units.number(point.get("density")) is not None and shown_by.value(point) is not None:
+            curves.setdefault(str(point.get("layer")), []).append(point)
+    for curve in curves.values():
+        curve.sort(key=lambda point: float(point["density"]))
+    return curves
 
 
 def _layer_curve(layer: str, curve: list[Json], shown_by: Shown, color: Color) -> Series:
@@ -74,14 +85,15 @@ def density_over_epochs(name: str, epochs: list[Json]) -> Figure | None:
     if not known:
         return None
     x = [float(at) for at in range(1, len(epochs) + 1)]
-    caption = f"Kept weights or channels over {len(epochs)} epochs: from {known[0]:.1f}% to {known[-1]:.1f}%"
+    kept = f"Kept weights or channels over {len(epochs)} epochs"
+    caption = f"{kept}: from {known[0]:.1f}% to {known[-1]:.1f}%"
     top = Panel(Axis("kept (%)", low=0.0), [line("kept", x, density, unit="%", across="epoch")])
     title = f"Density: {name}"
     if all(w is None for w in weight):
         return Figure(title, f"{caption}.", Axis("epoch"), [top], together=True)
     below = Panel(Axis("λ", low=0.0), [line("λ", x, weight, color=ORANGE, across="epoch")])
-    said = f"{caption}; below it the weight λ of the penalty."
-    return Figure(title, said, Axis("epoch"), [top, below], height=380, together=True)
+    caption = f"{caption}; below it the weight λ of the penalty."
+    return Figure(title, caption, Axis("epoch"), [top, below], height=380, together=True)
 
 
 def bits_per_layer(name: str, records: list[Json]) -> Figure | None:
@@ -89,61 +101,64 @@ def bits_per_layer(name: str, records: list[Json]) -> Figure | None:
     layers = _quantized_layers(records)
     if not layers:
         return None
-    names, bits = [str(x.get("name")) for x in layers], values(layers, "bits")
+    names, bits = [str(layer.get("name")) for layer in layers], values(layers, "bits")
     sizes = [w or 0.0 for w in values(layers, "weights")]
     total = 0.0
-    notes, hover = [], []
+    labels, hover = [], []
     for layer, width, size in zip(names, bits, sizes, strict=True):
         total += (width or 0.0) * size
-        notes.append(f"{width or 0.0:.0f} · {units.count(size)}")
+        labels.append(f"{width or 0.0:.0f} · {units.count(size)}")
         hover.append(f"{layer}: {short(width)} bits, {units.count(size)} weights")
+    # A layer counts by its weights: one of a hundred hardly changes the size of the file.
     mean = total / sum(sizes) if sum(sizes) else 0.0
     return Figure(
         f"Bits of the weights: {name}",
         f"{mean:.2f} bits a weight on average over {len(layers)} layers; beside each bar its bits and how many weights "
         "it has.",
         Axis("bits", low=0.0),
-        [Panel(Axis("", names=names), [lying_bars("bits", bits, hover=hover, beside=notes)])],
-        height=110 + (24 if len(names) < 40 else 16) * len(names),
+        [Panel(Axis("", names=names), [horizontal_bars("bits", bits, hover=hover, labels=labels)])],
+        height=rows_height(len(names)),
         wide=True,
     )
 
 
 def _quantized_layers(records: list[Json]) -> list[Json]:
-    """Returns what the last record about quantized layers says of each whose bits it tells."""
+    """Returns the layers whose bits are known, from the last record that has quantized layers."""
     for record in reversed(records):
         found = record.get("quantized")
         if isinstance(found, list):
-            layers = [x for x in found if isinstance(x, dict)]
-            return [x for x in layers if units.number(x.get("bits")) is not None]
+            layers = [layer for layer in found if isinstance(layer, dict)]
+            return [layer for layer in layers if units.number(layer.get("bits")) is not None]
     return []
 
 
 def bytes_by_kind(stage: Json) -> Figure | None:
     """Shows what the bytes of a packed file are spent on."""
     found = stage.get("packed_bytes")
-    pairs = (
-        [(str(k), x) for k, v in found.items() if (x := units.number(v))]
-        if isinstance(found, dict)
-        else []
-    )
+    pairs = []
+    for kind, value in found.items() if isinstance(found, dict) else ():
+        size = units.number(value)
+        if size:
+            pairs.append((str(kind), size))
     if not pairs:
         return None
+
     pairs.sort(key=lambda pair: -pair[1])
-    prefix, size = units.scale(pairs[0][1])
-    names = [name for name, _ in pairs]
-    texts = [units.count(x, "B") for _, x in pairs]
-    bar = lying_bars(
-        "bytes",
-        [x / size for _, x in pairs],
-        hover=[f"{name}: {text}" for name, text in zip(names, texts, strict=True)],
-        beside=texts,
-    )
+    largest, most = pairs[0]
+    prefix, unit = units.scale(most)
+    labels = [units.size(size) for _, size in pairs]
+    names = [kind for kind, _ in pairs]
+    hover = [f"{kind}: {text}" for kind, text in zip(names, labels, strict=True)]
+    lengths = [size / unit for _, size in pairs]
     return Figure(
-        f"Bytes of the packed file: {stage.get('name') or stage.get('kind')}",
-        f"{units.count(stage.get('file_bytes'), 'B')} in all; the most goes into {names[0]}, "
-        f"{units.count(pairs[0][1], 'B')}.",
+        f"Bytes of the packed file: {name_of(stage)}",
+        f"{units.size(stage.get('file_bytes'))} in all; the most goes into {largest}, {units.size(most)}.",
         Axis(f"{prefix}B", low=0.0),
-        [Panel(Axis("", names=names), [bar])],
-        height=110 + 24 * len(names),
+        [
+            Panel(
+                Axis("", names=names),
+                [horizontal_bars("bytes", lengths, hover=hover, labels=labels)],
+            )
+        ],
+        height=rows_height(len(names)),
     )

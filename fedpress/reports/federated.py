@@ -1,4 +1,4 @@
-"""The figures of a federated stage: accuracy and privacy over the rounds, bytes, and how each client fares."""
+"""The figures of a federated stage: metric and privacy over the rounds, bytes, and the metric of each client."""
 
 from __future__ import annotations
 
@@ -9,25 +9,28 @@ from fedpress.reports import units
 from fedpress.reports.metrics import Shown
 from fedpress.reports.plot import (
     BLUE,
+    MANY_POINTS,
     ORANGE,
     Axis,
     Figure,
     Panel,
     Series,
     bars,
+    dots,
     line,
-    lying_bars,
+    rows_height,
+    score_axis,
     short,
     total_of,
     values,
 )
-from fedpress.reports.reading import Json
+from fedpress.reports.reading import Json, name_of
 
-MANY_CLIENTS = 40  # above this, bars with names cannot be read: show the distribution
+MANY_CLIENTS = 40  # more rows with names cannot be read: a histogram takes their place
 
 
 def score_over_rounds(name: str, rounds: list[Json]) -> Figure | None:
-    """Shows the primary metric over the rounds with the epsilon that was spent for it."""
+    """Shows the primary metric over the rounds, and below it the epsilon spent so far."""
     if not rounds:
         return None
     shown = Shown.of(rounds)
@@ -35,33 +38,31 @@ def score_over_rounds(name: str, rounds: list[Json]) -> Figure | None:
     score = values(rounds, shown.key, shown.scale)
     caption = f"Validation {shown.name} {shown.from_to(score)} over {len(rounds)} rounds"
     curve = line(shown.name, x, score, unit=shown.unit, across="round")
-    top = Panel(Axis(shown.axis("validation")), [curve])
-    if all(e is None for e in spent):
-        said = f"{caption}, without differential privacy."
-        return Figure(
-            f"{shown.title} over rounds: {name}", said, Axis("round"), [top], together=True
-        )
-    last = next(e for e in reversed(spent) if e is not None)
+    top = Panel(score_axis(shown, "validation"), [curve])
+
+    known = [epsilon for epsilon in spent if epsilon is not None]
+    if not known:
+        title = f"{shown.title} over rounds: {name}"
+        without = f"{caption}, without differential privacy."
+        return Figure(title, without, Axis("round"), [top], together=True)
+
+    epsilons = line("ε spent", x, spent, color=ORANGE, across="round")
     return Figure(
         f"{shown.title} and privacy spent: {name}",
-        f"{caption}; below it the privacy spent so far, ε = {units.epsilon(last)} at the end.",
+        f"{caption}; below it the privacy spent so far, ε = {units.epsilon(known[-1])} at the end.",
         Axis("round"),
-        [
-            top,
-            Panel(
-                Axis("ε spent", low=0.0), [line("ε spent", x, spent, color=ORANGE, across="round")]
-            ),
-        ],
+        [top, Panel(Axis("ε spent", low=0.0), [epsilons])],
         height=380,
         together=True,
     )
 
 
 def bytes_over_rounds(name: str, rounds: list[Json]) -> Figure | None:
-    """Shows bytes up and down per round, and their sum so far."""
+    """Shows the bytes up and down of each round, and below them their sums so far."""
     up, down = values(rounds, "bytes_up"), values(rounds, "bytes_down")
     if not any(up) and not any(down):
         return None
+    # One round and the sum of all may differ by orders of magnitude: each panel has its own unit.
     prefix, size = units.scale(max(b or 0.0 for b in up + down))
     total_prefix, total_size = units.scale(total_of(up + down))
     x = values(rounds, "round")
@@ -73,12 +74,12 @@ def bytes_over_rounds(name: str, rounds: list[Json]) -> Figure | None:
         hover = [f"{word}, so far {short(total)} {total_prefix}B" for total in totals]
         so_far.append(Series("areas", f"{word}, so far", x, totals, color, hover, in_legend=False))
     caption = (
-        f"{units.count(total_of(up), 'B')} up to the server and {units.count(total_of(down), 'B')} down to the clients"
-        f" in {len(rounds)} rounds; each round above, the sum so far below."
+        f"{units.size(total_of(up))} up to the server and {units.size(total_of(down))} "
+        f"down to the clients in {len(rounds)} rounds; each round above, the sum so far below."
     )
     return Figure(
         f"Bytes sent: {name}",
-        caption + _before(rounds),
+        caption + _before_first_round(rounds),
         Axis("round"),
         [
             Panel(Axis(f"per round ({prefix}B)", low=0.0), each, stacked=True),
@@ -90,98 +91,92 @@ def bytes_over_rounds(name: str, rounds: list[Json]) -> Figure | None:
     )
 
 
-def _before(rounds: list[Json]) -> str:
+def _before_first_round(rounds: list[Json]) -> str:
     """Says how many bytes were sent before the first round; nothing for a run of an older version."""
-    up, down = (total_of(values(rounds, f"set_up_bytes_{way}")) for way in ("up", "down"))
+    up = total_of(values(rounds, "set_up_bytes_up"))
+    down = total_of(values(rounds, "set_up_bytes_down"))
     if not up and not down:
         return ""
-    return f" Before the first round, to set up: {units.count(up, 'B')} up and {units.count(down, 'B')} down."
+    sent = f"{units.size(up)} up and {units.size(down)} down"
+    return f" Before the first round, to set up: {sent}."
 
 
 def score_over_bytes(name: str, rounds: list[Json]) -> Figure | None:
-    """Shows the metric over all bytes sent so far, up and down: what a connection costs is bytes, not rounds."""
+    """Shows the metric over all bytes sent so far, up and down: a connection costs bytes, not rounds."""
     shown = Shown.of(rounds)
     score = values(rounds, shown.key, shown.scale)
-    sent = [
-        (up or 0.0) + (down or 0.0)
-        for up, down in zip(values(rounds, "bytes_up"), values(rounds, "bytes_down"), strict=True)
-    ]
+    sent = []
+    for up, down in zip(values(rounds, "bytes_up"), values(rounds, "bytes_down"), strict=True):
+        sent.append((up or 0.0) + (down or 0.0))
     if not any(sent) or all(a is None for a in score):
         return None
+
     prefix, size = units.scale(total_of(sent))
     so_far = [total / size for total in accumulate(sent)]
-    hover = [
-        "" if a is None else f"{shown.drawn(a)} after {short(b)} {prefix}B"
-        for a, b in zip(score, so_far, strict=True)
-    ]
+    hover = []
+    for value, total in zip(score, so_far, strict=True):
+        told = "" if value is None else f"{shown.drawn(value)} after {short(total)} {prefix}B"
+        hover.append(told)
+    marked = len(rounds) < MANY_POINTS
+    curve = Series("line", shown.name, so_far, score, hover=hover, marked=marked)
+    total_sent = units.size(total_of(sent))
     return Figure(
         f"{shown.title} over bytes: {name}",
-        f"Validation {shown.name} {shown.from_to(score)} for {units.count(total_of(sent), 'B')} up and down together.",
+        f"Validation {shown.name} {shown.from_to(score)} for {total_sent} up and down together.",
         Axis(f"bytes sent, up and down ({prefix}B)", low=0.0),
-        [
-            Panel(
-                Axis(shown.axis("validation")),
-                [Series("line", shown.name, so_far, score, hover=hover, marked=len(rounds) < 60)],
-            )
-        ],
+        [Panel(score_axis(shown, "validation"), [curve])],
     )
 
 
 def client_scores(stage: Json) -> Figure | None:
-    """Shows how well the final model of a stage does for each client: bars, or a histogram of many."""
+    """Shows the metric of a stage's final model for each client: one dot for each, or a histogram of many clients."""
     shown = Shown.of([stage])
-    measured = stage.get(f"client_{shown.key}")
-    measured = measured.items() if isinstance(measured, dict) else ()
-    pairs = [
-        (name, shown.scale * x)
-        for name, x in ((n, units.number(a)) for n, a in measured)
-        if x is not None
-    ]
-    if not pairs:
+    names, scores = _measured_clients(stage, shown)
+    if not names:
         return None
-    numbers = sorted(x for _, x in pairs)
-    title = f"{shown.title} per client: {stage.get('name') or stage.get('kind')}"
-    median = numbers[len(numbers) // 2]
+    ordered = sorted(scores)
+    title = f"{shown.title} per client: {name_of(stage)}"
+    median = ordered[len(ordered) // 2]
     caption = (
-        f"{len(pairs)} clients, from {shown.drawn(numbers[0])} to {shown.drawn(numbers[-1])}, "
+        f"{len(names)} clients, from {shown.drawn(ordered[0])} to {shown.drawn(ordered[-1])}, "
         f"median {shown.drawn(median)}."
     )
-    if len(pairs) > MANY_CLIENTS:
-        return Figure(
-            title,
-            caption,
-            Axis(shown.axis()),
-            [Panel(Axis("clients", low=0.0), [_histogram(numbers, shown)])],
-        )
-    bar = lying_bars(
-        shown.name,
-        [x for _, x in pairs],
-        hover=[f"{n}: {shown.drawn(x)}" for n, x in pairs],
-        beside=[f"{x:.1f}{shown.unit}" for _, x in pairs],
-    )
-    panel = Panel(Axis("", names=[n for n, _ in pairs]), [bar])
-    return Figure(
-        title,
-        caption,
-        Axis(shown.axis(), low=0.0, high=100.0 if shown.metric.share else None),
-        [panel],
-        height=110 + 24 * len(pairs),
-    )
+    if len(names) > MANY_CLIENTS:
+        histogram = Panel(Axis("clients", low=0.0), [_histogram(ordered, shown)])
+        return Figure(title, caption, Axis(shown.axis()), [histogram])
+
+    hover = [f"{name}: {shown.drawn(x)}" for name, x in zip(names, scores, strict=True)]
+    labels = [f"{x:.1f}{shown.unit}" for x in scores]
+    panel = Panel(Axis("", names=names), [dots(shown.name, scores, hover=hover, labels=labels)])
+    return Figure(title, caption, score_axis(shown), [panel], height=rows_height(len(names)))
 
 
-def _histogram(numbers: list[float], shown: Shown) -> Series:
-    """Returns how many of the sorted `numbers` lie in each of some equal bins; a bar stands in a bin's middle."""
-    low, high = numbers[0], numbers[-1]
+def _measured_clients(stage: Json, shown: Shown) -> tuple[list[str], list[float]]:
+    """Returns the names of the clients whose metric is a number, and those numbers as they are drawn."""
+    measured = stage.get(f"client_{shown.key}")
+    names, scores = [], []
+    for name, value in measured.items() if isinstance(measured, dict) else ():
+        score = units.number(value)
+        if score is not None:
+            names.append(name)
+            scores.append(shown.scale * score)
+    return names, scores
+
+
+def _histogram(ordered: list[float], shown: Shown) -> Series:
+    """Returns how many of the sorted numbers lie in each of some equal bins; a bar stands in the middle of its bin."""
+    low, high = ordered[0], ordered[-1]
     if high - low < 1e-9:
         low, high = low - 0.5, high + 0.5
-    count = min(30, max(8, round(math.sqrt(len(numbers)))))
+    # The square root of the number of values is the usual choice; fewer than 8 bars show no shape.
+    count = min(30, max(8, round(math.sqrt(len(ordered)))))
     width = (high - low) / count
     counts = [0] * count
-    for number in numbers:
+    for number in ordered:
         counts[min(count - 1, int((number - low) / width))] += 1
-    middles = [low + (i + 0.5) * width for i in range(count)]
-    hover = [
-        f"{n} clients from {shown.drawn(m - width / 2)} to {shown.drawn(m + width / 2)}"
-        for n, m in zip(counts, middles, strict=True)
-    ]
+    middles, hover = [], []
+    for at, clients in enumerate(counts):
+        begin = low + at * width
+        middles.append(begin + width / 2)
+        hover.append(f"{clients} clients from {shown.drawn(begin)} to {shown.drawn(begin + width)}")
     return Series("bars", "clients", middles, [float(n) for n in counts], hover=hover)

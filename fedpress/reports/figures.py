@@ -1,4 +1,4 @@
-"""The figures of a report: one small function each, from records to a plot; no data, no figure."""
+"""The figures of a report: each function makes one from records, or None where there is no data for it."""
 
 from __future__ import annotations
 
@@ -24,28 +24,32 @@ from fedpress.reports.plot import (
     Note,
     Panel,
     Series,
+    horizontal_bars,
     line,
-    lying_bars,
+    rows_height,
+    score_axis,
     total_of,
     values,
 )
-from fedpress.reports.reading import Json, Run, records_by_stage
+from fedpress.reports.reading import Json, Run, name_of, records_by_stage
 
 
 def figures(run: Run) -> list[Figure]:
     """Returns all figures that the folder has data for, in the order of the stages."""
-    found: list[Figure | None] = [
-        score_and_size([*([run.before] if run.before else []), *run.stages])
-    ]
+    before = [run.before] if run.before else []
+    found: list[Figure | None] = [score_and_size([*before, *run.stages])]
     for steps in records_by_stage(run.records):
-        epochs, rounds = [s for s in steps if "epoch" in s], [s for s in steps if "round" in s]
-        name = str(steps[-1].get("name") or steps[-1].get("kind"))
-        found += [training_curve(name, epochs), density_over_epochs(name, epochs)]
+        epochs = [step for step in steps if "epoch" in step]
+        rounds = [step for step in steps if "round" in step]
+        cut = next((step for step in reversed(steps) if "layers" in step), {})
+        name = name_of(steps[-1])
         found += [
+            training_curve(name, epochs),
+            density_over_epochs(name, epochs),
             score_over_rounds(name, rounds),
             score_over_bytes(name, rounds),
             bytes_over_rounds(name, rounds),
-            channels_kept(name, next((r for r in reversed(steps) if "layers" in r), {})),
+            channels_kept(name, cut),
             sensitivity_curves(name, steps),
             bits_per_layer(name, steps),
         ]
@@ -55,53 +59,52 @@ def figures(run: Run) -> list[Figure]:
 
 
 def score_and_size(stages: list[Json]) -> Figure | None:
-    """Shows what each stage did to the primary metric and the file size."""
+    """Shows the primary metric and the file size after each stage."""
     metric = Shown.of(stages)
-    shown = [s for s in stages if metric.value(s) is not None and units.number(s.get("file_bytes"))]
+    shown = []
+    for stage in stages:
+        if metric.value(stage) is not None and units.number(stage.get("file_bytes")):
+            shown.append(stage)
     if len(shown) < 2:
         return None
-    prefix, unit = units.scale(max(s["file_bytes"] for s in shown))
-    size = [s["file_bytes"] / unit for s in shown]
-    score = [s[metric.key] * metric.scale for s in shown]
-    names = [f"{i}. {s.get('name') or s.get('kind')}" for i, s in enumerate(shown, start=1)]
-    hover = [
-        f"{n}: {units.count(s['file_bytes'], 'B')}, {metric.drawn(a)}"
-        for n, s, a in zip(names, shown, score, strict=True)
-    ]
-    path = Series(
-        "line",
-        "stage",
-        size,
-        score,
-        FAINT,
-        hover,
-        beside=_shared_labels(size, score, names),
-        dotted=True,
-    )
-    steps = ", ".join(
-        f"{s.get('name') or s.get('kind')} {metric.formatted(s[metric.key])} with {units.count(s['file_bytes'], 'B')}"
-        for s in shown
-    )
+    prefix, unit = units.scale(max(stage["file_bytes"] for stage in shown))
+    size = [stage["file_bytes"] / unit for stage in shown]
+    score = [stage[metric.key] * metric.scale for stage in shown]
+    names, hover, steps = [], [], []
+    for number, stage in enumerate(shown, start=1):
+        name = name_of(stage)
+        told, file = metric.with_error(stage), units.size(stage["file_bytes"])
+        names.append(f"{number}. {name}")
+        hover.append(f"{number}. {name}: {file}, {told}")
+        steps.append(f"{name} {told} with {file}")
+    labels = _shared_labels(size, score, names)
+    path = Series("line", "stage", size, score, FAINT, hover, labels, dotted=True)
     return Figure(
         f"{metric.title} against size",
-        f"Test {metric.name} and file size after each stage: {steps}.",
+        f"Test {metric.name} and file size after each stage: {', '.join(steps)}.",
         Axis(f"file ({prefix}B)", low=0.0),
-        [Panel(Axis(metric.axis("test")), [path])],
+        [Panel(score_axis(metric, "test"), [path])],
         height=340,
         wide=True,
     )
 
 
 def _shared_labels(x: list[float], y: list[float], names: list[str]) -> list[str]:
-    """Returns a label for each point; stages that hardly moved the point share the label of the first of them."""
+    r"""Returns a label for each point; stages that hardly moved the point share the label of the first of them.
+
+    >>> _shared_labels([100.0, 40.0, 40.5], [90.0, 80.0, 80.1], ["train", "prune", "tune"])
+    ['train', 'prune\ntune', '']
+    """
     near_x, near_y = 0.05 * max(x), 0.08 * (max(y) - min(y)) + 1e-9
     labels = [""] * len(names)
     for at, name in enumerate(names):
-        leader = next(
-            i for i in range(at + 1) if abs(x[i] - x[at]) < near_x and abs(y[i] - y[at]) < near_y
-        )
-        leader = next((i for i in range(at) if labels[i] and i == leader), at)
-        labels[leader] = f"{labels[leader]}\n{name}" if labels[leader] else name
+        shared = at
+        for earlier in range(at):
+            near = abs(x[earlier] - x[at]) < near_x and abs(y[earlier] - y[at]) < near_y
+            if near and labels[earlier]:
+                shared = earlier
+                break
+        labels[shared] = f"{labels[shared]}\n{name}" if labels[shared] else name
     return labels
 
 
@@ -113,21 +116,15 @@ def training_curve(name: str, epochs: list[Json]) -> Figure | None:
     x, score = values(epochs, "epoch"), values(epochs, shown.key, shown.scale)
     sizes = list(dict.fromkeys(str(e["image_size"]) for e in epochs if e.get("image_size")))
     growth = f", at image sizes {' → '.join(sizes)} pixels" if len(sizes) > 1 else ""
+    trained = f"over {len(epochs)} epochs{growth}"
     rules, notes = _image_sizes(epochs)
+    curve = line(shown.name, x, score, unit=shown.unit, across="epoch")
+    loss = line("loss", x, values(epochs, "loss"), color=ORANGE, across="epoch")
     return Figure(
         f"Training: {name}",
-        f"Validation {shown.name} {shown.from_to(score)} over {len(epochs)} epochs{growth}; the loss is below.",
+        f"Validation {shown.name} {shown.from_to(score)} {trained}; the loss is below.",
         Axis("epoch"),
-        [
-            Panel(
-                Axis(shown.axis("validation")),
-                [line(shown.name, x, score, unit=shown.unit, across="epoch")],
-            ),
-            Panel(
-                Axis("loss"),
-                [line("loss", x, values(epochs, "loss"), color=ORANGE, across="epoch")],
-            ),
-        ],
+        [Panel(score_axis(shown, "validation"), [curve]), Panel(Axis("loss"), [loss])],
         notes=notes,
         rules=rules,
         height=380,
@@ -136,45 +133,52 @@ def training_curve(name: str, epochs: list[Json]) -> Figure | None:
 
 
 def _image_sizes(epochs: list[Json]) -> tuple[list[float], list[Note]]:
-    """Returns where the image size changes, and the sizes in words."""
-    sizes = [units.number(e.get("image_size")) for e in epochs]
-    changes = [i for i, size in enumerate(sizes) if size and (i == 0 or size != sizes[i - 1])]
-    starts = [(units.number(epochs[i].get("epoch")) or 0.0, sizes[i]) for i in changes]
-    if len(starts) < 2:
+    """Returns where the image size changes, and the sizes in words; nothing if it never does."""
+    changes: list[tuple[float, float]] = []
+    for epoch in epochs:
+        size = units.number(epoch.get("image_size"))
+        if size and (not changes or size != changes[-1][1]):
+            changes.append((units.number(epoch.get("epoch")) or 0.0, size))
+    if len(changes) < 2:
         return [], []
-    return [at - 0.5 for at, _ in starts[1:]], [
-        Note(at, None, f"{size:.0f} px") for at, size in starts
-    ]
+    # The line stands between the last epoch of one size and the first of the next.
+    rules = [at - 0.5 for at, _ in changes[1:]]
+    return rules, [Note(at, f"{size:.0f} px") for at, size in changes]
 
 
 def channels_kept(name: str, record: Json) -> Figure | None:
     """Shows how many channels every layer kept."""
-    found = record.get("layers")
-    layers = (
-        [layer for layer in found if isinstance(layer, dict)] if isinstance(found, list) else []
-    )
-    layers = [layer for layer in layers if (units.number(layer.get("before")) or 0.0) > 0]
+    layers = _layers(record)
     if not layers:
         return None
     names = [str(layer.get("name")) for layer in layers]
     before, after = values(layers, "before"), values(layers, "after")
-    texts = [f"{a or 0:.0f}/{b or 0:.0f}" for a, b in zip(after, before, strict=True)]
-    hover = [f"{name}: {text} kept" for name, text in zip(names, texts, strict=True)]
-    share = total_of(after) / total_of(before)
+    texts, hover = [], []
+    for layer, old, new in zip(names, before, after, strict=True):
+        text = f"{new or 0:.0f}/{old or 0:.0f}"
+        texts.append(text)
+        hover.append(f"{layer}: {text} kept")
+    share = units.percent(total_of(after) / total_of(before), 1)
+    rows = [
+        horizontal_bars("before", before, hover=hover, labels=texts, color=FAINT),
+        horizontal_bars("kept", after, hover=hover),
+    ]
     return Figure(
         f"Channels kept: {name}",
-        f"{units.percent(share, 1)} of all channels were kept; the bars show {len(layers)} layers before and after.",
+        f"{share} of all channels were kept; the bars show {len(layers)} layers before and after.",
         Axis("channels", low=0.0),
-        [
-            Panel(
-                Axis("", names=names),
-                [
-                    lying_bars("before", before, hover=hover, beside=texts, color=FAINT),
-                    lying_bars("kept", after, hover=hover),
-                ],
-            )
-        ],
-        height=110 + (24 if len(layers) < 40 else 16) * len(layers),
+        [Panel(Axis("", names=names), rows)],
+        height=rows_height(len(layers)),
         wide=True,
         legend=True,
     )
+
+
+def _layers(record: Json) -> list[Json]:
+    """Returns the layers of a record that had channels before the cut."""
+    found = record.get("layers")
+    layers = []
+    for layer in found if isinstance(found, list) else ():
+        if isinstance(layer, dict) and (units.number(layer.get("before")) or 0.0) > 0:
+            layers.append(layer)
+    return layers

@@ -1,26 +1,38 @@
-"""The headline: the few numbers a reader looks for first, each the last known one beside that of the first stage."""
+"""The headline: the numbers a reader looks for first, each as it is at the end and beside the first stage's."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from fedpress.reports import units
+from fedpress.reports.alike import (
+    changing_stages,
+    examples_of,
+    exported_format,
+    runtime_of,
+    same_test_set,
+)
 from fedpress.reports.metrics import Shown, words_of
 from fedpress.reports.protection import protects
 from fedpress.reports.reading import Json
 
-MUCH_FLOAT = 0.1  # of the parameters: more than this is said in the headline, not in a list alone
-
+MUCH_FLOAT = 0.1  # share of the parameters left in float: more than this stands in the headline
 
 SAID_BESIDE = ("auc", "r2", "macro_f1", "micro_f1", "exact_match")
-"""Metrics that have a place in the note of a tile: those without a unit."""
+"""Metrics that may stand in the note of a tile: those without a unit."""
 
 
 @dataclass(frozen=True)
 class Tile:
-    """One big number."""
+    """One big number of the page.
+
+    Attributes:
+        value: the number with its unit.
+        name: what it is.
+        note: in small print below it, such as what it is compared with.
+    """
 
     value: str
     name: str
@@ -29,17 +41,16 @@ class Tile:
 
 def tiles(stages: list[Json]) -> list[Tile]:
     """Returns the tiles of a run; what no stage has measured is left out."""
-    stages = [
-        stage for stage in stages if stage.get("kind") != "measure"
-    ] or stages  # it changes nothing
+    stages = changing_stages(stages)
+    federated = [stage for stage in stages if stage.get("kind") == "federate"]
     found = [
         _score(stages),
-        _beside(stages),
+        _second_metric(stages),
         _cost("parameters", stages, "parameters", units.count),
         _stays_float(stages),
-        _cost("file size", stages, "file_bytes", _bytes),
+        _file(stages),
         _latency(stages),
-        _privacy([stage for stage in stages if stage.get("kind") == "federate"]),
+        _privacy(federated),
         _traffic(stages),
     ]
     return [tile for tile in found if tile]
@@ -71,45 +82,57 @@ def stays_float(stage: Json) -> tuple[str, str] | None:
     return units.percent(share, 0), f"most in {where}" if where else ""
 
 
-def _known(stages: list[Json], key: str) -> list[float]:
-    return [x for x in (units.number(stage.get(key)) for stage in stages) if x is not None]
-
-
-def _bytes(value: Any) -> str:
-    return units.count(value, "B")
-
-
 def _score(stages: list[Json]) -> Tile | None:
+    """Gives the primary metric with its standard error, and its change if both were measured on the same test set."""
     shown = Shown.of(stages)
-    found = _known(stages, shown.key)
-    if not found:
+    measured = [stage for stage in stages if shown.value(stage) is not None]
+    if not measured:
         return None
-    points = " points" if shown.metric.share else ""
-    note = (
-        f"{shown.change(found[-1], found[0])}{points} against the first stage"
-        if len(found) > 1
-        else ""
-    )
-    return Tile(shown.formatted(found[-1]), f"test {shown.name}", note)
+    first, last = measured[0], measured[-1]
+
+    spread = spread_told(shown, last)
+    notes = [spread] if spread else []
+    if len(measured) > 1 and same_test_set(first, last):
+        points = " points" if shown.metric.share else ""
+        change = shown.change(last[shown.key], first[shown.key])
+        notes.append(f"{change}{points} against the first stage")
+    elif len(measured) > 1:
+        notes.append("the first stage was measured on other test examples")
+    return Tile(shown.formatted(last[shown.key]), f"test {shown.name}", "; ".join(notes))
 
 
-def _beside(stages: list[Json]) -> Tile | None:
-    """Gives the other metrics of the last stage that was measured: what a good first one may hide."""
+def spread_told(shown: Shown, stage: Json) -> str:
+    """Returns the standard error of a stage's metric, and on how many test examples it was measured.
+
+    >>> accuracy = Shown.of([{"task": "classification"}])
+    >>> spread_told(accuracy, {"accuracy": 0.9, "accuracy_error": 0.0108, "test_examples": 539})
+    '± 1.08 (n = 539)'
+    >>> spread_told(accuracy, {"accuracy": 0.9, "test_examples": 539})
+    'n = 539'
+    """
+    error, n = shown.error(stage), examples_of(stage)
+    if n is None:
+        return error
+    return f"{error} (n = {n:,})" if error else f"n = {n:,}"
+
+
+def _second_metric(stages: list[Json]) -> Tile | None:
+    """Gives the other metrics of the last stage that was measured: a good accuracy may hide a bad balanced accuracy."""
     stage, words = _measured(stages), words_of(stages)
-    shares = [w for w in words[1:] if w.share] or list(words[1:])
-    first = next((w for w in shares if units.number(stage.get(w.key)) is not None), None)
-    if first is None:
+    known = [word for word in words[1:] if units.number(stage.get(word.key)) is not None]
+    # A share in percent is read more easily than a number between 0 and 1.
+    shares = [word for word in known if word.share]
+    if not known or (not shares and any(word.share for word in words[1:])):
         return None
-    others = (w for w in words[1:] if w not in (first, words[0]) and w.key in SAID_BESIDE)
-    notes = [
-        f"{w.name} {w.formatted(stage[w.key])}"
-        for w in others
-        if units.number(stage.get(w.key)) is not None
-    ]
+    first = shares[0] if shares else known[0]
+
+    notes = []
+    for word in known:
+        if word is not first and word.key in SAID_BESIDE:
+            notes.append(f"{word.name} {word.formatted(stage[word.key])}")
     if units.number(stage.get("majority_share")) is not None:
-        notes.append(
-            f"largest class: {units.percent(stage.get('majority_share'), 1)} of the test examples"
-        )
+        share = units.percent(stage.get("majority_share"), 1)
+        notes.append(f"largest class: {share} of the test examples")
     return Tile(first.formatted(stage[first.key]), first.name, "; ".join(notes))
 
 
@@ -122,9 +145,10 @@ def score_warning(stages: list[Json]) -> str:
     >>> score_warning([{"accuracy": 0.9}, guesser]), score_warning([guesser, {"accuracy": 0.9}])
     ('it guesses', '')
     """
-    stage = _measured(stages)
-    found = (str(value) for key, value in stage.items() if key.endswith("_warning") and value)
-    return next(found, "")
+    for key, value in _measured(stages).items():
+        if key.endswith("_warning") and value:
+            return str(value)
+    return ""
 
 
 def _measured(stages: list[Json]) -> Json:
@@ -134,7 +158,8 @@ def _measured(stages: list[Json]) -> Json:
 
 
 def _cost(name: str, stages: list[Json], key: str, form: Callable[[Any], str]) -> Tile | None:
-    numbers = _known(stages, key)
+    """Gives the last value of a cost, as a share of the first."""
+    numbers = units.numbers(stages, key)
     if not numbers:
         return None
     first, last = numbers[0], numbers[-1]
@@ -142,26 +167,46 @@ def _cost(name: str, stages: list[Json], key: str, form: Callable[[Any], str]) -
     return Tile(form(last), name, note)
 
 
+def _file(stages: list[Json]) -> Tile | None:
+    """Gives the last file size, as a share of the first one of the same kind.
+
+    A file for a device holds the network's operations too: it is not compared with one that holds numbers alone.
+    """
+    sized = [stage for stage in stages if units.number(stage.get("file_bytes")) is not None]
+    if not sized:
+        return None
+    first, last = exported_format(sized[0]), exported_format(sized[-1])
+    alike = [stage for stage in sized if exported_format(stage) == first]
+    tile = _cost("file size", alike, "file_bytes", units.size)
+    if tile is None or first == last:
+        return tile
+    share = f", {tile.note}" if tile.note else ""
+    note = f"{last or 'the numbers alone'}; {first or 'the numbers alone'}: {tile.value}{share}"
+    return Tile(units.size(sized[-1]["file_bytes"]), tile.name, note)
+
+
 def _latency(stages: list[Json]) -> Tile | None:
-    """Gives the last latency, as a share of the first one in the same runtime: no other can be compared with it."""
+    """Gives the last latency, as a share of the first one in the same runtime: no other can be compared with it.
+
+    If the last runtime is another one than the first, the note has the first one's latencies too.
+    """
     measured = [stage for stage in stages if units.number(stage.get("latency_ms")) is not None]
     if not measured:
         return None
-    first, runtime = measured[0], measured[-1].get("runtime")
-    tile = _cost(
-        "latency",
-        [s for s in measured if s.get("runtime") == runtime],
-        "latency_ms",
-        units.milliseconds,
-    )
-    assert tile is not None
-    if first.get("runtime") == runtime:
+    first, last = runtime_of(measured[0]), runtime_of(measured[-1])
+    tile = _latency_in(last, measured)
+    if tile is None or first == last:
         return tile
-    share = f" ({tile.note})" if tile.note else ""
-    before = f"{units.milliseconds(first.get('latency_ms'))} in {first.get('runtime') or 'an unknown runtime'}"
-    return replace(
-        tile, note=f"in {runtime or 'an unknown runtime'}{share}; the first stage: {before}"
-    )
+    before = _latency_in(first, measured)
+    notes = [", ".join(filter(None, [f"in {last}", tile.note]))]
+    if before is not None:
+        notes.append(", ".join(filter(None, [f"in {first} {before.value}", before.note])))
+    return Tile(tile.value, tile.name, "; ".join(notes))
+
+
+def _latency_in(runtime: str, measured: list[Json]) -> Tile | None:
+    alike = [stage for stage in measured if runtime_of(stage) == runtime]
+    return _cost("latency", alike, "latency_ms", units.milliseconds)
 
 
 def _privacy(federated: list[Json]) -> Tile | None:
@@ -176,11 +221,11 @@ def _privacy(federated: list[Json]) -> Tile | None:
 
 
 def _traffic(stages: list[Json]) -> Tile | None:
-    up, down = _known(stages, "bytes_up"), _known(stages, "bytes_down")
+    up, down = units.numbers(stages, "bytes_up"), units.numbers(stages, "bytes_down")
     if not up + down:
         return None
-    note = f"{_bytes(sum(up))} up, {_bytes(sum(down))} down"
-    before = _known(stages, "set_up_bytes_up") + _known(stages, "set_up_bytes_down")
+    note = f"{units.size(sum(up))} up, {units.size(sum(down))} down"
+    before = units.numbers(stages, "set_up_bytes_up") + units.numbers(stages, "set_up_bytes_down")
     if before:
-        note += f"; {_bytes(sum(before))} before the first round"
-    return Tile(_bytes(sum(up + down)), "bytes sent", note)
+        note += f"; {units.size(sum(before))} before the first round"
+    return Tile(units.size(sum(up + down)), "bytes sent", note)

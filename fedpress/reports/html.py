@@ -14,15 +14,7 @@ from markupsafe import Markup
 
 from fedpress.core.files import replacing, writing
 from fedpress.reports import units
-from fedpress.reports.draw import svg
-from fedpress.reports.figures import figures
-from fedpress.reports.headline import score_warning, tiles
-from fedpress.reports.metrics import Shown
-from fedpress.reports.plot import Figure, numbers_of
-from fedpress.reports.protection import protections
-from fedpress.reports.reading import Run, read_run
-from fedpress.reports.table import (
-    Table,
+from fedpress.reports.detail_tables import (
     failure_table,
     ledger_table,
     left_table,
@@ -30,16 +22,24 @@ from fedpress.reports.table import (
     metrics_table,
     progress_table,
     runtime_table,
-    runtimes_told,
-    stage_table,
 )
+from fedpress.reports.draw import svg
+from fedpress.reports.figures import figures
+from fedpress.reports.headline import score_warning, tiles
+from fedpress.reports.metrics import Shown
+from fedpress.reports.outcome import outcome
+from fedpress.reports.plot import Figure, numbers_of
+from fedpress.reports.protection import protections
+from fedpress.reports.reading import Run, name_of, read_run
+from fedpress.reports.stage_table import runtimes_told, spread_explained, stage_table
+from fedpress.reports.table import Table
 
 HERE = Path(__file__).parent
 
 
 @dataclass(frozen=True)
 class Detail:
-    """A part to unfold: a table, or rows of name and value, or a text as it is."""
+    """A part of the page that a click unfolds: a table, or rows of name and value, or a text as it is."""
 
     title: str
     rows: list[tuple[str, str]] = field(default_factory=list)
@@ -49,10 +49,23 @@ class Detail:
 
 @dataclass(frozen=True)
 class Page:
-    """A page with one table and figures; `note` explains the table, `failed` are sentences."""
+    """A page with one table and figures.
+
+    Attributes:
+        name: the title.
+        kind: what the page is of, such as "fedpress sweep".
+        outcome: what came out, in one sentence.
+        facts: version, commit and machine.
+        command: that made it.
+        table: all numbers.
+        note: what the columns of the table mean.
+        failed: a sentence for each part that failed.
+        figures: what is drawn.
+    """
 
     name: str
     kind: str
+    outcome: str
     facts: list[str]
     command: str
     table: Table
@@ -69,9 +82,8 @@ def write_report(run: Path, out: Path | None = None) -> Path:
     Raises:
         RunError: if `run` is no run folder or damaged, or `out` cannot be written.
     """
-    return _write(
-        render(read_run(run)), Path(out) if out is not None else Path(run) / "report.html"
-    )
+    target = Path(run) / "report.html" if out is None else Path(out)
+    return _write(render(read_run(run)), target)
 
 
 def write_page(page: Page, target: Path) -> Path:
@@ -80,17 +92,8 @@ def write_page(page: Page, target: Path) -> Path:
     Raises:
         RunError: if it cannot be written.
     """
-    scripts = _scripts(page.figures)
-    text = (
-        _environment()
-        .get_template("page.html.j2")
-        .render(
-            page=page,
-            figures=_drawn(page.figures),
-            scripts=[Markup(script) for script in scripts],
-            hashes=[_hash(script) for script in scripts],
-        )
-    )
+    template = _environment().get_template("page.html.j2")
+    text = template.render(page=page, **_figures_and_scripts(page.figures))
     return _write(text, target)
 
 
@@ -104,39 +107,46 @@ def _write(page: str, target: Path) -> Path:
 
 def render(run: Run) -> str:
     """Returns the page for a run that was read."""
-    shown, stages = figures(run), run.stages
-    scripts = _scripts(shown)
-    return (
-        _environment()
-        .get_template("template.html.j2")
-        .render(
-            run=run,
-            path_of_stages=[str(s.get("name") or s.get("kind") or "?") for s in stages],
-            facts=_facts(run),
-            tiles=tiles([*([run.before] if run.before else []), *stages]),
-            protections=protections(stages),
-            stopped=[
-                f"{s.get('name')} stopped early: {s['stopped']}."
-                for s in stages
-                if s.get("stopped")
-            ],
-            warnings=_warnings(run),
-            failed=_filled(failure_table(stages, run.records)),
-            table=stage_table(run.result, before=run.before) if stages else None,
-            runtimes=runtimes_told(run.result, before=run.before),
-            beside=_filled(metrics_table(stages)),
-            explained=metrics_explained(stages),
-            metric=Shown.of(stages),
-            left=_filled(left_table(stages)),
-            files=_filled(runtime_table(stages)),
-            progress=None if run.finished else progress_table(run.records),
-            figures=_drawn(shown),
-            # Scripts are ours; what comes from the folder is escaped.
-            scripts=[Markup(script) for script in scripts],
-            hashes=[_hash(script) for script in scripts],
-            details=details(run),
-        )
+    stages = run.stages
+    before = [run.before] if run.before else []
+    stopped = []
+    for stage in stages:
+        if stage.get("stopped"):
+            stopped.append(f"{stage.get('name')} stopped early: {stage['stopped']}.")
+    template = _environment().get_template("template.html.j2")
+    return template.render(
+        run=run,
+        path_of_stages=[name_of(stage) for stage in stages],
+        facts=_facts(run),
+        outcome=outcome(run),
+        tiles=tiles([*before, *stages]),
+        protections=protections(stages),
+        stopped=stopped,
+        warnings=_warnings(run),
+        failed=_filled(failure_table(stages, run.records)),
+        table=stage_table(run.result, before=run.before) if stages else None,
+        runtimes=runtimes_told(run.result, before=run.before),
+        beside=_filled(metrics_table(stages)),
+        explained=metrics_explained(stages),
+        metric=Shown.of(stages),
+        spread=spread_explained(run.result, before=run.before),
+        left=_filled(left_table(stages)),
+        files=_filled(runtime_table(stages)),
+        progress=None if run.finished else progress_table(run.records),
+        details=details(run),
+        **_figures_and_scripts(figures(run)),
     )
+
+
+def _figures_and_scripts(figures: list[Figure]) -> dict[str, Any]:
+    """Returns what a template needs for its figures: the drawn ones, and the script that answers the pointer."""
+    scripts = [(HERE / "hover.js").read_text(encoding="utf-8")] if figures else []
+    return {
+        "figures": _drawn(figures),
+        # The script is ours and goes in as it is; everything from the run folder is escaped.
+        "scripts": [Markup(script) for script in scripts],
+        "hashes": [_hash(script) for script in scripts],
+    }
 
 
 def _warnings(run: Run) -> list[str]:
@@ -164,13 +174,16 @@ def _environment() -> Environment:
     )
 
 
-def _scripts(figures: list[Figure]) -> list[str]:
-    return [(HERE / "hover.js").read_text(encoding="utf-8")] if figures else []
-
-
 @dataclass(frozen=True)
 class Drawn:
-    """A figure on its page: `legend` has a colour, a look and a name for each entry; `data` its numbers as a table."""
+    """A figure on its page.
+
+    Attributes:
+        figure: with its title and caption.
+        picture: as SVG.
+        legend: a colour, a look and a name for each entry.
+        data: its numbers as a table.
+    """
 
     figure: Figure
     picture: Markup
@@ -179,41 +192,49 @@ class Drawn:
 
 
 def _drawn(figures: list[Figure]) -> list[Drawn]:
-    return [
-        Drawn(figure, svg(figure, f"figure-{at}"), _legend(figure), numbers_of(figure))
-        for at, figure in enumerate(figures)
-    ]
+    drawn = []
+    for at, figure in enumerate(figures):
+        picture = svg(figure, f"figure-{at}")
+        drawn.append(Drawn(figure, picture, _legend(figure), numbers_of(figure)))
+    return drawn
 
 
 def _legend(figure: Figure) -> list[tuple[str, str, str]]:
-    if not figure.legend:
-        return []
-    shown = [series for series in figure.series if series.in_legend]
-    return [
-        (series.color, "hollow" if series.hollow else "filled", series.name) for series in shown
-    ]
+    entries = []
+    for series in figure.series if figure.legend else ():
+        if series.in_legend:
+            look = "hollow" if series.hollow else "filled"
+            entries.append((str(series.color), look, series.name))
+    return entries
 
 
 def facts_of(environment: dict[str, Any]) -> list[str]:
-    """Returns version, commit and machine as short texts."""
-    facts = [f"fedpress {environment['fedpress']}"] if environment.get("fedpress") else []
-    facts += [f"commit {str(environment['commit'])[:10]}"] if environment.get("commit") else []
-    return facts + ([str(environment["machine"])] if environment.get("machine") else [])
+    """Returns version, commit and machine as short texts; what is not known is left out."""
+    facts = []
+    if environment.get("fedpress"):
+        facts.append(f"fedpress {environment['fedpress']}")
+    if environment.get("commit"):
+        facts.append(f"commit {str(environment['commit'])[:10]}")
+    if environment.get("machine"):
+        facts.append(str(environment["machine"]))
+    return facts
 
 
 def _facts(run: Run) -> list[str]:
     """The line under the title: how long, which seed, which version and commit."""
-    facts = (
-        [units.seconds(run.result["seconds"])]
-        if units.number(run.result.get("seconds")) is not None
-        else []
-    )
+    facts = []
+    if units.number(run.result.get("seconds")) is not None:
+        facts.append(units.seconds(run.result["seconds"]))
     seed = run.result.get("seed", run.settings.get("seed"))
+    if seed is not None:
+        facts.append(f"seed {seed}")
     version = run.result.get("version", run.environment.get("fedpress"))
+    if version:
+        facts.append(f"fedpress {version}")
     commit = run.environment.get("commit")
-    facts += [f"seed {seed}"] if seed is not None else []
-    facts += [f"fedpress {version}"] if version else []
-    return facts + ([f"commit {str(commit)[:10]}"] if commit else [])
+    if commit:
+        facts.append(f"commit {str(commit)[:10]}")
+    return facts
 
 
 def details(run: Run) -> list[Detail]:
@@ -231,15 +252,14 @@ def details(run: Run) -> list[Detail]:
 def _rows(value: Any, name: str = "") -> list[tuple[str, str]]:
     """Flattens nested tables to rows like `stage.2.num_rounds`, the way overrides are written."""
     if isinstance(value, dict | list) and value and not _short(value):
-        items = value.items() if isinstance(value, dict) else enumerate(value)
-        return [
-            row for key, item in items for row in _rows(item, f"{name}.{key}" if name else str(key))
-        ]
-    return (
-        [(name, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))]
-        if name
-        else []
-    )
+        rows = []
+        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+            rows += _rows(item, f"{name}.{key}" if name else str(key))
+        return rows
+    if not name:
+        return []
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return [(name, text)]
 
 
 def _short(value: Any) -> bool:

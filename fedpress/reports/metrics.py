@@ -81,6 +81,30 @@ class Shown:
         found = units.number(value)
         return units.DASH if found is None else self.metric.formatted(found)
 
+    def error(self, line: Json) -> str:
+        """Returns the standard error of the value in a line; empty where the task has no formula for it.
+
+        >>> Shown(Metric("accuracy", "accuracy", share=True)).error({"accuracy_error": 0.0108})
+        '± 1.08'
+        """
+        found = units.number(line.get(f"{self.key}_error"))
+        if found is None:
+            return ""
+        digits = 2 if self.metric.share else self.metric.digits
+        return f"± {found * self.scale:.{digits}f}"
+
+    def with_error(self, line: Json) -> str:
+        """Returns the value in a line with its standard error, if that is known.
+
+        >>> accuracy = Shown(Metric("accuracy", "accuracy", share=True))
+        >>> accuracy.with_error({"accuracy": 0.9331, "accuracy_error": 0.0108})
+        '93.31% ± 1.08'
+        >>> accuracy.with_error({"accuracy": 0.9331})
+        '93.31%'
+        """
+        value = self.formatted(line.get(self.key))
+        return value if value == units.DASH else f"{value} {self.error(line)}".rstrip()
+
     def drawn(self, value: float) -> str:
         """Returns a drawn value as people read it: already in percent, if it is a share."""
         return f"{value:.2f}%" if self.metric.share else f"{value:.{self.metric.digits}f}"

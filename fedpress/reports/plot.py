@@ -6,36 +6,57 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from fedpress.reports.metrics import Shown
 from fedpress.reports.table import Table
 from fedpress.reports.units import number
 
 Numbers = Sequence[float | None]
-Kind = Literal["line", "points", "steps", "bars", "areas", "lying"]
+Kind = Literal["line", "points", "steps", "bars", "areas", "rows", "dots"]
 Color = Literal["blue", "orange", "faint"]
 """Names of the page's colours, which follow the light and the dark theme; the first two differ for every eye."""
 BLUE: Color = "blue"
 ORANGE: Color = "orange"
 FAINT: Color = "faint"
+MANY_POINTS = 60  # a line of so many points is drawn without circles
 
 
 @dataclass(frozen=True)
 class Axis:
-    """One axis: `low` and `high` where they are given, otherwise what the numbers need.
+    """One axis.
 
-    `names` are those of lying bars, the first on top.
+    Attributes:
+        title: with the unit in brackets.
+        low: where it begins; None: as low as the numbers need.
+        high: where it ends; None: as high as the numbers need.
+        bounds: values that the axis never passes, such as 0 and 100 percent.
+        least_range: an axis without `low` and `high` shows at least so much: chance must not look like a change.
+        names: of the rows of horizontal bars or dots, the first on top.
     """
 
     title: str
     low: float | None = None
     high: float | None = None
+    bounds: tuple[float, float] | None = None
+    least_range: float = 0.0
     names: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
 class Series:
-    """Numbers of one kind; `hover` says for each what is told beside the pointer, `beside` what stands in the picture.
+    """Numbers of one kind; a missing number is a gap.
 
-    `steps` are points that a staircase joins. A missing number is a gap.
+    Attributes:
+        kind: `steps` are points joined by a staircase, `rows` horizontal bars, `dots` one dot in each row.
+        name: for the legend and the table.
+        x: one for each point.
+        y: one for each point.
+        color: one of the page's colours.
+        hover: what the pointer is told of each point.
+        labels: what stands beside each point in the picture.
+        dotted: whether the line is dotted.
+        hollow: whether points are circles without filling.
+        marked: whether each point of a line is drawn.
+        in_legend: whether the legend names it.
     """
 
     kind: Kind
@@ -44,7 +65,7 @@ class Series:
     y: Numbers
     color: Color = "blue"
     hover: Sequence[str] = ()
-    beside: Sequence[str] = ()
+    labels: Sequence[str] = ()
     dotted: bool = False
     hollow: bool = False
     marked: bool = True
@@ -53,7 +74,7 @@ class Series:
 
 @dataclass(frozen=True)
 class Panel:
-    """One pair of axes; panels of a figure share the lower axis."""
+    """One pair of axes; all panels of a figure share the lower axis."""
 
     y: Axis
     series: Sequence[Series]
@@ -62,19 +83,27 @@ class Panel:
 
 @dataclass(frozen=True)
 class Note:
-    """A quiet text beside the point (x, y), or at the top of the picture where `y` is None."""
+    """A quiet text at the top of the picture, above the place `x` of the lower axis."""
 
     x: float
-    y: float | None
     text: str
 
 
 @dataclass(frozen=True)
 class Figure:
-    """A picture: `caption` says in words what is to be seen there.
+    """A picture with its caption.
 
-    `rules` are upright lines through all panels; with `together` the pointer is told all numbers at its x and not the
-    nearest alone.
+    Attributes:
+        title: above it.
+        caption: says in words what the picture shows.
+        x: the lower axis.
+        panels: one or two, the first on top.
+        notes: at the top of the first panel.
+        rules: places of vertical lines through all panels.
+        height: in pixels.
+        wide: whether it takes the whole width of the page.
+        together: whether the pointer is told all numbers at its place on the lower axis, not the nearest alone.
+        legend: whether it has a legend.
     """
 
     title: str
@@ -94,16 +123,20 @@ class Figure:
         return [series for panel in self.panels for series in panel.series]
 
 
+def score_axis(shown: Shown, before: str = "") -> Axis:
+    """Returns the axis of a metric, such as `validation accuracy (%)`; points on it need not begin at 0.
+
+    A share never passes 0 and 100%, and it shows at least two points: less is chance on most test sets.
+    """
+    if not shown.metric.share:
+        return Axis(shown.axis(before))
+    return Axis(shown.axis(before), bounds=(0.0, 100.0), least_range=2.0)
+
+
 def values(rows: list[dict[str, Any]], key: str, scale: float = 1.0) -> list[float | None]:
     """Returns one number per row; what is missing or not finite becomes a gap."""
     found = [number(row.get(key)) for row in rows]
     return [None if x is None else x * scale for x in found]
-
-
-def from_to(numbers: Numbers) -> str:
-    """Returns the first and the last known of some percentages in words."""
-    known = [n for n in numbers if n is not None]
-    return f"from {known[0]:.2f}% to {known[-1]:.2f}%" if known else "was not measured"
 
 
 def total_of(numbers: Numbers) -> float:
@@ -126,68 +159,91 @@ def short(value: float | None) -> str:
 def line(
     name: str, x: Numbers, y: Numbers, *, color: Color = "blue", unit: str = "", across: str = ""
 ) -> Series:
-    """Returns a line with a point for each of a few values; `across` names the lower axis for the pointer's words."""
-    hover = [
-        f"{across} {short(a)}: {name} {short(b)}{unit}".strip() for a, b in zip(x, y, strict=True)
-    ]
-    return Series("line", name, x, y, color, hover, marked=len(x) < 60)
+    """Returns a line with a point for each of a few values; the pointer is told for instance `epoch 3: loss 0.41`.
+
+    Args:
+        name: of the numbers, such as `loss`.
+        x: places on the lower axis.
+        y: one number for each.
+        color: of the line.
+        unit: of the numbers, behind each.
+        across: name of the lower axis, such as `epoch`.
+    """
+    hover = _hover(name, x, y, unit, across)
+    return Series("line", name, x, y, color, hover, marked=len(x) < MANY_POINTS)
 
 
 def bars(
     name: str, x: Numbers, y: Numbers, *, color: Color = "blue", unit: str = "", across: str = ""
 ) -> Series:
-    """Returns upright bars."""
-    hover = [
-        f"{across} {short(a)}: {name} {short(b)}{unit}".strip() for a, b in zip(x, y, strict=True)
-    ]
-    return Series("bars", name, x, y, color, hover)
+    """Returns vertical bars; the arguments are those of `line`."""
+    return Series("bars", name, x, y, color, _hover(name, x, y, unit, across))
 
 
-def lying_bars(
+def _hover(name: str, x: Numbers, y: Numbers, unit: str, across: str) -> list[str]:
+    told = []
+    for place, value in zip(x, y, strict=True):
+        told.append(f"{across} {short(place)}: {name} {short(value)}{unit}".strip())
+    return told
+
+
+def horizontal_bars(
     name: str,
     lengths: Numbers,
     *,
     hover: Sequence[str],
-    beside: Sequence[str] = (),
+    labels: Sequence[str] = (),
     color: Color = "blue",
 ) -> Series:
-    """Returns bars that lie, so that long names can be read on a phone; the axis has the names."""
-    return Series("lying", name, lengths, list(range(len(lengths))), color, hover, beside)
+    """Returns horizontal bars, whose names can be read on a phone; the vertical axis has the names."""
+    return Series("rows", name, lengths, list(range(len(lengths))), color, hover, labels)
+
+
+def rows_height(rows: int) -> int:
+    """Returns the height in pixels of a figure with so many rows."""
+    each = 24 if rows < 40 else 16  # names at 16 pixels can still be read
+    return 110 + each * rows
+
+
+def dots(name: str, values: Numbers, *, hover: Sequence[str], labels: Sequence[str] = ()) -> Series:
+    """Returns one dot in the row of each name; unlike a bar it can be read on an axis that does not begin at 0."""
+    return Series("dots", name, values, list(range(len(values))), hover=hover, labels=labels)
 
 
 def numbers_of(figure: Figure, most: int = 200) -> Table:
     """Returns the figure's numbers as rows, for those who cannot see it; of more than `most`, some and the last."""
     if figure.panels[0].y.names:
         return _by_name(figure)
-    header = [figure.x.title]
-    if len({tuple(series.x) for series in figure.series}) > 1 or any(
-        series.beside for series in figure.series
-    ):
-        points = [(series, i) for series in figure.series for i in range(len(series.x))]
-        rows = [
-            [
-                series.hover[i] if series.hover else series.name,
-                short(series.x[i]),
-                short(series.y[i]),
-            ]
-            for series, i in _thin(points, most)
-        ]
-        return Table(["point", *header, figure.panels[0].y.title], rows)
-    header += [series.name for series in figure.series]
+    places = {tuple(series.x) for series in figure.series}
+    if len(places) > 1 or any(series.labels for series in figure.series):
+        return _by_point(figure, most)
+    header = [figure.x.title, *(series.name for series in figure.series)]
     columns = [figure.series[0].x, *(series.y for series in figure.series)]
-    every = _thin(list(range(len(columns[0]))), most)
-    return Table(header, [[short(column[i]) for column in columns] for i in every])
+    every = _thinned(list(range(len(columns[0]))), most)
+    return Table(header, [[short(column[at]) for column in columns] for at in every])
 
 
 def _by_name(figure: Figure) -> Table:
-    names = figure.panels[0].y.names
-    header = ["name", *(series.name for series in figure.series)]
-    return Table(
-        header, [[name, *(short(s.x[i]) for s in figure.series)] for i, name in enumerate(names)]
-    )
+    """Returns a row for each name of horizontal bars."""
+    rows = []
+    for at, name in enumerate(figure.panels[0].y.names):
+        rows.append([name, *(short(series.x[at]) for series in figure.series)])
+    return Table(["name", *(series.name for series in figure.series)], rows)
 
 
-def _thin(rows: list[Any], most: int) -> list[Any]:
+def _by_point(figure: Figure, most: int) -> Table:
+    """Returns a row for each point, where the series have different places."""
+    points = [(series, at) for series in figure.series for at in range(len(series.x))]
+    rows = []
+    for series, at in _thinned(points, most):
+        name = series.hover[at] if series.hover else series.name
+        rows.append([name, short(series.x[at]), short(series.y[at])])
+    return Table(["point", figure.x.title, figure.panels[0].y.title], rows)
+
+
+def _thinned(rows: list[Any], most: int) -> list[Any]:
     every = -(-len(rows) // most) or 1
     kept = rows[::every]
-    return kept if not rows or kept[-1] is rows[-1] else [*kept, rows[-1]]
+    if rows and kept[-1] is not rows[-1]:
+        kept.append(rows[-1])
+    return kept

@@ -1,4 +1,4 @@
-"""Says in words what a run protects, from whom, whom one must trust, and what is not protected."""
+"""Says in words what a run protects, against whom, whom a reader has to trust, and what is not protected."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from fedpress.reports import units
 from fedpress.reports.metrics import Shown
-from fedpress.reports.reading import Json
+from fedpress.reports.reading import Json, name_of
 
 OTHERS = (
     "The other clients: so many of them must stay and be honest as the plan counts on for noise "
@@ -17,7 +17,15 @@ OTHERS = (
 
 @dataclass(frozen=True)
 class Protection:
-    """The answers to a reader's questions about one federated stage."""
+    """What one federated stage promises.
+
+    Attributes:
+        title: the stage's name.
+        summary: the promise in one sentence.
+        protected: what is protected; empty if nothing is.
+        trusted: whom the promise counts on.
+        unprotected: what it does not cover.
+    """
 
     title: str
     summary: str
@@ -31,6 +39,17 @@ PUBLIC = [
     "Validation and test sets: they are public, choose settings and measure the model, without any noise.",
     "Who the clients are, and how much each of them sends, is not hidden.",
 ]
+GROUPS = (
+    "Persons and clients as a whole: k examples of one person, or k clients with the same example, have"
+    " together about k times the ε."
+)
+COUNTS = "How many examples each client has."
+ONE_STEP = (
+    "Each example of each client: the clients of a round take one step together, on the sum of gradients that were"
+    " clipped per example, with noise that fits the whole sum."
+)
+CLIENT_SOFTWARE = "Each client's own software, which clips and adds noise."
+TAKES_PART = "That a client takes part, and in which rounds."
 OWN_SCORES = (
     "What the model is worth to each client is measured on the client's own examples; it is an exact "
     "number that no ε covers."
@@ -44,8 +63,8 @@ SEED = (
     " with truly private data choose your own seed, and keep it and this page to yourself."
 )
 LISTED = (
-    "That a client is on the list, and when it was asked: in a buffered schedule who is asked next hangs on who is"
-    " back. On real devices the time of a task may tell how much data there is."
+    "That a client is on the list, and when it was asked: in a buffered schedule who is asked next depends on who"
+    " is back. On real devices the time of a task may tell how much data there is."
 )
 SECURE_SUM = (
     "The server learned only the sum of the updates of those who reported (a secure sum), as long as it worked together"
@@ -71,29 +90,22 @@ def protections(stages: list[Json]) -> list[Protection]:
 
 def protects(stages: list[Json]) -> bool:
     """Says whether every federated stage has a finite epsilon; only then the last one's holds for the network."""
-    return all(
-        units.number(stage.get("epsilon")) is not None
-        for stage in stages
-        if stage.get("kind") == "federate"
-    )
+    federated = [stage for stage in stages if stage.get("kind") == "federate"]
+    return all(units.number(stage.get("epsilon")) is not None for stage in federated)
 
 
 def _broken(it: Protection, broken: list[str]) -> Protection:
     names = ", ".join(f"“{name}”" for name in broken)
-    summary = (
-        f"{it.summary} But not in the run as a whole: {names} used private data without a promise."
-    )
-    return replace(it, summary=summary)
+    but = f"But not in the run as a whole: {names} used private data without a promise."
+    return replace(it, summary=f"{it.summary} {but}")
 
 
 def protection(stage: Json) -> Protection:
     """Returns what a federated `stage` of `result.json` promises, by its `unit`, `epsilon` and `delta`."""
-    it = _by_unit(str(stage.get("name") or stage.get("kind")), stage)
-    return (
-        replace(it, unprotected=[*it.unprotected, OWN_SCORES])
-        if stage.get(f"client_{Shown.of([stage]).key}")
-        else it
-    )
+    it = _by_unit(name_of(stage), stage)
+    if stage.get(f"client_{Shown.of([stage]).key}"):
+        return replace(it, unprotected=[*it.unprotected, OWN_SCORES])
+    return it
 
 
 def _by_unit(title: str, stage: Json) -> Protection:
@@ -103,9 +115,10 @@ def _by_unit(title: str, stage: Json) -> Protection:
         return _sample(title, stage)
     if stage.get("unit") == "client":
         return _client(title, stage)
+    unknown = f"the unit “{stage.get('unit')}”, which this version has no words for"
     return Protection(
         title=title,
-        summary=f"{_budget(stage)} was spent for the unit “{stage.get('unit')}”, which this version has no words for.",
+        summary=f"{_budget(stage)} was spent for {unknown}.",
         protected=[],
         trusted=[SEED],
         unprotected=PUBLIC,
@@ -113,22 +126,22 @@ def _by_unit(title: str, stage: Json) -> Protection:
 
 
 def _budget(stage: Json) -> str:
+    """Returns epsilon and delta; "≤" where the true epsilon may be smaller, as with a bound."""
     sign = "≤" if stage.get("epsilon_is") else "="
-    return (
-        f"ε {sign} {units.epsilon(stage.get('epsilon'))} at δ = {units.small(stage.get('delta'))}"
-    )
+    delta = units.small(stage.get("delta"))
+    return f"ε {sign} {units.epsilon(stage.get('epsilon'))} at δ = {delta}"
 
 
 def _odds(stage: Json, what: str) -> str:
-    """The definition of differential privacy, with this run's numbers."""
+    """Returns the definition of differential privacy (Dwork and Roth 2014, definition 2.4) with this run's numbers."""
     epsilon = units.number(stage.get("epsilon")) or 0.0
-    factor = (
-        f"{math.exp(epsilon):,.2f}"
-        if epsilon < 3
-        else f"{math.exp(epsilon):,.0f}"
-        if epsilon < 14
-        else f"e^{epsilon:.0f}"
-    )
+    # From 14 on, e^epsilon has more digits than anybody reads.
+    if epsilon < 3:
+        factor = f"{math.exp(epsilon):,.2f}"
+    elif epsilon < 14:
+        factor = f"{math.exp(epsilon):,.0f}"
+    else:
+        factor = f"e^{epsilon:.0f}"
     return (
         f"{what} makes any conclusion from it at most {factor} times (e^ε) likelier or less likely, up to a failure"
         f" probability of δ = {units.small(stage.get('delta'))}. That is the worst case; smaller ε is stronger."
@@ -136,7 +149,10 @@ def _odds(stage: Json, what: str) -> str:
 
 
 def _one_client(stage: Json) -> str:
-    """What the definition compares: with a client more on the list, a buffered schedule would ask others, too."""
+    """Returns what the definition compares.
+
+    In a buffered schedule one client more on the list would change who else is asked, so the list stays as it is.
+    """
     if stage.get("schedule") == "buffered":
         return "Whether one client sends its updates, or nothing in their place,"
     return "Adding or removing one client"
@@ -147,14 +163,17 @@ def _listed(stage: Json) -> list[str]:
 
 
 def _trust(stage: Json) -> str:
-    """Who adds the noise; results of version 0.1 call the clients together "secure"."""
+    """Returns who adds the noise; results of version 0.1 call the clients together "secure"."""
     trust = str(stage.get("trust"))
     return "distributed" if trust == "secure" else trust
 
 
 def _sample(title: str, stage: Json) -> Protection:
-    if (trust := _trust(stage)) in ("distributed", "central"):
-        return _joint(title, stage, trust)
+    trust = _trust(stage)
+    if trust == "distributed":
+        return _sample_distributed(title, stage)
+    if trust == "central":
+        return _sample_central(title, stage)
     return Protection(
         title=title,
         summary=f"Every private example is protected with {_budget(stage)}, against all who lack the noise's seed.",
@@ -168,94 +187,63 @@ def _sample(title: str, stage: Json) -> Protection:
             SEED,
         ],
         unprotected=[
-            "Persons and clients as a whole: k examples of one person, or k clients with the same example, have"
-            " together about k times the ε.",
+            GROUPS,
             "Updates were summed without a secure sum: the server sees each client's noisy update by itself.",
-            "How many examples each client has.",
+            COUNTS,
             *LIMITS,
             *PUBLIC,
         ],
+    )
+
+
+def _sample_distributed(title: str, stage: Json) -> Protection:
+    """Returns the promise where the clients add the noise together, under a secure sum."""
+    summary = (
+        f"Every private example is protected with {_budget(stage)}, against everybody, the server too, who lacks the"
+        " noise's seed."
+    )
+    clips = "Each client's own software, which clips its gradients, adds its share of the noise and hides the result."
+    return Protection(
+        title=title,
+        summary=summary,
+        protected=[ONE_STEP, _odds(stage, "Adding or removing one example"), SECURE_SUM],
+        trusted=[*_keys(stage), clips, OTHERS, SEED],
+        unprotected=[GROUPS, COUNTS, *LIMITS, *PUBLIC],
+    )
+
+
+def _sample_central(title: str, stage: Json) -> Protection:
+    """Returns the promise where the server adds the noise."""
+    server = (
+        "The server. It sees every client's sum of gradients without noise, and adds the noise."
+    )
+    return Protection(
+        title=title,
+        summary=f"Every private example is protected with {_budget(stage)}, against everybody except the server.",
+        protected=[ONE_STEP, _odds(stage, "Adding or removing one example")],
+        trusted=[
+            *_keys(stage),
+            "Each client's own software, which clips its gradients.",
+            server,
+            SEED,
+        ],
+        unprotected=[GROUPS, COUNTS, *LIMITS, *PUBLIC],
     )
 
 
 def _keys(stage: Json) -> list[str]:
-    """In a simulation keys may follow from the seed: then whoever has the recipe can open every update."""
+    """Returns a sentence where the keys of a simulation follow from its seed: the recipe then opens every update."""
     return [SEED_KEYS] if stage.get("keys") == "seed" else []
 
 
-def _joint(title: str, stage: Json, trust: str) -> Protection:
-    secure = trust == "distributed"
-    whom = (
-        "everybody, the server too, who lacks the noise's seed"
-        if secure
-        else "everybody except the server"
-    )
-    return Protection(
-        title=title,
-        summary=f"Every private example is protected with {_budget(stage)}, against {whom}.",
-        protected=[
-            "Each example of each client: the clients of a round take one step together, on the sum of gradients that"
-            " were clipped per example, with noise that fits the whole sum.",
-            _odds(stage, "Adding or removing one example"),
-            *([SECURE_SUM] if secure else []),
-        ],
-        trusted=[
-            *_keys(stage),
-            "Each client's own software, which clips its gradients"
-            + (", adds its share of the noise and hides the result." if secure else "."),
-            *(
-                [OTHERS]
-                if secure
-                else [
-                    "The server. It sees every client's sum of gradients without noise, and adds the noise."
-                ]
-            ),
-            SEED,
-        ],
-        unprotected=[
-            "Persons and clients as a whole: k examples of one person, or k clients with the same example, have"
-            " together about k times the ε.",
-            "How many examples each client has.",
-            *LIMITS,
-            *PUBLIC,
-        ],
-    )
-
-
-def _client_without_server(title: str, stage: Json, trust: str) -> Protection:
-    secure = trust == "distributed"
-    return Protection(
-        title=title,
-        summary=f"Each client as a whole is protected with {_budget(stage)}, the server included, against all who lack"
-        " the noise's seed.",
-        protected=[
-            "All data of a client together: its update is clipped"
-            + (
-                ", and the clients together make the noise of the sum, which is all that the server can open."
-                if secure
-                else " and noise of its own is added inside the client."
-            ),
-            _odds(stage, _one_client(stage)),
-            *([SECURE_SUM] if secure else []),
-        ],
-        trusted=[
-            *_keys(stage),
-            "Each client's own software, which clips and adds noise.",
-            *([OTHERS] if secure else []),
-            SEED,
-        ],
-        unprotected=[
-            "That a client takes part, and in which rounds.",
-            *_listed(stage),
-            *LIMITS,
-            *PUBLIC,
-        ],
-    )
-
-
 def _client(title: str, stage: Json) -> Protection:
-    if (trust := _trust(stage)) in ("distributed", "local"):
-        return _client_without_server(title, stage, trust)
+    trust = _trust(stage)
+    if trust == "distributed":
+        return _client_distributed(title, stage)
+    if trust == "local":
+        return _client_local(title, stage)
+    # Only where not all clients take part in each round does epsilon count on nobody knowing who did.
+    sampled = (units.number(stage.get("sampling_prob")) or 0.0) < 1
     return Protection(
         title=title,
         summary=f"Each client as a whole is protected with {_budget(stage)}, against everybody except the server.",
@@ -267,7 +255,7 @@ def _client(title: str, stage: Json) -> Protection:
         trusted=[
             "The server. It sees every client's update without noise (no secure sum was used), adds the noise, and must"
             " not keep or show what came in.",
-            *(SECRET_COHORTS if (units.number(stage.get("sampling_prob")) or 0.0) < 1 else []),
+            *(SECRET_COHORTS if sampled else []),
             SEED,
         ],
         unprotected=[
@@ -276,6 +264,40 @@ def _client(title: str, stage: Json) -> Protection:
             *LIMITS,
             *PUBLIC,
         ],
+    )
+
+
+def _client_local(title: str, stage: Json) -> Protection:
+    """Returns the promise where each client adds all its noise itself."""
+    own_noise = "All data of a client together: its update is clipped and noise of its own is added inside the client."
+    return Protection(
+        title=title,
+        summary=_whole_client(stage),
+        protected=[own_noise, _odds(stage, _one_client(stage))],
+        trusted=[*_keys(stage), CLIENT_SOFTWARE, SEED],
+        unprotected=[TAKES_PART, *_listed(stage), *LIMITS, *PUBLIC],
+    )
+
+
+def _client_distributed(title: str, stage: Json) -> Protection:
+    """Returns the promise where the clients add the noise together, under a secure sum."""
+    joint_noise = (
+        "All data of a client together: its update is clipped, and the clients together make the noise of the sum,"
+        " which is all that the server can open."
+    )
+    return Protection(
+        title=title,
+        summary=_whole_client(stage),
+        protected=[joint_noise, _odds(stage, _one_client(stage)), SECURE_SUM],
+        trusted=[*_keys(stage), CLIENT_SOFTWARE, OTHERS, SEED],
+        unprotected=[TAKES_PART, *_listed(stage), *LIMITS, *PUBLIC],
+    )
+
+
+def _whole_client(stage: Json) -> str:
+    return (
+        f"Each client as a whole is protected with {_budget(stage)}, against all who lack the noise's seed, the server"
+        " too."
     )
 
 

@@ -47,18 +47,32 @@ class Run:
 def stages_of(result: Json) -> list[Json]:
     """Returns the stages of a `result.json`; anything that is not a table is left out."""
     stages = result.get("stages")
-    return (
-        [stage for stage in stages if isinstance(stage, dict)] if isinstance(stages, list) else []
-    )
+    if not isinstance(stages, list):
+        return []
+    return [stage for stage in stages if isinstance(stage, dict)]
+
+
+def name_of(line: Json) -> str:
+    """Returns the name of the stage that a line or record is of.
+
+    >>> name_of({"kind": "train", "name": "dense"}), name_of({"kind": "train"}), name_of({})
+    ('dense', 'train', '?')
+    """
+    return str(line.get("name") or line.get("kind") or "?")
 
 
 def records_by_stage(records: list[Json]) -> Iterator[list[Json]]:
     """Yields the records of one stage after the other; of an epoch or round done twice the later one counts."""
     for _, group in groupby(sorted(records, key=_stage), key=_stage):
-        yield list({_step(r, at): r for at, r in enumerate(group)}.values())
+        steps: dict[tuple[Any, ...], Json] = {}
+        for at, record in enumerate(group):
+            # A killed run does its last step again and writes a second record of it.
+            steps[_step(record, at)] = record
+        yield list(steps.values())
 
 
 def _step(record: Json, at: int) -> tuple[Any, ...]:
+    """Returns what names a step: records with an epoch or round may be written twice, others not."""
     if "epoch" not in record and "round" not in record:
         return ("once", at)
     # As text: a damaged record may hold a list there, which cannot be a key.

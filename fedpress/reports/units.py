@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Mapping
 from decimal import ROUND_CEILING, Decimal
 from typing import Any
 
@@ -25,6 +26,20 @@ def number(value: Any) -> float | None:
     return float(value)
 
 
+def numbers(lines: Iterable[Mapping[str, Any]], key: str) -> list[float]:
+    """Returns the numbers that lines have under a key; lines without one are left out.
+
+    >>> numbers([{"loss": 0.5}, {}, {"loss": "damaged"}, {"loss": 0.25}], "loss")
+    [0.5, 0.25]
+    """
+    found = []
+    for line in lines:
+        value = number(line.get(key))
+        if value is not None:
+            found.append(value)
+    return found
+
+
 def count(value: Any, unit: str = "") -> str:
     """Returns a count with three digits and a decimal prefix before `unit`.
 
@@ -40,6 +55,15 @@ def count(value: Any, unit: str = "") -> str:
     return f"{x:.0f} {unit}".rstrip()
 
 
+def size(value: Any) -> str:
+    """Returns a number of bytes.
+
+    >>> size(13_400_000), size(None)
+    ('13.4 MB', '–')
+    """
+    return count(value, "B")
+
+
 def scale(largest: float) -> tuple[str, float]:
     """Returns the prefix, and its size, for an axis that reaches to `largest`.
 
@@ -50,7 +74,10 @@ def scale(largest: float) -> tuple[str, float]:
 
 
 def _three_digits(x: float) -> str:
-    return f"{x:.2f}" if abs(x) < 9.995 else f"{x:.1f}" if abs(x) < 99.95 else f"{x:.0f}"
+    # The borders lie where rounding would make a fourth digit: 9.996 becomes 10.0, not 10.00.
+    if abs(x) < 9.995:
+        return f"{x:.2f}"
+    return f"{x:.1f}" if abs(x) < 99.95 else f"{x:.0f}"
 
 
 def percent(value: Any, digits: int = 2) -> str:
@@ -82,9 +109,11 @@ def milliseconds(value: Any) -> str:
     x = number(value)
     if x is None:
         return DASH
-    if x < 0.0995:
-        return f"{x:.3f} ms"
-    return f"{x:.2f} ms" if x < 0.995 else f"{x:.1f} ms" if x < 99.95 else f"{x:.0f} ms"
+    # The borders lie where rounding would make one digit more.
+    for below, digits in ((0.0995, 3), (0.995, 2), (99.95, 1)):
+        if x < below:
+            return f"{x:.{digits}f} ms"
+    return f"{x:.0f} ms"
 
 
 def seconds(value: Any) -> str:
@@ -105,7 +134,7 @@ def seconds(value: Any) -> str:
 
 
 def epsilon(value: Any) -> str:
-    """Returns an epsilon rounded up, for a promise must not look stronger than it is.
+    """Returns an epsilon rounded up: a promise must not look stronger than it is.
 
     >>> epsilon(7.981), epsilon(8.0), epsilon(None)
     ('7.99', '8.00', '–')
@@ -122,13 +151,12 @@ def upward(value: float, digits: int = 4) -> str:
     """
     if not math.isfinite(value):
         return f"{value}"
+    # As a float, 3.39432 * 1000 may round before it is rounded up: a decimal number is exact.
     exact = Decimal(value)
-    up = (
-        exact.quantize(Decimal((0, (1,), exact.adjusted() - digits + 1)), ROUND_CEILING)
-        if value
-        else exact
-    )
-    return f"{float(up):.{digits}g}"
+    if value:
+        last_digit = Decimal((0, (1,), exact.adjusted() - digits + 1))
+        exact = exact.quantize(last_digit, ROUND_CEILING)
+    return f"{float(exact):.{digits}g}"
 
 
 def small(value: Any) -> str:

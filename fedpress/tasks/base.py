@@ -144,7 +144,9 @@ class Task(ABC):
     def summary(self, sums: Sums) -> dict[str, JsonValue]:
         """Returns the metrics by their keys; None for one that is not defined on these examples.
 
-        A key that ends in `_warning` holds a sentence where the model is worth nothing, else None.
+        A key that ends in `_warning` holds a sentence where the model is worth nothing, else None. The
+        primary metric's key with `_error` behind it, such as `accuracy_error`, holds its standard error: how far
+        another draw of as many test examples would move it. Leave it out where there is no simple formula.
         """
 
     def score_sums(self, outputs: Tensor, targets: Tensor) -> Sums:
@@ -281,6 +283,22 @@ def number(value: Tensor | float) -> float | None:
     """Returns a number for JSON: None for NaN and infinity, which it does not know."""
     value = float(value)
     return value if math.isfinite(value) else None
+
+
+def error_of_mean(total: Tensor, squares: Tensor, n: int) -> float | None:
+    """Returns the standard error of a mean, from the sum of `n` independent values and that of their squares.
+
+    >>> error_of_mean(torch.tensor(6.0), torch.tensor(14.0), 3)  # of 1, 2 and 3
+    0.5773502691896258
+    """
+    if n < 2:
+        return None
+    mean = float(total) / n
+    variance = (float(squares) / n - mean**2) * n / (n - 1)
+    if not math.isfinite(variance):
+        return None
+    # Rounding may leave a variance of 0 slightly negative.
+    return math.sqrt(max(0.0, variance) / n)
 
 
 def check_numbers(targets: Tensor, width: int, kind: str) -> None:

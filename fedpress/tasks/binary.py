@@ -11,7 +11,7 @@ from pydantic import JsonValue
 from torch import Tensor
 
 from fedpress.errors import DataError
-from fedpress.tasks import weights
+from fedpress.tasks import ranking, weights
 from fedpress.tasks.base import Metric, Reduction, Sums, Task, number, reduced
 from fedpress.tasks.classification import CALIBRATION_SAYS, Classification
 from fedpress.tasks.weights import ClassWeights
@@ -46,7 +46,7 @@ class Binary(Task):
         Metric("calibration_error", "calibration error", "lower", says=CALIBRATION_SAYS),
         Metric("loss", "log loss", "lower"),
     )
-    beside = ("majority_share", "accuracy_warning", "accuracy_error", "confusion")
+    beside = ("majority_share", "accuracy_warning", "accuracy_error", "auc_error", "confusion")
 
     def __post_init__(self) -> None:
         if len(self.names) != 2:
@@ -107,7 +107,11 @@ class Binary(Task):
         found.pop("macro_f1")
         touched = sums["labels"][1] + sums["answers"][1]
         f1 = number(2 * sums["right"][1] / touched)
-        return {"auc": found.pop("auc"), **found, "f1": f1}
+        auc = found.pop("auc")
+        error = None
+        if isinstance(auc, float):
+            error = ranking.error_of_area(auc, int(sums["labels"][1]), int(sums["labels"][0]))
+        return {"auc": auc, **found, "f1": f1, "auc_error": error}
 
     def about(self) -> dict[str, JsonValue]:
         """Returns the names, and the threshold of the answer."""

@@ -146,6 +146,7 @@ class Classification(Task):
             "answers": answers.bincount(minlength=classes),
             "right": labels[right].bincount(minlength=classes),
             "broken": broken.sum(),
+            "examples": torch.tensor(len(targets)),
             "unranked": (~sure).sum(),
             "calibration": ranking.calibration_counts(confidence[sure], right[sure]),
         }
@@ -169,12 +170,15 @@ class Classification(Task):
     def summary(self, sums: Sums) -> dict[str, JsonValue]:
         """Returns the metrics of `words`, and what stands beside them.
 
-        `accuracy_error`, the standard error of the accuracy; `majority_share` (0..1) of the largest class;
-        `accuracy_warning`, a sentence where the accuracy is worth nothing, else None; `confusion`, for each class how
-        often each class was answered, None for many classes.
+        `accuracy_error`, the standard error of the accuracy, None where an example has several answers;
+        `majority_share` (0..1) of the largest class; `accuracy_warning`, a sentence where the accuracy is worth
+        nothing, else None; `confusion`, for each class how often each class was answered, None for many classes.
         """
         labels, answers, right = (sums[key].double() for key in ("labels", "answers", "right"))
         n = float(labels.sum())
+        # Answers for the positions of one example depend on each other: the binomial formula counts
+        # independent ones, so it holds for one answer an example.
+        independent = n <= int(sums["examples"])
         occurs, touched = labels > 0, labels + answers > 0
         accuracy = float(right.sum()) / n if n else math.nan
         f1 = 2 * right[touched] / (labels + answers)[touched]
@@ -190,7 +194,9 @@ class Classification(Task):
             "balanced_accuracy": number((right[occurs] / labels[occurs]).mean()),
             "auc": auc,
             "accuracy_warning": self._warning(sums) if n else None,
-            "accuracy_error": number(math.sqrt(accuracy * (1 - accuracy) / n)) if n else None,
+            "accuracy_error": number(math.sqrt(accuracy * (1 - accuracy) / n))
+            if n and independent
+            else None,
             "macro_f1": number(f1.mean()),
             "calibration_error": None
             if calibration is None

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import poisson_nll_loss
 
 from fedpress.errors import DataError
-from fedpress.tasks.base import Metric, Reduction, Sums, Task, number, reduced
+from fedpress.tasks.base import Metric, Reduction, Sums, Task, error_of_mean, number, reduced
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Poisson(Task):
         ),
         Metric("loss", "loss", "lower"),
     )
-    beside = ("deviance_warning",)
+    beside = ("deviance_warning", "deviance_error")
 
     def __post_init__(self) -> None:
         if len(self.mean) not in (0, len(self.names)):
@@ -90,8 +90,10 @@ class Poisson(Task):
         rates = self.to_targets(log_rates)
         log_means = counts.new_tensor(self.mean or [1.0] * len(self.names)).log()
         broken = ~(log_rates.isfinite() & rates.isfinite()).all(1)
+        each = deviances(log_rates, counts).mean(1)
         return {
-            "deviance": deviances(log_rates, counts).mean(1).sum(),
+            "deviance": each.sum(),
+            "deviance_squared": each.square().sum(),
             "mae": (rates - counts).abs().mean(1).sum(),
             "deviance_of_mean": deviances(log_means.expand_as(counts), counts).mean(1).sum(),
             "examples": torch.tensor(len(counts)),
@@ -99,7 +101,11 @@ class Poisson(Task):
         }
 
     def summary(self, sums: Sums) -> dict[str, JsonValue]:
-        """Returns the metrics of `words`, and `deviance_warning` where the model is no better than the mean."""
+        """Returns the metrics of `words`, and what stands beside them.
+
+        `deviance_warning` is a sentence where the model is no better than the mean, `deviance_error` the standard
+        error of the mean deviance.
+        """
         n, broken = int(sums["examples"]), int(sums["broken"])
         # 0 / 0 of no example is NaN, of which `number` makes None.
         deviance = number(sums["deviance"] / n)
@@ -117,6 +123,7 @@ class Poisson(Task):
             "mae": number(sums["mae"] / n),
             "deviance_of_mean": of_mean,
             "deviance_warning": warning,
+            "deviance_error": error_of_mean(sums["deviance"], sums["deviance_squared"], n),
         }
 
     def check_targets(self, targets: Tensor) -> None:

@@ -8,6 +8,8 @@ where the exact area is 0.7753, and these bins say 0.7753 too.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -47,6 +49,33 @@ def areas(counts: Tensor) -> Tensor:
     pairs = positive.sum(1) * negative.sum(1)
     area: Tensor = wins / pairs
     return area
+
+
+def error_of_area(area: float, positives: int, negatives: int) -> float | None:
+    """Returns the standard error of an area under the ROC curve, None without examples of both classes.
+
+    Hanley and McNeil 1982 (Radiology 143, pages 29 to 36), equation 1, with their approximation for
+    exponentially distributed scores.
+
+    Args:
+        area: the measured one, 0..1.
+        positives: how many examples of class 1 it was measured on.
+        negatives: how many of class 0.
+
+    >>> round(error_of_area(0.8, 50, 50), 4)
+    0.0445
+    """
+    if not positives or not negatives:
+        return None
+    two_positives = area / (2 - area)  # both of two positives rank above one negative
+    two_negatives = 2 * area**2 / (1 + area)  # one positive ranks above both of two negatives
+    variance = (
+        area * (1 - area)
+        + (positives - 1) * (two_positives - area**2)
+        + (negatives - 1) * (two_negatives - area**2)
+    ) / (positives * negatives)
+    # An area below a half can make it slightly negative.
+    return math.sqrt(max(0.0, variance))
 
 
 def calibration_counts(confidence: Tensor, right: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from pydantic import JsonValue
 from torch import Tensor
 
 from fedpress.errors import DataError
-from fedpress.tasks.base import Metric, Reduction, Sums, Task, number, reduced
+from fedpress.tasks.base import Metric, Reduction, Sums, Task, error_of_mean, number, reduced
 from fedpress.tasks.library import library_sums, library_values
 
 
@@ -54,7 +54,7 @@ class Regression(Task):
         ),
         Metric("loss", "loss", "lower"),
     )
-    beside = ("mae_warning",)
+    beside = ("mae_warning", "mae_error")
 
     def __post_init__(self) -> None:
         if len(self.mean) != len(self.std) or len(self.mean) not in (0, len(self.names)):
@@ -101,8 +101,11 @@ class Regression(Task):
         sums = library_sums(self._rows, predicted, columns)
         broken = ~predicted.isfinite().all(1)
         mean = columns.new_tensor(self.mean or [0.0] * len(self.names))
+        each = (predicted - columns).abs().mean(1)
         return {
             **sums,
+            "error": each.sum(),
+            "error_squared": each.square().sum(),
             "error_of_mean": (columns - mean).abs().mean(1).sum(),
             "examples": torch.tensor(len(columns)),
             "broken": broken.sum(),
@@ -119,7 +122,10 @@ class Regression(Task):
         }
 
     def summary(self, sums: Sums) -> dict[str, JsonValue]:
-        """Returns the metrics of `words`, and `mae_warning` where the model is no better than the mean."""
+        """Returns the metrics of `words`, and what stands beside them.
+
+        `mae_warning` is a sentence where the model is no better than the mean, `mae_error` the MAE's standard error.
+        """
         values = library_values(self._rows, sums)
         n, broken = int(sums["examples"]), int(sums["broken"])
         of_mean = number(sums["error_of_mean"] / n) if n and self.mean else None
@@ -133,7 +139,12 @@ class Regression(Task):
             )
         elif values["r2"] is not None and values["r2"] <= 0:
             warning = "R² is not above 0: the model is no better than always answering the mean"
-        return {**values, "mae_of_mean": of_mean, "mae_warning": warning}
+        return {
+            **values,
+            "mae_of_mean": of_mean,
+            "mae_warning": warning,
+            "mae_error": error_of_mean(sums["error"], sums["error_squared"], n),
+        }
 
     def about(self) -> dict[str, JsonValue]:
         """Returns the names, and mean and std that turn outputs into units: `output * std + mean`."""

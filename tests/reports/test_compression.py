@@ -3,14 +3,16 @@ from __future__ import annotations
 import pytest
 
 from fedpress.pipeline.sweep import front
+from fedpress.reports.comparison import comparison_table
 from fedpress.reports.compression import (
     bits_per_layer,
     bytes_by_kind,
     density_over_epochs,
     sensitivity_curves,
 )
-from fedpress.reports.sweep import averages, sweep_table, trade_off, trade_offs
-from fedpress.reports.table import comparison_table, left_table
+from fedpress.reports.detail_tables import left_table
+from fedpress.reports.sweep import averages, sweep_table
+from fedpress.reports.trade_off import trade_off, trade_offs
 
 POINTS = [
     {"sensitivity": {"layer": layer, "density": d, "accuracy": a, "loss": 1.0}}
@@ -53,7 +55,7 @@ def test_bits_are_averaged_over_weights_and_bytes_are_sorted():
     assert packed is not None
     assert "the most goes into codes, 1.00 kB" in packed.caption
     assert packed.panels[0].y.names == ["codes", "masks"]
-    assert packed.series[0].beside == ["1.00 kB", "500 B"]
+    assert packed.series[0].labels == ["1.00 kB", "500 B"]
 
 
 @pytest.mark.parametrize(
@@ -122,10 +124,10 @@ def test_seeds_of_a_sweep_are_averaged_and_the_front_is_drawn_filled():
     assert figure is not None
     within, beaten, best = figure.series
     assert len(within.x) == 1
-    assert within.beside == ["first: dense"]
+    assert within.labels == ["first: dense"]
     assert (beaten.hollow, best.hollow) == (True, False)
     assert (best.x, best.y) == ([100.0], [90.0])
-    assert best.beside == ["k=1 seed=0"]
+    assert best.labels == ["k=1 seed=0"]
 
 
 def timed(name, runtime, latency, accuracy=0.9):

@@ -106,16 +106,16 @@ def test_many_clients_are_shown_as_a_distribution():
     many = client_scores({"client_accuracy": {f"c{i}": 0.5 for i in range(41)}})
     assert few is not None
     assert many is not None
-    assert (few.series[0].kind, many.series[0].kind) == ("lying", "bars")
+    assert (few.series[0].kind, many.series[0].kind) == ("dots", "bars")
     assert sum(many.series[0].y) == 41
 
 
-def test_names_with_the_same_end_keep_their_own_bars():
+def test_names_with_the_same_end_keep_their_own_rows():
     names = ["<b>a</b>" + "x" * 40, "<i>b</i>" + "x" * 40]
     figure = client_scores({"client_accuracy": dict.fromkeys(names, 0.5)})
     assert figure is not None
-    (bar,) = figure.series
-    assert bar.y == [0, 1]
+    (dots,) = figure.series
+    assert dots.y == [0, 1]
     assert list(figure.panels[0].y.names) == names
 
 
@@ -123,6 +123,6 @@ def test_stages_at_nearly_the_same_point_share_a_label_and_the_first_one_is_labe
     figure = score_and_size(result("x", CLIENTS, True)["stages"])
     assert figure is not None
     (path,) = figure.series
-    assert path.beside == ["1. train", "2. prune", "3. fine-tune\n4. federate\n5. export", "", ""]
+    assert path.labels == ["1. train", "2. prune", "3. fine-tune\n4. federate\n5. export", "", ""]
     assert path.x == pytest.approx([44.76, 13.43, 13.43, 13.43, 13.52])
     assert figure.x.title == "file (MB)"

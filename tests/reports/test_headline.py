@@ -13,7 +13,7 @@ def test_the_last_numbers_stand_beside_those_of_the_first_stage():
         "test accuracy": ("93.12%", "-0.73 points against the first stage"),
         "parameters": ("3.35 M", "30.0% of 11.2 M"),
         "file size": ("13.5 MB", "30.2% of 44.8 MB"),
-        "latency": ("2.1 ms", "in onnxruntime; the first stage: 13.2 ms in torch"),
+        "latency": ("2.1 ms", "in onnxruntime; in torch 4.6 ms, 34.8% of 13.2 ms"),
         "privacy spent, ε": ("7.90", "at δ = 1e-5, per sample"),
         "bytes sent": ("5.36 GB", "2.68 GB up, 2.68 GB down"),
     }
@@ -32,10 +32,11 @@ def test_a_latency_is_a_share_of_one_in_the_same_runtime_alone():
         return next(tile.note for tile in tiles(stages) if tile.name == "latency")
 
     assert note((8.0, "torch"), (4.0, "torch")) == "50.0% of 8.0 ms"
-    assert "%" not in note((8.0, "torch"), (4.0, "torch"), (1.0, "onnxruntime"))
-    assert "%" not in note((8.0, "torch"), (4.0, "torch, simulated"))
+    exported = note((8.0, "torch"), (4.0, "torch"), (1.0, "onnxruntime"))
+    assert exported == "in onnxruntime; in torch 4.0 ms, 50.0% of 8.0 ms"
+    assert note((8.0, "torch"), (4.0, "torch, simulated")) == "in torch, simulated; in torch 8.0 ms"
     mixed = note((8.0, "torch"), (4.0, "onnxruntime"), (6.0, "torch"), (1.0, "onnxruntime"))
-    assert mixed == "in onnxruntime (25.0% of 4.0 ms); the first stage: 8.0 ms in torch"
+    assert mixed == "in onnxruntime, 25.0% of 4.0 ms; in torch 6.0 ms, 75.0% of 8.0 ms"
 
 
 def test_one_open_stage_makes_the_privacy_of_the_run_none():
@@ -80,3 +81,28 @@ def test_what_stays_float_is_a_tile_when_it_is_more_than_a_tenth():
     ]
     assert tiles([line | {"float_share": 0.1}]) == []
     assert tiles([line, {"kind": "quantize", "float_share": 0.02}]) == []
+
+
+def test_the_accuracy_has_its_standard_error_and_number_of_examples():
+    line = {"kind": "train", "accuracy": 0.9, "accuracy_error": 0.0108, "test_examples": 539}
+    (tile,) = tiles([line])
+    assert tile.note == "± 1.08 (n = 539)"
+    assert tiles([line, line | {"accuracy": 0.95}])[0].note == (
+        "± 1.08 (n = 539); +5.00 points against the first stage"
+    )
+    other = tiles([line, line | {"test_examples": 100}])[0].note
+    assert other == "± 1.08 (n = 100); the first stage was measured on other test examples"
+
+
+def test_an_exported_file_is_not_compared_with_the_numbers_alone():
+    def note(*stages):
+        return next(tile.note for tile in tiles(list(stages)) if tile.name == "file size")
+
+    dense, small = {"file_bytes": 1000}, {"file_bytes": 400}
+    onnx = {"file_bytes": 430, "artifact": "artifacts/model.onnx", "format": "onnx"}
+    assert note(dense, small) == "40.0% of 1.00 kB"
+    assert note(dense, small, onnx) == "ONNX; the numbers alone: 400 B, 40.0% of 1.00 kB"
+    assert note(onnx, onnx | {"file_bytes": 215}) == "50.0% of 430 B"
+    assert (
+        note(dense, {"file_bytes": 100, "artifact": "x.packed.safetensors"}) == "10.0% of 1.00 kB"
+    )

@@ -1,16 +1,14 @@
 from __future__ import annotations
 
+import io
+
 import pytest
 from folders import CLIENTS, federate, result, train
 from rich.console import Console
 
-from fedpress.reports.table import (
-    failure_table,
-    ledger_table,
-    progress_table,
-    rich_table,
-    stage_table,
-)
+from fedpress.reports.comparison import comparison_table
+from fedpress.reports.detail_tables import failure_table, ledger_table, progress_table
+from fedpress.reports.stage_table import rich_table, spread_explained, stage_table
 
 
 def test_the_table_has_a_line_per_stage_with_numbers_for_people():
@@ -75,7 +73,7 @@ def test_a_stage_of_unknown_kind_has_its_row():
 
 @pytest.mark.parametrize("width", [80, 120])
 def test_no_number_is_cut_off_in_a_terminal(width):
-    console = Console(width=width, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console = Console(width=width, record=True, file=io.StringIO())
     console.print(rich_table(result("x", CLIENTS, private=True)))
     text = console.export_text()
     assert "…" not in text
@@ -84,7 +82,7 @@ def test_no_number_is_cut_off_in_a_terminal(width):
 
 
 def test_brackets_in_a_name_are_no_markup_in_a_terminal():
-    console = Console(width=80, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console = Console(width=80, record=True, file=io.StringIO())
     console.print(rich_table({"stages": [{"name": "[red]x[/blue]", "accuracy": 0.5}]}))
     assert "[red]x[/blue]" in console.export_text()
 
@@ -172,3 +170,56 @@ def test_records_tell_who_was_refused_before_there_is_a_result():
 @pytest.mark.parametrize("failures", [None, [], "x", {}, {"clients": None, "counted": None}])
 def test_a_stage_that_says_nothing_of_failures_has_no_row(failures):
     assert failure_table([{"name": "rounds", "kind": "federate", "failures": failures}]).rows == []
+
+
+def with_errors(n: int = 539):
+    lines = result("x", CLIENTS, private=True)
+    for stage in lines["stages"]:
+        stage |= {"accuracy_error": 0.0108, "test_examples": n}
+    return lines
+
+
+def test_the_standard_error_and_the_number_of_examples_stand_beside_the_accuracy():
+    table = stage_table(with_errors())
+    assert table.header[1] == "Accuracy (n=539)"
+    assert table.rows[0][1] == "93.85% ± 1.08"
+    assert table.rows[3][1] == "93.12% ± 1.08 (-0.73)"
+    without = stage_table(with_errors(), errors=False)
+    assert (without.header[1], without.rows[3][1]) == ("Accuracy", "93.12% (-0.73)")
+
+
+def test_accuracies_of_different_test_sets_are_not_compared():
+    lines = with_errors()
+    lines["stages"][-1]["test_examples"] = 100
+    table = stage_table(lines)
+    assert table.header[1] == "Accuracy"
+    assert table.rows[-1][1] == "93.12% ± 1.08"
+    assert table.rows[3][1].endswith("(-0.73)")
+
+
+def test_a_task_without_a_standard_error_has_its_number_of_examples():
+    line = {"kind": "train", "task": "multilabel", "macro_f1": 0.5, "test_examples": 80}
+    table = stage_table({"stages": [line]})
+    assert table.header[1] == "Macro F1 (n=80)"
+    assert table.rows[0][1] == "0.500"
+    assert spread_explained({"stages": [line]}) == "Measured on 80 test examples."
+    assert spread_explained({"stages": [{"kind": "train", "accuracy": 0.5}]}) == ""
+
+
+@pytest.mark.parametrize(("width", "told"), [(60, False), (100, True)])
+def test_the_terminal_shows_standard_errors_where_there_is_room(width, told):
+    console = Console(width=width, record=True, file=io.StringIO())
+    console.print(rich_table(with_errors(), width=width))
+    assert ("± 1.08" in console.export_text()) == told
+
+
+def test_sizes_of_different_kinds_of_files_are_not_compared():
+    before = {"accuracy": 0.9, "file_bytes": 1000, "latency_ms": 2.0, "runtime": "torch"}
+    file = {"artifact": "artifacts/model.onnx", "format": "onnx", "runtime": "onnxruntime"}
+    rows = comparison_table(before, before | file).rows
+    assert rows[1] == ["File (numbers alone → ONNX)", "1.00 kB", "1.00 kB", ""]
+    assert rows[2] == ["Latency (torch → onnxruntime)", "2.0 ms", "2.0 ms", ""]
+    alike = comparison_table(before, before | {"file_bytes": 500}).rows
+    assert alike[1] == ["File", "1.00 kB", "500 B", "50.0%"]
+    other = comparison_table(before | {"test_examples": 10}, before | {"test_examples": 20}).rows
+    assert other[0] == ["Accuracy", "90.00%", "90.00%", ""]

@@ -202,3 +202,42 @@ def test_positions_that_are_padding_count_for_nothing():
 def test_a_line_without_a_task_is_of_a_classification():
     assert tasks.task_of({"accuracy": 0.5}) is Classification
     assert tasks.task_of({"task": "regression"}).words[0].key == "mae"
+
+
+@every
+def test_the_standard_error_is_the_spread_between_draws_of_the_test_set(kind):
+    """By the bootstrap (Efron 1979): the metric on many draws of as many examples, with replacement."""
+    task, outputs, targets = made(kind, 300)
+    found = task.summary(task.metrics(outputs, targets))
+    key = f"{task.primary}_error"
+    if key not in task.keys:
+        assert kind not in ("classification", "binary", "regression", "poisson")
+        return
+    chance = torch.Generator().manual_seed(1)
+    scores = []
+    for _ in range(300):
+        drawn = torch.randint(0, 300, (300,), generator=chance)
+        scores.append(task.summary(task.metrics(outputs[drawn], targets[drawn]))[task.primary])
+    assert found[key] == pytest.approx(torch.tensor(scores).std().item(), rel=0.2)
+
+
+@every
+def test_a_standard_error_of_one_example_or_of_broken_outputs_is_no_number(kind):
+    task, outputs, targets = made(kind, 6)
+    for some in (slice(0, 0), slice(0, 1)):
+        error = task.summary(task.metrics(outputs[some], targets[some])).get(
+            f"{task.primary}_error"
+        )
+        assert error is None or error == 0
+    broken = torch.full_like(outputs, math.nan)
+    error = task.summary(task.metrics(broken, targets)).get(f"{task.primary}_error")
+    assert error is None or math.isfinite(error)
+
+
+def test_answers_for_several_positions_of_one_example_have_no_binomial_error():
+    task = Classification(("a", "b"))
+    targets = torch.zeros(5, 7, dtype=torch.int64)
+    targets[0, 0] = 1
+    found = task.summary(task.metrics(torch.randn(5, 2, 7), targets))
+    assert found["accuracy"] is not None
+    assert found["accuracy_error"] is None

@@ -13,7 +13,8 @@ from fedpress.pipeline import run as runs
 from fedpress.pipeline.keys import settings_of
 from fedpress.pipeline.start import first_state, load_data
 from fedpress.reports import write_report
-from fedpress.reports.table import failure_table, stage_table
+from fedpress.reports.detail_tables import failure_table
+from fedpress.reports.stage_table import stage_table
 from fedpress.stages.federate.binding import bind
 from fedpress.stages.federate.failures import PRIVATE, Failures, refusal_line
 from fedpress.stages.federate.failures import told as told_of

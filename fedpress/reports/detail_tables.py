@@ -1,0 +1,216 @@
+"""The smaller tables of a page: progress, metrics, privacy ledger, failures, runtimes, and what was left as it was."""
+
+from __future__ import annotations
+
+from fedpress.reports import units
+from fedpress.reports.metrics import Shown, words_of
+from fedpress.reports.reading import Json, name_of, records_by_stage
+from fedpress.reports.stage_table import noised_count
+from fedpress.reports.table import Table
+
+LEFT = ("told", "left", "whole_layers", "dense_weights", "float_layers", "left_float")
+"""Keys of a result's line that say what was left as it was, and why."""
+FEW = 3  # so many names share a row; of the others it says how many
+
+
+def progress_table(records: list[Json]) -> Table:
+    """Returns a row per stage that has left records: how far it came; for a run that has no result yet."""
+    rows, shown = [], Shown.of(records)
+    for steps in records_by_stage(records):
+        last = steps[-1]
+        score = last.get(shown.key, last.get(f"{shown.key}_restored"))
+        rows.append(
+            [
+                name_of(last),
+                _far(last),
+                shown.formatted(score),
+                units.epsilon(last.get("epsilon")),
+                units.seconds(_seconds(steps)),
+            ]
+        )
+    return Table(header=["Stage", "Came to", f"Validation {shown.name}", "ε", "Time"], rows=rows)
+
+
+def _far(last: Json) -> str:
+    """Says which epoch or round a stage came to, such as `round 5 of 20`."""
+    word = "round" if "round" in last else "epoch"
+    done, planned = last.get(word), last.get("num_rounds", last.get("epochs"))
+    if done is None:
+        return units.DASH
+    return f"{word} {done}" if planned is None else f"{word} {done} of {planned}"
+
+
+def _seconds(steps: list[Json]) -> object:
+    """Returns how long a stage took so far: an epoch's record has the time since the beginning, a round's its own."""
+    if "epoch" in steps[-1]:
+        return steps[-1].get("seconds")
+    known = units.numbers(steps, "seconds")
+    return sum(known) if known else None
+
+
+def metrics_table(stages: list[Json], *, most: int | None = None) -> Table:
+    """Returns a row for each stage with the metrics of its task on the test set, the largest class among them.
+
+    Args:
+        stages: the lines of the result.
+        most: only so many metrics, the first ones; a terminal is narrow.
+    """
+    known = []
+    for word in words_of(stages):
+        if word.key != "loss" and _any_has(stages, word.key):
+            known.append(Shown(word))
+    known = known[:most]
+    largest = _any_has(stages, "majority_share")
+    rows = []
+    for stage in stages:
+        # A line of version 0.1 has the first metric alone, which stands in the table of the stages.
+        if all(shown.value(stage) is None for shown in known[1:]):
+            continue
+        cells = [shown.with_error(stage) for shown in known]
+        if largest:
+            cells.insert(1, units.percent(stage.get("majority_share")))
+        rows.append([name_of(stage), *cells])
+    titles = [shown.title for shown in known]
+    if largest:
+        titles.insert(1, "Largest class")
+    return Table(header=["Stage", *titles], rows=rows)
+
+
+def _any_has(stages: list[Json], key: str) -> bool:
+    return any(units.number(stage.get(key)) is not None for stage in stages)
+
+
+def metrics_explained(stages: list[Json]) -> str:
+    """Returns in words what the columns of `metrics_table` say."""
+    said = ["On the test set."]
+    if _any_has(stages, "majority_share"):
+        said.append("Largest class: its share, which is the accuracy of always answering it.")
+    for word in words_of(stages):
+        if word.says and _any_has(stages, word.key):
+            said.append(f"{Shown(word).title}: {word.says}.")
+    return " ".join(said)
+
+
+def ledger_table(ledger: Json) -> Table | None:
+    """Returns what was charged to private data; clients with the same charge share a row."""
+    found = ledger.get("charges")
+    groups: dict[tuple[str, ...], list[str]] = {}
+    for charge in found if isinstance(found, list) else ():
+        if isinstance(charge, dict):
+            groups.setdefault(_charged(charge), []).append(str(charge.get("who")))
+    rows = []
+    for (what, *numbers), names in groups.items():
+        who = names[0] if len(names) == 1 else f"{len(names)} clients"
+        rows.append([what, who, *numbers])
+    header = ["For", "Whose data", "Sampling probability", "Noise multiplier", "Steps", "Rounds"]
+    return Table(header=header, rows=rows) if rows else None
+
+
+def _charged(charge: Json) -> tuple[str, ...]:
+    """Returns the cells of a charge that clients may have in common."""
+    rounds = units.DASH
+    if charge.get("last_round"):
+        rounds = f"{charge.get('first_round')} to {charge.get('last_round')}"
+    keys = ("sampling_prob", "noise_multiplier", "steps")
+    numbers = [units.small(charge.get(key)) for key in keys]
+    return (str(charge.get("what")), *numbers, rounds)
+
+
+def left_table(stages: list[Json]) -> Table:
+    """Returns a row for everything that a stage left as it was, with the reason; many of one reason share a row."""
+    rows: list[list[str]] = []
+    for stage in stages:
+        by_reason: dict[str, list[str]] = {}
+        for key in LEFT:
+            found = stage.get(key)
+            for name, reason in found.items() if isinstance(found, dict) else ():
+                by_reason.setdefault(str(reason), []).append(name)
+        for reason, names in by_reason.items():
+            more = len(names) - FEW
+            first = ", ".join(names[:FEW])
+            rows.append([name_of(stage), f"{first} and {more} more" if more > 0 else first, reason])
+    return Table(header=["Stage", "Left as it was", "Why"], rows=rows)
+
+
+def failure_table(stages: list[Json], records: list[Json] | None = None) -> Table:
+    """Returns a row for each client whose answers did not count, and for each noised count of what failed.
+
+    Args:
+        stages: the lines of the result.
+        records: for a stage that has no result yet, or that an earlier version ran.
+    """
+    rows: list[list[str]] = []
+    told = {name_of(stage) for stage in stages if isinstance(stage.get("failures"), dict)}
+    for steps in records_by_stage(records or []):
+        if name_of(steps[0]) not in told:
+            rows += _refused_rows(steps)
+    for stage in stages:
+        failures = stage.get("failures")
+        if isinstance(failures, dict):
+            rows += _failure_rows(name_of(stage), failures)
+    return Table(header=["Stage", "Who", "Failed", "Why"], rows=rows)
+
+
+def _failure_rows(stage: str, failures: Json) -> list[list[str]]:
+    rows = []
+    clients = failures.get("clients")
+    for name, one in clients.items() if isinstance(clients, dict) else ():
+        rows.append([stage, str(name), f"{one.get('rounds')} refused", str(one.get("reason"))])
+    counted = failures.get("counted")
+    if isinstance(counted, dict) and counted.get("sure"):
+        who = "clients" if counted.get("unit") == "client" else "examples"
+        diverged = counted.get("not_finite", 0) > counted.get("failed", 0)
+        cause = "not finite" if diverged else "the model could not run on them"
+        rows.append([stage, f"all {who}, counted with noise", noised_count(counted), cause])
+    return rows
+
+
+def _refused_rows(rounds: list[Json]) -> list[list[str]]:
+    """A row for each client that a round of one stage refused, with the last reason."""
+    found: dict[str, tuple[int, str]] = {}
+    for one in rounds:
+        refused = one.get("refused")
+        for name, reason in refused.items() if isinstance(refused, dict) else ():
+            times, _ = found.get(name, (0, ""))
+            found[name] = (times + 1, str(reason))
+    stage = name_of(rounds[0])
+    return [[stage, name, f"{times} refused", why] for name, (times, why) in found.items()]
+
+
+def runtime_table(stages: list[Json]) -> Table:
+    """Returns a row for each exported file, and for each runtime of a measure stage: size, latency, parity."""
+    rows = []
+    for stage in stages:
+        if stage.get("artifact"):
+            rows.append(_file_row(stage))
+        measured = stage.get("measure")
+        found = measured.get("runtimes") if isinstance(measured, dict) else None
+        for record in found if isinstance(found, list) else ():
+            rows.append(_runtime_row(name_of(stage), record))
+    return Table(header=["Stage", "File", "Runtime", "Size", "Latency", "Same answers"], rows=rows)
+
+
+def _file_row(stage: Json) -> list[str]:
+    parity = stage["parity"] if isinstance(stage.get("parity"), dict) else {}
+    same = parity.get("same_argmax_as_model", parity.get("same_argmax_share"))
+    return [
+        name_of(stage),
+        str(stage["artifact"]),
+        str(stage.get("runtime") or ""),
+        units.size(stage.get("file_bytes")),
+        units.milliseconds(stage.get("latency_ms")),
+        units.percent(same),
+    ]
+
+
+def _runtime_row(stage: str, record: Json) -> list[str]:
+    # The first timing is that of the smallest batch.
+    first: Json = next(iter(record.get("timings", ())), {})
+    return [
+        stage,
+        str(record.get("name")),
+        str(record.get("runtime")),
+        units.size(record.get("file_bytes")),
+        units.milliseconds(first.get("median_ms")),
+        units.DASH,
+    ]

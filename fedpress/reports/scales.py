@@ -1,0 +1,184 @@
+"""From numbers to pixels: how far an axis reaches, where its ticks stand, and where a value lies."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from fedpress.reports.plot import Axis, Panel, Series
+
+MARGIN = 0.06  # of the range: so far from the edge of the picture lie the lowest and highest value
+TINIEST = 1e-100  # numbers closer than this are drawn as equal
+
+
+@dataclass(frozen=True)
+class Scale:
+    """A linear map from values to pixels: `low` is drawn at the pixel `start`, `high` at `end`.
+
+    >>> Scale(low=0.0, high=10.0, start=100.0, end=200.0)(2.5)
+    125.0
+    """
+
+    low: float
+    high: float
+    start: float
+    end: float
+
+    def __call__(self, value: float) -> float:
+        """Returns the pixel of `value`."""
+        return self.start + (value - self.low) / (self.high - self.low) * (self.end - self.start)
+
+
+def axis_range(
+    axis: Axis, numbers: Iterable[float], *, margin: float = MARGIN
+) -> tuple[float, float]:
+    """Returns the lowest and the highest value that an axis shows.
+
+    Args:
+        axis: its `low` and `high` are taken as they are; its `bounds` are never passed; `least_range` widens the
+            range where the numbers hardly differ, so that chance does not look like a change.
+        numbers: what must be inside.
+        margin: share of the range that is added at an end which the axis does not fix.
+
+    >>> axis_range(Axis("accuracy (%)", bounds=(0.0, 100.0)), [90.0, 99.5])
+    (89.43, 100.0)
+    >>> axis_range(Axis("bytes", low=0.0), [3.0, 5.0], margin=0)
+    (0.0, 5.0)
+    """
+    known = list(numbers)
+    low = axis.low if axis.low is not None else min(known, default=0.0)
+    high = axis.high if axis.high is not None else max(known, default=1.0)
+
+    missing = axis.least_range - (high - low)
+    if missing > 0 and axis.low is None:
+        low -= missing if axis.high is not None else missing / 2
+    if missing > 0 and axis.high is None:
+        high += missing if axis.low is not None else missing / 2
+    # Equal numbers have no range of their own; dividing by it would fail.
+    if high - low <= max(1e-6 * max(abs(low), abs(high)), TINIEST):
+        spread = abs(low) * 0.05 if abs(low) > TINIEST else 1.0
+        low, high = (low if axis.low is not None else low - spread), low + spread
+
+    space = margin * (high - low)
+    if axis.low is None:
+        low -= space
+    if axis.high is None:
+        high += space
+    if axis.bounds is None:
+        return low, high
+    return max(low, axis.bounds[0]), min(high, axis.bounds[1])
+
+
+def ticks(low: float, high: float, most: int = 6, *, whole: bool = False) -> list[float]:
+    """Returns round numbers from `low` to `high`, at most about `most`.
+
+    >>> ticks(0, 1), ticks(83.2, 94.9), ticks(1, 4, whole=True)
+    ([0.0, 0.2, 0.4, 0.6, 0.8, 1.0], [85.0, 87.5, 90.0, 92.5], [1.0, 2.0, 3.0, 4.0])
+    """
+    rough = (high - low) / max(1, most - 1)
+    power = 10.0 ** math.floor(math.log10(rough))
+    steps = [power * factor for factor in (1, 2, 2.5, 5, 10)]
+    # Rounding may put a step that fits exactly slightly below the wanted one.
+    step = next(step for step in steps if step >= rough * 0.999)
+    if whole:
+        step = max(1.0, math.ceil(step))
+    first = math.ceil(low / step - 1e-9)
+    count = math.floor(high / step + 1e-9) - first + 1
+    return [round((first + i) * step, 12) for i in range(count)]
+
+
+def tick_text(value: float, step: float) -> str:
+    """Returns a tick's label with as many digits as the step between ticks needs.
+
+    >>> tick_text(0.25, 0.05), tick_text(30.0, 10.0), tick_text(20000.0, 5000.0), tick_text(2e-9, 1e-9)
+    ('0.25', '30', '20,000', '2e-09')
+    """
+    if 0 < step < 1e-4 or abs(value) >= 1e9:
+        return f"{value:.3g}"
+    digits = max(0, -math.floor(math.log10(step) + 1e-9)) if step > 0 else 0
+    # A step such as 2.5 has one digit more than its size alone tells.
+    if round(step, digits) != round(step, 10):
+        digits += 1
+    return f"{value:,.{digits}f}"
+
+
+def tick_texts(marks: Sequence[float]) -> list[str]:
+    """Returns the labels of all ticks of one axis."""
+    # One tick alone has no neighbour: its own size says how many digits it needs.
+    step = abs(marks[0]) if marks else 1.0
+    if len(marks) > 1:
+        step = marks[1] - marks[0]
+    return [tick_text(mark, step) for mark in marks]
+
+
+def smallest_distance(numbers: Iterable[float]) -> float:
+    """Returns the smallest distance between two different numbers; 1 where there are no two.
+
+    >>> smallest_distance([1, 4, 4, 6])
+    2
+    """
+    ordered = sorted(set(numbers))
+    return min((b - a for a, b in pairwise(ordered)), default=1.0)
+
+
+def heights(panel: Panel) -> list[float]:
+    """Returns all heights that the panel must show: of what is stacked, the sums.
+
+    Bars and areas tell their number by their length, so their axis has to begin at 0.
+    """
+    if panel.stacked:
+        found = [part.base + part.height for part in stacked(panel)]
+    else:
+        found = [y for series in panel.series for y in series.y if y is not None]
+    from_zero = any(series.kind in ("bars", "areas") for series in panel.series)
+    return [0.0, *found] if from_zero else found
+
+
+@dataclass(frozen=True)
+class Part:
+    """One bar or one point of an area in a stack.
+
+    Attributes:
+        series: it belongs to this one.
+        at: its index in the series.
+        base: the sum of what it stands on.
+        height: its own number.
+    """
+
+    series: Series
+    at: int
+    base: float
+    height: float
+
+    @property
+    def x(self) -> float:
+        """Its place on the lower axis."""
+        return self.series.x[self.at] or 0.0
+
+    @property
+    def hover(self) -> str:
+        """What the pointer is told of it; empty if nothing."""
+        return self.series.hover[self.at] if self.series.hover else ""
+
+
+def stacked(panel: Panel) -> list[Part]:
+    """Returns all parts of a stack, series after series; each stands on those before it at the same place."""
+    tops: dict[float, float] = {}
+    parts = []
+    for series in panel.series:
+        for at, (x, y) in enumerate(zip(series.x, series.y, strict=True)):
+            if x is None:
+                continue
+            base = tops.get(x, 0.0)
+            parts.append(Part(series, at, base, y or 0.0))
+            tops[x] = base + (y or 0.0)
+    return parts
+
+
+def place_of(a: float | None, b: float | None, x: Scale, y: Scale) -> tuple[float, float] | None:
+    """Returns the pixel of the point (a, b); None if a number is missing or lies above or below the picture."""
+    if a is None or b is None or not y.low <= b <= y.high:
+        return None
+    return x(a), y(b)

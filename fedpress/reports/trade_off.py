@@ -1,0 +1,230 @@
+"""The figures of a sweep: the metric against a cost, and the variants that no other beats (the Pareto front)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fedpress.reports import units
+from fedpress.reports.metrics import Shown
+from fedpress.reports.plot import (
+    BLUE,
+    FAINT,
+    ORANGE,
+    Axis,
+    Figure,
+    Panel,
+    Series,
+    short,
+)
+from fedpress.reports.reading import Json
+
+NAMED = (
+    12  # so many points of the front are named in the picture; of more, pointer and table name all
+)
+
+
+def trade_offs(page: Json, cost: str, word: str) -> list[Figure]:
+    """Returns the figure of the metric against one cost; of latency one for each runtime, as only like compares."""
+    runtimes = _runtimes(page) if cost == "latency_ms" else []
+    if runtimes:
+        found = [trade_off(page, cost, f"{word} in {name}", runtime=name) for name in runtimes]
+    else:
+        found = [trade_off(page, cost, word)]
+    return [figure for figure in found if figure]
+
+
+def _runtimes(page: Json) -> list[str]:
+    """Returns the runtimes in which the ends of variants were measured; where none has ended, all."""
+    ends = [v["stages"][-1] for v in page["variants"] if v["stages"] and not v["error"]]
+    measured = ends or [stage for v in page["variants"] for stage in v["stages"]]
+    return list(dict.fromkeys(str(s["runtime"]) for s in measured if s.get("runtime")))
+
+
+@dataclass(frozen=True)
+class Point:
+    """A stage in the picture.
+
+    Attributes:
+        variant: the name of the variant that it belongs to.
+        stage: its line of the result.
+        end: whether it is the last one of its variant.
+    """
+
+    variant: str
+    stage: Json
+    end: bool
+
+    @property
+    def shown(self) -> Shown:
+        """Says how its metric is told."""
+        return Shown.of([self.stage])
+
+    @property
+    def height(self) -> float:
+        """Returns where it is drawn: its metric, in percent if that is a share."""
+        return float(self.shown.scale * self.stage[self.shown.key])
+
+
+@dataclass(frozen=True)
+class Cost:
+    """A cost on the lower axis.
+
+    Attributes:
+        key: in a stage's line.
+        unit: that it is drawn in, such as "MB".
+        size: of that unit, in the line's own: 1e6 for MB.
+    """
+
+    key: str
+    unit: str
+    size: float
+
+    @classmethod
+    def of(cls, key: str, points: Sequence[Point]) -> Cost:
+        """Chooses the unit by the largest of the `points`."""
+        if key == "latency_ms":
+            return cls(key, "ms", 1.0)
+        prefix, size = units.scale(max(point.stage[key] for point in points))
+        return cls(key, f"{prefix}B", size)
+
+    @property
+    def axis(self) -> str:
+        """Returns what stands at the axis."""
+        what = "latency, batch 1, one thread" if self.key == "latency_ms" else "file"
+        return f"{what} ({self.unit})"
+
+
+def trade_off(page: Json, cost: str, word: str, *, runtime: str | None = None) -> Figure | None:
+    """Shows the metric against one cost: every stage of every variant, the ends bigger, and the front as a line.
+
+    Args:
+        page: the sweep.
+        cost: the key of the cost.
+        word: the cost in words.
+        runtime: only what was measured in this one.
+    """
+    points = _points(page, cost, runtime)
+    if not points:
+        return None
+    ends = {point.variant: point for point in points if point.end}
+    front = [ends[name] for name in page.get(f"front_{cost}", []) if name in ends]
+    beaten = [point for point in ends.values() if point not in front]
+    within = _distinct([point for point in points if not point.end])
+
+    metric = Shown.of([point.stage for point in points])
+    higher = metric.metric.better == "higher"
+    worst = _worst([point.height for point in ends.values() or points], metric)
+    low, high = (worst, _highest(points, metric)) if higher else (0.0, worst)
+    axis = Axis(metric.axis("test"), low=low, high=high)
+    unit = Cost.of(cost, points)
+    return Figure(
+        f"{metric.title} against {word}",
+        f"{_in_words(within, front, word)}{_hidden(within, worst, higher=higher)}",
+        Axis(unit.axis, low=0.0),
+        [Panel(axis, _series(page, unit, within, beaten, front))],
+        height=460,
+        wide=True,
+        legend=True,
+    )
+
+
+def _points(page: Json, cost: str, runtime: str | None) -> list[Point]:
+    """Returns the stages that have both numbers, in the order of the sweep."""
+    points = []
+    for variant in page["variants"]:
+        for stage in variant["stages"]:
+            if runtime is not None and str(stage.get("runtime")) != runtime:
+                continue
+            if units.number(stage.get(cost)) is None or Shown.of([stage]).value(stage) is None:
+                continue
+            end = stage is variant["stages"][-1] and not variant["error"]
+            points.append(Point(variant["name"], stage, end))
+    return points
+
+
+def _distinct(points: Sequence[Point]) -> list[Point]:
+    """Leaves out stages that several variants share."""
+    seen: dict[tuple[Any, ...], Point] = {}
+    for point in points:
+        stage = point.stage
+        seen.setdefault((stage.get("name"), point.height, stage.get("seconds")), point)
+    return list(seen.values())
+
+
+def _worst(ends: Sequence[float], metric: Shown) -> float:
+    """Returns where the picture ends: a network that was just cut may be so bad that all others would seem equal."""
+    span = max(ends) - min(ends)
+    if metric.metric.better == "lower":
+        return max(ends) + (span or 0.1 * abs(max(ends)) or 1.0)
+    if metric.metric.share:
+        return max(0.0, min(ends) - max(2.0, span))
+    return min(ends) - (span or 0.1)
+
+
+def _highest(points: Sequence[Point], metric: Shown) -> float:
+    """Returns where the picture ends above its best point; a share has no more than 100%."""
+    best = max(point.height for point in points)
+    worst = _worst([point.height for point in points if point.end] or [best], metric)
+    space = max(0.5 if metric.metric.share else 0.005, 0.1 * (best - worst))
+    # Above 100% there is nothing, but a point at 100% still needs room for its upper half.
+    most = 100.2 if metric.metric.share else best + space
+    return min(best + space, most)
+
+
+def _in_words(within: Sequence[Point], front: Sequence[Point], word: str) -> str:
+    way = "; in grey the stages on its way" if within else ""
+    named = ", ".join(point.variant for point in front) or "none"
+    return f"Each variant's end{way}. On the Pareto front, by rising {word}: {named}."
+
+
+def _hidden(within: Sequence[Point], worst: float, *, higher: bool) -> str:
+    """Says how many stages lie beyond the end of the picture; empty if none does."""
+    beyond = 0
+    for point in within:
+        beyond += point.height < worst if higher else point.height > worst
+    side = "below" if higher else "above"
+    return f" {beyond} stages on the way lie {side} the picture." if beyond else ""
+
+
+def _series(
+    page: Json,
+    cost: Cost,
+    within: Sequence[Point],
+    beaten: Sequence[Point],
+    front: Sequence[Point],
+) -> list[Series]:
+    drawn = []
+    if within:
+        x, y, hover = _drawn(within, cost)
+        begins = [_first_label(point, page) for point in within]
+        drawn.append(Series("points", "stages on the way", x, y, FAINT, hover, begins))
+    if beaten:
+        x, y, hover = _drawn(beaten, cost)
+        drawn.append(Series("points", "beaten by another", x, y, BLUE, hover, hollow=True))
+    if front:
+        x, y, hover = _drawn(front, cost)
+        names = [point.variant if len(front) <= NAMED else "" for point in front]
+        drawn.append(Series("steps", "Pareto front", x, y, ORANGE, hover, names))
+    return drawn
+
+
+def _first_label(point: Point, page: Json) -> str:
+    """Returns the name of a stage that begins its variant: all later ones are compared with it."""
+    stages = next(v["stages"] for v in page["variants"] if v["name"] == point.variant)
+    return f"first: {point.stage.get('name') or '?'}" if point.stage is stages[0] else ""
+
+
+def _drawn(points: Sequence[Point], cost: Cost) -> tuple[list[float], list[float], list[str]]:
+    """Returns the costs and metrics of some points, and what the pointer is told of each."""
+    x, y, hover = [], [], []
+    for point in points:
+        across = point.stage[cost.key] / cost.size
+        runtime = point.stage.get("runtime") if cost.key == "latency_ms" else None
+        where = f", in {runtime}" if runtime else ""
+        told = f"{short(across)} {cost.unit}, {point.shown.with_error(point.stage)}"
+        x.append(across)
+        y.append(point.height)
+        hover.append(f"{point.variant}, after {point.stage.get('name')}{where}: {told}")
+    return x, y, hover
