@@ -1,6 +1,5 @@
 """Class weights: the loss of rare classes counts for more, by public numbers alone."""
 
-import json
 import math
 
 import numpy as np
@@ -20,7 +19,7 @@ from fedpress.pipeline import recipe as recipes
 from fedpress.privacy.per_example.gradients import clipped_gradient_sum
 from fedpress.tasks import Binary, Classification, Multilabel, Poisson, Regression
 from fedpress.training.evaluate import evaluate
-from tests.stages.recipes import begun
+from tests.harness import finish
 from tests.tasks.test_all import made
 from tests.tasks.test_privacy import CLIP, network, plainly
 
@@ -254,9 +253,7 @@ lr = 0.3
     }.items():
         weights = "" if name == "plain" else 'class_weights = "balanced"\n'
         whole = text.replace("[model]", f"{weights}[model]") + more
-        for _ in begun(whole, tmp_path / name):
-            pass
-        found[name] = json.loads((tmp_path / name / "result.json").read_text())["final"]
+        found[name] = finish(whole, tmp_path / name)["final"]
     assert recall(found["weighed"]) > recall(found["plain"]) + 0.3
     assert recall(found["private"]) > recall(found["plain"]) + 0.3
 
