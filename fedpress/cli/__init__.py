@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import logging
 import math
 import sys
-import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -30,6 +28,7 @@ from fedpress.cli.common import (
     told,
     warn,
 )
+from fedpress.cli.logs import asked_for, logged
 from fedpress.cli.run import run
 from fedpress.errors import FedpressError, RecipeError, RunError
 
@@ -55,6 +54,9 @@ def _root(
     context: typer.Context,
     version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="Tell what is done, on the error stream.")
+    ] = False,
 ) -> None:
     if version:
         typer.echo(f"fedpress {fedpress.__version__}")
@@ -307,14 +309,10 @@ def skellam(
 
 def main() -> None:
     """Runs the command line; a user's mistake ends in one sentence and exit code 2."""
-    debug = "--debug" in sys.argv
-    if debug:
-        sys.argv.remove("--debug")
-    else:  # what a library says to its developers would only hide the one sentence that helps
-        logging.disable(logging.WARNING)
-        warnings.simplefilter("ignore")
+    debug, verbose = asked_for("--debug"), asked_for("--verbose", "-v")
     try:
-        app()
+        with logged(debug=debug, verbose=verbose):
+            app()
     except FedpressError as error:
         if debug:
             raise

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 from collections.abc import Callable, Sequence
 from hashlib import blake2b
@@ -11,6 +12,8 @@ from pathlib import Path
 import numpy as np
 
 from fedpress.core.files import replacing
+
+log = logging.getLogger(__name__)
 
 
 def folder() -> Path:
@@ -30,7 +33,9 @@ def decoded(
     key = blake2b(repr(sorted(stats)).encode(), digest_size=12).hexdigest()
     target = folder() / "decoded" / f"{name}-{key}.npz"
     with contextlib.suppress(Exception), np.load(target, allow_pickle=False) as stored:
+        log.info("%s: decoded copy read from %s", name, target)
         return dict(stored)
+    log.info("%s: no decoded copy in the cache, so files are decoded", name)
     arrays = decode()
     with contextlib.suppress(OSError):
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import replace
@@ -22,6 +23,8 @@ from fedpress.stages.base import Stage
 from fedpress.workspace.folder import RunFolder
 from fedpress.workspace.stage_folder import Done, StageFolder
 from fedpress.workspace.state import Event, StageFinished, StageStarted, State, Tick
+
+log = logging.getLogger(__name__)
 
 
 def execute(
@@ -58,12 +61,17 @@ def _stages(
     for index, (stage, key) in enumerate(zip(recipe.stage, keys, strict=True)):
         place = folder.stage(index, stage.kind, stage.name)
         done = place.finished(key)
-        if done is None and reuse is not None:
+        if done is not None:
+            log.info("stage %s is finished already", stage.name)
+        elif reuse is not None:
             done = place.adopt(reuse.path, key, records=records)
+            if done is not None:
+                log.info("stage %s is taken over from %s", stage.name, reuse.path)
         if done is not None:
             folder.records.check_count(done.records)
         yield StageStarted(index, stage.kind, stage.name, reused=done is not None)
         if done is None:
+            log.info("stage %s (%s) begins on %s", stage.name, stage.kind, state.device)
             done = yield from _do(
                 stage, replace(state, facts={}), place, key, records, results[-1:]
             )
@@ -75,6 +83,7 @@ def _stages(
         score = done.result.get(data.task.primary) if of_model else state.score
         state = replace(state, spec=spec, model=model, ledger=_ledger(done), score=score)
         state, load = with_parent(state, before, load), place.load
+        log.info("stage %s has ended after %.1f s", stage.name, done.result["seconds"])
         records = done.records
         results.append(done.result)
         told = data.left_out_sentence(private=recipe.private)

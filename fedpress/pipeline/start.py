@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -26,6 +27,8 @@ from fedpress.pipeline.recipe import ModelSettings, Recipe
 from fedpress.training import device
 from fedpress.workspace.state import Loader, State
 
+log = logging.getLogger(__name__)
+
 NO_DATA = "no data"
 """Name of the data set that stands in where none is given: one example of noise."""
 
@@ -39,9 +42,11 @@ def load_data(recipe: Recipe, *, progress: Progress | None = None) -> data_sets.
         TrainingError: if the recipe's device is missing; a download would have been in vain.
         DataError: if the data cannot be read or do not fit the settings.
     """
-    device_of(recipe)
+    at = device_of(recipe)
+    log.info("device %s (%s in the recipe)", at, recipe.device)
     if consent.NAME.fullmatch(recipe.data.source):
         consent.allow(recipe.data.source)
+    log.info("data come from %s", recipe.data.source)
     with placed_data():
         return data_sets.load(recipe.data, derive(recipe.seed, "data"), progress=progress)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -20,11 +21,13 @@ from fedpress.nn.quantized import kept_entries
 from fedpress.tasks import Task
 from fedpress.training.augment import augment
 from fedpress.training.checks import batch_norm_scales, check_training
-from fedpress.training.device import autocast, find, laid_out, place_
+from fedpress.training.device import autocast, find, laid_out, place_, uses_bf16
 from fedpress.training.evaluate import evaluate, outputs
 from fedpress.training.optimizers import Optimizers
 from fedpress.training.schedule import factor
 from fedpress.training.settings import TrainSettings
+
+log = logging.getLogger(__name__)
 
 Objective = Callable[[nn.Module, Inputs, Tensor, Tensor], Tensor]
 """The loss of a step, from the model, its prepared input [n, ...], its float32 outputs, the targets (each [n, ...])."""
@@ -92,6 +95,15 @@ class Fit:
                 model, multi_avg_fn=get_ema_multi_avg_fn(settings.ema), use_buffers=True
             )
         self.optimizers = Optimizers(self.model, self.helpers, settings)
+        if settings.epochs:
+            log.info(
+                "training on %s in %s with %s, rate %g (%s)",
+                self.device,
+                "bf16" if uses_bf16(model, settings.precision) else "float32",
+                settings.optimizer,
+                settings.lr,
+                settings.lr_schedule,
+            )
         self.epoch = 0
         self.best = (self.task.worst, -1)
         self.best_weights: dict[str, Tensor] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -12,6 +13,8 @@ from torch import Tensor
 
 from fedpress.workspace.stage_folder import StageFolder
 from fedpress.workspace.state import Tick
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,7 @@ def drive(work: Resumable, folder: StageFolder) -> Generator[Tick, None, None]:
     """
     tensors, facts = folder.load_progress()
     if facts:
+        log.info("goes on from the checkpoint in %s", folder.path)
         work.load_(Snapshot(tensors, facts))
     # A checkpoint holds the seconds spent before it, so that the clock goes on from there.
     start = time.perf_counter() - facts.get("seconds", 0.0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -27,6 +28,8 @@ from fedpress.workspace.atomic import (
     writing,
 )
 from fedpress.workspace.records import Records
+
+log = logging.getLogger(__name__)
 
 PROGRESS = "progress.safetensors"
 # In artifacts/: how raw rows of a table become the inputs of the files there.
@@ -91,6 +94,7 @@ class StageFolder:
         metadata = json.dumps({**facts, "records": self.records.count()})
         with replacing_with_checksum(self._progress, self.run) as temporary:
             save_file(copies, temporary, metadata={"fedpress": metadata})
+        log.debug("checkpoint written: %s", self._progress)
 
     def load_progress(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Returns tensors and facts of the last checkpoint; two empty dictionaries if none exists.

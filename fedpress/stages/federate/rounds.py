@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
@@ -23,6 +24,8 @@ from fedpress.stages.federate.stopping import (
 from fedpress.training.evaluate import Evaluation, evaluate
 from fedpress.workspace.drive import Milestone, Snapshot
 from fedpress.workspace.state import State, Tick
+
+log = logging.getLogger(__name__)
 
 
 class FederatedRounds:
@@ -110,6 +113,8 @@ class FederatedRounds:
         """Yields a tick for what has gone wrong in a round, unless that was said of the round before."""
         warning = refusal_line(told(shown.refused, self.server), answered, shown.round)
         if warning and warning.partition(":")[2] != self._warned.partition(":")[2]:
+            # What a person may be told: under privacy no name and no number of a single client.
+            log.warning("%s", warning)
             yield self._tick(self.now.note, warning)
         self._warned = warning
         if self.now.failures.significant and not was_sure:
