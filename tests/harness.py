@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from fedpress.pipeline import recipe as recipes
 from fedpress.pipeline import run as runs
@@ -13,6 +15,14 @@ from fedpress.pipeline.check import check_recipe
 from fedpress.pipeline.keys import settings_of
 from fedpress.pipeline.start import load_data
 from fedpress.workspace.folder import RunFolder
+
+
+def tiered(cases: Iterable[Any], quick: Iterable[Any]) -> list[Any]:
+    """Returns the values of a parameter: those in `quick` are unit tests, the others belong to the recipe tier."""
+    first = list(quick)
+    return [
+        case if case in first else pytest.param(case, marks=pytest.mark.recipe) for case in cases
+    ]
 
 
 class Killed(BaseException):

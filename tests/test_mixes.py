@@ -12,7 +12,7 @@ from fedpress.pipeline import recipe as recipes
 from fedpress.pipeline.check import check_recipe
 from fedpress.pipeline.start import load_data
 from fedpress.workspace.folder import RunFolder
-from tests.harness import begun, finish, told
+from tests.harness import begun, finish, tiered, told
 from tests.mixes import MIXES
 
 
@@ -106,7 +106,7 @@ SECURE_NOISE = {
 }
 
 
-@pytest.mark.parametrize("mode", SECURE_NOISE)
+@pytest.mark.parametrize("mode", tiered(SECURE_NOISE, quick=("joint", "correlated")))
 def test_secure_noise_differs_between_runs_and_not_between_a_run_and_its_resumption(
     mode, tiny, base, tmp_path
 ):

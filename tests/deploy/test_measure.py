@@ -42,6 +42,7 @@ def test_a_model_and_its_file_are_measured_in_turn(tmp_path):
     assert torch.get_num_threads() == threads
 
 
+@pytest.mark.recipe
 def test_the_memory_of_a_broken_file_is_told(tmp_path):
     (tmp_path / "m.onnx").write_bytes(b"not a model")
     with pytest.raises(ExportError, match=r"memory of .*m\.onnx cannot be measured: .*cannot load"):

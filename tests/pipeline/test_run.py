@@ -24,7 +24,7 @@ from fedpress.workspace.folder import RunFolder
 from fedpress.workspace.records import Records
 from fedpress.workspace.stage_folder import StageFolder
 from fedpress.workspace.state import StageFinished, StageStarted, Tick
-from tests.harness import Killed, begun, finish, told
+from tests.harness import Killed, begun, finish, tiered, told
 
 LINE_KEYS = {
     "kind",
@@ -160,7 +160,7 @@ def kill_after(events: int, text: str, path: Path, *overrides: str) -> bool:
 
 
 # Events of the tiny run: 0 start, 1-8 training (4 steps and an epoch's end, twice), then pruning, then federation.
-@pytest.mark.parametrize("events", [1, 7, 11, 16, 22])
+@pytest.mark.parametrize("events", tiered([1, 7, 11, 16, 22], quick=(7, 16)))
 def test_a_run_killed_at_any_event_ends_in_the_same_bits(tiny, tmp_path, whole, left, events):
     assert kill_after(events, tiny, tmp_path / "killed")
     finish(tiny, tmp_path / "killed", resume=True)

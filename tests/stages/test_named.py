@@ -19,7 +19,7 @@ from fedpress.reports.html import write_report
 from fedpress.stages.federate.binding import bind
 from fedpress.storage import load
 from tests import named
-from tests.harness import Killed, begun, finish, told
+from tests.harness import Killed, begun, finish, tiered, told
 
 SAMPLE = 'privacy = { unit = "sample", epsilon = 8.0, delta = 1e-3, clip_norm = 1.0 }'
 CLIENT = 'privacy = { unit = "client", trust = "central", noise_multiplier = 0.3, delta = 1e-3 }'
@@ -74,7 +74,7 @@ def test_one_input_by_name_gives_the_bits_of_one_tensor(stages, tmp_path):
     assert all(torch.equal(one[key], other[key]) for key in one)
 
 
-@pytest.mark.parametrize("privacy", ["", SAMPLE])
+@pytest.mark.parametrize("privacy", tiered(["", SAMPLE], quick=[SAMPLE]))
 def test_a_killed_run_goes_on_to_the_same_bits(privacy, tmp_path):
     text = named.recipe(named.TRAIN, named.federate(privacy))
     finish(text, tmp_path / "whole")

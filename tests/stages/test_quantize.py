@@ -69,7 +69,9 @@ def finish(recipe, folder, earlier=None):
         pytest.param(["stage.1.observer=entropy"], 8, 0.05, marks=pytest.mark.recipe),
         pytest.param(["stage.1.bits=4"], 4, 0.05, marks=pytest.mark.recipe),
         (["stage.1.bits=4", "stage.1.group=8"], 4, 0.05),
-        (["stage.1.weights=cluster", "stage.1.bits=4"], 4, 0.05),
+        pytest.param(
+            ["stage.1.weights=cluster", "stage.1.bits=4"], 4, 0.05, marks=pytest.mark.recipe
+        ),
         pytest.param(
             [
                 "stage.1.weights=ternary",

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from fedpress import tasks
+from tests.harness import stages
 from tests.tasks import test_all
-from tests.tasks.test_recipes import PRIVATE, SMALL, finish, source
+from tests.tasks.test_recipes import PRIVATE, SMALL, source
 
 PAGE = Path(__file__).parents[2] / "docs" / "tasks.md"
 SHARED = [
@@ -50,7 +51,7 @@ def test_the_task_of_the_page_trains_and_federates(quantile, private, source, tm
     text = SMALL.format(kind="regression", outputs=1, lr=0.01)
     option = 'task = { kind = "quantile", share = 0.8 }'
     text = text.replace("validation = 20", f"validation = 20\n{option}") + private * PRIVATE
-    train, federate = finish(text, tmp_path)
+    train, federate = stages(text, tmp_path / "run")
     assert train["task"] == federate["task"] == "quantile"
     assert train["pinball"] > 0
     assert 0 <= federate["covered"] <= 1

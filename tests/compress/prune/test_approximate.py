@@ -26,6 +26,7 @@ from fedpress.compress.prune.approximate import check_names
 from fedpress.compress.prune.plan import make_plan
 from fedpress.errors import RecipeError
 from fedpress.models import ModelSpec, load_model, save_model, what_pruning_changed
+from tests.harness import tiered
 
 BOTH = ("layer_norm", "grn")
 
@@ -184,7 +185,7 @@ def cut_once(name, share):
     return model, small, plan, x, graph.parameters(kept)
 
 
-@pytest.mark.parametrize("name", NETS)
+@pytest.mark.parametrize("name", tiered(NETS, quick=list(NETS)[:4]))
 def test_all_but_the_norms_statistics_is_exact_and_the_width_is_cut(name, tmp_path):
     model, small, plan, x, count = cut(name)
     stem = next(n for n, p in model.named_parameters() if p.dim() == 4)
@@ -205,7 +206,7 @@ def test_all_but_the_norms_statistics_is_exact_and_the_width_is_cut(name, tmp_pa
         assert torch.equal(again(x), small(x))
 
 
-@pytest.mark.parametrize("name", NETS)
+@pytest.mark.parametrize("name", tiered(NETS, quick=list(NETS)[:4]))
 def test_fitted_scales_bring_the_outputs_nearer_and_never_farther(name):
     model, small, plan, x, _ = cut(name)
     before = difference(model, small, [x]).relative

@@ -22,6 +22,7 @@ from fedpress.compress import (
 from fedpress.compress.prune.plan import make_plan
 from fedpress.errors import ModelError
 from fedpress.models import ModelSpec, load_model, save_model, what_pruning_changed
+from tests.harness import tiered
 
 EVERY = sorted(ZOO)
 QUICK = ("parts", "vit-fused")
@@ -64,7 +65,7 @@ def trains(model, x):
 
 
 @pytest.mark.parametrize("name", EVERY)
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("seed", tiered(range(3), quick=[0]))
 def test_any_choice_of_channels_can_be_removed_and_is_counted_exactly(traced, name, seed):
     model, x, graph = traced(name)
     draw = torch.Generator().manual_seed(seed)

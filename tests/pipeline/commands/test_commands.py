@@ -92,6 +92,7 @@ def test_the_recipe_of_a_command_runs_again_to_the_same_numbers(shell, trained):
     ]
 
 
+@pytest.mark.recipe
 def test_without_data_a_command_says_what_it_could_not_do(shell, trained, tmp_path):
     alone = tmp_path / "model"
     shutil.copytree(trained / "stages" / "0-train", alone)

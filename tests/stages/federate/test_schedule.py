@@ -12,7 +12,7 @@ from fedpress.pipeline.check import check_recipe
 from fedpress.pipeline.keys import settings_of
 from fedpress.pipeline.start import first_state, load_data
 from fedpress.stages.federate.binding import bind
-from tests.harness import Killed, checked, finish, told
+from tests.harness import Killed, checked, finish, tiered, told
 
 HEAD = """
 name = "uneven"
@@ -50,7 +50,7 @@ def tell(path):
     return [{k: v for k, v in line.items() if k != "seconds"} for line in told(path)]
 
 
-@pytest.mark.parametrize("kind", PRIVACY)
+@pytest.mark.parametrize("kind", tiered(PRIVACY, quick=("central", "joint")))
 def test_a_buffered_stage_spends_what_check_said_and_charges_every_task(kind, tmp_path):
     text = stage(BUFFERED, PRIVACY[kind])
     result, (facts,) = finish(text, tmp_path / "run"), checked(text)

@@ -17,7 +17,7 @@ from fedpress.pipeline.start import first_state, load_data
 from fedpress.stages.prune.stage import PruneStage
 from fedpress.workspace.folder import RunFolder
 from fedpress.workspace.state import StageFinished
-from tests.harness import Killed, begun, checked, stages, told
+from tests.harness import Killed, begun, checked, stages, tiered, told
 
 HEAD = """
 name = "cut"
@@ -63,7 +63,10 @@ def test_every_score_of_the_table_is_a_setting():
     assert set(get_args(PruneStage.model_fields["score"].annotation)) == set(SCORES)
 
 
-@pytest.mark.parametrize("name", [name for name, row in SCORES.items() if row.needs == "losses"])
+FROM_DATA = [name for name, row in SCORES.items() if row.needs == "losses"]
+
+
+@pytest.mark.parametrize("name", tiered(FROM_DATA, quick=("taylor", "grasp")))
 def test_every_score_from_data_prunes_in_a_run(trained, tmp_path, name):
     _, line = stages(
         HEAD + PRUNE + f'score = "{name}"\nkeep_params = 0.5\n', tmp_path / "run", reuse=trained
@@ -79,11 +82,16 @@ def test_every_score_from_data_prunes_in_a_run(trained, tmp_path, name):
     [
         ("keep_macs = 0.4\n", lambda dense, cut: cut["macs"] / dense["macs"]),
         ("max_bytes = 36000\n", lambda dense, cut: cut["file_bytes"] / 90_000),
-        (
+        pytest.param(
             "keep_params = 0.4\nscore = 'taylor'\nstrategy = 'single-channel'\n",
             lambda _, cut: cut["kept_parameters"],
+            marks=pytest.mark.recipe,
         ),
-        ("keep_params = 0.4\nscope = 'layer'\n", lambda _, cut: cut["kept_parameters"]),
+        pytest.param(
+            "keep_params = 0.4\nscope = 'layer'\n",
+            lambda _, cut: cut["kept_parameters"],
+            marks=pytest.mark.recipe,
+        ),
     ],
 )
 def test_targets_are_reached_and_foretold(trained, tmp_path, target, kept):
@@ -133,7 +141,7 @@ def test_sensitivity_is_recorded_layer_by_layer_and_decides_the_widths(trained, 
     assert line["kept_parameters"] == pytest.approx(0.4, abs=0.005)
 
 
-@pytest.mark.parametrize("more", ["", "rewind = true\n"], ids=["finetune", "rewind"])
+@pytest.mark.parametrize("more", tiered(["", "rewind = true\n"], quick=["rewind = true\n"]))
 def test_several_cuts_go_down_by_equal_factors_and_train_between(trained, tmp_path, more):
     path = tmp_path / "run"
     _, line = stages(HEAD + PRUNE + STEPS + more, path, reuse=trained)

@@ -15,7 +15,7 @@ from fedpress.pipeline.start import load_data
 from fedpress.stages.sparsify.stage import SparsifyStage
 from fedpress.training.fit import Fit, Step
 from fedpress.training.settings import TrainSettings
-from tests.harness import Killed, begun, checked, finish, told
+from tests.harness import Killed, begun, checked, finish, tiered, told
 from tests.stages.recipes import HEAD, TRAIN, zeros
 
 SPARSIFY = '[[stage]]\nkind = "sparsify"\nkeep_first = false\nkeep_last = false\nbatch_size = 32\nlr = 0.05\n'
@@ -45,7 +45,7 @@ def test_every_schedule_ends_at_the_exact_density_and_trains_on(tmp_path, schedu
     assert result["loss"] < 2.35
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("schedule", tiered(SCHEDULES, quick=("rewind", "rigl")))
 def test_a_killed_stage_goes_on_to_the_same_bits(tmp_path, left, schedule):
     score = "movement" if schedule in ("gradual", "rewind") else "magnitude"
     text = (
@@ -328,7 +328,7 @@ WAYS = {
 }
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", tiered(WAYS, quick=("momentum", "sample privacy")))
 def test_federated_rounds_keep_the_zeros_and_send_only_the_rest(tmp_path, left, way):
     dense, sparse = (
         HEAD + FEDERATE + WAYS[way],
