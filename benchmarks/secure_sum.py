@@ -30,7 +30,7 @@ from fedpress.secagg import (
     SecureRound,
     identity,
 )
-from fedpress.secagg.masks import add_masks_, centred, word
+from fedpress.secagg.masks import add_masks_, centred, word_type
 
 Row = dict[str, str | float | int | bool]
 T = TypeVar("T")
@@ -56,7 +56,7 @@ def measure(
         took, part = timed(lambda name=name: members[name].mask(vector, round=1, cohort=names))  # type: ignore[misc]
         mask.append(took)
         add.append(timed(lambda name=name, part=part: big.add(name, part))[0])  # type: ignore[misc]
-    words = np.zeros(values, word(bits))
+    words = np.zeros(values, word_type(bits))
     expand = [
         timed(lambda k=k: add_masks_(words, [(bytes([k] * 16), True)]))[0] for k in range(sample)
     ]  # type: ignore[misc]

@@ -229,14 +229,15 @@ def _tell_spent(spent: Spent, delta: float, as_json: bool) -> None:
 @privacy_app.command()
 def compose(
     file: Annotated[
-        Path, typer.Argument(metavar="FILE", help="A ledger.json, or a JSON list of phases.")
+        Path,
+        typer.Argument(metavar="FILE", help="A ledger.json, or a JSON list of mechanism events."),
     ],
     delta: Annotated[float, typer.Option(help="Chance that the promise fails.")],
     as_json: AsJson = False,
 ) -> None:
     """The epsilon of several mechanisms together, Gaussian and Skellam, or of a run's ledger.
 
-    A phase is {"sampling_prob", "noise_multiplier", "steps"}, or {"kind": "skellam", "l2", "l1", "variance", "steps"}
+    An event is {"sampling_prob", "noise_multiplier", "steps"}, or {"kind": "skellam", "l2", "l1", "variance", "steps"}
     with "sampling_prob" and "failure" if they are not 1 and 0.
     """
     from fedpress.privacy.accounting import compose as composing

@@ -1,4 +1,4 @@
-"""The transforms of an update, a table: clip first, then what makes it small, in the order of the recipe."""
+"""The table of transforms: what may change the numbers of an update before it is sent."""
 
 from collections.abc import Mapping
 from typing import Annotated, TypeAlias, get_args
@@ -27,7 +27,7 @@ from fedpress.codecs.quantize import Quantize, Sign, Ternary
 from fedpress.codecs.rotate import Rotate
 from fedpress.codecs.sparse import RandomK, TopK
 
-Row: TypeAlias = (
+TransformSettings: TypeAlias = (
     Clip
     | TopK
     | RandomK
@@ -40,11 +40,11 @@ Row: TypeAlias = (
     | Discretize
     | Noise
 )
-"""The table: a new transform is a file beside this one and its name here."""
+"""The table: a new transform is a file beside this one and its class here."""
 TRANSFORMS: Mapping[str, type[BaseModel]] = {
-    row.model_fields["kind"].default: row for row in get_args(Row)
+    settings.model_fields["kind"].default: settings for settings in get_args(TransformSettings)
 }
-AnyTransform = Annotated[Row, Field(discriminator="kind")]
+AnyTransform = Annotated[TransformSettings, Field(discriminator="kind")]
 
 __all__ = [
     "TRANSFORMS",

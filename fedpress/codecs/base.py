@@ -1,4 +1,4 @@
-"""A transform changes the numbers of one update and states a bound on the result; a chain is a list of transforms."""
+"""A transform changes the numbers of an update and states a bound on the result; also chains."""
 
 from __future__ import annotations
 
@@ -18,12 +18,19 @@ from fedpress.errors import WireError, inside
 
 @dataclass(frozen=True)
 class Bound:
-    """What is promised about one client's vector: its size, its L2 and maximum norm, whether it is whole numbers.
+    """What is guaranteed about one client's vector.
 
-    `spread` is the standard deviation of each value after a random rotation, whose tails are no heavier than a
-    Gaussian's; infinite without one. `shapes` are those of the parameters that the vector [size] holds one after
-    another, empty once a transform has mixed or dropped values. `decoded_l2` is the L2 norm of the longest update that
-    the chain up to here can decode to when an honest client encoded it: whoever decodes cuts longer ones back to it.
+    Attributes:
+        size: number of values.
+        l2: largest L2 norm.
+        linf: largest absolute value.
+        integer: whether all values are whole numbers.
+        spread: standard deviation of each value after a random rotation, whose tails are no heavier
+            than a Gaussian's; infinite without a rotation.
+        shapes: shapes of the parameters that the vector holds one after another; empty once a
+            transform has mixed or dropped values.
+        decoded_l2: largest L2 norm that an honest client's update can decode to. The server cuts
+            longer ones back to it, so a client that lies moves the mean no further.
     """
 
     size: int
@@ -37,9 +44,17 @@ class Bound:
 
 @dataclass(frozen=True)
 class Key:
-    """Names the randomness of one update; client and server hold the same key, so masks and rotations need no bytes.
+    """Names all random streams of one update.
 
-    `secret` is what the client's noise hangs on instead of `seed` where the seed is not secret; only the client has it.
+    Client and server hold the same key, so both draw the same masks and rotations, and these need
+    no bytes. The client's noise must be known to nobody else: where the seed is not secret, it
+    comes from `secret`, which only the client has.
+
+    Attributes:
+        seed: seed of the run.
+        round: number of the round.
+        client: the client's name.
+        secret: key of the client's noise (256 bits). If None, the noise follows from `seed`.
     """
 
     seed: int
@@ -48,37 +63,39 @@ class Key:
     secret: int | None = field(default=None, repr=False)
 
     def client_stream(self, *words: str | int) -> RandomSource:
-        """Returns the public stream `words` of this client in this round."""
+        """Returns the public stream named `words` of this client in this round."""
         return public_stream(self.seed, *self._words(words))
 
     def client_seed(self, *words: str | int) -> int:
-        """Returns 63 bits under the name `words` of this client in this round, for torch's global generator."""
+        """Returns a public 63-bit seed named `words`, for torch's global generator."""
         return random.derive(self.seed, *self._words(words))
 
     def client_key(self, *words: str | int) -> bytes:
-        """Returns 32 public bytes under the name `words` of this client in this round, for `random.keystream`."""
+        """Returns 32 public bytes named `words`, for `random.keystream`."""
         return random.secret_key(self.seed, *self._words(words))
 
     def private_stream(self, *words: str | int) -> RandomSource:
-        """Returns the stream `words` of this client in this round for what privacy rests on: coins, batches, noise.
+        """Returns the stream named `words` for what privacy rests on: rounding, batches, noise.
 
-        It is exact if there is a `secret`; without one, whoever knows the seed knows the noise, bit by bit.
+        Noise from it lies on a public grid if there is a `secret`. Without one, whoever knows the
+        seed can compute the noise anyway.
         """
         exact = self.secret is not None
         return private_stream(self._hidden, *self._words(words), exact=exact)
 
     def private_key(self, *words: str | int) -> bytes:
-        """Returns the 32-byte name of the stream `words` of this client in this round, as secret as its noise."""
+        """Returns 32 bytes named `words` that are as secret as the client's noise."""
         return random.secret_key(self._hidden, *self._words(words))
 
     def round_stream(self, *words: str | int) -> RandomSource:
-        """Returns the public stream `words` that all clients of this round have in common."""
+        """Returns the public stream named `words`, the same for all clients of this round."""
         return public_stream(self.seed, "shared", "round", self.round, *words)
 
     def of_vector(self, name: str) -> Key:
-        """Returns the key of one further vector `name` of the same update: nothing it draws is drawn for another one.
+        """Returns the key of a further vector `name` of the same update.
 
-        Two vectors with the same noise would tell their difference, and with one rounding they would err alike.
+        No two vectors draw from the same stream. The same noise on two vectors would cancel in
+        their difference, and with the same random rounding their errors would add up.
         """
         secret = None
         if self.secret is not None:
@@ -95,21 +112,32 @@ class Key:
 
 @dataclass(frozen=True, eq=False)
 class Encoded:
-    """`values` go on to the next transform or into the sum; `side` holds what else decoding needs, such as scales."""
+    """What a transform makes of a vector.
+
+    Attributes:
+        values: go on to the next transform, or into the message.
+        side: what else decoding needs, by name, for instance scales.
+    """
 
     values: Tensor
     side: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 def check_values(x: Encoded, name: str, size: int, *, integer: bool = False) -> Tensor:
-    """Returns the values [size] of `x`, which may come from anybody, if they are all there is.
+    """Returns the values of `x`, whose sender is not trusted.
+
+    Args:
+        x: what somebody sent.
+        name: kind of the transform, for errors.
+        size: number of values.
+        integer: whether they must be whole numbers.
 
     Raises:
         WireError: if there are side tensors, or the values are of another size or type.
     """
     if x.side:
         raise WireError(
-            "no such tensor is read",
+            "nobody reads this tensor",
             place=f"{name}.{min(x.side)}",
             cure="send only what the chain makes",
         )
@@ -125,10 +153,10 @@ def check_values(x: Encoded, name: str, size: int, *, integer: bool = False) -> 
 
 
 def check_float(values: Tensor, size: int, name: str) -> Tensor:
-    """Returns `values`, which may come from anybody, if they are float32 [size] and finite.
+    """Returns `values`, whose sender is not trusted.
 
     Raises:
-        WireError: if they are not.
+        WireError: if they are not finite float32 [size].
     """
     if values.dtype != torch.float32 or values.shape != (size,):
         raise WireError(
@@ -142,35 +170,44 @@ def check_float(values: Tensor, size: int, name: str) -> Tensor:
 
 
 class Transform(Protocol):
-    """One change of numbers on the way of an update, bound to a size; frozen, no state.
+    """A change of numbers, bound to vectors of one size; frozen, without state.
 
-    `encode` is called by the client, `decode` by whoever reads; both hold the same key but for its `secret`.
+    The client calls `encode`, the server `decode`. Both hold the same key, except that only the
+    client's has a `secret`.
     """
 
     @property
     def additive(self) -> bool:
-        """Whether decode(a + b) == decode(a) + decode(b), up to rounding, which a secure sum needs."""
+        """Whether decode(a + b) == decode(a) + decode(b) up to rounding: a secure sum needs it."""
         ...
 
     def encode(self, x: Tensor, key: Key) -> Encoded:
-        """Changes `x` [bound.size]."""
+        """Changes `x`, float32 [size of the bound], or whole numbers after a quantizer."""
         ...
 
     def decode(self, x: Encoded, key: Key) -> Tensor:
-        """Returns [bound.size] again; WireError if `x` is not what `encode` could have made."""
+        """Returns a vector of the size of the bound again.
+
+        Raises:
+            WireError: if `x` is not what `encode` could have made.
+        """
         ...
 
 
 class Settings(Protocol):
-    """What a recipe says of a transform; its `kind` is the row of the table."""
+    """Settings of a transform in a recipe."""
 
     @property
     def kind(self) -> str:
-        """Name of the row."""
+        """Name of the transform in the table."""
         ...
 
     def bind(self, bound: Bound) -> tuple[Transform, Bound]:
-        """Fits the transform to vectors within `bound` and states the bound of its `values`, or raises RecipeError."""
+        """Returns the transform for vectors within `bound`, and the bound of what it makes.
+
+        Raises:
+            RecipeError: if such vectors do not suit it.
+        """
         ...
 
 
@@ -179,10 +216,17 @@ VALUES = "values"
 
 
 def bind_chain(chain: Sequence[Settings], bound: Bound) -> tuple[tuple[Transform, ...], Bound]:
-    """Binds each transform to what the one before it promises.
+    """Binds each transform to the bound of the one before it.
+
+    Args:
+        chain: the settings, in the order in which they are applied.
+        bound: the bound of the update itself.
+
+    Returns:
+        The transforms, and the bound of what the last one makes.
 
     Raises:
-        RecipeError: if one of them does not fit.
+        RecipeError: if one of them does not suit what comes before it.
     """
     bounded = []
     for at, settings in enumerate(chain):
@@ -193,7 +237,11 @@ def bind_chain(chain: Sequence[Settings], bound: Bound) -> tuple[tuple[Transform
 
 
 def encode_chain(chain: Chain, x: Tensor, key: Key) -> dict[str, Tensor]:
-    """Returns the tensors of the message: `values`, and `<place in the chain>.<name>` for every side tensor."""
+    """Returns the tensors of the message.
+
+    They are `values`, and every side tensor under `<place in the chain>.<name>`, for instance
+    `1.scales`.
+    """
     tensors: dict[str, Tensor] = {}
     for at, transform in enumerate(chain):
         encoded = transform.encode(x, key)
@@ -203,10 +251,10 @@ def encode_chain(chain: Chain, x: Tensor, key: Key) -> dict[str, Tensor]:
 
 
 def decode_chain(chain: Chain, tensors: Mapping[str, Tensor], key: Key) -> Tensor:
-    """Undoes `encode_chain`.
+    """Returns the update that `encode_chain` made these tensors of.
 
     Raises:
-        WireError: if a tensor is missing, or nobody asked for it, or a transform cannot read it.
+        WireError: if a tensor is missing, no transform reads it, or a transform cannot read it.
     """
     left = dict(tensors)
     if VALUES not in left:
@@ -218,12 +266,10 @@ def decode_chain(chain: Chain, tensors: Mapping[str, Tensor], key: Key) -> Tenso
     x = left.pop(VALUES)
     for at, transform in reversed(list(enumerate(chain))):
         prefix = f"{at}."
-        side = {
-            name.removeprefix(prefix): left.pop(name)
-            for name in list(left)
-            if name.startswith(prefix)
-        }
+        names = [name for name in left if name.startswith(prefix)]
+        side = {name.removeprefix(prefix): left.pop(name) for name in names}
         x = transform.decode(Encoded(x, side), key)
+    # Refused, so that a client cannot send further data along without anybody noticing.
     if left:
         raise WireError(
             "no transform reads this tensor",

@@ -1,4 +1,4 @@
-"""Clip: the L2 bound that sensitivity rests on."""
+"""Clip: limits the L2 norm of an update, which the sensitivity of a sum rests on."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ class Clip(BaseModel):
 
     @property
     def additive(self) -> bool:
-        """Decoding changes nothing."""
+        """True: decoding changes nothing."""
         return True
 
     def bind(self, bound: Bound) -> tuple[Clip, Bound]:
-        """Promises norms of at most `clip_norm`."""
+        """Returns itself, and the bound with norms of at most `clip_norm`."""
         return self, replace(
             bound,
             l2=min(bound.l2, self.clip_norm),
@@ -43,7 +43,7 @@ class Clip(BaseModel):
         )
 
     def encode(self, x: Tensor, key: Key) -> Encoded:
-        """Clips `x` [d]."""
+        """Scales `x` [d] down to the clip norm; PrivacyError if a value is not finite."""
         return Encoded(clip(x, self.clip_norm))
 
     def decode(self, x: Encoded, key: Key) -> Tensor:

@@ -1,4 +1,4 @@
-"""Discretize: whole numbers on one grid for all clients, which a secure sum can add."""
+"""Discretize: whole numbers on one grid for all clients, so that a secure sum can add them."""
 
 from __future__ import annotations
 
@@ -15,19 +15,23 @@ from fedpress.errors import PrivacyError, RecipeError
 from fedpress.privacy.noise.skellam import rounded_sensitivity
 
 SPREADS = 5.0
-"""A coordinate of a rotated vector passes so many standard deviations once in 1.7 million."""
+"""A value of a rotated vector exceeds this many standard deviations once in 1.7 million."""
+
 TRIES = 1000
+"""Draws of the rounding. Each fails with probability 0.61 at most, so all fail never."""
 
 
 class Discretize(BaseModel):
-    """Clamps each value, scales it to the grid and rounds it up or down by chance, the expectation unchanged.
+    """Clamps each value, scales it to the grid and rounds it up or down at random.
 
-    Conditional rounding (Kairouz, Liu & Steinke 2021, arXiv:2102.06387, section 3): a result whose norm is above a
-    public bound, which is so for at most a share e^-0.5 of the draws, is drawn again. So the L2 bound holds always.
+    The expectation of each value stays. A result whose norm is above a public bound, which happens
+    with probability e^-0.5 at most, is drawn again, so the L2 bound holds always (conditional
+    rounding: Kairouz, Liu & Steinke 2021, arXiv:2102.06387, section 3).
 
-    `scale` (grid units per unit of the update) and `limit` (of each value, before scaling) follow from `bits`, the
-    cohort and the noise; a secure sum plans them. Where examples are protected and not clients, nothing is drawn
-    `again`: two sums that differ by one example would use other coins, and come further apart than their difference.
+    `scale` (grid units per unit of the update) and `limit` (of each value, before scaling) follow
+    from `bits`, the cohort and the noise; a secure sum plans them. Where examples and not clients
+    are protected, nothing is drawn `again`: two sums that differ by one example would then use
+    different random numbers, and be further apart than the example moves them.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -53,14 +57,14 @@ class Discretize(BaseModel):
     again: bool = Field(default=True, description="draw rounding again until the L2 bound holds")
 
     def bind(self, bound: Bound) -> tuple[BoundDiscretize, Bound]:
-        """Promises whole numbers of bounded L2 and maximum norm.
+        """Returns the transform, and a bound with whole numbers.
 
         Raises:
             RecipeError: without a bound on the input, or without a scale.
         """
         if bound.integer:
             raise RecipeError(
-                "its input is whole already",
+                "its input is whole numbers already",
                 place="kind",
                 cure="take 'quantize' out of the list",
             )
@@ -72,17 +76,16 @@ class Discretize(BaseModel):
             )
         if self.scale is None:
             raise RecipeError(
-                "not planned",
+                "is missing, and nothing plans it here",
                 place="scale",
                 cure='use it with aggregator = "secure", or give a scale',
             )
         limit = self.limit or coordinate_limit(bound)
-        root = math.sqrt(bound.size)
-        length = (
-            rounded_sensitivity(bound.l2 * self.scale, bound.size)
-            if self.again
-            else bound.l2 * self.scale + root
-        )
+        if self.again:
+            length = rounded_sensitivity(bound.l2 * self.scale, bound.size)
+        else:
+            # Each value moves by less than one grid unit: this bound needs no second draw.
+            length = bound.l2 * self.scale + math.sqrt(bound.size)
         largest = math.floor(limit * self.scale) + 1.0
         after = replace(
             bound,
@@ -90,14 +93,22 @@ class Discretize(BaseModel):
             linf=min(largest, length),
             integer=True,
             spread=math.inf,
-            decoded_l2=max(bound.decoded_l2, length / self.scale),  # rounding may lengthen it
+            # Rounding may lengthen the vector.
+            decoded_l2=max(bound.decoded_l2, length / self.scale),
         )
         return BoundDiscretize(bound.size, self.scale, limit, length), after
 
 
 @dataclass(frozen=True)
 class BoundDiscretize:
-    """Rounds `size` values, clamped to `limit` and times `scale`, to whole numbers of L2 norm `length` at most."""
+    """Rounds vectors to whole numbers.
+
+    Attributes:
+        size: number of values.
+        scale: grid units per unit of the update.
+        limit: each value is clamped to this before it is scaled.
+        length: largest L2 norm of the result, in grid units.
+    """
 
     size: int
     scale: float
@@ -106,32 +117,37 @@ class BoundDiscretize:
 
     @property
     def additive(self) -> bool:
-        """One grid for all."""
+        """True: all clients use the same grid."""
         return True
 
     def encode(self, x: Tensor, key: Key) -> Encoded:
-        """Returns int64 [d]."""
+        """Returns int64 [d].
+
+        Raises:
+            PrivacyError: if no draw is within the L2 bound, since `x` is not within its own.
+        """
         exact = x.double().clamp(-self.limit, self.limit) * self.scale
         down = exact.floor()
         share = exact - down
+        # From the private stream: who knows the random numbers learns more about each value.
         for attempt in range(TRIES):
             coins = key.private_stream("discretize", attempt).uniform(self.size)
             rounded = down + (coins < share)
             if float(torch.linalg.vector_norm(rounded)) <= self.length:
                 return Encoded(rounded.long())
         raise PrivacyError(
-            "rounding never came within its bound",
+            f"none of {TRIES} roundings is within the L2 bound",
             place="values",
-            cure="give values within the bound that was promised for them",
+            cure="give values within the bound that the chain states for them",
         )
 
     def decode(self, x: Encoded, key: Key) -> Tensor:
-        """Returns float32 [d], also for a sum."""
-        return (
-            check_values(x, "discretize", self.size, integer=True).double() / self.scale
-        ).float()
+        """Returns float32 [d], also for a sum of several clients' vectors."""
+        values = check_values(x, "discretize", self.size, integer=True)
+        return (values.double() / self.scale).float()
 
 
 def coordinate_limit(bound: Bound) -> float:
-    """Returns where each value may be clamped: clamping is a projection, so it brings no two vectors further apart."""
+    """Returns the limit to which each value is clamped unless the recipe sets one."""
+    # Clamping is a projection, so two vectors are never further apart afterwards.
     return min(bound.linf, bound.l2, SPREADS * bound.spread)

@@ -1,4 +1,4 @@
-"""What the quantizers share: whole numbers and scales of blocks, checked as they arrive, and chance of both sides."""
+"""What the quantizers share: scales of blocks, checked levels, and random numbers of both sides."""
 
 from __future__ import annotations
 
@@ -16,24 +16,40 @@ from fedpress.errors import WireError
 Floats = NDArray[np.float32]
 Ints = NDArray[np.signedinteger]
 
-CHUNK = 1 << 16  # values at a time: what stays in the cache is several times as fast
+CHUNK = 1 << 16
+"""Values worked on at a time: several times as fast, since they stay in the processor's cache."""
+
 FLOAT_MAX = float(np.finfo(np.float32).max)
 DTYPES = (torch.int8, torch.int16, torch.int32)
 
 
 def as_array(x: Tensor, size: int) -> tuple[Floats, float]:
-    """Returns the values and the largest absolute value, which is finite."""
+    """Returns the values, float32 [size], and the largest absolute value.
+
+    Raises:
+        ValueError: if `x` has another shape, or a value is not finite.
+    """
     if x.shape != (size,):
         raise ValueError(f"update: got shape {tuple(x.shape)}, expected ({size},)")
     values: Floats = x.detach().to("cpu", torch.float32).contiguous().numpy()
     peak = max(float(values.max(initial=0)), -float(values.min(initial=0)))
+    # A NaN makes both of them NaN, so one check finds it.
     if not math.isfinite(peak):
         raise ValueError("update: got a value that is not finite; leave such an update out")
     return values, peak
 
 
 def whole_levels(x: Encoded, shape: tuple[int, ...], side: tuple[str, ...]) -> Ints:
-    """Returns the levels after checking their type and shape, and that exactly the tensors `side` came along."""
+    """Returns the levels of `x`, whose sender is not trusted.
+
+    Args:
+        x: what somebody sent.
+        shape: the shape that the levels must have.
+        side: names of the tensors that must come with them; no others may.
+
+    Raises:
+        WireError: if one of these is different.
+    """
     if x.values.dtype not in DTYPES or x.values.shape != shape:
         raise WireError(
             f"got {x.values.dtype} {tuple(x.values.shape)}",
@@ -50,7 +66,17 @@ def whole_levels(x: Encoded, shape: tuple[int, ...], side: tuple[str, ...]) -> I
 
 
 def side_floats(x: Encoded, name: str, size: int | None, least: int = 0) -> Floats:
-    """Returns the floats that came beside the levels under `name` after checking type, number and finiteness."""
+    """Returns the floats that came beside the levels under `name`.
+
+    Args:
+        x: what somebody sent.
+        name: name of the tensor.
+        size: how many there must be; None takes any number.
+        least: fewest that there must be.
+
+    Raises:
+        WireError: if they are of another type or number, or not finite.
+    """
     tensor = x.side[name]
     if (
         tensor.dtype != torch.float32
@@ -69,8 +95,18 @@ def side_floats(x: Encoded, name: str, size: int | None, least: int = 0) -> Floa
     return values
 
 
-def scaled(x: Encoded, size: int, block: int, top: int) -> Floats:
-    """Returns levels of at most `top`, each times the scale of its block."""
+def times_scales(x: Encoded, size: int, block: int, top: int) -> Floats:
+    """Returns each level times the scale of its block, float32 [size].
+
+    Args:
+        x: what somebody sent: levels, and `scales` beside them.
+        size: number of values.
+        block: values with one scale.
+        top: the largest level.
+
+    Raises:
+        WireError: if levels or scales are of another number or type, or out of range.
+    """
     q = whole_levels(x, (size,), ("scales",))
     scales = side_floats(x, "scales", -(-size // block))
     if q.size and (int(q.max()) > top or int(q.min()) < -top):
@@ -83,16 +119,24 @@ def scaled(x: Encoded, size: int, block: int, top: int) -> Floats:
     for at, end, scale in chunks(size, block, scales):
         with np.errstate(over="ignore"):
             out[at:end] = q[at:end] * scale
+    # A sender can choose scales whose products overflow: decoded updates must be finite.
     return np.clip(out, -FLOAT_MAX, FLOAT_MAX)
 
 
 def smallest_type(largest: float) -> type[np.signedinteger]:
-    """Returns the smallest integers that hold levels up to `largest`."""
-    return np.int8 if largest < 1 << 7 else np.int16 if largest < 1 << 15 else np.int32
+    """Returns the smallest integer type that holds levels up to `largest`."""
+    if largest < 1 << 7:
+        return np.int8
+    if largest < 1 << 15:
+        return np.int16
+    return np.int32
 
 
 def over_blocks(function: np.ufunc, values: Floats, block: int) -> Floats:
-    """Reduces each block of values [n] to one: [n / block], rounded up."""
+    """Returns one value for each block of `values` [n], reduced by `function`.
+
+    The last block may be shorter.
+    """
     if not values.size:
         return np.zeros(0, np.float32)
     out: Floats = function.reduceat(values, np.arange(0, values.size, block))
@@ -100,7 +144,7 @@ def over_blocks(function: np.ufunc, values: Floats, block: int) -> Floats:
 
 
 def block_means(values: Floats, block: int) -> Floats:
-    """Returns the mean of each block of values [n]; the last may be shorter."""
+    """Returns the mean of each block of `values` [n]; the last block may be shorter."""
     if not values.size:
         return np.zeros(0, np.float32)
     starts = np.arange(0, values.size, block)
@@ -109,30 +153,38 @@ def block_means(values: Floats, block: int) -> Floats:
 
 
 def chunks(size: int, block: int, scales: Floats) -> list[tuple[int, int, Floats]]:
-    """Returns pieces of whole blocks, (start, end, scales), with the scale of each of their values."""
+    """Returns pieces of whole blocks: (start, end, the scale of each of their values).
+
+    Args:
+        size: number of values.
+        block: values with one scale.
+        scales: the scale of each block.
+    """
     step = max(CHUNK // block, 1) * block
-    return [
-        (
-            at,
-            min(at + step, size),
-            np.repeat(scales[at // block : -(-min(at + step, size) // block)], block)[: size - at],
-        )
-        for at in range(0, size, step)
-    ]
+    pieces = []
+    for at in range(0, size, step):
+        end = min(at + step, size)
+        of_blocks = scales[at // block : -(-end // block)]
+        pieces.append((at, end, np.repeat(of_blocks, block)[: size - at]))
+    return pieces
 
 
-def evenly(keys: NDArray[np.floating], count: int) -> NDArray[np.intp]:
-    """Returns `count` places whose keys are spread as all `keys` are: every so many in the order of the keys."""
+def spread_by_key(keys: NDArray[np.floating], count: int) -> NDArray[np.intp]:
+    """Returns `count` positions whose keys are distributed like all `keys`, rising.
+
+    They are evenly spaced in the order of the keys.
+    """
     order = np.argsort(keys, kind="stable")
-    return np.sort(order[((np.arange(count) + 0.5) * (len(order) / count)).astype(np.intp)])
+    ranks = ((np.arange(count) + 0.5) * (len(order) / count)).astype(np.intp)
+    return np.sort(order[ranks])
 
 
 def uniform(key: Key, size: int) -> Floats:
-    """Returns numbers uniform on [0, 1) in steps of 2**-16."""
+    """Returns public numbers uniform on [0, 1) in steps of 2**-16, float32 [size]."""
     return random_words(key, "dither", size).astype(np.float32) * np.float32(2**-16)
 
 
 def random_words(key: Key, word: str, size: int) -> NDArray[np.uint16]:
-    """Returns uniform 16-bit numbers of this client and round, equal on every machine."""
+    """Returns public uniform 16-bit numbers of this client and round, the same on every machine."""
     words: NDArray[np.uint16] = random.keystream(key.client_key(word), 2 * size).view("<u2")
     return words

@@ -1,4 +1,4 @@
-"""Low rank: each weight matrix of an update as the product of two thin ones."""
+"""Low rank: each weight matrix of an update is sent as the product of two thin matrices."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ from fedpress.errors import RecipeError, WireError
 
 
 class LowRank(BaseModel):
-    """One power iteration from a random start finds the `rank` main directions of every weight tensor, as a matrix.
+    """Keeps the `rank` main directions of every weight tensor, seen as a matrix.
 
-    PowerSGD (Vogels et al. 2019, arXiv:1905.13727) without its warm start, so no state is kept. Tensors that would
-    not become smaller, such as biases, travel whole. Biased: use it with error feedback.
+    One power iteration from a random start: PowerSGD (Vogels et al. 2019, arXiv:1905.13727,
+    Algorithm 1) without its warm start, so no state is kept. Tensors that would not become smaller,
+    such as biases, are sent as they are. Biased: use it with error feedback.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -29,22 +30,34 @@ class LowRank(BaseModel):
     )
 
     def bind(self, bound: Bound) -> tuple[BoundLowRank, Bound]:
-        """Needs the shapes of the parameters, so it must come before anything that mixes or drops values."""
+        """Returns the transform, and a bound with the size of all factors.
+
+        Raises:
+            RecipeError: if a transform before it has mixed or dropped values, so that the matrices
+                are gone.
+        """
         if sum(prod(s) for s in bound.shapes) != bound.size:
             raise RecipeError(
                 "it needs whole layers",
                 place="kind",
                 cure="put it first in the list, behind 'clip' at most",
             )
-        plan = tuple(_Layer(prod(s), *_sides(s, self.rank)) for s in bound.shapes)
-        size = sum(layer.values for layer in plan)
-        # The values are factors: their norms promise nothing.
-        return BoundLowRank(bound.size, plan), Bound(size, decoded_l2=bound.decoded_l2)
+        layers = tuple(_Layer(prod(shape), *_sides(shape, self.rank)) for shape in bound.shapes)
+        size = sum(layer.values for layer in layers)
+        # Nothing is known about the norms of factors.
+        return BoundLowRank(bound.size, layers), Bound(size, decoded_l2=bound.decoded_l2)
 
 
 @dataclass(frozen=True)
 class _Layer:
-    """A parameter of `size` values as a matrix [rows, columns] of rank `rank`; rank 0 means it travels whole."""
+    """A parameter of `size` values, seen as a matrix.
+
+    Attributes:
+        size: number of values.
+        rows: rows of the matrix.
+        columns: columns of the matrix.
+        rank: columns of its left factor; 0 if it is sent as it is.
+    """
 
     size: int
     rows: int
@@ -53,40 +66,46 @@ class _Layer:
 
     @property
     def values(self) -> int:
+        """Number of values that are sent."""
         return self.rank * (self.rows + self.columns) if self.rank else self.size
 
 
 @dataclass(frozen=True)
 class BoundLowRank:
-    """Writes `size` values as the factors of `layers`."""
+    """Replaces `size` values by the factors of `layers`."""
 
     size: int
     layers: tuple[_Layer, ...]
 
     @property
     def additive(self) -> bool:
-        """The sum of two products is not the product of the sums."""
+        """False: the sum of two products is not the product of the sums."""
         return False
 
     def encode(self, x: Tensor, key: Key) -> Encoded:
         """Returns the factors of all layers of `x` [d], one after another."""
-        chance, parts = key.client_stream("lowrank"), []
-        for layer, part in zip(
-            self.layers, x.split([layer.size for layer in self.layers]), strict=True
-        ):
+        chance = key.client_stream("lowrank")
+        parts = []
+        sizes = [layer.size for layer in self.layers]
+        for layer, part in zip(self.layers, x.split(sizes), strict=True):
             if not layer.rank:
                 parts.append(part)
                 continue
             matrix = part.view(layer.rows, layer.columns)
             start = chance.normal(layer.columns, layer.rank, dtype=torch.float32)
-            # Orthogonal in between: float32 would lose the small directions of the product of three matrices.
+            # Made orthogonal in between: in the product of three matrices, float32 would round the
+            # small directions away.
             near = torch.linalg.qr(matrix @ start).Q
             left = torch.linalg.qr(matrix @ (matrix.T @ near)).Q
             parts += [left.reshape(-1), (left.T @ matrix).reshape(-1)]
         return Encoded(torch.cat(parts) if parts else x)
 
     def decode(self, x: Encoded, key: Key) -> Tensor:
-        """Multiplies the factors out."""
+        """Returns the products of the factors, float32 [d].
+
+        Raises:
+            WireError: if the values are of another number or type.
+        """
         values = check_values(x, "lowrank", sum(layer.values for layer in self.layers))
         if values.dtype != torch.float32:
             raise WireError(
@@ -95,19 +114,20 @@ class BoundLowRank:
                 cure="use the same recipe on both sides",
             )
         parts = []
-        for layer, part in zip(
-            self.layers, values.split([layer.values for layer in self.layers]), strict=True
-        ):
-            if layer.rank:
-                left, right = part.split([layer.rows * layer.rank, layer.rank * layer.columns])
-                part = (
-                    left.view(layer.rows, layer.rank) @ right.view(layer.rank, layer.columns)
-                ).reshape(-1)
-            parts.append(part)
+        sizes = [layer.values for layer in self.layers]
+        for layer, part in zip(self.layers, values.split(sizes), strict=True):
+            if not layer.rank:
+                parts.append(part)
+                continue
+            left, right = part.split([layer.rows * layer.rank, layer.rank * layer.columns])
+            left = left.view(layer.rows, layer.rank)
+            right = right.view(layer.rank, layer.columns)
+            parts.append((left @ right).reshape(-1))
         return torch.cat(parts) if parts else values
 
 
 def _sides(shape: tuple[int, ...], rank: int) -> tuple[int, int, int]:
+    """Returns rows, columns and rank; rank 0 if the factors would not be smaller."""
     rows = shape[0] if len(shape) > 1 else 1
     columns = prod(shape) // max(1, rows)
     smaller = rank <= min(rows, columns) and rank * (rows + columns) < rows * columns

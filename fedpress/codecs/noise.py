@@ -1,4 +1,4 @@
-"""Noise that a client adds to its own update: Gaussian on floating-point values, Skellam on whole numbers."""
+"""Noise that a client adds to its update: Gaussian on floats, Skellam on whole numbers."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from fedpress.privacy.plan import PrivacyPlan
 
 
 class Noise(BaseModel):
-    """Adds noise of standard deviation `std`, in units of its input: grid units behind `discretize`.
+    """Adds noise of standard deviation `std`, in units of its input: after `discretize`, grid units.
 
-    A recipe asks for privacy with `privacy = {...}`, which plans this noise; written into the list by hand it is noise
-    without a promise.
+    Written into a recipe's list by hand it gives no privacy guarantee; `privacy = {...}` plans
+    noise that does.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -33,15 +33,23 @@ class Noise(BaseModel):
     )
 
     def bind(self, bound: Bound) -> tuple[BoundNoise, Bound]:
-        """Gives up the bounds: noise has no largest value."""
+        """Returns the transform, and a bound without norms: noise has no largest value."""
         after = replace(bound, l2=math.inf, linf=math.inf, spread=math.inf, decoded_l2=math.inf)
+        # It only sets the few millionths of noise that make up for a grid, see `noise_sum`.
         clip_norm = bound.l2 if bound.l2 < math.inf else 1.0
         return BoundNoise(bound.size, self.std, clip_norm, bound.integer), after
 
 
 @dataclass(frozen=True)
 class BoundNoise:
-    """Adds noise to `size` values of L2 norm `clip_norm`, on whole numbers if `integer`."""
+    """Adds noise to vectors.
+
+    Attributes:
+        size: number of values.
+        std: standard deviation of the noise on each value.
+        clip_norm: largest L2 norm of the vectors.
+        integer: whether the values are whole numbers, which get Skellam noise.
+    """
 
     size: int
     std: float
@@ -50,20 +58,19 @@ class BoundNoise:
 
     @property
     def additive(self) -> bool:
-        """Noise adds up like the rest."""
+        """True: noise adds up like the values."""
         return True
 
     def encode(self, x: Tensor, key: Key) -> Encoded:
-        """Returns `x` [d] plus noise that depends on the client's secret and on all that it hides."""
+        """Returns `x` [d] plus noise."""
+        # The noise is named by the values that it hides: the same noise on two different vectors
+        # would cancel in their difference.
         chance = key.private_stream("noise", random.fingerprint(x, self))
         if self.integer:
             return Encoded(x + skellam.sample(self.size, self.std**2, chance))
-        return Encoded(
-            noise_sum(
-                x, PrivacyPlan("client", self.clip_norm, 1.0, self.std / self.clip_norm), chance
-            )
-        )
+        plan = PrivacyPlan("client", self.clip_norm, 1.0, self.std / self.clip_norm)
+        return Encoded(noise_sum(x, plan, chance))
 
     def decode(self, x: Encoded, key: Key) -> Tensor:
-        """Returns the values as they are: noise stays."""
+        """Returns the values as they are, with their noise."""
         return check_values(x, "noise", self.size, integer=self.integer)

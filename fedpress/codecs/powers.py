@@ -1,4 +1,4 @@
-"""Powers: a sign and an exponent for each value, so small values are kept as well as large ones."""
+"""Powers of two: a sign and an exponent for each value, so small values are kept, too."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ from fedpress.errors import RecipeError, WireError
 
 
 class Powers(BaseModel):
-    """Rounds to plus or minus the largest value times 2^0, 2^-1, ... 2^-k, or zero (Miyashita et al. 2016).
+    """Rounds to plus or minus the largest absolute value times 2^0, 2^-1, ... 2^-k, or to zero.
+
+    Logarithmic quantization: Miyashita et al. 2016 (arXiv:1603.01025).
 
     >>> Powers().bind(Bound(size=3))[1].integer
     True
@@ -29,7 +31,13 @@ class Powers(BaseModel):
     )
 
     def bind(self, bound: Bound) -> tuple[Transform, Bound]:
-        """Promises whole numbers up to k + 1: zero, or one more than the exponent counted from 2^-k."""
+        """Returns the transform, and a bound with whole numbers from -(k + 1) to k + 1.
+
+        Zero is 0, and 2^-k, ..., 2^0 are 1, ..., k + 1.
+
+        Raises:
+            RecipeError: if the input is whole numbers already.
+        """
         if bound.integer:
             raise RecipeError(
                 "the values before it are whole numbers already",
@@ -38,26 +46,30 @@ class Powers(BaseModel):
             )
         top = self.k + 1
         l2 = top * math.sqrt(bound.size)
-        # rounding lengthens by at most sqrt(2); the server cuts back to what was promised before
+        # Rounding lengthens a vector by at most sqrt(2). The server cuts that back, so the bound of
+        # decoded updates stays.
         after = Bound(bound.size, l2, top, integer=True, decoded_l2=bound.decoded_l2)
         return _Powers(bound.size, top), after
 
 
 @dataclass(frozen=True)
 class _Powers:
-    """Whole numbers in -top .. top beside one scale."""
+    """Whole numbers from -top to top, and one scale."""
 
     size: int
     top: int
     additive = False
 
     def encode(self, x: Tensor, key: Key) -> Encoded:
+        """Returns int8 [d], and the largest absolute value as `scale` [1]."""
         scale = x.abs().max().reshape(1)
-        share = (x.abs() / scale).nan_to_num(0.0)  # all are zero where the largest is
+        # If all values are zero, 0 / 0 gives NaN.
+        share = (x.abs() / scale).nan_to_num(0.0)
         levels = (self.top + share.log2().round()).clamp(min=0)
         return Encoded((x.sign() * levels).to(torch.int8), {"scale": scale})
 
     def decode(self, x: Encoded, key: Key) -> Tensor:
+        """Returns float32 [d]."""
         q = check_values(Encoded(x.values), "powers", self.size, integer=True)
         scale = x.side.get("scale")
         if scale is None or len(x.side) != 1 or scale.dtype != torch.float32 or scale.shape != (1,):

@@ -1,4 +1,4 @@
-"""A rate in bits per packed value: the biased quantizer that keeps to it, and the search for the step of a grid."""
+"""Quantizing to a rate in bits per packed value: the biased quantizer, and how steps are found."""
 
 from __future__ import annotations
 
@@ -18,35 +18,60 @@ from fedpress.codecs.levels import (
     Floats,
     Ints,
     as_array,
-    evenly,
     side_floats,
     smallest_type,
+    spread_by_key,
     whole_levels,
 )
 from fedpress.errors import WireError
 from fedpress.wire.packing import estimate_bits
 
-SAMPLE_RUN, SAMPLE_RUNS = 256, 1024
-ROUNDING = (
-    0.48  # below 1/2: a few values more become zero, which saves more bits than it costs precision
-)
+SAMPLE_RUN = 256
+"""Neighbouring values that are sampled together."""
+
+SAMPLE_RUNS = 1024
+"""Runs of neighbours in a sample, from which bits are estimated."""
+
+ROUNDING = 0.48
+"""Added before cutting off towards zero. Below 1/2, so a few more values become zero, which saves
+more bits than it costs precision."""
+
 FLOAT_MIN = float(np.finfo(np.float32).smallest_subnormal)
-LARGEST = 1 << 30  # largest level
-SLACK = 0.004  # bits a value below the target that are aimed at, since the search looks at a sample
-TOLERANCE = 0.004  # bits a value below what is aimed at where the search for the step ends
-SPARSE_RATE = 0.2  # below it few values are not zero, and a sample alone misjudges them
+
+LARGEST = 1 << 30
+"""Largest level."""
+
+SLACK = 0.004
+"""Bits per value below the target that are aimed at, since the search looks at a sample."""
+
+TOLERANCE = 0.004
+"""Bits per value below what is aimed at where the search for the step ends."""
+
+SPARSE_RATE = 0.2
+"""Below this rate few values are not zero, and a sample alone misjudges them."""
 
 
 @dataclass(frozen=True)
 class Centroids:
-    """The biased quantizer at a rate: a uniform grid, read back at the mean of what fell on each level."""
+    """The biased quantizer at a rate.
+
+    A uniform grid, decoded to the mean of the values that were rounded to each level.
+
+    Attributes:
+        size: number of values.
+        rate: bits per value after packing.
+    """
 
     size: int
     rate: float
     additive = False
 
     def encode(self, x: Tensor, key: Key) -> Encoded:
-        """Returns levels [size], and beside them the step and how far the lowest levels lie off their multiples."""
+        """Returns the level of each value, and `levels` beside them.
+
+        These are the step, and for the lowest levels how far their mean lies below the multiple of
+        the step.
+        """
         values, peak = as_array(x, self.size)
         if not peak:
             return Encoded(torch.zeros(self.size, dtype=torch.int8), {"levels": torch.ones(1)})
@@ -58,14 +83,14 @@ class Centroids:
 
         target = bits_for(self.rate, self.size) * share
         step = find_step(bits, target, 4 * 2.0**-self.rate * rms(sample), sample.size)
-        q = to_levels(values, width(step, peak), smallest_type(1 / step + 1))
+        q = to_levels(values, step_width(step, peak), smallest_type(1 / step + 1))
         if self.rate < SPARSE_RATE and share < 1:
-            step = find_step(
-                bits, target * bits(step) / (estimate_bits(q) * share), step, sample.size
-            )
-            q = to_levels(values, width(step, peak), smallest_type(1 / step + 1))
+            # All values took more or fewer bits than the sample said: correct the target by that.
+            correction = bits(step) / (estimate_bits(q) * share)
+            step = find_step(bits, target * correction, step, sample.size)
+            q = to_levels(values, step_width(step, peak), smallest_type(1 / step + 1))
         levels = level_offsets(sample, step)
-        grid = torch.tensor([width(step, peak), *levels], dtype=torch.float32)
+        grid = torch.tensor([step_width(step, peak), *levels], dtype=torch.float32)
         return Encoded(torch.from_numpy(q), {"levels": grid})
 
     def decode(self, x: Encoded, key: Key) -> Tensor:
@@ -79,105 +104,156 @@ class Centroids:
                 place="update.levels",
                 cure="expected a positive step",
             )
-        near = np.arange(len(offsets) + 1, dtype=np.float64)
-        near[1:] -= offsets
-        return torch.from_numpy(read_levels(q, float(step), near))
+        centroids = np.arange(len(offsets) + 1, dtype=np.float64)
+        centroids[1:] -= offsets
+        return torch.from_numpy(dequantize_levels(q, float(step), centroids))
 
 
 def find_step(
     bits: Callable[[float], float], target: float, start: float, size: int, most: float = 2.0
 ) -> float:
-    """Returns the step at which `bits` of `size` values, which fall as the step grows, come to just below `target`.
+    """Returns the step at which values take just below `target` bits.
 
-    The secant method until the target lies between two steps, then false position between them. At `most` all is
-    taken to be zero; the smallest leaves levels within `LARGEST`.
+    The secant method until the target lies between two steps, then false position between them.
+
+    Args:
+        bits: step -> bits of the values, which mostly fall as the step grows.
+        target: bits that must not be exceeded.
+        start: where to begin.
+        size: number of values.
+        most: the largest step, at which all values count as zero. The smallest step keeps levels
+            within `LARGEST`.
     """
-    low, high = math.log2(4 / LARGEST), math.log2(most)
-    few, many = 0.0, math.inf
-    at, slack = min(max(math.log2(start), low), high), min(TOLERANCE * size, 0.01 * target)
-    aim, last = target - slack / 2, None
+    # All in the logarithm of the step: halving it takes about one bit more per value.
+    low = math.log2(4 / LARGEST)
+    high = math.log2(most)
+    few = 0.0
+    many = math.inf
+    at = min(max(math.log2(start), low), high)
+    slack = min(TOLERANCE * size, 0.01 * target)
+    aim = target - slack / 2
+    last: tuple[float, float] | None = None
     for _ in range(24):
         now = bits(2.0**at)
         if now > target:
-            low, many = at, now
+            low = at
+            many = now
         else:
-            high, few = at, now
+            high = at
+            few = now
         if target - slack <= now <= target or high - low < 1e-3:
             break
         if many < math.inf and few > 0:
-            at = low + (high - low) * min(max((many - aim) / (many - few), 0.02), 0.98)
+            # Not too near an end, so that the interval shrinks in every turn.
+            share = min(max((many - aim) / (many - few), 0.02), 0.98)
+            at = low + (high - low) * share
         else:
-            if last is None or (last[1] - now) * (at - last[0]) <= 0:
-                # one bit a value for each halving of the step, fewer where most values are zero
-                slope = 0.9 * min(max(now, 0.02 * size), size)
-            else:
-                slope = (last[1] - now) / (at - last[0])
+            slope = _slope(last, at, now, size)
             last = at, now
             at = min(max(at + min(max((now - aim) / slope, -3.0), 3.0), low), high)
-    return 2.0**high if few > 0 else _scan(bits, target, start, most)
+    if few > 0:
+        return float(2.0**high)
+    return _scan(bits, target, start, most)
+
+
+def _slope(last: tuple[float, float] | None, at: float, now: float, size: int) -> float:
+    """Returns by how many bits the values get shorter where the step doubles.
+
+    Args:
+        last: (logarithm of the step, bits) before, if any.
+        at: logarithm of the step now.
+        now: bits now.
+        size: number of values.
+    """
+    if last is not None and (last[1] - now) * (at - last[0]) > 0:
+        return float((last[1] - now) / (at - last[0]))
+    # One bit a value for each halving of the step, fewer where most values are zero.
+    return 0.9 * min(max(now, 0.02 * size), size)
 
 
 def _scan(bits: Callable[[float], float], target: float, start: float, most: float) -> float:
-    """Returns the step whose bits come nearest below `target`, where bits do not fall as the step grows.
+    """Returns the step whose bits come nearest below `target`, by trying steps one after another.
 
-    So it is with values without tails, such as what an earlier rounding left: without this they would all become zero.
+    For values whose bits do not fall as the step grows, such as those of an earlier rounding, which
+    have no tails. Without this all of them would become zero.
     """
-    steps = [
-        most * 2.0 ** (-tries / 8) for tries in range(math.ceil(8 * math.log2(most / start)) + 16)
-    ]
-    found = [(spent, step) for step in steps if (spent := bits(step)) <= target]
-    return max(found)[1] if found else most
+    best: tuple[float, float] | None = None
+    for tries in range(math.ceil(8 * math.log2(most / start)) + 16):
+        step = most * 2.0 ** (-tries / 8)
+        spent = bits(step)
+        if spent <= target and (best is None or (spent, step) > best):
+            best = spent, step
+    return most if best is None else best[1]
 
 
 def bits_for(rate: float, size: int, side: int = 0) -> float:
-    """Bits that the packed values may take so that they, with `side` bytes beside, keep to `rate`.
+    """Returns the bits that packed values may take, so that the update keeps to `rate`.
 
-    A message has about 80 bytes more, whatever its size; taken off here, they would leave nothing of a small update.
+    Args:
+        rate: bits per value, of all that is sent.
+        size: number of values.
+        side: bytes of the side tensors.
     """
+    # Frame and header of the message, about 80 bytes, are not subtracted: they would leave nothing
+    # of a small update.
     aim = (rate - min(SLACK, 0.006 * rate)) * size
     return max(aim - 8 * side, 0.5 * rate * size)
 
 
 def to_levels(values: Floats, step: float, dtype: type[np.signedinteger]) -> Ints:
-    """Rounds [n] to the grid of width `step`, a little towards zero."""
+    """Returns the levels of values [n] on a grid of width `step`, rounded a little towards zero."""
     q = np.empty(values.shape, dtype)
     scratch = np.empty(CHUNK, np.float32)
     for at in range(0, values.size, CHUNK):
         part = values[at : at + CHUNK]
         y = np.divide(part, np.float32(step), out=scratch[: part.size])
         y += np.copysign(np.float32(ROUNDING), part)
-        q[at : at + CHUNK] = y  # the conversion cuts towards zero
+        # The conversion to an integer cuts off towards zero.
+        q[at : at + CHUNK] = y
     return q
 
 
-def width(step: float, peak: float) -> float:
-    """Returns `step` in units of `peak` as a width that float32 can hold."""
+def step_width(step: float, peak: float) -> float:
+    """Returns the width of a `step` that is given in units of `peak`, within float32's range."""
     return min(max(step * peak, FLOAT_MIN), FLOAT_MAX)
 
 
 def level_offsets(sample: Floats, step: float) -> list[float]:
-    """How far, in steps, the mean of what fell on levels 1, 2, ... lies below them; few where they are rare."""
+    """Returns by how many steps the mean of the values on levels 1, 2, ... lies below the level.
+
+    Only for the lowest levels that at least 32 values of the sample have; at most 7.
+    """
     q = np.abs(to_levels(sample, step, np.int32))
     top = 8
-    counts = np.bincount(np.minimum(q, top), minlength=top + 1)
-    sums = np.bincount(
-        np.minimum(q, top), q - np.abs(sample, dtype=np.float64) / step, minlength=top + 1
-    )
+    capped = np.minimum(q, top)
+    counts = np.bincount(capped, minlength=top + 1)
+    offsets = q - np.abs(sample, dtype=np.float64) / step
+    sums = np.bincount(capped, offsets, minlength=top + 1)
     number = int(np.count_nonzero(counts[1:top] >= 32))
+    # The constant avoids a division by 0 for levels without values, which are not used.
     means = sums / (counts + 1e-9)
-    return [float(np.clip(m, -0.5, 0.5)) for m in means[1 : number + 1]]
+    return [float(np.clip(mean, -0.5, 0.5)) for mean in means[1 : number + 1]]
 
 
-def read_levels(q: Ints, step: float, near: NDArray[np.float64]) -> Floats:
-    """Turns levels into values: `near` steps for the levels 0, 1, ..., and the last offset for all beyond."""
-    last = len(near) - 1
-    shift = last - near[last]
+def dequantize_levels(q: Ints, step: float, centroids: NDArray[np.float64]) -> Floats:
+    """Returns the value of each level, float32 of the shape of `q`.
+
+    Args:
+        q: levels.
+        step: width of a step.
+        centroids: the values of the levels 0, 1, ... in steps. Larger levels are shifted like the
+            last of these.
+    """
+    last = len(centroids) - 1
+    shift = last - centroids[last]
 
     def values(levels: NDArray[np.float64]) -> Floats:
         sizes = np.abs(levels)
-        steps = np.where(sizes > last, sizes - shift, near[np.minimum(sizes, last).astype(np.intp)])
+        known = centroids[np.minimum(sizes, last).astype(np.intp)]
+        steps = np.where(sizes > last, sizes - shift, known)
         return np.clip(np.copysign(steps, levels) * step, -FLOAT_MAX, FLOAT_MAX).astype(np.float32)
 
+    # A table of all 256 levels is faster than computing each value.
     if q.dtype == np.int8:
         table = values(np.arange(256, dtype=np.uint8).view(np.int8).astype(np.float64))
         return table[q.view(np.uint8)]
@@ -193,8 +269,13 @@ def rms(values: Floats) -> float:
 
 
 def _sample(values: Floats) -> Floats:
-    """Runs of neighbours, since packing profits from what they have in common, as loud and as quiet as all are."""
+    """Returns a sample that packs like all `values`.
+
+    Runs of neighbours, since packing uses what these have in common, with magnitudes distributed
+    like those of all runs.
+    """
     if values.size <= SAMPLE_RUN * SAMPLE_RUNS:
         return values
     runs = values[: values.size // SAMPLE_RUN * SAMPLE_RUN].reshape(-1, SAMPLE_RUN)
-    return runs[evenly(np.abs(runs) @ np.ones(SAMPLE_RUN, np.float32), SAMPLE_RUNS)].reshape(-1)
+    magnitudes = np.abs(runs) @ np.ones(SAMPLE_RUN, np.float32)
+    return runs[spread_by_key(magnitudes, SAMPLE_RUNS)].reshape(-1)

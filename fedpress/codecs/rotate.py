@@ -1,4 +1,4 @@
-"""Rotate: a random orthogonal map that spreads every value over a block, so that no coordinate sticks out."""
+"""Rotate: a random orthogonal map that spreads every value over a block, so that none is large."""
 
 from __future__ import annotations
 
@@ -17,10 +17,13 @@ from fedpress.errors import RecipeError
 
 
 class Rotate(BaseModel):
-    """Random signs, then Hadamard transforms of blocks of `block` values (Suresh et al. 2017, arXiv:1611.00429).
+    """Random signs, then Hadamard transforms of blocks of `block` values.
 
-    Nothing is padded: what is left behind the last whole block is rotated together with values before it, in a second
-    turn. So the size stays, which saves up to half of the bytes that padding to a power of two would cost.
+    Suresh et al. 2017 (arXiv:1611.00429), section 4.
+
+    Nothing is padded, so the size stays; padding to a power of two could double the bytes.
+    The values after the last whole block are rotated in a second step, in a block that overlaps
+    with the one before.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -29,7 +32,14 @@ class Rotate(BaseModel):
     block: int = Field(default=65536, ge=2, description="a power of two")
 
     def bind(self, bound: Bound) -> tuple[BoundRotate, Bound]:
-        """Keeps the L2 norm; each value is spread over a block, as `spread` says."""
+        """Returns the transform, and a bound with the same L2 norm.
+
+        Each value is spread over a block, so its standard deviation is that norm over the square
+        root of the block.
+
+        Raises:
+            RecipeError: if `block` is no power of two, or the input is whole numbers.
+        """
         if self.block & (self.block - 1):
             raise RecipeError(
                 f"got {self.block}, expected a power of two, for instance 65536",
@@ -55,7 +65,7 @@ class BoundRotate:
 
     @property
     def additive(self) -> bool:
-        """Linear, and the same for all clients of a round."""
+        """True: it is linear, and the same for all clients of a round."""
         return True
 
     def encode(self, x: Tensor, key: Key) -> Encoded:
@@ -64,43 +74,53 @@ class BoundRotate:
         whole = self.size - self.size % self.block
         x[:whole] = hadamard(x[:whole], self.block)
         if whole < self.size:
-            x[self.size - self.block :] = hadamard(x[self.size - self.block :], self.block)
+            last = slice(self.size - self.block, None)
+            x[last] = hadamard(x[last], self.block)
         return Encoded(x)
 
     def decode(self, x: Encoded, key: Key) -> Tensor:
         """Rotates back."""
         values = check_values(x, "rotate", self.size).clone()
         whole = self.size - self.size % self.block
+        # The steps of `encode` backwards; each is its own inverse.
         if whole < self.size:
-            values[self.size - self.block :] = hadamard(
-                values[self.size - self.block :], self.block
-            )
+            last = slice(self.size - self.block, None)
+            values[last] = hadamard(values[last], self.block)
         values[:whole] = hadamard(values[:whole], self.block)
         return values.mul_(self._signs(key))
 
     def _signs(self, key: Key) -> Tensor:
+        """Returns a random -1 or 1 for each value, float32 [size]."""
         words = key.round_stream("rotate").words(math.ceil(self.size / 64))
         coins = np.unpackbits(words.astype("<u8").view(np.uint8), count=self.size)
         return torch.from_numpy(coins).float().mul_(2).sub_(1)
 
 
 def hadamard(x: Tensor, block: int) -> Tensor:
-    """Returns the orthonormal Walsh-Hadamard transform of each run of `block` values of `x` [k block]; its own inverse.
+    """Returns the orthonormal Walsh-Hadamard transform of every `block` values; its own inverse.
 
-    H of order 2^(a+b) is the Kronecker product of those of order 2^a and 2^b: two products of small matrices.
+    The matrix of order 2^(a+b) is the Kronecker product of those of order 2^a and 2^b, so two
+    products with small matrices do it.
+
+    Args:
+        x: values [k * block].
+        block: a power of two.
 
     >>> hadamard(torch.tensor([1.0, 0.0, 0.0, 0.0]), 4)
     tensor([0.5000, 0.5000, 0.5000, 0.5000])
     """
     bits = block.bit_length() - 1
-    rows, columns = 1 << bits // 2, 1 << bits - bits // 2
-    grid = x.reshape(-1, rows, columns)
-    left, right = _matrix(rows).to(x.dtype), _matrix(columns).to(x.dtype)
-    return (left @ (grid.reshape(-1, columns) @ right).view_as(grid)).reshape(-1)
+    rows = 1 << bits // 2
+    columns = 1 << bits - bits // 2
+    left = _matrix(rows).to(x.dtype)
+    right = _matrix(columns).to(x.dtype)
+    by_columns = (x.reshape(-1, columns) @ right).view(-1, rows, columns)
+    return (left @ by_columns).reshape(-1)
 
 
 @lru_cache(maxsize=32)
 def _matrix(order: int) -> Tensor:
+    """Returns the orthonormal Hadamard matrix [order, order]."""
     h = torch.ones(1, 1)
     while len(h) < order:
         h = torch.cat([torch.cat([h, h], 1), torch.cat([h, -h], 1)])

@@ -1,4 +1,4 @@
-"""Sparse updates: the largest values (`topk`), or a part of all drawn by chance that everybody knows (`randomk`)."""
+"""Sparse updates: the largest values are sent (`topk`), or a random part of all (`randomk`)."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ from fedpress.errors import RecipeError
 
 
 class TopK(BaseModel):
-    """Keeps the values that are largest in size and zeroes the rest; packing then sends positions and values.
+    """Keeps the values of largest magnitude and sets the others to zero.
 
-    Biased: use it with error feedback (Stich et al. 2018, arXiv:1809.07599).
+    Packing then sends positions and values. Biased: use it with error feedback (Stich et al. 2018,
+    arXiv:1809.07599).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -26,7 +27,7 @@ class TopK(BaseModel):
     density: float = Field(default=0.01, gt=0, le=1, description="share of the values that is kept")
 
     def bind(self, bound: Bound) -> tuple[BoundTopK, Bound]:
-        """Leaves size and norms as they are."""
+        """Returns the transform, and `bound` as it is: zeros lengthen nothing."""
         return BoundTopK(bound.size, _count(self.density, bound.size)), bound
 
 
@@ -39,7 +40,7 @@ class BoundTopK:
 
     @property
     def additive(self) -> bool:
-        """Sums of sparse vectors decode well, but their positions differ, so a sum of all would be dense."""
+        """False: the positions of clients differ, so a sum would be dense."""
         return False
 
     def encode(self, x: Tensor, key: Key) -> Encoded:
@@ -57,10 +58,11 @@ class BoundTopK:
 
 
 class RandomK(BaseModel):
-    """Sends a random part of the values, the same for all clients of a round, so no positions travel and sums decode.
+    """Sends a random part of the values, at the same positions for all clients of a round.
 
-    `unbiased` scales what is sent by 1 / density, which keeps the expectation and multiplies the norm; without it the
-    values that are not drawn count as zero, which error feedback makes up for.
+    So no positions are sent, and sums can be decoded. `unbiased` multiplies the values by
+    1 / density, which keeps their expectation and makes the norm larger. Without it, values that
+    are not drawn count as zero; use error feedback then.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -73,7 +75,11 @@ class RandomK(BaseModel):
     )
 
     def bind(self, bound: Bound) -> tuple[BoundRandomK, Bound]:
-        """Promises fewer values; norms grow by the scale if it is unbiased."""
+        """Returns the transform, and a bound with fewer values and scaled norms.
+
+        Raises:
+            RecipeError: if the input is whole numbers.
+        """
         if bound.integer:
             raise RecipeError(
                 "it comes after whole numbers",
@@ -96,7 +102,7 @@ class RandomK(BaseModel):
 
 @dataclass(frozen=True)
 class BoundRandomK:
-    """Sends `kept` of `size` values times `scale`."""
+    """Sends `kept` of `size` values, multiplied by `scale`."""
 
     size: int
     kept: int
@@ -104,7 +110,7 @@ class BoundRandomK:
 
     @property
     def additive(self) -> bool:
-        """All clients send the same positions."""
+        """True: all clients send the same positions."""
         return True
 
     def encode(self, x: Tensor, key: Key) -> Encoded:
@@ -112,15 +118,17 @@ class BoundRandomK:
         return Encoded(x[self._drawn(key)] * self.scale)
 
     def decode(self, x: Encoded, key: Key) -> Tensor:
-        """Puts the values back into their places; zeros elsewhere."""
+        """Returns the values [d] at their positions, with zeros elsewhere."""
         values = check_values(x, "randomk", self.kept)
         full = torch.zeros(self.size, dtype=values.dtype)
         full[self._drawn(key)] = values
         return full
 
     def _drawn(self, key: Key) -> Tensor:
+        """Returns the positions that are sent, int64 [kept], rising."""
         return key.round_stream("randomk").subset(self.size, self.kept)
 
 
 def _count(density: float, size: int) -> int:
-    return min(size, max(1, math.ceil(density * size))) if size else 0
+    """Returns how many of `size` values are kept, at least one if there are any."""
+    return min(size, max(1, math.ceil(density * size)))

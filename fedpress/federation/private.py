@@ -31,7 +31,7 @@ from fedpress.privacy.per_example.gradients import (
     choose_method,
     clipped_gradient_sum,
 )
-from fedpress.privacy.per_example.sgd import private_gradients, step_
+from fedpress.privacy.per_example.sgd import private_gradients, sgd_step_
 from fedpress.privacy.plan import PrivacyPlan
 from fedpress.training.device import laid_out, uses_bf16
 
@@ -88,7 +88,7 @@ def private_steps(model: nn.Module, work: LocalWork) -> Steps:
         parts = [part.view(p.shape) for p, part in zip(params, flat, strict=True)]
         yield Step(detached, parts)
         if optimizer is None:
-            velocity = step_(params, gradient, velocity, lr=work.lr, momentum=settings.momentum)
+            velocity = sgd_step_(params, gradient, velocity, lr=work.lr, momentum=settings.momentum)
         else:
             _step_along_(optimizer, params, parts)
     return Outcome({"steps": plan.steps_per_round, **_failures(raw)})
@@ -143,7 +143,7 @@ def joint_steps(model: nn.Module, work: LocalWork) -> Steps:
             clip_norm=plan.clip_norm,
             method=method,
             verify=verify,
-            contain=True,
+            tolerate_writes=True,
         )
     return Outcome({"steps": 1, **_failures([raw])}, -total.cpu())
 

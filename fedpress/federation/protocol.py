@@ -29,14 +29,14 @@ from fedpress.wire.fields import (
     POSITIVE,
     TABLE,
     TEXT,
-    Kind,
+    FieldKind,
     check_field,
     check_fields,
     whole,
 )
 from fedpress.wire.message import Message
 
-FIELDS: Mapping[str, Mapping[str, Kind]] = {
+FIELDS: Mapping[str, Mapping[str, FieldKind]] = {
     "fit": {
         "round": whole(1),
         "agreement": TEXT,
@@ -67,9 +67,9 @@ FIELDS: Mapping[str, Mapping[str, Kind]] = {
     "shares": {"round": whole(0)},
     "error": {"reason": TEXT},
 }
-"""Kind of message -> field -> what it may hold. Fields that are not in it are ignored."""
+"""FieldKind of message -> field -> what it may hold. Fields that are not in it are ignored."""
 
-REPORT: Mapping[str, Kind] = {"round": whole(0)}
+REPORT: Mapping[str, FieldKind] = {"round": whole(0)}
 """Fields of the table `secure` in an update."""
 
 

@@ -1,4 +1,4 @@
-"""Differential privacy: clipping with a stated sensitivity, noise, the accountant, the plan and its ledger.
+"""Differential privacy: clipping, noise, per-example gradients, the accountant and the ledger.
 
-Import from the modules: `accounting` must answer on the command line without loading torch.
+Nothing is imported here: `fedpress privacy epsilon` must answer without loading torch.
 """

@@ -1,8 +1,10 @@
-"""A clip norm that follows a quantile of the clients' update norms, privately (Andrew et al. 2021, arXiv:1905.03871).
+"""A clip norm that follows a quantile of the clients' update norms (Andrew et al. 2021).
 
-In each round every client adds to its update one bit, whether its norm was at most the clip norm. The noised share of
-such clients moves the clip norm: too many below, and it falls; too few, and it rises. The bit has its own noise, and
-the noise of the update grows so that both queries together cost what one would.
+arXiv:1905.03871, Algorithm 1. In each round every client adds to its update one bit: whether its
+norm was at most the clip norm. The server adds noise to the sum of bits and gets the share of
+clients below the clip norm. A share above the target quantile lowers the clip norm, one below it
+raises it. The bits are a second query: the noise on the updates grows so that both together cost
+what was planned.
 """
 
 from __future__ import annotations
@@ -18,13 +20,18 @@ from fedpress.errors import PrivacyError, RecipeError
 
 @dataclass(frozen=True)
 class AdaptiveClip:
-    """How the clip norm moves.
+    """How the clip norm changes from round to round.
 
     Attributes:
-        initial: the clip norm of the first round; two factors of ten off cost about 50 rounds.
-        quantile: share of clients whose updates shall stay whole.
+        initial: the clip norm of the first round. Starting 100 times too low or too high costs
+            about 50 rounds.
+        quantile: target share of clients whose updates are not clipped.
         lr: learning rate of the logarithm of the clip norm.
-        count_noise: standard deviation of the noise on the sum of bits; `count_noise_for` unless given.
+        count_noise: standard deviation of the noise on the sum of bits; None takes
+            `count_noise_for`.
+
+    Raises:
+        RecipeError: if a value is out of range.
     """
 
     initial: Annotated[float, Field(description="clip norm of the first round")] = 0.1
@@ -48,15 +55,19 @@ class AdaptiveClip:
             _check_positive("count_noise", self.count_noise)
 
     def update(self, clip_norm: float, below: float) -> float:
-        """Returns the next clip norm from the noised share `below` of clients whose norm was at most `clip_norm`.
+        """Returns the next clip norm.
 
-        Geometric descent on the quantile loss (section 2.1). `below` counts who was NOT clipped: with the other sign
-        the clip norm runs away from the quantile, without end.
+        Geometric descent on the quantile loss (section 2.1 of the paper).
+
+        Args:
+            clip_norm: the clip norm of this round.
+            below: noised share of clients whose norm was at most `clip_norm`.
 
         Raises:
             PrivacyError: if `below` is not finite.
 
-        >>> AdaptiveClip().update(1.0, below=1.0) < 1.0 < AdaptiveClip().update(1.0, below=0.0)
+        >>> clip = AdaptiveClip()
+        >>> clip.update(1.0, below=1.0) < 1.0 < clip.update(1.0, below=0.0)
         True
         """
         if not math.isfinite(below):
@@ -65,33 +76,39 @@ class AdaptiveClip:
                 place="share below the clip norm",
                 cure="check the sum of bits",
             )
+        # `below` is the share that was NOT clipped. With the clipped share in its place the sign is
+        # wrong and the clip norm moves away from the quantile in every round.
         return clip_norm * math.exp(-self.lr * (below - self.quantile))
 
 
 def centred_bit(norm: float, clip_norm: float) -> float:
-    """Returns what a client adds to the sum of bits: 1/2 if its `norm` is at most `clip_norm`, else -1/2.
+    """Returns what a client adds to the sum of bits: 1/2 if `norm` <= `clip_norm`, else -1/2.
 
-    Around zero the bit has sensitivity 1/2 when a client joins or leaves, half of that of 0 and 1. NaN is no norm and
-    counts as above.
+    A client that joins or leaves moves this sum by 1/2; bits of 0 and 1 would move it by up to 1.
     """
+    # A comparison with NaN is False, so an update without a norm counts as above the clip norm.
     return 0.5 if norm <= clip_norm else -0.5
 
 
 def share_below(noised_sum: float, cohort: int) -> float:
-    """Returns the share of clients below, from the noised sum of centred bits and the public size of the cohort.
+    """Returns the share of clients below the clip norm.
 
-    It may lie outside 0..1: to cut it off there would move the quantile.
+    Args:
+        noised_sum: the sum of centred bits plus noise.
+        cohort: public number of clients in the round, however many replied.
 
     >>> share_below(5.0, cohort=10), share_below(0.0, cohort=10)
     (1.0, 0.5)
     """
+    # Noise can take it outside 0..1. Cutting it off there would bias the mean and so the quantile.
     return noised_sum / cohort + 0.5
 
 
 def count_noise_for(noise_multiplier: float, cohort: int) -> float:
-    """Returns a standard deviation for the sum of bits that costs the update at most 2% more noise.
+    """Returns a standard deviation for the noise on the sum of bits.
 
-    A twentieth of the cohort, as in the paper; more where the cohort is too small for that.
+    A twentieth of the cohort, as in the paper, and at least 2.5 times `noise_multiplier`: then the
+    updates need at most 2% more noise.
 
     >>> count_noise_for(1.0, 1000), count_noise_for(5.0, 10)
     (50.0, 12.5)
@@ -99,32 +116,34 @@ def count_noise_for(noise_multiplier: float, cohort: int) -> float:
     return max(cohort / 20, 2.5 * noise_multiplier)
 
 
-def split(noise_multiplier: float, count_noise: float) -> float:
-    """Returns the noise multiplier of the update with which both queries together cost `noise_multiplier`.
+def update_noise_multiplier(noise_multiplier: float, count_noise: float) -> float:
+    """Returns the noise multiplier of the updates if bits and updates share one budget.
 
-    The bits have sensitivity 1/2, so their noise multiplier is 2 `count_noise`; Gaussian queries add up as
-    z^-2 = z_update^-2 + (2 count_noise)^-2 (Theorem 1).
+    Args:
+        noise_multiplier: of one mechanism that costs what both queries together may cost.
+        count_noise: standard deviation of the noise on the sum of bits.
 
     Raises:
         PrivacyError: if the bits alone would cost as much.
 
-    >>> round(split(1.0, 2.5), 4)
+    >>> round(update_noise_multiplier(1.0, 2.5), 4)
     1.0206
     """
     _check_positive("count_noise", count_noise)
-    left = noise_multiplier**-2 - (2 * count_noise) ** -2 if noise_multiplier > 0 else math.inf
-    if left <= 0:
+    if noise_multiplier <= 0:
+        return 0.0
+    # Gaussian queries add up as z^-2 = z_update^-2 + z_bits^-2 (Theorem 1 of the paper). The bits
+    # have sensitivity 1/2, so their noise multiplier is 2 count_noise.
+    remaining = noise_multiplier**-2 - (2 * count_noise) ** -2
+    if remaining <= 0:
         raise PrivacyError(
-            (
-                f"got {count_noise:g}, so little that the bits alone cost noise_multiplier "
-                f"{noise_multiplier:g}"
-            ),
+            f"got {count_noise:g}, so the bits alone cost noise_multiplier {noise_multiplier:g}",
             place="count_noise",
             cure=(
                 f"take more than {noise_multiplier / 2:g}, for instance {2.5 * noise_multiplier:g}"
             ),
         )
-    return float(left**-0.5)
+    return float(remaining**-0.5)
 
 
 def _check_positive(name: str, value: float) -> None:

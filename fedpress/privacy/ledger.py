@@ -1,8 +1,11 @@
-"""The book of everything that was taken from private data: each charge is a mechanism and its steps, never an epsilon.
+"""The privacy ledger of a run: which mechanisms ran on whose data, and the epsilon of all of them.
 
-Epsilon is computed from the whole book, so composition over rounds and stages is that of the accountant, and a
-resumed run goes on with the same book. Clients hold disjoint data, so the promise to everybody is that of the client
-who was charged most (parallel composition); charges to "population" count for every client.
+An entry is a mechanism and its number of steps, never an epsilon. Epsilon is computed from all
+entries together, so rounds and stages compose by the accountant and not by addition, and a resumed
+run continues the same ledger.
+
+Clients hold disjoint data, so the epsilon of the run is that of the client with the largest one
+(parallel composition). Entries for "population" count for every client.
 """
 
 from __future__ import annotations
@@ -24,25 +27,38 @@ from fedpress.privacy.accounting.events import (
 )
 
 POPULATION = "population"
-VERSION = 2
-READS = (1, 2)
-"""Version 1 knows no Skellam charges; it is read as it is."""
 
+VERSION = 2
+READABLE_VERSIONS = (1, 2)
+"""Version 1 has no Skellam entries; the entries it has are those of version 2."""
 
 FEW_PARTIES = 8
-"""So many parties are all asked about; of more, a quick bound picks those that may have spent most."""
+"""Up to this many parties are asked for their epsilon; of more, a quick bound picks some."""
 
 
 @dataclass(frozen=True)
 class LedgerEntry:
-    """`steps` noised sums over the data of `who` (a client's name, or "population" for all), for the purpose `what`.
+    """`steps` noised sums over the data of one party.
 
-    `first_round` and `last_round` say when; a charge outside rounds keeps 0. The noise is Gaussian unless `variance`
-    is above 0: then it is Skellam, `l2`, `l1`, `variance` and `failure` are those of `SkellamEvent`, and
-    `noise_multiplier` is only told for people. Make a charge of either kind with `LedgerEntry.of`.
+    Make an entry with `LedgerEntry.of`, which fills in the fields of either kind of noise.
+
+    Attributes:
+        who: a client's name, or "population" for all clients.
+        what: the stage or purpose, for instance "federate".
+        sampling_prob: probability with which each unit takes part in a step.
+        noise_multiplier: standard deviation of the noise / sensitivity. Of Skellam noise it is only
+            shown to people; the accountant uses the four last fields.
+        steps: number of noised sums.
+        first_round: first round of the entry, from 1; 0 outside rounds.
+        last_round: last round of the entry; 0 outside rounds.
+        l2: see `SkellamEvent`; 0 for Gaussian noise.
+        l1: see `SkellamEvent`; 0 for Gaussian noise.
+        variance: see `SkellamEvent`; 0 for Gaussian noise.
+        failure: see `SkellamEvent`; 0 for Gaussian noise.
 
     Raises:
-        RecipeError: if a number is out of range, or `noise_multiplier` is not that of the Skellam noise.
+        RecipeError: if a number is out of range, or `noise_multiplier` is not that of the Skellam
+            noise.
     """
 
     who: str
@@ -58,80 +74,88 @@ class LedgerEntry:
     failure: float = 0.0
 
     def __post_init__(self) -> None:
-        phase = self.phase  # checks the numbers
-        if isinstance(phase, GaussianEvent):
+        # Making the event checks the numbers.
+        event = self.event
+        if isinstance(event, GaussianEvent):
             if any((self.l2, self.l1, self.failure)):
                 raise RecipeError(
-                    "got 0 beside l2, l1 or failure, expected the Skellam noise's",
-                    place="charge.variance",
+                    "got 0 beside l2, l1 or failure, expected the variance of the Skellam noise",
+                    place="entry.variance",
                 )
-        elif not math.isclose(phase.noise_multiplier, self.noise_multiplier, rel_tol=1e-6):
+        # People read `noise_multiplier` in reports: it must not contradict the noise charged.
+        elif not math.isclose(event.noise_multiplier, self.noise_multiplier, rel_tol=1e-6):
             raise RecipeError(
                 (
-                    f"got {self.noise_multiplier}, expected {phase.noise_multiplier}, that of the "
+                    f"got {self.noise_multiplier}, expected {event.noise_multiplier}, that of the "
                     "Skellam noise"
                 ),
-                place="charge.noise_multiplier",
-                cure="make the charge with LedgerEntry.of",
+                place="entry.noise_multiplier",
+                cure="make the entry with LedgerEntry.of",
             )
 
     @classmethod
     def of(
-        cls, who: str, what: str, phase: MechanismEvent, first_round: int = 0, last_round: int = 0
+        cls, who: str, what: str, event: MechanismEvent, first_round: int = 0, last_round: int = 0
     ) -> LedgerEntry:
-        """Returns the charge of `phase`.
+        """Returns the entry of `event`.
 
-        >>> LedgerEntry.of("population", "federate", SkellamEvent(10.0, 80.0, 400.0, 1), 3, 3).noise_multiplier
+        >>> event = SkellamEvent(l2=10.0, l1=80.0, variance=400.0, steps=1)
+        >>> LedgerEntry.of("population", "federate", event, 3, 3).noise_multiplier
         2.0
         """
-        own = {}
-        if isinstance(phase, SkellamEvent):
-            own = {
-                "l2": phase.l2,
-                "l1": phase.l1,
-                "variance": phase.variance,
-                "failure": phase.failure,
+        skellam_fields = {}
+        if isinstance(event, SkellamEvent):
+            skellam_fields = {
+                "l2": event.l2,
+                "l1": event.l1,
+                "variance": event.variance,
+                "failure": event.failure,
             }
         return cls(
             who,
             what,
-            phase.sampling_prob,
-            phase.noise_multiplier,
-            phase.steps,
+            event.sampling_prob,
+            event.noise_multiplier,
+            event.steps,
             first_round,
             last_round,
-            **own,
+            **skellam_fields,
         )
 
     @property
-    def phase(self) -> MechanismEvent:
-        """What this charge is to the accountant."""
+    def event(self) -> MechanismEvent:
+        """The entry as the accountant counts it."""
         if self.variance:
             return SkellamEvent(
                 self.l2, self.l1, self.variance, self.steps, self.sampling_prob, self.failure
             )
         return GaussianEvent(self.sampling_prob, self.noise_multiplier, self.steps)
 
-    def joins(self, later: LedgerEntry) -> bool:
-        """Says whether `later` continues this charge."""
-        return _mechanism(self) == _mechanism(later)
+    def same_mechanism(self, other: LedgerEntry) -> bool:
+        """Says whether `other` differs from this entry in steps and rounds at most."""
+        return _without_steps(self) == _without_steps(other)
 
 
 @dataclass(frozen=True)
 class Ledger:
-    """Charges in the order in which they were made; to add one gives a new ledger.
+    """Entries in the order in which they were added; adding one returns a new ledger.
 
-    >>> book = Ledger("sample")
+    Attributes:
+        unit: who is protected: "sample", one example, or "client", all examples of a client.
+        entries: what was charged so far.
+
+    >>> ledger = Ledger("sample")
     >>> for round in (1, 2, 3):
-    ...     book = book.add(LedgerEntry("c0", "federate", 0.1, 2.0, 10, round, round))
-    >>> [(c.who, c.steps, c.first_round, c.last_round) for c in book.charges]
+    ...     ledger = ledger.add(LedgerEntry("c0", "federate", 0.1, 2.0, 10, round, round))
+    >>> [(e.who, e.steps, e.first_round, e.last_round) for e in ledger.entries]
     [('c0', 30, 1, 3)]
-    >>> book.would_pass(LedgerEntry("c0", "federate", 0.1, 2.0, 1000), epsilon=2.0, delta=1e-5)
+    >>> more = LedgerEntry("c0", "federate", 0.1, 2.0, 1000)
+    >>> ledger.would_exceed(more, epsilon=2.0, delta=1e-5)
     True
     """
 
     unit: Literal["sample", "client"]
-    charges: tuple[LedgerEntry, ...] = ()
+    entries: tuple[LedgerEntry, ...] = ()
 
     def __post_init__(self) -> None:
         if self.unit not in ("sample", "client"):
@@ -139,67 +163,76 @@ class Ledger:
                 f"got {self.unit!r}, expected 'sample' or 'client'", place="ledger.unit"
             )
 
-    def add(self, *charges: LedgerEntry) -> Ledger:
-        """Returns the ledger with `charges` at its end; a charge that continues its client's last one is joined."""
-        book = list(self.charges)
-        for charge in charges:
-            last = next(
-                (i for i in range(len(book) - 1, -1, -1) if book[i].who == charge.who), None
-            )
-            if last is not None and book[last].joins(charge):
-                rounds = max(book[last].last_round, charge.last_round)
-                book[last] = replace(
-                    book[last], steps=book[last].steps + charge.steps, last_round=rounds
+    def add(self, *entries: LedgerEntry) -> Ledger:
+        """Returns the ledger with `entries` at its end.
+
+        An entry of the same mechanism as the last one of its party extends that one, so a run of a
+        thousand equal rounds has one entry per party.
+        """
+        listed = list(self.entries)
+        newest = {entry.who: at for at, entry in enumerate(listed)}
+        for entry in entries:
+            at = newest.get(entry.who)
+            if at is not None and listed[at].same_mechanism(entry):
+                listed[at] = replace(
+                    listed[at],
+                    steps=listed[at].steps + entry.steps,
+                    last_round=max(listed[at].last_round, entry.last_round),
                 )
             else:
-                book.append(charge)
-        return replace(self, charges=tuple(book))
+                newest[entry.who] = len(listed)
+                listed.append(entry)
+        return replace(self, entries=tuple(listed))
 
-    def phases(self) -> Iterator[tuple[MechanismEvent, ...]]:
-        """Yields what each party was charged, merged; parties charged alike appear once."""
-        everybody = [c.phase for c in self.charges if c.who == POPULATION]
+    def events(self) -> Iterator[tuple[MechanismEvent, ...]]:
+        """Yields the merged events of each party, once for parties with equal ones."""
+        everybody = [entry.event for entry in self.entries if entry.who == POPULATION]
+        # With entries for the population alone there is still one party to be asked about.
         parties: dict[str, list[MechanismEvent]] = {POPULATION: []}
-        for charge in self.charges:
-            if charge.who != POPULATION:
-                parties.setdefault(charge.who, []).append(charge.phase)
+        for entry in self.entries:
+            if entry.who != POPULATION:
+                parties.setdefault(entry.who, []).append(entry.event)
         yield from {accountant.merge([*everybody, *own]) for own in parties.values()}
 
     def epsilon(self, *, delta: float) -> float:
-        """Returns the epsilon spent so far by the party that was charged most, at `delta`."""
+        """Returns the largest epsilon that any party has spent so far at `delta`."""
         return self.spent(delta=delta).epsilon
 
     def spent(self, *, delta: float) -> accountant.Spent:
-        """Returns `epsilon`, and whether it is a mere upper bound."""
-        parties = _undominated(set(self.phases()))
-        # Many parties share the time of a few; fewer points only raise an epsilon.
+        """Returns `epsilon`, and whether it is only an upper bound."""
+        parties = _undominated(set(self.events()))
+        # Many parties share the time of a few. A coarser grid can only raise an epsilon.
         points = max(1 << 14, 4 * losses.POINTS // max(4, len(parties)))
         if len(parties) <= FEW_PARTIES:
-            found = [accountant.spent(phases, delta=delta, points=points) for phases in parties]
+            found = [accountant.spent(events, delta=delta, points=points) for events in parties]
             return max(found, key=lambda party: party.epsilon)
-        # The party of the largest epsilon alone counts: who has a smaller Renyi bound than that is not asked about.
-        bounds = {phases: accountant.renyi_bound(phases, delta=delta) for phases in parties}
-        most = accountant.Spent(0.0)
-        for phases in sorted(bounds, key=lambda party: -bounds[party]):
-            if bounds[phases] <= most.epsilon:
+
+        # Only the largest epsilon matters. Parties are asked in falling order of a quick Renyi
+        # bound, so nobody whose bound is below the largest epsilon so far needs an exact answer.
+        bounds = {events: accountant.renyi_bound(events, delta=delta) for events in parties}
+        largest = accountant.Spent(0.0)
+        for events in sorted(bounds, key=lambda party: -bounds[party]):
+            if bounds[events] <= largest.epsilon:
                 break
-            one = accountant.spent(phases, delta=delta, points=points)
-            most = max(most, one, key=lambda party: party.epsilon)
-        return most
+            one = accountant.spent(events, delta=delta, points=points)
+            largest = max(largest, one, key=lambda party: party.epsilon)
+        return largest
 
-    def would_pass(self, *charges: LedgerEntry, epsilon: float, delta: float) -> bool:
-        """Says whether `charges` together would carry anybody beyond `epsilon`: ask before the data is touched."""
-        return self.add(*charges).epsilon(delta=delta) > epsilon
+    def would_exceed(self, *entries: LedgerEntry, epsilon: float, delta: float) -> bool:
+        """Says whether `entries` would bring a party above `epsilon`; ask before using the data."""
+        return self.add(*entries).epsilon(delta=delta) > epsilon
 
-    def spend(self, *charges: LedgerEntry, epsilon: float, delta: float) -> Ledger:
-        """Returns the ledger with `charges` added.
+    def spend(self, *entries: LedgerEntry, epsilon: float, delta: float) -> Ledger:
+        """Returns the ledger with `entries` added.
 
         Raises:
-            PrivacyError: if that would pass the budget `epsilon` at `delta`; nothing is charged then.
+            PrivacyError: if that would exceed the budget `epsilon` at `delta`; nothing is added
+                then.
         """
-        after = self.add(*charges)
+        after = self.add(*entries)
         spent = after.epsilon(delta=delta)
         if spent > epsilon:
-            what = charges[0].what if charges else "nothing"
+            what = entries[0].what if entries else "nothing"
             raise PrivacyError(
                 (
                     f"{what} would bring epsilon to {spent:.4g}, beyond the budget {epsilon:g} at "
@@ -212,30 +245,36 @@ class Ledger:
 
     def to_json(self) -> str:
         """Returns the ledger as JSON text with all that is needed to recompute epsilon."""
-        head = {
+        content = {
             "version": VERSION,
             "unit": self.unit,
             "neighbours": "add or remove one",
-            "mechanism": "noise on the sum of a Poisson sample: Gaussian, or Skellam where variance is above 0",
+            "mechanism": (
+                "noise on the sum of a Poisson sample: Gaussian, or Skellam where variance is "
+                "above 0"
+            ),
+            "charges": [asdict(entry) for entry in self.entries],
         }
-        return json.dumps({**head, "charges": [asdict(c) for c in self.charges]}, indent=1)
+        return json.dumps(content, indent=1)
 
     @classmethod
     def from_json(cls, text: str) -> Ledger:
         """Reads what `to_json` wrote.
 
         Raises:
-            PrivacyError: if the text is not a ledger; without its book a run must not go on.
+            PrivacyError: if the text is not a ledger. A run must not continue without its ledger:
+                it would forget what was spent.
         """
         try:
-            page = json.loads(text)
-            if page["version"] not in READS:
+            content = json.loads(text)
+            if content["version"] not in READABLE_VERSIONS:
                 raise PrivacyError(
-                    f"got version {page['version']}, expected one of {READS}",
+                    f"got version {content['version']}, expected one of {READABLE_VERSIONS}",
                     place="ledger",
-                    cure="use the fedpress of then",
+                    cure="read it with the fedpress version that wrote it",
                 )
-            return cls(page["unit"], tuple(LedgerEntry(**c) for c in page["charges"]))
+            entries = tuple(LedgerEntry(**fields) for fields in content["charges"])
+            return cls(content["unit"], entries)
         except (ValueError, KeyError, TypeError, RecursionError, RecipeError) as error:
             raise PrivacyError(
                 f"not a ledger ({error!r})",
@@ -244,20 +283,30 @@ class Ledger:
             ) from error
 
 
-def _mechanism(charge: LedgerEntry) -> LedgerEntry:
-    return replace(charge, steps=0, first_round=0, last_round=0)
+def _without_steps(entry: LedgerEntry) -> LedgerEntry:
+    return replace(entry, steps=0, first_round=0, last_round=0)
 
 
 def _undominated(parties: set[tuple[MechanismEvent, ...]]) -> list[tuple[MechanismEvent, ...]]:
-    """Drops parties that spend no more than another by every number, so that 100 unequal clients cost one answer."""
-    return [p for p in parties if not any(p != other and _covers(other, p) for other in parties)]
+    """Drops parties that spend at most what another one spends: often one is left of a hundred."""
+    kept = []
+    for party in parties:
+        others = (other for other in parties if other != party)
+        if not any(_covers(other, party) for other in others):
+            kept.append(party)
+    return kept
 
 
 def _covers(more: tuple[MechanismEvent, ...], less: tuple[MechanismEvent, ...]) -> bool:
-    """Says whether each phase of `less` has its own one in `more`, of the same kind, that spends at least as much."""
-    gaussian, skellam = (gaussians(more), gaussians(less)), (skellams(more), skellams(less))
-    if len(gaussian[1]) > len(gaussian[0]) or len(skellam[1]) > len(skellam[0]):
+    """Says whether `more` has, for each event of `less`, one of its kind that spends as much."""
+    more_gaussian = gaussians(more)
+    less_gaussian = gaussians(less)
+    more_skellam = skellams(more)
+    less_skellam = skellams(less)
+    if len(less_gaussian) > len(more_gaussian) or len(less_skellam) > len(more_skellam):
         return False
-    return all(a.covers(b) for a, b in zip(*gaussian, strict=False)) and all(
-        a.covers(b) for a, b in zip(*skellam, strict=False)
+    # Merged events are sorted, so equal places are compared; a pairing that is missed only costs
+    # an answer more.
+    return all(a.covers(b) for a, b in zip(more_gaussian, less_gaussian, strict=False)) and all(
+        a.covers(b) for a, b in zip(more_skellam, less_skellam, strict=False)
     )

@@ -1,4 +1,7 @@
-"""One private mechanism as a value: sampler, clip, noise and accountant cannot drift apart."""
+"""The plan of one Gaussian mechanism: sampling, clip norm, noise and delta as one frozen value.
+
+Sampler, clipping, noise and accountant all read this one object, so they cannot disagree.
+"""
 
 from __future__ import annotations
 
@@ -13,17 +16,25 @@ from fedpress.privacy.accounting.accountant import GaussianEvent
 
 @dataclass(frozen=True)
 class PrivacyPlan:
-    """What is protected, how much one unit may change a sum, and how much noise hides that change.
+    """What is protected, how far one unit can move a sum, and how much noise hides it.
 
     Attributes:
-        unit: "sample" protects one example of a client, "client" protects all that a client holds.
-        clip_norm: L2 bound of what one unit adds to a sum: the sensitivity under add-or-remove-one neighbours.
-        sampling_prob: probability with which each unit, independently of the others, takes part in a step.
-        noise_multiplier: standard deviation of the noise on the sum / `clip_norm`; 0 is no privacy (epsilon inf).
-        steps_per_round: noised sums in one round: local steps for unit "sample", 1 for unit "client".
-        delta: chance with which the promise may fail; well below one over the number of units.
+        unit: "sample" protects one example of a client, "client" protects all its examples.
+        clip_norm: L2 norm of what one unit adds to a sum. Two neighbouring data sets differ by one
+            unit that is added or removed, so this is the sensitivity of the sum.
+        sampling_prob: probability with which each unit, independently of the others, takes part in
+            a step.
+        noise_multiplier: standard deviation of the noise on the sum / `clip_norm`; 0 gives no
+            privacy (epsilon is infinite).
+        steps_per_round: noised sums in one round: the local steps for unit "sample", 1 for unit
+            "client".
+        delta: probability with which the guarantee may fail; well below 1 / number of units.
 
-    >>> plan = PrivacyPlan("client", clip_norm=0.5, sampling_prob=1.0, delta=1e-3).calibrate(epsilon=8, num_rounds=50)
+    Raises:
+        RecipeError: if a value is out of range.
+
+    >>> plan = PrivacyPlan("client", clip_norm=0.5, sampling_prob=1.0, delta=1e-3)
+    >>> plan = plan.calibrate(epsilon=8, num_rounds=50)
     >>> round(plan.noise_std, 2), round(plan.epsilon(num_rounds=50), 2)
     (1.7, 8.0)
     """
@@ -38,6 +49,7 @@ class PrivacyPlan:
     def __post_init__(self) -> None:
         if self.unit not in ("sample", "client"):
             raise RecipeError(f"got {self.unit!r}, expected 'sample' or 'client'", place="unit")
+        # Written as `0 < x < inf` and not as `x <= 0`, so that NaN is refused too.
         if not 0 < self.clip_norm < math.inf:
             raise RecipeError(
                 f"got {self.clip_norm}, expected a finite number above 0", place="clip_norm"
@@ -53,7 +65,8 @@ class PrivacyPlan:
                 place="steps_per_round",
             )
         accountant.check_delta(self.delta)
-        self.phase(num_rounds=1)  # checks the rest
+        # The event checks `sampling_prob` and the sign of `noise_multiplier`.
+        self.event(num_rounds=1)
 
     @property
     def sensitivity(self) -> float:
@@ -65,28 +78,29 @@ class PrivacyPlan:
         """Standard deviation of the noise on each value of the sum, before any division."""
         return self.noise_multiplier * self.clip_norm
 
-    def phase(self, *, num_rounds: int) -> GaussianEvent:
-        """Returns what `num_rounds` rounds are to the accountant."""
-        return GaussianEvent(
-            self.sampling_prob, self.noise_multiplier, self.steps_per_round * num_rounds
-        )
+    def event(self, *, num_rounds: int) -> GaussianEvent:
+        """Returns `num_rounds` rounds as the accountant counts them."""
+        # With unit "sample" every local step is a query of its own, so steps multiply rounds.
+        steps = self.steps_per_round * num_rounds
+        return GaussianEvent(self.sampling_prob, self.noise_multiplier, steps)
 
     def epsilon(self, *, num_rounds: int, delta: float | None = None) -> float:
-        """Returns the epsilon that `num_rounds` rounds spend at `delta` (the plan's own unless given)."""
-        return accountant.epsilon(
-            [self.phase(num_rounds=num_rounds)], delta=self.delta if delta is None else delta
-        )
+        """Returns the epsilon that `num_rounds` rounds spend at `delta` (default: the plan's)."""
+        if delta is None:
+            delta = self.delta
+        return accountant.epsilon([self.event(num_rounds=num_rounds)], delta=delta)
 
     def calibrate(
         self, *, epsilon: float, num_rounds: int, delta: float | None = None
     ) -> PrivacyPlan:
-        """Returns the plan with the smallest noise that keeps `num_rounds` rounds within `epsilon`.
+        """Returns the plan with the smallest noise that keeps `num_rounds` within `epsilon`.
 
         Raises:
             RecipeError: if `epsilon`, `delta` or `num_rounds` is out of range.
             PrivacyError: if no noise meets the budget.
         """
-        delta = self.delta if delta is None else delta
+        if delta is None:
+            delta = self.delta
         noise = accountant.noise_multiplier(
             epsilon=epsilon,
             delta=delta,

@@ -2,7 +2,7 @@
 
 from fedpress.secagg.client import SecAggClient
 from fedpress.secagg.keys import identity
-from fedpress.secagg.parts import SecAggMessage
+from fedpress.secagg.message import SecAggMessage
 from fedpress.secagg.plan import SecurePlan
 from fedpress.secagg.server import SecAggServer, SecureRound
 

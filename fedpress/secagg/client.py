@@ -1,4 +1,4 @@
-"""A client of a secure sum: it hides its vector, and helps to open the sum of those who reported, once."""
+"""A client of a secure sum: it masks its vector, and helps to unmask one sum per round."""
 
 from __future__ import annotations
 
@@ -23,22 +23,35 @@ from fedpress.secagg.keys import (
     unseal,
 )
 from fedpress.secagg.masks import add_masks_, to_tensor, to_words
-from fedpress.secagg.parts import JSON, SecAggMessage, read_bytes, read_names, read_number, tensor
+from fedpress.secagg.message import (
+    JSON,
+    SecAggMessage,
+    as_tensor,
+    read_bytes,
+    read_names,
+    read_number,
+)
 from fedpress.secagg.plan import SecurePlan
-from fedpress.secagg.public import SEED, Roster, Round, SecAggSetup, commitment
-from fedpress.secagg.shares import split
+from fedpress.secagg.public import SEED, PublicRound, Roster, SecAggSetup, commitment
+from fedpress.secagg.shares import share_secrets
 
-KEPT_ROUNDS = 2  # the newest ones, which may be asked again; older ones are refused
+KEPT_ROUNDS = 2
+"""Questions about this many newest rounds may be repeated; those about older ones are refused."""
 
 
 class SecAggClient:
-    """One client. The same question gets the same bytes; another question about the same step is refused.
+    """One client of a secure sum.
+
+    The same question gets the same bytes again, also after a restart. A different question about
+    the same step of a round is refused: two vectors under the same masks would show their
+    difference, and two lists of clients would open two sums.
 
     Args:
         name: the client's name, unique in the run.
         secret: 32 bytes that only this client has, the same in every run.
         plan: what was agreed.
-        identities: every client's `identity`, known beforehand and not from the server that is not trusted.
+        identities: every client's `identity`, known beforehand and not from a server that is not
+            trusted.
         run: name of the run, the same for all clients.
 
     Raises:
@@ -52,40 +65,42 @@ class SecAggClient:
             raise RecipeError(f"got {len(secret)} bytes, expected 32 random ones", place="secret")
         if identities.get(name) != identity(secret):
             raise RecipeError(
-                f"{name!r} has another identity than its secret",
+                f"the identity of {name!r} is not that of its secret",
                 place="identities",
-                cure="enter its own",
+                cure="give identity(secret) for this client",
             )
-        self.name, self._secret, self._setting = (
-            name,
-            secret,
-            SecAggSetup(plan, dict(identities), run),
-        )
+        self.name = name
+        self._secret = secret
+        self._setup = SecAggSetup(plan, dict(identities), run)
         self._key = KeyPair(secret, run)
         self._roster: Roster | None = None
-        self._pairs: dict[str, bytes] = {}
-        self._answered: dict[int, dict[str, str]] = {}  # round -> step -> digest of the question
+        self._shared_secrets: dict[str, bytes] = {}
+        # Round -> step -> hexadecimal digest of the question; under "context" that of the round.
+        self._answered: dict[int, dict[str, str]] = {}
 
     def join(self) -> SecAggMessage:
-        """Returns this client's public key for the run, signed: the first message of the set-up."""
+        """Returns the first message of the set-up: this client's signed public key for the run."""
         signature = self._sign("join", self.name, self._key.public)
-        return SecAggMessage({}, {"key": tensor(self._key.public), "signature": tensor(signature)})
+        return SecAggMessage(
+            {}, {"key": as_tensor(self._key.public), "signature": as_tensor(signature)}
+        )
 
     def accept(self, roster: SecAggMessage) -> SecAggMessage:
-        """Checks everybody's keys, keeps them, and returns a signed digest: the second message of the set-up.
+        """Checks and keeps everybody's keys; returns the second message, a signed digest of them.
 
         Raises:
             WireError: if the roster is faulty.
             SecureError: if another roster was accepted in this run.
         """
-        self._keep(Roster.read(roster, self._setting))
-        assert self._roster is not None
-        return SecAggMessage(
-            {}, {"signature": tensor(self._sign("accept", self.name, self._roster.digest))}
-        )
+        checked = Roster.from_message(roster, self._setup)
+        self._keep_roster(checked)
+        signature = self._sign("accept", self.name, checked.digest)
+        return SecAggMessage({}, {"signature": as_tensor(signature)})
 
     def mask(self, values: Tensor, *, round: int, cohort: Sequence[str]) -> SecAggMessage:
-        """Returns `values` hidden, with sealed shares of what hides them: the first exchange of a round.
+        """Returns `values` masked, with encrypted shares of the masks' seeds.
+
+        The first exchange of a round.
 
         Args:
             values: whole numbers, int64 [d], taken modulo 2^bits.
@@ -97,135 +112,182 @@ class SecAggClient:
             WireError: if the cohort is not as planned.
             SecureError: if other values were masked in this round, or the round is over.
         """
-        words = self._words(values)
-        facts = self._round(round, cohort, len(values))
-        me = facts.names.index(self.name)
-        question = digest_all([b"values", facts.context, values.detach().contiguous().numpy()])
-        self._answer_once(facts, "mask", question)
-        coin = derive(
-            self._secret, "mask", facts.context, question
-        )  # another question, another coin
+        words = self._checked_words(values)
+        public = self._public_round(round, cohort, len(values))
+        me = public.names.index(self.name)
+        question = digest_all([b"values", public.context, values.detach().contiguous().numpy()])
+        self._answer_once(public, "mask", question)
+        # Derived from the question: the same one gets the same random bytes again, which makes the
+        # answer repeatable, and another one gets different ones.
+        key = derive(self._secret, "mask", public.context, question)
 
-        own = derive(coin, "own", size=SEED)
-        neighbours = facts.neighbours(me)
-        shared = [self._shared_seed(facts, facts.names[j]) for j in neighbours]
-        add_masks_(
-            words,
-            [(own, True), *((s, bool(me < j)) for s, j in zip(shared, neighbours, strict=True))],
-        )
+        own_seed = derive(key, "own", size=SEED)
+        neighbours = public.neighbours(me)
+        shared_seeds = [self._shared_seed(public, public.names[j]) for j in neighbours]
+        # Of two neighbours the one with the lower number adds their mask, the other subtracts it.
+        masks = [(own_seed, True)]
+        for seed, j in zip(shared_seeds, neighbours, strict=True):
+            masks.append((seed, bool(me < j)))
+        add_masks_(words, masks)
 
-        seeds = np.frombuffer(b"".join([own, *shared]), np.uint8).reshape(-1, SEED)
-        points = range(1, 1 + len(facts.committee))
-        shares = split(seeds, points, self._setting.plan.threshold, derive(coin, "polynomials"))
-        nonce = derive(coin, "nonce", size=NONCE)
-        sealed = [
-            seal(
-                self._seal_key(facts, self.name, facts.names[k]),
-                nonce,
-                share.tobytes(),
-                facts.context,
-            )
-            for k, share in zip(facts.committee, shares, strict=True)
-        ]
+        nonce = derive(key, "nonce", size=NONCE)
+        sealed = self._sealed_shares(public, [own_seed, *shared_seeds], key, nonce)
+        commitments = b"".join(commitment(seed) for seed in (own_seed, *shared_seeds))
         tensors = {
-            "masked": to_tensor(words, self._setting.plan.bits),
-            "nonce": tensor(nonce),
-            "sealed": tensor(b"".join(sealed)).view(len(sealed), -1),
-            "commitments": tensor(b"".join(commitment(s) for s in (own, *shared))).view(-1, SEED),
+            "masked": to_tensor(words, self._setup.plan.bits),
+            "nonce": as_tensor(nonce),
+            "sealed": as_tensor(b"".join(sealed)).view(len(sealed), -1),
+            "commitments": as_tensor(commitments).view(-1, SEED),
         }
-        signature = self._sign("report", facts.context, self.name, report_digest(tensors))
-        return SecAggMessage({"round": round}, {**tensors, "signature": tensor(signature)})
+        signature = self._sign("report", public.context, self.name, report_digest(tensors))
+        return SecAggMessage({"round": round}, {**tensors, "signature": as_tensor(signature)})
+
+    def _sealed_shares(
+        self, public: PublicRound, seeds: Sequence[bytes], key: bytes, nonce: bytes
+    ) -> list[bytes]:
+        """Returns, for each member of the committee, its shares of all `seeds`, encrypted."""
+        rows = np.frombuffer(b"".join(seeds), np.uint8).reshape(-1, SEED)
+        points = range(1, 1 + len(public.committee))
+        threshold = self._setup.plan.threshold
+        shares = share_secrets(rows, points, threshold, derive(key, "polynomials"))
+        sealed = []
+        for k, share in zip(public.committee, shares, strict=True):
+            # One nonce suffices, since each member has a key of its own.
+            seal_key = self._seal_key(public, self.name, public.names[k])
+            sealed.append(seal(seal_key, nonce, share.tobytes(), public.context))
+        return sealed
 
     def unmask(self, request: SecAggMessage) -> SecAggMessage:
-        """Returns this client's shares for one list of those who reported: the second exchange of a round.
+        """Returns this client's shares for one list of clients that reported.
 
-        They are sealed with a key of which `threshold` members must give a share, and a member's share of it can be
-        read only with what it gives for the same list. So lists that differ between members open nothing.
+        The second exchange of a round. The answer is encrypted with a new key, of which every
+        member of the committee gets a share. A member's share is hidden by a pad that both
+        derive from the list, and the member gives its pads away for the list that it was sent. So
+        `threshold` members with the same list open each other's answers, and lists that differ
+        between members open nothing.
 
         Raises:
-            WireError: if the request is faulty or somebody on the list did not report.
-            SecureError: if the list is too short, or another one was answered in this round, or the round is over.
+            WireError: if the request is faulty, or somebody on the list did not report.
+            SecureError: if the list is too short, if another one was answered in this round, or if
+                the round is over.
         """
         place = "unmask"
-        number = read_number(request, "round", place)
-        facts = self._round(
-            number, read_names(request, "cohort", place), read_number(request, "size", place)
+        public = self._public_round(
+            read_number(request, "round", place),
+            read_names(request, "cohort", place),
+            read_number(request, "size", place),
         )
-        me, holders = facts.names.index(self.name), facts.committee
-        if me not in holders:
-            raise WireError(
-                f"{self.name!r} is not in the committee of round {number}",
-                place=f"{place}.cohort",
-                cure="ask its members",
-            )
-        if self._answered.get(number, {}).get("context") != facts.context.hex():
-            raise SecureError(
-                f"{self.name!r} masked no vector of this cohort",
-                place=f"round {number}",
-                cure="ask those who did",
-            )
-        reported, label = self._reported(request, facts, me)
+        me = public.names.index(self.name)
+        self._check_may_unmask(public, me)
+        reported, label = self._checked_list(request, public, me)
         clients: list[int] = np.flatnonzero(reported).tolist()
-        sizes = [facts.sealed_size(i) for i in clients]
+        sizes = [public.sealed_size(i) for i in clients]
         sealed = read_bytes(request, "sealed", (sum(sizes),), place)
         nonces = read_bytes(request, "nonces", (len(clients), NONCE), place)
         question = digest(label, sealed.tobytes(), nonces.tobytes())
-        self._answer_once(facts, "unmask", question)
+        self._answer_once(public, "unmask", question)
 
-        unread, wanted = np.zeros(len(clients), np.uint8), []
-        for row, (i, blob) in enumerate(
-            zip(clients, np.split(sealed, np.cumsum(sizes)[:-1]), strict=True)
-        ):
-            key = self._seal_key(facts, facts.names[i], self.name)
-            opened = unseal(key, nonces[row].tobytes(), blob.tobytes(), facts.context)
-            unread[row] = opened is None
-            shares = np.frombuffer(opened or bytes(len(blob) - TAG), np.uint8).reshape(-1, SEED)
-            wanted.append(shares[wanted_rows(facts, i, reported)])
-        coin = derive(self._secret, "unmask", question)
-        body_key = derive(coin, "body")
-        points = range(1, 1 + len(holders))
-        threshold = self._setting.plan.threshold
-        key_shares = split(
-            np.frombuffer(body_key, np.uint8)[None], points, threshold, derive(coin, "polynomials")
+        blobs = np.split(sealed, np.cumsum(sizes)[:-1])
+        body = self._opened_shares(public, reported, clients, blobs, nonces)
+        key = derive(self._secret, "unmask", question)
+        body_key = derive(key, "body")
+        members = [k for k, i in enumerate(public.committee) if reported[i]]
+        key_shares = share_secrets(
+            np.frombuffer(body_key, np.uint8)[None],
+            range(1, 1 + len(public.committee)),
+            self._setup.plan.threshold,
+            derive(key, "polynomials"),
         )
-        present = [k for k in range(len(holders)) if reported[holders[k]]]
-        locks = [self._lock(facts, label, self.name, facts.names[holders[k]]) for k in present]
-        opens = [self._lock(facts, label, facts.names[holders[k]], self.name) for k in present]
-        body = unread.tobytes() + b"".join(rows.tobytes() for rows in wanted)
+        locks = []
+        opens = []
+        for k in members:
+            holder = public.names[public.committee[k]]
+            locks.append(self._pad(public, label, self.name, holder))
+            opens.append(self._pad(public, label, holder, self.name))
         return SecAggMessage(
-            {"round": number},
+            {"round": public.number},
             {
-                "body": tensor(seal(body_key, bytes(NONCE), body, label)),
-                "commitment": tensor(commitment(body_key)),
-                "locks": tensor(b"".join(locks)).view(-1, 32) ^ tensor(key_shares[present, 0]),
-                "opens": tensor(b"".join(opens)).view(-1, 32),
+                # The key is used once, so any nonce is new.
+                "body": as_tensor(seal(body_key, bytes(NONCE), body, label)),
+                "commitment": as_tensor(commitment(body_key)),
+                "locks": as_tensor(b"".join(locks)).view(-1, 32)
+                ^ as_tensor(key_shares[members, 0]),
+                "opens": as_tensor(b"".join(opens)).view(-1, 32),
             },
         )
 
+    def _check_may_unmask(self, public: PublicRound, me: int) -> None:
+        if me not in public.committee:
+            raise WireError(
+                f"{self.name!r} is not in the committee of round {public.number}",
+                place="unmask.cohort",
+                cure="ask its members",
+            )
+        if self._answered.get(public.number, {}).get("context") != public.context.hex():
+            raise SecureError(
+                f"{self.name!r} masked no vector of this cohort",
+                place=f"round {public.number}",
+                cure="ask those who did",
+            )
+
+    def _opened_shares(
+        self,
+        public: PublicRound,
+        reported: np.ndarray,
+        clients: Sequence[int],
+        blobs: Sequence[np.ndarray],
+        nonces: np.ndarray,
+    ) -> bytes:
+        """Returns the shares that unmask the sum, as the body of an answer.
+
+        Args:
+            public: the round.
+            reported: who reported, bool [cohort].
+            clients: numbers of those who reported.
+            blobs: what each of them encrypted for this client.
+            nonces: the nonce of each of them, uint8 [clients, NONCE].
+
+        Returns:
+            A byte for each client, 1 if its shares could not be read, then all wanted shares.
+        """
+        unread = np.zeros(len(clients), np.uint8)
+        wanted = []
+        for row, (i, blob) in enumerate(zip(clients, blobs, strict=True)):
+            key = self._seal_key(public, public.names[i], self.name)
+            opened = unseal(key, nonces[row].tobytes(), blob.tobytes(), public.context)
+            unread[row] = opened is None
+            # Zeros in place of what cannot be read keep the length of the answer.
+            shares = np.frombuffer(opened or bytes(len(blob) - TAG), np.uint8).reshape(-1, SEED)
+            wanted.append(shares[wanted_rows(public, i, reported)])
+        return unread.tobytes() + b"".join(rows.tobytes() for rows in wanted)
+
     def state(self) -> dict[str, JSON]:
-        """Returns what must outlive the process, as JSON: who answers twice to one round protects nobody."""
-        people = [] if self._roster is None else self._roster.rows
-        answered: dict[str, JSON] = {
-            str(n): dict(steps.items()) for n, steps in self._answered.items()
-        }
-        return {"run": self._setting.run, "roster": people, "answered": answered}
+        """Returns what must be saved before an answer is sent, as JSON.
+
+        A client that forgets what it answered can be asked a second question about the same round.
+        """
+        roster = [] if self._roster is None else self._roster.rows
+        answered: dict[str, JSON] = {}
+        for number, steps in self._answered.items():
+            answered[str(number)] = dict(steps.items())
+        return {"run": self._setup.run, "roster": roster, "answered": answered}
 
     def load_state_(self, state: Mapping[str, JSON]) -> None:
-        """Takes over what `state` returned; RecipeError if it is something else or of another run."""
+        """Restores what `state` returned.
+
+        Raises:
+            RecipeError: if it is something else, or of another run.
+        """
         try:
-            people: list[list[str]] = state["roster"]  # type: ignore[assignment]
-            saved: dict[str, dict[str, str]] = state["answered"]  # type: ignore[assignment]
-            answered = {
-                int(n): {str(k): str(v) for k, v in steps.items()} for n, steps in saved.items()
-            }
-            if not all("context" in steps for steps in answered.values()):
-                raise KeyError("context")
-            if people:
-                names, keys, signatures = zip(*people, strict=True)
-                made = Roster(
+            answered = _read_answered(state["answered"])
+            rows: list[list[str]] = state["roster"]  # type: ignore[assignment]
+            if rows:
+                names, keys, signatures = zip(*rows, strict=True)
+                saved = Roster(
                     names, tuple(map(bytes.fromhex, keys)), tuple(map(bytes.fromhex, signatures))
                 )
-                self._keep(Roster.read(made.part(), self._setting))
+                # Checked like a roster from the server: a file can be changed.
+                self._keep_roster(Roster.from_message(saved.to_message(), self._setup))
         except (
             KeyError,
             TypeError,
@@ -237,7 +299,7 @@ class SecAggClient:
         ) as error:
             raise RecipeError(
                 (
-                    f"not the state of {self.name!r} in run {self._setting.run!r} "
+                    f"not the state of {self.name!r} in run {self._setup.run!r} "
                     f"({type(error).__name__})"
                 ),
                 place="state",
@@ -246,10 +308,11 @@ class SecAggClient:
         self._answered = answered
 
     def take_over_(self, state: Mapping[str, JSON]) -> None:
-        """Takes over what was saved under another name of the run, as after an update of fedpress: all join anew.
+        """Takes over the state of a run with another name, as after an update of fedpress.
 
-        The last round that was answered stays answered. Under the new name its masks would be others, and a second
-        list of those who reported would open a second sum of the same vectors: the difference shows single clients.
+        All clients join again, but the last answered round stays answered. In the renamed run its
+        masks would be others, and a second list of clients could open a second sum of the same
+        vectors; the difference of two sums shows single clients.
 
         Raises:
             RecipeError: if it is not what `state` returns.
@@ -265,7 +328,7 @@ class SecAggClient:
             ) from error
         self._answered = {max(rounds): {"context": "another run"}} if rounds else {}
 
-    def _keep(self, roster: Roster) -> None:
+    def _keep_roster(self, roster: Roster) -> None:
         if self._roster is not None and self._roster.digest != roster.digest:
             raise SecureError(
                 "another roster was accepted in this run",
@@ -274,13 +337,13 @@ class SecAggClient:
             )
         if roster.key_of.get(self.name) != self._key.public:
             raise WireError(
-                f"the key of {self.name!r} is missing or another",
+                f"the key of {self.name!r} is missing, or not its own",
                 place="roster.keys",
                 cure="send what it sent to join",
             )
         self._roster = roster
 
-    def _words(self, values: Tensor) -> np.ndarray:
+    def _checked_words(self, values: Tensor) -> np.ndarray:
         if (
             not isinstance(values, Tensor)
             or values.dtype != torch.int64
@@ -292,32 +355,38 @@ class SecAggClient:
                 place="values",
                 cure="discretize first",
             )
-        bound = self._setting.plan.bound
+        # Sums of clients that keep the bound cannot overflow.
+        bound = self._setup.plan.bound
         if bound is not None and not bool((values >= -bound).all() and (values <= bound).all()):
             raise RecipeError(
                 f"a value is beyond the bound of {bound}, so sums could overflow",
                 place="values",
                 cure="clip first",
             )
-        return to_words(values, self._setting.plan.bits)
+        return to_words(values, self._setup.plan.bits)
 
-    def _round(self, number: int, cohort: Sequence[str], size: int) -> Round:
+    def _public_round(self, number: int, cohort: Sequence[str], size: int) -> PublicRound:
         if self._roster is None:
             raise SecureError(
                 "none was accepted in this run", place="roster", cure="send the roster first"
             )
-        facts = Round.of(self._setting, self._roster, number, cohort, size)
-        if self.name not in facts.names:
+        public = PublicRound.of(self._setup, self._roster, number, cohort, size)
+        if self.name not in public.names:
             raise WireError(
                 f"{self.name!r} was asked but is not in it",
                 place="round.cohort",
                 cure="ask only the cohort",
             )
-        return facts
+        return public
 
-    def _reported(self, request: SecAggMessage, facts: Round, me: int) -> tuple[np.ndarray, bytes]:
-        """Returns who reported (bool [cohort]) and the digest of the list, after checking that each of them did."""
-        flags = read_bytes(request, "reported", (len(facts.names),), "unmask")
+    def _checked_list(
+        self, request: SecAggMessage, public: PublicRound, me: int
+    ) -> tuple[np.ndarray, bytes]:
+        """Returns who reported (bool [cohort]) and the digest of the list.
+
+        Every client on it must have signed its report: the server cannot list others.
+        """
+        flags = read_bytes(request, "reported", (len(public.names),), "unmask")
         if flags.max() > 1 or not flags[me]:
             raise WireError(
                 "expected 0 or 1 per client, and 1 for who is asked",
@@ -325,68 +394,86 @@ class SecAggClient:
                 cure="send what was reported",
             )
         reported = flags.astype(bool)
-        shape = (int(reported.sum()),)
-        digests = read_bytes(request, "digests", (*shape, 32), "unmask")
-        signatures = read_bytes(request, "signatures", (*shape, SIGNATURE), "unmask")
+        count = int(reported.sum())
+        digests = read_bytes(request, "digests", (count, 32), "unmask")
+        signatures = read_bytes(request, "signatures", (count, SIGNATURE), "unmask")
         for i, made, signature in zip(np.flatnonzero(reported), digests, signatures, strict=True):
-            words = ("report", facts.context, facts.names[i], made.tobytes())
-            if not self._setting.signed(facts.names[i], signature.tobytes(), *words):
+            words = ("report", public.context, public.names[i], made.tobytes())
+            if not self._setup.signed(public.names[i], signature.tobytes(), *words):
                 raise WireError(
-                    f"{facts.names[i]!r} signed no such report",
+                    f"{public.names[i]!r} signed no such report",
                     place="unmask.signatures",
                     cure="list only who reported",
                 )
-        problem = facts.too_few(reported)
+        problem = public.too_few(reported)
         if problem:
-            raise SecureError(
-                f"{problem}", place=f"round {facts.number}", cure="the sum stays closed"
-            )
-        return reported, list_digest(facts, reported, digests)
+            raise SecureError(problem, place=f"round {public.number}", cure="the sum stays closed")
+        return reported, list_digest(public, reported, digests)
 
-    def _answer_once(self, facts: Round, step: str, question: bytes) -> None:
-        newest = max(self._answered, default=facts.number)
-        if facts.number not in self._answered and facts.number < newest:
+    def _answer_once(self, public: PublicRound, step: str, question: bytes) -> None:
+        """Notes the `question` of a `step`, or raises SecureError if another one was answered."""
+        newest = max(self._answered, default=public.number)
+        if public.number not in self._answered and public.number < newest:
             raise SecureError(
                 f"it is over, round {newest} was answered",
-                place=f"round {facts.number}",
+                place=f"round {public.number}",
                 cure="ask about a later one",
             )
-        steps = self._answered.setdefault(facts.number, {"context": facts.context.hex()})
+        steps = self._answered.setdefault(public.number, {"context": public.context.hex()})
         if (
-            steps["context"] != facts.context.hex()
+            steps["context"] != public.context.hex()
             or steps.setdefault(step, question.hex()) != question.hex()
         ):
             raise SecureError(
                 f"{self.name!r} answered another {step} question",
-                place=f"round {facts.number}",
+                place=f"round {public.number}",
                 cure="repeat the same one or go on",
             )
         for old in sorted(self._answered)[:-KEPT_ROUNDS]:
             del self._answered[old]
 
-    def _pair(self, other: str) -> bytes:
-        """Returns the secret that is shared with `other`, made when it is first needed: a round needs few of them."""
-        if other not in self._pairs:
+    def _shared_secret(self, other: str) -> bytes:
+        """Returns the secret that this client shares with `other`."""
+        # Computed when it is first needed: a round needs only those of neighbours and committee.
+        if other not in self._shared_secrets:
             assert self._roster is not None
-            pair = self._key.pair(self._roster.key_of[other])
-            assert pair is not None  # see `Roster.read`
-            self._pairs[other] = pair
-        return self._pairs[other]
+            secret = self._key.shared_secret(self._roster.key_of[other])
+            # `Roster.from_message` has refused keys without a secret.
+            assert secret is not None
+            self._shared_secrets[other] = secret
+        return self._shared_secrets[other]
 
-    def _shared_seed(self, facts: Round, other: str) -> bytes:
-        return derive(self._pair(other), "seed", facts.context, size=SEED)
+    def _shared_seed(self, public: PublicRound, other: str) -> bytes:
+        """Returns the seed of the mask with a neighbour, which the neighbour derives as well."""
+        return derive(self._shared_secret(other), "seed", public.context, size=SEED)
 
-    def _seal_key(self, facts: Round, owner: str, holder: str) -> bytes:
+    def _seal_key(self, public: PublicRound, owner: str, holder: str) -> bytes:
+        """Returns the key under which `owner` sends its shares to `holder`."""
         other = holder if owner == self.name else owner
-        return derive(self._pair(other), "seal", facts.context, owner, holder)
+        # Both names in their order: the way back has another key, so it may use the same nonce.
+        return derive(self._shared_secret(other), "seal", public.context, owner, holder)
 
-    def _lock(self, facts: Round, label: bytes, owner: str, holder: str) -> bytes:
-        """Returns what hides the holder's share of the owner's body key, if both were given the list `label`."""
+    def _pad(self, public: PublicRound, label: bytes, owner: str, holder: str) -> bytes:
+        """Returns the pad that hides the holder's share of the owner's body key.
+
+        Both derive the same pad only if both were sent the list with digest `label`.
+        """
         other = holder if owner == self.name else owner
-        return derive(self._pair(other), "lock", label, owner, holder)
+        return derive(self._shared_secret(other), "lock", label, owner, holder)
 
     def _sign(self, *words: str | int | bytes) -> bytes:
-        return sign(self._secret, *self._setting.words, *words)
+        return sign(self._secret, *self._setup.words, *words)
+
+
+def _read_answered(saved: JSON) -> dict[int, dict[str, str]]:
+    """Reads the answered rounds of a saved state, or raises what reading something else raises."""
+    rounds: dict[str, dict[str, str]] = saved  # type: ignore[assignment]
+    answered = {}
+    for number, steps in rounds.items():
+        answered[int(number)] = {str(step): str(question) for step, question in steps.items()}
+    if not all("context" in steps for steps in answered.values()):
+        raise KeyError("context")
+    return answered
 
 
 def report_digest(tensors: Mapping[str, Tensor]) -> bytes:
@@ -395,11 +482,16 @@ def report_digest(tensors: Mapping[str, Tensor]) -> bytes:
     return digest_all(tensors[name].contiguous().numpy() for name in names)
 
 
-def list_digest(facts: Round, reported: np.ndarray, digests: np.ndarray) -> bytes:
-    """Returns the digest of a list of those who reported and of what each of them reported."""
-    return digest("list", facts.context, reported.tobytes(), digests.tobytes())
+def list_digest(public: PublicRound, reported: np.ndarray, digests: np.ndarray) -> bytes:
+    """Returns the digest of who reported and of what each of them reported."""
+    return digest("list", public.context, reported.tobytes(), digests.tobytes())
 
 
-def wanted_rows(facts: Round, client: int, reported: np.ndarray) -> list[int]:
-    """Returns which of a reporting client's shares are opened: its own seed's, and those with who did not report."""
-    return [0, *(1 + np.flatnonzero(~reported[facts.neighbours(client)]))]
+def wanted_rows(public: PublicRound, client: int, reported: np.ndarray) -> list[int]:
+    """Returns which seeds of a client that reported are opened.
+
+    Its own seed, in row 0, and those that it shares with neighbours who did not report. The seeds
+    with neighbours who did report stay closed: their masks cancel in the sum, and with them open
+    the client's vector would be open too.
+    """
+    return [0, *(1 + np.flatnonzero(~reported[public.neighbours(client)]))]

@@ -1,4 +1,4 @@
-"""Keys: everything a client hides or signs with comes from its one 32-byte secret by HKDF."""
+"""Keys: all that a client encrypts or signs with is derived from its one 32-byte secret."""
 
 from __future__ import annotations
 
@@ -16,39 +16,52 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 Item: TypeAlias = str | int | bytes
 SIGNATURE = 64
+"""Bytes of an Ed25519 signature."""
+
 NONCE = 12
+"""Bytes of a ChaCha20-Poly1305 nonce."""
+
 TAG = 16
+"""Bytes that ChaCha20-Poly1305 adds, by which a change is noticed."""
 
 
 def derive(key: bytes, *items: Item, size: int = 32) -> bytes:
-    """Returns the `size` bytes named by `items` under `key` (HKDF with SHA-256): other items, unrelated bytes.
+    """Returns `size` bytes derived from `key` under the name `items` (HKDF with SHA-256).
 
-    >>> derive(bytes(32), "a") == derive(bytes(32), "a"), derive(bytes(32), "a") == derive(bytes(32), b"a")
-    (True, False)
+    Different items give unrelated bytes; so do a text and the same bytes.
+
+    >>> derive(bytes(32), "a") == derive(bytes(32), "a")
+    True
+    >>> derive(bytes(32), "a") == derive(bytes(32), b"a")
+    False
     """
     return HKDF(SHA256(), size, None, _statement(items)).derive(key)
 
 
 def digest(*items: Item) -> bytes:
-    """Returns the 32-byte digest of `items`; no two different lists of items give the same one."""
+    """Returns the 32-byte digest (BLAKE2b) of `items`; different lists have different digests."""
     return digest_all(items)
 
 
-def digest_all(parts: Iterable[Item | np.ndarray]) -> bytes:
-    """Returns the digest of a list that may hold large contiguous arrays, without copying them."""
-    made = blake2b(digest_size=32)
-    for part in parts:
-        if isinstance(part, np.ndarray):
-            made.update(f"{part.dtype.str} {part.shape};".encode())
-            made.update(part.data)
+def digest_all(items: Iterable[Item | np.ndarray]) -> bytes:
+    """Returns the digest of items that may be large contiguous arrays, without copying these."""
+    hasher = blake2b(digest_size=32)
+    for item in items:
+        # Type and length stand before each item: ("ab", "c") and ("a", "bc") must differ.
+        if isinstance(item, np.ndarray):
+            hasher.update(f"{item.dtype.str} {item.shape};".encode())
+            hasher.update(item.data)
         else:
-            data = part if isinstance(part, bytes) else repr(part).encode()
-            made.update(f"{type(part).__name__} {len(data)};".encode() + data)
-    return made.digest()
+            data = item if isinstance(item, bytes) else repr(item).encode()
+            hasher.update(f"{type(item).__name__} {len(data)};".encode() + data)
+    return hasher.digest()
 
 
 def identity(secret: bytes) -> bytes:
-    """Returns the public Ed25519 key [32] by which the others know the holder of `secret`; make it known beforehand."""
+    """Returns the public Ed25519 key [32] by which others know the holder of `secret`.
+
+    The others must get it before the run, and not from a server that they do not trust.
+    """
     return _signer(secret).public_key().public_bytes_raw()
 
 
@@ -58,7 +71,10 @@ def sign(secret: bytes, *items: Item) -> bytes:
 
 
 def verify(public: bytes, signature: bytes, *items: Item) -> bool:
-    """Returns whether `signature` on `items` is by the holder of the identity `public`, whatever bytes were given."""
+    """Says whether `signature` on `items` is by the holder of the identity `public`.
+
+    Any bytes may be given; those that are no key or no signature give False.
+    """
     try:
         Ed25519PublicKey.from_public_bytes(public).verify(signature, _statement(items))
     except (InvalidSignature, ValueError):
@@ -67,28 +83,32 @@ def verify(public: bytes, signature: bytes, *items: Item) -> bool:
 
 
 class KeyPair:
-    """The X25519 key of one client for one run."""
+    """The X25519 key of one client for one run: a new run has a new key."""
 
     def __init__(self, secret: bytes, run: str) -> None:
         self._private = X25519PrivateKey.from_private_bytes(derive(secret, "agreement", run))
         self.public = self._private.public_key().public_bytes_raw()
 
-    def pair(self, public: bytes) -> bytes | None:
-        """Returns the secret [32] shared with the holder of `public`, or None if that is a point of low order."""
+    def shared_secret(self, public: bytes) -> bytes | None:
+        """Returns the 32 bytes that only this client and the holder of `public` can compute.
+
+        None if `public` is a point of low order, with which everybody could compute them.
+        """
         try:
             shared = self._private.exchange(X25519PublicKey.from_public_bytes(public))
         except ValueError:
             return None
+        # Sorted, so that both sides derive the same secret from the two keys.
         return derive(shared, "pair", *sorted((self.public, public)))
 
 
-def agrees(public: bytes) -> bool:
-    """Returns whether a secret can be agreed on with the holder of `public`.
+def can_agree(public: bytes) -> bool:
+    """Says whether a secret can be agreed on with the holder of `public`.
 
-    A point of low order gives zero with every key, since X25519 keys are multiples of 8 (RFC 7748, section 6.1). So
-    any key can try it, and nobody has to make the secrets that it does not need.
+    A point of low order gives zero with every private key, since X25519 keys are multiples of 8
+    (RFC 7748, section 6.1). So one trial with any key shows it, and no secrets need to be computed.
 
-    >>> agrees(bytes(32)), agrees(KeyPair(bytes(32), "run").public)
+    >>> can_agree(bytes(32)), can_agree(KeyPair(bytes(32), "run").public)
     (False, True)
     """
     try:
@@ -101,12 +121,19 @@ def agrees(public: bytes) -> bool:
 
 
 def seal(key: bytes, nonce: bytes, data: bytes, about: bytes) -> bytes:
-    """Encrypts `data` so that only `key` opens it, and only for the same `about`: 16 bytes longer."""
+    """Encrypts and authenticates `data`; the result is `TAG` bytes longer.
+
+    Args:
+        key: 32 bytes.
+        nonce: 12 bytes, never used twice with one key for different data.
+        data: what is encrypted.
+        about: what is authenticated with it, and must be given again to `unseal`.
+    """
     return ChaCha20Poly1305(key).encrypt(nonce, data, about)
 
 
 def unseal(key: bytes, nonce: bytes, data: bytes, about: bytes) -> bytes | None:
-    """Returns what was sealed, or None if it was changed, meant for another or is about something else."""
+    """Returns what was sealed; None if it was changed, or key, nonce or `about` are others."""
     try:
         return ChaCha20Poly1305(key).decrypt(nonce, data, about)
     except InvalidTag:

@@ -1,4 +1,4 @@
-"""Masks: a short seed becomes as many pseudo-random words as the vector is long, added modulo 2^bits."""
+"""Masks: a 16-byte seed becomes a pseudo-random vector, which is added modulo 2^bits."""
 
 from __future__ import annotations
 
@@ -11,46 +11,60 @@ from torch import Tensor
 from fedpress.core.random import keystream
 from fedpress.secagg.keys import derive
 
-CHUNK = 1 << 17  # words worked on at a time, so that they stay in the cache
+CHUNK = 1 << 17
+"""Values worked on at a time, so that they stay in the processor's cache for all masks."""
 
 
-def word(bits: int) -> np.dtype:
-    """Returns the unsigned type whose own overflow is a multiple of 2^bits, so that sums need no reduction."""
-    return np.dtype("<u2" if bits <= 16 else "<u4" if bits <= 32 else "<u8")
+def word_type(bits: int) -> np.dtype:
+    """Returns the smallest unsigned type of at least `bits` bits.
+
+    It overflows at a multiple of 2^bits, so sums need no reduction on the way.
+    """
+    if bits <= 16:
+        return np.dtype("<u2")
+    if bits <= 32:
+        return np.dtype("<u4")
+    return np.dtype("<u8")
 
 
 def tensor_type(bits: int) -> torch.dtype:
-    """Returns the type in which masked values from 0 to 2^bits - 1 travel."""
+    """Returns the type in which masked values from 0 to 2^bits - 1 are sent."""
+    # torch has no unsigned types of these sizes, so 32 bits need an int64.
     return torch.int32 if bits <= 31 else torch.int64
 
 
 def add_masks_(words: np.ndarray, seeds: Sequence[tuple[bytes, bool]]) -> None:
-    """Adds to `words` [d] the mask of each seed, or subtracts it where the flag is False, in place.
+    """Adds masks to `words` [d] in place.
+
+    Args:
+        words: values of `word_type`.
+        seeds: the seed of each mask, and whether it is added (True) or subtracted (False).
 
     >>> words = np.zeros(3, np.uint32)
     >>> add_masks_(words, [(b"seed", True), (b"seed", False)])
     >>> words.tolist()
     [0, 0, 0]
     """
-    keys = [(derive(seed, "mask"), plus) for seed, plus in seeds]
+    keys = [(derive(seed, "mask"), add) for seed, add in seeds]
     for start in range(0, len(words), CHUNK):
         part = words[start : start + CHUNK]
-        for key, plus in keys:
+        for key, add in keys:
             mask = keystream(key, part.nbytes, start=start * words.itemsize).view(words.dtype)
-            if plus:
+            if add:
                 part += mask
             else:
                 part -= mask
 
 
 def to_words(values: Tensor, bits: int) -> np.ndarray:
-    """Returns whole numbers [d] modulo a power of two that is a multiple of 2^bits."""
-    return values.detach().cpu().numpy().astype(word(bits))
+    """Returns whole numbers [d] as `word_type`, that is, modulo a multiple of 2^bits."""
+    return values.detach().cpu().numpy().astype(word_type(bits))
 
 
 def to_tensor(words: np.ndarray, bits: int) -> Tensor:
-    """Returns `words` modulo 2^bits, as they travel."""
-    kept = words & word(bits).type((1 << bits) - 1)
+    """Returns `words` modulo 2^bits in the type in which they are sent."""
+    # A receiver refuses values outside 0 .. 2^bits - 1, and the bits above carry nothing.
+    kept = words & word_type(bits).type((1 << bits) - 1)
     return torch.from_numpy(kept.astype(np.int32 if bits <= 31 else np.int64))
 
 
@@ -60,6 +74,6 @@ def centred(words: np.ndarray, bits: int) -> Tensor:
     >>> centred(np.array([0, 7, 8, 15], np.uint16), 4).tolist()
     [0, 7, -8, -1]
     """
-    kept = (words & word(bits).type((1 << bits) - 1)).astype(np.int64)
+    kept = (words & word_type(bits).type((1 << bits) - 1)).astype(np.int64)
     kept[kept >= 1 << (bits - 1)] -= 1 << bits
     return torch.from_numpy(kept)

@@ -1,4 +1,4 @@
-"""The plan of a secure sum: how many clients, how many may vanish or be corrupt, and what follows from it."""
+"""The plan of a secure sum: cohort, drop-outs, corrupt clients, and what follows from them."""
 
 from __future__ import annotations
 
@@ -9,24 +9,30 @@ from functools import lru_cache
 from fedpress.errors import RecipeError
 from fedpress.secagg import graph
 
-WHOLE_COMMITTEE = 100  # up to this cohort everybody is in the committee
+WHOLE_COMMITTEE = 100
+"""Up to this cohort everybody is in the committee."""
+
 MAX_COHORT = 5_000
+"""Graphs and committees of larger cohorts would take too long to plan."""
 
 
 @dataclass(frozen=True)
 class SecurePlan:
-    """What both sides agree on; its fields are in all that is signed, so two sides with other plans refuse each other.
+    """What server and clients agree on before a run.
+
+    All fields are part of everything that is signed, so two sides with different plans refuse each
+    other's messages.
 
     Args:
         cohort: clients in every round.
         bits: sums are exact modulo 2^bits, from 2 to 62.
-        max_dropout: share of the cohort that may vanish in a round, at whichever step.
+        max_dropout: share of the cohort that may drop out in a round, at any step.
         max_corrupt: share of the cohort that may work for a dishonest server.
-        bound: largest absolute value a client may hand in, so that no sum can overflow; None takes any value modulo
-            2^bits, and it is for the caller to see that the sum fits.
+        bound: largest absolute value that a client may hand in, so that no sum overflows; None
+            takes any value modulo 2^bits, and the caller must make sure that the sum fits.
 
     Raises:
-        RecipeError: if a number is out of range or the shares leave no safe threshold.
+        RecipeError: if a number is out of range, or no threshold is safe.
 
     >>> plan = SecurePlan(cohort=10, bits=18)
     >>> plan.survivors, plan.committee, plan.threshold, plan.edge_prob
@@ -52,21 +58,15 @@ class SecurePlan:
                     f"got {getattr(self, name)}, expected a share from 0 to below 0.5",
                     place=name,
                 )
-        if self.bound is not None and not 0 < self.bound * self.cohort < 1 << (self.bits - 1):
-            needed = (self.bound * self.cohort).bit_length() + 1
+        if self.bound is not None:
+            self._check_bound(self.bound)
+        honest = self.survivors - self.corrupt
+        # The sum of one honest client's vector and those of corrupt ones is that client's vector.
+        if honest < 2:
             raise RecipeError(
                 (
-                    f"got {self.bits}, and {self.cohort} values up to {self.bound} need {needed} "
-                    "bits"
-                ),
-                place="bits",
-                cure=f"take {needed} or more",
-            )
-        if self.survivors - self.corrupt < 2:
-            raise RecipeError(
-                (
-                    f"with {self.cohort} clients a sum may hold {self.survivors - self.corrupt} "
-                    "honest ones, which hides nobody"
+                    f"with {self.cohort} clients a sum may hold {honest} honest ones, which hides "
+                    "nobody"
                 ),
                 place="max_dropout",
                 cure="take a larger cohort or a lower max_dropout",
@@ -74,16 +74,27 @@ class SecurePlan:
         if not all(_committee(self.cohort, self.dropped, self.corrupt)):
             raise RecipeError(
                 (
-                    f"{self.corrupt} corrupt and twice {self.dropped} vanishing clients are not "
+                    f"{self.corrupt} corrupt clients and twice {self.dropped} drop-outs are not "
                     f"fewer than the cohort of {self.cohort}"
                 ),
                 place="max_corrupt",
                 cure="lower max_dropout or max_corrupt",
             )
 
+    def _check_bound(self, bound: int) -> None:
+        largest = bound * self.cohort
+        if not 0 < largest < 1 << (self.bits - 1):
+            needed = largest.bit_length() + 1
+            raise RecipeError(
+                f"got {self.bits}, and {self.cohort} values up to {bound} need {needed} bits",
+                place="bits",
+                cure=f"take {needed} or more",
+            )
+
     @property
     def dropped(self) -> int:
-        """Clients that may vanish."""
+        """Clients that may drop out in a round."""
+        # At least two must stay, since a sum of one vector is that vector.
         return min(_floor(self.cohort * self.max_dropout), self.cohort - 2)
 
     @property
@@ -93,28 +104,31 @@ class SecurePlan:
 
     @property
     def survivors(self) -> int:
-        """Fewest clients that a sum may hold."""
+        """Fewest clients whose sum is opened."""
         return self.cohort - self.dropped
 
     @property
     def committee(self) -> int:
-        """Clients that hold shares."""
+        """Clients of a round that hold shares of the others' seeds."""
         return _committee(self.cohort, self.dropped, self.corrupt)[0]
 
     @property
     def threshold(self) -> int:
-        """Members of the committee who must give the same answer: more than half of the honest ones and all corrupt."""
+        """Members of the committee who must answer the same list.
+
+        More than all corrupt and half of the honest ones, so that no two lists can both be opened.
+        """
         return _committee(self.cohort, self.dropped, self.corrupt)[1]
 
     @property
     def edge_prob(self) -> float:
         """Probability that two clients mask with each other."""
-        return graph.density(self.cohort, self.dropped, self.corrupt)[0]
+        return graph.sparsest(self.cohort, self.dropped, self.corrupt)[0]
 
     @property
     def least_neighbours(self) -> int:
         """Fewest neighbours in the sum that every client in the sum must have."""
-        return graph.density(self.cohort, self.dropped, self.corrupt)[1]
+        return graph.sparsest(self.cohort, self.dropped, self.corrupt)[1]
 
     @property
     def degree(self) -> float:
@@ -123,40 +137,48 @@ class SecurePlan:
 
 
 def _floor(x: float) -> int:
-    return math.floor(x + 1e-9)  # 0.1 * 30 is a little more, 0.29 * 100 a little less than meant
+    # In floating point 0.29 * 100 is a little less than 29.
+    return math.floor(x + 1e-9)
 
 
 @lru_cache(maxsize=64)
 def _committee(cohort: int, dropped: int, corrupt: int) -> tuple[int, int]:
-    """Returns (size, threshold) of the smallest committee that is safe and alive, or (0, 0) if none is.
+    """Returns (size, threshold) of the smallest safe committee, or (0, 0) if there is none.
 
-    Two labellings cannot both find `threshold` members if 2 threshold > size + the corrupt ones: each honest member
-    answers one of them. A committee smaller than the cohort is drawn at random, so both sides hold up to a probability.
+    Each honest member answers one list only. So two different lists cannot both find `threshold`
+    members if 2 threshold > size + the number of corrupt members. A committee smaller than the
+    cohort is drawn at random, so safety and the number of members that stay hold up to a
+    probability: `graph.RISK` and `graph.MISS`.
     """
     for size in range(WHOLE_COMMITTEE, cohort, 10):
-        threshold = _reached(cohort, cohort - dropped, size)
-        if _tail(cohort, corrupt, size, 2 * threshold - size) <= graph.RISK:
+        threshold = _staying(cohort, cohort - dropped, size)
+        # The fewest corrupt members with which two lists could both be opened.
+        too_many = 2 * threshold - size
+        if _tail_probability(cohort, corrupt, size, too_many) <= graph.RISK:
             return size, threshold
     threshold = cohort - dropped
     return (cohort, threshold) if 2 * threshold > cohort + corrupt else (0, 0)
 
 
-def _reached(cohort: int, alive: int, size: int) -> int:
-    """Returns the largest number of `size` drawn clients that are alive, up to the probability `MISS`."""
-    ways, below, number = math.comb(cohort, size), 0, 0
+def _staying(cohort: int, alive: int, size: int) -> int:
+    """Returns how many of `size` drawn clients stay, except with probability `graph.MISS`."""
+    ways = math.comb(cohort, size)
+    below = 0
+    number = 0
     while number <= size:
         below += math.comb(alive, number) * math.comb(cohort - alive, size - number)
-        if below / ways > graph.MISS:  # whole numbers, too large for floats on their own
+        # Whole numbers too large for floats, until they are divided.
+        if below / ways > graph.MISS:
             break
         number += 1
     return number
 
 
-def _tail(cohort: int, marked: int, size: int, least: int) -> float:
-    """Returns the probability that `least` or more of `size` drawn clients are among the `marked`."""
+def _tail_probability(cohort: int, marked: int, size: int, least: int) -> float:
+    """Returns the probability that `least` or more of `size` drawn clients are `marked` ones."""
     if least <= 0:
         return 1.0
-    ways = sum(
-        math.comb(marked, k) * math.comb(cohort - marked, size - k) for k in range(least, size + 1)
-    )
+    ways = 0
+    for number in range(least, size + 1):
+        ways += math.comb(marked, number) * math.comb(cohort - marked, size - number)
     return ways / math.comb(cohort, size)

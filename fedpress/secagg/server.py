@@ -1,4 +1,4 @@
-"""The server of a secure sum: it adds hidden vectors, and sees nothing but their sum."""
+"""The server of a secure sum: it adds masked vectors and learns nothing but their sum."""
 
 from __future__ import annotations
 
@@ -11,35 +11,56 @@ from torch import Tensor
 from fedpress.errors import RecipeError, SecureError, WireError
 from fedpress.secagg.client import list_digest, report_digest, wanted_rows
 from fedpress.secagg.keys import NONCE, SIGNATURE, TAG, unseal
-from fedpress.secagg.masks import add_masks_, centred, tensor_type, to_words, word
-from fedpress.secagg.parts import JSON, SecAggMessage, read, read_bytes, read_number, tensor
+from fedpress.secagg.masks import add_masks_, centred, tensor_type, to_words, word_type
+from fedpress.secagg.message import (
+    JSON,
+    SecAggMessage,
+    as_tensor,
+    read_bytes,
+    read_number,
+    read_tensor,
+)
 from fedpress.secagg.plan import SecurePlan
-from fedpress.secagg.public import SEED, Roster, Round, SecAggSetup, commitment
-from fedpress.secagg.shares import recover
+from fedpress.secagg.public import SEED, PublicRound, Roster, SecAggSetup, commitment
+from fedpress.secagg.shares import recover_secrets
 
 
 class SecAggServer:
-    """The server's side of the set-up; the same clients joining again give the same roster."""
+    """The server's side of the set-up, once per run.
+
+    Call `join` with each client's key, send everybody the `roster`, call `accepted` with each
+    answer, then `open` a sum for every round.
+
+    Args:
+        plan: what was agreed.
+        identities: the identity key of every client by its name.
+        run: name of the run.
+    """
 
     def __init__(self, plan: SecurePlan, identities: Mapping[str, bytes], run: str) -> None:
-        self._setting = SecAggSetup(plan, dict(identities), run)
+        self._setup = SecAggSetup(plan, dict(identities), run)
         self._joined: dict[str, tuple[bytes, bytes]] = {}
         self._roster: Roster | None = None
         self._accepted: set[str] = set()
 
-    def join(self, name: str, part: SecAggMessage) -> None:
-        """Takes a client's key; WireError if it is not signed by it, came twice, or came after the roster."""
-        key = read_bytes(part, "key", (32,), "join").tobytes()
-        signature = read_bytes(part, "signature", (SIGNATURE,), "join").tobytes()
+    def join(self, name: str, message: SecAggMessage) -> None:
+        """Takes a client's key.
+
+        Raises:
+            WireError: if the client did not sign it, joined before, or joined after the roster was
+                made.
+        """
+        key = read_bytes(message, "key", (32,), "join").tobytes()
+        signature = read_bytes(message, "signature", (SIGNATURE,), "join").tobytes()
         if self._roster is not None or name in self._joined:
             raise WireError(
                 f"{name!r} joined twice or after the roster was made",
                 place="join",
                 cure="join once before it",
             )
-        if not self._setting.signed(name, signature, "join", name, key):
+        if not self._setup.signed(name, signature, "join", name, key):
             raise WireError(
-                f"not by {name!r}, or for another run or plan",
+                f"not signed by {name!r} for this run and plan",
                 place="join.signature",
                 cure="use the same settings",
             )
@@ -50,45 +71,60 @@ class SecAggServer:
         self._joined[name] = key, signature
 
     def roster(self) -> SecAggMessage:
-        """Returns everybody's keys, to be sent to all; nobody can join any more.
+        """Returns everybody's keys, to be sent to all; after this nobody can join.
+
+        Sorted by name, so the same clients give the same roster in whichever order they joined.
 
         Raises:
             SecureError: if fewer clients joined than a round needs.
         """
         if self._roster is None:
-            if len(self._joined) < self._setting.plan.cohort:
+            if len(self._joined) < self._setup.plan.cohort:
                 raise SecureError(
-                    f"{len(self._joined)} clients joined, a round needs {self._setting.plan.cohort}",
+                    f"{len(self._joined)} clients joined, a round needs {self._setup.plan.cohort}",
                     place="join",
                     cure="wait for more",
                 )
             names = tuple(sorted(self._joined))
             keys, signatures = zip(*(self._joined[name] for name in names), strict=True)
             self._roster = Roster(names, keys, signatures)
-        return self._roster.part()
+        return self._roster.to_message()
 
     def load_roster_(self, roster: SecAggMessage) -> None:
-        """Takes over a roster made before the server was stopped; WireError if it is faulty."""
-        self._roster = Roster.read(roster, self._setting)
+        """Restores a roster that was made before the server was stopped.
 
-    def accepted(self, name: str, part: SecAggMessage) -> None:
-        """Notes that a client checked the roster; WireError if it does not say so about this one."""
-        signature = read_bytes(part, "signature", (SIGNATURE,), "accept").tobytes()
+        Raises:
+            WireError: if it is faulty.
+        """
+        self._roster = Roster.from_message(roster, self._setup)
+
+    def accepted(self, name: str, message: SecAggMessage) -> None:
+        """Notes that a client has checked and accepted the roster.
+
+        Raises:
+            WireError: if the client is not in the roster, or did not sign its digest.
+        """
+        signature = read_bytes(message, "signature", (SIGNATURE,), "accept").tobytes()
         if self._roster is None or name not in self._roster.names:
             raise WireError(f"{name!r} is not in the roster", place="accept", cure="join first")
-        if not self._setting.signed(name, signature, "accept", name, self._roster.digest):
+        if not self._setup.signed(name, signature, "accept", name, self._roster.digest):
             raise WireError(
-                f"{name!r} signed no such roster",
+                f"{name!r} did not sign this roster",
                 place="accept.signature",
-                cure="send it the same as all",
+                cure="send it the same roster as all",
             )
         self._accepted.add(name)
 
     def open(self, round: int, cohort: Sequence[str], size: int) -> SecureRound:
-        """Begins a round of vectors [size].
+        """Begins the sum of one round.
+
+        Args:
+            round: number of the round.
+            cohort: names of the clients that are asked.
+            size: number of values in each vector.
 
         Raises:
-            RecipeError: if the cohort is not as planned or somebody in it did not accept the roster.
+            RecipeError: if the cohort is not as planned, or one of it did not accept the roster.
         """
         if self._roster is None or not self._accepted.issuperset(cohort) or size < 1:
             raise RecipeError(
@@ -97,67 +133,75 @@ class SecAggServer:
                 cure="choose among those who did",
             )
         try:
-            return SecureRound(
-                self._setting, Round.of(self._setting, self._roster, round, cohort, size)
-            )
+            public = PublicRound.of(self._setup, self._roster, round, cohort, size)
         except WireError as error:
+            # Here the cohort is an argument of the caller and not a field of a message.
             place = error.place.removeprefix("round.")
             raise RecipeError(error.problem, place=place, cure=error.cure) from error
+        return SecureRound(self._setup, public)
 
 
 class SecureRound:
-    """One sum: `add` reports as they come, send the `requests`, `share` the answers, then `sum`."""
+    """The sum of one round.
 
-    def __init__(self, setting: SecAggSetup, facts: Round) -> None:
-        self._setting, self._facts, self._plan = setting, facts, setting.plan
-        self._number = {name: i for i, name in enumerate(facts.names)}
-        self._total = np.zeros(facts.size, word(self._plan.bits))
+    Call `add` with each client's report, send the `requests`, call `share` with each answer, then
+    `sum`.
+    """
+
+    def __init__(self, setup: SecAggSetup, public: PublicRound) -> None:
+        self._setup = setup
+        self._public = public
+        self._plan = setup.plan
+        self._number = {name: i for i, name in enumerate(public.names)}
+        self._total = np.zeros(public.size, word_type(self._plan.bits))
         self._reports: dict[int, dict[str, np.ndarray]] = {}
-        self._asked: np.ndarray | None = None  # who reported, once that is settled
-        self._wanted: list[list[int]] = []  # which shares of each of them are opened
-        self._answers: dict[int, dict[str, np.ndarray]] = {}  # by the place in the committee
+        # Who reported, bool [cohort]; None until the requests are made.
+        self._asked: np.ndarray | None = None
+        # Which seeds of each client in the sum are opened.
+        self._wanted: list[list[int]] = []
+        # Answers by the member's place in the committee.
+        self._answers: dict[int, dict[str, np.ndarray]] = {}
 
     @property
     def reported(self) -> list[str]:
         """Names of those whose vectors are in the sum, in order."""
-        return [self._facts.names[i] for i in sorted(self._reports)]
+        return [self._public.names[i] for i in sorted(self._reports)]
 
-    def add(self, name: str, part: SecAggMessage) -> None:
-        """Adds one client's hidden vector and keeps only its shares.
+    def add(self, name: str, message: SecAggMessage) -> None:
+        """Adds one client's masked vector to the sum and keeps only its shares.
 
         Raises:
-            WireError: if the report is faulty, not signed by the client, came twice or too late; it is not added.
+            WireError: if the report is faulty, not signed by the client, came twice or too late;
+                then it is not added.
         """
-        place, facts = "report", self._facts
-        me = self._client(name, part, place)
+        place = "report"
+        public = self._public
+        me = self._client(name, message, place)
         if me in self._reports or self._asked is not None:
             raise WireError(
                 f"{name!r} reported twice or too late", place=place, cure="report once per round"
             )
-        masked = read(part, "masked", tensor_type(self._plan.bits), (facts.size,), place)
+        masked = read_tensor(message, "masked", tensor_type(self._plan.bits), (public.size,), place)
         shapes = {
             "nonce": (NONCE,),
-            "sealed": (len(facts.committee), facts.sealed_size(me)),
-            "commitments": (1 + len(facts.neighbours(me)), SEED),
+            "sealed": (len(public.committee), public.sealed_size(me)),
+            "commitments": (1 + len(public.neighbours(me)), SEED),
             "signature": (SIGNATURE,),
         }
-        kept = {
-            field: read_bytes(part, field, shape, place).copy() for field, shape in shapes.items()
-        }
+        kept = _read_fields(message, shapes, place)
         if int(masked.min()) < 0 or int(masked.max()) >> self._plan.bits:
             raise WireError(
                 f"a value is not from 0 to 2^{self._plan.bits} - 1",
                 place=f"{place}.masked",
                 cure="send it unchanged",
             )
-        made = report_digest(
-            {"masked": masked} | {field: torch.from_numpy(kept[field]) for field in shapes}
-        )
-        if not self._setting.signed(
-            name, kept["signature"].tobytes(), "report", facts.context, name, made
-        ):
+        tensors = {field: torch.from_numpy(array) for field, array in kept.items()}
+        made = report_digest({"masked": masked, **tensors})
+        signature = kept["signature"].tobytes()
+        # The committee will check this signature; a report that it refuses would close the sum.
+        if not self._setup.signed(name, signature, "report", public.context, name, made):
             raise WireError(
-                f"not by {name!r} about this round and cohort",
+                f"not signed by {name!r} for this round and cohort",
                 place=f"{place}.signature",
                 cure="send it unchanged",
             )
@@ -165,71 +209,81 @@ class SecureRound:
         self._reports[me] = kept | {"digest": np.frombuffer(made, np.uint8)}
 
     def requests(self) -> dict[str, SecAggMessage]:
-        """Returns the question for each member of the committee who reported; nobody can report any more.
+        """Returns the request for each member of the committee who reported, by name.
+
+        After this nobody can report: the committee answers one list of clients only.
 
         Raises:
-            SecureError: if too few reported for the plan, or two clients do not agree on their mask.
+            SecureError: if too few reported, or two clients do not agree on their mask.
         """
-        facts = self._facts
-        reported = np.zeros(len(facts.names), bool)
+        public = self._public
+        reported = np.zeros(len(public.names), bool)
         reported[list(self._reports)] = True
-        problem = facts.too_few(reported) if reported.any() else "nobody reported"
-        holders = [k for k, i in enumerate(facts.committee) if reported[i]]
-        if not problem and len(holders) < self._plan.threshold:
-            problem = f"{len(holders)} of the committee reported, and at least {self._plan.threshold} must"
+        problem = public.too_few(reported) if reported.any() else "nobody reported"
+        members = [k for k, i in enumerate(public.committee) if reported[i]]
+        if not problem and len(members) < self._plan.threshold:
+            problem = (
+                f"{len(members)} of the committee reported, and at least {self._plan.threshold} "
+                "must"
+            )
         problem = problem or self._disagreement()
         if problem:
-            raise SecureError(
-                f"{problem}", place=f"round {facts.number}", cure="the sum stays closed"
-            )
+            raise self._closed(problem)
+
         self._asked = reported
-        self._wanted = [wanted_rows(facts, i, reported) for i in self._settled()]
-        reports = [self._reports[i] for i in self._settled()]
+        clients = self._clients_in_sum()
+        self._wanted = [wanted_rows(public, i, reported) for i in clients]
+        reports = [self._reports[i] for i in clients]
         common = {
-            "reported": tensor(reported.astype(np.uint8)),
-            "nonces": tensor(np.stack([r["nonce"] for r in reports])),
-            "digests": tensor(np.stack([r["digest"] for r in reports])),
-            "signatures": tensor(np.stack([r["signature"] for r in reports])),
+            "reported": as_tensor(reported.astype(np.uint8)),
+            "nonces": as_tensor(np.stack([report["nonce"] for report in reports])),
+            "digests": as_tensor(np.stack([report["digest"] for report in reports])),
+            "signatures": as_tensor(np.stack([report["signature"] for report in reports])),
         }
         header: dict[str, JSON] = {
-            "round": facts.number,
-            "size": facts.size,
-            "cohort": [*facts.names],
+            "round": public.number,
+            "size": public.size,
+            "cohort": [*public.names],
         }
-        return {
-            facts.names[facts.committee[k]]: SecAggMessage(
-                header,
-                common | {"sealed": tensor(np.concatenate([r["sealed"][k] for r in reports]))},
-            )
-            for k in holders
-        }
+        requests = {}
+        for k in members:
+            # Each member gets what the clients encrypted for it, and nothing of others.
+            sealed = np.concatenate([report["sealed"][k] for report in reports])
+            name = public.names[public.committee[k]]
+            requests[name] = SecAggMessage(header, {**common, "sealed": as_tensor(sealed)})
+        return requests
 
-    def share(self, name: str, part: SecAggMessage) -> None:
-        """Takes one member's answer; WireError if it is faulty, which counts as none."""
-        place, facts = "shares", self._facts
-        me = self._client(name, part, place)
-        if self._asked is None or me not in facts.committee or not self._asked[me]:
+    def share(self, name: str, message: SecAggMessage) -> None:
+        """Takes one member's answer.
+
+        Raises:
+            WireError: if it is faulty; then it counts as none.
+        """
+        place = "shares"
+        public = self._public
+        me = self._client(name, message, place)
+        if self._asked is None or me not in public.committee or not self._asked[me]:
             raise WireError(
                 f"{name!r} was not asked", place=place, cure="answer only what was asked"
             )
-        k = facts.committee.index(me)
+        k = public.committee.index(me)
         if k in self._answers:
             raise WireError(f"{name!r} answered twice", place=place, cure="answer once")
-        clients = self._settled()
-        holders = sum(int(self._asked[i]) for i in facts.committee)
+        clients = self._clients_in_sum()
+        members = int(self._asked[list(public.committee)].sum())
         rows = sum(map(len, self._wanted))
         shapes = {
             "body": (len(clients) + rows * SEED + TAG,),
             "commitment": (SEED,),
-            "locks": (holders, 32),
-            "opens": (holders, 32),
+            "locks": (members, 32),
+            "opens": (members, 32),
         }
-        self._answers[k] = {
-            field: read_bytes(part, field, shape, place).copy() for field, shape in shapes.items()
-        }
+        self._answers[k] = _read_fields(message, shapes, place)
 
     def sum(self) -> Tensor:
-        """Returns the sum of those who reported, int64 [size] from -2^(bits-1) to 2^(bits-1) - 1.
+        """Returns the sum of the vectors of all clients that reported, int64 [size].
+
+        Its values are from -2^(bits-1) to 2^(bits-1) - 1.
 
         Raises:
             SecureError: if too few of the committee gave right answers.
@@ -237,7 +291,7 @@ class SecureRound:
         if self._asked is None:
             raise SecureError(
                 "nobody was asked to unmask",
-                place=f"round {self._facts.number}",
+                place=f"round {self._public.number}",
                 cure="send the requests first",
             )
         seeds = self._seeds(self._bodies())
@@ -245,50 +299,63 @@ class SecureRound:
         add_masks_(total, self._to_remove(seeds))
         return centred(total, self._plan.bits)
 
-    def _settled(self) -> list[int]:
-        """Returns the numbers of those in the sum, once the requests were made."""
+    def _clients_in_sum(self) -> list[int]:
+        """Returns the numbers of the clients in the sum, once the requests were made."""
         assert self._asked is not None
         return [int(i) for i in np.flatnonzero(self._asked)]
 
-    def _client(self, name: str, part: SecAggMessage, place: str) -> int:
+    def _client(self, name: str, message: SecAggMessage, place: str) -> int:
+        """Returns the number of the client that sent `message`, or raises WireError."""
         if name not in self._number:
             raise WireError(
-                f"{name!r} is not in the cohort of round {self._facts.number}",
+                f"{name!r} is not in the cohort of round {self._public.number}",
                 place=place,
-                cure="stay away",
+                cure="take part only in rounds whose cohort names you",
             )
-        number = read_number(part, "round", place)
-        if number != self._facts.number:
+        number = read_number(message, "round", place)
+        if number != self._public.number:
             raise WireError(
-                f"got {number}, expected {self._facts.number}",
+                f"got {number}, expected {self._public.number}",
                 place=f"{place}.round",
                 cure="answer the newest request",
             )
         return self._number[name]
 
     def _disagreement(self) -> str:
-        """Says which client committed to other masks than its neighbours, so that the sum would be wrong."""
-        facts, size = self._facts, len(self._facts.names)
+        """Says which client committed to other masks than its neighbours; empty if none did.
+
+        Masks that differ do not cancel, so the sum would be wrong without anybody noticing.
+        """
+        public = self._public
+        size = len(public.names)
+        # The commitment of client i to its mask with client j is at [i, j].
         table = np.zeros((size, size, SEED // 8), np.uint64)
         for i, report in self._reports.items():
-            table[i, facts.neighbours(i)] = report["commitments"][1:].view(np.uint64)
+            table[i, public.neighbours(i)] = report["commitments"][1:].view(np.uint64)
         both = np.zeros(size, bool)
         both[list(self._reports)] = True
         wrong = (table != table.transpose(1, 0, 2)).any(2) & both[:, None] & both[None, :]
         if not wrong.any():
             return ""
-        return f"{facts.names[int(wrong.sum(1).argmax())]!r} and its neighbours do not agree on their masks"
+        # Of two that differ either may be the liar; one that differs from many most likely is.
+        name = public.names[int(wrong.sum(1).argmax())]
+        return f"{name!r} and its neighbours do not agree on their masks"
 
     def _bodies(self) -> dict[int, bytes]:
-        """Returns what the members answered, by place in the committee, as far as it can be opened."""
+        """Returns the decrypted answers by place in the committee, without unreadable ones.
+
+        Raises:
+            SecureError: if fewer than the threshold are left.
+        """
         assert self._asked is not None
-        places, threshold = sorted(self._answers), self._plan.threshold
+        places = sorted(self._answers)
+        threshold = self._plan.threshold
         if len(places) < threshold:
             raise self._closed(
                 f"{len(places)} of the committee answered, and at least {threshold} must"
             )
-        digests = np.stack([self._reports[i]["digest"] for i in self._settled()])
-        label = list_digest(self._facts, self._asked, digests)
+        digests = np.stack([self._reports[i]["digest"] for i in self._clients_in_sum()])
+        label = list_digest(self._public, self._asked, digests)
         bodies = {}
         for place, key in self._body_keys(places).items():
             sealed = self._answers[place]["body"].tobytes()
@@ -302,47 +369,65 @@ class SecureRound:
         return bodies
 
     def _body_keys(self, places: list[int]) -> dict[int, bytes]:
-        """Returns the keys with which the members at `places` sealed their answers, as far as shares give them.
+        """Returns the keys of the answers of the members at `places`; wrong ones are left out.
 
-        Each member split its key among those of the committee who reported (see `SecAggClient.unmask`): its `locks`
-        are the shares, hidden, and the others' `opens` take off what hides them.
+        Each member gave a share of its key to every member who reported (see
+        `SecAggClient.unmask`). Its `locks` are these shares under pads, and the `opens` of the
+        others are the pads.
         """
         assert self._asked is not None
-        reported = [k for k, i in enumerate(self._facts.committee) if self._asked[i]]
+        reported = [k for k, i in enumerate(self._public.committee) if self._asked[i]]
         owners = [reported.index(k) for k in places]
         answers = [self._answers[k] for k in places]
-        locks = np.stack([one["locks"][owners] for one in answers])  # [owner, holder, 32]
-        opens = np.stack([one["opens"][owners] for one in answers])  # [holder, owner, 32]
-        expected = [one["commitment"].tobytes() for one in answers]
-        keys, lost = recover(
+        # Locks are [owner, holder, 32], and opens are [holder, owner, 32].
+        locks = np.stack([answer["locks"][owners] for answer in answers])
+        opens = np.stack([answer["opens"][owners] for answer in answers])
+        expected = [answer["commitment"].tobytes() for answer in answers]
+        keys, lost = recover_secrets(
             locks.transpose(1, 0, 2) ^ opens,
             [k + 1 for k in places],
             self._plan.threshold,
             lambda number, key: commitment(key) == expected[number],
         )
-        return {k: keys[at].tobytes() for at, k in enumerate(places) if at not in lost}
+        found = {}
+        for at, k in enumerate(places):
+            if at not in lost:
+                found[k] = keys[at].tobytes()
+        return found
 
     def _seeds(self, bodies: Mapping[int, bytes]) -> np.ndarray:
-        """Returns the seeds that were wanted, uint8 [seeds, SEED], from the shares in the members' `bodies`.
+        """Returns the wanted seeds of all clients in the sum, uint8 [seeds, SEED].
 
-        A body begins with a flag for each client whose shares the member could not read. So clients are recovered in
-        groups: those whose shares the same members could read.
+        Args:
+            bodies: the decrypted answers by place in the committee. Each begins with a flag for
+                every client whose shares the member could not read.
+
+        Raises:
+            SecureError: if a seed cannot be recovered.
         """
-        clients, holders = self._settled(), np.array(sorted(bodies))
+        clients = self._clients_in_sum()
+        holders = np.array(sorted(bodies))
         raw = np.stack([np.frombuffer(bodies[k], np.uint8) for k in holders])
         unread, shares = np.split(raw, [len(clients)], axis=1)
         shares = shares.reshape(len(holders), -1, SEED)
-        kept = [self._reports[i]["commitments"] for i in clients]
-        expected = np.concatenate([all[i] for all, i in zip(kept, self._wanted, strict=True)])
+        expected = np.concatenate(
+            [
+                self._reports[i]["commitments"][rows]
+                for i, rows in zip(clients, self._wanted, strict=True)
+            ]
+        )
+        # The seeds of client number `at` in the sum are the rows ends[at] to ends[at + 1].
         ends = np.cumsum([0, *map(len, self._wanted)])
         seeds = np.zeros((ends[-1], SEED), np.uint8)
+
+        # Clients whose shares the same members could read are recovered together, in one call.
         groups: dict[bytes, list[int]] = {}
         for at in range(len(clients)):
             groups.setdefault(unread[:, at].tobytes(), []).append(at)
         for flags, members in groups.items():
             able = np.flatnonzero(np.frombuffer(flags, np.uint8) == 0)
             if len(able) < self._plan.threshold:
-                name = self._facts.names[clients[members[0]]]
+                name = self._public.names[clients[members[0]]]
                 raise self._closed(
                     f"only {len(able)} of the committee can read what {name!r} sent them"
                 )
@@ -352,9 +437,13 @@ class SecureRound:
         return seeds
 
     def _recovered(self, shares: np.ndarray, points: list[int], expected: np.ndarray) -> np.ndarray:
-        """Returns the secrets of `shares` [points, secrets, SEED], all of which must fit what was committed to."""
+        """Returns the secrets of `shares` [points, secrets, SEED].
+
+        Raises:
+            SecureError: if one of them does not fit its commitment in `expected`.
+        """
         commitments = [row.tobytes() for row in expected]
-        found, lost = recover(
+        found, lost = recover_secrets(
             shares,
             points,
             self._plan.threshold,
@@ -365,15 +454,27 @@ class SecureRound:
         return found
 
     def _to_remove(self, seeds: np.ndarray) -> list[tuple[bytes, bool]]:
-        """Returns the masks left in the total, each with the opposite sign."""
-        left, rows = [], iter(seeds)
-        for i, opened in zip(self._settled(), self._wanted, strict=True):
-            neighbours = self._facts.neighbours(i)
-            left.append((next(rows).tobytes(), False))
-            left += [(next(rows).tobytes(), bool(i > neighbours[row - 1])) for row in opened[1:]]
-        return left
+        """Returns the masks that are left in the total, each with the opposite sign."""
+        masks = []
+        rows = iter(seeds)
+        for i, opened in zip(self._clients_in_sum(), self._wanted, strict=True):
+            neighbours = self._public.neighbours(i)
+            # Every client added the mask of its own seed.
+            masks.append((next(rows).tobytes(), False))
+            # Towards a neighbour with a higher number it added the mask, else it subtracted it.
+            for row in opened[1:]:
+                masks.append((next(rows).tobytes(), bool(i > neighbours[row - 1])))
+        return masks
 
     def _closed(self, problem: str) -> SecureError:
         return SecureError(
-            f"{problem}", place=f"round {self._facts.number}", cure="the sum stays closed"
+            problem, place=f"round {self._public.number}", cure="the sum stays closed"
         )
+
+
+def _read_fields(
+    message: SecAggMessage, shapes: Mapping[str, tuple[int, ...]], place: str
+) -> dict[str, np.ndarray]:
+    """Returns a copy of the uint8 tensor of each name in `shapes`, or raises WireError."""
+    # Copies: the arrays may be views of a whole received message, which is freed that way.
+    return {name: read_bytes(message, name, shape, place).copy() for name, shape in shapes.items()}

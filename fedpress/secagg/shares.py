@@ -1,7 +1,8 @@
-"""Shamir's secret sharing over GF(2^16): any `threshold` shares give the secret, fewer say nothing about it.
+"""Shamir's secret sharing over GF(2^16): `threshold` shares give the secret, fewer reveal nothing.
 
-A secret is a row of bytes; every two bytes are the value at 0 of their own random polynomial of degree threshold - 1,
-and a share is the value at a point from 1 to 65535. Addition is XOR, multiplication goes through tables of logarithms.
+A secret is a row of bytes. Every two bytes are the value at 0 of a random polynomial of degree
+threshold - 1, and a share is its value at a point from 1 to 65535. In this field addition is XOR,
+and multiplication adds logarithms, which are looked up in tables.
 """
 
 from __future__ import annotations
@@ -13,19 +14,30 @@ import numpy as np
 
 from fedpress.core.random import keystream
 
-ORDER = 65535  # of the multiplicative group
-POLYNOMIAL = 0x1100B  # x^16 + x^12 + x^3 + x + 1, of which x is a generator
-TRIES = 300  # random choices of share holders before a secret counts as lost
+ORDER = 65535
+"""Order of the multiplicative group: logarithms are taken modulo this."""
+
+POLYNOMIAL = 0x1100B
+"""x^16 + x^12 + x^3 + x + 1, which defines the field; x generates its multiplicative group."""
+
+TRIES = 300
+"""Random choices of share holders after which a secret counts as lost."""
 
 
 @cache
-def tables() -> tuple[np.ndarray, np.ndarray]:
-    """Returns (exp, log) of the field; log(0) points behind the end, where exp is 0."""
+def field_tables() -> tuple[np.ndarray, np.ndarray]:
+    """Returns the tables (exp, log) of the field, uint16 [4 * ORDER + 1] and int32 [ORDER + 1].
+
+    Zero has no logarithm: log(0) points beyond two periods of exp, where exp is 0. So a product
+    with 0 needs no case of its own.
+    """
     exp = np.zeros(4 * ORDER + 1, np.uint16)
     log = np.full(ORDER + 1, 2 * ORDER, np.int32)
     value = 1
     for power in range(ORDER):
-        exp[power] = exp[power + ORDER] = value
+        # Twice, so that the sum of two logarithms needs no reduction.
+        exp[power] = value
+        exp[power + ORDER] = value
         log[value] = power
         value <<= 1
         if value > ORDER:
@@ -33,43 +45,55 @@ def tables() -> tuple[np.ndarray, np.ndarray]:
     return exp, log
 
 
-def times(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Returns the products of field elements (uint16)."""
-    exp, log = tables()
+def multiply(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Returns the products of field elements, uint16 of the shape of `a` and `b`."""
+    exp, log = field_tables()
     product: np.ndarray = exp.take(log.take(a) + log.take(b))
     return product
 
 
-def split(secrets: np.ndarray, points: Sequence[int], threshold: int, coin: bytes) -> np.ndarray:
+def share_secrets(
+    secrets: np.ndarray, points: Sequence[int], threshold: int, key: bytes
+) -> np.ndarray:
     """Returns one share of every secret for every point.
 
     Args:
         secrets: uint8 [secrets, bytes], an even number of bytes.
-        points: different numbers from 1 to 65535.
+        points: different numbers from 1 to 65535; the value at 0 is the secret itself.
         threshold: how many shares give the secret.
-        coin: 32 secret bytes that the polynomials come from; never use them for other secrets.
+        key: 32 secret bytes that the polynomials are drawn from. Never use them for other secrets:
+            two secrets with the same polynomials have shares that differ by the secrets' XOR.
 
     Returns:
         uint8 [points, secrets, bytes].
     """
-    exp, log = tables()
+    exp, log = field_tables()
     constant = np.ascontiguousarray(secrets).view("<u2")
-    drawn = (
-        keystream(coin, secrets.size * (threshold - 1))
-        .view("<u2")
-        .reshape(threshold - 1, *constant.shape)
-    )
-    at = log.take(np.asarray(points, np.uint16))[:, None, None]
+    random_bytes = keystream(key, secrets.size * (threshold - 1))
+    drawn = random_bytes.view("<u2").reshape(threshold - 1, *constant.shape)
+    log_points = log.take(np.asarray(points, np.uint16))[:, None, None]
     value = np.zeros((len(points), *constant.shape), np.uint16)
-    for coefficients in (*drawn, constant):  # Horner, highest power first
-        value = exp.take(log.take(value) + at)
+    # Horner's scheme, the highest power first.
+    for coefficients in (*drawn, constant):
+        value = exp.take(log.take(value) + log_points)
         value ^= coefficients
     return value.view(np.uint8)
 
 
-def join(shares: np.ndarray, points: Sequence[int] | np.ndarray, *, at: int = 0) -> np.ndarray:
-    """Returns the value at `at` of the polynomials through `shares` [points, secrets, bytes]: the secrets, at 0."""
-    exp, log = tables()
+def interpolate(
+    shares: np.ndarray, points: Sequence[int] | np.ndarray, *, at: int = 0
+) -> np.ndarray:
+    """Returns the values at `at` of the polynomials through `shares`; at 0 these are the secrets.
+
+    Args:
+        shares: uint8 [points, secrets, bytes].
+        points: the point of each share.
+        at: where to evaluate, none of the points.
+
+    Returns:
+        uint8 [secrets, bytes].
+    """
+    exp, log = field_tables()
     weights = _log_weights(np.asarray(points, np.int64), at)
     words = np.ascontiguousarray(shares).view("<u2")
     total = np.zeros(words.shape[1:], np.uint16)
@@ -78,28 +102,30 @@ def join(shares: np.ndarray, points: Sequence[int] | np.ndarray, *, at: int = 0)
     return total.view(np.uint8)
 
 
-def recover(
+def recover_secrets(
     shares: np.ndarray, points: Sequence[int], threshold: int, right: Callable[[int, bytes], bool]
 ) -> tuple[np.ndarray, list[int]]:
-    """Joins shares of which some may be wrong, as long as the right ones can be told by their secret.
+    """Recovers secrets from shares of which some may be wrong.
 
-    The first `threshold` holders are tried; where the result is not right, random others are, until one choice fits:
-    then whoever is off its polynomial is not asked again.
+    First the shares of the first `threshold` holders are joined. For a secret that is not right,
+    random choices of holders are tried until one is; then all holders whose shares are not on its
+    polynomial go to the end of the order, for the secrets that follow.
 
     Args:
         shares: uint8 [holders, secrets, bytes] of at least `threshold` holders.
         points: the point of each holder.
         threshold: how many shares give a secret.
-        right: says of (number of the secret, its bytes) whether it is the right one.
+        right: (number of the secret, its bytes) -> whether it is the right one.
 
     Returns:
         The secrets, uint8 [secrets, bytes], and the numbers of those that no choice gave.
     """
     order = list(range(len(points)))
     place = np.asarray(points)
-    rng = np.random.default_rng(0)  # which holders to try is no secret
+    # Which holders are tried is no secret, so a fixed seed is fine.
+    rng = np.random.default_rng(0)
     chosen = order[:threshold]
-    found = join(shares[chosen], place[chosen])
+    found = interpolate(shares[chosen], place[chosen])
     lost: list[int] = []
     wrong = [number for number, row in enumerate(found) if not right(number, row.tobytes())]
     while wrong:
@@ -108,17 +134,18 @@ def recover(
         if fit is None:
             lost.append(wrong.pop(0))
             continue
-        liars = {
-            k
-            for k in order
-            if k not in fit and (join(one[fit], place[fit], at=place[k]) != one[k]).any()
-        }
-        order = [k for k in order if k not in liars] + [k for k in order if k in liars]
-        found[wrong[0]] = join(one[fit], place[fit])[0]
+        # A holder with one wrong share likely has more: from here on it is asked last.
+        trusted: list[int] = []
+        doubted: list[int] = []
+        for k in order:
+            on_polynomial = (interpolate(one[fit], place[fit], at=place[k]) == one[k]).all()
+            (trusted if k in fit or on_polynomial else doubted).append(k)
+        order = trusted + doubted
+        found[wrong[0]] = interpolate(one[fit], place[fit])[0]
         wrong = wrong[1:]
         if wrong:
             chosen = order[:threshold]
-            found[wrong] = join(shares[np.ix_(chosen, wrong)], place[chosen])
+            found[wrong] = interpolate(shares[np.ix_(chosen, wrong)], place[chosen])
             wrong = [number for number in wrong if not right(number, found[number].tobytes())]
     return found, sorted(lost)
 
@@ -130,22 +157,32 @@ def _search(
     right: Callable[[bytes], bool],
     rng: np.random.Generator,
 ) -> list[int] | None:
-    """Returns `threshold` holders whose shares of the secret `one` [holders, 1, bytes] give a right one."""
+    """Returns `threshold` holders whose shares give a right secret; None if none were found.
+
+    Args:
+        one: shares of one secret, uint8 [holders, 1, bytes].
+        place: the point of each holder.
+        threshold: how many shares give a secret.
+        right: whether these bytes are the right secret.
+        rng: chooses the holders.
+    """
+    # There is only one choice, which was tried already.
     if threshold == len(place):
         return None
     for _ in range(TRIES):
         chosen = sorted(rng.choice(len(place), threshold, replace=False).tolist())
-        if right(join(one[chosen], place[chosen]).tobytes()):
+        if right(interpolate(one[chosen], place[chosen]).tobytes()):
             return chosen
     return None
 
 
 def _log_weights(points: np.ndarray, at: int) -> np.ndarray:
-    """Returns the logarithms of Lagrange's weights for the value at `at`, which is none of the points."""
-    _, log = tables()
+    """Returns the logarithms of Lagrange's weights for the value at `at`, none of the points."""
+    _, log = field_tables()
     above = log.take(points ^ at).astype(np.int64)
     between = points[:, None] ^ points[None, :]
-    np.fill_diagonal(between, 1)  # log(1) = 0: leaves the point itself out
+    # A point's distance to itself is left out of the product: log(1) = 0.
+    np.fill_diagonal(between, 1)
     below = log.take(between).astype(np.int64).sum(1)
     logarithms: np.ndarray = (above.sum() - above - below) % ORDER
     return logarithms

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fedpress.wire.packing import expand, shrink
-from fedpress.wire.reader import Reader, fail, varint
+from fedpress.wire.reader import ByteReader, fail, varint
 
 # Resolutions of the logarithms that the encoder tries, in steps per factor of two. With 0 all
 # weights are in one class, which is the smallest for layers without such structure.
@@ -48,7 +48,7 @@ def expand_codes(data: memoryview, shapes: Sequence[Sequence[int]], place: str) 
     out = [torch.empty(tuple(shape), dtype=torch.int8) for shape in shapes]
     # Views on `out`: what is written to them below is the result.
     cubes = [_cube(t.numpy()) for t in out]
-    reader = Reader(data)
+    reader = ByteReader(data)
     logs = []
     for axis in range(3):
         sizes = [cube.shape[axis] for cube in cubes]
@@ -199,10 +199,10 @@ def _classes_of(
     return np.concatenate(found) if found else np.empty(0, class_of_sum.dtype)
 
 
-def _read_logs(reader: Reader, sizes: Sequence[int], place: str) -> list[Codes]:
+def _read_logs(reader: ByteReader, sizes: Sequence[int], place: str) -> list[Codes]:
     whole = expand(_next_stream(reader, place), torch.int8, [sum(sizes)], place).numpy()
     return np.split(whole, np.cumsum(sizes)[:-1])
 
 
-def _next_stream(reader: Reader, place: str) -> memoryview:
+def _next_stream(reader: ByteReader, place: str) -> memoryview:
     return reader.take(reader.varint(f"{place}.size", reader.left), place)

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fedpress.wire.packing import expand, shrink
-from fedpress.wire.reader import Reader, fail, varint
+from fedpress.wire.reader import ByteReader, fail, varint
 
 # Forms in the file: as they are, split into planes of bytes, or planes of the values that are not
 # 0.
@@ -48,7 +48,7 @@ def expand_floats(data: memoryview, dtype: torch.dtype, size: int, place: str) -
     Raises:
         WireError: naming a field below `place`, if `shrink_floats` cannot have made the bytes.
     """
-    reader = Reader(data)
+    reader = ByteReader(data)
     form = reader.byte(f"{place}.form")
     if form == WHOLE:
         return expand(reader.take(reader.left, place), dtype, [size], place)
@@ -93,7 +93,9 @@ def _planes(words: Words) -> bytes:
     return bytes(out)
 
 
-def _read_planes(reader: Reader, size: int, kind: type[np.unsignedinteger], place: str) -> Words:
+def _read_planes(
+    reader: ByteReader, size: int, kind: type[np.unsignedinteger], place: str
+) -> Words:
     """Reads `size` words of type `kind` that `_planes` compressed."""
     planes = np.empty((size, kind().itemsize), np.uint8)
     for at in range(planes.shape[1]):
@@ -104,5 +106,5 @@ def _read_planes(reader: Reader, size: int, kind: type[np.unsignedinteger], plac
     return words
 
 
-def _next_stream(reader: Reader, place: str) -> memoryview:
+def _next_stream(reader: ByteReader, place: str) -> memoryview:
     return reader.take(reader.varint(f"{place}.size", reader.left), place)

@@ -1,7 +1,8 @@
-"""Entropy coding of whole numbers: blocks in classes of like activity, a frequency table each, one ANS stream.
+"""Entropy coding of whole numbers: a frequency table for each class of blocks, one ANS stream.
 
-ANS: J. Duda, "Asymmetric numeral systems" (2013), by the library constriction. Both ends must hold identical models,
-so a table travels as logarithms in eighths of a bit that turn into whole weights by shifts alone.
+Asymmetric numeral systems: Duda 2013 (arXiv:1311.2540), by the library constriction. Writer and
+reader must hold identical models, so a table is sent as logarithms in eighths of a bit, which
+become whole weights by shifts alone; floating-point logarithms could differ between machines.
 """
 
 from __future__ import annotations
@@ -15,26 +16,50 @@ import constriction  # type: ignore[import-untyped]
 import numpy as np
 from numpy.typing import NDArray
 
-from fedpress.wire.classes import MAX_CLASSES, Ints, Plan, plan, smallest_width
-from fedpress.wire.reader import Reader, fail, varint, zigzag
+from fedpress.wire.classes import MAX_CLASSES, BlockClasses, Ints, choose_classes, smallest_width
+from fedpress.wire.reader import ByteReader, fail, varint, zigzag
 
 Coder: Any = constriction.stream.stack.AnsCoder
 Categorical: Any = constriction.stream.model.Categorical
 
 MAX_SYMBOLS = 4096
+"""Most symbols of a table; values further out are escaped."""
+
 MAX_ROWS = 16
-CHUNK = 1 << 16  # symbols decoded at a time: bounds memory and stays in the cache
-ABSENT = 255  # the code of a symbol that does not occur
-ESCAPE_BYTES = 5  # about what an escaped value costs
+"""Most rows of a tensor that get tables of their own."""
+
+CHUNK = 1 << 16
+"""Symbols decoded at a time: bounds memory, and stays in the processor's cache."""
+
+ABSENT = 255
+"""The code of a symbol that does not occur."""
+
+ESCAPE_BYTES = 5
+"""About what an escaped value costs."""
+
 EIGHTHS = np.array([round(2 ** (30 - i / 8)) for i in range(8)], np.int64)
-WEIGHTS = np.array(
-    [max(int(EIGHTHS[c % 8]) >> (c // 8), 1) for c in range(ABSENT)] + [0], np.float64
-)
+"""Weights of the codes 0 to 7: 2^30 down to 2^(30 - 7/8)."""
+
+
+def _weight(code: int) -> int:
+    # At least 1: a symbol that occurs must have a probability.
+    return max(int(EIGHTHS[code % 8]) >> (code // 8), 1)
+
+
+WEIGHTS = np.array([*map(_weight, range(ABSENT)), 0], np.float64)
+"""The weight of each code, as FORMAT.md defines it."""
 
 
 @dataclass(frozen=True, eq=False)
-class Table:
-    """The symbols `low`, `low + 1`, ... with their `codes` (uint8), the last of which is the escape if there is one."""
+class FrequencyTable:
+    """How often each symbol occurs in one class and row.
+
+    Attributes:
+        low: the value of the first symbol; the next symbol is `low` + 1, and so on.
+        codes: logarithmic frequency of each symbol, uint8, with that of the escape at the end if
+            there is one.
+        escape: whether there is an escape symbol, which stands for all other values.
+    """
 
     low: int
     codes: NDArray[np.uint8]
@@ -46,95 +71,133 @@ class Table:
         return len(self.codes) - self.escape
 
     def model(self) -> Any:
-        """The model for two or more symbols."""
+        """Returns constriction's model, for two or more symbols."""
         return Categorical(WEIGHTS[self.codes], perfect=False)
 
 
-def encode(values: Ints, rows: int, nested: Callable[[Ints], bytes]) -> bytes:
-    """Returns the coded bytes of `values` [n], seen as `rows` rows that have tables of their own.
+def encode_ints(values: Ints, rows: int, nested: Callable[[Ints], bytes]) -> bytes:
+    """Returns the coded bytes of `values` [n].
 
     Args:
         values: whole numbers within 64 bits.
-        rows: a divisor of n, at most `MAX_ROWS`.
-        nested: codes the class numbers and the escaped values.
+        rows: into how many rows with tables of their own they are divided; a divisor of n, at most
+            `MAX_ROWS`.
+        nested: packs the class numbers and the escaped values.
     """
     window = _window(values)
     matrix = window.symbols.reshape(rows, -1)
-    layout = plan(matrix, window.center)
+    layout = choose_classes(matrix, window.center)
     body = bytearray([rows, layout.count])
     if layout.count > 1:
         body += _coded_ids(layout, nested)
-    outside = values.reshape(rows, -1)
-    parts, escaped = [], []
-    for part, source in zip(_parts(matrix, layout), _parts(outside, layout), strict=True):
+
+    originals = values.reshape(rows, -1)
+    coded = []
+    escaped = []
+    for part, original in zip(_parts(matrix, layout), _parts(originals, layout), strict=True):
         symbols = part()
-        counts = _histogram(symbols, window.size + 1)
-        table = _table(counts, window.low, window.size)
+        table = _table(_histogram(symbols, window.size + 1), window.low, window.size)
         index = symbols.astype(np.int32)
         index -= table.low - window.low
         if table.escape:
-            wrong = (index < 0) | (index >= table.symbols)
-            index[wrong] = table.symbols
-            escaped.append(source()[wrong])
-        parts.append((table, index))
+            outside = (index < 0) | (index >= table.symbols)
+            index[outside] = table.symbols
+            escaped.append(original()[outside])
+        coded.append((table, index))
+
     coder = Coder()
-    for table, index in reversed(parts):
+    # ANS is a stack: what is encoded last is decoded first.
+    for table, index in reversed(coded):
         if len(table.codes) > 1:
             coder.encode_reverse(index, table.model())
-    for table, _ in parts:
-        body += zigzag(table.low) + varint(2 * table.symbols + table.escape) + _coded_codes(table)
-    outliers = nested(np.concatenate(escaped)) if escaped else b""
+
+    for table, _ in coded:
+        body += zigzag(table.low)
+        body += varint(2 * table.symbols + table.escape)
+        body += _coded_codes(table)
     count = sum(map(len, escaped))
-    body += varint(count) + (varint(len(outliers)) + outliers if count else b"")
-    coded: bytes = coder.get_compressed().astype("<u4").tobytes()
-    return bytes(body) + coded
+    body += varint(count)
+    if count:
+        outliers = nested(np.concatenate(escaped))
+        body += varint(len(outliers)) + outliers
+    words: bytes = coder.get_compressed().astype("<u4").tobytes()
+    return bytes(body) + words
 
 
-def estimate(values: Ints, rows: int = 1, share: float = 1.0) -> float:
-    """Returns about how many bits `encode` needs for `values` [n]: its plan and its tables, without coding.
+def coded_bits(values: Ints, rows: int = 1, share: float = 1.0) -> float:
+    """Returns about how many bits `encode_ints` needs: from its classes and tables, without coding.
 
-    `share` below 1 says that `values` are a sample of that size: what tables cost counts by as much.
+    Args:
+        values: whole numbers [n].
+        rows: as in `encode_ints`.
+        share: n / size of the whole vector, if `values` are a sample of it. Tables are sent once
+            for the whole vector, so only this share of their cost counts for the sample.
     """
     if not len(values):
         return 0.0
     window = _window(values)
     matrix = window.symbols.reshape(rows, -1)
-    layout = plan(matrix, window.center, share)
+    layout = choose_classes(matrix, window.center, share)
+    # About twelve bytes for the fields of fixed length.
     bits = share * 8.0 * 12
     if layout.count > 1:
         ids = layout.ids.astype(np.int64)
         delta = np.diff(ids, prepend=0) % layout.count
         bits += min(_entropy(np.bincount(ids)), _entropy(np.bincount(delta)))
-    width = window.size + 1
     for row in matrix:
-        whole = row.size // layout.width
-        keyed = row.astype(np.intp)
-        keyed[: whole * layout.width].reshape(whole, -1)[:] += (
-            layout.ids[:whole].astype(np.intp) * width
-        )[:, None]
-        keyed[whole * layout.width :] += int(layout.ids[-1]) * width
-        counts = np.bincount(keyed, minlength=width * layout.count).reshape(-1, width)
-        bits += _bits_of(counts, share) + int(counts[:, window.size].sum()) * 8 * ESCAPE_BYTES
+        counts = _counts_by_class(row, layout, window.size + 1)
+        escapes = int(counts[:, window.size].sum())
+        bits += _bits_of(counts, share) + escapes * 8 * ESCAPE_BYTES
     return bits
 
 
+def _counts_by_class(row: Ints, layout: BlockClasses, width: int) -> NDArray[np.int64]:
+    """Returns how often each of `width` symbols occurs in each class, int64 [classes, width]."""
+    whole = row.size // layout.width
+    # Symbol and class make one number, so that one pass counts all classes.
+    keys = row.astype(np.intp)
+    in_blocks = keys[: whole * layout.width].reshape(whole, -1)
+    in_blocks += (layout.ids[:whole].astype(np.intp) * width)[:, None]
+    keys[whole * layout.width :] += int(layout.ids[-1]) * width
+    counts: NDArray[np.int64] = np.bincount(keys, minlength=width * layout.count)
+    return counts.reshape(-1, width)
+
+
 def _bits_of(counts: NDArray[np.int64], share: float) -> float:
-    """Bits of symbols with these `counts` [tables, symbols] and of their tables, of which `share` counts."""
+    """Returns the bits of symbols and of their tables.
+
+    Args:
+        counts: how often each symbol occurs, int64 [tables, symbols].
+        share: share of the tables' cost that counts.
+    """
     used = counts > 0
     occurring = counts[used]
     totals = np.broadcast_to(counts.sum(1)[:, None], counts.shape)[used]
-    # a sample has too small an entropy, by about half a nat a symbol of the alphabet (Miller 1955)
-    bits = occurring @ np.log2(totals / occurring) + (1 - share) * len(occurring) / (2 * np.log(2))
+    # The entropy of a sample is too small by about half a nat for each symbol that occurs (Miller
+    # 1955).
+    correction = (1 - share) * len(occurring) / (2 * np.log(2))
+    bits = occurring @ np.log2(totals / occurring) + correction
+    # A table lists all symbols between the first and the last, or escapes some of them.
     number = used.sum(1)
-    spans = np.where(number > 0, used.shape[1] - used.argmax(1) - used[:, ::-1].argmax(1), 1)
-    return float(bits + share * 8 * (np.minimum(spans, ESCAPE_BYTES * number) + 3).sum())
+    length = used.shape[1] - used.argmax(1) - used[:, ::-1].argmax(1)
+    spans = np.where(number > 0, length, 1)
+    tables = np.minimum(spans, ESCAPE_BYTES * number) + 3
+    return float(bits + share * 8 * tables.sum())
 
 
-def decode(reader: Reader, out: Ints, nested: Callable[[Reader, Ints], None], place: str) -> None:
-    """Fills `out` [n] from what `encode` made; takes no more memory than a few chunks.
+def decode_ints(
+    reader: ByteReader, out: Ints, nested: Callable[[ByteReader, Ints], None], place: str
+) -> None:
+    """Fills `out` [n] from what `encode_ints` made; takes memory for a few chunks only.
+
+    Args:
+        reader: the coded bytes.
+        out: where the values go; its type must hold them.
+        nested: unpacks the class numbers and the escaped values.
+        place: name of the tensor in errors.
 
     Raises:
-        WireError: naming `place`, if the bytes are not what `encode` could have made.
+        WireError: if the bytes are not what `encode_ints` could have made.
     """
     rows = reader.byte(f"{place}.rows")
     if not 1 <= rows <= MAX_ROWS or out.size % rows:
@@ -149,23 +212,62 @@ def decode(reader: Reader, out: Ints, nested: Callable[[Reader, Ints], None], pl
     if len(escaped):
         nested(reader.part(f"{place}.escapes"), escaped)
     words = reader.take(reader.left, f"{place}.words")
+    # The coder refuses a stream that ends in a zero word.
     if len(words) % 4 or (len(words) and not any(words[-4:])):
         fail(f"{place}.words", f"{len(words)} bytes are no whole stream")
-    coder = Coder(np.frombuffer(words, "<u4").astype(np.uint32))
-    used = 0
-    groups = layout.groups(matrix.shape[1] // layout.width)
+
+    stream = _Stream(Coder(np.frombuffer(words, "<u4").astype(np.uint32)), escaped, place)
+    blocks_of = layout.groups(matrix.shape[1] // layout.width)
     for at, table in enumerate(tables):
         number = at // rows
-        used = _decode_part(
-            coder, table, matrix[at % rows], layout, number, groups[number], escaped, used, place
-        )
-    if used != len(escaped) or not coder.is_empty():
+        _decode_part(stream, table, matrix[at % rows], layout, number, blocks_of[number])
+    if not stream.finished():
         fail(f"{place}.words", "the stream does not end where the values do")
+
+
+class _Stream:
+    """The symbols of an ANS stream as values, with the escaped ones put in."""
+
+    def __init__(self, coder: Any, escaped: Ints, place: str) -> None:
+        self._coder = coder
+        self._escaped = escaped
+        self._place = place
+        self._used = 0
+
+    def finished(self) -> bool:
+        """Whether all words and all escaped values are used."""
+        return self._used == len(self._escaped) and bool(self._coder.is_empty())
+
+    def read(self, model: Any, table: FrequencyTable, size: int, dtype: np.dtype) -> Ints:
+        """Returns the next `size` values of `table`, whose `model` is None for a single symbol."""
+        # A single symbol needs no bits.
+        if model is None:
+            return np.full(size, table.low, dtype)
+        index = self._coder.decode(model, size)
+        if not table.escape:
+            return _shifted(index, table.low, dtype)
+        outside = index == table.symbols
+        count = int(np.count_nonzero(outside))
+        if count > len(self._escaped) - self._used:
+            fail(f"{self._place}.escapes", f"more than the {len(self._escaped)} announced")
+        index[outside] = 0
+        values = _shifted(index, table.low, dtype)
+        values[outside] = self._escaped[self._used : self._used + count]
+        self._used += count
+        return values
 
 
 @dataclass(frozen=True, eq=False)
 class _Window:
-    """Values as symbols: `low` is 0, and `size` stands for everything outside."""
+    """Values as symbols, of which there are few.
+
+    Attributes:
+        symbols: the symbol of each value, uint8 or uint16 [n]; `size` stands for all values
+            outside of the window.
+        low: the value of symbol 0.
+        size: number of symbols without that for outside.
+        center: the symbol of the median, about.
+    """
 
     symbols: Ints
     low: int
@@ -174,35 +276,40 @@ class _Window:
 
 
 def _window(values: Ints) -> _Window:
-    low, high = int(values.min()), int(values.max())
+    """Chooses at most `MAX_SYMBOLS` - 1 neighbouring values to be symbols."""
+    low = int(values.min())
+    high = int(values.max())
     sample = values[:: max(1, len(values) // 4096)]
     center = int(np.partition(sample, len(sample) // 2)[len(sample) // 2])
     if high - low < MAX_SYMBOLS - 1:
         kind = np.uint8 if high - low < 255 else np.uint16
-        size = high - low + 1
-        # wraps around within the type, where the difference is the same
-        symbols = values.view(f"u{values.itemsize}") - np.array(low).astype(values.dtype).view(
-            f"u{values.itemsize}"
-        )
-        return _Window(symbols.astype(kind), low, size, center - low)
+        unsigned = f"u{values.itemsize}"
+        # The difference may wrap around within the type, and is then still right.
+        symbols = values.view(unsigned) - np.array(low).astype(values.dtype).view(unsigned)
+        return _Window(symbols.astype(kind), low, high - low + 1, center - low)
+
     size = MAX_SYMBOLS - 1
     start = min(max(center - size // 2, low), high - size + 1)
     inside = (values >= start) & (values <= start + size - 1)
+    # Values outside are replaced before the difference is taken, which might overflow.
     shifted = np.where(inside, values, values.dtype.type(start)).astype(np.int64) - start
     return _Window(np.where(inside, shifted, size).astype(np.uint16), start, size, center - start)
 
 
-def _parts(matrix: Ints, layout: Plan) -> list[Callable[[], Ints]]:
-    """One function for each class and row that gathers its values, in the order of the stream."""
+def _parts(matrix: Ints, layout: BlockClasses) -> list[Callable[[], Ints]]:
+    """Returns a function for each class and row that gathers its values, in the stream's order.
+
+    Functions and not arrays, so that only one part is in memory at a time.
+    """
     whole = matrix.shape[1] // layout.width
     groups = layout.groups(whole)
 
     def gather(row: Ints, number: int) -> Ints:
         if layout.count == 1:
             return row
-        blocks = (
-            row[: whole * layout.width].reshape(whole, layout.width)[groups[number]].reshape(-1)
-        )
+        in_blocks = row[: whole * layout.width].reshape(whole, layout.width)
+        blocks = in_blocks[groups[number]].reshape(-1)
+        # The last block may be shorter than the others.
         if len(layout.ids) > whole and layout.ids[-1] == number:
             blocks = np.concatenate([blocks, row[whole * layout.width :]])
         return blocks
@@ -211,46 +318,61 @@ def _parts(matrix: Ints, layout: Plan) -> list[Callable[[], Ints]]:
 
 
 def _histogram(symbols: Ints, size: int) -> NDArray[np.int64]:
+    """Returns how often each of `size` symbols occurs, int64 [size]."""
     if symbols.dtype != np.uint8 or len(symbols) < 1 << 16:
         return np.bincount(symbols, minlength=size)
-    # half as many, wider symbols: two values are counted at once
+    # Faster: two neighbouring bytes are counted as one symbol of 16 bits.
     even = len(symbols) // 2 * 2
     pairs = np.bincount(symbols[:even].view(np.uint16), minlength=1 << 16).reshape(256, 256)
     counts: NDArray[np.int64] = pairs.sum(0) + pairs.sum(1)
-    counts[symbols[even:]] += 1  # at most one
+    # If the number is odd, one symbol is left.
+    counts[symbols[even:]] += 1
     return counts[:size]
 
 
-def _table(counts: NDArray[np.int64], low: int, size: int) -> Table:
-    """Cuts the rare ends off where escapes cost less than table entries and turns counts into codes."""
+def _table(counts: NDArray[np.int64], low: int, size: int) -> FrequencyTable:
+    """Returns the table of one part.
+
+    Rare symbols at both ends are left out where escapes cost less than entries of the table.
+
+    Args:
+        counts: how often each symbol of the window occurs, and at the end how often values outside.
+        low: the value of symbol 0 of the window.
+        size: number of symbols of the window.
+    """
     inner = counts[:size]
     used = np.flatnonzero(inner)
-    if not len(used):  # all of them lie outside
-        return Table(low, np.array([ABSENT, 0], np.uint8), True)
-    first, last = int(used[0]), int(used[-1]) + 1
-    first = first + _cheapest(inner[first:last])
-    last = last - _cheapest(inner[first:last][::-1])
-    out = int(counts.sum() - inner[first:last].sum())
+    # All values of this part lie outside of the window.
+    if not len(used):
+        return FrequencyTable(low, np.array([ABSENT, 0], np.uint8), True)
+    first = int(used[0])
+    last = int(used[-1]) + 1
+    first += _cheapest(inner[first:last])
+    last -= _cheapest(inner[first:last][::-1])
     kept = inner[first:last]
-    if out:
-        kept = np.append(kept, out)
+    escapes = int(counts.sum() - kept.sum())
+    if escapes:
+        kept = np.append(kept, escapes)
     with np.errstate(divide="ignore"):
         codes = np.minimum(np.rint(8 * np.log2(kept.max() / kept)), ABSENT - 1)
-    return Table(low + first, np.where(kept > 0, codes, ABSENT).astype(np.uint8), out > 0)
+    codes = np.where(kept > 0, codes, ABSENT).astype(np.uint8)
+    return FrequencyTable(low + first, codes, escapes > 0)
 
 
 def _cheapest(counts: NDArray[np.int64]) -> int:
-    """Returns how many entries at the front are better escaped than listed."""
+    """Returns how many symbols at the front cost less as escapes than as entries of the table."""
     saved = np.arange(len(counts)) - ESCAPE_BYTES * (np.cumsum(counts) - counts)
     return int(saved.argmax())
 
 
 def _entropy(counts: NDArray[np.integer]) -> float:
+    """Returns the bits of all symbols that occur as often as `counts` say."""
     used = counts[counts > 0].astype(np.float64)
     return float(used @ np.log2(used.sum() / used))
 
 
-def _coded_ids(layout: Plan, nested: Callable[[Ints], bytes]) -> bytes:
+def _coded_ids(layout: BlockClasses, nested: Callable[[Ints], bytes]) -> bytes:
+    """Codes block size and class numbers: these or their differences, whichever is shorter."""
     delta = np.mod(np.diff(layout.ids.astype(np.int16), prepend=0), layout.count).astype(np.uint8)
     options = [nested(layout.ids), nested(delta)]
     smaller = int(len(options[1]) < len(options[0]))
@@ -258,13 +380,18 @@ def _coded_ids(layout: Plan, nested: Callable[[Ints], bytes]) -> bytes:
 
 
 def _read_ids(
-    reader: Reader, rows: int, columns: int, nested: Callable[[Reader, Ints], None], place: str
-) -> Plan:
+    reader: ByteReader,
+    rows: int,
+    columns: int,
+    nested: Callable[[ByteReader, Ints], None],
+    place: str,
+) -> BlockClasses:
     count = reader.byte(f"{place}.classes")
     if not 1 <= count <= MAX_CLASSES:
         fail(f"{place}.classes", f"got {count}, expected 1 to {MAX_CLASSES}")
     if count == 1:
-        return Plan(max(columns, 1), 1, np.zeros(1, np.uint8))
+        return BlockClasses(max(columns, 1), 1, np.zeros(1, np.uint8))
+    # The lowest bit says whether differences follow.
     width, delta = divmod(reader.varint(f"{place}.block", 2 * max(columns, 1) + 1), 2)
     if not smallest_width(rows) <= width <= columns:
         fail(f"{place}.block", f"got {width}, expected {smallest_width(rows)} to {columns}")
@@ -274,14 +401,15 @@ def _read_ids(
         ids = np.mod(np.cumsum(ids, dtype=np.int64), count).astype(np.uint8)
     if ids.size and int(ids.max()) >= count:
         fail(f"{place}.classes", f"got class {ids.max()} of {count}")
-    return Plan(width, count, ids)
+    return BlockClasses(width, count, ids)
 
 
-def _coded_codes(table: Table) -> bytes:
+def _coded_codes(table: FrequencyTable) -> bytes:
+    # A single symbol has all the weight, whatever its code.
     return table.codes.tobytes() if len(table.codes) > 1 else b""
 
 
-def _read_table(reader: Reader, dtype: np.dtype, place: str) -> Table:
+def _read_table(reader: ByteReader, dtype: np.dtype, place: str) -> FrequencyTable:
     low = reader.zigzag(f"{place}.low")
     symbols, escape = divmod(reader.varint(f"{place}.symbols", 2 * MAX_SYMBOLS + 1), 2)
     if not symbols:
@@ -290,62 +418,44 @@ def _read_table(reader: Reader, dtype: np.dtype, place: str) -> Table:
     if low < limits.min or low + symbols - 1 > limits.max:
         fail(f"{place}.low", f"{symbols} symbols from {low} on do not fit {dtype}")
     if symbols + escape == 1:
-        return Table(low, np.zeros(1, np.uint8), False)
+        return FrequencyTable(low, np.zeros(1, np.uint8), False)
     codes = np.frombuffer(reader.take(symbols + escape, f"{place}.codes"), np.uint8)
+    # A model needs at least one symbol with a weight.
     if codes.min() == ABSENT:
         fail(f"{place}.codes", "no symbol occurs")
-    return Table(low, codes, bool(escape))
+    return FrequencyTable(low, codes, bool(escape))
 
 
 def _decode_part(
-    coder: Any,
-    table: Table,
+    stream: _Stream,
+    table: FrequencyTable,
     row: Ints,
-    layout: Plan,
+    layout: BlockClasses,
     number: int,
-    mine: NDArray[np.intp],
-    escaped: Ints,
-    used: int,
-    place: str,
-) -> int:
-    """Fills the blocks of one class in one row; returns how many escaped values are used up."""
+    blocks_of_class: NDArray[np.intp],
+) -> None:
+    """Fills the blocks of class `number` in one row."""
     model = table.model() if len(table.codes) > 1 else None
-
-    def next_values(size: int) -> Ints:
-        nonlocal used
-        if model is None:
-            return np.full(size, table.low, row.dtype)
-        index = coder.decode(model, size)
-        if not table.escape:
-            return _shifted(index, table.low, row.dtype)
-        wrong = index == table.symbols
-        count = int(np.count_nonzero(wrong))
-        if count > len(escaped) - used:
-            fail(f"{place}.escapes", f"more than the {len(escaped)} announced")
-        index[wrong] = 0
-        values = _shifted(index, table.low, row.dtype)
-        values[wrong] = escaped[used : used + count]
-        used += count
-        return values
-
     if layout.count == 1:
         for at in range(0, row.size, CHUNK):
-            row[at : at + CHUNK] = next_values(min(CHUNK, row.size - at))
-        return used
-    width, whole = layout.width, row.size // layout.width
+            size = min(CHUNK, row.size - at)
+            row[at : at + CHUNK] = stream.read(model, table, size, row.dtype)
+        return
+
+    width = layout.width
+    whole = row.size // width
     blocks = row[: whole * width].reshape(whole, width)
     step = max(CHUNK // width, 1)
-    for at in range(0, len(mine), step):
-        some = mine[at : at + step]
-        blocks[some] = next_values(len(some) * width).reshape(-1, width)
+    for at in range(0, len(blocks_of_class), step):
+        some = blocks_of_class[at : at + step]
+        blocks[some] = stream.read(model, table, len(some) * width, row.dtype).reshape(-1, width)
+    # The last block may be shorter than the others.
     if len(layout.ids) > whole and layout.ids[-1] == number:
-        row[whole * width :] = next_values(row.size - whole * width)
-    return used
+        row[whole * width :] = stream.read(model, table, row.size - whole * width, row.dtype)
 
 
 def _shifted(index: NDArray[np.int32], low: int, dtype: np.dtype) -> Ints:
     values = index.astype(dtype)
-    values += np.array(low).astype(
-        dtype
-    )  # wraps around within the type; the reader checked the range
+    # It may wrap around within the type on the way; the reader has checked the range of the result.
+    values += np.array(low).astype(dtype)
     return values

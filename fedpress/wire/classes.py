@@ -1,9 +1,10 @@
-"""Sorts the blocks of an integer vector into classes of like values, so that each class gets a frequency table.
+"""Classes of blocks: parts of an integer vector with similar values share a frequency table.
 
-An update is quiet in one layer and loud in the next, and the values of one filter mostly have one sign. One table for
-all would cost bits; a table for every block would cost more. So blocks with a like mean absolute value, and of those
-the ones that lean to the same side, share a class. Block size and number of classes are those with the fewest
-estimated bits, class numbers and tables included.
+An update has large values in one layer and small ones in the next, and the values of one filter
+mostly have one sign. One table for all would cost bits; a table for every block would cost more. So
+blocks share a class if their mean absolute values are similar, and if they lean to the same sign
+by a similar degree. Block size and number of classes are those with the fewest estimated bits,
+class numbers and tables included.
 """
 
 from __future__ import annotations
@@ -17,88 +18,126 @@ Ints = NDArray[np.integer]
 Floats = NDArray[np.float64]
 
 MAX_CLASSES = 64
+"""Most classes that a reader accepts: 12 activities with up to 5 signs, rounded up."""
+
 ACTIVITIES = 12
-SIDES = (
-    (),
-    (-0.25, 0.25),
-    (-0.5, -0.15, 0.15, 0.5),
-)  # where the mean over the mean absolute value is cut
-BINS = 32  # activities on a logarithmic scale, from which the classes are cut
-SMALLEST = 32  # values in the smallest block
-DOUBLINGS = (1, 2, 3, 4, 6)  # block sizes that are tried: SMALLEST times two to this power
-SIDED = 8  # smallest blocks in a block whose side is always tried
-SAMPLE = 1 << 16  # values from which the bits of the finished classes are measured
+"""Most classes by mean absolute value."""
+
+SIGN_CUTS: tuple[tuple[float, ...], ...] = ((), (-0.25, 0.25), (-0.5, -0.15, 0.15, 0.5))
+"""Where classes are cut by sign: bounds on mean value / mean absolute value; three choices."""
+
+BINS = 32
+"""Steps of the logarithmic scale of activities between which classes are cut."""
+
+SMALLEST = 32
+"""Fewest values in a block."""
+
+DOUBLINGS = (1, 2, 3, 4, 6)
+"""Block sizes that are tried: the smallest block doubled so many times."""
+
+SIGNED_SIZE = 8
+"""A block of this many smallest blocks is always tried for signs."""
+
+SAMPLE = 1 << 16
+"""Values from which the bits of a choice of classes are measured."""
 
 
 @dataclass(frozen=True, eq=False)
-class Plan:
-    """`width` columns make a block and `ids` [blocks] name the class of each; the last block may be shorter."""
+class BlockClasses:
+    """Blocks of columns and the class of each.
+
+    Attributes:
+        width: columns of a block; the last block may have fewer.
+        count: number of classes.
+        ids: the class of each block, uint8 [blocks].
+    """
 
     width: int
     count: int
     ids: NDArray[np.uint8]
 
     def groups(self, whole: int) -> list[NDArray[np.intp]]:
-        """Returns for each class which of the first `whole` blocks are its own, in rising order."""
+        """Returns for each class the numbers of its blocks among the first `whole`, rising."""
+        # Stable: the stream has the blocks of a class in their order in the row.
         order = np.argsort(self.ids[:whole], kind="stable")
-        return np.split(order, np.searchsorted(self.ids[:whole][order], np.arange(1, self.count)))
+        ends = np.searchsorted(self.ids[:whole][order], np.arange(1, self.count))
+        return np.split(order, ends)
 
 
 def smallest_width(rows: int) -> int:
-    """Returns the fewest columns of a block of `rows` rows."""
+    """Returns the fewest columns of a block, so that it holds `SMALLEST` values in `rows` rows."""
     return -(-SMALLEST // rows)
 
 
-def plan(values: Ints, center: int, share: float = 1.0) -> Plan:
-    """Chooses blocks and classes for the columns of `values` [rows, columns], whose usual value is `center`.
+def choose_classes(values: Ints, center: int, share: float = 1.0) -> BlockClasses:
+    """Chooses blocks and classes for the columns of `values`.
 
-    `share` below 1 says that the values are a sample of that size, so that tables cost less by as much.
+    Args:
+        values: symbols [rows, columns].
+        center: the usual symbol.
+        share: size / size of the whole vector, if `values` are a sample of it; only this share of
+            the tables' cost counts.
     """
     rows, columns = values.shape
-    one = Plan(max(columns, 1), 1, np.zeros(1, np.uint8))
+    one_class = BlockClasses(max(columns, 1), 1, np.zeros(1, np.uint8))
     width = smallest_width(rows)
+    # Too short for several tables to pay.
     if columns // width < 8:
-        return one
+        return one_class
     sums, leans = _block_sums(values, center, width)
+    options = _by_activity(sums, width, rows, share)
+    layouts = [
+        _split_by_sign(option, sums, leans, option.width // width, cuts)
+        for option in options
+        for cuts in SIGN_CUTS
+    ]
+    if not layouts:
+        return one_class
+    chosen = min(layouts, key=lambda layout: _measured_bits(values, layout, share))
+    if chosen.count == 1:
+        return one_class
+    # Columns that did not fill a block join the class of the last one.
+    missing = -(-columns // chosen.width) - len(chosen.ids)
+    ids = np.concatenate([chosen.ids, chosen.ids[-1:].repeat(missing)])
+    return BlockClasses(chosen.width, chosen.count, ids)
+
+
+def _by_activity(sums: Floats, width: int, rows: int, share: float) -> list[BlockClasses]:
+    """Returns the choices of classes by mean absolute value that may be cut by sign.
+
+    They are the one with the fewest estimated bits, and always one with blocks of `SIGNED_SIZE`:
+    the estimate knows nothing of signs, and in wide blocks signs even out.
+    """
     size = width * rows
     mean = np.array(sums.sum() / (len(sums) * size))
-    best, chosen = float(len(sums) * size * _bits(mean) + share * _table_bits(mean, rows)), one
-    options: list[Plan] = []
+    least = float(len(sums) * size * _bits(mean) + share * _table_bits(mean, rows))
+    best: BlockClasses | None = None
+    options: list[BlockClasses] = []
     for doublings in DOUBLINGS:
         times = 1 << doublings
         whole = len(sums) // times
         if whole < 4:
             break
         cost, ids = _cut(_grouped(sums, times) / (size * times), size * times, rows, share)
-        cost *= len(sums) / (whole * times)  # what does not fill a block counts as well
-        layout = Plan(width * times, int(ids.max()) + 1, ids)
-        if times == SIDED:
-            options.append(layout)  # the cost says nothing of sides, and wide blocks have none
-        if cost < best:
-            best, chosen = cost, layout
-    if chosen is not one and chosen not in options:
-        options.append(chosen)
-    if options:
-        split = [
-            _split(option, sums, leans, option.width // width, cuts)
-            for option in options
-            for cuts in SIDES
-        ]
-        chosen = min(split, key=lambda layout: _measured_bits(values, layout, share))
-    if chosen.count == 1:
-        return one
-    missing = -(-columns // chosen.width) - len(
-        chosen.ids
-    )  # what the smallest block left over joins the last class
-    return Plan(
-        chosen.width, chosen.count, np.concatenate([chosen.ids, chosen.ids[-1:].repeat(missing)])
-    )
+        # What does not fill a block counts as well.
+        cost *= len(sums) / (whole * times)
+        layout = BlockClasses(width * times, int(ids.max()) + 1, ids)
+        if times == SIGNED_SIZE:
+            options.append(layout)
+        if cost < least:
+            least = cost
+            best = layout
+    if best is not None and best not in options:
+        options.append(best)
+    return options
 
 
 def _block_sums(values: Ints, center: int, width: int) -> tuple[Floats, Floats]:
-    """Sums over blocks [blocks] of the absolute and of the signed distance from `center`."""
+    """Returns for each block the sums of the absolute and of the signed distance from `center`."""
     blocks = values.shape[1] // width
-    sums, leans, ones = np.zeros(blocks), np.zeros(blocks), np.ones(width, np.float32)
+    sums = np.zeros(blocks)
+    leans = np.zeros(blocks)
+    ones = np.ones(width, np.float32)
     for row in values:
         away = row[: blocks * width].astype(np.float32)
         away -= center
@@ -109,86 +148,130 @@ def _block_sums(values: Ints, center: int, width: int) -> tuple[Floats, Floats]:
 
 
 def _grouped(sums: Floats, times: int) -> Floats:
+    """Returns the sums of `times` neighbouring blocks each; a rest is left out."""
     whole = len(sums) // times
     grouped: Floats = sums[: whole * times].reshape(whole, times).sum(1)
     return grouped
 
 
 def _bits(mean: Floats) -> Floats:
-    """Entropy of a two-sided geometric variable with this mean absolute value: the estimate of all bits here."""
+    """Returns about the bits of a value: the entropy of a two-sided geometric variable.
+
+    Args:
+        mean: its mean absolute value.
+    """
     mean = np.maximum(mean, 1e-12)
     return (1 + mean) * np.log2(1 + mean) - mean * np.log2(mean) + mean / (1 + mean)
 
 
 def _table_bits(mean: Floats, rows: int) -> Floats:
-    """About what a table costs: the more active its class, the more symbols."""
+    """Returns about the bits of a class's tables: the larger its values, the more symbols."""
     return 8.0 * rows * (4 + 8 * np.minimum(mean, 100.0))
 
 
 def _cut(means: Floats, size: int, rows: int, share: float) -> tuple[float, NDArray[np.uint8]]:
-    """Returns estimated bits and the class of each block of `size` values.
+    """Cuts blocks into classes by their mean absolute value.
 
-    The optimal cuts of sorted activities by dynamic programming over bins.
+    The optimal cuts of the sorted means, by dynamic programming over bins.
+
+    Args:
+        means: mean absolute value of each block.
+        size: values in a block.
+        rows: rows of the tensor, each with a table of its own.
+        share: share of the tables' cost that counts.
+
+    Returns:
+        Estimated bits, and the class of each block, uint8 [blocks].
     """
+    # The constant keeps the logarithm finite for blocks of zeros.
     logs = np.log2(means + 1 / (4 * size))
-    low, high = float(logs.min()), float(logs.max())
+    low = float(logs.min())
+    high = float(logs.max())
     bins = np.minimum(((logs - low) * (BINS / max(high - low, 1e-9))).astype(np.intp), BINS - 1)
-    counts = np.concatenate([[0], np.cumsum(np.bincount(bins, minlength=BINS))]).astype(np.float64)
-    sums = np.concatenate([[0.0], np.cumsum(np.bincount(bins, means, minlength=BINS))])
-    number = counts[None, :] - counts[:, None]  # [from, to) of the bins
-    mean = (sums[None, :] - sums[:, None]) / np.maximum(number, 1)
-    cost = number * size * _bits(mean) + share * _table_bits(mean, rows)
-    # a block names its class at about the entropy of the classes
-    cost += number * np.log2(len(means) / np.maximum(number, 1))
-    cost[np.tril_indices(BINS + 1)] = np.inf
-    reach, steps, every = cost[0], [], np.arange(BINS + 1)
-    best, best_count = float(reach[-1]), 1
+    cost = _costs(means, bins, size, rows, share)
+
+    # reach[b]: the least cost of the bins before b, cut into the classes so far.
+    reach = cost[0]
+    steps = []
+    every = np.arange(BINS + 1)
+    best = float(reach[-1])
+    best_count = 1
     for count in range(2, ACTIVITIES + 1):
         options = reach[:, None] + cost
         step = options.argmin(0)
         steps.append(step)
         reach = options[step, every]
         if reach[-1] < best:
-            best, best_count = float(reach[-1]), count
+            best = float(reach[-1])
+            best_count = count
         elif count > best_count + 1:
-            break  # more tables only cost more
-    cuts, at = [], BINS
+            # From here on more tables only cost more.
+            break
+
+    cuts = []
+    at = BINS
     for count in range(best_count, 1, -1):
         at = int(steps[count - 2][at])
         cuts.append(at)
     return best, _numbered(np.searchsorted(np.array(cuts[::-1]), bins, side="right"))[0]
 
 
-def _split(layout: Plan, sums: Floats, leans: Floats, times: int, cuts: tuple[float, ...]) -> Plan:
-    """Splits each class by the side to which its blocks, of `times` smallest blocks, lean."""
+def _costs(
+    means: Floats, bins: NDArray[np.intp], size: int, rows: int, share: float
+) -> NDArray[np.float64]:
+    """Returns the bits of a class that takes the bins from a to b - 1, at [a, b]."""
+    counts = np.concatenate([[0], np.cumsum(np.bincount(bins, minlength=BINS))]).astype(np.float64)
+    sums = np.concatenate([[0.0], np.cumsum(np.bincount(bins, means, minlength=BINS))])
+    number = counts[None, :] - counts[:, None]
+    mean = (sums[None, :] - sums[:, None]) / np.maximum(number, 1)
+    cost: NDArray[np.float64] = number * size * _bits(mean) + share * _table_bits(mean, rows)
+    # Naming its class costs a block about the entropy of the classes.
+    cost += number * np.log2(len(means) / np.maximum(number, 1))
+    # A class takes at least one bin.
+    cost[np.tril_indices(BINS + 1)] = np.inf
+    return cost
+
+
+def _split_by_sign(
+    layout: BlockClasses, sums: Floats, leans: Floats, times: int, cuts: tuple[float, ...]
+) -> BlockClasses:
+    """Splits each class by the sign of its blocks' values.
+
+    Args:
+        layout: the classes by mean absolute value.
+        sums: sum of the absolute values of each smallest block.
+        leans: sum of the values of each smallest block.
+        times: smallest blocks in a block of `layout`.
+        cuts: bounds on mean value / mean absolute value.
+    """
     lean = _grouped(leans, times) / np.maximum(_grouped(sums, times), 1e-9)
-    ids, count = _numbered(
-        layout.ids.astype(np.intp) * (len(cuts) + 1) + np.searchsorted(cuts, lean)
-    )
-    return Plan(layout.width, count, ids)
+    side = np.searchsorted(cuts, lean)
+    ids, count = _numbered(layout.ids.astype(np.intp) * (len(cuts) + 1) + side)
+    return BlockClasses(layout.width, count, ids)
 
 
 def _numbered(ids: NDArray[np.intp]) -> tuple[NDArray[np.uint8], int]:
-    """Numbers the classes that occur from 0 on."""
+    """Returns the class of each block and the number of classes, without empty classes."""
     used = np.bincount(ids) > 0
     return (np.cumsum(used) - 1)[ids].astype(np.uint8), int(used.sum())
 
 
-def _measured_bits(values: Ints, layout: Plan, share: float) -> float:
-    """Estimates the bits of a layout from the frequencies in some of its blocks."""
-    whole, rows = len(layout.ids), len(values)
+def _measured_bits(values: Ints, layout: BlockClasses, share: float) -> float:
+    """Returns about the bits of these classes, from the frequencies in some of the blocks."""
+    whole = len(layout.ids)
+    rows = len(values)
     some = min(whole, max(SAMPLE // (layout.width * rows), 1))
     at = np.linspace(0, whole - 1, some).astype(np.intp)
     blocks = values[:, : whole * layout.width].reshape(rows, whole, layout.width)[:, at]
     symbols = int(blocks.max()) + 1
+    # Symbol and class make one number, so that one pass counts all classes.
     keys = layout.ids[at].astype(np.intp)[:, None] * symbols + blocks
-    counts = np.bincount(keys.reshape(-1), minlength=symbols * layout.count).reshape(
-        layout.count, symbols
-    )
+    counts = np.bincount(keys.reshape(-1), minlength=symbols * layout.count)
+    counts = counts.reshape(layout.count, symbols)
     used = counts > 0
     frequencies = counts[used]
     totals = np.broadcast_to(counts.sum(1)[:, None], counts.shape)[used]
-    # the entropy of few samples is too small by about this (Miller 1955)
+    # The entropy of few samples is too small by about the second term (Miller 1955).
     bits = frequencies @ np.log2(totals / frequencies) + used.sum() / (2 * np.log(2))
     tables = 8.0 * rows * (used.sum() + 3 * layout.count)
     number = np.bincount(layout.ids, minlength=layout.count)

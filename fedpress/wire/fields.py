@@ -1,7 +1,8 @@
-"""Kinds of fields: what a value in a header may be, in words and as a test, so that it is checked in one place.
+"""Field kinds: what a header field may hold, as a text for errors and as a check.
 
-JSON knows `true`, `1`, `1.0` and `"1"`, and in Python the first three are equal and the same key of a dictionary. So a
-whole number is an int and nothing else, here and wherever a field is compared.
+JSON knows `true`, `1`, `1.0` and `"1"`. In Python the first three are equal and the same key of a
+dictionary, so a client that remembers answered rounds in one would answer `round = true` after
+round 1. Here a whole number is an int and nothing else.
 """
 
 from __future__ import annotations
@@ -14,19 +15,27 @@ from typing import Any
 from fedpress.errors import WireError
 
 MAX_WHOLE = 1 << 40
-"""Most that is counted: of rounds, steps and examples."""
+"""Largest number of rounds, steps or examples."""
+
 MAX_SIZE = 1 << 62
+"""Largest number of values in a vector."""
 
 
 @dataclass(frozen=True)
-class Kind:
-    """What a field may hold, in words and as a test."""
+class FieldKind:
+    """What a field may hold.
+
+    Attributes:
+        expected: in words, for errors.
+        holds: whether a value is of this kind.
+    """
 
     expected: str
     holds: Callable[[Any], bool]
 
 
 def _is_whole(value: Any) -> bool:
+    # `isinstance` would take a bool.
     return type(value) is int
 
 
@@ -34,40 +43,55 @@ def _is_number(value: Any) -> bool:
     return type(value) in (int, float) and isfinite(value)
 
 
-def whole(low: int, high: int = MAX_WHOLE) -> Kind:
-    """A whole number from `low` to `high`."""
-    return Kind(
-        f"a whole number from {low} to {high}",
-        lambda value: _is_whole(value) and low <= value <= high,
-    )
+def whole(low: int, high: int = MAX_WHOLE) -> FieldKind:
+    """Returns the kind of whole numbers from `low` to `high`."""
+
+    def holds(value: Any) -> bool:
+        return _is_whole(value) and low <= value <= high
+
+    return FieldKind(f"a whole number from {low} to {high}", holds)
 
 
-NUMBER = Kind("a finite number", _is_number)
-POSITIVE = Kind(
-    "a finite number above 0", lambda value: type(value) is float and isfinite(value) and value > 0
-)
-TEXT = Kind("text", lambda value: type(value) is str)
-FLAG = Kind("true or false", lambda value: type(value) is bool)
-NAMES = Kind(
-    "a list of names",
-    lambda value: type(value) is list and all(type(name) is str for name in value),
-)
-TABLE = Kind("a table", lambda value: type(value) is dict)
-COUNTS = Kind(
-    f"two numbers from -{MAX_WHOLE} to {MAX_WHOLE}",
-    lambda value: (
-        type(value) is list
-        and len(value) == 2
-        and all(_is_number(v) and abs(v) <= MAX_WHOLE for v in value)
-    ),
-)
+def _is_positive(value: Any) -> bool:
+    return type(value) is float and isfinite(value) and value > 0
 
 
-def check_field(place: str, name: str, value: Any, kind: Kind) -> None:
-    """Raises WireError unless `value` is what a field of this `kind` may hold."""
+def _is_list_of_names(value: Any) -> bool:
+    return type(value) is list and all(type(name) is str for name in value)
+
+
+def _is_pair_of_counts(value: Any) -> bool:
+    if type(value) is not list or len(value) != 2:
+        return False
+    return all(_is_number(count) and abs(count) <= MAX_WHOLE for count in value)
+
+
+NUMBER = FieldKind("a finite number", _is_number)
+POSITIVE = FieldKind("a finite number above 0", _is_positive)
+TEXT = FieldKind("text", lambda value: type(value) is str)
+FLAG = FieldKind("true or false", lambda value: type(value) is bool)
+NAMES = FieldKind("a list of names", _is_list_of_names)
+TABLE = FieldKind("a table", lambda value: type(value) is dict)
+COUNTS = FieldKind(f"two numbers from -{MAX_WHOLE} to {MAX_WHOLE}", _is_pair_of_counts)
+
+
+def check_field(place: str, name: str, value: Any, kind: FieldKind) -> None:
+    """Checks one header field.
+
+    Args:
+        place: what an error calls the message.
+        name: name of the field.
+        value: what the header holds.
+        kind: what it may hold.
+
+    Raises:
+        WireError: if `value` is not of this kind.
+    """
     if not kind.holds(value):
         shown = repr(value)
-        shown = shown if len(shown) <= 80 else f"{shown[:77]}..."
+        # The sender decides how long it is.
+        if len(shown) > 80:
+            shown = f"{shown[:77]}..."
         raise WireError(
             f"got {shown}, expected {kind.expected}",
             place=f"{place}.{name}",
@@ -75,8 +99,12 @@ def check_field(place: str, name: str, value: Any, kind: Kind) -> None:
         )
 
 
-def check_fields(place: str, fields: Mapping[str, Kind], header: Mapping[str, Any]) -> None:
-    """Raises WireError unless every known field that `header` holds is of its kind; unknown ones are read by nobody."""
+def check_fields(place: str, fields: Mapping[str, FieldKind], header: Mapping[str, Any]) -> None:
+    """Checks every field of `header` that is in `fields`; nobody reads the others.
+
+    Raises:
+        WireError: if a field is not of its kind.
+    """
     for name, kind in fields.items():
         if name in header:
             check_field(place, name, header[name], kind)

@@ -1,6 +1,7 @@
-"""A message is a kind, a small JSON header and named tensors; its bytes are laid out in `FORMAT.md`.
+"""A message is a kind, a small JSON header and named tensors; `FORMAT.md` describes its bytes.
 
-The reader trusts nothing: every size is checked before memory is taken, every fault is a `WireError` naming the field.
+The sender is not trusted: every size is checked before memory is taken for it, and every fault is a
+`WireError` that names the field.
 """
 
 from __future__ import annotations
@@ -18,16 +19,28 @@ from torch import Tensor
 from fedpress.core.canonical import JSON
 from fedpress.errors import WireError
 from fedpress.wire.packing import expand, shrink
-from fedpress.wire.reader import Reader, fail, varint
+from fedpress.wire.reader import ByteReader, fail, varint
 
 MAGIC = b"FPRS"
 VERSION = 2
-FRAME = struct.Struct("<4sHII")  # magic, version, payload length, crc32
+FRAME = struct.Struct("<4sHII")
+"""Magic, version, length of the payload, CRC-32 of the payload."""
+
 MAX_BYTES = 1 << 30
+"""Longest message, in bytes, unless a reader sets another limit."""
+
 MAX_HEADER_BYTES = 1 << 20
+"""Longest header, in bytes of JSON."""
+
 MAX_NAME_BYTES = 1024
+"""Longest kind or name of a tensor, in bytes of UTF-8."""
+
 MAX_TENSORS = 1024
+"""Most tensors in a message."""
+
 MAX_DIMENSIONS = 8
+"""Most dimensions of a tensor."""
+
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -44,7 +57,13 @@ CODES = {dtype: code for code, dtype in enumerate(DTYPES.values())}
 
 @dataclass(frozen=True, eq=False)
 class Message:
-    """What one side says to the other: a `kind`, a `header` of JSON values and `tensors` by name."""
+    """What one side sends to the other.
+
+    Attributes:
+        kind: what the message is about, for instance "fit".
+        header: JSON values by name.
+        tensors: tensors by name.
+    """
 
     kind: str
     header: Mapping[str, JSON] = field(default_factory=dict)
@@ -55,7 +74,8 @@ def pack(message: Message) -> bytes:
     """Returns the bytes of `message`; equal messages give equal bytes.
 
     Raises:
-        WireError: if the header holds a number that is not finite, or a tensor has a dtype that does not travel.
+        WireError: if the header holds a number that is not finite, or a tensor has a dtype that
+            cannot be sent.
 
     >>> pack(Message("hello", {"round": 1}))[:4]
     b'FPRS'
@@ -65,26 +85,28 @@ def pack(message: Message) -> bytes:
         if tensor.dtype not in CODES:
             fail(
                 f"tensors.{name}",
-                f"dtype {tensor.dtype} does not travel",
+                f"dtype {tensor.dtype} cannot be sent",
                 f"use one of {', '.join(DTYPES)}",
             )
+    # Sorted keys and names: equal messages give equal bytes, which digests rely on.
     text = json.dumps(dict(message.header), sort_keys=True, separators=(",", ":")).encode()
-    payload = bytearray(
-        _part(_utf8(message.kind, "kind")) + _part(text) + varint(len(message.tensors))
-    )
+    payload = bytearray(_part(_utf8(message.kind, "kind")))
+    payload += _part(text)
+    payload += varint(len(message.tensors))
     for name, tensor in sorted(message.tensors.items()):
         payload += _part(_utf8(name, "tensors"))
-        payload += bytes([CODES[tensor.dtype], tensor.ndim]) + b"".join(map(varint, tensor.shape))
+        payload += bytes([CODES[tensor.dtype], tensor.ndim])
+        payload += b"".join(map(varint, tensor.shape))
         payload += _part(shrink(tensor))
     return FRAME.pack(MAGIC, VERSION, len(payload), _crc(payload)) + payload
 
 
 def unpack(data: bytes, *, max_bytes: int = MAX_BYTES) -> Message:
-    """Reads the message in `data`, which may come from anybody.
+    """Reads the message in `data`, whose sender is not trusted.
 
     Args:
         data: the whole message, nothing more.
-        max_bytes: longest message that is accepted, in bytes, and most bytes that its tensors may unpack to.
+        max_bytes: limit in bytes, both for `data` and for all its tensors unpacked.
 
     Raises:
         WireError: for every fault, with the name of the field.
@@ -92,27 +114,26 @@ def unpack(data: bytes, *, max_bytes: int = MAX_BYTES) -> Message:
     >>> unpack(pack(Message("hello", {"round": 1}))).header
     {'round': 1}
     """
-    reader = Reader(_payload(data, max_bytes))
+    reader = ByteReader(_payload(data, max_bytes))
     kind = _text(reader, "kind", MAX_NAME_BYTES)
     try:
         header = json.loads(_text(reader, "header", MAX_HEADER_BYTES))
     except (ValueError, RecursionError) as error:
+        # Deeply nested JSON ends in a RecursionError.
         raise WireError(
             f"not JSON ({type(error).__name__})", place="message.header", cure="send it again"
         ) from error
     if not isinstance(header, dict):
         fail("header", f"got {type(header).__name__}", "expected an object")
     _check_json(header, "message.header")
-    packed = _index(reader, max_bytes)
-    return Message(
-        kind,
-        header,
-        {name: expand(p.data, p.dtype, p.shape, f"tensors.{name}") for name, p in packed},
-    )
+    tensors = {}
+    for name, packed in _packed_tensors(reader, max_bytes).items():
+        tensors[name] = expand(packed.data, packed.dtype, packed.shape, f"tensors.{name}")
+    return Message(kind, header, tensors)
 
 
 @dataclass(frozen=True, eq=False)
-class _Packed:
+class _PackedTensor:
     """One tensor of a message that is still packed."""
 
     dtype: torch.dtype
@@ -121,6 +142,7 @@ class _Packed:
 
 
 def _payload(data: bytes, max_bytes: int) -> memoryview:
+    """Returns the payload after checking the frame."""
     if len(data) > max_bytes:
         fail(
             "length",
@@ -149,9 +171,13 @@ def _payload(data: bytes, max_bytes: int) -> memoryview:
     return payload
 
 
-def _index(reader: Reader, max_bytes: int) -> list[tuple[str, _Packed]]:
-    """Reads where the tensors are; nothing is unpacked before the sum of all their sizes is known to fit."""
-    packed: dict[str, _Packed] = {}
+def _packed_tensors(reader: ByteReader, max_bytes: int) -> dict[str, _PackedTensor]:
+    """Reads type, shape and bytes of each tensor by its name.
+
+    None is unpacked before the sum of all their sizes is known to be within `max_bytes`: a few
+    bytes can unpack to any number of zeros.
+    """
+    packed: dict[str, _PackedTensor] = {}
     total = 0
     for _ in range(reader.varint("tensors", MAX_TENSORS)):
         name = _text(reader, "tensors", MAX_NAME_BYTES)
@@ -162,7 +188,7 @@ def _index(reader: Reader, max_bytes: int) -> list[tuple[str, _Packed]]:
         if code >= len(DTYPES):
             fail(
                 place,
-                f"dtype {code} does not travel",
+                f"dtype {code} is unknown",
                 f"use one of {', '.join(DTYPES)} (from 0 on)",
             )
         dtype = list(DTYPES.values())[code]
@@ -170,7 +196,7 @@ def _index(reader: Reader, max_bytes: int) -> list[tuple[str, _Packed]]:
         if dimensions > MAX_DIMENSIONS:
             fail(place, f"{dimensions} dimensions", f"at most {MAX_DIMENSIONS}")
         shape = [reader.varint(place, MAX_BYTES) for _ in range(dimensions)]
-        # empty tensors as well: the product of the other sizes must be one that torch can hold
+        # Sizes of 0 are left out: torch multiplies the others even if the tensor is empty.
         if prod(max(size, 1) for size in shape) > MAX_BYTES:
             fail(place, f"shape {shape} is out of range", f"at most {MAX_BYTES} values")
         total += prod(shape) * dtype.itemsize
@@ -180,13 +206,15 @@ def _index(reader: Reader, max_bytes: int) -> list[tuple[str, _Packed]]:
                 f"the tensors unpack to {total} bytes, more than the {max_bytes} accepted",
                 "raise max_bytes",
             )
-        packed[name] = _Packed(dtype, shape, reader.take(reader.varint(place, reader.left), place))
+        data = reader.take(reader.varint(place, reader.left), place)
+        packed[name] = _PackedTensor(dtype, shape, data)
     if reader.left:
         fail("tensors", f"{reader.left} bytes are left over")
-    return list(packed.items())
+    return packed
 
 
 def _part(content: bytes) -> bytes:
+    """Returns the length of `content` as a varint, and `content`."""
     return varint(len(content)) + content
 
 
@@ -195,14 +223,16 @@ def _utf8(text: str, place: str) -> bytes:
         content = text.encode()
     except UnicodeEncodeError as error:
         raise WireError(
-            f"{text!r} is no UTF-8 text", place=f"message.{place}", cure="use other characters"
+            f"{text!r} cannot be written in UTF-8",
+            place=f"message.{place}",
+            cure="use other characters",
         ) from error
     if len(content) > MAX_NAME_BYTES:
         fail(place, f"a name of {len(content)} bytes", f"at most {MAX_NAME_BYTES}")
     return content
 
 
-def _text(reader: Reader, place: str, most: int) -> str:
+def _text(reader: ByteReader, place: str, most: int) -> str:
     try:
         return str(reader.take(reader.varint(place, most), place), "utf-8")
     except UnicodeDecodeError as error:
@@ -210,7 +240,7 @@ def _text(reader: Reader, place: str, most: int) -> str:
 
 
 def _check_json(value: JSON, place: str) -> None:
-    """Refuses what JSON cannot carry between languages: non-finite floats, integers beyond 64 bits, other types."""
+    """Refuses what not every JSON reader takes: NaN, infinity, long integers, other types."""
     if isinstance(value, dict):
         for key, item in value.items():
             if not isinstance(key, str):
@@ -220,7 +250,8 @@ def _check_json(value: JSON, place: str) -> None:
             _check_json(item, f"{place}.{key}")
     elif isinstance(value, list):
         for at, item in enumerate(value):
-            if not isinstance(item, str):  # any text is fine, and a header may list all clients
+            # Any text is fine. Skipping it here saves time where a header lists all clients.
+            if not isinstance(item, str):
                 _check_json(item, f"{place}[{at}]")
     elif isinstance(value, float) and not isfinite(value):
         raise WireError(f"got {value}, expected a finite number", place=place, cure="leave it out")
@@ -237,4 +268,5 @@ def _check_json(value: JSON, place: str) -> None:
 
 
 def _crc(payload: bytes | bytearray | memoryview) -> int:
+    # It finds damage on the way. Whoever changes a message on purpose can change it, too.
     return zlib.crc32(payload)

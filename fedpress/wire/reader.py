@@ -1,4 +1,4 @@
-"""Reads bytes that may come from anybody: every step is checked against what is left, faults name the field."""
+"""Checked reading of bytes from a sender that is not trusted, and writing of whole numbers."""
 
 from __future__ import annotations
 
@@ -8,12 +8,14 @@ from fedpress.errors import WireError
 
 
 def fail(place: str, problem: str, cure: str = "send it again") -> NoReturn:
-    """Raises the WireError of the field `place`."""
+    """Raises a WireError about the field `place` of a message."""
     raise WireError(problem, place=f"message.{place}", cure=cure)
 
 
 def varint(value: int) -> bytes:
-    """Returns a whole number from 0 on in groups of seven bits, low first; the high bit says that more follow.
+    """Returns a whole number >= 0 in groups of seven bits, the low group first.
+
+    The high bit of a byte says that another one follows.
 
     >>> varint(300).hex()
     'ac02'
@@ -29,14 +31,20 @@ def varint(value: int) -> bytes:
 def zigzag(value: int) -> bytes:
     """Returns a signed whole number as a `varint`: 0, -1, 1, -2 become 0, 1, 2, 3.
 
+    So small negative numbers take one byte, too.
+
     >>> zigzag(-2).hex()
     '03'
     """
     return varint(2 * value if value >= 0 else -2 * value - 1)
 
 
-class Reader:
-    """A place in `data`; `field` in its methods is the name that an error starts with."""
+class ByteReader:
+    """Reads `data` from front to back.
+
+    The argument `field` of its methods is the name of the field in an error. Every method raises
+    WireError where the bytes end too early or hold a value out of range.
+    """
 
     def __init__(self, data: memoryview) -> None:
         self._data = data
@@ -44,12 +52,14 @@ class Reader:
 
     @property
     def left(self) -> int:
-        """Bytes that were not read yet."""
+        """Number of bytes that were not read yet."""
         return len(self._data) - self._at
 
     def take(self, size: int, field: str) -> memoryview:
         """Returns the next `size` bytes, without a copy."""
-        begin, end = self._at, self._at + size
+        begin = self._at
+        end = begin + size
+        # Checked before anything is made of this size: an announced size may be any number.
         if end > len(self._data):
             fail(field, f"{size} bytes were announced but {self.left} are left")
         self._at = end
@@ -60,8 +70,9 @@ class Reader:
         return self.take(1, field)[0]
 
     def varint(self, field: str, most: int) -> int:
-        """Reads a `varint` of at most `most` (below 2**64)."""
+        """Reads a `varint` of at most `most`, a number below 2**64."""
         value = 0
+        # Ten groups of seven bits hold 64 bits; without a limit a sender could grow the number.
         for shift in range(0, 70, 7):
             byte = self.byte(field)
             value |= (byte & 0x7F) << shift
@@ -76,8 +87,9 @@ class Reader:
     def zigzag(self, field: str) -> int:
         """Reads a signed whole number of 64 bits."""
         value = self.varint(field, (1 << 64) - 1)
-        return value >> 1 if value % 2 == 0 else -(value >> 1) - 1
+        half = value >> 1
+        return half if value % 2 == 0 else -half - 1
 
-    def part(self, field: str) -> Reader:
-        """Returns a reader of the next part, whose length stands in front of it."""
-        return Reader(self.take(self.varint(field, self.left), field))
+    def part(self, field: str) -> ByteReader:
+        """Returns a reader of the next part: a `varint` and as many bytes as it says."""
+        return ByteReader(self.take(self.varint(field, self.left), field))

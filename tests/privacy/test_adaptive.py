@@ -6,7 +6,13 @@ import torch
 from fedpress.core.random_source import TorchRandom
 from fedpress.errors import PrivacyError, RecipeError
 from fedpress.privacy.accounting.accountant import GaussianEvent, epsilon
-from fedpress.privacy.adaptive import AdaptiveClip, centred_bit, count_noise_for, share_below, split
+from fedpress.privacy.adaptive import (
+    AdaptiveClip,
+    centred_bit,
+    count_noise_for,
+    share_below,
+    update_noise_multiplier,
+)
 
 
 def follow(how, start, norms, rounds, noise, chance):
@@ -52,7 +58,7 @@ def test_bits_are_centred_and_what_is_no_norm_counts_as_above():
 
 @pytest.mark.parametrize(("z", "count_noise"), [(1.0, 0.6), (1.0, 2.5), (5.0, 12.5), (0.3, 50.0)])
 def test_both_queries_together_cost_what_was_planned(z, count_noise):
-    update = split(z, count_noise)
+    update = update_noise_multiplier(z, count_noise)
     both = epsilon(
         [GaussianEvent(1.0, update, 30), GaussianEvent(1.0, 2 * count_noise, 30)], delta=1e-5
     )
@@ -62,13 +68,13 @@ def test_both_queries_together_cost_what_was_planned(z, count_noise):
 
 def test_the_usual_count_noise_costs_the_update_two_percent_at_most():
     for z, cohort in ((5.0, 10), (1.0, 1000), (0.5, 40)):
-        assert 1 < split(z, count_noise_for(z, cohort)) / z < 1.021
-    assert split(0.0, 1.0) == 0.0
+        assert 1 < update_noise_multiplier(z, count_noise_for(z, cohort)) / z < 1.021
+    assert update_noise_multiplier(0.0, 1.0) == 0.0
 
 
 def test_bits_that_cost_more_than_all_are_refused_with_a_number_that_would_do():
     with pytest.raises(PrivacyError, match="more than 2"):
-        split(4.0, 2.0)
+        update_noise_multiplier(4.0, 2.0)
 
 
 def test_a_share_that_is_no_number_is_refused():

@@ -17,7 +17,7 @@ def test_rounds_of_many_clients_cost_what_one_client_was_charged():
     for number in range(1, 6):
         book = book.add(*round_of(["a", "b", "c"], number))
     assert book.epsilon(delta=1e-5) == epsilon([GaussianEvent(0.1, 2.0, 50)], delta=1e-5)
-    assert [(c.who, c.steps, c.first_round, c.last_round) for c in book.charges] == [
+    assert [(c.who, c.steps, c.first_round, c.last_round) for c in book.entries] == [
         (who, 50, 1, 5) for who in "abc"
     ]
 
@@ -55,7 +55,7 @@ def test_json_keeps_all_that_is_needed_to_recompute():
     )
     again = Ledger.from_json(book.to_json())
     assert again == book
-    assert len(again.charges) == 4
+    assert len(again.entries) == 4
     assert again.epsilon(delta=1e-5) == book.epsilon(delta=1e-5)
     by_hand = [
         GaussianEvent(c["sampling_prob"], c["noise_multiplier"], c["steps"])
@@ -68,7 +68,7 @@ def test_json_keeps_all_that_is_needed_to_recompute():
 def test_a_charge_that_would_pass_the_budget_is_refused_before_it_is_made():
     book = Ledger("sample")
     fits = 0
-    while not book.would_pass(*round_of("ab", fits + 1), epsilon=1.5, delta=1e-5):
+    while not book.would_exceed(*round_of("ab", fits + 1), epsilon=1.5, delta=1e-5):
         fits += 1
         book = book.spend(*round_of("ab", fits), epsilon=1.5, delta=1e-5)
     assert fits > 1
@@ -85,7 +85,7 @@ def test_a_resumed_book_does_not_start_its_budget_again():
         LedgerEntry("population", "federate", 1.0, 5.0, 20)
     )
     assert resumed.epsilon(delta=1e-3) == pytest.approx(4.8453, rel=1e-3)
-    assert len(resumed.charges) == 1
+    assert len(resumed.entries) == 1
 
 
 CHARGE = '{"who": "a", "what": "b", "sampling_prob": 2, "noise_multiplier": 1, "steps": 1}'

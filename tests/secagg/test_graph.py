@@ -7,7 +7,7 @@ import pytest
 
 from fedpress.errors import WireError
 from fedpress.secagg import SecurePlan
-from fedpress.secagg.graph import MISS, RISK, density, edges, risk
+from fedpress.secagg.graph import MISS, RISK, edges, risk, sparsest
 from fedpress.secagg.keys import derive
 
 
@@ -75,8 +75,8 @@ def test_survivors_stay_connected_and_have_enough_neighbours_in_simulation():
 
 
 def test_more_vanishing_or_corrupt_clients_need_more_neighbours():
-    assert density(200, 40, 10)[0] < density(200, 80, 10)[0]
-    assert density(200, 40, 10)[0] < density(200, 40, 40)[0]
+    assert sparsest(200, 40, 10)[0] < sparsest(200, 80, 10)[0]
+    assert sparsest(200, 40, 10)[0] < sparsest(200, 40, 40)[0]
 
 
 @pytest.mark.parametrize("cohort", [2, 3, 4, 10, 33, 100, 101, 200, 1000])

@@ -6,13 +6,13 @@ from hypothesis import strategies as st
 
 from fedpress.core.random import keystream
 from fedpress.secagg.keys import derive
-from fedpress.secagg.masks import CHUNK, add_masks_, centred, to_tensor, to_words, word
+from fedpress.secagg.masks import CHUNK, add_masks_, centred, to_tensor, to_words, word_type
 
 
 @pytest.mark.parametrize("bits", [2, 16, 17, 32, 33, 62])
 @pytest.mark.parametrize("size", [1, 7, CHUNK + 5])
 def test_masks_cancel_and_single_ones_do_not(bits, size):
-    words = np.arange(size).astype(word(bits))
+    words = np.arange(size).astype(word_type(bits))
     both = words.copy()
     add_masks_(both, [(b"a", True), (b"b", True)])
     assert (both != words).any()

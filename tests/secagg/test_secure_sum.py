@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from fedpress.errors import RecipeError, SecureError
 from fedpress.secagg import SecAggClient, SecAggServer, SecurePlan, identity
-from fedpress.secagg.masks import word
+from fedpress.secagg.masks import word_type
 from tests.secagg.people import changed, group, numbers, reported, secret
 
 
@@ -229,7 +229,7 @@ def test_the_server_keeps_one_vector_however_many_report():
     combiner, members = group(6)
     values = numbers(6, size=10_000)
     secure = reported(combiner, members, values)
-    assert len(pickle.dumps(secure)) < 2 * 10_000 * word(18).itemsize
+    assert len(pickle.dumps(secure)) < 2 * 10_000 * word_type(18).itemsize
 
 
 def test_a_wrong_answer_of_the_committee_is_found_and_left_out():

@@ -16,7 +16,7 @@ from fedpress.errors import WireError
 from fedpress.wire import ans, classes, packing
 from fedpress.wire.message import DTYPES, FRAME, MAGIC, VERSION, Message, pack, unpack
 from fedpress.wire.packing import ANS, NBIT, RAW, SPARSE, estimate_bits, expand, shrink
-from fedpress.wire.reader import Reader, varint, zigzag
+from fedpress.wire.reader import ByteReader, varint, zigzag
 
 N = 20_000
 
@@ -122,7 +122,9 @@ def test_classes_of_blocks_save_bits_where_the_activity_or_the_sign_changes(monk
     signs = (torch.randn(N, generator=chance(2)) * 0.7 + lean).round().to(torch.int8)
     apart = [len(shrink(t)) for t in (uneven(), signs)]
     monkeypatch.setattr(
-        ans, "plan", lambda v, *_: classes.Plan(v.shape[1], 1, np.zeros(1, np.uint8))
+        ans,
+        "choose_classes",
+        lambda v, *_: classes.BlockClasses(v.shape[1], 1, np.zeros(1, np.uint8)),
     )
     together = [len(shrink(t)) for t in (uneven(), signs)]
     assert apart[0] < 0.85 * together[0]
@@ -245,11 +247,11 @@ def test_forms_inside_forms_end():
 
 def test_varints_of_any_size_come_back():
     for value in (0, 1, 127, 128, (1 << 63) - 1, -1, -(1 << 63)):
-        assert Reader(memoryview(zigzag(value))).zigzag("x") == value
+        assert ByteReader(memoryview(zigzag(value))).zigzag("x") == value
     with pytest.raises(WireError, match=r"^message\.x: "):
-        Reader(memoryview(b"\x80" * 12)).varint("x", 1 << 63)
+        ByteReader(memoryview(b"\x80" * 12)).varint("x", 1 << 63)
     with pytest.raises(WireError, match=r"^message\.x: got 300, expected at most 299"):
-        Reader(memoryview(varint(300))).varint("x", 299)
+        ByteReader(memoryview(varint(300))).varint("x", 299)
 
 
 LARGEST = 1 << 20

@@ -1,10 +1,15 @@
 """How much privacy a sequence of noised sums has spent, and how much noise a budget needs.
 
-Every step is a Gaussian or Skellam mechanism on a Poisson sample, under add-or-remove-one neighbours. Gaussian steps
-compose exactly up to a grid: privacy loss distributions (Koskela et al. 2020; Doroshenko et al. 2022, "Connect the
-dots") from dp-accounting, whose discretisation only ever rounds epsilon up. Where its tables would be too long (rare
-samples, low noise, many steps, a tiny delta) `losses` answers in bounded time. Steps without subsampling use the closed
-form of Balle & Wang 2018. Skellam steps have a Renyi bound; a mixture takes the better of two sound ways to join both.
+Every step is a Gaussian or Skellam mechanism on a Poisson sample, under add-or-remove-one
+neighbours. Which method answers depends on the events:
+
+- Gaussian, everybody takes part: the closed form of Balle & Wang 2018.
+- Gaussian on samples: privacy loss distributions (Koskela et al. 2020; Doroshenko et al. 2022,
+  "Connect the dots") from dp-accounting, whose discretisation only ever rounds epsilon up. Where
+  its tables would be too long (rare samples, low noise, many steps, a tiny delta), `losses` answers
+  in bounded time.
+- Skellam: a Renyi bound.
+- Gaussian and Skellam together: the better of two upper bounds, see `_mixture`.
 """
 
 from __future__ import annotations
@@ -21,11 +26,11 @@ from fedpress.privacy.accounting.events import (
     GaussianEvent,
     MechanismEvent,
     SkellamEvent,
-    at_most,
     check_delta,
     check_sampling_prob,
     gaussians,
     merge,
+    merge_similar,
     skellams,
 )
 from fedpress.privacy.roots import bracket, safe_root
@@ -33,32 +38,38 @@ from fedpress.privacy.roots import bracket, safe_root
 if TYPE_CHECKING:
     from dp_accounting.pld.privacy_loss_distribution import PrivacyLossDistribution
 
-# dp_accounting and scipy are imported where they are used: they cost a second, and most callers never get there.
+# dp_accounting and scipy are imported where they are used: they take a second to import, and most
+# callers need neither.
 
 NOISE_RANGE = (1e-2, 1e5)
 """Noise multipliers outside this range are not searched."""
 
-
-SPLITS = (0.05, 0.2, 0.5, 0.8, 0.95)
+SKELLAM_SHARES = (0.05, 0.2, 0.5, 0.8, 0.95)
 """Shares of delta that are tried for the Skellam part of a mixture."""
 
 LONGEST_TABLE = 100_000
-"""Most losses of one step, or of all, that dp-accounting is asked to handle: it needs up to half a second for them."""
+"""Most losses, of one step or of all, that dp-accounting is given: half a second for that many."""
 
-MANY_PHASES = 16
-"""dp-accounting composes more than these one by one, which takes long."""
+MANY_EVENTS = 16
+"""Above this many events dp-accounting is too slow, since it composes them one by one."""
 
-MOST_PHASES = 100
-"""Of more, neighbours are joined: each takes time, also where its grid is as coarse as can be."""
+MOST_EVENTS = 100
+"""Above this many, similar events are merged: each takes time, even on the coarsest grid."""
 
 MOST_BY_RENYI = 300
-"""The same where Renyi accounting answers, which takes some milliseconds for each."""
+"""The same limit for Renyi accounting, which takes some milliseconds per event."""
 
-RAREST_SAMPLE, LEAST_NOISE, MOST_NOISE = 1e-12, 1e-6, 1e12
-"""Rarer samples and more noise count as these; less noise promises nothing that could be said."""
+RAREST_SAMPLE = 1e-12
+"""Smaller sampling probabilities are counted as this one, which spends more."""
+
+LEAST_NOISE = 1e-6
+"""Below this noise multiplier epsilon is reported as infinite, an upper bound like any other."""
+
+MOST_NOISE = 1e12
+"""Larger noise multipliers are counted as this one, so that their squares stay finite."""
 
 FEW_POINTS = 1 << 17
-"""Points of `losses` while a noise is searched for: a tenth of a second for each question."""
+"""Points of `losses` during a search for the noise: a tenth of a second for each epsilon."""
 
 UPPER_BOUND = "an upper bound: the exact epsilon may be more than 1% smaller"
 
@@ -77,9 +88,12 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Spent:
-    """What some phases spend: `epsilon` is never below the truth.
+    """What some events spend.
 
-    `upper_bound` says that it may lie more than a percent above it, as Renyi accounting and a coarse grid do.
+    Attributes:
+        epsilon: never below the true one.
+        upper_bound: whether it may be more than 1% above the true one, as with Renyi accounting or
+            a coarse grid.
     """
 
     epsilon: float
@@ -87,14 +101,15 @@ class Spent:
 
     @property
     def note(self) -> str:
-        """What is to be said beside `epsilon`, if anything."""
+        """Text to print beside `epsilon`; empty unless it is only an upper bound."""
         return UPPER_BOUND if self.upper_bound else ""
 
 
-def epsilon(phases: Iterable[MechanismEvent], *, delta: float) -> float:
-    """Returns the smallest known epsilon that all `phases` together spend at `delta` (inf without noise).
+def epsilon(events: Iterable[MechanismEvent], *, delta: float) -> float:
+    """Returns an upper bound on what all `events` together spend at `delta` (inf without noise).
 
-    Never below the truth, and never below what it says of a part of `phases`.
+    It is tight where the module's docstring names an exact method, and never below the answer for
+    a part of `events`.
 
     Raises:
         RecipeError: if `delta` is not inside (0, 1).
@@ -104,16 +119,16 @@ def epsilon(phases: Iterable[MechanismEvent], *, delta: float) -> float:
     >>> epsilon([GaussianEvent(1.0, 5.0, 0)], delta=1e-3)
     0.0
     """
-    return spent(phases, delta=delta).epsilon
+    return spent(events, delta=delta).epsilon
 
 
-def spent(phases: Iterable[MechanismEvent], *, delta: float, points: int = losses.POINTS) -> Spent:
-    """Returns the smallest known epsilon of all `phases` together at `delta`, and whether it is a mere upper bound.
+def spent(events: Iterable[MechanismEvent], *, delta: float, points: int = losses.POINTS) -> Spent:
+    """Returns the epsilon of all `events` together, and whether it is only an upper bound.
 
     Args:
-        phases: the mechanisms and their steps.
-        delta: chance with which the promise may fail.
-        points: of the grid where tables are long; fewer are quicker and may raise epsilon, never lower it.
+        events: the mechanisms and their steps.
+        delta: probability with which the guarantee may fail.
+        points: grid points where tables are long; fewer are faster and can only raise epsilon.
 
     Raises:
         RecipeError: if `delta` is not inside (0, 1).
@@ -122,25 +137,33 @@ def spent(phases: Iterable[MechanismEvent], *, delta: float, points: int = losse
     False
     """
     check_delta(delta)
-    return _spent(merge(phases), delta, points)
+    return _spent(merge(events), delta, points)
 
 
-def renyi_bound(phases: Iterable[MechanismEvent], *, delta: float) -> float:
-    """Returns a quick upper bound on what all `phases` together spend at `delta`, larger than `epsilon` by a tenth.
+def renyi_bound(events: Iterable[MechanismEvent], *, delta: float) -> float:
+    """Returns a quick upper bound on the epsilon of `events`, about a tenth above it.
 
-    It is inf where phases have no noise, or bounds that may fail.
+    It is infinite if an event has no noise, or a sensitivity that may fail.
     """
-    merged = merge(phases)
-    if any(p.noise_multiplier == 0 for p in merged) or any(p.failure for p in skellams(merged)):
+    merged = merge(events)
+    if any(event.noise_multiplier == 0 for event in merged):
+        return math.inf
+    if any(event.failure for event in skellams(merged)):
         return math.inf
     return renyi.epsilon(merged, delta=delta)
 
 
 def noise_multiplier(*, epsilon: float, delta: float, sampling_prob: float, steps: int) -> float:
-    """Returns the smallest noise multiplier with which `steps` sums spend at most `epsilon` at `delta`.
+    """Returns the smallest noise multiplier with which `steps` sums spend at most `epsilon`.
 
-    The answer is confirmed by `epsilon` itself, and at most 0.01% above the least that `epsilon` would confirm where
-    samples are not so rare, or the noise so low, that tables of losses are long; there it may be 1% above.
+    The answer is confirmed by `epsilon` itself. It is at most 0.01% above the smallest one that
+    would be confirmed; at most 1% where tables of losses are long (rare samples or low noise).
+
+    Args:
+        epsilon: the budget of all steps.
+        delta: probability with which the guarantee may fail.
+        sampling_prob: probability with which each unit takes part in a step.
+        steps: number of noised sums.
 
     Raises:
         RecipeError: if an argument is out of range.
@@ -158,193 +181,219 @@ def noise_multiplier(*, epsilon: float, delta: float, sampling_prob: float, step
     if not steps >= 1 or steps != int(steps):
         raise RecipeError(f"got {steps}, expected a whole number >= 1", place="steps")
 
-    def spending(noise: float) -> float:
-        return _spent(
-            (GaussianEvent(sampling_prob, noise, int(steps)),), delta, points=FEW_POINTS
-        ).epsilon
+    def spending(noise: float, points: int) -> float:
+        event = GaussianEvent(sampling_prob, noise, int(steps))
+        return _spent((event,), delta, points).epsilon
 
-    # The central limit of the composition (Bu et al. 2020, "Gaussian DP") is a good first guess, and exact for q = 1.
+    # The central limit of the composition (Bu et al. 2020, "Deep learning with Gaussian
+    # differential privacy") is a good first guess, and exact for q = 1. It is never the answer: the
+    # limit may be below the truth.
     mu = _gaussian_mu(epsilon, delta)
     if sampling_prob == 1:
         guess = math.sqrt(steps) / mu
     else:
         guess = 1 / math.sqrt(math.log1p((mu / sampling_prob) ** 2 / steps))
-    found = _smallest(spending, epsilon, guess)
-    # More points may find a larger epsilon by the last digits of rounding.
-    more = 1e-5
-    while _spent((GaussianEvent(sampling_prob, found, int(steps)),), delta).epsilon > epsilon:
-        found *= 1 + more
-        more *= 2
+    found = _smallest_noise(lambda noise: spending(noise, FEW_POINTS), epsilon, guess)
+
+    # The full number of points may find a larger epsilon by the last digits of rounding.
+    increase = 1e-5
+    while spending(found, losses.POINTS) > epsilon:
+        found *= 1 + increase
+        increase *= 2
     return found
 
 
 @lru_cache(maxsize=4096)
-def _spent(phases: tuple[MechanismEvent, ...], delta: float, points: int = losses.POINTS) -> Spent:
-    gaussian, skellam = gaussians(phases), skellams(phases)
-    if any(p.noise_multiplier == 0 for p in gaussian):
+def _spent(events: tuple[MechanismEvent, ...], delta: float, points: int = losses.POINTS) -> Spent:
+    gaussian = gaussians(events)
+    skellam = skellams(events)
+    if any(event.noise_multiplier == 0 for event in gaussian):
         return Spent(math.inf)
-    gaussian = tuple(_in_range(p) for p in gaussian if p.noise_multiplier < math.inf)
-    if any(p.noise_multiplier < LEAST_NOISE for p in gaussian):
+    # Infinite noise spends nothing.
+    gaussian = tuple(_in_range(event) for event in gaussian if event.noise_multiplier < math.inf)
+    if any(event.noise_multiplier < LEAST_NOISE for event in gaussian):
         return Spent(math.inf, upper_bound=True)
     if skellam:
-        gaussian = at_most(gaussian, MOST_PHASES)
-        return Spent(_mixture(gaussian, skellam, delta), upper_bound=True)
-    if all(p.sampling_prob == 1 for p in gaussian):
-        return Spent(_gaussian_epsilon(total_mu(gaussian), delta))
-    if len(gaussian) > MOST_PHASES:
-        joined = _spent(at_most(gaussian, MOST_PHASES), delta, points).epsilon
         return Spent(
-            min(joined, renyi.epsilon(at_most(gaussian, MOST_BY_RENYI), delta=delta)),
-            upper_bound=True,
+            _mixture(merge_similar(gaussian, MOST_EVENTS), skellam, delta), upper_bound=True
         )
-    # Sampling never adds. Where nearly everybody takes part, a grid may say a little more than the closed form.
-    everybody = _gaussian_epsilon(
-        total_mu(tuple(replace(p, sampling_prob=1.0) for p in gaussian)), delta
-    )
-    parts = _parts(gaussian)
-    if table := _losses(parts, delta):
+    if all(event.sampling_prob == 1 for event in gaussian):
+        return Spent(_gaussian_epsilon(total_mu(gaussian), delta))
+    return _spent_on_samples(gaussian, delta, points)
+
+
+def _spent_on_samples(gaussian: tuple[GaussianEvent, ...], delta: float, points: int) -> Spent:
+    if len(gaussian) > MOST_EVENTS:
+        by_losses = _spent(merge_similar(gaussian, MOST_EVENTS), delta, points).epsilon
+        by_renyi = renyi.epsilon(merge_similar(gaussian, MOST_BY_RENYI), delta=delta)
+        return Spent(min(by_losses, by_renyi), upper_bound=True)
+
+    # Sampling never adds to epsilon, so the closed form without sampling is a bound as well. Where
+    # nearly everybody takes part, the grid may say a little more than it.
+    unsampled = tuple(replace(event, sampling_prob=1.0) for event in gaussian)
+    everybody = _gaussian_epsilon(total_mu(unsampled), delta)
+
+    merged = _merge_unsampled(gaussian)
+    table = _loss_table(merged, delta)
+    if table is not None:
         return Spent(min(everybody, float(table[0].get_epsilon_for_delta(delta))))
-    bound = losses.epsilon(parts, delta=delta, points=points)
+
+    bound = losses.epsilon(merged, delta=delta, points=points)
+    found = min(everybody, bound.epsilon)
     if bound.fine:
-        return Spent(min(everybody, bound.epsilon))
-    return Spent(
-        min(everybody, bound.epsilon, renyi.epsilon(gaussian, delta=delta)), upper_bound=True
-    )
+        return Spent(found)
+    return Spent(min(found, renyi.epsilon(gaussian, delta=delta)), upper_bound=True)
 
 
-def _in_range(phase: GaussianEvent) -> GaussianEvent:
-    """Returns a phase that spends no less, and whose numbers can be squared."""
-    prob = max(phase.sampling_prob, RAREST_SAMPLE)
+def _in_range(event: GaussianEvent) -> GaussianEvent:
+    """Returns an event that spends no less, and whose numbers can be squared."""
     return replace(
-        phase, sampling_prob=prob, noise_multiplier=min(phase.noise_multiplier, MOST_NOISE)
+        event,
+        sampling_prob=max(event.sampling_prob, RAREST_SAMPLE),
+        noise_multiplier=min(event.noise_multiplier, MOST_NOISE),
     )
 
 
-def _parts(phases: tuple[GaussianEvent, ...]) -> list[GaussianEvent]:
-    """Returns phases that spend the same, with one step at most on everybody."""
-    parts, mu = [p for p in phases if p.sampling_prob < 1], total_mu(phases)
+def _merge_unsampled(events: tuple[GaussianEvent, ...]) -> list[GaussianEvent]:
+    """Replaces all events in which everybody takes part by one step that spends the same."""
+    merged = [event for event in events if event.sampling_prob < 1]
+    mu = total_mu(events)
     if mu > 0:
-        parts.append(GaussianEvent(1.0, 1 / mu, 1))
-    return parts
+        merged.append(GaussianEvent(1.0, 1 / mu, 1))
+    return merged
 
 
-def _quick(parts: list[GaussianEvent], delta: float) -> bool:
+def _suits_dp_accounting(events: list[GaussianEvent], delta: float) -> bool:
     """Says whether dp-accounting answers within about a second, and with enough digits.
 
-    It rounds what a transform gives to about 1e-15 times the steps, whatever delta is, and cuts off tails of 1e-15.
+    Its Fourier transforms round to about 1e-15 times the steps, whatever delta is, and it cuts off
+    tails of 1e-15.
     """
-    steps = sum(p.steps for p in parts)
-    if len(parts) > MANY_PHASES or delta < 1e-10 or 1e-16 * steps > 1e-4 * delta:
+    steps = sum(event.steps for event in events)
+    if len(events) > MANY_EVENTS or delta < 1e-10 or 1e-16 * steps > 1e-4 * delta:
         return False
-    grid = grid_step(parts)
-    widest = max(losses.span(p) for p in parts)
-    total = math.sqrt(sum(p.steps * _loss_variance(p) for p in parts))
-    # A grid of more than a tenth of a step's losses, as rare samples have, makes long tables of loose bounds.
-    fine = grid <= 0.1 * total / math.sqrt(steps)
-    return fine and max(widest, 16 * total) <= LONGEST_TABLE * grid
+    grid = grid_step(events)
+    widest = max(losses.loss_span(event) for event in events)
+    total_std = math.sqrt(sum(event.steps * _loss_variance(event) for event in events))
+    # A grid coarser than a tenth of a step's losses, as rare samples get, makes long tables and
+    # loose bounds.
+    fine = grid <= 0.1 * total_std / math.sqrt(steps)
+    return fine and max(widest, 16 * total_std) <= LONGEST_TABLE * grid
 
 
-def total_mu(phases: tuple[GaussianEvent, ...]) -> float:
-    """Gaussian mechanisms on everybody compose exactly into one: mu^2 = sum of steps / noise^2."""
-    return math.sqrt(sum(p.steps / p.noise_multiplier**2 for p in phases if p.sampling_prob == 1))
+def total_mu(events: tuple[GaussianEvent, ...]) -> float:
+    """Returns sensitivity / noise of the one Gaussian mechanism that equals all unsampled `events`.
+
+    Gaussian mechanisms on everybody compose exactly: mu^2 = sum of steps / noise^2.
+    """
+    unsampled = [event for event in events if event.sampling_prob == 1]
+    return math.sqrt(sum(event.steps / event.noise_multiplier**2 for event in unsampled))
 
 
-def _losses(
-    parts: list[GaussianEvent], delta: float
+def _loss_table(
+    events: list[GaussianEvent], delta: float
 ) -> tuple[PrivacyLossDistribution, float] | None:
-    """Returns the privacy losses of all `parts` together, and their grid; None where dp-accounting is no help."""
-    if not _quick(parts, delta):
+    """Returns the privacy losses of all `events` together, and their grid.
+
+    None where dp-accounting would be too slow, too inexact, or fails.
+    """
+    if not _suits_dp_accounting(events, delta):
         return None
-    grid = grid_step(parts)
+    grid = grid_step(events)
     total = None
-    for p in parts:
+    for event in events:
         try:
-            step = _step_losses(p.sampling_prob, p.noise_multiplier, grid)
-        except (
-            ValueError
-        ):  # its differences of logarithms do not stand a sampling probability next to 1
+            step = _step_losses(event.sampling_prob, event.noise_multiplier, grid)
+        except ValueError:
+            # dp-accounting takes logarithms of differences that round to 0 where the sampling
+            # probability is next to 1.
             return None
-        part = step.self_compose(p.steps)
-        total = part if total is None else total.compose(part, tail_mass_truncation=1e-15)
+        composed = step.self_compose(event.steps)
+        total = composed if total is None else total.compose(composed, tail_mass_truncation=1e-15)
     return None if total is None else (total, grid)
 
 
 def _mixture(
     gaussian: tuple[GaussianEvent, ...], skellam: tuple[SkellamEvent, ...], delta: float
 ) -> float:
-    """Returns the better of Renyi accounting for everything and `_split`; each is an upper bound on the truth.
+    """Returns an upper bound for Gaussian and Skellam events together.
 
-    Steps whose bound may fail are charged to delta. Let the other world's output stand in wherever a bound fails: that
-    mechanism keeps its bounds, and differs from the real one with chance at most `failure` a step.
+    It is the smaller of Renyi accounting for everything and `_compose_with_dominating`.
+
+    Steps whose sensitivity may fail are charged to delta. Replace the output by that of the
+    neighbouring data set wherever a sensitivity fails: the replaced mechanism keeps its
+    sensitivity, and differs from the real one with probability at most `failure` a step.
     """
-    left = delta - sum(p.failure * p.steps for p in skellam)
-    if left <= 0:
+    remaining = delta - sum(event.failure * event.steps for event in skellam)
+    if remaining <= 0:
         return math.inf
-    alone = renyi.epsilon(skellam, delta=left)
-    if not gaussian or alone == math.inf:
-        return alone
-    joined = min(renyi.epsilon([*gaussian, *skellam], delta=left), _split(gaussian, skellam, left))
-    # The truth about a mixture is at least that about its parts, so the larger bound is no loss.
-    return max(joined, alone, _spent(gaussian, delta).epsilon)
+    skellam_alone = renyi.epsilon(skellam, delta=remaining)
+    if not gaussian or skellam_alone == math.inf:
+        return skellam_alone
+    by_renyi = renyi.epsilon([*gaussian, *skellam], delta=remaining)
+    joined = min(by_renyi, _compose_with_dominating(gaussian, skellam, remaining))
+    # A mixture spends at least what its parts spend, so an upper bound below that of a part only
+    # shows that the part's bound is loose. Taking the larger one keeps answers consistent.
+    return max(joined, skellam_alone, _spent(gaussian, delta).epsilon)
 
 
-def _split(
+def _compose_with_dominating(
     gaussian: tuple[GaussianEvent, ...], skellam: tuple[SkellamEvent, ...], delta: float
 ) -> float:
-    """Composes the Gaussian losses with the worst mechanism that has the Skellam part's epsilon at a part of `delta`.
+    """Composes the Gaussian losses with the worst mechanism that has the Skellam part's guarantee.
 
-    That mechanism dominates every other with the same promise (Kairouz, Oh & Viswanath 2015), so the composition is
-    that of losses and not a sum of epsilons.
+    Given a share of delta, the Skellam part has an epsilon. Of all mechanisms with this epsilon and
+    delta, one dominates every other (Kairouz, Oh & Viswanath 2015). Its losses are composed with
+    the Gaussian ones, which is tighter than adding the two epsilons.
     """
     from dp_accounting.pld import common, privacy_loss_distribution
 
-    parts = _parts(gaussian)
-    table = _losses(parts, delta)
+    shares = [share * delta for share in SKELLAM_SHARES]
+    guarantees = [(renyi.epsilon(skellam, delta=share), share) for share in shares]
+    merged = _merge_unsampled(gaussian)
+    table = _loss_table(merged, delta)
     if table is None:
-        promises = [
-            (renyi.epsilon(skellam, delta=share * delta), share * delta) for share in SPLITS
+        bounds = [
+            losses.epsilon(merged, delta=delta, guarantee=guarantee, points=FEW_POINTS)
+            for guarantee in guarantees
         ]
-        return min(
-            losses.epsilon(parts, delta=delta, promise=p, points=FEW_POINTS).epsilon
-            for p in promises
-        )
+        return min(bound.epsilon for bound in bounds)
+
     of_gaussian, grid = table
     found = math.inf
-    for share in SPLITS:
-        promise = renyi.epsilon(skellam, delta=share * delta)
-        if (
-            promise > 1e6 * grid
-        ):  # a table of losses would be too long, and so large an epsilon promises nothing
+    for skellam_epsilon, share in guarantees:
+        # Its table of losses would be too long, and so large an epsilon promises nothing.
+        if skellam_epsilon > 1e6 * grid:
             continue
-        worst = privacy_loss_distribution.from_privacy_parameters(
-            common.DifferentialPrivacyParameters(promise, share * delta),
+        dominating = privacy_loss_distribution.from_privacy_parameters(
+            common.DifferentialPrivacyParameters(skellam_epsilon, share),
             value_discretization_interval=grid,
         )
-        found = min(
-            found,
-            float(
-                of_gaussian.compose(worst, tail_mass_truncation=1e-15).get_epsilon_for_delta(delta)
-            ),
-        )
+        composed = of_gaussian.compose(dominating, tail_mass_truncation=1e-15)
+        found = min(found, float(composed.get_epsilon_for_delta(delta)))
     return found
 
 
-def grid_step(phases: list[GaussianEvent]) -> float:
+def grid_step(events: list[GaussianEvent]) -> float:
     """Returns a grid of losses that raises epsilon by about 0.03% at most.
 
-    Connect-the-dots moves each loss to the two nearest grid points, which adds at most grid^2/6 to the variance of a
-    step on average: with grid = 0.06 standard deviations of a step that is 6e-4 of the variance.
+    Connect-the-dots moves each loss to the two nearest grid points, which adds at most grid^2/6 to
+    the variance of a step on average. With grid = 0.06 standard deviations of a step that is 6e-4
+    of the variance.
     """
-    steps = sum(p.steps for p in phases)
-    variance = sum(p.steps * _loss_variance(p) for p in phases) / steps
-    # Very low noise has losses of the order of 1/noise^2: keep the number of grid points near a million.
-    widest = max((1 + 20 * p.noise_multiplier) / p.noise_multiplier**2 for p in phases)
+    steps = sum(event.steps for event in events)
+    variance = sum(event.steps * _loss_variance(event) for event in events) / steps
+    # Very low noise has losses of the order of 1/noise^2: then the grid is so coarse that a million
+    # points suffice.
+    widest = max((1 + 20 * event.noise_multiplier) / event.noise_multiplier**2 for event in events)
     return min(max(0.06 * math.sqrt(variance), 1e-8), max(1e-3, 1e-6 * widest))
 
 
-def _loss_variance(phase: GaussianEvent) -> float:
-    inverse = phase.noise_multiplier**-2
-    return min(phase.sampling_prob**2 * math.expm1(min(inverse, 100.0)), inverse)
+def _loss_variance(event: GaussianEvent) -> float:
+    """Returns about the variance of one step's loss: q^2 (e^(1/z^2) - 1), at most 1/z^2."""
+    inverse = event.noise_multiplier**-2
+    # e^100 is far above the other bound; more would overflow.
+    return min(event.sampling_prob**2 * math.expm1(min(inverse, 100.0)), inverse)
 
 
 @lru_cache(maxsize=32)
@@ -360,18 +409,24 @@ def _step_losses(sampling_prob: float, noise: float, grid: float) -> PrivacyLoss
 
 
 def gaussian_log_delta(mu: float, epsilon: float) -> float:
-    """Returns log delta of the Gaussian mechanism with sensitivity / noise = `mu` (Balle & Wang 2018, Theorem 8)."""
+    """Returns log delta of the Gaussian mechanism with sensitivity / noise = `mu`.
+
+    Balle & Wang 2018 (arXiv:1805.06530), Theorem 8.
+    """
     from scipy.special import log_ndtr
 
+    # Logarithms, since both terms underflow where delta is tiny.
     first = float(log_ndtr(mu / 2 - epsilon / mu))
     second = epsilon + float(log_ndtr(-mu / 2 - epsilon / mu))
-    return first + math.log(-math.expm1(second - first)) if second < first else -math.inf
+    if second >= first:
+        return -math.inf
+    return first + math.log(-math.expm1(second - first))
 
 
 def _gaussian_epsilon(mu: float, delta: float) -> float:
     if mu == 0 or gaussian_log_delta(mu, 0.0) <= math.log(delta):
         return 0.0
-    # In log delta the crossing is nearly a line, and numbers stay finite where delta is tiny.
+    # In log delta the function is nearly a line, which Brent's method solves in few steps.
     target = math.log(delta)
 
     def excess(epsilon: float) -> float:
@@ -394,12 +449,13 @@ def _gaussian_mu(epsilon: float, delta: float) -> float:
     return 1 / safe_root(excess, unsafe=ends[0], safe=ends[1])
 
 
-def _smallest(spent: Callable[[float], float], target: float, guess: float) -> float:
-    """Returns the smallest noise with `spent(noise) <= target`, within 0.01%.
+def _smallest_noise(spent: Callable[[float], float], target: float, guess: float) -> float:
+    """Returns the smallest noise multiplier with `spent(noise) <= target`, within 0.01%.
 
-    `dp_accounting.calibrate_dp_mechanism` does the same, but seeks its bracket in steps that double and asks twice
-    more at the end: 10 to 13 questions where this takes 3 to 10, and each may take half a second
-    (benchmarks/accounting.py; measured 2026-11: 1.9 times the time over nine budgets).
+    `dp_accounting.calibrate_dp_mechanism` does the same with more calls of `spent`, each of which
+    may take half a second: its bracket grows by doubling steps, and it calls twice more at the end
+    (10 to 13 calls where this takes 3 to 10, 1.9 times the time over nine budgets; measured 2026-11
+    by benchmarks/accounting.py).
     """
     least, most = NOISE_RANGE
 
@@ -407,8 +463,9 @@ def _smallest(spent: Callable[[float], float], target: float, guess: float) -> f
     def excess(noise: float) -> float:
         return math.log(max(spent(noise), 1e-300) / target)
 
-    # The guess is seldom wrong by more than a few percent; where samples are rare it may be far off.
-    ends = bracket(excess, guess, strides=(1.1, 1.1, 1.1, *[3.0] * 40), least=least, most=most)
+    # The guess is mostly within a few percent; where samples are rare it may be far off.
+    strides = (1.1, 1.1, 1.1, *[3.0] * 40)
+    ends = bracket(excess, guess, strides=strides, least=least, most=most)
     if ends is None:
         raise PrivacyError(
             f"even noise_multiplier {most:g} spends {spent(most):.3g}, above {target:g}",

@@ -1,4 +1,4 @@
-"""A JSON file of mechanisms, or a run's ledger, to the epsilon of all of it."""
+"""From a JSON list of mechanism events, or a run's ledger, to the epsilon of all of it."""
 
 from __future__ import annotations
 
@@ -17,22 +17,24 @@ KINDS: dict[str, type[GaussianEvent] | type[SkellamEvent]] = {
 }
 
 
-def epsilon(text: str, *, delta: float, place: str = "phases") -> float:
+def epsilon(text: str, *, delta: float, place: str = "events") -> float:
     """Returns the epsilon that the mechanisms in `text` spend together at `delta`; see `spent`.
 
-    >>> round(epsilon('[{"sampling_prob": 1, "noise_multiplier": 5, "steps": 50}]', delta=1e-3), 2)
+    >>> text = '[{"sampling_prob": 1, "noise_multiplier": 5, "steps": 50}]'
+    >>> round(epsilon(text, delta=1e-3), 2)
     4.85
     """
     return spent(text, delta=delta, place=place).epsilon
 
 
-def spent(text: str, *, delta: float, place: str = "phases") -> accountant.Spent:
+def spent(text: str, *, delta: float, place: str = "events") -> accountant.Spent:
     """Returns what the mechanisms in `text` spend together at `delta`.
 
     Args:
-        text: a JSON list of phases, each with the fields of `GaussianEvent`, or with `"kind": "skellam"` those of
-            `SkellamEvent`; or the text of a ledger, whose most exposed party counts.
-        delta: chance with which the promise may fail.
+        text: a JSON list of events, each with the fields of `GaussianEvent`, or with
+            `"kind": "skellam"` those of `SkellamEvent`; or the text of a ledger, of which the party
+            with the largest epsilon counts.
+        delta: probability with which the guarantee may fail.
         place: what errors call the text, for instance its file.
 
     Raises:
@@ -40,45 +42,46 @@ def spent(text: str, *, delta: float, place: str = "phases") -> accountant.Spent
         PrivacyError: if it is a damaged ledger.
     """
     try:
-        page = json.loads(text)
+        content = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise RecipeError(
-            f"not JSON ({error})", place=place, cure="give a list of phases or a ledger.json"
+            f"not JSON ({error})", place=place, cure="give a list of events or a ledger.json"
         ) from error
-    if isinstance(page, dict) and "charges" in page:
+    if isinstance(content, dict) and "charges" in content:
         accountant.check_delta(delta)
         return Ledger.from_json(text).spent(delta=delta)
-    if not isinstance(page, list):
+    if not isinstance(content, list):
         raise RecipeError(
-            f"got {type(page).__name__}, expected a list of phases or a ledger.json", place=place
+            f"got {type(content).__name__}, expected a list of events or a ledger.json",
+            place=place,
         )
-    return accountant.spent(
-        [_phase(entry, f"{place}[{i}]") for i, entry in enumerate(page)], delta=delta
-    )
+    events = [_read_event(entry, f"{place}[{i}]") for i, entry in enumerate(content)]
+    return accountant.spent(events, delta=delta)
 
 
-def _phase(entry: Any, place: str) -> MechanismEvent:
+def _read_event(entry: Any, place: str) -> MechanismEvent:
     if not isinstance(entry, dict):
         raise RecipeError(
-            f"got {entry!r}, expected an object with {', '.join(_names(GaussianEvent))}",
+            f"got {entry!r}, expected an object with {', '.join(_field_names(GaussianEvent))}",
             place=place,
         )
     given = dict(entry)
     word = given.pop("kind", "gaussian")
+    # A list or an object as `kind` cannot be looked up in a dictionary.
     kind = KINDS.get(word) if isinstance(word, str) else None
     if kind is None:
         raise RecipeError(
             f"got {word!r}, expected one of {', '.join(KINDS)}", place=f"{place}.kind"
         )
+    names = _field_names(kind)
     for name, value in given.items():
-        if name not in _names(kind):
+        if name not in names:
             raise RecipeError(
                 "no such key",
                 place=f"{place}.{name}",
-                cure=suggestion(
-                    name, _names(kind), f"a {word} phase has {', '.join(_names(kind))}"
-                ),
+                cure=suggestion(name, names, f"a {word} event has {', '.join(names)}"),
             )
+        # JSON's `true` is a bool, which Python would count as the number 1.
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise RecipeError(f"got {value!r}, expected a number", place=f"{place}.{name}")
     for field in fields(kind):
@@ -88,5 +91,5 @@ def _phase(entry: Any, place: str) -> MechanismEvent:
         return kind(**given)
 
 
-def _names(kind: type[GaussianEvent] | type[SkellamEvent]) -> list[str]:
+def _field_names(kind: type[GaussianEvent] | type[SkellamEvent]) -> list[str]:
     return [field.name for field in fields(kind)]

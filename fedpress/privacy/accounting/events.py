@@ -1,23 +1,32 @@
-"""What the accountant counts: mechanisms and their steps, as plain numbers."""
+"""Mechanism events: the noised sums that an accountant composes, as plain numbers."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from fedpress.errors import RecipeError
 
 LEAST_DELTA = 1e-200
+"""Leaves room above the smallest double for the shares of delta that single steps and tails get."""
+
 MOST_STEPS = 10**10
+"""Far more than any training takes."""
 
 
 @dataclass(frozen=True, order=True)
 class GaussianEvent:
-    """`steps` noised sums, each over a Poisson sample of the units with probability `sampling_prob`.
+    """`steps` sums with Gaussian noise, each over a Poisson sample of the units.
 
-    `noise_multiplier` is the noise's standard deviation divided by the clip norm.
+    Attributes:
+        sampling_prob: probability with which each unit takes part in a step.
+        noise_multiplier: standard deviation of the noise / sensitivity.
+        steps: number of sums.
+
+    Raises:
+        RecipeError: if a number is out of range.
     """
 
     sampling_prob: float
@@ -26,6 +35,7 @@ class GaussianEvent:
 
     def __post_init__(self) -> None:
         check_sampling_prob(self.sampling_prob)
+        # `not >=` and not `<`, so that NaN is refused as well.
         if not self.noise_multiplier >= 0:
             raise RecipeError(
                 f"got {self.noise_multiplier}, expected a number >= 0", place="noise_multiplier"
@@ -33,7 +43,7 @@ class GaussianEvent:
         _check_steps(self.steps)
 
     def covers(self, other: GaussianEvent) -> bool:
-        """Says whether this phase spends at least as much as `other`, number by number."""
+        """Says whether this event spends at least as much as `other` in every single number."""
         return (
             self.sampling_prob >= other.sampling_prob
             and self.noise_multiplier <= other.noise_multiplier
@@ -46,12 +56,15 @@ class SkellamEvent:
     """`steps` sums of whole numbers with Skellam noise, each over a Poisson sample of the units.
 
     Attributes:
-        l2: L2 norm by which one unit can move the sum, in units of the grid, rounding included.
-        l1: the same in L1 norm.
-        variance: of the noise on each value of the sum.
-        steps: how many sums.
-        sampling_prob: probability with which each unit takes part.
-        failure: chance with which, in one step, `l2` does not hold; it is taken off delta.
+        l2: L2 norm by which one unit can move the sum, in grid units, rounding included.
+        l1: L1 norm by which one unit can move the sum, in grid units.
+        variance: variance of the noise on each value of the sum, in grid units squared.
+        steps: number of sums.
+        sampling_prob: probability with which each unit takes part in a step.
+        failure: probability with which `l2` does not hold in one step; it is subtracted from delta.
+
+    Raises:
+        RecipeError: if a number is out of range.
     """
 
     l2: float
@@ -77,87 +90,91 @@ class SkellamEvent:
 
     @property
     def noise_multiplier(self) -> float:
-        """Standard deviation of the noise divided by the sensitivity after rounding."""
+        """Standard deviation of the noise / L2 sensitivity after rounding."""
         return math.sqrt(self.variance) / self.l2
 
     def covers(self, other: SkellamEvent) -> bool:
-        """Says whether this phase spends at least as much as `other`, number by number."""
-        more = ("l2", "l1", "steps", "sampling_prob", "failure")
-        return self.variance <= other.variance and all(
-            getattr(self, n) >= getattr(other, n) for n in more
+        """Says whether this event spends at least as much as `other` in every single number."""
+        return (
+            self.l2 >= other.l2
+            and self.l1 >= other.l1
+            and self.variance <= other.variance
+            and self.steps >= other.steps
+            and self.sampling_prob >= other.sampling_prob
+            and self.failure >= other.failure
         )
 
 
 MechanismEvent = GaussianEvent | SkellamEvent
 
-P = TypeVar("P", GaussianEvent, SkellamEvent)
+Event = TypeVar("Event", GaussianEvent, SkellamEvent)
 
 
-def merge(phases: Iterable[MechanismEvent]) -> tuple[MechanismEvent, ...]:
-    """Joins phases of the same mechanism and drops those without a step: the order of steps costs nothing.
+def merge(events: Iterable[MechanismEvent]) -> tuple[MechanismEvent, ...]:
+    """Adds up the steps of equal mechanisms and drops events without a step.
 
-    Gaussian phases come first.
+    Epsilon does not depend on the order of steps, so events that are not neighbours are merged too.
+    Gaussian events come first; each kind is sorted.
 
     >>> merge([GaussianEvent(0.5, 1.0, 2), GaussianEvent(1.0, 3.0, 0), GaussianEvent(0.5, 1.0, 3)])
     (GaussianEvent(sampling_prob=0.5, noise_multiplier=1.0, steps=5),)
     """
-    listed = list(phases)
+    listed = list(events)
     return (*_merged(gaussians(listed)), *_merged(skellams(listed)))
 
 
-def gaussians(phases: Iterable[MechanismEvent]) -> tuple[GaussianEvent, ...]:
-    """Returns the Gaussian ones of `phases`."""
-    return tuple(p for p in phases if isinstance(p, GaussianEvent))
+def gaussians(events: Iterable[MechanismEvent]) -> tuple[GaussianEvent, ...]:
+    """Returns those of `events` that are Gaussian."""
+    return tuple(event for event in events if isinstance(event, GaussianEvent))
 
 
-def skellams(phases: Iterable[MechanismEvent]) -> tuple[SkellamEvent, ...]:
-    """Returns the Skellam ones of `phases`."""
-    return tuple(p for p in phases if isinstance(p, SkellamEvent))
+def skellams(events: Iterable[MechanismEvent]) -> tuple[SkellamEvent, ...]:
+    """Returns those of `events` that are Skellam."""
+    return tuple(event for event in events if isinstance(event, SkellamEvent))
 
 
-def _merged(phases: tuple[P, ...]) -> list[P]:
-    found: dict[tuple[float, ...], P] = {}
-    for phase in phases:
-        kind = tuple(
-            float(getattr(phase, field.name)) for field in fields(phase) if field.name != "steps"
-        )
-        earlier = found.get(kind)
-        steps = int(phase.steps) + (earlier.steps if earlier is not None else 0)
-        found[kind] = replace(phase, steps=steps)
-    return sorted(p for p in found.values() if p.steps)
+def _merged(events: tuple[Event, ...]) -> list[Event]:
+    found: dict[Event, int] = {}
+    for event in events:
+        mechanism = replace(event, steps=0)
+        found[mechanism] = found.get(mechanism, 0) + int(event.steps)
+    merged = [replace(mechanism, steps=steps) for mechanism, steps in found.items() if steps]
+    return sorted(merged)
 
 
-def at_most(phases: tuple[GaussianEvent, ...], most: int) -> tuple[GaussianEvent, ...]:
-    """Returns at most `most` merged phases that together spend at least as much as `phases`.
+def merge_similar(events: tuple[GaussianEvent, ...], most: int) -> tuple[GaussianEvent, ...]:
+    """Returns at most `most` events that together spend at least as much as `events`.
 
-    Neighbours are joined: each sampling probability is rounded up and each noise down, by a factor that grows until few
-    are left.
+    Sampling probabilities are rounded up and noise multipliers down, on a logarithmic grid that
+    gets coarser until few enough different events are left.
 
-    >>> (one,) = at_most((GaussianEvent(0.1, 1.0, 2), GaussianEvent(0.1001, 1.0, 3)), 1)
+    >>> events = (GaussianEvent(0.1, 1.0, 2), GaussianEvent(0.1001, 1.0, 3))
+    >>> (one,) = merge_similar(events, 1)
     >>> round(one.sampling_prob, 3), one.noise_multiplier, one.steps
     (0.103, 1.0, 5)
     """
-    steps = {(p.sampling_prob, p.noise_multiplier): p.steps for p in phases}
+    steps = {(event.sampling_prob, event.noise_multiplier): event.steps for event in events}
     if len(steps) <= most:
-        return phases
-    step = 0.01  # of the decimal logarithm: 2.3%
+        return events
+    # Of the decimal logarithm: the first grid has steps of 2.3%.
+    grid = 0.01
     while len(steps) > most:
-        joined: dict[tuple[float, float], int] = {}
-        for kind, times in steps.items():
-            rounded = _spending_more(*kind, step)
-            joined[rounded] = joined.get(rounded, 0) + times
-        step *= 2 if len(joined) > 4 * most else 1.3
-        steps = joined
-    return tuple(
-        sorted(GaussianEvent(prob, noise, times) for (prob, noise), times in steps.items())
-    )
+        merged: dict[tuple[float, float], int] = {}
+        for (prob, noise), times in steps.items():
+            rounded = _rounded_to_spend_more(prob, noise, grid)
+            merged[rounded] = merged.get(rounded, 0) + times
+        # Far from the goal the grid doubles to save time; near it, small steps lose less.
+        grid *= 2 if len(merged) > 4 * most else 1.3
+        steps = merged
+    found = [GaussianEvent(prob, noise, times) for (prob, noise), times in steps.items()]
+    return tuple(sorted(found))
 
 
-def _spending_more(prob: float, noise: float, step: float) -> tuple[float, float]:
-    up = math.ceil(math.log10(prob) / step) * step
-    down = math.floor(math.log10(noise) / step) * step
-    # What rounding of the logarithms loses must not make a phase spend less.
-    return min(1.0, max(prob, 10**up)), min(noise, 10**down)
+def _rounded_to_spend_more(prob: float, noise: float, grid: float) -> tuple[float, float]:
+    up = 10 ** (math.ceil(math.log10(prob) / grid) * grid)
+    down = 10 ** (math.floor(math.log10(noise) / grid) * grid)
+    # The logarithms are rounded too, which must not make the event spend less than before.
+    return min(1.0, max(prob, up)), min(noise, down)
 
 
 def check_delta(delta: float) -> None:

@@ -1,1 +1,1 @@
-"""Noise that hides one unit: Gaussian, Skellam, correlated, made together; and where it is drawn from."""
+"""Noise: Gaussian, Skellam, correlated over rounds, and made by clients together."""

@@ -1,8 +1,10 @@
-"""The plan of distributed privacy: how wide the numbers of a secret sum are, how fine their grid, how much noise each.
+"""The plan of distributed privacy: bits, grid and noise of a secure sum with Skellam noise.
 
-Every client scales its clipped, rotated vector to a grid, clamps and rounds each value, adds Skellam noise and sends
-the result modulo 2^bits; only the sum is seen (Agarwal, Kairouz & Liu 2021, arXiv:2110.04995). A finer grid makes
-rounding cheaper and the sum larger, so bits buy privacy: the plan says how much.
+Every client scales its clipped, rotated vector to a grid, clamps and rounds each value, adds
+Skellam noise and sends the result modulo 2^bits under a mask; the server sees only the sum
+(Agarwal, Kairouz & Liu 2021, arXiv:2110.04995). A finer grid makes rounding cost less privacy and
+needs more bits. The plan finds the fewest bits, or for given bits the finest grid and the least
+noise.
 """
 
 from __future__ import annotations
@@ -15,31 +17,36 @@ from typing import Literal
 
 from fedpress.errors import PrivacyError, RecipeError
 from fedpress.privacy.accounting import accountant
-from fedpress.privacy.accounting.events import GaussianEvent, SkellamEvent, check_delta
+from fedpress.privacy.accounting.events import SkellamEvent, check_delta, check_sampling_prob
 from fedpress.privacy.noise import skellam
 from fedpress.privacy.roots import safe_root
 
 Unit = Literal["sample", "client"]
 
 BITS = range(8, 25)
-"""Widths of a number in a secret sum that can be planned."""
+"""Bits per value that can be planned."""
 
-ROOM = 0.9
-"""Share of the half range that the sum may use: what passes its limit lands in the rest and is seen, not wrapped."""
+USED_RANGE = 0.9
+"""Share of the range from 0 to 2^(bits - 1) that the sum may use. A value beyond the limit lands in
+the unused rest, where it is noticed, instead of wrapping around to the other sign."""
 
 OVERFLOW = 2.0**-30
-"""Chance, at most, that in one round the noise carries any value of the sum beyond the limit."""
+"""Largest probability with which the noise of one round takes any value beyond the limit."""
 
-NEAR = 1.05
-"""Bits are enough when epsilon is within this factor of what the noise alone would cost."""
+BITS_TOLERANCE = 1.05
+"""Bits are enough if epsilon is within this factor of that without a grid."""
 
 MAX_NOISE = 1e3
-"""Noise multipliers beyond this are not searched: nothing can be learned from such sums."""
+"""Larger noise multipliers are not searched: a model learns nothing from such sums."""
 
 
 @dataclass(frozen=True)
-class Task:
-    """What is to be summed, and by how many; see `plan` for the words."""
+class SecretSum:
+    """What is summed, by how many clients and how often; for the fields see `plan`.
+
+    Raises:
+        RecipeError: if a field is out of range.
+    """
 
     size: int
     clip_norm: float
@@ -69,24 +76,37 @@ class Task:
         if self.unit not in ("sample", "client"):
             raise RecipeError(f"got {self.unit!r}, expected 'sample' or 'client'", place="unit")
         check_delta(self.delta)
-        GaussianEvent(self.sampling_prob, 1.0, 1)  # checks sampling_prob
+        check_sampling_prob(self.sampling_prob)
 
     @property
     def failure(self) -> float:
-        """Chance in one step that rounding is longer than its bound.
+        """Probability in one step that the rounded vector is longer than its bound.
 
-        A client rounds again until its own vector is short enough, so under unit "client" there is none. Under unit
-        "sample" two neighbours are two sums x and x + D of one client, rounded with the same coins u: coordinate by
-        coordinate floor(x + D + u) - floor(x + u) = floor(D + v), where v is the fraction of x + u, uniform again.
-        So the difference is D, stochastically rounded: its bound holds but with chance beta, and is not up to anybody
-        to enforce. The coins do not depend on data, so the pair is close for all other coins, and beta adds to delta.
+        Under unit "client" it is 0: a client draws the rounding of its own vector again until it is
+        short enough.
+
+        Under unit "sample" two neighbours are two sums x and x + D of one client, rounded with the
+        same random numbers u. Value by value floor(x + D + u) - floor(x + u) = floor(D + v), where
+        v is the fraction of x + u, uniform again. So the difference is D, stochastically rounded,
+        and its bound fails with probability beta. No client can prevent that, since it does not
+        know D. The random numbers do not depend on data, so the two sums are close for all others,
+        and beta adds to delta.
         """
-        return 0.0 if self.unit == "client" else self.delta / (1000 * self.steps)
+        if self.unit == "client":
+            return 0.0
+        # All steps together take a thousandth of delta.
+        return self.delta / (1000 * self.steps)
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What numbers of `bits` cost: the epsilon of all steps (inf if the sum does not fit), and the grid."""
+    """What a number of bits costs.
+
+    Attributes:
+        bits: bits per value.
+        epsilon: of all steps; infinite if the sum does not fit.
+        scale: grid units per unit of the vector; 0 if the sum does not fit.
+    """
 
     bits: int
     epsilon: float
@@ -95,17 +115,18 @@ class Cost:
 
 @dataclass(frozen=True)
 class DistributedPlan:
-    """A bound plan of distributed privacy; make it with `plan`, on server and clients alike.
+    """A plan of distributed privacy; server and clients make the same one with `plan`.
 
     Attributes:
-        task: what was asked.
+        task: what is summed.
         bits: the sum is taken modulo 2^bits.
         noise_multiplier: standard deviation of the noise of `survivors` clients / `clip_norm`.
         scale: grid units per unit of the vector.
-        limit: no value of the sum is larger, but with chance 2^-30 a round; at most 0.9 * 2^(bits - 1).
+        limit: largest absolute value of the sum, except with probability 2^-30 a round; at most
+            0.9 * 2^(bits - 1).
     """
 
-    task: Task
+    task: SecretSum
     bits: int
     noise_multiplier: float
     scale: float
@@ -113,26 +134,30 @@ class DistributedPlan:
 
     @property
     def variance(self) -> float:
-        """Variance of one client's noise in grid units squared: `survivors` clients make all the noise planned."""
-        return (self.noise_multiplier * self.scale * self.task.clip_norm) ** 2 / self.task.survivors
+        """Variance of one client's noise, in grid units squared."""
+        # Divided by the survivors and not by all clients: those that drop out take their noise
+        # away, and the rest must still make all of it.
+        total_std = self.noise_multiplier * self.scale * self.task.clip_norm
+        return total_std**2 / self.task.survivors
 
     @property
     def l2(self) -> float:
-        """Sensitivity in grid units after rounding; under unit "client" a client rounds again until it is so short."""
+        """L2 sensitivity after rounding, in grid units."""
         beta = self.task.failure or skellam.RETRY_BETA
         return skellam.rounded_sensitivity(self.scale * self.task.clip_norm, self.task.size, beta)
 
     @property
     def l1(self) -> float:
-        """The same in L1 norm."""
+        """L1 sensitivity after rounding, in grid units."""
         return skellam.l1_sensitivity(self.l2, self.task.size)
 
     @property
-    def rounds_again(self) -> bool:
+    def redraws_rounding(self) -> bool:
         """Whether a client draws its rounding again until the result is no longer than `l2`.
 
-        Under unit "client" it must. Under unit "sample" it must not: two neighbouring sums could be short enough after
-        different numbers of tries, with different coins, and then they are far apart.
+        Under unit "client" it must. Under unit "sample" it must not: two neighbouring sums could
+        stop after different numbers of tries. Then their random numbers differ, and the rounded
+        sums are far apart.
         """
         return self.task.unit == "client"
 
@@ -143,14 +168,21 @@ class DistributedPlan:
 
     @property
     def epsilon(self) -> float:
-        """What all planned steps spend at the task's delta."""
-        return accountant.epsilon([self.phase(num_rounds=self.task.steps)], delta=self.task.delta)
+        """What all planned steps spend at the planned delta."""
+        return accountant.epsilon([self.event(num_rounds=self.task.steps)], delta=self.task.delta)
 
-    def phase(self, *, num_rounds: int) -> SkellamEvent:
-        """Returns what `num_rounds` sums are to the accountant, with the noise of `survivors` clients."""
-        t = self.task
-        noise = self.variance * t.survivors
-        return SkellamEvent(self.l2, self.l1, noise, num_rounds, t.sampling_prob, t.failure)
+    def event(self, *, num_rounds: int) -> SkellamEvent:
+        """Returns `num_rounds` sums as the accountant counts them."""
+        task = self.task
+        # The noise of the survivors alone: nobody may count on clients that can drop out.
+        return SkellamEvent(
+            l2=self.l2,
+            l1=self.l1,
+            variance=self.variance * task.survivors,
+            steps=num_rounds,
+            sampling_prob=task.sampling_prob,
+            failure=task.failure,
+        )
 
     def table(self) -> list[Cost]:
         """Returns what each number of bits would cost with the same noise."""
@@ -172,145 +204,172 @@ def plan(
     unit: Unit = "client",
     sampling_prob: float = 1.0,
 ) -> DistributedPlan:
-    """Returns the plan with the finest grid that fits into `bits`, and the smallest noise that keeps `epsilon`.
+    """Returns the plan with the finest grid that fits into `bits` and the least noise.
 
     Args:
         size: number of values in the sum, after rotation.
         clip_norm: L2 norm by which one unit can move the sum, in units of the vector.
-        coordinate_limit: each client clamps each rotated value to this; that stretches no distance.
-        clients: the most that take part in a round.
-        survivors: the fewest whose sum is opened; they alone must make the planned noise.
+        coordinate_limit: each client clamps each rotated value to this.
+        clients: most clients in a round.
+        survivors: fewest clients whose sum is opened; they alone make the planned noise.
         steps: sums in the whole run.
-        delta: chance with which the promise may fail.
+        delta: probability with which the guarantee may fail.
         epsilon: budget of all steps; or give `noise_multiplier`.
-        noise_multiplier: standard deviation of the survivors' noise / `clip_norm`; or give `epsilon`.
-        bits: width of a number; the fewest whose epsilon is within 5% of the noise's own, unless given.
+        noise_multiplier: standard deviation of the survivors' noise / `clip_norm`; or `epsilon`.
+        bits: bits per value; None takes the fewest with an epsilon within 5% of the best.
         unit: who is protected; "sample" means one clipped gradient inside one client's sum.
         sampling_prob: probability with which each unit takes part in a step.
 
     Raises:
         RecipeError: if an argument is out of range.
-        PrivacyError: if the sum does not fit, or the budget cannot be kept; it names the fewest bits that would do.
+        PrivacyError: if the sum does not fit, or the budget cannot be kept; it names the fewest
+            bits that would do.
 
-    >>> p = plan(size=2**20, clip_norm=1.0, coordinate_limit=0.006, clients=10, survivors=10, steps=50, delta=1e-3,
-    ...          noise_multiplier=5.0)
+    >>> p = plan(size=2**20, clip_norm=1.0, coordinate_limit=0.006, clients=10, survivors=10,
+    ...          steps=50, delta=1e-3, noise_multiplier=5.0)
     >>> p.bits, round(p.epsilon, 2), p.limit <= 0.9 * 2 ** (p.bits - 1)
     (18, 5.6, True)
     """
-    task = Task(
+    task = SecretSum(
         size, clip_norm, coordinate_limit, clients, survivors, steps, delta, unit, sampling_prob
     )
-    if (epsilon is None) == (noise_multiplier is None):
-        raise RecipeError(
-            "got both epsilon and noise_multiplier, or none, expected one of the two",
-            place="epsilon",
-            cure="give epsilon to have the noise calibrated, or noise_multiplier",
-        )
     if bits is not None and bits not in BITS:
         raise RecipeError(f"got {bits}, expected {BITS.start} to {BITS.stop - 1}", place="bits")
-    if noise_multiplier is not None:
-        if not 0 < noise_multiplier <= MAX_NOISE:
-            raise RecipeError(
-                f"got {noise_multiplier}, expected a number in (0, {MAX_NOISE:g}]",
-                place="noise_multiplier",
-            )
+    if epsilon is not None and noise_multiplier is None:
+        return _plan_with_epsilon(task, bits, epsilon)
+    if noise_multiplier is not None and epsilon is None:
         return _plan_with_noise(task, bits, noise_multiplier)
-    assert epsilon is not None
+    raise RecipeError(
+        "got both epsilon and noise_multiplier, or none, expected one of the two",
+        place="epsilon",
+        cure="give epsilon to have the noise calibrated, or noise_multiplier",
+    )
+
+
+def _plan_with_epsilon(task: SecretSum, bits: int | None, epsilon: float) -> DistributedPlan:
     if not 0 < epsilon < math.inf:
         raise RecipeError(
             f"got {epsilon}, expected a finite number above 0, for instance 8", place="epsilon"
         )
-    alone = _least_noise(lambda z: _noise_alone(task, z), epsilon)
-    if alone is None:
+    # Without a grid less noise suffices: the search on the grid starts from there.
+    least = _least_noise(lambda noise: _epsilon_without_grid(task, noise), epsilon)
+    if least is None:
         raise PrivacyError(
             f"even noise_multiplier {MAX_NOISE:g} spends more than {epsilon:g}",
             place="epsilon",
             cure="take fewer steps or more delta",
         )
     if bits is None:
-        bits = _plan_with_noise(task, None, alone).bits
-    noise = _least_noise(lambda z: _cost(task, bits, z).epsilon, epsilon, alone)
+        bits = _fewest_bits(task, least)
+    noise = _least_noise(_epsilon_by_noise(task, bits), epsilon, least)
     if noise is None:
         raise PrivacyError(
             f"{bits} cannot keep epsilon {epsilon:g}",
             place="bits",
-            cure=_cure(task, epsilon, alone),
+            cure=_cure(task, epsilon, least),
         )
     return _fitted(task, bits, noise)
 
 
-def _plan_with_noise(task: Task, bits: int | None, noise: float) -> DistributedPlan:
-    target = NEAR * _noise_alone(task, noise)
+def _plan_with_noise(task: SecretSum, bits: int | None, noise: float) -> DistributedPlan:
+    if not 0 < noise <= MAX_NOISE:
+        raise RecipeError(
+            f"got {noise}, expected a number in (0, {MAX_NOISE:g}]", place="noise_multiplier"
+        )
     if bits is None:
-        bits = next((b for b in BITS if _cost(task, b, noise).epsilon <= target), BITS[-1])
-    if _scale(task, bits, noise) == 0:
-        fits = next((b for b in BITS if _scale(task, b, noise) > 0), None)
-        cure = (
-            f"take at least {fits}"
-            if fits
-            else f"even {BITS[-1]} are too few for so many clients; take fewer"
-        )
-        raise PrivacyError(
-            f"a sum of {task.clients} clients does not fit into {bits}",
-            place="bits",
-            cure=cure,
-        )
+        bits = _fewest_bits(task, noise)
+    _check_fits(task, bits, noise)
     return _fitted(task, bits, noise)
 
 
-def _fitted(task: Task, bits: int, noise: float) -> DistributedPlan:
+def _fewest_bits(task: SecretSum, noise: float) -> int:
+    """Returns the fewest bits whose epsilon is near that without a grid; the most if none is."""
+    target = BITS_TOLERANCE * _epsilon_without_grid(task, noise)
+    for bits in BITS:
+        if _cost(task, bits, noise).epsilon <= target:
+            return bits
+    _check_fits(task, BITS[-1], noise)
+    return BITS[-1]
+
+
+def _check_fits(task: SecretSum, bits: int, noise: float) -> None:
+    if _scale(task, bits, noise) > 0:
+        return
+    cure = f"even {BITS[-1]} are too few for so many clients; take fewer"
+    fitting = [more for more in BITS if _scale(task, more, noise) > 0]
+    if fitting:
+        cure = f"take at least {fitting[0]}"
+    raise PrivacyError(
+        f"a sum of {task.clients} clients does not fit into {bits}", place="bits", cure=cure
+    )
+
+
+def _fitted(task: SecretSum, bits: int, noise: float) -> DistributedPlan:
     scale = _scale(task, bits, noise)
     return DistributedPlan(task, bits, noise, scale, _limit(task, scale, noise))
 
 
-def _cure(task: Task, epsilon: float, start: float) -> str:
+def _cure(task: SecretSum, epsilon: float, start: float) -> str:
     for bits in BITS:
-        noise = _least_noise(lambda z: _cost(task, bits, z).epsilon, epsilon, start)  # noqa: B023
+        noise = _least_noise(_epsilon_by_noise(task, bits), epsilon, start)
         if noise is not None:
             return f"take at least {bits}, with noise_multiplier {noise:.3g}"
     return f"nor can {BITS[-1]}; take fewer clients, a smaller vector or a larger epsilon"
 
 
-def _cost(task: Task, bits: int, noise: float) -> Cost:
+def _epsilon_by_noise(task: SecretSum, bits: int) -> Callable[[float], float]:
+    return lambda noise: _cost(task, bits, noise).epsilon
+
+
+def _cost(task: SecretSum, bits: int, noise: float) -> Cost:
     scale = _scale(task, bits, noise)
-    spent = _fitted(task, bits, noise).epsilon if scale > 0 else math.inf
-    return Cost(bits, spent, scale)
+    if scale == 0:
+        return Cost(bits, math.inf, scale)
+    return Cost(bits, _fitted(task, bits, noise).epsilon, scale)
 
 
-def _noise_alone(task: Task, noise: float) -> float:
+def _epsilon_without_grid(task: SecretSum, noise: float) -> float:
     """Returns what the noise would cost on an infinitely fine grid, by the same accounting."""
-    fine = 1e9  # grid units in a clip norm, in a vector of one value: rounding is nothing
-    phase = SkellamEvent(
-        fine, fine, (noise * fine) ** 2, task.steps, task.sampling_prob, task.failure
+    # A vector of one value with a billion grid units in a clip norm: rounding adds nothing.
+    fine = 1e9
+    event = SkellamEvent(
+        l2=fine,
+        l1=fine,
+        variance=(noise * fine) ** 2,
+        steps=task.steps,
+        sampling_prob=task.sampling_prob,
+        failure=task.failure,
     )
-    return accountant.epsilon([phase], delta=task.delta)
+    return accountant.epsilon([event], delta=task.delta)
 
 
-def _limit(task: Task, scale: float, noise: float) -> float:
-    """Returns the largest value that the sum can have: rounding moves a clamped value by less than one."""
+def _limit(task: SecretSum, scale: float, noise: float) -> float:
+    """Returns the largest absolute value that the sum can have, but with probability `OVERFLOW`."""
+    # Rounding moves a clamped value by less than one grid unit.
     signal = task.clients * (task.coordinate_limit * scale + 1)
-    variance = (
-        (noise * scale * task.clip_norm) ** 2 * task.clients / task.survivors
-    )  # if nobody drops out
+    # If nobody drops out, all clients add noise that is sized for the survivors.
+    variance = (noise * scale * task.clip_norm) ** 2 * task.clients / task.survivors
     return signal + skellam.tail(task.size, variance, OVERFLOW)
 
 
-def _scale(task: Task, bits: int, noise: float) -> float:
-    """Returns the largest scale whose sum fits into `bits`, or 0; the limit grows with the scale."""
-    room = ROOM * 2.0 ** (bits - 1)
-    # Beyond this the table that noise is drawn from would be too long, and the grid finer than anybody needs.
-    low, high = (
-        0.0,
-        (1 - 1e-9) * math.sqrt(skellam.MAX_VARIANCE * task.survivors) / (noise * task.clip_norm),
-    )
-    if _limit(task, high, noise) <= room:
+def _scale(task: SecretSum, bits: int, noise: float) -> float:
+    """Returns the largest scale whose sum fits into `bits`, or 0."""
+    allowed = USED_RANGE * 2.0 ** (bits - 1)
+    # At a larger scale the table that noise is drawn from would be too long. The factor keeps
+    # rounding from exceeding its largest variance.
+    largest = math.sqrt(skellam.MAX_VARIANCE * task.survivors) / (noise * task.clip_norm)
+    high = (1 - 1e-9) * largest
+    if _limit(task, high, noise) <= allowed:
         return high
+
+    # The limit grows with the scale: halve until it fits.
     low = high
-    while _limit(task, low, noise) > room:
-        low, high = low / 2, low
+    while _limit(task, low, noise) > allowed:
+        high = low
+        low /= 2
         if low < 1e-30:
             return 0.0
-    return safe_root(lambda scale: _limit(task, scale, noise) / room - 1, unsafe=high, safe=low)
+    return safe_root(lambda scale: _limit(task, scale, noise) / allowed - 1, unsafe=high, safe=low)
 
 
 def _least_noise(
@@ -318,17 +377,20 @@ def _least_noise(
 ) -> float | None:
     """Returns the least noise multiplier from `start` on with `spent(noise) <= epsilon`, or None.
 
-    More noise in equal bits needs a coarser grid, so `spent` may rise again: the first step of 20% that keeps the
-    budget is found by walking, and only inside it the crossing.
+    More noise in equal bits needs a coarser grid, so `spent` may rise again, and a bisection over
+    the whole range could miss the budget. So steps of 20% are walked until one keeps the budget,
+    and the crossing is searched inside this step only.
     """
 
     @cache
     def excess(noise: float) -> float:
         return math.log(max(spent(noise), 1e-300) / epsilon)
 
-    low = high = start
+    low = start
+    high = start
     while excess(high) > 0:
         if high >= MAX_NOISE:
             return None
-        low, high = high, min(1.2 * high, MAX_NOISE)
+        low = high
+        high = min(1.2 * high, MAX_NOISE)
     return safe_root(excess, unsafe=low, safe=high, rtol=1e-9)

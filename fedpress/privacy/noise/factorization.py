@@ -1,16 +1,18 @@
-"""Noise that cancels itself from round to round: client privacy without sampling, at a fraction of the error.
+"""Noise that nearly cancels over rounds: client privacy without sampling, with less error.
 
-The model is a sum of all rounds so far, so what counts is the noise of prefix sums. Matrix factorisation (DP-FTRL:
-Kairouz et al. 2021; Denisov et al. 2022, arXiv:2202.08312) adds in round t the noise sum_{j<p} w_j z_{t-j} of p fresh
-draws, whose prefix sums nearly cancel. With W the banded Toeplitz matrix of w and C = W^-1, that is C^-1 (C g + z): one
-Gaussian mechanism for the whole run, with the sensitivity of g -> C g (banded inverse: Kalinin et al. 2025,
-arXiv:2505.12128). Only p keys are kept, since each z can be drawn again.
+The model is the sum of the updates of all rounds so far, so what matters is the noise of prefix
+sums. Matrix factorisation (DP-FTRL: Kairouz et al. 2021, arXiv:2103.00039; Denisov et al. 2022,
+arXiv:2202.08312) adds in round t the noise sum_{j<p} w_j z_{t-j} of the p newest draws z, whose
+prefix sums nearly cancel. With W the banded Toeplitz matrix of w and C = W^-1, the noised sums are
+C^-1 (C g + z): one Gaussian mechanism for the whole run, whose sensitivity is that of g -> C g
+(banded inverse: Kalinin et al. 2025, arXiv:2505.12128). Only the keys of p draws are kept, since
+each z can be drawn again.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING
@@ -22,22 +24,24 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
-# numpy, scipy and torch are imported where they are used, as everywhere near the accountant.
+# numpy, scipy and torch are imported where they are used: the command line must answer quickly.
 
 MAX_BANDS = 64
+"""More bands lower the error no further, and each takes one draw a round."""
 
 
 @dataclass(frozen=True)
 class Factorization:
-    """A bound plan of correlated noise; make it with `Factorization.plan`.
+    """A plan of correlated noise; make it with `Factorization.plan`.
 
     Attributes:
-        rounds: of the whole run, T.
-        participations: in how many of them one client takes part at most.
-        min_separation: two participations of one client are at least so many rounds apart.
-        coefficients: w [p] with w[0] = 1, the newest draw first.
-        sensitivity: how far one client with contributions of norm 1 can move C g in L2.
-        rmse: root mean square over rounds of the noise in a prefix sum, for a noise multiplier and a clip norm of 1.
+        rounds: number of rounds T of the whole run.
+        participations: how often one client takes part at most.
+        min_separation: two participations of one client are at least this many rounds apart.
+        coefficients: w [p] with w[0] = 1; w[0] belongs to the newest draw.
+        sensitivity: L2 distance by which one client with contributions of norm 1 can move C g.
+        rmse: root mean square over rounds of the noise in a prefix sum, for a noise multiplier and
+            a clip norm of 1.
     """
 
     rounds: int
@@ -51,12 +55,18 @@ class Factorization:
     def plan(
         cls, rounds: int, *, participations: int, min_separation: int = 1, bands: int = 16
     ) -> Factorization:
-        """Returns the factorisation of `bands` coefficients with the least error of prefix sums at equal privacy.
+        """Returns the plan with the least error of prefix sums at equal privacy.
 
-        The search starts from the square root of the prefix-sum matrix and takes about a second at most.
+        The search takes about a second at most.
+
+        Args:
+            rounds: number of rounds of the whole run.
+            participations: how often one client takes part at most.
+            min_separation: two participations of one client are at least this many rounds apart.
+            bands: number of coefficients, 1 to `MAX_BANDS`; 1 is independent noise.
 
         Raises:
-            RecipeError: if an argument is out of range, or nobody can take part so often.
+            RecipeError: if an argument is out of range, or no client can take part so often.
 
         >>> f = Factorization.plan(100, participations=1, bands=8)
         >>> f.coefficients[0], len(f.coefficients), round(f.gain, 2)
@@ -77,49 +87,53 @@ class Factorization:
                 place="bands",
                 cure="more gain nothing",
             )
-        if participations > most_participations(rounds, min_separation):
+        possible = most_participations(rounds, min_separation)
+        if participations > possible:
             raise RecipeError(
                 (
                     f"got {participations}, but {min_separation} rounds apart a client takes part "
-                    f"at most {most_participations(rounds, min_separation)} times in {rounds}"
+                    f"at most {possible} times in {rounds}"
                 ),
                 place="participations",
-                cure="lower one of them",
+                cure="lower participations or min_separation",
             )
-        return _planned(rounds, participations, min_separation, min(bands, rounds))
+        return _optimized(rounds, participations, min_separation, min(bands, rounds))
 
     @property
     def gain(self) -> float:
-        """`rmse` divided by that of independent noise at equal privacy; below 1 the correlation helps.
-
-        Independent noise has sensitivity sqrt(participations), and a prefix sum of t rounds has variance t.
-        """
+        """`rmse` / that of independent noise at equal privacy; below 1 the correlation helps."""
+        # Independent noise has sensitivity sqrt(participations), and a prefix sum of t rounds has
+        # variance t; the mean of t over the rounds is (rounds + 1) / 2.
         return self.rmse / math.sqrt(self.participations * (self.rounds + 1) / 2)
 
     def fresh_std(self, *, noise_multiplier: float, clip_norm: float) -> float:
-        """Returns the standard deviation of each fresh draw z on a sum of contributions of norm `clip_norm`."""
+        """Returns the standard deviation of each draw z, for contributions of norm `clip_norm`."""
         return noise_multiplier * clip_norm * self.sensitivity
 
     def noise(self, draws: Sequence[Tensor]) -> Tensor:
-        """Returns the noise of a round from the draws z of this and earlier rounds, newest first, all there are.
+        """Returns the noise of a round, [d].
 
-        Each z [d] has `fresh_std`; or is standard, and the result times `sensitivity` goes to `mechanism.add_noise`.
-        Draws older than the coefficients are ignored; in round t < p there are only t.
+        Args:
+            draws: z [d] of this round and of all earlier ones, newest first. Either each has
+                standard deviation `fresh_std`; or each has 1, and the caller multiplies the result
+                by `sensitivity` and gives it to `mechanism.add_noise`.
         """
         import torch
 
         total = torch.zeros_like(draws[0])
+        # The two lengths differ: round t < p has only t draws, and later ones more than are used.
         for weight, draw in zip(self.coefficients, draws, strict=False):
             total.add_(draw, alpha=weight)
         return total
 
-    def phase(self, noise_multiplier: float) -> GaussianEvent:
-        """Returns what the whole run is to the accountant: one Gaussian mechanism, charged before the first round."""
+    def event(self, noise_multiplier: float) -> GaussianEvent:
+        """Returns the whole run as the accountant counts it, charged before the first round."""
+        # One mechanism on the matrix of all rounds: sampling and steps do not enter.
         return GaussianEvent(1.0, noise_multiplier, 1)
 
 
 def most_participations(rounds: int, min_separation: int) -> int:
-    """Returns how often one client can take part at most.
+    """Returns how often one client can take part in `rounds` rounds.
 
     >>> most_participations(10, 3)
     4
@@ -130,18 +144,28 @@ def most_participations(rounds: int, min_separation: int) -> int:
 def sensitivity(
     coefficients: Sequence[float], rounds: int, participations: int, min_separation: int
 ) -> float:
-    """Returns the largest L2 norm by which one client's contributions of norm 1 can move C g, with C = W^-1 Toeplitz.
+    """Returns the L2 distance by which one client with contributions of norm 1 can move C g.
 
-    Where the first column of C falls and is nowhere negative, the worst pattern is the earliest and densest one, with
-    equal contributions: the norm of the sum of columns 0, s, 2s, ... (Kalinin & Lampert 2024, arXiv:2405.13763). Any
-    other column is replaced by the smallest falling one above its absolute values, which moves no less.
+    If the first column of the Toeplitz matrix C falls and is nowhere negative, the worst pattern of
+    participations is the earliest and densest one with equal contributions: the norm of the sum of
+    the columns 0, s, 2s, ... (Kalinin & Lampert 2024, arXiv:2405.13763).
 
-    >>> sensitivity([1.0], 10, 4, 2)  # independent noise
+    Args:
+        coefficients: w [p], the band of W = C^-1.
+        rounds: number of rounds.
+        participations: how often the client takes part at most.
+        min_separation: fewest rounds s from one participation to the next.
+
+    Independent noise and four participations:
+
+    >>> sensitivity([1.0], 10, 4, 2)
     2.0
     """
     import numpy as np
 
-    column = inverse(coefficients, rounds)
+    column = inverse_column(coefficients, rounds)
+    # Coefficients from a search need not give a falling column. Its absolute values are replaced by
+    # the smallest falling column above them, which moves C g by at least as much.
     above = np.maximum.accumulate(np.abs(column)[::-1])[::-1]
     total = np.zeros(rounds)
     for start in range(0, min(participations * min_separation, rounds), min_separation):
@@ -149,7 +173,7 @@ def sensitivity(
     return float(np.linalg.norm(total))
 
 
-def inverse(coefficients: Sequence[float], rounds: int) -> np.ndarray:
+def inverse_column(coefficients: Sequence[float], rounds: int) -> np.ndarray:
     """Returns the first column [rounds] of C = W^-1."""
     import numpy as np
     from scipy.signal import lfilter
@@ -160,17 +184,21 @@ def inverse(coefficients: Sequence[float], rounds: int) -> np.ndarray:
 
 
 def prefix_rmse(coefficients: Sequence[float], rounds: int) -> float:
-    """Returns the root mean square over rounds of the noise in prefix sums, for draws of standard deviation 1."""
+    """Returns the root mean square over rounds of the noise in prefix sums, for draws of std 1."""
     import numpy as np
 
-    column = np.cumsum(np.pad(np.asarray(coefficients, float), (0, rounds - len(coefficients))))
+    padded = np.pad(np.asarray(coefficients, float), (0, rounds - len(coefficients)))
+    column = np.cumsum(padded)
+    # The coefficient sum of lag j occurs in the prefix sums of rounds - j rounds.
     return math.sqrt(float((rounds - np.arange(rounds)) @ column**2) / rounds)
 
 
-def square_root(bands: int) -> list[float]:
-    """Returns the first coefficients of (1 - x)^(1/2): the inverse square root of the prefix-sum matrix.
+def square_root_coefficients(bands: int) -> list[float]:
+    """Returns the first coefficients of (1 - x)^(1/2).
 
-    >>> square_root(3)
+    They are the first column of the inverse square root of the prefix-sum matrix.
+
+    >>> square_root_coefficients(3)
     [1.0, -0.5, -0.125]
     """
     found = [1.0]
@@ -180,31 +208,46 @@ def square_root(bands: int) -> list[float]:
 
 
 @lru_cache(maxsize=32)
-def _planned(rounds: int, participations: int, min_separation: int, bands: int) -> Factorization:
+def _optimized(rounds: int, participations: int, min_separation: int, bands: int) -> Factorization:
     import numpy as np
-    from scipy.optimize import minimize
 
     def log_error(free: np.ndarray) -> float:
         w = [1.0, *free.tolist()]
-        with np.errstate(over="ignore", invalid="ignore"):  # a step too far makes C explode
+        # A step of the search that is too long makes C overflow.
+        with np.errstate(over="ignore", invalid="ignore"):
             moved = sensitivity(w, rounds, participations, min_separation)
         if not math.isfinite(moved):
             return 1e9
         return math.log(moved * prefix_rmse(w, rounds))
 
-    if bands == 1:
-        ends = [np.zeros(0)]
-    else:  # from the square root, and from the plan with half as many bands, which is never worsened
-        half = _planned(rounds, participations, min_separation, bands // 2).coefficients[1:]
-        starts = [np.array(square_root(bands)[1:]), np.pad(half, (0, bands - 1 - len(half)))]
-        options = {"maxiter": 60, "maxfun": 6000}
-        ends = [
-            *starts,
-            *(minimize(log_error, s, method="L-BFGS-B", options=options).x for s in starts),
-        ]
-    best = min(ends, key=log_error)
+    candidates = [np.zeros(0)]
+    if bands > 1:
+        half = _optimized(rounds, participations, min_separation, bands // 2)
+        candidates = _search(log_error, half.coefficients[1:], bands)
+    best = min(candidates, key=log_error)
     w = (1.0, *(float(x) for x in best))
     moved = sensitivity(w, rounds, participations, min_separation)
-    return Factorization(
-        rounds, participations, min_separation, w, moved, moved * prefix_rmse(w, rounds)
-    )
+    rmse = moved * prefix_rmse(w, rounds)
+    return Factorization(rounds, participations, min_separation, w, moved, rmse)
+
+
+def _search(
+    log_error: Callable[[np.ndarray], float], half: tuple[float, ...], bands: int
+) -> list[np.ndarray]:
+    """Returns coefficients w[1:] from which the best is taken: two starts, and each optimized.
+
+    The starts are the square root of the prefix-sum matrix and the plan with half as many bands.
+    Both are candidates themselves, so more bands are never worse than fewer.
+    """
+    import numpy as np
+    from scipy.optimize import minimize
+
+    starts = [
+        np.array(square_root_coefficients(bands)[1:]),
+        np.pad(half, (0, bands - 1 - len(half))),
+    ]
+    options = {"maxiter": 60, "maxfun": 6000}
+    found = list(starts)
+    for start in starts:
+        found.append(minimize(log_error, start, method="L-BFGS-B", options=options).x)
+    return found

@@ -1,4 +1,4 @@
-"""The Gaussian mechanism in parts: sample independently, clip to the sensitivity, add noise, divide by a constant."""
+"""The Gaussian mechanism: Poisson sampling, clipping, noise, division by a public number."""
 
 from __future__ import annotations
 
@@ -19,29 +19,35 @@ GRID_BITS = 30
 def poisson_batches(
     n: int, sampling_prob: float, steps: int, generator: Source
 ) -> Iterator[Tensor]:
-    """Yields `steps` int64 index tensors [k]: each of `n` examples joins each batch by its own coin.
+    """Yields the indices of `steps` Poisson batches, int64 [k] each; k varies and may be 0.
 
-    The accountant's amplification holds for this sampler and not for shuffled batches (Chua et al. 2024, "How private
-    are DP-SGD implementations?"). Batches vary in size; an empty batch is a step like any other.
+    Each of the `n` examples joins each batch independently with probability `sampling_prob`. The
+    accountant's amplification holds for this sampler and not for shuffled batches (Chua et al.
+    2024, "How private are DP-SGD implementations?", arXiv:2403.17673).
     """
     chance = chance_of(generator)
     for _ in range(steps):
+        # An empty batch is yielded too: a skipped step would show that nobody was drawn.
         yield (chance.uniform(n) < sampling_prob).nonzero().flatten()
 
 
 def clip(update: Tensor, clip_norm: float) -> Tensor:
     """Scales `update` (any shape) down to L2 norm `clip_norm`; a shorter update is unchanged.
 
-    The norm of the float32 result, rounding included, never exceeds `clip_norm`.
+    Returns:
+        float32 of the same shape, whose norm never exceeds `clip_norm`, rounding included.
 
     Raises:
-        PrivacyError: if a value is NaN or infinite; the caller drops the contribution and counts it.
+        RecipeError: if `clip_norm` is not a finite number above 0.
+        PrivacyError: if a value is NaN or infinite; the caller drops the contribution and counts
+            it.
 
     >>> clip(torch.tensor([3.0, 4.0]), 1.0)
     tensor([0.6000, 0.8000])
     """
     if not 0 < clip_norm < math.inf:
         raise RecipeError(f"got {clip_norm}, expected a finite number above 0", place="clip_norm")
+    # In float32 the squares overflow above 1e19, and sums of millions of them fall short.
     exact = update.detach().double()
     if not torch.isfinite(exact).all():
         raise PrivacyError(
@@ -50,61 +56,83 @@ def clip(update: Tensor, clip_norm: float) -> Tensor:
             cure="drop this contribution",
         )
     norm = float(torch.linalg.vector_norm(exact))
+    # No division here, so an update of zeros needs no case of its own.
     if norm <= clip_norm:
         return update.detach().float()
+
     shrink = 1.0
     while True:
         clipped = (exact * (shrink * clip_norm / norm)).float()
         if float(torch.linalg.vector_norm(clipped.double())) <= clip_norm:
             return clipped
-        shrink = max(
-            0.0, 2 * shrink - 1 - 2.0**-24
-        )  # float32 rounding went up: step down, twice as far each time
+        # Rounding to float32 went up, above the bound: shrink by 2^-24, then 3, 7, ... times that.
+        shrink = max(0.0, 2 * shrink - 1 - 2.0**-24)
 
 
 def noise_sum(total: Tensor, plan: PrivacyPlan, generator: Source) -> Tensor:
-    """Returns `total` (any shape), a sum of clipped contributions, plus noise of `plan.noise_std` on each value.
+    """Returns a sum of clipped contributions plus Gaussian noise of `plan.noise_std` on each value.
 
-    The result is float32. From an exact source (`RandomSource.exact`) it lies on a public grid, whatever `total` is:
-    the bits of a plain floating-point sum would say which totals can have led to it (Mironov 2012; Jin et al. 2022,
-    arXiv:2112.05307). With the grid g = 2^(floor(log2 noise_std) - 30), `total` is rounded to g and a Gaussian rounded
-    to g is added, in whole numbers. To round the noise costs nothing, since it is the Gaussian mechanism, rounded
-    afterwards. To round a total [d] moves two neighbours apart by at most g sqrt(d) more than `clip_norm`; the noise is
-    larger by the factor 1 + g sqrt(d) / clip_norm, a few millionths, to make up for that.
+    From an exact source (`RandomSource.exact`) the result lies on a public grid, whatever `total`
+    is. The bits of a plain floating-point sum would show which totals can have led to it (Mironov
+    2012; Jin et al. 2022, arXiv:2112.05307).
+
+    The grid is g = 2^(floor(log2 noise_std) - 30). `total` is rounded to g, a Gaussian is rounded
+    to g, and both are added as whole numbers. Rounding the noise costs no privacy: it is
+    post-processing of the Gaussian mechanism. Rounding a total [d] moves two neighbours apart by at
+    most g sqrt(d) more than `clip_norm`, so the noise is larger by the factor
+    1 + g sqrt(d) / clip_norm, a few millionths.
+
+    Args:
+        total: sum of the contributions, any shape.
+        plan: clip norm and noise multiplier.
+        generator: where the noise is drawn from.
+
+    Returns:
+        float32 of the shape of `total`; `total` itself if the plan has no noise.
 
     Raises:
-        PrivacyError: if the source is exact and a value is not finite, or more than 2^32 times the noise.
+        PrivacyError: if the source is exact and a value is not finite, or more than 2^32 times the
+            noise.
     """
     if plan.noise_std == 0:
         return total
     chance = chance_of(generator)
-    return add_noise(
-        total, plan, chance.normal(total.numel()).view(total.shape), exact=chance.exact
-    )
+    normal = chance.normal(total.numel()).view(total.shape)
+    return add_noise(total, plan, normal, exact=chance.exact)
 
 
 def add_noise(total: Tensor, plan: PrivacyPlan, normal: Tensor, *, exact: bool) -> Tensor:
-    """Returns `total` plus `normal` (float64, of its shape, changed in place) times `plan.noise_std`, in float32.
+    """Returns `total` + `normal` * `plan.noise_std`, float32.
 
-    For `noise_sum`, and for noise that is correlated over rounds: there `normal` is a mixture of draws. If `exact`, the
-    result is on the grid of `noise_sum`; the sum is rounded by itself and the noise by itself, so that all rounds
-    together are a rounding of the mechanism without a grid.
+    `noise_sum` calls it with fresh draws; noise that is correlated over rounds calls it with a
+    mixture of the draws of several rounds.
+
+    Args:
+        total: sum of the contributions, any shape.
+        plan: clip norm and noise multiplier.
+        normal: noise of standard deviation 1, float64 of the same shape; changed in place.
+        exact: whether the result must lie on the grid of `noise_sum`.
 
     Raises:
         PrivacyError: if `exact` and a value is not finite, or more than 2^32 times the noise.
     """
     if not exact:
         return normal.mul_(plan.noise_std).to(total.device).add_(total).float()
+
     grid = noise_grid(plan)
-    steps = total.detach().double().cpu().div(grid).round_()  # exact: the grid is a power of two
+    # The grid is a power of two, so this division is exact.
+    steps = total.detach().double().cpu().div(grid).round_()
+    # 2^62 leaves room for the noise within 64 bits; NaN fails the comparison as well.
     if not bool((steps.abs() < 2.0**62).all()):
         raise PrivacyError(
             "a value is not finite or beyond 2^32 times the noise",
             place="sum",
             cure="clip every contribution first",
         )
-    std = plan.noise_std * (1 + grid * math.sqrt(total.numel()) / plan.clip_norm) / grid
-    noise = normal.mul_(std).round_()
+    # Total and noise are rounded separately. So the outputs of all rounds together are a rounded
+    # version of the mechanism without a grid, also where rounds share draws.
+    rounding = grid * math.sqrt(total.numel()) / plan.clip_norm
+    noise = normal.mul_(plan.noise_std * (1 + rounding) / grid).round_()
     return (steps.long() + noise.long().cpu()).double().mul_(grid).float().to(total.device)
 
 
@@ -114,9 +142,13 @@ def noise_grid(plan: PrivacyPlan) -> float:
 
 
 def noised_mean(total: Tensor, plan: PrivacyPlan, *, expected: float, generator: Source) -> Tensor:
-    """Returns the noised `total` [d] divided by `expected`, the public expected number of contributions.
+    """Returns (`total` + noise) / `expected`, float32 [d].
 
-    The number that really came would itself tell whether somebody took part.
+    Args:
+        total: sum of clipped contributions [d].
+        plan: clip norm and noise multiplier.
+        expected: public expected number of contributions.
+        generator: where the noise is drawn from.
 
     Raises:
         PrivacyError: if `expected` is not above 0.
@@ -127,4 +159,5 @@ def noised_mean(total: Tensor, plan: PrivacyPlan, *, expected: float, generator:
             place="expected",
             cure="leave this client out",
         )
+    # Not the number that came: it changes by one when somebody takes part, and is not noised.
     return noise_sum(total, plan, generator) / expected

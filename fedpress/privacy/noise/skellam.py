@@ -1,7 +1,8 @@
-"""Skellam noise: whole numbers whose sums are Skellam again, so that clients can make the noise of a secret sum.
+"""Skellam noise: whole numbers that sum to Skellam noise again, so clients can make it together.
 
-The difference of two Poisson numbers of mean v/2 has variance v; n such draws add up to one of variance n v. Agarwal,
-Kairouz & Liu 2021 (arXiv:2110.04995) bound what a sum with such noise gives away.
+The difference of two Poisson numbers of mean v/2 has variance v; n such draws add up to a draw of
+variance n v. Agarwal, Kairouz & Liu 2021 (arXiv:2110.04995) bound the Renyi divergence of a sum
+with such noise.
 """
 
 from __future__ import annotations
@@ -22,17 +23,26 @@ if TYPE_CHECKING:
 # numpy and torch are imported where noise is drawn: the accountant must answer without them.
 
 MAX_VARIANCE = 2.0**36
-"""Largest variance of one draw: the table of its distribution then has two and a half million rows."""
+"""Largest variance of one draw: its table of probabilities then has 2.5 million rows."""
 
 RETRY_BETA = math.exp(-0.5)
-"""Chance with which rounding may be longer than its bound and is drawn again (Kairouz, Liu & Steinke 2021)."""
+"""Probability with which rounding exceeds its bound and is drawn again (Kairouz, Liu & Steinke
+2021)."""
+
+BLOCK = 1 << 17
+"""Values drawn at a time: a block stays in the processor's cache."""
 
 
 def rdp(alpha: int, *, l2: float, l1: float, variance: float) -> float:
-    """Returns the Renyi divergence of order `alpha` that a change of L2 norm `l2` and L1 norm `l1` makes.
+    """Returns the Renyi divergence between a sum with Skellam noise and a neighbouring one.
 
-    Agarwal, Kairouz & Liu 2021 (arXiv:2110.04995), for vectors of whole numbers and noise of `variance` on each value.
-    Their proof needs whole orders above 1.
+    Agarwal, Kairouz & Liu 2021 (arXiv:2110.04995), for vectors of whole numbers.
+
+    Args:
+        alpha: order, a whole number >= 2; the proof covers no others.
+        l2: L2 norm by which the sum moves, in grid units.
+        l1: L1 norm by which the sum moves, in grid units.
+        variance: variance of the noise on each value, in grid units squared.
 
     Raises:
         ValueError: if `alpha` is not a whole number >= 2.
@@ -53,6 +63,7 @@ def rdps(orders: np.ndarray, *, l2: float, l1: float, variance: float) -> np.nda
     """
     import numpy as np
 
+    # Between whole orders the formula is a guess and may be below the true divergence.
     if bool((orders != np.floor(orders)).any()) or bool((orders < 2).any()):
         raise ValueError(f"orders: got {orders}, expected whole numbers >= 2")
     if variance <= 0:
@@ -63,11 +74,17 @@ def rdps(orders: np.ndarray, *, l2: float, l1: float, variance: float) -> np.nda
 
 
 def rounded_sensitivity(l2: float, size: int, beta: float = RETRY_BETA) -> float:
-    """Returns the L2 norm that a vector [size] of norm `l2` has after stochastic rounding, but with chance `beta`.
+    """Returns a bound on the L2 norm of a vector after stochastic rounding.
 
-    Each value goes up or down to a whole number so that its mean stays. Kairouz, Liu & Steinke 2021
-    (arXiv:2102.06387, "conditional rounding"): at most l2^2 + d/4 + sqrt(2 ln(1/beta)) (l2 + sqrt(d)/2) squared, and
-    never above (l2 + sqrt(d))^2.
+    Each value is rounded up or down to a whole number such that its expectation stays. The squared
+    norm is at most l2^2 + d/4 + sqrt(2 ln(1/beta)) (l2 + sqrt(d)/2), except with probability
+    `beta` (Kairouz, Liu & Steinke 2021, arXiv:2102.06387, "conditional rounding"), and never above
+    (l2 + sqrt(d))^2.
+
+    Args:
+        l2: norm before rounding, in grid units.
+        size: number of values d.
+        beta: probability with which the bound may fail.
 
     >>> round(rounded_sensitivity(100.0, 4), 2), round(rounded_sensitivity(0.0, 4), 2)
     (100.51, 1.41)
@@ -78,14 +95,15 @@ def rounded_sensitivity(l2: float, size: int, beta: float = RETRY_BETA) -> float
 
 
 def l1_sensitivity(l2: float, size: int) -> float:
-    """Returns the largest L1 norm of whole numbers [size] of L2 norm `l2`: each is at most its own square."""
+    """Returns the largest L1 norm of a vector [size] of whole numbers with L2 norm `l2`."""
+    # The second bound: a whole number is at most its own square.
     return min(math.sqrt(size) * l2, l2**2)
 
 
 def tail(size: int, variance: float, chance: float) -> float:
-    """Returns t so that any of `size` Skellam numbers passes +-t with probability at most `chance`.
+    """Returns t such that any of `size` Skellam numbers is beyond +-t with probability <= `chance`.
 
-    Chernoff's bound of the Skellam tail, E exp(sX) = exp(v (cosh s - 1)), over both sides and all numbers.
+    Chernoff's bound with E exp(sX) = exp(v (cosh s - 1)), over both signs and all numbers.
 
     >>> 5 < tail(1, 1.0, 1e-6) < 8
     True
@@ -97,6 +115,7 @@ def tail(size: int, variance: float, chance: float) -> float:
     def excess(t: float) -> float:
         return needed - chernoff_exponent(t, variance)
 
+    # The first guess adds the tails of a Gaussian (large variance) and of a Poisson (small one).
     ends = bracket(excess, math.sqrt(2 * variance * needed) + needed)
     assert ends is not None, "the bound falls without end"
     return safe_root(excess, unsafe=ends[0], safe=ends[1])
@@ -105,16 +124,22 @@ def tail(size: int, variance: float, chance: float) -> float:
 def chernoff_exponent(t: float, variance: float) -> float:
     """Returns -log of the bound on P(X >= t)."""
     root = math.hypot(t, variance)
-    return t * math.asinh(t / variance) - t**2 / (
-        root + variance
-    )  # root - variance, without cancellation
+    # The last term is root - variance, written such that nothing cancels.
+    return t * math.asinh(t / variance) - t**2 / (root + variance)
 
 
 def sample(size: int, variance: float, chance: RandomSource) -> Tensor:
-    """Returns int64 Skellam noise [size] of `variance`, drawn from whole numbers alone.
+    """Returns Skellam noise, int64 [size].
 
-    A sign and 63 random bits per value are looked up in a table of tail probabilities: no rounding of a random number
-    takes part, and each probability of the table is right to about 2^-60 of the whole.
+    A sign and 63 random bits per value are looked up in a table of tail probabilities. So noise is
+    made from whole numbers alone: no floating-point rounding of a random number shows in it, and
+    each probability of the table is right to about 2^-60. There is no rejection either, whose
+    duration would depend on the noise (Jin et al. 2022, arXiv:2112.05307).
+
+    Args:
+        size: number of values.
+        variance: variance of each value.
+        chance: where the random bits come from.
 
     Raises:
         PrivacyError: if `variance` is not between 0 and 2^36.
@@ -131,14 +156,20 @@ def sample(size: int, variance: float, chance: RandomSource) -> Tensor:
     out = np.zeros(size, np.int64)
     if variance > 0:
         table = _table(float(variance))
-        for at in range(0, size, 1 << 17):  # a block stays in the processor's cache
-            end = min(at + (1 << 17), size)
+        for at in range(0, size, BLOCK):
+            end = min(at + BLOCK, size)
             out[at:end] = _look_up(table, chance.words(end - at))
     return torch.from_numpy(out)
 
 
 class _Table(NamedTuple):
-    """Tails P(|X| >= K), ..., P(|X| >= 1) in units of 2^-63, rising, and where to begin to search in them."""
+    """Tail probabilities of |X|, and an index into them.
+
+    Attributes:
+        tails: P(|X| >= K), ..., P(|X| >= 1) in units of 2^-63, rising, uint64 [K].
+        guide: for each value of a word's top bits, how many tails are at most that value.
+        shift: how many low bits of a word the guide ignores.
+    """
 
     tails: np.ndarray
     guide: np.ndarray
@@ -146,14 +177,18 @@ class _Table(NamedTuple):
 
 
 def _look_up(table: _Table, words: np.ndarray) -> np.ndarray:
+    """Returns the Skellam number of each random word, int64 [words]."""
     import numpy as np
 
-    bits, sign = words >> np.uint64(1), (words & np.uint64(1)).astype(np.int64)
+    bits = words >> np.uint64(1)
+    sign = (words & np.uint64(1)).astype(np.int64)
     bucket = (bits >> table.shift).astype(np.int64)
     found = table.guide[bucket]
-    open_ = np.flatnonzero(table.guide[bucket + 1] != found)  # a tail lies inside these buckets
-    found[open_] = np.searchsorted(table.tails, bits[open_], side="right")
-    magnitude = len(table.tails) - found.astype(np.int64)  # how many tails are larger
+    # Most buckets lie between two tails; only where a tail lies inside one is a search needed.
+    undecided = np.flatnonzero(table.guide[bucket + 1] != found)
+    found[undecided] = np.searchsorted(table.tails, bits[undecided], side="right")
+    # |X| is the number of tails above the random bits.
+    magnitude = len(table.tails) - found.astype(np.int64)
     return magnitude * (1 - 2 * sign)
 
 
@@ -162,45 +197,50 @@ def _table(variance: float) -> _Table:
     import numpy as np
 
     each = probabilities(variance)
-    # Both sides, summed from the outside in, so that small tails are not lost beside large ones.
+    # Summed from the outside in, so that small tails are not lost beside large ones. Both signs of
+    # X count, hence the factor 2.
     tails = np.cumsum(2 * each[:0:-1])
     whole = tails[-1] + each[0]
     rising = np.rint(tails / whole * np.longdouble(2) ** 63).astype(np.uint64)
+    # About eight buckets for each tail, in a guide of at most 8 MB.
     guide_bits = min(max(len(rising).bit_length() + 3, 10), 21)
     shift = np.uint64(63 - guide_bits)
     starts = np.arange((1 << guide_bits) + 1, dtype=np.uint64) << shift
-    return _Table(rising, np.searchsorted(rising, starts, side="right").astype(np.int32), shift)
+    guide = np.searchsorted(rising, starts, side="right").astype(np.int32)
+    return _Table(rising, guide, shift)
 
 
 def probabilities(variance: float) -> np.ndarray:
-    """Returns the probabilities of 0, 1, ... up to a common factor: exp(-v) I_k(v), in extended precision.
+    """Returns the probabilities of 0, 1, ... up to a common factor: exp(-v) I_k(v), longdouble.
 
-    `scipy.special.ive` loses a digit for every tenfold variance; below the recurrence of Bessel functions, and above
-    their uniform expansion (Digital Library of Mathematical Functions, 10.41.3), keep 18 digits where the machine has
-    80-bit numbers.
+    `scipy.special.ive` loses a digit for every tenfold variance. The recurrence of Bessel functions
+    (variance below 1e4) and their uniform expansion (above; Digital Library of Mathematical
+    Functions, 10.41.3) keep 18 digits where the machine has 80-bit numbers.
     """
     import numpy as np
 
-    last = (
-        math.ceil(9.5 * math.sqrt(variance)) + 40
-    )  # past 2^-64, also where the tails are those of a Poisson
+    # Beyond this, probabilities are below 2^-64, also where the tails are those of a Poisson.
+    last = math.ceil(9.5 * math.sqrt(variance)) + 40
+    v = np.longdouble(variance)
     if variance < 1e4:
-        v, ratio, ratios = np.longdouble(variance), np.longdouble(0), []
-        # I_k / I_(k-1), downwards, where the recurrence is stable; it forgets its start by exp(-2 k/v) a step.
+        ratio = np.longdouble(0)
+        ratios = []
+        # I_k / I_(k-1), downwards, where the recurrence is stable: what it started from fades by
+        # exp(-2 k/v) a step.
         for order in range(last + 40 + int(25 * variance / last), 0, -1):
             ratio = 1 / (2 * order / v + ratio)
             ratios.append(ratio)
         return np.cumprod(np.array([1, *ratios[::-1]], np.longdouble))[: last + 1]
-    k, v = np.arange(last + 1, dtype=np.longdouble), np.longdouble(variance)
+
+    k = np.arange(last + 1, dtype=np.longdouble)
     s = 1 / np.sqrt(k * k + v * v)
     t2 = (k * s) ** 2
     series = 1 + s * ((3 - 5 * t2) / 24)
     series += s**2 * ((81 + t2 * (-462 + 385 * t2)) / 1152)
     series += s**3 * ((30375 + t2 * (-369603 + t2 * (765765 - 425425 * t2))) / 414720)
-    series += s**4 * (
-        (4465125 + t2 * (-94121676 + t2 * (349922430 + t2 * (-446185740 + 185910725 * t2))))
-        / np.longdouble(39813120)
-    )
-    front = np.exp(k * k / (1 / s + v) - k * np.arcsinh(k / v)) * np.sqrt(s)
-    values: np.ndarray = front * series
+    fourth = 4465125 + t2 * (-94121676 + t2 * (349922430 + t2 * (-446185740 + 185910725 * t2)))
+    series += s**4 * (fourth / np.longdouble(39813120))
+    # root - v, written as k^2 / (root + v) so that nothing cancels.
+    leading = np.exp(k * k / (1 / s + v) - k * np.arcsinh(k / v)) * np.sqrt(s)
+    values: np.ndarray = leading * series
     return values

@@ -1,4 +1,4 @@
-"""The sum of per-sample gradients, each clipped: the query of DP-SGD, whose L2 sensitivity is the clip norm."""
+"""The query of DP-SGD: the sum of clipped per-sample gradients, of sensitivity `clip_norm`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from fedpress.nn.resize import copied
 from fedpress.privacy.per_example import ghost
 from fedpress.privacy.per_example.guard import Guard
 from fedpress.privacy.per_example.persample import (
-    WRITTEN,
+    WROTE_PREFIX,
     LossFn,
     Measured,
     Query,
@@ -31,6 +31,7 @@ from fedpress.privacy.per_example.persample import (
 Method = Literal["ghost", "vmap", "loop"]
 
 Verify = Literal["nothing", "losses", "gradients"]
+"""What of every chunk is compared with the plain loop."""
 
 METHODS: dict[str, Callable[[list[Tensor], Query], Measured]] = {
     "ghost": ghost.add_ghost_,
@@ -41,16 +42,19 @@ METHODS: dict[str, Callable[[list[Tensor], Query], Measured]] = {
 
 @dataclass(frozen=True)
 class RawStats:
-    """What happened to the samples of one batch. NOT private: no noise was added, so it must not leave the client.
+    """What happened to the samples of one batch.
+
+    NOT private: no noise was added, so it must not leave the client.
 
     Attributes:
         examples: size of the batch that was drawn.
         loss: mean loss over the samples with a finite one; nan if there are none.
         share_clipped: share of the samples whose gradient was longer than the clip norm.
         refused: samples with a NaN or infinite gradient; they contributed zero.
-        failed: samples on which the network raised, or wrote into itself; they contributed zero, too.
-        problem: what went wrong on the first of them, else empty.
-        agreed: False if the method that was asked for gave way to the loop.
+        failed: samples on which the network raised, or wrote into its own buffers or parameters;
+            they contributed zero, too.
+        problem: what went wrong on the first of the failed samples; empty if there are none.
+        agreed: whether the method that was asked for gave the same as the plain loop.
     """
 
     examples: int
@@ -72,34 +76,37 @@ def clipped_gradient_sum(
     method: Method = "loop",
     chunk: int = 128,
     verify: Verify = "nothing",
-    contain: bool = False,
+    tolerate_writes: bool = False,
 ) -> tuple[Tensor, RawStats]:
-    """Returns the sum over samples of gradient * min(1, clip_norm / norm), and statistics that are not private.
+    """Returns the sum over samples of gradient * min(1, clip_norm / norm).
 
-    Abadi et al. 2016, Algorithm 1. Adding or removing one sample changes the sum by at most `clip_norm` in L2, also
-    when that sample's gradient is NaN or infinite, when the network raises on it (it contributes zero), or when the
-    gradient overflows float32 when squared. For "ghost" and "vmap" this holds up to the rounding of kernels whose
-    order of summation depends on the batch.
+    Abadi et al. 2016 (arXiv:1607.00133), Algorithm 1. Adding or removing one sample changes the sum
+    by at most `clip_norm` in L2, also if its gradient is NaN or infinite or its square overflows,
+    or if the network raises on it. With "ghost" and "vmap" this holds up to the rounding of kernels
+    whose order of summation depends on the batch.
 
     Args:
-        model: its trainable parameters, in the order of `tree.Layout`, give the d values.
-        loss_fn: outputs and labels of one example [1, ...] to its loss.
+        model: its trainable parameters, in the order of `core.parameters`, give the d values.
+        loss_fn: outputs and labels of one example [1, ...] -> its loss.
         x: prepared inputs [n, ...], one tensor or several by name; n may be 0.
         y: labels [n].
         clip_norm: the L2 bound of one sample.
         method: row of `METHODS`; see `choose_method`.
         chunk: samples that are in memory together.
-        verify: what of every chunk is compared with the loop: "losses" of 4 samples, or "gradients" (their norms) of
-            8. Where they differ, or the method raises, the loop does the chunk: a network may mix examples, or take
-            another branch, on rare inputs only. With "nothing" the method may raise.
-        contain: whether a sample on which the forward pass changes a buffer or parameter, which would keep private
-            data without noise, contributes zero and is one that failed. Otherwise the whole batch is refused, which
-            must not happen where somebody sees the refusal: one sample would decide on it. The change is undone in
-            both cases.
+        verify: what of every chunk is compared with the loop: "losses" of 4 samples, or "gradients"
+            (their norms) of 8. After a mismatch, or if the method raises, the loop does the chunk.
+        tolerate_writes: what happens if a forward pass writes into a buffer or parameter, which
+            would store private data without noise. True: the write is undone and the sample
+            contributes zero. False: the batch is refused, which must not be seen outside, since
+            one sample can cause it.
+
+    Returns:
+        The sum, float32 [d], and statistics that are not private.
 
     Raises:
-        RecipeError: if a module mixes the samples of a batch (batch normalisation in training mode), or for an
-            unknown method; or, unless `contain`, if a forward pass changed a buffer or parameter.
+        RecipeError: if a module mixes the samples of a batch (batch normalisation in training
+            mode), if the method is unknown, or, unless `tolerate_writes`, if a forward pass wrote
+            into a buffer or parameter.
     """
     check_separable(model)
     if method not in METHODS:
@@ -108,28 +115,30 @@ def clipped_gradient_sum(
             place="method",
             cure=suggestion(method, [*METHODS], "leave it out"),
         )
-    query, running = Query(model, loss_fn, x, y, clip_norm), _Sum(model)
+    query = Query(model, loss_fn, x, y, clip_norm)
+    running = _RunningSum(model)
     for start in range(0, len(x), chunk):
         part = query.take(slice(start, start + chunk))
-        if method == "loop" or not running.add_by_(method, part, verify):
-            running.add_alone_(part)
-    if running.written and not contain:
+        if method == "loop" or not running.try_add_(method, part, verify):
+            running.add_one_by_one_(part)
+    if running.wrote and not tolerate_writes:
         raise RecipeError(
-            running.written.removeprefix(WRITTEN),
+            running.wrote.removeprefix(WROTE_PREFIX),
             place="model",
-            cure="keep what its forward pass writes out of it",
+            cure="change its forward pass so that it writes nothing into the model",
         )
     return running.total, _stats(running.measured, clip_norm, running.agreed)
 
 
-class _Sum:
+class _RunningSum:
     """The sum of clipped gradients so far.
 
     Attributes:
-        total: the sum [d].
-        measured: what was seen of each sample.
-        agreed: whether no chunk that was tried by another method gave way to the loop.
-        written: what a forward pass has changed in the model first, and the cure; empty if nothing.
+        total: the sum, float32 [d].
+        views: `total` as one view for each trainable parameter.
+        measured: what happened to each sample so far.
+        agreed: whether no chunk had to be done again by the loop.
+        wrote: what a forward pass first changed in the model, and the cure; empty if nothing.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -139,10 +148,15 @@ class _Sum:
         parts = self.total.split([p.numel() for p in params])
         self.views = [part.view(p.shape) for part, p in zip(parts, params, strict=True)]
         self.measured: Measured = []
-        self.agreed, self.written = True, ""
+        self.agreed = True
+        self.wrote = ""
 
-    def add_by_(self, method: Method, query: Query, verify: Verify) -> bool:
-        """Adds the samples of a chunk by `method`; returns False, with nothing added, if it cannot be trusted here."""
+    def try_add_(self, method: Method, query: Query, verify: Verify) -> bool:
+        """Adds the samples of a chunk by `method`.
+
+        Returns False, with nothing added, if the method raised, differs from the loop, or if the
+        model wrote into itself (in a batch nobody knows on which sample).
+        """
         before = self.total.clone()
         found: Measured | None
         if verify == "nothing":
@@ -155,41 +169,45 @@ class _Sum:
             return True
         self.total.copy_(before)
         self.agreed = False
-        self.written = self.written or changed
+        self.wrote = self.wrote or changed
         return False
 
-    def add_alone_(self, query: Query) -> None:
-        """Adds the samples of a chunk one by one, where none can touch another."""
+    def add_one_by_one_(self, query: Query) -> None:
+        """Adds the samples of a chunk one by one, where no sample can change another's gradient."""
         found = add_loop_(self.views, query, self.guard)
         self.measured += found
-        problems = [one.problem for one in found if one.problem.startswith(WRITTEN)]
-        self.written = self.written or next(iter(problems), "")
+        problems = [one.problem for one in found if one.problem.startswith(WROTE_PREFIX)]
+        self.wrote = self.wrote or next(iter(problems), "")
 
 
 def _verified(views: list[Tensor], query: Query, method: Method, verify: Verify) -> Measured | None:
-    """Adds a chunk by `method`; returns None if it raised, or if some samples differ from what they are alone."""
+    """Adds a chunk by `method`; None if it raised, or if some samples differ from the loop."""
     try:
         measured = METHODS[method](views, query)
         rows = _rows_to_verify(query.x, 8 if verify == "gradients" else 4)
         with _without_dropout(query.model) as drew:
-            # What was measured with dropout cannot be compared: losses without it can, at a third of the price.
+            # With dropout the two runs draw different masks. Then the losses without dropout are
+            # compared, which takes a third of the time of gradients.
             together = _losses(query, rows) if drew else [measured[row] for row in rows]
             if verify == "gradients" and not drew:
                 alone = add_loop_([torch.zeros_like(v) for v in views], query.take(rows))
             else:
                 together = [one._replace(norm=0.0) for one in together]
                 alone = [_losses(query.one(row), [0])[0] for row in rows]
-    except Exception:  # torch.func or the rules do not know what this network did on these values
+    except Exception:
+        # torch.func, or a rule of `ghost`, cannot do what this network did on these values.
         return None
-    room = 0.1 if torch.is_autocast_enabled(query.x.device.type) else 2e-3
-    alike = all(_alike(a, b, room) for a, b in zip(together, alone, strict=True))
-    return measured if alike else None
+    # In 16 bits the same network differs by more between batch sizes.
+    tolerance = 0.1 if torch.is_autocast_enabled(query.x.device.type) else 2e-3
+    agree = all(_agree(a, b, tolerance) for a, b in zip(together, alone, strict=True))
+    return measured if agree else None
 
 
 @torch.no_grad()
 def _losses(query: Query, rows: list[int]) -> Measured:
-    """Returns the loss of each of `rows` when the batch runs as a whole, with no norm."""
-    outputs, found = call(query.model, query.x), []
+    """Returns the loss of each of `rows` when the batch runs as a whole; norms are 0."""
+    outputs = call(query.model, query.x)
+    found = []
     for row in rows:
         at = slice(row, row + 1)
         found.append(Sample(float(query.loss_fn(outputs[at].float(), query.y[at])), 0.0))
@@ -197,36 +215,43 @@ def _losses(query: Query, rows: list[int]) -> Measured:
 
 
 def _rows_to_verify(x: Inputs, count: int) -> list[int]:
-    """Returns up to `count` places in `x` [n, ...]: the largest input, its neighbours, the smallest, then spread ones.
+    """Returns up to `count` rows of `x` [n, ...] to compare.
 
-    What a network does on rare inputs only it most likely does on extreme ones, or to those that lie beside them.
+    The largest input, its neighbours, the smallest, then evenly spread ones. A network that mixes
+    examples on rare inputs only most likely does so on extreme ones, or changes the examples beside
+    them.
     """
     n = len(x)
     if n <= count:
         return list(range(n))
     sizes = [part.reshape(n, -1).double().norm(dim=1) for part in parts_of(x).values()]
-    size = (sizes[0] if len(sizes) == 1 else torch.stack(sizes).norm(dim=0)).nan_to_num(math.inf)
+    size = sizes[0] if len(sizes) == 1 else torch.stack(sizes).norm(dim=0)
+    # An input with NaN is as suspicious as an infinite one.
+    size = size.nan_to_num(math.inf)
     spread = torch.linspace(0, n - 1, count).long().tolist()
     largest = int(size.argmax())
     extreme = [largest, (largest + 1) % n, (largest - 1) % n, int(size.argmin())]
     return list(dict.fromkeys([*extreme, *spread]))[:count]
 
 
-def _alike(a: Sample, b: Sample, room: float) -> bool:
-    """Whether loss and norm of a sample agree; a sample that only one of the two could do does not."""
+def _agree(a: Sample, b: Sample, tolerance: float) -> bool:
+    """Says whether loss and norm of a sample are the same up to `tolerance`."""
+    # A sample that only one of the two could do differs.
     if a.problem or b.problem:
         return False
-    pairs = ((a.loss, b.loss), (a.norm, b.norm))
-    return all(
-        abs(one - other) <= room * (1e-3 + abs(other))
-        or not (math.isfinite(one) or math.isfinite(other))
-        for one, other in pairs
-    )
+    return _close(a.loss, b.loss, tolerance) and _close(a.norm, b.norm, tolerance)
+
+
+def _close(one: float, other: float, tolerance: float) -> bool:
+    if not math.isfinite(one) and not math.isfinite(other):
+        return True
+    # The constant keeps values near 0 from failing by rounding alone.
+    return abs(one - other) <= tolerance * (1e-3 + abs(other))
 
 
 @contextmanager
 def _without_dropout(model: nn.Module) -> Iterator[bool]:
-    """Switches dropout layers off; yields whether there were any that draw."""
+    """Switches dropout layers off; yields whether any of them was on."""
     layers = [
         m
         for m in model.modules()
@@ -242,22 +267,32 @@ def _without_dropout(model: nn.Module) -> Iterator[bool]:
 
 
 def choose_method(model: nn.Module, loss_fn: LossFn, x: Inputs, y: Tensor) -> Method:
-    """Returns the fastest method that agrees with the plain loop on a copy of `model` and two inputs.
+    """Returns the fastest method that agrees with the plain loop on a copy of `model`.
 
-    The inputs are random numbers of the shape and type of `x` [n, ...] (prepared) and `y` [n]. Where one holds whole
-    numbers, or the network has embeddings, random numbers may be no valid input: then two rows of `x` are taken, and
-    also where the network cannot run on random ones. A network whose samples mix fails the comparison for every
-    batched method, so it falls to the loop, where they cannot; what mixes on rare inputs only is found by `verify`.
+    Tried on two inputs: random numbers of the shape and type of `x`. Where inputs are whole numbers
+    (tokens, say), or the network has embeddings, random numbers may be no valid input, and where
+    the network cannot run on them: there two rows of `x` are taken. A network that mixes samples
+    fails the comparison for every batched method, so it gets the loop, where samples cannot mix.
+    Mixing on rare inputs only is found by `verify` of `clipped_gradient_sum`.
+
+    Args:
+        model: the network.
+        loss_fn: outputs and labels of one example -> its loss.
+        x: prepared inputs [n, ...].
+        y: labels [n].
     """
     candidates: list[Method] = ["ghost"] if ghost.supports(model) else []
+    # On a CPU vmap is worth trying for small networks without convolutions only.
     small = sum(p.numel() for p in trainable(model)) < 1_000_000 and not _convolves(model)
-    candidates += ["vmap"] if small or x.device.type != "cpu" else []
+    if small or x.device.type != "cpu":
+        candidates.append("vmap")
     if not candidates:
         return "loop"
     noise = torch.Generator().manual_seed(0)
     try:
-        twin = _twin(model, noise)
-    except Exception:  # what cannot be tried is not used
+        twin = _trial_copy(model, noise)
+    except Exception:
+        # A method that cannot be tried is not used.
         return "loop"
 
     labels = torch.zeros((2, *y.shape[1:]), dtype=y.dtype, device=y.device)
@@ -265,9 +300,10 @@ def choose_method(model: nn.Module, loss_fn: LossFn, x: Inputs, y: Tensor) -> Me
     if not _takes_whole_numbers(model, x):
         made_up = map_inputs(x, lambda t: torch.randn((2, *t.shape[1:]), generator=noise).to(t))
         tries.insert(0, made_up)
+    # Random numbers first: real rows may be equal or zero, and then hide a wrong gradient.
     for inputs in tries:
         expected, raw = clipped_gradient_sum(
-            twin, loss_fn, inputs, labels, clip_norm=1.0, contain=True
+            twin, loss_fn, inputs, labels, clip_norm=1.0, tolerate_writes=True
         )
         if not raw.failed:
             break
@@ -276,28 +312,31 @@ def choose_method(model: nn.Module, loss_fn: LossFn, x: Inputs, y: Tensor) -> Me
             got, _ = clipped_gradient_sum(
                 twin, loss_fn, inputs, labels, clip_norm=1.0, method=method
             )
-        except Exception:  # torch.func or the rules do not know this network
+        except Exception:
+            # torch.func, or a rule of `ghost`, cannot do this network.
             continue
         if float((got - expected).norm()) <= 1e-3 * float(expected.norm()):
             return method
     return "loop"
 
 
-def _twin(model: nn.Module, noise: torch.Generator) -> nn.Module:
-    """Returns a copy to try methods on, in the modes of the real one: a network may mix samples only in training."""
+def _trial_copy(model: nn.Module, noise: torch.Generator) -> nn.Module:
+    """Returns a copy to try methods on."""
+    # Modules keep their mode: a network may mix samples in training mode only.
     twin = copied(model)
     for module in twin.modules():
+        # Except dropout: two methods would draw different masks.
         if isinstance(module, nn.modules.dropout._DropoutNd):
-            module.eval()  # its draws would differ between the methods
+            module.eval()
     with torch.no_grad():
-        # Away from zeros: a zero layer would hide that a gradient is wrong.
+        # A layer that is all zeros would hide that a gradient is wrong.
         for p in trainable(twin):
             p.add_(0.05 * torch.randn(p.shape, generator=noise).to(p))
     return twin
 
 
 def _takes_whole_numbers(model: nn.Module, x: Inputs) -> bool:
-    """Whether inputs may be names of things, such as tokens, so that a random number could be none of them."""
+    """Says whether inputs may be indices such as tokens, of which a random number is none."""
     embeds = any(isinstance(m, nn.Embedding | nn.EmbeddingBag) for m in model.modules())
     return embeds or any(
         not part.is_floating_point() or bool((part == part.round()).all())
@@ -306,7 +345,7 @@ def _takes_whole_numbers(model: nn.Module, x: Inputs) -> bool:
 
 
 def check_separable(model: nn.Module) -> None:
-    """Raises RecipeError if a module of `model` would let one sample change the gradient of another."""
+    """Raises RecipeError if a module lets one sample change the gradient of another."""
     for name, module in model.named_modules():
         batch_norm = isinstance(module, BatchNorm)
         if batch_norm and (module.training or module.running_mean is None):

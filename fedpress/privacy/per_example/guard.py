@@ -1,4 +1,4 @@
-"""Buffers and parameters that a forward pass must not change: noticed, named and put back."""
+"""Notices, names and undoes what a forward pass writes into a model's buffers and parameters."""
 
 from __future__ import annotations
 
@@ -7,64 +7,76 @@ from torch import Tensor, nn
 
 
 class Guard:
-    """Holds what a model is before private examples run through it.
+    """A copy of a model's buffers and parameters, taken before private examples run through it.
 
-    A forward pass that writes into the model keeps something of a private example without noise. What it wrote is taken
-    back, so that neither the next example nor the next request meets it.
+    A forward pass that writes into the model stores private data there without noise: running
+    statistics of a normalisation, or `nn.Embedding(max_norm=...)`, which shortens the rows of the
+    tokens that it reads. `put_back_` undoes this, so that neither the next example nor the next
+    request sees it.
     """
 
     def __init__(self, model: nn.Module) -> None:
         """Copies every buffer and parameter of `model`."""
         self._model = model
-        self._held = {
-            name: (value, value.detach().clone()) for name, value in _named(model).items()
-        }
-        self._versions = {name: value._version for name, value in _named(model).items()}
+        tensors = _named_tensors(model)
+        self._originals = {name: (value, value.detach().clone()) for name, value in tensors.items()}
+        self._versions = {name: value._version for name, value in tensors.items()}
 
     def put_back_(self) -> str:
-        """Undoes every change since the last call; returns what was changed first and the cure, empty if nothing."""
-        now = _named(self._model)
-        names = [*now, *(name for name in self._held if name not in now)]
-        changed = [name for name in names if not self._as_before(name, now.get(name))]
-        for name in changed:
-            self._put_back_(name)
-        return _said(changed[0], isinstance(now.get(changed[0]), nn.Parameter)) if changed else ""
+        """Undoes every change since the last call.
 
-    def _as_before(self, name: str, now: Tensor | None) -> bool:
+        Returns:
+            Which tensor changed first and what to do about it; empty if nothing changed.
+        """
+        now = _named_tensors(self._model)
+        removed = [name for name in self._originals if name not in now]
+        names = [*now, *removed]
+        changed = [name for name in names if not self._unchanged(name, now.get(name))]
+        if not changed:
+            return ""
+        for name in changed:
+            self._restore_(name)
+        first = changed[0]
+        return _problem(first, isinstance(now.get(first), nn.Parameter))
+
+    def _unchanged(self, name: str, now: Tensor | None) -> bool:
+        # Every in-place operation counts `_version` up, so no values need to be compared.
         return (
-            name in self._held
-            and self._held[name][0] is now
+            name in self._originals
+            and self._originals[name][0] is now
             and self._versions[name] == now._version
         )
 
     @torch.no_grad()
-    def _put_back_(self, name: str) -> None:
+    def _restore_(self, name: str) -> None:
         path, _, leaf = name.rpartition(".")
         module = self._model.get_submodule(path)
         table = module._parameters if leaf in module._parameters else module._buffers
-        if name not in self._held:  # it was registered on the way
+        # A tensor that the forward pass registered itself is removed again.
+        if name not in self._originals:
             del table[leaf]
             return
-        tensor, copy = self._held[name]
+        tensor, copy = self._originals[name]
         if tensor.shape == copy.shape:
             tensor.copy_(copy)
         else:
+            # The forward pass resized it in place; a copy of values would not fit.
             tensor.data = copy.clone()
         table[leaf] = tensor  # type: ignore[assignment]
         self._versions[name] = tensor._version
 
 
-def _named(model: nn.Module) -> dict[str, Tensor]:
+def _named_tensors(model: nn.Module) -> dict[str, Tensor]:
     return {**dict(model.named_buffers()), **dict(model.named_parameters())}
 
 
-def _said(name: str, parameter: bool) -> str:
+def _problem(name: str, parameter: bool) -> str:
     if parameter:
         return (
-            f"model.{name}: the forward pass changed this parameter during a private step, so it keeps private data "
-            "without noise; an embedding does so with max_norm: leave it out"
+            f"model.{name}: the forward pass changed this parameter during a private step, so it "
+            "keeps private data without noise; an embedding does so with max_norm: leave it out"
         )
     return (
-        f"model.{name}: this buffer changed during a private step, so it keeps private data without noise; use a layer "
-        "without running statistics"
+        f"model.{name}: this buffer changed during a private step, so it keeps private data "
+        "without noise; use a layer without running statistics"
     )

@@ -1,4 +1,4 @@
-"""Clipped per-sample gradients for any network: one sample after the other, or all at once by `torch.func`."""
+"""Clipped per-sample gradients of any network: one backward pass each, or all by `torch.func`."""
 
 from __future__ import annotations
 
@@ -16,15 +16,23 @@ from fedpress.core.parameters import trainable
 from fedpress.privacy.per_example.guard import Guard
 
 LossFn = Callable[[Tensor, Tensor], Tensor]
-"""(outputs [n, ...], labels [n]) -> mean loss, a scalar; it is asked for one example at a time."""
+"""(outputs [n, ...], labels [n]) -> mean loss, a scalar; it is called for one example at a time."""
 
 BLOCK = 1024
-WRITTEN = "RecipeError: "
-"""How the problem of a sample begins in whose forward pass the network wrote into itself."""
+"""Values whose squares are summed in float32; the sums of blocks are added in float64."""
+
+WROTE_PREFIX = "RecipeError: "
+"""Start of `Sample.problem` if the forward pass changed a buffer or parameter of the model."""
 
 
 class Sample(NamedTuple):
-    """What happened to one sample; not private. `problem` says why the network could not run on it, else empty."""
+    """What happened to one sample. Not private: no noise was added.
+
+    Attributes:
+        loss: its loss; nan if the network could not run on it.
+        norm: L2 norm of its gradient before clipping; nan if there is none.
+        problem: why the network could not run on it; empty if it could.
+    """
 
     loss: float
     norm: float
@@ -36,7 +44,15 @@ Measured = list[Sample]
 
 @dataclass(frozen=True)
 class Query:
-    """What is asked of the samples `x` [n, ...] with labels `y` [n, ...]: the sum of their clipped gradients."""
+    """A query: the sum of the clipped gradients of some samples.
+
+    Attributes:
+        model: the network.
+        loss_fn: outputs and labels of one example -> its loss.
+        x: prepared inputs [n, ...].
+        y: labels [n, ...].
+        clip_norm: L2 bound of one sample's gradient.
+    """
 
     model: nn.Module
     loss_fn: LossFn
@@ -45,20 +61,26 @@ class Query:
     clip_norm: float
 
     def take(self, rows: slice | Tensor | list[int]) -> Query:
-        """Asks the same of some of the samples."""
+        """Returns the same query for some of the samples."""
         return replace(self, x=self.x[rows], y=self.y[rows])
 
     def one(self, row: int) -> Query:
-        """Asks the same of one sample."""
+        """Returns the same query for one sample."""
+        # A slice and not an index, so that the batch dimension stays.
         return self.take(slice(row, row + 1))
 
 
 def add_loop_(views: list[Tensor], query: Query, guard: Guard | None = None) -> Measured:
-    """Adds the clipped gradient of every sample to `views`, a backward pass each: slow, right for every network.
+    """Adds the clipped gradient of every sample to `views`, by one backward pass each.
 
-    A sample on which the network raises contributes zero, like one whose gradient is not finite, or one in whose
-    forward pass the network wrote into itself, which `guard` takes back. If it took the whole batch with it, one sample
-    could move the sum by more than `clip_norm`.
+    Slow, but right for every network. A sample contributes zero if the network raises on it, if its
+    gradient is not finite, or if the forward pass writes into the model (which `guard` undoes).
+    Raising for the whole batch instead would let one sample move the sum by more than `clip_norm`.
+
+    Args:
+        views: the sum, as one view for each trainable parameter; changed in place.
+        query: the samples.
+        guard: undoes what forward passes write into the model; None does not look.
     """
     return [_add_one_(views, query.one(row), guard) for row in range(len(query.x))]
 
@@ -67,41 +89,54 @@ def _add_one_(views: list[Tensor], query: Query, guard: Guard | None) -> Sample:
     sample, used = _measure_one(views, query)
     changed = guard.put_back_() if guard is not None else ""
     if changed:
-        return Sample(math.nan, math.nan, f"{WRITTEN}{changed}")
-    return sample if sample.problem else sample._replace(norm=_add_clipped_(used, query.clip_norm))
+        return Sample(math.nan, math.nan, f"{WROTE_PREFIX}{changed}")
+    if sample.problem:
+        return sample
+    return sample._replace(norm=_add_clipped_(used, query.clip_norm))
 
 
 def _measure_one(views: list[Tensor], query: Query) -> tuple[Sample, list[tuple[Tensor, Tensor]]]:
-    """Returns the loss of one sample, and the gradient of each parameter that has one with its place in the sum."""
-    x, y = query.x, query.y
+    """Returns the loss of one sample, and (view of the sum, gradient) of each parameter in use."""
+    x = query.x
+    y = query.y
     try:
         loss, grads = _gradient(query, x, y)
     except Exception as first:
-        # Some networks cannot take a batch of one (`squeeze()`). The mean loss of a sample and its copy has the same
-        # gradient, and no other sample is in it.
+        # Some networks cannot take a batch of one (`squeeze()`). The mean loss of a sample and its
+        # copy has the same gradient, and no other sample takes part in it.
         try:
             loss, grads = _gradient(query, join([x, x]), torch.cat([y, y]))
         except Exception:
-            return Sample(
-                math.nan, math.nan, f"{type(first).__name__}: {str(first).partition(chr(10))[0]}"
-            ), []
-    used = [
-        (v, g if g.layout == torch.strided else g.to_dense())
-        for v, g in zip(views, grads, strict=True)
-        if g is not None
-    ]
+            first_line = str(first).partition("\n")[0]
+            problem = f"{type(first).__name__}: {first_line}"
+            return Sample(math.nan, math.nan, problem), []
+    used = []
+    for view, gradient in zip(views, grads, strict=True):
+        if gradient is None:
+            continue
+        # Embeddings can give sparse gradients, which have no norm.
+        dense = gradient if gradient.layout == torch.strided else gradient.to_dense()
+        used.append((view, dense))
     return Sample(float(loss.detach()), math.nan), used
 
 
 def _gradient(query: Query, x: Inputs, y: Tensor) -> tuple[Tensor, tuple[Tensor | None, ...]]:
-    """Returns the loss of a batch and the gradient of each trainable parameter, None where it is not used."""
+    """Returns the loss of a batch and the gradient of each trainable parameter, None if unused."""
     loss = query.loss_fn(call(query.model, x), y)
     return loss, torch.autograd.grad(loss, trainable(query.model), allow_unused=True)
 
 
 def add_vmap_(views: list[Tensor], query: Query) -> Measured:
-    """Adds the clipped gradients by `torch.func`, which keeps n gradients in memory: for GPUs and small nets."""
-    model, x = query.model, query.x
+    """Adds the clipped gradients by `torch.func`: fast on GPUs and for small networks.
+
+    It holds the gradients of all samples in memory at once.
+
+    Args:
+        views: the sum, as one view for each trainable parameter; changed in place.
+        query: the samples.
+    """
+    model = query.model
+    x = query.x
     named = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
 
     def loss_of(params: dict[str, Tensor], one: Inputs, label: Tensor) -> tuple[Tensor, Tensor]:
@@ -109,48 +144,50 @@ def add_vmap_(views: list[Tensor], query: Query) -> Measured:
         loss = query.loss_fn(outputs, label[None])
         return loss, loss.detach()
 
-    each = torch.func.vmap(
-        torch.func.grad(loss_of, has_aux=True), in_dims=(None, 0, 0), randomness="different"
-    )
-    with (
-        warnings.catch_warnings()
-    ):  # a layer without a rule of its own is slow there, but no user can mend that
+    gradient_of_one = torch.func.grad(loss_of, has_aux=True)
+    each = torch.func.vmap(gradient_of_one, in_dims=(None, 0, 0), randomness="different")
+    with warnings.catch_warnings():
+        # torch warns of layers that vmap runs one sample at a time; a user cannot change that.
         warnings.filterwarnings("ignore", message="There is a performance drop")
         grads, losses = each(named, x, query.y)
-    with torch.autocast(x.device.type, enabled=False):  # the norm is a promise: never in 16 bits
-        parts = [
-            g.reshape(len(g), math.prod(g.shape[1:])) for g in grads.values()
-        ]  # also of numbers without dimensions
-        norms = torch.stack([row_norms(part) for part in parts]).norm(dim=0)
+    # The sensitivity rests on the norms: autocast must not compute them in 16 bits.
+    with torch.autocast(x.device.type, enabled=False):
+        # The product of no sizes is 1: a parameter without dimensions gets one column.
+        rows = [g.reshape(len(g), math.prod(g.shape[1:])) for g in grads.values()]
+        norms = torch.stack([row_norms(part) for part in rows]).norm(dim=0)
         scale = clip_factors(norms, query.clip_norm).float()
-        for view, part in zip(views, parts, strict=True):
-            if not torch.isfinite(norms).all():
-                part = part.where(torch.isfinite(norms)[:, None], 0.0)  # 0 * NaN would be NaN
+        finite = torch.isfinite(norms)
+        for view, part in zip(views, rows, strict=True):
+            if not finite.all():
+                # A factor of 0 does not suffice: 0 * NaN is NaN.
+                part = part.where(finite[:, None], 0.0)
             view.add_((scale @ part).view(view.shape))
     measured = [Sample(*pair) for pair in zip(losses.tolist(), norms.tolist(), strict=True)]
-    return _redo_bad_(measured, views, query)
+    return _redo_not_finite_(measured, views, query)
 
 
 def row_norms(rows: Tensor) -> Tensor:
-    """Returns the L2 norm of each row of `rows` [n, m] float32, as float64 [n] and right to 1e-6.
+    """Returns the L2 norm of each row of `rows` [n, m] float32, as float64 [n], right to 1e-6.
 
-    Over millions of values a float32 sum of squares falls short by up to 5e-4, which would break the clip norm; so
-    only short blocks are summed in float32, at a small part of the price of doing all in float64.
+    Over millions of values a float32 sum of squares is too small by up to 5e-4, so a "clipped"
+    gradient would exceed the clip norm. Therefore only blocks of `BLOCK` values are summed in
+    float32; all in float64 would take several times as long.
     """
-    cut = rows.shape[1] // BLOCK * BLOCK
-    blocks = rows[:, :cut].view(len(rows), cut // BLOCK, BLOCK).norm(dim=2)
-    parts = torch.cat([blocks, rows[:, cut:].norm(dim=1, keepdim=True)], dim=1)
-    norms: Tensor = parts.double().norm(dim=1)
+    whole = rows.shape[1] // BLOCK * BLOCK
+    blocks = rows[:, :whole].view(len(rows), whole // BLOCK, BLOCK).norm(dim=2)
+    rest = rows[:, whole:].norm(dim=1, keepdim=True)
+    norms: Tensor = torch.cat([blocks, rest], dim=1).double().norm(dim=1)
     return norms
 
 
 def clip_factors(norms: Tensor, clip_norm: float) -> Tensor:
-    """Returns what each sample's gradient is multiplied by; 0 where its norm [n] is not finite."""
+    """Returns the factor of each sample's gradient [n]; 0 where its norm is not finite."""
+    # clamp_min makes the factor exactly 1 for short gradients, and spares a division by 0.
     return torch.where(torch.isfinite(norms), clip_norm / norms.clamp_min(clip_norm), 0.0)
 
 
-def _redo_bad_(measured: Measured, views: list[Tensor], query: Query) -> Measured:
-    """Takes the samples that had no finite float32 norm once more, alone and in float64."""
+def _redo_not_finite_(measured: Measured, views: list[Tensor], query: Query) -> Measured:
+    """Runs the samples without a finite float32 norm once more, alone and in float64."""
     for i, sample in enumerate(measured):
         if not math.isfinite(sample.norm):
             measured[i] = add_loop_(views, query.one(i))[0]
@@ -158,19 +195,27 @@ def _redo_bad_(measured: Measured, views: list[Tensor], query: Query) -> Measure
 
 
 def _add_clipped_(used: list[tuple[Tensor, Tensor]], clip_norm: float) -> float:
-    """Adds one sample's clipped gradient to the sum and returns its norm before clipping."""
+    """Adds one sample's clipped gradient to the sum and returns its norm before clipping.
+
+    Args:
+        used: (view of the sum, gradient) of each parameter.
+        clip_norm: the L2 bound.
+    """
     if not used:
         return 0.0
-    into, given = [v for v, _ in used], [g for _, g in used]
+    into = [view for view, _ in used]
+    given = [gradient for _, gradient in used]
     norm = _norm(given)
     if math.isfinite(norm):
         torch._foreach_add_(into, given, alpha=clip_norm / max(norm, clip_norm))
         return norm
-    # Squares overflow float32 long before the values do; in float64 only true NaN and inf are left.
-    wide = [g.double() for g in given]
+    # Squares overflow float32 long before the values do. If the float64 norm is not finite either,
+    # a value is NaN or infinite, and the sample adds nothing.
+    wide = [gradient.double() for gradient in given]
     norm = _norm(wide)
     if math.isfinite(norm):
-        torch._foreach_add_(into, [(g * (clip_norm / max(norm, clip_norm))).float() for g in wide])
+        factor = clip_norm / max(norm, clip_norm)
+        torch._foreach_add_(into, [(gradient * factor).float() for gradient in wide])
     return norm
 
 

@@ -1,4 +1,4 @@
-"""DP-SGD on one client's data: Poisson batches, clipped per-sample gradients, noise, a step; as a generator."""
+"""DP-SGD on one client's data, as a generator that yields after every step."""
 
 from __future__ import annotations
 
@@ -25,7 +25,12 @@ from fedpress.privacy.plan import PrivacyPlan
 
 @dataclass(frozen=True)
 class StepRecord:
-    """One private step. `raw` is not private: it may be watched on the client but must not leave it."""
+    """One private step.
+
+    Attributes:
+        step: number of the step, from 1.
+        raw: statistics without noise. They may be shown on the client but must not leave it.
+    """
 
     step: int
     raw: RawStats
@@ -46,31 +51,35 @@ def private_steps(
     method: Method | None = None,
     autocast: torch.dtype | None = None,
 ) -> Iterator[StepRecord]:
-    """Trains the parameters of `model` in place by DP-SGD (Abadi et al. 2016) and yields after every step.
+    """Trains the parameters of `model` in place by DP-SGD and yields after every step.
 
-    Every step is charged, also one whose batch is empty: it is noise alone. The gradient is divided by the expected
-    batch, `plan.sampling_prob * len(x)`, and the caller charges `steps` to the ledger before it starts.
+    Abadi et al. 2016 (arXiv:1607.00133), Algorithm 1; the noised sum is divided by the expected
+    batch `plan.sampling_prob * len(x)`. The caller charges all `steps` to the ledger beforehand,
+    also those whose batch turns out empty: they add noise alone.
 
     Args:
         model: without batch normalisation in training mode.
-        loss_fn: outputs and labels of one example to its loss.
-        x: raw examples [n, ...], one tensor or several by name; their number n is taken as public.
+        loss_fn: outputs and labels of one example -> its loss.
+        x: raw examples [n, ...], one tensor or several by name; their number n counts as public.
         y: labels [n].
-        plan: of unit "sample".
-        steps: how many steps.
+        plan: clip norm, sampling and noise; of unit "sample".
+        steps: number of steps.
         lr: learning rate of plain SGD.
         generator: draws batches and noise; a `RandomSource`, or a torch generator.
-        momentum: of SGD, starting at rest; it only mixes noised gradients.
-        prepare: raw batch [k, ...] -> network input; every example by itself (no mixup).
-        method: row of `gradients.METHODS`; chosen at the first batch unless given. It is compared with the loop on
-            real examples of every batch, and gives way to it for the rest of the steps where they differ.
-        autocast: type of the forward and backward pass, for instance torch.bfloat16; norms and sums stay float32.
+        momentum: of SGD, starting at 0. It only mixes noised gradients, so it costs no privacy.
+        prepare: raw batch [k, ...] -> network input. It must treat every example by itself, so no
+            mixup.
+        method: row of `gradients.METHODS`; None chooses at the first batch. Some examples of every
+            batch are compared with the plain loop; after a mismatch it does all further steps.
+        autocast: type of the forward and backward pass, for instance torch.bfloat16; norms and sums
+            stay float32.
 
     Raises:
         RecipeError: if the plan protects clients, or a module mixes the samples of a batch.
         PrivacyError: if there are no examples.
     """
-    params, velocity = trainable(model), None
+    params = trainable(model)
+    velocity = None
     noised = private_gradients(
         model,
         loss_fn,
@@ -84,7 +93,7 @@ def private_steps(
         autocast=autocast,
     )
     for step, (gradient, raw) in enumerate(noised, start=1):
-        velocity = step_(params, gradient, velocity, lr=lr, momentum=momentum)
+        velocity = sgd_step_(params, gradient, velocity, lr=lr, momentum=momentum)
         yield StepRecord(step, raw)
 
 
@@ -102,10 +111,15 @@ def private_gradients(
     method: Method | None = None,
     autocast: torch.dtype | None = None,
 ) -> Iterator[tuple[Tensor, RawStats]]:
-    """Yields the noised mean gradient [d] of each private step, computed when it is asked for; takes no step.
+    """Yields the noised mean gradient [d] of each private step; takes no step.
 
-    For the arguments see `private_steps`; `noise` gives the source of a step's noise for the sum [d] that it hides,
-    `generator` if None. The noise is in what is yielded: whatever is made of it costs no more privacy.
+    A gradient is computed when it is asked for, at the model's parameters of that moment. For the
+    arguments see `private_steps`. What is computed from the yielded gradients costs no more
+    privacy (post-processing).
+
+    `noise` takes the sum of clipped gradients [d] and returns the source of the noise that hides
+    it; None takes `generator`. With it a caller can name the noise by the sum, so that no two sums
+    get the same noise.
 
     Raises:
         RecipeError: if the plan protects clients, or a module mixes the samples of a batch.
@@ -115,9 +129,10 @@ def private_gradients(
         raise RecipeError(
             f"got {plan.unit!r}, expected 'sample': only then are steps private", place="plan.unit"
         )
-    met = False
+    checked = False
     for index in poisson_batches(len(x), plan.sampling_prob, steps, generator):
-        batch, labels = x[index], y[index]
+        batch = x[index]
+        labels = y[index]
         if prepare is not None and len(index):
             batch = prepare(batch)
         if method is None and len(index):
@@ -130,10 +145,12 @@ def private_gradients(
                 labels,
                 clip_norm=plan.clip_norm,
                 method=method or "loop",
-                verify="losses" if met else "gradients",
-                contain=True,
+                # Gradients of single examples cost most, so they are compared once only.
+                verify="losses" if checked else "gradients",
+                # A refusal here would be seen outside, and one example could cause it.
+                tolerate_writes=True,
             )
-        met = met or len(index) > 0
+        checked = checked or len(index) > 0
         if not raw.agreed:
             method = "loop"
         expected = plan.sampling_prob * len(x)
@@ -142,7 +159,7 @@ def private_gradients(
 
 
 @torch.no_grad()
-def step_(
+def sgd_step_(
     params: list[nn.Parameter],
     gradient: Tensor,
     velocity: Tensor | None,
@@ -150,8 +167,21 @@ def step_(
     lr: float,
     momentum: float,
 ) -> Tensor:
-    """Takes a step of SGD with momentum along minus `gradient` [d]; returns the velocity for the next one."""
-    direction = gradient if velocity is None else velocity.mul_(momentum).add_(gradient)
+    """Takes a step of SGD with momentum along minus `gradient` [d].
+
+    Args:
+        params: the parameters, changed in place.
+        gradient: noised mean gradient [d].
+        velocity: what the last step returned, changed in place; None at the first step.
+        lr: learning rate.
+        momentum: share of the last velocity that is kept.
+
+    Returns:
+        The velocity [d] for the next step.
+    """
+    direction = gradient
+    if velocity is not None:
+        direction = velocity.mul_(momentum).add_(gradient)
     parts = direction.split([p.numel() for p in params])
     for p, part in zip(params, parts, strict=True):
         p.add_(part.view(p.shape).to(p), alpha=-lr)

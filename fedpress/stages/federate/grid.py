@@ -61,7 +61,7 @@ class SumGrid:
                 "limit": self.coordinate_limit,
             }
             if self.noise is not None:
-                planned["again"] = self.noise.rounds_again
+                planned["again"] = self.noise.redraws_rounding
             filled.append(transform.model_copy(update=planned))
             # After rounding: the noise is Skellam, on whole numbers, so that the clients' shares
             # add up to exactly the planned distribution.
@@ -171,11 +171,11 @@ def _open_grid(
     stage: FederateSettings, bits: int, clients: int, size: int, limit: float
 ) -> SumGrid:
     """Plans the grid of a sum without noise, of `size` values up to `limit` in absolute value."""
-    half = distributed.ROOM * 2 ** (bits - 1)
+    half = distributed.USED_RANGE * 2 ** (bits - 1)
     # Largest value of one client, so that the sum of all honest clients cannot overflow.
     largest = math.floor(half / clients)
     if largest < 2:
-        least = math.ceil(math.log2(2 * clients / distributed.ROOM)) + 1
+        least = math.ceil(math.log2(2 * clients / distributed.USED_RANGE)) + 1
         raise RecipeError(
             f"{bits} bits cannot hold the sum of {clients} clients",
             place="uplink.discretize.bits",

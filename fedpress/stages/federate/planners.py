@@ -14,7 +14,7 @@ from fedpress.federation.local import check_is_sgd
 from fedpress.federation.schedules import Participation
 from fedpress.federation.servernoise import ServerNoise
 from fedpress.privacy.accounting.events import MechanismEvent
-from fedpress.privacy.adaptive import count_noise_for, split
+from fedpress.privacy.adaptive import count_noise_for, update_noise_multiplier
 from fedpress.privacy.ledger import POPULATION
 from fedpress.privacy.noise.factorization import Factorization
 from fedpress.privacy.plan import PrivacyPlan
@@ -84,7 +84,7 @@ def _sample_local(case: PlanningCase) -> Protection:
         ]
         noise = max(calibrated)
     plans = {name: replace(plan, noise_multiplier=noise) for name, plan in plans.items()}
-    costs = {name: plan.phase(num_rounds=1) for name, plan in plans.items()}
+    costs = {name: plan.event(num_rounds=1) for name, plan in plans.items()}
     return Protection(case.chain, plans, costs)
 
 
@@ -95,7 +95,7 @@ def _sample_central(case: PlanningCase) -> Protection:
     return Protection(
         case.chain,
         case.each(plan),
-        case.each(plan.phase(num_rounds=1)),
+        case.each(plan.event(num_rounds=1)),
         noise=ServerNoise(plan),
         divisor=divisor,
     )
@@ -120,7 +120,7 @@ def _sample_distributed(case: PlanningCase) -> Protection:
     )
     assert grid.noise is not None
     plan = replace(plan, noise_multiplier=grid.noise.noise_multiplier)
-    costs = case.each(grid.noise.phase(num_rounds=1))
+    costs = case.each(grid.noise.event(num_rounds=1))
     return Protection(grid.planned_chain(chain), case.each(plan), costs, grid, divisor=divisor)
 
 
@@ -188,7 +188,7 @@ def _client_local(case: PlanningCase) -> Protection:
     # Sampling probability 1: whoever sees a client's update knows that it took part.
     plan = PrivacyPlan("client", private.clip_norm, 1.0, 1.0, delta=private.delta)
     plan = _calibrated(plan, private, case.times)
-    return Protection(case.chain, case.each(plan), case.each(plan.phase(num_rounds=1)))
+    return Protection(case.chain, case.each(plan), case.each(plan.event(num_rounds=1)))
 
 
 def _client_distributed(case: PlanningCase) -> Protection:
@@ -199,7 +199,7 @@ def _client_distributed(case: PlanningCase) -> Protection:
     assert grid.noise is not None
     multiplier = grid.noise.noise_multiplier
     plan = PrivacyPlan("client", private.clip_norm, 1.0, multiplier, delta=private.delta)
-    costs = case.each(grid.noise.phase(num_rounds=1))
+    costs = case.each(grid.noise.event(num_rounds=1))
     return Protection(grid.planned_chain(case.chain), case.each(plan), costs, grid)
 
 
@@ -220,8 +220,10 @@ def _client_central(case: PlanningCase) -> Protection:
         adaptive = replace(private.adaptive, count_noise=count)
         # The count of clipped updates costs privacy, too. With more noise on the updates both
         # together cost what the plan says.
-        noise = ServerNoise(replace(plan, noise_multiplier=split(plan.noise_multiplier, count)))
-    event: MechanismEvent = plan.phase(num_rounds=1)
+        noise = ServerNoise(
+            replace(plan, noise_multiplier=update_noise_multiplier(plan.noise_multiplier, count))
+        )
+    event: MechanismEvent = plan.event(num_rounds=1)
     # Where every client has the same cost in every round, one entry of the ledger stands for all.
     # A Poisson draw must even be charged so: an entry by name would say who was drawn.
     same_for_all = cohort.sampling == "poisson" or cohort.size == cohort.population
@@ -257,7 +259,7 @@ def _correlated(case: PlanningCase, plan: PrivacyPlan) -> Protection:
     return Protection(
         case.chain,
         dict.fromkeys(case.population.names, plan),
-        {POPULATION: plan.phase(num_rounds=1)},
+        {POPULATION: plan.event(num_rounds=1)},
         noise=ServerNoise(plan, factorization),
         charged_once=True,
     )

@@ -61,9 +61,9 @@ def trust_of_stage(stage: FederateSettings) -> Trust:
     return trust_of(None) if private is None else trust_of(private.unit, private.trust)
 
 
-def repeated(phase: MechanismEvent, count: int) -> MechanismEvent:
-    """Returns the cost of `phase` repeated `count` times."""
-    return replace(phase, steps=phase.steps * count)
+def repeated(event: MechanismEvent, count: int) -> MechanismEvent:
+    """Returns the cost of `event` repeated `count` times."""
+    return replace(event, steps=event.steps * count)
 
 
 def steps_per_round(stage: FederateSettings, examples: int) -> int:

@@ -395,7 +395,7 @@ def _ledger(stage: FederateSettings, ledger: Ledger | None) -> Ledger:
         # A noise multiplier of 0 is an infinite epsilon.
         return ledger.add(LedgerEntry(POPULATION, stage.name, 1.0, 0.0, 1))
     ledger = ledger if ledger is not None else Ledger(private.unit)
-    open_stage = next((c.what for c in ledger.charges if c.noise_multiplier == 0), None)
+    open_stage = next((c.what for c in ledger.entries if c.noise_multiplier == 0), None)
     if open_stage is not None:
         raise RecipeError(
             (

@@ -59,20 +59,20 @@ def test_composition_of_unequal_phases_is_that_of_dp_accounting():
     from dp_accounting import dp_event
     from dp_accounting.pld import PLDAccountant
 
-    phases = [
+    events = [
         GaussianEvent(0.1, 2.0, 60),
         GaussianEvent(0.02, 1.0, 200),
         GaussianEvent(1.0, 30.0, 5),
     ]
     accountant = PLDAccountant()
-    for p in phases:
+    for p in events:
         event = dp_event.PoissonSampledDpEvent(
             p.sampling_prob, dp_event.GaussianDpEvent(p.noise_multiplier)
         )
         accountant.compose(event, p.steps)
-    assert epsilon(phases, delta=1e-5) == pytest.approx(accountant.get_epsilon(1e-5), rel=1e-3)
-    parts = sum(epsilon([p], delta=1e-5) for p in phases)
-    assert epsilon(phases, delta=1e-5) < 0.8 * parts
+    assert epsilon(events, delta=1e-5) == pytest.approx(accountant.get_epsilon(1e-5), rel=1e-3)
+    parts = sum(epsilon([p], delta=1e-5) for p in events)
+    assert epsilon(events, delta=1e-5) < 0.8 * parts
 
 
 def test_steps_on_everybody_compose_like_one_gaussian_mechanism():

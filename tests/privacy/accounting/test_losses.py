@@ -19,7 +19,7 @@ from fedpress.privacy.accounting.accountant import (
     noise_multiplier,
     spent,
 )
-from fedpress.privacy.accounting.events import at_most, merge
+from fedpress.privacy.accounting.events import merge, merge_similar
 from fedpress.privacy.ledger import Ledger, LedgerEntry
 
 HARD = [
@@ -101,13 +101,13 @@ def test_compositions_are_those_of_dp_accounting(q, z, steps):
 
 
 def test_phases_compose_like_those_of_dp_accounting():
-    phases = [
+    events = [
         GaussianEvent(0.1, 2.0, 60),
         GaussianEvent(0.02, 1.0, 200),
         GaussianEvent(1.0, 30.0, 5),
     ]
-    assert losses.epsilon(phases, delta=1e-5).epsilon == pytest.approx(
-        epsilon(phases, delta=1e-5), rel=1e-3
+    assert losses.epsilon(events, delta=1e-5).epsilon == pytest.approx(
+        epsilon(events, delta=1e-5), rel=1e-3
     )
 
 
@@ -121,14 +121,14 @@ def test_steps_on_everybody_are_those_of_the_closed_form(noise, steps):
 
 
 def test_a_promise_of_nothing_costs_nothing_and_one_of_much_costs_that():
-    phases = [GaussianEvent(0.01, 1.0, 1000)]
-    alone = losses.epsilon(phases, delta=1e-5).epsilon
-    assert losses.epsilon(phases, delta=1e-5, promise=(0.0, 0.0)).epsilon == pytest.approx(
+    events = [GaussianEvent(0.01, 1.0, 1000)]
+    alone = losses.epsilon(events, delta=1e-5).epsilon
+    assert losses.epsilon(events, delta=1e-5, guarantee=(0.0, 0.0)).epsilon == pytest.approx(
         alone, rel=2e-3
     )
-    with_much = losses.epsilon(phases, delta=1e-5, promise=(5.0, 1e-7)).epsilon
+    with_much = losses.epsilon(events, delta=1e-5, guarantee=(5.0, 1e-7)).epsilon
     assert alone < 5 < with_much < 5 + alone * 1.01
-    assert losses.epsilon(phases, delta=1e-5, promise=(1.0, 1e-4)).epsilon == math.inf
+    assert losses.epsilon(events, delta=1e-5, guarantee=(1.0, 1e-4)).epsilon == math.inf
 
 
 @given(
@@ -195,13 +195,13 @@ def test_many_different_phases_are_joined_to_few_that_spend_no_less():
             for _ in range(2000)
         ]
     )
-    few = at_most(many, 60)
+    few = merge_similar(many, 60)
     assert len(few) <= 60
-    assert sum(phase.steps for phase in few) == sum(phase.steps for phase in many)
-    for phase in many:
-        assert any(one.sampling_prob >= phase.sampling_prob and one.noise_multiplier <= phase.noise_multiplier
+    assert sum(event.steps for event in few) == sum(event.steps for event in many)
+    for event in many:
+        assert any(one.sampling_prob >= event.sampling_prob and one.noise_multiplier <= event.noise_multiplier
                    for one in few)  # fmt: skip
-    assert at_most(many[:60], 60) == many[:60]
+    assert merge_similar(many[:60], 60) == many[:60]
     together = spent(many, delta=1e-5)
     assert together.upper_bound
     worst = GaussianEvent(
@@ -241,7 +241,7 @@ def test_of_many_parties_the_one_that_spent_most_is_found_quickly(monkeypatch):
     )
     found = Ledger("client").add(*charges).spent(delta=1e-5)
     assert len(asked) < 25
-    assert found.epsilon == max(epsilon([charge.phase], delta=1e-5) for charge in charges)
+    assert found.epsilon == max(epsilon([charge.event], delta=1e-5) for charge in charges)
 
 
 @pytest.mark.parametrize(
@@ -265,12 +265,12 @@ def test_a_mixture_of_a_rare_phase_and_skellam_noise_is_at_least_each_part():
 
 @pytest.mark.recipe
 def test_many_phases_and_many_parties_share_the_time_of_a_few():
-    phases = [GaussianEvent(1e-5 * (1 + 0.01 * i), 0.6 + 0.01 * i, 100 + i) for i in range(60)]
+    events = [GaussianEvent(1e-5 * (1 + 0.01 * i), 0.6 + 0.01 * i, 100 + i) for i in range(60)]
     start = time.process_time()
-    together = spent(phases, delta=1e-7)
+    together = spent(events, delta=1e-7)
     assert time.process_time() - start < 10
-    single = [spent([p], delta=1e-7, points=1 << 12).epsilon for p in phases[:3]]
-    assert max(single) <= together.epsilon <= renyi.epsilon(phases, delta=1e-7) * 1.001
+    single = [spent([p], delta=1e-7, points=1 << 12).epsilon for p in events[:3]]
+    assert max(single) <= together.epsilon <= renyi.epsilon(events, delta=1e-7) * 1.001
     book = Ledger("client").add(
         *[LedgerEntry(f"c{i}", "x", 1e-5 / (i + 1), 0.6, 1000 * (i + 1)) for i in range(30)]
     )

@@ -157,7 +157,7 @@ def test_a_ledger_with_skellam_charges_recomputes_epsilon_from_its_json():
             for r in (1, 2, 3)
         ],
     )
-    assert [(c.what, c.steps, c.first_round, c.last_round) for c in book.charges] == [
+    assert [(c.what, c.steps, c.first_round, c.last_round) for c in book.entries] == [
         ("prune", 1, 0, 0),
         ("federate", 3, 1, 3),
     ]

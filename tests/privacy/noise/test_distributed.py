@@ -8,10 +8,10 @@ from hypothesis import strategies as st
 
 from fedpress.core.random_source import AesCtrRandom
 from fedpress.errors import PrivacyError, RecipeError
-from fedpress.privacy.accounting import renyi
+from fedpress.privacy.accounting import accountant, renyi
 from fedpress.privacy.accounting.accountant import epsilon
-from fedpress.privacy.noise import distributed, skellam
-from fedpress.privacy.noise.distributed import BITS, ROOM, plan
+from fedpress.privacy.noise import skellam
+from fedpress.privacy.noise.distributed import BITS, USED_RANGE, plan
 
 DENSE, PRUNED = 11_170_000, 3_350_000
 
@@ -38,15 +38,15 @@ def test_a_plan_is_that_of_its_closed_forms():
     assert got.coordinate_limit == pytest.approx(got.scale * 6 / 256)
     noise_tail = skellam.tail(2**16, got.variance * 10, 2**-30)
     assert got.limit == pytest.approx(10 * (got.coordinate_limit + 1) + noise_tail)
-    assert got.limit == pytest.approx(ROOM * 2**17, rel=1e-6)  # the finest grid that fits
-    assert got.limit <= ROOM * 2**17
-    assert got.epsilon == epsilon([got.phase(num_rounds=50)], delta=1e-3)
-    assert got.phase(num_rounds=3).steps == 3
+    assert got.limit == pytest.approx(USED_RANGE * 2**17, rel=1e-6)  # the finest grid that fits
+    assert got.limit <= USED_RANGE * 2**17
+    assert got.epsilon == epsilon([got.event(num_rounds=50)], delta=1e-3)
+    assert got.event(num_rounds=3).steps == 3
 
 
 def test_bits_are_the_fewest_that_come_near_the_cost_of_the_noise_alone():
     got = plan(**asked(), noise_multiplier=5.0)
-    alone = renyi.epsilon([distributed.GaussianEvent(1.0, 5.0, 50)], delta=1e-3)
+    alone = renyi.epsilon([accountant.GaussianEvent(1.0, 5.0, 50)], delta=1e-3)
     costs = {cost.bits: cost.epsilon for cost in got.table()}
     assert list(costs) == list(BITS)
     assert got.epsilon == costs[got.bits] <= 1.05 * alone < costs[got.bits - 1]
@@ -104,8 +104,8 @@ def test_rounding_that_nobody_can_repeat_is_charged_to_delta():
     client, sample = (
         plan(**asked(unit=unit), noise_multiplier=5.0, bits=18) for unit in ("client", "sample")
     )
-    assert client.phase(num_rounds=50).failure == 0
-    assert sample.phase(num_rounds=50).failure * 50 == pytest.approx(1e-3 / 1000)
+    assert client.event(num_rounds=50).failure == 0
+    assert sample.event(num_rounds=50).failure * 50 == pytest.approx(1e-3 / 1000)
     assert sample.l2 > client.l2
     assert sample.epsilon > client.epsilon
 
@@ -125,8 +125,8 @@ def test_the_difference_of_two_sums_rounded_with_the_same_coins_is_a_rounded_dif
 
 
 def test_rounding_again_would_part_two_neighbouring_sums():
-    assert plan(**asked(), noise_multiplier=5.0, bits=18).rounds_again
-    assert not plan(**asked(unit="sample"), noise_multiplier=5.0, bits=18).rounds_again
+    assert plan(**asked(), noise_multiplier=5.0, bits=18).redraws_rounding
+    assert not plan(**asked(unit="sample"), noise_multiplier=5.0, bits=18).redraws_rounding
     gen, size, most = torch.Generator().manual_seed(0), 4000, 0.0
     x = torch.full((size,), 0.5, dtype=torch.float64)
     near = x + 0.002  # one example more, of norm 0.13
@@ -157,7 +157,7 @@ def test_no_sum_passes_the_limit(clients, survivors, bits, noise):
         got = plan(**task, noise_multiplier=noise, bits=bits)
     except PrivacyError:
         return
-    assert got.limit <= ROOM * 2 ** (bits - 1)
+    assert got.limit <= USED_RANGE * 2 ** (bits - 1)
     total = torch.zeros(size, dtype=torch.int64)
     for client in range(
         clients

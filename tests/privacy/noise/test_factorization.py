@@ -11,11 +11,11 @@ from fedpress.errors import RecipeError
 from fedpress.privacy.accounting.accountant import epsilon, noise_multiplier
 from fedpress.privacy.noise.factorization import (
     Factorization,
-    inverse,
+    inverse_column,
     most_participations,
     prefix_rmse,
     sensitivity,
-    square_root,
+    square_root_coefficients,
 )
 from fedpress.privacy.noise.mechanism import add_noise, noise_grid
 from fedpress.privacy.plan import PrivacyPlan
@@ -43,7 +43,7 @@ CASES = [(8, 1, 1), (8, 3, 2), (9, 2, 4), (10, 3, 3), (6, 6, 1)]
 @pytest.mark.parametrize(("rounds", "participations", "separation"), CASES)
 @pytest.mark.parametrize("bands", [1, 2, 4])
 def test_sensitivity_is_the_maximum_over_all_patterns(rounds, participations, separation, bands):
-    root = square_root(bands)
+    root = square_root_coefficients(bands)
     exact = brute_force(root, rounds, participations, separation)
     assert sensitivity(root, rounds, participations, separation) == pytest.approx(exact)
     got = Factorization.plan(
@@ -63,12 +63,12 @@ def test_sensitivity_is_never_below_the_maximum_for_any_coefficients(coefficient
 
 
 def test_the_inverse_and_the_error_are_those_of_the_matrices():
-    w, rounds = square_root(4), 12
+    w, rounds = square_root_coefficients(4), 12
     matrix = toeplitz(np.pad(w, (0, rounds - 4)))
-    assert inverse(w, rounds) == pytest.approx(np.linalg.inv(matrix)[:, 0])
+    assert inverse_column(w, rounds) == pytest.approx(np.linalg.inv(matrix)[:, 0])
     prefix = np.tril(np.ones((rounds, rounds))) @ matrix
     assert prefix_rmse(w, rounds) == pytest.approx(np.linalg.norm(prefix) / math.sqrt(rounds))
-    root = toeplitz(square_root(rounds))
+    root = toeplitz(square_root_coefficients(rounds))
     assert np.linalg.inv(root @ root) == pytest.approx(np.tril(np.ones((rounds, rounds))), abs=1e-9)
 
 
@@ -128,7 +128,7 @@ def test_correlated_noise_leaves_a_fraction_of_the_error(rounds, participations,
     )
     assert time.process_time() - start < 8  # under a second on an idle core
     assert 0.1 < got.gain < most
-    root = square_root(16)
+    root = square_root_coefficients(16)
     plain = sensitivity(root, rounds, participations, rounds // participations) * prefix_rmse(
         root, rounds
     )
@@ -152,7 +152,7 @@ def test_clients_that_take_part_in_every_round_gain_nothing():
 def test_the_whole_run_is_one_gaussian_mechanism():
     got = Factorization.plan(100, participations=4, min_separation=25)
     z = noise_multiplier(epsilon=4.0, delta=1e-5, sampling_prob=1.0, steps=1)
-    assert 3.999 < epsilon([got.phase(z)], delta=1e-5) <= 4.0
+    assert 3.999 < epsilon([got.event(z)], delta=1e-5) <= 4.0
 
 
 @pytest.mark.parametrize(

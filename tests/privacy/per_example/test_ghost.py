@@ -37,11 +37,11 @@ def test_a_norm_that_cancels_is_still_bounded():
     a = torch.ones(1, 1, 4, 4)
     b = torch.tensor([1.0, -1.0] * 8).view(1, 1, 4, 4) * 1e6
     b[..., -1, -1] += 1
-    parts = [part for _, part in ghost.parts_of(layer, a, b)]
-    norm = float(ghost.norms_of(parts, 1, a.device)[0])
+    terms = [term for _, term in ghost.terms_of(layer, a, b)]
+    norm = float(ghost.norms_of(terms, 1, a.device)[0])
     true = float((a.double() * b.double()).sum().abs())
     assert norm >= true
-    assert float(parts[0].total(torch.ones(1)).norm()) <= norm
+    assert float(terms[0].total(torch.ones(1)).norm()) <= norm
 
 
 def test_layers_without_a_rule_are_not_supported():

@@ -1,0 +1,107 @@
+"""Messages of the secure sum, and checked reading of their fields: the sender is not trusted."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedpress.errors import WireError
+
+JSON: TypeAlias = "bool | int | float | str | list[JSON] | dict[str, JSON] | None"
+
+
+@dataclass(frozen=True, eq=False)
+class SecAggMessage:
+    """One message of the secure sum, to be put into a `wire.Message`.
+
+    Attributes:
+        header: JSON values by name.
+        tensors: tensors by name.
+    """
+
+    header: Mapping[str, JSON] = field(default_factory=dict)
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+def as_tensor(data: bytes | np.ndarray) -> Tensor:
+    """Returns a new tensor with a copy of `data`; bytes become uint8."""
+    if isinstance(data, bytes):
+        data = np.frombuffer(data, np.uint8)
+    # A copy, since torch must not get memory that is read-only or changes later.
+    return torch.from_numpy(data.copy())
+
+
+def read_bytes(message: SecAggMessage, name: str, shape: Sequence[int], place: str) -> np.ndarray:
+    """Returns the uint8 tensor `name` of exactly `shape`.
+
+    Raises:
+        WireError: if it is missing, or of another type or shape.
+    """
+    return read_tensor(message, name, torch.uint8, shape, place).numpy()
+
+
+def read_tensor(
+    message: SecAggMessage, name: str, dtype: torch.dtype, shape: Sequence[int], place: str
+) -> Tensor:
+    """Returns the contiguous CPU tensor `name` of exactly `dtype` and `shape`.
+
+    Args:
+        message: what somebody sent.
+        name: name of the tensor.
+        dtype: its type.
+        shape: its shape.
+        place: what an error calls the message, for instance "unmask".
+
+    Raises:
+        WireError: if it is missing, or of another type or shape.
+    """
+    got = message.tensors.get(name)
+    if not isinstance(got, Tensor):
+        raise WireError(
+            "this tensor is missing", place=f"{place}.{name}", cure="send what the secure sum made"
+        )
+    # A sparse tensor can have the right type and shape, but numpy cannot read it.
+    if got.dtype != dtype or tuple(got.shape) != tuple(shape) or got.layout != torch.strided:
+        raise WireError(
+            f"got {got.dtype} {list(got.shape)}, expected {dtype} {list(shape)}",
+            place=f"{place}.{name}",
+            cure="send it unchanged",
+        )
+    return got.detach().cpu().contiguous()
+
+
+def read_number(message: SecAggMessage, name: str, place: str) -> int:
+    """Returns the whole number >= 0 that the header holds under `name`.
+
+    Raises:
+        WireError: if it is missing or anything else.
+    """
+    got = message.header.get(name)
+    # In Python `True` is an int as well.
+    if not isinstance(got, int) or isinstance(got, bool) or not 0 <= got < 1 << 62:
+        raise WireError(
+            "expected a whole number >= 0", place=f"{place}.{name}", cure="send it unchanged"
+        )
+    return got
+
+
+def read_names(message: SecAggMessage, name: str, place: str) -> list[str]:
+    """Returns the list of strings that the header holds under `name`.
+
+    Raises:
+        WireError: if it is missing or anything else.
+    """
+    got = message.header.get(name)
+    if not isinstance(got, list):
+        raise WireError(
+            "expected a list of names", place=f"{place}.{name}", cure="send it unchanged"
+        )
+    names = [item for item in got if isinstance(item, str)]
+    if len(names) != len(got):
+        raise WireError("expected names only", place=f"{place}.{name}", cure="send it unchanged")
+    return names
