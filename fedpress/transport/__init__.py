@@ -1,4 +1,4 @@
-"""Ways to carry messages between server and clients."""
+"""Transports: how messages get from the server to the clients and back."""
 
 from fedpress.transport.local import Handler, LocalTransport
 

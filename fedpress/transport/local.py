@@ -1,4 +1,4 @@
-"""Clients in this process, one after another, through the same bytes that a network would carry."""
+"""The local transport: clients in this process, asked with the bytes that a network would carry."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from fedpress.federation.exchange import Answer, RequestId, Traffic, error
 from fedpress.wire.message import MAX_BYTES, Message, pack, unpack
 
 Handler: TypeAlias = Callable[[bytes], bytes]
+"""The bytes of a request -> the bytes of the client's answer."""
 
 
 @dataclass(frozen=True, eq=False)
-class _Packed:
+class _PackedMessage:
     """A message and its bytes."""
 
     message: Message
@@ -24,20 +25,28 @@ class _Packed:
 
 
 class LocalTransport:
-    """Calls one handler per client; a handler that raises drops that client from the round, not the run.
+    """Calls one handler per client.
 
-    A client works when its answer is received, so a request that is cancelled before costs no work.
+    A handler that raises gives an answer of kind "error": the client is dropped from the round, and
+    the run goes on. A client works when its answer is received, so a request that is cancelled
+    before that costs no work.
     """
 
     def __init__(self, handlers: Mapping[ClientId, Handler], *, max_bytes: int = MAX_BYTES) -> None:
-        """Takes `handlers` by client name; replies above `max_bytes` are refused."""
+        """Makes a transport.
+
+        Args:
+            handlers: what answers for each client, by its name.
+            max_bytes: longest answer that is accepted, in bytes.
+        """
         self._handlers = dict(handlers)
         self._max_bytes = max_bytes
         self._traffic = Traffic()
-        self._open: dict[RequestId, tuple[ClientId, _Packed]] = {}
+        self._open: dict[RequestId, tuple[ClientId, _PackedMessage]] = {}
         self._sent = 0
-        # By the id of the message object, as long as a request that holds it is open: a broadcast is packed once.
-        self._packed: WeakValueDictionary[int, _Packed] = WeakValueDictionary()
+        # A message that goes to many clients is packed once. It is found by the identity of the
+        # object, and forgotten when the last request with it is answered.
+        self._packed: WeakValueDictionary[int, _PackedMessage] = WeakValueDictionary()
 
     @property
     def traffic(self) -> Traffic:
@@ -49,10 +58,12 @@ class LocalTransport:
         return list(self._handlers)
 
     def send(self, client: ClientId, message: Message) -> RequestId:
-        """Packs `message` and keeps it until its answer is received."""
+        """Packs `message` and keeps it until its answer is received or cancelled."""
         packed = self._packed.get(id(message))
         if packed is None:
-            packed = self._packed[id(message)] = _Packed(message, pack(message))
+            # It holds the message too, so that no other object gets the same identity meanwhile.
+            packed = _PackedMessage(message, pack(message))
+            self._packed[id(message)] = packed
         self._traffic += Traffic(down=len(packed.data))
         self._sent += 1
         self._open[self._sent] = client, packed
@@ -61,9 +72,15 @@ class LocalTransport:
     def receive(
         self, requests: Collection[RequestId], timeout: float | None = None
     ) -> Answer | None:
-        """Lets the client of the first of `requests` work and returns its answer; a failure is of kind "error".
+        """Lets the client of the first of `requests` work, and returns its answer.
 
-        `timeout` is not looked at: answers are there at once. Slow clients are simulated by the schedule's clock.
+        Args:
+            requests: the requests that are waited for.
+            timeout: ignored, since answers are there at once. Slow clients are simulated by the
+                clock of the schedule.
+
+        Returns:
+            The answer, of kind "error" if the client failed; None if none of `requests` is open.
         """
         first = next((request for request in self._open if request in requests), None)
         if first is None:
@@ -79,9 +96,11 @@ class LocalTransport:
     def _ask(self, client: ClientId, request: bytes) -> Message:
         try:
             reply = self._handlers[client](request)
-        except Exception as problem:  # whatever a client does wrong must not end the run
+        except Exception as problem:
+            # Whatever a client does wrong must not end the run, as over a network.
             reply = pack(error(f"{type(problem).__name__}: {problem}"))
         self._traffic += Traffic(up=len(reply))
+        # The reply is unpacked like one from a stranger: tests with bad clients go through here.
         try:
             return unpack(reply, max_bytes=self._max_bytes)
         except WireError as problem:
