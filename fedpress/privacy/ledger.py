@@ -291,8 +291,7 @@ def _undominated(parties: set[tuple[MechanismEvent, ...]]) -> list[tuple[Mechani
     """Drops parties that spend at most what another one spends: often one is left of a hundred."""
     kept = []
     for party in parties:
-        others = (other for other in parties if other != party)
-        if not any(_covers(other, party) for other in others):
+        if not any(other != party and _covers(other, party) for other in parties):
             kept.append(party)
     return kept
 

@@ -323,7 +323,7 @@ def test_wrong_identities_and_secrets_are_refused():
     known = {"c0": identity(secret("c0"))}
     with pytest.raises(RecipeError, match="expected 32 random ones"):
         SecAggClient("c0", b"short", SecurePlan(2, 18), known, "run")
-    with pytest.raises(RecipeError, match="another identity than its secret"):
+    with pytest.raises(RecipeError, match="is not that of its secret"):
         SecAggClient("c0", secret("c1"), SecurePlan(2, 18), known, "run")
 
 

@@ -146,10 +146,11 @@ def renyi_bound(events: Iterable[MechanismEvent], *, delta: float) -> float:
     It is infinite if an event has no noise, or a sensitivity that may fail.
     """
     merged = merge(events)
-    if any(event.noise_multiplier == 0 for event in merged):
-        return math.inf
-    if any(event.failure for event in skellams(merged)):
-        return math.inf
+    for event in merged:
+        if event.noise_multiplier == 0:
+            return math.inf
+        if isinstance(event, SkellamEvent) and event.failure:
+            return math.inf
     return renyi.epsilon(merged, delta=delta)
 
 
@@ -207,16 +208,15 @@ def noise_multiplier(*, epsilon: float, delta: float, sampling_prob: float, step
 def _spent(events: tuple[MechanismEvent, ...], delta: float, points: int = losses.POINTS) -> Spent:
     gaussian = gaussians(events)
     skellam = skellams(events)
-    if any(event.noise_multiplier == 0 for event in gaussian):
+    least = min((event.noise_multiplier for event in gaussian), default=math.inf)
+    if least == 0:
         return Spent(math.inf)
-    # Infinite noise spends nothing.
-    gaussian = tuple(_in_range(event) for event in gaussian if event.noise_multiplier < math.inf)
-    if any(event.noise_multiplier < LEAST_NOISE for event in gaussian):
+    if least < LEAST_NOISE:
         return Spent(math.inf, upper_bound=True)
+    gaussian = _in_range(gaussian)
     if skellam:
-        return Spent(
-            _mixture(merge_similar(gaussian, MOST_EVENTS), skellam, delta), upper_bound=True
-        )
+        epsilon = _mixture(merge_similar(gaussian, MOST_EVENTS), skellam, delta)
+        return Spent(epsilon, upper_bound=True)
     if all(event.sampling_prob == 1 for event in gaussian):
         return Spent(_gaussian_epsilon(total_mu(gaussian), delta))
     return _spent_on_samples(gaussian, delta, points)
@@ -245,13 +245,17 @@ def _spent_on_samples(gaussian: tuple[GaussianEvent, ...], delta: float, points:
     return Spent(min(found, renyi.epsilon(gaussian, delta=delta)), upper_bound=True)
 
 
-def _in_range(event: GaussianEvent) -> GaussianEvent:
-    """Returns an event that spends no less, and whose numbers can be squared."""
-    return replace(
-        event,
-        sampling_prob=max(event.sampling_prob, RAREST_SAMPLE),
-        noise_multiplier=min(event.noise_multiplier, MOST_NOISE),
-    )
+def _in_range(events: tuple[GaussianEvent, ...]) -> tuple[GaussianEvent, ...]:
+    """Returns events that spend no less, and whose numbers can be squared."""
+    found = []
+    for event in events:
+        # Infinite noise spends nothing.
+        if event.noise_multiplier == math.inf:
+            continue
+        prob = max(event.sampling_prob, RAREST_SAMPLE)
+        noise = min(event.noise_multiplier, MOST_NOISE)
+        found.append(replace(event, sampling_prob=prob, noise_multiplier=noise))
+    return tuple(found)
 
 
 def _merge_unsampled(events: tuple[GaussianEvent, ...]) -> list[GaussianEvent]:
@@ -269,12 +273,12 @@ def _suits_dp_accounting(events: list[GaussianEvent], delta: float) -> bool:
     Its Fourier transforms round to about 1e-15 times the steps, whatever delta is, and it cuts off
     tails of 1e-15.
     """
-    steps = sum(event.steps for event in events)
+    steps = _total_steps(events)
     if len(events) > MANY_EVENTS or delta < 1e-10 or 1e-16 * steps > 1e-4 * delta:
         return False
     grid = grid_step(events)
     widest = max(losses.loss_span(event) for event in events)
-    total_std = math.sqrt(sum(event.steps * _loss_variance(event) for event in events))
+    total_std = math.sqrt(_total_variance(events))
     # A grid coarser than a tenth of a step's losses, as rare samples get, makes long tables and
     # loose bounds.
     fine = grid <= 0.1 * total_std / math.sqrt(steps)
@@ -286,8 +290,11 @@ def total_mu(events: tuple[GaussianEvent, ...]) -> float:
 
     Gaussian mechanisms on everybody compose exactly: mu^2 = sum of steps / noise^2.
     """
-    unsampled = [event for event in events if event.sampling_prob == 1]
-    return math.sqrt(sum(event.steps / event.noise_multiplier**2 for event in unsampled))
+    square = 0.0
+    for event in events:
+        if event.sampling_prob == 1:
+            square += event.steps / event.noise_multiplier**2
+    return math.sqrt(square)
 
 
 def _loss_table(
@@ -348,19 +355,19 @@ def _compose_with_dominating(
     """
     from dp_accounting.pld import common, privacy_loss_distribution
 
-    shares = [share * delta for share in SKELLAM_SHARES]
-    guarantees = [(renyi.epsilon(skellam, delta=share), share) for share in shares]
+    guarantees = []
+    for share in SKELLAM_SHARES:
+        guarantees.append((renyi.epsilon(skellam, delta=share * delta), share * delta))
     merged = _merge_unsampled(gaussian)
     table = _loss_table(merged, delta)
+    found = math.inf
     if table is None:
-        bounds = [
-            losses.epsilon(merged, delta=delta, guarantee=guarantee, points=FEW_POINTS)
-            for guarantee in guarantees
-        ]
-        return min(bound.epsilon for bound in bounds)
+        for guarantee in guarantees:
+            bound = losses.epsilon(merged, delta=delta, guarantee=guarantee, points=FEW_POINTS)
+            found = min(found, bound.epsilon)
+        return found
 
     of_gaussian, grid = table
-    found = math.inf
     for skellam_epsilon, share in guarantees:
         # Its table of losses would be too long, and so large an epsilon promises nothing.
         if skellam_epsilon > 1e6 * grid:
@@ -381,12 +388,20 @@ def grid_step(events: list[GaussianEvent]) -> float:
     the variance of a step on average. With grid = 0.06 standard deviations of a step that is 6e-4
     of the variance.
     """
-    steps = sum(event.steps for event in events)
-    variance = sum(event.steps * _loss_variance(event) for event in events) / steps
+    variance = _total_variance(events) / _total_steps(events)
     # Very low noise has losses of the order of 1/noise^2: then the grid is so coarse that a million
     # points suffice.
     widest = max((1 + 20 * event.noise_multiplier) / event.noise_multiplier**2 for event in events)
     return min(max(0.06 * math.sqrt(variance), 1e-8), max(1e-3, 1e-6 * widest))
+
+
+def _total_steps(events: list[GaussianEvent]) -> int:
+    return sum(event.steps for event in events)
+
+
+def _total_variance(events: list[GaussianEvent]) -> float:
+    """Returns about the variance of the loss of all steps together."""
+    return sum(event.steps * _loss_variance(event) for event in events)
 
 
 def _loss_variance(event: GaussianEvent) -> float:

@@ -181,7 +181,9 @@ def _epsilon_in_direction(
     delta: float,
     most: int,
 ) -> float:
-    steps = [(_step_losses(event, direction, grid, delta), event.steps) for event in events]
+    steps = []
+    for event in events:
+        steps.append((_step_losses(event, direction, grid, delta), event.steps))
     if guarantee is not None:
         steps.append((_dominating_losses(guarantee, grid), 1))
     return _composed_epsilon(steps, grid, delta, most)
@@ -431,7 +433,9 @@ def _composed_epsilon(steps: Steps, grid: float, delta: float, most: int) -> flo
     Raises:
         _TooLong: if that would take more than `most` points of the grid.
     """
-    log_finite = sum(times * math.log1p(-losses.infinite) for losses, times in steps)
+    log_finite = 0.0
+    for losses, times in steps:
+        log_finite += times * math.log1p(-losses.infinite)
     infinite = -math.expm1(log_finite)
     remaining = (1 - 2 * TAIL_SHARE) * delta - infinite
     if remaining <= 0:

@@ -62,6 +62,8 @@ def supports(model: nn.Module) -> bool:
     """Says whether each trainable parameter belongs to one module, which has a row in `RULES`."""
     owners: dict[int, int] = {}
     for module in model.modules():
+        if not _pads_with_zeros(module):
+            return False
         for name, p in module.named_parameters(recurse=False):
             if not p.requires_grad:
                 continue
@@ -69,11 +71,14 @@ def supports(model: nn.Module) -> bool:
             if type(module) not in RULES or name not in ("weight", "bias"):
                 return False
             owners[id(p)] = owners.get(id(p), 0) + 1
-    # The rules pad with zeros, by numbers and not by words such as "same".
-    plain = all(getattr(m, "padding_mode", "zeros") == "zeros" for m in model.modules())
-    static = not any(isinstance(getattr(m, "padding", 0), str) for m in model.modules())
     # A parameter that two modules share has a cross term in its norm, which no rule computes.
-    return plain and static and all(count == 1 for count in owners.values())
+    return all(count == 1 for count in owners.values())
+
+
+def _pads_with_zeros(module: nn.Module) -> bool:
+    """Says whether a module pads by numbers (not by words such as "same") and with zeros."""
+    zeros = getattr(module, "padding_mode", "zeros") == "zeros"
+    return zeros and not isinstance(getattr(module, "padding", 0), str)
 
 
 def add_ghost_(views: list[Tensor], query: Query) -> Measured:
@@ -98,9 +103,9 @@ def add_ghost_(views: list[Tensor], query: Query) -> Measured:
         if bad.any():
             return _add_apart_(bad, views, query)
         scale = clip_factors(norms, query.clip_norm).float()
-        by_parameter = {id(p): term.total(scale) for p, term in terms}
-        for view, p in zip(views, trainable(query.model), strict=True):
-            view.add_(by_parameter[id(p)])
+        view_of = {id(p): view for p, view in zip(trainable(query.model), views, strict=True)}
+        for p, term in terms:
+            view_of[id(p)].add_(term.total(scale))
     return [Sample(*pair) for pair in zip(losses.tolist(), norms.tolist(), strict=True)]
 
 
@@ -119,9 +124,7 @@ def _record(query: Query) -> tuple[Tensor, list[tuple[nn.Module, Tensor, Tensor]
         # An edge of the graph and not the tensor: an in-place ReLU may overwrite the output.
         seen.append((module, args[0].detach(), torch.autograd.graph.get_gradient_edge(output)))
 
-    owners = [
-        m for m in model.modules() if any(p.requires_grad for p in m.parameters(recurse=False))
-    ]
+    owners = [module for module in model.modules() if _trains(module)]
     handles = [module.register_forward_hook(see) for module in owners]
     try:
         outputs = call(model, query.x)
@@ -137,6 +140,11 @@ def _record(query: Query) -> tuple[Tensor, list[tuple[nn.Module, Tensor, Tensor]
     for (module, a, _), b in zip(seen, grads, strict=True):
         layers.append((module, a, b))
     return losses.detach(), layers
+
+
+def _trains(module: nn.Module) -> bool:
+    """Says whether a parameter of the module itself trains, those of its children left out."""
+    return any(p.requires_grad for p in module.parameters(recurse=False))
 
 
 def terms_of(module: nn.Module, a: Tensor, b: Tensor) -> list[tuple[nn.Parameter, ParameterTerm]]:

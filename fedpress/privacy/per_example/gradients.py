@@ -144,9 +144,11 @@ class _RunningSum:
     def __init__(self, model: nn.Module) -> None:
         self.guard = Guard(model)
         params = trainable(model)
-        self.total = torch.zeros(sum(p.numel() for p in params), device=params[0].device)
-        parts = self.total.split([p.numel() for p in params])
-        self.views = [part.view(p.shape) for part, p in zip(parts, params, strict=True)]
+        sizes = [p.numel() for p in params]
+        self.total = torch.zeros(sum(sizes), device=params[0].device)
+        self.views: list[Tensor] = []
+        for part, p in zip(self.total.split(sizes), params, strict=True):
+            self.views.append(part.view(p.shape))
         self.measured: Measured = []
         self.agreed = True
         self.wrote = ""
@@ -176,8 +178,9 @@ class _RunningSum:
         """Adds the samples of a chunk one by one, where no sample can change another's gradient."""
         found = add_loop_(self.views, query, self.guard)
         self.measured += found
-        problems = [one.problem for one in found if one.problem.startswith(WROTE_PREFIX)]
-        self.wrote = self.wrote or next(iter(problems), "")
+        for sample in found:
+            if not self.wrote and sample.problem.startswith(WROTE_PREFIX):
+                self.wrote = sample.problem
 
 
 def _verified(views: list[Tensor], query: Query, method: Method, verify: Verify) -> Measured | None:
@@ -190,9 +193,10 @@ def _verified(views: list[Tensor], query: Query, method: Method, verify: Verify)
             # compared, which takes a third of the time of gradients.
             together = _losses(query, rows) if drew else [measured[row] for row in rows]
             if verify == "gradients" and not drew:
-                alone = add_loop_([torch.zeros_like(v) for v in views], query.take(rows))
+                alone = add_loop_([torch.zeros_like(view) for view in views], query.take(rows))
             else:
-                together = [one._replace(norm=0.0) for one in together]
+                # Norms are left out of the comparison.
+                together = [sample._replace(norm=0.0) for sample in together]
                 alone = [_losses(query.one(row), [0])[0] for row in rows]
     except Exception:
         # torch.func, or a rule of `ghost`, cannot do what this network did on these values.
@@ -252,11 +256,12 @@ def _close(one: float, other: float, tolerance: float) -> bool:
 @contextmanager
 def _without_dropout(model: nn.Module) -> Iterator[bool]:
     """Switches dropout layers off; yields whether any of them was on."""
-    layers = [
-        m
-        for m in model.modules()
-        if isinstance(m, nn.modules.dropout._DropoutNd) and m.training and m.p > 0
-    ]
+    layers = []
+    for module in model.modules():
+        if not isinstance(module, nn.modules.dropout._DropoutNd):
+            continue
+        if module.training and module.p > 0:
+            layers.append(module)
     for layer in layers:
         layer.training = False
     try:
@@ -337,11 +342,14 @@ def _trial_copy(model: nn.Module, noise: torch.Generator) -> nn.Module:
 
 def _takes_whole_numbers(model: nn.Module, x: Inputs) -> bool:
     """Says whether inputs may be indices such as tokens, of which a random number is none."""
-    embeds = any(isinstance(m, nn.Embedding | nn.EmbeddingBag) for m in model.modules())
-    return embeds or any(
-        not part.is_floating_point() or bool((part == part.round()).all())
-        for part in parts_of(x).values()
-    )
+    for module in model.modules():
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag):
+            return True
+    return any(_is_whole(part) for part in parts_of(x).values())
+
+
+def _is_whole(values: Tensor) -> bool:
+    return not values.is_floating_point() or bool((values == values.round()).all())
 
 
 def check_separable(model: nn.Module) -> None:
@@ -374,14 +382,23 @@ def _convolves(model: nn.Module) -> bool:
 
 
 def _stats(measured: Measured, clip_norm: float, agreed: bool) -> RawStats:
-    losses = [one.loss for one in measured if math.isfinite(one.loss)]
-    problems = [one.problem for one in measured if one.problem]
-    n = len(measured)
+    losses = []
+    problems = []
+    clipped = 0
+    not_finite = 0
+    for sample in measured:
+        if math.isfinite(sample.loss):
+            losses.append(sample.loss)
+        if sample.problem:
+            problems.append(sample.problem)
+        clipped += sample.norm > clip_norm
+        not_finite += not math.isfinite(sample.norm)
     return RawStats(
-        examples=n,
+        examples=len(measured),
         loss=sum(losses) / len(losses) if losses else math.nan,
-        share_clipped=sum(one.norm > clip_norm for one in measured) / max(n, 1),
-        refused=sum(not math.isfinite(one.norm) for one in measured) - len(problems),
+        share_clipped=clipped / max(len(measured), 1),
+        # A sample on which the network raised has no norm either.
+        refused=not_finite - len(problems),
         failed=len(problems),
         problem=problems[0] if problems else "",
         agreed=agreed,

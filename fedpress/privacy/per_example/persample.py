@@ -203,8 +203,7 @@ def _add_clipped_(used: list[tuple[Tensor, Tensor]], clip_norm: float) -> float:
     """
     if not used:
         return 0.0
-    into = [view for view, _ in used]
-    given = [gradient for _, gradient in used]
+    into, given = map(list, zip(*used, strict=True))
     norm = _norm(given)
     if math.isfinite(norm):
         torch._foreach_add_(into, given, alpha=clip_norm / max(norm, clip_norm))
