@@ -99,6 +99,7 @@ class Key:
         """
         secret = None
         if self.secret is not None:
+            # As many random bits as the secret itself has.
             secret = int.from_bytes(random.secret_key(self.secret, "vector", name), "little")
         return Key(random.derive(self.seed, "vector", name), self.round, self.client, secret)
 
@@ -264,6 +265,7 @@ def decode_chain(chain: Chain, tensors: Mapping[str, Tensor], key: Key) -> Tenso
             cure="send the encoded update under this name",
         )
     x = left.pop(VALUES)
+    # Backwards: what was sent is the output of the last transform.
     for at, transform in reversed(list(enumerate(chain))):
         prefix = f"{at}."
         names = [name for name in left if name.startswith(prefix)]

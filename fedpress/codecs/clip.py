@@ -35,6 +35,7 @@ class Clip(BaseModel):
 
     def bind(self, bound: Bound) -> tuple[Clip, Bound]:
         """Returns itself, and the bound with norms of at most `clip_norm`."""
+        # No single value is larger than the L2 norm.
         return self, replace(
             bound,
             l2=min(bound.l2, self.clip_norm),

@@ -86,6 +86,7 @@ class Discretize(BaseModel):
         else:
             # Each value moves by less than one grid unit: this bound needs no second draw.
             length = bound.l2 * self.scale + math.sqrt(bound.size)
+        # Rounding up exceeds the clamped value by less than one grid unit.
         largest = math.floor(limit * self.scale) + 1.0
         after = replace(
             bound,
@@ -126,6 +127,7 @@ class BoundDiscretize:
         Raises:
             PrivacyError: if no draw is within the L2 bound, since `x` is not within its own.
         """
+        # In float64: at large scales float32 has too few bits for the fraction.
         exact = x.double().clamp(-self.limit, self.limit) * self.scale
         down = exact.floor()
         share = exact - down

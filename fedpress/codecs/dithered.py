@@ -193,6 +193,8 @@ class Dithered:
             part = natural[start:end] - u[start:end]
             part *= step
             y[start:end] = part
+        # One value of each group was kept: multiplied by the size of the group, its expectation is
+        # right.
         y *= np.float32(self.group)
         # A sender can choose numbers whose products overflow: decoded updates must be finite.
         limit = FLOAT_MAX / max(peak, 1.0)

@@ -186,5 +186,6 @@ def uniform(key: Key, size: int) -> Floats:
 
 def random_words(key: Key, word: str, size: int) -> NDArray[np.uint16]:
     """Returns public uniform 16-bit numbers of this client and round, the same on every machine."""
+    # From a public key: these numbers make rounding unbiased and hide nothing.
     words: NDArray[np.uint16] = random.keystream(key.client_key(word), 2 * size).view("<u2")
     return words

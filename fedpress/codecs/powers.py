@@ -66,6 +66,7 @@ class _Powers:
         # If all values are zero, 0 / 0 gives NaN.
         share = (x.abs() / scale).nan_to_num(0.0)
         levels = (self.top + share.log2().round()).clamp(min=0)
+        # k is at most 60, so all levels fit.
         return Encoded((x.sign() * levels).to(torch.int8), {"scale": scale})
 
     def decode(self, x: Encoded, key: Key) -> Tensor:

@@ -83,6 +83,7 @@ class Quantize(BaseModel):
         """
         after = _whole_numbers(self.kind, bound)
         if self.bits is not None:
+            # Symmetric around zero, so one of the 2^bits codes is not used.
             top = (1 << (self.bits - 1)) - 1
             return _Uniform(bound.size, self.block, top, self.unbiased), after
         assert self.rate is not None
@@ -214,6 +215,7 @@ class _Sign:
         """Returns -1 or 1 for each value, and the scale of each block as `scales`."""
         values, _ = as_array(x, self.size)
         scales = block_means(np.abs(values), self.block)
+        # One bit has no code for zero, which counts as positive.
         q = np.where(np.signbit(values), np.int8(-1), np.int8(1))
         return Encoded(torch.from_numpy(q), {"scales": torch.from_numpy(scales)})
 

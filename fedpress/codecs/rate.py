@@ -73,6 +73,7 @@ class Centroids:
         the step.
         """
         values, peak = as_array(x, self.size)
+        # All values are zero, which any step gives back.
         if not peak:
             return Encoded(torch.zeros(self.size, dtype=torch.int8), {"levels": torch.ones(1)})
         sample = _sample(values) / peak
@@ -89,6 +90,7 @@ class Centroids:
             correction = bits(step) / (estimate_bits(q) * share)
             step = find_step(bits, target * correction, step, sample.size)
             q = to_levels(values, step_width(step, peak), smallest_type(1 / step + 1))
+        # Decoding to the mean of a level lowers the error at no more than a few floats.
         levels = level_offsets(sample, step)
         grid = torch.tensor([step_width(step, peak), *levels], dtype=torch.float32)
         return Encoded(torch.from_numpy(q), {"levels": grid})
@@ -98,6 +100,7 @@ class Centroids:
         q = whole_levels(x, (self.size,), ("levels",))
         levels = side_floats(x, "levels", None, least=1)
         step, offsets = levels[0], levels[1:]
+        # The encoder sends at most 7 offsets; a sender must not choose a table of any length.
         if step <= 0 or len(offsets) > 64 or np.abs(offsets).max(initial=0) > 1:
             raise WireError(
                 f"got step {step} with offsets {offsets[:4]}",

@@ -51,7 +51,9 @@ class Rotate(BaseModel):
                 place="kind",
                 cure="put it before 'discretize' or 'quantize'",
             )
+        # A block longer than the vector would need padding.
         block = min(self.block, 1 << max(0, bound.size.bit_length() - 1))
+        # In the worst case all of the norm ends up in one value.
         after = replace(bound, linf=bound.l2, spread=bound.l2 / block**0.5, shapes=())
         return BoundRotate(bound.size, block), after
 
@@ -91,6 +93,8 @@ class BoundRotate:
 
     def _signs(self, key: Key) -> Tensor:
         """Returns a random -1 or 1 for each value, float32 [size]."""
+        # From the round's stream: all clients use the same signs, so that their sum can be rotated
+        # back.
         words = key.round_stream("rotate").words(math.ceil(self.size / 64))
         coins = np.unpackbits(words.astype("<u8").view(np.uint8), count=self.size)
         return torch.from_numpy(coins).float().mul_(2).sub_(1)

@@ -86,6 +86,7 @@ class RandomK(BaseModel):
                 place="kind",
                 cure="put it before 'quantize' or 'discretize'",
             )
+        # The share that is really sent, so that the expectation is right after rounding.
         kept = _count(self.density, bound.size)
         scale = bound.size / kept if self.unbiased else 1.0
         after = replace(
@@ -126,6 +127,7 @@ class BoundRandomK:
 
     def _drawn(self, key: Key) -> Tensor:
         """Returns the positions that are sent, int64 [kept], rising."""
+        # From the round's stream: all clients send the same positions.
         return key.round_stream("randomk").subset(self.size, self.kept)
 
 

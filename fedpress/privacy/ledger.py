@@ -253,6 +253,7 @@ class Ledger:
                 "noise on the sum of a Poisson sample: Gaussian, or Skellam where variance is "
                 "above 0"
             ),
+            # The word of version 1, by which older files are read.
             "charges": [asdict(entry) for entry in self.entries],
         }
         return json.dumps(content, indent=1)

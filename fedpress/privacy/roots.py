@@ -55,6 +55,7 @@ def safe_root(
     # `safe` keeps the guarantee by less than the margin: then there is no sign change to search.
     if shifted(safe) > 0:
         return safe
+    # brentq wants an absolute tolerance too; that at the lower end is the smaller one.
     found = float(brentq(shifted, low, high, xtol=rtol * low, rtol=max(rtol, BEST_RTOL)))
 
     step = rtol

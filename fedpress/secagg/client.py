@@ -63,6 +63,7 @@ class SecAggClient:
     ) -> None:
         if len(secret) != 32:
             raise RecipeError(f"got {len(secret)} bytes, expected 32 random ones", place="secret")
+        # With another identity all others would refuse what this client signs.
         if identities.get(name) != identity(secret):
             raise RecipeError(
                 f"the identity of {name!r} is not that of its secret",
@@ -115,6 +116,7 @@ class SecAggClient:
         words = self._checked_words(values)
         public = self._public_round(round, cohort, len(values))
         me = public.names.index(self.name)
+        # A digest and not the values: the saved state must not hold private data.
         question = digest_all([b"values", public.context, values.detach().contiguous().numpy()])
         self._answer_once(public, "mask", question)
         # Derived from the question: the same one gets the same random bytes again, which makes the
@@ -132,6 +134,8 @@ class SecAggClient:
 
         nonce = derive(key, "nonce", size=NONCE)
         sealed = self._sealed_shares(public, [own_seed, *shared_seeds], key, nonce)
+        # By these the server sees whether two neighbours derived the same seed, and whether a
+        # recovered seed is right.
         commitments = b"".join(commitment(seed) for seed in (own_seed, *shared_seeds))
         tensors = {
             "masked": to_tensor(words, self._setup.plan.bits),
@@ -139,6 +143,7 @@ class SecAggClient:
             "sealed": as_tensor(b"".join(sealed)).view(len(sealed), -1),
             "commitments": as_tensor(commitments).view(-1, SEED),
         }
+        # The committee counts only clients that signed: the server cannot invent one.
         signature = self._sign("report", public.context, self.name, report_digest(tensors))
         return SecAggMessage({"round": round}, {**tensors, "signature": as_tensor(signature)})
 
@@ -191,7 +196,9 @@ class SecAggClient:
         body = self._opened_shares(public, reported, clients, blobs, nonces)
         key = derive(self._secret, "unmask", question)
         body_key = derive(key, "body")
-        members = [k for k, i in enumerate(public.committee) if reported[i]]
+        members = public.members(reported)
+        # Points belong to places in the committee. The shares of members that did not report are
+        # computed, but not sent.
         key_shares = share_secrets(
             np.frombuffer(body_key, np.uint8)[None],
             range(1, 1 + len(public.committee)),
@@ -326,6 +333,7 @@ class SecAggClient:
                 place="state",
                 cure="load what it saved",
             ) from error
+        # No round has this context, so every question about the round is refused.
         self._answered = {max(rounds): {"context": "another run"}} if rounds else {}
 
     def _keep_roster(self, roster: Roster) -> None:
@@ -344,6 +352,7 @@ class SecAggClient:
         self._roster = roster
 
     def _checked_words(self, values: Tensor) -> np.ndarray:
+        # Other types would be converted to whole numbers without an error.
         if (
             not isinstance(values, Tensor)
             or values.dtype != torch.int64
@@ -387,6 +396,7 @@ class SecAggClient:
         Every client on it must have signed its report: the server cannot list others.
         """
         flags = read_bytes(request, "reported", (len(public.names),), "unmask")
+        # This client did report, so a list without it is wrong.
         if flags.max() > 1 or not flags[me]:
             raise WireError(
                 "expected 0 or 1 per client, and 1 for who is asked",
@@ -412,6 +422,7 @@ class SecAggClient:
 
     def _answer_once(self, public: PublicRound, step: str, question: bytes) -> None:
         """Notes the `question` of a `step`, or raises SecureError if another one was answered."""
+        # Only the newest rounds are remembered, so an older one could be answered twice.
         newest = max(self._answered, default=public.number)
         if public.number not in self._answered and public.number < newest:
             raise SecureError(

@@ -61,6 +61,7 @@ def sparsest(cohort: int, dropped: int, corrupt: int) -> tuple[float, int]:
     complete = 1.0, alive - 1
     if cohort <= SMALL:
         return complete
+    # A hundred degrees are tried; a graph a little denser than needed costs little.
     step = max(1, cohort // 100)
     for degree in range(step, cohort - 1, step):
         edge_prob = degree / (cohort - 1)

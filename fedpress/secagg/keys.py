@@ -77,6 +77,7 @@ def verify(public: bytes, signature: bytes, *items: Item) -> bool:
     """
     try:
         Ed25519PublicKey.from_public_bytes(public).verify(signature, _statement(items))
+    # A ValueError: `public` is no key.
     except (InvalidSignature, ValueError):
         return False
     return True
@@ -145,4 +146,6 @@ def _signer(secret: bytes) -> Ed25519PrivateKey:
 
 
 def _statement(items: tuple[Item, ...]) -> bytes:
+    # `repr` writes a text and the same bytes differently, and quotes keep items apart. The first
+    # item keeps signatures apart from those of other protocols.
     return repr(("fedpress secure 1", *items)).encode()

@@ -49,6 +49,7 @@ def add_masks_(words: np.ndarray, seeds: Sequence[tuple[bytes, bool]]) -> None:
     for start in range(0, len(words), CHUNK):
         part = words[start : start + CHUNK]
         for key, add in keys:
+            # A chunk is a multiple of the cipher's block, as `start` must be.
             mask = keystream(key, part.nbytes, start=start * words.itemsize).view(words.dtype)
             if add:
                 part += mask

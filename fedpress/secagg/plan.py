@@ -13,7 +13,7 @@ WHOLE_COMMITTEE = 100
 """Up to this cohort everybody is in the committee."""
 
 MAX_COHORT = 5_000
-"""Graphs and committees of larger cohorts would take too long to plan."""
+"""Largest cohort that can be planned."""
 
 
 @dataclass(frozen=True)
@@ -150,6 +150,7 @@ def _committee(cohort: int, dropped: int, corrupt: int) -> tuple[int, int]:
     cohort is drawn at random, so safety and the number of members that stay hold up to a
     probability: `graph.RISK` and `graph.MISS`.
     """
+    # In steps of ten: a few members more than needed cost little.
     for size in range(WHOLE_COMMITTEE, cohort, 10):
         threshold = _staying(cohort, cohort - dropped, size)
         # The fewest corrupt members with which two lists could both be opened.

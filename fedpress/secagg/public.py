@@ -112,6 +112,7 @@ def _checked_roster(
     mix up two clients' views. In a simulation of 1,000 clients each would check the same 1,000
     signatures.
     """
+    # One order, so that everybody computes the same digest.
     if sorted(set(names)) != list(names):
         raise WireError(
             "expected different names in order",
@@ -173,6 +174,7 @@ class PublicRound:
         Raises:
             WireError: if the cohort is not of the planned size, or somebody is not in the roster.
         """
+        # Sorted, so that the order in which a server lists the cohort changes nothing.
         names = tuple(sorted(cohort))
         if len(names) != setup.plan.cohort or len(set(names)) != len(names):
             raise WireError(
@@ -201,8 +203,14 @@ class PublicRound:
     @cached_property
     def committee(self) -> tuple[int, ...]:
         """Numbers of the clients that hold shares; the member at place k has the point k + 1."""
+        # Drawn from a digest of the round: a server cannot choose its members, except by asking
+        # another cohort.
         by_lot = sorted(range(len(self.names)), key=lambda i: digest("committee", self.context, i))
         return tuple(sorted(by_lot[: self.plan.committee]))
+
+    def members(self, reported: np.ndarray) -> list[int]:
+        """Returns the places in the committee of the members that reported (bool [cohort])."""
+        return [k for k, i in enumerate(self.committee) if reported[i]]
 
     def neighbours(self, client: int) -> np.ndarray:
         """Returns the numbers of the clients that `client` masks with, in order."""

@@ -52,6 +52,7 @@ class SecAggServer:
         """
         key = read_bytes(message, "key", (32,), "join").tobytes()
         signature = read_bytes(message, "signature", (SIGNATURE,), "join").tobytes()
+        # A key that came after the roster would be in some clients' rosters only.
         if self._roster is not None or name in self._joined:
             raise WireError(
                 f"{name!r} joined twice or after the roster was made",
@@ -64,6 +65,7 @@ class SecAggServer:
                 place="join.signature",
                 cure="use the same settings",
             )
+        # With the same key, its masks would be those of the other client.
         if any(key == other for other, _ in self._joined.values()):
             raise WireError(
                 f"{name!r} has the key of another client", place="join.key", cure="send your own"
@@ -126,6 +128,7 @@ class SecAggServer:
         Raises:
             RecipeError: if the cohort is not as planned, or one of it did not accept the roster.
         """
+        # A client that did not confirm this roster may have been sent another one, with other keys.
         if self._roster is None or not self._accepted.issuperset(cohort) or size < 1:
             raise RecipeError(
                 "somebody in it did not accept the roster",
@@ -153,6 +156,7 @@ class SecureRound:
         self._public = public
         self._plan = setup.plan
         self._number = {name: i for i, name in enumerate(public.names)}
+        # Reports are added as they come: all of them would take the memory of the whole cohort.
         self._total = np.zeros(public.size, word_type(self._plan.bits))
         self._reports: dict[int, dict[str, np.ndarray]] = {}
         # Who reported, bool [cohort]; None until the requests are made.
@@ -219,13 +223,15 @@ class SecureRound:
         public = self._public
         reported = np.zeros(len(public.names), bool)
         reported[list(self._reports)] = True
+        # Without a report there is no client whose neighbours could be counted.
         problem = public.too_few(reported) if reported.any() else "nobody reported"
-        members = [k for k, i in enumerate(public.committee) if reported[i]]
+        members = public.members(reported)
         if not problem and len(members) < self._plan.threshold:
             problem = (
                 f"{len(members)} of the committee reported, and at least {self._plan.threshold} "
                 "must"
             )
+        # Checked before the committee is asked, since it answers one list per round only.
         problem = problem or self._disagreement()
         if problem:
             raise self._closed(problem)
@@ -236,9 +242,9 @@ class SecureRound:
         reports = [self._reports[i] for i in clients]
         common = {
             "reported": as_tensor(reported.astype(np.uint8)),
-            "nonces": as_tensor(np.stack([report["nonce"] for report in reports])),
-            "digests": as_tensor(np.stack([report["digest"] for report in reports])),
-            "signatures": as_tensor(np.stack([report["signature"] for report in reports])),
+            "nonces": as_tensor(self._reported_field("nonce")),
+            "digests": as_tensor(self._reported_field("digest")),
+            "signatures": as_tensor(self._reported_field("signature")),
         }
         header: dict[str, JSON] = {
             "round": public.number,
@@ -270,8 +276,9 @@ class SecureRound:
         if k in self._answers:
             raise WireError(f"{name!r} answered twice", place=place, cure="answer once")
         clients = self._clients_in_sum()
-        members = int(self._asked[list(public.committee)].sum())
+        members = len(public.members(self._asked))
         rows = sum(map(len, self._wanted))
+        # All sizes follow from the list, so a member cannot make the server store more.
         shapes = {
             "body": (len(clients) + rows * SEED + TAG,),
             "commitment": (SEED,),
@@ -302,7 +309,12 @@ class SecureRound:
     def _clients_in_sum(self) -> list[int]:
         """Returns the numbers of the clients in the sum, once the requests were made."""
         assert self._asked is not None
-        return [int(i) for i in np.flatnonzero(self._asked)]
+        clients: list[int] = np.flatnonzero(self._asked).tolist()
+        return clients
+
+    def _reported_field(self, field: str) -> np.ndarray:
+        """Returns one field of the reports of all clients in the sum, stacked."""
+        return np.stack([self._reports[i][field] for i in self._clients_in_sum()])
 
     def _client(self, name: str, message: SecAggMessage, place: str) -> int:
         """Returns the number of the client that sent `message`, or raises WireError."""
@@ -354,8 +366,8 @@ class SecureRound:
             raise self._closed(
                 f"{len(places)} of the committee answered, and at least {threshold} must"
             )
-        digests = np.stack([self._reports[i]["digest"] for i in self._clients_in_sum()])
-        label = list_digest(self._public, self._asked, digests)
+        # Members sealed their answers for this list; for another one `unseal` fails.
+        label = list_digest(self._public, self._asked, self._reported_field("digest"))
         bodies = {}
         for place, key in self._body_keys(places).items():
             sealed = self._answers[place]["body"].tobytes()
@@ -376,13 +388,13 @@ class SecureRound:
         others are the pads.
         """
         assert self._asked is not None
-        reported = [k for k, i in enumerate(self._public.committee) if self._asked[i]]
-        owners = [reported.index(k) for k in places]
-        answers = [self._answers[k] for k in places]
+        # Locks and opens have a row for each member that was asked, also for those that are silent.
+        asked = self._public.members(self._asked)
+        rows = [asked.index(k) for k in places]
         # Locks are [owner, holder, 32], and opens are [holder, owner, 32].
-        locks = np.stack([answer["locks"][owners] for answer in answers])
-        opens = np.stack([answer["opens"][owners] for answer in answers])
-        expected = [answer["commitment"].tobytes() for answer in answers]
+        locks = np.stack([self._answers[k]["locks"][rows] for k in places])
+        opens = np.stack([self._answers[k]["opens"][rows] for k in places])
+        expected = [self._answers[k]["commitment"].tobytes() for k in places]
         keys, lost = recover_secrets(
             locks.transpose(1, 0, 2) ^ opens,
             [k + 1 for k in places],
@@ -410,12 +422,10 @@ class SecureRound:
         raw = np.stack([np.frombuffer(bodies[k], np.uint8) for k in holders])
         unread, shares = np.split(raw, [len(clients)], axis=1)
         shares = shares.reshape(len(holders), -1, SEED)
-        expected = np.concatenate(
-            [
-                self._reports[i]["commitments"][rows]
-                for i, rows in zip(clients, self._wanted, strict=True)
-            ]
-        )
+        commitments = []
+        for i, wanted in zip(clients, self._wanted, strict=True):
+            commitments.append(self._reports[i]["commitments"][wanted])
+        expected = np.concatenate(commitments)
         # The seeds of client number `at` in the sum are the rows ends[at] to ends[at + 1].
         ends = np.cumsum([0, *map(len, self._wanted)])
         seeds = np.zeros((ends[-1], SEED), np.uint8)

@@ -97,6 +97,7 @@ def interpolate(
     weights = _log_weights(np.asarray(points, np.int64), at)
     words = np.ascontiguousarray(shares).view("<u2")
     total = np.zeros(words.shape[1:], np.uint16)
+    # A weight's logarithm is below ORDER, so the sum is within the table even where the share is 0.
     for weight, row in zip(weights.tolist(), words, strict=True):
         total ^= exp.take(log.take(row) + weight)
     return total.view(np.uint8)

@@ -97,6 +97,7 @@ def encode_ints(values: Ints, rows: int, nested: Callable[[Ints], bytes]) -> byt
     for part, original in zip(_parts(matrix, layout), _parts(originals, layout), strict=True):
         symbols = part()
         table = _table(_histogram(symbols, window.size + 1), window.low, window.size)
+        # The type that constriction takes.
         index = symbols.astype(np.int32)
         index -= table.low - window.low
         if table.escape:
@@ -373,6 +374,7 @@ def _entropy(counts: NDArray[np.integer]) -> float:
 
 def _coded_ids(layout: BlockClasses, nested: Callable[[Ints], bytes]) -> bytes:
     """Codes block size and class numbers: these or their differences, whichever is shorter."""
+    # Neighbouring blocks often have the same class; then the differences are mostly zero.
     delta = np.mod(np.diff(layout.ids.astype(np.int16), prepend=0), layout.count).astype(np.uint8)
     options = [nested(layout.ids), nested(delta)]
     smaller = int(len(options[1]) < len(options[0]))
@@ -393,6 +395,7 @@ def _read_ids(
         return BlockClasses(max(columns, 1), 1, np.zeros(1, np.uint8))
     # The lowest bit says whether differences follow.
     width, delta = divmod(reader.varint(f"{place}.block", 2 * max(columns, 1) + 1), 2)
+    # With at least 32 values in a block, class numbers take little memory.
     if not smallest_width(rows) <= width <= columns:
         fail(f"{place}.block", f"got {width}, expected {smallest_width(rows)} to {columns}")
     ids: NDArray[np.uint8] = np.empty(-(-columns // width), np.uint8)

@@ -84,6 +84,7 @@ def choose_classes(values: Ints, center: int, share: float = 1.0) -> BlockClasse
     # Too short for several tables to pay.
     if columns // width < 8:
         return one_class
+    # Sums of the smallest blocks are added up for the larger ones, so the values are read once.
     sums, leans = _block_sums(values, center, width)
     options = _by_activity(sums, width, rows, share)
     layouts = [
@@ -244,6 +245,7 @@ def _split_by_sign(
         times: smallest blocks in a block of `layout`.
         cuts: bounds on mean value / mean absolute value.
     """
+    # A block of zeros leans to no side, and is not divided by zero.
     lean = _grouped(leans, times) / np.maximum(_grouped(sums, times), 1e-9)
     side = np.searchsorted(cuts, lean)
     ids, count = _numbered(layout.ids.astype(np.intp) * (len(cuts) + 1) + side)

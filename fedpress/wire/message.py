@@ -41,6 +41,7 @@ MAX_TENSORS = 1024
 MAX_DIMENSIONS = 8
 """Most dimensions of a tensor."""
 
+# The order is part of the format: a type is sent as its place in this table.
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -143,6 +144,7 @@ class _PackedTensor:
 
 def _payload(data: bytes, max_bytes: int) -> memoryview:
     """Returns the payload after checking the frame."""
+    # First, so that no checksum is computed over more than is accepted.
     if len(data) > max_bytes:
         fail(
             "length",
@@ -158,6 +160,7 @@ def _payload(data: bytes, max_bytes: int) -> memoryview:
     magic, version, length, crc = FRAME.unpack_from(data)
     if magic != MAGIC:
         fail("magic", f"got {magic!r}, expected {MAGIC!r}", "give what fedpress packed")
+    # The rest of another version may mean something else.
     if version != VERSION:
         fail("version", f"got {version}, expected {VERSION}", "use the same fedpress on both sides")
     if length != len(data) - FRAME.size:
@@ -255,6 +258,7 @@ def _check_json(value: JSON, place: str) -> None:
                 _check_json(item, f"{place}[{at}]")
     elif isinstance(value, float) and not isfinite(value):
         raise WireError(f"got {value}, expected a finite number", place=place, cure="leave it out")
+    # Many readers of JSON hold whole numbers in 64 bits.
     elif isinstance(value, int) and abs(value) >= 1 << 63:
         raise WireError(
             "got an integer of more than 64 bits", place=place, cure="send it as a string"

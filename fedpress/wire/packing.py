@@ -26,6 +26,7 @@ A reader that followed every depth could be sent one that never ends."""
 SAMPLE = 1 << 16
 """Values from which it is estimated whether entropy coding makes a longer tensor smaller."""
 
+# Floats are viewed as whole numbers of their size, so that every bit comes back.
 WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -264,9 +265,11 @@ def _sparse(values: Ints, floats: bool, nested: Callable[[Ints], bytes]) -> byte
 def _read_sparse(
     reader: ByteReader, out: Ints, nested: Callable[[ByteReader, Ints], None], place: str
 ) -> None:
+    # `shrink` uses this form for less than half of the values only.
     count = reader.varint(f"{place}.nonzero", len(out) // 2)
     bitmap: NDArray[np.uint8] = np.empty(len(out), np.uint8)
     nested(reader.part(f"{place}.bitmap"), bitmap)
+    # Other bitmaps would not fit the number of values that follow.
     if int(bitmap.max()) > 1 or int(np.count_nonzero(bitmap)) != count:
         fail(f"{place}.bitmap", f"expected {count} ones, the rest zeros")
     out[:] = 0

@@ -204,6 +204,7 @@ def noise_multiplier(*, epsilon: float, delta: float, sampling_prob: float, step
     return found
 
 
+# A ledger asks about the same events again after every round.
 @lru_cache(maxsize=4096)
 def _spent(events: tuple[MechanismEvent, ...], delta: float, points: int = losses.POINTS) -> Spent:
     gaussian = gaussians(events)

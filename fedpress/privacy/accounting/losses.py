@@ -625,6 +625,7 @@ def _minimize(value: Callable[[float], float], start: float, *, most: float) -> 
     right = low + ratio * (high - low)
     at_left = value(math.exp(left))
     at_right = value(math.exp(right))
+    # Ten turns narrow the range to a few percent.
     for _ in range(10):
         if at_left <= at_right:
             high, right, at_right = right, left, at_left

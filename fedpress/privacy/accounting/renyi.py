@@ -41,6 +41,7 @@ def epsilon(events: Iterable[MechanismEvent], *, delta: float) -> float:
     # Renyi divergences of independent mechanisms add up, order by order.
     total = np.zeros(len(ORDERS))
     for event in events:
+        # One step is cached for all numbers of steps.
         total = total + event.steps * divergences(replace(event, steps=1))
 
     orders = np.array(ORDERS, float)

@@ -25,6 +25,7 @@ def poisson_batches(
     accountant's amplification holds for this sampler and not for shuffled batches (Chua et al.
     2024, "How private are DP-SGD implementations?", arXiv:2403.17673).
     """
+    # The default float64 draws: float32 ones have 24 bits, which would bias small probabilities.
     chance = chance_of(generator)
     for _ in range(steps):
         # An empty batch is yielded too: a skipped step would show that nobody was drawn.
@@ -138,6 +139,7 @@ def add_noise(total: Tensor, plan: PrivacyPlan, normal: Tensor, *, exact: bool) 
 
 def noise_grid(plan: PrivacyPlan) -> float:
     """Returns the public grid of exact noise, a power of two."""
+    # frexp gives std = m 2^e with m in [0.5, 1), so the logarithm rounded down is e - 1.
     return 2.0 ** (math.frexp(plan.noise_std)[1] - 1 - GRID_BITS)
 
 

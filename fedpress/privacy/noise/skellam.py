@@ -70,6 +70,7 @@ def rdps(orders: np.ndarray, *, l2: float, l1: float, variance: float) -> np.nda
         return np.full(orders.shape, math.inf if l2 > 0 else 0.0)
     gaussian = orders * l2**2 / (2 * variance)
     extra = ((2 * orders - 1) * l2**2 + 6 * l1) / (4 * variance**2)
+    # The theorem gives two bounds; which one is smaller depends on the variance.
     return gaussian + np.minimum(extra, 3 * l1 / (2 * variance))
 
 
@@ -201,6 +202,7 @@ def _table(variance: float) -> _Table:
     # X count, hence the factor 2.
     tails = np.cumsum(2 * each[:0:-1])
     whole = tails[-1] + each[0]
+    # In units of 2^-63, since one of a word's 64 bits is the sign.
     rising = np.rint(tails / whole * np.longdouble(2) ** 63).astype(np.uint64)
     # About eight buckets for each tail, in a guide of at most 8 MB.
     guide_bits = min(max(len(rising).bit_length() + 3, 10), 21)

@@ -131,6 +131,7 @@ def _record(query: Query) -> tuple[Tensor, list[tuple[nn.Module, Tensor, Tensor]
     finally:
         for handle in handles:
             handle.remove()
+    # A layer that ran twice has a cross term in its norms, which no rule computes.
     if sorted(id(m) for m, _, _ in seen) != sorted(id(m) for m in owners):
         raise NotImplementedError("a layer ran more than once, or not at all")
     losses = torch.func.vmap(lambda o, t: loss_fn(o[None], t[None]))(outputs.float(), query.y)

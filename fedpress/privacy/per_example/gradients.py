@@ -293,6 +293,7 @@ def choose_method(model: nn.Module, loss_fn: LossFn, x: Inputs, y: Tensor) -> Me
         candidates.append("vmap")
     if not candidates:
         return "loop"
+    # Made-up inputs are no secret, and the same network must get the same method again.
     noise = torch.Generator().manual_seed(0)
     try:
         twin = _trial_copy(model, noise)
@@ -300,6 +301,7 @@ def choose_method(model: nn.Module, loss_fn: LossFn, x: Inputs, y: Tensor) -> Me
         # A method that cannot be tried is not used.
         return "loop"
 
+    # Zeros are valid targets of every task.
     labels = torch.zeros((2, *y.shape[1:]), dtype=y.dtype, device=y.device)
     tries = [join([x[:1], x[-1:]])]
     if not _takes_whole_numbers(model, x):
@@ -356,6 +358,7 @@ def check_separable(model: nn.Module) -> None:
     """Raises RecipeError if a module lets one sample change the gradient of another."""
     for name, module in model.named_modules():
         batch_norm = isinstance(module, BatchNorm)
+        # Without running statistics a batch norm takes those of the batch in evaluation, too.
         if batch_norm and (module.training or module.running_mean is None):
             raise RecipeError(
                 (

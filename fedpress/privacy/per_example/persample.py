@@ -145,6 +145,7 @@ def add_vmap_(views: list[Tensor], query: Query) -> Measured:
         return loss, loss.detach()
 
     gradient_of_one = torch.func.grad(loss_of, has_aux=True)
+    # Different: each sample draws its own dropout mask, as it does alone.
     each = torch.func.vmap(gradient_of_one, in_dims=(None, 0, 0), randomness="different")
     with warnings.catch_warnings():
         # torch warns of layers that vmap runs one sample at a time; a user cannot change that.
@@ -203,7 +204,11 @@ def _add_clipped_(used: list[tuple[Tensor, Tensor]], clip_norm: float) -> float:
     """
     if not used:
         return 0.0
-    into, given = map(list, zip(*used, strict=True))
+    into = []
+    given = []
+    for view, gradient in used:
+        into.append(view)
+        given.append(gradient)
     norm = _norm(given)
     if math.isfinite(norm):
         torch._foreach_add_(into, given, alpha=clip_norm / max(norm, clip_norm))

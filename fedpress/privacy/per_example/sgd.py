@@ -133,6 +133,7 @@ def private_gradients(
     for index in poisson_batches(len(x), plan.sampling_prob, steps, generator):
         batch = x[index]
         labels = y[index]
+        # Not all networks can run on an empty batch; its sum is zero anyway.
         if prepare is not None and len(index):
             batch = prepare(batch)
         if method is None and len(index):
