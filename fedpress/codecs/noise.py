@@ -17,7 +17,7 @@ from fedpress.privacy.plan import PrivacyPlan
 
 
 class Noise(BaseModel):
-    """Adds noise of standard deviation `std`, in units of its input: after `discretize`, grid units.
+    """Adds noise of standard deviation `std`, in units of its input (grid units after discretize).
 
     Written into a recipe's list by hand it gives no privacy guarantee; `privacy = {...}` plans
     noise that does.

@@ -86,8 +86,8 @@ class RandomK(BaseModel):
                 place="kind",
                 cure="put it before 'quantize' or 'discretize'",
             )
-        # The share that is really sent, so that the expectation is right after rounding.
         kept = _count(self.density, bound.size)
+        # By the share that is really sent: `kept` is rounded up.
         scale = bound.size / kept if self.unbiased else 1.0
         after = replace(
             bound,
