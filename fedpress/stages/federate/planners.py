@@ -220,9 +220,8 @@ def _client_central(case: PlanningCase) -> Protection:
         adaptive = replace(private.adaptive, count_noise=count)
         # The count of clipped updates costs privacy, too. With more noise on the updates both
         # together cost what the plan says.
-        noise = ServerNoise(
-            replace(plan, noise_multiplier=update_noise_multiplier(plan.noise_multiplier, count))
-        )
+        multiplier = update_noise_multiplier(plan.noise_multiplier, count)
+        noise = ServerNoise(replace(plan, noise_multiplier=multiplier))
     event: MechanismEvent = plan.event(num_rounds=1)
     # Where every client has the same cost in every round, one entry of the ledger stands for all.
     # A Poisson draw must even be charged so: an entry by name would say who was drawn.
