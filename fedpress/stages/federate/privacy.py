@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from fedpress.codecs import Bound, Discretize
+from fedpress.codecs import Bound, Discretize, Settings
 from fedpress.data.population import Population
 from fedpress.errors import RecipeError
 from fedpress.federation import Cohort, Trust
@@ -31,7 +31,7 @@ def plan_protection(
     """
     private = stage.privacy
     secure = is_secure(stage)
-    chain = tuple(stage.uplink)
+    chain: tuple[Settings, ...] = tuple(stage.uplink)
     if secure and not chain:
         chain = default_secure_chain(private is not None)
     start = Bound(sum(math.prod(s) for s in shapes), shapes=tuple(shapes))
