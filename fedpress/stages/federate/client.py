@@ -1,4 +1,4 @@
-"""A client's half of a federate stage: bound from the recipe, public facts, and its own data, secret and state."""
+"""A client's half of a federate stage, bound from the recipe, public facts and its own data."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ from fedpress.wire.message import Message, pack, unpack
 
 @dataclass(eq=False)
 class ClientHalf:
-    """One client, from the first question ("register") to the last; it knows no other client's data.
+    """One client from its first message ("register") to the last; it knows no other client's data.
 
     Attributes:
-        name: under which the transport knows it.
+        name: the client's name in the transport.
         arrays: its private examples.
-        common: what everybody is given.
-        memory: what it keeps from round to round, and its secret.
-        client: what answers in the rounds; None before it has agreed.
+        common: what server and clients are both given.
+        memory: stores its secret, and what must outlive a round.
+        client: answers in the rounds; None before this client has agreed.
     """
 
     name: ClientId
@@ -69,7 +69,7 @@ class ClientHalf:
         return pack(self.client.answer(message))
 
     def _refused(self, question: str) -> WireError:
-        """Returns why this client answers no question: it did not agree, or was never asked to."""
+        """Returns why this client does not answer: it did not agree, or was never asked to."""
         why = self._refusal
         if why is None:
             return WireError(
@@ -78,8 +78,9 @@ class ClientHalf:
         return WireError(why.problem, place=why.place, cure=why.cure)
 
     def _register(self) -> Message:
-        """Says what may be known of this client: no count of examples where whole clients are protected."""
+        """Reports the public facts of this client."""
         header: dict[str, JSON] = {}
+        # Under client privacy even the number of examples is private.
         if counts_are_public(self.common.stage):
             header["examples"] = len(self.arrays)
         if is_secure(self.common.stage):
@@ -92,7 +93,9 @@ class ClientHalf:
         Raises:
             WireError: naming the entry that differs; from then on every question gets this answer.
         """
-        self.client, self._refusal = None, None
+        # An agreement that was refused must not leave an earlier one in force.
+        self.client = None
+        self._refusal = None
         try:
             population = Population.from_json(read_text(message, "population"))
             self._check_own(population)
@@ -111,7 +114,13 @@ class ClientHalf:
         return answer
 
     def _check_own(self, population: Population) -> None:
-        """Sees that the server says of this client what it said itself: its noise is planned from that."""
+        """Checks that the population holds this client's own count and key.
+
+        Its noise is planned from the count: with a larger one the server would make it too small.
+
+        Raises:
+            WireError: if the server sends something else.
+        """
         if self.name not in population.names:
             raise WireError(
                 f"it does not name {self.name!r}",
@@ -119,13 +128,15 @@ class ClientHalf:
                 cure="let this client register",
             )
         if population.examples is not None and counts_are_public(self.common.stage):
-            told, own = population.examples[self.name], len(self.arrays)
-            if told != own:
+            claimed = population.examples[self.name]
+            own = len(self.arrays)
+            if claimed != own:
                 raise WireError(
-                    f"the server says that {self.name!r} has {told}, it has {own}",
+                    f"the server says that {self.name!r} has {claimed}, it has {own}",
                     place="agree.population.examples",
                     cure="let this client register again",
                 )
+        # With a key of its own in this client's place, the server could pose as this client.
         named = population.identities.get(self.name)
         if is_secure(self.common.stage) and named != identity(self._key()):
             raise WireError(
@@ -135,14 +146,11 @@ class ClientHalf:
             )
 
     def _bind(self, contract: Contract) -> Client:
-        terms, stage = contract.terms, self.common.stage
+        """Returns the client that answers under `contract`."""
+        stage = self.common.stage
         privacy = contract.plan_of(self.name)
-        plan = ClientPlan.bind(
-            terms,
-            self.common.model,
-            privacy=privacy,
-        )
-        drawn = stage.privacy is not None and stage.privacy.secure_noise
+        plan = ClientPlan.bind(contract.terms, self.common.model, privacy=privacy)
+        secure_noise = stage.privacy is not None and stage.privacy.secure_noise
         return Client(
             name=self.name,
             arrays=self.arrays,
@@ -150,34 +158,37 @@ class ClientHalf:
             plan=plan,
             memory=self.memory,
             member=self._member(contract),
-            secret=secret_of(self.memory) if drawn else None,
+            secret=secret_of(self.memory) if secure_noise else None,
         )
 
     def _member(self, contract: Contract) -> SecAggClient | None:
-        grid, run = contract.protection.grid, contract.terms.agreement.fingerprint
+        """Returns the client's side of the secure sum, with the rounds that it answered before."""
+        grid = contract.protection.grid
+        run = contract.terms.agreement.fingerprint
         if grid is None:
             return None
         identities = dict(contract.population.identities)
         member = SecAggClient(self.name, self._key(), grid.plan, identities, run)
-        noted = load_json(self.memory, "member")
-        if noted.get("run") == run:
-            member.load_state_(noted)
-        elif noted:  # by an older version, which named the run otherwise
-            member.take_over_(noted)
+        stored = load_json(self.memory, "member")
+        if stored.get("run") == run:
+            member.load_state_(stored)
+        # An older version named the run otherwise: its answered rounds must stay answered.
+        elif stored:
+            member.take_over_(stored)
         return member
 
     def _key(self) -> bytes:
-        """The secret behind this client's keys of a secure sum: its own, or in experiments from the seed."""
+        """Returns the secret of this client's keys: its own, or in experiments one of the seed."""
         own = owns_keys(self.common.stage)
         seed = secret_of(self.memory) if own else self.common.seed
         return random.secret_key(seed, "member", self.name)
 
     def _evaluate(self, client: Client, message: Message) -> Message:
-        """Says what the server's model is worth on this client's own examples.
+        """Answers with the task's metric of the server's model on this client's own examples.
 
         Raises:
-            WireError: under privacy, where that is a private number, or if the parameters are not
-                those of the model.
+            WireError: under privacy, where the metric is a private number, or if the parameters are
+                not those of the model.
         """
         client.check_agreement(message)
         if client.uplink.privacy is not None:
@@ -194,10 +205,10 @@ class ClientHalf:
         return Message("evaluated", {"examples": len(self.arrays), "metrics": metrics})
 
     def rehearse(self, arrays: Arrays) -> None:
-        """Does one step of this client's work on `arrays`, which must be public, see `Client.rehearse`.
+        """Takes one step of this client's work on public `arrays`, see `Client.rehearse`.
 
         Raises:
-            RecipeError: if this client has not agreed to anything.
+            RecipeError: if this client has not agreed.
             Exception: whatever the network raises on them.
         """
         if self.client is None:
@@ -208,9 +219,13 @@ class ClientHalf:
 
 
 def secret_of(memory: ClientState) -> int:
-    """Returns the 256 secret bits in `memory`, drawn from the operating system the first time."""
-    note = memory.entry("secret")
-    if not note:
-        note = {"bytes": torch.frombuffer(bytearray(os.urandom(32)), dtype=torch.uint8)}
-        memory.save_entry("secret", note)
-    return int.from_bytes(bytes(note["bytes"].tolist()), "little")
+    """Returns the 256 secret bits in `memory`, drawn from the operating system the first time.
+
+    They are stored, because a repeated round must draw the same noise: with fresh noise a second
+    answer about the same data would cost privacy again.
+    """
+    stored = memory.entry("secret")
+    if not stored:
+        stored = {"bytes": torch.frombuffer(bytearray(os.urandom(32)), dtype=torch.uint8)}
+        memory.save_entry("secret", stored)
+    return int.from_bytes(bytes(stored["bytes"].tolist()), "little")

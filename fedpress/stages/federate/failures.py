@@ -1,4 +1,4 @@
-"""Who failed in a federate stage so far: by name where that may be told, else as a count with noise."""
+"""What has failed in a federate stage: clients by name where public, else counts with noise."""
 
 from __future__ import annotations
 
@@ -14,13 +14,17 @@ from fedpress.stages.federate.server import ServerHalf
 PRIVATE = "kept private"
 SHOWN = 3
 """Clients that are named in one line of the terminal; the report names them all."""
-SURE, CERTAIN = 4.0, 5.0
-"""Standard deviations of the noise above which failures are told, and above which a run stops."""
-ALL, MANY = 0.9, 1 / 3
-"""Share of failures that counts as all, so that a run stops; and share from which a run warns."""
+REPORTED_FROM = 4.0
+"""Standard deviations of the noise from which failures are reported (chance: 1 in 30,000)."""
+STOPS_FROM = 5.0
+"""Standard deviations of the noise from which a run stops (chance: 1 in 3 million)."""
+ALL = 0.9
+"""Share of failed units from which a run stops."""
+MANY = 1 / 3
+"""Share of failed units from which a run warns."""
 RECENT = 32
-"""Rounds that are counted together before a run stops."""
-OPEN = frozenset(
+"""Most rounds whose counts are added up before a run stops: the sum stands out of the noise."""
+PUBLIC_ERRORS = frozenset(
     {
         "DivergedError",
         "WireError",
@@ -30,8 +34,8 @@ OPEN = frozenset(
         *(kind.__name__ for kind in OSError.__subclasses__()),
     }
 )
-"""Kinds of errors of a client whose words are about messages, keys, files or noised numbers, never about examples."""
-WORDS = {"client": "clients", "sample": "examples"}
+"""Errors whose text is about messages, keys, files or noised numbers, never about examples."""
+UNITS = {"client": "clients", "sample": "examples"}
 
 
 @dataclass(frozen=True)
@@ -39,13 +43,13 @@ class Failures:
     """What failed in all rounds so far.
 
     Attributes:
-        asked: answers that were asked for: clients, summed over the rounds.
-        refused: by client, in how many rounds its answer did not count, and why the last time.
-        counted: protected units that gave nothing, with noise; None where nothing is counted.
-        of: how many units there were, as expected from the plan.
+        asked: number of answers that were asked for in all rounds.
+        refused: client -> in how many rounds its answer did not count, and the last reason.
+        counted: protected units that gave nothing, with noise; None without privacy.
+        of: expected number of protected units in all rounds.
         variance: of the noise in each count.
-        recent: the counts of the last rounds, newest last: not_finite, failed, of, variance (also
-            that of drawing).
+        recent: a row for each of the last rounds, newest last: not_finite, failed, of, and the
+            variance of noise and sampling together.
     """
 
     asked: int = 0
@@ -55,60 +59,73 @@ class Failures:
     variance: float = 0.0
     recent: tuple[tuple[float, float, float, float], ...] = ()
 
-    def after(self, record: RoundRecord, drawn: Sequence[str], server: ServerHalf) -> Failures:
-        """Returns what failed up to and with the round of `record`, in which the clients `drawn` took part."""
+    def with_round(self, record: RoundRecord, drawn: Sequence[str], server: ServerHalf) -> Failures:
+        """Returns the failures after one more round.
+
+        Args:
+            record: of the round, as far as it is public.
+            drawn: clients that were asked.
+            server: the server's half.
+        """
         refused = dict(self.refused)
-        for name, reason in told(record.refused, server).items():
-            refused[name] = (refused.get(name, (0, ""))[0] + 1, reason)
-        # How many take part is secret where a trusted server draws them: then the planned number
-        # stands for it.
+        for name, reason in public_reasons(record.refused, server).items():
+            before, _ = refused.get(name, (0, ""))
+            refused[name] = (before + 1, reason)
+        # Where only the server may know who takes part, the planned number stands for the real one.
         asked = server.uplink.cohort.size if server.hides_cohort else len(drawn)
         now = replace(self, asked=self.asked + asked, refused=refused)
         if record.failures is None:
             return now
         of, variance = server.failure_noise(drawn)
         counted = Tally.sum([self.counted or Tally(), record.failures])
-        # Units are drawn by chance: of few, all that fail may be drawn at once, and then not all of
-        # them fail.
+        # The number of sampled units varies, too (binomially): a count near `of` may come from a
+        # round with many units, of which only a part failed.
         assert server.uplink.privacy is not None
-        drawing = of * (1 - server.uplink.privacy.sampling_prob)
-        latest = (record.failures.not_finite, record.failures.failed, of, variance + drawing)
-        recent = (*self.recent, latest)[-RECENT:]
+        sampling = of * (1 - server.uplink.privacy.sampling_prob)
+        latest = (record.failures.not_finite, record.failures.failed, of, variance + sampling)
         return replace(
-            now, counted=counted, of=self.of + of, variance=self.variance + variance, recent=recent
+            now,
+            counted=counted,
+            of=self.of + of,
+            variance=self.variance + variance,
+            recent=(*self.recent, latest)[-RECENT:],
         )
 
     @property
     def noise(self) -> float:
-        """Standard deviation of the noise in the count of all causes."""
+        """Standard deviation of the noise in the total of both counts."""
         return math.sqrt(2 * self.variance)
 
     @property
     def significant(self) -> bool:
-        """Whether the noised count says that something failed at all."""
+        """Whether the counts are too large to be noise alone: something did fail."""
+        # Less than 1% is not worth a report, however precise the count is.
         if self.counted is None or self.counted.total < 0.01 * self.of:
             return False
-        one = max(self.counted.not_finite, self.counted.failed)
-        return one > SURE * math.sqrt(self.variance) or self.counted.total > SURE * self.noise
+        larger = max(self.counted.not_finite, self.counted.failed)
+        by_cause = larger > REPORTED_FROM * math.sqrt(self.variance)
+        return by_cause or self.counted.total > REPORTED_FROM * self.noise
 
     @property
     def all_failing(self) -> bool:
-        """Whether the noised counts say that all units fail, in the last round or in the last rounds together.
+        """Whether the counts say that all units fail, in the last round or the last few together.
 
-        A run may go well at first, so the rounds before do not speak for it.
+        Only the newest rounds are added up, because a run may have gone well at first.
         """
-        not_finite = failed = of = variance = 0.0
-        for one in reversed(self.recent):
-            not_finite, failed, of, variance = (
-                not_finite + one[0],
-                failed + one[1],
-                of + one[2],
-                variance + one[3],
-            )
+        not_finite = 0.0
+        failed = 0.0
+        of = 0.0
+        variance = 0.0
+        for row in reversed(self.recent):
+            not_finite += row[0]
+            failed += row[1]
+            of += row[2]
+            variance += row[3]
             noise = math.sqrt(variance)
-            if _all(max(not_finite, failed), of, noise) or _all(
-                not_finite + failed, of, math.sqrt(2) * noise
-            ):
+            # One cause alone has less noise than both together.
+            if _all(max(not_finite, failed), of, noise):
+                return True
+            if _all(not_finite + failed, of, math.sqrt(2) * noise):
                 return True
         return False
 
@@ -116,29 +133,35 @@ class Failures:
         """Returns a sentence if a third or more failed, else nothing."""
         lost = sum(rounds for rounds, _ in self.refused.values())
         if lost and lost >= MANY * self.asked:
-            return f"{lost} of {self.asked} answers of clients did not count; see “failed” in the report"
+            return (
+                f"{lost} of {self.asked} answers of clients did not count; see “failed” in the "
+                "report"
+            )
         if self.significant and self.counted is not None and self.counted.total >= MANY * self.of:
             return f"{self.estimate(unit)} gave nothing"
         return ""
 
     def estimate(self, unit: str | None) -> str:
-        """Says the noised count in words: "about 4 of 6 clients (counted with noise of 0.4)"."""
+        """Returns the noised count, as "about 4 of 6 clients (counted with noise of 0.4)"."""
         assert self.counted is not None
+        # Noise may make the count negative, or larger than there are units.
         count = min(max(self.counted.total, 0.0), self.of)
-        return f"about {count:.0f} of {self.of:.0f} {WORDS[unit or 'client']} (counted with noise of {self.noise:.2g})"
+        units = UNITS[unit or "client"]
+        noise = f"counted with noise of {self.noise:.2g}"
+        return f"about {count:.0f} of {self.of:.0f} {units} ({noise})"
 
     def cause(self, lr: str) -> str:
-        """Says what most of the counted failures were, and the cure; `lr` names the learning rate's setting."""
+        """Returns the cause of most failures, and the cure; `lr` names the learning rate's key."""
         assert self.counted is not None
         if self.counted.not_finite > self.counted.failed:
             return f"their numbers were not finite; lower {lr}, or look for NaN in the examples"
         return (
-            "the model could not run on them; look for values that the public examples do not have, such as tokens "
-            "beyond the vocabulary or labels beyond the classes"
+            "the model could not run on them; look for values that the public examples do not "
+            "have, such as tokens beyond the vocabulary or labels beyond the classes"
         )
 
     def facts(self, unit: str | None) -> dict[str, Any]:
-        """Returns what the result tells: clients by name, and the noised count by cause."""
+        """Returns the facts of the result: clients by name, and the noised count by cause."""
         lost = sum(rounds for rounds, _ in self.refused.values())
         out: dict[str, Any] = {"asked": self.asked, "refused": lost}
         out["clients"] = {
@@ -156,7 +179,7 @@ class Failures:
         return out
 
     def to_json(self) -> dict[str, Any]:
-        """Returns all fields, for a checkpoint."""
+        """Returns all fields, as a checkpoint stores them."""
         return {
             "asked": self.asked,
             "refused": {name: [*pair] for name, pair in self.refused.items()},
@@ -178,34 +201,32 @@ class Failures:
 
 
 def _all(count: float, of: float, noise: float) -> bool:
-    return count >= ALL * of and count - CERTAIN * noise > of / 2
+    """Whether `count` of `of` units is nearly all, and surely more than half of them."""
+    return count >= ALL * of and count - STOPS_FROM * noise > of / 2
 
 
-def told(refused: Mapping[str, str], server: ServerHalf) -> dict[str, str]:
-    """Returns why clients do not count, as far as it may be written down.
+def public_reasons(refused: Mapping[str, str], server: ServerHalf) -> dict[str, str]:
+    """Returns for each refused client its reason, or `PRIVATE` if it must not be stored.
 
-    Under privacy an error of the work on private examples is an exact word about them. What went
-    wrong outside of it says nothing of them and is told: a lost message, a damaged file, a full
-    disk, keys. So are numbers that are not finite after noised steps: those follow from the noise
-    and the learning rate.
+    Under privacy an error raised by private examples says something exact about them. Errors of
+    messages, files, disks and keys do not. Neither do numbers that are not finite after noised
+    steps, because those are computed from noised gradients.
     """
     if server.uplink.privacy is None:
         return dict(refused)
     return {name: why if _is_public(why) else PRIVATE for name, why in refused.items()}
 
 
-def _is_public(why: str) -> bool:
-    kind, colon, _ = why.partition(": ")
-    # A client's error begins with its kind, a word; what the server says itself begins with
-    # something else.
-    return (
-        not (colon and kind.isidentifier() and kind.endswith(("Error", "Exception")))
-        or kind in OPEN
-    )
+def _is_public(reason: str) -> bool:
+    kind, colon, _ = reason.partition(": ")
+    # A client's reason begins with the class of its exception, such as "ValueError: ". Anything
+    # else is the server's own.
+    from_client = colon and kind.isidentifier() and kind.endswith(("Error", "Exception"))
+    return not from_client or kind in PUBLIC_ERRORS
 
 
 def refusal_line(refused: Mapping[str, str], asked: int, round: int) -> str:
-    """Says in one line which clients of a round do not count; empty if all do."""
+    """Returns one line about the refused clients of a round; empty if there are none."""
     if not refused:
         return ""
     named = [f"{name} ({why})" for name, why in list(refused.items())[:SHOWN]]

@@ -105,10 +105,12 @@ def _check_codecs(stage: FederateSettings, secure: bool, cohort: Cohort) -> None
 def _check_promise(
     stage: FederateSettings, trust: Trust, population: Population, cohort: Cohort
 ) -> None:
+    """Refuses a sampling or a delta with which epsilon would promise nothing."""
     private = stage.privacy
     assert private is not None
-    # In a buffered schedule the list of clients and the order of asking are the same in
-    # neighbouring runs, which differ in what one client sends; see docs/schedules.md.
+    # With one client more, a fixed cohort drops another: the sum changes by two updates. Not so in
+    # a buffered schedule, where neighbouring runs ask the same clients in the same order and differ
+    # in what one of them sends; see docs/schedules.md.
     displaces = (
         stage.schedule.one_model
         and trust.hides_cohort
@@ -124,6 +126,7 @@ def _check_promise(
             place="sampling",
             cure="set sampling = 'poisson', or take all clients",
         )
+    # Publishing one unit at random satisfies delta = 1 / units: a guarantee must exclude that.
     units = len(population) if trust.unit == "client" else population.total
     if private.delta >= 1 / units:
         raise RecipeError(

@@ -1,4 +1,4 @@
-"""Where the rounds of a federate stage stand: all that is needed to go on, and to stop early."""
+"""The progress of a federate stage: all that is needed to resume it, and to stop it early."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from fedpress.workspace.drive import Snapshot
 PLAIN = ("round", "best", "best_round", "bytes_up", "bytes_down", "note", "stopped", "closed")
 """Fields of `Progress` that JSON holds as they are."""
 SERVER = "server/"
-"""Before the names of the server's state in a checkpoint."""
+"""Prefix of the server's state in a checkpoint."""
 
 
 @dataclass(frozen=True, eq=False)
 class Progress:
-    """What the rounds so far have led to.
+    """The results of the rounds so far.
 
     Attributes:
         params: the server's parameters [d].
@@ -39,8 +39,8 @@ class Progress:
         bytes_down: to them.
         set_up: bytes [up, down] of the messages before the first round; None if a run of an older
             version counted some of them in its first round.
-        note: what a person reads of the last round.
-        stopped: why no further round is begun; empty while they go on.
+        note: what the progress bar shows of the last round.
+        stopped: why no further round is begun; empty while rounds go on.
         closed: rounds in a row in which no update counted.
         failures: what gave nothing so far.
     """
@@ -61,20 +61,27 @@ class Progress:
 
     @classmethod
     def begin(cls, server: ServerHalf) -> Progress:
-        """Stands before the first round."""
-        set_up = server.set_up.up, server.set_up.down
+        """Returns the progress before the first round."""
+        set_up = (server.set_up.up, server.set_up.down)
         return cls(parameters.flatten(server.model), server.ledger, set_up=set_up)
 
     @property
     def start(self) -> Start:
-        """Where the next round goes on from."""
+        """Where the next round begins."""
         return Start(self.params, self.round, self.server_state or None)
 
-    def after(
-        self, record: RoundRecord, seen: Evaluation | None, task: Task, **more: Any
+    def with_round(
+        self, record: RoundRecord, validation: Evaluation | None, task: Task, **more: Any
     ) -> Progress:
-        """Stands after the round of `record`, whose validation was `seen`; `more` are further fields."""
-        score = number(seen.score) if seen else None
+        """Returns the progress after one more round.
+
+        Args:
+            record: of the round, as far as it is public.
+            validation: of the new model; None without a validation set.
+            task: says which metric is better.
+            **more: further fields.
+        """
+        score = number(validation.score) if validation else None
         better = task.better(score, self.best)
         return Progress(
             params=record.params,
@@ -85,7 +92,7 @@ class Progress:
             bytes_up=self.bytes_up + record.bytes_up,
             bytes_down=self.bytes_down + record.bytes_down,
             set_up=self._set_up_with(record),
-            note=f"validation {task.formatted(score)}" if seen else "",
+            note=f"validation {task.formatted(score)}" if validation else "",
             **more,
         )
 
@@ -97,21 +104,21 @@ class Progress:
 
     def snapshot(self) -> Snapshot:
         """Returns what a checkpoint holds."""
-        state = self.server_state or {}
-        tensors = {"params": self.params, **{f"{SERVER}{k}": v for k, v in state.items()}}
-        plain = {name: getattr(self, name) for name in PLAIN}
-        facts: dict[str, Any] = {
-            "ledger": self.ledger.to_json(),
-            "failures": self.failures.to_json(),
-        }
+        tensors = {"params": self.params}
+        for name, tensor in (self.server_state or {}).items():
+            tensors[f"{SERVER}{name}"] = tensor
+        facts: dict[str, Any] = {name: getattr(self, name) for name in PLAIN}
+        facts["ledger"] = self.ledger.to_json()
+        facts["failures"] = self.failures.to_json()
         if self.set_up is not None:
             facts["set_up"] = [*self.set_up]
-        return Snapshot(tensors, plain | facts)
+        return Snapshot(tensors, facts)
 
     @classmethod
     def load(cls, saved: Snapshot) -> Progress:
-        """Reads what `snapshot` gave."""
+        """Reads a checkpoint, also one of an older version."""
         facts: Mapping[str, Any] = saved.facts
+        # Older versions have neither `set_up` nor `failures`.
         set_up = facts.get("set_up")
         return cls(
             params=saved.tensors["params"],

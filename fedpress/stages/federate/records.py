@@ -1,4 +1,4 @@
-"""What a federate stage writes down: a line for each round, and the facts of its end."""
+"""The records of a federate stage: one for each round, and the facts of the finished stage."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from fedpress.federation import RoundRecord
 from fedpress.privacy.accounting.accountant import Spent
-from fedpress.stages.federate.failures import told
+from fedpress.stages.federate.failures import public_reasons
 from fedpress.stages.federate.progress import Progress
 from fedpress.stages.federate.server import PRIVACY_KEYS, ServerHalf
 from fedpress.stages.federate.stopping import last_warning
@@ -16,37 +16,44 @@ from fedpress.training.evaluate import Evaluation
 
 
 def public_part(record: RoundRecord, server: ServerHalf) -> RoundRecord:
-    """Returns what may be written down of a round.
+    """Returns the part of a round's record that may be stored.
 
-    Where the server is trusted with updates that no noise covers, it must not tell who took part or
-    was refused, nor bytes that depend on what they sent: then those of the plan stand in their
-    place.
+    A trusted server sees who took part, but the record must not show it. Bytes depend on what the
+    clients sent, so the planned bytes take their place.
     """
     if not server.hides_cohort:
         return record
     up, down = server.planned_bytes
     timing = replace(record.timing, answered=(), spare=(), late=())
-    if server.stage.sampling == "poisson":  # how long a round took tells which clients were drawn
+    # Each client's delay is known, so the time of a round would tell which clients were drawn.
+    if server.stage.sampling == "poisson":
         timing = replace(timing, simulated_seconds=None)
     return replace(record, bytes_up=up, bytes_down=down, refused={}, timing=timing)
 
 
-def line(
-    record: RoundRecord, now: Progress, seen: Evaluation | None, server: ServerHalf
+def round_line(
+    record: RoundRecord, now: Progress, validation: Evaluation | None, server: ServerHalf
 ) -> dict[str, Any]:
-    """Returns the line of the round of `record`, whose validation was `seen`, after which the rounds stand at `now`."""
+    """Returns the stored record of one round.
+
+    Args:
+        record: of the round, as far as it is public.
+        now: the progress after it.
+        validation: of the new model; None without a validation set.
+        server: the server's half.
+    """
     failures = {} if record.failures is None else {"failures": asdict(record.failures)}
     return {
         "round": record.round,
         "num_rounds": server.stage.num_rounds,
-        server.common.task.primary: number(seen.score) if seen else None,
-        "loss": seen.loss if seen else None,
+        server.common.task.primary: number(validation.score) if validation else None,
+        "loss": validation.loss if validation else None,
         "bytes_up": record.bytes_up,
         "bytes_down": record.bytes_down,
         **(_set_up(now) if record.round == 1 else {}),
         "epsilon": _epsilon(server, now),
         "clients": record.clients,
-        "refused": told(record.refused, server),
+        "refused": public_reasons(record.refused, server),
         **failures,
         "seconds": round(record.seconds, 2),
         **_times(record, server),
@@ -54,7 +61,7 @@ def line(
 
 
 def _set_up(now: Progress) -> dict[str, int]:
-    """Returns the bytes of the messages before the first round, which stand in the count of no round."""
+    """Returns the bytes of the messages before the first round, which no round counts."""
     if now.set_up is None:
         return {}
     up, down = now.set_up
@@ -62,29 +69,31 @@ def _set_up(now: Progress) -> dict[str, int]:
 
 
 def _times(record: RoundRecord, server: ServerHalf) -> dict[str, Any]:
-    """Returns what a line says of the clock and of clients at different speeds; nothing of plain rounds."""
+    """Returns the entries about time and staleness; none for synchronous rounds without a clock."""
     timing = record.timing
-    said: dict[str, Any] = {}
+    entries: dict[str, Any] = {}
     if timing.simulated_seconds is not None:
-        said["simulated_seconds"] = timing.simulated_seconds
+        entries["simulated_seconds"] = timing.simulated_seconds
     if not server.stage.schedule.one_model:
-        said["staleness"] = list(timing.staleness)
+        entries["staleness"] = list(timing.staleness)
     if timing.spare:
-        said["spare"] = list(timing.spare)
-    return said
+        entries["spare"] = list(timing.spare)
+    return entries
 
 
 def stage_facts(server: ServerHalf, now: Progress, score_before: float | None) -> dict[str, Any]:
-    """Returns the facts of the stage's end; every key also without privacy, so that no promise outlives an open stage.
+    """Returns the facts of the finished stage.
 
     Args:
         server: the server's half.
-        now: where the rounds stand.
+        now: the progress after the last round.
         score_before: the task's metric on the test set before the stage.
     """
     metric = server.common.task.primary
     spent = _spent(server, now)
-    promise = dict.fromkeys(PRIVACY_KEYS) if spent is None else server.privacy_facts()
+    # The keys are there without privacy, too, as None: otherwise the epsilon of an earlier stage
+    # would still be shown after this one.
+    privacy = dict.fromkeys(PRIVACY_KEYS) if spent is None else server.privacy_facts()
     return {
         "rounds": now.round,
         "clients": len(server.population),
@@ -95,7 +104,7 @@ def stage_facts(server: ServerHalf, now: Progress, score_before: float | None) -
         "bytes_up": now.bytes_up,
         "bytes_down": now.bytes_down,
         **_set_up(now),
-        **promise,
+        **privacy,
         **server.grid_facts(),
         "bytes": "planned" if server.hides_cohort else "counted",
         "sum": "secure" if server.protection.grid is not None else "plain",

@@ -1,4 +1,4 @@
-"""One private step of every kind of client on public or made-up examples, before any epsilon is spent."""
+"""Rehearsal: one private step on public or made-up examples, before any epsilon is spent."""
 
 from __future__ import annotations
 
@@ -15,47 +15,60 @@ from fedpress.stages.federate.client import ClientHalf
 from fedpress.tasks import Task
 
 EXAMPLES = 4
-"""A tiny batch: the check must be cheap for a large network."""
+"""Size of the batch: small, because the check must be cheap for a large network."""
 
 
 def rehearse(clients: Sequence[ClientHalf], public: Sequence[Arrays], task: Task) -> None:
-    """Lets one client of each kind take a private step on examples of its kind: of their shape and type.
+    """Lets one client of each kind take a private step.
 
-    No private value is read. Without examples of a kind in the `public` parts they are made up, of
-    values that its type may hold.
+    A kind is a shape and type of examples. Only these are read of private examples, never a value.
+
+    Args:
+        clients: all clients.
+        public: public parts of the data. If none has examples of a kind, they are made up.
+        task: makes up targets.
 
     Raises:
         RecipeError: if the step fails, with the cause.
     """
     for client in _one_of_each_kind(clients):
-        like, problems = client.arrays, list[tuple[str, Exception]]()
-        for what, arrays in trial_examples(like, public, task, client.common.model):
-            try:
-                client.rehearse(arrays)
-            except Exception as problem:  # whatever somebody's own network raises
-                problems.append((what, problem))
-            else:
-                break
+        _rehearse_kind(client, public, task)
+
+
+def _rehearse_kind(client: ClientHalf, public: Sequence[Arrays], task: Task) -> None:
+    """Lets one client take a private step; RecipeError if it fails on all examples to try."""
+    like = client.arrays
+    problems: list[tuple[str, Exception]] = []
+    for what, arrays in trial_examples(like, public, task, client.common.model):
+        try:
+            client.rehearse(arrays)
+        # Any exception: a user's own network may raise anything.
+        except Exception as problem:
+            problems.append((what, problem))
         else:
-            what, cause = problems[0]
-            kind = f"{what} examples of shape {told(like.x)}"
-            cure: list[str | Argument] = [
-                "no epsilon was spent; mend the model, so that it runs on single examples"
-            ]
-            if what == "made-up":
-                share = Argument("data.public_share", 0.1)
-                cure += [", or give public examples of this kind by ", share, " to try it on"]
-            said = str(cause).partition("\n")[0]
-            if isinstance(cause, TrainingError):  # its cure is the one below
-                said = cause.problem
-            raise RecipeError(
-                f"a private step fails on {kind}: {type(cause).__name__}: {said}",
-                place="privacy",
-                cure=cure,
-            ) from cause
+            return
+
+    what, cause = problems[0]
+    kind = f"{what} examples of shape {told(like.x)}"
+    cure: list[str | Argument] = [
+        "no epsilon was spent; mend the model, so that it runs on single examples"
+    ]
+    if what == "made-up":
+        share = Argument("data.public_share", 0.1)
+        cure += [", or give public examples of this kind by ", share, " to try it on"]
+    said = str(cause).partition("\n")[0]
+    # Without the cure of the training's own error, which is for private examples.
+    if isinstance(cause, TrainingError):
+        said = cause.problem
+    raise RecipeError(
+        f"a private step fails on {kind}: {type(cause).__name__}: {said}",
+        place="privacy",
+        cure=cure,
+    ) from cause
 
 
 def _one_of_each_kind(clients: Sequence[ClientHalf]) -> list[ClientHalf]:
+    """Returns the first client of each shape and type of examples."""
     kinds: dict[tuple[object, ...], ClientHalf] = {}
     for client in clients:
         x, y = client.arrays.x, client.arrays.y
@@ -66,40 +79,52 @@ def _one_of_each_kind(clients: Sequence[ClientHalf]) -> list[ClientHalf]:
 def trial_examples(
     like: Arrays, public: Sequence[Arrays], task: Task, model: nn.Module
 ) -> Iterator[tuple[str, Arrays]]:
-    """Yields examples of the kind of `like` to try, one after another until one works; only its type is looked at."""
+    """Yields examples of the shape and type of `like` to try, until one works.
+
+    Args:
+        like: private examples, of which no value is read.
+        public: public parts to take examples from.
+        task: makes up targets.
+        model: its embeddings limit made-up tokens.
+
+    Yields:
+        "public" or "made-up", and the examples.
+    """
     for part in public:
         same = form_of(part.x) == form_of(like.x) and part.y.dtype == like.y.dtype
         if len(part) and same:
+            # From all over the part: it may be sorted by class.
             spread = torch.linspace(0, len(part) - 1, min(EXAMPLES, len(part))).long()
             yield "public", part.take(spread)
             return
-    chance, targets = public_stream(0, "rehearsal"), task.made_up(EXAMPLES, like.y)
+    chance = public_stream(0, "rehearsal")
+    targets = task.made_up(EXAMPLES, like.y)
     for x in _made_up_inputs(like.x, _vocabulary(model), chance):
         yield "made-up", Arrays(x, targets)
 
 
 def _made_up_inputs(like: Inputs, vocabulary: int | None, chance: RandomSource) -> Iterator[Inputs]:
-    """Yields inputs like `like`; of several inputs at last whole numbers of 1, such as the length of one word."""
-    tries = {
-        name: list(_made_up((EXAMPLES, *part.shape[1:]), part.dtype, vocabulary, chance))
-        for name, part in parts_of(like).items()
-    }
+    """Yields made-up inputs of the shape and type of `like`."""
+    tries = {}
+    for name, part in parts_of(like).items():
+        shape = (EXAMPLES, *part.shape[1:])
+        tries[name] = list(_made_up(shape, part.dtype, vocabulary, chance))
     if not isinstance(like, NamedInputs):
         yield from tries[""]
         return
-    for at in (0, -1):
-        yield NamedInputs({name: found[at] for name, found in tries.items()})
-    yield NamedInputs(
-        {
-            name: found[0] if found[0].is_floating_point() else torch.ones_like(found[0])
-            for name, found in tries.items()
-        }
-    )
+    for index in (0, -1):
+        yield NamedInputs({name: found[index] for name, found in tries.items()})
+    # At last all whole numbers are 1: one input may be a length, which 0 or a large one breaks.
+    ones = {}
+    for name, found in tries.items():
+        ones[name] = found[0] if found[0].is_floating_point() else torch.ones_like(found[0])
+    yield NamedInputs(ones)
 
 
 def _made_up(
     shape: tuple[int, ...], dtype: torch.dtype, vocabulary: int | None, chance: RandomSource
 ) -> Iterator[Tensor]:
+    """Yields tensors of this shape and type whose values are plausible, the likeliest first."""
     if dtype == torch.bool:
         yield torch.ones(shape, dtype=dtype)
         return
@@ -107,13 +132,13 @@ def _made_up(
         yield chance.integers(256, *shape).to(dtype)
     elif dtype.is_floating_point and vocabulary is None:
         yield chance.normal(*shape).to(dtype)
-    # A number may be the name of something, such as a token: then a small whole one is valid.
-    high = min(vocabulary or 2, 256 if dtype == torch.uint8 else 1 << 31)
-    yield chance.integers(high, *shape).to(dtype)
+    # A number may be an index, such as a token: then a small whole number is valid.
+    largest = 256 if dtype == torch.uint8 else 1 << 31
+    yield chance.integers(min(vocabulary or 2, largest), *shape).to(dtype)
 
 
 def _vocabulary(model: nn.Module) -> int | None:
-    """Returns how many tokens every embedding of `model` knows, None if it has none."""
+    """Returns how many tokens all embeddings of `model` know; None if it has no embedding."""
     sizes = [
         m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag)
     ]

@@ -1,4 +1,4 @@
-"""The rounds of a federate stage as long work: each is charged, run, looked at and written down."""
+"""The rounds of a federate stage: each is charged, run, evaluated and recorded."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from fedpress.core import parameters
 from fedpress.errors import PrivacyError
 from fedpress.federation import RoundRecord
 from fedpress.privacy.ledger import Ledger
-from fedpress.stages.federate.failures import refusal_line, told
+from fedpress.stages.federate.failures import public_reasons, refusal_line
 from fedpress.stages.federate.progress import Progress
-from fedpress.stages.federate.records import line, public_part
+from fedpress.stages.federate.records import public_part, round_line
 from fedpress.stages.federate.server import ServerHalf
 from fedpress.stages.federate.stopping import (
     check_failures,
@@ -29,23 +29,26 @@ log = logging.getLogger(__name__)
 
 
 class FederatedRounds:
-    """Rounds of local training on private data, one after another, until `enough`; see `drive`.
+    """Rounds of local training on private data, as work that `drive` runs and resumes.
 
     Attributes:
         server: the server's half of the stage.
-        source: the state before the stage; of its data only the public parts are looked at.
-        now: where the rounds stand.
+        source: the state before the stage; only the public parts of its data are read.
+        now: the progress.
     """
 
     def __init__(self, server: ServerHalf, source: State) -> None:
-        self.server, self.source = server, source
+        self.server = server
+        self.source = source
         self.now = Progress.begin(server)
         self._warned = ""
+        # Computed and cached now: the rounds overwrite `server.model`, and the planned bytes must
+        # not depend on what it holds then.
         if server.hides_cohort:
-            _ = server.planned_bytes  # of the model as it is bound: a later one may hold anything
+            _ = server.planned_bytes
 
     def events(self) -> Iterator[Tick | Milestone]:
-        """Runs the rounds; yields a tick before each, since it may take minutes, and a milestone after it."""
+        """Runs the rounds; yields a tick before each, as one may take minutes, and a milestone."""
         server = self.server
         running = server.rounds(self.now.start)
         while not is_finished(server, self.now):
@@ -55,69 +58,84 @@ class FederatedRounds:
                 why = "the next round would pass the privacy budget"
                 self.now = replace(self.now, stopped=why)
                 break
-            at, note = f"round {self.now.round + 1}/{server.stage.num_rounds}", self.now.note
+            at = f"round {self.now.round + 1}/{server.stage.num_rounds}"
+            note = self.now.note
             yield self._tick(f"{at}, {note}" if note else at)
-            sure = self.now.failures.significant
+            warned = self.now.failures.significant
             record = next(running)
             shown = public_part(record, server)
             yield self._take(record, shown, ledger)
+            # After the milestone: the round was charged, so it must be saved even if the run stops.
             check_failures(server, self.now)
-            yield from self._warnings(shown, len(record.timing.answered), was_sure=sure)
+            yield from self._warnings(shown, len(record.timing.answered), warned=warned)
         last = last_warning(server, self.now.failures)
         yield self._tick(self.now.stopped or self.now.note, f"warning: {last}" if last else "")
 
     def state(self) -> Snapshot:
-        """Returns where the rounds stand."""
+        """Returns the progress, as a checkpoint stores it."""
         return self.now.snapshot()
 
     def load_(self, saved: Snapshot) -> None:
-        """Goes on from a `state`."""
+        """Goes on from a checkpoint."""
         self.now = Progress.load(saved)
 
     def _charged(self) -> Ledger:
         """Returns the ledger with the next round in it.
 
-        A round is charged before it touches data. One that is killed and done again draws the same
-        noise from the same seeds, so it gives the same reply and costs nothing more.
+        A round is charged before it reads any data. If it is killed and repeated, it draws the same
+        noise from the same seeds: clients give the same replies, which costs nothing more.
 
         Raises:
             PrivacyError: if the round would pass the budget.
         """
-        server, number = self.server, self.now.round + 1
+        server = self.server
+        number = self.now.round + 1
         if server.unit is None:
             return self.now.ledger
         tasks = Counter(server.participation.asked(number))
         return server.spend(self.now.ledger, tasks, number, number)
 
     def _take(self, record: RoundRecord, shown: RoundRecord, ledger: Ledger) -> Milestone:
-        """Moves on behind the round of `record`: the model is looked at, and what may be `shown` is written down."""
+        """Evaluates the model after a round, and updates the progress.
+
+        Args:
+            record: of the round.
+            shown: the part of it that may be stored.
+            ledger: with the round in it.
+
+        Returns:
+            The milestone, with the stored record.
+        """
         server = self.server
         closed = count_closed_rounds(server, record, self.now.closed)
         parameters.assign_(server.model, record.params)
-        seen = self._look()
-        failures = self.now.failures.after(shown, record.timing.answered, server)
+        validation = self._validate()
+        failures = self.now.failures.with_round(shown, record.timing.answered, server)
         more = {"ledger": ledger, "closed": closed, "failures": failures}
-        self.now = self.now.after(shown, seen, server.common.task, **more)
-        return Milestone(line(shown, self.now, seen, server), self.now.note)
+        self.now = self.now.with_round(shown, validation, server.common.task, **more)
+        return Milestone(round_line(shown, self.now, validation, server), self.now.note)
 
-    def _look(self) -> Evaluation | None:
-        """Measures on the public validation set; private data is never looked at without a charge."""
-        data, precision = self.source.data, self.server.stage.precision
+    def _validate(self) -> Evaluation | None:
+        """Evaluates on the public validation set; a metric on private data would cost privacy."""
+        data = self.source.data
+        precision = self.server.stage.precision
         if not len(data.validation):
             return None
         return evaluate(
             self.server.model, data.validation, data.preprocess, data.task, precision=precision
         )
 
-    def _warnings(self, shown: RoundRecord, answered: int, *, was_sure: bool) -> Iterator[Tick]:
-        """Yields a tick for what has gone wrong in a round, unless that was said of the round before."""
-        warning = refusal_line(told(shown.refused, self.server), answered, shown.round)
+    def _warnings(self, shown: RoundRecord, answered: int, *, warned: bool) -> Iterator[Tick]:
+        """Yields a tick for each new warning; `warned`: failures were reported already."""
+        reasons = public_reasons(shown.refused, self.server)
+        warning = refusal_line(reasons, answered, shown.round)
+        # Compared without the number of the round: the same clients may be refused in every round.
         if warning and warning.partition(":")[2] != self._warned.partition(":")[2]:
             # What a person may be told: under privacy no name and no number of a single client.
             log.warning("%s", warning)
             yield self._tick(self.now.note, warning)
         self._warned = warning
-        if self.now.failures.significant and not was_sure:
+        if self.now.failures.significant and not warned:
             yield self._tick(self.now.note, last_warning(self.server, self.now.failures))
 
     def _tick(self, note: str, warning: str = "") -> Tick:

@@ -1,4 +1,4 @@
-"""The bytes of a stage's messages before it runs, from public facts: real messages, with keys that stand in."""
+"""The bytes of a stage's messages, before it runs: real messages are packed, with made-up keys."""
 
 from __future__ import annotations
 
@@ -23,23 +23,32 @@ from fedpress.wire.message import Message, pack, unpack
 
 
 def sizes(contract: Contract, params: Tensor) -> dict[str, Any]:
-    """Returns the bytes of real messages, and bits for each value, with an update of Gaussian noise.
+    """Returns the bytes of messages, and bits per value, with an update of Gaussian values.
 
-    Updates of real training have heavier tails and become smaller. `params` [d] are those of the
-    model. `bytes_set_up` are those of the keys of a secure sum, 0 for a plain one.
+    Real updates have heavier tails and pack to fewer bytes.
+
+    Args:
+        contract: the bound stage.
+        params: of the model [d].
+
+    Returns:
+        Bits per value and bytes per round in both directions, `bytes_down_first_time` with a
+        downlink, and `bytes_set_up` of the keys of a secure sum (0 for a plain one).
     """
-    terms, uplink = contract.terms, contract.uplink
+    terms = contract.terms
+    uplink = contract.uplink
     chance = public_stream(0, "sizes")
-    change = chance.normal(len(params), dtype=torch.float32) * (
-        1e-3 * float(params.std()) if len(params) > 1 else 1e-3
-    )
+    # About as large as real changes are beside the parameters.
+    scale = 1e-3 * float(params.std()) if len(params) > 1 else 1e-3
+    change = chance.normal(len(params), dtype=torch.float32) * scale
     names = list(contract.population.names)[: uplink.cohort.size]
     key = Key(terms.seed, 1, names[0])
-    vectors = {
-        codec.name: chance.normal(codec.size, dtype=torch.float32) for codec in uplink.vector_codecs
-    }
+    vectors = {}
+    for codec in uplink.vector_codecs:
+        vectors[codec.name] = chance.normal(codec.size, dtype=torch.float32)
     tensors = uplink.encode(vectors | {UPDATE: change}, key)
     header: dict[str, JSON] = {"round": 1, "examples": 1, "loss": 1.0, "steps": 1}
+    # Noised counts have all digits of a float64.
     if uplink.privacy is not None and not uplink.trust.hides_cohort:
         header["failures"] = [0.123456789012345, 0.123456789012345]
     aggregator, members = _stand_ins(contract)
@@ -47,14 +56,15 @@ def sizes(contract: Contract, params: Tensor) -> dict[str, Any]:
     session = aggregator.open(transport, terms.agreement.fingerprint)
     if members:
         part = members[names[0]].mask(tensors[VALUES], round=1, cohort=names)
-        # In a secure sum a client says nothing of its training, only what failed.
+        # In a secure sum a client reports nothing of its training but the counts of failures.
         for name in ("examples", "loss", "steps"):
             del header[name]
         header["secure"] = dict(part.header)
         tensors = dict(part.tensors)
     up = len(pack(Message("update", header, tensors)))
     first, down = _down(contract, params, change, session.invite(names))
-    size, cohort = max(1, len(params)), uplink.cohort.size
+    size = max(1, len(params))
+    cohort = uplink.cohort.size
     set_up = transport.traffic.up + transport.traffic.down
     return {
         "bits_per_value_up": 8 * up / size,
@@ -69,32 +79,36 @@ def sizes(contract: Contract, params: Tensor) -> dict[str, Any]:
 def _down(
     contract: Contract, params: Tensor, change: Tensor, invitation: dict[str, JSON]
 ) -> tuple[int, int]:
-    """Returns the bytes of the first message that brings a model, and those of each later one."""
+    """Returns the bytes of the first "fit" that a client is sent, and those of each later one."""
     terms = contract.terms
-    said: dict[str, JSON] = {"round": 1, "agreement": terms.agreement.fingerprint, **invitation}
+    header: dict[str, JSON] = {"round": 1, "agreement": terms.agreement.fingerprint, **invitation}
     if terms.algorithm.keeps_state:
-        said["counted"] = 0
-    # As full of numbers as in later rounds: what is zero at the beginning packs to nothing.
-    sizes = {name: extra.size for name, extra in terms.algorithm.extras_down.items()}
-    beside = {name: change[:size].clone() for name, size in sizes.items()}
-    whole = len(pack(Message("fit", said, {PARAMS: params, **beside})))
+        header["counted"] = 0
+    # Random values, as in later rounds: the zeros of the beginning pack to nothing.
+    extras = {}
+    for name, extra in terms.algorithm.extras_down.items():
+        extras[name] = change[: extra.size].clone()
+    whole = len(pack(Message("fit", header, {PARAMS: params, **extras})))
     if terms.downlink is None:
         return whole, whole
     client = contract.population.names[0]
-    broadcast, sent = Broadcast.open(terms.downlink, terms.seed, [client], {}), []
+    broadcast = Broadcast.open(terms.downlink, terms.seed, [client], {})
+    sent = []
     for round, model in ((1, params), (2, params + change)):
         version, tensors = broadcast.encode_for(round, model, [client])[client]
-        sent.append(len(pack(Message("fit", {**said, "from": version}, {**tensors, **beside}))))
+        message = Message("fit", {**header, "from": version}, {**tensors, **extras})
+        sent.append(len(pack(message)))
         broadcast.mark_arrived({})
     return sent[0], sent[1]
 
 
 def _stand_ins(contract: Contract) -> tuple[Aggregator, dict[ClientId, SecAggClient]]:
-    """Returns the sum and its clients with keys that anybody could make: their messages are as long as the real ones.
+    """Returns a secure sum and its clients with made-up keys; no clients for a plain sum.
 
-    A plain sum has no keys, so nobody stands in.
+    Their messages are as long as the real ones. The real keys are secret, and not known here.
     """
-    aggregator, grid = contract.uplink.aggregator, contract.protection.grid
+    aggregator = contract.uplink.aggregator
+    grid = contract.protection.grid
     if grid is None:
         return aggregator, {}
     keys = {name: random.secret_key(0, "stand-in", name) for name in contract.population.names}

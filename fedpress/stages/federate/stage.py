@@ -1,4 +1,4 @@
-"""The federate stage: rounds of local training on private data, with the promised privacy, evaluated as they go."""
+"""The federate stage: rounds of local training on private data, under the planned privacy."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from fedpress.workspace.state import State, Tick
 
 
 class FederateStage(FederateSettings, Stage):
-    """`[[stage]] kind = "federate"`: FedAvg over the clients of the data set."""
+    """`[[stage]] kind = "federate"`: federated rounds over the clients of the data set."""
 
     needs_clients: ClassVar[bool] = True
     places: ClassVar[Mapping[str, str]] = {
@@ -50,11 +50,11 @@ class FederateStage(FederateSettings, Stage):
 
     @property
     def private(self) -> bool:
-        """Whether it promises something about the clients' rows."""
+        """Whether it promises differential privacy to the clients."""
         return self.privacy is not None
 
     def check(self, state: State) -> tuple[State, dict[str, Any]]:
-        """Binds model, clients, uplink and privacy: says bytes, noise and epsilon before anything is trained.
+        """Binds model, clients, uplink and privacy; returns bytes, noise and epsilon as facts.
 
         Raises:
             RecipeError: if the parts do not fit together.
@@ -63,13 +63,15 @@ class FederateStage(FederateSettings, Stage):
         """
         word = state.data.task.words[0]
         if self.target_accuracy is not None and not word.share:
+            kind = state.data.task.kind
             raise RecipeError(
-                f"got {self.target_accuracy}, but the task {state.data.task.kind} goes by {word.name}",
+                f"got {self.target_accuracy}, but the task {kind} goes by {word.name}",
                 place="target_accuracy",
                 cure="take target_metric",
             )
         federation = bind(self, state)
         server = federation.server
+        sizes = {name: value for name, value in server.sizes().items() if value is not None}
         facts: dict[str, Any] = {
             "clients": len(server.population),
             **self._counts(server),
@@ -78,22 +80,24 @@ class FederateStage(FederateSettings, Stage):
             **server.schedule_facts(),
             "trained_values": server.uplink.size,
             "batch_size": self.batch_size,
-            **{name: value for name, value in server.sizes().items() if value is not None},
+            **sizes,
             **server.grid_facts(),
         }
         if is_secure(self) and not self.uplink:
-            facts["uplink"] = (
-                f"by default: {', '.join(_short(one) for one in default_secure_chain(self.privacy is not None))}"
-            )
+            chain = default_secure_chain(self.privacy is not None)
+            facts["uplink"] = f"by default: {', '.join(_short(one) for one in chain)}"
         if self.warnings:
             facts["warning"] = "; ".join(self.warnings)
         ledger = server.ledger
         if self.privacy is not None:
+            # All rounds are charged at once: a budget that does not last fails now, not at the end.
             if self.num_rounds:
                 ledger = server.spend(ledger, server.planned_tasks(), 1, self.num_rounds)
             spent = ledger.spent(delta=self.privacy.delta)
-            facts |= server.privacy_facts() | {"epsilon": spent.epsilon}
-            facts |= {"epsilon_is": spent.note} if spent.note else {}
+            facts |= server.privacy_facts()
+            facts["epsilon"] = spent.epsilon
+            if spent.note:
+                facts["epsilon_is"] = spent.note
             if self.num_rounds:
                 data = state.data
                 parts = (data.public, data.validation, data.test)
@@ -101,7 +105,7 @@ class FederateStage(FederateSettings, Stage):
         return replace(state, ledger=ledger), facts
 
     def _counts(self, server: ServerHalf) -> dict[str, Any]:
-        """Returns what follows from the clients' numbers of examples, where these are public."""
+        """Returns the facts that follow from the clients' numbers of examples, if public."""
         if server.population.examples is None:
             return {}
         counts = server.population.counts.values()
@@ -114,9 +118,11 @@ class FederateStage(FederateSettings, Stage):
         """Runs the rounds; yields a tick for each, and saves a checkpoint after each."""
         for warning in self.warnings:
             yield Tick(0, self.num_rounds, "", f"warning: stage.{self.name}.{warning}")
+        # Without a checkpoint the rounds begin anew, so clients must not refuse them as answered.
         if not folder.begun:
-            folder.forget()  # what clients remember of a beginning that was lost has nothing to go on from
-        server, data = bind(self, state, folder.memory).server, state.data
+            folder.forget()
+        server = bind(self, state, folder.memory).server
+        data = state.data
         if state.score is None and len(data.test):
             before = evaluate(state.model, data.test, data.preprocess, data.task)
             state = replace(state, score=before.score)
@@ -124,15 +130,15 @@ class FederateStage(FederateSettings, Stage):
         yield from drive(work, folder)
         parameters.assign_(server.model, work.now.params)
         facts = stage_facts(server, work.now, state.score)
+        # Sparse weights trained as vectors of their kept values: here they get their shapes back.
         model = expand_(server.model)
+        # `trainable` froze some parameters for this stage only.
         for p in model.parameters():
             p.requires_grad_(True)
         return replace(state, model=model, ledger=work.now.ledger, facts=facts)
 
 
 def _short(transform: Settings) -> str:
-    return (
-        f"{transform.kind} {transform.clip_norm:g}"
-        if isinstance(transform, Clip)
-        else transform.kind
-    )
+    if isinstance(transform, Clip):
+        return f"{transform.kind} {transform.clip_norm:g}"
+    return transform.kind

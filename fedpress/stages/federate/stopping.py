@@ -1,4 +1,4 @@
-"""When the rounds of a federate stage end: enough is learned, or nothing comes of them, and why."""
+"""When the rounds of a federate stage end: the target is reached, or no update counts any more."""
 
 from __future__ import annotations
 
@@ -6,17 +6,18 @@ from fedpress.errors import TrainingError
 from fedpress.federation import RoundRecord
 from fedpress.federation.local import too_large
 from fedpress.stages.federate.contract import algorithm_of, local_settings
-from fedpress.stages.federate.failures import PRIVATE, Failures, told
+from fedpress.stages.federate.failures import PRIVATE, Failures, public_reasons
 from fedpress.stages.federate.progress import Progress
 from fedpress.stages.federate.server import ServerHalf
 
 CLOSED = 3
-"""Secure sums in a row that may stay closed before a run stops."""
+"""Rounds in a row without an aggregate after which a run stops."""
 
 
 def is_finished(server: ServerHalf, now: Progress) -> bool:
-    """Says whether no further round is wanted: all are done, the target is reached, or patience is at its end."""
-    stage, task = server.stage, server.common.task
+    """Says whether the rounds are over: all done, the target reached, or no better for long."""
+    stage = server.stage
+    task = server.common.task
     if now.round >= stage.num_rounds or now.stopped:
         return True
     reached = now.best == stage.target or task.better(now.best, stage.target)
@@ -27,22 +28,27 @@ def is_finished(server: ServerHalf, now: Progress) -> bool:
 
 
 def count_closed_rounds(server: ServerHalf, record: RoundRecord, before: int) -> int:
-    """Returns how many rounds in a row nothing came of, after `before` of them; refuses to go on in vain.
+    """Returns the number of rounds in a row in which no update counted, this one included.
 
-    A secure sum may stay closed because clients vanished: that round is over, for its questions
-    were answered, and the next one may fare better. So it is where all were late. Otherwise the
-    rounds would run to their end and learn nothing.
+    A secure sum may fail because too many clients dropped out, and a deadline because all were
+    late: the next round may succeed. In any other case all rounds would run and learn nothing.
+
+    Args:
+        server: the server's half.
+        record: of the round.
+        before: the number before this round.
 
     Raises:
-        TrainingError: if no client has done its work; under a secure sum, or if they were late, in
-            three rounds one after another.
+        TrainingError: if no update counted; with a secure sum, or if all were late, only after
+            three such rounds in a row.
     """
-    waited, late = record.timing.answered, record.timing.late
-    if not waited or set(waited) != set(record.refused):
+    answered = record.timing.answered
+    if not answered or set(answered) != set(record.refused):
         return 0
     closed = before + 1
-    may_fare_better = server.protection.grid is not None or len(late) == len(waited)
-    if not may_fare_better or closed >= CLOSED:
+    all_late = len(record.timing.late) == len(answered)
+    may_succeed_next = server.protection.grid is not None or all_late
+    if not may_succeed_next or closed >= CLOSED:
         raise TrainingError(
             f"no update counted in round {record.round}{_why(server, record)}",
             place="federate",
@@ -55,9 +61,11 @@ def count_closed_rounds(server: ServerHalf, record: RoundRecord, before: int) ->
 
 
 def _why(server: ServerHalf, record: RoundRecord) -> str:
-    """Says why no update counted, and which setting may be the cause; no name where the cohort is secret."""
+    """Returns why no update counted, and which setting may be the cause."""
     first = record.timing.answered[0]
-    reason, why = told(record.refused, server)[first], ""
+    reason = public_reasons(record.refused, server)[first]
+    why = ""
+    # No name where it is secret who took part.
     if reason != PRIVATE and not server.hides_cohort:
         why = f", for instance {first}: {reason}"
     if record.timing.late:
@@ -69,10 +77,10 @@ def _why(server: ServerHalf, record: RoundRecord) -> str:
 
 
 def check_failures(server: ServerHalf, now: Progress) -> None:
-    """Does not spend more on noise: the round that was counted is saved and charged.
+    """Stops a run in which every unit fails, before it spends more epsilon on noise alone.
 
     Raises:
-        TrainingError: if the noised count says that every protected unit fails.
+        TrainingError: if the noised counts say so.
     """
     if now.failures.all_failing:
         many = f"{now.failures.estimate(server.unit)} gave nothing up to round {now.round}"
@@ -85,7 +93,7 @@ def check_failures(server: ServerHalf, now: Progress) -> None:
 
 
 def last_warning(server: ServerHalf, failures: Failures) -> str:
-    """Says what must be known of `failures` at the end; empty if nothing."""
+    """Returns the warning about `failures` at the end of the rounds; empty if there is none."""
     warning = failures.warning(server.unit)
     if failures.significant and not warning.startswith("about"):
         estimate = f"{failures.estimate(server.unit)} gave nothing"
@@ -96,8 +104,10 @@ def last_warning(server: ServerHalf, failures: Failures) -> str:
 
 
 def _rates(server: ServerHalf) -> str:
-    """Names the settings that make training diverge if they are too large."""
-    stage, algorithm = server.stage, algorithm_of(server.stage)
-    place, lr = f"stage.{stage.name}.", algorithm.optimizer.lr
+    """Names the settings that may have made training diverge."""
+    stage = server.stage
+    algorithm = algorithm_of(stage)
+    place = f"stage.{stage.name}."
+    server_lr = algorithm.optimizer.lr
     rates = too_large(local_settings(stage), stage.lr, penalties=algorithm.penalties, place=place)
-    return rates if lr <= 1 else f"{rates} or {place}server.lr (now {lr:g})"
+    return rates if server_lr <= 1 else f"{rates} or {place}server.lr (now {server_lr:g})"

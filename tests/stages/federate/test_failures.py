@@ -16,8 +16,7 @@ from fedpress.reports import write_report
 from fedpress.reports.detail_tables import failure_table
 from fedpress.reports.stage_table import stage_table
 from fedpress.stages.federate.binding import bind
-from fedpress.stages.federate.failures import PRIVATE, Failures, refusal_line
-from fedpress.stages.federate.failures import told as told_of
+from fedpress.stages.federate.failures import PRIVATE, Failures, public_reasons, refusal_line
 from fedpress.workspace.folder import RunFolder
 from fedpress.workspace.state import Tick
 from tests.harness import finish, told
@@ -248,7 +247,7 @@ def test_a_fault_of_a_client_that_says_nothing_of_its_examples_is_told_also_unde
     server, broken = federation.server, federation.clients["c3"]
     broken.client = replace(broken.client, memory=Full())
     going = server.rounds(Start(parameters.flatten(server.model)))
-    reasons = told_of(next(going).refused, server)
+    reasons = public_reasons(next(going).refused, server)
     assert "No space left on device" in reasons["c3"]
 
 
@@ -262,4 +261,4 @@ def test_what_went_wrong_on_private_examples_stays_private():
         "d": "WireError: fit.agreement: the server works with other settings",
         "e": "update.round: got 3, expected 2",
     }
-    assert told_of(reasons, server) == reasons | {"a": PRIVATE, "b": PRIVATE}
+    assert public_reasons(reasons, server) == reasons | {"a": PRIVATE, "b": PRIVATE}

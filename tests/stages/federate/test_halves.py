@@ -67,6 +67,7 @@ ALTERED = {
     "lr": (0.5, "settings.lr"),
     "lr_decay": (0.5, "settings.lr_decay"),
     "momentum": (0.5, "settings.momentum"),
+    "optimizer": ("adamw", "settings.lr|settings.optimizer"),
     "weight_decay": (0.5, "settings.weight_decay"),
     "precision": ("bf16", "settings.precision"),
     "name": ("another", "seed"),
@@ -89,6 +90,8 @@ ALTERED = {
 }
 SECURE_ALONE = {"secure_keys", "max_dropout"}
 """Keys of secure sums: who draws the keys is each client's own business, and the rest is in the plan, see below."""
+ADAM_ALONE = {"betas"}
+"""Keys of another optimizer than the default, see below."""
 SERVER_ALONE = {
     "kind",
     "first_downlink",  # part of `downlink`, see below
@@ -100,7 +103,7 @@ SERVER_ALONE = {
 
 
 def test_every_key_of_the_table_is_known_to_be_alike_or_not_to_matter():
-    known = {*ALTERED, *SECURE_ALONE, *SERVER_ALONE}
+    known = {*ALTERED, *SECURE_ALONE, *ADAM_ALONE, *SERVER_ALONE}
     assert known == set(FederateSettings.model_fields), (
         "a new key of the federate table: say here by which entry of the agreement a client with another value refuses"
     )
@@ -138,6 +141,7 @@ def test_a_client_with_another_value_of_a_key_refuses_by_the_name_of_the_entry(k
             },
             "downlink.first",
         ),
+        ({"optimizer": "adamw"}, {"optimizer": "adamw", "betas": (0.8, 0.9)}, "settings.betas"),
         ({}, {"seed": 8}, "seed"),
         ({}, {"preprocess": Preprocess((0.5,), (0.5,))}, "prepare.preprocess"),
         ({"privacy": SAMPLE}, {"privacy": SAMPLE | {"clip_norm": 2.0}}, "uplink.privacy.clip_norm"),
