@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.sources import nodes
+
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "fedpress"
 FLOORS = {
@@ -267,7 +269,7 @@ def functions() -> list[tuple[str, ast.FunctionDef | ast.AsyncFunctionDef]]:
     kinds = (ast.FunctionDef, ast.AsyncFunctionDef)
     found = []
     for module, path in MODULES.items():
-        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        for node in nodes(path):
             if isinstance(node, kinds):
                 found.append((f"{module}:{node.name}", node))
     return found

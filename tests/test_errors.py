@@ -31,6 +31,7 @@ from fedpress.privacy.plan import PrivacyPlan
 from fedpress.secagg import SecurePlan
 from fedpress.stages.federate.stage import FederateStage
 from fedpress.stages.table import STAGES
+from tests.sources import nodes, tree
 
 PACKAGE = Path(errors.__file__).parent
 STAGE = FederateStage(kind="federate", name="tune", cohort=5)
@@ -168,7 +169,7 @@ def lacks(call: ast.Call) -> bool:
 def test_errors_are_raised_with_their_place_and_their_cure():
     where = []
     for path in sorted(PACKAGE.rglob("*.py")):
-        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        for node in nodes(path):
             ours = isinstance(node, ast.Call) and called(node) in ERRORS
             if ours and path.name != "errors.py" and lacks(node):
                 where.append(f"{path.relative_to(PACKAGE)}:{node.lineno}")
@@ -188,11 +189,10 @@ def validates(tree: ast.Module) -> bool:
 def test_validators_raise_errors_with_fields():
     where, seen = [], 0
     for path in sorted(PACKAGE.rglob("*.py")):
-        tree = ast.parse(path.read_text("utf-8"))
-        if not validates(tree):
+        if not validates(tree(path)):
             continue
         seen += 1
-        for node in ast.walk(tree):
+        for node in nodes(path):
             raised = node.exc if isinstance(node, ast.Raise) else None
             name = called(raised) if isinstance(raised, ast.Call) else getattr(raised, "id", "")
             if name in ("ValueError", "AssertionError", "PydanticCustomError"):
@@ -216,7 +216,7 @@ def words_of(call: ast.Call) -> str:
 def test_no_other_kind_of_error_is_made_elsewhere():
     made = set()
     for path in sorted(PACKAGE.rglob("*.py")):
-        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        for node in nodes(path):
             if isinstance(node, ast.ClassDef) and path.name != "errors.py":
                 made |= {node.name for base in node.bases if getattr(base, "id", "") in ERRORS}
     assert made == {"AboveLimit"}
@@ -227,6 +227,6 @@ def test_floors_below_the_stages_name_no_key_of_a_recipe():
     for path in sorted(PACKAGE.rglob("*.py")):
         if path.relative_to(PACKAGE).parts[0] in ABOVE:
             continue
-        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        for node in nodes(path):
             if isinstance(node, ast.Call) and "." in (place := words_of(node)):
                 assert place.partition(".")[0] not in kinds, f"{path.name}:{node.lineno}: {place}"

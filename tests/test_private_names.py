@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.sources import tree
+
 ROOT = Path(__file__).parents[1]
 EXCEPTIONS = {
     # A client signs what it reports, so only who holds its keys could make such a report: the server's copy is changed.
@@ -18,10 +20,10 @@ def is_private(name: str) -> bool:
     return name.startswith("_") and not name.startswith("__") and name != "_"
 
 
-def defined(tree: ast.AST) -> set[str]:
+def defined(module: ast.AST) -> set[str]:
     """Returns the private names that a module defines: functions, classes, variables, attributes of `self`."""
     names = set()
-    for node in ast.walk(tree):
+    for node in ast.walk(module):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
             names.add(node.name)
         elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
@@ -32,10 +34,10 @@ def defined(tree: ast.AST) -> set[str]:
     return {name for name in names if is_private(name)}
 
 
-def touched(tree: ast.AST, private: set[str]) -> set[str]:
+def touched(module: ast.AST, private: set[str]) -> set[str]:
     """Returns those of the names `private` that a test imports, reads, writes or patches and does not define."""
     names = set()
-    for node in ast.walk(tree):
+    for node in ast.walk(module):
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("fedpress"):
             names |= {alias.name for alias in node.names if is_private(alias.name)}
         elif isinstance(node, ast.Attribute):
@@ -43,16 +45,16 @@ def touched(tree: ast.AST, private: set[str]) -> set[str]:
         elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("attr"):
             words = [part.value for part in node.args if isinstance(part, ast.Constant)]
             names |= {str(word).rpartition(".")[2] for word in words}
-    return names & private - defined(tree)
+    return names & private - defined(module)
 
 
 def test_no_test_touches_a_private_name():
     private = set()
     for path in (ROOT / "fedpress").rglob("*.py"):
-        private |= defined(ast.parse(path.read_text("utf-8")))
+        private |= defined(tree(path))
     found = set()
     for path in (ROOT / "tests").rglob("*.py"):
-        names = touched(ast.parse(path.read_text("utf-8")), private)
+        names = touched(tree(path), private)
         found |= {(path.relative_to(ROOT).as_posix(), name) for name in names}
     assert not found - EXCEPTIONS, "test what is public, or make the function public"
     assert not EXCEPTIONS - found, "the list of exceptions names what no test touches any more"
