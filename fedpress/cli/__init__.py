@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 import fedpress
-from fedpress.cli import compress
+from fedpress.cli import completion, compress
 from fedpress.cli.common import (
     AllowCode,
     AsJson,
@@ -38,7 +38,6 @@ if TYPE_CHECKING:
 # Heavy imports (torch, pydantic models) stay inside the commands: `fedpress privacy` must answer at once.
 app = typer.Typer(
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Compress a model, train it where the private data lives, and ship it to a device.",
@@ -66,7 +65,11 @@ def _root(
 @app.command()
 def check(
     recipe: Annotated[
-        str | None, typer.Argument(help="Name of a shipped recipe, or a TOML file.")
+        str | None,
+        typer.Argument(
+            help="Name of a shipped recipe, or a TOML file.",
+            autocompletion=completion.recipes_or_tables,
+        ),
     ] = None,
     overrides: Overrides = None,
     data: Data = None,
@@ -140,7 +143,10 @@ def report(
 
 @app.command(name="recipes")
 def list_recipes(
-    copy: Annotated[str | None, typer.Option(help="Copy this recipe to NAME.toml here.")] = None,
+    copy: Annotated[
+        str | None,
+        typer.Option(help="Copy this recipe to NAME.toml here.", autocompletion=completion.recipes),
+    ] = None,
 ) -> None:
     """Lists the shipped recipes; copies one to edit."""
     from fedpress.pipeline import recipe as recipes

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from fedpress.cli import completion
 from fedpress.errors import FedpressError
 
 if TYPE_CHECKING:
@@ -39,11 +40,19 @@ ListTables = Annotated[
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="e.g. stage.2.num_rounds=5")
+    list[str] | None,
+    typer.Argument(
+        metavar="[KEY=VALUE]...",
+        help="e.g. stage.2.num_rounds=5",
+        autocompletion=completion.of_recipe,
+    ),
 ]
 Device = Annotated[
     str | None,
-    typer.Option(help="auto, cpu, cuda, cuda:1 or mps; auto is a CUDA GPU if there is one."),
+    typer.Option(
+        help="auto, cpu, cuda, cuda:1 or mps; auto is a CUDA GPU if there is one.",
+        autocompletion=completion.devices,
+    ),
 ]
 Data = Annotated[Path | None, typer.Option(help="Folder or file of the data set; sets data.path.")]
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from fedpress.cli import completion
 from fedpress.cli.common import (
     AllowCode,
     AsJson,
@@ -100,11 +101,18 @@ def _whole(name: str, text: str) -> list[int]:
 
 
 def sweep(
-    recipe: Annotated[str, typer.Argument(help="Name of a shipped recipe, or a TOML file.")],
+    recipe: Annotated[
+        str,
+        typer.Argument(
+            help="Name of a shipped recipe, or a TOML file.", autocompletion=completion.recipes
+        ),
+    ],
     values: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[KEY=VALUE,VALUE...]...", help="e.g. stage.prune.keep_params=0.5,0.3,0.1"
+            metavar="[KEY=VALUE,VALUE...]...",
+            help="e.g. stage.prune.keep_params=0.5,0.3,0.1",
+            autocompletion=completion.of_recipe,
         ),
     ] = None,
     data: Annotated[

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from fedpress.cli import completion
 from fedpress.cli.common import (
     AllowCode,
     AsJson,
@@ -42,15 +43,15 @@ Model = Annotated[
     typer.Argument(
         metavar="MODEL",
         help="Folder of a model or a run, a packed file, or package.module:function.",
+        autocompletion=completion.architectures,
     ),
-]
-Keys = Annotated[
-    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings; --keys lists them.")
 ]
 Source = Annotated[
     str | None,
     typer.Option(
-        "--data", help="digits, cifar10, csv, ...; by default that of the run that left the model."
+        "--data",
+        help="digits, cifar10, csv, ...; by default that of the run that left the model.",
+        autocompletion=completion.sources,
     ),
 ]
 DataPath = Annotated[Path | None, typer.Option("--path", help="Folder or file of the data.")]
@@ -83,7 +84,7 @@ def command_of(kind: str) -> Callable[..., None]:
 
     def command(
         model: Model = None,
-        keys: Keys = None,
+        keys: list[str] | None = None,
         data: Source = None,
         path: DataPath = None,
         out: Out = None,
@@ -129,6 +130,13 @@ def command_of(kind: str) -> Callable[..., None]:
         result = _run(ready, out_stream)
         _show(ready, result, out_stream, as_json=as_json)
 
+    settings = typer.Argument(
+        metavar="[KEY=VALUE]...",
+        help="Settings; --keys lists them.",
+        autocompletion=completion.of_stage(kind),
+    )
+    # Each kind completes keys of its own, which an annotation in the text above could not say.
+    command.__annotations__["keys"] = Annotated[list[str] | None, settings]
     return command
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from fedpress.cli import completion
 from fedpress.cli.common import (
     AllowCode,
     AsJson,
@@ -40,7 +41,11 @@ if TYPE_CHECKING:
 def run(
     context: typer.Context,
     recipe: Annotated[
-        str | None, typer.Argument(help="Name of a shipped recipe, or a TOML file.")
+        str | None,
+        typer.Argument(
+            help="Name of a shipped recipe, or a TOML file.",
+            autocompletion=completion.recipes_or_tables,
+        ),
     ] = None,
     overrides: Overrides = None,
     data: Data = None,

@@ -138,6 +138,7 @@ class _Reader:
     def _meaning(self, about: Node, kinds: Iterable[str]) -> str:
         parts = (about, about.get("items", {}), *about.get("anyOf", ()))
         words = [str(word) for part in parts for word in part.get("enum", ())]
+        words += [str(part["const"]) for part in parts if "const" in part]
         words += kinds
         one_of = f"one of {', '.join(words)}" if words else ""
         return "; ".join(filter(None, (about.get("description", ""), one_of)))

@@ -1,0 +1,139 @@
+"""What a shell completes: recipes, sources, devices, and the keys of a recipe with their values.
+
+A shell asks at every tab, so nothing here loads torch: the keys stand in a file, `keys.txt`, which
+`python scripts/keys.py` writes anew.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+import typer
+
+OF_ALL = ("seed", "device", "data.", "model.")
+"""What keys of a recipe begin with that a command on one model takes beside those of its stage."""
+KEYS = Path(__file__).with_name("keys.txt")
+SHIPPED = Path(__file__).parents[1] / "pipeline" / "recipes"
+MEANING = 60  # characters: more would break the list that a shell shows
+
+Found = list[tuple[str, str]]
+"""Words to choose from, each with what it means."""
+
+
+class Key(NamedTuple):
+    """One key of a recipe: its whole name such as `stage.train.lr`, the words that it may be, and its meaning."""
+
+    name: str
+    choices: tuple[str, ...]
+    meaning: str
+
+
+def keys() -> list[Key]:
+    """Returns the keys of a recipe, those of stages by their kind."""
+    found = []
+    for line in KEYS.read_text("utf-8").splitlines():
+        name, choices, meaning = line.split("\t")
+        found.append(Key(name, tuple(filter(None, choices.split(","))), meaning))
+    return found
+
+
+def recipes(incomplete: str) -> Found:
+    """Returns the recipes that come with fedpress, and those that lie here."""
+    names = sorted(path.stem for path in SHIPPED.glob("*.toml"))
+    own = sorted(str(path) for path in Path().glob(f"{incomplete}*.toml"))
+    return [
+        *((name, "shipped with fedpress") for name in names if name.startswith(incomplete)),
+        *((path, "a recipe here") for path in own),
+    ]
+
+
+def recipes_or_tables(context: typer.Context, incomplete: str) -> Found:
+    """Returns recipes; behind `--keys` the words of the tables that it can list."""
+    if not context.params.get("list_keys"):
+        return recipes(incomplete)
+    words = dict.fromkeys(key.name.removeprefix("stage.").partition(".")[0] for key in keys())
+    return [(word, "") for word in words if word.startswith(incomplete)]
+
+
+def sources(incomplete: str) -> Found:
+    """Returns the built-in sources of data."""
+    return _choices("data.source", incomplete)
+
+
+def devices(incomplete: str) -> Found:
+    """Returns the names of devices."""
+    return _choices("device", incomplete)
+
+
+def architectures(incomplete: str) -> Found:
+    """Returns the built-in architectures; a shell offers files by itself where none fits."""
+    return _choices("model.architecture", incomplete)
+
+
+def _choices(name: str, incomplete: str) -> Found:
+    words = next(key.choices for key in keys() if key.name == name)
+    return [(word, "") for word in words if word.startswith(incomplete)]
+
+
+def of_recipe(context: typer.Context, incomplete: str) -> Found:
+    """Returns the keys of the recipe that was named; a stage goes by its name there."""
+    if context.params.get("list_keys"):
+        return recipes_or_tables(context, incomplete)
+    stages = _stages_of(str(context.params.get("recipe")))
+    found = []
+    for key in keys():
+        table, _, rest = key.name.partition(".")
+        kind, _, own = rest.partition(".")
+        if table != "stage":
+            found.append(key)
+        else:
+            names = [name for name, its in stages if its == kind] if stages else [kind]
+            found += [key._replace(name=f"stage.{name}.{own}") for name in names]
+    return _fitting(found, incomplete)
+
+
+def of_stage(kind: str) -> Callable[[str], Found]:
+    """Returns what completes the keys of a command on one model."""
+
+    def complete(incomplete: str) -> Found:
+        beginning = f"stage.{kind}."
+        own = [
+            key._replace(name=key.name.removeprefix(beginning))
+            for key in keys()
+            if key.name.startswith((beginning, *OF_ALL))
+        ]
+        return _fitting(own, incomplete)
+
+    return complete
+
+
+def _fitting(found: Iterable[Key], incomplete: str) -> Found:
+    """Returns `key=` for each key that fits; of tables their beginning; behind a `key=` its values."""
+    name, equals, value = incomplete.partition("=")
+    if equals:
+        words = next((key.choices for key in found if key.name == name), ())
+        return [(f"{name}={word}", "") for word in words if word.startswith(value)]
+    fitting = [key for key in found if key.name.startswith(incomplete)]
+    offered: dict[str, str] = {}
+    for key in fitting:
+        rest = key.name[len(incomplete) :]
+        if "." in rest:
+            offered.setdefault(incomplete + rest.partition(".")[0] + ".", "a table")
+        else:
+            offered[f"{key.name}="] = key.meaning[:MEANING]
+    return list(offered.items())
+
+
+def _stages_of(recipe: str) -> list[tuple[str, str]]:
+    """Returns name and kind of each stage of a recipe; nothing if it cannot be read."""
+    import tomllib  # who asks for help does not wait for it
+
+    path = Path(recipe) if Path(recipe).is_file() else SHIPPED / f"{recipe}.toml"
+    try:
+        text = path.read_text("utf-8")
+        stages = tomllib.loads(text)["stage"]
+        return [(str(stage.get("name", stage["kind"])), str(stage["kind"])) for stage in stages]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return []
