@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fedpress.api.accounting import epsilon
+    from fedpress.api.evaluating import Predictions, evaluate, predict
     from fedpress.api.recipes import recipes
     from fedpress.api.result import Result
     from fedpress.api.runs import Run, check, report, run
+    from fedpress.api.saving import load, save
     from fedpress.api.stages import (
         distill,
         export,
@@ -38,6 +40,7 @@ __version__ = "0.1.0"
 __all__ = [
     "FederatedData",
     "FedpressError",
+    "Predictions",
     "Recipe",
     "Result",
     "Run",
@@ -47,17 +50,21 @@ __all__ = [
     "check",
     "distill",
     "epsilon",
+    "evaluate",
     "export",
     "federate",
     "l0",
+    "load",
     "measure",
     "noise_multiplier",
     "pack",
+    "predict",
     "prune",
     "quantize",
     "recipes",
     "report",
     "run",
+    "save",
     "sparsify",
     "sweep",
     "train",
@@ -65,9 +72,11 @@ __all__ = [
 
 _NAMES_IN = {
     "fedpress.api.accounting": ("epsilon",),
+    "fedpress.api.evaluating": ("Predictions", "evaluate", "predict"),
     "fedpress.api.recipes": ("recipes",),
     "fedpress.api.result": ("Result",),
     "fedpress.api.runs": ("Run", "check", "report", "run"),
+    "fedpress.api.saving": ("load", "save"),
     "fedpress.api.stages": (
         "distill",
         "export",

@@ -5,8 +5,8 @@ from __future__ import annotations
 import shlex
 import tempfile
 import warnings
-from collections.abc import Collection, Sequence
-from contextlib import ExitStack
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
@@ -33,7 +33,7 @@ from fedpress.pipeline.environment import note_environment
 from fedpress.pipeline.keys import settings_of
 from fedpress.pipeline.recipe import Override
 from fedpress.pipeline.start import device_of
-from fedpress.stages.table import commands
+from fedpress.stages.table import commands, row_of
 from fedpress.tasks.weights import ClassWeights
 from fedpress.workspace.folder import RunFolder
 
@@ -94,25 +94,13 @@ def call(
     if (shapes := several.several_shapes(input_shape)) is not None:
         several.check(kind, model, data, out)
         return _of_several(kind, model, shapes, settings)  # type: ignore[arg-type]
-    shape = several.one_shape(input_shape)
-    with ExitStack() as stack:
-        stack.enter_context(consent.allowing(allow_code))
-        # The caller's random numbers stay theirs.
-        stack.enter_context(torch.random.fork_rng(devices=[]))
-        given = Given.of(mean, std)
-        opened = _opened(kind, model, checkpoint, out, stack)
-        if class_weights is not None:
-            settings["data.class_weights"] = class_weights
-        keys = _keys(settings, stack)
-        keys += [Override.of("device", str(device))] if device is not None else []
-        source = data if isinstance(data, str) else None
-        in_memory = data is not None and source is None
-        held = _held(data, opened.subject, given, keys) if in_memory else None
-        where = Path(path) if path is not None else None
-        order = Order.bind(kind, opened.subject, keys, Examples(source, where, shape, held, given))
+    asked = Asked(data, path, checkpoint, several.one_shape(input_shape), mean, std, device)
+    if class_weights is not None:
+        settings["data.class_weights"] = class_weights
+    with working(allow_code) as stack:
+        opened, order, loaded = bind(kind, model, asked, settings, stack, out=out)
         if order.asks is not None:
             warnings.warn(str(order.asks), stacklevel=3)
-        loaded = held if held is not None else order.load_data()
         order.check(loaded)
         opened = _checked(kind, opened, loaded, out)
         place = out if out is not None else stack.enter_context(tempfile.TemporaryDirectory())
@@ -122,6 +110,67 @@ def call(
         if out is not None:
             return result
         return replace(result, folder=None, artifact=None, files=_files(result))
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a call is told beside the model and the keys of its stage; see `call`.
+
+    Attributes:
+        data: a source, or data in memory; None: those of the run that left the model, else none.
+        path: of the source.
+        checkpoint: a state dict for a function that builds the model.
+        input_shape: of one example.
+        mean: how the model wants its inputs.
+        std: likewise.
+        device: to compute on.
+    """
+
+    data: Any = None
+    path: str | Path | None = None
+    checkpoint: str | Path | None = None
+    input_shape: tuple[int, ...] | None = None
+    mean: Mean = None
+    std: Sequence[float] | None = None
+    device: str | torch.device | None = None
+
+
+@contextmanager
+def working(allow_code: Collection[str] | str) -> Iterator[ExitStack]:
+    """Gives a stack for what a call holds until its end. The caller's random numbers stay the caller's."""
+    with ExitStack() as stack:
+        stack.enter_context(consent.allowing(allow_code))
+        stack.enter_context(torch.random.fork_rng(devices=[]))
+        yield stack
+
+
+def bind(
+    kind: str,
+    model: nn.Module | str | Path,
+    asked: Asked,
+    settings: dict[str, Any],
+    stack: ExitStack,
+    *,
+    out: str | Path | None = None,
+) -> tuple[Opened, Order, FederatedData]:
+    """Finds the model, puts the recipe of one stage together, and loads the data.
+
+    Raises:
+        FedpressError: if something does not fit.
+    """
+    given = Given.of(asked.mean, asked.std)
+    opened = _opened(kind, model, asked.checkpoint, out, stack)
+    keys = _keys(settings, stack)
+    if asked.device is not None:
+        keys.append(Override.of("device", str(asked.device)))
+    source = asked.data if isinstance(asked.data, str) else None
+    held = None
+    if asked.data is not None and source is None:
+        held = _held(asked.data, opened.subject, given, keys)
+    path = Path(asked.path) if asked.path is not None else None
+    examples = Examples(source, path, asked.input_shape, held, given)
+    order = Order.bind(kind, opened.subject, keys, examples)
+    return opened, order, held if held is not None else order.load_data()
 
 
 def model_of(
@@ -312,7 +361,7 @@ def _refuse_what_cannot_be_saved(
     Raises:
         ModelError: if that is so.
     """
-    row = commands()[kind].load()
+    row = row_of(kind).load()
     if named is not None or (out is None and not row.needs_buildable_spec):
         return
     what = "the file" if row.needs_buildable_spec else "the folder"

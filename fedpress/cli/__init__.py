@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 import fedpress
-from fedpress.cli import completion, compress
+from fedpress.cli import completion, compress, models
 from fedpress.cli.common import (
     AllowCode,
     AsJson,
@@ -46,6 +46,7 @@ privacy_app = typer.Typer(no_args_is_help=True, help="Ask the privacy accountant
 app.add_typer(privacy_app, name="privacy")
 app.command()(run)
 compress.add_commands(app)
+models.add_commands(app)
 
 
 @app.callback(invoke_without_command=True)

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -214,7 +214,7 @@ def _ordered(asked: Asked) -> tuple[Path, Order]:
             "no model was given", place="model", cure="give it too, or --resume RUN alone"
         )
     subject = Subject.find(asked.model, weights=asked.checkpoint)
-    given = Given.of(_numbers(asked.mean), _numbers(asked.std))
+    given = Given.of(numbers_of(asked.mean), numbers_of(asked.std))
     examples = Examples(asked.data, asked.path, shape_of(asked.input_shape), given=given)
     keys = [Override.parse(key) for key in on_device(asked.keys, asked.device)]
     order = Order.bind(asked.kind, subject, keys, examples)
@@ -287,7 +287,7 @@ def shape_of(text: str | None) -> tuple[int, ...] | None:
     return tuple(int(part) for part in parts)
 
 
-def _numbers(text: str | None) -> object:
+def numbers_of(text: str | None) -> Any:
     """Reads `0.5,0.4,0.3`; a word stays one."""
     if text is None:
         return None

@@ -86,3 +86,8 @@ STAGES = (
 def commands() -> dict[str, Row]:
     """Returns the rows that have a command and a Python call of their own, by kind."""
     return {row.kind: row for row in STAGES if row.words}
+
+
+def row_of(kind: str) -> Row:
+    """Returns the row of a kind of stage."""
+    return next(row for row in STAGES if row.kind == kind)

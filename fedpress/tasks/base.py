@@ -249,6 +249,15 @@ class Task(ABC):
         """Returns outputs in the units of the targets; unchanged by default."""
         return outputs
 
+    def answers(self, outputs: Tensor) -> Tensor:
+        """Returns what the model answers: class numbers, 0 or 1 for each label, or numbers in the targets' units."""
+        return self.to_targets(outputs)
+
+    def probabilities(self, outputs: Tensor) -> Tensor | None:
+        """Returns the probability of each class or label, [n, k, ...]; None for a task of numbers."""
+        del outputs
+        return None
+
 
 def no_classes(kind: str) -> RecipeError:
     """Returns the error of class weights for a task without classes."""

@@ -91,6 +91,15 @@ class Binary(Task):
         border = math.log(self.threshold / (1 - self.threshold))
         return ((first >= border) == (second >= border)).float().mean().item()
 
+    def answers(self, outputs: Tensor) -> Tensor:
+        """Returns 1 where the probability of class 1 reaches the threshold, else 0."""
+        return (outputs[:, 0] >= math.log(self.threshold / (1 - self.threshold))).long()
+
+    def probabilities(self, outputs: Tensor) -> Tensor:
+        """Returns the probabilities of class 0 and class 1, [n, 2]."""
+        of_one = outputs[:, :1].sigmoid()
+        return torch.cat([1 - of_one, of_one], dim=1)
+
     def metrics(self, outputs: Tensor, targets: Tensor) -> Sums:
         """Returns the counts of a classification of two classes; those of its answers are at the threshold."""
         logits = _both(outputs.detach().double())

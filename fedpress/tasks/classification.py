@@ -129,6 +129,14 @@ class Classification(Task):
         examples = int(sums["examples"])
         return int(sums["right"]) / examples if examples else math.nan
 
+    def answers(self, outputs: Tensor) -> Tensor:
+        """Returns the class of the largest logit."""
+        return outputs.argmax(1)
+
+    def probabilities(self, outputs: Tensor) -> Tensor:
+        """Returns the softmax of the logits."""
+        return outputs.softmax(1)
+
     def metrics(self, outputs: Tensor, targets: Tensor) -> Sums:
         """Returns counts: of labels, of answers and of right ones by class, and those of `fedpress.tasks.ranking`."""
         logits = outputs.detach().double().movedim(1, -1).flatten(0, -2)

@@ -74,6 +74,14 @@ class Multilabel(Task):
         """Returns the share of examples with the same labels."""
         return ((first > 0) == (second > 0)).all(1).float().mean().item()
 
+    def answers(self, outputs: Tensor) -> Tensor:
+        """Returns 1 for each label whose probability is above one half, else 0."""
+        return (outputs > 0).long()
+
+    def probabilities(self, outputs: Tensor) -> Tensor:
+        """Returns the probability of each label."""
+        return outputs.sigmoid()
+
     def metrics(self, outputs: Tensor, targets: Tensor) -> Sums:
         """Returns the states of torchmetrics' F1 and exact match, and counts for the AUC and the warning."""
         logits, flags = outputs.detach().double(), targets.long()

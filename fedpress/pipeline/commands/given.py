@@ -195,14 +195,14 @@ def pair_of(data: Any) -> tuple[Inputs, Tensor | None]:
         DataError: if it is nothing of what `TAKEN` lists, or its items do not fit together.
     """
     if isinstance(data, Tensor | np.ndarray | Mapping):
-        return _inputs(data), None
+        return inputs_of(data), None
     if (
         isinstance(data, tuple | list)
         and len(data) == 2
         and isinstance(data[0], Tensor | np.ndarray | Mapping)
         and isinstance(data[1], Tensor | np.ndarray)
     ):
-        return _inputs(data[0]), torch.as_tensor(data[1])
+        return inputs_of(data[0]), torch.as_tensor(data[1])
     if isinstance(data, DataLoader):
         return _joined(data, torch.cat)
     if isinstance(data, Dataset) and isinstance(data, Sized):
@@ -252,7 +252,7 @@ def _joined(items: Iterable[Any], join: Any) -> tuple[Inputs, Tensor | None]:
     if not inputs:
         raise DataError("there is no example in it", place="data", cure="give some")
     try:
-        return _inputs(_together(inputs, join)), join(labels) if labels else None
+        return inputs_of(_together(inputs, join)), join(labels) if labels else None
     except RuntimeError as error:
         raise DataError(
             "its items have different shapes",
@@ -282,7 +282,12 @@ def _together(items: list[Any], join: Any) -> Any:
     return {name: join([item[name] for item in items]) for name in first}
 
 
-def _inputs(x: Tensor | np.ndarray | Mapping[str, Any]) -> Inputs:
+def inputs_of(x: Tensor | np.ndarray | Mapping[str, Any]) -> Inputs:
+    """Returns inputs of the types that examples may have: uint8, float32, int64, or by name also bool.
+
+    Raises:
+        DataError: if they are no examples, or complex numbers.
+    """
     if isinstance(x, Mapping):
         named = {name: _typed(torch.as_tensor(value)) for name, value in x.items()}
         try:

@@ -24,7 +24,7 @@ from fedpress.pipeline.commands.subject import NOTHING, Subject
 from fedpress.pipeline.measure import measure
 from fedpress.pipeline.recipe import Override, Recipe
 from fedpress.pipeline.start import first_state, load_data
-from fedpress.stages.table import commands
+from fedpress.stages.table import row_of
 from fedpress.workspace.atomic import write_json_with_checksum
 from fedpress.workspace.folder import RunFolder
 from fedpress.workspace.state import Event, StageFinished, StageStarted, Tick
@@ -72,7 +72,7 @@ class Order:
             ModelError: if the model cannot be built, or its input shape is not known.
         """
         examples = examples or Examples()
-        row = commands()[kind].load()
+        row = row_of(kind).load()
         given = {key.key for key in keys}
         seed, data = examples.table(subject, keys, needs_clients=row.needs_clients)
         stage: dict[str, Any] = {"kind": kind}

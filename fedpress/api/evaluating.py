@@ -1,0 +1,293 @@
+"""What a model is worth on examples, and what it answers."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from pydantic import JsonValue
+from torch import Tensor, nn
+
+from fedpress import storage, tasks
+from fedpress.api.calls import Asked, Mean, Model, bind, model_of, working
+from fedpress.core.examples import Preprocess
+from fedpress.core.inputs import Inputs, told
+from fedpress.data import FederatedData
+from fedpress.errors import Argument, DataError, ModelError
+from fedpress.models import ModelSpec, memory
+from fedpress.models.weights import load_weights_
+from fedpress.pipeline.commands.clients import Clients
+from fedpress.pipeline.commands.examples import Given
+from fedpress.pipeline.commands.given import as_taken, classes_in, pair_of
+from fedpress.pipeline.commands.subject import Subject
+from fedpress.pipeline.start import first_state
+from fedpress.tasks import Classification, Task
+from fedpress.training import evaluate as evaluation
+
+BATCH = 500
+
+
+def evaluate(
+    model: Model,
+    data: Any = None,
+    *,
+    path: str | Path | None = None,
+    checkpoint: str | Path | None = None,
+    mean: Mean = None,
+    std: Sequence[float] | None = None,
+    task: str | Mapping[str, Any] | None = None,
+    device: str | torch.device | None = None,
+    allow_code: Collection[str] | str = (),
+) -> dict[str, JsonValue]:
+    """Measures a model on examples.
+
+    Args:
+        model: as `fedpress.prune` takes it, or a `Result`.
+        data: a pair (inputs, labels), a torch Dataset or DataLoader, all of which is measured on; or a source such as
+            "digits", or a `FederatedData`, whose test part is. By default the test part of the run that left the model.
+        path: where the source finds its files.
+        checkpoint: a state dict for `module:function`.
+        mean: of each channel, as a model that was trained elsewhere wants its inputs, see `fedpress.prune`.
+        std: likewise.
+        task: what is learned, such as "binary", for data in memory; by default as model and labels are.
+        device: to compute on.
+        allow_code: names `module:function` that the files of `model` may have called.
+
+    Returns:
+        Every metric of the task by its key, such as "accuracy", with "loss" and "examples", their number.
+
+    Raises:
+        FedpressError: if model and data do not fit, or there is nothing to measure on.
+
+    >>> import torch, fedpress
+    >>> net = torch.nn.Linear(2, 2)
+    >>> with torch.no_grad():
+    ...     _ = net.weight.copy_(torch.eye(2)), net.bias.zero_()
+    >>> x = torch.tensor([[1.0, 0.0], [0.0, 1.0], [2.0, 1.0], [0.0, 3.0]])
+    >>> found = fedpress.evaluate(net, (x, torch.tensor([0, 1, 0, 0])))
+    >>> found["accuracy"], found["examples"]
+    (0.75, 4)
+    """
+    model, mean, std = model_of(model, mean, std)
+    in_memory = data is not None and not isinstance(data, str)
+    held = data
+    if in_memory and not isinstance(data, FederatedData):
+        held = Clients({"all": data}, test=data, task=task)
+    asked = Asked(held, path, checkpoint, None, mean, std, device)
+    settings: dict[str, Any] = {}
+    if task is not None and not in_memory:
+        settings["data.task"] = task
+    with working(allow_code) as stack:
+        _, order, loaded = bind("measure", model, asked, settings, stack)
+        if not len(loaded.test):
+            raise DataError(
+                "there are no labelled examples to measure on",
+                place="data",
+                cure=(
+                    "give ",
+                    Argument("data", "(INPUTS, LABELS)"),
+                    ", or a source with a test part",
+                ),
+            )
+        state = first_state(order.recipe, loaded)
+        found = evaluation.evaluate(
+            state.model.to(state.device),
+            loaded.test,
+            loaded.preprocess,
+            loaded.task,
+            all_metrics=True,
+        )
+    return {**found.metrics, "loss": found.loss, "examples": found.examples}
+
+
+@dataclass(frozen=True, eq=False)
+class Predictions:
+    """What a model answers to examples.
+
+    Attributes:
+        answers: class numbers int64 [n], 0 or 1 for each label [n, k], or numbers in the targets' units.
+        probabilities: of each class or label, [n, k]; None for a task of numbers.
+        outputs: of the network, [n, ...].
+        names: of the classes, the labels or the numbers.
+        task: the task's word, such as "classification".
+    """
+
+    answers: Tensor
+    probabilities: Tensor | None
+    outputs: Tensor
+    names: tuple[str, ...]
+    task: str
+
+    def __len__(self) -> int:
+        return len(self.outputs)
+
+    @property
+    def labels(self) -> list[str]:
+        """The name of each example's class.
+
+        Raises:
+            DataError: if the answers are no classes, one for each example.
+        """
+        if self.answers.dim() != 1 or self.answers.is_floating_point():
+            raise DataError(
+                f"the task {self.task} has no one class for each example",
+                place="labels",
+                cure="take answers",
+            )
+        return [self.names[number] for number in self.answers.tolist()]
+
+    def table(self) -> tuple[list[str], list[list[Any]]]:
+        """Returns the answers as columns and rows, with a column for each probability.
+
+        Raises:
+            DataError: if there are several answers for each example, such as one for each position.
+        """
+        answers = self.answers.reshape(len(self), -1)
+        one_each = self.answers.dim() == 1 and not self.answers.is_floating_point()
+        names = ["class"] if one_each else list(self.names)
+        if answers.shape[1] != len(names):
+            raise DataError(
+                f"answers of shape {list(self.answers.shape)} are no table",
+                place="predictions",
+                cure="write them as an array, to a file that ends in .npy",
+            )
+        rows = [[label] for label in self.labels] if one_each else answers.tolist()
+        if self.probabilities is None:
+            return names, rows
+        shares = [f"probability of {name}" for name in self.names]
+        return [*names, *shares], [
+            row + share for row, share in zip(rows, self.probabilities.tolist(), strict=True)
+        ]
+
+
+def predict(
+    model: Model,
+    inputs: Any,
+    *,
+    checkpoint: str | Path | None = None,
+    mean: Mean = None,
+    std: Sequence[float] | None = None,
+    allow_code: Collection[str] | str = (),
+) -> Predictions:
+    """Runs a model on examples.
+
+    Args:
+        model: as `fedpress.prune` takes it, or a `Result`.
+        inputs: [n, ...] as uint8 images, numbers or token ids; a dictionary of them for several inputs; the path of a
+            file of NumPy, .npy, or .npz for several inputs; a Dataset or DataLoader, whose labels are not looked at.
+            A saved model standardises them as it was trained, a module takes them as they are.
+        checkpoint: a state dict for `module:function`.
+        mean: of each channel, as a model that was trained elsewhere wants its inputs, see `fedpress.prune`.
+        std: likewise.
+        allow_code: names `module:function` that the files of `model` may have called.
+
+    Raises:
+        FedpressError: if the model does not take these inputs.
+
+    >>> import torch, fedpress
+    >>> net = torch.nn.Linear(2, 3)
+    >>> found = fedpress.predict(net, torch.randn(5, 2))
+    >>> found.answers.shape, found.probabilities.shape
+    (torch.Size([5]), torch.Size([5, 3]))
+    """
+    given, mean, std = model_of(model, mean, std)
+    x = _read(inputs)
+    with working(allow_code):
+        network, preprocess, task = _network(given, checkpoint, Given.of(mean, std))
+        rows, shape = as_taken(x, network, preprocess)
+        outputs: list[Tensor] = []
+        with evaluation.evaluating(network), torch.inference_mode():
+            for part in rows.split(BATCH):
+                outputs.append(_outputs(network, preprocess(part)))
+    joined = torch.cat(outputs)
+    if task is None and (count := classes_in(shape)):
+        task = Classification(tuple(map(str, range(count))))
+    if task is None:
+        names = tuple(f"output {at}" for at in range(joined[0].numel()))
+        return Predictions(joined, None, joined, names, "unknown")
+    return Predictions(
+        task.answers(joined), task.probabilities(joined), joined, task.names, task.kind
+    )
+
+
+def _network(
+    model: nn.Module | str | Path, checkpoint: str | Path | None, given: Given | None
+) -> tuple[nn.Module, Preprocess, Task | None]:
+    """Returns the network, the step from examples to its inputs, and what it was trained for, if that is known."""
+    own = given.preprocess() if given is not None and given.mean is not None else None
+    if isinstance(model, nn.Module):
+        spec = memory.spec_of(model)
+        return model, own or Preprocess(), _task_of(spec) if spec is not None else None
+    weights = Path(checkpoint) if checkpoint is not None else None
+    subject = Subject.find(model, weights=weights)
+    if subject.spec is None:
+        network = subject.fresh([])
+        assert network is not None
+        if weights is not None:
+            load_weights_(network, weights)
+        return network, own or Preprocess(), None
+    spec, network = storage.load(Path(model))
+    return network, own or Preprocess(spec.mean, spec.std), _task_of(spec)
+
+
+def _task_of(spec: ModelSpec) -> Task | None:
+    """Returns what a saved model was trained for; None if its file does not say."""
+    if not spec.class_names and not spec.task:
+        return None
+    return tasks.of_model(spec.task, spec.class_names)
+
+
+def _outputs(network: nn.Module, x: Inputs) -> Tensor:
+    """Runs the network on one batch.
+
+    Raises:
+        ModelError: if it does not take it, or gives no tensor.
+    """
+    try:
+        found = evaluation.outputs(network, x)
+    except Exception as error:  # whatever somebody's own network raises
+        raise ModelError(
+            f"it does not take examples of {told(x)} ({type(error).__name__}: {str(error).splitlines()[0]})",
+            place="inputs",
+            cure="give examples as the model was trained on, the first dimension counts them",
+        ) from error
+    if not isinstance(found, Tensor):
+        raise ModelError(
+            f"it gives {type(found).__name__}, expected one tensor",
+            place="model",
+            cure="wrap it in a module that returns the tensor of the answer",
+        )
+    return found.float()
+
+
+def _read(inputs: Any) -> Inputs:
+    """Reads inputs in memory, or from a file of NumPy.
+
+    Raises:
+        DataError: if they are no examples.
+    """
+    if isinstance(inputs, str | Path):
+        inputs = _arrays_of(Path(inputs))
+    try:
+        return pair_of(inputs)[0]
+    except DataError as error:
+        if error.place == "data":
+            error.place = "inputs"
+        raise
+
+
+def _arrays_of(path: Path) -> np.ndarray | dict[str, np.ndarray]:
+    """Reads a file of NumPy; nothing in it is unpickled, which could call anything."""
+    try:
+        found = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise DataError(
+            f"cannot read '{path}' ({str(error).splitlines()[0]})",
+            place="inputs",
+            cure="give a file that numpy.save wrote (.npy), or numpy.savez for several inputs (.npz)",
+        ) from error
+    return dict(found) if isinstance(found, np.lib.npyio.NpzFile) else found

@@ -1,0 +1,159 @@
+"""Saved models: loaded as plain modules, and written as a folder or one packed file."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from pathlib import Path
+
+from torch import nn
+
+from fedpress import storage
+from fedpress.api.calls import Model, model_of, working
+from fedpress.api.result import Result
+from fedpress.errors import Argument, ModelError
+from fedpress.models import ModelSpec, memory
+from fedpress.models.spec import save_model
+from fedpress.models.weights import load_weights_
+from fedpress.pipeline.commands import several
+from fedpress.pipeline.commands.subject import Subject
+
+
+def load(path: str | Path, *, allow_code: Collection[str] | str = ()) -> nn.Module:
+    """Loads a saved model as a module, in evaluation mode.
+
+    Args:
+        path: the folder of a model or of a run (its last finished stage), or a packed file.
+        allow_code: names `module:function` that its files may have called to build it. Nothing is unpickled.
+
+    Raises:
+        ModelError: if there is no model, it is damaged, or it names a function that is not allowed.
+
+    >>> import torch, fedpress, tempfile
+    >>> path = f"{tempfile.mkdtemp()}/net"
+    >>> net = torch.nn.Sequential(torch.nn.Linear(4, 2))
+    >>> fedpress.save(net, path, input_shape=(4,)).name
+    'net'
+    >>> torch.equal(fedpress.load(path)[0].weight, net[0].weight)
+    True
+    """
+    with working(allow_code):
+        spec, model = storage.load(Path(path))
+    memory.remember_spec(model, spec)
+    return model.eval()
+
+
+def save(
+    model: Model,
+    path: str | Path,
+    *,
+    checkpoint: str | Path | None = None,
+    input_shape: Sequence[int] | None = None,
+    allow_code: Collection[str] | str = (),
+) -> Path:
+    """Writes a model such that every command and `load` open it again.
+
+    Args:
+        model: a `Result`, a module, the path of a saved model, or `module:function`.
+        path: a new folder; or a new file that ends in `.safetensors`, which is packed losslessly.
+        checkpoint: a state dict for `module:function`.
+        input_shape: of one example, for a module or function that came from no call.
+        allow_code: names `module:function` that the files of `model` may have called.
+
+    Returns:
+        The path.
+
+    Raises:
+        ModelError: if there is something at `path` already, or nothing is known that builds the module again.
+
+    >>> import torch, fedpress, tempfile
+    >>> net = torch.nn.Sequential(torch.nn.Linear(4, 2))
+    >>> packed = fedpress.save(net, f"{tempfile.mkdtemp()}/net.safetensors", input_shape=(4,))
+    >>> fedpress.load(packed)[0].out_features
+    2
+    """
+    path = Path(path)
+    if path.exists():
+        raise ModelError(
+            f"there is something at '{path}' already", place="path", cure="give a new path"
+        )
+    with working(allow_code):
+        spec, module = _described(model, checkpoint, several.one_shape(input_shape))
+        if path.suffix == ".safetensors":
+            path.parent.mkdir(parents=True, exist_ok=True)
+            storage.pack(spec, module, path)
+        else:
+            save_model(path, spec, module)
+    return path
+
+
+def _described(
+    model: Model, checkpoint: str | Path | None, shape: tuple[int, ...] | None
+) -> tuple[ModelSpec, nn.Module]:
+    """Returns a model with the spec that builds it again.
+
+    Raises:
+        ModelError: if nothing is known that builds it.
+    """
+    if isinstance(model, Result) and model.spec is not None:
+        return model.spec, model.model
+    given = model_of(model)[0]
+    if not isinstance(given, nn.Module):
+        weights = Path(checkpoint) if checkpoint is not None else None
+        subject = Subject.find(given, weights=weights)
+        if subject.spec is not None:
+            return storage.load(Path(given))
+        built = ModelSpec(
+            architecture=subject.model["architecture"], input_shape=_shape(subject.name, shape)
+        )
+        spec, module = built.build_for_user()
+        masked = load_weights_(module, weights) if weights is not None else ()
+        return spec.model_copy(
+            update={"sparse": tuple(dict.fromkeys((*spec.sparse, *masked)))}
+        ), module
+    known = memory.spec_of(given)
+    if known is not None and _builds(known, given):
+        return known, given
+    named = memory.find_name(given)
+    if named is None:
+        raise ModelError(
+            f"nothing is known that builds this {type(given).__name__} again: it is not made of torch.nn layers in "
+            "sequences alone, and its class does not build it from arguments that it keeps",
+            place="model",
+            cure=(
+                "give ",
+                Argument("model", "package.module:function"),
+                ", a function that returns it, and ",
+                Argument("checkpoint", "weights.pt"),
+                " with its state_dict()",
+            ),
+        )
+    return (
+        ModelSpec(
+            architecture=named.architecture,
+            arguments=named.arguments,
+            input_shape=_shape(type(given).__name__, shape),
+        ),
+        given,
+    )
+
+
+def _builds(spec: ModelSpec, module: nn.Module) -> bool:
+    """Says whether a spec builds a network of the tensors that `module` has."""
+    try:
+        built = spec.build()
+    except ModelError:
+        return False
+    mine, theirs = module.state_dict(), built.state_dict()
+    return mine.keys() == theirs.keys() and all(
+        mine[name].shape == theirs[name].shape for name in mine
+    )
+
+
+def _shape(name: str, shape: tuple[int, ...] | None) -> tuple[int, ...]:
+    if shape is None:
+        raise ModelError(
+            f"the shape of an example of '{name}' is not known",
+            place="input_shape",
+            cure=("give it, such as ", Argument("input_shape", (3, 32, 32))),
+        )
+    return shape

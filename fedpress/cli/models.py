@@ -1,0 +1,142 @@
+"""The commands on a saved model that change nothing: eval, predict and save."""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fedpress.cli.common import AllowCode, AsJson, Device, allow_code, stopping
+from fedpress.cli.one_model import (
+    DataPath,
+    Input,
+    Mean,
+    Source,
+    Std,
+    Weights,
+    numbers_of,
+    shape_of,
+)
+from fedpress.errors import DataError
+
+GivenModel = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="A model's or run's folder, a packed file, or package.module:function.",
+    ),
+]
+
+
+def add_commands(app: typer.Typer) -> None:
+    """Adds the commands."""
+    app.command(name="eval")(evaluate)
+    app.command()(predict)
+    app.command()(save)
+
+
+def evaluate(
+    model: GivenModel,
+    data: Source = None,
+    path: DataPath = None,
+    checkpoint: Weights = None,
+    mean: Mean = None,
+    std: Std = None,
+    task: Annotated[
+        str | None, typer.Option(help="What is learned; by default as the data are.")
+    ] = None,
+    device: Device = None,
+    code: AllowCode = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measures a model on the test part of a source, by default that of the run that left it."""
+    from fedpress.cli import terminal
+
+    allow_code(code)
+    out_stream = terminal.console(quiet=as_json)
+    with stopping("stopped"), terminal.waiting(out_stream, "measuring"):
+        from fedpress.api import begin, evaluating
+
+        begin.find_modules()
+        found = evaluating.evaluate(
+            model,
+            data,
+            path=path,
+            checkpoint=checkpoint,
+            mean=numbers_of(mean),
+            std=numbers_of(std),
+            task=task,
+            device=device,
+        )
+    if as_json:
+        typer.echo(json.dumps(found))
+        return
+    for key, value in found.items():
+        if isinstance(value, int | float | str):
+            shown = f"{value:.4g}" if isinstance(value, float) else f"{value}"
+            out_stream.print(f"{key:20} {shown}", markup=False)
+
+
+def predict(
+    model: GivenModel,
+    inputs: Annotated[
+        Path,
+        typer.Argument(metavar="INPUTS", help="A file of NumPy: .npy, or .npz for several inputs."),
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option(help="A .csv file, or .npy for the outputs; by default CSV is printed."),
+    ] = None,
+    checkpoint: Weights = None,
+    mean: Mean = None,
+    std: Std = None,
+    code: AllowCode = None,
+) -> None:
+    """Says what a model answers to prepared examples, as CSV: a row for each, with its probabilities."""
+    from fedpress.core.files import replacing
+
+    if out is not None and out.suffix not in (".csv", ".npy"):
+        raise DataError(
+            f"got '{out}'", place="out", cure="give a file that ends in .csv or in .npy"
+        )
+    allow_code(code)
+    from fedpress.api import begin, evaluating
+
+    begin.find_modules()
+    found = evaluating.predict(
+        model, inputs, checkpoint=checkpoint, mean=numbers_of(mean), std=numbers_of(std)
+    )
+    if out is not None and out.suffix == ".npy":
+        import numpy as np
+
+        with replacing(out) as temporary, open(temporary, "wb") as binary:
+            np.save(binary, found.outputs.numpy())
+        return
+    header, rows = found.table()
+    if out is None:
+        csv.writer(sys.stdout, lineterminator="\n").writerows([header, *rows])
+        return
+    with replacing(out) as temporary, open(temporary, "w", encoding="utf-8", newline="") as text:
+        csv.writer(text).writerows([header, *rows])
+
+
+def save(
+    model: GivenModel,
+    path: Annotated[
+        Path, typer.Argument(metavar="PATH", help="A new folder, or a new file .safetensors.")
+    ],
+    checkpoint: Weights = None,
+    input_shape: Input = None,
+    code: AllowCode = None,
+) -> None:
+    """Writes a model such that every command opens it: a folder, or one packed file."""
+    allow_code(code)
+    from fedpress.api import begin, saving
+
+    begin.find_modules()
+    saving.save(model, path, checkpoint=checkpoint, input_shape=shape_of(input_shape))
+    typer.echo(path)

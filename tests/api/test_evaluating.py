@@ -1,0 +1,177 @@
+"""`fedpress.evaluate`, `predict`, `load` and `save`, and their commands."""
+
+import csv
+import io
+import json
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import fedpress
+from fedpress.errors import FedpressError, ModelError
+
+X = torch.randn(120, 6, generator=torch.Generator().manual_seed(0))
+Y = X[:, :3].argmax(1)
+
+
+def net(outputs=3):
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, outputs))
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run on digits of one epoch."""
+    place = tmp_path_factory.mktemp("evaluated") / "run"
+    stages = [{"kind": "train", "epochs": 1}]
+    data = {"source": "digits", "num_clients": 2, "examples_per_client": 100}
+    model = {"architecture": "mlp", "arguments": {"in_features": 64, "hidden": [16]}}
+    return fedpress.run({"data": data, "model": model, "stage": stages}, out=place)
+
+
+@pytest.mark.parametrize(
+    "data", [(X, Y), (X.numpy(), Y.numpy()), TensorDataset(X, Y), DataLoader(TensorDataset(X, Y))]
+)
+def test_all_given_examples_are_measured_on(data):
+    model = net()
+    expected = (model(X).argmax(1) == Y).float().mean().item()
+    found = fedpress.evaluate(model, data)
+    assert found["accuracy"] == pytest.approx(expected)
+    assert found["examples"] == 120
+
+
+def test_the_metrics_of_other_tasks_are_those_of_a_plain_twin():
+    model = net(1)
+    numbers = X[:, 0]
+    with torch.no_grad():
+        error = (model(X)[:, 0] - numbers).abs().mean().item()
+    assert fedpress.evaluate(model, (X, numbers))["mae"] == pytest.approx(error, rel=1e-5)
+    flags = (X[:, 0] > 0).long()
+    with torch.no_grad():
+        right = ((model(X)[:, 0] > 0).long() == flags).float().mean().item()
+    assert fedpress.evaluate(model, (X, flags))["accuracy"] == pytest.approx(right)
+
+
+def test_a_run_is_measured_on_the_test_part_that_it_had(run, shell):
+    said = shell("eval", run.path, "--json")
+    assert said.code == 0, said.err
+    found = json.loads(said.out)
+    assert found["accuracy"] == run.result["final"]["accuracy"]
+    assert fedpress.evaluate(run.path)["accuracy"] == found["accuracy"]
+    assert "accuracy" in shell("eval", run.path).out
+
+
+def test_a_saved_model_standardises_raw_inputs_as_it_was_trained(run):
+    raw = torch.randint(0, 256, (7, 1, 8, 8), dtype=torch.uint8)
+    found = fedpress.predict(run.path, raw)
+    spec_mean = fedpress.evaluate  # the same numbers by hand: bytes to 0..1, then mean and std
+    del spec_mean
+    result = json.loads((run.path / "stages" / "0-train" / "spec.json").read_text())
+    mean, std = torch.tensor(result["mean"]), torch.tensor(result["std"])
+    prepared = (raw.float() / 255 - mean.view(1, -1, 1, 1)) / std.view(1, -1, 1, 1)
+    expected = run.model.eval()(prepared)
+    assert torch.allclose(found.outputs, expected, atol=1e-5)
+    assert found.labels == [str(n) for n in expected.argmax(1).tolist()]
+    assert torch.allclose(found.probabilities.sum(1), torch.ones(7))
+
+
+def test_the_command_predicts_from_a_file_as_python_does(run, shell, tmp_path):
+    raw = np.random.default_rng(0).integers(0, 256, (5, 1, 8, 8), dtype=np.uint8)
+    np.save(tmp_path / "x.npy", raw)
+    said = shell("predict", run.path, "x.npy")
+    assert said.code == 0, said.err
+    rows = list(csv.DictReader(io.StringIO(said.out)))
+    found = fedpress.predict(run.path, raw)
+    assert [row["class"] for row in rows] == found.labels
+    assert [float(row["probability of 3"]) for row in rows] == pytest.approx(
+        found.probabilities[:, 3].tolist()
+    )
+    assert shell("predict", run.path, "x.npy", "--out", "y.npy").code == 0
+    assert np.allclose(np.load(tmp_path / "y.npy"), found.outputs.numpy())
+    assert shell("predict", run.path, "x.npy", "--out", "y.csv").code == 0
+    assert (tmp_path / "y.csv").read_text().splitlines() == said.out.splitlines()
+
+
+@pytest.mark.parametrize(
+    ("file", "said"),
+    [
+        ("none.npy", "inputs: cannot read 'none.npy'"),
+        ("text.npy", "inputs: cannot read 'text.npy'"),
+        ("pickle.npy", "inputs: cannot read 'pickle.npy'"),
+        ("shape.npy", "inputs: it does not take examples of"),
+        ("flat.npy", "inputs: "),
+    ],
+)
+def test_a_file_that_is_no_input_is_refused_and_nothing_is_unpickled(
+    run, shell, file, said, tmp_path
+):
+    (tmp_path / "text.npy").write_text("hello")
+    np.save(tmp_path / "pickle.npy", np.array([{"a": 1}], dtype=object), allow_pickle=True)
+    np.save(tmp_path / "shape.npy", np.zeros((3, 5), dtype=np.float32))
+    np.save(tmp_path / "flat.npy", np.zeros(3, dtype=np.float32))
+    found = shell("predict", run.path, file)
+    assert found.code == 2
+    assert said in found.err
+    assert found.err.count("\n") == 1
+
+
+def test_a_multilabel_model_and_one_of_numbers_give_columns_of_their_names():
+    found = fedpress.predict(net(2), X[:4])
+    assert found.table()[0] == ["class", "probability of 0", "probability of 1"]
+    numbers = fedpress.predict(net(1), X[:4])
+    assert numbers.task == "unknown"
+    assert numbers.table()[0] == ["output 0"]
+    with pytest.raises(FedpressError, match="has no one class"):
+        _ = numbers.labels
+
+
+@pytest.mark.parametrize("path", ["folder", "packed.safetensors"])
+def test_what_is_saved_is_loaded_with_the_same_numbers(tmp_path, path):
+    model = net().eval()
+    fedpress.save(model, tmp_path / path, input_shape=(6,))
+    again = fedpress.load(tmp_path / path)
+    assert torch.equal(again(X), model(X))
+    assert not again.training
+    with pytest.raises(ModelError, match="there is something at"):
+        fedpress.save(model, tmp_path / path, input_shape=(6,))
+
+
+def test_a_pruned_result_is_saved_in_its_new_shape(tmp_path):
+    small = fedpress.prune(net(), data=(X, Y), keep_params=0.5, round_to=1)
+    for number, given in enumerate((small, small.model)):
+        fedpress.save(given, tmp_path / str(number), input_shape=(6,))
+        again = fedpress.load(tmp_path / str(number))
+        assert torch.equal(again(X), small.model.eval()(X))
+
+
+def test_a_module_that_nothing_builds_again_is_not_saved(tmp_path):
+    class Own(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Linear(6, 3)
+
+        def forward(self, x):
+            return self.inner(x)
+
+    with pytest.raises(ModelError, match=r"^model: nothing is known that builds this Own again"):
+        fedpress.save(Own(), tmp_path / "own", input_shape=(6,))
+    with pytest.raises(ModelError, match=r"^input_shape: .*not known; give it"):
+        fedpress.save(net(), tmp_path / "own")
+
+
+def test_the_command_saves_a_function_with_its_weights(shell, tmp_path, monkeypatch):
+    (tmp_path / "nets_to_save.py").write_text(
+        "from torch import nn\ndef small():\n    return nn.Sequential(nn.Linear(6, 3))\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    weights = nn.Sequential(nn.Linear(6, 3))
+    torch.save(weights.state_dict(), tmp_path / "w.pt")
+    words = ["save", "nets_to_save:small", "net", "--checkpoint", "w.pt", "--input", "6"]
+    said = shell(*words)
+    assert said.code == 0, said.err
+    again = fedpress.load(tmp_path / "net", allow_code="nets_to_save:small")
+    assert torch.equal(again[0].weight, weights[0].weight)
+    assert shell(*words).code == 2
