@@ -7,9 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
-from fedpress.pipeline.recipe.mistakes import check_values, first_mistake
 from fedpress.pipeline.recipe.overrides import Override, name_stages_, overridden
 from fedpress.pipeline.recipe.settings import Recipe
 from fedpress.pipeline.recipe.text import anchor_, parse, plain, write
@@ -32,11 +29,7 @@ def checked(found: dict[str, Any]) -> Recipe:
     Raises:
         RecipeError: if a setting is wrong.
     """
-    check_values(found, "recipe")
-    try:
-        return Recipe.model_validate(found)
-    except ValidationError as error:
-        raise first_mistake(error, found) from error
+    return Recipe(**found)
 
 
 def tree(toml: str, overrides: Sequence[str | Override] = ()) -> dict[str, Any]:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import datetime
 import math
+from collections.abc import Collection
 from dataclasses import replace
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from fedpress.errors import RecipeError, SettingError, suggestion
-from fedpress.pipeline.recipe.settings import Recipe
 
 
 def check_values(node: Any, place: str) -> None:
@@ -35,8 +35,10 @@ def check_values(node: Any, place: str) -> None:
             check_values(child, f"{place}[{position}]")
 
 
-def first_mistake(error: ValidationError, tree: dict[str, Any]) -> RecipeError:
-    """Returns the first mistake that pydantic found in `tree`, and how many more there are.
+def first_mistake(
+    error: ValidationError, tree: dict[str, Any], recipe: type[BaseModel]
+) -> RecipeError:
+    """Returns the first mistake that pydantic found in `tree`, the tables of a `recipe`, and how many more there are.
 
     An unknown key goes before the rest, since a misspelt key is also missing.
     """
@@ -45,7 +47,7 @@ def first_mistake(error: ValidationError, tree: dict[str, Any]) -> RecipeError:
     # A list of which a part is wrong is also called too short: that follows from it, and is no mistake of its own.
     own = [e for e in found if not any(_inside(other["loc"], e["loc"]) for other in found)]
     more = len({_place(e, tree) for e in own}) - 1
-    found_mistake = _mistake(first, _place(first, tree))
+    found_mistake = _mistake(first, _place(first, tree), recipe)
     if more and found_mistake.cure:
         found_mistake.add_cure(f" ({more} more)")
     elif more:
@@ -53,28 +55,31 @@ def first_mistake(error: ValidationError, tree: dict[str, Any]) -> RecipeError:
     return found_mistake
 
 
-def _mistake(error: Any, place: str) -> RecipeError:
+def _mistake(error: Any, place: str, recipe: type[BaseModel]) -> RecipeError:
     """Returns the error of a mistake at `place`."""
     raised = error.get("ctx", {}).get("error")
     if not isinstance(raised, SettingError):
-        problem, cure = _complaint(error)
+        problem, cure = _complaint(error, recipe)
         return RecipeError(problem, place=place, cure=cure)
     found = RecipeError(
         raised.problem,
         place=f"{place}.{raised.place}" if raised.place else place,
         cure=raised.cure,
     )
-    found.change_arguments(lambda one: replace(one, name=_key(one.name, place)))
+    found.change_arguments(
+        lambda one: replace(one, name=_key(one.name, place, recipe.model_fields))
+    )
     return found
 
 
-def _key(argument: str, table: str) -> str:
-    """Returns the recipe's key of an argument that settings at `table` name.
+def _key(argument: str, table: str, tables: Collection[str]) -> str:
+    """Returns the recipe's key of an argument that settings at `table` name; `tables` are those of a recipe.
 
-    >>> _key("finetune.epochs", "recipe.stage[1]"), _key("data.public_share", "recipe.stage[1]")
+    >>> at, tables = "recipe.stage[1]", ("data", "model")
+    >>> _key("finetune.epochs", at, tables), _key("data.public_share", at, tables)
     ('recipe.stage[1].finetune.epochs', 'recipe.data.public_share')
     """
-    table_of_recipe = "." in argument and argument.partition(".")[0] in Recipe.model_fields
+    table_of_recipe = "." in argument and argument.partition(".")[0] in tables
     return f"recipe.{argument}" if table_of_recipe else f"{table}.{argument}"
 
 
@@ -82,16 +87,18 @@ def _inside(inner: tuple[int | str, ...], outer: tuple[int | str, ...]) -> bool:
     return len(inner) > len(outer) and inner[: len(outer)] == outer
 
 
-def _complaint(error: Any) -> tuple[str, str]:
+def _complaint(error: Any, recipe: type[BaseModel]) -> tuple[str, str]:
     """Returns what is wrong, and the cure."""
     kind, loc, value = error["type"], error["loc"], error["input"]
     if kind == "extra_forbidden":
-        known = [key for key in _schema_at(loc[:-1]).get("properties", {}) if key != loc[-1]]
+        known = [
+            key for key in _schema_at(loc[:-1], recipe).get("properties", {}) if key != loc[-1]
+        ]
         return "no such key", suggestion(str(loc[-1]), known) or "see fedpress check --schema"
     if kind == "missing":
         return "this key is missing", "add it (fedpress check --schema lists all keys)"
     if kind.startswith("union_tag"):
-        known = list(_schema_at(loc)["discriminator"]["mapping"])
+        known = list(_schema_at(loc, recipe)["discriminator"]["mapping"])
         every = ", ".join(known)
         if kind == "union_tag_not_found":
             return "this key is missing", f"add it (one of {every})"
@@ -131,9 +138,9 @@ def _place(error: Any, tree: Any) -> str:
     )
 
 
-def _schema_at(loc: tuple[int | str, ...]) -> dict[str, Any]:
+def _schema_at(loc: tuple[int | str, ...], recipe: type[BaseModel]) -> dict[str, Any]:
     """The part of the JSON schema that describes the place of an error; empty if there is none."""
-    full: dict[str, Any] = Recipe.model_json_schema()
+    full: dict[str, Any] = recipe.model_json_schema()
 
     def open_(node: dict[str, Any]) -> dict[str, Any]:
         for part in node.get("anyOf", ()):  # a table or null

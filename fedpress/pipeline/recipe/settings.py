@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    JsonValue,
+    ValidationError,
+    model_validator,
+)
 
 from fedpress.data import DataSettings
 from fedpress.errors import Argument, SettingError
 from fedpress.models.memory import HELD
+from fedpress.pipeline.recipe.mistakes import check_values, first_mistake
+from fedpress.pipeline.recipe.overrides import name_stages_
 from fedpress.stages.union import AnyStage
 from fedpress.training.device import DeviceName
 from fedpress.workspace.state import Name
@@ -80,9 +90,33 @@ class ModelSettings(BaseModel):
 
 
 class Recipe(BaseModel):
-    """The whole way of a model: data, architecture, and the stages in order."""
+    """The whole way of a model: data, architecture, and the stages in order.
+
+    >>> import fedpress
+    >>> recipe = fedpress.Recipe(
+    ...     data={"source": "digits"},
+    ...     model={"architecture": "cnn"},
+    ...     stage=[{"kind": "train", "epochs": 5}, {"kind": "federate", "num_rounds": 3}],
+    ... )
+    >>> recipe.stage[1].num_rounds
+    3
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+    def __init__(self, **tables: Any) -> None:
+        """Checks the tables.
+
+        Raises:
+            RecipeError: the first mistake, with its place and a cure.
+        """
+        tables = copy.deepcopy(tables)
+        name_stages_(tables)
+        check_values(tables, "recipe")
+        try:
+            super().__init__(**tables)
+        except ValidationError as error:
+            raise first_mistake(error, tables, Recipe) from error
 
     name: Name = "recipe"
     description: str = Field("", description="one line for people")
