@@ -1,4 +1,4 @@
-"""An epoch of a stage that trains, as a milestone of its work: one record, one note, one checkpoint."""
+"""Epochs of a training stage: each becomes a milestone with a record, a note and a checkpoint."""
 
 from __future__ import annotations
 
@@ -29,15 +29,16 @@ def epoch_milestone(
     """Returns the milestone after `epoch`.
 
     Args:
-        epoch: what the training told.
-        more: what stands at the end of the note.
-        before: what stands at its beginning.
-        **facts: what the record holds besides.
+        epoch: number, loss and validation of the epoch.
+        more: end of the note.
+        before: beginning of the note.
+        **facts: further entries of the record.
     """
     record = {
         "epoch": epoch.epoch,
         "epochs": epoch.epochs,
         "loss": epoch.loss,
+        # `number` turns NaN into None, since JSON has no NaN.
         epoch.metric: None if epoch.score is None else number(epoch.score),
         **facts,
     }

@@ -26,14 +26,14 @@ from fedpress.workspace.stage_folder import StageFolder
 from fedpress.workspace.state import Name, State, Tick
 
 BATCH = 64
-APART, LOST = (
-    0.02,
-    0.005,
-)  # of the outputs' norm, and of the metric (of its size, if it is no share): what is more is told in words
+MAX_APART = 0.02
+"""Difference of the outputs, as a share of their norm, from which a result mentions it."""
+MAX_LOST = 0.005
+"""Difference of the metric from which a result mentions it; a share of it if it is no share."""
 
 
 class ExportStage(BaseModel, Stage):
-    """`[[stage]] kind = "export"`: a file that a device runs, compared with the model on real test images."""
+    """`[[stage]] kind = "export"`: a file that a device runs, compared with the torch model."""
 
     changes_model: ClassVar = False
     reports_artifact: ClassVar = True
@@ -74,7 +74,7 @@ class ExportStage(BaseModel, Stage):
         return self
 
     def check(self, state: State) -> tuple[State, dict[str, Any]]:
-        """Exports the untrained model and throws the file away: what cannot be exported is refused before the run.
+        """Exports the untrained model and deletes the file, so that a failure comes before the run.
 
         Raises:
             ExportError: if the model cannot be exported, or packages are missing.
@@ -91,8 +91,9 @@ class ExportStage(BaseModel, Stage):
         }
 
     def run(self, state: State, folder: StageFolder) -> Generator[Tick, None, State]:
-        """Exports, compares with torch on real images, and measures accuracy and latency in the file's runtime."""
+        """Exports, compares with torch, and measures accuracy and latency in the file's runtime."""
         row = FORMATS[self.format]
+        task = state.data.task
         yield Tick(0, 4, f"writing {row.suffix}")
         stem = "model" if self.name == "export" else self.name
         path = folder.run / "artifacts" / f"{stem}{row.suffix}"
@@ -100,18 +101,18 @@ class ExportStage(BaseModel, Stage):
         model = state.model.to("cpu")
         artifact = self._export(state, path)
         inputs.write_inputs_json(state, folder)
+
         yield Tick(1, 4, "comparing with torch")
         test = state.data.test
-        if len(test):
-            x = state.data.preprocess(test.x[: self.parity_examples])
-        else:  # a model without data is compared on noise
-            chance = public_stream(state.seed, "export", "noise")
-            x = state.spec.example(self.parity_examples, chance)
+        x = self._parity_inputs(state)
+        # Against the graph that was written (rounded, for int8): only rounding errors may differ.
         same = deploy.parity(artifact.program or model, path, x, tolerance=artifact.tolerance)
-        in_torch, got = deploy.logits(model, x), deploy.file_logits(path, x)
-        agree = state.data.task.agreement(in_torch, got) if in_torch.dim() > 1 else 1.0
-        apart = float((got - in_torch).norm() / in_torch.norm().clamp_min(1e-30))
-        task = state.data.task
+        # And against the float model, which the rounding of int8 changes.
+        in_torch = deploy.logits(model, x)
+        in_file = deploy.file_logits(path, x)
+        agree = task.agreement(in_torch, in_file) if in_torch.dim() > 1 else 1.0
+        apart = float((in_file - in_torch).norm() / in_torch.norm().clamp_min(1e-30))
+
         yield Tick(2, 4, f"measuring {task.words[0].name}")
         metrics = dict[str, Any](dict.fromkeys(task.keys))
         if len(test):
@@ -150,9 +151,24 @@ class ExportStage(BaseModel, Stage):
             facts["told"] = {path.name: words}
         return replace(state, model=model, facts=facts)
 
+    def _parity_inputs(self, state: State) -> Inputs:
+        """Returns the inputs on which file and model are compared: test examples, or noise."""
+        test = state.data.test
+        if len(test):
+            return state.data.preprocess(test.x[: self.parity_examples])
+        chance = public_stream(state.seed, "export", "noise")
+        return state.spec.example(self.parity_examples, chance)
+
     def _export(self, state: State, path: Path, *, few: bool = False) -> Artifact:
-        examples = next((a.x for a in (state.data.test, state.data.public) if len(a)), None)
-        whole = state.example(2) if examples is None else state.data.preprocess(examples[:2])
+        """Writes the file; `few` takes the ranges of int8 from two examples, for a trial."""
+        if len(state.data.test):
+            whole = state.data.preprocess(state.data.test.x[:2])
+        elif len(state.data.public):
+            whole = state.data.preprocess(state.data.public.x[:2])
+        else:
+            whole = state.example(2)
+        # One float tensor is described by its shape. Token ids and several inputs need values: a
+        # made-up token may lie beyond the vocabulary.
         given: InputSpec = whole
         if isinstance(whole, Tensor) and whole.is_floating_point():
             given = tuple(whole.shape[1:])
@@ -167,7 +183,7 @@ class ExportStage(BaseModel, Stage):
         return deploy.export(state.model, path, self.format, job)
 
     def _batches(self, state: State, *, few: bool) -> tuple[Inputs, ...]:
-        """Draws public examples: ranges of private ones would have to be charged to the ledger."""
+        """Draws public examples in batches: ranges of private ones would cost privacy."""
         public = state.data.public
         if not len(public):
             raise DataError(
@@ -186,23 +202,34 @@ class ExportStage(BaseModel, Stage):
 
 
 def _metadata(state: State) -> dict[str, str]:
-    """Returns what the file says of its outputs."""
+    """Returns the metadata of the file: the names of its outputs, and the task."""
+    metadata = {"class_names": json.dumps(state.data.class_names)}
     about = state.data.task.about()
-    return {
-        "class_names": json.dumps(state.data.class_names),
-        **({"task": json.dumps(about)} if about else {}),
-    }
+    if about:
+        metadata["task"] = json.dumps(about)
+    return metadata
 
 
 def difference_in_words(
     apart: float, task: Task, file: float | None, model: float | None, *, simulated: bool
 ) -> str:
-    """Says how far the file is from the network in torch; empty where that is too little to speak of."""
+    """Returns a sentence on how the file differs from the model; empty if it hardly does.
+
+    Args:
+        apart: norm of the difference of the outputs, over the norm of the outputs.
+        task: gives the name and form of the metric.
+        file: metric of the file; None without test examples.
+        model: metric of the torch model; None without test examples.
+        simulated: whether torch only simulates the rounding of the model.
+    """
     word = task.words[0]
-    lost = 0.0 if file is None or model is None else abs(model - file)
+    lost = 0.0
+    if file is not None and model is not None:
+        lost = abs(model - file)
+    # An error in euros is compared as a share of itself, a share of right answers as it is.
     if model and not word.share:
         lost /= abs(model)
-    if apart <= APART and lost <= LOST:
+    if apart <= MAX_APART and lost <= MAX_LOST:
         return ""
     whose = "the network simulated in torch" if simulated else "the network in torch"
     words = f"its outputs are {100 * apart:.1f}% off those of {whose}"

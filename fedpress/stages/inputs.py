@@ -1,4 +1,4 @@
-"""What lies beside a file for a device where the data come from a table: how raw rows become its inputs."""
+"""Writes how raw rows of a table become a network's inputs, beside the file for a device."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from fedpress.workspace.state import State
 
 
 def write_inputs_json(state: State, folder: StageFolder) -> None:
-    """Writes `artifacts/inputs.json`; nothing where the data come from no table."""
+    """Writes `artifacts/inputs.json`; nothing if the data do not come from a table."""
     data = state.data
     if data.preparation is None:
         return
-    # Commands may put another standardisation in the place of the data's own: that of the model counts.
+    # With the model's standardisation, which a command may have put in place of the data's own.
     used = data.preparation.with_standardisation(data.preprocess, data.class_names)
     write_json_with_checksum(folder.run / "artifacts" / INPUTS, used.to_json(), folder.run)

@@ -1,4 +1,4 @@
-"""The measure stage: what the model costs in every runtime that is installed, float and on integers."""
+"""The measure stage: latency and memory of the model in every installed runtime, float and int8."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from fedpress.workspace.state import Name, State, Tick
 
 
 class MeasureStage(BaseModel, Stage):
-    """`[[stage]] kind = "measure"`: latency, memory and distance to this machine's peak, saved as measure.json."""
+    """`[[stage]] kind = "measure"`: latency, memory, share of the peak speed, in measure.json."""
 
     changes_model: ClassVar = False
     repeats_measurements: ClassVar = True
@@ -44,21 +44,20 @@ class MeasureStage(BaseModel, Stage):
     int8: bool = Field(True, description="also export on integers, with ranges of public examples")
 
     def check(self, state: State) -> tuple[State, dict[str, Any]]:
-        """Says which runtimes are there; measures nothing."""
-        return state, {
-            "runtimes": [
-                "torch",
-                *(row.runtime for row in FORMATS.values() if row.missing() is None),
-            ]
-        }
+        """Returns which runtimes are installed; measures nothing."""
+        installed = [row.runtime for row in FORMATS.values() if row.missing() is None]
+        return state, {"runtimes": ["torch", *installed]}
 
     def run(self, state: State, folder: StageFolder) -> Generator[Tick, None, State]:
-        """Exports to every format and measures all in turn."""
+        """Exports to every format and measures one after another."""
         yield Tick(0, 1, "measuring in every runtime")
         model = state.model.to("cpu")
-        chance = public_stream(state.seed, "measure", self.name)
-        order = chance.permutation(len(state.data.public))
-        public = state.data.preprocess(state.data.public.take(order[:64]).x) if self.int8 else None
+        public = None
+        if self.int8:
+            chance = public_stream(state.seed, "measure", self.name)
+            order = chance.permutation(len(state.data.public))
+            # 64 examples are enough for ranges: the accuracy of these files is not measured.
+            public = state.data.preprocess(state.data.public.take(order[:64]).x)
         found = measure_model(
             model,
             state.input_spec,
@@ -102,13 +101,15 @@ def measure_model(
     """
     one = take_rows(example_of(given), 1)
     job = Job.of(given)
-    macs, numbers = cost.macs(model, one), cost.activations(model, one)
+    macs = cost.macs(model, one)
+    activations = cost.activations(model, one)
+    # Measuring sets the modes: whoever gave the model gets it back as it was.
     modes = [(module, module.training) for module in model.modules()]
     with tempfile.TemporaryDirectory() as folder:
         files, left_out = deploy.export_all(model, job, Path(folder), calibration=calibration)
-        candidates = {"torch": Candidate(model, macs, numbers, file_bytes=file_bytes)}
+        candidates = {"torch": Candidate(model, macs, activations, file_bytes=file_bytes)}
         for label, path in files.items():
-            candidates[label] = Candidate(path, macs, numbers, int8=label.endswith("int8"))
+            candidates[label] = Candidate(path, macs, activations, int8=label.endswith("int8"))
         try:
             records = deploy.measure(
                 candidates, given, batches=batches, threads=threads, seconds=seconds
@@ -119,7 +120,7 @@ def measure_model(
     return {
         "parameters": cost.parameters(model),
         "macs": macs,
-        "activations": numbers,
+        "activations": activations,
         "runtimes": json.loads(json.dumps(records)),
         "left_out": left_out,
     }

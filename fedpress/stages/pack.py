@@ -1,4 +1,4 @@
-"""The pack stage: the model as one small file, which gives the same bits back."""
+"""The pack stage: the model as one small file, from which the same bits are read back."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fedpress.workspace.state import Name, State, Tick
 
 
 class PackStage(BaseModel, Stage):
-    """`[[stage]] kind = "pack"`: a packed file in artifacts/, checked by unpacking it (docs/packed-models.md)."""
+    """`[[stage]] kind = "pack"`: a packed file in artifacts/, checked by unpacking it."""
 
     changes_model: ClassVar = False
     needs_buildable_spec: ClassVar = True
@@ -28,7 +28,7 @@ class PackStage(BaseModel, Stage):
     name: Name = "pack"
 
     def check(self, state: State) -> tuple[State, dict[str, Any]]:
-        """Looks whether the model can be rebuilt from its spec, without packing it.
+        """Checks that the model can be rebuilt from its spec, without packing it.
 
         Raises:
             ModelError: if it cannot.

@@ -1,4 +1,4 @@
-"""Public examples for scores, statistics and ranges: those of private ones would have to be charged to the ledger."""
+"""Public examples for scores, statistics and ranges; private ones would cost privacy here."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fedpress.workspace.state import State
 
 
 def check_public_training(state: State, settings: TrainSettings) -> None:
-    """Finds what would stop a training of the state's model on the public part; see `check_training`."""
+    """Checks that the state's model can be trained on the public part; see `check_training`."""
     data = state.data
     check_training(state.model, settings, data.public, data.validation, data.preprocess, data.task)
 
@@ -37,6 +37,7 @@ def draw_calibration(state: State, n: int, seed: int) -> Arrays:
             cure=("give public examples by ", Argument("data.public_share", 0.1)),
         )
     drawn = public.take(public_stream(seed, "calibration").permutation(len(public))[:n])
+    # Scores from one class would prune what the other classes need.
     if state.data.labelled and state.data.num_classes > 1 and len(drawn.y.unique()) == 1:
         name = state.data.class_names[int(drawn.y[0])]
         raise DataError(
@@ -51,14 +52,21 @@ def draw_calibration(state: State, n: int, seed: int) -> Arrays:
 
 
 def restore_norms_(model: nn.Module, state: State, public: Arrays | None, *, batch: int) -> int:
-    """Takes the statistics of the batch norms of `model` anew, from `public` examples in batches of `batch`.
+    """Recomputes the statistics of the model's batch norms.
+
+    Args:
+        model: whose batch norms are changed.
+        state: gives the preprocessing.
+        public: examples to compute them from; None or empty to leave them as they are.
+        batch: batch size.
 
     Returns:
-        From how many examples; 0 where there is no batch norm, or no example.
+        The number of examples used; 0 if there is no batch norm, or no example.
     """
     if public is None or not len(public) or not has_batch_norm(model):
         return 0
     at = next(chain(model.parameters(), model.buffers())).device
+    # A generator, so that one batch at a time is in memory.
     inputs = (state.data.preprocess(x.to(at)) for x, _ in public.batches(batch))
     restore_batch_norm_(model, inputs)
     return len(public)

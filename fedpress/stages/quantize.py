@@ -1,4 +1,4 @@
-"""The quantize stage: weights and inputs are quantized to a few bits, and may learn to make good for the rounding."""
+"""The quantize stage: few bits for weights and inputs, by rounding or by training on the grid."""
 
 from __future__ import annotations
 
@@ -38,8 +38,9 @@ BATCH = 64
 class QuantizeStage(TeacherTrainSettings, Stage):
     """`[[stage]] kind = "quantize"`: fewer bits for weights, and for the inputs of layers.
 
-    Without `epochs` the network is rounded after training; with them it trains on its grids, scales
-    included (learned step size, Esser et al. 2020), from that rounding on.
+    Without `epochs` the network is rounded (post-training quantization). With `epochs` it is
+    rounded and then trained with quantization in the forward pass, scales included (learned step
+    size, Esser et al. 2020, arXiv:1902.08153).
     """
 
     simulates_device: ClassVar = True
@@ -168,16 +169,16 @@ class QuantizeStage(TeacherTrainSettings, Stage):
         return self
 
     def setting_reading_labels(self) -> str:
-        """It trains if it has epochs."""
+        """Labels are read only by training."""
         return "epochs" if self.epochs else ""
 
     def check(self, state: State) -> tuple[State, dict[str, Any]]:
-        """Quantizes the untrained model: layers, bits and what stays float will be these.
+        """Quantizes the untrained model: the run will quantize the same layers to the same bits.
 
         Raises:
             ModelError: if no layer can be quantized.
             RecipeError: if the budget cannot be met.
-            DataError: if there are no public examples where they are needed.
+            DataError: if public examples are needed and there are none.
             TrainingError: if the training settings do not fit.
         """
         ignored(state.model, self.ignore)
@@ -195,18 +196,18 @@ class QuantizeStage(TeacherTrainSettings, Stage):
         return replace(state, spec=spec, model=model), _facts(model, table, left)
 
     def run(self, state: State, folder: StageFolder) -> Generator[Tick, None, State]:
-        """Rounds, then trains on the grids if asked; yields ticks, saves after every epoch."""
+        """Rounds, then trains if there are epochs; yields ticks, saves after every epoch."""
         seed = derive(state.seed, "stage", folder.index)
         yield Tick(0, 1, "rounding")
         model = copied(state.model).to("cpu").eval()
+        # Before rounding: afterwards a kept weight that rounds to 0 looks like a pruned one.
         kept = kept_entries(model, state.spec.sparse)
         spec, table, left = self._prepare_(model, state)
         batches = self._batches(state, seed)
         if self.mixed:
-            chosen = quantizing.choose_bits(
-                quantizing.measure_choices(model, table, self.mixed, batches[:4]),
-                self.max_bytes or 0,
-            )
+            # Four batches: each layer is measured at every number of bits.
+            choices = quantizing.measure_choices(model, table, self.mixed, batches[:4])
+            chosen = quantizing.choose_bits(choices, self.max_bytes or 0)
             table = _with_bits(table, chosen)
         notes = quantizing.quantize_(
             model,
@@ -231,101 +232,114 @@ class QuantizeStage(TeacherTrainSettings, Stage):
             model = work.fit.result_()
         model = materialize_(model.to("cpu"))
         spec = spec.model_copy(update={"kept_zeros": note_kept_zeros_(model, kept)})
-        layers: list[JsonValue] = [
-            {"name": n, "weights": m.size, "bits": _bits(table[n])}
-            for n, m in quantized_layers(model)
-            if n in table
-        ]
+        layers: list[JsonValue] = []
+        for name, layer in quantized_layers(model):
+            # Layers that an earlier stage quantized are not in this stage's table.
+            if name in table:
+                bits = _bits(table[name])
+                layers.append({"name": name, "weights": layer.size, "bits": bits})
         folder.record(quantized=layers)
-        facts = _facts(model, table, left) | ({"notes": notes} if notes else {})
+        facts = _facts(model, table, left)
+        if notes:
+            facts["notes"] = notes
         return replace(state, spec=spec, model=model, facts=facts)
 
     def _prepare_(
         self, model: nn.Module, state: State
     ) -> tuple[ModelSpec, dict[str, QuantizationScheme], dict[str, str]]:
-        """Folds batch norms; returns the spec with them, the scheme of each layer, and what stays float and why."""
-        spec, left = state.spec, dict[str, str]()
-        shared = {
-            n: g.weights
-            for n, g in spec.quantized.items()
-            if g.weights and g.weights.kind == "codebook"
-        }
-        fold = self.weights == "int" and not shared if self.fold is None else self.fold
+        """Folds batch norms into the layers before them, and chooses what is quantized.
+
+        Returns:
+            The spec with the folded norms, the scheme of each layer, and name -> reason of what
+            stays float or unfolded.
+        """
+        spec = state.spec
+        left: dict[str, str] = {}
+        # Layers whose weights an earlier stage has clustered to a few shared values.
+        shared = {}
+        for name, scheme in spec.quantized.items():
+            if scheme.weights and scheme.weights.kind == "codebook":
+                shared[name] = scheme.weights
+        fold = self.fold
+        if fold is None:
+            # Folding scales each output channel, so few shared values would become many.
+            fold = self.weights == "int" and not shared
         if fold:
             folds, unfolded = quantizing.find_folds(model, state.example(2), ignore=self.ignore)
             quantizing.fold_(model, folds)
             spec = spec.model_copy(update={"folded": {**spec.folded, **folds}})
             left |= {name: f"not folded: {why}" for name, why in unfolded.items()}
-        keep = (
-            self.keep
-            if self.keep is not None
-            else ("first", "last")
-            if self.weights in ("ternary", "binary")
-            else ()
-        )
+        keep = self.keep
+        if keep is None:
+            # At one or two bits the first and the last layer lose most of the accuracy.
+            keep = ("first", "last") if self.weights in ("ternary", "binary") else ()
         table, floats = quantizing.quantizable(
             model, self._scheme(), keep=keep, ignore=self.ignore, sparse=spec.sparse
         )
-        if (
-            self.weights == "int"
-        ):  # shared weights stay shared: their few values become whole numbers
-            own = {
-                n: g.model_copy(update={"centroid_bits": self.bits})
-                for n, g in shared.items()
-                if n in table
-            }
-            table |= {n: table[n].model_copy(update={"weights": grid}) for n, grid in own.items()}
+        if self.weights == "int":
+            # Clustered weights stay clustered; only their few values become whole numbers.
+            for name, codebook in shared.items():
+                if name in table:
+                    weights = codebook.model_copy(update={"centroid_bits": self.bits})
+                    table[name] = table[name].model_copy(update={"weights": weights})
         return spec, table, left | floats
 
     def _scheme(self) -> QuantizationScheme:
-        kind: Any = "codebook" if self.weights == "cluster" else self.weights
-        own = {} if self.weights in ("ternary", "binary") else {"bits": self.bits}
-        how = self.inputs or ("static" if self.weights == "int" and self.bits == 8 else "float")
-        inputs = (
-            None
-            if how == "float"
-            else InputQuantization(bits=self.input_bits, dynamic=how == "dynamic")
-        )
-        return QuantizationScheme(
-            weights=WeightQuantization.model_validate({"kind": kind, "group": self.group, **own}),
-            inputs=inputs,
-        )
+        """Returns the scheme of every layer, before mixed bits."""
+        weights: dict[str, Any] = {
+            "kind": "codebook" if self.weights == "cluster" else self.weights,
+            "group": self.group,
+        }
+        if self.weights not in ("ternary", "binary"):
+            weights["bits"] = self.bits
+        mode = self.inputs
+        if mode is None:
+            # Integer kernels exist for 8 bits; below, only the weights become smaller.
+            mode = "static" if self.weights == "int" and self.bits == 8 else "float"
+        inputs = None
+        if mode != "float":
+            inputs = InputQuantization(bits=self.input_bits, dynamic=mode == "dynamic")
+        return QuantizationScheme(weights=WeightQuantization.model_validate(weights), inputs=inputs)
 
     def _rounding(self) -> Literal["nearest", "second-order"]:
+        """Returns the rounding: second-order where it pays, unless the settings say otherwise."""
         if self.rounding is not None:
             return self.rounding
-        few = self.weights != "int" or self.bits < 8 or bool(self.mixed)
-        return "second-order" if few and not self.epochs else "nearest"
+        # At 8 bits rounding errors are small; with epochs the training corrects them.
+        few_bits = self.weights != "int" or self.bits < 8 or bool(self.mixed)
+        return "second-order" if few_bits and not self.epochs else "nearest"
 
     def _corrects(self) -> bool:
         return self.correct_bias and not self.epochs
 
     def _looks_at_data(self) -> bool:
+        """Whether public examples are needed for ranges, choices, biases or rounding."""
         inputs = self._scheme().inputs
-        seen = inputs is not None and inputs.calibrated
-        return seen or bool(self.mixed) or self._corrects() or self._rounding() == "second-order"
+        ranges = inputs is not None and inputs.calibrated
+        return ranges or bool(self.mixed) or self._corrects() or self._rounding() == "second-order"
 
     def _smallest(self, model: nn.Module, table: dict[str, QuantizationScheme]) -> dict[str, int]:
-        """Returns the fewest bits for each layer, after looking whether they meet the budget."""
-        sizes = {
-            name: [
-                quantizing.Choice(
-                    b, quantizing.layer_bytes(model.get_submodule(name), _int_weights(b)), 0.0
-                )
-                for b in self.mixed
-            ]
-            for name in table
-        }
-        quantizing.choose_bits(sizes, self.max_bytes or 0)
+        """Returns the fewest bits for each layer.
+
+        Raises:
+            RecipeError: if not even these meet the budget.
+        """
+        choices: dict[str, list[quantizing.Choice]] = {}
+        for name in table:
+            layer = model.get_submodule(name)
+            choices[name] = []
+            for bits in self.mixed:
+                size = quantizing.layer_bytes(layer, _int_weights(bits))
+                # Without an error of the outputs: only the bytes are asked here.
+                choices[name].append(quantizing.Choice(bits, size, 0.0))
+        quantizing.choose_bits(choices, self.max_bytes or 0)
         return dict.fromkeys(table, min(self.mixed))
 
     def _batches(self, state: State, seed: int) -> list[Inputs]:
         if not self._looks_at_data():
             return []
-        return [
-            state.data.preprocess(x)
-            for x in draw_calibration(state, self.calibration, seed).x.split(BATCH)
-        ]
+        drawn = draw_calibration(state, self.calibration, seed)
+        return [state.data.preprocess(x) for x in drawn.x.split(BATCH)]
 
 
 def _with_bits(
@@ -346,21 +360,19 @@ def _bits(scheme: QuantizationScheme) -> int:
 
 
 def _stays_float(model: nn.Module) -> tuple[float, list[str]]:
-    """Returns the share of the parameters that are not quantized, and the modules that hold most of them.
+    """Returns the share of parameters that stay float, and the three modules with most of them.
 
     Scales and codebooks are part of the quantization and count on neither side.
     """
-    quantized = {
-        id(getattr(m, key))
-        for _, m in quantized_layers(model)
-        if m.scheme.weights
-        for key in m.keys
-    }
-    steps = qparam_ids(model)
+    quantized = set()
+    for _, layer in quantized_layers(model):
+        if layer.scheme.weights:
+            quantized |= {id(getattr(layer, key)) for key in layer.keys}
+    qparams = qparam_ids(model)
     sizes: dict[str, int] = {}
     total = 0
     for name, p in model.named_parameters():
-        if id(p) in steps:
+        if id(p) in qparams:
             continue
         total += p.numel()
         if id(p) not in quantized:
@@ -373,13 +385,15 @@ def _stays_float(model: nn.Module) -> tuple[float, list[str]]:
 def _facts(
     model: nn.Module, table: dict[str, QuantizationScheme], left: dict[str, str]
 ) -> dict[str, Any]:
-    sizes = {n: m.size for n, m in quantized_layers(model) if n in table}
+    """Returns the facts of the result; a size is the number of weights of a layer."""
+    sizes = {name: layer.size for name, layer in quantized_layers(model) if name in table}
     total = sum(sizes.values())
+    all_bits = sum(_bits(table[name]) * size for name, size in sizes.items())
     share, names = _stays_float(model)
     return {
         "float_share": share,
         "mostly_float": names,
-        "bits_per_weight": sum(_bits(table[n]) * size for n, size in sizes.items()) / max(1, total),
+        "bits_per_weight": all_bits / max(1, total),
         "quantized_layers": len(sizes),
         "left": left,
     }

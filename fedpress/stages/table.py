@@ -1,4 +1,4 @@
-"""The table of stages: one row for each kind. It loads none of them, so that the command line answers at once."""
+"""The table of stages, a row for each kind; classes are loaded on demand, for a quick start."""
 
 from __future__ import annotations
 

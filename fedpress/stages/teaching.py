@@ -32,9 +32,10 @@ from fedpress.training.settings import TrainSettings
 from fedpress.workspace.drive import Milestone, Snapshot
 from fedpress.workspace.state import State, Tick
 
+EXAMPLES = 64
 FROM_THE_RUN = ("dense", "before")
 SAVED_MODELS = {"teacher": FROM_THE_RUN}
-"""For a stage that learns from a teacher: see `Stage.saved_models`."""
+"""`Stage.saved_models` of a stage with a teacher: the words of `FROM_THE_RUN` are no paths."""
 
 
 GIVE_TEACHER = (
@@ -42,7 +43,7 @@ GIVE_TEACHER = (
     Argument("teacher", "runs/dense"),
     ", or in a recipe that has cut the model before, 'dense'",
 )
-"""What helps where a teacher is missing: a command begins with its model, and nothing came before a cut there."""
+"""The cure if a teacher is missing. A command has no earlier stage, so 'dense' is for recipes."""
 
 
 class TeacherTrainSettings(TrainSettings):
@@ -51,8 +52,7 @@ class TeacherTrainSettings(TrainSettings):
     teacher: str | None = Field(
         None,
         description="'dense' (the model before the first cut), 'before' (the model as it comes into "
-        "this stage), "
-        "or a saved model: its folder, a run, a packed file",
+        "this stage), or a saved model: its folder, a run, a packed file",
     )
     distill: DistillSettings = Field(
         DistillSettings(), description="what is learned from the teacher"
@@ -75,10 +75,13 @@ class TeacherTrainSettings(TrainSettings):
     def objective(
         self, state: State, seed: int, *, student: nn.Module | None = None
     ) -> Distillation | None:
-        """Returns the loss with a teacher, bound to shapes on a few public examples; None without one.
+        """Returns the loss with a teacher; None without one.
 
-        The `student` is the state's model by default; give another if that is what the teacher is
-        taken from.
+        Args:
+            state: of the run.
+            seed: of what the distillation draws, such as its projections.
+            student: the model that learns; the state's if None. Give another if the teacher is the
+                state's model ("before").
 
         Raises:
             RecipeError: if there is no such teacher.
@@ -88,17 +91,18 @@ class TeacherTrainSettings(TrainSettings):
             return None
         data = state.data
         teacher = _teacher(self.teacher, state)
-        learns = place_(student if student is not None else state.model, state.device)
-        examples = data.preprocess(data.public.x[:64].to(state.device))
+        student = place_(student if student is not None else state.model, state.device)
+        # A few examples are run through both networks, for the shapes of their features.
+        examples = data.preprocess(data.public.x[:EXAMPLES].to(state.device))
         context = partial(autocast, teacher, self.precision)
         task = data.task.smoothed(self.label_smoothing)
         return Distillation(
-            teacher, learns, self.distill, examples, task, context=context, seed=seed
+            teacher, student, self.distill, examples, task, context=context, seed=seed
         )
 
 
 class StageTraining:
-    """A training of a stage: a model, and the teacher's loss if there is one."""
+    """The training of a stage, as work that `drive` runs and resumes."""
 
     def __init__(
         self,
@@ -109,7 +113,9 @@ class StageTraining:
         seed: int,
         distillation: Distillation | None,
     ) -> None:
-        self.model, self.source, self.distillation = model, state, distillation
+        self.model = model
+        self.source = state
+        self.distillation = distillation
         self.fit = Fit(
             model,
             settings,
@@ -122,27 +128,33 @@ class StageTraining:
         )
 
     def events(self) -> Iterator[Tick | Milestone]:
-        """Trains to the end."""
-        with self.distillation.watching(self.model) if self.distillation else nullcontext():
+        """Trains to the last epoch."""
+        # The distillation reads the student's features by hooks, which must not stay on the model.
+        watching = self.distillation.watching(self.model) if self.distillation else nullcontext()
+        with watching:
             for event in train_epochs(self.fit, self.source):
                 if isinstance(event, Step):
                     yield Tick(event.done, event.total)
                     continue
-                told = self.source.data.task.formatted(event.score)
-                more = "" if event.score is None else f", validation {told}"
+                more = ""
+                if event.score is not None:
+                    more = f", validation {self.source.data.task.formatted(event.score)}"
                 yield epoch_milestone(event, more=more, image_size=event.image_size)
 
     def state(self) -> Snapshot:
-        """Returns where the training stands."""
+        """Returns the training's state for a checkpoint."""
         return Snapshot(self.fit.state())
 
     def load_(self, saved: Snapshot) -> None:
-        """Takes up a training of the same model and settings."""
+        """Goes on from a checkpoint of the same model and settings."""
         self.fit.load_(dict(saved.tensors))
 
 
 def saved_teacher(where: str) -> tuple[ModelSpec | None, nn.Module]:
-    """Loads a teacher by its path; the one that a Python call was given as a module has no spec.
+    """Loads a teacher by its path, or takes the module that a Python call was given.
+
+    Returns:
+        Its spec (None for a module) and the teacher.
 
     Raises:
         ModelError: if it is not there, or its files are corrupt.
@@ -152,25 +164,32 @@ def saved_teacher(where: str) -> tuple[ModelSpec | None, nn.Module]:
     try:
         return storage.load(Path(where))
     except ModelError as error:
-        if error.place == "model":  # the way in that it names is one for a model, not for a teacher
+        # The cure for the argument "model" names more than a teacher can be.
+        if error.place == "model":
             error.place = "teacher"
             error.cure = "give the folder of a model or of a run, or a packed file"
         raise
 
 
 def _teacher(where: str, state: State) -> nn.Module:
-    """Loads the teacher; one that is used to other statistics of its inputs gets them.
+    """Loads the teacher, with its own standardisation of the inputs.
+
+    Args:
+        where: the key `teacher`: "dense", "before" or a saved model.
+        state: of the run.
 
     Raises:
         RecipeError: if it is not there.
-        TrainingError: if it names other classes.
+        TrainingError: if it has other classes or inputs than the data.
         ModelError: if its files are corrupt.
     """
     if where == "before":
-        spec, model = state.spec, state.model
+        spec = state.spec
+        model = state.model
     elif where != "dense":
         found, model = saved_teacher(where)
-        spec = found if found is not None else state.spec  # one from memory sees the same inputs
+        # A module from memory has no spec: it is taken to expect the same inputs.
+        spec = found if found is not None else state.spec
     elif state.parent is not None:
         spec, model = state.parent()
     else:
@@ -181,23 +200,25 @@ def _teacher(where: str, state: State) -> nn.Module:
         )
     names = state.data.class_names
     if spec.class_names and names and spec.class_names != tuple(names):
-        odd = sorted(set(spec.class_names) ^ set(names))[:3] or ["the order"]
+        different = sorted(set(spec.class_names) ^ set(names))[:3] or ["the order"]
         raise TrainingError(
-            f"'{where}' knows other classes than the data ({', '.join(odd)} differ)",
+            f"'{where}' knows other classes than the data ({', '.join(different)} differ)",
             place="teacher",
             cure="give a teacher of the same classes",
         )
     if spec.input_shape != state.spec.input_shape:
         raise TrainingError(
             (
-                f"'{where}' takes examples of shape {shape_told(spec.input_shape)}, the data's have "
-                f"{shape_told(state.spec.input_shape)}"
+                f"'{where}' takes examples of shape {shape_told(spec.input_shape)}, the data's "
+                f"have {shape_told(state.spec.input_shape)}"
             ),
             place="teacher",
             cure="give a teacher of the same inputs",
         )
+    # A copy: the hook below must not stay on a model that goes on in the run.
     model = place_(copied(model), state.device)
-    mine, theirs = state.data.preprocess, Preprocess(spec.mean, spec.std)
+    mine = state.data.preprocess
+    theirs = Preprocess(spec.mean, spec.std)
     if mine != theirs:
         model.register_forward_pre_hook(
             lambda _, inputs: (restandardised(inputs[0], mine, theirs), *inputs[1:])
@@ -206,7 +227,7 @@ def _teacher(where: str, state: State) -> nn.Module:
 
 
 def restandardised(x: torch.Tensor, mine: Preprocess, theirs: Preprocess) -> torch.Tensor:
-    """Takes inputs [n, C, ...] standardised by `mine` to what `theirs` makes of the same examples."""
+    """Converts inputs [n, C, ...] from one standardisation (`mine`) to another (`theirs`)."""
     shape = (1, -1, *[1] * (x.dim() - 2))
 
     def numbers(values: tuple[float, ...], empty: float) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""The train stage: fits the model to the public part, with or without a teacher; fine-tuning after a cut is this."""
+"""The train stage: trains on the public part, with or without a teacher; also fine-tuning."""
 
 from __future__ import annotations
 
@@ -20,9 +20,10 @@ from fedpress.workspace.state import Name, State, Tick
 
 
 class TrainStage(TeacherTrainSettings, Stage):
-    """`[[stage]] kind = "train"`: trains all weights on the public part, with a checkpoint after each epoch.
+    """`[[stage]] kind = "train"`: trains all weights on the public part.
 
-    With a `teacher` the model learns from it besides; `kind = "distill"` is the same and wants one.
+    It saves a checkpoint after each epoch. With a `teacher` the model also learns from its outputs;
+    `kind = "distill"` is the same and requires a teacher.
     """
 
     uses_data_standardization: ClassVar = True
@@ -42,11 +43,11 @@ class TrainStage(TeacherTrainSettings, Stage):
         return self
 
     def setting_reading_labels(self) -> str:
-        """It trains, whatever its settings."""
+        """Training always reads labels."""
         return self.kind
 
     def check(self, state: State) -> tuple[State, dict[str, Any]]:
-        """Says how much there is to do, without doing it.
+        """Checks settings, data and teacher; returns the number of examples and steps.
 
         Raises:
             TrainingError: if the settings do not fit the data, for instance because the public part

@@ -1,4 +1,4 @@
-"""Any stage of the table, as the recipe's settings take it: told apart by `kind`."""
+"""The type of any stage in the table, as the recipe's settings use it."""
 
 from __future__ import annotations
 

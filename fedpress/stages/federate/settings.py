@@ -19,10 +19,10 @@ from fedpress.workspace.state import Name
 
 
 class PrivacySettings(ReadsOldWords):
-    """`[stage.privacy]`: what is protected and how well.
+    """`[stage.privacy]`: what is protected, against whom, and how strongly.
 
-    Give `epsilon` and the noise is calibrated before the run; or give `noise_multiplier` and
-    epsilon is what comes out.
+    Give `epsilon`, and the noise is calibrated to it before the run; or give `noise_multiplier`,
+    and epsilon follows from it.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -73,12 +73,17 @@ class PrivacySettings(ReadsOldWords):
             raise SettingError(
                 "epsilon and noise_multiplier are both given", cure="leave one of them out"
             )
-        if self.trust is None:  # the place where each unit's noise has always been
+        # Written into the settings, so that a run folder says which trust it had.
+        if self.trust is None:
             object.__setattr__(self, "trust", "central" if self.unit == "client" else "local")
+        central_client = (self.unit, self.trust) == ("client", "central")
         for name in ("adaptive", "correlated"):
-            if getattr(self, name) is not None and (self.unit, self.trust) != ("client", "central"):
+            if getattr(self, name) is not None and not central_client:
                 raise SettingError(
-                    f"it is for unit 'client' with trust 'central', not '{self.unit}' with '{self.trust}'",
+                    (
+                        "it is for unit 'client' with trust 'central', not "
+                        f"'{self.unit}' with '{self.trust}'"
+                    ),
                     place=name,
                     cure=f"leave {name} out",
                 )
@@ -92,10 +97,10 @@ class PrivacySettings(ReadsOldWords):
 
 
 class CorrelatedNoise(BaseModel):
-    """`[stage.privacy.correlated]`: matrix factorisation (Choquette-Choo et al. 2023, arXiv:2306.08153).
+    """`[stage.privacy.correlated]`: noise correlated over the rounds by matrix factorisation.
 
-    No two rounds of one client are closer than `min_separation`; all clients in all rounds is a
-    separation of 1.
+    Choquette-Choo et al. 2023 (arXiv:2306.08153). A client takes part in at most every
+    `Cohort.period`-th round; if all clients take part in all rounds, that is 1.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -104,9 +109,9 @@ class CorrelatedNoise(BaseModel):
 
 
 class FederateSettings(LocalSettings, ReadsOldWords):
-    """How clients train together; the keys of local training stand beside.
+    """The keys of a federate stage, beside those of local training.
 
-    `trainable` holds patterns of parameter names; only these train and travel (all by default).
+    `trainable` holds patterns of parameter names; only these parameters train and travel.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -191,21 +196,22 @@ class FederateSettings(LocalSettings, ReadsOldWords):
     )
 
     @model_validator(mode="after")
-    def _said_once(self) -> FederateSettings:
-        if self.algorithm is not None:
-            for key, unset in (("server", Average()), ("proximal_mu", 0.0)):
-                if getattr(self, key) != unset:
-                    takes = key in type(self.algorithm).model_fields
-                    raise SettingError(
-                        f"it stands beside algorithm = '{self.algorithm.kind}'",
-                        place=key,
-                        cure="write it into the table of the algorithm"
-                        if takes
-                        else f"leave {key} out, which '{self.algorithm.kind}' does not have",
-                    )
+    def _one_place_for_algorithm(self) -> FederateSettings:
+        """Refuses keys of version 0.1 beside a table of the algorithm, which may contradict it."""
+        if self.algorithm is None:
+            return self
+        kind = self.algorithm.kind
+        for key, unset in (("server", Average()), ("proximal_mu", 0.0)):
+            if getattr(self, key) == unset:
+                continue
+            if key in type(self.algorithm).model_fields:
+                cure = "write it into the table of the algorithm"
+            else:
+                cure = f"leave {key} out, which '{kind}' does not have"
+            raise SettingError(f"it stands beside algorithm = '{kind}'", place=key, cure=cure)
         return self
 
     @property
     def target(self) -> float | None:
-        """The value of the task's primary metric at which it is enough."""
+        """The value of the task's primary metric at which the rounds stop."""
         return self.target_metric if self.target_metric is not None else self.target_accuracy
