@@ -20,7 +20,8 @@ def as_text(table: Table) -> str:
     dense  314 kB
     """
     out = io.StringIO()
-    Console(file=out, width=WIDTH, color_system=None).print(as_rich(table))
+    # In a notebook rich would display the table instead of writing it to the file.
+    Console(file=out, width=WIDTH, color_system=None, force_jupyter=False).print(as_rich(table))
     lines = (line.rstrip() for line in out.getvalue().splitlines())
     return "\n".join(lines)
 
