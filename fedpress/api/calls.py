@@ -25,10 +25,10 @@ from fedpress.errors import Argument, ModelError
 from fedpress.models import memory
 from fedpress.pipeline.commands import given as given_data
 from fedpress.pipeline.commands import several
+from fedpress.pipeline.commands.chosen_data import ChosenData, Standardization
 from fedpress.pipeline.commands.clients import Clients
-from fedpress.pipeline.commands.examples import Examples, Given
-from fedpress.pipeline.commands.order import Order
-from fedpress.pipeline.commands.subject import Subject, holding
+from fedpress.pipeline.commands.one_stage import OneStage
+from fedpress.pipeline.commands.subject import ChosenModel, holding
 from fedpress.pipeline.environment import note_environment
 from fedpress.pipeline.keys import settings_of
 from fedpress.pipeline.recipe import Override
@@ -98,13 +98,13 @@ def call(
     if class_weights is not None:
         settings["data.class_weights"] = class_weights
     with working(allow_code) as stack:
-        opened, order, loaded = bind(kind, model, asked, settings, stack, out=out)
-        if order.asks is not None:
-            warnings.warn(str(order.asks), stacklevel=3)
-        order.check(loaded)
+        opened, bound, loaded = bind(kind, model, asked, settings, stack, out=out)
+        if bound.note is not None:
+            warnings.warn(str(bound.note), stacklevel=3)
+        bound.check(loaded)
         opened = _checked(kind, opened, loaded, out)
         place = out if out is not None else stack.enter_context(tempfile.TemporaryDirectory())
-        result = _executed(order, loaded, Path(place), str(model)[:200], progress)
+        result = _executed(bound, loaded, Path(place), str(model)[:200], progress)
         unknown = opened.module is not None and (out is None or opened.named is None)
         result = replace(result, spec=None if unknown else result.spec)
         if out is not None:
@@ -152,25 +152,25 @@ def bind(
     stack: ExitStack,
     *,
     out: str | Path | None = None,
-) -> tuple[Opened, Order, FederatedData]:
+) -> tuple[Opened, OneStage, FederatedData]:
     """Finds the model, puts the recipe of one stage together, and loads the data.
 
     Raises:
         FedpressError: if something does not fit.
     """
-    given = Given.of(asked.mean, asked.std)
+    given = Standardization.of(asked.mean, asked.std)
     opened = _opened(kind, model, asked.checkpoint, out, stack)
     keys = _keys(settings, stack)
     if asked.device is not None:
         keys.append(Override.of("device", str(asked.device)))
     source = asked.data if isinstance(asked.data, str) else None
-    held = None
+    data_set = None
     if asked.data is not None and source is None:
-        held = _held(asked.data, opened.subject, given, keys)
+        data_set = _data_set(asked.data, opened.chosen_model, given, keys)
     path = Path(asked.path) if asked.path is not None else None
-    examples = Examples(source, path, asked.input_shape, held, given)
-    order = Order.bind(kind, opened.subject, keys, examples)
-    return opened, order, held if held is not None else order.load_data()
+    examples = ChosenData(source, path, asked.input_shape, data_set, given)
+    bound = OneStage.bind(kind, opened.chosen_model, keys, examples)
+    return opened, bound, data_set if data_set is not None else bound.load_data()
 
 
 def model_of(
@@ -210,15 +210,15 @@ def _keys(settings: dict[str, Any], stack: ExitStack) -> list[Override]:
 
 
 def _executed(
-    order: Order, data: FederatedData, place: Path, model: str, progress: bool | None
+    bound: OneStage, data: FederatedData, place: Path, model: str, progress: bool | None
 ) -> Result:
     """Does the work in a new run folder at `place`."""
-    folder = RunFolder.create(place, order.text, settings_of(order.recipe))
+    folder = RunFolder.create(place, bound.text, settings_of(bound.recipe))
     with folder.locked():
-        words = [f"fedpress.{order.kind}", model]
-        note_environment(folder, shlex.join(words), device=device_of(order.recipe))
-        show(order.execute(folder, data), progress)
-        return Result.read(folder, order.kind)
+        words = [f"fedpress.{bound.kind}", model]
+        note_environment(folder, shlex.join(words), device=device_of(bound.recipe))
+        show(bound.execute(folder, data), progress)
+        return Result.read(folder, bound.kind)
 
 
 @dataclass(frozen=True)
@@ -226,12 +226,12 @@ class Opened:
     """The model of a call.
 
     Attributes:
-        subject: where it comes from, as a recipe says it.
+        chosen_model: where it comes from, as a recipe says it.
         module: itself, if it was given as a module.
         named: how such a module can be built anew; None if that is not known, or it is none.
     """
 
-    subject: Subject
+    chosen_model: ChosenModel
     module: nn.Module | None = None
     named: memory.Named | None = None
 
@@ -246,7 +246,7 @@ def _opened(
     """Finds the model; `stack` holds a module while the call lasts."""
     if not isinstance(model, nn.Module):
         weights = Path(checkpoint) if checkpoint is not None else None
-        return Opened(Subject.find(model, weights=weights))
+        return Opened(ChosenModel.find(model, weights=weights))
     if checkpoint is not None:
         raise ModelError(
             "this module has weights of its own",
@@ -255,11 +255,11 @@ def _opened(
         )
     named = memory.find_name(model)
     _refuse_what_cannot_be_saved(kind, model, named, out)
-    subject = Subject(stack.enter_context(holding(model, named)), module=model)
+    chosen_model = ChosenModel(stack.enter_context(holding(model, named)), module=model)
     if named is not None and ":" in named.architecture:
         # Its class is here already: nothing new is called.
         stack.enter_context(consent.allowing(named.architecture))
-    return Opened(subject, model, named)
+    return Opened(chosen_model, model, named)
 
 
 def _checked(kind: str, opened: Opened, data: FederatedData, out: object) -> Opened:
@@ -271,7 +271,7 @@ def _checked(kind: str, opened: Opened, data: FederatedData, out: object) -> Ope
     if opened.module is None or opened.named is None:
         return opened
     arrays = data.public if len(data.public) else next(iter(data.clients.values()))
-    name = opened.subject.model["arguments"]["name"]
+    name = opened.chosen_model.model["arguments"]["name"]
     if memory.check_name(opened.module, name, data.preprocess(arrays.x[:2])):
         return opened
     _refuse_what_cannot_be_saved(kind, opened.module, None, out)
@@ -304,15 +304,18 @@ def _of_several(
     return replace(result, model=result.model.model)
 
 
-def _held(
-    data: Any, subject: Subject, given: Given | None, keys: Sequence[Override]
+def _data_set(
+    data: Any,
+    chosen_model: ChosenModel,
+    given: Standardization | None,
+    keys: Sequence[Override],
 ) -> FederatedData:
     """Makes a data set of what is in memory.
 
     Raises:
         DataError: if it is nothing that `call` takes.
     """
-    found = _as_federated(data, subject, given, keys)
+    found = _as_federated(data, chosen_model, given, keys)
     weights = next((key.value for key in keys if key.key == "data.class_weights"), None)
     if weights is None:
         return found
@@ -320,7 +323,10 @@ def _held(
 
 
 def _as_federated(
-    data: Any, subject: Subject, given: Given | None, keys: Sequence[Override]
+    data: Any,
+    chosen_model: ChosenModel,
+    given: Standardization | None,
+    keys: Sequence[Override],
 ) -> FederatedData:
     if isinstance(data, FederatedData):
         return (
@@ -329,14 +335,14 @@ def _as_federated(
             else replace(data, preprocess=given.preprocess())
         )
     own = (
-        Preprocess(subject.spec.mean, subject.spec.std)
-        if subject.spec is not None
+        Preprocess(chosen_model.spec.mean, chosen_model.spec.std)
+        if chosen_model.spec is not None
         else Preprocess()
     )
     task = None
-    if subject.spec is not None and subject.spec.task:
-        task = tasks.of_model(subject.spec.task, subject.spec.class_names)
-    model = subject.module if subject.module is not None else subject.fresh(keys)
+    if chosen_model.spec is not None and chosen_model.spec.task:
+        task = tasks.of_model(chosen_model.spec.task, chosen_model.spec.class_names)
+    model = chosen_model.module if chosen_model.module is not None else chosen_model.fresh(keys)
     preprocess = given.preprocess() if given is not None and given.mean is not None else own
     if isinstance(data, Clients):
         found = data.federated(preprocess, model, task)
@@ -344,7 +350,7 @@ def _as_federated(
         found = given_data.in_memory(
             data,
             preprocess,
-            class_names=subject.spec.class_names if subject.spec is not None else (),
+            class_names=chosen_model.spec.class_names if chosen_model.spec is not None else (),
             model=model,
             task=task,
         )

@@ -20,10 +20,10 @@ from fedpress.data import FederatedData
 from fedpress.errors import Argument, DataError, ModelError
 from fedpress.models import ModelSpec, memory
 from fedpress.models.weights import load_weights_
+from fedpress.pipeline.commands.chosen_data import Standardization
 from fedpress.pipeline.commands.clients import Clients
-from fedpress.pipeline.commands.examples import Given
 from fedpress.pipeline.commands.given import as_taken, classes_in, pair_of
-from fedpress.pipeline.commands.subject import Subject
+from fedpress.pipeline.commands.subject import ChosenModel
 from fedpress.pipeline.start import first_state
 from fedpress.tasks import Classification, Task
 from fedpress.training import evaluate as evaluation
@@ -82,7 +82,7 @@ def evaluate(
     if task is not None and not in_memory:
         settings["data.task"] = task
     with working(allow_code) as stack:
-        _, order, loaded = bind("measure", model, asked, settings, stack)
+        _, bound, loaded = bind("measure", model, asked, settings, stack)
         if not len(loaded.test):
             raise DataError(
                 "there are no labelled examples to measure on",
@@ -93,7 +93,7 @@ def evaluate(
                     ", or a source with a test part",
                 ),
             )
-        state = first_state(order.recipe, loaded)
+        state = first_state(bound.recipe, loaded)
         found = evaluation.evaluate(
             state.model.to(state.device),
             loaded.test,
@@ -197,7 +197,7 @@ def predict(
     given, mean, std = model_of(model, mean, std)
     x = _read(inputs)
     with working(allow_code):
-        network, preprocess, task = _network(given, checkpoint, Given.of(mean, std))
+        network, preprocess, task = _network(given, checkpoint, Standardization.of(mean, std))
         rows, shape = as_taken(x, network, preprocess)
         outputs: list[Tensor] = []
         with evaluation.evaluating(network), torch.inference_mode():
@@ -215,7 +215,7 @@ def predict(
 
 
 def _network(
-    model: nn.Module | str | Path, checkpoint: str | Path | None, given: Given | None
+    model: nn.Module | str | Path, checkpoint: str | Path | None, given: Standardization | None
 ) -> tuple[nn.Module, Preprocess, Task | None]:
     """Returns the network, the step from examples to its inputs, and what it was trained for, if that is known."""
     own = given.preprocess() if given is not None and given.mean is not None else None
@@ -223,9 +223,9 @@ def _network(
         spec = memory.spec_of(model)
         return model, own or Preprocess(), _task_of(spec) if spec is not None else None
     weights = Path(checkpoint) if checkpoint is not None else None
-    subject = Subject.find(model, weights=weights)
-    if subject.spec is None:
-        network = subject.fresh([])
+    chosen_model = ChosenModel.find(model, weights=weights)
+    if chosen_model.spec is None:
+        network = chosen_model.fresh([])
         assert network is not None
         if weights is not None:
             load_weights_(network, weights)

@@ -23,7 +23,7 @@ from fedpress.models import memory
 from fedpress.pipeline import recipe as recipes
 from fedpress.pipeline import run as runs
 from fedpress.pipeline.check import check_recipe
-from fedpress.pipeline.commands.examples import table_of
+from fedpress.pipeline.commands.chosen_data import table_of
 from fedpress.pipeline.recipe import Override, Recipe
 from fedpress.pipeline.start import load_data
 from fedpress.reports.detail_tables import progress_table

@@ -15,7 +15,7 @@ from fedpress.models import ModelSpec, memory
 from fedpress.models.spec import save_model
 from fedpress.models.weights import load_weights_
 from fedpress.pipeline.commands import several
-from fedpress.pipeline.commands.subject import Subject
+from fedpress.pipeline.commands.subject import ChosenModel
 
 
 def load(path: str | Path, *, allow_code: Collection[str] | str = ()) -> nn.Module:
@@ -99,11 +99,12 @@ def _described(
     given = model_of(model)[0]
     if not isinstance(given, nn.Module):
         weights = Path(checkpoint) if checkpoint is not None else None
-        subject = Subject.find(given, weights=weights)
-        if subject.spec is not None:
+        chosen_model = ChosenModel.find(given, weights=weights)
+        if chosen_model.spec is not None:
             return storage.load(Path(given))
         built = ModelSpec(
-            architecture=subject.model["architecture"], input_shape=_shape(subject.name, shape)
+            architecture=chosen_model.model["architecture"],
+            input_shape=_shape(chosen_model.name, shape),
         )
         spec, module = built.build_for_user()
         masked = load_weights_(module, weights) if weights is not None else ()

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
     from fedpress.api.result import Result
     from fedpress.data import FederatedData
-    from fedpress.pipeline.commands import Order
+    from fedpress.pipeline.commands import OneStage
     from fedpress.workspace.folder import RunFolder
 
 Model = Annotated[
@@ -162,14 +162,14 @@ class Asked:
 class Ready:
     """A command that was checked: `folder` is that of the run that goes on, None for a new one in `place`."""
 
-    order: Order
+    bound: OneStage
     data: FederatedData
     place: Path
     folder: RunFolder | None
 
 
 def _made_ready(asked: Asked, out_stream: Console) -> Ready:
-    """Binds the order, loads its data, and checks everything; writes nothing."""
+    """Binds the recipe of one stage, loads its data, and checks everything; writes nothing."""
     from fedpress.api import progress
     from fedpress.cli import terminal
 
@@ -179,46 +179,46 @@ def _made_ready(asked: Asked, out_stream: Console) -> Ready:
         from fedpress.workspace.folder import RunFolder
 
         begin.find_modules()
-        place, order = _ordered(asked)
+        place, bound = _ordered(asked)
         if asked.resume and place.is_dir():
             hold(place)
-        folder = RunFolder.resume(place, settings_of(order.recipe)) if asked.resume else None
+        folder = RunFolder.resume(place, settings_of(bound.recipe)) if asked.resume else None
         if folder is None:
-            RunFolder.check_free(place, order.text)
-    if order.asks is not None:
-        out_stream.print(told(order.asks), markup=False, soft_wrap=True)
+            RunFolder.check_free(place, bound.text)
+    if bound.note is not None:
+        out_stream.print(told(bound.note), markup=False, soft_wrap=True)
     with progress.bars(out_stream) as bars:
-        loaded = order.load_data(terminal.Loading(bars))
+        loaded = bound.load_data(terminal.Loading(bars))
     with terminal.waiting(out_stream, "checking that everything fits together"):
-        order.check(loaded)
-    return Ready(order, loaded, place, folder)
+        bound.check(loaded)
+    return Ready(bound, loaded, place, folder)
 
 
-def _ordered(asked: Asked) -> tuple[Path, Order]:
-    """Returns the run folder and the order: of a run that goes on, all that was said then lies there."""
+def _ordered(asked: Asked) -> tuple[Path, OneStage]:
+    """Returns the run folder and the recipe of one stage: of a run that goes on, all that was said then lies there."""
     from fedpress.api.begin import default_folder
-    from fedpress.pipeline.commands import Order
-    from fedpress.pipeline.commands.examples import Examples, Given
-    from fedpress.pipeline.commands.subject import Subject
+    from fedpress.pipeline.commands import OneStage
+    from fedpress.pipeline.commands.chosen_data import ChosenData, Standardization
+    from fedpress.pipeline.commands.subject import ChosenModel
     from fedpress.pipeline.recipe import Override
 
     if asked.resume:
         words = [*([asked.model] if asked.model is not None else []), *asked.keys]
         found, rest = run_to_resume(words) if asked.out is None else (asked.out, words)
-        if found is not None and not rest and Order.lies_in(asked.kind, found):
-            return found, Order.of_folder(
+        if found is not None and not rest and OneStage.lies_in(asked.kind, found):
+            return found, OneStage.of_folder(
                 found, [*map(Override.parse, on_device([], asked.device))]
             )
     if asked.model is None:
         raise RecipeError(
             "no model was given", place="model", cure="give it too, or --resume RUN alone"
         )
-    subject = Subject.find(asked.model, weights=asked.checkpoint)
-    given = Given.of(numbers_of(asked.mean), numbers_of(asked.std))
-    examples = Examples(asked.data, asked.path, shape_of(asked.input_shape), given=given)
+    chosen_model = ChosenModel.find(asked.model, weights=asked.checkpoint)
+    given = Standardization.of(numbers_of(asked.mean), numbers_of(asked.std))
+    examples = ChosenData(asked.data, asked.path, shape_of(asked.input_shape), given=given)
     keys = [Override.parse(key) for key in on_device(asked.keys, asked.device)]
-    order = Order.bind(asked.kind, subject, keys, examples)
-    return asked.out or default_folder(asked.kind, asked.resume), order
+    bound = OneStage.bind(asked.kind, chosen_model, keys, examples)
+    return asked.out or default_folder(asked.kind, asked.resume), bound
 
 
 def _run(ready: Ready, out_stream: Console) -> Result:
@@ -232,17 +232,17 @@ def _run(ready: Ready, out_stream: Console) -> Result:
     from fedpress.reports.html import write_report
     from fedpress.workspace.folder import RunFolder
 
-    order, place, folder = ready.order, ready.place, ready.folder
+    bound, place, folder = ready.bound, ready.place, ready.folder
     if folder is None:
-        folder = RunFolder.create(place, order.text, settings_of(order.recipe))
+        folder = RunFolder.create(place, bound.text, settings_of(bound.recipe))
         hold(place)
     with stopping(f"\nstopped; what was finished is saved; go on with: {again(place)}"):
         command = shlex.join(["fedpress", *sys.argv[1:]])
-        warn(note_environment(folder, command, device=device_of(order.recipe)))
-        progress.follow(order.execute(folder, ready.data), out_stream)
+        warn(note_environment(folder, command, device=device_of(bound.recipe)))
+        progress.follow(bound.execute(folder, ready.data), out_stream)
         with terminal.waiting(out_stream, "drawing the report"):
             write_report(place)
-    return Result.read(folder, order.kind)
+    return Result.read(folder, bound.kind)
 
 
 def _show(ready: Ready, result: Result, out_stream: Console, *, as_json: bool) -> None:

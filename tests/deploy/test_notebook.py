@@ -1,5 +1,6 @@
 """A run in a real notebook: bars while it goes on, a table at the end. Needs `pip install nbclient ipykernel`."""
 
+import json
 import sys
 
 import pytest
@@ -22,10 +23,8 @@ def test_a_cell_shows_bars_and_the_table_of_its_result(tmp_path, monkeypatch):
     spec = tmp_path / "kernels" / "here"
     spec.mkdir(parents=True)
     command = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
-    spec.joinpath("kernel.json").write_text(
-        '{"argv": %s, "display_name": "here", "language": "python"}'
-        % str(command).replace("'", '"')  # noqa: UP031
-    )
+    kernel = {"argv": command, "display_name": "here", "language": "python"}
+    spec.joinpath("kernel.json").write_text(json.dumps(kernel))
     monkeypatch.setenv("JUPYTER_PATH", str(tmp_path))
     nbclient.NotebookClient(book, timeout=120, kernel_name="here").execute()
     shown, result = (o for o in book.cells[0].outputs if o.output_type != "stream")

@@ -22,7 +22,7 @@ from fedpress.errors import (
 )
 from fedpress.pipeline import recipe as recipes
 from fedpress.pipeline.arguments import ROWS, in_command, in_shell, naming_arguments, place_in_shell
-from fedpress.pipeline.commands.subject import Subject
+from fedpress.pipeline.commands.subject import ChosenModel
 from fedpress.pipeline.recipe import Override
 from fedpress.stages.table import commands as rows_of_commands
 from fedpress.workspace.folder import RunFolder
@@ -151,7 +151,7 @@ def test_damaged_settings_of_a_run_ask_for_the_data_by_argument_or_flag(tmp_path
     run = RunFolder.create(tmp_path / "run", "", {"seed": 0})
     (run.path / "settings.json").write_text('{"seed": 1}')
     with pytest.raises(RunError) as caught:
-        Subject({}, run=run.path).data()
+        ChosenModel({}, run=run.path).data()
     assert "; give data=SOURCE, or if you have changed it yourself, delete" in str(caught.value)
     assert "; give --data SOURCE, or if you have" in in_the_shell(caught.value)
 

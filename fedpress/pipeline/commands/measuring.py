@@ -25,7 +25,7 @@ from fedpress.models import ModelSpec, memory
 from fedpress.models.weights import load_weights_
 from fedpress.nn.resize import copied
 from fedpress.pipeline.commands.several import Shapes, one_shape, several_shapes
-from fedpress.pipeline.commands.subject import Subject, holding, outputs_of
+from fedpress.pipeline.commands.subject import ChosenModel, holding, outputs_of
 
 
 def measure(
@@ -121,15 +121,15 @@ class Entry:
     """A model or an exported file that is measured, what it takes, and what is known of it without a clock.
 
     Attributes:
-        subject: the model, or the path of the file.
+        chosen_model: the model, or the path of the file.
         takes: the shape of one example, or a batch of inputs.
         parameters: of the model; None for a file of which no model is known.
         macs: multiply-adds of one example; 0 if unknown.
         activations: numbers that the layers give for one example; 0 if unknown.
-        file_bytes: of the file that keeps the model; None: those of `subject`.
+        file_bytes: of the file that keeps the model; None: those of `chosen_model`.
     """
 
-    subject: nn.Module | Path
+    chosen_model: nn.Module | Path
     takes: InputSpec
     parameters: int | None = None
     macs: int = 0
@@ -139,14 +139,14 @@ class Entry:
     @property
     def on_integers(self) -> bool:
         """Whether it is a file that computes on integers."""
-        if not isinstance(self.subject, Path):
+        if not isinstance(self.chosen_model, Path):
             return False
-        return b"QuantizeLinear" in self.subject.read_bytes().replace(b"DequantizeLinear", b"")
+        return b"QuantizeLinear" in self.chosen_model.read_bytes().replace(b"DequantizeLinear", b"")
 
     def candidate(self) -> Candidate:
         """Returns what `deploy.measure` takes."""
         return Candidate(
-            self.subject, self.macs, self.activations, self.on_integers, self.file_bytes
+            self.chosen_model, self.macs, self.activations, self.on_integers, self.file_bytes
         )
 
 
@@ -254,7 +254,7 @@ class Found:
         files, left = deploy.export_all(model, job, place, formats=formats, calibration=noise)
         self.left_out |= {f"{name} as {label}": why for label, why in left.items()}
         for label, path in files.items():
-            self.entries[f"{name} as {label}"] = replace(entry, subject=path, file_bytes=None)
+            self.entries[f"{name} as {label}"] = replace(entry, chosen_model=path, file_bytes=None)
 
     def _opened(self, given: str | Path | nn.Module, name: str) -> tuple[ModelSpec, nn.Module]:
         """Returns the model in evaluation mode, with its spec."""
@@ -310,11 +310,11 @@ def _same_inputs(entries: Mapping[str, Entry]) -> InputSpec:
 def _load(
     given: str | Path, shape: tuple[int, ...] | None, weights: Path | None
 ) -> tuple[ModelSpec, nn.Module]:
-    subject = Subject.find(given, weights=weights)
-    if subject.spec is not None:
+    chosen_model = ChosenModel.find(given, weights=weights)
+    if chosen_model.spec is not None:
         return storage.load(Path(given))
     spec = ModelSpec(
-        architecture=subject.model["architecture"], input_shape=_known(str(given), shape)
+        architecture=chosen_model.model["architecture"], input_shape=_known(str(given), shape)
     )
     spec, model = spec.build_for_user()
     if weights is not None:

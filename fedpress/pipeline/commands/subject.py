@@ -1,4 +1,4 @@
-"""MODEL, what a command is given: a folder, a run, a packed file, `module:function`, or a module in memory."""
+"""MODEL of a command: a folder, a run, a packed file, `module:function`, or a module in memory."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ from fedpress.pipeline.start import NO_DATA
 from fedpress.workspace.atomic import read_json
 
 DATA = ("give ", Argument("data", "SOURCE"))
-NOTHING = "fedpress.commands.subject:no_data"  # as files have it, see `own_modules.MOVED`
+NO_SOURCE = "fedpress.commands.subject:no_data"  # as files have it, see `own_modules.MOVED`
 
 
 @dataclass(frozen=True)
-class Subject:
+class ChosenModel:
     """What a command works on.
 
     Attributes:
@@ -63,7 +63,7 @@ class Subject:
         return self.spec is None and (self.module is not None or "weights" in self.model)
 
     @classmethod
-    def find(cls, model: str | Path, *, weights: Path | None = None) -> Subject:
+    def find(cls, model: str | Path, *, weights: Path | None = None) -> ChosenModel:
         """Looks at the path first, then for an architecture.
 
         Raises:
@@ -125,7 +125,7 @@ class Subject:
                 cure=DATA,
             )
         table = {key: value for key, value in settings["data"].items() if value is not None}
-        if table["source"] == NOTHING:
+        if table["source"] == NO_SOURCE:
             return None
         if settings.get("streams", 1) != STREAMS:
             raise ModelError(
@@ -202,10 +202,10 @@ def no_data(path: Path) -> FederatedData:
     )
 
 
-def told_form(shape: Shape, dtype: str | dict[str, str]) -> str:
+def form_text(shape: Shape, dtype: str | dict[str, str]) -> str:
     """Says what an example looks like, as `no_data` takes it.
 
-    >>> told_form((3, 8), "float32"), told_form({"ids": (16,), "n": ()}, {"ids": "int64", "n": "int64"})
+    >>> form_text((3, 8), "float32"), form_text({"ids": (16,), "n": ()}, {"ids": "int64", "n": "int64"})
     ('3x8', 'ids.int64=16+n.int64=')
     """
     if isinstance(shape, dict):
@@ -217,7 +217,7 @@ def told_form(shape: Shape, dtype: str | dict[str, str]) -> str:
 
 
 def _form_of(text: str, dtype: str) -> tuple[Shape, Any]:
-    """Returns shape and type of what `told_form` said."""
+    """Returns shape and type of what `form_text` said."""
 
     def sizes(text: str) -> tuple[int, ...]:
         return tuple(int(side) for side in text.split("x")) if text else ()

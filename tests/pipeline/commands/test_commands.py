@@ -17,8 +17,8 @@ from fedpress.models.weights import load_weights_
 from fedpress.pipeline import recipe as recipes
 from fedpress.pipeline import run as runs
 from fedpress.pipeline.check import check_recipe
-from fedpress.pipeline.commands import Order
-from fedpress.pipeline.commands.subject import Subject
+from fedpress.pipeline.commands import OneStage
+from fedpress.pipeline.commands.subject import ChosenModel
 from fedpress.pipeline.keys import settings_of
 from fedpress.pipeline.recipe import Override
 from fedpress.pipeline.start import load_data
@@ -221,9 +221,9 @@ def test_what_is_wrong_is_said_in_one_sentence_by_the_names_of_the_command(
 
 
 def test_a_killed_command_goes_on_where_it_was(shell, trained, left, tmp_path):
-    subject = Subject.find(trained)
-    order = Order.bind(
-        "train", subject, [Override.parse("epochs=3"), Override.parse("batch_size=32")]
+    chosen_model = ChosenModel.find(trained)
+    order = OneStage.bind(
+        "train", chosen_model, [Override.parse("epochs=3"), Override.parse("batch_size=32")]
     )
     data = order.load_data()
     for place, stop in (("whole", None), ("killed", 9)):

@@ -1,4 +1,4 @@
-"""What a command is told of its examples: a source, data in memory, a shape, and how the model wants its inputs."""
+"""The data of a command: a source, a data set in memory or a shape alone, and how inputs are standardised."""
 
 from __future__ import annotations
 
@@ -12,22 +12,28 @@ from fedpress.core.examples import Preprocess
 from fedpress.core.inputs import dtype_of
 from fedpress.data import FederatedData
 from fedpress.errors import Argument, DataError, ModelError
-from fedpress.pipeline.commands.subject import NOTHING, Outputs, Subject, outputs_of, told_form
+from fedpress.pipeline.commands.subject import (
+    NO_SOURCE,
+    ChosenModel,
+    Outputs,
+    form_text,
+    outputs_of,
+)
 from fedpress.pipeline.recipe import Override
 
 
 @dataclass(frozen=True)
-class Given:
-    """The preprocessing that a user gives with a model that was trained elsewhere.
+class Standardization:
+    """How the inputs of a model that was trained elsewhere are standardised: (x - mean) / std for each channel.
 
-    `mean` and `std` of each channel; None for those of the data.
+    None for the mean and std of the data.
     """
 
     mean: tuple[float, ...] | None
     std: tuple[float, ...] | None
 
     @classmethod
-    def of(cls, mean: object, std: object) -> Given | None:
+    def of(cls, mean: object, std: object) -> Standardization | None:
         """Checks `mean=` and `std=`: numbers, "none" or "data"; None if neither is given.
 
         Raises:
@@ -85,34 +91,38 @@ def _numbers(
 
 
 @dataclass(frozen=True)
-class Examples:
-    """What a command is told of its examples.
+class ChosenData:
+    """The data that a user gives to a command.
 
     Attributes:
         source: of the data; None: that of the run that left the model, else none.
         path: of the source.
         shape: of one example, for an architecture without data.
-        held: data in memory, in the place of a source.
+        data_set: in memory, in the place of a source.
         given: how the model wants its inputs; None: as it says itself, or as the public part has them.
     """
 
     source: str | None = None
     path: Path | None = None
     shape: tuple[int, ...] | None = None
-    held: FederatedData | None = None
-    given: Given | None = None
+    data_set: FederatedData | None = None
+    given: Standardization | None = None
 
-    def of_nothing(self, subject: Subject) -> bool:
+    def is_empty(self, chosen_model: ChosenModel) -> bool:
         """Says whether there are no examples at all."""
-        return self.source is None and self.held is None and subject.data() is None
+        return self.source is None and self.data_set is None and chosen_model.data() is None
 
     def table(
-        self, subject: Subject, keys: Sequence[Override], *, needs_clients: bool = False
+        self,
+        chosen_model: ChosenModel,
+        keys: Sequence[Override],
+        *,
+        needs_clients: bool = False,
     ) -> tuple[int, dict[str, Any]]:
         """Returns the seed that the data are dealt by, and the recipe's table `[data]`.
 
         Args:
-            subject: the model.
+            chosen_model: the model.
             keys: of the recipe.
             needs_clients: whether the stage learns from clients. Otherwise all data that are given count as public.
 
@@ -122,16 +132,16 @@ class Examples:
         """
         seed = 0
         if self.source is not None:
-            table = self._of_source(self.source, subject, needs_clients)
-        elif self.held is not None:
-            table = table_of(self.held)
-        elif (found := subject.data()) is not None:
+            table = self._of_source(self.source, chosen_model, needs_clients)
+        elif self.data_set is not None:
+            table = table_of(self.data_set)
+        elif (found := chosen_model.data()) is not None:
             table, seed = found
         else:
-            table = {"source": NOTHING, "path": _shape(subject, keys, self.shape)}
+            table = {"source": NO_SOURCE, "path": _shape(chosen_model, keys, self.shape)}
         if self.path is None:
             return seed, table
-        if table["source"] == NOTHING:
+        if table["source"] == NO_SOURCE:
             raise DataError(
                 "no data are to be found there",
                 place="path",
@@ -139,27 +149,32 @@ class Examples:
             )
         return seed, {**table, "path": str(self.path.resolve())}
 
-    def _of_source(self, source: str, subject: Subject, needs_clients: bool) -> dict[str, Any]:
+    def _of_source(
+        self, source: str, chosen_model: ChosenModel, needs_clients: bool
+    ) -> dict[str, Any]:
         table: dict[str, Any] = {"source": source}
         if not needs_clients:
             # A data set needs a client. It gets one example, so that all others are public.
             table |= {"num_clients": 1, "examples_per_client": 1, "partition": {"kind": "iid"}}
-        if subject.spec is not None and subject.spec.mean:
-            table |= {"mean": list(subject.spec.mean), "std": list(subject.spec.std)}
-        if subject.spec is not None and subject.spec.task:
-            table["task"] = subject.spec.task["kind"]
+        if chosen_model.spec is not None and chosen_model.spec.mean:
+            table |= {
+                "mean": list(chosen_model.spec.mean),
+                "std": list(chosen_model.spec.std),
+            }
+        if chosen_model.spec is not None and chosen_model.spec.task:
+            table["task"] = chosen_model.spec.task["kind"]
         return table | (self.given.table() if self.given is not None else {})
 
-    def question(self, subject: Subject, keys: Sequence[Override]) -> DataError | None:
+    def question(self, chosen_model: ChosenModel, keys: Sequence[Override]) -> DataError | None:
         """Returns what the user should say too of the inputs of a model from elsewhere; None if nothing.
 
         It is an error that stops nothing: the numbers are right if the model was trained on these data.
         """
         said = self.given is not None or any(key.key == "data.mean" for key in keys)
-        if self.source is None or said or not subject.foreign:
+        if self.source is None or said or not chosen_model.foreign:
             return None
         return DataError(
-            f"'{subject.name}' brings its own weights, and its accuracy is measured on inputs standardised "
+            f"'{chosen_model.name}' brings its own weights, and its accuracy is measured on inputs standardised "
             "by these data",
             place="mean",
             cure=(
@@ -175,31 +190,33 @@ class Examples:
         )
 
 
-def table_of(held: FederatedData) -> dict[str, Any]:
+def table_of(data: FederatedData) -> dict[str, Any]:
     """Returns the table of a data set in memory: what an example looks like, and the number of classes."""
-    dtype = dtype_of(held.public.x)
+    dtype = dtype_of(data.public.x)
     kinds = ":int64" if dtype == "int64" else ""
-    count = held.num_classes if held.labelled else 0
-    shape = told_form(held.example_shape, dtype)
-    table: dict[str, Any] = {"source": NOTHING, "path": f"{shape}:{count}{kinds}"}
-    if held.preprocess.mean:
-        table |= {"mean": list(held.preprocess.mean), "std": list(held.preprocess.std)}
+    count = data.num_classes if data.labelled else 0
+    shape = form_text(data.example_shape, dtype)
+    table: dict[str, Any] = {"source": NO_SOURCE, "path": f"{shape}:{count}{kinds}"}
+    if data.preprocess.mean:
+        table |= {"mean": list(data.preprocess.mean), "std": list(data.preprocess.std)}
     return table
 
 
-def _shape(subject: Subject, keys: Sequence[Override], shape: tuple[int, ...] | None) -> str:
+def _shape(
+    chosen_model: ChosenModel, keys: Sequence[Override], shape: tuple[int, ...] | None
+) -> str:
     """Says what an example of a model without data looks like, and the number of classes, as `no_data` takes them."""
-    if subject.spec is not None:
-        saved = subject.spec
+    if chosen_model.spec is not None:
+        saved = chosen_model.spec
         if isinstance(saved.input_shape, dict):
-            form = told_form(saved.input_shape, dict(saved.input_dtype))  # type: ignore[arg-type]
+            form = form_text(saved.input_shape, dict(saved.input_dtype))  # type: ignore[arg-type]
             return f"{form}:{len(saved.class_names)}"
         shape, model = saved.input_shape, saved.build() if not saved.class_names else None
         found = Outputs(len(saved.class_names), saved.input_dtype == "int64")
     else:
         if shape is None:
             raise ModelError(
-                f"the shape of an example of '{subject.name}' is not known",
+                f"the shape of an example of '{chosen_model.name}' is not known",
                 place="input_shape",
                 cure=(
                     "give it, such as ",
@@ -208,7 +225,7 @@ def _shape(subject: Subject, keys: Sequence[Override], shape: tuple[int, ...] | 
                     Argument("data", "SOURCE"),
                 ),
             )
-        model = subject.fresh(keys)
+        model = chosen_model.fresh(keys)
     if model is not None:
         found = outputs_of(model, shape)
     return f"{'x'.join(map(str, shape))}:{found.classes}{':int64' if found.tokens else ''}"

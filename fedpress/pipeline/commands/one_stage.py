@@ -1,4 +1,4 @@
-"""A command is a recipe of one stage: the order is bound here, run like any recipe, and its result read back."""
+"""A recipe of one stage on one model: what the commands and calls such as `prune` build, check and run."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from fedpress.pipeline import recipe as recipes
 from fedpress.pipeline import run as runs
 from fedpress.pipeline.arguments import naming_arguments
 from fedpress.pipeline.check import check_recipe
-from fedpress.pipeline.commands.examples import Examples
-from fedpress.pipeline.commands.subject import NOTHING, Subject
+from fedpress.pipeline.commands.chosen_data import ChosenData
+from fedpress.pipeline.commands.subject import NO_SOURCE, ChosenModel
 from fedpress.pipeline.measure import measure
 from fedpress.pipeline.recipe import Override, Recipe
 from fedpress.pipeline.start import first_state, load_data
@@ -34,36 +34,36 @@ TOP = ("data", "model", "seed", "device")
 
 
 @dataclass(frozen=True)
-class Order:
-    """One stage on one model, bound.
+class OneStage:
+    """A recipe of one stage on one model: what a command such as `fedpress prune` runs.
 
     Attributes:
         kind: of the stage, which is the command's name.
         text: the recipe as TOML.
         recipe: the same, checked.
         spec: of a saved model, else None.
-        asks: what the user should say too, None if nothing; told, but not raised.
+        note: what the user should say about the inputs too; shown as a warning. None: nothing.
     """
 
     kind: str
     text: str
     recipe: Recipe
     spec: ModelSpec | None = None
-    asks: FedpressError | None = None
+    note: FedpressError | None = None
 
     @classmethod
     def bind(
         cls,
         kind: str,
-        subject: Subject,
+        chosen_model: ChosenModel,
         keys: Sequence[Override] = (),
-        examples: Examples | None = None,
-    ) -> Order:
-        """Puts the recipe together.
+        examples: ChosenData | None = None,
+    ) -> OneStage:
+        """Builds and checks the recipe.
 
         Args:
             kind: of the stage.
-            subject: the model.
+            chosen_model: the model.
             keys: of the stage, or of the recipe: `seed=1`, `data.validation=500`, `model.arguments.n=8`.
             examples: what was said of the data; by default those of the run that left the model, else none.
 
@@ -71,19 +71,25 @@ class Order:
             RecipeError: if a key is unknown or a value is wrong, by the name that it has here.
             ModelError: if the model cannot be built, or its input shape is not known.
         """
-        examples = examples or Examples()
+        examples = examples or ChosenData()
         row = row_of(kind).load()
         given = {key.key for key in keys}
-        seed, data = examples.table(subject, keys, needs_clients=row.needs_clients)
+        seed, data = examples.table(chosen_model, keys, needs_clients=row.needs_clients)
         stage: dict[str, Any] = {"kind": kind}
-        if examples.of_nothing(subject):
+        if examples.is_empty(chosen_model):
             stage |= {
                 key: value for key, value in row.defaults_without_data.items() if key not in given
             }
         tables = recipes.plain(
-            {"name": kind, "seed": seed, "data": data, "model": subject.model, "stage": [stage]}
+            {
+                "name": kind,
+                "seed": seed,
+                "data": data,
+                "model": chosen_model.model,
+                "stage": [stage],
+            }
         )
-        with naming_arguments(kind, all_public=data["source"] == NOTHING):
+        with naming_arguments(kind, all_public=data["source"] == NO_SOURCE):
             # Keys of the stage are put into its own table, so that errors about them name them as they were given.
             whole = recipes.completed(tables, [key for key in keys if _of_recipe(key)])
             own = [key for key in keys if not _of_recipe(key)]
@@ -96,8 +102,8 @@ class Order:
                 place=kind,
                 cure=(f"give one of {wanted}, such as ", Argument(row.requires_one_of[0], 0.5)),
             )
-        asks = None if row.uses_data_standardization else examples.question(subject, keys)
-        return cls(kind, recipes.write(whole), recipe, subject.spec, asks)
+        note = None if row.uses_data_standardization else examples.question(chosen_model, keys)
+        return cls(kind, recipes.write(whole), recipe, chosen_model.spec, note)
 
     @staticmethod
     def lies_in(kind: str, folder: Path) -> bool:
@@ -111,7 +117,7 @@ class Order:
         ]
 
     @classmethod
-    def of_folder(cls, folder: Path, keys: Sequence[Override] = ()) -> Order:
+    def of_folder(cls, folder: Path, keys: Sequence[Override] = ()) -> OneStage:
         """Reads the order that a run folder of a command was made for; see `lies_in`.
 
         Args:
@@ -139,7 +145,7 @@ class Order:
             data = load_data(self.recipe, progress=progress)
         if spec is None:
             return data
-        if self.recipe.data.source == NOTHING:
+        if self.recipe.data.source == NO_SOURCE:
             names = spec.class_names or data.class_names
             task = tasks.of_model(spec.task, names)
             return replace(
@@ -221,7 +227,7 @@ class Order:
             yield from runs.execute(self.recipe, folder, data)
 
     def _naming(self) -> AbstractContextManager[None]:
-        return naming_arguments(self.kind, all_public=self.recipe.data.source == NOTHING)
+        return naming_arguments(self.kind, all_public=self.recipe.data.source == NO_SOURCE)
 
 
 def _of_recipe(key: Override) -> bool:
