@@ -11,7 +11,7 @@ from fedpress.deploy import ROUNDING, Job, export, open_file, parity
 from fedpress.errors import ExportError
 from fedpress.nn.quant_scheme import QuantizationScheme, WeightQuantization
 from fedpress.nn.quantized import quantize_layers_
-from tests.deploy.test_qdq import SHAPE, Residual, trained
+from tests.deploy.qdq.test_program import SHAPE, Residual, trained
 
 pytest.importorskip("executorch.exir")
 
