@@ -1,7 +1,7 @@
 """fedpress makes a neural network small, trains it where the private data lives, and ships it to a device.
 
-Every name here is imported when it is first used, so that `import fedpress` takes no time. `docs/python.md` shows
-them at work, and beside each the command that does the same.
+Every name here is imported when it is first used, so that `import fedpress` takes no time.
+`docs/python.md` shows them at work, and beside each the command that does the same.
 """
 
 import logging

@@ -18,7 +18,8 @@ class Argument:
     Attributes:
         name: of the argument in Python; with a dot in it a key of a table (`privacy.epsilon`);
             a key of a recipe if it begins with `recipe.`.
-        value: an example; a word in capitals stands for what the reader must choose. None: the name alone.
+        value: an example; a word in capitals stands for what the reader must choose. None: the name
+            alone.
     """
 
     name: str
@@ -89,8 +90,9 @@ class FedpressError(Exception):
 
     Attributes:
         problem: what is wrong, with what was got and what was expected.
-        place: where: an argument, a key of a recipe, a field of a message or a file. Functions name their own
-            argument; whoever calls them for somebody else puts in its place what that person has written.
+        place: where: an argument, a key of a recipe, a field of a message or a file. Functions name
+            their own argument; whoever calls them for somebody else puts in its place what that
+            person has written.
         cure: what to do, such that it works when it is followed.
 
     >>> error = FedpressError("got 0, expected a number above 0", place="clip_norm", cure="try 1.0")
@@ -161,8 +163,9 @@ class RecipeError(FedpressError):
 class SettingError(RecipeError, ValueError):
     """A settings class refuses its values: raised in its validators, where pydantic collects it as a ValueError.
 
-    Its place and its arguments are the keys of the settings themselves; whoever reads the recipe knows where they lie.
-    An error about the settings as a whole has no place, nor has one of a field's own validator: pydantic knows both.
+    Its place and its arguments are the keys of the settings themselves; whoever reads the recipe
+    knows where they lie. An error about the settings as a whole has no place, nor has one of a
+    field's own validator: pydantic knows both.
     """
 
     @classmethod

@@ -168,14 +168,16 @@ def take_up(
 
     Args:
         place: the folder of the run.
-        recipe: by name or file, to make sure that it is this one's; None: the one that lies in the folder.
+        recipe: by name or file, to make sure that it is this one's; None: the one that lies in the
+            folder.
         overrides: further ones, which must not change anything.
         data: where the data lies now, if it moved.
         held: takes the lock of the folder.
 
     Raises:
         RunError: if there is no run, or it was started with other settings.
-        ModelError: if the recipe in the folder alone names functions, and this user has not started the run.
+        ModelError: if the recipe in the folder alone names functions, and this user has not started
+            the run.
     """
     if not (place / "settings.json").exists():
         raise RunError(
@@ -221,7 +223,8 @@ def _find_its_functions(recipe: Path, noted: Mapping[str, object], *, trusted: b
         trusted: whether the user has named a recipe, and so does not rest on the one in the folder.
 
     Raises:
-        ModelError: if it names functions that nobody has allowed, and this user has not started the run.
+        ModelError: if it names functions that nobody has allowed, and this user has not started the
+            run.
     """
     functions = started.functions_of(recipe.read_text("utf-8")) if recipe.exists() else []
     told = noted.get("recipe")

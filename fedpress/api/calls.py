@@ -62,33 +62,40 @@ def call(
 
     Args:
         kind: of the stage.
-        model: the folder of a model or of a run, a packed file, `module:function`, the `Result` of another call, or a
-            module, which is not changed.
-        data: a source such as "cifar10"; or what is in memory: a tensor of inputs [n, ...] to calibrate on, a pair
-            (inputs, labels [n]), a torch Dataset or DataLoader of one or the other, or a `FederatedData`. By default
-            the data of the run that left the model. Data in memory are taken as inputs of the network (images of bytes
-            as values from 0 to 1), except by a saved model, which standardises them as it was trained.
+        model: the folder of a model or of a run, a packed file, `module:function`, the `Result` of
+            another call, or a module, which is not changed.
+        data: a source such as "cifar10"; or what is in memory: a tensor of inputs [n, ...] to
+            calibrate on, a pair (inputs, labels [n]), a torch Dataset or DataLoader of one or the
+            other, or a `FederatedData`. By default the data of the run that left the model. Data in
+            memory are taken as inputs of the network (images of bytes as values from 0 to 1),
+            except by a saved model, which standardises them as it was trained.
         path: where the source finds its files.
         checkpoint: a state dict for `module:function`.
-        input_shape: of one example, for a module or function without data. Of several inputs a list of shapes: then a
-            module in memory is cut, rounded or exported without data, and the result stays in memory.
-        mean: of each channel, as a model that was trained elsewhere wants its inputs standardised (images as values
-            from 0 to 1); "none": as they are; "data": by the public part of the source.
+        input_shape: of one example, for a module or function without data. Of several inputs a list
+            of shapes: then a module in memory is cut, rounded or exported without data, and the
+            result stays in memory.
+        mean: of each channel, as a model that was trained elsewhere wants its inputs standardised
+            (images as values from 0 to 1); "none": as they are; "data": by the public part of the
+            source.
         std: of each channel.
         out: the run folder to write; without one the result lives in memory alone.
-        device: where to train and measure: "auto", "cpu", "cuda", "cuda:1" or "mps"; None is "auto".
-        class_weights: how much each class counts in the loss: a list, or "balanced" by the public part of the data;
-            None: all alike. On the command line and in a recipe `data.class_weights`.
-        allow_code: names `module:function` that the files of `model`, of its run or of a teacher may have called; a
-            `model` that is given as `module:function` is allowed by that.
-        progress: whether to show bars; None: in a notebook, and where the error stream is a terminal.
+        device: where to train and measure: "auto", "cpu", "cuda", "cuda:1" or "mps"; None is
+            "auto".
+        class_weights: how much each class counts in the loss: a list, or "balanced" by the public
+            part of the data; None: all alike. On the command line and in a recipe
+            `data.class_weights`.
+        allow_code: names `module:function` that the files of `model`, of its run or of a teacher
+            may have called; a `model` that is given as `module:function` is allowed by that.
+        progress: whether to show bars; None: in a notebook, and where the error stream is a
+            terminal.
         settings: the keys of the stage; a `teacher` may be a module, too.
 
     Returns:
         The result. Without `out` it holds what export and pack wrote as `files`, by name.
 
     Raises:
-        FedpressError: if something does not fit, saying what; before any work where it can be known.
+        FedpressError: if something does not fit, saying what; before any work where it can be
+            known.
     """
     model, mean, std = model_of(model, mean, std)
     if (shapes := several.several_shapes(input_shape)) is not None:
@@ -179,8 +186,8 @@ def model_of(
     """Returns the model that a call works on, and how it wants its inputs standardised.
 
     Args:
-        model: as `call` takes it. A result that was written to a folder stands for that folder; one in memory for its
-            module, whose inputs are standardised as those that it was made with.
+        model: as `call` takes it. A result that was written to a folder stands for that folder; one
+            in memory for its module, whose inputs are standardised as those that it was made with.
         mean: as the user gives it; that goes first.
         std: likewise.
 

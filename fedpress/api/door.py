@@ -1,7 +1,7 @@
 """The front door, a table: what each name of `import fedpress` is called on the command line.
 
-What exists in Python exists there, and the other way round; tests hold both against this table, and `docs/python.md`
-shows it.
+What exists in Python exists there, and the other way round; tests hold both against this table, and
+`docs/python.md` shows it.
 """
 
 from __future__ import annotations

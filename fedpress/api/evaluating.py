@@ -47,18 +47,22 @@ def evaluate(
 
     Args:
         model: as `fedpress.prune` takes it, or a `Result`.
-        data: a pair (inputs, labels), a torch Dataset or DataLoader, all of which is measured on; or a source such as
-            "digits", or a `FederatedData`, whose test part is. By default the test part of the run that left the model.
+        data: a pair (inputs, labels), a torch Dataset or DataLoader, all of which is measured on;
+            or a source such as "digits", or a `FederatedData`, whose test part is. By default the
+            test part of the run that left the model.
         path: where the source finds its files.
         checkpoint: a state dict for `module:function`.
-        mean: of each channel, as a model that was trained elsewhere wants its inputs, see `fedpress.prune`.
+        mean: of each channel, as a model that was trained elsewhere wants its inputs, see
+            `fedpress.prune`.
         std: likewise.
-        task: what is learned, such as "binary", for data in memory; by default as model and labels are.
+        task: what is learned, such as "binary", for data in memory; by default as model and labels
+            are.
         device: to compute on.
         allow_code: names `module:function` that the files of `model` may have called.
 
     Returns:
-        Every metric of the task by its key, such as "accuracy", with "loss" and "examples", their number.
+        Every metric of the task by its key, such as "accuracy", with "loss" and "examples", their
+        number.
 
     Raises:
         FedpressError: if model and data do not fit, or there is nothing to measure on.
@@ -109,7 +113,8 @@ class Predictions:
     """What a model answers to examples.
 
     Attributes:
-        answers: class numbers int64 [n], 0 or 1 for each label [n, k], or numbers in the targets' units.
+        answers: class numbers int64 [n], 0 or 1 for each label [n, k], or numbers in the targets'
+            units.
         probabilities: of each class or label, [n, k]; None for a task of numbers.
         outputs: of the network, [n, ...].
         names: of the classes, the labels or the numbers.
@@ -177,11 +182,13 @@ def predict(
 
     Args:
         model: as `fedpress.prune` takes it, or a `Result`.
-        inputs: [n, ...] as uint8 images, numbers or token ids; a dictionary of them for several inputs; the path of a
-            file of NumPy, .npy, or .npz for several inputs; a Dataset or DataLoader, whose labels are not looked at.
-            A saved model standardises them as it was trained, a module takes them as they are.
+        inputs: [n, ...] as uint8 images, numbers or token ids; a dictionary of them for several
+            inputs; the path of a file of NumPy, .npy, or .npz for several inputs; a Dataset or
+            DataLoader, whose labels are not looked at. A saved model standardises them as it was
+            trained, a module takes them as they are.
         checkpoint: a state dict for `module:function`.
-        mean: of each channel, as a model that was trained elsewhere wants its inputs, see `fedpress.prune`.
+        mean: of each channel, as a model that was trained elsewhere wants its inputs, see
+            `fedpress.prune`.
         std: likewise.
         allow_code: names `module:function` that the files of `model` may have called.
 

@@ -25,15 +25,18 @@ class Result:
     Attributes:
         spec: how to build the model; None for a module from memory of which nothing was kept.
         model: the new model.
-        before: what the old model is worth and what it costs: accuracy, parameters, macs, file_bytes, latency_ms.
-        after: the same of the new model, and what the stage reports: bytes sent, epsilon, what was left as it was.
-        mean: of each channel of the inputs that the model takes, see `fedpress.core.examples.Preprocess`.
+        before: what the old model is worth and what it costs: accuracy, parameters, macs,
+            file_bytes, latency_ms.
+        after: the same of the new model, and what the stage reports: bytes sent, epsilon, what was
+            left as it was.
+        mean: of each channel of the inputs that the model takes, see
+            `fedpress.core.examples.Preprocess`.
         std: likewise.
         records: a line for each epoch or round of the stage, as `records.jsonl` of a run has them.
         folder: the new model's folder, to be given to the next command; None if nothing was kept.
         artifact: the file that export or pack wrote; None if nothing was kept.
-        files: what export or pack wrote, by name, where nothing was kept: the bytes of the file (of two for OpenVINO;
-            `inputs.json` too where the data are a table).
+        files: what export or pack wrote, by name, where nothing was kept: the bytes of the file (of
+            two for OpenVINO; `inputs.json` too where the data are a table).
     """
 
     spec: ModelSpec | None

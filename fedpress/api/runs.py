@@ -134,8 +134,9 @@ class Run:
     def events(self) -> Iterator[Event]:
         """Does the work; yields `StageStarted`, `Tick` and `StageFinished` as it goes on.
 
-        The work stops where nobody asks for the next event, and goes on from its last checkpoint with the next call.
-        Torch's random numbers stay the caller's own between two events. Finished stages are not done again.
+        The work stops where nobody asks for the next event, and goes on from its last checkpoint
+        with the next call. Torch's random numbers stay the caller's own between two events.
+        Finished stages are not done again.
 
         Raises:
             RunError: if the run was only opened, or another process works in the folder.
@@ -239,15 +240,18 @@ def run(
 
     Args:
         recipe: the name of a shipped recipe, a TOML file, tables, or a `Recipe`.
-        data: a folder or file (sets `data.path`), keys of the table `[data]`, or a `FederatedData`, which takes the
-            place of the recipe's source.
+        data: a folder or file (sets `data.path`), keys of the table `[data]`, or a `FederatedData`,
+            which takes the place of the recipe's source.
         out: the folder of the run; by default runs/NAME, with a number behind it if that is taken.
         resume: the folder of a run to go on with.
         reuse: another run, whose finished stages are taken over while their settings are equal.
-        allow_code: names `module:function` that files of models may have called, from now on in this process.
-        progress: whether to show bars; None: in a notebook, and where the error stream is a terminal.
-        overrides: keys of the recipe: `seed=1`, `data={"num_clients": 5}`, `stage={"federate": {"num_rounds": 3}}`, a
-            stage by its name, its kind or its number; keys that are not named stay.
+        allow_code: names `module:function` that files of models may have called, from now on in
+            this process.
+        progress: whether to show bars; None: in a notebook, and where the error stream is a
+            terminal.
+        overrides: keys of the recipe: `seed=1`, `data={"num_clients": 5}`, `stage={"federate":
+            {"num_rounds": 3}}`, a stage by its name, its kind or its number; keys that are not
+            named stay.
 
     Returns:
         The finished run, with `result`, `model`, `records` and `report()`.
@@ -294,8 +298,8 @@ def check(
         overrides: keys of the recipe.
 
     Returns:
-        The recipe's name, a description of the data, and under "stages" what each will do, cost and send: parameters,
-        MACs, bytes per round, noise multiplier, epsilon.
+        The recipe's name, a description of the data, and under "stages" what each will do, cost and
+        send: parameters, MACs, bytes per round, noise multiplier, epsilon.
 
     Raises:
         FedpressError: the first thing that would stop the run.
@@ -342,7 +346,8 @@ def report(run: Run | str | Path, out: str | Path | None = None) -> Path:
 def own_random_numbers(events: Iterator[Event]) -> Iterator[Event]:
     """Keeps torch's random numbers of the work apart from those of whoever asks for the events.
 
-    Without that the caller's draws between two events would change the bits of the run, and the run the caller's.
+    Without that the caller's draws between two events would change the bits of the run, and the run
+    the caller's.
     """
     state = torch.get_rng_state()
     while True:

@@ -23,7 +23,8 @@ def load(path: str | Path, *, allow_code: Collection[str] | str = ()) -> nn.Modu
 
     Args:
         path: the folder of a model or of a run (its last finished stage), or a packed file.
-        allow_code: names `module:function` that its files may have called to build it. Nothing is unpickled.
+        allow_code: names `module:function` that its files may have called to build it. Nothing is
+            unpickled.
 
     Raises:
         ModelError: if there is no model, it is damaged, or it names a function that is not allowed.
@@ -63,7 +64,8 @@ def save(
         The path.
 
     Raises:
-        ModelError: if there is something at `path` already, or nothing is known that builds the module again.
+        ModelError: if there is something at `path` already, or nothing is known that builds the
+            module again.
 
     >>> import torch, fedpress, tempfile
     >>> net = torch.nn.Sequential(torch.nn.Linear(4, 2))

@@ -182,8 +182,9 @@ def federate(
 
     Args:
         model: as all calls take it.
-        clients: name -> its private examples: a pair (inputs, labels), a torch Dataset or a DataLoader. In their
-            place `data=` may name a source, such as "digits", with keys of `[data]`: `data.num_clients`.
+        clients: name -> its private examples: a pair (inputs, labels), a torch Dataset or a
+            DataLoader. In their place `data=` may name a source, such as "digits", with keys of
+            `[data]`: `data.num_clients`.
         test: examples to measure on; by default 20% of each client's are put aside.
         public: examples that everybody may see, for settings that need some.
         task: what is learned, such as "binary"; by default as model and labels are.

@@ -85,16 +85,18 @@ def sweep(
         seeds: for mean and spread.
         data: where the data lie.
         out: the folder, by default sweeps/NAME. A sweep that is there goes on.
-        allow_code: names `module:function` that files of models may have called, from now on in this process.
+        allow_code: names `module:function` that files of models may have called, from now on in
+            this process.
         progress: whether to show bars, see `fedpress.run`.
         overrides: keys of the recipe, in all variants.
 
     Returns:
-        `sweep.json` of the folder: under "variants" the stages of each, or its error; under "front_file_bytes" and
-        "front_latency_ms" the variants that no other beats.
+        `sweep.json` of the folder: under "variants" the stages of each, or its error; under
+        "front_file_bytes" and "front_latency_ms" the variants that no other beats.
 
     Raises:
-        RecipeError: if a key or value is wrong. A variant that fails later is noted, and the others go on.
+        RecipeError: if a key or value is wrong. A variant that fails later is noted, and the others
+            go on.
 
     >>> import fedpress, tempfile
     >>> found = fedpress.sweep(

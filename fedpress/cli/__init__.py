@@ -244,8 +244,8 @@ def compose(
 ) -> None:
     """The epsilon of several mechanisms together, Gaussian and Skellam, or of a run's ledger.
 
-    An event is {"sampling_prob", "noise_multiplier", "steps"}, or {"kind": "skellam", "l2", "l1", "variance", "steps"}
-    with "sampling_prob" and "failure" if they are not 1 and 0.
+    An event is {"sampling_prob", "noise_multiplier", "steps"}, or {"kind": "skellam", "l2", "l1",
+    "variance", "steps"} with "sampling_prob" and "failure" if they are not 1 and 0.
     """
     from fedpress.privacy.accounting import compose as composing
 

@@ -91,8 +91,8 @@ def naming_arguments(kind: str, *, all_public: bool = False) -> Iterator[None]:
 
     Args:
         kind: of the command, and of its stage.
-        all_public: whether all data that are given count as public, and no table of a recipe divides them: then
-            giving others is the only way to other parts.
+        all_public: whether all data that are given count as public, and no table of a recipe
+            divides them: then giving others is the only way to other parts.
     """
 
     def named(argument: Argument) -> Argument:

@@ -42,7 +42,8 @@ def note_environment(
         device: where the stages train; None: as `fedpress.training.device.find` chooses.
 
     Returns:
-        What a person must know who goes on: that the bits will differ from those of a run that was never stopped,
+        What a person must know who goes on: that the bits will differ from those of a run that was
+            never stopped,
         where processor, threads or versions are others, and that records are missing.
     """
     path, now = folder.path / "environment.json", environment(command, device)

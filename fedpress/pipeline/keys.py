@@ -19,8 +19,8 @@ from fedpress.stages.teaching import saved_teacher
 FIRST_KEYS = frozenset(files("fedpress.pipeline").joinpath("first_keys.txt").read_text().split())
 """The keys of a recipe that every run folder knows, as `data.source` or `stage.prune.finetune.epochs`.
 
-A key that came later is left out of the settings where it has its default, and so says nothing: older folders go on.
-Its default can therefore never change; what must change needs another key.
+A key that came later is left out of the settings where it has its default, and so says nothing:
+older folders go on. Its default can therefore never change; what must change needs another key.
 """
 
 NAMES = ("kind", "name")

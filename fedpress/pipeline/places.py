@@ -23,10 +23,12 @@ def in_recipe(place: str, index: int, stage: Stage) -> str:
     """Returns the recipe's key for the place that an error of a stage names.
 
     Args:
-        place: an argument (`score`), a key of the stage (`privacy.delta`, `prune.score` or `stage.score`), something
-            else (a file, a field of a message), or empty for the stage as a whole.
+        place: an argument (`score`), a key of the stage (`privacy.delta`, `prune.score` or
+            `stage.score`), something else (a file, a field of a message), or empty for the stage as
+            a whole.
         index: of the stage in the recipe.
-        stage: its settings. Where arguments below have other names than its keys, `stage.places` says which they are.
+        stage: its settings. Where arguments below have other names than its keys, `stage.places`
+            says which they are.
 
     >>> from fedpress.stages.federate.stage import FederateStage
     >>> stage = FederateStage(kind="federate", cohort=5, num_rounds=3)

@@ -50,7 +50,8 @@ def write_result(
 def take_metrics_of_files_(stages: Sequence[Stage], lines: Sequence[dict[str, Any]]) -> None:
     """Gives a stage whose model torch only simulates the metrics of the file that was exported of it.
 
-    A device runs that. What the simulation reached stays as `accuracy_simulated`, or whatever the task goes by.
+    A device runs that. What the simulation reached stays as `accuracy_simulated`, or whatever the
+    task goes by.
 
     Args:
         stages: of the recipe, as many as are done.

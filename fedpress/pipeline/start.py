@@ -80,7 +80,8 @@ def first_state(recipe: Recipe, data: data_sets.FederatedData) -> State:
     """Returns the state before the first stage: fresh weights.
 
     Raises:
-        RecipeError: if the model does not take the data's examples or has another number of classes.
+        RecipeError: if the model does not take the data's examples or has another number of
+            classes.
         TrainingError: if the recipe's device is missing.
     """
     at = device_of(recipe)

@@ -42,7 +42,8 @@ class Variant:
 class VariantStarted:
     """A variant is about to run: `events` are to be followed to their end before the next event is asked for.
 
-    `notes` are what a person must know of a variant that is resumed (see `fedpress.pipeline.run.note_environment`).
+    `notes` are what a person must know of a variant that is resumed (see
+    `fedpress.pipeline.run.note_environment`).
     """
 
     variant: Variant
@@ -159,8 +160,8 @@ def execute(
 ) -> Iterator[VariantStarted | VariantFinished]:
     """Runs every variant into a run folder of its own in `place`, and after each writes `sweep.json`.
 
-    What an earlier variant has done under equal settings is taken over; what was interrupted goes on. A variant that
-    fails is noted, and the others go on.
+    What an earlier variant has done under equal settings is taken over; what was interrupted goes
+    on. A variant that fails is noted, and the others go on.
 
     Args:
         text: the recipe as TOML.
@@ -315,8 +316,8 @@ def _worth(stage: dict[str, Any]) -> float:
 def pareto(points: Sequence[tuple[float, float]]) -> list[int]:
     """Returns the positions of the points (cost, value) that no other beats, by rising cost.
 
-    One point beats another if it costs no more and is worth no less, and one of the two is better. Points with NaN are
-    never among them. Sorted once, so it takes n log n (Kung et al. 1975).
+    One point beats another if it costs no more and is worth no less, and one of the two is better.
+    Points with NaN are never among them. Sorted once, so it takes n log n (Kung et al. 1975).
 
     >>> pareto([(2.0, 0.9), (1.0, 0.8), (3.0, 0.85)])
     [1, 0]

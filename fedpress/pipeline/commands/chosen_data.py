@@ -99,7 +99,8 @@ class ChosenData:
         path: of the source.
         shape: of one example, for an architecture without data.
         data_set: in memory, in the place of a source.
-        given: how the model wants its inputs; None: as it says itself, or as the public part has them.
+        given: how the model wants its inputs; None: as it says itself, or as the public part has
+            them.
     """
 
     source: str | None = None
@@ -124,7 +125,8 @@ class ChosenData:
         Args:
             chosen_model: the model.
             keys: of the recipe.
-            needs_clients: whether the stage learns from clients. Otherwise all data that are given count as public.
+            needs_clients: whether the stage learns from clients. Otherwise all data that are given
+                count as public.
 
         Raises:
             DataError: if there is a path but nothing to be found there.
@@ -168,7 +170,8 @@ class ChosenData:
     def question(self, chosen_model: ChosenModel, keys: Sequence[Override]) -> DataError | None:
         """Returns what the user should say too of the inputs of a model from elsewhere; None if nothing.
 
-        It is an error that stops nothing: the numbers are right if the model was trained on these data.
+        It is an error that stops nothing: the numbers are right if the model was trained on these
+            data.
         """
         said = self.given is not None or any(key.key == "data.mean" for key in keys)
         if self.source is None or said or not chosen_model.foreign:

@@ -34,8 +34,10 @@ class Clients:
     Attributes:
         clients: the private examples of each client by its name.
         test: to measure on; None: 20% of each client's examples are put aside.
-        public: examples that everybody may see, for stages that train or calibrate on them; None: there are none.
-        task: what is learned, as `data.task` of a recipe says it; None: found from labels and model.
+        public: examples that everybody may see, for stages that train or calibrate on them; None:
+            there are none.
+        task: what is learned, as `data.task` of a recipe says it; None: found from labels and
+            model.
         classes: names of the classes; None: their numbers, as many as the model has outputs.
     """
 
@@ -50,8 +52,9 @@ class Clients:
     ) -> FederatedData:
         """Makes the federated data set.
 
-        What is learned follows from the model, the type of the labels and what the user says. It never follows from
-        the values of a client's labels, which are private: so a class that no client has is one nevertheless.
+        What is learned follows from the model, the type of the labels and what the user says. It
+        never follows from the values of a client's labels, which are private: so a class that no
+        client has is one nevertheless.
 
         Args:
             preprocess: from the examples to the input of the network.

@@ -38,19 +38,19 @@ def in_memory(
 ) -> FederatedData:
     """Makes a data set of examples that the caller holds; all of them count as public.
 
-    With labels, 20% of the examples are put aside for testing and 10% of the others for validation. Inputs without
-    labels serve for calibration alone.
+    With labels, 20% of the examples are put aside for testing and 10% of the others for validation.
+    Inputs without labels serve for calibration alone.
 
     Args:
-        data: inputs [n, ...] as uint8 images, numbers or whole numbers (token ids), or a dictionary of them by the
-            names of forward's arguments; a pair (inputs, labels [n]); a Dataset or DataLoader that gives one or the
-            other.
+        data: inputs [n, ...] as uint8 images, numbers or whole numbers (token ids), or a dictionary
+            of them by the names of forward's arguments; a pair (inputs, labels [n]); a Dataset or
+            DataLoader that gives one or the other.
         preprocess: from these inputs to those of the network.
         class_names: of the model, if it has any.
-        model: which tells by its outputs how many classes there are: some may be missing in a few examples. Whole
-            numbers become floats if it does not take them as token ids.
-        task: of a saved model that is no classifier; None: found from the targets. Floats that the model gives as many
-            of are those of a regression in their own units.
+        model: which tells by its outputs how many classes there are: some may be missing in a few
+            examples. Whole numbers become floats if it does not take them as token ids.
+        task: of a saved model that is no classifier; None: found from the targets. Floats that the
+            model gives as many of are those of a regression in their own units.
         seed: decides which examples are put aside.
 
     Raises:
@@ -131,8 +131,8 @@ def _divided(every: Arrays, preprocess: Preprocess, seed: int, **about: Any) -> 
 def task_of_targets(y: Tensor, outputs: tuple[int, ...] | None) -> Task | None:
     """Returns what a model learns that gives `outputs` for one example, where that is no classification.
 
-    Floats [n] or [n, k] of a model that gives k numbers are a regression; 0 and 1 of one that gives one number are a
-    binary classification.
+    Floats [n] or [n, k] of a model that gives k numbers are a regression; 0 and 1 of one that gives
+    one number are a binary classification.
     """
     if outputs is None or y.dim() not in (1, 2):
         return None
@@ -151,8 +151,9 @@ def as_taken(
 ) -> tuple[Inputs, tuple[int, ...] | None]:
     """Returns the inputs of the type that the model takes, and the shape of its outputs for one of them.
 
-    Whole numbers become floats if the model does not take them as token ids. The shape is None if the model does not
-    take the inputs, or gives something else than a tensor: what is wrong is told where the model is checked.
+    Whole numbers become floats if the model does not take them as token ids. The shape is None if
+    the model does not take the inputs, or gives something else than a tensor: what is wrong is told
+    where the model is checked.
     """
     whole = isinstance(x, Tensor) and x.dtype == torch.int64
     with evaluating(model):

@@ -43,25 +43,30 @@ def measure(
     """Measures every model in torch and, exported, in the runtime of each format; exported files in their own.
 
     Args:
-        models: folders of models or runs, packed files, `module:function`, exported files, or modules in memory; one
-            or several.
-        formats: rows of `fedpress.deploy.FORMATS` to export each model to; None: all that are installed, and one that
-            cannot take a model is left out.
-        int8: export each also on integers, with ranges of random inputs: such files show size and time, not accuracy.
+        models: folders of models or runs, packed files, `module:function`, exported files, or
+            modules in memory; one or several.
+        formats: rows of `fedpress.deploy.FORMATS` to export each model to; None: all that are
+            installed, and one that cannot take a model is left out.
+        int8: export each also on integers, with ranges of random inputs: such files show size and
+            time, not accuracy.
         batches: batch sizes.
         threads: numbers of threads.
         seconds: for each model, runtime, batch size and number of threads.
-        input_shape: of one example, for functions and modules; a list of shapes for modules of several inputs.
+        input_shape: of one example, for functions and modules; a list of shapes for modules of
+            several inputs.
         checkpoint: a state dict for a function.
-        allow_code: names `module:function` that the files of models may have called; see `fedpress.storage.load`.
+        allow_code: names `module:function` that the files of models may have called; see
+            `fedpress.storage.load`.
 
     Returns:
-        `records`, one for each pair of model and runtime, as `fedpress.deploy.measure` says, "parameters" besides; and
-        `left_out`: what could not be exported -> why.
+        `records`, one for each pair of model and runtime, as `fedpress.deploy.measure` says,
+        "parameters" besides; and `left_out`: what could not be exported -> why.
 
     Raises:
-        ExportError: if a format is unknown, its packages are missing, or a model cannot be exported or run.
-        ModelError: if there is no model, one does not take inputs of its shape, or they take different ones.
+        ExportError: if a format is unknown, its packages are missing, or a model cannot be exported
+            or run.
+        ModelError: if there is no model, one does not take inputs of its shape, or they take
+            different ones.
 
     >>> import torch, fedpress
     >>> net = torch.nn.Sequential(torch.nn.Linear(4, 2))

@@ -64,8 +64,10 @@ class OneStage:
         Args:
             kind: of the stage.
             chosen_model: the model.
-            keys: of the stage, or of the recipe: `seed=1`, `data.validation=500`, `model.arguments.n=8`.
-            examples: what was said of the data; by default those of the run that left the model, else none.
+            keys: of the stage, or of the recipe: `seed=1`, `data.validation=500`,
+                `model.arguments.n=8`.
+            examples: what was said of the data; by default those of the run that left the model,
+                else none.
 
         Raises:
             RecipeError: if a key is unknown or a value is wrong, by the name that it has here.

@@ -168,9 +168,9 @@ def no_data(path: Path) -> FederatedData:
     """Stands in for data where a command needs none: one example of noise, and nothing to learn from or measure on.
 
     Args:
-        path: what the examples look like and the number of classes, such as `3x32x32:10`. No classes, `3x32x32:0`, is
-            what a model has that is no classifier; `16:0:int64` are token ids, and `tokens.int64=16+lengths.int64=:2`
-            two inputs by name.
+        path: what the examples look like and the number of classes, such as `3x32x32:10`. No
+            classes, `3x32x32:0`, is what a model has that is no classifier; `16:0:int64` are token
+            ids, and `tokens.int64=16+lengths.int64=:2` two inputs by name.
 
     Raises:
         DataError: if it says something else.

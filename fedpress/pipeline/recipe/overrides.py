@@ -19,7 +19,8 @@ class Override:
     """One key of a recipe and its new value.
 
     Attributes:
-        key: where, such as `stage.2.num_rounds`; a stage by number, name, or a kind that only one has.
+        key: where, such as `stage.2.num_rounds`; a stage by number, name, or a kind that only one
+            has.
         value: plain numbers, words, lists and tables; None unsets the key.
         text: as the user wrote it.
     """
@@ -75,7 +76,8 @@ class Override:
 def overrides_of(values: Mapping[str, Any], at: str = "") -> list[Override]:
     """Returns the overrides for keywords from Python: a mapping changes the keys that it names and leaves the others.
 
-    A mapping with a `kind` takes the place of the whole table, since the keys of another kind mean something else.
+    A mapping with a `kind` takes the place of the whole table, since the keys of another kind mean
+    something else.
 
     >>> [one.as_text() for one in overrides_of({"seed": 1, "data": {"num_clients": 5}})]
     ['seed=1', 'data.num_clients=5']

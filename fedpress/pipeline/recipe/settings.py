@@ -29,8 +29,9 @@ from fedpress.workspace.state import Name
 class ModelSettings(BaseModel):
     """The `[model]` table: a built-in architecture or `package.module:function`, and its arguments.
 
-    Or a saved model as `checkpoint`: a model's folder, a run, a stage of one, or a packed file. `weights` are a state
-    dict, safetensors or what torch.save wrote, for an architecture that is not to begin with fresh ones.
+    Or a saved model as `checkpoint`: a model's folder, a run, a stage of one, or a packed file.
+    `weights` are a state dict, safetensors or what torch.save wrote, for an architecture that is
+    not to begin with fresh ones.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
