@@ -1,4 +1,4 @@
-"""Distillation: a student learns from a teacher's outputs, features and attention; an objective of `Fit`."""
+"""Distillation: a student network learns from a teacher's outputs, features and attention maps."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class DistillSettings(BaseModel):
     )
     feature_weight: float = Field(default=1.0, ge=0, description="factor on the loss of `features`")
     attention: tuple[Pair, ...] = Field(
-        default=(), description="modules whose outputs are strong at the same positions"
+        default=(), description="modules whose attention maps the student imitates"
     )
     attention_weight: float = Field(
         default=1.0, ge=0, description="factor on the loss of `attention`"
@@ -52,34 +52,45 @@ class DistillSettings(BaseModel):
 
 
 def feature_loss(student: Tensor, teacher: Tensor) -> Tensor:
-    """Returns half the squared distance of features of one shape, in units of the teacher's squared length.
+    """Returns half the squared distance of features, divided by the teacher's squared norm.
 
-    FitNets (Romero et al. 2015, arXiv:1412.6550), equation 3, made free of the scale of the
-    features.
+    FitNets (Romero et al. 2015, arXiv:1412.6550), equation 3; the division makes it independent of
+    the features' scale.
+
+    Args:
+        student: features of any shape.
+        teacher: features of the same shape.
     """
     return (student - teacher).square().sum() / (2 * teacher.square().sum().clamp_min(1e-12))
 
 
 def attention_map(x: Tensor) -> Tensor:
-    """Returns how active each position of features [n, C, ...] is, as unit vectors [n, positions].
+    """Returns the mean square over channels of [n, C, ...], as unit vectors [n, positions].
 
-    The mean square over channels: so networks of other widths compare. Zagoruyko and Komodakis
+    It has no channel axis, so networks of different widths can be compared. Zagoruyko and Komodakis
     (2017, arXiv:1612.03928), section 3.1.
     """
     return F.normalize(x.square().mean(1).flatten(1), dim=1, eps=1e-12)
 
 
 def attention_loss(student: Tensor, teacher: Tensor) -> Tensor:
-    """Returns half the squared distance of the attention maps [n, positions], averaged over examples (equation 2)."""
+    """Returns half the squared distance of the attention maps, averaged over examples.
+
+    Zagoruyko and Komodakis (2017, arXiv:1612.03928), equation 2.
+
+    Args:
+        student: features [n, C, ...].
+        teacher: features [n, C', ...] with the same positions.
+    """
     return (attention_map(student) - attention_map(teacher)).square().sum(1).mean() / 2
 
 
 @contextmanager
 def outputs(model: nn.Module, names: tuple[str, ...]) -> Iterator[dict[str, Tensor]]:
-    """Collects what the modules `names` of `model` put out in its latest forward pass, while the context lasts.
+    """Within the block collects the outputs of the modules `names` in the latest forward pass.
 
     Raises:
-        TrainingError: if `model` has no such module, or its output is no tensor.
+        TrainingError: if `model` has no such module, or its output is not a tensor.
     """
     found: dict[str, Tensor] = {}
     modules = dict(model.named_modules())
@@ -87,7 +98,7 @@ def outputs(model: nn.Module, names: tuple[str, ...]) -> Iterator[dict[str, Tens
     def keep(at: int, name: str, output: object) -> None:
         if not isinstance(output, Tensor):
             raise TrainingError(
-                f"the module '{name}' puts out a {type(output).__name__}, not a tensor",
+                f"the module '{name}' returns a {type(output).__name__}, not a tensor",
                 place=f"names[{at}]",
                 cure="name another",
             )
@@ -103,6 +114,7 @@ def outputs(model: nn.Module, names: tuple[str, ...]) -> Iterator[dict[str, Tens
                     cure=suggestion(name, list(modules)) or "print(model) shows all names",
                 )
 
+            # The defaults hold the values of this turn of the loop.
             def hook(
                 _: nn.Module, __: object, output: object, at: int = at, name: str = name
             ) -> None:
@@ -116,19 +128,20 @@ def outputs(model: nn.Module, names: tuple[str, ...]) -> Iterator[dict[str, Tens
 
 
 class Distillation:
-    """The objective of a student: call `watching` around the training, and train `helpers` with the student.
+    """The training objective of a student.
 
-    The teacher is put into evaluation mode and frozen; it sees what the student sees, augmentation
-    included.
+    Training runs inside `watching`, and the parameters of `helpers` are trained with the student's.
+    The teacher is frozen and in evaluation mode; it sees the same inputs as the student, including
+    augmentation.
 
     Args:
         teacher: the network to learn from.
         student: the network that learns.
         settings: what to learn.
-        example: prepared inputs [n, ...], n >= 2, on which shapes are compared.
+        example: prepared inputs [n, ...], n >= 2, with which shapes are compared.
         task: what is learned.
-        context: makes the context in which the teacher runs, for instance autocast.
-        seed: of the projections' first weights.
+        context: returns the context in which the teacher runs, for instance autocast.
+        seed: of the projections' initial weights.
 
     Raises:
         TrainingError: if the networks do not fit each other: classes, modules, shapes, or values
@@ -146,98 +159,93 @@ class Distillation:
         context: Callable[[], AbstractContextManager[object]] = nullcontext,
         seed: int = 0,
     ) -> None:
-        self.teacher, self.settings = teacher.eval().requires_grad_(False), settings
+        self.teacher = teacher.eval().requires_grad_(False)
+        self.settings = settings
         self.task = task
         self.context = context
-        self.features, self.attention = _pairs(settings.features), _pairs(settings.attention)
+        self.features = _pairs(settings.features)
+        self.attention = _pairs(settings.attention)
+        # The student's features of the latest forward pass, by module name.
         self.seen: dict[str, Tensor] = {}
         self.helpers = nn.ModuleList()
-        """The projections of the student's features, one for each pair: `Identity` where widths are equal."""
+        """One projection for each pair of features: `Identity` if their widths are equal."""
         self._bind(student, example, public_stream(seed, "projections"))
 
     def _bind(self, student: nn.Module, example: Inputs, chance: RandomSource) -> None:
+        """Runs both networks on `example`, checks that they fit, and creates the projections."""
         modes = [(module, module.training) for module in student.modules()]
         student.eval()
         try:
             with torch.no_grad(), self.watching(student):
                 logits = call(student, example)
-                theirs, taught = self.teach(example)
+                teacher_features, teacher_logits = self.teach(example)
         finally:
             for module, mode in modes:
                 module.training = mode
-        if taught.shape != logits.shape:
-            raise TrainingError(
-                (
-                    f"the teacher gives outputs {list(taught.shape[1:])} for one example, the "
-                    f"student {list(logits.shape[1:])}"
-                ),
-                place="teacher",
-                cure="give a teacher of the same classes",
-            )
-        if not taught.isfinite().all():
-            raise TrainingError(
-                "the teacher's outputs hold NaN or infinity",
-                place="teacher",
-                cure="give a teacher that is trained",
-            )
-        for at, (mine, other) in enumerate(self.features):
+        _check_logits(logits, teacher_logits)
+        for at, (mine, theirs) in enumerate(self.features):
+            shape = self.seen[mine].shape
             with renaming({"features": f"features[{at}]"}):
-                self.helpers.append(
-                    projection(mine, self.seen[mine].shape, theirs[other].shape, chance)
-                )
-        for at, (mine, other) in enumerate(self.attention):
-            a, b = self.seen[mine].shape, theirs[other].shape
-            if len(a) < 3 or a[2:] != b[2:]:
+                helper = projection(mine, shape, teacher_features[theirs].shape, chance)
+            self.helpers.append(helper)
+        for at, (mine, theirs) in enumerate(self.attention):
+            shape, teacher_shape = self.seen[mine].shape, teacher_features[theirs].shape
+            if len(shape) < 3 or shape[2:] != teacher_shape[2:]:
                 raise TrainingError(
                     (
-                        f"attention compares positions, but '{mine}' has shape {list(a[1:])} and the "
-                        f"teacher's '{other}' {list(b[1:])}"
+                        f"attention compares positions, but '{mine}' has shape {list(shape[1:])} "
+                        f"and the teacher's '{theirs}' {list(teacher_shape[1:])}"
                     ),
                     place=f"attention[{at}]",
-                    cure="name modules that put out [channels, ...] with equal positions",
+                    cure="name modules that return [channels, ...] with equal positions",
                 )
         self.seen.clear()
 
     @contextmanager
     def watching(self, student: nn.Module) -> Iterator[None]:
-        """Keeps the features of the student's latest forward pass while the context lasts."""
+        """Within the block the student's features are kept for the loss."""
         names = tuple(mine for mine, _ in (*self.features, *self.attention))
         with renaming(self._keys), outputs(student, names) as self.seen:
             yield
 
     @property
     def _keys(self) -> dict[str, str]:
-        """The settings' words for the places in the `names` of modules."""
+        """Maps places in errors of `outputs` (`names[2]`) to settings (`attention[0]`)."""
         keys = [f"features[{at}]" for at in range(len(self.features))]
         keys += [f"attention[{at}]" for at in range(len(self.attention))]
         return {f"names[{at}]": key for at, key in enumerate(keys)}
 
     def __call__(self, student: nn.Module, x: Inputs, logits: Tensor, y: Tensor) -> Tensor:
-        """Returns the loss of a batch: inputs `x` [n, ...], its `logits` [n, ...], targets `y`."""
+        """Returns the loss of a batch.
+
+        Args:
+            student: the network that learns.
+            x: inputs [n, ...].
+            logits: the student's outputs [n, ...] for them.
+            y: targets.
+        """
         s = self.settings
-        theirs, taught = self.teach(x)
-        loss = s.weight * self.task.soft_loss(logits, taught, s.temperature)
+        teacher_features, teacher_logits = self.teach(x)
+        loss = s.weight * self.task.soft_loss(logits, teacher_logits, s.temperature)
         if s.weight < 1:
             loss = loss + (1 - s.weight) * self.task.loss(logits, y)
-        for (mine, other), project in zip(self.features, self.helpers, strict=True):
-            loss = loss + s.feature_weight * feature_loss(
-                project(self.seen[mine].float()), theirs[other]
-            )
-        for mine, other in self.attention:
-            loss = loss + s.attention_weight * attention_loss(
-                self.seen[mine].float(), theirs[other]
-            )
+        for (mine, theirs), project in zip(self.features, self.helpers, strict=True):
+            projected = project(self.seen[mine].float())
+            loss = loss + s.feature_weight * feature_loss(projected, teacher_features[theirs])
+        for mine, theirs in self.attention:
+            own = self.seen[mine].float()
+            loss = loss + s.attention_weight * attention_loss(own, teacher_features[theirs])
         return loss
 
     @torch.no_grad()
     def teach(self, x: Inputs) -> tuple[dict[str, Tensor], Tensor]:
-        """Returns the teacher's features by module name, and its logits [n, ...], for the student's inputs `x`.
+        """Returns the teacher's features by module name and its logits [n, ...], for inputs `x`.
 
         Raises:
             TrainingError: if the teacher does not take such inputs.
         """
-        names = tuple(other for _, other in (*self.features, *self.attention))
-        with self.context(), renaming(self._keys), outputs(self.teacher, names) as theirs:
+        names = tuple(theirs for _, theirs in (*self.features, *self.attention))
+        with self.context(), renaming(self._keys), outputs(self.teacher, names) as features:
             try:
                 logits = call(self.teacher, x)
             except (RuntimeError, ValueError, IndexError) as error:
@@ -255,15 +263,17 @@ class Distillation:
                 place="teacher",
                 cure="it must return logits",
             )
-        return {name: value.float() for name, value in theirs.items()}, logits.float()
+        # float32 also under autocast, where differences of half-precision numbers would be coarse.
+        return {name: value.float() for name, value in features.items()}, logits.float()
 
 
 class Projection(nn.Module):
-    """A learned 1x1 convolution over dimension `axis` without bias: features of one width become those of another."""
+    """A 1x1 convolution over dimension `axis`, from the student's width to the teacher's."""
 
     def __init__(self, weight: Tensor, axis: int) -> None:
         super().__init__()
-        self.weight, self.axis = nn.Parameter(weight), axis
+        self.weight = nn.Parameter(weight)
+        self.axis = axis
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps [..., width, ...] to [..., teacher's width, ...]."""
@@ -271,11 +281,42 @@ class Projection(nn.Module):
 
 
 def _pairs(names: tuple[Pair, ...]) -> tuple[tuple[str, str], ...]:
+    """Returns (student's, teacher's) module names; a single name is that of both."""
     return tuple((name, name) if isinstance(name, str) else name for name in names)
 
 
+def _check_logits(logits: Tensor, teacher_logits: Tensor) -> None:
+    """Refuses a teacher with outputs of another shape, or outputs that are not finite."""
+    if teacher_logits.shape != logits.shape:
+        raise TrainingError(
+            (
+                f"the teacher gives outputs {list(teacher_logits.shape[1:])} for one example, the "
+                f"student {list(logits.shape[1:])}"
+            ),
+            place="teacher",
+            cure="give a teacher of the same classes",
+        )
+    if not teacher_logits.isfinite().all():
+        raise TrainingError(
+            "the teacher's outputs hold NaN or infinity",
+            place="teacher",
+            cure="give a teacher that is trained",
+        )
+
+
 def projection(name: str, mine: torch.Size, theirs: torch.Size, chance: RandomSource) -> nn.Module:
-    """What brings the student's features to the teacher's shape: at most one dimension differs, that of channels."""
+    """Returns a module that brings the student's features to the teacher's shape.
+
+    Args:
+        name: of the student's module, for errors.
+        mine: shape of the student's features.
+        theirs: shape of the teacher's features; only the channels may differ (dimension 1 or the
+            last).
+        chance: source of the initial weights.
+
+    Raises:
+        TrainingError: if the shapes differ otherwise.
+    """
     if mine == theirs:
         return nn.Identity()
     differ = [i for i, (a, b) in enumerate(zip(mine, theirs, strict=False)) if a != b]
@@ -290,5 +331,6 @@ def projection(name: str, mine: torch.Size, theirs: torch.Size, chance: RandomSo
         )
     (axis,) = differ
     wide, narrow = theirs[axis], mine[axis]
+    # Outputs then have the variance of the inputs.
     weight = chance.normal(wide, narrow, dtype=torch.float32) / narrow**0.5
     return Projection(weight, axis)

@@ -27,7 +27,7 @@ from fedpress.nn.forward_sizes import Numbers, numbers_in, set_numbers_
 from fedpress.nn.masked import absorb_masks_
 from fedpress.nn.quant_scheme import FILE, QuantizationScheme
 from fedpress.nn.quantized import quantize_layers_, register_kept_zeros_
-from fedpress.nn.resize import depthwise, replace_, set_groups_, tensor, weight_shape
+from fedpress.nn.resize import get_tensor, is_depthwise, replace_tensors_, set_groups_, weight_shape
 
 NO_SPEC = "fedpress wrote no such file: get it anew from where it came"
 ARCHITECTURES: dict[str, Any] = {
@@ -343,7 +343,7 @@ def resize_(model: nn.Module, shapes: dict[str, tuple[int, ...]]) -> None:
     new: dict[str, Tensor] = {}
     for name, shape in shapes.items():
         try:
-            old = tensor(model, name)
+            old = get_tensor(model, name)
         except AttributeError as error:
             raise ModelError(
                 f"the model has no tensor '{name}'",
@@ -362,7 +362,7 @@ def resize_(model: nn.Module, shapes: dict[str, tuple[int, ...]]) -> None:
         new[name] = old.detach().new_zeros(tuple(shape))
         if isinstance(old, nn.Parameter):
             new[name] = nn.Parameter(new[name], old.requires_grad)
-    replace_(model, new)
+    replace_tensors_(model, new)
 
 
 def shapes_that_differ(model: nn.Module, dense: nn.Module) -> dict[str, tuple[int, ...]]:
@@ -412,7 +412,7 @@ def what_pruning_changed(model: nn.Module, dense: nn.Module) -> dict[str, Any]:
     groups = {}
     for name, module in _convolutions(model).items():
         # A depthwise convolution has as many groups as channels, which its shape tells.
-        if name in old and module.groups != old[name].groups and not depthwise(old[name]):
+        if name in old and module.groups != old[name].groups and not is_depthwise(old[name]):
             groups[name] = module.groups
     return {
         "resized": shapes_that_differ(model, dense),

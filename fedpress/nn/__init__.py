@@ -1,1 +1,1 @@
-"""About torch layers: resizing them, masks, quantized layers, sizes written into forward code."""
+"""Torch layers: resizing, masks, quantized layers, and sizes written into forward code."""

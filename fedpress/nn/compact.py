@@ -1,4 +1,4 @@
-"""A sparse weight as the vector of its kept values: what trains, travels and gets noise is only what is not zero."""
+"""Represents a sparse weight by its kept values: only they are trained, sent and noised."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fedpress.nn.quantized import kept_entries
 
 
 class Scatter(nn.Module):
-    """Puts values [k] back to their places in a weight, zeros elsewhere; the places are public and stay."""
+    """A parametrization: values [k] at fixed, public places of a weight, zeros elsewhere."""
 
     def __init__(self, mask: Tensor) -> None:
         super().__init__()
@@ -23,21 +23,26 @@ class Scatter(nn.Module):
     def forward(self, values: Tensor) -> Tensor:
         """Maps values [k] to a weight."""
         assert isinstance(self.places, Tensor)
-        return (
-            values.new_zeros(self.shape.numel()).index_put((self.places,), values).view(self.shape)
-        )
+        zeros = values.new_zeros(self.shape.numel())
+        return zeros.index_put((self.places,), values).view(self.shape)
 
     def right_inverse(self, weight: Tensor) -> Tensor:
-        """Maps a weight to its values [k]; those of a shared weight may have been taken already."""
+        """Maps a weight to its values [k]."""
         assert isinstance(self.places, Tensor)
-        return weight if weight.shape == self.places.shape else weight.flatten()[self.places]
+        if weight.shape == self.places.shape:
+            return weight  # a shared weight that is represented by its values already
+        return weight.flatten()[self.places]
 
 
 def compact_(model: nn.Module, sparse: Iterable[str]) -> nn.Module:
-    """Lets only the kept values of the named weights be parameters (see `kept_entries`); frozen weights are left alone.
+    """Makes only the kept values of the named weights parameters (see `kept_entries`).
 
-    Everything that works on parameters (flat vectors, clipping, noise, secure sums) then never sees the zeros, and the
-    zeros cannot change. `expand_` takes it back.
+    Everything that works on parameters (flat vectors, clipping, noise, secure sums) then has no
+    zeros in it, and the zeros cannot change. Frozen weights are not changed. `expand_` undoes it.
+
+    Args:
+        model: changed in place.
+        sparse: names of sparse weights.
 
     Raises:
         ModelError: if `model` lacks one of the names, or a weight is all zeros.
@@ -50,7 +55,7 @@ def compact_(model: nn.Module, sparse: Iterable[str]) -> nn.Module:
             continue
         if not mask.any():
             raise ModelError(
-                f"'{name}' has no value left that could train",
+                f"'{name}' has no value left to train",
                 place="spec.sparse",
                 cure="keep a larger share",
             )
@@ -61,7 +66,7 @@ def compact_(model: nn.Module, sparse: Iterable[str]) -> nn.Module:
 
 @torch.no_grad()
 def expand_(model: nn.Module) -> nn.Module:
-    """Makes the compact weights of `model` plain parameters again, each with its zeros."""
+    """Makes the compact weights of `model` plain parameters again, zeros included."""
     full: dict[nn.Parameter, Tensor] = {}
     for module in [*model.modules()]:
         if not parametrize.is_parametrized(module):
@@ -79,16 +84,20 @@ def expand_(model: nn.Module) -> nn.Module:
 
 
 def _owners(model: nn.Module, weight: nn.Parameter) -> list[tuple[nn.Module, str]]:
-    return [
-        (m, key)
-        for m in model.modules()
-        for key, p in m.named_parameters(recurse=False)
-        if p is weight
-    ]
+    """Returns the modules that hold a weight, with its name in each; several if it is shared."""
+    owners = []
+    for module in model.modules():
+        for key, parameter in module.named_parameters(recurse=False):
+            if parameter is weight:
+                owners.append((module, key))
+    return owners
 
 
 def _to_front_(module: nn.Module, key: str) -> None:
-    """Gives a parameter the place that layers give their weight: the first."""
+    """Makes a parameter the first of its module, as layers register their weight.
+
+    The order of parameters is that of the flat vector that clients and server exchange.
+    """
     table = dict(module._parameters)
     module._parameters.clear()
     module._parameters.update({key: table.pop(key), **table})

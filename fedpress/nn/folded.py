@@ -1,4 +1,4 @@
-"""Models whose batch norms were folded into the layers before them are given that shape again."""
+"""Gives a model the structure that it has after its batch norms were folded into other layers."""
 
 from __future__ import annotations
 
@@ -13,11 +13,14 @@ from fedpress.nn.batch_norm import BatchNorm
 
 @torch.no_grad()
 def apply_folds_(model: nn.Module, folded: Mapping[str, str]) -> None:
-    """Gives the layers that took in a batch norm a bias of zeros where they have none, and empties the batch norms.
+    """Replaces batch norms by identities, and gives their layers a bias of zeros if they have none.
+
+    The values are set by the caller, who folds a model or loads one from a file.
 
     Args:
         model: changed in place.
-        folded: the name of each batch norm -> the name of the convolution or linear layer before it.
+        folded: the name of each batch norm -> the name of the convolution or linear layer before
+            it.
 
     Raises:
         ModelError: if a name is not in the model, or its module is of another kind.
@@ -25,7 +28,8 @@ def apply_folds_(model: nn.Module, folded: Mapping[str, str]) -> None:
     for norm, into in folded.items():
         owner, _, key = norm.rpartition(".")
         try:
-            parent, layer = model.get_submodule(owner), model.get_submodule(into)
+            parent = model.get_submodule(owner)
+            layer = model.get_submodule(into)
             inner = model.get_submodule(norm)
         except AttributeError as error:
             raise ModelError(

@@ -1,4 +1,8 @@
-"""Whether a subclass of a layer computes what the layer does: found by running it once on made-up inputs."""
+"""Checks by a trial run whether a subclass of a layer uses its weight as the layer itself does.
+
+Such a subclass, for instance a convolution that pads or standardises its input first, can be
+quantized like the layer.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +22,7 @@ OPERATIONS: dict[type[nn.Module], Callable[..., Tensor]] = {
     nn.Conv2d: F.conv2d,
     nn.Conv3d: F.conv3d,
 }
-"""The operation by which each kind of layer reads its weight."""
+"""The operation by which each kind of layer uses its weight."""
 
 PROPERTIES = (
     "shape",
@@ -31,26 +35,33 @@ PROPERTIES = (
     "grad",
     "names",
 )
-"""What may be asked about a weight without reading its values."""
+"""Attributes of a weight that do not depend on its values."""
 
 SIZES = ("size", "dim", "numel", "stride", "is_floating_point", "__len__", "is_contiguous")
+"""Methods of a weight that do not depend on its values."""
 
 
 def base_layer(kind: type[nn.Module]) -> type[nn.Module] | None:
-    """Returns the layer that `kind` is a subclass of, if a subclass of it may be looked into."""
+    """Returns the convolution or linear layer that `kind` is a subclass of, or None."""
     return next((base for base in OPERATIONS if issubclass(kind, base)), None)
 
 
 class WeightReads(TorchFunctionMode):
-    """Notes how a layer's weight is read while its forward runs."""
+    """Records how a layer's weight is used while its forward runs.
+
+    Attributes:
+        layer: whose weight is observed.
+        operation: the layer's own, such as `F.conv2d`.
+        calls: the arguments of each call of the operation with the weight.
+        others: names of other functions that read the weight.
+    """
 
     def __init__(self, layer: nn.Module, operation: Callable[..., Tensor]) -> None:
         super().__init__()
-        self.layer, self.operation = layer, operation
-        self.calls: list[
-            dict[str, Any]
-        ] = []  # arguments of each call of the operation on the weight
-        self.others: list[str] = []  # what else read the weight
+        self.layer = layer
+        self.operation = operation
+        self.calls: list[dict[str, Any]] = []
+        self.others: list[str] = []
 
     def __torch_function__(
         self,
@@ -59,7 +70,7 @@ class WeightReads(TorchFunctionMode):
         args: Any = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        """Runs `func`, and notes it if it reads the weight."""
+        """Runs `func`, and records it if it reads the weight."""
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
         weight = self.layer.weight
@@ -74,83 +85,95 @@ class WeightReads(TorchFunctionMode):
         if func is self.operation and named.get("weight") is weight:
             self.calls.append(named)
         elif not asks_property and name not in SIZES and result is not weight:
-            # A result that is the weight itself tells nothing: `weight.to(x.dtype)` gives the very same tensor.
+            # A function that returns the weight itself has not used its values:
+            # `weight.to(x.dtype)`.
             self.others.append(name)
         return result
 
 
 def _arguments(args: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of a convolution or linear operation by name."""
+    """Returns the arguments of a convolution or linear operation by name."""
     names = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
     return {**dict(zip(names, args, strict=False)), **kwargs}
 
 
 @torch.no_grad()
 def _probe(layer: nn.Module, x: Tensor) -> WeightReads:
-    """Runs a copy of `layer` in evaluation mode on `x` and returns how its weight was read."""
+    """Runs a copy of `layer` in evaluation mode on `x` and returns how its weight was used."""
     base = base_layer(type(layer))
     assert base is not None
     own = copy.deepcopy(layer).eval()
     reads = WeightReads(own, OPERATIONS[base])
     with torch.random.fork_rng(devices=[]), reads:
-        own.forward(x)  # not its hooks: whoever watches the layer must not be called again
+        # `forward` and not a call of the layer: its hooks must not run for this trial.
+        own.forward(x)
     return reads
 
 
 def why_not_plain(layer: nn.Module) -> str | None:
-    """Says what the forward of a subclass does beyond the plain one; None if it only prepares its input.
+    """Returns how a subclass's forward differs from the plain one, or None.
 
-    Its weight may be read once, by the layer's own operation, together with its own bias; and what the operation gets
-    must be made of values of the input and zeros (padding before a convolution), so that rounding the input before
-    or after that is the same.
+    The weight must be used once, by the layer's own operation, together with the layer's bias. The
+    input of the operation must consist of values of the layer's input and zeros (padding, for
+    example): then rounding the input before or after the preparation is the same.
     """
     base = base_layer(type(layer))
     assert base is not None
-    more = [n for n, p in layer.named_parameters() if n not in ("weight", "bias") and p.dim() > 1]
-    if more:
-        return f"it has weights beside its own ('{more[0]}')"
-    x = _made_up(layer)
+    for name, parameter in layer.named_parameters():
+        if name not in ("weight", "bias") and parameter.dim() > 1:
+            return f"it has weights beside its own ('{name}')"
+    x = _random_input(layer)
     try:
         reads = _probe(layer, x)
-        coarse = _probe(layer, _coarse(x))
-    except Exception as problem:  # a stranger's forward may want anything
+        rounded_reads = _probe(layer, _rounded(x))
+    except Exception as problem:  # the user's forward may need anything
         first = (str(problem).strip().splitlines() or [type(problem).__name__])[0]
         return f"it does not run on an ordinary input ({first[:120]})"
     if reads.others:
         return f"it reads its weight by '{reads.others[0]}'"
-    if len(reads.calls) != 1 or len(coarse.calls) != 1:
+    if len(reads.calls) != 1 or len(rounded_reads.calls) != 1:
         return f"it uses its weight {len(reads.calls)} times in one forward"
     call = reads.calls[0]
     if (call.get("bias") is None) != (layer._parameters.get("bias") is None):
         return "it adds its bias in its own way"
-    given, rounded = call["input"], coarse.calls[0]["input"]
-    if given.shape != rounded.shape or not torch.equal(_coarse(given), rounded):
+    # Rounding after the preparation must equal rounding before it.
+    given = call["input"]
+    given_rounded = rounded_reads.calls[0]["input"]
+    if given.shape != given_rounded.shape or not torch.equal(_rounded(given), given_rounded):
         return "it changes the values of its input"
     return None
 
 
 def plain_equivalent(layer: nn.Module, x: Tensor) -> tuple[nn.Module, Tensor]:
-    """Returns a plain layer and the input that give what a subclass's operation gives for its input `x`.
+    """Returns a plain layer and an input with the outputs of a subclass's operation for `x`.
 
-    The weight of the plain layer has no values, only a shape.
+    The plain layer is on the meta device: its weight has a shape but no values.
     """
     call = _probe(layer, x).calls[0]
-    base, given = base_layer(type(layer)), call["input"]
+    given = call["input"]
+    base = base_layer(type(layer))
     assert base is not None
     weight = layer.weight
     assert isinstance(weight, Tensor)
-    out, each, *kernel = weight.shape
+    out, inputs_of_group, *kernel = weight.shape
     if base is nn.Linear:
-        return nn.Linear(each, out, device="meta"), given
+        return nn.Linear(inputs_of_group, out, device="meta"), given
     groups = call.get("groups", 1)
-    geometry = {
-        key: call.get(key, usual) for key, usual in (("stride", 1), ("padding", 0), ("dilation", 1))
-    }
-    plain = base(each * groups, out, tuple(kernel), groups=groups, device="meta", **geometry)
+    plain = base(
+        inputs_of_group * groups,
+        out,
+        tuple(kernel),
+        stride=call.get("stride", 1),
+        padding=call.get("padding", 0),
+        dilation=call.get("dilation", 1),
+        groups=groups,
+        device="meta",
+    )
     return plain, given
 
 
-def _made_up(layer: nn.Module) -> Tensor:
+def _random_input(layer: nn.Module) -> Tensor:
+    """Returns two random examples, images a little larger than the kernel."""
     generator = torch.Generator().manual_seed(0)
     assert isinstance(layer.weight, Tensor)
     device = layer.weight.device
@@ -161,6 +184,6 @@ def _made_up(layer: nn.Module) -> Tensor:
     return torch.randn(2, layer.in_channels, *sides, generator=generator).to(device)
 
 
-def _coarse(x: Tensor) -> Tensor:
-    """Rounds to quarters: a grid that holds 0."""
+def _rounded(x: Tensor) -> Tensor:
+    """Rounds to quarters, a grid that includes 0 as those of quantized inputs do."""
     return (x * 4).round() / 4

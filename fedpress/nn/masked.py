@@ -1,7 +1,8 @@
-"""Models that come with masks on their weights, from `torch.nn.utils.prune` or a parametrization, become plain ones."""
+"""Turns masks on weights, from `torch.nn.utils.prune` or a parametrization, into plain zeros."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -13,8 +14,17 @@ from fedpress.errors import ModelError
 
 
 @dataclass(frozen=True, eq=False)
-class _Site:
-    """A weight that is computed as original * mask whenever its module runs."""
+class _MaskedWeight:
+    """A weight that is computed as original * mask whenever its module runs.
+
+    Attributes:
+        path: name of the module.
+        module: that has the weight.
+        key: name of the weight in it.
+        original: the parameter that is masked.
+        mask: of the same shape.
+        hooked: whether a hook computes it (`torch.nn.utils.prune`), not a parametrization.
+    """
 
     path: str
     module: nn.Module
@@ -25,9 +35,11 @@ class _Site:
 
     @property
     def name(self) -> str:
+        """Dotted name in the model."""
         return f"{self.path}.{self.key}" if self.path else self.key
 
     def materialize_(self) -> None:
+        """Makes it a plain parameter, original * mask."""
         if self.hooked:
             prune.remove(self.module, self.key)
         else:
@@ -35,70 +47,84 @@ class _Site:
 
 
 def absorb_masks_(model: nn.Module) -> tuple[str, ...]:
-    """Makes every masked weight of `model` a plain parameter, original * mask, without hooks or parametrizations.
+    """Makes every masked weight of `model` a plain parameter, original * mask.
 
-    Known are the hooks of `torch.nn.utils.prune`, under whatever parameter name, and parametrizations whose steps all
-    have a tensor `mask`. Others, such as weight norm, stay. A weight that several modules share stays shared.
+    Recognised are the hooks of `torch.nn.utils.prune`, and parametrizations whose steps all have a
+    tensor `mask`. Others, such as weight norm, are not changed. A weight that several modules share
+    stays shared.
 
     Returns:
-        The names of the parameters with masks: what `ModelSpec.sparse` notes.
+        The names of the parameters that had masks, for `ModelSpec.sparse`.
 
     Raises:
-        ModelError: if modules that share a weight do not share its mask, or a mask is mixed with another computation.
+        ModelError: if modules that share a weight have different masks, or a weight has a mask and
+            another parametrization.
     """
-    sites = [*_hooked(model), *_parametrized(model)]
-    _check_shared(model, sites)
-    for site in sites:
-        site.materialize_()
-    masked = {id(getattr(site.module, site.key)) for site in sites}
+    weights = [*_hooked(model), *_parametrized(model)]
+    # Before anything is changed, so that a refused model is as it was.
+    _check_shared(model, weights)
+    for weight in weights:
+        weight.materialize_()
+    masked = {id(getattr(weight.module, weight.key)) for weight in weights}
     return tuple(name for name, p in model.named_parameters() if id(p) in masked)
 
 
-def _hooked(model: nn.Module) -> Iterator[_Site]:
+def _hooked(model: nn.Module) -> Iterator[_MaskedWeight]:
+    """Yields the weights that hooks of `torch.nn.utils.prune` mask."""
     for path, module in model.named_modules():
         for hook in [*module._forward_pre_hooks.values()]:
             if isinstance(hook, prune.BasePruningMethod):
                 key = str(hook._tensor_name)
-                original, mask = module._parameters[f"{key}_orig"], module._buffers[f"{key}_mask"]
+                original = module._parameters[f"{key}_orig"]
+                mask = module._buffers[f"{key}_mask"]
                 assert original is not None
                 assert mask is not None
-                yield _Site(path, module, key, original, mask, hooked=True)
+                yield _MaskedWeight(path, module, key, original, mask, hooked=True)
 
 
-def _parametrized(model: nn.Module) -> Iterator[_Site]:
+def _parametrized(model: nn.Module) -> Iterator[_MaskedWeight]:
+    """Yields the weights that parametrizations mask."""
     for path, module in model.named_modules():
         if not parametrize.is_parametrized(module):
             continue
         assert isinstance(module.parametrizations, nn.ModuleDict)
         for key, steps in module.parametrizations.items():
             assert isinstance(steps, parametrize.ParametrizationList)
-            masks = [m for step in steps if isinstance(m := getattr(step, "mask", None), Tensor)]
+            original = steps.original
+            assert isinstance(original, nn.Parameter)
+            masks = []
+            for step in steps:
+                mask = getattr(step, "mask", None)
+                if isinstance(mask, Tensor):
+                    masks.append(mask.to(torch.float32).expand_as(original))
             if not masks:
                 continue
             if len(masks) < len(steps):
                 raise ModelError(
-                    f"'{path}.{key}' is masked and computed otherwise besides",
+                    f"'{path}.{key}' is masked and has another parametrization too",
                     place="model",
                     cure=(
-                        "call torch.nn.utils.parametrize.remove_parametrizations on it, or leave the "
-                        "mask out"
+                        "call torch.nn.utils.parametrize.remove_parametrizations on it, or leave "
+                        "the mask out"
                     ),
                 )
-            mask = torch.stack([m.to(torch.float32).expand_as(steps.original) for m in masks]).prod(
-                0
-            )
-            assert isinstance(steps.original, nn.Parameter)
-            yield _Site(path, module, key, steps.original, mask, hooked=False)
+            # Masks that are applied one after the other multiply.
+            product = torch.stack(masks).prod(0)
+            yield _MaskedWeight(path, module, key, original, product, hooked=False)
 
 
-def _check_shared(model: nn.Module, sites: list[_Site]) -> None:
-    for site in sites:
-        twins = [other for other in sites if other.original is site.original]
-        uses = sum(p is site.original for m in model.modules() for p in m.parameters(recurse=False))
-        if uses != len(twins) or any(not torch.equal(other.mask, site.mask) for other in twins):
+def _check_shared(model: nn.Module, weights: list[_MaskedWeight]) -> None:
+    """Refuses a shared weight that is not masked in the same way everywhere."""
+    uses: Counter[int] = Counter()
+    for module in model.modules():
+        uses.update(id(parameter) for parameter in module.parameters(recurse=False))
+    for weight in weights:
+        same = [other for other in weights if other.original is weight.original]
+        is_masked_everywhere = uses[id(weight.original)] == len(same)
+        if not is_masked_everywhere or any(not torch.equal(o.mask, weight.mask) for o in same):
             raise ModelError(
                 (
-                    f"'{site.name}' is masked, but a module that shares this weight has not the "
+                    f"'{weight.name}' is masked, but a module that shares this weight has not the "
                     "same mask"
                 ),
                 place="model",

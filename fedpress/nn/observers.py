@@ -1,4 +1,4 @@
-"""How far a grid reaches: ranges taken from a histogram of what was seen on public examples, a table of rules."""
+"""Observers: rules that choose the range of quantized inputs from a histogram of values."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ from torch import Tensor
 from fedpress.nn.quant_scheme import InputQuantization, calculate_qparams
 
 BINS = 2048
+"""Bins of a histogram, as in TensorRT."""
 Observer = Literal["minmax", "percentile", "mse", "entropy"]
 
 
 @dataclass
 class Histogram:
-    """Counts [BINS], float64, of the values in low..high, bins of one width."""
+    """Counts [BINS], float64, of values from `low` to `high` in bins of equal width."""
 
     low: float
     high: float
@@ -25,81 +26,93 @@ class Histogram:
 
     def add_(self, x: Tensor) -> None:
         """Counts the values of `x`."""
-        # torch.histc wants a span; a constant input has none.
-        high = self.high if self.high > self.low else self.low + 1
+        high = self._upper_edge()
         self.counts += torch.histc(x.detach().float(), BINS, self.low, high).double().cpu()
 
     @property
-    def middles(self) -> Tensor:
-        """The middle of each bin [BINS], float64."""
-        high = self.high if self.high > self.low else self.low + 1
-        return self.low + (torch.arange(BINS, dtype=torch.float64) + 0.5) * (high - self.low) / BINS
+    def centers(self) -> Tensor:
+        """The center of each bin [BINS], float64."""
+        span = self._upper_edge() - self.low
+        return self.low + (torch.arange(BINS, dtype=torch.float64) + 0.5) * span / BINS
+
+    def _upper_edge(self) -> float:
+        """The upper edge of the last bin; a constant input needs bins of some width too."""
+        return self.high if self.high > self.low else self.low + 1
 
 
 def minmax(seen: Histogram, quantization: InputQuantization) -> tuple[float, float]:
-    """Everything that was seen."""
+    """Returns the smallest and the largest observed value."""
     return seen.low, seen.high
 
 
 def percentile(
     seen: Histogram, quantization: InputQuantization, *, share: float = 0.9999
 ) -> tuple[float, float]:
-    """The shortest tails cut off: `share` of the values stay, the rest is split evenly between both ends."""
+    """Returns the range of `share` of the values; the rest is half below it and half above."""
     edge = (1 - share) / 2 * seen.counts.sum()
     below = seen.counts.cumsum(0)
     above = seen.counts.flip(0).cumsum(0).flip(0)
     inside = ((below > edge) & (above > edge)).nonzero().flatten()
-    half = (seen.middles[1] - seen.middles[0]) / 2
-    low, high = float(seen.middles[inside[0]] - half), float(seen.middles[inside[-1]] + half)
+    centers = seen.centers
+    half_bin = (centers[1] - centers[0]) / 2
+    low = float(centers[inside[0]] - half_bin)
+    high = float(centers[inside[-1]] + half_bin)
     return min(max(low, seen.low), seen.high), max(min(high, seen.high), seen.low)
 
 
 def mse(seen: Histogram, quantization: InputQuantization) -> tuple[float, float]:
-    """The part of the span, of 100, whose grid has the least mean squared error on what was seen."""
+    """Returns the range of least squared error: 100 shares of the observed range are tried."""
     best = (float("inf"), (seen.low, seen.high))
     for share in torch.linspace(0.01, 1, 100).tolist():
         low, high = seen.low * share, seen.high * share
-        error = float(
-            (
-                seen.counts
-                * (_rounded(seen.middles, low, high, quantization) - seen.middles).square()
-            ).sum()
-        )
+        squares = (_rounded(seen.centers, low, high, quantization) - seen.centers).square()
+        error = float((seen.counts * squares).sum())
         best = min(best, (error, (low, high)))
     return best[1]
 
 
 def entropy(seen: Histogram, quantization: InputQuantization) -> tuple[float, float]:
-    """The clipping whose grid loses the least information, by Kullback-Leibler divergence (TensorRT).
+    """Returns the range that loses the least information, by Kullback-Leibler divergence.
 
-    S. Migacz, 8-bit inference with TensorRT, GTC 2017: P is the distribution with what is outside added to its last
-    bin, Q the same, evened out within each of the grid's steps. Both ends are cut at one distance from 0. The bin that
-    holds 0 does not count, as there: a grid has 0 exactly, and the zeros of a ReLU would be evened out with what is
-    near.
+    S. Migacz, 8-bit Inference with TensorRT, GTC 2017: P is the distribution with everything
+    outside the range added to its end bins; Q is P averaged within each step of the grid. Both ends
+    are clipped at the same distance from 0. As there, the bin of 0 is not counted: 0 is exact in
+    every grid, but averaging would spread the many zeros of a ReLU over their neighbours.
     """
-    middles = seen.middles
-    counts = seen.counts.where(middles.abs() > (middles[1] - middles[0]) / 2 * (1 + 1e-9), 0.0)
-    levels = quantization.highest + 1
+    centers = seen.centers
+    bin_width = centers[1] - centers[0]
+    counts = seen.counts.where(centers.abs() > bin_width / 2 * (1 + 1e-9), 0.0)
     reach = max(-seen.low, seen.high)
     best = (float("inf"), (seen.low, seen.high))
     for share in torch.linspace(0.05, 1, 96).tolist():
-        low, high = max(seen.low, -reach * share), min(seen.high, reach * share)
-        inside = (middles >= low) & (middles <= high)
+        low = max(seen.low, -reach * share)
+        high = min(seen.high, reach * share)
+        inside = (centers >= low) & (centers <= high)
         if int(inside.sum()) < 2 or not float(counts[inside].sum()):
             continue
+
         p = counts[inside].clone()
-        step = ((middles[inside] - low) / (high - low) * levels).long().clamp(0, levels - 1)
-        there = (p > 0).double()
-        total = torch.zeros(levels, dtype=torch.float64).index_add(0, step, p)
-        bins = torch.zeros(levels, dtype=torch.float64).index_add(0, step, there)
-        q = (total / bins.clamp_min(1))[step] * there
-        p[0] += counts[middles < low].sum()
-        p[-1] += counts[middles > high].sum()
-        p, q = p / p.sum(), q / q.sum()
-        known = p > 0
-        loss = float((p[known] * (p[known] / q[known].clamp_min(1e-12)).log()).sum())
-        best = min(best, (loss, (low, high)))
+        q = _averaged_within_steps(p, centers[inside], low, high, quantization.highest + 1)
+        p[0] += counts[centers < low].sum()
+        p[-1] += counts[centers > high].sum()
+        p = p / p.sum()
+        q = q / q.sum()
+        observed = p > 0
+        ratio = p[observed] / q[observed].clamp_min(1e-12)
+        divergence = float((p[observed] * ratio.log()).sum())
+        best = min(best, (divergence, (low, high)))
     return best[1]
+
+
+def _averaged_within_steps(
+    counts: Tensor, centers: Tensor, low: float, high: float, levels: int
+) -> Tensor:
+    """Returns the counts averaged over the non-empty bins of each of `levels` equal steps."""
+    step = ((centers - low) / (high - low) * levels).long().clamp(0, levels - 1)
+    is_filled = (counts > 0).double()
+    totals = torch.zeros(levels, dtype=torch.float64).index_add(0, step, counts)
+    bins = torch.zeros(levels, dtype=torch.float64).index_add(0, step, is_filled)
+    return (totals / bins.clamp_min(1))[step] * is_filled
 
 
 OBSERVERS: Mapping[str, Callable[[Histogram, InputQuantization], tuple[float, float]]] = {
@@ -111,6 +124,7 @@ OBSERVERS: Mapping[str, Callable[[Histogram, InputQuantization], tuple[float, fl
 
 
 def _rounded(x: Tensor, low: float, high: float, quantization: InputQuantization) -> Tensor:
+    """Returns `x` rounded to the grid from `low` to `high`."""
     scale, zero = calculate_qparams(torch.tensor(low), torch.tensor(high), quantization)
     scale, zero = scale.double(), zero.double()
     return ((x / scale).round().clamp(-zero, quantization.highest - zero)) * scale

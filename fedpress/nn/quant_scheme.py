@@ -1,7 +1,8 @@
-"""Quantization schemes: which values weights and inputs may take, their scales, quantize and dequantize.
+"""Quantization schemes: the values that weights and inputs may have, and how they are quantized.
 
-The words are those of compressed-tensors. A *grid* is the set of values that can be represented, a *code* the whole
-number that stands for one of them: value = code * scale, for inputs (code - zero_point) * scale.
+The words are those of compressed-tensors. A *grid* is the set of values that can be represented,
+and a *code* the integer that represents one of them: value = code * scale, for inputs (code -
+zero_point) * scale.
 """
 
 from __future__ import annotations
@@ -17,15 +18,18 @@ from torch import Tensor
 from fedpress.errors import SettingError
 
 TINY = torch.finfo(torch.float32).tiny
-FILE = "file"  # in the context of a validation: what is read was written by some fedpress
+FILE = "file"
+"""Key in a validation's context: the settings come from a file, perhaps of an older version."""
 BITS = {"int": 8, "ternary": 2, "binary": 1, "codebook": 4}
+"""Bits of each kind, if none are given."""
 
 
 class WeightQuantization(BaseModel):
-    """The values that weights may take.
+    """The values that weights may have.
 
-    "int": c * scale with whole c in -(2^(bits-1) - 1) .. 2^(bits-1) - 1; "ternary": {-scale, 0, scale}; "binary":
-    {-scale, scale}; "codebook": one of 2^bits values that the layer's weights share. All but binary hold 0 exactly.
+    "int": c * scale with integers c from -(2^(bits-1) - 1) to 2^(bits-1) - 1; "ternary": {-scale,
+    0, scale}; "binary": {-scale, scale}; "codebook": one of 2^bits values that the layer's weights
+    share. All but binary include 0 exactly.
 
     >>> WeightQuantization(kind="int", bits=4).highest
     7
@@ -36,13 +40,13 @@ class WeightQuantization(BaseModel):
     kind: Literal["int", "ternary", "binary", "codebook"] = "int"
     bits: int = Field(8, ge=1, le=8)
     group: int | None = Field(
-        None, ge=1, description="one scale per so many input values; None: per output channel"
+        None, ge=1, description="one scale per so many input values; None: one per output channel"
     )
     centroid_bits: int | None = Field(
         None,
         ge=2,
         le=8,
-        description="codebook only: its values are whole numbers of so many bits times one scale",
+        description="codebook only: its values are integers of so many bits times one scale",
     )
 
     @model_validator(mode="before")
@@ -54,9 +58,9 @@ class WeightQuantization(BaseModel):
 
     @model_validator(mode="after")
     def _fits(self) -> WeightQuantization:
-        if (self.kind == "int" and self.bits < 2) or (
-            self.kind in ("ternary", "binary") and self.bits != BITS[self.kind]
-        ):
+        has_fixed_bits = self.kind in ("ternary", "binary")
+        too_few = self.kind == "int" and self.bits < 2
+        if too_few or (has_fixed_bits and self.bits != BITS[self.kind]):
             raise SettingError(
                 f"{self.bits} bits do not fit '{self.kind}'",
                 place="bits",
@@ -76,7 +80,7 @@ class WeightQuantization(BaseModel):
 
     @property
     def highest(self) -> int:
-        """The largest code; of a codebook the last index less 2^(bits-1), so that every code fits into int8."""
+        """The largest code; for a codebook the last index minus 2^(bits-1), to fit into int8."""
         if self.kind in ("int", "codebook"):
             return (1 << (self.bits - 1)) - 1
         return 1
@@ -84,7 +88,9 @@ class WeightQuantization(BaseModel):
     @property
     def lowest(self) -> int:
         """The smallest code."""
-        return -(2 ** (self.bits - 1)) if self.kind == "codebook" else -self.highest
+        if self.kind == "codebook":
+            return -(1 << (self.bits - 1))
+        return -self.highest
 
     @property
     def has_zero(self) -> bool:
@@ -93,14 +99,15 @@ class WeightQuantization(BaseModel):
 
 
 class InputQuantization(BaseModel):
-    """The values that a layer's inputs may take: (c - zero_point) * scale with whole c in 0 .. 2^bits - 1.
+    """Values of a layer's inputs: (c - zero_point) * scale with integers c in 0 .. 2^bits - 1.
 
-    One bit is {middle - scale, middle + scale}, on which side of its channel's middle a value lies: behind a ReLU the
-    sign itself would always be +1. XNOR-Net takes the middle away by a norm before the sign (Rastegari et al. 2016,
-    arXiv:1603.05279, section 3.2), ReActNet learns it (Liu et al. 2020, arXiv:2003.03488, section 4.1), as is done
-    here. With `middle=False` one bit is {-scale, scale}, the sign alone.
+    One-bit inputs are {middle - scale, middle + scale}: below or above the middle of their channel.
+    The sign alone would always be +1 after a ReLU. XNOR-Net subtracts a mean by a norm before the
+    sign (Rastegari et al. 2016, arXiv:1603.05279, section 3.2); ReActNet learns the middle (Liu et
+    al. 2020, arXiv:2003.03488, section 4.1), as is done here. With `middle=False` one bit is
+    {-scale, scale}, the sign alone.
 
-    `dynamic` takes scale and zero point from each batch; a middle is never taken from a batch.
+    With `dynamic` scale and zero point are those of each batch; a middle never is.
 
     >>> InputQuantization(bits=1).middle, InputQuantization(bits=8).middle
     (True, False)
@@ -119,7 +126,7 @@ class InputQuantization(BaseModel):
     @classmethod
     def _middle_of_one_bit(cls, given: Any, info: ValidationInfo) -> Any:
         if isinstance(given, dict) and given.get("bits") == 1 and "middle" not in given:
-            # Files from before there was a middle hold the sign alone, and so they open.
+            # Files of versions without a middle mean the sign alone.
             return {**given, "middle": not (info.context or {}).get(FILE)}
         return given
 
@@ -135,17 +142,17 @@ class InputQuantization(BaseModel):
 
     @property
     def calibrated(self) -> bool:
-        """Whether something of it is taken from public examples before it is used."""
+        """Whether a part of it is set from public examples (calibration)."""
         return not self.dynamic or self.middle
 
     @property
     def highest(self) -> int:
-        """The largest code; the smallest is 0 (of one bit: 1 and -1)."""
+        """The largest code; the smallest is 0. One-bit inputs have the codes 1 and -1."""
         return (1 << self.bits) - 1
 
 
 class QuantizationScheme(BaseModel):
-    """How one layer is quantized; None stays float.
+    """How one layer is quantized; what is None stays float.
 
     >>> QuantizationScheme(weights=WeightQuantization(bits=4)).inputs is None
     True
@@ -158,9 +165,10 @@ class QuantizationScheme(BaseModel):
 
 
 def expand_scale(scale: Tensor, weight: Tensor, group: int | None) -> Tensor:
-    """Returns the scales [out] or [out, groups] in a shape that multiplies `weight` [out, ...].
+    """Returns scales [out] or [out, groups] in a shape that broadcasts with `weight` [out, ...].
 
-    Groups run over the weights of an output channel as they lie flat; the last one may be shorter.
+    A group is so many consecutive weights of a flattened output channel; the last one may be
+    shorter.
     """
     if group is None:
         return scale.reshape(-1, *[1] * (weight.dim() - 1))
@@ -169,7 +177,7 @@ def expand_scale(scale: Tensor, weight: Tensor, group: int | None) -> Tensor:
 
 
 def in_groups(weight: Tensor, group: int | None) -> Tensor:
-    """Returns `weight` [out, ...] as [out, groups, values]; a shorter last group is filled up with zeros.
+    """Returns `weight` [out, ...] as [out, groups, values]; zeros pad a shorter last group.
 
     >>> in_groups(torch.ones(2, 5), 3).shape
     torch.Size([2, 2, 3])
@@ -181,48 +189,61 @@ def in_groups(weight: Tensor, group: int | None) -> Tensor:
 
 
 def initial_scale(weight: Tensor, quantization: WeightQuantization) -> Tensor:
-    """Returns scales [out] or [out, groups]: the span for "int", the best in L2 for "ternary" and "binary".
+    """Returns scales [out] or [out, groups]: full range for "int", else least squared error.
 
-    Ternary alternates threshold and scale as Lloyd does, from the threshold 0.7 mean |w| of Ternary Weight Networks
-    (Li & Liu 2016, arXiv:1605.04711, section 2.2), whose optimum is a threshold of scale / 2: the nearest grid point.
-    Binary is the mean |w| of XNOR-Net (Rastegari et al. 2016, arXiv:1603.05279, section 3.1). A shorter last group
-    counts its own weights only. NaN weights give scales of 1.
+    Ternary: Lloyd's iterations on threshold and scale, from the threshold 0.7 mean |w| of Ternary
+    Weight Networks (Li & Liu 2016, arXiv:1605.04711, section 2.2). At the optimum the threshold is
+    scale / 2, so that each weight has its nearest grid point. Binary: the mean absolute weight of
+    XNOR-Net (Rastegari et al. 2016, arXiv:1603.05279, section 3.1). NaN weights give scales of 1.
     """
     size = in_groups(weight.detach().float().abs(), quantization.group)
     if quantization.kind == "int":
         scale = size.amax(-1) / quantization.highest
     else:
-        there = in_groups(torch.ones_like(weight, dtype=torch.float32), quantization.group)
-        mean = size.sum(-1) / there.sum(-1).clamp_min(1)
+        # The zeros that pad a shorter last group are not counted.
+        ones = in_groups(torch.ones_like(weight, dtype=torch.float32), quantization.group)
+        mean = size.sum(-1) / ones.sum(-1).clamp_min(1)
         scale = mean if quantization.kind == "binary" else _ternary(size, mean)
-    scale = scale[:, 0] if quantization.group is None else scale
+    if quantization.group is None:
+        scale = scale[:, 0]
     if quantization.has_zero:
         return fill_zero_scales(scale)
-    # Without a 0 among the values, weights of nothing but zeros need a scale of (nearly) 0.
+    # Without 0 among the values, a row of zeros is best represented by a scale of (nearly) 0.
     return scale.nan_to_num(1.0)
 
 
 def _ternary(size: Tensor, mean: Tensor) -> Tensor:
+    """Returns ternary scales [out, groups] by Lloyd's iterations.
+
+    Args:
+        size: |w|, [out, groups, values].
+        mean: of it, [out, groups].
+    """
     threshold = 0.7 * mean
     scale = mean
     for _ in range(20):
-        far = size > threshold[..., None]
-        scale = (size * far).sum(-1) / far.sum(-1).clamp_min(1)
+        is_nonzero = size > threshold[..., None]
+        scale = (size * is_nonzero).sum(-1) / is_nonzero.sum(-1).clamp_min(1)
         threshold = scale / 2
     return scale
 
 
 def fill_zero_scales(scale: Tensor) -> Tensor:
-    """Returns scales without zeros: those of nothing but zeros become the largest of the layer, or 1 if all are 0."""
-    top = scale.detach().amax() if scale.numel() else scale.new_ones(())
-    return torch.where(scale > 0, scale, torch.where(top > 0, top, torch.ones_like(top)))
+    """Returns scales with zeros replaced by the layer's largest, or by 1 if all are 0.
+
+    A scale of 0 could not be divided by, and a row of zeros is represented exactly by any scale.
+    """
+    largest = scale.detach().amax() if scale.numel() else scale.new_ones(())
+    replacement = torch.where(largest > 0, largest, torch.ones_like(largest))
+    return torch.where(scale > 0, scale, replacement)
 
 
 def initial_codebook(weight: Tensor, quantization: WeightQuantization) -> Tensor:
-    """Returns 2^bits values evenly over the span of the weights, the nearest to 0 replaced by 0: a first codebook."""
+    """Returns 2^bits values evenly over the range of the weights, one of them 0."""
     flat = weight.detach().float().reshape(-1)
     if flat.numel():
-        low, high = flat.amin().clamp(max=0), flat.amax().clamp(min=0)
+        low = flat.amin().clamp(max=0)
+        high = flat.amax().clamp(min=0)
     else:
         low = high = flat.new_zeros(())
     values = low + (high - low) * torch.linspace(0, 1, 2**quantization.bits, device=flat.device)
@@ -233,37 +254,43 @@ def initial_codebook(weight: Tensor, quantization: WeightQuantization) -> Tensor
 def calculate_qparams(
     low: Tensor, high: Tensor, quantization: InputQuantization
 ) -> tuple[Tensor, Tensor]:
-    """Returns scale and zero point (0-d float32) of an input grid that spans low..high and holds 0 exactly.
+    """Returns scale and zero point (0-d float32) of inputs from `low` to `high`; 0 is exact.
 
-    A span of zero width gets the scale 1.
+    A range of zero width has the scale 1. Padding adds zeros, which must be exact, so the range
+    includes 0.
 
     >>> calculate_qparams(torch.tensor(-1.0), torch.tensor(4.1), InputQuantization())
     (tensor(0.0200), tensor(50.))
     """
-    low, high = low.float().clamp(max=0), high.float().clamp(min=0)
+    low = low.float().clamp(max=0)
+    high = high.float().clamp(min=0)
     width = (high - low) / quantization.highest
     scale = torch.where(width > TINY, width, torch.ones_like(width))
-    return scale, (-low / scale).round().clamp(0, quantization.highest)
+    zero_point = (-low / scale).round().clamp(0, quantization.highest)
+    return scale, zero_point
 
 
 def positive_scale(scale: Tensor) -> Tensor:
-    """Returns the scale that is used: training may push it through zero, the grid is the same with -scale."""
+    """Returns |scale|: training may move a scale through 0, and the grid of -scale is the same."""
     return scale.abs().clamp_min(TINY)
 
 
 def straight_through(value: Tensor, x: Tensor) -> Tensor:
-    """Returns `value` to the bit with the gradient of `x` (straight-through, Bengio et al. 2013, arXiv:1308.3432)."""
+    """Returns exactly `value`, with the gradient of `x` (straight-through, Bengio et al. 2013)."""
     return value.detach() + (x - x.detach())
 
 
 def scale_gradient(x: Tensor, factor: float) -> Tensor:
-    """Returns `x` to the bit; its gradient is multiplied by `factor`."""
+    """Returns exactly `x`, with its gradient multiplied by `factor`."""
     return x.detach() + (x - x.detach()) * factor
 
 
 def gradient_scale(x: Tensor, levels: int) -> float:
-    """The gradient scale 1 / sqrt(values * levels) of a learned step size, for the inputs of one example."""
-    # The batch does not count: its size may be open in an export.
+    """Returns the gradient scale of a learned step size: 1 / sqrt(values of one example * levels).
+
+    Esser et al. 2020, arXiv:1902.08153, section 2.2.
+    """
+    # Without the batch axis, whose size may be open in an export.
     return float((max(1, math.prod(x.shape[1:])) * levels) ** -0.5)
 
 
@@ -272,8 +299,8 @@ def fake_quantize(weight: Tensor, scale: Tensor, quantization: WeightQuantizatio
 
     Args:
         weight: any shape.
-        scale: broadcasts with `weight`; of a codebook its values, ascending.
-        quantization: which values there are.
+        scale: broadcasts with `weight`; for a codebook its values, ascending.
+        quantization: which values are possible.
 
     >>> fake_quantize(torch.tensor([0.4, -9.0]), torch.tensor(0.5), WeightQuantization(bits=3))
     tensor([ 0.5000, -1.5000])
@@ -282,11 +309,12 @@ def fake_quantize(weight: Tensor, scale: Tensor, quantization: WeightQuantizatio
 
 
 def quantize(weight: Tensor, scale: Tensor, quantization: WeightQuantization) -> Tensor:
-    """Returns the codes of `weight`, as float; the arguments are those of `fake_quantize`."""
+    """Returns the codes of `weight` as floats; the arguments are those of `fake_quantize`."""
     if quantization.kind == "binary":
         return torch.where(weight >= 0, 1.0, -1.0)
     if quantization.kind != "codebook":
         return (weight / scale).round().clamp(quantization.lowest, quantization.highest)
+    # In a codebook the nearest value is one of the two that enclose the weight.
     values = scale
     above = torch.searchsorted(values, weight.contiguous()).clamp(1, len(values) - 1)
     is_below_nearer = weight - values[above - 1] < values[above] - weight
@@ -295,7 +323,7 @@ def quantize(weight: Tensor, scale: Tensor, quantization: WeightQuantization) ->
 
 
 def dequantize(codes: Tensor, scale: Tensor, quantization: WeightQuantization) -> Tensor:
-    """Returns the values of `codes`; `scale` is that of `fake_quantize`."""
+    """Returns the values of `codes`; `scale` as in `fake_quantize`."""
     if quantization.kind == "codebook":
         return scale[(codes - quantization.lowest).long()]
     return codes * scale

@@ -1,8 +1,8 @@
-"""Smaller tensors in the place of a layer's own, and size attributes that say what its tensors are."""
+"""Replaces a layer's tensors by smaller ones, and sets its size attributes to match."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from typing import Any, TypeVar
 
@@ -15,11 +15,11 @@ from torch.nn.utils.weight_norm import WeightNorm
 from torch.overrides import TorchFunctionMode
 
 
-def tensor(model: nn.Module, name: str) -> Tensor:
+def get_tensor(model: nn.Module, name: str) -> Tensor:
     """Returns the parameter or buffer of this dotted name.
 
     Raises:
-        AttributeError: if `model` has none.
+        AttributeError: if `model` has no such tensor.
     """
     owner, _, key = name.rpartition(".")
     module = model.get_submodule(owner)
@@ -30,10 +30,10 @@ def tensor(model: nn.Module, name: str) -> Tensor:
 
 
 class _ComputedByValue(TorchFunctionMode):
-    """While it is active, copies of tensors that were computed are copies of their values: torch refuses these."""
+    """While it is active, computed tensors are copied by value; torch refuses to copy them."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Calls `func`, but for the copy of a tensor with a history."""
+        """Calls `func`, except for the copy of a tensor with a gradient history."""
         if func is Tensor.__deepcopy__ and not args[0].is_leaf:
             memo = args[1]
             if id(args[0]) not in memo:
@@ -46,27 +46,30 @@ Module = TypeVar("Module", bound=nn.Module)
 
 
 def copied(model: Module) -> Module:
-    """Returns a deep copy of `model`, also of one that keeps tensors with a history as plain attributes.
+    """Returns a deep copy of `model`, even if it has computed tensors as plain attributes.
 
-    `torch.nn.utils.weight_norm` and `spectral_norm` keep the weight that they computed last so, and users keep outputs.
-    Their values are copied; the history is not.
+    `torch.nn.utils.weight_norm` and `spectral_norm` keep the computed weight as an attribute, and
+    users keep outputs. Of these the values are copied, without the gradient history.
     """
     with _ComputedByValue():
         return deepcopy(model)
 
 
-def replace_(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Puts `tensors` in the place of the parameters and buffers of these names, and mends the sizes of their layers.
+def replace_tensors_(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Replaces parameters and buffers by `tensors`, by name, and sets the sizes of their layers.
 
-    A tensor that several modules share stays shared: naming it once is enough. Make the optimizer afterwards.
+    A tensor that several modules share stays shared: one of its names is enough. Create the
+    optimizer afterwards.
 
     Raises:
         AttributeError: if `model` lacks one of the names.
     """
+    # By identity, so that every use of a shared tensor is replaced. The old tensor is held, because
+    # the id of a deleted one may be given to another.
     swaps: dict[int, tuple[Tensor, Tensor]] = {}
     for name, new in tensors.items():
-        old = tensor(model, name)
-        swaps[id(old)] = (old, new)  # holding the old one keeps its id unique
+        old = get_tensor(model, name)
+        swaps[id(old)] = (old, new)
     before = {module: _shapes(module) for module in model.modules()}
     for module in model.modules():
         tables: list[dict[str, Any]] = [module._parameters, module._buffers]
@@ -78,18 +81,21 @@ def replace_(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         if isinstance(module, nn.RNNBase):
             module._flat_weights = [getattr(module, key) for key in module._flat_weights_names]
         if _shapes(module) != shapes:
-            _compute_(module)
-            _mend_(module, shapes)
-    for module in model.modules():  # nested tensors are for the attention of torch alone
-        if isinstance(module, nn.TransformerEncoder) and any(
-            isinstance(m, NarrowAttention) for m in module.modules()
-        ):
+            _recompute_(module)
+            _set_sizes_(module, shapes)
+    for module in model.modules():
+        # Only torch's own attention takes nested tensors.
+        if isinstance(module, nn.TransformerEncoder) and _has_narrow_attention(module):
             module.use_nested_tensor = False
 
 
+def _has_narrow_attention(model: nn.Module) -> bool:
+    return any(isinstance(module, NarrowAttention) for module in model.modules())
+
+
 @torch.no_grad()
-def _compute_(module: nn.Module) -> None:
-    """Computes anew what the old norms of `torch.nn.utils` keep as an attribute until the next forward."""
+def _recompute_(module: nn.Module) -> None:
+    """Computes weights again that hooks of `torch.nn.utils` keep as attributes."""
     for hook in module._forward_pre_hooks.values():
         if isinstance(hook, WeightNorm):
             setattr(module, hook.name, hook.compute_weight(module))
@@ -101,34 +107,40 @@ Shapes = tuple[tuple[int, ...], ...]
 
 
 def _shapes(module: nn.Module) -> Shapes:
-    """The shapes that say how large a layer is, the most telling first."""
-    return tuple(tuple(t.shape) for t in _telling(module) if t is not None)
+    """Returns the shapes of the tensors that determine the sizes of a layer, the main one first."""
+    return tuple(tuple(t.shape) for t in _size_tensors(module) if t is not None)
 
 
 @torch.no_grad()
-def _telling(module: nn.Module) -> Iterator[Tensor | None]:
+def _size_tensors(module: nn.Module) -> Iterator[Tensor | None]:
+    """Yields the tensors that determine the sizes of a layer; None for those that it lacks."""
     if isinstance(module, nn.MultiheadAttention):
-        yield from (
-            module.in_proj_weight,
-            module.q_proj_weight,
-            module.k_proj_weight,
-            module.v_proj_weight,
-        )
+        yield module.in_proj_weight
+        yield module.q_proj_weight
+        yield module.k_proj_weight
+        yield module.v_proj_weight
         yield module.out_proj.weight
     elif isinstance(module, nn.RNNBase | nn.RNNCellBase):
         suffix = "_l0" if isinstance(module, nn.RNNBase) else ""
-        yield from (getattr(module, "weight_hh" + suffix), getattr(module, "weight_ih" + suffix))
+        yield getattr(module, "weight_hh" + suffix)
+        yield getattr(module, "weight_ih" + suffix)
     elif is_parametrized(module, "weight"):
         yield module.weight  # type: ignore[misc]
-    else:  # a norm may have no weight; what torch.nn.utils computes has an original
-        originals = (module._parameters.get(f"weight{ending}") for ending in ("", "_v", "_orig"))
-        yield next((weight for weight in originals if weight is not None), None)
+    else:
+        # A weight that hooks of `torch.nn.utils` compute is stored under another name.
+        for name in ("weight", "weight_v", "weight_orig"):
+            weight = module._parameters.get(name)
+            if weight is not None:
+                yield weight
+                break
+        # A batch norm may have no weight.
         yield module._buffers.get("running_mean")
 
 
-def _mend_(module: nn.Module, before: Shapes) -> None:
-    """Sets the sizes that a module remembers from the shapes that its tensors have now; they were `before`."""
-    now, was = _shapes(module)[0], before[0]
+def _set_sizes_(module: nn.Module, before: Shapes) -> None:
+    """Sets the size attributes of a module from the shapes of its tensors, which were `before`."""
+    now = _shapes(module)[0]
+    was = before[0]
     if isinstance(module, nn.Linear):
         module.out_features, module.in_features = now
     elif isinstance(module, nn.PReLU):
@@ -136,46 +148,52 @@ def _mend_(module: nn.Module, before: Shapes) -> None:
     elif isinstance(module, nn.Embedding):
         module.num_embeddings, module.embedding_dim = now
     elif isinstance(module, nn.modules.conv._ConvNd):
-        set_groups_(
-            module, now[0] * module.groups // was[0] if depthwise(module) else module.groups
-        )
-    elif isinstance(module, nn.GroupNorm):  # the channels of a group stay together
-        module.num_groups = max(
-            1, module.num_groups * now[0] // was[0]
-        )  # one group may lose a part of itself
+        groups = module.groups
+        if is_depthwise(module):
+            groups = now[0] * groups // was[0]
+        set_groups_(module, groups)
+    elif isinstance(module, nn.GroupNorm):
+        # Whole groups are pruned, except where one group is pruned through like a layer norm.
+        module.num_groups = max(1, module.num_groups * now[0] // was[0])
         module.num_channels = now[0]
     elif isinstance(module, nn.LayerNorm | nn.RMSNorm):
         module.normalized_shape = now
     elif isinstance(module, nn.modules.batchnorm._NormBase):
         module.num_features = now[0]
     elif isinstance(module, nn.RNNBase | nn.RNNCellBase):
-        module.hidden_size, module.input_size = now[1], _shapes(module)[1][1]
+        module.hidden_size = now[1]
+        module.input_size = _shapes(module)[1][1]
     elif isinstance(module, nn.MultiheadAttention):
         _narrow_(module)
 
 
 def weight_shape(module: nn.Module) -> tuple[int, ...]:
-    """Returns the shape of a layer's weight; of one that is computed from others, the shape that it will have."""
+    """Returns the shape of a layer's weight, also of one that is computed from other tensors."""
     return _shapes(module)[0]
 
 
-def depthwise(module: nn.modules.conv._ConvNd) -> bool:
-    """Says whether each group of the convolution has one input channel, so that groups go with channels."""
+def is_depthwise(module: nn.modules.conv._ConvNd) -> bool:
+    """Returns whether each group of the convolution has one input channel."""
     return module.groups == module.in_channels > 1
 
 
 def set_groups_(module: nn.modules.conv._ConvNd, groups: int) -> None:
-    """Gives the convolution `groups` groups and the numbers of channels that its weight then has."""
+    """Sets the number of groups of a convolution, and the channels that its weight then has."""
     module.groups = groups
     shape = weight_shape(module)
-    sizes = shape[0], shape[1] * groups
-    module.out_channels, module.in_channels = sizes[::-1] if module.transposed else sizes
+    # Axis 1 of a weight counts the channels of one group.
+    first, second = shape[0], shape[1] * groups
+    if module.transposed:
+        module.in_channels, module.out_channels = first, second
+    else:
+        module.out_channels, module.in_channels = first, second
 
 
 class NarrowAttention(nn.MultiheadAttention):
-    """Multi-head attention of which heads are gone: `embed_dim` is more than `num_heads` times `head_dim`.
+    """Multi-head attention with pruned heads: `embed_dim` is not `num_heads` times `head_dim`.
 
-    It has the parameters of `nn.MultiheadAttention` under the same names, and gives the same outputs.
+    torch's own attention refuses such sizes. The parameters have the names of
+    `nn.MultiheadAttention`, and the outputs are the same.
     """
 
     def forward(
@@ -189,7 +207,7 @@ class NarrowAttention(nn.MultiheadAttention):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """Attends from `query` to `key` and `value`; the arguments are those of `nn.MultiheadAttention`."""
+        """Computes attention; arguments and results are those of `nn.MultiheadAttention`."""
         single = query.dim() == 2
         if single:
             query, key, value = (x.unsqueeze(0) for x in (query, key, value))
@@ -201,11 +219,12 @@ class NarrowAttention(nn.MultiheadAttention):
         weights = None
         if need_weights:
             scores = (q * self.head_dim**-0.5) @ k.mT
-            weights = F.dropout(
-                torch.softmax(scores if mask is None else scores + mask, -1), dropout
-            )
+            if mask is not None:
+                scores = scores + mask
+            weights = F.dropout(torch.softmax(scores, -1), dropout)
             out = weights @ v
-            weights = weights.mean(1) if average_attn_weights else weights
+            if average_attn_weights:
+                weights = weights.mean(1)
         else:
             out = F.scaled_dot_product_attention(q, k, v, mask, dropout)
         out = F.linear(out.transpose(1, 2).flatten(2), self.out_proj.weight, self.out_proj.bias)
@@ -214,18 +233,18 @@ class NarrowAttention(nn.MultiheadAttention):
         return out if self.batch_first else out.transpose(0, 1), weights
 
     def _heads(self, *inputs: Tensor) -> list[Tensor]:
-        """Projects queries, keys and values to [n, heads, length, width], with the rows that `bias_k`, `bias_v` add."""
+        """Returns queries, keys and values [n, heads, length, width]; biases add a row."""
         packed = self.in_proj_weight
-        kernels = (
-            (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
-            if packed is None
-            else packed.chunk(3)
-        )
-        biases = (None, None, None) if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
-        rows = [F.linear(x, w, b) for x, w, b in zip(inputs, kernels, biases, strict=True)]
-        for i, more in ((1, self.bias_k), (2, self.bias_v)):
-            if more is not None:
-                rows[i] = torch.cat([rows[i], more.expand(len(rows[i]), 1, -1)], 1)
+        weights: Sequence[Tensor] = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
+        if packed is not None:
+            weights = packed.chunk(3)
+        biases: Sequence[Tensor | None] = (None, None, None)
+        if self.in_proj_bias is not None:
+            biases = self.in_proj_bias.chunk(3)
+        rows = [F.linear(x, w, b) for x, w, b in zip(inputs, weights, biases, strict=True)]
+        for i, bias in ((1, self.bias_k), (2, self.bias_v)):
+            if bias is not None:
+                rows[i] = torch.cat([rows[i], bias.expand(len(rows[i]), 1, -1)], 1)
             if self.add_zero_attn:
                 rows[i] = F.pad(rows[i], (0, 0, 0, 1))
         return [x.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2) for x in rows]
@@ -233,37 +252,44 @@ class NarrowAttention(nn.MultiheadAttention):
     def _mask(
         self, q: Tensor, k: Tensor, padding: Tensor | None, mask: Tensor | None
     ) -> Tensor | None:
-        """Adds up the masks [n or 1, heads or 1, queries, keys]; true or -inf is where not to look."""
+        """Returns the sum of masks, [n or 1, heads or 1, queries, keys]: -inf or 0."""
         total = None
         if padding is not None:
-            total = _added(padding, q).view(len(q), 1, 1, -1)
+            total = _additive(padding, q).view(len(q), 1, 1, -1)
         if mask is not None:
-            wide = _added(mask, q).view(
-                -1 if mask.dim() == 3 else 1,
-                self.num_heads if mask.dim() == 3 else 1,
-                *mask.shape[-2:],
-            )
+            # A mask of three axes is [n * heads, queries, keys].
+            heads = self.num_heads if mask.dim() == 3 else 1
+            examples = -1 if mask.dim() == 3 else 1
+            wide = _additive(mask, q).view(examples, heads, *mask.shape[-2:])
             total = wide if total is None else total + wide
-        more = 0 if total is None else k.shape[-2] - total.shape[-1]
-        return F.pad(total, (0, more)) if total is not None and more else total
+        if total is None:
+            return None
+        # The rows that `bias_k` and `add_zero_attn` add are never masked.
+        added = k.shape[-2] - total.shape[-1]
+        return F.pad(total, (0, added)) if added else total
 
 
-def _added(mask: Tensor, like: Tensor) -> Tensor:
+def _additive(mask: Tensor, like: Tensor) -> Tensor:
+    """Returns a mask to add to scores: -inf where a boolean one is true."""
     if mask.dtype != torch.bool:
         return mask.to(like.dtype)
     return torch.zeros_like(mask, dtype=like.dtype).masked_fill(mask, float("-inf"))
 
 
 def _narrow_(module: nn.MultiheadAttention) -> None:
+    """Makes torch's attention a `NarrowAttention` with the sizes of its tensors."""
     module.__class__ = NarrowAttention
-    width, module.embed_dim = module.out_proj.weight.shape[1], module.out_proj.weight.shape[0]
+    embed_dim, width = module.out_proj.weight.shape
+    module.embed_dim = embed_dim
     module.num_heads = width // module.head_dim
-    module.out_proj.in_features, module.out_proj.out_features = width, module.embed_dim
+    module.out_proj.in_features = width
+    module.out_proj.out_features = embed_dim
     packed = module.in_proj_weight
     if packed is None:
-        module.kdim, module.vdim = module.k_proj_weight.shape[1], module.v_proj_weight.shape[1]
+        module.kdim = module.k_proj_weight.shape[1]
+        module.vdim = module.v_proj_weight.shape[1]
     else:
-        module.kdim = module.vdim = packed.shape[1]
-    module._qkv_same_embed_dim = (
-        False  # keeps nn.TransformerEncoderLayer from a fast path with sizes of its own
-    )
+        module.kdim = packed.shape[1]
+        module.vdim = packed.shape[1]
+    # The fast path of nn.TransformerEncoderLayer computes sizes of its own; this disables it.
+    module._qkv_same_embed_dim = False

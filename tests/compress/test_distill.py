@@ -262,7 +262,7 @@ TEACHERS = {
     "no tensor": (
         Odd(lambda x: x[:, 0, 0, :5]),
         {"features": [["stages.0", "inner"]]},
-        "puts out a tuple",
+        "returns a tuple",
     ),
     "other positions": (
         network(),

@@ -41,7 +41,7 @@ def test_a_histogram_in_parts_is_that_of_the_whole():
     assert torch.equal(whole.counts, parts.counts)
     assert whole.counts.sum() == 1000
     assert len(whole.counts) == BINS
-    assert float((whole.middles * whole.counts).sum() / 1000) == pytest.approx(
+    assert float((whole.centers * whole.counts).sum() / 1000) == pytest.approx(
         float(x.mean()), abs=0.01
     )
 

@@ -4,17 +4,17 @@ import pytest
 import torch
 from torch import nn
 
-from fedpress.nn.resize import NarrowAttention, replace_, tensor
+from fedpress.nn.resize import NarrowAttention, get_tensor, replace_tensors_
 
 
 def cut(model, *names, keep, axis=0):
     """Keeps the first `keep` entries along `axis` of the named tensors."""
     new = {}
     for name in names:
-        old = tensor(model, name)
+        old = get_tensor(model, name)
         part = old.detach().narrow(axis, 0, keep).clone()
         new[name] = nn.Parameter(part) if isinstance(old, nn.Parameter) else part
-    replace_(model, new)
+    replace_tensors_(model, new)
     return model
 
 
@@ -130,15 +130,17 @@ def test_layers_that_are_not_named_are_left_alone():
 def test_only_tensors_have_names(name):
     model = nn.Sequential(nn.Linear(2, 2, bias=False))
     with pytest.raises(AttributeError):
-        tensor(model, name)
+        get_tensor(model, name)
     with pytest.raises(AttributeError):
-        replace_(model, {name: torch.zeros(1)})
+        replace_tensors_(model, {name: torch.zeros(1)})
 
 
 @pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
 def test_a_recurrent_layer_loses_hidden_units_and_inputs(kind):
     old, new = kind(6, 8, 2, bidirectional=True), kind(5, 4, 2, bidirectional=True)
-    replace_(old, {n: nn.Parameter(torch.randn(p.shape)) for n, p in new.named_parameters()})
+    replace_tensors_(
+        old, {n: nn.Parameter(torch.randn(p.shape)) for n, p in new.named_parameters()}
+    )
     new.load_state_dict(old.state_dict())
     x = torch.randn(3, 2, 5)
     assert repr(old) == repr(new)
@@ -147,7 +149,7 @@ def test_a_recurrent_layer_loses_hidden_units_and_inputs(kind):
 
 def test_a_cell_and_a_table_know_their_sizes():
     cell, words = nn.LSTMCell(3, 8), nn.Embedding(9, 8)
-    replace_(
+    replace_tensors_(
         cell,
         {n: nn.Parameter(torch.randn(p.shape)) for n, p in nn.LSTMCell(3, 5).named_parameters()},
     )
@@ -213,7 +215,7 @@ def test_an_encoder_of_narrow_attention_takes_no_fast_path():
         new[f"{name}.in_proj_bias"] = nn.Parameter(attention.in_proj_bias.data[rows])
         new[f"{name}.out_proj.weight"] = nn.Parameter(attention.out_proj.weight.data[:, :4])
         twin.out_proj.weight.data[:, 4:] = 0
-    replace_(model, new)
+    replace_tensors_(model, new)
     padding = torch.tensor([[False, False, True], [False, False, False]])
     x = torch.randn(2, 3, 8)
     with torch.no_grad():

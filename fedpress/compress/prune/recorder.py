@@ -12,7 +12,7 @@ from torch.fx import traceback
 from torch.overrides import TorchFunctionMode
 
 from fedpress.compress.prune.ids import ForwardCall
-from fedpress.nn.forward_sizes import INDEXING, SIZED, caller, indices_of, numbers_of
+from fedpress.nn.forward_sizes import INDEXING, SIZED, find_call_site, indices_of, numbers_of
 
 TAG = "fedpress_call"
 """Key in a node's metadata for the index of its call; -1 in a module that sets its own numbers."""
@@ -67,7 +67,7 @@ class Recorder(TorchFunctionMode):
             with traceback.annotate({TAG: -1}):
                 return func(*args, **options)
 
-        found = caller(func) if func in SIZED else None
+        found = find_call_site(func) if func in SIZED else None
         if found is None:
             return func(*args, **options)
         key = id(found.module._parameters)

@@ -13,7 +13,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 from fedpress.compress.prune.plan import PruningPlan
 from fedpress.errors import ModelError
 from fedpress.nn.forward_sizes import Numbers, set_numbers_
-from fedpress.nn.resize import replace_, tensor
+from fedpress.nn.resize import get_tensor, replace_tensors_
 
 NEARLY_ZERO = 1e-12
 """Factor that leaves a channel practically zero; its square is still a float32 above 0."""
@@ -38,7 +38,9 @@ def keep_indices_(
     model: nn.Module, keep: Mapping[str, Mapping[int, tuple[int, ...]]], numbers: Numbers
 ) -> None:
     """Keeps the given indices of tensors, and corrects the given numbers in forward code."""
-    replace_(model, {name: _shrink(tensor(model, name), axes) for name, axes in keep.items()})
+    replace_tensors_(
+        model, {name: _shrink(get_tensor(model, name), axes) for name, axes in keep.items()}
+    )
     set_numbers_(model, numbers)
 
 
@@ -61,7 +63,7 @@ def mask_(model: nn.Module, plan: PruningPlan, *, nearly: bool = False) -> None:
     # zeroed instead, which zeroes the weight.
     directions = _directions(model)
     for name, axes in plan.keep.items():
-        whole = tensor(model, name)
+        whole = get_tensor(model, name)
         for axis, kept in axes.items():
             if directions.get(name) == axis:
                 continue
@@ -92,7 +94,7 @@ def _directions(model: nn.Module) -> dict[str, int]:
 def _check_fits(model: nn.Module, keep: Mapping[str, Mapping[int, tuple[int, ...]]]) -> None:
     for name, axes in keep.items():
         try:
-            shape = tensor(model, name).shape
+            shape = get_tensor(model, name).shape
         except AttributeError:
             raise ModelError(
                 f"the plan prunes '{name}', which this model lacks",

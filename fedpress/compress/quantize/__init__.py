@@ -1,4 +1,4 @@
-"""Fewer bits: batch-norm folding, ranges, rounding, weight sharing, and the bits that each layer gets."""
+"""Quantization: batch-norm folding, calibration, rounding, weight sharing, mixed precision."""
 
 from fedpress.compress.quantize.cluster import shared_values
 from fedpress.compress.quantize.fold import find_folds, fold_

@@ -1,4 +1,4 @@
-"""Weight sharing: the few values that stand best for all weights of a layer, by k-means in one dimension."""
+"""Weight sharing: k-means in one dimension finds the few values that a layer's weights share."""
 
 from __future__ import annotations
 
@@ -6,15 +6,21 @@ import torch
 from torch import Tensor
 
 POINTS = 1024
+"""Most distinct values for the exact solution, which takes quadratic time and memory."""
 
 
 def shared_values(weight: Tensor, count: int) -> Tensor:
-    """Returns `count` ascending float32 values, 0 among them, of least squared distance to the weights.
+    """Returns `count` ascending float32 values, including 0, nearest to the weights in squares.
 
-    In one dimension k-means has an exact solution by dynamic programming (Wang & Song 2011, Ckmeans.1d.dp): it is found
-    for up to 1024 distinct values. More are first gathered into 1024 means of equally many weights, and Lloyd's steps
-    on all weights follow. 0 stays a value of its own, so that pruned weights stay pruned (Han et al. 2016,
-    arXiv:1510.00149, section 3). Fewer distinct values than `count` are repeated.
+    In one dimension dynamic programming solves k-means exactly (Wang & Song 2011, Ckmeans.1d.dp).
+    That is done for up to 1024 distinct values. More are first replaced by 1024 means of equally
+    many weights, and Lloyd's iterations on all weights follow. 0 is always one of the values, so
+    that pruned weights stay pruned (Han et al. 2016, arXiv:1510.00149, section 3). If there are
+    fewer distinct values than `count`, the last is repeated.
+
+    Args:
+        weight: of any shape.
+        count: number of values, for instance 2^bits.
 
     Raises:
         ValueError: if a weight is not finite, or `count` is below 1.
@@ -28,60 +34,90 @@ def shared_values(weight: Tensor, count: int) -> Tensor:
             f"cannot share {count} values among weights that must be finite; check the weights"
         )
     points, mass = torch.unique(flat, return_counts=True)
-    few = len(points) <= POINTS
-    if not few:
+    is_exact = len(points) <= POINTS
+    if not is_exact:
         parts = flat.tensor_split(POINTS)
-        points, mass = torch.stack([p.mean() for p in parts]), torch.tensor([len(p) for p in parts])
-    values = _best(points, mass.double(), count)
-    if not few:
+        points = torch.stack([part.mean() for part in parts])
+        mass = torch.tensor([len(part) for part in parts])
+    values = _optimal_values(points, mass.double(), count)
+    if not is_exact:
         values = _lloyd(flat, values)
     values = torch.cat([values, values[-1:].expand(count - len(values))])
     return values.float()
 
 
-def _best(points: Tensor, mass: Tensor, count: int) -> Tensor:
-    """The exact optimum for `points` of `mass`, ascending, at most `count` values with 0 among them."""
+def _optimal_values(points: Tensor, mass: Tensor, count: int) -> Tensor:
+    """Returns the exact optimum: at most `count` values, including 0.
+
+    The points are divided into consecutive cells, each with one value. One cell has the value 0,
+    the others the mean of their points.
+
+    Args:
+        points: [n], ascending.
+        mass: [n], how often each occurs.
+        count: most values.
+    """
     n = len(points)
-    zero = points.new_zeros(1)
-    m0, m1, m2 = (torch.cat([zero, (mass * points**k).cumsum(0)]) for k in range(3))
-    weight, first, second = (
-        m[None, :] - m[:, None] for m in (m0, m1, m2)
-    )  # [i, j]: of points i..j-1
-    spread = (second - first.square() / weight.clamp_min(1e-300)).clamp_min(0)
-    valid = weight >= 0
-    spread, around_zero = (
-        spread.where(valid & (weight > 0), torch.inf),
-        second.where(valid, torch.inf),
-    )
+    means, cost_of_cell, cost_of_zero_cell = _cell_costs(points, mass)
+
+    # cost_plain[j]: least cost of the first j points without the cell of 0; cost_zero[j]: with it.
     cost_plain = torch.full((n + 1,), torch.inf, dtype=torch.float64)
     cost_plain[0] = 0.0
-    cost_zero, cuts = torch.full_like(cost_plain, torch.inf), []
-    # plain: no cell stands for 0 yet; zero: one does. The cell of 0 may be empty.
+    cost_zero = torch.full_like(cost_plain, torch.inf)
+    steps = []
     for _ in range(count):
-        plain, from_plain = (cost_plain[:, None] + spread).min(0)
-        keep, from_keep = (cost_zero[:, None] + spread).min(0)
-        take, from_take = (cost_plain[:, None] + around_zero).min(0)
-        took = take <= keep
-        cuts.append((from_plain, torch.where(took, from_take, from_keep), took))
-        cost_plain, cost_zero = plain, torch.where(took, take, keep)
+        plain, from_plain = (cost_plain[:, None] + cost_of_cell).min(0)
+        earlier, from_earlier = (cost_zero[:, None] + cost_of_cell).min(0)
+        now, from_now = (cost_plain[:, None] + cost_of_zero_cell).min(0)
+        is_now = now <= earlier  # whether the cell of 0 is the last one
+        steps.append((from_plain, torch.where(is_now, from_now, from_earlier), is_now))
+        cost_plain = plain
+        cost_zero = torch.where(is_now, now, earlier)
         if float(cost_zero[n]) == 0.0:
             break
-    values, j, with_zero = [], n, True
-    for from_plain, from_zero, took in reversed(cuts):
-        i = int((from_zero if with_zero else from_plain)[j])
-        if with_zero and bool(took[j]):
+
+    # The cells are read off backwards: j is where the present cell ends, i where it begins.
+    values = []
+    j = n
+    needs_zero = True
+    for from_plain, from_zero, is_now in reversed(steps):
+        i = int((from_zero if needs_zero else from_plain)[j])
+        if needs_zero and bool(is_now[j]):
             values.append(0.0)
-            with_zero = False
+            needs_zero = False
         else:
-            values.append(float(first[i, j] / weight[i, j]))
+            values.append(float(means[i, j]))
         j = i
     return torch.tensor(sorted(values), dtype=torch.float64)
 
 
+def _cell_costs(points: Tensor, mass: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns for each cell i..j-1, at [i, j]: mean, squared error around it, and around 0."""
+    zero = points.new_zeros(1)
+    differences = []
+    for power in range(3):
+        # A sum over i..j-1 is a difference of two prefix sums.
+        prefix = torch.cat([zero, (mass * points**power).cumsum(0)])
+        differences.append(prefix[None, :] - prefix[:, None])
+    weight, first, second = differences
+    around_mean = (second - first.square() / weight.clamp_min(1e-300)).clamp_min(0)
+    # A cell of points has a positive weight; only the cell of 0 may be empty.
+    cost_of_cell = around_mean.where(weight > 0, torch.inf)
+    cost_of_zero_cell = second.where(weight >= 0, torch.inf)
+    return first / weight, cost_of_cell, cost_of_zero_cell
+
+
 def _lloyd(flat: Tensor, values: Tensor, *, steps: int = 50) -> Tensor:
-    """Moves each value to the mean of its weights until nothing moves; 0 stays. `flat` is sorted."""
+    """Returns the values after Lloyd's iterations: each moves to the mean of its nearest weights.
+
+    Args:
+        flat: all weights, ascending.
+        values: ascending; 0 stays 0.
+        steps: most iterations.
+    """
     sums = torch.cat([flat.new_zeros(1), flat.cumsum(0)])
     for _ in range(steps):
+        # Each value has the weights between the midpoints to its neighbours.
         ends = torch.searchsorted(flat, (values[1:] + values[:-1]) / 2)
         edges = torch.cat([ends.new_zeros(1), ends, ends.new_full((1,), len(flat))])
         size = edges.diff()

@@ -1,4 +1,4 @@
-"""Batch norm taken into the layer before it: found on the graph, exact, and one operation less on the device."""
+"""Batch-norm folding: finds batch norms on the graph and multiplies them into the layer before."""
 
 from __future__ import annotations
 
@@ -33,15 +33,16 @@ PLAIN = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 def find_folds(
     model: nn.Module, example: Example, *, ignore: Sequence[str] = ()
 ) -> tuple[dict[str, str], dict[str, str]]:
-    """Finds the batch norms that can be taken into the convolution or linear layer whose output they alone read.
+    """Finds the batch norms that can be folded into the convolution or linear layer before them.
 
     Args:
-        model: nothing is changed.
+        model: it is not changed.
         example: its input.
-        ignore: names of modules or patterns; such norms and layers stay as they are.
+        ignore: names of modules or patterns; such norms and layers are not changed.
 
     Returns:
-        The name of each such batch norm -> that of the layer; and of each other batch norm -> the reason.
+        Name of each batch norm that can be folded -> name of the layer; and of each other one ->
+        the reason.
 
     Raises:
         ModelError: if the model cannot be captured.
@@ -49,7 +50,7 @@ def find_folds(
     norms = {n: m for n, m in model.named_modules() if isinstance(m, BatchNorm)}
     if not norms:
         return {}, {}
-    alone = ignored(model, ignore)
+    unchanged = ignored(model, ignore)
     program = capture(model, positional(model, example))
     owned = {
         **program.graph_signature.inputs_to_parameters,
@@ -59,7 +60,7 @@ def find_folds(
     left: dict[str, str] = {}
     for name, node in _calls(program.graph, norms, owned):
         layer, reason = _layer_before(model, norms[name], name, node, owned)
-        if name in alone or layer in alone:
+        if name in unchanged or layer in unchanged:
             reason = "asked for by `ignore`"
         if reason is None:
             folds[name] = layer
@@ -67,14 +68,14 @@ def find_folds(
             left[name] = reason
     uncalled = [name for name in norms if name not in folds and name not in left]
     left |= dict.fromkeys(uncalled, "forward does not use it, or it has no running statistics")
-    # A norm that is called twice may be foldable in one place only: then it stays.
+    # A norm that is called twice may be foldable at one of the places only: then it is not folded.
     return {name: layer for name, layer in folds.items() if name not in left}, left
 
 
 def _calls(
     graph: fx.Graph, norms: Mapping[str, nn.Module], owned: Mapping[str, str]
 ) -> Iterator[tuple[str, Any]]:
-    """Yields each operation of one of the batch norms `norms` that uses its running statistics, with its name."""
+    """Yields each operation of a batch norm that uses its running statistics, with its name."""
     for node in graph.nodes:
         if node.target is not torch.ops.aten.batch_norm.default:
             continue
@@ -86,36 +87,37 @@ def _calls(
 def _layer_before(
     model: nn.Module, norm: nn.Module, name: str, node: fx.Node, owned: Mapping[str, str]
 ) -> tuple[str, str | None]:
-    """Returns the layer that can take the batch norm `name` in; or no name, and the reason."""
+    """Returns the layer into which a batch norm can be folded, or "" and the reason."""
     before: Any = node.args[0]
-    reason = _why_norm_stays(norm, name, node) or _why_not_into(model, node, before, owned)
+    reason = _why_norm_stays(norm, name, node)
+    if reason is None:
+        reason = _why_not_into(model, node, before, owned)
     if reason is not None:
         return "", reason
     return str(_owner(before.args[1], owned)), None
 
 
 def _owner(node: object, owned: Mapping[str, str]) -> str | None:
-    """The module whose tensor `node` is, if only one operation reads it."""
+    """Returns the module that holds the tensor `node`; None if it is computed."""
     if not isinstance(node, fx.Node) or node.name not in owned:
         return None
     return owned[node.name].rpartition(".")[0]
 
 
 def _why_norm_stays(module: nn.Module, name: str, norm: fx.Node) -> str | None:
-    """Says why the module cannot give way to one that hands its input on."""
+    """Returns why a batch norm cannot be replaced by an identity; None if it can."""
     if type(module) not in PLAIN:
         return f"{type(module).__name__} may do more than a batch norm"
     if module._forward_hooks or module._forward_pre_hooks:
-        return "its hook would go with it"
-    if _caller(norm) != name or any(
-        len(a.users) > 1 for a in norm.args[1:5] if isinstance(a, fx.Node)
-    ):
+        return "it has a hook, which would be lost"
+    tensors = [argument for argument in norm.args[1:5] if isinstance(argument, fx.Node)]
+    if _caller(norm) != name or any(len(tensor.users) > 1 for tensor in tensors):
         return "something else reads its numbers"
     return None
 
 
 def _caller(node: fx.Node) -> str:
-    """The module whose forward runs the operation."""
+    """Returns the module whose forward runs the operation."""
     path = [name for name, _ in node.meta.get("nn_module_stack", {}).values()]
     return path[-1] if path else ""
 
@@ -123,9 +125,9 @@ def _caller(node: fx.Node) -> str:
 def _why_not_into(
     model: nn.Module, norm: fx.Node, before: fx.Node, owned: Mapping[str, str]
 ) -> str | None:
-    """Says why the operation `before` a batch norm cannot take it in."""
+    """Returns why a batch norm cannot be folded into the operation `before` it, or None."""
     if before.target not in FOLDED_INTO:
-        return f"what comes before it is {before.target}, no convolution or linear layer"
+        return f"the operation before it is {before.target}, no convolution or linear layer"
     if len(before.users) > 1:
         return "something else reads the same convolution"
     name = _owner(before.args[1], owned)
@@ -136,7 +138,8 @@ def _why_not_into(
         return f"it, or '{name}' before it, is used more than once"
     if _caller(before) != name:
         return f"something else reads the weight of '{name}'"
-    if (reason := _why_not_bias(model, before, name, owned)) is not None:
+    reason = _why_not_bias(model, before, name, owned)
+    if reason is not None:
         return reason
     if before.target is torch.ops.aten.linear.default and before.meta["val"].dim() != 2:
         return "it normalises another axis than the linear layer writes"
@@ -148,7 +151,7 @@ def _why_not_into(
 def _why_not_bias(
     model: nn.Module, before: fx.Node, name: str, owned: Mapping[str, str]
 ) -> str | None:
-    """Says why the bias of layer `name` cannot take the norm's shift."""
+    """Returns why the bias of layer `name` cannot include the norm's shift; None if it can."""
     bias = before.args[2] if len(before.args) > 2 else None
     if not isinstance(bias, fx.Node):
         return None
@@ -163,13 +166,18 @@ def _why_not_bias(
 
 @torch.no_grad()
 def fold_(model: nn.Module, folds: Mapping[str, str]) -> None:
-    """Takes the batch norms into their layers, which compute the same as in evaluation mode; the norms become empty.
+    """Multiplies batch norms into their layers; the norms become identities.
 
-    A quantized layer is materialized and keeps its codes, since its scales take the factor (a negative one turns the
-    codes around; a factor of 0 makes them 0).
+    The layers then compute what both did in evaluation mode. A quantized layer is materialized and
+    keeps its codes, since its scales are multiplied by the factor. A negative factor changes the
+    sign of the codes; a factor of 0 makes them 0.
+
+    Args:
+        model: changed in place.
+        folds: batch norm -> layer, from `find_folds`.
 
     Raises:
-        ModelError: if a layer is on a grid of a codebook, or a running variance is not finite.
+        ModelError: if a layer has a codebook, or a running variance is not finite.
     """
     factors: dict[str, tuple[Tensor, Tensor]] = {}
     for norm, into in folds.items():
@@ -180,12 +188,14 @@ def fold_(model: nn.Module, folds: Mapping[str, str]) -> None:
                 place="model",
                 cure="fold it first",
             )
-    biases = {
-        norm: getattr(model.get_submodule(into), "bias", None) for norm, into in folds.items()
-    }
+    # `apply_folds_` gives every layer a bias, so the old ones are needed before.
+    biases = {}
+    for norm, into in folds.items():
+        biases[norm] = getattr(model.get_submodule(into), "bias", None)
     apply_folds_(model, folds)
     for norm, into in folds.items():
-        layer, (factor, shift) = model.get_submodule(into), factors[norm]
+        layer = model.get_submodule(into)
+        factor, shift = factors[norm]
         assert isinstance(layer.bias, Tensor)
         _scale_weight_(layer, factor)
         old = biases[norm]
@@ -199,7 +209,7 @@ def _weights_of(layer: nn.Module) -> str | None:
 
 
 def _scale_weight_(layer: nn.Module, factor: Tensor) -> None:
-    """Multiplies each output channel of a weight; of a quantized one the scale takes the factor's size."""
+    """Multiplies each output channel of a weight by `factor` [out], and the scales by its size."""
     assert isinstance(layer.weight, Tensor)
     materialize_(layer)
     layer.weight.copy_(layer.weight.double() * factor.view(-1, *[1] * (layer.weight.dim() - 1)))
@@ -212,20 +222,18 @@ def _scale_weight_(layer: nn.Module, factor: Tensor) -> None:
 
 
 def _affine(name: str, norm: nn.Module) -> tuple[Tensor, Tensor]:
-    """Factor and shift [channels], float64, that a batch norm applies in evaluation mode."""
+    """Returns factor and shift [channels], float64, of a batch norm in evaluation mode."""
     assert isinstance(norm, BatchNorm)
     assert norm.running_mean is not None
     assert norm.running_var is not None
     factor = (norm.running_var.double() + norm.eps).rsqrt()
     shift = -norm.running_mean.double() * factor
     if norm.affine:
-        factor, shift = (
-            factor * norm.weight.double(),
-            shift * norm.weight.double() + norm.bias.double(),
-        )
+        factor = factor * norm.weight.double()
+        shift = shift * norm.weight.double() + norm.bias.double()
     if not (factor.isfinite() & shift.isfinite()).all():
         raise ModelError(
-            f"'{name}' holds NaN or infinite numbers",
+            f"'{name}' has NaN or infinite numbers",
             place="model",
             cure="load a checkpoint from before training broke",
         )

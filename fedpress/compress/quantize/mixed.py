@@ -1,4 +1,4 @@
-"""Bits for each layer under a size budget: what each choice costs in bytes and in the outputs, then an exact choice."""
+"""Mixed precision: chooses the bits of each layer so that the weights fit into a given size."""
 
 from __future__ import annotations
 
@@ -22,15 +22,21 @@ from fedpress.nn.quant_scheme import (
     in_groups,
 )
 from fedpress.nn.quantized import quantized_class, weight_keys
-from fedpress.nn.resize import tensor
+from fedpress.nn.resize import get_tensor
 
 CELLS = 4096
-"""Steps that a budget is counted in: a choice is at most one step per layer below the best."""
+"""Steps in which the budget is counted: dynamic programming over single bytes would be slow."""
 
 
 @dataclass(frozen=True)
 class Choice:
-    """One way to store a layer: bytes of its codes and scales, and the harm that it does alone."""
+    """One way to store a layer.
+
+    Attributes:
+        bits: of each weight.
+        size: bytes of codes and scales.
+        harm: how much the model's outputs change if only this layer is quantized so, in nats.
+    """
 
     bits: int
     size: int
@@ -38,7 +44,7 @@ class Choice:
 
 
 def stored_bytes(weight: Tensor, quantization: WeightQuantization) -> int:
-    """Returns the bytes of codes at `bits` each, without entropy coding, and float32 scales.
+    """Returns the bytes of the codes, without entropy coding, and of float32 scales.
 
     >>> stored_bytes(torch.zeros(8, 16), WeightQuantization(bits=4))
     96
@@ -58,20 +64,21 @@ def measure_choices(
     bits: Sequence[int],
     batches: Sequence[Inputs],
 ) -> dict[str, list[Choice]]:
-    """Rounds the weights of one layer after the other to each number of bits, and measures what the outputs lose.
+    """Quantizes one layer at a time to each number of bits, and measures how the outputs change.
 
-    The harm is the mean Kullback-Leibler divergence, in nats, of the model's class probabilities from what they were:
-    it needs no labels, and harms of single layers nearly add up while they are small.
+    The harm is the mean Kullback-Leibler divergence, in nats, of the model's class probabilities
+    from those of the float model. It needs no labels, and small harms of single layers nearly add
+    up.
 
     Args:
-        model: returns logits [n, classes]; every weight is as before afterwards.
-        table: the layers, with whole-number grids whose bits are to be chosen.
+        model: returns logits [n, classes]; its weights are restored.
+        table: the layers, each with an "int" scheme whose bits are to be chosen.
         bits: the numbers to choose from, 2 to 8 each.
         batches: public inputs [n, ...].
 
     Raises:
         DataError: if there are no batches.
-        RecipeError: if a grid is not of whole numbers.
+        RecipeError: if a scheme is not "int".
     """
     if not batches:
         raise DataError(
@@ -87,7 +94,7 @@ def measure_choices(
         for name, scheme in table.items():
             if scheme.weights is None or scheme.weights.kind != "int":
                 raise RecipeError(
-                    f"'{name}' is not on whole numbers, which mixed bits need",
+                    f"'{name}' is not quantized to integers, which mixed bits need",
                     place="table",
                     cure="use int",
                 )
@@ -106,8 +113,8 @@ def measure_choices(
 
 @contextmanager
 def _rounded_weights(layer: nn.Module, quantization: WeightQuantization) -> Iterator[None]:
-    """Lets the weights of `layer` be rounded for a while."""
-    weights = [tensor(layer, key) for key in weight_keys(layer)]
+    """Within the block the weights of `layer` are rounded."""
+    weights = [get_tensor(layer, key) for key in weight_keys(layer)]
     before = [weight.detach().clone() for weight in weights]
     for weight in weights:
         weight.copy_(_rounded(layer, weight, quantization))
@@ -128,6 +135,7 @@ def layer_bytes(layer: nn.Module, quantization: WeightQuantization) -> int:
 
 
 def _rounded(layer: nn.Module, weight: Tensor, quantization: WeightQuantization) -> Tensor:
+    """Returns `weight` rounded with scales of least squared error, in its own shape."""
     quantized: Any = quantized_class(type(layer))
     rows = quantized.rows(layer, weight)
     scale = expand_scale(best_scale(rows, quantization), rows, quantization.group)
@@ -135,24 +143,27 @@ def _rounded(layer: nn.Module, weight: Tensor, quantization: WeightQuantization)
 
 
 def _harm(model: nn.Module, batches: Sequence[Inputs], wanted: Sequence[Tensor]) -> float:
-    total, count = 0.0, 0
+    """Returns the mean KL divergence from the log probabilities `wanted` of each batch, in nats."""
+    total = 0.0
+    count = 0
     for x, log_p in zip(batches, wanted, strict=True):
         log_q = call(model, x).float().log_softmax(1)
         total += float((log_p.exp() * (log_p - log_q)).sum())
         count += len(x)
-    return max(total / count, 0.0)
+    return max(total / count, 0.0)  # rounding may make it slightly negative
 
 
 def choose_bits(choices: Mapping[str, Sequence[Choice]], max_bytes: int) -> dict[str, int]:
-    """Returns the bits of each layer with the least sum of harms whose bytes fit into `max_bytes`.
+    """Returns the bits of each layer with the smallest sum of harms that fit into `max_bytes`.
 
-    A knapsack with one choice for each layer, solved exactly by dynamic programming over sizes that are rounded up to
+    A multiple-choice knapsack, solved by dynamic programming over sizes that are rounded up to
     1/4096 of the budget.
 
     Raises:
         RecipeError: if even the smallest choices do not fit.
 
-    >>> choose_bits({"a": [Choice(4, 50, 0.2), Choice(8, 100, 0.0)], "b": [Choice(4, 5, 9.0), Choice(8, 10, 0.0)]}, 60)
+    >>> a = [Choice(4, 50, 0.2), Choice(8, 100, 0.0)]
+    >>> choose_bits({"a": a, "b": [Choice(4, 5, 9.0), Choice(8, 10, 0.0)]}, 60)
     {'a': 4, 'b': 8}
     """
     least = sum(min(c.size for c in layer) for layer in choices.values())
@@ -162,26 +173,41 @@ def choose_bits(choices: Mapping[str, Sequence[Choice]], max_bytes: int) -> dict
             place="max_bytes",
             cure="allow more, or add fewer bits to choose from",
         )
-    spare = max_bytes - least  # only what goes beyond the smallest choices is counted in cells
+    # Only bytes beyond the smallest choices are counted, so that the cells are as small as
+    # possible.
+    spare = max_bytes - least
     cell = max(1, math.ceil(spare / CELLS))
     budget = spare // cell
+
+    # harm[b]: the least sum of harms of the layers so far that takes at most b cells.
     harm = torch.zeros(budget + 1, dtype=torch.float64)
-    taken: list[tuple[list[Choice], Tensor]] = []
-    for layer in choices.values():
-        floor = min(c.size for c in layer)
-        options = [c for c in layer if math.ceil((c.size - floor) / cell) <= budget]
+    steps: list[tuple[str, list[tuple[Choice, int]], Tensor]] = []
+    for name, layer in choices.items():
+        options = _affordable(layer, cell, budget)
         rows = []
-        for choice in options:
-            cells = math.ceil((choice.size - floor) / cell)
-            moved = torch.full_like(harm, math.inf)
-            moved[cells:] = harm[: len(harm) - cells] + choice.harm
-            rows.append(moved)
-        harm, picked = torch.stack(rows).min(0)
-        taken.append((options, picked))
+        for choice, cells in options:
+            row = torch.full_like(harm, math.inf)
+            row[cells:] = harm[: len(harm) - cells] + choice.harm
+            rows.append(row)
+        harm, best = torch.stack(rows).min(0)
+        steps.append((name, options, best))
+
+    # Read off backwards, as the last layer knows the whole budget.
     bits: dict[str, int] = {}
     left = budget
-    for name, (options, picked) in zip(reversed([*choices]), reversed(taken), strict=True):
-        choice = options[int(picked[left])]
+    for name, options, best in reversed(steps):
+        choice, cells = options[int(best[left])]
         bits[name] = choice.bits
-        left -= math.ceil((choice.size - min(c.size for c in choices[name])) / cell)
+        left -= cells
     return {name: bits[name] for name in choices}
+
+
+def _affordable(layer: Sequence[Choice], cell: int, budget: int) -> list[tuple[Choice, int]]:
+    """Returns a layer's choices within the budget, each with its cells beyond the smallest."""
+    smallest = min(choice.size for choice in layer)
+    options = []
+    for choice in layer:
+        cells = math.ceil((choice.size - smallest) / cell)
+        if cells <= budget:
+            options.append((choice, cells))
+    return options

@@ -1,4 +1,4 @@
-"""Quantization after training: which layers, scales, rounding, ranges of the inputs, and biases that make good."""
+"""Post-training quantization: chooses layers, sets scales, rounds, calibrates, corrects biases."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from fedpress.core.inputs import Example
 from fedpress.errors import DataError, ModelError, suggestion
 from fedpress.nn.forward_probe import OPERATIONS, base_layer, plain_equivalent
 from fedpress.nn.observers import Observer
-from fedpress.nn.quant_scheme import QuantizationScheme
+from fedpress.nn.quant_scheme import QuantizationScheme, WeightQuantization
 from fedpress.nn.quantized import (
     INPUT_QUANTIZED,
     QuantLayer,
@@ -31,10 +31,11 @@ from fedpress.nn.quantized import (
     weight_keys,
     why_not_quantizable,
 )
-from fedpress.nn.resize import tensor
+from fedpress.nn.resize import get_tensor
 
 Rounding = Literal["nearest", "second-order"]
-PATCHES = 4096  # of each batch, for the second moments
+PATCHES = 4096
+"""Most patches of a batch in the second moments; neighbouring patches of images are much alike."""
 
 
 def quantizable(
@@ -45,37 +46,36 @@ def quantizable(
     ignore: Sequence[str] = (),
     sparse: Collection[str] = (),
 ) -> tuple[dict[str, QuantizationScheme], dict[str, str]]:
-    """Lists the layers of `model` that can be quantized by `scheme`, in the model's order, and the others.
+    """Returns the layers that can be quantized by `scheme`, in the model's order, and the others.
 
     Args:
-        model: nothing is changed.
-        scheme: of every layer.
-        keep: names of layers that stay float; "first" and "last" are those of the model's order.
+        model: it is not changed.
+        scheme: for every layer.
+        keep: names of layers that stay float; "first" and "last" in the model's order.
         ignore: names of modules or patterns ("block.3.*"), all of whose layers stay float.
-        sparse: names of parameters whose zeros are pruned weights, which a binary grid cannot keep.
+        sparse: names of parameters whose zeros are pruned weights, which binary values cannot
+            represent.
 
     Returns:
-        Layer -> its scheme; and each layer that stays float -> the reason.
+        Layer -> its scheme; and layer that stays float -> the reason.
 
     Raises:
-        ModelError: if a name of `keep` is no layer with weights, or nothing is left to quantize.
+        ModelError: if a name of `keep` is no layer with weights, or no layer can be quantized.
     """
-    table, left = _possible(model, scheme, sparse)
+    table, left = _possible_layers(model, scheme, sparse)
     if scheme.weights is None:
         table = {name: own for name, own in table.items() if own.inputs is not None}
     names = [*table]
     for name in sorted(ignored(model, ignore)):
         if table.pop(name, None) is not None:
             left[name] = "asked for by `ignore`"
+    aliases = {"first": names[0], "last": names[-1]} if names else {}
     for word in keep:
-        name = {"first": names[0], "last": names[-1]}.get(word, word) if names else word
+        name = aliases.get(word, word)
         if name not in table and name not in left:
+            otherwise = f"use 'first', 'last', or one of {', '.join(names[:5])}"
             raise ModelError(
-                f"no layer '{word}'",
-                place="keep",
-                cure=suggestion(
-                    word, names, f"use 'first', 'last', or one of {', '.join(names[:5])}"
-                ),
+                f"no layer '{word}'", place="keep", cure=suggestion(word, names, otherwise)
             )
         if table.pop(name, None) is not None:
             left[name] = "asked for by `keep`"
@@ -85,6 +85,7 @@ def quantizable(
 
 
 def _nothing_left(left: Mapping[str, str]) -> ModelError:
+    """Returns the error for a model without a layer to quantize, with the reason for each layer."""
     reasons = "; ".join(f"'{name}': {reason}" for name, reason in left.items())
     asked = any("asked for by" in reason for reason in left.values())
     return ModelError(
@@ -94,22 +95,23 @@ def _nothing_left(left: Mapping[str, str]) -> ModelError:
     )
 
 
-def _possible(
+def _possible_layers(
     model: nn.Module, scheme: QuantizationScheme, sparse: Collection[str]
 ) -> tuple[dict[str, QuantizationScheme], dict[str, str]]:
-    """Returns the layers that can be quantized, whatever the user wants, and the others with the reason."""
+    """Returns the layers that can be quantized at all, and the others with the reason."""
     table: dict[str, QuantizationScheme] = {}
     left: dict[str, str] = {}
     owners = _owners(model)
     has_zero = scheme.weights is None or scheme.weights.has_zero
-    # The input of attention's output projection is never seen: attention reads its weight without calling it.
+    # Attention reads the weight of its output projection without calling it, so no hook sees its
+    # input, and only its weight can be quantized.
     projections = {id(m.out_proj) for m in model.modules() if isinstance(m, nn.MultiheadAttention)}
     for name, module in model.named_modules():
         if not _has_weights(module):
             continue
         reason = why_not_quantizable(module) or _why_shared(name, module, owners)
         if reason is None and not has_zero and _has_zeros(name, module, sparse):
-            reason = "its zeros are pruned weights, and a binary grid has no zero; use ternary"
+            reason = "its zeros are pruned weights, and binary values have no zero; use ternary"
         if reason is not None:
             left[name or type(module).__name__] = reason
         elif isinstance(module, INPUT_QUANTIZED) and id(module) not in projections:
@@ -129,7 +131,7 @@ def _owners(model: nn.Module) -> dict[int, list[str]]:
 
 
 def _why_shared(name: str, module: nn.Module, owners: Mapping[int, list[str]]) -> str | None:
-    """Says which modules hold a weight of this one too: their scales would contradict each other."""
+    """Returns a reason if another module has a weight of this one too, which has one scale only."""
     for key in weight_keys(module):
         others = [f"'{n}'" for n in owners.get(id(module._parameters[key]), []) if n != name]
         if others:
@@ -138,16 +140,18 @@ def _why_shared(name: str, module: nn.Module, owners: Mapping[int, list[str]]) -
 
 
 def _has_zeros(name: str, module: nn.Module, sparse: Collection[str]) -> bool:
-    """Whether zeros in a weight of the module are pruned weights."""
+    """Returns whether zeros in a weight of the module are pruned weights."""
     return any(f"{name}.{key}" in sparse for key in weight_keys(module))
 
 
 def _has_weights(module: nn.Module) -> bool:
-    """Whether a module multiplies by weights of its own: what has only one number for each channel does not."""
+    """Returns whether a module has weights; one number per channel, as in norms, does not count."""
     if isinstance(module, nn.utils.parametrize.ParametrizationList):
-        return False  # a part of the module whose weight it computes
-    matrix = any(p.dim() > 1 for p in module._parameters.values() if p is not None)
-    return matrix or hasattr(module, "parametrizations")
+        return False  # it belongs to the module whose weight it computes
+    for parameter in module._parameters.values():
+        if parameter is not None and parameter.dim() > 1:
+            return True
+    return hasattr(module, "parametrizations")
 
 
 @torch.no_grad()
@@ -161,24 +165,24 @@ def quantize_(
     observer: Observer = "minmax",
     correct_bias: bool = True,
 ) -> dict[str, str]:
-    """Quantizes the layers of `table` after training and materializes their weights; the model changes in place.
+    """Quantizes the layers of `table` without training; the model is changed in place.
 
     Args:
-        model: in evaluation mode it should compute what is to be kept; fold batch norms before.
-        table: layer -> scheme, for instance of `quantizable`.
-        batches: public inputs [n, ...]; needed for input ranges, for second-order rounding and for the biases.
-        scale: of whole-number weights: the span, or the least squared error.
-        rounding: to the nearest grid point, or GPTQ's.
-        observer: how input ranges are taken from what is seen.
-        correct_bias: take the mean error that rounding makes in each output channel off the bias
-            (Nagel et al. 2019, arXiv:1906.04721, section 4.2), where a layer has one.
+        model: trained; fold its batch norms first (`fold_`).
+        table: layer -> scheme, for instance from `quantizable`.
+        batches: public inputs [n, ...]; needed for input ranges, second-order rounding and biases.
+        scale: of integer weights: from the full range ("minmax") or of least squared error ("mse").
+        rounding: to the nearest grid point, or GPTQ ("second-order").
+        observer: how input ranges are chosen from the observed values.
+        correct_bias: whether the mean error of each output channel is subtracted from the bias
+            (Nagel et al. 2019, arXiv:1906.04721, section 4.2), if the layer has one.
 
     Returns:
-        Layers for which something of this could not be done -> the reason.
+        Layers for which a part of this could not be done -> the reason.
 
     Raises:
         ModelError: if a weight is not finite, or a layer cannot be quantized.
-        DataError: if there are no batches but they are needed, or they hold NaN.
+        DataError: if batches are needed and there are none, or they contain NaN.
     """
     _check_finite(model, table)
     second_order = rounding == "second-order"
@@ -190,18 +194,24 @@ def quantize_(
             place="batches",
             cure="give batches, or round weights to the nearest",
         )
-    layers = {n: model.get_submodule(n) for n, s in table.items() if s.weights is not None}
-    linear = {n: m for n, m in layers.items() if base_layer(type(m)) is not None}
+    layers: dict[str, nn.Module] = {}
+    linear: dict[str, nn.Module] = {}  # those whose outputs are one product with one weight
+    for name, scheme in table.items():
+        if scheme.weights is not None:
+            layers[name] = model.get_submodule(name)
+            if base_layer(type(layers[name])) is not None:
+                linear[name] = layers[name]
     means: dict[str, Tensor] = {}
     moments: dict[str, Tensor] = {}
     if needs_examples:
         means, moments = _input_moments(model, linear, batches, second=second_order)
-    before = {n: tensor(model, f"{n}.weight").detach().clone() for n in linear}
+    before = {name: get_tensor(model, f"{name}.weight").detach().clone() for name in linear}
     quantize_layers_(model, table)
     notes = _fit_weights_(layers, moments if second_order else None, scale=scale)
     materialize_(model)
     if correct_bias:
         notes |= _correct_biases_(model, means, before)
+    # After the biases, since the inputs of later layers depend on them.
     if calibrated:
         notes |= calibrate_(model, batches, observer=observer)
     return notes
@@ -213,10 +223,10 @@ def _fit_weights_(
     *,
     scale: Literal["mse", "minmax"],
 ) -> dict[str, str]:
-    """Sets the scales of all layers; with second moments of their inputs it rounds the weights by them.
+    """Sets the scales of all layers; with second moments, rounds the weights by GPTQ.
 
     Returns:
-        The layers that have no moments though others do -> the reason.
+        The layers without moments, which are rounded to nearest -> the reason.
     """
     notes = {}
     for name, layer in layers.items():
@@ -236,11 +246,11 @@ def _fit_weights_(
 def _correct_biases_(
     model: nn.Module, means: Mapping[str, Tensor], before: Mapping[str, Tensor]
 ) -> dict[str, str]:
-    """Takes the mean error of rounding off the biases; returns the layers where that cannot be done, and why.
+    """Subtracts the mean error of rounding from the biases; returns the layers without it, and why.
 
     Args:
-        model: its layers named in `means` have been rounded.
-        means: layer -> the mean patch [groups, k] of its inputs.
+        model: with rounded weights.
+        means: layer -> mean patch [groups, k] of its inputs.
         before: layer -> its weight before rounding.
     """
     notes = {}
@@ -249,9 +259,9 @@ def _correct_biases_(
         layer = model.get_submodule(name)
         own = layer._parameters.get("bias")
         if own is None:
-            notes[name] = "it has no bias that could make good for its rounding"
+            notes[name] = "it has no bias that could compensate its rounding"
         elif sum(bias is own for bias in biases) > 1:
-            notes[name] = "its bias is shared, and does not make good for its rounding"
+            notes[name] = "its bias is shared, so it does not compensate its rounding"
         else:
             assert isinstance(layer.weight, Tensor)
             own.sub_(_output_shift(mean, layer.weight.detach() - before[name]))
@@ -259,7 +269,13 @@ def _correct_biases_(
 
 
 def fit_(layer: QuantLayer, *, scale: Literal["mse", "minmax"] = "mse") -> None:
-    """Sets the scales or the codebook of `layer` to suit its weights as they are."""
+    """Sets the scales or the codebook of `layer` from its present weights.
+
+    Args:
+        layer: with float weights.
+        scale: "mse" for scales of least squared error; "minmax" for those of the full range, which
+            it has already.
+    """
     quantization = layer.scheme.weights
     if quantization is None:
         return
@@ -267,13 +283,21 @@ def fit_(layer: QuantLayer, *, scale: Literal["mse", "minmax"] = "mse") -> None:
         for key in layer.keys:
             weight = layer.rows(getattr(layer, key).detach())
             if quantization.kind == "codebook":
-                values = layer.codebook_of(key)
-                values.copy_(shared_values(weight, 2**quantization.bits))
-                if quantization.centroid_bits is not None:
-                    top = values.detach().abs().amax() / (2 ** (quantization.centroid_bits - 1) - 1)
-                    layer.scale(key).copy_(torch.where(top > 0, top, 1.0))
+                _fit_codebook_(layer, key, weight, quantization)
             elif scale == "mse":
                 layer.scale(key).copy_(best_scale(weight, quantization))
+
+
+def _fit_codebook_(
+    layer: QuantLayer, key: str, weight: Tensor, quantization: WeightQuantization
+) -> None:
+    """Sets the shared values of a weight, and their scale if they are quantized themselves."""
+    values = layer.codebook_of(key)
+    values.copy_(shared_values(weight, 2**quantization.bits))
+    if quantization.centroid_bits is not None:
+        largest_code = 2 ** (quantization.centroid_bits - 1) - 1
+        scale = values.detach().abs().amax() / largest_code
+        layer.scale(key).copy_(torch.where(scale > 0, scale, 1.0))
 
 
 def _needs_calibration(table: Mapping[str, QuantizationScheme]) -> bool:
@@ -296,22 +320,33 @@ def _check_finite(model: nn.Module, table: Mapping[str, QuantizationScheme]) -> 
 def _input_moments(
     model: nn.Module, layers: Mapping[str, nn.Module], batches: Sequence[Example], *, second: bool
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Runs the model once: the mean patch [groups, k] of every layer's inputs, and their second moments if wanted."""
-    means: dict[str, tuple[Tensor, int]] = {}
+    """Runs the model once and returns moments of the patches of every layer's inputs.
+
+    Args:
+        model: in any mode.
+        layers: by name.
+        batches: public inputs.
+        second: whether second moments are needed too.
+
+    Returns:
+        Mean patches [groups, k], and second moments [groups, k, k], by layer.
+    """
+    means: dict[str, tuple[Tensor, int]] = {}  # sum and count
     seconds: dict[str, tuple[Tensor, int]] = {}
 
     def add(name: str, x: Tensor) -> None:
         if not bool(x.isfinite().all()):
             raise DataError(
-                f"'{name}' sees NaN or infinite values",
+                f"'{name}' receives NaN or infinite values",
                 place="batches",
                 cure="check the public examples",
             )
-        layer, x = layers[name], x.detach().float()
+        layer = layers[name]
+        x = x.detach().float()
         if type(layer) not in OPERATIONS and not isinstance(layer, QuantLayer):
             layer, x = plain_equivalent(layer, x)
         x = as_batch(layer, x)
-        # Patches of a sum are the sum of patches, and one image has far fewer of them than a batch.
+        # The patches of a sum of images are the sums of their patches, so one im2col is enough.
         summed = patches(layer, x.double().sum(0, keepdim=True))
         total, count = means.get(name, (0.0, 0))
         means[name] = total + summed.sum(1), count + len(x) * summed.shape[1]
@@ -328,5 +363,13 @@ def _input_moments(
 
 
 def _output_shift(mean: Tensor, error: Tensor) -> Tensor:
-    """The mean change [out] of the outputs when the weights change by `error`: exact, since a layer is linear."""
-    return (error.double().reshape(len(mean), -1, mean.shape[1]) @ mean[..., None]).flatten()
+    """Returns the mean change [out] of the outputs if the weights change by `error`.
+
+    It is exact, because the outputs are linear in the inputs.
+
+    Args:
+        mean: mean patch [groups, k] of the inputs.
+        error: [out, ...], of the weight's shape.
+    """
+    by_group = error.double().reshape(len(mean), -1, mean.shape[1])
+    return (by_group @ mean[..., None]).flatten()

@@ -1,4 +1,4 @@
-"""Calibration: quantized inputs get their ranges from what the layers see on public examples."""
+"""Calibration: sets the ranges of quantized inputs from what layers receive on public examples."""
 
 from __future__ import annotations
 
@@ -14,25 +14,33 @@ from fedpress.nn.observers import OBSERVERS, Histogram, Observer
 from fedpress.nn.quant_scheme import InputQuantization, calculate_qparams
 from fedpress.nn.quantized import QuantLayer, quantized_layers
 
-ROUNDING = 1e-6  # of the largest value: what the mean of equal numbers may be off
+ROUNDING = 1e-6
+"""Rounding error of a mean, relative to the largest value: below it a channel is constant."""
 
 
 @torch.no_grad()
 def calibrate_(
     model: nn.Module, batches: Sequence[Example], *, observer: Observer = "minmax"
 ) -> dict[str, str]:
-    """Sets scale and zero point of all quantized inputs from what the layers see when `model` runs on `batches`.
+    """Sets scale and zero point of all quantized inputs from the layers' inputs on `batches`.
 
-    While it runs, inputs stay float. A range always holds 0. One-bit inputs get the mean of each channel as their
-    middle, and the mean distance from it as their scale: of all pairs of values the nearest in squares (XNOR-Net,
-    section 3.1, for values less their mean).
+    Meanwhile inputs are not quantized. A range always includes 0. One-bit inputs get the mean of
+    each channel as middle and the mean distance from it as scale, the two values of least squared
+    error (XNOR-Net, Rastegari et al. 2016, arXiv:1603.05279, section 3.1, for values minus their
+    mean).
+
+    Args:
+        model: with quantized layers.
+        batches: public inputs.
+        observer: how a range is chosen from the observed values.
 
     Returns:
         The names of layers with quantized inputs that forward never calls -> the reason.
 
     Raises:
-        DataError: if there are no batches, or a layer sees NaN or infinite values, or values of which one bit would
-            tell nothing, naming it.
+        DataError: if there are no batches, or a layer receives NaN or infinite values, or values
+            that are the same in one bit; the message names the layer.
+        ModelError: if the model cannot run on the batches.
     """
     if not batches:
         raise DataError(
@@ -41,9 +49,10 @@ def calibrate_(
             cure="give at least one batch of public examples",
         )
     layers, schemes = _calibrated_inputs(model)
-    histograms = _spans(model, layers, batches)
-    _set_middles_(model, {n: layers[n] for n in layers if schemes[n].middle}, batches)
-    one_bit = {n: layers[n] for n in layers if schemes[n].bits == 1}
+    histograms = _empty_histograms(model, layers, batches)
+    with_middle = {name: layer for name, layer in layers.items() if schemes[name].middle}
+    _set_middles_(model, with_middle, batches)
+    one_bit = {name: layer for name, layer in layers.items() if schemes[name].bits == 1}
     distances = _mean_distances(model, one_bit, batches)
     if observer != "minmax":
         run_watched(model, layers, batches, lambda name, x: histograms[name].add_(x))
@@ -60,7 +69,7 @@ def calibrate_(
 def _calibrated_inputs(
     model: nn.Module,
 ) -> tuple[dict[str, QuantLayer], dict[str, InputQuantization]]:
-    """Returns the layers whose inputs get their ranges here, and how those inputs are quantized."""
+    """Returns the layers whose input ranges are set here, and how those inputs are quantized."""
     layers: dict[str, QuantLayer] = {}
     schemes: dict[str, InputQuantization] = {}
     for name, layer in quantized_layers(model):
@@ -74,25 +83,25 @@ def _calibrated_inputs(
 def _set_range_(
     layer: QuantLayer, quantization: InputQuantization, seen: Histogram, observer: Observer
 ) -> None:
-    """Sets scale and zero point of a layer's inputs from what they were seen to be."""
+    """Sets scale and zero point of a layer's inputs from their histogram."""
     low, high = seen.low, seen.high
-    if high > low:
+    if high > low:  # a constant has no histogram
         low, high = OBSERVERS[observer](seen, quantization)
     scale, zero = calculate_qparams(torch.tensor(low), torch.tensor(high), quantization)
     layer.input_scale.copy_(scale)
     layer.input_zero_point.copy_(zero)
 
 
-def _spans(
+def _empty_histograms(
     model: nn.Module, layers: Mapping[str, QuantLayer], batches: Sequence[Example]
 ) -> dict[str, Histogram]:
-    """Returns an empty histogram from the least to the largest value that each layer sees."""
+    """Returns for each layer an empty histogram from the smallest to the largest of its inputs."""
     found: dict[str, Histogram] = {}
 
     def widen(name: str, x: Tensor) -> None:
         if not bool(x.isfinite().all()):
             raise DataError(
-                f"'{name}' sees NaN or infinite values",
+                f"'{name}' receives NaN or infinite values",
                 place="batches",
                 cure="check the public examples and the model's weights",
             )
@@ -106,7 +115,7 @@ def _spans(
 def _set_middles_(
     model: nn.Module, layers: Mapping[str, QuantLayer], batches: Sequence[Example]
 ) -> None:
-    """Sets the middle of each channel of one-bit inputs to its mean."""
+    """Sets the middle of each channel of one-bit inputs to the channel's mean."""
     totals: dict[str, tuple[Tensor, int]] = {}
 
     def add(name: str, x: Tensor) -> None:
@@ -123,12 +132,14 @@ def _set_middles_(
 def _mean_distances(
     model: nn.Module, layers: Mapping[str, QuantLayer], batches: Sequence[Example]
 ) -> dict[str, float]:
-    """Returns how far the inputs of each layer lie from their middle, or from 0 without one, in the mean."""
+    """Returns the mean distance of each layer's inputs from their middle, or from 0 without one."""
     totals: dict[str, tuple[float, int]] = {}
-    # Looked up before the run: while it lasts, inputs stay float and no scheme names them.
-    middles = {
-        n: m.middle() for n, m in layers.items() if m.scheme.inputs and m.scheme.inputs.middle
-    }
+    # Before the run, because `run_watched` takes the inputs out of the schemes.
+    middles: dict[str, Tensor] = {}
+    for name, layer in layers.items():
+        inputs = layer.scheme.inputs
+        if inputs is not None and inputs.middle:
+            middles[name] = layer.middle()
 
     def add(name: str, x: Tensor) -> None:
         distance = x - middles[name] if name in middles else x
@@ -143,12 +154,12 @@ def _mean_distances(
 def _check_informative(
     name: str, quantization: InputQuantization, seen: Histogram, distance: float
 ) -> None:
-    """Refuses one-bit inputs that would be the same whatever the example is."""
+    """Refuses one-bit inputs that would be the same for every example."""
     if quantization.middle and distance <= ROUNDING * max(abs(seen.low), abs(seen.high)):
         raise DataError(
             (
                 f"every channel that '{name}' reads is constant ({seen.low:g} to {seen.high:g}) "
-                "on the public examples, so one bit of it tells nothing"
+                "on the public examples, so one bit cannot tell examples apart"
             ),
             place="inputs.bits",
             cure="leave the layer float by `keep`, or take 8 bits",
@@ -157,10 +168,10 @@ def _check_informative(
         raise DataError(
             (
                 f"'{name}' reads values of one sign only ({seen.low:g} to {seen.high:g}), as "
-                "behind a ReLU, so their sign tells nothing"
+                "after a ReLU, so their sign cannot tell examples apart"
             ),
             place="inputs.bits",
-            cure="take a grid with a middle (InputQuantization(bits=1)), or more bits",
+            cure="use a scheme with a middle (InputQuantization(bits=1)), or more bits",
         )
 
 
@@ -171,12 +182,18 @@ def run_watched(
     batches: Sequence[Example],
     observe: Callable[[str, Tensor], None],
 ) -> None:
-    """Runs `model` in evaluation mode, inputs not rounded, and shows `observe` what comes into each of `layers`."""
+    """Runs `model` in evaluation mode and calls `observe` with the name and input of each layer.
+
+    Inputs are not quantized meanwhile: the range of a layer must not depend on ranges not set yet.
+
+    Raises:
+        ModelError: if the model cannot run on the batches.
+    """
     modes = {m: m.training for m in model.modules()}
     schemes = {layer: layer.scheme for _, layer in quantized_layers(model)}
     hooks = []
     for name, layer in layers.items():
-
+        # The default holds the name of this turn of the loop.
         def show(_: nn.Module, args: Any, named: Any, name: str = name) -> None:
             observe(name, args[0] if args else named["input"])
 

@@ -1,4 +1,4 @@
-"""Which grid point a weight takes: scales of least error, and rounding that lets later weights mend earlier ones."""
+"""Scales of least squared error, and GPTQ: later weights compensate the errors of earlier ones."""
 
 from __future__ import annotations
 
@@ -16,28 +16,40 @@ from fedpress.nn.quant_scheme import (
 from fedpress.nn.quantized import QuantLayer
 
 BLOCK = 128
+"""Columns that GPTQ rounds before it updates all later ones; the value of the paper."""
+SCALES = 80
+"""Scales that are tried for each row, from the full range down to a fifth of it."""
 
 
 def best_scale(weight: Tensor, quantization: WeightQuantization) -> Tensor:
-    """Returns scales [out] or [out, groups]: of "int" the part of the span, of 80, with the least squared error.
+    """Returns the scales [out] or [out, groups] of least squared error.
 
-    Those of "ternary" and "binary" are the best already (see `initial_scale`).
+    For "int" 80 scales between a fifth of the full range and all of it are tried: clipping a few
+    large weights makes the others more precise. For "ternary" and "binary" `initial_scale` is
+    optimal already.
+
+    Args:
+        weight: [out, ...].
+        quantization: how it is quantized.
     """
     first = initial_scale(weight, quantization)
     if quantization.kind != "int":
         return first
     values = in_groups(weight.detach().float(), quantization.group)
     full = first.reshape(len(weight), -1, 1)
-    best, least = full, torch.full_like(full, torch.inf)
-    for share in torch.linspace(1, 0.2, 80).tolist():
+    best = full
+    least = torch.full_like(full, torch.inf)
+    for share in torch.linspace(1, 0.2, SCALES).tolist():
         scale = full * share
         error = (fake_quantize(values, scale, quantization) - values).square().sum(-1, keepdim=True)
-        best, least = torch.where(error < least, scale, best), torch.minimum(error, least)
+        best = torch.where(error < least, scale, best)
+        least = torch.minimum(error, least)
+    # A row of zeros has the scale 0, by which nothing can be divided.
     return fill_zero_scales(best.reshape(first.shape))
 
 
 def as_batch(layer: nn.Module, x: Tensor) -> Tensor:
-    """Returns the inputs `x` of `layer` with one leading axis of examples: rows [n, in] of a linear layer."""
+    """Returns inputs of `layer` with one axis of examples: rows [n, in] of a linear layer."""
     if isinstance(layer, nn.Linear):
         return x.reshape(-1, x.shape[-1])
     assert isinstance(layer, nn.modules.conv._ConvNd)
@@ -45,34 +57,42 @@ def as_batch(layer: nn.Module, x: Tensor) -> Tensor:
 
 
 def patches(layer: nn.Module, x: Tensor) -> Tensor:
-    """Returns the inputs that each output value of `layer` sums over, [groups, outputs, in_channels * kernel].
+    """Returns the inputs of each output, [groups, n * positions, in / groups * kernel] (im2col).
 
-    For a linear layer: the rows of `x`.
+    For a linear layer they are the rows of `x`, [1, n, in].
+
+    Args:
+        layer: linear or convolution.
+        x: inputs with an axis of examples.
     """
     if isinstance(layer, nn.Linear):
         return x.reshape(1, -1, x.shape[-1])
     assert isinstance(layer, nn.modules.conv._ConvNd)
     dims = len(layer.kernel_size)
-    around = layer._reversed_padding_repeated_twice
-    x = F.pad(x, around, mode="constant" if layer.padding_mode == "zeros" else layer.padding_mode)
-    for axis, (kernel, stride, dilation) in enumerate(
-        zip(layer.kernel_size, layer.stride, layer.dilation, strict=True), start=2
-    ):
-        x = x.unfold(axis, (kernel - 1) * dilation + 1, stride)[..., ::dilation]
-    # [n, channels, *places, *kernel] -> [groups, n * places, channels per group * kernel]
-    channels = x.shape[1]
-    x = x.movedim(1, 1 + dims).reshape(
-        -1, layer.groups, channels // layer.groups, *layer.kernel_size
-    )
-    return x.movedim(1, 0).reshape(
-        layer.groups, -1, channels // layer.groups * layer.weight[0, 0].numel()
-    )
+    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+    x = F.pad(x, layer._reversed_padding_repeated_twice, mode=mode)
+    settings = zip(layer.kernel_size, layer.stride, layer.dilation, strict=True)
+    for axis, (kernel, stride, dilation) in enumerate(settings, start=2):
+        reach = (kernel - 1) * dilation + 1
+        x = x.unfold(axis, reach, stride)[..., ::dilation]
+
+    # [n, channels, *positions, *kernel] -> [n * positions, groups, channels of a group, *kernel]
+    per_group = x.shape[1] // layer.groups
+    x = x.movedim(1, 1 + dims).reshape(-1, layer.groups, per_group, *layer.kernel_size)
+    kernel_size = layer.weight[0, 0].numel()
+    return x.movedim(1, 0).reshape(layer.groups, -1, per_group * kernel_size)
 
 
 def second_moment(layer: nn.Module, x: Tensor, *, most: int) -> tuple[Tensor, int]:
-    """Returns the sum of x x^T over the patches of a batch, [groups, k, k] float32, and how many were summed.
+    """Returns the sum of x x^T over the patches of a batch, and how many patches were summed.
 
-    At most about `most` patches count, taken at equal distances.
+    Args:
+        layer: linear or convolution.
+        x: inputs with an axis of examples.
+        most: about how many patches to use, at equal distances.
+
+    Returns:
+        [groups, k, k] float32, and the number of patches.
     """
     rows = patches(layer, x.detach().float())
     rows = rows[:, :: max(1, rows.shape[1] // most)]
@@ -81,46 +101,43 @@ def second_moment(layer: nn.Module, x: Tensor, *, most: int) -> tuple[Tensor, in
 
 @torch.no_grad()
 def round_second_order_(layer: QuantLayer, moment: Tensor, *, damping: float = 0.01) -> None:
-    """Moves the weights of `layer` onto its grid, each error made good by the weights that are not rounded yet.
+    """Rounds the weights of `layer`; those not rounded yet compensate each rounding error.
 
-    The error of the layer's outputs is quadratic in that of its weights, with the second moment of its inputs as the
-    Hessian: GPTQ (Frantar et al. 2022, arXiv:2210.17323, section 3, algorithm 1), columns in the order of falling
-    diagonal. Weights that are 0 stay 0 where the grid has a zero, as in SparseGPT. On a grid of two or three points
-    the errors may grow instead: an output channel whose nearest points do less harm gets those.
+    The squared error of the layer's outputs is a quadratic form of the weights' errors, with the
+    second moment of its inputs as Hessian: GPTQ (Frantar et al. 2022, arXiv:2210.17323, section 3,
+    algorithm 1), columns in the order of falling diagonal. Weights that are 0 stay 0 if the grid
+    has a zero, as in SparseGPT. With two or three grid points the compensation may make the error
+    larger: an output channel for which rounding to nearest is better gets that.
 
     Args:
         layer: with scales or a codebook; changed in place.
-        moment: the second moment of its inputs, [groups, k, k].
-        damping: share of the mean diagonal that is added to it.
+        moment: second moment of its inputs, [groups, k, k].
+        damping: added to the diagonal, as a share of its mean.
     """
     quantization = layer.weight_quantization()
     out = len(layer.weight)
     weight = layer.weight.detach().reshape(out, -1).float()
     pruned = weight == 0 if quantization.has_zero else torch.zeros_like(weight, dtype=torch.bool)
-    shared = quantization.kind == "codebook"
+    has_codebook = quantization.kind == "codebook"
     scale = layer.expanded_scale().detach()
-    if not shared:
+    if not has_codebook:
         scale = scale.expand_as(layer.weight).reshape(out, -1)
-    chosen = layer.dequantize(layer.quantize()).reshape(out, -1)
+    rounded = layer.dequantize(layer.quantize()).reshape(out, -1)
     channels = out // len(moment)  # of each group
     for group, hessian in enumerate(moment):
         rows = slice(group * channels, (group + 1) * channels)
-        tried = _gptq(
-            weight[rows],
-            scale if shared else scale[rows],
-            pruned[rows],
-            hessian.double(),
-            quantization,
-            damping,
+        own_scale = scale if has_codebook else scale[rows]
+        compensated = _gptq(
+            weight[rows], own_scale, pruned[rows], hessian.double(), quantization, damping
         )
-        harm_tried = _harm(tried - weight[rows], hessian)
-        harm_nearest = _harm(chosen[rows] - weight[rows], hessian)
-        chosen[rows] = torch.where(harm_tried <= harm_nearest, tried, chosen[rows])
-    layer.weight.copy_(chosen.reshape(layer.weight.shape))
+        error = _output_error(compensated - weight[rows], hessian)
+        error_of_nearest = _output_error(rounded[rows] - weight[rows], hessian)
+        rounded[rows] = torch.where(error <= error_of_nearest, compensated, rounded[rows])
+    layer.weight.copy_(rounded.reshape(layer.weight.shape))
 
 
-def _harm(error: Tensor, hessian: Tensor) -> Tensor:
-    """The squared error [out, 1] of the outputs when the weights [out, k] are off by `error`."""
+def _output_error(error: Tensor, hessian: Tensor) -> Tensor:
+    """Returns the squared error [out, 1] of the outputs for an `error` [out, k] of the weights."""
     return (error @ hessian * error).sum(1, keepdim=True)
 
 
@@ -132,26 +149,42 @@ def _gptq(
     quantization: WeightQuantization,
     damping: float,
 ) -> Tensor:
-    """Returns the grid points of `weight` [out, k]; `scale` holds its scales [out, k], or the codebook."""
-    columns, shared = weight.shape[1], scale.dim() == 1
+    """Returns the grid points of a weight by algorithm 1 of GPTQ.
+
+    Args:
+        weight: [out, k].
+        scale: [out, k], or the codebook [values].
+        pruned: [out, k], the weights that must stay 0.
+        hessian: [k, k] float64.
+        quantization: of the weight.
+        damping: added to the diagonal, as a share of its mean.
+    """
+    columns = weight.shape[1]
+    has_codebook = scale.dim() == 1
     diagonal = hessian.diagonal().clone()
+    # Important inputs first: their weights are rounded while many others can still compensate.
     order = diagonal.argsort(descending=True, stable=True)
-    # Without damping the matrix may not be invertible; a column that no example touches has no diagonal at all.
+    # Without damping the matrix may be singular; an input that is 0 in all examples has diagonal 0.
     hessian = hessian + torch.diag(damping * diagonal.mean() + (diagonal <= 0) * 1.0 + 1e-12)
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian[order][:, order]))
     upper = torch.linalg.cholesky(inverse, upper=True).float()
-    w, pruned = weight[:, order].clone(), pruned[:, order]
-    scale = scale if shared else scale[:, order]
-    # Errors within a block are passed on at once, to later blocks in one product: the same sums, far faster.
+    w = weight[:, order].clone()
+    pruned = pruned[:, order]
+    if not has_codebook:
+        scale = scale[:, order]
+
+    # Within a block an error is passed on at once, to later blocks in one matrix product: the same
+    # sums, but much faster.
     for start in range(0, columns, BLOCK):
         stop = min(columns, start + BLOCK)
         errors = torch.zeros_like(w[:, start:stop])
         for j in range(start, stop):
-            now = w[:, j]
-            point = fake_quantize(now, scale if shared else scale[:, j], quantization)
+            exact = w[:, j]
+            point = fake_quantize(exact, scale if has_codebook else scale[:, j], quantization)
             point = point.masked_fill(pruned[:, j], 0.0)
-            error = (now - point) / upper[j, j]
+            error = (exact - point) / upper[j, j]
             w[:, j + 1 : stop] -= error[:, None] * upper[j, j + 1 : stop]
-            errors[:, j - start], w[:, j] = error, point
+            errors[:, j - start] = error
+            w[:, j] = point
         w[:, stop:] -= errors @ upper[start:stop, stop:]
     return w[:, order.argsort()]

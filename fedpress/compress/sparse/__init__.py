@@ -1,9 +1,14 @@
-"""Zeros in the weights: which may have them, what goes together, what matters least, and when."""
+"""Sparsity: zeros in single weights, blocks or filters, chosen by scores, and their schedules."""
 
 from fedpress.compress.sparse.masks import Masks, apply_, choose, density_of, masks_of
 from fedpress.compress.sparse.patterns import Pattern
 from fedpress.compress.sparse.schedules import cubic, drop_share, geometric, regrow, steps_down
-from fedpress.compress.sparse.scores import WEIGHT_SCORES, Movement, WeightEvidence, score_weights
+from fedpress.compress.sparse.scores import (
+    WEIGHT_SCORES,
+    Movement,
+    WeightScoreInputs,
+    score_weights,
+)
 from fedpress.compress.sparse.weights import Weight, Weights, find_weights
 
 __all__ = [
@@ -12,7 +17,7 @@ __all__ = [
     "Movement",
     "Pattern",
     "Weight",
-    "WeightEvidence",
+    "WeightScoreInputs",
     "Weights",
     "apply_",
     "choose",

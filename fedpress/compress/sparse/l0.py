@@ -1,7 +1,8 @@
-"""The L0 norm by gates: min over w and gates of L(w * z; D) + lambda * E||z||_0 (Louizos, Welling & Kingma 2018).
+"""L0 regularisation by gates: minimises L(w * z) + lambda * E||z||_0 over weights and gates.
 
-A gate z is a hard-concrete variable (arXiv:1712.01312, section 2.2): a concrete one stretched beyond 0 and 1 and cut
-off there, so that it is exactly 0 or 1 with some probability, and has a gradient between.
+A gate z is a hard-concrete random variable (Louizos, Welling & Kingma 2018, arXiv:1712.01312,
+section 2.2): a concrete one, stretched beyond [0, 1] and clamped to it. So it is exactly 0 or 1
+with some probability, and has a gradient in between.
 """
 
 from __future__ import annotations
@@ -14,23 +15,28 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fedpress.compress.prune.graph import ChannelGraph, ChannelGroup
+from fedpress.compress.prune.graph import ChannelGraph, ChannelGroup, Slice
 from fedpress.compress.prune.scores import tensors_of
+from fedpress.compress.prune.targets import full_widths
 from fedpress.compress.sparse.masks import Masks
 from fedpress.compress.sparse.weights import Weight
 from fedpress.core.random_source import Source, chance_of
 from fedpress.errors import ModelError
 
-BETA, LOW, HIGH = 2 / 3, -0.1, 1.1
-"""Temperature and stretch of the paper's experiments."""
+BETA = 2 / 3
+"""Temperature, as in the paper's experiments."""
+LOW, HIGH = -0.1, 1.1
+"""The interval that gates are stretched to, as in the paper's experiments."""
 START = 0.9
-"""How open the gates begin: the test-time gate is then at 0.98."""
-LEAST = 0.05
-"""A gate that stays is at least this open, so that its weight can go on."""
+"""Sigmoid of the initial log alpha: the gate at test time is then 0.98."""
+SMALLEST_GATE = 0.05
+"""Smallest gate of a weight that is kept, so that it can still be trained afterwards."""
+CLOSED = -1e4
+"""Log alpha of a gate that is closed for ever: its sigmoid, and the gradient, are 0 in float32."""
 
 
 def sample(log_alpha: Tensor, uniform: Tensor) -> Tensor:
-    """Draws gates from numbers `uniform` in (0, 1); both [...] (eq. 10 and 11).
+    """Returns gates from uniform random numbers in (0, 1), both of any shape (eq. 10 and 11).
 
     >>> sample(torch.tensor([-9.0, 0.0, 9.0]), torch.tensor([0.5, 0.5, 0.5]))
     tensor([0.0000, 0.5000, 1.0000])
@@ -39,25 +45,25 @@ def sample(log_alpha: Tensor, uniform: Tensor) -> Tensor:
     return (concrete * (HIGH - LOW) + LOW).clamp(0, 1)
 
 
-def at_test(log_alpha: Tensor) -> Tensor:
-    """Returns the gates without chance, as they are after training (eq. 13)."""
+def expected_gate(log_alpha: Tensor) -> Tensor:
+    """Returns the gates without randomness, as they are used after training (eq. 13)."""
     return (log_alpha.sigmoid() * (HIGH - LOW) + LOW).clamp(0, 1)
 
 
 def open_probability(log_alpha: Tensor) -> Tensor:
-    """Returns the probability that a gate is not 0 (eq. 12): summed, it is the expected L0 norm."""
+    """Returns the probability that a gate is not 0 (eq. 12); their sum is the expected L0 norm."""
     return torch.sigmoid(log_alpha - BETA * math.log(-LOW / HIGH))
 
 
 class Gates(nn.Module):
-    """Gates for a model: `log_alphas`, what they multiply, and the expected share of parameters that they leave.
-
-    Make them with `weight_gates` or `channel_gates`.
+    """Gates of a model's weights or channels; create them with `weight_gates` or `channel_gates`.
 
     Args:
-        log_alphas: the parameters, one tensor of any shape for each weight or layer.
-        factors: from as many gates to what multiplies each parameter, by name.
-        share: from as many probabilities of being open to the expected share of parameters, differentiable.
+        log_alphas: the gates' parameters, one tensor of any shape for each weight or layer.
+        factors: takes the gates of each, returns the factor of each parameter of the model, by
+            name.
+        share: takes the probabilities of being open, returns the expected share of parameters,
+            differentiable.
     """
 
     def __init__(
@@ -68,7 +74,8 @@ class Gates(nn.Module):
     ) -> None:
         super().__init__()
         self.log_alphas = nn.ParameterList([nn.Parameter(a) for a in log_alphas])
-        self.factors, self.share = factors, share
+        self.factors = factors
+        self.share = share
         self.generator: Source = None
 
     def density(self) -> Tensor:
@@ -76,40 +83,50 @@ class Gates(nn.Module):
         return self.share([open_probability(a) for a in self.log_alphas])
 
     def draw(self) -> dict[str, Tensor]:
-        """Draws from `chance` what multiplies each parameter in one step of training."""
-        tiny, chance = torch.finfo(torch.float32).tiny, chance_of(self.generator)
-        drawn = (chance.uniform(*a.shape, dtype=torch.float32) for a in self.log_alphas)
-        pairs = zip(self.log_alphas, drawn, strict=True)
-        return self.factors([sample(a, u.clamp_min(tiny).to(a.device)) for a, u in pairs])
+        """Returns a random factor for each parameter, for one step of training."""
+        tiny = torch.finfo(torch.float32).tiny  # log(0) would be infinite
+        chance = chance_of(self.generator)
+        gates = []
+        for log_alpha in self.log_alphas:
+            uniform = chance.uniform(*log_alpha.shape, dtype=torch.float32).clamp_min(tiny)
+            gates.append(sample(log_alpha, uniform.to(log_alpha.device)))
+        return self.factors(gates)
+
+    def expected(self) -> dict[str, Tensor]:
+        """Returns the factor of each parameter without randomness."""
+        return self.factors([expected_gate(a) for a in self.log_alphas])
 
     @contextmanager
     def on(self, model: nn.Module) -> Iterator[None]:
-        """Multiplies the parameters of `model` in every forward pass: by new gates in training, without chance else.
+        """Within the block every forward pass of `model` uses parameters multiplied by the gates.
 
-        Between passes the model is as ever: its parameters and their names, and a copy of it has the gates too.
+        In training the gates are drawn anew for each pass; otherwise they are not random. Between
+        passes the model has its own parameters. A copy of the model has the gates too.
         """
-        gates = self  # a function is not copied with the model that holds it, a method would be
+        # Hooks are copied with the model. A method would be copied with its object, so that the
+        # copy
+        # had gates of its own; functions that refer to `gates` are not copied.
+        gates = self
 
-        def put(model: nn.Module, _: Any) -> None:
-            factors = (
-                gates.draw()
-                if model.training
-                else gates.factors([at_test(a) for a in gates.log_alphas])
-            )
+        def multiply(model: nn.Module, _: Any) -> None:
+            factors = gates.draw() if model.training else gates.expected()
+
+            def gated(name: str, parameter: Tensor) -> Tensor | None:
+                return parameter * factors[name] if name in factors else None
+
+            # A stack, because forward may call the model again.
             stack = model.__dict__.setdefault("_ungated", [])
-            stack.append(
-                _swap(model, lambda name, p: p * factors[name] if name in factors else None)
-            )
+            stack.append(_swap(model, gated))
 
-        def put_back(model: nn.Module, *_: Any) -> None:
+        def restore(model: nn.Module, *_: Any) -> None:
             before = model.__dict__["_ungated"].pop()
             _swap(model, lambda name, _: before.get(name))
             if not model.__dict__["_ungated"]:
                 del model.__dict__["_ungated"]
 
         handles = [
-            model.register_forward_pre_hook(put, prepend=True),
-            model.register_forward_hook(put_back, always_call=True),
+            model.register_forward_pre_hook(multiply, prepend=True),
+            model.register_forward_hook(restore, always_call=True),
         ]
         try:
             yield
@@ -119,22 +136,23 @@ class Gates(nn.Module):
 
     @torch.no_grad()
     def materialize_(self, model: nn.Module) -> None:
-        """Multiplies the parameters of `model` by their gates for good; none is closed more than to `LEAST`."""
-        factors = self.factors([at_test(a).clamp_min(LEAST) for a in self.log_alphas])
+        """Multiplies the parameters of `model` by their gates, but at least by `SMALLEST_GATE`."""
+        factors = self.factors([expected_gate(a).clamp_min(SMALLEST_GATE) for a in self.log_alphas])
         parameters = dict(model.named_parameters())
         for name, factor in factors.items():
             parameters[name].mul_(factor)
 
 
 def _swap(model: nn.Module, new: Callable[[str, Tensor], Tensor | None]) -> dict[str, Tensor]:
-    """Puts `new(name, tensor)` in the place of parameters, where it is not None; returns what was there by name.
+    """Replaces parameters by `new(name, parameter)` if that is not None; returns the old ones.
 
-    A shared parameter is replaced in all its places by one tensor, under its first name.
+    A shared parameter has its first name, and is replaced by the same tensor everywhere.
     """
     names: dict[int, str] = {}
     made: dict[str, Tensor | None] = {}
     before: dict[str, Tensor] = {}
     for path, module in model.named_modules():
+        # Not `setattr`, which would refuse a tensor that is no `nn.Parameter`.
         table: dict[str, Any] = module._parameters
         for key, old in table.items():
             if old is None:
@@ -142,10 +160,11 @@ def _swap(model: nn.Module, new: Callable[[str, Tensor], Tensor | None]) -> dict
             name = names.setdefault(id(old), f"{path}.{key}" if path else key)
             if name not in made:
                 made[name] = new(name, old)
-            if (value := made[name]) is not None:
+            value = made[name]
+            if value is not None:
                 before[name] = old
                 table[key] = value
-        if isinstance(module, nn.RNNBase):  # it keeps a list of its weights besides
+        if isinstance(module, nn.RNNBase):  # it has its weights in a list as well
             module._flat_weights = [table.get(n) for n in module._flat_weights_names]
     return before
 
@@ -153,25 +172,42 @@ def _swap(model: nn.Module, new: Callable[[str, Tensor], Tensor | None]) -> dict
 def weight_gates(
     weights: Sequence[Weight], *, generator: Source, within: Masks | None = None
 ) -> Gates:
-    """Gives every entry of `weights` a gate; those that `within`, an earlier mask, lacks are closed for good."""
-    closed = -1e4
+    """Returns a gate for every entry of `weights`.
+
+    Args:
+        weights: to be gated.
+        generator: of the initial gates.
+        within: an earlier mask; gates outside it are closed for ever.
+    """
     alphas = []
     for w in weights:
-        alpha = _begin(w.value.shape, generator).to(w.value.device)
-        alphas.append(alpha if within is None else alpha.masked_fill(~within[w.name], closed))
+        alpha = _initial_log_alpha(w.value.shape, generator).to(w.value.device)
+        if within is not None:
+            alpha = alpha.masked_fill(~within[w.name], CLOSED)
+        alphas.append(alpha)
+    names = [w.name for w in weights]
     total = sum(w.size for w in weights)
-    return Gates(
-        alphas,
-        lambda z: {w.name: gate for w, gate in zip(weights, z, strict=True)},
-        lambda p: torch.stack([each.sum() for each in p]).sum() / total,
-    )
+
+    def factors(gates: list[Tensor]) -> dict[str, Tensor]:
+        return dict(zip(names, gates, strict=True))
+
+    def share(probabilities: list[Tensor]) -> Tensor:
+        return torch.stack([each.sum() for each in probabilities]).sum() / total
+
+    return Gates(alphas, factors, share)
 
 
 def channel_gates(model: nn.Module, graph: ChannelGraph, *, generator: Source) -> Gates:
-    """Gives every removable channel of `graph` a gate, where its layer is read.
+    """Returns a gate for every channel of `graph`, on the weights that read it.
 
-    A channel that is coupled through a residual stream has one gate, on all weights that read it. There a closed gate
-    is the absence of the channel, whatever norm comes before; on the writing side a norm would undo the scale.
+    All weights that read a channel, for instance of a residual stream, share its gate. A closed
+    gate there removes the channel whatever norm comes before it; on the weights that write it, a
+    norm would undo the scale.
+
+    Args:
+        model: the traced model.
+        graph: its channels.
+        generator: of the initial gates.
 
     Raises:
         ModelError: if the model has no channels to gate.
@@ -183,93 +219,122 @@ def channel_gates(model: nn.Module, graph: ChannelGraph, *, generator: Source) -
             cure="put gates on single weights (unit = 'weights')",
         )
     tensors = tensors_of(model)
-    sizes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    at = next(iter(tensors.values())).device
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    device = next(iter(tensors.values())).device
 
-    def factors(z: list[Tensor]) -> dict[str, Tensor]:
+    def factors(gates: list[Tensor]) -> dict[str, Tensor]:
         out: dict[str, Tensor] = {}
-        for group, gate in zip(graph.groups, z, strict=True):
-            for s in _gated(group):
-                size = sizes[s.tensor]
-                index = s.index.to(gate.device)
-                line = gate.new_ones(size[s.axis]).index_put(
-                    (index,), gate[:, None].expand(index.shape)
-                )
-                line = line.view([-1 if d == s.axis else 1 for d in range(len(size))])
-                out[s.tensor] = out[s.tensor] * line if s.tensor in out else line
+        for group, gate in zip(graph.groups, gates, strict=True):
+            for s in _gated_slices(group):
+                factor = _along_axis(gate, s, shapes[s.tensor])
+                # A weight may read two groups along two axes: then both gates multiply it.
+                out[s.tensor] = out[s.tensor] * factor if s.tensor in out else factor
         return out
 
-    def share(p: list[Tensor]) -> Tensor:
-        left: dict[str, dict[int, Tensor]] = {name: {} for name in graph.shapes}
-        for group, probability in zip(graph.groups, p, strict=True):
-            gone = (1 - probability).sum()
-            for s in group.slices:
-                if s.tensor in left:
-                    axes = left[s.tensor]
-                    axes[s.axis] = axes.get(s.axis, gone.new_tensor(0.0)) + gone * s.index.shape[1]
-        zero = p[0].new_tensor(0.0)
-        counts = []
-        for name, shape in graph.shapes.items():
-            count = zero + 1.0
-            for axis, size in enumerate(shape):
-                count = count * (size - left[name].get(axis, zero))
-            counts.append(count)
-        return torch.stack(counts).sum() / graph.parameters(
-            [group.channels for group in graph.groups]
-        )
+    def share(probabilities: list[Tensor]) -> Tensor:
+        return _expected_parameters(graph, probabilities) / graph.parameters(full_widths(graph))
 
-    return Gates(
-        [_begin((group.channels,), generator).to(at) for group in graph.groups], factors, share
-    )
+    alphas = [_initial_log_alpha((group.channels,), generator).to(device) for group in graph.groups]
+    return Gates(alphas, factors, share)
 
 
-def _gated(group: ChannelGroup) -> list[Any]:
+def _along_axis(gate: Tensor, where: Slice, shape: Sequence[int]) -> Tensor:
+    """Returns the gates [channels] as a factor of a tensor: 1 where `where` has no channel."""
+    index = where.index.to(gate.device)
+    ones = gate.new_ones(shape[where.axis])
+    line = ones.index_put((index,), gate[:, None].expand(index.shape))
+    return line.view([-1 if d == where.axis else 1 for d in range(len(shape))])
+
+
+def _expected_parameters(graph: ChannelGraph, probabilities: Sequence[Tensor]) -> Tensor:
+    """Returns the number of parameters at the expected widths, differentiable.
+
+    A parameter's size is the product of its axes' expected lengths. That is exact where they are
+    independent.
+
+    Args:
+        graph: the channels.
+        probabilities: of each group, [channels], that a channel is kept.
+    """
+    zero = probabilities[0].new_tensor(0.0)
+    removed: dict[tuple[str, int], Tensor] = {}  # (tensor, axis) -> expected indices removed
+    for group, probability in zip(graph.groups, probabilities, strict=True):
+        channels = (1 - probability).sum()
+        for s in group.slices:
+            key = s.tensor, s.axis
+            removed[key] = removed.get(key, zero) + channels * s.index.shape[1]
+
+    counts = []
+    for name, shape in graph.shapes.items():
+        count = zero + 1.0
+        for axis, size in enumerate(shape):
+            count = count * (size - removed.get((name, axis), zero))
+        counts.append(count)
+    return torch.stack(counts).sum()
+
+
+def _gated_slices(group: ChannelGroup) -> list[Slice]:
     return group.role("read") or group.role("write")
 
 
-def _begin(shape: Sequence[int], generator: Source) -> Tensor:
-    """Draws log alpha around an open gate (section 4.1 of the paper draws around the drop-out rate)."""
-    return math.log(START / (1 - START)) + 0.01 * chance_of(generator).normal(
-        *shape, dtype=torch.float32
-    )
+def _initial_log_alpha(shape: Sequence[int], generator: Source) -> Tensor:
+    """Returns log alpha near an open gate, with a little noise, so that gates are not all equal.
+
+    Section 4.1 of the paper draws it around the drop-out rate.
+    """
+    noise = chance_of(generator).normal(*shape, dtype=torch.float32)
+    return math.log(START / (1 - START)) + 0.01 * noise
 
 
 class Controller:
-    """Finds lambda: dual ascent on the logarithm of the expected density, with a spring (an augmented Lagrangian).
+    """Adjusts lambda until the expected density is the target: an augmented Lagrangian.
 
-    Both gains are in units of `scale`, the lambda at which the density pulls as hard as the loss (see `balance`), and
-    an error of 1 is a density e times too large. Below the target lambda may turn negative: closed gates open again.
+    Lambda is a PI controller of the error log(density / target): an integral part (dual ascent) and
+    a proportional one. Both gains are in units of `scale`, the lambda at which the gradients of
+    density and loss are equally large (see `balance`). Below the target lambda may become negative,
+    so that closed gates open again.
 
     Args:
-        scale: the unit, with which lambda begins.
-        lambda_: what the ascent has come to, of an earlier controller.
-        rate: gain of the ascent per step.
-        spring: gain of the error itself.
+        scale: the unit, and the first lambda.
+        lambda_: the integral part of an earlier controller, to continue from.
+        rate: integral gain, per step.
+        spring: proportional gain.
     """
 
     def __init__(
         self, scale: float, lambda_: float | None = None, *, rate: float = 0.3, spring: float = 20.0
     ) -> None:
-        self.scale, self.rate, self.spring = scale, rate, spring
+        self.scale = scale
+        self.rate = rate
+        self.spring = spring
         self.lambda_ = scale if lambda_ is None else lambda_
 
-    def pull_(self, density: float, target: float) -> float:
-        """Takes a step of the ascent; returns the factor of the density in the loss.
+    def step_(self, density: float, target: float) -> float:
+        """Takes one step; returns the factor of the density in the loss.
 
         >>> controller = Controller(1.0)
-        >>> controller.pull_(0.5, 0.5), controller.pull_(0.6, 0.5) > 1, controller.pull_(0.4, 0.5) < 0
+        >>> at, above, below = (controller.step_(density, 0.5) for density in (0.5, 0.6, 0.4))
+        >>> at, above > 1, below < 0
         (1.0, True, True)
         """
+        # Clamped, so that a density far from the target does not let the integral part run away.
         error = min(max(math.log(max(density, 1e-9) / target), -1.0), 1.0)
         self.lambda_ += self.rate * self.scale * error
         return self.lambda_ + self.spring * self.scale * error
 
 
 def balance(loss: Tensor, density: Tensor, gates: Gates) -> float:
-    """Returns the lambda at which the density pulls on the gates as much as the loss does, in the L1 norm; else 1."""
+    """Returns the lambda at which loss and density have equally large gradients by the gates.
+
+    The size of a gradient is its L1 norm. Without such a lambda, because one of them is 0 or not
+    finite, it is 1.
+    """
     alphas = list(gates.log_alphas)
-    pulls = []
+    sizes = []
     for value in (loss, density):
-        grads = torch.autograd.grad(value, alphas, retain_graph=True, allow_unused=True)
-        pulls.append(sum(float(g.abs().sum()) for g in grads if g is not None))
-    return pulls[0] / pulls[1] if pulls[0] > 0 and pulls[1] > 0 and math.isfinite(pulls[0]) else 1.0
+        gradients = torch.autograd.grad(value, alphas, retain_graph=True, allow_unused=True)
+        sizes.append(sum(float(g.abs().sum()) for g in gradients if g is not None))
+    of_loss, of_density = sizes
+    if of_loss > 0 and of_density > 0 and math.isfinite(of_loss):
+        return of_loss / of_density
+    return 1.0

@@ -1,4 +1,4 @@
-"""Densities from a sensitivity analysis: every weight goes as far as the same growth of the loss allows."""
+"""Densities from a sensitivity analysis: all weights are pruned to the same growth of the loss."""
 
 from __future__ import annotations
 
@@ -8,36 +8,40 @@ import numpy as np
 import torch
 
 from fedpress.compress.prune.sensitivity import Point, extended_to_zero, loss_curves
-from fedpress.compress.sparse.masks import share_out
+from fedpress.compress.sparse.masks import divide_budget
 from fedpress.compress.sparse.weights import Weight
 from fedpress.errors import RecipeError
 
-HALVINGS = 60
-FLOOR = 0.5  # of the density of an Erdos-Renyi kernel
+BISECTIONS = 60
+"""Steps of the search for the level: more than enough for the digits of a float64."""
+FLOOR = 0.5
+"""Smallest density, relative to that of an Erdos-Renyi kernel."""
 
 
 def lowest_densities(weights: Sequence[Weight], density: float) -> dict[str, float]:
-    """Returns the least density of each weight, by name, when `density` of all entries stay."""
-    whole = {w.name: torch.ones(w.value.shape, dtype=torch.bool) for w in weights}
+    """Returns the smallest density of each weight, if `density` of all entries are kept."""
+    everything = {w.name: torch.ones(w.value.shape, dtype=torch.bool) for w in weights}
     wanted = max(len(weights), round(density * sum(w.size for w in weights)))
-    even = share_out(weights, whole, wanted, "erk")
-    return {w.name: max(FLOOR * count, 1) / w.size for w, count in zip(weights, even, strict=True)}
+    counts = divide_budget(weights, everything, wanted, "erk")
+    lowest = {}
+    for w, count in zip(weights, counts, strict=True):
+        lowest[w.name] = max(FLOOR * count, 1) / w.size
+    return lowest
 
 
 def level_densities(
     weights: Sequence[Weight], points: Sequence[Point], density: float
 ) -> dict[str, float]:
-    """Returns the density of each weight, by name, so that `density` of all entries stay at one level of the loss.
+    """Returns the density of each weight, by name, at which the loss grows equally for all.
 
-    The growth of the loss between measured densities is taken as straight; below them see
-    `extended_to_zero`. Curves are of one layer cut alone, and where all are cut far they say too
-    little: every weight keeps at least half of what an Erdos-Renyi kernel would give it
-        (`lowest_densities`).
+    Between measured densities the curves are straight; below them see `extended_to_zero`. A curve
+    is of one weight pruned alone, and shows too little where all are pruned far: so every weight
+    keeps at least half of what an Erdos-Renyi kernel would give it (`lowest_densities`).
 
     Args:
         weights: that share the budget.
-        points: what `sensitivity` gave for the weights, by name.
-        density: share of all entries.
+        points: from `sensitivity`, for the weights by name.
+        density: share of all entries to keep.
 
     Raises:
         RecipeError: if a weight has not been measured.
@@ -58,17 +62,20 @@ def level_densities(
     sizes = np.array([w.size for w in weights], dtype=np.float64)
 
     def at_level(level: float) -> np.ndarray:
-        # where a curve is flat, the tie goes to the lower density, a little of it by its own share
-        free = [np.interp(-level, -h - 1e-9 * (1 + top) * (1 - d), d) for d, h in lines]
-        densities: np.ndarray = np.maximum(free, floors)
+        found = []
+        for density, height in lines:
+            # A small slope makes flat parts of a curve invertible, and prefers the lower density.
+            rising = height + 1e-9 * (1 + top) * (1 - density)
+            found.append(np.interp(-level, -rising, density))
+        densities: np.ndarray = np.maximum(found, floors)
         return densities
 
-    low, high = -1e-6 * (1 + top), top * (1 + 1e-6) + 1e-6
-    for _ in range(HALVINGS):
+    low = -1e-6 * (1 + top)
+    high = top * (1 + 1e-6) + 1e-6
+    for _ in range(BISECTIONS):
         middle = (low + high) / 2
-        low, high = (
-            (middle, high)
-            if float(at_level(middle) @ sizes) > density * sizes.sum()
-            else (low, middle)
-        )
+        if float(at_level(middle) @ sizes) > density * sizes.sum():
+            low = middle
+        else:
+            high = middle
     return {w.name: float(d) for w, d in zip(weights, at_level(high), strict=True)}

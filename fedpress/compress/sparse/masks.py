@@ -1,4 +1,4 @@
-"""From scores to masks: the entries that stay, counted exactly."""
+"""Turns scores into masks that keep an exact number of entries."""
 
 from __future__ import annotations
 
@@ -28,19 +28,22 @@ def choose(
     scope: Scope | Mapping[str, float] = "global",
     within: Mapping[str, Tensor] | None = None,
 ) -> Masks:
-    """Keeps the highest scores, so that `density` of all entries of `weights` stay: exactly round(density * entries).
+    """Keeps the highest scores: exactly round(density * entries) of all entries of `weights`.
 
-    A unit of several entries (block, filter, channel) is worth the mean of its scores; then the count is the nearest
-    that whole units reach. Of equal scores the first stays. Every weight keeps at least one unit.
+    A unit of several entries (block, filter, channel) has the mean of their scores, and the count
+    is the nearest that whole units allow. Among equal scores the first is kept. Every weight keeps
+    at least one unit.
 
     Args:
         weights: that share the budget.
         scores: by name, of the weights' shapes.
-        pattern: what goes together. N:M keeps at least N of M in every group, more where `density` asks for more.
-        density: share of the entries that stays, in (0, 1].
-        scope: "global" orders all weights together; "uniform" keeps the same share of each; "erk" keeps more of small
-            weights (Evci et al. 2020, section 3.2); or the density of each weight by name, scaled to the budget.
-        within: entries that may stay, by name; an earlier mask.
+        pattern: which entries are kept or zeroed together. N:M keeps at least N of M in every
+            group, and more if `density` asks for more.
+        density: share of the entries to keep, in (0, 1].
+        scope: "global" has one threshold for all weights; "uniform" keeps the same share of each;
+            "erk" keeps more of small weights (Evci et al. 2020, section 3.2); or the density of
+            each weight by name, scaled to the budget.
+        within: an earlier mask: only its entries may be kept, by name.
 
     Raises:
         RecipeError: if `density` is out of range, or more than `within` leaves.
@@ -48,24 +51,27 @@ def choose(
     """
     check_density(density)
     allowed = {w.name: _allowed(w, within) for w in weights}
-    total, left = sum(w.size for w in weights), sum(int(a.sum()) for a in allowed.values())
+    total = sum(w.size for w in weights)
+    available = sum(int(mask.sum()) for mask in allowed.values())
     wanted = round(density * total)
-    if wanted > left and pattern.kind != "n:m":
+    if wanted > available and pattern.kind != "n:m":
         raise RecipeError(
-            f"got {density:g}, but only {left / total:.4g} of these weights are left",
+            f"got {density:g}, but only {available / total:.4g} of these weights are left",
             place="density",
             cure="give less",
         )
-    wanted = max(wanted, sum(bool(a.any()) for a in allowed.values()))
-    flat = {w.name: _checked(w, scores[w.name]) for w in weights}
+    checked = {w.name: _check_scores(w, scores[w.name]) for w in weights}
     if pattern.kind == "n:m":
         n = max(pattern.a, min(pattern.b, ceil(density * pattern.b)))
-        return {w.name: _n_of_m(w, flat[w.name], allowed[w.name], n, pattern.b) for w in weights}
-    units = [_Units.of(w, pattern, flat[w.name], allowed[w.name]) for w in weights]
+        return _n_of_m_masks(weights, checked, allowed, n, pattern.b)
+
+    # A weight without any entry would pass nothing on.
+    wanted = max(wanted, sum(bool(mask.any()) for mask in allowed.values()))
+    units = [_Units.of(w, pattern, checked[w.name], allowed[w.name]) for w in weights]
     if scope == "global":
-        kept = _global(units, wanted)
+        kept = _fill_global(units, wanted)
     else:
-        budgets = share_out(weights, allowed, wanted, scope)
+        budgets = divide_budget(weights, allowed, wanted, scope)
         kept = [_fill(u.value, u.cost, budget) for u, budget in zip(units, budgets, strict=True)]
     masks: Masks = {}
     for weight, own, best in zip(weights, units, kept, strict=True):
@@ -85,55 +91,78 @@ def check_density(density: float, *, where: str = "density") -> None:
         )
 
 
-def share_out(
+def divide_budget(
     weights: Sequence[Weight],
     allowed: Mapping[str, Tensor],
     wanted: int,
     scope: str | Mapping[str, float],
 ) -> list[int]:
-    """Deals `wanted` entries to the weights: in proportion to the scope's densities, none above what it may keep.
+    """Divides `wanted` entries among the weights in proportion to the densities of the scope.
 
-    What a full weight cannot take goes to the others. Whole numbers by largest remainder, so their sum is `wanted`.
+    No weight gets more than it may keep; what is left over goes to the others.
+
+    Args:
+        weights: that share the budget.
+        allowed: the entries that each may keep.
+        wanted: entries to keep in all.
+        scope: "uniform", "erk", or a density for each weight by name.
+
+    Returns:
+        The number of entries to keep of each weight; their sum is `wanted`.
+
+    Raises:
+        RecipeError: if a weight has no density, or one out of range.
     """
-    if isinstance(scope, str):
-        density = {w.name: 1.0 if scope == "uniform" else _erk(w.value.shape) for w in weights}
-    else:
-        density = {w.name: _density_given(scope, w.name) for w in weights}
-    shares = [density[w.name] * w.size for w in weights]
-    room = [int(allowed[w.name].sum()) for w in weights]
-    return _whole_numbers(_in_proportion(shares, room, wanted), room, wanted)
+    shares = []
+    for w in weights:
+        if not isinstance(scope, str):
+            density = _density_given(scope, w.name)
+        elif scope == "uniform":
+            density = 1.0
+        else:
+            density = _erdos_renyi(w.value.shape)
+        shares.append(density * w.size)
+    most = [int(allowed[w.name].sum()) for w in weights]
+    return _round_to_sum(_in_proportion(shares, most, wanted), most, wanted)
 
 
-def _in_proportion(shares: Sequence[float], room: Sequence[int], wanted: int) -> list[float]:
-    """Deals `wanted` in proportion to `shares`; what goes beyond the room of one is dealt to the others."""
+def _in_proportion(shares: Sequence[float], most: Sequence[int], wanted: int) -> list[float]:
+    """Divides `wanted` in proportion to `shares`; what exceeds `most` goes to the others."""
     full: set[int] = set()
     while True:
         free = [i for i in range(len(shares)) if i not in full]
-        left = wanted - sum(room[i] for i in full)
-        scale = left / sum(shares[i] for i in free) if free else 0.0
-        dealt = [float(room[i]) if i in full else shares[i] * scale for i in range(len(shares))]
-        over = [i for i in free if dealt[i] > room[i]]
-        if not over:
-            return dealt
-        full.update(over)
+        remaining = wanted - sum(most[i] for i in full)
+        scale = remaining / sum(shares[i] for i in free) if free else 0.0
+        amounts = [float(n) for n in most]
+        for i in free:
+            amounts[i] = shares[i] * scale
+
+        # Each round fills at least one weight, so this ends.
+        exceeding = [i for i in free if amounts[i] > most[i]]
+        if not exceeding:
+            return amounts
+        full.update(exceeding)
 
 
-def _whole_numbers(exact: Sequence[float], room: Sequence[int], wanted: int) -> list[int]:
-    """Rounds to whole numbers by largest remainder, so that their sum is `wanted`."""
+def _round_to_sum(exact: Sequence[float], most: Sequence[int], wanted: int) -> list[int]:
+    """Rounds to integers with the sum `wanted`, by the largest-remainder method."""
     counts = [int(x) for x in exact]
     by_remainder = sorted(range(len(exact)), key=lambda i: (counts[i] - exact[i], i))
-    open_ = [i for i in by_remainder if counts[i] < room[i]]
-    for i in open_[: wanted - sum(counts)]:
+    may_grow = [i for i in by_remainder if counts[i] < most[i]]
+    for i in may_grow[: wanted - sum(counts)]:
         counts[i] += 1
-    # A weight without any entry would cut the network: it takes one from the largest.
-    for i in [i for i, n in enumerate(counts) if n < min(1, room[i])]:
+
+    # A weight without any entry would pass nothing on: it takes one from the largest.
+    empty = [i for i, n in enumerate(counts) if n < min(1, most[i])]
+    for i in empty:
         largest = counts.index(max(counts))
-        counts[i], counts[largest] = 1, max(counts) - 1
+        counts[i] = 1
+        counts[largest] -= 1
     return counts
 
 
-def _erk(shape: Sequence[int]) -> float:
-    """Density of an Erdos-Renyi kernel, up to a factor: the sum of a weight's sides over their product."""
+def _erdos_renyi(shape: Sequence[int]) -> float:
+    """Returns the density of an Erdos-Renyi kernel, up to a factor: sum of sides / product."""
     return sum(shape) / prod(shape)
 
 
@@ -142,78 +171,111 @@ def _density_given(densities: Mapping[str, float], name: str) -> float:
         raise RecipeError(
             f"'{name}' has none",
             place="scope",
-            cure="give one for each weight that gets zeros",
+            cure="give one for each weight that may have zeros",
         )
     check_density(densities[name], where=f"scope.{name}")
     return densities[name]
 
 
 class _Units:
-    """What goes together in one weight: what each unit costs (entries) and is worth (mean score)."""
+    """The units of one weight: groups of entries that are kept or zeroed together.
+
+    Attributes:
+        ids: the unit of each entry, of the weight's shape; None if every entry is a unit.
+        value: [units], the mean score of each.
+        cost: [units], the number of allowed entries of each.
+    """
 
     def __init__(self, ids: Tensor | None, value: Tensor, cost: Tensor) -> None:
-        self.ids, self.value, self.cost = ids, value, cost
+        self.ids = ids
+        self.value = value
+        self.cost = cost
 
     @classmethod
     def of(cls, weight: Weight, pattern: Pattern, scores: Tensor, allowed: Tensor) -> _Units:
+        """Returns the units of `weight` by `pattern`; entries that are not allowed do not count."""
+        flat_allowed = allowed.flatten()
         if pattern.kind == "unstructured":
-            value = scores.flatten().masked_fill(~allowed.flatten(), -torch.inf)
-            return cls(None, value, allowed.flatten().long())
+            value = scores.flatten().masked_fill(~flat_allowed, -torch.inf)
+            return cls(None, value, flat_allowed.long())
+
         ids = pattern.units(weight).to(scores.device)
-        flat, count, may = ids.flatten(), int(ids.max()) + 1, allowed.flatten()
-        cost = torch.zeros(count, dtype=torch.long, device=flat.device)
-        cost.index_add_(0, flat, may.long())
-        total = torch.zeros(count, dtype=torch.double, device=flat.device)
-        total.index_add_(0, flat, scores.flatten().double().masked_fill(~may, 0.0))
+        flat_ids = ids.flatten()
+        count = int(ids.max()) + 1
+        cost = torch.zeros(count, dtype=torch.long, device=ids.device)
+        cost.index_add_(0, flat_ids, flat_allowed.long())
+        total = torch.zeros(count, dtype=torch.double, device=ids.device)
+        total.index_add_(0, flat_ids, scores.flatten().double().masked_fill(~flat_allowed, 0.0))
         return cls(ids, (total / cost).masked_fill(cost == 0, -torch.inf), cost)
 
     def mask(self, kept: Tensor, allowed: Tensor) -> Tensor:
+        """Returns the mask of the entries whose units are `kept` [units]."""
         entries = kept.view(allowed.shape) if self.ids is None else kept[self.ids]
         return entries & allowed
 
 
-def _global(units: Sequence[_Units], wanted: int) -> list[Tensor]:
-    """Fills one budget from all weights together; the best unit of each comes first, so that no layer is cut off."""
-    values, least = [], 0
+def _fill_global(units: Sequence[_Units], wanted: int) -> list[Tensor]:
+    """Fills one budget from all weights together, the best unit of each weight first."""
+    values = []
+    costs = []
+    least = 0
     for one in units:
         value = one.value.cpu().clone()
+        cost = one.cost.cpu()
+        # However low its scores are, a weight keeps one unit, or the network would pass nothing on.
         best = int(value.argmax())
         value[best] = torch.inf
-        least += int(one.cost[best])
+        least += int(cost[best])
         values.append(value)
-    kept = _fill(torch.cat(values), torch.cat([u.cost.cpu() for u in units]), max(wanted, least))
+        costs.append(cost)
+    kept = _fill(torch.cat(values), torch.cat(costs), max(wanted, least))
     parts = kept.split([len(u.value) for u in units])
     return [part.to(u.value.device) for part, u in zip(parts, units, strict=True)]
 
 
 def _fill(value: Tensor, cost: Tensor, wanted: int) -> Tensor:
-    """Keeps the most valuable units, as many as bring their cost nearest to `wanted`, at least one; bool [units]."""
+    """Keeps the best units with a total cost nearest to `wanted`, at least one; bool [units]."""
     order = value.argsort(descending=True, stable=True)
-    spent = cost[order].cumsum(0)
-    # The first `count` cost less than wanted.
-    count = int(torch.searchsorted(spent, spent.new_tensor(wanted)))
-    before = int(spent[count - 1]) if count else 0
-    if count < len(spent) and (not count or int(spent[count]) - wanted <= wanted - before):
-        count += 1
+    total_cost = cost[order].cumsum(0)
+    # The first `count` units cost less than wanted; one more may be nearer.
+    count = int(torch.searchsorted(total_cost, total_cost.new_tensor(wanted)))
+    if count < len(total_cost):
+        before = int(total_cost[count - 1]) if count else 0
+        after = int(total_cost[count])
+        if not count or after - wanted <= wanted - before:
+            count += 1
     kept = torch.zeros_like(value, dtype=torch.bool)
     kept[order[:count]] = True
     return kept
 
 
-def _n_of_m(weight: Weight, scores: Tensor, allowed: Tensor, n: int, m: int) -> Tensor:
-    return n_of_m(scores.masked_fill(~allowed, -torch.inf), weight, n, m) & allowed
+def _n_of_m_masks(
+    weights: Sequence[Weight], scores: Masks, allowed: Masks, n: int, m: int
+) -> Masks:
+    """Returns masks with the best `n` of every `m` inputs, fewer where fewer are allowed."""
+    masks: Masks = {}
+    for w in weights:
+        may = allowed[w.name]
+        masks[w.name] = n_of_m(scores[w.name].masked_fill(~may, -torch.inf), w, n, m) & may
+    return masks
 
 
 def _allowed(weight: Weight, within: Mapping[str, Tensor] | None) -> Tensor:
+    """Returns the entries that may be kept: those of an earlier mask, or all."""
     if within is not None and weight.name in within:
         return within[weight.name]
     return torch.ones(weight.value.shape, dtype=torch.bool, device=weight.value.device)
 
 
-def _checked(weight: Weight, scores: Tensor) -> Tensor:
+def _check_scores(weight: Weight, scores: Tensor) -> Tensor:
+    """Returns the scores on the weight's device.
+
+    Raises:
+        ModelError: if one is NaN.
+    """
     if scores.isnan().any():
         raise ModelError(
-            f"'{weight.name}' has scores that are no numbers",
+            f"'{weight.name}' has scores that are NaN",
             place="scores",
             cure="use a model that trained well",
         )
@@ -228,16 +290,16 @@ def apply_(weights: Iterable[Weight], masks: Mapping[str, Tensor]) -> None:
 
 
 def density_of(masks: Mapping[str, Tensor]) -> float:
-    """Returns the share of entries that stay.
+    """Returns the share of entries that are kept.
 
     >>> density_of({"w": torch.tensor([True, False])})
     0.5
     """
-    return sum(int(m.sum()) for m in masks.values()) / max(
-        1, sum(m.numel() for m in masks.values())
-    )
+    kept = sum(int(mask.sum()) for mask in masks.values())
+    entries = sum(mask.numel() for mask in masks.values())
+    return kept / max(1, entries)
 
 
 def masks_of(model: nn.Module, names: Iterable[str]) -> Masks:
-    """Reads the masks that the zeros of the named parameters are (see `ModelSpec.sparse`)."""
+    """Returns masks of the named parameters' nonzero entries (see `ModelSpec.sparse`)."""
     return kept_entries(model, names)

@@ -1,4 +1,4 @@
-"""The shapes that zeros may take: single weights, N of M, blocks, whole filters, whole input channels."""
+"""Sparsity patterns: single weights, N of M, blocks, whole filters, whole input channels."""
 
 from __future__ import annotations
 
@@ -18,7 +18,12 @@ Kind = Literal["unstructured", "n:m", "block", "filter", "channel"]
 
 @dataclass(frozen=True)
 class Pattern:
-    """What goes together. `a` and `b` are N and M, or the sides of a block: outputs by inputs.
+    """Which entries of a weight are kept or zeroed together.
+
+    Attributes:
+        kind: the pattern.
+        a: N of N:M, or the outputs of a block.
+        b: M of N:M, or the inputs of a block.
 
     >>> Pattern.parse("2:4")
     Pattern(kind='n:m', a=2, b=4)
@@ -55,20 +60,23 @@ class Pattern:
 
     @property
     def density(self) -> float | None:
-        """The share of weights that N:M keeps; None for the other patterns, which reach any."""
-        return self.a / self.b if self.kind == "n:m" else None
+        """The share of weights that N:M keeps; None for other patterns, which allow any."""
+        if self.kind != "n:m":
+            return None
+        return self.a / self.b
 
     def misfit(self, weight: Weight) -> str | None:
-        """Says why `weight` cannot take this pattern; None if it can."""
+        """Returns why `weight` cannot have this pattern; None if it can."""
         inputs = weight.value.shape[0 if weight.transposed else 1]
         if self.kind == "n:m" and inputs % self.b:
             return f"its {inputs} inputs are no multiple of {self.b}"
         return None
 
     def units(self, weight: Weight) -> Tensor:
-        """Numbers what goes together: int64 of the weight's shape, entries of one number live or die together.
+        """Returns the unit of each entry, int64 of the weight's shape.
 
-        Blocks at the edge of a weight that no block size divides are smaller. N:M has no units: see `n_of_m`.
+        Blocks at the edge of a weight are smaller if the block size does not divide it. N:M has no
+        units: see `n_of_m`.
         """
         shape = weight.value.shape
         if self.kind == "unstructured":
@@ -87,7 +95,16 @@ class Pattern:
 
 
 def n_of_m(scores: Tensor, weight: Weight, n: int, m: int) -> Tensor:
-    """Keeps the `n` highest scores of every `m` inputs in a row; bool of the weight's shape. First ones win ties.
+    """Keeps the `n` highest scores of every `m` consecutive inputs, the first among equals.
+
+    Args:
+        scores: of the weight's shape.
+        weight: says which axis is its inputs.
+        n: entries to keep of each group.
+        m: size of a group; it must divide the number of inputs.
+
+    Returns:
+        A mask of the weight's shape.
 
     >>> one = Weight("w", torch.nn.Parameter(torch.zeros(1, 4)))
     >>> n_of_m(torch.tensor([[1.0, 4.0, 3.0, 2.0]]), one, 2, 4)
@@ -102,17 +119,22 @@ def n_of_m(scores: Tensor, weight: Weight, n: int, m: int) -> Tensor:
 
 
 def _out_in(weight: Weight) -> tuple[int, int]:
+    """Returns the axes of outputs and inputs."""
     return (1, 0) if weight.transposed else (0, 1)
 
 
 def _axes(weight: Weight) -> tuple[Tensor, Tensor]:
-    """Returns for each entry its output and its input channel, both broadcast to the weight's shape."""
+    """Returns the output and the input channel of each entry, in shapes that broadcast."""
     first, second, *rest = weight.value.shape
     dims = 2 + len(rest)
-    whole, part = _along(torch.arange(first), 0, dims), _along(torch.arange(second), 1, dims)
-    other = whole // (first // weight.groups) * second + part  # the channels that a group sees
-    return (other, whole) if weight.transposed else (whole, other)
+    axis_0 = _along(torch.arange(first), 0, dims)
+    axis_1 = _along(torch.arange(second), 1, dims)
+    # Axis 1 counts channels within a group; the group follows from axis 0.
+    group = axis_0 // (first // weight.groups)
+    grouped = group * second + axis_1
+    return (grouped, axis_0) if weight.transposed else (axis_0, grouped)
 
 
 def _along(numbers: Tensor, axis: int, dims: int) -> Tensor:
+    """Returns a vector in a shape that is broadcast along all axes but `axis`."""
     return numbers.view([-1 if d == axis else 1 for d in range(dims)])

@@ -1,4 +1,4 @@
-"""When zeros come, and when they move: densities over the course of a training, and RigL's drop and growth."""
+"""Sparsity schedules: the density over a training, and RigL's dropping and growing of weights."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from fedpress.compress.sparse.weights import Weight
 
 
 def cubic(progress: float, *, start: float, end: float) -> float:
-    """Returns the density at `progress` (0..1) on the way from `start` to `end`: fast first, then ever slower.
+    """Returns the density at `progress` (0..1) from `start` to `end`: fast first, then slower.
 
-    Zhu & Gupta 2017, arXiv:1710.01878, eq. 1.
+    The cubic schedule of Zhu & Gupta 2017, arXiv:1710.01878, eq. 1.
 
     >>> [round(cubic(p, start=1.0, end=0.1), 4) for p in (0.0, 0.5, 1.0)]
     [1.0, 0.2125, 0.1]
@@ -25,18 +25,20 @@ def cubic(progress: float, *, start: float, end: float) -> float:
 
 
 def steps_down(round: int, rounds: int, *, start: float, end: float) -> float:
-    """Returns the density after `round` of `rounds` cuts that each keep the same share of what is left.
+    """Returns the density after `round` of `rounds` prunings that each keep the same share.
 
     Frankle & Carbin 2019, arXiv:1803.03635, section 2.
 
     >>> steps_down(1, 2, start=1.0, end=0.25)
     0.5
     """
-    return end if round >= rounds else geometric(round / rounds, start=start, end=end)
+    if round >= rounds:
+        return end  # exactly, without rounding errors
+    return geometric(round / rounds, start=start, end=end)
 
 
 def geometric(progress: float, *, start: float, end: float) -> float:
-    """Returns the density at `progress` (0..1) on the way from `start` to `end`, by the same factor in the same time.
+    """Returns the density at `progress` (0..1) from `start` to `end`, at a constant rate of decay.
 
     >>> geometric(0.5, start=1.0, end=0.25)
     0.5
@@ -45,7 +47,7 @@ def geometric(progress: float, *, start: float, end: float) -> float:
 
 
 def drop_share(progress: float, first: float) -> float:
-    """Returns the share of each layer's weights that RigL moves at `progress` (0..1): a cosine from `first` to 0.
+    """Returns the share of weights that RigL moves at `progress` (0..1): from `first` to 0.
 
     Evci et al. 2020, arXiv:1911.11134, section 3.3.
 
@@ -64,40 +66,40 @@ def regrow(
     share: float,
     within: Mapping[str, Tensor] | None = None,
 ) -> Masks:
-    """Moves `share` of each layer's weights to where the loss is steepest; the count in each layer stays.
+    """Drops the smallest weights of each layer and grows as many where the gradient is largest.
 
-    The smallest weights are dropped, and as many grow at the largest |gradient| among all that do not stay, also those
-    just dropped (Evci et al. 2020, arXiv:1911.11134, algorithm 1: i not in theta less I_active). One that is dropped
-    and grows at once never was away, and keeps its value, as in the authors' code. Set the new ones to 0.
+    All entries that are not kept may grow, including those just dropped (Evci et al. 2020,
+    arXiv:1911.11134, algorithm 1: i not in theta less I_active). A weight that is dropped and grown
+    at once keeps its value, as in the authors' code. The caller sets the other new weights to 0.
 
     Args:
         weights: with masks.
-        masks: what is kept now.
-        gradients: of the loss by each weight, dense.
-        pattern: "unstructured" or another with units: whole blocks, filters or channels move.
-        share: of the kept entries.
-        within: where weights may grow, by name; anywhere without.
+        masks: the entries that are kept now.
+        gradients: of the loss with respect to each weight, zeros included.
+        pattern: "unstructured", or another with units: whole blocks, filters or channels move.
+        share: of the kept entries to drop.
+        within: where weights may grow, by name; None for anywhere.
 
     Returns:
-        The new masks.
+        The new masks, with as many entries in each layer.
     """
-    moved: Masks = {}
+    new_masks: Masks = {}
     for w in weights:
         mask = masks[w.name]
-        may = torch.ones_like(mask) if within is None else within[w.name]
+        new_masks[w.name] = mask
         kept = int(mask.sum())
-        stay = kept - int(share * kept)
-        moved[w.name] = mask
-        if stay == kept or stay < 1:
+        remaining = kept - int(share * kept)
+        if remaining == kept or remaining < 1:
             continue
-        one = {w.name: w.value.detach().abs()}
-        left = choose([w], one, pattern, density=stay / w.size, within={w.name: mask})[w.name]
-        free = may & ~left
-        count = min(kept - int(left.sum()), int(free.sum()))
+        sizes = {w.name: w.value.detach().abs()}
+        kept_density = remaining / w.size
+        largest = choose([w], sizes, pattern, density=kept_density, within={w.name: mask})[w.name]
+
+        may_grow = torch.ones_like(mask) if within is None else within[w.name]
+        free = may_grow & ~largest
+        count = min(kept - int(largest.sum()), int(free.sum()))
         if count:
-            steep = {w.name: gradients[w.name].abs()}
-            moved[w.name] = (
-                left
-                | choose([w], steep, pattern, density=count / w.size, within={w.name: free})[w.name]
-            )
-    return moved
+            slopes = {w.name: gradients[w.name].abs()}
+            grown = choose([w], slopes, pattern, density=count / w.size, within={w.name: free})
+            new_masks[w.name] = largest | grown[w.name]
+    return new_masks

@@ -1,4 +1,4 @@
-"""How much each weight matters: one row per score in `WEIGHT_SCORES`; the least important is lowest."""
+"""Scores of single weights, one row each in `WEIGHT_SCORES`: the lowest are pruned first."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ Values = list[Tensor]
 
 
 @dataclass(frozen=True, eq=False)
-class WeightEvidence:
-    """What a score may look at.
+class WeightScoreInputs:
+    """What a score is computed from.
 
     Attributes:
-        model: in which the weights are.
+        model: with the weights.
         weights: to be scored.
-        losses: runs the model over some public batches and yields the loss of each.
+        losses: yields the model's loss on each of some public batches.
         generator: for "random".
-        moved: what `Movement` has summed up while the weights trained, by name.
+        moved: the sums of `Movement` over the training, by name.
     """
 
     model: nn.Module
@@ -37,94 +37,100 @@ class WeightEvidence:
     moved: Mapping[str, Tensor] | None = None
 
 
-def magnitude(evidence: WeightEvidence) -> Values:
+def magnitude(inputs: WeightScoreInputs) -> Values:
     """|w|."""
-    return [w.value.detach().abs() for w in evidence.weights]
+    return [w.value.detach().abs() for w in inputs.weights]
 
 
-def lamp(evidence: WeightEvidence) -> Values:
-    """w^2 over the sum of the squares in its layer that are not smaller (Lee et al. 2021, arXiv:2010.07611, eq. 3).
+def lamp(inputs: WeightScoreInputs) -> Values:
+    """w^2 divided by the sum of all squares in its layer that are not smaller.
 
-    It makes the weights of layers comparable, and the largest of each layer scores 1, so that none is cut off.
+    It makes weights of different layers comparable. The largest of each layer has score 1, so that
+    none loses all its weights (Lee et al. 2021, arXiv:2010.07611, eq. 3).
     """
     scores = []
-    for w in evidence.weights:
+    for w in inputs.weights:
         squares = w.value.detach().double().square().flatten()
         rising, order = squares.sort(stable=True)
-        rest = rising.flip(0).cumsum(0).flip(0)
-        score = torch.empty_like(squares).scatter_(
-            0, order, rising / rest.clamp_min(torch.finfo(torch.double).tiny)
-        )
+        not_smaller = rising.flip(0).cumsum(0).flip(0)
+        # A layer of zeros has scores 0, not 0 / 0.
+        ratios = rising / not_smaller.clamp_min(torch.finfo(torch.double).tiny)
+        score = torch.empty_like(squares).scatter_(0, order, ratios)
         scores.append(score.view(w.value.shape))
     return scores
 
 
-def taylor(evidence: WeightEvidence) -> Values:
-    """Mean over batches of |w dL/dw|: how much the loss changes, to first order, if the weight goes.
+def taylor(inputs: WeightScoreInputs) -> Values:
+    """Mean over batches of |w dL/dw|: the first-order change of the loss without the weight.
 
     Molchanov et al. 2017, arXiv:1611.06440. The model is in evaluation mode.
     """
-    return _over_batches(evidence, "taylor", lambda w, g: (w * g).abs())
+    return _over_batches(inputs, "taylor", lambda w, g: (w * g).abs())
 
 
-def fisher(evidence: WeightEvidence) -> Values:
-    """w^2 F / 2 with F the mean square of dL/dw: Optimal Brain Damage (LeCun et al. 1990) with the diagonal Fisher.
+def fisher(inputs: WeightScoreInputs) -> Values:
+    """w^2 F / 2, with F the mean square of dL/dw: the second-order change of the loss.
 
-    F is that of single examples if each loss is that of one example; the model is in evaluation mode.
+    Optimal Brain Damage (LeCun et al. 1990) with the diagonal Fisher information as Hessian, for
+    which each loss should be that of one example. The model is in evaluation mode.
     """
-    return _over_batches(evidence, "fisher", lambda w, g: (w * g).square() / 2)
+    return _over_batches(inputs, "fisher", lambda w, g: (w * g).square() / 2)
 
 
-def snip(evidence: WeightEvidence) -> Values:
-    """|w dL/dw| with the gradient of all batches together (Lee et al. 2019, arXiv:1810.02340, eq. 4).
+def snip(inputs: WeightScoreInputs) -> Values:
+    """|w dL/dw| with the mean gradient of all batches (Lee et al. 2019, arXiv:1810.02340, eq. 4).
 
-    For networks at their initialisation, whose norms take the statistics of the batch.
+    For networks at their initialisation: norms use the statistics of the batch.
     """
-    values = [w.value for w in evidence.weights]
-    with differentiable(evidence.model, values, batch_statistics=True):
-        slopes = mean(gradient(loss, values) for loss in _losses(evidence, "snip"))
+    values = [w.value for w in inputs.weights]
+    with differentiable(inputs.model, values, batch_statistics=True):
+        slopes = mean(gradient(loss, values) for loss in _losses(inputs, "snip"))
     return [(v.detach() * g).abs() for v, g in zip(values, slopes, strict=True)]
 
 
-def grasp(evidence: WeightEvidence) -> Values:
-    """What the weight adds to the flow of gradients, w (H g) (Wang et al. 2020, arXiv:2002.07376, eq. 8).
+def grasp(inputs: WeightScoreInputs) -> Values:
+    """Product of w and (H g), with g the gradient and H the Hessian.
 
-    Their score is its negative, of which they remove the highest. H g is that of each batch, and their mean is taken.
-    For networks at their initialisation, whose norms take the statistics of the batch.
+    It is how much the weight adds to the norm of the gradient.
+
+    Wang et al. 2020 (arXiv:2002.07376, eq. 8) use the negative and remove the highest. The mean
+    over batches is taken. For networks at their initialisation: norms use the statistics of the
+    batch.
     """
-    values = [w.value for w in evidence.weights]
-    with differentiable(evidence.model, values, batch_statistics=True):
-        products = mean(hessian_gradient(loss, values) for loss in _losses(evidence, "grasp"))
+    values = [w.value for w in inputs.weights]
+    with differentiable(inputs.model, values, batch_statistics=True):
+        products = mean(hessian_gradient(loss, values) for loss in _losses(inputs, "grasp"))
     return [v.detach() * h for v, h in zip(values, products, strict=True)]
 
 
-def movement(evidence: WeightEvidence) -> Values:
-    """Minus the sum of w dL/dw over the training so far (Sanh et al. 2020, arXiv:2005.07683): what moves away from 0.
+def movement(inputs: WeightScoreInputs) -> Values:
+    """Minus the sum of w dL/dw over the training: high for weights that move away from 0.
 
-    There a pruned weight may come back; here its zero stays, and so does its score.
+    Sanh et al. 2020, arXiv:2005.07683. There a pruned weight may return; here it stays 0, and its
+    score the same.
     """
-    if evidence.moved is None:
+    if inputs.moved is None:
         raise ModelError(
-            "the score 'movement' is summed up while the network trains",
+            "the score 'movement' is accumulated while the network trains",
             place="score",
             cure="take schedule 'gradual' or 'rewind'",
         )
-    return [evidence.moved[w.name] for w in evidence.weights]
+    return [inputs.moved[w.name] for w in inputs.weights]
 
 
-def random(evidence: WeightEvidence) -> Values:
-    """Uniform numbers: the control that every other score has to beat."""
-    if evidence.generator is None:
+def random(inputs: WeightScoreInputs) -> Values:
+    """Uniform random numbers: the baseline for every other score."""
+    if inputs.generator is None:
         raise ModelError(
             "the score 'random' needs a `generator`",
             place="generator",
             cure="give a torch.Generator",
         )
-    chance = chance_of(evidence.generator)
-    return [chance.uniform(*w.value.shape, dtype=torch.float32) for w in evidence.weights]
+    chance = chance_of(inputs.generator)
+    return [chance.uniform(*w.value.shape, dtype=torch.float32) for w in inputs.weights]
 
 
-WEIGHT_SCORES: dict[str, Callable[[WeightEvidence], Values]] = {
+WEIGHT_SCORES: dict[str, Callable[[WeightScoreInputs], Values]] = {
     "magnitude": magnitude,
     "lamp": lamp,
     "taylor": taylor,
@@ -136,12 +142,12 @@ WEIGHT_SCORES: dict[str, Callable[[WeightEvidence], Values]] = {
 }
 
 
-def score_weights(score: str, evidence: WeightEvidence) -> dict[str, Tensor]:
-    """Scores every entry of the weights: a tensor of its shape for each, by name.
+def score_weights(score: str, inputs: WeightScoreInputs) -> dict[str, Tensor]:
+    """Returns a tensor of scores for each weight, of its shape, by name.
 
     Raises:
         RecipeError: if there is no such score.
-        ModelError: if what the score needs is missing, or a score is not finite.
+        ModelError: if something that the score needs is missing, or a score is not finite.
     """
     if score not in WEIGHT_SCORES:
         known = list(WEIGHT_SCORES)
@@ -150,19 +156,24 @@ def score_weights(score: str, evidence: WeightEvidence) -> dict[str, Tensor]:
             place="score",
             cure=suggestion(score, known, f"use one of {', '.join(known)}"),
         )
-    values = WEIGHT_SCORES[score](evidence)
-    for w, scores in zip(evidence.weights, values, strict=True):
+    values = WEIGHT_SCORES[score](inputs)
+    for w, scores in zip(inputs.weights, values, strict=True):
         if not scores.isfinite().all():
             raise ModelError(
                 f"the score '{score}' of '{w.name}' is not finite",
                 place="model",
                 cure="sparsify a model whose training went well",
             )
-    return {w.name: scores for w, scores in zip(evidence.weights, values, strict=True)}
+    return {w.name: scores for w, scores in zip(inputs.weights, values, strict=True)}
 
 
 class Movement:
-    """Sums -w dL/dw of every backward pass while it watches; `sums` by name are what "movement" looks at."""
+    """Sums -w dL/dw over backward passes, for the score "movement".
+
+    Attributes:
+        weights: whose gradients are observed.
+        sums: by name of the weight.
+    """
 
     def __init__(self, weights: Sequence[Weight]) -> None:
         self.weights = weights
@@ -170,7 +181,7 @@ class Movement:
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Watches the gradients as they are made; leaves no trace."""
+        """Within the block every gradient is added to the sums; the model is unchanged."""
         handles = [w.value.register_post_accumulate_grad_hook(self._add(w)) for w in self.weights]
         try:
             yield
@@ -187,36 +198,39 @@ class Movement:
 
 
 def gradients(losses: Iterable[Tensor], weights: Sequence[Weight]) -> dict[str, Tensor]:
-    """Returns the mean gradient of `losses` by each of `weights`, by name."""
+    """Returns the mean gradient of `losses` with respect to each of `weights`, by name."""
     values = [w.value for w in weights]
     means = mean(gradient(loss, values) for loss in losses)
     return {w.name: g for w, g in zip(weights, means, strict=True)}
 
 
 def _over_batches(
-    evidence: WeightEvidence, name: str, effect: Callable[[Tensor, Tensor], Tensor]
+    inputs: WeightScoreInputs, name: str, effect: Callable[[Tensor, Tensor], Tensor]
 ) -> Values:
     """Returns the mean over batches of `effect(weight, gradient)`, in evaluation mode."""
-    values = [w.value for w in evidence.weights]
-    with differentiable(evidence.model, values):
-        pairs = (
-            zip(values, gradient(loss, values), strict=True) for loss in _losses(evidence, name)
-        )
-        return mean([effect(v.detach(), g) for v, g in pair] for pair in pairs)
+    values = [w.value for w in inputs.weights]
+
+    def batches() -> Iterator[Values]:
+        for loss in _losses(inputs, name):
+            pairs = zip(values, gradient(loss, values), strict=True)
+            yield [effect(value.detach(), g) for value, g in pairs]
+
+    with differentiable(inputs.model, values):
+        return mean(batches())
 
 
-def _losses(evidence: WeightEvidence, name: str) -> Iterator[Tensor]:
-    if evidence.losses is None:
+def _losses(inputs: WeightScoreInputs, name: str) -> Iterator[Tensor]:
+    if inputs.losses is None:
         raise ModelError(
             f"the score '{name}' needs `losses`, the loss on some batches",
             place="losses",
             cure="give them or use 'magnitude'",
         )
-    count = 0
-    for loss in evidence.losses():
-        count += 1
+    is_empty = True
+    for loss in inputs.losses():
+        is_empty = False
         yield loss
-    if not count:
+    if is_empty:
         raise ModelError(
             f"the score '{name}' was given no batches", place="losses", cure="give at least one"
         )

@@ -1,4 +1,4 @@
-"""Which tensors of a model may get zeros, and why the others stay dense."""
+"""Finds the weights of a model that may have zeros, and says why the others stay dense."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ LAYERS = (nn.Linear, nn.modules.conv._ConvNd, nn.MultiheadAttention, nn.RNNBase)
 
 @dataclass(frozen=True, eq=False)
 class Weight:
-    """A weight that may get zeros: the living parameter, and how its layer reads it.
+    """A weight that may have zeros: the parameter itself, and how its layer uses it.
 
     Attributes:
-        name: the first of its names in the model.
+        name: its first name in the model.
         value: [out, in / groups, ...], or [in, out / groups, ...] where `transposed`.
         groups: of a grouped convolution.
-        transposed: whether it is that of a transposed convolution.
+        transposed: whether it belongs to a transposed convolution.
     """
 
     name: str
@@ -38,7 +38,12 @@ class Weight:
 
 @dataclass(frozen=True, eq=False)
 class Weights:
-    """The weights that may get zeros, in the model's order, and the other matrices with the reason they stay dense."""
+    """The weights of a model that may have zeros, and the others.
+
+    Attributes:
+        chosen: in the model's order.
+        dense: name of each other matrix -> why it stays dense.
+    """
 
     chosen: tuple[Weight, ...]
     dense: Mapping[str, str]
@@ -59,12 +64,13 @@ def find_weights(
 ) -> Weights:
     """Finds the weights of convolutions, linear layers, attention and recurrent layers.
 
-    Biases and norms, one number for each channel, always stay and are not listed. A shared weight counts once.
+    Biases and norms, with one number per channel, always stay dense and are not listed. A shared
+    weight counts once.
 
     Args:
         model: any module.
-        keep_first: leaves the first of these weights dense.
-        keep_last: leaves the last dense.
+        keep_first: whether the first of these weights stays dense.
+        keep_last: whether the last stays dense.
         keep: names of parameters (patterns with `*`) to leave dense.
         ignore: names of modules or parameters (patterns with `*`) to leave dense.
 
@@ -72,14 +78,17 @@ def find_weights(
         RecipeError: if a pattern matches no weight.
         ModelError: if no weight is left.
     """
-    found, dense = _all(model)
+    found, dense = _all_weights(model)
     _check_patterns(keep, found, dense)
     names = list(found)
-    kept = {name for pattern in keep for name in _matching(names, pattern)}
-    left = ignored(model, ignore)
-    # The first and the last layer come last: of several reasons, theirs is told.
-    reasons = {name: "asked for by `keep`" for name in names if name in kept}
-    reasons |= {name: "asked for by `ignore`" for name in names if name in left}
+    ignored_names = ignored(model, ignore)
+    reasons: dict[str, str] = {}
+    for name in names:
+        if name in ignored_names:
+            reasons[name] = "asked for by `ignore`"
+        elif any(fnmatch.fnmatchcase(name, pattern) for pattern in keep):
+            reasons[name] = "asked for by `keep`"
+    # These reasons replace the others: they are settings that the user may not know of.
     if keep_first:
         reasons |= dict.fromkeys(names[:1], "the first layer (keep_first)")
     if keep_last:
@@ -88,7 +97,7 @@ def find_weights(
     chosen = tuple(w for name, w in found.items() if name not in reasons)
     if not chosen:
         raise ModelError(
-            f"no weight of this model may get zeros ({_some(dense)})",
+            f"no weight of this model may have zeros ({_first_reasons(dense)})",
             place="model",
             cure=(
                 "set keep_first = false or keep_last = false, name less in keep and ignore, or "
@@ -101,7 +110,7 @@ def find_weights(
 def _check_patterns(
     patterns: Sequence[str], found: Mapping[str, Weight], dense: Mapping[str, str]
 ) -> None:
-    """Refuses a pattern that matches no weight, which most likely is misspelt."""
+    """Refuses a pattern that matches no weight: most likely it is misspelt."""
     for pattern in patterns:
         if not _matching([*found, *dense], pattern):
             some = ", ".join(list(found)[:3])
@@ -114,8 +123,8 @@ def _matching(names: Sequence[str], pattern: str) -> list[str]:
     return [name for name in names if fnmatch.fnmatchcase(name, pattern)]
 
 
-def _all(model: nn.Module) -> tuple[dict[str, Weight], dict[str, str]]:
-    """Returns all weights by name, and the other parameters of two dimensions or more with a reason."""
+def _all_weights(model: nn.Module) -> tuple[dict[str, Weight], dict[str, str]]:
+    """Returns all weights by name, and other parameters of two or more axes with a reason."""
     names = {id(p): name for name, p in model.named_parameters()}
     found: dict[str, Weight] = {}
     dense: dict[str, str] = {}
@@ -124,35 +133,34 @@ def _all(model: nn.Module) -> tuple[dict[str, Weight], dict[str, str]]:
             name = names[id(value)]
             if value.dim() < 2 or name in found:
                 continue
-            if any(key.startswith(f"{weight}_") for weight in _computed(module)):
+            # Zeros in a tensor from which the weight is computed need not be zeros of the weight.
+            if any(key.startswith(f"{weight}_") for weight in _computed_weights(module)):
                 dense[name] = "its layer computes the weight from it (weight_norm or spectral_norm)"
             elif isinstance(module, LAYERS) and "weight" in key:
                 groups = getattr(module, "groups", 1)
-                found[name] = Weight(
-                    name, value, groups, bool(getattr(module, "transposed", False))
-                )
+                transposed = bool(getattr(module, "transposed", False))
+                found[name] = Weight(name, value, groups, transposed)
             elif ".parametrizations" in f".{path}":
                 dense[name] = "its layer computes the weight from it (a parametrization)"
             else:
-                dense[name] = (
-                    f"{type(module).__name__} is no convolution, linear, attention or recurrent layer"
-                )
-    for name in found:  # a tied embedding: the layer that multiplies by it decides
+                kind = type(module).__name__
+                dense[name] = f"{kind} is no convolution, linear, attention or recurrent layer"
+
+    # A tied embedding is also the weight of a linear layer, which may have zeros.
+    for name in found:
         dense.pop(name, None)
     return found, dense
 
 
-def _computed(module: nn.Module) -> list[str]:
-    """The weights that hooks of `torch.nn.utils.weight_norm` and `spectral_norm` compute before each forward."""
-    return [
-        str(getattr(hook, "name", ""))
-        for hook in module._forward_pre_hooks.values()
-        if hasattr(hook, "compute_weight")
-    ]
+def _computed_weights(module: nn.Module) -> list[str]:
+    """Returns the names of weights computed by `torch.nn.utils.weight_norm` or `spectral_norm`."""
+    names = []
+    for hook in module._forward_pre_hooks.values():
+        if hasattr(hook, "compute_weight"):
+            names.append(str(getattr(hook, "name", "")))
+    return names
 
 
-def _some(reasons: Mapping[str, str]) -> str:
-    return (
-        "; ".join(f"'{name}': {why}" for name, why in list(reasons.items())[:3])
-        or "it has no such layer"
-    )
+def _first_reasons(reasons: Mapping[str, str]) -> str:
+    some = [f"'{name}': {why}" for name, why in list(reasons.items())[:3]]
+    return "; ".join(some) or "it has no such layer"

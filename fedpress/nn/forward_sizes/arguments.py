@@ -1,4 +1,4 @@
-"""The numbers among the arguments of a call, in order, and the call with others in their place."""
+"""Lists the numbers among the arguments of a call, and replaces some of them."""
 
 from __future__ import annotations
 
@@ -11,22 +11,26 @@ from pydantic import BeforeValidator
 from torch import SymInt, Tensor
 
 Indices = tuple[Literal["index"], int, tuple[int, ...]]
-"""What stands in the place of a tensor of indices: these, along one of its dimensions."""
+"""The correction of a tensor of indices: ("index", dimension, new indices along it)."""
 Number = int | tuple[int, int] | Indices
-"""What stands in the place of a number: another one, or (new, old): as many times `new` as it was times `old`."""
+"""The correction of a number: the right one, or (new, old) for number * new / old."""
 
 
-def _as_text(calls: Any) -> Any:
-    return {str(call): row for call, row in calls.items()} if isinstance(calls, dict) else calls
+def _keys_as_text(calls: Any) -> Any:
+    """Older files have integers as names of calls."""
+    if not isinstance(calls, dict):
+        return calls
+    return {str(call): row for call, row in calls.items()}
 
 
-Calls = Annotated[dict[str, dict[int, Number]], BeforeValidator(_as_text)]
+Calls = Annotated[dict[str, dict[int, Number]], BeforeValidator(_keys_as_text)]
 Numbers = dict[str, Calls]
-"""Module -> place of the call -> position in the call -> number.
+"""Module -> place of the call -> position in the call -> correction.
 
-A place is `file:function+line:column:operation`, with those of the callers before it, and `#2` after it where only the
-third call at that place in one forward is meant. Files of older versions have the index of the call in its place ("3"
-is the fourth call of a function of `COUNTED` in one forward); they are still read.
+A place is `file:function+line:column operation`, after those of the calls that lead to it. With
+`#2` at the end it means only the third call at that place in one forward. Files of older versions
+have the index of the call instead ("3" is the fourth call of a function of `COUNTED` in one
+forward); they are still read.
 """
 
 COUNTED: dict[Callable[..., Any], tuple[str, ...]] = {
@@ -55,7 +59,7 @@ COUNTED: dict[Callable[..., Any], tuple[str, ...]] = {
 }
 """Functions whose numbers may be sizes of channel axes, with the names of their arguments in order.
 
-Older files count the calls of exactly these: add others to `SIZED`, never here.
+Older files count the calls of exactly these functions: add others to `SIZED`, never here.
 """
 
 WRITTEN_AT = {
@@ -68,16 +72,16 @@ WRITTEN_AT = {
     "scatter_add": ("dim", "index", "src"),
     "scatter_reduce": ("dim", "index", "src", "reduce"),
 }
-"""Operations that write to places which a tensor of indices names, and their arguments."""
+"""Operations that write to places given by a tensor of indices, and their arguments."""
 
-WRITES: dict[Callable[..., Any], tuple[str, ...]] = {
-    function: arguments
-    for name, arguments in WRITTEN_AT.items()
-    for function in (getattr(Tensor, name), getattr(Tensor, f"{name}_"), getattr(torch, name))
-}
-"""The same by function: each is a method, a method that writes in place, and a function of torch."""
+WRITES: dict[Callable[..., Any], tuple[str, ...]] = {}
+"""The same by function: each is a method, an in-place method, and a function of torch."""
+for _name, _arguments in WRITTEN_AT.items():
+    WRITES[getattr(Tensor, _name)] = _arguments
+    WRITES[getattr(Tensor, f"{_name}_")] = _arguments
+    WRITES[getattr(torch, _name)] = _arguments
 
-CONVOLVED = ("weight", "bias", "stride", "padding", "dilation", "groups")
+CONVOLUTION = ("weight", "bias", "stride", "padding", "dilation", "groups")
 
 SIZED: dict[Callable[..., Any], tuple[str, ...]] = {
     **COUNTED,
@@ -98,25 +102,26 @@ SIZED: dict[Callable[..., Any], tuple[str, ...]] = {
     torch.dsplit: ("indices_or_sections",),
     torch.unsafe_split: ("split_size", "dim"),
     Tensor.unsafe_split: ("split_size", "dim"),
-    F.conv1d: CONVOLVED,
-    F.conv2d: CONVOLVED,
-    F.conv3d: CONVOLVED,
+    F.conv1d: CONVOLUTION,
+    F.conv2d: CONVOLUTION,
+    F.conv3d: CONVOLUTION,
     torch.empty: ("size",),
     Tensor.new_empty: ("size",),
 }
-"""All functions whose calls are noted and put right."""
+"""All functions whose calls are recorded and corrected."""
 
 SHAPED = tuple(
     function for function, names in SIZED.items() if {"size", "shape", "sizes"} & set(names)
 )
-"""Functions to which -1 says "what is left"."""
+"""Functions that compute a size of -1 from the others."""
 INDEXING = (Tensor.__getitem__, Tensor.__setitem__)
+INDEX_NAMES = ("index", "indices")
 
 
 def numbers_of(
     function: Callable[..., Any], args: Sequence[Any], options: Mapping[str, Any]
 ) -> list[Any]:
-    """Returns the numbers of a call in order; three for each slice, None where it has none.
+    """Returns the numbers of a call in order: three for each slice, None for those it leaves out.
 
     >>> numbers_of(Tensor.reshape, (torch.zeros(8), (2, 4)), {})
     [2, 4]
@@ -136,7 +141,7 @@ def numbers_of(
 def indices_of(
     function: Callable[..., Any], args: Sequence[Any], options: Mapping[str, Any]
 ) -> list[Any]:
-    """Returns the tensors (or lists) of indices in the arguments of a call, in order; not those of what is written.
+    """Returns the tensors or lists of indices among the arguments of a call, in order.
 
     >>> indices_of(Tensor.__setitem__, (torch.zeros(8), torch.tensor([1, 2]), 0.0), {})
     [tensor([1, 2])]
@@ -155,11 +160,12 @@ def with_numbers(
     function: Callable[..., Any],
     args: Sequence[Any],
     options: Mapping[str, Any],
-    right: Mapping[int, Number],
+    corrections: Mapping[int, Number],
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Returns the arguments of a call with the numbers at some positions replaced; -1 ("what is left") stays.
+    """Returns the arguments of a call with the numbers at some positions corrected.
 
-    Position -1 is the first tensor of indices among the arguments, -2 the second.
+    Position -1 is the first tensor of indices among the arguments, -2 the second. A size of -1 is
+    not changed: torch computes it.
 
     >>> with_numbers(Tensor.reshape, (torch.zeros(12), (2, 8)), {}, {1: 6})[0][1]
     (2, 6)
@@ -169,29 +175,33 @@ def with_numbers(
     def corrected(number: Any) -> Any:
         nonlocal position
         position += 1
-        new = right.get(position)
-        if new is None or (isinstance(number, int) and number == -1 and function in SHAPED):
+        new = corrections.get(position)
+        is_computed = isinstance(number, int) and number == -1 and function in SHAPED
+        if new is None or is_computed:
             return number
-        return number * new[0] // new[1] if isinstance(new, tuple | list) else new
+        if isinstance(new, tuple | list):
+            return number * new[0] // new[1]
+        return new
 
-    first, rest, named = _arranged(function, args, options)
-    first, rest, named = _map_numbers((first, rest, named), corrected)
-    args, options = (*first, *rest), dict(named)
-    if not any(number < 0 for number in right):
+    arranged = _arranged(function, args, options)
+    tensors, rest, named = _map_numbers(arranged, corrected)
+    args, options = (*tensors, *rest), dict(named)
+    if not any(number < 0 for number in corrections):
         return args, options
+
     count = 0
 
     def exchanged(index: Any) -> Any:
         nonlocal count
         count += 1
-        new = right.get(-count)
+        new = corrections.get(-count)
         return index if new is None else _in_shape_of(index, new)
 
     return _map_indices(function, args, options, exchanged)
 
 
 def _in_shape_of(index: Any, new: Any) -> Tensor:
-    """Returns the new indices in the shape of the old ones, which are the same for all but one dimension."""
+    """Returns the new indices in the shape of the old ones, which vary along one dimension."""
     _, dim, places = new
     device = index.device if isinstance(index, Tensor) else None
     line = torch.tensor(places, dtype=torch.int64, device=device)
@@ -205,7 +215,10 @@ def _in_shape_of(index: Any, new: Any) -> Tensor:
 def _arranged(
     function: Callable[..., Any], args: Sequence[Any], options: Mapping[str, Any]
 ) -> tuple[tuple[Any, ...], tuple[Any, ...], tuple[tuple[str, Any], ...]]:
-    """Returns (tensors, other arguments, named ones in the order of the signature)."""
+    """Returns the first tensor, the other arguments, and named ones in the order of the signature.
+
+    The order makes positions independent of which arguments a call names.
+    """
     tensors = 1 if args and isinstance(args[0], Tensor) else 0
     order = {name: i for i, name in enumerate(SIZED[function])}
     named = sorted(options.items(), key=lambda item: order.get(item[0], len(order)))
@@ -213,12 +226,13 @@ def _arranged(
 
 
 def _map_numbers(value: Any, visit: Callable[[Any], Any]) -> Any:
-    """Puts what `visit` returns in the place of every number in nested arguments, in order."""
+    """Replaces every number in nested arguments by what `visit` returns, in order."""
     if isinstance(value, slice):
         return slice(visit(value.start), visit(value.stop), visit(value.step))
     if isinstance(value, tuple | list):
         items = [_map_numbers(item, visit) for item in value]
         return items if isinstance(value, list) else tuple(items)
+    # In a capture with dynamic shapes a size may be a symbol. A bool is an int in Python.
     if isinstance(value, int | SymInt) and not isinstance(value, bool):
         return visit(value)
     return value
@@ -227,21 +241,26 @@ def _map_numbers(value: Any, visit: Callable[[Any], Any]) -> Any:
 def _map_indices(
     function: Callable[..., Any], args: Sequence[Any], options: Mapping[str, Any], visit: Any
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Maps the argument that holds indices: the second, or the one that is called `index` or `indices`."""
-    names = SIZED[function]
-    at = next((i for i, name in enumerate(names, 1) if name in ("index", "indices")), 1)
+    """Maps the argument that holds indices: the one named `index` or `indices`, else the second."""
     if function not in INDEXING and function not in WRITES:
         return tuple(args), dict(options)
-    changed = list(args)
-    if len(changed) > at:
-        changed[at] = _map_index(changed[at], visit)
-    named = {
-        k: _map_index(v, visit) if k in ("index", "indices") else v for k, v in options.items()
-    }
-    return tuple(changed), named
+    position = 1
+    for i, name in enumerate(SIZED[function], start=1):  # the tensor itself is argument 0
+        if name in INDEX_NAMES:
+            position = i
+            break
+    positional = list(args)
+    if len(positional) > position:
+        positional[position] = _map_index(positional[position], visit)
+    named = dict(options)
+    for name in INDEX_NAMES:
+        if name in named:
+            named[name] = _map_index(named[name], visit)
+    return tuple(positional), named
 
 
 def _map_index(index: Any, visit: Callable[[Any], Any]) -> Any:
+    """Replaces every tensor or list of indices in an index by what `visit` returns."""
     if isinstance(index, Tensor):
         return visit(index)
     if isinstance(index, list) and index and all(isinstance(i, int) for i in index):

@@ -1,4 +1,4 @@
-"""Hooks that let a module pass the right numbers in its calls while it runs, and note what its code passes."""
+"""Hooks that correct the numbers in a module's calls while it runs, or record them."""
 
 from __future__ import annotations
 
@@ -18,122 +18,148 @@ from fedpress.nn.forward_sizes.arguments import (
     numbers_of,
     with_numbers,
 )
-from fedpress.nn.forward_sizes.places import caller, has_place
+from fedpress.nn.forward_sizes.places import find_call_site, has_place
 
 
 class CorrectingMode(TorchFunctionMode):
-    """Passes the right numbers to the calls of one module while it is active, and may note what the code passed."""
+    """While it is active, corrects the numbers in the calls of one module.
+
+    Args:
+        module: whose calls are corrected.
+        corrections: call -> position -> correction.
+        seen: where the numbers that the code passed are recorded, if they are wanted.
+    """
 
     def __init__(
         self,
         module: nn.Module,
-        right: Mapping[str, Mapping[int, Number]],
+        corrections: Mapping[str, Mapping[int, Number]],
         seen: dict[str, list[Any]] | None,
     ):
         super().__init__()
-        self.module, self.right, self.seen = module, right, seen
-        self.count, self.times = 0, Counter[str]()
+        self.module = module
+        self.corrections = corrections
+        self.seen = seen
+        self.count = 0  # of calls so far, by which older files name a call
+        self.occurrences: Counter[str] = Counter()  # of calls at each place
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Calls `func`, with other numbers where this call has some."""
+        """Calls `func` with corrected numbers, if this call has corrections."""
         options = kwargs or {}
-        by = caller(func) if func in SIZED else None
-        if by is None or by.module is not self.module:
+        site = find_call_site(func) if func in SIZED else None
+        # Modules inside this one have modes of their own.
+        if site is None or site.module is not self.module:
             return func(*args, **options)
-        place = f"{by.place}#{self.times[by.place]}"
-        self.times[by.place] += 1
+
+        call = f"{site.place}#{self.occurrences[site.place]}"
+        self.occurrences[site.place] += 1
         if func in COUNTED:
-            args, options = self._put_right(func, args, options, str(self.count))
+            args, options = self._corrected(func, args, options, str(self.count))
             self.count += 1
         if self.seen is not None:
-            self.seen[place] = numbers_of(func, args, options)
-        args, options = self._put_right(
-            func, args, options, place if place in self.right else by.place
-        )
+            self.seen[call] = numbers_of(func, args, options)
+        # A correction of this call alone replaces that of all calls at its place.
+        key = call if call in self.corrections else site.place
+        args, options = self._corrected(func, args, options, key)
         return func(*args, **options)
 
-    def _put_right(self, func: Any, args: Any, options: Any, key: str) -> Any:
-        right = self.right.get(key)
-        return with_numbers(func, args, options, right) if right else (args, options)
+    def _corrected(self, func: Any, args: Any, options: Any, key: str) -> Any:
+        """Returns the arguments with the corrections of the call `key`, if there are any."""
+        corrections = self.corrections.get(key)
+        if not corrections:
+            return args, options
+        return with_numbers(func, args, options, corrections)
 
 
 class CorrectionHook:
-    """The hook before a module's forward: a new `CorrectingMode` with its table of right numbers."""
+    """The hook before a module's forward: it starts a `CorrectingMode`."""
 
-    def __init__(self, right: Mapping[str, Mapping[int, Number]], *, watch: bool = False) -> None:
-        self.right = {call: dict(numbers) for call, numbers in right.items()}
+    def __init__(
+        self, corrections: Mapping[str, Mapping[int, Number]], *, watch: bool = False
+    ) -> None:
+        self.corrections = {call: dict(row) for call, row in corrections.items()}
         self.seen: dict[str, list[Any]] | None = {} if watch else None
 
     def __call__(self, module: nn.Module, _: Any) -> None:
-        """Starts to watch."""
-        mode = CorrectingMode(module, self.right, self.seen)
+        """Starts to correct."""
+        mode = CorrectingMode(module, self.corrections, self.seen)
         mode.__enter__()  # type: ignore[no-untyped-call]
         _active().append(mode)
 
     def put_(self, call: str, new: Mapping[int, Number]) -> None:
-        """Corrects a call further: what is said of all calls at a place holds for each of them by number too."""
-        base, _, _ = call.partition("#")
-        if call != base:
-            self.right.setdefault(call, dict(self.right.get(base, {})))
-        for key in (call, *(k for k in self.right if call == base and k.startswith(base + "#"))):
-            row = self.right.setdefault(key, {})
+        """Adds corrections of a call, on top of those it has.
+
+        Corrections of a whole place are added to each of its calls that has some of its own.
+        """
+        place, _, _ = call.partition("#")
+        keys = [call]
+        if call == place:
+            keys += [key for key in self.corrections if key.startswith(place + "#")]
+        else:
+            # Its own corrections will replace those of the place, so they begin with a copy.
+            self.corrections.setdefault(call, dict(self.corrections.get(place, {})))
+        for key in keys:
+            row = self.corrections.setdefault(key, {})
             for position, number in new.items():
-                row[position] = _after(row.get(position), number)
+                row[position] = _composed(row.get(position), number)
 
 
 def end_correction(module: nn.Module, args: Any, output: Any) -> None:
-    """The hook after a module's forward, which runs also when that fails: its watch ends."""
+    """The hook after a module's forward, called even if that fails: its mode ends."""
     if _active() and _active()[-1].module is module:
         _active().pop().__exit__(None, None, None)  # type: ignore[no-untyped-call]
 
 
-_LOCAL = threading.local()  # watches that have begun in this thread
+_LOCAL = threading.local()
+"""The active modes of this thread, a stack: modules run inside each other, and in threads."""
 
 
 def _active() -> list[CorrectingMode]:
-    if not hasattr(_LOCAL, "watches"):
-        _LOCAL.watches = []
-    watches: list[CorrectingMode] = _LOCAL.watches
-    return watches
+    if not hasattr(_LOCAL, "modes"):
+        _LOCAL.modes = []
+    modes: list[CorrectingMode] = _LOCAL.modes
+    return modes
 
 
 def set_numbers_(
     model: nn.Module, numbers: Mapping[str, Mapping[Any, Mapping[int, Number]]]
 ) -> None:
-    """Lets the named modules of `model` pass `numbers` in their calls, besides those that they already put right.
+    """Corrects `numbers` in the calls of the named modules, on top of the corrections they have.
 
     Raises:
-        AttributeError: if `model` lacks one of the modules, or the code of one no longer has such a call.
+        AttributeError: if `model` lacks one of the modules, or the code of one no longer has such a
+            call.
     """
     for name, calls in numbers.items():
         module = model.get_submodule(name)
-        gone = next((call for call in calls if not has_place(module, str(call))), None)
-        if gone is not None:
+        missing = next((call for call in calls if not has_place(module, str(call))), None)
+        if missing is not None:
             where = f"'{name}'" if name else "the model itself"
+            place = missing.split(" ")[0]
             raise AttributeError(
-                f"the code of {where} has changed: there is no call at {gone.split(' ')[0]} any more"
+                f"the code of {where} has changed: there is no call at {place} any more"
             )
         hook = next(_hooks(module), None)
         if hook is None:
             hook = CorrectionHook({})
             module.register_forward_pre_hook(hook)
             module.register_forward_hook(end_correction, always_call=True)
-        for call, right in calls.items():
-            hook.put_(str(call), right)
+        for call, corrections in calls.items():
+            hook.put_(str(call), corrections)
 
 
 def numbers_in(model: nn.Module) -> Numbers:
-    """Returns the numbers that the modules of `model` put right."""
-    found = ((name, hook) for name, module in model.named_modules() for hook in _hooks(module))
-    return {
-        name: {call: dict(right) for call, right in hook.right.items()}
-        for name, hook in found
-        if hook.right
-    }
+    """Returns the corrections of the modules of `model`."""
+    numbers: Numbers = {}
+    for name, module in model.named_modules():
+        for hook in _hooks(module):
+            if hook.corrections:
+                numbers[name] = {call: dict(row) for call, row in hook.corrections.items()}
+    return numbers
 
 
 def watch_(model: nn.Module, names: Sequence[str]) -> dict[str, dict[str, list[Any]]]:
-    """Notes, from now on, the numbers that the code of the named modules passes: module -> `place#n` -> numbers."""
+    """Records from now on the numbers that modules pass: module -> `place#n` -> numbers."""
     seen: dict[str, dict[str, list[Any]]] = {}
     set_numbers_(model, {name: {} for name in names})
     for name in names:
@@ -143,14 +169,16 @@ def watch_(model: nn.Module, names: Sequence[str]) -> dict[str, dict[str, list[A
 
 
 def _hooks(module: nn.Module) -> Iterator[CorrectionHook]:
-    return (hook for hook in module._forward_pre_hooks.values() if isinstance(hook, CorrectionHook))
+    for hook in module._forward_pre_hooks.values():
+        if isinstance(hook, CorrectionHook):
+            yield hook
 
 
-def _after(old: Number | None, new: Number) -> Number:
-    """Returns one number for `old` and then `new`."""
+def _composed(old: Number | None, new: Number) -> Number:
+    """Returns the correction that is `old` followed by `new`, as after pruning twice."""
     if isinstance(new, int) or old is None or len(new) == 3:
         return new
     if isinstance(old, int):
         return old * new[0] // new[1]
-    assert len(old) == 2, "what is an index stays one"
+    assert len(old) == 2, "indices are not corrected by a multiple"
     return old[0] * new[0], old[1] * new[1]

@@ -1,4 +1,4 @@
-"""Where a call stands in a module's forward code, in words that hold as long as that code stays."""
+"""Names the place of a call in a module's forward code, the same in every run of the same code."""
 
 from __future__ import annotations
 
@@ -13,94 +13,116 @@ from typing import Any
 from torch import nn
 
 OURS = ("fedpress.nn.forward_sizes.", "fedpress.compress.")
-"""Code between a module's forward and a call that is no part of the user's: it is left out of the place."""
+"""Modules of fedpress that run between a user's code and a call: they are left out of the place."""
 
 
 @dataclass(frozen=True)
-class Caller:
-    """Who makes a call of a torch function: the module whose method does it, and where in the code."""
+class CallSite:
+    """Where a torch function is called: the module whose method does it, and the place."""
 
     module: nn.Module
     place: str
 
 
-_COMPREHENSIONS = ("<listcomp>", "<setcomp>", "<dictcomp>")
+_COMPREHENSION_NAMES = ("<listcomp>", "<setcomp>", "<dictcomp>")
 
 
-def caller(function: Callable[..., Any]) -> Caller | None:
-    """Returns the module whose method makes the present call of `function`, and the place; None outside modules.
+def find_call_site(function: Callable[..., Any]) -> CallSite | None:
+    """Returns the site of the present call of `function`; None if no module makes it.
 
-    The place names the call and, where helpers make it, the calls that lead to it from the module's own code.
+    The place names the call and, where helper functions make it, the calls that lead to it from the
+    module's own code.
     """
     frame: FrameType | None = sys._getframe(1)
     module: nn.Module | None = None
     parts: list[str] = []
-    inner: FrameType | None = (
-        None  # a comprehension, which newer versions of Python run within its function
-    )
+    # Since Python 3.12 a comprehension runs in the frame of its function. Where it still has one of
+    # its own, that frame gives the line and the enclosing function the name.
+    comprehension: FrameType | None = None
     while frame is not None:
         owner = frame.f_locals.get("self")
         if isinstance(owner, nn.Module):
             if module is not None and owner is not module:
-                break
+                break  # the module around it, which called this one
             module = owner
         name = str(frame.f_globals.get("__name__", ""))
-        if module is not None and name == nn.Module.__module__:  # which called the module's forward
-            break
-        ours = name.startswith(OURS)
-        if not ours and (
-            owner is module is not None or not name.startswith(("torch.", "contextlib"))
-        ):
-            if frame.f_code.co_name in _COMPREHENSIONS:
-                inner = inner or frame
+        if module is not None and name == nn.Module.__module__:
+            break  # `nn.Module.__call__`, which called the module's forward
+        if _belongs_to_place(name, is_method=owner is module is not None):
+            if frame.f_code.co_name in _COMPREHENSION_NAMES:
+                comprehension = comprehension or frame
             else:
-                parts.append(_part(frame.f_code, inner or frame))
-                inner = None
+                parts.append(_name_of_call(frame.f_code, comprehension or frame))
+                comprehension = None
         frame = frame.f_back
     if module is None:
         return None
-    return Caller(module, " ".join([*reversed(parts), getattr(function, "__name__", "call")]))
+    parts.reverse()
+    parts.append(getattr(function, "__name__", "call"))
+    return CallSite(module, " ".join(parts))
 
 
-_PARTS: dict[tuple[CodeType, CodeType, int], str] = {}
+def _belongs_to_place(code_module: str, *, is_method: bool) -> bool:
+    """Returns whether a frame is named in the place: the module's own code, or a helper's.
+
+    Args:
+        code_module: name of the Python module of the frame's code.
+        is_method: whether it is a method of the `nn.Module`, which may be one of torch's own.
+    """
+    if code_module.startswith(OURS):
+        return False
+    return is_method or not code_module.startswith(("torch.", "contextlib"))
 
 
-def _part(code: CodeType, at: FrameType) -> str:
-    """Names the function of `code`, and the line within it and the column where the call in `at` ends."""
+_NAMES_OF_CALLS: dict[tuple[CodeType, CodeType, int], str] = {}
+"""Computing a name is slow, and corrections look places up in every forward pass."""
+
+
+def _name_of_call(code: CodeType, at: FrameType) -> str:
+    """Returns `file:function+line:column` of the call that runs in the frame `at`.
+
+    The column is where the call ends. The line counts from the function's first line, so that
+    changes above the function do not matter.
+    """
     key = code, at.f_code, at.f_lasti
-    if key not in _PARTS:
+    if key not in _NAMES_OF_CALLS:
+        # Two bytes per instruction.
         _, line, _, column = list(at.f_code.co_positions())[at.f_lasti // 2]
-        # Lines count from the function's first, so that changes above it in the file do no harm.
         offset = (line or at.f_lineno) - code.co_firstlineno
-        _PARTS[key] = (
-            f"{os.path.basename(code.co_filename)}:{code.co_qualname}+{offset}:{column or 0}"
-        )
-    return _PARTS[key]
+        _NAMES_OF_CALLS[key] = f"{_function_name(code)}+{offset}:{column or 0}"
+    return _NAMES_OF_CALLS[key]
+
+
+def _function_name(code: CodeType) -> str:
+    return f"{os.path.basename(code.co_filename)}:{code.co_qualname}"
 
 
 def has_place(module: nn.Module, place: str) -> bool:
-    """Says whether the code of the module's class still has a call at `place`; True where that cannot be known."""
+    """Returns whether the code of the module's class has, or may have, a call at `place`."""
     first, *_ = place.split(" ")
-    named, plus, rest = first.rpartition("+")
+    function_name, plus, rest = first.rpartition("+")
     if not plus:  # the index of a call, of an older file
         return True
     offset, _, column = rest.partition(":")
-    known = [
-        code
-        for kind in type(module).__mro__
-        for value in vars(kind).values()
-        for code in _codes(
-            getattr(inspect.unwrap(value), "__code__", None) if callable(value) else None
-        )
-        if f"{os.path.basename(code.co_filename)}:{code.co_qualname}" == named
+    codes = [
+        code for code in _codes_of_class(type(module)) if _function_name(code) == function_name
     ]
-    if not known or column == "0":
+    # A helper outside the class is not found here, and column 0 means that Python knew none.
+    if not codes or column == "0":
         return True
-    return any((int(offset), int(column)) in _ends(code) for code in known)
+    return any((int(offset), int(column)) in _ends_of_operations(code) for code in codes)
+
+
+def _codes_of_class(kind: type) -> Iterator[CodeType]:
+    """Yields the code of all methods of a class, and of the functions defined in them."""
+    for base in kind.__mro__:
+        for value in vars(base).values():
+            if callable(value):
+                yield from _codes(getattr(inspect.unwrap(value), "__code__", None))
 
 
 def _codes(code: CodeType | None) -> Iterator[CodeType]:
-    """Yields the code of a function and of those that are defined in it."""
+    """Yields the code of a function and of the functions defined in it."""
     if code is not None:
         yield code
         for constant in code.co_consts:
@@ -108,13 +130,15 @@ def _codes(code: CodeType | None) -> Iterator[CodeType]:
                 yield from _codes(constant)
 
 
-def _ends(code: CodeType) -> set[tuple[int, int]]:
-    """Returns the line, from the function's first on, and the column where each of its operations ends."""
-    first = code.co_firstlineno
-    inner = [c for c in code.co_consts if isinstance(c, CodeType) and c.co_name in _COMPREHENSIONS]
-    return {
-        (line - first, column)
-        for each in (code, *inner)
-        for _, line, _, column in each.co_positions()
-        if line is not None and column is not None
-    }
+def _ends_of_operations(code: CodeType) -> set[tuple[int, int]]:
+    """Returns (line, column) where each operation of a function ends; its first line is 0."""
+    codes = [code]
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType) and constant.co_name in _COMPREHENSION_NAMES:
+            codes.append(constant)
+    ends = set()
+    for each in codes:
+        for _, line, _, column in each.co_positions():
+            if line is not None and column is not None:
+                ends.add((line - code.co_firstlineno, column))
+    return ends

@@ -1,9 +1,9 @@
-"""Layers whose weights, and if wanted inputs, are quantized to a few bits: the quantized model on the torch side.
+"""Torch layers with weights, and optionally inputs, quantized to a few bits.
 
-A `QuantizationScheme` says how values are rounded; the scales are tensors of the layer. `weight` stays a float tensor:
-while a model trains it is the latent weight, and the layer computes with the nearest grid point of every entry (the
-gradient passes straight through the rounding). `materialize_` writes the grid points into `weight`; then every entry
-is a whole number times its scale, to the bit.
+A `QuantizationScheme` says how values are rounded; the scales are tensors of the layer. `weight`
+stays a float tensor: in training it is the latent weight, and the layer computes with the nearest
+grid point of every entry (its gradient is that of the identity, straight-through). `materialize_`
+writes the grid points into `weight`; then every entry is exactly an integer times its scale.
 """
 
 from fedpress.nn.quantized.classes import quantized_class, why_not_quantizable

@@ -1,4 +1,4 @@
-"""Which layers can be quantized, subclasses of a user among them, and the class that each becomes."""
+"""Says which layers can be quantized, including a user's subclasses, and makes their classes."""
 
 from __future__ import annotations
 
@@ -14,87 +14,98 @@ from fedpress.nn.quantized.names import weight_keys
 
 
 class _QuantSubclass(QuantLayer):
-    """A layer of a subclass whose forward is the plain one behind what it does to its input (see `forward_probe`)."""
+    """A subclass whose forward prepares its input for the plain one (see `forward_probe`)."""
 
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Maps what the plain layer maps."""
+        """Maps as the subclass itself, with quantized input and weight."""
         twin = self.plain_twin(weight=self.quantized_weight())
         return twin.forward(self.quantized_input(input), *args, **kwargs)
 
 
 def quantized_class(kind: type[nn.Module]) -> type[QuantLayer]:
-    """Returns the quantized form of a kind of layer; that of a subclass is made here.
+    """Returns the quantized class of a kind of layer; that of a subclass is created here.
 
     Raises:
-        KeyError: if there is none.
+        KeyError: if the kind cannot be quantized.
     """
     found = QUANTIZED_CLASSES.get(kind) or _SUBCLASSES.get(kind)
     if found is not None:
         return found
-    same = _same_as(kind)
-    base = same or base_layer(kind)
+    equivalent = _equivalent_layer(kind)
+    base = equivalent or base_layer(kind)
     if base is None:
         raise KeyError(kind)
-    parts = {
+    attributes = {
         "plain": kind,
         "channel_axis": QUANTIZED_CLASSES[base].channel_axis,
         "__doc__": f"{kind.__name__}, quantized.",
     }
-    own = QUANTIZED_CLASSES[base] if same else _QuantSubclass
-    made = _SUBCLASSES[kind] = type(f"Quant{kind.__name__}", (own, kind), parts)
-    return made
+    parent = QUANTIZED_CLASSES[base] if equivalent else _QuantSubclass
+    _SUBCLASSES[kind] = type(f"Quant{kind.__name__}", (parent, kind), attributes)
+    return _SUBCLASSES[kind]
 
 
-def _same_as(kind: type[nn.Module]) -> type[nn.Module] | None:
-    """Returns the layer that a subclass computes like, since it changes nothing but how it is made.
+def _equivalent_layer(kind: type[nn.Module]) -> type[nn.Module] | None:
+    """Returns the layer that `kind` is a subclass of and computes like, or None.
 
-    Only what the layer itself does not have may be added: a function of the layer that is replaced may be a part of its
+    A subclass may add names, but not replace a method of the layer: that could be a part of its
     forward.
     """
     base = next((k for k in QUANTIZED_CLASSES if issubclass(kind, k)), None)
     if base is None:
         return None
-    own = {name for k in kind.__mro__[: kind.__mro__.index(base)] for name in vars(k)}
-    return base if own.isdisjoint({*dir(base)} - MADE_BY) else None
+    replaced: set[str] = set()
+    for subclass in kind.__mro__[: kind.__mro__.index(base)]:
+        replaced.update(vars(subclass))
+    replaced &= set(dir(base))
+    return base if replaced <= CONSTRUCTION else None
 
 
-MADE_BY = {
+CONSTRUCTION = {
     *("__init__", "__doc__", "__module__", "__annotations__", "__constants__"),
     *("reset_parameters", "_reset_parameters", "extra_repr"),
 }
-"""What a subclass may replace and still compute the same."""
+"""Names that a subclass may replace without changing what it computes."""
 
 _SUBCLASSES: dict[type[nn.Module], type[QuantLayer]] = {}
-"""What `quantized_class` has made: two layers of one class stay of one class."""
+"""Classes that `quantized_class` created, so that two layers of one class have one class again."""
 
 
 def why_not_quantizable(module: nn.Module) -> str | None:
-    """Says why `module`, which has weights, cannot be quantized; None if it can.
+    """Returns why `module`, which has weights, cannot be quantized; None if it can.
 
-    A subclass of a convolution or linear layer is run once on made-up inputs to see what it does with its weight.
+    A subclass of a convolution or linear layer is run on random inputs to see what it does with its
+    weight.
     """
     if isinstance(module, QuantLayer):
         return None
-    return (
-        _why_weight_is_computed(module)
-        or _why_forward_is_unknown(module)
-        or _why_weight_does_not_fit(module)
-        or _why_subclass_differs(module)
+    # The trial run comes last: the other checks are cheap, and say more than a run that fails.
+    checks = (
+        _why_weight_is_computed,
+        _why_forward_is_unknown,
+        _why_weight_does_not_fit,
+        _why_subclass_differs,
     )
+    for check in checks:
+        reason = check(module)
+        if reason is not None:
+            return reason
+    return None
 
 
 def _same_forward(kind: type[nn.Module]) -> bool:
-    return kind in QUANTIZED_CLASSES or _same_as(kind) is not None
+    return kind in QUANTIZED_CLASSES or _equivalent_layer(kind) is not None
 
 
-def _known(kind: type[nn.Module]) -> bool:
+def _can_be_known(kind: type[nn.Module]) -> bool:
     return _same_forward(kind) or base_layer(kind) is not None
 
 
 def _why_weight_is_computed(module: nn.Module) -> str | None:
+    # A computed weight is an attribute or a property, not an entry of the parameters.
     if all(key in module._parameters for key in weight_keys(module)):
         return None
-    if not hasattr(module, "parametrizations") and not _known(type(module)):
+    if not hasattr(module, "parametrizations") and not _can_be_known(type(module)):
         return None
     cure = "make it plain first (remove_parametrizations, prune.remove)"
     return f"its weight is computed from other parameters; {cure}"
@@ -103,7 +114,7 @@ def _why_weight_is_computed(module: nn.Module) -> str | None:
 def _why_forward_is_unknown(module: nn.Module) -> str | None:
     if "forward" in module.__dict__:
         return "its forward was replaced by another function; quantize it before that"
-    if _known(type(module)):
+    if _can_be_known(type(module)):
         return None
     base = next((kind.__name__ for kind in QUANTIZED_CLASSES if isinstance(module, kind)), None)
     unlike = f", unlike {base}" if base else ""
@@ -129,4 +140,6 @@ def _why_subclass_differs(module: nn.Module) -> str | None:
     if _same_forward(type(module)):
         return None
     difference = why_not_plain(module)
-    return difference and f"{type(module).__name__} computes in its own way: {difference}"
+    if difference is None:
+        return None
+    return f"{type(module).__name__} computes in its own way: {difference}"

@@ -1,4 +1,4 @@
-"""Turns layers into quantized ones and back, and moves weights to the grid points that they stand for."""
+"""Turns layers into quantized ones and back, and rounds their weights to grid points."""
 
 from __future__ import annotations
 
@@ -25,9 +25,13 @@ from fedpress.nn.quantized.names import codebook_name, is_qparam, kept_zeros_nam
 
 @torch.no_grad()
 def quantize_layers_(model: nn.Module, table: Mapping[str, QuantizationScheme]) -> None:
-    """Quantizes the named layers; weights stay as they are, new scales span what the weights are now.
+    """Quantizes the named layers; weights are not changed, and scales fit their present range.
 
-    A layer that is quantized already takes the new scheme. Make the optimizer afterwards.
+    A layer that is quantized already gets the new scheme. Create the optimizer afterwards.
+
+    Args:
+        model: changed in place.
+        table: name of each layer -> its scheme.
 
     Raises:
         ModelError: if a name is not in the model, or its layer cannot be quantized.
@@ -41,7 +45,8 @@ def quantize_layers_(model: nn.Module, table: Mapping[str, QuantizationScheme]) 
                 place="spec.quantized",
                 cure="the spec is of another model",
             ) from error
-        if reason := why_not_quantizable(module):
+        reason = why_not_quantizable(module)
+        if reason is not None:
             raise ModelError(
                 f"'{name}' cannot be quantized: {reason}",
                 place="spec.quantized",
@@ -49,7 +54,8 @@ def quantize_layers_(model: nn.Module, table: Mapping[str, QuantizationScheme]) 
             )
         _drop_qparams_(module)
         if not isinstance(module, QuantLayer):
-            # It stays the same object, so whoever shares the layer has the quantized one too.
+            # The same object gets another class, so that modules that share the layer share it
+            # still.
             module.__class__ = quantized_class(type(module))
         assert isinstance(module, QuantLayer)
         if not issubclass(module.plain, INPUT_QUANTIZED) and scheme.inputs is not None:
@@ -60,23 +66,23 @@ def quantize_layers_(model: nn.Module, table: Mapping[str, QuantizationScheme]) 
             )
         module.scheme = scheme
         _register_(module, scheme)
-    _close_shortcuts_(model)
+    _disable_fast_paths_(model)
 
 
-def _close_shortcuts_(model: nn.Module) -> None:
-    """Lets torch's transformer encoders call their layers: their fast path reads the weights past a layer's forward."""
+def _disable_fast_paths_(model: nn.Module) -> None:
+    """Disables fast paths of transformer encoders, which read weights without calling layers."""
     for module in model.modules():
         if not any(isinstance(m, QuantLayer) for m in module.modules()):
             continue
         if isinstance(module, nn.TransformerEncoderLayer):
-            # 0 stands for any other activation; `activation` itself is what is used.
+            # 0 means neither relu nor gelu, for which there is no fast path; `activation` is used.
             module.activation_relu_or_gelu = 0
         elif isinstance(module, nn.TransformerEncoder):
             module.use_nested_tensor = False
 
 
 def remove_quantization_(layer: QuantLayer) -> nn.Module:
-    """Makes `layer` what it was before it was quantized, with the weights that it has now; returns it."""
+    """Gives `layer` its class before quantization, with its present weights; returns it."""
     _drop_qparams_(layer)
     _drop_kept_zeros_(layer)
     layer.__dict__.pop("scheme", None)
@@ -107,6 +113,7 @@ def _register_(layer: QuantLayer, scheme: QuantizationScheme) -> None:
 
 
 def _register_weight_(layer: QuantLayer, key: str, quantization: WeightQuantization) -> None:
+    """Gives the layer the scale or codebook of one weight."""
     weight = layer.rows(getattr(layer, key).detach())
     if quantization.kind != "codebook":
         scale = nn.Parameter(initial_scale(weight, quantization))
@@ -115,12 +122,14 @@ def _register_weight_(layer: QuantLayer, key: str, quantization: WeightQuantizat
     codebook = nn.Parameter(initial_codebook(weight, quantization))
     layer.register_parameter(codebook_name(key), codebook)
     if quantization.centroid_bits is not None:
-        top = weight.abs().amax().float() / (2 ** (quantization.centroid_bits - 1) - 1)
-        scale = nn.Parameter(fill_zero_scales(top), requires_grad=False)
+        largest_code = 2 ** (quantization.centroid_bits - 1) - 1
+        largest = weight.abs().amax().float() / largest_code
+        scale = nn.Parameter(fill_zero_scales(largest), requires_grad=False)
         layer.register_parameter(scale_name(key), scale)
 
 
 def _register_inputs_(layer: QuantLayer, quantization: InputQuantization) -> None:
+    """Gives the layer the scale, zero point and middle of its inputs."""
     weight = layer.weight.detach()
     if not quantization.dynamic:
         scale = nn.Parameter(weight.new_ones((), dtype=torch.float32))
@@ -134,12 +143,12 @@ def _register_inputs_(layer: QuantLayer, quantization: InputQuantization) -> Non
 
 @torch.no_grad()
 def materialize_(model: nn.Module) -> nn.Module:
-    """Moves every quantized weight to its grid point: then `weight == dequantize(quantize())` to the bit.
+    """Rounds quantized weights to grid points: `weight == dequantize(quantize())` exactly.
 
-    What the model computes stays the same to the bit. Returns the model.
+    What the model computes is exactly the same. Returns the model.
 
     Raises:
-        ModelError: if a weight is not finite, naming the layer.
+        ModelError: if a weight is not finite; the message names the layer.
     """
     for name, layer in quantized_layers(model):
         if layer.scheme.weights is None:

@@ -1,4 +1,4 @@
-"""Sparse weights on few values: which zeros are pruned entries, and which are kept ones that were rounded to 0."""
+"""Tells apart zeros of quantized sparse weights: pruned entries, and kept ones rounded to 0."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from fedpress.nn.quantized.names import kept_zeros_name
 
 
 def kept_entries(model: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
-    """Returns which entries of the named sparse weights are kept: bool, of the weights' shapes.
+    """Returns masks of the kept entries of the named sparse weights: bool, of their shapes.
 
-    A float weight keeps what is not 0. Of a quantized one kept entries may be 0 too, since its grid has no nearer
-    point: a buffer of the layer says which, so that training may move them again (see `note_kept_zeros_`).
+    In a float weight every entry that is not 0 is kept. In a quantized one a kept entry may be
+    rounded to 0; a buffer of the layer marks those, so that training can move them again (see
+    `note_kept_zeros_`).
 
     Raises:
         ModelError: if the model lacks one of the names.
@@ -39,14 +40,14 @@ def kept_entries(model: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
 
 
 def note_kept_zeros_(model: nn.Module, masks: Mapping[str, Tensor]) -> tuple[str, ...]:
-    """Writes down which zeros of sparse quantized weights are kept entries that were rounded to 0.
+    """Records which zeros of sparse quantized weights are kept entries that were rounded to 0.
 
     Args:
-        model: gets a buffer in each layer where there are such zeros; elsewhere the zeros are the mask.
+        model: layers with such zeros get a buffer; in the others the zeros are the mask.
         masks: the kept entries of each sparse weight, by name.
 
     Returns:
-        The names of the weights with a buffer: `ModelSpec.kept_zeros`.
+        The names of the weights with a buffer, for `ModelSpec.kept_zeros`.
     """
     weights = quantized_weights(model)
     noted = []
@@ -64,7 +65,7 @@ def note_kept_zeros_(model: nn.Module, masks: Mapping[str, Tensor]) -> tuple[str
 
 
 def register_kept_zeros_(model: nn.Module, names: Iterable[str]) -> None:
-    """Gives the layers of the named weights their buffers of kept zeros, empty, to be loaded.
+    """Gives the layers of the named weights empty buffers of kept zeros, to be loaded from a file.
 
     Raises:
         ModelError: if a name is no quantized weight.

@@ -1,4 +1,4 @@
-"""What all quantized layers have in common: their tensors, rounding, and the gradient that passes through it."""
+"""The base of all quantized layers: their tensors, rounding, and the gradient through rounding."""
 
 from __future__ import annotations
 
@@ -25,21 +25,28 @@ from fedpress.nn.quant_scheme import (
 )
 from fedpress.nn.quantized.names import codebook_name, is_qparam, scale_name, weight_keys
 
-WINDOW = 1.25
-"""One-bit inputs: the gradient passes up to so many mean distances from the middle.
+GRADIENT_WINDOW = 1.25
+"""One-bit inputs have a gradient up to so many mean distances from their middle.
 
-Of a Gaussian this is the standard deviation: its mean distance is sqrt(2 / pi) of that.
+For a Gaussian this is about one standard deviation, since its mean distance is sqrt(2 / pi) = 0.8
+of that.
 """
 
 
 class QuantLayer(nn.Module):
-    """What the quantized layers have in common; `quantize_layers_` makes them of plain ones.
+    """The base of quantized layers, which `quantize_layers_` creates from plain ones.
 
-    A layer has one weight, `weight`, or several, such as `weight_ih_l0` and `weight_hh_l0`; `keys` are their names.
-    Tensors, all in the state dict: `weight_scale` [out] or [out, groups], float32 (of a codebook with `centroid_bits`:
-    0-d), `codebook` [2^bits]; of another weight `KEY_scale` and `KEY_codebook`. Of the inputs: `input_scale` and
-    `input_zero_point` (0-d float32, the latter a whole number), `input_middle` [channels] (see `InputQuantization`).
-    Scales are parameters: training moves them as learned step sizes (Esser et al. 2020, arXiv:1902.08153, section 2).
+    A layer has one weight, `weight`, or several, such as `weight_ih_l0` and `weight_hh_l0`; `keys`
+    are their names. Its quantization parameters are in the state dict:
+
+    - `weight_scale`: [out] or [out, groups] float32; 0-d for a codebook with `centroid_bits`
+    - `codebook`: [2^bits] float32
+    - `KEY_scale`, `KEY_codebook`: the same for a weight of another name
+    - `input_scale`, `input_zero_point`: 0-d float32, the latter an integer
+    - `input_middle`: [channels] float32 (see `InputQuantization`)
+
+    Scales are parameters, trained as learned step sizes (Esser et al. 2020, arXiv:1902.08153,
+    section 2).
     """
 
     weight: Tensor
@@ -49,8 +56,10 @@ class QuantLayer(nn.Module):
     input_zero_point: Tensor
     input_middle: Tensor
     scheme: QuantizationScheme = QuantizationScheme()
-    plain: type[nn.Module] = nn.Module  # the class of the layer before it was quantized
-    channel_axis = -1  # of the inputs
+    plain: type[nn.Module] = nn.Module
+    """The class of the layer before it was quantized."""
+    channel_axis = -1
+    """The axis of the inputs that has channels."""
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -63,25 +72,25 @@ class QuantLayer(nn.Module):
         return sum(getattr(self, key).numel() for key in self.keys)
 
     def rows(self, weight: Tensor) -> Tensor:
-        """Returns `weight` with output channels first: the form in which a scale belongs to a row."""
+        """Returns `weight` with output channels first, so that each row has a scale."""
         return weight
 
     def unrows(self, rows: Tensor) -> Tensor:
-        """Takes `rows` back to the form that the layer gives its weight."""
+        """Returns `rows` in the shape of the layer's weight."""
         return rows
 
     def scale(self, key: str = "weight") -> nn.Parameter:
-        """Returns the scales of a weight, as they are trained; `positive_scale` of them is used."""
+        """Returns the trained scales of a weight; the layer uses `positive_scale` of them."""
         found: nn.Parameter = getattr(self, scale_name(key))
         return found
 
     def codebook_of(self, key: str = "weight") -> nn.Parameter:
-        """Returns the values that the entries of a weight share."""
+        """Returns the shared values of a weight."""
         found: nn.Parameter = getattr(self, codebook_name(key))
         return found
 
     def quantize(self, key: str = "weight") -> Tensor:
-        """Returns the int8 code of every entry of a weight, in its shape: that of its nearest grid point.
+        """Returns the int8 codes of a weight, in its shape: those of the nearest grid points.
 
         Raises:
             ModelError: if the weights are float, or one is not finite.
@@ -100,7 +109,7 @@ class QuantLayer(nn.Module):
         """Returns the float32 weights of `codes`.
 
         Raises:
-            ModelError: if the weights are float, or a code is outside of the grid.
+            ModelError: if the weights are float, or a code is outside the grid.
         """
         quantization = self.weight_quantization()
         lowest, highest = quantization.lowest, quantization.highest
@@ -117,9 +126,9 @@ class QuantLayer(nn.Module):
         return self.unrows(values).detach()
 
     def integers(self, key: str = "weight") -> tuple[Tensor, Tensor] | None:
-        """Returns whole numbers (int8, as `weight`) and scales [out] or [out, groups] whose product the weights are.
+        """Returns int8 integers and scales [out] or [out, groups] whose product is the weight.
 
-        None if there are none: float weights, or a codebook of any values.
+        None for float weights, and for a codebook of arbitrary values.
         """
         quantization = self.scheme.weights
         if quantization is None:
@@ -133,7 +142,7 @@ class QuantLayer(nn.Module):
         return integers, scale.expand(len(self.rows(integers))).clone()
 
     def quantized_weight(self, key: str = "weight") -> Tensor:
-        """Returns the grid points of a weight, differentiable in weights, scales and codebook."""
+        """Returns the grid points of a weight, differentiable in weight, scale and codebook."""
         quantization = self.scheme.weights
         if quantization is None:
             latent: Tensor = getattr(self, key)
@@ -142,8 +151,9 @@ class QuantLayer(nn.Module):
         if quantization.kind == "codebook":
             values = self.codebook_values(key)
             code = quantize(weight.detach(), values.detach(), quantization)
-            # Both learn: the weight may change its cluster, and a centroid feels the sum of its weights' gradients
-            # (Han et al. 2016, section 3.3), here times clusters / weights: their mean, were all clusters as large.
+            # Both are trained: a weight may change its cluster, and a centroid has the sum of its
+            # weights' gradients (Han et al. 2016, arXiv:1510.00149, section 3.3), here times
+            # clusters / weights, which makes it a mean if all clusters have the same size.
             centroids = scale_gradient(values, len(values) / weight.numel())
             chosen = centroids[(code - quantization.lowest).long()]
             return self.unrows(chosen + (weight - weight.detach()))
@@ -155,16 +165,17 @@ class QuantLayer(nn.Module):
         return self.unrows(straight_through(steps.detach().round(), steps) * scale)
 
     def quantized_input(self, x: Tensor) -> Tensor:
-        """Returns the grid points of the inputs `x`, differentiable in `x`, the scale and the middle."""
+        """Returns the grid points of inputs `x`, differentiable in `x`, scale and middle."""
         quantization = self.scheme.inputs
         if quantization is None or x.numel() == 0:
-            return x  # a batch of nothing has no range
+            return x  # an empty batch has no range
         x = x.float()
         if quantization.bits == 1:
             return self._one_bit_input(x, quantization)
         if quantization.dynamic:
-            all_axes = [*range(x.dim())]  # ONNX has no least value without axes
-            low, high = x.detach().amin(all_axes), x.detach().amax(all_axes)
+            all_axes = [*range(x.dim())]  # the ONNX export needs axes to be given
+            low = x.detach().amin(all_axes)
+            high = x.detach().amax(all_axes)
             scale, zero = calculate_qparams(low, high, quantization)
         else:
             factor = gradient_scale(x, quantization.highest)
@@ -174,35 +185,37 @@ class QuantLayer(nn.Module):
         return straight_through(steps.detach().round(), steps) * scale
 
     def _one_bit_input(self, x: Tensor, quantization: InputQuantization) -> Tensor:
-        """One bit: on which side of the middle a value lies, times the mean distance from it."""
+        """Returns middle + scale for values above the middle, middle - scale for those below."""
         middle = self.middle() if quantization.middle else None
         distance = x if middle is None else x - middle
         if quantization.dynamic:
             scale = distance.detach().abs().mean()
         else:
             scale = scale_gradient(positive_scale(self.input_scale), gradient_scale(x, 1))
-        # Without a middle the inputs are taken for normalised ones: the gradient passes where |x| <= 1, that of hard
-        # tanh (Hubara et al. 2016, arXiv:1602.02830, eq. 4). With one, `scale` says how far they lie from it.
+        # Without a middle the inputs are assumed to be normalised: the gradient is that of hard
+        # tanh,
+        # 1 where |x| <= 1 (Hubara et al. 2016, arXiv:1602.02830, eq. 4). With a middle their mean
+        # distance from it is known: `scale`.
         if middle is None:
             near = distance.clamp(-1, 1)
         else:
-            near = (distance / (WINDOW * scale.detach().clamp_min(TINY))).clamp(-1, 1)
+            near = (distance / (GRADIENT_WINDOW * scale.detach().clamp_min(TINY))).clamp(-1, 1)
         sign = torch.where(distance.detach() >= 0, 1.0, -1.0)
-        side = straight_through(sign, near) * scale
-        return side if middle is None else side + middle
+        signed_scale = straight_through(sign, near) * scale
+        return signed_scale if middle is None else signed_scale + middle
 
     def middle(self) -> Tensor:
-        """Returns the middle of each channel of one-bit inputs, in a shape that is taken from inputs."""
+        """Returns the middle of each channel in a shape that broadcasts with inputs."""
         return self.input_middle.view(-1, *[1] * (-1 - self.channel_axis))
 
     def extra_repr(self) -> str:
         """Adds the scheme to what torch prints."""
-        shown = [
-            f"{k}={v.kind if isinstance(v, WeightQuantization) else 'int'}{v.bits}"
-            for k, v in self.scheme
-            if v is not None
-        ]
-        return ", ".join([super().extra_repr(), *shown])
+        parts = [super().extra_repr()]
+        if self.scheme.weights is not None:
+            parts.append(f"weights={self.scheme.weights.kind}{self.scheme.weights.bits}")
+        if self.scheme.inputs is not None:
+            parts.append(f"inputs=int{self.scheme.inputs.bits}")
+        return ", ".join(parts)
 
     def weight_quantization(self) -> WeightQuantization:
         """Returns how the weights are quantized.
@@ -219,22 +232,23 @@ class QuantLayer(nn.Module):
         return self.scheme.weights
 
     def codebook_values(self, key: str = "weight") -> Tensor:
-        """Returns the codebook, ascending; with `centroid_bits` its values are quantized themselves."""
+        """Returns the codebook, ascending; with `centroid_bits` its values are quantized too."""
         quantization = self.weight_quantization()
         values = self.codebook_of(key).float().sort().values
-        # The value 0 gets no gradient: it stays, and with it the pruned weights.
+        # The value 0 has no gradient, so that it stays 0 and pruned weights stay pruned.
         values = values * (values.detach() != 0)
         if quantization.centroid_bits is None:
             return values
-        most = 2 ** (quantization.centroid_bits - 1) - 1
+        largest_code = 2 ** (quantization.centroid_bits - 1) - 1
         scale = positive_scale(self.scale(key)).detach()
-        steps = (values / scale).clamp(-most, most)
+        steps = (values / scale).clamp(-largest_code, largest_code)
         return straight_through(steps.detach().round(), steps) * scale
 
     def expanded_scale(self, key: str = "weight", *, slow_gradient: bool = False) -> Tensor:
-        """Returns the scale of every entry, to be broadcast over rows; of a codebook its values.
+        """Returns the scales in a shape that broadcasts with rows; for a codebook its values.
 
-        With `slow_gradient` the scale's gradient is that of a learned step size (LSQ, section 2.2).
+        With `slow_gradient` the scale's gradient is divided as that of a learned step size (Esser
+        et al. 2020, section 2.2).
         """
         quantization = self.weight_quantization()
         if quantization.kind == "codebook":
@@ -247,10 +261,11 @@ class QuantLayer(nn.Module):
         return expand_scale(scale, self.rows(weight), quantization.group)
 
     def plain_twin(self, **instead: object) -> Any:
-        """Returns a plain layer of the same parts, with other attributes in the place of some.
+        """Returns a plain layer with the attributes of this one, some of them replaced.
 
-        Its forward is that of the class before quantization, which so reads the grid points of its weights. Nothing is
-        changed in this layer: a gradient, a trace or a copy of it never meets a half-quantized state.
+        Its forward is that of the class before quantization, which then uses the given weights.
+        This layer itself is not changed, so that no gradient, trace or copy ever sees it half
+        quantized.
         """
         twin = object.__new__(self.plain)
         twin.__dict__.update(self.__dict__)
@@ -259,9 +274,10 @@ class QuantLayer(nn.Module):
 
 
 def qparam_ids(model: nn.Module) -> set[int]:
-    """Returns the ids of the parameters that are scales, codebooks or middles: no weight decay may pull at them.
+    """Returns the ids of scales, codebooks and middles, for which there is no weight decay.
 
-    A smaller step size is no smaller network: decay would only draw the grid away from where training put it.
+    A smaller step size does not make a simpler network: decay would only move the grid away from
+    its optimum.
     """
     found: set[int] = set()
     for _, layer in quantized_layers(model):
@@ -270,14 +286,14 @@ def qparam_ids(model: nn.Module) -> set[int]:
 
 
 def quantized_layers(model: nn.Module) -> Iterator[tuple[str, QuantLayer]]:
-    """Yields every quantized layer with its name, a shared one once."""
+    """Yields every quantized layer with its name; a shared one once."""
     for name, module in model.named_modules():
         if isinstance(module, QuantLayer):
             yield name, module
 
 
 def quantized_weights(model: nn.Module) -> dict[str, tuple[QuantLayer, str]]:
-    """Returns the weights of quantized layers by their dotted name: the layer, and the weight's name in it."""
+    """Returns the weights of quantized layers: dotted name -> (layer, name of the weight in it)."""
     found = {}
     for name, layer in quantized_layers(model):
         for key in layer.keys:

@@ -1,4 +1,4 @@
-"""The quantized form of each kind of layer, and the table of them."""
+"""The quantized class of each kind of torch layer, and the table of them."""
 
 from __future__ import annotations
 
@@ -23,51 +23,54 @@ class QuantLinear(QuantLayer, nn.Linear):
 class QuantConv1d(QuantLayer, nn.Conv1d):
     """A quantized convolution over sequences."""
 
-    plain, channel_axis = nn.Conv1d, -2
+    plain = nn.Conv1d
+    channel_axis = -2
 
     def forward(self, input: Tensor) -> Tensor:
         """Maps [n, in_channels, L] to [n, out_channels, L']."""
-        x, weight = self.quantized_input(input), self.quantized_weight()
-        out: Tensor = self._conv_forward(x, weight, self.bias)
+        x = self.quantized_input(input)
+        out: Tensor = self._conv_forward(x, self.quantized_weight(), self.bias)
         return out
 
 
 class QuantConv2d(QuantLayer, nn.Conv2d):
     """A quantized convolution over images."""
 
-    plain, channel_axis = nn.Conv2d, -3
+    plain = nn.Conv2d
+    channel_axis = -3
 
     def forward(self, input: Tensor) -> Tensor:
         """Maps [n, in_channels, H, W] to [n, out_channels, H', W']."""
-        x, weight = self.quantized_input(input), self.quantized_weight()
-        out: Tensor = self._conv_forward(x, weight, self.bias)
+        x = self.quantized_input(input)
+        out: Tensor = self._conv_forward(x, self.quantized_weight(), self.bias)
         return out
 
 
 class QuantConv3d(QuantLayer, nn.Conv3d):
     """A quantized convolution over volumes."""
 
-    plain, channel_axis = nn.Conv3d, -4
+    plain = nn.Conv3d
+    channel_axis = -4
 
     def forward(self, input: Tensor) -> Tensor:
         """Maps [n, in_channels, D, H, W] to [n, out_channels, D', H', W']."""
-        x, weight = self.quantized_input(input), self.quantized_weight()
-        out: Tensor = self._conv_forward(x, weight, self.bias)
+        x = self.quantized_input(input)
+        out: Tensor = self._conv_forward(x, self.quantized_weight(), self.bias)
         return out
 
 
 class _QuantTransposed(QuantLayer):
-    """A quantized transposed convolution: weight [in, out / groups, ...], rows [out, in / groups, ...]."""
+    """A quantized transposed convolution, with weight [in, out / groups, ...]."""
 
     groups: int
 
     def rows(self, weight: Tensor) -> Tensor:
-        """Returns [out, in / groups, ...]."""
+        """Returns a weight as [out, in / groups, ...]."""
         by_group: Tensor = weight.unflatten(0, (self.groups, -1)).transpose(1, 2)
         return by_group.flatten(0, 1)
 
     def unrows(self, rows: Tensor) -> Tensor:
-        """Returns [in, out / groups, ...]."""
+        """Returns rows as [in, out / groups, ...]."""
         by_group: Tensor = rows.unflatten(0, (self.groups, -1)).transpose(1, 2)
         return by_group.flatten(0, 1)
 
@@ -81,23 +84,26 @@ class _QuantTransposed(QuantLayer):
 class QuantConvTranspose1d(_QuantTransposed, nn.ConvTranspose1d):
     """A quantized transposed convolution over sequences."""
 
-    plain, channel_axis = nn.ConvTranspose1d, -2
+    plain = nn.ConvTranspose1d
+    channel_axis = -2
 
 
 class QuantConvTranspose2d(_QuantTransposed, nn.ConvTranspose2d):
     """A quantized transposed convolution over images."""
 
-    plain, channel_axis = nn.ConvTranspose2d, -3
+    plain = nn.ConvTranspose2d
+    channel_axis = -3
 
 
 class QuantConvTranspose3d(_QuantTransposed, nn.ConvTranspose3d):
     """A quantized transposed convolution over volumes."""
 
-    plain, channel_axis = nn.ConvTranspose3d, -4
+    plain = nn.ConvTranspose3d
+    channel_axis = -4
 
 
 class QuantEmbedding(QuantLayer, nn.Embedding):
-    """A table of vectors, quantized, with a scale for each row."""
+    """A quantized embedding table with a scale for each row."""
 
     plain = nn.Embedding
 
@@ -113,6 +119,7 @@ class _QuantRecurrent(QuantLayer):
         """Maps a sequence and a state to outputs and the last state, as the plain layer."""
         weights = {key: self.quantized_weight(key) for key in self.keys}
         names: list[str] = self._flat_weights_names  # type: ignore[assignment]
+        # torch passes the weights to its kernel as this list, not as attributes.
         flat = [weights[n] if n in weights else getattr(self, n) for n in names]
         return self.plain_twin(_flat_weights=flat, **weights).forward(input, hx)
 
@@ -140,9 +147,8 @@ class _QuantCell(QuantLayer):
 
     def forward(self, input: Tensor, hx: Any = None) -> Any:
         """Maps an input and a state to the next state, as the plain cell."""
-        return self.plain_twin(**{key: self.quantized_weight(key) for key in self.keys}).forward(
-            input, hx
-        )
+        weights = {key: self.quantized_weight(key) for key in self.keys}
+        return self.plain_twin(**weights).forward(input, hx)
 
 
 class QuantLSTMCell(_QuantCell, nn.LSTMCell):
@@ -164,15 +170,16 @@ class QuantRNNCell(_QuantCell, nn.RNNCell):
 
 
 class QuantMultiheadAttention(QuantLayer, nn.MultiheadAttention):
-    """Attention whose projections of queries, keys and values are quantized.
+    """Attention with quantized projections of queries, keys and values.
 
-    The output projection is a layer of its own in the table of schemes. Attention reads its weight without calling it.
+    The output projection is a layer of its own in the table of schemes. Attention uses its weight
+    without calling it.
     """
 
     plain = nn.MultiheadAttention
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Attends as the plain layer does."""
+        """Computes attention as the plain layer does."""
         parts: dict[str, object] = {key: self.quantized_weight(key) for key in self.keys}
         if isinstance(self.out_proj, QuantLayer):
             parts["out_proj"] = self.out_proj.plain_twin(weight=self.out_proj.quantized_weight())

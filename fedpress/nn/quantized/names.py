@@ -1,4 +1,4 @@
-"""Names of a quantized layer's tensors: its weights, and what belongs to each of them."""
+"""Names of a quantized layer's tensors: its weights, and the scale and codebook of each."""
 
 from __future__ import annotations
 
@@ -14,10 +14,9 @@ def weight_keys(module: nn.Module) -> tuple[str, ...]:
     if isinstance(module, nn.RNNCellBase):
         return ("weight_ih", "weight_hh")
     if isinstance(module, nn.MultiheadAttention):
-        packed = module._qkv_same_embed_dim
-        return (
-            ("in_proj_weight",) if packed else ("q_proj_weight", "k_proj_weight", "v_proj_weight")
-        )
+        if module._qkv_same_embed_dim:
+            return ("in_proj_weight",)
+        return ("q_proj_weight", "k_proj_weight", "v_proj_weight")
     return ("weight",)
 
 
@@ -27,17 +26,17 @@ def scale_name(key: str) -> str:
 
 
 def codebook_name(key: str) -> str:
-    """Returns the name of the codebook of a weight."""
+    """Returns the name of the codebook of a weight; that of `weight` itself is an older name."""
     return "codebook" if key == "weight" else f"{key}_codebook"
 
 
 def kept_zeros_name(key: str) -> str:
-    """Returns the name of the buffer that tells rounded zeros of a weight from pruned ones."""
+    """Returns the name of the buffer that marks the kept zeros of a weight."""
     return f"{key}_kept_zeros"
 
 
 def is_qparam(name: str) -> bool:
-    """Whether the tensor of this name says how values are quantized: a scale, codebook, zero point or middle.
+    """Returns whether a tensor is a scale, codebook, zero point or middle.
 
     >>> is_qparam("gru.weight_hh_l0_scale"), is_qparam("conv.weight")
     (True, False)

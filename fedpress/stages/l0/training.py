@@ -75,7 +75,7 @@ class GatedTraining:
             self.controller = Controller(balance(loss, density, self.gates))
         end = min(self.stage.density, self.begin)
         target = geometric(self.done / self.steps, start=self.begin, end=end)
-        self.pull = self.controller.pull_(float(density.detach()), target)
+        self.pull = self.controller.step_(float(density.detach()), target)
         return loss + self.pull * density
 
     def state(self) -> Snapshot:

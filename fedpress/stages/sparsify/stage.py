@@ -50,7 +50,7 @@ class SparsifyStage(SparsifySettings, Stage):
 
         Raises:
             RecipeError: if no weight can take the pattern, or the density cannot be reached.
-            ModelError: if the model has no weight that may get zeros.
+            ModelError: if the model has no weight that may have zeros.
             DataError: if there are no public examples to score or train with.
         """
         ignored(state.model, self.ignore)

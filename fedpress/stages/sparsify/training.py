@@ -16,7 +16,7 @@ from fedpress.compress.sparse import (
     Masks,
     Movement,
     Pattern,
-    WeightEvidence,
+    WeightScoreInputs,
     apply_,
     cubic,
     density_of,
@@ -116,7 +116,7 @@ class MaskedTraining:
 
     def cut_(self, density: float) -> None:
         """Scores what is left and keeps `density` of all."""
-        evidence = WeightEvidence(
+        evidence = WeightScoreInputs(
             self.fit.model,
             self.weights.chosen,
             self.losses if self.stage.score in FROM_DATA else None,

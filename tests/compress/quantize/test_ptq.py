@@ -114,7 +114,7 @@ def test_biases_make_good_for_the_mean_error_of_rounding(inner):
 def test_a_layer_without_a_bias_is_named():
     model = nn.Sequential(nn.Linear(3, 2, bias=False))
     notes = quantize_(model, {"0": INT4}, [torch.randn(4, 3)])
-    assert notes == {"0": "it has no bias that could make good for its rounding"}
+    assert notes == {"0": "it has no bias that could compensate its rounding"}
 
 
 class Zoo(nn.Module):
@@ -184,7 +184,7 @@ def test_a_wrong_name_and_a_network_without_layers_are_refused():
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_numbers_that_are_not_finite_name_the_layer_and_leave_the_model_alone(value):
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
-    with pytest.raises(DataError, match=r"batches: '0' sees NaN or infinite values"):
+    with pytest.raises(DataError, match=r"batches: '0' receives NaN or infinite values"):
         quantize_(model, quantizable(model, BYTES)[0], [torch.full((3, 2), value)])
     model[1].weight.data[0, 0] = value
     with pytest.raises(ModelError, match=r"model: '1' has NaN or infinite weights"):

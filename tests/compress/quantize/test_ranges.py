@@ -97,7 +97,7 @@ def test_a_constant_input_has_a_range(observer, value):
 def test_values_that_are_not_finite_name_the_layer(value):
     x = torch.zeros(2, 2, 6, 6)
     x[1, 1, 1, 1] = value
-    with pytest.raises(DataError, match="batches: '0' sees NaN or infinite values"):
+    with pytest.raises(DataError, match="batches: '0' receives NaN or infinite values"):
         calibrate_(ready(BYTE), [x])
 
 

@@ -12,11 +12,11 @@ from fedpress.compress import check_parity, parameters, plan, remove_, score, tr
 from fedpress.compress.prune.plan import make_plan
 from fedpress.compress.sparse import find_weights
 from fedpress.compress.sparse.l0 import (
-    LEAST,
+    SMALLEST_GATE,
     Controller,
-    at_test,
     balance,
     channel_gates,
+    expected_gate,
     open_probability,
     sample,
     weight_gates,
@@ -58,7 +58,7 @@ def test_gates_lie_between_0_and_1(log_alpha, u):
     z.backward()
     assert 0 <= float(z.detach()) <= 1
     assert a.grad.isfinite()
-    assert 0 <= float(at_test(a.detach())) <= 1
+    assert 0 <= float(expected_gate(a.detach())) <= 1
     assert 0 <= float(open_probability(a.detach())) <= 1
 
 
@@ -140,8 +140,10 @@ def test_settled_gates_give_the_network_that_was_evaluated():
     _, gates = gates_for(model)
     with torch.no_grad():
         for a in gates.log_alphas:
-            a.uniform_(-1, 4, generator=generator(1, "alphas"))  # all open by more than LEAST
-    assert all(float(at_test(a.detach()).min()) > LEAST for a in gates.log_alphas)
+            a.uniform_(
+                -1, 4, generator=generator(1, "alphas")
+            )  # all open by more than SMALLEST_GATE
+    assert all(float(expected_gate(a.detach()).min()) > SMALLEST_GATE for a in gates.log_alphas)
     x = torch.randn(5, 6, generator=generator(0, "x"))
     with gates.on(model), torch.inference_mode():
         wanted = model(x)
@@ -314,7 +316,7 @@ def test_the_controller_leads_a_network_to_the_wanted_density(wanted):
             loss, density = F.cross_entropy(model(x), y), gates.density()
             controller = controller or Controller(balance(loss, density, gates))
             target = wanted ** min(1, step / (0.6 * steps))
-            (loss + controller.pull_(float(density.detach()), target) * density).backward()
+            (loss + controller.step_(float(density.detach()), target) * density).backward()
             for one in (weights_, optimizer):
                 one.step()
                 one.zero_grad()

@@ -10,7 +10,7 @@ from fedpress.compress.sparse import (
     WEIGHT_SCORES,
     Movement,
     Weight,
-    WeightEvidence,
+    WeightScoreInputs,
     find_weights,
     score_weights,
 )
@@ -45,7 +45,7 @@ def evidence(model, batch=4, **more):
             for x, y in zip(X.split(batch), Y.split(batch), strict=True)
         )
 
-    return WeightEvidence(model, chosen, losses, generator(0, "random"), **more)
+    return WeightScoreInputs(model, chosen, losses, generator(0, "random"), **more)
 
 
 def plain_gradients(model, batch, *, train=False):
@@ -78,7 +78,7 @@ def test_magnitude_is_the_absolute_value():
 @given(st.lists(st.floats(-10, 10), min_size=1, max_size=12), st.integers(0, 3))
 def test_lamp_is_what_two_loops_give(values, seed):
     one = Weight("w", nn.Parameter(torch.tensor([values])))
-    found = score_weights("lamp", WeightEvidence(nn.Module(), [one]))["w"].flatten()
+    found = score_weights("lamp", WeightScoreInputs(nn.Module(), [one]))["w"].flatten()
     order = sorted(
         range(len(values)), key=lambda i: torch.tensor(values[i]).double().square().item()
     )
@@ -110,7 +110,7 @@ def test_taylor_tells_how_the_loss_changes_without_a_small_weight():
     layer = model[4]
     with torch.no_grad():
         layer.weight[2, 3] = 1e-4
-    evidence = WeightEvidence(
+    evidence = WeightScoreInputs(
         model, [Weight("4.weight", layer.weight)], lambda: [F.cross_entropy(model(X.double()), Y)]
     )
     told = float(score_weights("taylor", evidence)["4.weight"][2, 3])
@@ -138,7 +138,7 @@ def test_fisher_of_a_linear_model_is_that_of_the_closed_form():
         torch.randn(20, 3, generator=generator(0, "x")),
         torch.randn(20, generator=generator(0, "y")),
     )
-    evidence = WeightEvidence(
+    evidence = WeightScoreInputs(
         layer,
         [Weight("weight", layer.weight)],
         lambda: ((layer(a[None]).squeeze() - b).square() / 2 for a, b in zip(x, y, strict=True)),
@@ -181,7 +181,7 @@ def test_grasp_of_a_square_is_the_closed_form():
     half = torch.randn(4, 4, generator=generator(0, "a"))
     a = half + half.T
     module = nn.Linear(4, 1, bias=False)
-    evidence = WeightEvidence(
+    evidence = WeightScoreInputs(
         module,
         [Weight("weight", module.weight)],
         lambda: [(module.weight @ a @ module.weight.T).squeeze() / 2],
@@ -212,14 +212,14 @@ def test_grasp_is_the_slope_of_the_gradient_norm():
 
 def evidence_of_all(model, name):
     weight = dict(model.named_parameters())[name]
-    return WeightEvidence(
+    return WeightScoreInputs(
         model, [Weight(name, weight)], lambda: [F.cross_entropy(model(X.double()), Y)]
     )
 
 
 def test_grasp_of_a_loss_without_curvature_is_zero():
     layer = nn.Linear(3, 1, bias=False)
-    evidence = WeightEvidence(
+    evidence = WeightScoreInputs(
         layer, [Weight("weight", layer.weight)], lambda: [layer(torch.ones(3)).sum()]
     )
     assert score_weights("grasp", evidence)["weight"].eq(0).all()
@@ -238,7 +238,7 @@ def test_movement_sums_what_plain_steps_give():
             optimizer.step()
             optimizer.zero_grad()
     F.cross_entropy(model(X), Y).backward()  # nobody watches any more
-    found = score_weights("movement", WeightEvidence(model, chosen, moved=watch.sums))
+    found = score_weights("movement", WeightScoreInputs(model, chosen, moved=watch.sums))
     for name in wanted:
         assert torch.equal(found[name], wanted[name])
 
@@ -270,9 +270,9 @@ def test_a_score_without_what_it_looks_at_says_so(name):
     model = network()
     chosen = find_weights(model).chosen
     with pytest.raises(ModelError, match="losses"):
-        score_weights(name, WeightEvidence(model, chosen))
+        score_weights(name, WeightScoreInputs(model, chosen))
     with pytest.raises(ModelError, match="no batches"):
-        score_weights(name, WeightEvidence(model, chosen, list))
+        score_weights(name, WeightScoreInputs(model, chosen, list))
 
 
 @pytest.mark.parametrize(
@@ -281,12 +281,12 @@ def test_a_score_without_what_it_looks_at_says_so(name):
 def test_random_and_movement_say_what_they_need(name, missing):
     model = network()
     with pytest.raises(ModelError, match=missing):
-        score_weights(name, WeightEvidence(model, find_weights(model).chosen))
+        score_weights(name, WeightScoreInputs(model, find_weights(model).chosen))
 
 
 def test_an_unknown_score_is_met_with_the_nearest():
     with pytest.raises(RecipeError, match="did you mean 'magnitude'"):
-        score_weights("magnitud", WeightEvidence(nn.Module(), []))
+        score_weights("magnitud", WeightScoreInputs(nn.Module(), []))
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
