@@ -35,9 +35,12 @@ def matmul(ids: ChannelIds, shape: Shape, x: Value, y: Value) -> Axes:
     attention.
     """
     x_summed = x.axes[-1]
-    y_summed = y.axes[-2] if len(y.shape) > 1 else y.axes[0]
     rows = x.axes[-2:-1]
-    columns = y.axes[-1:] if len(y.shape) > 1 else ()
+    if len(y.shape) > 1:
+        y_summed, columns = y.axes[-2], y.axes[-1:]
+    else:
+        y_summed, columns = y.axes[0], ()
+    # Two weights, as in a low-rank product, are neither input nor output of each other.
     x_is_weight, y_is_weight = _are_weights(x, y)
     if y_is_weight and not x_is_weight:
         _apply_weight(ids, y_summed, x_summed, columns)
@@ -49,12 +52,14 @@ def matmul(ids: ChannelIds, shape: Shape, x: Value, y: Value) -> Axes:
     else:
         ids.keep_all((x_summed, y_summed), PRODUCT)
 
+    # A weight matrix on the right leaves all leading axes of `x` as they are.
     if len(y.shape) <= 2 and y_is_weight:
         out = (*x.axes[:-1], *columns)
     else:
         batch_shape = shape[: len(shape) - len(rows) - len(columns)]
         batch = _unite_batch(ids, batch_shape, leading(x, 2), leading(y, 2))
         out = (*batch, *rows, *columns)
+    # torch's FlopCounterMode does not count matrix-vector products either.
     if len(x.shape) > 1 and len(y.shape) > 1:
         summed = ids_or_sizes(x.shape[-1:], x.axes[-1:])
         ids.count_multiply_adds(1, *ids_or_sizes(shape, out), *summed)
@@ -67,8 +72,11 @@ def _are_weights(*values: Value) -> list[bool]:
     Weights that the input selects (of experts, say) count as weights only if no factor is a plain
     weight.
     """
+    # Gathered weights times a plain weight are activations of that weight.
     plain = [value.from_weights for value in values]
-    return plain if any(plain) else [value.gathered_weights for value in values]
+    if any(plain):
+        return plain
+    return [value.gathered_weights for value in values]
 
 
 def _apply_weight(ids: ChannelIds, weight: Axis, source: Axis, out: Axes) -> None:
@@ -82,6 +90,7 @@ def _apply_weight(ids: ChannelIds, weight: Axis, source: Axis, out: Axes) -> Non
 @rule("dot", "vdot")
 def dot(ids: ChannelIds, shape: Shape, x: Value, y: Value) -> Axes:
     """A sum over all places, to which masked weights add nothing."""
+    # Otherwise a pruned channel would be missing from the sum.
     if x.zero_when_masked and y.zero_when_masked:
         ids.unite(x.axes[0], y.axes[0])
     else:
@@ -132,6 +141,7 @@ def grouped(
         ids.keep_all((*x.axes, *y.axes), PRODUCT)
         return ()
 
+    # The router's outputs count the experts, and it selects them by index.
     ids.keep(y.axes[0], "experts are chosen by number")
     for axis in (x.axes[1], *y.axes[1:]):
         _unite_blocks(ids, axis, ALIGNED)
@@ -158,6 +168,7 @@ def _unite_blocks(ids: ChannelIds, axis: Axis, size: int) -> None:
 def added(ids: ChannelIds, shape: Shape, bias: Value, x: Value, y: Value, **options: Any) -> Axes:
     """A matrix product plus `bias`."""
     axes = matmul(ids, shape, x, y)
+    # The bias may be broadcast, so it is united like an addition.
     return elementwise(ids, shape, Value(shape, axes), bias)
 
 
@@ -205,6 +216,7 @@ def _unite_batch(ids: ChannelIds, shape: Shape, *values: Value) -> Axes:
 
 def _repeat_heads(x: Value, times: int) -> Value:
     """Repeats each head of keys or values [..., heads, length, width] for its queries."""
+    # Query head i uses key head i // times, so each key head is repeated in place.
     at = len(x.shape) - 3
     shape = replaced(x.shape, at, x.shape[at] * times)
     return Value(shape, replaced(x.axes, at, repeat_each(x.axes[at], times)))
@@ -221,8 +233,10 @@ def einsum(
     weight_letters: set[str] = set()
     if not all(are_weights):  # a product of weights alone has no input channels
         for term, is_weight in zip(terms, are_weights, strict=True):
-            weight_letters.update(term if is_weight else "")
+            if is_weight:
+                weight_letters.update(term)
 
+    # A letter that occurs in several terms and in the output is a batch axis.
     uses = Counter("".join(terms))
     for term, value, is_weight in zip(terms, values, are_weights, strict=True):
         for letter, axis in zip(term, value.axes, strict=True):
@@ -251,6 +265,7 @@ def _letter_axes(
     axes: dict[str, Axis] = {}
     for term, value in zip(terms, values, strict=True):
         for letter, size, axis in zip(term, value.shape, value.axes, strict=True):
+            # einsum broadcasts an axis of size 1 over all indices of its letter.
             if size < sizes[letter]:
                 ids.keep(axis, "one channel is broadcast over many")
                 continue
@@ -279,8 +294,10 @@ def einsum_letters(equation: str, ranks: Sequence[int]) -> tuple[list[str], str]
     written = left.split(",")
     covered = []  # how many axes the ellipsis of each term covers
     for term, rank in zip(written, ranks, strict=True):
-        covered.append(rank - len(term.replace("...", "")) if "..." in term else 0)
+        has_ellipsis = "..." in term
+        covered.append(rank - len(term.replace("...", "")) if has_ellipsis else 0)
 
+    # Capital letters stand for the covered axes, as few as the longest ellipsis needs.
     longest = max(covered, default=0)
     unused = [c for c in "ABCDEFGHIJKLMNOPQRSTUVWXYZ" if c not in equation]
     ellipsis = "".join(unused[:longest])

@@ -32,6 +32,7 @@ def convolution(
     if groups == 1:
         ids.unite(read, source)
         ids.mark(read, "read")
+    # With one input channel per group an output channel depends on that channel only.
     elif weight.shape[1] == 1:
         ids.keep(read, "depthwise kernel")
         ids.unite(out, repeat_each(source, weight.shape[0] // groups))
@@ -65,6 +66,7 @@ def transposed(
     read, write = weight.axes[:2]
     ids.unite(read, source)
     out = write
+    # Each input channel has its own kernel, so it is at the same time the output channel.
     if groups == weight.shape[0] > 1:  # depthwise
         ids.keep(write, "depthwise kernel")
         out = repeat_each(source, weight.shape[1])
@@ -88,12 +90,14 @@ def _note_groups(ids: ChannelIds, source: Axis, groups: int) -> None:
     the code.
     """
     numbers = [] if ids.call is None else ids.call.numbers
+    # `groups` is the last argument of a convolution, and without it no number is corrected.
     if numbers and numbers[-1] == groups:
         ids.note_size(len(numbers) - 1, source)
 
 
 def _channel_axis(ids: ChannelIds, x: Value, weight: Value) -> int:
     """Returns the channel axis of `x` (1, or 0 without a batch); keeps kernel and image sizes."""
+    # A weight has as many axes as a batch of inputs, one more than a single input.
     at = len(x.shape) - len(weight.shape) + 1
     ids.keep_all((*weight.axes[2:], *x.axes[at + 1 :]), "kernel or image size")
     return at
@@ -131,6 +135,7 @@ def _output(
     ids.mark(out, "write")
     if bias is not None:
         ids.unite(out, bias.axes[0])
+    # Positions of the output are new: the kernel mixes those of the input.
     return (*x.axes[:at], out, *[None] * (len(shape) - at - 1))
 
 
@@ -149,8 +154,10 @@ def general_convolution(
     groups: int,
 ) -> Axes:
     """The ATen operation that all convolutions can be decomposed into."""
-    kind = transposed if is_transposed else convolution
-    return kind(ids, shape, x, weight, bias, groups=groups)
+    # Stride, padding and dilation do not change which channels meet.
+    if is_transposed:
+        return transposed(ids, shape, x, weight, bias, groups=groups)
+    return convolution(ids, shape, x, weight, bias, groups=groups)
 
 
 @rule("conv_tbc")
@@ -175,12 +182,12 @@ def linear(
 ) -> Axes:
     """Weight [out, in], or [in] for a single output without an axis."""
     *first, read = weight.axes
-    out = first[0] if first else None
     ids.unite(read, x.axes[-1])
     ids.mark(read, "read")
-    ids.mark(out, "write")
-    if bias is not None and bias.axes:
-        ids.unite(out, bias.axes[0])
+    for out in first:
+        ids.mark(out, "write")
+        if bias is not None:
+            ids.unite(out, bias.axes[0])
     rows = ids_or_sizes(x.shape[:-1], x.axes[:-1])
     ids.count_multiply_adds(1, *rows, *ids_or_sizes(weight.shape, weight.axes))
     return (*x.axes[:-1], *first)
@@ -191,6 +198,7 @@ def embedding(
     ids: ChannelIds, shape: Shape, weight: Value, indices: Value, *rest: Any, **options: Any
 ) -> Axes:
     """Table [words, width]: the words are kept, since the input names them by number."""
+    # If a word were removed, indices in the input would name other words.
     ids.keep(weight.axes[0], "rows are looked up by number")
     ids.mark(weight.axes[1], "write")
     return (*indices.axes, weight.axes[1])

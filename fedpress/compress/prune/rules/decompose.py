@@ -46,6 +46,7 @@ def decompose_operation(
         return decomposition(*arguments, **named)
 
     try:
+        # The tensors are fake, so tracing computes shapes only.
         graph = make_fx(run, tracing_mode="real")(*tensors).graph
     except Exception:
         # A decomposition may need the values of its inputs, or refuse their types: then it does

@@ -32,6 +32,7 @@ def batch_norm(
             ids.keep(axis, MEAN)
     for vector in values_among((weight, bias, *rest[:2])):  # `rest` begins with mean and variance
         ids.unite(x.axes[1], vector.axes[0])
+    # Scores such as `bn_scale` look at this scale.
     if weight is not None:
         ids.mark(weight.axes[0], "scale")
     return x.axes
@@ -97,6 +98,7 @@ def weight_norm(ids: ChannelIds, shape: Shape, v: Value, g: Value, dim: int = 0)
     The norm is over masked weights, to which zeros add nothing, so all axes can lose channels
     (Salimans and Kingma 2016, arXiv:1602.07868).
     """
+    # One length for all has no axis that could meet a channel.
     if dim == -1:
         return v.axes
     dim %= len(v.shape)
@@ -111,6 +113,7 @@ def weight_norm(ids: ChannelIds, shape: Shape, v: Value, g: Value, dim: int = 0)
 @rule("prelu.default")
 def prelu(ids: ChannelIds, shape: Shape, x: Value, weight: Value) -> Axes:
     """One slope for all channels, or one for each channel, which is pruned with it."""
+    # A single slope belongs to no channel, and torch tells the two cases apart by its size.
     if weight.shape[0] > 1:
         ids.unite(x.axes[1], weight.axes[0])
     else:

@@ -36,6 +36,7 @@ def take_slice(
     if shape == x.shape:
         return x.axes
     dim %= len(x.shape)
+    # Each slice of an indexing is an operation of its own, in the order of the code.
     position = ids.next_slice_start()
     axis = x.axes[dim]
     if axis is None:
@@ -45,8 +46,10 @@ def take_slice(
     covers_axis = first < step and last == len(axis) and len(axis) % step == 0
     if step == 1 and position is not None:
         # `x[:, :n]` has no start that could be wrong, and `x[:, n:]` no end.
-        ids.note_size(position, axis[:first] if start else None)
-        ids.note_size(position + 1, axis[:last] if last < len(axis) else None)
+        if start:
+            ids.note_size(position, axis[:first])
+        if last < len(axis):
+            ids.note_size(position + 1, axis[:last])
     elif covers_axis:
         for column in axis.reshape(-1, step).T[1:]:
             ids.unite(axis[::step], column)
@@ -60,12 +63,14 @@ def narrow(ids: ChannelIds, shape: Shape, x: Value, dim: int, start: int, length
     """Takes `length` channels from `start` on; both numbers in the code are corrected."""
     dim %= len(x.shape)
     axis = x.axes[dim]
+    # Nothing to correct: the axis has no channels, or all of it is taken.
     if axis is None or shape == x.shape:
         return x.axes
     start %= len(axis)
     if ids.call is None:
         ids.keep(axis, "channels are sliced by number")
     taken = axis[start : start + length]
+    # Position 0 is the axis, which does not change.
     ids.note_size(1, axis[:start])
     ids.note_size(2, taken)
     return replaced(x.axes, dim, taken)
@@ -123,6 +128,7 @@ def searched(
 
     `edges` is one row, or has a row for each row of `x`.
     """
+    # Without an edge the result, an index into the edges, would be another one.
     ids.keep_all(edges.axes, BY_NUMBER)
     if len(edges.shape) > 1:
         ids.keep_all(x.axes, BY_NUMBER)
@@ -170,6 +176,7 @@ def overwrite_part(
     dim %= len(shape)
     ids.keep(x.axes[dim], BY_NUMBER)
     others = Value(replaced(shape, dim), replaced(x.axes, dim))
+    # `slice_scatter` writes a run of indices, `select_scatter` a single one.
     if len(source.shape) == len(shape):  # a run of indices; a single one has no such axis
         ids.keep(source.axes[dim], BY_NUMBER)
         source = Value(replaced(source.shape, dim), replaced(source.axes, dim))

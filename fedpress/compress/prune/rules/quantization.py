@@ -25,6 +25,7 @@ def per_channel(
     *rest: Any,
 ) -> Axes:
     """Scale and zero point have one entry for each index of one axis, and are pruned with it."""
+    # A scale that stayed would be applied to another channel.
     ids.unite(x.axes[axis], scale.axes[0])
     ids.unite(x.axes[axis], zero_point.axes[0])
     return x.axes

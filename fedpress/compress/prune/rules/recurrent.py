@@ -27,7 +27,7 @@ def recurrent(
 ) -> list[Axes]:
     """A torch module has one hidden size, so all its layers and directions lose the same units."""
     directions = 2 if bidirectional else 1
-    states = list(start) if isinstance(start, list | tuple) else [start]
+    states = _states(start)
     per_cell = len(weights) // (num_layers * directions)
     steps = int(np.prod(x.shape[:-1]))
 
@@ -40,7 +40,10 @@ def recurrent(
     assert hidden is not None, "parameters have ids"
     for i in range(num_layers * directions):
         # Later layers read the hidden units of both directions, one after the other.
-        source = x.axes[-1] if i < directions else np.tile(hidden, directions)
+        source = x.axes[-1]
+        if i >= directions:
+            source = np.tile(hidden, directions)
+        # torch lists the weights by layer and direction.
         w_ih, w_hh, *biases = weights[i * per_cell : (i + 1) * per_cell]
         _unite_cell(ids, steps, source, hidden, [w_ih, w_hh], biases)
     for state in values_among(states):
@@ -48,6 +51,13 @@ def recurrent(
 
     final_state: Axes = (None,) * (len(x.shape) - 1) + (hidden,)
     return [(*x.axes[:-1], np.tile(hidden, directions)), *[final_state] * len(states)]
+
+
+def _states(start: Any) -> list[Any]:
+    """Returns the initial states: two for an LSTM, one for the others."""
+    if isinstance(start, list | tuple):
+        return list(start)
+    return [start]
 
 
 def _keep_projected(
@@ -71,11 +81,14 @@ def cell(
     assert hidden is not None, "parameters have ids"
     steps = int(np.prod(x.shape[:-1]))
     _unite_cell(ids, steps, x.axes[-1], hidden, [w_ih, w_hh], values_among(biases))
-    states = list(start) if isinstance(start, list | tuple) else [start]
+    states = _states(start)
     for state in states:
         ids.unite(state.axes[-1], hidden)
     axes = (*x.axes[:-1], hidden)
-    return [axes, axes] if len(states) > 1 else axes
+    if len(states) == 1:
+        return axes
+    # Hidden state and cell state of an LSTM have the same units.
+    return [axes, axes]
 
 
 def _unite_cell(

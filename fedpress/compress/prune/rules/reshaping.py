@@ -35,6 +35,7 @@ def reshape(ids: ChannelIds, shape: Shape, x: Value, *args: Any, **options: Any)
     axes: list[Axis] = []
     lengths: list[Length | None] = []  # of each new axis
     for old, new in _segments(x.shape, shape):
+        # An axis that stays as it is passes its ids, and its length is a size in the code.
         if len(old) == len(new) == 1:
             axis = x.axes[old[0]]
             axes.append(axis)
@@ -46,9 +47,11 @@ def reshape(ids: ChannelIds, shape: Shape, x: Value, *args: Any, **options: Any)
             axes.append(axis)
             lengths.append(length)
 
+    # The other tensor gives the sizes, so it must have the same channels.
     for like in values_among(args):  # `view_as`
         for axis, other in zip(axes, like.axes, strict=True):
             ids.unite(axis, other)
+    # `squeeze` has no sizes among its arguments, only axes.
     if "squeeze" not in ids.operation:
         _note_sizes(ids, x, args, lengths)
     return tuple(axes)
@@ -63,15 +66,16 @@ def _note_sizes(
     axis at position 0 and the sizes from that axis on after it.
     """
     unflatten = "unflatten" in ids.operation
-    first_axis = args[0] % len(x.shape) if unflatten else 0
-    first_position = 1 if unflatten else 0
+    first_axis = first_position = 0
+    if unflatten:
+        first_axis = args[0] % len(x.shape)
+        first_position = 1
     sizes: Sequence[Any] = ()
     for argument in args:
         if isinstance(argument, list | tuple):
             sizes = argument
             break
-    for i in range(len(sizes)):
-        length = lengths[first_axis + i]
+    for i, length in enumerate(lengths[first_axis : first_axis + len(sizes)]):
         if length is not None:
             axis, is_multiple = length
             ids.note_size(first_position + i, axis, multiple=is_multiple)
@@ -149,8 +153,8 @@ def _pieces(ids: ChannelIds, old: Sequence[Piece], new: Sequence[int]) -> list[l
     piece_ending_at: dict[int, Piece] = {}
     begin = 1
     for size, axis in old:
-        inside = [end for end in ends if begin <= end <= begin * size]
-        factors = [b // a for a, b in pairwise(inside)]
+        factors = _factors(ends, begin, size)
+        # Without its only channel the axis would be empty.
         if size == 1:
             ids.keep(axis, "its only channel")
         for factor, part in zip(factors, _split(ids, factors, axis), strict=True):
@@ -160,9 +164,24 @@ def _pieces(ids: ChannelIds, old: Sequence[Piece], new: Sequence[int]) -> list[l
     result = []
     begin = 1
     for size in new:
-        result.append([piece_ending_at[end] for end in ends if begin < end <= begin * size])
-        begin *= size
+        pieces = []
+        for factor in _factors(ends, begin, size):
+            begin *= factor
+            pieces.append(piece_ending_at[begin])
+        result.append(pieces)
     return result
+
+
+def _factors(ends: Sequence[int], begin: int, size: int) -> list[int]:
+    """Returns the factors into which boundaries divide an axis.
+
+    Args:
+        ends: all boundaries, as products of sizes from the left.
+        begin: where the axis begins.
+        size: of the axis.
+    """
+    inside = [end for end in ends if begin <= end <= begin * size]
+    return [b // a for a, b in pairwise(inside)]
 
 
 def _split(ids: ChannelIds, shape: Sequence[int], axis: Axis) -> list[Axis]:
@@ -170,8 +189,12 @@ def _split(ids: ChannelIds, shape: Sequence[int], axis: Axis) -> list[Axis]:
     if axis is None or len(shape) < 2:
         return [axis] * len(shape)
     table = axis.reshape(shape)
+    # An axis that repeats its ids, as after `expand`, is a product with a factor without ids.
     varying = [d for d in range(table.ndim) if not (table == table.take([0], axis=d)).all()]
-    elements = table[tuple(slice(None) if d in varying else 0 for d in range(table.ndim))]
+    repeated = tuple(d for d in range(table.ndim) if d not in varying)
+    elements = table
+    for d in reversed(repeated):
+        elements = elements.take(0, axis=d)
 
     axes: list[Axis] = [None] * table.ndim
     if len(varying) == 1:
@@ -180,6 +203,7 @@ def _split(ids: ChannelIds, shape: Sequence[int], axis: Axis) -> list[Axis]:
     new = [ids.fresh(shape[d]) for d in varying]
     for d, own in zip(varying, new, strict=True):
         axes[d] = own
+    # Which factor loses slices is decided when all operations are known.
     ids.split_axis(elements, new)
     return axes
 
@@ -190,6 +214,7 @@ def _join(ids: ChannelIds, parts: Sequence[Piece]) -> tuple[Axis, Length | None]
     if not with_ids:
         return None, None
     elements = with_ids[0]
+    # Several factors with ids: their product has an id for each combination.
     if len(with_ids) > 1:
         shape = tuple(len(axis) for axis in with_ids)
         elements = ids.fresh(prod(shape)).reshape(shape)

@@ -34,6 +34,7 @@ def concatenate(ids: ChannelIds, shape: Shape, values: Sequence[Value], dim: int
     # The parts may have different sizes along `dim`, so that axis takes no part in the union.
     others = [_without_ids(value, dim) for value in values]
     axes = elementwise(ids, replaced(shape, dim, -1), *others)
+    # Without channels along `dim` no id is needed there.
     if all(value.axes[dim] is None for value in values):
         return axes
     parts = [_ids_or_kept(ids, value, dim) for value in values]
@@ -69,6 +70,7 @@ def pad(ids: ChannelIds, shape: Shape, x: Value, widths: Sequence[int], *rest: A
     Example: a ResNet shortcut that pads zeros up to the width of the next stage. The widths in the
         code are corrected.
     """
+    # Other modes repeat or reflect channels, whose copies would have to be pruned with them.
     adds_zeros = not rest or rest[0] in ("constant", 0, 0.0)
     axes: list[Axis] = []
     for i, axis in enumerate(x.axes):
@@ -97,6 +99,7 @@ def pad(ids: ChannelIds, shape: Shape, x: Value, widths: Sequence[int], *rest: A
 def permute(ids: ChannelIds, shape: Shape, x: Value, *dims: Any) -> Axes:
     """Axes are reordered together with their ids."""
     order = list(range(len(x.shape)))
+    # ATen has several operations for this, with one pair of axes, a full order, or none.
     name = ids.operation.split(".")[1]
     if len(dims) == 2:
         if name == "movedim":
@@ -128,6 +131,7 @@ def expand(ids: ChannelIds, shape: Shape, x: Value, sizes: Any = (), **options: 
         return tuple(axes)
 
     for i, size in enumerate(shape):
+        # Only an axis of size 1 is copied. Each copy may be pruned, since all are equal.
         if old_shape[i] == 1 < size:
             axes[i] = ids.fresh(size)
             if ids.call is None:
@@ -165,6 +169,7 @@ def interleave(
 @rule("pixel_shuffle.default", "pixel_unshuffle.default")
 def shuffle_pixels(ids: ChannelIds, shape: Shape, x: Value, factor: int) -> Axes:
     """factor^2 channels become the pixels of one channel, so they are pruned together."""
+    # Images may come without a batch axis, so axes are counted from the end.
     axis = x.axes[-3]
     block = factor * factor
     if axis is None:
@@ -196,6 +201,7 @@ def uniform(ids: ChannelIds, shape: Shape, *args: Any, **options: Any) -> Axes:
     for i, size in enumerate(shape):
         # Without a call there is no number to correct, so the size must stay.
         axis = ids.fresh(size) if ids.call is not None and size > 1 else None
+        # The new tensor meets others with channels and is pruned with them.
         ids.note_size(i, axis)
         axes.append(axis)
     return tuple(axes)

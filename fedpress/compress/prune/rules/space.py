@@ -39,6 +39,7 @@ MIXED = "values are mixed across channels"
 @rule("replication_pad1d", "replication_pad2d", "replication_pad3d")
 def pooling(ids: ChannelIds, shape: Shape, x: Value, *args: Any, **options: Any) -> Axes:
     """Works on the last 1, 2 or 3 axes, within each channel."""
+    # The number of pooled axes is in the name only: the batch axis is optional.
     space = next(n for n in (1, 2, 3) if f"{n}d" in ids.operation)
     meeting = [x]
     for value in values_among(args):
@@ -61,6 +62,7 @@ def grid_sampler(
     ids.keep_all((*x.axes[2:], *grid.axes[1:]), "coordinates in space")
     image_batch = Value(x.shape[:1], x.axes[:1])
     grid_batch = Value(grid.shape[:1], grid.axes[:1])
+    # Image and grid have different spaces, so only the batch axes meet.
     batch = elementwise(ids, shape[:1], image_batch, grid_batch)
     return (*batch, x.axes[1], *[None] * (len(shape) - 2))
 
@@ -78,6 +80,7 @@ def im2col(
 ) -> Axes:
     """[n, channels, h, w] -> [n, channels * kernel, positions]: a channel is a block of rows."""
     ids.keep_all(x.axes[-2:], SPACE)
+    # Row c * kernel + k of the result is channel c at place k of the kernel.
     rows = repeat_each(x.axes[-3], prod(kernel))
     return (*x.axes[:-3], rows, None)
 
@@ -105,6 +108,7 @@ def col2im(
 @rule("unfold")
 def windows(ids: ChannelIds, shape: Shape, x: Value, dim: int, size: int, step: int) -> Axes:
     """Windows along one axis, which is kept; the positions within a window are a new last axis."""
+    # A number without axes has one window.
     if not x.shape:
         return (None,)
     dim %= len(x.shape)
@@ -127,6 +131,7 @@ def fourier(
 @rule("stft", "istft")
 def short_fourier(ids: ChannelIds, shape: Shape, x: Value, *rest: Any, **options: Any) -> Axes:
     """[n, time] -> [n, frequencies, frames], or the reverse."""
+    # The inverse transform mixes frequencies and frames.
     transformed = 1 if ids.operation.startswith("aten.stft") else 2
     ids.keep_all(x.axes[-transformed:], MIXED)
     for window in values_among((*rest, *options.values())):
@@ -139,6 +144,7 @@ def short_fourier(ids: ChannelIds, shape: Shape, x: Value, *rest: Any, **options
 def diagonal(ids: ChannelIds, shape: Shape, x: Value, *rest: Any, **options: Any) -> Axes:
     """Two axes, which are kept, become one at the end."""
     given = arguments_by_name(ids, [x, *rest], options)
+    # On a diagonal both axes share an index, so neither can lose one alone.
     pair = {given["dim1"] % len(x.shape), given["dim2"] % len(x.shape)}
     others: list[Axis] = []
     for d, axis in enumerate(x.axes):

@@ -31,6 +31,7 @@ def split_at(
         from_start = end if end >= 0 else max(0, end + size)
         places.append(min(size, from_start))
 
+    # Places that go back make an empty part, for which no length of an axis is right.
     if ids.call is None or places != sorted(places):
         ids.keep(axis, BY_NUMBER)
     for i, place in enumerate(places):
@@ -45,6 +46,7 @@ def split_at(
 def _split_dim(ids: ChannelIds, x: Value, dim: int) -> int:
     """Returns the axis that the present operation splits; `hsplit` has a fixed one."""
     name = ids.operation.split(".")[1]
+    # It splits axis 1, or the only axis of a vector.
     if name == "hsplit":
         return min(1, len(x.shape) - 1)
     return {"vsplit": 0, "dsplit": 2}.get(name, dim % len(x.shape))
@@ -64,6 +66,7 @@ def _unite_parts(ids: ChannelIds, axis: Axis, size: int, rest: int) -> None:
     if axis is None:
         return
     if rest:
+        # torch would give the parts other sizes if channels were pruned.
         ids.keep(axis, UNEQUAL)
     else:
         ids.unite(axis, np.tile(axis[:size], len(axis) // size))
@@ -109,6 +112,7 @@ def split(
     if isinstance(sizes, int):
         whole, rest = divmod(x.shape[dim], sizes)
         _unite_parts(ids, axis, sizes, rest)
+        # The size in the code is that of one part.
         ids.note_size(0, take(axis, None, sizes))
         part_sizes = [sizes] * whole
         if rest:
@@ -118,6 +122,7 @@ def split(
     if ids.call is None:
         ids.keep(axis, BY_NUMBER)
     parts = _parts_along(x, dim, sizes)
+    # Position i of the list of sizes is the length of part i.
     for i, part in enumerate(parts):
         ids.note_size(i, part[dim])
     return parts

@@ -84,11 +84,14 @@ def along(ids: ChannelIds, shape: Shape, x: Value, *rest: Any, **options: Any) -
     rank = len(x.shape)
     name = ids.operation.split(".")[1]
     dims = _dims(ids, x, rest, options)
-    others: list[Axis] = [None if d in dims else axis for d, axis in enumerate(x.axes)]
+    others: list[Axis] = list(x.axes)
+    for d in dims:
+        others[d] = None
     keeps_rank = len(shape) == rank
 
     # A mean that keeps its axis is part of a hand-written norm: x - x.mean(1, keepdim=True).
     if name in MEANS and keeps_rank and not x.from_weights:
+        # Global response norm divides the norm of each channel by the mean of these norms.
         kind = "grn" if x.channel_norm else "layer_norm"
         if any(ids.may_prune_through(kind, x.axes[d]) for d in dims):
             return tuple(others)
@@ -97,14 +100,19 @@ def along(ids: ChannelIds, shape: Shape, x: Value, *rest: Any, **options: Any) -
     adds_nothing = x.zero_when_masked and name in UNCHANGED_BY_ZEROS
     if ids.is_used and not adds_nothing:
         reduces = not keeps_rank or _has_argument(ids, "keepdim")
-        ids.keep_all([x.axes[d] for d in dims], STATISTIC if reduces else MIXED)
+        why = STATISTIC if reduces else MIXED
+        for d in dims:
+            ids.keep(x.axes[d], why)
     if keeps_rank:
         return tuple(others)
-    return tuple(axis for d, axis in enumerate(others) if d not in dims)
+    for d in sorted(dims, reverse=True):
+        del others[d]
+    return tuple(others)
 
 
 def _has_argument(ids: ChannelIds, name: str) -> bool:
-    return any(argument.name == name for argument in ids.target._schema.arguments)
+    names = [argument.name for argument in ids.target._schema.arguments]
+    return name in names
 
 
 def _dims(ids: ChannelIds, x: Value, rest: Any, options: Any) -> set[int]:
@@ -116,6 +124,7 @@ def _dims(ids: ChannelIds, x: Value, rest: Any, options: Any) -> set[int]:
     if name == "msort":
         return {0}
     given = arguments_by_name(ids, [x, *rest], options)
+    # ATen calls the argument `dim` in some operations, `dims` in others.
     dims = given.get("dim", given.get("dims"))
     if dims is None or dims == []:
         return set(range(rank))
@@ -129,7 +138,9 @@ def _dims(ids: ChannelIds, x: Value, rest: Any, options: Any) -> set[int]:
 @rule("quantile", "nanquantile")
 def quantile(ids: ChannelIds, shape: Shape, x: Value, q: Any, *rest: Any, **options: Any) -> Axes:
     """Sorts along one axis, or all; several quantiles stand in a new first axis."""
+    # A single quantile is a number without axes.
     several = isinstance(q, Value) and len(q.shape) == 1
+    # The new axis comes first, so the rule is applied to the shape behind it.
     if not several:
         return along(ids, shape, x, q, *rest, **options)
     return (None, *along(ids, shape[1:], x, q, *rest, **options))
@@ -148,9 +159,12 @@ def pairs(ids: ChannelIds, shape: Shape, x: Value, y: Value, *rest: Any, **optio
 
     x_shape = _to_rank(x.shape, rank)
     y_shape = _to_rank(y.shape, rank)
+    # The mixed axis is in this shape too: it is dropped from the result below.
     broadcast = tuple(max(a, b) for a, b in zip(x_shape, y_shape, strict=True))
     axes = elementwise(ids, broadcast, x, y)
-    return axes if len(shape) == rank else replaced(axes, dim)
+    if len(shape) == rank:
+        return axes
+    return replaced(axes, dim)
 
 
 def _to_rank(shape: Shape, rank: int) -> Shape:
@@ -196,6 +210,7 @@ def matrices(ids: ChannelIds, shape: Shape, *args: Any, **options: Any) -> Axes:
     values = values_among(args)
     for value in values:
         ids.keep_all(value.axes[-2:], MIXED)
+    # An inverse, say, changes everywhere if a single entry does.
     batches = [leading(value, 2) for value in values]
     return elementwise(ids, batches[0].shape, *batches)
 
@@ -203,6 +218,7 @@ def matrices(ids: ChannelIds, shape: Shape, *args: Any, **options: Any) -> Axes:
 @rule("flip")
 def flip(ids: ChannelIds, shape: Shape, x: Value, dims: Sequence[int]) -> Axes:
     """Ids are reversed like the channels; that stays right when some are pruned."""
+    # The order of ids follows the order of channels.
     axes = list(x.axes)
     for dim in dims:
         axis = axes[dim]

@@ -46,6 +46,7 @@ def find_rule(operation: Any) -> Rule | None:
     for each in (operation, _functional_form(operation)):
         if each in RULES:
             return RULES[each]
+        # ATen tags the operations that work on each value by itself.
         if torch.Tag.pointwise in getattr(each, "tags", ()):
             return elementwise
     schema = getattr(operation, "_schema", None)
@@ -55,6 +56,7 @@ def find_rule(operation: Any) -> Rule | None:
 def _functional_form(operation: Any) -> Any:
     """Returns `squeeze` for `squeeze_` or `squeeze_copy`: the overload with the same arguments."""
     schema = getattr(operation, "_schema", None)
+    # Operations of Python itself, such as `operator.add` on sizes, have no schema.
     if schema is None or not schema.name.startswith("aten::"):
         return None
     name = schema.name.removeprefix("aten::")
@@ -77,6 +79,7 @@ def arguments_by_name(
 ) -> dict[str, Any]:
     """Returns the arguments of the present operation by name, with its defaults."""
     given = dict(options)
+    # The schema has the names that positional arguments lack.
     arguments = ids.target._schema.arguments
     for argument, value in zip(arguments, args, strict=False):
         given[argument.name] = value
@@ -93,17 +96,23 @@ def values_among(arguments: Iterable[Any]) -> list[Value]:
 
 def repeat_each(axis: Axis, times: int) -> Axis:
     """Returns each id `times` times in a row: [a, b] -> [a, a, b, b]."""
-    return None if axis is None else np.repeat(axis, times)
+    if axis is None:
+        return None
+    return np.repeat(axis, times)
 
 
 def tile(axis: Axis, times: int) -> Axis:
     """Returns all ids `times` times: [a, b] -> [a, b, a, b]."""
-    return None if axis is None else np.tile(axis, times)
+    if axis is None:
+        return None
+    return np.tile(axis, times)
 
 
 def take(axis: Axis, start: int | None, stop: int | None) -> Axis:
     """Returns the ids from `start` up to `stop`."""
-    return None if axis is None else axis[start:stop]
+    if axis is None:
+        return None
+    return axis[start:stop]
 
 
 def replaced(entries: Sequence[Any], dim: int, *new: Any) -> tuple[Any, ...]:
@@ -218,17 +227,20 @@ def elementwise(ids: ChannelIds, shape: Shape, *args: Any, **options: Any) -> Ax
         meeting = []
         for value in values:
             j = i - len(shape) + len(value.shape)
+            # A tensor of lower rank is broadcast over the first axes.
             if j < 0:
                 continue
             if value.shape[j] == size:
                 meeting.append(value.axes[j])
             else:
+                # It meets every index of the other axis, and would have to go with all of them.
                 ids.keep(value.axes[j], "one channel is broadcast over many")
 
         for axis in meeting:
             if axis is not None:
                 result = axis
                 break
+        # An axis without ids that meets channels keeps them: a user's input, for instance.
         if result is not None:
             for axis in meeting:
                 ids.unite(result, axis)

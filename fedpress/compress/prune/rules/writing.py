@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from fedpress.compress.prune.ids import Axis, ChannelIds, Ints, Value
-from fedpress.compress.prune.rules.table import Axes, Shape, elementwise, replaced, rule
+from fedpress.compress.prune.rules.table import Axes, Shape, elementwise, leading, replaced, rule
 
 BY_NUMBER = "channels are written by number"
 
@@ -28,20 +28,22 @@ def index_put(
     The indices are renumbered when channels are pruned. Axes that no index names are united. An
     axis whose indices depend on the input is kept.
     """
+    # An index may be missing (`x[:, index]`), so its axis is counted along.
     indexed: list[tuple[int, int, Value]] = []  # first axis, number of axes, index
     dim = 0
     for index in indices:
-        # A mask of bools takes as many axes as it has; a tensor of numbers takes one.
-        width = len(index.shape) if index is not None and index.is_boolean else 1
+        width = 1
         if index is not None:
+            # A mask of bools takes as many axes as it has; a tensor of numbers takes one.
+            if index.is_boolean:
+                width = len(index.shape)
             indexed.append((dim, width, index))
         dim += width
 
+    at, _, index = indexed[0]
     places = None
-    if len(indexed) == 1:
-        at, _, index = indexed[0]
-        if len(index.shape) == 1:
-            places = _constant_places(index)
+    if len(indexed) == 1 and len(index.shape) == 1:
+        places = _constant_places(index)
     if places is None:
         part = _indexed_part(ids, x, indexed, source)
     else:
@@ -112,12 +114,17 @@ def index_copy(
     **options: Any,
 ) -> Axes:
     """Slice j of `source` along `dim` goes to place index[j] of `x`: the two are one channel."""
+    # A number without axes has a dimension 0 in torch.
     dim %= max(len(x.shape), 1)
     places = _constant_places(index)
-    written = source if isinstance(source, Value) else Value((), ())  # `index_fill` takes a number
+    written = source
+    if not isinstance(source, Value):  # `index_fill` takes a number
+        written = Value((), ())
     if places is None:
         ids.keep(x.axes[dim], BY_NUMBER)
-        size = written.shape[dim] if written.shape else 1
+        size = 1
+        if written.shape:
+            size = written.shape[dim]
         part = Value(replaced(x.shape, dim, size), replaced(x.axes, dim, None))
     else:
         part = _part_at_places(ids, 0, x, dim, places)
@@ -146,9 +153,11 @@ def scatter(
         source = options.get("src")
     if not isinstance(source, Value) or not source.shape:
         source = None
-    written = [index] if source is None else [index, source]
+    written = [index]
+    if source is not None:
+        written.append(source)
 
-    if any(not _same_other_axes(x, part, dim) for part in written):
+    if not all(_same_other_axes(x, part, dim) for part in written):
         # The index covers only the first places of another axis, so those are selected by number.
         for value in (x, *written):
             ids.keep_all(value.axes, BY_NUMBER)
@@ -183,7 +192,9 @@ def masked_scatter(ids: ChannelIds, shape: Shape, x: Value, mask: Value, source:
     """
     whole_rows = bool(mask.shape) and mask.shape[-1] == 1 and source.shape[-1:] == x.shape[-1:]
     for value in (x, mask, source):
-        ids.keep_all(value.axes[:-1] if whole_rows else value.axes, BY_NUMBER)
+        if whole_rows:
+            value = leading(value, 1)
+        ids.keep_all(value.axes, BY_NUMBER)
     if whole_rows:
         ids.unite(x.axes[-1], source.axes[-1])
     return x.axes
@@ -207,11 +218,14 @@ def _constant_places(index: Value, dim: int = 0) -> Ints | None:
 
     None if they depend on the input, or differ along the index's other dimensions.
     """
+    # Only an index that is the same for every input can be renumbered once and for all.
     constant = index.constant
     if constant is None or not constant.dim() or not constant.numel():
         return None
+    if constant.dtype == torch.bool and constant.dim() > 1:
+        return None
     if constant.dtype == torch.bool:
-        return np.asarray(constant.nonzero().flatten()) if constant.dim() == 1 else None
+        return np.asarray(constant.nonzero().flatten())
     lines = constant.movedim(dim, 0).reshape(constant.shape[dim], -1)
     if not bool((lines == lines[:, :1]).all()):
         return None
