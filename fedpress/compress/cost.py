@@ -41,6 +41,7 @@ def state_bytes(model: nn.Module) -> int:
     >>> state_bytes(nn.Linear(3, 2))
     32
     """
+    # Shared tensors are stored once, and lie at the same address.
     unique = {t.data_ptr(): t for t in model.state_dict().values()}
     return sum(t.numel() * t.element_size() for t in unique.values())
 
@@ -110,6 +111,7 @@ def activations(model: nn.Module, example: Example) -> int:
         call(model, given)
         return sum(counts)
 
+    # Containers return the outputs of the modules in them, which would be counted twice.
     inner = [m for m in model.modules() if not list(m.children())]
     hooks = [m.register_forward_hook(note) for m in inner]
     try:
@@ -145,11 +147,13 @@ def latency(model: nn.Module, example: Example, *, repeats: int = 30, warmup: in
 
     threads = torch.get_num_threads()
     try:
+        # With several threads the time depends on what else the machine does.
         torch.set_num_threads(1)
         with _evaluating(model):
             times, copies = _alone_or_twice(clock, map_inputs(example, lambda t: t[:1]))
     finally:
         torch.set_num_threads(threads)
+    # The median is not moved by a few slow calls, as a mean would be.
     each = torch.tensor(times[warmup:]) / copies
     low, median, high = each.quantile(torch.tensor([0.25, 0.5, 0.75])).tolist()
     return Latency(median, high - low)
@@ -163,6 +167,7 @@ def _alone_or_twice(run: Callable[[Example], T], given: Example) -> tuple[T, int
     try:
         return run(given), 1
     except Exception as alone:
+        # Only a batch of one can be doubled; any other error is a real one.
         if any(x.dim() == 0 or len(x) != 1 for x in tensors_of(given)):
             raise
         try:

@@ -61,6 +61,7 @@ def feature_loss(student: Tensor, teacher: Tensor) -> Tensor:
         student: features of any shape.
         teacher: features of the same shape.
     """
+    # A teacher of zeros has no scale to divide by.
     return (student - teacher).square().sum() / (2 * teacher.square().sum().clamp_min(1e-12))
 
 
@@ -159,6 +160,7 @@ class Distillation:
         context: Callable[[], AbstractContextManager[object]] = nullcontext,
         seed: int = 0,
     ) -> None:
+        # In training mode the teacher's batch norms and dropout would change its answers.
         self.teacher = teacher.eval().requires_grad_(False)
         self.settings = settings
         self.task = task
@@ -173,6 +175,7 @@ class Distillation:
 
     def _bind(self, student: nn.Module, example: Inputs, chance: RandomSource) -> None:
         """Runs both networks on `example`, checks that they fit, and creates the projections."""
+        # Batch norms would change in training mode, and a batch of one would fail.
         modes = [(module, module.training) for module in student.modules()]
         student.eval()
         try:
@@ -248,6 +251,7 @@ class Distillation:
         with self.context(), renaming(self._keys), outputs(self.teacher, names) as features:
             try:
                 logits = call(self.teacher, x)
+            # What torch raises for inputs of a wrong shape or type.
             except (RuntimeError, ValueError, IndexError) as error:
                 raise TrainingError(
                     (
@@ -319,6 +323,7 @@ def projection(name: str, mine: torch.Size, theirs: torch.Size, chance: RandomSo
     """
     if mine == theirs:
         return nn.Identity()
+    # Channels are the second axis of images and the last one of tokens.
     differ = [i for i, (a, b) in enumerate(zip(mine, theirs, strict=False)) if a != b]
     if len(mine) != len(theirs) or len(differ) != 1 or differ[0] not in (1, len(mine) - 1):
         raise TrainingError(

@@ -19,5 +19,6 @@ def has_batch_norm(model: nn.Module) -> bool:
 
 def averages_batches(model: nn.Module) -> bool:
     """Returns whether a batch norm of `model` now uses the statistics of the batch."""
+    # Without running statistics a norm averages in evaluation mode too.
     norms = (m for m in model.modules() if isinstance(m, BatchNorm))
     return any(norm.training or norm.running_mean is None for norm in norms)

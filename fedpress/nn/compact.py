@@ -51,8 +51,10 @@ def compact_(model: nn.Module, sparse: Iterable[str]) -> nn.Module:
     parameters = dict(model.named_parameters(remove_duplicate=False))
     for name, mask in masks.items():
         weight = parameters[name]
+        # A frozen weight is not sent, so its zeros cost nothing.
         if not weight.requires_grad:
             continue
+        # An empty vector could not be trained or sent.
         if not mask.any():
             raise ModelError(
                 f"'{name}' has no value left to train",

@@ -45,6 +45,8 @@ def apply_folds_(model: nn.Module, folded: Mapping[str, str]) -> None:
                 cure="the spec is of another model",
             )
         if layer._parameters.get("bias") is None:
+            # A transposed convolution has its outputs on axis 1.
             outputs = getattr(layer, "out_channels", len(weight))
             layer.register_parameter("bias", nn.Parameter(weight.detach().new_zeros(outputs)))
+        # An identity, because the forward code still calls it.
         parent._modules[key] = nn.Identity()

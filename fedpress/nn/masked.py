@@ -99,6 +99,7 @@ def _parametrized(model: nn.Module) -> Iterator[_MaskedWeight]:
                     masks.append(mask.to(torch.float32).expand_as(original))
             if not masks:
                 continue
+            # Another step may turn zeros into something else.
             if len(masks) < len(steps):
                 raise ModelError(
                     f"'{path}.{key}' is masked and has another parametrization too",

@@ -49,6 +49,7 @@ def percentile(
     seen: Histogram, quantization: InputQuantization, *, share: float = 0.9999
 ) -> tuple[float, float]:
     """Returns the range of `share` of the values; the rest is half below it and half above."""
+    # Counts, not values: a few outliers must not move the range.
     edge = (1 - share) / 2 * seen.counts.sum()
     below = seen.counts.cumsum(0)
     above = seen.counts.flip(0).cumsum(0).flip(0)
@@ -88,11 +89,13 @@ def entropy(seen: Histogram, quantization: InputQuantization) -> tuple[float, fl
         low = max(seen.low, -reach * share)
         high = min(seen.high, reach * share)
         inside = (centers >= low) & (centers <= high)
+        # A range without values has no distribution.
         if int(inside.sum()) < 2 or not float(counts[inside].sum()):
             continue
 
         p = counts[inside].clone()
         q = _averaged_within_steps(p, centers[inside], low, high, quantization.highest + 1)
+        # Clipped values are represented by the ends of the grid.
         p[0] += counts[centers < low].sum()
         p[-1] += counts[centers > high].sum()
         p = p / p.sum()

@@ -221,6 +221,7 @@ def _ternary(size: Tensor, mean: Tensor) -> Tensor:
     """
     threshold = 0.7 * mean
     scale = mean
+    # It converges within a few steps.
     for _ in range(20):
         is_nonzero = size > threshold[..., None]
         scale = (size * is_nonzero).sum(-1) / is_nonzero.sum(-1).clamp_min(1)
@@ -240,6 +241,7 @@ def fill_zero_scales(scale: Tensor) -> Tensor:
 
 def initial_codebook(weight: Tensor, quantization: WeightQuantization) -> Tensor:
     """Returns 2^bits values evenly over the range of the weights, one of them 0."""
+    # An empty weight has no smallest value.
     flat = weight.detach().float().reshape(-1)
     if flat.numel():
         low = flat.amin().clamp(max=0)
@@ -313,6 +315,7 @@ def quantize(weight: Tensor, scale: Tensor, quantization: WeightQuantization) ->
     if quantization.kind == "binary":
         return torch.where(weight >= 0, 1.0, -1.0)
     if quantization.kind != "codebook":
+        # Rounds half to even, as ONNX does.
         return (weight / scale).round().clamp(quantization.lowest, quantization.highest)
     # In a codebook the nearest value is one of the two that enclose the weight.
     values = scale

@@ -79,6 +79,7 @@ def replace_tensors_(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
                     table[key] = swaps[id(value)][1]
     for module, shapes in before.items():
         if isinstance(module, nn.RNNBase):
+            # Recurrent layers pass this list to the kernel.
             module._flat_weights = [getattr(module, key) for key in module._flat_weights_names]
         if _shapes(module) != shapes:
             _recompute_(module)

@@ -38,6 +38,7 @@ def check_names(names: Sequence[str]) -> frozenset[str]:
         RecipeError: if `names` is not a list, or there is no such kind.
     """
     known = list(get_args(Norm))
+    # A single string would be read letter by letter.
     if isinstance(names, str):
         raise RecipeError(
             f'got "{names}", expected a list', place="approximate", cure=f'give ["{names}"]'
@@ -77,9 +78,11 @@ def difference(dense: nn.Module, small: nn.Module, batches: Sequence[Example]) -
             given = _first_tensor(call(small, batch)).double()
             squared_difference += float((wanted - given).square().sum())
             squared_norm += float(wanted.square().sum())
+            # Only outputs [n, classes] have an answer that can agree.
             if wanted.dim() == 2:
                 same += int((wanted.argmax(1) == given.argmax(1)).sum())
                 count += len(wanted)
+    # Outputs that are all 0 have no norm to divide by.
     relative = (squared_difference / max(squared_norm, 1e-30)) ** 0.5
     return Difference(relative, same / count if count else None)
 
@@ -105,6 +108,7 @@ def refit_norms_(
         The norms that were not fitted, with the reason.
     """
     left: dict[str, str] = {}
+    # A fit must bring the outputs nearer than pruning alone did.
     best = difference(dense, small, batches).relative
     with _evaluating(dense), _evaluating(small):
         for name in plan.approximate:
@@ -133,9 +137,11 @@ def _refit_(
     vectors = _pruned_vectors(name, norm, plan)
     if not vectors:
         return "it has no scale of its own"
+    # A module around a norm may use its parameters elsewhere too.
     if any(True for _ in norm.children()) or len(vectors) > 2:
         return "it does more than normalise"
     parameters = [parameter for parameter, _ in vectors]
+    # All vectors of a norm lose the same channels.
     kept = torch.tensor(vectors[0][1])
     system = _NormalEquations(len(kept), len(parameters))
     for batch in batches:
@@ -205,6 +211,7 @@ class _NormalEquations:
     def solve(self, now: Tensor) -> Tensor:
         """Returns the solution [channels, unknowns]: `now` where the examples say nothing."""
         unknowns = now.shape[1]
+        # Without it a channel that is always 0 would make the matrix singular.
         ridge = RIDGE * self.gram.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-30)
         gram = self.gram + ridge[:, None, None] * torch.eye(unknowns, dtype=torch.float64)
         solved: Tensor = torch.linalg.solve(gram, self.right + ridge[:, None] * now)
@@ -274,6 +281,7 @@ def _arguments(model: nn.Module, name: str, batch: Example) -> list[tuple[Any, A
 def _first_tensor(output: Any) -> Tensor:
     from torch.utils._pytree import tree_leaves
 
+    # A model may return several outputs; the first is compared.
     found: Tensor = next(leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor))
     return found
 
@@ -296,6 +304,7 @@ def constant_statistics(plan: PruningPlan) -> Iterator[None]:
     The pruned and the masked network must then agree exactly: a layer norm is its scale and shift
     alone, and a mean that keeps its axis, as in hand-written norms, is 1.
     """
+    # Without such norms nothing is replaced, so that exact pruning is compared exactly.
     if not plan.approximate:
         yield
         return
@@ -312,6 +321,7 @@ class _ConstantStatistics(TorchFunctionMode):
         if func in (F.layer_norm, F.rms_norm, F.group_norm):
             return _scale_and_shift(func, *args, **options)
         result = func(*args, **options)
+        # Global averages of space drop their axes; those of norms keep them.
         keeps_axis = func in _MEANS and _first_tensor(result).dim() == args[0].dim()
         if not keeps_axis:
             return result

@@ -34,6 +34,7 @@ def differentiable(
             if batch_statistics and isinstance(module, nn.modules.batchnorm._NormBase):
                 module.train()
         for weight in weights:
+            # Frozen weights have scores too.
             weight.requires_grad_(True)
         # The fused attention kernels have no second derivative, which GraSP needs.
         with sdpa_kernel(SDPBackend.MATH):

@@ -212,12 +212,14 @@ class ChannelGraph:
         known: dict[int, int] = {}
         total = 0
         for product in self.products:
+            # All counts are integers, since a float could not hold those of large networks exactly.
             count = product.factor
             for length in product.lengths:
                 if id(length) not in known:
                     known[id(length)] = length.without(pruned)
                 count *= known[id(length)]
             total += count
+        # Products were counted for the whole batch.
         return total // self.examples
 
     def sizes(self, pruned: Sequence[Tensor], *, exactly: bool = False) -> Numbers:
@@ -276,6 +278,7 @@ def kept_indices(
         if not len(channels):
             continue
         for s in group.slices:
+            # A tensor may lose channels of several groups along one axis.
             whole = torch.ones(shapes[s.tensor][s.axis], dtype=torch.bool)
             mask = masks.setdefault((s.tensor, s.axis), whole)
             mask[s.index[channels].flatten()] = False
@@ -378,6 +381,7 @@ def _where(model: nn.Module, error: BaseException | None) -> str:
     """Names the module in whose code the error arose: the innermost one in its traceback."""
     names = {id(module): name for name, module in model.named_modules()}
     found = None
+    # torch wraps errors in others, so the causes are searched too.
     while error is not None and found is None:
         trace = error.__traceback__
         while trace is not None:

@@ -136,6 +136,7 @@ def _site(call: ForwardCall, position: int) -> NumberSite:
 
 def _kept_classes(ids: ChannelIds, labels: Ints) -> dict[int, str]:
     """Returns the classes that cannot be pruned, with the first reason for each."""
+    # Reasons are in the order of the walk, and the first one is reported.
     kept: dict[int, str] = {}
     for axis, why in ids.kept:
         for label in np.unique(labels[axis]).tolist():
@@ -160,6 +161,7 @@ def _unprunable(ids: ChannelIds, labels: Ints) -> dict[str, str]:
         written.add(label)
         if label in kept:
             found.setdefault(module, kept[label])
+    # Operations without a rule are reported only if channels reach them.
     for module, why, axes in ids.without_rule:
         if any(written.intersection(labels[axis].tolist()) for axis in axes):
             found.setdefault(module or "the model itself", why)
@@ -175,6 +177,7 @@ def _grouping(ids: ChannelIds, labels: Ints, owners: Sequence[Owner]) -> Groupin
         key = tuple(owner for owner, _ in places)
         classes_by_owners.setdefault(key, []).append(label)
 
+    # All ids of an axis have the same role, so its first id stands for it.
     roles = {int(axis[0]): role for axis, role, _ in ids.roles if len(axis)}
     uses: Counter[str] = Counter()
     groups: list[ChannelGroup] = []

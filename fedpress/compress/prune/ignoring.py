@@ -36,6 +36,7 @@ def ignored(model: nn.Module, patterns: Sequence[str]) -> frozenset[str]:
                 place="ignore",
                 cure=suggestion(pattern, names) or _examples(model),
             )
+        # The dot keeps "block.1" from matching "block.10".
         inside = tuple(f"{hit}." for hit in hits)
         found |= hits | {name for name in names if name.startswith(inside)}
     return frozenset(found)
@@ -59,6 +60,7 @@ def _names(model: nn.Module) -> list[str]:
         *model.named_parameters(remove_duplicate=False),
         *model.named_buffers(remove_duplicate=False),
     ]
+    # The model itself has the empty name, which no pattern can mean.
     return [name for name, _ in named if name]
 
 

@@ -62,6 +62,7 @@ def check_parity(
         ModelError: if the pruned network does not run, or the difference is above `tolerance` or
             not a number.
     """
+    # The seed that is set for the comparison must not change the caller's random numbers.
     with torch.random.fork_rng(devices=[]), constant_statistics(plan):
         return _compare(dense, pruned, plan, example, tolerance)
 
@@ -85,6 +86,7 @@ def _compare(
     if wanted_of_larger is not None:
         when = " on a batch of another size"
         worst = max(worst, _difference(wanted_of_larger, small, larger, tolerance, when))
+    # Rounding errors of norms do not shrink with the caller's tolerance.
     for each in (batch, larger):
         _compare_training(masked, small, each, max(tolerance, TRAINING_TOLERANCE))
     return worst
@@ -200,6 +202,7 @@ def _error(wanted: Tensor, given: Tensor) -> Tensor:
         )
     same = (wanted == given) | (wanted.isnan() & given.isnan())
     finite = wanted[wanted.isfinite()]
+    # Relative to the largest number: small outputs of a sum have its rounding error too.
     largest = finite.abs().max() if finite.numel() else wanted.new_tensor(0.0)
     difference = (wanted - given).masked_fill(same, 0).abs().max()
     return (difference / largest.clamp_min(1e-6)).double()
@@ -231,6 +234,7 @@ def trial_batches(model: nn.Module, example: tuple[Tensor, ...]) -> tuple[Batch,
     Three kinds of values are tried in turn, until the model runs: random ones, those of the example
     shuffled between examples, and the example itself, with its first row once more.
     """
+    # The first axis of the first tensor counts examples.
     size = next((x.shape[0] for x in example if x.dim()), 0)
     draw = torch.Generator().manual_seed(0)
     drawn = []
@@ -303,6 +307,7 @@ def _vocabularies(model: nn.Module, example: tuple[Tensor, ...]) -> list[int | N
             x = torch.randint(2, x.shape, generator=draw).to(x.device, x.dtype)
         bits.append(x)
 
+    # A model that fails on them has no vocabulary that could be found this way.
     lookups = _Lookups()
     with lookups:
         _try_outputs(model, bits)

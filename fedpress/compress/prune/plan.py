@@ -118,6 +118,7 @@ def plan(
     best = full_widths(graph)
     for start in islice(_thresholds(order, allowed, target), TRIES):
         kept = _correct(start, allowed, target, largest_miss)
+        # The nearest threshold need not lead to the nearest widths, because widths are rounded.
         if target.miss(kept) < target.miss(best):
             best = kept
         if target.miss(best) <= largest_miss:
@@ -128,6 +129,7 @@ def plan(
     missed = target.miss(best) > largest_miss and not target.limit
     if is_exceeded or (missed and (exact or _is_far(allowed, target))):
         raise _unreachable(graph, allowed, target, target.cost(best))
+    # The scores decide which channels of each width are kept.
     made = make_plan(model, graph, scores, best)
     if not missed:
         return made
@@ -165,6 +167,7 @@ def allowed_widths(layer: ChannelGroup, round_to: int, min_keep: float) -> list[
     """
     # A channel may be several indices wide, for instance a head of 64: then each width is rounded.
     step = round_to // gcd(round_to, layer.unit)
+    # A layer without channels would pass nothing on.
     least = max(1, ceil(min_keep * layer.channels))
     widths = [n for n in range(step, layer.channels, step) if n >= least]
     return [*widths, layer.channels]
@@ -227,6 +230,7 @@ def check_settings(graph: ChannelGraph, round_to: int, min_keep: float, scope: s
             f"got '{scope}', expected one of {', '.join(get_args(Scope))}", place="scope"
         )
     if not graph.groups:
+        # Three reasons are enough to see the kind, and fit into a message.
         first = list(graph.unprunable.items())[:3]
         reasons = "; ".join(f"'{name}': {why}" for name, why in first) or "it has no layers"
         every_reason = " ".join(graph.unprunable.values())
@@ -258,6 +262,7 @@ def _thresholds(
     at = bisect_left(thresholds, -target.wanted, key=lambda each: -target.cost(widths(each)))
     below = (widths(each) for each in thresholds[at:])
     above = (widths(each) for each in reversed(thresholds[:at]))
+    # Different thresholds may round to the same widths.
     seen: list[list[int]] = []
     for kept in chain.from_iterable(zip_longest(above, below)):
         if kept is not None and kept not in seen:
@@ -305,6 +310,7 @@ def _single_steps(widths: list[int], allowed: Sequence[list[int]]) -> list[list[
 
 def _ranks(values: Tensor) -> Tensor:
     """Returns ranks in (0, 1), so that one threshold takes the same share of each layer."""
+    # Half a rank keeps the ranks of two layers of different width from coinciding at the ends.
     return (values.argsort(stable=True).argsort().float() + 0.5) / len(values)
 
 
@@ -320,6 +326,7 @@ def _unreachable(
     def shown(cost: float) -> str:
         return f"{cost:.0f}" if target.limit else f"{cost / full:.4g}"
 
+    # Two cases: no widths are small enough, or those that are miss the target.
     if least > target.wanted:
         # Rounded up, so that the share can be met when the user asks for it.
         smallest = shown(least if target.limit else ceil(least / full * 1e4) / 1e4 * full)

@@ -73,6 +73,7 @@ class Recorder(TorchFunctionMode):
         key = id(found.module._parameters)
         name = self._names.get(key)
         counts = self._counts.get(key)
+        # A module that is not part of the model, or that runs outside of a forward.
         if name is None or counts is None:
             return func(*args, **options)
 
@@ -85,6 +86,7 @@ class Recorder(TorchFunctionMode):
             index_tensors=len(indices_of(func, args, options)),
         )
         self.calls.append(call)
+        # Counted after the call is recorded: the first occurrence is 0.
         counts[found.place] += 1
         with traceback.annotate({TAG: len(self.calls) - 1}):
             return func(*args, **options)

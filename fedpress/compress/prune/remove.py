@@ -70,6 +70,7 @@ def mask_(model: nn.Module, plan: PruningPlan, *, nearly: bool = False) -> None:
             pruned = torch.ones(whole.shape[axis], dtype=torch.bool)
             pruned[list(kept)] = False
             index = pruned.nonzero().flatten().to(whole.device)
+            # Integers, such as counters, have no small values.
             if nearly and whole.is_floating_point():
                 whole.index_copy_(axis, index, whole.index_select(axis, index) * NEARLY_ZERO)
             else:

@@ -47,6 +47,7 @@ def restore_batch_norm_(model: nn.Module, batches: Iterable[Inputs]) -> int:
                 call(model, batch)
                 seen += 1
         except ValueError as error:
+            # Any other error is the caller's, for instance inputs of another shape.
             if ONE_VALUE not in str(error):
                 raise
             for norm in norms:
@@ -83,6 +84,7 @@ class _Norm:
         counter = self.layer.num_batches_tracked
         if counter is None:
             return
+        # A norm whose branch did not run keeps what it had.
         if counter:
             counter.copy_(self.before["num_batches_tracked"])
         else:

@@ -137,6 +137,7 @@ def bn_scale(graph: ChannelGraph, inputs: ScoreInputs) -> list[Tensor]:
     channel.
     """
     for group in graph.groups:
+        # Without a scale the channel would have the score 0 and be pruned first.
         if not group.role("scale"):
             raise ModelError(
                 f"the score 'bn_scale' needs a batch norm after '{group.name}', which has none",
@@ -158,7 +159,9 @@ def fpgm(graph: ChannelGraph, inputs: ScoreInputs) -> list[Tensor]:
         for s in writers(group):
             by_index = inputs.tensors[s.tensor].double().movedim(s.axis, 0)
             parts.append(by_index[s.index].flatten(1).cpu())
+        # A channel that several layers write is compared by all of its weights.
         filters = torch.cat(parts, 1)
+        # float64, because the distances of similar filters are differences of large numbers.
         scores.append(torch.cdist(filters, filters).sum(1))
     return scores
 
@@ -306,6 +309,7 @@ def raw_scores(
     inputs = ScoreInputs(model, effective_tensors(model), losses, generator)
     raw = row.function(graph, inputs)
     for group, values in zip(graph.groups, raw, strict=True):
+        # A NaN would sort before or after all others, and the plan would look valid.
         if not values.isfinite().all():
             raise ModelError(
                 f"the score '{score}' of '{group.name}' is not finite",
@@ -321,6 +325,7 @@ def relative(values: Tensor) -> Tensor:
     >>> relative(torch.tensor([1.0, 3.0]))
     tensor([0.5000, 1.5000])
     """
+    # Some scores are negative, so it is not the mean of the values themselves.
     mean_size = values.abs().mean()
     return values / mean_size if mean_size > 0 else values
 
@@ -383,6 +388,7 @@ def _weight_times_derivative(
     names: list[str] = []
     for group in graph.groups:
         names += [s.tensor for s in readers(group, inputs.model)]
+    # A tensor that several groups read is differentiated once.
     names = list(dict.fromkeys(names))
     weights = [parameters[each] for each in names]
     is_empty = True

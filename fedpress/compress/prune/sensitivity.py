@@ -105,6 +105,7 @@ def sensitivity(
         RecipeError: if a density is out of range.
         ModelError: if the whole model's loss is not finite.
     """
+    # 0 would be no layer, and 1 is measured anyway.
     wrong = next((d for d in densities if not 0 < d < 1), None)
     if wrong is not None or not densities:
         raise RecipeError(
@@ -125,6 +126,7 @@ def sensitivity(
             else:
                 with unit.at_density(density):
                     point = Point(unit.name, density, *measure())
+            # Every curve is relative to this loss.
             if density == 1 and not np.isfinite(point.loss):
                 raise ModelError(
                     "the loss of the whole model is not finite",
@@ -154,6 +156,7 @@ def _masked(
     tensors: dict[str, Tensor], layer: ChannelGroup, best_first: Tensor, density: float
 ) -> Iterator[None]:
     """Zeroes the channels of `layer` beyond the best `density` of them, within the block."""
+    # At least one channel is kept, as in a plan.
     pruned = best_first[max(1, round(density * layer.channels)) :]
     touched = []
     for s in layer.slices:
@@ -218,6 +221,7 @@ def loss_curves(points: Sequence[Point]) -> dict[str, tuple[list[float], list[fl
             cure="give all points that `sensitivity` yields",
         )
     grown = {(p.layer, p.density): p.loss - dense[p.layer] for p in points}
+    # Infinity would hide the differences of all other points.
     most = max((g for g in grown.values() if np.isfinite(g)), default=0.0)
     found = {}
     for layer in dense:
@@ -246,6 +250,7 @@ def extended_to_zero(
     """
     density = np.array(curve[0])
     height = np.array(curve[1])
+    # The last measured part of the curve.
     slope = (height[0] - height[1]) / (density[1] - density[0])
     end = max(most, height[0] + slope * density[0])
     return np.insert(density, 0, 0.0), np.insert(height, 0, end)

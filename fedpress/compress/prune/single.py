@@ -72,6 +72,7 @@ def prune_single_channel(
             place="every",
             cure="try 64",
         )
+    # A layer is not pruned below its smallest width, so that rounding cannot miss it.
     floors = [allowed_widths(group, round_to, min_keep)[0] for group in graph.groups]
     with _scorer(model, graph, score, every, losses, generator) as scorer:
         order = _removal_order(graph, scorer, floors, target)

@@ -128,9 +128,11 @@ def next_share(
     >>> next_share([(1.0, 8.0), (0.4875, 3.95)], 4.0) is None
     True
     """
+    # A cost of exactly `wanted` is fast enough.
     below = [(share, cost) for share, cost in tried if cost <= wanted]
     if len(tried) > tries or any(cost >= (1 - tolerance) * wanted for _, cost in below):
         return None
+    # The smallest share that is still too expensive comes first.
     above = sorted((share, cost) for share, cost in tried if cost > wanted)
     if not above:
         return None

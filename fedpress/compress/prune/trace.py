@@ -109,6 +109,7 @@ def _has_branches(exported: torch.export.ExportedProgram) -> bool:
 
 def _first_names(model: nn.Module) -> dict[str, str]:
     """Maps every name of a parameter or buffer to its first; shared tensors have several."""
+    # Named by its first name in every place, a shared tensor is pruned once.
     first: dict[int, str] = {}
     named = [
         *model.named_parameters(remove_duplicate=False),
@@ -126,6 +127,7 @@ def _keep_unsaved(ids: ChannelIds, owners: Sequence[Owner], model: nn.Module) ->
 
 
 def _keep_group(ids: ChannelIds, owners: Sequence[Owner], group: ChannelGroup, reason: str) -> None:
+    # Groups know tensors and places, the collector only ids.
     axes = {(name, at): axis for name, at, axis in owners}
     for part in group.slices:
         channels = axes[part.tensor, part.axis][part.index.flatten().numpy()]

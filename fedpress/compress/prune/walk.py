@@ -97,6 +97,8 @@ class Walk:
         for position, argument in enumerate(node.args):
             inner = _graph_of(module, argument)
             if isinstance(inner, torch.fx.GraphModule):
+                # `wrap_with_set_grad_enabled` and `wrap_with_autocast` run their graph once, as it
+                # is.
                 if str(node.target).startswith("wrap_with_"):
                     return self._run(inner, values[position + 1 :], is_used=self._ids.is_used)
                 break
@@ -119,12 +121,14 @@ class Walk:
         if node.op in ("placeholder", "get_attr"):
             values[node] = self._source(node)
         elif node.target is operator.getitem:
+            # An operation with several outputs, of which one is taken.
             source, which = node.args
             values[node] = values[source][which]  # type: ignore[index]
         else:
             ids.call = self._call_of(node)
             ids.module = _module_of(node)
             values[node] = _apply_operation(node, values, ids)
+            # A view that was written to shows in the tensor it is a view of.
             if _mutates(node):
                 from_input = any(value.from_input for value in _values(values[node]))
                 _note_overwritten(node.args[0], values, from_input)
@@ -185,6 +189,7 @@ def _graph_of(module: torch.fx.GraphModule, argument: Any) -> Any:
 
 def _live_nodes(graph: torch.fx.Graph) -> set[torch.fx.Node]:
     """Returns the nodes that an output depends on, and those that change a tensor in place."""
+    # Backwards, so that users of a node come before it.
     live: set[torch.fx.Node] = set()
     for node in reversed(graph.nodes):
         if node.op == "output" or node in live or _mutates(node):
@@ -208,6 +213,7 @@ def _note_overwritten(node: Any, values: dict[torch.fx.Node, Any], from_input: b
 
 def _module_of(node: torch.fx.Node) -> str:
     """Returns the name of the module whose forward runs the operation."""
+    # The innermost module is the last on the stack.
     path = [name for name, _ in node.meta.get("nn_module_stack", {}).values()]
     return path[-1] if path else ""
 
@@ -227,6 +233,7 @@ def _apply_operation(
             given = [leaf for leaf in leaves if isinstance(leaf, Value)]
             return _run_decomposed(decomposed, given, ids)
 
+    # Weights are positional arguments, so the origin is that of those alone.
     positional = list(_values(args))
     every = [*positional, *_values(list(options.values()))]
     products_before = len(ids.products)
@@ -235,6 +242,7 @@ def _apply_operation(
         for value in every:
             ids.keep_all(value.axes, IGNORED)
         ids.keep_all(_flat_axes(axes), IGNORED)
+    # Such products cost the same for every batch size.
     if not any(value.from_input for value in every):
         ids.without_input.update(range(products_before, len(ids.products)))
     constant = _constant_output(node, args, options, every)
@@ -371,6 +379,7 @@ def _constant_output(
     if not isinstance(output, Tensor) or not _can_be_constant(output) or _mutates(node):
         return None
     is_random = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+    # What is drawn at random differs from run to run.
     if is_random or any(value.from_input or value.constant is None for value in given):
         return None
     constant_args, constant_options = _with_constants((args, options))
@@ -434,6 +443,7 @@ def _run_decomposed(graph: torch.fx.Graph, given: Sequence[Value], ids: ChannelI
 
 def _shape(node: torch.fx.Node) -> tuple[int, ...]:
     """Returns the shape of the node's output, or of its first output."""
+    # Of several outputs the first has the shape that rules are given.
     first = node.meta.get("val")
     while isinstance(first, list | tuple) and first:
         first = first[0]

@@ -60,6 +60,7 @@ def find_folds(
     left: dict[str, str] = {}
     for name, node in _calls(program.graph, norms, owned):
         layer, reason = _layer_before(model, norms[name], name, node, owned)
+        # Folding would change the weights of the layer as well.
         if name in unchanged or layer in unchanged:
             reason = "asked for by `ignore`"
         if reason is None:
@@ -106,6 +107,7 @@ def _owner(node: object, owned: Mapping[str, str]) -> str | None:
 
 def _why_norm_stays(module: nn.Module, name: str, norm: fx.Node) -> str | None:
     """Returns why a batch norm cannot be replaced by an identity; None if it can."""
+    # A subclass may override forward.
     if type(module) not in PLAIN:
         return f"{type(module).__name__} may do more than a batch norm"
     if module._forward_hooks or module._forward_pre_hooks:
@@ -128,6 +130,7 @@ def _why_not_into(
     """Returns why a batch norm cannot be folded into the operation `before` it, or None."""
     if before.target not in FOLDED_INTO:
         return f"the operation before it is {before.target}, no convolution or linear layer"
+    # The other reader needs the output without the norm.
     if len(before.users) > 1:
         return "something else reads the same convolution"
     name = _owner(before.args[1], owned)
@@ -141,9 +144,11 @@ def _why_not_into(
     reason = _why_not_bias(model, before, name, owned)
     if reason is not None:
         return reason
+    # On [n, tokens, channels] a batch norm normalises tokens.
     if before.target is torch.ops.aten.linear.default and before.meta["val"].dim() != 2:
         return "it normalises another axis than the linear layer writes"
     layer = model.get_submodule(name)
+    # A spec names a layer by one name only.
     names = [n for n, m in model.named_modules(remove_duplicate=False) if m is layer]
     return f"'{name}' has several names" if len(names) > 1 else None
 
@@ -212,8 +217,10 @@ def _scale_weight_(layer: nn.Module, factor: Tensor) -> None:
     """Multiplies each output channel of a weight by `factor` [out], and the scales by its size."""
     assert isinstance(layer.weight, Tensor)
     materialize_(layer)
+    # float64, so that folding adds only one rounding.
     layer.weight.copy_(layer.weight.double() * factor.view(-1, *[1] * (layer.weight.dim() - 1)))
     if isinstance(layer, QuantLayer) and layer.scheme.weights is not None:
+        # A scale is positive; the sign is in the weights, and so in the codes.
         rows = factor.abs().view(-1, *[1] * (layer.weight_scale.dim() - 1))
         scale = layer.weight_scale.double() * rows
         has_zero = layer.scheme.weights.has_zero

@@ -53,6 +53,7 @@ def stored_bytes(weight: Tensor, quantization: WeightQuantization) -> int:
         scales = 2**quantization.bits
     else:
         scales = len(weight) * in_groups(weight, quantization.group).shape[1]
+    # Codes are packed without gaps.
     codes = math.ceil(weight.numel() * quantization.bits / 8)
     return codes + 4 * int(scales)
 
@@ -89,6 +90,7 @@ def measure_choices(
     modes = {m: m.training for m in model.modules()}
     model.eval()
     try:
+        # The float model is the reference, not the labels.
         wanted = [call(model, x).float().log_softmax(1) for x in batches]
         found: dict[str, list[Choice]] = {}
         for name, scheme in table.items():

@@ -66,6 +66,7 @@ def quantizable(
     if scheme.weights is None:
         table = {name: own for name, own in table.items() if own.inputs is not None}
     names = [*table]
+    # Parameters are among the names too, but the table has only modules.
     for name in sorted(ignored(model, ignore)):
         if table.pop(name, None) is not None:
             left[name] = "asked for by `ignore`"
@@ -117,6 +118,7 @@ def _possible_layers(
         elif isinstance(module, INPUT_QUANTIZED) and id(module) not in projections:
             table[name] = scheme
         else:
+            # The other layers round their weights only.
             table[name] = scheme.model_copy(update={"inputs": None})
     return table, left
 
@@ -188,6 +190,7 @@ def quantize_(
     second_order = rounding == "second-order"
     calibrated = _needs_calibration(table)
     needs_examples = second_order or correct_bias or calibrated
+    # Before anything is changed.
     if needs_examples and not batches:
         raise DataError(
             "this method needs public examples",
@@ -254,6 +257,7 @@ def _correct_biases_(
         before: layer -> its weight before rounding.
     """
     notes = {}
+    # A shared bias would be corrected once for each of its layers.
     biases = [module._parameters.get("bias") for module in model.modules()]
     for name, mean in means.items():
         layer = model.get_submodule(name)
@@ -343,6 +347,7 @@ def _input_moments(
             )
         layer = layers[name]
         x = x.detach().float()
+        # A subclass may prepare its input, so the input of its operation is taken.
         if type(layer) not in OPERATIONS and not isinstance(layer, QuantLayer):
             layer, x = plain_equivalent(layer, x)
         x = as_batch(layer, x)

@@ -54,9 +54,11 @@ def calibrate_(
     _set_middles_(model, with_middle, batches)
     one_bit = {name: layer for name, layer in layers.items() if schemes[name].bits == 1}
     distances = _mean_distances(model, one_bit, batches)
+    # The range is known already, so a pass over the data is saved.
     if observer != "minmax":
         run_watched(model, layers, batches, lambda name, x: histograms[name].add_(x))
     for name, seen in histograms.items():
+        # One-bit inputs have no zero point and no range.
         if name in one_bit:
             _check_informative(name, schemes[name], seen, distances[name])
             if not schemes[name].dynamic:
@@ -119,6 +121,7 @@ def _set_middles_(
     totals: dict[str, tuple[Tensor, int]] = {}
 
     def add(name: str, x: Tensor) -> None:
+        # float64, because the sum runs over all examples.
         channels = x.detach().double().movedim(layers[name].channel_axis, 0).flatten(1)
         total, count = totals.get(name, (0.0, 0))
         totals[name] = total + channels.sum(1), count + channels.shape[1]

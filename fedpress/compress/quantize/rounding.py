@@ -95,6 +95,7 @@ def second_moment(layer: nn.Module, x: Tensor, *, most: int) -> tuple[Tensor, in
         [groups, k, k] float32, and the number of patches.
     """
     rows = patches(layer, x.detach().float())
+    # At equal distances, so that all parts of the images occur.
     rows = rows[:, :: max(1, rows.shape[1] // most)]
     return rows.mT @ rows, rows.shape[1]
 

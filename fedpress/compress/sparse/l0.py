@@ -151,6 +151,7 @@ def _swap(model: nn.Module, new: Callable[[str, Tensor], Tensor | None]) -> dict
     names: dict[int, str] = {}
     made: dict[str, Tensor | None] = {}
     before: dict[str, Tensor] = {}
+    # The first module that holds a shared parameter gives it its name.
     for path, module in model.named_modules():
         # Not `setattr`, which would refuse a tensor that is no `nn.Parameter`.
         table: dict[str, Any] = module._parameters
@@ -319,6 +320,7 @@ class Controller:
         """
         # Clamped, so that a density far from the target does not let the integral part run away.
         error = min(max(math.log(max(density, 1e-9) / target), -1.0), 1.0)
+        # The integral part: it remains when the error is 0.
         self.lambda_ += self.rate * self.scale * error
         return self.lambda_ + self.spring * self.scale * error
 

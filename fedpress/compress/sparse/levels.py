@@ -21,6 +21,7 @@ FLOOR = 0.5
 def lowest_densities(weights: Sequence[Weight], density: float) -> dict[str, float]:
     """Returns the smallest density of each weight, if `density` of all entries are kept."""
     everything = {w.name: torch.ones(w.value.shape, dtype=torch.bool) for w in weights}
+    # Every weight keeps at least one entry.
     wanted = max(len(weights), round(density * sum(w.size for w in weights)))
     counts = divide_budget(weights, everything, wanted, "erk")
     lowest = {}
@@ -72,6 +73,7 @@ def level_densities(
 
     low = -1e-6 * (1 + top)
     high = top * (1 + 1e-6) + 1e-6
+    # The sizes fall as the level rises, so bisection finds it.
     for _ in range(BISECTIONS):
         middle = (low + high) / 2
         if float(at_level(middle) @ sizes) > density * sizes.sum():

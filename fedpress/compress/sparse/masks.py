@@ -62,6 +62,7 @@ def choose(
         )
     checked = {w.name: _check_scores(w, scores[w.name]) for w in weights}
     if pattern.kind == "n:m":
+        # A density above N / M keeps more of every group, so that schedules can approach N:M.
         n = max(pattern.a, min(pattern.b, ceil(density * pattern.b)))
         return _n_of_m_masks(weights, checked, allowed, n, pattern.b)
 
@@ -113,6 +114,7 @@ def divide_budget(
     Raises:
         RecipeError: if a weight has no density, or one out of range.
     """
+    # Shares in entries, not densities: a large weight has more to keep.
     shares = []
     for w in weights:
         if not isinstance(scope, str):
@@ -147,6 +149,7 @@ def _in_proportion(shares: Sequence[float], most: Sequence[int], wanted: int) ->
 def _round_to_sum(exact: Sequence[float], most: Sequence[int], wanted: int) -> list[int]:
     """Rounds to integers with the sum `wanted`, by the largest-remainder method."""
     counts = [int(x) for x in exact]
+    # The index breaks ties, so that the result is the same on every machine.
     by_remainder = sorted(range(len(exact)), key=lambda i: (counts[i] - exact[i], i))
     may_grow = [i for i in by_remainder if counts[i] < most[i]]
     for i in may_grow[: wanted - sum(counts)]:
@@ -235,6 +238,7 @@ def _fill_global(units: Sequence[_Units], wanted: int) -> list[Tensor]:
 
 def _fill(value: Tensor, cost: Tensor, wanted: int) -> Tensor:
     """Keeps the best units with a total cost nearest to `wanted`, at least one; bool [units]."""
+    # Stable, so that the first of equal units is kept.
     order = value.argsort(descending=True, stable=True)
     total_cost = cost[order].cumsum(0)
     # The first `count` units cost less than wanted; one more may be nearer.

@@ -46,6 +46,7 @@ class Pattern:
         found = re.fullmatch(r"(\d{1,4})([:x])(\d{1,4})", text)
         if found:
             a, b = int(found[1]), int(found[3])
+            # N = M would keep everything, and N = 0 nothing.
             if found[2] == ":" and 0 < a < b:
                 return cls("n:m", a, b)
             if found[2] == "x" and a * b > 1:
@@ -68,6 +69,7 @@ class Pattern:
     def misfit(self, weight: Weight) -> str | None:
         """Returns why `weight` cannot have this pattern; None if it can."""
         inputs = weight.value.shape[0 if weight.transposed else 1]
+        # Runtimes store a fixed number of values for every M inputs.
         if self.kind == "n:m" and inputs % self.b:
             return f"its {inputs} inputs are no multiple of {self.b}"
         return None
@@ -87,6 +89,7 @@ class Pattern:
         if self.kind == "channel":
             return inputs.expand(shape)
         out_axis, in_axis = _out_in(weight)
+        # A unit has one block of channels at one place of the kernel.
         rows = _along(torch.arange(shape[out_axis]) // self.a, out_axis, len(shape))
         columns = _along(torch.arange(shape[in_axis]) // self.b, in_axis, len(shape))
         kernel = torch.arange(prod(shape[2:])).view(1, 1, *shape[2:])
@@ -113,6 +116,7 @@ def n_of_m(scores: Tensor, weight: Weight, n: int, m: int) -> Tensor:
     axis = _out_in(weight)[1]
     moved = scores.movedim(axis, -1)
     groups = moved.reshape(*moved.shape[:-1], -1, m)
+    # Stable, so that the first of equal scores is kept.
     best = groups.argsort(dim=-1, descending=True, stable=True)[..., :n]
     kept = torch.zeros_like(groups, dtype=torch.bool).scatter_(-1, best, True)
     return kept.reshape(moved.shape).movedim(-1, axis)

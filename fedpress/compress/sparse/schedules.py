@@ -91,12 +91,14 @@ def regrow(
         remaining = kept - int(share * kept)
         if remaining == kept or remaining < 1:
             continue
+        # Only kept entries compete: zeros have no size.
         sizes = {w.name: w.value.detach().abs()}
         kept_density = remaining / w.size
         largest = choose([w], sizes, pattern, density=kept_density, within={w.name: mask})[w.name]
 
         may_grow = torch.ones_like(mask) if within is None else within[w.name]
         free = may_grow & ~largest
+        # Whole units may drop more or fewer entries than asked for.
         count = min(kept - int(largest.sum()), int(free.sum()))
         if count:
             slopes = {w.name: gradients[w.name].abs()}

@@ -50,6 +50,7 @@ def lamp(inputs: WeightScoreInputs) -> Values:
     """
     scores = []
     for w in inputs.weights:
+        # float64, because a sum over a layer would swallow small squares.
         squares = w.value.detach().double().square().flatten()
         rising, order = squares.sort(stable=True)
         not_smaller = rising.flip(0).cumsum(0).flip(0)
@@ -192,6 +193,7 @@ class Movement:
     def _add(self, weight: Weight) -> Callable[[Tensor], None]:
         def add(parameter: Tensor) -> None:
             assert parameter.grad is not None
+            # The gradient is complete here: the hook runs after it was accumulated.
             self.sums[weight.name].sub_(parameter.detach() * parameter.grad)
 
         return add

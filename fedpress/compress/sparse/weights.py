@@ -125,12 +125,14 @@ def _matching(names: Sequence[str], pattern: str) -> list[str]:
 
 def _all_weights(model: nn.Module) -> tuple[dict[str, Weight], dict[str, str]]:
     """Returns all weights by name, and other parameters of two or more axes with a reason."""
+    # A shared weight has its first name everywhere.
     names = {id(p): name for name, p in model.named_parameters()}
     found: dict[str, Weight] = {}
     dense: dict[str, str] = {}
     for path, module in model.named_modules():
         for key, value in module.named_parameters(recurse=False):
             name = names[id(value)]
+            # Biases and norms have one axis.
             if value.dim() < 2 or name in found:
                 continue
             # Zeros in a tensor from which the weight is computed need not be zeros of the weight.

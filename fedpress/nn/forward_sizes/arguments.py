@@ -186,6 +186,7 @@ def with_numbers(
     arranged = _arranged(function, args, options)
     tensors, rest, named = _map_numbers(arranged, corrected)
     args, options = (*tensors, *rest), dict(named)
+    # Most calls have no tensor of indices to look for.
     if not any(number < 0 for number in corrections):
         return args, options
 
@@ -219,6 +220,7 @@ def _arranged(
 
     The order makes positions independent of which arguments a call names.
     """
+    # Of a method the first argument is the tensor itself, which has no numbers.
     tensors = 1 if args and isinstance(args[0], Tensor) else 0
     order = {name: i for i, name in enumerate(SIZED[function])}
     named = sorted(options.items(), key=lambda item: order.get(item[0], len(order)))
@@ -263,6 +265,7 @@ def _map_index(index: Any, visit: Callable[[Any], Any]) -> Any:
     """Replaces every tensor or list of indices in an index by what `visit` returns."""
     if isinstance(index, Tensor):
         return visit(index)
+    # A list of numbers indexes like a tensor.
     if isinstance(index, list) and index and all(isinstance(i, int) for i in index):
         return visit(index)
     if isinstance(index, tuple | list):

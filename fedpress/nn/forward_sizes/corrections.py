@@ -140,6 +140,7 @@ def set_numbers_(
                 f"the code of {where} has changed: there is no call at {place} any more"
             )
         hook = next(_hooks(module), None)
+        # One hook for each module, so that its calls are counted once.
         if hook is None:
             hook = CorrectionHook({})
             module.register_forward_pre_hook(hook)

@@ -112,6 +112,7 @@ def _why_weight_is_computed(module: nn.Module) -> str | None:
 
 
 def _why_forward_is_unknown(module: nn.Module) -> str | None:
+    # Then the class does not say what the module computes.
     if "forward" in module.__dict__:
         return "its forward was replaced by another function; quantize it before that"
     if _can_be_known(type(module)):

@@ -52,6 +52,7 @@ def quantize_layers_(model: nn.Module, table: Mapping[str, QuantizationScheme]) 
                 place="spec.quantized",
                 cure="leave it out",
             )
+        # Those of another scheme may have other shapes.
         _drop_qparams_(module)
         if not isinstance(module, QuantLayer):
             # The same object gets another class, so that modules that share the layer share it

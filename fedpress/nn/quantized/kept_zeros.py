@@ -32,6 +32,7 @@ def kept_entries(model: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
                 place="spec.sparse",
                 cure="the spec is of another model",
             )
+        # The zeros themselves are the mask of a float weight.
         kept = parameters[name].detach() != 0
         owner, dot, key = name.rpartition(".")
         zeros = buffers.get(f"{owner}{dot}{kept_zeros_name(key)}")
@@ -57,6 +58,7 @@ def note_kept_zeros_(model: nn.Module, masks: Mapping[str, Tensor]) -> tuple[str
         layer, key = weights[name]
         weight = getattr(layer, key).detach()
         zeros = mask.to(weight.device) & (weight == 0)
+        # One of an earlier stage may no longer be true.
         layer._buffers.pop(kept_zeros_name(key), None)
         if bool(zeros.any()):
             layer.register_buffer(kept_zeros_name(key), zeros)

@@ -181,6 +181,7 @@ class QuantMultiheadAttention(QuantLayer, nn.MultiheadAttention):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Computes attention as the plain layer does."""
         parts: dict[str, object] = {key: self.quantized_weight(key) for key in self.keys}
+        # Its forward is not called, so its weight must be rounded here.
         if isinstance(self.out_proj, QuantLayer):
             parts["out_proj"] = self.out_proj.plain_twin(weight=self.out_proj.quantized_weight())
         return self.plain_twin(**parts).forward(*args, **kwargs)
