@@ -286,7 +286,13 @@ class Projection(nn.Module):
 
 def _pairs(names: tuple[Pair, ...]) -> tuple[tuple[str, str], ...]:
     """Returns (student's, teacher's) module names; a single name is that of both."""
-    return tuple((name, name) if isinstance(name, str) else name for name in names)
+    pairs = []
+    for name in names:
+        if isinstance(name, str):
+            pairs.append((name, name))
+        else:
+            pairs.append(name)
+    return tuple(pairs)
 
 
 def _check_logits(logits: Tensor, teacher_logits: Tensor) -> None:

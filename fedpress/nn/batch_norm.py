@@ -14,11 +14,14 @@ ONE_VALUE = "more than 1 value per channel"
 
 def has_batch_norm(model: nn.Module) -> bool:
     """Returns whether `model` has a batch norm with running statistics."""
-    return any(isinstance(m, BatchNorm) and m.track_running_stats for m in model.modules())
+    return any(norm.track_running_stats for norm in _batch_norms(model))
+
+
+def _batch_norms(model: nn.Module) -> list[_BatchNorm]:
+    return [module for module in model.modules() if isinstance(module, BatchNorm)]
 
 
 def averages_batches(model: nn.Module) -> bool:
     """Returns whether a batch norm of `model` now uses the statistics of the batch."""
     # Without running statistics a norm averages in evaluation mode too.
-    norms = (m for m in model.modules() if isinstance(m, BatchNorm))
-    return any(norm.training or norm.running_mean is None for norm in norms)
+    return any(norm.training or norm.running_mean is None for norm in _batch_norms(model))

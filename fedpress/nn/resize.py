@@ -109,7 +109,11 @@ Shapes = tuple[tuple[int, ...], ...]
 
 def _shapes(module: nn.Module) -> Shapes:
     """Returns the shapes of the tensors that determine the sizes of a layer, the main one first."""
-    return tuple(tuple(t.shape) for t in _size_tensors(module) if t is not None)
+    shapes = []
+    for tensor in _size_tensors(module):
+        if tensor is not None:
+            shapes.append(tuple(tensor.shape))
+    return tuple(shapes)
 
 
 @torch.no_grad()
@@ -248,7 +252,8 @@ class NarrowAttention(nn.MultiheadAttention):
                 rows[i] = torch.cat([rows[i], bias.expand(len(rows[i]), 1, -1)], 1)
             if self.add_zero_attn:
                 rows[i] = F.pad(rows[i], (0, 0, 0, 1))
-        return [x.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2) for x in rows]
+        shape = (self.num_heads, self.head_dim)
+        return [x.unflatten(-1, shape).transpose(1, 2) for x in rows]
 
     def _mask(
         self, q: Tensor, k: Tensor, padding: Tensor | None, mask: Tensor | None

@@ -184,8 +184,10 @@ def _grouping(ids: ChannelIds, labels: Ints, owners: Sequence[Owner]) -> Groupin
     group_of = np.full(ids.count, -1, dtype=np.int64)
     channel_of = np.full(ids.count, -1, dtype=np.int64)
     for group_owners, classes in classes_by_owners.items():
-        indices = [[index for _, index in touched[label]] for label in classes]
-        table = np.array(indices, dtype=np.int64)  # [channels, places]
+        rows = []
+        for label in classes:
+            rows.append([index for _, index in touched[label]])
+        table = np.array(rows, dtype=np.int64)  # [channels, places]
 
         # Channel 0 is the one that comes first in the first tensor.
         order = np.argsort(table[:, 0], kind="stable")

@@ -263,11 +263,13 @@ class ChannelIds:
             factor: whatever does not depend on channels, the number of pixels for instance.
             axes: ids, or the size of an axis without ids.
         """
+        with_ids = []
         for axis in axes:
             if isinstance(axis, int):
                 factor *= axis
-        ids = tuple(axis for axis in axes if isinstance(axis, np.ndarray))
-        self.products.append(MultiplyAdds(int(factor), ids))
+            elif axis is not None:
+                with_ids.append(axis)
+        self.products.append(MultiplyAdds(int(factor), tuple(with_ids)))
 
     def next_slice_start(self) -> int | None:
         """Returns the position of the next slice in the present indexing; None if it is unknown."""
@@ -361,7 +363,10 @@ class ChannelIds:
 
 def ids_or_sizes(shape: Sequence[int], axes: Sequence[Axis]) -> list[Any]:
     """Returns the ids of each axis, or its size if it has none: for `count_multiply_adds`."""
-    return [n if axis is None else axis for n, axis in zip(shape, axes, strict=True)]
+    found: list[Any] = []
+    for size, axis in zip(shape, axes, strict=True):
+        found.append(size if axis is None else axis)
+    return found
 
 
 def _concatenate(arrays: Sequence[Ints]) -> Ints:

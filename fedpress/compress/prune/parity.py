@@ -212,8 +212,10 @@ def _outputs(model: nn.Module, batch: Batch) -> list[Tensor]:
     """Returns the outputs of `model`, float32 or float64, with the same random draws each time."""
     torch.manual_seed(0)
     given = [x.clone() for x in batch]  # forward may write into its inputs
-    outputs = tensors_in(model(*given))
-    return [each if each.dtype == torch.float64 else each.float() for each in outputs]
+    outputs = []
+    for output in tensors_in(model(*given)):
+        outputs.append(output if output.dtype == torch.float64 else output.float())
+    return outputs
 
 
 def _all_finite(outputs: Sequence[Tensor]) -> bool:
@@ -240,13 +242,17 @@ def trial_batches(model: nn.Module, example: tuple[Tensor, ...]) -> tuple[Batch,
     drawn = []
     for x, vocabulary in zip(example, _vocabularies(model, example), strict=True):
         drawn.append(_drawn(x, vocabulary, size, draw))
-    shuffled = [_shuffled(x, size + 1, draw) if _has_examples(x, size) else x for x in example]
+    shuffled = []
+    extended = []
+    for x in example:
+        has_examples = _has_examples(x, size)
+        shuffled.append(_shuffled(x, size + 1, draw) if has_examples else x)
+        extended.append(torch.cat([x, x[:1]]) if has_examples else x)
     for larger in (drawn, shuffled):
         batch = _without_last(larger, example, size)
         if _try_outputs(model, batch) is not None:
             return batch, larger
-    larger = [torch.cat([x, x[:1]]) if _has_examples(x, size) else x for x in example]
-    return _without_last(larger, example, size), larger
+    return _without_last(extended, example, size), extended
 
 
 def _has_examples(x: Tensor, size: int) -> bool:
@@ -256,8 +262,10 @@ def _has_examples(x: Tensor, size: int) -> bool:
 
 def _without_last(larger: Batch, example: tuple[Tensor, ...], size: int) -> Batch:
     """Returns the first `size` examples of a batch with one more than `example`."""
-    pairs = zip(larger, example, strict=True)
-    return [x[:size] if _has_examples(like, size) else x for x, like in pairs]
+    batch = []
+    for x, like in zip(larger, example, strict=True):
+        batch.append(x[:size] if _has_examples(like, size) else x)
+    return batch
 
 
 def _drawn(x: Tensor, vocabulary: int | None, size: int, draw: torch.Generator) -> Tensor:

@@ -289,8 +289,7 @@ def _correct(
         moves = _single_steps(kept, allowed)
         best = min(moves, key=error, default=kept)
         if error(best) >= error(kept) > tolerance:
-            double_moves = (pair for one in moves for pair in _single_steps(one, allowed))
-            best = min(double_moves, key=error, default=kept)
+            best = min(_double_steps(moves, allowed), key=error, default=kept)
         if error(best) >= error(kept):
             break
         kept = best
@@ -306,6 +305,12 @@ def _single_steps(widths: list[int], allowed: Sequence[list[int]]) -> list[list[
             if 0 <= j < len(choice):
                 moves.append([*widths[:i], choice[j], *widths[i + 1 :]])
     return moves
+
+
+def _double_steps(moves: Sequence[list[int]], allowed: Sequence[list[int]]) -> Iterator[list[int]]:
+    """Yields all widths that are one more step away from `moves`."""
+    for move in moves:
+        yield from _single_steps(move, allowed)
 
 
 def _ranks(values: Tensor) -> Tensor:

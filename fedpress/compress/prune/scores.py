@@ -121,12 +121,12 @@ def channel_sums(tensor: Tensor, where: Slice) -> Tensor:
 
 def l1(graph: ChannelGraph, inputs: ScoreInputs) -> list[Tensor]:
     """Sum of |w| over the weights that write the channel (Li et al. 2017, section 3.1)."""
-    return [_total(writers(group), inputs.tensors, Tensor.abs) for group in graph.groups]
+    return _total_by_layer(graph, inputs, writers, Tensor.abs)
 
 
 def l2(graph: ChannelGraph, inputs: ScoreInputs) -> list[Tensor]:
     """Euclidean norm of the weights that write the channel."""
-    squares = [_total(writers(group), inputs.tensors, Tensor.square) for group in graph.groups]
+    squares = _total_by_layer(graph, inputs, writers, Tensor.square)
     return [total.sqrt() for total in squares]
 
 
@@ -144,7 +144,7 @@ def bn_scale(graph: ChannelGraph, inputs: ScoreInputs) -> list[Tensor]:
                 place="score",
                 cure="use 'l1'",
             )
-    return [_total(group.role("scale"), inputs.tensors, Tensor.abs) for group in graph.groups]
+    return _total_by_layer(graph, inputs, lambda group: group.role("scale"), Tensor.abs)
 
 
 def fpgm(graph: ChannelGraph, inputs: ScoreInputs) -> list[Tensor]:
@@ -174,7 +174,7 @@ def taylor(graph: ChannelGraph, inputs: ScoreInputs) -> list[Tensor]:
     2017). The model is in evaluation mode.
     """
     batches = _gate_derivatives(graph, inputs, "taylor")
-    return mean([gate.abs() for gate in gates] for gates in batches)
+    return mean(_of_each(batches, Tensor.abs))
 
 
 def fisher(graph: ChannelGraph, inputs: ScoreInputs) -> list[Tensor]:
@@ -186,7 +186,7 @@ def fisher(graph: ChannelGraph, inputs: ScoreInputs) -> list[Tensor]:
     too small.
     """
     batches = _gate_derivatives(graph, inputs, "fisher")
-    return mean([gate.square() / 2 for gate in gates] for gates in batches)
+    return mean(_of_each(batches, lambda gate: gate.square() / 2))
 
 
 def obd(graph: ChannelGraph, inputs: ScoreInputs) -> list[Tensor]:
@@ -347,6 +347,24 @@ def readers(group: ChannelGroup, model: nn.Module) -> Sequence[Slice]:
         place="score",
         cure="use a score of magnitudes, 'l1'",
     )
+
+
+def _total_by_layer(
+    graph: ChannelGraph,
+    inputs: ScoreInputs,
+    slices_of: Callable[[ChannelGroup], Iterable[Slice]],
+    function: Callable[[Tensor], Tensor],
+) -> list[Tensor]:
+    """Returns for each layer the sum of `function` of the entries of its channels' slices."""
+    return [_total(slices_of(group), inputs.tensors, function) for group in graph.groups]
+
+
+def _of_each(
+    batches: Iterable[Sequence[Tensor]], function: Callable[[Tensor], Tensor]
+) -> Iterator[list[Tensor]]:
+    """Yields `function` of each tensor of each batch."""
+    for values in batches:
+        yield [function(value) for value in values]
 
 
 def _gate_derivatives(

@@ -220,16 +220,19 @@ def loss_curves(points: Sequence[Point]) -> dict[str, tuple[list[float], list[fl
             place="points",
             cure="give all points that `sensitivity` yields",
         )
-    grown = {(p.layer, p.density): p.loss - dense[p.layer] for p in points}
+    grown: dict[str, dict[float, float]] = {layer: {} for layer in dense}
+    for point in points:
+        grown[point.layer][point.density] = point.loss - dense[point.layer]
     # Infinity would hide the differences of all other points.
-    most = max((g for g in grown.values() if np.isfinite(g)), default=0.0)
+    every = [growth for of_layer in grown.values() for growth in of_layer.values()]
+    most = max(filter(np.isfinite, every), default=0.0)
     found = {}
-    for layer in dense:
-        falling = sorted((d for name, d in grown if name == layer), reverse=True)
+    for layer, growth_at in grown.items():
+        falling = sorted(growth_at, reverse=True)
         height = 0.0
         heights = []
         for density in falling:
-            value = grown[layer, density]
+            value = growth_at[density]
             height = max(height, value if np.isfinite(value) else most)
             heights.append(height)
         found[layer] = (falling[::-1], heights[::-1])

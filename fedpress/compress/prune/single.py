@@ -135,9 +135,9 @@ class _Remaining:
     """
 
     def __init__(self, graph: ChannelGraph, floors: Sequence[int]) -> None:
-        self.masks = [torch.ones(group.channels, dtype=torch.bool) for group in graph.groups]
         self.kept = [group.channels for group in graph.groups]
-        self.raw = [torch.zeros(group.channels) for group in graph.groups]
+        self.masks = [torch.ones(channels, dtype=torch.bool) for channels in self.kept]
+        self.raw = [torch.zeros(channels) for channels in self.kept]
         self.floors = floors
         # (score, channel) of the layers whose worst channel is known; a change in a layer drops it.
         self.worst: dict[int, tuple[float, int]] = {}
@@ -190,7 +190,10 @@ def _scorer(
         yield _magnitudes(model, graph, power=1 if name == "l1" else 2)
         return
     tensors = tensors_of(model)
-    saved = {s.tensor: tensors[s.tensor].clone() for group in graph.groups for s in group.slices}
+    saved: dict[str, Tensor] = {}
+    for group in graph.groups:
+        for s in group.slices:
+            saved[s.tensor] = tensors[s.tensor].clone()
     removed_since = 0
 
     def rescore(masks: list[Tensor], removed: tuple[int, int] | None) -> dict[int, Tensor]:
@@ -242,7 +245,9 @@ def _magnitudes(model: nn.Module, graph: ChannelGraph, *, power: Literal[1, 2]) 
             group = graph.groups[layer]
             # The channel's own row keeps its values, so that it keeps its last score.
             _zero_(tables, group, channel, but="write")
-            touched = {i for s in group.slices for i in writers.get(s.tensor, ())}
+            touched = set()
+            for s in group.slices:
+                touched |= writers.get(s.tensor, set())
         return {i: total(graph.groups[i]) for i in touched}
 
     return rescore

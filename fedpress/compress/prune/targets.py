@@ -86,13 +86,13 @@ def bytes_of(model: nn.Module, graph: ChannelGraph) -> Cost:
             seen.add(id(tensor))
             shapes[name] = tuple(tensor.shape)
             width[name] = tensor.element_size()
-    slices = [[s for s in group.slices if s.tensor in shapes] for group in graph.groups]
 
     def cost(kept: Sequence[int]) -> float:
         sizes = {name: list(shape) for name, shape in shapes.items()}
-        for group, own, keep in zip(graph.groups, slices, kept, strict=True):
-            for s in own:
-                sizes[s.tensor][s.axis] -= (group.channels - keep) * s.index.shape[1]
+        for group, keep in zip(graph.groups, kept, strict=True):
+            for s in group.slices:
+                if s.tensor in sizes:
+                    sizes[s.tensor][s.axis] -= (group.channels - keep) * s.index.shape[1]
         return sum(prod(size) * width[name] for name, size in sizes.items())
 
     return cost

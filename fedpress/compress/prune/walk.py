@@ -214,8 +214,11 @@ def _note_overwritten(node: Any, values: dict[torch.fx.Node, Any], from_input: b
 def _module_of(node: torch.fx.Node) -> str:
     """Returns the name of the module whose forward runs the operation."""
     # The innermost module is the last on the stack.
-    path = [name for name, _ in node.meta.get("nn_module_stack", {}).values()]
-    return path[-1] if path else ""
+    stack = node.meta.get("nn_module_stack", {})
+    if not stack:
+        return ""
+    name: str = list(stack.values())[-1][0]
+    return name
 
 
 def _apply_operation(
@@ -293,7 +296,10 @@ def _flat_axes(axes: Any) -> list[Axis]:
     """Returns the axes that a rule returned, of one output or of several."""
     if not isinstance(axes, list):
         return list(axes)
-    return [axis for each in axes for axis in each]
+    flat: list[Axis] = []
+    for of_output in axes:
+        flat += of_output
+    return flat
 
 
 def _is_channel_norm(node: torch.fx.Node, given: Sequence[Value]) -> bool:
@@ -343,7 +349,9 @@ def _apply_rule(
 
 def _keep_everything(ids: ChannelIds, given: Sequence[Value], why: str) -> None:
     """Keeps all channels of the given values, and notes that the operation cannot be followed."""
-    axes = [axis for value in given for axis in value.axes if axis is not None]
+    axes = []
+    for value in given:
+        axes += [axis for axis in value.axes if axis is not None]
     ids.keep_all(axes, why)
     ids.without_rule.append((ids.module, f"{why}: {ids.place}", axes))
 

@@ -120,8 +120,11 @@ def _why_norm_stays(module: nn.Module, name: str, norm: fx.Node) -> str | None:
 
 def _caller(node: fx.Node) -> str:
     """Returns the module whose forward runs the operation."""
-    path = [name for name, _ in node.meta.get("nn_module_stack", {}).values()]
-    return path[-1] if path else ""
+    stack = node.meta.get("nn_module_stack", {})
+    if not stack:
+        return ""
+    name: str = list(stack.values())[-1][0]
+    return name
 
 
 def _why_not_into(

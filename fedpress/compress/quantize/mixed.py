@@ -168,7 +168,7 @@ def choose_bits(choices: Mapping[str, Sequence[Choice]], max_bytes: int) -> dict
     >>> choose_bits({"a": a, "b": [Choice(4, 5, 9.0), Choice(8, 10, 0.0)]}, 60)
     {'a': 4, 'b': 8}
     """
-    least = sum(min(c.size for c in layer) for layer in choices.values())
+    least = sum(_smallest(layer) for layer in choices.values())
     if least > max_bytes:
         raise RecipeError(
             f"the weights do not fit into {max_bytes:,} bytes, the least is {least:,}",
@@ -204,9 +204,13 @@ def choose_bits(choices: Mapping[str, Sequence[Choice]], max_bytes: int) -> dict
     return {name: bits[name] for name in choices}
 
 
+def _smallest(layer: Sequence[Choice]) -> int:
+    return min(choice.size for choice in layer)
+
+
 def _affordable(layer: Sequence[Choice], cell: int, budget: int) -> list[tuple[Choice, int]]:
     """Returns a layer's choices within the budget, each with its cells beyond the smallest."""
-    smallest = min(choice.size for choice in layer)
+    smallest = _smallest(layer)
     options = []
     for choice in layer:
         cells = math.ceil((choice.size - smallest) / cell)

@@ -361,10 +361,12 @@ def _input_moments(
             seconds[name] = total + moment, count + rows
 
     run_watched(model, layers, batches, add)
-    return (
-        {name: total / count for name, (total, count) in means.items()},
-        {name: total / count for name, (total, count) in seconds.items()},
-    )
+    return _averages(means), _averages(seconds)
+
+
+def _averages(totals: Mapping[str, tuple[Tensor, int]]) -> dict[str, Tensor]:
+    """Returns sum / count of each entry."""
+    return {name: total / count for name, (total, count) in totals.items()}
 
 
 def _output_shift(mean: Tensor, error: Tensor) -> Tensor:

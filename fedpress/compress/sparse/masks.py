@@ -72,8 +72,10 @@ def choose(
     if scope == "global":
         kept = _fill_global(units, wanted)
     else:
+        kept = []
         budgets = divide_budget(weights, allowed, wanted, scope)
-        kept = [_fill(u.value, u.cost, budget) for u, budget in zip(units, budgets, strict=True)]
+        for own, budget in zip(units, budgets, strict=True):
+            kept.append(_fill(own.value, own.cost, budget))
     masks: Masks = {}
     for weight, own, best in zip(weights, units, kept, strict=True):
         masks[weight.name] = own.mask(best, allowed[weight.name])
@@ -136,14 +138,16 @@ def _in_proportion(shares: Sequence[float], most: Sequence[int], wanted: int) ->
         remaining = wanted - sum(most[i] for i in full)
         scale = remaining / sum(shares[i] for i in free) if free else 0.0
         amounts = [float(n) for n in most]
+        exceeding = set()
         for i in free:
             amounts[i] = shares[i] * scale
+            if amounts[i] > most[i]:
+                exceeding.add(i)
 
         # Each round fills at least one weight, so this ends.
-        exceeding = [i for i in free if amounts[i] > most[i]]
         if not exceeding:
             return amounts
-        full.update(exceeding)
+        full |= exceeding
 
 
 def _round_to_sum(exact: Sequence[float], most: Sequence[int], wanted: int) -> list[int]:
@@ -232,8 +236,11 @@ def _fill_global(units: Sequence[_Units], wanted: int) -> list[Tensor]:
         values.append(value)
         costs.append(cost)
     kept = _fill(torch.cat(values), torch.cat(costs), max(wanted, least))
-    parts = kept.split([len(u.value) for u in units])
-    return [part.to(u.value.device) for part, u in zip(parts, units, strict=True)]
+    sizes = [len(value) for value in values]
+    found = []
+    for one, part in zip(units, kept.split(sizes), strict=True):
+        found.append(part.to(one.value.device))
+    return found
 
 
 def _fill(value: Tensor, cost: Tensor, wanted: int) -> Tensor:

@@ -117,9 +117,11 @@ def _why_forward_is_unknown(module: nn.Module) -> str | None:
         return "its forward was replaced by another function; quantize it before that"
     if _can_be_known(type(module)):
         return None
-    base = next((kind.__name__ for kind in QUANTIZED_CLASSES if isinstance(module, kind)), None)
-    unlike = f", unlike {base}" if base else ""
-    return f"{type(module).__name__} computes in its own way{unlike}"
+    for kind in QUANTIZED_CLASSES:
+        if isinstance(module, kind):
+            own = type(module).__name__
+            return f"{own} computes in its own way, unlike {kind.__name__}"
+    return f"{type(module).__name__} computes in its own way"
 
 
 def _why_weight_does_not_fit(module: nn.Module) -> str | None:

@@ -281,7 +281,9 @@ def qparam_ids(model: nn.Module) -> set[int]:
     """
     found: set[int] = set()
     for _, layer in quantized_layers(model):
-        found |= {id(p) for name, p in layer.named_parameters(recurse=False) if is_qparam(name)}
+        for name, parameter in layer.named_parameters(recurse=False):
+            if is_qparam(name):
+                found.add(id(parameter))
     return found
 
 

@@ -120,7 +120,9 @@ class _QuantRecurrent(QuantLayer):
         weights = {key: self.quantized_weight(key) for key in self.keys}
         names: list[str] = self._flat_weights_names  # type: ignore[assignment]
         # torch passes the weights to its kernel as this list, not as attributes.
-        flat = [weights[n] if n in weights else getattr(self, n) for n in names]
+        flat = []
+        for name in names:
+            flat.append(weights[name] if name in weights else getattr(self, name))
         return self.plain_twin(_flat_weights=flat, **weights).forward(input, hx)
 
 

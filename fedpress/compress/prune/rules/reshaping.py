@@ -194,7 +194,7 @@ def _split(ids: ChannelIds, shape: Sequence[int], axis: Axis) -> list[Axis]:
     repeated = tuple(d for d in range(table.ndim) if d not in varying)
     elements = table
     for d in reversed(repeated):
-        elements = elements.take(0, axis=d)
+        elements = np.asarray(elements.take(0, axis=d))
 
     axes: list[Axis] = [None] * table.ndim
     if len(varying) == 1:
