@@ -330,7 +330,10 @@ def projection(name: str, mine: torch.Size, theirs: torch.Size, chance: RandomSo
     if mine == theirs:
         return nn.Identity()
     # Channels are the second axis of images and the last one of tokens.
-    differ = [i for i, (a, b) in enumerate(zip(mine, theirs, strict=False)) if a != b]
+    differ = []
+    for i, (a, b) in enumerate(zip(mine, theirs, strict=False)):
+        if a != b:
+            differ.append(i)
     if len(mine) != len(theirs) or len(differ) != 1 or differ[0] not in (1, len(mine) - 1):
         raise TrainingError(
             (

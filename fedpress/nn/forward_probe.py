@@ -180,7 +180,9 @@ def _random_input(layer: nn.Module) -> Tensor:
     if isinstance(layer, nn.Linear):
         return torch.randn(2, layer.in_features, generator=generator).to(device)
     assert isinstance(layer, nn.modules.conv._ConvNd)
-    sides = [(k - 1) * d + 4 + k for k, d in zip(layer.kernel_size, layer.dilation, strict=True)]
+    sides = []
+    for k, d in zip(layer.kernel_size, layer.dilation, strict=True):
+        sides.append((k - 1) * d + 4 + k)
     return torch.randn(2, layer.in_channels, *sides, generator=generator).to(device)
 
 

@@ -120,7 +120,10 @@ def _check_shared(model: nn.Module, weights: list[_MaskedWeight]) -> None:
     for module in model.modules():
         uses.update(id(parameter) for parameter in module.parameters(recurse=False))
     for weight in weights:
-        same = [other for other in weights if other.original is weight.original]
+        same = []
+        for other in weights:
+            if other.original is weight.original:
+                same.append(other)
         is_masked_everywhere = uses[id(weight.original)] == len(same)
         if not is_masked_everywhere or any(not torch.equal(o.mask, weight.mask) for o in same):
             raise ModelError(

@@ -248,7 +248,10 @@ def _channel_dim(dense: Tensor, pruned: Tensor) -> int | None:
     """Returns the one axis along which two tensors differ in size; None if there is no such."""
     if dense.dim() != pruned.dim():
         return None
-    differing = [d for d in range(pruned.dim()) if dense.shape[d] != pruned.shape[d]]
+    differing = []
+    for d in range(pruned.dim()):
+        if dense.shape[d] != pruned.shape[d]:
+            differing.append(d)
     return differing[0] if len(differing) == 1 else None
 
 

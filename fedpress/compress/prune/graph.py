@@ -206,7 +206,9 @@ class ChannelGraph:
 
         Counted are convolutions, linear and recurrent layers, matrix products and attention.
         """
-        pruned = [group.channels - keep for group, keep in zip(self.groups, kept, strict=True)]
+        pruned = []
+        for group, keep in zip(self.groups, kept, strict=True):
+            pruned.append(group.channels - keep)
         # Many products share a length, so each is computed once; this runs in the search for
         # widths.
         known: dict[int, int] = {}

@@ -178,7 +178,10 @@ def _grouping(ids: ChannelIds, labels: Ints, owners: Sequence[Owner]) -> Groupin
         classes_by_owners.setdefault(key, []).append(label)
 
     # All ids of an axis have the same role, so its first id stands for it.
-    roles = {int(axis[0]): role for axis, role, _ in ids.roles if len(axis)}
+    roles = {}
+    for axis, role, _ in ids.roles:
+        if len(axis):
+            roles[int(axis[0])] = role
     uses: Counter[str] = Counter()
     groups: list[ChannelGroup] = []
     group_of = np.full(ids.count, -1, dtype=np.int64)

@@ -151,7 +151,9 @@ def _compare_training(
             # Called on the class: a model may have an attribute of this name.
             nn.Module.double(masked_copy)
             nn.Module.double(small_copy)
-            values = [x.double() if x.is_floating_point() else x for x in batch]
+            values = []
+            for x in batch:
+                values.append(x.double() if x.is_floating_point() else x)
         with _RandomMeans():  # type: ignore[no-untyped-call]
             wanted = _try_outputs(masked_copy, values)
             if wanted is not None:

@@ -169,7 +169,10 @@ def allowed_widths(layer: ChannelGroup, round_to: int, min_keep: float) -> list[
     step = round_to // gcd(round_to, layer.unit)
     # A layer without channels would pass nothing on.
     least = max(1, ceil(min_keep * layer.channels))
-    widths = [n for n in range(step, layer.channels, step) if n >= least]
+    widths = []
+    for n in range(step, layer.channels, step):
+        if n >= least:
+            widths.append(n)
     return [*widths, layer.channels]
 
 

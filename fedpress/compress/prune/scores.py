@@ -114,7 +114,10 @@ def _hooked_weights(module: nn.Module) -> dict[str, Tensor]:
 
 def channel_sums(tensor: Tensor, where: Slice) -> Tensor:
     """Returns the sum of `tensor` over the entries of each channel of `where`: [channels]."""
-    others = [d for d in range(tensor.dim()) if d != where.axis]
+    others = []
+    for d in range(tensor.dim()):
+        if d != where.axis:
+            others.append(d)
     per_index = tensor.sum(others) if others else tensor
     return per_index[where.index.to(per_index.device)].sum(1).cpu()
 
@@ -200,7 +203,9 @@ def obd(graph: ChannelGraph, inputs: ScoreInputs) -> list[Tensor]:
 
     def batches() -> Iterator[list[Tensor]]:
         for products in _weight_times_derivative(graph, inputs, "obd"):
-            halves = {name: product.float().square() / 2 for name, product in products.items()}
+            halves = {}
+            for name, product in products.items():
+                halves[name] = product.float().square() / 2
             yield [_total(slices, halves) for slices in read]
 
     return mean(batches())
@@ -339,7 +344,10 @@ def readers(group: ChannelGroup, model: nn.Module) -> Sequence[Slice]:
     """Returns the slices of parameters that read the channels, else of those that write them."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
     for slices in (group.role("read"), group.role("write"), group.slices):
-        found = [s for s in slices if s.tensor in parameters]
+        found = []
+        for s in slices:
+            if s.tensor in parameters:
+                found.append(s)
         if found:
             return found
     raise ModelError(
@@ -413,7 +421,9 @@ def _weight_times_derivative(
     with differentiable(inputs.model, weights, batch_statistics=batch_statistics):
         for loss in inputs.losses():
             derivatives = derivative(loss, weights)
-            products = [w.detach() * d for w, d in zip(weights, derivatives, strict=True)]
+            products = []
+            for w, d in zip(weights, derivatives, strict=True):
+                products.append(w.detach() * d)
             yield dict(zip(names, products, strict=True))
             is_empty = False
     if is_empty:
@@ -428,5 +438,7 @@ def _total(
     function: Callable[[Tensor], Tensor] = Tensor.float,
 ) -> Tensor:
     """Returns the sum of `function` of each entry over all slices of a channel: [channels]."""
-    sums = [channel_sums(function(tensors[s.tensor].float()), s) for s in slices]
+    sums = []
+    for s in slices:
+        sums.append(channel_sums(function(tensors[s.tensor].float()), s))
     return torch.stack(sums).sum(0)

@@ -73,7 +73,9 @@ def prune_single_channel(
             cure="try 64",
         )
     # A layer is not pruned below its smallest width, so that rounding cannot miss it.
-    floors = [allowed_widths(group, round_to, min_keep)[0] for group in graph.groups]
+    floors = []
+    for group in graph.groups:
+        floors.append(allowed_widths(group, round_to, min_keep)[0])
     with _scorer(model, graph, score, every, losses, generator) as scorer:
         order = _removal_order(graph, scorer, floors, target)
     return plan(
@@ -231,7 +233,10 @@ def _magnitudes(model: nn.Module, graph: ChannelGraph, *, power: Literal[1, 2]) 
     tables: dict[str, Tensor] = {}
     for tensor in writers:
         values = tensors[tensor].float().cpu().abs() ** power
-        fixed = [d for d in range(values.dim()) if (tensor, d) not in axes]
+        fixed = []
+        for d in range(values.dim()):
+            if (tensor, d) not in axes:
+                fixed.append(d)
         tables[tensor] = values.sum(fixed, keepdim=True) if fixed else values
 
     def total(group: ChannelGroup) -> Tensor:

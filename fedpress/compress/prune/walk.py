@@ -233,7 +233,10 @@ def _apply_operation(
         decomposed = decompose_operation(node.target, *fakes)
         if decomposed is not None:
             leaves = tree_leaves((list(args), dict(options)))
-            given = [leaf for leaf in leaves if isinstance(leaf, Value)]
+            given = []
+            for leaf in leaves:
+                if isinstance(leaf, Value):
+                    given.append(leaf)
             return _run_decomposed(decomposed, given, ids)
 
     # Weights are positional arguments, so the origin is that of those alone.

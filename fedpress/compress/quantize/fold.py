@@ -47,7 +47,10 @@ def find_folds(
     Raises:
         ModelError: if the model cannot be captured.
     """
-    norms = {n: m for n, m in model.named_modules() if isinstance(m, BatchNorm)}
+    norms = {}
+    for n, m in model.named_modules():
+        if isinstance(m, BatchNorm):
+            norms[n] = m
     if not norms:
         return {}, {}
     unchanged = ignored(model, ignore)
@@ -112,7 +115,10 @@ def _why_norm_stays(module: nn.Module, name: str, norm: fx.Node) -> str | None:
         return f"{type(module).__name__} may do more than a batch norm"
     if module._forward_hooks or module._forward_pre_hooks:
         return "it has a hook, which would be lost"
-    tensors = [argument for argument in norm.args[1:5] if isinstance(argument, fx.Node)]
+    tensors = []
+    for argument in norm.args[1:5]:
+        if isinstance(argument, fx.Node):
+            tensors.append(argument)
     if _caller(norm) != name or any(len(tensor.users) > 1 for tensor in tensors):
         return "something else reads its numbers"
     return None
@@ -152,7 +158,10 @@ def _why_not_into(
         return "it normalises another axis than the linear layer writes"
     layer = model.get_submodule(name)
     # A spec names a layer by one name only.
-    names = [n for n, m in model.named_modules(remove_duplicate=False) if m is layer]
+    names = []
+    for n, m in model.named_modules(remove_duplicate=False):
+        if m is layer:
+            names.append(n)
     return f"'{name}' has several names" if len(names) > 1 else None
 
 
@@ -166,7 +175,10 @@ def _why_not_bias(
     if _owner(bias, owned) is None:
         return "the bias before it is computed"
     own = model.get_submodule(name)._parameters.get("bias")
-    owners = [n for n, p in model.named_parameters(remove_duplicate=False) if p is own]
+    owners = []
+    for n, p in model.named_parameters(remove_duplicate=False):
+        if p is own:
+            owners.append(n)
     if len(bias.users) > 1 or len(owners) > 1:
         return f"something else reads the bias of '{name}'"
     return None

@@ -106,7 +106,10 @@ def _possible_layers(
     has_zero = scheme.weights is None or scheme.weights.has_zero
     # Attention reads the weight of its output projection without calling it, so no hook sees its
     # input, and only its weight can be quantized.
-    projections = {id(m.out_proj) for m in model.modules() if isinstance(m, nn.MultiheadAttention)}
+    projections = set()
+    for m in model.modules():
+        if isinstance(m, nn.MultiheadAttention):
+            projections.add(id(m.out_proj))
     for name, module in model.named_modules():
         if not _has_weights(module):
             continue
@@ -135,7 +138,10 @@ def _owners(model: nn.Module) -> dict[int, list[str]]:
 def _why_shared(name: str, module: nn.Module, owners: Mapping[int, list[str]]) -> str | None:
     """Returns a reason if another module has a weight of this one too, which has one scale only."""
     for key in weight_keys(module):
-        others = [f"'{n}'" for n in owners.get(id(module._parameters[key]), []) if n != name]
+        others = []
+        for n in owners.get(id(module._parameters[key]), []):
+            if n != name:
+                others.append(f"'{n}'")
         if others:
             return f"its weight is shared with {', '.join(others)}"
     return None

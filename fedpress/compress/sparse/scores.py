@@ -183,7 +183,9 @@ class Movement:
     @contextmanager
     def watching(self) -> Iterator[None]:
         """Within the block every gradient is added to the sums; the model is unchanged."""
-        handles = [w.value.register_post_accumulate_grad_hook(self._add(w)) for w in self.weights]
+        handles = []
+        for w in self.weights:
+            handles.append(w.value.register_post_accumulate_grad_hook(self._add(w)))
         try:
             yield
         finally:

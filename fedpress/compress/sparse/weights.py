@@ -164,5 +164,7 @@ def _computed_weights(module: nn.Module) -> list[str]:
 
 
 def _first_reasons(reasons: Mapping[str, str]) -> str:
-    some = [f"'{name}': {why}" for name, why in list(reasons.items())[:3]]
+    some = []
+    for name, why in list(reasons.items())[:3]:
+        some.append(f"'{name}': {why}")
     return "; ".join(some) or "it has no such layer"

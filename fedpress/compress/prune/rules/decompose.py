@@ -41,7 +41,9 @@ def decompose_operation(
 
     def run(*given: Tensor) -> Any:
         rest = iter(given)
-        filled = [next(rest) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        filled = []
+        for leaf in leaves:
+            filled.append(next(rest) if isinstance(leaf, Tensor) else leaf)
         arguments, named = tree_unflatten(filled, structure)
         return decomposition(*arguments, **named)
 

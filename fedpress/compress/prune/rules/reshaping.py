@@ -180,7 +180,10 @@ def _factors(ends: Sequence[int], begin: int, size: int) -> list[int]:
         begin: where the axis begins.
         size: of the axis.
     """
-    inside = [end for end in ends if begin <= end <= begin * size]
+    inside = []
+    for end in ends:
+        if begin <= end <= begin * size:
+            inside.append(end)
     return [b // a for a, b in pairwise(inside)]
 
 
