@@ -104,8 +104,7 @@ class Gates(nn.Module):
         passes the model has its own parameters. A copy of the model has the gates too.
         """
         # Hooks are copied with the model. A method would be copied with its object, so that the
-        # copy
-        # had gates of its own; functions that refer to `gates` are not copied.
+        # copy had gates of its own; functions that refer to `gates` are not copied.
         gates = self
 
         def multiply(model: nn.Module, _: Any) -> None:
