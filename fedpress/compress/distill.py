@@ -33,8 +33,8 @@ class DistillSettings(BaseModel):
         default=4.0,
         gt=0,
         le=1e4,
-        description="divides the logits of both networks before they are compared; higher shows more "
-        "of the small probabilities",
+        description="divides the logits of both networks before they are compared; higher shows "
+        "more of the small probabilities",
     )
     weight: float = Field(
         default=0.9, ge=0, le=1, description="share of the teacher's outputs against the targets"

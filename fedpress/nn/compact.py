@@ -70,6 +70,7 @@ def compact_(model: nn.Module, sparse: Iterable[str]) -> nn.Module:
 def expand_(model: nn.Module) -> nn.Module:
     """Makes the compact weights of `model` plain parameters again, zeros included."""
     full: dict[nn.Parameter, Tensor] = {}
+    # A copy of the list, because parametrizations are removed while it is read.
     for module in [*model.modules()]:
         if not parametrize.is_parametrized(module):
             continue

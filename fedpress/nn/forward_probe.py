@@ -120,6 +120,7 @@ def why_not_plain(layer: nn.Module) -> str | None:
     base = base_layer(type(layer))
     assert base is not None
     for name, parameter in layer.named_parameters():
+        # Vectors, such as the scales of a norm, are allowed.
         if name not in ("weight", "bias") and parameter.dim() > 1:
             return f"it has weights beside its own ('{name}')"
     x = _random_input(layer)
@@ -180,6 +181,7 @@ def _random_input(layer: nn.Module) -> Tensor:
     if isinstance(layer, nn.Linear):
         return torch.randn(2, layer.in_features, generator=generator).to(device)
     assert isinstance(layer, nn.modules.conv._ConvNd)
+    # Large enough for the dilated kernel, and different from it in every direction.
     sides = []
     for k, d in zip(layer.kernel_size, layer.dilation, strict=True):
         sides.append((k - 1) * d + 4 + k)

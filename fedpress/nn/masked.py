@@ -72,6 +72,7 @@ def absorb_masks_(model: nn.Module) -> tuple[str, ...]:
 def _hooked(model: nn.Module) -> Iterator[_MaskedWeight]:
     """Yields the weights that hooks of `torch.nn.utils.prune` mask."""
     for path, module in model.named_modules():
+        # A copy of the list, because hooks are removed while it is read.
         for hook in [*module._forward_pre_hooks.values()]:
             if isinstance(hook, prune.BasePruningMethod):
                 key = str(hook._tensor_name)

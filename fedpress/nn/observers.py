@@ -83,6 +83,7 @@ def entropy(seen: Histogram, quantization: InputQuantization) -> tuple[float, fl
     centers = seen.centers
     bin_width = centers[1] - centers[0]
     counts = seen.counts.where(centers.abs() > bin_width / 2 * (1 + 1e-9), 0.0)
+    # The distance of the farther end from 0.
     reach = max(-seen.low, seen.high)
     best = (float("inf"), (seen.low, seen.high))
     for share in torch.linspace(0.05, 1, 96).tolist():

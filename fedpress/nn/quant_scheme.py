@@ -183,6 +183,7 @@ def in_groups(weight: Tensor, group: int | None) -> Tensor:
     torch.Size([2, 2, 3])
     """
     flat = weight.reshape(len(weight), -1)
+    # A group as large as the row is the row.
     if group is None or group >= flat.shape[1]:
         return flat[:, None]
     return F.pad(flat, (0, -flat.shape[1] % group)).reshape(len(weight), -1, group)

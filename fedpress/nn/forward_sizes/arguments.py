@@ -206,6 +206,7 @@ def _in_shape_of(index: Any, new: Any) -> Tensor:
     _, dim, places = new
     device = index.device if isinstance(index, Tensor) else None
     line = torch.tensor(places, dtype=torch.int64, device=device)
+    # A list or a mask becomes a plain list of places.
     if not isinstance(index, Tensor) or index.dtype == torch.bool or index.dim() < 2:
         return line
     shape = list(index.shape)
@@ -222,6 +223,7 @@ def _arranged(
     """
     # Of a method the first argument is the tensor itself, which has no numbers.
     tensors = 1 if args and isinstance(args[0], Tensor) else 0
+    # A name that is not listed comes last.
     order = {name: i for i, name in enumerate(SIZED[function])}
     named = sorted(options.items(), key=lambda item: order.get(item[0], len(order)))
     return tuple(args[:tensors]), tuple(args[tensors:]), tuple(named)
@@ -229,6 +231,7 @@ def _arranged(
 
 def _map_numbers(value: Any, visit: Callable[[Any], Any]) -> Any:
     """Replaces every number in nested arguments by what `visit` returns, in order."""
+    # A slice has three numbers even if the code gives one, so that positions are fixed.
     if isinstance(value, slice):
         return slice(visit(value.start), visit(value.stop), visit(value.step))
     if isinstance(value, tuple | list):
@@ -244,6 +247,7 @@ def _map_indices(
     function: Callable[..., Any], args: Sequence[Any], options: Mapping[str, Any], visit: Any
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Maps the argument that holds indices: the one named `index` or `indices`, else the second."""
+    # Other functions have no argument that holds indices.
     if function not in INDEXING and function not in WRITES:
         return tuple(args), dict(options)
     position = 1

@@ -56,6 +56,7 @@ class CorrectingMode(TorchFunctionMode):
         if func in COUNTED:
             args, options = self._corrected(func, args, options, str(self.count))
             self.count += 1
+        # Recorded before it is corrected: what the code itself passes.
         if self.seen is not None:
             self.seen[call] = numbers_of(func, args, options)
         # A correction of this call alone replaces that of all calls at its place.
@@ -177,6 +178,7 @@ def _hooks(module: nn.Module) -> Iterator[CorrectionHook]:
 
 def _composed(old: Number | None, new: Number) -> Number:
     """Returns the correction that is `old` followed by `new`, as after pruning twice."""
+    # A number or a list of indices replaces whatever was there.
     if isinstance(new, int) or old is None or len(new) == 3:
         return new
     if isinstance(old, int):

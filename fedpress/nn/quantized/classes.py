@@ -28,6 +28,7 @@ def quantized_class(kind: type[nn.Module]) -> type[QuantLayer]:
     Raises:
         KeyError: if the kind cannot be quantized.
     """
+    # Exact classes: a subclass may compute something else.
     found = QUANTIZED_CLASSES.get(kind) or _SUBCLASSES.get(kind)
     if found is not None:
         return found

@@ -86,6 +86,7 @@ def remove_quantization_(layer: QuantLayer) -> nn.Module:
     """Gives `layer` its class before quantization, with its present weights; returns it."""
     _drop_qparams_(layer)
     _drop_kept_zeros_(layer)
+    # The plain class has no such attribute.
     layer.__dict__.pop("scheme", None)
     layer.__class__ = layer.plain  # type: ignore[assignment]
     return layer
@@ -157,6 +158,7 @@ def materialize_(model: nn.Module) -> nn.Module:
         for key in layer.keys:
             with placing(f"'{name}'"):
                 codes = layer.quantize(key)
+            # In place, so that shared weights and optimizers keep the tensor.
             getattr(layer, key).copy_(layer.dequantize(codes, key))
             if layer.scheme.weights.kind == "codebook":
                 layer.codebook_of(key).copy_(layer.codebook_values(key))

@@ -113,6 +113,7 @@ class QuantLayer(nn.Module):
         """
         quantization = self.weight_quantization()
         lowest, highest = quantization.lowest, quantization.highest
+        # Codes may come from a file.
         if codes.numel() and (int(codes.min()) < lowest or int(codes.max()) > highest):
             raise ModelError(
                 (
@@ -267,6 +268,7 @@ class QuantLayer(nn.Module):
         This layer itself is not changed, so that no gradient, trace or copy ever sees it half
         quantized.
         """
+        # Not a constructor call, which would allocate weights.
         twin = object.__new__(self.plain)
         twin.__dict__.update(self.__dict__)
         twin.__dict__.update(instead)

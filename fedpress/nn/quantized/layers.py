@@ -109,6 +109,7 @@ class QuantEmbedding(QuantLayer, nn.Embedding):
 
     def forward(self, input: Tensor) -> Tensor:
         """Maps ids [...] to vectors [..., embedding_dim]."""
+        # `max_norm` and sparse gradients are refused when a layer is quantized.
         return F.embedding(input, self.quantized_weight(), self.padding_idx)
 
 

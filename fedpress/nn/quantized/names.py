@@ -9,6 +9,7 @@ from torch import nn
 
 def weight_keys(module: nn.Module) -> tuple[str, ...]:
     """Returns the names of the weights of a layer that are quantized."""
+    # A recurrent layer has two weights for each layer and direction.
     if isinstance(module, nn.RNNBase):
         return tuple(name for name in module._flat_weights_names if name.startswith("weight"))
     if isinstance(module, nn.RNNCellBase):
