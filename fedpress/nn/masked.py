@@ -91,13 +91,11 @@ def _parametrized(model: nn.Module) -> Iterator[_MaskedWeight]:
         assert isinstance(module.parametrizations, nn.ModuleDict)
         for key, steps in module.parametrizations.items():
             assert isinstance(steps, parametrize.ParametrizationList)
-            original = steps.original
-            assert isinstance(original, nn.Parameter)
             masks = []
             for step in steps:
                 mask = getattr(step, "mask", None)
                 if isinstance(mask, Tensor):
-                    masks.append(mask.to(torch.float32).expand_as(original))
+                    masks.append(mask.to(torch.float32))
             if not masks:
                 continue
             # Another step may turn zeros into something else.
@@ -110,8 +108,11 @@ def _parametrized(model: nn.Module) -> Iterator[_MaskedWeight]:
                         "the mask out"
                     ),
                 )
-            # Masks that are applied one after the other multiply.
-            product = torch.stack(masks).prod(0)
+            original = steps.original
+            assert isinstance(original, nn.Parameter)
+            # Masks that are applied one after the other multiply; one may be broadcast.
+            expanded = [mask.expand_as(original) for mask in masks]
+            product = torch.stack(expanded).prod(0)
             yield _MaskedWeight(path, module, key, original, product, hooked=False)
 
 

@@ -166,7 +166,7 @@ def test_a_network_without_batch_norms_has_nothing_to_fold():
 def test_a_norm_that_is_not_finite_is_named():
     model = seasoned(Volume())
     model.layers[1].running_var[0] = float("nan")
-    with pytest.raises(ModelError, match=r"model: 'layers.1' holds NaN"):
+    with pytest.raises(ModelError, match=r"model: 'layers.1' has NaN"):
         fold_(model, {"layers.1": "layers.0"})
 
 

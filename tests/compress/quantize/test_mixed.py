@@ -103,7 +103,7 @@ def test_no_examples_and_other_grids_are_refused():
         measure_choices(
             model, quantizable(model, QuantizationScheme(weights=WeightQuantization()))[0], (4,), []
         )
-    with pytest.raises(RecipeError, match=r"table: '0' is not on whole numbers"):
+    with pytest.raises(RecipeError, match=r"table: '0' is not quantized to integers"):
         measure_choices(
             model,
             {"0": QuantizationScheme(weights=WeightQuantization(kind="ternary"))},

@@ -165,7 +165,7 @@ def test_first_and_last_can_stay_float_and_sparse_layers_are_not_made_binary():
     binary = QuantizationScheme(weights=WeightQuantization(kind="binary"))
     table, left = quantizable(model, binary, keep=["first", "last"], sparse=["1.weight"])
     assert [*table] == ["2"]
-    assert "has no zero; use ternary" in left["1"]
+    assert "have no zero; use ternary" in left["1"]
     assert [*quantizable(model, INT4, sparse=["1.weight"])[0]] == ["0", "1", "2", "3"]
 
 

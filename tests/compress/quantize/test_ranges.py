@@ -14,6 +14,7 @@ BYTE = InputQuantization()
 
 
 def seen(x):
+    x = x.detach()
     histogram = Histogram(float(x.amin()), float(x.amax()))
     histogram.add_(x)
     return histogram
