@@ -25,13 +25,14 @@ def folder() -> Path:
 def decoded(
     name: str, files: Sequence[Path], decode: Callable[[], dict[str, np.ndarray]]
 ) -> dict[str, np.ndarray]:
-    """Returns `decode()`, remembered on disk under the path, size and change time of `files`.
+    """Returns `decode()`, cached on disk under the path, size and modification time of `files`.
 
-    A cache that cannot be read or written is passed over: it saves time, nothing depends on it.
+    A cache that cannot be read or written is ignored.
     """
     stats = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     key = blake2b(repr(sorted(stats)).encode(), digest_size=12).hexdigest()
     target = folder() / "decoded" / f"{name}-{key}.npz"
+    # numpy raises errors of many types for a damaged file.
     with contextlib.suppress(Exception), np.load(target, allow_pickle=False) as stored:
         log.info("%s: decoded copy read from %s", name, target)
         return dict(stored)

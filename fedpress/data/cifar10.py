@@ -1,4 +1,4 @@
-"""CIFAR-10 (Krizhevsky 2009): 60,000 images of 32x32 pixels, from parquet, the original archive, or a download."""
+"""CIFAR-10 (Krizhevsky 2009): 60,000 images of 32x32 pixels, from a folder or by download."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 from fedpress.core.examples import Arrays
 from fedpress.data import cache, cifar10_archive, cifar10_parquet
-from fedpress.data.examples import Examples, Progress
+from fedpress.data.examples import Progress, SourceRows
 from fedpress.data.settings import DataSettings
 from fedpress.errors import DataError
 
@@ -19,10 +19,10 @@ CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "hors
 LAYOUTS = (cifar10_parquet, cifar10_archive)
 
 
-def read(settings: DataSettings, progress: Progress | None) -> Examples:
+def read_cifar10(settings: DataSettings, progress: Progress | None) -> SourceRows:
     """Returns uint8 images [50000, 3, 32, 32] for training and 10,000 for testing.
 
-    Rows are put in the order of their content, so that a seed means the same clients whatever the layout.
+    Rows are sorted by their content, so that a seed gives the same clients for both file layouts.
 
     Raises:
         DataError: if there is no data, or it is corrupt, or it cannot be downloaded.
@@ -30,28 +30,25 @@ def read(settings: DataSettings, progress: Progress | None) -> Examples:
     layout, files = _locate(settings, progress)
 
     def decode() -> dict[str, np.ndarray]:
-        raw = layout.read(files, progress)
-        return {
-            f"{part}_{key}": array
-            for part in raw
-            for key, array in zip("xy", _sorted(*raw[part]), strict=True)
-        }
+        found: dict[str, np.ndarray] = {}
+        for part, (x, y) in layout.read(files, progress).items():
+            found[f"{part}_x"], found[f"{part}_y"] = _sorted(x, y)
+        return found
 
-    arrays = {
-        name: torch.from_numpy(array)
-        for name, array in cache.decoded("cifar10", files, decode).items()
-    }
-    train, test = (Arrays(arrays[f"{part}_x"], arrays[f"{part}_y"]) for part in ("train", "test"))
-    return Examples("cifar10", train, CLASSES, test=test)
+    arrays = cache.decoded("cifar10", files, decode)
+    parts = {}
+    for part in ("train", "test"):
+        x, y = arrays[f"{part}_x"], arrays[f"{part}_y"]
+        parts[part] = Arrays(torch.from_numpy(x), torch.from_numpy(y))
+    return SourceRows("cifar10", parts["train"], CLASSES, test=parts["test"])
 
 
 def _locate(settings: DataSettings, progress: Progress | None) -> tuple[ModuleType, list[Path]]:
-    """Returns which layout the data has, and its files."""
+    """Returns the module that reads the layout of the data, and its files."""
     path = settings.path
     if path is None:
-        return cifar10_archive, cifar10_archive.fetch(
-            cache.folder(), allowed=settings.download, progress=progress
-        )
+        files = cifar10_archive.fetch(cache.folder(), allowed=settings.download, progress=progress)
+        return cifar10_archive, files
     if not path.exists():
         raise DataError(
             f"no such path '{path}'",
@@ -59,7 +56,8 @@ def _locate(settings: DataSettings, progress: Progress | None) -> tuple[ModuleTy
             cure="check it, or leave it out to download",
         )
     for layout in LAYOUTS:
-        if files := layout.find(path):
+        files = layout.find(path)
+        if files:
             return layout, files
     raise DataError(
         (
@@ -72,10 +70,10 @@ def _locate(settings: DataSettings, progress: Progress | None) -> tuple[ModuleTy
 
 
 def _sorted(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Orders images by a hash of their pixels and label."""
-    keys = [
-        blake2b(image.tobytes() + bytes([label]), digest_size=16).digest()
-        for image, label in zip(x, y.tolist(), strict=True)
-    ]
+    """Sorts images by a hash of their pixels and label."""
+    keys = []
+    for image, label in zip(x, y.tolist(), strict=True):
+        content = image.tobytes() + bytes([label])
+        keys.append(blake2b(content, digest_size=16).digest())
     order = np.array(sorted(range(len(keys)), key=keys.__getitem__), dtype=np.int64)
     return x[order], y[order]

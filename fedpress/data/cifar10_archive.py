@@ -1,4 +1,4 @@
-"""CIFAR-10 as its author published it: an archive of six pickles, read without running what a pickle may hold."""
+"""CIFAR-10 as its author published it: an archive of six pickles, read without running code."""
 
 from __future__ import annotations
 
@@ -21,10 +21,14 @@ MD5 = "c58f30108f718f92721af3bbe74f3473"
 ARCHIVE = "cifar-10-python.tar.gz"
 FOLDER = "cifar-10-batches-py"
 BATCHES = {"train": tuple(f"data_batch_{i}" for i in range(1, 6)), "test": ("test_batch",)}
+BATCH_NAMES = (*BATCHES["train"], *BATCHES["test"])
 
 
 def find(path: Path) -> list[Path]:
-    """Returns the archive, or the six files of its folder, in or just below `path`; an empty list if not there.
+    """Returns the archive, or the six files of its folder, in or just below `path`.
+
+    Returns:
+        An empty list if there is neither.
 
     Raises:
         DataError: if one of the six files is missing.
@@ -33,18 +37,22 @@ def find(path: Path) -> list[Path]:
         return [path]
     for folder in (path, path / FOLDER, path / "cifar10", path / "cifar10" / FOLDER):
         if any(folder.glob("data_batch_*")):
-            files = [folder / name for names in BATCHES.values() for name in names]
-            for file in files:
-                if not file.is_file():
-                    raise DataError(
-                        f"'{file}' is missing",
-                        place="source 'cifar10'",
-                        cure=f"unpack {ARCHIVE} again",
-                    )
-            return files
+            return _batch_files(folder)
         if (folder / ARCHIVE).is_file():
             return [folder / ARCHIVE]
     return []
+
+
+def _batch_files(folder: Path) -> list[Path]:
+    files = [folder / name for name in BATCH_NAMES]
+    for file in files:
+        if not file.is_file():
+            raise DataError(
+                f"'{file}' is missing",
+                place="source 'cifar10'",
+                cure=f"unpack {ARCHIVE} again",
+            )
+    return files
 
 
 def fetch(folder: Path, *, allowed: bool, progress: Progress | None) -> list[Path]:
@@ -76,28 +84,27 @@ def read(files: list[Path], progress: Progress | None) -> dict[str, tuple[np.nda
         batches[name] = read_batch(content, where)
         if progress:
             progress("reading CIFAR-10", len(batches), 6)
-    missing = [name for names in BATCHES.values() for name in names if name not in batches]
+    missing = [name for name in BATCH_NAMES if name not in batches]
     if missing:
         raise DataError(
             f"holds no {missing[0]}", place=f"'{files[0]}'", cure=f"download {URL} again"
         )
-    return {
-        part: (
-            np.concatenate([batches[n][0] for n in names]),
-            np.concatenate([batches[n][1] for n in names]),
-        )
-        for part, names in BATCHES.items()
-    }
+    parts = {}
+    for part, names in BATCHES.items():
+        x = np.concatenate([batches[name][0] for name in names])
+        y = np.concatenate([batches[name][1] for name in names])
+        parts[part] = x, y
+    return parts
 
 
 def _members(files: list[Path]) -> Iterator[tuple[str, str, bytes]]:
-    """Yields where it is, its name, and the content of each batch."""
-    wanted = {name for names in BATCHES.values() for name in names}
+    """Yields place (for errors), name and content of each batch."""
     if len(files) > 1:
         for file in files:
             yield f"'{file}'", file.name, file.read_bytes()
         return
-    if (got := download.md5_of(files[0])) != MD5:
+    got = download.md5_of(files[0])
+    if got != MD5:
         raise DataError(
             f"md5 {got}, expected {MD5}",
             place=f"'{files[0]}'",
@@ -107,7 +114,7 @@ def _members(files: list[Path]) -> Iterator[tuple[str, str, bytes]]:
         with tarfile.open(files[0], "r:gz") as archive:
             for member in archive:
                 name = Path(member.name).name
-                content = archive.extractfile(member) if name in wanted else None
+                content = archive.extractfile(member) if name in BATCH_NAMES else None
                 if content:
                     yield f"'{files[0]}' member {member.name}", name, content.read()
     except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
@@ -117,7 +124,7 @@ def _members(files: list[Path]) -> Iterator[tuple[str, str, bytes]]:
 
 
 def read_batch(content: bytes, where: str) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the images uint8 [n, 3, 32, 32] and labels int64 [n] of one pickled batch of the archive.
+    """Returns images uint8 [n, 3, 32, 32] and labels int64 [n] of one pickled batch.
 
     Raises:
         DataError: if it holds anything else.
@@ -128,7 +135,8 @@ def read_batch(content: bytes, where: str) -> tuple[np.ndarray, np.ndarray]:
         labels = np.array(batch[b"labels"], dtype=np.int64)
         if len(labels) != len(pixels) or not ((labels >= 0) & (labels < 10)).all():
             raise ValueError(f"{len(pixels)} images with {len(labels)} labels")
-    except Exception as error:  # a damaged pickle may raise anything
+    # A damaged pickle may raise anything.
+    except Exception as error:
         raise DataError(
             f"not a batch of CIFAR-10 ({error})", place=where, cure=f"download {URL} again"
         ) from error
@@ -136,7 +144,7 @@ def read_batch(content: bytes, where: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 class _Array:
-    """Stands for a pickled numpy array: keeps its state, and admits bytes only."""
+    """Replaces numpy's array in the pickle: it keeps the state, and allows uint8 only."""
 
     def __init__(self, *_: object) -> None:
         self.state: tuple[Any, ...] = ()
@@ -153,7 +161,7 @@ class _Array:
 
 
 class _Dtype:
-    """Stands for a pickled numpy dtype: keeps its name."""
+    """Replaces numpy's dtype in the pickle: it keeps the name."""
 
     def __init__(self, name: object = "", *_: object) -> None:
         self.name = name
@@ -163,12 +171,15 @@ class _Dtype:
 
 
 def _latin1(text: str, encoding: str) -> bytes:
-    """Stands for `codecs.encode`, with which newer Pythons write bytes into old pickles."""
+    """Replaces `codecs.encode`, with which newer Pythons write bytes in old pickle protocols."""
     return text.encode("latin1")
 
 
 class _PlainUnpickler(pickle.Unpickler):
-    """Admits lists, dicts, numbers, bytes and arrays of bytes; any other class in the file is refused by name."""
+    """Reads lists, dictionaries, numbers, bytes and arrays of uint8.
+
+    Any other class or function in the file is refused: a pickle may call whatever it names.
+    """
 
     def find_class(self, module: str, name: str) -> Any:
         if name == "_reconstruct" and module in ("numpy.core.multiarray", "numpy._core.multiarray"):

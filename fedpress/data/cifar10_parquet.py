@@ -1,4 +1,7 @@
-"""CIFAR-10 in the layout of the hub: `train-*.parquet` and `test-*.parquet` with `img.bytes` and `label`."""
+"""CIFAR-10 as on the Hugging Face hub: `train-*.parquet` and `test-*.parquet`.
+
+The columns are `img` (a struct with `bytes`) and `label`.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ from fedpress.errors import DataError
 
 
 def find(path: Path) -> list[Path]:
-    """Returns the parquet files in `path` or in the usual folders below it; an empty list if there are none.
+    """Returns the parquet files in `path` or the usual folders below it; empty if there are none.
 
     Raises:
         DataError: if one of several numbered files is missing.
@@ -33,29 +36,29 @@ def find(path: Path) -> list[Path]:
 
 
 def _check_complete(folder: Path, files: list[Path]) -> None:
-    names = {file.name for file in files}
+    names = sorted(file.name for file in files)
     for part in ("train", "test"):
-        count = next(
-            (
-                name.split("-of-")[1].split(".")[0]
-                for name in sorted(names)
-                if name.startswith(part) and "-of-" in name
-            ),
-            None,
-        )
-        wanted = (
-            [f"{part}-{i:05d}-of-{count}.parquet" for i in range(int(count))]
-            if count and count.isdigit()
-            else []
-        )
-        missing = [name for name in wanted if name not in names]
-        if missing or not any(name.startswith(part) for name in names):
-            name = missing[0] if missing else f"{part}-*.parquet"
+        own = [name for name in names if name.startswith(part)]
+        missing = _missing_shards(part, own) if own else [f"{part}-*.parquet"]
+        if missing:
             raise DataError(
-                f"'{folder / name}' is missing",
+                f"'{folder / missing[0]}' is missing",
                 place="source 'cifar10'",
                 cure="copy the whole folder again",
             )
+
+
+def _missing_shards(part: str, names: list[str]) -> list[str]:
+    """Returns the files that are missing, from names such as `train-00000-of-00002.parquet`."""
+    for name in names:
+        if "-of-" not in name:
+            continue
+        count = name.split("-of-")[1].split(".")[0]
+        if not count.isdigit():
+            return []
+        wanted = [f"{part}-{i:05d}-of-{count}.parquet" for i in range(int(count))]
+        return [shard for shard in wanted if shard not in names]
+    return []
 
 
 def read(files: list[Path], progress: Progress | None) -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -66,11 +69,10 @@ def read(files: list[Path], progress: Progress | None) -> dict[str, tuple[np.nda
     """
     parts = {}
     for part in ("train", "test"):
-        read_files = [_read_file(file, progress) for file in files if file.name.startswith(part)]
-        parts[part] = (
-            np.concatenate([x for x, _ in read_files]),
-            np.concatenate([y for _, y in read_files]),
-        )
+        own = [_read_file(file, progress) for file in files if file.name.startswith(part)]
+        x = np.concatenate([x for x, _ in own])
+        y = np.concatenate([y for _, y in own])
+        parts[part] = x, y
     return parts
 
 

@@ -1,4 +1,7 @@
-"""Which classes there are: a list in the recipe, the labels of public rows, or labels declared public by name."""
+"""Determines the list of classes: from the recipe, public rows, or labels that are declared public.
+
+Labels of private rows must not decide it, since the list goes into the model's shape and files.
+"""
 
 from __future__ import annotations
 
@@ -15,23 +18,23 @@ OTHER = "other"
 
 
 def label_is_public(settings: DataSettings) -> bool:
-    """Says whether the user declared that the labels of private rows may be named."""
+    """Whether the user has declared that the list of labels is no secret."""
     return settings.label_column in settings.public_words
 
 
 def rows_that_define_classes(
     public: Tensor, total: int, settings: DataSettings, what: str
 ) -> Tensor:
-    """Returns the positions int64 [m] of the rows from which the list of classes may be taken.
+    """Returns the positions int64 [m] of the rows whose labels may define the classes.
 
     Args:
-        public: the positions of the public rows.
-        total: the number of all rows.
-        settings: the data table of the recipe.
-        what: names the labels in an error.
+        public: positions of the public rows.
+        total: number of all rows.
+        settings: the `[data]` table of the recipe.
+        what: name of the labels in an error.
 
     Raises:
-        DataError: if there are no public rows and nothing was declared.
+        DataError: if no row is public and the labels are not declared public either.
     """
     if label_is_public(settings):
         return torch.arange(total)
@@ -54,17 +57,17 @@ def rows_that_define_classes(
 def number_classes(
     codes: Tensor, words: Sequence[str], public: Tensor, settings: DataSettings, what: str
 ) -> TargetRows:
-    """Keeps the classes that are in the recipe, or that rows have which may name them.
+    """Numbers the classes of the recipe, or of the rows that may define them.
 
     Args:
-        codes: int64 [n], for each row a position in `words`; -1 for a row whose label is none of them.
-        words: the labels of all rows, in the order that classes are to have.
+        codes: int64 [n]: the label of each row, as a position in `words`; -1 if it is none of them.
+        words: the labels of all rows, in the order that the classes get.
         public: positions of the public rows.
-        settings: the data table of the recipe.
-        what: names the labels in an error.
+        settings: the `[data]` table of the recipe.
+        what: name of the labels in an error.
 
     Raises:
-        DataError: if there are fewer than two classes, or nothing says which there are.
+        DataError: if there are fewer than two classes, or nothing defines them.
     """
     if settings.classes is not None:
         names = settings.classes
@@ -72,18 +75,18 @@ def number_classes(
         rows = rows_that_define_classes(public, len(codes), settings, what)
         seen = set(codes[rows].tolist())
         names = tuple(word for position, word in enumerate(words) if position in seen)
-    number = {name: position for position, name in enumerate(names)}
-    table = torch.tensor(
-        [*(number.get(word, -1) for word in words), -1]
-    )  # the last one serves the code -1
-    return checked(TargetRows.of_classes(table[codes], names), settings, what)
+    class_of_name = {name: position for position, name in enumerate(names)}
+    # One entry more: the code -1 reads the last one.
+    class_of_code = torch.tensor([*(class_of_name.get(word, -1) for word in words), -1])
+    found = TargetRows.of_classes(class_of_code[codes], names)
+    return with_other_class(found, settings, what)
 
 
-def checked(found: TargetRows, settings: DataSettings, what: str) -> TargetRows:
-    """Adds the class "other" where it is asked for, and refuses what cannot be learned.
+def with_other_class(found: TargetRows, settings: DataSettings, what: str) -> TargetRows:
+    """Adds the class "other" if the recipe says `unknown = "other"`, and checks the classes.
 
     Raises:
-        DataError: if there are fewer than two classes, or no row is of one.
+        DataError: if there are fewer than two classes, or no row belongs to one.
     """
     if len(found.names) < 2:
         raise DataError(

@@ -1,7 +1,7 @@
-"""Columns of a table to tensors: labels to class numbers, clients to owners, numbers and words to features.
+"""Turns columns of a table into tensors: class numbers of labels, features of numbers and words.
 
-What a column holds, and which words there are, is learned from public rows alone (`Column.typed`): a single private row
-must not add an input, a class or a word to what leaves the house.
+The type of a column and its list of words are taken from public rows only (`Column.typed`). A
+single private row must not add an input, a class or a word to a model or file that goes out.
 """
 
 from __future__ import annotations
@@ -17,27 +17,34 @@ import torch
 from pyarrow import types
 from torch import Tensor
 
-from fedpress.data.classes import OTHER, checked, number_classes, rows_that_define_classes
+from fedpress.data.classes import (
+    OTHER,
+    number_classes,
+    rows_that_define_classes,
+    with_other_class,
+)
 from fedpress.data.csv import NO_VALUE
 from fedpress.data.examples import InputRows, TargetRows
 from fedpress.data.preparation import InputColumn, Kind, Preparation, Unknown
 from fedpress.data.settings import DataSettings
 from fedpress.errors import DataError
 
+# Most different words of a column: each becomes an input of its own.
 MOST_WORDS = 100
+# Types that the text of a CSV file may have, in the order in which they are tried; else it is
+# words.
 TEXT_KINDS = (pa.int64(), pa.bool_(), pa.float64(), pa.timestamp("s"))
-"""What the text of a CSV file may mean, in the order in which it is tried; anything else is words."""
 
 
 @dataclass(frozen=True)
 class Column:
-    """One column as it lies in the file.
+    """One column as it is in the file.
 
     Attributes:
         name: of the column.
-        values: a `pyarrow.ChunkedArray` [n] without dictionary coding.
-        text: whether it comes from a CSV file, where all values are text and their kind has to be found.
-        decimal: what stands before the decimals in text.
+        values: a `pyarrow.ChunkedArray` [n] without dictionary encoding.
+        text: whether it comes from a CSV file, so that its type has to be found.
+        decimal: decimal separator of numbers in text.
     """
 
     name: str
@@ -54,7 +61,11 @@ class Column:
         return cls(name, column, settings.source == "csv", settings.decimal)
 
     def typed(self, rows: np.ndarray | None = None) -> Any:
-        """Returns the values as what they are in `rows` (all rows by default); what is of another kind becomes null."""
+        """Returns the values in the type that they have in `rows`; others become null.
+
+        Args:
+            rows: positions of the rows that decide the type; None: all rows.
+        """
         if not self.text:
             return self.values
         if rows is None or not len(rows):
@@ -66,18 +77,18 @@ class Column:
         return self.values if types.is_string(kind) else self.cast(kind)
 
     def cast(self, kind: Any) -> Any:
-        """Returns text as numbers, truth values or times; what cannot be read as `kind` becomes null."""
+        """Returns text as numbers, booleans or times; what cannot be read as such becomes null."""
         text = self._plain_text(self.values, kind)
         try:
             return text.cast(kind)
-        except pa.ArrowInvalid:  # some private cell is of another kind: look at each word once
+        # Some private cell is of another type. Every different text is then read once.
+        except pa.ArrowInvalid:
             words = text.unique()
-            read = pa.chunked_array(
-                [pa.array([_read(word, kind) for word in words.to_pylist()], kind)]
-            )
-            return read.take(pc.index_in(text, words))
+            read = [_cast_or_none(word, kind) for word in words.to_pylist()]
+            return pa.chunked_array([pa.array(read, kind)]).take(pc.index_in(text, words))
 
     def _kind(self, values: Any) -> Any:
+        """Returns the first of `TEXT_KINDS` that all texts have; strings if none."""
         known = values.drop_null()
         if not len(known):
             return pa.float64()
@@ -87,60 +98,70 @@ class Column:
             except pa.ArrowInvalid:
                 continue
             return kind
+        # A time of day alone, such as 12:30, is none of the types above.
         times = pc.match_substring_regex(known, r"^\s*\d{1,2}:\d{2}(:\d{2})?\s*$")
         return pa.timestamp("s") if pc.all(times).as_py() else pa.string()
 
     def _plain_text(self, text: Any, kind: Any) -> Any:
+        """Returns text as pyarrow reads it: without spaces around, and with a decimal point."""
         text = pc.utf8_trim_whitespace(text)
         if self.decimal == "," and types.is_floating(kind):
-            # A point can only divide thousands here: 1.234,5 is 1234.5.
+            # A point can only separate thousands here: 1.234,5 is 1234.5.
             text = pc.replace_substring(pc.replace_substring(text, ".", ""), ",", ".")
-        elif self.decimal == "," and types.is_integer(kind):
-            text = pc.replace_substring(
-                text, ",", "no number"
-            )  # 1,5 is no whole number in any notation
         return text
 
 
-def _read(word: str | None, kind: Any) -> Any:
+def _cast_or_none(word: str | None, kind: Any) -> Any:
     try:
         return pa.scalar(word, pa.string()).cast(kind).as_py()
     except pa.ArrowInvalid:
         return None
 
 
-def codes(column: Any, name: str, role: str) -> tuple[Tensor, tuple[str, ...]]:
-    """Returns int64 [n] and the sorted values that they stand for: whole numbers or words.
+def class_codes(column: Any, name: str, role: str) -> tuple[Tensor, tuple[str, ...]]:
+    """Numbers the different values of a column of integers or words.
 
     Args:
         column: a typed column.
         name: of the column.
         role: "label" or "client", for errors.
 
+    Returns:
+        int64 [n], and the sorted values as text, to which the numbers are positions.
+
     Raises:
-        DataError: if a value is missing, or is neither a whole number nor a word.
+        DataError: if a value is missing, or is neither an integer nor a word.
     """
     where = f"{role} column '{name}'"
     refuse_missing(column, where)
     if types.is_floating(column.type):
         values = column.to_numpy()
-        if not (np.isfinite(values) & (values == np.round(values))).all():
+        if not _is_whole(values).all():
             raise DataError(
                 "holds broken numbers",
                 place=where,
                 cure="expected whole numbers or words: cut it into classes first",
             )
         column = pa.chunked_array([pa.array(values.astype(np.int64))])
-    if not (
-        types.is_integer(column.type) or _is_word(column.type) or types.is_boolean(column.type)
-    ):
+    kind = column.type
+    if not (types.is_integer(kind) or _is_word(kind) or types.is_boolean(kind)):
         raise DataError(f"holds {column.type}", place=where, cure="expected whole numbers or words")
     values, positions = np.unique(column.to_numpy(), return_inverse=True)
     return torch.from_numpy(positions.astype(np.int64)), tuple(str(value) for value in values)
 
 
+def _is_whole(numbers: np.ndarray) -> np.ndarray:
+    """Returns bool [n]: which floats are finite integers."""
+    whole: np.ndarray = np.isfinite(numbers) & (numbers == np.round(numbers))
+    return whole
+
+
 def refuse_missing(column: Any, where: str) -> None:
-    """Raises DataError if a value is missing in a column of labels or clients."""
+    """Checks that a column of labels or clients has a value in every row.
+
+    Raises:
+        DataError: with the first row that has none.
+    """
     if column.null_count:
         row = pc.index(column.is_null(), True).as_py()
         raise DataError(
@@ -149,8 +170,8 @@ def refuse_missing(column: Any, where: str) -> None:
 
 
 @dataclass(frozen=True)
-class Labels:
-    """The label column: which classes there are follows from the rows that may name them."""
+class LabelColumn:
+    """The label column of a classification."""
 
     column: Column
     settings: DataSettings
@@ -159,8 +180,10 @@ class Labels:
     def _where(self) -> str:
         return f"label column '{self.column.name}'"
 
-    def dealing(self) -> Tensor:
-        """Returns int64 [n], equal where labels are equal, for partitioners that deal by label.
+    def partition_labels(self) -> Tensor:
+        """Returns int64 [n]: the label of each row for partitioners.
+
+        It may use private rows, since it decides only which client gets a row.
 
         Raises:
             DataError: if a label is missing, or nearly every row has its own.
@@ -185,24 +208,28 @@ class Labels:
         return torch.from_numpy(positions.astype(np.int64))
 
     def targets(self, public: Tensor) -> TargetRows:
-        """Returns the classes and every row's number; -1 for labels that are none of them.
+        """Returns the classes and every row's class number; -1 for other labels.
+
+        Args:
+            public: positions of the public rows.
 
         Raises:
-            DataError: if nothing says which classes there are, or there are fewer than two.
+            DataError: if nothing defines the classes, or there are fewer than two.
         """
         if self.settings.classes is not None:
-            return checked(self._listed(self.settings.classes), self.settings, self._where)
+            return with_other_class(self._listed(self.settings.classes), self.settings, self._where)
         rows = rows_that_define_classes(public, len(self.column.values), self.settings, self._where)
         column = self.column.typed(rows.numpy())
         usable = column.is_valid().to_numpy()
-        if not usable[rows.numpy()].all():  # public rows, so that it may be told
+        # An error may tell of these rows; private rows without a valid label are left out.
+        if not usable[rows.numpy()].all():
             refuse_missing(column.take(pa.array(rows.numpy())), self._where)
         if types.is_floating(column.type):
             numbers = column.fill_null(np.nan).to_numpy()
-            whole = np.isfinite(numbers) & (numbers == np.round(numbers))
+            whole = _is_whole(numbers)
             usable &= whole
             column = pa.chunked_array([pa.array(np.where(whole, numbers, 0).astype(np.int64))])
-        _, names = codes(column.take(pa.array(rows.numpy())), self.column.name, "label")
+        _, names = class_codes(column.take(pa.array(rows.numpy())), self.column.name, "label")
         if not usable[rows.numpy()].all():
             raise DataError(
                 "holds numbers that are not whole",
@@ -216,15 +243,18 @@ class Labels:
         return number_classes(y, names, public, self.settings, self._where)
 
     def _listed(self, names: Sequence[str]) -> TargetRows:
-        """Finds every row's label in the list of the recipe, whatever kind the file gives it."""
+        """Finds every row's label in the list of the recipe, whatever its type in the file.
+
+        For example the class "1" is the text "1", the text "1.0", the integer 1 or the float 1.0.
+        """
         column, wanted = self.column, list(names)
         values = column.values
-        if all(_whole(name) for name in wanted):
+        if all(_is_integer(name) for name in wanted):
             wanted = [str(int(name)) for name in wanted]
             values = column.cast(pa.float64()) if column.text else values
             if types.is_floating(values.type):
                 numbers = values.fill_null(np.nan).to_numpy(zero_copy_only=False)
-                whole = np.isfinite(numbers) & (numbers == np.round(numbers))
+                whole = _is_whole(numbers)
                 whole_numbers = np.where(whole, numbers, 0).astype(np.int64)
                 values = pa.chunked_array([pa.array(whole_numbers, mask=~whole)])
         elif {name.casefold() for name in wanted} <= {"true", "false"}:
@@ -234,49 +264,55 @@ class Labels:
         return TargetRows.of_classes(y, tuple(names))
 
 
-def _whole(name: str) -> bool:
+def _is_integer(name: str) -> bool:
+    # isdecimal alone also takes digits of other scripts.
     return name.removeprefix("-").isdecimal() and name.isascii()
 
 
 def as_text(column: Any) -> Any:
-    """Returns the values as the names that classes have: `3`, `True`, `ill`; null stays null."""
+    """Returns the values as names of classes: `3`, `True`, `ill`; null stays null."""
     if types.is_boolean(column.type):
         return pc.if_else(column, "True", "False")
     return column if _is_word(column.type) else column.cast(pa.string())
 
 
 def _positions(words: Any, names: Sequence[str]) -> np.ndarray:
-    """Returns int64 [n]: where each word stands in `names`, -1 if it does not."""
+    """Returns int64 [n]: the position of each word in `names`; -1 if it is not there."""
     found = pc.index_in(words, pa.array(list(names), words.type), skip_nulls=True)
     places: np.ndarray = found.fill_null(-1).to_numpy()
     return places.astype(np.int64)
 
 
 @dataclass(frozen=True)
-class Features:
-    """The feature columns: each a number, or one input for each word of its list."""
+class FeatureColumns:
+    """The feature columns: one input for a column of numbers, and one for each word of others."""
 
     columns: tuple[Column, ...]
     settings: DataSettings
 
     def inputs(self, public: Tensor) -> InputRows:
-        """Returns float32 [n, d] for all rows, with what is learned from the positions `public` of public rows.
+        """Returns float32 [n, d] for all rows.
 
-        Learned are: whether a column holds numbers or words, its words, and the mean that fills a gap. A word that is
-        on no list gets no input of its own: the shape of the input must not tell what private rows hold.
+        Public rows decide whether a column holds numbers or words, which words it has, and the mean
+        that fills missing cells. A word that is on no list gets no input of its own: the number of
+        inputs must not tell what private rows hold.
+
+        Args:
+            public: positions of the public rows.
 
         Raises:
-            DataError: if a column holds neither numbers nor words, too many words, or a gap that may not be filled.
+            DataError: if a column holds neither numbers nor words, has too many words, or has a
+                missing cell that may not be filled.
         """
         rows = public.numpy()
         blocks: list[np.ndarray] = []
         learned: list[InputColumn] = []
         left_out = np.zeros(len(self.columns[0].values), dtype=bool)
         for column in self.columns:
-            found, block, unknown = self._block(column, rows)
+            found, block, dropped = self._block(column, rows)
             learned.append(found)
             blocks.append(block)
-            left_out |= unknown
+            left_out |= dropped
         x = torch.from_numpy(np.concatenate(blocks, axis=1))
         gaps = x.isnan() & ~torch.from_numpy(left_out)[:, None]
         if not len(public) and bool(gaps.any()):
@@ -290,49 +326,55 @@ class Features:
         return InputRows(torch.where(x.isnan(), fill, x), torch.from_numpy(left_out), preparation)
 
     def _preparation(self, learned: list[InputColumn], fill: Tensor | None) -> Preparation:
-        """Says how raw rows become inputs; `fill` [d] are the means of the public rows, if there are any."""
+        """Returns how raw rows become inputs; `fill` [d] are the means of the public rows."""
         if self.settings.missing == "mean" and fill is not None:
             parts = fill.split([column.width for column in learned])
-            learned = [
-                replace(c, fill=tuple(part.tolist()))
-                for c, part in zip(learned, parts, strict=True)
-            ]
+            filled = []
+            for column, part in zip(learned, parts, strict=True):
+                filled.append(replace(column, fill=tuple(part.tolist())))
+            learned = filled
         gaps = tuple(NO_VALUE) if self.settings.source == "csv" else ()
         return Preparation(tuple(learned), gaps, self.settings.decimal)
 
     def _block(
         self, column: Column, public: np.ndarray
     ) -> tuple[InputColumn, np.ndarray, np.ndarray]:
-        """Returns what was learned, float32 [n, k] with NaN for gaps, and bool [n]: rows that are to be left out."""
-        listed = column.name in self.settings.words
-        open_ = column.name in self.settings.public_words
-        values = column.values if listed else column.typed(None if open_ else public)
-        if listed and not _is_word(values.type):
+        """Returns the inputs of one column.
+
+        Returns:
+            How it becomes inputs, the inputs float32 [n, k] with NaN for missing cells, and bool
+            [n]: rows that are left out.
+        """
+        has_list = column.name in self.settings.words
+        list_is_public = column.name in self.settings.public_words
+        values = column.values if has_list else column.typed(None if list_is_public else public)
+        if has_list and not _is_word(values.type):
             values = as_text(values)
         if _is_word(values.type):
-            if not listed and column.text:
-                self._refuse_decimal_commas(
-                    column, values if open_ else values.take(pa.array(public))
-                )
+            if not has_list and column.text:
+                seen = values if list_is_public else values.take(pa.array(public))
+                self._refuse_decimal_commas(column, seen)
             words = self._words(column.name, values, public)
             names, unknown = self._with_other(words)
-            block, odd = one_hot(values, names, unknown)
-            drop = odd if unknown == "refused" else np.zeros_like(odd)
-            return InputColumn(column.name, "words", tuple(names), unknown), block, drop
-        block = numbers(values, column.name)
+            block, has_unknown = one_hot_block(values, names, unknown)
+            dropped = has_unknown if unknown == "refused" else np.zeros_like(has_unknown)
+            return InputColumn(column.name, "words", tuple(names), unknown), block, dropped
+
+        block = number_block(values, column.name)
         kind: Kind = "truth" if types.is_boolean(values.type) else "number"
-        # Text that is no number where the public rows have numbers.
-        odd = values.is_null().to_numpy() & column.values.is_valid().to_numpy()
-        if odd.any() and self.settings.missing == "error":
+        # Cells with text that is no number, while the public rows have numbers.
+        not_numbers = values.is_null().to_numpy() & column.values.is_valid().to_numpy()
+        if not_numbers.any() and self.settings.missing == "error":
             raise DataError(
                 "it holds numbers, but some rows have something else there",
                 place=f"feature column '{column.name}'",
                 cure="set missing = 'drop' or 'mean', or name it in drop_columns",
             )
-        drop = odd if self.settings.missing == "drop" else np.zeros_like(odd)
-        return InputColumn(column.name, kind), block, drop
+        drops = self.settings.missing == "drop"
+        return InputColumn(column.name, kind), block, not_numbers & drops
 
     def _words(self, name: str, values: Any, public: np.ndarray) -> list[str]:
+        """Returns the words of a column, from the recipe or from the rows that may define them."""
         if name in self.settings.words:
             return list(self.settings.words[name])
         if name in self.settings.public_words:
@@ -357,20 +399,23 @@ class Features:
         return sorted(seen.unique().drop_null().to_pylist())
 
     def _with_other(self, words: list[str]) -> tuple[list[str], Unknown]:
-        """Returns the words that have inputs, and what others are."""
+        """Returns the words that get inputs, and how other words are treated."""
         if self.settings.unknown == OTHER:
             return words if OTHER in words else [*words, OTHER], "other"
         return words, "refused" if self.settings.unknown == "drop" else "zeros"
 
     def _refuse_decimal_commas(self, column: Column, seen: Any) -> None:
+        """Checks that what seem to be words are not numbers with a decimal comma."""
         known = seen.drop_null()
         if not len(known) or column.decimal == ",":
             return
-        if pc.all(
-            pc.match_substring_regex(known, r"^\s*[+-]?(\d+,\d+|\d{1,3}(\.\d{3})+,\d+|\d+)\s*$")
-        ).as_py():
+        with_commas = pc.match_substring_regex(
+            known, r"^\s*[+-]?(\d+,\d+|\d{1,3}(\.\d{3})+,\d+|\d+)\s*$"
+        )
+        if pc.all(with_commas).as_py():
             cure = 'add decimal = "," to [data]'
-            if self.settings.delimiter == ",":  # which cannot be both
+            # A comma cannot be both delimiter and decimal separator.
+            if self.settings.delimiter == ",":
                 cure = "write them with points, or without commas if these divide thousands"
             raise DataError(
                 "its numbers have decimal commas",
@@ -379,22 +424,28 @@ class Features:
             )
 
 
-def one_hot(values: Any, words: Sequence[str], unknown: Unknown) -> tuple[np.ndarray, np.ndarray]:
-    """Returns float32 [n, k]: 1 where the input's word stands, NaN for gaps; and bool [n]: rows of an unknown word."""
+def one_hot_block(
+    values: Any, words: Sequence[str], unknown: Unknown
+) -> tuple[np.ndarray, np.ndarray]:
+    """One-hot encodes words.
+
+    Returns:
+        float32 [n, k] with NaN for missing cells, and bool [n]: whether the word is unknown.
+    """
     missing = values.is_null().to_numpy()
     positions = _positions(values, words)
-    odd = (positions < 0) & ~missing
+    is_unknown = (positions < 0) & ~missing
     if unknown == "other":
-        positions = np.where(odd, words.index(OTHER), positions)
+        positions = np.where(is_unknown, words.index(OTHER), positions)
     block = np.zeros((len(positions), len(words)), dtype=np.float32)
     known = np.flatnonzero(positions >= 0)
     block[known, positions[known]] = 1.0
     block[missing] = np.nan
-    return block, odd
+    return block, is_unknown
 
 
-def numbers(column: Any, name: str) -> np.ndarray:
-    """Returns the numbers or truth values of a typed column as float32 [n, 1], with NaN for gaps.
+def number_block(column: Any, name: str) -> np.ndarray:
+    """Returns numbers or booleans of a typed column as float32 [n, 1], NaN for missing cells.
 
     Raises:
         DataError: if it holds something else.
@@ -402,12 +453,7 @@ def numbers(column: Any, name: str) -> np.ndarray:
     kind = column.type
     if types.is_boolean(kind):
         column = column.cast(pa.uint8())
-    elif not (
-        types.is_integer(kind)
-        or types.is_floating(kind)
-        or types.is_decimal(kind)
-        or types.is_null(kind)
-    ):
+    elif not is_number(kind) and not types.is_null(kind):
         raise DataError(
             f"holds {kind}",
             place=f"feature column '{name}'",
@@ -415,6 +461,11 @@ def numbers(column: Any, name: str) -> np.ndarray:
         )
     numbers: np.ndarray = column.cast(pa.float64()).to_numpy(zero_copy_only=False)
     return numbers.astype(np.float32)[:, None]
+
+
+def is_number(kind: Any) -> bool:
+    """Whether a type of pyarrow is one of numbers."""
+    return bool(types.is_integer(kind) or types.is_floating(kind) or types.is_decimal(kind))
 
 
 def _is_word(kind: Any) -> bool:

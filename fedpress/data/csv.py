@@ -1,7 +1,7 @@
-"""Reading a CSV file as text, and saying what it is where it is not what the settings say.
+"""Reads a CSV file as text; if it cannot be read, the error says what the file seems to be.
 
-Everything is read as text: what a column holds is learned from public rows (`fedpress.data.columns`). Errors never
-quote a row, for it may be private.
+The types of the columns are found later, from public rows (`fedpress.data.columns`). Errors never
+quote a row, since it may be private.
 """
 
 from __future__ import annotations
@@ -17,9 +17,11 @@ import pyarrow.csv
 from fedpress.data.settings import DataSettings
 from fedpress.errors import DataError
 
+# Texts of a missing cell.
 NO_VALUE = ["", "?", "NA", "N/A", "NaN", "nan", "null", "NULL", "None"]
+# Usual delimiters, and how they are written in TOML.
 DELIMITERS = {",": ",", ";": ";", "\t": "\\t", "|": "|"}
-"""Each delimiter, and how it is written in TOML."""
+# Bytes from the start of a file that are looked at.
 HEAD = 1 << 16
 FOREIGN = (
     (b"PK\x03\x04", "a zip or Excel file", "save it as CSV"),
@@ -27,7 +29,7 @@ FOREIGN = (
     (b"PAR1", "a parquet file", 'set source = "parquet"'),
     (b"\x1f\x8b", "packed with gzip", "unpack it"),
 )
-"""First bytes of files that are often given by mistake, what they are, and what helps."""
+"""First bytes of files that are often given by mistake, what such a file is, and the cure."""
 
 _REMOVE = "remove it, so that the names of the columns come first"
 BEGINNINGS = {
@@ -37,14 +39,14 @@ BEGINNINGS = {
     "{": ("this is JSON, not CSV", "save it as CSV"),
     "[": ("this is JSON, not CSV", "save it as CSV"),
 }
-"""How text begins that cannot be read as it is, what it is, and what helps."""
+"""First characters of text that is no plain CSV, what such a file is, and the cure."""
 
 
-def read(path: Path, settings: DataSettings) -> Any:
-    """Returns a `pyarrow.Table` whose columns are all text; cells without a value are null.
+def read_csv(path: Path, settings: DataSettings) -> Any:
+    """Returns a `pyarrow.Table` of text columns; missing cells are null.
 
     Raises:
-        DataError: if it cannot be read so, saying what the file looks like.
+        DataError: if it cannot be read, with what the file seems to be.
     """
     try:
         with open(path, "rb") as file:
@@ -58,27 +60,28 @@ def read(path: Path, settings: DataSettings) -> Any:
     for start, what, cure in FOREIGN:
         if head.startswith(start):
             raise DataError(f"this is {what}, not CSV", place=f"'{path}'", cure=cure)
-    encoding = settings.encoding or _declared(head)
+    encoding = settings.encoding or _declared_encoding(head)
     try:
-        return _read(path, settings.delimiter, encoding, newlines=False)
+        return _parse(path, settings.delimiter, encoding, newlines=False)
     except (UnicodeError, pa.ArrowException, OSError) as error:
         first = error
-    try:  # a quoted cell may go over several lines; reading such files is slower
-        return _read(path, settings.delimiter, encoding, newlines=True)
+    # A quoted cell may contain line breaks. Reading such files is slower, so it comes second.
+    try:
+        return _parse(path, settings.delimiter, encoding, newlines=True)
     except (UnicodeError, pa.ArrowException, OSError):
         pass
     _refuse_encoding(path, encoding)
-    line = head.decode(encoding, "replace").splitlines()
+    lines = head.decode(encoding, "replace").splitlines()
     for beginning, (problem, cure) in BEGINNINGS.items():
-        if line and line[0].removeprefix("\ufeff").startswith(beginning):
+        if lines and lines[0].removeprefix("\ufeff").startswith(beginning):
             raise DataError(problem, place=f"'{path}'", cure=cure)
-    refuse_other_delimiter(settings, line[:1], path)
+    refuse_other_delimiter(settings, lines[:1], path)
     raise DataError(
         f"not a readable CSV file ({_brief(first)})", place=f"'{path}'", cure="correct or remove it"
     ) from first
 
 
-def _read(path: Path, delimiter: str, encoding: str, *, newlines: bool) -> Any:
+def _parse(path: Path, delimiter: str, encoding: str, *, newlines: bool) -> Any:
     reading = pyarrow.csv.ReadOptions(encoding=encoding)
     parsing = pyarrow.csv.ParseOptions(delimiter=delimiter, newlines_in_values=newlines)
     with pyarrow.csv.open_csv(path, read_options=reading, parse_options=parsing) as reader:
@@ -93,15 +96,19 @@ def _read(path: Path, delimiter: str, encoding: str, *, newlines: bool) -> Any:
     )
 
 
-def _declared(head: bytes) -> str:
-    """Returns the encoding that the first bytes of a file declare; UTF-8 if they declare none."""
+def _declared_encoding(head: bytes) -> str:
+    """Returns the encoding that a byte order mark declares; UTF-8 if there is none."""
     if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         return "utf-16"
     return "utf-8"
 
 
 def _refuse_encoding(path: Path, encoding: str) -> None:
-    """Says which encoding the file seems to have, if it is not `encoding`."""
+    """Checks that the file has this encoding.
+
+    Raises:
+        DataError: with the encoding that it seems to have.
+    """
     data = path.read_bytes()
     try:
         data.decode(encoding)
@@ -110,15 +117,13 @@ def _refuse_encoding(path: Path, encoding: str) -> None:
     else:
         return
     place, why = f"'{path}'", f"not {encoding.upper()}"
+    # In UTF-16 one byte of every Latin character is 0: the first if it is big-endian.
     if data.count(0) > len(data) // 4:
-        even, odd = data[::2].count(0), data[1::2].count(0)
+        order = "be" if data[::2].count(0) > data[1::2].count(0) else "le"
         raise DataError(
             why,
             place=place,
-            cure=(
-                "it looks like UTF-16: add encoding = "
-                f'"utf-16-{("be" if even > odd else "le")}" to [data]'
-            ),
+            cure=f'it looks like UTF-16: add encoding = "utf-16-{order}" to [data]',
         )
     if any(byte < 32 and byte not in b"\t\n\v\f\r\x1a\x1b" for byte in data[:HEAD]):
         raise DataError(
@@ -133,7 +138,8 @@ def _refuse_encoding(path: Path, encoding: str) -> None:
                 '(Chinese), "shift_jis" (Japanese) or "euc-kr" (Korean), or save it as UTF-8'
             ),
         )
-    # Text that is not UTF-8 is mostly of Western Windows programs; 0x80 to 0x9f are letters there, not in Latin-1.
+    # Most other text comes from Western Windows programs, in cp1252. It has characters at 0x80 to
+    # 0x9f, where Latin-1 has none.
     likely = "cp1252" if re.search(rb"[\x80-\x9f]", data) else "latin-1"
     raise DataError(
         why,
@@ -143,15 +149,23 @@ def _refuse_encoding(path: Path, encoding: str) -> None:
 
 
 def _is_other_script(data: bytes) -> bool:
-    """Whether bytes above 127 mostly stand together: in Latin script they are single letters within words."""
+    """Whether most bytes above 127 are in runs of three or more.
+
+    In Latin scripts such bytes are single letters within words, such as accents.
+    """
     runs = re.findall(rb"[\x80-\xff]+", data)
-    return 2 * sum(len(run) for run in runs if len(run) > 2) > sum(map(len, runs))
+    in_long_runs = sum(len(run) for run in runs if len(run) > 2)
+    return 2 * in_long_runs > sum(map(len, runs))
 
 
 def refuse_other_delimiter(
     settings: DataSettings, header: list[str], path: Path | None = None
 ) -> None:
-    """Says which delimiter the header of a file seems to have, if it is not that of the settings."""
+    """Checks that the header of a file is not one column because the delimiter is another.
+
+    Raises:
+        DataError: with the delimiter that it seems to have.
+    """
     if len(header) != 1:
         return
     if header[0].startswith("sep="):
@@ -168,13 +182,11 @@ def refuse_other_delimiter(
 
 
 def _brief(error: BaseException) -> str:
-    """Returns what is wrong without the text of the row in which it is."""
-    said = str(error).splitlines()[0] if str(error) else type(error).__name__
-    found = re.search(r"(Row #\d+: )?Expected \d+ columns, got \d+", said)
+    """Returns the reason of an error without the text of the row, which may be private."""
+    message = str(error).splitlines()[0] if str(error) else type(error).__name__
+    found = re.search(r"(Row #\d+: )?Expected \d+ columns, got \d+", message)
     if found:
         return found[0]
-    return (
-        said.partition(": ")[0].rstrip(". ")
-        if isinstance(error, pa.ArrowException)
-        else "it cannot be decoded"
-    )
+    if isinstance(error, pa.ArrowException):
+        return message.partition(": ")[0].rstrip(". ")
+    return "it cannot be decoded"

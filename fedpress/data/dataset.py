@@ -1,4 +1,4 @@
-"""A federated data set: named clients with private examples, a declared public part, and a test part."""
+"""A federated data set: clients with private examples, a public part, validation and test sets."""
 
 from __future__ import annotations
 
@@ -18,25 +18,26 @@ from fedpress.tasks import Classification, Regression, Task
 
 @dataclass(frozen=True)
 class FederatedData:
-    """Everything a run learns from and is measured on.
+    """The data of a run: private examples by client, a public part, a validation and a test set.
 
     Attributes:
-        name: where the data came from, for the report.
+        name: of the source, for the report.
         clients: private examples by client name, in a fixed order.
         public: training examples declared public (may have no rows), without the validation set.
-        validation: a part taken from the public one; every choice is made on it.
+        validation: rows of the public part; every choice, such as early stopping, is made on it.
         test: used once at the end of each stage.
-        num_classes: labels are 0 .. num_classes - 1; 0 where the task has no classes.
+        num_classes: labels are 0 to num_classes - 1; 0 for tasks without classes.
         class_names: one name per class.
-        preprocess: from raw examples to the input of a network; fitted on `public` only, never on private data.
-        left_out: how many rows are in no part because their label or a word of theirs is unknown, by "public",
-            "validation", "test", and "clients" for all clients together, which is a private number; empty where the
-            source names all classes itself.
-        labelled: whether `y` means anything; False for inputs alone, which serve to calibrate and to compare.
-        preparation: how raw rows of a table become inputs; None where the examples come from no table. It goes out
-            with files for devices, so it holds what was declared or learned from public rows alone.
-        task: what is learned; by default a classification if there are classes, and a regression of float targets in
-            their own units.
+        preprocess: maps raw examples to the input of a network; fitted on `public` only.
+        left_out: number of rows that are in no part, since their label or a word is unknown: by
+            "public", "validation", "test", and "clients" for all clients together, which is a
+            private number. Empty if the source defines all classes itself.
+        labelled: whether `y` holds real labels; False for inputs that only serve to calibrate and
+            to compare outputs.
+        preparation: how raw rows of a table become inputs; None for other sources. It goes out with
+            files for devices, so it holds only what was declared or learned from public rows.
+        task: what is learned. By default a classification if there are class names or integer
+            targets, else a regression of float targets in their own units.
     """
 
     name: str
@@ -86,46 +87,53 @@ class FederatedData:
         if self.class_names or not y.is_floating_point():
             return Classification(self.class_names)
         width = 1 if y.dim() == 1 else y.shape[1]
-        return Regression(
-            tuple(f"target {at}" for at in range(width)) if width > 1 else ("target",)
-        )
+        if width == 1:
+            return Regression(("target",))
+        return Regression(tuple(f"target {at}" for at in range(width)))
 
     def _parts(self) -> Iterator[tuple[str, Arrays]]:
-        yield from ((f"client '{name}'", arrays) for name, arrays in self.clients.items())
-        yield from (
-            ("public part", self.public),
-            ("validation part", self.validation),
-            ("test part", self.test),
-        )
+        for name, arrays in self.clients.items():
+            yield f"client '{name}'", arrays
+        yield "public part", self.public
+        yield "validation part", self.validation
+        yield "test part", self.test
 
     @property
     def example_shape(self) -> Shape:
-        """The shape of one example, such as (3, 32, 32); of several inputs one for each name."""
+        """The shape of one example, such as (3, 32, 32); for several inputs one for each name."""
         return shape_of(next(iter(self.clients.values())).x)
 
     def left_out_sentence(self, *, private: bool) -> str:
-        """Says how many rows were left out since their label or a word of theirs is unknown; empty if none.
+        """Returns a sentence with the numbers of rows that were left out; empty if there are none.
 
         Args:
-            private: whether something is promised about the clients' rows: then their number is not told, and it is
-                said whether or not there are any.
+            private: whether the clients' rows are protected. Then their number is not told, and the
+                sentence is the same whether or not there are any.
         """
         counts = {part: count for part, count in self.left_out.items() if count}
         if private:
             counts.pop("clients", None)
-        told = ", ".join(f"{count:,} of the {part}" for part, count in counts.items())
-        said = f"rows of an unknown class or word are left out: {told}" if told else ""
+        sentence = ""
+        if counts:
+            numbers = ", ".join(f"{count:,} of the {part}" for part, count in counts.items())
+            sentence = f"rows of an unknown class or word are left out: {numbers}"
         if private and "clients" in self.left_out:
-            said = said or "rows of an unknown class or word are left out"
-            said += "; how many of the clients' rows are among them is private"
-        return said
+            sentence = sentence or "rows of an unknown class or word are left out"
+            sentence += "; how many of the clients' rows are among them is private"
+        return sentence
 
     def describe(self, *, private: bool = False) -> dict[str, Any]:
         """Returns sizes, classes and label counts per client as plain JSON values.
 
         Args:
-            private: whether something is promised about the clients' rows: then their labels are not counted.
+            private: whether the clients' rows are protected: then their labels are not counted.
         """
+        clients: dict[str, dict[str, Any]] = {}
+        for name, arrays in self.clients.items():
+            clients[name] = {"examples": len(arrays)}
+            if not private:
+                clients[name] |= self._label_counts(arrays)
+        left_out = {part: n for part, n in self.left_out.items() if n and part != "clients"}
         return {
             "name": self.name,
             "shape": _as_json(self.example_shape),
@@ -134,21 +142,17 @@ class FederatedData:
             "public": len(self.public),
             "validation": len(self.validation),
             "test": len(self.test),
-            "left_out": {
-                part: count for part, count in self.left_out.items() if count and part != "clients"
-            },
+            "left_out": left_out,
             "private": sum(len(arrays) for arrays in self.clients.values()),
-            "clients": {
-                name: {"examples": len(arrays)} | ({} if private else self._counted(arrays))
-                for name, arrays in self.clients.items()
-            },
+            "clients": clients,
         }
 
-    def _counted(self, arrays: Arrays) -> dict[str, Any]:
-        """Says how often each class occurs; nothing where targets are no class numbers."""
+    def _label_counts(self, arrays: Arrays) -> dict[str, Any]:
+        """Returns how many labels there are of each class; empty if targets are no classes."""
         if self.task.targets != "classes":
             return {}
-        counted = arrays.y[arrays.y >= 0]  # padding is none of the classes
+        # Positions that do not count, such as padding, have negative labels.
+        counted = arrays.y[arrays.y >= 0]
         return {"labels": counted.bincount(minlength=self.num_classes).tolist()}
 
 
@@ -160,11 +164,19 @@ def _as_json(shape: Shape) -> JsonValue:
 
 
 def _check_like(where: str, arrays: Arrays, first: Arrays) -> None:
-    """Checks that a part looks like the `first` client's: a network sees them all."""
+    """Checks that a part has the shapes and types of the `first` client: one network sees them all.
+
+    Raises:
+        DataError: naming the part and what differs, or features that are not finite.
+    """
     several = isinstance(arrays.x, NamedInputs)
+    allowed = [torch.uint8, torch.float32, torch.int64]
+    # A mask is an input beside others.
+    if several:
+        allowed.append(torch.bool)
     for name, x in parts_of(arrays.x).items():
         of_name = f" of '{name}'" if several else ""
-        if x.dtype not in (torch.uint8, torch.float32, torch.int64, *[torch.bool] * several):
+        if x.dtype not in allowed:
             raise DataError(
                 f"examples{of_name} of type {x.dtype}",
                 place=where,

@@ -1,4 +1,4 @@
-"""The arithmetic of partitioners: what is dealt, what is asked for, and whole numbers that add up."""
+"""What partitioners share: the rows to deal, the sizes asked for, and rounding to whole rows."""
 
 from __future__ import annotations
 
@@ -15,44 +15,52 @@ from fedpress.errors import DataError
 
 @dataclass(frozen=True)
 class Pool:
-    """Rows to be dealt: int64 `labels` [n] and, where the data knows, the natural client of each row.
+    """The rows to deal.
 
     Attributes:
-        labels: int64 [n].
-        owners: int64 [n] positions in `owner_names`, or None.
+        labels: int64 [n]: class of each row, or another number that partitioners treat as one.
+        owners: int64 [n]: natural client of each row, as a position in `owner_names`; None if the
+            data names no clients.
         owner_names: names of the natural clients.
-        closed: natural clients that hold nothing here (declared public or test).
+        excluded: natural clients whose rows are declared public or for testing.
     """
 
     labels: Tensor
     owners: Tensor | None = None
     owner_names: tuple[str, ...] = ()
-    closed: frozenset[str] = frozenset()
+    excluded: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
 class PartitionSize:
-    """How much is asked for; None means every natural client (or 10), and all rows."""
+    """The sizes asked for; None: every natural client (or 10 clients), and all rows."""
 
     num_clients: int | None = None
     examples_per_client: int | None = None
 
 
 def apportion(weights: np.ndarray, total: int) -> np.ndarray:
-    """Returns whole numbers [k] that sum to `total`, in proportion to `weights` [k], by largest remainder.
+    """Returns integers [k] in proportion to `weights` [k] that sum to `total`.
+
+    They are rounded by the largest-remainder method.
 
     >>> apportion(np.array([1.0, 1.0, 1.0]), 4).tolist()
     [2, 1, 1]
     """
     exact = weights / weights.sum() * total
     counts: np.ndarray = np.floor(exact).astype(np.int64)
+    # Largest remainders first; stable, so that ties go to the first on every machine.
     order = np.argsort(counts - exact, kind="stable")
     counts[order[: total - counts.sum()]] += 1
     return counts
 
 
 def totals(available: int, ask: PartitionSize) -> tuple[int, int]:
-    """Returns the number of clients and of rows for all of them, or says why there are too few rows."""
+    """Returns the number of clients, and of rows for all of them together.
+
+    Raises:
+        DataError: if there are too few rows.
+    """
     clients = 10 if ask.num_clients is None else ask.num_clients
     each = ask.examples_per_client
     total = available if each is None else clients * each
@@ -74,13 +82,13 @@ def totals(available: int, ask: PartitionSize) -> tuple[int, int]:
     return clients, total
 
 
-def named(rows: Sequence[Tensor]) -> dict[str, Tensor]:
-    """Returns the rows of clients c0, c1, ..."""
+def by_client_name(rows: Sequence[Tensor]) -> dict[str, Tensor]:
+    """Returns the rows of each client by name: c0, c1, ..."""
     return {f"c{i}": group for i, group in enumerate(rows)}
 
 
 def numpy_generator(chance: RandomSource) -> np.random.Generator:
-    """Returns numpy's generator, which has the Dirichlet distribution, with a key of 128 bits from `chance`."""
+    """Returns a numpy generator with a key of 128 bits from `chance`, for Dirichlet samples."""
     return np.random.Generator(np.random.Philox(key=chance.words(2)))
 
 
@@ -90,25 +98,38 @@ def rows_by_class(labels: Tensor, chance: RandomSource) -> list[Tensor]:
     return [order[labels[order] == label] for label in labels.unique()]
 
 
-def take(rows: list[Tensor], counts: np.ndarray) -> list[Tensor]:
-    """Takes `counts` [clients, classes] rows from the front of each class, client after client."""
+def deal_counts(rows: list[Tensor], counts: np.ndarray) -> list[Tensor]:
+    """Deals the rows of each class in order: client i gets `counts[i, c]` rows of class c."""
     ends = counts.cumsum(axis=0)
     starts = ends - counts
-    return [
-        torch.cat([group[starts[i, c] : ends[i, c]] for c, group in enumerate(rows)])
-        for i in range(len(counts))
-    ]
+    dealt = []
+    for client in range(len(counts)):
+        parts = []
+        for label, group in enumerate(rows):
+            parts.append(group[starts[client, label] : ends[client, label]])
+        dealt.append(torch.cat(parts))
+    return dealt
 
 
 def fit_to_supply(mixes: np.ndarray, each: int, supply: np.ndarray) -> np.ndarray:
-    """Turns class mixes [clients, classes] into counts of `each` rows; a class that runs out is replaced by others."""
+    """Turns class mixes into numbers of rows that the supply allows.
+
+    A class that has run out is replaced by others.
+
+    Args:
+        mixes: [clients, classes]: shares of the classes that each client wants.
+        each: rows of a client.
+        supply: [classes]: rows of each class.
+
+    Returns:
+        int64 [clients, classes]; each row sums to `each`.
+    """
     left = supply.copy()
     counts = np.zeros(mixes.shape, dtype=np.int64)
     for client, mix in enumerate(mixes):
         while (missing := each - counts[client].sum()) > 0:
-            weights = np.where(
-                left > 0, mix + 1e-9 * supply / supply.sum(), 0.0
-            )  # also if the mix has run dry
+            # The small addition keeps the weights above 0 when all classes of the mix have run out.
+            weights = np.where(left > 0, mix + 1e-9 * supply / supply.sum(), 0.0)
             got = np.minimum(apportion(weights, missing), left)
             counts[client] += got
             left -= got
@@ -116,7 +137,7 @@ def fit_to_supply(mixes: np.ndarray, each: int, supply: np.ndarray) -> np.ndarra
 
 
 def fill_empty_clients(rows: list[Tensor]) -> list[Tensor]:
-    """Gives each empty client one row of the largest one."""
+    """Moves one row of the largest client to each empty one."""
     rows = list(rows)
     for i, group in enumerate(rows):
         if len(group) == 0:

@@ -1,4 +1,4 @@
-"""One file from the network: resumed where it broke off, checked against a checksum, moved into place in one step."""
+"""Downloads a file: resumes after an interruption, verifies its checksum, renames it at the end."""
 
 from __future__ import annotations
 
@@ -20,30 +20,33 @@ TIMEOUT_SECONDS = 30.0
 
 
 class _BrokenOff(Exception):
-    """The connection failed or ended early; what arrived is kept."""
+    """The connection failed or ended early; the bytes so far are kept."""
 
 
 def fetch(
     url: str, target: Path, *, md5: str, progress: Progress | None = None, wait: float = 1.0
 ) -> Path:
-    """Downloads `url` to `target` and returns it; a half file of an earlier try (`target.part`) is continued.
+    """Downloads `url` to `target` and returns it; continues a partial file `target.part`.
 
     Args:
         url: http or https address.
-        target: where the whole file will be; folders are made.
-        md5: hexadecimal checksum of the whole file.
-        progress: told how many bytes have arrived.
+        target: path of the complete file; its folders are made.
+        md5: hexadecimal checksum of the complete file.
+        progress: called with the number of bytes so far.
         wait: seconds before the second attempt, doubled for the third.
 
     Raises:
-        DataError: if there is no network, the server refuses, the disk is full, or the checksum differs.
+        DataError: if there is no network, the server refuses, the disk is full, or the checksum
+            differs.
     """
     part = target.with_name(target.name + ".part")
     cure = "free some space or set FEDPRESS_CACHE"
     with writing(part, raises=DataError, full=cure, other=cure):
         target.parent.mkdir(parents=True, exist_ok=True)
         _fetch_all(url, part, progress, wait)
-        if (got := md5_of(part)) != md5:
+        got = md5_of(part)
+        if got != md5:
+            # A wrong file must not be continued by the next attempt.
             part.unlink()
             raise DataError(
                 f"the download has md5 {got}, expected {md5}",
@@ -55,13 +58,13 @@ def fetch(
 
 
 def md5_of(path: Path) -> str:
-    """Returns the md5 checksum of a file as hexadecimal digits."""
+    """Returns the MD5 checksum of a file as hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
 
 
 def _fetch_all(url: str, part: Path, progress: Progress | None, wait: float) -> None:
-    """Tries until the file is whole, or until `ATTEMPTS` in a row brought nothing new."""
+    """Downloads until the file is complete, or until `ATTEMPTS` in a row brought no new bytes."""
     fruitless = 0
     while True:
         before = _size(part)
@@ -79,15 +82,18 @@ def _fetch_all(url: str, part: Path, progress: Progress | None, wait: float) -> 
 
 
 def _fetch_rest(url: str, part: Path, progress: Progress | None) -> None:
+    """Requests the bytes from the end of `part` on, and appends them."""
     start = _size(part)
-    headers = {"User-Agent": "fedpress", **({"Range": f"bytes={start}-"} if start else {})}
+    headers = {"User-Agent": "fedpress"}
+    if start:
+        headers["Range"] = f"bytes={start}-"
     try:
         response = urlopen(Request(url, headers=headers), timeout=TIMEOUT_SECONDS)
     except HTTPError as error:
-        if (
-            error.code == 416
-        ):  # nothing is left: the part is whole, or wrong, and the checksum will tell
+        # Range not satisfiable: no bytes are left. The checksum tells whether the file is right.
+        if error.code == 416:
             return
+        # Errors of the server may pass; those of the request will not.
         if error.code >= 500:
             raise _BrokenOff(f"the server says {error.code} {error.reason}") from error
         raise DataError(
@@ -98,6 +104,7 @@ def _fetch_rest(url: str, part: Path, progress: Progress | None) -> None:
     except (URLError, http.client.HTTPException, OSError) as error:
         raise _BrokenOff(str(getattr(error, "reason", error))) from error
     with response:
+        # A server that ignores the range sends the whole file with status 200: start again.
         resumed = response.status == 206
         done = start if resumed else 0
         length = response.headers.get("Content-Length")

@@ -1,4 +1,4 @@
-"""What a source reads: labelled rows that nobody has been given yet."""
+"""The rows that a source has read, before they are dealt to clients."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fedpress.data.preparation import Preparation
 from fedpress.tasks.base import Targets
 
 Progress = Callable[[str, int, int | None], None]
-"""`progress(what, done, total)`: told now and then how far a long download or decoding is; total None if unknown."""
+"""`progress(what, done, total)` is called during a download or decoding; total None: unknown."""
 
 
 @dataclass(frozen=True)
@@ -21,9 +21,10 @@ class TargetRows:
     """The targets of all rows.
 
     Attributes:
-        y: class numbers int64 [n], -1 where a row's label is none of `names`; or float32 [n] or [n, k].
+        y: class numbers int64 [n], -1 if a label is none of `names`; or numbers float32 [n] or
+            [n, k].
         names: of the classes, or of the k numbers.
-        known: bool [n]: which rows have a target; the others are left out.
+        known: bool [n]: whether a row has a valid target; others are left out.
     """
 
     y: Tensor
@@ -32,15 +33,18 @@ class TargetRows:
 
     @classmethod
     def of_classes(cls, y: Tensor, names: tuple[str, ...]) -> TargetRows:
-        """Makes those of class numbers."""
+        """Makes the targets from class numbers, -1 for unknown ones."""
         return cls(y, names, y >= 0)
 
 
 @dataclass(frozen=True)
 class InputRows:
-    """Examples `x` [n, ...] of all rows, and bool [n]: which of them cannot be used and are to be left out.
+    """The inputs of all rows.
 
-    `preparation` says how the raw columns of a table became `x`; None for other sources.
+    Attributes:
+        x: [n, ...].
+        left_out: bool [n]: whether a row cannot be used and is left out.
+        preparation: how the raw columns of a table became `x`; None for other sources.
     """
 
     x: Inputs
@@ -49,22 +53,26 @@ class InputRows:
 
 
 @dataclass(frozen=True)
-class Examples:
-    """Rows for training, and for testing where the source has its own test set.
+class SourceRows:
+    """Rows for training, and for testing if the source has its own test set.
 
-    What a source reads from private rows must not decide which classes and inputs there are, for these go into the
-    model's shape and files. Sources of own data therefore say how both follow from the public rows.
+    Private rows must not decide which classes and inputs there are, since these go into the model's
+    shape and files. So `targets` and `inputs` are functions, which are called when it is known
+    which rows are public.
 
     Attributes:
         name: of the source.
-        train: the rows to be shared out. Where `targets` is given, `y` only serves to deal rows by their labels.
-        class_names: one name per label, if the source itself decides them; else empty.
-        test: the source's own test rows, or None: then some of `train` are set aside.
-        owners: int64 [n], which natural client each training row belongs to, or None.
-        owner_names: the names of the natural clients.
-        targets: learns the targets from the positions int64 [m] of the public rows; None: `train.y`, `class_names`.
-        inputs: learns the inputs from the positions of the public rows; None: `train.x` as it is.
-        kind: what the targets are: class numbers, 0 and 1 for each name, or numbers.
+        train: the rows to deal. If `targets` is given, `y` serves partitioners only.
+        class_names: one name per label, if the source decides them; else empty.
+        test: the source's own test rows; None: some of `train` are set aside.
+        owners: int64 [n]: natural client of each training row, as a position in `owner_names`; None
+            if there are none.
+        owner_names: names of the natural clients.
+        targets: maps the positions int64 [m] of the public rows to the targets of all rows; None:
+            they are `train.y` and `class_names`.
+        inputs: maps the positions of the public rows to the inputs of all rows; None: they are
+            `train.x`.
+        kind: of the targets: class numbers, 0 and 1 for each name, or numbers.
     """
 
     name: str

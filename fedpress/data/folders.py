@@ -10,28 +10,29 @@ from torch import Tensor
 from fedpress.core.examples import Arrays
 from fedpress.data import images
 from fedpress.data.classes import number_classes
-from fedpress.data.examples import Examples, InputRows, Progress, TargetRows
+from fedpress.data.examples import InputRows, Progress, SourceRows, TargetRows
 from fedpress.data.settings import DataSettings
 from fedpress.errors import DataError
 
 ENDINGS = frozenset((".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"))
 
 
-def read(settings: DataSettings, progress: Progress | None) -> Examples:
-    """Returns uint8 images [n, C, H, W], decoded when it is known which are public, in the order of their paths.
+def read_folders(settings: DataSettings, progress: Progress | None) -> SourceRows:
+    """Returns uint8 images [n, C, H, W] in the order of their paths.
 
-    They are not remembered in the cache folder: private images stay where their owner put them.
+    They are decoded later, when it is known which are public, since a public image decides on
+    channels and size. They are not copied into the cache folder: private images stay where their
+    owner put them.
 
     Raises:
-        DataError: if there are no images, or a client has none; when they are decoded, if one cannot be read.
+        DataError: if there are no images, or a client has none; on decoding, if one cannot be read.
     """
-    assert settings.path is not None  # checked by DataSettings
+    assert settings.path is not None, "checked by DataSettings"
     if not settings.path.is_dir():
         raise DataError(
             f"no folder '{settings.path}'", place="source 'folders'", cure="check the path"
         )
-    clients = _folders(settings.path)
-    files = {client.name: _images(client) for client in clients}
+    files = {client.name: _images(client) for client in _folders(settings.path)}
     if not files:
         raise DataError(
             f"'{settings.path}' holds no folders",
@@ -45,11 +46,15 @@ def read(settings: DataSettings, progress: Progress | None) -> Examples:
                 place="source 'folders'",
                 cure=f"expected {name}/label/image.png, or remove the folder",
             )
-    every = [file for own in files.values() for file in own]
+    every: list[Path] = []
+    owner_of: list[int] = []
+    for owner, own in enumerate(files.values()):
+        every.extend(own)
+        owner_of.extend([owner] * len(own))
     labels = sorted({file.parent.name for file in every})
 
     def where(number: int) -> str:
-        # The name of a label's folder may be what a private client would not tell.
+        # The folder is the label of a private image, which an error must not tell.
         client = every[number].parent.parent
         return f"'{client / '*' / every[number].name}'"
 
@@ -62,28 +67,31 @@ def read(settings: DataSettings, progress: Progress | None) -> Examples:
 
     position = {label: i for i, label in enumerate(labels)}
     y = torch.tensor([position[file.parent.name] for file in every])
-    owners = torch.tensor([i for i, own in enumerate(files.values()) for _ in own])
+    owners = torch.tensor(owner_of)
 
     def targets(public: Tensor) -> TargetRows:
         return number_classes(y, labels, public, settings, f"images of '{settings.path}'")
 
     rows = Arrays(torch.arange(len(y))[:, None], y)
     names = tuple(files)
-    return Examples(
+    return SourceRows(
         settings.path.name, rows, owners=owners, owner_names=names, targets=targets, inputs=inputs
     )
 
 
 def _images(client: Path) -> list[Path]:
-    return [
-        file
-        for label in _folders(client)
-        for file in sorted(label.iterdir())
-        if file.suffix.lower() in ENDINGS and not file.name.startswith(".")
-    ]
+    found = []
+    for label in _folders(client):
+        for file in sorted(label.iterdir()):
+            if file.suffix.lower() in ENDINGS and not _is_hidden(file):
+                found.append(file)
+    return found
 
 
 def _folders(path: Path) -> list[Path]:
-    return sorted(
-        folder for folder in path.iterdir() if folder.is_dir() and not folder.name.startswith(".")
-    )
+    return sorted(child for child in path.iterdir() if child.is_dir() and not _is_hidden(child))
+
+
+def _is_hidden(path: Path) -> bool:
+    # Such as .DS_Store, which no user has made.
+    return path.name.startswith(".")

@@ -1,4 +1,4 @@
-"""Own data from a Python function: `package.module:function`."""
+"""Own data from a Python function, `source = "package.module:function"`."""
 
 from __future__ import annotations
 
@@ -15,23 +15,27 @@ from fedpress import tasks
 from fedpress.core import own_modules
 from fedpress.core.examples import Arrays
 from fedpress.core.inputs import Inputs, NamedInputs, form_of, join, shape_told, told
-from fedpress.data.classes import checked, number_classes, rows_that_define_classes
+from fedpress.data.classes import number_classes, rows_that_define_classes, with_other_class
 from fedpress.data.dataset import FederatedData
-from fedpress.data.examples import Examples, TargetRows
+from fedpress.data.examples import SourceRows, TargetRows
 from fedpress.data.settings import DataSettings
 from fedpress.data.targets import partition_labels_of_flags, partition_labels_of_numbers
 from fedpress.errors import DataError, FedpressError, ModelError
 from fedpress.tasks.classification import IGNORED
 
 
-def read(settings: DataSettings, seed: int) -> FederatedData | Examples:
-    """Calls the function, with `path` and `seed` if it takes them, and checks what it returns.
+def call_function(settings: DataSettings, seed: int) -> FederatedData | SourceRows:
+    """Calls the user's function, with `path` and `seed` if it takes them, and checks its result.
 
-    It returns a `FederatedData`, which is used as it is, or a dict of client name -> (x, y), which is shared out as
-    the settings say. x is uint8 images [n, C, H, W] or numbers [n, ...], or a dictionary of them by the names of
-    forward's arguments, in which whole numbers (token ids, lengths) and truth values stay what they are. y is class
-    numbers from 0 up, or words [n]; numbers [n] or [n, k] for a regression; truth values [n, k] for several labels;
-    where the recipe names a classification, class numbers [n, ...] of each position, -100 for those that do not count.
+    The function returns a `FederatedData`, which is used as it is, or a dictionary of client name
+    -> (x, y), whose rows are dealt as the settings say:
+
+    - x is uint8 images [n, C, H, W], or numbers [n, ...], or a dictionary of such arrays by
+      argument name of forward. In a dictionary integers (token ids, lengths) and booleans keep
+      their type.
+    - y is class numbers from 0 up or words [n]; numbers [n] or [n, k] for a regression; booleans
+      [n, k] for several labels. If the recipe says `task = "classification"`, it may be class
+      numbers [n, ...] for each position, with -100 for positions that do not count.
 
     Raises:
         DataError: if there is no such function, it fails, or it returns something else.
@@ -75,14 +79,15 @@ def _find(source: str, where: str) -> Callable[..., Any]:
     return function
 
 
-def _examples(settings: DataSettings, pairs: dict[str, Any], where: str) -> Examples:
+def _examples(settings: DataSettings, pairs: dict[str, Any], where: str) -> SourceRows:
     clients = {name: _client(pair, f"{where}: client '{name}'") for name, pair in pairs.items()}
-    x, labels = _together(clients, where)
-    owners = torch.cat([torch.full((len(x),), i) for i, (x, _) in enumerate(clients.values())])
-    # Whole numbers are classes, unless the recipe names a task of numbers, such as counts.
+    x, labels = _concatenate(clients, where)
+    sizes = torch.tensor([len(x) for x, _ in clients.values()])
+    owners = torch.arange(len(clients)).repeat_interleave(sizes)
+    # Integers are classes, unless the recipe names a task of numbers, such as counts.
     named = settings.task is not None and tasks.find(tasks.kind_of(settings.task)).targets
     whole = labels.dtype.kind in "iu" and named == "numbers"
-    rows = Examples(
+    rows = SourceRows(
         settings.source,
         Arrays(x, torch.zeros(len(x))),
         owners=owners,
@@ -95,10 +100,10 @@ def _examples(settings: DataSettings, pairs: dict[str, Any], where: str) -> Exam
     return _of_classes(settings, rows, labels, where)
 
 
-def _together(
+def _concatenate(
     clients: Mapping[str, tuple[Inputs, np.ndarray]], where: str
 ) -> tuple[Inputs, np.ndarray]:
-    """Returns the inputs and targets of all clients, which must be of one form."""
+    """Returns the inputs and targets of all clients, which must have the same shapes and types."""
     forms = {form_of(x): told(x) for x, _ in clients.values()}
     if len(forms) > 1:
         raise DataError(
@@ -115,7 +120,9 @@ def _together(
     return join([x for x, _ in clients.values()]), labels
 
 
-def _of_classes(settings: DataSettings, rows: Examples, labels: np.ndarray, where: str) -> Examples:
+def _of_classes(
+    settings: DataSettings, rows: SourceRows, labels: np.ndarray, where: str
+) -> SourceRows:
     """Makes examples whose targets are words or class numbers [n]."""
     y, words = _numbered(labels, where)
 
@@ -123,9 +130,8 @@ def _of_classes(settings: DataSettings, rows: Examples, labels: np.ndarray, wher
         if words:
             return number_classes(y, words, public, settings, where)
         names = _names_of_numbers(y, public, settings, where)
-        return checked(
-            TargetRows.of_classes(torch.where(y < len(names), y, -1), names), settings, where
-        )
+        known = torch.where(y < len(names), y, -1)
+        return with_other_class(TargetRows.of_classes(known, names), settings, where)
 
     return replace(rows, train=Arrays(rows.train.x, y), targets=targets)
 
@@ -133,17 +139,18 @@ def _of_classes(settings: DataSettings, rows: Examples, labels: np.ndarray, wher
 def _names_of_numbers(
     y: Tensor, public: Tensor, settings: DataSettings, where: str
 ) -> tuple[str, ...]:
-    """Returns the classes of class numbers: up to the highest public one, or as many as the recipe names."""
+    """Returns the names of class numbers: of the recipe, or "0" up to the highest public one."""
     if settings.classes is not None:
         return settings.classes
-    count = int(y[rows_that_define_classes(public, len(y), settings, where)].max()) + 1
+    rows = rows_that_define_classes(public, len(y), settings, where)
+    count = int(y[rows].max()) + 1
     return tuple(str(number) for number in range(count))
 
 
-def _of_positions(settings: DataSettings, rows: Examples, y: Tensor, where: str) -> Examples:
+def _of_positions(settings: DataSettings, rows: SourceRows, y: Tensor, where: str) -> SourceRows:
     """Makes examples whose targets are class numbers [n, ...], one for each position of an example.
 
-    Partitioners see the class that is the most frequent in an example.
+    The label for partitioners is the most frequent class of an example.
     """
     counted = y != IGNORED
     if bool((y[counted] < 0).any()):
@@ -162,42 +169,49 @@ def _of_positions(settings: DataSettings, rows: Examples, y: Tensor, where: str)
     return replace(rows, train=Arrays(rows.train.x, votes.argmax(1)), targets=targets)
 
 
-def _of_numbers(settings: DataSettings, rows: Examples, found: np.ndarray, where: str) -> Examples:
-    """Makes examples whose targets are numbers [n] or [n, k], or 0 and 1 for each label [n, k] (truth values)."""
+def _of_numbers(
+    settings: DataSettings, rows: SourceRows, found: np.ndarray, where: str
+) -> SourceRows:
+    """Makes examples whose targets are numbers [n] or [n, k], or booleans of labels [n, k]."""
     if found.ndim > 2:
         raise DataError(
             f"targets of shape {list(found.shape)}",
             place=where,
-            cure="expected [n] or [n, k]; class numbers of positions need data.task = 'classification'",
+            cure=(
+                "expected [n] or [n, k]; class numbers of positions need "
+                "data.task = 'classification'"
+            ),
         )
-    given = (
-        settings.task
-        if settings.task is not None
-        else ("multilabel" if found.dtype.kind == "b" else "regression")
-    )
-    kind = tasks.find(tasks.kind_of(given)).targets
+    task = settings.task
+    if task is None:
+        task = "multilabel" if found.dtype.kind == "b" else "regression"
+    kind = tasks.find(tasks.kind_of(task)).targets
     y = torch.from_numpy(found.astype(np.float32))
     width = 1 if y.dim() == 1 else y.shape[1]
     names = ("target",) if width == 1 else tuple(f"target {at}" for at in range(width))
     known = y.isfinite().reshape(len(y), -1).all(1)
-    deal = partition_labels_of_flags if kind == "flags" else partition_labels_of_numbers
+    labels = partition_labels_of_flags if kind == "flags" else partition_labels_of_numbers
     return replace(
         rows,
-        train=Arrays(rows.train.x, deal(y)),
+        train=Arrays(rows.train.x, labels(y)),
         targets=lambda public: TargetRows(y, names, known),
         kind=kind,
     )
 
 
 def _client(pair: Any, where: str) -> tuple[Inputs, np.ndarray]:
+    """Checks the pair (x, y) of one client, and converts x to the types of fedpress."""
     x, y = _arrays(pair, where)
     if isinstance(x, Mapping):
-        shape, fits = shape_told({name: tuple(t.shape) for name, t in x.items()}), True
+        shape = shape_told({name: tuple(t.shape) for name, t in x.items()})
+        fits = True
         x = _named(x, where)
     else:
-        shape, fits = str(list(x.shape)), x.ndim == 4 or (x.ndim >= 2 and x.dtype != torch.uint8)
+        shape = str(list(x.shape))
+        # Bytes are images; other numbers are features or sequences.
+        fits = x.ndim == 4 or (x.ndim >= 2 and x.dtype != torch.uint8)
         x = x if x.dtype == torch.uint8 else x.to(torch.float32)
-    # Only class numbers, of positions, may have more than two dimensions.
+    # Only class numbers of positions may have more than two dimensions.
     are_targets = y.ndim in (1, 2) or (y.ndim > 2 and y.dtype.kind in "iu")
     if fits and are_targets and len(x) != len(y):
         raise DataError(
@@ -231,14 +245,14 @@ def _arrays(pair: Any, where: str) -> tuple[Any, np.ndarray]:
 
 
 def _in_our_type(t: Tensor) -> Tensor:
-    """Returns floats as float32 and whole numbers as int64; bytes and truth values as they are."""
+    """Returns floats as float32 and integers as int64; bytes and booleans stay as they are."""
     if t.dtype in (torch.uint8, torch.bool):
         return t
     return t.to(torch.float32 if t.is_floating_point() else torch.int64)
 
 
 def _named(x: Mapping[str, Tensor], where: str) -> NamedInputs:
-    """Checks several inputs: float32 numbers, int64 whole numbers, truth values, uint8 images."""
+    """Checks and converts several inputs: numbers, integers, booleans or uint8 images."""
     for name, t in x.items():
         if (t.dtype == torch.uint8 and t.ndim != 4) or t.is_complex():
             raise DataError(
@@ -253,7 +267,10 @@ def _named(x: Mapping[str, Tensor], where: str) -> NamedInputs:
 
 
 def _numbered(y: np.ndarray, where: str) -> tuple[Tensor, tuple[str, ...]]:
-    """Returns int64 [n], and the words that they stand for; no words if the labels are class numbers."""
+    """Returns labels as int64 [n], and the words to which they are positions.
+
+    There are no words if the labels are class numbers already.
+    """
     if y.dtype.kind in "US":
         words, positions = np.unique(y, return_inverse=True)
         return torch.from_numpy(positions.astype(np.int64)), tuple(str(word) for word in words)

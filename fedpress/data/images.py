@@ -1,4 +1,4 @@
-"""Encoded images (PNG, WebP, JPEG ...) to one uint8 tensor."""
+"""Decodes image files (PNG, WebP, JPEG and others) into one uint8 tensor."""
 
 from __future__ import annotations
 
@@ -30,8 +30,10 @@ FORMATS = (
     "ICO",
     "TGA",
 )
-"""Formats of pixels; pillow knows others too, such as EPS, for which it would start another program."""
+"""Formats that pillow decodes itself. For others, such as EPS, it would start another program."""
+# Modes of pillow without colours.
 GREY = ("1", "L", "LA", "I;16")
+# Images between two calls of `progress`.
 REPORT_EVERY = 500
 
 
@@ -45,18 +47,20 @@ def decode(
 ) -> Tensor:
     """Decodes images to uint8 [n, C, H, W]; C is 1 if the image `like` is grey, else 3.
 
-    One thread: pillow keeps Python's lock while it decodes, so a second one does not help (measured).
+    It uses one thread: pillow holds Python's lock while it decodes, so a second one does not help
+    (measured).
 
     Args:
         images: the content of each file, or its path.
-        where: names image `i` in an error.
-        size: height and width to resize to; None: all must be of one size.
-        like: position of the image that decides on channels and size: a public one, where there is any, since the
-            shape of the input must not tell what private images are.
-        progress: told how many are decoded.
+        where: returns the name of image `i` in an error.
+        size: height and width to resize to; None: all must have the same size.
+        like: position of the image that decides on channels and size. It should be a public one,
+            since the shape of the input must not tell anything about private images.
+        progress: called with the number of decoded images.
 
     Raises:
-        DataError: if an image cannot be read, differs in size, or declares more pixels than `core.limits` allow.
+        DataError: if an image cannot be read, has another size, or declares more pixels than
+            `core.limits` allow.
     """
     if not images:
         return torch.zeros(0, 3, size or 1, size or 1, dtype=torch.uint8)
@@ -87,14 +91,17 @@ def _decode_one(
 ) -> np.ndarray:
     try:
         with _opened(source) as image:
-            # The header says how large it is: a file of some kilobytes may ask for gigabytes.
-            if said := limits.above("pixels", image.width * image.height):
+            # Checked on the header, before decoding: a file of some kilobytes may ask for
+            # gigabytes of memory.
+            excess = limits.above("pixels", image.width * image.height)
+            if excess:
                 raise DataError(
-                    f"{image.width}x{image.height} are {said.problem}",
+                    f"{image.width}x{image.height} are {excess.problem}",
                     place=where,
-                    cure=f"{said.cure}, or shrink it before",
+                    cure=f"{excess.cure}, or shrink it before",
                 )
-            pixels = image.convert(mode or ("L" if image.mode in GREY else "RGB"))
+            own_mode = "L" if image.mode in GREY else "RGB"
+            pixels = image.convert(mode or own_mode)
         if size is not None and pixels.size != (size, size):
             pixels = pixels.resize((size, size), Image.Resampling.BILINEAR)
         return np.asarray(pixels)
@@ -107,19 +114,19 @@ def _decode_one(
 
 
 def _opened(source: bytes | Path | None) -> Image.Image:
-    """Reads the header of an image; pillow's own limit is lifted meanwhile, since ours is another."""
+    """Reads the header of an image."""
+    file = source if isinstance(source, Path) else io.BytesIO(source or b"")
+    # Pillow has a limit of its own for pixels, which it checks here; ours may be higher.
     theirs = Image.MAX_IMAGE_PIXELS
     Image.MAX_IMAGE_PIXELS = None
     try:
-        return Image.open(
-            source if isinstance(source, Path) else io.BytesIO(source or b""), formats=_formats()
-        )
+        return Image.open(file, formats=_formats())
     finally:
         Image.MAX_IMAGE_PIXELS = theirs
 
 
 @cache
 def _formats() -> tuple[str, ...]:
-    """Those of `FORMATS` that this pillow was built with."""
+    """Returns those of `FORMATS` that this pillow was built with."""
     Image.init()
     return tuple(name for name in FORMATS if name in Image.OPEN)

@@ -1,4 +1,4 @@
-"""One call from settings to a federated data set."""
+"""Loads a federated data set: reads the source of a recipe and splits its rows."""
 
 from __future__ import annotations
 
@@ -9,27 +9,27 @@ from fedpress.core.examples import Arrays, resized
 from fedpress.core.inputs import NamedInputs, is_image
 from fedpress.data import cifar10, digits, folders, functions, tables
 from fedpress.data.dataset import FederatedData
-from fedpress.data.examples import Examples, Progress
+from fedpress.data.examples import Progress, SourceRows
 from fedpress.data.settings import DataSettings
-from fedpress.data.split import split
+from fedpress.data.split import split_rows
 from fedpress.errors import DataError
 
-SOURCES: dict[str, Callable[[DataSettings, Progress | None], Examples]] = {
-    "digits": lambda settings, progress: digits.read(),
-    "cifar10": cifar10.read,
-    "csv": tables.read,
-    "parquet": tables.read,
-    "folders": folders.read,
+SOURCES: dict[str, Callable[[DataSettings, Progress | None], SourceRows]] = {
+    "digits": lambda settings, progress: digits.read_digits(),
+    "cifar10": cifar10.read_cifar10,
+    "csv": tables.read_tables,
+    "parquet": tables.read_tables,
+    "folders": folders.read_folders,
 }
 
 
 def load(settings: DataSettings, seed: int, *, progress: Progress | None = None) -> FederatedData:
-    """Reads the source and shares out its rows; the result depends on the settings and the seed alone.
+    """Reads the source and splits its rows; the result depends on data, settings and seed only.
 
     Args:
         settings: the `[data]` table of the recipe.
         seed: of every random choice.
-        progress: `progress(what, done, total)` is called during downloads and decoding.
+        progress: called as `progress(what, done, total)` during downloads and decoding.
 
     Raises:
         DataError: if data is missing, corrupt, or too small for what is asked.
@@ -46,21 +46,16 @@ def load(settings: DataSettings, seed: int, *, progress: Progress | None = None)
 
 def _read(settings: DataSettings, seed: int, progress: Progress | None) -> FederatedData:
     if settings.source in SOURCES:
-        return split(
-            _sized(SOURCES[settings.source](settings, progress), settings.image_size),
-            settings,
-            seed,
-        )
-    found = functions.read(settings, seed)
-    return (
-        found
-        if isinstance(found, FederatedData)
-        else split(_sized(found, settings.image_size), settings, seed)
-    )
+        found: FederatedData | SourceRows = SOURCES[settings.source](settings, progress)
+    else:
+        found = functions.call_function(settings, seed)
+    if isinstance(found, FederatedData):
+        return found
+    return split_rows(_at_size(found, settings.image_size), settings, seed)
 
 
-def _sized(examples: Examples, side: int | None) -> Examples:
-    """Brings the images of sources that have a size of their own to `side` pixels."""
+def _at_size(examples: SourceRows, side: int | None) -> SourceRows:
+    """Resizes images that are decoded already to `side` pixels; None: leaves them as they are."""
     if side is None:
         return examples
     test = examples.test and _resized(examples.test, side)
@@ -71,7 +66,7 @@ def _resized(arrays: Arrays, side: int) -> Arrays:
     """Returns images at `side` pixels, and other examples as they are.
 
     Raises:
-        DataError: if there are several inputs, of which nobody has said which are images.
+        DataError: if an example has several inputs: which of them are images is not known.
     """
     if isinstance(arrays.x, NamedInputs):
         raise DataError(

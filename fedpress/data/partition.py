@@ -1,4 +1,4 @@
-"""Partitioners: who holds which rows. Each is one settings object with one function, `deal`."""
+"""Partitioners: they deal rows to clients. Each is one settings object with a function `deal`."""
 
 from __future__ import annotations
 
@@ -14,36 +14,38 @@ from fedpress.data.dealing import (
     PartitionSize,
     Pool,
     apportion,
+    by_client_name,
+    deal_counts,
     fill_empty_clients,
     fit_to_supply,
-    named,
     numpy_generator,
     rows_by_class,
-    take,
     totals,
 )
 from fedpress.errors import DataError, SettingError, suggestion
 
 
 class _Settings(BaseModel, frozen=True, extra="forbid"):
-    rest_is_public: ClassVar[bool] = True  # rows that no client holds may be declared public
+    # Whether the rows that no client holds become the public part by default.
+    rest_is_public: ClassVar[bool] = True
 
 
 class Iid(_Settings, frozen=True):
-    """Every client holds a random sample of equal size (they differ by one row at most)."""
+    """Every client holds a random sample of the same size, up to one row."""
 
     kind: Literal["iid"] = "iid"
 
     def deal(self, pool: Pool, ask: PartitionSize, chance: RandomSource) -> dict[str, Tensor]:
         """Returns row positions by client."""
         clients, total = totals(len(pool.labels), ask)
-        return named(chance.permutation(len(pool.labels))[:total].tensor_split(clients))
+        rows = chance.permutation(len(pool.labels))[:total]
+        return by_client_name(rows.tensor_split(clients))
 
 
 class Quantity(_Settings, frozen=True):
-    """Random samples of unequal size: the i-th largest client holds a share proportional to `i ** -skew`.
+    """Random samples of unequal sizes: the i-th largest is proportional to `i ** -skew`.
 
-    `examples_per_client` is then the mean. A skew of 0 is iid; 1 is Zipf's law.
+    `examples_per_client` is then the mean size. A skew of 0 is iid, and 1 is Zipf's law.
     """
 
     kind: Literal["quantity"] = "quantity"
@@ -58,16 +60,21 @@ class Quantity(_Settings, frozen=True):
         """Returns row positions by client."""
         clients, total = totals(len(pool.labels), ask)
         weights = np.arange(1, clients + 1, dtype=np.float64) ** -self.skew
-        sizes = 1 + apportion(weights[chance.permutation(clients).numpy()], total - clients)
-        return named(chance.permutation(len(pool.labels))[:total].split(sizes.tolist()))
+        # Shuffled, so that the first client is not always the largest.
+        shuffled = weights[chance.permutation(clients).numpy()]
+        # One row for everybody first: no client may be empty.
+        sizes = 1 + apportion(shuffled, total - clients)
+        rows = chance.permutation(len(pool.labels))[:total]
+        return by_client_name(rows.split(sizes.tolist()))
 
 
 class Dirichlet(_Settings, frozen=True):
-    """Uneven labels: class shares are drawn from Dirichlet(alpha); small alpha means few classes per client.
+    """Label skew: class shares are drawn from Dirichlet(alpha); a small alpha means few classes.
 
-    With `examples_per_client`, each client draws its own mix of classes and holds exactly that many rows
-    (Hsu et al. 2019, "Measuring the effects of non-identical data distribution", section 3). Without it, the rows
-    of each class are dealt out in drawn shares, so that sizes differ too (Yurochkin et al. 2019, section 4).
+    With `examples_per_client`, each client draws its own mix of classes and holds exactly that many
+    rows (Hsu et al. 2019, "Measuring the effects of non-identical data distribution", section 3).
+    Without it, each class draws the shares of its rows that the clients get, so that sizes differ
+    too (Yurochkin et al. 2019, section 4).
     """
 
     kind: Literal["dirichlet"] = "dirichlet"
@@ -75,8 +82,8 @@ class Dirichlet(_Settings, frozen=True):
         default=0.5,
         gt=0,
         le=1e6,
-        description="how alike the clients' shares of each class are; small = each client holds few "
-        "classes",
+        description="concentration of the Dirichlet distribution; with a small one each client "
+        "holds few classes",
     )
 
     def deal(self, pool: Pool, ask: PartitionSize, chance: RandomSource) -> dict[str, Tensor]:
@@ -85,22 +92,23 @@ class Dirichlet(_Settings, frozen=True):
         rng = numpy_generator(chance)
         rows = rows_by_class(pool.labels, chance)
         if ask.examples_per_client is None:
-            shares = [
-                apportion(rng.dirichlet(np.full(clients, self.alpha)), len(group)) for group in rows
-            ]
+            shares = []
+            for group in rows:
+                drawn = rng.dirichlet(np.full(clients, self.alpha))
+                shares.append(apportion(drawn, len(group)))
             counts = np.stack(shares, axis=1)
         else:
             mixes = rng.dirichlet(np.full(len(rows), self.alpha), size=clients)
-            counts = fit_to_supply(
-                mixes, ask.examples_per_client, np.array([len(group) for group in rows])
-            )
-        return named(fill_empty_clients(take(rows, counts)))
+            supply = np.array([len(group) for group in rows])
+            counts = fit_to_supply(mixes, ask.examples_per_client, supply)
+        return by_client_name(fill_empty_clients(deal_counts(rows, counts)))
 
 
 class Shards(_Settings, frozen=True):
-    """Every client holds exactly `classes_per_client` classes, each class dealt evenly to its holders.
+    """Every client holds `classes_per_client` classes; a class is dealt evenly to its holders.
 
-    The idea of McMahan et al. 2017, section 3 ("pathological non-iid"), without shards that straddle two classes.
+    It follows McMahan et al. 2017, section 3 ("pathological non-iid"), but no shard spans two
+    classes.
     """
 
     kind: Literal["shards"] = "shards"
@@ -124,19 +132,20 @@ class Shards(_Settings, frozen=True):
                     cure="raise classes_per_client or num_clients, or give examples_per_client",
                 )
             for label in range(len(rows)):
-                counts[holds[:, label], label] = apportion(
-                    np.ones(holds[:, label].sum()), supply[label]
-                )
+                holders = np.ones(holds[:, label].sum())
+                counts[holds[:, label], label] = apportion(holders, supply[label])
         else:
             for client in range(clients):
-                counts[client, holds[client]] = apportion(
-                    np.ones(holds[client].sum()), ask.examples_per_client
-                )
+                held = np.ones(holds[client].sum())
+                counts[client, holds[client]] = apportion(held, ask.examples_per_client)
         self._check(counts, holds, supply)
-        return named(take(rows, counts))
+        return by_client_name(deal_counts(rows, counts))
 
     def _choose_classes(self, clients: int, classes: int, chance: RandomSource) -> np.ndarray:
-        """Returns bool [clients, classes]: each client takes the least used classes, ties broken at random."""
+        """Returns bool [clients, classes]: which classes each client holds.
+
+        Clients take the classes with the fewest holders in turn; ties are broken at random.
+        """
         if self.classes_per_client > classes:
             raise DataError(
                 (
@@ -149,18 +158,20 @@ class Shards(_Settings, frozen=True):
         holds = np.zeros((clients, classes), dtype=bool)
         for client in range(clients):
             tie = chance.permutation(classes).numpy()
-            holds[client, np.lexsort((tie, holds.sum(axis=0)))[: self.classes_per_client]] = True
+            # lexsort sorts by its last key first: by holders, then at random.
+            order = np.lexsort((tie, holds.sum(axis=0)))
+            holds[client, order[: self.classes_per_client]] = True
         return holds
 
     def _check(self, counts: np.ndarray, holds: np.ndarray, supply: np.ndarray) -> None:
-        demand = np.maximum(counts, holds).sum(
-            axis=0
-        )  # at least one row of every class a client is to hold
+        """Checks that the supply of each class is enough, and that every held class gets a row."""
+        # A client needs at least one row of every class that it holds.
+        demand = np.maximum(counts, holds).sum(axis=0)
         for label in np.flatnonzero(demand > supply)[:1]:
             raise DataError(
                 (
-                    f"{holds[:, label].sum()} clients need {demand[label]} examples of the class at "
-                    f"place {label} but there are only {supply[label]}"
+                    f"{holds[:, label].sum()} clients need {demand[label]} examples of the class "
+                    f"at place {label} but there are only {supply[label]}"
                 ),
                 place="partition 'shards'",
                 cure="lower examples_per_client or num_clients",
@@ -179,8 +190,8 @@ class Shards(_Settings, frozen=True):
 class Natural(_Settings, frozen=True):
     """Every client is one natural client of the data: a person, a hospital, a folder.
 
-    `num_clients` then chooses that many of them at random, and `examples_per_client` keeps at most that many rows
-    of each. What is left over is not used: it stays private.
+    `num_clients` chooses that many of them at random, and `examples_per_client` keeps at most that
+    many rows of each. Other rows are not used: they belong to somebody, so they stay private.
     """
 
     kind: Literal["natural"] = "natural"
@@ -194,7 +205,7 @@ class Natural(_Settings, frozen=True):
                 place="partition 'natural'",
                 cure="give client_column, or choose 'iid', 'dirichlet', 'shards' or 'quantity'",
             )
-        names = [name for name in pool.owner_names if name not in pool.closed]
+        names = [name for name in pool.owner_names if name not in pool.excluded]
         if ask.num_clients is not None and ask.num_clients > len(names):
             raise DataError(
                 f"asked for {ask.num_clients} clients but the data has only {len(names)}",
@@ -204,7 +215,8 @@ class Natural(_Settings, frozen=True):
         count = len(names) if ask.num_clients is None else ask.num_clients
         chosen = chance.subset(len(names), count).tolist()
         dealt = {}
-        for name in (names[i] for i in chosen):
+        for position in chosen:
+            name = names[position]
             rows = torch.nonzero(pool.owners == pool.owner_names.index(name)).flatten()
             if len(rows) == 0:
                 raise DataError(
@@ -217,7 +229,7 @@ class Natural(_Settings, frozen=True):
 
 
 def _from_word(value: object) -> object:
-    """`partition = "iid"` is short for `partition = {kind = "iid"}`."""
+    """Turns `partition = "iid"` into `partition = {kind = "iid"}`."""
     if isinstance(value, str):
         value = {"kind": value}
     kinds = ["iid", "quantity", "dirichlet", "shards", "natural"]

@@ -1,4 +1,4 @@
-"""The clients of a run as everybody may know them: names, public counts, public keys; none of their data."""
+"""What is public about the clients of a run: names, numbers of examples and signing keys."""
 
 from __future__ import annotations
 
@@ -15,15 +15,17 @@ CURE = "take what the server of this run sent"
 
 @dataclass(frozen=True)
 class Population:
-    """Who can be asked, and what is public about them.
+    """All clients that can be sampled, and what is public about them.
 
     Attributes:
         names: of all clients, always in the same order.
-        examples: how many each of them has; None where whole clients are protected, for then nobody may know.
-        identities: each client's public signing key (Ed25519, 32 bytes); empty unless sums are secure.
+        examples: number of examples of each. None if whole clients are protected: then these
+            numbers are private too.
+        identities: public signing key of each client (Ed25519, 32 bytes); empty unless sums are
+            secure.
 
     Raises:
-        DataError: if a name comes twice, or counts or keys are not those of the named clients.
+        DataError: if a name comes twice, or the numbers or keys are not those of the named clients.
 
     >>> Population(("a", "b"), {"a": 3, "b": 5}).total
     8
@@ -60,19 +62,19 @@ class Population:
 
     @property
     def total(self) -> int:
-        """Examples of all clients together.
+        """Number of examples of all clients together.
 
         Raises:
-            DataError: if nobody may know them.
+            DataError: if these numbers are private.
         """
         return sum(self.counts.values())
 
     @property
     def counts(self) -> Mapping[ClientId, int]:
-        """How many examples each client has, where that is public.
+        """Number of examples of each client.
 
         Raises:
-            DataError: if nobody may know them.
+            DataError: if these numbers are private.
         """
         if self.examples is None:
             raise DataError(
@@ -83,28 +85,35 @@ class Population:
         return self.examples
 
     def to_json(self) -> str:
-        """Returns all of it as one line of JSON."""
-        counts = None if self.examples is None else [self.examples[name] for name in self.names]
-        keys = [self.identities[name].hex() for name in self.names if self.identities]
+        """Returns the population as one line of JSON."""
+        counts = None
+        if self.examples is not None:
+            counts = [self.examples[name] for name in self.names]
+        keys = []
+        if self.identities:
+            keys = [self.identities[name].hex() for name in self.names]
         table = {"names": list(self.names), "examples": counts, "identities": keys}
         return json.dumps(table, separators=(",", ":"))
 
     @classmethod
     def from_json(cls, text: str) -> Population:
-        """Reads what `to_json` gave, from whomever it came.
+        """Reads what `to_json` has returned; the text may come from anybody.
 
         Raises:
-            DataError: if it is something else.
+            DataError: if it is no such text.
         """
         try:
             table: dict[str, Any] = json.loads(text)
             names, counts, keys = table["names"], table["examples"], table["identities"]
+            # `type` instead of isinstance: true is no number of examples.
             if not all(type(name) is str for name in names):
                 raise TypeError("names")
             if counts is not None and not all(type(count) is int for count in counts):
                 raise TypeError("examples")
             examples = None if counts is None else dict(zip(names, counts, strict=True))
-            identities = dict(zip(names, map(bytes.fromhex, keys), strict=True)) if keys else {}
+            identities: dict[ClientId, bytes] = {}
+            if keys:
+                identities = dict(zip(names, map(bytes.fromhex, keys), strict=True))
         except (ValueError, TypeError, KeyError, RecursionError) as error:
             raise DataError(
                 f"not a table of clients ({type(error).__name__}: {error})",

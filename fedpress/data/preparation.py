@@ -1,4 +1,7 @@
-"""How the rows of a table become the inputs of a network: what a device needs beside the file that it runs."""
+"""`Preparation`: how rows of a table become the inputs of a network; saved as `inputs.json`.
+
+A device needs it beside the exported file. `fedpress.data.prepare` applies it.
+"""
 
 from __future__ import annotations
 
@@ -18,15 +21,18 @@ Missing = Literal["error", "drop", "mean"]
 
 @dataclass(frozen=True)
 class InputColumn:
-    """One raw column, and the inputs that it becomes.
+    """One column of the table, and the inputs that it becomes.
 
     Attributes:
         name: of the column.
-        kind: "number"; "truth", whose true and false are 1 and 0; or "words", of which each has an input of its own
-            that is 1 for this word and else 0.
-        words: the words in the order of their inputs, with "other" among them if unknown words have an input.
-        unknown: what a word that is not listed is: zeros in all inputs, the word "other", or refused.
-        fill: of each input, the value that fills a gap, before standardisation; empty where gaps are refused.
+        kind: "number"; "truth": true is 1, false is 0; or "words": one-hot, with an input for each
+            word.
+        words: the words in the order of their inputs, with "other" among them if unknown words
+            have an input.
+        unknown: how a word that is not listed is treated: 0 in all inputs, as the word "other", or
+            refused.
+        fill: for each input the value of a missing cell, before standardisation; empty: missing
+            cells are refused.
     """
 
     name: str
@@ -37,21 +43,22 @@ class InputColumn:
 
     @property
     def width(self) -> int:
-        """How many inputs it becomes."""
+        """Number of inputs that it becomes."""
         return len(self.words) if self.kind == "words" else 1
 
 
 @dataclass(frozen=True)
 class Preparation:
-    """The raw columns in the order of their inputs, and the standardisation that follows.
+    """The columns of a table in the order of their inputs, and the standardisation.
 
-    It holds what was declared or learned from public rows, and nothing else.
+    It goes out with files for devices, so it holds only what was declared or learned from public
+    rows.
 
     Attributes:
         columns: in the order of the inputs.
-        gaps: the texts that mean "no value"; an empty cell of another kind is None or NaN.
-        decimal: what stands before the decimals of numbers that are given as text.
-        mean: of each input. A network's file does not apply it: `fedpress.data.prepare` does.
+        gaps: the texts of a missing cell; a cell of another type is missing if it is None or NaN.
+        decimal: decimal separator of numbers that are given as text.
+        mean: of each input. `fedpress.data.prepare` applies it; the exported file does not.
         std: likewise.
         class_names: in the order of the network's outputs.
     """
@@ -65,7 +72,7 @@ class Preparation:
 
     @property
     def width(self) -> int:
-        """How many inputs there are."""
+        """Number of inputs."""
         return sum(column.width for column in self.columns)
 
     def with_standardisation(
@@ -73,7 +80,8 @@ class Preparation:
     ) -> Preparation:
         """Returns the same columns with the standardisation and the classes of a network."""
         mean, std = preprocess.mean or (0.0,), preprocess.std or (1.0,)
-        if len(mean) == 1:  # one value for all inputs
+        # A single value stands for all inputs.
+        if len(mean) == 1:
             mean, std = mean * self.width, std * self.width
         return replace(self, mean=mean, std=std, class_names=tuple(class_names))
 
@@ -85,8 +93,9 @@ class Preparation:
             if column.kind == "words":
                 line |= {"words": list(column.words), "unknown": column.unknown}
             columns.append(line | {"fill": list(column.fill) or None})
+        steps = "the columns in order, gaps filled, then (x - mean) / std"
         return {
-            "input": f"float32 [N, {self.width}]: the columns in order, gaps filled, then (x - mean) / std",
+            "input": f"float32 [N, {self.width}]: {steps}",
             "columns": columns,
             "gaps": list(self.gaps),
             "decimal": self.decimal,
@@ -98,13 +107,13 @@ class Preparation:
 
     @classmethod
     def read(cls, path: str | Path) -> Preparation:
-        """Reads the file `inputs.json` that lies beside an exported or packed file.
+        """Reads the file `inputs.json` beside an exported or packed file.
 
         Raises:
-            DataError: if it cannot be read, or does not fit together.
+            DataError: if it cannot be read, or its parts contradict each other.
         """
         try:
-            return cls._of(json.loads(Path(path).read_text("utf-8")))
+            return cls._from_json(json.loads(Path(path).read_text("utf-8")))
         except OSError as error:
             raise DataError(
                 f"cannot be read ({error.strerror})", place=f"'{path}'", cure="check the path"
@@ -115,12 +124,18 @@ class Preparation:
             ) from error
 
     @classmethod
-    def _of(cls, page: Mapping[str, Any]) -> Preparation:
-        columns = tuple(_column(line) for line in page["columns"])
-        mean, std = tuple(map(float, page["mean"])), tuple(map(float, page["std"]))
+    def _from_json(cls, content: Mapping[str, Any]) -> Preparation:
+        mean = tuple(map(float, content["mean"]))
+        std = tuple(map(float, content["std"]))
         found = cls(
-            columns, tuple(page["gaps"]), page["decimal"], mean, std, tuple(page["class_names"])
+            columns=tuple(_column(line) for line in content["columns"]),
+            gaps=tuple(content["gaps"]),
+            decimal=content["decimal"],
+            mean=mean,
+            std=std,
+            class_names=tuple(content["class_names"]),
         )
+        # Raises if mean and std do not fit each other.
         Preprocess(mean, std)
         if len(mean) != found.width:
             raise ValueError(f"{len(mean)} means for {found.width} inputs")

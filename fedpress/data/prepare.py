@@ -1,4 +1,4 @@
-"""Raw rows to the input of a network, as the training did it: one call on a device."""
+"""`prepare`: turns raw rows of a table into the input of a network, as training did."""
 
 from __future__ import annotations
 
@@ -19,16 +19,17 @@ from fedpress.errors import DataError
 
 
 def prepare(rows: Sequence[Mapping[str, Any]], preparation: Preparation) -> Tensor:
-    """Returns float32 [n, d], standardised: what the network and its exported file take.
+    """Returns standardised float32 [n, d], which the network and its exported file take.
 
     Args:
-        rows: one dictionary for each row, by the names of the columns; others than those of `preparation` are ignored.
-            Values are text, as `csv.DictReader` gives it, or numbers, truth values and words; a gap is None, NaN, or
-            one of the texts in `preparation.gaps`.
+        rows: a dictionary for each row, by column name; further columns are ignored. Values are
+            text, as `csv.DictReader` returns it, or numbers, booleans and words. A missing cell is
+            None, NaN, or one of the texts in `preparation.gaps`.
         preparation: from `Preparation.read("inputs.json")`, or of a loaded data set.
 
     Raises:
-        DataError: if a row lacks a column, or has a gap or an unknown word where the training took none.
+        DataError: if a row lacks a column, or has a missing cell or an unknown word that training
+            did not allow.
 
     >>> age = InputColumn("age", "number", fill=(40.0,))
     >>> job = InputColumn("job", "words", ("cook", "nurse"), fill=(0.5, 0.5))
@@ -45,7 +46,7 @@ def prepare(rows: Sequence[Mapping[str, Any]], preparation: Preparation) -> Tens
 
 
 def _cell(row: Mapping[str, Any], at: int, column: InputColumn, preparation: Preparation) -> Any:
-    """Returns the value of one cell; None for a gap."""
+    """Returns the value of one cell; None if it is missing."""
     if column.name not in row:
         raise DataError(
             f"there is no column '{column.name}'",
@@ -61,9 +62,10 @@ def _cell(row: Mapping[str, Any], at: int, column: InputColumn, preparation: Pre
 
 
 def _block(cells: list[Any], column: InputColumn, preparation: Preparation) -> np.ndarray:
-    """Returns float32 [n, k] with all gaps filled."""
+    """Returns the inputs of one column, float32 [n, k], with missing cells filled."""
     if column.kind == "words":
-        block, unknown = columns.one_hot(_words(cells, column.name), column.words, column.unknown)
+        words = _words(cells, column.name)
+        block, unknown = columns.one_hot_block(words, column.words, column.unknown)
         if column.unknown == "refused" and unknown.any():
             raise DataError(
                 f"column '{column.name}' has a word that is not on its list",
@@ -103,19 +105,19 @@ def _words(cells: list[Any], name: str) -> Any:
 
 
 def _numbers(cells: list[Any], column: InputColumn, decimal: str) -> np.ndarray:
-    """Returns float32 [n, 1]; NaN for gaps, and for text that is no number."""
-    text = pa.chunked_array(
-        [pa.array([cell if isinstance(cell, str) else None for cell in cells], pa.string())]
-    )
+    """Returns float32 [n, 1]; NaN for missing cells, and for text that is no number."""
+    # Text is read by the same code as in training; all other cells are null here.
+    texts = [cell if isinstance(cell, str) else None for cell in cells]
+    values = pa.chunked_array([pa.array(texts, pa.string())])
     kind = pa.bool_() if column.kind == "truth" else pa.float64()
-    block = columns.numbers(
-        Column(column.name, text, text=True, decimal=decimal).cast(kind), column.name
-    )
+    typed = Column(column.name, values, text=True, decimal=decimal).cast(kind)
+    block = columns.number_block(typed, column.name)
     for at, cell in enumerate(cells):
         if cell is None or isinstance(cell, str):
             continue
         try:
-            with np.errstate(over="ignore"):  # told below
+            # A number above float32 becomes infinity, which has an error of its own below.
+            with np.errstate(over="ignore"):
                 block[at] = np.float32(float(cell))
         except (TypeError, ValueError, OverflowError) as error:
             raise DataError(

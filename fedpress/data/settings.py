@@ -1,4 +1,4 @@
-"""The `[data]` table of a recipe: which source, and who holds what."""
+"""The `[data]` table of a recipe: the source, and how its rows are dealt to clients."""
 
 from __future__ import annotations
 
@@ -54,16 +54,16 @@ def _at_home(path: Path) -> Path:
 
 
 def _as_words(values: object) -> object:
-    """Lets whole numbers and truth values stand without quotes: `classes = [0, 1]`."""
+    """Turns integers and booleans into words, so that `classes = [0, 1]` needs no quotes."""
     if not isinstance(values, list | tuple):
         return values
     return [str(value) if isinstance(value, int) else value for value in values]
 
 
 def _all_different(names: tuple[str, ...]) -> tuple[str, ...]:
-    twice = next((name for name in names if names.count(name) > 1), None)
-    if twice is not None:
-        raise SettingError(f"'{twice}' is listed twice", cure="list every name once")
+    twice = [name for name in names if names.count(name) > 1]
+    if twice:
+        raise SettingError(f"'{twice[0]}' is listed twice", cure="list every name once")
     return names
 
 
@@ -74,12 +74,17 @@ Names = Annotated[
 
 
 class DataSettings(BaseModel, frozen=True, extra="forbid"):
-    """Which rows are private to which client, which are declared public, and which test the model.
+    """Which rows are private to which client, which are public, and which are for testing.
 
-    Rows go out in this order: to the public part those of `public_clients`; to the test set those of `test_clients`,
-    or the source's own, or `test_share`; to the public part `public_share`; then the partition deals the rest to
-    clients. If neither public setting is given, the rows that no client holds are the public part (but with
-    "natural" they are not used). The validation set is taken from the public part.
+    The rows are split in this order:
+
+    1. Those of `public_clients` go to the public part.
+    2. Those of `test_clients`, or the source's own test set, or `test_share` are the test set.
+    3. `public_share` of the rest goes to the public part.
+    4. The partition deals the rest to clients.
+    5. Rows that no client holds are public if neither public setting is given; with "natural" they
+       are not used.
+    6. The validation set is taken from the public part.
     """
 
     source: Annotated[str, BeforeValidator(_known_source)] = Field(
@@ -97,8 +102,8 @@ class DataSettings(BaseModel, frozen=True, extra="forbid"):
     )
     partition: Partition | None = Field(
         None,
-        description="iid, quantity, dirichlet, shards or natural; by default natural if the data name"
-        " clients, else iid",
+        description="iid, quantity, dirichlet, shards or natural; by default natural if the data "
+        "names clients, else iid",
     )
     num_clients: int | None = Field(
         default=None, ge=1, description="by default 10, or every natural client"
@@ -108,14 +113,14 @@ class DataSettings(BaseModel, frozen=True, extra="forbid"):
     )
     test_share: Share = Field(
         0.2,
-        description="set aside for testing, of each natural client's rows, if the source has no test "
-        "set of its own",
+        description="share of each natural client's rows for the test set, if the source has no "
+        "test set of its own",
     )
     test_clients: tuple[str, ...] = Field(
         (), description="natural clients whose rows are the test set, in the place of test_share"
     )
     public_share: Share | None = Field(
-        None, description="declared public, of each natural client's rows"
+        None, description="share of each natural client's rows that is declared public"
     )
     public_clients: tuple[str, ...] = Field(
         (), description="natural clients whose rows are all declared public"
@@ -125,18 +130,18 @@ class DataSettings(BaseModel, frozen=True, extra="forbid"):
     )
     client_column: str | None = Field(
         None,
-        description="the column that names the natural client of a row (csv, parquet); with several "
-        "files and the name 'file', each file is a client",
+        description="the column that names the natural client of a row (csv, parquet); with "
+        "'file', each of several files is a client",
     )
     label_column: str | Annotated[tuple[str, ...], Field(min_length=1)] = Field(
         "label",
-        description="the column to be predicted (csv, parquet): whole numbers or words, numbers for a"
-        " regression; a list for several",
+        description="the column to be predicted (csv, parquet): whole numbers or words, or numbers "
+        "for a regression; a list for several",
     )
     task: Annotated[str | dict[str, JsonValue], AfterValidator(_known_task)] | None = Field(
         None,
-        description="what is learned: classification, binary, multilabel, regression, poisson, or a "
-        "table with options; by default as the targets are",
+        description="what is learned: classification, binary, multilabel, regression, poisson, or "
+        "a table with options; by default it follows from the targets",
     )
     class_weights: Literal["balanced"] | tuple[float, ...] | None = Field(
         None,
@@ -153,20 +158,20 @@ class DataSettings(BaseModel, frozen=True, extra="forbid"):
         default=",",
         min_length=1,
         max_length=1,
-        description="what stands between the columns of a CSV file",
+        description="the character between the columns of a CSV file",
     )
     decimal: Literal[".", ","] = Field(
-        ".", description="what stands before the decimals in the numbers of a CSV file"
+        ".", description="decimal separator of the numbers in a CSV file"
     )
     encoding: Annotated[str, AfterValidator(_known_encoding)] | None = Field(
         None,
-        description="of a CSV file, such as latin-1; by default UTF-8, or UTF-16 that says so at its "
-        "beginning",
+        description="of a CSV file, such as latin-1; by default UTF-8, or UTF-16 with a byte order "
+        "mark",
     )
     missing: Literal["error", "drop", "mean"] = Field(
         "error",
-        description="a missing feature is an error, a row to drop, or filled with the mean of the "
-        "public rows",
+        description="a missing feature is an error, drops its row, or is filled with the mean of "
+        "the public rows",
     )
     classes: Names | None = Field(
         None,
@@ -175,31 +180,32 @@ class DataSettings(BaseModel, frozen=True, extra="forbid"):
     )
     words: dict[str, Names] = Field(
         {},
-        description='the words of a column of words, such as { job = ["cook", "nurse"] }; by default '
-        "those of the public part",
+        description='the words of a column of words, such as { job = ["cook", "nurse"] }; by '
+        "default those of the public part",
     )
     public_words: tuple[str, ...] = Field(
         (),
-        description="columns whose list of words is no secret, so that it is taken from private rows "
-        "too; the label's column stands for the classes",
+        description="columns whose list of words is no secret, so that it is taken from private "
+        "rows too; the label's column stands for the classes",
     )
     unknown: Literal["drop", "other"] | None = Field(
         None,
-        description="a private row whose label or word is on no list: drop leaves it out, other adds "
-        "a class or an input; by default unknown classes are left out and unknown words "
+        description="a private row whose label or word is on no list: drop leaves it out, other "
+        "adds a class or an input; by default unknown classes are left out and unknown words "
         "are zeros",
     )
     image_size: int | None = Field(
         default=None,
         ge=1,
         le=4096,
-        description="images are resized to this height and width; without it they must have one size",
+        description="height and width to which images are resized; without it all must have the "
+        "same size",
     )
     mean: tuple[float, ...] = Field(
-        (), description="of each channel or feature, in the place of that of the public part"
+        (), description="mean of each channel or feature; by default that of the public part"
     )
     std: tuple[Annotated[float, Field(gt=0)], ...] = Field(
-        (), description="standard deviation of each channel or feature, likewise"
+        (), description="standard deviation of each channel or feature; by default likewise"
     )
 
     @property
@@ -222,7 +228,8 @@ class DataSettings(BaseModel, frozen=True, extra="forbid"):
                 place="public_share",
                 cure="leave one of the two out",
             )
-        if both := set(self.public_clients) & set(self.test_clients):
+        both = set(self.public_clients) & set(self.test_clients)
+        if both:
             raise SettingError(
                 f"client '{min(both)}' is in public_clients, too",
                 place="test_clients",

@@ -1,4 +1,4 @@
-"""From rows to a federated data set: public, test and validation rows are set aside, the rest is dealt to clients."""
+"""Splits the rows of a source into public, validation and test rows and those of each client."""
 
 from __future__ import annotations
 
@@ -14,23 +14,22 @@ from fedpress.core.inputs import Inputs, NamedInputs
 from fedpress.core.random_source import public_stream
 from fedpress.data.dataset import FederatedData
 from fedpress.data.dealing import PartitionSize, Pool
-from fedpress.data.examples import Examples, InputRows, TargetRows
+from fedpress.data.examples import InputRows, SourceRows, TargetRows
 from fedpress.data.partition import Iid, Natural
 from fedpress.data.settings import DataSettings
 from fedpress.errors import DataError, renaming, suggestion
 from fedpress.tasks import Task
 
 
-def split(examples: Examples, settings: DataSettings, seed: int) -> FederatedData:
-    """Shares out the rows as `DataSettings` says; the same seed gives the same rows to the same client.
+def split_rows(examples: SourceRows, settings: DataSettings, seed: int) -> FederatedData:
+    """Splits the rows as `DataSettings` says; the same seed gives the same rows to the same client.
 
     Raises:
-        DataError: if there are too few rows for what is asked.
+        DataError: if there are too few rows for the sizes asked for.
     """
     partition = settings.partition or (Iid() if examples.owners is None else Natural())
-    public, rows = _of_clients(
-        examples, torch.arange(len(examples.train)), settings.public_clients, "public_clients"
-    )
+    rows = torch.arange(len(examples.train))
+    public, rows = _of_clients(examples, rows, settings.public_clients, "public_clients")
     test, rows = _test(examples, rows, settings, seed)
     if settings.public_share is not None:
         public, rows = _share(examples, rows, settings.public_share, seed, "public")
@@ -42,6 +41,7 @@ def split(examples: Examples, settings: DataSettings, seed: int) -> FederatedDat
     )
     ask = PartitionSize(settings.num_clients, settings.examples_per_client)
     dealt = partition.deal(pool, ask, public_stream(seed, "data", "clients"))
+    # With neither public setting the rows that no client holds are public.
     if settings.public_share is None and not settings.public_clients and partition.rest_is_public:
         public = _without(rows, torch.cat(list(dealt.values())))
     validation, public = _validation(public, settings, seed)
@@ -51,7 +51,7 @@ def split(examples: Examples, settings: DataSettings, seed: int) -> FederatedDat
 
 @dataclass(frozen=True)
 class Parts:
-    """Row positions of every part of a data set; the test part may be a source's own examples."""
+    """Row positions of every part of a data set; `test` may be the source's own examples."""
 
     clients: dict[str, Tensor]
     public: Tensor
@@ -60,7 +60,7 @@ class Parts:
 
 
 def _test(
-    examples: Examples, rows: Tensor, settings: DataSettings, seed: int
+    examples: SourceRows, rows: Tensor, settings: DataSettings, seed: int
 ) -> tuple[Arrays | Tensor, Tensor]:
     """Returns the source's own test set, or the rows set aside for testing; and the other rows."""
     if settings.test_clients:
@@ -78,7 +78,7 @@ def _test(
 
 
 def _of_clients(
-    examples: Examples, rows: Tensor, names: Sequence[str], key: str
+    examples: SourceRows, rows: Tensor, names: Sequence[str], key: str
 ) -> tuple[Tensor, Tensor]:
     """Splits `rows` into those of the natural clients `names`, and the others."""
     if not names:
@@ -94,9 +94,9 @@ def _of_clients(
         )
     for name in names:
         if name not in examples.owner_names:
-            known = ", ".join(examples.owner_names[:8]) + (
-                ", ..." if len(examples.owner_names) > 8 else ""
-            )
+            known = ", ".join(examples.owner_names[:8])
+            if len(examples.owner_names) > 8:
+                known += ", ..."
             raise DataError(
                 f"no client '{name}' in the data (it has {known})",
                 place=key,
@@ -108,21 +108,27 @@ def _of_clients(
 
 
 def _share(
-    examples: Examples, rows: Tensor, share: float, seed: int, word: str
+    examples: SourceRows, rows: Tensor, share: float, seed: int, word: str
 ) -> tuple[Tensor, Tensor]:
-    """Splits `rows` into a random share of each natural client's, rounded down, and the others."""
+    """Splits `rows` into a random share of each natural client's rows and the others.
+
+    `word` names the stream of random numbers, "test" or "public".
+    """
     owners = torch.zeros_like(rows) if examples.owners is None else examples.owners[rows]
     drawn = [torch.zeros(0, dtype=torch.int64)]
     for owner in owners.unique().tolist():
         own = torch.nonzero(owners == owner).flatten()
         name = examples.owner_names[owner] if examples.owner_names else ""
         order = public_stream(seed, "data", word, name).permutation(len(own))
-        drawn.append(own[order[: int(share * len(own) + 1e-9)]])
+        # 0.3 * 10 is a little below 3 in floating point.
+        count = int(share * len(own) + 1e-9)
+        drawn.append(own[order[:count]])
     taken = torch.cat(drawn)
     return rows[taken], _without(rows, taken)
 
 
 def _validation(public: Tensor, settings: DataSettings, seed: int) -> tuple[Tensor, Tensor]:
+    """Splits the public rows into validation rows and the others."""
     asked = settings.validation
     count = asked if isinstance(asked, int) else int(asked * len(public))
     if count and count >= len(public):
@@ -143,24 +149,15 @@ def _without(rows: Tensor, positions: Tensor) -> Tensor:
     return rows[kept]
 
 
-def _assemble(examples: Examples, settings: DataSettings, parts: Parts) -> FederatedData:
-    """Finds classes and inputs by the public rows, and encodes all rows so."""
-    if examples.targets is None:
-        if settings.classes is not None:
-            raise DataError(
-                f"source '{settings.source}' has classes of its own",
-                place="classes",
-                cure="leave classes out",
-            )
-        found = TargetRows.of_classes(examples.train.y, examples.class_names)
-    else:
-        found = examples.targets(torch.cat([parts.public, parts.validation]))
-    named = parts.public[found.known[parts.public]]
+def _assemble(examples: SourceRows, settings: DataSettings, parts: Parts) -> FederatedData:
+    """Computes targets and inputs, which depend on the public rows, and collects all parts."""
+    found = _targets(examples, settings, torch.cat([parts.public, parts.validation]))
     if examples.inputs is None:
         inputs = InputRows(examples.train.x, torch.zeros(len(examples.train), dtype=torch.bool))
     else:
-        inputs = examples.inputs(named)
+        inputs = examples.inputs(parts.public[found.known[parts.public]])
     usable = found.known & ~inputs.left_out
+    _check_clients(parts, usable)
     left_out: dict[str, int] = {}
 
     def part(name: str, rows: Arrays | Tensor) -> Arrays:
@@ -170,24 +167,14 @@ def _assemble(examples: Examples, settings: DataSettings, parts: Parts) -> Feder
         left_out[name] = left_out.get(name, 0) + len(rows) - len(kept)
         return Arrays(inputs.x[kept], found.y[kept])
 
-    for name, rows in parts.clients.items():
-        if len(rows) and not bool(usable[rows].any()):
-            raise DataError(
-                "no row is left, since their classes or words are on no list",
-                place=f"client '{name}'",
-                cure=(
-                    "name all of them with classes = [...] or words = {...}, set unknown = "
-                    '"other", or leave this client out'
-                ),
-            )
-    declared = part("public", parts.public)
-    preprocess = _preprocess(declared.x, settings)
-    task = _task(examples, settings, found.names, declared.y)
+    public = part("public", parts.public)
+    preprocess = _preprocess(public.x, settings)
+    task = _task(examples, settings, found.names, public.y)
     class_names = found.names if examples.kind == "classes" else ()
     data = FederatedData(
         name=examples.name,
         clients={name: part("clients", rows) for name, rows in parts.clients.items()},
-        public=declared,
+        public=public,
         validation=part("validation", parts.validation),
         test=part("test", parts.test),
         num_classes=len(class_names),
@@ -200,10 +187,37 @@ def _assemble(examples: Examples, settings: DataSettings, parts: Parts) -> Feder
     return data if examples.targets is None else replace(data, left_out=left_out)
 
 
+def _targets(examples: SourceRows, settings: DataSettings, public: Tensor) -> TargetRows:
+    """Returns the targets of all rows; `public` are the positions of the public rows."""
+    if examples.targets is not None:
+        return examples.targets(public)
+    if settings.classes is not None:
+        raise DataError(
+            f"source '{settings.source}' has classes of its own",
+            place="classes",
+            cure="leave classes out",
+        )
+    return TargetRows.of_classes(examples.train.y, examples.class_names)
+
+
+def _check_clients(parts: Parts, usable: Tensor) -> None:
+    """Checks that every client has a row that is not left out."""
+    for name, rows in parts.clients.items():
+        if len(rows) and not bool(usable[rows].any()):
+            raise DataError(
+                "no row is left, since their classes or words are on no list",
+                place=f"client '{name}'",
+                cure=(
+                    "name all of them with classes = [...] or words = {...}, set unknown = "
+                    '"other", or leave this client out'
+                ),
+            )
+
+
 def _task(
-    examples: Examples, settings: DataSettings, names: tuple[str, ...], public: Tensor
+    examples: SourceRows, settings: DataSettings, names: tuple[str, ...], public: Tensor
 ) -> Task:
-    """Makes the task that the recipe names, or that these targets are for."""
+    """Makes the task of the recipe, or the default one for this kind of targets."""
     given = settings.task if settings.task is not None else tasks.DEFAULT[examples.kind]
     kind = tasks.kind_of(given)
     wanted = tasks.find(kind).targets
@@ -218,6 +232,7 @@ def _task(
 
 
 def _preprocess(public: Inputs, settings: DataSettings) -> Preprocess:
+    """Returns the standardisation of the recipe, or one fitted on the public rows."""
     if not settings.mean:
         with renaming({"x": "public part"}):
             return Preprocess.fit(public) if len(public) else Preprocess()

@@ -1,4 +1,4 @@
-"""Own data in CSV or parquet: one row per example, a label column, and perhaps a column that names the client."""
+"""Own data in CSV or parquet: a row per example, label columns, and maybe a client column."""
 
 from __future__ import annotations
 
@@ -16,30 +16,31 @@ from torch import Tensor
 from fedpress.core.examples import Arrays
 from fedpress.data import columns, csv, images
 from fedpress.data.columns import Column
-from fedpress.data.examples import Examples, InputRows, Progress
+from fedpress.data.examples import InputRows, Progress, SourceRows
 from fedpress.data.settings import DataSettings
 from fedpress.data.targets import READERS, targets_of
 from fedpress.errors import DataError, suggestion
 
+# The client column that stands for the name of the file.
 FILE = "file"
 
 
-def read(settings: DataSettings, progress: Progress | None) -> Examples:
-    """Returns the rows of all files: their numbers and words become features later, or they hold uint8 images.
+def read_tables(settings: DataSettings, progress: Progress | None) -> SourceRows:
+    """Returns the rows of all files.
+
+    Features and targets are computed later, when it is known which rows are public.
 
     Raises:
-        DataError: if a file is missing or corrupt, or a column is missing or of the wrong kind.
+        DataError: if a file is missing or corrupt, or a column is missing or of the wrong type.
     """
-    assert settings.path is not None  # checked by DataSettings
+    assert settings.path is not None, "checked by DataSettings"
     files = find(settings.path, settings.source)
-    table = _together([_read_file(file, settings) for file in files], files)
+    table = _concatenate([_read_file(file, settings) for file in files], files)
     names = _feature_names(table, settings)
     if settings.missing == "drop":
-        used = [
-            *names,
-            *settings.label_columns,
-            *([settings.client_column] if settings.client_column else []),
-        ]
+        used = [*names, *settings.label_columns]
+        if settings.client_column:
+            used.append(settings.client_column)
         table = table.filter(_complete(table, used))
     if table.num_rows == 0:
         raise DataError(
@@ -48,15 +49,16 @@ def read(settings: DataSettings, progress: Progress | None) -> Examples:
     kind = targets_of(settings)
     labels = tuple(Column.of(table, name, settings) for name in settings.label_columns)
     targets = READERS[kind](labels, settings)
-    y = targets.dealing()
+    y = targets.partition_labels()
     owners: Tensor | None = None
     owner_names: tuple[str, ...] = ()
     if settings.client_column:
         column = Column.of(table, settings.client_column, settings).typed()
-        owners, owner_names = columns.codes(column, settings.client_column, "client")
+        owners, owner_names = columns.class_codes(column, settings.client_column, "client")
     name = files[0].stem if len(files) == 1 else files[0].parent.name
+    # In place of inputs the positions of the rows, which are the same before inputs are known.
     rows = Arrays(torch.arange(len(y))[:, None], y)
-    found = Examples(
+    found = SourceRows(
         name, rows, owners=owners, owner_names=owner_names, targets=targets.targets, kind=kind
     )
     if len(names) == 1 and types.is_struct(table[names[0]].type):
@@ -66,12 +68,18 @@ def read(settings: DataSettings, progress: Progress | None) -> Examples:
         )
     if settings.missing == "error":
         _refuse_gaps(table, names)
-    features = columns.Features(tuple(Column.of(table, name, settings) for name in names), settings)
+    features = columns.FeatureColumns(
+        tuple(Column.of(table, name, settings) for name in names), settings
+    )
     return replace(found, inputs=features.inputs)
 
 
 def find(path: Path, kind: str) -> list[Path]:
-    """Returns the file `path`, the files of that kind in the folder, or those that a name with `*` stands for.
+    """Returns the file `path`, or the files in a folder, or those that match a name with `*`.
+
+    Args:
+        path: the file, folder or pattern.
+        kind: suffix of the files in a folder, such as "csv".
 
     Raises:
         DataError: if there are none.
@@ -104,19 +112,19 @@ def read_parquet(path: Path) -> Any:
 
 
 def _read_file(path: Path, settings: DataSettings) -> Any:
-    table = read_parquet(path) if settings.source == "parquet" else csv.read(path, settings)
+    table = read_parquet(path) if settings.source == "parquet" else csv.read_csv(path, settings)
     if settings.client_column == FILE and FILE not in table.column_names:
         table = table.append_column(FILE, pa.array([path.stem] * table.num_rows, pa.string()))
     return table
 
 
-def _together(tables: list[Any], files: list[Path]) -> Any:
+def _concatenate(tables: list[Any], files: list[Path]) -> Any:
     for table, file in zip(tables, files, strict=True):
         names = table.column_names
-        twice = next((name for name in names if names.count(name) > 1), None)
-        if twice is not None:
+        twice = [name for name in names if names.count(name) > 1]
+        if twice:
             raise DataError(
-                f"two columns are named '{twice}'",
+                f"two columns are named '{twice[0]}'",
                 place=f"'{file}'",
                 cure="give each a name of its own",
             )
@@ -130,32 +138,41 @@ def _together(tables: list[Any], files: list[Path]) -> Any:
         ) from error
 
 
-def _feature_names(table: Any, settings: DataSettings) -> list[str]:
-    for key in (
-        "label_column",
-        "client_column",
-        "feature_columns",
-        "drop_columns",
-        "words",
-        "public_words",
-    ):
+# Keys of `[data]` that name columns.
+COLUMN_KEYS = (
+    "label_column",
+    "client_column",
+    "feature_columns",
+    "drop_columns",
+    "words",
+    "public_words",
+)
+
+
+def _check_columns(table: Any, settings: DataSettings) -> None:
+    """Checks that the table has every column that the settings name."""
+    for key in COLUMN_KEYS:
         given = getattr(settings, key) or ()
         for name in [given] if isinstance(given, str) else given:
-            if name not in table.column_names:
-                known = ", ".join(table.column_names[:12]) + (
-                    ", ..." if len(table.column_names) > 12 else ""
-                )
-                if settings.source == "csv":
-                    csv.refuse_other_delimiter(settings, table.column_names)
-                raise DataError(
-                    f"no column '{name}' in '{settings.path}' (it has {known})",
-                    place=key,
-                    cure=suggestion(name, table.column_names) or "name one that it has",
-                )
+            if name in table.column_names:
+                continue
+            if settings.source == "csv":
+                csv.refuse_other_delimiter(settings, table.column_names)
+            known = ", ".join(table.column_names[:12])
+            if len(table.column_names) > 12:
+                known += ", ..."
+            raise DataError(
+                f"no column '{name}' in '{settings.path}' (it has {known})",
+                place=key,
+                cure=suggestion(name, table.column_names) or "name one that it has",
+            )
+
+
+def _feature_names(table: Any, settings: DataSettings) -> list[str]:
+    _check_columns(table, settings)
     left_out = {*settings.label_columns, settings.client_column, *settings.drop_columns}
-    names = [
-        name for name in settings.feature_columns or table.column_names if name not in left_out
-    ]
+    candidates = settings.feature_columns or table.column_names
+    names = [name for name in candidates if name not in left_out]
     if not names:
         raise DataError(
             "no feature column is left",
@@ -166,37 +183,35 @@ def _feature_names(table: Any, settings: DataSettings) -> list[str]:
 
 
 def _complete(table: Any, names: list[str]) -> Any:
-    """Returns which rows have a value in every column of `names`."""
-    kept = pa.array([True] * table.num_rows)
+    """Returns a mask of the rows that have a value in every column of `names`."""
+    complete = pa.array([True] * table.num_rows)
     for name in names:
-        kept = pc.and_(
-            kept, pc.invert(pc.is_null(table[name], nan_is_null=_may_be_nan(table[name])))
-        )
-    return kept
+        complete = pc.and_(complete, pc.invert(_is_missing(table[name])))
+    return complete
 
 
 def _refuse_gaps(table: Any, names: list[str]) -> None:
     for name in names:
-        gaps = pc.is_null(table[name], nan_is_null=_may_be_nan(table[name]))
-        if count := pc.sum(gaps).as_py():
+        gaps = _is_missing(table[name])
+        count = pc.sum(gaps).as_py()
+        if count:
+            first = pc.index(gaps, True).as_py()
             raise DataError(
-                (
-                    f"{count} of {table.num_rows} rows have no value (first: row "
-                    f"{pc.index(gaps, True).as_py()})"
-                ),
+                f"{count} of {table.num_rows} rows have no value (first: row {first})",
                 place=f"feature column '{name}'",
                 cure="set missing = 'drop' or 'mean', or name it in drop_columns",
             )
 
 
-def _may_be_nan(column: Any) -> bool:
-    return bool(types.is_floating(column.type))
+def _is_missing(column: Any) -> Any:
+    # pyarrow compares with NaN in columns of floats only.
+    return pc.is_null(column, nan_is_null=bool(types.is_floating(column.type)))
 
 
 def _images(
     column: Any, name: str, settings: DataSettings, public: Tensor, progress: Progress | None
 ) -> InputRows:
-    """Decodes a column of images in the layout of the hub: a struct with `bytes`."""
+    """Decodes a column of images in the layout of the Hugging Face hub: a struct with `bytes`."""
     if column.type.get_field_index("bytes") < 0:
         raise DataError(
             f"holds {column.type}",
@@ -205,11 +220,13 @@ def _images(
         )
     blobs = pc.struct_field(column, "bytes").to_pylist()
     where = f"'{settings.path}' column '{name}' row"
+    # The first public image decides on channels and size.
+    like = int(public.min()) if len(public) else 0
     x = images.decode(
         blobs,
         where=lambda i: f"{where} {i}",
         size=settings.image_size,
-        like=int(public.min()) if len(public) else 0,
+        like=like,
         progress=progress,
     )
     return InputRows(x, torch.zeros(len(x), dtype=torch.bool))

@@ -1,8 +1,8 @@
-"""Columns that hold what is to be predicted: one way of reading for each kind of targets.
+"""Reads the label columns of a table, with one class for each kind of targets.
 
-Partitioners deal rows by their labels. Numbers are dealt by tenths: rows are sorted by value and cut into ten groups of
-equal size, so `dirichlet` and `shards` give some clients mostly high values and others low ones. Several labels are
-dealt by which of them occur together.
+Partitioners such as `dirichlet` need a label for each row. For numbers that is the tenth of the
+sorted values in which a row is, so some clients get mostly high values and others low ones. For
+several labels it is the combination of labels that a row has.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pyarrow import types
 from torch import Tensor
 
 from fedpress import tasks
-from fedpress.data.columns import Column, Labels, refuse_missing
+from fedpress.data.columns import Column, LabelColumn, is_number, refuse_missing
 from fedpress.data.examples import TargetRows
 from fedpress.data.settings import DataSettings
 from fedpress.errors import DataError
@@ -30,22 +30,24 @@ GROUPS = 10
 class TargetReader(Protocol):
     """Reads the columns of the targets."""
 
-    def dealing(self) -> Tensor:
-        """Returns int64 [n], equal where partitioners are to see equal labels."""
+    def partition_labels(self) -> Tensor:
+        """Returns int64 [n]: the label of each row for partitioners."""
         ...
 
     def targets(self, public: Tensor) -> TargetRows:
-        """Returns the targets of all rows, with what is learned from the positions `public` of public rows."""
+        """Returns the targets of all rows; `public` are the positions of the public rows."""
         ...
 
 
 def targets_of(settings: DataSettings) -> Targets:
-    """Returns what kind of targets the data are to give."""
+    """Returns the kind of targets that the task of the recipe needs."""
     return tasks.find(tasks.kind_of(settings.task or tasks.Classification.kind)).targets
 
 
 def partition_labels_of_numbers(values: Tensor) -> Tensor:
-    """Returns int64 [n]: the tenth of the (first) number [n] or [n, k] of each row.
+    """Returns int64 [n]: the tenth, 0 to 9, in which the number of each row is.
+
+    Of several numbers [n, k] the first counts.
 
     >>> partition_labels_of_numbers(torch.arange(20.0)).bincount().tolist()
     [2, 2, 2, 2, 2, 2, 2, 2, 2, 2]
@@ -57,20 +59,20 @@ def partition_labels_of_numbers(values: Tensor) -> Tensor:
 
 
 def partition_labels_of_flags(flags: Tensor) -> Tensor:
-    """Returns int64 [n], equal where the labels [n, k] are."""
-    kind: Tensor = flags.nan_to_num().unique(dim=0, return_inverse=True)[1]
-    return kind.flatten()
+    """Returns int64 [n]: equal numbers for rows with equal labels [n, k] of 0 and 1."""
+    numbers: Tensor = flags.nan_to_num().unique(dim=0, return_inverse=True)[1]
+    return numbers.flatten()
 
 
 @dataclass(frozen=True)
-class Numbers:
+class NumberColumns:
     """Columns of numbers, for a regression."""
 
     columns: tuple[Column, ...]
     settings: DataSettings
 
-    def dealing(self) -> Tensor:
-        """Returns the tenth of the first column's values.
+    def partition_labels(self) -> Tensor:
+        """Returns int64 [n]: the tenth in which the value of the first column is.
 
         Raises:
             DataError: if a value is missing.
@@ -80,7 +82,7 @@ class Numbers:
         return partition_labels_of_numbers(torch.from_numpy(_as_numbers(self.columns[0]).copy()))
 
     def targets(self, public: Tensor) -> TargetRows:
-        """Returns float32 [n], or [n, k] of several columns.
+        """Returns float32 [n], or [n, k] for several columns.
 
         Raises:
             DataError: if a public row holds something that is no finite number.
@@ -88,7 +90,8 @@ class Numbers:
         y = torch.from_numpy(np.stack([_as_numbers(column) for column in self.columns], 1))
         known = y.isfinite().all(1)
         for at, column in enumerate(self.columns):
-            if not bool(y[public, at].isfinite().all()):  # public rows, so that it may be told
+            # Of public rows an error may tell; private rows without a number are left out.
+            if not bool(y[public, at].isfinite().all()):
                 raise DataError(
                     "some public rows hold no finite number",
                     place=f"label column '{column.name}'",
@@ -105,14 +108,14 @@ class Numbers:
 
 
 @dataclass(frozen=True)
-class Flags:
-    """Columns of 0 and 1, or of truth values, one for each label."""
+class FlagColumns:
+    """Columns of 0 and 1, or true and false, one for each label."""
 
     columns: tuple[Column, ...]
     settings: DataSettings
 
-    def dealing(self) -> Tensor:
-        """Returns int64 [n], equal where all labels are.
+    def partition_labels(self) -> Tensor:
+        """Returns int64 [n]: equal numbers for rows with equal labels.
 
         Raises:
             DataError: if a value is missing.
@@ -126,7 +129,7 @@ class Flags:
         """Returns float32 [n, k] of 0 and 1.
 
         Raises:
-            DataError: if a public row holds something else.
+            DataError: if a public row holds another value.
         """
         y = torch.from_numpy(np.stack([_as_numbers(column) for column in self.columns], 1))
         fits = (y == 0) | (y == 1)
@@ -146,15 +149,12 @@ def _as_numbers(column: Column) -> np.ndarray:
     if column.text:
         values = column.cast(pa.float64())
         truth = column.cast(pa.bool_())
-        if truth.null_count < values.null_count:  # the cells say "true" and "false"
+        # More cells are "true" or "false" than numbers.
+        if truth.null_count < values.null_count:
             values = truth
     if types.is_boolean(values.type):
         values = values.cast(pa.uint8())
-    if not (
-        types.is_integer(values.type)
-        or types.is_floating(values.type)
-        or types.is_decimal(values.type)
-    ):
+    if not is_number(values.type):
         raise DataError(
             f"holds {values.type}",
             place=f"label column '{column.name}'",
@@ -164,19 +164,19 @@ def _as_numbers(column: Column) -> np.ndarray:
     return np.asarray(values.to_numpy(zero_copy_only=False), dtype=np.float32)
 
 
-def _labels(columns: tuple[Column, ...], settings: DataSettings) -> Labels:
+def _labels(columns: tuple[Column, ...], settings: DataSettings) -> LabelColumn:
     if len(columns) > 1:
         raise DataError(
             f"{len(columns)} columns, but a classification has one",
             place="label_column",
             cure="name one, or set task = 'multilabel' or 'regression'",
         )
-    return Labels(columns[0], settings)
+    return LabelColumn(columns[0], settings)
 
 
 READERS: dict[Targets, Callable[[tuple[Column, ...], DataSettings], TargetReader]] = {
     "classes": _labels,
-    "numbers": Numbers,
-    "flags": Flags,
+    "numbers": NumberColumns,
+    "flags": FlagColumns,
 }
-"""How each kind of targets is read from a table."""
+"""The reader of each kind of targets."""

@@ -2,13 +2,13 @@ import pytest
 import torch
 
 from fedpress.core.examples import Arrays, Preprocess
-from fedpress.data.examples import Examples
+from fedpress.data.examples import SourceRows
 from fedpress.data.settings import DataSettings
-from fedpress.data.split import split
+from fedpress.data.split import split_rows
 from fedpress.errors import DataError
 
 
-def numbered(n: int, *, own_test: bool = False, clients: int = 0) -> Examples:
+def numbered(n: int, *, own_test: bool = False, clients: int = 0) -> SourceRows:
     """Rows whose only feature is their number, so that a row can be followed to where it went."""
 
     def rows(start: int, count: int) -> Arrays:
@@ -17,7 +17,7 @@ def numbered(n: int, *, own_test: bool = False, clients: int = 0) -> Examples:
             torch.arange(count) % 3,
         )
 
-    return Examples(
+    return SourceRows(
         "numbered",
         rows(0, n),
         ("a", "b", "c"),
@@ -42,7 +42,7 @@ def ask(**keys) -> DataSettings:
 
 
 def test_every_row_goes_to_one_place_when_the_rest_is_public():
-    data = split(numbered(100), ask(num_clients=4, examples_per_client=10, validation=7), 0)
+    data = split_rows(numbered(100), ask(num_clients=4, examples_per_client=10, validation=7), 0)
     went = where_rows_went(data)
     assert {name: len(rows) for name, rows in went.items()} == {
         **{f"c{i}": 10 for i in range(4)},
@@ -54,7 +54,7 @@ def test_every_row_goes_to_one_place_when_the_rest_is_public():
 
 
 def test_a_source_with_its_own_test_set_keeps_it():
-    data = split(
+    data = split_rows(
         numbered(100, own_test=True), ask(num_clients=4, examples_per_client=25, validation=0), 0
     )
     assert where_rows_went(data)["test"] == set(range(1000, 1005))
@@ -64,14 +64,17 @@ def test_a_source_with_its_own_test_set_keeps_it():
 
 def test_the_same_seed_gives_the_same_rows_and_another_seed_does_not():
     first, again, other = (
-        where_rows_went(split(numbered(90), ask(examples_per_client=4), seed)) for seed in (3, 3, 4)
+        where_rows_went(split_rows(numbered(90), ask(examples_per_client=4), seed))
+        for seed in (3, 3, 4)
     )
     assert first == again
     assert all(first[name] != other[name] for name in first)
 
 
 def test_natural_clients_give_the_asked_share_of_their_own_rows():
-    data = split(numbered(60, clients=3), ask(test_share=0.2, public_share=0.5, validation=0.2), 0)
+    data = split_rows(
+        numbered(60, clients=3), ask(test_share=0.2, public_share=0.5, validation=0.2), 0
+    )
     went = where_rows_went(data)
     for owner in range(3):
         own = {row for row in range(60) if row % 3 == owner}
@@ -82,7 +85,7 @@ def test_natural_clients_give_the_asked_share_of_their_own_rows():
 
 
 def test_public_and_test_clients_give_all_their_rows_and_hold_none():
-    data = split(
+    data = split_rows(
         numbered(60, clients=4), ask(public_clients=["p1"], test_clients=["p3"], validation=3), 0
     )
     went = where_rows_went(data)
@@ -92,15 +95,17 @@ def test_public_and_test_clients_give_all_their_rows_and_hold_none():
 
 
 def test_what_natural_clients_do_not_use_never_becomes_public():
-    data = split(numbered(60, clients=4), ask(num_clients=2, examples_per_client=5), 0)
+    data = split_rows(numbered(60, clients=4), ask(num_clients=2, examples_per_client=5), 0)
     assert [len(part) for part in data.clients.values()] == [5, 5]
     assert len(data.public) == len(data.validation) == 0
 
 
 def test_preprocessing_is_fitted_on_the_public_part_alone():
-    data = split(numbered(60, clients=3), ask(public_clients=["p2"], validation=2), 0)
+    data = split_rows(numbered(60, clients=3), ask(public_clients=["p2"], validation=2), 0)
     assert data.preprocess == Preprocess.fit(data.public.x)
-    given = split(numbered(60, clients=3), ask(public_clients=["p2"], mean=[1.0], std=[2.0]), 0)
+    given = split_rows(
+        numbered(60, clients=3), ask(public_clients=["p2"], mean=[1.0], std=[2.0]), 0
+    )
     assert given.preprocess == Preprocess((1.0,), (2.0,))
 
 
@@ -138,4 +143,4 @@ def test_preprocessing_is_fitted_on_the_public_part_alone():
 )
 def test_what_cannot_be_shared_out_is_refused_with_place_and_cure(keys, clients, message):
     with pytest.raises(DataError, match=message):
-        split(numbered(100, clients=clients), ask(**keys), 0)
+        split_rows(numbered(100, clients=clients), ask(**keys), 0)
