@@ -95,7 +95,7 @@ def export_training(
         **(metadata or {}),
         "input_shape": json.dumps(list(input_shape)),
         "batch_size": str(batch_size),
-        "task": json.dumps({"kind": task.kind, "names": list(task.names), **task.about()}),
+        "task": json.dumps({"kind": task.kind, "names": list(task.names), **task.to_json()}),
         "parameters": json.dumps([name for name, p in net.named_parameters() if p.requires_grad]),
     }
     data = _lower(trained, example, metadata)
@@ -248,7 +248,7 @@ def _targets(task: Task, outputs: Tensor) -> tuple[Tensor, Tensor]:
     like = torch.zeros(1, dtype=torch.int64)
     if task.targets != "classes":
         like = torch.zeros(1, task.outputs)
-    targets = task.made_up(n, like)
+    targets = task.made_up_targets(n, like)
     try:
         task.check(outputs, targets)
     except ModelError as error:

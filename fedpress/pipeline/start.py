@@ -90,7 +90,7 @@ def first_state(recipe: Recipe, data: data_sets.FederatedData) -> State:
         "input_shape": shape_of(examples.x),
         "mean": data.preprocess.mean,
         "std": data.preprocess.std,
-        **({"class_names": data.class_names, "task": data.task.about()} if data.labelled else {}),
+        **({"class_names": data.class_names, "task": data.task.to_json()} if data.labelled else {}),
         "input_dtype": dtype_of(examples.x),
     }
     torch.manual_seed(derive(recipe.seed, "weights"))

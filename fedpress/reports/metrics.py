@@ -21,11 +21,11 @@ def words_of(lines: Sequence[Json]) -> tuple[Metric, ...]:
     """
     for line in lines:
         if "task" in line:
-            return task_of(line).words
+            return task_of(line).shown_metrics
     for task in TASKS.values():
         if any(task.primary in line for line in lines):
-            return task.words
-    return Classification.words
+            return task.shown_metrics
+    return Classification.shown_metrics
 
 
 @dataclass(frozen=True)

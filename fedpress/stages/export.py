@@ -113,7 +113,7 @@ class ExportStage(BaseModel, Stage):
         agree = task.agreement(in_torch, in_file) if in_torch.dim() > 1 else 1.0
         apart = float((in_file - in_torch).norm() / in_torch.norm().clamp_min(1e-30))
 
-        yield Tick(2, 4, f"measuring {task.words[0].name}")
+        yield Tick(2, 4, f"measuring {task.shown_metrics[0].name}")
         metrics = dict[str, Any](dict.fromkeys(task.keys))
         if len(test):
             metrics |= deploy.metrics(path, test, state.data.preprocess, task)
@@ -204,7 +204,7 @@ class ExportStage(BaseModel, Stage):
 def _metadata(state: State) -> dict[str, str]:
     """Returns the metadata of the file: the names of its outputs, and the task."""
     metadata = {"class_names": json.dumps(state.data.class_names)}
-    about = state.data.task.about()
+    about = state.data.task.to_json()
     if about:
         metadata["task"] = json.dumps(about)
     return metadata
@@ -222,7 +222,7 @@ def difference_in_words(
         model: metric of the torch model; None without test examples.
         simulated: whether torch only simulates the rounding of the model.
     """
-    word = task.words[0]
+    word = task.shown_metrics[0]
     lost = 0.0
     if file is not None and model is not None:
         lost = abs(model - file)

@@ -1,6 +1,6 @@
-"""What is learned: how outputs become a loss, which metrics tell the result, which targets fit.
+"""The table of tasks: for each its loss, its metrics, and the targets that it needs.
 
-One file and one row of `TASKS` for each task; `docs/tasks.md` shows how to add one.
+A task is one file and one row of `TASKS`; `docs/tasks.md` shows how to add one.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from fedpress.tasks.regression import Regression
 TASKS: dict[str, type[Task]] = {
     task.kind: task for task in (Classification, Binary, Multilabel, Regression, Poisson)
 }
-"""Every task by its word in a recipe."""
+"""Every task by its name in a recipe."""
 
 DEFAULT: dict[str, str] = {
     "classes": Classification.kind,
     "flags": Multilabel.kind,
     "numbers": Regression.kind,
 }
-"""What is learned from each kind of targets where the recipe does not say."""
+"""The task for each kind of targets, if the recipe names none."""
 
 
 def find(kind: str) -> type[Task]:
@@ -48,12 +48,12 @@ def find(kind: str) -> type[Task]:
 
 
 def kind_of(given: str | Mapping[str, Any]) -> str:
-    """Returns the task's word from the value of `data.task`, which may be a table with options."""
+    """Returns the task's name from the value of `data.task`, which may be a table with options."""
     return given if isinstance(given, str) else str(given.get("kind"))
 
 
 def check_settings(given: str | Mapping[str, Any]) -> None:
-    """Refuses a value of `data.task` that names no task, or options that it does not have.
+    """Checks that a value of `data.task` names a task and options that the task has.
 
     Raises:
         RecipeError: naming what is wrong.
@@ -75,8 +75,8 @@ def make(given: str | Mapping[str, Any], names: tuple[str, ...], public: Tensor)
     """Makes the task of a data set.
 
     Args:
-        given: the value of `data.task`: a word, or a table with `kind` and options.
-        names: of the classes, or of the numbers.
+        given: the value of `data.task`: a name, or a table with `kind` and options.
+        names: of the classes, or of the predicted numbers.
         public: the public targets [n, ...].
 
     Raises:
@@ -89,9 +89,7 @@ def make(given: str | Mapping[str, Any], names: tuple[str, ...], public: Tensor)
     if not options:
         return task
     try:
-        return replace(
-            task, **{key: tuple(v) if isinstance(v, list) else v for key, v in options.items()}
-        )  # type: ignore[type-var]
+        return replace(task, **_with_tuples(options))  # type: ignore[type-var]
     except (TypeError, ValueError) as error:
         raise RecipeError(
             f"{row.kind} does not take {options}: {error}",
@@ -100,28 +98,33 @@ def make(given: str | Mapping[str, Any], names: tuple[str, ...], public: Tensor)
         ) from error
 
 
-def of_model(about: Mapping[str, Any], class_names: tuple[str, ...]) -> Task:
+def _with_tuples(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the options with tuples for lists, since TOML and JSON have no tuples."""
+    found = {}
+    for key, value in options.items():
+        found[key] = tuple(value) if isinstance(value, list) else value
+    return found
+
+
+def of_model(saved: Mapping[str, Any], class_names: tuple[str, ...]) -> Task:
     """Returns the task that a saved model was trained for.
 
     Args:
-        about: `ModelSpec.task`, what `Task.about` gave; empty for a classification.
+        saved: `ModelSpec.task`, the result of `Task.to_json`; empty for a classification.
         class_names: `ModelSpec.class_names`.
 
     Raises:
-        RecipeError: if this version does not know it.
+        RecipeError: if this version has no such task.
     """
-    options = {
-        key: tuple(value) if isinstance(value, list) else value
-        for key, value in about.items()
-        if key not in ("kind", "names")
-    }
-    row = find(str(about.get("kind", Classification.kind)))
-    names = tuple(about.get("names", class_names))
-    return replace(row(names), **options)  # type: ignore[call-arg, type-var]
+    options = {key: value for key, value in saved.items() if key not in ("kind", "names")}
+    row = find(str(saved.get("kind", Classification.kind)))
+    names = tuple(saved.get("names", class_names))
+    return replace(row(names), **_with_tuples(options))  # type: ignore[call-arg, type-var]
 
 
 def task_of(line: Mapping[str, Any]) -> type[Task]:
-    """Returns the task of a line of `result.json`; lines of version 0.1.0, which name none, are of classifications."""
+    """Returns the task of a line of `result.json`."""
+    # Version 0.1.0 had classifications only, and did not write the task.
     return TASKS.get(str(line.get("task")), Classification)
 
 

@@ -1,4 +1,4 @@
-"""What every task says: its loss, the sums of its metrics, what it checks, and the words to tell results in."""
+"""The base class of tasks: loss, metrics from sums, and checks of outputs and targets."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ from fedpress.tasks.weights import ClassWeights
 
 Reduction = Literal["mean", "sum", "none"]
 Sums = Mapping[str, Tensor]
-"""Numbers that are added up over examples, by name: those of two parts added are those of the whole."""
+"""Sums over examples, by name. The sums of two parts of the data add up to those of the whole."""
 
 Targets = Literal["classes", "flags", "numbers"]
-"""What the data must give: class numbers int64 [n, ...]; 0 and 1 as float32 [n, k]; or float32 [n] or [n, k]."""
+"""Kinds of targets: class numbers int64 [n, ...]; 0 and 1 float32 [n, k]; float32 [n] or [n, k]."""
 
 
 @dataclass(frozen=True)
 class Metric:
-    """How one metric is told.
+    """How one metric is named and formatted.
 
     Attributes:
         key: in records and results, such as `balanced_accuracy`.
         name: for people, such as "balanced accuracy".
-        better: which values are good ones.
-        share: whether it is a share (0..1) that people read in percent.
-        digits: after the point, where it is no share.
-        says: for the report: what it says, in words.
+        better: whether higher or lower values are better.
+        share: whether it is a share, 0 to 1, which is shown in percent.
+        digits: decimals, if it is no share.
+        says: its meaning, for the report.
     """
 
     key: str
@@ -44,7 +44,7 @@ class Metric:
     says: str = ""
 
     def formatted(self, value: float | None) -> str:
-        """Returns a value as people read it.
+        """Returns a value as text.
 
         >>> Metric("accuracy", "accuracy", share=True).formatted(0.9712)
         '97.12%'
@@ -57,25 +57,28 @@ class Metric:
 
 
 class Task(ABC):
-    """What is learned. A new task is a frozen dataclass in a file of its own, and a row in `fedpress.tasks.TASKS`.
+    """What is learned: a loss, metrics, and the form of outputs and targets.
+
+    A new task is a frozen dataclass in a file of its own, and a row in `fedpress.tasks.TASKS`.
 
     Attributes:
-        kind: the word in a recipe.
-        targets: what the data must give.
-        words: the metrics that people see, the most important one first: choices are made by that.
-        beside: further keys that `summary` gives.
-        primary: the key of the first of `words`: patience, `target_metric`, sweep and report go by it.
+        kind: its name in a recipe.
+        targets: the kind of targets that it needs.
+        shown_metrics: the metrics that people see; the first one is the primary metric.
+        other_keys: further keys that `summary` returns.
+        primary: key of the primary metric, by which early stopping, `target_metric`, sweeps and the
+            report compare models.
         higher_is_better: whether a larger value of it is better.
-        keys: all that `summary` gives.
-        names: of the classes, or of the numbers that are predicted.
-        weighs_classes: whether there are classes that may count differently in the loss.
-        class_weights: one for each class, see `weighted`; empty where all count alike.
+        keys: all keys that `summary` returns.
+        names: of the classes, or of the predicted numbers.
+        weighs_classes: whether it has classes that may count differently in the loss.
+        class_weights: one for each class, see `weighted`; empty if all count alike.
     """
 
     kind: ClassVar[str]
     targets: ClassVar[Targets]
-    words: ClassVar[tuple[Metric, ...]]
-    beside: ClassVar[tuple[str, ...]] = ()
+    shown_metrics: ClassVar[tuple[Metric, ...]]
+    other_keys: ClassVar[tuple[str, ...]] = ()
     names: tuple[str, ...]
     class_weights: tuple[float, ...] = ()
 
@@ -85,35 +88,41 @@ class Task(ABC):
     keys: ClassVar[tuple[str, ...]]
 
     def __init_subclass__(cls) -> None:
-        """Reads from `words` by which metric models are compared, in which direction, and what `summary` gives."""
+        """Derives `primary`, `higher_is_better` and `keys` from the metrics of a new task."""
         super().__init_subclass__()
-        cls.primary = cls.words[0].key
-        cls.higher_is_better = cls.words[0].better == "higher"
-        cls.keys = (*(word.key for word in cls.words if word.key != "loss"), *cls.beside)
+        cls.primary = cls.shown_metrics[0].key
+        cls.higher_is_better = cls.shown_metrics[0].better == "higher"
+        # The loss is measured by the evaluation itself.
+        measured = [metric.key for metric in cls.shown_metrics if metric.key != "loss"]
+        cls.keys = (*measured, *cls.other_keys)
 
     @classmethod
     def fit(cls, names: tuple[str, ...], public: Tensor) -> Task:
         """Makes the task of a data set.
 
         Args:
-            names: of the classes, or of the columns that hold the numbers.
-            public: the public targets [n, ...], n may be 0. Private ones must not decide anything here.
+            names: of the classes, or of the predicted numbers.
+            public: the public targets [n, ...]; n may be 0. Private targets must have no influence,
+                since what is fitted goes out with the model.
         """
         del public
         return cls(names)  # type: ignore[call-arg]
 
     @property
     def worst(self) -> float:
-        """The value that any other one is better than."""
+        """The worst value of the primary metric, to start a search with."""
         return -math.inf if self.higher_is_better else math.inf
 
     @classmethod
     def formatted(cls, score: float | None) -> str:
-        """Returns a value of the primary metric as people read it: `97.12%`, or `12.3`."""
-        return cls.words[0].formatted(score)
+        """Returns a value of the primary metric as text: `97.12%`, or `12.3`."""
+        return cls.shown_metrics[0].formatted(score)
 
     def better(self, new: float | None, old: float | None) -> bool:
-        """Says whether `new` is a better value of the primary metric than `old`; any number is better than none."""
+        """Whether `new` is a better value of the primary metric than `old`.
+
+        None and NaN are worse than any number.
+        """
         if new is None or math.isnan(new):
             return False
         if old is None or math.isnan(old):
@@ -122,7 +131,7 @@ class Task(ABC):
 
     @property
     def outputs(self) -> int:
-        """How many numbers the network gives for one example (for each position, where targets are maps)."""
+        """Number of outputs of the network for one example, or for each position of an example."""
         return len(self.names)
 
     @abstractmethod
@@ -132,46 +141,56 @@ class Task(ABC):
         Args:
             outputs: of the network, [n, ...].
             targets: [n, ...].
-            reduction: "mean" or "sum" over examples, or "none": that of each example, [n]. The last one is what
-                clipping per example needs, so an example must not depend on another.
+            reduction: "mean" or "sum" over examples, or "none": the loss of each example, [n].
+                Per-example clipping uses the last, so no example may influence another's loss.
         """
 
     @abstractmethod
     def metrics(self, outputs: Tensor, targets: Tensor) -> Sums:
-        """Returns the sums from which `summary` makes the metrics; add those of several batches with `merged`."""
+        """Returns the sums of a batch from which `summary` computes the metrics.
+
+        Add the sums of several batches with `merged`.
+        """
 
     @abstractmethod
     def summary(self, sums: Sums) -> dict[str, JsonValue]:
-        """Returns the metrics by their keys; None for one that is not defined on these examples.
+        """Returns the metrics by key; None for one that is undefined on these examples.
 
-        A key that ends in `_warning` holds a sentence where the model is worth nothing, else None. The
-        primary metric's key with `_error` behind it, such as `accuracy_error`, holds its standard error: how far
-        another draw of as many test examples would move it. Leave it out where there is no simple formula.
+        A key that ends in `_warning` holds a sentence if the model is useless, else None. The
+        primary metric's key and `_error`, such as `accuracy_error`, is its standard error: how far
+        another draw of as many test examples would move it. Leave it out if it has no simple
+        formula.
         """
 
     def score_sums(self, outputs: Tensor, targets: Tensor) -> Sums:
-        """Returns what the primary metric alone needs: give a cheap way if all metrics cost much more."""
+        """Returns the sums that the primary metric needs.
+
+        Override it if all metrics cost much more than the primary one.
+        """
         return self.metrics(outputs, targets)
 
     def score(self, sums: Sums) -> float:
-        """Returns the primary metric from the `score_sums`, NaN where it is not defined."""
+        """Returns the primary metric from the `score_sums`; NaN if it is undefined."""
         value = self.summary(sums)[self.primary]
         return float(value) if isinstance(value, int | float) else math.nan
 
     def soft_loss(self, outputs: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-        """Returns how far the outputs [n, ...] are from those of a teacher: their mean squared difference here."""
+        """Returns the distillation loss of outputs [n, ...] against a teacher's outputs.
+
+        Here it is the mean squared difference.
+        """
         del temperature
         return (outputs - teacher).square().mean()
 
     def agreement(self, first: Tensor, second: Tensor) -> float | None:
-        """Returns the share of examples to which two networks give the same answer; None where answers are numbers."""
+        """Returns the share of examples with equal predictions; None if predictions are numbers."""
         return None
 
     def smoothed(self, amount: float) -> Task:
         """Returns the task with label smoothing.
 
         Raises:
-            RecipeError: if its targets are no classes.
+            RecipeError: if its targets are not classes.
         """
         if amount:
             raise RecipeError(
@@ -182,14 +201,14 @@ class Task(ABC):
         return self
 
     def weighted(self, given: ClassWeights, public: Tensor) -> Task:
-        """Returns the task with weights in its loss; its metrics stay as they are.
+        """Returns the task with class weights in its loss. They do not change its metrics.
 
         Args:
             given: "balanced", or a weight for each class.
-            public: the public targets [n, ...]. Private ones must not decide anything here.
+            public: the public targets [n, ...]. Private targets must have no influence.
 
         Raises:
-            RecipeError: if its targets are no classes, or the weights do not fit them.
+            RecipeError: if its targets are not classes, or the weights do not fit them.
             DataError: if the public targets cannot be balanced.
         """
         del given, public
@@ -197,14 +216,14 @@ class Task(ABC):
 
     @property
     def unweighted(self) -> Task:
-        """The task in whose loss all examples count alike, as results tell it."""
+        """The task without class weights, whose loss stands in results."""
         return self
 
     def check(self, outputs: object, targets: Tensor) -> None:
-        """Refuses outputs or targets that do not belong to this task.
+        """Checks that outputs and targets fit this task.
 
         Raises:
-            ModelError: if the network gives something else than the task needs.
+            ModelError: if the network returns another shape.
             DataError: if a target has the wrong shape, type or range.
         """
         self.check_targets(targets)
@@ -219,19 +238,22 @@ class Task(ABC):
 
     @property
     def expected(self) -> str:
-        """The shape of one example's outputs, in words."""
+        """The expected shape of one example's outputs, for errors."""
         return f"[{self.outputs}] for the task {self.kind}"
 
     def check_targets(self, targets: Tensor) -> None:
-        """Refuses targets that do not belong to this task; says nothing about single values, which may be private.
+        """Checks that targets fit this task. Its errors quote no value, since it may be private.
 
         Raises:
             DataError: saying what was expected.
         """
         check_numbers(targets, len(self.names), self.kind)
 
-    def made_up(self, n: int, like: Tensor) -> Tensor:
-        """Returns `n` valid targets of the shape and type of `like` [m, ...], to try a network before private data."""
+    def made_up_targets(self, n: int, like: Tensor) -> Tensor:
+        """Returns `n` valid targets in shape and dtype of `like` [m, ...].
+
+        With them a network is tried before any private data is used.
+        """
         shape = (n, *like.shape[1:])
         if self.targets == "classes":
             each = torch.arange(n) % len(self.names)
@@ -239,10 +261,11 @@ class Task(ABC):
             each = torch.arange(n) % 2
         else:
             each = torch.linspace(0, 1, n)
-        return each.to(like.dtype).reshape(n, *[1] * (like.dim() - 1)).expand(shape).contiguous()
+        column = each.to(like.dtype).reshape(n, *[1] * (like.dim() - 1))
+        return column.expand(shape).contiguous()
 
-    def about(self) -> dict[str, JsonValue]:
-        """Returns what a device must know to read the outputs, as JSON: the kind and the names at least."""
+    def to_json(self) -> dict[str, JsonValue]:
+        """Returns what a device must know to use the outputs: kind, names, and options."""
         return {"kind": self.kind, "names": list(self.names)}
 
     def to_targets(self, outputs: Tensor) -> Tensor:
@@ -260,7 +283,7 @@ class Task(ABC):
 
 
 def no_classes(kind: str) -> RecipeError:
-    """Returns the error of class weights for a task without classes."""
+    """Returns the error for class weights of a task that has no classes."""
     return RecipeError(
         f"the task is {kind}, which has no classes to weigh",
         place="class_weights",
@@ -282,20 +305,25 @@ def merged(first: Sums, *others: Sums) -> dict[str, Tensor]:
 
 
 def reduced(losses: Tensor, reduction: Reduction) -> Tensor:
-    """Returns the mean or the sum of the losses of single examples [n], or them as they are."""
+    """Returns mean or sum of the losses of examples [n], or the losses themselves."""
     if reduction == "none":
         return losses
     return losses.mean() if reduction == "mean" else losses.sum()
 
 
 def number(value: Tensor | float) -> float | None:
-    """Returns a number for JSON: None for NaN and infinity, which it does not know."""
+    """Returns a number for JSON: None for NaN and infinity, since JSON has neither."""
     value = float(value)
     return value if math.isfinite(value) else None
 
 
 def error_of_mean(total: Tensor, squares: Tensor, n: int) -> float | None:
-    """Returns the standard error of a mean, from the sum of `n` independent values and that of their squares.
+    """Returns the standard error of a mean; None for fewer than two values.
+
+    Args:
+        total: sum of `n` independent values.
+        squares: sum of their squares.
+        n: number of values.
 
     >>> error_of_mean(torch.tensor(6.0), torch.tensor(14.0), 3)  # of 1, 2 and 3
     0.5773502691896258
@@ -311,13 +339,19 @@ def error_of_mean(total: Tensor, squares: Tensor, n: int) -> float | None:
 
 
 def check_numbers(targets: Tensor, width: int, kind: str) -> None:
-    """Refuses targets that are not float32 [n, width] ([n] where width is 1), or not finite."""
-    shapes = [[width], []] if width == 1 else [[width]]
+    """Checks that targets are float32 [n, width], or [n] if width is 1, and finite.
+
+    Raises:
+        DataError: naming the task `kind`.
+    """
+    shapes, expected = [[width]], f"[n, {width}]"
+    if width == 1:
+        shapes, expected = [[1], []], "[n, 1] or [n]"
     if targets.dtype != torch.float32 or list(targets.shape[1:]) not in shapes:
         raise DataError(
             f"targets of type {targets.dtype} and shape {list(targets.shape)}",
             place="targets",
-            cure=f"the task {kind} needs float32 [n, {width}]{(' or [n]' if width == 1 else '')}",
+            cure=f"the task {kind} needs float32 {expected}",
         )
     if not bool(targets.isfinite().all()):
         raise DataError(

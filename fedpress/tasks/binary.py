@@ -1,4 +1,4 @@
-"""Binary classification: one logit for each example, judged by how well it ranks."""
+"""Binary classification: one logit for each example, judged by the AUC."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Binary(Task):
 
     Attributes:
         names: of class 0 and class 1.
-        threshold: the probability of class 1 from which on the answer is class 1.
+        threshold: the answer is class 1 if its probability is at least this.
         class_weights: factor on the loss of an example by its class; empty: 1.
     """
 
@@ -34,7 +34,7 @@ class Binary(Task):
     weighs_classes = True
     kind = "binary"
     targets = "classes"
-    words = (
+    shown_metrics = (
         Metric(
             "auc",
             "AUC",
@@ -46,7 +46,7 @@ class Binary(Task):
         Metric("calibration_error", "calibration error", "lower", says=CALIBRATION_SAYS),
         Metric("loss", "log loss", "lower"),
     )
-    beside = ("majority_share", "accuracy_warning", "accuracy_error", "auc_error", "confusion")
+    other_keys = ("majority_share", "accuracy_warning", "accuracy_error", "auc_error", "confusion")
 
     def __post_init__(self) -> None:
         if len(self.names) != 2:
@@ -83,51 +83,59 @@ class Binary(Task):
         return replace(self, class_weights=()) if self.class_weights else self
 
     def soft_loss(self, outputs: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-        """Returns T^2 KL(teacher || student) of the two probabilities softened by T."""
+        """Returns T^2 KL(teacher || student) of the two probabilities at temperature T."""
         return Classification(self.names).soft_loss(_both(outputs), _both(teacher), temperature)
 
     def agreement(self, first: Tensor, second: Tensor) -> float | None:
         """Returns the share of equal answers at the threshold."""
-        border = math.log(self.threshold / (1 - self.threshold))
+        border = self._logit_of_threshold
         return ((first >= border) == (second >= border)).float().mean().item()
 
     def answers(self, outputs: Tensor) -> Tensor:
         """Returns 1 where the probability of class 1 reaches the threshold, else 0."""
-        return (outputs[:, 0] >= math.log(self.threshold / (1 - self.threshold))).long()
+        return (outputs[:, 0] >= self._logit_of_threshold).long()
 
     def probabilities(self, outputs: Tensor) -> Tensor:
         """Returns the probabilities of class 0 and class 1, [n, 2]."""
         of_one = outputs[:, :1].sigmoid()
         return torch.cat([1 - of_one, of_one], dim=1)
 
+    @property
+    def _logit_of_threshold(self) -> float:
+        return math.log(self.threshold / (1 - self.threshold))
+
     def metrics(self, outputs: Tensor, targets: Tensor) -> Sums:
-        """Returns the counts of a classification of two classes; those of its answers are at the threshold."""
+        """Returns the counts of a classification with two classes, its answers by the threshold."""
         logits = _both(outputs.detach().double())
         sums = dict(Classification(self.names).metrics(logits, targets))
-        answers = (logits[:, 1] >= math.log(self.threshold / (1 - self.threshold))).long()
+        # A classification answers at 0.5: these counts are replaced by those at the threshold.
+        answers = (logits[:, 1] >= self._logit_of_threshold).long()
         sums["answers"] = answers.bincount(minlength=2)
         sums["right"] = targets[answers == targets].bincount(minlength=2)
         sums["confusion"] = (2 * targets + answers).bincount(minlength=4).view(2, 2)
         return sums
 
     def summary(self, sums: Sums) -> dict[str, JsonValue]:
-        """Returns the metrics of `words`, and what stands beside them in a classification."""
+        """Returns the metrics, and further facts as in `Classification`.
+
+        `auc_error` is the standard error of the AUC.
+        """
         found = Classification(self.names).summary(sums)
         found.pop("macro_f1")
-        touched = sums["labels"][1] + sums["answers"][1]
-        f1 = number(2 * sums["right"][1] / touched)
+        f1 = number(2 * sums["right"][1] / (sums["labels"][1] + sums["answers"][1]))
+        # The primary metric comes first.
         auc = found.pop("auc")
         error = None
         if isinstance(auc, float):
             error = ranking.error_of_area(auc, int(sums["labels"][1]), int(sums["labels"][0]))
         return {"auc": auc, **found, "f1": f1, "auc_error": error}
 
-    def about(self) -> dict[str, JsonValue]:
+    def to_json(self) -> dict[str, JsonValue]:
         """Returns the names, and the threshold of the answer."""
-        return {**super().about(), "threshold": self.threshold}
+        return {**super().to_json(), "threshold": self.threshold}
 
     def check_targets(self, targets: Tensor) -> None:
-        """Refuses targets that are not 0 or 1."""
+        """Checks that targets are 0 or 1."""
         Classification(self.names).check_targets(targets)
         if targets.dim() != 1:
             raise DataError(

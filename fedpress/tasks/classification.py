@@ -16,14 +16,12 @@ from fedpress.tasks.base import Metric, Reduction, Sums, Task, number, reduced
 from fedpress.tasks.weights import ClassWeights
 
 IGNORED = -100
-"""The target of a position that counts for nothing, such as the padding of a short sequence."""
+"""Target of a position that does not count, such as the padding of a short sequence."""
 
+# With more classes there is no AUC: every class needs two histograms.
 MOST_RANKED = 1000
-"""Classes up to which the areas under the ROC curves are measured: each needs two histograms."""
-
+# With more classes there is no confusion matrix: its size is the square.
 MOST_CONFUSED = 50
-"""Classes up to which the confusion matrix is kept."""
-
 
 AUC_SAYS = "of class 1 where there are two classes, else the mean over the classes; 0.5 is chance"
 CALIBRATION_SAYS = "how far the model's confidence is from its accuracy, on average"
@@ -31,11 +29,14 @@ CALIBRATION_SAYS = "how far the model's confidence is from its accuracy, on aver
 
 @dataclass(frozen=True)
 class Classification(Task):
-    """One class of `names`: targets int64 [n] or [n, ...], outputs are logits [n, classes] or [n, classes, ...].
+    """One class of several, for each example or each position.
+
+    Targets are int64 [n] or [n, ...]; outputs are logits [n, classes] or [n, classes, ...].
 
     Attributes:
         names: of the classes, in the order of their numbers.
-        label_smoothing: share of the target that is spread over all classes (Szegedy et al. 2016, section 7).
+        label_smoothing: share of the target that is spread over all classes (Szegedy et al. 2016,
+            section 7).
         class_weights: factor on the loss of an example by its class; empty: 1.
 
     >>> task = Classification(("no", "yes"))
@@ -51,7 +52,7 @@ class Classification(Task):
     weighs_classes = True
     kind = "classification"
     targets = "classes"
-    words = (
+    shown_metrics = (
         Metric("accuracy", "accuracy", share=True),
         Metric(
             "balanced_accuracy",
@@ -64,15 +65,16 @@ class Classification(Task):
         Metric("calibration_error", "calibration error", "lower", says=CALIBRATION_SAYS),
         Metric("loss", "log loss", "lower"),
     )
-    beside = ("majority_share", "accuracy_warning", "accuracy_error", "confusion")
+    other_keys = ("majority_share", "accuracy_warning", "accuracy_error", "confusion")
 
     def loss(self, outputs: Tensor, targets: Tensor, *, reduction: Reduction = "mean") -> Tensor:
-        """Returns the cross-entropy in nats; that of an example with several positions is the mean over these.
+        """Returns the cross-entropy in nats; for several positions the mean over them.
 
-        With class weights a mean is over the number of examples, and not over the sum of their weights as in torch:
-        the loss of an example must not depend on the others.
+        With class weights the mean is over the number of examples, not over the sum of weights as
+        in torch, since the loss of an example must not depend on the others.
         """
-        if outputs.dtype != torch.float32:  # no step without need in a program that a device runs
+        # A needless cast would become a step in the program that a device runs.
+        if outputs.dtype != torch.float32:
             outputs = outputs.float()
         smoothing = self.label_smoothing
         weight = outputs.new_tensor(self.class_weights) if self.class_weights else None
@@ -87,9 +89,10 @@ class Classification(Task):
         return reduced(each.flatten(1).sum(1) / counted, reduction)
 
     def soft_loss(self, outputs: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-        """Returns T^2 KL(teacher || student) of logits softened by T, averaged over examples, in nats.
+        """Returns T^2 KL(teacher || student) at temperature T, averaged over examples, in nats.
 
-        Hinton, Vinyals, Dean (2015, arXiv:1503.02531), section 2; T^2 keeps the gradient's size while T changes.
+        Hinton, Vinyals, Dean (2015, arXiv:1503.02531), section 2. The factor T^2 keeps the size of
+        the gradient when T changes.
         """
         soft = (outputs / temperature).log_softmax(1)
         target = (teacher / temperature).log_softmax(1)
@@ -98,7 +101,7 @@ class Classification(Task):
         return divergence * temperature**2 / positions
 
     def agreement(self, first: Tensor, second: Tensor) -> float | None:
-        """Returns the share of equal largest logits."""
+        """Returns the share of equal predicted classes."""
         return (first.argmax(1) == second.argmax(1)).float().mean().item()
 
     def smoothed(self, amount: float) -> Classification:
@@ -119,7 +122,7 @@ class Classification(Task):
         return replace(self, class_weights=()) if self.class_weights else self
 
     def score_sums(self, outputs: Tensor, targets: Tensor) -> Sums:
-        """Returns the number of right answers and of answers."""
+        """Returns the number of right answers, and of examples."""
         counted = targets != IGNORED
         right = ((outputs.argmax(1) == targets) & counted).sum()
         return {"right": right, "examples": counted.sum()}
@@ -138,7 +141,8 @@ class Classification(Task):
         return outputs.softmax(1)
 
     def metrics(self, outputs: Tensor, targets: Tensor) -> Sums:
-        """Returns counts: of labels, of answers and of right ones by class, and those of `fedpress.tasks.ranking`."""
+        """Returns counts of labels, answers and right answers by class, and those of `ranking`."""
+        # Classes last, and all positions of all examples in one dimension.
         logits = outputs.detach().double().movedim(1, -1).flatten(0, -2)
         labels = targets.reshape(-1)
         logits, labels = logits[labels != IGNORED], labels[labels != IGNORED]
@@ -147,7 +151,7 @@ class Classification(Task):
         right = answers == labels
         broken = logits.isnan().any(1)
         confidence = logits.softmax(1).amax(1)
-        # Infinite logits may have no softmax either: they have no place among the others.
+        # NaN and some infinite logits have no softmax: they cannot be ranked among the others.
         sure = confidence.isfinite()
         sums = {
             "labels": labels.bincount(minlength=classes),
@@ -166,35 +170,47 @@ class Classification(Task):
         return sums
 
     def _score_counts(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Ranks each class against the rest by the logit of its probability; of two classes only the second."""
+        """Counts scores of each class against the rest; for two classes only of the second.
+
+        The score is the logit of the class's probability p: log(p / (1 - p)).
+        """
         classes = logits.shape[1]
         if classes == 2:
             scores = logits[:, 1:] - logits[:, :1]
             return ranking.score_counts(scores, labels[:, None] == 1)
         log_p = logits.log_softmax(1)
+        # log(1 - p) by expm1 is exact for a small p; the clamp keeps it finite for p = 1.
         log_rest = torch.log(-torch.expm1(log_p.clamp_max(-1e-300)))
         return ranking.score_counts(log_p - log_rest, F.one_hot(labels, classes).bool())
 
     def summary(self, sums: Sums) -> dict[str, JsonValue]:
-        """Returns the metrics of `words`, and what stands beside them.
+        """Returns the metrics, and further facts.
 
-        `accuracy_error`, the standard error of the accuracy, None where an example has several answers;
-        `majority_share` (0..1) of the largest class; `accuracy_warning`, a sentence where the accuracy is worth
-        nothing, else None; `confusion`, for each class how often each class was answered, None for many classes.
+        These are `accuracy_error`: the standard error of the accuracy, None if an example has
+        several answers; `majority_share`: share of the largest class, 0 to 1; `accuracy_warning`: a
+        sentence if the accuracy is worthless, else None; `confusion`: for each class how often each
+        class was answered, None for many classes.
         """
         labels, answers, right = (sums[key].double() for key in ("labels", "answers", "right"))
         n = float(labels.sum())
-        # Answers for the positions of one example depend on each other: the binomial formula counts
-        # independent ones, so it holds for one answer an example.
+        # The binomial formula needs independent answers, and those for the positions of one example
+        # depend on each other.
         independent = n <= int(sums["examples"])
-        occurs, touched = labels > 0, labels + answers > 0
-        accuracy = float(right.sum()) / n if n else math.nan
-        f1 = 2 * right[touched] / (labels + answers)[touched]
+        # Recall is defined for classes with examples, F1 also for classes with answers only.
+        occurs = labels > 0
+        has_f1 = labels + answers > 0
+        f1 = 2 * right[has_f1] / (labels + answers)[has_f1]
         auc: float | None = None
-        if "scores" in sums and not int(sums["unranked"]) and int(occurs.sum()) > 1:
-            area = ranking.areas(sums["scores"])
-            auc = number(area[~area.isnan()].mean())
-        calibration = None if int(sums["unranked"]) else sums["calibration"]
+        calibration: float | None = None
+        if not int(sums["unranked"]):
+            calibration = number(ranking.calibration_error(sums["calibration"]))
+            if "scores" in sums and int(occurs.sum()) > 1:
+                area = ranking.areas(sums["scores"])
+                auc = number(area[~area.isnan()].mean())
+        accuracy = float(right.sum()) / n if n else math.nan
+        error = None
+        if n and independent:
+            error = number(math.sqrt(accuracy * (1 - accuracy) / n))
         confusion = sums.get("confusion")
         return {
             "accuracy": number(accuracy),
@@ -202,42 +218,42 @@ class Classification(Task):
             "balanced_accuracy": number((right[occurs] / labels[occurs]).mean()),
             "auc": auc,
             "accuracy_warning": self._warning(sums) if n else None,
-            "accuracy_error": number(math.sqrt(accuracy * (1 - accuracy) / n))
-            if n and independent
-            else None,
+            "accuracy_error": error,
             "macro_f1": number(f1.mean()),
-            "calibration_error": None
-            if calibration is None
-            else number(ranking.calibration_error(calibration)),
+            "calibration_error": calibration,
             "confusion": None if confusion is None else confusion.tolist(),
         }
 
     def _warning(self, sums: Sums) -> str | None:
-        """Says why the accuracy is worth nothing, or None."""
+        """Returns why the accuracy is worthless; None if it is not."""
         labels, answers = sums["labels"], sums["answers"]
         n, largest = int(labels.sum()), int(labels.argmax())
         name, share = self.names[largest], int(labels.max()) / n
-        if broken := int(sums["broken"]):
+        broken = int(sums["broken"])
+        if broken:
             return f"the model's outputs are not numbers (NaN) on {broken:,} of {n:,} test examples"
         if int(labels.max()) == n:
-            return f"all {n:,} test examples are '{name}', so accuracy says nothing of the other classes"
+            only = f"all {n:,} test examples are '{name}'"
+            return f"{only}, so accuracy says nothing of the other classes"
         accuracy = int(sums["right"].sum()) / n
         error = math.sqrt(accuracy * (1 - accuracy) / n)
         always = f"always answering '{name}' ({100 * share:.1f}% of the test examples)"
         if int((answers > 0).sum()) == 1:
-            only = self.names[int(answers.argmax())]
-            return f"the model answers '{only}' to all {n:,} test examples: it is no better than {always}"
+            answer = self.names[int(answers.argmax())]
+            same = f"the model answers '{answer}' to all {n:,} test examples"
+            return f"{same}: it is no better than {always}"
+        # Within one standard error the difference may be chance.
         if accuracy - share <= error:
             measured = f"at {100 * accuracy:.1f}% ± {100 * error:.1f}"
             return f"{measured} accuracy the model is no better than {always}"
         return None
 
-    def about(self) -> dict[str, JsonValue]:
-        """Returns nothing: files name the classes of a classification by themselves."""
+    def to_json(self) -> dict[str, JsonValue]:
+        """Returns an empty dictionary: files hold the class names in an entry of their own."""
         return {}
 
     def check(self, outputs: object, targets: Tensor) -> None:
-        """Refuses outputs that are no logits of these classes, and targets that are no class numbers."""
+        """Checks that outputs are logits of these classes, and targets are class numbers."""
         self.check_targets(targets)
         expected = [len(targets), len(self.names), *targets.shape[1:]]
         got = list(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
@@ -258,7 +274,7 @@ class Classification(Task):
         )
 
     def check_targets(self, targets: Tensor) -> None:
-        """Refuses targets that are no class numbers."""
+        """Checks that targets are class numbers."""
         if targets.dtype != torch.int64 or targets.dim() < 1:
             raise DataError(
                 f"labels of type {targets.dtype} and {targets.dim()} dimensions",
@@ -267,7 +283,7 @@ class Classification(Task):
             )
         counted = targets[targets != IGNORED] if targets.dim() > 1 else targets
         if not bool(((counted >= 0) & (counted < len(self.names))).all()):
-            # The label itself may be private, so it is not told.
+            # The error does not quote the label, which may be private.
             raise DataError(
                 "some labels are no class number",
                 place="targets",

@@ -1,4 +1,4 @@
-"""Metrics of torchmetrics as sums: any of its classes whose states are added up over parts."""
+"""Uses metrics of torchmetrics whose states are sums, so that they add up over batches."""
 
 from __future__ import annotations
 
@@ -12,28 +12,31 @@ from torch import Tensor
 
 from fedpress.tasks.base import Sums, number
 
-Rows = Callable[[], Mapping[str, Any]]
-"""Makes fresh metrics by key; it imports torchmetrics inside, which takes two seconds."""
+MetricMaker = Callable[[], Mapping[str, Any]]
+"""Returns new metrics of torchmetrics by key. It imports the library, which takes two seconds."""
 
 
-def library_sums(rows: Rows, predictions: Tensor, targets: Tensor) -> dict[str, Tensor]:
-    """Returns the states of fresh metrics after one batch, by `key.state`; those of no example are zeros.
+def library_sums(
+    make_metrics: MetricMaker, predictions: Tensor, targets: Tensor
+) -> dict[str, Tensor]:
+    """Returns the states of new metrics after one batch, by `key.state`; zeros if it is empty.
 
     Args:
-        rows: makes the metrics.
+        make_metrics: makes the metrics.
         predictions: [n, ...], as the metrics take them.
         targets: [n, ...].
 
     Raises:
-        TypeError: if a state is not a sum: the mean of two parts is not that of the whole.
+        TypeError: if a state is no sum, such as a mean: it does not add up over batches.
     """
     found: dict[str, Tensor] = {}
-    for key, metric in rows().items():
+    for key, metric in make_metrics().items():
         metric.set_dtype(torch.float64)
         for state, reduction in metric._reductions.items():
             if getattr(reduction, "__name__", "") != "dim_zero_sum":
                 raise TypeError(
-                    f"{type(metric).__name__}: its state '{state}' is no sum; give it thresholds=, or take another"
+                    f"{type(metric).__name__}: its state '{state}' is no sum; "
+                    "give it thresholds=, or take another"
                 )
         if len(predictions):
             metric.update(predictions, targets)
@@ -41,19 +44,21 @@ def library_sums(rows: Rows, predictions: Tensor, targets: Tensor) -> dict[str, 
     return found
 
 
-def library_values(rows: Rows, sums: Sums) -> dict[str, float | None]:
-    """Returns the metrics from their sums; None where one is not defined, such as R2 of a single example."""
+def library_values(make_metrics: MetricMaker, sums: Sums) -> dict[str, float | None]:
+    """Returns the metrics from their sums; None if undefined, such as R2 of a single example."""
     found: dict[str, float | None] = {}
-    for key, metric in rows().items():
+    for key, metric in make_metrics().items():
         metric.set_dtype(torch.float64)
         for state in metric._reductions:
             setattr(metric, state, sums[f"{key}.{state}"])
+        # Otherwise compute() warns that update() was never called.
         metric._update_count = 1
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
+            # It raises a ValueError for too few examples.
             try:
                 value = float(metric.compute())
-            except ValueError:  # too few examples
+            except ValueError:
                 value = math.nan
         found[key] = number(value)
     return found

@@ -20,11 +20,11 @@ from fedpress.tasks.weights import ClassWeights
 
 @dataclass(frozen=True)
 class Multilabel(Task):
-    """Each of `names` is there or not: targets float32 [n, labels] of 0 and 1, outputs logits [n, labels].
+    """Labels that apply or not: targets float32 [n, labels] of 0 and 1, outputs logits.
 
     Attributes:
         names: of the labels.
-        class_weights: factor on the loss of each label where it is there; empty: 1.
+        class_weights: factor on the loss of each label where it applies; empty: 1.
     """
 
     names: tuple[str, ...]
@@ -33,26 +33,26 @@ class Multilabel(Task):
     weighs_classes = True
     kind = "multilabel"
     targets = "flags"
-    words = (
+    shown_metrics = (
         Metric("macro_f1", "macro F1"),
         Metric("micro_f1", "micro F1"),
         Metric("auc", "AUC"),
         Metric("exact_match", "exact match", share=True),
         Metric("loss", "log loss", "lower"),
     )
-    beside = ("macro_f1_warning",)
+    other_keys = ("macro_f1_warning",)
 
     def loss(self, outputs: Tensor, targets: Tensor, *, reduction: Reduction = "mean") -> Tensor:
-        """Returns the log loss in nats; that of an example is the mean over its labels."""
+        """Returns the log loss in nats; the loss of an example is the mean over its labels."""
         logits = outputs.float()
-        there = logits.new_tensor(self.class_weights) if self.class_weights else None
+        factor = logits.new_tensor(self.class_weights) if self.class_weights else None
         each = F.binary_cross_entropy_with_logits(
-            logits, targets, reduction="none", pos_weight=there
+            logits, targets, reduction="none", pos_weight=factor
         )
         return reduced(each.mean(1), reduction)
 
     def weighted(self, given: ClassWeights, public: Tensor) -> Multilabel:
-        """Returns the task with a weight for each label that is there."""
+        """Returns the task with a weight for each label where it applies."""
         if given != "balanced":
             return replace(self, class_weights=weights.check(given, self.names))
         positive = public.long().sum(0)
@@ -65,7 +65,7 @@ class Multilabel(Task):
         return replace(self, class_weights=()) if self.class_weights else self
 
     def soft_loss(self, outputs: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-        """Returns T^2 times the cross-entropy of each label's probability with the teacher's, softened by T."""
+        """Returns T^2 times the cross-entropy with the teacher's probabilities at temperature T."""
         soft = (teacher / temperature).sigmoid()
         loss = F.binary_cross_entropy_with_logits(outputs / temperature, soft)
         return loss * temperature**2
@@ -83,19 +83,20 @@ class Multilabel(Task):
         return outputs.sigmoid()
 
     def metrics(self, outputs: Tensor, targets: Tensor) -> Sums:
-        """Returns the states of torchmetrics' F1 and exact match, and counts for the AUC and the warning."""
+        """Returns the states of torchmetrics' F1 and exact match, and counts for the AUC."""
         logits, flags = outputs.detach().double(), targets.long()
         answers = logits > 0
         broken = logits.isnan().any(1)
         return {
-            **library_sums(self._rows, answers.long(), flags),
+            **library_sums(self._library_metrics, answers.long(), flags),
             "scores": ranking.score_counts(logits, flags.bool()),
             "answers": answers.sum(0),
             "examples": torch.tensor(len(flags)),
             "broken": broken.sum(),
         }
 
-    def _rows(self) -> Mapping[str, Any]:
+    def _library_metrics(self) -> Mapping[str, Any]:
+        # Imported when first used: torchmetrics takes two seconds to import.
         from torchmetrics.classification import MultilabelExactMatch, MultilabelF1Score
 
         k = len(self.names)
@@ -106,8 +107,8 @@ class Multilabel(Task):
         }
 
     def summary(self, sums: Sums) -> dict[str, JsonValue]:
-        """Returns the metrics of `words`, and `macro_f1_warning` where all examples get the same answer."""
-        found: dict[str, JsonValue] = {**library_values(self._rows, sums)}
+        """Returns the metrics, and `macro_f1_warning` if all examples get the same answer."""
+        found: dict[str, JsonValue] = {**library_values(self._library_metrics, sums)}
         n, broken = int(sums["examples"]), int(sums["broken"])
         area = ranking.areas(sums["scores"])
         found["auc"] = None if broken else number(area[~area.isnan()].mean())
@@ -122,7 +123,7 @@ class Multilabel(Task):
         return found | {"macro_f1_warning": warning}
 
     def check_targets(self, targets: Tensor) -> None:
-        """Refuses targets that are not 0 or 1 for each label."""
+        """Checks that targets are 0 or 1 for each label."""
         check_numbers(targets, len(self.names), self.kind)
         if targets.dim() != 2 or not bool(((targets == 0) | (targets == 1)).all()):
             raise DataError(

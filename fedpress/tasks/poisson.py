@@ -1,4 +1,4 @@
-"""Poisson regression: how often something happens, from counts."""
+"""Poisson regression: predicts the rates of counts, such as visits in a month."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ from fedpress.tasks.base import Metric, Reduction, Sums, Task, error_of_mean, nu
 
 @dataclass(frozen=True)
 class Poisson(Task):
-    """Counts 0, 1, 2, ...: targets float32 [n] or [n, k]; outputs [n, k] are the logarithms of the rates.
+    """Counts 0, 1, 2, ...: targets float32 [n] or [n, k]; outputs [n, k] are logs of the rates.
 
     Attributes:
         names: of the k counts.
-        mean: of each count, on the public part; empty where no target is public. The metrics compare with it.
+        mean: of each count, on the public part, as a baseline for the metrics; empty if no target
+            is public.
 
     >>> task = Poisson(("visits",), mean=(3.0,))
     >>> task.to_targets(torch.tensor([[0.0]]))
@@ -31,7 +32,7 @@ class Poisson(Task):
 
     kind = "poisson"
     targets = "numbers"
-    words = (
+    shown_metrics = (
         Metric(
             "deviance",
             "Poisson deviance",
@@ -47,7 +48,7 @@ class Poisson(Task):
         ),
         Metric("loss", "loss", "lower"),
     )
-    beside = ("deviance_warning", "deviance_error")
+    other_keys = ("deviance_warning", "deviance_error")
 
     def __post_init__(self) -> None:
         if len(self.mean) not in (0, len(self.names)):
@@ -59,21 +60,21 @@ class Poisson(Task):
 
     @classmethod
     def fit(cls, names: tuple[str, ...], public: Tensor) -> Poisson:
-        """Takes the mean of public targets [n] or [n, k]."""
+        """Computes the mean of public targets [n] or [n, k]."""
         if not len(public):
             return cls(names)
         columns = public.double().reshape(len(public), len(names))
         return cls(names, tuple(columns.mean(0).tolist()))
 
     def loss(self, outputs: Tensor, targets: Tensor, *, reduction: Reduction = "mean") -> Tensor:
-        """Returns `rate - count * log(rate)`; that of an example is the mean over its counts.
+        """Returns `rate - count * log(rate)`, the mean over k for an example.
 
-        It is the negative log likelihood without `log(count!)`, which no output can change; so it may be below 0.
+        It is the negative log-likelihood without the term `log(count!)`, which does not depend on
+        the outputs; so it may be negative.
         """
         counts = self._columns(targets)
-        each = poisson_nll_loss(
-            self._columns(outputs.float()), counts, log_input=True, reduction="none"
-        )
+        log_rates = self._columns(outputs.float())
+        each = poisson_nll_loss(log_rates, counts, log_input=True, reduction="none")
         return reduced(each.mean(1), reduction)
 
     def _columns(self, values: Tensor) -> Tensor:
@@ -84,7 +85,7 @@ class Poisson(Task):
         return outputs.exp()
 
     def metrics(self, outputs: Tensor, targets: Tensor) -> Sums:
-        """Returns sums over the examples; each term is the mean over the counts of one."""
+        """Returns sums over examples of deviance and absolute error, each the mean over k."""
         counts = self._columns(targets).double()
         log_rates = self._columns(outputs.detach().double())
         rates = self.to_targets(log_rates)
@@ -101,10 +102,10 @@ class Poisson(Task):
         }
 
     def summary(self, sums: Sums) -> dict[str, JsonValue]:
-        """Returns the metrics of `words`, and what stands beside them.
+        """Returns the metrics, and further facts.
 
-        `deviance_warning` is a sentence where the model is no better than the mean, `deviance_error` the standard
-        error of the mean deviance.
+        `deviance_warning` is a sentence if the model is no better than the mean, else None;
+        `deviance_error` is the standard error of the mean deviance.
         """
         n, broken = int(sums["examples"]), int(sums["broken"])
         # 0 / 0 of no example is NaN, of which `number` makes None.
@@ -115,8 +116,8 @@ class Poisson(Task):
             warning = f"the predicted rates are not finite on {broken:,} of {n:,} test examples"
         elif deviance is not None and of_mean is not None and deviance >= of_mean:
             warning = (
-                f"with a mean Poisson deviance of {deviance:.4g} the model is no better than always answering "
-                f"the mean of the public part ({of_mean:.4g})"
+                f"with a mean Poisson deviance of {deviance:.4g} the model is no better than "
+                f"always answering the mean of the public part ({of_mean:.4g})"
             )
         return {
             "deviance": deviance,
@@ -127,7 +128,7 @@ class Poisson(Task):
         }
 
     def check_targets(self, targets: Tensor) -> None:
-        """Refuses targets that are no counts.
+        """Checks that targets are counts: integers from 0 up.
 
         Raises:
             DataError: saying what was expected.
@@ -143,14 +144,14 @@ class Poisson(Task):
                 ),
             )
 
-    def made_up(self, n: int, like: Tensor) -> Tensor:
-        """Returns the counts 0, 1, 2, 0, 1, ... in the shape and type of `like` [m, ...]."""
+    def made_up_targets(self, n: int, like: Tensor) -> Tensor:
+        """Returns the counts 0, 1, 2, 0, 1, ... in shape and dtype of `like` [m, ...]."""
         each = (torch.arange(n) % 3).to(like.dtype)
         return each.reshape(n, *[1] * (like.dim() - 1)).expand(n, *like.shape[1:]).contiguous()
 
-    def about(self) -> dict[str, JsonValue]:
+    def to_json(self) -> dict[str, JsonValue]:
         """Returns the names and the public mean; a device answers `exp(output)`."""
-        return {**super().about(), "mean": list(self.mean)}
+        return {**super().to_json(), "mean": list(self.mean)}
 
 
 def deviances(log_rates: Tensor, counts: Tensor) -> Tensor:
@@ -163,6 +164,6 @@ def deviances(log_rates: Tensor, counts: Tensor) -> Tensor:
     >>> deviances(torch.tensor([[0.0]]), torch.tensor([[0.0]]))
     tensor([[2.]])
     """
-    # A count of 0 adds its rate alone, also where the rate is 0 and its logarithm is no number to multiply by.
-    surprise = torch.where(counts > 0, counts * (counts.log() - log_rates), 0.0)
-    return 2 * (surprise - counts + log_rates.exp())
+    # For a count of 0 the first term is 0, also where log(0) or a rate of 0 would make it NaN.
+    log_ratio = torch.where(counts > 0, counts * (counts.log() - log_rates), 0.0)
+    return 2 * (log_ratio - counts + log_rates.exp())

@@ -19,13 +19,15 @@ from fedpress.tasks.library import library_sums, library_values
 class Regression(Task):
     """Numbers: targets float32 [n] or [n, k]; outputs [n, k] in standard deviations from the mean.
 
-    The network learns `(target - mean) / std`, so that one learning rate suits prices and shares alike; metrics are in
-    the units of the targets. `mean` and `std` come from public targets alone, for they go out with the model.
+    The network learns `(target - mean) / std`, so that the same learning rate works for targets of
+    any unit. Metrics are in the units of the targets. `mean` and `std` are those of public targets
+    only, since they go out with the model.
 
     Attributes:
         names: of the k numbers.
         mean: of each number, on the public part.
-        std: likewise. Both are empty where no target is public; the outputs then are in the targets' own units.
+        std: likewise. Both are empty if no target is public; outputs are then in the targets'
+            units.
 
     >>> task = Regression(("price",), mean=(100.0,), std=(20.0,))
     >>> task.to_targets(torch.tensor([[0.5]]))
@@ -38,13 +40,13 @@ class Regression(Task):
 
     kind = "regression"
     targets = "numbers"
-    words = (
+    shown_metrics = (
         Metric("mae", "MAE", "lower", says="the mean absolute error, in the units of the targets"),
         Metric("rmse", "RMSE", "lower", says="the root of the mean squared error"),
         Metric(
             "r2",
             "R²",
-            says="the share of the variance that is explained; 0 is what the mean of the test set gets",
+            says="the share of the variance that is explained; the mean of the test set gets 0",
         ),
         Metric(
             "mae_of_mean",
@@ -54,7 +56,7 @@ class Regression(Task):
         ),
         Metric("loss", "loss", "lower"),
     )
-    beside = ("mae_warning", "mae_error")
+    other_keys = ("mae_warning", "mae_error")
 
     def __post_init__(self) -> None:
         if len(self.mean) != len(self.std) or len(self.mean) not in (0, len(self.names)):
@@ -69,16 +71,17 @@ class Regression(Task):
 
     @classmethod
     def fit(cls, names: tuple[str, ...], public: Tensor) -> Regression:
-        """Takes mean and standard deviation of public targets [n] or [n, k]; a constant one gets 1."""
+        """Computes mean and standard deviation of public targets [n] or [n, k]."""
         if not len(public):
             return cls(names)
         columns = public.double().reshape(len(public), len(names))
         std = columns.std(0, correction=0)
+        # A constant target has no deviation to divide by.
         std = torch.where(std > torch.finfo(torch.float32).tiny, std, 1.0)
         return cls(names, tuple(columns.mean(0).tolist()), tuple(std.tolist()))
 
     def loss(self, outputs: Tensor, targets: Tensor, *, reduction: Reduction = "mean") -> Tensor:
-        """Returns the squared error in squared standard deviations; that of an example is the mean over its numbers."""
+        """Returns the squared error in squared standard deviations, the mean over k by example."""
         columns = self._columns(targets)
         if self.mean:
             columns = (columns - columns.new_tensor(self.mean)) / columns.new_tensor(self.std)
@@ -95,10 +98,10 @@ class Regression(Task):
         return outputs * outputs.new_tensor(self.std) + outputs.new_tensor(self.mean)
 
     def metrics(self, outputs: Tensor, targets: Tensor) -> Sums:
-        """Returns the states of torchmetrics' errors, and the absolute error of always answering the mean."""
+        """Returns the states of torchmetrics' errors, and the absolute error of the public mean."""
         columns = self._columns(targets).double()
         predicted = self.to_targets(self._columns(outputs.detach().double()))
-        sums = library_sums(self._rows, predicted, columns)
+        sums = library_sums(self._library_metrics, predicted, columns)
         broken = ~predicted.isfinite().all(1)
         mean = columns.new_tensor(self.mean or [0.0] * len(self.names))
         each = (predicted - columns).abs().mean(1)
@@ -112,7 +115,8 @@ class Regression(Task):
         }
 
     @staticmethod
-    def _rows() -> Mapping[str, Any]:
+    def _library_metrics() -> Mapping[str, Any]:
+        # Imported when first used: torchmetrics takes two seconds to import.
         from torchmetrics.regression import MeanAbsoluteError, MeanSquaredError, R2Score
 
         return {
@@ -122,11 +126,12 @@ class Regression(Task):
         }
 
     def summary(self, sums: Sums) -> dict[str, JsonValue]:
-        """Returns the metrics of `words`, and what stands beside them.
+        """Returns the metrics, and further facts.
 
-        `mae_warning` is a sentence where the model is no better than the mean, `mae_error` the MAE's standard error.
+        `mae_warning` is a sentence if the model is no better than the mean, else None; `mae_error`
+        is the standard error of the MAE.
         """
-        values = library_values(self._rows, sums)
+        values = library_values(self._library_metrics, sums)
         n, broken = int(sums["examples"]), int(sums["broken"])
         of_mean = number(sums["error_of_mean"] / n) if n and self.mean else None
         warning = None
@@ -134,8 +139,8 @@ class Regression(Task):
             warning = f"the model's outputs are not finite on {broken:,} of {n:,} test examples"
         elif of_mean is not None and values["mae"] is not None and values["mae"] >= of_mean:
             warning = (
-                f"with a mean absolute error of {values['mae']:.4g} the model is no better than always answering "
-                f"the mean of the public part ({of_mean:.4g})"
+                f"with a mean absolute error of {values['mae']:.4g} the model is no better than "
+                f"always answering the mean of the public part ({of_mean:.4g})"
             )
         elif values["r2"] is not None and values["r2"] <= 0:
             warning = "R² is not above 0: the model is no better than always answering the mean"
@@ -146,6 +151,6 @@ class Regression(Task):
             "mae_error": error_of_mean(sums["error"], sums["error_squared"], n),
         }
 
-    def about(self) -> dict[str, JsonValue]:
-        """Returns the names, and mean and std that turn outputs into units: `output * std + mean`."""
-        return {**super().about(), "mean": list(self.mean), "std": list(self.std)}
+    def to_json(self) -> dict[str, JsonValue]:
+        """Returns the names, and mean and std: a device answers `output * std + mean`."""
+        return {**super().to_json(), "mean": list(self.mean), "std": list(self.std)}

@@ -1,6 +1,6 @@
-"""Class weights: examples of rare classes count for more in the loss that is trained on.
+"""Class weights: in the training loss examples of rare classes count more.
 
-Weights balance what the public part holds. The classes of private rows are never counted: their numbers are private.
+Balanced weights come from the public examples only: how many private rows a class has is private.
 """
 
 from __future__ import annotations
@@ -14,13 +14,14 @@ from torch import Tensor
 from fedpress.errors import Argument, DataError, RecipeError
 
 ClassWeights = Literal["balanced"] | Sequence[float]
-"""What a recipe says: "balanced", or a weight for each class."""
+"""The value in a recipe: "balanced", or a weight for each class."""
+
+# With more classes a cure writes LIST in place of the weights.
 MOST_SHOWN = 8
-"""Classes up to which a cure writes a whole list."""
 
 
 def check(given: Sequence[float], names: Sequence[str]) -> tuple[float, ...]:
-    """Returns the weights that a recipe gives.
+    """Returns the weights of a recipe as a tuple.
 
     Raises:
         RecipeError: if they are not one finite number above 0 for each name.
@@ -28,9 +29,12 @@ def check(given: Sequence[float], names: Sequence[str]) -> tuple[float, ...]:
     >>> check([1, 3], ("no", "yes"))
     (1.0, 3.0)
     """
+    # A string is a sequence too, of letters.
     if isinstance(given, str):
         raise RecipeError(
-            f"got '{given}'", place="class_weights", cure=("give ", _BALANCED, " or ", _list(names))
+            f"got '{given}'",
+            place="class_weights",
+            cure=("give ", _BALANCED, " or ", _list(names)),
         )
     weights = tuple(float(weight) for weight in given)
     if len(weights) != len(names):
@@ -49,10 +53,12 @@ def check(given: Sequence[float], names: Sequence[str]) -> tuple[float, ...]:
 
 
 def balance(counts: Tensor, names: Sequence[str]) -> tuple[float, ...]:
-    """Returns n / (k * count) for each of k classes, as scikit-learn does: the mean weight of an example is 1.
+    """Returns n / (k * count) for each of k classes, as scikit-learn does.
+
+    The mean weight of an example is then 1.
 
     Args:
-        counts: of the public examples of each class, int64 [k]; n together.
+        counts: public examples of each class, int64 [k]; n is their sum.
         names: of the classes.
 
     Raises:
@@ -68,7 +74,7 @@ def balance(counts: Tensor, names: Sequence[str]) -> tuple[float, ...]:
 
 
 def balance_labels(positive: Tensor, n: int, names: Sequence[str]) -> tuple[float, ...]:
-    """Returns (n - positive) / positive for each label: both answers then weigh the same together.
+    """Returns (n - positive) / positive for each label, so that both answers weigh the same in all.
 
     Args:
         positive: public examples that have each label, int64 [k].
@@ -84,10 +90,13 @@ def balance_labels(positive: Tensor, n: int, names: Sequence[str]) -> tuple[floa
 
 
 def _check_all_there(counts: Tensor, names: Sequence[str], what: str) -> None:
-    missing = [name for name, count in zip(names, counts.tolist(), strict=True) if not count]
+    missing = []
+    for name, count in zip(names, counts.tolist(), strict=True):
+        if not count:
+            missing.append(repr(name))
     if missing:
         raise DataError(
-            f"there is no public example {what} {', '.join(map(repr, missing[:3]))} to balance by",
+            f"there is no public example {what} {', '.join(missing[:3])} to balance by",
             place="class_weights",
             cure=("give a list, ", _list(names), ", or declare more examples public"),
         )

@@ -103,9 +103,9 @@ def test_the_score_is_the_primary_metric(kind):
     task, outputs, targets = made(kind, 50)
     found = task.summary(task.metrics(outputs, targets))
     assert task.score(task.score_sums(outputs, targets)) == pytest.approx(found[task.primary])
-    assert task.words[0].key == task.primary
+    assert task.shown_metrics[0].key == task.primary
     assert {*found} == {*task.keys}
-    assert {w.key for w in task.words} <= {*found, "loss"}
+    assert {w.key for w in task.shown_metrics} <= {*found, "loss"}
 
 
 @every
@@ -170,7 +170,7 @@ def test_targets_of_another_kind_are_refused(kind):
 @every
 def test_targets_to_try_a_network_with_belong_to_the_task(kind):
     task, _, targets = made(kind, 4)
-    found = task.made_up(7, targets)
+    found = task.made_up_targets(7, targets)
     assert found.shape == (7, *targets.shape[1:])
     task.check_targets(found)
 
@@ -201,7 +201,7 @@ def test_positions_that_are_padding_count_for_nothing():
 
 def test_a_line_without_a_task_is_of_a_classification():
     assert tasks.task_of({"accuracy": 0.5}) is Classification
-    assert tasks.task_of({"task": "regression"}).words[0].key == "mae"
+    assert tasks.task_of({"task": "regression"}).shown_metrics[0].key == "mae"
 
 
 @every

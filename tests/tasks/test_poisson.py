@@ -112,7 +112,7 @@ def test_a_rate_of_zero_is_right_where_nothing_happened():
 
 def test_a_saved_model_has_the_task_that_it_was_trained_for():
     task = Poisson(("visits",), (1.5,))
-    assert of_model(task.about(), ()) == task
+    assert of_model(task.to_json(), ()) == task
 
 
 def table(path, first_count=None) -> None:

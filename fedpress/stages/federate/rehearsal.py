@@ -98,7 +98,7 @@ def trial_examples(
             yield "public", part.take(spread)
             return
     chance = public_stream(0, "rehearsal")
-    targets = task.made_up(EXAMPLES, like.y)
+    targets = task.made_up_targets(EXAMPLES, like.y)
     for x in _made_up_inputs(like.x, _vocabulary(model), chance):
         yield "made-up", Arrays(x, targets)
 

@@ -61,7 +61,7 @@ class FederateStage(FederateSettings, Stage):
             PrivacyError: if the budget cannot be kept, also together with what earlier stages
                 spend.
         """
-        word = state.data.task.words[0]
+        word = state.data.task.shown_metrics[0]
         if self.target_accuracy is not None and not word.share:
             kind = state.data.task.kind
             raise RecipeError(
