@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
-from fedpress.core.inputs import Inputs, call, shape_of, shape_told
+from fedpress.core.inputs import Inputs, call, shape_of, shape_text
 from fedpress.core.random_source import RandomSource, public_stream
 from fedpress.errors import TrainingError, renaming, suggestion
 from fedpress.tasks import Task
@@ -255,7 +255,7 @@ class Distillation:
             except (RuntimeError, ValueError, IndexError) as error:
                 raise TrainingError(
                     (
-                        f"the teacher does not take inputs of shape {shape_told(shape_of(x))} "
+                        f"the teacher does not take inputs of shape {shape_text(shape_of(x))} "
                         f"({str(error).splitlines()[0]})"
                     ),
                     place="teacher",

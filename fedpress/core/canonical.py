@@ -1,4 +1,4 @@
-"""Values as JSON by which two sides can see that they hold the same, whatever their classes are called."""
+"""Canonical JSON of settings and objects, by which server and client compare what they hold."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ JSON: TypeAlias = "bool | int | float | str | list[JSON] | dict[str, JSON] | Non
 
 
 def canonical(value: Any) -> JSON:
-    """Returns `value` as JSON that names no class, so that a class may be renamed.
+    """Returns `value` as JSON without class names, so that classes may be renamed.
 
-    Of settings and dataclasses it takes the fields, and the `kind` where the class has one. A class whose fields are
-    not what must be alike says so by a method `agreed`, which returns a table. A function is known by its name, so it
-    must have one of its own.
+    Settings and dataclasses become dictionaries of their fields, with `kind` if the class has one.
+    A class may define other content by a method `agreed` that returns a dictionary. A function is
+    represented by its name.
 
     Raises:
-        TypeError: if it is something of which nobody knows what must be alike, or two keys of a table have one name.
+        TypeError: if it is of another type, a lambda, or a dictionary in which two keys have the
+            same text.
 
     >>> canonical((1, math.inf, b"key"))
     [1, 'inf', '6b6579']
@@ -51,17 +52,18 @@ def _table(entries: Mapping[Any, Any]) -> dict[str, JSON]:
 
 
 def _name(function: Any) -> str:
-    """Returns the name of a function, of a method with that of its class: two classes may have one of equal name."""
+    """Returns the name of a function, for a method with that of its class."""
     if function.__name__ == "<lambda>":
         raise TypeError(
             "all lambdas have one name; define a function, or a class with a method `agreed`"
         )
+    # The qualified name of an inner function holds the place where it was defined, such as a test.
     inner = "<locals>" in function.__qualname__
     return str(function.__name__ if inner else function.__qualname__)
 
 
 def _entries(value: Any) -> Mapping[Any, Any] | None:
-    """Returns what a table, settings or a dataclass hold by name; None of anything else."""
+    """Returns the entries of a dictionary, settings or a dataclass; None for other values."""
     if isinstance(value, Mapping):
         return value
     if isinstance(value, BaseModel):
@@ -69,5 +71,5 @@ def _entries(value: Any) -> Mapping[Any, Any] | None:
     if not is_dataclass(value) or isinstance(value, type):
         return None
     kind = getattr(value, "kind", None)
-    named = {} if kind is None else {"kind": kind}
-    return named | {one.name: getattr(value, one.name) for one in fields(value)}
+    found = {} if kind is None else {"kind": kind}
+    return found | {field.name: getattr(value, field.name) for field in fields(value)}

@@ -1,13 +1,16 @@
-"""Damage on a disk is noticed: a list `checksums` in a run folder says what the files in and below it hold.
+"""Detects damaged files by a list of checksums: the file `checksums` of a run folder.
 
-A line is the BLAKE2b digest of a stretch of bytes with a checksum of the line itself, where the stretch begins and
-ends, and the name of the file. Without the second a flipped letter in a name would leave a file without its line.
+Each line has the BLAKE2b digest of a range of bytes, a CRC of the line itself, the range and the
+name of the file. Without the CRC a flipped letter in a name would leave a file unchecked.
 
-A file that is replaced in one step has a line for the whole of it, written before the step: a process that is killed in
-between leaves a line too many, so a file is whole if any of its lines fits. A file that grows has a line for each
-stretch, written after it: what lies behind the last line was appended by a process that was killed, and is not
-judged. A file without a line, such as one of an older fedpress, is not judged either. A digest finds damage; it is no
-signature.
+- A file that is replaced atomically has a line for all of its bytes, which is written before the
+  replacement. A process that is killed in between leaves one line too many, so a file is undamaged
+  if any of its lines fits.
+- A file that grows has a line for each range that was appended, written after it. Bytes after the
+  last line were appended by a process that was killed, and are not checked.
+- A file without a line, such as one of an older fedpress, is not checked.
+
+The digests find accidental damage. They are no signature.
 """
 
 from __future__ import annotations
@@ -22,18 +25,21 @@ from pathlib import Path
 from fedpress.core.files import replacing
 
 NAME = "checksums"
-ABOVE = 3  # folders above a file that may have the list: RUN/stages/0-train/model.safetensors
+# Parent folders that may hold the list of a file: RUN/stages/0-train/model.safetensors.
+PARENTS = 3
+# Bytes that are read at a time.
 CHUNK = 1 << 20
-DIGITS = 32  # of a digest in hex
+# Length of a digest in hex.
+DIGITS = 32
 
 
 class DamagedList(ValueError):
-    """A line of a list is none: the list itself was damaged."""
+    """The list of checksums itself was damaged."""
 
 
 @dataclass(frozen=True)
 class Line:
-    """One line of the list: `digest` of the bytes `start` to `end` of the file `name`."""
+    """One line of the list: the digest of the bytes `start` to `end` of the file `name`."""
 
     digest: str
     start: int
@@ -42,14 +48,15 @@ class Line:
 
     @classmethod
     def of(cls, content: Path, name: str, start: int = 0) -> Line:
-        """Returns the line for what `content` holds from `start` on."""
+        """Returns the line for the bytes of `content` from `start` on."""
         end = content.stat().st_size
         return cls(digest(content, start, end), start, end, name)
 
     @property
     def own(self) -> str:
-        """The checksum of the line itself."""
-        return f"{zlib.crc32(f'{self.digest} {self.start} {self.end} {self.name}'.encode()):08x}"
+        """The CRC of the line itself, in hex."""
+        text = f"{self.digest} {self.start} {self.end} {self.name}"
+        return f"{zlib.crc32(text.encode()):08x}"
 
     def __str__(self) -> str:
         return f"{self.digest}-{self.own} {self.start} {self.end} {self.name}\n"
@@ -71,23 +78,24 @@ def digest(path: Path, start: int, end: int) -> str:
     return found.hexdigest()
 
 
-def note(
+def add_line(
     path: Path, content: Path | None = None, *, folder: Path | None = None, sync: bool = True
 ) -> None:
-    """Lists what `path` holds, or is about to hold: the bytes of `content`, which takes its place next.
+    """Adds a line for all bytes of a file to the list.
 
     Args:
         path: of the file.
-        content: the finished temporary file, before it is moved to `path`.
-        folder: whose list it is; by default that of the file.
-        sync: wait until the line is on the disk, as it must be before the file is replaced.
+        content: the finished temporary file that will be renamed to `path`; None: `path` itself.
+        folder: whose list it is; None: the folder of the file.
+        sync: whether to wait until the line is on the disk, which must be before the file is
+            replaced.
     """
     folder = folder or path.parent
     _append(folder / NAME, Line.of(content or path, _name(path, folder)), sync)
 
 
-def note_growth(path: Path, start: int) -> None:
-    """Lists what was appended to `path` from byte `start` on."""
+def add_growth(path: Path, start: int) -> None:
+    """Adds a line for the bytes that were appended to `path` from `start` on."""
     _append(path.parent / NAME, Line.of(path, path.name, start), sync=True)
 
 
@@ -96,56 +104,55 @@ def _name(path: Path, folder: Path) -> str:
 
 
 def list_of(path: Path) -> Path:
-    """Returns the nearest list that may say what `path` holds; one beside it if there is none."""
-    folders = list(path.absolute().parents)[:ABOVE]
-    return next(
-        (folder / NAME for folder in folders if (folder / NAME).is_file()), path.parent / NAME
-    )
+    """Returns the list in the nearest parent folder that has one; else one beside the file."""
+    for folder in list(path.absolute().parents)[:PARENTS]:
+        if (folder / NAME).is_file():
+            return folder / NAME
+    return path.parent / NAME
 
 
-def knows(path: Path) -> bool:
+def has_line(path: Path) -> bool:
     """Whether the nearest list has a line for `path`.
 
     Raises:
-        DamagedList: see `read`.
+        DamagedList: see `read_lines`.
     """
     folder = list_of(path).parent
-    return any(line.name == _name(path, folder) for line in read(folder))
+    return any(line.name == _name(path, folder) for line in read_lines(folder))
 
 
 def fault(path: Path, *, grows: bool = False) -> str | None:
-    """Says in words how `path` differs from what the nearest list says; None if it does not, or is not listed.
+    """Returns how an existing file differs from its checksum; None if it does not, or has none.
 
     Args:
-        path: of a file that is there.
-        grows: it is one that is appended to.
+        path: of the file.
+        grows: whether it is a file that is appended to.
     """
     log = list_of(path)
     folder, name = log.parent, _name(path, log.parent)
-    for _ in range(
-        3
-    ):  # a run that goes on may change file and list while they are read: then they are read again
+    # A running process may change file and list between the two reads: then both are read again.
+    for _ in range(3):
         try:
-            lines = [line for line in read(folder) if line.name == name]
+            lines = [line for line in read_lines(folder) if line.name == name]
         except DamagedList as error:
             return f"the list of checksums '{log}' is damaged ({error})"
         if not lines or (_grown(path, lines) if grows else _whole(path, lines)):
             return None
     size = path.stat().st_size
     end = lines[-1].end
-    what = (
-        f"it holds {size:,} of {end:,} bytes"
-        if size < end
-        else "what it holds is not what was written"
-    )
+    what = "what it holds is not what was written"
+    if size < end:
+        what = f"it holds {size:,} of {end:,} bytes"
     return f"{what}, by its checksum in '{log}'"
 
 
-def read(folder: Path) -> list[Line]:
-    """Returns the lines of the list in `folder`, the oldest first; none if there is no list.
+def read_lines(folder: Path) -> list[Line]:
+    """Returns the lines of the list in `folder`, the oldest first; empty if there is no list.
+
+    An incomplete last line, which a kill may leave, is ignored.
 
     Raises:
-        DamagedList: if a line is none; the last one may be torn by a kill.
+        DamagedList: if a line is invalid.
     """
     try:
         raw = (folder / NAME).read_bytes()
@@ -153,32 +160,42 @@ def read(folder: Path) -> list[Line]:
         return []
     found = []
     for number, line in enumerate(raw.split(b"\n")[:-1], start=1):
-        parts = line.decode("utf-8", "replace").split(" ", 3)
-        if len(parts) != 4 or not all(
-            part.isascii() and part.isdecimal() and len(part) < 20 for part in parts[1:3]
-        ):
+        parsed = _parsed(line.decode("utf-8", "replace"))
+        if parsed is None:
             raise DamagedList(f"line {number}")
-        made = Line(parts[0][:DIGITS], int(parts[1]), int(parts[2]), parts[3])
-        # Lists of an older fedpress have no checksum of the line.
-        if parts[0] not in (made.digest, f"{made.digest}-{made.own}") or len(made.digest) != DIGITS:
-            raise DamagedList(f"line {number}")
-        found.append(made)
+        found.append(parsed)
     return found
 
 
-def tidy(folder: Path) -> None:
-    """Leaves one line for each file that is there and whole; those that are neither keep theirs."""
-    lines = read(folder)
-    kept = {}
+def _parsed(text: str) -> Line | None:
+    """Returns the line that a text stands for; None if it is invalid."""
+    parts = text.split(" ", 3)
+    if len(parts) != 4:
+        return None
+    for number in parts[1:3]:
+        # At most 19 digits: a longer number would be no size of a file, and int() slow.
+        if not (number.isascii() and number.isdecimal() and len(number) < 20):
+            return None
+    line = Line(parts[0][:DIGITS], int(parts[1]), int(parts[2]), parts[3])
+    if len(line.digest) != DIGITS:
+        return None
+    # Lists of an older fedpress have no CRC of the line.
+    return line if parts[0] in (line.digest, f"{line.digest}-{line.own}") else None
+
+
+def compact(folder: Path) -> None:
+    """Leaves one line for each undamaged file, all lines of damaged ones, and none of missing ones."""
+    lines = read_lines(folder)
+    kept: list[Line] = []
     for name in dict.fromkeys(line.name for line in lines):
         own = [line for line in lines if line.name == name]
         path = folder / name
         if path.is_file():
             whole = _whole(path, own)
-            kept[name] = [whole] if whole else own
-    if sum(map(len, kept.values())) < len(lines):
+            kept += [whole] if whole else own
+    if len(kept) < len(lines):
         with replacing(folder / NAME) as part:
-            part.write_text("".join(str(line) for own in kept.values() for line in own), "utf-8")
+            part.write_text("".join(map(str, kept)), "utf-8")
 
 
 def _append(log: Path, line: Line, sync: bool) -> None:
@@ -186,9 +203,8 @@ def _append(log: Path, line: Line, sync: bool) -> None:
     with open(log, "ab+", opener=_no_link) as file:
         if file.tell():
             file.seek(-1, os.SEEK_END)
-            if (
-                file.read(1) != b"\n"
-            ):  # a kill has torn the last line: what it was about never happened
+            # A kill has left half a line: the replacement that it announced never happened.
+            if file.read(1) != b"\n":
                 file.truncate(_last_newline(log))
         file.write(text)
         file.flush()
@@ -197,7 +213,7 @@ def _append(log: Path, line: Line, sync: bool) -> None:
 
 
 def _no_link(path: str, flags: int) -> int:
-    """Opens a file, but nothing that a symbolic link in its place leads to."""
+    """Opens a file, but follows no symbolic link: the folder may come from anybody."""
     return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
 
 
@@ -206,7 +222,7 @@ def _last_newline(log: Path) -> int:
 
 
 def _whole(path: Path, lines: Iterable[Line]) -> Line | None:
-    """The line that says what the file is from its first byte to its last; None if there is none."""
+    """Returns the line for all bytes of the file that fits; None if none does."""
     size = path.stat().st_size
     fitting = [line for line in lines if line.start == 0 and line.end == size]
     if not fitting:
@@ -216,10 +232,11 @@ def _whole(path: Path, lines: Iterable[Line]) -> Line | None:
 
 
 def _grown(path: Path, lines: list[Line]) -> bool:
-    """Whether every stretch since the file was last written as a whole is what it was."""
+    """Whether every range since the file was last written as a whole is undamaged."""
     since = max((at for at, line in enumerate(lines) if line.start == 0), default=0)
     size = path.stat().st_size
-    return all(
-        line.end <= size and digest(path, line.start, line.end) == line.digest
-        for line in lines[since:]
-    )
+
+    def fits(line: Line) -> bool:
+        return line.end <= size and digest(path, line.start, line.end) == line.digest
+
+    return all(map(fits, lines[since:]))

@@ -1,4 +1,7 @@
-"""Which code a file may have called: `module:function` names that the user has allowed, one by one."""
+"""The user's consent to functions that files name: a file may call only what the user has named.
+
+Examples are the architecture of a model's spec and the data source of a recipe in a run folder.
+"""
 
 from __future__ import annotations
 
@@ -10,25 +13,26 @@ from contextvars import ContextVar
 from fedpress.errors import Argument, ModelError
 
 NAME = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")
-"""`package.module:function`; the function is an attribute of the module itself, with no dot in it."""
+"""`package.module:function`; the function has no dot, so it is an attribute of the module itself."""
 
 _for_the_process: set[str] = set()
 _for_the_block: ContextVar[frozenset[str]] = ContextVar("fedpress_consent", default=frozenset())
 
 
 def allow(*names: str) -> None:
-    """Notes that the user of this process named these functions: files may name them too, as long as it lives.
+    """Allows files to name these functions until the process ends.
 
-    A recipe's own `architecture = "module:function"` and a MODEL given as `module:function` are noted like this.
+    It is called for functions that the user has named: in a recipe as
+    `architecture = "module:function"`, or on the command line as a MODEL.
 
     Raises:
-        ModelError: if one is no `package.module:function`.
+        ModelError: if a name is no `package.module:function`.
     """
     _for_the_process.update(checked(names))
 
 
 def withdraw() -> frozenset[str]:
-    """Takes back all that `allow` noted in this process, and returns it."""
+    """Withdraws everything that `allow` has allowed in this process, and returns it."""
     before = frozenset(_for_the_process)
     _for_the_process.clear()
     return before
@@ -36,10 +40,10 @@ def withdraw() -> frozenset[str]:
 
 @contextmanager
 def allowing(names: Collection[str] | str) -> Iterator[None]:
-    """Lets files name these functions while the block lasts.
+    """Allows files to name these functions inside of the block.
 
     Raises:
-        ModelError: if one is no `package.module:function`.
+        ModelError: if a name is no `package.module:function`.
     """
     token = _for_the_block.set(_for_the_block.get() | checked(names))
     try:
@@ -52,7 +56,7 @@ def checked(names: Collection[str] | str) -> frozenset[str]:
     """Returns the names of `allow_code` as a set; a single string is one name.
 
     Raises:
-        ModelError: if one is no `package.module:function`.
+        ModelError: if a name is no `package.module:function`.
 
     >>> sorted(checked(["nets:Small", "lab.nets:Wide"]))
     ['lab.nets:Wide', 'nets:Small']
@@ -68,20 +72,20 @@ def checked(names: Collection[str] | str) -> frozenset[str]:
 
 
 def allowed(name: str) -> bool:
-    """Whether the user has named this function, for the process or for the present block."""
+    """Whether the function is allowed, for the process or for the current block."""
     return name in _for_the_process or name in _for_the_block.get()
 
 
 def check(name: str, allow_code: Collection[str] | str, place: str) -> None:
-    """Lets pass what the user has allowed by name; nothing is imported to find out.
+    """Checks that a function is allowed, by its name only; nothing is imported.
 
     Args:
-        name: as a file says it.
-        allow_code: what the user allows in this call, besides what `allowed` knows.
-        place: the part of the file that says the name.
+        name: as the file has it.
+        allow_code: functions that are allowed in this call, besides those that `allowed` knows.
+        place: the part of the file with the name.
 
     Raises:
-        ModelError: if the user has not named it.
+        ModelError: if it is not allowed.
     """
     if not NAME.fullmatch(name):
         raise ModelError(

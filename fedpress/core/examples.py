@@ -1,4 +1,4 @@
-"""Examples in memory, images in another size, and the fixed step from raw examples to a network's input."""
+"""Examples in memory (`Arrays`), their standardisation (`Preprocess`), and resizing of images."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ from fedpress.errors import DataError
 
 @dataclass(frozen=True)
 class Arrays:
-    """Examples `x` with targets `y` [n, ...]: uint8 images [n, C, H, W], float32 features or int64 ids [n, ...].
+    """Examples `x` and targets `y` [n, ...].
 
-    Several inputs are a dictionary of such tensors by the names of forward's arguments (`NamedInputs`).
+    Examples are uint8 images [n, C, H, W], float32 features or int64 ids [n, ...]. Several inputs
+    are a dictionary of such tensors by argument name of forward (`NamedInputs`).
     """
 
     x: Inputs
@@ -42,21 +43,19 @@ class Arrays:
     def batches(self, size: int) -> Iterator[tuple[Inputs, Tensor]]:
         """Yields examples and labels in batches of nearly equal size, at most `size`.
 
-        A last batch of one would have no statistics for a batch norm.
+        With `split` the last batch could be a single example, which has no batch statistics.
         """
         parts = math.ceil(len(self) / size)
-        return (
-            zip(self.x.tensor_split(parts), self.y.tensor_split(parts), strict=True)
-            if parts
-            else iter(())
-        )
+        if not parts:
+            return iter(())
+        return zip(self.x.tensor_split(parts), self.y.tensor_split(parts), strict=True)
 
 
 @dataclass(frozen=True)
 class Preprocess:
     """Standardises raw examples per channel (dimension 1); bytes are scaled to 0..1 first.
 
-    Several inputs by name have no statistics here: their floats are taken as they are.
+    Several inputs by name are not standardised: only bytes are scaled.
 
     >>> Preprocess((0.5,), (0.5,))(torch.tensor([[[[255]]]], dtype=torch.uint8)).item()
     1.0
@@ -78,12 +77,13 @@ class Preprocess:
     def __call__(self, x: Inputs) -> Inputs: ...
 
     def __call__(self, x: Inputs) -> Inputs:
-        """Returns float32 of the same shape as `x` [n, C, ...]; whole numbers (token ids) stay what they are.
+        """Returns standardised float32 of the same shape as `x` [n, C, ...].
 
-        Of several inputs each; truth values stay, too.
+        Integers (token ids) keep their type, and so do booleans among several inputs.
 
         Raises:
-            DataError: if there are neither C statistics nor one for all channels, or any for several inputs.
+            DataError: if the number of means is neither C nor 1, or `x` has several inputs and
+                there are means.
         """
         if isinstance(x, NamedInputs):
             if self.mean:
@@ -108,9 +108,9 @@ class Preprocess:
 
     @classmethod
     def fit(cls, x: Inputs) -> Preprocess:
-        """Takes the statistics per channel of public examples `x` [n, C, ...]; a constant channel gets std 1.
+        """Computes the statistics per channel of public examples `x` [n, C, ...].
 
-        Several inputs by name have none.
+        A constant channel gets std 1; several inputs by name have no statistics.
 
         Raises:
             DataError: if there are no examples, or a value is NaN or infinite.
@@ -123,7 +123,7 @@ class Preprocess:
                 place="x",
                 cure="give mean and std",
             )
-        mean, std = _of_bytes(x) if x.dtype == torch.uint8 else _of_floats(x)
+        mean, std = _byte_statistics(x) if x.dtype == torch.uint8 else _float_statistics(x)
         if not (mean.isfinite() & std.isfinite()).all():
             raise DataError(
                 "the public examples hold NaN or infinite values",
@@ -134,7 +134,7 @@ class Preprocess:
 
 
 def no_statistics() -> DataError:
-    """Returns the error of means that are given for several inputs."""
+    """Returns the error of means for several inputs."""
     return DataError(
         "mean and std are for examples of one tensor, and these have several inputs",
         place="mean",
@@ -143,39 +143,46 @@ def no_statistics() -> DataError:
 
 
 def resized(x: Tensor, side: int) -> Tensor:
-    """Returns images `x` [n, C, H, W] of bytes or floats at `side` pixels, averaged where they shrink, part by part."""
+    """Returns images `x` [n, C, H, W] of bytes or floats at `side` x `side` pixels, antialiased."""
     if x.shape[-2:] == (side, side) or not len(x):
         return x
-    return torch.cat([_small(part, side) for part in x.split(4096)])
+    # In parts, since every part is a float32 copy for a while.
+    return torch.cat([_interpolated(part, side) for part in x.split(4096)])
 
 
-def _small(x: Tensor, side: int) -> Tensor:
+def _interpolated(x: Tensor, side: int) -> Tensor:
     out = F.interpolate(
         x.float(), (side, side), mode="bilinear", antialias=True, align_corners=False
     )
-    return (out if x.is_floating_point() else out.round().clamp(0, 255)).to(x.dtype)
+    if not x.is_floating_point():
+        out = out.round().clamp(0, 255)
+    return out.to(x.dtype)
 
 
-def _of_bytes(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and std [C] of bytes, from how often each of the 256 levels occurs: exact, and quick."""
+def _byte_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns mean and std [C] of bytes, exactly, from the counts of the 256 levels."""
     level = Preprocess()(torch.arange(256, dtype=torch.uint8)).double()
-    count = torch.stack(
-        [torch.bincount(channel.reshape(-1), minlength=256) for channel in x.unbind(1)]
-    ).cpu()
+    counts = [torch.bincount(channel.reshape(-1), minlength=256) for channel in x.unbind(1)]
+    count = torch.stack(counts).cpu()
     share = count.double() * x.shape[1] / x.numel()
     mean = share @ level
     std = (share * (level - mean.view(-1, 1)).square()).sum(1).sqrt()
-    return mean, torch.where((count > 0).sum(1) > 1, std, 1.0)
+    is_constant = (count > 0).sum(1) <= 1
+    return mean, torch.where(is_constant, 1.0, std)
 
 
-def _of_floats(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and std [C] in float64, part by part to keep memory small, the deviations in a second pass."""
-    dims, shape = [0, *range(2, x.dim())], (1, -1, *[1] * (x.dim() - 2))
-    each = x.shape[1] / x.numel()
-    mean = torch.stack([part.double().sum(dims) for part in x.split(4096)]).sum(0) * each
+def _float_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns mean and std [C] in float64.
+
+    They are computed in parts, to need little memory, and the deviations in a second pass, since
+    E[x^2] - E[x]^2 loses digits.
+    """
+    dims = [0, *range(2, x.dim())]
+    shape = (1, -1, *[1] * (x.dim() - 2))
+    weight = x.shape[1] / x.numel()
+    mean = torch.stack([part.double().sum(dims) for part in x.split(4096)]).sum(0) * weight
     parts = [(part.double() - mean.view(shape)).square().sum(dims) for part in x.split(4096)]
-    std = (torch.stack(parts).sum(0) * each).sqrt()
-    # A spread below the smallest normal float32 would divide by zero there: it counts as constant.
-    return mean, torch.where(
-        (x.amax(dims) > x.amin(dims)) & (std > torch.finfo(torch.float32).tiny), std, 1.0
-    )
+    std = (torch.stack(parts).sum(0) * weight).sqrt()
+    # A std below the smallest normal float32 would be 0 in float32: the channel counts as constant.
+    varies = (x.amax(dims) > x.amin(dims)) & (std > torch.finfo(torch.float32).tiny)
+    return mean, torch.where(varies, std, 1.0)

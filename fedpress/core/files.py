@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all: the one atomic writer."""
+"""Writes files atomically, and turns errors of the disk into errors with a cure."""
 
 from __future__ import annotations
 
@@ -14,20 +14,24 @@ from safetensors import SafetensorError
 
 from fedpress.errors import FedpressError, RunError, Words
 
+# Errors of a full disk, an exceeded quota, and a file that is too large for the file system.
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-"""Errors of a disk that takes no more."""
 
 
 @contextmanager
 def replacing(path: Path, *, durable: bool = True, shared: bool = False) -> Iterator[Path]:
-    """Gives a temporary path beside `path`; on success it takes `path`'s place in one step, on failure it is removed.
+    """Yields a temporary path beside `path`, which is renamed to `path` at the end of the block.
+
+    If the block fails, the temporary file is removed and the old one stays.
 
     Args:
         path: the file; its folder must exist.
-        durable: wait until the content is on the disk before the file takes its place, so that even a power cut
-            leaves the old file or the whole new one. Without it a killed process does, and writing is quicker.
-        shared: several processes may write `path` at the same time, so that each needs a temporary path of its own.
-            Otherwise there is one name for it, and what a killed process leaves is written over.
+        durable: whether to wait until the content is on the disk before the rename. Then even a
+            power failure leaves the old file or the complete new one; without it only a killed
+            process does, and writing is faster.
+        shared: whether several processes may write `path` at the same time, so that each needs a
+            temporary name of its own. With a single name the file that a killed process has left
+            is overwritten by the next one.
     """
     if shared:
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
@@ -35,7 +39,8 @@ def replacing(path: Path, *, durable: bool = True, shared: bool = False) -> Iter
         part = Path(name)
     else:
         part = path.with_name(f".{path.name}.part")
-        if part.is_symlink():  # writing would go through it, into somebody's other file
+        # Writing would follow a symbolic link, and overwrite some other file.
+        if part.is_symlink():
             part.unlink()
     try:
         yield part
@@ -46,7 +51,7 @@ def replacing(path: Path, *, durable: bool = True, shared: bool = False) -> Iter
 
 
 def take_place(part: Path, path: Path, *, durable: bool = True) -> None:
-    """Puts the whole file `part` in the place of `path`, in one step."""
+    """Renames the complete file `part` to `path`, atomically."""
     if durable:
         sync(part)
     os.replace(part, path)
@@ -60,13 +65,13 @@ def writing(
     full: Words = "free some space",
     other: Words = "choose another place",
 ) -> Iterator[None]:
-    """Turns what can go wrong while `path` is written into an error that names the place and the cure.
+    """Turns an OSError while a file is written into an error with place and cure.
 
     Args:
-        path: what is written.
+        path: the file that is written.
         raises: the type of the error.
-        full: the cure where the disk is full.
-        other: the cure where the place cannot be written.
+        full: the cure if the disk is full.
+        other: the cure if the file cannot be written for another reason.
 
     Raises:
         FedpressError: of the type `raises`.
@@ -81,14 +86,15 @@ def writing(
 
 
 def _number(error: OSError | SafetensorError) -> int | None:
-    """The number of an error of the system; safetensors tells it in words only."""
+    """Returns the errno of an error; None if it has none."""
     if isinstance(error, OSError):
         return error.errno
+    # safetensors has it in the text of its error only.
     found = re.search(r"os error (\d+)|code: (\d+)", str(error))
     return int(found[1] or found[2]) if found else None
 
 
 def sync(path: Path) -> None:
-    """Waits until what was written to `path` is on the disk."""
+    """Waits until the content of `path` is on the disk."""
     with open(path, "rb") as file:
         os.fsync(file.fileno())

@@ -261,10 +261,10 @@ def shapes_in(shape: Shape) -> list[tuple[int, ...]]:
     return list(shape.values()) if isinstance(shape, dict) else [shape]
 
 
-def shape_told(shape: Shape) -> str:
+def shape_text(shape: Shape) -> str:
     """Says a shape in words.
 
-    >>> shape_told((3, 8, 8)), shape_told({"tokens": (12,), "lengths": ()})
+    >>> shape_text((3, 8, 8)), shape_text({"tokens": (12,), "lengths": ()})
     ('[3, 8, 8]', 'tokens [12], lengths []')
     """
     if isinstance(shape, dict):
@@ -277,10 +277,10 @@ def is_image(x: Inputs) -> TypeGuard[Tensor]:
     return isinstance(x, Tensor) and x.dim() == 4
 
 
-def told(x: Inputs) -> str:
+def inputs_text(x: Inputs) -> str:
     """Says shape and type of one example in words.
 
-    >>> told(torch.zeros(2, 3))
+    >>> inputs_text(torch.zeros(2, 3))
     '[3] float32'
     """
     words = []

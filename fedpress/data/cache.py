@@ -32,8 +32,13 @@ def decoded(
     stats = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     key = blake2b(repr(sorted(stats)).encode(), digest_size=12).hexdigest()
     target = folder() / "decoded" / f"{name}-{key}.npz"
-    # numpy raises errors of many types for a damaged file.
-    with contextlib.suppress(Exception), np.load(target, allow_pickle=False) as stored:
+    # numpy raises errors of many types for a damaged file, and then leaves a file open that it has
+    # opened itself.
+    with (
+        contextlib.suppress(Exception),
+        target.open("rb") as cached,
+        np.load(cached, allow_pickle=False) as stored,
+    ):
         log.info("%s: decoded copy read from %s", name, target)
         return dict(stored)
     log.info("%s: no decoded copy in the cache, so files are decoded", name)

@@ -10,7 +10,7 @@ import torch
 from pydantic import JsonValue
 
 from fedpress.core.examples import Arrays, Preprocess
-from fedpress.core.inputs import NamedInputs, Shape, form_of, parts_of, shape_of, told
+from fedpress.core.inputs import NamedInputs, Shape, form_of, inputs_text, parts_of, shape_of
 from fedpress.data.preparation import Preparation
 from fedpress.errors import DataError
 from fedpress.tasks import Classification, Regression, Task
@@ -107,7 +107,7 @@ class FederatedData:
         """Returns a sentence with the numbers of rows that were left out; empty if there are none.
 
         Args:
-            private: whether the clients' rows are protected. Then their number is not told, and the
+            private: whether the clients' rows are protected. Then their number is not inputs_text, and the
                 sentence is the same whether or not there are any.
         """
         counts = {part: count for part, count in self.left_out.items() if count}
@@ -184,7 +184,7 @@ def _check_like(where: str, arrays: Arrays, first: Arrays) -> None:
             )
     if form_of(arrays.x) != form_of(first.x):
         raise DataError(
-            f"examples of {told(arrays.x)} where the first client has {told(first.x)}",
+            f"examples of {inputs_text(arrays.x)} where the first client has {inputs_text(first.x)}",
             place=where,
             cure="make them all alike",
         )

@@ -14,7 +14,7 @@ from torch import Tensor
 from fedpress import tasks
 from fedpress.core import own_modules
 from fedpress.core.examples import Arrays
-from fedpress.core.inputs import Inputs, NamedInputs, form_of, join, shape_told, told
+from fedpress.core.inputs import Inputs, NamedInputs, form_of, inputs_text, join, shape_text
 from fedpress.data.classes import number_classes, rows_that_define_classes, with_other_class
 from fedpress.data.dataset import FederatedData
 from fedpress.data.examples import SourceRows, TargetRows
@@ -104,7 +104,7 @@ def _concatenate(
     clients: Mapping[str, tuple[Inputs, np.ndarray]], where: str
 ) -> tuple[Inputs, np.ndarray]:
     """Returns the inputs and targets of all clients, which must have the same shapes and types."""
-    forms = {form_of(x): told(x) for x, _ in clients.values()}
+    forms = {form_of(x): inputs_text(x) for x, _ in clients.values()}
     if len(forms) > 1:
         raise DataError(
             f"clients' examples differ: {' and '.join(sorted(forms.values()))}",
@@ -203,7 +203,7 @@ def _client(pair: Any, where: str) -> tuple[Inputs, np.ndarray]:
     """Checks the pair (x, y) of one client, and converts x to the types of fedpress."""
     x, y = _arrays(pair, where)
     if isinstance(x, Mapping):
-        shape = shape_told({name: tuple(t.shape) for name, t in x.items()})
+        shape = shape_text({name: tuple(t.shape) for name, t in x.items()})
         fits = True
         x = _named(x, where)
     else:

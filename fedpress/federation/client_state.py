@@ -117,7 +117,7 @@ class DiskState:
         for gone in set(rounds) - set(keep):
             self._path(f"{gone}").unlink(missing_ok=True)
         if round % TIDY_EVERY == 0:
-            checksums.tidy(self.folder)
+            checksums.compact(self.folder)
 
     def entry(self, name: str) -> dict[str, Tensor]:
         """See `ClientState`.
@@ -168,4 +168,4 @@ class DiskState:
             # state, and the server then sends the whole model again.
             with replacing(path, durable=False) as part:
                 save_file(tensors, part)
-                checksums.note(path, part, sync=False)
+                checksums.add_line(path, part, sync=False)

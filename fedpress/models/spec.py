@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from fedpress.core import checksums, consent, limits, own_modules
-from fedpress.core.inputs import Inputs, NamedInputs, Shape, shape_told, shapes_in
+from fedpress.core.inputs import Inputs, NamedInputs, Shape, shape_text, shapes_in
 from fedpress.core.random_source import Source, chance_of
 from fedpress.errors import ModelError, SettingError, placing, renaming, suggestion
 from fedpress.models import layer_list, memory
@@ -159,7 +159,7 @@ class ModelSpec(BaseModel):
         shapes = shapes_in(self.input_shape)
         if any(size < 1 for size in chain(*shapes)):
             raise ModelError(
-                f"got {shape_told(self.input_shape)[:80]}, expected sizes above 0",
+                f"got {shape_text(self.input_shape)[:80]}, expected sizes above 0",
                 place="spec.input_shape",
                 cure=NO_SPEC,
             )

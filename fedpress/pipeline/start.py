@@ -15,7 +15,7 @@ from fedpress import data as data_sets
 from fedpress import storage
 from fedpress.compress import cost
 from fedpress.core import consent
-from fedpress.core.inputs import call, dtype_of, shape_of, shape_told
+from fedpress.core.inputs import call, dtype_of, shape_of, shape_text
 from fedpress.core.random import derive
 from fedpress.data.examples import Progress
 from fedpress.errors import Argument, ModelError, RecipeError, Words
@@ -107,7 +107,7 @@ def first_state(recipe: Recipe, data: data_sets.FederatedData) -> State:
         raise RecipeError(
             (
                 f"'{spec.architecture}' does not take examples of shape "
-                f"{shape_told(spec.input_shape)} ({type(error).__name__}: "
+                f"{shape_text(spec.input_shape)} ({type(error).__name__}: "
                 f"{str(error).partition(chr(10))[0]})"
             ),
             place="recipe.model",

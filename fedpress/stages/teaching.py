@@ -15,7 +15,7 @@ from torch import nn
 from fedpress import storage
 from fedpress.compress.distill import Distillation, DistillSettings
 from fedpress.core.examples import Preprocess
-from fedpress.core.inputs import shape_told
+from fedpress.core.inputs import shape_text
 from fedpress.errors import (
     Argument,
     ModelError,
@@ -209,8 +209,8 @@ def _teacher(where: str, state: State) -> nn.Module:
     if spec.input_shape != state.spec.input_shape:
         raise TrainingError(
             (
-                f"'{where}' takes examples of shape {shape_told(spec.input_shape)}, the data's "
-                f"have {shape_told(state.spec.input_shape)}"
+                f"'{where}' takes examples of shape {shape_text(spec.input_shape)}, the data's "
+                f"have {shape_text(state.spec.input_shape)}"
             ),
             place="teacher",
             cure="give a teacher of the same inputs",

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from fedpress.core.examples import Arrays, Preprocess, resized
-from fedpress.core.inputs import Inputs, call, is_image, shape_of, shape_told
+from fedpress.core.inputs import Inputs, call, is_image, shape_of, shape_text
 from fedpress.errors import Argument, TrainingError
 from fedpress.nn.batch_norm import ONE_VALUE, BatchNorm, averages_batches
 from fedpress.nn.resize import copied
@@ -93,7 +93,7 @@ def _check_image_sizes(
     for side, _ in settings.image_sizes:
         if not is_image(train.x) or side > min(train.x.shape[2:]):
             raise TrainingError(
-                (f"got images of {side} pixels, but examples are {shape_told(shape_of(train.x))}"),
+                (f"got images of {side} pixels, but examples are {shape_text(shape_of(train.x))}"),
                 place="image_sizes",
                 cure="give smaller sides, or leave image_sizes out",
             )

@@ -54,7 +54,7 @@ def replacing_with_checksum(path: Path, run: Path) -> Iterator[Path]:
     with replacing(path) as temporary:
         yield temporary
         # Before the rename: after a kill in between, both the old and the new file are known.
-        checksums.note(path, temporary, folder=run)
+        checksums.add_line(path, temporary, folder=run)
 
 
 def check_undamaged(path: Path, cure: Words, *, grows: bool = False, what: str = "corrupt") -> None:

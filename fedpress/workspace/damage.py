@@ -60,7 +60,7 @@ def check_run(run: Path) -> None:
     check_links(run)
     place = run / checksums.NAME
     try:
-        names = list(dict.fromkeys(line.name for line in checksums.read(run)))
+        names = list(dict.fromkeys(line.name for line in checksums.read_lines(run)))
     except checksums.DamagedList as error:
         cure = "delete it, and what it lists is taken as it is"
         raise RunError(f"corrupt ({error})", place=place, cure=cure) from error
@@ -69,7 +69,7 @@ def check_run(run: Path) -> None:
         if _is_checked_here(run, path):
             check_undamaged(path, _cure(run, path), grows=path == run / records.NAME)
     with writing(place):
-        checksums.tidy(run)
+        checksums.compact(run)
 
 
 def _is_checked_here(run: Path, path: Path) -> bool:

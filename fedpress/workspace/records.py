@@ -74,7 +74,7 @@ class Records:
                 file.write(json.dumps(finite(facts), allow_nan=False) + "\n")
                 file.flush()
                 os.fsync(file.fileno())
-            checksums.note_growth(self.path, start)
+            checksums.add_growth(self.path, start)
 
     def keep_first(self, count: int) -> None:
         """Removes all but the first `count` records, and an incomplete line at the end.
@@ -102,7 +102,7 @@ class Records:
             RunError: if there are fewer.
         """
         found = self.count()
-        if found < count and self.path.exists() and not checksums.knows(self.path):
+        if found < count and self.path.exists() and not checksums.has_line(self.path):
             raise RunError(
                 f"corrupt (it holds {found} of {count} records)",
                 place=self.path,

@@ -163,7 +163,7 @@ class StageFolder:
             made += files_of(self.run / str(artifact))
         with writing(self.run / checksums.NAME):
             for path in made:
-                checksums.note(path, folder=self.run)
+                checksums.add_line(path, folder=self.run)
 
     @property
     def memory(self) -> Path:

@@ -11,7 +11,7 @@ def replaced(path, content):
     """Replaces a file as a run does: the list first, then the file."""
     part = path.with_name("part")
     part.write_bytes(content)
-    checksums.note(path, part)
+    checksums.add_line(path, part)
     os.replace(part, path)
 
 
@@ -19,7 +19,7 @@ def grown(path, more):
     start = path.stat().st_size if path.exists() else 0
     with open(path, "ab") as file:
         file.write(more)
-    checksums.note_growth(path, start)
+    checksums.add_growth(path, start)
 
 
 def test_every_flipped_bit_and_every_cut_of_a_replaced_file_is_noticed(tmp_path):
@@ -43,10 +43,10 @@ def test_a_kill_between_the_list_and_the_file_is_no_damage(tmp_path):
     part = tmp_path / "part"
     for number in range(3):  # each time killed before the file takes its place
         part.write_bytes(b"second %d" % number)
-        checksums.note(path, part)
+        checksums.add_line(path, part)
         assert checksums.fault(path) is None
-    checksums.tidy(tmp_path)
-    assert [line.name for line in checksums.read(tmp_path)] == ["x"]
+    checksums.compact(tmp_path)
+    assert [line.name for line in checksums.read_lines(tmp_path)] == ["x"]
     assert checksums.fault(path) is None
 
 
@@ -81,8 +81,8 @@ def test_the_nearest_list_above_counts_and_files_without_a_line_pass(tmp_path):
     path.parent.mkdir(parents=True)
     path.write_bytes(b"abc")
     assert checksums.fault(path) is None
-    checksums.note(path, folder=tmp_path)
-    assert checksums.read(tmp_path)[0].name == "stages/0-train/x"
+    checksums.add_line(path, folder=tmp_path)
+    assert checksums.read_lines(tmp_path)[0].name == "stages/0-train/x"
     assert checksums.fault(path) is None
     path.write_bytes(b"abd")
     assert checksums.fault(path)
@@ -99,11 +99,11 @@ def test_a_torn_last_line_is_none_and_any_other_damage_of_the_list_is_told(tmp_p
     assert checksums.fault(path) is None
     replaced(path, b"two")
     assert checksums.fault(path) is None
-    assert len(checksums.read(tmp_path)) == 2
+    assert len(checksums.read_lines(tmp_path)) == 2
     for damage in (b"", b"x" * 31, b"\xff" * 32 + b" 0 3", b"0" * 32 + b" 0 a x"):
         log.write_bytes(damage + b"\n" + whole)
         with pytest.raises(DamagedList, match="line 1"):
-            checksums.read(tmp_path)
+            checksums.read_lines(tmp_path)
         assert "is damaged (line 1)" in checksums.fault(path)
 
 
@@ -113,8 +113,8 @@ def test_tidying_forgets_what_is_gone_and_keeps_what_is_damaged(tmp_path):
             replaced(tmp_path / name, f"{name}{number}".encode())
     (tmp_path / "a").unlink()
     (tmp_path / "b").write_bytes(b"damage")
-    checksums.tidy(tmp_path)
-    assert [line.name for line in checksums.read(tmp_path)] == ["b", "b", "b", "c d"]
+    checksums.compact(tmp_path)
+    assert [line.name for line in checksums.read_lines(tmp_path)] == ["b", "b", "b", "c d"]
     assert checksums.fault(tmp_path / "b")
     assert checksums.fault(tmp_path / "c d") is None
     assert re.fullmatch(r"0{32}-[0-9a-f]{8} 0 3 c d\n", str(Line("0" * 32, 0, 3, "c d")))
@@ -123,14 +123,14 @@ def test_tidying_forgets_what_is_gone_and_keeps_what_is_damaged(tmp_path):
 def test_every_flipped_bit_of_the_list_itself_is_noticed(tmp_path):
     path = tmp_path / "a.json"
     path.write_text("what it holds")
-    checksums.note(path)
+    checksums.add_line(path)
     whole = (tmp_path / "checksums").read_bytes()
     for at in range(8 * (len(whole) - 1)):
         damaged = bytearray(whole)
         damaged[at // 8] ^= 1 << at % 8
         (tmp_path / "checksums").write_bytes(damaged)
         with pytest.raises(checksums.DamagedList):
-            checksums.read(tmp_path)
+            checksums.read_lines(tmp_path)
 
 
 def test_a_list_of_an_older_fedpress_has_lines_without_their_own_checksum(tmp_path):
@@ -138,7 +138,7 @@ def test_a_list_of_an_older_fedpress_has_lines_without_their_own_checksum(tmp_pa
     path.write_text("what it holds")
     line = Line.of(path, path.name)
     (tmp_path / "checksums").write_text(f"{line.digest} {line.start} {line.end} {line.name}\n")
-    assert checksums.read(tmp_path) == [line]
+    assert checksums.read_lines(tmp_path) == [line]
     assert checksums.fault(path) is None
     path.write_text("what it hold5")
     assert "is not what was written" in str(checksums.fault(path))

@@ -12,11 +12,11 @@ from fedpress.core.inputs import (
     NamedInputs,
     call,
     form_of,
+    inputs_text,
     join,
     positional,
     shape_of,
-    shape_told,
-    told,
+    shape_text,
 )
 from fedpress.core.random import fingerprint
 from fedpress.errors import DataError, ModelError
@@ -98,7 +98,7 @@ def test_a_model_is_called_by_name_in_any_order():
     assert torch.equal(call(nn.Identity(), torch.ones(2)), torch.ones(2))
 
 
-def test_names_that_a_model_does_not_take_are_told():
+def test_names_that_a_model_does_not_take_are_inputs_text():
     x = some(2)
     lacks = NamedInputs({"tokens": x["tokens"], "sensors": x["sensors"]})
     with pytest.raises(ModelError, match="the model needs 'lengths' besides; name the inputs as"):
@@ -176,7 +176,7 @@ def test_preprocessing_keeps_whole_numbers_and_truth_values():
 def test_shapes_and_forms_are_told_by_name():
     x = some(2)
     assert shape_of(x) == {"tokens": (5,), "lengths": (), "sensors": (2, 3)}
-    assert shape_told(shape_of(x)) == "tokens [5], lengths [], sensors [2, 3]"
-    assert told(x) == "tokens [5] int64, lengths [] int64, sensors [2, 3] float32"
+    assert shape_text(shape_of(x)) == "tokens [5], lengths [], sensors [2, 3]"
+    assert inputs_text(x) == "tokens [5] int64, lengths [] int64, sensors [2, 3] float32"
     assert form_of(x) == form_of(some(9, seed=1))
     assert form_of(x) != form_of(NamedInputs({"tokens": x["tokens"]}))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fedpress.core.examples import Arrays
-from fedpress.core.inputs import Inputs, NamedInputs, form_of, parts_of, told
+from fedpress.core.inputs import Inputs, NamedInputs, form_of, inputs_text, parts_of
 from fedpress.core.random_source import RandomSource, public_stream
 from fedpress.errors import Argument, RecipeError, TrainingError
 from fedpress.stages.federate.client import ClientHalf
@@ -49,7 +49,7 @@ def _rehearse_kind(client: ClientHalf, public: Sequence[Arrays], task: Task) -> 
             return
 
     what, cause = problems[0]
-    kind = f"{what} examples of shape {told(like.x)}"
+    kind = f"{what} examples of shape {inputs_text(like.x)}"
     cure: list[str | Argument] = [
         "no epsilon was spent; mend the model, so that it runs on single examples"
     ]
