@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fedpress import storage, tasks
 from fedpress.api.calls import Asked, Mean, Model, bind, model_of, working
 from fedpress.core.examples import Preprocess
-from fedpress.core.inputs import Inputs, told
+from fedpress.core.inputs import Inputs, inputs_text
 from fedpress.data import FederatedData
 from fedpress.errors import Argument, DataError, ModelError
 from fedpress.models import ModelSpec, memory
@@ -258,7 +258,7 @@ def _outputs(network: nn.Module, x: Inputs) -> Tensor:
         found = evaluation.outputs(network, x)
     except Exception as error:  # whatever somebody's own network raises
         raise ModelError(
-            f"it does not take examples of {told(x)} ({type(error).__name__}: {str(error).splitlines()[0]})",
+            f"it does not take examples of {inputs_text(x)} ({type(error).__name__}: {str(error).splitlines()[0]})",
             place="inputs",
             cure="give examples as the model was trained on, the first dimension counts them",
         ) from error

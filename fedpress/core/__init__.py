@@ -1,1 +1,1 @@
-"""What every room uses: streams of chance, parameters as one vector, examples in memory, files written in one step."""
+"""Basics that all rooms use: random streams, flat parameter vectors, inputs, files, limits."""

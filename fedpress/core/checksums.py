@@ -184,7 +184,7 @@ def _parsed(text: str) -> Line | None:
 
 
 def compact(folder: Path) -> None:
-    """Leaves one line for each undamaged file, all lines of damaged ones, and none of missing ones."""
+    """Leaves one line for each undamaged file, all lines of damaged files, none of missing ones."""
     lines = read_lines(folder)
     kept: list[Line] = []
     for name in dict.fromkeys(line.name for line in lines):

@@ -13,7 +13,7 @@ from contextvars import ContextVar
 from fedpress.errors import Argument, ModelError
 
 NAME = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")
-"""`package.module:function`; the function has no dot, so it is an attribute of the module itself."""
+"""`package.module:function`; the function is an attribute of the module itself, without a dot."""
 
 _for_the_process: set[str] = set()
 _for_the_block: ContextVar[frozenset[str]] = ContextVar("fedpress_consent", default=frozenset())

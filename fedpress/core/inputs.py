@@ -1,8 +1,8 @@
-"""What a model is called with: one tensor, or several by the names of forward's arguments.
+"""The inputs of a model: one tensor, or several by argument name of forward (`NamedInputs`).
 
-`NamedInputs` is to a dictionary of tensors what a tensor is to its rows: `len`, `x[rows]`, `x.to(device)` and `x.split`
-work alike on both, so code that deals, batches and moves examples does not ask which of the two it has. It behaves as
-TensorDict of the library tensordict does, of which only this much is needed.
+`len`, `x[rows]`, `x.to(device)` and `x.split` work alike on a tensor and on `NamedInputs`, so code
+that splits, batches and moves examples need not know which of the two it has. `NamedInputs` is the
+part of the TensorDict of the library tensordict that is needed here.
 """
 
 from __future__ import annotations
@@ -23,12 +23,14 @@ Shape: TypeAlias = tuple[int, ...] | dict[str, tuple[int, ...]]
 
 
 class NamedInputs(Mapping[str, Tensor]):
-    """Examples of several inputs: tensors [n, ...] by name, and the model is called with them by these names.
+    """Examples of several inputs: tensors [n, ...] by the names of forward's arguments.
 
-    As of a tensor, the length is the number of examples, and an index takes rows; a name gives that one tensor.
+    Like that of a tensor, the length is the number of examples, and an index selects rows. A name
+    selects one tensor.
 
     Raises:
-        DataError: if there is none, a name is no name of an argument, or the tensors differ in their number of rows.
+        DataError: if there is no tensor, a name cannot be an argument, or the tensors have
+            different numbers of rows.
 
     >>> x = NamedInputs({"tokens": torch.ones(3, 5).long(), "lengths": torch.tensor([5, 2, 1])})
     >>> len(x), x[1:]["lengths"].tolist(), list(x)
@@ -43,7 +45,7 @@ class NamedInputs(Mapping[str, Tensor]):
 
     @classmethod
     def _of(cls, tensors: dict[str, Tensor]) -> NamedInputs:
-        """Makes one without checks: inside `vmap` its tensors have no dimension of examples."""
+        """Makes one without checks, since tensors inside `vmap` have no batch dimension."""
         made = object.__new__(cls)
         made._tensors = tensors
         return made
@@ -55,51 +57,56 @@ class NamedInputs(Mapping[str, Tensor]):
     def __getitem__(self, at: Rows) -> NamedInputs: ...
 
     def __getitem__(self, at: str | Rows) -> Tensor | NamedInputs:
-        """Returns the tensor of a name, or the examples at some rows."""
-        return self._tensors[at] if isinstance(at, str) else self.map(lambda t: t[at])
+        """Returns the tensor of a name, or the examples of some rows."""
+        if isinstance(at, str):
+            return self._tensors[at]
+        return self.map(lambda t: t[at])
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._tensors)
 
     def __len__(self) -> int:
-        """Returns the number of examples, not that of names."""
+        """Returns the number of examples, not of names."""
         return len(next(iter(self._tensors.values())))
 
     def __repr__(self) -> str:
-        held = ", ".join(f"{name}: {list(t.shape)} {t.dtype}" for name, t in self._tensors.items())
-        return f"NamedInputs({held})"
+        shown = ", ".join(f"{name}: {list(t.shape)} {t.dtype}" for name, t in self._tensors.items())
+        return f"NamedInputs({shown})"
 
     def map(self, change: Callable[[Tensor], Tensor]) -> NamedInputs:
-        """Returns what `change` makes of each tensor."""
+        """Returns the result of `change` for each tensor."""
         return self._of({name: change(t) for name, t in self._tensors.items()})
 
     def to(self, at: torch.device | str) -> NamedInputs:
-        """Returns the same on another device."""
+        """Returns the examples on another device."""
         return self.map(lambda t: t.to(at))
 
     def split(self, size: int) -> tuple[NamedInputs, ...]:
-        """Returns parts of `size` examples, the last one with what is left."""
-        return self._parts([t.split(size) for t in self._tensors.values()])
+        """Returns parts of `size` examples; the last may be smaller."""
+        return self._from_columns([t.split(size) for t in self._tensors.values()])
 
     def tensor_split(self, parts: int) -> tuple[NamedInputs, ...]:
-        """Returns so many parts of nearly equal size."""
-        return self._parts([t.tensor_split(parts) for t in self._tensors.values()])
+        """Returns `parts` parts of nearly equal size."""
+        return self._from_columns([t.tensor_split(parts) for t in self._tensors.values()])
 
-    def _parts(self, columns: list[tuple[Tensor, ...]]) -> tuple[NamedInputs, ...]:
-        rows = zip(*columns, strict=True)
-        return tuple(self._of(dict(zip(self._tensors, row, strict=True))) for row in rows)
+    def _from_columns(self, columns: list[tuple[Tensor, ...]]) -> tuple[NamedInputs, ...]:
+        """Turns the parts of each tensor into parts that hold all tensors."""
+        found = []
+        for row in zip(*columns, strict=True):
+            found.append(self._of(dict(zip(self._tensors, row, strict=True))))
+        return tuple(found)
 
     @property
     def device(self) -> torch.device:
-        """The device of the first tensor; `to` keeps all on one."""
+        """The device of the first tensor; `to` puts all on one device."""
         return next(iter(self._tensors.values())).device
 
 
 Inputs: TypeAlias = Tensor | NamedInputs
-"""A batch of examples [n, ...] as a model takes it."""
+"""A batch of examples [n, ...] that a model takes."""
 
 Example: TypeAlias = Tensor | tuple[Tensor, ...] | Mapping[str, Tensor]
-"""What a model may be called with: a tensor, several in the order of forward's arguments, or by their names."""
+"""The arguments of a model: a tensor, several in the order of forward's arguments, or by name."""
 
 
 def _check(tensors: Mapping[str, Any]) -> None:
@@ -130,49 +137,51 @@ def _check(tensors: Mapping[str, Any]) -> None:
 
 
 def as_inputs(x: Inputs | Mapping[str, Tensor]) -> Inputs:
-    """Returns a dictionary of tensors as `NamedInputs`; all else as it is."""
+    """Returns a dictionary of tensors as `NamedInputs`; other inputs unchanged."""
     if isinstance(x, Mapping) and not isinstance(x, NamedInputs):
         return NamedInputs(x)
     return x
 
 
 def arguments(x: Example) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
-    """Returns what a model is called with: by position and by name.
+    """Returns the arguments of a model's call, by position and by name.
 
     >>> arguments({"ids": torch.tensor([1])})
     ((), {'ids': tensor([1])})
     """
     if isinstance(x, Mapping):
         return (), {name: x[name] for name in x}
-    return ((x,) if isinstance(x, Tensor) else tuple(x)), {}
+    if isinstance(x, Tensor):
+        return (x,), {}
+    return tuple(x), {}
 
 
 def call(model: Callable[..., Any], x: Example) -> Any:
-    """Returns what `model` gives for a batch.
+    """Calls `model` with a batch and returns its result.
 
     Raises:
-        ModelError: if it takes other names than those of the inputs.
+        ModelError: if the names of the inputs are not those of forward's arguments.
     """
     if isinstance(x, Tensor):
         return model(x)
     args, named = arguments(x)
     try:
         return model(*args, **named)
+    # Python's own error names the first wrong argument only; it may also come from inside forward.
     except TypeError as problem:
-        if args:
+        mismatch = "" if args else _name_mismatch(model, named)
+        if not mismatch:
             raise
-        if said := _other_names(model, named):
-            raise ModelError(
-                said, place="model", cure="name the inputs as forward names its arguments"
-            ) from problem
-        raise
+        raise ModelError(
+            mismatch, place="model", cure="name the inputs as forward names its arguments"
+        ) from problem
 
 
 def positional(model: nn.Module, x: Example) -> tuple[Tensor, ...]:
-    """Returns the inputs in the order of forward's arguments, for what can pass them by position alone.
+    """Returns the inputs in the order of forward's arguments, to pass them by position.
 
     Raises:
-        ModelError: if an argument before one of them is left out, or takes no position.
+        ModelError: if the inputs are not forward's first arguments, or one is keyword-only.
 
     >>> positional(nn.Linear(2, 1), NamedInputs({"input": torch.zeros(1, 2)}))
     (tensor([[0., 0.]]),)
@@ -182,7 +191,7 @@ def positional(model: nn.Module, x: Example) -> tuple[Tensor, ...]:
     ordered = [p.name for p in _parameters(model) if p.kind is not p.KEYWORD_ONLY][: len(list(x))]
     if set(ordered) != set(x):
         raise ModelError(
-            f"forward begins with {_said(ordered)}, the examples have {_said(list(x))}",
+            f"forward begins with {_quoted(ordered)}, the examples have {_quoted(list(x))}",
             place=type(model).__name__,
             cure="put these arguments first in forward, for the graph is traced by position",
         )
@@ -190,15 +199,17 @@ def positional(model: nn.Module, x: Example) -> tuple[Tensor, ...]:
 
 
 def join(parts: Sequence[Inputs]) -> Inputs:
-    """Returns batches of one form as one batch."""
+    """Concatenates batches with the same inputs."""
     named = [parts_of(part) for part in parts]
     joined = {name: torch.cat([one[name] for one in named]) for name in named[0]}
     return NamedInputs._of(joined) if isinstance(parts[0], NamedInputs) else joined[""]
 
 
 def parts_of(x: Inputs) -> dict[str, Tensor]:
-    """Returns the tensors by name; one alone is called ""."""
-    return {name: x[name] for name in x} if isinstance(x, NamedInputs) else {"": x}
+    """Returns the tensors by name; a single tensor has the name ""."""
+    if not isinstance(x, NamedInputs):
+        return {"": x}
+    return {name: x[name] for name in x}
 
 
 def tensors_of(x: Example) -> list[Tensor]:
@@ -208,7 +219,7 @@ def tensors_of(x: Example) -> list[Tensor]:
 
 
 def with_tensors(x: Example, tensors: Sequence[Tensor]) -> Example:
-    """Returns inputs of the same form that hold `tensors`."""
+    """Returns the same kind of inputs with other `tensors`."""
     if isinstance(x, Tensor):
         return tensors[0]
     if isinstance(x, Mapping):
@@ -230,12 +241,14 @@ def map_inputs(x: Example, change: Callable[[Tensor], Tensor]) -> Example: ...
 
 
 def map_inputs(x: Example, change: Callable[[Tensor], Tensor]) -> Example:
-    """Returns what `change` makes of the tensor, or of each."""
+    """Returns the same kind of inputs with the result of `change` for each tensor."""
     return with_tensors(x, [change(t) for t in tensors_of(x)])
 
 
 def form_of(x: Inputs) -> tuple[tuple[str, tuple[int, ...], torch.dtype], ...]:
-    """Returns the name, shape and type of each input of one example: equal where a network can take both.
+    """Returns name, shape and dtype of each input of an example.
+
+    They are equal for two batches that the same network can take.
 
     >>> form_of(torch.zeros(2, 3))
     (('', (3,), torch.float32),)
@@ -250,7 +263,7 @@ def shape_of(x: Inputs) -> Shape:
 
 
 def dtype_of(x: Inputs) -> str | dict[str, str]:
-    """Returns the type in which a network sees an example: "float32", also of bytes, "int64" or "bool"."""
+    """Returns the dtype in which a network gets an example: "float32", "int64" or "bool"."""
     whole = {torch.int64: "int64", torch.bool: "bool"}
     dtypes = {name: whole.get(t.dtype, "float32") for name, t in parts_of(x).items()}
     return dtypes if isinstance(x, NamedInputs) else dtypes[""]
@@ -262,7 +275,7 @@ def shapes_in(shape: Shape) -> list[tuple[int, ...]]:
 
 
 def shape_text(shape: Shape) -> str:
-    """Says a shape in words.
+    """Returns a shape as text for errors.
 
     >>> shape_text((3, 8, 8)), shape_text({"tokens": (12,), "lengths": ()})
     ('[3, 8, 8]', 'tokens [12], lengths []')
@@ -273,12 +286,15 @@ def shape_text(shape: Shape) -> str:
 
 
 def is_image(x: Inputs) -> TypeGuard[Tensor]:
-    """Says whether examples are images [n, C, H, W]; those among several inputs are nobody's but the model's."""
+    """Whether examples are images [n, C, H, W].
+
+    Images among several inputs do not count: augmentation and resizing leave them alone.
+    """
     return isinstance(x, Tensor) and x.dim() == 4
 
 
 def inputs_text(x: Inputs) -> str:
-    """Says shape and type of one example in words.
+    """Returns shape and dtype of an example as text for errors.
 
     >>> inputs_text(torch.zeros(2, 3))
     '[3] float32'
@@ -295,23 +311,29 @@ def _parameters(model: Callable[..., Any]) -> list[inspect.Parameter]:
     return list(inspect.signature(forward).parameters.values())
 
 
-def _other_names(model: Callable[..., Any], x: Mapping[str, Tensor]) -> str:
-    """Says in what the inputs differ from the arguments of a model; empty if they do not."""
-    known = _parameters(model)
-    gathers = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    needed = [p.name for p in known if p.default is p.empty and p.kind not in gathers]
-    taken = {p.name for p in known if p.kind not in (p.VAR_POSITIONAL, p.POSITIONAL_ONLY)}
-    anything = any(p.kind is p.VAR_KEYWORD for p in known)
-    lacks = [name for name in needed if name not in x]
-    extra = [name for name in x if name not in taken and not anything]
-    if not lacks and not extra:
-        return ""
-    words = [f"needs {_said(lacks)} besides"] * bool(lacks)
-    words += [f"does not take {_said(extra)}"] * bool(extra)
-    return f"the model {' and '.join(words)}"
+def _name_mismatch(model: Callable[..., Any], x: Mapping[str, Tensor]) -> str:
+    """Says how the names of the inputs differ from forward's arguments; empty if they do not."""
+    needed, accepted, takes_any = [], set(), False
+    for parameter in _parameters(model):
+        if parameter.kind is parameter.VAR_KEYWORD:
+            takes_any = True
+        elif parameter.kind is not parameter.VAR_POSITIONAL:
+            if parameter.default is parameter.empty:
+                needed.append(parameter.name)
+            if parameter.kind is not parameter.POSITIONAL_ONLY:
+                accepted.add(parameter.name)
+
+    missing = [name for name in needed if name not in x]
+    unknown = [name for name in x if name not in accepted and not takes_any]
+    parts = []
+    if missing:
+        parts.append(f"needs {_quoted(missing)} besides")
+    if unknown:
+        parts.append(f"does not take {_quoted(unknown)}")
+    return f"the model {' and '.join(parts)}" if parts else ""
 
 
-def _said(names: Sequence[str]) -> str:
+def _quoted(names: Sequence[str]) -> str:
     return ", ".join(f"'{name}'" for name in names) or "nothing"
 
 
@@ -319,6 +341,7 @@ def _unflatten(tensors: Any, names: Any) -> NamedInputs:
     return NamedInputs._of(dict(zip(names, tensors, strict=True)))
 
 
+# So that vmap and torch.export look inside.
 register_pytree_node(
     NamedInputs,
     lambda x: ([x[name] for name in x], tuple(x)),

@@ -1,4 +1,7 @@
-"""How much a file may ask for: declared sizes are compared with a limit before anything of that size is made."""
+"""Limits on what a file may ask for: declared sizes are checked before memory is allocated.
+
+A file of a few bytes may describe a network of terabytes. Each limit has an environment variable.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +30,7 @@ class AboveLimit(ModelError):
 
 @dataclass(frozen=True)
 class Limit:
-    """One row: the environment variable that changes the limit, its default, and what it counts."""
+    """A limit: the environment variable that changes it, its default, and what it counts."""
 
     variable: str
     default: int
@@ -50,17 +53,17 @@ LIMITS = {
 """2^31 values are 8 GiB of float32; 2^26 pixels are an image of 8192 x 8192, 201 MB in RGB."""
 
 
+# So many parameters count as one module: an LSTM of a thousand layers is a single module.
 PARAMETERS = 8
-"""So many parameters count as a module at least: an LSTM of a thousand layers is one module, but not small."""
+# Arguments that say how many layers there are.
 COUNTS = {"num_layers", "n_layers", "layers", "depth", "num_blocks", "blocks"}
-"""Arguments that say how many layers there are."""
 
 
 def limit(name: str) -> int:
-    """Returns the limit of this name, as its environment variable says it if that is set.
+    """Returns a limit: the value of its environment variable, or its default.
 
     Raises:
-        RecipeError: if the variable holds no whole number above 0.
+        RecipeError: if the variable holds no integer above 0.
 
     >>> limit("depth")
     32
@@ -78,16 +81,20 @@ def limit(name: str) -> int:
 
 
 class Above(NamedTuple):
-    """What is above a limit, and how that is raised."""
+    """A size above its limit, as the problem and the cure of an error."""
 
     problem: str
     cure: str
 
 
 def above(name: str, got: int, *, counting: bool = False) -> Above | None:
-    """Says that `got` is above a limit, and how to raise that; None if it is not.
+    """Compares a size with a limit; None if it is not above.
 
-    `counting` says that the end is not known yet: then the cure is twice the limit, or more.
+    Args:
+        name: of the limit.
+        got: the size.
+        counting: whether `got` is still growing, so that the final size is unknown. The cure is
+            then at least twice the limit.
 
     >>> above("depth", 3)
     """
@@ -95,29 +102,33 @@ def above(name: str, got: int, *, counting: bool = False) -> Above | None:
     if got <= most:
         return None
     row = LIMITS[name]
-    enough, least = (f"{max(got, 2 * most)} or more", "at least ") if counting else (str(got), "")
+    size, enough = f"{got:,}", str(got)
+    if counting:
+        size, enough = f"at least {got:,}", f"{max(got, 2 * most)} or more"
     return Above(
-        f"{least}{got:,} {row.what}, and the limit is {most:,}",
+        f"{size} {row.what}, and the limit is {most:,}",
         f"if you trust the file, set {row.variable}={enough}",
     )
 
 
 def check(name: str, got: int, place: str, *, counting: bool = False) -> None:
-    """Compares a declared size with its limit; see `above`.
+    """Checks that a size is not above its limit; see `above`.
 
     Raises:
-        ModelError: if it is above, naming `place` and the variable to raise.
+        ModelError: if it is, naming `place` and the variable that raises the limit.
     """
-    if said := above(name, got, counting=counting):
-        raise AboveLimit(said.problem, place=place, cure=said.cure)
+    excess = above(name, got, counting=counting)
+    if excess is not None:
+        raise AboveLimit(excess.problem, place=place, cure=excess.cure)
 
 
 def depth(tree: Any) -> int:
-    """Returns how deep lists and tables lie inside each other, without recursion.
+    """Returns how deep lists and dictionaries are nested.
 
     >>> depth({"a": [1, [2]]})
     3
     """
+    # Without recursion, which a deeply nested file would bring to its limit.
     deepest, todo = 0, [(tree, 1)]
     while todo:
         node, at = todo.pop()
@@ -130,7 +141,12 @@ def depth(tree: Any) -> int:
 
 
 def check_tree(tree: Any, place: str, *, lists: bool = True) -> None:
-    """Compares what stands in a description with the limits: depth, every whole number, and how long `lists` are.
+    """Checks a description from a file: its depth, every integer, and the lengths of its lists.
+
+    Args:
+        tree: lists, dictionaries and values.
+        place: name of the description in errors.
+        lists: whether the lengths of lists and dictionaries are limited.
 
     Raises:
         ModelError: if something is above its limit.
@@ -142,9 +158,8 @@ def check_tree(tree: Any, place: str, *, lists: bool = True) -> None:
         if isinstance(node, dict):
             if lists:
                 check("layers", len(node), at)
-            for key in (
-                node.keys() & COUNTS
-            ):  # a loop over them takes its time even if each is small
+            # A million tiny layers need little memory, but much time.
+            for key in node.keys() & COUNTS:
                 if isinstance(node[key], int):
                     check("layers", node[key], f"{at}.{key}")
             todo.extend((value, f"{at}.{str(key)[:40]}") for key, value in node.items())
@@ -157,28 +172,29 @@ def check_tree(tree: Any, place: str, *, lists: bool = True) -> None:
 
 
 class _Budget(TorchDispatchMode):
-    """Refuses an operation that would make a tensor of more values than are left."""
+    """Refuses to make new tensors when all of them together have more values than the limit."""
 
     def __init__(self, place: str) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.place, self.made = place, 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if not any(
-            isinstance(arg, Tensor) for arg in args
-        ):  # it makes something new, of a size that it is told
-            sizes = [
-                arg
-                for arg in args
-                if isinstance(arg, list | tuple) and all(isinstance(n, int) for n in arg)
-            ]
-            self.made += max((prod(size) for size in sizes), default=0)
+        # An operation without tensors makes a new one, such as empty([3, 4]): its size is the list.
+        if not any(isinstance(arg, Tensor) for arg in args):
+            self.made += max((prod(arg) for arg in args if _is_size(arg)), default=0)
             check("values", self.made, self.place, counting=True)
         return func(*args, **(kwargs or {}))
 
 
+def _is_size(value: object) -> bool:
+    return isinstance(value, list | tuple) and all(isinstance(n, int) for n in value)
+
+
 class _Running(TorchDispatchMode):
-    """Refuses an operation that gives a tensor of more values than the limit; on the meta device none is made."""
+    """Refuses an operation whose result has more values than the limit.
+
+    On the meta device results have shapes but no memory.
+    """
 
     def __init__(self, place: str) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -193,13 +209,13 @@ class _Running(TorchDispatchMode):
 
 
 def check_running(model: nn.Module, example: Inputs, place: str) -> None:
-    """Looks how large the tensors become when `model` runs on `example`, by their shapes alone.
+    """Checks the sizes of all activations of `model` on `example`, without computing them.
 
-    A padding, a stride or a target size of a layer may make a small network fill the memory. A network that does not
-    take the example passes: it does not run at all.
+    A padding, stride or target size can make a network with few parameters fill the memory. A
+    network that does not take the example passes, since it will not run.
 
     Raises:
-        ModelError: if one has more values than the limit.
+        ModelError: if a tensor has more values than the limit.
     """
     tensors = (
         *model.named_parameters(remove_duplicate=False),
@@ -212,7 +228,8 @@ def check_running(model: nn.Module, example: Inputs, place: str) -> None:
             torch.func.functional_call(model.eval(), shapes, *arguments(example.to("meta")))
     except AboveLimit:
         raise
-    except Exception:  # whatever torch says of shapes: whoever runs the network is told
+    # Shapes that do not fit: the error comes when the network is run.
+    except Exception:
         return
     finally:
         for module, was in training.items():
@@ -221,28 +238,31 @@ def check_running(model: nn.Module, example: Inputs, place: str) -> None:
 
 @contextmanager
 def building(place: str, *, meta: bool = False) -> Iterator[None]:
-    """Watches the building of a network: the values of all new tensors together, and the number of modules.
+    """Limits the network that is built in the block: its values, and its number of modules.
 
-    On the `meta` device the number of modules alone: tensors take no memory there, and are counted at the end.
+    Args:
+        place: name of the network in errors.
+        meta: whether it is built on the meta device. Tensors take no memory there, so only modules
+            are limited.
 
     Raises:
-        ModelError: in the block, before the tensor is made that would pass the limit.
+        ModelError: in the block, before a tensor or module is made that exceeds a limit.
     """
-    count = own = 0
+    modules = parameters = 0
 
-    def see(module: nn.Module, name: str, child: Any) -> None:
-        nonlocal count
-        count += 1
-        check("layers", count, place, counting=True)
+    def count_module(module: nn.Module, name: str, child: Any) -> None:
+        nonlocal modules
+        modules += 1
+        check("layers", modules, place, counting=True)
 
-    def see_own(module: nn.Module, name: str, value: Any) -> None:
-        nonlocal own
-        own += 1
-        check("layers", own // PARAMETERS, place, counting=True)
+    def count_parameter(module: nn.Module, name: str, value: Any) -> None:
+        nonlocal parameters
+        parameters += 1
+        check("layers", parameters // PARAMETERS, place, counting=True)
 
     handles = (
-        register_module_module_registration_hook(see),
-        register_module_parameter_registration_hook(see_own),
+        register_module_module_registration_hook(count_module),
+        register_module_parameter_registration_hook(count_parameter),
     )
     try:
         with nullcontext() if meta else _Budget(place):
@@ -253,10 +273,10 @@ def building(place: str, *, meta: bool = False) -> Iterator[None]:
 
 
 def declared(build: Any, arguments: dict[str, Any]) -> int:
-    """Returns the number of values of the network that `build(**arguments)` would make, without making them.
+    """Returns the number of values of the network `build(**arguments)`, without allocating them.
 
     Raises:
-        ModelError: if that has more modules than the limit says, before it is complete.
+        ModelError: if it has more modules than the limit.
     """
     with building("spec.arguments", meta=True), torch.device("meta"):
         model = build(**arguments)

@@ -1,4 +1,4 @@
-"""Names that travel through many rooms: who a client is."""
+"""Types of names that many rooms use: the id of a client."""
 
 from typing import TypeAlias
 

@@ -1,8 +1,8 @@
-"""Where a user's own `module:function` is found: after everything installed, and by nobody but the user's own code.
+"""Imports the user's own `module:function` without opening the working folder to all imports.
 
-Python's import path would offer the working folder to every import of every library: a file `onnxruntime.py` that
-happens to lie there would run in the library's place. Here own folders are asked last, and only for a module that the
-user has named and for what such a module imports in turn.
+With the working folder on Python's import path, every import of every library would look there: a
+file `onnxruntime.py` in it would run in place of the library. Here the user's folders are searched
+last, and only for modules that the user has named and for what these import.
 """
 
 from __future__ import annotations
@@ -19,15 +19,17 @@ from typing import Any
 
 from fedpress.errors import ModelError, Shell, suggestion
 
+# Modules of fedpress that files of earlier versions name, and their names now.
 MOVED = {"fedpress.commands.subject": "fedpress.pipeline.commands.subject"}
-"""Modules of fedpress that files of earlier versions name, and where they lie now."""
 
-_wanted: set[str] = set()  # top modules that `module_of` is looking for
-_own: set[str] = set()  # top modules that were found in the user's folders
+# Top-level modules that `module_of` is importing.
+_wanted: set[str] = set()
+# Top-level modules that were found in the user's folders.
+_own: set[str] = set()
 
 
 class OwnModules:
-    """The finder behind all others of `sys.meta_path`; `folders` are asked in order."""
+    """A finder at the end of `sys.meta_path`; it searches `folders` in order."""
 
     def __init__(self, folders: Sequence[str]) -> None:
         self.folders = list(folders)
@@ -35,8 +37,12 @@ class OwnModules:
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: Any = None
     ) -> ModuleSpec | None:
-        """Finds a top module for `module_of`, or for code that was found here; see `importlib.abc.MetaPathFinder`."""
-        if path is not None:  # a part of a package, which knows itself where its parts lie
+        """Finds a top-level module for `module_of`, or for a module that was found here.
+
+        See `importlib.abc.MetaPathFinder`.
+        """
+        # With a path it is a part of a package, which is found in the package's own folder.
+        if path is not None:
             return None
         if name not in _wanted and _importer(sys._getframe(1)) not in _own:
             return None
@@ -47,17 +53,19 @@ class OwnModules:
 
 
 def look_in(*folders: Path) -> None:
-    """Names the folders of the user's own modules, and takes the working folder out of Python's import path.
+    """Sets the folders of the user's own modules, and removes the working folder from `sys.path`.
 
-    Python puts it there by itself with `-m` and `-c`; a folder that PYTHONPATH names stays.
+    Python puts it there with `-m` and `-c`. A folder that PYTHONPATH names stays.
     """
     sys.meta_path[:] = [finder for finder in sys.meta_path if not isinstance(finder, OwnModules)]
-    resolved = (str(folder.resolve()) for folder in folders)
+    resolved = [str(folder.resolve()) for folder in folders]
     sys.meta_path.append(OwnModules(list(dict.fromkeys(resolved))))
-    named = {_real(entry) for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry}
+    python_path = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    named = {_real(entry) for entry in python_path if entry}
     here = _real("")
     if sys.path and _real(sys.path[0]) == here and here not in named:
         del sys.path[0]
+    # An empty entry means the working folder, too.
     sys.path[:] = [entry for entry in sys.path if entry]
 
 
@@ -65,8 +73,9 @@ def module_of(name: str) -> ModuleType:
     """Imports the module of `package.module:function`.
 
     Raises:
-        ModelError: if a file of the user has the name of an installed module, which would be taken in its place.
-        Exception: whatever importing raises.
+        ModelError: if a file of the user has the name of an installed module, which would be
+            imported instead.
+        Exception: any that the import raises.
     """
     module = name.partition(":")[0]
     module = MOVED.get(module, module)
@@ -80,7 +89,7 @@ def module_of(name: str) -> ModuleType:
 
 
 def object_of(name: str) -> Any:
-    """Returns what `package.module:function` names.
+    """Returns the object that `package.module:function` names.
 
     Raises:
         ModelError: if there is no such module, importing it fails, or it has no such function.
@@ -99,14 +108,15 @@ def object_of(name: str) -> Any:
         raise ModelError(
             f"no module '{error.name}'",
             place=f"'{name}'",
-            # The command line looks into the folder where it is called, whether or not there is a recipe.
+            # The command line searches the folder in which it is called, with or without a recipe.
             cure=(
                 install,
                 "put its folder on PYTHONPATH",
                 Shell(", or call fedpress in that folder"),
             ),
         ) from error
-    except Exception as error:  # importing runs the user's file, which may raise anything
+    # Importing runs the user's file, which may raise anything.
+    except Exception as error:
         raise ModelError(
             f"importing it failed with {type(error).__name__}: {error}",
             place=f"'{name}'",
@@ -122,7 +132,10 @@ def object_of(name: str) -> Any:
 
 
 def _importer(frame: FrameType | None) -> str:
-    """The top module of the code that imports: the first frame that does not belong to the import system."""
+    """Returns the top-level module of the code that imports.
+
+    It is that of the first frame outside of the import system.
+    """
     while frame is not None:
         name = str(frame.f_globals.get("__name__", ""))
         if not name.startswith(("importlib", "_frozen_importlib")) and name != __name__:
@@ -132,13 +145,16 @@ def _importer(frame: FrameType | None) -> str:
 
 
 def _refuse_hidden(top: str) -> None:
-    """Refuses a name that means one thing among the installed modules and another in the user's folders."""
-    folders = [
-        folder
-        for finder in sys.meta_path
-        if isinstance(finder, OwnModules)
-        for folder in finder.folders
-    ]
+    """Checks that a module is not both installed and in the user's folders.
+
+    Raises:
+        ModelError: if it is: the installed one would be imported, and the user's file silently
+            ignored.
+    """
+    folders: list[str] = []
+    for finder in sys.meta_path:
+        if isinstance(finder, OwnModules):
+            folders += finder.folders
     try:
         installed = importlib.util.find_spec(top)
     except (ImportError, ValueError):
@@ -147,21 +163,18 @@ def _refuse_hidden(top: str) -> None:
         return
     for folder in folders:
         own = PathFinder.find_spec(top, [folder])
-        if (
-            own is None or own.origin is None
-        ):  # a folder without __init__.py is no module of its own
+        # A folder without __init__.py has no origin: it is no module of the user's.
+        if own is None or own.origin is None:
             continue
         if _real(own.origin) != _real(installed.origin or "built-in"):
+            new_name = f"my_{top}{Path(own.origin).suffix}"
             raise ModelError(
                 (
                     f"{own.origin} has the name of the installed module {installed.origin or top}, "
                     "which goes first"
                 ),
                 place=f"'{top}'",
-                cure=(
-                    f"rename your file, for instance to my_{top}{Path(own.origin).suffix}, and name "
-                    "that"
-                ),
+                cure=f"rename your file, for instance to {new_name}, and name that",
             )
 
 

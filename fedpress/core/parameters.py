@@ -1,4 +1,4 @@
-"""The trainable parameters of a model as one flat float32 vector with a layout, and back."""
+"""Converts trainable parameters to one flat float32 vector with a layout, and back."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Layout:
 
     @classmethod
     def of(cls, model: nn.Module) -> Layout:
-        """Reads the layout of every parameter of `model` with `requires_grad`."""
+        """Returns the layout of all parameters of `model` with `requires_grad`."""
         named = [(n, tuple(p.shape)) for n, p in model.named_parameters() if p.requires_grad]
         return cls(tuple(n for n, _ in named), tuple(s for _, s in named))
 
@@ -64,13 +64,13 @@ def assign_(model: nn.Module, vector: Tensor) -> None:
 
 
 def part_of(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """Returns the tensors whose names begin with `prefix`, by what follows it.
+    """Returns the tensors whose names begin with `prefix`, by the rest of their names.
 
     >>> part_of({"model/bias": torch.zeros(1), "mask/bias": torch.ones(1)}, "mask/")
     {'bias': tensor([1.])}
     """
-    return {
-        name.removeprefix(prefix): value
-        for name, value in tensors.items()
-        if name.startswith(prefix)
-    }
+    found = {}
+    for name, value in tensors.items():
+        if name.startswith(prefix):
+            found[name.removeprefix(prefix)] = value
+    return found

@@ -1,6 +1,7 @@
-"""Randomness as keys: a seed and some words name one stream, so nothing depends on the order of calls.
+"""Keys of random streams: a seed and some words name a stream, whatever was drawn before.
 
-The streams themselves are in `random_source`.
+Example: `derive(seed, "round", 3)` is the same number in any order of calls. The streams themselves
+are in `random_source`.
 """
 
 from __future__ import annotations
@@ -16,27 +17,30 @@ if TYPE_CHECKING:
     import numpy as np
 
 STREAMS = 2
-"""Version of all streams. Whoever changes what is drawn under a name counts it up: a run must not go on with others.
+"""Version of all streams. Increase it with every change of what is drawn under a name.
 
-1 (fedpress 0.1.0): torch's Mersenne Twister. 2: Philox for what is public, AES for what privacy rests on.
+A run goes on only with streams of the version with which it began. 1 (fedpress 0.1.0): torch's
+Mersenne Twister. 2: Philox for public draws, AES for noise and keys.
 """
 
 
 def derive(seed: int, *words: str | int) -> int:
-    """Returns the 63-bit seed of the stream named by `words` under `seed`; numpy's words count by their value.
+    """Returns the 63-bit seed of the stream named by `words` under `seed`.
 
     >>> derive(1, "round", 2) == derive(1, "round", 2)
     True
     >>> derive(1, "a", "bc") == derive(1, "ab", "c")
     False
     """
-    return int.from_bytes(blake2b(name_of(seed, words), digest_size=8).digest(), "little") >> 1
+    digest = blake2b(name_of(seed, words), digest_size=8).digest()
+    # 63 bits, so that the seed fits a signed 64-bit integer.
+    return int.from_bytes(digest, "little") >> 1
 
 
 def secret_key(seed: int, *words: str | int) -> bytes:
     """Returns the 32-byte key of the stream named by `words` under `seed`, for `keystream`.
 
-    It is as secret as `seed` is: with 256 random bits as seed nobody can guess it.
+    It is as secret as `seed`: with a seed of 256 random bits nobody can guess it.
 
     >>> secret_key(1, "a") == secret_key(1, "a"), len(secret_key(1, "a"))
     (True, 32)
@@ -45,9 +49,12 @@ def secret_key(seed: int, *words: str | int) -> bytes:
 
 
 def keystream(key: bytes, size: int, *, start: int = 0) -> np.ndarray:
-    """Returns `size` bytes (uint8) of the AES-256-CTR stream of the 32-byte `key`, from byte `start` on.
+    """Returns `size` bytes (uint8) of the AES-256-CTR stream of the 32-byte `key`, from `start` on.
 
-    `start` must be a multiple of 16, the block of AES. A cryptographic generator: about 2 GB a second with AES-NI.
+    It is a cryptographic generator, of about 2 GB a second with AES-NI.
+
+    Raises:
+        ValueError: if `start` is no multiple of 16, the block size of AES.
 
     >>> keystream(bytes(32), 4).tolist()
     [220, 149, 192, 120]
@@ -57,10 +64,11 @@ def keystream(key: bytes, size: int, *, start: int = 0) -> np.ndarray:
 
     if start % 16:
         raise ValueError(f"start: got {start}, expected a multiple of 16")
-    out = np.empty(size + 15, np.uint8)  # the cipher wants room for one more block
-    encryptor = Cipher(
-        algorithms.AES(key), modes.CTR((start // 16).to_bytes(16, "big"))
-    ).encryptor()
+    # The cipher wants room for one more block.
+    out = np.empty(size + 15, np.uint8)
+    counter = (start // 16).to_bytes(16, "big")
+    encryptor = Cipher(algorithms.AES(key), modes.CTR(counter)).encryptor()
+    # Encrypting zeros gives the stream itself; in chunks, so that no second array is as large.
     chunk = bytes(min(size, 1 << 20))
     for at in range(0, size, 1 << 20):
         part = chunk[: min(len(chunk), size - at)]
@@ -69,12 +77,14 @@ def keystream(key: bytes, size: int, *, start: int = 0) -> np.ndarray:
 
 
 def fingerprint(*parts: object) -> str:
-    """Returns a 256-bit digest of `parts`: tensors by type, shape and bytes, the rest in canonical JSON.
+    """Returns a 256-bit digest of `parts`, in hex.
 
-    Of inputs by name the names and tensors count, in whatever order they stand.
+    Tensors count by dtype, shape and bytes; inputs by name as well, in any order; other values by
+    their canonical JSON.
 
     Raises:
-        TypeError: if a part is neither; what Python itself says of an object may change with a version.
+        TypeError: if a value has no canonical JSON. Its `repr` would be no substitute, since that
+            may change with a version.
 
     >>> fingerprint("a", 1) == fingerprint("a", 1), fingerprint("ab") == fingerprint("a", "b")
     (True, False)
@@ -96,6 +106,7 @@ def fingerprint(*parts: object) -> str:
                 add(part[name])
         else:
             text = json.dumps(canonical(part), sort_keys=True).encode()
+            # With its length, so that ("ab",) and ("a", "b") differ.
             digest.update(f"{len(text)};".encode() + text)
 
     for part in parts:
@@ -104,11 +115,11 @@ def fingerprint(*parts: object) -> str:
 
 
 def name_of(seed: int, words: tuple[str | int, ...]) -> bytes:
-    """Returns the bytes that name a stream; two names are the same only if all words and their types are.
+    """Returns the name of a stream as bytes; it is the same only for equal words of equal types.
 
     >>> name_of(1, ("a", 2))
     b'[1, "a", 2]'
     """
-    # `index` takes whole numbers of every library and no others: 1.5 would be cut to the stream of 1.
+    # `index` takes integers of every library, and refuses floats: int(1.5) would give the stream 1.
     plain = [str(word) if isinstance(word, str) else index(word) for word in words]
     return json.dumps([index(seed), *plain]).encode()

@@ -1,7 +1,7 @@
-"""Streams of random numbers: one kind that everybody may know, one that privacy rests on, and torch's own.
+"""Sources of random numbers: Philox for public draws, AES for noise and keys, torch's generator.
 
-The first two are made of 64-bit words by the arithmetic below and not by the samplers of numpy or torch, which may
-change with a version: two machines must draw the same signs and places.
+The first two compute all samples from 64-bit words by the arithmetic below. The samplers of numpy
+and torch may change with a version, but server and clients must draw the same numbers.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from fedpress.core.random import keystream, name_of, secret_key
 
 
 class RandomSource(Protocol):
-    """A stream of random numbers; every call goes on where the last one ended.
-
-    `exact` asks mechanisms for outputs whose floating-point bits say nothing about the secret.
-    """
+    """A stream of random numbers; every call continues where the last one ended."""
 
     @property
     def exact(self) -> bool:
-        """Whether noise must come out on a public grid."""
+        """Whether noise mechanisms must round their outputs to a public grid.
+
+        Otherwise the low bits of floating-point outputs may reveal the secret (Mironov 2012).
+        """
         ...
 
     def normal(self, *shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -46,55 +46,68 @@ class RandomSource(Protocol):
         ...
 
     def subset(self, size: int, count: int) -> Tensor:
-        """Returns `count` of the numbers from 0 to `size` - 1, each set as likely as any other, rising, int64."""
+        """Returns a uniformly random set of `count` numbers from 0 to `size` - 1, sorted, int64."""
         ...
 
     def words(self, size: int) -> np.ndarray:
-        """Returns 64 random bits each as uint64 [size]."""
+        """Returns words of 64 random bits, uint64 [size]."""
         ...
 
 
 class WordStream(ABC):
-    """Random numbers made of a stream of 64-bit words."""
+    """Random numbers computed from a stream of 64-bit words."""
 
     @abstractmethod
     def words(self, size: int) -> np.ndarray:
-        """Returns uint64 [size]: what each stream must have."""
+        """Returns the next words of the stream, uint64 [size]."""
 
     def normal(self, *shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
-        """Returns standard normals [shape]: a sign and 63 bits of the lower half of the distribution function.
+        """Returns standard normals [shape], by the inverse distribution function.
 
-        Both tails are precise that way: the smallest probability is 2^-64, at 9 standard deviations.
+        One bit is the sign, 63 bits are the probability in the lower half. So both tails are
+        precise: the smallest probability is 2^-64, at 9 standard deviations.
         """
         from scipy.special import ndtri
 
         bits = self.words(math.prod(shape))
-        half = ((bits >> np.uint64(1)).astype(np.float64) + 0.5) * 2.0**-64
-        below = ndtri(half)
+        # In the middle of each of 2^63 intervals, so that it is never 0, where ndtri is infinite.
+        probability = ((bits >> np.uint64(1)).astype(np.float64) + 0.5) * 2.0**-64
+        below = ndtri(probability)
         signed = np.where(bits & np.uint64(1), -below, below)
         return torch.from_numpy(signed).view(shape).to(dtype)
 
     def uniform(self, *shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
-        """Returns numbers [shape] with as many random bits as the significand of `dtype` holds: 53, 24, 11 or 8."""
+        """Returns numbers [shape] with as many random bits as `dtype` has: 53, 24, 11 or 8."""
         digits = 1 - int(math.log2(torch.finfo(dtype).eps))
+        # With more bits a number could be rounded up to 1.
         whole = self.words(math.prod(shape)) >> np.uint64(64 - digits)
         return torch.from_numpy(whole.astype(np.float64) * 2.0**-digits).view(shape).to(dtype)
 
     def integers(self, high: int, *shape: int) -> Tensor:
-        """Returns int64 [shape] from 0 to `high` - 1; each is right to `high` / 2^64 of its probability."""
+        """Returns int64 [shape] from 0 to `high` - 1.
+
+        Probabilities are right up to a relative error of `high` / 2^64, since it is a remainder.
+        """
         if not 0 < high <= 2**63:
             raise ValueError(f"high: got {high}, expected a number from 1 to 2^63")
         drawn = self.words(math.prod(shape)) % np.uint64(high)
         return torch.from_numpy(drawn.astype(np.int64)).view(shape)
 
     def permutation(self, size: int) -> Tensor:
-        """Returns int64 [size]: the order of as many words, all different but for a chance of size^2 / 2^65."""
+        """Returns int64 [size]: the sort order of as many words.
+
+        It is uniform unless two words are equal, which has a probability of size^2 / 2^65.
+        """
         return torch.from_numpy(np.argsort(self.words(size), kind="stable").astype(np.int64))
 
     def subset(self, size: int, count: int) -> Tensor:
-        """Returns int64 [count], rising: where the smallest of `size` words are; all of them if `count` is more."""
+        """Returns int64 [count], sorted: the positions of the smallest of `size` words.
+
+        If `count` is more than `size`, it returns all positions.
+        """
         if count < 0:
             raise ValueError(f"count: got {count}, expected 0 or more")
+        # Drawn in any case, so that later draws do not depend on `count`.
         drawn = self.words(size)
         if not 0 < count < size:
             return torch.arange(size)[:count]
@@ -103,10 +116,10 @@ class WordStream(ABC):
 
 
 class PhiloxRandom(WordStream):
-    """The Philox 4x64 stream of a 128-bit `key` (Salmon et al. 2011), for what everybody may know.
+    """The Philox 4x64 stream of a 128-bit `key` (Salmon et al. 2011), for public draws.
 
-    Names of streams are hashed to the key, so that two of 2^32 streams are one with a chance below 2^-64. It is no
-    cryptographic generator.
+    The key is a hash of the stream's name, so among 2^32 streams two are the same with probability
+    below 2^-64. It is not a cryptographic generator.
 
     >>> PhiloxRandom(1).words(1).tolist() == PhiloxRandom(1).words(2).tolist()[:1]
     True
@@ -124,13 +137,14 @@ class PhiloxRandom(WordStream):
 
 
 class AesCtrRandom(WordStream):
-    """The AES-256-CTR stream of a secret 32-byte `key`: who does not hold the key cannot tell it from coin flips.
+    """The AES-256-CTR stream of a secret 32-byte `key`, a cryptographic generator.
 
-    All draws are made of `words`, so two calls for 3 and 5 words give what one call for 8 gives.
+    Two calls for 3 and 5 words give the same words as one call for 8.
 
     Args:
-        key: as secret as what is drawn.
-        exact: whether noise must come out on a public grid; needless where the key is not secret, as in experiments.
+        key: it must be as secret as the noise.
+        exact: whether noise must be rounded to a public grid (see `RandomSource.exact`); without a
+            secret key, as in experiments, it is not needed.
 
     >>> AesCtrRandom(bytes(32)).words(1).tolist() == AesCtrRandom(bytes(32)).words(2).tolist()[:1]
     True
@@ -139,24 +153,26 @@ class AesCtrRandom(WordStream):
     def __init__(self, key: bytes, *, exact: bool = True) -> None:
         if len(key) != 32:
             raise ValueError(
-                f"key: got {len(key)} bytes, expected 32; make one with fedpress.core.random.secret_key"
+                f"key: got {len(key)} bytes, expected 32; "
+                "make one with fedpress.core.random.secret_key"
             )
         self.exact = exact
         self._key = key
         self._drawn = 0
 
     def words(self, size: int) -> np.ndarray:
-        """Returns uint64 [size], little-endian bytes of the stream."""
-        skip = self._drawn % 2  # a block of the cipher holds two words
+        """Returns uint64 [size], from little-endian bytes of the stream."""
+        # A block of the cipher holds two words, and the stream can start at a block only.
+        skip = self._drawn % 2
         stream = keystream(self._key, 8 * (size + skip), start=8 * (self._drawn - skip))
         self._drawn += size
         return stream.view("<u8")[skip:].astype(np.uint64, copy=False)
 
 
 class TorchRandom:
-    """The stream of a torch generator that somebody brings, on its device; without one, torch's global stream.
+    """The stream of a torch generator, on its device; without one that of torch's global generator.
 
-    It is no cryptographic generator: good for experiments, not for data that somebody wants to see.
+    It is not a cryptographic generator: use it for experiments, not to protect data.
 
     >>> TorchRandom(torch.Generator().manual_seed(1)).normal(2).dtype
     torch.float64
@@ -169,11 +185,11 @@ class TorchRandom:
         self._device = "cpu" if generator is None else generator.device
 
     def normal(self, *shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
-        """Returns standard normals [shape]; a float32 normal comes from 24 bits and ends at 5.8."""
+        """Returns standard normals [shape]; float32 ones have 24 random bits and are below 5.8."""
         return torch.randn(shape, generator=self.generator, device=self._device, dtype=dtype)
 
     def uniform(self, *shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
-        """Returns numbers [shape]; the 24 bits of a float32 draw would bias small probabilities."""
+        """Returns numbers [shape]; float32 ones have 24 bits, which biases small probabilities."""
         return torch.rand(shape, generator=self.generator, device=self._device, dtype=dtype)
 
     def integers(self, high: int, *shape: int) -> Tensor:
@@ -185,7 +201,7 @@ class TorchRandom:
         return torch.randperm(size, generator=self.generator, device=self._device)
 
     def subset(self, size: int, count: int) -> Tensor:
-        """Returns int64 [count], rising."""
+        """Returns int64 [count], sorted."""
         return self.permutation(size)[:count].sort().values
 
     def words(self, size: int) -> np.ndarray:
@@ -196,18 +212,21 @@ class TorchRandom:
 
 
 Source: TypeAlias = RandomSource | torch.Generator | None
-"""What functions draw from; a bare generator counts as `TorchRandom`, None as torch's global one."""
+"""A random source; a torch generator stands for its `TorchRandom`, None for the global one."""
 
 
 def seed_torch_(chance: RandomSource) -> None:
-    """Starts torch's global generators anew from `chance`, for draws inside a network such as dropout.
+    """Seeds torch's global generators from `chance`, for draws inside of a network such as dropout.
 
-    `torch.manual_seed` keeps 32 bits of a seed on the CPU, few enough to try them all. So all 624 words of the
-    Mersenne Twister's state are replaced. It stays no cryptographic generator, and with MKL one call of dropout hangs
-    on 32 of its bits: masks are hidden by the noise on what is made with them, not by this alone.
+    `torch.manual_seed` uses 32 bits of a seed on the CPU, few enough to try all. So the 624 words
+    of the Mersenne Twister's state are replaced too. It still is no cryptographic generator, and
+    with MKL a call of dropout depends on 32 of its bits. Dropout masks are protected by the noise
+    on the gradients that were computed with them, and not by this function alone.
     """
     torch.manual_seed(int(chance.words(1)[0] >> np.uint64(1)))
-    state, words = torch.get_rng_state(), chance.words(312).astype("<u8").view("<u4")
+    state = torch.get_rng_state()
+    # 312 words of 64 bits are the 624 of 32 bits, which torch stores as int64 from position 3 on.
+    words = chance.words(312).astype("<u8").view("<u4")
     state.view(torch.int64)[3:627] = torch.from_numpy(words.astype(np.int64))
     torch.set_rng_state(state)
 
@@ -220,9 +239,12 @@ def chance_of(source: Source) -> RandomSource:
 
 
 def public_stream(seed: int, *words: str | int) -> PhiloxRandom:
-    """Returns the stream named by `words` under `seed`, for what everybody may know; it begins anew at every call.
+    """Returns the stream named by `words` under `seed`, for public draws.
 
-    >>> public_stream(1, "a").permutation(3).tolist() == public_stream(1, "a").permutation(3).tolist()
+    Every call returns the stream from its start.
+
+    >>> first, again = public_stream(1, "a"), public_stream(1, "a")
+    >>> first.permutation(3).tolist() == again.permutation(3).tolist()
     True
     """
     digest = blake2b(name_of(seed, words), digest_size=16, person=b"public").digest()
@@ -230,5 +252,5 @@ def public_stream(seed: int, *words: str | int) -> PhiloxRandom:
 
 
 def private_stream(seed: int, *words: str | int, exact: bool = False) -> AesCtrRandom:
-    """Returns the stream named by `words` under `seed`, as secret as `seed`, for what privacy rests on."""
+    """Returns the stream named by `words` under `seed`, for noise and keys; as secret as `seed`."""
     return AesCtrRandom(secret_key(seed, *words), exact=exact)

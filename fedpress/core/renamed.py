@@ -1,4 +1,4 @@
-"""Keys and words of a recipe that are called otherwise now: old recipes are read, and told the new word."""
+"""Renamed keys and values of recipes: old ones are still read, with a warning that says the new."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from fedpress.errors import SettingError
 
 @dataclass(frozen=True)
 class Renamed:
-    """One old word: `key = old` of a table is `now_key = now` today.
+    """A renamed setting: `key = old` of a table is `now_key = now` today.
 
-    Of several rows with one old word the first says how it is read; all say what is written back as the old word. With
-    a `now` of None the key is left out today.
+    If several rows have the same old setting, it is read as the first says; all of the new ones are
+    written back as the old. If `now` is None, the setting has no meaning any more and is left out.
     """
 
     key: str
@@ -26,7 +26,7 @@ class Renamed:
 
     @property
     def sentence(self) -> str:
-        """What a person is told, with what to write instead."""
+        """The warning, with what to write instead."""
         if self.now is None:
             return (
                 f"{self.key} = {_toml(self.old)} is still read, but says nothing now; leave it out"
@@ -38,35 +38,39 @@ class Renamed:
 def new_words(
     table: Mapping[str, Any], rows: tuple[Renamed, ...]
 ) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """Returns `table` with today's words, and a sentence for each old one in it.
+    """Returns `table` with the new settings, and a warning for each old one in it.
 
     Raises:
-        SettingError: if a table says the same by both words, and differently.
+        SettingError: if old and new setting are both there and contradict each other.
 
     >>> row = Renamed("sum", "secure", "aggregator", "secure")
     >>> new_words({"sum": "secure"}, (row,))[0]
     {'aggregator': 'secure'}
     """
-    out, said = dict(table), []
+    out, warnings = dict(table), []
     for row in rows:
         if row.key not in out or out[row.key] != row.old:
             continue
         out.pop(row.key)
-        said.append(row.sentence)
+        warnings.append(row.sentence)
         if row.now is None:
             continue
         if out.get(row.now_key, row.now) not in (row.now, {"kind": row.now}):
+            new = f"{row.now_key} = {_toml(out[row.now_key])}"
             raise SettingError(
-                f"{row.key} = {_toml(row.old)} and {row.now_key} = {_toml(out[row.now_key])} contradict each other",
+                f"{row.key} = {_toml(row.old)} and {new} contradict each other",
                 place=row.key,
                 cure=f"leave out {row.key}, which is the older word",
             )
         out[row.now_key] = row.now
-    return out, tuple(said)
+    return out, tuple(warnings)
 
 
 def old_words(table: Mapping[str, Any], rows: tuple[Renamed, ...]) -> dict[str, Any]:
-    """Returns `table`, settings as JSON, with the old words: run folders know what they hang on by those.
+    """Returns settings in JSON types with the old keys and values.
+
+    The keys of finished stages are fingerprints of the old ones, so that runs of an older version
+    can be resumed.
 
     >>> row = Renamed("sum", "secure", "aggregator", "secure")
     >>> old_words({"aggregator": {"kind": "secure"}}, (row,))
@@ -82,7 +86,7 @@ def old_words(table: Mapping[str, Any], rows: tuple[Renamed, ...]) -> dict[str, 
 
 
 class ReadsOldWords(BaseModel):
-    """Settings that still read the old words in `renamed`; `warnings` are sentences about those that were read."""
+    """Settings that still read the old keys and values in `renamed`, with `warnings`."""
 
     renamed: ClassVar[tuple[Renamed, ...]] = ()
     _warnings: tuple[str, ...] = PrivateAttr(())
@@ -99,10 +103,13 @@ class ReadsOldWords(BaseModel):
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """What a person should be told about old words, also in the tables inside."""
-        inner = [getattr(self, name) for name in type(self).model_fields]
-        found = [line for one in inner if isinstance(one, ReadsOldWords) for line in one.warnings]
-        return (*self._warnings, *found)
+        """Warnings about old keys and values that were read, also in nested settings."""
+        found = list(self._warnings)
+        for name in type(self).model_fields:
+            value = getattr(self, name)
+            if isinstance(value, ReadsOldWords):
+                found.extend(value.warnings)
+        return tuple(found)
 
 
 def _toml(value: Any) -> str:
