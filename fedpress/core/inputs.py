@@ -264,6 +264,7 @@ def shape_of(x: Inputs) -> Shape:
 
 def dtype_of(x: Inputs) -> str | dict[str, str]:
     """Returns the dtype in which a network gets an example: "float32", "int64" or "bool"."""
+    # Every other type, bytes included, becomes float32 before it reaches the network.
     whole = {torch.int64: "int64", torch.bool: "bool"}
     dtypes = {name: whole.get(t.dtype, "float32") for name, t in parts_of(x).items()}
     return dtypes if isinstance(x, NamedInputs) else dtypes[""]

@@ -1,1 +1,1 @@
-"""One training loop, one evaluation, optimizers, augmentation."""
+"""The training loop, evaluation, optimizers, learning-rate schedules and augmentation."""

@@ -1,4 +1,4 @@
-"""Augmentation as tensor operations on whole batches: crop, flip, cutout, and a change of image size."""
+"""Augmentation of whole batches by tensor operations: random crop, flip and cutout."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from fedpress.core.random_source import Source, chance_of
 
 
 class Augment(BaseModel):
-    """Which random changes a training image goes through; sizes are shares of the image's side.
+    """Random changes of training images; sizes are shares of the image's side.
 
-    `flip`: "random" flips half of the images by chance, "alternate" flips each image every other epoch, so that two
-    epochs show both sides exactly once (the derandomised flip of airbench, Jordan 2024, arXiv:2404.00498).
+    With `flip = "random"` each image is flipped with probability 1/2. With "alternate" each image
+    is flipped in every other epoch, so two epochs show both sides exactly once (the derandomised
+    flip of airbench, Jordan 2024, arXiv:2404.00498).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -28,8 +29,8 @@ class Augment(BaseModel):
     flip: str = Field(
         default="none",
         pattern="^(none|random|alternate)$",
-        description="mirrors images: none, random (half of them by chance), alternate (each in every "
-        "other epoch)",
+        description="mirrors images: none, random (half of them by chance), alternate (each in "
+        "every other epoch)",
     )
     cutout: float = Field(
         default=0.0,
@@ -40,18 +41,18 @@ class Augment(BaseModel):
 
     @property
     def active(self) -> bool:
-        """Whether anything is changed at all."""
+        """Whether images are changed at all."""
         return self.crop > 0 or self.flip != "none" or self.cutout > 0
 
 
 def augment(x: Inputs, how: Augment, generator: Source, *, flipped: Tensor | None = None) -> Inputs:
-    """Returns a changed copy of the images `x` [n, C, H, W] of any type; other inputs are returned as they are.
+    """Returns a changed copy of the images `x` [n, C, H, W]; other inputs are returned unchanged.
 
     Args:
-        x: images; zero is taken as the fill of cutout for floats, mid-grey for bytes.
+        x: images of bytes or floats.
         how: the settings.
-        generator: the source of chance, on the CPU.
-        flipped: for flip "alternate", which images are mirrored now, bool [n].
+        generator: the random source, on the CPU.
+        flipped: for flip "alternate": which images are mirrored now, bool [n].
     """
     if not is_image(x) or not len(x):
         return x
@@ -68,8 +69,9 @@ def augment(x: Inputs, how: Augment, generator: Source, *, flipped: Tensor | Non
 
 
 def random_shift(x: Tensor, most: int, generator: Source) -> Tensor:
-    """Shifts every image of `x` [n, C, H, W] by up to `most` pixels on both axes, with reflected borders."""
+    """Shifts each image of `x` [n, C, H, W] by up to `most` pixels, with reflected borders."""
     n, _, height, width = x.shape
+    # Reflection is defined for less than one image.
     most = min(most, height - 1, width - 1)
     dy, dx = (chance_of(generator).integers(2 * most + 1, 2, n, 1) - most).to(x.device)
     rows = _mirrored(dy + torch.arange(height, device=x.device), height).view(n, 1, height, 1)
@@ -80,12 +82,15 @@ def random_shift(x: Tensor, most: int, generator: Source) -> Tensor:
 
 
 def _mirrored(index: Tensor, size: int) -> Tensor:
-    """Reflects positions beyond 0 and `size - 1` back inside, without repeating the border."""
+    """Reflects positions outside of 0 to `size - 1` back inside, without repeating the border."""
     return size - 1 - (size - 1 - index.abs()).abs()
 
 
 def cutout(x: Tensor, side: int, generator: Source) -> Tensor:
-    """Greys one square of `side` pixels in every image of `x` [n, C, H, W] (DeVries & Taylor 2017)."""
+    """Sets a square of `side` pixels in each image of `x` to grey (DeVries & Taylor 2017).
+
+    Grey is 128 for bytes, and 0 for floats, which are standardised.
+    """
     n, _, height, width = x.shape
     chance = chance_of(generator)
     top = chance.integers(height, n, 1, 1, 1).to(x.device) - side // 2

@@ -1,4 +1,4 @@
-"""What would stop a training later on is found before it begins."""
+"""Checks before a training: examples, validation set, image sizes and batch norms."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fedpress.training.settings import TrainSettings
 
 
 def nothing_to_train() -> TrainingError:
-    """Returns the error for a model without a parameter that learns."""
+    """Returns the error for a model without a trainable parameter."""
     return TrainingError(
         "no parameter of the model has requires_grad, so there is nothing to train",
         place="model",
@@ -32,11 +32,11 @@ def check_training(
     preprocess: Preprocess,
     task: Task,
 ) -> None:
-    """Finds what would stop a training of `model` later on: no examples, no validation set, wrong image sizes, no norm.
+    """Checks that settings, model and data fit, so that a long training does not fail later.
 
     Raises:
-        TrainingError: saying which setting does not fit.
-        RecipeError: if the task does not know label smoothing.
+        TrainingError: naming the setting that does not fit.
+        RecipeError: if the task has no label smoothing.
     """
     task.smoothed(settings.label_smoothing)
     if settings.epochs:
@@ -109,7 +109,7 @@ def _check_image_sizes(
 
 
 def batch_norm_scales(model: nn.Module) -> list[nn.Parameter]:
-    """Returns the scales of the batch norms that train.
+    """Returns the trainable scales of batch norms.
 
     Raises:
         TrainingError: if there are none.
@@ -126,7 +126,11 @@ def batch_norm_scales(model: nn.Module) -> list[nn.Parameter]:
 
 
 def _needs_two(model: nn.Module, x: Inputs) -> bool:
-    """Says whether a batch norm of `model` cannot train on the single example `x` [1, ...]: one value a channel."""
+    """Whether a batch norm of `model` cannot train on the single example `x` [1, ...].
+
+    A batch norm needs more than one value for each channel.
+    """
+    # A copy, since the run would change running statistics.
     twin = copied(model).train()
     if not averages_batches(twin):
         return False

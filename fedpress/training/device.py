@@ -1,4 +1,4 @@
-"""Where and how numbers are computed: GPU or CPU, float32 or bfloat16, and the memory layout of images."""
+"""Device, precision and memory layout of a training: GPU or CPU, float32 or bfloat16, NHWC."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from fedpress.errors import Argument, SettingError, TrainingError, inside, sugge
 
 Precision = Literal["auto", "float32", "bf16"]
 NAMES = ("auto", "cpu", "cuda", "cuda:1", "mps")
-"""Names of devices, for people; any number may stand behind "cuda:"."""
+"""Names of devices, for errors; "cuda:" takes any number."""
 
 
 def check_name(name: str) -> str:
-    """Returns the `name` of a device, which this machine need not have.
+    """Returns the name of a device if it is valid; this machine need not have the device.
 
     Raises:
-        SettingError: if no device is called so.
+        SettingError: if it is not valid.
     """
     if not re.fullmatch(r"auto|cpu|cuda(:\d{1,4})?|mps", name):
         raise SettingError(
@@ -47,12 +47,12 @@ def find(name: str = "auto") -> torch.device:
     """Returns the device of this `name`.
 
     Args:
-        name: "auto" for the first CUDA GPU where there is one, else the CPU; or the name of a device, see `devices`.
-            An Apple GPU ("mps") computes no float64, so it is used only where somebody asks for it.
+        name: "auto" for the first CUDA GPU if there is one, else the CPU; or the name of a device,
+            see `devices`. An Apple GPU ("mps") has no float64, so "auto" does not use it.
 
     Raises:
         TrainingError: if this machine has no such device, with those that it has.
-        SettingError: if no device is called so.
+        SettingError: if the name is not valid.
     """
     with inside("device"):
         check_name(name)
@@ -70,15 +70,16 @@ def find(name: str = "auto") -> torch.device:
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Returns where the numbers of `model` lie; the CPU if it has none."""
+    """Returns the device of the first tensor of `model`; the CPU if it has none."""
     tensors = chain(model.parameters(), model.buffers())
     return next((tensor.device for tensor in tensors), torch.device("cpu"))
 
 
 def uses_bf16(model: nn.Module, precision: Precision) -> bool:
-    """Whether autocast to bfloat16 is used: "auto" says yes where it is faster (a GPU, or a CPU with the instructions).
+    """Whether forward passes use autocast to bfloat16.
 
-    Small networks gain nothing from it, so "auto" leaves those of under half a million parameters in float32.
+    "auto" uses it for convolutional networks of at least half a million parameters, on a GPU or on
+    a CPU with bfloat16 instructions. Smaller networks are not faster with it.
     """
     if precision != "auto":
         return precision == "bf16"
@@ -96,21 +97,29 @@ def autocast(model: nn.Module, precision: Precision) -> AbstractContextManager[o
 
 
 def memory_format(x: Tensor, model: nn.Module | None = None) -> torch.memory_format:
-    """Returns channels-last for images, the plain format else, and for a `model` that must not have it."""
-    images = x.dim() == 4 and x.shape[1] > 1 and (model is None or takes_channels_last(model))
-    return torch.channels_last if images else torch.contiguous_format
+    """Returns channels-last for images if it is safe for `model`, else the contiguous format."""
+    # For one channel the two formats are the same.
+    images = x.dim() == 4 and x.shape[1] > 1
+    if images and (model is None or takes_channels_last(model)):
+        return torch.channels_last
+    return torch.contiguous_format
 
 
 def laid_out(x: Inputs, model: nn.Module) -> Inputs:
-    """Returns a batch in the memory format that is fast for `model`; of several inputs each."""
+    """Returns a batch in the memory format that is fast for `model`."""
     return map_inputs(x, lambda t: t.contiguous(memory_format=memory_format(t, model)))
 
 
 def takes_channels_last(model: nn.Module, at: torch.device | None = None) -> bool:
-    """Says whether the faster memory format is safe for `model` on the device `at`, by default on its own.
+    """Whether the channels-last format, which is faster, is safe for `model`.
 
-    On processors without AVX-512 torch 2.13 writes beyond its memory in the backward pass of a strided 1x1 convolution
-    in this format, if it has fewer input channels than a vector register has floats, 8.
+    On processors without AVX-512 torch 2.13 writes outside of its memory in the backward pass of a
+    strided 1x1 convolution in this format, if that has fewer than 8 input channels (the floats of a
+    vector register).
+
+    Args:
+        model: the network.
+        at: the device on which it will run; None: the device of the model.
     """
     at = at or device_of(model)
     if at.type != "cpu" or torch.backends.cpu.get_cpu_capability().startswith("AVX512"):
@@ -125,11 +134,11 @@ def takes_channels_last(model: nn.Module, at: torch.device | None = None) -> boo
 
 
 def place_(model: nn.Module, at: torch.device | None = None) -> nn.Module:
-    """Moves `model` and gives its convolution weights the faster memory format where that is safe.
+    """Moves `model` to a device, with convolution weights in channels-last format if that is safe.
 
     Args:
         model: changed in place.
-        at: where to; None: as `find` chooses.
+        at: the device; None: `find()`.
     """
     at = at or find()
     wanted = torch.channels_last if takes_channels_last(model, at) else torch.contiguous_format

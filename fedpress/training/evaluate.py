@@ -1,4 +1,4 @@
-"""The one evaluation of the house: what a model gives on examples, and how right it is."""
+"""Evaluates a model on examples: loss and metrics of the task."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from fedpress.training.device import Precision, autocast, device_of, laid_out
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What a model is worth on `examples`.
+    """The result of an evaluation.
 
     Attributes:
-        score: its primary metric (see `Task.primary`), NaN where that is not defined.
-        loss: the mean of the examples' losses.
-        examples: how many there were.
-        metrics: all that the task measures, by key; empty unless asked for.
+        score: the primary metric (see `Task.primary`); NaN if it is undefined.
+        loss: mean loss of the examples.
+        examples: their number.
+        metrics: all metrics of the task by key; empty unless asked for.
     """
 
     score: float
@@ -38,7 +38,10 @@ class Evaluation:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Puts all modules into evaluation mode, then gives each its own mode back: frozen norms stay frozen."""
+    """Puts all modules into evaluation mode, and restores the mode of each at the end.
+
+    `model.train()` would instead unfreeze batch norms that are frozen on purpose.
+    """
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -58,16 +61,16 @@ def evaluate(
     batch_size: int = 500,
     all_metrics: bool = False,
 ) -> Evaluation:
-    """Measures `model` on `arrays`; the modes of its modules are left as they were.
+    """Evaluates `model` on `arrays`, in evaluation mode; its modes are restored.
 
     Args:
         model: any network for the task.
         arrays: the examples.
-        preprocess: from these to the network's input.
-        task: says what is measured.
+        preprocess: their standardisation.
+        task: defines loss and metrics.
         precision: of the forward passes.
-        batch_size: examples that run together.
-        all_metrics: whether to measure all metrics of the task, or the primary one and the loss alone.
+        batch_size: examples in a forward pass.
+        all_metrics: whether to compute all metrics, or only the primary one and the loss.
 
     Raises:
         TrainingError: if there are no examples.
@@ -105,31 +108,33 @@ def evaluate(
 
 
 def outputs(model: nn.Module, x: Inputs) -> Tensor:
-    """Returns what `model` gives for the batch `x` [n, ...]: [n, ...], also where it cannot take a batch of one.
+    """Returns the outputs [n, ...] of `model` for the batch `x` [n, ...].
 
-    Code such as `squeeze()` drops the dimension of a batch of one, or fails: then the example runs beside its copy,
-    which changes nothing in a network that handles each example by itself.
+    Code such as `squeeze()` in forward drops the batch dimension of a single example, or fails on
+    it. Then the example runs as a batch of two copies. That changes nothing in a network that
+    treats each example by itself.
 
     Raises:
-        Exception: whatever the network raises; that of a batch norm with nothing to average is left as it is.
+        Exception: any that the network raises.
     """
     if len(x) != 1:
         out: Tensor = call(model, x)
         return out
     try:
-        alone: Tensor = call(model, x)
+        single: Tensor = call(model, x)
     except Exception as problem:
+        # A batch norm in training: with two copies it would run, on a variance of 0.
         if ONE_VALUE in str(problem):
             raise
         try:
-            return _beside_its_copy(model, x)
+            return _as_two_copies(model, x)
         except Exception:
             raise problem from None
-    if alone.dim() and len(alone) == 1:
-        return alone
-    return _beside_its_copy(model, x)
+    if single.dim() and len(single) == 1:
+        return single
+    return _as_two_copies(model, x)
 
 
-def _beside_its_copy(model: nn.Module, x: Inputs) -> Tensor:
+def _as_two_copies(model: nn.Module, x: Inputs) -> Tensor:
     out: Tensor = call(model, join([x, x]))
     return out[:1]

@@ -1,4 +1,4 @@
-"""The one training loop of the house: a generator of steps and epochs."""
+"""`Fit`: the training loop, as a generator of steps and epochs that can be resumed."""
 
 from __future__ import annotations
 
@@ -30,12 +30,21 @@ from fedpress.training.settings import TrainSettings
 log = logging.getLogger(__name__)
 
 Objective = Callable[[nn.Module, Inputs, Tensor, Tensor], Tensor]
-"""The loss of a step, from the model, its prepared input [n, ...], its float32 outputs, the targets (each [n, ...])."""
+"""Loss of a step, from model, prepared inputs, float32 outputs and targets (each [n, ...])."""
 
 
 @dataclass(frozen=True)
 class EpochRecord:
-    """What one epoch did: training loss, and the `score` by the `metric` on the validation set (None without one)."""
+    """The result of an epoch.
+
+    Attributes:
+        epoch: its number, from 1.
+        epochs: number of epochs of the training.
+        loss: mean training loss.
+        score: primary metric on the validation set; None without one.
+        metric: key of the primary metric.
+        image_size: side of the images in pixels; None if examples are no images.
+    """
 
     epoch: int
     epochs: int
@@ -47,26 +56,27 @@ class EpochRecord:
 
 @dataclass(frozen=True)
 class Step:
-    """One optimizer step is done, of `total` in the whole training."""
+    """An optimizer step was taken: number `done` of `total` in the training."""
 
     done: int
     total: int
 
 
 class Fit:
-    """A model in training: iterate over `epochs()`; `state()` and `load_()` carry it over a stop, to the same bits.
+    """A training: iterate over `epochs()`. `state()` and `load_()` resume it with the same bits.
 
-    After every step the loop yields, so whatever a method does to the weights between steps, its caller does there.
+    The loop yields after every step, so a caller can change weights between steps, for example to
+    apply masks.
 
     Args:
         model: trained in place.
-        settings: how.
-        task: what is learned; its loss has the settings' label smoothing.
-        seed: of order, augmentation and dropout.
-        objective: another loss in the place of the task's.
-        helpers: what the objective trains besides and nobody keeps: its parameters go to the same optimizer.
+        settings: of the training.
+        task: what is learned.
+        seed: of the order of examples, augmentation and dropout.
+        objective: a loss to use instead of the task's.
+        helpers: a module whose parameters the objective trains too, and that is dropped at the end.
         sparse: names of parameters whose zeros stay zero (see `ModelSpec.sparse`).
-        device: where to train; None: as `find` chooses.
+        device: where to train; None: `find()`.
     """
 
     def __init__(
@@ -109,9 +119,9 @@ class Fit:
         self.best_weights: dict[str, Tensor] = {}
 
     def result_(self) -> nn.Module:
-        """Returns the model with its final weights: under `patience` the best on the validation set, else the last.
+        """Returns the model with its final weights: the best ones with `patience`, else the last.
 
-        With `ema` both are averaged weights.
+        The best are those of the best epoch on the validation set. With `ema` both are averages.
         """
         if self.settings.patience and self.best_weights:
             self.model.load_state_dict(self.best_weights)
@@ -120,23 +130,25 @@ class Fit:
         return self.model
 
     def _current(self) -> nn.Module:
-        return (
-            self.average.module
-            if self.average is not None and self.average.n_averaged > 0
-            else self.model
-        )
+        """Returns the model with averaged weights if there are any, else the model itself."""
+        if self.average is not None and self.average.n_averaged > 0:
+            averaged: nn.Module = self.average.module
+            return averaged
+        return self.model
 
     @property
     def finished(self) -> bool:
-        """Whether all epochs are done or patience has run out."""
-        patience, waited = self.settings.patience, self.epoch - 1 - self.best[1]
-        ran_out = patience > 0 and self.best[1] >= 0 and waited >= patience
-        return self.epoch >= self.settings.epochs or ran_out
+        """Whether all epochs are done, or `patience` epochs have brought no improvement."""
+        _, best_epoch = self.best
+        patience = self.settings.patience
+        waited = self.epoch - 1 - best_epoch
+        out_of_patience = patience > 0 and best_epoch >= 0 and waited >= patience
+        return self.epoch >= self.settings.epochs or out_of_patience
 
     def epochs(
         self, train: Arrays, validation: Arrays, preprocess: Preprocess
     ) -> Iterator[Step | EpochRecord]:
-        """Trains epoch by epoch: yields every step, and a record after each epoch, when the state may be saved.
+        """Trains; yields every step, and a record after each epoch. The state may be saved then.
 
         Raises:
             TrainingError: if the settings do not fit the data (see `check_training`).
@@ -167,7 +179,8 @@ class Fit:
             )
 
     def _remember_(self, score: float, *, full_size: bool) -> None:
-        """Keeps the best epoch; under patience only those at full size count, the others do not compare."""
+        """Keeps the weights of the best epoch."""
+        # Scores at a smaller image size cannot be compared with those at full size.
         if self.settings.patience and not full_size:
             return
         if not self.task.better(score, self.best[0]):
@@ -181,7 +194,8 @@ class Fit:
         chance = public_stream(self.seed, "epoch", self.epoch)
         torch.manual_seed(derive(self.seed, "dropout", self.epoch))
         order = chance.permutation(n)
-        # Which images start mirrored is drawn once for the run, so that two epochs in a row show both sides.
+        # For flip "alternate" the mirrored images of the first epoch are drawn once for the run, so
+        # that two epochs in a row show both sides.
         mirrored = public_stream(self.seed, "flip").uniform(n) < 0.5
         mirrored ^= self.epoch % 2 == 1
         steps = max(1, n // s.batch_size)
@@ -200,10 +214,10 @@ class Fit:
                 )
             total += loss
             yield Step(self.epoch * steps + step + 1, s.epochs * steps)
-        weights = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
-        broken = next((name for name, p in weights if not torch.isfinite(p).all()), None)
-        if broken is not None:  # the last step may do this after the last loss was seen
-            raise self._diverged(f"'{broken}' is not finite after epoch {self.epoch + 1}")
+        # The last step may have made a weight infinite after the last loss was computed.
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad and not torch.isfinite(parameter).all():
+                raise self._diverged(f"'{name}' is not finite after epoch {self.epoch + 1}")
         return total / steps
 
     def _diverged(self, what: str) -> DivergedError:
@@ -225,11 +239,13 @@ class Fit:
         with autocast(self.model, self.settings.precision):
             logits = outputs(self.model, x)
         loss = self.objective(self.model, x, logits.float(), y)
-        if self.scales:  # network slimming (Liu et al. 2017, arXiv:1708.06519, eq. 1)
+        # Network slimming (Liu et al. 2017, arXiv:1708.06519, equation 1).
+        if self.scales:
             lengths = torch.stack([scale.abs().sum() for scale in self.scales])
             loss = loss + self.settings.bn_penalty * lengths.sum()
         loss.backward()
         self.optimizers.step_()
+        # Momentum and weight decay move pruned weights too, so masking gradients is not enough.
         with torch.no_grad():
             for weight, zero in self.zeros:
                 weight.masked_fill_(zero, 0)
@@ -243,7 +259,7 @@ class Fit:
         return self.task.loss(outputs, y)
 
     def state(self) -> dict[str, Tensor]:
-        """Returns all that a later `load_` needs, as named tensors; they are the living ones, so save or copy them."""
+        """Returns the state for `load_` as tensors. Save or copy them: training changes them."""
         out = {f"model/{k}": v for k, v in self.model.state_dict().items()}
         out |= {f"helpers/{k}": v for k, v in self.helpers.state_dict().items()}
         if self.average is not None:
@@ -256,7 +272,7 @@ class Fit:
         return out
 
     def load_(self, state: dict[str, Tensor]) -> None:
-        """Takes up the `state()` of an earlier `Fit` with the same model and settings."""
+        """Loads the `state()` of an earlier `Fit` with the same model and settings."""
         self.model.load_state_dict(part_of(state, "model/"))
         self.helpers.load_state_dict(part_of(state, "helpers/"))
         if self.average is not None:
@@ -268,5 +284,5 @@ class Fit:
 
 
 def _at_size(arrays: Arrays, side: int | None) -> Arrays:
-    """Returns images at `side` pixels; all as it is if None."""
+    """Returns images at `side` pixels; None, and other examples: unchanged."""
     return replace(arrays, x=resized(arrays.x, side)) if side and is_image(arrays.x) else arrays

@@ -1,4 +1,4 @@
-"""Which optimizer takes which parameter, and Muon, fast without bfloat16 instructions too."""
+"""The optimizers of a training, and a Muon that is fast without bfloat16 instructions too."""
 
 from __future__ import annotations
 
@@ -14,30 +14,29 @@ from fedpress.training.checks import nothing_to_train
 from fedpress.training.settings import TrainSettings
 
 SGD_BESIDE_MUON = {"momentum": 0.9, "weight_decay": 5e-4}
-"""What SGD does with the parameters that Muon leaves: these belong to its learning rate, `head_lr`."""
-
+"""Settings of SGD for the parameters that Muon leaves; its learning rate is `head_lr`."""
 
 ADAMS: dict[str, type[torch.optim.Adam]] = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}
-"""Optimizers with running means of gradients and of their squares, by their word in a recipe."""
+"""Optimizers with running means of gradients and of their squares, by their name in a recipe."""
 
-MEMORIES = ("momentum_buffer", "exp_avg", "exp_avg_sq")
-"""What torch's optimizers remember of each entry of a weight."""
+# State that torch's optimizers keep for each entry of a weight.
+ENTRY_STATES = ("momentum_buffer", "exp_avg", "exp_avg_sq")
 
 
 class Optimizers:
-    """The optimizers of one training: one for all parameters, or Muon for the hidden weights and SGD for the rest.
+    """The optimizers of a training: one for all parameters, or Muon for hidden weights and SGD.
 
     Args:
-        model: its trainable parameters are taken.
-        helpers: a module whose parameters go to the first one besides.
-        settings: which optimizers, and their rates.
+        model: its trainable parameters are optimized.
+        helpers: a module whose parameters go to the first optimizer, too.
+        settings: which optimizers, and their learning rates.
 
     Attributes:
         each: torch's optimizers, Muon last.
-        views: pairs of a filter and the matrix that Muon sees, which shares its memory.
+        views: pairs of a filter and the matrix of the same memory that Muon optimizes.
 
     Raises:
-        TrainingError: if there are epochs to train but nothing that trains.
+        TrainingError: if there are epochs to train but no trainable parameter.
     """
 
     def __init__(self, model: nn.Module, helpers: nn.Module, settings: TrainSettings) -> None:
@@ -68,17 +67,24 @@ class Optimizers:
 
     @torch.no_grad()
     def forget_(self, weight: nn.Parameter, where: Tensor) -> None:
-        """Zeroes what is remembered of `weight` where `where`, of its shape, is true: there it begins to train anew."""
-        view = next((view for p, view in self.views if p is weight), None)
-        key, entries = (weight, where) if view is None else (view, as_matrix(where, weight))
+        """Sets the optimizer's state of some entries of `weight` to 0, for weights that grow back.
+
+        Args:
+            weight: a parameter of the model.
+            where: bool, in the shape of `weight`.
+        """
+        key, entries = weight, where
+        for parameter, view in self.views:
+            if parameter is weight:
+                key, entries = view, as_matrix(where, weight)
         for optimizer in self.each:
-            slot = optimizer.state.get(key, {})
-            for memory in MEMORIES:
-                if slot.get(memory) is not None:
-                    slot[memory].masked_fill_(entries, 0)
+            state = optimizer.state.get(key, {})
+            for name in ENTRY_STATES:
+                if state.get(name) is not None:
+                    state[name].masked_fill_(entries, 0)
 
     def state(self) -> dict[str, Tensor]:
-        """Returns what the optimizers remember as named tensors, the living ones."""
+        """Returns the states as named tensors. Save or copy them: training changes them."""
         out: dict[str, Tensor] = {}
         for at, optimizer in enumerate(self.each):
             for key, slot in optimizer.state_dict()["state"].items():
@@ -88,7 +94,7 @@ class Optimizers:
         return out
 
     def load_(self, state: dict[str, Tensor]) -> None:
-        """Takes up the `state()` of earlier optimizers of the same model and settings."""
+        """Loads the `state()` of earlier optimizers for the same model and settings."""
         for at, optimizer in enumerate(self.each):
             params = [p for group in optimizer.param_groups for p in group["params"]]
             slots: dict[int, dict[str, Tensor]] = {}
@@ -114,9 +120,9 @@ def _muon(matrices: list[nn.Parameter], settings: TrainSettings) -> torch.optim.
 def _elementwise(
     parameters: list[nn.Parameter], settings: TrainSettings, *, spared: set[int]
 ) -> torch.optim.Optimizer | None:
-    """An optimizer that looks at each entry by itself, and whose weight decay acts on weights alone.
+    """Makes SGD, Adam or AdamW; weight decay acts on weights, not on norms, biases and `spared`.
 
-    Norms and biases have one dimension, `spared` are step sizes.
+    `spared` are the ids of the step sizes of quantizers.
     """
     if not parameters:
         return None
@@ -124,10 +130,10 @@ def _elementwise(
     if settings.optimizer == "muon":
         lr, momentum = settings.head_lr, SGD_BESIDE_MUON["momentum"]
         decay = SGD_BESIDE_MUON["weight_decay"]
-    # Step sizes of groups have two dimensions, so that the number of dimensions alone does not tell them from weights.
-    decays = [p for p in parameters if p.dim() > 1 and id(p) not in spared]
-    stays = [p for p in parameters if p.dim() <= 1 or id(p) in spared]
-    groups = [{"params": decays, "weight_decay": decay}, {"params": stays, "weight_decay": 0.0}]
+    # Norms and biases have one dimension. Step sizes of groups have two, so they are told by id.
+    decayed = [p for p in parameters if p.dim() > 1 and id(p) not in spared]
+    others = [p for p in parameters if p.dim() <= 1 or id(p) in spared]
+    groups = [{"params": decayed, "weight_decay": decay}, {"params": others, "weight_decay": 0.0}]
     used = [group for group in groups if group["params"]]
     if settings.optimizer in ADAMS:
         return ADAMS[settings.optimizer](used, lr=lr, betas=settings.betas)
@@ -135,17 +141,19 @@ def _elementwise(
 
 
 class Muon(torch.optim.Muon):
-    """torch's Muon (Jordan 2024) as it is by default, state included, but orthogonalised in float32.
+    """torch's Muon (Jordan 2024) with its defaults and its state, but orthogonalised in float32.
 
-    `torch.optim.Muon` multiplies in bfloat16. Processors without the instructions imitate it many times slower than
-    they multiply float32, and a step then takes longer than the forward and backward pass (benchmarks/muon.py). Its
-    other settings, such as the number of Newton-Schulz steps, are not looked at.
+    `torch.optim.Muon` multiplies in bfloat16. Processors without these instructions emulate it many
+    times slower than float32, so that a step takes longer than the forward and backward pass
+    (benchmarks/muon.py). Its other settings, such as the number of Newton-Schulz steps, are
+    ignored.
 
     Args:
-        params: The matrices, [m, n] each.
-        lr: Learning rate; a step moves a matrix by `lr * sqrt(max(1, m / n))` along its orthogonalised momentum.
-        momentum: Share of the old in the running mean of gradients.
-        weight_decay: Decoupled: a step multiplies a matrix by `1 - lr * weight_decay`.
+        params: the matrices, [m, n] each.
+        lr: learning rate; a step moves a matrix by `lr * sqrt(max(1, m / n))` along its
+            orthogonalised momentum.
+        momentum: share of the old in the running mean of gradients.
+        weight_decay: decoupled: a step multiplies a matrix by `1 - lr * weight_decay`.
     """
 
     def __init__(
@@ -159,8 +167,10 @@ class Muon(torch.optim.Muon):
         super().__init__(params, lr, weight_decay, momentum)
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Takes one step; matrices without a gradient stay."""
+    def step(  # type: ignore[override]
+        self, closure: Callable[[], float] | None = None
+    ) -> float | None:
+        """Takes one step; matrices without a gradient are not changed."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -174,6 +184,7 @@ class Muon(torch.optim.Muon):
                 if "momentum_buffer" not in state:
                     state["momentum_buffer"] = torch.zeros_like(matrix.grad)
                 mean = state["momentum_buffer"].lerp_(matrix.grad, 1 - momentum)
+                # Nesterov's momentum: the gradient is mixed in once more.
                 direction = orthogonalized(matrix.grad.lerp(mean, momentum))
                 rows, columns = matrix.shape
                 matrix.mul_(1 - lr * group["weight_decay"])
@@ -182,14 +193,19 @@ class Muon(torch.optim.Muon):
 
 
 def orthogonalized(matrix: Tensor) -> Tensor:
-    """Returns a matrix [m, n] with the singular vectors of `matrix` and singular values of 0.7 to 1.2: Newton-Schulz.
+    """Returns a matrix [m, n] with the singular vectors of `matrix` and singular values near 1.
 
-    With X = matrix / its norm, five steps X <- (a + b S + c S^2) X for S = X X^T (Jordan 2024). Their factors are
-    polynomials of the first S and commute, so they are multiplied up on the short side and X itself is touched twice,
-    not 15 times: at 9 columns a row, as in a 3x3 convolution, that is 2.7 times fewer products, and a quarter more in a
-    square matrix. Singular values under a thousandth of the norm stay below 0.7, as they do in other forms of it.
+    It takes five Newton-Schulz steps X <- (a + b S + c S^2) X with S = X X^T, from X = matrix / its
+    norm (Jordan 2024). Singular values become 0.7 to 1.2; those below a thousandth of the norm stay
+    below 0.7, as in other implementations.
+
+    The factors of the steps are polynomials of the first S and commute. So they are multiplied with
+    each other on the short side, and X is multiplied twice instead of 15 times. With 9 columns a
+    row, as in a 3x3 convolution, that is 2.7 times fewer multiplications; in a square matrix it is
+    a quarter more.
     """
     x = matrix.float()
+    # The Gram matrix of the short side.
     x = x.T if len(x) > x.shape[1] else x
     x = x / x.norm().clamp(min=1e-7)
     gram = x @ x.T
@@ -203,6 +219,7 @@ def orthogonalized(matrix: Tensor) -> Tensor:
 
 
 def _factor(gram: Tensor) -> Tensor:
+    """Returns a + b S + c S^2 for a Gram matrix S, with Jordan's coefficients."""
     a, b, c = 3.4445, -4.7750, 2.0315
     factor = torch.addmm(gram, gram, gram, beta=b, alpha=c)
     factor.diagonal().add_(a)
@@ -210,30 +227,37 @@ def _factor(gram: Tensor) -> Tensor:
 
 
 def hidden_weights(model: nn.Module) -> list[nn.Parameter]:
-    """Returns the weights that Muon takes: of all convolutions and linear layers but the first and the last, each once.
+    """Returns the weights that Muon optimizes, each once.
 
-    A computed weight (weight norm and the like) is not a parameter: what it is computed from goes the way of the rest.
+    They are those of all convolutions and linear layers but the first and the last. A computed
+    weight (such as by weight norm) is no parameter; the parameters from which it is computed are
+    left to SGD.
     """
     weights = [m.weight for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
     ends = {id(w) for w in (*weights[:1], *weights[-1:])}
-    inner = {
-        id(w): w
-        for w in weights
-        if id(w) not in ends and isinstance(w, nn.Parameter) and w.requires_grad
-    }
-    return list(inner.values())
+    # By id, since two layers may share a weight.
+    hidden: dict[int, nn.Parameter] = {}
+    for weight in weights:
+        if id(weight) not in ends and isinstance(weight, nn.Parameter) and weight.requires_grad:
+            hidden[id(weight)] = weight
+    return list(hidden.values())
 
 
 def as_matrix(x: Tensor, weight: Tensor) -> Tensor:
     """Returns a filter [o, i, h, w], or its gradient, as a matrix [o, h*w*i].
 
-    Its columns are in the order of `weight`'s memory. It is the same memory if `x` lies like `weight`, a copy else.
+    Its columns are in the order of `weight`'s memory. The result shares the memory of `x` if that
+    has the layout of `weight`; else it is a copy.
     """
-    if x.dim() == 4 and weight.is_contiguous(memory_format=torch.channels_last):
+    if x.dim() != 4:
+        return x
+    if weight.is_contiguous(memory_format=torch.channels_last):
         x = x.permute(0, 2, 3, 1)
-    return x.reshape(len(x), -1) if x.dim() == 4 else x
+    return x.reshape(len(x), -1)
 
 
 def _laid_out_like(parameter: Tensor, value: Tensor) -> Tensor:
-    """Gives a saved momentum the memory layout of its parameter, which files do not keep."""
-    return torch.empty_like(parameter).copy_(value) if value.shape == parameter.shape else value
+    """Returns a saved state in the memory layout of its parameter, which files do not keep."""
+    if value.shape != parameter.shape:
+        return value
+    return torch.empty_like(parameter).copy_(value)

@@ -1,7 +1,7 @@
-"""Learning-rate schedules, a table: the rate over a training, as a factor of the rate that the settings give.
+"""The table of learning-rate schedules: factors of the rate in the settings.
 
-Each has a twin in `torch.optim.lr_scheduler`. Here the factor follows from the share of the training that is done, so
-that a training that is taken up again needs no state of its schedule.
+Each has a counterpart in `torch.optim.lr_scheduler`. Here the factor depends only on the share of
+the training that is done, so a resumed training needs no state of its schedule.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ from collections.abc import Callable
 
 from fedpress.training.settings import TrainSettings
 
+# First factor of a warm-up: with 0 the first step would change nothing.
 LEAST = 0.02
-"""The factor that a warm-up begins with, so that the first step is a step."""
+# First and last factor of one cycle, as in torch's `OneCycleLR` by default.
 FIRST, LAST = 1 / 25, 1 / 25 / 1e4
-"""Where one cycle begins and ends, as torch's `OneCycleLR` does by default."""
 
 
 def factor(done: float, settings: TrainSettings) -> float:
-    """Returns the learning-rate factor at share `done` (0..1) of the training.
+    """Returns the factor of the learning rate when a share `done` (0..1) of the training is done.
 
     >>> factor(0.1, TrainSettings(epochs=1, warmup=0.2)), factor(1.0, TrainSettings(epochs=1))
     (0.5, 0.0)
@@ -31,9 +31,9 @@ def factor(done: float, settings: TrainSettings) -> float:
 def _after_warmup(
     fall: Callable[[float, TrainSettings], float],
 ) -> Callable[[float, TrainSettings], float]:
-    """Returns the schedule that rises linearly over the warm-up and then goes as `fall` says.
+    """Returns a schedule that rises linearly over the warm-up, and then follows `fall`.
 
-    `fall` gets the share of the training behind the warm-up that is done.
+    `fall` gets the share of the training after the warm-up that is done.
     """
 
     def schedule(done: float, settings: TrainSettings) -> float:
@@ -65,7 +65,10 @@ def _step(done: float, settings: TrainSettings) -> float:
 
 
 def _one_cycle(done: float, settings: TrainSettings) -> float:
-    """Up by half a cosine over the warm-up, then down to almost 0 (Smith & Topin 2018, arXiv:1708.07120)."""
+    """Rises by half a cosine over the warm-up, then falls to nearly 0.
+
+    Smith & Topin 2018, arXiv:1708.07120.
+    """
     warmup = settings.warmup
     if done < warmup:
         return FIRST + (1 - FIRST) * (1 - math.cos(math.pi * done / warmup)) / 2
@@ -80,4 +83,4 @@ SCHEDULES: dict[str, Callable[[float, TrainSettings], float]] = {
     "step": _after_warmup(_step),
     "onecycle": _one_cycle,
 }
-"""Share of the training that is done, and settings -> factor; by the word of `lr_schedule`."""
+"""Functions of (share of the training that is done, settings), by the value of `lr_schedule`."""

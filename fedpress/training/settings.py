@@ -1,4 +1,4 @@
-"""How to train on the public part: the keys that every training stage has."""
+"""`TrainSettings`: the keys of every stage that trains on the public part."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ BETAS = (0.9, 0.999)
 Betas = tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]]
 
 DEFAULTS = {"adamw": {"lr": 1e-3, "weight_decay": 1e-2}, "adam": {"lr": 1e-3, "weight_decay": 0.0}}
-"""What optimizers have by default where it differs from SGD's: torch's own defaults."""
+"""Defaults of optimizers that differ from those of SGD; they are torch's own."""
 
 
 def fit_to_optimizer_(settings: BaseModel, optimizer: str, defaults: Mapping[str, float]) -> None:
-    """Sets what was left out of `settings` to the `defaults` of the optimizer.
+    """Sets keys that were left out of `settings` to the defaults of the optimizer.
 
     Args:
-        settings: with `momentum` and `betas`; changed in place, while they are made.
-        optimizer: its word.
+        settings: has `momentum` and `betas`; changed in place while it is validated.
+        optimizer: its name.
         defaults: key -> value.
 
     Raises:
-        SettingError: if something is given that this optimizer does not have.
+        SettingError: if a key is given that this optimizer does not have.
     """
     foreign, own = ("momentum", "betas") if optimizer in DEFAULTS else ("betas", "momentum")
     usual = type(settings).model_fields[foreign].default
@@ -43,12 +43,13 @@ def fit_to_optimizer_(settings: BaseModel, optimizer: str, defaults: Mapping[str
 
 
 class TrainSettings(BaseModel):
-    """How to train on the public part.
+    """Settings of a training on the public part.
 
-    Optimizers: "sgd" with Nesterov momentum; "adamw" (Loshchilov & Hutter 2019, arXiv:1711.05101) and "adam" (Kingma &
-    Ba 2015, arXiv:1412.6980); "muon" (orthogonalised momentum, Jordan 2024) for the hidden weights with SGD at
-    `head_lr` for the rest. The learning rate rises linearly over `warmup` of the steps, then goes as `lr_schedule`
-    says. Weight decay acts on weights, never on biases, norms and step sizes. See `docs/training.md`.
+    Optimizers: "sgd" with Nesterov momentum; "adamw" (Loshchilov & Hutter 2019, arXiv:1711.05101)
+    and "adam" (Kingma & Ba 2015, arXiv:1412.6980); "muon" (orthogonalised momentum, Jordan 2024)
+    for hidden weights, with SGD at `head_lr` for the rest. The learning rate rises linearly over
+    `warmup` of the steps, then follows `lr_schedule`. Weight decay acts on weights, never on
+    biases, norms and step sizes. See `docs/training.md`.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -63,8 +64,8 @@ class TrainSettings(BaseModel):
     )
     lr_schedule: Literal["linear", "cosine", "constant", "step", "onecycle"] = Field(
         default="linear",
-        description="how the rate goes on after the warm-up: linear and cosine fall to 0, step falls "
-        "at lr_milestones; onecycle rises and falls by cosines",
+        description="the rate after the warm-up: linear and cosine fall to 0, step falls at "
+        "lr_milestones; onecycle rises and falls by cosines",
     )
     lr_milestones: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = Field(
         default=(0.5, 0.75), description="step only: shares of the training at which the rate falls"
@@ -82,13 +83,14 @@ class TrainSettings(BaseModel):
     )
     betas: Betas = Field(
         default=BETAS,
-        description="adamw, adam: shares of the old in the running means of the gradient and its square",
+        description="adamw, adam: shares of the old in the running means of the gradient and of "
+        "its square",
     )
     weight_decay: float = Field(
         default=5e-4,
         ge=0,
-        description="pull of the weights towards 0, never on biases, norms and step sizes; of adamw "
-        "0.01 and of adam 0 by default",
+        description="pull of the weights towards 0, never on biases, norms and step sizes; of "
+        "adamw 0.01 and of adam 0 by default",
     )
     bn_penalty: float = Field(
         default=0.0,
