@@ -60,7 +60,8 @@ def check_settings(given: str | Mapping[str, Any]) -> None:
     """
     row = find(kind_of(given))
     # Weights have a key of their own in [data], since they go with every kind of classes.
-    known = [field.name for field in fields(row) if field.name not in ("names", "class_weights")]  # type: ignore[arg-type]
+    every = [field.name for field in fields(row)]  # type: ignore[arg-type]
+    known = [name for name in every if name not in ("names", "class_weights")]
     for key in () if isinstance(given, str) else given:
         if key not in (*known, "kind"):
             has = f"it has {', '.join(known)}" if known else "it has none"

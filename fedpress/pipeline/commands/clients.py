@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fedpress import tasks
 from fedpress.core.examples import Arrays, Preprocess
-from fedpress.core.inputs import Inputs, form_of, join, map_inputs, told
+from fedpress.core.inputs import Inputs, form_of, inputs_text, join, map_inputs
 from fedpress.core.random_source import public_stream
 from fedpress.data import FederatedData
 from fedpress.errors import Argument, DataError
@@ -75,7 +75,7 @@ class Clients:
         for name, (x, _) in raw.items():
             if form_of(x) != form_of(first_x):
                 raise DataError(
-                    f"examples of {told(x)} where the first client has {told(first_x)}",
+                    f"examples of {inputs_text(x)} where the first client has {inputs_text(first_x)}",
                     place=f"clients[{name!r}]",
                     cure="make them all alike",
                 )
