@@ -112,6 +112,7 @@ def _members(files: list[Path]) -> Iterator[tuple[str, str, bytes]]:
         )
     try:
         with tarfile.open(files[0], "r:gz") as archive:
+            # Read in place, never unpacked: names in an archive may point anywhere.
             for member in archive:
                 name = Path(member.name).name
                 content = archive.extractfile(member) if name in BATCH_NAMES else None
@@ -131,6 +132,7 @@ def read_batch(content: bytes, where: str) -> tuple[np.ndarray, np.ndarray]:
     """
     try:
         batch = _PlainUnpickler(io.BytesIO(content), encoding="bytes").load()
+        # A row of the file is red, green and blue in turn, each by rows of the image.
         pixels = batch[b"data"].pixels().reshape(-1, 3, 32, 32)
         labels = np.array(batch[b"labels"], dtype=np.int64)
         if len(labels) != len(pixels) or not ((labels >= 0) & (labels < 10)).all():

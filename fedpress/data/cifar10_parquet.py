@@ -54,6 +54,7 @@ def _missing_shards(part: str, names: list[str]) -> list[str]:
         if "-of-" not in name:
             continue
         count = name.split("-of-")[1].split(".")[0]
+        # Named by somebody else: nothing is known about other files.
         if not count.isdigit():
             return []
         wanted = [f"{part}-{i:05d}-of-{count}.parquet" for i in range(int(count))]

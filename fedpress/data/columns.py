@@ -73,8 +73,11 @@ class Column:
         else:
             kind = self._kind(self.values.take(pa.array(rows)))
             # Other rows may have decimals where these have whole numbers: both are numbers.
-            kind = pa.float64() if types.is_integer(kind) else kind
-        return self.values if types.is_string(kind) else self.cast(kind)
+            if types.is_integer(kind):
+                kind = pa.float64()
+        if types.is_string(kind):
+            return self.values
+        return self.cast(kind)
 
     def cast(self, kind: Any) -> Any:
         """Returns text as numbers, booleans or times; what cannot be read as such becomes null."""
@@ -90,6 +93,7 @@ class Column:
     def _kind(self, values: Any) -> Any:
         """Returns the first of `TEXT_KINDS` that all texts have; strings if none."""
         known = values.drop_null()
+        # An empty column may be anything; as numbers it is one input, not a list of no words.
         if not len(known):
             return pa.float64()
         for kind in TEXT_KINDS:
@@ -100,7 +104,9 @@ class Column:
             return kind
         # A time of day alone, such as 12:30, is none of the types above.
         times = pc.match_substring_regex(known, r"^\s*\d{1,2}:\d{2}(:\d{2})?\s*$")
-        return pa.timestamp("s") if pc.all(times).as_py() else pa.string()
+        if pc.all(times).as_py():
+            return pa.timestamp("s")
+        return pa.string()
 
     def _plain_text(self, text: Any, kind: Any) -> Any:
         """Returns text as pyarrow reads it: without spaces around, and with a decimal point."""
@@ -134,6 +140,7 @@ def class_codes(column: Any, name: str, role: str) -> tuple[Tensor, tuple[str, .
     """
     where = f"{role} column '{name}'"
     refuse_missing(column, where)
+    # Tables often store class numbers as floats, such as 1.0.
     if types.is_floating(column.type):
         values = column.to_numpy()
         if not _is_whole(values).all():
@@ -198,6 +205,7 @@ class LabelColumn:
                 place=self._where,
                 cure="expected whole numbers or words",
             ) from error
+        # A column of numbers to predict, or of names, has nearly as many values as rows.
         if self.settings.classes is None and len(values) > max(2, len(positions) // 2):
             raise DataError(
                 f"nearly all of the {len(positions)} rows have a label of their own",
@@ -249,9 +257,11 @@ class LabelColumn:
         """
         column, wanted = self.column, list(names)
         values = column.values
-        if all(_is_integer(name) for name in wanted):
+        if all(map(_is_integer, wanted)):
+            # Without leading zeros, as the integers of the file are written below.
             wanted = [str(int(name)) for name in wanted]
-            values = column.cast(pa.float64()) if column.text else values
+            if column.text:
+                values = column.cast(pa.float64())
             if types.is_floating(values.type):
                 numbers = values.fill_null(np.nan).to_numpy(zero_copy_only=False)
                 whole = _is_whole(numbers)
@@ -259,7 +269,9 @@ class LabelColumn:
                 values = pa.chunked_array([pa.array(whole_numbers, mask=~whole)])
         elif {name.casefold() for name in wanted} <= {"true", "false"}:
             wanted = [name.casefold() for name in wanted]
-            values = pc.utf8_lower(values if _is_word(values.type) else values.cast(pa.string()))
+            if not _is_word(values.type):
+                values = values.cast(pa.string())
+            values = pc.utf8_lower(values)
         y = torch.from_numpy(_positions(as_text(values), wanted))
         return TargetRows.of_classes(y, tuple(names))
 
@@ -271,9 +283,12 @@ def _is_integer(name: str) -> bool:
 
 def as_text(column: Any) -> Any:
     """Returns the values as names of classes: `3`, `True`, `ill`; null stays null."""
+    # pyarrow would write true and false; numpy and Python write True and False.
     if types.is_boolean(column.type):
         return pc.if_else(column, "True", "False")
-    return column if _is_word(column.type) else column.cast(pa.string())
+    if _is_word(column.type):
+        return column
+    return column.cast(pa.string())
 
 
 def _positions(words: Any, names: Sequence[str]) -> np.ndarray:
@@ -314,6 +329,7 @@ class FeatureColumns:
             blocks.append(block)
             left_out |= dropped
         x = torch.from_numpy(np.concatenate(blocks, axis=1))
+        # Rows that are left out need no values.
         gaps = x.isnan() & ~torch.from_numpy(left_out)[:, None]
         if not len(public) and bool(gaps.any()):
             raise DataError(
@@ -321,6 +337,7 @@ class FeatureColumns:
                 place="missing",
                 cure="give public_share or public_clients, or set missing = 'drop'",
             )
+        # A column without any public value has no mean, and is filled with 0.
         fill = torch.nan_to_num(x[public].nanmean(0))
         preparation = self._preparation(learned, fill if len(public) else None)
         return InputRows(torch.where(x.isnan(), fill, x), torch.from_numpy(left_out), preparation)
@@ -347,9 +364,13 @@ class FeatureColumns:
         """
         has_list = column.name in self.settings.words
         list_is_public = column.name in self.settings.public_words
-        values = column.values if has_list else column.typed(None if list_is_public else public)
-        if has_list and not _is_word(values.type):
-            values = as_text(values)
+        if has_list:
+            # A column with a list holds words, even if they look like numbers.
+            values = as_text(column.values)
+        elif list_is_public:
+            values = column.typed()
+        else:
+            values = column.typed(public)
         if _is_word(values.type):
             if not has_list and column.text:
                 seen = values if list_is_public else values.take(pa.array(public))
@@ -357,7 +378,7 @@ class FeatureColumns:
             words = self._words(column.name, values, public)
             names, unknown = self._with_other(words)
             block, has_unknown = one_hot_block(values, names, unknown)
-            dropped = has_unknown if unknown == "refused" else np.zeros_like(has_unknown)
+            dropped = has_unknown & (unknown == "refused")
             return InputColumn(column.name, "words", tuple(names), unknown), block, dropped
 
         block = number_block(values, column.name)
@@ -390,6 +411,7 @@ class FeatureColumns:
                     f'["{name}"] if the list is no secret, or public_share = 0.1'
                 ),
             )
+        # Such a column mostly holds names or free text.
         if len(seen.unique()) > MOST_WORDS:
             raise DataError(
                 f"more than {MOST_WORDS} different words, which is more than can be coded",
@@ -401,8 +423,13 @@ class FeatureColumns:
     def _with_other(self, words: list[str]) -> tuple[list[str], Unknown]:
         """Returns the words that get inputs, and how other words are treated."""
         if self.settings.unknown == OTHER:
-            return words if OTHER in words else [*words, OTHER], "other"
-        return words, "refused" if self.settings.unknown == "drop" else "zeros"
+            # The data may use the word "other" itself.
+            if OTHER not in words:
+                words = [*words, OTHER]
+            return words, "other"
+        if self.settings.unknown == "drop":
+            return words, "refused"
+        return words, "zeros"
 
     def _refuse_decimal_commas(self, column: Column, seen: Any) -> None:
         """Checks that what seem to be words are not numbers with a decimal comma."""
@@ -440,6 +467,7 @@ def one_hot_block(
     block = np.zeros((len(positions), len(words)), dtype=np.float32)
     known = np.flatnonzero(positions >= 0)
     block[known, positions[known]] = 1.0
+    # All inputs of a missing word are NaN until they are filled, as with numbers.
     block[missing] = np.nan
     return block, is_unknown
 

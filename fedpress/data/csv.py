@@ -84,6 +84,7 @@ def read_csv(path: Path, settings: DataSettings) -> Any:
 def _parse(path: Path, delimiter: str, encoding: str, *, newlines: bool) -> Any:
     reading = pyarrow.csv.ReadOptions(encoding=encoding)
     parsing = pyarrow.csv.ParseOptions(delimiter=delimiter, newlines_in_values=newlines)
+    # Read once for the names: pyarrow guesses the type of every column that has none.
     with pyarrow.csv.open_csv(path, read_options=reading, parse_options=parsing) as reader:
         names = reader.schema.names
     as_text = pyarrow.csv.ConvertOptions(

@@ -107,7 +107,7 @@ class FederatedData:
         """Returns a sentence with the numbers of rows that were left out; empty if there are none.
 
         Args:
-            private: whether the clients' rows are protected. Then their number is not inputs_text, and the
+            private: whether the clients' rows are protected. Then their number is left out, and the
                 sentence is the same whether or not there are any.
         """
         counts = {part: count for part, count in self.left_out.items() if count}

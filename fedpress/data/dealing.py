@@ -95,6 +95,7 @@ def numpy_generator(chance: RandomSource) -> np.random.Generator:
 def rows_by_class(labels: Tensor, chance: RandomSource) -> list[Tensor]:
     """Returns the shuffled row positions of each class that occurs."""
     order = chance.permutation(len(labels))
+    # One permutation for all classes: the rows of each keep its order, which is random too.
     return [order[labels[order] == label] for label in labels.unique()]
 
 
@@ -127,6 +128,7 @@ def fit_to_supply(mixes: np.ndarray, each: int, supply: np.ndarray) -> np.ndarra
     left = supply.copy()
     counts = np.zeros(mixes.shape, dtype=np.int64)
     for client, mix in enumerate(mixes):
+        # Each round fills the client or empties a class, so it ends.
         while (missing := each - counts[client].sum()) > 0:
             # The small addition keeps the weights above 0 when all classes of the mix have run out.
             weights = np.where(left > 0, mix + 1e-9 * supply / supply.sum(), 0.0)
@@ -140,6 +142,7 @@ def fill_empty_clients(rows: list[Tensor]) -> list[Tensor]:
     """Moves one row of the largest client to each empty one."""
     rows = list(rows)
     for i, group in enumerate(rows):
+        # A client without rows could not take part.
         if len(group) == 0:
             largest = max(range(len(rows)), key=lambda j: len(rows[j]))
             rows[i], rows[largest] = rows[largest][-1:], rows[largest][:-1]

@@ -107,8 +107,11 @@ def _fetch_rest(url: str, part: Path, progress: Progress | None) -> None:
         # A server that ignores the range sends the whole file with status 200: start again.
         resumed = response.status == 206
         done = start if resumed else 0
+        # Servers may send no length; a broken download is then found by its checksum only.
         length = response.headers.get("Content-Length")
-        total = done + int(length) if length and length.isdigit() else None
+        total = None
+        if length and length.isdigit():
+            total = done + int(length)
         with part.open("ab" if resumed else "wb") as file:
             _copy(response, file, done, total, f"downloading {part.stem}", progress)
 
@@ -131,6 +134,7 @@ def _copy(
 
 
 def _read(response: http.client.HTTPResponse) -> bytes:
+    # `read1` returns what has arrived; `read` would wait for a whole block.
     try:
         return response.read1(BLOCK)
     except (http.client.HTTPException, OSError) as error:

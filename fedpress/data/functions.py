@@ -46,6 +46,7 @@ def call_function(settings: DataSettings, seed: int) -> FederatedData | SourceRo
     try:
         taken = inspect.signature(function).parameters
         found = function(**{name: value for name, value in known.items() if name in taken})
+    # Our own errors have a place and a cure already.
     except FedpressError:
         raise
     except Exception as error:
@@ -130,6 +131,7 @@ def _of_classes(
         if words:
             return number_classes(y, words, public, settings, where)
         names = _names_of_numbers(y, public, settings, where)
+        # A private row may have a higher number than all public ones.
         known = torch.where(y < len(names), y, -1)
         return with_other_class(TargetRows.of_classes(known, names), settings, where)
 
@@ -187,13 +189,17 @@ def _of_numbers(
         task = "multilabel" if found.dtype.kind == "b" else "regression"
     kind = tasks.find(tasks.kind_of(task)).targets
     y = torch.from_numpy(found.astype(np.float32))
-    width = 1 if y.dim() == 1 else y.shape[1]
-    names = ("target",) if width == 1 else tuple(f"target {at}" for at in range(width))
+    names: tuple[str, ...] = ("target",)
+    if y.dim() == 2 and y.shape[1] != 1:
+        names = tuple(f"target {at}" for at in range(y.shape[1]))
     known = y.isfinite().reshape(len(y), -1).all(1)
-    labels = partition_labels_of_flags if kind == "flags" else partition_labels_of_numbers
+    if kind == "flags":
+        labels = partition_labels_of_flags(y)
+    else:
+        labels = partition_labels_of_numbers(y)
     return replace(
         rows,
-        train=Arrays(rows.train.x, labels(y)),
+        train=Arrays(rows.train.x, labels),
         targets=lambda public: TargetRows(y, names, known),
         kind=kind,
     )
@@ -210,7 +216,8 @@ def _client(pair: Any, where: str) -> tuple[Inputs, np.ndarray]:
         shape = str(list(x.shape))
         # Bytes are images; other numbers are features or sequences.
         fits = x.ndim == 4 or (x.ndim >= 2 and x.dtype != torch.uint8)
-        x = x if x.dtype == torch.uint8 else x.to(torch.float32)
+        if x.dtype != torch.uint8:
+            x = x.to(torch.float32)
     # Only class numbers of positions may have more than two dimensions.
     are_targets = y.ndim in (1, 2) or (y.ndim > 2 and y.dtype.kind in "iu")
     if fits and are_targets and len(x) != len(y):
@@ -233,14 +240,19 @@ def _client(pair: Any, where: str) -> tuple[Inputs, np.ndarray]:
 def _arrays(pair: Any, where: str) -> tuple[Any, np.ndarray]:
     """Returns the inputs as a tensor or a dictionary of them, and the targets."""
     try:
-        x, y = (pair.x, pair.y) if isinstance(pair, Arrays) else pair
+        if isinstance(pair, Arrays):
+            pair = pair.x, pair.y
+        x, y = pair
+        # By way of numpy, which takes lists, data frames and the arrays of other libraries.
         if isinstance(x, Mapping):
             return {name: torch.as_tensor(np.asarray(x[name])) for name in x}, np.asarray(y)
         return torch.as_tensor(np.asarray(x)), np.asarray(y)
     except (TypeError, ValueError) as error:
         got = type(pair).__name__
-        if isinstance(pair, tuple | list):
-            got += f" of {len(pair)}" if len(pair) != 2 else f" of what makes no arrays ({error})"
+        if isinstance(pair, tuple | list) and len(pair) != 2:
+            got += f" of {len(pair)}"
+        elif isinstance(pair, tuple | list):
+            got += f" of what makes no arrays ({error})"
         raise DataError(f"expected a pair of arrays (x, y), got {got}", place=where) from error
 
 
@@ -248,12 +260,15 @@ def _in_our_type(t: Tensor) -> Tensor:
     """Returns floats as float32 and integers as int64; bytes and booleans stay as they are."""
     if t.dtype in (torch.uint8, torch.bool):
         return t
-    return t.to(torch.float32 if t.is_floating_point() else torch.int64)
+    if t.is_floating_point():
+        return t.to(torch.float32)
+    return t.to(torch.int64)
 
 
 def _named(x: Mapping[str, Tensor], where: str) -> NamedInputs:
     """Checks and converts several inputs: numbers, integers, booleans or uint8 images."""
     for name, t in x.items():
+        # Bytes of another shape may be images without a channel, or numbers: neither is sure.
         if (t.dtype == torch.uint8 and t.ndim != 4) or t.is_complex():
             raise DataError(
                 f"'{name}' holds {t.dtype} of shape {list(t.shape)}",

@@ -82,7 +82,9 @@ def decode(
         out[i] = pixels
         if progress and ((i + 1) % REPORT_EVERY == 0 or i + 1 == len(images)):
             progress("decoding images", i + 1, len(images))
-    channels_last = torch.from_numpy(out if out.ndim == 4 else out[..., None])
+    if out.ndim == 3:
+        out = out[..., None]
+    channels_last = torch.from_numpy(out)
     return channels_last.permute(0, 3, 1, 2).contiguous()
 
 
@@ -105,6 +107,8 @@ def _decode_one(
         if size is not None and pixels.size != (size, size):
             pixels = pixels.resize((size, size), Image.Resampling.BILINEAR)
         return np.asarray(pixels)
+    # Pillow raises SyntaxError for a broken PNG. Its messages name the path, and its folder may be
+    # a private label.
     except (OSError, ValueError, SyntaxError) as error:
         raise DataError(
             f"not a readable image ({type(error).__name__})",

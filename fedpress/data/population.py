@@ -110,7 +110,9 @@ class Population:
                 raise TypeError("names")
             if counts is not None and not all(type(count) is int for count in counts):
                 raise TypeError("examples")
-            examples = None if counts is None else dict(zip(names, counts, strict=True))
+            examples = None
+            if counts is not None:
+                examples = dict(zip(names, counts, strict=True))
             identities: dict[ClientId, bytes] = {}
             if keys:
                 identities = dict(zip(names, map(bytes.fromhex, keys), strict=True))

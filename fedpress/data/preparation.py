@@ -150,6 +150,7 @@ def _column(line: Mapping[str, Any]) -> InputColumn:
         )
     fill = tuple(map(float, line["fill"] or ()))
     found = InputColumn(line["name"], line["kind"], tuple(line.get("words", ())), unknown, fill)
+    # Checked here, since numpy would spread a single value over all inputs.
     if fill and len(fill) != found.width:
         raise ValueError(
             f"column {found.name!r} has {len(fill)} values to fill {found.width} inputs"

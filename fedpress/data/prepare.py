@@ -54,6 +54,7 @@ def _cell(row: Mapping[str, Any], at: int, column: InputColumn, preparation: Pre
             cure="give it, with None where it has no value",
         )
     value = row[column.name]
+    # pandas has NaN for a missing cell, also among words.
     if isinstance(value, float | np.floating) and math.isnan(value):
         return None
     if isinstance(value, str) and value in preparation.gaps:
@@ -93,6 +94,7 @@ def _words(cells: list[Any], name: str) -> Any:
         if cell is None or isinstance(cell, str):
             words.append(cell)
             continue
+        # As in training: the integer 3 is the word "3", and True is "True".
         try:
             words.append(columns.as_text(pa.array([cell]))[0].as_py())
         except pa.ArrowException as error:

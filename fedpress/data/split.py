@@ -27,7 +27,9 @@ def split_rows(examples: SourceRows, settings: DataSettings, seed: int) -> Feder
     Raises:
         DataError: if there are too few rows for the sizes asked for.
     """
-    partition = settings.partition or (Iid() if examples.owners is None else Natural())
+    partition = settings.partition
+    if partition is None:
+        partition = Iid() if examples.owners is None else Natural()
     rows = torch.arange(len(examples.train))
     public, rows = _of_clients(examples, rows, settings.public_clients, "public_clients")
     test, rows = _test(examples, rows, settings, seed)
@@ -118,6 +120,7 @@ def _share(
     drawn = [torch.zeros(0, dtype=torch.int64)]
     for owner in owners.unique().tolist():
         own = torch.nonzero(owners == owner).flatten()
+        # By the name of the owner, so that another client in the data changes nothing for it.
         name = examples.owner_names[owner] if examples.owner_names else ""
         order = public_stream(seed, "data", word, name).permutation(len(own))
         # 0.3 * 10 is a little below 3 in floating point.
@@ -139,6 +142,7 @@ def _validation(public: Tensor, settings: DataSettings, seed: int) -> tuple[Tens
                 "lower validation, or declare more rows public with public_share or public_clients"
             ),
         )
+    # A stream of its own, so that the size of other parts does not change the order.
     order = public[public_stream(seed, "data", "validation").permutation(len(public))]
     return order[:count], order[count:]
 
@@ -152,6 +156,8 @@ def _without(rows: Tensor, positions: Tensor) -> Tensor:
 def _assemble(examples: SourceRows, settings: DataSettings, parts: Parts) -> FederatedData:
     """Computes targets and inputs, which depend on the public rows, and collects all parts."""
     found = _targets(examples, settings, torch.cat([parts.public, parts.validation]))
+    # Validation rows are public too, but nothing of the inputs is learned from them: validation
+    # must treat them like rows that are new.
     if examples.inputs is None:
         inputs = InputRows(examples.train.x, torch.zeros(len(examples.train), dtype=torch.bool))
     else:
@@ -161,6 +167,7 @@ def _assemble(examples: SourceRows, settings: DataSettings, parts: Parts) -> Fed
     left_out: dict[str, int] = {}
 
     def part(name: str, rows: Arrays | Tensor) -> Arrays:
+        # The source's own test set is complete.
         if isinstance(rows, Arrays):
             return rows
         kept = rows[usable[rows]]
@@ -218,7 +225,9 @@ def _task(
     examples: SourceRows, settings: DataSettings, names: tuple[str, ...], public: Tensor
 ) -> Task:
     """Makes the task of the recipe, or the default one for this kind of targets."""
-    given = settings.task if settings.task is not None else tasks.DEFAULT[examples.kind]
+    given = settings.task
+    if given is None:
+        given = tasks.DEFAULT[examples.kind]
     kind = tasks.kind_of(given)
     wanted = tasks.find(kind).targets
     if wanted != examples.kind:
@@ -233,9 +242,11 @@ def _task(
 
 def _preprocess(public: Inputs, settings: DataSettings) -> Preprocess:
     """Returns the standardisation of the recipe, or one fitted on the public rows."""
+    if not settings.mean and not len(public):
+        return Preprocess()
     if not settings.mean:
         with renaming({"x": "public part"}):
-            return Preprocess.fit(public) if len(public) else Preprocess()
+            return Preprocess.fit(public)
     if isinstance(public, NamedInputs):
         raise no_statistics()
     if len(settings.mean) not in (1, public.shape[1]):

@@ -86,11 +86,15 @@ def find(path: Path, kind: str) -> list[Path]:
     """
     if path.is_file():
         return [path]
-    pattern = path.name if "*" in path.name else f"*.{kind}"
-    folder = path.parent if "*" in path.name else path
+    folder, pattern = path, f"*.{kind}"
+    if "*" in path.name:
+        folder, pattern = path.parent, path.name
+    # Sorted, since a folder has no order of its own and a seed must give the same rows.
     files = sorted(file for file in folder.glob(pattern) if file.is_file())
     if not files:
-        missing = f"no file '{folder / pattern}'" if folder.is_dir() else f"no such path '{path}'"
+        missing = f"no such path '{path}'"
+        if folder.is_dir():
+            missing = f"no file '{folder / pattern}'"
         raise DataError(missing, place=f"source '{kind}'", cure="check the path")
     return files
 
@@ -128,6 +132,7 @@ def _concatenate(tables: list[Any], files: list[Path]) -> Any:
                 place=f"'{file}'",
                 cure="give each a name of its own",
             )
+    # Permissive: one file may have whole numbers where another has decimals.
     try:
         return pa.concat_tables(tables, promote_options="permissive")
     except pa.ArrowException as error:
@@ -233,4 +238,6 @@ def _images(
 
 
 def _brief(error: BaseException) -> str:
-    return str(error).splitlines()[0].rstrip(". ") if str(error) else type(error).__name__
+    if not str(error):
+        return type(error).__name__
+    return str(error).splitlines()[0].rstrip(". ")

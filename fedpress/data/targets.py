@@ -55,6 +55,7 @@ def partition_labels_of_numbers(values: Tensor) -> Tensor:
     first = values if values.dim() == 1 else values[:, 0]
     rank = torch.empty(len(first), dtype=torch.int64)
     rank[first.argsort(stable=True)] = torch.arange(len(first))
+    # By rank, not by value: every tenth then has as many rows.
     return rank * GROUPS // max(1, len(first))
 
 
@@ -132,6 +133,7 @@ class FlagColumns:
             DataError: if a public row holds another value.
         """
         y = torch.from_numpy(np.stack([_as_numbers(column) for column in self.columns], 1))
+        # NaN is neither, so a row with a missing label does not fit.
         fits = (y == 0) | (y == 1)
         for at, column in enumerate(self.columns):
             if not bool(fits[public, at].all()):
