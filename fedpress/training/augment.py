@@ -76,6 +76,7 @@ def random_shift(x: Tensor, most: int, generator: Source) -> Tensor:
     dy, dx = (chance_of(generator).integers(2 * most + 1, 2, n, 1) - most).to(x.device)
     rows = _mirrored(dy + torch.arange(height, device=x.device), height).view(n, 1, height, 1)
     columns = _mirrored(dx + torch.arange(width, device=x.device), width).view(n, 1, 1, width)
+    # Indexed in one step for all images, since each is shifted differently.
     at = torch.arange(n, device=x.device).view(n, 1, 1, 1)
     channel = torch.arange(x.shape[1], device=x.device).view(1, -1, 1, 1)
     return x[at, channel, rows, columns]
@@ -93,6 +94,7 @@ def cutout(x: Tensor, side: int, generator: Source) -> Tensor:
     """
     n, _, height, width = x.shape
     chance = chance_of(generator)
+    # Its centre is anywhere in the image, so the square may reach over the border.
     top = chance.integers(height, n, 1, 1, 1).to(x.device) - side // 2
     left = chance.integers(width, n, 1, 1, 1).to(x.device) - side // 2
     rows = torch.arange(height, device=x.device).view(1, 1, -1, 1)

@@ -97,6 +97,7 @@ def _check_image_sizes(
                 place="image_sizes",
                 cure="give smaller sides, or leave image_sizes out",
             )
+        # Tried on two examples: only a forward pass shows whether a network takes another size.
         two = Arrays(resized(train.x[:2], side), train.y[:2])
         try:
             evaluate(model, two, preprocess, task)
@@ -135,6 +136,7 @@ def _needs_two(model: nn.Module, x: Inputs) -> bool:
     if not averages_batches(twin):
         return False
     at = next((p.device for p in twin.parameters()), x.device)
+    # Only this error counts here. Others are shown by the checks of the network itself.
     try:
         with torch.no_grad():
             call(twin, x.to(at))

@@ -38,9 +38,10 @@ DeviceName = Annotated[str, AfterValidator(check_name)]
 
 def devices() -> tuple[str, ...]:
     """Returns the names of the devices of this machine; the CPU is the last one."""
-    gpus = [f"cuda:{number}" for number in range(torch.cuda.device_count())]
-    apple = ["mps"] if torch.backends.mps.is_available() else []
-    return (*gpus, *apple, "cpu")
+    found = [f"cuda:{number}" for number in range(torch.cuda.device_count())]
+    if torch.backends.mps.is_available():
+        found.append("mps")
+    return (*found, "cpu")
 
 
 def find(name: str = "auto") -> torch.device:
@@ -59,8 +60,9 @@ def find(name: str = "auto") -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     here = devices()
-    known = (*here, "cuda") if "cuda:0" in here else here
-    if name not in known:
+    # torch reads "cuda" as the current GPU, which is the first one by default.
+    wanted = "cuda:0" if name == "cuda" else name
+    if wanted not in here:
         raise TrainingError(
             f"there is no '{name}' on this machine, which has {', '.join(here)}",
             place="device",
@@ -141,7 +143,9 @@ def place_(model: nn.Module, at: torch.device | None = None) -> nn.Module:
         at: the device; None: `find()`.
     """
     at = at or find()
-    wanted = torch.channels_last if takes_channels_last(model, at) else torch.contiguous_format
+    wanted = torch.contiguous_format
+    if takes_channels_last(model, at):
+        wanted = torch.channels_last
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
             module.weight.data = module.weight.data.contiguous(memory_format=wanted)

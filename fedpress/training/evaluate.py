@@ -126,6 +126,7 @@ def outputs(model: nn.Module, x: Inputs) -> Tensor:
         # A batch norm in training: with two copies it would run, on a variance of 0.
         if ONE_VALUE in str(problem):
             raise
+        # If two copies fail as well, the first error is the cause.
         try:
             return _as_two_copies(model, x)
         except Exception:

@@ -98,8 +98,11 @@ class Fit:
         self.helpers = (helpers or nn.Module()).to(self.device)
         weights = dict(model.named_parameters(remove_duplicate=False))
         self.zeros = [(weights[name], ~kept) for name, kept in kept_entries(model, sparse).items()]
-        self.scales = batch_norm_scales(model) if settings.epochs and settings.bn_penalty else []
+        self.scales: list[nn.Parameter] = []
+        if settings.epochs and settings.bn_penalty:
+            self.scales = batch_norm_scales(model)
         self.average = None
+        # Buffers are averaged too: running statistics of batch norms belong to the weights.
         if settings.ema:
             self.average = AveragedModel(
                 model, multi_avg_fn=get_ema_multi_avg_fn(settings.ema), use_buffers=True
@@ -186,11 +189,13 @@ class Fit:
         if not self.task.better(score, self.best[0]):
             return
         self.best = (score, self.epoch)
+        # Cloned, since training goes on with the same tensors.
         if self.settings.patience:
             self.best_weights = {k: v.clone() for k, v in self._current().state_dict().items()}
 
     def _epoch(self, train: Arrays, preprocess: Preprocess) -> Generator[Step, None, float]:
         s, n = self.settings, len(train)
+        # Streams of their own for each epoch: a resumed training draws the same numbers.
         chance = public_stream(self.seed, "epoch", self.epoch)
         torch.manual_seed(derive(self.seed, "dropout", self.epoch))
         order = chance.permutation(n)
@@ -198,6 +203,7 @@ class Fit:
         # that two epochs in a row show both sides.
         mirrored = public_stream(self.seed, "flip").uniform(n) < 0.5
         mirrored ^= self.epoch % 2 == 1
+        # Examples that fill no batch are left out. Which ones they are changes with every epoch.
         steps = max(1, n // s.batch_size)
         self.model.train()
         total = 0.0
@@ -238,6 +244,7 @@ class Fit:
         x = laid_out(x, self.model)
         with autocast(self.model, self.settings.precision):
             logits = outputs(self.model, x)
+        # The loss is computed in float32: sums and logarithms lose too much in bfloat16.
         loss = self.objective(self.model, x, logits.float(), y)
         # Network slimming (Liu et al. 2017, arXiv:1708.06519, equation 1).
         if self.scales:
@@ -266,6 +273,7 @@ class Fit:
             out |= {f"average/{k}": v for k, v in self.average.state_dict().items()}
         out |= {f"best/{k}": v for k, v in self.best_weights.items()}
         out |= {f"optimizer/{k}": v for k, v in self.optimizers.state().items()}
+        # As float64, which holds the numbers of epochs exactly beside the score.
         out["progress"] = torch.tensor(
             [self.epoch, self.best[1], self.best[0]], dtype=torch.float64
         )
@@ -285,4 +293,6 @@ class Fit:
 
 def _at_size(arrays: Arrays, side: int | None) -> Arrays:
     """Returns images at `side` pixels; None, and other examples: unchanged."""
-    return replace(arrays, x=resized(arrays.x, side)) if side and is_image(arrays.x) else arrays
+    if side and is_image(arrays.x):
+        return replace(arrays, x=resized(arrays.x, side))
+    return arrays

@@ -46,6 +46,7 @@ class Optimizers:
         if not rest and not hidden and settings.epochs:
             raise nothing_to_train()
 
+        # Muon takes matrices only. A step on a view changes the filter, which has the same memory.
         self.views = [(p, _view(p)) for p in hidden]
         matrices = [view for _, view in self.views]
         found = (_elementwise(rest, settings, spared=qparam_ids(model)), _muon(matrices, settings))
@@ -61,7 +62,9 @@ class Optimizers:
     def step_(self) -> None:
         """Takes one step along the gradients of the parameters."""
         for parameter, view in self.views:
-            view.grad = None if parameter.grad is None else as_matrix(parameter.grad, parameter)
+            view.grad = None
+            if parameter.grad is not None:
+                view.grad = as_matrix(parameter.grad, parameter)
         for optimizer in self.each:
             optimizer.step()
 
@@ -101,6 +104,7 @@ class Optimizers:
             for name, value in part_of(state, f"{at}/").items():
                 key, _, leaf = name.partition("/")
                 slots.setdefault(int(key), {})[leaf] = _laid_out_like(params[int(key)], value)
+            # Learning rates come from the settings and the schedule, not from the file.
             optimizer.load_state_dict({**optimizer.state_dict(), "state": slots})
 
 
@@ -206,7 +210,9 @@ def orthogonalized(matrix: Tensor) -> Tensor:
     """
     x = matrix.float()
     # The Gram matrix of the short side.
-    x = x.T if len(x) > x.shape[1] else x
+    if len(x) > x.shape[1]:
+        x = x.T
+    # The norm bounds all singular values by 1, where the steps converge; a gradient may be 0.
     x = x / x.norm().clamp(min=1e-7)
     gram = x @ x.T
     factor = factors = _factor(gram)

@@ -38,6 +38,7 @@ def fit_to_optimizer_(settings: BaseModel, optimizer: str, defaults: Mapping[str
             cure=f"leave {foreign} out, or set {own}",
         )
     for key, value in defaults.items():
+        # The settings are frozen, but still under construction.
         if key not in settings.model_fields_set:
             object.__setattr__(settings, key, value)
 
