@@ -28,6 +28,7 @@ def canonical(value: Any) -> JSON:
     """
     if hasattr(value, "agreed") and not isinstance(value, type):
         return canonical(value.agreed())
+    # JSON has no infinity and no NaN.
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     if value is None or isinstance(value, bool | int | float | str):
@@ -70,6 +71,9 @@ def _entries(value: Any) -> Mapping[Any, Any] | None:
         return {name: getattr(value, name) for name in type(value).model_fields}
     if not is_dataclass(value) or isinstance(value, type):
         return None
+    found: dict[Any, Any] = {}
+    # Two classes may have the same fields; `kind` tells them apart.
     kind = getattr(value, "kind", None)
-    found = {} if kind is None else {"kind": kind}
+    if kind is not None:
+        found["kind"] = kind
     return found | {field.name: getattr(value, field.name) for field in fields(value)}

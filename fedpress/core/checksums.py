@@ -90,6 +90,7 @@ def add_line(
         sync: whether to wait until the line is on the disk, which must be before the file is
             replaced.
     """
+    # The digest is of the temporary file, the name that of the file it will become.
     folder = folder or path.parent
     _append(folder / NAME, Line.of(content or path, _name(path, folder)), sync)
 
@@ -180,7 +181,9 @@ def _parsed(text: str) -> Line | None:
     if len(line.digest) != DIGITS:
         return None
     # Lists of an older fedpress have no CRC of the line.
-    return line if parts[0] in (line.digest, f"{line.digest}-{line.own}") else None
+    if parts[0] in (line.digest, f"{line.digest}-{line.own}"):
+        return line
+    return None
 
 
 def compact(folder: Path) -> None:
@@ -192,6 +195,8 @@ def compact(folder: Path) -> None:
         path = folder / name
         if path.is_file():
             whole = _whole(path, own)
+            # The lines of a damaged file stay, since they show the damage; a growing file has
+            # several.
             kept += [whole] if whole else own
     if len(kept) < len(lines):
         with replacing(folder / NAME) as part:
@@ -233,6 +238,7 @@ def _whole(path: Path, lines: Iterable[Line]) -> Line | None:
 
 def _grown(path: Path, lines: list[Line]) -> bool:
     """Whether every range since the file was last written as a whole is undamaged."""
+    # A line from byte 0 on begins a new file: the ranges before it are of the old one.
     since = max((at for at, line in enumerate(lines) if line.start == 0), default=0)
     size = path.stat().st_size
 

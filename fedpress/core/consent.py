@@ -61,6 +61,7 @@ def checked(names: Collection[str] | str) -> frozenset[str]:
     >>> sorted(checked(["nets:Small", "lab.nets:Wide"]))
     ['lab.nets:Wide', 'nets:Small']
     """
+    # A string is a collection too, of letters.
     found = frozenset((names,)) if isinstance(names, str) else frozenset(names)
     for name in found:
         if not isinstance(name, str) or not NAME.fullmatch(name):

@@ -89,6 +89,7 @@ class Preprocess:
             if self.mean:
                 raise no_statistics()
             return x.map(lambda t: t if t.dtype == torch.bool else self(t))
+        # Token ids are looked up in a table, not computed with.
         if x.dtype == torch.int64 and not self.mean:
             return x
         scale = 255.0 if x.dtype == torch.uint8 else 1.0
@@ -123,7 +124,10 @@ class Preprocess:
                 place="x",
                 cure="give mean and std",
             )
-        mean, std = _byte_statistics(x) if x.dtype == torch.uint8 else _float_statistics(x)
+        if x.dtype == torch.uint8:
+            mean, std = _byte_statistics(x)
+        else:
+            mean, std = _float_statistics(x)
         if not (mean.isfinite() & std.isfinite()).all():
             raise DataError(
                 "the public examples hold NaN or infinite values",

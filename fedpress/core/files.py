@@ -91,10 +91,13 @@ def _number(error: OSError | SafetensorError) -> int | None:
         return error.errno
     # safetensors has it in the text of its error only.
     found = re.search(r"os error (\d+)|code: (\d+)", str(error))
-    return int(found[1] or found[2]) if found else None
+    if not found:
+        return None
+    return int(found[1] or found[2])
 
 
 def sync(path: Path) -> None:
     """Waits until the content of `path` is on the disk."""
+    # Opened for reading: fsync waits for the file, whoever has written it.
     with open(path, "rb") as file:
         os.fsync(file.fileno())

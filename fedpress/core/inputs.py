@@ -127,7 +127,7 @@ def _check(tensors: Mapping[str, Any]) -> None:
                 place=place,
                 cure="give a tensor whose first dimension counts examples",
             )
-    if len({len(t) for t in tensors.values()}) > 1:
+    if len(set(map(len, tensors.values()))) > 1:
         counts = ", ".join(f"{len(t)} of '{name}'" for name, t in tensors.items())
         raise DataError(
             f"the inputs have different numbers of rows: {counts}",
@@ -169,6 +169,7 @@ def call(model: Callable[..., Any], x: Example) -> Any:
         return model(*args, **named)
     # Python's own error names the first wrong argument only; it may also come from inside forward.
     except TypeError as problem:
+        # Arguments by position have no names to compare.
         mismatch = "" if args else _name_mismatch(model, named)
         if not mismatch:
             raise
@@ -202,7 +203,9 @@ def join(parts: Sequence[Inputs]) -> Inputs:
     """Concatenates batches with the same inputs."""
     named = [parts_of(part) for part in parts]
     joined = {name: torch.cat([one[name] for one in named]) for name in named[0]}
-    return NamedInputs._of(joined) if isinstance(parts[0], NamedInputs) else joined[""]
+    if isinstance(parts[0], NamedInputs):
+        return NamedInputs._of(joined)
+    return joined[""]
 
 
 def parts_of(x: Inputs) -> dict[str, Tensor]:
@@ -224,7 +227,9 @@ def with_tensors(x: Example, tensors: Sequence[Tensor]) -> Example:
         return tensors[0]
     if isinstance(x, Mapping):
         named = dict(zip(x, tensors, strict=True))
-        return NamedInputs._of(named) if isinstance(x, NamedInputs) else named
+        if isinstance(x, NamedInputs):
+            return NamedInputs._of(named)
+        return named
     return tuple(tensors)
 
 
@@ -253,13 +258,17 @@ def form_of(x: Inputs) -> tuple[tuple[str, tuple[int, ...], torch.dtype], ...]:
     >>> form_of(torch.zeros(2, 3))
     (('', (3,), torch.float32),)
     """
-    return tuple(sorted((name, tuple(t.shape[1:]), t.dtype) for name, t in parts_of(x).items()))
+    found = [(name, tuple(t.shape[1:]), t.dtype) for name, t in parts_of(x).items()]
+    # Sorted, since the order of a dictionary has no meaning for a call by name.
+    return tuple(sorted(found, key=lambda part: part[0]))
 
 
 def shape_of(x: Inputs) -> Shape:
     """Returns the shape of one example: a tuple, or one for each name."""
     shapes = {name: tuple(t.shape[1:]) for name, t in parts_of(x).items()}
-    return shapes if isinstance(x, NamedInputs) else shapes[""]
+    if isinstance(x, NamedInputs):
+        return shapes
+    return shapes[""]
 
 
 def dtype_of(x: Inputs) -> str | dict[str, str]:
@@ -267,12 +276,16 @@ def dtype_of(x: Inputs) -> str | dict[str, str]:
     # Every other type, bytes included, becomes float32 before it reaches the network.
     whole = {torch.int64: "int64", torch.bool: "bool"}
     dtypes = {name: whole.get(t.dtype, "float32") for name, t in parts_of(x).items()}
-    return dtypes if isinstance(x, NamedInputs) else dtypes[""]
+    if isinstance(x, NamedInputs):
+        return dtypes
+    return dtypes[""]
 
 
 def shapes_in(shape: Shape) -> list[tuple[int, ...]]:
     """Returns the shapes of all inputs."""
-    return list(shape.values()) if isinstance(shape, dict) else [shape]
+    if isinstance(shape, dict):
+        return list(shape.values())
+    return [shape]
 
 
 def shape_text(shape: Shape) -> str:
@@ -331,7 +344,9 @@ def _name_mismatch(model: Callable[..., Any], x: Mapping[str, Tensor]) -> str:
         parts.append(f"needs {_quoted(missing)} besides")
     if unknown:
         parts.append(f"does not take {_quoted(unknown)}")
-    return f"the model {' and '.join(parts)}" if parts else ""
+    if not parts:
+        return ""
+    return f"the model {' and '.join(parts)}"
 
 
 def _quoted(names: Sequence[str]) -> str:

@@ -72,6 +72,7 @@ def limit(name: str) -> int:
     text = os.environ.get(row.variable)
     if text is None:
         return row.default
+    # At most 18 digits fit a 64-bit integer.
     if not (text.isascii() and text.isdecimal()) or len(text) > 18 or int(text) < 1:
         raise RecipeError(
             f"got {text[:40]!r}, expected a whole number above 0, such as {row.default}",
@@ -226,12 +227,14 @@ def check_running(model: nn.Module, example: Inputs, place: str) -> None:
     try:
         with torch.no_grad(), _Running(place):
             torch.func.functional_call(model.eval(), shapes, *arguments(example.to("meta")))
+    # Before the line below, which would hide it.
     except AboveLimit:
         raise
     # Shapes that do not fit: the error comes when the network is run.
     except Exception:
         return
     finally:
+        # Each module's own mode: `train` would unfreeze batch norms that are frozen on purpose.
         for module, was in training.items():
             module.training = was
 

@@ -39,7 +39,10 @@ def trainable(model: nn.Module) -> list[nn.Parameter]:
 def flatten(model: nn.Module) -> Tensor:
     """Copies the trainable parameters of `model` into one float32 vector [d] on the CPU."""
     parts = [p.detach().reshape(-1).to("cpu", torch.float32) for p in trainable(model)]
-    return torch.cat(parts) if parts else torch.zeros(0)
+    # `cat` of nothing would fail, for a model that trains nothing.
+    if not parts:
+        return torch.zeros(0)
+    return torch.cat(parts)
 
 
 def assign_(model: nn.Module, vector: Tensor) -> None:
