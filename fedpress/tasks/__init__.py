@@ -49,7 +49,9 @@ def find(kind: str) -> type[Task]:
 
 def kind_of(given: str | Mapping[str, Any]) -> str:
     """Returns the task's name from the value of `data.task`, which may be a table with options."""
-    return given if isinstance(given, str) else str(given.get("kind"))
+    if isinstance(given, str):
+        return given
+    return str(given.get("kind"))
 
 
 def check_settings(given: str | Mapping[str, Any]) -> None:

@@ -261,6 +261,7 @@ class Task(ABC):
             each = torch.arange(n) % 2
         else:
             each = torch.linspace(0, 1, n)
+        # The same value at all positions of an example.
         column = each.to(like.dtype).reshape(n, *[1] * (like.dim() - 1))
         return column.expand(shape).contiguous()
 
@@ -330,6 +331,7 @@ def error_of_mean(total: Tensor, squares: Tensor, n: int) -> float | None:
     """
     if n < 2:
         return None
+    # From sums, so that it needs no second pass. Dividing by n - 1 makes the variance unbiased.
     mean = float(total) / n
     variance = (float(squares) / n - mean**2) * n / (n - 1)
     if not math.isfinite(variance):

@@ -64,6 +64,7 @@ class Binary(Task):
     def loss(self, outputs: Tensor, targets: Tensor, *, reduction: Reduction = "mean") -> Tensor:
         """Returns the log loss in nats."""
         logits = outputs.float().reshape(len(targets))
+        # torch has a weight for class 1 only.
         if self.class_weights:
             each = F.binary_cross_entropy_with_logits(logits, targets.float(), reduction="none")
             first, second = self.class_weights
@@ -80,7 +81,7 @@ class Binary(Task):
     @property
     def unweighted(self) -> Binary:
         """The task without class weights."""
-        return replace(self, class_weights=()) if self.class_weights else self
+        return replace(self, class_weights=())
 
     def soft_loss(self, outputs: Tensor, teacher: Tensor, temperature: float) -> Tensor:
         """Returns T^2 KL(teacher || student) of the two probabilities at temperature T."""
@@ -121,6 +122,7 @@ class Binary(Task):
         `auc_error` is the standard error of the AUC.
         """
         found = Classification(self.names).summary(sums)
+        # With two classes the F1 of class 1 is the usual one.
         found.pop("macro_f1")
         f1 = number(2 * sums["right"][1] / (sums["labels"][1] + sums["answers"][1]))
         # The primary metric comes first.

@@ -85,6 +85,7 @@ class Classification(Task):
         )
         if targets.dim() == 1:
             return reduced(each, reduction)
+        # An example without any counted position has the loss 0, not 0 / 0.
         counted = (targets != IGNORED).flatten(1).sum(1).clamp_min(1)
         return reduced(each.flatten(1).sum(1) / counted, reduction)
 
@@ -119,7 +120,7 @@ class Classification(Task):
     @property
     def unweighted(self) -> Classification:
         """The task without class weights."""
-        return replace(self, class_weights=()) if self.class_weights else self
+        return replace(self, class_weights=())
 
     def score_sums(self, outputs: Tensor, targets: Tensor) -> Sums:
         """Returns the number of right answers, and of examples."""

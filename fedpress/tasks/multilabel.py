@@ -62,7 +62,7 @@ class Multilabel(Task):
     @property
     def unweighted(self) -> Multilabel:
         """The task without weights."""
-        return replace(self, class_weights=()) if self.class_weights else self
+        return replace(self, class_weights=())
 
     def soft_loss(self, outputs: Tensor, teacher: Tensor, temperature: float) -> Tensor:
         """Returns T^2 times the cross-entropy with the teacher's probabilities at temperature T."""
@@ -110,8 +110,11 @@ class Multilabel(Task):
         """Returns the metrics, and `macro_f1_warning` if all examples get the same answer."""
         found: dict[str, JsonValue] = {**library_values(self._library_metrics, sums)}
         n, broken = int(sums["examples"]), int(sums["broken"])
-        area = ranking.areas(sums["scores"])
-        found["auc"] = None if broken else number(area[~area.isnan()].mean())
+        found["auc"] = None
+        if not broken:
+            area = ranking.areas(sums["scores"])
+            # A label that all examples have, or none, has no area.
+            found["auc"] = number(area[~area.isnan()].mean())
         warning = None
         answers = sums["answers"]
         if broken:

@@ -89,6 +89,7 @@ class Poisson(Task):
         counts = self._columns(targets).double()
         log_rates = self._columns(outputs.detach().double())
         rates = self.to_targets(log_rates)
+        # Without a public mean the sum is not used.
         log_means = counts.new_tensor(self.mean or [1.0] * len(self.names)).log()
         broken = ~(log_rates.isfinite() & rates.isfinite()).all(1)
         each = deviances(log_rates, counts).mean(1)

@@ -103,6 +103,7 @@ class Regression(Task):
         predicted = self.to_targets(self._columns(outputs.detach().double()))
         sums = library_sums(self._library_metrics, predicted, columns)
         broken = ~predicted.isfinite().all(1)
+        # Without a public mean the sum is not used.
         mean = columns.new_tensor(self.mean or [0.0] * len(self.names))
         each = (predicted - columns).abs().mean(1)
         return {
