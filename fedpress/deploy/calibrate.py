@@ -39,6 +39,7 @@ class _RangeRecorder(fx.Interpreter):
             return value
 
         low, high = (float(v) for v in value.aminmax())
+        # The difference, since that of two finite numbers may be infinite, too.
         if not math.isfinite(high - low):
             self.not_finite.add(n)
         before = self.histograms.get(n, Histogram(low, high))
@@ -60,6 +61,7 @@ def ranges(
     inputs = [n for n in graph.graph.nodes if n.op == "placeholder"]
     names = [n.name for n in inputs]
     calls = [by_name(as_device(batch), names) for batch in batches]
+    # All batches before the first run, which may take long.
     for call in calls:
         _check(call, [n.meta["val"] for n in inputs])
 

@@ -61,7 +61,9 @@ def check_tensors(example: Any, where: str) -> None:
 
     others = [type(p).__name__ for p in parts if not isinstance(p, Tensor)]
     if not parts or others:
-        got = f"a {others[0]} inside" if others else type(example).__name__
+        got = type(example).__name__
+        if others:
+            got = f"a {others[0]} inside"
         raise ExportError(
             f"{where} is {got}",
             place="example",
@@ -114,6 +116,7 @@ def ordered(model: nn.Module, example: Example) -> Example:
     """Sorts a dictionary into the order of forward's arguments, as `torch.export` lists them."""
     if not isinstance(example, Mapping):
         return example
+    # Names that forward does not list go into its **kwargs.
     known = [name for name in inspect.signature(model.forward).parameters if name in example]
     others = [name for name in example if name not in known]
     return {name: example[name] for name in known + others}

@@ -35,6 +35,7 @@ def _replace_(graph: fx.GraphModule, node: fx.Node, function: Callable[..., Tens
     arguments = [a.meta["val"] if isinstance(a, fx.Node) else a for a in node.args]
     traced = make_fx(lambda *inner: function(*_with_tensors(arguments, inner)))(*tensors)
 
+    # The traced operations are copied one by one; its inputs stand for the arguments of `node`.
     inputs = iter(sources)
     copied: dict[fx.Node, fx.Node] = {}
     with graph.graph.inserting_before(node):

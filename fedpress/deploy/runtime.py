@@ -104,6 +104,7 @@ def parity(
             cure="export the same model again",
         )
     count = rows_of(x)
+    # A model may overflow on an example; then no file can reproduce its outputs.
     usable = _finite_rows(expected, count)
     if not bool(usable.any()):
         raise ExportError(
@@ -113,6 +114,7 @@ def parity(
         )
     largest, error, norm = 0.0, 0.0, 0.0
     for name, wanted, found in zip(names, expected, got, strict=True):
+        # Other outputs have no row for each example, such as a single number.
         if wanted.dim() and len(wanted) == count:
             wanted, found = wanted[usable], found[usable]
         if not wanted.is_floating_point():
@@ -177,6 +179,7 @@ def _largest_error(
     # NaN compares false with every limit: it must count as the largest error.
     error = (found.double() - wanted.double()).abs().nan_to_num(nan=torch.inf)
     largest = error.max().item()
+    # Rounding errors grow with the outputs, so large ones are compared by their size.
     allowed = tolerance * max(1.0, wanted.abs().max().item())
     if largest > allowed:
         what = "a logit" if name == "logit" else f"the output '{name}'"
@@ -269,6 +272,7 @@ def main_outputs(path: str | Path, x: Inputs, preprocess: Preprocess) -> Tensor:
     found = []
     for part in x.split(size):
         args, named = array_call(preprocess(part))
+        # Copied, since a runtime may use the memory of its outputs again.
         found.append(torch.from_numpy(np.array(session.main(*args, **named))))
     return torch.cat(found)
 

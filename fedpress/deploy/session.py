@@ -89,6 +89,7 @@ class Session:
         given = {**dict(zip(names, args, strict=False)), **named}
         missing = [name for name in names if name not in given]
         unknown = sorted(given.keys() - set(names))
+        # `zip` above has dropped what is too much.
         if len(args) > len(names):
             unknown = [f"{len(args)} by position", *unknown]
         if missing or unknown:

@@ -18,6 +18,7 @@ class WSConv2d(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps [n, C, H, W] to [n, out_channels, H', W']."""
+        # Standardised at every call: the stored weight trains without any constraint.
         w = self.weight
         var, mean = torch.var_mean(w, dim=(1, 2, 3), keepdim=True, unbiased=False)
         standardised = (w - mean) / (var + 1e-5).sqrt()
@@ -34,6 +35,7 @@ class WSConv2d(nn.Conv2d):
 
 def conv(i: int, o: int, kernel: int, *, stride: int = 1, norm: Norm = "batch") -> nn.Conv2d:
     """Makes a same-padded convolution without bias; weight-standardised if `norm` is "group"."""
+    # Without bias, since the norm after it has one.
     kind = WSConv2d if norm == "group" else nn.Conv2d
     return kind(i, o, kernel, stride=stride, padding=kernel // 2, bias=False)
 

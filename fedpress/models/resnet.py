@@ -45,6 +45,7 @@ class ResNet(nn.Module):
         norm: Norm = "batch",
     ) -> None:
         super().__init__()
+        # A 3x3 stem without stride: the 7x7 one for ImageNet would shrink small images too early.
         self.stem = conv(in_channels, widths[0], 3, norm=norm)
         self.norm = norm_layer(widths[0], norm)
         stages = []

@@ -170,6 +170,7 @@ class Rewrite:
     ) -> tuple[fx.Node, fx.Node, fx.Node]:
         """Adds buffers of codes, scales and zero points; returns the operations that read them."""
         name = str(weight.target)
+        # Weights are symmetric, but the operations want zero points all the same.
         zeros = torch.zeros(scales.shape, dtype=torch.int64)
         with self.graph.inserting_after(weight):
             code_node = self.graph.get_attr(self.add_(name + "_codes", codes.contiguous()))
