@@ -1,1 +1,1 @@
-"""The federate stage: settings, privacy, binding, the rounds."""
+"""The federate stage: settings, planned privacy, both halves, and the rounds."""

@@ -1,4 +1,4 @@
-"""What an l0 stage is told: its keys, and which of them fit together."""
+"""The settings of an l0 stage: its keys, and which of them fit together."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fedpress.workspace.state import Name
 
 
 class L0Settings(TrainSettings):
-    """What the table of an l0 stage holds."""
+    """The keys of an l0 stage."""
 
     kind: Literal["l0"]
     name: Name = "l0"

@@ -1,4 +1,4 @@
-"""The l0 stage: the network trains with a gate on every weight or channel, and lambda leads it to a wanted density."""
+"""The l0 stage: trains with a gate on every weight or channel, down to a wanted density."""
 
 from __future__ import annotations
 
@@ -52,20 +52,20 @@ BATCH = 256
 
 
 class L0Stage(L0Settings, Stage):
-    """`[[stage]] kind = "l0"`: minimises L(w; D) + lambda ||w||_0 by hard-concrete gates (Louizos et al. 2018).
+    """`[[stage]] kind = "l0"`: minimises L(w; D) + lambda ||w||_0 by hard-concrete gates.
 
-    Lambda follows a controller, so that the expected density falls to `density` in the first
-    `until` of the training and stays there; at the end the gates are ranked and the density is
-    exact. Weights become zeros that every later stage keeps; channels are physically removed. Train
-    afterwards without gates: `kind = "train"`.
+    Louizos, Welling & Kingma 2018 (arXiv:1712.01312). A controller sets lambda so that the expected
+    density falls to `density` in the first `until` of the training, and stays there. At the end the
+    gates are ranked, and exactly `density` is kept. Pruned weights become zeros that later stages
+    keep; pruned channels are removed. Train afterwards without gates: `kind = "train"`.
     """
 
     def setting_reading_labels(self) -> str:
-        """It trains, whatever its settings."""
+        """Training always reads labels."""
         return self.kind
 
     def check(self, state: State) -> tuple[State, dict[str, Any]]:
-        """Cuts by magnitude without training: what stays will be other weights or channels, but as many.
+        """Prunes by magnitude, without training: the run will prune others, but as many.
 
         Raises:
             RecipeError: if the density cannot be reached.
@@ -104,15 +104,15 @@ class L0Stage(L0Settings, Stage):
         seed = derive(state.seed, "stage", folder.index)
         place_(state.model, state.device)
         weights = within = graph = None
+        chance = public_stream(seed, "gates")
         if self.unit == "channels":
+            # Traced on the CPU, where the example input is.
             graph = _trace(state.model.to("cpu"), state, self.ignore)
             place_(state.model, state.device)
-            gates = channel_gates(state.model, graph, generator=public_stream(seed, "gates"))
+            gates = channel_gates(state.model, graph, generator=chance)
         else:
             weights, within = self.weights(state.model, state)
-            gates = weight_gates(
-                weights.chosen, generator=public_stream(seed, "gates"), within=within
-            )
+            gates = weight_gates(weights.chosen, generator=chance, within=within)
         work = GatedTraining(self, state, gates, seed)
         yield from drive(work, folder)
         model = work.fit.result_()
@@ -125,13 +125,14 @@ class L0Stage(L0Settings, Stage):
             return self._removed(state, model, graph, gates, folder, facts)
         assert weights is not None
         assert within is not None
+        # Ranked by gate, not by weight: the gates have learned which entries are needed.
         masks = self.choose(weights, [a.detach() for a in gates.log_alphas], within)
         apply_(weights.chosen, masks)
         _restore_norms_(self, model, state)
-        layers: list[JsonValue] = [
-            {"name": w.name, "entries": w.size, "kept": int(masks[w.name].sum())}
-            for w in weights.chosen
-        ]
+        layers: list[JsonValue] = []
+        for weight in weights.chosen:
+            kept = int(masks[weight.name].sum())
+            layers.append({"name": weight.name, "entries": weight.size, "kept": kept})
         folder.record(layers=layers)
         facts |= {"density": density_of(masks), "dense_weights": dict(weights.dense)}
         return replace(state, spec=with_sparse_weights(state.spec, masks), model=model, facts=facts)
@@ -145,7 +146,7 @@ class L0Stage(L0Settings, Stage):
         folder: StageFolder,
         facts: dict[str, Any],
     ) -> State:
-        """Removes the channels with the least open gates."""
+        """Returns the state with the channels removed whose gates are most likely closed."""
         dense = model.to("cpu").eval()
         scores = [open_probability(a.detach()).cpu() for a in gates.log_alphas]
         plan = self.plan(dense, graph, scores)
@@ -154,25 +155,27 @@ class L0Stage(L0Settings, Stage):
         facts["parity_error"] = compress.check_parity(dense, pruned, plan, state.example(2))
         write_json(folder.path / "plan.json", plan.model_dump(mode="json"))
         _restore_norms_(self, pruned, state)
-        widths: list[JsonValue] = [
-            {"name": c.name, "before": c.before, "after": c.after} for c in plan.layers
-        ]
+        widths: list[JsonValue] = []
+        for layer in plan.layers:
+            widths.append({"name": layer.name, "before": layer.before, "after": layer.after})
         folder.record(layers=widths)
         facts |= {
             "density": plan.parameters_after / plan.parameters_before,
             "whole_layers": dict(plan.unprunable),
         }
-        told = dict(plan.notes)
+        notes = dict(plan.notes)
+        # An earlier stage has pruned: the density refers to what it left.
         if plan.parameters_before < state.dense:
+            words = [notes["density"]] if "density" in notes else []
             share = share_in_words(state.dense, plan.parameters_before, plan.parameters_after)
-            told["density"] = "; ".join([*([told["density"]] if "density" in told else []), share])
-        if told:
-            facts["told"] = told
+            notes["density"] = "; ".join([*words, share])
+        if notes:
+            facts["told"] = notes
         spec = state.spec.model_copy(update=what_pruning_changed(pruned, state.spec.build_dense()))
         return replace(state, spec=spec, model=pruned, facts=facts)
 
     def weights(self, model: nn.Module, state: State) -> tuple[Weights, Masks]:
-        """Returns the weights that get gates, and what earlier stages left of them."""
+        """Returns the weights that get gates, and masks of what earlier stages have kept."""
         weights = find_weights(
             model,
             keep_first=self.keep_first,
@@ -183,14 +186,14 @@ class L0Stage(L0Settings, Stage):
         return weights, allowed_masks(model, state, weights)
 
     def choose(self, weights: Weights, scores: list[Tensor], within: Masks) -> Masks:
-        """Keeps the highest scores, exactly `density` of them."""
+        """Returns masks that keep exactly `density` of the entries, those of the highest scores."""
         by_name = {w.name: s for w, s in zip(weights.chosen, scores, strict=True)}
         return choose(
             weights.chosen, by_name, Pattern("unstructured"), density=self.density, within=within
         )
 
     def plan(self, model: nn.Module, graph: ChannelGraph, scores: list[Tensor]) -> PruningPlan:
-        """Keeps the channels with the highest scores, until `density` of the parameters are left."""
+        """Plans to keep the channels of the highest scores and `density` of the parameters."""
         wanted = self.density * graph.parameters(full_widths(graph))
         target = compress.Target("density", graph.parameters, wanted)
         return compress.plan(
@@ -205,12 +208,14 @@ class L0Stage(L0Settings, Stage):
 
 
 def _restore_norms_(stage: L0Stage, model: nn.Module, state: State) -> None:
-    """Takes the statistics of batch norms without chance in the gates."""
+    """Recomputes the statistics of batch norms: in training they were those of random gates."""
     if has_batch_norm(model):
         seed = derive(state.seed, "l0", stage.name)
         restore_norms_(model, state, draw_calibration(state, stage.calibration, seed), batch=BATCH)
 
 
 def _trace(model: nn.Module, state: State, ignore: Sequence[str]) -> ChannelGraph:
-    with contextlib.redirect_stderr(io.StringIO()):  # torch.export prints its graph before it fails
+    """Returns the channels of `model` that can be pruned."""
+    # torch.export prints its whole graph before it fails; the error says what matters.
+    with contextlib.redirect_stderr(io.StringIO()):
         return compress.trace(model, state.example(2), ignore=ignore)

@@ -1,4 +1,4 @@
-"""An l0 stage at work: a training with gates, their own optimizer, and the controller of lambda."""
+"""The training of an l0 stage: gates with an optimizer of their own, and a controller of lambda."""
 
 from __future__ import annotations
 
@@ -21,17 +21,30 @@ from fedpress.workspace.drive import Milestone, Snapshot
 from fedpress.workspace.state import State, Tick
 
 TRAVEL = 20.0
-"""How far a gate can go until the target is reached: from wide open to shut is half of it."""
-FASTEST = 0.5  # a larger step would throw gates from one end to the other
+"""Distance that a gate's log alpha can move until the target is reached; open to closed is half."""
+FASTEST = 0.5
+"""Largest learning rate of gates: larger steps would throw them from open to closed and back."""
 BETAS = (0.9, 0.99)
-EPSILON = 1e-16  # a single gate of ten million has a small gradient
+EPSILON = 1e-16
+"""Of Adam. Its usual 1e-8 is larger than the gradient of one gate among ten million."""
 
 
 class GatedTraining:
-    """A training with gates on what it may do without: their own optimizer, and the controller of lambda."""
+    """A training with gates, as `drive` runs and resumes it.
+
+    Attributes:
+        steps: training steps until the density must be reached.
+        done: training steps done.
+        begin: expected density at the beginning.
+        controller: sets lambda; None before the first loss is known.
+        pull: the present lambda.
+    """
 
     def __init__(self, stage: L0Settings, state: State, gates: Gates, seed: int) -> None:
-        self.stage, self.source, self.gates, self.seed = stage, state, gates, seed
+        self.stage = stage
+        self.source = state
+        self.gates = gates
+        self.seed = seed
         self.fit = Fit(
             state.model,
             stage,
@@ -42,18 +55,19 @@ class GatedTraining:
             device=state.device,
         )
         whole_training = total_steps(stage.epochs, stage.batch_size, state)
-        steps = max(1, round(stage.until * whole_training))
-        self.steps, self.done = steps, 0
-        self.optimizer = torch.optim.Adam(
-            gates.parameters(), stage.gate_lr or min(TRAVEL / steps, FASTEST), BETAS, EPSILON
-        )
+        self.steps = max(1, round(stage.until * whole_training))
+        self.done = 0
+        # Adam moves a gate by about the rate in each step: so the rate decides how far it gets.
+        rate = stage.gate_lr or min(TRAVEL / self.steps, FASTEST)
+        self.optimizer = torch.optim.Adam(gates.parameters(), rate, BETAS, EPSILON)
         self.begin = float(gates.density().detach())
         self.controller: Controller | None = None
         self.pull = 0.0
 
     def events(self) -> Iterator[Tick | Milestone]:
-        """Trains; the gates step where the weights do."""
+        """Trains to the last epoch; gates take a step after each step of the weights."""
         with self.gates.on(self.fit.model):
+            # A stream for each epoch: a run that goes on from a checkpoint draws the same gates.
             self.gates.generator = public_stream(self.seed, "gates", self.fit.epoch)
             for event in train_epochs(self.fit, self.source):
                 if isinstance(event, Step):
@@ -68,10 +82,11 @@ class GatedTraining:
                 yield epoch_milestone(event, more=more, expected_density=density, lambda_=self.pull)
 
     def loss(self, model: nn.Module, x: Inputs, logits: Tensor, y: Tensor) -> Tensor:
-        """The task's loss and what the controller makes of the expected density."""
+        """Returns the task's loss plus lambda times the expected density."""
         loss = self.fit.task.loss(logits, y)
         density = self.gates.density()
         if self.controller is None:
+            # Scaled by the first loss and density, so that lambda suits any task.
             self.controller = Controller(balance(loss, density, self.gates))
         end = min(self.stage.density, self.begin)
         target = geometric(self.done / self.steps, start=self.begin, end=end)
@@ -79,7 +94,7 @@ class GatedTraining:
         return loss + self.pull * density
 
     def state(self) -> Snapshot:
-        """Returns where the training, the gates and the controller stand."""
+        """Returns the state of training, gates and controller, for a checkpoint."""
         assert self.controller is not None
         tensors = self.fit.state()
         for i, alpha in enumerate(self.gates.log_alphas):
@@ -96,8 +111,9 @@ class GatedTraining:
         return Snapshot(tensors, facts)
 
     def load_(self, saved: Snapshot) -> None:
-        """Takes up a training of the same model, gates and settings."""
-        tensors, facts = saved.tensors, dict[str, Any](saved.facts)
+        """Goes on from a checkpoint of the same model, gates and settings."""
+        tensors = saved.tensors
+        facts = dict[str, Any](saved.facts)
         self.fit.load_(dict(tensors))
         with torch.no_grad():
             for i, alpha in enumerate(self.gates.log_alphas):
@@ -108,4 +124,5 @@ class GatedTraining:
             slots.setdefault(int(key), {})[leaf] = value
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": slots})
         self.controller = Controller(facts["scale"], facts["lambda"])
-        self.pull, self.done = facts["pull"], facts["done"]
+        self.pull = facts["pull"]
+        self.done = facts["done"]

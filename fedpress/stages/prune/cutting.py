@@ -1,8 +1,8 @@
-"""A prune stage at work: trains, scores, measures and plans each cut, and saves where it stands."""
+"""The work of a prune stage: trains, scores, plans and removes, in steps that can be resumed."""
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -44,43 +44,50 @@ from fedpress.workspace.drive import Milestone, Snapshot
 from fedpress.workspace.state import State, Tick
 
 BATCH = 256
-REFIT = 512  # public examples that norms are fitted on: two numbers for each channel need no more
+REFIT = 512
+"""Public examples on which norms are fitted: two numbers for each channel need no more."""
 
 
 class PruneWork:
-    """A prune stage at work.
+    """The work of a prune stage, as `drive` runs and resumes it.
 
     Attributes:
         model: the network as it is now, on the CPU.
-        early: what it was when the stage began, with the same channels gone.
-        plans: what was cut so far.
-        step: how many cuts are done.
+        early: the network with its weights from the beginning of the stage, and the same channels
+            pruned: where a rewind goes back to.
+        plans: the plans of all cuts so far.
+        step: number of cuts done.
         tuned: whether the training before the present cut is done.
-        points: the sensitivities that were measured for the present cut so far.
-        tried: shares of the parameters and the milliseconds that they took, likewise.
-        start: the cost from which the steps go down; None until it is known.
-        error: the largest difference between the outputs before and after the last cut.
-        restored: from how many examples the batch norms have their statistics.
-        inexact: what has to be said of a last cut that was not exact.
+        points: sensitivities measured so far for the present cut.
+        tried: (share of the parameters, milliseconds) measured so far for the present cut.
+        start: cost before the first cut; None until it is known.
+        error: largest difference of the outputs before and after the last cut.
+        restored: number of examples from which the batch norms got their statistics.
+        inexact: facts of the last cut, if it was approximate.
     """
 
     def __init__(self, stage: PruneSettings, state: State, index: int) -> None:
-        self.stage, self.source, self.index = stage, state, index
+        self.stage = stage
+        self.source = state
+        self.index = index
         self.public = public_examples(stage, state, derive(state.seed, "stage", index))
         self.model: nn.Module = copied(state.model).to("cpu").eval()
         self.early = copied(self.model)
-        self.fit: Fit | None = None  # while it trains
-        self.fit_state: dict[str, Tensor] = {}  # of an interrupted training
+        # Set while the model trains, and what a checkpoint held of an interrupted training.
+        self.fit: Fit | None = None
+        self.fit_state: dict[str, Tensor] = {}
         self.plans: list[PruningPlan] = []
-        self.step, self.tuned = 0, False
+        self.step = 0
+        self.tuned = False
         self.points: list[Point] = []
         self.tried: list[tuple[float, float]] = []
         self.start: float | None = None
-        self.error, self.restored = 0.0, 0
+        self.error = 0.0
+        self.restored = 0
         self.inexact: dict[str, Any] = {}
 
     def state(self) -> Snapshot:
-        """Returns where the work stands, with the model or the training of it; cuts are made again from their plans."""
+        """Returns a checkpoint: the model (or its training), and the plans of all cuts."""
         tensors = {f"model/{name}": value for name, value in self.model.state_dict().items()}
         facts: dict[str, Any] = {
             "fitting": self.fit is not None,
@@ -94,9 +101,10 @@ class PruneWork:
         return Snapshot(self.fit.state() if self.fit else tensors, facts)
 
     def load_(self, saved: Snapshot) -> None:
-        """Takes up the work of the same stage on the same model."""
+        """Goes on from a checkpoint of the same stage on the same model."""
         facts = dict[str, Any](saved.facts)
         self.plans = [PruningPlan.model_validate(plan) for plan in facts["plans"]]
+        # The cuts are made again, for the shapes; the weights come from the checkpoint.
         for plan in self.plans:
             compress.remove_(self.model, plan)
         self.early = copied(self.model)
@@ -104,7 +112,9 @@ class PruneWork:
             self.fit_state = dict(saved.tensors)
         else:
             self.model.load_state_dict(part_of(saved.tensors, "model/"))
-        self.step, self.tuned, self.start = facts["step"], facts["tuned"], facts["start"]
+        self.step = facts["step"]
+        self.tuned = facts["tuned"]
+        self.start = facts["start"]
         self.points = [Point.of(point) for point in facts["points"]]
         self.tried = [(share, ms) for share, ms in facts["tried"]]
 
@@ -120,8 +130,9 @@ class PruneWork:
         yield self.tick(0)
 
     def cut_(self, plan: PruningPlan) -> Iterator[Tick | Milestone]:
-        """Removes the channels of `plan`, restores what statistics the norms hold, and measures."""
-        dense, pruned = self.model, copied(self.model)
+        """Removes the channels of `plan`, restores batch-norm statistics, and measures."""
+        dense = self.model
+        pruned = copied(self.model)
         compress.remove_(pruned, plan)
         self.error = compress.check_parity(dense, pruned, plan, example_input(self.source))
         self.plans.append(plan)
@@ -134,14 +145,19 @@ class PruneWork:
             self.inexact = yield from self.refit_(dense, plan)
 
         yield self.tick(2, "restoring batch-norm statistics")
-        before, metric = self.score(), self.source.data.task.primary
+        metric = self.source.data.task.primary
+        before = self.score()
         self.restored = restore_norms_(self.model, self.source, self.public, batch=BATCH)
         yield self.tick(3, "measuring")
         record: dict[str, JsonValue] = {"step": self.step + 1} if self.stage.steps > 1 else {}
         record["layers"] = _changes(self.plans)
         record |= {f"{metric}_cut": before, f"{metric}_restored": self.score()}
 
-        self.step, self.tuned, self.points, self.tried = self.step + 1, False, [], []
+        self.step += 1
+        self.tuned = False
+        self.points = []
+        self.tried = []
+        # After the last cut the finished stage itself is saved.
         yield Milestone(record, saves=self.step < self.stage.steps)
 
     def score(self) -> float | None:
@@ -152,16 +168,18 @@ class PruneWork:
         return number(evaluate(self.model, data.validation, data.preprocess, data.task).score)
 
     @property
-    def _tuning(self) -> int:
-        """Steps of one training."""
-        s = self.stage.finetune
-        return total_steps(s.epochs, s.batch_size, self.source) if s else 0
+    def _training_steps(self) -> int:
+        """Steps of one training between two cuts."""
+        settings = self.stage.finetune
+        if settings is None:
+            return 0
+        return total_steps(settings.epochs, settings.batch_size, self.source)
 
     def tick(self, part: int, note: str = "") -> Tick:
-        """Tells of the present cut; one has four parts beside its training."""
-        of_one = 4 + self._tuning
-        trained = self._tuning if self.step < self.stage.steps else 0
-        return Tick(self.step * of_one + trained + part, self.stage.steps * of_one, note)
+        """Returns the progress within the present cut: its training, then four parts."""
+        per_cut = 4 + self._training_steps
+        trained = self._training_steps if self.step < self.stage.steps else 0
+        return Tick(self.step * per_cut + trained + part, self.stage.steps * per_cut, note)
 
     def tune_(self) -> Iterator[Tick | Milestone]:
         """Trains the model as `finetune` says, from where an interrupted training stood."""
@@ -181,24 +199,27 @@ class PruneWork:
             self.fit_state = {}
         for event in train_epochs(fit, self.source):
             if isinstance(event, Step):
-                yield self.tick(event.done - self._tuning)
+                # Negative: the parts after the training are counted from 0.
+                yield self.tick(event.done - self._training_steps)
                 continue
             before = f"training before cut {self.step + 1}, "
             yield epoch_milestone(event, before=before, step=self.step + 1)
         self.fit = None
         self.model = fit.result_().to("cpu").eval()
+        # A checkpoint stores contiguous tensors. Another memory layout would give other rounding
+        # errors in a run that was never killed.
         for tensor in (*self.model.parameters(), *self.model.buffers()):
-            tensor.data = tensor.data.contiguous()  # laid out as after a checkpoint
+            tensor.data = tensor.data.contiguous()
         self.tuned = True
 
     def plan(self) -> Generator[Tick | Milestone, None, PruningPlan]:
-        """Scores the channels and plans the present cut, with what has to be measured for it."""
-        stage, state, model = self.stage, self.source, self.model
-        graph, chance = (
-            trace_channels(model, state, stage),
-            public_stream(state.seed, "prune", "random"),
-        )
-        how: dict[str, Any] = {
+        """Scores the channels and plans the present cut, measuring what it needs."""
+        stage = self.stage
+        state = self.source
+        model = self.model
+        graph = trace_channels(model, state, stage)
+        chance = public_stream(state.seed, "prune", "random")
+        widths: dict[str, Any] = {
             "round_to": stage.round_to,
             "min_keep": stage.min_keep,
             "exact": stage.exact,
@@ -208,104 +229,128 @@ class PruneWork:
             scores = compress.score(model, graph, stage.score, losses=self.losses, generator=chance)
         if stage.scope == "sensitivity":
             yield from self._measure_sensitivity_(graph, scores)
-        part = (self.step + 1) / stage.steps
 
-        def cut(target: Target) -> PruningPlan:
+        def plan_for(target: Target) -> PruningPlan:
             if stage.strategy == "single-channel":
-                return compress.prune_single_channel(model, graph, stage.score, target=target, losses=self.losses,
-                                                     generator=chance, **how)  # fmt: skip
+                return compress.prune_single_channel(
+                    model,
+                    graph,
+                    stage.score,
+                    target=target,
+                    losses=self.losses,
+                    generator=chance,
+                    **widths,
+                )
             return compress.plan(
-                model, graph, scores, target=target, scope=stage.scope, points=self.points, **how
+                model, graph, scores, target=target, scope=stage.scope, points=self.points, **widths
             )
 
-        if stage.keep_latency is None:
-            if self.start is None:
-                here = cut_target(stage, state, model, graph, 0.0)
-                self.start = here.wanted
-            return cut(cut_target(stage, state, model, graph, part, self.start))
-        wanted = yield from self._wanted_latency(stage.keep_latency)
+        if stage.keep_latency is not None:
+            return (yield from self._plan_latency(stage.keep_latency, graph, plan_for))
+        if self.start is None:
+            self.start = cut_target(stage, state, model, graph, 0.0).wanted
+        part = (self.step + 1) / stage.steps
+        return plan_for(cut_target(stage, state, model, graph, part, self.start))
+
+    def _plan_latency(
+        self, keep: float, graph: ChannelGraph, plan_for: Callable[[Target], PruningPlan]
+    ) -> Generator[Tick | Milestone, None, PruningPlan]:
+        """Plans a cut to a latency: tries shares of the parameters until one is fast enough."""
+        stage = self.stage
+        wanted = yield from self._wanted_latency(keep)
         while (share := next_share(self.tried, wanted)) is not None:
             target = latency_target(stage, graph, graph.parameters, share)
+            # The share that the widths allow, which may be one that was tried already.
             share = target.wanted / graph.parameters(full_widths(graph))
             if any(share == before for before, _ in self.tried):
                 break
             yield self.tick(0, f"measuring the latency at {share:.1%} of the parameters")
-            small = copied(model)
-            compress.remove_(small, cut(target))
-            self.tried.append((share, latency_ms(small, state)))
+            small = copied(self.model)
+            compress.remove_(small, plan_for(target))
+            self.tried.append((share, latency_ms(small, self.source)))
+            # Saved, because a clock gives another time when it is asked again.
             yield Milestone({"latency": {"share": share, "ms": self.tried[-1][1]}})
+
         fast = [share for share, ms in self.tried if ms <= wanted]
         if not fast:
             share, ms = min(self.tried, key=lambda pair: pair[1])
             raise RecipeError(
                 (
-                    f"got {stage.keep_latency:g}, that is {wanted:.3g} ms now, but the fastest cut "
+                    f"got {keep:g}, that is {wanted:.3g} ms now, but the fastest cut "
                     f"measured, {share:.1%} of the parameters, takes {ms:.3g} ms"
                 ),
                 place="keep_latency",
                 cure="raise keep_latency",
             )
-        return cut(latency_target(stage, graph, graph.parameters, max(fast)))
+        return plan_for(latency_target(stage, graph, graph.parameters, max(fast)))
 
     def _wanted_latency(self, keep: float) -> Generator[Tick, None, float]:
-        """Measures the dense network, and the present one; returns the milliseconds that the present cut may take."""
+        """Measures the dense and the present network; returns the wanted ms of the present cut."""
         yield self.tick(0, "measuring the latency of the uncut network")
         if not self.tried:
             self.tried = [(1.0, latency_ms(self.model, self.source))]
+        now = self.tried[0][1]
         if self.start is None:
-            cut = self.plans or self.source.spec.resized
-            self.start = (
-                latency_ms(self.source.spec.build_dense(), self.source) if cut else self.tried[0][1]
-            )
+            smaller_than_dense = self.plans or self.source.spec.resized
+            if smaller_than_dense:
+                self.start = latency_ms(self.source.spec.build_dense(), self.source)
+            else:
+                self.start = now
         if not self.plans:
-            check_share_left("keep_latency", keep, self.tried[0][1] / self.start)
-        # Down from the network as the last cut left it, whose share of the way lies behind already.
+            check_share_left("keep_latency", keep, now / self.start)
+        # The same factor for each of the cuts that are left, from the latency as it is now.
         left = self.stage.steps - self.step
-        now, aim = self.tried[0][1], keep * self.start
-        size: float = now ** (1 - 1 / left) * aim ** (1 / left)
-        return size
+        final = keep * self.start
+        wanted: float = now ** (1 - 1 / left) * final ** (1 / left)
+        return wanted
 
     def _measure_sensitivity_(
         self, graph: ChannelGraph, scores: Sequence[Tensor]
     ) -> Iterator[Tick | Milestone]:
-        """Measures each layer alone; what is saved already is not measured again."""
-        data, model = self.source.data, self.model.to(self.source.device)
+        """Measures the loss with each layer pruned alone; points of a checkpoint are kept."""
+        data = self.source.data
+        model = self.model.to(self.source.device)
         public = data.validation if len(data.validation) else self.public
         assert public is not None
         some = public.take(torch.arange(len(public))[: self.stage.sensitivity_examples])
-        units, known = compress.channel_units(model, graph, scores), list(self.points)
+        units = compress.channel_units(model, graph, scores)
+        known = list(self.points)
         densities = self.stage.densities
-        if (
-            "densities" not in self.stage.model_fields_set
-        ):  # those that a user names are measured as they are
+        # The default densities end where a layer would lose its last channel; those that a user
+        # gives are measured as they are.
+        if "densities" not in self.stage.model_fields_set:
             one_channel = 1 / max(layer.channels for layer in graph.groups)
             densities = densities_down_to(max(self.stage.min_keep, one_channel), densities)
-        for point in compress.sensitivity(
+        points = compress.sensitivity(
             units, lambda: _loss_and_score(model, some, data), densities, known=known
-        ):
+        )
+        for point in points:
             if point in known:
                 continue
             self.points.append(point)
-            yield Milestone(
-                {"sensitivity": point.line(data.task.primary)},
-                saves=point.density == min(densities),
-            )
-            yield self.tick(
-                0, f"sensitivity of '{point.layer}' at {point.density:.0%}: loss {point.loss:.3f}"
-            )
+            # Saved once per layer, at its last density: a point takes seconds, a save as long.
+            last_of_layer = point.density == min(densities)
+            yield Milestone({"sensitivity": point.line(data.task.primary)}, saves=last_of_layer)
+            note = f"'{point.layer}' at {point.density:.0%}: loss {point.loss:.3f}"
+            yield self.tick(0, f"sensitivity of {note}")
         self.model = model.to("cpu")
 
     def losses(self) -> Iterator[Tensor]:
-        """Runs the model over the public examples; one by one where the score wants the information of each."""
+        """Yields the losses of the public examples, in batches of one if the score needs that."""
         assert self.public is not None
-        for x, y in self.public.batches(1 if SCORES[self.stage.score].per_example else BATCH):
+        batch = 1 if SCORES[self.stage.score].per_example else BATCH
+        for x, y in self.public.batches(batch):
             outputs = call(self.model, self.source.data.preprocess(x))
             yield self.source.data.task.loss(outputs, y)
 
     def refit_(
         self, dense: nn.Module, plan: PruningPlan
     ) -> Generator[Milestone, None, dict[str, Any]]:
-        """Fits the norms that were cut through, and returns how far the outputs are from those of `dense`."""
+        """Fits the scales of the norms that an approximate cut went through.
+
+        Returns:
+            Facts on how far the outputs are from those of `dense`; empty after an exact cut.
+        """
         if not plan.approximate:
             return {}
         if self.public is None:
@@ -320,43 +365,52 @@ class PruneWork:
         found = compress.difference(dense, self.model, batches)
         examples = sum(len(batch) for batch in batches)
         what = "public examples" if self.public is not None else "examples of noise"
-        agreeing = (
-            "" if found.agreement is None else f", with the same answer for {found.agreement:.1%}"
-        )
+        words = f"{found.relative:.1%} off the outputs of the uncut network on {examples} {what}"
+        if found.agreement is not None:
+            words += f", with the same answer for {found.agreement:.1%}"
         fitted = len(plan.approximate) - len(left)
-        told = f"{found.relative:.1%} off the outputs of the uncut network on {examples} {what}{agreeing}"
         if fitted:
-            told += f"; {cut.relative:.1%} before the scales of {fitted} norms were fitted"
-        record: dict[str, Any] = {
+            words += f"; {cut.relative:.1%} before the scales of {fitted} norms were fitted"
+        norms: list[JsonValue] = list(plan.approximate)
+        record: dict[str, JsonValue] = {
             "cut": cut.relative,
             "fitted": found.relative,
             "agreement": found.agreement,
+            "norms": norms,
         }
-        norms: list[JsonValue] = list(plan.approximate)
-        yield Milestone({"approximate": {**record, "norms": norms}}, saves=False)
-        return {
+        yield Milestone({"approximate": record}, saves=False)
+        facts: dict[str, Any] = {
             "parity_error": found.relative,
-            "told": {"approximate": told},
-            **({"left": left} if left else {}),
+            "told": {"approximate": words},
         }
+        if left:
+            facts["left"] = left
+        return facts
 
 
 def _loss_and_score(model: nn.Module, examples: Arrays, data: FederatedData) -> tuple[float, float]:
-    """Measures `model` while its norms take the statistics of each batch: as if they were restored, for one pass."""
-    loss, at, task = 0.0, device_of(model), data.task
+    """Returns the mean loss and the metric of `model` on `examples`."""
+    loss = 0.0
+    at = device_of(model)
+    task = data.task
     sums: list[Sums] = []
+    # With the statistics of each batch, as if they had been restored after the cut: restoring them
+    # for every trial would need a second pass over the examples.
     with differentiable(model, (), batch_statistics=True), torch.no_grad():
         for x, y in examples.batches(BATCH):
-            outputs, targets = call(model, data.preprocess(x.to(at))).float(), y.to(at)
+            outputs = call(model, data.preprocess(x.to(at))).float()
+            targets = y.to(at)
             loss += float(task.loss(outputs, targets, reduction="sum"))
             sums.append(task.score_sums(outputs, targets))
     return loss / len(examples), task.score(merged(*sums))
 
 
 def _changes(plans: Sequence[PruningPlan]) -> list[JsonValue]:
-    """The width of each layer when the stage began, and now."""
-    first = {change.name: change.before for change in plans[0].layers}
-    return [
-        {"name": c.name, "before": first.get(c.name, c.before), "after": c.after}
-        for c in plans[-1].layers
-    ]
+    """Returns the width of each layer when the stage began, and now."""
+    first = {layer.name: layer.before for layer in plans[0].layers}
+    changes: list[JsonValue] = []
+    for layer in plans[-1].layers:
+        # A layer may be in the last plan only: then it was not pruned before.
+        before = first.get(layer.name, layer.before)
+        changes.append({"name": layer.name, "before": before, "after": layer.after})
+    return changes

@@ -1,4 +1,4 @@
-"""What a prune stage is told, and the targets and measurements that follow from it."""
+"""The settings of a prune stage, and the targets and measurements that follow from them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ TARGET_KEYS = ("keep_params", "keep_macs", "keep_latency", "max_bytes")
 
 
 class PruneSettings(BaseModel):
-    """What the table of a prune stage holds."""
+    """The keys of a prune stage."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -145,16 +145,19 @@ class PruneSettings(BaseModel):
                 cure=("try ", Argument("densities", DENSITIES)),
             )
         if (self.steps > 1 or self.rewind) and self.finetune is None:
-            raise SettingError(
-                "there is no training before the cut whose weights could be taken back"
-                if self.rewind
-                else f"there is no training between the {self.steps} cuts",
-                place="rewind" if self.rewind else "steps",
-                cure=("give ", Argument("finetune.epochs", 5)),
-            )
+            if self.rewind:
+                place = "rewind"
+                problem = "there is no training before the cut whose weights could be taken back"
+            else:
+                place = "steps"
+                problem = f"there is no training between the {self.steps} cuts"
+            raise SettingError(problem, place=place, cure=("give ", Argument("finetune.epochs", 5)))
         if self.finetune is not None and self.steps == 1 and not self.rewind:
             raise SettingError(
-                "it is the training between several cuts or before a rewind, and there is one cut alone",
+                (
+                    "it is the training between several cuts or before a rewind, and there is one "
+                    "cut alone"
+                ),
                 place="finetune",
                 cure=(
                     "give ",
@@ -168,70 +171,98 @@ class PruneSettings(BaseModel):
 
     @property
     def target_setting(self) -> tuple[str, float]:
-        """The setting that is the target, and its value."""
-        return next(
-            (key, value) for key in TARGET_KEYS if (value := getattr(self, key)) is not None
-        )
+        """The key that sets the target, and its value."""
+        given = [key for key in TARGET_KEYS if getattr(self, key) is not None]
+        # Exactly one: `_one_target` has refused more, and set a default for none.
+        value: float = getattr(self, given[0])
+        return given[0], value
 
 
-def public_examples(how: PruneSettings, state: State, seed: int) -> Arrays | None:
-    """Draws the public examples; None where no score, norm or curve looks at any."""
-    measured = how.scope == "sensitivity" and not len(state.data.validation)
-    norms = has_batch_norm(state.model) and how.calibration > 0
-    fitted = bool(how.approximate) and how.calibration > 0
-    if SCORES[how.score].needs == "losses" or norms or measured or fitted:
-        return draw_calibration(state, how.calibration, seed)
+def public_examples(settings: PruneSettings, state: State, seed: int) -> Arrays | None:
+    """Draws the public examples; None if neither score, norms nor sensitivity need any."""
+    # The sensitivity is measured on the validation set, if there is one.
+    sensitivity = settings.scope == "sensitivity" and not len(state.data.validation)
+    norms = has_batch_norm(state.model) and settings.calibration > 0
+    fitted = bool(settings.approximate) and settings.calibration > 0
+    if SCORES[settings.score].needs == "losses" or norms or sensitivity or fitted:
+        return draw_calibration(state, settings.calibration, seed)
     return None
 
 
 def cut_target(
-    how: PruneSettings,
+    settings: PruneSettings,
     state: State,
     model: nn.Module,
     graph: ChannelGraph,
     part: float,
     start: float | None = None,
 ) -> Target:
-    """Returns the target of the cut that goes `part` of the way from the cost `start` (now) to the aim.
+    """Returns the target of one of several cuts.
+
+    Each cut keeps the same share of the cost before it, so the target is a geometric mean of the
+    first cost and the wanted one.
+
+    Args:
+        settings: of the stage.
+        state: before the stage.
+        model: as it is now.
+        graph: its channels.
+        part: progress of the cuts after this one, from 0 to 1; 1 is the last cut.
+        start: the cost before the first cut; the present one if None.
 
     Raises:
-        RecipeError: if there is less left of the dense network than should stay.
+        RecipeError: if there is less left of the dense network than should be kept.
     """
-    key, value = how.target_setting
+    key, value = settings.target_setting
     cost: Cost
     dense: float | None = None
     if key == "max_bytes":
-        cost, wanted = bytes_of(model, graph), value
+        cost = bytes_of(model, graph)
+        wanted = value
     elif key == "keep_macs":
-        cost, dense = graph.macs, compress.macs(state.spec.build_dense(), example_input(state)[:1])
+        cost = graph.macs
+        dense = compress.macs(state.spec.build_dense(), example_input(state)[:1])
         wanted = value * dense
     else:
-        cost, dense = graph.parameters, state.dense
+        cost = graph.parameters
+        dense = state.dense
         wanted = value * dense
     now = start or cost(full_widths(graph))
     if key != "max_bytes":
         check_share_left(key, value, now * value / wanted)
-    return Target(
-        key, cost, now ** (1 - part) * wanted**part, limit=key == "max_bytes", full_cost=dense
-    )
+    target: float = now ** (1 - part) * wanted**part
+    return Target(key, cost, target, limit=key == "max_bytes", full_cost=dense)
 
 
-def latency_target(how: PruneSettings, graph: ChannelGraph, cost: Cost, share: float) -> Target:
-    """Returns the target to come as near as the widths allow to `share` of the cost now, from below."""
-    least = cost([allowed_widths(layer, how.round_to, how.min_keep)[0] for layer in graph.groups])
-    return Target("keep_latency", cost, max(least, share * cost(full_widths(graph))), limit=True)
+def latency_target(
+    settings: PruneSettings, graph: ChannelGraph, cost: Cost, share: float
+) -> Target:
+    """Returns the target of `share` of the present cost, or of the least cost that is allowed.
+
+    The cost may come out below the target, but not above: widths are rounded down.
+    """
+    narrowest = []
+    for layer in graph.groups:
+        narrowest.append(allowed_widths(layer, settings.round_to, settings.min_keep)[0])
+    wanted = max(cost(narrowest), share * cost(full_widths(graph)))
+    return Target("keep_latency", cost, wanted, limit=True)
 
 
 def check_share_left(key: str, value: float, left: float) -> None:
-    """Refuses the target `key` = `value` where earlier stages have left only the share `left` of the dense network.
+    """Refuses a target above what earlier stages have left of the dense network.
+
+    Args:
+        key: of the target.
+        value: its share of the dense network.
+        left: share of the dense network that the model still has.
 
     Raises:
-        RecipeError: if so.
+        RecipeError: if `value` is larger than `left`.
     """
+    # The margin is for rounding: a share that was just reached is no error.
     if value > left * (1 + 1e-9):
-        what = {"keep_params": "parameters", "keep_macs": "multiply-adds", "keep_latency": "time"}[
-            key
-        ]
+        names = {"keep_params": "parameters", "keep_macs": "multiply-adds", "keep_latency": "time"}
+        what = names[key]
         raise RecipeError(
             f"got {value:g}, but an earlier stage has left {left:.4g} of the dense {what}",
             place=key,
@@ -243,7 +274,7 @@ def check_share_left(key: str, value: float, left: float) -> None:
 
 
 def share_in_words(dense: int, before: int, after: int) -> str:
-    """Says of what a share is, for a network that an earlier stage has cut.
+    """Returns what is left as a share of the dense network and of the network before this stage.
 
     >>> share_in_words(4000, 1200, 600)
     '0.15 of the 4,000 dense parameters, 0.5 of the 1,200 that the model had'
@@ -253,7 +284,7 @@ def share_in_words(dense: int, before: int, after: int) -> str:
 
 
 def latency_ms(model: nn.Module, state: State, *, seconds: float = 0.5) -> float:
-    """Times `model` in onnxruntime, on one example and one thread: the median."""
+    """Returns the median latency of `model` in onnxruntime, in ms: one example, one thread."""
     with tempfile.TemporaryDirectory() as place:
         path = Path(place) / "model.onnx"
         given = state.input_spec
@@ -262,13 +293,15 @@ def latency_ms(model: nn.Module, state: State, *, seconds: float = 0.5) -> float
 
 
 def example_input(state: State) -> Inputs:
-    """Returns an input of zeros; of two examples, since torch.export takes a batch of one for a constant."""
+    """Returns an input of two examples of zeros."""
+    # torch.export takes a batch size of 1 for a constant of the model.
     return state.example(2)
 
 
-def trace_channels(model: nn.Module, state: State, how: PruneSettings) -> ChannelGraph:
-    """Returns the channels of `model` that may go."""
-    with contextlib.redirect_stderr(io.StringIO()):  # torch.export prints its graph before it fails
+def trace_channels(model: nn.Module, state: State, settings: PruneSettings) -> ChannelGraph:
+    """Returns the channels of `model` that can be pruned."""
+    # torch.export prints its whole graph before it fails; the error says what matters.
+    with contextlib.redirect_stderr(io.StringIO()):
         return compress.trace(
-            model, example_input(state), ignore=how.ignore, approximate=how.approximate
+            model, example_input(state), ignore=settings.ignore, approximate=settings.approximate
         )

@@ -1,4 +1,4 @@
-"""The prune stage: scores every channel, orders, removes, and restores the batch-norm statistics, once or in steps."""
+"""The prune stage: scores channels, removes the least important, restores batch-norm statistics."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from fedpress import compress
-from fedpress.compress import SCORES, PruningPlan
+from fedpress.compress import SCORES, ChannelGraph, PruningPlan
 from fedpress.compress.prune.ignoring import ignored
 from fedpress.errors import RecipeError, renaming
 from fedpress.models import what_pruning_changed
@@ -36,12 +36,13 @@ from fedpress.workspace.state import State, Tick
 
 
 class PruneStage(PruneSettings, Stage):
-    """`[[stage]] kind = "prune"`: removes whole channels until `keep_params` of the parameters are left.
+    """`[[stage]] kind = "prune"`: removes whole channels until a target is met.
 
-    Or until `keep_macs` of the multiply-adds, `keep_latency` of the milliseconds in onnxruntime on
-    this machine, or `max_bytes` are. In `steps` cuts the network is trained between them as
-    `finetune` says, and with `rewind` before each; it then takes the surviving weights back to what
-    they were when the stage began (Frankle & Carbin 2019).
+    The target is `keep_params` of the parameters, `keep_macs` of the multiply-adds, `keep_latency`
+    of the time in onnxruntime on this machine, or `max_bytes`. With several `steps` the network is
+    trained between the cuts as `finetune` says. With `rewind` it is trained before each cut, and
+    the kept weights are then set back to those of the beginning (Frankle & Carbin 2019,
+    arXiv:1803.03635).
     """
 
     several_inputs: ClassVar = True
@@ -49,7 +50,7 @@ class PruneStage(PruneSettings, Stage):
     defaults_without_data: ClassVar = {"calibration": 0}
 
     def setting_reading_labels(self) -> str:
-        """By training between the cuts, or by what it measures."""
+        """Labels are read by training between the cuts, by the sensitivity, or by the score."""
         if self.finetune is not None:
             return "finetune"
         if self.scope == "sensitivity":
@@ -57,7 +58,7 @@ class PruneStage(PruneSettings, Stage):
         return f'score = "{self.score}"' if SCORES[self.score].needs == "losses" else ""
 
     def check(self, state: State) -> tuple[State, dict[str, Any]]:
-        """Plans the cut on the untrained model: the widths may come out otherwise, the sizes not by much.
+        """Plans the cut on the untrained model: the run's widths may differ, its sizes hardly.
 
         Raises:
             RecipeError: if the target cannot be reached.
@@ -79,34 +80,49 @@ class PruneStage(PruneSettings, Stage):
         model = copied(state.model)
         graph = trace_channels(model.eval(), state, self)
         row = SCORES[self.score]
+        # Raises now if a layer lacks the scales that the score reads.
         if row.needs_scales:
             compress.score(model, graph, self.score)
-        scores = compress.score(model, graph, "l2" if row.needs == "losses" or row.needs_scales else self.score,
-                                generator=torch.Generator().manual_seed(0))  # fmt: skip
-        # What is measured in a trained network, or by the clock, is guessed here.
-        scope = "global" if self.scope == "sensitivity" else self.scope
-        how: dict[str, Any] = {"scope": scope, "round_to": self.round_to, "min_keep": self.min_keep,
-                               "exact": self.exact}  # fmt: skip
-        if self.keep_latency is not None:
-            guess = latency_target(self, graph, graph.macs, self.keep_latency)
-            plan = compress.plan(model, graph, scores, target=guess, **how)
-        else:
-            plan = compress.plan(
-                model, graph, scores, target=cut_target(self, state, model, graph, 1.0), **how
-            )
+        plan = self._trial_plan(state, model, graph)
         compress.remove_(model, plan)
+        # Says now what would stop the export that measures the latency.
         if self.keep_latency is not None:
             latency_ms(model, state, seconds=0.0)
         facts: dict[str, Any] = {
             "kept_parameters": plan.parameters_after / state.dense,
             "channels": _widths(plan),
         }
-        if told := _told(state, [plan]):
-            facts["told"] = told
+        notes = _notes(state, [plan])
+        if notes:
+            facts["told"] = notes
         return replace(state, spec=_spec(state, model), model=model.train()), facts
 
+    def _trial_plan(self, state: State, model: nn.Module, graph: ChannelGraph) -> PruningPlan:
+        """Plans the cut without training and measuring.
+
+        Stand-ins take the place of what only a trained network or a clock can tell: the L2 norm for
+        a score, a global ranking for the sensitivity, multiply-adds for the latency.
+        """
+        row = SCORES[self.score]
+        score = "l2" if row.needs == "losses" or row.needs_scales else self.score
+        scores = compress.score(model, graph, score, generator=torch.Generator().manual_seed(0))
+        if self.keep_latency is not None:
+            target = latency_target(self, graph, graph.macs, self.keep_latency)
+        else:
+            target = cut_target(self, state, model, graph, 1.0)
+        return compress.plan(
+            model,
+            graph,
+            scores,
+            target=target,
+            scope="global" if self.scope == "sensitivity" else self.scope,
+            round_to=self.round_to,
+            min_keep=self.min_keep,
+            exact=self.exact,
+        )
+
     def run(self, state: State, folder: StageFolder) -> Generator[Tick, None, State]:
-        """Prunes; yields a tick for every part of the work. What takes long is saved after each part."""
+        """Prunes; yields a tick for every part of the work, saves after those that take long."""
         work = PruneWork(self, state, folder.index)
         yield from drive(work, folder)
         for number, plan in enumerate(work.plans, 1):
@@ -118,25 +134,32 @@ class PruneStage(PruneSettings, Stage):
             "whole_layers": dict(work.plans[0].unprunable),
             "restored_examples": work.restored,
         }
+        # The facts of an approximate cut override those of an exact one.
         inexact = dict(work.inexact)
-        told = {**_told(state, work.plans), **inexact.pop("told", {})}
+        notes = {**_notes(state, work.plans), **inexact.pop("told", {})}
         left = inexact.pop("left", {})
         if not work.restored and has_batch_norm(work.model):
             left["batch norms"] = (
                 "their statistics are those of the uncut network: there was no data"
             )
-        facts |= {**inexact, **({"told": told} if told else {}), **({"left": left} if left else {})}
+        facts |= inexact
+        if notes:
+            facts["told"] = notes
+        if left:
+            facts["left"] = left
         return replace(state, spec=_spec(state, work.model), model=work.model, facts=facts)
 
 
-def _told(state: State, plans: Sequence[PruningPlan]) -> dict[str, str]:
-    """Returns what whoever asked for the cuts should know: how near they came, and of what a share is."""
-    told = dict(plans[-1].notes)
-    before, after = plans[0].parameters_before, plans[-1].parameters_after
+def _notes(state: State, plans: Sequence[PruningPlan]) -> dict[str, str]:
+    """Returns notes by key: how near the cuts came to the target, and what a share refers to."""
+    notes = dict(plans[-1].notes)
+    before = plans[0].parameters_before
+    after = plans[-1].parameters_after
+    # An earlier stage has pruned: a share may refer to the dense network or to this one.
     if before < state.dense:
-        words = [told["keep_params"]] if "keep_params" in told else []
-        told["keep_params"] = "; ".join([*words, share_in_words(state.dense, before, after)])
-    return told
+        words = [notes["keep_params"]] if "keep_params" in notes else []
+        notes["keep_params"] = "; ".join([*words, share_in_words(state.dense, before, after)])
+    return notes
 
 
 def _spec(state: State, model: nn.Module) -> Any:

@@ -1,4 +1,4 @@
-"""Which weights a sparsify stage gives zeros, and the masks that its settings make of their scores."""
+"""Which weights a sparsify stage prunes, and the masks that follow from settings and scores."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from fedpress.stages.sparsify.settings import SparsifySettings
 from fedpress.workspace.state import State
 
 
-def weights_to_prune(how: SparsifySettings, model: nn.Module, state: State) -> Weights:
-    """Returns the weights that get zeros; those that the pattern does not fit are among the dense ones.
+def weights_to_prune(settings: SparsifySettings, model: nn.Module, state: State) -> Weights:
+    """Returns the weights that are pruned; those that do not fit the pattern stay dense.
 
     Raises:
-        RecipeError: if none fits.
+        RecipeError: if none fits, or the model is quantized.
     """
     if state.spec.quantized:
         raise RecipeError(
@@ -29,29 +29,33 @@ def weights_to_prune(how: SparsifySettings, model: nn.Module, state: State) -> W
         )
     weights = find_weights(
         model,
-        keep_first=how.keep_first,
-        keep_last=how.keep_last,
-        keep=how.keep,
-        ignore=how.ignore,
+        keep_first=settings.keep_first,
+        keep_last=settings.keep_last,
+        keep=settings.keep,
+        ignore=settings.ignore,
     )
-    _check_names(how, weights)
-    pattern = Pattern.parse(how.pattern)
-    misfits = {w.name: why for w in weights.chosen if (why := pattern.misfit(w)) is not None}
+    _check_names(settings, weights)
+    pattern = Pattern.parse(settings.pattern)
+    misfits: dict[str, str] = {}
+    for weight in weights.chosen:
+        why = pattern.misfit(weight)
+        if why is not None:
+            misfits[weight.name] = why
     chosen = tuple(w for w in weights.chosen if w.name not in misfits)
     if not chosen:
         name, why = next(iter(misfits.items()))
         raise RecipeError(
-            f"no weight can be '{how.pattern}' ('{name}': {why})",
+            f"no weight can be '{settings.pattern}' ('{name}': {why})",
             place="pattern",
             cure="use another pattern",
         )
     return Weights(chosen, {**weights.dense, **misfits})
 
 
-def _check_names(how: SparsifySettings, weights: Weights) -> None:
-    """Refuses a density for a weight that gets no zeros."""
+def _check_names(settings: SparsifySettings, weights: Weights) -> None:
+    """Refuses a density for a weight that is not pruned, or does not exist."""
     known = [w.name for w in weights.chosen]
-    for name in how.densities:
+    for name in settings.densities:
         if name in known:
             continue
         why = weights.dense.get(name)
@@ -65,20 +69,29 @@ def _check_names(how: SparsifySettings, weights: Weights) -> None:
 
 
 def choose_masks(
-    how: SparsifySettings,
+    settings: SparsifySettings,
     weights: tuple[Weight, ...],
     scores: dict[str, Tensor],
     density: float,
     within: Masks,
     points: Sequence[Point] = (),
 ) -> Masks:
-    """Returns the masks of `density` by these settings; `points` of the sensitivity, or one ranking without."""
-    if how.densities:
-        scope: Scope | dict[str, float] = how.densities
-    elif how.scope == "sensitivity":
+    """Returns the masks of kept entries.
+
+    Args:
+        settings: of the stage.
+        weights: that are pruned.
+        scores: of each entry, by name; the lowest are pruned.
+        density: share of entries to keep over all weights.
+        within: entries that earlier stages have kept.
+        points: of the sensitivity; without them all layers are ranked together.
+    """
+    if settings.densities:
+        scope: Scope | dict[str, float] = settings.densities
+    elif settings.scope == "sensitivity":
         scope = level_densities(weights, points, density) if points else "global"
     else:
-        scope = how.scope
-    pattern = Pattern.parse(how.pattern)
-    with renaming({"scope": "densities"} if how.densities else {}):
+        scope = settings.scope
+    pattern = Pattern.parse(settings.pattern)
+    with renaming({"scope": "densities"} if settings.densities else {}):
         return choose(weights, scores, pattern, density=density, scope=scope, within=within)

@@ -1,4 +1,4 @@
-"""What a sparsify stage is told: its keys, which of them fit together, and the density that follows."""
+"""The settings of a sparsify stage: its keys, which fit together, and the wanted density."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ FROM_DATA = ("taylor", "fisher", "snip", "grasp")
 
 
 class SparsifySettings(TrainSettings):
-    """What the table of a sparsify stage holds."""
+    """The keys of a sparsify stage."""
 
     kind: Literal["sparsify"]
     name: Name = "sparsify"
@@ -141,9 +141,11 @@ class SparsifySettings(TrainSettings):
         return self
 
     def target(self, weights: Weights) -> float:
-        """Returns the density of all `weights` at the end."""
+        """Returns the share of all entries of `weights` that is kept at the end."""
         if self.density is not None:
             return self.density
-        if (own := Pattern.parse(self.pattern).density) is not None:
+        own = Pattern.parse(self.pattern).density
+        if own is not None:
             return own
-        return sum(self.densities.get(w.name, 1.0) * w.size for w in weights.chosen) / weights.size
+        kept = sum(self.densities.get(w.name, 1.0) * w.size for w in weights.chosen)
+        return kept / weights.size

@@ -1,4 +1,4 @@
-"""The sparsify stage: weights become zero by score, pattern and schedule, while the others train on the public part."""
+"""The sparsify stage: sets weights to zero by score, pattern and schedule; trains the others."""
 
 from __future__ import annotations
 
@@ -26,19 +26,23 @@ from fedpress.workspace.state import State, Tick
 
 
 class SparsifyStage(SparsifySettings, Stage):
-    """`[[stage]] kind = "sparsify"`: keeps `density` of the weights, sets the others to zero, and trains what is left.
+    """`[[stage]] kind = "sparsify"`: keeps `density` of the weights and sets the others to zero.
 
-    The zeros stay through every later stage. Schedules: "one-shot" cuts before the first epoch;
-    "gradual" from `begin` to `until` of the training by a cubic (Zhu & Gupta 2017); "rewind"
-    trains, cuts, takes the weights back to epoch `rewind_to`, in `rounds` rounds of `epochs` each
-    (lottery tickets, Frankle et al. 2020); "rigl" cuts first and then moves weights until `until`
-    (Evci et al. 2020).
+    Later stages keep the zeros. Schedules:
+
+    - "one-shot" prunes before the first epoch.
+    - "gradual" prunes more and more from `begin` to `until` of the training, by a cubic function
+      (Zhu & Gupta 2017, arXiv:1710.01878).
+    - "rewind" trains, prunes, and sets the kept weights back to those of epoch `rewind_to`, in
+      `rounds` rounds of `epochs` each (lottery tickets, Frankle et al. 2020, arXiv:1912.05671).
+    - "rigl" prunes first, and until `until` moves the kept entries to where gradients are large
+      (Evci et al. 2020, arXiv:1911.11134).
     """
 
     several_inputs: ClassVar = True
 
     def setting_reading_labels(self) -> str:
-        """By training, or by what it measures."""
+        """Labels are read by training, by the sensitivity, or by the score."""
         if self.epochs:
             return "epochs"
         if self.scope == "sensitivity":
@@ -46,11 +50,11 @@ class SparsifyStage(SparsifySettings, Stage):
         return f'score = "{self.score}"' if self.score in FROM_DATA else ""
 
     def check(self, state: State) -> tuple[State, dict[str, Any]]:
-        """Cuts by magnitude without training: the zeros will lie elsewhere, their number will be this one.
+        """Prunes by magnitude, without training: the run will prune other entries, but as many.
 
         Raises:
-            RecipeError: if no weight can take the pattern, or the density cannot be reached.
-            ModelError: if the model has no weight that may have zeros.
+            RecipeError: if no weight fits the pattern, or the density cannot be reached.
+            ModelError: if the model has no weight that can be pruned.
             DataError: if there are no public examples to score or train with.
         """
         ignored(state.model, self.ignore)
@@ -62,11 +66,11 @@ class SparsifyStage(SparsifySettings, Stage):
         scores = {w.name: w.value.detach().abs() for w in weights.chosen}
         within = allowed_masks(model, state, weights)
         masks = choose_masks(self, weights.chosen, scores, self.target(weights), within)
-        reached, wanted = density_of(masks), self.target(weights)
-        if (
-            Pattern.parse(self.pattern).density is None
-            and abs(reached - wanted) > 0.01 + 0.1 * wanted
-        ):
+        reached = density_of(masks)
+        wanted = self.target(weights)
+        # Large blocks in small layers cannot come near every density.
+        fixed = Pattern.parse(self.pattern).density is not None
+        if not fixed and abs(reached - wanted) > 0.01 + 0.1 * wanted:
             raise RecipeError(
                 (
                     f"{wanted:g} cannot be reached with pattern '{self.pattern}', the nearest is "
@@ -81,17 +85,19 @@ class SparsifyStage(SparsifySettings, Stage):
         return replace(state, spec=with_sparse_weights(state.spec, masks), model=model), facts
 
     def run(self, state: State, folder: StageFolder) -> Generator[Tick, None, State]:
-        """Cuts and trains; yields a tick for every step, saves after every epoch."""
+        """Prunes and trains; yields a tick for every step, saves after every epoch."""
         work = MaskedTraining(self, state, derive(state.seed, "stage", folder.index))
         yield from drive(work, folder)
         model = work.fit.result_()
         apply_(work.weights.chosen, work.masks)
+        # Training updates the statistics of batch norms by itself, except where it did not run or
+        # its weights were averaged.
         if self.ema or not self.epochs:
             work.restore_norms_()
-        layers: list[JsonValue] = [
-            {"name": w.name, "entries": w.size, "kept": int(work.masks[w.name].sum())}
-            for w in work.weights.chosen
-        ]
+        layers: list[JsonValue] = []
+        for weight in work.weights.chosen:
+            kept = int(work.masks[weight.name].sum())
+            layers.append({"name": weight.name, "entries": weight.size, "kept": kept})
         folder.record(layers=layers)
         for point in work.points:
             folder.record(sensitivity=point.line(state.data.task.primary))
@@ -102,6 +108,7 @@ class SparsifyStage(SparsifySettings, Stage):
 
 
 def _facts(model: nn.Module, weights: Weights, masks: Masks) -> dict[str, Any]:
+    """Returns the facts of the result."""
     zeros = sum(int((~m).sum()) for m in masks.values())
     return {
         "density": density_of(masks),

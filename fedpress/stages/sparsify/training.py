@@ -1,4 +1,4 @@
-"""A sparsify stage at work: a training, the masks that it keeps, and what each schedule does after a step."""
+"""The training of a sparsify stage: it keeps masks, which a schedule changes after some steps."""
 
 from __future__ import annotations
 
@@ -43,14 +43,30 @@ from fedpress.workspace.drive import Milestone, Snapshot
 from fedpress.workspace.state import State, Tick
 
 BATCH = 128
-SENSITIVITY = 512  # public examples on which each layer's sensitivity is measured
+SENSITIVITY = 512
+"""Most public examples on which each layer's sensitivity is measured."""
 
 
 class MaskedTraining:
-    """A training, the masks that it keeps, and what the schedule has to remember."""
+    """A training that keeps masks, as `drive` runs and resumes it.
+
+    Attributes:
+        weights: that are pruned.
+        density: share of their entries that is kept at the end.
+        within: entries that earlier stages have kept.
+        masks: entries that are kept now.
+        rounds: number of trainings, more than one only for "rewind".
+        round: the present one, from 0.
+        taken_up: whether a checkpoint was loaded, so that what comes before the first step is done.
+        early: state of the training at the epoch to rewind to; empty before it.
+        points: the sensitivity, measured before the first cut.
+    """
 
     def __init__(self, stage: SparsifySettings, state: State, seed: int) -> None:
-        self.stage, self.source, self.data, self.seed = stage, state, state.data, seed
+        self.stage = stage
+        self.source = state
+        self.data = state.data
+        self.seed = seed
         self.fit = Fit(
             state.model,
             stage,
@@ -63,14 +79,15 @@ class MaskedTraining:
         self.density = stage.target(self.weights)
         self.within = allowed_masks(self.fit.model, state, self.weights)
         self.masks = self.within
+        # Zeros of weights that this stage does not prune are kept as they are.
         chosen = {id(w.value) for w in self.weights.chosen}
         self.others = [pair for pair in self.fit.zeros if id(pair[0]) not in chosen]
         self.movement = Movement(self.weights.chosen) if stage.score == "movement" else None
         self.rounds = 1 + stage.rounds if stage.schedule == "rewind" else 1
         self.round = 0
-        self.taken_up = False  # from a checkpoint, so that what comes before the first step is done
+        self.taken_up = False
         self.early: dict[str, Tensor] = {}
-        self.points: list[Point] = []  # the sensitivity, measured at the first cut
+        self.points: list[Point] = []
 
     @property
     def steps(self) -> int:
@@ -78,18 +95,22 @@ class MaskedTraining:
         return total_steps(self.stage.epochs, self.stage.batch_size, self.source)
 
     def events(self) -> Iterator[Tick | Milestone]:
-        """Trains; under "rewind" one training after the other, each from the early weights."""
+        """Trains; for "rewind" several times, each from the early weights."""
         if not self.taken_up:
             self.schedule_(0)
-        with self.movement.watching() if self.movement else nullcontext():
+        watching = self.movement.watching() if self.movement else nullcontext()
+        with watching:
+            # Epoch 0 may be the one to rewind to.
             self.note_epoch_()
             while True:
                 yield from self.train_()
                 if self.round + 1 >= self.rounds:
                     return
                 self.round += 1
-                last, full = self.rounds - 1, density_of(self.within)
-                self.cut_(steps_down(self.round, last, start=full, end=self.density))
+                last = self.rounds - 1
+                start = density_of(self.within)
+                # Scored with the trained weights, then set back to the early ones.
+                self.cut_(steps_down(self.round, last, start=start, end=self.density))
                 self.fit.load_(self.early)
                 self.keep_(self.masks)
 
@@ -106,16 +127,16 @@ class MaskedTraining:
             yield epoch_milestone(event, more=more, cut=self.round, density=density)
 
     def schedule_(self, step: int) -> None:
-        """Does what the schedule wants before the first step (0), or after that many."""
+        """Runs the schedule before the first step (0), or after `step` steps."""
         SCHEDULES[self.stage.schedule](self, step)
 
     def note_epoch_(self) -> None:
-        """Keeps the weights of the epoch to rewind to, with their momentum, when it comes by."""
+        """Stores the state of the training, with its momentum, at the epoch to rewind to."""
         if self.rounds > 1 and not self.early and self.fit.epoch == self.stage.rewind_to:
             self.early = {name: value.detach().clone() for name, value in self.fit.state().items()}
 
     def cut_(self, density: float) -> None:
-        """Scores what is left and keeps `density` of all."""
+        """Scores the kept entries and keeps `density` of all entries."""
         evidence = WeightScoreInputs(
             self.fit.model,
             self.weights.chosen,
@@ -128,9 +149,10 @@ class MaskedTraining:
             units = [weight_unit(w.name, w.value, scores[w.name]) for w in self.weights.chosen]
             lowest = min(lowest_densities(self.weights.chosen, self.density).values())
             self.points = list(sensitivity(units, self.measure, densities_down_to(lowest)))
-        self.keep_(
-            choose_masks(self.stage, self.weights.chosen, scores, density, self.masks, self.points)
+        masks = choose_masks(
+            self.stage, self.weights.chosen, scores, density, self.masks, self.points
         )
+        self.keep_(masks)
 
     def measure(self) -> tuple[float, float]:
         """Returns the loss and the primary metric on public examples."""
@@ -139,15 +161,17 @@ class MaskedTraining:
         return found.loss, found.score
 
     def regrow_(self, share: float, step: int) -> None:
-        """Moves `share` of each layer's weights to where a fresh batch wants them; they start at 0 without momentum."""
+        """Moves `share` of each layer's kept entries to where the gradients are largest.
+
+        New entries start at 0 and without momentum (RigL, Evci et al. 2020, section 3).
+        """
         chance = public_stream(self.seed, "regrow", step)
         index = chance.integers(len(self.data.public), self.stage.batch_size)
-        with differentiable(
-            self.fit.model, [w.value for w in self.weights.chosen], batch_statistics=True
-        ):
-            steep = gradients(
-                self._losses(self.data.public.take(index), len(index)), self.weights.chosen
-            )
+        values = [w.value for w in self.weights.chosen]
+        # Gradients of all entries, also of the pruned ones, which the training does not compute.
+        with differentiable(self.fit.model, values, batch_statistics=True):
+            losses = self._losses(self.data.public.take(index), len(index))
+            steep = gradients(losses, self.weights.chosen)
         pattern = Pattern.parse(self.stage.pattern)
         masks = regrow(
             self.weights.chosen, self.masks, steep, pattern, share=share, within=self.within
@@ -157,13 +181,14 @@ class MaskedTraining:
         self.keep_(masks)
 
     def keep_(self, masks: Masks) -> None:
-        """Makes `masks` those that the training keeps."""
+        """Applies `masks`, and lets the training keep them after every step."""
         self.masks = masks
         apply_(self.weights.chosen, masks)
-        self.fit.zeros = [*self.others, *((w.value, ~masks[w.name]) for w in self.weights.chosen)]
+        own = [(w.value, ~masks[w.name]) for w in self.weights.chosen]
+        self.fit.zeros = [*self.others, *own]
 
     def losses(self) -> Iterator[Tensor]:
-        """Runs the model over public examples; one by one where the score wants the Fisher information of each."""
+        """Yields losses of public examples: singly for the Fisher information, else in batches."""
         drawn = draw_calibration(self.source, self.stage.calibration, self.seed)
         return self._losses(drawn, 1 if self.stage.score == "fisher" else BATCH)
 
@@ -174,16 +199,17 @@ class MaskedTraining:
             yield self.data.task.loss(call(self.fit.model, prepare(x.to(at))), y.to(at))
 
     def restore_norms_(self) -> None:
-        """Takes the statistics of batch norms anew: averaged ones (`ema`) are those of a network with fewer zeros.
+        """Recomputes the statistics of batch norms.
 
-        Without training nothing else would make up for the cut.
+        Averaged statistics (`ema`) include those of a network with fewer zeros. Without training
+        they are still those of the dense network.
         """
         if has_batch_norm(self.fit.model) and len(self.data.public):
             drawn = draw_calibration(self.source, self.stage.calibration, self.seed)
             restore_norms_(self.fit.model, self.source, drawn, batch=BATCH)
 
     def state(self) -> Snapshot:
-        """Returns where the training stands, with its masks."""
+        """Returns the training's state and masks, for a checkpoint."""
         tensors = self.fit.state()
         tensors |= {f"mask/{name}": mask for name, mask in self.masks.items()}
         tensors |= {f"early/{name}": value for name, value in self.early.items()}
@@ -193,11 +219,13 @@ class MaskedTraining:
         return Snapshot(tensors, {"round": self.round, "points": points})
 
     def load_(self, saved: Snapshot) -> None:
-        """Takes up a training of the same model and settings."""
-        tensors, facts = saved.tensors, dict[str, Any](saved.facts)
+        """Goes on from a checkpoint of the same model and settings."""
+        tensors = saved.tensors
+        facts = dict[str, Any](saved.facts)
         self.fit.load_(dict(tensors))
         self.taken_up = True
-        self.round, self.early = facts["round"], part_of(tensors, "early/")
+        self.round = facts["round"]
+        self.early = part_of(tensors, "early/")
         self.points = [Point.of(point) for point in facts["points"]]
         masks = part_of(tensors, "mask/")
         self.keep_({name: mask.to(self.fit.device) for name, mask in masks.items()})
@@ -207,24 +235,32 @@ class MaskedTraining:
 
 
 def _one_shot(work: MaskedTraining, step: int) -> None:
+    """Prunes before the first step."""
     if step == 0:
         work.cut_(work.density)
 
 
 def _gradual(work: MaskedTraining, step: int) -> None:
-    first, last = round(work.stage.begin * work.steps), max(1, round(work.stage.until * work.steps))
-    if first <= step <= last and ((step - first) % work.stage.every == 0 or step == last):
-        start, progress = density_of(work.within), (step - first) / max(1, last - first)
-        density = cubic(progress, start=start, end=work.density)
-        if density < start:
-            work.cut_(density)
+    """Prunes a little more every `every` steps, and at the end exactly to the density."""
+    first = round(work.stage.begin * work.steps)
+    last = max(1, round(work.stage.until * work.steps))
+    due = (step - first) % work.stage.every == 0 or step == last
+    if not (first <= step <= last and due):
+        return
+    start = density_of(work.within)
+    progress = (step - first) / max(1, last - first)
+    density = cubic(progress, start=start, end=work.density)
+    # At the first step the cubic is still at its start: there is nothing to prune.
+    if density < start:
+        work.cut_(density)
 
 
 def _rewind(work: MaskedTraining, step: int) -> None:
-    """Cuts come between the trainings (see `MaskedTraining.events`)."""
+    """Does nothing: the cuts come between the trainings (see `MaskedTraining.events`)."""
 
 
 def _rigl(work: MaskedTraining, step: int) -> None:
+    """Prunes before the first step, then moves fewer and fewer entries every `every` steps."""
     last = work.stage.until * work.steps
     if step == 0:
         work.cut_(work.density)
