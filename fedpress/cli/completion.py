@@ -6,7 +6,7 @@ A shell asks at every tab, so nothing here loads torch: the keys stand in a file
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -91,30 +91,43 @@ def of_recipe(context: typer.Context, incomplete: str) -> Found:
         else:
             names = [name for name, its in stages if its == kind] if stages else [kind]
             found += [key._replace(name=f"stage.{name}.{own}") for name in names]
-    return _fitting(found, incomplete)
+    return _fitting(found, incomplete, context.params.get("overrides"))
 
 
-def of_stage(kind: str) -> Callable[[str], Found]:
+def of_stage(kind: str) -> Callable[[typer.Context, str], Found]:
     """Returns what completes the keys of a command on one model."""
 
-    def complete(incomplete: str) -> Found:
+    def complete(context: typer.Context, incomplete: str) -> Found:
         beginning = f"stage.{kind}."
         own = [
             key._replace(name=key.name.removeprefix(beginning))
             for key in keys()
             if key.name.startswith((beginning, *OF_ALL))
         ]
-        return _fitting(own, incomplete)
+        return _fitting(own, incomplete, context.params.get("keys"))
 
     return complete
 
 
-def _fitting(found: Iterable[Key], incomplete: str) -> Found:
-    """Returns `key=` for each key that fits; of tables their beginning; behind a `key=` its values."""
+def _fitting(found: Iterable[Key], incomplete: str, before: Sequence[str] | None) -> Found:
+    """Returns `key=` for each key that fits; of tables their beginning; behind a `key=` its values.
+
+    Args:
+        found: the keys that there are.
+        incomplete: the word that is being written.
+        before: the words before it. Bash takes `key=value` for three words, and completes the last one alone.
+    """
     name, equals, value = incomplete.partition("=")
+    beginning = f"{name}=" if equals else ""
+    *_, last_but_one, last = "", "", *(before or ())
+    known = {key.name: key.choices for key in found}
+    if last == "=":
+        name, value, equals = last_but_one, incomplete, last
+    elif not incomplete and last in known:  # click takes away an "=" that stands alone
+        name, equals = last, "="
     if equals:
-        words = next((key.choices for key in found if key.name == name), ())
-        return [(f"{name}={word}", "") for word in words if word.startswith(value)]
+        words = known.get(name, ())
+        return [(f"{beginning}{word}", "") for word in words if word.startswith(value)]
     fitting = [key for key in found if key.name.startswith(incomplete)]
     offered: dict[str, str] = {}
     for key in fitting:

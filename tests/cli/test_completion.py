@@ -36,7 +36,7 @@ def offered(line, tmp_path, shell="bash"):
 
 
 CASES = {
-    "commands": ("fedpress pr", ["prune", "privacy"]),
+    "commands": ("fedpress spar", ["sparsify"]),
     "recipes": ("fedpress run dig", ["digits"]),
     "recipes here": ("fedpress check mi", ["mine.toml"]),
     "tables": ("fedpress run digits stage.fed", ["stage.federate."]),
@@ -49,6 +49,8 @@ CASES = {
     "sources": ("fedpress train mlp --data c", ["cifar10", "csv"]),
     "devices": ("fedpress run digits --device cu", ["cuda", "cuda:1"]),
     "architectures": ("fedpress train resnet", ["resnet18", "resnet-small"]),
+    "values": ("fedpress train mlp optimizer = ada", ["adamw", "adam"]),
+    "all values": ("fedpress run digits seed = 1 device =", ["auto", "cpu", "cuda", "cuda:1", "mps"]),
     "tables to list": ("fedpress run --keys feder", ["federate"]),
 }  # fmt: skip
 
@@ -84,8 +86,12 @@ def test_the_keys_that_are_offered_are_those_of_recipes():
     spec = importlib.util.spec_from_file_location("keys", ROOT / "scripts" / "keys.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    said = "fedpress/cli/keys.txt is old; run: python scripts/keys.py"
-    assert completion.KEYS.read_text("utf-8") == module.text(), said
+    lines = [line.split("\t") for line in module.text().splitlines()]
+    wanted = [(name, tuple(filter(None, words.split(",")))) for name, words, _ in lines]
+    known = completion.keys()
+    found = [(key.name, key.choices) for key in known]
+    assert found == wanted, "fedpress/cli/keys.txt is old; run: python scripts/keys.py"
+    assert all(key.meaning for key in known if not key.choices)
 
 
 def test_completing_loads_no_torch():
