@@ -78,6 +78,7 @@ def old_words(table: Mapping[str, Any], rows: tuple[Renamed, ...]) -> dict[str, 
     """
     out, written = dict(table), set[str]()
     for row in rows:
+        # Settings with options are tables with a `kind`; alone they may be the word itself.
         if row.key not in written and out.get(row.now_key) in (row.now, {"kind": row.now}):
             out.pop(row.now_key, None)
             out[row.key] = row.old

@@ -35,6 +35,7 @@ def read_cifar10(settings: DataSettings, progress: Progress | None) -> SourceRow
             found[f"{part}_x"], found[f"{part}_y"] = _sorted(x, y)
         return found
 
+    # Decoding takes much longer than reading the arrays again.
     arrays = cache.decoded("cifar10", files, decode)
     parts = {}
     for part in ("train", "test"):
@@ -74,6 +75,7 @@ def _sorted(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     keys = []
     for image, label in zip(x, y.tolist(), strict=True):
         content = image.tobytes() + bytes([label])
+        # A hash is shorter to compare, and does not sort images by their first pixels.
         keys.append(blake2b(content, digest_size=16).digest())
     order = np.array(sorted(range(len(keys)), key=keys.__getitem__), dtype=np.int64)
     return x[order], y[order]

@@ -97,6 +97,7 @@ def with_other_class(found: TargetRows, settings: DataSettings, what: str) -> Ta
                 '["NAME", "NAME"]'
             ),
         )
+    # All rows would be left out, most likely since the names are written in another way.
     if not bool((found.y >= 0).any()):
         named = ", ".join(found.names[:8])
         raise DataError(
@@ -106,5 +107,6 @@ def with_other_class(found: TargetRows, settings: DataSettings, what: str) -> Ta
         )
     if settings.unknown != OTHER:
         return found
+    # The data may have a class "other" itself; unknown labels then join it.
     names = found.names if OTHER in found.names else (*found.names, OTHER)
     return TargetRows.of_classes(torch.where(found.y < 0, names.index(OTHER), found.y), names)

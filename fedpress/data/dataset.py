@@ -58,6 +58,7 @@ class FederatedData:
             raise DataError(
                 "there is no client", place=f"data '{self.name}'", cure="give at least one"
             )
+        # The dataclass is frozen, but still under construction.
         if self.task is None:
             object.__setattr__(self, "task", self._default_task())
         if self.num_classes != len(self.class_names):
@@ -76,6 +77,7 @@ class FederatedData:
                 )
             where = f"data '{self.name}': {part}"
             _check_like(where, arrays, first)
+            # A task does not know which part it checks.
             try:
                 self.task.check_targets(arrays.y)
             except DataError as error:
@@ -111,6 +113,7 @@ class FederatedData:
                 sentence is the same whether or not there are any.
         """
         counts = {part: count for part, count in self.left_out.items() if count}
+        # Even a zero would tell something about private rows.
         if private:
             counts.pop("clients", None)
         sentence = ""
@@ -184,7 +187,8 @@ def _check_like(where: str, arrays: Arrays, first: Arrays) -> None:
             )
     if form_of(arrays.x) != form_of(first.x):
         raise DataError(
-            f"examples of {inputs_text(arrays.x)} where the first client has {inputs_text(first.x)}",
+            f"examples of {inputs_text(arrays.x)} where the first client has "
+            f"{inputs_text(first.x)}",
             place=where,
             cure="make them all alike",
         )

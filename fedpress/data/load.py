@@ -40,6 +40,7 @@ def load(settings: DataSettings, seed: int, *, progress: Progress | None = None)
     found = _read(settings, seed, progress)
     if settings.class_weights is None:
         return found
+    # After the split, since balanced weights come from the public examples only.
     task = found.task.weighted(settings.class_weights, found.public.y)
     return replace(found, task=task)
 
@@ -74,4 +75,6 @@ def _resized(arrays: Arrays, side: int) -> Arrays:
             place="image_size",
             cure="leave it out, and resize images in the function that makes them",
         )
-    return replace(arrays, x=resized(arrays.x, side)) if is_image(arrays.x) else arrays
+    if not is_image(arrays.x):
+        return arrays
+    return replace(arrays, x=resized(arrays.x, side))

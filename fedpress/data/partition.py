@@ -98,6 +98,7 @@ class Dirichlet(_Settings, frozen=True):
                 shares.append(apportion(drawn, len(group)))
             counts = np.stack(shares, axis=1)
         else:
+            # A mix may ask for more rows of a class than there are.
             mixes = rng.dirichlet(np.full(len(rows), self.alpha), size=clients)
             supply = np.array([len(group) for group in rows])
             counts = fit_to_supply(mixes, ask.examples_per_client, supply)
@@ -224,6 +225,7 @@ class Natural(_Settings, frozen=True):
                     place="partition 'natural'",
                     cure="lower test_share or public_share",
                 )
+            # Shuffled, since rows of a file may be sorted, by date or label.
             dealt[name] = rows[chance.permutation(len(rows))][: ask.examples_per_client]
         return dealt
 

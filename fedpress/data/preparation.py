@@ -101,6 +101,7 @@ class Preparation:
             "decimal": self.decimal,
             "mean": list(self.mean),
             "std": list(self.std),
+            # For people who read the file: the exported network does not standardise.
             "standardised_by_the_file": False,
             "class_names": list(self.class_names),
         }

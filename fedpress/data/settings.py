@@ -28,6 +28,7 @@ def _known_source(source: object) -> object:
 
 def _known_encoding(name: str) -> str:
     try:
+        # Only this shows whether Python knows it: encodings have many spellings.
         "".encode(name)
     except (LookupError, ValueError) as error:
         raise SettingError(
@@ -55,6 +56,7 @@ def _at_home(path: Path) -> Path:
 
 def _as_words(values: object) -> object:
     """Turns integers and booleans into words, so that `classes = [0, 1]` needs no quotes."""
+    # Of another type: pydantic says what is wrong.
     if not isinstance(values, list | tuple):
         return values
     return [str(value) if isinstance(value, int) else value for value in values]
@@ -145,8 +147,8 @@ class DataSettings(BaseModel, frozen=True, extra="forbid"):
     )
     class_weights: Literal["balanced"] | tuple[float, ...] | None = Field(
         None,
-        description="how much each class counts in the loss: a list, or balanced (by the public part "
-        "alone); by default all alike",
+        description="how much each class counts in the loss: a list, or balanced (by the public "
+        "part alone); by default all alike",
     )
     feature_columns: tuple[str, ...] | None = Field(
         None,
@@ -235,6 +237,7 @@ class DataSettings(BaseModel, frozen=True, extra="forbid"):
                 place="test_clients",
                 cure="leave it in one of the two",
             )
+        # The numbers would be cut into two cells.
         if self.decimal == self.delimiter:
             raise SettingError(
                 f"delimiter is '{self.delimiter}', too",

@@ -108,6 +108,7 @@ def _keep_spatial_means_(graph: fx.GraphModule) -> None:
             continue
         source = node.args[0]
         channels = source.meta["val"].shape[1]
+        # The result of the mean is rounded by its readers; the new one gets the same rounding.
         roundings = [u for u in node.users if u.target is ops.quantize_per_tensor.default]
         with graph.graph.inserting_before(node):
             kept = graph.graph.call_function(aten.mean.dim, (source, [-1, -2], True))
@@ -146,6 +147,7 @@ def dequantize_for_each_reader_(graph: fx.GraphModule) -> None:
     """
     for node in list(graph.graph.nodes):
         if node.target is torch.ops.quantized_decomposed.dequantize_per_tensor.default:
+            # The first reader keeps the original.
             for user in list(node.users)[1:]:
                 with graph.graph.inserting_after(node):
                     user.replace_input_with(node, graph.graph.node_copy(node))
@@ -177,6 +179,7 @@ def make_float_(graph: fx.GraphModule, node: fx.Node) -> None:
     target: Any = node.target
     with torch.no_grad():
         value: Tensor = target(*arguments)
+    # Computed by the same operation as in the graph, so that no bit changes.
     name = str(node.all_input_nodes[0].target).removesuffix("_codes") + "_float"
     owner, _, key = name.rpartition(".")
     graph.get_submodule(owner).register_buffer(key, value)

@@ -190,6 +190,7 @@ def flatten(given: Any) -> tuple[Structure, list[Tensor], list[str]]:
             return len(tensors) - 1
         if isinstance(value, Mapping):
             return {str(key): walk(inner, (*path, str(key))) for key, inner in value.items()}
+        # A named tuple.
         if isinstance(value, tuple) and hasattr(value, "_fields"):
             return {key: walk(getattr(value, key), (*path, key)) for key in value._fields}
         if isinstance(value, tuple | list):

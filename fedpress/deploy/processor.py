@@ -176,6 +176,7 @@ PACKAGES = {
 
 
 def _version(runtime: str) -> str | None:
+    # A measurement without a version is better than none.
     try:
         return version(PACKAGES[runtime])
     except (PackageNotFoundError, KeyError):

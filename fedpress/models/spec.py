@@ -57,7 +57,7 @@ class ModelSpec(BaseModel):
         mean: of each input channel, for the standardisation of examples; empty: none.
         std: likewise.
         class_names: of a classification.
-        task: meaning of the outputs where it is more than `class_names` (see `Task.about`).
+        task: meaning of the outputs where it is more than `class_names` (see `Task.to_json`).
         input_dtype: of one example; for several inputs a dictionary by argument of forward.
     """
 

@@ -38,7 +38,9 @@ def to_bytes(blobs: Mapping[str, bytes], spec: str, table: str) -> bytes:
     text = json.dumps(header, separators=(",", ":")).encode()
     # The data of a safetensors file begins at a multiple of 8 bytes.
     text += b" " * (-len(text) % 8)
-    return b"".join([len(text).to_bytes(8, "little"), text, *(blob for _, blob in ordered)])
+    parts = [len(text).to_bytes(8, "little"), text]
+    parts += [blob for _, blob in ordered]
+    return b"".join(parts)
 
 
 def from_bytes(data: bytes, place: str) -> tuple[dict[str, bytes], str, str]:

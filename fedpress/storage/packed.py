@@ -301,5 +301,8 @@ def _same_bits(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors have the same type, shape and bits: NaN equals NaN, 0.0 is not -0.0."""
     if a.dtype != b.dtype or a.shape != b.shape:
         return False
-    a, b = (t.detach().cpu().contiguous().reshape(-1).view(torch.uint8) for t in (a, b))
-    return torch.equal(a, b)
+    return torch.equal(_as_bytes(a), _as_bytes(b))
+
+
+def _as_bytes(t: Tensor) -> Tensor:
+    return t.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
