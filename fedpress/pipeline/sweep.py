@@ -26,7 +26,17 @@ from fedpress.workspace.atomic import read_json, write_json, writing
 from fedpress.workspace.folder import RunFolder
 from fedpress.workspace.state import Event
 
-SHOWN = ("loss", "parameters", "macs", "file_bytes", "latency_ms", "runtime", "seconds")
+SHOWN = (
+    "test_examples",
+    "loss",
+    "parameters",
+    "macs",
+    "file_bytes",
+    "latency_ms",
+    "runtime",
+    "seconds",
+)
+"""What the sweep's own file takes over from each stage, beside its metric and that one's standard error."""
 LONGEST = 80  # letters of a folder's name
 
 
@@ -256,6 +266,13 @@ def _nearest(
     return earlier[best[1]][1] if best[0] else None
 
 
+def _shown(stage: dict[str, Any]) -> dict[str, Any]:
+    """Returns what a sweep shows of one stage."""
+    metric = task_of(stage).primary
+    keys = ("kind", "name", "task", metric, f"{metric}_error", *SHOWN)
+    return {key: stage[key] for key in keys if key in stage}
+
+
 def _write(
     place: Path, done: Sequence[tuple[Variant, Path, FedpressError | None]], command: str
 ) -> None:
@@ -264,14 +281,7 @@ def _write(
         result = (
             read_json(path / "result.json") if (path / "result.json").exists() else {"stages": []}
         )
-        stages = [
-            {
-                key: s[key]
-                for key in ("kind", "name", "task", task_of(s).primary, *SHOWN)
-                if key in s
-            }
-            for s in result["stages"]
-        ]
+        stages = [_shown(stage) for stage in result["stages"]]
         entries.append(
             {"name": variant.name, "overrides": list(variant.overrides), "folder": str(path.relative_to(place)),
              "error": None if error is None else str(error), "stages": stages}

@@ -130,7 +130,8 @@ def test_no_library_of_a_whole_run_is_taken_from_the_working_folder(house):
     ):
         (house / f"{library}.py").write_text("raise SystemExit('the working folder ran')\n")
     script = "import sys\nsys.argv[0] = 'fedpress'\nfrom fedpress.cli import main\nmain()\n"
-    words = ["run", "digits", "stage.dense.epochs=1", "stage.fine-tune.epochs=1", "--out", "r"]
+    short = ["stage.dense.epochs=1", "stage.fine-tune.epochs=1", "stage.federate.num_rounds=1"]
+    words = ["run", "digits", *short, "--out", "r"]
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, "-P", "-c", script, *words],

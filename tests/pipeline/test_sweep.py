@@ -97,6 +97,7 @@ def test_a_sweep_trains_once_lists_what_fails_draws_and_goes_on(shell, tiny_file
     assert said.err.count("train: already done") == 1
     ends = {v["name"]: v["stages"][-1] for v in page["variants"] if not v["error"]}
     names = list(ends)
+    assert all(end["accuracy_error"] > 0 and end["test_examples"] > 0 for end in ends.values())
     for cost in ("file_bytes", "latency_ms"):
         points = [(ends[n][cost], ends[n]["accuracy"]) for n in names]
         assert set(page[f"front_{cost}"]) == {names[at] for at in brute(points)}
