@@ -77,10 +77,12 @@ def evaluate(
     (0.75, 4)
     """
     model, mean, std = model_of(model, mean, std)
+    if data is None and isinstance(model, nn.Module):
+        raise _nothing_to_measure_on()
     in_memory = data is not None and not isinstance(data, str)
     held = data
     if in_memory and not isinstance(data, FederatedData):
-        held = Clients({"all": data}, test=data, task=task)
+        held = Clients({"all": data}, test=data, task=task, place="data")
     asked = Asked(held, path, checkpoint, None, mean, std, device)
     settings: dict[str, Any] = {}
     if task is not None and not in_memory:
@@ -88,15 +90,7 @@ def evaluate(
     with working(allow_code) as stack:
         _, bound, loaded = bind("measure", model, asked, settings, stack)
         if not len(loaded.test):
-            raise DataError(
-                "there are no labelled examples to measure on",
-                place="data",
-                cure=(
-                    "give ",
-                    Argument("data", "(INPUTS, LABELS)"),
-                    ", or a source with a test part",
-                ),
-            )
+            raise _nothing_to_measure_on()
         state = first_state(bound.recipe, loaded)
         found = evaluation.evaluate(
             state.model.to(state.device),
@@ -106,6 +100,14 @@ def evaluate(
             all_metrics=True,
         )
     return {**found.metrics, "loss": found.loss, "examples": found.examples}
+
+
+def _nothing_to_measure_on() -> DataError:
+    return DataError(
+        "there are no labelled examples to measure on",
+        place="data",
+        cure=("give ", Argument("data", "(INPUTS, LABELS)"), ", or a source with a test part"),
+    )
 
 
 @dataclass(frozen=True, eq=False)

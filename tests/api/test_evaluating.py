@@ -67,8 +67,7 @@ def test_a_run_is_measured_on_the_test_part_that_it_had(run, shell):
 def test_a_saved_model_standardises_raw_inputs_as_it_was_trained(run):
     raw = torch.randint(0, 256, (7, 1, 8, 8), dtype=torch.uint8)
     found = fedpress.predict(run.path, raw)
-    spec_mean = fedpress.evaluate  # the same numbers by hand: bytes to 0..1, then mean and std
-    del spec_mean
+    # The same numbers by hand: bytes to 0..1, then mean and std.
     result = json.loads((run.path / "stages" / "0-train" / "spec.json").read_text())
     mean, std = torch.tensor(result["mean"]), torch.tensor(result["std"])
     prepared = (raw.float() / 255 - mean.view(1, -1, 1, 1)) / std.view(1, -1, 1, 1)
@@ -175,3 +174,19 @@ def test_the_command_saves_a_function_with_its_weights(shell, tmp_path, monkeypa
     again = fedpress.load(tmp_path / "net", allow_code="nets_to_save:small")
     assert torch.equal(again[0].weight, weights[0].weight)
     assert shell(*words).code == 2
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        (
+            None,
+            r"^data: there are no labelled examples to measure on; give data=\(INPUTS, LABELS\)",
+        ),
+        (X, "^data: it has no labels"),
+        ((X, Y.float()), "^data: labels of type torch.float32"),
+    ],
+)
+def test_what_cannot_be_measured_on_is_told(data, said):
+    with pytest.raises(FedpressError, match=said):
+        fedpress.evaluate(net(), data)

@@ -85,6 +85,7 @@ def test_a_result_is_the_model_of_the_next_call():
         ({"clients": {"a": (X, Y), "b": (X[:, :2], Y)}}, r"^clients\['b'\]: examples of"),
         ({"clients": {"a": (X, X)}}, "^clients: labels of type torch.float32.*regression"),
         ({"clients": three(), "data": "digits"}, "^data: clients are given too"),
+        ({"clients": three(), "classes": ["a", "b"]}, "^classes: 2 names, .* 3 outputs"),
         ({"test": (X, Y), "data": "digits"}, "^test: it goes with clients"),
         ({}, "^clients: there are none, so nobody would train"),
         ({"clients": three(), "num_round": 3}, "^num_round: no such key; did you mean"),
@@ -120,3 +121,17 @@ def test_a_run_of_data_in_memory_does_not_go_on_with_noise_in_their_place(tmp_pa
 def test_keys_of_a_recipe_are_refused_by_name():
     with pytest.raises(RecipeError, match=r"^aggregator"):
         fedpress.federate(net(), clients=three(), aggregator="medain")
+
+
+def test_names_of_classes_come_back_with_predictions():
+    flags = three((X[:, 0] > 0).long())
+    result = fedpress.federate(net(1), clients=flags, num_rounds=1, classes=["no", "yes"])
+    assert set(fedpress.predict(result, X).labels) <= {"no", "yes"}
+    result = fedpress.federate(net(), clients=three(), num_rounds=1, classes=["a", "b", "c"])
+    assert set(fedpress.predict(result, X).labels) <= {"a", "b", "c"}
+
+
+def test_clients_too_small_to_put_anything_aside_are_told():
+    tiny = {"a": (X[:4], Y[:4]), "b": (X[4:7], Y[4:7])}
+    with pytest.warns(UserWarning, match="no client has five examples.*give test="):
+        fedpress.federate(net(), clients=tiny, num_rounds=1)

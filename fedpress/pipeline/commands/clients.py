@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +23,7 @@ from fedpress.pipeline.commands.given import (
     pair_of,
     task_of_targets,
 )
-from fedpress.tasks import Classification, Task
+from fedpress.tasks import Binary, Classification, Task
 
 PAIR = "a pair (inputs, labels), a torch Dataset or a DataLoader"
 
@@ -39,6 +40,7 @@ class Clients:
         task: what is learned, as `data.task` of a recipe says it; None: found from labels and
             model.
         classes: names of the classes; None: their numbers, as many as the model has outputs.
+        place: the argument that gave `clients`, for errors.
     """
 
     clients: Mapping[str, Any]
@@ -46,6 +48,7 @@ class Clients:
     public: Any = None
     task: str | Mapping[str, Any] | None = None
     classes: Sequence[str] | None = None
+    place: str = "clients"
 
     def federated(
         self, preprocess: Preprocess, model: nn.Module | None, saved: Task | None
@@ -67,16 +70,16 @@ class Clients:
         if not isinstance(self.clients, Mapping) or not self.clients:
             raise DataError(
                 f"got {type(self.clients).__name__}, expected a dictionary of at least one client",
-                place="clients",
+                place=self.place,
                 cure='give {"north": (inputs, labels), "south": dataset}',
             )
-        raw = {name: _pair(f"clients[{name!r}]", data) for name, data in self.clients.items()}
+        raw = {name: _pair(self._place_of(name), data) for name, data in self.clients.items()}
         first_x, first_y = next(iter(raw.values()))
         for name, (x, _) in raw.items():
             if form_of(x) != form_of(first_x):
                 raise DataError(
                     f"examples of {inputs_text(x)} where the first client has {inputs_text(first_x)}",
-                    place=f"clients[{name!r}]",
+                    place=self._place_of(name),
                     cure="make them all alike",
                 )
         shape: tuple[int, ...] | None = None
@@ -97,6 +100,12 @@ class Clients:
             test = arrays(*_pair("test", self.test))
         else:
             private, test = _put_aside(private)
+            if not len(test):
+                warnings.warn(
+                    "no client has five examples, so none are put aside and nothing is measured; "
+                    "give test=",
+                    stacklevel=2,
+                )
         names = task.names if task.targets == "classes" else ()
         return FederatedData(
             name="data in memory",
@@ -110,6 +119,9 @@ class Clients:
             task=task,
         )
 
+    def _place_of(self, name: str) -> str:
+        return f"clients[{name!r}]" if self.place == "clients" else self.place
+
     def _task(self, y: Tensor, outputs: tuple[int, ...] | None) -> Task:
         """Finds what is learned.
 
@@ -119,15 +131,23 @@ class Clients:
         if self.task is not None:
             return self._named_task(self.task, y, outputs)
         found = task_of_targets(y, outputs)
-        if found is not None:
+        if found is not None and not (found.kind == "binary" and self.classes):
             return found
-        count = len(self.classes or ()) or classes_in(outputs)
+        if found is not None:
+            return Binary(tuple(self.classes or ()))
+        count = classes_in(outputs) or len(self.classes or ())
+        if self.classes and len(self.classes) != count:
+            raise DataError(
+                f"{len(self.classes)} names, but the model has {count} outputs",
+                place="classes",
+                cure="give one name for each output",
+            )
         if y.is_floating_point() or count < 2:
             shape = list(y.shape)[1:]
             gives = "something else" if outputs is None else f"{list(outputs)}"
             raise DataError(
                 f"labels of type {y.dtype} and shape {shape} for one example, where the model gives {gives}",
-                place="clients",
+                place=self.place,
                 cure=(
                     "give whole numbers below the number of outputs as labels of a classification, or floats in the "
                     "shape of the outputs for a regression; or say what is learned with ",
