@@ -1,4 +1,4 @@
-"""Writes fedpress/cli/keys.txt, from which shells complete: `python scripts/keys.py`; a test holds it to the keys."""
+"""Writes fedpress/cli/keys.txt, from which shells complete keys; run it when a key has changed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PLAIN = {"recipe": "", "data": "data.", "model": "model."}
 
 
 def text() -> str:
-    """Returns a line for each key: its whole name, the words that it may be, and its meaning, between tabs."""
+    """Returns a line for each key: its name, the words that it may be, its meaning, between tabs."""
     lines = []
     for table in key_tables():
         if not table.is_stage and table.word not in PLAIN:

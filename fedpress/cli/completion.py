@@ -23,7 +23,7 @@ Found = list[tuple[str, str]]
 
 
 class Key(NamedTuple):
-    """One key of a recipe: its whole name such as `stage.train.lr`, the words that it may be, and its meaning."""
+    """One key of a recipe: its name such as `stage.train.lr`, the words it may be, its meaning."""
 
     name: str
     choices: tuple[str, ...]
@@ -115,7 +115,8 @@ def _fitting(found: Iterable[Key], incomplete: str, before: Sequence[str] | None
     Args:
         found: the keys that there are.
         incomplete: the word that is being written.
-        before: the words before it. Bash takes `key=value` for three words, and completes the last one alone.
+        before: the words before it. Bash takes `key=value` for three words, and completes the last
+            one alone.
     """
     name, equals, value = incomplete.partition("=")
     beginning = f"{name}=" if equals else ""

@@ -1,4 +1,4 @@
-"""What a person sees of the log: nothing, or with `--verbose` what fedpress notes, on the error stream."""
+"""What a person sees of the log: nothing, or with `--verbose` all of it, on the error stream."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ FORMAT = "%(asctime)s %(name)s: %(message)s"
 
 
 class ToErrorStream(logging.Handler):
-    """Writes to the error stream of the moment: while bars are drawn, that one writes above them."""
+    """Writes to the error stream of the moment, which writes above the bars while these are drawn."""
 
     def emit(self, record: logging.LogRecord) -> None:
         """Writes one line."""
@@ -22,7 +22,7 @@ class ToErrorStream(logging.Handler):
 
 
 def asked_for(*words: str) -> bool:
-    """Says whether one of `words` stands anywhere on the command line, and takes it away from there."""
+    """Says whether one of `words` stands on the command line, and takes it away from there."""
     found = [word for word in sys.argv[1:] if word in words]
     sys.argv[1:] = [word for word in sys.argv[1:] if word not in words]
     return bool(found)

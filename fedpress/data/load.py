@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -13,6 +14,8 @@ from fedpress.data.examples import Progress, SourceRows
 from fedpress.data.settings import DataSettings
 from fedpress.data.split import split_rows
 from fedpress.errors import DataError
+
+log = logging.getLogger(__name__)
 
 SOURCES: dict[str, Callable[[DataSettings, Progress | None], SourceRows]] = {
     "digits": lambda settings, progress: digits.read_digits(),
@@ -42,6 +45,9 @@ def load(settings: DataSettings, seed: int, *, progress: Progress | None = None)
         return found
     # After the split, since balanced weights come from the public examples only.
     task = found.task.weighted(settings.class_weights, found.public.y)
+    # Made of public counts, or given in the recipe: neither says anything about a private row.
+    shown = ", ".join(f"{weight:.3g}" for weight in task.class_weights)
+    log.info("class weights %s", shown)
     return replace(found, task=task)
 
 

@@ -105,7 +105,7 @@ def environment(command: str, device: torch.device | None = None) -> dict[str, A
 
 
 def _device_name(device: torch.device) -> str:
-    """What a CUDA GPU is called: two models of them round otherwise. Any other device by its kind."""
+    """The model of a CUDA GPU, since two models round otherwise; any other device by its kind."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 

@@ -28,13 +28,15 @@ NAMES = ("kind", "name")
 
 
 def settings_of(recipe: Recipe) -> dict[str, Any]:
-    """Returns the resolved recipe as JSON, without what may differ between machines: the data's path and the device.
+    """Returns the resolved recipe as JSON, without what may differ between machines.
+
+    That is the path of the data, and the device.
 
     A checkpoint or a teacher stands in it by its content.
     """
     tree: dict[str, Any] = json.loads(recipe.model_dump_json())
     tree["data"].pop("path", None)
-    # A run that began on a GPU may go on elsewhere; `note_environment` then says that its bits will differ.
+    # A run that began on a GPU may go on elsewhere: `note_environment` says that bits will differ.
     tree.pop("device", None)
     leave_out_defaults_(tree["data"], recipe.data, "data")
     leave_out_defaults_(tree["model"], recipe.model, "model")

@@ -15,7 +15,7 @@ COMMAND = "import sys; sys.argv[0] = 'fedpress'; from fedpress.cli import main; 
 
 
 def offered(line, tmp_path, shell="bash"):
-    """Returns the words that `shell` gets for a line on which the cursor stands behind the last letter."""
+    """Returns the words that `shell` gets where the cursor stands at the end of the line."""
     words = line.split(" ")
     asked = {
         "_FEDPRESS_COMPLETE": f"complete_{shell}",

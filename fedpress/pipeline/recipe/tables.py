@@ -52,7 +52,7 @@ class KeyTable:
 
 
 def key_tables(words: Sequence[str] = ()) -> list[KeyTable]:
-    """Returns the tables of a recipe: all of them, or those that are asked for and what may stand in them.
+    """Returns the tables of a recipe: all, or those that are asked for and what may stand in them.
 
     Raises:
         RecipeError: if a word names no table.
@@ -88,7 +88,7 @@ class _Reader:
     def __init__(self, full: dict[str, Any]) -> None:
         self.full = full
         self.choices: dict[str, list[str]] = {}
-        """Definition of a table that is chosen by its kind -> the words of the tables that it may stand in."""
+        """Definition of a table that is chosen by its kind -> words of the tables it may stand in."""
         self.titles: dict[str, str] = {}
 
     def tables(self) -> Iterator[KeyTable]:
@@ -102,7 +102,7 @@ class _Reader:
         for kind, ref in stages.items():
             rows = [row for row in self._rows(self._at(ref), kind) if row.key not in NAMES]
             yield KeyTable(kind, f'[[stage]] kind = "{kind}"', tuple(rows))
-        # Tables that are chosen by a kind may hold others, as an algorithm holds a server optimizer.
+        # A table that is chosen by its kind may hold others, as an algorithm a server optimizer.
         done: set[str] = set()
         while todo := [name for name in self.choices if name not in done]:
             for name in todo:
@@ -144,7 +144,7 @@ class _Reader:
         return "; ".join(filter(None, (about.get("description", ""), one_of)))
 
     def _kinds(self, about: Node) -> Iterator[tuple[str, str]]:
-        """Yields words and definitions among which the `kind` of a table, or of each table in a list, chooses."""
+        """Yields the words that `kind` may be, in a table or a list of them, with their definitions."""
         for part in (about, about.get("items", {}), *about.get("anyOf", ())):
             mapping = part.get("discriminator", {}).get("mapping", {})
             yield from ((word, ref.rpartition("/")[2]) for word, ref in mapping.items())
@@ -166,7 +166,10 @@ NAMES = ("kind", "name")
 
 
 def _default(about: Node) -> str:
-    """Writes a default as TOML: of a table that is chosen its kind, of a plain one nothing, since its keys follow."""
+    """Writes a default as TOML: of a table that is chosen its kind, of a plain table nothing.
+
+    The keys of a plain table follow in lines of their own.
+    """
     value = about.get("default")
     if isinstance(value, dict):
         value = value.get("kind")
