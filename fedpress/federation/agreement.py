@@ -48,6 +48,7 @@ class Agreement:
 
     @cached_property
     def _text(self) -> str:
+        # NaN has no JSON, and would not be equal to itself on the other side.
         return json.dumps(self.entries, sort_keys=True, separators=(",", ":"), allow_nan=False)
 
     @cached_property
@@ -178,6 +179,7 @@ class Terms:
     def agreement(self) -> Agreement:
         """The agreement: one entry for each field, beside the versions of format and streams."""
         entries = {one.name: canonical(getattr(self, one.name)) for one in fields(self)}
+        # Whoever knows the seed can compute noise and keys of a simulation.
         entries["seed"] = commitment(self.seed)
         return Agreement({"version": VERSION, "streams": random.STREAMS, **entries})
 

@@ -73,6 +73,7 @@ class Lognormal(BaseModel):
 
     def draw(self, seed: int, client: ClientId, task: int) -> float:
         """See `Delays`."""
+        # Without the task in its name: a slow device is slow in all its tasks.
         device = _normal(seed, "delay", client)
         once = _normal(seed, "delay", client, "task", task)
         return self.median * math.exp(self.devices * device + self.tasks * once)

@@ -64,7 +64,8 @@ class Downlink:
             return bind_chain(chain, Bound(self.size, shapes=self.shapes))[0]
 
     def encode(self, params: Tensor, held: Tensor | None, key: Key) -> dict[str, Tensor]:
-        """Returns the tensors that bring `params` [d] to a client that holds `held` [d], or None."""
+        """Returns the tensors that bring `params` [d] to a client with `held` [d] (or None)."""
+        # A difference has small values, which a code keeps at fewer bits than the model.
         difference = params if held is None else params - held
         return encode_chain(self.bound(whole=held is None), difference, key)
 
@@ -113,6 +114,7 @@ class Broadcast:
         copies = {}
         for name, tensor in state.items():
             if name != "holds":
+                # Stored under "<round>.<number>", because a tensor file has names of text only.
                 round, _, number = name.partition(".")
                 copies[int(round), int(number)] = tensor
         return cls(downlink, seed, holds, copies)

@@ -80,6 +80,7 @@ def exchange(
         requests: a message for each client.
         timeout: seconds to wait for the next answer; None to wait for all.
     """
+    # All are sent before any answer is read, so that clients work at the same time.
     waiting = {transport.send(client, message) for client, message in requests.items()}
     try:
         while waiting:

@@ -65,6 +65,7 @@ class Guarantee:
                 place="adaptive.count_noise",
                 cure="give it, or bind with a planned one",
             )
+        # Further vectors have fixed clip norms, but all would travel in units of the moving one.
         if payload.extras:
             raise RecipeError(
                 (

@@ -204,6 +204,7 @@ class LocalWork:
         with evaluating(model):
             for index in torch.arange(len(self.arrays)).split(size):
                 loss = loss_of_batch(model, self, self.arrays.take(index), chance)
+                # Weighted by its size: the last batch may be smaller.
                 total += float(loss.double()) * len(index)
         return total / len(self.arrays)
 
@@ -384,6 +385,7 @@ def shuffled_batches(model: nn.Module, n: int, size: int, shuffle: RandomSource)
     """
     batches = list(shuffle.permutation(n).split(size))
     alone = size > 1 and len(batches) > 1 and len(batches[-1]) == 1
+    # Only then: without a batch norm the batches are those of plain SGD.
     if alone and averages_batches(model):
         return [*batches[:-2], torch.cat(batches[-2:])]
     return batches
@@ -395,6 +397,7 @@ def loss_of_batch(model: nn.Module, work: LocalWork, batch: Arrays, chance: Rand
     Raises:
         TrainingError: if a batch norm cannot average over a batch of one example.
     """
+    # Examples stay where they were read; one batch at a time moves to the model's device.
     at = next(model.parameters()).device
     x = work.plan.prepare(batch.x.to(at), chance)
     with autocast(model, work.plan.settings.precision):

@@ -47,6 +47,7 @@ def device_steps(model: nn.Module, work: LocalWork) -> Steps:
         for index in shuffled_batches(device, len(work.arrays), settings.batch_size, shuffle):
             batch = work.arrays.take(index)
             x = work.plan.prepare(batch.x, chance)
+            # `_device_model` has refused examples with several inputs.
             assert isinstance(x, Tensor)
             loss, found = device.mean_gradient(x, batch.y)
             # Cloned: the runtime's memory may be read-only, and an algorithm corrects in place.

@@ -44,6 +44,8 @@ class Outbox:
         tasks = {self.open[one][0]: one for one in waiting}
         answer = self.transport.receive(tasks, patience)
         if answer is None:
+            # One is given up at a time: the caller then asks for the others, without waiting
+            # longer.
             self.cancel(waiting[:1])
             return waiting[0], None
         _, request, reply = answer

@@ -40,9 +40,13 @@ FIELDS: Mapping[str, Mapping[str, FieldKind]] = {
     "fit": {
         "round": whole(1),
         "agreement": TEXT,
+        # Round of the model to which a coded difference refers; 0: to zeros.
         "from": whole(0),
+        # Round of the client's last answer that counted; 0 for none.
         "counted": whole(0),
+        # In a secure sum: the clients that share masks.
         "cohort": NAMES,
+        # With an adaptive clip: its present value, the unit of the update.
         "clip_norm": POSITIVE,
     },
     "update": {
@@ -50,7 +54,9 @@ FIELDS: Mapping[str, Mapping[str, FieldKind]] = {
         "examples": whole(1),
         "loss": NUMBER,
         "steps": whole(0),
+        # With an adaptive clip: whether the update was shorter than it.
         "below": FLAG,
+        # Counts [not_finite, failed], with noise unless the server adds it.
         "failures": COUNTS,
         "secure": TABLE,
     },
@@ -84,8 +90,9 @@ def check_header(kind: str, header: Mapping[str, Any]) -> None:
     Traceback (most recent call last):
         ...
     fedpress.errors.WireError: fit.round: got True, expected a whole number from 1 to 1099511627776; use the same \
-fedpress on both sides
+    ress on both sides
     """
+    # A field that is not in the table is ignored: a newer version may have added it.
     check_fields(kind, FIELDS.get(kind, {}), header)
     secure = header.get("secure")
     if kind == "update" and isinstance(secure, dict):

@@ -89,6 +89,7 @@ class Cohort:
             # One permutation for the whole run, without the round in its name.
             order = private_stream(seed, "cohort").permutation(self.population)
             first = (round - 1) % self.period * self.size
+            # Sorted, so that updates are added in the order of `clients`, as in any other round.
             turn = order[first : first + self.size].sort().values
             return [clients[index] for index in turn.tolist()]
         # From the private stream: amplification holds only if nobody knows who was drawn.

@@ -256,6 +256,7 @@ class _Run:
         timing, late = self.scheduler.end()
         for client, reason in late.items():
             gatherer.take(client, error(reason), task=number)
+        # Deadlines and over-selection leave tasks open whose answers nobody waits for.
         stopped = self.outbox.cancel_all_but(self.scheduler.at_work)
         mean = gatherer.close()
         self._note_answers(mean, timing, stopped, number, broadcast)
@@ -281,6 +282,7 @@ class _Run:
         while waiting := self.scheduler.wait():
             task, reply = self.outbox.receive(waiting, self.scheduler.patience)
             staleness = number - task.task
+            # An update that started from an old model counts less.
             weight = self.server.schedule.weight(staleness)
             gatherer.take(task.client, reply, task=task.task, scale=weight)
             self.scheduler.take(task)
@@ -312,6 +314,7 @@ class _Run:
 
     def _take_step(self, mean: RoundMean, number: int) -> None:
         """Takes the algorithm's server step; none if no update came."""
+        # Without an update the model stays: a step of zeros would still move a momentum.
         if not mean.vectors:
             return
         algorithm = self.server.terms.algorithm
@@ -336,6 +339,7 @@ class _Run:
         }
         if terms.uplink.adaptive is not None:
             header["clip_norm"] = terms.uplink.update_scale(self.parts["uplink"])
+        # A buffered step asks clients at several times, with the same model: packed once.
         if self.latest is None or self.latest.header != header:
             extras = terms.algorithm.server_down(self.parts["optimizer"])
             self.latest = Message("fit", header, {PARAMS: self.params, **extras})

@@ -361,6 +361,7 @@ class Gatherer:
         if not 0 <= scale <= 1:
             raise RecipeError(f"got {scale}, expected a number inside 0..1", place="scale")
         try:
+            # A client that failed says why; it has sent no update that could be checked.
             if reply is not None and reply.kind == "error":
                 check_header(reply.kind, reply.header)
                 reason = reply.header.get("reason", "the client failed and gave no reason")
@@ -383,6 +384,7 @@ class Gatherer:
             total = self.gathering.close()
         except SecureError as problem:
             return self._without_aggregate(str(problem))
+        # Before the division: the noise of the counts is named by the sums as they came.
         failures = self._count_failures(total)
         if not self.uplink.trust.fixed_divisor:
             means = self._weighted_means(total)
@@ -426,12 +428,14 @@ class Gatherer:
         updates_seen = uplink.aggregator.sees_updates
         named = updates_seen and uplink.trust.names_clients
         examples: int = need("update", header, "examples") if named else 1
+        # Before the aggregate: a faulty entry must refuse the whole update.
         self._note(key.client, header)
         if self.gathering is None:
             return
 
         vectors = uplink.receive(tensors, key) if updates_seen else {}
         scaled = {name: v if scale == 1 else v * scale for name, v in vectors.items()}
+        # Where clients may not be named, `examples` is 1, and all weigh the same.
         weight = float(examples) if uplink.weights == "examples" else 1.0
         secure: Mapping[str, JSON] = need("update", header, "secure") if "secure" in header else {}
         self.gathering.add(Contribution(key, weight, scaled, tensors, secure))

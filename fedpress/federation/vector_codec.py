@@ -64,6 +64,7 @@ class VectorCodec:
             WireError: if it is not a vector of the agreed size, or not finite.
         """
         named = {name.removeprefix(self._prefix): tensor for name, tensor in tensors.items()}
+        # A faulty tensor raises WireError here, before it reaches an aggregate.
         vector = decode_chain(self.chain, named, self._vector_key(key))
         return check_float(vector, self.size, self.name)
 

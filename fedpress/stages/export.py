@@ -118,6 +118,7 @@ class ExportStage(BaseModel, Stage):
         if len(test):
             metrics |= deploy.metrics(path, test, state.data.preprocess, task)
         yield Tick(3, 4, "measuring latency")
+        # One example: a device answers one request at a time.
         time = deploy.latency(path, x[:1])
         yield Tick(4, 4)
         facts: dict[str, Any] = {

@@ -28,6 +28,7 @@ class Row:
     def load(self) -> type[Stage]:
         """Imports the settings class."""
         module, _, name = self.settings.partition(":")
+        # Imported only now: torch alone takes seconds, and `fedpress --help` needs none of it.
         found: type[Stage] = getattr(import_module(module), name)
         return found
 

@@ -90,6 +90,8 @@ class KeptUpdates:
 
     def add(self, contribution: Contribution) -> None:
         """Keeps the vectors; the weight is ignored."""
+        # In float32, half the memory of float64: the centre is computed in float64, a block at a
+        # time.
         self.kept.append({name: contribution.vectors[name].float() for name in self.sizes})
 
     def close(self) -> Total:

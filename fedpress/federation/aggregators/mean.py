@@ -77,6 +77,7 @@ class RunningSum:
     def add(self, contribution: Contribution) -> None:
         """Adds every vector times the client's weight."""
         for name, total in self.sums.items():
+            # In place: one float64 buffer of the model's size, however many clients there are.
             total.add_(contribution.vectors[name].double(), alpha=contribution.weight)
         self.weight += contribution.weight
 

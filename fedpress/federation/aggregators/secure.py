@@ -141,6 +141,7 @@ class SecureSum:
         # Those who joined must also accept the roster; until then they are absent again.
         for name in clients:
             absent.setdefault(name, "no reply came")
+        # Clients compare the keys in it with the identities that they know beforehand.
         message = Message("roster", roster.header, roster.tensors)
         _collect(transport, dict.fromkeys(clients, message), "accepted", server.accepted, absent)
         return SecureSession(self, server, transport, absent)
@@ -205,6 +206,7 @@ class MaskedSum:
         requests = {}
         for name, part in self.opened.requests().items():
             requests[name] = Message("unmask", part.header, part.tensors)
+        # A silent client is no error: the shares of a threshold of them are enough.
         silent = dict.fromkeys(requests, "no reply came")
         _collect(self.session.transport, requests, "shares", self.opened.share, silent)
         try:
@@ -225,6 +227,7 @@ class MaskedSum:
                 place="secure sum",
                 cure="this round does not count",
             )
+        # The sum is decoded as one vector, because all codecs before are additive.
         update = self.codec.decode({VALUES: values}, self.key)
         return Total({UPDATE: update.double()}, float(len(self.opened.reported)))
 
@@ -289,6 +292,7 @@ def _collect(
 
 def _reasons(missing: Mapping[ClientId, str], among: Sequence[ClientId]) -> str:
     """Returns the reasons of up to three missing clients; empty if none of `among` is missing."""
+    # Cut: a reason comes from a client and may be of any length.
     found = [f"{name} ({missing[name][:200]})" for name in among if name in missing]
     more = f" and {len(found) - 3} more" if len(found) > 3 else ""
     return f"; missing: {', '.join(found[:3])}{more}" if found else ""

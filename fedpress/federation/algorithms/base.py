@@ -253,6 +253,7 @@ def check_fits(
             place="algorithm",
             cure='set trust = "local", or algorithm = "fedavg"',
         )
+    # Under sample privacy the noise is in the gradients; a loss would leave without any.
     if unit == "sample" and algorithm.reads_loss:
         raise RecipeError(
             (

@@ -110,6 +110,7 @@ class Adam(BaseModel):
         """Returns the new moments and params."""
         mean = self.beta1 * state["mean"] + (1 - self.beta1) * mean_update
         square = self.beta2 * state["square"] + (1 - self.beta2) * mean_update**2
+        # tau bounds the step where updates, and so the mean square, are nearly zero.
         step = self.lr * mean / (square.sqrt() + self.tau)
         return {"mean": mean, "square": square}, params + step
 

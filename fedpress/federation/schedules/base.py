@@ -80,6 +80,7 @@ class ScheduleContext:
 
     def due(self, client: ClientId, task: int, now: float) -> float:
         """Returns the time at which the answer to a task comes that is sent at time `now`."""
+        # Without a clock every answer is due at once.
         if self.delays is None:
             return now
         return now + self.delays.draw(self.seed, client, task)
@@ -213,6 +214,7 @@ def look_ahead(
         scheduler.begin(step)
         names = [one.client for one in scheduler.ask()]
         while waiting := scheduler.wait():
+            # As in a run, where the answer to the first of these tasks is taken next.
             scheduler.take(waiting[0])
             names += [one.client for one in scheduler.ask()]
         scheduler.end()

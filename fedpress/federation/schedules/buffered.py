@@ -75,6 +75,7 @@ class Buffered(BaseModel):
                 place="size",
                 cure="leave cohort out",
             )
+        # Other samplings would claim that clients are drawn independently in each step.
         if sampling != "fixed":
             raise RecipeError(
                 (
@@ -203,6 +204,7 @@ class _BufferedScheduler:
         """See `Scheduler`."""
         self._working.remove(assignment)
         self._taken.append(assignment)
+        # An answer may have been due in an earlier step: the clock never runs backwards.
         self._now = max(self._now, assignment.due)
 
     def end(self) -> tuple[Timing, dict[ClientId, str]]:

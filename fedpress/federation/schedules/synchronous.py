@@ -75,6 +75,7 @@ class Synchronous(BaseModel):
 
     def drawn(self, cohort: Cohort) -> Cohort:
         """Returns the cohort that is asked, if the answers of `cohort` are taken."""
+        # Rounded up, so that a factor above 1 asks at least one client more.
         size = min(cohort.population, math.ceil(cohort.size * self.over_selection))
         return cohort if size == cohort.size else replace(cohort, size=size)
 
@@ -115,6 +116,7 @@ class _SynchronousScheduler:
         self._wanted = len(names)
         if self._settings.drops:
             self._wanted = min(len(names), context.cohort.size)
+        # Real time, for a deadline without a virtual clock; it never jumps, as a wall clock may.
         self._started = time.monotonic()
         self._open = self._expected()
 
@@ -168,6 +170,7 @@ class _SynchronousScheduler:
             left = []
         self._now = now
         unneeded = set(left)
+        # Spare clients were told to stop, so the server has not waited for them.
         spare = tuple(one.client for one in left)
         answered = tuple(one.client for one in self._asked if one not in unneeded)
         timing = Timing(

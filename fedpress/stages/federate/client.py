@@ -62,6 +62,7 @@ class ClientHalf:
             return pack(self._register())
         if message.kind == "agree":
             return pack(self._agree(message))
+        # Before it has agreed, only public facts leave this client.
         if self.client is None:
             raise self._refused(message.kind)
         if message.kind == "evaluate":

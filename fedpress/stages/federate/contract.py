@@ -169,7 +169,10 @@ def _bind_contract(
     population = Population.from_json(text)
     trust = trust_of_stage(stage)
     check_schedule(stage.schedule, needs_of(stage))
+    # The schedule decides: of a buffered one the buffer is the cohort.
     cohort = stage.schedule.cohort(stage.cohort, len(population), stage.sampling)
+    # The seed takes the place of the server's secret, which must not be in the contract: other
+    # clients are drawn, but as many tasks are planned.
     context = ScheduleContext(population.names, cohort, seed, seed, stage.delays)
     participation = stage.schedule.plan_participation(context, stage.num_rounds)
     planned = plan_protection(stage, population, participation, cohort, layout.shapes)

@@ -122,6 +122,7 @@ def plan_grid(
         clip_norm=sensitivity or bound.l2,
         coordinate_limit=limit,
         clients=cohort.size,
+        # Two bits stand in for the real ones: only the numbers of clients are read of this plan.
         survivors=noise_makers(SecurePlan(cohort.size, 2, stage.max_dropout)),
         steps=times or max(1, stage.num_rounds),
         delta=private.delta,

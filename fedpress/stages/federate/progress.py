@@ -82,6 +82,7 @@ class Progress:
             **more: further fields.
         """
         score = number(validation.score) if validation else None
+        # The first score is better than None.
         better = task.better(score, self.best)
         return Progress(
             params=record.params,

@@ -88,6 +88,7 @@ class ServerHalf:
         before = transport.traffic
         contract = common.contract(register(transport))
         trust = contract.uplink.trust
+        # Clients refuse it too, but only after all of them have been asked.
         check_norm(contract.terms.norm, common.model, sample=trust.unit == "sample")
         started = _ledger(common.stage, ledger)
         registered = transport.traffic - before

@@ -20,6 +20,7 @@ def is_finished(server: ServerHalf, now: Progress) -> bool:
     task = server.common.task
     if now.round >= stage.num_rounds or now.stopped:
         return True
+    # `better` alone would miss a metric that is exactly at its target.
     reached = now.best == stage.target or task.better(now.best, stage.target)
     if stage.target is not None and reached:
         return True
@@ -95,6 +96,7 @@ def check_failures(server: ServerHalf, now: Progress) -> None:
 def last_warning(server: ServerHalf, failures: Failures) -> str:
     """Returns the warning about `failures` at the end of the rounds; empty if there is none."""
     warning = failures.warning(server.unit)
+    # The warning may hold the estimate already.
     if failures.significant and not warning.startswith("about"):
         estimate = f"{failures.estimate(server.unit)} gave nothing"
         warning = f"{warning}; {estimate}" if warning else estimate

@@ -88,7 +88,9 @@ class GatedTraining:
         if self.controller is None:
             # Scaled by the first loss and density, so that lambda suits any task.
             self.controller = Controller(balance(loss, density, self.gates))
+        # The gates may begin below the wanted density: they need not close any further.
         end = min(self.stage.density, self.begin)
+        # It falls by the same factor in every step.
         target = geometric(self.done / self.steps, start=self.begin, end=end)
         self.pull = self.controller.step_(float(density.detach()), target)
         return loss + self.pull * density

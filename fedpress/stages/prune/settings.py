@@ -110,6 +110,7 @@ class PruneSettings(BaseModel):
     def _one_target(cls, data: Any) -> Any:
         if not isinstance(data, dict):
             return data
+        # Before the defaults are set, so that a default is no second target.
         given = [key for key in TARGET_KEYS if data.get(key) is not None]
         if len(given) > 1:
             raise SettingError(

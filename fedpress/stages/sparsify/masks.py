@@ -58,6 +58,7 @@ def _check_names(settings: SparsifySettings, weights: Weights) -> None:
     for name in settings.densities:
         if name in known:
             continue
+        # Without this check a misspelt name would silently leave its weight dense.
         why = weights.dense.get(name)
         hint = f" ({why})" if why else ""
         some = f"use such as {', '.join(known[:3])}"
@@ -89,6 +90,7 @@ def choose_masks(
     if settings.densities:
         scope: Scope | dict[str, float] = settings.densities
     elif settings.scope == "sensitivity":
+        # In `check` nothing is measured: one ranking gives the same number of zeros.
         scope = level_densities(weights, points, density) if points else "global"
     else:
         scope = settings.scope

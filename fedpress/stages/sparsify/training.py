@@ -166,6 +166,7 @@ class MaskedTraining:
         New entries start at 0 and without momentum (RigL, Evci et al. 2020, section 3).
         """
         chance = public_stream(self.seed, "regrow", step)
+        # A batch of its own: the gradients of the training step are those of other examples.
         index = chance.integers(len(self.data.public), self.stage.batch_size)
         values = [w.value for w in self.weights.chosen]
         # Gradients of all entries, also of the pruned ones, which the training does not compute.
@@ -227,6 +228,7 @@ class MaskedTraining:
         self.round = facts["round"]
         self.early = part_of(tensors, "early/")
         self.points = [Point.of(point) for point in facts["points"]]
+        # A checkpoint is read to the CPU.
         masks = part_of(tensors, "mask/")
         self.keep_({name: mask.to(self.fit.device) for name, mask in masks.items()})
         if self.movement:
