@@ -34,10 +34,10 @@ class Agreement:
     >>> ours, theirs = Agreement({"norm": "frozen"}), Agreement({"norm": "batch"})
     >>> ours.fingerprint == theirs.fingerprint
     False
-    >>> ours.compare(theirs)
+    >>> ours.compare(theirs)  # doctest: +ELLIPSIS
     Traceback (most recent call last):
         ...
-    fedpress.errors.WireError: agreement.norm: the server says 'frozen', this client 'batch'; use the same recipe
+    fedpress.errors.WireError: agreement.norm: the server says 'frozen', this client 'batch'...
     """
 
     entries: dict[str, JSON]

@@ -40,7 +40,8 @@ class LocalSettings(BaseModel):
     epochs: int = Field(
         default=1,
         ge=1,
-        description="passes over a client's own rows in a round; under unit 'sample' the steps of the"
+        description="passes over a client's own rows in a round; under unit 'sample' the steps of "
+        "the"
         " plan take their place",
     )
     batch_size: int = Field(
@@ -55,7 +56,8 @@ class LocalSettings(BaseModel):
     )
     betas: Betas = Field(
         default=BETAS,
-        description="adamw, adam: shares of the old in the running means of the gradient and its square",
+        description="adamw, adam: shares of the old in the running means of the gradient and its "
+        "square",
     )
     momentum: float = Field(
         default=0.0,

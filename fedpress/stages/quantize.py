@@ -59,7 +59,8 @@ class QuantizeStage(TeacherTrainSettings, Stage):
     lr: float = Field(0.01, gt=0, description="peak learning rate of training on the grids")
     weights: Literal["int", "ternary", "binary", "cluster"] = Field(
         "int",
-        description="whole numbers, {-s, 0, s}, {-s, s}, or a few values that a layer's weights share",
+        description="whole numbers, {-s, 0, s}, {-s, s}, or a few values that a layer's weights "
+        "share",
     )
     bits: int = Field(
         8, ge=1, le=8, description="of each weight; ternary and binary bring their own"
@@ -80,7 +81,8 @@ class QuantizeStage(TeacherTrainSettings, Stage):
     )
     keep: tuple[str, ...] | None = Field(
         None,
-        description="layers that stay float: names, 'first', 'last'; first and last for ternary and "
+        description="layers that stay float: names, 'first', 'last'; first and last for ternary "
+        "and "
         "binary",
     )
     ignore: tuple[str, ...] = Field(

@@ -51,7 +51,8 @@ class TeacherTrainSettings(TrainSettings):
 
     teacher: str | None = Field(
         None,
-        description="'dense' (the model before the first cut), 'before' (the model as it comes into "
+        description="'dense' (the model before the first cut), 'before' (the model as it comes "
+        "into "
         "this stage), or a saved model: its folder, a run, a packed file",
     )
     distill: DistillSettings = Field(

@@ -43,7 +43,8 @@ class Buffered(BaseModel):
         default=0.5,
         ge=0,
         le=10,
-        description="an update that is s steps old counts (1 + s) to the power of minus this; 0 = all"
+        description="an update that is s steps old counts (1 + s) to the power of minus this; 0 = "
+        "all"
         " alike",
     )
 

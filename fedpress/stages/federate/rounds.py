@@ -131,7 +131,7 @@ class FederatedRounds:
         warning = refusal_line(reasons, answered, shown.round)
         # Compared without the number of the round: the same clients may be refused in every round.
         if warning and warning.partition(":")[2] != self._warned.partition(":")[2]:
-            # What a person may be told: under privacy no name and no number of a single client.
+            # `public_reasons` has removed what may not leave a log, either.
             log.warning("%s", warning)
             yield self._tick(self.now.note, warning)
         self._warned = warning

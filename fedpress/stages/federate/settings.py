@@ -33,7 +33,8 @@ class PrivacySettings(ReadsOldWords):
     )
     trust: Literal["local", "distributed", "central"] | None = Field(
         None,
-        description="who adds the noise: each client, the clients together under a secure sum, or the"
+        description="who adds the noise: each client, the clients together under a secure sum, or "
+        "the"
         " server",
     )
     delta: float = Field(1e-5, gt=0, lt=1, description="chance that the promise fails")
@@ -54,7 +55,8 @@ class PrivacySettings(ReadsOldWords):
     )
     secure_noise: bool = Field(
         False,
-        description="noise from the operating system's randomness on a public grid; runs then differ",
+        description="noise from the operating system's randomness on a public grid; runs then "
+        "differ",
     )
 
     @model_validator(mode="after")
@@ -162,7 +164,8 @@ class FederateSettings(LocalSettings, ReadsOldWords):
     uplink: tuple[AnyTransform, ...] = Field((), description="what makes an update small, in order")
     downlink: tuple[AnyTransform, ...] = Field(
         (),
-        description="codes the difference to the model that clients hold; the whole model travels if "
+        description="codes the difference to the model that clients hold; the whole model travels "
+        "if "
         "empty",
     )
     first_downlink: tuple[AnyTransform, ...] = Field(
@@ -173,7 +176,8 @@ class FederateSettings(LocalSettings, ReadsOldWords):
     )
     aggregator: AnyAggregator | None = Field(
         None,
-        description="how the server makes one update of many: mean (if left out), secure (it learns "
+        description="how the server makes one update of many: mean (if left out), secure (it "
+        "learns "
         "the sum alone), "
         "median",
     )

@@ -56,16 +56,19 @@ class PruneSettings(BaseModel):
         "l1", "l2", "fpgm", "bn_scale", "taylor", "fisher", "obd", "snip", "grasp", "random"
     ] = Field(
         "l1",
-        description="how much a channel matters; all from taylor on but random look at public examples",
+        description="how much a channel matters; all from taylor on but random look at public "
+        "examples",
     )
     strategy: Literal["one-shot", "single-channel"] = Field(
         "one-shot",
-        description="all channels by one ranking, or one channel after the other with new scores each"
+        description="all channels by one ranking, or one channel after the other with new scores "
+        "each"
         " time",
     )
     scope: Literal["global", "layer", "sensitivity"] = Field(
         "global",
-        description="one ranking for all layers, one ratio for each, or the same growth of the loss "
+        description="one ranking for all layers, one ratio for each, or the same growth of the "
+        "loss "
         "by each",
     )
     round_to: int = Field(8, ge=1, description="widths become multiples of this")

@@ -26,14 +26,16 @@ class SparsifySettings(TrainSettings):
     )
     pattern: str = Field(
         "unstructured",
-        description="'unstructured', N:M such as '2:4', a block such as '4x1', 'filter' or 'channel'",
+        description="'unstructured', N:M such as '2:4', a block such as '4x1', 'filter' or "
+        "'channel'",
     )
     score: Literal[
         "magnitude", "lamp", "taylor", "fisher", "snip", "grasp", "movement", "random"
     ] = Field("magnitude", description="how much a weight matters; the lowest are set to zero")
     scope: Literal["global", "uniform", "erk", "sensitivity"] = Field(
         "global",
-        description="one ranking for all layers, one share for each, larger shares for small layers, "
+        description="one ranking for all layers, one share for each, larger shares for small "
+        "layers, "
         "or the shares at "
         "which every layer costs the same loss",
     )
