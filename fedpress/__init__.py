@@ -4,7 +4,6 @@ Every name here is imported when it is first used, so that `import fedpress` tak
 `docs/python.md` shows them at work, and beside each the command that does the same.
 """
 
-import logging
 from collections.abc import Collection
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -99,10 +98,6 @@ _NAMES_IN = {
 """Module -> the names of the door that live in it."""
 
 _MODULE_OF = {name: module for module, names in _NAMES_IN.items() for name in names}
-
-
-# Silent unless the user of the library, or `fedpress --verbose`, asks for the log.
-logging.getLogger(__name__).addHandler(logging.NullHandler())
 
 
 def __getattr__(name: str) -> Any:

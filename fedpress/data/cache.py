@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 from collections.abc import Callable, Sequence
 from hashlib import blake2b
@@ -12,8 +11,9 @@ from pathlib import Path
 import numpy as np
 
 from fedpress.core.files import replacing
+from fedpress.core.log import logger
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 
 def folder() -> Path:

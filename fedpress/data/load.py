@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from dataclasses import replace
 
 from fedpress.core.examples import Arrays, resized
 from fedpress.core.inputs import NamedInputs, is_image
+from fedpress.core.log import logger
 from fedpress.data import cifar10, digits, folders, functions, tables
 from fedpress.data.dataset import FederatedData
 from fedpress.data.examples import Progress, SourceRows
@@ -15,7 +15,7 @@ from fedpress.data.settings import DataSettings
 from fedpress.data.split import split_rows
 from fedpress.errors import DataError
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 SOURCES: dict[str, Callable[[DataSettings, Progress | None], SourceRows]] = {
     "digits": lambda settings, progress: digits.read_digits(),

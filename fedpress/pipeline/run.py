@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import logging
 import time
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
+from fedpress.core.log import logger
 from fedpress.core.random import STREAMS
 from fedpress.data import FederatedData
 from fedpress.nn.quantized import kept_entries, materialize_, note_kept_zeros_
@@ -24,7 +24,7 @@ from fedpress.workspace.folder import RunFolder
 from fedpress.workspace.stage_folder import Done, StageFolder
 from fedpress.workspace.state import Event, StageFinished, StageStarted, State, Tick
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 
 def execute(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -16,6 +15,7 @@ from fedpress import storage
 from fedpress.compress import cost
 from fedpress.core import consent
 from fedpress.core.inputs import call, dtype_of, shape_of, shape_text
+from fedpress.core.log import logger
 from fedpress.core.random import derive
 from fedpress.data.examples import Progress
 from fedpress.errors import Argument, ModelError, RecipeError, Words
@@ -27,7 +27,7 @@ from fedpress.pipeline.recipe import ModelSettings, Recipe
 from fedpress.training import device
 from fedpress.workspace.state import Loader, State
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 NO_DATA = "no data"
 """Name of the data set that stands in where none is given: one example of noise."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -13,6 +12,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from fedpress.core.examples import Arrays, Preprocess, resized
 from fedpress.core.inputs import Inputs, is_image
+from fedpress.core.log import logger
 from fedpress.core.parameters import part_of
 from fedpress.core.random import derive
 from fedpress.core.random_source import public_stream
@@ -27,7 +27,7 @@ from fedpress.training.optimizers import Optimizers
 from fedpress.training.schedule import factor
 from fedpress.training.settings import TrainSettings
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 Objective = Callable[[nn.Module, Inputs, Tensor, Tensor], Tensor]
 """Loss of a step, from model, prepared inputs, float32 outputs and targets (each [n, ...])."""

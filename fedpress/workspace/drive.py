@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -11,10 +10,11 @@ from typing import Protocol
 from pydantic import JsonValue
 from torch import Tensor
 
+from fedpress.core.log import logger
 from fedpress.workspace.stage_folder import StageFolder
 from fedpress.workspace.state import Tick
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fedpress.core import checksums, files
+from fedpress.core.log import logger
 from fedpress.errors import RunError
 from fedpress.models import ModelSpec, load_model, save_model
 from fedpress.tasks import task_of
@@ -29,7 +29,7 @@ from fedpress.workspace.atomic import (
 )
 from fedpress.workspace.records import Records
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 PROGRESS = "progress.safetensors"
 # In artifacts/: how raw rows of a table become the inputs of the files there.

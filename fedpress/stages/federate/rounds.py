@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 
 from fedpress.core import parameters
+from fedpress.core.log import logger
 from fedpress.errors import PrivacyError
 from fedpress.federation import RoundRecord
 from fedpress.privacy.ledger import Ledger
@@ -25,7 +25,7 @@ from fedpress.training.evaluate import Evaluation, evaluate
 from fedpress.workspace.drive import Milestone, Snapshot
 from fedpress.workspace.state import State, Tick
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 
 class FederatedRounds:
