@@ -178,6 +178,7 @@ def _alone_or_twice(run: Callable[[Example], T], given: Example) -> tuple[T, int
 
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Within the block `model` is in evaluation mode; its modes are restored afterwards."""
     modes = {m: m.training for m in model.modules()}
     model.eval()
     try:

@@ -58,6 +58,7 @@ class WeightQuantization(BaseModel):
 
     @model_validator(mode="after")
     def _fits(self) -> WeightQuantization:
+        """Refuses settings that contradict the kind."""
         has_fixed_bits = self.kind in ("ternary", "binary")
         too_few = self.kind == "int" and self.bits < 2
         if too_few or (has_fixed_bits and self.bits != BITS[self.kind]):
@@ -132,6 +133,7 @@ class InputQuantization(BaseModel):
 
     @model_validator(mode="after")
     def _fits(self) -> InputQuantization:
+        """Refuses a middle for inputs of several bits."""
         if self.middle and self.bits != 1:
             raise SettingError(
                 f"it is for inputs of one bit, not of {self.bits}",

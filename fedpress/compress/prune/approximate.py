@@ -291,6 +291,7 @@ def _first_tensor(output: Any) -> Tensor:
 
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Within the block `model` is in evaluation mode; its modes are restored afterwards."""
     modes = {module: module.training for module in model.modules()}
     try:
         model.eval()

@@ -94,6 +94,7 @@ def channel_graph(
 def _mac_terms(
     ids: ChannelIds, lengths: Mapping[int, Length], examples: int
 ) -> tuple[MacTerm, ...]:
+    """Returns the multiply-adds of each operation, by the lengths of its axes."""
     terms = []
     for i, product in enumerate(ids.products):
         # A product without input is computed once per batch. The costs of all products are divided
@@ -104,6 +105,7 @@ def _mac_terms(
 
 
 def _sized_numbers(ids: ChannelIds, lengths: Mapping[int, Length]) -> tuple[SizedNumber, ...]:
+    """Returns the numbers in forward code that are lengths of axes."""
     found = []
     for size in ids.sizes_in_calls:
         number = size.call.numbers[size.position]
@@ -115,6 +117,7 @@ def _sized_numbers(ids: ChannelIds, lengths: Mapping[int, Length]) -> tuple[Size
 
 
 def _written_indices(ids: ChannelIds, labels: Ints, grouping: Grouping) -> tuple[WrittenIndex, ...]:
+    """Returns the tensors of indices in forward code that say where channels are written."""
     found = []
     for written in ids.indices_in_calls:
         axis_labels = labels[written.axis]

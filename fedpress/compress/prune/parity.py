@@ -70,6 +70,7 @@ def check_parity(
 def _compare(
     dense: nn.Module, pruned: nn.Module, plan: PruningPlan, example: Example, tolerance: float
 ) -> float:
+    """Compares the two networks in both modes and on two batch sizes; see `check_parity`."""
     small = copied(pruned).eval()
     masked = copied(dense).eval()
     batch, larger = trial_batches(masked, positional(masked, example))

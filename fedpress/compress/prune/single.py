@@ -187,6 +187,7 @@ def _scorer(
     losses: Losses | None,
     generator: Source,
 ) -> Iterator[Scorer]:
+    """Within the block returns a `Scorer`; tensors that it zeroes are restored afterwards."""
     if name in ("l1", "l2"):
         raw_scores(model, graph, name)  # raises an error if a weight is not finite
         yield _magnitudes(model, graph, power=1 if name == "l1" else 2)

@@ -156,6 +156,7 @@ def next_share(
 
 
 def _check_share(key: str, share: float) -> None:
+    """Refuses a share that is not above 0 and at most 1."""
     if not 0 < share <= 1:
         raise RecipeError(
             f"got {share}, expected a share above 0 and at most 1",

@@ -135,6 +135,7 @@ def _keep_group(ids: ChannelIds, owners: Sequence[Owner], group: ChannelGroup, r
 
 
 def _keep_named(ids: ChannelIds, unprunable: Sequence[str]) -> None:
+    """Keeps the output channels of the modules that the user names."""
     outputs = [(axis, module) for axis, role, module in ids.roles if role == "write"]
     for name in unprunable:
         is_found = False

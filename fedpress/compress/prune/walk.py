@@ -116,6 +116,7 @@ class Walk:
         return results if isinstance(outputs, list | tuple) else results[0]
 
     def _visit(self, node: torch.fx.Node) -> None:
+        """Gives a node its value, by the rule of its operation."""
         ids = self._ids
         values = self._values
         if node.op in ("placeholder", "get_attr"):
@@ -370,6 +371,7 @@ MOST_CONSTANT = 1 << 20
 
 
 def _can_be_constant(x: Tensor) -> bool:
+    """Returns whether a tensor is small enough, and of a type that can say places."""
     return (
         not x.is_floating_point()
         and not x.is_complex()

@@ -315,6 +315,7 @@ def _needs_calibration(table: Mapping[str, QuantizationScheme]) -> bool:
 
 
 def _check_finite(model: nn.Module, table: Mapping[str, QuantizationScheme]) -> None:
+    """Refuses layers with NaN or infinite weights, for which there is no scale."""
     for name in table:
         module = model.get_submodule(name)
         for key in weight_keys(module):

@@ -174,6 +174,7 @@ def _erdos_renyi(shape: Sequence[int]) -> float:
 
 
 def _density_given(densities: Mapping[str, float], name: str) -> float:
+    """Returns a weight's density from the user's table, or refuses a table without it."""
     if name not in densities:
         raise RecipeError(
             f"'{name}' has none",

@@ -224,6 +224,7 @@ def _over_batches(
 
 
 def _losses(inputs: WeightScoreInputs, name: str) -> Iterator[Tensor]:
+    """Yields the losses; refuses a score that has none."""
     if inputs.losses is None:
         raise ModelError(
             f"the score '{name}' needs `losses`, the loss on some batches",

@@ -103,6 +103,7 @@ def _can_be_known(kind: type[nn.Module]) -> bool:
 
 
 def _why_weight_is_computed(module: nn.Module) -> str | None:
+    """Returns a reason if a weight is no parameter of the module itself."""
     # A computed weight is an attribute or a property, not an entry of the parameters.
     if all(key in module._parameters for key in weight_keys(module)):
         return None
@@ -113,6 +114,7 @@ def _why_weight_is_computed(module: nn.Module) -> str | None:
 
 
 def _why_forward_is_unknown(module: nn.Module) -> str | None:
+    """Returns a reason if it is not known what the forward of the module computes."""
     # Then the class does not say what the module computes.
     if "forward" in module.__dict__:
         return "its forward was replaced by another function; quantize it before that"
@@ -126,6 +128,7 @@ def _why_forward_is_unknown(module: nn.Module) -> str | None:
 
 
 def _why_weight_does_not_fit(module: nn.Module) -> str | None:
+    """Returns a reason if the weight changes by itself or is not float32."""
     if isinstance(module, nn.Embedding) and (module.max_norm is not None or module.sparse):
         return (
             "it changes its rows itself (max_norm) or has sparse gradients, "
@@ -141,6 +144,7 @@ def _why_weight_does_not_fit(module: nn.Module) -> str | None:
 
 
 def _why_subclass_differs(module: nn.Module) -> str | None:
+    """Returns a reason if a trial run shows that a subclass uses its weight otherwise."""
     if _same_forward(type(module)):
         return None
     difference = why_not_plain(module)
