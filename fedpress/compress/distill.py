@@ -185,12 +185,14 @@ class Distillation:
         finally:
             for module, mode in modes:
                 module.training = mode
+
         _check_logits(logits, teacher_logits)
         for at, (mine, theirs) in enumerate(self.features):
             shape = self.seen[mine].shape
             with renaming({"features": f"features[{at}]"}):
                 helper = projection(mine, shape, teacher_features[theirs].shape, chance)
             self.helpers.append(helper)
+
         for at, (mine, theirs) in enumerate(self.attention):
             shape, teacher_shape = self.seen[mine].shape, teacher_features[theirs].shape
             if len(shape) < 3 or shape[2:] != teacher_shape[2:]:
@@ -261,6 +263,7 @@ class Distillation:
                     place="teacher",
                     cure="give a teacher of the same inputs",
                 ) from error
+
         if not isinstance(logits, Tensor):
             raise TrainingError(
                 f"the teacher returns {type(logits).__name__}",
@@ -329,6 +332,7 @@ def projection(name: str, mine: torch.Size, theirs: torch.Size, chance: RandomSo
     """
     if mine == theirs:
         return nn.Identity()
+
     # Channels are the second axis of images and the last one of tokens.
     differ = []
     for i, (a, b) in enumerate(zip(mine, theirs, strict=False)):
@@ -343,6 +347,7 @@ def projection(name: str, mine: torch.Size, theirs: torch.Size, chance: RandomSo
             place="features",
             cure="name modules whose outputs differ in the number of channels only",
         )
+
     (axis,) = differ
     wide, narrow = theirs[axis], mine[axis]
     # Outputs then have the variance of the inputs.

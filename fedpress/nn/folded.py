@@ -37,6 +37,7 @@ def apply_folds_(model: nn.Module, folded: Mapping[str, str]) -> None:
                 place="spec.folded",
                 cure="the spec is of another model",
             ) from error
+
         weight = layer._parameters.get("weight")
         if not isinstance(inner, BatchNorm | nn.Identity) or weight is None:
             raise ModelError(
@@ -44,6 +45,7 @@ def apply_folds_(model: nn.Module, folded: Mapping[str, str]) -> None:
                 place="spec.folded",
                 cure="the spec is of another model",
             )
+
         if layer._parameters.get("bias") is None:
             # A transposed convolution has its outputs on axis 1.
             outputs = getattr(layer, "out_channels", len(weight))

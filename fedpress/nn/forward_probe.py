@@ -123,6 +123,7 @@ def why_not_plain(layer: nn.Module) -> str | None:
         # Vectors, such as the scales of a norm, are allowed.
         if name not in ("weight", "bias") and parameter.dim() > 1:
             return f"it has weights beside its own ('{name}')"
+
     x = _random_input(layer)
     try:
         reads = _probe(layer, x)
@@ -130,6 +131,7 @@ def why_not_plain(layer: nn.Module) -> str | None:
     except Exception as problem:  # the user's forward may need anything
         first = (str(problem).strip().splitlines() or [type(problem).__name__])[0]
         return f"it does not run on an ordinary input ({first[:120]})"
+
     if reads.others:
         return f"it reads its weight by '{reads.others[0]}'"
     if len(reads.calls) != 1 or len(rounded_reads.calls) != 1:
@@ -137,6 +139,7 @@ def why_not_plain(layer: nn.Module) -> str | None:
     call = reads.calls[0]
     if (call.get("bias") is None) != (layer._parameters.get("bias") is None):
         return "it adds its bias in its own way"
+
     # Rounding after the preparation must equal rounding before it.
     given = call["input"]
     given_rounded = rounded_reads.calls[0]["input"]
@@ -156,6 +159,7 @@ def plain_equivalent(layer: nn.Module, x: Tensor) -> tuple[nn.Module, Tensor]:
     assert base is not None
     weight = layer.weight
     assert isinstance(weight, Tensor)
+
     out, inputs_of_group, *kernel = weight.shape
     if base is nn.Linear:
         return nn.Linear(inputs_of_group, out, device="meta"), given

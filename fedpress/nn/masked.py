@@ -108,6 +108,7 @@ def _parametrized(model: nn.Module) -> Iterator[_MaskedWeight]:
                         "the mask out"
                     ),
                 )
+
             original = steps.original
             assert isinstance(original, nn.Parameter)
             # Masks that are applied one after the other multiply; one may be broadcast.

@@ -67,6 +67,7 @@ class WeightQuantization(BaseModel):
                 place="bits",
                 cure="int has 2 to 8, ternary 2, binary 1",
             )
+
         if self.kind == "codebook" and self.group is not None:
             raise SettingError(
                 "a codebook is shared by the whole layer", place="group", cure="leave group out"

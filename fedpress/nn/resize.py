@@ -70,13 +70,16 @@ def replace_tensors_(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     for name, new in tensors.items():
         old = get_tensor(model, name)
         swaps[id(old)] = (old, new)
+
     before = {module: _shapes(module) for module in model.modules()}
+
     for module in model.modules():
         tables: list[dict[str, Any]] = [module._parameters, module._buffers]
         for table in tables:
             for key, value in table.items():
                 if id(value) in swaps:
                     table[key] = swaps[id(value)][1]
+
     for module, shapes in before.items():
         if isinstance(module, nn.RNNBase):
             # Recurrent layers pass this list to the kernel.

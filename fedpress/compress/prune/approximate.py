@@ -116,6 +116,7 @@ def refit_norms_(
             before = [parameter.clone() for parameter in parameters]
             why = _refit_(name, dense, small, plan, batches)
             now = difference(dense, small, batches).relative
+
             if why is None and now > best:
                 # The norm's own outputs are nearer, but later layers may amplify what still
                 # differs.

@@ -28,6 +28,7 @@ def differentiable(
     trained = [weight.requires_grad for weight in weights]
     # Norms in training mode change their running statistics.
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()] if batch_statistics else []
+
     try:
         model.eval()
         for module in model.modules():

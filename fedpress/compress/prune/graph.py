@@ -302,6 +302,7 @@ def capture(model: nn.Module, arguments: tuple[Tensor, ...]) -> torch.export.Exp
     # `torch.export` knows the outputs of few containers; tensors inside other objects are found
     # here.
     hook = model.register_forward_hook(lambda module, given, output: tensors_in(output))
+
     had_fast_path = torch.backends.mha.get_fastpath_enabled()
     try:
         # The fast path of attention is a single operation in which no heads can be seen.

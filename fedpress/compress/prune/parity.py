@@ -182,6 +182,7 @@ def _difference(
         raise ModelError(
             f"the pruned network does not run{when} ({reason})", place="pruned", cure=CURE
         ) from error
+
     if not worst <= tolerance:
         raise ModelError(
             (

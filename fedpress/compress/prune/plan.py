@@ -197,6 +197,7 @@ def make_plan(
         pruned.append(values.argsort(descending=True, stable=True)[n:])
         before, after = layer.channels * layer.unit, n * layer.unit
         layers.append(LayerChange(name=layer.name, before=before, after=after))
+
     is_pruned = any(len(channels) for channels in pruned)
     return PruningPlan(
         keep=kept_indices(model, graph, pruned),
@@ -232,6 +233,7 @@ def check_settings(graph: ChannelGraph, round_to: int, min_keep: float, scope: s
         raise RecipeError(
             f"got '{scope}', expected one of {', '.join(get_args(Scope))}", place="scope"
         )
+
     if not graph.groups:
         # Three reasons are enough to see the kind, and fit into a message.
         first = list(graph.unprunable.items())[:3]

@@ -41,6 +41,7 @@ def restore_batch_norm_(model: nn.Module, batches: Iterable[Inputs]) -> int:
             cure="give at least one batch of inputs",
         )
     seen = 0
+
     with _averaging(model) as norms:
         try:
             for batch in chain((first,), stream):

@@ -299,6 +299,7 @@ def raw_scores(
             cure=suggestion(score, list(SCORES), f"use one of {', '.join(SCORES)}"),
         )
     row = SCORES[score]
+
     if row.needs == "losses" and losses is None:
         raise ModelError(
             f"the score '{score}' needs `losses`, the loss on some batches",
@@ -312,6 +313,7 @@ def raw_scores(
             cure="give a torch.Generator",
         )
     inputs = ScoreInputs(model, effective_tensors(model), losses, generator)
+
     raw = row.function(graph, inputs)
     for group, values in zip(graph.groups, raw, strict=True):
         # A NaN would sort before or after all others, and the plan would look valid.
@@ -417,6 +419,7 @@ def _weight_times_derivative(
     # A tensor that several groups read is differentiated once.
     names = list(dict.fromkeys(names))
     weights = [parameters[each] for each in names]
+
     is_empty = True
     with differentiable(inputs.model, weights, batch_statistics=batch_statistics):
         for loss in inputs.losses():

@@ -113,6 +113,7 @@ def sensitivity(
             place="densities",
             cure=f"try {list(DENSITIES)}",
         )
+
     found = {(p.layer, p.density): p for p in known}
     base: tuple[float, float | None] | None = None
     for unit in units:
@@ -126,6 +127,7 @@ def sensitivity(
             else:
                 with unit.at_density(density):
                     point = Point(unit.name, density, *measure())
+
             # Every curve is relative to this loss.
             if density == 1 and not np.isfinite(point.loss):
                 raise ModelError(
@@ -220,12 +222,14 @@ def loss_curves(points: Sequence[Point]) -> dict[str, tuple[list[float], list[fl
             place="points",
             cure="give all points that `sensitivity` yields",
         )
+
     grown: dict[str, dict[float, float]] = {layer: {} for layer in dense}
     for point in points:
         grown[point.layer][point.density] = point.loss - dense[point.layer]
     # Infinity would hide the differences of all other points.
     every = [growth for of_layer in grown.values() for growth in of_layer.values()]
     most = max(filter(np.isfinite, every), default=0.0)
+
     found = {}
     for layer, growth_at in grown.items():
         falling = sorted(growth_at, reverse=True)
@@ -280,12 +284,14 @@ def growth_by_channel(
                 place="points",
                 cure="give the points of all layers",
             )
+
         density, height = extended_to_zero(known[layer.name], most)
         best_first = values.argsort(descending=True, stable=True)
         # Without the channel at this place of the order, those before it are kept.
         kept_share = np.arange(len(values)) / len(values)
         growth = np.interp(kept_share, density, height)
         growth += TIE * (1 + height.max()) * (1 - kept_share)
+
         by_channel = torch.empty(len(values), dtype=torch.float64)
         out.append(by_channel.scatter_(0, best_first.cpu(), torch.from_numpy(growth)))
     return out

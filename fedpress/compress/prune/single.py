@@ -72,6 +72,7 @@ def prune_single_channel(
             place="every",
             cure="try 64",
         )
+
     # A layer is not pruned below its smallest width, so that rounding cannot miss it.
     floors = []
     for group in graph.groups:

@@ -430,11 +430,13 @@ def _run_decomposed(graph: torch.fx.Graph, given: Sequence[Value], ids: ChannelI
     """
     values: dict[torch.fx.Node, Any] = {}
     rest = iter(given)
+
     # The decomposition takes its sizes from its inputs: there is no number to correct in the code.
     call, ids.call = ids.call, None
     # Reasons name the operation that the user's code calls, not one inside it.
     outer, ids.outer = ids.outer, ids.outer or ids.operation
     result = None
+
     for node in graph.nodes:
         if node.op == "placeholder":
             values[node] = next(rest)

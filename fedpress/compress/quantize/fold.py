@@ -59,6 +59,7 @@ def find_folds(
         **program.graph_signature.inputs_to_parameters,
         **program.graph_signature.inputs_to_buffers,
     }
+
     folds: dict[str, str] = {}
     left: dict[str, str] = {}
     for name, node in _calls(program.graph, norms, owned):
@@ -70,6 +71,7 @@ def find_folds(
             folds[name] = layer
         else:
             left[name] = reason
+
     uncalled = [name for name in norms if name not in folds and name not in left]
     left |= dict.fromkeys(uncalled, "forward does not use it, or it has no running statistics")
     # A norm that is called twice may be foldable at one of the places only: then it is not folded.
@@ -142,6 +144,7 @@ def _why_not_into(
     # The other reader needs the output without the norm.
     if len(before.users) > 1:
         return "something else reads the same convolution"
+
     name = _owner(before.args[1], owned)
     if name is None:
         return "the weight before it is computed"
@@ -156,6 +159,7 @@ def _why_not_into(
     # On [n, tokens, channels] a batch norm normalises tokens.
     if before.target is torch.ops.aten.linear.default and before.meta["val"].dim() != 2:
         return "it normalises another axis than the linear layer writes"
+
     layer = model.get_submodule(name)
     # A spec names a layer by one name only.
     names = []

@@ -87,6 +87,7 @@ def measure_choices(
             place="batches",
             cure="give at least one batch",
         )
+
     modes = {m: m.training for m in model.modules()}
     model.eval()
     try:

@@ -70,6 +70,7 @@ def quantizable(
     for name in sorted(ignored(model, ignore)):
         if table.pop(name, None) is not None:
             left[name] = "asked for by `ignore`"
+
     aliases = {"first": names[0], "last": names[-1]} if names else {}
     for word in keep:
         name = aliases.get(word, word)
@@ -80,6 +81,7 @@ def quantizable(
             )
         if table.pop(name, None) is not None:
             left[name] = "asked for by `keep`"
+
     if not table:
         raise _nothing_left(left)
     return table, left
@@ -110,6 +112,7 @@ def _possible_layers(
     for m in model.modules():
         if isinstance(m, nn.MultiheadAttention):
             projections.add(id(m.out_proj))
+
     for name, module in model.named_modules():
         if not _has_weights(module):
             continue
@@ -203,6 +206,7 @@ def quantize_(
             place="batches",
             cure="give batches, or round weights to the nearest",
         )
+
     layers: dict[str, nn.Module] = {}
     linear: dict[str, nn.Module] = {}  # those whose outputs are one product with one weight
     for name, scheme in table.items():
@@ -210,14 +214,17 @@ def quantize_(
             layers[name] = model.get_submodule(name)
             if base_layer(type(layers[name])) is not None:
                 linear[name] = layers[name]
+
     means: dict[str, Tensor] = {}
     moments: dict[str, Tensor] = {}
     if needs_examples:
         means, moments = _input_moments(model, linear, batches, second=second_order)
+
     before = {name: get_tensor(model, f"{name}.weight").detach().clone() for name in linear}
     quantize_layers_(model, table)
     notes = _fit_weights_(layers, moments if second_order else None, scale=scale)
     materialize_(model)
+
     if correct_bias:
         notes |= _correct_biases_(model, means, before)
     # After the biases, since the inputs of later layers depend on them.
@@ -358,6 +365,7 @@ def _input_moments(
         if type(layer) not in OPERATIONS and not isinstance(layer, QuantLayer):
             layer, x = plain_equivalent(layer, x)
         x = as_batch(layer, x)
+
         # The patches of a sum of images are the sums of their patches, so one im2col is enough.
         summed = patches(layer, x.double().sum(0, keepdim=True))
         total, count = means.get(name, (0.0, 0))

@@ -48,15 +48,18 @@ def calibrate_(
             place="batches",
             cure="give at least one batch of public examples",
         )
+
     layers, schemes = _calibrated_inputs(model)
     histograms = _empty_histograms(model, layers, batches)
     with_middle = {name: layer for name, layer in layers.items() if schemes[name].middle}
     _set_middles_(model, with_middle, batches)
     one_bit = {name: layer for name, layer in layers.items() if schemes[name].bits == 1}
     distances = _mean_distances(model, one_bit, batches)
+
     # The range is known already, so a pass over the data is saved.
     if observer != "minmax":
         run_watched(model, layers, batches, lambda name, x: histograms[name].add_(x))
+
     for name, seen in histograms.items():
         # One-bit inputs have no zero point and no range.
         if name in one_bit:

@@ -124,6 +124,7 @@ def round_second_order_(layer: QuantLayer, moment: Tensor, *, damping: float = 0
     if not has_codebook:
         scale = scale.expand_as(layer.weight).reshape(out, -1)
     rounded = layer.dequantize(layer.quantize()).reshape(out, -1)
+
     channels = out // len(moment)  # of each group
     for group, hessian in enumerate(moment):
         rows = slice(group * channels, (group + 1) * channels)

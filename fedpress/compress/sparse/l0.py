@@ -150,6 +150,7 @@ def _swap(model: nn.Module, new: Callable[[str, Tensor], Tensor | None]) -> dict
     names: dict[int, str] = {}
     made: dict[str, Tensor | None] = {}
     before: dict[str, Tensor] = {}
+
     # The first module that holds a shared parameter gives it its name.
     for path, module in model.named_modules():
         # Not `setattr`, which would refuse a tensor that is no `nn.Parameter`.

@@ -82,6 +82,7 @@ def find_weights(
     _check_patterns(keep, found, dense)
     names = list(found)
     ignored_names = ignored(model, ignore)
+
     reasons: dict[str, str] = {}
     for name in names:
         if name in ignored_names:
@@ -93,6 +94,7 @@ def find_weights(
         reasons |= dict.fromkeys(names[:1], "the first layer (keep_first)")
     if keep_last:
         reasons |= dict.fromkeys(names[-1:], "the last layer (keep_last)")
+
     dense |= reasons
     chosen = tuple(w for name, w in found.items() if name not in reasons)
     if not chosen:

@@ -45,6 +45,7 @@ def find_call_site(function: Callable[..., Any]) -> CallSite | None:
             if module is not None and owner is not module:
                 break  # the module around it, which called this one
             module = owner
+
         name = str(frame.f_globals.get("__name__", ""))
         if module is not None and name == nn.Module.__module__:
             break  # `nn.Module.__call__`, which called the module's forward
@@ -55,6 +56,7 @@ def find_call_site(function: Callable[..., Any]) -> CallSite | None:
                 parts.append(_name_of_call(frame.f_code, comprehension or frame))
                 comprehension = None
         frame = frame.f_back
+
     if module is None:
         return None
     parts.reverse()

@@ -52,12 +52,14 @@ def quantize_layers_(model: nn.Module, table: Mapping[str, QuantizationScheme]) 
                 place="spec.quantized",
                 cure="leave it out",
             )
+
         # Those of another scheme may have other shapes.
         _drop_qparams_(module)
         if not isinstance(module, QuantLayer):
             # The same object gets another class, so that modules that share the layer share it
             # still.
             module.__class__ = quantized_class(type(module))
+
         assert isinstance(module, QuantLayer)
         if not issubclass(module.plain, INPUT_QUANTIZED) and scheme.inputs is not None:
             raise ModelError(
@@ -65,6 +67,7 @@ def quantize_layers_(model: nn.Module, table: Mapping[str, QuantizationScheme]) 
                 place="spec.quantized",
                 cure="leave its inputs out",
             )
+
         module.scheme = scheme
         _register_(module, scheme)
     _disable_fast_paths_(model)

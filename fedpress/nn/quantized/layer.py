@@ -148,6 +148,7 @@ class QuantLayer(nn.Module):
         if quantization is None:
             latent: Tensor = getattr(self, key)
             return latent
+
         weight = self.rows(getattr(self, key).float())
         if quantization.kind == "codebook":
             values = self.codebook_values(key)
@@ -158,6 +159,7 @@ class QuantLayer(nn.Module):
             centroids = scale_gradient(values, len(values) / weight.numel())
             chosen = centroids[(code - quantization.lowest).long()]
             return self.unrows(chosen + (weight - weight.detach()))
+
         scale = self.expanded_scale(key, slow_gradient=True)
         if quantization.kind == "binary":
             sign = quantize(weight.detach(), scale.detach(), quantization)

@@ -43,6 +43,7 @@ def convolution(
         _unite_groups(ids, source, groups, read)
         _unite_groups(ids, out, groups)
         ids.mark(read, "read")
+
     _count_multiply_adds(ids, weight, shape[:at], shape[at + 1 :])
     return _output(ids, x, at, out, bias, shape)
 

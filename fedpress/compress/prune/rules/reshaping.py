@@ -111,6 +111,7 @@ def _segments(old: Shape, new: Shape) -> list[tuple[list[int], list[int]]]:
         new_run = [j] if j < len(new) else []
         i += len(old_run)
         j += len(new_run)
+
         # The side with fewer values takes its next axis until both have the same number.
         while True:
             old_size = prod(old[k] for k in old_run)
