@@ -132,6 +132,13 @@ def show_keys(words: Sequence[str], *, of_stage: bool = False) -> None:
     out_stream = terminal.console(quiet=False)
     for table in tables:
         terminal.show_keys(out_stream, table.title, table.rows)
+    if of_stage:
+        out_stream.print(
+            "Beside them seed, device, data.* and model.* of a recipe, for instance "
+            "data.class_weights=balanced: fedpress run --keys recipe data model",
+            markup=False,
+            soft_wrap=True,
+        )
 
 
 def in_one_line(text: str) -> str:

@@ -81,4 +81,6 @@ def test_a_command_on_one_model_lists_its_stage_and_no_codec_of_the_same_name(sh
     said = shell("quantize", "--keys")
     assert '[[stage]] kind = "quantize"' in said.out
     assert "uplink" not in said.out
+    assert "fedpress run --keys recipe data model" in said.out
+    assert shell("run", "--keys", "recipe", "data", "model").code == 0
     assert "no keys" in shell("pack", "--keys").out

@@ -1,5 +1,6 @@
 """Class weights: the loss of rare classes counts for more, by public numbers alone."""
 
+import json
 import math
 
 import numpy as np
@@ -272,3 +273,17 @@ def test_a_class_without_a_public_example_cannot_be_balanced():
 
 def test_every_task_says_whether_it_weighs_classes():
     assert {kind for kind, row in tasks.TASKS.items() if row.weighs_classes} == WEIGHTS.keys()
+
+
+def test_a_saved_model_of_two_classes_is_trained_on_with_weights(shell, tmp_path):
+    x, y = imbalanced(0, 600)
+    lines = [f"{a:.3f},{b:.3f},{label}" for (a, b, *_), label in zip(x, y.tolist(), strict=True)]
+    (tmp_path / "rows.csv").write_text("\n".join(["a,b,label", *lines]))
+    data = ["--data", "csv", "--path", "rows.csv", "data.task=binary"]
+    network = ["model.arguments={in_features=2, hidden=[], num_classes=1}", "epochs=2"]
+    assert shell("train", "mlp", *data, *network, "--out", "first").code == 0
+    again = ["train", "first", "epochs=5", "batch_size=32", "--json"]
+    plain = shell(*again, "--out", "plain")
+    weighed = shell(*again, "data.class_weights=balanced", "--out", "weighed")
+    one, other = (json.loads(said.out)["after"] for said in (plain, weighed))
+    assert recall(other) > recall(one) + 0.3
