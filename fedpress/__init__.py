@@ -1,4 +1,4 @@
-"""fedpress makes a neural network small, trains it where the private data lives, and ships it to a device.
+"""fedpress compresses a neural network, trains it where private data lives, and ships it.
 
 Every name here is imported when it is first used, so that `import fedpress` takes no time.
 `docs/python.md` shows them at work, and beside each the command that does the same.
@@ -109,7 +109,7 @@ def __getattr__(name: str) -> Any:
 
 
 def _kinds_of_stages() -> Collection[str]:
-    """Returns the stages that have a call, those among them that somebody has added to the table."""
+    """Returns the kinds of stages that have a call; also of rows that a user has added."""
     kinds: Collection[str] = import_module("fedpress.stages.table").commands()
     return kinds
 

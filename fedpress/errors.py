@@ -1,4 +1,4 @@
-"""The errors of fedpress: each names a place, the problem there and a cure, and reads as one sentence."""
+"""The errors of fedpress: each has a place, a problem and a cure, and reads as one sentence."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 OWN_ARGUMENTS = ("data", "model")
-"""Arguments of calls that are no tables: keys of the recipe's tables of these names are given as `**{"data.x": 1}`."""
+"""Arguments that take no dictionary, so keys of these tables are given as `**{"data.x": 1}`."""
 
 
 @dataclass(frozen=True)
 class Argument:
-    """An argument that a cure tells to give; Python, a recipe and the command line each write it in their own way.
+    """An argument in a cure; Python, a recipe and the command line write it differently.
 
     Attributes:
         name: of the argument in Python; with a dot in it a key of a table (`privacy.epsilon`);
@@ -28,8 +28,8 @@ class Argument:
     def __str__(self) -> str:
         """Returns the argument as Python writes it, or as its recipe does.
 
-        >>> str(Argument("input_shape", (3, 32, 32))), str(Argument("data", "SOURCE")), str(Argument("out"))
-        ('input_shape=(3, 32, 32)', 'data=SOURCE', 'out=')
+        >>> str(Argument("shape", (3, 8))), str(Argument("data", "SOURCE")), str(Argument("out"))
+        ('shape=(3, 8)', 'data=SOURCE', 'out=')
         >>> print(Argument("data.validation", 500), "or", Argument("recipe.data.validation", 500))
         **{"data.validation": 500} or recipe.data.validation = 500
         >>> print(Argument("privacy.epsilon", 8.0))
@@ -69,7 +69,7 @@ def _in_python(value: object) -> str:
 
 @dataclass(frozen=True)
 class Shell:
-    """Words of a cure for the command line alone, such as how to go on with `--resume`: no Python call does that.
+    """Part of a cure that is shown on the command line only, such as `--resume`.
 
     They are written such that the sentence is whole with and without them.
     """
@@ -86,7 +86,7 @@ Words = str | Sequence[str | Argument | Shell]
 
 
 class FedpressError(Exception):
-    """Base of every error that a user can act on; the command line shows it without a traceback and exits with 2.
+    """Base of all errors that a user can act on; the command line prints them and exits with 2.
 
     Attributes:
         problem: what is wrong, with what was got and what was expected.
@@ -104,7 +104,8 @@ class FedpressError(Exception):
     """
 
     def __init__(self, problem: str, *, place: str | Path = "", cure: Words = "") -> None:
-        # Only `problem` goes to the base: pickle calls the class with it and then restores the fields from __dict__.
+        # Pickle calls the class with the base's arguments, then restores the fields from
+        # __dict__. So the base gets `problem` alone.
         super().__init__(problem)
         self.place = str(place)
         self.problem = problem
@@ -133,7 +134,7 @@ class FedpressError(Exception):
         """Puts what the reader knows in the place of the arguments that the cure names.
 
         >>> error = FedpressError("too few", cure=("give ", Argument("share", 0.1)))
-        >>> error.change_arguments(lambda argument: Argument(f"recipe.data.{argument.name}", argument.value))
+        >>> error.change_arguments(lambda one: Argument(f"recipe.data.{one.name}", one.value))
         >>> str(error)
         'too few; give recipe.data.share = 0.1'
         """
@@ -157,11 +158,11 @@ class FedpressError(Exception):
 
 
 class RecipeError(FedpressError):
-    """A recipe or a setting is wrong: unknown key, wrong type or range, settings that do not fit together."""
+    """A recipe is wrong: an unknown key, a type, a range, or settings that do not go together."""
 
 
 class SettingError(RecipeError, ValueError):
-    """A settings class refuses its values: raised in its validators, where pydantic collects it as a ValueError.
+    """Raised in validators of settings classes; pydantic collects it as a ValueError.
 
     Its place and its arguments are the keys of the settings themselves; whoever reads the recipe
     knows where they lie. An error about the settings as a whole has no place, nor has one of a
@@ -170,7 +171,7 @@ class SettingError(RecipeError, ValueError):
 
     @classmethod
     def of(cls, error: FedpressError, *, place: str = "") -> SettingError:
-        """Returns what another function has found wrong with the setting `place`, for pydantic to collect."""
+        """Returns another function's error about the setting `place`, for pydantic to collect."""
         return cls(error.problem, place=place, cure=error.cure)
 
 
@@ -191,11 +192,11 @@ class TrainingError(FedpressError):
 
 
 class DivergedError(TrainingError):
-    """Numbers grew until they were not finite: the learning rate is too large, or the data holds wrong values."""
+    """Numbers became infinite or NaN: the learning rate is too large, or data values are wrong."""
 
 
 class PrivacyError(FedpressError):
-    """A privacy promise cannot be kept: no noise level reaches the budget, or the budget would be passed."""
+    """A privacy promise cannot be kept: no noise reaches the budget, or it would be exceeded."""
 
 
 class WireError(FedpressError):
@@ -203,7 +204,7 @@ class WireError(FedpressError):
 
 
 class SecureError(FedpressError):
-    """A secure sum stays closed: too few clients are left, or somebody did not keep to the protocol."""
+    """A secure sum is not opened: too few clients are left, or one broke the protocol."""
 
 
 class ExportError(FedpressError):
@@ -216,7 +217,7 @@ class RunError(FedpressError):
 
 @contextmanager
 def renaming(keys: Mapping[str, str]) -> Iterator[None]:
-    """Puts what the caller's reader has written in the place of an argument, in errors that pass through.
+    """Renames arguments in errors that pass through to what the caller's user has written.
 
     Their cures name it so, too.
 

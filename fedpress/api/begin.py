@@ -27,7 +27,7 @@ Overrides = Sequence[str | Override]
 
 
 def default_folder(name: str, resume: bool) -> Path:
-    """`runs/NAME`, or the first number behind it that is free; the last one that is there to resume."""
+    """Returns `runs/NAME`, or the first free `runs/NAME-2`, ...; with `resume` the last one."""
     numbered = [
         Path("runs") / (name if number == 1 else f"{name}-{number}") for number in range(1, 1000)
     ]
@@ -38,7 +38,7 @@ def default_folder(name: str, resume: bool) -> Path:
 
 
 def load(recipe: Source, overrides: Overrides = (), data: Path | None = None) -> tuple[str, Recipe]:
-    """Returns a recipe as TOML that stands alone, with everything that overrides it, and the checked settings.
+    """Returns a recipe with its overrides, as TOML that needs no other file and as settings.
 
     Args:
         recipe: paths in a file count from its folder, those in tables from the present folder.
@@ -128,7 +128,7 @@ def going_on(
 
 
 def origin_of(recipe: Source | None, overrides: Overrides, data: Path | None) -> dict[str, Any]:
-    """Returns what a run folder notes of its beginning: the recipe's file or name, and what was overridden.
+    """Returns what `environment.json` records of the start: recipe and overrides.
 
     Paths are absolute, since the run may go on in another folder. Tables come from no place: None.
     """
@@ -215,7 +215,7 @@ def take_up(
 
 
 def _find_its_functions(recipe: Path, noted: Mapping[str, object], *, trusted: bool) -> None:
-    """Lets the functions that a run's recipe names be found beside the recipe that it was started with.
+    """Adds the folder of the original recipe to the places where its functions are searched.
 
     Args:
         recipe: in the folder of the run; it may be missing.
@@ -237,7 +237,7 @@ def _find_its_functions(recipe: Path, noted: Mapping[str, object], *, trusted: b
 
 
 def _refuse_functions(recipe: Path, functions: list[str]) -> None:
-    """Refuses the recipe of a folder that somebody else may have made, if it names functions nobody has allowed.
+    """Refuses a recipe from a folder of unknown origin if it names functions that are not allowed.
 
     Raises:
         ModelError: with the words to add.
@@ -259,5 +259,5 @@ def _refuse_functions(recipe: Path, functions: list[str]) -> None:
 
 
 def find_modules(*beside: Path) -> None:
-    """Lets own models and data, package.module:function, be found `beside` the recipe and in the present folder."""
+    """Searches own functions, `module:function`, in the folders `beside` and in the present one."""
     own_modules.look_in(*beside, Path.cwd())

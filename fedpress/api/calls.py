@@ -1,4 +1,4 @@
-"""One stage on one model, to its end: what `prune`, `quantize`, `federate` and their like have in common."""
+"""Runs one stage on one model: what `prune`, `quantize`, `federate` and so on have in common."""
 
 from __future__ import annotations
 
@@ -144,7 +144,7 @@ class Asked:
 
 @contextmanager
 def working(allow_code: Collection[str] | str) -> Iterator[ExitStack]:
-    """Gives a stack for what a call holds until its end. The caller's random numbers stay the caller's."""
+    """Yields a stack for what a call holds until it ends; restores torch's random state then."""
     with ExitStack() as stack:
         stack.enter_context(consent.allowing(allow_code))
         stack.enter_context(torch.random.fork_rng(devices=[]))
@@ -202,7 +202,8 @@ def model_of(
         return model.model, mean, std
     if not isinstance(model, nn.Module | str | Path):
         raise ModelError(
-            f"got {type(model).__name__}, expected a torch.nn.Module, a Result, a path or module:function",
+            f"got {type(model).__name__}, expected a torch.nn.Module, a Result, a path or "
+            "module:function",
             place="model",
         )
     return model, mean, std
@@ -369,7 +370,7 @@ def _as_federated(
 def _refuse_what_cannot_be_saved(
     kind: str, model: nn.Module, named: memory.Named | None, out: object
 ) -> None:
-    """Says before any work that the folder, or the packed file, of a module could not be opened again.
+    """Refuses, before any work, to write a module that could not be loaded again.
 
     Raises:
         ModelError: if that is so.
@@ -379,8 +380,9 @@ def _refuse_what_cannot_be_saved(
         return
     what = "the file" if row.needs_buildable_spec else "the folder"
     error = ModelError(
-        f"{what} could not be opened again, since nothing is known that builds this {type(model).__name__}: it is not "
-        "made of torch.nn layers in sequences alone, and its class does not build it from arguments that it keeps",
+        f"{what} could not be opened again, since nothing is known that builds this "
+        f"{type(model).__name__}: it is not made of torch.nn layers in sequences alone, and its "
+        "class does not build it from arguments that it keeps",
         place=kind if row.needs_buildable_spec else "out",
         cure=(
             "give ",

@@ -226,7 +226,7 @@ def predict(
 def _network(
     model: nn.Module | str | Path, checkpoint: str | Path | None, given: Standardization | None
 ) -> tuple[nn.Module, Preprocess, Task | None]:
-    """Returns the network, the step from examples to its inputs, and what it was trained for, if that is known."""
+    """Returns the network, its preprocessing, and its task, if that is known."""
     own = given.preprocess() if given is not None and given.mean is not None else None
     if isinstance(model, nn.Module):
         spec = memory.spec_of(model)
@@ -260,7 +260,8 @@ def _outputs(network: nn.Module, x: Inputs) -> Tensor:
         found = evaluation.outputs(network, x)
     except Exception as error:  # whatever somebody's own network raises
         raise ModelError(
-            f"it does not take examples of {inputs_text(x)} ({type(error).__name__}: {str(error).splitlines()[0]})",
+            f"it does not take examples of {inputs_text(x)} ({type(error).__name__}: "
+            f"{str(error).splitlines()[0]})",
             place="inputs",
             cure="give examples as the model was trained on, the first dimension counts them",
         ) from error
@@ -297,6 +298,6 @@ def _arrays_of(path: Path) -> np.ndarray | dict[str, np.ndarray]:
         raise DataError(
             f"cannot read '{path}' ({str(error).splitlines()[0]})",
             place="inputs",
-            cure="give a file that numpy.save wrote (.npy), or numpy.savez for several inputs (.npz)",
+            cure="give a file of numpy.save (.npy), or of numpy.savez for several inputs (.npz)",
         ) from error
     return dict(found) if isinstance(found, np.lib.npyio.NpzFile) else found

@@ -56,7 +56,7 @@ def show(events: Iterable[Event], progress: bool | None) -> None:
 
 
 def follow(events: Iterable[Event], out: Console) -> None:
-    """Shows the events of a run to their end: bars in a terminal, and elsewhere a line for each change."""
+    """Shows the events of a run to their end: bars in a terminal, elsewhere lines."""
     with bars(out) as shown:
         view = LinesView(out) if shown.disable else BarsView(shown)
         watch(events, view)
@@ -81,7 +81,7 @@ def watch(events: Iterable[Event], view: View) -> None:
 
 
 def bars(out: Console) -> Progress:
-    """Returns bars with time left and a note that fit into 80 columns; nothing where there is no terminal."""
+    """Returns bars with time left and a note, 80 columns wide; disabled without a terminal."""
     return Progress(
         SpinnerColumn(finished_text=" "),
         TextColumn("{task.description:10.18}", markup=False),
@@ -205,7 +205,7 @@ class NotebookView:
 
 
 def in_notebook() -> bool:
-    """Says whether this process is the kernel of a notebook; a plain IPython shell is a terminal."""
+    """Returns whether this process is a notebook's kernel; a plain IPython shell is not."""
     ipython = sys.modules.get("IPython")
     shell = ipython.get_ipython() if ipython is not None else None
     return shell is not None and hasattr(shell, "kernel")

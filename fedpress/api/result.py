@@ -1,4 +1,4 @@
-"""What a call on one model gives back: the new model, what it was worth before and after, and its files."""
+"""The result of a call on one model: the new model, its metrics before and after, and files."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from fedpress.workspace.folder import RunFolder
 
 @dataclass(frozen=True, eq=False)
 class Result:
-    """What a call on one model gives back; it may be given to the next call in the place of the model.
+    """The result of a call on one model. The next call takes it as its model.
 
     Attributes:
         spec: how to build the model; None for a module from memory of which nothing was kept.

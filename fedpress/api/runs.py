@@ -35,7 +35,7 @@ from fedpress.workspace.folder import RunFolder
 from fedpress.workspace.state import Event
 
 Data = str | Path | Mapping[str, Any] | FederatedData | None
-"""What is said of the data of a recipe: where they lie, keys of its table `[data]`, or a data set in memory."""
+"""The data of a recipe: a path, keys of its table `[data]`, or a data set in memory."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,8 @@ class Run:
 
     >>> import fedpress, tempfile
     >>> folder = tempfile.mkdtemp()
-    >>> run = fedpress.Run.begin("digits", out=f"{folder}/run", stage={"federate": {"num_rounds": 1}})
+    >>> few = {"federate": {"num_rounds": 1}}
+    >>> run = fedpress.Run.begin("digits", out=f"{folder}/run", stage=few)
     >>> events = run.events()
     >>> next(events)
     StageStarted(index=0, kind='train', name='dense', reused=False)
@@ -87,7 +88,7 @@ class Run:
         allow_code: Collection[str] | str = (),
         **overrides: Any,
     ) -> Run:
-        """Checks a new run to its end without training; `events` does the work. See `fedpress.run`."""
+        """Checks all stages of a new run; `events` does the work. For arguments see `run`."""
         consent.allow(*consent.checked(allow_code))
         words, path, held = _said(data, overrides)
         place = Path(out) if out is not None else None
@@ -260,7 +261,8 @@ def run(
         FedpressError: if something does not fit, before any work where it can be known.
 
     >>> import fedpress, tempfile
-    >>> run = fedpress.run("digits", out=f"{tempfile.mkdtemp()}/run", stage={"dense": {"epochs": 1}})
+    >>> quick = {"dense": {"epochs": 1}}
+    >>> run = fedpress.run("digits", out=f"{tempfile.mkdtemp()}/run", stage=quick)
     >>> [stage["name"] for stage in run.result["stages"]]
     ['dense', 'prune', 'fine-tune', 'federate', 'export']
     """
@@ -323,7 +325,7 @@ def check(
 
 
 def report(run: Run | str | Path, out: str | Path | None = None) -> Path:
-    """Draws the report of a run, also of an old or unfinished one, and returns the path of the page.
+    """Draws the report of a run, finished or not, and returns the path of the page.
 
     Args:
         run: or its folder.
@@ -366,7 +368,7 @@ def own_random_numbers(events: Iterator[Event]) -> Iterator[Event]:
 def _said(
     data: Data, overrides: Mapping[str, Any]
 ) -> tuple[list[Override], Path | None, FederatedData | None]:
-    """Returns the overrides, where the data lie if only that was said, and the data set if it was given itself."""
+    """Returns the overrides, the path of the data, and the data set if it was given itself."""
     words = recipes.overrides_of(overrides)
     if isinstance(data, FederatedData):
         return [*words, Override.of("data", table_of(data))], None, data

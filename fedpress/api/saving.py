@@ -119,7 +119,8 @@ def _described(
     named = memory.find_name(given)
     if named is None:
         raise ModelError(
-            f"nothing is known that builds this {type(given).__name__} again: it is not made of torch.nn layers in "
+            f"nothing is known that builds this {type(given).__name__} again: it is not made of "
+            "torch.nn layers in "
             "sequences alone, and its class does not build it from arguments that it keeps",
             place="model",
             cure=(

@@ -19,7 +19,7 @@ Call = Callable[..., Result]
 
 
 def of_stage(function: Call) -> Call:
-    """Lets `help()` and notebooks show what a call takes: the arguments of all calls, and the keys of its stage."""
+    """Gives a call the signature and docstring that `help()` and notebooks show: all settings."""
     kind = function.__name__
     settings = commands()[kind].load()
     common = [
@@ -90,7 +90,7 @@ def sparsify(model: Model, **settings: Any) -> Result:
 
 @of_stage
 def l0(model: Model, **settings: Any) -> Result:
-    """Trains with a gate on every weight or channel, which learns what is needed (Louizos et al. 2018).
+    """Learns with L0 gates which weights or channels are needed (Louizos et al. 2018).
 
     >>> import torch, fedpress
     >>> net = torch.nn.Sequential(*[torch.nn.Linear(8, 8) for _ in range(3)])
@@ -104,7 +104,7 @@ def l0(model: Model, **settings: Any) -> Result:
 
 @of_stage
 def quantize(model: Model, **settings: Any) -> Result:
-    """Gives weights and the inputs of layers fewer bits; with `epochs` the network trains with the rounding.
+    """Quantizes weights and the inputs of layers; with `epochs`, quantization-aware training.
 
     >>> import torch, fedpress
     >>> net = torch.nn.Sequential(torch.nn.Linear(8, 64), torch.nn.ReLU(), torch.nn.Linear(64, 2))
@@ -145,7 +145,7 @@ def distill(model: Model, **settings: Any) -> Result:
 
 @of_stage
 def pack(model: Model, **settings: Any) -> Result:
-    """Writes one small file that gives the same bits back: `result.files` holds it, or the folder `out`.
+    """Packs the model losslessly into one small file: in `result.files`, or in the folder `out`.
 
     >>> import torch, fedpress
     >>> packed = fedpress.pack(torch.nn.Sequential(torch.nn.Linear(4, 2)), input_shape=(4,))
@@ -178,7 +178,7 @@ def federate(
     classes: Sequence[str] | None = None,
     **settings: Any,
 ) -> Result:
-    """Trains over clients that keep their data; what travels is packed to real bytes, which are counted.
+    """Federated training over clients that keep their data; counts the real bytes of messages.
 
     Args:
         model: as all calls take it.

@@ -103,7 +103,7 @@ def sweep(
     ...     "digits",
     ...     {"stage.prune.keep_params": [0.5, 0.4]},
     ...     out=f"{tempfile.mkdtemp()}/sweep",
-    ...     stage={"dense": {"epochs": 1}, "fine-tune": {"epochs": 1}, "federate": {"num_rounds": 1}},
+    ...     stage={"dense": {"epochs": 1}, "federate": {"num_rounds": 1}},
     ... )
     >>> [variant["name"] for variant in found["variants"]]
     ['keep_params=0.5', 'keep_params=0.4']

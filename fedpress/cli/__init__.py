@@ -1,4 +1,4 @@
-"""The command line: run, check, report, recipes, privacy; one command for each stage, measure and sweep."""
+"""The command line: run, check, report, privacy, one command for each stage, and so on."""
 
 from __future__ import annotations
 
@@ -35,7 +35,8 @@ from fedpress.errors import FedpressError, RecipeError, RunError
 if TYPE_CHECKING:
     from fedpress.privacy.accounting.accountant import Spent
 
-# Heavy imports (torch, pydantic models) stay inside the commands: `fedpress privacy` must answer at once.
+# Heavy imports (torch, pydantic models) stay inside the commands, so that
+# `fedpress privacy` answers at once.
 app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -82,7 +83,7 @@ def check(
     code: AllowCode = None,
     as_json: AsJson = False,
 ) -> None:
-    """Binds everything without training: sizes, bytes per round, noise, epsilon; exit code 2 if something is wrong."""
+    """Checks a recipe without training: sizes, bytes per round, noise, epsilon."""
     from fedpress.pipeline import recipe as recipes
 
     if list_keys:
@@ -306,7 +307,8 @@ def skellam(
         typer.echo(json.dumps(told | {"epsilon": plan.epsilon, "table": table}))
         return
     typer.echo(
-        f"{plan.bits} bits, scale {plan.scale:.4g}, noise multiplier {units.upward(plan.noise_multiplier)}"
+        f"{plan.bits} bits, scale {plan.scale:.4g}, "
+        f"noise multiplier {units.upward(plan.noise_multiplier)}"
     )
     typer.echo(
         f"epsilon {units.upward(plan.epsilon)} at delta {delta:g}\n\nbits  epsilon with this noise"
@@ -329,7 +331,8 @@ def main() -> None:
         if debug:
             raise
         place, reason = error.filename or "a file", error.strerror or str(error)
-        said = f"{place}: {reason}; correct that place or choose another, then run again (finished work is kept)"
+        cure = "correct that place or choose another, then run again (finished work is kept)"
+        said = f"{place}: {reason}; {cure}"
         _stop(in_one_line(said))
     finally:
         held.close()

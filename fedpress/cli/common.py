@@ -1,4 +1,4 @@
-"""What several commands share: where a run goes, how it is taken up again, and its data with bars."""
+"""What several commands share: options, locks, and loading data with bars."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ AllowCode = Annotated[
     typer.Option(
         "--allow-code",
         metavar="MODULE:FUNCTION",
-        help="A function that the files of a model may have called to build it; may be given several times.",
+        help="A function that a model's files may have called to build it; can be repeated.",
     ),
 ]
 ListKeys = Annotated[bool, typer.Option("--keys", help="List the settings and what they mean.")]
@@ -84,7 +84,7 @@ def on_device(overrides: Iterable[str] | None, device: str | None) -> list[str]:
 
 
 def run_to_resume(words: list[str]) -> tuple[Path | None, list[str]]:
-    """Returns the run folder among the words behind `fedpress run --resume`, if there is one, and the other words."""
+    """Returns the run folder among the words behind `--resume`, if any, and the other words."""
     for position, word in enumerate(words):
         if "=" not in word and (Path(word) / "settings.json").is_file():
             return Path(word), words[:position] + words[position + 1 :]
@@ -109,7 +109,7 @@ def allow_code(names: list[str] | None) -> None:
 
 
 def told(error: FedpressError) -> str:
-    """Says an error as the command line writes arguments, in one line that a terminal shows as it is."""
+    """Returns an error in one line, with arguments as the command line writes them."""
     from fedpress.pipeline.arguments import in_shell, place_in_shell
 
     return in_one_line(error.told(in_shell, place=place_in_shell(error.place)))
@@ -151,7 +151,7 @@ def in_one_line(text: str) -> str:
 
 
 def visible(text: str) -> str:
-    r"""Writes control characters, with which a file could move the cursor or hide words, as escapes.
+    r"""Escapes control characters, with which a file could move the cursor or hide words.
 
     >>> visible("red \x1b[31m")
     'red \\x1b[31m'

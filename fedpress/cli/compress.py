@@ -60,7 +60,7 @@ def measure(
     code: AllowCode = None,
     as_json: AsJson = False,
 ) -> None:
-    """Measures models side by side: parameters, MACs, file, memory, latency in each runtime, distance to the peak."""
+    """Compares models: parameters, MACs, file, memory, latency in each runtime."""
     from fedpress.cli import terminal
 
     allow_code(code)
@@ -128,7 +128,7 @@ def sweep(
     code: AllowCode = None,
     as_json: AsJson = False,
 ) -> None:
-    """Runs a recipe for all combinations of values; equal stages are done once; draws the metric against cost."""
+    """Runs a recipe for all combinations of values; draws the metric against cost."""
     from fedpress.cli import terminal
 
     allow_code(code)

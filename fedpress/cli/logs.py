@@ -14,7 +14,7 @@ FORMAT = "%(asctime)s %(name)s: %(message)s"
 
 
 class ToErrorStream(logging.Handler):
-    """Writes to the error stream of the moment, which writes above the bars while these are drawn."""
+    """Writes to the present `sys.stderr`, which rich replaces while bars are drawn."""
 
     def emit(self, record: logging.LogRecord) -> None:
         """Writes one line."""

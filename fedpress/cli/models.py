@@ -96,7 +96,7 @@ def predict(
     std: Std = None,
     code: AllowCode = None,
 ) -> None:
-    """Says what a model answers to prepared examples, as CSV: a row for each, with its probabilities."""
+    """Runs a model on prepared examples; prints a CSV row for each, with probabilities."""
     from fedpress.core.files import replacing
 
     if out is not None and out.suffix not in (".csv", ".npy"):

@@ -105,7 +105,8 @@ def command_of(kind: str) -> Callable[..., None]:
             raise RecipeError(
                 "no model was given",
                 place="model",
-                cure="give the folder of a model or a run, a packed file, or package.module:function",
+                cure="give the folder of a model or a run, a packed file, or "
+                "package.module:function",
             )
         from fedpress.cli import terminal
 
@@ -160,7 +161,7 @@ class Asked:
 
 @dataclass(frozen=True)
 class Ready:
-    """A command that was checked: `folder` is that of the run that goes on, None for a new one in `place`."""
+    """A checked command; `folder` is that of a resumed run, None for a new one in `place`."""
 
     bound: OneStage
     data: FederatedData
@@ -195,7 +196,7 @@ def _made_ready(asked: Asked, out_stream: Console) -> Ready:
 
 
 def _ordered(asked: Asked) -> tuple[Path, OneStage]:
-    """Returns the run folder and the recipe of one stage: of a run that goes on, all that was said then lies there."""
+    """Returns the run folder and the recipe; a resumed run has both in its folder."""
     from fedpress.api.begin import default_folder
     from fedpress.pipeline.commands import OneStage
     from fedpress.pipeline.commands.chosen_data import ChosenData, Standardization

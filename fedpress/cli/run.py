@@ -1,4 +1,4 @@
-"""The command `fedpress run`: a recipe into a run folder, from the beginning or from where it stopped."""
+"""The command `fedpress run`: starts a run, or resumes it from its last checkpoint."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def _new(context: typer.Context, words: list[str], data: Path | None, out: Path 
 
 
 def _begun(context: typer.Context, words: list[str], data: Path | None, out: Path | None) -> Begun:
-    """Opens a run that goes on; its folder may stand among the words, and the recipe may be left out."""
+    """Opens a run to resume; its folder may be among the words, the recipe may be left out."""
     from fedpress.api import begin
 
     place, rest = run_to_resume(words) if out is None else (out, words)

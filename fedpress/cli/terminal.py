@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on: bars in a terminal, lines in a log file, and the facts of a check."""
+"""Prints results: the tables of a run, a check, a command and a measurement."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def waiting(out: Console, what: str) -> Iterator[None]:
 
 
 class Loading:
-    """Shows the progress of downloads and decoding: `fedpress.data.load(settings, seed, progress=Loading(bars))`."""
+    """Shows downloads and decoding as bars: the `progress` of `fedpress.data.load`."""
 
     def __init__(self, shown: Progress) -> None:
         self.shown = shown
@@ -88,7 +88,7 @@ def show_keys(out: Console, title: str, rows: Sequence[tuple[str, str, str]]) ->
 
 
 def show_measures(out: Console, records: Iterable[Mapping[str, Any]]) -> None:
-    """Prints records of the command `measure`: a table of costs, one of times, and the machine's peak."""
+    """Prints the records of `measure`: costs, times, and the peak of the machine."""
     records = list(records)
     out.print(as_rich(_costs(records), words=("Model", "Runtime")))
     out.print()
@@ -96,8 +96,9 @@ def show_measures(out: Console, records: Iterable[Mapping[str, Any]]) -> None:
     if records:
         top = records[0]["machine"]
         out.print(
-            "Latency is the median ± half of what the middle half of the runs spans. One thread here reaches "
-            f"{top['float_gmacs']:.1f} GMAC/s in float32, {top['int8_gmacs']:.1f} in int8, and copies "
+            "Latency is the median ± half of what the middle half of the runs spans. One thread "
+            f"here reaches {top['float_gmacs']:.1f} GMAC/s in float32, {top['int8_gmacs']:.1f} in "
+            "int8, and copies "
             f"{top['gigabytes']:.1f} GB/s: the roof.",
             style="dim",
         )
@@ -124,7 +125,7 @@ def _costs(records: Sequence[Mapping[str, Any]]) -> PlainTable:
 
 
 def _times(records: Sequence[Mapping[str, Any]]) -> PlainTable:
-    """Returns a row for each record, and a column for each batch size and number of threads of any of them."""
+    """Returns a row for each record and a column for each batch size and number of threads."""
     places: list[tuple[int, int]] = []
     by_record: list[dict[tuple[int, int], Mapping[str, Any]]] = []
     for record in records:
@@ -175,7 +176,7 @@ def _shape(shape: Any) -> str:
 def show_check(
     out: Console, title: str, data: Mapping[str, Any], lines: list[dict[str, Any]]
 ) -> None:
-    """Prints what `fedpress.pipeline.run.check` found: the data, and a line with a list of facts for each stage."""
+    """Prints the result of a check: the data, then the facts of each stage."""
     out.print(f"[bold]{escape(title)}[/]")
     counts = [f"{data[part]:,} {part}" for part in ("private", "public", "validation", "test")]
     examples = f"{_shape(data['shape'])}, {len(data['classes'])} classes"

@@ -1,7 +1,8 @@
-"""The arguments of commands, a table: what each is called in Python, in a recipe, and on the command line.
+"""A table of the arguments of commands: their names in Python, recipe and command line.
 
 >>> from fedpress.errors import Argument, ModelError
->>> error = ModelError("not known", place="input_shape", cure=("give ", Argument("input_shape", (3, 32, 32))))
+>>> cure = ("give ", Argument("input_shape", (3, 32, 32)))
+>>> error = ModelError("not known", place="input_shape", cure=cure)
 >>> print(error)
 input_shape: not known; give input_shape=(3, 32, 32)
 >>> print(error.told(in_shell, place=place_in_shell(error.place)))
@@ -71,7 +72,8 @@ def in_command(place: str, kind: str) -> str:
 
     >>> in_command("recipe.data.mean[1]", "prune"), in_command("recipe.data.validation", "prune")
     ('mean[1]', 'data.validation')
-    >>> in_command("recipe.stage[0].keep_params", "prune"), in_command("recipe.stage[0] (prune)", "prune")
+    >>> at = "recipe.stage[0]"
+    >>> in_command(f"{at}.keep_params", "prune"), in_command(f"{at} (prune)", "prune")
     ('keep_params', 'prune')
     """
     stage = _STAGE.match(place)
@@ -87,7 +89,7 @@ def in_command(place: str, kind: str) -> str:
 
 @contextmanager
 def naming_arguments(kind: str, *, all_public: bool = False) -> Iterator[None]:
-    """Lets errors that pass through name the arguments of the command `kind` in the place of its recipe's keys.
+    """Renames recipe keys in errors that pass through to the arguments of the command `kind`.
 
     Args:
         kind: of the command, and of its stage.
@@ -109,11 +111,12 @@ def naming_arguments(kind: str, *, all_public: bool = False) -> Iterator[None]:
 
 
 def in_shell(part: Argument | Shell) -> str:
-    """Writes a part of a cure for the command line: a flag, or `key=value` for a key of a stage or a recipe.
+    """Writes a part of a cure for the command line: a flag, or `key=value`.
 
     >>> in_shell(Argument("data", "SOURCE")), in_shell(Argument("allow_code", ("nets:Net",)))
     ('--data SOURCE', '--allow-code nets:Net')
-    >>> in_shell(Argument("keep_params", 0.5)), in_shell(Argument("recipe.stage[1].privacy.epsilon", 8))
+    >>> key = "recipe.stage[1].privacy.epsilon"
+    >>> in_shell(Argument("keep_params", 0.5)), in_shell(Argument(key, 8))
     ('keep_params=0.5', 'stage.1.privacy.epsilon=8')
     """
     if isinstance(part, Shell):

@@ -1,4 +1,4 @@
-"""Everything that would stop a run is found before it begins: each stage is bound in turn, without training."""
+"""Checks a recipe before it runs: each stage in turn, without training."""
 
 from __future__ import annotations
 
@@ -35,14 +35,15 @@ def check_recipe(recipe: Recipe, data: FederatedData) -> list[dict[str, Any]]:
 
 
 def _check_clients(recipe: Recipe, data: FederatedData) -> None:
-    """Refuses a federation where no data were given: it would train on the noise that stands in for them.
+    """Refuses a federation without data: it would train on the placeholder noise.
 
     Raises:
         DataError: saying how to give some.
     """
     if data.name == NO_DATA and any(stage.needs_clients for stage in recipe.stage):
         raise DataError(
-            "there are no clients: no data were given, or those of this run lived in the memory of another process",
+            "there are no clients: no data were given, or those of this run lived in the memory of "
+            "another process",
             place="data",
             cure=("give ", Argument("data", "SOURCE"), ", or in Python clients={name: dataset}"),
         )

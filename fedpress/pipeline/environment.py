@@ -22,7 +22,7 @@ from fedpress.workspace.damage import CURES
 from fedpress.workspace.folder import RunFolder
 
 BITS = ("fedpress", "python", "torch", "numpy", "processor", "instructions", "device", "threads")
-"""What of the environment decides how sums are rounded: the same seed gives the same bits where these are the same."""
+"""Facts of the environment that decide how sums are rounded, and so the bits of a run."""
 LIBRARIES = ("torch", "numpy", "safetensors", "dp-accounting", "onnx", "onnxruntime", "pydantic")
 
 
@@ -33,7 +33,7 @@ def note_environment(
     *,
     device: torch.device | None = None,
 ) -> list[str]:
-    """Writes `environment.json`; when a run is resumed, adds what is different from its start, the command at least.
+    """Writes `environment.json`; for a resumed run adds what differs from its start.
 
     Args:
         folder: of the run.
@@ -68,7 +68,7 @@ def _list(value: Any) -> list[Any]:
 
 
 def _other_bits(first: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """Says how this process differs from any that worked on the run before, if sums may be rounded otherwise by it."""
+    """Returns a warning if sums may be rounded differently than in the run so far."""
     earlier = [first, *(first | e for e in _list(first.get("resumed")) if isinstance(e, dict))]
     differ = []
     for key in BITS:
@@ -78,7 +78,8 @@ def _other_bits(first: dict[str, Any], now: dict[str, Any]) -> list[str]:
     if not differ:
         return []
     return [
-        f"this run was begun elsewhere ({'; '.join(differ)}): it goes on, but its bits will differ from those of a run "
+        f"this run was begun elsewhere ({'; '.join(differ)}): it goes on, but its bits will "
+        "differ from those of a run "
         "that was never stopped"
     ]
 
@@ -126,7 +127,7 @@ def machine() -> str:
 
 
 def _commit() -> str | None:
-    """The commit of the source tree that runs, with a mark if it was changed; None outside a checkout."""
+    """Returns the commit of the source tree, marked if changed; None outside a checkout."""
     root = Path(fedpress.__file__).parent.parent
     if not (root / ".git").exists():
         return None

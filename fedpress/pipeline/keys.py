@@ -17,7 +17,7 @@ from fedpress.pipeline.start import saved_model
 from fedpress.stages.teaching import saved_teacher
 
 FIRST_KEYS = frozenset(files("fedpress.pipeline").joinpath("first_keys.txt").read_text().split())
-"""The keys of a recipe that every run folder knows, as `data.source` or `stage.prune.finetune.epochs`.
+"""The recipe keys of version 0.1.0, such as `data.source` or `stage.prune.finetune.epochs`.
 
 A key that came later is left out of the settings where it has its default, and so says nothing:
 older folders go on. Its default can therefore never change; what must change needs another key.
@@ -56,7 +56,7 @@ def settings_of(recipe: Recipe) -> dict[str, Any]:
 
 
 def leave_out_defaults_(table: dict[str, Any], settings: object, place: str) -> None:
-    """Removes keys from `table`, which is `settings` as JSON, that came later and have their default.
+    """Removes newer keys at their default from `table`, which is `settings` as JSON.
 
     What is called otherwise now stands by its old word.
     """
@@ -81,7 +81,7 @@ def leave_out_defaults_(table: dict[str, Any], settings: object, place: str) -> 
 
 
 def stage_keys(recipe: Recipe, streams: int = STREAMS) -> list[str]:
-    """Names the result of each stage: equal keys mean equal data, model, seed and stages up to there.
+    """Returns a key for each stage; equal keys: equal data, model, seed and stages so far.
 
     Args:
         recipe: whose stages.

@@ -13,8 +13,8 @@ from fedpress.training.evaluate import evaluate
 from fedpress.workspace.state import State
 
 COSTS = (
-    "task", "test_examples", "loss", "parameters", "nonzero_parameters", "macs", "file_bytes", "packed_file_bytes",
-    "latency_ms", "runtime", "conditions",
+    "task", "test_examples", "loss", "parameters", "nonzero_parameters", "macs", "file_bytes",
+    "packed_file_bytes", "latency_ms", "runtime", "conditions",
 )  # fmt: skip
 
 
@@ -24,7 +24,7 @@ def measured_keys(task: Task) -> tuple[str, ...]:
 
 
 def measure(state: State, *, latency: bool = True) -> dict[str, Any]:
-    """Returns what the model of `state` is worth and what it costs; the metrics are None without test examples.
+    """Returns metrics and costs of the model of `state`; metrics are None without a test set.
 
     The file is that of its numbers in float32, or packed where weights lie on grids.
     """

@@ -1,4 +1,4 @@
-"""Where an error stands in the recipe: stages and what they call name arguments, which are keys of the recipe here."""
+"""Renames the argument in an error to the recipe key that the user has written."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ def in_recipe(place: str, index: int, stage: Stage) -> str:
 
     >>> from fedpress.stages.federate.stage import FederateStage
     >>> stage = FederateStage(kind="federate", cohort=5, num_rounds=3)
-    >>> in_recipe("privacy.clip_norm", 2, stage), in_recipe("stage.lr", 2, stage), in_recipe("", 2, stage)
-    ('recipe.stage[2].privacy.clip_norm', 'recipe.stage[2].lr', 'recipe.stage[2] (federate)')
+    >>> [in_recipe(place, 2, stage) for place in ("privacy.clip_norm", "stage.lr", "")]
+    ['recipe.stage[2].privacy.clip_norm', 'recipe.stage[2].lr', 'recipe.stage[2] (federate)']
     >>> in_recipe("data.validation", 2, stage)
     'recipe.data.validation'
     """
@@ -59,7 +59,7 @@ def _key(name: str, index: int, stage: Stage) -> str | None:
 
 
 def _in_table(name: str) -> str | None:
-    """Returns the recipe's key of `data.path` and its like; None of anything else, such as the file `data.csv`."""
+    """Returns the recipe key of `data.path` and so on; None for a file such as `data.csv`."""
     table, _, rest = name.partition(".")
     found = _WORD.match(rest)
     known = table in TABLES and found is not None and found[0] in TABLES[table].model_fields

@@ -22,7 +22,7 @@ def write_result(
     finished: bool,
     left_out: str,
 ) -> None:
-    """Writes `result.json`, and `ledger.json` where something was spent; `results` are the lines so far."""
+    """Writes `result.json` from the lines so far, and `ledger.json` if privacy was spent."""
     if results[-1].get("ledger"):
         write_json_with_checksum(folder.path / "ledger.json", results[-1]["ledger"], folder.path)
     lines = [{k: v for k, v in r.items() if k != "ledger"} for r in results]
@@ -48,7 +48,7 @@ def write_result(
 
 
 def take_metrics_of_files_(stages: Sequence[Stage], lines: Sequence[dict[str, Any]]) -> None:
-    """Gives a stage whose model torch only simulates the metrics of the file that was exported of it.
+    """Replaces the metrics of a simulated model by those of its exported file.
 
     A device runs that. What the simulation reached stays as `accuracy_simulated`, or whatever the
     task goes by.

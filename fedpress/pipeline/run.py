@@ -34,7 +34,7 @@ def execute(
     *,
     reuse: RunFolder | None = None,
 ) -> Iterator[Event]:
-    """Runs the stages that are not done yet; yields what happens, and leaves `result.json` in the folder.
+    """Runs the stages that are not done yet; yields events and writes `result.json`.
 
     Args:
         recipe: the checked recipe.
@@ -75,7 +75,8 @@ def _stages(
             done = yield from _do(
                 stage, replace(state, facts={}), place, key, records, results[-1:]
             )
-        # On goes what was saved, not what is in memory: so a run that is resumed here has the same model to the bit.
+        # The next stage gets the saved model, not the one in memory: so a resumed run has
+        # the same model, bit for bit.
         spec, model = place.load()
         before = state
         # A line may tell of a file for a device; the model is still worth what it was.
@@ -114,7 +115,7 @@ def _do(
     records: int,
     last: Sequence[dict[str, Any]],
 ) -> Generator[Event, None, Done]:
-    """Runs one stage from its last checkpoint, measures it, and saves it; `last` is the line before its own, if any."""
+    """Runs one stage from its last checkpoint, measures and saves it; `last`: the line before."""
     began, before = time.perf_counter(), place.begin(records)
     with placed(place.index, stage):
         state = yield from stage.run(state, place)
@@ -130,7 +131,7 @@ def _do(
 
 
 def _settled(state: State) -> State:
-    """Moves weights onto their grids, beside which training left them; which of them are pruned stays known."""
+    """Rounds weights to their grids, since training leaves them beside; records pruned ones."""
     kept = kept_entries(state.model, state.spec.sparse if state.spec.quantized else ())
     materialize_(state.model)
     noted = note_kept_zeros_(state.model, kept)

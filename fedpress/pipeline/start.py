@@ -1,4 +1,4 @@
-"""A recipe and its data become the state before the first stage, and the model that later ones are compared with."""
+"""Builds the state before the first stage from a recipe and its data."""
 
 from __future__ import annotations
 
@@ -159,7 +159,7 @@ def _check_outputs(
 
 
 def with_parent(state: State, before: State, load: Loader | None) -> State:
-    """Notes how to `load` the model `before` the first stage that changed the spec; None for weights nobody trained."""
+    """Records how to `load` the model as it was before the first stage that changed its spec."""
     if (
         state.parent is None
         and load is not None
@@ -170,7 +170,7 @@ def with_parent(state: State, before: State, load: Loader | None) -> State:
 
 
 def parent_of(recipe: Recipe, data: data_sets.FederatedData) -> Loader | None:
-    """Returns what loads the model that the recipe begins with; None for weights that nobody has trained."""
+    """Returns the loader of the recipe's first model; None for untrained weights."""
     if recipe.model.checkpoint is not None:
         return partial(saved_model, recipe.model.checkpoint)
     return partial(_started, recipe, data) if recipe.model.trained else None

@@ -1,4 +1,4 @@
-"""A sweep: a recipe for all combinations of some values, equal stages done once, and the variants no other beats."""
+"""A sweep: a recipe for all combinations of some values, and its Pareto front."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ SHOWN = (
     "runtime",
     "seconds",
 )
-"""What the sweep's own file takes over from each stage, beside its metric and that one's standard error."""
+"""Keys of each stage that `sweep.json` copies, beside its metric and standard error."""
 LONGEST = 80  # letters of a folder's name
 
 
@@ -50,7 +50,7 @@ class Variant:
 
 @dataclass(frozen=True)
 class VariantStarted:
-    """A variant is about to run: `events` are to be followed to their end before the next event is asked for.
+    """A variant begins: go through `events` to the end before you ask for the next one.
 
     `notes` are what a person must know of a variant that is resumed (see
     `fedpress.pipeline.run.note_environment`).
@@ -102,7 +102,7 @@ def split_values(text: str) -> list[str]:
 
 
 def variants(values: Sequence[str], seeds: Sequence[int] = ()) -> list[Variant]:
-    """Returns all combinations of `key=value,value`, the last key changing quickest, for every seed.
+    """Returns all combinations of `key=value,value` and seeds; the last key changes first.
 
     Raises:
         RecipeError: if a key has no values or comes twice.
@@ -168,7 +168,7 @@ def execute(
     extra: Sequence[str] = (),
     command: str = "fedpress sweep",
 ) -> Iterator[VariantStarted | VariantFinished]:
-    """Runs every variant into a run folder of its own in `place`, and after each writes `sweep.json`.
+    """Runs each variant in its own run folder in `place`; writes `sweep.json` after each.
 
     What an earlier variant has done under equal settings is taken over; what was interrupted goes
     on. A variant that fails is noted, and the others go on.
@@ -201,10 +201,8 @@ def _variants(
         error: FedpressError | None = None
         try:
             overrides = [*variant.overrides, *extra]
-            recipe, own = (
-                recipes.load(text, overrides),
-                recipes.write(recipes.tree(text, overrides)),
-            )
+            recipe = recipes.load(text, overrides)
+            own = recipes.write(recipes.tree(text, overrides))
             settings = settings_of(recipe)
             if (path / "settings.json").exists():
                 folder = RunFolder.resume(path, settings)
@@ -250,7 +248,7 @@ def _free(folder: Path, name: str, taken: set[Path]) -> Path:
 def _nearest(
     recipe: Recipe, keys: Sequence[str], earlier: Sequence[tuple[list[str], RunFolder]]
 ) -> RunFolder | None:
-    """Returns the earlier run that has the most first stages in common; the later of equals, None if none has any."""
+    """Returns the earlier run with the most equal first stages; None if none has any."""
 
     def common(others: Sequence[str], folder: RunFolder) -> int:
         pairs = [*zip(recipe.stage, keys, others, strict=False)]
@@ -283,9 +281,14 @@ def _write(
         )
         stages = [_shown(stage) for stage in result["stages"]]
         entries.append(
-            {"name": variant.name, "overrides": list(variant.overrides), "folder": str(path.relative_to(place)),
-             "error": None if error is None else str(error), "stages": stages}
-        )  # fmt: skip
+            {
+                "name": variant.name,
+                "overrides": list(variant.overrides),
+                "folder": str(path.relative_to(place)),
+                "error": None if error is None else str(error),
+                "stages": stages,
+            }
+        )
     page: dict[str, Any] = {
         "command": command,
         "environment": environment(command),
@@ -297,7 +300,7 @@ def _write(
 
 
 def front(page: dict[str, Any], cost: str) -> list[str]:
-    """Returns the names of the finished variants that no other beats in `cost` and the primary metric.
+    """Returns the Pareto front: finished variants that no other beats in cost and metric.
 
     Latencies are compared within one runtime only; each has its own front.
     """

@@ -256,7 +256,7 @@ def test_the_version_is_printed(shell):
 
 def test_recipes_are_listed_and_copied_but_never_over_a_file(shell):
     said = shell("recipes")
-    assert "digits\n  A small ResNet on 1,797 real handwritten digits" in said.out
+    assert "digits\n  A small ResNet on" in said.out
     assert "cifar10-cpu" in said.out
     assert shell("recipes", "--copy", "digits").out.startswith("digits.toml: edit it")
     assert 'name = "digits"' in Path("digits.toml").read_text()

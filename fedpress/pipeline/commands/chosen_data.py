@@ -1,4 +1,4 @@
-"""The data of a command: a source, a data set in memory or a shape alone, and how inputs are standardised."""
+"""The data of a command: a source, a data set in memory, or only a shape; standardisation."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from fedpress.pipeline.recipe import Override
 
 @dataclass(frozen=True)
 class Standardization:
-    """How the inputs of a model that was trained elsewhere are standardised: (x - mean) / std for each channel.
+    """Standardisation for a model that was trained elsewhere: (x - mean) / std per channel.
 
     None for the mean and std of the data.
     """
@@ -168,7 +168,7 @@ class ChosenData:
         return table | (self.given.table() if self.given is not None else {})
 
     def question(self, chosen_model: ChosenModel, keys: Sequence[Override]) -> DataError | None:
-        """Returns what the user should say too of the inputs of a model from elsewhere; None if nothing.
+        """Returns a warning if nothing says how a model from elsewhere wants its inputs.
 
         It is an error that stops nothing: the numbers are right if the model was trained on these
             data.
@@ -177,11 +177,13 @@ class ChosenData:
         if self.source is None or said or not chosen_model.foreign:
             return None
         return DataError(
-            f"'{chosen_model.name}' brings its own weights, and its accuracy is measured on inputs standardised "
+            f"'{chosen_model.name}' brings its own weights, and its accuracy is measured on inputs "
+            "standardised "
             "by these data",
             place="mean",
             cure=(
-                "if it was trained on others, give those of each channel (images as values from 0 to 1), "
+                "if it was trained on others, give those of each channel (images as values from "
+                "0 to 1), "
                 "such as ",
                 Argument("mean", (0.485, 0.456, 0.406)),
                 " and ",
@@ -194,7 +196,7 @@ class ChosenData:
 
 
 def table_of(data: FederatedData) -> dict[str, Any]:
-    """Returns the table of a data set in memory: what an example looks like, and the number of classes."""
+    """Returns the `[data]` table of a data set in memory: its shape and number of classes."""
     dtype = dtype_of(data.public.x)
     kinds = ":int64" if dtype == "int64" else ""
     count = data.num_classes if data.labelled else 0
@@ -208,7 +210,7 @@ def table_of(data: FederatedData) -> dict[str, Any]:
 def _shape(
     chosen_model: ChosenModel, keys: Sequence[Override], shape: tuple[int, ...] | None
 ) -> str:
-    """Says what an example of a model without data looks like, and the number of classes, as `no_data` takes them."""
+    """Returns shape and number of classes of a model without data, as `no_data` reads them."""
     if chosen_model.spec is not None:
         saved = chosen_model.spec
         if isinstance(saved.input_shape, dict):

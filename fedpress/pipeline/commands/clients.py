@@ -1,4 +1,4 @@
-"""`clients=` of `fedpress.federate`: data sets in memory, one for each client, become a federated data set."""
+"""`clients=` of `fedpress.federate`: a data set in memory for each client."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fedpress import tasks
 from fedpress.core.examples import Arrays, Preprocess
-from fedpress.core.inputs import Inputs, form_of, inputs_text, join, map_inputs
+from fedpress.core.inputs import Inputs, dtype_of, form_of, inputs_text, join, map_inputs
 from fedpress.core.random_source import public_stream
 from fedpress.data import FederatedData
 from fedpress.errors import Argument, DataError
@@ -30,7 +30,7 @@ PAIR = "a pair (inputs, labels), a torch Dataset or a DataLoader"
 
 @dataclass(frozen=True)
 class Clients:
-    """What a user gives of a federation's data; each data set is a pair (inputs, labels), a Dataset or a DataLoader.
+    """The data of a federation in memory, each a pair (inputs, labels), Dataset or DataLoader.
 
     Attributes:
         clients: the private examples of each client by its name.
@@ -78,7 +78,8 @@ class Clients:
         for name, (x, _) in raw.items():
             if form_of(x) != form_of(first_x):
                 raise DataError(
-                    f"examples of {inputs_text(x)} where the first client has {inputs_text(first_x)}",
+                    f"examples of {inputs_text(x)} where the first client has "
+                    f"{inputs_text(first_x)}",
                     place=self._place_of(name),
                     cure="make them all alike",
                 )
@@ -86,7 +87,7 @@ class Clients:
         as_floats = False
         if model is not None:
             taken, shape = as_taken(first_x, model, preprocess)
-            as_floats = isinstance(taken, Tensor) and taken.dtype != first_x.dtype  # type: ignore[union-attr]
+            as_floats = dtype_of(taken) != dtype_of(first_x)
         task = saved or self._task(first_y, shape)
 
         def arrays(x: Inputs, y: Tensor) -> Arrays:
@@ -146,10 +147,12 @@ class Clients:
             shape = list(y.shape)[1:]
             gives = "something else" if outputs is None else f"{list(outputs)}"
             raise DataError(
-                f"labels of type {y.dtype} and shape {shape} for one example, where the model gives {gives}",
+                f"labels of type {y.dtype} and shape {shape} for one example, where the model "
+                f"gives {gives}",
                 place=self.place,
                 cure=(
-                    "give whole numbers below the number of outputs as labels of a classification, or floats in the "
+                    "give whole numbers below the number of outputs as labels of a "
+                    "classification, or floats in the "
                     "shape of the outputs for a regression; or say what is learned with ",
                     Argument("task", "multilabel"),
                 ),

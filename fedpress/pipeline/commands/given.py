@@ -1,4 +1,4 @@
-"""`data=` of the Python calls: tensors, a pair, a Dataset or a DataLoader in memory become a federated data set."""
+"""`data=` of the calls: tensors, a pair, a Dataset or a DataLoader become a federated data set."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ from fedpress.tasks import Binary, Regression, Task
 from fedpress.training.evaluate import evaluating
 
 TAKEN = (
-    'a source such as "cifar10", a tensor of inputs or a dictionary of them, a pair (inputs, labels), a torch '
+    'a source such as "cifar10", a tensor of inputs or a dictionary of them, a pair '
+    "(inputs, labels), a torch "
     "Dataset or DataLoader, or a FederatedData"
 )
 TEST_SHARE = 0.2
@@ -76,7 +77,7 @@ def in_memory(
     if task is not None and task.targets != "classes":
         return _divided(Arrays(x, y.to(torch.float32)), preprocess, seed, task=task)
     if y.dim() != 1 or y.is_floating_point() or y.is_complex():
-        # Targets of a segmentation, or of another task than the model's: nothing can be measured by them.
+        # Targets of a segmentation, or of another task than the model's, measure nothing.
         return unlabelled(x, preprocess)
     _check_classes(y, outputs)
     count = max(int(y.max()) + 1, outputs, 2)
@@ -94,7 +95,7 @@ def in_memory(
 
 
 def _check_classes(y: Tensor, outputs: int) -> None:
-    """Refuses numbers that are no classes of a model with so many `outputs`; 0 if that is not known."""
+    """Refuses labels outside 0 to `outputs` - 1; if `outputs` is 0, only negative ones."""
     if int(y.min()) < 0:
         raise DataError(
             "some labels are negative", place="data", cure="give class numbers from 0 up"
@@ -129,7 +130,7 @@ def _divided(every: Arrays, preprocess: Preprocess, seed: int, **about: Any) -> 
 
 
 def task_of_targets(y: Tensor, outputs: tuple[int, ...] | None) -> Task | None:
-    """Returns what a model learns that gives `outputs` for one example, where that is no classification.
+    """Returns a regression or binary task if targets and outputs show one, else None.
 
     Floats [n] or [n, k] of a model that gives k numbers are a regression; 0 and 1 of one that gives
     one number are a binary classification.
@@ -149,7 +150,7 @@ def task_of_targets(y: Tensor, outputs: tuple[int, ...] | None) -> Task | None:
 def as_taken(
     x: Inputs, model: nn.Module, preprocess: Preprocess
 ) -> tuple[Inputs, tuple[int, ...] | None]:
-    """Returns the inputs of the type that the model takes, and the shape of its outputs for one of them.
+    """Returns the inputs in the dtype that the model takes, and the shape of one output.
 
     Whole numbers become floats if the model does not take them as token ids. The shape is None if
     the model does not take the inputs, or gives something else than a tensor: what is wrong is told
@@ -167,7 +168,7 @@ def as_taken(
 
 
 def classes_in(outputs: tuple[int, ...] | None) -> int:
-    """Returns the number of classes of a model that gives `outputs` for one example; 0 if it is no classifier."""
+    """Returns the number of classes of a model with this output shape; 0: no classifier."""
     return outputs[0] if outputs is not None and len(outputs) == 1 and outputs[0] > 1 else 0
 
 
@@ -258,7 +259,8 @@ def _joined(items: Iterable[Any], join: Any) -> tuple[Inputs, Tensor | None]:
         raise DataError(
             "its items have different shapes",
             place="data",
-            cure="make them alike: pad sequences to one length, and give the lengths as a second input",
+            cure="make them alike: pad sequences to one length, and give the lengths as a second "
+            "input",
         ) from error
 
 
@@ -284,7 +286,7 @@ def _together(items: list[Any], join: Any) -> Any:
 
 
 def inputs_of(x: Tensor | np.ndarray | Mapping[str, Any]) -> Inputs:
-    """Returns inputs of the types that examples may have: uint8, float32, int64, or by name also bool.
+    """Returns inputs as uint8, float32 or int64; named inputs may also be bool.
 
     Raises:
         DataError: if they are no examples, or complex numbers.

@@ -40,7 +40,7 @@ def measure(
     checkpoint: Path | None = None,
     allow_code: Collection[str] | str = (),
 ) -> dict[str, Any]:
-    """Measures every model in torch and, exported, in the runtime of each format; exported files in their own.
+    """Measures every model in torch and, exported, in the runtime of each format.
 
     Args:
         models: folders of models or runs, packed files, `module:function`, exported files, or
@@ -102,7 +102,7 @@ def measure(
 
 @dataclass(frozen=True)
 class Inputs:
-    """What the user says that models take: the shapes of several inputs, the `shape` of one, or neither."""
+    """What models take: the shapes of several inputs, the `shape` of one, or neither is known."""
 
     several: Shapes | None
     shape: tuple[int, ...] | None
@@ -123,7 +123,7 @@ class Inputs:
 
 @dataclass(frozen=True)
 class Entry:
-    """A model or an exported file that is measured, what it takes, and what is known of it without a clock.
+    """A model or exported file to be measured, its inputs, and its static costs.
 
     Attributes:
         chosen_model: the model, or the path of the file.

@@ -1,4 +1,4 @@
-"""A recipe of one stage on one model: what the commands and calls such as `prune` build, check and run."""
+"""A recipe of one stage on one model: what commands such as `prune` check and run."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ class OneStage:
             }
         )
         with naming_arguments(kind, all_public=data["source"] == NO_SOURCE):
-            # Keys of the stage are put into its own table, so that errors about them name them as they were given.
+            # Keys of the stage go into its own table, so that errors name them as they were given.
             whole = recipes.completed(tables, [key for key in keys if _of_recipe(key)])
             own = [key for key in keys if not _of_recipe(key)]
             whole["stage"] = [recipes.overridden(whole["stage"][0], own)]

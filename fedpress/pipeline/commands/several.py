@@ -1,4 +1,4 @@
-"""Models of several inputs in the Python calls: the inputs go side by side in one row, and are parted again inside."""
+"""Models of several inputs: inputs are flattened into one row, and split again in the model."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Shapes = tuple[tuple[int, ...], ...]
 
 
 def several_shapes(input_shape: Any) -> Shapes | None:
-    """Returns the shapes if `input_shape` lists those of several inputs; None if it is the shape of one.
+    """Returns the shapes of several inputs; None if `input_shape` is the shape of one.
 
     >>> several_shapes([(3, 8, 8), (5,)])
     ((3, 8, 8), (5,))

@@ -59,7 +59,7 @@ class ChosenModel:
 
     @property
     def foreign(self) -> bool:
-        """Whether it brings weights from elsewhere, and with them a preprocessing that nobody has told."""
+        """Whether its weights come from elsewhere, so that its preprocessing is not known."""
         return self.spec is None and (self.module is not None or "weights" in self.model)
 
     @classmethod
@@ -95,7 +95,7 @@ class ChosenModel:
         return cls({"architecture": name, **extra})
 
     def fresh(self, keys: Sequence[Override]) -> nn.Module | None:
-        """Builds an architecture with fresh weights and the arguments in `keys`; None for a saved model."""
+        """Builds an architecture with new weights and the arguments in `keys`; None if saved."""
         if self.spec is not None:
             return None
         own = [key for key in keys if key.key.startswith("model.")]
@@ -109,7 +109,7 @@ class ChosenModel:
             return spec.build_for_user()[1]
 
     def data(self) -> tuple[dict[str, Any], int] | None:
-        """Returns the `[data]` table and the seed of the run that left the model; None if there is none."""
+        """Returns the `[data]` table and the seed of the model's run; None if it has none."""
         if self.run is None:
             return None
         settings = read_json(self.run / "settings.json", cure=DATA)
@@ -165,7 +165,7 @@ def holding(module: nn.Module, named: Named | None = None) -> Iterator[dict[str,
 
 
 def no_data(path: Path) -> FederatedData:
-    """Stands in for data where a command needs none: one example of noise, and nothing to learn from or measure on.
+    """A placeholder where a command needs no data: one example of noise, no other parts.
 
     Args:
         path: what the examples look like and the number of classes, such as `3x32x32:10`. No
@@ -205,8 +205,10 @@ def no_data(path: Path) -> FederatedData:
 def form_text(shape: Shape, dtype: str | dict[str, str]) -> str:
     """Says what an example looks like, as `no_data` takes it.
 
-    >>> form_text((3, 8), "float32"), form_text({"ids": (16,), "n": ()}, {"ids": "int64", "n": "int64"})
-    ('3x8', 'ids.int64=16+n.int64=')
+    >>> form_text((3, 8), "float32")
+    '3x8'
+    >>> form_text({"ids": (16,), "n": ()}, {"ids": "int64", "n": "int64"})
+    'ids.int64=16+n.int64='
     """
     if isinstance(shape, dict):
         assert isinstance(dtype, dict)
@@ -231,7 +233,7 @@ def _form_of(text: str, dtype: str) -> tuple[Shape, Any]:
 
 @dataclass(frozen=True)
 class Outputs:
-    """What a model makes of noise: `classes` of a classifier, 0 if it is none; `tokens`: it takes token ids."""
+    """What a trial run shows: the number of `classes` (0: none), and whether it takes `tokens`."""
 
     classes: int
     tokens: bool

@@ -1,4 +1,4 @@
-"""The recipe: TOML text and overrides become frozen, checked settings; every mistake is one sentence with its cure."""
+"""The recipe: TOML text and overrides become frozen, checked settings."""
 
 from fedpress.pipeline.recipe.load import checked, completed, effective, from_tables, load, tree
 from fedpress.pipeline.recipe.overrides import Override, overridden, overrides_of

@@ -42,7 +42,7 @@ def tree(toml: str, overrides: Sequence[str | Override] = ()) -> dict[str, Any]:
 
 
 def completed(tables: dict[str, Any], overrides: Sequence[str | Override] = ()) -> dict[str, Any]:
-    """Returns the tables of a recipe with `overrides` in them, and a name for every stage; nothing is checked yet.
+    """Returns the tables with `overrides` and a name for every stage; checks nothing yet.
 
     Raises:
         RecipeError: if an override has no place.
@@ -57,7 +57,7 @@ def completed(tables: dict[str, Any], overrides: Sequence[str | Override] = ()) 
 def from_tables(
     tables: dict[str, Any], overrides: Sequence[str | Override] = ()
 ) -> tuple[str, Recipe]:
-    """Returns the text and the settings of a recipe that was made in Python; its paths count from the present folder.
+    """Returns text and settings of a recipe made in Python; paths count from the present folder.
 
     Raises:
         RecipeError: if an override has no place, or a setting is wrong.
@@ -70,7 +70,7 @@ def from_tables(
 def effective(
     text: str, overrides: Sequence[str | Override] = (), *, folder: Path | None = None
 ) -> str:
-    """Returns the TOML that stands alone: with the overrides in it, and its relative paths counted from `folder`.
+    """Returns the recipe as TOML with overrides applied and relative paths made absolute.
 
     It is `text` itself, with its comments, if that says the same already.
 

@@ -38,13 +38,13 @@ def check_values(node: Any, place: str) -> None:
 def first_mistake(
     error: ValidationError, tree: dict[str, Any], recipe: type[BaseModel]
 ) -> RecipeError:
-    """Returns the first mistake that pydantic found in `tree`, the tables of a `recipe`, and how many more there are.
+    """Returns the first of pydantic's errors in `tree`, the tables of a `recipe`, and the count.
 
     An unknown key goes before the rest, since a misspelt key is also missing.
     """
     found = error.errors(include_url=False)
     first = next((e for e in found if e["type"] == "extra_forbidden"), found[0])
-    # A list of which a part is wrong is also called too short: that follows from it, and is no mistake of its own.
+    # Pydantic also calls a list too short if a part of it is wrong. That is no own mistake.
     own = [e for e in found if not any(_inside(other["loc"], e["loc"]) for other in found)]
     more = len({_place(e, tree) for e in own}) - 1
     found_mistake = _mistake(first, _place(first, tree), recipe)
@@ -73,7 +73,7 @@ def _mistake(error: Any, place: str, recipe: type[BaseModel]) -> RecipeError:
 
 
 def _key(argument: str, table: str, tables: Collection[str]) -> str:
-    """Returns the recipe's key of an argument that settings at `table` name; `tables` are those of a recipe.
+    """Returns the recipe key of an argument named by the settings at `table`.
 
     >>> at, tables = "recipe.stage[1]", ("data", "model")
     >>> _key("finetune.epochs", at, tables), _key("data.public_share", at, tables)
@@ -117,12 +117,12 @@ def _short(value: Any) -> str:
 
 
 def _place(error: Any, tree: Any) -> str:
-    """`("stage", 2, "federate", "lr")` -> `recipe.stage[2].lr`: the name of a union's row is no key of the recipe."""
+    """`("stage", 2, "federate", "lr")` -> `recipe.stage[2].lr`; the kind is no key."""
     place, node, kind = "recipe", tree, error["type"]
     *above, last = error["loc"] or ("",)
     before: object = None
     for part in (*above, last):
-        # Behind the number of a list of several kinds pydantic names the kind, which may be called like a key.
+        # After a list index pydantic adds the kind, which may have the name of a key.
         names_kind = isinstance(before, int) and isinstance(node, dict) and node.get("kind") == part
         before = part
         if names_kind:

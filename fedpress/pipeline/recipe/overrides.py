@@ -74,7 +74,7 @@ class Override:
 
 
 def overrides_of(values: Mapping[str, Any], at: str = "") -> list[Override]:
-    """Returns the overrides for keywords from Python: a mapping changes the keys that it names and leaves the others.
+    """Returns the overrides for Python keywords; a mapping changes only the keys that it names.
 
     A mapping with a `kind` takes the place of the whole table, since the keys of another kind mean
     something else.
@@ -107,7 +107,7 @@ def overridden(tree: dict[str, Any], overrides: Sequence[str | Override]) -> dic
 
 
 def name_stages_(tree: dict[str, Any]) -> None:
-    """Names every stage without a name after its kind, with a number behind it where that is taken."""
+    """Names unnamed stages after their kind, with a number behind it if that is taken."""
     stages = tree.get("stage")
     if not isinstance(stages, list):
         return
@@ -149,7 +149,7 @@ def _override_(tree: dict[str, Any], override: Override) -> None:
 
 
 def _index(items: list[Any], key: str, at: str, override: Override) -> int:
-    """The position in a list that `key` names: its number, the stage's name, or a kind that only one stage has."""
+    """Returns the list position that `key` names: a number, a stage's name, or a unique kind."""
     tables = [(i, item) for i, item in enumerate(items) if isinstance(item, dict)]
     for word in ("name", "kind"):
         named = [i for i, item in tables if item.get(word) == key]
@@ -171,7 +171,7 @@ def _index(items: list[Any], key: str, at: str, override: Override) -> int:
 
 
 def _value(text: str) -> Any:
-    """`5`, `0.1`, `true`, `[1, 2]` and `{a = 1}` as in TOML; `none` unsets a key; anything else is a word."""
+    """Reads a TOML value such as `5` or `[1, 2]`; `none` unsets; anything else is a word."""
     if text == "none":
         return None
     try:

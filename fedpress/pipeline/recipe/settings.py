@@ -51,7 +51,8 @@ class ModelSettings(BaseModel):
     )
     weights: Path | None = Field(
         None,
-        description="a state dict (.safetensors or .pt) for the architecture, in the place of fresh "
+        description="a state dict (.safetensors or .pt) for the architecture, in the place of "
+        "fresh "
         "weights",
     )
 
@@ -62,7 +63,7 @@ class ModelSettings(BaseModel):
 
     @property
     def takes_arguments(self) -> bool:
-        """Whether it is built from arguments that can be changed: no saved model is, and no module in memory."""
+        """Whether its arguments can be changed: not for a saved model or a module in memory."""
         return self.checkpoint is None and self.architecture != HELD
 
     @model_validator(mode="after")
@@ -140,7 +141,7 @@ class Recipe(BaseModel):
 
     @model_validator(mode="after")
     def _names_differ(self) -> Recipe:
-        # Folders, streams of chance and charges go by the name: two stages that share it would share their noise.
+        # Folders, random streams and charges go by the name: equal names would share noise.
         seen = [stage.name for stage in self.stage]
         twice = next((name for name in seen if seen.count(name) > 1), None)
         if twice is not None:

@@ -88,7 +88,7 @@ class _Reader:
     def __init__(self, full: dict[str, Any]) -> None:
         self.full = full
         self.choices: dict[str, list[str]] = {}
-        """Definition of a table that is chosen by its kind -> words of the tables it may stand in."""
+        """Definition of a table with a `kind` -> names of the tables that it may be in."""
         self.titles: dict[str, str] = {}
 
     def tables(self) -> Iterator[KeyTable]:
@@ -144,7 +144,7 @@ class _Reader:
         return "; ".join(filter(None, (about.get("description", ""), one_of)))
 
     def _kinds(self, about: Node) -> Iterator[tuple[str, str]]:
-        """Yields the words that `kind` may be, in a table or a list of them, with their definitions."""
+        """Yields the values of `kind` in a table or list of tables, with their definitions."""
         for part in (about, about.get("items", {}), *about.get("anyOf", ())):
             mapping = part.get("discriminator", {}).get("mapping", {})
             yield from ((word, ref.rpartition("/")[2]) for word, ref in mapping.items())

@@ -46,7 +46,8 @@ def find(name_or_path: str) -> str:
         raise RecipeError(
             f"'{path}' is the folder of a run",
             place="recipe",
-            cure=f"go on with it by --resume {path}, or run its recipe again: {path / 'recipe.toml'}",
+            cure=f"go on with it by --resume {path}, or run its recipe again: "
+            f"{path / 'recipe.toml'}",
         )
     known = f"known are {', '.join(names())}, or give a .toml file"
     raise RecipeError(
@@ -57,7 +58,7 @@ def find(name_or_path: str) -> str:
 
 
 def _read(path: Path) -> str:
-    """Reads a file that is UTF-8, or says by its first bytes that it is UTF-16, as Windows editors write it."""
+    """Reads a file in UTF-8, or in UTF-16 with a byte order mark, as Windows editors write it."""
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -156,9 +157,10 @@ def _cure(toml: str, problem: str) -> str:
 
 
 def write(tree: dict[str, Any]) -> str:
-    """Writes plain values as TOML, one line for each key and one block for each stage; what is None is left out.
+    """Writes plain values as TOML, a line for each key, a block for each stage; omits None.
 
-    >>> print(write({"seed": 1, "data": {"source": "digits", "path": None}, "stage": [{"kind": "train"}]}))
+    >>> data = {"source": "digits", "path": None}
+    >>> print(write({"seed": 1, "data": data, "stage": [{"kind": "train"}]}))
     seed = 1
     <BLANKLINE>
     [data]
@@ -168,7 +170,7 @@ def write(tree: dict[str, Any]) -> str:
     kind = "train"
     <BLANKLINE>
     """
-    # tomli-w decides by the length of a list whether its tables become blocks; a stage always is one.
+    # tomli-w makes blocks of long lists only; a stage is always a block.
     top: dict[str, Any] = {}
     blocks: list[str] = []
     for key, value in plain(tree).items():
@@ -186,7 +188,7 @@ def _lines(table: dict[str, Any]) -> str:
 
 
 def plain(value: Any) -> Any:
-    """Returns what TOML can hold of a value: tuples become lists, paths become words, and keys without value go.
+    """Converts a value for TOML: tuples to lists, paths to strings; drops keys of None.
 
     >>> plain({"sides": (8, 16), "path": None})
     {'sides': [8, 16]}
@@ -236,7 +238,7 @@ def anchor_(tree: dict[str, Any], folder: Path) -> None:
 
 
 def _is_relative(key: str, value: object) -> bool:
-    """Says whether `value` of the key `key` is a path that depends on where one is, and not a word."""
+    """Returns whether `value` of `key` is a relative path, and not a word such as 'dense'."""
     if not isinstance(value, str) or value in MODEL_KEYS.get(key, ()):
         return False
     return not (value.startswith((TEACHER, "~")) or Path(value).is_absolute())
