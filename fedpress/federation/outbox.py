@@ -54,7 +54,13 @@ class Outbox:
 
     def cancel(self, assignments: Collection[Assignment]) -> None:
         """Tells the clients of `assignments` to stop."""
-        self.transport.cancel([self.open.pop(one)[0] for one in assignments if one in self.open])
+        requests = []
+        for one in assignments:
+            # A task that was answered is not open any more.
+            if one in self.open:
+                request, _ = self.open.pop(one)
+                requests.append(request)
+        self.transport.cancel(requests)
 
     def cancel_all_but(self, wanted: Collection[Assignment]) -> list[ClientId]:
         """Cancels every open task that is not `wanted`; returns the clients of these tasks."""

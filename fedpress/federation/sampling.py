@@ -90,13 +90,12 @@ class Cohort:
             order = private_stream(seed, "cohort").permutation(self.population)
             first = (round - 1) % self.period * self.size
             # Sorted, so that updates are added in the order of `clients`, as in any other round.
-            turn = order[first : first + self.size].sort().values
-            return [clients[index] for index in turn.tolist()]
-        # From the private stream: amplification holds only if nobody knows who was drawn.
-        chance = private_stream(seed, "cohort", round)
-        if self.sampling == "poisson":
+            indices = order[first : first + self.size].sort().values
+        elif self.sampling == "poisson":
+            # From the private stream: amplification holds only if nobody knows who was drawn.
+            chance = private_stream(seed, "cohort", round)
             joins = chance.uniform(self.population) < self.sampling_prob
             indices = joins.nonzero().flatten()
         else:
-            indices = chance.subset(self.population, self.size)
+            indices = private_stream(seed, "cohort", round).subset(self.population, self.size)
         return [clients[index] for index in indices.tolist()]

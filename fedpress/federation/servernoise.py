@@ -110,7 +110,9 @@ class ServerNoise:
         keys = torch.frombuffer(own_key, dtype=torch.uint8).reshape(1, 32)
         if keys_name in state:
             keys = torch.cat([keys, state[keys_name]])[: len(self.factorization.coefficients)]
-        draws = [AesCtrRandom(bytes(past.tolist())).normal(total.numel()) for past in keys]
+        draws = []
+        for past in keys:
+            draws.append(AesCtrRandom(bytes(past.tolist())).normal(total.numel()))
         mixed = self.factorization.sensitivity * self.factorization.noise(draws)
         noised = add_noise(total, self.plan, mixed, exact=key.secret is not None)
         return noised, {**state, keys_name: keys}

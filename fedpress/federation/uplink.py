@@ -434,7 +434,10 @@ class Gatherer:
             return
 
         vectors = uplink.receive(tensors, key) if updates_seen else {}
-        scaled = {name: v if scale == 1 else v * scale for name, v in vectors.items()}
+        scaled = dict(vectors)
+        if scale != 1:
+            for name, vector in vectors.items():
+                scaled[name] = vector * scale
         # Where clients may not be named, `examples` is 1, and all weigh the same.
         weight = float(examples) if uplink.weights == "examples" else 1.0
         secure: Mapping[str, JSON] = need("update", header, "secure") if "secure" in header else {}
@@ -507,7 +510,9 @@ class Gatherer:
         # Bits of -1/2 and +1/2 instead of 0 and 1: one client then moves the sum by 1/2 whether it
         # is added or removed, so the same noise is worth twice as much (Andrew et al. 2021).
         count = PrivacyPlan("client", 0.5, 1.0, 2 * (adaptive.count_noise or 0.0))
-        centred = sum(0.5 if bit else -0.5 for bit in self.below)
+        centred = 0.0
+        for below in self.below:
+            centred += 0.5 if below else -0.5
         bits = torch.tensor([centred], dtype=torch.float64)
         noised = float(noise_sum(bits, count, chance))
         share = share_below(noised, self.uplink.cohort.size)

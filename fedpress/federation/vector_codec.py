@@ -100,6 +100,10 @@ def divide(
     first, *further = vector_codecs
     parts: dict[str, dict[str, Tensor]] = {codec.name: {} for codec in vector_codecs}
     for name, tensor in tensors.items():
-        owner = next((codec for codec in further if codec.owns(name)), first)
+        owner = first
+        for codec in further:
+            if codec.owns(name):
+                owner = codec
+                break
         parts[owner.name][name] = tensor
     return parts

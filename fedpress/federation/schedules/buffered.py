@@ -228,13 +228,19 @@ class _BufferedScheduler:
     def state(self) -> dict[str, Tensor]:
         """Returns the clock, the number of draws, and the open tasks, with clients as indices."""
         places = {client: index for index, client in enumerate(self._context.clients)}
-        working = self._working
+        clients = []
+        tasks = []
+        due = []
+        for one in self._working:
+            clients.append(places[one.client])
+            tasks.append(one.task)
+            due.append(one.due)
         return {
             "now": torch.tensor(self._now, dtype=torch.float64),
             "draws": torch.tensor(self._draws),
-            "clients": torch.tensor([places[one.client] for one in working], dtype=torch.int64),
-            "tasks": torch.tensor([one.task for one in working], dtype=torch.int64),
-            "due": torch.tensor([one.due for one in working], dtype=torch.float64),
+            "clients": torch.tensor(clients, dtype=torch.int64),
+            "tasks": torch.tensor(tasks, dtype=torch.int64),
+            "due": torch.tensor(due, dtype=torch.float64),
         }
 
     def load_(self, state: Mapping[str, Tensor]) -> None:
@@ -251,7 +257,9 @@ class _SimulatedParticipation:
 
     def __init__(self, asked: list[list[ClientId]]) -> None:
         self._asked = asked
-        self._tasks = Counter(client for names in asked for client in names)
+        self._tasks: Counter[ClientId] = Counter()
+        for names in asked:
+            self._tasks.update(names)
 
     @property
     def composed_tasks(self) -> int:

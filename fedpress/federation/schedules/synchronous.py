@@ -110,7 +110,9 @@ class _SynchronousScheduler:
         """Draws the cohort of a round."""
         context = self._context
         names = self._drawn.draw(context.clients, seed=context.draw_seed, round=step)
-        self._asked = [Assignment(n, step, context.due(n, step, self._now)) for n in names]
+        self._asked = []
+        for name in names:
+            self._asked.append(Assignment(name, step, context.due(name, step, self._now)))
         self._unsent = list(self._asked)
         self._taken = []
         self._wanted = len(names)
