@@ -61,13 +61,14 @@ def load(recipe: Source, overrides: Overrides = (), data: Path | None = None) ->
     file = _file_of(recipe)
     folder = file.parent if file is not None else None
     find_modules(*([folder] if folder is not None else []))
-    recipes.load(text, overrides)  # says what is wrong in the places that the file has
+    # Checked before paths are resolved, so that errors name the lines of the user's file.
+    recipes.load(text, overrides)
     text = recipes.effective(text, overrides, folder=folder)
     return text, recipes.load(text)
 
 
 @dataclass(frozen=True)
-class Begun:
+class CheckedRun:
     """A run whose settings were checked, and which may begin or go on.
 
     Attributes:
@@ -102,7 +103,7 @@ class Begun:
         return folder, note_environment(folder, command, self.origin, device=device)
 
 
-def new(recipe: Source, overrides: Overrides, data: Path | None, out: Path | None) -> Begun:
+def new(recipe: Source, overrides: Overrides, data: Path | None, out: Path | None) -> CheckedRun:
     """Binds a new run, and looks whether its folder is free.
 
     Raises:
@@ -112,19 +113,19 @@ def new(recipe: Source, overrides: Overrides, data: Path | None, out: Path | Non
     text, checked = load(recipe, overrides, data)
     place = out or default_folder(checked.name, False)
     RunFolder.check_free(place, text)
-    return Begun(checked, text, place, None, origin_of(recipe, overrides, data))
+    return CheckedRun(checked, text, place, None, origin_of(recipe, overrides, data))
 
 
-def going_on(
+def checked_resume(
     place: Path,
     recipe: Source | None,
     overrides: Overrides,
     data: Path | None,
     held: ExitStack,
-) -> Begun:
-    """Binds the run in the folder `place`, from where it stopped; see `take_up`."""
-    checked, folder = take_up(place, recipe, overrides, data, held)
-    return Begun(checked, "", place, folder, origin_of(recipe, overrides, data))
+) -> CheckedRun:
+    """Binds the run in the folder `place`, from where it stopped; see `open_to_resume`."""
+    checked, folder = open_to_resume(place, recipe, overrides, data, held)
+    return CheckedRun(checked, "", place, folder, origin_of(recipe, overrides, data))
 
 
 def origin_of(recipe: Source | None, overrides: Overrides, data: Path | None) -> dict[str, Any]:
@@ -157,7 +158,7 @@ def _of_data(data: Path | None) -> list[Override]:
     return [Override.of("data.path", str(data))] if data is not None else []
 
 
-def take_up(
+def open_to_resume(
     place: Path,
     recipe: Source | None,
     overrides: Overrides,
@@ -242,17 +243,17 @@ def _refuse_functions(recipe: Path, functions: list[str]) -> None:
     Raises:
         ModelError: with the words to add.
     """
-    asked = [name for name in functions if not consent.allowed(name)]
-    if asked:
+    arguments = [name for name in functions if not consent.allowed(name)]
+    if arguments:
         raise ModelError(
             (
-                f"it names {', '.join(map(repr, asked))[:200]}, which would be called, and "
+                f"it names {', '.join(map(repr, arguments))[:200]}, which would be called, and "
                 "nothing shows that you have started this run yourself here"
             ),
             place=recipe,
             cure=(
                 "nothing was loaded. If you know that code and trust the folder, add ",
-                Argument("allow_code", tuple(asked)),
+                Argument("allow_code", tuple(arguments)),
                 ", or name your own recipe file before --resume",
             ),
         )

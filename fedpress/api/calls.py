@@ -101,17 +101,21 @@ def call(
     if (shapes := several.several_shapes(input_shape)) is not None:
         several.check(kind, model, data, out)
         return _of_several(kind, model, shapes, settings)  # type: ignore[arg-type]
-    asked = Asked(data, path, checkpoint, several.one_shape(input_shape), mean, std, device)
+    arguments = DataArguments(
+        data, path, checkpoint, several.one_shape(input_shape), mean, std, device
+    )
     if class_weights is not None:
         settings["data.class_weights"] = class_weights
-    with working(allow_code) as stack:
-        opened, bound, loaded = bind(kind, model, asked, settings, stack, out=out)
+    with call_scope(allow_code) as stack:
+        opened, bound, loaded = bind(kind, model, arguments, settings, stack, out=out)
         if bound.note is not None:
             warnings.warn(str(bound.note), stacklevel=3)
+        # Everything that can stop the work is found before a folder is written.
         bound.check(loaded)
         opened = _checked(kind, opened, loaded, out)
         place = out if out is not None else stack.enter_context(tempfile.TemporaryDirectory())
         result = _executed(bound, loaded, Path(place), str(model)[:200], progress)
+        # Of a module that nothing builds again, a spec would name this process only.
         unknown = opened.module is not None and (out is None or opened.named is None)
         result = replace(result, spec=None if unknown else result.spec)
         if out is not None:
@@ -120,8 +124,8 @@ def call(
 
 
 @dataclass(frozen=True)
-class Asked:
-    """What a call is told beside the model and the keys of its stage; see `call`.
+class DataArguments:
+    """The arguments of a call about its data and device; see `call`.
 
     Attributes:
         data: a source, or data in memory; None: those of the run that left the model, else none.
@@ -143,10 +147,11 @@ class Asked:
 
 
 @contextmanager
-def working(allow_code: Collection[str] | str) -> Iterator[ExitStack]:
+def call_scope(allow_code: Collection[str] | str) -> Iterator[ExitStack]:
     """Yields a stack for what a call holds until it ends; restores torch's random state then."""
     with ExitStack() as stack:
         stack.enter_context(consent.allowing(allow_code))
+        # Stages seed torch's global generator: the caller's next draws must not depend on that.
         stack.enter_context(torch.random.fork_rng(devices=[]))
         yield stack
 
@@ -154,28 +159,28 @@ def working(allow_code: Collection[str] | str) -> Iterator[ExitStack]:
 def bind(
     kind: str,
     model: nn.Module | str | Path,
-    asked: Asked,
+    arguments: DataArguments,
     settings: dict[str, Any],
     stack: ExitStack,
     *,
     out: str | Path | None = None,
-) -> tuple[Opened, OneStage, FederatedData]:
+) -> tuple[CallModel, OneStage, FederatedData]:
     """Finds the model, puts the recipe of one stage together, and loads the data.
 
     Raises:
         FedpressError: if something does not fit.
     """
-    given = Standardization.of(asked.mean, asked.std)
-    opened = _opened(kind, model, asked.checkpoint, out, stack)
+    given = Standardization.of(arguments.mean, arguments.std)
+    opened = _find_model(kind, model, arguments.checkpoint, out, stack)
     keys = _keys(settings, stack)
-    if asked.device is not None:
-        keys.append(Override.of("device", str(asked.device)))
-    source = asked.data if isinstance(asked.data, str) else None
+    if arguments.device is not None:
+        keys.append(Override.of("device", str(arguments.device)))
+    source = arguments.data if isinstance(arguments.data, str) else None
     data_set = None
-    if asked.data is not None and source is None:
-        data_set = _data_set(asked.data, opened.chosen_model, given, keys)
-    path = Path(asked.path) if asked.path is not None else None
-    examples = ChosenData(source, path, asked.input_shape, data_set, given)
+    if arguments.data is not None and source is None:
+        data_set = _data_set(arguments.data, opened.chosen_model, given, keys)
+    path = Path(arguments.path) if arguments.path is not None else None
+    examples = ChosenData(source, path, arguments.input_shape, data_set, given)
     bound = OneStage.bind(kind, opened.chosen_model, keys, examples)
     return opened, bound, data_set if data_set is not None else bound.load_data()
 
@@ -195,6 +200,7 @@ def model_of(
         ModelError: if it is nothing that a call takes.
     """
     if isinstance(model, Result):
+        # A folder also knows the data of its run, so it is worth more than the module.
         if model.folder is not None:
             return model.folder, mean, std
         if mean is None and model.mean:
@@ -211,6 +217,7 @@ def model_of(
 
 def _keys(settings: dict[str, Any], stack: ExitStack) -> list[Override]:
     """Returns the settings as keys of the stage; `stack` holds a teacher that is a module."""
+    # TOML holds no module. The recipe names it by a number that is valid while the call lasts.
     if isinstance(teacher := settings.get("teacher"), nn.Module):
         name = stack.enter_context(memory.holding(teacher))
         settings = {**settings, "teacher": memory.TEACHER + name}
@@ -230,7 +237,7 @@ def _executed(
 
 
 @dataclass(frozen=True)
-class Opened:
+class CallModel:
     """The model of a call.
 
     Attributes:
@@ -244,17 +251,17 @@ class Opened:
     named: memory.Named | None = None
 
 
-def _opened(
+def _find_model(
     kind: str,
     model: nn.Module | str | Path,
     checkpoint: str | Path | None,
     out: object,
     stack: ExitStack,
-) -> Opened:
+) -> CallModel:
     """Finds the model; `stack` holds a module while the call lasts."""
     if not isinstance(model, nn.Module):
         weights = Path(checkpoint) if checkpoint is not None else None
-        return Opened(ChosenModel.find(model, weights=weights))
+        return CallModel(ChosenModel.find(model, weights=weights))
     if checkpoint is not None:
         raise ModelError(
             "this module has weights of its own",
@@ -267,10 +274,10 @@ def _opened(
     if named is not None and ":" in named.architecture:
         # Its class is here already: nothing new is called.
         stack.enter_context(consent.allowing(named.architecture))
-    return Opened(chosen_model, model, named)
+    return CallModel(chosen_model, model, named)
 
 
-def _checked(kind: str, opened: Opened, data: FederatedData, out: object) -> Opened:
+def _checked(kind: str, opened: CallModel, data: FederatedData, out: object) -> CallModel:
     """Looks whether a module that is built anew computes the same; if not, it has no name.
 
     Raises:

@@ -13,7 +13,7 @@ from pydantic import JsonValue
 from torch import Tensor, nn
 
 from fedpress import storage, tasks
-from fedpress.api.calls import Asked, Mean, Model, bind, model_of, working
+from fedpress.api.calls import DataArguments, Mean, Model, bind, call_scope, model_of
 from fedpress.core.examples import Preprocess
 from fedpress.core.inputs import Inputs, inputs_text
 from fedpress.data import FederatedData
@@ -83,12 +83,12 @@ def evaluate(
     held = data
     if in_memory and not isinstance(data, FederatedData):
         held = Clients({"all": data}, test=data, task=task, place="data")
-    asked = Asked(held, path, checkpoint, None, mean, std, device)
+    arguments = DataArguments(held, path, checkpoint, None, mean, std, device)
     settings: dict[str, Any] = {}
     if task is not None and not in_memory:
         settings["data.task"] = task
-    with working(allow_code) as stack:
-        _, bound, loaded = bind("measure", model, asked, settings, stack)
+    with call_scope(allow_code) as stack:
+        _, bound, loaded = bind("measure", model, arguments, settings, stack)
         if not len(loaded.test):
             raise _nothing_to_measure_on()
         state = first_state(bound.recipe, loaded)
@@ -205,7 +205,7 @@ def predict(
     """
     given, mean, std = model_of(model, mean, std)
     x = _read(inputs)
-    with working(allow_code):
+    with call_scope(allow_code):
         network, preprocess, task = _network(given, checkpoint, Standardization.of(mean, std))
         rows, shape = as_taken(x, network, preprocess)
         outputs: list[Tensor] = []

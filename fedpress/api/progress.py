@@ -206,6 +206,7 @@ class NotebookView:
 
 def in_notebook() -> bool:
     """Returns whether this process is a notebook's kernel; a plain IPython shell is not."""
+    # Importing IPython to find out would take half a second in every script.
     ipython = sys.modules.get("IPython")
     shell = ipython.get_ipython() if ipython is not None else None
     return shell is not None and hasattr(shell, "kernel")

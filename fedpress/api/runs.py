@@ -48,7 +48,7 @@ class Work:
         reuse: another run, whose finished stages are taken over while their settings are equal.
     """
 
-    begun: begin.Begun
+    begun: begin.CheckedRun
     data: FederatedData
     reuse: RunFolder | None
 
@@ -90,7 +90,7 @@ class Run:
     ) -> Run:
         """Checks all stages of a new run; `events` does the work. For arguments see `run`."""
         consent.allow(*consent.checked(allow_code))
-        words, path, held = _said(data, overrides)
+        words, path, held = _overrides_and_data(data, overrides)
         place = Path(out) if out is not None else None
         begun = begin.new(recipe, words, path, place)
         return cls(begun.place, _bound(begun, held, reuse))
@@ -118,9 +118,10 @@ class Run:
             RunError: if there is no run, it has other settings, or a file of it was damaged.
         """
         consent.allow(*consent.checked(allow_code))
-        words, where, held = _said(data, overrides)
+        words, where, held = _overrides_and_data(data, overrides)
+        # The lock is held only while the folder is checked; `events` takes it again to work.
         with ExitStack() as stack:
-            begun = begin.going_on(Path(path), recipe, words, where, stack)
+            begun = begin.checked_resume(Path(path), recipe, words, where, stack)
         return cls(begun.place, _bound(begun, held, None))
 
     @classmethod
@@ -152,6 +153,7 @@ class Run:
         work = self._work
         with ExitStack() as held:
             folder, notes = work.begun.start("fedpress.run(...)", held)
+            # A second call of `events` must go on in the folder, not begin a new one.
             self._work = replace(work, begun=replace(work.begun, folder=folder))
             for note in notes:
                 warnings.warn(note, stacklevel=2)
@@ -312,7 +314,7 @@ def check(
     ('federate', True)
     """
     consent.allow(*consent.checked(allow_code))
-    words, path, held = _said(data, overrides)
+    words, path, held = _overrides_and_data(data, overrides)
     _, checked = begin.load(recipe, words, path)
     with torch.random.fork_rng(devices=[]):
         loaded = held if held is not None else load_data(checked)
@@ -365,7 +367,7 @@ def own_random_numbers(events: Iterator[Event]) -> Iterator[Event]:
         yield event
 
 
-def _said(
+def _overrides_and_data(
     data: Data, overrides: Mapping[str, Any]
 ) -> tuple[list[Override], Path | None, FederatedData | None]:
     """Returns the overrides, the path of the data, and the data set if it was given itself."""
@@ -377,7 +379,7 @@ def _said(
     return words, Path(data) if data is not None else None, None
 
 
-def _bound(begun: begin.Begun, held: FederatedData | None, reuse: str | Path | None) -> Work:
+def _bound(begun: begin.CheckedRun, held: FederatedData | None, reuse: str | Path | None) -> Work:
     """Loads the data and checks every stage."""
     earlier = RunFolder.open(Path(reuse)) if reuse is not None else None
     with torch.random.fork_rng(devices=[]):

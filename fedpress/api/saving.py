@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import nn
 
 from fedpress import storage
-from fedpress.api.calls import Model, model_of, working
+from fedpress.api.calls import Model, call_scope, model_of
 from fedpress.api.result import Result
 from fedpress.errors import Argument, ModelError
 from fedpress.models import ModelSpec, memory
@@ -37,7 +37,7 @@ def load(path: str | Path, *, allow_code: Collection[str] | str = ()) -> nn.Modu
     >>> torch.equal(fedpress.load(path)[0].weight, net[0].weight)
     True
     """
-    with working(allow_code):
+    with call_scope(allow_code):
         spec, model = storage.load(Path(path))
     memory.remember_spec(model, spec)
     return model.eval()
@@ -78,7 +78,7 @@ def save(
         raise ModelError(
             f"there is something at '{path}' already", place="path", cure="give a new path"
         )
-    with working(allow_code):
+    with call_scope(allow_code):
         spec, module = _described(model, checkpoint, several.one_shape(input_shape))
         if path.suffix == ".safetensors":
             path.parent.mkdir(parents=True, exist_ok=True)

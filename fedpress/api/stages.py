@@ -27,6 +27,7 @@ def of_stage(function: Call) -> Call:
         for name, parameter in inspect.signature(call).parameters.items()
         if name not in ("kind", "settings")
     ]
+    # Arguments that only this call has, such as `clients` of federate.
     common += [
         parameter
         for name, parameter in inspect.signature(function).parameters.items()

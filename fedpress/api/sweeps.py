@@ -20,7 +20,7 @@ from fedpress.workspace.atomic import read_json
 
 
 @dataclass(frozen=True)
-class Begun:
+class CheckedSweep:
     """A sweep whose settings were checked.
 
     Attributes:
@@ -43,7 +43,7 @@ def new(
     overrides: Overrides = (),
     data: Path | None = None,
     out: Path | None = None,
-) -> Begun:
+) -> CheckedSweep:
     """Binds a sweep.
 
     Args:
@@ -63,7 +63,7 @@ def new(
     text, checked = begin.load(recipe, every, data)
     device_of(checked)  # one refusal in place of one for each variant
     extra = begin.as_texts(overrides, data)
-    return Begun(text, variants, out or Path("sweeps") / checked.name, extra)
+    return CheckedSweep(text, variants, out or Path("sweeps") / checked.name, extra)
 
 
 def sweep(

@@ -33,7 +33,7 @@ from fedpress.cli.common import (
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from fedpress.api.begin import Begun
+    from fedpress.api.begin import CheckedRun
     from fedpress.data import FederatedData
     from fedpress.workspace.folder import RunFolder
 
@@ -89,7 +89,9 @@ def run(
     _show(begun.place, report_file, out_stream, as_json=as_json)
 
 
-def _new(context: typer.Context, words: list[str], data: Path | None, out: Path | None) -> Begun:
+def _new(
+    context: typer.Context, words: list[str], data: Path | None, out: Path | None
+) -> CheckedRun:
     """Binds a new run, and looks whether its folder is free."""
     from fedpress.api import begin
 
@@ -97,7 +99,9 @@ def _new(context: typer.Context, words: list[str], data: Path | None, out: Path 
     return begin.new(named(recipe, context), overrides, data, out)
 
 
-def _begun(context: typer.Context, words: list[str], data: Path | None, out: Path | None) -> Begun:
+def _begun(
+    context: typer.Context, words: list[str], data: Path | None, out: Path | None
+) -> CheckedRun:
     """Opens a run to resume; its folder may be among the words, the recipe may be left out."""
     from fedpress.api import begin
 
@@ -106,7 +110,7 @@ def _begun(context: typer.Context, words: list[str], data: Path | None, out: Pat
     if place is None:
         checked = begin.load(named(recipe, context), overrides, data)[1]
         place = begin.default_folder(checked.name, True)
-    return begin.going_on(place, recipe, overrides, data, held)
+    return begin.checked_resume(place, recipe, overrides, data, held)
 
 
 def _parted(words: list[str]) -> tuple[str | None, list[str]]:
@@ -117,7 +121,7 @@ def _parted(words: list[str]) -> tuple[str | None, list[str]]:
 
 
 def _execute(
-    begun: Begun, data: FederatedData, earlier: RunFolder | None, out_stream: Console
+    begun: CheckedRun, data: FederatedData, earlier: RunFolder | None, out_stream: Console
 ) -> Path:
     """Runs the stages and draws the report; returns where that is."""
     from fedpress.api import progress

@@ -74,6 +74,7 @@ class Clients:
                 cure='give {"north": (inputs, labels), "south": dataset}',
             )
         raw = {name: _pair(self._place_of(name), data) for name, data in self.clients.items()}
+        # Shape and dtype of the first client stand for all. They are no secret: the model needs them.
         first_x, first_y = next(iter(raw.values()))
         for name, (x, _) in raw.items():
             if form_of(x) != form_of(first_x):
