@@ -22,7 +22,7 @@ COSTS: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
 
 
 def comparison_table(before: Json, after: Json) -> Table:
-    """Returns a row for each number of one stage: before, after, and the change of the metric or the share of a cost.
+    """Returns a row for each number of one stage: before, after, and the change or the share.
 
     Numbers that were measured in different ways stand there without a change.
     """

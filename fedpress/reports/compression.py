@@ -1,4 +1,4 @@
-"""The figures of compression: sensitivity of layers, density over the training, bits and bytes of what is stored."""
+"""The figures of compression: sensitivity of layers, density, bits and bytes of what is stored."""
 
 from __future__ import annotations
 
@@ -26,7 +26,10 @@ MANY_LAYERS = 8  # so many lines have a colour and a name; the others are grey
 
 
 def sensitivity_curves(name: str, records: list[Json]) -> Figure | None:
-    """Shows the metric against density for every layer alone; the most sensitive ones are coloured and named."""
+    """Shows the metric against density for every layer alone.
+
+    The most sensitive ones are coloured and named.
+    """
     points = []
     for record in records:
         if isinstance(record.get("sensitivity"), dict):
@@ -49,9 +52,10 @@ def sensitivity_curves(name: str, records: list[Json]) -> Figure | None:
     first, last = order[0], order[-1]
     return Figure(
         f"Sensitivity: {name}",
-        f"{shown_by.title} when one layer alone is cut to a density. The most sensitive is {first}, orange, down to "
-        f"{shown_by.formatted(worst[first])}; the least is {last}, {shown_by.formatted(worst[last])} at its worst. "
-        f"The {min(MANY_LAYERS, len(order))} most sensitive of {len(order)} layers are coloured.",
+        f"{shown_by.title} when one layer alone is cut to a density. The most sensitive is "
+        f"{first}, orange, down to {shown_by.formatted(worst[first])}; the least is {last}, "
+        f"{shown_by.formatted(worst[last])} at its worst. The {min(MANY_LAYERS, len(order))} "
+        f"most sensitive of {len(order)} layers are coloured.",
         Axis("kept of this layer (%)"),
         # What is drawn last lies on top: the most sensitive layer.
         [Panel(score_axis(shown_by), lines[::-1])],
@@ -79,7 +83,7 @@ def _layer_curve(layer: str, curve: list[Json], shown_by: Shown, color: Color) -
 
 
 def density_over_epochs(name: str, epochs: list[Json]) -> Figure | None:
-    """Shows the density while a schedule or a penalty lowers it, with lambda below where there is one."""
+    """Shows the density while a schedule or a penalty lowers it, and the lambda of a penalty."""
     density, weight = values(epochs, "density", 100), values(epochs, "lambda")
     known = [d for d in density if d is not None]
     if not known:
@@ -113,8 +117,8 @@ def bits_per_layer(name: str, records: list[Json]) -> Figure | None:
     mean = total / sum(sizes) if sum(sizes) else 0.0
     return Figure(
         f"Bits of the weights: {name}",
-        f"{mean:.2f} bits a weight on average over {len(layers)} layers; beside each bar its bits and how many weights "
-        "it has.",
+        f"{mean:.2f} bits a weight on average over {len(layers)} layers; beside each bar its "
+        "bits and how many weights it has.",
         Axis("bits", low=0.0),
         [Panel(Axis("", names=names), [horizontal_bars("bits", bits, hover=hover, labels=labels)])],
         height=rows_height(len(names)),
@@ -152,7 +156,8 @@ def bytes_by_kind(stage: Json) -> Figure | None:
     lengths = [size / unit for _, size in pairs]
     return Figure(
         f"Bytes of the packed file: {name_of(stage)}",
-        f"{units.size(stage.get('file_bytes'))} in all; the most goes into {largest}, {units.size(most)}.",
+        f"{units.size(stage.get('file_bytes'))} in all; the most goes into {largest}, "
+        f"{units.size(most)}.",
         Axis(f"{prefix}B", low=0.0),
         [
             Panel(

@@ -1,4 +1,4 @@
-"""The smaller tables of a page: progress, metrics, privacy ledger, failures, runtimes, and what was left as it was."""
+"""The smaller tables of a page: progress, metrics, privacy ledger, failures, runtimes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ FEW = 3  # so many names share a row; of the others it says how many
 
 
 def progress_table(records: list[Json]) -> Table:
-    """Returns a row per stage that has left records: how far it came; for a run that has no result yet."""
+    """Returns a row per stage that has left records: how far it came.
+
+    For a run that has no result yet.
+    """
     rows, shown = [], Shown.of(records)
     for steps in records_by_stage(records):
         last = steps[-1]
@@ -41,7 +44,10 @@ def _far(last: Json) -> str:
 
 
 def _seconds(steps: list[Json]) -> object:
-    """Returns how long a stage took so far: an epoch's record has the time since the beginning, a round's its own."""
+    """Returns how long a stage took so far.
+
+    An epoch's record has the time since the beginning, a round's its own.
+    """
     if "epoch" in steps[-1]:
         return steps[-1].get("seconds")
     known = units.numbers(steps, "seconds")
@@ -49,7 +55,7 @@ def _seconds(steps: list[Json]) -> object:
 
 
 def metrics_table(stages: list[Json], *, most: int | None = None) -> Table:
-    """Returns a row for each stage with the metrics of its task on the test set, the largest class among them.
+    """Returns a row for each stage with the metrics of its task on the test set.
 
     Args:
         stages: the lines of the result.
@@ -117,7 +123,10 @@ def _charged(charge: Json) -> tuple[str, ...]:
 
 
 def left_table(stages: list[Json]) -> Table:
-    """Returns a row for everything that a stage left as it was, with the reason; many of one reason share a row."""
+    """Returns a row for everything that a stage left as it was, with the reason.
+
+    Many of one reason share a row.
+    """
     rows: list[list[str]] = []
     for stage in stages:
         by_reason: dict[str, list[str]] = {}
@@ -133,7 +142,7 @@ def left_table(stages: list[Json]) -> Table:
 
 
 def failure_table(stages: list[Json], records: list[Json] | None = None) -> Table:
-    """Returns a row for each client whose answers did not count, and for each noised count of what failed.
+    """Returns a row for each client whose answers did not count, and for each noised count.
 
     Args:
         stages: the lines of the result.
@@ -178,7 +187,7 @@ def _refused_rows(rounds: list[Json]) -> list[list[str]]:
 
 
 def runtime_table(stages: list[Json]) -> Table:
-    """Returns a row for each exported file, and for each runtime of a measure stage: size, latency, parity."""
+    """Returns a row for each exported file and each measured runtime: size, latency, parity."""
     rows = []
     for stage in stages:
         if stage.get("artifact"):

@@ -28,7 +28,9 @@ BELOW = 42.0  # pixels for the ticks and the title of the lower axis
 
 
 def svg(figure: Figure, name: str) -> Markup:
-    """Returns the figure as inline SVG at the widths that its place on a page may have; CSS shows one of them.
+    """Returns the figure as inline SVG at the widths that its place on a page may have.
+
+    CSS shows one of them.
 
     Args:
         figure: what to draw.
@@ -94,7 +96,7 @@ def _longest(all_ticks: Sequence[Sequence[float]]) -> int:
 def _vertical_scales(
     figure: Figure, ranges: Sequence[tuple[float, float]], bottom: float
 ) -> Iterator[Scale]:
-    """Yields the vertical scale of each panel, from the top of the figure down to the pixel `bottom`."""
+    """Yields the vertical scale of each panel, from the top down to the pixel `bottom`."""
     shares = [1.0] if len(ranges) == 1 else [0.6, 0.4]
     top = 24.0 + (LINE if figure.notes else 0.0)
     room = bottom - top - BETWEEN * (len(ranges) - 1)
@@ -104,7 +106,10 @@ def _vertical_scales(
 
 
 def _lower_range(figure: Figure, known: Sequence[float]) -> tuple[float, float]:
-    """Returns the lowest and the highest value on the lower axis; bars need half a bar more at both ends."""
+    """Returns the lowest and the highest value on the lower axis.
+
+    Bars need half a bar more at both ends.
+    """
     kinds = {series.kind for series in figure.series}
     if "bars" in kinds and known:
         half = max(0.5 * smallest_distance(known), 1e-6 * max(map(abs, known)))

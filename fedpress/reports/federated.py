@@ -1,4 +1,4 @@
-"""The figures of a federated stage: metric and privacy over the rounds, bytes, and the metric of each client."""
+"""The figures of a federated stage: metric, privacy and bytes over the rounds, and each client."""
 
 from __future__ import annotations
 
@@ -47,9 +47,10 @@ def score_over_rounds(name: str, rounds: list[Json]) -> Figure | None:
         return Figure(title, without, Axis("round"), [top], together=True)
 
     epsilons = line("ε spent", x, spent, color=ORANGE, across="round")
+    end = units.epsilon(known[-1])
     return Figure(
         f"{shown.title} and privacy spent: {name}",
-        f"{caption}; below it the privacy spent so far, ε = {units.epsilon(known[-1])} at the end.",
+        f"{caption}; below it the privacy spent so far, ε = {end} at the end.",
         Axis("round"),
         [top, Panel(Axis("ε spent", low=0.0), [epsilons])],
         height=380,
@@ -92,7 +93,10 @@ def bytes_over_rounds(name: str, rounds: list[Json]) -> Figure | None:
 
 
 def _before_first_round(rounds: list[Json]) -> str:
-    """Says how many bytes were sent before the first round; nothing for a run of an older version."""
+    """Says how many bytes were sent before the first round.
+
+    Nothing for a run of an older version.
+    """
     up = total_of(values(rounds, "set_up_bytes_up"))
     down = total_of(values(rounds, "set_up_bytes_down"))
     if not up and not down:
@@ -102,7 +106,7 @@ def _before_first_round(rounds: list[Json]) -> str:
 
 
 def score_over_bytes(name: str, rounds: list[Json]) -> Figure | None:
-    """Shows the metric over all bytes sent so far, up and down: a connection costs bytes, not rounds."""
+    """Shows the metric over all bytes sent so far: a connection costs bytes, not rounds."""
     shown = Shown.of(rounds)
     score = values(rounds, shown.key, shown.scale)
     sent = []
@@ -129,7 +133,7 @@ def score_over_bytes(name: str, rounds: list[Json]) -> Figure | None:
 
 
 def client_scores(stage: Json) -> Figure | None:
-    """Shows the metric of a stage's final model for each client: one dot for each, or a histogram of many clients."""
+    """Shows a final model's metric for each client: one dot for each, or a histogram of many."""
     shown = Shown.of([stage])
     names, scores = _measured_clients(stage, shown)
     if not names:
@@ -152,7 +156,7 @@ def client_scores(stage: Json) -> Figure | None:
 
 
 def _measured_clients(stage: Json, shown: Shown) -> tuple[list[str], list[float]]:
-    """Returns the names of the clients whose metric is a number, and those numbers as they are drawn."""
+    """Returns the names of the clients whose metric is a number, and the drawn numbers."""
     measured = stage.get(f"client_{shown.key}")
     names, scores = [], []
     for name, value in measured.items() if isinstance(measured, dict) else ():
@@ -164,7 +168,10 @@ def _measured_clients(stage: Json, shown: Shown) -> tuple[list[str], list[float]
 
 
 def _histogram(ordered: list[float], shown: Shown) -> Series:
-    """Returns how many of the sorted numbers lie in each of some equal bins; a bar stands in the middle of its bin."""
+    """Returns how many of the sorted numbers lie in each of some equal bins.
+
+    A bar stands in the middle of its bin.
+    """
     low, high = ordered[0], ordered[-1]
     if high - low < 1e-9:
         low, high = low - 0.5, high + 0.5

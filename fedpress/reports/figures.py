@@ -1,4 +1,4 @@
-"""The figures of a report: each function makes one from records, or None where there is no data for it."""
+"""The figures of a report: each function makes one from records, or None without data for it."""
 
 from __future__ import annotations
 
@@ -90,7 +90,9 @@ def score_and_size(stages: list[Json]) -> Figure | None:
 
 
 def _shared_labels(x: list[float], y: list[float], names: list[str]) -> list[str]:
-    r"""Returns a label for each point; stages that hardly moved the point share the label of the first of them.
+    r"""Returns a label for each point.
+
+    Stages that hardly moved the point share the label of the first of them.
 
     >>> _shared_labels([100.0, 40.0, 40.5], [90.0, 80.0, 80.1], ["train", "prune", "tune"])
     ['train', 'prune\ntune', '']

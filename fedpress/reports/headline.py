@@ -1,4 +1,4 @@
-"""The headline: the numbers a reader looks for first, each as it is at the end and beside the first stage's."""
+"""The headline: the numbers a reader looks for first, each beside that of the first stage."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def tiles(stages: list[Json]) -> list[Tile]:
 
 
 def _stays_float(stages: list[Json]) -> Tile | None:
-    """Tells how much of a quantized network is no smaller than before, where that is more than a tenth."""
+    """Tells how much of a quantized network stays float, where that is more than a tenth."""
     found = [stage for stage in stages if units.number(stage.get("float_share")) is not None]
     said = stays_float(found[-1]) if found else None
     if said is None:
@@ -67,7 +67,7 @@ def _stays_float(stages: list[Json]) -> Tile | None:
 
 
 def stays_float(stage: Json) -> tuple[str, str] | None:
-    """Returns the share of the parameters that a quantized network keeps in float and where most of them are.
+    """Returns the share of the parameters that stay float, and where most of them are.
 
     None if it is at most a tenth, or the stage says nothing of it.
 
@@ -83,7 +83,7 @@ def stays_float(stage: Json) -> tuple[str, str] | None:
 
 
 def _score(stages: list[Json]) -> Tile | None:
-    """Gives the primary metric with its standard error, and its change if both were measured on the same test set."""
+    """Gives the primary metric with its standard error, and its change on the same test set."""
     shown = Shown.of(stages)
     measured = [stage for stage in stages if shown.value(stage) is not None]
     if not measured:
@@ -102,7 +102,7 @@ def _score(stages: list[Json]) -> Tile | None:
 
 
 def spread_told(shown: Shown, stage: Json) -> str:
-    """Returns the standard error of a stage's metric, and on how many test examples it was measured.
+    """Returns the standard error of a stage's metric, and the number of test examples.
 
     >>> accuracy = Shown.of([{"task": "classification"}])
     >>> spread_told(accuracy, {"accuracy": 0.9, "accuracy_error": 0.0108, "test_examples": 539})
@@ -117,7 +117,10 @@ def spread_told(shown: Shown, stage: Json) -> str:
 
 
 def _second_metric(stages: list[Json]) -> Tile | None:
-    """Gives the other metrics of the last stage that was measured: a good accuracy may hide a bad balanced accuracy."""
+    """Gives the other metrics of the last stage that was measured.
+
+    A good accuracy may hide a bad balanced accuracy.
+    """
     stage, words = _measured(stages), words_of(stages)
     known = [word for word in words[1:] if units.number(stage.get(word.key)) is not None]
     # A share in percent is read more easily than a number between 0 and 1.
@@ -137,7 +140,7 @@ def _second_metric(stages: list[Json]) -> Tile | None:
 
 
 def score_warning(stages: list[Json]) -> str:
-    """Returns why the last measured stage is worth nothing though its metric may look good, or an empty text.
+    """Returns why the last measured stage is worth nothing, or an empty text.
 
     Earlier stages do not count: a model that was just cut may guess until it is trained again.
 
@@ -170,7 +173,8 @@ def _cost(name: str, stages: list[Json], key: str, form: Callable[[Any], str]) -
 def _file(stages: list[Json]) -> Tile | None:
     """Gives the last file size, as a share of the first one of the same kind.
 
-    A file for a device holds the network's operations too: it is not compared with one that holds numbers alone.
+    A file for a device holds the network's operations too: it is not compared with one that holds
+    numbers alone.
     """
     sized = [stage for stage in stages if units.number(stage.get("file_bytes")) is not None]
     if not sized:
@@ -186,7 +190,7 @@ def _file(stages: list[Json]) -> Tile | None:
 
 
 def _latency(stages: list[Json]) -> Tile | None:
-    """Gives the last latency, as a share of the first one in the same runtime: no other can be compared with it.
+    """Gives the last latency, as a share of the first one in the same runtime.
 
     If the last runtime is another one than the first, the note has the first one's latencies too.
     """

@@ -1,4 +1,4 @@
-"""A run folder becomes one HTML page that works offline, on a phone, on paper, by day and by night."""
+"""A run folder becomes one HTML page: offline, on a phone, on paper, light or dark."""
 
 from __future__ import annotations
 
@@ -39,7 +39,14 @@ HERE = Path(__file__).parent
 
 @dataclass(frozen=True)
 class Detail:
-    """A part of the page that a click unfolds: a table, or rows of name and value, or a text as it is."""
+    """A part of the page that a click unfolds: a table, rows of name and value, or a text.
+
+    Attributes:
+        title: what is clicked.
+        rows: of name and value.
+        text: shown as it is.
+        table: shown in place of both.
+    """
 
     title: str
     rows: list[tuple[str, str]] = field(default_factory=list)
@@ -75,9 +82,13 @@ class Page:
 
 
 def write_report(run: Path, out: Path | None = None) -> Path:
-    """Draws the run folder `run` as one HTML file at `out` (default: `report.html` in the folder) and returns its path.
+    """Draws a run folder as one HTML file and returns its path.
 
     The file appears whole or not at all.
+
+    Args:
+        run: the folder.
+        out: the file; None: `report.html` in the folder.
 
     Raises:
         RunError: if `run` is no run folder or damaged, or `out` cannot be written.
@@ -139,7 +150,7 @@ def render(run: Run) -> str:
 
 
 def _figures_and_scripts(figures: list[Figure]) -> dict[str, Any]:
-    """Returns what a template needs for its figures: the drawn ones, and the script that answers the pointer."""
+    """Returns what a template needs for its figures: pictures, and the script for the pointer."""
     scripts = [(HERE / "hover.js").read_text(encoding="utf-8")] if figures else []
     return {
         "figures": _drawn(figures),
@@ -268,5 +279,5 @@ def _short(value: Any) -> bool:
 
 
 def _hash(script: str) -> str:
-    """The script's name in the page's content security policy: no other script may run, and nothing may be loaded."""
+    """Returns the script's name in the page's content security policy: no other script may run."""
     return "sha256-" + base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()

@@ -30,7 +30,8 @@ class Box:
     def overlaps(self, other: Box) -> bool:
         """Says whether both share a pixel.
 
-        >>> Box(0, 0, 10, 10).overlaps(Box(9, 9, 20, 20)), Box(0, 0, 10, 10).overlaps(Box(10, 0, 20, 10))
+        >>> one = Box(0, 0, 10, 10)
+        >>> one.overlaps(Box(9, 9, 20, 20)), one.overlaps(Box(10, 0, 20, 10))
         (True, False)
         """
         apart = self.right <= other.left or other.right <= self.left
@@ -95,7 +96,8 @@ def _label(place: tuple[float, float], text: str, frame: Box, taken: list[Box]) 
     lines = _shortened(text.split("\n"), frame)
     box, far = _free_box(across, down, lines, frame, taken)
     taken.append(box)
-    # Widths are estimates: a text on the left is aligned at its right end, so that it touches its point.
+    # Widths are estimates: a text on the left is aligned at its right end, so that it touches its
+    # point.
     on_the_left = box.right < across
     drawn = []
     for at, words in enumerate(lines):
@@ -115,7 +117,10 @@ def _shortened(lines: Sequence[str], frame: Box) -> list[str]:
 def _free_box(
     across: float, down: float, lines: Sequence[str], frame: Box, taken: Sequence[Box]
 ) -> tuple[Box, bool]:
-    """Returns the first free box beside the point at (across, down), and whether it is so far that it needs a line."""
+    """Returns the first free box beside the point at (across, down).
+
+    The second value says whether it is so far away that it needs a line to its point.
+    """
     width, height = max(map(len, lines)) * CHARACTER, len(lines) * LINE
     near = _near(across, down, width, height)
     centred = min(max(across - width / 2, frame.left), frame.right - width)
@@ -131,7 +136,7 @@ def _free_box(
 
 
 def _near(across: float, down: float, width: float, height: float) -> list[tuple[float, float]]:
-    """Returns left and top of the places close to a point, the best first: right, left, above, below."""
+    """Returns left and top of the places close to a point, the best first."""
     right, left, middle = across + 8, across - 8 - width, across - width / 2
     return [
         (across + 10, down - height / 2),

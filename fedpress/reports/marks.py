@@ -1,4 +1,4 @@
-"""How numbers are drawn between vertical and lower axis: points, lines, staircases, bars and areas."""
+"""How numbers are drawn between the axes: points, lines, staircases, bars and areas."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def _path(places: Sequence[Place], *, steps: bool) -> str:
 
 
 def _thinned(places: Sequence[Place]) -> Sequence[Place]:
-    """Keeps the lowest and the highest point of each stretch of a long line, so that it looks the same."""
+    """Keeps the lowest and the highest point of each stretch of a long line: it looks the same."""
     if len(places) <= VERTICES or any(place is None for place in places):
         return places
     stretch = -(-2 * len(places) // VERTICES)

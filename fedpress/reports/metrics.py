@@ -1,4 +1,4 @@
-"""The task's own words in tables and figures: what its metric is called, in which unit, and which way is better."""
+"""The task's own words in tables and figures: name and unit of its metric, which way is better."""
 
 from __future__ import annotations
 
@@ -82,7 +82,9 @@ class Shown:
         return units.DASH if found is None else self.metric.formatted(found)
 
     def error(self, line: Json) -> str:
-        """Returns the standard error of the value in a line; empty where the task has no formula for it.
+        """Returns the standard error of the value in a line.
+
+        Empty where the task has no formula for it.
 
         >>> Shown(Metric("accuracy", "accuracy", share=True)).error({"accuracy_error": 0.0108})
         '± 1.08'

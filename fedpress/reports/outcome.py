@@ -1,4 +1,4 @@
-"""One sentence that says what came out of a run: the first thing on its page, and the last in the terminal."""
+"""One sentence that says what came out of a run: first on its page, last in the terminal."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fedpress.reports.reading import Json, Run, name_of, records_by_stage, stage
 
 
 def outcome(run: Run) -> str:
-    """Returns what came out of a run, finished or not, in one sentence and a warning where one is due."""
+    """Returns what came out of a run, finished or not, and a warning where one is due."""
     said = outcome_of(run.result, before=run.before)
     if run.finished and said:
         return said
@@ -98,7 +98,7 @@ def _unit(stage: Json) -> str:
 
 
 def _before_clients(first: Json, stages: list[Json]) -> str:
-    """Gives the metric before the clients' training, if later stages did not measure on other examples."""
+    """Gives the metric before the clients' training, if it was measured on the same test set."""
     shown = Shown.of(stages)
     before = units.number(first.get(f"{shown.key}_before"))
     if before is None or not same_test_set(first, stages[-1]):

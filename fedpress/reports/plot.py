@@ -1,4 +1,7 @@
-"""What a figure shows, as plain data: axes, panels, series of numbers and words; `draw` makes it SVG."""
+"""What a figure shows, as plain data: axes, panels, series of numbers and words.
+
+`draw` makes it SVG.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,10 @@ from fedpress.reports.units import number
 Numbers = Sequence[float | None]
 Kind = Literal["line", "points", "steps", "bars", "areas", "rows", "dots"]
 Color = Literal["blue", "orange", "faint"]
-"""Names of the page's colours, which follow the light and the dark theme; the first two differ for every eye."""
+"""Names of the page's colours, which follow the light and the dark theme.
+
+The first two differ for every eye.
+"""
 BLUE: Color = "blue"
 ORANGE: Color = "orange"
 FAINT: Color = "faint"
@@ -29,7 +35,8 @@ class Axis:
         low: where it begins; None: as low as the numbers need.
         high: where it ends; None: as high as the numbers need.
         bounds: values that the axis never passes, such as 0 and 100 percent.
-        least_range: an axis without `low` and `high` shows at least so much: chance must not look like a change.
+        least_range: an axis without `low` and `high` shows at least so much: chance must not look
+            like a change.
         names: of the rows of horizontal bars or dots, the first on top.
     """
 
@@ -46,7 +53,8 @@ class Series:
     """Numbers of one kind; a missing number is a gap.
 
     Attributes:
-        kind: `steps` are points joined by a staircase, `rows` horizontal bars, `dots` one dot in each row.
+        kind: `steps` are points joined by a staircase, `rows` horizontal bars, `dots` one dot in
+            each row.
         name: for the legend and the table.
         x: one for each point.
         y: one for each point.
@@ -102,7 +110,8 @@ class Figure:
         rules: places of vertical lines through all panels.
         height: in pixels.
         wide: whether it takes the whole width of the page.
-        together: whether the pointer is told all numbers at its place on the lower axis, not the nearest alone.
+        together: whether the pointer is told all numbers at its place on the lower axis, not the
+            nearest alone.
         legend: whether it has a legend.
     """
 
@@ -124,9 +133,12 @@ class Figure:
 
 
 def score_axis(shown: Shown, before: str = "") -> Axis:
-    """Returns the axis of a metric, such as `validation accuracy (%)`; points on it need not begin at 0.
+    """Returns the axis of a metric, such as `validation accuracy (%)`.
 
-    A share never passes 0 and 100%, and it shows at least two points: less is chance on most test sets.
+    Points on it need not begin at 0.
+
+    A share never passes 0 and 100%, and it shows at least two points: less is chance on most test
+    sets.
     """
     if not shown.metric.share:
         return Axis(shown.axis(before))
@@ -159,7 +171,9 @@ def short(value: float | None) -> str:
 def line(
     name: str, x: Numbers, y: Numbers, *, color: Color = "blue", unit: str = "", across: str = ""
 ) -> Series:
-    """Returns a line with a point for each of a few values; the pointer is told for instance `epoch 3: loss 0.41`.
+    """Returns a line with a point for each of a few values.
+
+    The pointer is told for instance `epoch 3: loss 0.41`.
 
     Args:
         name: of the numbers, such as `loss`.
@@ -195,7 +209,10 @@ def horizontal_bars(
     labels: Sequence[str] = (),
     color: Color = "blue",
 ) -> Series:
-    """Returns horizontal bars, whose names can be read on a phone; the vertical axis has the names."""
+    """Returns horizontal bars, whose names can be read on a phone.
+
+    The vertical axis has the names.
+    """
     return Series("rows", name, lengths, list(range(len(lengths))), color, hover, labels)
 
 
@@ -206,12 +223,18 @@ def rows_height(rows: int) -> int:
 
 
 def dots(name: str, values: Numbers, *, hover: Sequence[str], labels: Sequence[str] = ()) -> Series:
-    """Returns one dot in the row of each name; unlike a bar it can be read on an axis that does not begin at 0."""
+    """Returns one dot in the row of each name.
+
+    Unlike a bar it can be read on an axis that does not begin at 0.
+    """
     return Series("dots", name, values, list(range(len(values))), hover=hover, labels=labels)
 
 
 def numbers_of(figure: Figure, most: int = 200) -> Table:
-    """Returns the figure's numbers as rows, for those who cannot see it; of more than `most`, some and the last."""
+    """Returns the figure's numbers as rows, for those who cannot see it.
+
+    Of more than `most`, some and the last.
+    """
     if figure.panels[0].y.names:
         return _by_name(figure)
     places = {tuple(series.x) for series in figure.series}

@@ -1,4 +1,4 @@
-"""Says in words what a run protects, against whom, whom a reader has to trust, and what is not protected."""
+"""Says in words what a run protects, against whom, whom one has to trust, and what it does not."""
 
 from __future__ import annotations
 
@@ -35,53 +35,70 @@ class Protection:
 
 
 PUBLIC = [
-    "The public part of the data, on which the network was trained before: nothing about it is protected.",
-    "Validation and test sets: they are public, choose settings and measure the model, without any noise.",
+    "The public part of the data, on which the network was trained before: nothing about it is "
+    "protected.",
+    "Validation and test sets: they are public, choose settings and measure the model, without "
+    "any noise.",
     "Who the clients are, and how much each of them sends, is not hidden.",
 ]
 GROUPS = (
-    "Persons and clients as a whole: k examples of one person, or k clients with the same example, have"
-    " together about k times the ε."
+    "Persons and clients as a whole: k examples of one person, or k clients with the same "
+    "example, have together about k times the ε."
 )
 COUNTS = "How many examples each client has."
 ONE_STEP = (
-    "Each example of each client: the clients of a round take one step together, on the sum of gradients that were"
-    " clipped per example, with noise that fits the whole sum."
+    "Each example of each client: the clients of a round take one step together, on the sum of "
+    "gradients that were clipped per example, with noise that fits the whole sum."
 )
 CLIENT_SOFTWARE = "Each client's own software, which clips and adds noise."
+SERVER_TOO = "against all who lack the noise's seed, the server too"
 TAKES_PART = "That a client takes part, and in which rounds."
 OWN_SCORES = (
-    "What the model is worth to each client is measured on the client's own examples; it is an exact "
-    "number that no ε covers."
+    "What the model is worth to each client is measured on the client's own examples; it is an "
+    "exact number that no ε covers."
 )
 SECRET_COHORTS = [
     "Secret cohorts: ε counts on it that only the server knows who took part in which round."
 ]
 SEED = (
-    "Whoever knows the seed. So that a run can be repeated, its noise follows from the seed, and with the seed it can"
-    " be taken away again. In this simulation one seed makes all the noise, so ε holds for those who do not have it:"
-    " with truly private data choose your own seed, and keep it and this page to yourself."
+    "Whoever knows the seed. So that a run can be repeated, its noise follows from the seed, and "
+    "with the seed it can be taken away again. In this simulation one seed makes all the noise, "
+    "so ε holds for those who do not have it: with truly private data choose your own seed, and "
+    "keep it and this page to yourself."
 )
 LISTED = (
-    "That a client is on the list, and when it was asked: in a buffered schedule who is asked next depends on who"
-    " is back. On real devices the time of a task may tell how much data there is."
+    "That a client is on the list, and when it was asked: in a buffered schedule who is asked "
+    "next depends on who is back. On real devices the time of a task may tell how much data "
+    "there is."
 )
 SECURE_SUM = (
-    "The server learned only the sum of the updates of those who reported (a secure sum), as long as it worked together"
-    " with no more than the planned few of the clients."
+    "The server learned only the sum of the updates of those who reported (a secure sum), as "
+    "long as it worked together with no more than the planned few of the clients."
 )
 SEED_KEYS = (
-    "Whoever knows the seed: in this simulation the keys of the secure sum follow from it. With truly private data set"
-    " secure_keys or secure_noise."
+    "Whoever knows the seed: in this simulation the keys of the secure sum follow from it. With "
+    "truly private data set secure_keys or secure_noise."
+)
+HIDDEN_UPDATES = (
+    "No differential privacy, but a secure sum: single updates are hidden, their sum is not."
+)
+NO_BOUND = (
+    "No differential privacy: raw data stays with the clients, but what updates give away has no "
+    "bound."
 )
 LIMITS = [
-    "Other runs on the same data: their ε add to this one's, also those of a table or a search for good settings.",
-    "Attacks on how computers round numbers: the noise is drawn in floating point, by a generator made for science.",
+    "Other runs on the same data: their ε add to this one's, also those of a table or a search "
+    "for good settings.",
+    "Attacks on how computers round numbers: the noise is drawn in floating point, by a "
+    "generator made for science.",
 ]
 
 
 def protections(stages: list[Json]) -> list[Protection]:
-    """Returns what each federated stage promises; one without privacy breaks the promises of the others."""
+    """Returns what each federated stage promises.
+
+    One without privacy breaks the promises of the others.
+    """
     federated = [stage for stage in stages if stage.get("kind") == "federate"]
     found = [protection(stage) for stage in federated]
     broken = [it.title for it in found if not it.protected]
@@ -89,7 +106,10 @@ def protections(stages: list[Json]) -> list[Protection]:
 
 
 def protects(stages: list[Json]) -> bool:
-    """Says whether every federated stage has a finite epsilon; only then the last one's holds for the network."""
+    """Says whether every federated stage has a finite epsilon.
+
+    Only then the last one's holds for the network.
+    """
     federated = [stage for stage in stages if stage.get("kind") == "federate"]
     return all(units.number(stage.get("epsilon")) is not None for stage in federated)
 
@@ -101,7 +121,7 @@ def _broken(it: Protection, broken: list[str]) -> Protection:
 
 
 def protection(stage: Json) -> Protection:
-    """Returns what a federated `stage` of `result.json` promises, by its `unit`, `epsilon` and `delta`."""
+    """Returns what a federated stage of `result.json` promises: by unit, epsilon and delta."""
     it = _by_unit(name_of(stage), stage)
     if stage.get(f"client_{Shown.of([stage]).key}"):
         return replace(it, unprotected=[*it.unprotected, OWN_SCORES])
@@ -133,7 +153,10 @@ def _budget(stage: Json) -> str:
 
 
 def _odds(stage: Json, what: str) -> str:
-    """Returns the definition of differential privacy (Dwork and Roth 2014, definition 2.4) with this run's numbers."""
+    """Returns the definition of differential privacy with this run's numbers.
+
+    Dwork and Roth 2014, definition 2.4.
+    """
     epsilon = units.number(stage.get("epsilon")) or 0.0
     # From 14 on, e^epsilon has more digits than anybody reads.
     if epsilon < 3:
@@ -143,15 +166,17 @@ def _odds(stage: Json, what: str) -> str:
     else:
         factor = f"e^{epsilon:.0f}"
     return (
-        f"{what} makes any conclusion from it at most {factor} times (e^ε) likelier or less likely, up to a failure"
-        f" probability of δ = {units.small(stage.get('delta'))}. That is the worst case; smaller ε is stronger."
+        f"{what} makes any conclusion from it at most {factor} times (e^ε) likelier or less "
+        f"likely, up to a failure probability of δ = {units.small(stage.get('delta'))}. That is "
+        "the worst case; smaller ε is stronger."
     )
 
 
 def _one_client(stage: Json) -> str:
     """Returns what the definition compares.
 
-    In a buffered schedule one client more on the list would change who else is asked, so the list stays as it is.
+    In a buffered schedule one client more on the list would change who else is asked, so the list
+    stays as it is.
     """
     if stage.get("schedule") == "buffered":
         return "Whether one client sends its updates, or nothing in their place,"
@@ -176,19 +201,22 @@ def _sample(title: str, stage: Json) -> Protection:
         return _sample_central(title, stage)
     return Protection(
         title=title,
-        summary=f"Every private example is protected with {_budget(stage)}, against all who lack the noise's seed.",
+        summary=f"{_example(stage)}, against all who lack the noise's seed.",
         protected=[
-            "Each example of each client: gradients are clipped per example and noise is added inside the client, so"
-            " the updates that the server sees are covered, and with them every network that is made of them.",
+            "Each example of each client: gradients are clipped per example and noise is added "
+            "inside the client, so the updates that the server sees are covered, and with them "
+            "every network that is made of them.",
             _odds(stage, "Adding or removing one example"),
         ],
         trusted=[
-            "Each client's own software, which clips and adds the noise before anything leaves the client.",
+            "Each client's own software, which clips and adds the noise before anything leaves "
+            "the client.",
             SEED,
         ],
         unprotected=[
             GROUPS,
-            "Updates were summed without a secure sum: the server sees each client's noisy update by itself.",
+            "Updates were summed without a secure sum: the server sees each client's noisy "
+            "update by itself.",
             COUNTS,
             *LIMITS,
             *PUBLIC,
@@ -198,11 +226,11 @@ def _sample(title: str, stage: Json) -> Protection:
 
 def _sample_distributed(title: str, stage: Json) -> Protection:
     """Returns the promise where the clients add the noise together, under a secure sum."""
-    summary = (
-        f"Every private example is protected with {_budget(stage)}, against everybody, the server too, who lacks the"
-        " noise's seed."
+    summary = f"{_example(stage)}, against everybody, the server too, who lacks the noise's seed."
+    clips = (
+        "Each client's own software, which clips its gradients, adds its share of the noise and "
+        "hides the result."
     )
-    clips = "Each client's own software, which clips its gradients, adds its share of the noise and hides the result."
     return Protection(
         title=title,
         summary=summary,
@@ -219,7 +247,7 @@ def _sample_central(title: str, stage: Json) -> Protection:
     )
     return Protection(
         title=title,
-        summary=f"Every private example is protected with {_budget(stage)}, against everybody except the server.",
+        summary=f"{_example(stage)}, against everybody except the server.",
         protected=[ONE_STEP, _odds(stage, "Adding or removing one example")],
         trusted=[
             *_keys(stage),
@@ -232,7 +260,7 @@ def _sample_central(title: str, stage: Json) -> Protection:
 
 
 def _keys(stage: Json) -> list[str]:
-    """Returns a sentence where the keys of a simulation follow from its seed: the recipe then opens every update."""
+    """Returns a sentence where keys follow from the seed: the recipe then opens every update."""
     return [SEED_KEYS] if stage.get("keys") == "seed" else []
 
 
@@ -242,19 +270,20 @@ def _client(title: str, stage: Json) -> Protection:
         return _client_distributed(title, stage)
     if trust == "local":
         return _client_local(title, stage)
-    # Only where not all clients take part in each round does epsilon count on nobody knowing who did.
+    # Only where not all clients take part in each round does epsilon count on nobody knowing who
+    # did.
     sampled = (units.number(stage.get("sampling_prob")) or 0.0) < 1
     return Protection(
         title=title,
-        summary=f"Each client as a whole is protected with {_budget(stage)}, against everybody except the server.",
+        summary=f"{_whole_client(stage)}, against everybody except the server.",
         protected=[
-            "All data of a client together: its update is clipped and noise is added to the sum, so that other clients"
-            " and users of the network learn little about any one client.",
+            "All data of a client together: its update is clipped and noise is added to the sum, "
+            "so that other clients and users of the network learn little about any one client.",
             _odds(stage, _one_client(stage)),
         ],
         trusted=[
-            "The server. It sees every client's update without noise (no secure sum was used), adds the noise, and must"
-            " not keep or show what came in.",
+            "The server. It sees every client's update without noise (no secure sum was used), "
+            "adds the noise, and must not keep or show what came in.",
             *(SECRET_COHORTS if sampled else []),
             SEED,
         ],
@@ -269,10 +298,13 @@ def _client(title: str, stage: Json) -> Protection:
 
 def _client_local(title: str, stage: Json) -> Protection:
     """Returns the promise where each client adds all its noise itself."""
-    own_noise = "All data of a client together: its update is clipped and noise of its own is added inside the client."
+    own_noise = (
+        "All data of a client together: its update is clipped and noise of its own is added "
+        "inside the client."
+    )
     return Protection(
         title=title,
-        summary=_whole_client(stage),
+        summary=f"{_whole_client(stage)}, {SERVER_TOO}.",
         protected=[own_noise, _odds(stage, _one_client(stage))],
         trusted=[*_keys(stage), CLIENT_SOFTWARE, SEED],
         unprotected=[TAKES_PART, *_listed(stage), *LIMITS, *PUBLIC],
@@ -282,47 +314,50 @@ def _client_local(title: str, stage: Json) -> Protection:
 def _client_distributed(title: str, stage: Json) -> Protection:
     """Returns the promise where the clients add the noise together, under a secure sum."""
     joint_noise = (
-        "All data of a client together: its update is clipped, and the clients together make the noise of the sum,"
-        " which is all that the server can open."
+        "All data of a client together: its update is clipped, and the clients together make the "
+        "noise of the sum, which is all that the server can open."
     )
     return Protection(
         title=title,
-        summary=_whole_client(stage),
+        summary=f"{_whole_client(stage)}, {SERVER_TOO}.",
         protected=[joint_noise, _odds(stage, _one_client(stage)), SECURE_SUM],
         trusted=[*_keys(stage), CLIENT_SOFTWARE, OTHERS, SEED],
         unprotected=[TAKES_PART, *_listed(stage), *LIMITS, *PUBLIC],
     )
 
 
+def _example(stage: Json) -> str:
+    return f"Every private example is protected with {_budget(stage)}"
+
+
 def _whole_client(stage: Json) -> str:
-    return (
-        f"Each client as a whole is protected with {_budget(stage)}, against all who lack the noise's seed, the server"
-        " too."
-    )
+    return f"Each client as a whole is protected with {_budget(stage)}"
 
 
 def _without_privacy(title: str, stage: Json) -> Protection:
     if stage.get("sum") == "secure":
         return Protection(
             title=title,
-            summary="No differential privacy, but a secure sum: single updates are hidden, their sum is not.",
+            summary=HIDDEN_UPDATES,
             protected=[],
             trusted=[*_keys(stage), "Everybody who gets the network: it may remember examples."],
             unprotected=[
-                "Private examples: what the sum of all updates, and the network made of it, give away has no bound.",
+                "Private examples: what the sum of all updates, and the network made of it, give "
+                "away has no bound.",
                 *PUBLIC,
             ],
         )
     return Protection(
         title=title,
-        summary="No differential privacy: raw data stays with the clients, but what updates give away has no bound.",
+        summary=NO_BOUND,
         protected=[],
         trusted=[
             "The server, which sees every client's update as it is.",
             "Everybody who gets the network: it may remember examples.",
         ],
         unprotected=[
-            "Private examples: they can in part be rebuilt from updates, and traced in the final network.",
+            "Private examples: they can in part be rebuilt from updates, and traced in the final "
+            "network.",
             *PUBLIC,
         ],
     )

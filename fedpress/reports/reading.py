@@ -62,7 +62,10 @@ def name_of(line: Json) -> str:
 
 
 def records_by_stage(records: list[Json]) -> Iterator[list[Json]]:
-    """Yields the records of one stage after the other; of an epoch or round done twice the later one counts."""
+    """Yields the records of one stage after the other.
+
+    Of an epoch or round done twice the later one counts.
+    """
     for _, group in groupby(sorted(records, key=_stage), key=_stage):
         steps: dict[tuple[Any, ...], Json] = {}
         for at, record in enumerate(group):
@@ -72,7 +75,7 @@ def records_by_stage(records: list[Json]) -> Iterator[list[Json]]:
 
 
 def _step(record: Json, at: int) -> tuple[Any, ...]:
-    """Returns what names a step: records with an epoch or round may be written twice, others not."""
+    """Returns what names a step: only records of epochs and rounds may be written twice."""
     if "epoch" not in record and "round" not in record:
         return ("once", at)
     # As text: a damaged record may hold a list there, which cannot be a key.
@@ -168,7 +171,10 @@ def _lines(path: Path) -> list[Json]:
 
 
 def _text_of_records(path: Path) -> str:
-    """The text of the records; a kill can cut a letter in two, so a torn end is no reason to fail."""
+    """The text of the records.
+
+    A kill can cut a letter in two, so a torn end is no reason to fail.
+    """
     check_undamaged(path, "move it away to draw the report without its curves", grows=True)
     try:
         return path.read_bytes().decode("utf-8", errors="replace")

@@ -61,7 +61,10 @@ def _end(name: str) -> str:
 
 
 def _range(figure: Figure) -> tuple[float, float]:
-    """Returns the range of the lower axis: a bar tells its number by its length, so it begins at 0; a dot need not."""
+    """Returns the range of the lower axis: a bar tells its number by its length, so it begins at 0.
+
+    A dot need not.
+    """
     series = figure.panels[0].series
     known = [n for one in series for n in one.x if n is not None]
     if all(one.kind == "dots" for one in series):

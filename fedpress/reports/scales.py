@@ -1,4 +1,4 @@
-"""From numbers to pixels: how far an axis reaches, where its ticks stand, and where a value lies."""
+"""From numbers to pixels: how far an axis reaches, where ticks stand and values lie."""
 
 from __future__ import annotations
 
@@ -37,8 +37,9 @@ def axis_range(
     """Returns the lowest and the highest value that an axis shows.
 
     Args:
-        axis: its `low` and `high` are taken as they are; its `bounds` are never passed; `least_range` widens the
-            range where the numbers hardly differ, so that chance does not look like a change.
+        axis: its `low` and `high` are taken as they are; its `bounds` are never passed;
+            `least_range` widens the range where the numbers hardly differ, so that chance does not
+            look like a change.
         numbers: what must be inside.
         margin: share of the range that is added at an end which the axis does not fix.
 
@@ -92,8 +93,10 @@ def ticks(low: float, high: float, most: int = 6, *, whole: bool = False) -> lis
 def tick_text(value: float, step: float) -> str:
     """Returns a tick's label with as many digits as the step between ticks needs.
 
-    >>> tick_text(0.25, 0.05), tick_text(30.0, 10.0), tick_text(20000.0, 5000.0), tick_text(2e-9, 1e-9)
-    ('0.25', '30', '20,000', '2e-09')
+    >>> tick_text(0.25, 0.05), tick_text(30.0, 10.0)
+    ('0.25', '30')
+    >>> tick_text(20000.0, 5000.0), tick_text(2e-9, 1e-9)
+    ('20,000', '2e-09')
     """
     if 0 < step < 1e-4 or abs(value) >= 1e9:
         return f"{value:.3g}"
@@ -164,7 +167,10 @@ class Part:
 
 
 def stacked(panel: Panel) -> list[Part]:
-    """Returns all parts of a stack, series after series; each stands on those before it at the same place."""
+    """Returns all parts of a stack, series after series.
+
+    Each stands on those before it at the same place.
+    """
     tops: dict[float, float] = {}
     parts = []
     for series in panel.series:
@@ -178,7 +184,10 @@ def stacked(panel: Panel) -> list[Part]:
 
 
 def place_of(a: float | None, b: float | None, x: Scale, y: Scale) -> tuple[float, float] | None:
-    """Returns the pixel of the point (a, b); None if a number is missing or lies above or below the picture."""
+    """Returns the pixel of the point (a, b).
+
+    None if a number is missing or lies above or below the picture.
+    """
     if a is None or b is None or not y.low <= b <= y.high:
         return None
     return x(a), y(b)

@@ -15,10 +15,13 @@ from fedpress.reports.table import Table, add_rows_
 
 
 def stage_table(result: Json, *, before: Json | None = None, errors: bool = True) -> Table:
-    """Returns a row per stage of a `result.json`, after one of the model `before`; an empty column is left out.
+    """Returns a row per stage of a `result.json`, after one of the model `before`.
 
-    The metric stands with its standard error and its change in percentage points, and parameters with their share,
-    against the first stage. Its title says on how many test examples it was measured.
+    An empty column is left out.
+
+    The metric stands with its standard error and its change in percentage points, and parameters
+    with their share, against the first stage. Its title says on how many test examples it was
+    measured.
 
     Args:
         result: what the run folder holds.
@@ -51,7 +54,9 @@ def _score_title(stages: list[Json], *, errors: bool) -> str:
 
 
 def spread_explained(result: Json, *, before: Json | None = None) -> str:
-    """Returns what stands behind ± in the table of the stages, and on how many examples; nothing where none is known.
+    """Returns what stands behind ± in the table of the stages, and on how many examples.
+
+    Nothing where none is known.
 
     >>> line = {"kind": "train", "accuracy": 0.9, "accuracy_error": 0.0108, "test_examples": 539}
     >>> spread_explained({"stages": [line]})
@@ -69,8 +74,9 @@ def spread_explained(result: Json, *, before: Json | None = None) -> str:
 def runtimes_told(result: Json, *, before: Json | None = None) -> str:
     """Returns which stage's latency is of which runtime, if there are several; else nothing.
 
-    >>> stage = {"name": "dense", "latency_ms": 2.0, "runtime": "torch"}
-    >>> runtimes_told({"stages": [stage, {"name": "export", "latency_ms": 1.0, "runtime": "onnxruntime"}]})
+    >>> dense = {"name": "dense", "latency_ms": 2.0, "runtime": "torch"}
+    >>> export = {"name": "export", "latency_ms": 1.0, "runtime": "onnxruntime"}
+    >>> runtimes_told({"stages": [dense, export]})
     'Latencies compare within one runtime only: dense in torch; export in onnxruntime.'
     """
     names: dict[str, list[str]] = {}
@@ -86,7 +92,8 @@ def runtimes_told(result: Json, *, before: Json | None = None) -> str:
 def rich_table(result: Json, *, width: int = 80) -> RichTable:
     """Returns `stage_table` for a terminal of `width` columns.
 
-    Where there is no room, brackets stand in a line of their own, and then standard errors are left out.
+    Where there is no room, brackets stand in a line of their own, and then standard errors are left
+    out.
     """
     whole = stage_table(result)
     broken = _broken(whole)

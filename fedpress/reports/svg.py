@@ -11,7 +11,8 @@ def element(name: str, content: str | Markup = "", **attributes: str | float | N
     Args:
         name: such as `circle`.
         content: text, or elements that are escaped already.
-        attributes: `text_anchor` stands for `text-anchor` and `class_` for `class`; None leaves one out.
+        attributes: `text_anchor` stands for `text-anchor` and `class_` for `class`; None leaves one
+            out.
 
     >>> element("text", "a < b", x=2.04, text_anchor="end", class_="label")
     Markup('<text x="2" text-anchor="end" class="label">a &lt; b</text>')

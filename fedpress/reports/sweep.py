@@ -1,4 +1,4 @@
-"""A sweep becomes one HTML page: what came out in a sentence, the metric against each cost, and all numbers."""
+"""A sweep becomes one HTML page: what came out, the metric against each cost, all numbers."""
 
 from __future__ import annotations
 
@@ -28,11 +28,16 @@ def write_sweep(place: Path) -> Path:
     """
     page = read_json(place / "sweep.json")
     variants = page["variants"]
-    failed = [f"{v['name']}: {v['error']}" for v in variants if v["error"]]
-    figures = [figure for cost, word in COSTS for figure in trade_offs(page, cost, word)]
-    keys = sorted({override.partition("=")[0] for v in variants for override in v["overrides"]})
+    failed, keys, figures = [], set(), []
+    for variant in variants:
+        if variant["error"]:
+            failed.append(f"{variant['name']}: {variant['error']}")
+        for override in variant["overrides"]:
+            keys.add(override.partition("=")[0])
+    for cost, word in COSTS:
+        figures += trade_offs(page, cost, word)
     shown = Page(
-        name=f"Sweep over {', '.join(keys)}" if keys else "Sweep",
+        name=f"Sweep over {', '.join(sorted(keys))}" if keys else "Sweep",
         kind="fedpress sweep",
         outcome=sweep_outcome(page),
         facts=[f"{len(variants)} variants", *facts_of(page.get("environment", {}))],
@@ -52,17 +57,19 @@ def _note(page: Json) -> str:
     n = common_examples([v["stages"][-1] for v in page["variants"] if v["stages"]])
     where = "" if n is None else f" on {n:,} test examples"
     return (
-        f"Test {metric.name}{where} at the end of each variant, with the change against the best{points}. Of one "
-        "seed ± is the standard error on the test set, if the metric has one; of several seeds it is the standard "
-        "deviation between them. ● beats all others of its size or less, ◆ those of its latency or less in the same "
-        "runtime. Latency is for one example on one thread."
+        f"Test {metric.name}{where} at the end of each variant, with the change against the "
+        f"best{points}. Of one seed ± is the standard error on the test set, if the metric has "
+        "one; of several seeds it is the standard deviation between them. ● beats all others of "
+        "its size or less, ◆ those of its latency or less in the same runtime. Latency is for "
+        "one example on one thread."
     )
 
 
 def sweep_outcome(page: Json) -> str:
-    """Returns in a sentence which variant is best, and the smallest one that cannot be told from it.
+    """Returns which variant is best, and the smallest one that cannot be told from it.
 
-    Two variants cannot be told apart where their metrics differ by no more than one standard error of the best one.
+    Two variants cannot be told apart where their metrics differ by no more than one standard error
+    of the best one.
     """
     variants, metric = page["variants"], _shown(page)
     failed = sum(bool(variant["error"]) for variant in variants)
@@ -86,7 +93,10 @@ def sweep_outcome(page: Json) -> str:
 
 
 def _smallest_near(best: Json, rows: Sequence[Json], metric: Shown) -> Json:
-    """Returns the row with the smallest file among those within one standard error of the best; else the best."""
+    """Returns the row with the smallest file among those within one standard error of the best.
+
+    Else the best.
+    """
     error, smallest = best.get(f"{metric.key}_error"), best
     if not error or best["file_bytes"] is None:
         return best
@@ -105,7 +115,7 @@ def _told(row: Json, metric: Shown) -> str:
 
 
 def _score(row: Json, metric: Shown) -> str:
-    """Returns the metric of a row of `averages` with its spread: between seeds, else that of the test set."""
+    """Returns the metric of a row of `averages` with its spread between seeds, or its error."""
     spread = row.get(f"{metric.key}_spread")
     if spread is None:
         return metric.with_error(row)
@@ -114,7 +124,7 @@ def _score(row: Json, metric: Shown) -> str:
 
 
 def averages(page: Json) -> list[Json]:
-    """Returns a row for each variant: those that differ by their seed alone as one, with mean, spread and number."""
+    """Returns a row for each variant: of those that differ by seed alone mean and spread."""
     groups: dict[str, list[Json]] = {}
     for variant in page["variants"]:
         words = [word for word in variant["name"].split(" ") if not word.startswith("seed=")]
@@ -148,7 +158,10 @@ def _average(name: str, members: Sequence[Json]) -> Json:
 
 
 def sweep_table(page: Json) -> Table:
-    """Returns a row for each variant, of several seeds the mean and spread; marks those on a front."""
+    """Returns a row for each variant, of several seeds the mean and spread.
+
+    Marks those on a front.
+    """
     rows, metric = averages(page), _shown(page)
     best = metric.best([row[metric.key] for row in rows if row.get(metric.key) is not None])
     several_seeds = any(row["seeds"] > 1 for row in rows)
@@ -184,4 +197,7 @@ def _front(row: Json, page: Json) -> str:
 
 def _shown(page: Json) -> Shown:
     """Says how the metric of the sweep's task is told."""
-    return Shown.of([stage for variant in page["variants"] for stage in variant["stages"]])
+    stages: list[Json] = []
+    for variant in page["variants"]:
+        stages += variant["stages"]
+    return Shown.of(stages)

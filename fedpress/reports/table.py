@@ -12,14 +12,20 @@ from rich.text import Text
 
 @dataclass(frozen=True)
 class Table:
-    """A header and rows of text, all of one length; the first column holds names, the others numbers."""
+    """A header and rows of text, all of one length.
+
+    The first column holds names, the others numbers.
+    """
 
     header: list[str]
     rows: list[list[str]]
 
 
 def as_rich(table: Table, *, words: Collection[str] = ()) -> RichTable:
-    """Returns a table for a terminal; text in the first column and in the columns `words` may break into lines."""
+    """Returns a table for a terminal.
+
+    Text in the first column and in the columns `words` may break into lines.
+    """
     shown = RichTable(box=None, header_style="bold", pad_edge=False)
     for at, title in enumerate(table.header):
         text = at == 0 or title in words

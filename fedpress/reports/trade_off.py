@@ -1,4 +1,4 @@
-"""The figures of a sweep: the metric against a cost, and the variants that no other beats (the Pareto front)."""
+"""The figures of a sweep: the metric against a cost, and the Pareto front."""
 
 from __future__ import annotations
 
@@ -20,26 +20,45 @@ from fedpress.reports.plot import (
 )
 from fedpress.reports.reading import Json
 
-NAMED = (
-    12  # so many points of the front are named in the picture; of more, pointer and table name all
-)
+NAMED = 12
+"""So many points of the front are named in the picture; of more, pointer and table name all."""
 
 
 def trade_offs(page: Json, cost: str, word: str) -> list[Figure]:
-    """Returns the figure of the metric against one cost; of latency one for each runtime, as only like compares."""
-    runtimes = _runtimes(page) if cost == "latency_ms" else []
-    if runtimes:
-        found = [trade_off(page, cost, f"{word} in {name}", runtime=name) for name in runtimes]
-    else:
-        found = [trade_off(page, cost, word)]
-    return [figure for figure in found if figure]
+    """Returns the figure of the metric against one cost.
+
+    Of latency one for each runtime, as only like compares.
+    """
+    runtimes: list[str | None] = []
+    if cost == "latency_ms":
+        runtimes += _runtimes(page)
+    figures = []
+    for runtime in runtimes or [None]:
+        # Latencies in two runtimes do not compare, so each has a figure of its own.
+        what = word if runtime is None else f"{word} in {runtime}"
+        figure = trade_off(page, cost, what, runtime=runtime)
+        if figure is not None:
+            figures.append(figure)
+    return figures
 
 
 def _runtimes(page: Json) -> list[str]:
-    """Returns the runtimes in which the ends of variants were measured; where none has ended, all."""
-    ends = [v["stages"][-1] for v in page["variants"] if v["stages"] and not v["error"]]
-    measured = ends or [stage for v in page["variants"] for stage in v["stages"]]
-    return list(dict.fromkeys(str(s["runtime"]) for s in measured if s.get("runtime")))
+    """Returns the runtimes in which the ends of variants were measured.
+
+    Where none has ended, all.
+    """
+    ends: list[Json] = []
+    stages: list[Json] = []
+    for variant in page["variants"]:
+        stages += variant["stages"]
+        if variant["stages"] and not variant["error"]:
+            ends.append(variant["stages"][-1])
+    names = []
+    for stage in ends or stages:
+        name = stage.get("runtime")
+        if name and str(name) not in names:
+            names.append(str(name))
+    return names
 
 
 @dataclass(frozen=True)
@@ -97,7 +116,7 @@ class Cost:
 
 
 def trade_off(page: Json, cost: str, word: str, *, runtime: str | None = None) -> Figure | None:
-    """Shows the metric against one cost: every stage of every variant, the ends bigger, and the front as a line.
+    """Shows the metric against one cost: all stages, the ends of variants, and the Pareto front.
 
     Args:
         page: the sweep.
@@ -154,7 +173,10 @@ def _distinct(points: Sequence[Point]) -> list[Point]:
 
 
 def _worst(ends: Sequence[float], metric: Shown) -> float:
-    """Returns where the picture ends: a network that was just cut may be so bad that all others would seem equal."""
+    """Returns where the picture ends.
+
+    A network that was just cut may be so bad that all others would seem equal.
+    """
     span = max(ends) - min(ends)
     if metric.metric.better == "lower":
         return max(ends) + (span or 0.1 * abs(max(ends)) or 1.0)

@@ -1,4 +1,7 @@
-"""Numbers as people read them: 3.35 M, 168 MMAC, 13.4 MB, 3.7 ms, 1 h 32 min; what is missing is a dash."""
+"""Numbers as people read them: 3.35 M, 168 MMAC, 13.4 MB, 3.7 ms, 1 h 32 min.
+
+What is missing is a dash.
+"""
 
 from __future__ import annotations
 
@@ -13,9 +16,10 @@ PREFIXES = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
 
 def number(value: Any) -> float | None:
-    """Returns `value` as a finite float, or None if it is something else (missing, text, NaN, infinite).
+    """Returns `value` as a finite float, or None if it is missing, text, NaN or infinite.
 
-    What is so large that drawing it overflows, as only a damaged file holds it, is no number either.
+    What is so large that drawing it overflows, as only a damaged file holds it, is no number
+    either.
     """
     if (
         isinstance(value, bool)
@@ -43,8 +47,10 @@ def numbers(lines: Iterable[Mapping[str, Any]], key: str) -> list[float]:
 def count(value: Any, unit: str = "") -> str:
     """Returns a count with three digits and a decimal prefix before `unit`.
 
-    >>> count(11_173_962), count(168_000_000, "MAC"), count(13_400_000, "B"), count(640, "B"), count(None)
-    ('11.2 M', '168 MMAC', '13.4 MB', '640 B', '–')
+    >>> count(11_173_962), count(168_000_000, "MAC"), count(None)
+    ('11.2 M', '168 MMAC', '–')
+    >>> count(13_400_000, "B"), count(640, "B")
+    ('13.4 MB', '640 B')
     """
     x = number(value)
     if x is None:
@@ -144,7 +150,9 @@ def epsilon(value: Any) -> str:
 
 
 def upward(value: float, digits: int = 4) -> str:
-    """Returns a number rounded up to so many digits: less noise, or a smaller epsilon, would promise too much.
+    """Returns a number rounded up to so many digits.
+
+    Less noise, or a smaller epsilon, would promise too much.
 
     >>> upward(3.39432), upward(8.0), upward(1.23e-7, 2), upward(123456.0), upward(math.inf)
     ('3.395', '8', '1.3e-07', '1.235e+05', 'inf')
