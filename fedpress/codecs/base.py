@@ -47,7 +47,7 @@ class Key:
     """Names all random streams of one update.
 
     Client and server hold the same key, so both draw the same masks and rotations, and these need
-    no bytes. The client's noise must be known to nobody else: where the seed is not secret, it
+    no bytes. The client's noise must not be known to others: where the seed is not secret, it
     comes from `secret`, which only the client has.
 
     Attributes:
@@ -128,7 +128,7 @@ def check_values(x: Encoded, name: str, size: int, *, integer: bool = False) -> 
     """Returns the values of `x`, whose sender is not trusted.
 
     Args:
-        x: what somebody sent.
+        x: what was sent.
         name: kind of the transform, for errors.
         size: number of values.
         integer: whether they must be whole numbers.
@@ -138,7 +138,7 @@ def check_values(x: Encoded, name: str, size: int, *, integer: bool = False) -> 
     """
     if x.side:
         raise WireError(
-            "nobody reads this tensor",
+            "no transform reads this tensor",
             place=f"{name}.{min(x.side)}",
             cure="send only what the chain makes",
         )
@@ -165,6 +165,7 @@ def check_float(values: Tensor, size: int, name: str) -> Tensor:
             place=name,
             cure="use the same recipe on both sides",
         )
+    # One NaN would make the whole mean NaN.
     if not bool(torch.isfinite(values).all()):
         raise WireError("it holds NaN or infinity", place=name, cure="lower the learning rate")
     return values
@@ -271,7 +272,7 @@ def decode_chain(chain: Chain, tensors: Mapping[str, Tensor], key: Key) -> Tenso
         names = [name for name in left if name.startswith(prefix)]
         side = {name.removeprefix(prefix): left.pop(name) for name in names}
         x = transform.decode(Encoded(x, side), key)
-    # Refused, so that a client cannot send further data along without anybody noticing.
+    # Refused, so that a client cannot send further data along unnoticed.
     if left:
         raise WireError(
             "no transform reads this tensor",

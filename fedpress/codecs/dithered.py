@@ -109,6 +109,7 @@ class Dithered:
         u = self.dither(len(y), key)
         level = self._noise_level(y, u, spread, middle, halves, key)
         steps = _steps(middle, level)[halves.astype(np.intp) + HALVES].astype(np.float32)
+        # The dither moves a value by at most one level.
         q = np.empty(len(y), smallest_type(float(np.abs(y).max() / steps.min()) + 1))
         for start, end, step in chunks(len(y), self.block, steps):
             part = y[start:end] / step
@@ -231,6 +232,7 @@ class Dithered:
         if not len(full):
             return Encoded(torch.zeros(self.size, dtype=torch.int8), {"grid": torch.ones(1)})
         y = values[full] / np.float32(peak)
+        # The dither of a position depends on the position alone, so the decoder draws the same.
         u = self.dither(self.size, key)[full]
 
         def levels(step: float) -> Ints:

@@ -43,7 +43,7 @@ def whole_levels(x: Encoded, shape: tuple[int, ...], side: tuple[str, ...]) -> I
     """Returns the levels of `x`, whose sender is not trusted.
 
     Args:
-        x: what somebody sent.
+        x: what was sent.
         shape: the shape that the levels must have.
         side: names of the tensors that must come with them; no others may.
 
@@ -69,7 +69,7 @@ def side_floats(x: Encoded, name: str, size: int | None, least: int = 0) -> Floa
     """Returns the floats that came beside the levels under `name`.
 
     Args:
-        x: what somebody sent.
+        x: what was sent.
         name: name of the tensor.
         size: how many there must be; None takes any number.
         least: fewest that there must be.
@@ -99,7 +99,7 @@ def times_scales(x: Encoded, size: int, block: int, top: int) -> Floats:
     """Returns each level times the scale of its block, float32 [size].
 
     Args:
-        x: what somebody sent: levels, and `scales` beside them.
+        x: what was sent: levels, and `scales` beside them.
         size: number of values.
         block: values with one scale.
         top: the largest level.
@@ -160,6 +160,7 @@ def chunks(size: int, block: int, scales: Floats) -> list[tuple[int, int, Floats
         block: values with one scale.
         scales: the scale of each block.
     """
+    # Whole blocks, so that each piece has whole scales.
     step = max(CHUNK // block, 1) * block
     pieces = []
     for at in range(0, size, step):

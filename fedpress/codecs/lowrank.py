@@ -84,7 +84,7 @@ class BoundLowRank:
 
     def encode(self, x: Tensor, key: Key) -> Encoded:
         """Returns the factors of all layers of `x` [d], one after another."""
-        chance = key.client_stream("lowrank")
+        source = key.client_stream("lowrank")
         parts = []
         sizes = [layer.size for layer in self.layers]
         for layer, part in zip(self.layers, x.split(sizes), strict=True):
@@ -92,7 +92,7 @@ class BoundLowRank:
                 parts.append(part)
                 continue
             matrix = part.view(layer.rows, layer.columns)
-            start = chance.normal(layer.columns, layer.rank, dtype=torch.float32)
+            start = source.normal(layer.columns, layer.rank, dtype=torch.float32)
             # Made orthogonal in between: in the product of three matrices, float32 would round the
             # small directions away.
             near = torch.linalg.qr(matrix @ start).Q

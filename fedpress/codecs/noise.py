@@ -65,11 +65,11 @@ class BoundNoise:
         """Returns `x` [d] plus noise."""
         # The noise is named by the values that it hides: the same noise on two different vectors
         # would cancel in their difference.
-        chance = key.private_stream("noise", random.fingerprint(x, self))
+        source = key.private_stream("noise", random.fingerprint(x, self))
         if self.integer:
-            return Encoded(x + skellam.sample(self.size, self.std**2, chance))
+            return Encoded(x + skellam.sample(self.size, self.std**2, source))
         plan = PrivacyPlan("client", self.clip_norm, 1.0, self.std / self.clip_norm)
-        return Encoded(noise_sum(x, plan, chance))
+        return Encoded(noise_sum(x, plan, source))
 
     def decode(self, x: Encoded, key: Key) -> Tensor:
         """Returns the values as they are, with their noise."""

@@ -195,6 +195,7 @@ class _Uniform:
             else:
                 part += noise[at:end]
                 np.floor(part, out=part)
+            # The division may round up past the largest level.
             q[at:end] = np.clip(part, -self.top, self.top)
         return Encoded(torch.from_numpy(q), {"scales": torch.from_numpy(scales)})
 

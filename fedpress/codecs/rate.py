@@ -76,6 +76,7 @@ class Centroids:
         # All values are zero, which any step gives back.
         if not peak:
             return Encoded(torch.zeros(self.size, dtype=torch.int8), {"levels": torch.ones(1)})
+        # Relative to the peak, so that steps are within float32's range whatever the update's size.
         sample = _sample(values) / peak
         share = sample.size / self.size
 

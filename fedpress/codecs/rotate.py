@@ -72,6 +72,7 @@ class BoundRotate:
 
     def encode(self, x: Tensor, key: Key) -> Encoded:
         """Rotates `x` [d]."""
+        # A new tensor, since blocks are replaced in place below.
         x = x * self._signs(key)
         whole = self.size - self.size % self.block
         x[:whole] = hadamard(x[:whole], self.block)

@@ -47,6 +47,7 @@ class BoundTopK:
         """Returns `x` [d] with all but its `kept` largest values zero."""
         if self.kept >= self.size:
             return Encoded(x)
+        # Zeros stay in the vector: packing finds them, and positions need no field of their own.
         largest = x.abs().topk(self.kept, sorted=False).indices
         sparse = torch.zeros_like(x)
         sparse[largest] = x[largest]

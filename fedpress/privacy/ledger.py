@@ -186,13 +186,13 @@ class Ledger:
 
     def events(self) -> Iterator[tuple[MechanismEvent, ...]]:
         """Yields the merged events of each party, once for parties with equal ones."""
-        everybody = [entry.event for entry in self.entries if entry.who == POPULATION]
+        of_all = [entry.event for entry in self.entries if entry.who == POPULATION]
         # With entries for the population alone there is still one party to be asked about.
         parties: dict[str, list[MechanismEvent]] = {POPULATION: []}
         for entry in self.entries:
             if entry.who != POPULATION:
                 parties.setdefault(entry.who, []).append(entry.event)
-        yield from {accountant.merge([*everybody, *own]) for own in parties.values()}
+        yield from {accountant.merge([*of_all, *own]) for own in parties.values()}
 
     def epsilon(self, *, delta: float) -> float:
         """Returns the largest epsilon that any party has spent so far at `delta`."""
@@ -208,7 +208,7 @@ class Ledger:
             return max(found, key=lambda party: party.epsilon)
 
         # Only the largest epsilon matters. Parties are asked in falling order of a quick Renyi
-        # bound, so nobody whose bound is below the largest epsilon so far needs an exact answer.
+        # bound, so a party whose bound is below the largest epsilon so far needs no exact answer.
         bounds = {events: accountant.renyi_bound(events, delta=delta) for events in parties}
         largest = accountant.Spent(0.0)
         for events in sorted(bounds, key=lambda party: -bounds[party]):

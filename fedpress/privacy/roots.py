@@ -58,6 +58,7 @@ def safe_root(
     # brentq wants an absolute tolerance too; that at the lower end is the smaller one.
     found = float(brentq(shifted, low, high, xtol=rtol * low, rtol=max(rtol, BEST_RTOL)))
 
+    # The first step is as long as the distance that was asked for: mostly one is enough.
     step = rtol
     while excess(found) > 0:
         found += math.copysign(step * found, safe - unsafe)

@@ -87,7 +87,7 @@ class SecAggClient:
         )
 
     def accept(self, roster: SecAggMessage) -> SecAggMessage:
-        """Checks and keeps everybody's keys; returns the second message, a signed digest of them.
+        """Checks and keeps all clients' keys; returns the second message, a signed digest of them.
 
         Raises:
             WireError: if the roster is faulty.
@@ -157,7 +157,8 @@ class SecAggClient:
         shares = share_secrets(rows, points, threshold, derive(key, "polynomials"))
         sealed = []
         for k, share in zip(public.committee, shares, strict=True):
-            # One nonce suffices, since each member has a key of its own.
+            # One nonce suffices, since each member has a key of its own. With the context, shares of
+            # another round cannot be passed off as those of this one.
             seal_key = self._seal_key(public, self.name, public.names[k])
             sealed.append(seal(seal_key, nonce, share.tobytes(), public.context))
         return sealed
@@ -172,7 +173,7 @@ class SecAggClient:
         between members open nothing.
 
         Raises:
-            WireError: if the request is faulty, or somebody on the list did not report.
+            WireError: if the request is faulty, or a client on the list did not report.
             SecureError: if the list is too short, if another one was answered in this round, or if
                 the round is over.
         """

@@ -93,7 +93,7 @@ class KeyPair:
     def shared_secret(self, public: bytes) -> bytes | None:
         """Returns the 32 bytes that only this client and the holder of `public` can compute.
 
-        None if `public` is a point of low order, with which everybody could compute them.
+        None if `public` is a point of low order, for which anyone could compute them.
         """
         try:
             shared = self._private.exchange(X25519PublicKey.from_public_bytes(public))

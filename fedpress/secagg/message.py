@@ -51,7 +51,7 @@ def read_tensor(
     """Returns the contiguous CPU tensor `name` of exactly `dtype` and `shape`.
 
     Args:
-        message: what somebody sent.
+        message: what was sent.
         name: name of the tensor.
         dtype: its type.
         shape: its shape.

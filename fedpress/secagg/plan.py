@@ -10,7 +10,7 @@ from fedpress.errors import RecipeError
 from fedpress.secagg import graph
 
 WHOLE_COMMITTEE = 100
-"""Up to this cohort everybody is in the committee."""
+"""Up to this cohort all clients are in the committee."""
 
 MAX_COHORT = 5_000
 """Largest cohort that can be planned."""

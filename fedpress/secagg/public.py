@@ -112,7 +112,7 @@ def _checked_roster(
     mix up two clients' views. In a simulation of 1,000 clients each would check the same 1,000
     signatures.
     """
-    # One order, so that everybody computes the same digest.
+    # One order, so that all clients compute the same digest.
     if sorted(set(names)) != list(names):
         raise WireError(
             "expected different names in order",
@@ -172,7 +172,7 @@ class PublicRound:
         """Returns the round of this `number`, cohort and vector size.
 
         Raises:
-            WireError: if the cohort is not of the planned size, or somebody is not in the roster.
+            WireError: if the cohort is not of the planned size, or a client is not in the roster.
         """
         # Sorted, so that the order in which a server lists the cohort changes nothing.
         names = tuple(sorted(cohort))
@@ -249,4 +249,5 @@ def commitment(seed: bytes) -> bytes:
     >>> commitment(bytes(16)).hex()[:8] != commitment(b"1" * 16).hex()[:8]
     True
     """
+    # A longer one would be no harder to invert: a seed has no more bits.
     return derive(seed, "commitment", size=SEED)

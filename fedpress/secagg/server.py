@@ -28,7 +28,7 @@ from fedpress.secagg.shares import recover_secrets
 class SecAggServer:
     """The server's side of the set-up, once per run.
 
-    Call `join` with each client's key, send everybody the `roster`, call `accepted` with each
+    Call `join` with each client's key, send all clients the `roster`, call `accepted` with each
     answer, then `open` a sum for every round.
 
     Args:
@@ -73,7 +73,7 @@ class SecAggServer:
         self._joined[name] = key, signature
 
     def roster(self) -> SecAggMessage:
-        """Returns everybody's keys, to be sent to all; after this nobody can join.
+        """Returns the keys of all clients, to be sent to all; after this no client can join.
 
         Sorted by name, so the same clients give the same roster in whichever order they joined.
 
@@ -131,7 +131,7 @@ class SecAggServer:
         # A client that did not confirm this roster may have been sent another one, with other keys.
         if self._roster is None or not self._accepted.issuperset(cohort) or size < 1:
             raise RecipeError(
-                "somebody in it did not accept the roster",
+                "a client in it did not accept the roster",
                 place="cohort",
                 cure="choose among those who did",
             )
@@ -209,13 +209,14 @@ class SecureRound:
                 place=f"{place}.signature",
                 cure="send it unchanged",
             )
+        # The words overflow at a multiple of 2^bits, so the total needs no reduction.
         self._total += to_words(masked, self._plan.bits)
         self._reports[me] = kept | {"digest": np.frombuffer(made, np.uint8)}
 
     def requests(self) -> dict[str, SecAggMessage]:
         """Returns the request for each member of the committee who reported, by name.
 
-        After this nobody can report: the committee answers one list of clients only.
+        After this no client can report: the committee answers one list of clients only.
 
         Raises:
             SecureError: if too few reported, or two clients do not agree on their mask.
@@ -224,7 +225,7 @@ class SecureRound:
         reported = np.zeros(len(public.names), bool)
         reported[list(self._reports)] = True
         # Without a report there is no client whose neighbours could be counted.
-        problem = public.too_few(reported) if reported.any() else "nobody reported"
+        problem = public.too_few(reported) if reported.any() else "no client reported"
         members = public.members(reported)
         if not problem and len(members) < self._plan.threshold:
             problem = (
@@ -236,6 +237,7 @@ class SecureRound:
         if problem:
             raise self._closed(problem)
 
+        # From here on `add` refuses reports.
         self._asked = reported
         clients = self._clients_in_sum()
         self._wanted = [wanted_rows(public, i, reported) for i in clients]
@@ -297,7 +299,7 @@ class SecureRound:
         """
         if self._asked is None:
             raise SecureError(
-                "nobody was asked to unmask",
+                "the committee was not asked to unmask",
                 place=f"round {self._public.number}",
                 cure="send the requests first",
             )
@@ -336,7 +338,7 @@ class SecureRound:
     def _disagreement(self) -> str:
         """Says which client committed to other masks than its neighbours; empty if none did.
 
-        Masks that differ do not cancel, so the sum would be wrong without anybody noticing.
+        Masks that differ do not cancel, so the sum would be wrong without an error.
         """
         public = self._public
         size = len(public.names)

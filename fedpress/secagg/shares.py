@@ -68,6 +68,7 @@ def share_secrets(
         uint8 [points, secrets, bytes].
     """
     exp, log = field_tables()
+    # Little-endian on every machine: shares are sent to others.
     constant = np.ascontiguousarray(secrets).view("<u2")
     random_bytes = keystream(key, secrets.size * (threshold - 1))
     drawn = random_bytes.view("<u2").reshape(threshold - 1, *constant.shape)

@@ -212,6 +212,7 @@ def decode_ints(
     escaped = np.empty(reader.varint(f"{place}.escapes", out.size), out.dtype)
     if len(escaped):
         nested(reader.part(f"{place}.escapes"), escaped)
+    # The stream is last and has no length of its own: it takes all that is left.
     words = reader.take(reader.left, f"{place}.words")
     # The coder refuses a stream that ends in a zero word.
     if len(words) % 4 or (len(words) and not any(words[-4:])):

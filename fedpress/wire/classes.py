@@ -94,6 +94,7 @@ def choose_classes(values: Ints, center: int, share: float = 1.0) -> BlockClasse
     ]
     if not layouts:
         return one_class
+    # The estimates by mean values are rough, so the last few choices are measured.
     chosen = min(layouts, key=lambda layout: _measured_bits(values, layout, share))
     if chosen.count == 1:
         return one_class

@@ -100,7 +100,7 @@ def check_field(place: str, name: str, value: Any, kind: FieldKind) -> None:
 
 
 def check_fields(place: str, fields: Mapping[str, FieldKind], header: Mapping[str, Any]) -> None:
-    """Checks every field of `header` that is in `fields`; nobody reads the others.
+    """Checks every field of `header` that is in `fields`; others are not read.
 
     Raises:
         WireError: if a field is not of its kind.

@@ -81,6 +81,7 @@ def pack(message: Message) -> bytes:
     >>> pack(Message("hello", {"round": 1}))[:4]
     b'FPRS'
     """
+    # Refused here and not by the receiver, whose error would come after the work.
     _check_json(dict(message.header), "message.header")
     for name, tensor in message.tensors.items():
         if tensor.dtype not in CODES:
@@ -224,6 +225,7 @@ def _part(content: bytes) -> bytes:
 def _utf8(text: str, place: str) -> bytes:
     try:
         content = text.encode()
+    # A Python string may hold lone surrogates, which UTF-8 cannot.
     except UnicodeEncodeError as error:
         raise WireError(
             f"{text!r} cannot be written in UTF-8",

@@ -56,6 +56,7 @@ def expand(data: memoryview, dtype: torch.dtype, shape: list[int], place: str) -
     out = torch.empty(shape, dtype=dtype)
     if out.numel():
         _expand(ByteReader(data), _array(out), place)
+    # A tensor without values has no packed bytes, not even a form.
     elif len(data):
         fail(place, f"{len(data)} bytes came for a tensor of no values")
     return out
@@ -102,6 +103,7 @@ def _shrink(values: Ints, floats: bool, rows: int = 1, depth: int = 0) -> bytes:
     def nested(inner: Ints) -> bytes:
         return _shrink(inner, False, depth=depth + 1)
 
+    # The bits of floats taken as numbers have no useful range.
     low, bits = (0, 0) if floats else _range_of(values)
     raw = 1 + values.nbytes
     nbit = raw if floats else _nbit_bytes(len(values), bits)

@@ -3,7 +3,7 @@
 Every step is a Gaussian or Skellam mechanism on a Poisson sample, under add-or-remove-one
 neighbours. Which method answers depends on the events:
 
-- Gaussian, everybody takes part: the closed form of Balle & Wang 2018.
+- Gaussian, all units take part: the closed form of Balle & Wang 2018.
 - Gaussian on samples: privacy loss distributions (Koskela et al. 2020; Doroshenko et al. 2022,
   "Connect the dots") from dp-accounting, whose discretisation only ever rounds epsilon up. Where
   its tables would be too long (rare samples, low noise, many steps, a tiny delta), `losses` answers
@@ -230,17 +230,17 @@ def _spent_on_samples(gaussian: tuple[GaussianEvent, ...], delta: float, points:
         return Spent(min(by_losses, by_renyi), upper_bound=True)
 
     # Sampling never adds to epsilon, so the closed form without sampling is a bound as well. Where
-    # nearly everybody takes part, the grid may say a little more than it.
+    # nearly all units take part, the grid may say a little more than it.
     unsampled = tuple(replace(event, sampling_prob=1.0) for event in gaussian)
-    everybody = _gaussian_epsilon(total_mu(unsampled), delta)
+    without_sampling = _gaussian_epsilon(total_mu(unsampled), delta)
 
     merged = _merge_unsampled(gaussian)
     table = _loss_table(merged, delta)
     if table is not None:
-        return Spent(min(everybody, float(table[0].get_epsilon_for_delta(delta))))
+        return Spent(min(without_sampling, float(table[0].get_epsilon_for_delta(delta))))
 
     bound = losses.epsilon(merged, delta=delta, points=points)
-    found = min(everybody, bound.epsilon)
+    found = min(without_sampling, bound.epsilon)
     if bound.fine:
         return Spent(found)
     return Spent(min(found, renyi.epsilon(gaussian, delta=delta)), upper_bound=True)
@@ -260,7 +260,7 @@ def _in_range(events: tuple[GaussianEvent, ...]) -> tuple[GaussianEvent, ...]:
 
 
 def _merge_unsampled(events: tuple[GaussianEvent, ...]) -> list[GaussianEvent]:
-    """Replaces all events in which everybody takes part by one step that spends the same."""
+    """Replaces all events in which all units take part by one step that spends the same."""
     merged = [event for event in events if event.sampling_prob < 1]
     mu = total_mu(events)
     if mu > 0:
@@ -289,7 +289,7 @@ def _suits_dp_accounting(events: list[GaussianEvent], delta: float) -> bool:
 def total_mu(events: tuple[GaussianEvent, ...]) -> float:
     """Returns sensitivity / noise of the one Gaussian mechanism that equals all unsampled `events`.
 
-    Gaussian mechanisms on everybody compose exactly: mu^2 = sum of steps / noise^2.
+    Gaussian mechanisms without sampling compose exactly: mu^2 = sum of steps / noise^2.
     """
     square = 0.0
     for event in events:

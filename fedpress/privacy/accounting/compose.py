@@ -47,6 +47,7 @@ def spent(text: str, *, delta: float, place: str = "events") -> accountant.Spent
         raise RecipeError(
             f"not JSON ({error})", place=place, cure="give a list of events or a ledger.json"
         ) from error
+    # Every ledger has this key, and no list of events is an object.
     if isinstance(content, dict) and "charges" in content:
         accountant.check_delta(delta)
         return Ledger.from_json(text).spent(delta=delta)

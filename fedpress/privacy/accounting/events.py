@@ -84,7 +84,7 @@ class SkellamEvent:
                 )
         if not 0 <= self.failure < 1:
             raise RecipeError(
-                f"got {self.failure}, expected a chance of 0 or more, far below delta",
+                f"got {self.failure}, expected a probability >= 0, far below delta",
                 place="failure",
             )
 
@@ -196,7 +196,7 @@ def check_sampling_prob(sampling_prob: float) -> None:
         raise RecipeError(
             f"got {sampling_prob}, expected a number inside (0, 1]",
             place="sampling_prob",
-            cure="1 means everybody",
+            cure="1 means that all units take part",
         )
 
 

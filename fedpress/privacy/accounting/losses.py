@@ -310,18 +310,18 @@ def _step_losses(
     points = np.arange(math.floor(bottom / grid), math.ceil(top / grid) + 1)
     edges = _sum_at(points * grid, q, z)
     if direction == "remove":
-        chances, infinite = _chances_remove(points * grid, edges, q, z, grid)
+        probabilities, infinite = _probabilities_remove(points * grid, edges, q, z, grid)
         first = int(points[0])
     else:
         # The loss has the opposite sign here, so the order of the points is reversed.
-        chances, infinite = _chances_add(points * grid, edges, q, z, grid)
-        chances = chances[::-1]
+        probabilities, infinite = _probabilities_add(points * grid, edges, q, z, grid)
+        probabilities = probabilities[::-1]
         first = -int(points[-1])
     with np.errstate(divide="ignore"):
-        return LossDistribution(first, np.log(chances), infinite)
+        return LossDistribution(first, np.log(probabilities), infinite)
 
 
-def _chances_remove(
+def _probabilities_remove(
     losses: Array, edges: Array, q: float, z: float, grid: float
 ) -> tuple[Array, float]:
     """Returns the probability of each of `losses`, and of an infinite one, if the unit is there.
@@ -335,26 +335,26 @@ def _chances_remove(
     with_unit, with_error = _between((edges - 1) / z)
     at = losses[:-1]
     lower = np.expm1(np.clip(at, -LARGE_LOSS, LARGE_LOSS))
-    chance = (1 - q) * without + q * with_unit
+    probability = (1 - q) * without + q * with_unit
     # The probability less the other data set's times e^loss. Both nearly cancel, so the common term
-    # is subtracted by hand.
+    # is subtracted explicitly.
     excess = q * (with_unit - without) - without * lower
     error = q * (with_error + without_error) + without_error * np.abs(lower)
-    up = _upper_part(chance, excess + error, grid, small=np.abs(at) < LARGE_LOSS)
+    up = _upper_part(probability, excess + error, grid, small=np.abs(at) < LARGE_LOSS)
 
-    chances = np.zeros(len(losses))
-    chances[1:] += up
-    chances[:-1] += chance - up
+    probabilities = np.zeros(len(losses))
+    probabilities[1:] += up
+    probabilities[:-1] += probability - up
     # Smaller losses than the first one are counted as the first one.
     first = float(edges[0])
-    chances[0] += (1 - q) * ndtr(first / z) + q * ndtr((first - 1) / z)
+    probabilities[0] += (1 - q) * ndtr(first / z) + q * ndtr((first - 1) / z)
     # Larger losses than the last one are counted as infinite.
     last = float(edges[-1])
     infinite = (1 - q) * ndtr(-last / z) + q * ndtr((1 - last) / z)
-    return chances, float(infinite)
+    return probabilities, float(infinite)
 
 
-def _chances_add(
+def _probabilities_add(
     losses: Array, edges: Array, q: float, z: float, grid: float
 ) -> tuple[Array, float]:
     """Returns the probability of minus each of `losses`, and of an infinite one, if it is not.
@@ -373,11 +373,11 @@ def _chances_add(
     error = without_error * np.abs(lower) + q * (with_error + without_error) * (1 - lower)
     up = _upper_part(without, excess + error, grid, small=np.abs(at) < LARGE_LOSS)
 
-    chances = np.zeros(len(losses))
-    chances[:-1] += up
-    chances[1:] += without - up
-    chances[-1] += ndtr(-float(edges[-1]) / z)
-    return chances, float(ndtr(float(edges[0]) / z))
+    probabilities = np.zeros(len(losses))
+    probabilities[:-1] += up
+    probabilities[1:] += without - up
+    probabilities[-1] += ndtr(-float(edges[-1]) / z)
+    return probabilities, float(ndtr(float(edges[0]) / z))
 
 
 def _between(edges: Array) -> tuple[Array, Array]:
@@ -393,15 +393,15 @@ def _between(edges: Array) -> tuple[Array, Array]:
     return np.maximum(high - low, 0.0), 8 * ROUNDING * high
 
 
-def _upper_part(chance: Array, excess: Array, grid: float, *, small: Array) -> Array:
+def _upper_part(probability: Array, excess: Array, grid: float, *, small: Array) -> Array:
     """Returns what part of each interval's probability goes to its upper grid point.
 
     All of it where a loss is not `small`, since its exponential would overflow.
     """
     import numpy as np
 
-    part = np.clip(excess / -math.expm1(-grid), 0.0, chance)
-    return np.where(small, part, chance)
+    part = np.clip(excess / -math.expm1(-grid), 0.0, probability)
+    return np.where(small, part, probability)
 
 
 def _dominating_losses(guarantee: tuple[float, float], grid: float) -> LossDistribution:
@@ -416,12 +416,12 @@ def _dominating_losses(guarantee: tuple[float, float], grid: float) -> LossDistr
     # Both losses are rounded up, which dominates.
     high = math.ceil(bound / grid)
     low = math.ceil(-bound / grid)
-    chances = np.zeros(high - low + 1)
+    probabilities = np.zeros(high - low + 1)
     if bound < MAX_EXPONENT:
-        chances[0] += (1 - failing) / (1 + math.exp(bound))
-    chances[-1] += (1 - failing) / (1 + math.exp(-bound))
+        probabilities[0] += (1 - failing) / (1 + math.exp(bound))
+    probabilities[-1] += (1 - failing) / (1 + math.exp(-bound))
     with np.errstate(divide="ignore"):
-        return LossDistribution(low, np.log(chances), failing)
+        return LossDistribution(low, np.log(probabilities), failing)
 
 
 # All steps ----------------------------------------------------------------------------------------

@@ -46,6 +46,7 @@ def epsilon(events: Iterable[MechanismEvent], *, delta: float) -> float:
 
     orders = np.array(ORDERS, float)
     at_each_order = total + np.log1p(-1 / orders) - np.log(delta * orders) / (orders - 1)
+    # Where almost nothing is spent, the conversion gives a negative number.
     return max(0.0, float(np.min(at_each_order)))
 
 

@@ -174,7 +174,7 @@ class DistributedPlan:
     def event(self, *, num_rounds: int) -> SkellamEvent:
         """Returns `num_rounds` sums as the accountant counts them."""
         task = self.task
-        # The noise of the survivors alone: nobody may count on clients that can drop out.
+        # The noise of the survivors alone: clients that can drop out do not count.
         return SkellamEvent(
             l2=self.l2,
             l1=self.l1,
@@ -347,7 +347,7 @@ def _limit(task: SecretSum, scale: float, noise: float) -> float:
     """Returns the largest absolute value that the sum can have, but with probability `OVERFLOW`."""
     # Rounding moves a clamped value by less than one grid unit.
     signal = task.clients * (task.coordinate_limit * scale + 1)
-    # If nobody drops out, all clients add noise that is sized for the survivors.
+    # If no client drops out, all clients add noise that is sized for the survivors.
     variance = (noise * scale * task.clip_norm) ** 2 * task.clients / task.survivors
     return signal + skellam.tail(task.size, variance, OVERFLOW)
 

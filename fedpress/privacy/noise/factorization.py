@@ -180,6 +180,7 @@ def inverse_column(coefficients: Sequence[float], rounds: int) -> np.ndarray:
 
     impulse = np.zeros(rounds)
     impulse[0] = 1.0
+    # The response of the filter 1 / w(x) to an impulse is the power series of 1 / w(x).
     return np.asarray(lfilter([1.0], np.asarray(coefficients), impulse))
 
 

@@ -26,10 +26,10 @@ def poisson_batches(
     2024, "How private are DP-SGD implementations?", arXiv:2403.17673).
     """
     # The default float64 draws: float32 ones have 24 bits, which would bias small probabilities.
-    chance = chance_of(generator)
+    source = chance_of(generator)
     for _ in range(steps):
         # An empty batch is yielded too: a skipped step would show that nobody was drawn.
-        yield (chance.uniform(n) < sampling_prob).nonzero().flatten()
+        yield (source.uniform(n) < sampling_prob).nonzero().flatten()
 
 
 def clip(update: Tensor, clip_norm: float) -> Tensor:
@@ -97,9 +97,9 @@ def noise_sum(total: Tensor, plan: PrivacyPlan, generator: Source) -> Tensor:
     """
     if plan.noise_std == 0:
         return total
-    chance = chance_of(generator)
-    normal = chance.normal(total.numel()).view(total.shape)
-    return add_noise(total, plan, normal, exact=chance.exact)
+    source = chance_of(generator)
+    normal = source.normal(total.numel()).view(total.shape)
+    return add_noise(total, plan, normal, exact=source.exact)
 
 
 def add_noise(total: Tensor, plan: PrivacyPlan, normal: Tensor, *, exact: bool) -> Tensor:

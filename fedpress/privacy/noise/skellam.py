@@ -101,8 +101,8 @@ def l1_sensitivity(l2: float, size: int) -> float:
     return min(math.sqrt(size) * l2, l2**2)
 
 
-def tail(size: int, variance: float, chance: float) -> float:
-    """Returns t such that any of `size` Skellam numbers is beyond +-t with probability <= `chance`.
+def tail(size: int, variance: float, probability: float) -> float:
+    """Returns t such that any of `size` Skellam numbers is beyond +-t with at most `probability`.
 
     Chernoff's bound with E exp(sX) = exp(v (cosh s - 1)), over both signs and all numbers.
 
@@ -111,7 +111,7 @@ def tail(size: int, variance: float, chance: float) -> float:
     """
     if variance <= 0:
         return 0.0
-    needed = math.log(2 * size / chance)
+    needed = math.log(2 * size / probability)
 
     def excess(t: float) -> float:
         return needed - chernoff_exponent(t, variance)
@@ -129,7 +129,7 @@ def chernoff_exponent(t: float, variance: float) -> float:
     return t * math.asinh(t / variance) - t**2 / (root + variance)
 
 
-def sample(size: int, variance: float, chance: RandomSource) -> Tensor:
+def sample(size: int, variance: float, source: RandomSource) -> Tensor:
     """Returns Skellam noise, int64 [size].
 
     A sign and 63 random bits per value are looked up in a table of tail probabilities. So noise is
@@ -140,7 +140,7 @@ def sample(size: int, variance: float, chance: RandomSource) -> Tensor:
     Args:
         size: number of values.
         variance: variance of each value.
-        chance: where the random bits come from.
+        source: where the random bits come from.
 
     Raises:
         PrivacyError: if `variance` is not between 0 and 2^36.
@@ -159,7 +159,7 @@ def sample(size: int, variance: float, chance: RandomSource) -> Tensor:
         table = _table(float(variance))
         for at in range(0, size, BLOCK):
             end = min(at + BLOCK, size)
-            out[at:end] = _look_up(table, chance.words(end - at))
+            out[at:end] = _look_up(table, source.words(end - at))
     return torch.from_numpy(out)
 
 

@@ -129,11 +129,13 @@ def _record(query: Query) -> tuple[Tensor, list[tuple[nn.Module, Tensor, Tensor]
     try:
         outputs = call(model, query.x)
     finally:
+        # A hook left behind would run in every later forward pass.
         for handle in handles:
             handle.remove()
     # A layer that ran twice has a cross term in its norms, which no rule computes.
     if sorted(id(m) for m, _, _ in seen) != sorted(id(m) for m in owners):
         raise NotImplementedError("a layer ran more than once, or not at all")
+    # The losses are taken in float32, also under autocast.
     losses = torch.func.vmap(lambda o, t: loss_fn(o[None], t[None]))(outputs.float(), query.y)
     # The gradient of the sum of losses has each sample's own output gradient in its row.
     grads = torch.autograd.grad(losses.sum(), [edge for _, _, edge in seen])

@@ -117,6 +117,7 @@ def clipped_gradient_sum(
         )
     query = Query(model, loss_fn, x, y, clip_norm)
     running = _RunningSum(model)
+    # Chunks bound the memory.
     for start in range(0, len(x), chunk):
         part = query.take(slice(start, start + chunk))
         if method == "loop" or not running.try_add_(method, part, verify):
@@ -157,8 +158,9 @@ class _RunningSum:
         """Adds the samples of a chunk by `method`.
 
         Returns False, with nothing added, if the method raised, differs from the loop, or if the
-        model wrote into itself (in a batch nobody knows on which sample).
+        model wrote into itself: in a batch it is not known on which sample.
         """
+        # A method that raises may have added some samples before.
         before = self.total.clone()
         found: Measured | None
         if verify == "nothing":
@@ -212,6 +214,7 @@ def _losses(query: Query, rows: list[int]) -> Measured:
     """Returns the loss of each of `rows` when the batch runs as a whole; norms are 0."""
     outputs = call(query.model, query.x)
     found = []
+    # In float32, also under autocast, since losses are compared.
     for row in rows:
         at = slice(row, row + 1)
         found.append(Sample(float(query.loss_fn(outputs[at].float(), query.y[at])), 0.0))

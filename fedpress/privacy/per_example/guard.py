@@ -18,9 +18,11 @@ class Guard:
     def __init__(self, model: nn.Module) -> None:
         """Copies every buffer and parameter of `model`."""
         self._model = model
-        tensors = _named_tensors(model)
-        self._originals = {name: (value, value.detach().clone()) for name, value in tensors.items()}
-        self._versions = {name: value._version for name, value in tensors.items()}
+        self._originals: dict[str, tuple[Tensor, Tensor]] = {}
+        self._versions: dict[str, int] = {}
+        for name, value in _named_tensors(model).items():
+            self._originals[name] = value, value.detach().clone()
+            self._versions[name] = value._version
 
     def put_back_(self) -> str:
         """Undoes every change since the last call.
@@ -29,15 +31,14 @@ class Guard:
             Which tensor changed first and what to do about it; empty if nothing changed.
         """
         now = _named_tensors(self._model)
-        removed = [name for name in self._originals if name not in now]
-        names = [*now, *removed]
-        changed = [name for name in names if not self._unchanged(name, now.get(name))]
-        if not changed:
-            return ""
-        for name in changed:
+        problem = ""
+        # Tensors that the forward pass removed are in the originals only.
+        for name in dict.fromkeys([*now, *self._originals]):
+            if self._unchanged(name, now.get(name)):
+                continue
             self._restore_(name)
-        first = changed[0]
-        return _problem(first, isinstance(now.get(first), nn.Parameter))
+            problem = problem or _problem(name, isinstance(now.get(name), nn.Parameter))
+        return problem
 
     def _unchanged(self, name: str, now: Tensor | None) -> bool:
         # Every in-place operation counts `_version` up, so no values need to be compared.

@@ -123,6 +123,7 @@ def _measure_one(views: list[Tensor], query: Query) -> tuple[Sample, list[tuple[
 def _gradient(query: Query, x: Inputs, y: Tensor) -> tuple[Tensor, tuple[Tensor | None, ...]]:
     """Returns the loss of a batch and the gradient of each trainable parameter, None if unused."""
     loss = query.loss_fn(call(query.model, x), y)
+    # A parameter that this sample does not reach has no gradient.
     return loss, torch.autograd.grad(loss, trainable(query.model), allow_unused=True)
 
 

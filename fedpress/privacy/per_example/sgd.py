@@ -138,6 +138,7 @@ def private_gradients(
             batch = prepare(batch)
         if method is None and len(index):
             method = choose_method(model, loss_fn, batch, labels)
+        # Without a first example no method is chosen yet, and the loop returns zeros.
         with torch.autocast(x.device.type, dtype=autocast, enabled=autocast is not None):
             total, raw = clipped_gradient_sum(
                 model,
@@ -152,6 +153,7 @@ def private_gradients(
                 tolerate_writes=True,
             )
         checked = checked or len(index) > 0
+        # A network that mixed examples once may do so again on examples that are not compared.
         if not raw.agreed:
             method = "loop"
         expected = plan.sampling_prob * len(x)
