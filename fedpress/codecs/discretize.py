@@ -44,15 +44,15 @@ class Discretize(BaseModel):
         default=None,
         gt=0,
         allow_inf_nan=False,
-        description="steps of the grid for each 1.0 of an update; by default as the planned noise and"
-        " bits ask",
+        description="steps of the grid for each 1.0 of an update; by default they follow from the "
+        "planned noise and bits",
     )
     limit: float | None = Field(
         default=None,
         gt=0,
         allow_inf_nan=False,
-        description="values are clamped to this size before they are rounded; by default it follows "
-        "from the clip norm",
+        description="values are clamped to this size before they are rounded; by default it "
+        "follows from the clip norm",
     )
     again: bool = Field(default=True, description="draw rounding again until the L2 bound holds")
 

@@ -160,7 +160,7 @@ def chunks(size: int, block: int, scales: Floats) -> list[tuple[int, int, Floats
         block: values with one scale.
         scales: the scale of each block.
     """
-    # Whole blocks, so that each piece has whole scales.
+    # Whole blocks, so that no scale belongs to two pieces.
     step = max(CHUNK // block, 1) * block
     pieces = []
     for at in range(0, size, step):

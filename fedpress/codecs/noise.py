@@ -29,7 +29,8 @@ class Noise(BaseModel):
     std: float = Field(
         gt=0,
         allow_inf_nan=False,
-        description="standard deviation of the noise on each value, in steps of the grid behind discretize",
+        description="standard deviation of the noise on each value; after discretize in steps of "
+        "the grid",
     )
 
     def bind(self, bound: Bound) -> tuple[BoundNoise, Bound]:

@@ -54,10 +54,11 @@ class Quantize(BaseModel):
         default=None,
         ge=2,
         le=16,
-        description="bits of each value before packing, with a scale for each block; give it or rate",
+        description="bits of each value before packing, with a scale for each block; give it or "
+        "rate",
     )
     unbiased: bool = Field(
-        default=False, description="round by chance, so that the mean of many updates is right"
+        default=False, description="round at random, so that the mean of many updates is right"
     )
     block: int = Field(default=256, ge=16, le=1 << 20, description="values that share one scale")
 
@@ -132,7 +133,7 @@ class Ternary(BaseModel):
     kind: Literal["ternary"] = "ternary"
     block: int = Field(default=4096, ge=16, le=1 << 20, description="values that share one scale")
     unbiased: bool = Field(
-        default=False, description="round by chance, so that the mean of many updates is right"
+        default=False, description="round at random, so that the mean of many updates is right"
     )
 
     def bind(self, bound: Bound) -> tuple[Transform, Bound]:

@@ -157,8 +157,8 @@ class SecAggClient:
         shares = share_secrets(rows, points, threshold, derive(key, "polynomials"))
         sealed = []
         for k, share in zip(public.committee, shares, strict=True):
-            # One nonce suffices, since each member has a key of its own. With the context, shares of
-            # another round cannot be passed off as those of this one.
+            # One nonce suffices, since each member has a key of its own. With the context, shares
+            # of another round cannot be passed off as those of this one.
             seal_key = self._seal_key(public, self.name, public.names[k])
             sealed.append(seal(seal_key, nonce, share.tobytes(), public.context))
         return sealed
@@ -482,9 +482,10 @@ def _read_answered(saved: JSON) -> dict[int, dict[str, str]]:
     rounds: dict[str, dict[str, str]] = saved  # type: ignore[assignment]
     answered = {}
     for number, steps in rounds.items():
+        # Each round has the digest of what it is about, besides its answered steps.
+        if "context" not in steps:
+            raise KeyError("context")
         answered[int(number)] = {str(step): str(question) for step, question in steps.items()}
-    if not all("context" in steps for steps in answered.values()):
-        raise KeyError("context")
     return answered
 
 

@@ -101,7 +101,11 @@ def read_names(message: SecAggMessage, name: str, place: str) -> list[str]:
         raise WireError(
             "expected a list of names", place=f"{place}.{name}", cure="send it unchanged"
         )
-    names = [item for item in got if isinstance(item, str)]
-    if len(names) != len(got):
-        raise WireError("expected names only", place=f"{place}.{name}", cure="send it unchanged")
+    names = []
+    for item in got:
+        if not isinstance(item, str):
+            raise WireError(
+                "expected names only", place=f"{place}.{name}", cure="send it unchanged"
+            )
+        names.append(item)
     return names

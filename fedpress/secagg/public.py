@@ -88,8 +88,10 @@ class Roster:
     @cached_property
     def rows(self) -> list[JSON]:
         """Name, key and signature of each client as JSON; all callers share this list."""
-        columns = zip(self.names, self.keys, self.signatures, strict=True)
-        return [[name, key.hex(), signature.hex()] for name, key, signature in columns]
+        rows: list[JSON] = []
+        for name, key, signature in zip(self.names, self.keys, self.signatures, strict=True):
+            rows.append([name, key.hex(), signature.hex()])
+        return rows
 
     @cached_property
     def key_of(self) -> dict[str, bytes]:

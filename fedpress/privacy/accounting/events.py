@@ -138,7 +138,10 @@ def _merged(events: tuple[Event, ...]) -> list[Event]:
     for event in events:
         mechanism = replace(event, steps=0)
         found[mechanism] = found.get(mechanism, 0) + int(event.steps)
-    merged = [replace(mechanism, steps=steps) for mechanism, steps in found.items() if steps]
+    merged = []
+    for mechanism, steps in found.items():
+        if steps:
+            merged.append(replace(mechanism, steps=steps))
     return sorted(merged)
 
 

@@ -123,11 +123,9 @@ def clipped_gradient_sum(
         if method == "loop" or not running.try_add_(method, part, verify):
             running.add_one_by_one_(part)
     if running.wrote and not tolerate_writes:
-        raise RecipeError(
-            running.wrote.removeprefix(WROTE_PREFIX),
-            place="model",
-            cure="change its forward pass so that it writes nothing into the model",
-        )
+        place, _, text = running.wrote.removeprefix(WROTE_PREFIX).partition(": ")
+        problem, _, cure = text.partition("; ")
+        raise RecipeError(problem, place=place, cure=cure)
     return running.total, _stats(running.measured, clip_norm, running.agreed)
 
 

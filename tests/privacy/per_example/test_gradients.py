@@ -331,8 +331,10 @@ class Average(nn.Module):
 @pytest.mark.parametrize("method", ["ghost", "loop"])
 def test_a_buffer_that_keeps_private_data_is_refused_by_name(method, in_place):
     model = nn.Sequential(nn.Flatten(), Average(in_place), nn.Linear(48, 5))
-    with pytest.raises(RecipeError, match=r"model\.1\.seen: this buffer changed"):
+    with pytest.raises(RecipeError, match=r"^model\.1\.seen: this buffer changed") as error:
         clipped_gradient_sum(model, F.cross_entropy, *batch(), clip_norm=1.0, method=method)
+    assert error.value.place == "model.1.seen"
+    assert error.value.cure == "use a layer without running statistics"
 
 
 @pytest.mark.parametrize("method", METHODS)
