@@ -239,7 +239,7 @@ def _spent_on_samples(gaussian: tuple[GaussianEvent, ...], delta: float, points:
     if table is not None:
         return Spent(min(without_sampling, float(table[0].get_epsilon_for_delta(delta))))
 
-    bound = losses.epsilon(merged, delta=delta, points=points)
+    bound = losses.epsilon_bound(merged, delta=delta, points=points)
     found = min(without_sampling, bound.epsilon)
     if bound.fine:
         return Spent(found)
@@ -364,7 +364,9 @@ def _compose_with_dominating(
     found = math.inf
     if table is None:
         for guarantee in guarantees:
-            bound = losses.epsilon(merged, delta=delta, guarantee=guarantee, points=FEW_POINTS)
+            bound = losses.epsilon_bound(
+                merged, delta=delta, guarantee=guarantee, points=FEW_POINTS
+            )
             found = min(found, bound.epsilon)
         return found
 

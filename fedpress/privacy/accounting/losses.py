@@ -131,7 +131,7 @@ Steps = Sequence[tuple[LossDistribution, int]]
 """Losses of one step, and the number of such steps."""
 
 
-def epsilon(
+def epsilon_bound(
     events: Sequence[GaussianEvent],
     *,
     delta: float,
@@ -147,7 +147,7 @@ def epsilon(
         points: points of all grids together; more take more time and give a smaller bound where
             samples are rare and noise is low.
 
-    >>> round(epsilon([GaussianEvent(0.01, 1.0, 100)], delta=1e-5).epsilon, 2)
+    >>> round(epsilon_bound([GaussianEvent(0.01, 1.0, 100)], delta=1e-5).epsilon, 2)
     0.72
     """
     # Every event is transformed by itself, so many events share the time of a few.

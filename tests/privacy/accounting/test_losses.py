@@ -73,7 +73,7 @@ def one_step_epsilon(q, z, delta):
 def test_one_step_is_never_below_the_closed_form_and_close_to_it_where_it_says_so(q, z):
     for delta in (1e-12, 1e-7, 1e-2):
         exact = one_step_epsilon(q, z, delta)
-        bound = losses.epsilon([GaussianEvent(q, z, 1)], delta=delta, points=1 << 17)
+        bound = losses.epsilon_bound([GaussianEvent(q, z, 1)], delta=delta, points=1 << 17)
         assert bound.epsilon >= exact * (1 - 1e-9)
         if bound.fine:
             assert bound.epsilon <= exact * 1.01 + 1e-3 * q
@@ -96,7 +96,7 @@ def test_compositions_are_those_of_dp_accounting(q, z, steps):
     composed = step.self_compose(steps)
     for delta in (0.1, 1e-3, 1e-6, 1e-9):
         truth = composed.get_epsilon_for_delta(delta)
-        found = losses.epsilon([GaussianEvent(q, z, steps)], delta=delta).epsilon
+        found = losses.epsilon_bound([GaussianEvent(q, z, steps)], delta=delta).epsilon
         assert truth * (1 - 1e-4) <= found <= truth * 1.001
 
 
@@ -106,7 +106,7 @@ def test_phases_compose_like_those_of_dp_accounting():
         GaussianEvent(0.02, 1.0, 200),
         GaussianEvent(1.0, 30.0, 5),
     ]
-    assert losses.epsilon(events, delta=1e-5).epsilon == pytest.approx(
+    assert losses.epsilon_bound(events, delta=1e-5).epsilon == pytest.approx(
         epsilon(events, delta=1e-5), rel=1e-3
     )
 
@@ -115,20 +115,20 @@ def test_phases_compose_like_those_of_dp_accounting():
 def test_steps_on_everybody_are_those_of_the_closed_form(noise, steps):
     for delta in (1e-12, 1e-5, 1e-2):
         exact = epsilon([GaussianEvent(1.0, noise, steps)], delta=delta)
-        bound = losses.epsilon([GaussianEvent(1.0, noise, steps)], delta=delta)
+        bound = losses.epsilon_bound([GaussianEvent(1.0, noise, steps)], delta=delta)
         assert exact <= bound.epsilon <= exact * 1.002
         assert bound.fine
 
 
 def test_a_promise_of_nothing_costs_nothing_and_one_of_much_costs_that():
     events = [GaussianEvent(0.01, 1.0, 1000)]
-    alone = losses.epsilon(events, delta=1e-5).epsilon
-    assert losses.epsilon(events, delta=1e-5, guarantee=(0.0, 0.0)).epsilon == pytest.approx(
+    alone = losses.epsilon_bound(events, delta=1e-5).epsilon
+    assert losses.epsilon_bound(events, delta=1e-5, guarantee=(0.0, 0.0)).epsilon == pytest.approx(
         alone, rel=2e-3
     )
-    with_much = losses.epsilon(events, delta=1e-5, guarantee=(5.0, 1e-7)).epsilon
+    with_much = losses.epsilon_bound(events, delta=1e-5, guarantee=(5.0, 1e-7)).epsilon
     assert alone < 5 < with_much < 5 + alone * 1.01
-    assert losses.epsilon(events, delta=1e-5, guarantee=(1.0, 1e-4)).epsilon == math.inf
+    assert losses.epsilon_bound(events, delta=1e-5, guarantee=(1.0, 1e-4)).epsilon == math.inf
 
 
 @given(
@@ -140,7 +140,7 @@ def test_a_promise_of_nothing_costs_nothing_and_one_of_much_costs_that():
 @settings(max_examples=8, deadline=None)
 def test_every_question_of_the_whole_range_is_answered_below_renyi_and_in_order(q, z, steps, delta):
     def ask(q, z, steps, delta):
-        return losses.epsilon([GaussianEvent(q, z, steps)], delta=delta, points=1 << 15)
+        return losses.epsilon_bound([GaussianEvent(q, z, steps)], delta=delta, points=1 << 15)
 
     at = ask(q, z, steps, delta)
     more = max(1e-9, 0.01 * at.epsilon) if at.fine else math.inf
@@ -159,8 +159,8 @@ def test_every_question_of_the_whole_range_is_answered_below_renyi_and_in_order(
 
 def test_fewer_points_never_answer_less():
     for q, z, steps, delta in HARD[:4]:
-        few = losses.epsilon([GaussianEvent(q, z, steps)], delta=delta, points=1 << 13)
-        many = losses.epsilon([GaussianEvent(q, z, steps)], delta=delta, points=1 << 18)
+        few = losses.epsilon_bound([GaussianEvent(q, z, steps)], delta=delta, points=1 << 13)
+        many = losses.epsilon_bound([GaussianEvent(q, z, steps)], delta=delta, points=1 << 18)
         assert few.epsilon >= many.epsilon * (1 - 1e-6)
 
 
