@@ -127,6 +127,7 @@ def in_shell(part: Argument | Shell) -> str:
         return key if part.value is None else shlex.quote(f"{key}={_as_toml(part.value)}")
     if part.value is None:
         return flag
+    # Typer takes a repeated flag, not a list behind one flag.
     if part.name == "allow_code" and isinstance(part.value, tuple):  # one flag for each name
         return " ".join(f"{flag} {shlex.quote(name)}" for name in part.value)
     row = part.value if isinstance(part.value, tuple) else (part.value,)

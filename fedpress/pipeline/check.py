@@ -24,6 +24,7 @@ def check_recipe(recipe: Recipe, data: FederatedData) -> list[dict[str, Any]]:
     state, lines = first_state(recipe, data), []
     trained = recipe.model.trained
     for index, stage in enumerate(recipe.stage):
+        # Shapes of later stages follow from earlier ones, so each gets the state before it.
         before = state
         with placed(index, stage):
             state, facts = stage.check(state)

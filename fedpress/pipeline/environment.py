@@ -48,6 +48,7 @@ def note_environment(
     """
     path, now = folder.path / "environment.json", environment(command, device)
     told: list[str] = []
+    # The first entry stays as it was: a resumed run appends what differs.
     if path.exists():
         first = read_json(path, cure=CURES[path.name])
         changed = {key: value for key, value in now.items() if first.get(key) != value}

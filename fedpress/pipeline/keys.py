@@ -42,6 +42,7 @@ def settings_of(recipe: Recipe) -> dict[str, Any]:
     leave_out_defaults_(tree["model"], recipe.model, "model")
     for stage, table in zip(recipe.stage, tree["stage"], strict=True):
         leave_out_defaults_(table, stage, f"stage.{stage.kind}")
+    # Saved models count by their numbers, not by their path, which differs between machines.
     if recipe.model.checkpoint is not None:
         model = saved_model(recipe.model.checkpoint)[1]
         tree["model"]["checkpoint"] = fingerprint(*model.state_dict().values())
@@ -69,6 +70,7 @@ def leave_out_defaults_(table: dict[str, Any], settings: object, place: str) -> 
     for key, field in type(settings).model_fields.items():
         value, at = getattr(settings, key), f"{place}.{key}"
         default = field.get_default(call_default_factory=True)
+        # Older folders do not have newer keys: at their default they must not make a difference.
         if key not in NAMES and at not in FIRST_KEYS and value == default:
             table.pop(key, None)
             continue
@@ -89,6 +91,7 @@ def stage_keys(recipe: Recipe, streams: int = STREAMS) -> list[str]:
     """
     tree = settings_of(recipe)
     same = {key: tree[key] for key in ("seed", "data", "model")}
+    # Runs of version 0.1.0 have no entry for version 1 of the streams.
     same |= {"streams": streams} if streams > 1 else {}
     texts = (
         json.dumps({**same, "stage": tree["stage"][: at + 1]}, sort_keys=True)

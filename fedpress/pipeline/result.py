@@ -27,6 +27,7 @@ def write_result(
         write_json_with_checksum(folder.path / "ledger.json", results[-1]["ledger"], folder.path)
     lines = [{k: v for k, v in r.items() if k != "ledger"} for r in results]
     take_metrics_of_files_(recipe.stage[: len(lines)], lines)
+    # The total leaves out time between stages, such as loading data.
     total = round(sum(line["seconds"] for line in lines), 2)
     final: dict[str, Any] = {}
     for line in lines:

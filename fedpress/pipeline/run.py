@@ -60,6 +60,7 @@ def _stages(
     _check_streams(recipe, folder, keys)
     for index, (stage, key) in enumerate(zip(recipe.stage, keys, strict=True)):
         place = folder.stage(index, stage.kind, stage.name)
+        # The key names data, model, seed and all stages so far: equal keys mean the same result.
         done = place.finished(key)
         if done is not None:
             log.info("stage %s is finished already", stage.name)
@@ -88,6 +89,7 @@ def _stages(
         records = done.records
         results.append(done.result)
         told = data.left_out_sentence(private=recipe.private)
+        # Written after each stage, so that an interrupted run has a report too.
         write_result(
             recipe, folder, results, finished=index + 1 == len(recipe.stage), left_out=told
         )

@@ -44,6 +44,7 @@ def load_data(recipe: Recipe, *, progress: Progress | None = None) -> data_sets.
     """
     at = device_of(recipe)
     log.info("device %s (%s in the recipe)", at, recipe.device)
+    # The user named this function in the recipe, which is consent to call it.
     if consent.NAME.fullmatch(recipe.data.source):
         consent.allow(recipe.data.source)
     log.info("data come from %s", recipe.data.source)
@@ -93,6 +94,7 @@ def first_state(recipe: Recipe, data: data_sets.FederatedData) -> State:
         **({"class_names": data.class_names, "task": data.task.to_json()} if data.labelled else {}),
         "input_dtype": dtype_of(examples.x),
     }
+    # Fresh weights come from torch's global generator; the stream has a name of its own.
     torch.manual_seed(derive(recipe.seed, "weights"))
     if recipe.model.checkpoint is not None:
         spec, model = saved_model(recipe.model.checkpoint)
@@ -102,6 +104,7 @@ def first_state(recipe: Recipe, data: data_sets.FederatedData) -> State:
             spec, model = _built(recipe.model, about)
     try:
         with torch.inference_mode():
+            # Two rows: some networks cannot take a batch of one.
             logits = call(model.eval(), data.preprocess(examples.x[:2]))
     except Exception as error:  # whatever somebody's own network raises
         raise RecipeError(

@@ -209,6 +209,8 @@ def _variants(
             else:
                 RunFolder.check_free(path, own)
                 folder = RunFolder.create(path, own, settings)
+            # Variants that deal the same rows share one loaded data set. Only the last is kept, so
+            # that memory does not grow with the number of variants.
             key = f"{recipe.data.model_dump_json()} {derive(recipe.seed, 'data')}"
             if key not in loaded:
                 loaded = {key: load_data(recipe)}
@@ -220,12 +222,14 @@ def _variants(
             yield VariantStarted(
                 variant, runs.execute(recipe, folder, loaded[key], reuse=reuse), tuple(notes)
             )
+            # A caller that stops half-way would otherwise leave the variant without a result.
             if not read_json(path / "result.json").get("finished"):
                 raise RunError(
                     "its events were not followed to the end",
                     place=path,
                     cure="go on with the same sweep",
                 )
+        # One bad combination must not cost the others.
         except FedpressError as failure:
             # Its frames would keep the variant's model and data alive.
             failure.__traceback__ = failure.__cause__ = failure.__context__ = None
@@ -236,6 +240,7 @@ def _variants(
 
 
 def _free(folder: Path, name: str, taken: set[Path]) -> Path:
+    # Names of values may hold what no file system takes, or be longer than it allows.
     plain = re.sub(r"[^\w.=+-]+", "_", name)[:LONGEST].strip("_.") or "variant"
     path, number = folder / plain, 1
     while path in taken:
@@ -335,6 +340,7 @@ def pareto(points: Sequence[tuple[float, float]]) -> list[int]:
     >>> pareto([(2.0, 0.9), (1.0, 0.8), (3.0, 0.85)])
     [1, 0]
     """
+    # Sorted by cost, a point is on the front if it is worth more than all before it.
     order = [at for at, pair in enumerate(points) if not any(math.isnan(x) for x in pair)]
     order.sort(key=lambda at: (points[at][0], -points[at][1]))
     kept: list[int] = []

@@ -74,7 +74,7 @@ class Clients:
                 cure='give {"north": (inputs, labels), "south": dataset}',
             )
         raw = {name: _pair(self._place_of(name), data) for name, data in self.clients.items()}
-        # Shape and dtype of the first client stand for all. They are no secret: the model needs them.
+        # Shape and dtype of the first client stand for all. They are no secret.
         first_x, first_y = next(iter(raw.values()))
         for name, (x, _) in raw.items():
             if form_of(x) != form_of(first_x):
@@ -210,6 +210,7 @@ def _put_aside(private: Mapping[str, Arrays]) -> tuple[dict[str, Arrays], Arrays
     kept: dict[str, Arrays] = {}
     tests: list[Arrays] = []
     for name, arrays in private.items():
+        # The name is part of the stream, so a client's test rows do not hang on the others.
         order = public_stream(0, "test examples of a client", name).permutation(len(arrays))
         count = int(TEST_SHARE * len(arrays))
         tests.append(arrays.take(order[:count]))

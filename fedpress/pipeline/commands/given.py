@@ -80,6 +80,7 @@ def in_memory(
         # Targets of a segmentation, or of another task than the model's, measure nothing.
         return unlabelled(x, preprocess)
     _check_classes(y, outputs)
+    # A few examples may lack a class, so the model's outputs count too; fewer than two are none.
     count = max(int(y.max()) + 1, outputs, 2)
     names = class_names
     if len(names) != count:
@@ -315,4 +316,5 @@ def _typed(x: Tensor) -> Tensor:
         raise DataError("inputs are complex numbers", place="data", cure="give real ones")
     if x.is_floating_point():
         return x.to(torch.float32)
+    # uint8 stays: it means an image, whose bytes are scaled to 0..1.
     return x if x.dtype in (torch.uint8, torch.bool) else x.to(torch.int64)

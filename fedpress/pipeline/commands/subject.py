@@ -246,6 +246,7 @@ def outputs_of(model: nn.Module, shape: tuple[int, ...]) -> Outputs:
     Raises:
         ModelError: if it takes no such examples.
     """
+    # A float16 model fails on float32 noise with an error about layers, not about types.
     kinds = {p.dtype for p in model.parameters() if p.is_floating_point()} - {torch.float32}
     if kinds:
         raise ModelError(
@@ -257,6 +258,7 @@ def outputs_of(model: nn.Module, shape: tuple[int, ...]) -> Outputs:
     tokens = False
     try:
         out = model(torch.randn(2, *shape))
+    # A model of token ids refuses floats: then ids of 0, which every vocabulary has.
     except Exception as error:  # whatever somebody's own network raises
         try:
             out = model(torch.zeros(2, *shape, dtype=torch.int64))

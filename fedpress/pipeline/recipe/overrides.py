@@ -127,6 +127,7 @@ def _free_name(kind: str, taken: Collection[str | None]) -> str:
 
 
 def _override_(tree: dict[str, Any], override: Override) -> None:
+    # Deep keys would recurse below; no setting lies so deep.
     words = override.key.split(".")
     if limits.above("depth", len(words)):
         raise RecipeError(TOO_DEEP, place=override.place, cure=SHORTEN)
@@ -151,6 +152,7 @@ def _override_(tree: dict[str, Any], override: Override) -> None:
 def _index(items: list[Any], key: str, at: str, override: Override) -> int:
     """Returns the list position that `key` names: a number, a stage's name, or a unique kind."""
     tables = [(i, item) for i, item in enumerate(items) if isinstance(item, dict)]
+    # Names go first: they are unique, and a stage may be named like another's kind.
     for word in ("name", "kind"):
         named = [i for i, item in tables if item.get(word) == key]
         if len(named) > 1:

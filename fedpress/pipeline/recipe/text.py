@@ -67,6 +67,7 @@ def _read(path: Path) -> str:
             place="recipe",
             cure="give the path of a TOML file",
         ) from error
+    # A file in UTF-16 without its mark would be read as text full of zero bytes.
     utf_16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     if not utf_16 and b"\0" in data:
         what = (
@@ -228,6 +229,7 @@ def anchor_(tree: dict[str, Any], folder: Path) -> None:
     for table, key in places:
         if not isinstance(table, dict) or not _is_relative(key, table.get(key)):
             continue
+        # Paths count from the recipe's folder; versions before counted from the present one.
         beside, here = folder / table[key], Path.cwd() / table[key]
         # The path of a function of one's own may be anything.
         own_function = key == "path" and ":" in str(table.get("source", ""))
