@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fedpress.codecs.base import Encoded, Key
 from fedpress.core import random
-from fedpress.errors import WireError
+from fedpress.errors import DivergedError, WireError
 
 Floats = NDArray[np.float32]
 Ints = NDArray[np.signedinteger]
@@ -27,15 +27,24 @@ def as_array(x: Tensor, size: int) -> tuple[Floats, float]:
     """Returns the values, float32 [size], and the largest absolute value.
 
     Raises:
-        ValueError: if `x` has another shape, or a value is not finite.
+        WireError: if `x` has another shape.
+        DivergedError: if a value is not finite.
     """
     if x.shape != (size,):
-        raise ValueError(f"update: got shape {tuple(x.shape)}, expected ({size},)")
+        raise WireError(
+            f"got shape {tuple(x.shape)}, expected ({size},)",
+            place="update",
+            cure="encode one vector of the size that the codec was bound to",
+        )
     values: Floats = x.detach().to("cpu", torch.float32).contiguous().numpy()
     peak = max(float(values.max(initial=0)), -float(values.min(initial=0)))
     # A NaN makes both of them NaN, so one check finds it.
     if not math.isfinite(peak):
-        raise ValueError("update: got a value that is not finite; leave such an update out")
+        raise DivergedError(
+            "got a value that is not finite",
+            place="update",
+            cure="lower the learning rate, or leave such an update out",
+        )
     return values, peak
 
 

@@ -29,8 +29,10 @@ class Arrays:
     def __post_init__(self) -> None:
         object.__setattr__(self, "x", as_inputs(self.x))
         if len(self.x) != len(self.y):
-            raise ValueError(
-                f"{len(self.x)} examples but {len(self.y)} labels; give one label per example"
+            raise DataError(
+                f"{len(self.x)} examples but {len(self.y)} labels",
+                place="y",
+                cure="give one label for each example",
             )
 
     def __len__(self) -> int:
@@ -66,8 +68,10 @@ class Preprocess:
 
     def __post_init__(self) -> None:
         if len(self.mean) != len(self.std) or not all(0 < s < math.inf for s in self.std):
-            raise ValueError(
-                f"mean {self.mean} and std {self.std}; give as many of each, and every std above 0"
+            raise DataError(
+                f"got {self.std} beside mean {self.mean}",
+                place="std",
+                cure="give as many values as in mean, every one above 0",
             )
 
     @overload

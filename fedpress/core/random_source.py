@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fedpress.core.random import keystream, name_of, secret_key
+from fedpress.errors import RecipeError
 
 
 class RandomSource(Protocol):
@@ -89,7 +90,9 @@ class WordStream(ABC):
         Probabilities are right up to a relative error of `high` / 2^64, since it is a remainder.
         """
         if not 0 < high <= 2**63:
-            raise ValueError(f"high: got {high}, expected a number from 1 to 2^63")
+            raise RecipeError(
+                f"got {high}", place="high", cure="give a whole number from 1 to 2^63"
+            )
         drawn = self.words(math.prod(shape)) % np.uint64(high)
         return torch.from_numpy(drawn.astype(np.int64)).view(shape)
 
@@ -106,7 +109,7 @@ class WordStream(ABC):
         If `count` is more than `size`, it returns all positions.
         """
         if count < 0:
-            raise ValueError(f"count: got {count}, expected 0 or more")
+            raise RecipeError(f"got {count}", place="count", cure="give 0 or more")
         # Drawn in any case, so that later draws do not depend on `count`.
         drawn = self.words(size)
         if not 0 < count < size:
@@ -152,9 +155,10 @@ class AesCtrRandom(WordStream):
 
     def __init__(self, key: bytes, *, exact: bool = True) -> None:
         if len(key) != 32:
-            raise ValueError(
-                f"key: got {len(key)} bytes, expected 32; "
-                "make one with fedpress.core.random.secret_key"
+            raise RecipeError(
+                f"got {len(key)} bytes, expected 32",
+                place="key",
+                cure="make one with fedpress.core.random.secret_key",
             )
         self.exact = exact
         self._key = key

@@ -119,7 +119,7 @@ class Preparation:
             raise DataError(
                 f"cannot be read ({error.strerror})", place=f"'{path}'", cure="check the path"
             ) from error
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, DataError) as error:
             raise DataError(
                 f"corrupt ({error})", place=f"'{path}'", cure="copy it again from the run folder"
             ) from error

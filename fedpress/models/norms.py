@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fedpress.errors import ModelError
 from fedpress.nn.batch_norm import BatchNorm
 
 Norm = Literal["batch", "group"]
@@ -46,12 +47,12 @@ def norm_layer(channels: int, norm: Norm) -> nn.Module:
     Group norm gets the largest number of groups up to 32 that divides the channels.
 
     Raises:
-        ValueError: if `norm` is neither "batch" nor "group".
+        ModelError: if `norm` is neither "batch" nor "group".
     """
     if norm == "batch":
         return nn.BatchNorm2d(channels)
     if norm != "group":
-        raise ValueError(f"norm is {norm!r}; use 'batch' or 'group'")
+        raise ModelError(f"got {norm!r}", place="norm", cure="use 'batch' or 'group'")
     groups = next(g for g in range(min(32, channels), 0, -1) if channels % g == 0)
     return nn.GroupNorm(groups, channels)
 

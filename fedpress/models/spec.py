@@ -261,7 +261,7 @@ class ModelSpec(BaseModel):
         """Builds the network with masks multiplied into weights; returns the masked names too."""
         builder = _builder(self.architecture)
         try:
-            with renaming({"layers": "spec.arguments.layers"}):
+            with renaming({name: f"spec.arguments.{name}" for name in ("layers", "norm")}):
                 model = builder(**_arguments(self.arguments))
         except ModelError:
             raise

@@ -7,7 +7,7 @@ from pydantic import ValidationError
 
 from fedpress.codecs.base import Bound, Encoded, Key, bind_chain, decode_chain, encode_chain
 from fedpress.codecs.quantize import Quantize, Sign, Ternary
-from fedpress.errors import RecipeError, WireError
+from fedpress.errors import DivergedError, RecipeError, WireError
 from fedpress.wire.message import Message, pack, unpack
 
 KEY = Key(seed=1, round=2, client="c")
@@ -207,7 +207,7 @@ def test_settings_that_say_nothing_or_too_much_are_refused(bad):
 def test_an_update_that_is_not_finite_is_never_encoded(settings, bad):
     x = gauss(1000)
     x[400] = bad
-    with pytest.raises(ValueError, match="not finite"):
+    with pytest.raises(DivergedError, match=r"update: .*not finite; lower the learning rate"):
         travelled(settings, x)
 
 

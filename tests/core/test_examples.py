@@ -28,7 +28,7 @@ def test_examples_and_labels_are_taken_together():
 
 
 def test_every_example_needs_a_label():
-    with pytest.raises(ValueError, match="3 examples but 2 labels"):
+    with pytest.raises(DataError, match="y: 3 examples but 2 labels; give one label"):
         Arrays(torch.zeros(3, 1), torch.zeros(2))
 
 
@@ -100,7 +100,7 @@ def test_one_statistic_serves_all_channels_and_another_number_is_refused():
     ("mean", "std"), [((0.0,), ()), ((0.0,), (0.0,)), ((0.0,), (float("nan"),)), ((), (1.0,))]
 )
 def test_statistics_that_cannot_be_are_refused(mean, std):
-    with pytest.raises(ValueError, match="every std above 0"):
+    with pytest.raises(DataError, match=r"std: got .*; give as many .*, every one above 0"):
         Preprocess(mean, std)
 
 

@@ -65,7 +65,7 @@ def test_arrays_take_a_dictionary_and_deal_it_as_one_tensor():
     assert len(data) == 7
     assert data.take(torch.tensor([6, 2])).x["lengths"].tolist() == x["lengths"][[6, 2]].tolist()
     assert [len(part) for part, _ in data.batches(3)] == [3, 2, 2]
-    with pytest.raises(ValueError, match="7 examples but 6 labels"):
+    with pytest.raises(DataError, match="7 examples but 6 labels"):
         Arrays(dict(x), torch.zeros(6))
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fedpress.errors import ModelError, RecipeError
+
 POINTS = 1024
 """Most distinct values for the exact solution, which takes quadratic time and memory."""
 
@@ -23,15 +25,20 @@ def shared_values(weight: Tensor, count: int) -> Tensor:
         count: number of values, for instance 2^bits.
 
     Raises:
-        ValueError: if a weight is not finite, or `count` is below 1.
+        ModelError: if a weight is not finite.
+        RecipeError: if `count` is below 1.
 
     >>> shared_values(torch.tensor([-1.0, -1.0, 0.0, 2.0, 2.2]), 3)
     tensor([-1.0000,  0.0000,  2.1000])
     """
     flat = weight.detach().double().cpu().reshape(-1).sort().values
-    if count < 1 or not bool(flat.isfinite().all()):
-        raise ValueError(
-            f"cannot share {count} values among weights that must be finite; check the weights"
+    if count < 1:
+        raise RecipeError(f"got {count}", place="count", cure="give a whole number of 1 or more")
+    if not bool(flat.isfinite().all()):
+        raise ModelError(
+            "it holds a value that is not finite",
+            place="weight",
+            cure="train the model again with a lower learning rate",
         )
     points, mass = torch.unique(flat, return_counts=True)
     is_exact = len(points) <= POINTS
