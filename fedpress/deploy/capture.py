@@ -7,8 +7,10 @@ import importlib
 import io
 import logging
 import re
+import shlex
 import warnings
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,6 +29,9 @@ from fedpress.errors import ExportError
 from fedpress.nn.resize import copied
 
 BATCH = "batch"
+
+# The folder of the clone; of an installed package the folder above it, which has no constraints.
+CLONE = Path(__file__).parents[2]
 
 # What torch.export says when the batch size is a constant in the graph.
 FIXED = "specialized it to be a constant"
@@ -49,6 +54,21 @@ _CURES = (
         "use x.shape[0] or -1 in place of a number or of len(x)",
     ),
 )
+
+
+def extra(name: str, constraints: str = "constraints.txt") -> str:
+    """Returns what `pip install` takes for an optional extra of fedpress, such as "openvino".
+
+    In a clone these are its path, since no index need have the name, and its pinned versions.
+
+    Args:
+        name: of the extra.
+        constraints: the file of the clone that pins its versions.
+    """
+    pinned = CLONE / constraints
+    if not pinned.is_file():
+        return f"'fedpress[{name}]'"
+    return f"-c {shlex.quote(str(pinned))} -e {shlex.quote(f'{CLONE}[{name}]')}"
 
 
 def require(*packages: str, install: str = "") -> dict[str, Any]:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from fedpress.deploy.artifact import Artifact, Job, write
-from fedpress.deploy.capture import require, silence
+from fedpress.deploy.capture import extra, require, silence
 from fedpress.deploy.device import (
     DeviceGraph,
     captured_output,
@@ -27,7 +27,7 @@ from fedpress.deploy.device import (
 from fedpress.deploy.session import FileInput, Session
 from fedpress.errors import ExportError
 
-INSTALL = "'fedpress[executorch]'"
+INSTALL = extra("executorch")
 # Operations that XNNPACK takes, but computes in float: it dequantizes what they read.
 FLOAT_INSIDE = ("avg_pool2d", "bmm")
 # The method of the program that returns the file's metadata, as JSON.

@@ -15,6 +15,7 @@ from pathlib import Path
 from torch import nn
 
 from fedpress.deploy.artifact import Artifact, Job
+from fedpress.deploy.capture import extra
 from fedpress.deploy.executorch import export_executorch, open_executorch
 from fedpress.deploy.litert import export_litert, open_litert
 from fedpress.deploy.onnx import export_onnx, open_onnx
@@ -65,7 +66,7 @@ FORMATS: dict[str, Format] = {
         suffix=".pte",
         runtime="ExecuTorch",
         packages=("executorch",),
-        install="'fedpress[executorch]'",
+        install=extra("executorch"),
         export=export_executorch,
         open=open_executorch,
         batch=1,
@@ -74,7 +75,7 @@ FORMATS: dict[str, Format] = {
         suffix=".tflite",
         runtime="LiteRT",
         packages=("litert_torch", "ai_edge_litert"),
-        install="'fedpress[litert]'",
+        install=extra("litert", "constraints-litert.txt"),
         export=export_litert,
         open=open_litert,
         batch=1,
@@ -83,7 +84,7 @@ FORMATS: dict[str, Format] = {
         suffix=".xml",
         runtime="OpenVINO",
         packages=("openvino",),
-        install="'fedpress[openvino]'",
+        install=extra("openvino"),
         export=export_openvino,
         open=open_openvino,
     ),

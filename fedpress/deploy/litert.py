@@ -12,7 +12,7 @@ import torch
 from torch import fx, nn
 
 from fedpress.deploy.artifact import Artifact, Job, write
-from fedpress.deploy.capture import require, silence
+from fedpress.deploy.capture import extra, require, silence
 from fedpress.deploy.device import (
     DeviceGraph,
     captured_output,
@@ -25,7 +25,7 @@ from fedpress.deploy.device import (
 from fedpress.deploy.session import FileInput, Session
 from fedpress.errors import ExportError
 
-INSTALL = "'fedpress[litert]'"
+INSTALL = extra("litert", "constraints-litert.txt")
 RUNTIME = "ai_edge_litert.interpreter"
 # Codes of the file format: TensorType.INT8, INT4 and FLOAT32, BuiltinOperator.QUANTIZE.
 EIGHT_BITS, FOUR_BITS = 9, 17

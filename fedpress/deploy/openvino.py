@@ -12,7 +12,7 @@ import numpy as np
 from torch import nn
 
 from fedpress.deploy.artifact import Artifact, Job, write
-from fedpress.deploy.capture import BATCH, require, silence
+from fedpress.deploy.capture import BATCH, extra, require, silence
 from fedpress.deploy.device import first_line
 from fedpress.deploy.examples import Structure
 from fedpress.deploy.onnx import OUTPUTS, WIDE, make_onnx
@@ -20,7 +20,7 @@ from fedpress.deploy.processor import options_for
 from fedpress.deploy.session import FileInput, Session
 from fedpress.errors import ExportError
 
-INSTALL = "'fedpress[openvino]'"
+INSTALL = extra("openvino")
 # OpenVINO's reader of ONNX files does not know INT2.
 FEWEST_BITS = 4
 OVERFLOW = (

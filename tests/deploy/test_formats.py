@@ -1,13 +1,15 @@
 """The table of formats: unknown names, missing packages and unknown files are told with the cure."""
 
+import shlex
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
 from fedpress.deploy import FORMATS, Job, export, open_file
-from fedpress.deploy.capture import require
+from fedpress.deploy.capture import extra, require
 from fedpress.errors import ExportError
 
 
@@ -95,3 +97,23 @@ def test_values_without_a_range_are_refused_where_they_come_from(tmp_path, obser
     job = Job((3, 4, 4), batches=tuple(batches.split(2)), observer=observer)
     with pytest.raises(ExportError, match="NaN or infinite values on the calibration examples"):
         export(nn.Sequential(Inverse(), nn.Conv2d(3, 2, 1)), tmp_path / "m.onnx", "onnx", job)
+
+
+def test_an_extra_is_installed_from_the_clone_with_its_pinned_versions(tmp_path, monkeypatch):
+    monkeypatch.setattr("fedpress.deploy.capture.CLONE", tmp_path / "my clone")
+    assert extra("openvino") == "'fedpress[openvino]'"
+    (tmp_path / "my clone").mkdir()
+    pinned = tmp_path / "my clone" / "pinned.txt"
+    pinned.write_text("openvino==2026.4.1\n")
+    words = shlex.split(extra("openvino", "pinned.txt"))
+    assert words == ["-c", str(pinned), "-e", f"{tmp_path / 'my clone'}[openvino]"]
+
+
+@pytest.mark.parametrize("name", ["executorch", "litert", "openvino"])
+def test_the_extra_and_the_pinned_versions_of_a_runtime_exist(name):
+    words = shlex.split(FORMATS[name].install)
+    assert words[-1].endswith(f"[{name}]")
+    root = Path(__file__).parents[2]
+    if (root / "pyproject.toml").is_file():
+        assert f"\n{name} = [" in (root / "pyproject.toml").read_text("utf-8")
+        assert Path(words[1]).is_file()
