@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,12 @@ from fedpress import data as data_sets
 from fedpress import storage
 from fedpress.compress import cost
 from fedpress.core import consent
-from fedpress.core.inputs import call, dtype_of, shape_of, shape_text
+from fedpress.core.inputs import Shape, call, dtype_of, shape_of, shape_text
 from fedpress.core.log import logger
 from fedpress.core.random import derive
 from fedpress.data.examples import Progress
-from fedpress.errors import Argument, ModelError, RecipeError, Words
-from fedpress.models import ModelSpec
+from fedpress.errors import Argument, FedpressError, ModelError, RecipeError, Words
+from fedpress.models import ModelSpec, memory
 from fedpress.models.weights import load_weights_
 from fedpress.pipeline.arguments import KEYS
 from fedpress.pipeline.places import placed_data, placed_device, placed_model
@@ -100,30 +101,72 @@ def first_state(recipe: Recipe, data: data_sets.FederatedData) -> State:
         spec, model = saved_model(recipe.model.checkpoint)
         spec = spec.model_copy(update=about)
     else:
+        _check_mlp(recipe.model, about["input_shape"], data)
         with placed_model():
             spec, model = _built(recipe.model, about)
     try:
         with torch.inference_mode():
             # Two rows: some networks cannot take a batch of one.
             logits = call(model.eval(), data.preprocess(examples.x[:2]))
-    except Exception as error:  # whatever somebody's own network raises
-        raise RecipeError(
-            (
-                f"'{spec.architecture}' does not take examples of shape "
-                f"{shape_text(spec.input_shape)} ({type(error).__name__}: "
-                f"{str(error).partition(chr(10))[0]})"
-            ),
-            place="recipe.model",
-            cure=(
-                ("fit ", Argument("recipe.model.arguments"), " to the data")
-                if recipe.model.takes_arguments
-                else "give examples as the model takes them"
-            ),
-        ) from error
+    # A user's network may raise anything.
+    except Exception as error:
+        raise _not_taken(recipe, spec, model, error) from error
     if data.labelled:
         _check_outputs(recipe, spec, logits, examples.y[:2], data)
     dense = cost.parameters(spec.build_dense())
     return State(spec, model.train(), data, recipe.seed, dense, device=at)
+
+
+def _check_mlp(settings: ModelSettings, shape: Shape, data: data_sets.FederatedData) -> None:
+    """Checks the number of inputs of the built-in `mlp`, which the user must give.
+
+    Other architectures are simply run: only of this one it is known which argument is wrong.
+
+    Raises:
+        RecipeError: if it is not that of one example, with the arguments that fit.
+    """
+    if settings.architecture != "mlp" or isinstance(shape, dict):
+        return
+    wanted = prod(shape)
+    given = settings.arguments.get("in_features")
+    if given == wanted:
+        return
+    cure: list[str | Argument] = [
+        "set ",
+        Argument("recipe.model.arguments.in_features", wanted),
+    ]
+    if data.labelled:
+        outputs = Argument("recipe.model.arguments.num_classes", data.task.outputs)
+        cure += [" and ", outputs]
+    number = "no number of inputs is given" if given is None else f"got {given} inputs"
+    raise RecipeError(
+        f"{number}, but an example of the data has {wanted} (shape {shape_text(shape)})",
+        place="recipe.model.arguments.in_features",
+        cure=cure,
+    )
+
+
+def _not_taken(recipe: Recipe, spec: ModelSpec, model: nn.Module, error: Exception) -> RecipeError:
+    """Returns the error of a network that does not run on an example of the data."""
+    # A module in memory goes by the name of its class; `HELD` is a name that no user has written.
+    in_memory = recipe.model.architecture == memory.HELD
+    name = type(model).__name__ if in_memory else spec.architecture
+    reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+    cure: Words
+    if isinstance(error, FedpressError) and error.cure:
+        # Such as other names of inputs: this error knows better what to do.
+        reason = error.problem
+        cure = error.cure
+    elif recipe.model.takes_arguments:
+        cure = ("fit ", Argument("recipe.model.arguments"), " to the data")
+    else:
+        cure = "give examples as the model takes them"
+    shape = shape_text(spec.input_shape)
+    return RecipeError(
+        f"'{name}' does not take examples of shape {shape} ({reason})",
+        place="recipe.model",
+        cure=cure,
+    )
 
 
 def _built(settings: ModelSettings, about: dict[str, Any]) -> tuple[ModelSpec, nn.Module]:
@@ -156,9 +199,9 @@ def _check_outputs(
                 "without labels (a command without data, or with inputs alone) it can be cut, "
                 "quantized and exported"
             )
-        raise RecipeError(
-            f"'{spec.architecture}' {error.problem}", place="recipe.model", cure=cure
-        ) from error
+        in_memory = recipe.model.architecture == memory.HELD
+        name = "the module" if in_memory else f"'{spec.architecture}'"
+        raise RecipeError(f"{name} {error.problem}", place="recipe.model", cure=cure) from error
 
 
 def with_parent(state: State, before: State, load: Loader | None) -> State:

@@ -25,7 +25,7 @@ from fedpress.models import ModelSpec, memory
 from fedpress.models.weights import load_weights_
 from fedpress.nn.resize import copied
 from fedpress.pipeline.commands.several import Shapes, one_shape, several_shapes
-from fedpress.pipeline.commands.subject import ChosenModel, holding, outputs_of
+from fedpress.pipeline.commands.subject import ChosenModel, holding, outputs_of, shape_cure
 
 
 def measure(
@@ -384,5 +384,5 @@ def _counts(model: nn.Module, given: InputSpec) -> tuple[int, int, int]:
                 f"({type(error).__name__}: {str(error).partition(chr(10))[0]})"
             ),
             place="input_shape",
-            cure="give the shape of one example, or a list of shapes",
+            cure=shape_cure(model, given) if is_shape(given) else "give the shape of each input",
         ) from error

@@ -18,7 +18,7 @@ from fedpress.core.examples import Arrays, Preprocess
 from fedpress.core.inputs import Shape
 from fedpress.core.random import STREAMS
 from fedpress.data import FederatedData
-from fedpress.errors import Argument, DataError, ModelError, did_you_mean
+from fedpress.errors import Argument, DataError, ModelError, Words, did_you_mean
 from fedpress.models import ARCHITECTURES, ModelSpec, memory
 from fedpress.models.memory import Named
 from fedpress.pipeline import recipe as recipes
@@ -270,10 +270,25 @@ def outputs_of(model: nn.Module, shape: tuple[int, ...]) -> Outputs:
                     f"({type(error).__name__}: {str(error).partition(chr(10))[0]})"
                 ),
                 place="input_shape",
-                cure=(
-                    "give the shape of one example, or in Python a list of shapes for several "
-                    "inputs"
-                ),
+                cure=shape_cure(model, shape),
             ) from error
     is_classifier = isinstance(out, Tensor) and out.dim() == 2 and out.shape[1] > 1
     return Outputs(int(out.shape[1]) if is_classifier else 0, tokens)
+
+
+@torch.no_grad()
+def shape_cure(model: nn.Module, shape: tuple[int, ...]) -> Words:
+    """Returns what to give in the place of a shape that the model does not take.
+
+    >>> "".join(map(str, shape_cure(nn.Conv2d(3, 4, 3), (1, 3, 16, 16))))
+    'leave out the number of examples: give input_shape=(3, 16, 16)'
+    """
+    if len(shape) > 1:
+        try:
+            model.eval()(torch.zeros(2, *shape[1:]))
+        # A user's network may raise anything: then the first number is not the fault.
+        except Exception:
+            pass
+        else:
+            return ("leave out the number of examples: give ", Argument("input_shape", shape[1:]))
+    return "give the shape of one example, or in Python a list of shapes for several inputs"
