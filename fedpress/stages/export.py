@@ -108,10 +108,7 @@ class ExportStage(BaseModel, Stage):
         # Against the graph that was written (rounded, for int8): only rounding errors may differ.
         same = deploy.parity(artifact.program or model, path, x, tolerance=artifact.tolerance)
         # And against the float model, which the rounding of int8 changes.
-        in_torch = deploy.logits(model, x)
-        in_file = deploy.file_logits(path, x)
-        agree = task.agreement(in_torch, in_file) if in_torch.dim() > 1 else 1.0
-        apart = float((in_file - in_torch).norm() / in_torch.norm().clamp_min(1e-30))
+        agree, apart = _compared(task, deploy.logits(model, x), deploy.file_logits(path, x))
 
         yield Tick(2, 4, f"measuring {task.shown_metrics[0].name}")
         metrics = dict[str, Any](dict.fromkeys(task.keys))
@@ -121,6 +118,16 @@ class ExportStage(BaseModel, Stage):
         # One example: a device answers one request at a time.
         time = deploy.latency(path, x[:1])
         yield Tick(4, 4)
+        parity = {
+            "max_abs_error": same.max_abs_error,
+            "relative_error": same.relative_error,
+            # A task without classes has no largest output to agree on.
+            "same_argmax_share": None if agree is None else same.same_argmax_share,
+            "same_argmax_as_model": agree,
+            "relative_error_of_model": apart,
+            "examples": same.examples,
+            "conditions": same.conditions,
+        }
         facts: dict[str, Any] = {
             "artifact": f"artifacts/{path.name}",
             "format": self.format,
@@ -134,15 +141,7 @@ class ExportStage(BaseModel, Stage):
             "runtime": row.runtime,
             "conditions": time.conditions,
             "left_float": artifact.left_float,
-            "parity": {
-                "max_abs_error": same.max_abs_error,
-                "relative_error": same.relative_error,
-                "same_argmax_share": None if agree is None else same.same_argmax_share,
-                "same_argmax_as_model": agree,
-                "relative_error_of_model": apart,
-                "examples": same.examples,
-                "conditions": same.conditions,
-            },
+            "parity": parity,
         }
         simulated = bool(state.spec.quantized)
         words = difference_in_words(
@@ -200,6 +199,19 @@ class ExportStage(BaseModel, Stage):
         order = public_stream(state.seed, "export", self.name).permutation(len(public))
         taken = public.take(order[: 2 if few else self.calibration])
         return state.data.preprocess(taken.x).split(BATCH)
+
+
+def _compared(task: Task, in_torch: Tensor, in_file: Tensor) -> tuple[float | None, float]:
+    """Compares outputs [n, ...] of the file with those of the model.
+
+    Returns:
+        The share of examples with the same answer (None if the task has no such), and the norm of
+        the difference over the norm of the model's outputs.
+    """
+    agree = task.agreement(in_torch, in_file) if in_torch.dim() > 1 else 1.0
+    # Outputs of zeros only would divide by 0.
+    apart = float((in_file - in_torch).norm() / in_torch.norm().clamp_min(1e-30))
+    return agree, apart
 
 
 def _metadata(state: State) -> dict[str, str]:

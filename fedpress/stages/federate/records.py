@@ -93,7 +93,12 @@ def stage_facts(server: ServerHalf, now: Progress, score_before: float | None) -
     spent = _spent(server, now)
     # The keys are there without privacy, too, as None: otherwise the epsilon of an earlier stage
     # would still be shown after this one.
-    privacy = dict.fromkeys(PRIVACY_KEYS) if spent is None else server.privacy_facts()
+    privacy: dict[str, Any] = dict.fromkeys(PRIVACY_KEYS)
+    epsilon = note = None
+    if spent is not None:
+        privacy = server.privacy_facts()
+        epsilon = spent.epsilon
+        note = spent.note or None
     return {
         "rounds": now.round,
         "clients": len(server.population),
@@ -109,8 +114,8 @@ def stage_facts(server: ServerHalf, now: Progress, score_before: float | None) -
         "bytes": "planned" if server.hides_cohort else "counted",
         "sum": "secure" if server.protection.grid is not None else "plain",
         "keys": server.keys,
-        "epsilon": None if spent is None else spent.epsilon,
-        "epsilon_is": None if spent is None else spent.note or None,
+        "epsilon": epsilon,
+        "epsilon_is": note,
         f"client_{metric}": server.client_scores(now.params),
         "stopped": now.stopped or None,
         "failures": now.failures.facts(server.unit),
