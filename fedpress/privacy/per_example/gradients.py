@@ -95,18 +95,16 @@ def clipped_gradient_sum(
         chunk: samples that are in memory together.
         verify: what of every chunk is compared with the loop: "losses" of 4 samples, or "gradients"
             (their norms) of 8. After a mismatch, or if the method raises, the loop does the chunk.
-        tolerate_writes: what happens if a forward pass writes into a buffer or parameter, which
-            would store private data without noise. True: the write is undone and the sample
-            contributes zero. False: the batch is refused, which must not be seen outside, since
-            one sample can cause it.
+        tolerate_writes: what happens if a forward pass writes private data into a buffer or
+            parameter. True: the write is undone, and the sample contributes zero. False: the batch
+            is refused, which must not be seen outside, since one sample can cause it.
 
     Returns:
         The sum, float32 [d], and statistics that are not private.
 
     Raises:
-        RecipeError: if a module mixes the samples of a batch (batch normalisation in training
-            mode), if the method is unknown, or, unless `tolerate_writes`, if a forward pass wrote
-            into a buffer or parameter.
+        RecipeError: if a module mixes the samples of a batch, if the method is unknown, or, unless
+            `tolerate_writes`, if a forward pass wrote into a buffer or parameter.
     """
     check_separable(model)
     if method not in METHODS:

@@ -114,12 +114,9 @@ def private_gradients(
     """Yields the noised mean gradient [d] of each private step; takes no step.
 
     A gradient is computed when it is asked for, at the model's parameters of that moment. For the
-    arguments see `private_steps`. What is computed from the yielded gradients costs no more
-    privacy (post-processing).
-
-    `noise` takes the sum of clipped gradients [d] and returns the source of the noise that hides
-    it; None takes `generator`. With it a caller can name the noise by the sum, so that no two sums
-    get the same noise.
+    arguments see `private_steps`. `noise` takes the sum of clipped gradients [d] and returns the
+    source of the noise that hides it, so a caller can give every sum noise of its own; None takes
+    `generator`.
 
     Raises:
         RecipeError: if the plan protects clients, or a module mixes the samples of a batch.
@@ -130,6 +127,7 @@ def private_gradients(
             f"got {plan.unit!r}, expected 'sample': only then are steps private", place="plan.unit"
         )
     checked = False
+    expected = plan.sampling_prob * len(x)
     for index in poisson_batches(len(x), plan.sampling_prob, steps, generator):
         batch = x[index]
         labels = y[index]
@@ -156,7 +154,6 @@ def private_gradients(
         # A network that mixed examples once may do so again on examples that are not compared.
         if not raw.agreed:
             method = "loop"
-        expected = plan.sampling_prob * len(x)
         source = generator if noise is None else noise(total)
         yield noised_mean(total, plan, expected=expected, generator=source), raw
 
