@@ -133,6 +133,7 @@ class Broadcast:
             For each client the round of the model that it holds (0 for none), and the tensors to
             send it.
         """
+        # One key for all clients, so that equal copies give equal messages.
         key = Key(self.seed, round, SERVER)
         made: dict[tuple[int, int], tuple[int, int]] = {}
         messages: dict[tuple[int, int], tuple[int, dict[str, Tensor]]] = {}

@@ -88,6 +88,7 @@ def exchange(
             if answer is None:
                 return
             client, request, reply = answer
+            # Removed first: the caller may stop the loop, and must not cancel what was answered.
             waiting.remove(request)
             yield client, reply
     finally:

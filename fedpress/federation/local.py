@@ -181,6 +181,7 @@ class LocalWork:
     def begin(self, model: nn.Module) -> LocalRun:
         """Begins the local steps at the parameters that `model` has now."""
         source = self.plan.source or plain_steps
+        # Copied before the first step, which changes the parameters in place.
         start = parameters.flatten(model) if self.start is None else self.start
         return LocalRun(model, start, source(model, self))
 
@@ -338,6 +339,7 @@ def _forget_(params: list[nn.Parameter]) -> None:
 
 def _diverged(work: LocalWork, index: Tensor, steps: int) -> DivergedError:
     """Returns the error of an infinite loss, due to the examples at `index` or the rate."""
+    # Only the batch of this step: to look through all examples could take long.
     batch = parts_of(work.arrays.x[index])
     broken = not all(bool(torch.isfinite(part).all()) for part in batch.values())
     data = ", or rather mend the examples: they hold NaN or infinite values" if broken else ""

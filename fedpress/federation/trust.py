@@ -404,6 +404,7 @@ def _check_client_unit(plan: PrivacyPlan, cohort: Cohort, weights: Weights) -> N
             place="weights",
             cure='set weights = "equal"',
         )
+    # Noise is the multiplier times the clip norm: infinite, or none at all, without one.
     if not 0 < plan.clip_norm < math.inf:
         raise RecipeError(
             f"got {plan.clip_norm}, expected a finite bound above 0",

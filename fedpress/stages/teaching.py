@@ -88,6 +88,7 @@ class TeacherTrainSettings(TrainSettings):
             RecipeError: if there is no such teacher.
             TrainingError: if it does not fit the student or the data.
         """
+        # Without epochs nothing learns, so a teacher is not even loaded.
         if self.teacher is None or not self.epochs:
             return None
         data = state.data
@@ -207,6 +208,7 @@ def _teacher(where: str, state: State) -> nn.Module:
             place="teacher",
             cure="give a teacher of the same classes",
         )
+    # Checked before the training: a teacher of other inputs would fail in its first step.
     if spec.input_shape != state.spec.input_shape:
         raise TrainingError(
             (

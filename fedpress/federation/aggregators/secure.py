@@ -123,6 +123,7 @@ class SecureSum:
         Raises:
             SecureError: if too few clients took part.
         """
+        # Other aggregators need none; a caller may have left it out for all.
         if transport is None:
             raise SecureError(
                 "its keys travel", place="transport", cure="open it with a transport first"

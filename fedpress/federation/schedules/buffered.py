@@ -86,6 +86,7 @@ class Buffered(BaseModel):
                 place="sampling",
                 cure="leave sampling out",
             )
+        # The step would never be taken: each client fills at most one place.
         if self.buffer > population:
             raise RecipeError(
                 (

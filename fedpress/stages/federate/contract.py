@@ -128,6 +128,7 @@ class CommonInputs:
         Raises:
             RecipeError: if no parameter would train.
         """
+        # Sparse weights train as vectors of their kept values: only these travel and get noise.
         work = compact_(_trainable(copied(model), stage.trainable), spec.sparse)
         model = place_(work, device)
         return cls(stage, model, preprocess, task, derive(seed, "federate", stage.name))
@@ -168,6 +169,7 @@ def _bind_contract(
     """
     population = Population.from_json(text)
     trust = trust_of_stage(stage)
+    # Before the noise is calibrated, which takes seconds.
     check_schedule(stage.schedule, needs_of(stage))
     # The schedule decides: of a buffered one the buffer is the cohort.
     cohort = stage.schedule.cohort(stage.cohort, len(population), stage.sampling)
@@ -254,6 +256,7 @@ def _aggregator(stage: FederateSettings, planned: Protection, population: Popula
     if planned.grid is None:
         # Every row but "secure", which always has a grid, is an aggregator as it stands.
         return cast(Aggregator, stage.aggregator or Mean())
+    # In the order of the population, so that both sides have the same tuple.
     identities = tuple(population.identities.items())
     return SecureSum(planned.grid.plan, planned.grid.size, planned.grid.limit, identities)
 

@@ -23,6 +23,7 @@ def public_part(record: RoundRecord, server: ServerHalf) -> RoundRecord:
     """
     if not server.hides_cohort:
         return record
+    # Clients that were refused are not named, either.
     up, down = server.planned_bytes
     timing = replace(record.timing, answered=(), spare=(), late=())
     # Each client's delay is known, so the time of a round would tell which clients were drawn.

@@ -266,6 +266,7 @@ class ServerHalf:
     def privacy_facts(self) -> dict[str, Any]:
         """Returns the privacy settings of the client that is charged most."""
         plans = self.protection.plans.values()
+        # The one that samples most often: its epsilon is the largest.
         most = max(plans, key=lambda plan: (plan.sampling_prob, plan.steps_per_round))
         facts = {name: getattr(most, name) for name in PRIVACY_KEYS}
         facts["trust"] = self.uplink.trust.kind
@@ -332,6 +333,7 @@ def register(transport: Transport) -> Population:
             silent[name] = str(problem)
         else:
             silent.pop(name, None)
+    # The first one is enough: the population must be complete, or the plan of the noise is wrong.
     for name, why in silent.items():
         raise TrainingError(
             f"it did not register ({why})",

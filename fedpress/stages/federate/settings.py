@@ -89,6 +89,7 @@ class PrivacySettings(ReadsOldWords):
                     place=name,
                     cure=f"leave {name} out",
                 )
+        # The correlated noise of a round cancels part of the last one, which had another scale.
         if self.adaptive is not None and self.correlated is not None:
             raise SettingError(
                 "correlated noise needs one clip norm, and adaptive changes it",

@@ -152,6 +152,7 @@ class L0Stage(L0Settings, Stage):
         plan = self.plan(dense, graph, scores)
         pruned = copied(dense)
         compress.remove_(pruned, plan)
+        # Removed channels must give what zeroed ones did, or the trace was wrong.
         facts["parity_error"] = compress.check_parity(dense, pruned, plan, state.example(2))
         write_json(folder.path / "plan.json", plan.model_dump(mode="json"))
         _restore_norms_(self, pruned, state)

@@ -125,6 +125,7 @@ class PruneSettings(BaseModel):
 
     @model_validator(mode="after")
     def _fits_together(self) -> PruneSettings:
+        # After each removed channel all are scored again, so there is no plan for each layer.
         if self.scope != "global" and self.strategy == "single-channel":
             raise SettingError(
                 f"got '{self.scope}', but strategy 'single-channel' ranks all layers together",
@@ -225,6 +226,7 @@ def cut_target(
         wanted = value
     elif key == "keep_macs":
         cost = graph.macs
+        # Of the dense network: an earlier stage may have pruned this one.
         dense = compress.macs(state.spec.build_dense(), example_input(state)[:1])
         wanted = value * dense
     else:

@@ -110,6 +110,7 @@ class SparsifySettings(TrainSettings):
 
     @model_validator(mode="after")
     def _schedule_fits(self) -> SparsifySettings:
+        # Movement is how far a weight moved from zero in training, so there must be one.
         if self.score == "movement" and self.schedule not in ("gradual", "rewind"):
             raise SettingError(
                 "'movement' is summed up while the network trains",

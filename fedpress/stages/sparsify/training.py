@@ -145,6 +145,7 @@ class MaskedTraining:
             self.movement.sums if self.movement else None,
         )
         scores = score_weights(self.stage.score, evidence)
+        # Once: it takes a pass over the examples for each layer and density.
         if self.stage.scope == "sensitivity" and not self.points:
             units = [weight_unit(w.name, w.value, scores[w.name]) for w in self.weights.chosen]
             lowest = min(lowest_densities(self.weights.chosen, self.density).values())
