@@ -161,7 +161,7 @@ def test_no_rows_give_no_inputs():
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"mean": [1.0]}, "1 means for 4 inputs|give as many of each"),
+        ({"mean": [1.0]}, "give as many values as in mean"),
         ({"columns": [{"name": "a", "kind": "colour", "fill": None}]}, "is of the kind 'colour'"),
         (
             {"columns": [{"name": "a", "kind": "number", "fill": [1, 2]}]},
