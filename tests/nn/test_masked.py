@@ -124,7 +124,7 @@ def test_other_computed_weights_stay_and_mixtures_are_refused():
     assert absorb_masks_(model) == ()
     assert parametrize.is_parametrized(model[0])
     parametrize.register_parametrization(model[0], "weight", Masked(torch.ones(6, 6)))
-    with pytest.raises(ModelError, match="computed otherwise"):
+    with pytest.raises(ModelError, match="has another parametrization too"):
         absorb_masks_(model)
 
 
