@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from fedpress.privacy.accounting.accountant import noise_multiplier
     from fedpress.workspace.state import StageFinished, StageStarted, Tick
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "FederatedData",
