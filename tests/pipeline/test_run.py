@@ -479,13 +479,14 @@ def test_processes_killed_at_random_moments_end_in_the_same_bits(tmp_path, left,
 
     def start(out: Path, *more: str) -> subprocess.Popen:
         command = [sys.executable, *words, "--out", str(out), *more]
-        return subprocess.Popen(
-            command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
-        )
+        with open(tmp_path / "errors", "ab") as errors:
+            return subprocess.Popen(
+                command, env=environment, stdout=subprocess.DEVNULL, stderr=errors
+            )
 
     began = time.monotonic()
     whole = start(tmp_path / "whole")
-    assert whole.wait() == 0, whole.stderr.read().decode()
+    assert whole.wait() == 0, (tmp_path / "errors").read_text()
     length, chance, kills = time.monotonic() - began, random.Random(0), 0
     for _ in range(4):
         resume = ["--resume"] if (tmp_path / "killed" / "settings.json").exists() else []
