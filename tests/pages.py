@@ -15,6 +15,8 @@ ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 SKETCH = "# A sketch"
 """How the first line of a block begins that shows a form and is not meant to be run."""
+QUOTE = "# fedpress/"
+"""How the first line of a block begins that quotes a file of the source."""
 
 
 @dataclass(frozen=True)
@@ -114,10 +116,11 @@ def do(found: list[Block], shell: Callable[..., Any]) -> dict[str, Any]:
 def _do_one(block: Block, shell: Callable[..., Any], names: dict[str, Any]) -> None:
     if block.file:
         Path(block.file).write_text(block.body, "utf-8")
-    elif block.language == "python" and not block.body.startswith(SKETCH):
+    elif block.language == "python" and not block.body.startswith((SKETCH, QUOTE)):
         # Lines of the page stand in tracebacks.
         code = "\n" * block.line + block.body
-        exec(compile(code, str(ROOT / block.page), "exec"), names)
+        made = compile(code, str(ROOT / block.page), "exec", dont_inherit=True)
+        exec(made, names)
     elif block.language == "sh":
         for line in block.body.splitlines():
             words = shlex.split(line, comments=True)
