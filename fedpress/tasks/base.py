@@ -274,11 +274,11 @@ class Task(ABC):
         return outputs
 
     def answers(self, outputs: Tensor) -> Tensor:
-        """Returns what the model answers: class numbers, 0 or 1 for each label, or numbers in the targets' units."""
+        """Returns answers: class numbers, 0 or 1 per label, or numbers in the targets' units."""
         return self.to_targets(outputs)
 
     def probabilities(self, outputs: Tensor) -> Tensor | None:
-        """Returns the probability of each class or label, [n, k, ...]; None for a task of numbers."""
+        """Returns the probability of each class or label, [n, k, ...]; None for numbers."""
         del outputs
         return None
 
