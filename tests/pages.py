@@ -98,6 +98,7 @@ def do(found: list[Block], shell: Callable[..., Any]) -> dict[str, Any]:
         The names that the Python has made.
     """
     # The page's own modules are imported from the folder of the reader.
+    sys_path = [*sys.path]
     sys.path.insert(0, str(Path.cwd()))
     before = {*sys.modules}
     names: dict[str, Any] = {"__name__": "page"}
@@ -105,7 +106,8 @@ def do(found: list[Block], shell: Callable[..., Any]) -> dict[str, Any]:
         for block in found:
             _do_one(block, shell, names)
     finally:
-        sys.path.remove(str(Path.cwd()))
+        # fedpress moves the working folder to the end, so it is not where it was put.
+        sys.path[:] = sys_path
         for name in {*sys.modules} - before:
             file = getattr(sys.modules[name], "__file__", None) or ""
             if Path(file).is_relative_to(Path.cwd()):
