@@ -1,4 +1,4 @@
-"""A recipe and what is overridden in it become a run that may begin, or one that goes on."""
+"""Turns a recipe and its overrides into a checked run: a new one, or one that is resumed."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def default_folder(name: str, resume: bool) -> Path:
 
 
 def load(recipe: Source, overrides: Overrides = (), data: Path | None = None) -> tuple[str, Recipe]:
-    """Returns a recipe with its overrides, as TOML that needs no other file and as settings.
+    """Returns a recipe with its overrides applied, as TOML with absolute paths and as settings.
 
     Args:
         recipe: paths in a file count from its folder, those in tables from the present folder.
@@ -48,7 +48,7 @@ def load(recipe: Source, overrides: Overrides = (), data: Path | None = None) ->
     Raises:
         RecipeError: if there is no such recipe, or a setting is wrong.
     """
-    overrides = [*overrides, *_of_data(data)]
+    overrides = [*overrides, *_data_override(data)]
     if isinstance(recipe, Mapping | Recipe):
         find_modules()
         tables = (
@@ -73,7 +73,7 @@ class CheckedRun:
 
     Attributes:
         recipe: what is run.
-        text: the same as TOML, for a new run.
+        text: `recipe` as TOML; empty for a run that goes on, which has it in its folder.
         place: the folder where everything goes.
         folder: of the run that goes on; None for a new one, whose folder is not made yet.
         origin: where the recipe came from, and what was overridden in it.
@@ -86,14 +86,14 @@ class CheckedRun:
     origin: Mapping[str, Any]
 
     def start(self, command: str, held: ExitStack) -> tuple[RunFolder, list[str]]:
-        """Makes the folder of a new run, and notes where and how the work is done.
+        """Makes the folder of a new run; writes `environment.json`, or adds to it.
 
         Args:
             command: what was called, as the folder notes it.
             held: takes the lock of the folder.
 
         Returns:
-            The folder, and sentences that a person must know who goes on with a run.
+            The folder, and warnings for somebody who resumes a run: other bits, for instance.
         """
         folder = self.folder
         if folder is None:
@@ -104,7 +104,7 @@ class CheckedRun:
 
 
 def new(recipe: Source, overrides: Overrides, data: Path | None, out: Path | None) -> CheckedRun:
-    """Binds a new run, and looks whether its folder is free.
+    """Checks the settings of a new run, and that its folder is free.
 
     Raises:
         RecipeError: if there is no such recipe, or a setting is wrong.
@@ -123,7 +123,7 @@ def checked_resume(
     data: Path | None,
     held: ExitStack,
 ) -> CheckedRun:
-    """Binds the run in the folder `place`, from where it stopped; see `open_to_resume`."""
+    """Checks that the run in the folder `place` may be resumed; see `open_to_resume`."""
     checked, folder = open_to_resume(place, recipe, overrides, data, held)
     return CheckedRun(checked, "", place, folder, origin_of(recipe, overrides, data))
 
@@ -131,7 +131,8 @@ def checked_resume(
 def origin_of(recipe: Source | None, overrides: Overrides, data: Path | None) -> dict[str, Any]:
     """Returns what `environment.json` records of the start: recipe and overrides.
 
-    Paths are absolute, since the run may go on in another folder. Tables come from no place: None.
+    Paths are absolute, since the run may go on in another folder. A recipe
+    that is given as tables has no path, so None is recorded for it.
     """
     file = _file_of(recipe) if isinstance(recipe, str | Path) else None
     name = recipe if isinstance(recipe, str) else None
@@ -143,8 +144,8 @@ def origin_of(recipe: Source | None, overrides: Overrides, data: Path | None) ->
 
 def as_texts(overrides: Overrides, data: Path | None) -> list[str]:
     """Returns overrides and where the data lie as the command line takes them."""
-    every = [*overrides, *_of_data(data)]
-    return [one if isinstance(one, str) else one.as_text() for one in every]
+    all_overrides = [*overrides, *_data_override(data)]
+    return [one if isinstance(one, str) else one.as_text() for one in all_overrides]
 
 
 def _file_of(recipe: str | Path) -> Path | None:
@@ -154,7 +155,7 @@ def _file_of(recipe: str | Path) -> Path | None:
     return Path(recipe).resolve()
 
 
-def _of_data(data: Path | None) -> list[Override]:
+def _data_override(data: Path | None) -> list[Override]:
     return [Override.of("data.path", str(data))] if data is not None else []
 
 
@@ -165,20 +166,20 @@ def open_to_resume(
     data: Path | None,
     held: ExitStack,
 ) -> tuple[Recipe, RunFolder]:
-    """Opens the run in `place`; what it was started with needs not be said again.
+    """Opens the run in `place`; recipe and overrides of its start need not be given again.
 
     Args:
         place: the folder of the run.
-        recipe: by name or file, to make sure that it is this one's; None: the one that lies in the
-            folder.
-        overrides: further ones, which must not change anything.
+        recipe: name or file of the recipe that the run must have been started with; None takes the
+            one in the folder.
+        overrides: they must not change any setting of the run.
         data: where the data lies now, if it moved.
         held: takes the lock of the folder.
 
     Raises:
         RunError: if there is no run, or it was started with other settings.
-        ModelError: if the recipe in the folder alone names functions, and this user has not started
-            the run.
+        ModelError: if no recipe is given, the one in the folder names functions that the user has
+            not allowed, and this user has not started the run.
     """
     if not (place / "settings.json").exists():
         raise RunError(
@@ -187,19 +188,19 @@ def open_to_resume(
     held.enter_context(lock.locked(place))
     check_run(place)
     noted = read_json(place / "environment.json") if (place / "environment.json").exists() else {}
-    own = place / "recipe.toml"
-    if not own.exists() and recipe is None:
+    stored_file = place / "recipe.toml"
+    if not stored_file.exists() and recipe is None:
         raise RunError(
             "no such file",
-            place=own,
+            place=stored_file,
             cure="name the recipe of this run too, as it was when the run began",
         )
-    _find_its_functions(own, noted, trusted=recipe is not None)
+    _find_its_functions(stored_file, noted, trusted=recipe is not None)
 
     stored = None
-    if own.exists():
-        every = [*overrides, *_of_data(data)]
-        stored = recipes.load(recipes.effective(own.read_text("utf-8"), every))
+    if stored_file.exists():
+        all_overrides = [*overrides, *_data_override(data)]
+        stored = recipes.load(recipes.effective(stored_file.read_text("utf-8"), all_overrides))
     if recipe is None:
         assert stored is not None
         return stored, RunFolder.resume(place, settings_of(stored))
@@ -221,19 +222,19 @@ def _find_its_functions(recipe: Path, noted: Mapping[str, object], *, trusted: b
     Args:
         recipe: in the folder of the run; it may be missing.
         noted: the environment of the run.
-        trusted: whether the user has named a recipe, and so does not rest on the one in the folder.
+        trusted: whether the user has given a recipe, so that the one in the folder is not believed.
 
     Raises:
         ModelError: if it names functions that nobody has allowed, and this user has not started the
             run.
     """
     functions = started.functions_of(recipe.read_text("utf-8")) if recipe.exists() else []
-    told = noted.get("recipe")
-    origin = told if isinstance(told, str) else None
-    known = started.is_signed(noted.get("started_by"), functions, origin)
-    beside = [Path(origin).parent] if known and origin else []
+    noted_recipe = noted.get("recipe")
+    origin = noted_recipe if isinstance(noted_recipe, str) else None
+    started_here = started.is_signed(noted.get("started_by"), functions, origin)
+    beside = [Path(origin).parent] if started_here and origin else []
     find_modules(*(folder for folder in beside if folder.is_dir()))
-    if not (trusted or known):
+    if not (trusted or started_here):
         _refuse_functions(recipe, functions)
 
 
@@ -260,5 +261,5 @@ def _refuse_functions(recipe: Path, functions: list[str]) -> None:
 
 
 def find_modules(*beside: Path) -> None:
-    """Searches own functions, `module:function`, in the folders `beside` and in the present one."""
+    """Makes the user's own modules importable: from the folders `beside` and the present one."""
     own_modules.look_in(*beside, Path.cwd())

@@ -1,7 +1,7 @@
-"""The front door, a table: what each name of `import fedpress` is called on the command line.
+"""A table of what users can do: each name of `import fedpress`, and the command for the same.
 
-What exists in Python exists there, and the other way round; tests hold both against this table, and
-`docs/python.md` shows it.
+What Python can do the command line can do too, and the other way round. Tests compare both with
+this table, and `docs/python.md` shows it.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ class Row:
     """One thing that can be done.
 
     Attributes:
-        name: in Python, behind `fedpress.`.
-        shell: the command, or what the thing is called there.
+        name: in Python, without the leading `fedpress.`.
+        shell: the command, or what the same thing is called on the command line.
         words: what it does.
     """
 

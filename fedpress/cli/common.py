@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from fedpress.pipeline.recipe import Recipe
 
 held = ExitStack()
-"""What the command has taken until its end; `main` gives it back."""
+"""Locks, and whatever else is held until the command ends; `main` releases them."""
 AllowCode = Annotated[
     list[str] | None,
     typer.Option(
@@ -71,7 +71,7 @@ def named(recipe: str | None, context: typer.Context) -> str:
 
 
 def again(place: Path) -> str:
-    """Returns the command that goes on with the run in `place`."""
+    """Returns the command line that resumes the run in `place`."""
     words = [word for word in sys.argv[1:] if word != "--resume"]
     if not any(word == "--out" or word.startswith("--out=") for word in words):
         words += ["--out", str(place)]
@@ -79,7 +79,7 @@ def again(place: Path) -> str:
 
 
 def on_device(overrides: Iterable[str] | None, device: str | None) -> list[str]:
-    """Returns overrides with that of `--device` behind them."""
+    """Returns the overrides, and after them `device=...` if `--device` was given."""
     return [*(overrides or []), *([f"device={device}"] if device is not None else [])]
 
 
@@ -102,7 +102,7 @@ def stopping(message: str) -> Iterator[None]:
 
 
 def allow_code(names: list[str] | None) -> None:
-    """Notes which functions the user lets the files of models name."""
+    """Records which functions the user allows the files of models to name."""
     from fedpress.core import consent
 
     consent.allow(*(names or ()))
@@ -120,7 +120,7 @@ def show_keys(words: Sequence[str], *, of_stage: bool = False) -> None:
 
     Args:
         words: the tables that are asked for; all of them where there are none.
-        of_stage: whether the words are kinds of stages, and no codec that is called like one.
+        of_stage: whether the words are kinds of stages; a codec of the same name is then left out.
     """
     from fedpress.cli import terminal
     from fedpress.pipeline import recipe as recipes
@@ -134,8 +134,8 @@ def show_keys(words: Sequence[str], *, of_stage: bool = False) -> None:
         terminal.show_keys(out_stream, table.title, table.rows)
     if of_stage:
         out_stream.print(
-            "Beside them seed, device, data.* and model.* of a recipe, for instance "
-            "data.class_weights=balanced: fedpress run --keys recipe data model",
+            "The keys seed, device, data.* and model.* of a recipe can be given too, for instance "
+            "data.class_weights=balanced. To list them: fedpress run --keys recipe data model",
             markup=False,
             soft_wrap=True,
         )
@@ -163,7 +163,7 @@ def hold(place: Path) -> None:
     """Takes the lock of a run folder until the command ends.
 
     Raises:
-        RunError: if another process works in it, naming that.
+        RunError: if another process works in it; the error names the process.
     """
     from fedpress.workspace import lock
 
@@ -171,7 +171,7 @@ def hold(place: Path) -> None:
 
 
 def warn(notes: Iterable[str]) -> None:
-    """Tells what a person must know, on the error stream."""
+    """Prints each note as a warning, on the error stream."""
     for note in notes:
         typer.echo(f"warning: {in_one_line(note)}", err=True)
 

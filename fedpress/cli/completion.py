@@ -13,7 +13,7 @@ from typing import NamedTuple
 import typer
 
 OF_ALL = ("seed", "device", "data.", "model.")
-"""What keys of a recipe begin with that a command on one model takes beside those of its stage."""
+"""A command on one model takes the keys of its stage, and those of a recipe that begin so."""
 KEYS = Path(__file__).with_name("keys.txt")
 SHIPPED = Path(__file__).parents[1] / "pipeline" / "recipes"
 MEANING = 60  # characters: more would break the list that a shell shows
@@ -23,7 +23,7 @@ Found = list[tuple[str, str]]
 
 
 class Key(NamedTuple):
-    """One key of a recipe: its name such as `stage.train.lr`, the words it may be, its meaning."""
+    """One key of a recipe: its name such as `stage.train.lr`, its possible values, its meaning."""
 
     name: str
     choices: tuple[str, ...]
@@ -50,7 +50,7 @@ def recipes(incomplete: str) -> Found:
 
 
 def recipes_or_tables(context: typer.Context, incomplete: str) -> Found:
-    """Returns recipes; behind `--keys` the words of the tables that it can list."""
+    """Returns recipes; after `--keys` the names of the tables that it can list."""
     if not context.params.get("list_keys"):
         return recipes(incomplete)
     words = dict.fromkeys(key.name.removeprefix("stage.").partition(".")[0] for key in keys())
@@ -78,7 +78,7 @@ def _choices(name: str, incomplete: str) -> Found:
 
 
 def of_recipe(context: typer.Context, incomplete: str) -> Found:
-    """Returns the keys of the recipe that was named; a stage goes by its name there."""
+    """Returns the keys of the recipe that was named, with the names it gives its stages."""
     if context.params.get("list_keys"):
         return recipes_or_tables(context, incomplete)
     stages = _stages_of(str(context.params.get("recipe")))
@@ -89,13 +89,15 @@ def of_recipe(context: typer.Context, incomplete: str) -> Found:
         if table != "stage":
             found.append(key)
         else:
-            names = [name for name, its in stages if its == kind] if stages else [kind]
+            names = (
+                [name for name, stage_kind in stages if stage_kind == kind] if stages else [kind]
+            )
             found += [key._replace(name=f"stage.{name}.{own}") for name in names]
     return _fitting(found, incomplete, context.params.get("overrides"))
 
 
 def of_stage(kind: str) -> Callable[[typer.Context, str], Found]:
-    """Returns what completes the keys of a command on one model."""
+    """Returns the function that completes keys for the command of this kind of stage."""
 
     def complete(context: typer.Context, incomplete: str) -> Found:
         beginning = f"stage.{kind}."
@@ -110,7 +112,7 @@ def of_stage(kind: str) -> Callable[[typer.Context, str], Found]:
 
 
 def _fitting(found: Iterable[Key], incomplete: str, before: Sequence[str] | None) -> Found:
-    """Returns `key=` for each key that fits; of tables their beginning; behind a `key=` its values.
+    """Returns the tables (`data.`) and keys (`lr=`) that begin so, or the values after a `key=`.
 
     Args:
         found: the keys that there are.
@@ -142,7 +144,7 @@ def _fitting(found: Iterable[Key], incomplete: str, before: Sequence[str] | None
 
 def _stages_of(recipe: str) -> list[tuple[str, str]]:
     """Returns name and kind of each stage of a recipe; nothing if it cannot be read."""
-    import tomllib  # who asks for help does not wait for it
+    import tomllib  # here, so that `--help` does not wait for it
 
     path = Path(recipe) if Path(recipe).is_file() else SHIPPED / f"{recipe}.toml"
     try:

@@ -1,4 +1,4 @@
-"""Clip: limits the L2 norm of an update, which the sensitivity of a sum rests on."""
+"""Clip: limits the L2 norm of an update, and so how far one client can move a sum."""
 
 from __future__ import annotations
 

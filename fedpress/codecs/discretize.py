@@ -15,23 +15,26 @@ from fedpress.errors import PrivacyError, RecipeError
 from fedpress.privacy.noise.skellam import rounded_sensitivity
 
 SPREADS = 5.0
-"""A value of a rotated vector exceeds this many standard deviations once in 1.7 million."""
+"""Values of a rotated vector are clamped at so many standard deviations, which about one value in
+1.7 million exceeds."""
 
 TRIES = 1000
-"""Draws of the rounding. Each fails with probability 0.61 at most, so all fail never."""
+"""How often rounding is tried. One try fails with probability 0.61 at most, all of them with
+10^-217."""
 
 
 class Discretize(BaseModel):
     """Clamps each value, scales it to the grid and rounds it up or down at random.
 
-    The expectation of each value stays. A result whose norm is above a public bound, which happens
-    with probability e^-0.5 at most, is drawn again, so the L2 bound holds always (conditional
-    rounding: Kairouz, Liu & Steinke 2021, arXiv:2102.06387, section 3).
+    The expectation of one draw is the clamped and scaled value. A result whose norm is above a
+    public bound, which happens with probability e^-0.5 at most, is drawn again, so the L2 bound
+    always holds (conditional rounding: Kairouz, Liu & Steinke 2021, arXiv:2102.06387, section 3).
 
-    `scale` (grid units per unit of the update) and `limit` (of each value, before scaling) follow
-    from `bits`, the cohort and the noise; a secure sum plans them. Where examples and not clients
-    are protected, nothing is drawn `again`: two sums that differ by one example would then use
-    different random numbers, and be further apart than the example moves them.
+    Secure aggregation chooses `scale` (grid units per unit of the update) and `limit` (of each
+    value, before scaling) from `bits`, the cohort and the noise. `again` is off where single
+    examples are protected and not whole clients. Two sums that differ by one example could stop
+    after different numbers of draws; with other random numbers they would be further apart than
+    the example moves them.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -84,7 +87,7 @@ class Discretize(BaseModel):
         if self.again:
             length = rounded_sensitivity(bound.l2 * self.scale, bound.size)
         else:
-            # Each value moves by less than one grid unit: this bound needs no second draw.
+            # Rounding moves a value by less than one grid unit: all draws keep this larger bound.
             length = bound.l2 * self.scale + math.sqrt(bound.size)
         # Rounding up exceeds the clamped value by less than one grid unit.
         largest = math.floor(limit * self.scale) + 1.0
@@ -125,22 +128,23 @@ class BoundDiscretize:
         """Returns int64 [d].
 
         Raises:
-            PrivacyError: if no draw is within the L2 bound, since `x` is not within its own.
+            PrivacyError: if no draw is within the L2 bound, which means that `x` itself is longer
+                than the transform was told.
         """
         # In float64: at large scales float32 has too few bits for the fraction.
         exact = x.double().clamp(-self.limit, self.limit) * self.scale
         down = exact.floor()
-        share = exact - down
+        fraction = exact - down
         # From the private stream: who knows the random numbers learns more about each value.
         for attempt in range(TRIES):
             coins = key.private_stream("discretize", attempt).uniform(self.size)
-            rounded = down + (coins < share)
+            rounded = down + (coins < fraction)
             if float(torch.linalg.vector_norm(rounded)) <= self.length:
                 return Encoded(rounded.long())
         raise PrivacyError(
             f"none of {TRIES} roundings is within the L2 bound",
             place="values",
-            cure="give values within the bound that the chain states for them",
+            cure="encode a vector no longer than the L2 bound that the transforms before promise",
         )
 
     def decode(self, x: Encoded, key: Key) -> Tensor:

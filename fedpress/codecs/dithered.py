@@ -1,4 +1,4 @@
-"""The unbiased quantizer at a rate: a dither that both sides draw, and a step for each block."""
+"""Unbiased quantization to a given number of bits per value, by a dither that both sides draw."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from fedpress.errors import WireError
 from fedpress.wire.packing import estimate_bits
 
 SIDE_BYTES = 40
-"""About the bytes of the side tensors besides the content of `scales`."""
+"""About how many bytes the side tensors take, not counting the content of `scales`."""
 
 HALVES = 24
 """Block scales are counted in half octaves, from -24 to 24: 2**-12 to 2**12 times the median."""
@@ -45,7 +45,7 @@ HALVES = 24
 
 @dataclass(frozen=True)
 class Dithered:
-    """The unbiased quantizer at a rate.
+    """Quantizes without bias to `rate` bits per value.
 
     Three things save bits:
 
@@ -58,7 +58,7 @@ class Dithered:
 
     Attributes:
         size: number of values.
-        block: kept values with one step.
+        block: how many kept values share one step.
         rate: bits per value after packing.
     """
 
@@ -69,7 +69,7 @@ class Dithered:
 
     @property
     def group(self) -> int:
-        """One of so many values is kept."""
+        """Size of a group of values, of which one is kept; with 1 all are kept."""
         return max(1, round(0.85 / self.rate))
 
     @property
@@ -152,8 +152,8 @@ class Dithered:
             return estimate_bits(self._to_rows(q, key).reshape(-1), rows=self.rows, share=share)
 
         budget = bits_for(self.rate, self.size, SIDE_BYTES + int(estimate_bits(halves)) // 8)
-        # The search begins at the noise over variance at which a Gaussian takes this rate. It goes
-        # on in the root of the level, in which bits fall as they do in a step.
+        # The search begins at the ratio of noise to variance at which a Gaussian takes this rate.
+        # It varies the root of the level, since the bits fall with it as they do with a step.
         noise = 1 / (4.0 ** max(self.rate * self.group - 0.25, 0.1) - 1)
         start = math.sqrt(noise * (noise + 1))
         root = find_step(bits, budget * share, start, some.size, 1024.0)
@@ -176,7 +176,7 @@ class Dithered:
             raise WireError(
                 f"got {halves.dtype} {tuple(halves.shape)}",
                 place="update.scales",
-                cure="expected int8, one for a block",
+                cure="expected int8, one for each block",
             )
         # Both checks, since the absolute value of -128 is -128 in int8.
         if int(halves.abs().max()) > HALVES or halves.min() < -HALVES:
@@ -188,10 +188,10 @@ class Dithered:
         peak, middle, level = (float(number) for number in grid)
         steps = _steps(middle, level)[halves.numpy().astype(np.intp) + HALVES].astype(np.float32)
         u = self.dither(columns * phases, key)
-        natural = self._from_rows(q, key)
+        in_order = self._from_rows(q, key)
         y = np.empty(columns * phases, np.float32)
         for start, end, step in chunks(len(y), self.block, steps):
-            part = natural[start:end] - u[start:end]
+            part = in_order[start:end] - u[start:end]
             part *= step
             y[start:end] = part
         # One value of each group was kept: multiplied by the size of the group, its expectation is
@@ -203,7 +203,7 @@ class Dithered:
         return torch.from_numpy(self._put_back(out, key))
 
     def _sampled(self, spread: NDArray[np.float64], size: int) -> NDArray[np.intp]:
-        """Returns positions of a sample that packs like all values.
+        """Returns positions of a sample that takes about as many bits per value as all values.
 
         Args:
             spread: root mean square of each block.
@@ -225,21 +225,21 @@ class Dithered:
     def _encode_sparse(self, values: Floats, peak: float, key: Key) -> Encoded:
         """Encodes an update of which most values are zero, such as one after top-k.
 
-        Zeros stay zero, although a dither would move them: level 0 is theirs alone. So the levels
-        0, 1, ... of other values are sent as 1, 2, ...
+        Zeros are not dithered: they are sent as level 0, and nothing else is. So the levels 0, 1,
+        ... of other values are sent as 1, 2, ...
         """
-        full = np.flatnonzero(values)
-        if not len(full):
+        nonzero = np.flatnonzero(values)
+        if not len(nonzero):
             return Encoded(torch.zeros(self.size, dtype=torch.int8), {"grid": torch.ones(1)})
-        y = values[full] / np.float32(peak)
+        y = values[nonzero] / np.float32(peak)
         # The dither of a position depends on the position alone, so the decoder draws the same.
-        u = self.dither(self.size, key)[full]
+        u = self.dither(self.size, key)[nonzero]
 
         def levels(step: float) -> Ints:
             q = np.zeros(self.size, smallest_type(1 / step + 2))
             rounded = np.rint(y / np.float32(step) + u)
             # Level 0 is taken by the zeros.
-            q[full] = rounded + (rounded >= 0)
+            q[nonzero] = rounded + (rounded >= 0)
             return q
 
         def bits(step: float) -> float:
@@ -255,13 +255,13 @@ class Dithered:
         step = float(side_floats(x, "grid", 1)[0])
         if step <= 0:
             raise WireError(f"got {step}", place="update.grid", cure="expected a positive step")
-        full = np.flatnonzero(q)
-        level = q[full].astype(np.float64)
+        nonzero = np.flatnonzero(q)
+        levels = q[nonzero].astype(np.float64)
         # The levels of the encoder, see `_encode_sparse`.
-        level -= level > 0
+        levels -= levels > 0
         out = np.zeros(self.size, np.float32)
-        u = self.dither(self.size, key)[full]
-        out[full] = np.clip((level - u) * step, -FLOAT_MAX, FLOAT_MAX)
+        u = self.dither(self.size, key)[nonzero]
+        out[nonzero] = np.clip((levels - u) * step, -FLOAT_MAX, FLOAT_MAX)
         return out
 
     def dither(self, size: int, key: Key) -> Floats:
@@ -310,8 +310,8 @@ class Dithered:
             return values
         places = self._places(key)
         picked = np.zeros(self.kept, np.float32)
-        there = places < self.size
-        picked[there] = values[places[there]]
+        inside = places < self.size
+        picked[inside] = values[places[inside]]
         return picked
 
     def _put_back(self, picked: Floats, key: Key) -> Floats:
@@ -320,8 +320,8 @@ class Dithered:
             return picked[: self.size]
         places = self._places(key)
         out = np.zeros(self.size, np.float32)
-        there = places < self.size
-        out[places[there]] = picked[there]
+        inside = places < self.size
+        out[places[inside]] = picked[inside]
         return out
 
 

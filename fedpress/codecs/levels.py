@@ -1,4 +1,4 @@
-"""What the quantizers share: scales of blocks, checked levels, and random numbers of both sides."""
+"""What quantizers share: scales of blocks, checks of levels, random numbers that both sides draw."""
 
 from __future__ import annotations
 
@@ -57,13 +57,13 @@ def whole_levels(x: Encoded, shape: tuple[int, ...], side: tuple[str, ...]) -> I
         side: names of the tensors that must come with them; no others may.
 
     Raises:
-        WireError: if one of these is different.
+        WireError: if the levels have another type or shape, or other tensors come with them.
     """
     if x.values.dtype not in DTYPES or x.values.shape != shape:
         raise WireError(
             f"got {x.values.dtype} {tuple(x.values.shape)}",
             place="update.values",
-            cure=f"expected small whole numbers {shape}",
+            cure=f"expected int8, int16 or int32 of shape {shape}",
         )
     if set(x.side) != set(side):
         raise WireError(
@@ -180,7 +180,7 @@ def chunks(size: int, block: int, scales: Floats) -> list[tuple[int, int, Floats
 
 
 def spread_by_key(keys: NDArray[np.floating], count: int) -> NDArray[np.intp]:
-    """Returns `count` positions whose keys are distributed like all `keys`, rising.
+    """Returns `count` positions, in rising order, whose keys are distributed like all `keys`.
 
     They are evenly spaced in the order of the keys.
     """

@@ -38,11 +38,13 @@ class LowRank(BaseModel):
         """
         if sum(prod(s) for s in bound.shapes) != bound.size:
             raise RecipeError(
-                "it needs whole layers",
+                "it needs whole weight matrices, which a transform before it has mixed or dropped",
                 place="kind",
                 cure="put it first in the list, behind 'clip' at most",
             )
-        layers = tuple(_Layer(prod(shape), *_sides(shape, self.rank)) for shape in bound.shapes)
+        layers = tuple(
+            _Layer(prod(shape), *_rows_columns_rank(shape, self.rank)) for shape in bound.shapes
+        )
         size = sum(layer.values for layer in layers)
         # Nothing is known about the norms of factors.
         return BoundLowRank(bound.size, layers), Bound(size, decoded_l2=bound.decoded_l2)
@@ -95,8 +97,8 @@ class BoundLowRank:
             start = source.normal(layer.columns, layer.rank, dtype=torch.float32)
             # Made orthogonal in between: in the product of three matrices, float32 would round the
             # small directions away.
-            near = torch.linalg.qr(matrix @ start).Q
-            left = torch.linalg.qr(matrix @ (matrix.T @ near)).Q
+            basis = torch.linalg.qr(matrix @ start).Q
+            left = torch.linalg.qr(matrix @ (matrix.T @ basis)).Q
             parts += [left.reshape(-1), (left.T @ matrix).reshape(-1)]
         return Encoded(torch.cat(parts) if parts else x)
 
@@ -126,7 +128,7 @@ class BoundLowRank:
         return torch.cat(parts) if parts else values
 
 
-def _sides(shape: tuple[int, ...], rank: int) -> tuple[int, int, int]:
+def _rows_columns_rank(shape: tuple[int, ...], rank: int) -> tuple[int, int, int]:
     """Returns rows, columns and rank; rank 0 if the factors would not be smaller."""
     rows = shape[0] if len(shape) > 1 else 1
     columns = prod(shape) // max(1, rows)

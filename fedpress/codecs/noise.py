@@ -36,7 +36,7 @@ class Noise(BaseModel):
     def bind(self, bound: Bound) -> tuple[BoundNoise, Bound]:
         """Returns the transform, and a bound without norms: noise has no largest value."""
         after = replace(bound, l2=math.inf, linf=math.inf, spread=math.inf, decoded_l2=math.inf)
-        # It only sets the few millionths of noise that make up for a grid, see `noise_sum`.
+        # `noise_sum` rounds to a grid, and only the millionths of noise it adds for that use this.
         clip_norm = bound.l2 if bound.l2 < math.inf else 1.0
         return BoundNoise(bound.size, self.std, clip_norm, bound.integer), after
 
@@ -64,8 +64,8 @@ class BoundNoise:
 
     def encode(self, x: Tensor, key: Key) -> Encoded:
         """Returns `x` [d] plus noise."""
-        # The noise is named by the values that it hides: the same noise on two different vectors
-        # would cancel in their difference.
+        # Other values get other noise, as their digest is part of the stream's name: the same noise
+        # on two different vectors would cancel in their difference.
         source = key.private_stream("noise", random.fingerprint(x, self))
         if self.integer:
             return Encoded(x + skellam.sample(self.size, self.std**2, source))

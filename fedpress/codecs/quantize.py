@@ -1,9 +1,10 @@
-"""Quantize: few levels instead of floats, at a number of bits per value that packing then reaches.
+"""Quantize: sends few levels instead of floats, at a given number of bits per value.
 
-`rate` is a target in bits per value *after* packing: a uniform grid so coarse that entropy coding
-ends up there. At every rate that takes fewer bits than a fixed number of levels; at high rates it
-is 0.25 bits above Shannon's limit (Gish & Pierce 1968). The unbiased form adds a dither that both
-sides draw from the key and the receiver subtracts (Roberts 1962; Zamir & Feder 1992).
+`rate` is a target in bits per value *after* packing: the grid is uniform, and just so coarse that
+entropy coding takes that many bits. For the same error this takes fewer bits than a fixed number of
+levels; at high rates it is 0.25 bits above Shannon's limit (Gish & Pierce 1968). The unbiased form
+adds a dither that both sides draw from the key and the receiver subtracts (Roberts 1962; Zamir &
+Feder 1992).
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ class Quantize(BaseModel):
     block: int = Field(default=256, ge=16, le=1 << 20, description="values that share one scale")
 
     @model_validator(mode="after")
-    def _one_of_two(self) -> Quantize:
+    def _either_rate_or_bits(self) -> Quantize:
         if self.rate is None and self.bits is None:
             raise SettingError(
                 "it needs either rate (bits per value after packing) or bits (levels of a fixed "
@@ -237,13 +238,13 @@ class _Ternary:
     def encode(self, x: Tensor, key: Key) -> Encoded:
         """Returns -1, 0 or 1 for each value, and the scale of each block as `scales`."""
         values, _ = as_array(x, self.size)
-        sizes = np.abs(values)
-        threshold = np.float32(0.7) * block_means(sizes, self.block)
+        magnitudes = np.abs(values)
+        threshold = np.float32(0.7) * block_means(magnitudes, self.block)
         q = np.zeros(self.size, np.int8)
         for at, end, limit in chunks(self.size, self.block, threshold):
-            q[at:end] = np.sign(values[at:end]) * (sizes[at:end] > limit)
+            q[at:end] = np.sign(values[at:end]) * (magnitudes[at:end] > limit)
         # Mean over the kept values = mean over the block / share that is kept.
-        kept = block_means(sizes * np.abs(q), self.block).astype(np.float64)
+        kept = block_means(magnitudes * np.abs(q), self.block).astype(np.float64)
         share = block_means(np.abs(q).astype(np.float32), self.block)
         scales = np.divide(kept, share, out=np.zeros_like(kept), where=share > 0).astype(np.float32)
         return Encoded(torch.from_numpy(q), {"scales": torch.from_numpy(scales)})

@@ -35,7 +35,7 @@ class Rotate(BaseModel):
         """Returns the transform, and a bound with the same L2 norm.
 
         Each value is spread over a block, so its standard deviation is that norm over the square
-        root of the block.
+        root of the number of values in a block.
 
         Raises:
             RecipeError: if `block` is no power of two, or the input is whole numbers.
@@ -47,7 +47,7 @@ class Rotate(BaseModel):
             )
         if bound.integer:
             raise RecipeError(
-                "it comes after whole numbers",
+                "its input is whole numbers, which it would turn into floats",
                 place="kind",
                 cure="put it before 'discretize' or 'quantize'",
             )

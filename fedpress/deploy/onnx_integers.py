@@ -40,8 +40,8 @@ def make_integer_(proto: Any, fewest_bits: int = 2) -> bool:
         fewest_bits: 4 for a reader that does not know INT2, else 2.
 
     Returns:
-        Whether integer kernels read weights of more than 7 bits, with which processors that sum
-        products in 16 bits overflow.
+        Whether integer kernels read weights of more than 7 bits. These can overflow on processors
+        that add two products in 16 bits.
     """
     graph = _Graph(proto.graph)
     _pool_means_(graph)
@@ -57,7 +57,7 @@ def make_integer_(proto: Any, fewest_bits: int = 2) -> bool:
     graph.write_()
     if bits:
         proto.opset_import[0].version = max(proto.opset_import[0].version, opset)
-        # The first file version of the types: 10 for INT4, 13 for INT2.
+        # The first version of the file format (IR) with these types: 10 for INT4, 13 for INT2.
         proto.ir_version = max(proto.ir_version, 13 if opset >= 25 else 10)
     return wide
 
@@ -124,7 +124,7 @@ class _Graph:
             read.update(node.input)
             node.name = ""
         del self.proto.node[:], self.proto.initializer[:]
-        # The noted shapes may have changed; the runtime infers them.
+        # The shapes stored in the file may be wrong by now; the runtime infers them.
         del self.proto.value_info[:]
         self.proto.node.extend(self.nodes)
         self.proto.initializer.extend(t for name, t in self.constants.items() if name in read)
@@ -145,8 +145,8 @@ def _pool_means_(graph: _Graph) -> None:
         # The pool keeps both dimensions. A Flatten between pool and quantize would prevent the
         # integer kernel, so it follows the quantize.
         if not _attribute(mean, "keepdims", 1):
-            wide = graph.node("QuantizeLinear", [out, *quantize.input[1:]], codes + "_wide")
-            graph.replace_(quantize, [wide, graph.node("Flatten", [codes + "_wide"], codes)])
+            spatial = graph.node("QuantizeLinear", [out, *quantize.input[1:]], codes + "_wide")
+            graph.replace_(quantize, [spatial, graph.node("Flatten", [codes + "_wide"], codes)])
 
 
 def _is_quantized_spatial_mean(graph: _Graph, mean: Any) -> bool:
@@ -169,41 +169,41 @@ def _copy_shared_codes_(graph: _Graph) -> None:
     On processors without VNNI onnxruntime 1.32 converts such codes from int8 to uint8, once for
     each reader, and refuses to load the file when it meets the same codes again.
     """
-    for made in graph.of_type("DequantizeLinear"):
-        codes = graph.array(made.input[0])
+    for dequantize in graph.of_type("DequantizeLinear"):
+        codes = graph.array(dequantize.input[0])
         if codes is None or codes.dtype != np.int8 or not _is_wide(codes):
             continue
-        for number, reader in enumerate(graph.readers(made.output[0])[1:], start=2):
-            codes_name, scale_name, *zero_points = made.input
+        for number, reader in enumerate(graph.readers(dequantize.output[0])[1:], start=2):
+            codes_name, scale_name, *zero_points = dequantize.input
             inputs = [graph.add(f"{codes_name}_{number}", codes), scale_name]
             # Zero points are converted together with the codes.
             for name in zero_points:
                 zeros = graph.array(name)
                 assert zeros is not None, "zero points of weights are constants"
                 inputs.append(graph.add(f"{name}_{number}", zeros))
-            own = graph.node("DequantizeLinear", inputs, f"{made.output[0]}_{number}")
-            own.attribute.extend(made.attribute)
+            own = graph.node("DequantizeLinear", inputs, f"{dequantize.output[0]}_{number}")
+            own.attribute.extend(dequantize.attribute)
             for at, name in enumerate(reader.input):
-                if name == made.output[0]:
+                if name == dequantize.output[0]:
                     reader.input[at] = own.output[0]
-            graph.replace_(made, [made, own])
+            graph.replace_(dequantize, [dequantize, own])
 
 
 def _transpose_codes_(graph: _Graph) -> None:
-    """Transposes codes [out, in] in place of the dequantized weight that a Transpose reads."""
+    """Where a Transpose reads a dequantized weight, transposes its codes [out, in] instead."""
     for transpose in graph.of_type("Transpose"):
-        made = graph.dequantized(transpose.input[0])
-        if made is None or _is_blocked(made) or graph.reads[made.input[0]] > 1:
+        dequantize = graph.dequantized(transpose.input[0])
+        if dequantize is None or _is_blocked(dequantize) or graph.reads[dequantize.input[0]] > 1:
             continue
-        codes = graph.array(made.input[0])
+        codes = graph.array(dequantize.input[0])
         if codes is None or codes.ndim != 2:
             continue
-        stored = graph.add(f"{made.input[0]}_turned", np.ascontiguousarray(codes.T))
-        axis = 1 - _attribute(made, "axis", 1)
-        inputs = [stored, *made.input[1:]]
+        stored = graph.add(f"{dequantize.input[0]}_turned", np.ascontiguousarray(codes.T))
+        axis = 1 - _attribute(dequantize, "axis", 1)
+        inputs = [stored, *dequantize.input[1:]]
         weight = graph.node("DequantizeLinear", inputs, transpose.output[0], axis=axis)
         graph.replace_(transpose, [weight])
-        graph.nodes.remove(made)
+        graph.nodes.remove(dequantize)
 
 
 def _quantize_biases_(graph: _Graph) -> None:
@@ -227,9 +227,11 @@ def _quantize_biases_(graph: _Graph) -> None:
         name = gemm.input[2]
         stored = graph.add(f"{name}_codes", codes.astype(np.int32))
         steps = graph.add(f"{name}_scale", scales)
-        made = graph.node("DequantizeLinear", [stored, steps], f"{name}_{gemm.output[0]}", axis=0)
-        gemm.input[2] = made.output[0]
-        graph.replace_(gemm, [made, gemm])
+        dequantize = graph.node(
+            "DequantizeLinear", [stored, steps], f"{name}_{gemm.output[0]}", axis=0
+        )
+        gemm.input[2] = dequantize.output[0]
+        graph.replace_(gemm, [dequantize, gemm])
 
 
 def _pad_input_channels_(graph: _Graph) -> None:
@@ -290,39 +292,41 @@ def _rewrite_weights_(graph: _Graph) -> bool:
         Whether an integer layer reads codes of more than 7 bits.
     """
     any_wide = False
-    for made in graph.of_type("DequantizeLinear"):
-        codes, scales = (graph.array(name) for name in made.input[:2])
+    for dequantize in graph.of_type("DequantizeLinear"):
+        codes, scales = (graph.array(name) for name in dequantize.input[:2])
         if codes is None or scales is None or codes.dtype != np.int8:
             continue
-        readers = graph.readers(made.output[0])
+        readers = graph.readers(dequantize.output[0])
         layers = [n for n in readers if n.op_type in ("Conv", "Gemm", "MatMul")]
         on_integers = any(graph.dequantized(n.input[0]) for n in layers)
-        if _is_blocked(made) or not on_integers:
-            graph.replace_(made, _product(graph, made, codes, scales))
+        if _is_blocked(dequantize) or not on_integers:
+            graph.replace_(dequantize, _product(graph, dequantize, codes, scales))
             continue
         # Zero points are all 0, and optional.
-        del made.input[2:]
+        del dequantize.input[2:]
         wide = _is_wide(codes)
         if wide or any(n.op_type != "Conv" for n in layers):
-            # But onnxruntime's protection against overflow, and its QGemm, expect zero points, and
-            # for each weight a constant of its own.
-            made.input.append(graph.add(f"{made.input[0]}_0", np.zeros(scales.shape, np.int8)))
+            # Needed here all the same, as a constant of its own for each weight: by onnxruntime's
+            # protection against overflow, and by its QGemm.
+            dequantize.input.append(
+                graph.add(f"{dequantize.input[0]}_0", np.zeros(scales.shape, np.int8))
+            )
         any_wide |= wide
     return any_wide
 
 
-def _product(graph: _Graph, made: Any, codes: np.ndarray, scales: np.ndarray) -> list[Any]:
+def _product(graph: _Graph, dequantize: Any, codes: np.ndarray, scales: np.ndarray) -> list[Any]:
     """Returns nodes that compute a weight from codes and scales: Cast, Mul, for groups Reshape."""
-    name, block = made.output[0], _attribute(made, "block_size", 0)
+    name, block = dequantize.output[0], _attribute(dequantize, "block_size", 0)
     if block:
         steps = graph.add(f"{name}_step", scales[:, :, None])
         codes = codes.reshape([len(codes), -1, block])
     else:
-        axis = _attribute(made, "axis", 1)
+        axis = _attribute(dequantize, "axis", 1)
         shape = [1] * codes.ndim
         shape[axis] = -1
         steps = graph.add(f"{name}_step", scales.reshape(shape))
-    stored = graph.add(made.input[0], np.ascontiguousarray(codes))
+    stored = graph.add(dequantize.input[0], np.ascontiguousarray(codes))
     product = f"{name}_grouped" if block else name
     nodes = [
         graph.node("Cast", [stored], f"{name}_float", to=graph.onnx.TensorProto.FLOAT),
@@ -335,32 +339,34 @@ def _product(graph: _Graph, made: Any, codes: np.ndarray, scales: np.ndarray) ->
 
 
 def _keep_float_weights_(graph: _Graph) -> None:
-    """Dequantizes the inputs of layers with float weights by equal scales for each channel.
+    """Dequantizes the inputs of layers with float weights by channel, all with the same scale.
 
     If there were one scale for the whole tensor, onnxruntime would take the layer for an integer
     one and quantize its float weights to 8 bits with a single scale (its `WeightBiasQuantization`).
-    Weights of transposed convolutions, in groups or in codebooks would then differ from the
-    model's.
+    Such weights are those of transposed convolutions, and those that the model has quantized in
+    groups or by a codebook: they would then differ from the model's.
     """
     shapes = {v.name: v.type.tensor_type.shape.dim for v in graph.proto.value_info}
     for layer in graph.of_type("Conv", "ConvTranspose", "Gemm"):
-        made = graph.dequantized(layer.input[0])
-        if made is None or graph.dequantized(layer.input[1]) is not None:
+        dequantize = graph.dequantized(layer.input[0])
+        if dequantize is None or graph.dequantized(layer.input[1]) is not None:
             continue
-        scale, zero_point = (graph.array(name) for name in made.input[1:3])
+        scale, zero_point = (graph.array(name) for name in dequantize.input[1:3])
         if scale is None or zero_point is None or scale.size > 1:
             continue
-        name = f"{made.output[0]}_channels"
+        name = f"{dequantize.output[0]}_channels"
         layer.input[0] = name
         # Another layer that reads the same value may have added the node already.
         if name in graph.makers:
             continue
-        channels = shapes[made.output[0]][1].dim_value
-        inputs = [made.input[0]]
-        for constant, value in zip(made.input[1:3], (scale, zero_point), strict=True):
+        channels = shapes[dequantize.output[0]][1].dim_value
+        inputs = [dequantize.input[0]]
+        for constant, value in zip(dequantize.input[1:3], (scale, zero_point), strict=True):
             repeated = np.full(channels, value.reshape(-1)[0], value.dtype)
             inputs.append(graph.add(f"{constant}_{channels}", repeated))
-        graph.replace_(made, [made, graph.node("DequantizeLinear", inputs, name, axis=1)])
+        graph.replace_(
+            dequantize, [dequantize, graph.node("DequantizeLinear", inputs, name, axis=1)]
+        )
 
 
 def _shrink_codes_(graph: _Graph, fewest: int) -> tuple[int, int]:

@@ -18,10 +18,10 @@ from fedpress.reports.metrics import Shown, words_of
 from fedpress.reports.protection import protects
 from fedpress.reports.reading import Json
 
-MUCH_FLOAT = 0.1  # share of the parameters left in float: more than this stands in the headline
+MUCH_FLOAT = 0.1  # the headline mentions a larger share of parameters that stay float
 
 SAID_BESIDE = ("auc", "r2", "macro_f1", "micro_f1", "exact_match")
-"""Metrics that may stand in the note of a tile: those without a unit."""
+"""Metrics that may be added in a tile's note, because they have no unit."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ def tiles(stages: list[Json]) -> list[Tile]:
         _score(stages),
         _second_metric(stages),
         _cost("parameters", stages, "parameters", units.count),
-        _stays_float(stages),
+        _float_tile(stages),
         _file(stages),
         _latency(stages),
         _privacy(federated),
@@ -56,13 +56,13 @@ def tiles(stages: list[Json]) -> list[Tile]:
     return [tile for tile in found if tile]
 
 
-def _stays_float(stages: list[Json]) -> Tile | None:
+def _float_tile(stages: list[Json]) -> Tile | None:
     """Tells how much of a quantized network stays float, where that is more than a tenth."""
     found = [stage for stage in stages if units.number(stage.get("float_share")) is not None]
-    said = stays_float(found[-1]) if found else None
-    if said is None:
+    share_and_names = stays_float(found[-1]) if found else None
+    if share_and_names is None:
         return None
-    share, names = said
+    share, names = share_and_names
     return Tile(share, "of the parameters stay float", names)
 
 
@@ -122,17 +122,17 @@ def _second_metric(stages: list[Json]) -> Tile | None:
     A good accuracy may hide a bad balanced accuracy.
     """
     stage, words = _measured(stages), words_of(stages)
-    known = [word for word in words[1:] if units.number(stage.get(word.key)) is not None]
+    known = [metric for metric in words[1:] if units.number(stage.get(metric.key)) is not None]
     # A share in percent is read more easily than a number between 0 and 1.
-    shares = [word for word in known if word.share]
-    if not known or (not shares and any(word.share for word in words[1:])):
+    shares = [metric for metric in known if metric.share]
+    if not known or (not shares and any(metric.share for metric in words[1:])):
         return None
     first = shares[0] if shares else known[0]
 
     notes = []
-    for word in known:
-        if word is not first and word.key in SAID_BESIDE:
-            notes.append(f"{word.name} {word.formatted(stage[word.key])}")
+    for metric in known:
+        if metric is not first and metric.key in SAID_BESIDE:
+            notes.append(f"{metric.name} {metric.formatted(stage[metric.key])}")
     if units.number(stage.get("majority_share")) is not None:
         share = units.percent(stage.get("majority_share"), 1)
         notes.append(f"largest class: {share} of the test examples")

@@ -21,20 +21,20 @@ from fedpress.reports.plot import (
 from fedpress.reports.reading import Json
 
 NAMED = 12
-"""So many points of the front are named in the picture; of more, pointer and table name all."""
+"""Most points of the front that are named in the picture; where there are more, only the pointer
+and the table name them."""
 
 
 def trade_offs(page: Json, cost: str, word: str) -> list[Figure]:
     """Returns the figure of the metric against one cost.
 
-    Of latency one for each runtime, as only like compares.
+    For latency one figure for each runtime: latencies in two runtimes cannot be compared.
     """
     runtimes: list[str | None] = []
     if cost == "latency_ms":
         runtimes += _runtimes(page)
     figures = []
     for runtime in runtimes or [None]:
-        # Latencies in two runtimes do not compare, so each has a figure of its own.
         what = word if runtime is None else f"{word} in {runtime}"
         figure = trade_off(page, cost, what, runtime=runtime)
         if figure is not None:
@@ -43,9 +43,9 @@ def trade_offs(page: Json, cost: str, word: str) -> list[Figure]:
 
 
 def _runtimes(page: Json) -> list[str]:
-    """Returns the runtimes in which the ends of variants were measured.
+    """Returns the runtimes in which the last stages of variants were measured.
 
-    Where none has ended, all.
+    If no variant has ended, those of all stages.
     """
     ends: list[Json] = []
     stages: list[Json] = []
@@ -67,7 +67,7 @@ class Point:
 
     Attributes:
         variant: the name of the variant that it belongs to.
-        stage: its line of the result.
+        stage: what the result says of it.
         end: whether it is the last one of its variant.
     """
 
@@ -77,7 +77,7 @@ class Point:
 
     @property
     def shown(self) -> Shown:
-        """Says how its metric is told."""
+        """Says how its metric is named and written."""
         return Shown.of([self.stage])
 
     @property
@@ -91,9 +91,9 @@ class Cost:
     """A cost on the lower axis.
 
     Attributes:
-        key: in a stage's line.
+        key: of the cost in a stage's result.
         unit: that it is drawn in, such as "MB".
-        size: of that unit, in the line's own: 1e6 for MB.
+        size: what a stage's number is divided by to have this unit: 1e6 for MB.
     """
 
     key: str
@@ -130,7 +130,7 @@ def trade_off(page: Json, cost: str, word: str, *, runtime: str | None = None) -
     ends = {point.variant: point for point in points if point.end}
     front = [ends[name] for name in page.get(f"front_{cost}", []) if name in ends]
     beaten = [point for point in ends.values() if point not in front]
-    within = _distinct([point for point in points if not point.end])
+    earlier = _distinct([point for point in points if not point.end])
 
     metric = Shown.of([point.stage for point in points])
     higher = metric.metric.better == "higher"
@@ -140,9 +140,9 @@ def trade_off(page: Json, cost: str, word: str, *, runtime: str | None = None) -
     unit = Cost.of(cost, points)
     return Figure(
         f"{metric.title} against {word}",
-        f"{_in_words(within, front, word)}{_hidden(within, worst, higher=higher)}",
+        f"{_in_words(earlier, front, word)}{_hidden(earlier, worst, higher=higher)}",
         Axis(unit.axis, low=0.0),
-        [Panel(axis, _series(page, unit, within, beaten, front))],
+        [Panel(axis, _series(page, unit, earlier, beaten, front))],
         height=460,
         wide=True,
         legend=True,
@@ -150,7 +150,7 @@ def trade_off(page: Json, cost: str, word: str, *, runtime: str | None = None) -
 
 
 def _points(page: Json, cost: str, runtime: str | None) -> list[Point]:
-    """Returns the stages that have both numbers, in the order of the sweep."""
+    """Returns the stages with both a cost and a metric, in the order of the sweep."""
     points = []
     for variant in page["variants"]:
         for stage in variant["stages"]:
@@ -173,9 +173,9 @@ def _distinct(points: Sequence[Point]) -> list[Point]:
 
 
 def _worst(ends: Sequence[float], metric: Shown) -> float:
-    """Returns where the picture ends.
+    """Returns the worst metric that the picture shows, somewhat worse than that of any end.
 
-    A network that was just cut may be so bad that all others would seem equal.
+    A network that was just cut may be so bad that beside it all others would look equal.
     """
     span = max(ends) - min(ends)
     if metric.metric.better == "lower":
@@ -186,7 +186,7 @@ def _worst(ends: Sequence[float], metric: Shown) -> float:
 
 
 def _highest(points: Sequence[Point], metric: Shown) -> float:
-    """Returns where the picture ends above its best point; a share has no more than 100%."""
+    """Returns the upper end of the axis: a bit above the best point, for a share at most 100.2%."""
     best = max(point.height for point in points)
     worst = _worst([point.height for point in points if point.end] or [best], metric)
     space = max(0.5 if metric.metric.share else 0.005, 0.1 * (best - worst))
@@ -195,16 +195,16 @@ def _highest(points: Sequence[Point], metric: Shown) -> float:
     return min(best + space, most)
 
 
-def _in_words(within: Sequence[Point], front: Sequence[Point], word: str) -> str:
-    way = "; in grey the stages on its way" if within else ""
+def _in_words(earlier: Sequence[Point], front: Sequence[Point], word: str) -> str:
+    way = "; in grey the stages on its way" if earlier else ""
     named = ", ".join(point.variant for point in front) or "none"
     return f"Each variant's end{way}. On the Pareto front, by rising {word}: {named}."
 
 
-def _hidden(within: Sequence[Point], worst: float, *, higher: bool) -> str:
+def _hidden(earlier: Sequence[Point], worst: float, *, higher: bool) -> str:
     """Says how many stages lie beyond the end of the picture; empty if none does."""
     beyond = 0
-    for point in within:
+    for point in earlier:
         beyond += point.height < worst if higher else point.height > worst
     side = "below" if higher else "above"
     return f" {beyond} stages on the way lie {side} the picture." if beyond else ""
@@ -213,14 +213,14 @@ def _hidden(within: Sequence[Point], worst: float, *, higher: bool) -> str:
 def _series(
     page: Json,
     cost: Cost,
-    within: Sequence[Point],
+    earlier: Sequence[Point],
     beaten: Sequence[Point],
     front: Sequence[Point],
 ) -> list[Series]:
     drawn = []
-    if within:
-        x, y, hover = _drawn(within, cost)
-        begins = [_first_label(point, page) for point in within]
+    if earlier:
+        x, y, hover = _drawn(earlier, cost)
+        begins = [_first_label(point, page) for point in earlier]
         drawn.append(Series("points", "stages on the way", x, y, FAINT, hover, begins))
     if beaten:
         x, y, hover = _drawn(beaten, cost)
@@ -239,14 +239,14 @@ def _first_label(point: Point, page: Json) -> str:
 
 
 def _drawn(points: Sequence[Point], cost: Cost) -> tuple[list[float], list[float], list[str]]:
-    """Returns the costs and metrics of some points, and what the pointer is told of each."""
+    """Returns costs and metrics of some points, and the text that the pointer shows at each."""
     x, y, hover = [], [], []
     for point in points:
-        across = point.stage[cost.key] / cost.size
+        cost_in_unit = point.stage[cost.key] / cost.size
         runtime = point.stage.get("runtime") if cost.key == "latency_ms" else None
         where = f", in {runtime}" if runtime else ""
-        told = f"{short(across)} {cost.unit}, {point.shown.with_error(point.stage)}"
-        x.append(across)
+        told = f"{short(cost_in_unit)} {cost.unit}, {point.shown.with_error(point.stage)}"
+        x.append(cost_in_unit)
         y.append(point.height)
         hover.append(f"{point.variant}, after {point.stage.get('name')}{where}: {told}")
     return x, y, hover

@@ -27,9 +27,10 @@ from fedpress.workspace.state import Name, State, Tick
 
 BATCH = 64
 MAX_APART = 0.02
-"""Difference of the outputs, as a share of their norm, from which a result mentions it."""
+"""A result mentions a difference of the outputs whose norm, over theirs, is above this."""
 MAX_LOST = 0.005
-"""Difference of the metric from which a result mentions it; a share of it if it is no share."""
+"""A result says that the metric differs if it does by more than this: in absolute terms for a share
+(accuracy), relative to the model's for any other metric (an error in euros)."""
 
 
 class ExportStage(BaseModel, Stage):
@@ -58,16 +59,16 @@ class ExportStage(BaseModel, Stage):
 
     @field_validator("format")
     @classmethod
-    def _known(cls, name: str) -> str:
+    def _format_is_known(cls, name: str) -> str:
         if name not in FORMATS:
             raise SettingError.of(deploy.unknown_format(name))
         return name
 
     @model_validator(mode="after")
-    def _rounds_something(self) -> ExportStage:
+    def _seven_bits_need_int8(self) -> ExportStage:
         if self.weight_bits == 7 and not self.int8:
             raise SettingError(
-                "7 is for the float layers that int8 rounds, and int8 is not given",
+                "7 bits are only for float layers that int8 rounds, and int8 is not given",
                 place="weight_bits",
                 cure=("give ", Argument("int8", True), ", or leave weight_bits out"),
             )
@@ -105,9 +106,10 @@ class ExportStage(BaseModel, Stage):
         yield Tick(1, 4, "comparing with torch")
         test = state.data.test
         x = self._parity_inputs(state)
-        # Against the graph that was written (rounded, for int8): only rounding errors may differ.
+        # The file against the graph it was written from (for int8 the rounded one): they may differ
+        # by float rounding only.
         same = deploy.parity(artifact.program or model, path, x, tolerance=artifact.tolerance)
-        # And against the float model, which the rounding of int8 changes.
+        # And the file against the float model: here the rounding of int8 shows.
         agree, apart = _compared(task, deploy.logits(model, x), deploy.file_logits(path, x))
 
         yield Tick(2, 4, f"measuring {task.shown_metrics[0].name}")
@@ -156,22 +158,22 @@ class ExportStage(BaseModel, Stage):
         test = state.data.test
         if len(test):
             return state.data.preprocess(test.x[: self.parity_examples])
-        chance = public_stream(state.seed, "export", "noise")
-        return state.spec.example(self.parity_examples, chance)
+        stream = public_stream(state.seed, "export", "noise")
+        return state.spec.example(self.parity_examples, stream)
 
     def _export(self, state: State, path: Path, *, few: bool = False) -> Artifact:
         """Writes the file; `few` takes the ranges of int8 from two examples, for a trial."""
         if len(state.data.test):
-            whole = state.data.preprocess(state.data.test.x[:2])
+            examples = state.data.preprocess(state.data.test.x[:2])
         elif len(state.data.public):
-            whole = state.data.preprocess(state.data.public.x[:2])
+            examples = state.data.preprocess(state.data.public.x[:2])
         else:
-            whole = state.example(2)
+            examples = state.example(2)
         # One float tensor is described by its shape. Token ids and several inputs need values: a
         # made-up token may lie beyond the vocabulary.
-        given: InputSpec = whole
-        if isinstance(whole, Tensor) and whole.is_floating_point():
-            given = tuple(whole.shape[1:])
+        given: InputSpec = examples
+        if isinstance(examples, Tensor) and examples.is_floating_point():
+            given = tuple(examples.shape[1:])
         job = Job.of(
             given,
             preprocess=state.data.preprocess,
@@ -205,8 +207,8 @@ def _compared(task: Task, in_torch: Tensor, in_file: Tensor) -> tuple[float | No
     """Compares outputs [n, ...] of the file with those of the model.
 
     Returns:
-        The share of examples with the same answer (None if the task has no such), and the norm of
-        the difference over the norm of the model's outputs.
+        The share of examples with the same answer (None if answers are numbers), and the
+        norm of the difference over the norm of the model's outputs.
     """
     agree = task.agreement(in_torch, in_file) if in_torch.dim() > 1 else 1.0
     # Outputs of zeros only would divide by 0.
@@ -235,17 +237,17 @@ def difference_in_words(
         model: metric of the torch model; None without test examples.
         simulated: whether torch only simulates the rounding of the model.
     """
-    word = task.shown_metrics[0]
+    metric = task.shown_metrics[0]
     lost = 0.0
     if file is not None and model is not None:
         lost = abs(model - file)
     # An error in euros is compared as a share of itself, a share of right answers as it is.
-    if model and not word.share:
+    if model and not metric.share:
         lost /= abs(model)
     if apart <= MAX_APART and lost <= MAX_LOST:
         return ""
     whose = "the network simulated in torch" if simulated else "the network in torch"
     words = f"its outputs are {100 * apart:.1f}% off those of {whose}"
     if file is not None and model is not None:
-        words += f"; {word.name} {word.formatted(file)} against {word.formatted(model)}"
+        words += f"; {metric.name} {metric.formatted(file)} against {metric.formatted(model)}"
     return words

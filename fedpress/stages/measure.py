@@ -54,8 +54,8 @@ class MeasureStage(BaseModel, Stage):
         model = state.model.to("cpu")
         public = None
         if self.int8:
-            chance = public_stream(state.seed, "measure", self.name)
-            order = chance.permutation(len(state.data.public))
+            stream = public_stream(state.seed, "measure", self.name)
+            order = stream.permutation(len(state.data.public))
             # 64 examples are enough for ranges: the accuracy of these files is not measured.
             public = state.data.preprocess(state.data.public.take(order[:64]).x)
         found = measure_model(
@@ -89,11 +89,11 @@ def measure_model(
         given: shape of one float32 example, or a batch of inputs such as token ids.
         file_bytes: of the file that keeps the model; by default those of its parameters and
             buffers.
-        calibration: standardised examples [n, *input_shape] in batches; without any no integer
-            files.
+        calibration: standardised examples [n, *input_shape] in batches; if there are none, no
+            integer files are made.
         batches: batch sizes.
         threads: numbers of threads.
-        seconds: for each runtime at each of them.
+        seconds: for each runtime at each batch size and number of threads.
 
     Returns:
         parameters, macs, activations, `runtimes` (the records of `deploy.measure`), and `left_out`:

@@ -1,4 +1,4 @@
-"""Training with or without a teacher, as stages share it, and where the teacher comes from."""
+"""Training with or without a teacher, which several stages use, and the loading of the teacher."""
 
 from __future__ import annotations
 
@@ -35,7 +35,8 @@ from fedpress.workspace.state import State, Tick
 EXAMPLES = 64
 FROM_THE_RUN = ("dense", "before")
 SAVED_MODELS = {"teacher": FROM_THE_RUN}
-"""`Stage.saved_models` of a stage with a teacher: the words of `FROM_THE_RUN` are no paths."""
+"""`Stage.saved_models` of a stage with a teacher: its key `teacher` is the path of a saved model,
+unless it is one of the words `FROM_THE_RUN`."""
 
 
 GIVE_TEACHER = (
@@ -64,7 +65,7 @@ class TeacherTrainSettings(TrainSettings):
     }
 
     @model_validator(mode="after")
-    def _distills_from_somebody(self) -> TeacherTrainSettings:
+    def _distill_needs_a_teacher(self) -> TeacherTrainSettings:
         if self.teacher is None and "distill" in self.model_fields_set:
             raise SettingError(
                 "it needs a teacher",
@@ -138,10 +139,10 @@ class StageTraining:
                 if isinstance(event, Step):
                     yield Tick(event.done, event.total)
                     continue
-                more = ""
+                score_text = ""
                 if event.score is not None:
-                    more = f", validation {self.source.data.task.formatted(event.score)}"
-                yield epoch_milestone(event, more=more, image_size=event.image_size)
+                    score_text = f", validation {self.source.data.task.formatted(event.score)}"
+                yield epoch_milestone(event, more=score_text, image_size=event.image_size)
 
     def state(self) -> Snapshot:
         """Returns the training's state for a checkpoint."""
@@ -166,7 +167,7 @@ def saved_teacher(where: str) -> tuple[ModelSpec | None, nn.Module]:
     try:
         return storage.load(Path(where))
     except ModelError as error:
-        # The cure for the argument "model" names more than a teacher can be.
+        # The cure for the argument "model" also names models that cannot be a teacher.
         if error.place == "model":
             error.place = "teacher"
             error.cure = "give the folder of a model or of a run, or a packed file"
@@ -198,7 +199,7 @@ def _teacher(where: str, state: State) -> nn.Module:
         raise RecipeError(
             "got 'dense', but no stage before this one has made a trained model smaller",
             place="teacher",
-            cure="put the cut before, or name the teacher's folder",
+            cure="put a stage that makes the model smaller before it, or give the teacher's folder",
         )
     names = state.data.class_names
     if spec.class_names and names and spec.class_names != tuple(names):

@@ -1,4 +1,4 @@
-"""The type of any stage in the table, as the recipe's settings use it."""
+"""The union type of all stages in the table: the recipe's settings read each `[[stage]]` as one."""
 
 from __future__ import annotations
 
@@ -13,4 +13,5 @@ if TYPE_CHECKING:
 
     AnyStage = Stage
 else:
+    # Made from the table when it is imported; a type checker sees the base class instead.
     AnyStage = reduce(or_, dict.fromkeys(row.load() for row in STAGES))

@@ -1,9 +1,10 @@
 """Lossless coding of quantized weights, with a frequency table for each class of weights.
 
 In a trained layer some channels have larger weights than others. The file holds a small integer for
-every output channel, input channel and kernel position of a layer. The three integers of a weight
-add up to the logarithm of how far its code is expected to be from the middle. All weights with the
-same sum, or with sums in the same class, share a frequency table for entropy coding.
+every output channel, input channel and kernel position of a layer. A weight belongs to one of each,
+and the sum of their three integers tells, as a logarithm, how far its code is expected to lie from
+the median code. Weights with the same sum are in one class, and so are those of some neighbouring
+sums; each class has a frequency table for entropy coding.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ from torch import Tensor
 from fedpress.wire.packing import expand, shrink
 from fedpress.wire.reader import ByteReader, fail, varint
 
-# Resolutions of the logarithms that the encoder tries, in steps per factor of two. With 0 all
-# weights are in one class, which is the smallest for layers without such structure.
+# How finely the encoder tries to write the logarithms: integer steps per factor of two. With 0 all
+# weights are in one class, which takes the fewest bytes where channels do not differ in size.
 STEPS = (0, 6)
 # Each class adds a frequency table to the file.
 MAX_CLASSES = 64
@@ -82,7 +83,7 @@ def expand_codes(data: memoryview, shapes: Sequence[Sequence[int]], place: str) 
 def _shrink(cubes: Sequence[Codes], step: int) -> bytes:
     """Compresses tensors [out, in, positions] with logarithms of this resolution."""
     fits = [_fit(cube, step) for cube in cubes]
-    # The same numbers by axis: logs[axis][tensor].
+    # In the order logs[axis][tensor], where `fits` is fits[tensor][axis].
     logs = [[fit[axis] for fit in fits] for axis in range(3)]
     sums = _sums(cubes, logs)
     low, high = _span(sums)
@@ -124,19 +125,19 @@ def _fit(cube: Codes, step: int) -> list[Codes]:
         return zero
     # The first rows, about 4096 codes, are enough for the median.
     center = int(np.median(cube[: 1 + 4096 // max(1, cube[0].size)]))
-    # The small number keeps the logarithm of a channel finite whose codes all are the center.
-    away = np.abs(cube.astype(np.float32) - center) + 0.02
+    # The small number keeps the logarithm finite for a channel whose codes all equal the center.
+    distances = np.abs(cube.astype(np.float32) - center) + 0.02
     factors = [np.ones((1, 1, 1), np.float32)] * 3
     # Each update depends on the other factors, hence three sweeps.
     for _ in range(3):
         for axis in range(3):
             first, second = (i for i in range(3) if i != axis)
-            rest = away / (factors[first] * factors[second])
+            rest = distances / (factors[first] * factors[second])
             factors[axis] = rest.mean(axis=(first, second), keepdims=True)
     logs = []
-    for factor, sized in zip(factors, zero, strict=True):
+    for factor, template in zip(factors, zero, strict=True):
         log = np.rint(step * np.log2(factor)).reshape(-1).clip(-127, 127).astype(np.int8)
-        logs.append(np.broadcast_to(log, sized.shape).copy())
+        logs.append(np.broadcast_to(log, template.shape).copy())
     return logs
 
 
@@ -161,8 +162,9 @@ def _span(sums: Sequence[NDArray[np.int16]]) -> tuple[int, int]:
 def _join_classes(sums: NDArray[np.int64], codes: Codes) -> NDArray[np.uint8]:
     """Returns the class of each sum, counted from 0.
 
-    Every sum begins as a class of its own. Neighbours are joined, best first, while the saved
-    frequency table is larger than what the coarser statistics add to the codes.
+    Every sum begins as a class of its own. The two neighbours whose joining saves most bits are
+    joined, as long as a frequency table less saves more than the codes grow by, or there are more
+    than `MAX_CLASSES` classes.
     """
     number = int(sums.max(initial=0)) + 1
     pairs = 256 * sums + codes.view(np.uint8)

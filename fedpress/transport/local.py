@@ -36,7 +36,7 @@ class LocalTransport:
         """Makes a transport.
 
         Args:
-            handlers: what answers for each client, by its name.
+            handlers: name of each client -> the function that answers for it.
             max_bytes: longest answer that is accepted, in bytes.
         """
         self._handlers = dict(handlers)

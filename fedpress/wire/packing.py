@@ -20,11 +20,11 @@ from fedpress.wire.reader import ByteReader, fail, varint, zigzag
 RAW, NBIT, ANS, SPARSE = range(4)
 
 DEEPEST = 3
-"""How deep forms stand inside forms: a sparse one, its bitmap, the bitmap's classes, their numbers.
-A reader that followed every depth could be sent one that never ends."""
+"""Packed bytes may contain packed bytes, so many levels deep: a sparse tensor has a packed bitmap,
+which has packed class numbers, and so on. Without a limit a sender could nest them endlessly."""
 
 SAMPLE = 1 << 16
-"""Values from which it is estimated whether entropy coding makes a longer tensor smaller."""
+"""Size of the sample of a long tensor that shows whether entropy coding is worth trying."""
 
 # Floats are viewed as whole numbers of their size, so that every bit comes back.
 WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -95,7 +95,7 @@ def _shrink(values: Ints, floats: bool, rows: int = 1, depth: int = 0) -> bytes:
         values: the bits of the values as whole numbers.
         floats: whether these are the bits of floats, whose order means nothing.
         rows: rows of the tensor.
-        depth: how many forms stand around this one.
+        depth: how many packed forms contain this one.
     """
     if not len(values):
         return b""
@@ -222,7 +222,7 @@ def _ans_pays(values: Ints, bits: int, size: int) -> bool:
     # The tables would take more than the values.
     if len(values) < 16:
         return False
-    # Trying takes only ten times as long as the estimate.
+    # At so few bits coding takes only ten times as long as estimating, so it is simply tried.
     if bits <= 8:
         return True
     if len(values) <= 2 * SAMPLE:

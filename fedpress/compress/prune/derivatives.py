@@ -25,7 +25,7 @@ def differentiable(
             at its initialisation has no running statistics yet.
     """
     modes = [(module, module.training) for module in model.modules()]
-    trained = [weight.requires_grad for weight in weights]
+    required_grad = [weight.requires_grad for weight in weights]
     # Norms in training mode change their running statistics.
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()] if batch_statistics else []
 
@@ -44,7 +44,7 @@ def differentiable(
         with torch.no_grad():
             for buffer, before in buffers:
                 buffer.copy_(before)
-        for weight, was in zip(weights, trained, strict=True):
+        for weight, was in zip(weights, required_grad, strict=True):
             weight.requires_grad_(was)
         for module, mode in modes:
             module.training = mode

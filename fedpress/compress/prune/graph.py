@@ -65,10 +65,10 @@ class ChannelGroup:
 
 @dataclass(frozen=True)
 class Length:
-    """The length of an axis: `full`, less `times` for every channel of a group that is pruned."""
+    """The length of an axis: `full`, less some indices for every channel that is pruned."""
 
     full: int
-    times: tuple[tuple[int, int], ...]  # (group, times)
+    times: tuple[tuple[int, int], ...]  # (group, indices that each of its channels takes)
 
     def without(self, pruned: Sequence[int]) -> int:
         """Returns the length when group i has lost `pruned[i]` channels."""
@@ -114,7 +114,7 @@ class SizedNumber:
     multiple: bool
 
     def correction(self, pruned: Sequence[int]) -> Number:
-        """Returns its correction, as a plan has it, when group i has lost `pruned[i]` channels.
+        """Returns what a pruning plan stores for it, when group i has lost `pruned[i]` channels.
 
         A multiple is corrected by a pair (new length, old length), because the other factor, the
         number of examples say, may change from call to call.
@@ -176,7 +176,7 @@ class ChannelGraph:
         products: multiply-adds of the operations.
         examples: number of examples in the batch that was traced.
         numbers: sizes in forward code that depend on channels.
-        approximate: modules with norms over channels that are pruned through.
+        approximate: modules with norms that average over channels which may be pruned.
         indices: tensors of indices in forward code that depend on channels.
         call_counts: how many calls one forward of a module makes at each place, (module, place) ->
             calls.
@@ -299,8 +299,8 @@ def capture(model: nn.Module, arguments: tuple[Tensor, ...]) -> torch.export.Exp
     """
     modes = {module: module.training for module in model.modules()}
     attributes = [(module, _attributes(module)) for module in model.modules()]
-    # `torch.export` knows the outputs of few containers; tensors inside other objects are found
-    # here.
+    # `torch.export` accepts outputs in few kinds of containers, so the hook takes the tensors out
+    # of any object.
     hook = model.register_forward_hook(lambda module, given, output: tensors_in(output))
 
     had_fast_path = torch.backends.mha.get_fastpath_enabled()
@@ -311,7 +311,8 @@ def capture(model: nn.Module, arguments: tuple[Tensor, ...]) -> torch.export.Exp
     except Exception as error:  # torch.export raises whatever the user's code raises
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(
-            f"the model cannot be captured by torch.export ({reason}){_where(model, error)}",
+            f"the model cannot be captured by torch.export ({reason})"
+            f"{_failing_module(model, error)}",
             place="model",
             cure="remove data-dependent control flow from forward, or check the example input",
         ) from error
@@ -366,7 +367,8 @@ def _attributes(module: nn.Module) -> dict[str, tuple[Any, Any]]:
 def _restore_attributes_(module: nn.Module, attributes: Mapping[str, tuple[Any, Any]]) -> None:
     """Restores the attributes that forward changed while it was captured.
 
-    It may have cached tensors without values, of the capture, which would fail in every later run.
+    Forward may have cached tensors of the capture, which have no values: every later run would fail
+    with them.
     """
     new = [key for key in module.__dict__ if key not in attributes and key not in REGISTERED]
     for key in new:
@@ -380,7 +382,7 @@ def _restore_attributes_(module: nn.Module, attributes: Mapping[str, tuple[Any, 
             value.update(content)
 
 
-def _where(model: nn.Module, error: BaseException | None) -> str:
+def _failing_module(model: nn.Module, error: BaseException | None) -> str:
     """Names the module in whose code the error arose: the innermost one in its traceback."""
     names = {id(module): name for name, module in model.named_modules()}
     found = None

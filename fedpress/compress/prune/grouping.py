@@ -67,18 +67,18 @@ def channel_graph(
     """
     labels = ids.labels()
     # Arrays of ids are told apart by their identity: two axes may have the same ids.
-    counted: dict[int, Ints] = {}
+    sized_axes: dict[int, Ints] = {}
     for product in ids.products:
         for axis in product.axes:
-            counted[id(axis)] = axis
+            sized_axes[id(axis)] = axis
     for size in ids.sizes_in_calls:
-        counted[id(size.axis)] = size.axis
+        sized_axes[id(size.axis)] = size.axis
 
     # An activation's axis belongs to no stored tensor, but its length depends on channels too.
     owned = {id(axis) for _, _, axis in owners}
-    unowned: list[Owner] = [("", 0, axis) for key, axis in counted.items() if key not in owned]
+    unowned: list[Owner] = [("", 0, axis) for key, axis in sized_axes.items() if key not in owned]
     grouping = _grouping(ids, labels, [*owners, *unowned])
-    lengths = {key: grouping.length(labels[axis]) for key, axis in counted.items()}
+    lengths = {key: grouping.length(labels[axis]) for key, axis in sized_axes.items()}
     examples = next((x.shape[0] for x in example if x.dim()), 1)
     return ChannelGraph(
         groups=grouping.groups,
@@ -138,8 +138,7 @@ def _site(call: ForwardCall, position: int) -> NumberSite:
 
 
 def _kept_classes(ids: ChannelIds, labels: Ints) -> dict[int, str]:
-    """Returns the classes that cannot be pruned, with the first reason for each."""
-    # Reasons are in the order of the walk, and the first one is reported.
+    """Returns each class that cannot be pruned, and why: the first reason that the walk met."""
     kept: dict[int, str] = {}
     for axis, why in ids.kept:
         for label in np.unique(labels[axis]).tolist():
@@ -185,7 +184,7 @@ def _grouping(ids: ChannelIds, labels: Ints, owners: Sequence[Owner]) -> Groupin
     for axis, role, _ in ids.roles:
         if len(axis):
             roles[int(axis[0])] = role
-    uses: Counter[str] = Counter()
+    name_counts: Counter[str] = Counter()
     groups: list[ChannelGroup] = []
     group_of = np.full(ids.count, -1, dtype=np.int64)
     channel_of = np.full(ids.count, -1, dtype=np.int64)
@@ -202,8 +201,8 @@ def _grouping(ids: ChannelIds, labels: Ints, owners: Sequence[Owner]) -> Groupin
 
         # A module may write several groups, for instance the queries and values of attention.
         name = names[classes[0]]
-        uses[name] += 1
-        unique_name = name if uses[name] == 1 else f"{name}#{uses[name]}"
+        name_counts[name] += 1
+        unique_name = name if name_counts[name] == 1 else f"{name}#{name_counts[name]}"
         slices = tuple(_slices(group_owners, table[order], owners, roles))
         groups.append(ChannelGroup(unique_name, slices))
     return Grouping(tuple(groups), group_of, channel_of)
@@ -239,7 +238,7 @@ def _slices(
         touched: positions in `owners`, one for each column of `table`.
         table: [channels, places], the index of each channel on these axes.
         owners: all tensors with the ids of their axes.
-        roles: of an axis, by its first id.
+        roles: first id of an axis -> its role.
     """
     columns = np.array(touched)
     for owner in dict.fromkeys(touched):

@@ -28,13 +28,13 @@ class Value:
     Attributes:
         shape: of the tensor.
         axes: one entry for each axis.
-        zero_when_masked: whether it is zero where its channels are masked: a weight, or a power of
-            one.
+        zero_when_masked: whether it is zero wherever its channels are masked, as a weight is, and
+            as the square of a weight is.
         from_weights: whether it is computed from parameters and buffers alone.
         has_parameter: whether a parameter is among them.
         from_input: whether it depends on the model's input.
-        gathered_weights: whether it holds weights that the input selects, of the experts of a
-            mixture for instance.
+        gathered_weights: whether it holds weights that the input selects, such as those of the
+            chosen experts in a mixture of experts.
         channel_norm: whether it is a norm of each channel over space.
         is_boolean: whether its type is bool.
         constant: the tensor itself, where it holds integers or booleans that are the same for every
@@ -76,7 +76,8 @@ class ForwardCall:
 
 
 SETS_OWN_NUMBERS = ForwardCall("", "", -1, [], [])
-"""Calls inside a module that takes all its numbers from its tensors: none needs a correction."""
+"""Stands for all calls inside a module that computes its sizes from its tensors: pruning leaves
+nothing to correct in its code."""
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,7 @@ class SplitAxis:
     Attributes:
         elements: the ids [n, m, ...] of the product axis.
         axes: the ids [n], [m], ... of the others.
-        place: the operation, for reasons.
+        place: the operation, as it is named in the reason why channels are kept.
     """
 
     elements: Ints
@@ -134,13 +135,13 @@ class ChannelIds:
 
         # What the user asked for.
         self.ignored: frozenset[str] = frozenset()  # names of modules whose channels are all kept
-        self.approximate: frozenset[str] = frozenset()  # kinds of norms that may be pruned through
+        self.approximate: frozenset[str] = frozenset()  # kinds of norms that may lose channels
 
         # The operation that is walked now.
         self.module = ""
-        self.operation = ""  # for reasons and errors
+        self.operation = ""  # its name, for errors and for the reasons why channels are kept
         self.target: Any = None  # the operation as an ATen overload, which has its arguments' names
-        self.outer = ""  # the operation that was decomposed into this one, if any
+        self.outer = ""  # the operation in the user's code that was decomposed into it, if any
         self.call: ForwardCall | None = None
         self.is_used = True  # whether an output depends on it; otherwise it only has to run
 
@@ -149,14 +150,14 @@ class ChannelIds:
         self.kept: list[tuple[Ints, str]] = []
         self.roles: list[tuple[Ints, str, str]] = []
         self.splits: list[SplitAxis] = []
-        self.preferred: list[Ints] = []
+        self.preferred: list[Ints] = []  # axes, such as heads, to cut where a split has a choice
         self.sizes_in_calls: list[SizeInCall] = []
         self.indices_in_calls: list[IndicesInCall] = []
-        self.approximated: list[str] = []  # modules with norms that are pruned through, in order
+        self.approximated: list[str] = []  # modules whose norms may lose channels
         self.without_rule: list[tuple[str, str, list[Ints]]] = []  # module, reason, what it keeps
         self.products: list[MultiplyAdds] = []
-        # Positions in `products` of those that no input takes part in: their cost is that of one
-        # example, however large the batch is.
+        # Positions in `products` of operations that do not depend on the input. They are computed
+        # once per batch, so their cost does not grow with it.
         self.without_input: set[int] = set()
 
     @property
@@ -174,7 +175,8 @@ class ChannelIds:
     def unite(self, a: Axis, b: Axis) -> None:
         """Records that the ids of `a` and `b` [n each] are pairwise the same channel.
 
-        An axis that meets one without ids is kept. Two axes without ids need nothing.
+        If only one of them has ids, it is kept, since the other has a fixed size. If neither has,
+        nothing is recorded.
 
         Raises:
             ModelError: if the axes have different lengths.
@@ -184,7 +186,7 @@ class ChannelIds:
             return
         if len(a) != len(b):
             raise ModelError(
-                f"{len(a)} and {len(b)} channels meet",
+                f"an axis of {len(a)} channels meets one of {len(b)}, expected equal lengths",
                 place=self.place,
                 cure="report this graph as a bug",
             )
@@ -217,7 +219,7 @@ class ChannelIds:
         self.splits.append(SplitAxis(elements, tuple(axes), self.place))
 
     def prefer(self, axis: Axis) -> None:
-        """Records that a split with a choice should lose slices of `axis` (heads)."""
+        """Asks that splits be cut along `axis` (such as heads) where several axes could be cut."""
         if axis is not None:
             self.preferred.append(axis)
 
@@ -335,7 +337,7 @@ class ChannelIds:
         return split, [max(prunable, key=lambda i: len(split.axes[i]))]
 
     def _decide(self, split: SplitAxis, chosen: int | None) -> None:
-        """Lets whole slices of the chosen axis be pruned, and keeps all others."""
+        """Lets whole slices of axis number `chosen` be pruned, and keeps all other axes."""
         why = f"no part of a cut axis can go in {split.place}"
         for i, axis in enumerate(split.axes):
             if i != chosen:

@@ -29,14 +29,14 @@ def restore_batch_norm_(model: nn.Module, batches: Iterable[Inputs]) -> int:
         The number of batches seen.
 
     Raises:
-        DataError: if there are no batches, or one of a single example, for which torch refuses a
-            variance. The model is then unchanged.
+        DataError: if there are no batches, or if torch refuses a batch because it has one value per
+            channel, which has no variance. The model is then unchanged.
     """
     stream = iter(batches)
     first = next(stream, None)
     if first is None:
         raise DataError(
-            "batch-norm statistics cannot be restored from no batches",
+            "got no batches, and batch-norm statistics are averages over batches",
             place="batches",
             cure="give at least one batch of inputs",
         )

@@ -72,7 +72,7 @@ def _are_weights(*values: Value) -> list[bool]:
     Weights that the input selects (of experts, say) count as weights only if no factor is a plain
     weight.
     """
-    # Gathered weights times a plain weight are activations of that weight.
+    # Beside a plain weight, gathered weights are its input.
     plain = [value.from_weights for value in values]
     if any(plain):
         return plain
@@ -89,8 +89,8 @@ def _apply_weight(ids: ChannelIds, weight: Axis, source: Axis, out: Axes) -> Non
 
 @rule("dot", "vdot")
 def dot(ids: ChannelIds, shape: Shape, x: Value, y: Value) -> Axes:
-    """A sum over all places, to which masked weights add nothing."""
-    # Otherwise a pruned channel would be missing from the sum.
+    """A dot product. Two weights may lose places, since masked ones add nothing to the sum."""
+    # In a product of activations a pruned channel would be missing from the sum.
     if x.zero_when_masked and y.zero_when_masked:
         ids.unite(x.axes[0], y.axes[0])
     else:
@@ -207,7 +207,7 @@ def attention(
 
 
 def _unite_batch(ids: ChannelIds, shape: Shape, *values: Value) -> Axes:
-    """Unites the batch axes of a product; if heads are among them, those should lose slices."""
+    """Unites the batch axes of a product, such as heads, and prefers to cut splits along them."""
     axes = elementwise(ids, shape, *values)
     for axis in axes:
         ids.prefer(axis)
@@ -226,7 +226,7 @@ def _repeat_heads(x: Value, times: int) -> Value:
 def einsum(
     ids: ChannelIds, shape: Shape, equation: str, values: list[Value], **options: Any
 ) -> Axes:
-    """One letter is one axis; one that is summed over is kept, unless it is a weight's."""
+    """Each letter is one axis. A letter that is summed over is kept, unless a weight has it."""
     terms, out = einsum_letters(equation, [len(value.shape) for value in values])
     sizes, axes = _letter_axes(ids, terms, values)
     are_weights = _are_weights(*values)

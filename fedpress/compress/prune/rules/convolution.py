@@ -26,8 +26,8 @@ def convolution(
     Depthwise: an input channel and its outputs are one channel. Grouped: every group loses the same
         positions.
     """
-    at = _channel_axis(ids, x, weight)
-    source = x.axes[at]
+    channel_dim = _channel_axis(ids, x, weight)
+    source = x.axes[channel_dim]
     out, read = weight.axes[:2]
     if groups == 1:
         ids.unite(read, source)
@@ -39,13 +39,13 @@ def convolution(
         _note_groups(ids, source, groups)
     else:
         # All groups share axis 1 of the weight, so their inputs are pruned at the same positions.
-        # torch needs groups of equal size, so their outputs are too.
+        # torch needs groups of equal size, so outputs are pruned at the same positions as well.
         _unite_groups(ids, source, groups, read)
         _unite_groups(ids, out, groups)
         ids.mark(read, "read")
 
-    _count_multiply_adds(ids, weight, shape[:at], shape[at + 1 :])
-    return _output(ids, x, at, out, bias, shape)
+    _count_multiply_adds(ids, weight, shape[:channel_dim], shape[channel_dim + 1 :])
+    return _output(ids, x, channel_dim, out, bias, shape)
 
 
 @rule("conv_transpose1d", "conv_transpose2d.input", "conv_transpose3d.input")
@@ -62,8 +62,8 @@ def transposed(
     dilation: Any = 1,
 ) -> Axes:
     """Weight [in, out / groups, kernel]: every group loses the same output positions."""
-    at = _channel_axis(ids, x, weight)
-    source = x.axes[at]
+    channel_dim = _channel_axis(ids, x, weight)
+    source = x.axes[channel_dim]
     read, write = weight.axes[:2]
     ids.unite(read, source)
     out = write
@@ -80,8 +80,8 @@ def transposed(
         ids.mark(write, "write")
 
     # Every input pixel is multiplied, where a plain convolution multiplies for every output pixel.
-    _count_multiply_adds(ids, weight, shape[:at], x.shape[at + 1 :])
-    return _output(ids, x, at, out, bias, shape)
+    _count_multiply_adds(ids, weight, shape[:channel_dim], x.shape[channel_dim + 1 :])
+    return _output(ids, x, channel_dim, out, bias, shape)
 
 
 def _note_groups(ids: ChannelIds, source: Axis, groups: int) -> None:
@@ -91,7 +91,7 @@ def _note_groups(ids: ChannelIds, source: Axis, groups: int) -> None:
     the code.
     """
     numbers = [] if ids.call is None else ids.call.numbers
-    # `groups` is the last argument of a convolution, and without it no number is corrected.
+    # `groups` is the last argument of a convolution; any other last number is left alone.
     if numbers and numbers[-1] == groups:
         ids.note_size(len(numbers) - 1, source)
 
@@ -99,9 +99,9 @@ def _note_groups(ids: ChannelIds, source: Axis, groups: int) -> None:
 def _channel_axis(ids: ChannelIds, x: Value, weight: Value) -> int:
     """Returns the channel axis of `x` (1, or 0 without a batch); keeps kernel and image sizes."""
     # A weight has as many axes as a batch of inputs, one more than a single input.
-    at = len(x.shape) - len(weight.shape) + 1
-    ids.keep_all((*weight.axes[2:], *x.axes[at + 1 :]), "kernel or image size")
-    return at
+    channel_dim = len(x.shape) - len(weight.shape) + 1
+    ids.keep_all((*weight.axes[2:], *x.axes[channel_dim + 1 :]), "kernel or image size")
+    return channel_dim
 
 
 def _unite_groups(ids: ChannelIds, axis: Axis, groups: int, first: Axis = None) -> None:
@@ -130,14 +130,14 @@ def _count_multiply_adds(ids: ChannelIds, weight: Value, batch: Shape, space: Sh
 
 
 def _output(
-    ids: ChannelIds, x: Value, at: int, out: Axis, bias: Value | None, shape: Shape
+    ids: ChannelIds, x: Value, channel_dim: int, out: Axis, bias: Value | None, shape: Shape
 ) -> Axes:
     """Marks the output channels, unites the bias with them, and returns the axes of the output."""
     ids.mark(out, "write")
     if bias is not None:
         ids.unite(out, bias.axes[0])
-    # Positions of the output are new: the kernel mixes those of the input.
-    return (*x.axes[:at], out, *[None] * (len(shape) - at - 1))
+    # Space has no ids in the output, since the kernel mixes the positions of the input.
+    return (*x.axes[:channel_dim], out, *[None] * (len(shape) - channel_dim - 1))
 
 
 @rule("convolution")
