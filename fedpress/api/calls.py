@@ -15,14 +15,14 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from fedpress import tasks
+from fedpress import storage, tasks
 from fedpress.api.progress import show
 from fedpress.api.result import Result
 from fedpress.core import consent
 from fedpress.core.examples import Preprocess
 from fedpress.data import FederatedData
 from fedpress.errors import Argument, ModelError
-from fedpress.models import memory
+from fedpress.models import ModelSpec, memory
 from fedpress.pipeline.commands import given as given_data
 from fedpress.pipeline.commands import several
 from fedpress.pipeline.commands.chosen_data import ChosenData, Standardization
@@ -34,6 +34,7 @@ from fedpress.pipeline.keys import settings_of
 from fedpress.pipeline.recipe import Override
 from fedpress.pipeline.start import device_of
 from fedpress.stages.table import commands, row_of
+from fedpress.tasks import Task
 from fedpress.tasks.weights import ClassWeights
 from fedpress.workspace.folder import RunFolder
 
@@ -360,6 +361,8 @@ def _as_federated(
     model = chosen_model.module if chosen_model.module is not None else chosen_model.fresh(keys)
     preprocess = given.preprocess() if given is not None and given.mean is not None else own
     if isinstance(data, Clients):
+        if chosen_model.spec is not None:
+            model, task = _saved_with_task(chosen_model, chosen_model.spec)
         found = data.federated(preprocess, model, task)
     else:
         found = given_data.in_memory(
@@ -372,6 +375,14 @@ def _as_federated(
     if given is not None and given.mean is None:  # mean="data"
         return replace(found, preprocess=Preprocess.fit(found.public.x))
     return found
+
+
+def _saved_with_task(chosen_model: ChosenModel, spec: ModelSpec) -> tuple[nn.Module, Task | None]:
+    """Returns a saved model and what it was trained for, so that labels need not show it."""
+    model = storage.load(Path(chosen_model.model["checkpoint"]))[1]
+    if not spec.task and not spec.class_names:
+        return model, None
+    return model, tasks.of_model(spec.task, spec.class_names)
 
 
 def _refuse_what_cannot_be_saved(

@@ -134,7 +134,7 @@ class Predictions:
 
     @property
     def labels(self) -> list[str]:
-        """The name of each example's class.
+        """The name of each example's class, as text; `answers` holds the class numbers.
 
         Raises:
             DataError: if the answers are no classes, one for each example.
@@ -295,8 +295,10 @@ def _arrays_of(path: Path) -> np.ndarray | dict[str, np.ndarray]:
     try:
         found = np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
+        # NumPy advises to unpickle what it does not know, which could call anything.
+        reason = error.strerror if isinstance(error, OSError) else "it holds no plain array"
         raise DataError(
-            f"cannot read '{path}' ({str(error).splitlines()[0]})",
+            f"cannot read '{path}' ({reason})",
             place="inputs",
             cure="give a file of numpy.save (.npy), or of numpy.savez for several inputs (.npz)",
         ) from error

@@ -41,6 +41,10 @@ class Roofline:
     share: float
 
 
+SHORTEST_SAMPLE = 0.001
+"""Seconds of processor time that one sample of `peak` takes at least."""
+
+
 def peak(*, seconds: float = 0.5, size: int = 512) -> Peak:
     """Measures the peaks of one thread on matrix products of `size` and copies of 64 MB.
 
@@ -68,12 +72,19 @@ def peak(*, seconds: float = 0.5, size: int = 512) -> Peak:
 def _quickest(run: Callable[[], Any], seconds: float) -> float:
     """Returns the least processor time of a run, in seconds; the first run does not count."""
     best = float("inf")
+    runs = 1
     start = perf_counter()
     run()
     while perf_counter() - start < seconds or best == float("inf"):
         begin = thread_time()
-        run()
-        best = min(best, thread_time() - begin)
+        for _ in range(runs):
+            run()
+        spent = thread_time() - begin
+        # A thread's clock may stand still during a short product, as if that took no time.
+        if spent < SHORTEST_SAMPLE:
+            runs *= 2
+        else:
+            best = min(best, spent / runs)
     return best
 
 

@@ -135,3 +135,13 @@ def test_clients_too_small_to_put_anything_aside_are_told():
     tiny = {"a": (X[:4], Y[:4]), "b": (X[4:7], Y[4:7])}
     with pytest.warns(UserWarning, match="no client has five examples.*give test="):
         fedpress.federate(net(), clients=tiny, num_rounds=1)
+
+
+def test_a_saved_model_and_a_run_are_models_too(tmp_path):
+    fedpress.save(net(), tmp_path / "net", input_shape=(6,))
+    together = fedpress.federate(tmp_path / "net", clients=three(), num_rounds=8, lr=0.3)
+    assert together.after["accuracy"] > 0.8
+    fedpress.federate(net(), clients=three(), num_rounds=8, lr=0.3, out=tmp_path / "run")
+    again = fedpress.federate(tmp_path / "run", clients=three(), num_rounds=1, lr=0.3)
+    assert again.before["accuracy"] > 0.8
+    assert fedpress.evaluate(tmp_path / "run", (X, Y))["accuracy"] > 0.8
