@@ -241,7 +241,9 @@ def test_a_finished_run_of_an_old_version_is_finished_still(commands):
     for path in sorted((OLD / "finished" / "stages").rglob("*.*")):
         again = commands.place / path.relative_to(OLD)
         assert again.read_bytes() == path.read_bytes(), path.name
-    assert result(commands.place / "finished") == result(OLD / "finished")
+    # The file is written again by the present version, with the numbers that it had.
+    again = result(commands.place / "finished") | {"version": "0.1.0"}
+    assert again == result(OLD / "finished")
 
 
 @by_command
