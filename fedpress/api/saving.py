@@ -106,7 +106,7 @@ def _described(
             return storage.load(Path(given))
         built = ModelSpec(
             architecture=chosen_model.model["architecture"],
-            input_shape=_shape(chosen_model.name, shape),
+            input_shape=several.known_shape(chosen_model.name, shape),
         )
         spec, module = built.build_for_user()
         masked = load_weights_(module, weights) if weights is not None else ()
@@ -135,7 +135,7 @@ def _described(
         ModelSpec(
             architecture=named.architecture,
             arguments=named.arguments,
-            input_shape=_shape(type(given).__name__, shape),
+            input_shape=several.known_shape(type(given).__name__, shape),
         ),
         given,
     )
@@ -151,13 +151,3 @@ def _builds(spec: ModelSpec, module: nn.Module) -> bool:
     return mine.keys() == theirs.keys() and all(
         mine[name].shape == theirs[name].shape for name in mine
     )
-
-
-def _shape(name: str, shape: tuple[int, ...] | None) -> tuple[int, ...]:
-    if shape is None:
-        raise ModelError(
-            f"the shape of an example of '{name}' is not known",
-            place="input_shape",
-            cure=("give it, such as ", Argument("input_shape", (3, 32, 32))),
-        )
-    return shape

@@ -24,7 +24,7 @@ from fedpress.errors import Argument, ExportError, ModelError, renaming
 from fedpress.models import ModelSpec, memory
 from fedpress.models.weights import load_weights_
 from fedpress.nn.resize import copied
-from fedpress.pipeline.commands.several import Shapes, one_shape, several_shapes
+from fedpress.pipeline.commands.several import Shapes, known_shape, one_shape, several_shapes
 from fedpress.pipeline.commands.subject import ChosenModel, holding, outputs_of, shape_cure
 
 
@@ -270,7 +270,7 @@ class Found:
                 spec, model = made, copied(given)
             else:
                 table = self.stack.enter_context(holding(given))
-                shape = several[0] if several else _known(name, self.inputs.shape)
+                shape = several[0] if several else known_shape(name, self.inputs.shape)
                 spec, model = ModelSpec(**table, input_shape=shape).build_for_user()
         elif several:
             raise ModelError(
@@ -319,7 +319,7 @@ def _load(
     if chosen_model.spec is not None:
         return storage.load(Path(given))
     spec = ModelSpec(
-        architecture=chosen_model.model["architecture"], input_shape=_known(str(given), shape)
+        architecture=chosen_model.model["architecture"], input_shape=known_shape(str(given), shape)
     )
     spec, model = spec.build_for_user()
     if weights is not None:
@@ -327,20 +327,10 @@ def _load(
     return spec, model
 
 
-def _known(name: str, shape: tuple[int, ...] | None) -> tuple[int, ...]:
-    if shape is None:
-        raise ModelError(
-            f"the shape of an example of '{name}' is not known",
-            place="input_shape",
-            cure=("give it, such as ", Argument("input_shape", (3, 32, 32))),
-        )
-    return shape
-
-
 def _given(spec: ModelSpec | None, name: str, shape: tuple[int, ...] | None) -> InputSpec:
     """Returns what a model takes: the shape of one example, or token ids."""
     if spec is None:
-        return _known(name, shape)
+        return known_shape(name, shape)
     if isinstance(spec.input_shape, dict) or spec.input_dtype != "float32":
         return spec.example(2)
     return shape or spec.input_shape

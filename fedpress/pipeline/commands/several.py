@@ -64,6 +64,21 @@ def one_shape(input_shape: Any) -> tuple[int, ...] | None:
     return sizes
 
 
+def known_shape(name: str, shape: tuple[int, ...] | None) -> tuple[int, ...]:
+    """Returns the shape of one example of the model `name`.
+
+    Raises:
+        ModelError: if it was not given.
+    """
+    if shape is None:
+        raise ModelError(
+            f"the shape of an example of '{name}' is not known",
+            place="input_shape",
+            cure=("give it, such as ", Argument("input_shape", (3, 32, 32))),
+        )
+    return shape
+
+
 class Joined(nn.Module):
     """A model of several inputs as one of a single row of numbers [n, d]."""
 
