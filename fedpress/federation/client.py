@@ -1,4 +1,7 @@
-"""A client: answers "fit" with its update, and reveals nothing that the privacy plan forbids."""
+"""The client: trains on its private examples and answers the server's messages.
+
+Under privacy its answers contain only what the privacy plan allows.
+"""
 
 from __future__ import annotations
 
@@ -33,25 +36,25 @@ from fedpress.secagg import SecAggClient
 from fedpress.wire.message import Message, pack, unpack
 
 STATE = "state."
-"""Prefix of the algorithm's tensors in the stored state of a client."""
+"""Prefix of the algorithm's tensors in a client's storage. Example: `state.control`."""
 TASK = "task"
-"""Name of the tensor that holds the round which left the stored state."""
+"""Name of the stored number of the round after which the state was saved."""
 
 
 @dataclass(frozen=True, eq=False)
 class Client:
-    """One client, ready to answer.
+    """One client of a federated run.
 
     Attributes:
         name: the client's name in the transport.
         arrays: its private examples.
-        model: a model to work in. Every request overwrites its trainable parameters, so clients in
-            one process may share it. Its buffers are the same before and after every round.
+        model: the model to train. Every request overwrites its trainable parameters, so clients in
+            one process may share it. Its buffers are restored after every round.
         plan: how it trains, see `ClientPlan.bind`.
-        memory: stores what must outlive a round.
+        memory: stores the client's state between rounds.
         member: the client's side of the secure sum; None for a plain sum.
         secret: key of the client's noise generator (256 bits). If None, the noise follows from the
-            seed, so whoever knows the recipe could subtract it.
+            seed, and everybody who knows the recipe could subtract it.
 
     Raises:
         RecipeError: if the client has no examples, or `member` does not fit the aggregator.
@@ -70,18 +73,18 @@ class Client:
             raise RecipeError(
                 "it has no examples",
                 place=f"client '{self.name}'",
-                cure="leave it out or partition differently",
+                cure="leave this client out, or partition the data differently",
             )
         if (self.member is None) != self.uplink.aggregator.sees_updates:
             raise RecipeError(
-                "a secure sum needs a member with keys on every client",
+                "it must be given if the aggregator is secure, and only then",
                 place="member",
-                cure="give a member if the aggregator is secure, and none otherwise",
+                cure="give a SecAggClient if the aggregator is secure, else None",
             )
 
     @property
     def terms(self) -> Terms:
-        """What was agreed with the server."""
+        """The settings that server and clients agreed on."""
         return self.plan.terms
 
     @property
@@ -90,16 +93,16 @@ class Client:
         return self.plan.terms.uplink
 
     def handle(self, request: bytes) -> bytes:
-        """Answers the bytes of one message with the bytes of another, see `answer`."""
+        """Answers one serialized message with another, see `answer`."""
         return pack(self.answer(unpack(request)))
 
     def answer(self, message: Message) -> Message:
         """Answers "fit" with "update", "agree" with "agreed", and the messages of a secure sum.
 
         Raises:
-            WireError: if the request is damaged or does not fit what was agreed.
+            WireError: if the request is damaged or does not fit the agreed terms.
             SecureError: if the answer would reveal a single client's update.
-            TrainingError: if the local update fails; under privacy without naming the cause.
+            TrainingError: if the local update fails. Under privacy it does not say why.
         """
         check_header(message.kind, message.header)
         if message.kind == "agree":
@@ -109,11 +112,12 @@ class Client:
         return self._update(message, self._key(message))
 
     def _update(self, message: Message, key: Key) -> Message:
-        """Returns the "update" to a "fit", and stores what the next round needs."""
+        """Answers "fit" with "update", and stores the state that the next round needs."""
         terms = self.terms
         uplink = self.uplink
         down, after = self._receive(message, key)
-        # Before any work on private data: a second question must not get even a failure as answer.
+        # Checked before any work on private data: to a different request of an answered round, even
+        # an error of the training would reveal something.
         if uplink.privacy is not None:
             answer_once(message, key.round, terms, self.memory)
 
@@ -123,7 +127,7 @@ class Client:
         header = self._header(down, vectors, measured, key)
         scale = self._update_scale(message)
 
-        # The residual is added before the clip, so the update that is sent stays within the bound.
+        # The residual is added before the clip, so that the sum of both stays within the bound.
         if terms.error_feedback and "residual" in before:
             vectors = {**vectors, UPDATE: vectors[UPDATE] + before["residual"]}
         if uplink.adaptive is not None:
@@ -139,8 +143,8 @@ class Client:
             masked = self.member.mask(tensors[VALUES], round=key.round, cohort=names)
             header["secure"] = dict(masked.header)
             tensors = dict(masked.tensors)
-            # Stored before the answer leaves: after a crash the client still knows that it masked
-            # a vector in this round, and masks no other vector with the same masks.
+            # Stored before the answer is sent. After a crash, the client must still know that it
+            # used this round's masks: two vectors under one mask would reveal their difference.
             self._remember(self.member)
         if after:
             self.memory.save(key.round, after)
@@ -149,11 +153,11 @@ class Client:
     def _state_after(
         self, before: Vectors, computed: Vectors, tensors: dict[str, Tensor], key: Key
     ) -> dict[str, Tensor]:
-        """Returns the algorithm's state as it is stored, given the `tensors` that are sent."""
+        """Returns the algorithm's state in its stored form, given the `tensors` that are sent."""
         algorithm = self.terms.algorithm
         if not algorithm.keeps_state:
             return {}
-        # What the server will decode: clip and codec may have changed the vectors.
+        # Decoded as the server does it, because clip and codecs may have changed the vectors.
         arrived = self.uplink.receive(tensors, key)
         kept = algorithm.client_commit(before, computed, arrived)
         stored = {f"{STATE}{name}": tensor for name, tensor in kept.items()}
@@ -162,7 +166,7 @@ class Client:
     def _header(
         self, down: Vectors, vectors: Vectors, measured: Measures, key: Key
     ) -> dict[str, JSON]:
-        """Returns the header of an update: what the trust allows to report, and what failed."""
+        """Returns the header of an update: the measures that may be reported, and failures."""
         uplink = self.uplink
         trust = uplink.trust
         plan = self.plan.local.privacy or uplink.privacy
@@ -172,8 +176,8 @@ class Client:
         )
         if plan is not None:
             sent = [vectors[codec.name] for codec in uplink.vector_codecs]
-            # Names everything that the noise of the counts hides: two different answers must never
-            # carry the same noise, or their difference would be free of it.
+            # Part of the name of the noise on the failure counts. The same noise must never be
+            # added to two different answers: their difference would reveal both.
             hidden = random.fingerprint(down[PARAMS], *sent, self.arrays.x, self.arrays.y)
             header |= trust.failures(measured, plan, key, hidden)
         return header
@@ -186,7 +190,7 @@ class Client:
         """
         own = self.terms.agreement
         text = read_text(message, "agreement")
-        # Equal texts are the usual case, and need no parsing.
+        # Texts are nearly always equal; then they need no parsing.
         if text != own.to_json():
             Agreement.from_json(text).compare(own)
         return Message("agreed", {"agreement": own.fingerprint})
@@ -194,11 +198,11 @@ class Client:
     def _try_fit(
         self, down: Vectors, state: Vectors, key: Key
     ) -> tuple[Vectors, Vectors, Measures]:
-        """Returns the result of `_fit`; zeros and the old state if it fails and nobody may know."""
+        """Returns the result of `_fit`; zeros and the old state if a failure must stay private."""
         try:
             return self._fit(down, state, key)
-        # Any exception: a user's own network may raise anything, and under privacy whether it did
-        # says something about the examples.
+        # Catches every exception: a user's own network may raise anything. Under privacy, the fact
+        # that it raised would say something about the examples.
         except Exception as problem:
             plan = self.plan.local.privacy
             batch = 0.0 if plan is None else plan.sampling_prob * len(self.arrays)
@@ -207,30 +211,30 @@ class Client:
             return zeros, state, measured
 
     def _state(self, message: Message, round: int) -> Vectors:
-        """Returns this client's state of the algorithm, as its last answer that counted left it.
+        """Returns the algorithm's state after this client's last answer that the server used.
 
-        The server did not use an answer that was lost or refused, so the state that it left is
-        dropped here too: otherwise SCAFFOLD's controls of both sides would no longer match.
+        If an answer was lost or refused, the server did not use it. The client then drops the state
+        that it saved with that answer; otherwise SCAFFOLD's controls on both sides would differ.
 
         Raises:
-            WireError: if this client does not hold that state any more.
+            WireError: if this client has lost that state.
         """
         algorithm = self.terms.algorithm
         if not algorithm.keeps_state:
             return {}
         counted: int = need("fit", message.header, "counted")
-        # 0: none of its answers counted so far.
+        # 0: the server has used no answer of this client so far.
         if not counted:
             return algorithm.client_init(self.uplink.size)
         state = self.memory.load(counted + 1)
         if TASK not in state or int(state[TASK]) != counted:
             raise WireError(
-                f"this client does not hold its state of round {counted} any more",
+                f"this client has lost its state of round {counted}",
                 place="fit.counted",
                 cure=LOST_STATE,
             )
         latest = self.memory.load(round)
-        # Saving the older state removes the later ones, whose answers did not count.
+        # Saving under an older round deletes the states of later rounds, which were not used.
         if int(latest[TASK]) != counted:
             self.memory.save(counted, state)
         return parameters.part_of(state, STATE)
@@ -243,21 +247,23 @@ class Client:
         return answer
 
     def _remember(self, member: SecAggClient) -> None:
-        """Stores which rounds were answered: a restarted client must answer each only once."""
+        """Stores which rounds were answered; a restarted client must not answer one twice."""
         save_json(self.memory, "member", member.state())
 
     def _clipped(self, update: Tensor, scale: float) -> Tensor:
-        """Returns the update that error feedback compares with: after the clip, before the codecs.
+        """Returns `update` after the clip and before the other codecs, for error feedback.
 
-        What the clip cuts off is lost on purpose. Kept as residual, it would come back in every
-        round and grow.
+        The residual must not contain what the clip cuts off: it would be added in every round and
+        grow without limit.
         """
         chain = self.uplink.vector_codecs[0].chain
         first = chain[0] if chain else None
-        return clip(update, scale * first.clip_norm) if isinstance(first, Clip) else update
+        if isinstance(first, Clip):
+            return clip(update, scale * first.clip_norm)
+        return update
 
     def _update_scale(self, message: Message) -> float:
-        """Returns the unit in which the update is sent: the current clip norm if it is adaptive."""
+        """Returns the number that the update is divided by: the adaptive clip norm, else 1."""
         if self.uplink.adaptive is None:
             return 1.0
         return float(need("fit", message.header, "clip_norm"))
@@ -274,25 +280,25 @@ class Client:
         return Key(self.terms.seed, round, self.name, self.secret)
 
     def check_agreement(self, request: Message) -> None:
-        """Refuses a request that was made under another agreement than this client's own.
+        """Refuses a request whose agreement differs from this client's own.
 
         Raises:
-            WireError: if the fingerprints differ; the answer to "agree" says which entry.
+            WireError: if the fingerprints differ. The answer to "agree" names the entry.
         """
         own = self.terms.agreement.fingerprint
         received = request.header.get("agreement")
         if received != own:
             raise WireError(
                 (
-                    f"the server works under {received!r} and this client under {own!r}: other "
-                    "settings, another seed or another model"
+                    f"the server has {received!r} and this client {own!r}: settings, seed or model "
+                    "differ"
                 ),
                 place=f"{request.kind}.agreement",
                 cure="use the same recipe",
             )
 
     def read_params(self, request: Message) -> Tensor:
-        """Returns the server's parameters [d] in a `request` that brings them whole.
+        """Returns the server's parameters [d] in a `request` without a downlink codec.
 
         Raises:
             WireError: if they are missing, not float32, or not finite.
@@ -303,7 +309,8 @@ class Client:
         """Reads what the server sent.
 
         Returns:
-            The parameters [d] and further vectors by name; the tensors to store of them.
+            The vectors by name (parameters [d] and the algorithm's extras), and the tensors to
+            store.
 
         Raises:
             WireError: if a vector does not fit, or is coded against a model that this client lost.
@@ -316,7 +323,7 @@ class Client:
         if terms.downlink is None:
             return {PARAMS: self.read_params(request), **extras}, {}
 
-        # The model is coded as a difference to the one of round `version`; 0: to zeros.
+        # The model is coded as a difference to the model of round `version`; 0: to zeros.
         version: int = need("fit", request.header, "from")
         if version >= key.round:
             raise WireError(
@@ -327,12 +334,13 @@ class Client:
         state = self.memory.load(version + 1) if version else {}
         if version and ("held" not in state or int(state["version"]) != version):
             raise WireError(
-                f"this client does not hold the model of round {version} any more",
+                f"this client has lost the model of round {version}",
                 place="fit.from",
                 cure=LOST_MODEL,
             )
         coded = {name: t for name, t in request.tensors.items() if name not in extras}
-        # The server coded the difference once for all clients, so the key names the server.
+        # The server coded the difference once for all clients, so decoding uses the server's key,
+        # not the client's.
         server_key = Key(terms.seed, key.round, SERVER)
         held = terms.downlink.decode(coded, state.get("held"), server_key)
         return {PARAMS: held, **extras}, {"held": held, "version": torch.tensor(key.round)}
@@ -341,7 +349,7 @@ class Client:
         """Runs the algorithm's local update; the model's buffers are restored afterwards.
 
         Returns:
-            The vectors on the CPU, the next state, and what was measured.
+            The vectors to send (on the CPU), the next state, and the measures.
 
         Raises:
             DivergedError: if a vector is not finite.
@@ -364,11 +372,11 @@ class Client:
         return vectors, after, measured
 
     def rehearse(self, arrays: Arrays) -> None:
-        """Takes one step of this client's work on public `arrays`; the model is restored.
+        """Takes one training step on public `arrays`, to test the model; then restores it.
 
         Raises:
-            Exception: whatever the network raises on them.
-            TrainingError: if no gradient can be used.
+            Exception: whatever the network raises.
+            TrainingError: if no gradient is usable.
         """
         params = parameters.flatten(self.model)
         key = Key(self.terms.seed, 1, self.name)
@@ -393,14 +401,14 @@ class Client:
         if self.terms.norm == "frozen":
             freeze_batch_norm_(self.model)
         try:
-            # Dropout draws from torch's global generator: it is seeded here for the same bits in
-            # every run, and put back for whoever else uses it.
+            # Dropout draws from torch's global generator. It is seeded here, so that every run has
+            # the same bits, and restored afterwards for other code.
             with torch.random.fork_rng():
                 torch.manual_seed(key.client_seed("dropout"))
                 yield
         finally:
-            # A buffer may hold statistics of private examples, and clients may share the model:
-            # nothing of them may reach the next request.
+            # A buffer may contain statistics of private examples. Clients may share the model, so
+            # these must not be there when the next request comes.
             with torch.no_grad():
                 for buffer, before in zip(self.model.buffers(), buffers, strict=True):
                     buffer.copy_(before)

@@ -1,4 +1,4 @@
-"""Which answer of each client counted last: its next task goes on from the state after it."""
+"""The last answer of each client that the server used; the client resumes from its state then."""
 
 from __future__ import annotations
 
@@ -10,16 +10,18 @@ from torch import Tensor
 
 from fedpress.core.names import ClientId
 
-LOST_STATE = "let it begin anew"
-"""Words in the error of a client that lost its state: the server then treats it as never asked."""
+LOST_STATE = "start this client without a state"
+"""The cure in the error of a client that lost its state. The server looks for these words, and then
+treats the client as one that it never asked."""
 
 
 @dataclass(eq=False)
 class Counted:
-    """The last task of each client whose answer counted, 0 for none.
+    """For each client, the number of the last task whose answer the server used (0: none).
 
-    Only algorithms whose clients keep a state need it. A lost or refused answer changes nothing on
-    the server; by this number the client learns that it must drop its own change, too.
+    Only algorithms whose clients keep a state need it, such as SCAFFOLD. A lost or refused answer
+    changes nothing on the server. The number tells the client from which of its stored states it
+    must continue.
 
     >>> counted = Counted.open(["a", "b"], {})
     >>> counted.note_answer("a", 3, refused="")
@@ -31,16 +33,16 @@ class Counted:
 
     @classmethod
     def open(cls, clients: Sequence[ClientId], state: Mapping[str, Tensor]) -> Counted:
-        """Begins with zeros, or goes on from what `state` returned."""
+        """Starts with zeros, or restores what `state` returned."""
         tasks = state["tasks"].tolist() if state else [0] * len(clients)
         return cls(dict(zip(clients, tasks, strict=True)))
 
     def state(self) -> dict[str, Tensor]:
-        """Returns all that is needed to go on."""
+        """Returns the tensors from which `open` restores this object."""
         return {"tasks": torch.tensor(list(self.last.values()), dtype=torch.int64)}
 
     def note_answer(self, client: ClientId, task: int, *, refused: str) -> None:
-        """Notes that the answer to `task` counted; or why it was `refused`, empty if it was not."""
+        """Notes that the answer to `task` was used, or `refused` for a reason ("" if used)."""
         if not refused:
             self.last[client] = task
         elif LOST_STATE in refused:

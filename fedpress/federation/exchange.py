@@ -1,4 +1,4 @@
-"""What the rounds need of a transport: send a message to a client, and wait for the answer."""
+"""The interface of a transport: send a message to a client, and wait for its answer."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from fedpress.core.names import ClientId
 from fedpress.wire.message import Message
 
 RequestId: TypeAlias = int
-"""Names one message that was sent; unique within a transport."""
+"""Number of one sent message; unique within a transport."""
 Answer: TypeAlias = tuple[ClientId, RequestId, Message]
 
 
 @dataclass(frozen=True)
 class Traffic:
-    """Bytes of real messages: `up` from the clients, `down` to them."""
+    """Bytes of serialized messages: `up` from clients to server, `down` from server to clients."""
 
     up: int = 0
     down: int = 0
@@ -31,40 +31,40 @@ class Traffic:
 class Transport(Protocol):
     """Carries messages to clients and their answers back.
 
-    A client that fails does not raise: its answer is a message of kind "error" with a `reason` in
-    the header, or does not come at all. Answers come in any order, each once, under the id of the
-    request that it answers. So a late update is never taken for the answer to another question.
+    A failing client raises nothing at the server: its answer is a message of kind "error" with a
+    `reason` in the header, or no answer comes. Answers come in any order, each once, with the id of
+    their request, so a late update is never mistaken for the answer to another request.
     """
 
     @property
     def traffic(self) -> Traffic:
-        """Bytes carried since the transport was made."""
+        """Bytes carried since the transport was created."""
         ...
 
     def clients(self) -> Sequence[ClientId]:
-        """Names of all clients that can be asked, always in the same order."""
+        """Names of all clients that can be asked; every call returns the same order."""
         ...
 
     def send(self, client: ClientId, message: Message) -> RequestId:
         """Sends `message` and returns at once.
 
-        One message object that is sent to many clients is packed once.
+        If one message object is sent to many clients, it is serialized once.
         """
         ...
 
     def receive(
         self, requests: Collection[RequestId], timeout: float | None = None
     ) -> Answer | None:
-        """Waits for the next answer to one of `requests`; answers to others are kept for later.
+        """Waits for the next answer to one of `requests`; keeps answers to others for later calls.
 
         Returns:
-            The client, the request and its answer. None if none came within `timeout` seconds, or
-            none of the requests is open.
+            The client, the request and its answer. None if no answer came within `timeout`
+            seconds, or if none of `requests` is open.
         """
         ...
 
     def cancel(self, requests: Collection[RequestId]) -> None:
-        """Stops waiting for `requests`: clients may stop, answers that still come are dropped."""
+        """Closes `requests`: their clients may stop, and answers that still come are dropped."""
         ...
 
 
@@ -73,10 +73,10 @@ def exchange(
 ) -> Iterator[tuple[ClientId, Message]]:
     """Sends each client its message and yields the answers as they come.
 
-    Other requests may be open at the same time; their answers stay with the transport.
+    Other requests may be open at the same time; the transport keeps their answers.
 
     Args:
-        transport: reaches the clients.
+        transport: carries messages to the clients.
         requests: a message for each client.
         timeout: seconds to wait for the next answer; None to wait for all.
     """
@@ -88,14 +88,16 @@ def exchange(
             if answer is None:
                 return
             client, request, reply = answer
-            # Removed first: the caller may stop the loop, and must not cancel what was answered.
+            # Removed before the yield: if the caller stops its loop there, the `finally` below
+            # must not cancel a request that was answered.
             waiting.remove(request)
             yield client, reply
     finally:
-        # Also if the caller stops early: an answer nobody reads must not stay open for ever.
+        # Runs too if the caller stops early. Otherwise the transport would keep answers for ever
+        # that nobody reads.
         transport.cancel(waiting)
 
 
 def error(reason: str) -> Message:
-    """Returns the message that stands for a reply that failed."""
+    """Returns the message that replaces an answer when a client failed."""
     return Message("error", {"reason": reason})

@@ -1,4 +1,4 @@
-"""The open tasks of a run: what each working client was sent, and the request it will answer."""
+"""Tasks that were sent to clients and are not yet answered: the message and its request id."""
 
 from __future__ import annotations
 
@@ -15,15 +15,20 @@ from fedpress.federation.schedules import Assignment
 from fedpress.wire.message import Message
 
 HEADERS = "headers"
+"""Name of the tensor with the headers of all open tasks: a JSON list in UTF-8."""
 
 
 @dataclass(eq=False)
 class Outbox:
-    """The open requests of a run, by task.
+    """The unanswered tasks of a run.
 
-    A client may work over several server steps, so the server must remember what it sent. Clients
-    that were sent the same message share one object: as many models are in memory as there are
-    versions at work, not as many as there are clients.
+    A client may work longer than one server step, so the server must remember what it sent. Clients
+    with the same message share one object. Example: 100 clients at work on 3 model versions keep 3
+    models in memory, not 100.
+
+    Attributes:
+        transport: carries messages to the clients.
+        open: task -> the id of its request, and its message.
     """
 
     transport: Transport
@@ -36,16 +41,17 @@ class Outbox:
     def receive(
         self, waiting: Sequence[Assignment], patience: float | None
     ) -> tuple[Assignment, Message | None]:
-        """Waits up to `patience` seconds for the next answer to one of `waiting`.
+        """Waits up to `patience` seconds (None: for ever) for an answer to one of `waiting`.
 
         Returns:
-            The task and its answer; the first of `waiting` and None if nothing came in time.
+            The task and its answer. If no answer came in time: the first task of `waiting`, which
+            is cancelled, and None.
         """
         tasks = {self.open[one][0]: one for one in waiting}
         answer = self.transport.receive(tasks, patience)
         if answer is None:
-            # One is given up at a time: the caller then asks for the others, without waiting
-            # longer.
+            # Only one task is cancelled per call: the caller calls once for each task, and learns
+            # for each whether it was answered.
             self.cancel(waiting[:1])
             return waiting[0], None
         _, request, reply = answer
@@ -56,7 +62,7 @@ class Outbox:
         """Tells the clients of `assignments` to stop."""
         requests = []
         for one in assignments:
-            # A task that was answered is not open any more.
+            # The caller may name tasks that were answered meanwhile: they are not open.
             if one in self.open:
                 request, _ = self.open.pop(one)
                 requests.append(request)
@@ -69,7 +75,12 @@ class Outbox:
         return [one.client for one in left]
 
     def state(self, at_work: Sequence[Assignment]) -> dict[str, Tensor]:
-        """Returns what was sent to those `at_work`: headers, and each version's tensors once."""
+        """Returns the messages of the tasks `at_work`, to be stored in a checkpoint.
+
+        Returns:
+            Tensor `headers` (JSON, one header per task), and the tensors of each model version
+            once, named `<version>.<name>`. Example: `3.params`. Empty without tasks.
+        """
         if not at_work:
             return {}
         headers = []
@@ -77,17 +88,17 @@ class Outbox:
         for one in at_work:
             message = self.open[one][1]
             headers.append(dict(message.header))
-            # Named by task, which is the version of the model: clients of one version write the
-            # same tensors under the same name.
+            # `task` is the model version. Clients that work on one version have the same tensors,
+            # so each version is stored once.
             for name, tensor in message.tensors.items():
                 tensors[f"{one.task}.{name}"] = tensor
         text = json.dumps(headers).encode()
         return {HEADERS: torch.frombuffer(bytearray(text), dtype=torch.uint8), **tensors}
 
     def load_(self, at_work: Sequence[Assignment], state: Mapping[str, Tensor]) -> None:
-        """Sends the messages in `state` again, in the same order.
+        """Resends the messages in `state`, in the same order.
 
-        A client that did answer before the kill gives the same answer to the same question.
+        A client that answered before the server stopped gives the same answer to the same message.
         """
         if not at_work:
             return
@@ -101,7 +112,7 @@ class Outbox:
 
 
 def _of_task(state: Mapping[str, Tensor], task: int) -> dict[str, Tensor]:
-    """Returns the tensors of one version, without the version in their names."""
+    """Returns the tensors of model version `task`. Example: `3.params` becomes `params`."""
     prefix = f"{task}."
     tensors = {}
     for full, tensor in state.items():

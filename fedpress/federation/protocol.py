@@ -1,14 +1,14 @@
-"""The messages of a federated run, one table: every kind, and what each header field may hold.
+"""The message kinds of a federated run, and the type of each header field.
 
-| kind | from | answered by | what it is for |
+| kind | from | answered by | purpose |
 | --- | --- | --- | --- |
-| `register` | server | `registered` | public facts: a client's count of examples and signing key |
-| `agree` | server | `agreed` | each client binds its half and compares every agreed entry |
-| `join`, `roster` | server | `join`, `accepted` | keys of a secure sum, once a run |
-| `fit` | server | `update` | one client's work in one round, with the server's parameters |
-| `unmask` | server | `shares` | what opens one secure sum |
+| `register` | server | `registered` | a client's public facts: number of examples, signing key |
+| `agree` | server | `agreed` | compare the client's terms with the server's |
+| `join`, `roster` | server | `join`, `accepted` | exchange keys for secure sums, once a run |
+| `fit` | server | `update` | train for one round from the server's parameters |
+| `unmask` | server | `shares` | the key shares that open one secure sum |
 | `evaluate` | server | `evaluated` | metric on a client's own examples; refused under privacy |
-| | | `error` | in place of any answer: the client's reason |
+| | | `error` | replaces any answer when a client fails: the reason |
 """
 
 from __future__ import annotations
@@ -40,13 +40,14 @@ FIELDS: Mapping[str, Mapping[str, FieldKind]] = {
     "fit": {
         "round": whole(1),
         "agreement": TEXT,
-        # Round of the model to which a coded difference refers; 0: to zeros.
+        # With a downlink: the parameters are coded as a difference to the model of this round; 0:
+        # to zeros.
         "from": whole(0),
-        # Round of the client's last answer that counted; 0 for none.
+        # Round of the client's last answer that the server used; 0 for none.
         "counted": whole(0),
-        # In a secure sum: the clients that share masks.
+        # In a secure sum: the clients whose masks cancel.
         "cohort": NAMES,
-        # With an adaptive clip: its present value, the unit of the update.
+        # With an adaptive clip: its current value; the client sends its update divided by it.
         "clip_norm": POSITIVE,
     },
     "update": {
@@ -54,9 +55,9 @@ FIELDS: Mapping[str, Mapping[str, FieldKind]] = {
         "examples": whole(1),
         "loss": NUMBER,
         "steps": whole(0),
-        # With an adaptive clip: whether the update was shorter than it.
+        # With an adaptive clip: whether the update's norm was below it.
         "below": FLAG,
-        # Counts [not_finite, failed], with noise unless the server adds it.
+        # Counts [not_finite, failed]. The client adds noise, unless the server is trusted to.
         "failures": COUNTS,
         "secure": TABLE,
     },
@@ -73,17 +74,17 @@ FIELDS: Mapping[str, Mapping[str, FieldKind]] = {
     "shares": {"round": whole(0)},
     "error": {"reason": TEXT},
 }
-"""FieldKind of message -> field -> what it may hold. Fields that are not in it are ignored."""
+"""Kind of message -> field -> its type and limits. Fields that are not listed are ignored."""
 
 REPORT: Mapping[str, FieldKind] = {"round": whole(0)}
-"""Fields of the table `secure` in an update."""
+"""Fields of the nested object `secure` in the header of an update."""
 
 
 def check_header(kind: str, header: Mapping[str, Any]) -> None:
-    """Checks every known field that `header` holds; a missing one is left to `need`.
+    """Checks every known field in `header`; missing fields are not an error (see `need`).
 
     Raises:
-        WireError: naming message, field, what it held and what it must hold.
+        WireError: with the message's kind, the field, its value and the expected type.
 
     >>> check_header("fit", {"round": 3})
     >>> check_header("fit", {"round": True})  # doctest: +ELLIPSIS
@@ -91,7 +92,7 @@ def check_header(kind: str, header: Mapping[str, Any]) -> None:
         ...
     fedpress.errors.WireError: fit.round: got True, expected a whole number from 1 to ...
     """
-    # A field that is not in the table is ignored: a newer version may have added it.
+    # Unknown fields are ignored, because a newer version may have added them.
     check_fields(kind, FIELDS.get(kind, {}), header)
     secure = header.get("secure")
     if kind == "update" and isinstance(secure, dict):
@@ -99,25 +100,25 @@ def check_header(kind: str, header: Mapping[str, Any]) -> None:
 
 
 def need(kind: str, header: Mapping[str, Any], name: str) -> Any:
-    """Returns the field `name` of a `header`, checked.
+    """Returns field `name` of a `header` after checking it.
 
     Raises:
-        WireError: if it is missing, or holds something else than `FIELDS` says.
+        WireError: if it is missing, or its type or value is not as `FIELDS` says.
     """
     check_field(kind, name, header.get(name), FIELDS[kind][name])
     return header[name]
 
 
 def text_tensor(text: str) -> Tensor:
-    """Returns `text` as uint8 [n] in UTF-8, for what may be longer than a header may be.
+    """Returns `text` as UTF-8 bytes: uint8 [n]. For texts that may exceed the limit of a header.
 
-    Example: the list of all clients.
+    Example: the agreement with the list of all clients.
     """
     return torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
 
 
 def read_text(message: Message, name: str) -> str:
-    """Returns the text in the tensor `name` of a message, which may come from anybody.
+    """Returns the text in tensor `name` of an untrusted message.
 
     Raises:
         WireError: if it is missing, or not UTF-8 text.

@@ -1,6 +1,6 @@
 """The server's loop as a generator: send the model, gather updates, take a step, yield a record.
 
-It evaluates nothing and writes no files: whoever loops over it does.
+It does not evaluate and writes no files: the caller's loop does both.
 """
 
 from __future__ import annotations
@@ -43,22 +43,25 @@ from fedpress.wire.message import Message
 
 @dataclass(frozen=True, eq=False)
 class RoundRecord:
-    """The result of one round, with all that is needed to go on from there (see `Start`).
+    """The result of one round; its `params` and `server_state` are enough to resume (see `Start`).
 
     Attributes:
         round: number of the round, from 1.
         params: the new parameters [d] float32.
-        server_state: state of optimizer, noise, downlink and so on: `<part>/<name>` -> tensor.
+        server_state: state of optimizer, noise, downlink and so on, as tensors named
+            `<part>/<name>`. Example: `optimizer/momentum`.
         bytes_up: size of all messages from the clients in this round.
         bytes_down: size of all messages to them.
-        clients: a row for each update in the mean, in client order: client, examples, loss,
-            update_norm, steps, as far as privacy allows; empty under unit "client".
-        refused: clients that were asked but do not count -> the reason.
+        clients: one row per update in the mean, in client order, with those of `client`,
+            `examples`, `loss`, `update_norm` and `steps` that privacy allows. Empty if the
+            privacy plan protects whole clients.
+        refused: clients whose answer is missing or was not used -> the reason.
         seconds: wall time.
-        failures: protected units that gave nothing, counted with noise; None without privacy.
-        timing: whose answers were how stale, and the time of the virtual clock.
-        set_up: bytes of the messages before the first round (the keys of a secure sum), which no
-            round counts; 0 in every record but the first.
+        failures: noisy counts of examples (or clients) without a usable gradient; None without
+            privacy.
+        timing: the staleness of each client's answer, and the time of the virtual clock.
+        set_up: bytes of the messages before the first round (the keys of a secure sum). They are
+            not part of `bytes_up` and `bytes_down`; 0 in every record but the first.
     """
 
     round: int
@@ -75,17 +78,18 @@ class RoundRecord:
 
 
 PARTS = ("optimizer", "uplink", "downlink", "clients", "schedule", "outbox")
-"""The parts of the server's state, by which its tensors are named."""
+"""The parts of the server's state; its tensors are named `<part>/<name>`."""
 
 
 @dataclass(frozen=True, eq=False)
 class Start:
-    """Where the rounds begin, or go on.
+    """Where the rounds start: at the beginning, or after a finished round.
 
     Attributes:
         params: the server's trainable parameters [d] float32, see `fedpress.core.parameters`.
-        round: how many rounds are done.
-        state: the server's state after them, see `RoundRecord.server_state`; None before the first.
+        round: number of the last finished round; 0 at the beginning.
+        state: the server's state after that round (`RoundRecord.server_state`); None at the
+            beginning.
     """
 
     params: Tensor
@@ -101,48 +105,51 @@ def rounds(
     secret: int | None = None,
     delays: Delays | None = None,
 ) -> Iterator[RoundRecord]:
-    """Runs the rounds after `start`, each when the caller asks for it.
+    """Yields the record of each round after `start`; a round runs when the caller asks for it.
 
-    All randomness is derived from the seed of `terms` and the number of the round, so a run that
-    goes on from a record gives the same bits as one that never stopped.
+    All randomness is derived from the seed of `terms` and the number of the round, so a resumed
+    run gives the same bits as an uninterrupted one.
 
     Args:
-        terms: what was agreed with the clients, who compare it in every request. Without
-            `num_rounds` in it there is no last round.
-        transport: reaches the clients.
-        start: the parameters to begin with, or where to go on.
-        secret: key of the server's noise and draws (256 bits); they follow from the seed if None.
-        delays: how long clients take, on a virtual clock; without them answers come at once.
+        terms: what server and clients agreed on; clients check its fingerprint in every request.
+            If `num_rounds` is None, the rounds never end.
+        transport: carries messages to the clients.
+        start: the parameters and, for a resumed run, the server's state.
+        secret: key of the server's noise and sampling (256 bits). If None, both follow from the
+            seed.
+        delays: how long clients take, on a virtual clock; None: every answer comes at once.
 
     Raises:
-        RecipeError: if params, clients or schedule do not fit the uplink; when this is called, not
-            when the first round is asked for.
+        RecipeError: if params, clients or schedule do not fit the uplink. Raised by this call,
+            before the first round is asked for.
     """
     uplink = terms.uplink
     params = start.params
     if params.dtype != torch.float32 or params.shape != (uplink.size,):
         raise RecipeError(
-            (f"got {params.dtype} {list(params.shape)}, expected torch.float32 [{uplink.size}]"),
+            f"got {params.dtype} {list(params.shape)}, expected torch.float32 [{uplink.size}]",
             place="params",
         )
-    # Noise and sampling probability were planned for exactly this population.
+    # Noise and sampling probability were calibrated for exactly this many clients: with other
+    # numbers the promised epsilon would be wrong.
     clients = len(transport.clients())
     if clients != uplink.cohort.population:
         raise RecipeError(
             f"planned for {uplink.cohort.population} clients, there are {clients}",
             place="transport",
-            cure="plan with as many clients as there are",
+            cure=f"make the terms for {clients} clients",
         )
     schedule = terms.schedule or Synchronous()
     schedule.check(uplink.cohort)
     check_schedule(schedule, Needs.of(uplink, terms.downlink, terms.algorithm))
-    # Not a generator itself, so that the checks above run now.
+    # This function is not a generator: a generator would run the checks above only when the first
+    # record is asked for.
     return _Server(terms, schedule, transport, secret, delays).rounds(start)
 
 
 @dataclass(frozen=True, eq=False)
 class _Server:
-    """What stays the same from round to round."""
+    """The settings and services of a run, which do not change between rounds."""
 
     terms: Terms
     schedule: Schedule
@@ -151,7 +158,7 @@ class _Server:
     delays: Delays | None
 
     def rounds(self, start: Start) -> Iterator[RoundRecord]:
-        """Yields a record for each round after `start`, with the bytes and seconds that it took."""
+        """Yields the record of each round after `start`, with its bytes and seconds."""
         last = self.terms.num_rounds
         if last is not None and start.round >= last:
             return
@@ -159,8 +166,8 @@ class _Server:
         before = self.transport.traffic
         run = _Run.begin(self, start)
         set_up = self.transport.traffic - before
-        # A resumed run exchanges keys again, and sends open tasks again. The run that was stopped
-        # has counted these bytes already.
+        # A resumed run repeats the exchange of keys and resends open tasks. The interrupted run
+        # has already counted these bytes.
         if start.round:
             began = perf_counter()
             set_up = Traffic()
@@ -177,7 +184,8 @@ class _Server:
                     seconds=perf_counter() - began,
                     set_up=set_up,
                 )
-                # After the yield: what the caller does between two rounds is no part of either.
+                # Set after the yield, so that the caller's evaluation between two rounds is not
+                # counted in either.
                 began = perf_counter()
                 before = self.transport.traffic
                 set_up = Traffic()
@@ -187,16 +195,16 @@ class _Server:
 
 @dataclass(eq=False)
 class _Run:
-    """A run between two rounds.
+    """The changing state of a run, and the steps of a round.
 
     Attributes:
-        server: what stays the same.
+        server: settings and services that do not change.
         clients: names of all clients, in the transport's order.
         params: the server's parameters [d].
-        parts: the server's state, by `PARTS`.
-        session: the server's side of the aggregates.
-        scheduler: decides who is asked when.
-        outbox: the open tasks.
+        parts: the server's state: name from `PARTS` -> its tensors.
+        session: the server's side of the aggregation (a plain or a secure sum).
+        scheduler: decides which client is asked when.
+        outbox: tasks that were sent and not yet answered.
         latest: the message with the newest model; None before the first is sent.
     """
 
@@ -211,7 +219,7 @@ class _Run:
 
     @classmethod
     def begin(cls, server: _Server, start: Start) -> _Run:
-        """Begins, or goes on from a state; clients that were at work are sent their tasks again."""
+        """Starts a run, or resumes one from `start.state` and resends its unanswered tasks."""
         terms = server.terms
         transport = server.transport
         if start.state is None:
@@ -256,18 +264,19 @@ class _Run:
         timing, late = self.scheduler.end()
         for client, reason in late.items():
             gatherer.take(client, error(reason), task=number)
-        # Deadlines and over-selection leave tasks open whose answers nobody waits for.
+        # After a deadline, or with over-selection, tasks stay open whose answers nobody waits for.
         stopped = self.outbox.cancel_all_but(self.scheduler.at_work)
         mean = gatherer.close()
         self._note_answers(mean, timing, stopped, number, broadcast)
         self._take_step(mean, number)
-        # Last: a checkpoint must hold the state after the step.
+        # Stored after the step, because a resumed run starts with the next round.
         self.parts["schedule"] = self.scheduler.state()
         self.parts["outbox"] = self.outbox.state(self.scheduler.at_work)
         return RoundRecord(
             round=number,
             params=self.params,
             server_state=_join_state(self.parts),
+            # Bytes and seconds are filled in by `_Server.rounds`, which measures the whole round.
             bytes_up=0,
             bytes_down=0,
             clients=mean.rows,
@@ -278,11 +287,11 @@ class _Run:
         )
 
     def _take_answers(self, gatherer: Gatherer, number: int, broadcast: Broadcast | None) -> None:
-        """Gives answers to `gatherer` until the schedule has enough, and asks more clients."""
+        """Passes answers to `gatherer` until the schedule has enough; asks more clients if due."""
         while waiting := self.scheduler.wait():
             task, reply = self.outbox.receive(waiting, self.scheduler.patience)
             staleness = number - task.task
-            # An update that started from an old model counts less.
+            # Buffered schedules give an update from an old model a smaller weight.
             weight = self.server.schedule.weight(staleness)
             gatherer.take(task.client, reply, task=task.task, scale=weight)
             self.scheduler.take(task)
@@ -298,11 +307,12 @@ class _Run:
         number: int,
         broadcast: Broadcast | None,
     ) -> None:
-        """Notes whose answers counted, and which model each client holds now."""
+        """Stores whose answers were used, and which model version each client has now."""
         self.parts["uplink"] = mean.state
         if broadcast is not None:
-            # A client that was told to stop may or may not have read the model: it is taken to hold
-            # the old one, and says so if it does not.
+            # A cancelled client may or may not have read the new model. The server assumes that it
+            # still has the old one; if that is wrong, the client answers the next request with an
+            # error.
             refused = {**dict.fromkeys(stopped, "told to stop"), **mean.refused}
             broadcast.mark_arrived(refused)
             self.parts["downlink"] = broadcast.state()
@@ -313,7 +323,7 @@ class _Run:
             self.parts["clients"] = counted.state()
 
     def _take_step(self, mean: RoundMean, number: int) -> None:
-        """Takes the algorithm's server step; none if no update came."""
+        """Takes the algorithm's server step, unless no update came."""
         # Without an update the model stays: a step of zeros would still move a momentum.
         if not mean.vectors:
             return
@@ -326,9 +336,10 @@ class _Run:
         _check_finite(self.params, number, algorithm)
 
     def _send(self, asked: list[Assignment], number: int, broadcast: Broadcast | None) -> None:
-        """Sends the model to those who are `asked`.
+        """Sends the model to the clients in `asked`.
 
-        Equal messages are one object, because the transport packs each object once.
+        Clients that get equal messages share one object, because the transport serializes each
+        object once.
         """
         terms = self.server.terms
         names = [one.client for one in asked]
@@ -339,7 +350,8 @@ class _Run:
         }
         if terms.uplink.adaptive is not None:
             header["clip_norm"] = terms.uplink.update_scale(self.parts["uplink"])
-        # A buffered step asks clients at several times, with the same model: packed once.
+        # Under buffered steps, clients are asked at several times with the same model. Reusing
+        # the message means that it is serialized once.
         if self.latest is None or self.latest.header != header:
             extras = terms.algorithm.server_down(self.parts["optimizer"])
             self.latest = Message("fit", header, {PARAMS: self.params, **extras})
@@ -358,7 +370,7 @@ def _check_finite(params: Tensor, round: int, algorithm: Algorithm) -> None:
             place="server",
             cure=(
                 "lower lr, or the lr of the server's optimizer "
-                f"({algorithm.optimizer!r}); the rounds before it are kept"
+                f"({algorithm.optimizer!r}); the rounds before {round} are saved"
             ),
         )
 
@@ -366,13 +378,13 @@ def _check_finite(params: Tensor, round: int, algorithm: Algorithm) -> None:
 def _requests(
     cohort: list[ClientId], whole: Message, broadcast: Broadcast | None
 ) -> dict[ClientId, Message]:
-    """Returns a message for each client; clients that hold the same model share one object.
+    """Returns a message for each client; clients that have the same model share one object.
 
     Args:
-        cohort: who is asked.
-        whole: the message with the parameters, which a downlink codes, and with further vectors,
-            which always travel whole.
-        broadcast: the downlink; None if the model travels whole.
+        cohort: the clients that are asked.
+        whole: the message with uncoded parameters and the algorithm's further vectors. A downlink
+            codes the parameters only.
+        broadcast: the downlink coder; None if the parameters are sent as float32.
     """
     if broadcast is None:
         return dict.fromkeys(cohort, whole)
@@ -393,7 +405,10 @@ def _requests(
 def _with_counted(
     requests: Mapping[ClientId, Message], counted: Counted
 ) -> dict[ClientId, Message]:
-    """Adds to each request which of the client's answers counted last; equal ones stay shared."""
+    """Adds field `counted` to each request: the round of the client's last answer that was used.
+
+    Clients with the same request and the same round share one message object.
+    """
     made: dict[tuple[int, int], Message] = {}
     result = {}
     for client, message in requests.items():
@@ -412,7 +427,7 @@ def _initial_parts(terms: Terms, params: Tensor) -> dict[str, ServerState]:
 
 
 def _join_state(parts: Mapping[str, Mapping[str, Tensor]]) -> ServerState:
-    """Returns one table of tensors, named `<part>/<name>`."""
+    """Returns all tensors in one dictionary, named `<part>/<name>`."""
     state = {}
     for part, tensors in parts.items():
         for name, tensor in tensors.items():
@@ -421,7 +436,7 @@ def _join_state(parts: Mapping[str, Mapping[str, Tensor]]) -> ServerState:
 
 
 def _split_state(state: Mapping[str, Tensor]) -> dict[str, ServerState]:
-    """Returns the parts of a state that `_join_state` made; empty ones of an empty state."""
+    """Undoes `_join_state`; a part without tensors is an empty dictionary."""
     parts: dict[str, ServerState] = {part: {} for part in PARTS}
     for full, tensor in state.items():
         part, _, name = full.partition("/")

@@ -136,7 +136,7 @@ def test_a_client_that_lost_its_state_says_so_and_begins_anew():
     first = going.run(3)[-1]
     going.memories["c2"].rounds.clear()
     records = going.run(5, start=after(first))
-    assert "does not hold its state of round 3" in records[0].refused["c2"]
+    assert "has lost its state of round 3" in records[0].refused["c2"]
     assert not records[1].refused
 
 
