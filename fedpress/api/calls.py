@@ -62,41 +62,38 @@ def call(
     """Runs one stage on one model.
 
     Args:
-        kind: of the stage.
-        model: the folder of a model or of a run, a packed file, `module:function`, the `Result` of
-            another call, or a module, which is not changed.
-        data: a source such as "cifar10"; or what is in memory: a tensor of inputs [n, ...] to
-            calibrate on, a pair (inputs, labels [n]), a torch Dataset or DataLoader of one or the
-            other, or a `FederatedData`. By default the data of the run that left the model. Data in
-            memory are taken as inputs of the network (images of bytes as values from 0 to 1),
-            except by a saved model, which standardises them as it was trained.
-        path: where the source finds its files.
-        checkpoint: a state dict for `module:function`.
-        input_shape: of one example, for a module or function without data. Of several inputs a list
-            of shapes: then a module in memory is cut, rounded or exported without data, and the
-            result stays in memory.
-        mean: of each channel, as a model that was trained elsewhere wants its inputs standardised
-            (images as values from 0 to 1); "none": as they are; "data": by the public part of the
-            source.
-        std: of each channel.
-        out: the run folder to write; without one the result lives in memory alone.
-        device: where to train and measure: "auto", "cpu", "cuda", "cuda:1" or "mps"; None is
+        kind: kind of stage, such as "prune".
+        model: a `torch.nn.Module` (it is not changed), the `Result` of another call, the folder of
+            a model or of a run, a packed file, or `module:function`.
+        data: name of a source, such as "cifar10", or data in memory: inputs [n, ...] to calibrate
+            on, a pair (inputs, labels [n]), a torch Dataset or DataLoader of either, or a
+            `FederatedData`. By default the data of the run that wrote the model. A module gets data
+            in memory unchanged, except that uint8 images are scaled to 0..1. A saved model
+            standardises them as in its training.
+        path: file or folder of the source.
+        checkpoint: file with a state dict for the model that `module:function` builds.
+        input_shape: shape of one example, such as (3, 32, 32). A module or function without data
+            needs it. A list of shapes stands for several inputs: then a module in memory can be
+            pruned, quantized or exported without data, and the result stays in memory.
+        mean: mean of each channel, for a model that was trained by another program (images count
+            as 0..1). "none": no standardisation. "data": mean and std of the source's public part.
+        std: standard deviation of each channel.
+        out: run folder to write; None: the result stays in memory.
+        device: device to train and measure on: "auto", "cpu", "cuda", "cuda:1" or "mps"; None is
             "auto".
-        class_weights: how much each class counts in the loss: a list, or "balanced" by the public
-            part of the data; None: all alike. On the command line and in a recipe
-            `data.class_weights`.
-        allow_code: names `module:function` that the files of `model`, of its run or of a teacher
-            may have called; a `model` that is given as `module:function` is allowed by that.
-        progress: whether to show bars; None: in a notebook, and where the error stream is a
-            terminal.
-        settings: the keys of the stage; a `teacher` may be a module, too.
+        class_weights: weight of each class in the loss, as a list; "balanced": weights from the
+            class counts of the public part; None: equal weights. The same key in a recipe and on
+            the command line is `data.class_weights`.
+        allow_code: names `module:function` that may be called to build the model, the model of its
+            run, or a teacher. A `model` given as `module:function` is allowed without it.
+        progress: whether to show progress bars; None: in a notebook or terminal only.
+        settings: keys of the stage, such as `keep_params=0.5`. `teacher` may also be a module.
 
     Returns:
-        The result. Without `out` it holds what export and pack wrote as `files`, by name.
+        The result. If `out` is None, `files` has the bytes of the files that export or pack made.
 
     Raises:
-        FedpressError: if something does not fit, saying what; before any work where it can be
-            known.
+        FedpressError: if arguments do not fit together; nearly always before any training.
     """
     model, mean, std = model_of(model, mean, std)
     if (shapes := several.several_shapes(input_shape)) is not None:
@@ -116,7 +113,7 @@ def call(
         opened = _checked(kind, opened, loaded, out)
         place = out if out is not None else stack.enter_context(tempfile.TemporaryDirectory())
         result = _executed(bound, loaded, Path(place), str(model)[:200], progress)
-        # Of a module that nothing builds again, a spec would name this process only.
+        # Such a spec names a module by a number of this process. No other process could build it.
         unknown = opened.module is not None and (out is None or opened.named is None)
         result = replace(result, spec=None if unknown else result.spec)
         if out is not None:
@@ -129,13 +126,14 @@ class DataArguments:
     """The arguments of a call about its data and device; see `call`.
 
     Attributes:
-        data: a source, or data in memory; None: those of the run that left the model, else none.
-        path: of the source.
-        checkpoint: a state dict for a function that builds the model.
-        input_shape: of one example.
-        mean: how the model wants its inputs.
-        std: likewise.
-        device: to compute on.
+        data: name of a source, or data in memory; None: the data of the run that wrote the model,
+            if it comes from a run.
+        path: file or folder of the source.
+        checkpoint: file with a state dict for a function that builds the model.
+        input_shape: shape of one example.
+        mean: mean of each input channel, "none" or "data".
+        std: standard deviation of each input channel.
+        device: device to train and measure on.
     """
 
     data: Any = None
@@ -149,7 +147,7 @@ class DataArguments:
 
 @contextmanager
 def call_scope(allow_code: Collection[str] | str) -> Iterator[ExitStack]:
-    """Yields a stack for what a call holds until it ends; restores torch's random state then."""
+    """Yields a stack of context managers that end with the call; restores torch's random state."""
     with ExitStack() as stack:
         stack.enter_context(consent.allowing(allow_code))
         # Stages seed torch's global generator: the caller's next draws must not depend on that.
@@ -166,7 +164,7 @@ def bind(
     *,
     out: str | Path | None = None,
 ) -> tuple[CallModel, OneStage, FederatedData]:
-    """Finds the model, puts the recipe of one stage together, and loads the data.
+    """Finds the model, makes a recipe of one stage, and loads the data.
 
     Raises:
         FedpressError: if something does not fit.
@@ -189,19 +187,19 @@ def bind(
 def model_of(
     model: Model, mean: Mean = None, std: Sequence[float] | None = None
 ) -> tuple[nn.Module | str | Path, Mean, Sequence[float] | None]:
-    """Returns the model that a call works on, and how it wants its inputs standardised.
+    """Returns the model that a call works on, with the mean and std of its inputs.
 
     Args:
-        model: as `call` takes it. A result that was written to a folder stands for that folder; one
-            in memory for its module, whose inputs are standardised as those that it was made with.
-        mean: as the user gives it; that goes first.
-        std: likewise.
+        model: as `call` takes it. For a `Result` with a folder, that folder is returned. For a
+            `Result` in memory, its module is returned, with the mean and std that the result notes.
+        mean: the user's `mean=`; it takes precedence over that of the result.
+        std: the user's `std=`.
 
     Raises:
-        ModelError: if it is nothing that a call takes.
+        ModelError: if `model` has a type that no call takes.
     """
     if isinstance(model, Result):
-        # A folder also knows the data of its run, so it is worth more than the module.
+        # The folder rather than the module: it also says which data the run has used.
         if model.folder is not None:
             return model.folder, mean, std
         if mean is None and model.mean:
@@ -217,8 +215,8 @@ def model_of(
 
 
 def _keys(settings: dict[str, Any], stack: ExitStack) -> list[Override]:
-    """Returns the settings as keys of the stage; `stack` holds a teacher that is a module."""
-    # TOML holds no module. The recipe names it by a number that is valid while the call lasts.
+    """Returns the settings as keys of the stage; a module as teacher stays registered in `stack`."""
+    # TOML cannot hold a module. The recipe names it by a number that is valid during the call.
     if isinstance(teacher := settings.get("teacher"), nn.Module):
         name = stack.enter_context(memory.holding(teacher))
         settings = {**settings, "teacher": memory.TEACHER + name}
@@ -242,9 +240,10 @@ class CallModel:
     """The model of a call.
 
     Attributes:
-        chosen_model: where it comes from, as a recipe says it.
-        module: itself, if it was given as a module.
-        named: how such a module can be built anew; None if that is not known, or it is none.
+        chosen_model: the model as the keys of a recipe's table `[model]`.
+        module: the module, if the user has given one.
+        named: function and arguments that build such a module; None if none are known, or the user
+            has not given a module.
     """
 
     chosen_model: ChosenModel
@@ -259,7 +258,7 @@ def _find_model(
     out: object,
     stack: ExitStack,
 ) -> CallModel:
-    """Finds the model; `stack` holds a module while the call lasts."""
+    """Finds the model; a module stays registered in `stack` until the call ends."""
     if not isinstance(model, nn.Module):
         weights = Path(checkpoint) if checkpoint is not None else None
         return CallModel(ChosenModel.find(model, weights=weights))
@@ -273,16 +272,16 @@ def _find_model(
     _refuse_what_cannot_be_saved(kind, model, named, out)
     chosen_model = ChosenModel(stack.enter_context(holding(model, named)), module=model)
     if named is not None and ":" in named.architecture:
-        # Its class is here already: nothing new is called.
+        # The user's program has imported this class already, so consent is not needed.
         stack.enter_context(consent.allowing(named.architecture))
     return CallModel(chosen_model, model, named)
 
 
 def _checked(kind: str, opened: CallModel, data: FederatedData, out: object) -> CallModel:
-    """Looks whether a module that is built anew computes the same; if not, it has no name.
+    """Builds the user's module a second time and compares outputs; if they differ, forgets `named`.
 
     Raises:
-        ModelError: if it must be built anew for what the call leaves.
+        ModelError: if the call must write a model that can be built again, and outputs differ.
     """
     if opened.module is None or opened.named is None:
         return opened
@@ -295,7 +294,7 @@ def _checked(kind: str, opened: CallModel, data: FederatedData, out: object) -> 
 
 
 def _files(result: Result) -> dict[str, bytes]:
-    """Returns what export and pack wrote, by name."""
+    """Returns the files that export or pack wrote: name -> bytes."""
     if result.artifact is None:
         return {}
     return {file.name: file.read_bytes() for file in sorted(result.artifact.parent.iterdir())}
@@ -326,10 +325,10 @@ def _data_set(
     given: Standardization | None,
     keys: Sequence[Override],
 ) -> FederatedData:
-    """Makes a data set of what is in memory.
+    """Makes a federated data set from data in memory, with the user's class weights.
 
     Raises:
-        DataError: if it is nothing that `call` takes.
+        DataError: if `data` has a type that `call` does not take.
     """
     found = _as_federated(data, chosen_model, given, keys)
     weights = next((key.value for key in keys if key.key == "data.class_weights"), None)
@@ -378,7 +377,7 @@ def _as_federated(
 
 
 def _saved_with_task(chosen_model: ChosenModel, spec: ModelSpec) -> tuple[nn.Module, Task | None]:
-    """Returns a saved model and what it was trained for, so that labels need not show it."""
+    """Returns a saved model and its task, which then need not be found from the labels."""
     model = storage.load(Path(chosen_model.model["checkpoint"]))[1]
     if not spec.task and not spec.class_names:
         return model, None
@@ -388,17 +387,17 @@ def _saved_with_task(chosen_model: ChosenModel, spec: ModelSpec) -> tuple[nn.Mod
 def _refuse_what_cannot_be_saved(
     kind: str, model: nn.Module, named: memory.Named | None, out: object
 ) -> None:
-    """Refuses, before any work, to write a module that could not be loaded again.
+    """Refuses, before any work, to write a module that could not be loaded later.
 
     Raises:
-        ModelError: if that is so.
+        ModelError: if the call must write the module, and nothing is known that builds it.
     """
     row = row_of(kind).load()
     if named is not None or (out is None and not row.needs_buildable_spec):
         return
     what = "the file" if row.needs_buildable_spec else "the folder"
     error = ModelError(
-        f"{what} could not be opened again, since nothing is known that builds this "
+        f"{what} could not be opened later, since nothing is known that builds this "
         f"{type(model).__name__}: it is not made of torch.nn layers in sequences alone, and its "
         "class does not build it from arguments that it keeps",
         place=kind if row.needs_buildable_spec else "out",
@@ -412,7 +411,8 @@ def _refuse_what_cannot_be_saved(
     )
     if not row.needs_buildable_spec:
         error.add_cure(", or leave ", Argument("out"), " away and keep the result in memory")
-    if row.reports_artifact:  # the file of the device is what counts here
+    # Only a warning: an exported file runs without the Python class.
+    if row.reports_artifact:
         warnings.warn(str(error), stacklevel=4)
         return
     raise error

@@ -1,4 +1,4 @@
-"""What a model is worth on examples, and what it answers."""
+"""`fedpress.evaluate` measures a model on examples; `fedpress.predict` returns its answers."""
 
 from __future__ import annotations
 
@@ -46,23 +46,20 @@ def evaluate(
     """Measures a model on examples.
 
     Args:
-        model: as `fedpress.prune` takes it, or a `Result`.
-        data: a pair (inputs, labels), a torch Dataset or DataLoader, all of which is measured on;
-            or a source such as "digits", or a `FederatedData`, whose test part is. By default the
-            test part of the run that left the model.
-        path: where the source finds its files.
-        checkpoint: a state dict for `module:function`.
-        mean: of each channel, as a model that was trained elsewhere wants its inputs, see
-            `fedpress.prune`.
-        std: likewise.
-        task: what is learned, such as "binary", for data in memory; by default as model and labels
-            are.
-        device: to compute on.
-        allow_code: names `module:function` that the files of `model` may have called.
+        model: a module, a `Result`, the path of a saved model or run, or `module:function`.
+        data: a pair (inputs, labels), a torch Dataset or DataLoader: all its examples are used. Or
+            a source such as "digits" or a `FederatedData`: its test part is used. None: the test
+            part of the run that wrote the model.
+        path: file or folder of the source.
+        checkpoint: file with a state dict for the model that `module:function` builds.
+        mean: mean of each input channel, for a model that was trained by another program.
+        std: standard deviation of each input channel.
+        task: the task, such as "binary"; None: it is found from the model and the labels.
+        device: device to compute on, such as "cuda:1".
+        allow_code: names `module:function` that may be called to build the model.
 
     Returns:
-        Every metric of the task by its key, such as "accuracy", with "loss" and "examples", their
-        number.
+        Each metric of the task, such as "accuracy", with "loss" and "examples" (their number).
 
     Raises:
         FedpressError: if model and data do not fit, or there is nothing to measure on.
@@ -112,15 +109,15 @@ def _nothing_to_measure_on() -> DataError:
 
 @dataclass(frozen=True, eq=False)
 class Predictions:
-    """What a model answers to examples.
+    """The answers of a model to n examples.
 
     Attributes:
-        answers: class numbers int64 [n], 0 or 1 for each label [n, k], or numbers in the targets'
-            units.
-        probabilities: of each class or label, [n, k]; None for a task of numbers.
-        outputs: of the network, [n, ...].
-        names: of the classes, the labels or the numbers.
-        task: the task's word, such as "classification".
+        answers: the answer for each example. Classification: class numbers, int64 [n]. Several
+            labels: 0 or 1 for each label [n, k]. Regression: numbers in the units of the targets.
+        probabilities: probability of each class or label [n, k]; None for a regression.
+        outputs: outputs of the network [n, ...], for example logits.
+        names: names of the classes, labels or regressed numbers.
+        task: kind of task, such as "classification".
     """
 
     answers: Tensor
@@ -148,7 +145,7 @@ class Predictions:
         return [self.names[number] for number in self.answers.tolist()]
 
     def table(self) -> tuple[list[str], list[list[Any]]]:
-        """Returns the answers as columns and rows, with a column for each probability.
+        """Returns column names and rows: the answers first, then one column per probability.
 
         Raises:
             DataError: if there are several answers for each example, such as one for each position.
@@ -183,16 +180,15 @@ def predict(
     """Runs a model on examples.
 
     Args:
-        model: as `fedpress.prune` takes it, or a `Result`.
-        inputs: [n, ...] as uint8 images, numbers or token ids; a dictionary of them for several
-            inputs; the path of a file of NumPy, .npy, or .npz for several inputs; a Dataset or
-            DataLoader, whose labels are not looked at. A saved model standardises them as it was
-            trained, a module takes them as they are.
-        checkpoint: a state dict for `module:function`.
-        mean: of each channel, as a model that was trained elsewhere wants its inputs, see
-            `fedpress.prune`.
-        std: likewise.
-        allow_code: names `module:function` that the files of `model` may have called.
+        model: a module, a `Result`, the path of a saved model or run, or `module:function`.
+        inputs: uint8 images, numbers or token ids [n, ...]; a dictionary of them for a model of
+            several inputs; the path of a .npy file, or of a .npz file for several inputs; a Dataset
+            or DataLoader, whose labels are ignored. A saved model standardises them as in its
+            training. A module gets them unchanged.
+        checkpoint: file with a state dict for the model that `module:function` builds.
+        mean: mean of each input channel, for a model that was trained by another program.
+        std: standard deviation of each input channel.
+        allow_code: names `module:function` that may be called to build the model.
 
     Raises:
         FedpressError: if the model does not take these inputs.
@@ -254,7 +250,7 @@ def _outputs(network: nn.Module, x: Inputs) -> Tensor:
     """Runs the network on one batch.
 
     Raises:
-        ModelError: if it does not take it, or gives no tensor.
+        ModelError: if the network fails on the batch, or does not return one tensor.
     """
     try:
         found = evaluation.outputs(network, x)
@@ -275,10 +271,10 @@ def _outputs(network: nn.Module, x: Inputs) -> Tensor:
 
 
 def _read(inputs: Any) -> Inputs:
-    """Reads inputs in memory, or from a file of NumPy.
+    """Returns inputs that are in memory or in a NumPy file; labels beside them are dropped.
 
     Raises:
-        DataError: if they are no examples.
+        DataError: if `inputs` has a type that `predict` does not take.
     """
     if isinstance(inputs, str | Path):
         inputs = _arrays_of(Path(inputs))
@@ -291,11 +287,11 @@ def _read(inputs: Any) -> Inputs:
 
 
 def _arrays_of(path: Path) -> np.ndarray | dict[str, np.ndarray]:
-    """Reads a file of NumPy; nothing in it is unpickled, which could call anything."""
+    """Reads a NumPy file. Nothing is unpickled, since a pickle may run any code."""
     try:
         found = np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
-        # NumPy advises to unpickle what it does not know, which could call anything.
+        # NumPy's own message advises allow_pickle=True, which may run any code. It is not shown.
         reason = error.strerror if isinstance(error, OSError) else "it holds no plain array"
         raise DataError(
             f"cannot read '{path}' ({reason})",

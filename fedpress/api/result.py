@@ -20,23 +20,23 @@ from fedpress.workspace.folder import RunFolder
 
 @dataclass(frozen=True, eq=False)
 class Result:
-    """The result of a call on one model. The next call takes it as its model.
+    """The result of a call on one model. It can be given to the next call as its `model`.
 
     Attributes:
-        spec: how to build the model; None for a module from memory of which nothing was kept.
+        spec: how to build the model; None if the user's module was given and nothing is known that
+            builds it, or there was no `out`.
         model: the new model.
-        before: what the old model is worth and what it costs: accuracy, parameters, macs,
-            file_bytes, latency_ms.
-        after: the same of the new model, and what the stage reports: bytes sent, epsilon, what was
-            left as it was.
-        mean: of each channel of the inputs that the model takes, see
-            `fedpress.core.examples.Preprocess`.
-        std: likewise.
-        records: a line for each epoch or round of the stage, as `records.jsonl` of a run has them.
-        folder: the new model's folder, to be given to the next command; None if nothing was kept.
-        artifact: the file that export or pack wrote; None if nothing was kept.
-        files: what export or pack wrote, by name, where nothing was kept: the bytes of the file (of
-            two for OpenVINO; `inputs.json` too where the data are a table).
+        before: facts about the old model, such as accuracy, parameters, macs, file_bytes and
+            latency_ms.
+        after: the same facts about the new model, and those of the stage, such as `bytes_up` and
+            `epsilon`.
+        mean: mean of each input channel that the model is standardised with.
+        std: standard deviation of each input channel.
+        records: one record per epoch or round, as in `records.jsonl` of a run.
+        folder: folder of the new model; None if the call had no `out`.
+        artifact: file that export or pack wrote; None if the call had no `out`.
+        files: name -> bytes of the files that export or pack made, if the call had no `out`.
+            OpenVINO makes two files, and tables add `inputs.json`.
     """
 
     spec: ModelSpec | None
@@ -52,7 +52,7 @@ class Result:
 
     @classmethod
     def read(cls, run: RunFolder, kind: str) -> Result:
-        """Reads what a finished command left in `run`."""
+        """Reads the result of a finished command from its run folder."""
         facts = read_json(run.path / "result.json", cure=CURES["result.json"]).get("final")
         if not isinstance(facts, dict) or "name" not in facts:
             raise RunError(
@@ -62,7 +62,7 @@ class Result:
             )
         stage = run.stage(0, kind, facts["name"])
         spec, model = stage.load()
-        memory.remember_spec(model, spec)  # a later measurement says the same size
+        memory.remember_spec(model, spec)  # so that a later measurement reports the same file size
         artifact = run.path / facts["artifact"] if "artifact" in facts else None
         before = read_json(run.path / "before.json", cure=CURES["before.json"])
         records = tuple(run.records.of_stage(0))

@@ -1,4 +1,4 @@
-"""Saved models: loaded as plain modules, and written as a folder or one packed file."""
+"""`fedpress.load` and `fedpress.save`: models as a folder or as one packed file."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ def load(path: str | Path, *, allow_code: Collection[str] | str = ()) -> nn.Modu
     """Loads a saved model as a module, in evaluation mode.
 
     Args:
-        path: the folder of a model or of a run (its last finished stage), or a packed file.
-        allow_code: names `module:function` that its files may have called to build it. Nothing is
+        path: folder of a model, folder of a run (its last finished stage is taken), or packed file.
+        allow_code: names `module:function` that may be called to build the model. Nothing is
             unpickled.
 
     Raises:
@@ -56,16 +56,16 @@ def save(
     Args:
         model: a `Result`, a module, the path of a saved model, or `module:function`.
         path: a new folder; or a new file that ends in `.safetensors`, which is packed losslessly.
-        checkpoint: a state dict for `module:function`.
-        input_shape: of one example, for a module or function that came from no call.
-        allow_code: names `module:function` that the files of `model` may have called.
+        checkpoint: file with a state dict for the model that `module:function` builds.
+        input_shape: shape of one example; needed for a function, and for a module that fedpress
+            has not returned.
+        allow_code: names `module:function` that may be called to build the model.
 
     Returns:
         The path.
 
     Raises:
-        ModelError: if there is something at `path` already, or nothing is known that builds the
-            module again.
+        ModelError: if `path` exists, or nothing is known that builds the module.
 
     >>> import torch, fedpress, tempfile
     >>> net = torch.nn.Sequential(torch.nn.Linear(4, 2))
@@ -91,7 +91,7 @@ def save(
 def _described(
     model: Model, checkpoint: str | Path | None, shape: tuple[int, ...] | None
 ) -> tuple[ModelSpec, nn.Module]:
-    """Returns a model with the spec that builds it again.
+    """Returns a model with the spec that builds it.
 
     Raises:
         ModelError: if nothing is known that builds it.
@@ -142,7 +142,7 @@ def _described(
 
 
 def _builds(spec: ModelSpec, module: nn.Module) -> bool:
-    """Says whether a spec builds a network of the tensors that `module` has."""
+    """Whether `spec` builds a network with the tensor names and shapes of `module`."""
     try:
         built = spec.build()
     except ModelError:
