@@ -233,7 +233,7 @@ def made_call(kind: str) -> Call:
         return call(kind, model, **settings)
 
     function.__name__ = function.__qualname__ = kind
-    function.__doc__ = commands()[kind].words
+    function.__doc__ = commands()[kind].summary
     return of_stage(function)
 
 

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 def add_commands(app: typer.Typer) -> None:
     """Adds a command for each kind of stage, and those on several models."""
     for row in commands().values():
-        app.command(name=row.kind, help=row.words)(command_of(row.kind))
+        app.command(name=row.kind, help=row.summary)(command_of(row.kind))
     app.command()(measure)
     app.command()(sweep)
 

@@ -1,4 +1,4 @@
-"""The table of transforms: what may change the numbers of an update before it is sent."""
+"""Codecs: the table of transforms that clip, compress or noise an update before it is sent."""
 
 from collections.abc import Mapping
 from typing import Annotated, TypeAlias, get_args
@@ -40,7 +40,7 @@ TransformSettings: TypeAlias = (
     | Discretize
     | Noise
 )
-"""The table: a new transform is a file beside this one and its class here."""
+"""All transforms. To add one, write a file in this folder and list its settings class here."""
 TRANSFORMS: Mapping[str, type[BaseModel]] = {
     settings.model_fields["kind"].default: settings for settings in get_args(TransformSettings)
 }

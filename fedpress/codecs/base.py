@@ -1,4 +1,8 @@
-"""A transform changes the numbers of an update and states a bound on the result; also chains."""
+"""Interface of codecs: transforms, the bounds that they guarantee, and chains of transforms.
+
+Example: the chain clip -> quantize. `bind_chain` checks the order once. A client then calls
+`encode_chain` on each update, and the server `decode_chain` on each message.
+"""
 
 from __future__ import annotations
 
@@ -18,19 +22,22 @@ from fedpress.errors import WireError, inside
 
 @dataclass(frozen=True)
 class Bound:
-    """What is guaranteed about one client's vector.
+    """Guaranteed properties of one client's vector, such as its largest L2 norm.
+
+    `Settings.bind` takes the bound before a transform and returns the bound after it. Privacy and
+    secure sums are planned from the last one.
 
     Attributes:
         size: number of values.
         l2: largest L2 norm.
         linf: largest absolute value.
-        integer: whether all values are whole numbers.
+        integer: whether all values are integers.
         spread: standard deviation of each value after a random rotation, whose tails are no heavier
             than a Gaussian's; infinite without a rotation.
-        shapes: shapes of the parameters that the vector holds one after another; empty once a
-            transform has mixed or dropped values.
-        decoded_l2: largest L2 norm that an honest client's update can decode to. The server cuts
-            longer ones back to it, so a client that lies moves the mean no further.
+        shapes: shapes of the parameters in the vector, in order, such as ((64, 10), (10,)); empty
+            after a transform that mixes or drops values.
+        decoded_l2: largest L2 norm that an honest client's update can decode to. The server scales
+            longer ones down to it, so a malicious client cannot move the mean further.
     """
 
     size: int
@@ -44,11 +51,11 @@ class Bound:
 
 @dataclass(frozen=True)
 class Key:
-    """Names all random streams of one update.
+    """Seeds all random streams of one update: by run, round and client.
 
-    Client and server hold the same key, so both draw the same masks and rotations, and these need
-    no bytes. The client's noise must not be known to others: where the seed is not secret, it
-    comes from `secret`, which only the client has.
+    Client and server have the same key, so both draw the same masks and rotations, which need not
+    be sent. Nobody else may know the client's noise. If the seed is not secret, the noise comes
+    from `secret`, which only the client has.
 
     Attributes:
         seed: seed of the run.
@@ -63,39 +70,43 @@ class Key:
     secret: int | None = field(default=None, repr=False)
 
     def client_stream(self, *words: str | int) -> RandomSource:
-        """Returns the public stream named `words` of this client in this round."""
+        """Returns the public stream of this client and round with the name `words`.
+
+        Example: `key.client_stream("dither", "shift")`.
+        """
         return public_stream(self.seed, *self._words(words))
 
     def client_seed(self, *words: str | int) -> int:
-        """Returns a public 63-bit seed named `words`, for torch's global generator."""
+        """Returns a public 63-bit seed with the name `words`, for torch's global generator."""
         return random.derive(self.seed, *self._words(words))
 
     def client_key(self, *words: str | int) -> bytes:
-        """Returns 32 public bytes named `words`, for `random.keystream`."""
+        """Returns 32 public bytes with the name `words`, for `random.keystream`."""
         return random.secret_key(self.seed, *self._words(words))
 
     def private_stream(self, *words: str | int) -> RandomSource:
-        """Returns the stream named `words` for what privacy rests on: rounding, batches, noise.
+        """Returns the stream for draws that privacy depends on: rounding, batches, noise.
 
-        Noise from it lies on a public grid if there is a `secret`. Without one, whoever knows the
-        seed can compute the noise anyway.
+        With a `secret`, its noise is rounded to a public grid, because the low bits of a sum of
+        floats could reveal the value. Without one that would be useless: anybody who knows the
+        seed can compute the noise.
         """
         exact = self.secret is not None
         return private_stream(self._hidden, *self._words(words), exact=exact)
 
     def private_key(self, *words: str | int) -> bytes:
-        """Returns 32 bytes named `words` that are as secret as the client's noise."""
+        """Returns 32 bytes that are as secret as the client's noise."""
         return random.secret_key(self._hidden, *self._words(words))
 
     def round_stream(self, *words: str | int) -> RandomSource:
-        """Returns the public stream named `words`, the same for all clients of this round."""
+        """Returns a public stream that is the same for all clients of this round."""
         return public_stream(self.seed, "shared", "round", self.round, *words)
 
     def of_vector(self, name: str) -> Key:
-        """Returns the key of a further vector `name` of the same update.
+        """Returns the key for a second vector `name` of the same update, such as control variates.
 
-        No two vectors draw from the same stream. The same noise on two vectors would cancel in
-        their difference, and with the same random rounding their errors would add up.
+        Two vectors must not share a stream. The same noise would cancel in their difference, and
+        with the same random rounding their errors would add up.
         """
         secret = None
         if self.secret is not None:
@@ -113,11 +124,11 @@ class Key:
 
 @dataclass(frozen=True, eq=False)
 class Encoded:
-    """What a transform makes of a vector.
+    """Output of a transform.
 
     Attributes:
-        values: go on to the next transform, or into the message.
-        side: what else decoding needs, by name, for instance scales.
+        values: input of the next transform, or the values of the message.
+        side: side tensors: what else decoding needs. Example: {"scales": one for each block}.
     """
 
     values: Tensor
@@ -125,13 +136,13 @@ class Encoded:
 
 
 def check_values(x: Encoded, name: str, size: int, *, integer: bool = False) -> Tensor:
-    """Returns the values of `x`, whose sender is not trusted.
+    """Checks what a client sent, which is not trusted, and returns its values.
 
     Args:
-        x: what was sent.
+        x: the received values.
         name: kind of the transform, for errors.
         size: number of values.
-        integer: whether they must be whole numbers.
+        integer: whether they must be integers.
 
     Raises:
         WireError: if there are side tensors, or the values are of another size or type.
@@ -143,7 +154,7 @@ def check_values(x: Encoded, name: str, size: int, *, integer: bool = False) -> 
             cure="send only what the chain makes",
         )
     if x.values.shape != (size,) or x.values.is_floating_point() == integer:
-        kind = "whole numbers" if integer else "floating-point numbers"
+        kind = "integers" if integer else "floating-point numbers"
         got = f"{x.values.dtype} {list(x.values.shape)}"
         raise WireError(
             f"got {got}, expected {kind} [{size}]",
@@ -154,10 +165,10 @@ def check_values(x: Encoded, name: str, size: int, *, integer: bool = False) -> 
 
 
 def check_float(values: Tensor, size: int, name: str) -> Tensor:
-    """Returns `values`, whose sender is not trusted.
+    """Returns `values` if they are finite float32 [size]; the sender is not trusted.
 
     Raises:
-        WireError: if they are not finite float32 [size].
+        WireError: if they are not.
     """
     if values.dtype != torch.float32 or values.shape != (size,):
         raise WireError(
@@ -172,10 +183,10 @@ def check_float(values: Tensor, size: int, name: str) -> Tensor:
 
 
 class Transform(Protocol):
-    """A change of numbers, bound to vectors of one size; frozen, without state.
+    """A codec for vectors of one size; it is frozen and has no state.
 
-    The client calls `encode`, the server `decode`. Both hold the same key, except that only the
-    client's has a `secret`.
+    The client calls `encode` and the server `decode`, with the same key. Only the client's key has
+    a `secret`.
     """
 
     @property
@@ -184,11 +195,11 @@ class Transform(Protocol):
         ...
 
     def encode(self, x: Tensor, key: Key) -> Encoded:
-        """Changes `x`, float32 [size of the bound], or whole numbers after a quantizer."""
+        """Encodes `x` [size]: float32, or integers if a quantizer comes before."""
         ...
 
     def decode(self, x: Encoded, key: Key) -> Tensor:
-        """Returns a vector of the size of the bound again.
+        """Returns the decoded vector [size].
 
         Raises:
             WireError: if `x` is not what `encode` could have made.
@@ -205,10 +216,10 @@ class Settings(Protocol):
         ...
 
     def bind(self, bound: Bound) -> tuple[Transform, Bound]:
-        """Returns the transform for vectors within `bound`, and the bound of what it makes.
+        """Returns the transform for vectors within `bound`, and the bound of its output.
 
         Raises:
-            RecipeError: if such vectors do not suit it.
+            RecipeError: if it cannot encode such vectors, for instance integers.
         """
         ...
 
@@ -225,10 +236,10 @@ def bind_chain(chain: Sequence[Settings], bound: Bound) -> tuple[tuple[Transform
         bound: the bound of the update itself.
 
     Returns:
-        The transforms, and the bound of what the last one makes.
+        The transforms, and the bound of the last one's output.
 
     Raises:
-        RecipeError: if one of them does not suit what comes before it.
+        RecipeError: if a transform cannot follow the one before it.
     """
     bounded = []
     for at, settings in enumerate(chain):
@@ -239,10 +250,10 @@ def bind_chain(chain: Sequence[Settings], bound: Bound) -> tuple[tuple[Transform
 
 
 def encode_chain(chain: Chain, x: Tensor, key: Key) -> dict[str, Tensor]:
-    """Returns the tensors of the message.
+    """Encodes `x` with all transforms and returns the tensors of the message.
 
-    They are `values`, and every side tensor under `<place in the chain>.<name>`, for instance
-    `1.scales`.
+    They are "values" and the side tensors, with the position of their transform in front: the
+    "scales" of the second one are "1.scales".
     """
     tensors: dict[str, Tensor] = {}
     for at, transform in enumerate(chain):
@@ -253,10 +264,10 @@ def encode_chain(chain: Chain, x: Tensor, key: Key) -> dict[str, Tensor]:
 
 
 def decode_chain(chain: Chain, tensors: Mapping[str, Tensor], key: Key) -> Tensor:
-    """Returns the update that `encode_chain` made these tensors of.
+    """Decodes the tensors of `encode_chain`.
 
     Raises:
-        WireError: if a tensor is missing, no transform reads it, or a transform cannot read it.
+        WireError: if a tensor is missing or invalid, or no transform reads it.
     """
     left = dict(tensors)
     if VALUES not in left:

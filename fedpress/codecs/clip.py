@@ -1,4 +1,4 @@
-"""Clip: limits the L2 norm of an update, and so how far one client can move a sum."""
+"""Clip: limits the L2 norm of an update, so that no client moves a sum by more than that."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fedpress.privacy.noise.mechanism import clip
 
 
 class Clip(BaseModel):
-    """Scales an update down to L2 norm `clip_norm`.
+    """Scales an update down to the L2 norm `clip_norm` if it is longer.
 
     >>> Clip(clip_norm=1.0).bind(Bound(size=3, l2=2.0))[1]
     Bound(size=3, l2=1.0, linf=1.0, integer=False, spread=inf, shapes=(), decoded_l2=1.0)

@@ -1,4 +1,4 @@
-"""Discretize: whole numbers on one grid for all clients, so that a secure sum can add them."""
+"""Discretize: rounds to integers on a grid that all clients share, for secure sums."""
 
 from __future__ import annotations
 
@@ -15,59 +15,67 @@ from fedpress.errors import PrivacyError, RecipeError
 from fedpress.privacy.noise.skellam import rounded_sensitivity
 
 SPREADS = 5.0
-"""Values of a rotated vector are clamped at so many standard deviations, which about one value in
-1.7 million exceeds."""
+"""Values of a rotated vector are clamped at 5 standard deviations. About one in 1.7 million is
+larger."""
 
 TRIES = 1000
-"""How often rounding is tried. One try fails with probability 0.61 at most, all of them with
-10^-217."""
+"""Most attempts to round within the L2 bound. One fails with probability 0.61 at most, all 1000
+with 10^-217."""
 
 
 class Discretize(BaseModel):
     """Clamps each value, scales it to the grid and rounds it up or down at random.
 
-    The expectation of one draw is the clamped and scaled value. A result whose norm is above a
-    public bound, which happens with probability e^-0.5 at most, is drawn again, so the L2 bound
-    always holds (conditional rounding: Kairouz, Liu & Steinke 2021, arXiv:2102.06387, section 3).
+    Example: with scale = 100, the value 0.0137 becomes 1 (probability 0.63) or 2 (0.37).
 
-    Secure aggregation chooses `scale` (grid units per unit of the update) and `limit` (of each
-    value, before scaling) from `bits`, the cohort and the noise. `again` is off where single
-    examples are protected and not whole clients. Two sums that differ by one example could stop
-    after different numbers of draws; with other random numbers they would be further apart than
-    the example moves them.
+    The expected result is the clamped and scaled value. If the rounded vector is longer than a
+    public bound (probability e^-0.5 at most), the rounding is drawn a second time, and so on. So
+    the L2 bound always holds (conditional rounding: Kairouz, Liu & Steinke 2021, arXiv:2102.06387,
+    section 3).
+
+    Secure aggregation plans `scale` (grid steps for 1.0 of the update) and `limit` (largest value
+    before scaling) from `bits`, the cohort and the noise. It sets `again = false` under unit
+    "sample": two sums that differ in one example could need different numbers of draws. Their
+    random numbers would then differ too, and move the sums further apart than the example does.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     kind: Literal["discretize"] = "discretize"
     bits: int | None = Field(
-        default=None, ge=2, le=31, description="of the sum of all clients; planned if left out"
+        default=None,
+        ge=2,
+        le=31,
+        description="bits of each value in the sum of all clients; by default planned from the "
+        "noise",
     )
     scale: float | None = Field(
         default=None,
         gt=0,
         allow_inf_nan=False,
-        description="steps of the grid for each 1.0 of an update; by default they follow from the "
-        "planned noise and bits",
+        description="grid steps for 1.0 of an update (100: steps of 0.01); by default planned from "
+        "noise and bits",
     )
     limit: float | None = Field(
         default=None,
         gt=0,
         allow_inf_nan=False,
-        description="values are clamped to this size before they are rounded; by default it "
-        "follows from the clip norm",
+        description="largest absolute value before rounding, others are clamped to it; by default "
+        "from the clip norm",
     )
-    again: bool = Field(default=True, description="draw rounding again until the L2 bound holds")
+    again: bool = Field(
+        default=True, description="repeat the random rounding until the L2 bound holds"
+    )
 
     def bind(self, bound: Bound) -> tuple[BoundDiscretize, Bound]:
-        """Returns the transform, and a bound with whole numbers.
+        """Returns the transform, and the bound of its integers.
 
         Raises:
-            RecipeError: without a bound on the input, or without a scale.
+            RecipeError: if the input is not bounded, or there is no scale.
         """
         if bound.integer:
             raise RecipeError(
-                "its input is whole numbers already",
+                "its input is already integers",
                 place="kind",
                 cure="take 'quantize' out of the list",
             )
@@ -79,7 +87,7 @@ class Discretize(BaseModel):
             )
         if self.scale is None:
             raise RecipeError(
-                "is missing, and nothing plans it here",
+                "it is missing, and only a secure sum plans it",
                 place="scale",
                 cure='use it with aggregator = "secure", or give a scale',
             )
@@ -87,9 +95,10 @@ class Discretize(BaseModel):
         if self.again:
             length = rounded_sensitivity(bound.l2 * self.scale, bound.size)
         else:
-            # Rounding moves a value by less than one grid unit: all draws keep this larger bound.
+            # Rounding moves each value by less than one grid step, so every draw is within this
+            # larger bound.
             length = bound.l2 * self.scale + math.sqrt(bound.size)
-        # Rounding up exceeds the clamped value by less than one grid unit.
+        # Rounding up exceeds the clamped value by less than one grid step.
         largest = math.floor(limit * self.scale) + 1.0
         after = replace(
             bound,
@@ -97,7 +106,7 @@ class Discretize(BaseModel):
             linf=min(largest, length),
             integer=True,
             spread=math.inf,
-            # Rounding may lengthen the vector.
+            # Rounding may make the vector longer than what was clipped.
             decoded_l2=max(bound.decoded_l2, length / self.scale),
         )
         return BoundDiscretize(bound.size, self.scale, limit, length), after
@@ -105,13 +114,13 @@ class Discretize(BaseModel):
 
 @dataclass(frozen=True)
 class BoundDiscretize:
-    """Rounds vectors to whole numbers.
+    """Rounds vectors to integers.
 
     Attributes:
         size: number of values.
-        scale: grid units per unit of the update.
+        scale: grid steps for 1.0 of the update.
         limit: each value is clamped to this before it is scaled.
-        length: largest L2 norm of the result, in grid units.
+        length: largest L2 norm of the result, in grid steps.
     """
 
     size: int
@@ -128,14 +137,15 @@ class BoundDiscretize:
         """Returns int64 [d].
 
         Raises:
-            PrivacyError: if no draw is within the L2 bound, which means that `x` itself is longer
-                than the transform was told.
+            PrivacyError: if no draw is within the L2 bound. Then `x` itself is longer than the
+                bound that `bind` was given.
         """
         # In float64: at large scales float32 has too few bits for the fraction.
         exact = x.double().clamp(-self.limit, self.limit) * self.scale
         down = exact.floor()
         fraction = exact - down
-        # From the private stream: who knows the random numbers learns more about each value.
+        # From the private stream: anybody who knew the random numbers would learn more about each
+        # value.
         for attempt in range(TRIES):
             coins = key.private_stream("discretize", attempt).uniform(self.size)
             rounded = down + (coins < fraction)
@@ -144,7 +154,7 @@ class BoundDiscretize:
         raise PrivacyError(
             f"none of {TRIES} roundings is within the L2 bound",
             place="values",
-            cure="encode a vector no longer than the L2 bound that the transforms before promise",
+            cure="encode a vector within the L2 bound of the transform before, such as 'clip'",
         )
 
     def decode(self, x: Encoded, key: Key) -> Tensor:
@@ -154,6 +164,6 @@ class BoundDiscretize:
 
 
 def coordinate_limit(bound: Bound) -> float:
-    """Returns the limit to which each value is clamped unless the recipe sets one."""
-    # Clamping is a projection, so two vectors are never further apart afterwards.
+    """Returns the default of `limit`: the least of the bounds on a single value."""
+    # Clamping is a projection: it never moves two vectors further apart, so privacy holds.
     return min(bound.linf, bound.l2, SPREADS * bound.spread)

@@ -1,4 +1,4 @@
-"""What quantizers share: scales of blocks, checks of levels, random numbers that both sides draw."""
+"""Helpers of all quantizers: scales of blocks, checks of received levels, public random numbers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Floats = NDArray[np.float32]
 Ints = NDArray[np.signedinteger]
 
 CHUNK = 1 << 16
-"""Values worked on at a time: several times as fast, since they stay in the processor's cache."""
+"""Values processed at a time. They fit into the processor's cache, which is several times faster."""
 
 FLOAT_MAX = float(np.finfo(np.float32).max)
 DTYPES = (torch.int8, torch.int16, torch.int32)
@@ -48,16 +48,16 @@ def as_array(x: Tensor, size: int) -> tuple[Floats, float]:
     return values, peak
 
 
-def whole_levels(x: Encoded, shape: tuple[int, ...], side: tuple[str, ...]) -> Ints:
-    """Returns the levels of `x`, whose sender is not trusted.
+def checked_levels(x: Encoded, shape: tuple[int, ...], side: tuple[str, ...]) -> Ints:
+    """Checks the levels that a client sent, which is not trusted, and returns them.
 
     Args:
-        x: what was sent.
-        shape: the shape that the levels must have.
-        side: names of the tensors that must come with them; no others may.
+        x: levels and side tensors.
+        shape: expected shape of the levels.
+        side: names of the expected side tensors. Example: ("scales", "grid").
 
     Raises:
-        WireError: if the levels have another type or shape, or other tensors come with them.
+        WireError: if type, shape or side tensors differ.
     """
     if x.values.dtype not in DTYPES or x.values.shape != shape:
         raise WireError(
@@ -75,16 +75,16 @@ def whole_levels(x: Encoded, shape: tuple[int, ...], side: tuple[str, ...]) -> I
 
 
 def side_floats(x: Encoded, name: str, size: int | None, least: int = 0) -> Floats:
-    """Returns the floats that came beside the levels under `name`.
+    """Checks a side tensor of floats that a client sent, and returns it.
 
     Args:
-        x: what was sent.
-        name: name of the tensor.
-        size: how many there must be; None takes any number.
-        least: fewest that there must be.
+        x: levels and side tensors.
+        name: name of the side tensor.
+        size: expected number of floats; None if any number is valid.
+        least: smallest valid number of floats.
 
     Raises:
-        WireError: if they are of another type or number, or not finite.
+        WireError: if their type or number differs, or one is not finite.
     """
     tensor = x.side[name]
     if (
@@ -104,19 +104,19 @@ def side_floats(x: Encoded, name: str, size: int | None, least: int = 0) -> Floa
     return values
 
 
-def times_scales(x: Encoded, size: int, block: int, top: int) -> Floats:
+def dequantize_blocks(x: Encoded, size: int, block: int, top: int) -> Floats:
     """Returns each level times the scale of its block, float32 [size].
 
     Args:
-        x: what was sent: levels, and `scales` beside them.
+        x: the received levels, with the side tensor `scales`.
         size: number of values.
-        block: values with one scale.
-        top: the largest level.
+        block: number of values that share one scale.
+        top: the largest valid level.
 
     Raises:
-        WireError: if levels or scales are of another number or type, or out of range.
+        WireError: if number, type or range of levels or scales is invalid.
     """
-    q = whole_levels(x, (size,), ("scales",))
+    q = checked_levels(x, (size,), ("scales",))
     scales = side_floats(x, "scales", -(-size // block))
     if q.size and (int(q.max()) > top or int(q.min()) < -top):
         raise WireError(
@@ -128,7 +128,8 @@ def times_scales(x: Encoded, size: int, block: int, top: int) -> Floats:
     for at, end, scale in chunks(size, block, scales):
         with np.errstate(over="ignore"):
             out[at:end] = q[at:end] * scale
-    # A sender can choose scales whose products overflow: decoded updates must be finite.
+    # A malicious sender can choose scales whose products overflow, and one infinite value would
+    # make the whole mean infinite.
     return np.clip(out, -FLOAT_MAX, FLOAT_MAX)
 
 
@@ -141,10 +142,13 @@ def smallest_type(largest: float) -> type[np.signedinteger]:
     return np.int32
 
 
-def over_blocks(function: np.ufunc, values: Floats, block: int) -> Floats:
-    """Returns one value for each block of `values` [n], reduced by `function`.
+def reduce_blocks(function: np.ufunc, values: Floats, block: int) -> Floats:
+    """Reduces each block of `values` [n] to one value, such as its maximum.
 
-    The last block may be shorter.
+    Args:
+        function: the reduction, for example `np.maximum`.
+        values: [n].
+        block: size of a block; the last one may be shorter.
     """
     if not values.size:
         return np.zeros(0, np.float32)
@@ -162,14 +166,17 @@ def block_means(values: Floats, block: int) -> Floats:
 
 
 def chunks(size: int, block: int, scales: Floats) -> list[tuple[int, int, Floats]]:
-    """Returns pieces of whole blocks: (start, end, the scale of each of their values).
+    """Divides values into pieces of whole blocks, each about `CHUNK` values.
 
     Args:
         size: number of values.
-        block: values with one scale.
+        block: number of values that share one scale.
         scales: the scale of each block.
+
+    Returns:
+        (start, end, scale of each value) for each piece.
     """
-    # Whole blocks, so that no scale belongs to two pieces.
+    # Whole blocks, so that no block is in two pieces.
     step = max(CHUNK // block, 1) * block
     pieces = []
     for at in range(0, size, step):
@@ -179,10 +186,13 @@ def chunks(size: int, block: int, scales: Floats) -> list[tuple[int, int, Floats
     return pieces
 
 
-def spread_by_key(keys: NDArray[np.floating], count: int) -> NDArray[np.intp]:
-    """Returns `count` positions, in rising order, whose keys are distributed like all `keys`.
+def stratified_positions(keys: NDArray[np.floating], count: int) -> NDArray[np.intp]:
+    """Returns a stratified sample: `count` positions whose keys are distributed like all `keys`.
 
     They are evenly spaced in the order of the keys.
+
+    >>> stratified_positions(np.array([5.0, 1.0, 3.0, 7.0]), 2).tolist()  # of the keys 3 and 7
+    [2, 3]
     """
     order = np.argsort(keys, kind="stable")
     ranks = ((np.arange(count) + 0.5) * (len(order) / count)).astype(np.intp)
@@ -195,7 +205,7 @@ def uniform(key: Key, size: int) -> Floats:
 
 
 def random_words(key: Key, word: str, size: int) -> NDArray[np.uint16]:
-    """Returns public uniform 16-bit numbers of this client and round, the same on every machine."""
-    # From a public key: these numbers make rounding unbiased and hide nothing.
+    """Returns public uniform 16-bit numbers of this client and round, equal on every machine."""
+    # A public key is enough: these numbers make rounding unbiased and need not be secret.
     words: NDArray[np.uint16] = random.keystream(key.client_key(word), 2 * size).view("<u2")
     return words

@@ -1,4 +1,4 @@
-"""Low rank: each weight matrix of an update is sent as the product of two thin matrices."""
+"""Low rank: sends each weight matrix of an update as two thin factors."""
 
 from __future__ import annotations
 
@@ -15,39 +15,44 @@ from fedpress.errors import RecipeError, WireError
 
 
 class LowRank(BaseModel):
-    """Keeps the `rank` main directions of every weight tensor, seen as a matrix.
+    """Approximates each weight tensor, seen as a matrix, by a matrix of rank `rank`.
+
+    Example: with rank 4, a weight [64, 128] becomes factors [64, 4] and [4, 128]: 768 values for
+    8,192.
 
     One power iteration from a random start: PowerSGD (Vogels et al. 2019, arXiv:1905.13727,
-    Algorithm 1) without its warm start, so no state is kept. Tensors that would not become smaller,
-    such as biases, are sent as they are. Biased: use it with error feedback.
+    Algorithm 1) without its warm start, which would need state. Tensors that would not become
+    smaller, such as biases, are sent unchanged. Biased: use it with error feedback.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     kind: Literal["lowrank"] = "lowrank"
     rank: int = Field(
-        default=4, ge=1, description="columns of the two thin matrices that stand for each weight"
+        default=4, ge=1, description="rank of the approximation of each weight matrix"
     )
 
     def bind(self, bound: Bound) -> tuple[BoundLowRank, Bound]:
-        """Returns the transform, and a bound with the size of all factors.
+        """Returns the transform, and a bound with the number of values of all factors.
 
         Raises:
-            RecipeError: if a transform before it has mixed or dropped values, so that the matrices
-                are gone.
+            RecipeError: if a transform before it mixes or drops values, so that the vector no
+                longer consists of matrices.
         """
         if sum(prod(s) for s in bound.shapes) != bound.size:
             raise RecipeError(
-                "it needs whole weight matrices, which a transform before it has mixed or dropped",
+                "it needs weight matrices, and a transform before it mixes or drops their values",
                 place="kind",
-                cure="put it first in the list, behind 'clip' at most",
+                cure="put it first in the list, or directly after 'clip'",
             )
-        layers = tuple(
-            _Layer(prod(shape), *_rows_columns_rank(shape, self.rank)) for shape in bound.shapes
-        )
+        layers = []
+        for shape in bound.shapes:
+            rows, columns, rank = _rows_columns_rank(shape, self.rank)
+            layers.append(_Layer(prod(shape), rows, columns, rank))
         size = sum(layer.values for layer in layers)
-        # Nothing is known about the norms of factors.
-        return BoundLowRank(bound.size, layers), Bound(size, decoded_l2=bound.decoded_l2)
+        # The norms of the two factors are not bounded: only their product is.
+        after = Bound(size, decoded_l2=bound.decoded_l2)
+        return BoundLowRank(bound.size, tuple(layers)), after
 
 
 @dataclass(frozen=True)
@@ -58,7 +63,7 @@ class _Layer:
         size: number of values.
         rows: rows of the matrix.
         columns: columns of the matrix.
-        rank: columns of its left factor; 0 if it is sent as it is.
+        rank: columns of its left factor; 0 if it is sent unchanged.
     """
 
     size: int
@@ -95,8 +100,8 @@ class BoundLowRank:
                 continue
             matrix = part.view(layer.rows, layer.columns)
             start = source.normal(layer.columns, layer.rank, dtype=torch.float32)
-            # Made orthogonal in between: in the product of three matrices, float32 would round the
-            # small directions away.
+            # Orthogonalized after each product: in the product of three matrices, directions of
+            # small singular values would be lost to float32 rounding.
             basis = torch.linalg.qr(matrix @ start).Q
             left = torch.linalg.qr(matrix @ (matrix.T @ basis)).Q
             parts += [left.reshape(-1), (left.T @ matrix).reshape(-1)]
@@ -106,7 +111,7 @@ class BoundLowRank:
         """Returns the products of the factors, float32 [d].
 
         Raises:
-            WireError: if the values are of another number or type.
+            WireError: if the values have another number or type.
         """
         values = check_values(x, "lowrank", sum(layer.values for layer in self.layers))
         if values.dtype != torch.float32:

@@ -1,4 +1,4 @@
-"""Noise that a client adds to its update: Gaussian on floats, Skellam on whole numbers."""
+"""Noise that a client adds to its update: Gaussian on floats, Skellam on integers."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from fedpress.privacy.plan import PrivacyPlan
 
 
 class Noise(BaseModel):
-    """Adds noise of standard deviation `std`, in units of its input (grid units after discretize).
+    """Adds noise of standard deviation `std` to each value.
 
-    Written into a recipe's list by hand it gives no privacy guarantee; `privacy = {...}` plans
-    noise that does.
+    In a recipe it gives no privacy guarantee, because nothing plans its size; use
+    `privacy = {...}` for that.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -29,14 +29,14 @@ class Noise(BaseModel):
     std: float = Field(
         gt=0,
         allow_inf_nan=False,
-        description="standard deviation of the noise on each value; after discretize in steps of "
-        "the grid",
+        description="standard deviation of the noise on each value; after discretize in grid steps",
     )
 
     def bind(self, bound: Bound) -> tuple[BoundNoise, Bound]:
         """Returns the transform, and a bound without norms: noise has no largest value."""
         after = replace(bound, l2=math.inf, linf=math.inf, spread=math.inf, decoded_l2=math.inf)
-        # `noise_sum` rounds to a grid, and only the millionths of noise it adds for that use this.
+        # `noise_sum` uses the clip norm only for the few millionths of noise that make up for its
+        # rounding to a grid, so any finite value does for unbounded vectors.
         clip_norm = bound.l2 if bound.l2 < math.inf else 1.0
         return BoundNoise(bound.size, self.std, clip_norm, bound.integer), after
 
@@ -49,7 +49,7 @@ class BoundNoise:
         size: number of values.
         std: standard deviation of the noise on each value.
         clip_norm: largest L2 norm of the vectors.
-        integer: whether the values are whole numbers, which get Skellam noise.
+        integer: whether the values are integers: they get Skellam noise, others Gaussian noise.
     """
 
     size: int
@@ -64,8 +64,8 @@ class BoundNoise:
 
     def encode(self, x: Tensor, key: Key) -> Encoded:
         """Returns `x` [d] plus noise."""
-        # Other values get other noise, as their digest is part of the stream's name: the same noise
-        # on two different vectors would cancel in their difference.
+        # The same noise must never be added to two different vectors: their difference would reveal
+        # both. So the digest of the values is part of the stream's name.
         source = key.private_stream("noise", random.fingerprint(x, self))
         if self.integer:
             return Encoded(x + skellam.sample(self.size, self.std**2, source))

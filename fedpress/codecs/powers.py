@@ -1,4 +1,4 @@
-"""Powers of two: a sign and an exponent for each value, so small values are kept, too."""
+"""Powers of two: sends a sign and an exponent for each value (logarithmic quantization)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from fedpress.errors import RecipeError, WireError
 class Powers(BaseModel):
     """Rounds to plus or minus the largest absolute value times 2^0, 2^-1, ... 2^-k, or to zero.
 
-    Logarithmic quantization: Miyashita et al. 2016 (arXiv:1603.01025).
+    Example: with largest value 1.0, the value 0.2 becomes 0.25. Small values keep their relative
+    precision, which a uniform grid would round to zero (Miyashita et al. 2016, arXiv:1603.01025).
 
     >>> Powers().bind(Bound(size=3))[1].integer
     True
@@ -27,34 +28,34 @@ class Powers(BaseModel):
 
     kind: Literal["powers"] = "powers"
     k: int = Field(
-        default=7, ge=0, le=60, description="the least level is 2^-k of the largest value"
+        default=7, ge=0, le=60, description="the smallest level is 2^-k times the largest value"
     )
 
     def bind(self, bound: Bound) -> tuple[Transform, Bound]:
-        """Returns the transform, and a bound with whole numbers from -(k + 1) to k + 1.
+        """Returns the transform, and a bound with integers from -(k + 1) to k + 1.
 
         Zero is 0, and 2^-k, ..., 2^0 are 1, ..., k + 1.
 
         Raises:
-            RecipeError: if the input is whole numbers already.
+            RecipeError: if the input is already integers.
         """
         if bound.integer:
             raise RecipeError(
-                "the values before it are whole numbers already",
+                "its input is already integers",
                 place="kind",
-                cure="put 'powers' first",
+                cure="leave 'powers' or the quantizer before it out",
             )
         top = self.k + 1
         l2 = top * math.sqrt(bound.size)
-        # Rounding lengthens a vector by at most sqrt(2). The server cuts that back, so the bound of
-        # decoded updates stays.
+        # Rounding can make a vector up to sqrt(2) times as long. The server scales such updates
+        # down to `decoded_l2`, so that bound stays.
         after = Bound(bound.size, l2, top, integer=True, decoded_l2=bound.decoded_l2)
         return _Powers(bound.size, top), after
 
 
 @dataclass(frozen=True)
 class _Powers:
-    """Whole numbers from -top to top, and one scale."""
+    """Sends integers from -top to top, and one scale."""
 
     size: int
     top: int
@@ -66,7 +67,7 @@ class _Powers:
         # If all values are zero, 0 / 0 gives NaN.
         share = (x.abs() / scale).nan_to_num(0.0)
         levels = (self.top + share.log2().round()).clamp(min=0)
-        # k is at most 60, so all levels fit.
+        # k is at most 60, so all levels fit into int8.
         return Encoded((x.sign() * levels).to(torch.int8), {"scale": scale})
 
     def decode(self, x: Encoded, key: Key) -> Tensor:

@@ -1,10 +1,9 @@
-"""Quantize: sends few levels instead of floats, at a given number of bits per value.
+"""Quantize: rounds updates to a few levels (`quantize`, `sign`, `ternary`).
 
-`rate` is a target in bits per value *after* packing: the grid is uniform, and just so coarse that
-entropy coding takes that many bits. For the same error this takes fewer bits than a fixed number of
-levels; at high rates it is 0.25 bits above Shannon's limit (Gish & Pierce 1968). The unbiased form
-adds a dither that both sides draw from the key and the receiver subtracts (Roberts 1962; Zamir &
-Feder 1992).
+`rate` is the number of bits per value *after* packing. The grid is uniform, and its step is chosen
+so that the entropy coder takes that many bits. For the same error this takes fewer bits than a
+fixed number of levels; at high rates it is 0.25 bits above Shannon's limit (Gish & Pierce 1968).
+The unbiased form uses subtractive dither (Roberts 1962; Zamir & Feder 1992).
 """
 
 from __future__ import annotations
@@ -18,24 +17,25 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
 from fedpress.codecs.base import Bound, Encoded, Key, Transform
-from fedpress.codecs.dithered import Dithered
+from fedpress.codecs.dithered import DitheredQuantizer
 from fedpress.codecs.levels import (
     as_array,
     block_means,
     chunks,
-    over_blocks,
+    dequantize_blocks,
+    reduce_blocks,
     smallest_type,
-    times_scales,
     uniform,
 )
-from fedpress.codecs.rate import Centroids
+from fedpress.codecs.rate import RateQuantizer
 from fedpress.errors import Argument, RecipeError, SettingError
 
 
 class Quantize(BaseModel):
-    """Rounds an update to a grid.
+    """Rounds an update to a uniform grid.
 
-    Either `rate` bits per value after packing, or `bits` bits with a scale for each block.
+    Give either `rate` (bits per value after packing), or `bits` (levels of a grid with a scale for
+    each block: 8 bits are levels from -127 to 127).
 
     >>> Quantize(rate=1.0).bind(Bound(size=3))[1].integer
     True
@@ -49,19 +49,21 @@ class Quantize(BaseModel):
         ge=0.05,
         le=8,
         allow_inf_nan=False,
-        description="bits of each value after packing, such as 1.5; the step of the grid follows",
+        description="bits per value after packing, such as 1.5; the step of the grid is chosen to "
+        "meet it",
     )
     bits: int | None = Field(
         default=None,
         ge=2,
         le=16,
-        description="bits of each value before packing, with a scale for each block; give it or "
-        "rate",
+        description="bits per value before packing, with a scale for each block; in place of rate",
     )
     unbiased: bool = Field(
-        default=False, description="round at random, so that the mean of many updates is right"
+        default=False, description="round at random, so that the expectation is right"
     )
-    block: int = Field(default=256, ge=16, le=1 << 20, description="values that share one scale")
+    block: int = Field(
+        default=256, ge=16, le=1 << 20, description="number of values that share one scale"
+    )
 
     @model_validator(mode="after")
     def _either_rate_or_bits(self) -> Quantize:
@@ -76,29 +78,29 @@ class Quantize(BaseModel):
         return self
 
     def bind(self, bound: Bound) -> tuple[Transform, Bound]:
-        """Returns the transform, and a bound with whole numbers.
+        """Returns the transform, and a bound with integers.
 
-        Their norm has no bound: they count steps whose width depends on the update.
+        Their norm has no bound: they count steps, whose width depends on the update.
 
         Raises:
-            RecipeError: if the input is whole numbers already.
+            RecipeError: if the input is already integers.
         """
-        after = _whole_numbers(self.kind, bound)
+        after = _integer_bound(self.kind, bound)
         if self.bits is not None:
             # Symmetric around zero, so one of the 2^bits codes is not used.
             top = (1 << (self.bits - 1)) - 1
             return _Uniform(bound.size, self.block, top, self.unbiased), after
         assert self.rate is not None
         if self.unbiased:
-            return Dithered(bound.size, self.block, self.rate), after
-        return Centroids(bound.size, self.rate), after
+            return DitheredQuantizer(bound.size, self.block, self.rate), after
+        return RateQuantizer(bound.size, self.rate), after
 
 
 class Sign(BaseModel):
-    """One bit a value: its sign, times the mean absolute value of its block.
+    """Sends one bit per value: the sign. It decodes to the sign times the block's mean |x|.
 
-    signSGD (Bernstein et al. 2018, arXiv:1802.04434) with a scale. Biased: use it with error
-    feedback.
+    Example: the block (0.3, -0.1) decodes to (0.2, -0.2). This is signSGD (Bernstein et al. 2018,
+    arXiv:1802.04434) with a scale. Biased: use it with error feedback.
 
     >>> Sign().bind(Bound(size=3))[1].integer
     True
@@ -110,20 +112,20 @@ class Sign(BaseModel):
     block: int = Field(default=4096, ge=16, le=1 << 20, description="values that share one scale")
 
     def bind(self, bound: Bound) -> tuple[Transform, Bound]:
-        """Returns the transform, and a bound with whole numbers.
+        """Returns the transform, and a bound with integers.
 
         Raises:
-            RecipeError: if the input is whole numbers already.
+            RecipeError: if the input is already integers.
         """
-        return _Sign(bound.size, self.block), _whole_numbers(self.kind, bound)
+        return _Sign(bound.size, self.block), _integer_bound(self.kind, bound)
 
 
 class Ternary(BaseModel):
-    """Minus one, zero or one, times a scale for each block.
+    """Sends -1, 0 or 1 for each value, and a scale for each block.
 
-    Biased: zero below 0.7 times the block's mean absolute value (Li, Zhang & Liu 2016,
-    arXiv:1605.04711). Unbiased: not zero with probability |x| / the block's largest absolute value
-    (TernGrad: Wen et al. 2017, arXiv:1705.07878).
+    Biased: values below 0.7 times the block's mean |x| become 0 (Li, Zhang & Liu 2016,
+    arXiv:1605.04711). Unbiased: x becomes +-1 with probability |x| / the block's largest |x|, else
+    0 (TernGrad: Wen et al. 2017, arXiv:1705.07878).
 
     >>> Ternary().bind(Bound(size=3))[1].integer
     True
@@ -138,38 +140,38 @@ class Ternary(BaseModel):
     )
 
     def bind(self, bound: Bound) -> tuple[Transform, Bound]:
-        """Returns the transform, and a bound with whole numbers.
+        """Returns the transform, and a bound with integers.
 
         Raises:
-            RecipeError: if the input is whole numbers already.
+            RecipeError: if the input is already integers.
         """
-        after = _whole_numbers(self.kind, bound)
+        after = _integer_bound(self.kind, bound)
         if self.unbiased:
             return _Uniform(bound.size, self.block, 1, True), after
         return _Ternary(bound.size, self.block), after
 
 
-def _whole_numbers(kind: str, bound: Bound) -> Bound:
-    """Returns the bound of a quantizer's output; RecipeError if its input is whole already."""
+def _integer_bound(kind: str, bound: Bound) -> Bound:
+    """Returns the bound of a quantizer's output; RecipeError if its input is already integers."""
     if bound.integer:
         raise RecipeError(
-            "the values before it are whole numbers already",
+            "its input is already integers",
             place="kind",
-            cure=f"put '{kind}' first",
+            cure=f"leave '{kind}' or the quantizer before it out",
         )
-    # The server cuts what it decodes back to `decoded_l2`, so rounding cannot lengthen an update.
+    # Rounding may make an update longer, but the server scales it down to `decoded_l2`.
     return Bound(bound.size, integer=True, decoded_l2=bound.decoded_l2)
 
 
 @dataclass(frozen=True)
 class _Uniform:
-    """A uniform grid of 2 `top` + 1 levels around zero, with a scale for each block.
+    """A uniform grid of 2 * `top` + 1 levels around zero, with a scale for each block.
 
     Attributes:
         size: number of values.
-        block: values with one scale.
-        top: the largest level.
-        unbiased: whether values are rounded up or down at random, so that the expectation stays.
+        block: number of values that share one scale.
+        top: the largest level, such as 127 for 8 bits.
+        unbiased: whether values are rounded up or down at random, so that the expectation is right.
     """
 
     size: int
@@ -181,15 +183,16 @@ class _Uniform:
     def encode(self, x: Tensor, key: Key) -> Encoded:
         """Returns the level of each value, and the scale of each block as `scales`."""
         values, _ = as_array(x, self.size)
-        peaks = over_blocks(np.maximum, np.abs(values), self.block)
+        peaks = reduce_blocks(np.maximum, np.abs(values), self.block)
         scales = (peaks / np.float32(self.top)).astype(np.float32)
-        # Rounded up, so that the largest value of a block is not beyond the largest level.
+        # Rounded up to the next float32: with a scale rounded down, the largest value of a block
+        # would exceed the largest level.
         too_small = scales * np.float64(self.top) < peaks
         scales[too_small] = np.nextafter(scales[too_small], np.float32(np.inf))
         q = np.empty(self.size, smallest_type(self.top))
         noise = uniform(key, self.size) if self.unbiased else None
         for at, end, scale in chunks(self.size, self.block, scales):
-            # Blocks of zeros have scale 0.
+            # A block of zeros has scale 0: `where` leaves its levels 0 instead of 0 / 0.
             zeros = np.zeros(end - at, np.float32)
             part = np.divide(values[at:end], scale, out=zeros, where=scale > 0)
             if noise is None:
@@ -197,18 +200,18 @@ class _Uniform:
             else:
                 part += noise[at:end]
                 np.floor(part, out=part)
-            # The division may round up past the largest level.
+            # The division may round up beyond the largest level.
             q[at:end] = np.clip(part, -self.top, self.top)
         return Encoded(torch.from_numpy(q), {"scales": torch.from_numpy(scales)})
 
     def decode(self, x: Encoded, key: Key) -> Tensor:
         """Returns float32 [size]."""
-        return torch.from_numpy(times_scales(x, self.size, self.block, self.top))
+        return torch.from_numpy(dequantize_blocks(x, self.size, self.block, self.top))
 
 
 @dataclass(frozen=True)
 class _Sign:
-    """The sign of each value and the mean absolute value of each block."""
+    """Sends the sign of each value and the mean absolute value of each block."""
 
     size: int
     block: int
@@ -224,12 +227,12 @@ class _Sign:
 
     def decode(self, x: Encoded, key: Key) -> Tensor:
         """Returns float32 [size]."""
-        return torch.from_numpy(times_scales(x, self.size, self.block, 1))
+        return torch.from_numpy(dequantize_blocks(x, self.size, self.block, 1))
 
 
 @dataclass(frozen=True)
 class _Ternary:
-    """Values below a threshold become zero, the others the mean of their absolute values."""
+    """Rounds values below a threshold to 0, and others to plus or minus their mean |x|."""
 
     size: int
     block: int
@@ -243,7 +246,7 @@ class _Ternary:
         q = np.zeros(self.size, np.int8)
         for at, end, limit in chunks(self.size, self.block, threshold):
             q[at:end] = np.sign(values[at:end]) * (magnitudes[at:end] > limit)
-        # Mean over the kept values = mean over the block / share that is kept.
+        # The mean over the nonzero levels is the mean over the block / the share of nonzero levels.
         kept = block_means(magnitudes * np.abs(q), self.block).astype(np.float64)
         share = block_means(np.abs(q).astype(np.float32), self.block)
         scales = np.divide(kept, share, out=np.zeros_like(kept), where=share > 0).astype(np.float32)
@@ -251,4 +254,4 @@ class _Ternary:
 
     def decode(self, x: Encoded, key: Key) -> Tensor:
         """Returns float32 [size]."""
-        return torch.from_numpy(times_scales(x, self.size, self.block, 1))
+        return torch.from_numpy(dequantize_blocks(x, self.size, self.block, 1))

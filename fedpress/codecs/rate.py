@@ -1,4 +1,4 @@
-"""Quantizing to a rate in bits per packed value: the biased quantizer, and how steps are found."""
+"""Biased quantization to a rate in bits per packed value, and the search for the step of a grid."""
 
 from __future__ import annotations
 
@@ -18,44 +18,45 @@ from fedpress.codecs.levels import (
     Floats,
     Ints,
     as_array,
+    checked_levels,
     side_floats,
     smallest_type,
-    spread_by_key,
-    whole_levels,
+    stratified_positions,
 )
 from fedpress.errors import WireError
 from fedpress.wire.packing import estimate_bits
 
-SAMPLE_RUN = 256
-"""Neighbouring values that are sampled together."""
+RUN_LENGTH = 256
+"""Number of neighbouring values that are sampled together."""
 
-SAMPLE_RUNS = 1024
-"""Runs of neighbours in a sample, from which bits are estimated."""
+NUM_RUNS = 1024
+"""Number of runs in the sample from which the packed size is estimated."""
 
 ROUNDING = 0.48
-"""Added before cutting off towards zero. Below 1/2, so a few more values become zero, which saves
-more bits than it costs precision."""
+"""Added to |x| / step before the fraction is dropped. 0.5 would round to nearest. With 0.48 a few
+more values become zero, which saves more bits than it costs precision."""
 
 FLOAT_MIN = float(np.finfo(np.float32).smallest_subnormal)
 
-LARGEST = 1 << 30
-"""Largest level."""
+MAX_LEVEL = 1 << 30
+"""Largest level of a grid."""
 
 SLACK = 0.004
-"""Bits per value below the target that are aimed at, since the search looks at a sample."""
+"""The search aims this many bits per value below the rate, because it only sees a sample."""
 
 TOLERANCE = 0.004
-"""Bits per value below what is aimed at where the search for the step ends."""
+"""The search ends at most this many bits per value below its aim."""
 
 SPARSE_RATE = 0.2
-"""Below this rate few values are not zero, and a sample alone misjudges them."""
+"""Below this rate few values are nonzero, so a sample alone estimates their number badly."""
 
 
 @dataclass(frozen=True)
-class Centroids:
-    """The biased quantizer at a rate.
+class RateQuantizer:
+    """Quantizes to `rate` bits per value, biased.
 
-    A uniform grid, decoded to the mean of the values that were rounded to each level.
+    The grid is uniform. Each level is decoded to the mean of the values that were rounded to it
+    (its centroid), which is nearer to zero than the middle of the level.
 
     Attributes:
         size: number of values.
@@ -67,41 +68,44 @@ class Centroids:
     additive = False
 
     def encode(self, x: Tensor, key: Key) -> Encoded:
-        """Returns the level of each value, and `levels` beside them.
+        """Returns the level of each value, and the side tensor `levels`: [step, *offsets].
 
-        These are the step, and for the lowest levels how far their mean lies below the multiple of
-        the step.
+        The offset of level k is how many steps its centroid lies below k. Example: [0.01, 0.1]
+        decodes level 1 to 0.009.
         """
         values, peak = as_array(x, self.size)
-        # All values are zero, which any step gives back.
+        # All values are zero, so any step is right.
         if not peak:
             return Encoded(torch.zeros(self.size, dtype=torch.int8), {"levels": torch.ones(1)})
-        # Relative to the peak, so that steps are within float32's range whatever the update's size.
+        # Relative to the largest value, so that the search for steps needs no other range for tiny
+        # or huge updates.
         sample = _sample(values) / peak
         share = sample.size / self.size
 
         def bits(step: float) -> float:
             return estimate_bits(to_levels(sample, step, np.int32), share=share)
 
-        target = bits_for(self.rate, self.size) * share
+        target = bit_budget(self.rate, self.size) * share
         step = find_step(bits, target, 4 * 2.0**-self.rate * rms(sample), sample.size)
-        q = to_levels(values, step_width(step, peak), smallest_type(1 / step + 1))
+        q = to_levels(values, scaled_step(step, peak), smallest_type(1 / step + 1))
         if self.rate < SPARSE_RATE and share < 1:
-            # All values took more or fewer bits than the sample said: correct the target by that.
+            # The whole vector takes more or fewer bits than the sample predicted. A second search
+            # takes that ratio into account.
             correction = bits(step) / (estimate_bits(q) * share)
             step = find_step(bits, target * correction, step, sample.size)
-            q = to_levels(values, step_width(step, peak), smallest_type(1 / step + 1))
-        # Decoding to the mean of a level lowers the error at no more than a few floats.
+            q = to_levels(values, scaled_step(step, peak), smallest_type(1 / step + 1))
+        # Decoding to centroids lowers the error, and sending them costs at most 7 floats.
         levels = level_offsets(sample, step)
-        grid = torch.tensor([step_width(step, peak), *levels], dtype=torch.float32)
+        grid = torch.tensor([scaled_step(step, peak), *levels], dtype=torch.float32)
         return Encoded(torch.from_numpy(q), {"levels": grid})
 
     def decode(self, x: Encoded, key: Key) -> Tensor:
         """Returns float32 [size]."""
-        q = whole_levels(x, (self.size,), ("levels",))
+        q = checked_levels(x, (self.size,), ("levels",))
         levels = side_floats(x, "levels", None, least=1)
         step, offsets = levels[0], levels[1:]
-        # The encoder sends at most 7 offsets; a sender must not choose a table of any length.
+        # The encoder sends at most 7 offsets. The limit stops a malicious sender from filling the
+        # memory.
         if step <= 0 or len(offsets) > 64 or np.abs(offsets).max(initial=0) > 1:
             raise WireError(
                 f"got step {step} with offsets {offsets[:4]}",
@@ -118,18 +122,19 @@ def find_step(
 ) -> float:
     """Returns the step at which values take just below `target` bits.
 
-    The secant method until the target lies between two steps, then false position between them.
+    It uses the secant method until the target lies between two steps, then false position.
 
     Args:
-        bits: step -> bits of the values, which mostly fall as the step grows.
-        target: bits that must not be exceeded.
-        start: where to begin.
+        bits: step -> bits of the packed values. They mostly fall as the step grows.
+        target: largest number of bits.
+        start: first step to try.
         size: number of values.
-        most: the largest step, at which all values count as zero. The smallest step keeps levels
-            within `LARGEST`.
+        most: largest step to try; all values are then rounded to zero. The smallest one keeps
+            levels within `MAX_LEVEL`.
     """
-    # All in the logarithm of the step: halving it takes about one bit more per value.
-    low = math.log2(4 / LARGEST)
+    # The search is over the logarithm of the step, in which bits are nearly linear: halving the
+    # step takes about one bit more per value.
+    low = math.log2(4 / MAX_LEVEL)
     high = math.log2(most)
     few = 0.0
     many = math.inf
@@ -148,7 +153,7 @@ def find_step(
         if target - slack <= now <= target or high - low < 1e-3:
             break
         if many < math.inf and few > 0:
-            # Not too near an end, so that the interval shrinks in every turn.
+            # Not too near an end, so that the interval shrinks in every iteration.
             share = min(max((many - aim) / (many - few), 0.02), 0.98)
             at = low + (high - low) * share
         else:
@@ -161,25 +166,25 @@ def find_step(
 
 
 def _slope(last: tuple[float, float] | None, at: float, now: float, size: int) -> float:
-    """Returns by how many bits the values get shorter where the step doubles.
+    """Estimates how many bits are saved if the step doubles.
 
     Args:
-        last: (logarithm of the step, bits) before, if any.
-        at: logarithm of the step now.
-        now: bits now.
+        last: (logarithm of the step, bits) of the try before; None at the first try.
+        at: logarithm of the present step.
+        now: bits at the present step.
         size: number of values.
     """
     if last is not None and (last[1] - now) * (at - last[0]) > 0:
         return float((last[1] - now) / (at - last[0]))
-    # One bit a value for each halving of the step, fewer where most values are zero.
+    # At first a guess: one bit per value, and fewer if most values are zero.
     return 0.9 * min(max(now, 0.02 * size), size)
 
 
 def _scan(bits: Callable[[float], float], target: float, start: float, most: float) -> float:
-    """Returns the step whose bits come nearest below `target`, by trying steps one after another.
+    """Finds the step with the most bits up to `target`, by trying steps one after another.
 
-    For values whose bits do not fall as the step grows, such as those of an earlier rounding, which
-    have no tails. Without this all of them would become zero.
+    It is for vectors whose bits do not fall steadily as the step grows, such as values that were
+    rounded before: `find_step` would round all of them to zero.
     """
     best: tuple[float, float] | None = None
     for tries in range(math.ceil(8 * math.log2(most / start)) + 16):
@@ -190,42 +195,43 @@ def _scan(bits: Callable[[float], float], target: float, start: float, most: flo
     return most if best is None else best[1]
 
 
-def bits_for(rate: float, size: int, side: int = 0) -> float:
-    """Returns the bits that packed values may take, so that the update keeps to `rate`.
+def bit_budget(rate: float, size: int, side: int = 0) -> float:
+    """Returns the bits that remain for the packed values of an update.
 
     Args:
-        rate: bits per value, of all that is sent.
+        rate: bits per value, with the side tensors included.
         size: number of values.
         side: bytes of the side tensors.
     """
-    # Frame and header of the message, about 80 bytes, are not subtracted: they would leave nothing
-    # of a small update.
+    # Frame and header of the message (about 80 bytes) are not subtracted: for a small update no
+    # bits would remain.
     aim = (rate - min(SLACK, 0.006 * rate)) * size
     return max(aim - 8 * side, 0.5 * rate * size)
 
 
 def to_levels(values: Floats, step: float, dtype: type[np.signedinteger]) -> Ints:
-    """Returns the levels of values [n] on a grid of width `step`, rounded a little towards zero."""
+    """Rounds values [n] to integer levels on a grid of width `step`, slightly towards zero."""
     q = np.empty(values.shape, dtype)
     scratch = np.empty(CHUNK, np.float32)
     for at in range(0, values.size, CHUNK):
         part = values[at : at + CHUNK]
         y = np.divide(part, np.float32(step), out=scratch[: part.size])
         y += np.copysign(np.float32(ROUNDING), part)
-        # The conversion to an integer cuts off towards zero.
+        # The conversion to integers drops the fraction, that is, it rounds towards zero.
         q[at : at + CHUNK] = y
     return q
 
 
-def step_width(step: float, peak: float) -> float:
-    """Returns the width of a `step` that is given in units of `peak`, within float32's range."""
+def scaled_step(step: float, peak: float) -> float:
+    """Returns `step` * `peak`, clamped to the range of float32."""
     return min(max(step * peak, FLOAT_MIN), FLOAT_MAX)
 
 
 def level_offsets(sample: Floats, step: float) -> list[float]:
-    """Returns by how many steps the mean of the values on levels 1, 2, ... lies below the level.
+    """Returns for levels 1, 2, ... how many steps the mean of their values lies below the level.
 
-    Only for the lowest levels that at least 32 values of the sample have; at most 7.
+    There is an offset for each of the lowest levels with at least 32 values in the sample (fewer
+    would give a noisy mean), and for 7 at most.
     """
     q = np.abs(to_levels(sample, step, np.int32))
     top = 8
@@ -234,19 +240,19 @@ def level_offsets(sample: Floats, step: float) -> list[float]:
     offsets = q - np.abs(sample, dtype=np.float64) / step
     sums = np.bincount(capped, offsets, minlength=top + 1)
     number = int(np.count_nonzero(counts[1:top] >= 32))
-    # The constant avoids a division by 0 for levels without values, which are not used.
+    # The constant avoids 0 / 0 for levels without values, whose means are not used.
     means = sums / (counts + 1e-9)
     return [float(np.clip(mean, -0.5, 0.5)) for mean in means[1 : number + 1]]
 
 
 def dequantize_levels(q: Ints, step: float, centroids: NDArray[np.float64]) -> Floats:
-    """Returns the value of each level, float32 of the shape of `q`.
+    """Returns the value of each level, float32 in the shape of `q`.
 
     Args:
         q: levels.
         step: width of a step.
-        centroids: the values of the levels 0, 1, ... in steps. Larger levels are shifted like the
-            last of these.
+        centroids: decoded values of the levels 0, 1, ..., in steps. Higher levels are shifted as
+            far as the last of these.
     """
     last = len(centroids) - 1
     shift = last - centroids[last]
@@ -273,13 +279,13 @@ def rms(values: Floats) -> float:
 
 
 def _sample(values: Floats) -> Floats:
-    """Returns a sample that packs like all `values`.
+    """Returns a sample whose packed bits per value are about those of all `values`.
 
-    Runs of neighbours, since packing uses what these have in common, with magnitudes distributed
-    like those of all runs.
+    It consists of runs of neighbours, because the entropy coder uses that neighbours have similar
+    sizes. The magnitudes of the runs are distributed like those of all runs.
     """
-    if values.size <= SAMPLE_RUN * SAMPLE_RUNS:
+    if values.size <= RUN_LENGTH * NUM_RUNS:
         return values
-    runs = values[: values.size // SAMPLE_RUN * SAMPLE_RUN].reshape(-1, SAMPLE_RUN)
-    magnitudes = np.abs(runs) @ np.ones(SAMPLE_RUN, np.float32)
-    return runs[spread_by_key(magnitudes, SAMPLE_RUNS)].reshape(-1)
+    runs = values[: values.size // RUN_LENGTH * RUN_LENGTH].reshape(-1, RUN_LENGTH)
+    magnitudes = np.abs(runs) @ np.ones(RUN_LENGTH, np.float32)
+    return runs[stratified_positions(magnitudes, NUM_RUNS)].reshape(-1)

@@ -1,4 +1,4 @@
-"""Rotate: a random orthogonal map that spreads every value over a block, so that none is large."""
+"""Rotate: a random orthogonal map that spreads large values over their block (Hadamard)."""
 
 from __future__ import annotations
 
@@ -17,28 +17,30 @@ from fedpress.errors import RecipeError
 
 
 class Rotate(BaseModel):
-    """Random signs, then Hadamard transforms of blocks of `block` values.
+    """Multiplies values by random signs, then transforms blocks of `block` values (Hadamard).
 
-    Suresh et al. 2017 (arXiv:1611.00429), section 4.
+    Suresh et al. 2017 (arXiv:1611.00429), section 4. Afterwards no value is much larger than the
+    others, so a quantizer or a secure sum can use a finer grid.
 
-    Nothing is padded, so the size stays; padding to a power of two could double the bytes.
-    The values after the last whole block are rotated in a second step, in a block that overlaps
-    with the one before.
+    Vectors are not padded, because padding to a power of two could double the bytes. Instead the
+    last block overlaps with the one before. Example: 10 values with block = 4 are rotated at
+    positions 0 to 3 and 4 to 7, and then at 6 to 9.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     kind: Literal["rotate"] = "rotate"
-    block: int = Field(default=65536, ge=2, description="a power of two")
+    block: int = Field(
+        default=65536, ge=2, description="number of values rotated together; a power of two"
+    )
 
     def bind(self, bound: Bound) -> tuple[BoundRotate, Bound]:
         """Returns the transform, and a bound with the same L2 norm.
 
-        Each value is spread over a block, so its standard deviation is that norm over the square
-        root of the number of values in a block.
+        After the rotation each value has a standard deviation of at most that norm / sqrt(block).
 
         Raises:
-            RecipeError: if `block` is no power of two, or the input is whole numbers.
+            RecipeError: if `block` is no power of two, or the input is integers.
         """
         if self.block & (self.block - 1):
             raise RecipeError(
@@ -47,13 +49,13 @@ class Rotate(BaseModel):
             )
         if bound.integer:
             raise RecipeError(
-                "its input is whole numbers, which it would turn into floats",
+                "its input is integers, which it would turn into floats",
                 place="kind",
                 cure="put it before 'discretize' or 'quantize'",
             )
         # A block longer than the vector would need padding.
         block = min(self.block, 1 << max(0, bound.size.bit_length() - 1))
-        # In the worst case all of the norm ends up in one value.
+        # In the worst case a single value is as large as the whole norm.
         after = replace(bound, linf=bound.l2, spread=bound.l2 / block**0.5, shapes=())
         return BoundRotate(bound.size, block), after
 
@@ -72,7 +74,7 @@ class BoundRotate:
 
     def encode(self, x: Tensor, key: Key) -> Encoded:
         """Rotates `x` [d]."""
-        # A new tensor, since blocks are replaced in place below.
+        # A new tensor, because blocks are overwritten below.
         x = x * self._signs(key)
         whole = self.size - self.size % self.block
         x[:whole] = hadamard(x[:whole], self.block)
@@ -82,10 +84,10 @@ class BoundRotate:
         return Encoded(x)
 
     def decode(self, x: Encoded, key: Key) -> Tensor:
-        """Rotates back."""
+        """Undoes the rotation."""
         values = check_values(x, "rotate", self.size).clone()
         whole = self.size - self.size % self.block
-        # The steps of `encode` backwards; each is its own inverse.
+        # The steps of `encode` in reverse order; each is its own inverse.
         if whole < self.size:
             last = slice(self.size - self.block, None)
             values[last] = hadamard(values[last], self.block)
@@ -94,8 +96,7 @@ class BoundRotate:
 
     def _signs(self, key: Key) -> Tensor:
         """Returns a random -1 or 1 for each value, float32 [size]."""
-        # From the round's stream: all clients use the same signs, so that their sum can be rotated
-        # back.
+        # From the round's stream: all clients use the same signs, so their sum can be decoded.
         words = key.round_stream("rotate").words(math.ceil(self.size / 64))
         coins = np.unpackbits(words.astype("<u8").view(np.uint8), count=self.size)
         return torch.from_numpy(coins).float().mul_(2).sub_(1)
@@ -104,8 +105,8 @@ class BoundRotate:
 def hadamard(x: Tensor, block: int) -> Tensor:
     """Returns the orthonormal Walsh-Hadamard transform of every `block` values; its own inverse.
 
-    The matrix of order 2^(a+b) is the Kronecker product of those of order 2^a and 2^b, so two
-    products with small matrices do it.
+    The Hadamard matrix of order 2^(a+b) is the Kronecker product of those of order 2^a and 2^b. So
+    two products with small matrices replace one with a matrix [block, block].
 
     Args:
         x: values [k * block].

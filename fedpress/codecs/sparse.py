@@ -1,4 +1,4 @@
-"""Sparse updates: the largest values are sent (`topk`), or a random part of all (`randomk`)."""
+"""Sparse updates: sends only the largest values (`topk`), or a random part of them (`randomk`)."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from fedpress.errors import RecipeError
 class TopK(BaseModel):
     """Keeps the values of largest magnitude and sets the others to zero.
 
-    Packing then sends positions and values. Biased: use it with error feedback (Stich et al. 2018,
-    arXiv:1809.07599).
+    Example: density = 0.01 keeps 1,000 of 100,000 values. Packing (`fedpress.wire`) then sends
+    positions and values. Biased: use it with error feedback (Stich et al. 2018, arXiv:1809.07599).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -27,7 +27,7 @@ class TopK(BaseModel):
     density: float = Field(default=0.01, gt=0, le=1, description="share of the values that is kept")
 
     def bind(self, bound: Bound) -> tuple[BoundTopK, Bound]:
-        """Returns the transform, and `bound` as it is: zeros lengthen nothing."""
+        """Returns the transform, and the same bound: setting values to zero makes no norm larger."""
         return BoundTopK(bound.size, _count(self.density, bound.size)), bound
 
 
@@ -40,14 +40,14 @@ class BoundTopK:
 
     @property
     def additive(self) -> bool:
-        """False: the positions of clients differ, so a sum would be dense."""
+        """False: each client sends other positions, so a sum would be dense."""
         return False
 
     def encode(self, x: Tensor, key: Key) -> Encoded:
         """Returns `x` [d] with all but its `kept` largest values zero."""
         if self.kept >= self.size:
             return Encoded(x)
-        # Zeros stay in the vector: packing finds them, and positions need no field of their own.
+        # The zeros stay in the vector: packing removes them, so no tensor of positions is needed.
         largest = x.abs().topk(self.kept, sorted=False).indices
         sparse = torch.zeros_like(x)
         sparse[largest] = x[largest]
@@ -61,9 +61,9 @@ class BoundTopK:
 class RandomK(BaseModel):
     """Sends a random part of the values, at the same positions for all clients of a round.
 
-    So no positions are sent, and sums can be decoded. `unbiased` multiplies the values by
-    1 / density, which keeps their expectation and makes the norm larger. Without it, values that
-    are not drawn count as zero; use error feedback then.
+    The positions follow from the key, so they are not sent, and a sum of clients can be decoded.
+    `unbiased` multiplies the sent values by 1 / density: the expectation is right, but the norm
+    grows. Without it, other values count as zero: use error feedback.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -72,23 +72,23 @@ class RandomK(BaseModel):
     density: float = Field(default=0.1, gt=0, le=1, description="share of the values that is sent")
     unbiased: bool = Field(
         default=False,
-        description="scale what is sent up by 1 / share, so that the mean of many updates is right",
+        description="multiply the sent values by 1 / density, so that the expectation is right",
     )
 
     def bind(self, bound: Bound) -> tuple[BoundRandomK, Bound]:
         """Returns the transform, and a bound with fewer values and scaled norms.
 
         Raises:
-            RecipeError: if the input is whole numbers.
+            RecipeError: if the input is integers.
         """
         if bound.integer:
             raise RecipeError(
-                "it comes after whole numbers",
+                "its input is integers",
                 place="kind",
                 cure="put it before 'quantize' or 'discretize'",
             )
         kept = _count(self.density, bound.size)
-        # By the share that is really sent: `kept` is rounded up.
+        # The share that is really sent: `kept` is rounded up, so it may differ from the density.
         scale = bound.size / kept if self.unbiased else 1.0
         after = replace(
             bound,
@@ -128,7 +128,7 @@ class BoundRandomK:
 
     def _drawn(self, key: Key) -> Tensor:
         """Returns the positions that are sent, int64 [kept], rising."""
-        # From the round's stream: all clients send the same positions.
+        # From the round's stream, so that all clients of a round draw the same positions.
         return key.round_stream("randomk").subset(self.size, self.kept)
 
 

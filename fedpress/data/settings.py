@@ -269,5 +269,5 @@ class DataSettings(BaseModel, frozen=True, extra="forbid"):
         if self.class_weights is not None and self.task is not None:
             kind = tasks.kind_of(self.task)
             if not tasks.find(kind).weighs_classes:
-                raise SettingError.of(tasks.no_classes(kind), place="class_weights")
+                raise SettingError.of(tasks.no_classes_error(kind), place="class_weights")
         return self

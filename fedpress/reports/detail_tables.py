@@ -92,8 +92,8 @@ def metrics_explained(stages: list[Json]) -> str:
     if _any_has(stages, "majority_share"):
         said.append("Largest class: its share, which is the accuracy of always answering it.")
     for word in words_of(stages):
-        if word.says and _any_has(stages, word.key):
-            said.append(f"{Shown(word).title}: {word.says}.")
+        if word.meaning and _any_has(stages, word.key):
+            said.append(f"{Shown(word).title}: {word.meaning}.")
     return " ".join(said)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from pydantic import JsonValue
 
-from fedpress.tasks.base import number
+from fedpress.tasks.base import json_number
 from fedpress.training.fit import EpochRecord, Fit, Step
 from fedpress.workspace.drive import Milestone
 from fedpress.workspace.state import State
@@ -38,8 +38,8 @@ def epoch_milestone(
         "epoch": epoch.epoch,
         "epochs": epoch.epochs,
         "loss": epoch.loss,
-        # `number` turns NaN into None, since JSON has no NaN.
-        epoch.metric: None if epoch.score is None else number(epoch.score),
+        # `json_number` turns NaN into None, since JSON has no NaN.
+        epoch.metric: None if epoch.score is None else json_number(epoch.score),
         **facts,
     }
     note = f"{before}epoch {epoch.epoch}/{epoch.epochs}, loss {epoch.loss:.3f}{more}"

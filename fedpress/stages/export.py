@@ -26,9 +26,9 @@ from fedpress.workspace.stage_folder import StageFolder
 from fedpress.workspace.state import Name, State, Tick
 
 BATCH = 64
-MAX_APART = 0.02
+MAX_OUTPUT_ERROR = 0.02
 """A result mentions a difference of the outputs whose norm, over theirs, is above this."""
-MAX_LOST = 0.005
+MAX_METRIC_CHANGE = 0.005
 """A result says that the metric differs if it does by more than this: in absolute terms for a share
 (accuracy), relative to the model's for any other metric (an error in euros)."""
 
@@ -244,7 +244,7 @@ def difference_in_words(
     # An error in euros is compared as a share of itself, a share of right answers as it is.
     if model and not metric.share:
         lost /= abs(model)
-    if apart <= MAX_APART and lost <= MAX_LOST:
+    if apart <= MAX_OUTPUT_ERROR and lost <= MAX_METRIC_CHANGE:
         return ""
     whose = "the network simulated in torch" if simulated else "the network in torch"
     words = f"its outputs are {100 * apart:.1f}% off those of {whose}"

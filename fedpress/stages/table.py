@@ -23,7 +23,7 @@ class Row:
 
     kind: str
     settings: str
-    words: str = ""
+    summary: str = ""
 
     def load(self) -> type[Stage]:
         """Imports the settings class."""
@@ -86,7 +86,7 @@ STAGES = (
 
 def commands() -> dict[str, Row]:
     """Returns the rows that have a command and a Python call of their own, by kind."""
-    return {row.kind: row for row in STAGES if row.words}
+    return {row.kind: row for row in STAGES if row.summary}
 
 
 def row_of(kind: str) -> Row:

@@ -33,13 +33,13 @@ from fedpress.workspace.drive import Milestone, Snapshot
 from fedpress.workspace.state import State, Tick
 
 EXAMPLES = 64
-FROM_THE_RUN = ("dense", "before")
-SAVED_MODELS = {"teacher": FROM_THE_RUN}
+TEACHERS_IN_RUN = ("dense", "before")
+SAVED_MODELS = {"teacher": TEACHERS_IN_RUN}
 """`Stage.saved_models` of a stage with a teacher: its key `teacher` is the path of a saved model,
-unless it is one of the words `FROM_THE_RUN`."""
+unless it is one of the words `TEACHERS_IN_RUN`."""
 
 
-GIVE_TEACHER = (
+TEACHER_CURE = (
     "give the path of a saved model, such as ",
     Argument("teacher", "runs/dense"),
     ", or in a recipe that has cut the model before, 'dense'",
@@ -70,7 +70,7 @@ class TeacherTrainSettings(TrainSettings):
             raise SettingError(
                 "it needs a teacher",
                 place="distill",
-                cure=(*GIVE_TEACHER, ", or leave distill out"),
+                cure=(*TEACHER_CURE, ", or leave distill out"),
             )
         return self
 
@@ -221,21 +221,23 @@ def _teacher(where: str, state: State) -> nn.Module:
         )
     # A copy: the hook below must not stay on a model that goes on in the run.
     model = place_(copied(model), state.device)
-    mine = state.data.preprocess
-    theirs = Preprocess(spec.mean, spec.std)
-    if mine != theirs:
+    source_scale = state.data.preprocess
+    target_scale = Preprocess(spec.mean, spec.std)
+    if source_scale != target_scale:
         model.register_forward_pre_hook(
-            lambda _, inputs: (restandardised(inputs[0], mine, theirs), *inputs[1:])
+            lambda _, inputs: (restandardize(inputs[0], source_scale, target_scale), *inputs[1:])
         )
     return model
 
 
-def restandardised(x: torch.Tensor, mine: Preprocess, theirs: Preprocess) -> torch.Tensor:
-    """Converts inputs [n, C, ...] from one standardisation (`mine`) to another (`theirs`)."""
+def restandardize(
+    x: torch.Tensor, source_scale: Preprocess, target_scale: Preprocess
+) -> torch.Tensor:
+    """Converts inputs [n, C, ...] from one standardisation (`source_scale`) to another (`target_scale`)."""
     shape = (1, -1, *[1] * (x.dim() - 2))
 
     def numbers(values: tuple[float, ...], empty: float) -> torch.Tensor:
         return torch.tensor(values or (empty,), device=x.device).view(shape)
 
-    raw = x * numbers(mine.std, 1.0) + numbers(mine.mean, 0.0)
-    return (raw - numbers(theirs.mean, 0.0)) / numbers(theirs.std, 1.0)
+    raw = x * numbers(source_scale.std, 1.0) + numbers(source_scale.mean, 0.0)
+    return (raw - numbers(target_scale.mean, 0.0)) / numbers(target_scale.std, 1.0)

@@ -13,7 +13,7 @@ from fedpress.errors import SettingError
 from fedpress.stages.base import Stage
 from fedpress.stages.epochs import total_steps
 from fedpress.stages.public import check_public_training
-from fedpress.stages.teaching import GIVE_TEACHER, SAVED_MODELS, StageTraining, TeacherTrainSettings
+from fedpress.stages.teaching import SAVED_MODELS, TEACHER_CURE, StageTraining, TeacherTrainSettings
 from fedpress.workspace.drive import drive
 from fedpress.workspace.stage_folder import StageFolder
 from fedpress.workspace.state import Name, State, Tick
@@ -38,7 +38,7 @@ class TrainStage(TeacherTrainSettings, Stage):
             raise SettingError(
                 "distill needs a teacher",
                 place="teacher",
-                cure=GIVE_TEACHER,
+                cure=TEACHER_CURE,
             )
         return self
 

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from fedpress.errors import RecipeError, suggestion
-from fedpress.tasks.base import Metric, Sums, Task, merged, no_classes
+from fedpress.tasks.base import Metric, Sums, Task, merged, no_classes_error
 from fedpress.tasks.binary import Binary
 from fedpress.tasks.classification import Classification
 from fedpress.tasks.multilabel import Multilabel
@@ -147,7 +147,7 @@ __all__ = [
     "kind_of",
     "make",
     "merged",
-    "no_classes",
+    "no_classes_error",
     "of_model",
     "task_of",
 ]

@@ -33,7 +33,7 @@ class Metric:
         better: whether higher or lower values are better.
         share: whether it is a share, 0 to 1, which is shown in percent.
         digits: decimals, if it is no share.
-        says: its meaning, for the report.
+        meaning: what it means, for the report.
     """
 
     key: str
@@ -41,7 +41,7 @@ class Metric:
     better: Literal["higher", "lower"] = "higher"
     share: bool = False
     digits: int = 3
-    says: str = ""
+    meaning: str = ""
 
     def formatted(self, value: float | None) -> str:
         """Returns a value as text.
@@ -212,7 +212,7 @@ class Task(ABC):
             DataError: if the public targets cannot be balanced.
         """
         del given, public
-        raise no_classes(self.kind)
+        raise no_classes_error(self.kind)
 
     @property
     def unweighted(self) -> Task:
@@ -283,7 +283,7 @@ class Task(ABC):
         return None
 
 
-def no_classes(kind: str) -> RecipeError:
+def no_classes_error(kind: str) -> RecipeError:
     """Returns the error for class weights of a task that has no classes."""
     return RecipeError(
         f"the task is {kind}, which has no classes to weigh",
@@ -312,13 +312,13 @@ def reduced(losses: Tensor, reduction: Reduction) -> Tensor:
     return losses.mean() if reduction == "mean" else losses.sum()
 
 
-def number(value: Tensor | float) -> float | None:
+def json_number(value: Tensor | float) -> float | None:
     """Returns a number for JSON: None for NaN and infinity, since JSON has neither."""
     value = float(value)
     return value if math.isfinite(value) else None
 
 
-def error_of_mean(total: Tensor, squares: Tensor, n: int) -> float | None:
+def standard_error(total: Tensor, squares: Tensor, n: int) -> float | None:
     """Returns the standard error of a mean; None for fewer than two values.
 
     Args:
@@ -326,7 +326,7 @@ def error_of_mean(total: Tensor, squares: Tensor, n: int) -> float | None:
         squares: sum of their squares.
         n: number of values.
 
-    >>> error_of_mean(torch.tensor(6.0), torch.tensor(14.0), 3)  # of 1, 2 and 3
+    >>> standard_error(torch.tensor(6.0), torch.tensor(14.0), 3)  # of 1, 2 and 3
     0.5773502691896258
     """
     if n < 2:

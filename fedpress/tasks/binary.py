@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fedpress.errors import DataError
 from fedpress.tasks import ranking, weights
-from fedpress.tasks.base import Metric, Reduction, Sums, Task, number, reduced
+from fedpress.tasks.base import Metric, Reduction, Sums, Task, json_number, reduced
 from fedpress.tasks.classification import CALIBRATION_SAYS, Classification
 from fedpress.tasks.weights import ClassWeights
 
@@ -38,12 +38,12 @@ class Binary(Task):
         Metric(
             "auc",
             "AUC",
-            says="how often a case of class 1 ranks above one of class 0; 0.5 is chance",
+            meaning="how often a case of class 1 ranks above one of class 0; 0.5 is chance",
         ),
         Metric("accuracy", "accuracy", share=True),
         Metric("balanced_accuracy", "balanced accuracy", share=True),
         Metric("f1", "F1"),
-        Metric("calibration_error", "calibration error", "lower", says=CALIBRATION_SAYS),
+        Metric("calibration_error", "calibration error", "lower", meaning=CALIBRATION_SAYS),
         Metric("loss", "log loss", "lower"),
     )
     other_keys = ("majority_share", "accuracy_warning", "accuracy_error", "auc_error", "confusion")
@@ -124,12 +124,12 @@ class Binary(Task):
         found = Classification(self.names).summary(sums)
         # With two classes the F1 of class 1 is the usual one.
         found.pop("macro_f1")
-        f1 = number(2 * sums["right"][1] / (sums["labels"][1] + sums["answers"][1]))
+        f1 = json_number(2 * sums["right"][1] / (sums["labels"][1] + sums["answers"][1]))
         # The primary metric comes first.
         auc = found.pop("auc")
         error = None
         if isinstance(auc, float):
-            error = ranking.error_of_area(auc, int(sums["labels"][1]), int(sums["labels"][0]))
+            error = ranking.auc_standard_error(auc, int(sums["labels"][1]), int(sums["labels"][0]))
         return {"auc": auc, **found, "f1": f1, "auc_error": error}
 
     def to_json(self) -> dict[str, JsonValue]:

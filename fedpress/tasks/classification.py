@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fedpress.errors import DataError, ModelError
 from fedpress.tasks import ranking, weights
-from fedpress.tasks.base import Metric, Reduction, Sums, Task, number, reduced
+from fedpress.tasks.base import Metric, Reduction, Sums, Task, json_number, reduced
 from fedpress.tasks.weights import ClassWeights
 
 IGNORED = -100
@@ -58,11 +58,11 @@ class Classification(Task):
             "balanced_accuracy",
             "balanced accuracy",
             share=True,
-            says="the mean over the classes of their shares of right answers",
+            meaning="the mean over the classes of their shares of right answers",
         ),
-        Metric("auc", "AUC", says=AUC_SAYS),
-        Metric("macro_f1", "macro F1", says="the mean over the classes of their F1"),
-        Metric("calibration_error", "calibration error", "lower", says=CALIBRATION_SAYS),
+        Metric("auc", "AUC", meaning=AUC_SAYS),
+        Metric("macro_f1", "macro F1", meaning="the mean over the classes of their F1"),
+        Metric("calibration_error", "calibration error", "lower", meaning=CALIBRATION_SAYS),
         Metric("loss", "log loss", "lower"),
     )
     other_keys = ("majority_share", "accuracy_warning", "accuracy_error", "confusion")
@@ -204,23 +204,23 @@ class Classification(Task):
         auc: float | None = None
         calibration: float | None = None
         if not int(sums["unranked"]):
-            calibration = number(ranking.calibration_error(sums["calibration"]))
+            calibration = json_number(ranking.calibration_error(sums["calibration"]))
             if "scores" in sums and int(occurs.sum()) > 1:
-                area = ranking.areas(sums["scores"])
-                auc = number(area[~area.isnan()].mean())
+                area = ranking.aucs(sums["scores"])
+                auc = json_number(area[~area.isnan()].mean())
         accuracy = float(right.sum()) / n if n else math.nan
         error = None
         if n and independent:
-            error = number(math.sqrt(accuracy * (1 - accuracy) / n))
+            error = json_number(math.sqrt(accuracy * (1 - accuracy) / n))
         confusion = sums.get("confusion")
         return {
-            "accuracy": number(accuracy),
-            "majority_share": number(labels.max() / n) if n else None,
-            "balanced_accuracy": number((right[occurs] / labels[occurs]).mean()),
+            "accuracy": json_number(accuracy),
+            "majority_share": json_number(labels.max() / n) if n else None,
+            "balanced_accuracy": json_number((right[occurs] / labels[occurs]).mean()),
             "auc": auc,
             "accuracy_warning": self._warning(sums) if n else None,
             "accuracy_error": error,
-            "macro_f1": number(f1.mean()),
+            "macro_f1": json_number(f1.mean()),
             "calibration_error": calibration,
             "confusion": None if confusion is None else confusion.tolist(),
         }

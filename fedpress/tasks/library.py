@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedpress.tasks.base import Sums, number
+from fedpress.tasks.base import Sums, json_number
 
 MetricMaker = Callable[[], Mapping[str, Any]]
 """Returns new metrics of torchmetrics by key. It imports the library, which takes two seconds."""
@@ -60,5 +60,5 @@ def library_values(make_metrics: MetricMaker, sums: Sums) -> dict[str, float | N
                 value = float(metric.compute())
             except ValueError:
                 value = math.nan
-        found[key] = number(value)
+        found[key] = json_number(value)
     return found

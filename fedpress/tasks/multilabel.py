@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fedpress.errors import DataError
 from fedpress.tasks import ranking, weights
-from fedpress.tasks.base import Metric, Reduction, Sums, Task, check_numbers, number, reduced
+from fedpress.tasks.base import Metric, Reduction, Sums, Task, check_numbers, json_number, reduced
 from fedpress.tasks.library import library_sums, library_values
 from fedpress.tasks.weights import ClassWeights
 
@@ -112,9 +112,9 @@ class Multilabel(Task):
         n, broken = int(sums["examples"]), int(sums["broken"])
         found["auc"] = None
         if not broken:
-            area = ranking.areas(sums["scores"])
+            area = ranking.aucs(sums["scores"])
             # A label that all examples have, or none, has no area.
-            found["auc"] = number(area[~area.isnan()].mean())
+            found["auc"] = json_number(area[~area.isnan()].mean())
         warning = None
         answers = sums["answers"]
         if broken:

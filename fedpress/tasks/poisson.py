@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import poisson_nll_loss
 
 from fedpress.errors import DataError
-from fedpress.tasks.base import Metric, Reduction, Sums, Task, error_of_mean, number, reduced
+from fedpress.tasks.base import Metric, Reduction, Sums, Task, json_number, reduced, standard_error
 
 
 @dataclass(frozen=True)
@@ -37,14 +37,14 @@ class Poisson(Task):
             "deviance",
             "Poisson deviance",
             "lower",
-            says="the mean Poisson deviance; 0 is a prediction that meets every count",
+            meaning="the mean Poisson deviance; 0 is a prediction that meets every count",
         ),
-        Metric("mae", "MAE", "lower", says="the mean absolute error, in counts"),
+        Metric("mae", "MAE", "lower", meaning="the mean absolute error, in counts"),
         Metric(
             "deviance_of_mean",
             "deviance of the mean",
             "lower",
-            says="that of always answering the public mean",
+            meaning="that of always answering the public mean",
         ),
         Metric("loss", "loss", "lower"),
     )
@@ -109,9 +109,9 @@ class Poisson(Task):
         `deviance_error` is the standard error of the mean deviance.
         """
         n, broken = int(sums["examples"]), int(sums["broken"])
-        # 0 / 0 of no example is NaN, of which `number` makes None.
-        deviance = number(sums["deviance"] / n)
-        of_mean = number(sums["deviance_of_mean"] / n) if self.mean else None
+        # 0 / 0 of no example is NaN, of which `json_number` makes None.
+        deviance = json_number(sums["deviance"] / n)
+        of_mean = json_number(sums["deviance_of_mean"] / n) if self.mean else None
         warning = None
         if broken:
             warning = f"the predicted rates are not finite on {broken:,} of {n:,} test examples"
@@ -122,10 +122,10 @@ class Poisson(Task):
             )
         return {
             "deviance": deviance,
-            "mae": number(sums["mae"] / n),
+            "mae": json_number(sums["mae"] / n),
             "deviance_of_mean": of_mean,
             "deviance_warning": warning,
-            "deviance_error": error_of_mean(sums["deviance"], sums["deviance_squared"], n),
+            "deviance_error": standard_error(sums["deviance"], sums["deviance_squared"], n),
         }
 
     def check_targets(self, targets: Tensor) -> None:

@@ -38,7 +38,7 @@ def score_counts(scores: Tensor, positive: Tensor) -> Tensor:
     return index[known].bincount(minlength=2 * k * BINS).view(2, k, BINS)
 
 
-def areas(counts: Tensor) -> Tensor:
+def aucs(counts: Tensor) -> Tensor:
     """Returns the areas under the ROC curves [k] from `score_counts`.
 
     The area is the share of pairs in which the positive has the higher score; pairs in the same bin
@@ -52,7 +52,7 @@ def areas(counts: Tensor) -> Tensor:
     return area
 
 
-def error_of_area(area: float, positives: int, negatives: int) -> float | None:
+def auc_standard_error(area: float, positives: int, negatives: int) -> float | None:
     """Returns the standard error of an area under the ROC curve; None if a class has no example.
 
     Hanley and McNeil 1982 (Radiology 143, pages 29 to 36), equation 1, with their approximation for
@@ -63,7 +63,7 @@ def error_of_area(area: float, positives: int, negatives: int) -> float | None:
         positives: number of examples of class 1.
         negatives: number of examples of class 0.
 
-    >>> round(error_of_area(0.8, 50, 50), 4)
+    >>> round(auc_standard_error(0.8, 50, 50), 4)
     0.0445
     """
     if not positives or not negatives:

@@ -11,7 +11,7 @@ from pydantic import JsonValue
 from torch import Tensor
 
 from fedpress.errors import DataError
-from fedpress.tasks.base import Metric, Reduction, Sums, Task, error_of_mean, number, reduced
+from fedpress.tasks.base import Metric, Reduction, Sums, Task, json_number, reduced, standard_error
 from fedpress.tasks.library import library_sums, library_values
 
 
@@ -41,18 +41,20 @@ class Regression(Task):
     kind = "regression"
     targets = "numbers"
     shown_metrics = (
-        Metric("mae", "MAE", "lower", says="the mean absolute error, in the units of the targets"),
-        Metric("rmse", "RMSE", "lower", says="the root of the mean squared error"),
+        Metric(
+            "mae", "MAE", "lower", meaning="the mean absolute error, in the units of the targets"
+        ),
+        Metric("rmse", "RMSE", "lower", meaning="the root of the mean squared error"),
         Metric(
             "r2",
             "R²",
-            says="the share of the variance that is explained; the mean of the test set gets 0",
+            meaning="the share of the variance that is explained; the mean of the test set gets 0",
         ),
         Metric(
             "mae_of_mean",
             "MAE of the mean",
             "lower",
-            says="that of always answering the public mean",
+            meaning="that of always answering the public mean",
         ),
         Metric("loss", "loss", "lower"),
     )
@@ -110,7 +112,7 @@ class Regression(Task):
             **sums,
             "error": each.sum(),
             "error_squared": each.square().sum(),
-            "error_of_mean": (columns - mean).abs().mean(1).sum(),
+            "standard_error": (columns - mean).abs().mean(1).sum(),
             "examples": torch.tensor(len(columns)),
             "broken": broken.sum(),
         }
@@ -134,7 +136,7 @@ class Regression(Task):
         """
         values = library_values(self._library_metrics, sums)
         n, broken = int(sums["examples"]), int(sums["broken"])
-        of_mean = number(sums["error_of_mean"] / n) if n and self.mean else None
+        of_mean = json_number(sums["standard_error"] / n) if n and self.mean else None
         warning = None
         if broken:
             warning = f"the model's outputs are not finite on {broken:,} of {n:,} test examples"
@@ -149,7 +151,7 @@ class Regression(Task):
             **values,
             "mae_of_mean": of_mean,
             "mae_warning": warning,
-            "mae_error": error_of_mean(sums["error"], sums["error_squared"], n),
+            "mae_error": standard_error(sums["error"], sums["error_squared"], n),
         }
 
     def to_json(self) -> dict[str, JsonValue]:

@@ -1,4 +1,4 @@
-"""Transports: how messages get from the server to the clients and back."""
+"""Transports: carry messages from the server to the clients and back."""
 
 from fedpress.transport.local import Handler, LocalTransport
 

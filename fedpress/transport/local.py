@@ -1,4 +1,7 @@
-"""The local transport: clients in this process, asked with the bytes that a network would carry."""
+"""The local transport: for simulations, with all clients in this process.
+
+Messages are packed to bytes and unpacked, exactly as over a network.
+"""
 
 from __future__ import annotations
 
@@ -13,39 +16,39 @@ from fedpress.federation.exchange import Answer, RequestId, Traffic, error
 from fedpress.wire.message import MAX_BYTES, Message, pack, unpack
 
 Handler: TypeAlias = Callable[[bytes], bytes]
-"""The bytes of a request -> the bytes of the client's answer."""
+"""A client's function: the bytes of a request -> the bytes of its answer."""
 
 
 @dataclass(frozen=True, eq=False)
 class _PackedMessage:
-    """A message and its bytes."""
+    """A message with its packed bytes."""
 
     message: Message
     data: bytes
 
 
 class LocalTransport:
-    """Calls one handler per client.
+    """Calls a function of each client, its handler.
 
-    A handler that raises gives an answer of kind "error": the client is dropped from the round, and
-    the run goes on. A client works when its answer is received, so a request that is cancelled
-    before that costs no work.
+    If a handler raises, the answer has kind "error": the client is dropped from the round, and the
+    run goes on. The handler is called in `receive`, so a request that is cancelled before costs no
+    work.
     """
 
     def __init__(self, handlers: Mapping[ClientId, Handler], *, max_bytes: int = MAX_BYTES) -> None:
         """Makes a transport.
 
         Args:
-            handlers: name of each client -> the function that answers for it.
-            max_bytes: longest answer that is accepted, in bytes.
+            handlers: name of each client -> its handler.
+            max_bytes: largest accepted answer, in bytes.
         """
         self._handlers = dict(handlers)
         self._max_bytes = max_bytes
         self._traffic = Traffic()
         self._open: dict[RequestId, tuple[ClientId, _PackedMessage]] = {}
         self._sent = 0
-        # A message that goes to many clients is packed once. It is found by the identity of the
-        # object, and forgotten when the last request with it is answered.
+        # A message to many clients is packed once. The key is `id(message)`; the entry disappears
+        # when the last request with this message is answered.
         self._packed: WeakValueDictionary[int, _PackedMessage] = WeakValueDictionary()
 
     @property
@@ -61,7 +64,7 @@ class LocalTransport:
         """Packs `message` and keeps it until its answer is received or cancelled."""
         packed = self._packed.get(id(message))
         if packed is None:
-            # It holds the message too, so that no other object gets the same identity meanwhile.
+            # The entry refers to the message, so that Python cannot give its id to another object.
             packed = _PackedMessage(message, pack(message))
             self._packed[id(message)] = packed
         self._traffic += Traffic(down=len(packed.data))
@@ -76,8 +79,8 @@ class LocalTransport:
 
         Args:
             requests: the requests that are waited for.
-            timeout: ignored, since answers are there at once. Slow clients are simulated by the
-                clock of the schedule.
+            timeout: ignored, because answers come at once. Slow clients are simulated by the
+                virtual clock of the schedule.
 
         Returns:
             The answer, of kind "error" if the client failed; None if none of `requests` is open.
@@ -89,7 +92,7 @@ class LocalTransport:
         return client, first, self._ask(client, packed.data)
 
     def cancel(self, requests: Collection[RequestId]) -> None:
-        """Forgets `requests`; their clients do nothing."""
+        """Drops `requests`: their handlers are never called."""
         for request in requests:
             self._open.pop(request, None)
 
@@ -97,10 +100,10 @@ class LocalTransport:
         try:
             reply = self._handlers[client](request)
         except Exception as problem:
-            # Whatever a client does wrong must not end the run, as over a network.
+            # A client that fails must not end the run; over a network it could not either.
             reply = pack(error(f"{type(problem).__name__}: {problem}"))
         self._traffic += Traffic(up=len(reply))
-        # The reply is unpacked like one from a stranger: tests with bad clients go through here.
+        # Checked like a reply from a network, so that tests with malicious clients are realistic.
         try:
             return unpack(reply, max_bytes=self._max_bytes)
         except WireError as problem:

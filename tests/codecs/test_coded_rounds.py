@@ -190,7 +190,7 @@ def test_sign_keeps_signs_and_mean_sizes():
 
 @pytest.mark.parametrize("settings", EVERY, ids=str)
 def test_whole_numbers_are_refused_before_the_run(settings):
-    with pytest.raises(RecipeError, match=rf"kind: .*put '{settings.kind}' first"):
+    with pytest.raises(RecipeError, match=rf"kind: .*leave '{settings.kind}' or"):
         settings.bind(Bound(size=3, integer=True))
 
 

@@ -173,13 +173,13 @@ def test_a_hostile_message_is_a_wire_error_and_nothing_else(row):
     ("chain", "cure"),
     [
         ([{"kind": "discretize", "scale": 1.0}], "put 'clip' before it"),
-        ([CLIP, {"kind": "discretize"}], "nothing plans it"),
+        ([CLIP, {"kind": "discretize"}], "only a secure sum plans it"),
         ([{"kind": "quantize", "bits": 8}, {"kind": "rotate"}], "before"),
         ([CLIP, {"kind": "rotate", "block": 24}], "power of two"),
         ([{"kind": "topk"}, {"kind": "randomk"}, {"kind": "lowrank"}], "put it first"),
         (
             [CLIP, {"kind": "discretize", "scale": 1.0}, {"kind": "discretize", "scale": 1.0}],
-            "whole numbers already",
+            "already integers",
         ),
     ],
 )

@@ -13,7 +13,7 @@ from fedpress.pipeline import run as runs
 from fedpress.pipeline.check import check_recipe
 from fedpress.pipeline.keys import settings_of, stage_keys
 from fedpress.pipeline.start import first_state, load_data, with_parent
-from fedpress.stages.teaching import restandardised
+from fedpress.stages.teaching import restandardize
 from fedpress.stages.train import TrainStage
 from fedpress.workspace.folder import RunFolder
 from fedpress.workspace.state import StageStarted, Tick
@@ -251,7 +251,7 @@ def test_the_teacher_in_memory_is_left_as_it_is(state):
 def test_a_teacher_of_other_statistics_sees_what_it_is_used_to(mine, theirs):
     raw = torch.randint(0, 256, (4, 3, 5, 5), dtype=torch.uint8)
     torch.testing.assert_close(
-        restandardised(mine(raw), mine, theirs), theirs(raw), atol=1e-5, rtol=1e-5
+        restandardize(mine(raw), mine, theirs), theirs(raw), atol=1e-5, rtol=1e-5
     )
 
 

@@ -106,7 +106,7 @@ def test_the_area_in_bins_is_the_exact_one_but_for_ties(scale):
     chance = torch.Generator().manual_seed(0)
     positive = torch.rand(1000, 2, generator=chance) < 0.3
     scores = (torch.randn(1000, 2, generator=chance) + positive) * scale
-    found = ranking.areas(ranking.score_counts(scores, positive))
+    found = ranking.aucs(ranking.score_counts(scores, positive))
     for k in range(2):
         exact = sk.roc_auc_score(positive[:, k].numpy(), scores[:, k].numpy())
         assert float(found[k]) == pytest.approx(exact, abs=3e-4)

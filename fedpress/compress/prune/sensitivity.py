@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from fedpress.compress.prune.graph import ChannelGraph, ChannelGroup
 from fedpress.compress.prune.scores import tensors_of
 from fedpress.errors import ModelError, RecipeError
-from fedpress.tasks.base import number
+from fedpress.tasks.base import json_number
 
 DENSITIES = (0.9, 0.7, 0.5, 0.3, 0.1)
 LOWER_DENSITIES = (0.05, 0.03, 0.02, 0.01, 0.005, 0.002, 0.001)
@@ -81,7 +81,7 @@ class Point:
 
     def line(self, metric: str) -> dict[str, JsonValue]:
         """Returns the point as JSON, its score under the name of the `metric`."""
-        score = None if self.score is None else number(self.score)
+        score = None if self.score is None else json_number(self.score)
         return {"layer": self.layer, "density": self.density, "loss": self.loss, metric: score}
 
 

@@ -11,9 +11,9 @@ from pathlib import Path
 from fedpress.core.names import ClientId
 from fedpress.errors import RecipeError
 from fedpress.federation import ClientState, DiskState, InMemoryState
-from fedpress.stages.federate.client import ClientHalf, secret_of
+from fedpress.stages.federate.client import ClientSide, secret_of
 from fedpress.stages.federate.contract import CommonInputs
-from fedpress.stages.federate.server import ServerHalf
+from fedpress.stages.federate.server import ServerSide
 from fedpress.stages.federate.settings import FederateSettings
 from fedpress.transport import LocalTransport
 from fedpress.workspace.state import State
@@ -30,8 +30,8 @@ class Simulation:
         clients: the clients' halves, by name; the server reaches them through messages alone.
     """
 
-    server: ServerHalf
-    clients: dict[ClientId, ClientHalf]
+    server: ServerSide
+    clients: dict[ClientId, ClientSide]
 
 
 def bind(stage: FederateSettings, state: State, folder: Path | None = None) -> Simulation:
@@ -74,9 +74,9 @@ def bind(stage: FederateSettings, state: State, folder: Path | None = None) -> S
     shared = common.copy()
     clients = {}
     for name, arrays in state.data.clients.items():
-        clients[name] = ClientHalf(name, arrays, shared, memories[name])
+        clients[name] = ClientSide(name, arrays, shared, memories[name])
     secure_noise = stage.privacy is not None and stage.privacy.secure_noise
-    server = ServerHalf.bind(
+    server = ServerSide.bind(
         common,
         LocalTransport({name: client.handle for name, client in clients.items()}),
         ledger=state.ledger,

@@ -24,13 +24,13 @@ from fedpress.stages.federate.contract import (
     owns_keys,
 )
 from fedpress.stages.federate.protection import is_secure
-from fedpress.tasks.base import number
+from fedpress.tasks.base import json_number
 from fedpress.training.evaluate import evaluate
 from fedpress.wire.message import Message, pack, unpack
 
 
 @dataclass(eq=False)
-class ClientHalf:
+class ClientSide:
     """One client from its first message ("register") to the last; it knows no other client's data.
 
     Attributes:
@@ -202,7 +202,7 @@ class ClientHalf:
         parameters.assign_(model, client.read_params(message))
         task = self.common.task
         found = evaluate(model, self.arrays, self.common.preprocess, task)
-        metrics: dict[str, JSON] = {task.primary: number(found.score)}
+        metrics: dict[str, JSON] = {task.primary: json_number(found.score)}
         return Message("evaluated", {"examples": len(self.arrays), "metrics": metrics})
 
     def rehearse(self, arrays: Arrays) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from fedpress.federation import RoundRecord
 from fedpress.federation.failures import Tally
-from fedpress.stages.federate.server import ServerHalf
+from fedpress.stages.federate.server import ServerSide
 
 PRIVATE = "kept private"
 SHOWN = 3
@@ -59,7 +59,7 @@ class Failures:
     variance: float = 0.0
     recent: tuple[tuple[float, float, float, float], ...] = ()
 
-    def with_round(self, record: RoundRecord, drawn: Sequence[str], server: ServerHalf) -> Failures:
+    def with_round(self, record: RoundRecord, drawn: Sequence[str], server: ServerSide) -> Failures:
         """Returns the failures after one more round.
 
         Args:
@@ -205,7 +205,7 @@ def _all(count: float, of: float, noise: float) -> bool:
     return count >= ALL * of and count - STOPS_FROM * noise > of / 2
 
 
-def public_reasons(refused: Mapping[str, str], server: ServerHalf) -> dict[str, str]:
+def public_reasons(refused: Mapping[str, str], server: ServerSide) -> dict[str, str]:
     """Returns for each refused client its reason, or `PRIVATE` if it must not be stored.
 
     Under privacy an error raised by private examples says something exact about them. Errors of

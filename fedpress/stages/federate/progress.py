@@ -12,9 +12,9 @@ from fedpress.core import parameters
 from fedpress.federation import RoundRecord, Start
 from fedpress.privacy.ledger import Ledger
 from fedpress.stages.federate.failures import Failures
-from fedpress.stages.federate.server import ServerHalf
+from fedpress.stages.federate.server import ServerSide
 from fedpress.tasks import Task
-from fedpress.tasks.base import number
+from fedpress.tasks.base import json_number
 from fedpress.training.evaluate import Evaluation
 from fedpress.workspace.drive import Snapshot
 
@@ -60,7 +60,7 @@ class Progress:
     failures: Failures = field(default_factory=Failures)
 
     @classmethod
-    def begin(cls, server: ServerHalf) -> Progress:
+    def begin(cls, server: ServerSide) -> Progress:
         """Returns the progress before the first round."""
         set_up = (server.set_up.up, server.set_up.down)
         return cls(parameters.flatten(server.model), server.ledger, set_up=set_up)
@@ -81,7 +81,7 @@ class Progress:
             task: says which metric is better.
             **more: further fields.
         """
-        score = number(validation.score) if validation else None
+        score = json_number(validation.score) if validation else None
         # The first score is better than None.
         better = task.better(score, self.best)
         return Progress(

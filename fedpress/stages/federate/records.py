@@ -9,13 +9,13 @@ from fedpress.federation import RoundRecord
 from fedpress.privacy.accounting.accountant import Spent
 from fedpress.stages.federate.failures import public_reasons
 from fedpress.stages.federate.progress import Progress
-from fedpress.stages.federate.server import PRIVACY_KEYS, ServerHalf
+from fedpress.stages.federate.server import PRIVACY_KEYS, ServerSide
 from fedpress.stages.federate.stopping import last_warning
-from fedpress.tasks.base import number
+from fedpress.tasks.base import json_number
 from fedpress.training.evaluate import Evaluation
 
 
-def public_part(record: RoundRecord, server: ServerHalf) -> RoundRecord:
+def public_part(record: RoundRecord, server: ServerSide) -> RoundRecord:
     """Returns the part of a round's record that may be stored.
 
     A trusted server sees who took part, but the record must not show it. Bytes depend on what the
@@ -33,7 +33,7 @@ def public_part(record: RoundRecord, server: ServerHalf) -> RoundRecord:
 
 
 def round_line(
-    record: RoundRecord, now: Progress, validation: Evaluation | None, server: ServerHalf
+    record: RoundRecord, now: Progress, validation: Evaluation | None, server: ServerSide
 ) -> dict[str, Any]:
     """Returns the stored record of one round.
 
@@ -47,7 +47,7 @@ def round_line(
     return {
         "round": record.round,
         "num_rounds": server.stage.num_rounds,
-        server.common.task.primary: number(validation.score) if validation else None,
+        server.common.task.primary: json_number(validation.score) if validation else None,
         "loss": validation.loss if validation else None,
         "bytes_up": record.bytes_up,
         "bytes_down": record.bytes_down,
@@ -69,7 +69,7 @@ def _set_up(now: Progress) -> dict[str, int]:
     return {"set_up_bytes_up": up, "set_up_bytes_down": down}
 
 
-def _times(record: RoundRecord, server: ServerHalf) -> dict[str, Any]:
+def _times(record: RoundRecord, server: ServerSide) -> dict[str, Any]:
     """Returns the entries about time and staleness; none for synchronous rounds without a clock."""
     timing = record.timing
     entries: dict[str, Any] = {}
@@ -82,7 +82,7 @@ def _times(record: RoundRecord, server: ServerHalf) -> dict[str, Any]:
     return entries
 
 
-def stage_facts(server: ServerHalf, now: Progress, score_before: float | None) -> dict[str, Any]:
+def stage_facts(server: ServerSide, now: Progress, score_before: float | None) -> dict[str, Any]:
     """Returns the facts of the finished stage.
 
     Args:
@@ -124,12 +124,12 @@ def stage_facts(server: ServerHalf, now: Progress, score_before: float | None) -
     }
 
 
-def _epsilon(server: ServerHalf, now: Progress) -> float | None:
+def _epsilon(server: ServerSide, now: Progress) -> float | None:
     spent = _spent(server, now)
     return None if spent is None else spent.epsilon
 
 
-def _spent(server: ServerHalf, now: Progress) -> Spent | None:
+def _spent(server: ServerSide, now: Progress) -> Spent | None:
     """Returns what was spent so far, None without privacy."""
     private = server.stage.privacy
     return None if private is None else now.ledger.spent(delta=private.delta)

@@ -11,14 +11,14 @@ from fedpress.core.examples import Arrays
 from fedpress.core.inputs import Inputs, NamedInputs, form_of, inputs_text, parts_of
 from fedpress.core.random_source import RandomSource, public_stream
 from fedpress.errors import Argument, RecipeError, TrainingError
-from fedpress.stages.federate.client import ClientHalf
+from fedpress.stages.federate.client import ClientSide
 from fedpress.tasks import Task
 
 EXAMPLES = 4
 """Size of the batch: small, because the check must be cheap for a large network."""
 
 
-def rehearse(clients: Sequence[ClientHalf], public: Sequence[Arrays], task: Task) -> None:
+def rehearse(clients: Sequence[ClientSide], public: Sequence[Arrays], task: Task) -> None:
     """Lets one client of each kind take a private step.
 
     A kind is a shape and type of examples. Only these are read of private examples, never a value.
@@ -35,7 +35,7 @@ def rehearse(clients: Sequence[ClientHalf], public: Sequence[Arrays], task: Task
         _rehearse_kind(client, public, task)
 
 
-def _rehearse_kind(client: ClientHalf, public: Sequence[Arrays], task: Task) -> None:
+def _rehearse_kind(client: ClientSide, public: Sequence[Arrays], task: Task) -> None:
     """Lets one client take a private step; RecipeError if it fails on all examples to try."""
     like = client.arrays
     problems: list[tuple[str, Exception]] = []
@@ -67,9 +67,9 @@ def _rehearse_kind(client: ClientHalf, public: Sequence[Arrays], task: Task) -> 
     ) from cause
 
 
-def _one_of_each_kind(clients: Sequence[ClientHalf]) -> list[ClientHalf]:
+def _one_of_each_kind(clients: Sequence[ClientSide]) -> list[ClientSide]:
     """Returns the first client of each shape and type of examples."""
-    kinds: dict[tuple[object, ...], ClientHalf] = {}
+    kinds: dict[tuple[object, ...], ClientSide] = {}
     for client in clients:
         x, y = client.arrays.x, client.arrays.y
         kinds.setdefault((form_of(x), y.shape[1:], y.dtype), client)

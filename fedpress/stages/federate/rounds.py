@@ -14,7 +14,7 @@ from fedpress.privacy.ledger import Ledger
 from fedpress.stages.federate.failures import public_reasons, refusal_line
 from fedpress.stages.federate.progress import Progress
 from fedpress.stages.federate.records import public_part, round_line
-from fedpress.stages.federate.server import ServerHalf
+from fedpress.stages.federate.server import ServerSide
 from fedpress.stages.federate.stopping import (
     check_failures,
     count_closed_rounds,
@@ -37,7 +37,7 @@ class FederatedRounds:
         now: the progress.
     """
 
-    def __init__(self, server: ServerHalf, source: State) -> None:
+    def __init__(self, server: ServerSide, source: State) -> None:
         self.server = server
         self.source = source
         self.now = Progress.begin(server)

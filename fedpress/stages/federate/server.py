@@ -29,7 +29,7 @@ from fedpress.privacy.ledger import POPULATION, Ledger, LedgerEntry
 from fedpress.stages.federate.contract import CommonInputs, Contract, owns_keys
 from fedpress.stages.federate.protection import Protection, repeated
 from fedpress.stages.federate.settings import FederateSettings
-from fedpress.stages.federate.sizes import sizes
+from fedpress.stages.federate.sizes import message_sizes
 from fedpress.wire.fields import NUMBER, check_field
 from fedpress.wire.message import Message, pack
 
@@ -40,7 +40,7 @@ ROUNDING = 1e-9
 
 
 @dataclass(frozen=True, eq=False)
-class ServerHalf:
+class ServerSide:
     """Everything that the server needs to run the rounds.
 
     Attributes:
@@ -69,7 +69,7 @@ class ServerHalf:
         *,
         ledger: Ledger | None = None,
         secret: int | None = None,
-    ) -> ServerHalf:
+    ) -> ServerSide:
         """Registers the clients, binds the stage to them, and lets every client agree.
 
         A client that does not agree is refused in every round, with its reason.
@@ -148,11 +148,11 @@ class ServerHalf:
         )
 
     def sizes(self) -> dict[str, Any]:
-        """Returns the bytes of the stage's messages, and bits per value, see `sizes.sizes`.
+        """Returns the bytes of the stage's messages, and bits per value, see `message_sizes`.
 
         The messages of registering and agreeing were sent already: their real bytes are added.
         """
-        found = sizes(self.contract, parameters.flatten(self.model))
+        found = message_sizes(self.contract, parameters.flatten(self.model))
         found["bytes_set_up"] += self.set_up.up + self.set_up.down
         return found
 

@@ -22,7 +22,7 @@ from fedpress.transport import Handler, LocalTransport
 from fedpress.wire.message import Message, pack, unpack
 
 
-def sizes(contract: Contract, params: Tensor) -> dict[str, Any]:
+def message_sizes(contract: Contract, params: Tensor) -> dict[str, Any]:
     """Returns the bytes of messages, and bits per value, with an update of Gaussian values.
 
     Real updates have heavier tails and pack to fewer bytes.

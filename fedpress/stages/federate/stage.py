@@ -17,7 +17,7 @@ from fedpress.stages.federate.protection import is_secure, steps_per_round
 from fedpress.stages.federate.records import stage_facts
 from fedpress.stages.federate.rehearsal import rehearse
 from fedpress.stages.federate.rounds import FederatedRounds
-from fedpress.stages.federate.server import ServerHalf
+from fedpress.stages.federate.server import ServerSide
 from fedpress.stages.federate.settings import FederateSettings
 from fedpress.training.evaluate import evaluate
 from fedpress.workspace.drive import drive
@@ -104,7 +104,7 @@ class FederateStage(FederateSettings, Stage):
                 rehearse(list(federation.clients.values()), parts, data.task)
         return replace(state, ledger=ledger), facts
 
-    def _counts(self, server: ServerHalf) -> dict[str, Any]:
+    def _counts(self, server: ServerSide) -> dict[str, Any]:
         """Returns the facts that follow from the clients' numbers of examples, if public."""
         if server.population.examples is None:
             return {}

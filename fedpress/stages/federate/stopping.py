@@ -8,13 +8,13 @@ from fedpress.federation.local import too_large
 from fedpress.stages.federate.contract import algorithm_of, local_settings
 from fedpress.stages.federate.failures import PRIVATE, Failures, public_reasons
 from fedpress.stages.federate.progress import Progress
-from fedpress.stages.federate.server import ServerHalf
+from fedpress.stages.federate.server import ServerSide
 
-CLOSED = 3
+MAX_CLOSED_ROUNDS = 3
 """Rounds in a row without an aggregate after which a run stops."""
 
 
-def is_finished(server: ServerHalf, now: Progress) -> bool:
+def is_finished(server: ServerSide, now: Progress) -> bool:
     """Says whether the rounds are over: all done, the target reached, or no better for long."""
     stage = server.stage
     task = server.common.task
@@ -28,7 +28,7 @@ def is_finished(server: ServerHalf, now: Progress) -> bool:
     return bool(stage.patience and waited >= stage.patience and now.best is not None)
 
 
-def count_closed_rounds(server: ServerHalf, record: RoundRecord, before: int) -> int:
+def count_closed_rounds(server: ServerSide, record: RoundRecord, before: int) -> int:
     """Returns the number of rounds in a row in which no update counted, this one included.
 
     A secure sum may fail because too many clients dropped out, and a deadline because all were
@@ -49,7 +49,7 @@ def count_closed_rounds(server: ServerHalf, record: RoundRecord, before: int) ->
     closed = before + 1
     all_late = len(record.timing.late) == len(answered)
     may_succeed_next = server.protection.grid is not None or all_late
-    if not may_succeed_next or closed >= CLOSED:
+    if not may_succeed_next or closed >= MAX_CLOSED_ROUNDS:
         raise TrainingError(
             f"no update counted in round {record.round}{_why(server, record)}",
             place="federate",
@@ -61,7 +61,7 @@ def count_closed_rounds(server: ServerHalf, record: RoundRecord, before: int) ->
     return closed
 
 
-def _why(server: ServerHalf, record: RoundRecord) -> str:
+def _why(server: ServerSide, record: RoundRecord) -> str:
     """Returns why no update counted, and which setting may be the cause."""
     first = record.timing.answered[0]
     reason = public_reasons(record.refused, server)[first]
@@ -77,7 +77,7 @@ def _why(server: ServerHalf, record: RoundRecord) -> str:
     return why
 
 
-def check_failures(server: ServerHalf, now: Progress) -> None:
+def check_failures(server: ServerSide, now: Progress) -> None:
     """Stops a run in which every unit fails, before it spends more epsilon on noise alone.
 
     Raises:
@@ -93,7 +93,7 @@ def check_failures(server: ServerHalf, now: Progress) -> None:
         )
 
 
-def last_warning(server: ServerHalf, failures: Failures) -> str:
+def last_warning(server: ServerSide, failures: Failures) -> str:
     """Returns the warning about `failures` at the end of the rounds; empty if there is none."""
     warning = failures.warning(server.unit)
     # The warning may hold the estimate already.
@@ -105,7 +105,7 @@ def last_warning(server: ServerHalf, failures: Failures) -> str:
     return warning
 
 
-def _rates(server: ServerHalf) -> str:
+def _rates(server: ServerSide) -> str:
     """Names the settings that may have made training diverge."""
     stage = server.stage
     algorithm = algorithm_of(stage)

@@ -119,7 +119,7 @@ class L0Stage(L0Settings, Stage):
         gates.materialize_(model)
         facts: dict[str, Any] = {
             "expected_density": float(gates.density().detach()),
-            "lambda": work.pull,
+            "lambda": work.penalty,
         }
         if graph is not None:
             return self._removed(state, model, graph, gates, folder, facts)

@@ -20,12 +20,12 @@ from fedpress.training.fit import Fit, Step
 from fedpress.workspace.drive import Milestone, Snapshot
 from fedpress.workspace.state import State, Tick
 
-TRAVEL = 20.0
+LOG_ALPHA_DISTANCE = 20.0
 """Distance that a gate's log alpha can move until the target is reached; open to closed is half."""
-FASTEST = 0.5
+MAX_GATE_LR = 0.5
 """Largest learning rate of gates: larger steps would throw them from open to closed and back."""
-BETAS = (0.9, 0.99)
-EPSILON = 1e-16
+ADAM_BETAS = (0.9, 0.99)
+ADAM_EPSILON = 1e-16
 """Of Adam. Its usual 1e-8 is larger than the gradient of one gate among ten million."""
 
 
@@ -37,7 +37,7 @@ class GatedTraining:
         done: training steps done.
         begin: expected density at the beginning.
         controller: sets lambda; None before the first loss is known.
-        pull: the present lambda.
+        penalty: the present lambda.
     """
 
     def __init__(self, stage: L0Settings, state: State, gates: Gates, seed: int) -> None:
@@ -58,11 +58,11 @@ class GatedTraining:
         self.steps = max(1, round(stage.until * whole_training))
         self.done = 0
         # Adam moves a gate by about the rate in each step: so the rate decides how far it gets.
-        rate = stage.gate_lr or min(TRAVEL / self.steps, FASTEST)
-        self.optimizer = torch.optim.Adam(gates.parameters(), rate, BETAS, EPSILON)
+        rate = stage.gate_lr or min(LOG_ALPHA_DISTANCE / self.steps, MAX_GATE_LR)
+        self.optimizer = torch.optim.Adam(gates.parameters(), rate, ADAM_BETAS, ADAM_EPSILON)
         self.begin = float(gates.density().detach())
         self.controller: Controller | None = None
-        self.pull = 0.0
+        self.penalty = 0.0
 
     def events(self) -> Iterator[Tick | Milestone]:
         """Trains to the last epoch; gates take a step after each step of the weights."""
@@ -79,7 +79,9 @@ class GatedTraining:
                 self.gates.generator = public_stream(self.seed, "gates", event.epoch)
                 density = float(self.gates.density().detach())
                 more = f", expected density {density:.1%}"
-                yield epoch_milestone(event, more=more, expected_density=density, lambda_=self.pull)
+                yield epoch_milestone(
+                    event, more=more, expected_density=density, lambda_=self.penalty
+                )
 
     def loss(self, model: nn.Module, x: Inputs, logits: Tensor, y: Tensor) -> Tensor:
         """Returns the task's loss plus lambda times the expected density."""
@@ -92,8 +94,8 @@ class GatedTraining:
         end = min(self.stage.density, self.begin)
         # It falls by the same factor in every step.
         target = geometric(self.done / self.steps, start=self.begin, end=end)
-        self.pull = self.controller.step_(float(density.detach()), target)
-        return loss + self.pull * density
+        self.penalty = self.controller.step_(float(density.detach()), target)
+        return loss + self.penalty * density
 
     def state(self) -> Snapshot:
         """Returns the state of training, gates and controller, for a checkpoint."""
@@ -107,7 +109,7 @@ class GatedTraining:
         facts: dict[str, JsonValue] = {
             "scale": self.controller.scale,
             "lambda": self.controller.lambda_,
-            "pull": self.pull,
+            "pull": self.penalty,
             "done": self.done,
         }
         return Snapshot(tensors, facts)
@@ -126,5 +128,5 @@ class GatedTraining:
             slots.setdefault(int(key), {})[leaf] = value
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": slots})
         self.controller = Controller(facts["scale"], facts["lambda"])
-        self.pull = facts["pull"]
+        self.penalty = facts["pull"]
         self.done = facts["done"]

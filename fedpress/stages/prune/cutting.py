@@ -36,7 +36,7 @@ from fedpress.stages.prune.settings import (
 )
 from fedpress.stages.public import restore_norms_
 from fedpress.tasks import Sums, merged
-from fedpress.tasks.base import number
+from fedpress.tasks.base import json_number
 from fedpress.training.device import device_of
 from fedpress.training.evaluate import evaluate
 from fedpress.training.fit import Fit, Step
@@ -165,7 +165,7 @@ class PruneWork:
         data = self.source.data
         if not len(data.validation):
             return None
-        return number(evaluate(self.model, data.validation, data.preprocess, data.task).score)
+        return json_number(evaluate(self.model, data.validation, data.preprocess, data.task).score)
 
     @property
     def _training_steps(self) -> int:

@@ -53,11 +53,11 @@ class MaskedTraining:
     Attributes:
         weights: that are pruned.
         density: share of their entries that is kept at the end.
-        within: entries that earlier stages have kept.
+        allowed: entries that earlier stages have kept.
         masks: entries that are kept now.
         rounds: number of trainings, more than one only for "rewind".
         round: the present one, from 0.
-        taken_up: whether a checkpoint was loaded, so that what comes before the first step is done.
+        resumed: whether a checkpoint was loaded, so that what comes before the first step is done.
         early: state of the training at the epoch to rewind to; empty before it.
         points: the sensitivity, measured before the first cut.
     """
@@ -77,15 +77,15 @@ class MaskedTraining:
         )
         self.weights = weights_to_prune(stage, self.fit.model, state)
         self.density = stage.target(self.weights)
-        self.within = allowed_masks(self.fit.model, state, self.weights)
-        self.masks = self.within
+        self.allowed = allowed_masks(self.fit.model, state, self.weights)
+        self.masks = self.allowed
         # Zeros of weights that this stage does not prune are kept as they are.
         chosen = {id(w.value) for w in self.weights.chosen}
         self.others = [pair for pair in self.fit.zeros if id(pair[0]) not in chosen]
         self.movement = Movement(self.weights.chosen) if stage.score == "movement" else None
         self.rounds = 1 + stage.rounds if stage.schedule == "rewind" else 1
         self.round = 0
-        self.taken_up = False
+        self.resumed = False
         self.early: dict[str, Tensor] = {}
         self.points: list[Point] = []
 
@@ -96,7 +96,7 @@ class MaskedTraining:
 
     def events(self) -> Iterator[Tick | Milestone]:
         """Trains; for "rewind" several times, each from the early weights."""
-        if not self.taken_up:
+        if not self.resumed:
             self.schedule_(0)
         watching = self.movement.watching() if self.movement else nullcontext()
         with watching:
@@ -108,7 +108,7 @@ class MaskedTraining:
                     return
                 self.round += 1
                 last = self.rounds - 1
-                start = density_of(self.within)
+                start = density_of(self.allowed)
                 # Scored with the trained weights, then set back to the early ones.
                 self.cut_(steps_down(self.round, last, start=start, end=self.density))
                 self.fit.load_(self.early)
@@ -176,7 +176,7 @@ class MaskedTraining:
             steep = gradients(losses, self.weights.chosen)
         pattern = Pattern.parse(self.stage.pattern)
         masks = regrow(
-            self.weights.chosen, self.masks, steep, pattern, share=share, within=self.within
+            self.weights.chosen, self.masks, steep, pattern, share=share, within=self.allowed
         )
         for w in self.weights.chosen:
             self.fit.optimizers.forget_(w.value, masks[w.name] & ~self.masks[w.name])
@@ -225,7 +225,7 @@ class MaskedTraining:
         tensors = saved.tensors
         facts = dict[str, Any](saved.facts)
         self.fit.load_(dict(tensors))
-        self.taken_up = True
+        self.resumed = True
         self.round = facts["round"]
         self.early = part_of(tensors, "early/")
         self.points = [Point.of(point) for point in facts["points"]]
@@ -250,7 +250,7 @@ def _gradual(work: MaskedTraining, step: int) -> None:
     due = (step - first) % work.stage.every == 0 or step == last
     if not (first <= step <= last and due):
         return
-    start = density_of(work.within)
+    start = density_of(work.allowed)
     progress = (step - first) / max(1, last - first)
     density = cubic(progress, start=start, end=work.density)
     # At the first step the cubic is still at its start: there is nothing to prune.

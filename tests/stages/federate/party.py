@@ -21,9 +21,9 @@ from fedpress.federation import InMemoryState, Start, Traffic
 from fedpress.federation.exchange import error
 from fedpress.models import load_model
 from fedpress.pipeline import recipe as recipes
-from fedpress.stages.federate.client import ClientHalf
+from fedpress.stages.federate.client import ClientSide
 from fedpress.stages.federate.contract import CommonInputs
-from fedpress.stages.federate.server import ServerHalf
+from fedpress.stages.federate.server import ServerSide
 from fedpress.tasks import Classification
 from fedpress.wire import pack, unpack
 
@@ -89,7 +89,7 @@ def serve(folder: Path, names: list[str]) -> None:
             came = [listener.accept() for _ in names]
             lines = {line.recv_bytes().decode(): line for line in came}
             transport = Lines({name: lines[name] for name in names})
-            server = ServerHalf.bind(common(folder, case), transport)
+            server = ServerSide.bind(common(folder, case), transport)
             start = parameters.flatten(server.model)
             records = list(server.rounds(Start(start)))
             population = server.population
@@ -113,7 +113,7 @@ def answer(folder: Path, name: str) -> None:
     arrays = Arrays(**load_file(own))
     own.unlink()  # nobody else can read it any more
     for case in cases(folder):
-        half = ClientHalf(name, arrays, common(folder, case), InMemoryState())
+        half = ClientSide(name, arrays, common(folder, case), InMemoryState())
         with connected(folder / "socket") as line:
             line.send_bytes(name.encode())
             while True:

@@ -13,9 +13,9 @@ from fedpress.errors import RecipeError, WireError
 from fedpress.federation import InMemoryState
 from fedpress.federation.protocol import text_tensor
 from fedpress.models import ModelSpec
-from fedpress.stages.federate.client import ClientHalf
+from fedpress.stages.federate.client import ClientSide
 from fedpress.stages.federate.contract import CommonInputs
-from fedpress.stages.federate.server import ServerHalf, agree, register
+from fedpress.stages.federate.server import ServerSide, agree, register
 from fedpress.stages.federate.settings import FederateSettings
 from fedpress.stages.federate.stage import FederateStage
 from fedpress.tasks import Classification
@@ -45,18 +45,18 @@ def examples(at: int) -> Arrays:
     return Arrays(torch.randn(n, 6, generator=chance), torch.randint(3, (n,), generator=chance))
 
 
-def halves(begin: CommonInputs) -> dict[str, ClientHalf]:
+def halves(begin: CommonInputs) -> dict[str, ClientSide]:
     return {
-        name: ClientHalf(name, examples(at), begin, InMemoryState())
+        name: ClientSide(name, examples(at), begin, InMemoryState())
         for at, name in enumerate(NAMES)
     }
 
 
-def transport_to(clients: dict[str, ClientHalf]) -> LocalTransport:
+def transport_to(clients: dict[str, ClientSide]) -> LocalTransport:
     return LocalTransport({name: client.handle for name, client in clients.items()})
 
 
-def ask(client: ClientHalf, message: Message) -> Message:
+def ask(client: ClientSide, message: Message) -> Message:
     return unpack(client.handle(pack(message)))
 
 
@@ -113,7 +113,7 @@ def test_every_key_of_the_table_is_known_to_be_alike_or_not_to_matter():
 def test_a_client_with_another_value_of_a_key_refuses_by_the_name_of_the_entry(key):
     value, entry = ALTERED[key]
     clients = halves(common())
-    clients["b"] = ClientHalf("b", examples(1), common(**{key: value}), InMemoryState())
+    clients["b"] = ClientSide("b", examples(1), common(**{key: value}), InMemoryState())
     transport = transport_to(clients)
     population = Population(NAMES, {name: len(clients[name].arrays) for name in NAMES})
     contract = common().contract(population)
@@ -160,7 +160,7 @@ def test_other_seeds_preprocessing_and_plans_are_refused_by_name(keys, other, en
 
 def test_without_a_client_that_agrees_there_is_no_run():
     with pytest.raises(RecipeError, match=r"no client agrees, for instance a .*agreement\.seed"):
-        ServerHalf.bind(common(seed=8), transport_to(halves(common())))
+        ServerSide.bind(common(seed=8), transport_to(halves(common())))
 
 
 @pytest.mark.parametrize(
@@ -183,7 +183,7 @@ def test_a_client_tells_its_count_only_where_it_is_public_and_its_key_only_for_a
     assert reply.header.keys() == {"examples"} & {"examples" if counts else ""} | (
         {"identity"} if identities else set()
     )
-    server = ServerHalf.bind(common(**keys), transport_to(clients))
+    server = ServerSide.bind(common(**keys), transport_to(clients))
     assert (server.population.examples is not None) == counts
     assert (server.population.identities != {}) == identities
 
@@ -226,7 +226,7 @@ def test_before_it_has_agreed_a_client_answers_nothing_else():
 def test_accuracy_on_private_examples_is_refused_by_the_client_itself():
     for keys in ({"privacy": SAMPLE}, {"privacy": CLIENT}):
         clients = halves(common(**keys))
-        server = ServerHalf.bind(common(**keys), transport_to(clients))
+        server = ServerSide.bind(common(**keys), transport_to(clients))
         params = torch.cat([p.detach().reshape(-1) for p in server.model.parameters()])
         assert server.client_scores(params) == {}
         header = {"agreement": server.contract.terms.agreement.fingerprint}
@@ -236,7 +236,7 @@ def test_accuracy_on_private_examples_is_refused_by_the_client_itself():
 
 def test_without_privacy_every_client_says_what_the_model_is_worth_to_it():
     clients = halves(common())
-    server = ServerHalf.bind(common(), transport_to(clients))
+    server = ServerSide.bind(common(), transport_to(clients))
     params = torch.cat([p.detach().reshape(-1) for p in server.model.parameters()])
     found = server.client_scores(params)
     for at, name in enumerate(NAMES):
@@ -256,7 +256,7 @@ def test_an_evaluation_that_is_none_is_left_out(metrics):
         return pack(Message("evaluated", {"examples": 1, "metrics": metrics}))
 
     handlers = {name: client.handle for name, client in clients.items()} | {"b": invented}
-    server = ServerHalf.bind(common(), LocalTransport(handlers))
+    server = ServerSide.bind(common(), LocalTransport(handlers))
     params = torch.cat([p.detach().reshape(-1) for p in server.model.parameters()])
     assert list(server.client_scores(params)) == ["a", "c", "d"]
 
@@ -279,7 +279,7 @@ def test_clients_that_work_with_different_recipes_are_told_apart_when_they_regis
 
 def test_the_bytes_before_the_first_round_are_those_of_the_messages():
     transport = transport_to(halves(common()))
-    server = ServerHalf.bind(common(), transport)
+    server = ServerSide.bind(common(), transport)
     assert server.set_up == transport.traffic
     assert server.set_up.up > 0
     assert server.set_up.down > 0
@@ -291,7 +291,7 @@ def test_where_the_cohort_is_secret_no_length_tells_that_a_client_refused():
     told, sent = [], []
     for clients in (halves(common(**central)), halves(common(**central)) | {"b": other}):
         transport = transport_to(clients)
-        told.append(ServerHalf.bind(common(**central), transport).set_up)
+        told.append(ServerSide.bind(common(**central), transport).set_up)
         sent.append(transport.traffic)
     assert told[0] == told[1]
     assert told[0] == sent[0] != sent[1]
