@@ -12,7 +12,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRe
 
 from fedpress.reports import units
 from fedpress.reports.headline import stays_float
-from fedpress.reports.metrics import Shown
+from fedpress.reports.metrics import MetricFormat
 
 if TYPE_CHECKING:
     from fedpress.workspace.state import Event
@@ -218,7 +218,7 @@ def _bar(share: float) -> str:
 
 def _outcome(result: Mapping[str, Any]) -> str:
     """Says in one line what a stage has left: its metric on the test set, and the size."""
-    shown = Shown.of([dict(result)])
+    shown = MetricFormat.of([dict(result)])
     found = result.get(shown.key)
     score = "" if found is None else f"test {shown.name} {shown.formatted(found)}, "
     floats = stays_float(dict(result))

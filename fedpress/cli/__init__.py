@@ -211,7 +211,7 @@ def noise(
     if as_json:
         typer.echo(json.dumps({"noise_multiplier": needed} | _bound(spent)))
         return
-    typer.echo(f"noise multiplier {units.upward(needed)}")
+    typer.echo(f"noise multiplier {units.rounded_up(needed)}")
     if spent.upper_bound:
         typer.echo(
             "This follows from an upper bound on epsilon: somewhat less noise may do as well."
@@ -231,7 +231,7 @@ def _tell_spent(spent: Spent, delta: float, as_json: bool) -> None:
     from fedpress.reports import units
 
     note = f" ({spent.note})" if spent.note else ""
-    typer.echo(f"epsilon {units.upward(spent.epsilon)} at delta {delta:g}{note}")
+    typer.echo(f"epsilon {units.rounded_up(spent.epsilon)} at delta {delta:g}{note}")
 
 
 @privacy_app.command()
@@ -308,13 +308,13 @@ def skellam(
         return
     typer.echo(
         f"{plan.bits} bits, scale {plan.scale:.4g}, "
-        f"noise multiplier {units.upward(plan.noise_multiplier)}"
+        f"noise multiplier {units.rounded_up(plan.noise_multiplier)}"
     )
     typer.echo(
-        f"epsilon {units.upward(plan.epsilon)} at delta {delta:g}\n\nbits  epsilon with this noise"
+        f"epsilon {units.rounded_up(plan.epsilon)} at delta {delta:g}\n\nbits  epsilon with this noise"
     )
     for width, spent in rows:
-        typer.echo(f"{width:4}  {'does not fit' if spent is None else units.upward(spent)}")
+        typer.echo(f"{width:4}  {'does not fit' if spent is None else units.rounded_up(spent)}")
 
 
 def main() -> None:

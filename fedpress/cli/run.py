@@ -144,11 +144,11 @@ def _show(place: Path, report_file: Path, out_stream: Console, *, as_json: bool)
     """Prints what came out."""
     from fedpress.cli import terminal
     from fedpress.reports.outcome import outcome_of
-    from fedpress.reports.stage_table import rich_table, runtimes_told, spread_explained
+    from fedpress.reports.stage_table import rich_table, runtimes_explained, spread_explained
 
     result = json.loads((place / "result.json").read_text("utf-8"))
     out_stream.print(rich_table(result, width=out_stream.width))
-    for note in (spread_explained(result), runtimes_told(result)):
+    for note in (spread_explained(result), runtimes_explained(result)):
         if note:
             out_stream.print(note, style="dim", markup=False)
     terminal.show_metrics(out_stream, result)

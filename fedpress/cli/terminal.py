@@ -14,7 +14,7 @@ from rich.table import Table
 
 from fedpress.reports import units
 from fedpress.reports.comparison import comparison_table
-from fedpress.reports.detail_tables import left_table, metrics_table
+from fedpress.reports.detail_tables import metrics_table, unchanged_table
 from fedpress.reports.headline import score_warning, stays_float
 from fedpress.reports.reading import stages_of
 from fedpress.reports.table import Table as PlainTable
@@ -70,10 +70,10 @@ def show_result(out: Console, before: dict[str, Any], after: dict[str, Any]) -> 
         out.print(
             f"{floats[0]} of the parameters stay float: {floats[1]}", style="yellow", markup=False
         )
-    left = left_table([after])
+    left = unchanged_table([after])
     if left.rows:
         rows = [[names, why] for _, names, why in left.rows]
-        out.print(as_rich(PlainTable(left.header[1:], rows), words=("Why",)))
+        out.print(as_rich(PlainTable(left.header[1:], rows), text_columns=("Why",)))
 
 
 def show_keys(out: Console, title: str, rows: Sequence[tuple[str, str, str]]) -> None:
@@ -83,14 +83,14 @@ def show_keys(out: Console, title: str, rows: Sequence[tuple[str, str, str]]) ->
         out.print("it has no keys but kind and name\n", markup=False)
         return
     table = PlainTable(["Key", "Default", "Meaning"], [list(row) for row in rows])
-    out.print(as_rich(table, words=("Default", "Meaning")))
+    out.print(as_rich(table, text_columns=("Default", "Meaning")))
     out.print()
 
 
 def show_measures(out: Console, records: Iterable[Mapping[str, Any]]) -> None:
     """Prints the records of `measure`: costs, times, and the peak of the machine."""
     records = list(records)
-    out.print(as_rich(_costs(records), words=("Model", "Runtime")))
+    out.print(as_rich(_costs(records), text_columns=("Model", "Runtime")))
     out.print()
     out.print(as_rich(_times(records)))
     if records:

@@ -1,4 +1,4 @@
-"""What one command changed: each number before and after."""
+"""The table of what one command changed: each number before and after."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 from fedpress.reports import units
-from fedpress.reports.alike import common_examples, exported_format, runtime_of, same_test_set
-from fedpress.reports.metrics import Shown, words_of
+from fedpress.reports.comparable import common_examples, exported_format, runtime_of, same_test_set
+from fedpress.reports.metrics import MetricFormat, metrics_of
 from fedpress.reports.reading import Json
 from fedpress.reports.table import Table
 
@@ -22,9 +22,10 @@ COSTS: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
 
 
 def comparison_table(before: Json, after: Json) -> Table:
-    """Returns a row for each number of one stage: before, after, and the change or the share.
+    """Returns a row for each number: before, after, and the change or the share that is left.
 
-    Numbers that were measured in different ways stand there without a change.
+    Example: `["Parameters", "1.00 M", "300 k", "30.0%"]`. The last cell is empty where the two
+    numbers were measured in different ways, such as latencies in two runtimes.
     """
     rows = [*_metric_rows(before, after), *_cost_rows(before, after)]
     return Table(header=["", "Before", "After", ""], rows=rows)
@@ -32,8 +33,8 @@ def comparison_table(before: Json, after: Json) -> Table:
 
 def _metric_rows(before: Json, after: Json) -> list[list[str]]:
     rows = []
-    for at, word in enumerate(words_of([after, before])):
-        shown = Shown(word)
+    for at, word in enumerate(metrics_of([after, before])):
+        shown = MetricFormat(word)
         if word.key == "loss" or (shown.value(before) is None and shown.value(after) is None):
             continue
         title, change = shown.title, ""
@@ -49,13 +50,15 @@ def _cost_rows(before: Json, after: Json) -> list[list[str]]:
     for title, key, form in COSTS:
         old, new = units.number(before.get(key)), units.number(after.get(key))
         if key == "nonzero_parameters" and old is None and new is not None:
-            # All parameters of a network that nobody has made sparse count as non-zero.
+            # A dense network records no count of non-zeros: all its parameters count.
             old = units.number(before.get("parameters"))
         if old is None and new is None:
             continue
-        ways = _ways(key, before, after)
-        share = units.percent(new / old, 1) if not ways and old and new is not None else ""
-        rows.append([title + ways, form(old), form(new), share])
+        difference = _measured_differently(key, before, after)
+        share = ""
+        if not difference and old and new is not None:
+            share = units.percent(new / old, 1)
+        rows.append([title + difference, form(old), form(new), share])
     return rows
 
 
@@ -64,21 +67,22 @@ def _sample_size(before: Json, after: Json) -> str:
     return "" if n is None else f" (n={n:,})"
 
 
-def _change(shown: Shown, before: Json, after: Json) -> str:
-    """Returns the change of a metric; empty if it was measured on other examples."""
+def _change(shown: MetricFormat, before: Json, after: Json) -> str:
+    """Returns the change of a metric, such as "-0.12 points"; "" if the test sets differ."""
     change = shown.change(after.get(shown.key), before.get(shown.key))
     if not change or not same_test_set(before, after):
         return ""
     return f"{change} points" if shown.metric.share else change
 
 
-def _ways(key: str, before: Json, after: Json) -> str:
-    """Says how a cost was measured before and after, if not in the same way; else nothing."""
+def _measured_differently(key: str, before: Json, after: Json) -> str:
+    """Returns how a cost was measured, such as " (torch → onnxruntime)"; "" if in the same way."""
     if key == "latency_ms":
         old, new = runtime_of(before), runtime_of(after)
     elif key == "file_bytes":
-        # A file for a device holds the network's operations beside its numbers.
-        old, new = (exported_format(line) or "numbers alone" for line in (before, after))
+        # An exported file also has the network's operations, so it is larger for that reason alone.
+        old = exported_format(before) or "numbers alone"
+        new = exported_format(after) or "numbers alone"
     else:
         return ""
     return "" if old == new else f" ({old} → {new})"

@@ -1,9 +1,9 @@
-"""The figures of compression: sensitivity of layers, density, bits and bytes of what is stored."""
+"""The figures of compression: layer sensitivity, density, bits of each layer, bytes of the file."""
 
 from __future__ import annotations
 
 from fedpress.reports import units
-from fedpress.reports.metrics import Shown
+from fedpress.reports.metrics import MetricFormat
 from fedpress.reports.plot import (
     BLUE,
     FAINT,
@@ -22,19 +22,19 @@ from fedpress.reports.plot import (
 )
 from fedpress.reports.reading import Json, name_of
 
-MANY_LAYERS = 8  # so many lines have a colour and a name; the others are grey
+NAMED_LAYERS = 8  # most lines with a colour and a name; more could not be told apart, so are grey
 
 
 def sensitivity_curves(name: str, records: list[Json]) -> Figure | None:
-    """Shows the metric against density for every layer alone.
+    """Draws the metric against density: one line a layer, each pruned while the others are whole.
 
-    The most sensitive ones are coloured and named.
+    The 8 most sensitive layers are coloured.
     """
     points = []
     for record in records:
         if isinstance(record.get("sensitivity"), dict):
             points.append(record["sensitivity"])
-    shown_by = Shown.of(points)
+    shown_by = MetricFormat.of(points)
     curves = _curves(points, shown_by)
     if not curves:
         return None
@@ -45,7 +45,7 @@ def sensitivity_curves(name: str, records: list[Json]) -> Figure | None:
         scores = [float(point[shown_by.key]) for point in curve]
         worst[layer] = min(scores) if higher else max(scores)
     order = sorted(curves, key=lambda layer: worst[layer], reverse=not higher)
-    colors = [ORANGE, *[BLUE] * (MANY_LAYERS - 1), *[FAINT] * len(order)]
+    colors = [ORANGE, *[BLUE] * (NAMED_LAYERS - 1), *[FAINT] * len(order)]
     lines = []
     for layer, color in zip(order, colors, strict=False):
         lines.append(_layer_curve(layer, curves[layer], shown_by, color))
@@ -54,17 +54,17 @@ def sensitivity_curves(name: str, records: list[Json]) -> Figure | None:
         f"Sensitivity: {name}",
         f"{shown_by.title} when one layer alone is cut to a density. The most sensitive is "
         f"{first}, orange, down to {shown_by.formatted(worst[first])}; the least is {last}, "
-        f"{shown_by.formatted(worst[last])} at its worst. The {min(MANY_LAYERS, len(order))} "
+        f"{shown_by.formatted(worst[last])} at its worst. The {min(NAMED_LAYERS, len(order))} "
         f"most sensitive of {len(order)} layers are coloured.",
         Axis("kept of this layer (%)"),
-        # What is drawn last lies on top: the most sensitive layer.
+        # Reversed, because the line drawn last is on top: it shall be the most sensitive layer's.
         [Panel(score_axis(shown_by), lines[::-1])],
         height=380,
     )
 
 
-def _curves(points: list[Json], shown_by: Shown) -> dict[str, list[Json]]:
-    """Returns the points of each layer by rising density."""
+def _curves(points: list[Json], shown_by: MetricFormat) -> dict[str, list[Json]]:
+    """Returns the points of each layer, sorted by density."""
     curves: dict[str, list[Json]] = {}
     for point in points:
         if units.number(point.get("density")) is not None and shown_by.value(point) is not None:
@@ -74,17 +74,18 @@ def _curves(points: list[Json], shown_by: Shown) -> dict[str, list[Json]]:
     return curves
 
 
-def _layer_curve(layer: str, curve: list[Json], shown_by: Shown, color: Color) -> Series:
+def _layer_curve(layer: str, curve: list[Json], shown_by: MetricFormat, color: Color) -> Series:
     x, y = values(curve, "density", 100), values(curve, shown_by.key, shown_by.scale)
     hover = []
     for across, up in zip(x, y, strict=True):
-        hover.append(f"{layer}: {short(across)}% kept, {shown_by.drawn(up or 0)}")
+        hover.append(f"{layer}: {short(across)}% kept, {shown_by.format_scaled(up or 0)}")
     return Series("line", layer, x, y, color, hover)
 
 
 def density_over_epochs(name: str, epochs: list[Json]) -> Figure | None:
-    """Shows the density while a schedule or a penalty lowers it, and the lambda of a penalty."""
+    """Draws the density of each epoch, and below it the weight lambda of a sparsity penalty."""
     density, weight = values(epochs, "density", 100), values(epochs, "lambda")
+    # Only stages that prune or sparsify over several epochs record a density.
     known = [d for d in density if d is not None]
     if not known:
         return None
@@ -101,7 +102,7 @@ def density_over_epochs(name: str, epochs: list[Json]) -> Figure | None:
 
 
 def bits_per_layer(name: str, records: list[Json]) -> Figure | None:
-    """Shows the bits of each layer's weights."""
+    """Draws a bar for each quantized layer: the bits of one weight."""
     layers = _quantized_layers(records)
     if not layers:
         return None
@@ -113,7 +114,7 @@ def bits_per_layer(name: str, records: list[Json]) -> Figure | None:
         total += (width or 0.0) * size
         labels.append(f"{width or 0.0:.0f} · {units.count(size)}")
         hover.append(f"{layer}: {short(width)} bits, {units.count(size)} weights")
-    # A layer counts by its weights: one of a hundred hardly changes the size of the file.
+    # The mean is over weights, not layers, because that is what decides the size of the file.
     mean = total / sum(sizes) if sum(sizes) else 0.0
     return Figure(
         f"Bits of the weights: {name}",
@@ -137,7 +138,7 @@ def _quantized_layers(records: list[Json]) -> list[Json]:
 
 
 def bytes_by_kind(stage: Json) -> Figure | None:
-    """Shows what the bytes of a packed file are spent on."""
+    """Draws a bar for each kind of content of a packed file, such as weights, scales, header."""
     found = stage.get("packed_bytes")
     pairs = []
     for kind, value in found.items() if isinstance(found, dict) else ():

@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 from fedpress.reports import units
-from fedpress.reports.metrics import Shown, words_of
+from fedpress.reports.metrics import MetricFormat, metrics_of
 from fedpress.reports.reading import Json, name_of, records_by_stage
 from fedpress.reports.stage_table import noised_count
 from fedpress.reports.table import Table
 
-LEFT = ("told", "left", "whole_layers", "dense_weights", "float_layers", "left_float")
-"""Keys of a result's line that say what was left as it was, and why."""
-FEW = 3  # so many names share a row; of the others it says how many
+REASON_KEYS = ("told", "left", "whole_layers", "dense_weights", "float_layers", "left_float")
+"""Keys of a stage's result with a table `{layer: reason}` of layers that the stage did not change.
+
+Each kind of stage has its own key.
+"""
+NAMES_PER_ROW = 3  # a row shows three names and the number of the others: "a, b, c and 9 more"
 
 
 def progress_table(records: list[Json]) -> Table:
-    """Returns a row per stage that has left records: how far it came.
-
-    For a run that has no result yet.
-    """
-    rows, shown = [], Shown.of(records)
+    """Returns a row for each stage of an unfinished run that has records: how far it came."""
+    rows, shown = [], MetricFormat.of(records)
     for steps in records_by_stage(records):
         last = steps[-1]
+        # Pruning records the metric twice: after the cut, and after batch norms were recomputed.
         score = last.get(shown.key, last.get(f"{shown.key}_restored"))
         rows.append(
             [
@@ -35,7 +36,7 @@ def progress_table(records: list[Json]) -> Table:
 
 
 def _far(last: Json) -> str:
-    """Says which epoch or round a stage came to, such as `round 5 of 20`."""
+    """Returns the last epoch or round of a stage, such as `round 5 of 20`."""
     word = "round" if "round" in last else "epoch"
     done, planned = last.get(word), last.get("num_rounds", last.get("epochs"))
     if done is None:
@@ -44,10 +45,8 @@ def _far(last: Json) -> str:
 
 
 def _seconds(steps: list[Json]) -> object:
-    """Returns how long a stage took so far.
-
-    An epoch's record has the time since the beginning, a round's its own.
-    """
+    """Returns the seconds that a stage has taken so far."""
+    # The record of an epoch has the time since the stage began, that of a round the round's own.
     if "epoch" in steps[-1]:
         return steps[-1].get("seconds")
     known = units.numbers(steps, "seconds")
@@ -59,17 +58,17 @@ def metrics_table(stages: list[Json], *, most: int | None = None) -> Table:
 
     Args:
         stages: the lines of the result.
-        most: only so many metrics, the first ones; a terminal is narrow.
+        most: show only the first `most` metrics, for a narrow terminal; None: all.
     """
     known = []
-    for word in words_of(stages):
+    for word in metrics_of(stages):
         if word.key != "loss" and _any_has(stages, word.key):
-            known.append(Shown(word))
+            known.append(MetricFormat(word))
     known = known[:most]
     largest = _any_has(stages, "majority_share")
     rows = []
     for stage in stages:
-        # A line of version 0.1 has the first metric alone, which stands in the table of the stages.
+        # Version 0.1 recorded the primary metric alone, which `stage_table` shows already.
         if all(shown.value(stage) is None for shown in known[1:]):
             continue
         cells = [shown.with_error(stage) for shown in known]
@@ -87,18 +86,21 @@ def _any_has(stages: list[Json], key: str) -> bool:
 
 
 def metrics_explained(stages: list[Json]) -> str:
-    """Returns in words what the columns of `metrics_table` say."""
+    """Returns a sentence for each column of `metrics_table` that needs an explanation."""
     said = ["On the test set."]
     if _any_has(stages, "majority_share"):
         said.append("Largest class: its share, which is the accuracy of always answering it.")
-    for word in words_of(stages):
-        if word.meaning and _any_has(stages, word.key):
-            said.append(f"{Shown(word).title}: {word.meaning}.")
+    for metric in metrics_of(stages):
+        if metric.meaning and _any_has(stages, metric.key):
+            said.append(f"{MetricFormat(metric).title}: {metric.meaning}.")
     return " ".join(said)
 
 
 def ledger_table(ledger: Json) -> Table | None:
-    """Returns what was charged to private data; clients with the same charge share a row."""
+    """Returns the charges of the privacy ledger; clients with equal charges share a row.
+
+    None if there are none.
+    """
     found = ledger.get("charges")
     groups: dict[tuple[str, ...], list[str]] = {}
     for charge in found if isinstance(found, list) else ():
@@ -113,32 +115,34 @@ def ledger_table(ledger: Json) -> Table | None:
 
 
 def _charged(charge: Json) -> tuple[str, ...]:
-    """Returns the cells of a charge that clients may have in common."""
+    """Returns all cells of a charge but the client's name."""
     rounds = units.DASH
     if charge.get("last_round"):
         rounds = f"{charge.get('first_round')} to {charge.get('last_round')}"
     keys = ("sampling_prob", "noise_multiplier", "steps")
-    numbers = [units.small(charge.get(key)) for key in keys]
+    numbers = [units.compact(charge.get(key)) for key in keys]
     return (str(charge.get("what")), *numbers, rounds)
 
 
-def left_table(stages: list[Json]) -> Table:
-    """Returns a row for everything that a stage left as it was, with the reason.
+def unchanged_table(stages: list[Json]) -> Table:
+    """Returns the layers that a stage did not change, with the reason.
 
-    Many of one reason share a row.
+    Layers with the same reason share a row: `["quantize", "fc, embed", "fewer than 64 weights"]`.
     """
     rows: list[list[str]] = []
     for stage in stages:
         by_reason: dict[str, list[str]] = {}
-        for key in LEFT:
+        for key in REASON_KEYS:
             found = stage.get(key)
             for name, reason in found.items() if isinstance(found, dict) else ():
                 by_reason.setdefault(str(reason), []).append(name)
         for reason, names in by_reason.items():
-            more = len(names) - FEW
-            first = ", ".join(names[:FEW])
-            rows.append([name_of(stage), f"{first} and {more} more" if more > 0 else first, reason])
-    return Table(header=["Stage", "Left as it was", "Why"], rows=rows)
+            more = len(names) - NAMES_PER_ROW
+            listed = ", ".join(names[:NAMES_PER_ROW])
+            if more > 0:
+                listed += f" and {more} more"
+            rows.append([name_of(stage), listed, reason])
+    return Table(header=["Stage", "Left unchanged", "Why"], rows=rows)
 
 
 def failure_table(stages: list[Json], records: list[Json] | None = None) -> Table:
@@ -146,12 +150,13 @@ def failure_table(stages: list[Json], records: list[Json] | None = None) -> Tabl
 
     Args:
         stages: the lines of the result.
-        records: for a stage that has no result yet, or that an earlier version ran.
+        records: the run's records. Used for a stage whose result does not list its failures: it
+            has not ended, or an earlier version ran it.
     """
     rows: list[list[str]] = []
-    told = {name_of(stage) for stage in stages if isinstance(stage.get("failures"), dict)}
+    listed = {name_of(stage) for stage in stages if isinstance(stage.get("failures"), dict)}
     for steps in records_by_stage(records or []):
-        if name_of(steps[0]) not in told:
+        if name_of(steps[0]) not in listed:
             rows += _refused_rows(steps)
     for stage in stages:
         failures = stage.get("failures")
@@ -175,7 +180,7 @@ def _failure_rows(stage: str, failures: Json) -> list[list[str]]:
 
 
 def _refused_rows(rounds: list[Json]) -> list[list[str]]:
-    """A row for each client that a round of one stage refused, with the last reason."""
+    """Returns a row for each client that a round of one stage refused, with the last reason."""
     found: dict[str, tuple[int, str]] = {}
     for one in rounds:
         refused = one.get("refused")
@@ -201,6 +206,8 @@ def runtime_table(stages: list[Json]) -> Table:
 
 def _file_row(stage: Json) -> list[str]:
     parity = stage["parity"] if isinstance(stage.get("parity"), dict) else {}
+    # Agreement with the float model matters to a user. Older results only have the agreement of
+    # two runs of the exported graph.
     same = parity.get("same_argmax_as_model", parity.get("same_argmax_share"))
     return [
         name_of(stage),

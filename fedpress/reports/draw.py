@@ -1,4 +1,4 @@
-"""A figure becomes SVG: one picture for each width that it may have on a page."""
+"""Draws a figure as SVG: one picture for each width that it may have on a page."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fedpress.reports.scales import (
     MARGIN,
     Scale,
     axis_range,
-    heights,
+    panel_heights,
     smallest_distance,
     tick_texts,
     ticks,
@@ -28,13 +28,11 @@ BELOW = 42.0  # pixels for the ticks and the title of the lower axis
 
 
 def svg(figure: Figure, name: str) -> Markup:
-    """Returns the figure as inline SVG at the widths that its place on a page may have.
-
-    CSS shows one of them.
+    """Returns the figure as inline SVG, once for each width; CSS shows the one that fits.
 
     Args:
         figure: what to draw.
-        name: of the figure on its page, for the ids of title and description.
+        name: unique on the page, such as "figure-3"; ids of title and description begin with it.
     """
     widths = (NARROW, NORMAL, WIDE) if figure.wide else (NARROW, NORMAL)
     return Markup("\n").join(_picture(figure, width, f"{name}-{width}") for width in widths)
@@ -65,9 +63,10 @@ def _content(figure: Figure, width: int) -> list[Markup]:
         x, drawn = named_rows(figure, names, width)
         return [*drawn, *_lower_axis(figure, x, bottom, whole=False)]
 
-    ranges = [axis_range(panel.y, heights(panel)) for panel in figure.panels]
-    all_ticks = [ticks(low, high, 6 if len(ranges) == 1 else 5) for low, high in ranges]
-    # The panels share the lower axis, so the widest label on the left makes room for all.
+    ranges = [axis_range(panel.y, panel_heights(panel)) for panel in figure.panels]
+    most_ticks = 6 if len(ranges) == 1 else 5
+    all_ticks = [ticks(low, high, most_ticks) for low, high in ranges]
+    # The panels share the lower axis, so all begin where the widest label of any has room.
     left = max(44.0, 12 + _longest(all_ticks) * CHARACTER)
     known_x = [x for series in figure.series for x in series.x if x is not None]
     x = Scale(*_lower_range(figure, known_x), left, width - 14.0)
@@ -90,7 +89,11 @@ def _content(figure: Figure, width: int) -> list[Markup]:
 
 
 def _longest(all_ticks: Sequence[Sequence[float]]) -> int:
-    return max((len(text) for some in all_ticks for text in tick_texts(some)), default=1)
+    longest = 1
+    for some in all_ticks:
+        for text in tick_texts(some):
+            longest = max(longest, len(text))
+    return longest
 
 
 def _vertical_scales(
@@ -106,12 +109,11 @@ def _vertical_scales(
 
 
 def _lower_range(figure: Figure, known: Sequence[float]) -> tuple[float, float]:
-    """Returns the lowest and the highest value on the lower axis.
-
-    Bars need half a bar more at both ends.
-    """
+    """Returns the lowest and the highest value on the lower axis."""
     kinds = {series.kind for series in figure.series}
     if "bars" in kinds and known:
+        # A bar is centred on its value, so the first and the last need half a bar more. One bar at
+        # a large value must still get a range that a float can tell from nothing.
         half = max(0.5 * smallest_distance(known), 1e-6 * max(map(abs, known)))
         return min(known) - half, max(known) + half
     # A line reaches from edge to edge; points and their labels keep a distance from it.
@@ -131,7 +133,7 @@ def _vertical_axis(
 
 
 def _lower_axis(figure: Figure, x: Scale, at: float, *, whole: bool) -> list[Markup]:
-    most = 4 if x.end - x.start < 330 else 8
+    most = 4 if x.end - x.start < 330 else 8  # on a phone more labels would touch each other
     marks = ticks(x.low, x.high, most, whole=whole)
     drawn = [horizontal_line(x.start, x.end, at, "axis")]
     for mark, text in zip(marks, tick_texts(marks), strict=True):

@@ -1,4 +1,4 @@
-"""The figures of a federated stage: metric, privacy and bytes over the rounds, and each client."""
+"""The figures of a federated stage: metric, epsilon and bytes of each round, metric per client."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import math
 from itertools import accumulate
 
 from fedpress.reports import units
-from fedpress.reports.metrics import Shown
+from fedpress.reports.metrics import MetricFormat
 from fedpress.reports.plot import (
     BLUE,
-    MANY_POINTS,
+    MOST_CIRCLES,
     ORANGE,
     Axis,
     Figure,
@@ -26,14 +26,14 @@ from fedpress.reports.plot import (
 )
 from fedpress.reports.reading import Json, name_of
 
-MANY_CLIENTS = 40  # more rows with names cannot be read: a histogram takes their place
+MOST_CLIENT_ROWS = 40  # more names in one picture cannot be read: a histogram is drawn instead
 
 
 def score_over_rounds(name: str, rounds: list[Json]) -> Figure | None:
-    """Shows the primary metric over the rounds, and below it the epsilon spent so far."""
+    """Draws the primary metric over the rounds, and below it the epsilon spent so far."""
     if not rounds:
         return None
-    shown = Shown.of(rounds)
+    shown = MetricFormat.of(rounds)
     x, spent = values(rounds, "round"), values(rounds, "epsilon")
     score = values(rounds, shown.key, shown.scale)
     caption = f"Validation {shown.name} {shown.from_to(score)} over {len(rounds)} rounds"
@@ -59,7 +59,7 @@ def score_over_rounds(name: str, rounds: list[Json]) -> Figure | None:
 
 
 def bytes_over_rounds(name: str, rounds: list[Json]) -> Figure | None:
-    """Shows the bytes up and down of each round, and below them their sums so far."""
+    """Draws the bytes up and down of each round, and below them their running sums."""
     up, down = values(rounds, "bytes_up"), values(rounds, "bytes_down")
     if not any(up) and not any(down):
         return None
@@ -71,7 +71,9 @@ def bytes_over_rounds(name: str, rounds: list[Json]) -> Figure | None:
     for word, amounts, color in (("up", up, BLUE), ("down", down, ORANGE)):
         scaled = [b and b / size for b in amounts]
         each.append(bars(word, x, scaled, color=color, unit=f" {prefix}B", across="round"))
-        totals = [total / total_size for total in accumulate(b or 0.0 for b in amounts)]
+        # A round without a record of its bytes adds nothing to the sum.
+        sums = accumulate(b or 0.0 for b in amounts)
+        totals = [total / total_size for total in sums]
         hover = [f"{word}, so far {short(total)} {total_prefix}B" for total in totals]
         so_far.append(Series("areas", f"{word}, so far", x, totals, color, hover, in_legend=False))
     caption = (
@@ -93,10 +95,7 @@ def bytes_over_rounds(name: str, rounds: list[Json]) -> Figure | None:
 
 
 def _before_first_round(rounds: list[Json]) -> str:
-    """Says how many bytes were sent before the first round.
-
-    Nothing for a run of an older version.
-    """
+    """Returns a sentence on the bytes sent before the first round; "" if none are recorded."""
     up = total_of(values(rounds, "set_up_bytes_up"))
     down = total_of(values(rounds, "set_up_bytes_down"))
     if not up and not down:
@@ -106,8 +105,11 @@ def _before_first_round(rounds: list[Json]) -> str:
 
 
 def score_over_bytes(name: str, rounds: list[Json]) -> Figure | None:
-    """Shows the metric over all bytes sent so far: a connection costs bytes, not rounds."""
-    shown = Shown.of(rounds)
+    """Draws the metric over all bytes sent so far, up and down together.
+
+    It compares methods by what they cost on the network: a round may be small or large.
+    """
+    shown = MetricFormat.of(rounds)
     score = values(rounds, shown.key, shown.scale)
     sent = []
     for up, down in zip(values(rounds, "bytes_up"), values(rounds, "bytes_down"), strict=True):
@@ -119,9 +121,11 @@ def score_over_bytes(name: str, rounds: list[Json]) -> Figure | None:
     so_far = [total / size for total in accumulate(sent)]
     hover = []
     for value, total in zip(score, so_far, strict=True):
-        told = "" if value is None else f"{shown.drawn(value)} after {short(total)} {prefix}B"
-        hover.append(told)
-    marked = len(rounds) < MANY_POINTS
+        text = ""
+        if value is not None:
+            text = f"{shown.format_scaled(value)} after {short(total)} {prefix}B"
+        hover.append(text)
+    marked = len(rounds) < MOST_CIRCLES
     curve = Series("line", shown.name, so_far, score, hover=hover, marked=marked)
     total_sent = units.size(total_of(sent))
     return Figure(
@@ -133,8 +137,8 @@ def score_over_bytes(name: str, rounds: list[Json]) -> Figure | None:
 
 
 def client_scores(stage: Json) -> Figure | None:
-    """Shows a final model's metric for each client: one dot for each, or a histogram of many."""
-    shown = Shown.of([stage])
+    """Draws the final model's metric on each client: a dot a client, or a histogram above 40."""
+    shown = MetricFormat.of([stage])
     names, scores = _measured_clients(stage, shown)
     if not names:
         return None
@@ -142,21 +146,21 @@ def client_scores(stage: Json) -> Figure | None:
     title = f"{shown.title} per client: {name_of(stage)}"
     median = ordered[len(ordered) // 2]
     caption = (
-        f"{len(names)} clients, from {shown.drawn(ordered[0])} to {shown.drawn(ordered[-1])}, "
-        f"median {shown.drawn(median)}."
+        f"{len(names)} clients, from {shown.format_scaled(ordered[0])} to {shown.format_scaled(ordered[-1])}, "
+        f"median {shown.format_scaled(median)}."
     )
-    if len(names) > MANY_CLIENTS:
+    if len(names) > MOST_CLIENT_ROWS:
         histogram = Panel(Axis("clients", low=0.0), [_histogram(ordered, shown)])
         return Figure(title, caption, Axis(shown.axis()), [histogram])
 
-    hover = [f"{name}: {shown.drawn(x)}" for name, x in zip(names, scores, strict=True)]
+    hover = [f"{name}: {shown.format_scaled(x)}" for name, x in zip(names, scores, strict=True)]
     labels = [f"{x:.1f}{shown.unit}" for x in scores]
     panel = Panel(Axis("", names=names), [dots(shown.name, scores, hover=hover, labels=labels)])
     return Figure(title, caption, score_axis(shown), [panel], height=rows_height(len(names)))
 
 
-def _measured_clients(stage: Json, shown: Shown) -> tuple[list[str], list[float]]:
-    """Returns the names of the clients whose metric is a number, and the drawn numbers."""
+def _measured_clients(stage: Json, shown: MetricFormat) -> tuple[list[str], list[float]]:
+    """Returns the names of the clients whose metric is a number, and the metrics to draw."""
     measured = stage.get(f"client_{shown.key}")
     names, scores = [], []
     for name, value in measured.items() if isinstance(measured, dict) else ():
@@ -167,12 +171,10 @@ def _measured_clients(stage: Json, shown: Shown) -> tuple[list[str], list[float]
     return names, scores
 
 
-def _histogram(ordered: list[float], shown: Shown) -> Series:
-    """Returns how many of the sorted numbers lie in each of some equal bins.
-
-    A bar stands in the middle of its bin.
-    """
+def _histogram(ordered: list[float], shown: MetricFormat) -> Series:
+    """Returns the bars of a histogram of sorted numbers, each in the middle of its bin."""
     low, high = ordered[0], ordered[-1]
+    # If all clients are equal, bins of width 0 would make the division below fail.
     if high - low < 1e-9:
         low, high = low - 0.5, high + 0.5
     # The square root of the number of values is the usual choice; fewer than 8 bars show no shape.
@@ -180,10 +182,13 @@ def _histogram(ordered: list[float], shown: Shown) -> Series:
     width = (high - low) / count
     counts = [0] * count
     for number in ordered:
-        counts[min(count - 1, int((number - low) / width))] += 1
+        place = int((number - low) / width)
+        counts[min(count - 1, place)] += 1  # the largest number belongs to the last bin
     middles, hover = [], []
     for at, clients in enumerate(counts):
         begin = low + at * width
         middles.append(begin + width / 2)
-        hover.append(f"{clients} clients from {shown.drawn(begin)} to {shown.drawn(begin + width)}")
+        hover.append(
+            f"{clients} clients from {shown.format_scaled(begin)} to {shown.format_scaled(begin + width)}"
+        )
     return Series("bars", "clients", middles, [float(n) for n in counts], hover=hover)

@@ -1,4 +1,4 @@
-"""The figures of a report: each function makes one from records, or None without data for it."""
+"""Draws all figures of a run; each function returns None if the records lack its data."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fedpress.reports.federated import (
     score_over_bytes,
     score_over_rounds,
 )
-from fedpress.reports.metrics import Shown
+from fedpress.reports.metrics import MetricFormat
 from fedpress.reports.plot import (
     FAINT,
     ORANGE,
@@ -35,12 +35,13 @@ from fedpress.reports.reading import Json, Run, name_of, records_by_stage
 
 
 def figures(run: Run) -> list[Figure]:
-    """Returns all figures that the folder has data for, in the order of the stages."""
+    """Returns all figures that the run folder has data for, in the order of the stages."""
     before = [run.before] if run.before else []
     found: list[Figure | None] = [score_and_size([*before, *run.stages])]
     for steps in records_by_stage(run.records):
         epochs = [step for step in steps if "epoch" in step]
         rounds = [step for step in steps if "round" in step]
+        # Pruning in several steps records the layers after each: the last record is the final one.
         cut = next((step for step in reversed(steps) if "layers" in step), {})
         name = name_of(steps[-1])
         found += [
@@ -59,24 +60,24 @@ def figures(run: Run) -> list[Figure]:
 
 
 def score_and_size(stages: list[Json]) -> Figure | None:
-    """Shows the primary metric and the file size after each stage."""
-    metric = Shown.of(stages)
+    """Draws the primary metric against the file size after each stage."""
+    metric = MetricFormat.of(stages)
     shown = []
     for stage in stages:
         if metric.value(stage) is not None and units.number(stage.get("file_bytes")):
             shown.append(stage)
     if len(shown) < 2:
-        return None
+        return None  # one point alone compares nothing
     prefix, unit = units.scale(max(stage["file_bytes"] for stage in shown))
     size = [stage["file_bytes"] / unit for stage in shown]
     score = [stage[metric.key] * metric.scale for stage in shown]
     names, hover, steps = [], [], []
     for number, stage in enumerate(shown, start=1):
         name = name_of(stage)
-        told, file = metric.with_error(stage), units.size(stage["file_bytes"])
+        value, file = metric.with_error(stage), units.size(stage["file_bytes"])
         names.append(f"{number}. {name}")
-        hover.append(f"{number}. {name}: {file}, {told}")
-        steps.append(f"{name} {told} with {file}")
+        hover.append(f"{number}. {name}: {file}, {value}")
+        steps.append(f"{name} {value} with {file}")
     labels = _shared_labels(size, score, names)
     path = Series("line", "stage", size, score, FAINT, hover, labels, dotted=True)
     return Figure(
@@ -90,13 +91,13 @@ def score_and_size(stages: list[Json]) -> Figure | None:
 
 
 def _shared_labels(x: list[float], y: list[float], names: list[str]) -> list[str]:
-    r"""Returns a label for each point.
-
-    Stages that hardly moved the point share the label of the first of them.
+    r"""Returns a label for each point; points almost at the same place share one label.
 
     >>> _shared_labels([100.0, 40.0, 40.5], [90.0, 80.0, 80.1], ["train", "prune", "tune"])
     ['train', 'prune\ntune', '']
     """
+    # Closer than 5% of the width or 8% of the height, two labels would overlap. The axis of x
+    # begins at 0, that of y need not. 1e-9: all y may be equal.
     near_x, near_y = 0.05 * max(x), 0.08 * (max(y) - min(y)) + 1e-9
     labels = [""] * len(names)
     for at, name in enumerate(names):
@@ -111,10 +112,10 @@ def _shared_labels(x: list[float], y: list[float], names: list[str]) -> list[str
 
 
 def training_curve(name: str, epochs: list[Json]) -> Figure | None:
-    """Shows the primary metric and the loss over the epochs of one stage, with the image sizes."""
+    """Draws the primary metric and the loss over the epochs; vertical lines mark image sizes."""
     if not epochs:
         return None
-    shown = Shown.of(epochs)
+    shown = MetricFormat.of(epochs)
     x, score = values(epochs, "epoch"), values(epochs, shown.key, shown.scale)
     sizes = list(dict.fromkeys(str(e["image_size"]) for e in epochs if e.get("image_size")))
     growth = f", at image sizes {' → '.join(sizes)} pixels" if len(sizes) > 1 else ""
@@ -135,7 +136,10 @@ def training_curve(name: str, epochs: list[Json]) -> Figure | None:
 
 
 def _image_sizes(epochs: list[Json]) -> tuple[list[float], list[Note]]:
-    """Returns where the image size changes, and the sizes in words; nothing if it never does."""
+    """Returns the epochs where the image size changes, and notes such as "32 px".
+
+    Both are empty if it never changes.
+    """
     changes: list[tuple[float, float]] = []
     for epoch in epochs:
         size = units.number(epoch.get("image_size"))
@@ -149,7 +153,7 @@ def _image_sizes(epochs: list[Json]) -> tuple[list[float], list[Note]]:
 
 
 def channels_kept(name: str, record: Json) -> Figure | None:
-    """Shows how many channels every layer kept."""
+    """Draws two bars for each pruned layer: its channels before, and those kept."""
     layers = _layers(record)
     if not layers:
         return None
@@ -177,7 +181,7 @@ def channels_kept(name: str, record: Json) -> Figure | None:
 
 
 def _layers(record: Json) -> list[Json]:
-    """Returns the layers of a record that had channels before the cut."""
+    """Returns the layers of a record whose number of channels before pruning is above 0."""
     found = record.get("layers")
     layers = []
     for layer in found if isinstance(found, list) else ():

@@ -1,4 +1,4 @@
-"""The headline: the numbers a reader looks for first, each beside that of the first stage."""
+"""The headline of a report: its most important numbers, compared with those of the first stage."""
 
 from __future__ import annotations
 
@@ -7,21 +7,21 @@ from dataclasses import dataclass
 from typing import Any
 
 from fedpress.reports import units
-from fedpress.reports.alike import (
+from fedpress.reports.comparable import (
     changing_stages,
     examples_of,
     exported_format,
     runtime_of,
     same_test_set,
 )
-from fedpress.reports.metrics import Shown, words_of
-from fedpress.reports.protection import protects
+from fedpress.reports.metrics import MetricFormat, metrics_of
+from fedpress.reports.protection import all_private
 from fedpress.reports.reading import Json
 
-MUCH_FLOAT = 0.1  # the headline mentions a larger share of parameters that stay float
+MUCH_FLOAT = 0.1  # a smaller share of float parameters hardly changes the size: not shown
 
-SAID_BESIDE = ("auc", "r2", "macro_f1", "micro_f1", "exact_match")
-"""Metrics that may be added in a tile's note, because they have no unit."""
+NOTED_METRICS = ("auc", "r2", "macro_f1", "micro_f1", "exact_match")
+"""Metrics that are shown in the note of another metric's tile: they are numbers without a unit."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Tile:
 
 
 def tiles(stages: list[Json]) -> list[Tile]:
-    """Returns the tiles of a run; what no stage has measured is left out."""
+    """Returns the tiles of a run; a number that no stage has measured gets none."""
     stages = changing_stages(stages)
     federated = [stage for stage in stages if stage.get("kind") == "federate"]
     found = [
@@ -57,7 +57,7 @@ def tiles(stages: list[Json]) -> list[Tile]:
 
 
 def _float_tile(stages: list[Json]) -> Tile | None:
-    """Tells how much of a quantized network stays float, where that is more than a tenth."""
+    """Shows the share of a quantized network that stays float, if it is above a tenth."""
     found = [stage for stage in stages if units.number(stage.get("float_share")) is not None]
     share_and_names = stays_float(found[-1]) if found else None
     if share_and_names is None:
@@ -67,9 +67,9 @@ def _float_tile(stages: list[Json]) -> Tile | None:
 
 
 def stays_float(stage: Json) -> tuple[str, str] | None:
-    """Returns the share of the parameters that stay float, and where most of them are.
+    """Returns the share of the parameters that stay float, and the layers that have most of them.
 
-    None if it is at most a tenth, or the stage says nothing of it.
+    None if the share is at most a tenth or not recorded.
 
     >>> stays_float({"float_share": 0.34, "mostly_float": ["embed"]})
     ('34%', 'most in embed')
@@ -83,14 +83,14 @@ def stays_float(stage: Json) -> tuple[str, str] | None:
 
 
 def _score(stages: list[Json]) -> Tile | None:
-    """Gives the primary metric with its standard error, and its change on the same test set."""
-    shown = Shown.of(stages)
+    """Shows the primary metric, its standard error, and its change if the test set is the same."""
+    shown = MetricFormat.of(stages)
     measured = [stage for stage in stages if shown.value(stage) is not None]
     if not measured:
         return None
     first, last = measured[0], measured[-1]
 
-    spread = spread_told(shown, last)
+    spread = error_and_count(shown, last)
     notes = [spread] if spread else []
     if len(measured) > 1 and same_test_set(first, last):
         points = " points" if shown.metric.share else ""
@@ -101,13 +101,13 @@ def _score(stages: list[Json]) -> Tile | None:
     return Tile(shown.formatted(last[shown.key]), f"test {shown.name}", "; ".join(notes))
 
 
-def spread_told(shown: Shown, stage: Json) -> str:
+def error_and_count(shown: MetricFormat, stage: Json) -> str:
     """Returns the standard error of a stage's metric, and the number of test examples.
 
-    >>> accuracy = Shown.of([{"task": "classification"}])
-    >>> spread_told(accuracy, {"accuracy": 0.9, "accuracy_error": 0.0108, "test_examples": 539})
+    >>> accuracy = MetricFormat.of([{"task": "classification"}])
+    >>> error_and_count(accuracy, {"accuracy": 0.9, "accuracy_error": 0.0108, "test_examples": 539})
     '± 1.08 (n = 539)'
-    >>> spread_told(accuracy, {"accuracy": 0.9, "test_examples": 539})
+    >>> error_and_count(accuracy, {"accuracy": 0.9, "test_examples": 539})
     'n = 539'
     """
     error, n = shown.error(stage), examples_of(stage)
@@ -117,21 +117,27 @@ def spread_told(shown: Shown, stage: Json) -> str:
 
 
 def _second_metric(stages: list[Json]) -> Tile | None:
-    """Gives the other metrics of the last stage that was measured.
+    """Shows the task's second metric; the note has further ones and the largest class's share.
 
-    A good accuracy may hide a bad balanced accuracy.
+    A good accuracy may come with a bad balanced accuracy: a reader needs both.
     """
-    stage, words = _measured(stages), words_of(stages)
-    known = [metric for metric in words[1:] if units.number(stage.get(metric.key)) is not None]
+    stage = _measured(stages)
+    others = metrics_of(stages)[1:]
+    known = [metric for metric in others if units.number(stage.get(metric.key)) is not None]
     # A share in percent is read more easily than a number between 0 and 1.
     shares = [metric for metric in known if metric.share]
-    if not known or (not shares and any(metric.share for metric in words[1:])):
+    if not known:
         return None
-    first = shares[0] if shares else known[0]
+    if shares:
+        first = shares[0]
+    elif any(metric.share for metric in others):
+        return None
+    else:
+        first = known[0]
 
     notes = []
     for metric in known:
-        if metric is not first and metric.key in SAID_BESIDE:
+        if metric is not first and metric.key in NOTED_METRICS:
             notes.append(f"{metric.name} {metric.formatted(stage[metric.key])}")
     if units.number(stage.get("majority_share")) is not None:
         share = units.percent(stage.get("majority_share"), 1)
@@ -140,9 +146,10 @@ def _second_metric(stages: list[Json]) -> Tile | None:
 
 
 def score_warning(stages: list[Json]) -> str:
-    """Returns why the last measured stage is worth nothing, or an empty text.
+    """Returns the warning of the last measured stage, such as a model that only guesses; else "".
 
-    Earlier stages do not count: a model that was just cut may guess until it is trained again.
+    Warnings of earlier stages do not count: a model that was just pruned may guess until it is
+    trained again.
 
     >>> guesser = {"accuracy": 0.5, "accuracy_warning": "it guesses"}
     >>> score_warning([{"accuracy": 0.9}, guesser]), score_warning([guesser, {"accuracy": 0.9}])
@@ -155,13 +162,13 @@ def score_warning(stages: list[Json]) -> str:
 
 
 def _measured(stages: list[Json]) -> Json:
-    """The last stage with a primary metric; an empty one if there is none."""
-    shown = Shown.of(stages)
+    """Returns the last stage with a primary metric; an empty one if there is none."""
+    shown = MetricFormat.of(stages)
     return next((stage for stage in reversed(stages) if shown.value(stage) is not None), {})
 
 
 def _cost(name: str, stages: list[Json], key: str, form: Callable[[Any], str]) -> Tile | None:
-    """Gives the last value of a cost, as a share of the first."""
+    """Shows the last value of a cost; the note compares it: "30.0% of 1.00 M"."""
     numbers = units.numbers(stages, key)
     if not numbers:
         return None
@@ -171,10 +178,9 @@ def _cost(name: str, stages: list[Json], key: str, form: Callable[[Any], str]) -
 
 
 def _file(stages: list[Json]) -> Tile | None:
-    """Gives the last file size, as a share of the first one of the same kind.
+    """Shows the last file size, as a share of the first one of the same kind.
 
-    A file for a device holds the network's operations too: it is not compared with one that holds
-    numbers alone.
+    An exported file also has the network's operations: it is not compared with a file of weights.
     """
     sized = [stage for stage in stages if units.number(stage.get("file_bytes")) is not None]
     if not sized:
@@ -185,14 +191,15 @@ def _file(stages: list[Json]) -> Tile | None:
     if tile is None or first == last:
         return tile
     share = f", {tile.note}" if tile.note else ""
-    note = f"{last or 'the numbers alone'}; {first or 'the numbers alone'}: {tile.value}{share}"
+    last_kind, first_kind = last or "the numbers alone", first or "the numbers alone"
+    note = f"{last_kind}; {first_kind}: {tile.value}{share}"
     return Tile(units.size(sized[-1]["file_bytes"]), tile.name, note)
 
 
 def _latency(stages: list[Json]) -> Tile | None:
-    """Gives the last latency, as a share of the first one in the same runtime.
+    """Shows the last latency, as a share of the first one in the same runtime.
 
-    If the last runtime is another one than the first, the note has the first one's latencies too.
+    If the runtime changed, the note also has the latencies in the first runtime.
     """
     measured = [stage for stage in stages if units.number(stage.get("latency_ms")) is not None]
     if not measured:
@@ -216,10 +223,10 @@ def _latency_in(runtime: str, measured: list[Json]) -> Tile | None:
 def _privacy(federated: list[Json]) -> Tile | None:
     if not federated:
         return None
-    if not protects(federated):
+    if not all_private(federated):
         return Tile("none", "privacy spent, ε", "no differential privacy")
     last = federated[-1]
-    note = f"at δ = {units.small(last.get('delta'))}, per {last.get('unit')}"
+    note = f"at δ = {units.compact(last.get('delta'))}, per {last.get('unit')}"
     note += f"; {last['epsilon_is']}" if last.get("epsilon_is") else ""
     return Tile(units.epsilon(last.get("epsilon")), "privacy spent, ε", note)
 

@@ -1,4 +1,4 @@
-"""A run folder becomes one HTML page: offline, on a phone, on paper, light or dark."""
+"""Writes a run folder as one HTML page that needs no network, script library or other file."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from fedpress.reports import units
 from fedpress.reports.detail_tables import (
     failure_table,
     ledger_table,
-    left_table,
     metrics_explained,
     metrics_table,
     progress_table,
     runtime_table,
+    unchanged_table,
 )
 from fedpress.reports.draw import svg
 from fedpress.reports.figures import figures
 from fedpress.reports.headline import score_warning, tiles
-from fedpress.reports.metrics import Shown
+from fedpress.reports.metrics import MetricFormat
 from fedpress.reports.outcome import outcome
 from fedpress.reports.plot import Figure, numbers_of
 from fedpress.reports.protection import protections
 from fedpress.reports.reading import Run, name_of, read_run
-from fedpress.reports.stage_table import runtimes_told, spread_explained, stage_table
+from fedpress.reports.stage_table import runtimes_explained, spread_explained, stage_table
 from fedpress.reports.table import Table
 
 HERE = Path(__file__).parent
@@ -39,13 +39,13 @@ HERE = Path(__file__).parent
 
 @dataclass(frozen=True)
 class Detail:
-    """A part of the page that a click unfolds: a table, rows of name and value, or a text.
+    """A part of the page that is folded until its title is clicked.
 
     Attributes:
-        title: what is clicked.
-        rows: of name and value.
-        text: shown as it is.
-        table: shown in place of both.
+        title: such as "Environment and command".
+        rows: pairs of name and value, such as ("data.num_clients", "10").
+        text: shown without formatting, such as the recipe.
+        table: if given, shown instead of `rows` and `text`.
     """
 
     title: str
@@ -56,18 +56,18 @@ class Detail:
 
 @dataclass(frozen=True)
 class Page:
-    """A page with one table and figures.
+    """A page with one table and figures, for results that are not one run, such as a sweep.
 
     Attributes:
         name: the title.
-        kind: what the page is of, such as "fedpress sweep".
-        outcome: what came out, in one sentence.
+        kind: the command that the page reports on, such as "fedpress sweep".
+        outcome: the result in one sentence.
         facts: version, commit and machine.
-        command: that made it.
+        command: the command line that made the page.
         table: all numbers.
-        note: what the columns of the table mean.
+        note: the meaning of the table's columns.
         failed: a sentence for each part that failed.
-        figures: what is drawn.
+        figures: the figures below the table.
     """
 
     name: str
@@ -82,13 +82,14 @@ class Page:
 
 
 def write_report(run: Path, out: Path | None = None) -> Path:
-    """Draws a run folder as one HTML file and returns its path.
+    """Writes the report of a run folder as one HTML file and returns its path.
 
-    The file appears whole or not at all.
+    If the run has not ended, the report shows what it has recorded so far. An older report is
+    replaced only when the new one is complete.
 
     Args:
-        run: the folder.
-        out: the file; None: `report.html` in the folder.
+        run: the folder that `fedpress run --out` wrote.
+        out: the HTML file; None: `report.html` in the folder.
 
     Raises:
         RunError: if `run` is no run folder or damaged, or `out` cannot be written.
@@ -98,7 +99,7 @@ def write_report(run: Path, out: Path | None = None) -> Path:
 
 
 def write_page(page: Page, target: Path) -> Path:
-    """Writes a page that is no run, such as a sweep, whole or not at all.
+    """Writes a page such as that of a sweep; an older one is replaced only when it is complete.
 
     Raises:
         RunError: if it cannot be written.
@@ -117,7 +118,7 @@ def _write(page: str, target: Path) -> Path:
 
 
 def render(run: Run) -> str:
-    """Returns the page for a run that was read."""
+    """Returns the HTML text of a run's report."""
     stages = run.stages
     before = [run.before] if run.before else []
     stopped = []
@@ -136,12 +137,12 @@ def render(run: Run) -> str:
         warnings=_warnings(run),
         failed=_filled(failure_table(stages, run.records)),
         table=stage_table(run.result, before=run.before) if stages else None,
-        runtimes=runtimes_told(run.result, before=run.before),
+        runtimes=runtimes_explained(run.result, before=run.before),
         beside=_filled(metrics_table(stages)),
         explained=metrics_explained(stages),
-        metric=Shown.of(stages),
+        metric=MetricFormat.of(stages),
         spread=spread_explained(run.result, before=run.before),
-        left=_filled(left_table(stages)),
+        left=_filled(unchanged_table(stages)),
         files=_filled(runtime_table(stages)),
         progress=None if run.finished else progress_table(run.records),
         details=details(run),
@@ -150,34 +151,38 @@ def render(run: Run) -> str:
 
 
 def _figures_and_scripts(figures: list[Figure]) -> dict[str, Any]:
-    """Returns what a template needs for its figures: pictures, and the script for the pointer."""
+    """Returns what a template needs for figures: the pictures, and the script of their tooltips."""
     scripts = [(HERE / "hover.js").read_text(encoding="utf-8")] if figures else []
     return {
         "figures": _drawn(figures),
-        # The script is ours and goes in as it is; everything from the run folder is escaped.
+        # The script is part of fedpress and is not escaped. All text from the run folder is.
         "scripts": [Markup(script) for script in scripts],
         "hashes": [_hash(script) for script in scripts],
     }
 
 
 def _warnings(run: Run) -> list[str]:
-    """Returns what a reader must know, a sentence each."""
-    found = [f"{s.get('name')}: {s['warning']}." for s in run.stages if s.get("warning")]
+    """Returns a sentence for each warning: of stages, of the data, and of the primary metric."""
+    found = []
+    for stage in run.stages:
+        if stage.get("warning"):
+            found.append(f"{stage.get('name')}: {stage['warning']}.")
     if left_out := run.result.get("left_out"):
         found.append(f"data: {left_out}.")
     if guesses := score_warning(run.stages):
-        found.append(f"{Shown.of(run.stages).name}: {guesses}.")
+        found.append(f"{MetricFormat.of(run.stages).name}: {guesses}.")
     return found
 
 
 def _filled(table: Table) -> Table | None:
-    """Returns the table if it has rows."""
+    """Returns the table, or None if it has no rows: the page then has no such section."""
     return table if table.rows else None
 
 
 def _environment() -> Environment:
     return Environment(
         loader=FileSystemLoader(HERE),
+        # Names in a recipe or a data set may hold HTML: it must not run on the reader's machine.
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
@@ -186,14 +191,14 @@ def _environment() -> Environment:
 
 
 @dataclass(frozen=True)
-class Drawn:
-    """A figure on its page.
+class PageFigure:
+    """A figure as the template needs it.
 
     Attributes:
-        figure: with its title and caption.
-        picture: as SVG.
-        legend: a colour, a look and a name for each entry.
-        data: its numbers as a table.
+        figure: has the title and the caption.
+        picture: the SVG.
+        legend: entries such as ("blue", "filled", "accuracy").
+        data: the numbers of the figure as a table.
     """
 
     figure: Figure
@@ -202,11 +207,11 @@ class Drawn:
     data: Table
 
 
-def _drawn(figures: list[Figure]) -> list[Drawn]:
+def _drawn(figures: list[Figure]) -> list[PageFigure]:
     drawn = []
     for at, figure in enumerate(figures):
         picture = svg(figure, f"figure-{at}")
-        drawn.append(Drawn(figure, picture, _legend(figure), numbers_of(figure)))
+        drawn.append(PageFigure(figure, picture, _legend(figure), numbers_of(figure)))
     return drawn
 
 
@@ -220,7 +225,7 @@ def _legend(figure: Figure) -> list[tuple[str, str, str]]:
 
 
 def facts_of(environment: dict[str, Any]) -> list[str]:
-    """Returns version, commit and machine as short texts; what is not known is left out."""
+    """Returns version, commit and machine, such as "fedpress 0.2.0"; unknown ones are left out."""
     facts = []
     if environment.get("fedpress"):
         facts.append(f"fedpress {environment['fedpress']}")
@@ -232,7 +237,7 @@ def facts_of(environment: dict[str, Any]) -> list[str]:
 
 
 def _facts(run: Run) -> list[str]:
-    """The line under the title: how long, which seed, which version and commit."""
+    """Returns the texts under the title: duration, seed, version and commit."""
     facts = []
     if units.number(run.result.get("seconds")) is not None:
         facts.append(units.seconds(run.result["seconds"]))
@@ -249,7 +254,7 @@ def _facts(run: Run) -> list[str]:
 
 
 def details(run: Run) -> list[Detail]:
-    """Returns what can be unfolded at the end of the page."""
+    """Returns the folded parts at the end of the page; empty ones are left out."""
     ledger = ledger_table(run.ledger)
     found = [
         Detail("Privacy ledger", table=ledger, rows=[] if ledger else _rows(run.ledger)),
@@ -261,11 +266,16 @@ def details(run: Run) -> list[Detail]:
 
 
 def _rows(value: Any, name: str = "") -> list[tuple[str, str]]:
-    """Flattens nested tables to rows like `stage.2.num_rounds`, the way overrides are written."""
-    if isinstance(value, dict | list) and value and not _short(value):
+    """Flattens nested tables to rows such as ("stage.2.num_rounds", "20").
+
+    The names are those of overrides: `fedpress run recipe.toml stage.2.num_rounds=5`.
+    """
+    if isinstance(value, dict | list) and value and not _is_flat_list(value):
         rows = []
-        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
-            rows += _rows(item, f"{name}.{key}" if name else str(key))
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        for key, item in items:
+            inner_name = f"{name}.{key}" if name else str(key)
+            rows += _rows(item, inner_name)
         return rows
     if not name:
         return []
@@ -273,11 +283,14 @@ def _rows(value: Any, name: str = "") -> list[tuple[str, str]]:
     return [(name, text)]
 
 
-def _short(value: Any) -> bool:
-    """Whether a list can stand in one line."""
+def _is_flat_list(value: Any) -> bool:
+    """Returns whether `value` is a list without tables or lists in it, shown in one row."""
     return isinstance(value, list) and not any(isinstance(item, dict | list) for item in value)
 
 
 def _hash(script: str) -> str:
-    """Returns the script's name in the page's content security policy: no other script may run."""
+    """Returns the hash that allows a script in the page's content security policy.
+
+    The browser runs no other script, even if text from a run folder were not escaped.
+    """
     return "sha256-" + base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()

@@ -1,4 +1,4 @@
-"""Where words stand in a picture: inside it, beside their point, and on nothing else."""
+"""Places the labels of a picture: each beside its point, inside the picture, without overlaps."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from itertools import pairwise
 from markupsafe import Markup
 
 from fedpress.reports.plot import Figure, Note, Panel, Series
-from fedpress.reports.scales import Scale, place_of
+from fedpress.reports.scales import Scale, pixel_of
 from fedpress.reports.svg import element, pixels
 
 CHARACTER = 7.4  # pixels of one character on average, in the widest usual font
 LINE = 15.0  # pixels from one line of text to the next
 POINT = 5.0  # pixels from the middle of a point to its edge
-FARTHEST = 240  # pixels: a label farther away is not seen as that of its point
+FARTHEST = 240  # pixels: readers would not connect a label farther away with its point
 
 
 @dataclass(frozen=True)
 class Box:
-    """A rectangle of pixels."""
+    """A rectangle in pixels; `top` is smaller than `bottom`, as in SVG."""
 
     left: float
     top: float
@@ -28,7 +28,7 @@ class Box:
     bottom: float
 
     def overlaps(self, other: Box) -> bool:
-        """Says whether both share a pixel.
+        """Returns whether two boxes share a pixel; boxes that only touch do not.
 
         >>> one = Box(0, 0, 10, 10)
         >>> one.overlaps(Box(9, 9, 20, 20)), one.overlaps(Box(10, 0, 20, 10))
@@ -38,41 +38,51 @@ class Box:
         return not apart and self.top < other.bottom and other.top < self.bottom
 
     def inside(self, other: Box) -> bool:
-        """Says whether `other` holds all of this one."""
+        """Returns whether this box lies completely in `other`."""
         across = self.left >= other.left and self.right <= other.right
         return across and self.top >= other.top and self.bottom <= other.bottom
 
 
 def labels(figure: Figure, panel: Panel, x: Scale, y: Scale, frame: Box) -> list[Markup]:
-    """Returns the notes and the labels of points, each inside the `frame` and on no other."""
+    """Returns the notes and the labels of points as SVG.
+
+    Args:
+        figure: has the notes.
+        panel: has the series with labels.
+        x: scale of the lower axis.
+        y: scale of the vertical axis.
+        frame: labels must be inside it.
+    """
+    # Grows with each label, so that the next one avoids it.
     taken = _taken(panel, x, y)
     drawn = [_top_note(note, x, y) for note in figure.notes]
     for series in panel.series:
         for text, a, b in zip(series.labels, series.x, series.y, strict=False):
-            place = place_of(a, b, x, y)
+            place = pixel_of(a, b, x, y)
             if place is not None and text:
                 drawn += _label(place, text, frame, taken)
     return drawn
 
 
 def _taken(panel: Panel, x: Scale, y: Scale) -> list[Box]:
-    """Returns the room of points and staircases, on which no label may stand."""
+    """Returns the boxes of points and staircases, which no label may cover."""
     taken = []
     for series in panel.series:
         if series.kind not in ("points", "steps") and not series.labels:
             continue
         for a, b in zip(series.x, series.y, strict=True):
-            place = place_of(a, b, x, y)
+            place = pixel_of(a, b, x, y)
             if place is not None:
                 across, down = place
                 taken.append(Box(across - POINT, down - POINT, across + POINT, down + POINT))
     for series in panel.series:
         if series.kind == "steps":
-            taken += _room_of_steps(series, x, y)
+            taken += _boxes_of_steps(series, x, y)
     return taken
 
 
-def _room_of_steps(series: Series, x: Scale, y: Scale) -> list[Box]:
+def _boxes_of_steps(series: Series, x: Scale, y: Scale) -> list[Box]:
+    """Returns a flat and an upright box for each step, two pixels wide on either side."""
     known = []
     for a, b in zip(series.x, series.y, strict=True):
         if a is not None and b is not None:
@@ -91,18 +101,19 @@ def _top_note(note: Note, x: Scale, y: Scale) -> Markup:
 
 
 def _label(place: tuple[float, float], text: str, frame: Box, taken: list[Box]) -> list[Markup]:
-    """Returns the label of the point at `place`, and adds its room to `taken`."""
+    """Returns the label of the point at the pixel `place`, and adds its box to `taken`."""
     across, down = place
     lines = _shortened(text.split("\n"), frame)
     box, far = _free_box(across, down, lines, frame, taken)
     taken.append(box)
-    # Widths are estimates: a text on the left is aligned at its right end, so that it touches its
-    # point.
+    # The width of a text is an estimate. A text left of its point is aligned at its right end, so
+    # that an error of the estimate leaves no gap.
     on_the_left = box.right < across
+    edge = box.right if on_the_left else box.left
+    anchor = "end" if on_the_left else None
     drawn = []
     for at, words in enumerate(lines):
-        where = {"x": box.right if on_the_left else box.left, "y": box.top + (at + 0.8) * LINE}
-        anchor = "end" if on_the_left else None
+        where = {"x": edge, "y": box.top + (at + 0.8) * LINE}
         drawn.append(element("text", words, **where, class_="label", text_anchor=anchor))
     if far:
         drawn.append(element("path", d=_leader(across, down, box), class_="rule"))
@@ -110,33 +121,39 @@ def _label(place: tuple[float, float], text: str, frame: Box, taken: list[Box]) 
 
 
 def _shortened(lines: Sequence[str], frame: Box) -> list[str]:
+    # A label wider than three quarters of the picture would fit on neither side of most points.
     most = max(6, int(0.75 * (frame.right - frame.left) / CHARACTER))
-    return [line if len(line) <= most else line[: most - 1] + "…" for line in lines]
+    shortened = []
+    for line in lines:
+        shortened.append(line if len(line) <= most else line[: most - 1] + "…")
+    return shortened
 
 
 def _free_box(
     across: float, down: float, lines: Sequence[str], frame: Box, taken: Sequence[Box]
 ) -> tuple[Box, bool]:
-    """Returns the first free box beside the point at (across, down).
+    """Returns the first free box beside the point at the pixel (across, down).
 
-    The second value says whether it is so far away that it needs a line to its point.
+    The second value is whether the box is so far away that a line must connect it to the point.
     """
     width, height = max(map(len, lines)) * CHARACTER, len(lines) * LINE
     near = _near(across, down, width, height)
     centred = min(max(across - width / 2, frame.left), frame.right - width)
-    far = [(centred, down + sign * away) for away in range(24, FARTHEST, 16) for sign in (-1, 1)]
+    far = []
+    for away in range(24, FARTHEST, 16):
+        far += [(centred, down - away), (centred, down + away)]
     for at, (left, top) in enumerate([*near, *far]):
         box = Box(left, top, left + width, top + height)
         if box.inside(frame) and not any(box.overlaps(other) for other in taken):
             return box, at >= len(near)
-    # No place is free: two words on each other are better than one outside the picture.
+    # No place is free: an overlap inside the picture is better than a label cut off at its edge.
     left = min(max(across + 10, frame.left), frame.right - width)
     top = min(max(down - height / 2, frame.top), frame.bottom - height)
     return Box(left, top, left + width, top + height), False
 
 
 def _near(across: float, down: float, width: float, height: float) -> list[tuple[float, float]]:
-    """Returns left and top of the places close to a point, the best first."""
+    """Returns (left, top) of the places close to a point, in the order in which they are tried."""
     right, left, middle = across + 8, across - 8 - width, across - width / 2
     return [
         (across + 10, down - height / 2),
@@ -151,7 +168,7 @@ def _near(across: float, down: float, width: float, height: float) -> list[tuple
 
 
 def _leader(across: float, down: float, box: Box) -> str:
-    """Returns the path from a point to the nearest edge of its label."""
+    """Returns the SVG path from a point to the nearest edge of its label."""
     edge = box.bottom if box.bottom < down else box.top
     inside = min(max(across, box.left), box.right)
     return f"M{pixels(across)} {pixels(down)}L{pixels(inside)} {pixels(edge)}"

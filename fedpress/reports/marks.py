@@ -1,4 +1,4 @@
-"""How numbers are drawn between the axes: points, lines, staircases, bars and areas."""
+"""Draws the numbers of a panel as SVG: points, lines, staircases, bars and areas."""
 
 from __future__ import annotations
 
@@ -7,18 +7,19 @@ from collections.abc import Sequence
 from markupsafe import Markup
 
 from fedpress.reports.plot import Panel, Series
-from fedpress.reports.scales import Part, Scale, place_of, smallest_distance, stacked
+from fedpress.reports.scales import Part, Scale, pixel_of, smallest_distance, stacked
 from fedpress.reports.svg import element, pixels
 
-HOVERED = 90  # so many points of a series answer the pointer
-VERTICES = 400  # so many points of a line are drawn
+# Every element makes the page larger and slower. A figure is at most 980 pixels wide.
+MOST_HOVERED = 90  # points of a series with a tooltip
+MOST_VERTICES = 400  # points of a line that are drawn
 
 Place = tuple[float, float] | None
 """A pixel in the picture; None for a point that is not shown."""
 
 
 def marks(panel: Panel, x: Scale, y: Scale) -> list[Markup]:
-    """Returns everything that the series of a panel draw."""
+    """Returns the SVG elements of all series of a panel."""
     if panel.stacked:
         return _stack(panel, x, y)
     drawn: list[Markup] = []
@@ -30,21 +31,21 @@ def marks(panel: Panel, x: Scale, y: Scale) -> list[Markup]:
     return drawn
 
 
-def titled(text: str) -> Markup | str:
-    """Returns what the pointer is told of a mark; nothing for an empty text."""
+def tooltip(text: str) -> Markup | str:
+    """Returns the tooltip that a browser shows for a mark; "" for an empty text."""
     return element("title", text) if text else ""
 
 
 def _points_and_lines(series: Series, x: Scale, y: Scale) -> list[Markup]:
-    places = [place_of(a, b, x, y) for a, b in zip(series.x, series.y, strict=True)]
+    places = [pixel_of(a, b, x, y) for a, b in zip(series.x, series.y, strict=True)]
     drawn: list[Markup] = []
     if series.kind in ("line", "steps"):
         path = _path(places, steps=series.kind == "steps")
         look = f"line {series.color} dotted" if series.dotted else f"line {series.color}"
         drawn += [element("path", d=path, class_=look)] if path else []
 
-    # Of a long line only some points answer the pointer: each is an element of the page.
-    every = 1 if series.marked else -(-len(places) // HOVERED)
+    # A long line has tooltips only at every n-th point. -(-a // b) is a / b rounded up.
+    every = 1 if series.marked else -(-len(places) // MOST_HOVERED)
     for at, place in enumerate(places):
         alone = _alone(places, at)
         last = at + 1 == len(places)
@@ -54,30 +55,28 @@ def _points_and_lines(series: Series, x: Scale, y: Scale) -> list[Markup]:
 
 
 def _alone(places: Sequence[Place], at: int) -> bool:
-    """Says whether a point has no neighbour, so that no line shows it."""
+    """Returns whether a point has no neighbours: a line through it would have no length."""
     before = places[at - 1] if at else None
     after = places[at + 1] if at + 1 < len(places) else None
     return places[at] is not None and before is None and after is None
 
 
 def _point(series: Series, at: int, place: tuple[float, float], *, shown: bool) -> Markup:
-    """Returns the circle of one point; one that is not `shown` only answers the pointer."""
+    """Returns the circle of one point; if it is not `shown`, it is invisible but has a tooltip."""
     radius = 2.7 if series.marked else 1.0
     if series.kind in ("points", "steps") or series.labels:
         radius = 5.0
     color = "blue" if series.labels and series.dotted else series.color
     look = "hollow " if series.hollow else ""
-    return element(
-        "circle",
-        titled(series.hover[at] if series.hover else ""),
-        cx=place[0],
-        cy=place[1],
-        r=radius if shown else 4.0,
-        class_=f"mark {look}{color}" if shown else f"mark unseen {color}",
-    )
+    look = f"mark {look}{color}"
+    if not shown:
+        radius, look = 4.0, f"mark unseen {color}"  # 4: large enough to be hit by the pointer
+    title = tooltip(series.hover[at] if series.hover else "")
+    return element("circle", title, cx=place[0], cy=place[1], r=radius, class_=look)
 
 
 def _path(places: Sequence[Place], *, steps: bool) -> str:
+    """Returns the SVG path through some points; a missing point leaves a gap."""
     parts: list[str] = []
     begun = False
     for place in _thinned(places):
@@ -96,16 +95,19 @@ def _path(places: Sequence[Place], *, steps: bool) -> str:
 
 
 def _thinned(places: Sequence[Place]) -> Sequence[Place]:
-    """Keeps the lowest and the highest point of each stretch of a long line: it looks the same."""
-    if len(places) <= VERTICES or any(place is None for place in places):
+    """Keeps the lowest and the highest point of each short stretch of a long line.
+
+    Within a pixel or two only these are visible, so the line looks the same.
+    """
+    if len(places) <= MOST_VERTICES or any(place is None for place in places):
         return places
-    stretch = -(-2 * len(places) // VERTICES)
+    stretch = -(-2 * len(places) // MOST_VERTICES)
     kept: list[Place] = []
     for begin in range(0, len(places), stretch):
         some = [place for place in places[begin : begin + stretch] if place is not None]
         heights = [down for _, down in some]
         kept_here = {heights.index(min(heights)), heights.index(max(heights))}
-        # The two ends of the line stay where they are.
+        # The ends of the line must not move: readers compare the first and the last value.
         if begin == 0:
             kept_here.add(0)
         kept += [some[at] for at in sorted(kept_here)]
@@ -127,7 +129,7 @@ def _stack(panel: Panel, x: Scale, y: Scale) -> list[Markup]:
 
 
 def _area(parts: Sequence[Part], x: Scale, y: Scale) -> Markup:
-    every = -(-len(parts) // VERTICES) or 1
+    every = -(-len(parts) // MOST_VERTICES) or 1
     kept = [*parts[:-1:every], parts[-1]]
     upper = [f"{pixels(x(part.x))} {pixels(y(part.base + part.height))}" for part in kept]
     lower = [f"{pixels(x(part.x))} {pixels(y(part.base))}" for part in reversed(kept)]
@@ -136,27 +138,27 @@ def _area(parts: Sequence[Part], x: Scale, y: Scale) -> Markup:
 
 
 def _hovered(parts: Sequence[Part], x: Scale, y: Scale) -> list[Markup]:
-    """Returns the unseen points of an area that answer the pointer."""
-    every = -(-len(parts) // HOVERED) or 1
+    """Returns the invisible points at the upper edge of an area that have its tooltips."""
+    every = -(-len(parts) // MOST_HOVERED) or 1
     drawn = []
     for part in parts[::every]:
         where = {"cx": x(part.x), "cy": y(part.base + part.height), "r": 4.0}
         look = f"mark unseen {part.series.color}"
-        drawn.append(element("circle", titled(part.hover), **where, class_=look))
+        drawn.append(element("circle", tooltip(part.hover), **where, class_=look))
     return drawn
 
 
 def _bars(parts: Sequence[Part], x: Scale, y: Scale) -> list[Markup]:
     of_one_value = (x.end - x.start) / (x.high - x.low)
     width = max(0.4, 0.75 * smallest_distance(part.x for part in parts) * of_one_value)
-    # More bars than pixels cannot be told apart: the highest of each stretch stands for the others.
-    every = -(-len(parts) // VERTICES) or 1
+    # More bars than pixels cannot be seen: of each stretch only the highest is drawn, wider.
+    every = -(-len(parts) // MOST_VERTICES) or 1
     drawn = []
     for begin in range(0, len(parts), every):
         part = max(parts[begin : begin + every], key=lambda one: one.base + one.height)
         top, bottom = y(part.base + part.height), y(part.base)
         box = {"x": x(part.x) - every * width / 2, "y": top, "width": every * width}
-        title = titled(part.hover if every * len(parts) <= VERTICES else "")
+        title = tooltip(part.hover if every * len(parts) <= MOST_VERTICES else "")
         look = f"bar {part.series.color} mark"
         drawn.append(element("rect", title, **box, height=max(0.0, bottom - top), class_=look))
     return drawn

@@ -1,4 +1,4 @@
-"""The task's own words in tables and figures: name and unit of its metric, which way is better."""
+"""Formats the metrics of a task for tables and figures: name, unit, digits, standard error."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from fedpress.reports.reading import Json
 from fedpress.tasks import TASKS, Classification, Metric, task_of
 
 
-def words_of(lines: Sequence[Json]) -> tuple[Metric, ...]:
-    """Returns the metrics of the task that result lines or records are of, the primary one first.
+def metrics_of(lines: Sequence[Json]) -> tuple[Metric, ...]:
+    """Returns the metrics of the task of result lines or records, the primary one first.
 
-    Records do not name the task: they are known by the metric that stands in them.
+    Results name their task. Records do not, so the task is the first whose primary metric they
+    have; classification if there is none.
 
-    >>> words_of([{"kind": "train", "mae": 3.0}])[0].name
+    >>> metrics_of([{"kind": "train", "mae": 3.0}])[0].name
     'MAE'
     """
     for line in lines:
@@ -29,64 +30,66 @@ def words_of(lines: Sequence[Json]) -> tuple[Metric, ...]:
 
 
 @dataclass(frozen=True)
-class Shown:
-    """How the values of one metric are drawn and told."""
+class MetricFormat:
+    """Formats the values of one metric, such as 0.9331 as "93.31%".
+
+    Shares, such as accuracy, are drawn in percent: a *scaled* value is 93.31, not 0.9331.
+    """
 
     metric: Metric
 
     @classmethod
-    def of(cls, lines: Sequence[Json]) -> Shown:
-        """Returns that of the primary metric."""
-        return cls(words_of(lines)[0])
+    def of(cls, lines: Sequence[Json]) -> MetricFormat:
+        """Returns the format of the primary metric of some result lines or records."""
+        return cls(metrics_of(lines)[0])
 
     @property
     def key(self) -> str:
-        """Under which lines and records hold it."""
+        """The metric's key in results and records, such as "accuracy"."""
         return self.metric.key
 
     @property
     def name(self) -> str:
-        """As it stands within a sentence."""
+        """The metric's name within a sentence, such as "accuracy" or "MAE"."""
         return self.metric.name
 
     @property
     def title(self) -> str:
-        """As it stands at the beginning of a sentence.
+        """The metric's name at the beginning of a sentence.
 
-        >>> Shown(Metric("accuracy", "accuracy")).title
+        >>> MetricFormat(Metric("accuracy", "accuracy")).title
         'Accuracy'
         """
         return self.metric.name[:1].upper() + self.metric.name[1:]
 
     @property
     def scale(self) -> float:
-        """By which values are multiplied where they are drawn: shares are drawn in percent."""
+        """The factor from values to scaled values: 100 for shares, else 1."""
         return 100.0 if self.metric.share else 1.0
 
     @property
     def unit(self) -> str:
-        """Of the drawn values."""
+        """The unit of scaled values: "%" for shares, else ""."""
         return "%" if self.metric.share else ""
 
     def axis(self, before: str = "") -> str:
-        """Returns the name of an axis, such as `validation accuracy (%)`."""
-        return f"{before} {self.name}{' (%)' if self.metric.share else ''}".strip()
+        """Returns the title of an axis, such as `validation accuracy (%)`."""
+        unit = " (%)" if self.metric.share else ""
+        return f"{before} {self.name}{unit}".strip()
 
     def value(self, line: Json) -> float | None:
-        """Returns the value in a line, if it is a number."""
+        """Returns the metric of a result line or record; None if it has none."""
         return units.number(line.get(self.key))
 
     def formatted(self, value: Any) -> str:
-        """Returns a value as people read it."""
+        """Returns a value as text, such as "93.31%"; a dash if it is no number."""
         found = units.number(value)
         return units.DASH if found is None else self.metric.formatted(found)
 
     def error(self, line: Json) -> str:
-        """Returns the standard error of the value in a line.
+        """Returns the standard error of a line's metric; "" if the task has no formula for it.
 
-        Empty where the task has no formula for it.
-
-        >>> Shown(Metric("accuracy", "accuracy", share=True)).error({"accuracy_error": 0.0108})
+        >>> MetricFormat(Metric("accuracy", "accuracy", share=True)).error({"accuracy_error": 0.0108})
         '± 1.08'
         """
         found = units.number(line.get(f"{self.key}_error"))
@@ -96,9 +99,9 @@ class Shown:
         return f"± {found * self.scale:.{digits}f}"
 
     def with_error(self, line: Json) -> str:
-        """Returns the value in a line with its standard error, if that is known.
+        """Returns the metric of a line with its standard error, if that is known.
 
-        >>> accuracy = Shown(Metric("accuracy", "accuracy", share=True))
+        >>> accuracy = MetricFormat(Metric("accuracy", "accuracy", share=True))
         >>> accuracy.with_error({"accuracy": 0.9331, "accuracy_error": 0.0108})
         '93.31% ± 1.08'
         >>> accuracy.with_error({"accuracy": 0.9331})
@@ -107,12 +110,12 @@ class Shown:
         value = self.formatted(line.get(self.key))
         return value if value == units.DASH else f"{value} {self.error(line)}".rstrip()
 
-    def drawn(self, value: float) -> str:
-        """Returns a drawn value as people read it: already in percent, if it is a share."""
+    def format_scaled(self, value: float) -> str:
+        """Returns a scaled value as text: 93.31 becomes "93.31%"."""
         return f"{value:.2f}%" if self.metric.share else f"{value:.{self.metric.digits}f}"
 
     def change(self, value: Any, reference: Any) -> str:
-        """Returns the change against a reference with its sign; of shares in percentage points."""
+        """Returns the change against a reference, such as "+0.12" (percentage points of shares)."""
         new, old = units.number(value), units.number(reference)
         if new is None or old is None:
             return ""
@@ -121,14 +124,14 @@ class Shown:
         return f"{new - old:+.{self.metric.digits}f}"
 
     def best(self, values: Sequence[float]) -> float | None:
-        """Returns the best of some values; None of none."""
+        """Returns the best of some values: the highest or the lowest; None if there are none."""
         if not values:
             return None
         return max(values) if self.metric.better == "higher" else min(values)
 
-    def from_to(self, drawn: Sequence[float | None]) -> str:
-        """Returns the first and the last known of some drawn values in words."""
-        known = [x for x in drawn if x is not None]
+    def from_to(self, scaled: Sequence[float | None]) -> str:
+        """Returns the first and the last known scaled value: "from 10.20% to 93.31%"."""
+        known = [x for x in scaled if x is not None]
         if not known:
             return "was not measured"
-        return f"from {self.drawn(known[0])} to {self.drawn(known[-1])}"
+        return f"from {self.format_scaled(known[0])} to {self.format_scaled(known[-1])}"

@@ -1,37 +1,37 @@
-"""One sentence that says what came out of a run: first on its page, last in the terminal."""
+"""The result of a run in one sentence, for the top of its report and the end of the terminal."""
 
 from __future__ import annotations
 
 from fedpress.reports import units
-from fedpress.reports.alike import (
+from fedpress.reports.comparable import (
     changing_stages,
     examples_of,
     exported_format,
     runtime_of,
     same_test_set,
 )
-from fedpress.reports.headline import score_warning, spread_told
-from fedpress.reports.metrics import Shown
-from fedpress.reports.protection import protects
+from fedpress.reports.headline import error_and_count, score_warning
+from fedpress.reports.metrics import MetricFormat
+from fedpress.reports.protection import all_private
 from fedpress.reports.reading import Json, Run, name_of, records_by_stage, stages_of
 
 
 def outcome(run: Run) -> str:
-    """Returns what came out of a run, finished or not, and a warning where one is due."""
-    said = outcome_of(run.result, before=run.before)
-    if run.finished and said:
-        return said
-    far = _how_far(run)
-    return f"{far} {said}".strip()
+    """Returns the result of a run in one sentence; before it how far the run is, if unfinished."""
+    sentence = outcome_of(run.result, before=run.before)
+    if run.finished and sentence:
+        return sentence
+    progress = _progress(run)
+    return f"{progress} {sentence}".strip()
 
 
 def outcome_of(result: Json, *, before: Json | None = None, warn: bool = True) -> str:
-    """Returns the sentence for the stages of a `result.json` that have ended; empty if none has.
+    """Returns the sentence for the finished stages of a `result.json`; "" if there are none.
 
     Args:
-        result: what the run folder holds.
-        before: the line of the model that a command was given.
-        warn: whether a second sentence says why the metric is worth nothing, where it is.
+        result: the content of `result.json`.
+        before: the measured numbers of the model that a command started from.
+        warn: whether to add the metric's warning, such as that the model only guesses.
 
     >>> outcome_of({"stages": [{"kind": "train", "parameters": 1000, "accuracy": 0.9}]})
     'A model of 1.00 k parameters has a test accuracy of 90.00%.'
@@ -40,17 +40,19 @@ def outcome_of(result: Json, *, before: Json | None = None, warn: bool = True) -
     stages = changing_stages(stages)
     if not stages:
         return ""
-    parts = [_model(stages, given=bool(before)), _worth(stages), _clients(stages)]
+    parts = [_model(stages, given=bool(before)), _quality(stages), _clients(stages)]
     sentence = " ".join(part for part in parts if part)
-    ends = [part for part in (sentence, _file(stages)) if part]
-    if not ends:
-        return ""
+    file = _file(stages)
+    if file:
+        sentence = f"{sentence}; {file}"
     warning = score_warning(stages) if warn else ""
-    return "; ".join(ends) + "." + (f" But {warning}." if warning else "")
+    if warning:
+        return f"{sentence}. But {warning}."
+    return f"{sentence}."
 
 
 def _model(stages: list[Json], *, given: bool) -> str:
-    """Names the model by its size, beside that of the first one."""
+    """Returns the size of the model, and its share of the first one's."""
     known = units.numbers(stages, "parameters")
     if not known:
         return "The model"
@@ -62,16 +64,16 @@ def _model(stages: list[Json], *, given: bool) -> str:
     return f"{model}, {units.percent(last / first, 1)} of {whose},"
 
 
-def _worth(stages: list[Json]) -> str:
-    """Says what the model is worth on the test set, with the standard error."""
-    shown = Shown.of(stages)
+def _quality(stages: list[Json]) -> str:
+    """Returns the metric on the test set, with its standard error."""
+    shown = MetricFormat.of(stages)
     measured = [stage for stage in stages if shown.value(stage) is not None]
     if not measured:
         if examples_of(stages[-1]) == 0:
             return "was not measured on any test example"
         return f"has no test {shown.name}"
     last = measured[-1]
-    spread = spread_told(shown, last)
+    spread = error_and_count(shown, last)
     if spread and not spread.startswith("±"):
         spread = f"({spread})"
     value = f"{shown.formatted(last[shown.key])} {spread}".rstrip()
@@ -79,14 +81,19 @@ def _worth(stages: list[Json]) -> str:
 
 
 def _clients(stages: list[Json]) -> str:
-    """Says who trained it where the data is private, for which epsilon, and what that changed."""
+    """Returns how many clients trained the model, with which epsilon, and the metric before."""
     federated = [stage for stage in stages if stage.get("kind") == "federate"]
     if not federated:
         return ""
     last = federated[-1]
     count = units.number(last.get("clients"))
-    who = "the clients" if count is None else f"{count:.0f} client{'' if count == 1 else 's'}"
-    if protects(federated):
+    if count is None:
+        who = "the clients"
+    elif count == 1:
+        who = "1 client"
+    else:
+        who = f"{count:.0f} clients"
+    if all_private(federated):
         budget = f"with epsilon {units.epsilon(last.get('epsilon'))} per {_unit(last)}"
     else:
         budget = "without differential privacy"
@@ -94,12 +101,13 @@ def _clients(stages: list[Json]) -> str:
 
 
 def _unit(stage: Json) -> str:
+    # Recipes call the unit "sample"; the report says "example" everywhere.
     return {"sample": "example"}.get(str(stage.get("unit")), str(stage.get("unit")))
 
 
 def _before_clients(first: Json, stages: list[Json]) -> str:
-    """Gives the metric before the clients' training, if it was measured on the same test set."""
-    shown = Shown.of(stages)
+    """Returns the metric before the clients' training; "" if the test set was another one."""
+    shown = MetricFormat.of(stages)
     before = units.number(first.get(f"{shown.key}_before"))
     if before is None or not same_test_set(first, stages[-1]):
         return ""
@@ -107,37 +115,43 @@ def _before_clients(first: Json, stages: list[Json]) -> str:
 
 
 def _file(stages: list[Json]) -> str:
-    """Says how large the last file is and how fast it runs, if a file was written."""
+    """Returns the size and the latency of the last file; "" if no file was written."""
     written = [stage for stage in stages if stage.get("artifact")]
     if not written:
         return ""
     last = written[-1]
     kind = exported_format(last) or "packed"
-    said = f"the {kind} file has {units.size(last.get('file_bytes'))}"
-    # A packed file is unpacked before it runs: its line has the latency of the model in torch.
+    size_text = f"the {kind} file has {units.size(last.get('file_bytes'))}"
+    # A packed file is unpacked before it runs: its latency is that of the model in torch.
     if not exported_format(last) or units.number(last.get("latency_ms")) is None:
-        return said
-    return (
-        f"{said} and answers in {units.milliseconds(last.get('latency_ms'))} in {runtime_of(last)}"
-    )
+        return size_text
+    latency = units.milliseconds(last.get("latency_ms"))
+    return f"{size_text} and answers in {latency} in {runtime_of(last)}"
 
 
-def _how_far(run: Run) -> str:
-    """Says how many stages of an unfinished run have ended, and where the next one stands."""
+def _progress(run: Run) -> str:
+    """Returns how far an unfinished run is.
+
+    Example: "So far 2 of 4 stages have ended, and tune came to round 3 of 20."
+    """
     planned = run.settings.get("stage")
     count = len(planned) if isinstance(planned, list) else None
     done = len(run.stages)
+    # A damaged folder may hold more results than planned stages: then no "of" is shown.
     of = f" of {count}" if count is not None and count >= done else ""
     stages = "stages" if of or done != 1 else "stage"
-    ended = f"{done}{of} {stages} {'has' if done == 1 else 'have'} ended"
-    last = next((steps[-1] for steps in reversed([*records_by_stage(run.records)])), {})
+    verb = "has" if done == 1 else "have"
+    ended = f"{done}{of} {stages} {verb} ended"
+    last: Json = {}
+    for steps in records_by_stage(run.records):
+        last = steps[-1]
     begun = last.get("stage")
-    # The records of a stage that has ended stay, and a stage such as export leaves none.
+    # These records may be those of the last finished stage: a stage such as export writes none.
     if not isinstance(begun, int) or begun < done:
         return f"So far {ended}."
     name = name_of(last)
-    for word, of_all in (("round", "num_rounds"), ("epoch", "epochs")):
+    for word, planned_key in (("round", "num_rounds"), ("epoch", "epochs")):
         if word in last:
-            most = f" of {last[of_all]}" if of_all in last else ""
+            most = f" of {last[planned_key]}" if planned_key in last else ""
             return f"So far {ended}, and {name} came to {word} {last[word]}{most}."
     return f"So far {ended}, and {name} has begun."

@@ -1,7 +1,4 @@
-"""What a figure shows, as plain data: axes, panels, series of numbers and words.
-
-`draw` makes it SVG.
-"""
+"""A figure as plain data: axes, panels and series of numbers; `fedpress.reports.draw` makes SVG."""
 
 from __future__ import annotations
 
@@ -9,21 +6,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from fedpress.reports.metrics import Shown
+from fedpress.reports.metrics import MetricFormat
 from fedpress.reports.table import Table
 from fedpress.reports.units import number
 
 Numbers = Sequence[float | None]
 Kind = Literal["line", "points", "steps", "bars", "areas", "rows", "dots"]
 Color = Literal["blue", "orange", "faint"]
-"""Names of the page's colours, which follow the light and the dark theme.
+"""Names of colours in the page's style sheet, which has a light and a dark theme.
 
-The first two differ for every eye.
+Blue and orange also differ for colour-blind readers.
 """
 BLUE: Color = "blue"
 ORANGE: Color = "orange"
 FAINT: Color = "faint"
-MANY_POINTS = 60  # a line of so many points is drawn without circles
+MOST_CIRCLES = 60  # with 60 points or more the circles of a line touch, so none are drawn
 
 
 @dataclass(frozen=True)
@@ -31,13 +28,13 @@ class Axis:
     """One axis.
 
     Attributes:
-        title: with the unit in brackets.
-        low: where it begins; None: as low as the numbers need.
-        high: where it ends; None: as high as the numbers need.
-        bounds: values that the axis never passes, such as 0 and 100 percent.
-        least_range: an axis without `low` and `high` shows at least so much: chance must not look
-            like a change.
-        names: of the rows of horizontal bars or dots, the first on top.
+        title: with the unit in brackets, such as "file (MB)".
+        low: the lowest value shown; None: chosen by the numbers.
+        high: the highest value shown; None: chosen by the numbers.
+        bounds: limits for chosen `low` and `high`, such as 0 and 100 percent.
+        least_range: least difference of chosen `low` and `high`, such as 2 percentage points, so
+            that random fluctuations do not look like a trend.
+        names: names of the rows of horizontal bars or dots, from top to bottom.
     """
 
     title: str
@@ -50,21 +47,21 @@ class Axis:
 
 @dataclass(frozen=True)
 class Series:
-    """Numbers of one kind; a missing number is a gap.
+    """Numbers that are drawn in one way; None is a missing number and leaves a gap.
 
     Attributes:
-        kind: `steps` are points joined by a staircase, `rows` horizontal bars, `dots` one dot in
-            each row.
-        name: for the legend and the table.
-        x: one for each point.
-        y: one for each point.
+        kind: `steps` are points joined by a staircase, `rows` are horizontal bars, `dots` are one
+            dot in each row.
+        name: the name in the legend and the table, such as "loss".
+        x: the horizontal value of each point.
+        y: the vertical value of each point.
         color: one of the page's colours.
-        hover: what the pointer is told of each point.
-        labels: what stands beside each point in the picture.
+        hover: the tooltip of each point, such as "epoch 3: loss 0.41".
+        labels: the text beside each point.
         dotted: whether the line is dotted.
         hollow: whether points are circles without filling.
-        marked: whether each point of a line is drawn.
-        in_legend: whether the legend names it.
+        marked: whether each point of a line has a circle.
+        in_legend: whether the legend has an entry for it.
     """
 
     kind: Kind
@@ -82,7 +79,13 @@ class Series:
 
 @dataclass(frozen=True)
 class Panel:
-    """One pair of axes; all panels of a figure share the lower axis."""
+    """The series above one vertical axis; all panels of a figure share the lower axis.
+
+    Attributes:
+        y: the vertical axis.
+        series: what is drawn.
+        stacked: whether each series is drawn on top of the ones before, so that heights add up.
+    """
 
     y: Axis
     series: Sequence[Series]
@@ -91,7 +94,7 @@ class Panel:
 
 @dataclass(frozen=True)
 class Note:
-    """A quiet text at the top of the picture, above the place `x` of the lower axis."""
+    """A text at the top of the picture, above the value `x` of the lower axis."""
 
     x: float
     text: str
@@ -102,16 +105,15 @@ class Figure:
     """A picture with its caption.
 
     Attributes:
-        title: above it.
-        caption: says in words what the picture shows.
+        title: the text above the picture.
+        caption: what the picture shows, in words with numbers, also for those who cannot see it.
         x: the lower axis.
         panels: one or two, the first on top.
-        notes: at the top of the first panel.
-        rules: places of vertical lines through all panels.
+        notes: texts at the top of the first panel.
+        rules: values of `x` with a vertical line through all panels.
         height: in pixels.
-        wide: whether it takes the whole width of the page.
-        together: whether the pointer is told all numbers at its place on the lower axis, not the
-            nearest alone.
+        wide: whether it takes the full width of the page.
+        together: whether a tooltip shows the numbers of all series at that `x`, not of one point.
         legend: whether it has a legend.
     """
 
@@ -132,21 +134,16 @@ class Figure:
         return [series for panel in self.panels for series in panel.series]
 
 
-def score_axis(shown: Shown, before: str = "") -> Axis:
-    """Returns the axis of a metric, such as `validation accuracy (%)`.
-
-    Points on it need not begin at 0.
-
-    A share never passes 0 and 100%, and it shows at least two points: less is chance on most test
-    sets.
-    """
+def score_axis(shown: MetricFormat, before: str = "") -> Axis:
+    """Returns the vertical axis of a metric, such as `validation accuracy (%)`."""
     if not shown.metric.share:
         return Axis(shown.axis(before))
+    # On most test sets a difference below 2 percentage points is within two standard errors.
     return Axis(shown.axis(before), bounds=(0.0, 100.0), least_range=2.0)
 
 
 def values(rows: list[dict[str, Any]], key: str, scale: float = 1.0) -> list[float | None]:
-    """Returns one number per row; what is missing or not finite becomes a gap."""
+    """Returns the scaled number under a key in each row; None where it is missing or not finite."""
     found = [number(row.get(key)) for row in rows]
     return [None if x is None else x * scale for x in found]
 
@@ -157,7 +154,7 @@ def total_of(numbers: Numbers) -> float:
 
 
 def short(value: float | None) -> str:
-    """Returns a number with four digits.
+    """Returns a number rounded to four digits, as text.
 
     >>> short(93.12345), short(1234567.0), short(None)
     ('93.12', '1,235,000', '–')
@@ -171,20 +168,18 @@ def short(value: float | None) -> str:
 def line(
     name: str, x: Numbers, y: Numbers, *, color: Color = "blue", unit: str = "", across: str = ""
 ) -> Series:
-    """Returns a line with a point for each of a few values.
-
-    The pointer is told for instance `epoch 3: loss 0.41`.
+    """Returns a line, with tooltips such as `epoch 3: loss 0.41`.
 
     Args:
-        name: of the numbers, such as `loss`.
-        x: places on the lower axis.
-        y: one number for each.
-        color: of the line.
-        unit: of the numbers, behind each.
-        across: name of the lower axis, such as `epoch`.
+        name: name of the numbers, such as `loss`.
+        x: horizontal value of each point.
+        y: vertical value of each point.
+        color: one of the page's colours.
+        unit: unit of `y`, shown in tooltips.
+        across: name of `x`, such as `epoch`, shown in tooltips.
     """
     hover = _hover(name, x, y, unit, across)
-    return Series("line", name, x, y, color, hover, marked=len(x) < MANY_POINTS)
+    return Series("line", name, x, y, color, hover, marked=len(x) < MOST_CIRCLES)
 
 
 def bars(
@@ -195,10 +190,10 @@ def bars(
 
 
 def _hover(name: str, x: Numbers, y: Numbers, unit: str, across: str) -> list[str]:
-    told = []
+    texts = []
     for place, value in zip(x, y, strict=True):
-        told.append(f"{across} {short(place)}: {name} {short(value)}{unit}".strip())
-    return told
+        texts.append(f"{across} {short(place)}: {name} {short(value)}{unit}".strip())
+    return texts
 
 
 def horizontal_bars(
@@ -209,41 +204,44 @@ def horizontal_bars(
     labels: Sequence[str] = (),
     color: Color = "blue",
 ) -> Series:
-    """Returns horizontal bars, whose names can be read on a phone.
+    """Returns horizontal bars, one for each of the names of the vertical axis.
 
-    The vertical axis has the names.
+    Unlike under vertical bars, long names can be read on a phone.
     """
     return Series("rows", name, lengths, list(range(len(lengths))), color, hover, labels)
 
 
 def rows_height(rows: int) -> int:
-    """Returns the height in pixels of a figure with so many rows."""
+    """Returns the height in pixels of a figure with horizontal bars or dots."""
     each = 24 if rows < 40 else 16  # names at 16 pixels can still be read
     return 110 + each * rows
 
 
 def dots(name: str, values: Numbers, *, hover: Sequence[str], labels: Sequence[str] = ()) -> Series:
-    """Returns one dot in the row of each name.
+    """Returns dots, one for each of the names of the vertical axis.
 
-    Unlike a bar it can be read on an axis that does not begin at 0.
+    Unlike the length of a bar, the place of a dot is right on an axis that does not begin at 0.
     """
     return Series("dots", name, values, list(range(len(values))), hover=hover, labels=labels)
 
 
 def numbers_of(figure: Figure, most: int = 200) -> Table:
-    """Returns the figure's numbers as rows, for those who cannot see it.
+    """Returns the figure's numbers as a table, for readers who cannot see the picture.
 
-    Of more than `most`, some and the last.
+    Of more than `most` rows every n-th is kept, and the last.
     """
     if figure.panels[0].y.names:
         return _by_name(figure)
     places = {tuple(series.x) for series in figure.series}
+    # Series with different x do not fit into shared rows.
     if len(places) > 1 or any(series.labels for series in figure.series):
         return _by_point(figure, most)
     header = [figure.x.title, *(series.name for series in figure.series)]
     columns = [figure.series[0].x, *(series.y for series in figure.series)]
-    every = _thinned(list(range(len(columns[0]))), most)
-    return Table(header, [[short(column[at]) for column in columns] for at in every])
+    rows = []
+    for at in _thinned(list(range(len(columns[0]))), most):
+        rows.append([short(column[at]) for column in columns])
+    return Table(header, rows)
 
 
 def _by_name(figure: Figure) -> Table:
@@ -255,8 +253,10 @@ def _by_name(figure: Figure) -> Table:
 
 
 def _by_point(figure: Figure, most: int) -> Table:
-    """Returns a row for each point, where the series have different places."""
-    points = [(series, at) for series in figure.series for at in range(len(series.x))]
+    """Returns a row for each point: its name, x and y."""
+    points = []
+    for series in figure.series:
+        points += [(series, at) for at in range(len(series.x))]
     rows = []
     for series, at in _thinned(points, most):
         name = series.hover[at] if series.hover else series.name
@@ -265,6 +265,7 @@ def _by_point(figure: Figure, most: int) -> Table:
 
 
 def _thinned(rows: list[Any], most: int) -> list[Any]:
+    """Returns about `most` evenly spaced rows and always the last, which has the final number."""
     every = -(-len(rows) // most) or 1
     kept = rows[::every]
     if rows and kept[-1] is not rows[-1]:

@@ -1,4 +1,4 @@
-"""Says in words what a run protects, against whom, whom one has to trust, and what it does not."""
+"""Explains the privacy of a run: what is protected, against whom, and who must be trusted."""
 
 from __future__ import annotations
 
@@ -6,25 +6,25 @@ import math
 from dataclasses import dataclass, replace
 
 from fedpress.reports import units
-from fedpress.reports.metrics import Shown
+from fedpress.reports.metrics import MetricFormat
 from fedpress.reports.reading import Json, name_of
 
 OTHERS = (
-    "The other clients: so many of them must stay and be honest as the plan counts on for noise "
-    "and keys."
+    "The other clients: as many of them as the plan assumes must stay in the round and be honest, "
+    "for the noise and the keys."
 )
 
 
 @dataclass(frozen=True)
 class Protection:
-    """What one federated stage promises.
+    """The privacy guarantee of one federated stage, as sentences.
 
     Attributes:
         title: the stage's name.
-        summary: the promise in one sentence.
-        protected: what is protected; empty if nothing is.
-        trusted: whom the promise counts on.
-        unprotected: what it does not cover.
+        summary: the guarantee in one sentence.
+        protected: what is protected; empty without differential privacy.
+        trusted: who must be honest for the guarantee to hold.
+        unprotected: what the guarantee does not cover.
     """
 
     title: str
@@ -35,20 +35,20 @@ class Protection:
 
 
 PUBLIC = [
-    "The public part of the data, on which the network was trained before: nothing about it is "
+    "The public part of the data, on which the network was trained first: nothing in it is "
     "protected.",
-    "Validation and test sets: they are public, choose settings and measure the model, without "
-    "any noise.",
+    "Validation and test sets: they are public. They choose settings and measure the model, "
+    "without any noise.",
     "Who the clients are, and how much each of them sends, is not hidden.",
 ]
 GROUPS = (
-    "Persons and clients as a whole: k examples of one person, or k clients with the same "
-    "example, have together about k times the ε."
+    "Persons with several examples, and whole clients: for k examples of one person, or one "
+    "example that k clients have, ε is about k times as large."
 )
 COUNTS = "How many examples each client has."
 ONE_STEP = (
-    "Each example of each client: the clients of a round take one step together, on the sum of "
-    "gradients that were clipped per example, with noise that fits the whole sum."
+    "Each example of each client: a round is one step on the sum of all clients' gradients. Each "
+    "example's gradient is clipped, and noise is added to the sum."
 )
 CLIENT_SOFTWARE = "Each client's own software, which clips and adds noise."
 SERVER_TOO = "against all who lack the noise's seed, the server too"
@@ -58,22 +58,21 @@ OWN_SCORES = (
     "exact number that no ε covers."
 )
 SECRET_COHORTS = [
-    "Secret cohorts: ε counts on it that only the server knows who took part in which round."
+    "Secret cohorts: ε holds only while nobody but the server knows who took part in which round."
 ]
 SEED = (
-    "Whoever knows the seed. So that a run can be repeated, its noise follows from the seed, and "
-    "with the seed it can be taken away again. In this simulation one seed makes all the noise, "
-    "so ε holds for those who do not have it: with truly private data choose your own seed, and "
-    "keep it and this page to yourself."
+    "Whoever knows the seed. So that a run can be repeated, its noise follows from the seed: who "
+    "has the seed can compute the noise and subtract it. In this simulation one seed makes all "
+    "the noise, so ε holds against those who do not have it. With truly private data choose your "
+    "own seed, and keep it and this page to yourself."
 )
 LISTED = (
-    "That a client is on the list, and when it was asked: in a buffered schedule who is asked "
-    "next depends on who is back. On real devices the time of a task may tell how much data "
-    "there is."
+    "That a client is on the list, and when it was asked: a buffered schedule asks next whoever "
+    "has finished. On real devices the duration of a task may reveal how much data there is."
 )
 SECURE_SUM = (
-    "The server learned only the sum of the updates of those who reported (a secure sum), as "
-    "long as it worked together with no more than the planned few of the clients."
+    "The server learned only the sum of the updates of those who reported (a secure sum), unless "
+    "it colluded with more clients than the plan allows for."
 )
 SEED_KEYS = (
     "Whoever knows the seed: in this simulation the keys of the secure sum follow from it. With "
@@ -83,47 +82,49 @@ HIDDEN_UPDATES = (
     "No differential privacy, but a secure sum: single updates are hidden, their sum is not."
 )
 NO_BOUND = (
-    "No differential privacy: raw data stays with the clients, but what updates give away has no "
-    "bound."
+    "No differential privacy: raw data stays with the clients, but there is no bound on what "
+    "updates reveal about it."
 )
 LIMITS = [
-    "Other runs on the same data: their ε add to this one's, also those of a table or a search "
-    "for good settings.",
-    "Attacks on how computers round numbers: the noise is drawn in floating point, by a "
-    "generator made for science.",
+    "Other runs on the same data, also those of a sweep or of a search for good settings: their ε "
+    "must be added to this one's.",
+    "Attacks on rounding: the noise is drawn in floating point, whose rounding may reveal digits "
+    "of the number below it (Mironov 2012).",
 ]
 
 
 def protections(stages: list[Json]) -> list[Protection]:
-    """Returns what each federated stage promises.
+    """Returns the guarantee of each federated stage.
 
-    One without privacy breaks the promises of the others.
+    If one stage used private data without privacy, the summaries of the others say so.
     """
     federated = [stage for stage in stages if stage.get("kind") == "federate"]
     found = [protection(stage) for stage in federated]
-    broken = [it.title for it in found if not it.protected]
-    return [_broken(it, broken) if it.protected and broken else it for it in found]
+    open_stages = [it.title for it in found if not it.protected]
+    if not open_stages:
+        return found
+    return [_contradicted(it, open_stages) if it.protected else it for it in found]
 
 
-def protects(stages: list[Json]) -> bool:
-    """Says whether every federated stage has a finite epsilon.
+def all_private(stages: list[Json]) -> bool:
+    """Returns whether every federated stage has a finite epsilon.
 
-    Only then the last one's holds for the network.
+    Only then does the last stage's epsilon, which includes the earlier ones, hold for the network.
     """
     federated = [stage for stage in stages if stage.get("kind") == "federate"]
     return all(units.number(stage.get("epsilon")) is not None for stage in federated)
 
 
-def _broken(it: Protection, broken: list[str]) -> Protection:
-    names = ", ".join(f"“{name}”" for name in broken)
+def _contradicted(it: Protection, open_stages: list[str]) -> Protection:
+    names = ", ".join(f"“{name}”" for name in open_stages)
     but = f"But not in the run as a whole: {names} used private data without a promise."
     return replace(it, summary=f"{it.summary} {but}")
 
 
 def protection(stage: Json) -> Protection:
-    """Returns what a federated stage of `result.json` promises: by unit, epsilon and delta."""
+    """Returns the guarantee of a federated stage of `result.json`, by unit, trust and epsilon."""
     it = _by_unit(name_of(stage), stage)
-    if stage.get(f"client_{Shown.of([stage]).key}"):
+    if stage.get(f"client_{MetricFormat.of([stage]).key}"):
         return replace(it, unprotected=[*it.unprotected, OWN_SCORES])
     return it
 
@@ -135,7 +136,8 @@ def _by_unit(title: str, stage: Json) -> Protection:
         return _sample(title, stage)
     if stage.get("unit") == "client":
         return _client(title, stage)
-    unknown = f"the unit “{stage.get('unit')}”, which this version has no words for"
+    # A result of a newer version may have a unit that this one does not know.
+    unknown = f"the unit “{stage.get('unit')}”, which this version cannot explain"
     return Protection(
         title=title,
         summary=f"{_budget(stage)} was spent for {unknown}.",
@@ -146,19 +148,23 @@ def _by_unit(title: str, stage: Json) -> Protection:
 
 
 def _budget(stage: Json) -> str:
-    """Returns epsilon and delta; "≤" where the true epsilon may be smaller, as with a bound."""
+    """Returns epsilon and delta as text, such as "ε = 2.00 at δ = 1e-5".
+
+    The sign is "≤" where the stage computed only an upper bound of epsilon.
+    """
     sign = "≤" if stage.get("epsilon_is") else "="
-    delta = units.small(stage.get("delta"))
+    delta = units.compact(stage.get("delta"))
     return f"ε {sign} {units.epsilon(stage.get('epsilon'))} at δ = {delta}"
 
 
 def _odds(stage: Json, what: str) -> str:
-    """Returns the definition of differential privacy with this run's numbers.
+    """Returns the definition of differential privacy with this run's epsilon and delta.
 
-    Dwork and Roth 2014, definition 2.4.
+    Dwork and Roth 2014, definition 2.4. `what` names the neighbouring data sets, such as "Adding
+    or removing one example".
     """
     epsilon = units.number(stage.get("epsilon")) or 0.0
-    # From 14 on, e^epsilon has more digits than anybody reads.
+    # From 14 on e^epsilon is above a million: the power is easier to read than its digits.
     if epsilon < 3:
         factor = f"{math.exp(epsilon):,.2f}"
     elif epsilon < 14:
@@ -167,17 +173,15 @@ def _odds(stage: Json, what: str) -> str:
         factor = f"e^{epsilon:.0f}"
     return (
         f"{what} makes any conclusion from it at most {factor} times (e^ε) likelier or less "
-        f"likely, up to a failure probability of δ = {units.small(stage.get('delta'))}. That is "
+        f"likely, up to a failure probability of δ = {units.compact(stage.get('delta'))}. That is "
         "the worst case; smaller ε is stronger."
     )
 
 
 def _one_client(stage: Json) -> str:
-    """Returns what the definition compares.
-
-    In a buffered schedule one client more on the list would change who else is asked, so the list
-    stays as it is.
-    """
+    """Returns the two data sets that are compared when a whole client is protected."""
+    # Under a buffered schedule one more client on the list would change which others are asked. So
+    # the list is fixed, and what is compared is whether the client sends its update or zeros.
     if stage.get("schedule") == "buffered":
         return "Whether one client sends its updates, or nothing in their place,"
     return "Adding or removing one client"
@@ -188,8 +192,9 @@ def _listed(stage: Json) -> list[str]:
 
 
 def _trust(stage: Json) -> str:
-    """Returns who adds the noise; results of version 0.1 call the clients together "secure"."""
+    """Returns who adds the noise: "local" (each client), "central" or "distributed"."""
     trust = str(stage.get("trust"))
+    # Version 0.1 called distributed noise "secure".
     return "distributed" if trust == "secure" else trust
 
 
@@ -225,7 +230,7 @@ def _sample(title: str, stage: Json) -> Protection:
 
 
 def _sample_distributed(title: str, stage: Json) -> Protection:
-    """Returns the promise where the clients add the noise together, under a secure sum."""
+    """Returns the guarantee where each client adds a share of the noise, under a secure sum."""
     summary = f"{_example(stage)}, against everybody, the server too, who lacks the noise's seed."
     clips = (
         "Each client's own software, which clips its gradients, adds its share of the noise and "
@@ -241,7 +246,7 @@ def _sample_distributed(title: str, stage: Json) -> Protection:
 
 
 def _sample_central(title: str, stage: Json) -> Protection:
-    """Returns the promise where the server adds the noise."""
+    """Returns the guarantee where the server adds the noise."""
     server = (
         "The server. It sees every client's sum of gradients without noise, and adds the noise."
     )
@@ -260,7 +265,10 @@ def _sample_central(title: str, stage: Json) -> Protection:
 
 
 def _keys(stage: Json) -> list[str]:
-    """Returns a sentence where keys follow from the seed: the recipe then opens every update."""
+    """Returns a warning if the keys of the secure sum follow from the seed.
+
+    Whoever has the recipe can then compute the keys and decrypt every single update.
+    """
     return [SEED_KEYS] if stage.get("keys") == "seed" else []
 
 
@@ -270,8 +278,8 @@ def _client(title: str, stage: Json) -> Protection:
         return _client_distributed(title, stage)
     if trust == "local":
         return _client_local(title, stage)
-    # Only where not all clients take part in each round does epsilon count on nobody knowing who
-    # did.
+    # Epsilon is smaller where a random part of the clients is drawn for each round (amplification
+    # by sampling), but only while nobody knows who was drawn.
     sampled = (units.number(stage.get("sampling_prob")) or 0.0) < 1
     return Protection(
         title=title,
@@ -283,7 +291,7 @@ def _client(title: str, stage: Json) -> Protection:
         ],
         trusted=[
             "The server. It sees every client's update without noise (no secure sum was used), "
-            "adds the noise, and must not keep or show what came in.",
+            "adds the noise, and must not keep or show the updates.",
             *(SECRET_COHORTS if sampled else []),
             SEED,
         ],
@@ -297,7 +305,7 @@ def _client(title: str, stage: Json) -> Protection:
 
 
 def _client_local(title: str, stage: Json) -> Protection:
-    """Returns the promise where each client adds all its noise itself."""
+    """Returns the guarantee where each client adds all its noise itself."""
     own_noise = (
         "All data of a client together: its update is clipped and noise of its own is added "
         "inside the client."
@@ -312,10 +320,10 @@ def _client_local(title: str, stage: Json) -> Protection:
 
 
 def _client_distributed(title: str, stage: Json) -> Protection:
-    """Returns the promise where the clients add the noise together, under a secure sum."""
+    """Returns the guarantee where each client adds a share of the noise, under a secure sum."""
     joint_noise = (
-        "All data of a client together: its update is clipped, and the clients together make the "
-        "noise of the sum, which is all that the server can open."
+        "All data of a client together: its update is clipped, and each client adds a share of "
+        "the noise. The server can decrypt only the noisy sum."
     )
     return Protection(
         title=title,
@@ -342,8 +350,8 @@ def _without_privacy(title: str, stage: Json) -> Protection:
             protected=[],
             trusted=[*_keys(stage), "Everybody who gets the network: it may remember examples."],
             unprotected=[
-                "Private examples: what the sum of all updates, and the network made of it, give "
-                "away has no bound.",
+                "Private examples: there is no bound on what the sum of all updates, and the "
+                "network made of it, reveal about them.",
                 *PUBLIC,
             ],
         )
@@ -356,8 +364,8 @@ def _without_privacy(title: str, stage: Json) -> Protection:
             "Everybody who gets the network: it may remember examples.",
         ],
         unprotected=[
-            "Private examples: they can in part be rebuilt from updates, and traced in the final "
-            "network.",
+            "Private examples: updates allow to reconstruct some of them, and the final network "
+            "may show that an example was in its training data.",
             *PUBLIC,
         ],
     )

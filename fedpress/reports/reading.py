@@ -1,4 +1,4 @@
-"""Reads a run folder: whatever an unfinished run has left so far, and nothing else."""
+"""Reads a run folder, finished or not, for the report."""
 
 from __future__ import annotations
 
@@ -17,7 +17,18 @@ Json = dict[str, Any]
 
 @dataclass(frozen=True)
 class Run:
-    """What a run folder holds; a part that is not there (yet) is empty."""
+    """The content of a run folder; a file that is missing, or not written yet, gives an empty value.
+
+    Attributes:
+        path: the folder.
+        recipe: text of `recipe.toml`.
+        settings: the recipe with all defaults filled in (`settings.json`).
+        environment: versions, machine and command (`environment.json`).
+        records: one for each epoch, round or step (`records.jsonl`).
+        result: the measured numbers of each finished stage (`result.json`).
+        ledger: the charges to private data (`ledger.json`).
+        before: the measured numbers of the model that a command started from (`before.json`).
+    """
 
     path: Path
     recipe: str = ""
@@ -31,11 +42,12 @@ class Run:
     @property
     def finished(self) -> bool:
         """Whether the last stage has ended."""
+        # A result of version 0.1 has no "finished". It has "final" once the last stage has ended.
         return bool(self.result.get("finished", self.result.get("final")))
 
     @property
     def name(self) -> str:
-        """The recipe's name as the run knows it, else the name of the folder."""
+        """The recipe's name; if it has none, the name of the folder."""
         return str(self.result.get("recipe") or self.settings.get("name") or self.path.name)
 
     @property
@@ -45,7 +57,7 @@ class Run:
 
 
 def stages_of(result: Json) -> list[Json]:
-    """Returns the stages of a `result.json`; anything that is not a table is left out."""
+    """Returns the stages of a `result.json`; entries that are damaged are left out."""
     stages = result.get("stages")
     if not isinstance(stages, list):
         return []
@@ -53,7 +65,7 @@ def stages_of(result: Json) -> list[Json]:
 
 
 def name_of(line: Json) -> str:
-    """Returns the name of the stage that a line or record is of.
+    """Returns the name of the stage that a result line or record belongs to.
 
     >>> name_of({"kind": "train", "name": "dense"}), name_of({"kind": "train"}), name_of({})
     ('dense', 'train', '?')
@@ -62,20 +74,19 @@ def name_of(line: Json) -> str:
 
 
 def records_by_stage(records: list[Json]) -> Iterator[list[Json]]:
-    """Yields the records of one stage after the other.
-
-    Of an epoch or round done twice the later one counts.
-    """
+    """Yields the list of records of each stage, in the order of the stages."""
     for _, group in groupby(sorted(records, key=_stage), key=_stage):
         steps: dict[tuple[Any, ...], Json] = {}
         for at, record in enumerate(group):
-            # A killed run does its last step again and writes a second record of it.
+            # A run that was killed and resumed repeats its last epoch or round: the record of the
+            # repetition replaces the first one.
             steps[_step(record, at)] = record
         yield list(steps.values())
 
 
 def _step(record: Json, at: int) -> tuple[Any, ...]:
-    """Returns what names a step: only records of epochs and rounds may be written twice."""
+    """Returns a key that is equal for two records of the same epoch or round."""
+    # Records of other kinds are never repeated, so each has a key of its own.
     if "epoch" not in record and "round" not in record:
         return ("once", at)
     # As text: a damaged record may hold a list there, which cannot be a key.
@@ -154,6 +165,7 @@ def _table(path: Path) -> Json:
 
 
 def _lines(path: Path) -> list[Json]:
+    # Not splitlines(): it also splits at characters that a name in the data may contain.
     lines = [line for line in _text_of_records(path).split("\n") if line.strip()]
     records = []
     for number, line in enumerate(lines, start=1):
@@ -161,7 +173,7 @@ def _lines(path: Path) -> list[Json]:
             record = json.loads(line)
         except (ValueError, RecursionError) as error:
             if number == len(lines):
-                break  # the run was killed while it wrote this line, or is writing it now
+                break  # the last line may be incomplete: the run is writing it, or was killed
             raise RunError(
                 f"line {number} is damaged ({error})", place=path, cure="delete that line"
             ) from error
@@ -171,12 +183,10 @@ def _lines(path: Path) -> list[Json]:
 
 
 def _text_of_records(path: Path) -> str:
-    """The text of the records.
-
-    A kill can cut a letter in two, so a torn end is no reason to fail.
-    """
+    """Returns the text of the records."""
     check_undamaged(path, "move it away to draw the report without its curves", grows=True)
     try:
+        # "replace": a killed run may have written only half of the last character's bytes.
         return path.read_bytes().decode("utf-8", errors="replace")
     except FileNotFoundError:
         return ""

@@ -1,4 +1,4 @@
-"""Horizontal bars and dots: one row for each name, so that long names can be read on a phone."""
+"""Draws horizontal bars and dots as SVG: one row for each name."""
 
 from __future__ import annotations
 
@@ -8,19 +8,25 @@ from dataclasses import dataclass
 from markupsafe import Markup
 
 from fedpress.reports.labels import CHARACTER
-from fedpress.reports.marks import titled
+from fedpress.reports.marks import tooltip
 from fedpress.reports.plot import Figure, Series
 from fedpress.reports.scales import MARGIN, Scale, axis_range, ticks
 from fedpress.reports.svg import element, horizontal_line, vertical_line
 
-LONGEST_NAME = 22
-BAR = 0.66  # of the height of a row
+LONGEST_NAME = 22  # characters; longer names would leave no room for the bars on a phone
+BAR = 0.66  # height of a bar as a share of its row
 FEW_TICKS = 330  # pixels: a narrower picture has room for fewer ticks
 
 
 @dataclass(frozen=True)
 class Row:
-    """One row: its middle and its height in pixels."""
+    """One row of the picture.
+
+    Attributes:
+        at: its index, from 0 on top.
+        middle: its vertical middle in pixels.
+        height: in pixels.
+    """
 
     at: int
     middle: float
@@ -28,16 +34,20 @@ class Row:
 
 
 def named_rows(figure: Figure, names: Sequence[str], width: int) -> tuple[Scale, list[Markup]]:
-    """Returns the lower scale, and all rows.
+    """Returns the scale of the lower axis, and the SVG of all rows.
 
     Args:
-        figure: with one panel, whose series hold one number for each name.
-        names: the first on top.
-        width: of the picture, in pixels.
+        figure: has one panel, whose series have one number for each name.
+        names: the names of the rows, from top to bottom.
+        width: width of the picture in pixels.
     """
     panel = figure.panels[0]
     ends = [_end(name) for name in names]
-    beside = max((len(text) for series in panel.series for text in series.labels), default=0)
+    beside = 0
+    for series in panel.series:
+        for text in series.labels:
+            beside = max(beside, len(text))
+    # The bars get at least 45% of the width, even if a name is then cut off at the left.
     left = min(12 + max(map(len, ends)) * CHARACTER, 0.55 * width)
     x = Scale(*_range(figure), left, width - 12 - beside * CHARACTER)
     top, bottom = 8.0, figure.height - 42.0
@@ -56,29 +66,31 @@ def named_rows(figure: Figure, names: Sequence[str], width: int) -> tuple[Scale,
 
 
 def _end(name: str) -> str:
-    """Returns the end of a long name: layers of one block differ there."""
+    """Shortens a long name to its end: `layer3.0.conv1` and `layer3.0.conv2` differ there."""
     return name if len(name) <= LONGEST_NAME else "…" + name[1 - LONGEST_NAME :]
 
 
 def _range(figure: Figure) -> tuple[float, float]:
-    """Returns the range of the lower axis: a bar tells its number by its length, so it begins at 0.
-
-    A dot need not.
-    """
+    """Returns the lowest and the highest value of the lower axis."""
     series = figure.panels[0].series
-    known = [n for one in series for n in one.x if n is not None]
+    known: list[float] = []
+    for one in series:
+        known += [number for number in one.x if number is not None]
     if all(one.kind == "dots" for one in series):
         return axis_range(figure.x, known, margin=MARGIN)
+    # The length of a bar shows its number, so the axis of bars must begin at 0.
     low, high = axis_range(figure.x, [0.0, *known], margin=0)
-    return (min(low, 0.0) if figure.x.low is None else low), high
+    if figure.x.low is None:
+        low = min(low, 0.0)
+    return low, high
 
 
 def _dot(series: Series, row: Row, x: Scale) -> list[Markup]:
-    """Returns one dot with its label, on a faint line; nothing where there is no number."""
+    """Returns one dot with its label, on a faint line; nothing if the number is missing."""
     value = series.x[row.at]
     if value is None:
         return []
-    title = titled(series.hover[row.at] if series.hover else "")
+    title = tooltip(series.hover[row.at] if series.hover else "")
     where = {"cx": x(value), "cy": row.middle, "r": 5.0}
     return [
         horizontal_line(x.start, x.end, row.middle, "rule"),
@@ -88,11 +100,11 @@ def _dot(series: Series, row: Row, x: Scale) -> list[Markup]:
 
 
 def _bar(series: Series, row: Row, x: Scale) -> list[Markup]:
-    """Returns one bar with its label; nothing where there is no number."""
+    """Returns one bar with its label; nothing if the number is missing."""
     length = series.x[row.at]
     if length is None:
         return []
-    title = titled(series.hover[row.at] if series.hover else "")
+    title = tooltip(series.hover[row.at] if series.hover else "")
     box = {
         "x": x(x.low),
         "y": row.middle - BAR / 2 * row.height,

@@ -1,4 +1,4 @@
-"""From numbers to pixels: how far an axis reaches, where ticks stand and values lie."""
+"""Maps numbers to pixels: the range of an axis, its ticks, and the places of values."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from itertools import pairwise
 
 from fedpress.reports.plot import Axis, Panel, Series
 
-MARGIN = 0.06  # of the range: so far from the edge of the picture lie the lowest and highest value
-TINIEST = 1e-100  # numbers closer than this are drawn as equal
+MARGIN = 0.06  # share of the range between the lowest or highest value and the edge of the picture
+TINIEST = 1e-100  # dividing by a smaller range could overflow: such numbers are drawn as equal
 
 
 @dataclass(frozen=True)
@@ -37,11 +37,10 @@ def axis_range(
     """Returns the lowest and the highest value that an axis shows.
 
     Args:
-        axis: its `low` and `high` are taken as they are; its `bounds` are never passed;
-            `least_range` widens the range where the numbers hardly differ, so that chance does not
-            look like a change.
-        numbers: what must be inside.
-        margin: share of the range that is added at an end which the axis does not fix.
+        axis: its `low` and `high`, if given, are returned unchanged; `bounds` and `least_range`
+            limit what is chosen here.
+        numbers: the values that must be visible.
+        margin: space at each end that the axis does not fix, as a share of the range.
 
     >>> axis_range(Axis("accuracy (%)", bounds=(0.0, 100.0)), [90.0, 99.5])
     (89.43, 100.0)
@@ -52,15 +51,18 @@ def axis_range(
     low = axis.low if axis.low is not None else min(known, default=0.0)
     high = axis.high if axis.high is not None else max(known, default=1.0)
 
+    # Widens a range that is too small: in the middle, or at the one end that may move.
     missing = axis.least_range - (high - low)
     if missing > 0 and axis.low is None:
         low -= missing if axis.high is not None else missing / 2
     if missing > 0 and axis.high is None:
         high += missing if axis.low is not None else missing / 2
-    # Equal numbers have no range of their own; dividing by it would fail.
+    # Equal numbers have a range of 0: `Scale` would divide by it.
     if high - low <= max(1e-6 * max(abs(low), abs(high)), TINIEST):
         spread = abs(low) * 0.05 if abs(low) > TINIEST else 1.0
-        low, high = (low if axis.low is not None else low - spread), low + spread
+        high = low + spread
+        if axis.low is None:
+            low -= spread
 
     space = margin * (high - low)
     if axis.low is None:
@@ -73,7 +75,13 @@ def axis_range(
 
 
 def ticks(low: float, high: float, most: int = 6, *, whole: bool = False) -> list[float]:
-    """Returns round numbers from `low` to `high`, at most about `most`.
+    """Returns round numbers from `low` to `high`, about `most` at most.
+
+    Args:
+        low: the lowest value of the axis.
+        high: the highest value of the axis.
+        most: how many numbers have room; rounding may add one or two.
+        whole: whether only integers make sense, as with epochs.
 
     >>> ticks(0, 1), ticks(83.2, 94.9), ticks(1, 4, whole=True)
     ([0.0, 0.2, 0.4, 0.6, 0.8, 1.0], [85.0, 87.5, 90.0, 92.5], [1.0, 2.0, 3.0, 4.0])
@@ -101,7 +109,7 @@ def tick_text(value: float, step: float) -> str:
     if 0 < step < 1e-4 or abs(value) >= 1e9:
         return f"{value:.3g}"
     digits = max(0, -math.floor(math.log10(step) + 1e-9)) if step > 0 else 0
-    # A step such as 2.5 has one digit more than its size alone tells.
+    # A step such as 2.5 needs one digit more than the logarithm says.
     if round(step, digits) != round(step, 10):
         digits += 1
     return f"{value:,.{digits}f}"
@@ -109,7 +117,7 @@ def tick_text(value: float, step: float) -> str:
 
 def tick_texts(marks: Sequence[float]) -> list[str]:
     """Returns the labels of all ticks of one axis."""
-    # One tick alone has no neighbour: its own size says how many digits it needs.
+    # A single tick has no distance to a neighbour: its own size decides the number of digits.
     step = abs(marks[0]) if marks else 1.0
     if len(marks) > 1:
         step = marks[1] - marks[0]
@@ -117,7 +125,7 @@ def tick_texts(marks: Sequence[float]) -> list[str]:
 
 
 def smallest_distance(numbers: Iterable[float]) -> float:
-    """Returns the smallest distance between two different numbers; 1 where there are no two.
+    """Returns the smallest distance between two different numbers; 1 if there is only one.
 
     >>> smallest_distance([1, 4, 4, 6])
     2
@@ -126,15 +134,13 @@ def smallest_distance(numbers: Iterable[float]) -> float:
     return min((b - a for a, b in pairwise(ordered)), default=1.0)
 
 
-def heights(panel: Panel) -> list[float]:
-    """Returns all heights that the panel must show: of what is stacked, the sums.
-
-    Bars and areas tell their number by their length, so their axis has to begin at 0.
-    """
+def panel_heights(panel: Panel) -> list[float]:
+    """Returns all vertical values that the panel must show; of a stack these are the sums."""
     if panel.stacked:
         found = [part.base + part.height for part in stacked(panel)]
     else:
         found = [y for series in panel.series for y in series.y if y is not None]
+    # The length of a bar or area shows its number, so the axis must begin at 0.
     from_zero = any(series.kind in ("bars", "areas") for series in panel.series)
     return [0.0, *found] if from_zero else found
 
@@ -144,9 +150,9 @@ class Part:
     """One bar or one point of an area in a stack.
 
     Attributes:
-        series: it belongs to this one.
+        series: the series that it belongs to.
         at: its index in the series.
-        base: the sum of what it stands on.
+        base: the sum of the parts below it.
         height: its own number.
     """
 
@@ -157,20 +163,17 @@ class Part:
 
     @property
     def x(self) -> float:
-        """Its place on the lower axis."""
+        """The horizontal value."""
         return self.series.x[self.at] or 0.0
 
     @property
     def hover(self) -> str:
-        """What the pointer is told of it; empty if nothing."""
+        """The tooltip; "" if it has none."""
         return self.series.hover[self.at] if self.series.hover else ""
 
 
 def stacked(panel: Panel) -> list[Part]:
-    """Returns all parts of a stack, series after series.
-
-    Each stands on those before it at the same place.
-    """
+    """Returns all parts of a stack; each lies on those of earlier series at the same `x`."""
     tops: dict[float, float] = {}
     parts = []
     for series in panel.series:
@@ -183,11 +186,8 @@ def stacked(panel: Panel) -> list[Part]:
     return parts
 
 
-def place_of(a: float | None, b: float | None, x: Scale, y: Scale) -> tuple[float, float] | None:
-    """Returns the pixel of the point (a, b).
-
-    None if a number is missing or lies above or below the picture.
-    """
+def pixel_of(a: float | None, b: float | None, x: Scale, y: Scale) -> tuple[float, float] | None:
+    """Returns the pixel of the point (a, b); None if it is missing or not within `y`."""
     if a is None or b is None or not y.low <= b <= y.high:
         return None
     return x(a), y(b)

@@ -1,4 +1,4 @@
-"""The table of the end: a line for each stage, the same for the terminal and for the page."""
+"""The table of a run's stages, for the terminal and for the report: a row for each stage."""
 
 from __future__ import annotations
 
@@ -8,25 +8,22 @@ from typing import Any, Literal
 from rich.table import Table as RichTable
 
 from fedpress.reports import units
-from fedpress.reports.alike import common_examples, runtime_of, same_test_set
-from fedpress.reports.metrics import Shown
+from fedpress.reports.comparable import common_examples, runtime_of, same_test_set
+from fedpress.reports.metrics import MetricFormat
 from fedpress.reports.reading import Json, name_of, stages_of
 from fedpress.reports.table import Table, add_rows_
 
 
 def stage_table(result: Json, *, before: Json | None = None, errors: bool = True) -> Table:
-    """Returns a row per stage of a `result.json`, after one of the model `before`.
+    """Returns a row for each stage of a `result.json`; columns without any number are left out.
 
-    An empty column is left out.
-
-    The metric stands with its standard error and its change in percentage points, and parameters
-    with their share, against the first stage. Its title says on how many test examples it was
-    measured.
+    Cells look like "93.31% ± 1.08 (-0.12)" for the metric and "300 k (30.0%)" for parameters: the
+    brackets compare with the first stage. The title of the metric has the number of test examples.
 
     Args:
-        result: what the run folder holds.
-        before: the line of the model that a command was given.
-        errors: whether the metric has its standard error and the number of examples beside it.
+        result: the content of `result.json`.
+        before: the measured numbers of the model that a command started from, as the first row.
+        errors: whether to show the standard error and the number of test examples.
     """
     stages = _all(result, before)
     names = ["Stage", *(name_of(stage) for stage in stages)]
@@ -49,21 +46,19 @@ def _all(result: Json, before: Json | None) -> list[Json]:
 
 def _score_title(stages: list[Json], *, errors: bool) -> str:
     n = common_examples(stages)
-    title = Shown.of(stages).title
+    title = MetricFormat.of(stages).title
     return f"{title} (n={n:,})" if errors and n is not None else title
 
 
 def spread_explained(result: Json, *, before: Json | None = None) -> str:
-    """Returns what stands behind ± in the table of the stages, and on how many examples.
-
-    Nothing where none is known.
+    """Returns a sentence that explains ± in `stage_table`; "" if no standard error is known.
 
     >>> line = {"kind": "train", "accuracy": 0.9, "accuracy_error": 0.0108, "test_examples": 539}
     >>> spread_explained({"stages": [line]})
     '± is one standard error of the accuracy, on 539 test examples.'
     """
     stages = _all(result, before)
-    shown, n = Shown.of(stages), common_examples(stages)
+    shown, n = MetricFormat.of(stages), common_examples(stages)
     where = "" if n is None else f"on {n:,} test examples"
     if any(shown.error(stage) for stage in stages):
         said = f"± is one standard error of the {shown.name}"
@@ -71,12 +66,12 @@ def spread_explained(result: Json, *, before: Json | None = None) -> str:
     return f"Measured {where}." if where else ""
 
 
-def runtimes_told(result: Json, *, before: Json | None = None) -> str:
-    """Returns which stage's latency is of which runtime, if there are several; else nothing.
+def runtimes_explained(result: Json, *, before: Json | None = None) -> str:
+    """Returns a sentence on the runtimes of the latencies; "" if all are of one runtime.
 
     >>> dense = {"name": "dense", "latency_ms": 2.0, "runtime": "torch"}
     >>> export = {"name": "export", "latency_ms": 1.0, "runtime": "onnxruntime"}
-    >>> runtimes_told({"stages": [dense, export]})
+    >>> runtimes_explained({"stages": [dense, export]})
     'Latencies compare within one runtime only: dense in torch; export in onnxruntime.'
     """
     names: dict[str, list[str]] = {}
@@ -92,13 +87,14 @@ def runtimes_told(result: Json, *, before: Json | None = None) -> str:
 def rich_table(result: Json, *, width: int = 80) -> RichTable:
     """Returns `stage_table` for a terminal of `width` columns.
 
-    Where there is no room, brackets stand in a line of their own, and then standard errors are left
-    out.
+    If it is too wide, what is in brackets moves to a second line of the cell. If it is still too
+    wide, the standard errors are left out.
     """
-    whole = stage_table(result)
-    broken = _broken(whole)
-    fitting = [table for table in (whole, broken) if _width(table) <= width]
-    table = fitting[0] if fitting else _broken(stage_table(result, errors=False))
+    table = stage_table(result)
+    if _width(table) > width:
+        table = _two_lines(table)
+    if _width(table) > width:
+        table = _two_lines(stage_table(result, errors=False))
 
     shown = RichTable(box=None, header_style="bold", pad_edge=False, collapse_padding=True)
     for at, title in enumerate(table.header):
@@ -108,8 +104,8 @@ def rich_table(result: Json, *, width: int = 80) -> RichTable:
     return shown
 
 
-def _broken(table: Table) -> Table:
-    """Puts what stands in brackets into a line of its own."""
+def _two_lines(table: Table) -> Table:
+    """Moves what is in brackets to a second line of the cell."""
     rows = []
     for name, *cells in table.rows:
         rows.append([name, *(cell.replace(" (", "\n(") for cell in cells)])
@@ -117,7 +113,7 @@ def _broken(table: Table) -> Table:
 
 
 def _width(table: Table) -> int:
-    """Returns how many columns of a terminal the table takes."""
+    """Returns how many columns of a terminal the table needs."""
     widest = 0
     for column in zip(table.header, *table.rows, strict=True):
         lines = "\n".join(column).split("\n")
@@ -126,13 +122,14 @@ def _width(table: Table) -> int:
 
 
 def _score(stage: Json, stages: list[Json], *, errors: bool) -> str:
-    shown = Shown.of(stages)
+    shown = MetricFormat.of(stages)
     first = next((one for one in stages if shown.value(one) is not None), {})
-    told = shown.with_error(stage) if errors else shown.formatted(stage.get(shown.key))
+    value = shown.with_error(stage) if errors else shown.formatted(stage.get(shown.key))
+    # A difference between two test sets says nothing about the models.
     if stage is stages[0] or not same_test_set(stage, first):
-        return told
+        return value
     change = shown.change(stage.get(shown.key), first.get(shown.key))
-    return f"{told} ({change})" if change else told
+    return f"{value} ({change})" if change else value
 
 
 def _parameters(stage: Json, stages: list[Json]) -> str:
@@ -144,26 +141,32 @@ def _parameters(stage: Json, stages: list[Json]) -> str:
 
 
 def _epsilon(stage: Json, stages: list[Json]) -> str:
-    private = units.epsilon(stage.get("epsilon"))
-    return "none" if private == units.DASH and stage.get("kind") == "federate" else private
+    epsilon = units.epsilon(stage.get("epsilon"))
+    # A dash would look like "not measured"; a federated stage without epsilon has no privacy.
+    if epsilon == units.DASH and stage.get("kind") == "federate":
+        return "none"
+    return epsilon
 
 
 def _failed(stage: Json, stages: list[Json]) -> str:
-    """How many answers of clients did not count, or about how many protected units gave nothing."""
+    """Returns how many answers of clients were refused, such as "2 of 40".
+
+    Under privacy it is a noisy count of protected units (examples or clients), such as "≈60 of 80".
+    """
     failures = stage.get("failures")
     if not isinstance(failures, dict):
         return units.DASH
     if failures.get("refused"):
         return f"{failures['refused']} of {failures.get('asked')}"
     counted = failures.get("counted")
-    # A count with noise is shown where it is surely above its noise.
+    # "sure": the count is so far above 0 that the noise alone can hardly explain it.
     if isinstance(counted, dict) and counted.get("sure"):
         return noised_count(counted)
     return units.DASH
 
 
 def noised_count(counted: Json) -> str:
-    """Returns how many protected units gave nothing, by a count with noise.
+    """Returns the noisy count of protected units whose gradient or update was not usable.
 
     >>> noised_count({"not_finite": -0.4, "failed": 60.2, "of": 80.0})
     '≈60 of 80'
@@ -195,4 +198,4 @@ COLUMNS: tuple[tuple[str, Cell], ...] = (
     ("Failed", _failed),
     ("Time", _plain("seconds", units.seconds)),
 )
-"""The columns behind the stage's name and its metric."""
+"""Title and cell of each column to the right of the stage's name and its metric."""

@@ -9,10 +9,10 @@ def element(name: str, content: str | Markup = "", **attributes: str | float | N
     """Returns one element; content and attributes are escaped.
 
     Args:
-        name: such as `circle`.
-        content: text, or elements that are escaped already.
-        attributes: `text_anchor` stands for `text-anchor` and `class_` for `class`; None leaves one
-            out.
+        name: the element's name, such as `circle`.
+        content: plain text, or elements as `Markup`, which are not escaped a second time.
+        attributes: `text_anchor` becomes `text-anchor`, and `class_` becomes `class`. An attribute
+            that is None is left out.
 
     >>> element("text", "a < b", x=2.04, text_anchor="end", class_="label")
     Markup('<text x="2" text-anchor="end" class="label">a &lt; b</text>')
@@ -25,7 +25,7 @@ def element(name: str, content: str | Markup = "", **attributes: str | float | N
 
 
 def pixels(value: float) -> str:
-    """Returns a length or place in pixels; a tenth of a pixel is more than anybody sees.
+    """Returns a length or place in pixels, rounded to a tenth: nobody sees smaller differences.
 
     >>> pixels(12.0), pixels(12.34)
     ('12', '12.3')
@@ -38,10 +38,10 @@ def _text(value: str | float) -> str:
 
 
 def horizontal_line(start: float, end: float, y: float, look: str) -> Markup:
-    """Returns a line from left to right; `look` is its class in the style sheet."""
+    """Returns a line from the pixel `start` to `end`; `look` is its class in the style sheet."""
     return element("path", d=f"M{pixels(start)} {pixels(y)}H{pixels(end)}", class_=look)
 
 
 def vertical_line(x: float, start: float, end: float, look: str) -> Markup:
-    """Returns a line from the pixel `start` down or up to `end`."""
+    """Returns a line from the pixel `start` to `end`; `look` is its class in the style sheet."""
     return element("path", d=f"M{pixels(x)} {pixels(start)}V{pixels(end)}", class_=look)

@@ -1,4 +1,4 @@
-"""A sweep becomes one HTML page: what came out, the metric against each cost, all numbers."""
+"""Writes a sweep as one HTML page: the best variants, the metric against each cost, a table."""
 
 from __future__ import annotations
 
@@ -7,21 +7,24 @@ from pathlib import Path
 from statistics import mean, stdev
 
 from fedpress.reports import units
-from fedpress.reports.alike import common_examples
+from fedpress.reports.comparable import common_examples
 from fedpress.reports.html import Page, facts_of, write_page
-from fedpress.reports.metrics import Shown
+from fedpress.reports.metrics import MetricFormat
 from fedpress.reports.reading import Json
 from fedpress.reports.table import Table
 from fedpress.reports.trade_off import trade_offs
 from fedpress.workspace.atomic import read_json
 
 COSTS = (("file_bytes", "size"), ("latency_ms", "latency"))
+"""Key and name of each cost that has a figure with a Pareto front."""
 AVERAGED = ("parameters", "macs", "file_bytes", "latency_ms")
+"""Keys whose mean over seeds is shown."""
 FRONTS = (("●", "file_bytes"), ("◆", "latency_ms"))
+"""Mark in the table of the variants on the Pareto front of each cost."""
 
 
 def write_sweep(place: Path) -> Path:
-    """Draws `sweep.json` of the folder `place` as `sweep.html` there, and returns its path.
+    """Writes `sweep.html` in the folder `place` from its `sweep.json`, and returns the path.
 
     Raises:
         RunError: if there is no sweep, it is damaged, or the page cannot be written.
@@ -51,27 +54,27 @@ def write_sweep(place: Path) -> Path:
 
 
 def _note(page: Json) -> str:
-    """Says what the columns of the table mean."""
-    metric = _shown(page)
+    """Returns the meaning of the table's columns."""
+    metric = _format(page)
     points = " in percentage points" if metric.metric.share else ""
-    n = common_examples([v["stages"][-1] for v in page["variants"] if v["stages"]])
+    ends = [variant["stages"][-1] for variant in page["variants"] if variant["stages"]]
+    n = common_examples(ends)
     where = "" if n is None else f" on {n:,} test examples"
     return (
         f"Test {metric.name}{where} at the end of each variant, with the change against the "
-        f"best{points}. Of one seed ± is the standard error on the test set, if the metric has "
-        "one; of several seeds it is the standard deviation between them. ● beats all others of "
-        "its size or less, ◆ those of its latency or less in the same runtime. Latency is for "
-        "one example on one thread."
+        f"best{points}. For one seed ± is the standard error on the test set, if the metric has "
+        "one; for several seeds it is the standard deviation between them. ● is on the Pareto "
+        "front of size: no variant of its size or less has a better metric. ◆ is on that of "
+        "latency, among those in the same runtime. Latency is for one example on one thread."
     )
 
 
 def sweep_outcome(page: Json) -> str:
-    """Returns which variant is best, and the smallest one that cannot be told from it.
+    """Returns one sentence: the best variant, and the smallest one that is about as good.
 
-    Two variants cannot be told apart where their metrics differ by no more than one standard error
-    of the best one.
+    About as good means: its metric is within one standard error of the best one's.
     """
-    variants, metric = page["variants"], _shown(page)
+    variants, metric = page["variants"], _format(page)
     failed = sum(bool(variant["error"]) for variant in variants)
     rows = [row for row in averages(page) if row.get(metric.key) is not None]
     count = f"{len(variants)} variant{'' if len(variants) == 1 else 's'}"
@@ -84,18 +87,18 @@ def sweep_outcome(page: Json) -> str:
         count += f" ({failed} failed)"
     best_value = metric.best([row[metric.key] for row in rows])
     best = next(row for row in rows if row[metric.key] == best_value)
-    said = f"Of {count}, {best['name']} has the best test {metric.name}, {_told(best, metric)}"
+    said = f"Of {count}, {best['name']} has the best test {metric.name}, {_metric_and_size(best, metric)}"
     smallest = _smallest_near(best, rows, metric)
     if smallest is best:
         return f"{said}."
     near = f"{smallest['name']} is the smallest within one standard error of it"
-    return f"{said}; {near}: {_told(smallest, metric)}."
+    return f"{said}; {near}: {_metric_and_size(smallest, metric)}."
 
 
-def _smallest_near(best: Json, rows: Sequence[Json], metric: Shown) -> Json:
-    """Returns the row with the smallest file among those within one standard error of the best.
+def _smallest_near(best: Json, rows: Sequence[Json], metric: MetricFormat) -> Json:
+    """Returns the row with the smallest file whose metric is within one standard error of `best`.
 
-    Else the best.
+    It is `best` itself if no other row is so close, or the error is not known.
     """
     error, smallest = best.get(f"{metric.key}_error"), best
     if not error or best["file_bytes"] is None:
@@ -107,15 +110,18 @@ def _smallest_near(best: Json, rows: Sequence[Json], metric: Shown) -> Json:
     return smallest
 
 
-def _told(row: Json, metric: Shown) -> str:
-    """Returns the metric and the size of a row of `averages` in words."""
+def _metric_and_size(row: Json, metric: MetricFormat) -> str:
+    """Returns the metric and the size of a row of `averages`: "93.31% ± 1.08 with 1.2 MB"."""
     seeds = f" (mean of {row['seeds']} seeds)" if row["seeds"] > 1 else ""
     size = "" if row["file_bytes"] is None else f" with {units.size(row['file_bytes'])}"
     return f"{_score(row, metric)}{seeds}{size}"
 
 
-def _score(row: Json, metric: Shown) -> str:
-    """Returns the metric of a row of `averages` with its spread between seeds, or its error."""
+def _score(row: Json, metric: MetricFormat) -> str:
+    """Returns the metric of a row of `averages` with ±.
+
+    ± is the standard deviation between several seeds, or the standard error of a single run.
+    """
     spread = row.get(f"{metric.key}_spread")
     if spread is None:
         return metric.with_error(row)
@@ -124,16 +130,21 @@ def _score(row: Json, metric: Shown) -> str:
 
 
 def averages(page: Json) -> list[Json]:
-    """Returns a row for each variant: of those that differ by seed alone mean and spread."""
+    """Returns a row of numbers for each variant; variants that differ only by seed share one.
+
+    The row of several seeds has the mean of each number, and its standard deviation under
+    `KEY_spread`.
+    """
     groups: dict[str, list[Json]] = {}
     for variant in page["variants"]:
+        # A variant's name lists its overrides: "stage.1.keep=0.3 seed=2".
         words = [word for word in variant["name"].split(" ") if not word.startswith("seed=")]
         groups.setdefault(" ".join(words) or "all seeds", []).append(variant)
     return [_average(name, members) for name, members in groups.items()]
 
 
 def _average(name: str, members: Sequence[Json]) -> Json:
-    """Returns the row of variants that differ by their seed alone."""
+    """Returns the row of variants that differ only by seed."""
     ends, runtimes, errors = [], set(), []
     for member in members:
         if member["error"]:
@@ -149,7 +160,7 @@ def _average(name: str, members: Sequence[Json]) -> Json:
         "members": [member["name"] for member in members],
         "runtime": ", ".join(sorted(runtimes)),
     }
-    metric = Shown.of(ends).key
+    metric = MetricFormat.of(ends).key
     for key in (metric, f"{metric}_error", *AVERAGED):
         known = units.numbers(ends, key)
         row[key] = mean(known) if known else None
@@ -158,12 +169,10 @@ def _average(name: str, members: Sequence[Json]) -> Json:
 
 
 def sweep_table(page: Json) -> Table:
-    """Returns a row for each variant, of several seeds the mean and spread.
-
-    Marks those on a front.
-    """
-    rows, metric = averages(page), _shown(page)
-    best = metric.best([row[metric.key] for row in rows if row.get(metric.key) is not None])
+    """Returns a row for each variant, with the mean over its seeds and its marks (`FRONTS`)."""
+    rows, metric = averages(page), _format(page)
+    measured = [row[metric.key] for row in rows if row.get(metric.key) is not None]
+    best = metric.best(measured)
     several_seeds = any(row["seeds"] > 1 for row in rows)
     several_runtimes = len({row["runtime"] for row in rows} - {""}) > 1
     header = ["Variant", "Front", metric.title, "To best", "Params", "MACs", "Size", "Latency"]
@@ -195,9 +204,9 @@ def _front(row: Json, page: Json) -> str:
     return marks
 
 
-def _shown(page: Json) -> Shown:
-    """Says how the metric of the sweep's task is told."""
+def _format(page: Json) -> MetricFormat:
+    """Returns the format of the primary metric of the sweep's task."""
     stages: list[Json] = []
     for variant in page["variants"]:
         stages += variant["stages"]
-    return Shown.of(stages)
+    return MetricFormat.of(stages)

@@ -1,4 +1,4 @@
-"""A table as plain text, and how a terminal shows it."""
+"""A table of text, and its form for a terminal."""
 
 from __future__ import annotations
 
@@ -12,23 +12,27 @@ from rich.text import Text
 
 @dataclass(frozen=True)
 class Table:
-    """A header and rows of text, all of one length.
+    """A header and rows of text; every row has as many cells as the header.
 
-    The first column holds names, the others numbers.
+    The first column has names. The others have numbers, such as "13.4 MB", unless a caller of
+    `as_rich` says otherwise.
     """
 
     header: list[str]
     rows: list[list[str]]
 
 
-def as_rich(table: Table, *, words: Collection[str] = ()) -> RichTable:
+def as_rich(table: Table, *, text_columns: Collection[str] = ()) -> RichTable:
     """Returns a table for a terminal.
 
-    Text in the first column and in the columns `words` may break into lines.
+    Args:
+        table: what to show.
+        text_columns: titles of further columns with text. Text is aligned left and may be broken
+            into lines; numbers are aligned right and never broken.
     """
     shown = RichTable(box=None, header_style="bold", pad_edge=False)
     for at, title in enumerate(table.header):
-        text = at == 0 or title in words
+        text = at == 0 or title in text_columns
         justify: Literal["left", "right"] = "left" if text else "right"
         shown.add_column(title, justify=justify, no_wrap=not text, overflow="fold")
     add_rows_(shown, table)
@@ -36,6 +40,7 @@ def as_rich(table: Table, *, words: Collection[str] = ()) -> RichTable:
 
 
 def add_rows_(shown: RichTable, table: Table) -> None:
-    """Adds the rows as plain text: a name with [brackets] is no markup."""
+    """Adds the rows to a table of rich, which is changed."""
     for row in table.rows:
+        # As `Text`: rich would read a name such as "[data]" as markup and hide it.
         shown.add_row(*(Text(cell) for cell in row))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fedpress.reports import units
-from fedpress.reports.metrics import Shown
+from fedpress.reports.metrics import MetricFormat
 from fedpress.reports.plot import (
     BLUE,
     FAINT,
@@ -20,15 +20,20 @@ from fedpress.reports.plot import (
 )
 from fedpress.reports.reading import Json
 
-NAMED = 12
-"""Most points of the front that are named in the picture; where there are more, only the pointer
-and the table name them."""
+MOST_NAMED = 12
+"""Most points of the Pareto front with a name in the picture; with more, names would overlap, and
+only tooltips and the table have them."""
 
 
 def trade_offs(page: Json, cost: str, word: str) -> list[Figure]:
-    """Returns the figure of the metric against one cost.
+    """Returns the figures of the metric against one cost.
 
-    For latency one figure for each runtime: latencies in two runtimes cannot be compared.
+    Latencies in two runtimes cannot be compared, so latency has a figure for each runtime.
+
+    Args:
+        page: the content of `sweep.json`.
+        cost: the key of the cost, such as "file_bytes".
+        word: its name, such as "size".
     """
     runtimes: list[str | None] = []
     if cost == "latency_ms":
@@ -43,10 +48,7 @@ def trade_offs(page: Json, cost: str, word: str) -> list[Figure]:
 
 
 def _runtimes(page: Json) -> list[str]:
-    """Returns the runtimes in which the last stages of variants were measured.
-
-    If no variant has ended, those of all stages.
-    """
+    """Returns the runtimes of the variants' last stages; of all stages if no variant has ended."""
     ends: list[Json] = []
     stages: list[Json] = []
     for variant in page["variants"]:
@@ -67,8 +69,8 @@ class Point:
 
     Attributes:
         variant: the name of the variant that it belongs to.
-        stage: what the result says of it.
-        end: whether it is the last one of its variant.
+        stage: its measured numbers.
+        end: whether it is the last stage of its variant.
     """
 
     variant: str
@@ -76,14 +78,14 @@ class Point:
     end: bool
 
     @property
-    def shown(self) -> Shown:
-        """Says how its metric is named and written."""
-        return Shown.of([self.stage])
+    def metric(self) -> MetricFormat:
+        """The format of its metric."""
+        return MetricFormat.of([self.stage])
 
     @property
     def height(self) -> float:
-        """Returns where it is drawn: its metric, in percent if that is a share."""
-        return float(self.shown.scale * self.stage[self.shown.key])
+        """The vertical value: its metric, in percent if it is a share."""
+        return float(self.metric.scale * self.stage[self.metric.key])
 
 
 @dataclass(frozen=True)
@@ -91,9 +93,9 @@ class Cost:
     """A cost on the lower axis.
 
     Attributes:
-        key: of the cost in a stage's result.
-        unit: that it is drawn in, such as "MB".
-        size: what a stage's number is divided by to have this unit: 1e6 for MB.
+        key: its key in a stage's result, such as "file_bytes".
+        unit: the unit of the axis, such as "MB".
+        size: the size of the unit: 1e6 for MB.
     """
 
     key: str
@@ -110,29 +112,30 @@ class Cost:
 
     @property
     def axis(self) -> str:
-        """Returns what stands at the axis."""
+        """The title of the axis, such as "file (MB)"."""
         what = "latency, batch 1, one thread" if self.key == "latency_ms" else "file"
         return f"{what} ({self.unit})"
 
 
 def trade_off(page: Json, cost: str, word: str, *, runtime: str | None = None) -> Figure | None:
-    """Shows the metric against one cost: all stages, the ends of variants, and the Pareto front.
+    """Draws the metric against one cost: all stages, the ends of variants, and the Pareto front.
 
     Args:
-        page: the sweep.
-        cost: the key of the cost.
-        word: the cost in words.
-        runtime: only what was measured in this one.
+        page: the content of `sweep.json`.
+        cost: the key of the cost, such as "file_bytes".
+        word: its name, such as "size".
+        runtime: draw only stages that were measured in this runtime; None: all.
     """
     points = _points(page, cost, runtime)
     if not points:
         return None
     ends = {point.variant: point for point in points if point.end}
+    # The sweep computed its Pareto front over final stages alone.
     front = [ends[name] for name in page.get(f"front_{cost}", []) if name in ends]
     beaten = [point for point in ends.values() if point not in front]
     earlier = _distinct([point for point in points if not point.end])
 
-    metric = Shown.of([point.stage for point in points])
+    metric = MetricFormat.of([point.stage for point in points])
     higher = metric.metric.better == "higher"
     worst = _worst([point.height for point in ends.values() or points], metric)
     low, high = (worst, _highest(points, metric)) if higher else (0.0, worst)
@@ -150,13 +153,16 @@ def trade_off(page: Json, cost: str, word: str, *, runtime: str | None = None) -
 
 
 def _points(page: Json, cost: str, runtime: str | None) -> list[Point]:
-    """Returns the stages with both a cost and a metric, in the order of the sweep."""
+    """Returns the stages that have both the cost and a metric, in the order of the sweep."""
     points = []
     for variant in page["variants"]:
         for stage in variant["stages"]:
             if runtime is not None and str(stage.get("runtime")) != runtime:
                 continue
-            if units.number(stage.get(cost)) is None or Shown.of([stage]).value(stage) is None:
+            if (
+                units.number(stage.get(cost)) is None
+                or MetricFormat.of([stage]).value(stage) is None
+            ):
                 continue
             end = stage is variant["stages"][-1] and not variant["error"]
             points.append(Point(variant["name"], stage, end))
@@ -164,7 +170,8 @@ def _points(page: Json, cost: str, runtime: str | None) -> list[Point]:
 
 
 def _distinct(points: Sequence[Point]) -> list[Point]:
-    """Leaves out stages that several variants share."""
+    """Returns each stage once, though several variants may share it."""
+    # Variants that begin with the same settings reuse their first stages, down to the seconds.
     seen: dict[tuple[Any, ...], Point] = {}
     for point in points:
         stage = point.stage
@@ -172,10 +179,11 @@ def _distinct(points: Sequence[Point]) -> list[Point]:
     return list(seen.values())
 
 
-def _worst(ends: Sequence[float], metric: Shown) -> float:
+def _worst(ends: Sequence[float], metric: MetricFormat) -> float:
     """Returns the worst metric that the picture shows, somewhat worse than that of any end.
 
-    A network that was just cut may be so bad that beside it all others would look equal.
+    Worse stages are not drawn: a network that was just pruned may guess, and on an axis that shows
+    it all others would look equal.
     """
     span = max(ends) - min(ends)
     if metric.metric.better == "lower":
@@ -185,29 +193,30 @@ def _worst(ends: Sequence[float], metric: Shown) -> float:
     return min(ends) - (span or 0.1)
 
 
-def _highest(points: Sequence[Point], metric: Shown) -> float:
-    """Returns the upper end of the axis: a bit above the best point, for a share at most 100.2%."""
+def _highest(points: Sequence[Point], metric: MetricFormat) -> float:
+    """Returns the upper end of the axis: slightly above the best point."""
     best = max(point.height for point in points)
     worst = _worst([point.height for point in points if point.end] or [best], metric)
     space = max(0.5 if metric.metric.share else 0.005, 0.1 * (best - worst))
-    # Above 100% there is nothing, but a point at 100% still needs room for its upper half.
+    # A share cannot be above 100%, but the circle at 100% needs room for its upper half.
     most = 100.2 if metric.metric.share else best + space
     return min(best + space, most)
 
 
 def _in_words(earlier: Sequence[Point], front: Sequence[Point], word: str) -> str:
-    way = "; in grey the stages on its way" if earlier else ""
+    grey = "; in grey its earlier stages" if earlier else ""
     named = ", ".join(point.variant for point in front) or "none"
-    return f"Each variant's end{way}. On the Pareto front, by rising {word}: {named}."
+    return f"The last stage of each variant{grey}. On the Pareto front, by rising {word}: {named}."
 
 
 def _hidden(earlier: Sequence[Point], worst: float, *, higher: bool) -> str:
-    """Says how many stages lie beyond the end of the picture; empty if none does."""
+    """Returns a sentence with the number of stages outside the picture; "" if there are none."""
     beyond = 0
     for point in earlier:
-        beyond += point.height < worst if higher else point.height > worst
+        outside = point.height < worst if higher else point.height > worst
+        beyond += outside
     side = "below" if higher else "above"
-    return f" {beyond} stages on the way lie {side} the picture." if beyond else ""
+    return f" {beyond} earlier stages lie {side} the picture." if beyond else ""
 
 
 def _series(
@@ -221,32 +230,32 @@ def _series(
     if earlier:
         x, y, hover = _drawn(earlier, cost)
         begins = [_first_label(point, page) for point in earlier]
-        drawn.append(Series("points", "stages on the way", x, y, FAINT, hover, begins))
+        drawn.append(Series("points", "earlier stages", x, y, FAINT, hover, begins))
     if beaten:
         x, y, hover = _drawn(beaten, cost)
-        drawn.append(Series("points", "beaten by another", x, y, BLUE, hover, hollow=True))
+        drawn.append(Series("points", "not on the front", x, y, BLUE, hover, hollow=True))
     if front:
         x, y, hover = _drawn(front, cost)
-        names = [point.variant if len(front) <= NAMED else "" for point in front]
+        names = [point.variant if len(front) <= MOST_NAMED else "" for point in front]
         drawn.append(Series("steps", "Pareto front", x, y, ORANGE, hover, names))
     return drawn
 
 
 def _first_label(point: Point, page: Json) -> str:
-    """Returns the name of a stage that begins its variant: all later ones are compared with it."""
+    """Returns the label of a variant's first stage, such as "first: dense"; "" for later ones."""
     stages = next(v["stages"] for v in page["variants"] if v["name"] == point.variant)
     return f"first: {point.stage.get('name') or '?'}" if point.stage is stages[0] else ""
 
 
 def _drawn(points: Sequence[Point], cost: Cost) -> tuple[list[float], list[float], list[str]]:
-    """Returns costs and metrics of some points, and the text that the pointer shows at each."""
+    """Returns the costs, metrics and tooltips of some points."""
     x, y, hover = [], [], []
     for point in points:
         cost_in_unit = point.stage[cost.key] / cost.size
         runtime = point.stage.get("runtime") if cost.key == "latency_ms" else None
         where = f", in {runtime}" if runtime else ""
-        told = f"{short(cost_in_unit)} {cost.unit}, {point.shown.with_error(point.stage)}"
+        text = f"{short(cost_in_unit)} {cost.unit}, {point.metric.with_error(point.stage)}"
         x.append(cost_in_unit)
         y.append(point.height)
-        hover.append(f"{point.variant}, after {point.stage.get('name')}{where}: {told}")
+        hover.append(f"{point.variant}, after {point.stage.get('name')}{where}: {text}")
     return x, y, hover

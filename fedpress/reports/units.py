@@ -1,7 +1,4 @@
-"""Numbers as people read them: 3.35 M, 168 MMAC, 13.4 MB, 3.7 ms, 1 h 32 min.
-
-What is missing is a dash.
-"""
+"""Formats numbers: 3.35 M, 168 MMAC, 13.4 MB, 3.7 ms, 1 h 32 min; a missing number is a dash."""
 
 from __future__ import annotations
 
@@ -10,28 +7,23 @@ from collections.abc import Iterable, Mapping
 from decimal import ROUND_CEILING, Decimal
 from typing import Any
 
-LARGEST = 1e150
+LARGEST = 1e150  # the square of a larger number overflows
 DASH = "–"
 PREFIXES = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
 
 def number(value: Any) -> float | None:
-    """Returns `value` as a finite float, or None if it is missing, text, NaN or infinite.
-
-    What is so large that drawing it overflows, as only a damaged file holds it, is no number
-    either.
-    """
-    if (
-        isinstance(value, bool)
-        or not isinstance(value, int | float)
-        or not -LARGEST < value < LARGEST
-    ):
+    """Returns `value` as a float; None if it is missing, a text, a bool, NaN, infinite or huge."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    # Only a damaged file has a larger number, and drawing it would overflow. False for NaN.
+    if not -LARGEST < value < LARGEST:
         return None
     return float(value)
 
 
 def numbers(lines: Iterable[Mapping[str, Any]], key: str) -> list[float]:
-    """Returns the numbers that lines have under a key; lines without one are left out.
+    """Returns the numbers under a key of some lines; lines without a number are left out.
 
     >>> numbers([{"loss": 0.5}, {}, {"loss": "damaged"}, {"loss": 0.25}], "loss")
     [0.5, 0.25]
@@ -45,7 +37,7 @@ def numbers(lines: Iterable[Mapping[str, Any]], key: str) -> list[float]:
 
 
 def count(value: Any, unit: str = "") -> str:
-    """Returns a count with three digits and a decimal prefix before `unit`.
+    """Returns a count with three digits, a decimal prefix and its `unit`.
 
     >>> count(11_173_962), count(168_000_000, "MAC"), count(None)
     ('11.2 M', '168 MMAC', '–')
@@ -62,7 +54,7 @@ def count(value: Any, unit: str = "") -> str:
 
 
 def size(value: Any) -> str:
-    """Returns a number of bytes.
+    """Returns a number of bytes with a decimal prefix.
 
     >>> size(13_400_000), size(None)
     ('13.4 MB', '–')
@@ -71,7 +63,7 @@ def size(value: Any) -> str:
 
 
 def scale(largest: float) -> tuple[str, float]:
-    """Returns the prefix, and its size, for an axis that reaches to `largest`.
+    """Returns the decimal prefix, and its factor, for an axis that reaches to `largest`.
 
     >>> scale(13_400_000), scale(12)
     (('M', 1000000.0), ('', 1.0))
@@ -80,7 +72,7 @@ def scale(largest: float) -> tuple[str, float]:
 
 
 def _three_digits(x: float) -> str:
-    # The borders lie where rounding would make a fourth digit: 9.996 becomes 10.0, not 10.00.
+    # The limits are where rounding would give a fourth digit: 9.996 becomes 10.0, not 10.00.
     if abs(x) < 9.995:
         return f"{x:.2f}"
     return f"{x:.1f}" if abs(x) < 99.95 else f"{x:.0f}"
@@ -107,7 +99,7 @@ def points(value: Any, reference: Any) -> str:
 
 
 def milliseconds(value: Any) -> str:
-    """Returns a latency.
+    """Returns a latency with two or three digits.
 
     >>> milliseconds(3.71), milliseconds(0.0287), milliseconds(0.4234), milliseconds(12.94)
     ('3.7 ms', '0.029 ms', '0.42 ms', '12.9 ms')
@@ -115,7 +107,7 @@ def milliseconds(value: Any) -> str:
     x = number(value)
     if x is None:
         return DASH
-    # The borders lie where rounding would make one digit more.
+    # The limits are where rounding would give one digit more: 0.0997 becomes 0.10, not 0.100.
     for below, digits in ((0.0995, 3), (0.995, 2), (99.95, 1)):
         if x < below:
             return f"{x:.{digits}f} ms"
@@ -123,7 +115,7 @@ def milliseconds(value: Any) -> str:
 
 
 def seconds(value: Any) -> str:
-    """Returns a time span to about three digits.
+    """Returns a time span with two or three digits.
 
     >>> seconds(0.42), seconds(54.2), seconds(150), seconds(750), seconds(5_540)
     ('0.4 s', '54 s', '2 min 30 s', '13 min', '1 h 32 min')
@@ -140,7 +132,7 @@ def seconds(value: Any) -> str:
 
 
 def epsilon(value: Any) -> str:
-    """Returns an epsilon rounded up: a promise must not look stronger than it is.
+    """Returns an epsilon rounded up: the guarantee must not look stronger than it is.
 
     >>> epsilon(7.981), epsilon(8.0), epsilon(None)
     ('7.99', '8.00', '–')
@@ -149,17 +141,18 @@ def epsilon(value: Any) -> str:
     return DASH if x is None else f"{math.ceil(x * 100 - 1e-6) / 100:.2f}"
 
 
-def upward(value: float, digits: int = 4) -> str:
-    """Returns a number rounded up to so many digits.
+def rounded_up(value: float, digits: int = 4) -> str:
+    """Returns a number rounded up to `digits` digits.
 
-    Less noise, or a smaller epsilon, would promise too much.
+    Epsilon and the noise multiplier are rounded up: with less noise, or a smaller epsilon, the
+    guarantee would not hold.
 
-    >>> upward(3.39432), upward(8.0), upward(1.23e-7, 2), upward(123456.0), upward(math.inf)
+    >>> rounded_up(3.39432), rounded_up(8.0), rounded_up(1.23e-7, 2), rounded_up(123456.0), rounded_up(math.inf)
     ('3.395', '8', '1.3e-07', '1.235e+05', 'inf')
     """
     if not math.isfinite(value):
         return f"{value}"
-    # As a float, 3.39432 * 1000 may round before it is rounded up: a decimal number is exact.
+    # Decimal, because a float product such as 3.39432 * 1000 is rounded itself, perhaps down.
     exact = Decimal(value)
     if value:
         last_digit = Decimal((0, (1,), exact.adjusted() - digits + 1))
@@ -167,10 +160,10 @@ def upward(value: float, digits: int = 4) -> str:
     return f"{float(exact):.{digits}g}"
 
 
-def small(value: Any) -> str:
-    """Returns a small probability or a setting.
+def compact(value: Any) -> str:
+    """Returns a number in its shortest form, such as a delta or a setting.
 
-    >>> small(1e-5), small(0.5)
+    >>> compact(1e-5), compact(0.5)
     ('1e-5', '0.5')
     """
     x = number(value)

@@ -10,7 +10,7 @@ from fedpress.reports.compression import (
     density_over_epochs,
     sensitivity_curves,
 )
-from fedpress.reports.detail_tables import left_table
+from fedpress.reports.detail_tables import unchanged_table
 from fedpress.reports.sweep import averages, sweep_table
 from fedpress.reports.trade_off import trade_off, trade_offs
 
@@ -74,7 +74,7 @@ def test_what_was_left_is_gathered_by_reason():
         "left": {f"layer{i}": "too small" for i in range(5)},
         "whole_layers": {"head": "an output"},
     }
-    rows = left_table([stage, {"name": "x", "left": "?"}]).rows
+    rows = unchanged_table([stage, {"name": "x", "left": "?"}]).rows
     assert rows == [
         ["q", "layer0, layer1, layer2 and 2 more", "too small"],
         ["q", "head", "an output"],

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from fedpress.reports.protection import protection, protections, protects
+from fedpress.reports.protection import all_private, protection, protections
 
 SAMPLE = {"kind": "federate", "name": "f", "unit": "sample", "epsilon": 2.0, "delta": 1e-5}
 
@@ -52,8 +52,8 @@ def test_a_stage_without_privacy_breaks_the_promise_of_the_run():
     first, second = protections(stages)
     assert first.summary.startswith("No differential privacy")
     assert "But not in the run as a whole: “open” used private data" in second.summary
-    assert not protects(stages)
-    assert protects([SAMPLE, {"kind": "train"}])
+    assert not all_private(stages)
+    assert all_private([SAMPLE, {"kind": "train"}])
 
 
 def test_accuracy_on_private_examples_is_named_as_uncovered():

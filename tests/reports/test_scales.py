@@ -4,9 +4,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedpress.reports.metrics import Shown
+from fedpress.reports.metrics import MetricFormat
 from fedpress.reports.plot import Axis, Panel, Series, score_axis
-from fedpress.reports.scales import axis_range, heights, tick_texts, ticks
+from fedpress.reports.scales import axis_range, panel_heights, tick_texts, ticks
 
 
 @given(low=st.floats(-1e9, 1e9), span=st.floats(1e-6, 1e9), most=st.integers(3, 9))
@@ -19,27 +19,27 @@ def test_ticks_are_few_rising_and_inside(low, span, most):
 
 
 def test_an_axis_of_accuracy_begins_near_the_lowest_one():
-    axis = score_axis(Shown.of([{"task": "classification"}]), "test")
+    axis = score_axis(MetricFormat.of([{"task": "classification"}]), "test")
     low, high = axis_range(axis, [92.0, 99.0])
     assert 90 < low < 92
     assert 99 < high <= 100
 
 
 def test_an_axis_of_accuracy_ends_at_0_and_100_percent():
-    axis = score_axis(Shown.of([{"task": "classification"}]))
+    axis = score_axis(MetricFormat.of([{"task": "classification"}]))
     assert axis_range(axis, [0.5, 99.9]) == (0.0, 100.0)
     low, high = axis_range(axis, [100.0, 100.0])
     assert (low < 99.5, high) == (True, 100.0)
 
 
 def test_accuracies_that_hardly_differ_do_not_fill_the_picture():
-    axis = score_axis(Shown.of([{"task": "classification"}]))
+    axis = score_axis(MetricFormat.of([{"task": "classification"}]))
     low, high = axis_range(axis, [95.0, 95.2])
     assert high - low >= 2
 
 
 def test_an_error_in_units_of_its_own_has_no_bounds():
-    axis = score_axis(Shown.of([{"task": "regression"}]))
+    axis = score_axis(MetricFormat.of([{"task": "regression"}]))
     low, high = axis_range(axis, [300.0, 320.0])
     assert low < 300
     assert high > 320
@@ -48,8 +48,10 @@ def test_an_error_in_units_of_its_own_has_no_bounds():
 @pytest.mark.parametrize("kind", ["bars", "areas"])
 def test_bars_and_areas_begin_at_0(kind):
     panel = Panel(Axis("y"), [Series(kind, "s", [1.0, 2.0], [95.0, 97.0])])
-    assert min(heights(panel)) == 0
-    assert min(heights(Panel(Axis("y"), [Series("line", "s", [1.0, 2.0], [95.0, 97.0])]))) == 95
+    assert min(panel_heights(panel)) == 0
+    assert (
+        min(panel_heights(Panel(Axis("y"), [Series("line", "s", [1.0, 2.0], [95.0, 97.0])]))) == 95
+    )
 
 
 @given(

@@ -8,7 +8,14 @@ from hypothesis import strategies as st
 
 from fedpress.reports import units
 
-FORMS = [units.count, units.percent, units.milliseconds, units.seconds, units.epsilon, units.small]
+FORMS = [
+    units.count,
+    units.percent,
+    units.milliseconds,
+    units.seconds,
+    units.epsilon,
+    units.compact,
+]
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -1,6 +1,11 @@
 from __future__ import annotations
 
-from fedpress.reports.alike import changing_stages, common_examples, exported_format, same_test_set
+from fedpress.reports.comparable import (
+    changing_stages,
+    common_examples,
+    exported_format,
+    same_test_set,
+)
 
 
 def test_stages_on_one_test_set_have_its_size_in_common():

@@ -1,0 +1,63 @@
+"""Decides which numbers of two stages may be compared, such as latencies in one runtime."""
+
+from __future__ import annotations
+
+from fedpress.reports import units
+from fedpress.reports.reading import Json
+
+FORMATS = {
+    "onnx": "ONNX",
+    "executorch": "ExecuTorch",
+    "litert": "LiteRT",
+    "openvino": "OpenVINO",
+}
+
+
+def changing_stages(stages: list[Json]) -> list[Json]:
+    """Returns the stages without those of kind "measure".
+
+    If every stage is of kind "measure", all are returned.
+    """
+    # A measure stage does not change the model: its line repeats the numbers of the one before.
+    changing = [stage for stage in stages if stage.get("kind") != "measure"]
+    return changing or stages
+
+
+def examples_of(stage: Json) -> int | None:
+    """Returns the number of test examples of a stage's metric; None where it is not recorded."""
+    # Results of version 0.1 have no such number.
+    found = units.number(stage.get("test_examples"))
+    return None if found is None else int(found)
+
+
+def same_test_set(one: Json, other: Json) -> bool:
+    """Returns whether two stages were measured on equally many test examples."""
+    # All stages of one run have the same test set. A model that was loaded from another run may
+    # have been measured on another one; only a different number of examples shows that.
+    return examples_of(one) == examples_of(other)
+
+
+def common_examples(stages: list[Json]) -> int | None:
+    """Returns the number of test examples if it is known and equal for all stages; else None."""
+    found = {examples_of(stage) for stage in stages}
+    return found.pop() if len(found) == 1 else None
+
+
+def exported_format(stage: Json) -> str:
+    """Returns the format of a stage's exported file, such as "ONNX"; "" if it exported none.
+
+    An exported file has the network's operations and its weights, so its size must not be compared
+    with that of a file of weights alone.
+
+    >>> exported_format({"format": "onnx", "artifact": "artifacts/model.onnx"}), exported_format({})
+    ('ONNX', '')
+    """
+    given = stage.get("format")
+    if not stage.get("artifact") or not isinstance(given, str):
+        return ""
+    return FORMATS.get(given, given)
+
+
+def runtime_of(stage: Json) -> str:
+    """Returns the runtime in which the latency was measured, such as "onnxruntime"."""
+    return str(stage.get("runtime") or "an unknown runtime")
