@@ -206,7 +206,8 @@ def run(options: argparse.Namespace) -> Iterator[dict[str, object]]:
                         "network": network,
                         "arm": f"{score}, {arm}",
                         "accuracy": share(small, examples),
-                        "difference": 100 * compress.difference(dense, small, shown).relative,
+                        "difference": 100
+                        * compress.output_difference(dense, small, shown).relative,
                     }
 
 

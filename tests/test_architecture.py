@@ -258,7 +258,7 @@ MOST_BRANCHES = 15
 """Cyclomatic complexity of a function, counted as radon counts it (its own, without functions inside)."""
 BRANCHY = {
     "compress.prune.rules.attention:einsum": "an ATen operation: its cases are its definition",
-    "compress.prune.rules.statistics:along": "an ATen operation: its cases are its definition",
+    "compress.prune.rules.statistics:mix_along_axes": "an ATen operation: its cases are its definition",
 }
 """Functions that branch more, and why; it may only become shorter."""
 

@@ -20,7 +20,12 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Latency:
-    """Milliseconds per call: the median, and the interquartile range."""
+    """Time of one forward pass, in milliseconds.
+
+    Attributes:
+        median_ms: median over the timed calls.
+        spread_ms: interquartile range: third quartile less the first.
+    """
 
     median_ms: float
     spread_ms: float
@@ -59,7 +64,7 @@ def _recurrent(x: Any, w_ih: Any, w_hh: Any, *_: Any, **__: Any) -> int:
     return flops
 
 
-# Operations on a CPU that torch's counter does not know.
+# Fused CPU kernels that torch's counter does not know: without them attention and LSTMs cost 0.
 _UNCOUNTED = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
     torch.ops.aten.mkldnn_rnn_layer: _recurrent,
@@ -68,14 +73,15 @@ _UNCOUNTED = {
 
 @torch.no_grad()
 def macs(model: nn.Module, example: Example) -> int:
-    """Counts the multiply-adds of convolutions and matrix products for all of `example`.
+    """Counts the multiply-adds of convolutions and matrix products in one forward pass.
 
     torch's FlopCounterMode counts the operations that really run, with two FLOPs per multiply-add.
-    If the model fails on one example alone, the result is half of what two cost.
+    If the model fails on a batch of one, it runs on two copies, and the count is halved.
 
     Args:
         model: any module.
-        example: its inputs; a batch of 1 gives the cost of one example.
+        example: its inputs [n, ...]. The count is for all n examples; pass a batch of 1 for the
+            cost of one.
 
     >>> macs(nn.Linear(3, 2), torch.zeros(1, 3))
     6
@@ -87,15 +93,15 @@ def macs(model: nn.Module, example: Example) -> int:
         return int(counter.get_total_flops())
 
     with _evaluating(model):
-        flops, copies = _alone_or_twice(count, example)
+        flops, copies = _run_with_one_or_two(count, example)
     return flops // (2 * copies)
 
 
 @torch.no_grad()
 def activations(model: nn.Module, example: Example) -> int:
-    """Counts the numbers in the outputs of the innermost modules of `model` for all of `example`.
+    """Counts the activations of one forward pass: the output sizes of all innermost modules.
 
-    If the model fails on one example alone, the result is half of what two give.
+    If the model fails on a batch of one, it runs on two copies, and the count is halved.
 
     >>> activations(nn.Sequential(nn.Linear(3, 2), nn.ReLU()), torch.zeros(1, 3))
     4
@@ -112,11 +118,14 @@ def activations(model: nn.Module, example: Example) -> int:
         return sum(counts)
 
     # Containers return the outputs of the modules in them, which would be counted twice.
-    inner = [m for m in model.modules() if not list(m.children())]
-    hooks = [m.register_forward_hook(note) for m in inner]
+    hooks = []
+    for module in model.modules():
+        is_innermost = not list(module.children())
+        if is_innermost:
+            hooks.append(module.register_forward_hook(note))
     try:
         with _evaluating(model):
-            numbers, copies = _alone_or_twice(count, example)
+            numbers, copies = _run_with_one_or_two(count, example)
     finally:
         for hook in hooks:
             hook.remove()
@@ -125,16 +134,17 @@ def activations(model: nn.Module, example: Example) -> int:
 
 @torch.no_grad()
 def latency(model: nn.Module, example: Example, *, repeats: int = 30, warmup: int = 5) -> Latency:
-    """Times `model` on one example (the first of `example`), in eager torch on one thread.
+    """Measures the time of one forward pass on the first of `example`, in eager torch.
 
-    If the model fails on one example alone, it is half the time of two. The number of threads and
-    the model's modes are restored.
+    One thread is used. If the model fails on a batch of one, it runs on two copies, and the time is
+    halved. The number of threads and the model's modes are restored.
 
     Args:
         model: any module.
-        example: its inputs.
-        repeats: timed calls.
-        warmup: calls before them that are not counted, while caches fill and kernels are chosen.
+        example: its inputs [n, ...].
+        repeats: number of timed calls.
+        warmup: number of calls before the timed ones, during which caches fill and torch chooses
+            kernels.
     """
 
     def clock(given: Example) -> list[float]:
@@ -150,7 +160,7 @@ def latency(model: nn.Module, example: Example, *, repeats: int = 30, warmup: in
         # With several threads the time depends on what else the machine does.
         torch.set_num_threads(1)
         with _evaluating(model):
-            times, copies = _alone_or_twice(clock, map_inputs(example, lambda t: t[:1]))
+            times, copies = _run_with_one_or_two(clock, map_inputs(example, lambda t: t[:1]))
     finally:
         torch.set_num_threads(threads)
     # The median is not moved by a few slow calls, as a mean would be.
@@ -159,10 +169,13 @@ def latency(model: nn.Module, example: Example, *, repeats: int = 30, warmup: in
     return Latency(median, high - low)
 
 
-def _alone_or_twice(run: Callable[[Example], T], given: Example) -> tuple[T, int]:
-    """Returns the result of `run` for one example, or two copies if one alone fails; and how many.
+def _run_with_one_or_two(run: Callable[[Example], T], given: Example) -> tuple[T, int]:
+    """Calls `run` on `given`; if that fails, on a batch of two copies of it.
 
     Some networks cannot take a batch of one, for instance because of a `squeeze()`.
+
+    Returns:
+        The result, and the number of copies that it is for: 1 or 2.
     """
     try:
         return run(given), 1

@@ -19,12 +19,14 @@ Pair = str | tuple[str, str]
 
 
 class DistillSettings(BaseModel):
-    """What a student learns from its teacher.
+    """Settings of distillation: the terms of the student's loss and their weights.
 
     The loss is `(1 - weight) * task.loss + weight * task.soft_loss`, plus the terms of features
-    and attention. The soft loss of a classification is `T^2 * KL(teacher || student)` at
-    temperature T, that of a regression the squared difference of the outputs. A module is named
-    once for both networks, or as [student's, teacher's].
+    and attention. For classification the soft loss is `T^2 * KL(teacher || student)` at
+    temperature T; for regression it is the squared difference of the outputs.
+
+    Modules in `features` and `attention` are named by one string if both networks have the same
+    name for it ("layer2"), else by a pair [student's name, teacher's name].
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -33,14 +35,19 @@ class DistillSettings(BaseModel):
         default=4.0,
         gt=0,
         le=1e4,
-        description="divides the logits of both networks before they are compared; higher shows "
-        "more of the small probabilities",
+        description="divides the logits of both networks before they are compared; a higher value "
+        "gives small probabilities more weight",
     )
     weight: float = Field(
-        default=0.9, ge=0, le=1, description="share of the teacher's outputs against the targets"
+        default=0.9,
+        ge=0,
+        le=1,
+        description="weight of the loss against the teacher's outputs; the loss against the "
+        "targets has 1 - weight",
     )
     features: tuple[Pair, ...] = Field(
-        default=(), description="modules whose outputs the student imitates, value by value"
+        default=(),
+        description="modules whose outputs the student imitates (squared distance of features)",
     )
     feature_weight: float = Field(default=1.0, ge=0, description="factor on the loss of `features`")
     attention: tuple[Pair, ...] = Field(
@@ -54,8 +61,8 @@ class DistillSettings(BaseModel):
 def feature_loss(student: Tensor, teacher: Tensor) -> Tensor:
     """Returns half the squared distance of features, divided by the teacher's squared norm.
 
-    FitNets (Romero et al. 2015, arXiv:1412.6550), equation 3; the division makes it independent of
-    the features' scale.
+    FitNets (Romero et al. 2015, arXiv:1412.6550), equation 3. The paper does not divide; here it
+    makes the loss independent of the scale of the features.
 
     Args:
         student: features of any shape.
@@ -66,10 +73,10 @@ def feature_loss(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def attention_map(x: Tensor) -> Tensor:
-    """Returns the mean square over channels of [n, C, ...], as unit vectors [n, positions].
+    """Returns the attention map of features [n, C, ...]: unit vectors [n, positions].
 
-    It has no channel axis, so networks of different widths can be compared. Zagoruyko and Komodakis
-    (2017, arXiv:1612.03928), section 3.1.
+    Each position has the mean square over channels. Without a channel axis, networks of different
+    widths can be compared. Zagoruyko and Komodakis (2017, arXiv:1612.03928), section 3.1.
     """
     return F.normalize(x.square().mean(1).flatten(1), dim=1, eps=1e-12)
 
@@ -87,8 +94,10 @@ def attention_loss(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 @contextmanager
-def outputs(model: nn.Module, names: tuple[str, ...]) -> Iterator[dict[str, Tensor]]:
-    """Within the block collects the outputs of the modules `names` in the latest forward pass.
+def module_outputs(model: nn.Module, names: tuple[str, ...]) -> Iterator[dict[str, Tensor]]:
+    """Yields a dictionary that holds the outputs of the modules `names`, by name.
+
+    Every forward pass of `model` within the block overwrites them.
 
     Raises:
         TrainingError: if `model` has no such module, or its output is not a tensor.
@@ -115,7 +124,7 @@ def outputs(model: nn.Module, names: tuple[str, ...]) -> Iterator[dict[str, Tens
                     cure=suggestion(name, list(modules)) or "print(model) shows all names",
                 )
 
-            # The defaults hold the values of this turn of the loop.
+            # Defaults are evaluated now: a closure would see the last `at` and `name` of the loop.
             def hook(
                 _: nn.Module, __: object, output: object, at: int = at, name: str = name
             ) -> None:
@@ -129,24 +138,25 @@ def outputs(model: nn.Module, names: tuple[str, ...]) -> Iterator[dict[str, Tens
 
 
 class Distillation:
-    """The training objective of a student.
+    """The distillation loss of a student: call it with a batch's inputs, logits and targets.
 
-    Training runs inside `watching`, and the parameters of `helpers` are trained with the student's.
-    The teacher is frozen and in evaluation mode; it sees the same inputs as the student, including
-    augmentation.
+    Train inside `with distillation.recording_features(student)`, and give the parameters of
+    `projections` to the student's optimizer. The teacher is frozen and in evaluation mode; it gets
+    the same augmented inputs as the student.
 
     Args:
         teacher: the network to learn from.
         student: the network that learns.
-        settings: what to learn.
-        example: prepared inputs [n, ...], n >= 2, with which shapes are compared.
-        task: what is learned.
+        settings: the terms of the loss.
+        example: prepared inputs [n, ...], n >= 2, on which both networks run once to compare their
+            shapes.
+        task: gives the loss on targets and the loss on the teacher's outputs.
         context: returns the context in which the teacher runs, for instance autocast.
-        seed: of the projections' initial weights.
+        seed: seed of the projections' initial weights.
 
     Raises:
-        TrainingError: if the networks do not fit each other: classes, modules, shapes, or values
-            that are not finite.
+        TrainingError: if the numbers of classes or the shapes of features differ, a module does not
+            exist, or the teacher's outputs are not finite.
     """
 
     def __init__(
@@ -168,33 +178,35 @@ class Distillation:
         self.features = _pairs(settings.features)
         self.attention = _pairs(settings.attention)
         # The student's features of the latest forward pass, by module name.
-        self.seen: dict[str, Tensor] = {}
-        self.helpers = nn.ModuleList()
-        """One projection for each pair of features: `Identity` if their widths are equal."""
-        self._bind(student, example, public_stream(seed, "projections"))
+        self.student_features: dict[str, Tensor] = {}
+        self.projections = nn.ModuleList()
+        """For each pair of features a map to the teacher's width; `Identity` for equal widths."""
+        self._create_projections(student, example, public_stream(seed, "projections"))
 
-    def _bind(self, student: nn.Module, example: Inputs, chance: RandomSource) -> None:
+    def _create_projections(
+        self, student: nn.Module, example: Inputs, chance: RandomSource
+    ) -> None:
         """Runs both networks on `example`, checks that they fit, and creates the projections."""
         # Batch norms would change in training mode, and a batch of one would fail.
         modes = [(module, module.training) for module in student.modules()]
         student.eval()
         try:
-            with torch.no_grad(), self.watching(student):
+            with torch.no_grad(), self.recording_features(student):
                 logits = call(student, example)
-                teacher_features, teacher_logits = self.teach(example)
+                teacher_features, teacher_logits = self.run_teacher(example)
         finally:
             for module, mode in modes:
                 module.training = mode
 
         _check_logits(logits, teacher_logits)
         for at, (mine, theirs) in enumerate(self.features):
-            shape = self.seen[mine].shape
+            shape = self.student_features[mine].shape
             with renaming({"features": f"features[{at}]"}):
                 helper = projection(mine, shape, teacher_features[theirs].shape, chance)
-            self.helpers.append(helper)
+            self.projections.append(helper)
 
         for at, (mine, theirs) in enumerate(self.attention):
-            shape, teacher_shape = self.seen[mine].shape, teacher_features[theirs].shape
+            shape, teacher_shape = self.student_features[mine].shape, teacher_features[theirs].shape
             if len(shape) < 3 or shape[2:] != teacher_shape[2:]:
                 raise TrainingError(
                     (
@@ -204,18 +216,21 @@ class Distillation:
                     place=f"attention[{at}]",
                     cure="name modules that return [channels, ...] with equal positions",
                 )
-        self.seen.clear()
+        self.student_features.clear()
 
     @contextmanager
-    def watching(self, student: nn.Module) -> Iterator[None]:
-        """Within the block the student's features are kept for the loss."""
+    def recording_features(self, student: nn.Module) -> Iterator[None]:
+        """Records the features of every forward pass of `student` in the block, for the loss."""
         names = tuple(mine for mine, _ in (*self.features, *self.attention))
-        with renaming(self._keys), outputs(student, names) as self.seen:
+        with renaming(self._keys), module_outputs(student, names) as self.student_features:
             yield
 
     @property
     def _keys(self) -> dict[str, str]:
-        """Maps places in errors of `outputs` (`names[2]`) to settings (`attention[0]`)."""
+        """Maps places in errors of `module_outputs` (`names[2]`) to settings (`attention[0]`).
+
+        Features come first in `names`, then attention.
+        """
         keys = [f"features[{at}]" for at in range(len(self.features))]
         keys += [f"attention[{at}]" for at in range(len(self.attention))]
         return {f"names[{at}]": key for at, key in enumerate(keys)}
@@ -230,30 +245,30 @@ class Distillation:
             y: targets.
         """
         s = self.settings
-        teacher_features, teacher_logits = self.teach(x)
+        teacher_features, teacher_logits = self.run_teacher(x)
         loss = s.weight * self.task.soft_loss(logits, teacher_logits, s.temperature)
         if s.weight < 1:
             loss = loss + (1 - s.weight) * self.task.loss(logits, y)
-        for (mine, theirs), project in zip(self.features, self.helpers, strict=True):
-            projected = project(self.seen[mine].float())
+        for (mine, theirs), project in zip(self.features, self.projections, strict=True):
+            projected = project(self.student_features[mine].float())
             loss = loss + s.feature_weight * feature_loss(projected, teacher_features[theirs])
         for mine, theirs in self.attention:
-            own = self.seen[mine].float()
+            own = self.student_features[mine].float()
             loss = loss + s.attention_weight * attention_loss(own, teacher_features[theirs])
         return loss
 
     @torch.no_grad()
-    def teach(self, x: Inputs) -> tuple[dict[str, Tensor], Tensor]:
+    def run_teacher(self, x: Inputs) -> tuple[dict[str, Tensor], Tensor]:
         """Returns the teacher's features by module name and its logits [n, ...], for inputs `x`.
 
         Raises:
             TrainingError: if the teacher does not take such inputs.
         """
         names = tuple(theirs for _, theirs in (*self.features, *self.attention))
-        with self.context(), renaming(self._keys), outputs(self.teacher, names) as features:
+        with self.context(), renaming(self._keys), module_outputs(self.teacher, names) as features:
             try:
                 logits = call(self.teacher, x)
-            # What torch raises for inputs of a wrong shape or type.
+            # torch raises one of these for inputs of a wrong shape or type.
             except (RuntimeError, ValueError, IndexError) as error:
                 raise TrainingError(
                     (
@@ -333,7 +348,7 @@ def projection(name: str, mine: torch.Size, theirs: torch.Size, chance: RandomSo
     if mine == theirs:
         return nn.Identity()
 
-    # Channels are the second axis of images and the last one of tokens.
+    # Channels are axis 1 of images [n, C, H, W] and the last axis of tokens [n, length, width].
     differ = []
     for i, (a, b) in enumerate(zip(mine, theirs, strict=False)):
         if a != b:
@@ -349,7 +364,7 @@ def projection(name: str, mine: torch.Size, theirs: torch.Size, chance: RandomSo
         )
 
     (axis,) = differ
-    wide, narrow = theirs[axis], mine[axis]
-    # Outputs then have the variance of the inputs.
-    weight = chance.normal(wide, narrow, dtype=torch.float32) / narrow**0.5
+    teacher_width, student_width = theirs[axis], mine[axis]
+    # A sum over `student_width` products: this factor gives outputs the variance of the inputs.
+    weight = chance.normal(teacher_width, student_width, dtype=torch.float32) / student_width**0.5
     return Projection(weight, axis)

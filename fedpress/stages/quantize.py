@@ -10,7 +10,7 @@ from pydantic import Field, JsonValue, model_validator
 from torch import nn
 
 from fedpress.compress import quantize as quantizing
-from fedpress.compress.prune.ignoring import ignored
+from fedpress.compress.prune.ignoring import ignored_names
 from fedpress.core.inputs import Inputs
 from fedpress.core.random import derive
 from fedpress.errors import Argument, SettingError
@@ -183,7 +183,7 @@ class QuantizeStage(TeacherTrainSettings, Stage):
             DataError: if public examples are needed and there are none.
             TrainingError: if the training settings do not fit.
         """
-        ignored(state.model, self.ignore)
+        ignored_names(state.model, self.ignore)
         if self.epochs:
             check_public_training(state, self)
             self.objective(state, 0)

@@ -125,7 +125,7 @@ class StageTraining:
             task=state.data.task,
             seed=seed,
             objective=distillation,
-            helpers=distillation.helpers if distillation else None,
+            helpers=distillation.projections if distillation else None,
             sparse=state.spec.sparse,
             device=state.device,
         )
@@ -133,7 +133,9 @@ class StageTraining:
     def events(self) -> Iterator[Tick | Milestone]:
         """Trains to the last epoch."""
         # The distillation reads the student's features by hooks, which must not stay on the model.
-        watching = self.distillation.watching(self.model) if self.distillation else nullcontext()
+        watching = (
+            self.distillation.recording_features(self.model) if self.distillation else nullcontext()
+        )
         with watching:
             for event in train_epochs(self.fit, self.source):
                 if isinstance(event, Step):

@@ -14,7 +14,7 @@ from fedpress.compress.distill import (
     attention_loss,
     attention_map,
     feature_loss,
-    outputs,
+    module_outputs,
 )
 from fedpress.core.random_source import public_stream
 from fedpress.errors import TrainingError
@@ -47,7 +47,7 @@ def lesson(teacher, student, **changes):
 def loss_of(distillation, student, *, train=False):
     x, y = batch()
     student.train(train)
-    with distillation.watching(student):
+    with distillation.recording_features(student):
         return distillation(student, x, student(x), y)
 
 
@@ -154,9 +154,9 @@ def test_the_whole_loss_is_the_sum_of_its_terms():
     )
     found = loss_of(distillation, student)
     x, y = batch()
-    with outputs(student, STAGES) as mine, outputs(teacher, STAGES) as theirs:
+    with module_outputs(student, STAGES) as mine, module_outputs(teacher, STAGES) as theirs:
         a, b = student(x), teacher(x)
-    (projection,) = distillation.helpers
+    (projection,) = distillation.projections
     wide = torch.einsum("oc,nchw->nohw", projection.weight, mine["stages.0"])
     expected = 0.3 * F.cross_entropy(a, y, label_smoothing=0.1) + 0.7 * TASK.soft_loss(a, b, 3.0)
     expected += 2 * feature_loss(wide, theirs["stages.0"])
@@ -173,7 +173,7 @@ def test_the_teacher_is_frozen_and_stays_as_it_was():
     assert all(torch.equal(v, before[k]) for k, v in teacher.state_dict().items())
     assert all(p.grad is None for p in teacher.parameters())
     assert all(
-        p.grad is not None for p in [*student.parameters(), *distillation.helpers.parameters()]
+        p.grad is not None for p in [*student.parameters(), *distillation.projections.parameters()]
     )
 
 
@@ -203,7 +203,7 @@ def test_projections_widen_the_dimension_of_channels(mine, theirs, axis):
 
 def test_equal_widths_need_no_projection():
     distillation = lesson(network(seed=1), network(), features=STAGES)
-    assert not list(distillation.helpers.parameters())
+    assert not list(distillation.projections.parameters())
 
 
 def test_training_moves_the_projections_and_brings_student_and_teacher_together():
@@ -211,13 +211,13 @@ def test_training_moves_the_projections_and_brings_student_and_teacher_together(
 
     teacher, student = network(width=6), network(seed=1)
     distillation = lesson(teacher, student, weight=1.0, features=STAGES)
-    first = [p.clone() for p in distillation.helpers.parameters()]
+    first = [p.clone() for p in distillation.projections.parameters()]
     images = Arrays(
         torch.randint(0, 256, (32, 3, 8, 8), dtype=torch.uint8), torch.zeros(32, dtype=torch.int64)
     )
     fit = Fit(student, TrainSettings(epochs=8, batch_size=16, lr=0.02), task=TASK, seed=0, objective=distillation,
-              helpers=distillation.helpers)  # fmt: skip
-    with distillation.watching(student):
+              helpers=distillation.projections)  # fmt: skip
+    with distillation.recording_features(student):
         losses = [
             e.loss
             for e in fit.epochs(images, images.take(slice(0)), Preprocess((0.5,), (0.25,)))
@@ -225,7 +225,7 @@ def test_training_moves_the_projections_and_brings_student_and_teacher_together(
         ]
     assert losses[-1] < 0.7 * losses[0]
     assert not any(
-        torch.equal(a, b) for a, b in zip(first, distillation.helpers.parameters(), strict=True)
+        torch.equal(a, b) for a, b in zip(first, distillation.projections.parameters(), strict=True)
     )
 
 
@@ -302,8 +302,8 @@ def test_wrong_settings_are_refused(wrong):
 
 def test_hooks_are_gone_after_the_context():
     student = network()
-    with outputs(student, STAGES):
+    with module_outputs(student, STAGES):
         assert student.stages[0]._forward_hooks
-    with pytest.raises(TrainingError), outputs(student, ("stages.0", "nowhere")):
+    with pytest.raises(TrainingError), module_outputs(student, ("stages.0", "nowhere")):
         pass
     assert not any(m._forward_hooks for m in student.modules())

@@ -263,8 +263,8 @@ def test_a_teacher_of_other_statistics_gives_the_same_answers(state):
     raw = state.data.public.x[:4]
     model.eval()
     torch.testing.assert_close(
-        mine.teach(state.data.preprocess(raw))[1], model(state.data.preprocess(raw))
+        mine.run_teacher(state.data.preprocess(raw))[1], model(state.data.preprocess(raw))
     )
     torch.testing.assert_close(
-        other.teach(state.data.preprocess(raw))[1], model(Preprocess((0.0,), (1.0,))(raw))
+        other.run_teacher(state.data.preprocess(raw))[1], model(Preprocess((0.0,), (1.0,))(raw))
     )

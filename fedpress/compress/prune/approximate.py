@@ -1,11 +1,11 @@
-"""Pruning through layer norms and GRN, which is not exact, and fitting their scales afterwards.
+"""Approximate pruning through layer norms and GRN, and a least-squares fit of their scales.
 
 `trace(model, x, approximate=["layer_norm"])` allows pruning of channels that a layer norm averages
-over. The remaining channels are then normalised by their own mean and variance. `refit_norms_`
-corrects that as far as a scale and a shift per channel can: by least squares, so that the norm's
-outputs on some examples become those of the dense network. `difference` measures how far the
-networks still differ. Everything else must be exact; it is checked while these statistics are
-constants (`constant_statistics`).
+over. This changes the result: the remaining channels are normalised by their own mean and variance.
+`refit_norms_` then fits scale and shift of each norm by least squares, so that its outputs on some
+examples come near to those of the dense network. `output_difference` measures how far the two
+networks still differ. Everything but these statistics must be exact, which the parity check proves
+with the statistics replaced by constants (`constant_statistics`).
 """
 
 from __future__ import annotations
@@ -24,20 +24,21 @@ from fedpress.compress.prune.plan import PruningPlan
 from fedpress.core.inputs import Example, call
 from fedpress.errors import RecipeError, suggestion
 
-Norm = Literal["layer_norm", "grn"]
+NormKind = Literal["layer_norm", "grn"]
 RIDGE = 1e-6
-"""Weight of the old scale in the fit, so that a channel that is always 0 keeps its scale."""
-LINEAR = 1e-3
-"""How far a norm may be from linear in its scale and shift, relative to its largest output."""
+"""Weight of the old scale in the fit: without it the scale of an always-zero channel is undefined.
+"""
+LINEARITY_TOLERANCE = 1e-3
+"""Largest error of the linear model of a norm that is accepted, relative to its largest output."""
 
 
-def check_names(names: Sequence[str]) -> frozenset[str]:
-    """Returns the kinds of norms that may be pruned through, as a set.
+def check_norm_kinds(names: Sequence[str]) -> frozenset[str]:
+    """Checks the setting `approximate`, and returns it as a set.
 
     Raises:
         RecipeError: if `names` is not a list, or there is no such kind.
     """
-    known = list(get_args(Norm))
+    known = list(get_args(NormKind))
     # A single string would be read letter by letter.
     if isinstance(names, str):
         raise RecipeError(
@@ -54,13 +55,13 @@ def check_names(names: Sequence[str]) -> frozenset[str]:
 
 
 @dataclass(frozen=True)
-class Difference:
+class OutputDifference:
     """How far the outputs of two networks differ on the same examples.
 
     Attributes:
         relative: norm of the difference, divided by the norm of the first network's outputs.
-        agreement: share of examples with the same largest output; None if outputs are not [n,
-            classes].
+        agreement: share of examples for which both predict the same class; None if outputs are not
+            [n, classes].
     """
 
     relative: float
@@ -68,7 +69,9 @@ class Difference:
 
 
 @torch.no_grad()
-def difference(dense: nn.Module, small: nn.Module, batches: Sequence[Example]) -> Difference:
+def output_difference(
+    dense: nn.Module, small: nn.Module, batches: Sequence[Example]
+) -> OutputDifference:
     """Compares the first outputs of two networks in evaluation mode on `batches`."""
     squared_difference = squared_norm = 0.0
     same = count = 0
@@ -78,25 +81,26 @@ def difference(dense: nn.Module, small: nn.Module, batches: Sequence[Example]) -
             given = _first_tensor(call(small, batch)).double()
             squared_difference += float((wanted - given).square().sum())
             squared_norm += float(wanted.square().sum())
-            # Only outputs [n, classes] have an answer that can agree.
+            # Only outputs [n, classes] have a predicted class to compare.
             if wanted.dim() == 2:
                 same += int((wanted.argmax(1) == given.argmax(1)).sum())
                 count += len(wanted)
     # Outputs that are all 0 have no norm to divide by.
     relative = (squared_difference / max(squared_norm, 1e-30)) ** 0.5
-    return Difference(relative, same / count if count else None)
+    return OutputDifference(relative, same / count if count else None)
 
 
 @torch.no_grad()
 def refit_norms_(
     dense: nn.Module, small: nn.Module, plan: PruningPlan, batches: Sequence[Example]
 ) -> dict[str, str]:
-    """Fits scales and shifts of the norms that `plan` prunes through to the dense norms' outputs.
+    """Fits scale and shift of each approximated norm to the outputs of the same dense norm.
 
-    The norms are fitted in the order of the network, each after those before it. For each channel
-    the scale and the shift solve a least-squares problem over all examples and places. A fit after
-    which the outputs of the whole network are farther from the dense ones is undone. A norm may be
-    a torch module or the user's own, if its outputs are linear in its parameters.
+    The norms are fitted in the order of `plan.approximate`, with the earlier ones already fitted.
+    For each channel, scale and shift are the least-squares solution over all examples and
+    positions. If the outputs of the whole network are then farther from the dense ones, the fit is
+    undone. A norm may be a torch module or the user's own, if its outputs are linear in its
+    parameters.
 
     Args:
         dense: the network before pruning.
@@ -107,27 +111,27 @@ def refit_norms_(
     Returns:
         The norms that were not fitted, with the reason.
     """
-    left: dict[str, str] = {}
-    # A fit must bring the outputs nearer than pruning alone did.
-    best = difference(dense, small, batches).relative
+    not_fitted: dict[str, str] = {}
+    # The first fit is compared with pruning alone.
+    best = output_difference(dense, small, batches).relative
     with _evaluating(dense), _evaluating(small):
         for name in plan.approximate:
             parameters = list(small.get_submodule(name).parameters(recurse=False))
             before = [parameter.clone() for parameter in parameters]
             why = _refit_(name, dense, small, plan, batches)
-            now = difference(dense, small, batches).relative
+            now = output_difference(dense, small, batches).relative
 
             if why is None and now > best:
-                # The norm's own outputs are nearer, but later layers may amplify what still
-                # differs.
+                # The norm's own outputs are nearer, but later layers may amplify the remaining
+                # error.
                 for parameter, value in zip(parameters, before, strict=True):
                     parameter.copy_(value)
                 why = "the network's outputs came no nearer"
             elif why is None:
                 best = now
             if why is not None:
-                left[name or "the model itself"] = f"its scale was not fitted: {why}"
-    return left
+                not_fitted[name or "the model itself"] = f"its scale was not fitted: {why}"
+    return not_fitted
 
 
 def _refit_(
@@ -155,10 +159,11 @@ def _refit_(
                 return "its outputs do not have its channels"
             columns = torch.stack([_rows(slope, dim) for slope in slopes], -1)
 
-            # Outputs = base + sum of slope * parameter holds only if the norm is linear in them.
+            # The fit assumes: outputs = base + sum of slope * parameter. A user's norm may differ,
+            # for instance with a scale of 1 + weight**2.
             linear = (columns @ _side_by_side(parameters)[..., None])[..., 0] + _rows(base, dim)
             error = (linear - _rows(real, dim)).abs().max()
-            if error > LINEAR * real.abs().max().clamp_min(1e-6):
+            if error > LINEARITY_TOLERANCE * real.abs().max().clamp_min(1e-6):
                 return "its parameters do not enter its outputs linearly"
             goal = target.index_select(dim, kept.to(target.device))
             system.add_(columns, _rows(goal, dim) - _rows(base, dim))
@@ -210,9 +215,12 @@ class _NormalEquations:
         self.right += (columns.transpose(1, 2) @ wanted[..., None])[..., 0].cpu()
 
     def solve(self, now: Tensor) -> Tensor:
-        """Returns the solution [channels, unknowns]: `now` where the examples say nothing."""
+        """Returns the solution [channels, unknowns], near `now` where the data do not determine it.
+
+        Ridge regression towards `now`: a channel that is always 0 has a singular matrix.
+        """
         unknowns = now.shape[1]
-        # Without it a channel that is always 0 would make the matrix singular.
+        # Relative to the diagonal, so that it does not depend on the scale of the outputs.
         ridge = RIDGE * self.gram.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-30)
         gram = self.gram + ridge[:, None, None] * torch.eye(unknowns, dtype=torch.float64)
         solved: Tensor = torch.linalg.solve(gram, self.right + ridge[:, None] * now)
@@ -222,7 +230,11 @@ class _NormalEquations:
 def _linear_parts(
     norm: nn.Module, args: Any, options: Any, parameters: Sequence[nn.Parameter]
 ) -> tuple[Tensor, list[Tensor], Tensor]:
-    """Returns the output with parameters 0, what each parameter adds at 1, and the real output."""
+    """Measures a norm as a linear function of its parameters.
+
+    Returns:
+        The output with all parameters 0, what each parameter adds at 1, and the true output.
+    """
     real = _first_tensor(norm(*args, **options))
     values = [parameter.clone() for parameter in parameters]
     for parameter in parameters:
@@ -246,7 +258,7 @@ def _rows(x: Tensor, dim: int) -> Tensor:
 
 
 def _channel_dim(dense: Tensor, pruned: Tensor) -> int | None:
-    """Returns the one axis along which two tensors differ in size; None if there is no such."""
+    """Returns the axis along which the sizes differ; None if it is not exactly one."""
     if dense.dim() != pruned.dim():
         return None
     differing = []
@@ -304,10 +316,10 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def constant_statistics(plan: PruningPlan) -> Iterator[None]:
-    """Within the block the statistics of norms are constants, if `plan` prunes through norms.
+    """Replaces the statistics of norms by constants within the block, if `plan` is approximate.
 
-    The pruned and the masked network must then agree exactly: a layer norm is its scale and shift
-    alone, and a mean that keeps its axis, as in hand-written norms, is 1.
+    The pruned and the masked network must then agree exactly. A layer norm becomes x * weight +
+    bias; a mean with `keepdim`, as in hand-written norms, becomes 1.
     """
     # Without such norms nothing is replaced, so that exact pruning is compared exactly.
     if not plan.approximate:
@@ -326,7 +338,7 @@ class _ConstantStatistics(TorchFunctionMode):
         if func in (F.layer_norm, F.rms_norm, F.group_norm):
             return _scale_and_shift(func, *args, **options)
         result = func(*args, **options)
-        # Global averages of space drop their axes; those of norms keep them.
+        # Global average pooling drops its axes; hand-written norms use `keepdim`.
         keeps_axis = func in _MEANS and _first_tensor(result).dim() == args[0].dim()
         if not keeps_axis:
             return result

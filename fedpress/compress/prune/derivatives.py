@@ -14,15 +14,16 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 def differentiable(
     model: nn.Module, weights: Sequence[Tensor], *, batch_statistics: bool = False
 ) -> Iterator[None]:
-    """Within the block `weights`, frozen or not, have gradients; the model is in eval mode.
+    """Prepares `model` for gradients with respect to `weights`, which may be frozen.
 
-    Modes, buffers and `requires_grad` are restored afterwards.
+    Within the block the model is in evaluation mode. Modes, buffers and `requires_grad` are
+    restored afterwards.
 
     Args:
-        model: whose losses are differentiated.
-        weights: parameters of it.
-        batch_statistics: whether norms use the statistics of each batch, as in training. A network
-            at its initialisation has no running statistics yet.
+        model: the model whose losses are differentiated.
+        weights: parameters of `model`.
+        batch_statistics: whether norms use the statistics of each batch, as in training. Needed for
+            networks at their initialisation, which have no running statistics yet.
     """
     modes = [(module, module.training) for module in model.modules()]
     required_grad = [weight.requires_grad for weight in weights]
@@ -35,7 +36,7 @@ def differentiable(
             if batch_statistics and isinstance(module, nn.modules.batchnorm._NormBase):
                 module.train()
         for weight in weights:
-            # Frozen weights have scores too.
+            # Frozen weights are scored too: they can be pruned like the others.
             weight.requires_grad_(True)
         # The fused attention kernels have no second derivative, which GraSP needs.
         with sdpa_kernel(SDPBackend.MATH):
@@ -51,14 +52,14 @@ def differentiable(
 
 
 def gradient(loss: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
-    """Returns dL/dw for each of `weights`, or zeros where the loss does not depend on it."""
+    """Returns the gradient dL/dw for each of `weights`; zeros if the loss does not depend on w."""
     return list(torch.autograd.grad(loss, weights, materialize_grads=True))
 
 
 def hessian_gradient(loss: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
-    """Returns H g for each of `weights`: the Hessian times the gradient of `loss`.
+    """Returns the Hessian-vector product H g for each of `weights`, g the gradient of `loss`.
 
-    It is half the gradient of |g|^2, so the Hessian itself is never formed.
+    H g is half the gradient of |g|^2, so the Hessian itself is never formed.
 
     >>> w = torch.tensor([1.0, 2.0], requires_grad=True)
     >>> hessian_gradient((w**3).sum(), [w])  # g = 3 w^2, H = diag(6 w)
@@ -72,8 +73,8 @@ def hessian_gradient(loss: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
     return gradient(product, weights)
 
 
-def mean(batches: Iterable[Sequence[Tensor]]) -> list[Tensor]:
-    """Returns the mean over `batches` of lists of tensors; an empty list without batches."""
+def mean_over_batches(batches: Iterable[Sequence[Tensor]]) -> list[Tensor]:
+    """Returns the element-wise mean of lists of tensors, one list a batch; [] without batches."""
     total: list[Tensor] = []
     count = 0
     for values in batches:

@@ -20,14 +20,17 @@ from fedpress.nn.forward_sizes import Number, Numbers
 
 @dataclass(frozen=True)
 class Slice:
-    """Where the channels of a group lie on one axis of a parameter or buffer.
+    """The indices of a group's channels on one axis of a parameter or buffer.
+
+    Example: channel 3 of `conv1` with 16 channels is row 3 of `conv1.weight` (axis 0, "write") and
+    column 3 of `conv2.weight` (axis 1, "read").
 
     Attributes:
-        tensor: its name.
-        axis: of the tensor.
+        tensor: name of the parameter or buffer.
+        axis: the axis of the tensor that holds the channels.
         role: "write" for weights that compute the channel, "read" for weights that sum over it,
             "scale" for a factor per channel, "follow" for anything else, such as a bias.
-        index: [channels, repeats], the places of each channel.
+        index: [channels, repeats], the indices on the axis that belong to each channel.
     """
 
     tensor: str
@@ -50,10 +53,10 @@ class ChannelGroup:
 
     @property
     def unit(self) -> int:
-        """Width of one channel: 1, or more where several indices are united (groups, heads).
+        """Number of indices that one channel takes: 1, or more for an attention head of width 64.
 
-        It is the smallest over the weights that write or read it: a hidden unit of an LSTM is
-        written by four rows, but read as one column.
+        It is the smallest over the weights that write or read the channel: a hidden unit of an LSTM
+        is written by four rows, but read as one column.
         """
         widths = (s.index.shape[1] for s in self.slices if s.role in ("write", "read"))
         return min(widths, default=1)
@@ -65,25 +68,37 @@ class ChannelGroup:
 
 @dataclass(frozen=True)
 class Length:
-    """The length of an axis: `full`, less some indices for every channel that is pruned."""
+    """The length of an axis as a function of the number of pruned channels.
+
+    Attributes:
+        full: length before pruning.
+        indices_per_channel: pairs (group, indices on this axis that each of its channels takes).
+    """
 
     full: int
-    times: tuple[tuple[int, int], ...]  # (group, indices that each of its channels takes)
+    indices_per_channel: tuple[tuple[int, int], ...]
 
     def without(self, pruned: Sequence[int]) -> int:
-        """Returns the length when group i has lost `pruned[i]` channels."""
-        return self.full - sum(times * pruned[group] for group, times in self.times)
+        """Returns the length when group i has lost `pruned[i]` channels.
+
+        >>> Length(64, ((0, 8),)).without([3])  # 8 heads of width 8, of which 3 are pruned
+        40
+        """
+        length = self.full
+        for group, indices in self.indices_per_channel:
+            length -= indices * pruned[group]
+        return length
 
 
 @dataclass(frozen=True)
 class NumberSite:
-    """A position in a call in a module's forward code (see `fedpress.nn.forward_sizes.Numbers`).
+    """Identifies one number in forward code, such as the 8 in `x.view(n, 4, 8)`.
 
     Attributes:
-        module: whose forward makes the call.
-        place: where the call stands.
+        module: name of the module whose forward makes the call.
+        place: file, line and column of the call (see `fedpress.nn.forward_sizes.Numbers`).
         occurrence: 0 for the first call at this place in one forward, 1 for the second.
-        position: among the numbers of the call.
+        position: position among the numbers of the call; 2 for the 8 above.
     """
 
     module: str
@@ -102,42 +117,44 @@ class SizedNumber:
     """A number in forward code that is the length of an axis, or a multiple of it.
 
     Attributes:
-        site: where it stands.
-        was: the number when the model was traced.
-        length: of the axis.
+        site: the call and position of the number.
+        traced_value: the number when the model was traced.
+        length: length of the axis.
         multiple: whether the number is in proportion to the length, as `n * heads` is.
     """
 
     site: NumberSite
-    was: int
+    traced_value: int
     length: Length
     multiple: bool
 
     def correction(self, pruned: Sequence[int]) -> Number:
-        """Returns what a pruning plan stores for it, when group i has lost `pruned[i]` channels.
+        """Returns the correction to store in a plan, when group i has lost `pruned[i]` channels.
 
-        A multiple is corrected by a pair (new length, old length), because the other factor, the
-        number of examples say, may change from call to call.
+        That is the new number; for a multiple the pair (new length, old length), because the other
+        factor (often the batch size) may change from call to call.
         """
         new = self.length.without(pruned)
         return (new, self.length.full) if self.multiple else new
 
     def corrected(self, pruned: Sequence[int]) -> int:
-        """Returns the corrected number itself, for the batch that was traced."""
+        """Returns the new number for the batch that was traced."""
         new = self.length.without(pruned)
-        return self.was * new // self.length.full if self.multiple else new
+        return self.traced_value * new // self.length.full if self.multiple else new
 
 
 @dataclass(frozen=True)
 class WrittenIndex:
-    """A tensor of indices in forward code that says to which places of an axis a call writes.
+    """A tensor of indices in forward code, such as `index` in `x[:, index] = y`.
+
+    When channels of the axis are pruned, the indices are renumbered.
 
     Attributes:
         site: the call.
-        dim: the dimension of the indices along which they name places.
-        places: the indices along it.
+        dim: the dimension of the tensor of indices along which the indices differ.
+        places: the indices along `dim`.
         group: [size of the axis], the group of each index of the axis; -1 if it is kept.
-        channel: [size of the axis], which channel of that group it is.
+        channel: [size of the axis], the channel of that group.
     """
 
     site: NumberSite
@@ -159,7 +176,10 @@ class WrittenIndex:
 
 @dataclass(frozen=True)
 class MacTerm:
-    """Multiply-adds of one operation: `factor` times the product of the lengths."""
+    """Multiply-adds of one operation: `factor` times the product of the lengths.
+
+    Example: a linear layer on 2 examples costs 2 * inputs * outputs.
+    """
 
     factor: int
     lengths: tuple[Length, ...]
@@ -167,17 +187,20 @@ class MacTerm:
 
 @dataclass(frozen=True)
 class ChannelGraph:
-    """The channels of a model that can be pruned, by group.
+    """The prunable channels of a model in groups, and the sizes and costs that depend on them.
+
+    `trace` makes it; it does not change when the model is pruned.
 
     Attributes:
-        groups: of channels.
-        shapes: of every parameter, shared ones once.
-        unprunable: modules some of whose channels are kept, and why.
-        products: multiply-adds of the operations.
+        groups: groups of channels; each can be pruned to its own width.
+        shapes: shape of every parameter, shared ones once.
+        unprunable: name of each module that has channels which cannot be pruned -> the reason.
+        mac_terms: multiply-adds of the operations.
         examples: number of examples in the batch that was traced.
-        numbers: sizes in forward code that depend on channels.
-        approximate: modules with norms that average over channels which may be pruned.
-        indices: tensors of indices in forward code that depend on channels.
+        sized_numbers: sizes in forward code that depend on channels.
+        approximate: modules whose norms average over prunable channels, so that pruning changes
+            their statistics.
+        written_indices: tensors of indices in forward code that depend on channels.
         call_counts: how many calls one forward of a module makes at each place, (module, place) ->
             calls.
     """
@@ -185,11 +208,11 @@ class ChannelGraph:
     groups: tuple[ChannelGroup, ...]
     shapes: Mapping[str, tuple[int, ...]]
     unprunable: Mapping[str, str]
-    products: tuple[MacTerm, ...] = ()
+    mac_terms: tuple[MacTerm, ...] = ()
     examples: int = 1
-    numbers: tuple[SizedNumber, ...] = ()
+    sized_numbers: tuple[SizedNumber, ...] = ()
     approximate: tuple[str, ...] = ()
-    indices: tuple[WrittenIndex, ...] = ()
+    written_indices: tuple[WrittenIndex, ...] = ()
     call_counts: Mapping[tuple[str, str], int] = field(default_factory=dict)
 
     def parameters(self, kept: Sequence[int]) -> int:
@@ -209,11 +232,11 @@ class ChannelGraph:
         pruned = []
         for group, keep in zip(self.groups, kept, strict=True):
             pruned.append(group.channels - keep)
-        # Many products share a length, so each is computed once; this runs in the search for
-        # widths.
+        # The search for widths calls this thousands of times, and many products share a length: so
+        # each length is computed once.
         known: dict[int, int] = {}
         total = 0
-        for product in self.products:
+        for product in self.mac_terms:
             # All counts are integers, since a float could not hold those of large networks exactly.
             count = product.factor
             for length in product.lengths:
@@ -221,25 +244,25 @@ class ChannelGraph:
                     known[id(length)] = length.without(pruned)
                 count *= known[id(length)]
             total += count
-        # Products were counted for the whole batch.
+        # The multiply-adds were counted for the whole traced batch.
         return total // self.examples
 
-    def sizes(self, pruned: Sequence[Tensor], *, exactly: bool = False) -> Numbers:
-        """Returns the corrected numbers in forward code when group i loses `pruned[i]`.
+    def corrections(self, pruned: Sequence[Tensor], *, for_traced_batch: bool = False) -> Numbers:
+        """Returns the corrections of numbers in forward code when group i loses `pruned[i]`.
 
         Args:
-            pruned: channels of each group.
-            exactly: whether multiples are written as plain numbers, which hold only for the traced
-                batch.
+            pruned: indices of the pruned channels of each group.
+            for_traced_batch: whether multiples are given as plain numbers, which are right only for
+                the batch size that was traced.
         """
         counts = [len(channels) for channels in pruned]
         if not any(counts):
             return {}
         corrections: list[tuple[NumberSite, Number]] = []
-        for number in self.numbers:
-            new = number.corrected(counts) if exactly else number.correction(counts)
+        for number in self.sized_numbers:
+            new = number.corrected(counts) if for_traced_batch else number.correction(counts)
             corrections.append((number.site, new))
-        for indices in self.indices:
+        for indices in self.written_indices:
             corrections.append((indices.site, indices.correction(pruned)))
 
         by_place: dict[tuple[str, str], dict[int, dict[int, Number]]] = {}
@@ -280,10 +303,11 @@ def kept_indices(
         if not len(channels):
             continue
         for s in group.slices:
-            # A tensor may lose channels of several groups along one axis.
-            whole = torch.ones(shapes[s.tensor][s.axis], dtype=torch.bool)
-            mask = masks.setdefault((s.tensor, s.axis), whole)
-            mask[s.index[channels].flatten()] = False
+            key = s.tensor, s.axis
+            if key not in masks:
+                masks[key] = torch.ones(shapes[s.tensor][s.axis], dtype=torch.bool)
+            # A tensor may lose channels of several groups along one axis, for instance after `cat`.
+            masks[key][s.index[channels].flatten()] = False
 
     kept: dict[str, dict[int, tuple[int, ...]]] = {}
     for (name, axis), mask in masks.items():
@@ -292,7 +316,9 @@ def kept_indices(
 
 
 def capture(model: nn.Module, arguments: tuple[Tensor, ...]) -> torch.export.ExportedProgram:
-    """Captures `model` in evaluation mode on `arguments`; modes and attributes are restored.
+    """Captures the graph of `model` by `torch.export`, in evaluation mode on `arguments`.
+
+    The model's modes and attributes are restored.
 
     Raises:
         ModelError: if `torch.export` cannot capture it; the message names the module that failed.
@@ -305,7 +331,7 @@ def capture(model: nn.Module, arguments: tuple[Tensor, ...]) -> torch.export.Exp
 
     had_fast_path = torch.backends.mha.get_fastpath_enabled()
     try:
-        # The fast path of attention is a single operation in which no heads can be seen.
+        # The fast path of attention is one operation, so the graph would not show the heads.
         torch.backends.mha.set_fastpath_enabled(False)
         return torch.export.export(model.eval(), arguments, strict=False)
     except Exception as error:  # torch.export raises whatever the user's code raises
@@ -353,6 +379,7 @@ def tensors_in(output: object) -> list[Tensor]:
 CONTAINERS = (list, dict, OrderedDict, set)
 """Attributes of these types are copied; ordered dictionaries hold hooks that forward may add."""
 REGISTERED = ("training", "_parameters", "_buffers", "_modules")
+"""Attributes that torch manages itself; `capture` restores the mode separately."""
 
 
 def _attributes(module: nn.Module) -> dict[str, tuple[Any, Any]]:

@@ -1,6 +1,8 @@
-"""Groups channels that touch the same tensors along the same axes; gives every axis its length.
+"""Turns the united ids of a traced model into groups of channels: the `ChannelGraph`.
 
-A *class* of ids is all ids with one label: they are united, so they are one channel.
+Ids are united if they must be pruned together. All ids that are united with each other have one
+*label*; they form a *class*, which is one channel. Channels that occur on the same axes of the same
+tensors form a *group*, such as the 64 channels of a residual stream.
 """
 
 from __future__ import annotations
@@ -24,17 +26,17 @@ from fedpress.compress.prune.graph import (
     WrittenIndex,
 )
 from fedpress.compress.prune.ids import ChannelIds, ForwardCall, Ints
-from fedpress.compress.prune.walk import Owner
+from fedpress.compress.prune.walk import TensorAxis
 
 
 @dataclass(frozen=True)
 class Grouping:
-    """The classes of ids that can be pruned, in groups.
+    """The groups of channels, and the channel of each label.
 
     Attributes:
-        groups: of channels.
-        group_of: [ids], the group of each label; -1 if its class is kept.
-        channel_of: [ids], which channel of the group each label is; -1 if its class is kept.
+        groups: groups of prunable channels.
+        group_of: [ids], the group of each label; -1 if its class cannot be pruned.
+        channel_of: [ids], the channel of each label within its group; -1 if it cannot be pruned.
     """
 
     groups: tuple[ChannelGroup, ...]
@@ -53,20 +55,20 @@ class Grouping:
 
 def channel_graph(
     ids: ChannelIds,
-    owners: Sequence[Owner],
+    tensor_axes: Sequence[TensorAxis],
     shapes: Mapping[str, tuple[int, ...]],
     example: Sequence[Tensor],
 ) -> ChannelGraph:
-    """Groups classes of ids by the tensors and axes they touch; gives every axis its length.
+    """Returns the prunable channels in groups, with the sizes and costs that depend on them.
 
     Args:
-        ids: what the walk has found.
-        owners: the ids of each axis of each tensor.
-        shapes: of every parameter.
+        ids: the united and kept ids that the walk has collected.
+        tensor_axes: the ids of each axis of each tensor.
+        shapes: shape of every parameter.
         example: the inputs that were traced.
     """
     labels = ids.labels()
-    # Arrays of ids are told apart by their identity: two axes may have the same ids.
+    # Arrays are keyed by `id(axis)`, not by their content: two axes may have the same ids.
     sized_axes: dict[int, Ints] = {}
     for product in ids.products:
         for axis in product.axes:
@@ -75,30 +77,32 @@ def channel_graph(
         sized_axes[id(size.axis)] = size.axis
 
     # An activation's axis belongs to no stored tensor, but its length depends on channels too.
-    owned = {id(axis) for _, _, axis in owners}
-    unowned: list[Owner] = [("", 0, axis) for key, axis in sized_axes.items() if key not in owned]
-    grouping = _grouping(ids, labels, [*owners, *unowned])
+    owned = {id(axis) for _, _, axis in tensor_axes}
+    unowned: list[TensorAxis] = [
+        ("", 0, axis) for key, axis in sized_axes.items() if key not in owned
+    ]
+    grouping = _grouping(ids, labels, [*tensor_axes, *unowned])
     lengths = {key: grouping.length(labels[axis]) for key, axis in sized_axes.items()}
     examples = next((x.shape[0] for x in example if x.dim()), 1)
     return ChannelGraph(
         groups=grouping.groups,
         shapes=shapes,
         unprunable=_unprunable(ids, labels),
-        products=_mac_terms(ids, lengths, examples),
+        mac_terms=_mac_terms(ids, lengths, examples),
         examples=examples,
-        numbers=_sized_numbers(ids, lengths),
-        indices=_written_indices(ids, labels, grouping),
+        sized_numbers=_sized_numbers(ids, lengths),
+        written_indices=_written_indices(ids, labels, grouping),
     )
 
 
 def _mac_terms(
     ids: ChannelIds, lengths: Mapping[int, Length], examples: int
 ) -> tuple[MacTerm, ...]:
-    """Returns the multiply-adds of each operation, by the lengths of its axes."""
+    """Returns the multiply-adds of each operation as a function of the lengths of its axes."""
     terms = []
     for i, product in enumerate(ids.products):
-        # A product without input is computed once per batch. The costs of all products are divided
-        # by the number of examples later, so this one is multiplied by it first.
+        # A product that does not depend on the input is computed once a batch, whatever its size.
+        # `ChannelGraph.macs` divides all costs by the number of examples, so here it is multiplied.
         factor = product.factor * (examples if i in ids.without_input else 1)
         terms.append(MacTerm(factor, tuple(lengths[id(axis)] for axis in product.axes)))
     return tuple(terms)
@@ -117,7 +121,7 @@ def _sized_numbers(ids: ChannelIds, lengths: Mapping[int, Length]) -> tuple[Size
 
 
 def _written_indices(ids: ChannelIds, labels: Ints, grouping: Grouping) -> tuple[WrittenIndex, ...]:
-    """Returns the tensors of indices in forward code that say where channels are written."""
+    """Returns the tensors of indices in forward code by which channels are written."""
     found = []
     for written in ids.indices_in_calls:
         axis_labels = labels[written.axis]
@@ -138,7 +142,7 @@ def _site(call: ForwardCall, position: int) -> NumberSite:
 
 
 def _kept_classes(ids: ChannelIds, labels: Ints) -> dict[int, str]:
-    """Returns each class that cannot be pruned, and why: the first reason that the walk met."""
+    """Returns the label of each class that cannot be pruned -> the first reason in graph order."""
     kept: dict[int, str] = {}
     for axis, why in ids.kept:
         for label in np.unique(labels[axis]).tolist():
@@ -147,7 +151,7 @@ def _kept_classes(ids: ChannelIds, labels: Ints) -> dict[int, str]:
 
 
 def _written_classes(ids: ChannelIds, labels: Ints) -> Iterator[tuple[int, str]]:
-    """Yields every class that is an output channel of a weight, with the weight's module."""
+    """Yields the label of every class that is an output channel of a weight, with its module."""
     for axis, role, module in ids.roles:
         if role == "write":
             for label in np.unique(labels[axis]).tolist():
@@ -155,7 +159,7 @@ def _written_classes(ids: ChannelIds, labels: Ints) -> Iterator[tuple[int, str]]
 
 
 def _unprunable(ids: ChannelIds, labels: Ints) -> dict[str, str]:
-    """Returns the modules that compute channels of which some are kept, each with a reason."""
+    """Returns the modules with output channels that cannot be pruned, each with a reason."""
     kept = _kept_classes(ids, labels)
     found: dict[str, str] = {}
     written = set()
@@ -170,10 +174,10 @@ def _unprunable(ids: ChannelIds, labels: Ints) -> dict[str, str]:
     return found
 
 
-def _grouping(ids: ChannelIds, labels: Ints, owners: Sequence[Owner]) -> Grouping:
-    """Groups the classes that touch the same axes of the same tensors, unless they are kept."""
+def _grouping(ids: ChannelIds, labels: Ints, tensor_axes: Sequence[TensorAxis]) -> Grouping:
+    """Groups the prunable classes that occur on the same axes of the same tensors."""
     names = _first_writers(ids, labels)
-    touched = _touched_places(ids, labels, owners, names)
+    touched = _touched_places(ids, labels, tensor_axes, names)
     classes_by_owners: dict[tuple[int, ...], list[int]] = {}
     for label, places in touched.items():
         key = tuple(owner for owner, _ in places)
@@ -199,11 +203,12 @@ def _grouping(ids: ChannelIds, labels: Ints, owners: Sequence[Owner]) -> Groupin
         group_of[classes] = len(groups)
         channel_of[np.array(classes)[order]] = np.arange(len(classes))
 
-        # A module may write several groups, for instance the queries and values of attention.
+        # One module may compute several groups, for instance the queries and values of attention.
+        # Names must be unique, since plans and sensitivities refer to groups by name.
         name = names[classes[0]]
         name_counts[name] += 1
         unique_name = name if name_counts[name] == 1 else f"{name}#{name_counts[name]}"
-        slices = tuple(_slices(group_owners, table[order], owners, roles))
+        slices = tuple(_slices(group_owners, table[order], tensor_axes, roles))
         groups.append(ChannelGroup(unique_name, slices))
     return Grouping(tuple(groups), group_of, channel_of)
 
@@ -217,12 +222,12 @@ def _first_writers(ids: ChannelIds, labels: Ints) -> dict[int, str]:
 
 
 def _touched_places(
-    ids: ChannelIds, labels: Ints, owners: Sequence[Owner], names: Mapping[int, str]
+    ids: ChannelIds, labels: Ints, tensor_axes: Sequence[TensorAxis], names: Mapping[int, str]
 ) -> dict[int, list[tuple[int, int]]]:
-    """Returns for each prunable class its places: (position in `owners`, index on that axis)."""
+    """Returns where each prunable class occurs: pairs (position in `tensor_axes`, index on it)."""
     kept = _kept_classes(ids, labels)
     touched: dict[int, list[tuple[int, int]]] = {n: [] for n in names if n not in kept}
-    for owner, (_, _, axis) in enumerate(owners):
+    for owner, (_, _, axis) in enumerate(tensor_axes):
         for index, label in enumerate(labels[axis].tolist()):
             if label in touched:
                 touched[label].append((owner, index))
@@ -230,19 +235,22 @@ def _touched_places(
 
 
 def _slices(
-    touched: tuple[int, ...], table: Ints, owners: Sequence[Owner], roles: Mapping[int, str]
+    touched: tuple[int, ...],
+    table: Ints,
+    tensor_axes: Sequence[TensorAxis],
+    roles: Mapping[int, str],
 ) -> Iterator[Slice]:
-    """Yields the slice of each tensor that a group touches.
+    """Yields a `Slice` for each axis of a tensor on which the channels of a group occur.
 
     Args:
-        touched: positions in `owners`, one for each column of `table`.
-        table: [channels, places], the index of each channel on these axes.
-        owners: all tensors with the ids of their axes.
+        touched: positions in `tensor_axes`, one for each column of `table`.
+        table: [channels, columns], the index of each channel on these axes.
+        tensor_axes: all tensors with the ids of their axes.
         roles: first id of an axis -> its role.
     """
     columns = np.array(touched)
     for owner in dict.fromkeys(touched):
-        tensor, axis, axis_ids = owners[owner]
+        tensor, axis, axis_ids = tensor_axes[owner]
         if tensor:
             index = torch.from_numpy(table[:, columns == owner].copy())
             yield Slice(tensor, axis, roles.get(int(axis_ids[0]), "follow"), index)

@@ -18,7 +18,7 @@ from fedpress.errors import ModelError
 
 Ints = NDArray[np.int64]
 Axis = Ints | None
-"""One id per index of an axis; None for an axis that never changes (batch, height, an input)."""
+"""One id per index of an axis; None for an axis whose size is fixed (batch, height, an input)."""
 
 
 @dataclass(frozen=True)
@@ -26,16 +26,16 @@ class Value:
     """A tensor in the captured graph: its shape, the ids of its axes, and what it is computed from.
 
     Attributes:
-        shape: of the tensor.
-        axes: one entry for each axis.
-        zero_when_masked: whether it is zero wherever its channels are masked, as a weight is, and
-            as the square of a weight is.
+        shape: shape of the tensor.
+        axes: the ids of each axis, or None.
+        zero_when_masked: whether it is zero where its channels are masked (set to 0). True for a
+            weight and for its square, false for its exponential.
         from_weights: whether it is computed from parameters and buffers alone.
-        has_parameter: whether a parameter is among them.
+        has_parameter: whether it is computed from at least one parameter.
         from_input: whether it depends on the model's input.
         gathered_weights: whether it holds weights that the input selects, such as those of the
             chosen experts in a mixture of experts.
-        channel_norm: whether it is a norm of each channel over space.
+        channel_norm: whether it is a norm of each channel over height and width.
         is_boolean: whether its type is bool.
         constant: the tensor itself, where it holds integers or booleans that are the same for every
             input.
@@ -59,7 +59,7 @@ class ForwardCall:
 
     Attributes:
         module: name of the module whose forward makes the call.
-        place: where the call stands in the code.
+        place: file, line and column of the call (see `fedpress.nn.forward_sizes`).
         occurrence: 0 for the first call at this place in one forward, 1 for the second.
         numbers: the numbers among its arguments, in order.
         slice_starts: for an indexing, the position in `numbers` of each slice that takes only a
@@ -76,8 +76,10 @@ class ForwardCall:
 
 
 SETS_OWN_NUMBERS = ForwardCall("", "", -1, [], [])
-"""Stands for all calls inside a module that computes its sizes from its tensors: pruning leaves
-nothing to correct in its code."""
+"""Stands for every call inside torch's attention, which computes its sizes from its tensors.
+
+Pruning needs to correct no number in such code.
+"""
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,10 @@ class SizeInCall:
 
 @dataclass(frozen=True)
 class IndicesInCall:
-    """The tensor of indices in a call: along `dim`, the places of `axis` that are written to."""
+    """A tensor of indices in a call: along dimension `dim` it has the indices `places` of `axis`.
+
+    Example: `x[:, index] = y` writes to the channels `index` of x.
+    """
 
     call: ForwardCall
     dim: int
@@ -110,16 +115,16 @@ class MultiplyAdds:
 
 @dataclass(frozen=True)
 class SplitAxis:
-    """One axis that is a product of several: a reshape turns [n * m] into [n, m], or joins [n, m].
+    """A reshape of one axis into several factors, [n * m] -> [n, m], or of several into one.
 
-    Whole slices of only one of the axes can be pruned; all indices of the others are kept. Example:
-    [4 heads * 8] viewed as [4, 8] may lose heads (8 ids each) or places within a head (4 ids each),
-    but not both: what is left must still be a rectangle.
+    Only one of the factors can lose indices; the others keep all of theirs. Example: 32 channels
+    viewed as [4 heads, 8] can lose heads (8 ids each) or the same positions in every head (4 ids
+    each), but not both, because the remaining channels must still have a shape [heads, width].
 
     Attributes:
         elements: the ids [n, m, ...] of the product axis.
-        axes: the ids [n], [m], ... of the others.
-        place: the operation, as it is named in the reason why channels are kept.
+        axes: the ids [n], [m], ... of the factors.
+        place: name of the operation, for the reason why channels are kept.
     """
 
     elements: Ints
@@ -128,12 +133,15 @@ class SplitAxis:
 
 
 class ChannelIds:
-    """Collects, as the graph is walked, which ids are united or kept, and who uses them."""
+    """Collects which ids are united, which are kept, and which modules use them.
+
+    `Walk` fills it operation by operation. *Kept* means: the channel cannot be pruned.
+    """
 
     def __init__(self) -> None:
         self.count = 0
 
-        # What the user asked for.
+        # Settings of the user.
         self.ignored: frozenset[str] = frozenset()  # names of modules whose channels are all kept
         self.approximate: frozenset[str] = frozenset()  # kinds of norms that may lose channels
 
@@ -145,16 +153,16 @@ class ChannelIds:
         self.call: ForwardCall | None = None
         self.is_used = True  # whether an output depends on it; otherwise it only has to run
 
-        # What was found.
+        # Results of the walk.
         self.united: list[tuple[Ints, Ints]] = []
         self.kept: list[tuple[Ints, str]] = []
         self.roles: list[tuple[Ints, str, str]] = []
         self.splits: list[SplitAxis] = []
-        self.preferred: list[Ints] = []  # axes, such as heads, to cut where a split has a choice
+        self.preferred: list[Ints] = []  # axes, such as heads, that splits prune if they can
         self.sizes_in_calls: list[SizeInCall] = []
         self.indices_in_calls: list[IndicesInCall] = []
         self.approximated: list[str] = []  # modules whose norms may lose channels
-        self.without_rule: list[tuple[str, str, list[Ints]]] = []  # module, reason, what it keeps
+        self.without_rule: list[tuple[str, str, list[Ints]]] = []  # module, reason, kept ids
         self.products: list[MultiplyAdds] = []
         # Positions in `products` of operations that do not depend on the input. They are computed
         # once per batch, so their cost does not grow with it.
@@ -175,18 +183,21 @@ class ChannelIds:
     def unite(self, a: Axis, b: Axis) -> None:
         """Records that the ids of `a` and `b` [n each] are pairwise the same channel.
 
-        If only one of them has ids, it is kept, since the other has a fixed size. If neither has,
-        nothing is recorded.
+        If only one of them has ids, these are kept, because the other axis has a fixed size. If
+        neither has ids, nothing is recorded.
 
         Raises:
             ModelError: if the axes have different lengths.
         """
         if a is None or b is None:
-            self.keep(a if b is None else b, "it meets a size that cannot change")
+            self.keep(a if b is None else b, "it is combined with an axis of fixed size")
             return
         if len(a) != len(b):
             raise ModelError(
-                f"an axis of {len(a)} channels meets one of {len(b)}, expected equal lengths",
+                (
+                    f"an axis of {len(a)} channels is combined with one of {len(b)}, expected "
+                    "equal lengths"
+                ),
                 place=self.place,
                 cure="report this graph as a bug",
             )
@@ -203,11 +214,11 @@ class ChannelIds:
         for axis in axes:
             self.keep(axis, why)
 
-    def mark(self, axis: Axis, role: str) -> None:
-        """Records how the present module uses the ids.
+    def mark_role(self, axis: Axis, role: str) -> None:
+        """Records how the module that is walked now uses the ids of one axis of its weight.
 
         Args:
-            axis: of a weight.
+            axis: ids of the axis.
             role: "write" for output channels, "read" for input channels, "scale" for a factor per
                 channel.
         """
@@ -218,15 +229,15 @@ class ChannelIds:
         """Records that element [i, j, ...] is index i of the first axis and j of the second."""
         self.splits.append(SplitAxis(elements, tuple(axes), self.place))
 
-    def prefer(self, axis: Axis) -> None:
-        """Asks that splits be cut along `axis` (such as heads) where several axes could be cut."""
+    def prefer_axis(self, axis: Axis) -> None:
+        """Records that splits should prune `axis` (such as heads) where they have a choice."""
         if axis is not None:
             self.preferred.append(axis)
 
     def may_prune_through(self, kind: str, axis: Axis) -> bool:
-        """Returns whether the user allows pruning channels that a norm of this kind averages over.
+        """Returns whether the user allows pruning of channels that this kind of norm averages over.
 
-        If so, the present module is noted as approximate.
+        If so, the module that is walked now is recorded as approximate.
         """
         if axis is None or kind not in self.approximate:
             return False
@@ -254,7 +265,7 @@ class ChannelIds:
         if axis is None or self.call is SETS_OWN_NUMBERS:
             return
         if self.call is None or self.call.index_tensors != 1:
-            self.keep(axis, "channels are written by number")
+            self.keep(axis, "channels are written by their index")
             return
         self.indices_in_calls.append(IndicesInCall(self.call, dim, axis, places))
 
@@ -274,7 +285,11 @@ class ChannelIds:
         self.products.append(MultiplyAdds(int(factor), tuple(with_ids)))
 
     def next_slice_start(self) -> int | None:
-        """Returns the position of the next slice in the present indexing; None if it is unknown."""
+        """Returns where the numbers of the next slice begin, in the call that is walked now.
+
+        None if the call is unknown. An indexing such as `x[:4, 2:]` becomes one operation a slice,
+        in the order of the code.
+        """
         if self.call is None or not self.call.slice_starts:
             return None
         return self.call.slice_starts.pop(0)
@@ -282,23 +297,27 @@ class ChannelIds:
     def resolve_splits(self) -> None:
         """Decides for each split which one of its axes may lose indices.
 
-        Where only one can, it is that one; where several can, a preferred one (heads), else the
-        longest.
+        If only one of them can, it is that one. If several can, it is a preferred one (heads), else
+        the longest.
         """
         undecided = self.splits
         while undecided:
             labels = self.labels()
             kept = self._kept_labels(labels)
-            choices = [(split, self._prunable_axes(split, labels, kept)) for split in undecided]
-
-            # Splits with a choice wait: a decision elsewhere may leave them only one axis.
-            decided = [(split, prunable) for split, prunable in choices if len(prunable) <= 1]
+            choices = []
+            decided = []
+            for split in undecided:
+                choice = (split, self._prunable_axes(split, labels, kept))
+                choices.append(choice)
+                # Splits with a choice wait: a decision elsewhere may leave them only one axis.
+                if len(choice[1]) <= 1:
+                    decided.append(choice)
             if not decided:
-                decided = [self._choose(choices, labels)]
+                decided.append(self._choose(choices, labels))
             for split, prunable in decided:
                 self._decide(split, prunable[0] if prunable else None)
 
-            # Each decision unites and keeps ids, so the other splits are examined again.
+            # Each decision unites and keeps ids, which changes the choices of the other splits.
             done = {id(split) for split, _ in decided}
             undecided = [split for split in undecided if id(split) not in done]
 
@@ -310,7 +329,7 @@ class ChannelIds:
         return kept
 
     def _prunable_axes(self, split: SplitAxis, labels: Ints, kept: NDArray[np.bool_]) -> list[int]:
-        """Returns the axes of which at least one index can be pruned with all its elements."""
+        """Returns the axes with at least one prunable index: none of its elements is kept."""
         kept_elements = kept[labels[split.elements]]
         found = []
         for i, axis in enumerate(split.axes):
@@ -337,8 +356,8 @@ class ChannelIds:
         return split, [max(prunable, key=lambda i: len(split.axes[i]))]
 
     def _decide(self, split: SplitAxis, chosen: int | None) -> None:
-        """Lets whole slices of axis number `chosen` be pruned, and keeps all other axes."""
-        why = f"no part of a cut axis can go in {split.place}"
+        """Makes the indices of axis number `chosen` prunable, and keeps all other axes."""
+        why = f"an axis is reshaped, and no part of it can be pruned, in {split.place}"
         for i, axis in enumerate(split.axes):
             if i != chosen:
                 self.kept.append((axis, why))

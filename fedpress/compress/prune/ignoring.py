@@ -1,4 +1,4 @@
-"""Finds the modules and weights that the user wants unchanged, by name or pattern (`block.3.*`)."""
+"""Finds the modules and weights that the setting `ignore` names, by patterns (`block.3.*`)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import nn
 from fedpress.errors import RecipeError, suggestion
 
 
-def ignored(model: nn.Module, patterns: Sequence[str]) -> frozenset[str]:
+def ignored_names(model: nn.Module, patterns: Sequence[str]) -> frozenset[str]:
     """Returns the names of all modules, parameters and buffers of `model` that match `patterns`.
 
     A module includes everything inside it; `*` in a pattern matches any characters, dots too.
@@ -22,7 +22,7 @@ def ignored(model: nn.Module, patterns: Sequence[str]) -> frozenset[str]:
     Raises:
         RecipeError: if a pattern matches nothing, or `patterns` is not a list of strings.
 
-    >>> sorted(ignored(nn.Sequential(nn.Linear(2, 2), nn.ReLU()), ["0"]))
+    >>> sorted(ignored_names(nn.Sequential(nn.Linear(2, 2), nn.ReLU()), ["0"]))
     ['0', '0.bias', '0.weight']
     """
     _check_strings(patterns)
@@ -43,7 +43,7 @@ def ignored(model: nn.Module, patterns: Sequence[str]) -> frozenset[str]:
 
 
 def _check_strings(patterns: Sequence[str]) -> None:
-    """Refuses a single string, which would be read letter by letter, and anything but strings."""
+    """Refuses anything but a list of strings; Python would read a single string as letters."""
     is_single = isinstance(patterns, str)
     if not is_single and all(isinstance(pattern, str) for pattern in patterns):
         return
@@ -67,4 +67,4 @@ def _names(model: nn.Module) -> list[str]:
 def _examples(model: nn.Module) -> str:
     """Returns a cure with some of the names that exist."""
     some = ", ".join([name for name, _ in model.named_children()][:5])
-    return f"it has such as {some}" if some else "leave ignore out"
+    return f"names look like {some}" if some else "leave ignore out"

@@ -1,4 +1,4 @@
-"""Checks that a pruned network computes what the dense one does with those channels zeroed."""
+"""The parity check: a pruned network must equal the dense one with the same channels zeroed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from fedpress.nn.resize import copied
 Batch = list[Tensor]
 TRAINING_TOLERANCE = 1e-3
 """Smallest tolerance in training mode, where norms over few values amplify rounding errors."""
-CURE = (
+KEEP_MODULE_CURE = (
     "a size written into its forward may be at fault: keep that module as it is by naming it "
     "in `ignore`"
 )
@@ -38,21 +38,21 @@ def check_parity(
     *,
     tolerance: float = 1e-5,
 ) -> float:
-    """Checks that the pruned network computes what the dense one does with those channels zeroed.
+    """Checks that the pruned network equals the dense one with the same channels zeroed.
 
     Both run in evaluation and in training mode, on a random batch shaped like `example` and on one
-    with one example more. Floats are drawn at random, and so are the words that an embedding looks
-    up; other integers are those of the example, shuffled between examples. In training mode every
-    random draw (dropout, noise) is replaced by its mean, since draws of another shape would be
-    other numbers. A mode or batch size that the dense network itself cannot run is skipped. If
-    norms are pruned through (`plan.approximate`), their statistics are constants.
+    with one example more. Floats and the indices of embeddings are random; other integers are
+    those of `example`, shuffled between examples. In training mode every random draw (dropout,
+    noise) is replaced by its mean: with other shapes the two networks would draw other numbers. A
+    mode or batch size that the dense network itself cannot run is skipped. If norms are approximate
+    (`plan.approximate`), their statistics are constants.
 
     Args:
         dense: the network before pruning.
-        pruned: the same after `remove_`.
-        plan: what was pruned.
+        pruned: the network after `remove_`.
+        plan: the plan by which it was pruned.
         example: inputs like those that were traced.
-        tolerance: largest difference in evaluation mode.
+        tolerance: largest difference that is accepted in evaluation mode.
 
     Returns:
         The largest difference of an output in evaluation mode, relative to the largest number in it
@@ -62,7 +62,7 @@ def check_parity(
         ModelError: if the pruned network does not run, or the difference is above `tolerance` or
             not a number.
     """
-    # The seed that is set for the comparison must not change the caller's random numbers.
+    # The comparison sets torch's seed, which must not change the caller's random numbers.
     with torch.random.fork_rng(devices=[]), constant_statistics(plan):
         return _compare(dense, pruned, plan, example, tolerance)
 
@@ -77,17 +77,17 @@ def _compare(
     mask_(masked, plan)
     wanted = _outputs(masked, batch)
     if not _all_finite(wanted) and _all_finite(_outputs(copied(dense).eval(), batch)):
-        # Code that normalises weights gives 0 / 0 for zeros.
+        # Code that normalises weights (weight standardisation) computes 0 / 0 for zeroed channels.
         masked = _masked(dense, plan, nearly=True)
         wanted = _outputs(masked, batch)
     worst = _difference(wanted, small, batch, tolerance, "")
 
-    # A second batch size finds sizes in the code that count examples.
+    # A wrong number such as `view(2, -1)` is right for the traced batch size only.
     wanted_of_larger = _try_outputs(masked, larger)
     if wanted_of_larger is not None:
         when = " on a batch of another size"
         worst = max(worst, _difference(wanted_of_larger, small, larger, tolerance, when))
-    # Rounding errors of norms do not shrink with the caller's tolerance.
+    # In training mode norms amplify rounding errors, so a stricter tolerance would fail by them.
     for each in (batch, larger):
         _compare_training(masked, small, each, max(tolerance, TRAINING_TOLERANCE))
     return worst
@@ -112,7 +112,10 @@ def trial_batch(dense: nn.Module, example: Example) -> Batch:
 def parity_fault(
     dense: nn.Module, pruned: nn.Module, plan: PruningPlan, batch: Batch, *, tolerance: float
 ) -> str | None:
-    """Returns what `check_parity` would find wrong on one batch, at less cost; None if nothing."""
+    """Runs `check_parity` on one batch; returns the problem it finds, or None.
+
+    Training mode is compared in float32 first, which is fast; in float64 only if that fails.
+    """
     with torch.random.fork_rng(devices=[]), constant_statistics(plan):
         small = copied(pruned).eval()
         masked = _masked(dense, plan)
@@ -126,7 +129,7 @@ def parity_fault(
             try:
                 _compare_training(masked, small, batch, TRAINING_TOLERANCE, in_float64=(False,))
             except ModelError:
-                # Perhaps rounding alone: float64, which is slower, decides.
+                # This may be rounding alone: float64, which is slower, decides.
                 _compare_training(masked, small, batch, TRAINING_TOLERANCE)
         except ModelError as error:
             return error.problem
@@ -140,16 +143,17 @@ def _compare_training(
     tolerance: float,
     in_float64: Sequence[bool] = (True, False),
 ) -> None:
-    """Compares in training mode, in the first of the precisions in which the masked model runs.
+    """Compares in training mode, in the first of the given precisions that the masked model runs.
 
-    float64 comes first, because batch norms over few examples amplify rounding errors.
+    By default float64 comes first, because batch norms over few examples amplify rounding errors;
+    some models do not run in it.
     """
-    for wide in in_float64:
+    for use_float64 in in_float64:
         masked_copy = copied(masked).train()
         small_copy = copied(small).train()
         values = batch
-        if wide:
-            # Called on the class: a model may have an attribute of this name.
+        if use_float64:
+            # Not `masked_copy.double()`: a model may have an attribute `double`.
             nn.Module.double(masked_copy)
             nn.Module.double(small_copy)
             values = []
@@ -180,9 +184,12 @@ def _difference(
     except Exception as error:  # the user's code may raise anything
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ModelError(
-            f"the pruned network does not run{when} ({reason})", place="pruned", cure=CURE
+            f"the pruned network does not run{when} ({reason})",
+            place="pruned",
+            cure=KEEP_MODULE_CURE,
         ) from error
 
+    # Written so that NaN fails too.
     if not worst <= tolerance:
         raise ModelError(
             (
@@ -190,15 +197,15 @@ def _difference(
                 f"than {tolerance:g}"
             ),
             place="pruned",
-            cure=CURE,
+            cure=KEEP_MODULE_CURE,
         )
     return worst
 
 
 def _error(wanted: Tensor, given: Tensor) -> Tensor:
-    """Returns the largest difference divided by the largest finite number of `wanted`.
+    """Returns the largest difference, divided by the largest finite number of `wanted`.
 
-    Places where both are NaN, or the same infinity, count as equal.
+    Entries that are NaN in both, or the same infinity in both, count as equal.
     """
     if wanted.shape != given.shape:
         raise ValueError(
@@ -206,7 +213,7 @@ def _error(wanted: Tensor, given: Tensor) -> Tensor:
         )
     same = (wanted == given) | (wanted.isnan() & given.isnan())
     finite = wanted[wanted.isfinite()]
-    # Relative to the largest number: small outputs of a sum have its rounding error too.
+    # Not relative to each number: the rounding error of a sum depends on its largest terms.
     largest = finite.abs().max() if finite.numel() else wanted.new_tensor(0.0)
     difference = (wanted - given).masked_fill(same, 0).abs().max()
     return (difference / largest.clamp_min(1e-6)).double()
@@ -230,15 +237,15 @@ def _try_outputs(model: nn.Module, batch: Batch) -> list[Tensor] | None:
     """Returns the outputs, or None if the model cannot run on this batch or in this mode."""
     try:
         return _outputs(model, batch)
-    except Exception:  # a mode that the dense network cannot run in need not be compared
+    except Exception:  # if the dense network does not run, there is nothing to compare with
         return None
 
 
 def trial_batches(model: nn.Module, example: tuple[Tensor, ...]) -> tuple[Batch, Batch]:
     """Returns a batch of the size of `example`, and one with one example more.
 
-    Three kinds of values are tried in turn, until the model runs: random ones, those of the example
-    shuffled between examples, and the example itself, with its first row once more.
+    The values are the first of these on which the model runs: random ones; those of `example`
+    shuffled between examples; `example` itself with its first row repeated.
     """
     # The first axis of the first tensor counts examples.
     size = next((x.shape[0] for x in example if x.dim()), 0)
@@ -273,11 +280,11 @@ def _without_last(larger: Batch, example: tuple[Tensor, ...], size: int) -> Batc
 
 
 def _drawn(x: Tensor, vocabulary: int | None, size: int, draw: torch.Generator) -> Tensor:
-    """Returns random values of the kind of `x`, with one example more if it has examples.
+    """Returns random values of the type of `x`, with one example more if axis 0 counts examples.
 
     Args:
         x: an input.
-        vocabulary: number of words, if an embedding looks its values up.
+        vocabulary: number of rows of the embedding that takes `x` as indices, or None.
         size: number of examples in the batch.
         draw: generator of the values.
     """
@@ -293,7 +300,7 @@ def _drawn(x: Tensor, vocabulary: int | None, size: int, draw: torch.Generator) 
 
 
 def _shuffled(x: Tensor, examples: int, draw: torch.Generator) -> Tensor:
-    """Returns new examples: each value is that of a random example of `x` at this place."""
+    """Returns new examples: each value is that of a random example at the same position."""
     which = torch.randint(x.shape[0], (examples, *x.shape[1:]), generator=draw).to(x.device)
     return x.gather(0, which)
 
@@ -303,10 +310,10 @@ def _is_integral(x: Tensor) -> bool:
 
 
 def _vocabularies(model: nn.Module, example: tuple[Tensor, ...]) -> list[int | None]:
-    """Returns for each input the number of words of the embedding that looks it up, or None.
+    """Returns for each input the number of rows of the embedding that takes it as indices, or None.
 
-    The model runs on random zeros and ones, valid words of any embedding, and an input is
-    recognised by its values.
+    The model runs on random zeros and ones, which are valid indices of any embedding. Each
+    embedding's indices are recorded, and an input is recognised by its values.
     """
     draw = torch.Generator().manual_seed(1)
     bits: list[Tensor] = []
@@ -319,7 +326,7 @@ def _vocabularies(model: nn.Module, example: tuple[Tensor, ...]) -> list[int | N
             x = torch.randint(2, x.shape, generator=draw).to(x.device, x.dtype)
         bits.append(x)
 
-    # A model that fails on them has no vocabulary that could be found this way.
+    # If the model fails on these values, no vocabulary is found, and `trial_batches` shuffles.
     lookups = _Lookups()
     with lookups:
         _try_outputs(model, bits)
@@ -334,7 +341,7 @@ def _vocabularies(model: nn.Module, example: tuple[Tensor, ...]) -> list[int | N
 
 
 class _Lookups(TorchFunctionMode):
-    """Records what embeddings look up, and their number of rows."""
+    """Records the indices that embeddings get, with their number of rows."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -380,7 +387,10 @@ def _in_place(default: float, mean: Any) -> Any:
 
 
 def _bernoulli(func: Any, args: Any, options: Any) -> Any:
-    """Returns probabilities in place of draws of 0 and 1; without an argument `x` holds them."""
+    """Returns the probabilities instead of draws of 0 and 1.
+
+    `torch.bernoulli(x)` has them in `x`; `torch.bernoulli(x, p)` and `x.bernoulli_(p)` in `p`.
+    """
     x = args[0]
     prob = args[1] if len(args) > 1 else None
     if func.overloadpacket is aten.bernoulli:

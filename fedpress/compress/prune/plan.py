@@ -1,4 +1,4 @@
-"""Turns scores into a pruning plan that meets a target, such as a share of the parameters."""
+"""The pruning plan: chooses by scores which channels to keep, so that a cost target is met."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from pydantic import BaseModel, model_validator
 from torch import Tensor, nn
 
 from fedpress.compress.prune.graph import ChannelGraph, ChannelGroup, kept_indices
-from fedpress.compress.prune.sensitivity import Point, growth_by_channel
+from fedpress.compress.prune.sensitivity import SensitivityPoint, growth_by_channel
 from fedpress.compress.prune.targets import Target, full_widths, parameter_target
 from fedpress.errors import ModelError, RecipeError
 from fedpress.nn.forward_sizes import Numbers
 
 Scope = Literal["global", "layer", "sensitivity"]
-FAR = 2.0
-"""A target is refused if the smallest possible share is more than so many times as large."""
-TRIES = 20
-"""Most thresholds from which widths are corrected; the first nearly always is enough."""
+MOST_OVERSHOOT = 2.0
+"""A target is refused if the narrowest allowed network costs more than this times the target."""
+MOST_THRESHOLDS = 20
+"""How many thresholds at most are tried as a start; the first is nearly always good enough."""
 OLD_NAMES = {"whole": "unprunable", "told": "notes"}
 """Names of a plan's fields in version 0.1, whose files are still read."""
 
 
 class LayerChange(BaseModel, frozen=True):
-    """The width of one layer before and after."""
+    """The number of channels of one layer before and after pruning."""
 
     name: str
     before: int
@@ -41,13 +41,14 @@ class PruningPlan(BaseModel, frozen=True):
     Attributes:
         keep: tensor name -> axis -> indices; tensors that lose nothing are left out.
         layers: the width of each group of channels before and after.
-        unprunable: modules some of whose channels are kept, and why ("whole" in files of version
-            0.1).
-        numbers: corrections of sizes in forward code that do not follow the tensors by themselves.
+        unprunable: name of each module with channels that cannot be pruned -> the reason ("whole"
+            in files of version 0.1).
+        numbers: corrections of sizes that are written into forward code, such as `view(n, 4, 8)`.
         parameters_before: of the model.
         parameters_after: of the pruned model.
-        approximate: modules with norms that are pruned through, in order.
-        notes: by setting, where the result differs from it ("told" in files of version 0.1).
+        approximate: modules whose norms average over pruned channels, in the order they run.
+        notes: name of each setting that was not met exactly -> what was reached ("told" in files of
+            version 0.1).
     """
 
     keep: dict[str, dict[int, tuple[int, ...]]]
@@ -76,18 +77,18 @@ def plan(
     target: Target | None = None,
     round_to: int = 8,
     scope: Scope = "global",
-    points: Sequence[Point] = (),
+    points: Sequence[SensitivityPoint] = (),
     min_keep: float = 0.1,
     tolerance: float = 0.005,
     exact: bool = False,
 ) -> PruningPlan:
     """Chooses the channels to keep so that `keep_params` of the parameters remain.
 
-    With a `target` another cost is brought down instead. One threshold on the scores is searched
-    for all layers, and every width is rounded to a multiple of `round_to`. Then single layers are
-    made one step wider or narrower until the cost is as near as possible. Where no widths come
-    within `tolerance`, the nearest are taken and `notes` says so: "0.5066, the nearest to 0.5 that
-    the widths allow".
+    With `target` another cost is reduced instead, for instance multiply-adds. One threshold on the
+    scores is searched for all layers, and every width is rounded to a multiple of `round_to`. Then
+    single layers are made one step wider or narrower until the cost is as near to the target as
+    possible. If no widths come within `tolerance`, the nearest are taken, and the plan's `notes`
+    say so: "0.5066, the nearest to 0.5 that the widths allow".
 
     Args:
         model: the traced model.
@@ -95,19 +96,19 @@ def plan(
         scores: one vector [channels] per layer of `graph`; the lowest are pruned first.
         keep_params: share of the parameters to keep, in (0, 1].
         target: used instead of `keep_params` (see `fedpress.compress.prune.targets`).
-        round_to: widths become multiples of this; a layer that is not wider keeps its width.
-        scope: "global" has one threshold for all channels; "layer" takes the same share of each
-            layer; "sensitivity" takes as much of each layer as makes the loss grow equally, by the
-            measured `points`.
-        points: from `fedpress.compress.prune.sensitivity`, for the scope of this name.
+        round_to: widths become multiples of this; narrower layers keep their width.
+        scope: "global" uses one threshold for all channels; "layer" prunes the same share of each
+            layer; "sensitivity" prunes each layer until the loss, by the measured `points`, has
+            grown by the same amount.
+        points: results of `fedpress.compress.sensitivity`, needed for scope "sensitivity".
         min_keep: smallest share of its channels that a layer keeps.
         tolerance: largest difference between the wanted and the reached cost that needs no note, as
             a share of the whole network's cost.
-        exact: whether a target that is missed by more than `tolerance` is refused.
+        exact: whether to raise an error if the target is missed by more than `tolerance`.
 
     Raises:
-        RecipeError: if a setting is out of range, the target is below half of the smallest
-            possible, or a limit or an `exact` target cannot be met.
+        RecipeError: if a setting is out of range, the target is less than half the cost of the
+            narrowest allowed network, or a limit or an `exact` target cannot be met.
         ModelError: if no channel of the model can be removed.
     """
     check_settings(graph, round_to, min_keep, scope)
@@ -116,15 +117,15 @@ def plan(
     allowed = [allowed_widths(layer, round_to, min_keep) for layer in graph.groups]
     order = _order(graph, scores, scope, points)
     best = full_widths(graph)
-    for start in islice(_thresholds(order, allowed, target), TRIES):
+    for start in islice(_thresholds(order, allowed, target), MOST_THRESHOLDS):
         kept = _correct(start, allowed, target, largest_miss)
-        # The nearest threshold need not lead to the nearest widths, because widths are rounded.
+        # Widths are rounded, so a threshold farther from the target may lead to nearer widths.
         if target.miss(kept) < target.miss(best):
             best = kept
         if target.miss(best) <= largest_miss:
             break
 
-    # A limit may be undercut by any amount, but never exceeded.
+    # Below a limit every cost is accepted; above it the miss is infinite.
     is_exceeded = target.miss(best) == float("inf")
     missed = target.miss(best) > largest_miss and not target.limit
     if is_exceeded or (missed and (exact or _is_far(allowed, target))):
@@ -139,7 +140,7 @@ def plan(
 
 def _is_far(allowed: Sequence[list[int]], target: Target) -> bool:
     """Returns whether even the narrowest network costs far more than the target."""
-    return target.cost([choice[0] for choice in allowed]) > FAR * target.wanted
+    return target.cost([choice[0] for choice in allowed]) > MOST_OVERSHOOT * target.wanted
 
 
 def _nearest_share(graph: ChannelGraph, target: Target, reached: float) -> dict[str, str]:
@@ -150,9 +151,12 @@ def _nearest_share(graph: ChannelGraph, target: Target, reached: float) -> dict[
 
 
 def _order(
-    graph: ChannelGraph, scores: Sequence[Tensor], scope: Scope, points: Sequence[Point]
+    graph: ChannelGraph, scores: Sequence[Tensor], scope: Scope, points: Sequence[SensitivityPoint]
 ) -> list[Tensor]:
-    """Returns numbers [channels] per layer for one threshold; they rise with the scores."""
+    """Returns per layer the numbers [channels] that one threshold is applied to.
+
+    They rise with the scores, so within a layer the order of channels is the same.
+    """
     if scope == "sensitivity":
         return growth_by_channel(graph, scores, points)
     if scope == "layer":
@@ -161,13 +165,14 @@ def _order(
 
 
 def allowed_widths(layer: ChannelGroup, round_to: int, min_keep: float) -> list[int]:
-    """Returns the widths that a layer may have, rising: rounded ones, and its full width.
+    """Returns the widths that a layer may have, rising: multiples of `round_to`, and its own width.
 
-    With `round_to` = 8 a width of 12 may become 8 or stay 12.
+    With `round_to` = 8 a layer of 12 channels may become 8 wide or stay 12 wide.
     """
-    # A channel may be several indices wide, for instance a head of 64: then each width is rounded.
+    # A channel may be several indices wide, for instance a head of width 64: any number of such
+    # heads is a multiple of 8 already.
     step = round_to // gcd(round_to, layer.unit)
-    # A layer without channels would pass nothing on.
+    # A layer without channels would make every output constant.
     least = max(1, ceil(min_keep * layer.channels))
     widths = []
     for n in range(step, layer.channels, step):
@@ -179,7 +184,9 @@ def allowed_widths(layer: ChannelGroup, round_to: int, min_keep: float) -> list[
 def make_plan(
     model: nn.Module, graph: ChannelGraph, scores: Sequence[Tensor], kept: Sequence[int]
 ) -> PruningPlan:
-    """Keeps the `kept[i]` channels of layer i with the highest scores, the first among equals.
+    """Returns the plan that keeps the `kept[i]` channels of layer i with the highest scores.
+
+    Of equal scores the first channel is kept.
 
     Raises:
         ModelError: if a layer would keep no channel, or more than it has.
@@ -201,7 +208,7 @@ def make_plan(
     is_pruned = any(len(channels) for channels in pruned)
     return PruningPlan(
         keep=kept_indices(model, graph, pruned),
-        numbers=graph.sizes(pruned),
+        numbers=graph.corrections(pruned),
         layers=tuple(layers),
         unprunable=dict(graph.unprunable),
         approximate=graph.approximate if is_pruned else (),
@@ -252,7 +259,10 @@ def check_settings(graph: ChannelGraph, round_to: int, min_keep: float, scope: s
 def _thresholds(
     order: Sequence[Tensor], allowed: Sequence[list[int]], target: Target
 ) -> Iterator[list[int]]:
-    """Yields the rounded widths at the threshold nearest to `target`, then at ever farther ones."""
+    """Yields rounded widths, first for the threshold whose cost is nearest to `target`.
+
+    Then come thresholds farther and farther from it, alternately above and below.
+    """
     rising = [values.sort().values for values in order]
     thresholds = [-float("inf"), *torch.cat(rising).unique().tolist()]
 
@@ -285,11 +295,12 @@ def _correct(
 ) -> list[int]:
     """Changes single widths by one step as long as that brings the cost nearer to `target`.
 
-    Each time the best of all steps is taken, until the error is a fifth of `tolerance`. If no
-    single step helps and the error is above `tolerance`, two steps at once are tried: one layer
-    wider and another narrower, for instance.
+    A greedy search: each time the best of all single steps is taken, until the error is a fifth of
+    `tolerance`. If no single step helps and the error is above `tolerance`, two steps at once are
+    tried, for instance one layer wider and another narrower.
     """
     error = target.miss
+
     while error(kept) > tolerance / 5:
         moves = _single_steps(kept, allowed)
         best = min(moves, key=error, default=kept)
@@ -319,15 +330,15 @@ def _double_steps(moves: Sequence[list[int]], allowed: Sequence[list[int]]) -> I
 
 
 def _ranks(values: Tensor) -> Tensor:
-    """Returns ranks in (0, 1), so that one threshold takes the same share of each layer."""
-    # Half a rank keeps the ranks of two layers of different width from coinciding at the ends.
+    """Returns ranks in (0, 1), so that one threshold prunes the same share of each layer."""
+    # The half centres the ranks: 2 channels have 1/4 and 3/4, 4 channels 1/8, 3/8, 5/8, 7/8.
     return (values.argsort(stable=True).argsort().float() + 0.5) / len(values)
 
 
 def _unreachable(
     graph: ChannelGraph, allowed: Sequence[list[int]], target: Target, reached: float
 ) -> RecipeError:
-    """Returns the error for a target that no widths meet, with the nearest cost that they do."""
+    """Returns the error for a target that no widths meet; it names the nearest reachable cost."""
     full = target.full_cost or target.cost(full_widths(graph))
     least = target.cost([choice[0] for choice in allowed])
     kept = f" ({len(graph.unprunable)} modules cannot be pruned)" if graph.unprunable else ""

@@ -1,4 +1,7 @@
-"""Records the calls with numbers in a model's forward code, while `torch.export` captures it."""
+"""Records calls such as `x.view(n, 4, 8)` in forward code while `torch.export` captures a model.
+
+The sizes in them may have to be corrected after pruning.
+"""
 
 from __future__ import annotations
 
@@ -14,12 +17,18 @@ from torch.overrides import TorchFunctionMode
 from fedpress.compress.prune.ids import ForwardCall
 from fedpress.nn.forward_sizes import INDEXING, SIZED, find_call_site, indices_of, numbers_of
 
-TAG = "fedpress_call"
-"""Key in a node's metadata for the index of its call; -1 in a module that sets its own numbers."""
+CALL_TAG = "fedpress_call"
+"""Key in a node's metadata for the index of its call in `Recorder.calls`.
+
+-1 in torch's attention, which computes all sizes from its tensors.
+"""
 
 
 class Recorder(TorchFunctionMode):
-    """Records the calls with numbers in each module's forward, and tags the nodes they produce."""
+    """Records the calls with numbers in each module's forward, and tags the nodes they produce.
+
+    Use it as a context around `torch.export.export`.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -46,9 +55,9 @@ class Recorder(TorchFunctionMode):
             hook.remove()
 
     def call_counts(self) -> dict[tuple[str, str], int]:
-        """Returns how many calls one forward makes at a place: (module, place) -> calls.
+        """Returns how many calls one forward makes at each place: (module, place) -> calls.
 
-        If a module runs several times, it is the largest number.
+        If a module runs several times, it is the largest number of these forwards.
         """
         found: dict[tuple[str, str], int] = {}
         for call in self.calls:
@@ -63,8 +72,8 @@ class Recorder(TorchFunctionMode):
         """Calls `func`, and records the call if it has numbers and stands in a module's forward."""
         options = kwargs or {}
         if func is F.multi_head_attention_forward:
-            # It takes every size from its tensors, or from attributes that pruning sets.
-            with traceback.annotate({TAG: -1}):
+            # It takes every size from its tensors, or from attributes that pruning updates.
+            with traceback.annotate({CALL_TAG: -1}):
                 return func(*args, **options)
 
         found = find_call_site(func) if func in SIZED else None
@@ -73,7 +82,7 @@ class Recorder(TorchFunctionMode):
         key = id(found.module._parameters)
         name = self._names.get(key)
         counts = self._counts.get(key)
-        # A module that is not part of the model, or that runs outside of a forward.
+        # None if the module is not part of the model, or if its code runs outside of a forward.
         if name is None or counts is None:
             return func(*args, **options)
 
@@ -88,15 +97,16 @@ class Recorder(TorchFunctionMode):
         self.calls.append(call)
         # Counted after the call is recorded: the first occurrence is 0.
         counts[found.place] += 1
-        with traceback.annotate({TAG: len(self.calls) - 1}):
+        with traceback.annotate({CALL_TAG: len(self.calls) - 1}):
             return func(*args, **options)
 
 
 def _slice_positions(x: Tensor, index: Any) -> list[int]:
-    """Returns where, among the numbers of an indexing, the slices of a part of an axis begin.
+    """Returns the positions where the numbers of the slices begin, except for full slices (`:`).
 
-    A slice has three numbers, an index one. Example: `x[3, :, 2:4]` has the numbers 3 (position 0),
-    those of `:` (positions 1 to 3) and those of `2:4` (positions 4 to 6), which begins at 4.
+    A slice has three numbers (start, stop, step), an index has one. Example: `x[3, :, 2:4]` has the
+    number 3 at position 0, `:` at positions 1 to 3 and `2:4` at positions 4 to 6; the result is
+    [4].
     """
     items = index if isinstance(index, tuple) else (index,)
     under_ellipsis = x.dim() - sum(_dims_taken(item) for item in items)
@@ -113,7 +123,7 @@ def _slice_positions(x: Tensor, index: Any) -> list[int]:
 
 
 def _dims_taken(item: Any) -> int:
-    """Returns how many axes of a tensor one item of an indexing takes."""
+    """Returns how many axes of a tensor one item of an indexing covers (an ellipsis counts 0)."""
     if item is None or item is Ellipsis or isinstance(item, bool):
         return 0
     if isinstance(item, Tensor) and item.dtype == torch.bool:

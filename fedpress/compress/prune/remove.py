@@ -1,4 +1,4 @@
-"""Applies a pruning plan to a model: its channels are removed, or zeroed."""
+"""Applies a pruning plan to a model: removes the pruned channels, or only sets them to zero."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from fedpress.nn.forward_sizes import Numbers, set_numbers_
 from fedpress.nn.resize import get_tensor, replace_tensors_
 
 NEARLY_ZERO = 1e-12
-"""Factor that leaves a channel practically zero; its square is still a float32 above 0."""
+"""Factor for a nearly zeroed channel; the square of 1e-12 is still above 0 in float32."""
 
 
 @torch.no_grad()
 def remove_(model: nn.Module, plan: PruningPlan) -> None:
-    """Removes the channels of `plan` from all tensors of `model`, and corrects sizes to match.
+    """Removes the pruned channels of `plan` from all tensors of `model`, and corrects its sizes.
 
-    A tensor that several modules share stays shared. Gradients are dropped: create the optimizer
-    afterwards.
+    A tensor that several modules share stays shared. Parameters are replaced by new ones without
+    gradients, so create the optimizer afterwards.
 
     Raises:
-        ModelError: if the model does not have the tensors of the plan, with room for its indices.
+        ModelError: if the model lacks a tensor of the plan, or the tensor is too small for it.
     """
     _check_fits(model, plan.keep)
     keep_indices_(model, plan.keep, plan.numbers)
@@ -37,30 +37,30 @@ def remove_(model: nn.Module, plan: PruningPlan) -> None:
 def keep_indices_(
     model: nn.Module, keep: Mapping[str, Mapping[int, tuple[int, ...]]], numbers: Numbers
 ) -> None:
-    """Keeps the given indices of tensors, and corrects the given numbers in forward code."""
-    replace_tensors_(
-        model, {name: _shrink(get_tensor(model, name), axes) for name, axes in keep.items()}
-    )
+    """Keeps only the given indices of tensors, and corrects the given numbers in forward code."""
+    smaller = {}
+    for name, axes in keep.items():
+        smaller[name] = _shrink(get_tensor(model, name), axes)
+    replace_tensors_(model, smaller)
     set_numbers_(model, numbers)
 
 
 @torch.no_grad()
 def mask_(model: nn.Module, plan: PruningPlan, *, nearly: bool = False) -> None:
-    """Zeroes the channels of `plan` in all tensors of `model`, which keeps its size.
+    """Sets the pruned channels of `plan` to zero in all tensors of `model`; no size changes.
 
     Args:
         model: the model before pruning.
-        plan: what is pruned.
-        nearly: multiplies by 1e-12 instead. Code that divides weights by their own standard
-            deviation gives 0 / 0 for zeros, but finite numbers for these, and nothing that reads
-            the channel sees a difference.
+        plan: the channels to zero.
+        nearly: whether to multiply by 1e-12 instead of 0. Code that divides weights by their own
+            standard deviation computes 0 / 0 for zeros, but finite numbers for nearly zero ones.
 
     Raises:
-        ModelError: if the model does not have the tensors of the plan, with room for its indices.
+        ModelError: if the model lacks a tensor of the plan, or the tensor is too small for it.
     """
     _check_fits(model, plan.keep)
-    # The direction of a weight norm is divided by its length: zeros would give 0 / 0. Its length is
-    # zeroed instead, which zeroes the weight.
+    # `weight_norm` computes g * v / |v|: a zeroed v would give 0 / 0, so only g is zeroed, which
+    # zeroes the weight.
     directions = _directions(model)
     for name, axes in plan.keep.items():
         whole = get_tensor(model, name)
@@ -70,7 +70,7 @@ def mask_(model: nn.Module, plan: PruningPlan, *, nearly: bool = False) -> None:
             pruned = torch.ones(whole.shape[axis], dtype=torch.bool)
             pruned[list(kept)] = False
             index = pruned.nonzero().flatten().to(whole.device)
-            # Integers, such as counters, have no small values.
+            # Integers, such as counters, have no value near 0 but 0.
             if nearly and whole.is_floating_point():
                 whole.index_copy_(axis, index, whole.index_select(axis, index) * NEARLY_ZERO)
             else:
@@ -78,7 +78,7 @@ def mask_(model: nn.Module, plan: PruningPlan, *, nearly: bool = False) -> None:
 
 
 def _directions(model: nn.Module) -> dict[str, int]:
-    """Returns the name of each weight norm's direction, and the axis along which it has lengths."""
+    """Returns the name of each weight norm's direction v -> the axis that its length g has."""
     found: dict[str, int] = {}
     for name, module in model.named_modules():
         if isinstance(module, ParametrizationList):

@@ -1,4 +1,4 @@
-"""Estimates batch-norm statistics again after pruning, which changed the inputs of each layer."""
+"""Re-estimates batch-norm statistics after pruning, which has changed the inputs of each layer."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from fedpress.nn.batch_norm import ONE_VALUE, BatchNorm
 def restore_batch_norm_(model: nn.Module, batches: Iterable[Inputs]) -> int:
     """Re-estimates the running statistics of every batch norm as plain averages over `batches`.
 
-    Nothing else changes: dropout is off, and modes, momenta and counters are restored. Frozen batch
-    norms are included.
+    No weight changes. Dropout is off, and modes, momenta and counters are restored. Frozen batch
+    norms are re-estimated too.
 
     Args:
-        model: with or without batch norms.
-        batches: of inputs; each should hold at least two examples.
+        model: any module; without batch norms nothing changes.
+        batches: batches of inputs, each with at least two examples.
 
     Returns:
-        The number of batches seen.
+        The number of batches.
 
     Raises:
         DataError: if there are no batches, or if torch refuses a batch because it has one value per
@@ -48,7 +48,7 @@ def restore_batch_norm_(model: nn.Module, batches: Iterable[Inputs]) -> int:
                 call(model, batch)
                 seen += 1
         except ValueError as error:
-            # Any other error is the caller's, for instance inputs of another shape.
+            # Other errors, for instance for inputs of a wrong shape, are passed on unchanged.
             if ONE_VALUE not in str(error):
                 raise
             for norm in norms:
@@ -62,7 +62,7 @@ def restore_batch_norm_(model: nn.Module, batches: Iterable[Inputs]) -> int:
 
 
 class _Norm:
-    """A batch norm whose statistics are estimated again, with its previous state."""
+    """A batch norm during re-estimation, with the state that it had before."""
 
     def __init__(self, layer: BatchNorm) -> None:
         self.layer = layer
@@ -80,7 +80,7 @@ class _Norm:
         self.layer.training = True
 
     def end_(self) -> None:
-        """Restores momentum and counter; a norm that no batch reached gets its statistics back."""
+        """Restores momentum and counter; for a norm that did not run, the old statistics too."""
         self.layer.momentum = self.momentum
         counter = self.layer.num_batches_tracked
         if counter is None:
@@ -99,7 +99,7 @@ class _Norm:
 
 @contextmanager
 def _averaging(model: nn.Module) -> Iterator[list[_Norm]]:
-    """Within the block batch norms average their inputs; all else is in evaluation mode."""
+    """Makes batch norms average their inputs within the block; the rest is in evaluation mode."""
     norms = []
     for module in model.modules():
         if isinstance(module, BatchNorm) and module.track_running_stats:

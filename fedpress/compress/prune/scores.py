@@ -1,13 +1,12 @@
-"""Scores of channels, one row each in `SCORES`: the lowest are pruned first.
+"""Scores of channels, one row each in `SCORES`: the channels with the lowest are pruned first.
 
-Every score is a sum over all tensors that hold the channel. It is divided by the mean of its layer,
-because layers of different width and depth have different scales, and one threshold is applied to
-all of them. Scores from data look at the weights that *read* the channel: a batch norm removes the
-scale of the weights that write it, so a derivative there says nothing.
+A score is a sum over all tensors that hold the channel. It is divided by the mean of its layer,
+because one threshold is applied to all layers, and layers of different width and depth have
+different scales. Scores with gradients use the weights that *read* the channel: if a batch norm
+follows the weights that write it, the loss does not depend on their scale.
 
-Two scores of single weights have no row here. LAMP compares layers with each other, and within one
-layer orders channels as "l2" does; movement is accumulated while a network trains. Both are in
-`fedpress.compress.sparse`.
+Two scores of single weights, in `fedpress.compress.sparse`, are missing here. LAMP would order the
+channels of a layer as "l2" does; movement is accumulated while a network trains.
 """
 
 from __future__ import annotations
@@ -20,7 +19,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from fedpress.compress.prune.derivatives import differentiable, gradient, hessian_gradient, mean
+from fedpress.compress.prune.derivatives import (
+    differentiable,
+    gradient,
+    hessian_gradient,
+    mean_over_batches,
+)
 from fedpress.compress.prune.graph import ChannelGraph, ChannelGroup, Slice
 from fedpress.core.random_source import Source, chance_of
 from fedpress.errors import ModelError, RecipeError, suggestion
@@ -31,7 +35,14 @@ Losses = Callable[[], Iterable[Tensor]]
 
 @dataclass(frozen=True)
 class ScoreInputs:
-    """What a score is computed from: tensors by name, and for some losses or a generator."""
+    """The arguments of a score function.
+
+    Attributes:
+        model: the traced model.
+        tensors: all parameters and buffers by name, as the forward pass uses them.
+        losses: the loss of each batch, for scores with gradients.
+        generator: source of random numbers, for "random".
+    """
 
     model: nn.Module
     tensors: Mapping[str, Tensor]
@@ -41,14 +52,14 @@ class ScoreInputs:
 
 @dataclass(frozen=True)
 class Score:
-    """A way to score channels.
+    """A row of `SCORES`: a function that scores channels, and what it needs.
 
     Attributes:
         function: returns one vector [channels] for each layer of the graph.
-        needs: "losses" or "generator", if it is required.
-        per_example: whether each loss should be that of one example, because its squared gradient
-            is averaged.
-        needs_scales: whether every layer must have a norm with a scale per channel.
+        needs: "losses" or "generator" if that argument is required, else None.
+        per_example: whether each loss should be that of a single example, because squared gradients
+            of examples are averaged.
+        needs_scales: whether every layer must be followed by a norm with a scale per channel.
     """
 
     function: Callable[[ChannelGraph, ScoreInputs], list[Tensor]]
@@ -68,11 +79,11 @@ def tensors_of(model: nn.Module) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def effective_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Returns `tensors_of(model)` with the weights that the forward pass really uses.
+    """Returns all tensors by name, with computed weights in place of their originals.
 
     A weight may be computed from other tensors by a parametrization, `weight_norm` or
-    `torch.nn.utils.prune`. The result then replaces the original tensor of the same shape: the
-    direction of a weight norm, for instance, says nothing about the size of the weight.
+    `torch.nn.utils.prune`. Scores must see that weight, not the original tensor of the same shape:
+    the direction v of a weight norm, for instance, does not contain the size of the weight.
     """
     tensors = tensors_of(model)
     for name, module in model.named_modules(remove_duplicate=False):
@@ -102,7 +113,7 @@ def _hooked_weights(module: nn.Module) -> dict[str, Tensor]:
     hooks: Iterable[Any] = module._forward_pre_hooks.values()
     for hook in hooks:
         if hasattr(hook, "compute_weight"):  # torch.nn.utils.weight_norm and spectral_norm
-            # Spectral norm changes its vectors at each call in training; scoring must not.
+            # Spectral norm updates its vectors in training mode; scoring must not change the model.
             options = {"do_power_iteration": False} if hasattr(hook, "eps") else {}
             weight = hook.compute_weight(module, **options)
             computed[f"{hook.name}_v"] = weight
@@ -134,10 +145,10 @@ def l2(graph: ChannelGraph, inputs: ScoreInputs) -> list[Tensor]:
 
 
 def bn_scale(graph: ChannelGraph, inputs: ScoreInputs) -> list[Tensor]:
-    """Sum of |gamma| over the normalisations of the channel (Liu et al. 2017, network slimming).
+    """Sum of |gamma| over the batch norms of the channel (Liu et al. 2017, network slimming).
 
-    Train with `bn_penalty` first, which pulls scales to zero; without it they say little about a
-    channel.
+    Train with `bn_penalty` first, an L1 penalty that makes unimportant scales small; without it
+    they say little about a channel.
     """
     for group in graph.groups:
         # Without a scale the channel would have the score 0 and be pruned first.
@@ -151,10 +162,11 @@ def bn_scale(graph: ChannelGraph, inputs: ScoreInputs) -> list[Tensor]:
 
 
 def fpgm(graph: ChannelGraph, inputs: ScoreInputs) -> list[Tensor]:
-    """Sum of the distances from the weights that write the channel to those of the layer's others.
+    """Sum of the distances between the channel's filter and all other filters of the layer.
 
-    The channel nearest to the geometric median of all is pruned first, since the others can replace
-    it best (He et al. 2019, arXiv:1811.00250, eq. 5). A channel with small weights may score high.
+    A filter is the weights that write the channel. The filter nearest to the geometric median is
+    pruned first, since the others can replace it best (He et al. 2019, arXiv:1811.00250, eq. 5). A
+    channel with small weights may score high.
     """
     scores = []
     for group in graph.groups:
@@ -172,24 +184,24 @@ def fpgm(graph: ChannelGraph, inputs: ScoreInputs) -> list[Tensor]:
 def taylor(graph: ChannelGraph, inputs: ScoreInputs) -> list[Tensor]:
     """Mean over batches of |sum w * dL/dw| over the weights that read the channel.
 
-    That sum is exactly the derivative of the loss by a gate that multiplies the channel where it is
-    read, so its size is the first-order change of the loss without the channel (Molchanov et al.
-    2017). The model is in evaluation mode.
+    The sum is the derivative of the loss with respect to a factor (gate) on the channel, so its
+    size is the first-order estimate of the change of the loss if the channel is removed (Molchanov
+    et al. 2017). The model is in evaluation mode.
     """
     batches = _gate_derivatives(graph, inputs, "taylor")
-    return mean(_of_each(batches, Tensor.abs))
+    return mean_over_batches(_of_each(batches, Tensor.abs))
 
 
 def fisher(graph: ChannelGraph, inputs: ScoreInputs) -> list[Tensor]:
-    """Mean over losses of (sum w * dL/dw)^2 / 2: the second-order change without the channel.
+    """Mean over losses of (sum w * dL/dw)^2 / 2, a second-order estimate of the loss's change.
 
-    The second derivative by a gate on the channel is estimated by its Fisher information (Theis et
-    al. 2018, arXiv:1801.05787, eq. 6; with coupled layers Liu et al. 2021, arXiv:2108.00708). Each
-    loss should be that of one example: with batches of n the variance part of the square is n times
-    too small.
+    The second derivative with respect to a gate on the channel is estimated by the Fisher
+    information (Theis et al. 2018, arXiv:1801.05787, eq. 6; with coupled layers Liu et al. 2021,
+    arXiv:2108.00708). Each loss should be that of one example: the mean gradient of n examples has
+    a variance that is n times smaller, and the score with it.
     """
     batches = _gate_derivatives(graph, inputs, "fisher")
-    return mean(_of_each(batches, lambda gate: gate.square() / 2))
+    return mean_over_batches(_of_each(batches, lambda gate: gate.square() / 2))
 
 
 def obd(graph: ChannelGraph, inputs: ScoreInputs) -> list[Tensor]:
@@ -208,30 +220,31 @@ def obd(graph: ChannelGraph, inputs: ScoreInputs) -> list[Tensor]:
                 halves[name] = product.float().square() / 2
             yield [_total(slices, halves) for slices in read]
 
-    return mean(batches())
+    return mean_over_batches(batches())
 
 
 def snip(graph: ChannelGraph, inputs: ScoreInputs) -> list[Tensor]:
     """|sum w * dL/dw| with the mean gradient of all batches (Lee et al. 2019, arXiv:1810.02340).
 
-    The paper's connection sensitivity, here of a gate on the channel. For networks at their
-    initialisation: norms use the statistics of the batch.
+    The paper's connection sensitivity, here of a gate on the channel. It is meant for networks at
+    their initialisation, so norms use the statistics of the batch.
     """
     batches = _gate_derivatives(graph, inputs, "snip", batch_statistics=True)
-    return [gate.abs() for gate in mean(batches)]
+    return [gate.abs() for gate in mean_over_batches(batches)]
 
 
 def grasp(graph: ChannelGraph, inputs: ScoreInputs) -> list[Tensor]:
     """Sum of w * (H g) over the weights that read the channel, g the gradient and H the Hessian.
 
-    It is how much the channel adds to the norm of the gradient. Wang et al. 2020 (arXiv:2002.07376,
-    eq. 8) use the negative and remove the highest. The mean over batches is taken. For networks at
-    their initialisation: norms use the statistics of the batch.
+    It estimates how much the channel adds to the norm of the gradient. Wang et al. 2020
+    (arXiv:2002.07376, eq. 8) use the negative and remove the highest. The mean over batches is
+    taken. It is meant for networks at their initialisation, so norms use the statistics of the
+    batch.
     """
     gates = _gate_derivatives(
         graph, inputs, "grasp", batch_statistics=True, derivative=hessian_gradient
     )
-    return mean(gates)
+    return mean_over_batches(gates)
 
 
 def random(graph: ChannelGraph, inputs: ScoreInputs) -> list[Tensor]:
@@ -270,9 +283,9 @@ def score(
     Args:
         model: the traced model; unchanged.
         graph: its channels.
-        score: a row of `SCORES`.
-        losses: for the scores that need them.
-        generator: for "random".
+        score: a key of `SCORES`, such as "l1".
+        losses: the loss of each batch, for the scores with gradients.
+        generator: source of random numbers, for "random".
 
     Raises:
         RecipeError: if there is no such score.
@@ -280,7 +293,7 @@ def score(
             finite.
     """
     raw = raw_scores(model, graph, score, losses=losses, generator=generator)
-    return [relative(values) for values in raw]
+    return [divided_by_mean(values) for values in raw]
 
 
 def raw_scores(
@@ -326,13 +339,13 @@ def raw_scores(
     return raw
 
 
-def relative(values: Tensor) -> Tensor:
+def divided_by_mean(values: Tensor) -> Tensor:
     """Divides the scores of a layer [channels] by their mean size; if all are zero they stay zero.
 
-    >>> relative(torch.tensor([1.0, 3.0]))
+    >>> divided_by_mean(torch.tensor([1.0, 3.0]))
     tensor([0.5000, 1.5000])
     """
-    # Some scores are negative, so it is not the mean of the values themselves.
+    # Some scores are negative, and the mean of the values themselves could be 0.
     mean_size = values.abs().mean()
     return values / mean_size if mean_size > 0 else values
 
@@ -343,7 +356,10 @@ def writers(group: ChannelGroup) -> Sequence[Slice]:
 
 
 def readers(group: ChannelGroup, model: nn.Module) -> Sequence[Slice]:
-    """Returns the slices of parameters that read the channels, else of those that write them."""
+    """Returns the slices of parameters that read the channels.
+
+    If none does, those that write the channels; if none does, any that hold them.
+    """
     parameters = dict(model.named_parameters(remove_duplicate=False))
     for slices in (group.role("read"), group.role("write"), group.slices):
         found = []
@@ -387,8 +403,7 @@ def _gate_derivatives(
 ) -> Iterator[list[Tensor]]:
     """Yields for each loss the sum of w * derivative over the weights that read each channel.
 
-    With the gradient it is the derivative by a gate: d/dt of the loss with t * w in place of w, at
-    t = 1.
+    With the gradient this is d loss / dt at t = 1, where a gate t multiplies these weights.
     """
     read = [readers(group, inputs.model) for group in graph.groups]
     every_loss = _weight_times_derivative(
@@ -406,10 +421,10 @@ def _weight_times_derivative(
     batch_statistics: bool = False,
     derivative: Callable[[Tensor, Sequence[Tensor]], list[Tensor]] = gradient,
 ) -> Iterator[dict[str, Tensor]]:
-    """Yields for each loss w * derivative, entry by entry, of parameters that read channels.
+    """Yields for each loss the products w * derivative of the parameters that read channels.
 
-    For a weight that is computed from parameters these are the parameters, because pruning removes
-    parts of those.
+    If a weight is computed from parameters (weight norm), w are these parameters, because pruning
+    removes parts of them.
     """
     assert inputs.losses is not None
     parameters = dict(inputs.model.named_parameters(remove_duplicate=False))

@@ -1,7 +1,6 @@
-"""Sensitivity: the loss against the density of one layer at a time, and widths from these curves.
+"""Sensitivity analysis: measures the loss while one layer at a time is pruned to several densities.
 
-for point in sensitivity(channel_units(model, graph, scores), evaluate):
-    ...  # show, save
+points = list(sensitivity(channel_units(model, graph, scores), evaluate))
 plan(model, graph, scores, scope="sensitivity", points=points)
 """
 
@@ -25,20 +24,20 @@ from fedpress.tasks.base import json_number
 
 DENSITIES = (0.9, 0.7, 0.5, 0.3, 0.1)
 LOWER_DENSITIES = (0.05, 0.03, 0.02, 0.01, 0.005, 0.002, 0.001)
-"""Below the usual densities: measured only if so little of a layer may be kept."""
+"""Measured besides the usual densities if a layer may be pruned below 0.1."""
 
-TIE = 1e-9
-"""Where a curve is flat, channels are ordered by the share of the layer pruned before them."""
+TIE_BREAK = 1e-9
+"""Small slope added to the curves, so that channels have an order where a curve is flat."""
 
 Measure = Callable[[], tuple[float, float | None]]
-"""Runs the model; returns its loss and its primary metric, or None where it has no metric."""
+"""Evaluates the model; returns its loss and its primary metric, or None without a metric."""
 
 
 def densities_down_to(lowest: float, usual: Sequence[float] = DENSITIES) -> tuple[float, ...]:
-    """Returns the densities to measure, falling, if as little as `lowest` of a layer may be kept.
+    """Returns the densities to measure, falling, the last at or below `lowest` where possible.
 
-    A curve shows nothing below its last point: a layer whose loss is flat down to 0.1 may be the
-    one that the network cannot do without at 0.01.
+    A curve must not be extrapolated far: a layer that can be pruned to 0.1 without loss may be
+    indispensable at 0.01.
 
     >>> densities_down_to(0.04)
     (0.9, 0.7, 0.5, 0.3, 0.1, 0.05, 0.03)
@@ -52,12 +51,12 @@ def densities_down_to(lowest: float, usual: Sequence[float] = DENSITIES) -> tupl
 
 @dataclass(frozen=True)
 class SensitivityUnit:
-    """Something that can be pruned alone, such as a layer.
+    """A part of the model that is pruned alone in the analysis, such as the channels of a layer.
 
     Attributes:
-        name: of the layer.
-        at_density: a context in which the model runs with that share of the unit, the rest of it
-            zeroed.
+        name: name of the layer or weight.
+        at_density: returns a context; within it only that share of the unit is kept, and the rest
+            is zeroed.
     """
 
     name: str
@@ -65,8 +64,11 @@ class SensitivityUnit:
 
 
 @dataclass(frozen=True)
-class Point:
-    """Loss and metric of the model with `density` of the one unit `layer`; 1 is the whole model."""
+class SensitivityPoint:
+    """Loss and metric (`score`) of the model with one unit pruned to `density`.
+
+    Density 1 is the unpruned model.
+    """
 
     layer: str
     density: float
@@ -74,12 +76,12 @@ class Point:
     score: float | None = None
 
     @classmethod
-    def of(cls, saved: Mapping[str, Any]) -> Point:
+    def from_json(cls, saved: Mapping[str, Any]) -> SensitivityPoint:
         """Returns the point from its dictionary; version 0.1.0 called the score `accuracy`."""
         score = saved.get("score", saved.get("accuracy"))
         return cls(saved["layer"], saved["density"], saved["loss"], score)
 
-    def line(self, metric: str) -> dict[str, JsonValue]:
+    def to_json(self, metric: str) -> dict[str, JsonValue]:
         """Returns the point as JSON, its score under the name of the `metric`."""
         score = None if self.score is None else json_number(self.score)
         return {"layer": self.layer, "density": self.density, "loss": self.loss, metric: score}
@@ -90,22 +92,23 @@ def sensitivity(
     measure: Measure,
     densities: Sequence[float] = DENSITIES,
     *,
-    known: Sequence[Point] = (),
-) -> Iterator[Point]:
-    """Yields the loss at each of `densities`, one unit at a time; all tensors are restored.
+    known: Sequence[SensitivityPoint] = (),
+) -> Iterator[SensitivityPoint]:
+    """Yields the loss at each of `densities` for one unit after the other.
+
+    All tensors are restored. Each unit begins with a point at density 1, which is measured once.
 
     Args:
-        units: layers (`channel_units`), weights (`weight_unit`), or anything else that can be
-            pruned in place.
-        measure: returns the loss and primary metric of the model as it is.
-        densities: in (0, 1); 1 is measured once and comes first in each curve.
-        known: points of an earlier, stopped call, which are yielded again without being measured.
+        units: layers (`channel_units`) or single weights (`weight_unit`).
+        measure: returns the loss and the primary metric of the model in its present state.
+        densities: densities in (0, 1).
+        known: points of an earlier call that was stopped; they are yielded without a measurement.
 
     Raises:
         RecipeError: if a density is out of range.
-        ModelError: if the whole model's loss is not finite.
+        ModelError: if the loss of the unpruned model is not finite.
     """
-    # 0 would be no layer, and 1 is measured anyway.
+    # At 0 the layer would be gone, and 1 is measured anyway.
     wrong = next((d for d in densities if not 0 < d < 1), None)
     if wrong is not None or not densities:
         raise RecipeError(
@@ -123,10 +126,10 @@ def sensitivity(
                 base = (point.loss, point.score) if density == 1 else base
             elif density == 1:
                 base = base or measure()
-                point = Point(unit.name, density, *base)
+                point = SensitivityPoint(unit.name, density, *base)
             else:
                 with unit.at_density(density):
-                    point = Point(unit.name, density, *measure())
+                    point = SensitivityPoint(unit.name, density, *measure())
 
             # Every curve is relative to this loss.
             if density == 1 and not np.isfinite(point.loss):
@@ -141,9 +144,9 @@ def sensitivity(
 def channel_units(
     model: nn.Module, graph: ChannelGraph, scores: Sequence[Tensor]
 ) -> list[SensitivityUnit]:
-    """Returns a unit for every layer of `graph`, whose channels with the lowest scores are zeroed.
+    """Returns a unit for each layer of `graph`: its channels with the lowest scores are zeroed.
 
-    At least one channel of a layer is kept.
+    At least one channel of a layer is kept, as in a pruning plan.
     """
     tensors = tensors_of(model)
     units = []
@@ -158,7 +161,6 @@ def _masked(
     tensors: dict[str, Tensor], layer: ChannelGroup, best_first: Tensor, density: float
 ) -> Iterator[None]:
     """Zeroes the channels of `layer` beyond the best `density` of them, within the block."""
-    # At least one channel is kept, as in a plan.
     pruned = best_first[max(1, round(density * layer.channels)) :]
     touched = []
     for s in layer.slices:
@@ -171,19 +173,20 @@ def _masked(
                 tensor.index_fill_(axis, index, 0)
         yield
     finally:
-        # All values were read before any were zeroed: a tensor may be touched along two axes.
+        # A tensor may be zeroed along two axes. All values were saved before any was zeroed, so
+        # the order of restoring does not matter.
         with torch.no_grad():
             for (tensor, axis, index), values in zip(touched, before, strict=True):
                 tensor.index_copy_(axis, index, values)
 
 
 def weight_unit(name: str, weight: Tensor, scores: Tensor) -> SensitivityUnit:
-    """Returns a unit of single weights, of which those with the lowest scores are zeroed.
+    """Returns a unit for one weight tensor: its entries with the lowest scores are zeroed.
 
     Args:
-        name: of the weight.
-        weight: zeroed in place.
-        scores: of its shape.
+        name: name of the weight.
+        weight: the tensor; it is zeroed in place and restored.
+        scores: a score of each entry, in the shape of `weight`.
     """
 
     @contextmanager
@@ -202,16 +205,18 @@ def weight_unit(name: str, weight: Tensor, scores: Tensor) -> SensitivityUnit:
     return SensitivityUnit(name, at_density)
 
 
-def loss_curves(points: Sequence[Point]) -> dict[str, tuple[list[float], list[float]]]:
-    """Returns for every layer the densities, rising, and how much the loss grows at each.
+def loss_curves(points: Sequence[SensitivityPoint]) -> dict[str, tuple[list[float], list[float]]]:
+    """Returns for every layer the densities, rising, and the growth of the loss at each.
 
-    The growth never falls with falling density: a loss that happens to be lower there is noise. A
-    loss that is not finite counts as the largest growth of all.
+    The growth is made monotonic: if the loss falls at a lower density, that is noise, and the
+    growth at the higher density is used. A loss that is not finite counts as the largest growth of
+    all layers.
 
     Raises:
         RecipeError: if a layer has no point at density 1.
 
-    >>> loss_curves([Point("a", 1.0, 2.0), Point("a", 0.5, 1.9), Point("a", 0.25, 3.0)])
+    >>> measured = [("a", 1.0, 2.0), ("a", 0.5, 1.9), ("a", 0.25, 3.0)]  # layer, density, loss
+    >>> loss_curves([SensitivityPoint(*point) for point in measured])
     {'a': ([0.25, 0.5, 1.0], [1.0, 0.0, 0.0])}
     """
     dense = {p.layer: p.loss for p in points if p.density == 1}
@@ -226,9 +231,13 @@ def loss_curves(points: Sequence[Point]) -> dict[str, tuple[list[float], list[fl
     grown: dict[str, dict[float, float]] = {layer: {} for layer in dense}
     for point in points:
         grown[point.layer][point.density] = point.loss - dense[point.layer]
-    # Infinity would hide the differences of all other points.
-    every = [growth for of_layer in grown.values() for growth in of_layer.values()]
-    most = max(filter(np.isfinite, every), default=0.0)
+    # Not infinity, which would make all other differences between layers negligible.
+    most = 0.0
+    finite = []
+    for growth_at in grown.values():
+        finite += [growth for growth in growth_at.values() if np.isfinite(growth)]
+    if finite:
+        most = max(finite)
 
     found = {}
     for layer, growth_at in grown.items():
@@ -246,30 +255,30 @@ def loss_curves(points: Sequence[Point]) -> dict[str, tuple[list[float], list[fl
 def extended_to_zero(
     curve: tuple[list[float], list[float]], most: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Returns a curve with a point at density 0, where the layer passes nothing on.
+    """Returns a curve with an additional point at density 0, where the layer is all zeros.
 
-    Below the lowest measured density the curve goes on with its last slope, but at 0 it reaches at
-    least `most`: a curve that was flat so far need not stay so.
+    Below the lowest measured density the curve continues with its last slope, but at 0 it has at
+    least the growth `most`, because a flat curve may rise steeply near 0.
 
     Args:
-        curve: densities, rising, and how much the loss grows at each.
+        curve: densities, rising, and the growth of the loss at each.
         most: the largest growth of any layer.
     """
     density = np.array(curve[0])
     height = np.array(curve[1])
-    # The last measured part of the curve.
+    # The slope between the two lowest densities.
     slope = (height[0] - height[1]) / (density[1] - density[0])
     end = max(most, height[0] + slope * density[0])
     return np.insert(density, 0, 0.0), np.insert(height, 0, end)
 
 
 def growth_by_channel(
-    graph: ChannelGraph, scores: Sequence[Tensor], points: Sequence[Point]
+    graph: ChannelGraph, scores: Sequence[Tensor], points: Sequence[SensitivityPoint]
 ) -> list[Tensor]:
-    """Returns for each channel how much the loss grows when it and all worse ones are pruned.
+    """Returns for each channel the growth of the loss if it and all lower scores are pruned.
 
-    One threshold on these numbers prunes every layer as far as the same growth of the loss allows.
-    Between the measured densities the curves are straight; below them see `extended_to_zero`.
+    One threshold on these numbers prunes every layer up to the same growth of the loss. Curves are
+    interpolated linearly between the measured densities; below them see `extended_to_zero`.
 
     Raises:
         RecipeError: if a layer has not been measured.
@@ -287,10 +296,10 @@ def growth_by_channel(
 
         density, height = extended_to_zero(known[layer.name], most)
         best_first = values.argsort(descending=True, stable=True)
-        # Without the channel at this place of the order, those before it are kept.
+        # If the channel at position i is pruned, the i channels before it are kept.
         kept_share = np.arange(len(values)) / len(values)
         growth = np.interp(kept_share, density, height)
-        growth += TIE * (1 + height.max()) * (1 - kept_share)
+        growth += TIE_BREAK * (1 + height.max()) * (1 - kept_share)
 
         by_channel = torch.empty(len(values), dtype=torch.float64)
         out.append(by_channel.scatter_(0, best_first.cpu(), torch.from_numpy(growth)))

@@ -1,7 +1,7 @@
-"""Single-channel pruning: removes the worst channel, scores again, until the target is met.
+"""Iterative pruning, one channel at a time: removes the lowest score, then computes scores anew.
 
-Removing a channel changes how much the channels of the next layer matter, so the order differs from
-one-shot pruning.
+Removing a channel changes the scores of the layers that read it, so the order differs from that of
+one-shot pruning (`plan`).
 """
 
 from __future__ import annotations
@@ -15,13 +15,19 @@ from torch import Tensor, nn
 
 from fedpress.compress.prune.graph import ChannelGraph, ChannelGroup
 from fedpress.compress.prune.plan import PruningPlan, allowed_widths, check_settings, plan
-from fedpress.compress.prune.scores import Losses, channel_sums, raw_scores, relative, tensors_of
+from fedpress.compress.prune.scores import (
+    Losses,
+    channel_sums,
+    divided_by_mean,
+    raw_scores,
+    tensors_of,
+)
 from fedpress.compress.prune.targets import Target, parameter_target
 from fedpress.core.random_source import Source
 from fedpress.errors import RecipeError
 
 BEYOND_TARGET = 0.9
-"""Removal goes on to this part of the target, so that layers can be rounded up as well as down."""
+"""Channels are removed down to 0.9 times the target, so that rounding may widen layers again."""
 
 
 def prune_single_channel(
@@ -39,26 +45,26 @@ def prune_single_channel(
     losses: Losses | None = None,
     generator: Source = None,
 ) -> PruningPlan:
-    """Plans the removal of channels one at a time, worst first, then rounds the widths.
+    """Plans the removal of channels one at a time, lowest score first, then rounds the widths.
 
-    "l1" and "l2" are scored again after every channel. The other scores need the whole network to
-    run, so they are computed again after `every` channels, with the removed ones zeroed. All
-    tensors of `model` are restored.
+    The scores "l1" and "l2" are updated after every channel. The other scores need forward and
+    backward passes, so they are computed anew after `every` channels, with the removed ones zeroed.
+    All tensors of `model` are restored.
 
     Args:
         model: the traced model.
         graph: its channels.
-        score: a row of `fedpress.compress.SCORES`.
+        score: a key of `fedpress.compress.SCORES`, such as "l1".
         keep_params: share of the parameters to keep, in (0, 1].
         target: used instead of `keep_params` (see `fedpress.compress.prune.targets`).
         round_to: widths become multiples of this.
         min_keep: smallest share of its channels that a layer keeps.
-        tolerance: largest difference between the wanted and the reached share that needs no note in
-            the plan.
-        exact: whether a target that is missed by more than `tolerance` is refused.
-        every: removals between two rounds of scoring, for scores other than "l1" and "l2".
-        losses: for the scores that need them.
-        generator: for "random".
+        tolerance: largest difference between the wanted and the reached cost that needs no note in
+            the plan, as a share of the whole network's cost.
+        exact: whether to raise an error if the target is missed by more than `tolerance`.
+        every: number of removals after which scores other than "l1" and "l2" are computed anew.
+        losses: the loss of each batch, for the scores with gradients.
+        generator: source of random numbers, for "random".
 
     Raises:
         RecipeError: if a setting is out of range or the share cannot be met.
@@ -73,7 +79,7 @@ def prune_single_channel(
             cure="try 64",
         )
 
-    # A layer is not pruned below its smallest width, so that rounding cannot miss it.
+    # No layer is pruned below its smallest allowed width: `plan` would have to widen it again.
     floors = []
     for group in graph.groups:
         floors.append(allowed_widths(group, round_to, min_keep)[0])
@@ -98,9 +104,9 @@ Scorer = Callable[[list[Tensor], tuple[int, int] | None], dict[int, Tensor]]
 def _removal_order(
     graph: ChannelGraph, scorer: Scorer, floors: Sequence[int], target: Target
 ) -> list[Tensor]:
-    """Removes channels until a little less than `target` is left; returns the order as scores.
+    """Removes channels until the cost is 0.9 times `target`; returns the order as scores.
 
-    A removed channel has the number of channels removed before it; the remaining ones have larger
+    The first removed channel gets 0, the second 1, and so on; the remaining channels get larger
     numbers.
     """
     rest = _Remaining(graph, floors)
@@ -114,8 +120,8 @@ def _removal_order(
         pruned.append(worst)
         rest.rescore_(scorer(rest.masks, worst))
 
-    last = [relative(values) for values in rest.raw]
-    # Some scores are negative, and a remaining channel must come after all removed ones.
+    last = [divided_by_mean(values) for values in rest.raw]
+    # Some scores are negative, and every remaining channel must rank above all removed ones.
     smallest = min(float(values.min()) for values in last)
     order = [len(pruned) + values - smallest for values in last]
     for position, (layer, channel) in enumerate(pruned):
@@ -124,17 +130,17 @@ def _removal_order(
 
 
 class _Remaining:
-    """The channels that remain while they are removed one by one, and the worst of each layer.
+    """The remaining channels of all layers, with their scores, while they are removed one by one.
 
-    Scores are divided by the mean of all channels of the layer, including the last scores of
-    removed ones. Relative to the remaining ones alone, the scores of a layer whose channels are
-    alike would stay near 1, and it would never be pruned.
+    Scores are divided by the mean over all channels of the layer, removed ones included with their
+    last score. With the mean of the remaining ones alone, a layer of equally important channels
+    would have scores near 1 however many are removed, and would never be pruned.
 
     Attributes:
-        masks: of each layer, which channels remain.
-        kept: how many these are.
-        raw: the last score of each channel.
-        floors: how many channels each layer must keep.
+        masks: for each layer, [channels] bool, which channels remain.
+        kept: for each layer, the number of remaining channels.
+        raw: for each layer, the last score of each channel before the division.
+        floors: for each layer, how many channels it must keep.
     """
 
     def __init__(self, graph: ChannelGraph, floors: Sequence[int]) -> None:
@@ -142,18 +148,18 @@ class _Remaining:
         self.masks = [torch.ones(channels, dtype=torch.bool) for channels in self.kept]
         self.raw = [torch.zeros(channels) for channels in self.kept]
         self.floors = floors
-        # (score, channel) of the layers whose worst channel is known; a change in a layer drops it.
+        # Cache: layer -> (score, channel) of its worst channel. A change of the layer deletes it.
         self.worst: dict[int, tuple[float, int]] = {}
 
     def rescore_(self, scores: Mapping[int, Tensor]) -> None:
-        """Takes new raw scores of some layers; a removed channel, now 0, keeps its last one."""
+        """Stores new raw scores of some layers; removed channels (score 0) keep their last one."""
         for i, values in scores.items():
             known = self.masks[i] | values.ne(0)
             self.raw[i] = torch.where(known, values, self.raw[i])
             self.worst.pop(i, None)
 
     def worst_channel(self) -> tuple[int, int] | None:
-        """Returns the (layer, channel) to remove next; None at the smallest widths."""
+        """Returns the (layer, channel) to remove next; None if no layer may lose another."""
         for i in range(len(self.kept)):
             if i not in self.worst:
                 self.worst[i] = self._worst_of(i)
@@ -170,8 +176,8 @@ class _Remaining:
         self.worst.pop(layer, None)
 
     def _worst_of(self, layer: int) -> tuple[float, int]:
-        """Returns a layer's least score and its channel; infinity at its smallest width."""
-        scores = relative(self.raw[layer]).masked_fill(~self.masks[layer], float("inf"))
+        """Returns the lowest score of a layer and its channel; infinity at the least width."""
+        scores = divided_by_mean(self.raw[layer]).masked_fill(~self.masks[layer], float("inf"))
         least = scores.min(0)
         channel = int(least.indices)
         if self.kept[layer] <= self.floors[layer]:
@@ -188,7 +194,7 @@ def _scorer(
     losses: Losses | None,
     generator: Source,
 ) -> Iterator[Scorer]:
-    """Within the block returns a `Scorer`; tensors that it zeroes are restored afterwards."""
+    """Yields a `Scorer` for the score `name`; tensors that it zeroes are restored afterwards."""
     if name in ("l1", "l2"):
         raw_scores(model, graph, name)  # raises an error if a weight is not finite
         yield _magnitudes(model, graph, power=1 if name == "l1" else 2)
@@ -206,7 +212,7 @@ def _scorer(
             layer, channel = removed
             _zero_(tensors, graph.groups[layer], channel)
             removed_since += 1
-            # Random scores drawn again would not be a random order of removal.
+            # Random scores are drawn once: a single draw is a random order of all channels.
             if removed_since < every or name == "random":
                 return {}
         removed_since = 0
@@ -220,9 +226,10 @@ def _scorer(
 
 
 def _magnitudes(model: nn.Module, graph: ChannelGraph, *, power: Literal[1, 2]) -> Scorer:
-    """Scores by sums of |w|^power [out, in] over kernels, computed once.
+    """Returns a `Scorer` for "l1" (power 1) or "l2" (power 2) that updates scores cheaply.
 
-    After a removal only the layers are summed again whose weights read the removed channel.
+    |w|^power is summed over the kernel once. After a removal only those layers are summed anew
+    whose weights read the removed channel.
     """
     axes: set[tuple[str, int]] = set()
     writers: dict[str, set[int]] = {}  # tensor -> the layers that it writes
@@ -250,7 +257,7 @@ def _magnitudes(model: nn.Module, graph: ChannelGraph, *, power: Literal[1, 2]) 
         if removed is not None:
             layer, channel = removed
             group = graph.groups[layer]
-            # The channel's own row keeps its values, so that it keeps its last score.
+            # The weights that write the channel are not zeroed, so that it keeps its last score.
             _zero_(tables, group, channel, but="write")
             touched = set()
             for s in group.slices:

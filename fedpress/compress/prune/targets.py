@@ -1,4 +1,4 @@
-"""Targets of pruning: parameters, multiply-adds, bytes or milliseconds, as a cost of the widths."""
+"""Pruning targets: a wanted number of parameters, multiply-adds or bytes, or a latency."""
 
 from __future__ import annotations
 
@@ -12,20 +12,23 @@ from fedpress.compress.prune.graph import ChannelGraph
 from fedpress.errors import RecipeError
 
 Cost = Callable[[Sequence[int]], float]
-"""Takes the number of channels that each layer keeps; more channels never cost less."""
+"""Maps the number of channels that each layer keeps to a cost, such as parameters.
+
+More channels never cost less.
+"""
 
 
 @dataclass(frozen=True)
 class Target:
-    """A cost to come down to: reached within a tolerance or, for a `limit`, never exceeded.
+    """The cost that a pruned network should have.
 
     Attributes:
-        key: the setting it comes from, for errors.
-        cost: of the widths.
-        wanted: in units of the cost.
-        limit: whether `wanted` must not be exceeded.
-        full_cost: the cost that shares in messages refer to; None: that of the network before this
-            pruning.
+        key: name of the setting, for errors, such as "keep_params".
+        cost: the cost as a function of the widths.
+        wanted: the wanted cost, for instance 300,000 parameters.
+        limit: whether `wanted` is an upper limit; otherwise it should be met within a tolerance.
+        full_cost: the cost that counts as 100% in messages; None for that of the network before
+            this pruning.
     """
 
     key: str
@@ -35,7 +38,7 @@ class Target:
     full_cost: float | None = None
 
     def miss(self, kept: Sequence[int]) -> float:
-        """Returns how far the widths are from `wanted`: infinity above a limit."""
+        """Returns the distance of the cost from `wanted`; infinity above a limit."""
         excess = self.cost(kept) - self.wanted
         if self.limit and excess > 0:
             return float("inf")
@@ -43,7 +46,7 @@ class Target:
 
 
 def parameter_target(graph: ChannelGraph, share: float) -> Target:
-    """Keeps `share` of the parameters.
+    """Returns the target to keep `share` of the parameters.
 
     Raises:
         RecipeError: if it is not above 0 and at most 1.
@@ -54,7 +57,7 @@ def parameter_target(graph: ChannelGraph, share: float) -> Target:
 
 
 def macs_target(graph: ChannelGraph, share: float) -> Target:
-    """Keeps `share` of the multiply-adds of one example.
+    """Returns the target to keep `share` of the multiply-adds of one example.
 
     Raises:
         RecipeError: if it is not above 0 and at most 1.
@@ -65,7 +68,9 @@ def macs_target(graph: ChannelGraph, share: float) -> Target:
 
 
 def bytes_target(model: nn.Module, graph: ChannelGraph, limit: int) -> Target:
-    """Allows all parameters and saved buffers at most `limit` bytes, as `state_bytes` counts them.
+    """Returns the target of at most `limit` bytes for all parameters and saved buffers.
+
+    Bytes are counted as in `fedpress.compress.state_bytes`.
 
     Raises:
         RecipeError: if it is below 1.
@@ -106,22 +111,23 @@ def full_widths(graph: ChannelGraph) -> list[int]:
 def next_share(
     tried: Sequence[tuple[float, float]], wanted: float, *, tries: int = 5, tolerance: float = 0.05
 ) -> float | None:
-    """Returns the share of the parameters to try next to bring a measured cost down to `wanted`.
+    """Returns the share of the parameters to try next, in a search for a latency of `wanted`.
 
-    A cost that is measured, such as latency, cannot be computed from widths. So the caller prunes,
-    measures, adds (share, cost) to `tried` and asks again. Between the nearest costs above and
-    below, the cost is assumed to be a power of the share; while none is below, the power is that of
-    the two lowest above.
+    A measured cost, such as latency, cannot be computed from widths. So the caller prunes,
+    measures, adds (share, cost) to `tried` and calls this function again. The cost is modelled as
+    c * share^p between the nearest measurements above and below `wanted`; if none is below, p is
+    taken from the two lowest ones above.
 
     Args:
-        tried: shares in (0, 1] and their costs, including the whole network (1.0, cost).
-        wanted: the cost to come down to, above 0.
-        tries: most shares to try, besides the whole network.
+        tried: shares in (0, 1] and their measured costs, including the unpruned network (1.0,
+            cost).
+        wanted: the cost to reach, above 0.
+        tries: how many shares to try at most, besides 1.0.
         tolerance: how far below `wanted` is accepted, as a share of it.
 
     Returns:
-        The share; None if one of those tried is accepted, all tries are used, or the whole network
-        costs less.
+        The share; None if a tried one is accepted, all tries are used, or the unpruned network is
+        cheap enough.
 
     >>> round(next_share([(1.0, 8.0)], 4.0), 4)
     0.4875
@@ -139,19 +145,19 @@ def next_share(
     high, cost_high = above[0]
     low, cost_low = max((pair for pair in below if pair[0] < high), default=(0.0, 0.0))
 
-    # The middle of the accepted range, so that noise in the measurement does not miss it.
+    # Aims at the middle of the accepted range, to allow for noise in the measurement.
     log_factor = log((1 - tolerance / 2) * wanted / cost_high)
     if low and cost_low > 0:
-        # Interpolation, kept away from both ends, where nothing new would be learned.
+        # Interpolation, at least 10% away from both ends: a point near a known one adds little.
         part = min(max(log_factor / log(cost_low / cost_high), 0.1), 0.9)
         return exp((1 - part) * log(high) + part * log(low))
     if len(above) == 1:
         return high * max(exp(log_factor), 0.1)
 
     power = log(above[1][1] / cost_high) / log(above[1][0] / high)
-    power = min(max(power, 0.25), 4.0)  # two close measurements may give any power
-    # Part of the cost does not depend on the share, so this goes 1.5 times as far: a cost below
-    # `wanted` allows interpolation next, one above does not.
+    power = min(max(power, 0.25), 4.0)  # noise in two close measurements may give any power
+    # Extrapolation goes 1.5 times as far as the model says, since part of the cost does not depend
+    # on the share. A result below `wanted` is useful too: the next step can then interpolate.
     return high * max(exp(1.5 * log_factor / power), 0.1)
 
 

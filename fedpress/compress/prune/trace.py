@@ -1,4 +1,4 @@
-"""Finds the channels of a model: ids are passed along the graph that `torch.export` captures."""
+"""Traces a model: finds its prunable channels from the graph that `torch.export` captures."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ import torch
 from torch import nn
 from torch.fx import traceback
 
-from fedpress.compress.prune.approximate import check_names
+from fedpress.compress.prune.approximate import check_norm_kinds
 from fedpress.compress.prune.graph import ChannelGraph, ChannelGroup, capture
 from fedpress.compress.prune.grouping import channel_graph
 from fedpress.compress.prune.ids import ChannelIds
-from fedpress.compress.prune.ignoring import ignored
+from fedpress.compress.prune.ignoring import ignored_names
 from fedpress.compress.prune.recorder import Recorder
-from fedpress.compress.prune.trials import drop_followers, groups_that_fail
-from fedpress.compress.prune.walk import IGNORED, Owner, Walk
+from fedpress.compress.prune.trials import drop_self_adjusting_numbers, groups_that_fail
+from fedpress.compress.prune.walk import IGNORED, TensorAxis, Walk
 from fedpress.core.inputs import Example, positional
 from fedpress.errors import ModelError
 
 TRIALS = 3
-"""Most rounds of trials: groups that fail are kept, and the remaining ones are tried again."""
+"""How many rounds of trials at most; after each, the groups that failed are kept."""
 
 
 def trace(
@@ -36,16 +36,16 @@ def trace(
     """Finds the channels of `model` that can be removed, from the operations that run on `example`.
 
     Args:
-        model: any module that `torch.export` can capture; it is left in its mode.
+        model: any module that `torch.export` can capture; its mode is restored.
         example: its input [n, ...], a tuple of inputs, or a dictionary by the names of forward's
-            first arguments. A batch of two is a good choice: an axis of one example cannot be told
-            from one of size 1.
+            first arguments. Use at least two examples: with one, the batch axis looks like any
+            other axis of size 1.
         unprunable: names of modules (or name prefixes) that must keep all their outputs.
-        ignore: names or patterns ("block.3.*") of modules or weights that lose nothing, neither
-            outputs nor inputs.
-        approximate: kinds of norms that may be pruned through, though that is not exact:
-            "layer_norm" (also RMS norms, and those written by hand), "grn" (global response norm);
-            see `fedpress.compress.prune.approximate`.
+        ignore: names or patterns ("block.3.*") of modules or weights that must keep all their
+            outputs and inputs.
+        approximate: kinds of norms whose channels may be pruned although the result is then not
+            exact: "layer_norm" (also RMS norms, and hand-written ones) or "grn" (global response
+            norm); see `fedpress.compress.prune.approximate`.
 
     Raises:
         ModelError: if the model cannot be captured, forward's first arguments are not those of
@@ -56,40 +56,40 @@ def trace(
     arguments = positional(model, example)
     recorder = Recorder(model)
     with recorder, traceback.preserve_node_meta(), warnings.catch_warnings():
-        # Recurrent layers keep their weights in an attribute too, about which torch warns.
+        # torch warns that recurrent layers assign their list of weights during forward.
         warnings.filterwarnings("ignore", message=".*assigned during export.*")
         exported = capture(model, arguments)
 
     ids = ChannelIds()
-    ids.approximate = check_names(approximate)
-    ids.ignored = ignored(model, ignore)
+    ids.approximate = check_norm_kinds(approximate)
+    ids.ignored = ignored_names(model, ignore)
     walk = Walk(exported, ids, _first_names(model), recorder.calls)
-    _keep_unsaved(ids, walk.owners, model)
-    # What follows has reasons of its own, without the place of an operation.
+    _keep_unsaved(ids, walk.tensor_axes, model)
+    # Reasons recorded from here on do not belong to an operation, so none must be named in them.
     ids.module = ids.operation = ""
     _keep_named(ids, unprunable)
-    _keep_ignored(ids, walk.owners, model)
+    _keep_ignored(ids, walk.tensor_axes, model)
     ids.resolve_splits()
 
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
     unused = dict.fromkeys(walk.unused(), "forward does not use it")
-    # Half precision rounds more than the comparison allows, and `torch.cond` is compiled anew for
-    # each copy, so such models only have to run.
+    # Outputs are not compared in two cases, where copies only have to run: half precision rounds
+    # more than the comparison allows, and `torch.cond` is compiled anew for each copy (slow).
     compare = not (_has_half_precision(exported) or _has_branches(exported))
     for _ in range(TRIALS):
-        graph = channel_graph(ids, walk.owners, shapes, arguments)
+        graph = channel_graph(ids, walk.tensor_axes, shapes, arguments)
         graph = replace(
             graph,
             unprunable={**graph.unprunable, **unused},
             call_counts=recorder.call_counts(),
             approximate=tuple(ids.approximated),
         )
-        graph = drop_followers(model, graph, arguments)
+        graph = drop_self_adjusting_numbers(model, graph, arguments)
         failing = groups_that_fail(model, graph, arguments, compare=compare)
         if not failing:
             break
         for group, reason in failing.items():
-            _keep_group(ids, walk.owners, graph.groups[group], reason)
+            _keep_group(ids, walk.tensor_axes, graph.groups[group], reason)
     return graph
 
 
@@ -108,8 +108,8 @@ def _has_branches(exported: torch.export.ExportedProgram) -> bool:
 
 
 def _first_names(model: nn.Module) -> dict[str, str]:
-    """Maps every name of a parameter or buffer to its first; shared tensors have several."""
-    # Named by its first name in every place, a shared tensor is pruned once.
+    """Maps every name of a parameter or buffer to its first name; shared tensors have several."""
+    # With one name for a shared tensor it is pruned once, not once for each module.
     first: dict[int, str] = {}
     named = [
         *model.named_parameters(remove_duplicate=False),
@@ -118,17 +118,19 @@ def _first_names(model: nn.Module) -> dict[str, str]:
     return {name: first.setdefault(id(tensor), name) for name, tensor in named}
 
 
-def _keep_unsaved(ids: ChannelIds, owners: Sequence[Owner], model: nn.Module) -> None:
+def _keep_unsaved(ids: ChannelIds, tensor_axes: Sequence[TensorAxis], model: nn.Module) -> None:
     """Keeps the channels of a buffer that is not saved: it could not be rebuilt from a file."""
     saved = model.state_dict().keys()
-    for name, _, axis in owners:
+    for name, _, axis in tensor_axes:
         if name not in saved:
-            ids.keep(axis, f"the buffer '{name}' goes with it and is not saved (persistent=False)")
+            ids.keep(axis, f"the buffer '{name}' has them, but is not saved (persistent=False)")
 
 
-def _keep_group(ids: ChannelIds, owners: Sequence[Owner], group: ChannelGroup, reason: str) -> None:
-    # Groups know tensors and places, the collector only ids.
-    axes = {(name, at): axis for name, at, axis in owners}
+def _keep_group(
+    ids: ChannelIds, tensor_axes: Sequence[TensorAxis], group: ChannelGroup, reason: str
+) -> None:
+    # Translates the group's tensors and indices back into ids.
+    axes = {(name, at): axis for name, at, axis in tensor_axes}
     for part in group.slices:
         channels = axes[part.tensor, part.axis][part.index.flatten().numpy()]
         ids.keep(channels, reason)
@@ -152,10 +154,10 @@ def _keep_named(ids: ChannelIds, unprunable: Sequence[str]) -> None:
             )
 
 
-def _keep_ignored(ids: ChannelIds, owners: Sequence[Owner], model: nn.Module) -> None:
-    """Keeps ignored weights; the walk has already kept what ignored modules touch."""
+def _keep_ignored(ids: ChannelIds, tensor_axes: Sequence[TensorAxis], model: nn.Module) -> None:
+    """Keeps all channels of ignored weights; `Walk` has kept those in ignored modules already."""
     first = _first_names(model)
     names = {first[name] for name in ids.ignored if name in first}
-    for name, _, axis in owners:
+    for name, _, axis in tensor_axes:
         if name in names:
             ids.keep(axis, IGNORED)

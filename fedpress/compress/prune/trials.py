@@ -1,8 +1,8 @@
-"""Runs smaller copies of a model, to see which numbers need a correction and which groups fail.
+"""Trial pruning: runs smaller copies of a model to answer what its graph does not show.
 
-Two questions cannot be answered from the graph. Does a number in a call follow the tensors by
-itself, as in `view(n, x.shape[1])`, or is it written into the code, as in `view(n, 16)`? And does
-code that no call shows, such as `x / self.width`, go wrong when channels are pruned?
+Two questions: Does the code compute a size from its tensors, as in `view(n, x.shape[1])`, or is it
+a constant, as in `view(n, 16)`, that must be corrected? And does code with sizes in other places,
+such as `x / self.width`, give wrong results when channels are pruned?
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ TOLERANCE = 1e-5  # as in `check_parity`
 
 
 @torch.no_grad()
-def drop_followers(
+def drop_self_adjusting_numbers(
     model: nn.Module, graph: ChannelGraph, arguments: Sequence[Tensor]
 ) -> ChannelGraph:
-    """Returns the graph without numbers that follow the tensors by themselves (`x.shape[1]`).
+    """Returns the graph without numbers that need no correction, such as `x.shape[1]`.
 
-    A number that is in proportion to the length of its axis in every trial becomes a multiple of
-    it: `n * heads` also counts examples, whose number may differ another time.
+    A number that is in proportion to the length of its axis in every trial, such as `n * heads`, is
+    marked as a multiple, because the batch size n may differ in later calls.
 
     Args:
         model: the traced model.
@@ -47,30 +47,30 @@ def drop_followers(
         arguments: the inputs that were traced.
     """
     evidence = _Evidence(model, graph)
-    # Two trials with different widths: in one alone, a wrong number may be right by chance.
-    for step in (1, 2) if graph.numbers else ():
-        counts = _counts(graph, step)
+    # Two trials with different widths: a wrong number may be right by chance in one of them.
+    for step in (1, 2) if graph.sized_numbers else ():
+        counts = _trial_counts(graph, step)
         passed = _passed_numbers(model, graph, arguments, counts)
-        for number in graph.numbers:
+        for number in graph.sized_numbers:
             given = passed[number.site.module].get(number.site.call, [])
             if number.site.position < len(given):
                 evidence.add_(number, given[number.site.position], counts)
 
     numbers = []
-    for number in graph.numbers:
-        if not evidence.follows(number):
+    for number in graph.sized_numbers:
+        if not evidence.adjusts_itself(number):
             multiple = number.multiple or evidence.is_in_proportion(number)
             numbers.append(replace(number, multiple=multiple))
-    return replace(graph, numbers=tuple(numbers))
+    return replace(graph, sized_numbers=tuple(numbers))
 
 
 class _Evidence:
-    """What trials with fewer channels show about the numbers in the code.
+    """Observations about the numbers in the code, from trials with fewer channels.
 
     Attributes:
-        wrong: where the code passed another number than the smaller model needs.
-        changed: where a trial needed another number than the whole model does.
-        out_of_proportion: where the number was not in proportion to the length of its axis.
+        wrong: numbers for which the code passed another value than the smaller model needs.
+        changed: numbers that had to differ from those of the whole model in at least one trial.
+        out_of_proportion: numbers that were not in proportion to the length of their axis.
     """
 
     def __init__(self, model: nn.Module, graph: ChannelGraph) -> None:
@@ -78,30 +78,29 @@ class _Evidence:
         self.wrong: set[NumberSite] = set()
         self.changed: set[NumberSite] = set()
         self.out_of_proportion: set[NumberSite] = set()
-        for number in graph.numbers:
+        for number in graph.sized_numbers:
             if number.site.position in _correction_of_call(corrected, number.site):
                 self.wrong.add(number.site)
-            if number.was != number.length.full:
+            if number.traced_value != number.length.full:
                 self.out_of_proportion.add(number.site)
 
     def add_(self, number: SizedNumber, passed: Any, counts: Sequence[int]) -> None:
-        """Notes what the code `passed` in a copy that lost `counts[i]` channels of group i."""
+        """Adds one trial: the code `passed` a number without `counts[i]` channels of group i."""
         right = number.corrected(counts)
         if passed != right:
             self.wrong.add(number.site)
-        if right != number.was:
+        if right != number.traced_value:
             self.changed.add(number.site)
         # passed / full length == right / new length, without division.
         if passed * number.length.without(counts) != right * number.length.full:
             self.out_of_proportion.add(number.site)
 
-    def follows(self, number: SizedNumber) -> bool:
-        """Returns whether the code gets the number right by itself.
+    def adjusts_itself(self, number: SizedNumber) -> bool:
+        """Returns whether the code computes the right number for smaller tensors by itself.
 
-        A number that did not have to change in any trial shows nothing, so it counts as one that
-        does not.
+        If the number did not have to change in any trial, that is unknown, and the answer is False.
         """
-        untested = bool(number.length.times) and number.site not in self.changed
+        untested = bool(number.length.indices_per_channel) and number.site not in self.changed
         return number.site not in self.wrong and not untested
 
     def is_in_proportion(self, number: SizedNumber) -> bool:
@@ -112,16 +111,16 @@ class _Evidence:
 def _passed_numbers(
     model: nn.Module, graph: ChannelGraph, arguments: Sequence[Tensor], counts: Sequence[int]
 ) -> dict[str, dict[str, list[Any]]]:
-    """Returns what the code of a smaller copy passes by itself: module -> call -> numbers."""
-    small = _smaller_copy(model, graph, counts, exactly=True)
-    modules = sorted({number.site.module for number in graph.numbers})
+    """Returns the numbers that the code of a smaller copy passes: module -> call -> numbers."""
+    small = _smaller_copy(model, graph, counts, for_traced_batch=True)
+    modules = sorted({number.site.module for number in graph.sized_numbers})
     passed = watch_(small, modules)
     # The copy may fail here; the numbers up to that point are still valid, and `groups_that_fail`
     # runs it again.
     with suppress(Exception):
         small(*arguments)
-    if any(number.site.call not in passed[number.site.module] for number in graph.numbers):
-        # Code may take another path where it is captured.
+    if any(number.site.call not in passed[number.site.module] for number in graph.sized_numbers):
+        # Some code takes another path while it is captured (`torch.compiler.is_exporting()`).
         with suppress(Exception), _quiet():
             capture(small, tuple(arguments))
     return passed
@@ -131,25 +130,25 @@ def _passed_numbers(
 def groups_that_fail(
     model: nn.Module, graph: ChannelGraph, arguments: Sequence[Tensor], *, compare: bool
 ) -> dict[int, str]:
-    """Returns the groups that cannot lose channels because the model goes wrong, and why.
+    """Returns the groups that cannot be pruned because a smaller copy fails, with the reason.
 
-    Two kinds are found here: sizes that no call shows (`x.size(0) // self.num_heads` copies), and
-    parts that run only in training, such as an auxiliary head, which have not become smaller. What
-    goes wrong only if several groups lose channels at once is not found.
+    Two kinds of failure are found: sizes outside of recorded calls (`x.size(0) // self.num_heads`),
+    and modules that run only in training, such as an auxiliary head, and were therefore not pruned.
+    Failures that need several groups to be pruned at once are not found.
 
     Args:
         model: the traced model.
         graph: its channels.
         arguments: the inputs that were traced.
-        compare: whether copies are compared with the masked model, as `check_parity` does;
-            otherwise they only have to run.
+        compare: whether the outputs of copies are compared with the masked model, as in
+            `check_parity`; otherwise copies only have to run.
     """
     if not graph.groups:
         return {}
     failing: dict[int, str] = {}
     batch = trial_batch(model, tuple(arguments)) if compare else None
-    counts = _counts(graph, 1)
-    # Bisection: usually few groups fail, and one trial then clears many others at once.
+    counts = _trial_counts(graph, 1)
+    # Bisection: usually few groups fail, so one trial shows that many others are fine.
     pending = [list(range(len(graph.groups)))]
     while pending:
         tried = pending.pop()
@@ -161,7 +160,7 @@ def groups_that_fail(
                 pending += [tried[middle:], tried[:middle]]
             continue
 
-        # A single group is tried at two more widths, since some widths are right by chance.
+        # A single group is tried at two more widths, since a wrong size may fit one by chance.
         (single,) = tried
         channels = graph.groups[single].channels
         for count in sorted({1, channels // 2}) if channels > 1 else ():
@@ -180,7 +179,7 @@ def _failure(
     arguments: Sequence[Tensor],
     batch: list[Tensor] | None,
 ) -> str | None:
-    """Returns what goes wrong without the first `counts[i]` channels of group i, or None."""
+    """Returns how a copy without the first `counts[i]` channels of group i fails, or None."""
     small = _smaller_copy(model, graph, counts)
     try:
         small(*arguments)
@@ -195,7 +194,7 @@ def _failure(
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Silences what torch logs about a capture that fails, which is no fault here."""
+    """Silences logging: torch logs errors of a failing capture, which is expected here."""
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:
@@ -204,11 +203,10 @@ def _quiet() -> Iterator[None]:
         logging.disable(before)
 
 
-def _counts(graph: ChannelGraph, step: int) -> list[int]:
-    """Returns how many channels each group loses in a trial: at least one, and different numbers.
+def _trial_counts(graph: ChannelGraph, step: int) -> list[int]:
+    """Returns how many channels each group loses in a trial: at least one if it has two or more.
 
-    Groups of the same width lose different numbers, so that a size of one is not taken for that of
-    another.
+    Groups of equal width lose different numbers of channels, so that their sizes can be told apart.
     """
     counts = []
     for i, group in enumerate(graph.groups):
@@ -222,17 +220,21 @@ def _first_channels(counts: Sequence[int]) -> list[Tensor]:
 
 
 def _smaller_copy(
-    model: nn.Module, graph: ChannelGraph, counts: Sequence[int], *, exactly: bool = False
+    model: nn.Module, graph: ChannelGraph, counts: Sequence[int], *, for_traced_batch: bool = False
 ) -> nn.Module:
     """Returns a copy without the first `counts[i]` channels of group i."""
     pruned = _first_channels(counts)
     small = copied(model).eval()
-    keep_indices_(small, kept_indices(model, graph, pruned), graph.sizes(pruned, exactly=exactly))
+    keep_indices_(
+        small,
+        kept_indices(model, graph, pruned),
+        graph.corrections(pruned, for_traced_batch=for_traced_batch),
+    )
     return small
 
 
 def _plan(model: nn.Module, graph: ChannelGraph, counts: Sequence[int]) -> PruningPlan:
-    """Returns a plan for the comparison, which reads only `keep` and `approximate`."""
+    """Returns a plan with the two fields that the comparison reads: `keep` and `approximate`."""
     return PruningPlan(
         keep=kept_indices(model, graph, _first_channels(counts)),
         layers=(),

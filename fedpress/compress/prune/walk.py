@@ -1,4 +1,4 @@
-"""Passes channel ids through every operation of a captured model, by the table of rules."""
+"""Walks through a captured graph: applies the rule of each operation to the ids of its inputs."""
 
 from __future__ import annotations
 
@@ -13,27 +13,27 @@ from torch._ops import HigherOrderOperator
 from torch.utils._pytree import tree_leaves
 
 from fedpress.compress.prune.ids import SETS_OWN_NUMBERS, Axis, ChannelIds, ForwardCall, Ints, Value
-from fedpress.compress.prune.recorder import TAG
-from fedpress.compress.prune.rules import decompose_operation, find_rule, zero_stays
+from fedpress.compress.prune.recorder import CALL_TAG
+from fedpress.compress.prune.rules import decompose_operation, find_rule, keeps_zeros
 
 LOOKUPS = (torch.ops.aten.index, torch.ops.aten.index_select)
 IGNORED = "asked for by `ignore`"
-Owner = tuple[str, int, Ints]
-"""A tensor's name, one of its axes, and the ids of that axis.
+TensorAxis = tuple[str, int, Ints]
+"""Name of a parameter or buffer, one of its axes, and the ids of that axis.
 
-The name is "" for an axis of no stored tensor, whose length is needed all the same (for
-multiply-adds or sizes in code).
+The name is "" for an axis of an activation, whose length is needed for multiply-adds or for sizes
+in code.
 """
 
 
 class Walk:
-    """Passes ids through every node of a captured model.
+    """Applies the rules to every node of a captured model, when it is created.
 
-    Nodes that no output depends on are visited too: forward runs them, so they must fit the pruned
-    tensors.
+    Nodes that no output depends on are visited too: forward runs them, so they must not fail with
+    the pruned tensors.
 
     Attributes:
-        owners: the ids of each axis of each parameter and buffer.
+        tensor_axes: the ids of each axis of each parameter and buffer.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class Walk:
         first_names: Mapping[str, str],
         calls: Sequence[ForwardCall],
     ) -> None:
-        self.owners: list[Owner] = []
+        self.tensor_axes: list[TensorAxis] = []
         self._exported = exported
         self._ids = ids
         self._calls = calls
@@ -64,7 +64,7 @@ class Walk:
 
         Args:
             module: the captured model, or a graph inside it.
-            given: the inputs of a graph inside; None for the model.
+            given: the inputs of an inner graph; None for the model itself.
             is_used: whether an output of the model depends on this graph.
         """
         live = _live_nodes(module.graph)
@@ -90,15 +90,15 @@ class Walk:
     def _run_inner_graph(self, node: torch.fx.Node, module: torch.fx.GraphModule) -> Any:
         """Walks a graph under `torch.no_grad()` or `torch.autocast`.
 
-        Others, such as the branches of `torch.cond`, are not followed: all channels that reach them
-        are kept.
+        Other inner graphs, such as the branches of `torch.cond`, are not walked: all channels that
+        reach them are kept.
         """
         values = torch.fx.node.map_arg(node.args, self._values.get)
         for position, argument in enumerate(node.args):
             inner = _graph_of(module, argument)
             if isinstance(inner, torch.fx.GraphModule):
-                # `wrap_with_set_grad_enabled` and `wrap_with_autocast` run their graph once, as it
-                # is.
+                # `wrap_with_set_grad_enabled` and `wrap_with_autocast` run their graph once, so its
+                # operations can be walked like those around it.
                 if str(node.target).startswith("wrap_with_"):
                     return self._run(inner, values[position + 1 :], is_used=self._ids.is_used)
                 break
@@ -129,14 +129,14 @@ class Walk:
             ids.call = self._call_of(node)
             ids.module = _module_of(node)
             values[node] = _apply_operation(node, values, ids)
-            # A view that was written to shows in the tensor it is a view of.
+            # Writing to a view also changes the tensor that it is a view of.
             if _mutates(node):
                 from_input = any(value.from_input for value in _values(values[node]))
                 _note_overwritten(node.args[0], values, from_input)
 
     def _call_of(self, node: torch.fx.Node) -> ForwardCall | None:
         """Returns the call in the forward code that the node comes from, if it has numbers."""
-        index = node.meta.get("custom", {}).get(TAG)
+        index = node.meta.get("custom", {}).get(CALL_TAG)
         if index is None:
             return None
         return SETS_OWN_NUMBERS if index < 0 else self._calls[index]
@@ -159,7 +159,7 @@ class Walk:
 
         axes = tuple(self._ids.fresh(size) for size in shape)
         name = self._first_names[stored_name]
-        self.owners += [(name, i, axis) for i, axis in enumerate(axes)]
+        self.tensor_axes += [(name, i, axis) for i, axis in enumerate(axes)]
         is_parameter = node.name in signature.inputs_to_parameters
         if is_parameter:
             self._is_used[name] = self._is_used.get(name, False) or bool(node.users)
@@ -205,7 +205,7 @@ def _mutates(node: torch.fx.Node) -> bool:
 
 
 def _note_overwritten(node: Any, values: dict[torch.fx.Node, Any], from_input: bool) -> None:
-    """Notes that an operation in place changed a tensor, and the tensors that it is a view of."""
+    """Updates the values of a tensor changed in place, and of the tensors that it is a view of."""
     while isinstance(node, torch.fx.Node) and isinstance(values.get(node), Value):
         old = values[node]
         values[node] = replace(old, from_input=old.from_input or from_input, constant=None)
@@ -240,7 +240,8 @@ def _apply_operation(
                     given.append(leaf)
             return _run_decomposed(decomposed, given, ids)
 
-    # Weights are positional arguments, so the origin is that of those alone.
+    # The origin of the output (weights or input) is judged by positional arguments: weights are
+    # never passed by name.
     positional = list(_values(args))
     every = [*positional, *_values(list(options.values()))]
     products_before = len(ids.products)
@@ -249,7 +250,7 @@ def _apply_operation(
         for value in every:
             ids.keep_all(value.axes, IGNORED)
         ids.keep_all(_flat_axes(axes), IGNORED)
-    # Such products cost the same for every batch size.
+    # Products of weights alone cost the same for every batch size.
     if not any(value.from_input for value in every):
         ids.without_input.update(range(products_before, len(ids.products)))
     constant = _constant_output(node, args, options, every)
@@ -266,7 +267,7 @@ def _outputs(
         full = _with_all_axes(axes, shape)
         return Value(shape, full, is_boolean=_is_boolean(node), constant=constant, **origin)
 
-    # A rule that returns one tuple of axes means it for every output.
+    # If a rule returns a single tuple of axes, all outputs have these axes.
     axes_of_each = axes if isinstance(axes, list) else [axes] * len(outputs)
     results = []
     for output, own in zip(outputs, axes_of_each, strict=True):
@@ -278,16 +279,17 @@ def _outputs(
 def _origin(
     node: torch.fx.Node, positional: Sequence[Value], every: Sequence[Value]
 ) -> dict[str, bool]:
-    """Returns what is known of the output's origin, as attributes of `Value`.
+    """Returns the attributes of `Value` that say what the output was computed from.
 
     Args:
         node: the operation.
         positional: its positional arguments.
-        every: its named arguments too.
+        every: all its arguments.
     """
     from_weights = bool(positional) and all(value.from_weights for value in positional)
     return {
-        "zero_when_masked": hasattr(node.target, "_schema") and zero_stays(node.target, positional),
+        "zero_when_masked": hasattr(node.target, "_schema")
+        and keeps_zeros(node.target, positional),
         "from_weights": from_weights,
         "has_parameter": from_weights and any(value.has_parameter for value in positional),
         "from_input": any(value.from_input for value in every),
@@ -297,7 +299,7 @@ def _origin(
 
 
 def _flat_axes(axes: Any) -> list[Axis]:
-    """Returns the axes that a rule returned, of one output or of several."""
+    """Returns all axes that a rule returned, for one output or several, as one list."""
     if not isinstance(axes, list):
         return list(axes)
     flat: list[Axis] = []
@@ -307,7 +309,7 @@ def _flat_axes(axes: Any) -> list[Axis]:
 
 
 def _is_channel_norm(node: torch.fx.Node, given: Sequence[Value]) -> bool:
-    """Returns whether the output is a norm of each channel, or computed from one alone."""
+    """Returns whether the output is a norm of each channel, or computed from such a norm alone."""
     name = str(node.target).split(".")[1] if "." in str(node.target) else ""
     if name in ("linalg_vector_norm", "norm", "sum"):
         return True
@@ -320,7 +322,7 @@ def _is_gathered(node: torch.fx.Node, given: Sequence[Value]) -> bool:
         return False
     if getattr(node.target, "overloadpacket", None) in LOOKUPS:
         return given[0].from_weights
-    return given[0].gathered_weights and zero_stays(node.target, given)
+    return given[0].gathered_weights and keeps_zeros(node.target, given)
 
 
 def _is_boolean(node: torch.fx.Node) -> bool:
@@ -340,8 +342,8 @@ def _apply_rule(
         try:
             return rule(ids, shape, *args, **options)
         except Exception as error:
-            # A rule may meet arguments that it was not written for. Keeping the channels is
-            # always right, and the reason tells the user which operation it was.
+            # A rule may not cover some arguments. Keeping the channels is always correct, and the
+            # reason names the operation to the user.
             why = f"its rule does not cover this use ({type(error).__name__}: {error})"
     elif _only_checks(ids.target):
         return ()
@@ -352,7 +354,7 @@ def _apply_rule(
 
 
 def _keep_everything(ids: ChannelIds, given: Sequence[Value], why: str) -> None:
-    """Keeps all channels of the given values, and notes that the operation cannot be followed."""
+    """Keeps all channels of the given values, and records the operation as one without a rule."""
     axes = []
     for value in given:
         axes += [axis for axis in value.axes if axis is not None]
@@ -361,17 +363,17 @@ def _keep_everything(ids: ChannelIds, given: Sequence[Value], why: str) -> None:
 
 
 def _only_checks(operation: Any) -> bool:
-    """Returns whether the operation only checks, like the assertions that `torch.export` adds."""
+    """Returns whether the operation is an assertion, as `torch.export` adds them: no output."""
     schema = getattr(operation, "_schema", None)
     return schema is not None and not schema.returns and not schema.is_mutable
 
 
 MOST_CONSTANT = 1 << 20
-"""Largest constant that is computed: a list of channels is short, a causal mask may be huge."""
+"""Most entries of a constant that is computed: index lists are short, causal masks may be huge."""
 
 
 def _can_be_constant(x: Tensor) -> bool:
-    """Returns whether a tensor is small enough, and of a type that can say places."""
+    """Returns whether a tensor can be a list of indices or a mask, and is small enough."""
     return (
         not x.is_floating_point()
         and not x.is_complex()
@@ -384,15 +386,15 @@ def _can_be_constant(x: Tensor) -> bool:
 def _constant_output(
     node: torch.fx.Node, args: Any, options: Any, given: Sequence[Value]
 ) -> Tensor | None:
-    """Computes integers or booleans that are the same for every input, as they depend on constants.
+    """Computes the output if it is an integer or boolean tensor that depends on constants alone.
 
-    They may say to which channels the code writes, as in `x[:, index] = y`.
+    It may be the index in `x[:, index] = y`, which must be known to follow the channels.
     """
     output = node.meta.get("val")
     if not isinstance(output, Tensor) or not _can_be_constant(output) or _mutates(node):
         return None
     is_random = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
-    # What is drawn at random differs from run to run.
+    # Random draws differ from run to run.
     if is_random or any(value.from_input or value.constant is None for value in given):
         return None
     constant_args, constant_options = _with_constants((args, options))
@@ -400,7 +402,7 @@ def _constant_output(
         result: Tensor = node.target(*constant_args, **constant_options)  # type: ignore[operator]
         return result
     except Exception:
-        # Channels whose places are unknown are kept, with a reason in the plan.
+        # Without the indices the channels are kept, with a reason in the plan.
         return None
 
 
@@ -416,12 +418,12 @@ def _with_constants(tree: Any) -> Any:
 
 
 def _with_all_axes(axes: tuple[Axis, ...], shape: tuple[int, ...]) -> tuple[Axis, ...]:
-    """Adds the axes that a rule left off at the end: they have no ids."""
+    """Returns one entry for each axis of `shape`; axes that a rule left off at the end are None."""
     return (*axes, *[None] * (len(shape) - len(axes)))
 
 
 def _run_decomposed(graph: torch.fx.Graph, given: Sequence[Value], ids: ChannelIds) -> Any:
-    """Passes ids through the operations that one operation decomposes into.
+    """Applies the rules to the operations that one operation decomposes into.
 
     Args:
         graph: of these operations.

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fedpress.compress.prune.graph import capture
-from fedpress.compress.prune.ignoring import ignored
+from fedpress.compress.prune.ignoring import ignored_names
 from fedpress.core.inputs import Example, positional
 from fedpress.errors import ModelError
 from fedpress.nn.batch_norm import BatchNorm
@@ -53,7 +53,7 @@ def find_folds(
             norms[n] = m
     if not norms:
         return {}, {}
-    unchanged = ignored(model, ignore)
+    unchanged = ignored_names(model, ignore)
     program = capture(model, positional(model, example))
     owned = {
         **program.graph_signature.inputs_to_parameters,

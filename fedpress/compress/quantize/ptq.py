@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from fedpress.compress.prune.ignoring import ignored
+from fedpress.compress.prune.ignoring import ignored_names
 from fedpress.compress.quantize.cluster import shared_values
 from fedpress.compress.quantize.ranges import calibrate_, run_watched
 from fedpress.compress.quantize.rounding import (
@@ -67,7 +67,7 @@ def quantizable(
         table = {name: own for name, own in table.items() if own.inputs is not None}
     names = [*table]
     # Parameters are among the names too, but the table has only modules.
-    for name in sorted(ignored(model, ignore)):
+    for name in sorted(ignored_names(model, ignore)):
         if table.pop(name, None) is not None:
             left[name] = "asked for by `ignore`"
 

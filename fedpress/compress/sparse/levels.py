@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from fedpress.compress.prune.sensitivity import Point, extended_to_zero, loss_curves
+from fedpress.compress.prune.sensitivity import SensitivityPoint, extended_to_zero, loss_curves
 from fedpress.compress.sparse.masks import divide_budget
 from fedpress.compress.sparse.weights import Weight
 from fedpress.errors import RecipeError
@@ -31,7 +31,7 @@ def lowest_densities(weights: Sequence[Weight], density: float) -> dict[str, flo
 
 
 def level_densities(
-    weights: Sequence[Weight], points: Sequence[Point], density: float
+    weights: Sequence[Weight], points: Sequence[SensitivityPoint], density: float
 ) -> dict[str, float]:
     """Returns the density of each weight, by name, at which the loss grows equally for all.
 

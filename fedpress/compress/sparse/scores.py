@@ -9,7 +9,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fedpress.compress.prune.derivatives import differentiable, gradient, hessian_gradient, mean
+from fedpress.compress.prune.derivatives import (
+    differentiable,
+    gradient,
+    hessian_gradient,
+    mean_over_batches,
+)
 from fedpress.compress.prune.scores import Losses
 from fedpress.compress.sparse.weights import Weight
 from fedpress.core.random_source import Source, chance_of
@@ -85,7 +90,7 @@ def snip(inputs: WeightScoreInputs) -> Values:
     """
     values = [w.value for w in inputs.weights]
     with differentiable(inputs.model, values, batch_statistics=True):
-        slopes = mean(gradient(loss, values) for loss in _losses(inputs, "snip"))
+        slopes = mean_over_batches(gradient(loss, values) for loss in _losses(inputs, "snip"))
     return [(v.detach() * g).abs() for v, g in zip(values, slopes, strict=True)]
 
 
@@ -100,7 +105,9 @@ def grasp(inputs: WeightScoreInputs) -> Values:
     """
     values = [w.value for w in inputs.weights]
     with differentiable(inputs.model, values, batch_statistics=True):
-        products = mean(hessian_gradient(loss, values) for loss in _losses(inputs, "grasp"))
+        products = mean_over_batches(
+            hessian_gradient(loss, values) for loss in _losses(inputs, "grasp")
+        )
     return [v.detach() * h for v, h in zip(values, products, strict=True)]
 
 
@@ -204,7 +211,7 @@ class Movement:
 def gradients(losses: Iterable[Tensor], weights: Sequence[Weight]) -> dict[str, Tensor]:
     """Returns the mean gradient of `losses` with respect to each of `weights`, by name."""
     values = [w.value for w in weights]
-    means = mean(gradient(loss, values) for loss in losses)
+    means = mean_over_batches(gradient(loss, values) for loss in losses)
     return {w.name: g for w, g in zip(weights, means, strict=True)}
 
 
@@ -220,7 +227,7 @@ def _over_batches(
             yield [effect(value.detach(), g) for value, g in pairs]
 
     with differentiable(inputs.model, values):
-        return mean(batches())
+        return mean_over_batches(batches())
 
 
 def _losses(inputs: WeightScoreInputs, name: str) -> Iterator[Tensor]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from fedpress.compress.prune.ignoring import ignored
+from fedpress.compress.prune.ignoring import ignored_names
 from fedpress.errors import ModelError, RecipeError
 
 LAYERS = (nn.Linear, nn.modules.conv._ConvNd, nn.MultiheadAttention, nn.RNNBase)
@@ -81,11 +81,11 @@ def find_weights(
     found, dense = _all_weights(model)
     _check_patterns(keep, found, dense)
     names = list(found)
-    ignored_names = ignored(model, ignore)
+    ignored = ignored_names(model, ignore)
 
     reasons: dict[str, str] = {}
     for name in names:
-        if name in ignored_names:
+        if name in ignored:
             reasons[name] = "asked for by `ignore`"
         elif any(fnmatch.fnmatchcase(name, pattern) for pattern in keep):
             reasons[name] = "asked for by `keep`"

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fedpress import compress
 from fedpress.compress import ChannelGraph, PruningPlan
-from fedpress.compress.prune.ignoring import ignored
+from fedpress.compress.prune.ignoring import ignored_names
 from fedpress.compress.prune.targets import full_widths
 from fedpress.compress.sparse import (
     Masks,
@@ -72,7 +72,7 @@ class L0Stage(L0Settings, Stage):
             ModelError: if the model has nothing to put a gate on, or cannot be traced.
             DataError: if there are no public examples for the batch-norm statistics.
         """
-        ignored(state.model, self.ignore)
+        ignored_names(state.model, self.ignore)
         check_public_training(state, self)
         if state.spec.quantized:
             raise RecipeError(

@@ -11,7 +11,7 @@ from pydantic import JsonValue
 from torch import Tensor, nn
 
 from fedpress import compress
-from fedpress.compress import SCORES, ChannelGraph, Point, PruningPlan, Target
+from fedpress.compress import SCORES, ChannelGraph, PruningPlan, SensitivityPoint, Target
 from fedpress.compress.prune.derivatives import differentiable
 from fedpress.compress.prune.sensitivity import densities_down_to
 from fedpress.compress.prune.targets import full_widths, next_share
@@ -79,7 +79,7 @@ class PruneWork:
         self.plans: list[PruningPlan] = []
         self.step = 0
         self.tuned = False
-        self.points: list[Point] = []
+        self.points: list[SensitivityPoint] = []
         self.tried: list[tuple[float, float]] = []
         self.start: float | None = None
         self.error = 0.0
@@ -115,7 +115,7 @@ class PruneWork:
         self.step = facts["step"]
         self.tuned = facts["tuned"]
         self.start = facts["start"]
-        self.points = [Point.of(point) for point in facts["points"]]
+        self.points = [SensitivityPoint.from_json(point) for point in facts["points"]]
         self.tried = [(share, ms) for share, ms in facts["tried"]]
 
     def events(self) -> Iterator[Tick | Milestone]:
@@ -330,7 +330,7 @@ class PruneWork:
             self.points.append(point)
             # Saved once per layer, at its last density: a point takes seconds, a save as long.
             last_of_layer = point.density == min(densities)
-            yield Milestone({"sensitivity": point.line(data.task.primary)}, saves=last_of_layer)
+            yield Milestone({"sensitivity": point.to_json(data.task.primary)}, saves=last_of_layer)
             note = f"'{point.layer}' at {point.density:.0%}: loss {point.loss:.3f}"
             yield self.tick(0, f"sensitivity of {note}")
         self.model = model.to("cpu")
@@ -358,11 +358,11 @@ class PruneWork:
         else:
             some = self.public.take(torch.arange(min(len(self.public), REFIT)))
             batches = [self.source.data.preprocess(x) for x, _ in some.batches(BATCH)]
-        cut = compress.difference(dense, self.model, batches)
+        cut = compress.output_difference(dense, self.model, batches)
         left = dict.fromkeys(plan.approximate, "its scale was not fitted: there was no data")
         if self.public is not None:
             left = compress.refit_norms_(dense, self.model, plan, batches)
-        found = compress.difference(dense, self.model, batches)
+        found = compress.output_difference(dense, self.model, batches)
         examples = sum(len(batch) for batch in batches)
         what = "public examples" if self.public is not None else "examples of noise"
         words = f"{found.relative:.1%} off the outputs of the uncut network on {examples} {what}"

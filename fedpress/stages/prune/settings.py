@@ -78,7 +78,7 @@ class PruneSettings(BaseModel):
     ignore: tuple[str, ...] = Field(
         (), description="modules or weights that stay as they are: names, * for anything"
     )
-    approximate: tuple[compress.Norm, ...] = Field(
+    approximate: tuple[compress.NormKind, ...] = Field(
         (),
         description="norms to cut through though it is not exact; their scales are then fitted on "
         "public examples",

@@ -11,7 +11,7 @@ from torch import nn
 
 from fedpress import compress
 from fedpress.compress import SCORES, ChannelGraph, PruningPlan
-from fedpress.compress.prune.ignoring import ignored
+from fedpress.compress.prune.ignoring import ignored_names
 from fedpress.errors import RecipeError, renaming
 from fedpress.models import what_pruning_changed
 from fedpress.nn.batch_norm import has_batch_norm
@@ -72,7 +72,7 @@ class PruneStage(PruneSettings, Stage):
                 place="prune",
                 cure="put this stage before the quantization",
             )
-        ignored(state.model, self.ignore)
+        ignored_names(state.model, self.ignore)
         public_examples(self, state, 0)
         if self.finetune is not None:
             with renaming({key: f"finetune.{key}" for key in type(self.finetune).model_fields}):

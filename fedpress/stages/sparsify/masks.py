@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from fedpress.compress.prune.sensitivity import Point
+from fedpress.compress.prune.sensitivity import SensitivityPoint
 from fedpress.compress.sparse import Masks, Pattern, Weight, Weights, choose, find_weights
 from fedpress.compress.sparse.levels import level_densities
 from fedpress.compress.sparse.masks import Scope
@@ -75,7 +75,7 @@ def choose_masks(
     scores: dict[str, Tensor],
     density: float,
     within: Masks,
-    points: Sequence[Point] = (),
+    points: Sequence[SensitivityPoint] = (),
 ) -> Masks:
     """Returns the masks of kept entries.
 

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from pydantic import JsonValue
 from torch import nn
 
-from fedpress.compress.prune.ignoring import ignored
+from fedpress.compress.prune.ignoring import ignored_names
 from fedpress.compress.sparse import Masks, Pattern, Weights, apply_, density_of
 from fedpress.core.random import derive
 from fedpress.errors import RecipeError
@@ -57,7 +57,7 @@ class SparsifyStage(SparsifySettings, Stage):
             ModelError: if the model has no weight that can be pruned.
             DataError: if there are no public examples to score or train with.
         """
-        ignored(state.model, self.ignore)
+        ignored_names(state.model, self.ignore)
         check_public_training(state, self)
         if self.score in FROM_DATA or self.scope == "sensitivity":
             draw_calibration(state, self.calibration, 0)
@@ -100,7 +100,7 @@ class SparsifyStage(SparsifySettings, Stage):
             layers.append({"name": weight.name, "entries": weight.size, "kept": kept})
         folder.record(layers=layers)
         for point in work.points:
-            folder.record(sensitivity=point.line(state.data.task.primary))
+            folder.record(sensitivity=point.to_json(state.data.task.primary))
         facts = _facts(model, work.weights, work.masks)
         return replace(
             state, spec=with_sparse_weights(state.spec, work.masks), model=model, facts=facts

@@ -11,7 +11,12 @@ from pydantic import JsonValue
 from torch import Tensor
 
 from fedpress.compress.prune.derivatives import differentiable
-from fedpress.compress.prune.sensitivity import Point, densities_down_to, sensitivity, weight_unit
+from fedpress.compress.prune.sensitivity import (
+    SensitivityPoint,
+    densities_down_to,
+    sensitivity,
+    weight_unit,
+)
 from fedpress.compress.sparse import (
     Masks,
     Movement,
@@ -87,7 +92,7 @@ class MaskedTraining:
         self.round = 0
         self.resumed = False
         self.early: dict[str, Tensor] = {}
-        self.points: list[Point] = []
+        self.points: list[SensitivityPoint] = []
 
     @property
     def steps(self) -> int:
@@ -228,7 +233,7 @@ class MaskedTraining:
         self.resumed = True
         self.round = facts["round"]
         self.early = part_of(tensors, "early/")
-        self.points = [Point.of(point) for point in facts["points"]]
+        self.points = [SensitivityPoint.from_json(point) for point in facts["points"]]
         # A checkpoint is read to the CPU.
         masks = part_of(tensors, "mask/")
         self.keep_({name: mask.to(self.fit.device) for name, mask in masks.items()})

@@ -15,14 +15,14 @@ import fedpress
 from fedpress.compress import (
     PruningPlan,
     check_parity,
-    difference,
+    output_difference,
     parameters,
     refit_norms_,
     remove_,
     score,
     trace,
 )
-from fedpress.compress.prune.approximate import check_names
+from fedpress.compress.prune.approximate import check_norm_kinds
 from fedpress.compress.prune.plan import make_plan
 from fedpress.errors import RecipeError
 from fedpress.models import ModelSpec, load_model, save_model, what_pruning_changed
@@ -209,10 +209,10 @@ def test_all_but_the_norms_statistics_is_exact_and_the_width_is_cut(name, tmp_pa
 @pytest.mark.parametrize("name", tiered(NETS, quick=list(NETS)[:4]))
 def test_fitted_scales_bring_the_outputs_nearer_and_never_farther(name):
     model, small, plan, x, _ = cut(name)
-    before = difference(model, small, [x]).relative
+    before = output_difference(model, small, [x]).relative
     kept = {n: t.clone() for n, t in small.state_dict().items()}
     left = refit_norms_(model, small, plan, [x[:32], x[32:]])
-    after = difference(model, small, [x]).relative
+    after = output_difference(model, small, [x]).relative
     assert after <= before
     assert after < before or set(left) == set(plan.approximate)
     changed = {n for n, t in small.state_dict().items() if not torch.equal(t, kept[n])}
@@ -281,5 +281,5 @@ def test_a_command_tells_how_far_an_approximate_cut_is_off():
 
 def test_one_kind_that_is_no_list_is_told_with_the_list():
     with pytest.raises(RecipeError, match=r'expected a list; give \["layer_norm"\]'):
-        check_names("layer_norm")
-    assert check_names(["layer_norm"]) == {"layer_norm"}
+        check_norm_kinds("layer_norm")
+    assert check_norm_kinds(["layer_norm"]) == {"layer_norm"}

@@ -187,7 +187,7 @@ def test_what_is_written_by_hand_is_cut_exactly(build, removable):
     ("build", "reason"),
     [
         (lambda: nn.LSTM(6, 16, proj_size=8, batch_first=True), "a projected state"),
-        (lambda: Given(), "it meets a size that cannot change"),
+        (lambda: Given(), "it is combined with an axis of fixed size"),
     ],
 )
 def test_recurrent_states_whose_size_others_say_stay_whole(build, reason):

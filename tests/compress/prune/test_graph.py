@@ -83,7 +83,10 @@ def test_zero_padded_channels_go_too_with_other_numbers_in_the_code():
         for layer in (before, after)
     ]
     assert [index.flatten().tolist() for index in rows] == [list(range(8)), list(range(24, 32))]
-    assert [(n.site.module, n.was) for n in graph.numbers] == [("blocks.1", 8), ("blocks.1", 8)]
+    assert [(n.site.module, n.traced_value) for n in graph.sized_numbers] == [
+        ("blocks.1", 8),
+        ("blocks.1", 8),
+    ]
 
 
 def test_flattening_repeats_the_channel_over_the_image(traced):
@@ -244,8 +247,8 @@ def test_a_plan_that_empties_a_layer_is_refused():
 
 
 def test_numbers_that_follow_by_themselves_are_left_to_the_code():
-    assert not trace(*make("halves")).numbers
-    assert {(n.site.module, n.was) for n in trace(*make("vit-fused")).numbers} == {
+    assert not trace(*make("halves")).sized_numbers
+    assert {(n.site.module, n.traced_value) for n in trace(*make("vit-fused")).sized_numbers} == {
         (f"blocks.{i}.1", was) for i in range(2) for was in (4, 24)
     }
 

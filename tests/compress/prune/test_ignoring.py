@@ -7,7 +7,7 @@ from torch import nn
 
 import fedpress
 from fedpress.compress import check_parity, plan, remove_, score, trace
-from fedpress.compress.prune.ignoring import ignored
+from fedpress.compress.prune.ignoring import ignored_names
 from fedpress.errors import RecipeError
 
 
@@ -40,21 +40,21 @@ def shapes(model, prefix):
 
 def test_a_module_stands_for_all_that_lies_in_it_and_a_star_for_any_name():
     model = Nested()
-    assert {"block.3.1.running_mean", "block.3", "block.3.0"} <= ignored(model, ["block.3"])
-    assert ignored(model, ["block.3.*"]) == ignored(model, ["block.3"]) - {"block.3"}
-    assert {"stem.weight", "head.weight"} <= ignored(model, ["*"])
-    assert ignored(model, ()) == frozenset()
+    assert {"block.3.1.running_mean", "block.3", "block.3.0"} <= ignored_names(model, ["block.3"])
+    assert ignored_names(model, ["block.3.*"]) == ignored_names(model, ["block.3"]) - {"block.3"}
+    assert {"stem.weight", "head.weight"} <= ignored_names(model, ["*"])
+    assert ignored_names(model, ()) == frozenset()
 
 
 @pytest.mark.parametrize(
     ("pattern", "says"),
-    [("haed", "did you mean 'head'"), ("zzzz.*", "it has such as stem, block, head"), ("", "")],
+    [("haed", "did you mean 'head'"), ("zzzz.*", "names look like stem, block, head"), ("", "")],
 )
 def test_a_pattern_that_matches_nothing_is_refused(pattern, says):
     with pytest.raises(
         RecipeError, match=f"ignore: no module or weight of the model matches '.*{says}"
     ):
-        ignored(Nested(), [pattern])
+        ignored_names(Nested(), [pattern])
     for command in (fedpress.prune, fedpress.sparsify, fedpress.l0, fedpress.quantize):
         settings = (
             {"keep_params": 0.5} if command is fedpress.prune else {"density": 0.5, "epochs": 1}
@@ -69,7 +69,7 @@ def test_a_pattern_that_matches_nothing_is_refused(pattern, says):
 def test_nothing_of_an_ignored_module_is_cut(pattern):
     model, x = Nested().eval(), torch.randn(2, 3, 8, 8)
     graph = trace(model, x, ignore=[pattern])
-    names = ignored(model, [pattern])
+    names = ignored_names(model, [pattern])
     touched = {s.tensor for layer in graph.groups for s in layer.slices}
     assert not touched & names
     if not graph.groups:
@@ -140,5 +140,5 @@ def test_what_is_no_list_of_names_is_told_with_one_that_is(given):
     with pytest.raises(
         RecipeError, match=r'ignore: got .*, expected a list of names; give \["head"\]'
     ):
-        ignored(model, given)
-    assert "head.weight" in ignored(model, ["head"])
+        ignored_names(model, given)
+    assert "head.weight" in ignored_names(model, ["head"])

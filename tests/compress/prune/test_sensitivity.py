@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from fedpress.compress import (
-    Point,
+    SensitivityPoint,
     channel_units,
     check_parity,
     macs_target,
@@ -138,9 +138,9 @@ losses = st.lists(
 
 @given(lines=st.lists(losses, min_size=1, max_size=4), base=st.floats(0.1, 3))
 def test_curves_never_fall_as_density_falls_and_begin_at_nothing(lines, base):
-    points = [Point(str(i), 1.0, base) for i in range(len(lines))]
+    points = [SensitivityPoint(str(i), 1.0, base) for i in range(len(lines))]
     points += [
-        Point(str(i), d, v)
+        SensitivityPoint(str(i), d, v)
         for i, line in enumerate(lines)
         for d, v in zip((0.2, 0.4, 0.6, 0.8), line, strict=True)
     ]
@@ -154,7 +154,7 @@ def test_curves_never_fall_as_density_falls_and_begin_at_nothing(lines, base):
 def falling(graph, steepness):
     """Made-up curves: the loss of layer i grows as steepness[i] * (1 - density)^2."""
     return [
-        Point(layer.name, d, 1 + s * (1 - d) ** 2)
+        SensitivityPoint(layer.name, d, 1 + s * (1 - d) ** 2)
         for layer, s in zip(graph.groups, steepness, strict=True)
         for d in (1.0, 0.8, 0.6, 0.4, 0.2)
     ]

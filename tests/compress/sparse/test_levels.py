@@ -4,7 +4,7 @@ from torch import nn
 
 from fedpress.compress.prune.sensitivity import (
     DENSITIES,
-    Point,
+    SensitivityPoint,
     densities_down_to,
     extended_to_zero,
 )
@@ -19,7 +19,7 @@ def weight(name, *shape):
 
 def line(name, slope):
     """A loss that grows in proportion to what is gone."""
-    return [Point(name, d, 1.0 + slope * (1 - d)) for d in (1.0, 0.6, 0.2)]
+    return [SensitivityPoint(name, d, 1.0 + slope * (1 - d)) for d in (1.0, 0.6, 0.2)]
 
 
 @pytest.mark.parametrize("density", [0.2, 0.5, 0.9])
@@ -44,7 +44,7 @@ def test_the_insensitive_weight_loses_more():
 
 def test_every_weight_keeps_half_of_an_erdos_renyi_kernel_however_flat_its_curve_is():
     weights = [weight("a", 64, 64, 3, 3), weight("b", 8, 16), weight("c", 32, 32, 3, 3)]
-    flat = [Point("a", d, 1.0) for d in (1.0, 0.5, 0.1)]
+    flat = [SensitivityPoint("a", d, 1.0) for d in (1.0, 0.5, 0.1)]
     for density in (0.1, 0.05, 0.03):
         found = level_densities(weights, flat + line("b", 1.0) + line("c", 1.0), density)
         least = lowest_densities(weights, density)
@@ -85,7 +85,11 @@ def test_the_ends_are_reached(density):
 
 def test_a_loss_that_is_no_number_counts_as_the_largest():
     weights = [weight("a", 10, 10), weight("b", 10, 10)]
-    broken = [Point("a", 1.0, 1.0), Point("a", 0.6, 1.1), Point("a", 0.2, float("nan"))]
+    broken = [
+        SensitivityPoint("a", 1.0, 1.0),
+        SensitivityPoint("a", 0.6, 1.1),
+        SensitivityPoint("a", 0.2, float("nan")),
+    ]
     found = level_densities(weights, broken + line("b", 1.0), 0.5)
     assert found["a"] + found["b"] == pytest.approx(1.0, abs=1e-3)
 

@@ -1,10 +1,12 @@
-"""One rule per ATen operation: how channel ids pass through it, which it unites and which it keeps.
+"""One rule per ATen operation: which channel ids it unites, keeps, and passes to its output.
 
-A rule takes the collector `ids`, the shape of the output, and the operation's own arguments,
-tensors as `Value`s. It returns the axes of the output, or a list of them if the operation returns
-several tensors. To teach the engine a new operation, add a function with `@rule(...)`. Two kinds
-need none: operations that ATen tags as pointwise, and those that PyTorch can decompose into
-operations with rules (`decompose`).
+Example: the rule of `cat` concatenates the ids along `dim` and unites them along all other axes.
+
+A rule takes the collector `ids` (`ChannelIds`), the shape of the output, and the arguments of the
+operation, with tensors as `Value`s. It returns the ids of the output's axes; a list of these if the
+operation returns several tensors. For a new operation, add a function with `@rule(...)`. No rule is
+needed for operations that ATen tags as pointwise, or that PyTorch can decompose into operations
+with rules (`decompose`).
 """
 
 from fedpress.compress.prune.rules import (
@@ -22,7 +24,7 @@ from fedpress.compress.prune.rules import (
     writing,
 )
 from fedpress.compress.prune.rules.decompose import decompose_operation
-from fedpress.compress.prune.rules.table import RULES, find_rule, rule, zero_stays
+from fedpress.compress.prune.rules.table import RULES, find_rule, keeps_zeros, rule
 
 __all__ = [
     "RULES",
@@ -30,6 +32,7 @@ __all__ = [
     "convolution",
     "decompose_operation",
     "find_rule",
+    "keeps_zeros",
     "normalization",
     "picking",
     "quantization",
@@ -41,5 +44,4 @@ __all__ = [
     "splitting",
     "statistics",
     "writing",
-    "zero_stays",
 ]

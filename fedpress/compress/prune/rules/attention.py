@@ -1,4 +1,4 @@
-"""Matrix products: with weights, which lose channels, and of activations, which lose heads."""
+"""Rules of matrix products: with weights (channels) and between activations (attention heads)."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ from fedpress.compress.prune.rules.table import (
     Shape,
     aten,
     elementwise,
-    leading,
     repeat_each,
-    replaced,
+    replace_entry,
     rule,
+    without_last_axes,
 )
 
 ALIGNED = 8
-"""Neighbours pruned together: the grouped kernel takes rows of whole 16 bytes (8 half floats)."""
+"""Channels of grouped products are pruned in blocks of 8: the kernel needs rows of n * 16 bytes."""
 PRODUCT = "a product of activations, which may be scaled by its size"
-"""Attention divides by the square root of the summed axis, which must therefore keep its size."""
+"""Attention divides by the square root of the summed axis, so that axis must keep its size."""
 
 
 @rule("matmul", "mm", "bmm", "mv")
 def matmul(ids: ChannelIds, shape: Shape, x: Value, y: Value) -> Axes:
     """[..., rows, summed] @ [..., summed, columns], or vectors without rows or columns.
 
-    Weights on one side have the summed axis as input channels and the other as output channels. A
-    product of two activations keeps the summed axis and may lose batch axes, which are heads in
-    attention.
+    If one factor is a weight, its summed axis has input channels, and its other axis output
+    channels. In a product of two activations the summed axis is kept; batch axes, such as the heads
+    of attention, can be pruned.
     """
     x_summed = x.axes[-1]
     rows = x.axes[-2:-1]
@@ -40,14 +40,14 @@ def matmul(ids: ChannelIds, shape: Shape, x: Value, y: Value) -> Axes:
         y_summed, columns = y.axes[-2], y.axes[-1:]
     else:
         y_summed, columns = y.axes[0], ()
-    # Two weights, as in a low-rank product, are neither input nor output of each other.
+    # With two weights (a low-rank product) neither has the role of an input.
     x_is_weight, y_is_weight = _are_weights(x, y)
     if y_is_weight and not x_is_weight:
         _apply_weight(ids, y_summed, x_summed, columns)
     elif x_is_weight and not y_is_weight:
         _apply_weight(ids, x_summed, y_summed, rows)
     elif ids.target is aten.mv.default and x.zero_when_masked and y.zero_when_masked:
-        # Spectral norm multiplies a weight by a vector: masked rows add nothing to the sum.
+        # Spectral norm multiplies a weight by a vector; masked entries add 0 to the sum.
         ids.unite(x_summed, y_summed)
     else:
         ids.keep_all((x_summed, y_summed), PRODUCT)
@@ -57,7 +57,7 @@ def matmul(ids: ChannelIds, shape: Shape, x: Value, y: Value) -> Axes:
         out = (*x.axes[:-1], *columns)
     else:
         batch_shape = shape[: len(shape) - len(rows) - len(columns)]
-        batch = _unite_batch(ids, batch_shape, leading(x, 2), leading(y, 2))
+        batch = _unite_batch(ids, batch_shape, without_last_axes(x, 2), without_last_axes(y, 2))
         out = (*batch, *rows, *columns)
     # torch's FlopCounterMode does not count matrix-vector products either.
     if len(x.shape) > 1 and len(y.shape) > 1:
@@ -67,12 +67,11 @@ def matmul(ids: ChannelIds, shape: Shape, x: Value, y: Value) -> Axes:
 
 
 def _are_weights(*values: Value) -> list[bool]:
-    """Returns which factors are the weights of a product.
+    """Returns for each factor of a product whether it is a weight.
 
-    Weights that the input selects (of experts, say) count as weights only if no factor is a plain
-    weight.
+    Gathered weights (those of chosen experts) count as weights only if no factor is a plain weight;
+    otherwise they are its input.
     """
-    # Beside a plain weight, gathered weights are its input.
     plain = [value.from_weights for value in values]
     if any(plain):
         return plain
@@ -82,15 +81,15 @@ def _are_weights(*values: Value) -> list[bool]:
 def _apply_weight(ids: ChannelIds, weight: Axis, source: Axis, out: Axes) -> None:
     """Unites the summed axis of a weight with that of its input, and marks its output channels."""
     ids.unite(weight, source)
-    ids.mark(weight, "read")
+    ids.mark_role(weight, "read")
     for axis in out:
-        ids.mark(axis, "write")
+        ids.mark_role(axis, "write")
 
 
 @rule("dot", "vdot")
 def dot(ids: ChannelIds, shape: Shape, x: Value, y: Value) -> Axes:
-    """A dot product. Two weights may lose places, since masked ones add nothing to the sum."""
-    # In a product of activations a pruned channel would be missing from the sum.
+    """A dot product of two vectors: entries can be pruned only if masked ones are 0 in both."""
+    # Otherwise a pruned channel, which is not 0 in the masked network, is missing from the sum.
     if x.zero_when_masked and y.zero_when_masked:
         ids.unite(x.axes[0], y.axes[0])
     else:
@@ -113,15 +112,15 @@ def bilinear(
     out, x_read, y_read = weight.axes
     _apply_weight(ids, x_read, x.axes[-1], ())
     _apply_weight(ids, y_read, y.axes[-1], ())
-    ids.mark(out, "write")
+    ids.mark_role(out, "write")
     if bias is not None:
         ids.unite(out, bias.axes[0])
-    batch = elementwise(ids, shape[:-1], leading(x, 1), leading(y, 1))
+    batch = elementwise(ids, shape[:-1], without_last_axes(x, 1), without_last_axes(y, 1))
     return (*batch, out)
 
 
 @rule("_grouped_mm", "transformers::grouped_mm_fallback")
-def grouped(
+def grouped_matmul(
     ids: ChannelIds,
     shape: Shape,
     x: Value,
@@ -130,10 +129,10 @@ def grouped(
     *rest: Any,
     **options: Any,
 ) -> Axes:
-    """Multiplies each row [n, in] by the weights [experts, in, out] of its expert.
+    """Mixture of experts: multiplies each row of [n, in] by one of the weights [experts, in, out].
 
-    All experts lose the same channels, in blocks of 8. Other forms (each expert with its own
-    columns) are treated as products of activations.
+    All experts lose the same channels, in blocks of 8. Other shapes are treated as products of
+    activations.
     """
     if len(x.shape) == len(y.shape) == 3:
         return matmul(ids, shape, x, y)
@@ -155,7 +154,7 @@ def grouped(
 
 
 def _unite_blocks(ids: ChannelIds, axis: Axis, size: int) -> None:
-    """Unites each block of `size` neighbours; keeps an axis that is no multiple of it."""
+    """Unites each block of `size` consecutive channels; keeps an axis that is no multiple of it."""
     if axis is None:
         return
     if len(axis) % size:
@@ -165,10 +164,12 @@ def _unite_blocks(ids: ChannelIds, axis: Axis, size: int) -> None:
 
 
 @rule("baddbmm", "addmm", "addmv")
-def added(ids: ChannelIds, shape: Shape, bias: Value, x: Value, y: Value, **options: Any) -> Axes:
-    """A matrix product plus `bias`."""
+def product_plus_bias(
+    ids: ChannelIds, shape: Shape, bias: Value, x: Value, y: Value, **options: Any
+) -> Axes:
+    """`bias + x @ y`, the fused form of a linear layer."""
     axes = matmul(ids, shape, x, y)
-    # The bias may be broadcast, so it is united like an addition.
+    # The bias may be broadcast, so the rule of additions is used.
     return elementwise(ids, shape, Value(shape, axes), bias)
 
 
@@ -183,21 +184,23 @@ def attention(
     *rest: Any,
     **options: Any,
 ) -> Axes:
-    """[..., heads, length, width]: heads and the width of `v` can be pruned.
+    """Attention on [..., heads, length, width]: heads, and the width of `v`, can be pruned.
 
-    The width of `q` and `k` is kept, because their product is divided by its square root. Several
-    heads of `q` may share one of `k` and `v` (grouped queries, Ainslie et al. 2023,
+    The width of `q` and `k` is kept, because attention divides their product by sqrt(width).
+    Several heads of `q` may share one head of `k` and `v` (grouped queries, Ainslie et al. 2023,
     arXiv:2305.13245).
     """
     if q.shape[:-2] != k.shape[:-2] and len(q.shape) > 2:
         k = _repeat_heads(k, q.shape[-3] // k.shape[-3])
         v = _repeat_heads(v, q.shape[-3] // v.shape[-3])
-    batch = _unite_batch(ids, shape[:-2], leading(q, 2), leading(k, 2), leading(v, 2))
+    batch = _unite_batch(
+        ids, shape[:-2], without_last_axes(q, 2), without_last_axes(k, 2), without_last_axes(v, 2)
+    )
     ids.keep_all((q.axes[-1], k.axes[-1]), PRODUCT)
     ids.keep_all((q.axes[-2], k.axes[-2], v.axes[-2]), "values are mixed across channels")
     if mask is not None and len(mask.shape) > 2:
         # A mask per head, for instance relative positions.
-        elementwise(ids, shape[:-2], Value(shape[:-2], batch), leading(mask, 2))
+        elementwise(ids, shape[:-2], Value(shape[:-2], batch), without_last_axes(mask, 2))
 
     heads = ids_or_sizes(shape[:-2], batch)
     pairs = q.shape[-2] * k.shape[-2]
@@ -207,10 +210,10 @@ def attention(
 
 
 def _unite_batch(ids: ChannelIds, shape: Shape, *values: Value) -> Axes:
-    """Unites the batch axes of a product, such as heads, and prefers to cut splits along them."""
+    """Unites the batch axes of a product, such as heads; splits prefer to prune along them."""
     axes = elementwise(ids, shape, *values)
     for axis in axes:
-        ids.prefer(axis)
+        ids.prefer_axis(axis)
     return axes
 
 
@@ -218,15 +221,18 @@ def _repeat_heads(x: Value, times: int) -> Value:
     """Repeats each head of keys or values [..., heads, length, width] for its queries."""
     # Query head i uses key head i // times, so each key head is repeated in place.
     at = len(x.shape) - 3
-    shape = replaced(x.shape, at, x.shape[at] * times)
-    return Value(shape, replaced(x.axes, at, repeat_each(x.axes[at], times)))
+    shape = replace_entry(x.shape, at, x.shape[at] * times)
+    return Value(shape, replace_entry(x.axes, at, repeat_each(x.axes[at], times)))
 
 
 @rule("einsum.default")
 def einsum(
     ids: ChannelIds, shape: Shape, equation: str, values: list[Value], **options: Any
 ) -> Axes:
-    """Each letter is one axis. A letter that is summed over is kept, unless a weight has it."""
+    """`einsum("bij,jk->bik", x, w)`: each letter is one axis; all axes of a letter are united.
+
+    A letter that is summed over is kept, unless it is an axis of a weight.
+    """
     terms, out = einsum_letters(equation, [len(value.shape) for value in values])
     sizes, axes = _letter_axes(ids, terms, values)
     are_weights = _are_weights(*values)
@@ -243,9 +249,9 @@ def einsum(
             if letter not in out and letter not in weight_letters:
                 ids.keep(axis, PRODUCT)
             elif is_weight and weight_letters:
-                ids.mark(axis, "write" if letter in out else "read")
+                ids.mark_role(axis, "write" if letter in out else "read")
             elif uses[letter] > 1 and letter in out:
-                ids.prefer(axis)  # a batch axis, for instance heads
+                ids.prefer_axis(axis)  # a batch axis, for instance heads
 
     if len(values) > 1:
         every_axis = ids_or_sizes([sizes[letter] for letter in axes], list(axes.values()))
@@ -256,7 +262,7 @@ def einsum(
 def _letter_axes(
     ids: ChannelIds, terms: Sequence[str], values: Sequence[Value]
 ) -> tuple[dict[str, int], dict[str, Axis]]:
-    """Returns size and ids of each letter: its axes are united, those of size 1 broadcast."""
+    """Returns size and ids of each letter; axes of one letter are united."""
     sizes: dict[str, int] = {}
     for term, value in zip(terms, values, strict=True):
         for letter, size in zip(term, value.shape, strict=True):
@@ -277,11 +283,11 @@ def _letter_axes(
 
 
 def einsum_letters(equation: str, ranks: Sequence[int]) -> tuple[list[str], str]:
-    """Returns the letters of each term of an `einsum` and of its output, with ellipses written out.
+    """Returns the letters of each term of an `einsum`, and of its output, without ellipses.
 
-    An ellipsis covers the axes that have no letter; those of several terms are aligned at their
-    last axis. Without an arrow the output has those first, then the letters that come once, in
-    alphabetical order.
+    Axes under an ellipsis get capital letters; the ellipses of several terms are aligned at their
+    last axis. Without an arrow the output has these axes first, then the letters that occur once,
+    in alphabetical order.
 
     >>> einsum_letters("...ij,jk", [4, 2])
     (['ABij', 'jk'], 'ABik')

@@ -1,4 +1,4 @@
-"""Convolutions, linear layers, embeddings: a weight has one output axis and sums over another."""
+"""Rules of convolutions, linear layers and embeddings: weights with input and output channels."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ def convolution(
     dilation: Any = 1,
     groups: int = 1,
 ) -> Axes:
-    """Weight [out, in / groups, kernel].
+    """Convolution with weight [out, in / groups, kernel].
 
-    Depthwise: an input channel and its outputs are one channel. Grouped: every group loses the same
-        positions.
+    Plain: input and output channels are independent. Depthwise: an input channel and its outputs
+    are one channel. Grouped: every group loses the same positions.
     """
     channel_dim = _channel_axis(ids, x, weight)
     source = x.axes[channel_dim]
     out, read = weight.axes[:2]
     if groups == 1:
         ids.unite(read, source)
-        ids.mark(read, "read")
+        ids.mark_role(read, "read")
     # With one input channel per group an output channel depends on that channel only.
     elif weight.shape[1] == 1:
         ids.keep(read, "depthwise kernel")
@@ -42,14 +42,14 @@ def convolution(
         # torch needs groups of equal size, so outputs are pruned at the same positions as well.
         _unite_groups(ids, source, groups, read)
         _unite_groups(ids, out, groups)
-        ids.mark(read, "read")
+        ids.mark_role(read, "read")
 
     _count_multiply_adds(ids, weight, shape[:channel_dim], shape[channel_dim + 1 :])
     return _output(ids, x, channel_dim, out, bias, shape)
 
 
 @rule("conv_transpose1d", "conv_transpose2d.input", "conv_transpose3d.input")
-def transposed(
+def transposed_convolution(
     ids: ChannelIds,
     shape: Shape,
     x: Value,
@@ -61,7 +61,10 @@ def transposed(
     groups: int = 1,
     dilation: Any = 1,
 ) -> Axes:
-    """Weight [in, out / groups, kernel]: every group loses the same output positions."""
+    """Transposed convolution with weight [in, out / groups, kernel].
+
+    Axis 1 of the weight is shared by all groups, so every group loses the same output positions.
+    """
     channel_dim = _channel_axis(ids, x, weight)
     source = x.axes[channel_dim]
     read, write = weight.axes[:2]
@@ -71,13 +74,13 @@ def transposed(
     if groups == weight.shape[0] > 1:  # depthwise
         ids.keep(write, "depthwise kernel")
         out = repeat_each(source, weight.shape[1])
-        ids.mark(read, "write")
+        ids.mark_role(read, "write")
     else:
         if groups > 1:
             _unite_groups(ids, source, groups)
             out = tile(write, groups)
-        ids.mark(read, "read")
-        ids.mark(write, "write")
+        ids.mark_role(read, "read")
+        ids.mark_role(write, "write")
 
     # Every input pixel is multiplied, where a plain convolution multiplies for every output pixel.
     _count_multiply_adds(ids, weight, shape[:channel_dim], x.shape[channel_dim + 1 :])
@@ -85,10 +88,10 @@ def transposed(
 
 
 def _note_groups(ids: ChannelIds, source: Axis, groups: int) -> None:
-    """Records that the last number of the call is the number of groups.
+    """Records that the last number of the call is the number of groups, to be corrected.
 
-    A torch layer has it as an attribute, which pruning sets; a call of `F.conv2d` has a number in
-    the code.
+    This is for calls of `F.conv2d` in a user's code. A torch layer has the number as an attribute,
+    which pruning updates.
     """
     numbers = [] if ids.call is None else ids.call.numbers
     # `groups` is the last argument of a convolution; any other last number is left alone.
@@ -98,23 +101,23 @@ def _note_groups(ids: ChannelIds, source: Axis, groups: int) -> None:
 
 def _channel_axis(ids: ChannelIds, x: Value, weight: Value) -> int:
     """Returns the channel axis of `x` (1, or 0 without a batch); keeps kernel and image sizes."""
-    # A weight has as many axes as a batch of inputs, one more than a single input.
+    # A weight has as many axes as a batch [n, channels, h, w], one more than a single image.
     channel_dim = len(x.shape) - len(weight.shape) + 1
     ids.keep_all((*weight.axes[2:], *x.axes[channel_dim + 1 :]), "kernel or image size")
     return channel_dim
 
 
 def _unite_groups(ids: ChannelIds, axis: Axis, groups: int, first: Axis = None) -> None:
-    """Unites the same position of every group, because groups must stay equally large.
+    """Unites position i of all groups, because torch needs groups of equal size.
 
     Args:
-        ids: where they are united.
-        axis: [groups * size].
+        ids: the collector.
+        axis: ids of the channels, [groups * size].
         groups: number of groups.
         first: [size], an axis that all groups share, if there is one.
     """
     if axis is None:
-        ids.keep(first, "it meets a size that cannot change")
+        ids.keep(first, "it is combined with an axis of fixed size")
         return
     parts = list(axis.reshape(groups, -1))
     if first is None:
@@ -133,10 +136,10 @@ def _output(
     ids: ChannelIds, x: Value, channel_dim: int, out: Axis, bias: Value | None, shape: Shape
 ) -> Axes:
     """Marks the output channels, unites the bias with them, and returns the axes of the output."""
-    ids.mark(out, "write")
+    ids.mark_role(out, "write")
     if bias is not None:
         ids.unite(out, bias.axes[0])
-    # Space has no ids in the output, since the kernel mixes the positions of the input.
+    # Height and width of the output have no ids: the kernel mixes the positions of the input.
     return (*x.axes[:channel_dim], out, *[None] * (len(shape) - channel_dim - 1))
 
 
@@ -154,23 +157,23 @@ def general_convolution(
     output_padding: Any,
     groups: int,
 ) -> Axes:
-    """The ATen operation that all convolutions can be decomposed into."""
+    """`aten::convolution`, into which ATen decomposes all convolutions."""
     # Stride, padding and dilation do not change which channels meet.
     if is_transposed:
-        return transposed(ids, shape, x, weight, bias, groups=groups)
+        return transposed_convolution(ids, shape, x, weight, bias, groups=groups)
     return convolution(ids, shape, x, weight, bias, groups=groups)
 
 
 @rule("conv_tbc")
-def time_first(
+def time_first_convolution(
     ids: ChannelIds, shape: Shape, x: Value, weight: Value, bias: Value, *rest: Any
 ) -> Axes:
-    """Convolves [time, n, in] with weight [kernel, in, out]."""
+    """`conv_tbc`: convolves [time, n, in] with weight [kernel, in, out]."""
     ids.keep_all((x.axes[0], weight.axes[0]), "kernel or image size")
     read, out = weight.axes[1:]
     ids.unite(read, x.axes[2])
-    ids.mark(read, "read")
-    ids.mark(out, "write")
+    ids.mark_role(read, "read")
+    ids.mark_role(out, "write")
     ids.unite(out, bias.axes[0])
     channels = ids_or_sizes(weight.shape[1:], weight.axes[1:])
     ids.count_multiply_adds(prod((*shape[:2], weight.shape[0])), *channels)
@@ -181,12 +184,12 @@ def time_first(
 def linear(
     ids: ChannelIds, shape: Shape, x: Value, weight: Value, bias: Value | None = None
 ) -> Axes:
-    """Weight [out, in], or [in] for a single output without an axis."""
+    """Linear layer with weight [out, in]; [in] if the single output has no axis."""
     *first, read = weight.axes
     ids.unite(read, x.axes[-1])
-    ids.mark(read, "read")
+    ids.mark_role(read, "read")
     for out in first:
-        ids.mark(out, "write")
+        ids.mark_role(out, "write")
         if bias is not None:
             ids.unite(out, bias.axes[0])
     rows = ids_or_sizes(x.shape[:-1], x.axes[:-1])
@@ -198,10 +201,10 @@ def linear(
 def embedding(
     ids: ChannelIds, shape: Shape, weight: Value, indices: Value, *rest: Any, **options: Any
 ) -> Axes:
-    """Table [words, width]: the words are kept, since the input names them by number."""
-    # If a word were removed, indices in the input would name other words.
+    """Embedding table [words, width]: the width can be pruned, the words are kept."""
+    # The input has the indices of words; without a row they would mean other words.
     ids.keep(weight.axes[0], "rows are looked up by number")
-    ids.mark(weight.axes[1], "write")
+    ids.mark_role(weight.axes[1], "write")
     return (*indices.axes, weight.axes[1])
 
 
@@ -215,10 +218,10 @@ def embedding_bag(
     *rest: Any,
     **options: Any,
 ) -> list[Axes]:
-    """Sums or averages rows of a table [words, width] over the words of a bag; the words are kept.
+    """Sums or averages rows of a table [words, width] for each bag of words; the words are kept.
 
-    The other three results are sizes and positions of the bags, without ids.
+    torch returns three more tensors (offsets and sizes of the bags), which have no channels.
     """
     ids.keep(weight.axes[0], "rows are looked up by number")
-    ids.mark(weight.axes[1], "write")
+    ids.mark_role(weight.axes[1], "write")
     return [(None, weight.axes[1]), (), (), ()]

@@ -1,9 +1,9 @@
-"""Decomposes operations without a rule into operations that have one, as PyTorch itself does it.
+"""Decomposes operations without a rule into operations with rules, by PyTorch's own tables.
 
-`torch.hstack` is `cat` by another name; `torch.diff` is two slices and a subtraction. PyTorch knows
-this for about a thousand operations, in C++ ("composite" kernels) and in Python (`torch._decomp`).
-A rule is needed only for what cannot be decomposed, or where the parts would keep channels that the
-whole could lose.
+Examples: `torch.hstack` is one `cat`; `torch.diff` is two slices and a subtraction. PyTorch has
+such decompositions for about a thousand operations, in C++ ("composite" kernels) and in Python
+(`torch._decomp`). A rule of its own is needed only for an operation that cannot be decomposed, or
+whose parts would keep channels that the operation as a whole does not need.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ def decompose_operation(
 
     Args:
         operation: an overload of an ATen operation.
-        args: its arguments, with tensors without values ("fake" ones, as `torch.export` leaves
-            them).
+        args: its positional arguments, with fake tensors (shape and type without values), as in a
+            graph of `torch.export`.
         options: its arguments by name.
 
     Returns:
@@ -51,11 +51,11 @@ def decompose_operation(
         # The tensors are fake, so tracing computes shapes only.
         graph = make_fx(run, tracing_mode="real")(*tensors).graph
     except Exception:
-        # A decomposition may need the values of its inputs, or refuse their types: then it does
-        # not help here, and what the operation touches is kept.
+        # A decomposition may need the values of its inputs, or refuse their types. Without it the
+        # channels that reach the operation are kept.
         return None
 
-    # A composite kernel that calls itself would be decomposed for ever.
+    # A composite kernel that calls itself would cause an endless recursion.
     calls_itself = any(node.target is operation for node in graph.nodes)
     return None if calls_itself else graph
 

@@ -1,4 +1,4 @@
-"""Normalisation: over each channel by itself, over groups of channels, or over all channels."""
+"""Rules of normalisation layers: per channel, over groups of channels, or over all channels."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ def batch_norm(
     bias: Value | None,
     *rest: Any,
 ) -> Axes:
-    """Each channel has its own statistics, which are pruned with it, as are its scale and shift.
+    """Batch norm: statistics, scale and shift of a channel are pruned with it.
 
-    Channels on another axis than 1 are kept: in training they are averaged over. That is so where a
-    batch norm standardises weights, or normalises tokens.
+    Channels on other axes than 1 are kept, because training averages over these axes. They occur
+    where a batch norm is applied to weights (weight standardisation) or to tokens.
     """
     for d, axis in enumerate(x.axes):
         if d != 1:
@@ -34,7 +34,7 @@ def batch_norm(
         ids.unite(x.axes[1], vector.axes[0])
     # Scores such as `bn_scale` look at this scale.
     if weight is not None:
-        ids.mark(weight.axes[0], "scale")
+        ids.mark_role(weight.axes[0], "scale")
     return x.axes
 
 
@@ -48,10 +48,9 @@ def group_norm(
     bias: Value | None = None,
     *rest: Any,
 ) -> Axes:
-    """Channels of a group share mean and variance: only whole groups can be pruned exactly.
+    """Group norm: channels of a group share mean and variance, so only whole groups are pruned.
 
-    A group norm of one group is a layer norm over channels, which the user may allow to prune
-    through.
+    With a single group it is a layer norm over channels, which `approximate` may allow to prune.
     """
     channels = x.axes[1]
     # Standardised weights have channels on these axes too.
@@ -66,7 +65,7 @@ def group_norm(
     for vector in values_among((weight, bias)):
         ids.unite(channels, vector.axes[0])
     if weight is not None:
-        ids.mark(weight.axes[0], "scale")
+        ids.mark_role(weight.axes[0], "scale")
     return x.axes
 
 
@@ -74,10 +73,10 @@ def group_norm(
 def layer_norm(
     ids: ChannelIds, shape: Shape, x: Value, normalized: Sequence[int], *rest: Any
 ) -> Axes:
-    """All values of the last axes share mean and variance, which change if one value is pruned.
+    """Layer norm: all channels share mean and variance, so they are kept by default.
 
-    Only where the user allows it (`ids.approximate`) can channels be pruned; the statistics are
-    then those of the channels that are left.
+    If the user allows it (`ids.approximate`), channels can be pruned; mean and variance are then
+    those of the remaining channels.
     """
     parameters = values_among(rest[:2])
     if len(normalized) == 1 and ids.may_prune_through("layer_norm", x.axes[-1]):
@@ -93,12 +92,12 @@ def layer_norm(
 
 @rule("_weight_norm.default")
 def weight_norm(ids: ChannelIds, shape: Shape, v: Value, g: Value, dim: int = 0) -> Axes:
-    """Weight = g * v / norm(v), with a length `g` for each index of axis `dim`, or one (-1).
+    """Weight norm, g * v / norm(v): one length `g` for each index of axis `dim`; one in all for -1.
 
-    The norm is over masked weights, to which zeros add nothing, so all axes can lose channels
-    (Salimans and Kingma 2016, arXiv:1602.07868).
+    Masked weights are 0 and add nothing to the norm, so all axes can lose channels (Salimans and
+    Kingma 2016, arXiv:1602.07868).
     """
-    # One length for all has no axis that could meet a channel.
+    # A single length has no axis to unite with.
     if dim == -1:
         return v.axes
     dim %= len(v.shape)
@@ -112,8 +111,8 @@ def weight_norm(ids: ChannelIds, shape: Shape, v: Value, g: Value, dim: int = 0)
 
 @rule("prelu.default")
 def prelu(ids: ChannelIds, shape: Shape, x: Value, weight: Value) -> Axes:
-    """One slope for all channels, or one for each channel, which is pruned with it."""
-    # A single slope belongs to no channel, and torch tells the two cases apart by its size.
+    """PReLU with one slope for all channels, or one for each, which is pruned with its channel."""
+    # torch tells the two cases apart by the size of the weight, so a single slope must stay.
     if weight.shape[0] > 1:
         ids.unite(x.axes[1], weight.axes[0])
     else:

@@ -1,4 +1,4 @@
-"""Operations that take a part of an axis: slices, single indices, and tensors of indices."""
+"""Rules of indexing: `x[:, 2:8]`, `x[:, 3]`, `x[:, index]`, `gather` and their like."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from fedpress.compress.prune.rules.table import (
     Shape,
     arguments_by_name,
     elementwise,
-    replaced,
+    replace_entry,
     rule,
 )
 
 BY_NUMBER = "channels are taken by number"
+"""Reason why channels are kept whose indices stand in the code or come from the input."""
 
 
 @rule("slice.Tensor")
@@ -27,16 +28,16 @@ def take_slice(
     end: int | None = None,
     step: int = 1,
 ) -> Axes:
-    """Takes every `step`-th channel between two places.
+    """`x[:, start:end:step]`.
 
-    With step 1 the two places in the code are corrected after pruning. `x[:, ::2]` over the whole
-    axis is allowed too: two neighbours are then one channel, so that every second place stays
-    right.
+    With step 1, `start` and `end` in the code are corrected after pruning. `x[:, ::2]` over the
+    whole axis can be pruned too: channels 2i and 2i + 1 are united, so every second channel is
+    still the right one. Other slices with steps are kept.
     """
     if shape == x.shape:
         return x.axes
     dim %= len(x.shape)
-    # Each slice of an indexing is an operation of its own, in the order of the code.
+    # `x[:4, 2:]` is captured as one operation a slice, in the order of the code.
     position = ids.next_slice_start()
     axis = x.axes[dim]
     if axis is None:
@@ -45,7 +46,7 @@ def take_slice(
     first, last, _ = slice(start, end, step).indices(len(axis))
     covers_axis = first < step and last == len(axis) and len(axis) % step == 0
     if step == 1 and position is not None:
-        # `x[:, :n]` has no start that could be wrong, and `x[:, n:]` no end.
+        # `x[:, :n]` has no start to correct, and `x[:, n:]` no end.
         if start:
             ids.note_size(position, axis[:first])
         if last < len(axis):
@@ -55,12 +56,12 @@ def take_slice(
             ids.unite(axis[::step], column)
     else:
         ids.keep(axis, "channels are sliced by number")
-    return replaced(x.axes, dim, axis[first:last:step])
+    return replace_entry(x.axes, dim, axis[first:last:step])
 
 
 @rule("narrow.default")
 def narrow(ids: ChannelIds, shape: Shape, x: Value, dim: int, start: int, length: int) -> Axes:
-    """Takes `length` channels from `start` on; both numbers in the code are corrected."""
+    """`narrow(x, dim, start, length)`: `start` and `length` in the code are corrected."""
     dim %= len(x.shape)
     axis = x.axes[dim]
     # Nothing to correct: the axis has no channels, or all of it is taken.
@@ -70,18 +71,18 @@ def narrow(ids: ChannelIds, shape: Shape, x: Value, dim: int, start: int, length
     if ids.call is None:
         ids.keep(axis, "channels are sliced by number")
     taken = axis[start : start + length]
-    # Position 0 is the axis, which does not change.
+    # Position 0 is the number `dim`, which does not change.
     ids.note_size(1, axis[:start])
     ids.note_size(2, taken)
-    return replaced(x.axes, dim, taken)
+    return replace_entry(x.axes, dim, taken)
 
 
 @rule("select.int", "unbind.int")
 def select(ids: ChannelIds, shape: Shape, x: Value, dim: int = 0, *rest: Any) -> Axes | list[Axes]:
-    """Takes one index of an axis, or each by itself: the axis is kept, and the result lacks it."""
+    """`x[:, 3]` and `unbind`: the indexed axis is kept, and the results do not have it."""
     dim %= len(x.shape)
     ids.keep(x.axes[dim], BY_NUMBER)
-    axes = replaced(x.axes, dim)
+    axes = replace_entry(x.axes, dim)
     if "unbind" in ids.operation:
         return [axes] * x.shape[dim]
     return axes
@@ -89,7 +90,7 @@ def select(ids: ChannelIds, shape: Shape, x: Value, dim: int = 0, *rest: Any) ->
 
 @rule("gather", "take_along_dim")
 def gather(ids: ChannelIds, shape: Shape, x: Value, *args: Any, **options: Any) -> Axes:
-    """Looks up places along one axis, for each place of the others; the two tensors share those."""
+    """`gather(x, dim, index)`: `dim` is kept; the other axes of `x` and `index` are united."""
     given = arguments_by_name(ids, [x, *args], options)
     dim = given["dim"]
     index: Value = given["index"] if "index" in given else given["indices"]
@@ -108,7 +109,8 @@ def gather(ids: ChannelIds, shape: Shape, x: Value, *args: Any, **options: Any) 
             ids.unite(axis, index_axis)
             axes.append(axis)
         else:
-            # The looked-up axis, or one of which the index covers only the first places.
+            # `dim` itself, or an axis on which `index` is shorter than `x`: only the first places
+            # are then read.
             ids.keep_all((axis, index_axis), BY_NUMBER)
             axes.append(None)
     return tuple(axes)
@@ -116,19 +118,19 @@ def gather(ids: ChannelIds, shape: Shape, x: Value, *args: Any, **options: Any) 
 
 @rule("one_hot")
 def one_hot(ids: ChannelIds, shape: Shape, x: Value, *rest: Any) -> Axes:
-    """Classes stand in a new last axis without ids."""
+    """One-hot encoding: the new last axis has no ids."""
     return x.axes
 
 
 @rule("searchsorted.Tensor")
-def searched(
+def searchsorted(
     ids: ChannelIds, shape: Shape, edges: Value, x: Value, *rest: Any, **options: Any
 ) -> Axes:
-    """Finds between which of the sorted `edges` each value lies.
+    """`searchsorted(edges, x)`: the index of the interval of `edges` in which each value lies.
 
-    `edges` is one row, or has a row for each row of `x`.
+    `edges` is a vector, or has a row for each row of `x`.
     """
-    # Without an edge the result, an index into the edges, would be another one.
+    # The result is an index into `edges`, so removing an edge would change it.
     ids.keep_all(edges.axes, BY_NUMBER)
     if len(edges.shape) > 1:
         ids.keep_all(x.axes, BY_NUMBER)
@@ -138,10 +140,10 @@ def searched(
 
 @rule("index_select", "index.Tensor", "masked_select")
 def index(ids: ChannelIds, shape: Shape, x: Value, *args: Any, **options: Any) -> Axes:
-    """Takes the places that indices name: an axis that is indexed is kept.
+    """`x[:, index]`: indexed axes are kept.
 
-    If one axis alone is indexed, the axes of the indices take its place and all other axes keep
-    their ids.
+    If only one axis is indexed, the axes of `index` replace it in the result, and all other axes
+    pass on their ids.
     """
     indices = args[0] if args and isinstance(args[0], list | tuple) else []
     indexed = [d for d, index in enumerate(indices) if isinstance(index, Value)]
@@ -152,14 +154,15 @@ def index(ids: ChannelIds, shape: Shape, x: Value, *args: Any, **options: Any) -
     elif "index.Tensor" in ids.operation and len(indexed) == 1:
         index_rank = len(indices[indexed[0]].shape)
     else:
-        # Several indices select together, so it is not known where any other axis ends up.
+        # With several indices the order of axes in the result depends on where they stand, so all
+        # axes are kept.
         indexed = list(range(len(x.shape)))
 
     ids.keep_all([x.axes[d] for d in indexed], BY_NUMBER)
-    # A mask of several axes is a single index too, but takes the place of more than one axis.
+    # A boolean mask of several axes is a single index too, but replaces more than one axis.
     if index_rank is None or len(shape) != len(x.shape) - 1 + index_rank:
         return (None,) * len(shape)
-    return replaced(x.axes, indexed[0], *[None] * index_rank)
+    return replace_entry(x.axes, indexed[0], *[None] * index_rank)
 
 
 @rule("select_scatter", "slice_scatter")
@@ -172,13 +175,13 @@ def overwrite_part(
     *rest: Any,
     **options: Any,
 ) -> Axes:
-    """Writes `source` over one index, or a run of indices, of an axis, which is kept."""
+    """`slice_scatter(x, source, dim, 2, 8)`: axis `dim` is kept, the others are united."""
     dim %= len(shape)
     ids.keep(x.axes[dim], BY_NUMBER)
-    others = Value(replaced(shape, dim), replaced(x.axes, dim))
-    # `slice_scatter` writes a run of indices, `select_scatter` a single one.
-    if len(source.shape) == len(shape):  # a run of indices; a single one has no such axis
+    others = Value(replace_entry(shape, dim), replace_entry(x.axes, dim))
+    # In `slice_scatter` the source has axis `dim` too; in `select_scatter` it does not.
+    if len(source.shape) == len(shape):
         ids.keep(source.axes[dim], BY_NUMBER)
-        source = Value(replaced(source.shape, dim), replaced(source.axes, dim))
+        source = Value(replace_entry(source.shape, dim), replace_entry(source.axes, dim))
     axes = elementwise(ids, others.shape, others, source)
     return (*axes[:dim], None, *axes[dim:])

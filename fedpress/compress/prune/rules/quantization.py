@@ -1,4 +1,4 @@
-"""Fake quantization, as in networks trained for few bits: each value is rounded by itself."""
+"""Rules of fake quantization, which rounds each value in quantization-aware training."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from fedpress.compress.prune.rules.table import Axes, Shape, rule
 
 @rule("fake_quantize_per_tensor_affine")
 def per_tensor(ids: ChannelIds, shape: Shape, x: Value, *rest: Any, **options: Any) -> Axes:
-    """One scale for the whole tensor: index i of the output is index i of the input."""
+    """One scale for the whole tensor: all ids pass through."""
     return x.axes
 
 
@@ -24,8 +24,8 @@ def per_channel(
     axis: int,
     *rest: Any,
 ) -> Axes:
-    """Scale and zero point have one entry for each index of one axis, and are pruned with it."""
-    # A scale that stayed would be applied to another channel.
+    """One scale and zero point for each index of `axis`: they are pruned with it."""
+    # Otherwise the remaining scales would be applied to the wrong channels.
     ids.unite(x.axes[axis], scale.axes[0])
     ids.unite(x.axes[axis], zero_point.axes[0])
     return x.axes

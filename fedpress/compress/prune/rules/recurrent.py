@@ -1,4 +1,7 @@
-"""Recurrent layers: a hidden unit is a row of each gate and a column of what reads it."""
+"""Rules of recurrent layers (LSTM, GRU, RNN), whose hidden units are the channels.
+
+A hidden unit is one row of each gate's weights and one column of the weights that read the state.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from fedpress.compress.prune.rules.table import Axes, Shape, rule, values_among
 
 
 @rule("lstm.input", "gru.input", "rnn_tanh.input", "rnn_relu.input")
-def recurrent(
+def recurrent_layer(
     ids: ChannelIds,
     shape: Shape,
     x: Value,
@@ -25,21 +28,25 @@ def recurrent(
     bidirectional: bool,
     *rest: Any,
 ) -> list[Axes]:
-    """A torch module has one hidden size, so all its layers and directions lose the same units."""
+    """A whole recurrent layer: all its layers and directions lose the same hidden units.
+
+    They must, because a torch module has a single `hidden_size`.
+    """
     directions = 2 if bidirectional else 1
     states = _states(start)
     per_cell = len(weights) // (num_layers * directions)
     steps = int(np.prod(x.shape[:-1]))
 
     if per_cell != (4 if has_bias else 2):
-        # `proj_size` adds a weight to each cell that makes the state narrower than the gates.
+        # With `proj_size` each cell has another weight, which makes the state narrower than the
+        # gates; this case is not pruned.
         _keep_projected(ids, steps, x, weights, states)
         return [(None,) * len(x.shape)] * (1 + len(states))
 
     hidden = weights[1].axes[1]
     assert hidden is not None, "parameters have ids"
     for i in range(num_layers * directions):
-        # Later layers read the hidden units of both directions, one after the other.
+        # Layers after the first read the concatenated hidden units of both directions.
         source = x.axes[-1]
         if i >= directions:
             source = np.tile(hidden, directions)
@@ -63,17 +70,17 @@ def _states(start: Any) -> list[Any]:
 def _keep_projected(
     ids: ChannelIds, steps: int, x: Value, weights: Sequence[Value], states: Sequence[Any]
 ) -> None:
-    """Keeps all channels of a layer with projected states, and counts its multiply-adds."""
+    """Keeps all channels of a layer with `proj_size`, and counts its multiply-adds."""
     for value in values_among((*weights, x, *states)):
         ids.keep_all(value.axes, "a projected state")
     for weight in weights:
         if len(weight.shape) == 2:
-            ids.mark(weight.axes[0], "write")
+            ids.mark_role(weight.axes[0], "write")
             ids.count_multiply_adds(steps, *weight.shape)
 
 
 @rule("lstm_cell.default", "gru_cell.default", "rnn_tanh_cell.default", "rnn_relu_cell.default")
-def cell(
+def recurrent_cell(
     ids: ChannelIds, shape: Shape, x: Value, start: Any, w_ih: Value, w_hh: Value, *biases: Any
 ) -> Axes | list[Axes]:
     """One step of a recurrent layer; an LSTM returns two states."""
@@ -99,11 +106,11 @@ def _unite_cell(
     weights: Sequence[Value],
     biases: Sequence[Value],
 ) -> None:
-    """Unites the hidden unit's rows of all gates, and the columns that read input and hidden units.
+    """Unites, for each hidden unit, its row in every gate and the column that reads it.
 
     Args:
-        ids: where they are united.
-        steps: examples times steps of the sequence.
+        ids: the collector.
+        steps: number of examples times length of the sequence.
         source: ids of the inputs.
         hidden: ids of the hidden units.
         weights: [gates * hidden, inputs] and [gates * hidden, hidden].
@@ -114,11 +121,11 @@ def _unite_cell(
     ids.unite(w_ih.axes[1], source)
     ids.unite(w_hh.axes[1], hidden)
     for weight in weights:
-        ids.mark(weight.axes[1], "read")
+        ids.mark_role(weight.axes[1], "read")
     for weight in weights:
         # The gates are stacked along the rows: unit j is row j of every block.
         ids.unite(weight.axes[0], np.tile(hidden, gates))
-        ids.mark(weight.axes[0], "write")
+        ids.mark_role(weight.axes[0], "write")
         ids.count_multiply_adds(steps, *ids_or_sizes(weight.shape, weight.axes))
     for bias in biases:
         ids.unite(bias.axes[0], np.tile(hidden, gates))

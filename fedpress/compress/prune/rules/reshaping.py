@@ -1,7 +1,8 @@
-"""Reshapes: where one axis becomes several, or the reverse, one of them can lose whole slices.
+"""Rules of `view`, `reshape`, `flatten` and their like.
 
-Example: [n, 4 * 8] viewed as [n, 4, 8] can lose heads (index 0..3, eight ids each) or places within
-all heads.
+If one axis is split into several, or several are joined, only one of the several can be pruned.
+Example: [n, 32] viewed as [n, 4, 8] can lose heads (4 channels of eight ids each), or the same
+positions in all heads (8 channels of four ids each).
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from fedpress.compress.prune.ids import Axis, ChannelIds, Ints, Value
 from fedpress.compress.prune.rules.table import Axes, Shape, rule, values_among
 
 Length = tuple[Ints, bool]
-"""The ids of an axis, each once, and whether the axis repeats them (its length is a multiple)."""
+"""The ids that determine the length of an axis, and whether it is a multiple of their number."""
 
 
 @rule(
@@ -31,11 +32,15 @@ Length = tuple[Ints, bool]
 )
 @rule("view_as", "reshape_as", "ravel")
 def reshape(ids: ChannelIds, shape: Shape, x: Value, *args: Any, **options: Any) -> Axes:
-    """Matches runs of old and new axes of the same size; joins or splits their ids."""
+    """Matches consecutive old axes with consecutive new axes of the same product.
+
+    In [n, 32, 7, 7] -> [n, 4, 8, 49] axis 1 is matched with axes 1 and 2, and axes 2 and 3 with
+    axis 3. The ids are split or joined accordingly.
+    """
     axes: list[Axis] = []
     lengths: list[Length | None] = []  # of each new axis
     for old, new in _segments(x.shape, shape):
-        # An axis that stays as it is passes its ids, and its length is a size in the code.
+        # An unchanged axis passes on its ids, but its size may be a number in the code.
         if len(old) == len(new) == 1:
             axis = x.axes[old[0]]
             axes.append(axis)
@@ -47,8 +52,8 @@ def reshape(ids: ChannelIds, shape: Shape, x: Value, *args: Any, **options: Any)
             axes.append(axis)
             lengths.append(length)
 
-    # The other tensor gives the sizes, so it must have the same channels.
-    for like in values_among(args):  # `view_as`
+    # `view_as(other)`: the sizes are those of `other`, so it must lose the same channels.
+    for like in values_among(args):
         for axis, other in zip(axes, like.axes, strict=True):
             ids.unite(axis, other)
     # `squeeze` has no sizes among its arguments, only axes.
@@ -83,7 +88,7 @@ def _note_sizes(
 
 @rule("view.dtype")
 def reinterpret(ids: ChannelIds, shape: Shape, x: Value, dtype: Any) -> Axes:
-    """Reads the same bits as another type; one of another width has another last axis."""
+    """`x.view(dtype)` reads the same bits as another type; another width changes the last axis."""
     if shape == x.shape:
         return x.axes
     ids.keep(x.axes[-1], "bits are read as other numbers")
@@ -92,14 +97,14 @@ def reinterpret(ids: ChannelIds, shape: Shape, x: Value, dtype: Any) -> Axes:
 
 @rule("view_as_real", "view_as_complex")
 def real_and_complex(ids: ChannelIds, shape: Shape, x: Value) -> Axes:
-    """Real and imaginary part become a last axis of size 2, or the reverse."""
+    """Real and imaginary parts become a last axis of size 2, or the reverse."""
     if len(shape) < len(x.shape):
         ids.keep(x.axes[-1], "real and imaginary parts")
     return x.axes[: len(shape)]
 
 
 def _segments(old: Shape, new: Shape) -> list[tuple[list[int], list[int]]]:
-    """Pairs runs of old axes with runs of new axes that hold the same number of values.
+    """Pairs consecutive old axes with consecutive new axes of the same product.
 
     >>> _segments((2, 8, 4, 4), (2, 2, 4, 16))
     [([0], [0]), ([1], [1, 2]), ([2, 3], [3])]
@@ -112,7 +117,7 @@ def _segments(old: Shape, new: Shape) -> list[tuple[list[int], list[int]]]:
         i += len(old_run)
         j += len(new_run)
 
-        # The side with fewer values takes its next axis until both have the same number.
+        # The side with the smaller product takes its next axis, until both products are equal.
         while True:
             old_size = prod(old[k] for k in old_run)
             new_size = prod(new[k] for k in new_run)
@@ -133,12 +138,13 @@ Piece = tuple[int, Axis]
 
 
 def _pieces(ids: ChannelIds, old: Sequence[Piece], new: Sequence[int]) -> list[list[Piece]]:
-    """Splits old axes into the factors of the new ones; returns the factors of each new axis.
+    """Splits old axes into the common factors of old and new ones; returns those of each new axis.
 
-    Axes [n, 4 * 8] that become [n * 4, 8] have the factors n, 4 and 8.
+    Example: axes [n, 32] that become [n * 4, 8] have the common factors n, 4 and 8. The new axes
+    have the factors (n, 4) and (8).
 
     Args:
-        ids: where splits and kept axes are recorded.
+        ids: the collector.
         old: size and ids of each old axis.
         new: sizes of the new axes, with the same product.
     """
@@ -147,7 +153,7 @@ def _pieces(ids: ChannelIds, old: Sequence[Piece], new: Sequence[int]) -> list[l
     new_ends = np.cumprod(new).tolist()
     ends = sorted({1, *old_ends, *new_ends})
     if any(b % a for a, b in pairwise(ends)):
-        # For example [6, 4] as [4, 6]: no factor of one is a factor of the other.
+        # For example [6, 4] -> [4, 6]: the boundaries 6 and 4 have no common factorisation.
         ids.keep_all([axis for _, axis in old], "a reshape mixes parts of several axes")
         return [[(size, None)] for size in new]
 
@@ -155,7 +161,7 @@ def _pieces(ids: ChannelIds, old: Sequence[Piece], new: Sequence[int]) -> list[l
     begin = 1
     for size, axis in old:
         factors = _factors(ends, begin, size)
-        # Without its only channel the axis would be empty.
+        # A pruned axis of one channel would be empty.
         if size == 1:
             ids.keep(axis, "its only channel")
         for factor, part in zip(factors, _split(ids, factors, axis), strict=True):
@@ -174,12 +180,12 @@ def _pieces(ids: ChannelIds, old: Sequence[Piece], new: Sequence[int]) -> list[l
 
 
 def _factors(ends: Sequence[int], begin: int, size: int) -> list[int]:
-    """Returns the factors into which boundaries divide an axis.
+    """Returns the factors into which the boundaries divide an axis.
 
     Args:
         ends: all boundaries, as products of sizes from the left.
-        begin: where the axis begins.
-        size: of the axis.
+        begin: product of the sizes to the left of the axis.
+        size: size of the axis.
     """
     inside = []
     for end in ends:
@@ -189,11 +195,12 @@ def _factors(ends: Sequence[int], begin: int, size: int) -> list[int]:
 
 
 def _split(ids: ChannelIds, shape: Sequence[int], axis: Axis) -> list[Axis]:
-    """Returns the ids of each factor of an axis; a factor along which ids are repeated has none."""
+    """Returns the ids of each factor of an axis; None for a factor along which ids are repeated."""
     if axis is None or len(shape) < 2:
         return [axis] * len(shape)
     table = axis.reshape(shape)
-    # An axis that repeats its ids, as after `expand`, is a product with a factor without ids.
+    # After `repeat` or `flatten` of pixels an axis may have each id several times; the factor along
+    # which they repeat needs no ids of its own.
     varying = [d for d in range(table.ndim) if not (table == table.take([0], axis=d)).all()]
     repeated = tuple(d for d in range(table.ndim) if d not in varying)
     elements = table
@@ -207,18 +214,18 @@ def _split(ids: ChannelIds, shape: Sequence[int], axis: Axis) -> list[Axis]:
     new = [ids.fresh(shape[d]) for d in varying]
     for d, own in zip(varying, new, strict=True):
         axes[d] = own
-    # Which factor loses slices is decided when all operations are known.
+    # Which factor can be pruned is decided when all operations are known (`resolve_splits`).
     ids.split_axis(elements, new)
     return axes
 
 
 def _join(ids: ChannelIds, parts: Sequence[Piece]) -> tuple[Axis, Length | None]:
-    """Returns the ids of an axis made of factors, and the ids that count its length."""
+    """Joins factors into one axis; returns its ids and how its length depends on them."""
     with_ids = [axis for _, axis in parts if axis is not None]
     if not with_ids:
         return None, None
     elements = with_ids[0]
-    # Several factors with ids: their product has an id for each combination.
+    # With several factors the joined axis has a new id for each combination.
     if len(with_ids) > 1:
         shape = tuple(len(axis) for axis in with_ids)
         elements = ids.fresh(prod(shape)).reshape(shape)

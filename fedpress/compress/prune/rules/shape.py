@@ -1,7 +1,6 @@
-"""Operations that move, join, copy and create axes.
+"""Rules of `cat`, `stack`, `pad`, `permute`, `expand`, `repeat`, `zeros` and their like.
 
-A size in the code that is the length of a channel axis is recorded, so that it can be corrected
-after pruning.
+If a size in the code is the length of a channel axis, it is recorded for correction after pruning.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from fedpress.compress.prune.rules.table import (
     Shape,
     elementwise,
     repeat_each,
-    replaced,
+    replace_entry,
     rule,
     tile,
 )
@@ -28,26 +27,26 @@ def concatenate(ids: ChannelIds, shape: Shape, values: Sequence[Value], dim: int
     """Ids are concatenated along `dim` and united along the other axes."""
     dim %= len(shape)
     if len(shape) > 1:
-        # torch lets a list begin with an empty tensor of one axis and skips it.
+        # torch skips empty tensors of shape (0,), whatever the shape of the others.
         values = [value for value in values if value.shape != (0,)]
 
-    # The parts may have different sizes along `dim`, so that axis takes no part in the union.
+    # The parts may have different sizes along `dim`, so that axis is not united.
     others = [_without_ids(value, dim) for value in values]
-    axes = elementwise(ids, replaced(shape, dim, -1), *others)
-    # Without channels along `dim` no id is needed there.
+    axes = elementwise(ids, replace_entry(shape, dim, -1), *others)
+    # No ids are needed along `dim` if no part has channels there.
     if all(value.axes[dim] is None for value in values):
         return axes
     parts = [_ids_or_kept(ids, value, dim) for value in values]
-    return replaced(axes, dim, np.concatenate(parts))
+    return replace_entry(axes, dim, np.concatenate(parts))
 
 
 def _without_ids(value: Value, dim: int) -> Value:
     """Returns `value` with an axis `dim` of unknown size."""
-    return Value(replaced(value.shape, dim, -1), replaced(value.axes, dim, None))
+    return Value(replace_entry(value.shape, dim, -1), replace_entry(value.axes, dim, None))
 
 
 def _ids_or_kept(ids: ChannelIds, value: Value, dim: int) -> Ints:
-    """Returns the ids of an axis; where it has none, new ids that are kept."""
+    """Returns the ids of axis `dim`; if it has none, new ids that are kept."""
     axis = value.axes[dim]
     if axis is None:
         axis = ids.fresh(value.shape[dim])
@@ -65,10 +64,10 @@ def stack(ids: ChannelIds, shape: Shape, values: Sequence[Value], dim: int = 0) 
 
 @rule("pad", "constant_pad_nd")
 def pad(ids: ChannelIds, shape: Shape, x: Value, widths: Sequence[int], *rest: Any) -> Axes:
-    """Added channels get new ids and can be pruned with the channels that they are added to later.
+    """Padding with zeros adds channels with new ids; the widths in the code are corrected.
 
-    Example: a ResNet shortcut that pads zeros up to the width of the next stage. The widths in the
-        code are corrected.
+    Example: a ResNet shortcut pads zeros up to the width of the next stage. The new channels are
+    pruned with the channels of the block that they are added to.
     """
     # Other modes repeat or reflect channels, whose copies would have to be pruned with them.
     adds_zeros = not rest or rest[0] in ("constant", 0, 0.0)
@@ -99,7 +98,7 @@ def pad(ids: ChannelIds, shape: Shape, x: Value, widths: Sequence[int], *rest: A
 def permute(ids: ChannelIds, shape: Shape, x: Value, *dims: Any) -> Axes:
     """Axes are reordered together with their ids."""
     order = list(range(len(x.shape)))
-    # ATen has several operations for this, with one pair of axes, a full order, or none.
+    # `transpose` and `movedim` have two axes as arguments, `permute` a full order, `t` none.
     name = ids.operation.split(".")[1]
     if len(dims) == 2:
         if name == "movedim":
@@ -117,7 +116,7 @@ def permute(ids: ChannelIds, shape: Shape, x: Value, *dims: Any) -> Axes:
 
 @rule("expand", "expand_as", "broadcast_to")
 def expand(ids: ChannelIds, shape: Shape, x: Value, sizes: Any = (), **options: Any) -> Axes:
-    """Copies `x` along new axes and axes of size 1; the copies are new channels."""
+    """Copies `x` along new axes and axes of size 1, which get new ids."""
     new_axes = len(shape) - len(x.shape)
     old_shape = (1,) * new_axes + x.shape
     axes = list(elementwise(ids, shape, x))
@@ -131,7 +130,7 @@ def expand(ids: ChannelIds, shape: Shape, x: Value, sizes: Any = (), **options: 
         return tuple(axes)
 
     for i, size in enumerate(shape):
-        # Only an axis of size 1 is copied. Each copy may be pruned, since all are equal.
+        # Only an axis of size 1 is copied. All copies are equal, so any of them may be pruned.
         if old_shape[i] == 1 < size:
             axes[i] = ids.fresh(size)
             if ids.call is None:
@@ -155,7 +154,7 @@ def repeat(ids: ChannelIds, shape: Shape, x: Value, times: Sequence[int]) -> Axe
 
 
 @rule("repeat_interleave.self_int")
-def interleave(
+def repeat_interleave(
     ids: ChannelIds, shape: Shape, x: Value, times: int, dim: int | None = None, **options: Any
 ) -> Axes:
     """Each channel is copied in place, [a, b] -> [a, a, b, b]; it is pruned with its copies."""
@@ -163,12 +162,12 @@ def interleave(
         ids.keep_all(x.axes, "channels are taken by number")
         return (None,) * len(shape)
     dim %= len(x.shape)
-    return replaced(x.axes, dim, repeat_each(x.axes[dim], times))
+    return replace_entry(x.axes, dim, repeat_each(x.axes[dim], times))
 
 
 @rule("pixel_shuffle.default", "pixel_unshuffle.default")
 def shuffle_pixels(ids: ChannelIds, shape: Shape, x: Value, factor: int) -> Axes:
-    """factor^2 channels become the pixels of one channel, so they are pruned together."""
+    """`pixel_shuffle`: factor^2 channels become pixels of one channel, so they are united."""
     # Images may come without a batch axis, so axes are counted from the end.
     axis = x.axes[-3]
     block = factor * factor
@@ -187,7 +186,7 @@ def shuffle_channels(ids: ChannelIds, shape: Shape, x: Value, groups: int) -> Ax
     if axis is None:
         return x.axes
     by_group = axis.reshape(groups, -1)
-    # Groups of different sizes could no longer be shuffled.
+    # torch shuffles only groups of equal size.
     ids.unite(axis, np.tile(by_group[0], groups))
     return (x.axes[0], by_group.T.reshape(-1), *x.axes[2:])
 
@@ -195,19 +194,20 @@ def shuffle_channels(ids: ChannelIds, shape: Shape, x: Value, groups: int) -> Ax
 @rule(
     "zeros", "ones", "full", "empty.memory_format", "new_zeros", "new_ones", "new_full", "new_empty"
 )
-def uniform(ids: ChannelIds, shape: Shape, *args: Any, **options: Any) -> Axes:
-    """Creates a tensor whose sizes stand in the code; they are corrected."""
+def create_correctable(ids: ChannelIds, shape: Shape, *args: Any, **options: Any) -> Axes:
+    """`zeros(n, 16)`: its axes get ids, because the sizes in the code can be corrected."""
     axes: list[Axis] = []
     for i, size in enumerate(shape):
-        # Without a call there is no number to correct, so the size must stay.
-        axis = ids.fresh(size) if ids.call is not None and size > 1 else None
-        # The new tensor meets others with channels and is pruned with them.
+        # Without a recorded call there is no number to correct, so the size is fixed.
+        axis: Axis = None
+        if ids.call is not None and size > 1:
+            axis = ids.fresh(size)
         ids.note_size(i, axis)
         axes.append(axis)
     return tuple(axes)
 
 
 @rule("arange", "eye", "rand", "randn", "scalar_tensor", "linspace", "tril_indices")
-def constant(ids: ChannelIds, shape: Shape, *args: Any, **options: Any) -> Axes:
-    """Creates a tensor whose sizes must stay."""
+def create_fixed(ids: ChannelIds, shape: Shape, *args: Any, **options: Any) -> Axes:
+    """`arange(16)`, `randn(n, 16)` and others: their sizes are fixed, so no axis has ids."""
     return (None,) * len(shape)

@@ -1,4 +1,7 @@
-"""Operations along height, width and depth: channels are independent, and space keeps its size."""
+"""Rules of pooling, interpolation, sampling and Fourier transforms along height, width and depth.
+
+Channels pass through; the axes along which an operation works are kept.
+"""
 
 from __future__ import annotations
 
@@ -14,11 +17,11 @@ from fedpress.compress.prune.rules.table import (
     Shape,
     arguments_by_name,
     elementwise,
-    leading,
     repeat_each,
-    replaced,
+    replace_entry,
     rule,
     values_among,
+    without_last_axes,
 )
 
 SPACE = "kernel or image size"
@@ -38,20 +41,23 @@ MIXED = "values are mixed across channels"
 @rule("reflection_pad1d", "reflection_pad2d", "reflection_pad3d")
 @rule("replication_pad1d", "replication_pad2d", "replication_pad3d")
 def pooling(ids: ChannelIds, shape: Shape, x: Value, *args: Any, **options: Any) -> Axes:
-    """Works on the last 1, 2 or 3 axes, within each channel."""
-    # The number of pooled axes is in the name only: the batch axis is optional.
+    """Pooling and interpolation: they work on the last 1, 2 or 3 axes of each channel."""
+    # The number of these axes must be read from the name ("max_pool2d"): the batch axis is
+    # optional, so the number of all axes does not determine it.
     space = next(n for n in (1, 2, 3) if f"{n}d" in ids.operation)
-    meeting = [x]
+    aligned = [x]
     for value in values_among(args):
         if len(value.shape) == len(x.shape):  # the positions of maxima that unpooling takes
-            meeting.append(value)
+            aligned.append(value)
         else:  # the samples [n, channels, 2 or 3] of fractional pooling
             ids.keep(x.axes[-space - 1], "samples are drawn for each channel")
 
     # A network may pool over channels, by moving them to the end.
-    for value in meeting:
+    channel_parts = []
+    for value in aligned:
         ids.keep_all(value.axes[-space:], "pooling runs over channels")
-    return elementwise(ids, x.shape[:-space], *(leading(value, space) for value in meeting))
+        channel_parts.append(without_last_axes(value, space))
+    return elementwise(ids, x.shape[:-space], *channel_parts)
 
 
 @rule("grid_sampler", "grid_sampler_2d", "grid_sampler_3d")
@@ -62,7 +68,7 @@ def grid_sampler(
     ids.keep_all((*x.axes[2:], *grid.axes[1:]), "coordinates in space")
     image_batch = Value(x.shape[:1], x.axes[:1])
     grid_batch = Value(grid.shape[:1], grid.axes[:1])
-    # Image and grid have different spaces, so only the batch axes meet.
+    # Height and width of image and grid may differ, so only the batch axes are united.
     batch = elementwise(ids, shape[:1], image_batch, grid_batch)
     return (*batch, x.axes[1], *[None] * (len(shape) - 2))
 
@@ -106,21 +112,21 @@ def col2im(
 
 
 @rule("unfold")
-def windows(ids: ChannelIds, shape: Shape, x: Value, dim: int, size: int, step: int) -> Axes:
-    """Windows along one axis, which is kept; the positions within a window are a new last axis."""
-    # A number without axes has one window.
+def unfold(ids: ChannelIds, shape: Shape, x: Value, dim: int, size: int, step: int) -> Axes:
+    """`x.unfold`: the windowed axis is kept; the new last axis (within a window) has no ids."""
+    # A 0-d tensor has one window.
     if not x.shape:
         return (None,)
     dim %= len(x.shape)
     ids.keep(x.axes[dim], "windows run over channels")
-    return (*replaced(x.axes, dim, None), None)
+    return (*replace_entry(x.axes, dim, None), None)
 
 
 @rule("_fft_r2c", "_fft_c2r", "_fft_c2c")
 def fourier(
     ids: ChannelIds, shape: Shape, x: Value, dims: Sequence[int], *rest: Any, **options: Any
 ) -> Axes:
-    """Each frequency mixes all values along the transformed axes, which are kept."""
+    """Fourier transforms mix all values along the transformed axes, which are kept."""
     axes: list[Axis] = list(x.axes)
     for dim in dims:
         ids.keep(axes[dim], MIXED)
@@ -129,9 +135,9 @@ def fourier(
 
 
 @rule("stft", "istft")
-def short_fourier(ids: ChannelIds, shape: Shape, x: Value, *rest: Any, **options: Any) -> Axes:
-    """[n, time] -> [n, frequencies, frames], or the reverse."""
-    # The inverse transform mixes frequencies and frames.
+def short_time_fourier(ids: ChannelIds, shape: Shape, x: Value, *rest: Any, **options: Any) -> Axes:
+    """Short-time Fourier transform: [n, time] -> [n, frequencies, frames], or the inverse."""
+    # The input of the inverse has two transformed axes: frequencies and frames.
     transformed = 1 if ids.operation.startswith("aten.stft") else 2
     ids.keep_all(x.axes[-transformed:], MIXED)
     for window in values_among((*rest, *options.values())):
@@ -142,9 +148,9 @@ def short_fourier(ids: ChannelIds, shape: Shape, x: Value, *rest: Any, **options
 
 @rule("diagonal", "linalg_diagonal")
 def diagonal(ids: ChannelIds, shape: Shape, x: Value, *rest: Any, **options: Any) -> Axes:
-    """Two axes, which are kept, become one at the end."""
+    """`diagonal`: two axes, which are kept, become one last axis without ids."""
     given = arguments_by_name(ids, [x, *rest], options)
-    # On a diagonal both axes share an index, so neither can lose one alone.
+    # The diagonal has the entries [i, i], so both axes would have to lose the same indices.
     pair = {given["dim1"] % len(x.shape), given["dim2"] % len(x.shape)}
     others: list[Axis] = []
     for d, axis in enumerate(x.axes):

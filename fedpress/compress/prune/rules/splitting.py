@@ -1,4 +1,4 @@
-"""Operations that split an axis into parts; sizes in the code are recorded to be corrected.
+"""Rules of `split`, `chunk` and their like. Sizes in the code are recorded for correction.
 
 `split([4, 12])`: each part is pruned independently. `split(4)` and `chunk(2)`: all parts have the
 same size, so they must lose the same positions.
@@ -12,7 +12,7 @@ from itertools import pairwise
 import numpy as np
 
 from fedpress.compress.prune.ids import Axis, ChannelIds, Value
-from fedpress.compress.prune.rules.table import Axes, Shape, replaced, rule, take
+from fedpress.compress.prune.rules.table import Axes, Shape, replace_entry, rule, slice_axis
 
 UNEQUAL = "channels are cut into unequal parts"
 BY_NUMBER = "channels are split by number"
@@ -22,7 +22,7 @@ BY_NUMBER = "channels are split by number"
 def split_at(
     ids: ChannelIds, shape: Shape, x: Value, ends: Sequence[int], dim: int = 0
 ) -> list[Axes]:
-    """Splits at given places: parts are pruned independently, the places in the code corrected."""
+    """`tensor_split(x, [4, 12])`: parts are pruned independently; the 4 and 12 are corrected."""
     dim = _split_dim(ids, x, dim)
     axis = x.axes[dim]
     size = x.shape[dim]
@@ -31,22 +31,23 @@ def split_at(
         from_start = end if end >= 0 else max(0, end + size)
         places.append(min(size, from_start))
 
-    # Places that go back make an empty part, for which no length of an axis is right.
+    # Places that are not ascending, such as [12, 4], make an empty part: no corrected number would
+    # always give that.
     if ids.call is None or places != sorted(places):
         ids.keep(axis, BY_NUMBER)
     for i, place in enumerate(places):
         if ends[i] < 0:
-            # A place counted from the end cannot be written as the length of an axis.
+            # Numbers are corrected as lengths from the start, so a place from the end cannot be.
             ids.keep(axis, BY_NUMBER)
         else:
-            ids.note_size(i, take(axis, None, place))
+            ids.note_size(i, slice_axis(axis, None, place))
     return _parts_along(x, dim, [b - a for a, b in pairwise([0, *places, size])])
 
 
 def _split_dim(ids: ChannelIds, x: Value, dim: int) -> int:
-    """Returns the axis that the present operation splits; `hsplit` has a fixed one."""
+    """Returns the axis that the operation splits; `hsplit`, `vsplit`, `dsplit` have a fixed one."""
     name = ids.operation.split(".")[1]
-    # It splits axis 1, or the only axis of a vector.
+    # `hsplit` splits axis 1, or the only axis of a vector.
     if name == "hsplit":
         return min(1, len(x.shape) - 1)
     return {"vsplit": 0, "dsplit": 2}.get(name, dim % len(x.shape))
@@ -54,7 +55,10 @@ def _split_dim(ids: ChannelIds, x: Value, dim: int) -> int:
 
 @rule("tensor_split.sections", "hsplit.int", "vsplit.int", "dsplit.int")
 def split_evenly(ids: ChannelIds, shape: Shape, x: Value, parts: int, dim: int = 0) -> list[Axes]:
-    """Equal parts lose the same positions; an axis whose first parts are larger by one is kept."""
+    """`tensor_split(x, 3)`: equal parts lose the same positions.
+
+    torch makes the first parts one larger if the size is no multiple of 3; such an axis is kept.
+    """
     dim = _split_dim(ids, x, dim)
     size, longer = divmod(x.shape[dim], parts)
     _unite_parts(ids, x.axes[dim], size, longer)
@@ -62,11 +66,11 @@ def split_evenly(ids: ChannelIds, shape: Shape, x: Value, parts: int, dim: int =
 
 
 def _unite_parts(ids: ChannelIds, axis: Axis, size: int, rest: int) -> None:
-    """Unites the same position of all parts of `size`; keeps an axis with a `rest`."""
+    """Unites position i of all parts of `size`; keeps the axis if a part of size `rest` is left."""
     if axis is None:
         return
     if rest:
-        # torch would give the parts other sizes if channels were pruned.
+        # After pruning torch would choose other sizes, so channels would move between the parts.
         ids.keep(axis, UNEQUAL)
     else:
         ids.unite(axis, np.tile(axis[:size], len(axis) // size))
@@ -74,10 +78,10 @@ def _unite_parts(ids: ChannelIds, axis: Axis, size: int, rest: int) -> None:
 
 @rule("chunk.default", "glu.default")
 def chunk(ids: ChannelIds, shape: Shape, x: Value, *args: int) -> Axes | list[Axes]:
-    """Equal chunks lose the same positions; an axis of unequal chunks is kept.
+    """`chunk(x, 2)` and `glu`: equal chunks lose the same positions; unequal chunks are kept.
 
-    A gated linear unit multiplies one half by the sigmoid of the other, so its output has the ids
-    of either half.
+    A gated linear unit multiplies one half by the sigmoid of the other: the halves are united, and
+    the output has their ids.
     """
     is_glu = "glu" in ids.operation
     if is_glu:
@@ -88,7 +92,7 @@ def chunk(ids: ChannelIds, shape: Shape, x: Value, *args: int) -> Axes | list[Ax
         dim = args[1] if len(args) > 1 else 0
     dim %= len(x.shape)
 
-    # torch rounds the size of a chunk up, so that the last one may be smaller.
+    # torch rounds the size of a chunk up: 10 in 4 chunks is 3, 3, 3, 1.
     size = -(-x.shape[dim] // chunks)
     whole, rest = divmod(x.shape[dim], size)
     _unite_parts(ids, x.axes[dim], size, x.shape[dim] % chunks)
@@ -103,9 +107,9 @@ def chunk(ids: ChannelIds, shape: Shape, x: Value, *args: int) -> Axes | list[Ax
 def split(
     ids: ChannelIds, shape: Shape, x: Value, sizes: int | Sequence[int], dim: int = 0
 ) -> list[Axes]:
-    """Splits into parts of given sizes, which are pruned independently, or of one size.
+    """`split(x, [4, 12])`: parts are pruned independently. `split(x, 4)`: at the same positions.
 
-    Parts of one size lose the same positions. The sizes in the code are corrected.
+    The sizes in the code are corrected.
     """
     dim %= len(x.shape)
     axis = x.axes[dim]
@@ -113,7 +117,7 @@ def split(
         whole, rest = divmod(x.shape[dim], sizes)
         _unite_parts(ids, axis, sizes, rest)
         # The size in the code is that of one part.
-        ids.note_size(0, take(axis, None, sizes))
+        ids.note_size(0, slice_axis(axis, None, sizes))
         part_sizes = [sizes] * whole
         if rest:
             part_sizes.append(rest)
@@ -133,7 +137,7 @@ def _parts_along(x: Value, dim: int, sizes: Sequence[int]) -> list[Axes]:
     parts = []
     begin = 0
     for size in sizes:
-        part = take(x.axes[dim], begin, begin + size)
-        parts.append(replaced(x.axes, dim, part))
+        part = slice_axis(x.axes[dim], begin, begin + size)
+        parts.append(replace_entry(x.axes, dim, part))
         begin += size
     return parts

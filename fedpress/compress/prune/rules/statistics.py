@@ -1,4 +1,7 @@
-"""Statistics and other operations that mix values along some axes, which are kept."""
+"""Rules of sums, means, softmax, sorting and linear algebra, which mix values along some axes.
+
+Channels along the mixed axes are kept, with exceptions for norms of weights and for `approximate`.
+"""
 
 from __future__ import annotations
 
@@ -11,14 +14,14 @@ from fedpress.compress.prune.rules.table import (
     Shape,
     arguments_by_name,
     elementwise,
-    leading,
-    replaced,
+    replace_entry,
     rule,
     values_among,
+    without_last_axes,
 )
 
 UNCHANGED_BY_ZEROS = ("sum", "linalg_vector_norm", "norm")
-"""Statistics to which zeros add nothing."""
+"""Statistics that additional zeros do not change."""
 MEANS = ("mean", "var", "std", "var_mean", "std_mean")
 """Statistics that hand-written normalisation layers consist of."""
 STATISTIC = "a statistic over channels"
@@ -74,12 +77,11 @@ MIXED = "values are mixed across channels"
     "tril",
     "triu",
 )
-def along(ids: ChannelIds, shape: Shape, x: Value, *rest: Any, **options: Any) -> Axes:
-    """Values are mixed, counted or moved along some axes, whose channels are kept.
+def mix_along_axes(ids: ChannelIds, shape: Shape, x: Value, *rest: Any, **options: Any) -> Axes:
+    """Mixes, counts or moves values along some axes, whose channels are kept.
 
-    Exceptions: a sum or norm of masked weights, to which zeros add nothing, and a norm that the
-        user allows to prune
-    through.
+    Two exceptions are not kept: sums and norms of weights, where masked weights add 0, and means in
+    hand-written norms if the user allows it (`approximate`).
     """
     rank = len(x.shape)
     name = ids.operation.split(".")[1]
@@ -96,7 +98,7 @@ def along(ids: ChannelIds, shape: Shape, x: Value, *rest: Any, **options: Any) -
         if any(ids.may_prune_through(kind, x.axes[d]) for d in dims):
             return tuple(others)
 
-    # What no output reads may change its values: it only has to run.
+    # If no output depends on this operation, its values may change: it only has to run.
     adds_nothing = x.zero_when_masked and name in UNCHANGED_BY_ZEROS
     if ids.is_used and not adds_nothing:
         reduces = not keeps_rank or _has_argument(ids, "keepdim")
@@ -116,7 +118,7 @@ def _has_argument(ids: ChannelIds, name: str) -> bool:
 
 
 def _dims(ids: ChannelIds, x: Value, rest: Any, options: Any) -> set[int]:
-    """Returns the axes of `x` that the present operation works on; without a `dim` all of them."""
+    """Returns the axes of `x` that the operation works on: its `dim`, or all."""
     rank = len(x.shape)
     name = ids.operation.split(".")[1]
     if name in ("tril", "triu"):
@@ -137,22 +139,24 @@ def _dims(ids: ChannelIds, x: Value, rest: Any, options: Any) -> set[int]:
 
 @rule("quantile", "nanquantile")
 def quantile(ids: ChannelIds, shape: Shape, x: Value, q: Any, *rest: Any, **options: Any) -> Axes:
-    """Sorts along one axis, or all; several quantiles stand in a new first axis."""
-    # A single quantile is a number without axes.
+    """Quantiles along one axis, or all; several quantiles are a new first axis."""
+    # A single quantile is a 0-d tensor.
     several = isinstance(q, Value) and len(q.shape) == 1
-    # The new axis comes first, so the rule is applied to the shape behind it.
+    # The new axis comes first, so the general rule gets the shape without it.
     if not several:
-        return along(ids, shape, x, q, *rest, **options)
-    return (None, *along(ids, shape[1:], x, q, *rest, **options))
+        return mix_along_axes(ids, shape, x, q, *rest, **options)
+    return (None, *mix_along_axes(ids, shape[1:], x, q, *rest, **options))
 
 
 @rule("cosine_similarity", "linalg_cross")
-def pairs(ids: ChannelIds, shape: Shape, x: Value, y: Value, *rest: Any, **options: Any) -> Axes:
-    """Two tensors meet index by index; along one axis, which is kept, their values are mixed."""
+def compare_pairs(
+    ids: ChannelIds, shape: Shape, x: Value, y: Value, *rest: Any, **options: Any
+) -> Axes:
+    """Cosine similarity and cross product: `dim` is kept, the other axes of both are united."""
     rank = max(len(x.shape), len(y.shape))
     dim = arguments_by_name(ids, [x, y, *rest], options)["dim"] % rank
     for value in (x, y):
-        # `dim` counts the axes after broadcasting: a tensor of lower rank may lack it.
+        # `dim` counts the axes after broadcasting; a tensor of lower rank may not have this axis.
         own_dim = dim - rank + len(value.shape)
         if own_dim >= 0:
             ids.keep(value.axes[own_dim], STATISTIC)
@@ -164,7 +168,7 @@ def pairs(ids: ChannelIds, shape: Shape, x: Value, y: Value, *rest: Any, **optio
     axes = elementwise(ids, broadcast, x, y)
     if len(shape) == rank:
         return axes
-    return replaced(axes, dim)
+    return replace_entry(axes, dim)
 
 
 def _to_rank(shape: Shape, rank: int) -> Shape:
@@ -175,9 +179,9 @@ def _to_rank(shape: Shape, rank: int) -> Shape:
 def distances(
     ids: ChannelIds, shape: Shape, x: Value, y: Value, *rest: Any, **options: Any
 ) -> Axes:
-    """[..., n, channels] and [..., m, channels] -> distances [..., n, m], over all channels."""
+    """Distances [..., n, m] of [..., n, channels] and [..., m, channels]; channels are kept."""
     ids.keep_all([x.axes[-1], y.axes[-1]], STATISTIC)
-    batch = elementwise(ids, shape[:-2], leading(x, 2), leading(y, 2))
+    batch = elementwise(ids, shape[:-2], without_last_axes(x, 2), without_last_axes(y, 2))
     return (*batch, x.axes[-2], y.axes[-2])
 
 
@@ -205,20 +209,19 @@ def distances(
     "linalg_lu",
 )
 @rule("cholesky_inverse", "cholesky_solve", "linalg_householder_product", "geqrf", "cholesky")
-def matrices(ids: ChannelIds, shape: Shape, *args: Any, **options: Any) -> Axes:
+def linear_algebra(ids: ChannelIds, shape: Shape, *args: Any, **options: Any) -> Axes:
     """Linear algebra on the last two axes, which are kept; the axes before them are a batch."""
     values = values_among(args)
     for value in values:
         ids.keep_all(value.axes[-2:], MIXED)
-    # An inverse, say, changes everywhere if a single entry does.
-    batches = [leading(value, 2) for value in values]
+    # For instance every entry of an inverse depends on every entry of the matrix.
+    batches = [without_last_axes(value, 2) for value in values]
     return elementwise(ids, batches[0].shape, *batches)
 
 
 @rule("flip")
 def flip(ids: ChannelIds, shape: Shape, x: Value, dims: Sequence[int]) -> Axes:
-    """Ids are reversed like the channels; that stays right when some are pruned."""
-    # The order of ids follows the order of channels.
+    """`flip`: the ids are reversed with the channels."""
     axes = list(x.axes)
     for dim in dims:
         axis = axes[dim]
@@ -228,8 +231,8 @@ def flip(ids: ChannelIds, shape: Shape, x: Value, dims: Sequence[int]) -> Axes:
 
 
 @rule("histc", "histogram.bin_ct", "bincount", "put", "take", "as_strided", "_pdist_forward")
-def mixed(ids: ChannelIds, shape: Shape, *args: Any, **options: Any) -> Axes:
-    """Any value may move to any place, so all axes are kept."""
+def keep_every_axis(ids: ChannelIds, shape: Shape, *args: Any, **options: Any) -> Axes:
+    """Operations that may move any value to any place: all axes are kept."""
     for value in values_among(args):
         ids.keep_all(value.axes, MIXED)
     return ()

@@ -16,20 +16,23 @@ Shape = tuple[int, ...]
 Rule = Callable[..., Any]
 R = TypeVar("R", bound=Rule)
 RULES: dict[Any, Rule] = {}
-FOREIGN: dict[str, Rule] = {}
-"""Rules of other libraries' operations by name: torch knows them once that library is imported."""
+RULES_OF_OTHER_LIBRARIES: dict[str, Rule] = {}
+"""Rules of other libraries' operations, by name: torch has no such operation before their import.
+"""
 
 
 def rule(*names: str) -> Callable[[R], R]:
-    """Enters a function into `RULES` for each overload "name.overload", or all overloads of "name".
+    """Registers a function as the rule of ATen operations.
 
-    A name such as "library::operation" is an operation of another library.
+    Args:
+        names: "conv2d" for all overloads of an operation, "add.Tensor" for one overload, or
+            "library::operation" for an operation of another library.
     """
 
     def enter(function: R) -> R:
         for name in names:
             if "::" in name:
-                FOREIGN[name] = function
+                RULES_OF_OTHER_LIBRARIES[name] = function
                 continue
             packet, _, overload = name.partition(".")
             operation = getattr(aten, packet)
@@ -42,19 +45,22 @@ def rule(*names: str) -> Callable[[R], R]:
 
 
 def find_rule(operation: Any) -> Rule | None:
-    """Returns the rule of an operation, or None if the engine does not know it."""
+    """Returns the rule of an operation, or None if it has none."""
     for each in (operation, _functional_form(operation)):
         if each in RULES:
             return RULES[each]
-        # ATen tags the operations that work on each value by itself.
+        # ATen tags the operations that compute each entry from entries at the same index.
         if torch.Tag.pointwise in getattr(each, "tags", ()):
             return elementwise
     schema = getattr(operation, "_schema", None)
-    return FOREIGN.get(getattr(schema, "name", ""))
+    return RULES_OF_OTHER_LIBRARIES.get(getattr(schema, "name", ""))
 
 
 def _functional_form(operation: Any) -> Any:
-    """Returns `squeeze` for `squeeze_` or `squeeze_copy`: the overload with the same arguments."""
+    """Returns the plain form of an in-place or copying operation: `squeeze` for `squeeze_`.
+
+    It is the overload with the same arguments, or None.
+    """
     schema = getattr(operation, "_schema", None)
     # Operations of Python itself, such as `operator.add` on sizes, have no schema.
     if schema is None or not schema.name.startswith("aten::"):
@@ -77,9 +83,9 @@ def _functional_form(operation: Any) -> Any:
 def arguments_by_name(
     ids: ChannelIds, args: Sequence[Any], options: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Returns the arguments of the present operation by name, with its defaults."""
+    """Returns the arguments of the operation that is walked now by name, defaults included."""
     given = dict(options)
-    # The schema has the names that positional arguments lack.
+    # The schema gives positional arguments their names.
     arguments = ids.target._schema.arguments
     for argument, value in zip(arguments, args, strict=False):
         given[argument.name] = value
@@ -90,7 +96,7 @@ def arguments_by_name(
 
 
 def values_among(arguments: Iterable[Any]) -> list[Value]:
-    """Returns the tensors among the arguments of an operation."""
+    """Returns the tensors (`Value`s) among the arguments of an operation."""
     return [argument for argument in arguments if isinstance(argument, Value)]
 
 
@@ -102,30 +108,30 @@ def repeat_each(axis: Axis, times: int) -> Axis:
 
 
 def tile(axis: Axis, times: int) -> Axis:
-    """Returns all ids `times` times: [a, b] -> [a, b, a, b]."""
+    """Returns the whole axis `times` times: [a, b] -> [a, b, a, b]."""
     if axis is None:
         return None
     return np.tile(axis, times)
 
 
-def take(axis: Axis, start: int | None, stop: int | None) -> Axis:
-    """Returns the ids from `start` up to `stop`."""
+def slice_axis(axis: Axis, start: int | None, stop: int | None) -> Axis:
+    """Returns the ids `axis[start:stop]`; None for an axis without ids."""
     if axis is None:
         return None
     return axis[start:stop]
 
 
-def replaced(entries: Sequence[Any], dim: int, *new: Any) -> tuple[Any, ...]:
-    """Returns a shape or axes with `new` in the place of entry `dim`; without `new` it is dropped.
+def replace_entry(entries: Sequence[Any], dim: int, *new: Any) -> tuple[Any, ...]:
+    """Returns a shape or axes with entry `dim` replaced by `new`, or dropped without `new`.
 
-    >>> replaced((2, 3, 4), 1, 5), replaced((2, 3, 4), 1)
+    >>> replace_entry((2, 3, 4), 1, 5), replace_entry((2, 3, 4), 1)
     ((2, 5, 4), (2, 4))
     """
     return (*entries[:dim], *new, *entries[dim + 1 :])
 
 
-def leading(value: Value, count: int) -> Value:
-    """Returns `value` as if it had only the axes before its last `count`."""
+def without_last_axes(value: Value, count: int) -> Value:
+    """Returns shape and ids of `value` without its last `count` axes."""
     return Value(value.shape[:-count], value.axes[:-count])
 
 
@@ -212,37 +218,38 @@ def leading(value: Value, count: int) -> Value:
     "where",
 )
 def elementwise(ids: ChannelIds, shape: Shape, *args: Any, **options: Any) -> Axes:
-    """Unites the axes that meet index by index, with broadcasting, and returns them.
+    """Pointwise operations: unites aligned axes, as in broadcasting, and returns them.
 
-    A channel axis of size 1 that is broadcast over several indices is kept: it cannot be pruned
-    without them.
+    A channel axis of size 1 that is broadcast over several indices is kept: without its only
+    channel all of these would be gone.
     """
-    # A parameter comes first, so that the output has the ids of the weight it is computed from.
+    # The output gets the ids of the first tensor. A parameter comes first, so that a weight
+    # computed from it, such as w / |w|, has the ids of the parameter.
     values = values_among((*args, *options.values()))
     values.sort(key=lambda value: (value.shape != shape, not value.has_parameter))
 
     axes: list[Axis] = []
     for i, size in enumerate(shape):
         result: Axis = None
-        meeting = []
+        aligned = []
         for value in values:
             j = i - len(shape) + len(value.shape)
             # A tensor of lower rank is broadcast over the first axes.
             if j < 0:
                 continue
             if value.shape[j] == size:
-                meeting.append(value.axes[j])
+                aligned.append(value.axes[j])
             else:
-                # It meets every index of the other axis, and would have to go with all of them.
+                # Size 1: this channel is combined with every index of the other axis.
                 ids.keep(value.axes[j], "one channel is broadcast over many")
 
-        for axis in meeting:
+        for axis in aligned:
             if axis is not None:
                 result = axis
                 break
-        # An axis without ids that meets channels keeps them: a user's input, for instance.
+        # `unite` keeps channels that are combined with an axis without ids, such as an input.
         if result is not None:
-            for axis in meeting:
+            for axis in aligned:
                 ids.unite(result, axis)
         axes.append(result)
     return tuple(axes)
@@ -262,11 +269,14 @@ _SAME_VALUES = (
 )
 _SOME_VALUES = ("expand", "select", "unbind", "index", "index_select", "to", "_to_copy")
 _ZERO_OF_ZERO = ("abs", "square", "pow", "mul", "mv")
-ZERO_STAYS = frozenset((*_ZERO_OF_ZERO, *_SAME_VALUES, *_SOME_VALUES))
-"""Operations that give zero where their first input is zero; norms of weights consist of them."""
+KEEPS_ZEROS = frozenset((*_ZERO_OF_ZERO, *_SAME_VALUES, *_SOME_VALUES))
+"""Operations whose output is zero where their first input is zero.
+
+Norms of weights (weight norm, spectral norm) consist of them and of sums.
+"""
 
 
-def zero_stays(operation: Any, values: Sequence[Value]) -> bool:
+def keeps_zeros(operation: Any, values: Sequence[Value]) -> bool:
     """Returns whether the output for `values` is zero where their channels are masked."""
     name = operation._schema.name.removeprefix("aten::")
-    return name in ZERO_STAYS and bool(values) and values[0].zero_when_masked
+    return name in KEEPS_ZEROS and bool(values) and values[0].zero_when_masked

@@ -1,4 +1,8 @@
-"""Operations that write to places of a tensor: a channel and its place are pruned together."""
+"""Rules of writes by index: `x[:, index] = y`, `index_copy`, `scatter` and their like.
+
+Channel j of `y` and channel index[j] of `x` are united, and the indices are renumbered after
+pruning. This needs indices that are the same for every input; otherwise the channels are kept.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +13,14 @@ import numpy as np
 import torch
 
 from fedpress.compress.prune.ids import Axis, ChannelIds, Ints, Value
-from fedpress.compress.prune.rules.table import Axes, Shape, elementwise, leading, replaced, rule
+from fedpress.compress.prune.rules.table import (
+    Axes,
+    Shape,
+    elementwise,
+    replace_entry,
+    rule,
+    without_last_axes,
+)
 
 BY_NUMBER = "channels are written by number"
 
@@ -23,18 +34,17 @@ def index_put(
     source: Value,
     accumulate: bool = False,
 ) -> Axes:
-    """`x[:, index] = source`: place index[j] of `x` and channel j of `source` are one channel.
+    """`x[:, index] = source`: channel index[j] of `x` and channel j of `source` are united.
 
-    The indices are renumbered when channels are pruned. Axes that no index names are united. An
-    axis whose indices depend on the input is kept.
+    Axes without an index are united too. An axis whose indices depend on the input is kept.
     """
-    # An index may be missing (`x[:, index]`), so its axis is counted along.
+    # `x[:, index]` has the indices [None, index]: a missing index also counts as one axis.
     indexed: list[tuple[int, int, Value]] = []  # first axis, number of axes, index
     dim = 0
     for index in indices:
         width = 1
         if index is not None:
-            # A mask of bools takes as many axes as it has; a tensor of numbers takes one.
+            # A boolean mask replaces as many axes as it has; a tensor of integers replaces one.
             if index.is_boolean:
                 width = len(index.shape)
             indexed.append((dim, width, index))
@@ -55,21 +65,21 @@ def index_put(
 def _indexed_part(
     ids: ChannelIds, x: Value, indexed: Sequence[tuple[int, int, Value]], source: Value
 ) -> Value:
-    """Returns the part of `x` that several indices, or indices unknown before the run, select.
+    """Returns the part of `x` that is selected, for several indices or ones that are not constant.
 
-    The axes of the indices have no ids. They stand where the first indexed axis was.
+    The indexed axes are kept. The axes of the indices, without ids, replace them.
     """
     taken, rank = _taken_axes(indexed)
     ids.keep_all([x.axes[d] for d in taken], BY_NUMBER)
 
-    # As in numpy, the new axes come first if other axes stand between the indexed ones.
+    # As in numpy, the new axes come first if the indexed axes are not adjacent.
     is_adjacent = taken[-1] - taken[0] == len(taken) - 1
     first = taken[0] if is_adjacent else 0
     others = [d for d in range(len(x.shape)) if d not in taken]
     before = [d for d in others if d < first]
     after = others[len(before) :]
 
-    # The sizes of the new axes are those of `source`, or 1 where it is broadcast over them.
+    # The new axes have the sizes of the source's axes, or 1 where the source is broadcast.
     end = len(source.shape) - len(after)
     new = [source.shape[d] if d >= 0 else 1 for d in range(end - rank, end)]
     front, back = _axes_of(x, before), _axes_of(x, after)
@@ -78,7 +88,7 @@ def _indexed_part(
 
 
 def _taken_axes(indexed: Sequence[tuple[int, int, Value]]) -> tuple[list[int], int]:
-    """Returns the axes that indices take, rising, and the number of axes that take their place."""
+    """Returns the axes that are indexed, rising, and the number of axes that replace them."""
     taken: list[int] = []
     rank = 0
     for at, width, index in indexed:
@@ -89,7 +99,7 @@ def _taken_axes(indexed: Sequence[tuple[int, int, Value]]) -> tuple[list[int], i
 
 
 def _axes_of(x: Value, dims: Sequence[int]) -> Value:
-    """Returns `x` as if it had only the axes `dims`."""
+    """Returns shape and ids of `x` for the axes `dims` only."""
     return Value(tuple(x.shape[d] for d in dims), tuple(x.axes[d] for d in dims))
 
 
@@ -113,8 +123,8 @@ def index_copy(
     *rest: Any,
     **options: Any,
 ) -> Axes:
-    """Slice j of `source` along `dim` goes to place index[j] of `x`: the two are one channel."""
-    # A number without axes has a dimension 0 in torch.
+    """`x.index_copy_(dim, index, source)`: slice j of `source` goes to index[j] of `x`; united."""
+    # torch accepts dim 0 for a 0-d tensor.
     dim %= max(len(x.shape), 1)
     places = _constant_places(index)
     written = source
@@ -125,7 +135,7 @@ def index_copy(
         size = 1
         if written.shape:
             size = written.shape[dim]
-        part = Value(replaced(x.shape, dim, size), replaced(x.axes, dim, None))
+        part = Value(replace_entry(x.shape, dim, size), replace_entry(x.axes, dim, None))
     else:
         part = _part_at_places(ids, 0, x, dim, places)
     elementwise(ids, part.shape, part, written)
@@ -143,9 +153,10 @@ def scatter(
     *rest: Any,
     **options: Any,
 ) -> Axes:
-    """`source` at [i, j] goes to [i, index[i, j]] of `x`: one channel if all rows have one index.
+    """`scatter(x, 1, index, source)`: source[i, j] goes to x[i, index[i, j]].
 
-    Otherwise `dim` is kept. Along the other axes `x`, index and `source` are united.
+    If all rows of `index` are equal, channel j of `source` and the channel of `x` that it goes to
+    are united; otherwise `dim` is kept. Along the other axes all three tensors are united.
     """
     dim %= max(len(x.shape), 1)
     # ATen calls the source `src` in some overloads; in others it is a plain number.
@@ -158,7 +169,7 @@ def scatter(
         written.append(source)
 
     if not all(_same_other_axes(x, part, dim) for part in written):
-        # The index covers only the first places of another axis, so those are selected by number.
+        # `index` is shorter than `x` on another axis, so only the first places there are written.
         for value in (x, *written):
             ids.keep_all(value.axes, BY_NUMBER)
         return x.axes
@@ -169,10 +180,13 @@ def scatter(
     else:
         for value in (x, *written):
             ids.keep(value.axes[dim], BY_NUMBER)
-        part = Value(replaced(x.shape, dim, index.shape[dim]), replaced(x.axes, dim, None))
+        part = Value(
+            replace_entry(x.shape, dim, index.shape[dim]), replace_entry(x.axes, dim, None)
+        )
 
-    # Along `dim` the index is renumbered, not pruned, so there it has the ids of what it selects.
-    index = Value(index.shape, replaced(index.axes, dim, part.axes[dim]))
+    # Along `dim` the index gets the ids of the channels that it selects: entries of pruned channels
+    # are dropped, the others renumbered.
+    index = Value(index.shape, replace_entry(index.axes, dim, part.axes[dim]))
     elementwise(ids, part.shape, part, index, *written[1:])
     return x.axes
 
@@ -180,20 +194,21 @@ def scatter(
 def _same_other_axes(x: Value, part: Value, dim: int) -> bool:
     """Returns whether `part` has the sizes of `x` on all axes but `dim`."""
     rank = len(x.shape)
-    return replaced(part.shape[:rank], dim) == replaced(x.shape, dim)
+    return replace_entry(part.shape[:rank], dim) == replace_entry(x.shape, dim)
 
 
 @rule("masked_scatter", "masked_scatter_")
 def masked_scatter(ids: ChannelIds, shape: Shape, x: Value, mask: Value, source: Value) -> Axes:
-    """Writes the next values of `source` to the places where `mask` is true.
+    """Writes the values of `source`, in order, to the places where `mask` is true.
 
-    A mask of size 1 along the last axis takes or leaves whole rows, so the last axis can lose
-    channels. All other axes are kept: where a value goes depends on how many are true before it.
+    If the mask has size 1 along the last axis, it selects whole rows, so the last axis can lose
+    channels. All other axes are kept: the place of a value depends on the number of true entries
+    before it.
     """
     whole_rows = bool(mask.shape) and mask.shape[-1] == 1 and source.shape[-1:] == x.shape[-1:]
     for value in (x, mask, source):
         if whole_rows:
-            value = leading(value, 1)
+            value = without_last_axes(value, 1)
         ids.keep_all(value.axes, BY_NUMBER)
     if whole_rows:
         ids.unite(x.axes[-1], source.axes[-1])
@@ -201,24 +216,29 @@ def masked_scatter(ids: ChannelIds, shape: Shape, x: Value, mask: Value, source:
 
 
 def _part_at_places(ids: ChannelIds, dim: int, x: Value, at: int, places: Ints) -> Value:
-    """Returns the part of `x` at `places` of its axis `at`.
+    """Returns the part of `x` at `places` of its axis `at`; records the indices for renumbering.
 
-    The indices in the code, which name these places along their dimension `dim`, follow that axis.
+    Args:
+        ids: the collector.
+        dim: the dimension of the tensor of indices along which they differ.
+        x: the tensor that is written to.
+        at: the indexed axis of `x`.
+        places: the indices on that axis; negative ones count from the end.
     """
     axis: Axis = x.axes[at]
     if axis is not None:
         places = np.where(places < 0, places + len(axis), places)
         ids.note_indices(dim, axis, places)
         axis = axis[places]
-    return Value(replaced(x.shape, at, len(places)), replaced(x.axes, at, axis))
+    return Value(replace_entry(x.shape, at, len(places)), replace_entry(x.axes, at, axis))
 
 
 def _constant_places(index: Value, dim: int = 0) -> Ints | None:
-    """Returns the places that indices name along `dim`, if they are the same for every input.
+    """Returns the indices along `dim`, if they are the same for every input.
 
-    None if they depend on the input, or differ along the index's other dimensions.
+    None if they depend on the input, or differ along the other dimensions of `index`.
     """
-    # Only an index that is the same for every input can be renumbered once and for all.
+    # An index that depends on the input cannot be renumbered when the model is pruned.
     constant = index.constant
     if constant is None or not constant.dim() or not constant.numel():
         return None
