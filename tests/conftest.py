@@ -129,6 +129,15 @@ def _table_of_operators_made_once() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _disk_not_waited_for() -> Iterator[None]:
+    """Leaves out the waits for the disk, thousands of them: what was written outlives a killed process without."""
+    with pytest.MonkeyPatch.context() as patch:
+        # A descriptor that is closed or none is still an error.
+        patch.setattr(os, "fsync", lambda file: os.fstat(file) and None)
+        yield
+
+
 @pytest.fixture
 def memory_unmeasured(monkeypatch) -> None:
     """Leaves out the fresh process that memory is measured in, 3 s a model; `tests/deploy/test_measure.py` has it."""

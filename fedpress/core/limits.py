@@ -59,6 +59,15 @@ PARAMETERS = 8
 COUNTS = {"num_layers", "n_layers", "layers", "depth", "num_blocks", "blocks"}
 
 
+def all_limits() -> tuple[int, ...]:
+    """Returns all limits as they are now.
+
+    Raises:
+        RecipeError: if a variable holds no integer above 0.
+    """
+    return tuple(limit(name) for name in LIMITS)
+
+
 def limit(name: str) -> int:
     """Returns a limit: the value of its environment variable, or its default.
 

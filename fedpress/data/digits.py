@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
+from torch import Tensor
 
 from fedpress.core.examples import Arrays
 from fedpress.data.examples import SourceRows
@@ -13,9 +16,17 @@ def read_digits() -> SourceRows:
 
     Source: UCI "Optical recognition of handwritten digits", Alpaydin and Kaynak 1998.
     """
+    x, labels = _digits()
+    # Copies, since the caller may change what it gets.
+    return SourceRows("digits", Arrays(x.clone(), labels.clone()), tuple("0123456789"))
+
+
+# Reading the text file takes longer than training a small network for an epoch.
+@cache
+def _digits() -> tuple[Tensor, Tensor]:
     # Slow to import, and needed here only.
     from sklearn.datasets import load_digits
 
     pixels, labels = load_digits(return_X_y=True)
     x = torch.from_numpy(pixels).mul(255 / 16).round().to(torch.uint8).view(-1, 1, 8, 8)
-    return SourceRows("digits", Arrays(x, torch.from_numpy(labels).long()), tuple("0123456789"))
+    return x, torch.from_numpy(labels).long()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, NamedTuple
 
 from fedpress.errors import RecipeError, suggestion
@@ -60,7 +61,7 @@ def key_tables(words: Sequence[str] = ()) -> list[KeyTable]:
     >>> key_tables(["model"])[0].title
     '[model]'
     """
-    tables = list(_Reader(schema_tree()).tables())
+    tables = _all_tables()
     known = [table.word for table in tables]
     for word in words:
         if word not in known:
@@ -71,6 +72,12 @@ def key_tables(words: Sequence[str] = ()) -> list[KeyTable]:
             )
     asked = set(words)
     return [table for table in tables if not asked or asked & {table.word, *table.part_of}]
+
+
+# Making the schema takes half a second, and each of the nine calls of `fedpress.api` asks for it.
+@cache
+def _all_tables() -> tuple[KeyTable, ...]:
+    return tuple(_Reader(schema_tree()).tables())
 
 
 def keys(kind: str) -> tuple[KeyRow, ...]:
