@@ -262,4 +262,4 @@ def _refuse_functions(recipe: Path, functions: list[str]) -> None:
 
 def find_modules(*beside: Path) -> None:
     """Makes the user's own modules importable: from the folders `beside` and the present one."""
-    own_modules.look_in(*beside, Path.cwd())
+    own_modules.set_folders(*beside, Path.cwd())

@@ -218,7 +218,7 @@ def _keys(settings: dict[str, Any], stack: ExitStack) -> list[Override]:
     """Returns the settings as keys of the stage; a module as teacher stays registered in `stack`."""
     # TOML cannot hold a module. The recipe names it by a number that is valid during the call.
     if isinstance(teacher := settings.get("teacher"), nn.Module):
-        name = stack.enter_context(memory.holding(teacher))
+        name = stack.enter_context(memory.registered(teacher))
         settings = {**settings, "teacher": memory.TEACHER + name}
     return [Override.of(key, value) for key, value in settings.items()]
 
@@ -248,7 +248,7 @@ class CallModel:
 
     chosen_model: ChosenModel
     module: nn.Module | None = None
-    named: memory.Named | None = None
+    named: memory.Buildable | None = None
 
 
 def _find_model(
@@ -268,7 +268,7 @@ def _find_model(
             place="checkpoint",
             cure="load them into it, and leave it out",
         )
-    named = memory.find_name(model)
+    named = memory.find_buildable(model)
     _refuse_what_cannot_be_saved(kind, model, named, out)
     chosen_model = ChosenModel(stack.enter_context(holding(model, named)), module=model)
     if named is not None and ":" in named.architecture:
@@ -287,7 +287,7 @@ def _checked(kind: str, opened: CallModel, data: FederatedData, out: object) -> 
         return opened
     arrays = data.public if len(data.public) else next(iter(data.clients.values()))
     name = opened.chosen_model.model["arguments"]["name"]
-    if memory.check_name(opened.module, name, data.preprocess(arrays.x[:2])):
+    if memory.check_buildable(opened.module, name, data.preprocess(arrays.x[:2])):
         return opened
     _refuse_what_cannot_be_saved(kind, opened.module, None, out)
     return replace(opened, named=None)
@@ -385,7 +385,7 @@ def _saved_with_task(chosen_model: ChosenModel, spec: ModelSpec) -> tuple[nn.Mod
 
 
 def _refuse_what_cannot_be_saved(
-    kind: str, model: nn.Module, named: memory.Named | None, out: object
+    kind: str, model: nn.Module, named: memory.Buildable | None, out: object
 ) -> None:
     """Refuses, before any work, to write a module that could not be loaded later.
 

@@ -12,7 +12,7 @@ from fedpress.api.calls import Model, call_scope, model_of
 from fedpress.api.result import Result
 from fedpress.errors import Argument, ModelError
 from fedpress.models import ModelSpec, memory
-from fedpress.models.spec import save_model
+from fedpress.models.saved import save_model
 from fedpress.models.weights import load_weights_
 from fedpress.pipeline.commands import several
 from fedpress.pipeline.commands.subject import ChosenModel
@@ -116,7 +116,7 @@ def _described(
     known = memory.spec_of(given)
     if known is not None and _builds(known, given):
         return known, given
-    named = memory.find_name(given)
+    named = memory.find_buildable(given)
     if named is None:
         raise ModelError(
             f"nothing is known that builds this {type(given).__name__} again: it is not made of "

@@ -1,1 +1,1 @@
-"""Basics that all rooms use: random streams, flat parameter vectors, inputs, files, limits."""
+"""Basics that all folders use: random streams, flat parameter vectors, inputs, files, limits."""

@@ -1,4 +1,4 @@
-"""Canonical JSON of settings and objects, by which server and client compare what they hold."""
+"""Canonical JSON of settings and objects: equal objects have equal JSON on server and client."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ def canonical(value: Any) -> JSON:
     """Returns `value` as JSON without class names, so that classes may be renamed.
 
     Settings and dataclasses become dictionaries of their fields, with `kind` if the class has one.
-    A class may define other content by a method `agreed` that returns a dictionary. A function is
-    represented by its name.
+    A class may have a method `agreed` that returns another dictionary, of what server and client
+    must have in common. A function is represented by its name.
 
     Raises:
         TypeError: if it is of another type, a lambda, or a dictionary in which two keys have the
@@ -58,7 +58,7 @@ def _name(function: Any) -> str:
         raise TypeError(
             "all lambdas have one name; define a function, or a class with a method `agreed`"
         )
-    # The qualified name of an inner function holds the place where it was defined, such as a test.
+    # The qualified name of an inner function has the name of the outer one, such as a test's.
     inner = "<locals>" in function.__qualname__
     return str(function.__name__ if inner else function.__qualname__)
 

@@ -1,7 +1,8 @@
 """Detects damaged files by a list of checksums: the file `checksums` of a run folder.
 
 Each line has the BLAKE2b digest of a range of bytes, a CRC of the line itself, the range and the
-name of the file. Without the CRC a flipped letter in a name would leave a file unchecked.
+name of the file. The CRC is needed because of the name: if a flipped bit changed it, no line would
+be found for the file, and it would pass unchecked.
 
 - A file that is replaced atomically has a line for all of its bytes, which is written before the
   replacement. A process that is killed in between leaves one line too many, so a file is undamaged
@@ -10,7 +11,7 @@ name of the file. Without the CRC a flipped letter in a name would leave a file 
   last line were appended by a process that was killed, and are not checked.
 - A file without a line, such as one of an older fedpress, is not checked.
 
-The digests find accidental damage. They are no signature.
+The digests find accidental damage. They do not protect against somebody who changes file and list.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ from pathlib import Path
 from fedpress.core.files import replacing
 
 NAME = "checksums"
-# Parent folders that may hold the list of a file: RUN/stages/0-train/model.safetensors.
+# Number of parent folders that are searched for the list. RUN/checksums also lists files such as
+# RUN/stages/0-train/model.safetensors.
 PARENTS = 3
 # Bytes that are read at a time.
 CHUNK = 1 << 20
@@ -53,13 +55,13 @@ class Line:
         return cls(digest(content, start, end), start, end, name)
 
     @property
-    def own(self) -> str:
+    def crc(self) -> str:
         """The CRC of the line itself, in hex."""
         text = f"{self.digest} {self.start} {self.end} {self.name}"
         return f"{zlib.crc32(text.encode()):08x}"
 
     def __str__(self) -> str:
-        return f"{self.digest}-{self.own} {self.start} {self.end} {self.name}\n"
+        return f"{self.digest}-{self.crc} {self.start} {self.end} {self.name}\n"
 
 
 def digest(path: Path, start: int, end: int) -> str:
@@ -84,11 +86,11 @@ def add_line(
     """Adds a line for all bytes of a file to the list.
 
     Args:
-        path: of the file.
+        path: the file.
         content: the finished temporary file that will be renamed to `path`; None: `path` itself.
-        folder: whose list it is; None: the folder of the file.
-        sync: whether to wait until the line is on the disk, which must be before the file is
-            replaced.
+        folder: the folder with the list; None: the folder of the file.
+        sync: whether to wait until the line is on the disk. After a power failure a replaced file
+            without its new line would count as damaged.
     """
     # The digest is of the temporary file, the name that of the file it will become.
     folder = folder or path.parent
@@ -113,7 +115,7 @@ def list_of(path: Path) -> Path:
 
 
 def has_line(path: Path) -> bool:
-    """Whether the nearest list has a line for `path`.
+    """Returns whether the nearest list has a line for `path`.
 
     Raises:
         DamagedList: see `read_lines`.
@@ -123,7 +125,7 @@ def has_line(path: Path) -> bool:
 
 
 def fault(path: Path, *, grows: bool = False) -> str | None:
-    """Returns how an existing file differs from its checksum; None if it does not, or has none.
+    """Returns what is damaged in an existing file; None if its checksum fits or it has none.
 
     Args:
         path: of the file.
@@ -131,7 +133,7 @@ def fault(path: Path, *, grows: bool = False) -> str | None:
     """
     log = list_of(path)
     folder, name = log.parent, _name(path, log.parent)
-    # A running process may change file and list between the two reads: then both are read again.
+    # A running process may replace file and list between the two reads, so up to three attempts.
     for _ in range(3):
         try:
             lines = [line for line in read_lines(folder) if line.name == name]
@@ -141,9 +143,9 @@ def fault(path: Path, *, grows: bool = False) -> str | None:
             return None
     size = path.stat().st_size
     end = lines[-1].end
-    what = "what it holds is not what was written"
+    what = "its content is not what was written"
     if size < end:
-        what = f"it holds {size:,} of {end:,} bytes"
+        what = f"it has {size:,} of {end:,} bytes"
     return f"{what}, by its checksum in '{log}'"
 
 
@@ -174,20 +176,20 @@ def _parsed(text: str) -> Line | None:
     if len(parts) != 4:
         return None
     for number in parts[1:3]:
-        # At most 19 digits: a longer number would be no size of a file, and int() slow.
+        # At most 19 digits, as many as a 64-bit size has: int() of a damaged, long one is slow.
         if not (number.isascii() and number.isdecimal() and len(number) < 20):
             return None
     line = Line(parts[0][:DIGITS], int(parts[1]), int(parts[2]), parts[3])
     if len(line.digest) != DIGITS:
         return None
     # Lists of an older fedpress have no CRC of the line.
-    if parts[0] in (line.digest, f"{line.digest}-{line.own}"):
+    if parts[0] in (line.digest, f"{line.digest}-{line.crc}"):
         return line
     return None
 
 
 def compact(folder: Path) -> None:
-    """Leaves one line for each undamaged file, all lines of damaged files, none of missing ones."""
+    """Shortens the list in `folder`: drops lines of older contents and of missing files."""
     lines = read_lines(folder)
     kept: list[Line] = []
     for name in dict.fromkeys(line.name for line in lines):
@@ -195,8 +197,8 @@ def compact(folder: Path) -> None:
         path = folder / name
         if path.is_file():
             whole = _whole(path, own)
-            # The lines of a damaged file stay, since they show the damage; a growing file has
-            # several.
+            # No single line fits a damaged file or one that grows: all its lines are kept. Without
+            # them the damage would not be noticed.
             kept += [whole] if whole else own
     if len(kept) < len(lines):
         with replacing(folder / NAME) as part:
@@ -208,7 +210,7 @@ def _append(log: Path, line: Line, sync: bool) -> None:
     with open(log, "ab+", opener=_no_link) as file:
         if file.tell():
             file.seek(-1, os.SEEK_END)
-            # A kill has left half a line: the replacement that it announced never happened.
+            # Half a line was left by a killed process, which then never replaced its file.
             if file.read(1) != b"\n":
                 file.truncate(_last_newline(log))
         file.write(text)
@@ -218,7 +220,7 @@ def _append(log: Path, line: Line, sync: bool) -> None:
 
 
 def _no_link(path: str, flags: int) -> int:
-    """Opens a file, but follows no symbolic link: the folder may come from anybody."""
+    """Opens a file, but follows no symbolic link: a folder from elsewhere may contain one."""
     return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
 
 
@@ -237,9 +239,12 @@ def _whole(path: Path, lines: Iterable[Line]) -> Line | None:
 
 
 def _grown(path: Path, lines: list[Line]) -> bool:
-    """Whether every range since the file was last written as a whole is undamaged."""
-    # A line from byte 0 on begins a new file: the ranges before it are of the old one.
-    since = max((at for at, line in enumerate(lines) if line.start == 0), default=0)
+    """Returns whether every range is undamaged that was appended to the current file."""
+    # A line from byte 0 on was written when the file began anew: earlier lines are of the old one.
+    since = 0
+    for at, line in enumerate(lines):
+        if line.start == 0:
+            since = at
     size = path.stat().st_size
 
     def fits(line: Line) -> bool:

@@ -1,6 +1,6 @@
-"""The user's consent to functions that files name: a file may call only what the user has named.
+"""The user's consent to functions that a file names: only those that the user also named are called.
 
-Examples are the architecture of a model's spec and the data source of a recipe in a run folder.
+Examples of such names: the architecture in a model's spec, the data source of a recipe.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ _for_the_block: ContextVar[frozenset[str]] = ContextVar("fedpress_consent", defa
 
 
 def allow(*names: str) -> None:
-    """Allows files to name these functions until the process ends.
+    """Allows files to name these functions, until the process ends.
 
-    It is called for functions that the user has named: in a recipe as
+    It is called for functions that the user has named elsewhere: in a recipe as
     `architecture = "module:function"`, or on the command line as a MODEL.
 
     Raises:
@@ -32,7 +32,7 @@ def allow(*names: str) -> None:
 
 
 def withdraw() -> frozenset[str]:
-    """Withdraws everything that `allow` has allowed in this process, and returns it."""
+    """Undoes all calls of `allow` in this process, and returns the names that were allowed."""
     before = frozenset(_for_the_process)
     _for_the_process.clear()
     return before
@@ -61,7 +61,7 @@ def checked(names: Collection[str] | str) -> frozenset[str]:
     >>> sorted(checked(["nets:Small", "lab.nets:Wide"]))
     ['lab.nets:Wide', 'nets:Small']
     """
-    # A string is a collection too, of letters.
+    # A string is itself a collection, of letters.
     found = frozenset((names,)) if isinstance(names, str) else frozenset(names)
     for name in found:
         if not isinstance(name, str) or not NAME.fullmatch(name):
@@ -73,7 +73,7 @@ def checked(names: Collection[str] | str) -> frozenset[str]:
 
 
 def allowed(name: str) -> bool:
-    """Whether the function is allowed, for the process or for the current block."""
+    """Returns whether the function is allowed, for the process or for the current block."""
     return name in _for_the_process or name in _for_the_block.get()
 
 

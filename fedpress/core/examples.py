@@ -1,4 +1,4 @@
-"""Examples in memory (`Arrays`), their standardisation (`Preprocess`), and resizing of images."""
+"""Examples and targets in memory (`Arrays`), standardisation (`Preprocess`), resizing of images."""
 
 from __future__ import annotations
 
@@ -43,10 +43,8 @@ class Arrays:
         return Arrays(self.x[index], self.y[index])
 
     def batches(self, size: int) -> Iterator[tuple[Inputs, Tensor]]:
-        """Yields examples and labels in batches of nearly equal size, at most `size`.
-
-        With `split` the last batch could be a single example, which has no batch statistics.
-        """
+        """Yields examples and labels in batches of nearly equal size, at most `size`."""
+        # Not `split`: its last batch could be a single example, on which batch norm fails.
         parts = math.ceil(len(self) / size)
         if not parts:
             return iter(())
@@ -93,7 +91,7 @@ class Preprocess:
             if self.mean:
                 raise no_statistics()
             return x.map(lambda t: t if t.dtype == torch.bool else self(t))
-        # Token ids are looked up in a table, not computed with.
+        # Token ids are indices of an embedding, so scaling them makes no sense.
         if x.dtype == torch.int64 and not self.mean:
             return x
         scale = 255.0 if x.dtype == torch.uint8 else 1.0
@@ -154,7 +152,7 @@ def resized(x: Tensor, side: int) -> Tensor:
     """Returns images `x` [n, C, H, W] of bytes or floats at `side` x `side` pixels, antialiased."""
     if x.shape[-2:] == (side, side) or not len(x):
         return x
-    # In parts, since every part is a float32 copy for a while.
+    # In parts, because each is converted to float32, four times as large as bytes.
     return torch.cat([_interpolated(part, side) for part in x.split(4096)])
 
 

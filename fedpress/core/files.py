@@ -1,4 +1,4 @@
-"""Writes files atomically, and turns errors of the disk into errors with a cure."""
+"""Writes files atomically, and turns disk errors into errors of fedpress with place and cure."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ def replacing(path: Path, *, durable: bool = True, shared: bool = False) -> Iter
 
     Args:
         path: the file; its folder must exist.
-        durable: whether to wait until the content is on the disk before the rename. Then even a
-            power failure leaves the old file or the complete new one; without it only a killed
-            process does, and writing is faster.
-        shared: whether several processes may write `path` at the same time, so that each needs a
-            temporary name of its own. With a single name the file that a killed process has left
-            is overwritten by the next one.
+        durable: whether to wait until the content is on the disk before the rename. True: even
+            after a power failure there is the old file or the complete new one. False: only after
+            a killed process, and writing is faster.
+        shared: whether several processes may write `path` at the same time. True: each uses a
+            temporary name of its own. False: one name, so the next process overwrites the temporary
+            file that a killed one has left.
     """
     if shared:
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
@@ -39,7 +39,7 @@ def replacing(path: Path, *, durable: bool = True, shared: bool = False) -> Iter
         part = Path(name)
     else:
         part = path.with_name(f".{path.name}.part")
-        # Writing would follow a symbolic link, and overwrite some other file.
+        # Writing to a symbolic link would overwrite the file that it points to.
         if part.is_symlink():
             part.unlink()
     try:
@@ -89,7 +89,7 @@ def _number(error: OSError | SafetensorError) -> int | None:
     """Returns the errno of an error; None if it has none."""
     if isinstance(error, OSError):
         return error.errno
-    # safetensors has it in the text of its error only.
+    # An error of safetensors has the number only in its text.
     found = re.search(r"os error (\d+)|code: (\d+)", str(error))
     if not found:
         return None
@@ -98,6 +98,6 @@ def _number(error: OSError | SafetensorError) -> int | None:
 
 def sync(path: Path) -> None:
     """Waits until the content of `path` is on the disk."""
-    # Opened for reading: fsync waits for the file, whoever has written it.
+    # Opening for reading is enough: fsync waits for the file, not for one writer.
     with open(path, "rb") as file:
         os.fsync(file.fileno())

@@ -1,8 +1,8 @@
 """The inputs of a model: one tensor, or several by argument name of forward (`NamedInputs`).
 
 `len`, `x[rows]`, `x.to(device)` and `x.split` work alike on a tensor and on `NamedInputs`, so code
-that splits, batches and moves examples need not know which of the two it has. `NamedInputs` is the
-part of the TensorDict of the library tensordict that is needed here.
+that splits, batches and moves examples need not know which of the two it has. `NamedInputs` is a
+small version of the class TensorDict of the library tensordict.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class NamedInputs(Mapping[str, Tensor]):
 
     @classmethod
     def _of(cls, tensors: dict[str, Tensor]) -> NamedInputs:
-        """Makes one without checks, since tensors inside `vmap` have no batch dimension."""
+        """Makes one without checks: tensors inside `vmap` have no batch dimension to compare."""
         made = object.__new__(cls)
         made._tensors = tensors
         return made
@@ -90,7 +90,7 @@ class NamedInputs(Mapping[str, Tensor]):
         return self._from_columns([t.tensor_split(parts) for t in self._tensors.values()])
 
     def _from_columns(self, columns: list[tuple[Tensor, ...]]) -> tuple[NamedInputs, ...]:
-        """Turns the parts of each tensor into parts that hold all tensors."""
+        """Regroups: `columns` has the parts of each tensor, the result has all tensors of a part."""
         found = []
         for row in zip(*columns, strict=True):
             found.append(self._of(dict(zip(self._tensors, row, strict=True))))
@@ -167,7 +167,7 @@ def call(model: Callable[..., Any], x: Example) -> Any:
     args, named = arguments(x)
     try:
         return model(*args, **named)
-    # Python's own error names the first wrong argument only; it may also come from inside forward.
+    # Python's error names only the first wrong argument. It may also come from inside of forward.
     except TypeError as problem:
         # Arguments by position have no names to compare.
         mismatch = "" if args else _name_mismatch(model, named)
@@ -189,26 +189,27 @@ def positional(model: nn.Module, x: Example) -> tuple[Tensor, ...]:
     """
     if not isinstance(x, Mapping):
         return arguments(x)[0]
-    ordered = [p.name for p in _parameters(model) if p.kind is not p.KEYWORD_ONLY][: len(list(x))]
+    by_position = [p.name for p in _parameters(model) if p.kind is not p.KEYWORD_ONLY]
+    ordered = by_position[: len(list(x))]  # len(x) alone is the number of examples
     if set(ordered) != set(x):
         raise ModelError(
             f"forward begins with {_quoted(ordered)}, the examples have {_quoted(list(x))}",
             place=type(model).__name__,
-            cure="put these arguments first in forward, for the graph is traced by position",
+            cure="put these arguments first in forward: the graph is traced by position",
         )
     return tuple(x[name] for name in ordered)
 
 
 def join(parts: Sequence[Inputs]) -> Inputs:
     """Concatenates batches with the same inputs."""
-    named = [parts_of(part) for part in parts]
+    named = [tensors_by_name(part) for part in parts]
     joined = {name: torch.cat([one[name] for one in named]) for name in named[0]}
     if isinstance(parts[0], NamedInputs):
         return NamedInputs._of(joined)
     return joined[""]
 
 
-def parts_of(x: Inputs) -> dict[str, Tensor]:
+def tensors_by_name(x: Inputs) -> dict[str, Tensor]:
     """Returns the tensors by name; a single tensor has the name ""."""
     if not isinstance(x, NamedInputs):
         return {"": x}
@@ -250,22 +251,22 @@ def map_inputs(x: Example, change: Callable[[Tensor], Tensor]) -> Example:
     return with_tensors(x, [change(t) for t in tensors_of(x)])
 
 
-def form_of(x: Inputs) -> tuple[tuple[str, tuple[int, ...], torch.dtype], ...]:
+def signature_of(x: Inputs) -> tuple[tuple[str, tuple[int, ...], torch.dtype], ...]:
     """Returns name, shape and dtype of each input of an example.
 
-    They are equal for two batches that the same network can take.
+    Two batches that one network can take have equal signatures.
 
-    >>> form_of(torch.zeros(2, 3))
+    >>> signature_of(torch.zeros(2, 3))
     (('', (3,), torch.float32),)
     """
-    found = [(name, tuple(t.shape[1:]), t.dtype) for name, t in parts_of(x).items()]
-    # Sorted, since the order of a dictionary has no meaning for a call by name.
+    found = [(name, tuple(t.shape[1:]), t.dtype) for name, t in tensors_by_name(x).items()]
+    # Sorted: two dictionaries with another order of names are the same call.
     return tuple(sorted(found, key=lambda part: part[0]))
 
 
 def shape_of(x: Inputs) -> Shape:
     """Returns the shape of one example: a tuple, or one for each name."""
-    shapes = {name: tuple(t.shape[1:]) for name, t in parts_of(x).items()}
+    shapes = {name: tuple(t.shape[1:]) for name, t in tensors_by_name(x).items()}
     if isinstance(x, NamedInputs):
         return shapes
     return shapes[""]
@@ -273,9 +274,9 @@ def shape_of(x: Inputs) -> Shape:
 
 def dtype_of(x: Inputs) -> str | dict[str, str]:
     """Returns the dtype in which a network gets an example: "float32", "int64" or "bool"."""
-    # Every other type, bytes included, becomes float32 before it reaches the network.
+    # `Preprocess` turns every other type, bytes included, into float32.
     whole = {torch.int64: "int64", torch.bool: "bool"}
-    dtypes = {name: whole.get(t.dtype, "float32") for name, t in parts_of(x).items()}
+    dtypes = {name: whole.get(t.dtype, "float32") for name, t in tensors_by_name(x).items()}
     if isinstance(x, NamedInputs):
         return dtypes
     return dtypes[""]
@@ -300,9 +301,9 @@ def shape_text(shape: Shape) -> str:
 
 
 def is_image(x: Inputs) -> TypeGuard[Tensor]:
-    """Whether examples are images [n, C, H, W].
+    """Returns whether examples are images [n, C, H, W].
 
-    Images among several inputs do not count: augmentation and resizing leave them alone.
+    It is False for images among several inputs: augmentation and resizing do not change those.
     """
     return isinstance(x, Tensor) and x.dim() == 4
 
@@ -314,7 +315,7 @@ def inputs_text(x: Inputs) -> str:
     '[3] float32'
     """
     words = []
-    for name, t in parts_of(x).items():
+    for name, t in tensors_by_name(x).items():
         kind = str(t.dtype).removeprefix("torch.")
         words.append(f"{name} {list(t.shape[1:])} {kind}".strip())
     return ", ".join(words)
@@ -326,7 +327,7 @@ def _parameters(model: Callable[..., Any]) -> list[inspect.Parameter]:
 
 
 def _name_mismatch(model: Callable[..., Any], x: Mapping[str, Tensor]) -> str:
-    """Says how the names of the inputs differ from forward's arguments; empty if they do not."""
+    """Returns how the names of the inputs differ from forward's arguments; "" if they do not."""
     needed, accepted, takes_any = [], set(), False
     for parameter in _parameters(model):
         if parameter.kind is parameter.VAR_KEYWORD:
@@ -341,7 +342,7 @@ def _name_mismatch(model: Callable[..., Any], x: Mapping[str, Tensor]) -> str:
     unknown = [name for name in x if name not in accepted and not takes_any]
     parts = []
     if missing:
-        parts.append(f"needs {_quoted(missing)} besides")
+        parts.append(f"also needs {_quoted(missing)}")
     if unknown:
         parts.append(f"does not take {_quoted(unknown)}")
     if not parts:
@@ -357,7 +358,7 @@ def _unflatten(tensors: Any, names: Any) -> NamedInputs:
     return NamedInputs._of(dict(zip(names, tensors, strict=True)))
 
 
-# So that vmap and torch.export look inside.
+# Without it vmap and torch.export would take a NamedInputs for a constant, not for tensors.
 register_pytree_node(
     NamedInputs,
     lambda x: ([x[name] for name in x], tuple(x)),

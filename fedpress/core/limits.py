@@ -1,6 +1,7 @@
-"""Limits on what a file may ask for: declared sizes are checked before memory is allocated.
+"""Limits on sizes that a file declares, checked before memory is allocated.
 
-A file of a few bytes may describe a network of terabytes. Each limit has an environment variable.
+A file of a few bytes may describe a network of terabytes. Each limit can be raised by an
+environment variable, such as `FEDPRESS_MAX_LAYERS=20000`.
 """
 
 from __future__ import annotations
@@ -30,7 +31,13 @@ class AboveLimit(ModelError):
 
 @dataclass(frozen=True)
 class Limit:
-    """A limit: the environment variable that changes it, its default, and what it counts."""
+    """One limit.
+
+    Attributes:
+        variable: the environment variable that changes it.
+        default: its value without the variable.
+        what: what it counts, for errors.
+    """
 
     variable: str
     default: int
@@ -53,9 +60,9 @@ LIMITS = {
 """2^31 values are 8 GiB of float32; 2^26 pixels are an image of 8192 x 8192, 201 MB in RGB."""
 
 
-# So many parameters count as one module: an LSTM of a thousand layers is a single module.
+# Eight parameters count as one module, because an LSTM of a thousand layers is a single module.
 PARAMETERS = 8
-# Arguments that say how many layers there are.
+# Names of arguments that usually say how many layers a network has.
 COUNTS = {"num_layers", "n_layers", "layers", "depth", "num_blocks", "blocks"}
 
 
@@ -81,7 +88,7 @@ def limit(name: str) -> int:
     text = os.environ.get(row.variable)
     if text is None:
         return row.default
-    # At most 18 digits fit a 64-bit integer.
+    # 18 digits always fit a 64-bit integer, and int() of millions of digits would be slow.
     if not (text.isascii() and text.isdecimal()) or len(text) > 18 or int(text) < 1:
         raise RecipeError(
             f"got {text[:40]!r}, expected a whole number above 0, such as {row.default}",
@@ -90,21 +97,21 @@ def limit(name: str) -> int:
     return int(text)
 
 
-class Above(NamedTuple):
+class Excess(NamedTuple):
     """A size above its limit, as the problem and the cure of an error."""
 
     problem: str
     cure: str
 
 
-def above(name: str, got: int, *, counting: bool = False) -> Above | None:
+def above(name: str, got: int, *, counting: bool = False) -> Excess | None:
     """Compares a size with a limit; None if it is not above.
 
     Args:
-        name: of the limit.
+        name: key of `LIMITS`.
         got: the size.
-        counting: whether `got` is still growing, so that the final size is unknown. The cure is
-            then at least twice the limit.
+        counting: whether `got` is a running count, whose final value is unknown. The error then
+            advises at least twice the limit.
 
     >>> above("depth", 3)
     """
@@ -115,7 +122,7 @@ def above(name: str, got: int, *, counting: bool = False) -> Above | None:
     size, enough = f"{got:,}", str(got)
     if counting:
         size, enough = f"at least {got:,}", f"{max(got, 2 * most)} or more"
-    return Above(
+    return Excess(
         f"{size} {row.what}, and the limit is {most:,}",
         f"if you trust the file, set {row.variable}={enough}",
     )
@@ -138,7 +145,7 @@ def depth(tree: Any) -> int:
     >>> depth({"a": [1, [2]]})
     3
     """
-    # Without recursion, which a deeply nested file would bring to its limit.
+    # Not recursive: a deeply nested file would exceed Python's recursion limit.
     deepest, todo = 0, [(tree, 1)]
     while todo:
         node, at = todo.pop()
@@ -168,7 +175,7 @@ def check_tree(tree: Any, place: str, *, lists: bool = True) -> None:
         if isinstance(node, dict):
             if lists:
                 check("layers", len(node), at)
-            # A million tiny layers need little memory, but much time.
+            # A million tiny layers need little memory, but take long to build.
             for key in node.keys() & COUNTS:
                 if isinstance(node[key], int):
                     check("layers", node[key], f"{at}.{key}")
@@ -181,17 +188,19 @@ def check_tree(tree: Any, place: str, *, lists: bool = True) -> None:
             check("values", abs(node), at)
 
 
-class _Budget(TorchDispatchMode):
-    """Refuses to make new tensors when all of them together have more values than the limit."""
+class _ValueLimit(TorchDispatchMode):
+    """While active, refuses new tensors once all together have more values than the limit."""
 
     def __init__(self, place: str) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.place, self.made = place, 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        # An operation without tensors makes a new one, such as empty([3, 4]): its size is the list.
+        # An operation without tensor arguments makes a new tensor, such as empty([3, 4]). The list
+        # argument is its size.
         if not any(isinstance(arg, Tensor) for arg in args):
-            self.made += max((prod(arg) for arg in args if _is_size(arg)), default=0)
+            sizes = [prod(arg) for arg in args if _is_size(arg)]
+            self.made += max(sizes, default=0)
             check("values", self.made, self.place, counting=True)
         return func(*args, **(kwargs or {}))
 
@@ -200,10 +209,10 @@ def _is_size(value: object) -> bool:
     return isinstance(value, list | tuple) and all(isinstance(n, int) for n in value)
 
 
-class _Running(TorchDispatchMode):
-    """Refuses an operation whose result has more values than the limit.
+class _ActivationLimit(TorchDispatchMode):
+    """While active, refuses an operation whose result has more values than the limit.
 
-    On the meta device results have shapes but no memory.
+    It is used on the meta device, where results have shapes but no memory.
     """
 
     def __init__(self, place: str) -> None:
@@ -218,11 +227,12 @@ class _Running(TorchDispatchMode):
         return out
 
 
-def check_running(model: nn.Module, example: Inputs, place: str) -> None:
+def check_activations(model: nn.Module, example: Inputs, place: str) -> None:
     """Checks the sizes of all activations of `model` on `example`, without computing them.
 
-    A padding, stride or target size can make a network with few parameters fill the memory. A
-    network that does not take the example passes, since it will not run.
+    A network with few parameters can still fill the memory by a large padding, stride or output
+    size. A network that cannot run on the example passes this check: it fails before it needs
+    memory.
 
     Raises:
         ModelError: if a tensor has more values than the limit.
@@ -234,28 +244,28 @@ def check_running(model: nn.Module, example: Inputs, place: str) -> None:
     shapes = {name: value.detach().to("meta") for name, value in tensors}
     training = {module: module.training for module in model.modules()}
     try:
-        with torch.no_grad(), _Running(place):
+        with torch.no_grad(), _ActivationLimit(place):
             torch.func.functional_call(model.eval(), shapes, *arguments(example.to("meta")))
-    # Before the line below, which would hide it.
+    # Listed first, because `except Exception` would swallow it.
     except AboveLimit:
         raise
-    # Shapes that do not fit: the error comes when the network is run.
+    # Shapes that do not fit. The user sees that error when the network is run.
     except Exception:
         return
     finally:
-        # Each module's own mode: `train` would unfreeze batch norms that are frozen on purpose.
+        # `model.train()` would instead unfreeze batch norms that are frozen on purpose.
         for module, was in training.items():
             module.training = was
 
 
 @contextmanager
-def building(place: str, *, meta: bool = False) -> Iterator[None]:
-    """Limits the network that is built in the block: its values, and its number of modules.
+def limited_building(place: str, *, meta: bool = False) -> Iterator[None]:
+    """Limits the values and modules of networks that are built inside the `with` block.
 
     Args:
         place: name of the network in errors.
-        meta: whether it is built on the meta device. Tensors take no memory there, so only modules
-            are limited.
+        meta: whether it is built on the meta device. Tensors take no memory there, so only the
+            number of modules is limited.
 
     Raises:
         ModelError: in the block, before a tensor or module is made that exceeds a limit.
@@ -277,19 +287,19 @@ def building(place: str, *, meta: bool = False) -> Iterator[None]:
         register_module_parameter_registration_hook(count_parameter),
     )
     try:
-        with nullcontext() if meta else _Budget(place):
+        with nullcontext() if meta else _ValueLimit(place):
             yield
     finally:
         for handle in handles:
             handle.remove()
 
 
-def declared(build: Any, arguments: dict[str, Any]) -> int:
+def count_values(build: Any, arguments: dict[str, Any]) -> int:
     """Returns the number of values of the network `build(**arguments)`, without allocating them.
 
     Raises:
         ModelError: if it has more modules than the limit.
     """
-    with building("spec.arguments", meta=True), torch.device("meta"):
+    with limited_building("spec.arguments", meta=True), torch.device("meta"):
         model = build(**arguments)
     return sum(t.numel() for t in (*model.parameters(), *model.buffers()))

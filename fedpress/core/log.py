@@ -1,7 +1,7 @@
-"""The log of fedpress, `logging.getLogger("fedpress")`: silent unless somebody asks for it.
+"""The log of fedpress, `logging.getLogger("fedpress")`: silent until the user adds a handler.
 
-The handler is added here and not where the package begins, since `import fedpress` must take no
-time, and importing `logging` takes more than all the rest.
+The empty handler is added here, not in `fedpress/__init__.py`: importing `logging` would make up
+most of the time that `import fedpress` takes.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Types of names that many rooms use: the id of a client."""
+"""Types of names that several folders use: the id of a client."""
 
 from typing import TypeAlias
 

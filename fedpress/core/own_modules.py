@@ -1,8 +1,8 @@
-"""Imports the user's own `module:function` without opening the working folder to all imports.
+"""Imports the user's own `module:function` without adding the working folder to Python's path.
 
-With the working folder on Python's import path, every import of every library would look there: a
-file `onnxruntime.py` in it would run in place of the library. Here the user's folders are searched
-last, and only for modules that the user has named and for what these import.
+With the working folder on the path, every library would import from it: a downloaded file
+`onnxruntime.py` would run instead of the library. Here the user's folders are searched last, and
+only for modules that the user has named, and for what these modules import.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 
 from fedpress.errors import ModelError, Shell, suggestion
 
-# Modules of fedpress that files of earlier versions name, and their names now.
+# Modules of fedpress that were moved: saved files of earlier versions have the old names.
 MOVED = {"fedpress.commands.subject": "fedpress.pipeline.commands.subject"}
 
 # Top-level modules that `module_of` is importing.
@@ -41,7 +41,7 @@ class OwnModules:
 
         See `importlib.abc.MetaPathFinder`.
         """
-        # With a path it is a part of a package, which is found in the package's own folder.
+        # With a path it is a submodule, which Python finds in the folder of its package.
         if path is not None:
             return None
         if name not in _wanted and _importer(sys._getframe(1)) not in _own:
@@ -52,10 +52,10 @@ class OwnModules:
         return found
 
 
-def look_in(*folders: Path) -> None:
+def set_folders(*folders: Path) -> None:
     """Sets the folders of the user's own modules, and removes the working folder from `sys.path`.
 
-    Python puts it there with `-m` and `-c`. A folder that PYTHONPATH names stays.
+    `python -m` and `python -c` put it there. It stays if PYTHONPATH names it.
     """
     sys.meta_path[:] = [finder for finder in sys.meta_path if not isinstance(finder, OwnModules)]
     resolved = [str(folder.resolve()) for folder in folders]
@@ -132,10 +132,7 @@ def object_of(name: str) -> Any:
 
 
 def _importer(frame: FrameType | None) -> str:
-    """Returns the top-level module of the code that imports.
-
-    It is that of the first frame outside of the import system.
-    """
+    """Returns the top-level module of the code that imports: the first frame outside importlib."""
     while frame is not None:
         name = str(frame.f_globals.get("__name__", ""))
         if not name.startswith(("importlib", "_frozen_importlib")) and name != __name__:
@@ -163,7 +160,7 @@ def _refuse_hidden(top: str) -> None:
         return
     for folder in folders:
         own = PathFinder.find_spec(top, [folder])
-        # A folder without __init__.py has no origin: it is no module of the user's.
+        # A folder without __init__.py has no origin. It is probably not meant as a module.
         if own is None or own.origin is None:
             continue
         if _real(own.origin) != _real(installed.origin or "built-in"):

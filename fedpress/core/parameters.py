@@ -39,7 +39,7 @@ def trainable(model: nn.Module) -> list[nn.Parameter]:
 def flatten(model: nn.Module) -> Tensor:
     """Copies the trainable parameters of `model` into one float32 vector [d] on the CPU."""
     parts = [p.detach().reshape(-1).to("cpu", torch.float32) for p in trainable(model)]
-    # `cat` of nothing would fail, for a model that trains nothing.
+    # A model may train nothing, and `cat` fails on an empty list.
     if not parts:
         return torch.zeros(0)
     return torch.cat(parts)
@@ -66,10 +66,10 @@ def assign_(model: nn.Module, vector: Tensor) -> None:
             at += p.numel()
 
 
-def part_of(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """Returns the tensors whose names begin with `prefix`, by the rest of their names.
+def tensors_under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Returns the tensors whose names begin with `prefix`, with the prefix removed.
 
-    >>> part_of({"model/bias": torch.zeros(1), "mask/bias": torch.ones(1)}, "mask/")
+    >>> tensors_under({"model/bias": torch.zeros(1), "mask/bias": torch.ones(1)}, "mask/")
     {'bias': tensor([1.])}
     """
     found = {}

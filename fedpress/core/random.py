@@ -1,7 +1,7 @@
-"""Keys of random streams: a seed and some words name a stream, whatever was drawn before.
+"""Seeds and keys of random streams, derived from the run's seed and the name of the stream.
 
-Example: `derive(seed, "round", 3)` is the same number in any order of calls. The streams themselves
-are in `random_source`.
+Example: `derive(seed, "round", 3)` is the seed of a stream named ("round", 3). It does not depend
+on what was drawn before. The streams themselves are in `random_source`.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ if TYPE_CHECKING:
     import numpy as np
 
 STREAMS = 2
-"""Version of all streams. Increase it with every change of what is drawn under a name.
+"""Version of all streams. Increase it whenever a stream of some name gives other numbers.
 
-A run goes on only with streams of the version with which it began. 1 (fedpress 0.1.0): torch's
-Mersenne Twister. 2: Philox for public draws, AES for noise and keys.
+A run is resumed only with the version with which it began. Version 1 (fedpress 0.1.0): torch's
+Mersenne Twister. Version 2: Philox for public draws, AES for noise and keys.
 """
 
 
@@ -32,7 +32,7 @@ def derive(seed: int, *words: str | int) -> int:
     >>> derive(1, "a", "bc") == derive(1, "ab", "c")
     False
     """
-    digest = blake2b(name_of(seed, words), digest_size=8).digest()
+    digest = blake2b(stream_name(seed, words), digest_size=8).digest()
     # 63 bits, so that the seed fits a signed 64-bit integer.
     return int.from_bytes(digest, "little") >> 1
 
@@ -45,13 +45,13 @@ def secret_key(seed: int, *words: str | int) -> bytes:
     >>> secret_key(1, "a") == secret_key(1, "a"), len(secret_key(1, "a"))
     (True, 32)
     """
-    return shake_256(b"key" + name_of(seed, words)).digest(32)
+    return shake_256(b"key" + stream_name(seed, words)).digest(32)
 
 
 def keystream(key: bytes, size: int, *, start: int = 0) -> np.ndarray:
     """Returns `size` bytes (uint8) of the AES-256-CTR stream of the 32-byte `key`, from `start` on.
 
-    It is a cryptographic generator, of about 2 GB a second with AES-NI.
+    It is a cryptographic generator; with AES-NI it makes about 2 GB a second.
 
     Raises:
         ValueError: if `start` is no multiple of 16, the block size of AES.
@@ -64,7 +64,7 @@ def keystream(key: bytes, size: int, *, start: int = 0) -> np.ndarray:
 
     if start % 16:
         raise ValueError(f"start: got {start}, expected a multiple of 16")
-    # The cipher wants room for one more block.
+    # `update_into` asks for a buffer of one block (16 bytes) more than the data, less one.
     out = np.empty(size + 15, np.uint8)
     counter = (start // 16).to_bytes(16, "big")
     encryptor = Cipher(algorithms.AES(key), modes.CTR(counter)).encryptor()
@@ -79,12 +79,12 @@ def keystream(key: bytes, size: int, *, start: int = 0) -> np.ndarray:
 def fingerprint(*parts: object) -> str:
     """Returns a 256-bit digest of `parts`, in hex.
 
-    Tensors count by dtype, shape and bytes; inputs by name as well, in any order; other values by
-    their canonical JSON.
+    A tensor is hashed by dtype, shape and bytes, `NamedInputs` by sorted names and tensors, and any
+    other value by its canonical JSON.
 
     Raises:
-        TypeError: if a value has no canonical JSON. Its `repr` would be no substitute, since that
-            may change with a version.
+        TypeError: if a value has no canonical JSON. Its `repr` is not used, because it may change
+            with a version.
 
     >>> fingerprint("a", 1) == fingerprint("a", 1), fingerprint("ab") == fingerprint("a", "b")
     (True, False)
@@ -106,7 +106,7 @@ def fingerprint(*parts: object) -> str:
                 add(part[name])
         else:
             text = json.dumps(canonical(part), sort_keys=True).encode()
-            # With its length, so that ("ab",) and ("a", "b") differ.
+            # The length comes first, so that ("ab",) and ("a", "b") differ.
             digest.update(f"{len(text)};".encode() + text)
 
     for part in parts:
@@ -114,12 +114,14 @@ def fingerprint(*parts: object) -> str:
     return digest.hexdigest()
 
 
-def name_of(seed: int, words: tuple[str | int, ...]) -> bytes:
-    """Returns the name of a stream as bytes; it is the same only for equal words of equal types.
+def stream_name(seed: int, words: tuple[str | int, ...]) -> bytes:
+    """Returns the name of a stream as bytes; ("a", 2) and ("a", "2") have different names.
 
-    >>> name_of(1, ("a", 2))
+    >>> stream_name(1, ("a", 2))
     b'[1, "a", 2]'
     """
-    # `index` takes integers of every library, and refuses floats: int(1.5) would give the stream 1.
-    plain = [str(word) if isinstance(word, str) else index(word) for word in words]
+    # `index` takes integers of every library and refuses floats: int(1.5) would give the stream 1.
+    plain: list[str | int] = []
+    for word in words:
+        plain.append(str(word) if isinstance(word, str) else index(word))
     return json.dumps([index(seed), *plain]).encode()

@@ -1,7 +1,8 @@
 """Sources of random numbers: Philox for public draws, AES for noise and keys, torch's generator.
 
-The first two compute all samples from 64-bit words by the arithmetic below. The samplers of numpy
-and torch may change with a version, but server and clients must draw the same numbers.
+Philox and AES give 64-bit words, and this file turns them into normals, uniforms and integers. The
+samplers of numpy and torch are not used for that, because they may change with a version, and
+server and clients must draw the same numbers.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedpress.core.random import keystream, name_of, secret_key
+from fedpress.core.random import keystream, secret_key, stream_name
 from fedpress.errors import RecipeError
 
 
@@ -71,7 +72,7 @@ class WordStream(ABC):
         from scipy.special import ndtri
 
         bits = self.words(math.prod(shape))
-        # In the middle of each of 2^63 intervals, so that it is never 0, where ndtri is infinite.
+        # + 0.5 takes the middle of each of 2^63 intervals: at 0, ndtri would be infinite.
         probability = ((bits >> np.uint64(1)).astype(np.float64) + 0.5) * 2.0**-64
         below = ndtri(probability)
         signed = np.where(bits & np.uint64(1), -below, below)
@@ -80,14 +81,14 @@ class WordStream(ABC):
     def uniform(self, *shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
         """Returns numbers [shape] with as many random bits as `dtype` has: 53, 24, 11 or 8."""
         digits = 1 - int(math.log2(torch.finfo(dtype).eps))
-        # With more bits a number could be rounded up to 1.
+        # More bits than the dtype holds would be rounded, perhaps up to 1, which is not in [0, 1).
         whole = self.words(math.prod(shape)) >> np.uint64(64 - digits)
         return torch.from_numpy(whole.astype(np.float64) * 2.0**-digits).view(shape).to(dtype)
 
     def integers(self, high: int, *shape: int) -> Tensor:
         """Returns int64 [shape] from 0 to `high` - 1.
 
-        Probabilities are right up to a relative error of `high` / 2^64, since it is a remainder.
+        Each is a word modulo `high`. So probabilities have a relative error of up to `high` / 2^64.
         """
         if not 0 < high <= 2**63:
             raise RecipeError(
@@ -97,7 +98,7 @@ class WordStream(ABC):
         return torch.from_numpy(drawn.astype(np.int64)).view(shape)
 
     def permutation(self, size: int) -> Tensor:
-        """Returns int64 [size]: the sort order of as many words.
+        """Returns int64 [size]: the order that sorts `size` random words.
 
         It is uniform unless two words are equal, which has a probability of size^2 / 2^65.
         """
@@ -110,7 +111,7 @@ class WordStream(ABC):
         """
         if count < 0:
             raise RecipeError(f"got {count}", place="count", cure="give 0 or more")
-        # Drawn in any case, so that later draws do not depend on `count`.
+        # Drawn even if none is needed, so that later draws do not depend on `count`.
         drawn = self.words(size)
         if not 0 < count < size:
             return torch.arange(size)[:count]
@@ -121,8 +122,8 @@ class WordStream(ABC):
 class PhiloxRandom(WordStream):
     """The Philox 4x64 stream of a 128-bit `key` (Salmon et al. 2011), for public draws.
 
-    The key is a hash of the stream's name, so among 2^32 streams two are the same with probability
-    below 2^-64. It is not a cryptographic generator.
+    The key is a hash of the stream's name. Among 2^32 streams two have the same key with a
+    probability below 2^-64. It is not a cryptographic generator.
 
     >>> PhiloxRandom(1).words(1).tolist() == PhiloxRandom(1).words(2).tolist()[:1]
     True
@@ -145,9 +146,9 @@ class AesCtrRandom(WordStream):
     Two calls for 3 and 5 words give the same words as one call for 8.
 
     Args:
-        key: it must be as secret as the noise.
-        exact: whether noise must be rounded to a public grid (see `RandomSource.exact`); without a
-            secret key, as in experiments, it is not needed.
+        key: must be as secret as the noise.
+        exact: whether noise must be rounded to a public grid (see `RandomSource.exact`). Experiments
+            whose key is not secret do not need that.
 
     >>> AesCtrRandom(bytes(32)).words(1).tolist() == AesCtrRandom(bytes(32)).words(2).tolist()[:1]
     True
@@ -166,7 +167,7 @@ class AesCtrRandom(WordStream):
 
     def words(self, size: int) -> np.ndarray:
         """Returns uint64 [size], from little-endian bytes of the stream."""
-        # A block of the cipher holds two words, and the stream can start at a block only.
+        # A block of AES is two words, and `keystream` can start only at a block.
         skip = self._drawn % 2
         stream = keystream(self._key, 8 * (size + skip), start=8 * (self._drawn - skip))
         self._drawn += size
@@ -174,7 +175,7 @@ class AesCtrRandom(WordStream):
 
 
 class TorchRandom:
-    """The stream of a torch generator, on its device; without one that of torch's global generator.
+    """The stream of a torch generator on its device; of torch's global generator if None is given.
 
     It is not a cryptographic generator: use it for experiments, not to protect data.
 
@@ -216,16 +217,16 @@ class TorchRandom:
 
 
 Source: TypeAlias = RandomSource | torch.Generator | None
-"""A random source; a torch generator stands for its `TorchRandom`, None for the global one."""
+"""What `as_random_source` takes: a random source, a torch generator, or None for the global one."""
 
 
 def seed_torch_(chance: RandomSource) -> None:
     """Seeds torch's global generators from `chance`, for draws inside of a network such as dropout.
 
-    `torch.manual_seed` uses 32 bits of a seed on the CPU, few enough to try all. So the 624 words
-    of the Mersenne Twister's state are replaced too. It still is no cryptographic generator, and
-    with MKL a call of dropout depends on 32 of its bits. Dropout masks are protected by the noise
-    on the gradients that were computed with them, and not by this function alone.
+    On the CPU `torch.manual_seed` uses only 32 bits of a seed, so an attacker could try all. The
+    624 words of the Mersenne Twister's state are therefore replaced too. That is still no
+    cryptographic generator, and with MKL a call of dropout depends on 32 of its bits. Do not rely
+    on secret dropout masks: what protects the data is the noise on the gradients.
     """
     torch.manual_seed(int(chance.words(1)[0] >> np.uint64(1)))
     state = torch.get_rng_state()
@@ -235,8 +236,8 @@ def seed_torch_(chance: RandomSource) -> None:
     torch.set_rng_state(state)
 
 
-def chance_of(source: Source) -> RandomSource:
-    """Returns `source` as a RandomSource."""
+def as_random_source(source: Source) -> RandomSource:
+    """Returns `source` as a RandomSource: torch generators are wrapped in `TorchRandom`."""
     if source is None or isinstance(source, torch.Generator):
         return TorchRandom(source)
     return source
@@ -251,7 +252,7 @@ def public_stream(seed: int, *words: str | int) -> PhiloxRandom:
     >>> first.permutation(3).tolist() == again.permutation(3).tolist()
     True
     """
-    digest = blake2b(name_of(seed, words), digest_size=16, person=b"public").digest()
+    digest = blake2b(stream_name(seed, words), digest_size=16, person=b"public").digest()
     return PhiloxRandom(int.from_bytes(digest, "little"))
 
 

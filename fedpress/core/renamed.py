@@ -1,4 +1,4 @@
-"""Renamed keys and values of recipes: old ones are still read, with a warning that says the new."""
+"""Reads renamed keys and values of old recipes, with a warning that names the new ones."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from fedpress.errors import SettingError
 
 @dataclass(frozen=True)
 class Renamed:
-    """A renamed setting: `key = old` of a table is `now_key = now` today.
+    """A renamed setting: `key = old` of a table was replaced by `now_key = now`.
 
-    If several rows have the same old setting, it is read as the first says; all of the new ones are
-    written back as the old. If `now` is None, the setting has no meaning any more and is left out.
+    If several rows have the same old setting, reading uses the first row; every row's new setting
+    is written back as the old one. If `now` is None, the old setting has no effect any more and is
+    dropped.
     """
 
     key: str
@@ -27,15 +28,14 @@ class Renamed:
     @property
     def sentence(self) -> str:
         """The warning, with what to write instead."""
+        old = f"{self.key} = {_toml(self.old)}"
         if self.now is None:
-            return (
-                f"{self.key} = {_toml(self.old)} is still read, but says nothing now; leave it out"
-            )
+            return f"{old} is still read, but has no effect any more; leave it out"
         now = f"{self.now_key} = {_toml(self.now)}"
-        return f"{self.key} = {_toml(self.old)} is still read, but is called {now} now; write that"
+        return f"{old} is still read, but is called {now} now; write that"
 
 
-def new_words(
+def with_new_keys(
     table: Mapping[str, Any], rows: tuple[Renamed, ...]
 ) -> tuple[dict[str, Any], tuple[str, ...]]:
     """Returns `table` with the new settings, and a warning for each old one in it.
@@ -44,7 +44,7 @@ def new_words(
         SettingError: if old and new setting are both there and contradict each other.
 
     >>> row = Renamed("sum", "secure", "aggregator", "secure")
-    >>> new_words({"sum": "secure"}, (row,))[0]
+    >>> with_new_keys({"sum": "secure"}, (row,))[0]
     {'aggregator': 'secure'}
     """
     out, warnings = dict(table), []
@@ -60,25 +60,26 @@ def new_words(
             raise SettingError(
                 f"{row.key} = {_toml(row.old)} and {new} contradict each other",
                 place=row.key,
-                cure=f"leave out {row.key}, which is the older word",
+                cure=f"leave out {row.key}, which is the older key",
             )
         out[row.now_key] = row.now
     return out, tuple(warnings)
 
 
-def old_words(table: Mapping[str, Any], rows: tuple[Renamed, ...]) -> dict[str, Any]:
+def with_old_keys(table: Mapping[str, Any], rows: tuple[Renamed, ...]) -> dict[str, Any]:
     """Returns settings in JSON types with the old keys and values.
 
-    The keys of finished stages are fingerprints of the old ones, so that runs of an older version
-    can be resumed.
+    A finished stage is found again by a fingerprint of its settings. The fingerprint is made of the
+    old keys, so that runs of an older version can be resumed.
 
     >>> row = Renamed("sum", "secure", "aggregator", "secure")
-    >>> old_words({"aggregator": {"kind": "secure"}}, (row,))
+    >>> with_old_keys({"aggregator": {"kind": "secure"}}, (row,))
     {'sum': 'secure'}
     """
     out, written = dict(table), set[str]()
     for row in rows:
-        # Settings with options are tables with a `kind`; alone they may be the word itself.
+        # A setting with options is a table with a `kind`, such as {kind = "secure"}. Without
+        # options it may be the plain word, "secure".
         if row.key not in written and out.get(row.now_key) in (row.now, {"kind": row.now}):
             out.pop(row.now_key, None)
             out[row.key] = row.old
@@ -86,7 +87,7 @@ def old_words(table: Mapping[str, Any], rows: tuple[Renamed, ...]) -> dict[str, 
     return out
 
 
-class ReadsOldWords(BaseModel):
+class ReadsOldKeys(BaseModel):
     """Settings that still read the old keys and values in `renamed`, with `warnings`."""
 
     renamed: ClassVar[tuple[Renamed, ...]] = ()
@@ -97,7 +98,7 @@ class ReadsOldWords(BaseModel):
     def _read(cls, value: Any, validate: Callable[[Any], Any]) -> Any:
         if not isinstance(value, Mapping):
             return validate(value)
-        table, said = new_words(value, cls.renamed)
+        table, said = with_new_keys(value, cls.renamed)
         made = validate(table)
         made._warnings = said
         return made
@@ -108,7 +109,7 @@ class ReadsOldWords(BaseModel):
         found = list(self._warnings)
         for name in type(self).model_fields:
             value = getattr(self, name)
-            if isinstance(value, ReadsOldWords):
+            if isinstance(value, ReadsOldKeys):
                 found.extend(value.warnings)
         return tuple(found)
 

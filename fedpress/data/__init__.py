@@ -1,4 +1,4 @@
-"""Data sources, partitioners, and the federated data set that they make."""
+"""Data sources, partitioners, and `FederatedData`, the data set of a run."""
 
 from fedpress.data.dataset import FederatedData
 from fedpress.data.load import load

@@ -32,8 +32,8 @@ def decoded(
     stats = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     key = blake2b(repr(sorted(stats)).encode(), digest_size=12).hexdigest()
     target = folder() / "decoded" / f"{name}-{key}.npz"
-    # numpy raises errors of many types for a damaged file, and then leaves a file open that it has
-    # opened itself.
+    # numpy raises errors of many types for a damaged file. It gets an open file, since it would
+    # leave one that it opened itself open after an error.
     with (
         contextlib.suppress(Exception),
         target.open("rb") as cached,

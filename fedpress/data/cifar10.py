@@ -75,7 +75,7 @@ def _sorted(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     keys = []
     for image, label in zip(x, y.tolist(), strict=True):
         content = image.tobytes() + bytes([label])
-        # A hash is shorter to compare, and does not sort images by their first pixels.
+        # Sorted by a hash: sorting by pixels would put all dark images first.
         keys.append(blake2b(content, digest_size=16).digest())
     order = np.array(sorted(range(len(keys)), key=keys.__getitem__), dtype=np.int64)
     return x[order], y[order]

@@ -1,4 +1,4 @@
-"""CIFAR-10 as its author published it: an archive of six pickles, read without running code."""
+"""Reads CIFAR-10 as its author published it, six pickle files, without running code in them."""
 
 from __future__ import annotations
 
@@ -146,7 +146,7 @@ def read_batch(content: bytes, where: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 class _Array:
-    """Replaces numpy's array in the pickle: it keeps the state, and allows uint8 only."""
+    """Stands for numpy's array class while the pickle is read; accepts uint8 data only."""
 
     def __init__(self, *_: object) -> None:
         self.state: tuple[Any, ...] = ()
@@ -163,7 +163,7 @@ class _Array:
 
 
 class _Dtype:
-    """Replaces numpy's dtype in the pickle: it keeps the name."""
+    """Stands for numpy's dtype class while the pickle is read; has only its name."""
 
     def __init__(self, name: object = "", *_: object) -> None:
         self.name = name
@@ -178,9 +178,9 @@ def _latin1(text: str, encoding: str) -> bytes:
 
 
 class _PlainUnpickler(pickle.Unpickler):
-    """Reads lists, dictionaries, numbers, bytes and arrays of uint8.
+    """Unpickles lists, dictionaries, numbers, bytes and arrays of uint8, and nothing else.
 
-    Any other class or function in the file is refused: a pickle may call whatever it names.
+    A pickle file can name any function of Python and have it called while it is loaded.
     """
 
     def find_class(self, module: str, name: str) -> Any:

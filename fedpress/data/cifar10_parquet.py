@@ -1,4 +1,4 @@
-"""CIFAR-10 as on the Hugging Face hub: `train-*.parquet` and `test-*.parquet`.
+"""Reads CIFAR-10 as it is on the Hugging Face hub: `train-*.parquet` and `test-*.parquet`.
 
 The columns are `img` (a struct with `bytes`) and `label`.
 """
@@ -54,7 +54,7 @@ def _missing_shards(part: str, names: list[str]) -> list[str]:
         if "-of-" not in name:
             continue
         count = name.split("-of-")[1].split(".")[0]
-        # Named by somebody else: nothing is known about other files.
+        # Not the hub's naming: the name does not say how many files there should be.
         if not count.isdigit():
             return []
         wanted = [f"{part}-{i:05d}-of-{count}.parquet" for i in range(int(count))]

@@ -1,6 +1,7 @@
 """Determines the list of classes: from the recipe, public rows, or labels that are declared public.
 
-Labels of private rows must not decide it, since the list goes into the model's shape and files.
+The list decides the size of the model's last layer and is saved with it. So a label that only a
+private row has must not become a class: its presence would be visible to everybody.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ OTHER = "other"
 
 
 def label_is_public(settings: DataSettings) -> bool:
-    """Whether the user has declared that the list of labels is no secret."""
+    """Returns whether the recipe says that the list of labels is no secret (`public_words`)."""
     return settings.label_column in settings.public_words
 
 
@@ -61,7 +62,7 @@ def number_classes(
 
     Args:
         codes: int64 [n]: the label of each row, as a position in `words`; -1 if it is none of them.
-        words: the labels of all rows, in the order that the classes get.
+        words: the labels of all rows; the classes keep their order.
         public: positions of the public rows.
         settings: the `[data]` table of the recipe.
         what: name of the labels in an error.
@@ -76,7 +77,7 @@ def number_classes(
         seen = set(codes[rows].tolist())
         names = tuple(word for position, word in enumerate(words) if position in seen)
     class_of_name = {name: position for position, name in enumerate(names)}
-    # One entry more: the code -1 reads the last one.
+    # The extra last entry is for the code -1, which indexes it.
     class_of_code = torch.tensor([*(class_of_name.get(word, -1) for word in words), -1])
     found = TargetRows.of_classes(class_of_code[codes], names)
     return with_other_class(found, settings, what)
@@ -97,7 +98,7 @@ def with_other_class(found: TargetRows, settings: DataSettings, what: str) -> Ta
                 '["NAME", "NAME"]'
             ),
         )
-    # All rows would be left out, most likely since the names are written in another way.
+    # Every row would be dropped. Most likely the recipe spells the names in another way.
     if not bool((found.y >= 0).any()):
         named = ", ".join(found.names[:8])
         raise DataError(

@@ -1,13 +1,13 @@
-"""Turns columns of a table into tensors: class numbers of labels, features of numbers and words.
+"""Reads columns of a table: finds the type of text, and numbers the classes of a label column.
 
-The type of a column and its list of words are taken from public rows only (`Column.typed`). A
-single private row must not add an input, a class or a word to a model or file that goes out.
+The type of a column and its classes are taken from public rows only (`Column.typed`). A single
+private row must not add a class to a model that is given away.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,21 +18,16 @@ from pyarrow import types
 from torch import Tensor
 
 from fedpress.data.classes import (
-    OTHER,
     number_classes,
     rows_that_define_classes,
     with_other_class,
 )
-from fedpress.data.csv import NO_VALUE
-from fedpress.data.examples import InputRows, TargetRows
-from fedpress.data.preparation import InputColumn, Kind, Preparation, Unknown
+from fedpress.data.examples import TargetRows
 from fedpress.data.settings import DataSettings
 from fedpress.errors import DataError
 
-# Most different words of a column: each becomes an input of its own.
-MOST_WORDS = 100
-# Types that the text of a CSV file may have, in the order in which they are tried; else it is
-# words.
+# Types that the text of a CSV column may have. The first that fits all cells is taken: 0 and 1 must
+# become integers, not booleans. If none fits, the column holds words.
 TEXT_KINDS = (pa.int64(), pa.bool_(), pa.float64(), pa.timestamp("s"))
 
 
@@ -43,8 +38,8 @@ class Column:
     Attributes:
         name: of the column.
         values: a `pyarrow.ChunkedArray` [n] without dictionary encoding.
-        text: whether it comes from a CSV file, so that its type has to be found.
-        decimal: decimal separator of numbers in text.
+        text: whether `values` are the text of a CSV file, whose type is not known yet.
+        decimal: decimal separator of numbers in that text.
     """
 
     name: str
@@ -61,7 +56,9 @@ class Column:
         return cls(name, column, settings.source == "csv", settings.decimal)
 
     def typed(self, rows: np.ndarray | None = None) -> Any:
-        """Returns the values in the type that they have in `rows`; others become null.
+        """Returns all values in the type that those in `rows` have; cells of other types are null.
+
+        Example: if `rows` hold "3" and "4.5", the type is float64, and "unknown" elsewhere is null.
 
         Args:
             rows: positions of the rows that decide the type; None: all rows.
@@ -84,7 +81,8 @@ class Column:
         text = self._plain_text(self.values, kind)
         try:
             return text.cast(kind)
-        # Some private cell is of another type. Every different text is then read once.
+        # Some private cell is of another type. pyarrow has no lenient cast, so each distinct text is
+        # read by itself, once.
         except pa.ArrowInvalid:
             words = text.unique()
             read = [_cast_or_none(word, kind) for word in words.to_pylist()]
@@ -143,7 +141,7 @@ def class_codes(column: Any, name: str, role: str) -> tuple[Tensor, tuple[str, .
     # Tables often store class numbers as floats, such as 1.0.
     if types.is_floating(column.type):
         values = column.to_numpy()
-        if not _is_whole(values).all():
+        if not is_whole(values).all():
             raise DataError(
                 "holds broken numbers",
                 place=where,
@@ -151,13 +149,13 @@ def class_codes(column: Any, name: str, role: str) -> tuple[Tensor, tuple[str, .
             )
         column = pa.chunked_array([pa.array(values.astype(np.int64))])
     kind = column.type
-    if not (types.is_integer(kind) or _is_word(kind) or types.is_boolean(kind)):
+    if not (types.is_integer(kind) or is_word(kind) or types.is_boolean(kind)):
         raise DataError(f"holds {column.type}", place=where, cure="expected whole numbers or words")
     values, positions = np.unique(column.to_numpy(), return_inverse=True)
     return torch.from_numpy(positions.astype(np.int64)), tuple(str(value) for value in values)
 
 
-def _is_whole(numbers: np.ndarray) -> np.ndarray:
+def is_whole(numbers: np.ndarray) -> np.ndarray:
     """Returns bool [n]: which floats are finite integers."""
     whole: np.ndarray = np.isfinite(numbers) & (numbers == np.round(numbers))
     return whole
@@ -188,9 +186,9 @@ class LabelColumn:
         return f"label column '{self.column.name}'"
 
     def partition_labels(self) -> Tensor:
-        """Returns int64 [n]: the label of each row for partitioners.
+        """Returns int64 [n]: a label for each row, for partitioners such as `dirichlet`.
 
-        It may use private rows, since it decides only which client gets a row.
+        It may use private rows: these labels decide which client gets a row, and go nowhere else.
 
         Raises:
             DataError: if a label is missing, or nearly every row has its own.
@@ -229,12 +227,12 @@ class LabelColumn:
         rows = rows_that_define_classes(public, len(self.column.values), self.settings, self._where)
         column = self.column.typed(rows.numpy())
         usable = column.is_valid().to_numpy()
-        # An error may tell of these rows; private rows without a valid label are left out.
+        # An error may describe these rows. Private rows without a valid label are silently left out.
         if not usable[rows.numpy()].all():
             refuse_missing(column.take(pa.array(rows.numpy())), self._where)
         if types.is_floating(column.type):
             numbers = column.fill_null(np.nan).to_numpy()
-            whole = _is_whole(numbers)
+            whole = is_whole(numbers)
             usable &= whole
             column = pa.chunked_array([pa.array(np.where(whole, numbers, 0).astype(np.int64))])
         _, names = class_codes(column.take(pa.array(rows.numpy())), self.column.name, "label")
@@ -246,14 +244,15 @@ class LabelColumn:
                 "task = 'regression'",
             )
         words = as_text(column)
-        positions = _positions(words, names)
+        positions = positions_in(words, names)
         y = torch.from_numpy(np.where(usable, positions, -1))
         return number_classes(y, names, public, self.settings, self._where)
 
     def _listed(self, names: Sequence[str]) -> TargetRows:
-        """Finds every row's label in the list of the recipe, whatever its type in the file.
+        """Returns the class number of every row, by the list `classes` of the recipe.
 
-        For example the class "1" is the text "1", the text "1.0", the integer 1 or the float 1.0.
+        The list has text, the file may have another type: the class "1" matches the text "1", the
+        text "1.0", the integer 1 and the float 1.0.
         """
         column, wanted = self.column, list(names)
         values = column.values
@@ -264,15 +263,15 @@ class LabelColumn:
                 values = column.cast(pa.float64())
             if types.is_floating(values.type):
                 numbers = values.fill_null(np.nan).to_numpy(zero_copy_only=False)
-                whole = _is_whole(numbers)
+                whole = is_whole(numbers)
                 whole_numbers = np.where(whole, numbers, 0).astype(np.int64)
                 values = pa.chunked_array([pa.array(whole_numbers, mask=~whole)])
         elif {name.casefold() for name in wanted} <= {"true", "false"}:
             wanted = [name.casefold() for name in wanted]
-            if not _is_word(values.type):
+            if not is_word(values.type):
                 values = values.cast(pa.string())
             values = pc.utf8_lower(values)
-        y = torch.from_numpy(_positions(as_text(values), wanted))
+        y = torch.from_numpy(positions_in(as_text(values), wanted))
         return TargetRows.of_classes(y, tuple(names))
 
 
@@ -286,215 +285,23 @@ def as_text(column: Any) -> Any:
     # pyarrow would write true and false; numpy and Python write True and False.
     if types.is_boolean(column.type):
         return pc.if_else(column, "True", "False")
-    if _is_word(column.type):
+    if is_word(column.type):
         return column
     return column.cast(pa.string())
 
 
-def _positions(words: Any, names: Sequence[str]) -> np.ndarray:
+def positions_in(words: Any, names: Sequence[str]) -> np.ndarray:
     """Returns int64 [n]: the position of each word in `names`; -1 if it is not there."""
     found = pc.index_in(words, pa.array(list(names), words.type), skip_nulls=True)
     places: np.ndarray = found.fill_null(-1).to_numpy()
     return places.astype(np.int64)
 
 
-@dataclass(frozen=True)
-class FeatureColumns:
-    """The feature columns: one input for a column of numbers, and one for each word of others."""
-
-    columns: tuple[Column, ...]
-    settings: DataSettings
-
-    def inputs(self, public: Tensor) -> InputRows:
-        """Returns float32 [n, d] for all rows.
-
-        Public rows decide whether a column holds numbers or words, which words it has, and the mean
-        that fills missing cells. A word that is on no list gets no input of its own: the number of
-        inputs must not tell what private rows hold.
-
-        Args:
-            public: positions of the public rows.
-
-        Raises:
-            DataError: if a column holds neither numbers nor words, has too many words, or has a
-                missing cell that may not be filled.
-        """
-        rows = public.numpy()
-        blocks: list[np.ndarray] = []
-        learned: list[InputColumn] = []
-        left_out = np.zeros(len(self.columns[0].values), dtype=bool)
-        for column in self.columns:
-            found, block, dropped = self._block(column, rows)
-            learned.append(found)
-            blocks.append(block)
-            left_out |= dropped
-        x = torch.from_numpy(np.concatenate(blocks, axis=1))
-        # Rows that are left out need no values.
-        gaps = x.isnan() & ~torch.from_numpy(left_out)[:, None]
-        if not len(public) and bool(gaps.any()):
-            raise DataError(
-                "'mean' needs public rows to take the mean of",
-                place="missing",
-                cure="give public_share or public_clients, or set missing = 'drop'",
-            )
-        # A column without any public value has no mean, and is filled with 0.
-        fill = torch.nan_to_num(x[public].nanmean(0))
-        preparation = self._preparation(learned, fill if len(public) else None)
-        return InputRows(torch.where(x.isnan(), fill, x), torch.from_numpy(left_out), preparation)
-
-    def _preparation(self, learned: list[InputColumn], fill: Tensor | None) -> Preparation:
-        """Returns how raw rows become inputs; `fill` [d] are the means of the public rows."""
-        if self.settings.missing == "mean" and fill is not None:
-            parts = fill.split([column.width for column in learned])
-            filled = []
-            for column, part in zip(learned, parts, strict=True):
-                filled.append(replace(column, fill=tuple(part.tolist())))
-            learned = filled
-        gaps = tuple(NO_VALUE) if self.settings.source == "csv" else ()
-        return Preparation(tuple(learned), gaps, self.settings.decimal)
-
-    def _block(
-        self, column: Column, public: np.ndarray
-    ) -> tuple[InputColumn, np.ndarray, np.ndarray]:
-        """Returns the inputs of one column.
-
-        Returns:
-            How it becomes inputs, the inputs float32 [n, k] with NaN for missing cells, and bool
-            [n]: rows that are left out.
-        """
-        has_list = column.name in self.settings.words
-        list_is_public = column.name in self.settings.public_words
-        if has_list:
-            # A column with a list holds words, even if they look like numbers.
-            values = as_text(column.values)
-        elif list_is_public:
-            values = column.typed()
-        else:
-            values = column.typed(public)
-        if _is_word(values.type):
-            if not has_list and column.text:
-                seen = values if list_is_public else values.take(pa.array(public))
-                self._refuse_decimal_commas(column, seen)
-            words = self._words(column.name, values, public)
-            names, unknown = self._with_other(words)
-            block, has_unknown = one_hot_block(values, names, unknown)
-            dropped = has_unknown & (unknown == "refused")
-            return InputColumn(column.name, "words", tuple(names), unknown), block, dropped
-
-        block = number_block(values, column.name)
-        kind: Kind = "truth" if types.is_boolean(values.type) else "number"
-        # Cells with text that is no number, while the public rows have numbers.
-        not_numbers = values.is_null().to_numpy() & column.values.is_valid().to_numpy()
-        if not_numbers.any() and self.settings.missing == "error":
-            raise DataError(
-                "it holds numbers, but some rows have something else there",
-                place=f"feature column '{column.name}'",
-                cure="set missing = 'drop' or 'mean', or name it in drop_columns",
-            )
-        drops = self.settings.missing == "drop"
-        return InputColumn(column.name, kind), block, not_numbers & drops
-
-    def _words(self, name: str, values: Any, public: np.ndarray) -> list[str]:
-        """Returns the words of a column, from the recipe or from the rows that may define them."""
-        if name in self.settings.words:
-            return list(self.settings.words[name])
-        if name in self.settings.public_words:
-            seen = values
-        elif len(public):
-            seen = values.take(pa.array(public))
-        else:
-            raise DataError(
-                "it holds words, and no row is public to take the list of words from",
-                place=f"feature column '{name}'",
-                cure=(
-                    f'add words = {{ "{name}" = ["WORD", "WORD"] }} to [data], or public_words = '
-                    f'["{name}"] if the list is no secret, or public_share = 0.1'
-                ),
-            )
-        # Such a column mostly holds names or free text.
-        if len(seen.unique()) > MOST_WORDS:
-            raise DataError(
-                f"more than {MOST_WORDS} different words, which is more than can be coded",
-                place=f"feature column '{name}'",
-                cure="name it in drop_columns, or list those that matter with words = { ... }",
-            )
-        return sorted(seen.unique().drop_null().to_pylist())
-
-    def _with_other(self, words: list[str]) -> tuple[list[str], Unknown]:
-        """Returns the words that get inputs, and how other words are treated."""
-        if self.settings.unknown == OTHER:
-            # The data may use the word "other" itself.
-            if OTHER not in words:
-                words = [*words, OTHER]
-            return words, "other"
-        if self.settings.unknown == "drop":
-            return words, "refused"
-        return words, "zeros"
-
-    def _refuse_decimal_commas(self, column: Column, seen: Any) -> None:
-        """Checks that what seem to be words are not numbers with a decimal comma."""
-        known = seen.drop_null()
-        if not len(known) or column.decimal == ",":
-            return
-        with_commas = pc.match_substring_regex(
-            known, r"^\s*[+-]?(\d+,\d+|\d{1,3}(\.\d{3})+,\d+|\d+)\s*$"
-        )
-        if pc.all(with_commas).as_py():
-            cure = 'add decimal = "," to [data]'
-            # A comma cannot be both delimiter and decimal separator.
-            if self.settings.delimiter == ",":
-                cure = "write them with points, or without commas if these divide thousands"
-            raise DataError(
-                "its numbers have decimal commas",
-                place=f"feature column '{column.name}'",
-                cure=cure,
-            )
-
-
-def one_hot_block(
-    values: Any, words: Sequence[str], unknown: Unknown
-) -> tuple[np.ndarray, np.ndarray]:
-    """One-hot encodes words.
-
-    Returns:
-        float32 [n, k] with NaN for missing cells, and bool [n]: whether the word is unknown.
-    """
-    missing = values.is_null().to_numpy()
-    positions = _positions(values, words)
-    is_unknown = (positions < 0) & ~missing
-    if unknown == "other":
-        positions = np.where(is_unknown, words.index(OTHER), positions)
-    block = np.zeros((len(positions), len(words)), dtype=np.float32)
-    known = np.flatnonzero(positions >= 0)
-    block[known, positions[known]] = 1.0
-    # All inputs of a missing word are NaN until they are filled, as with numbers.
-    block[missing] = np.nan
-    return block, is_unknown
-
-
-def number_block(column: Any, name: str) -> np.ndarray:
-    """Returns numbers or booleans of a typed column as float32 [n, 1], NaN for missing cells.
-
-    Raises:
-        DataError: if it holds something else.
-    """
-    kind = column.type
-    if types.is_boolean(kind):
-        column = column.cast(pa.uint8())
-    elif not is_number(kind) and not types.is_null(kind):
-        raise DataError(
-            f"holds {kind}",
-            place=f"feature column '{name}'",
-            cure="expected numbers or words: name it in drop_columns",
-        )
-    numbers: np.ndarray = column.cast(pa.float64()).to_numpy(zero_copy_only=False)
-    return numbers.astype(np.float32)[:, None]
-
-
 def is_number(kind: Any) -> bool:
-    """Whether a type of pyarrow is one of numbers."""
+    """Returns whether a pyarrow type is an integer, a float or a decimal number."""
     return bool(types.is_integer(kind) or types.is_floating(kind) or types.is_decimal(kind))
 
 
-def _is_word(kind: Any) -> bool:
+def is_word(kind: Any) -> bool:
+    """Returns whether a pyarrow type is text."""
     return bool(types.is_string(kind) or types.is_large_string(kind))

@@ -1,7 +1,7 @@
-"""Reads a CSV file as text; if it cannot be read, the error says what the file seems to be.
+"""Reads a CSV file as text columns; errors say what the file seems to be instead, such as UTF-16.
 
 The types of the columns are found later, from public rows (`fedpress.data.columns`). Errors never
-quote a row, since it may be private.
+quote a row, because it may be private.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from fedpress.errors import DataError
 NO_VALUE = ["", "?", "NA", "N/A", "NaN", "nan", "null", "NULL", "None"]
 # Usual delimiters, and how they are written in TOML.
 DELIMITERS = {",": ",", ";": ";", "\t": "\\t", "|": "|"}
-# Bytes from the start of a file that are looked at.
+# Number of bytes at the start of a file by which its kind is recognised.
 HEAD = 1 << 16
 FOREIGN = (
     (b"PK\x03\x04", "a zip or Excel file", "save it as CSV"),
@@ -65,7 +65,7 @@ def read_csv(path: Path, settings: DataSettings) -> Any:
         return _parse(path, settings.delimiter, encoding, newlines=False)
     except (UnicodeError, pa.ArrowException, OSError) as error:
         first = error
-    # A quoted cell may contain line breaks. Reading such files is slower, so it comes second.
+    # A quoted cell may contain line breaks. Allowing them is slower, so it is the second attempt.
     try:
         return _parse(path, settings.delimiter, encoding, newlines=True)
     except (UnicodeError, pa.ArrowException, OSError):
@@ -84,7 +84,8 @@ def read_csv(path: Path, settings: DataSettings) -> Any:
 def _parse(path: Path, delimiter: str, encoding: str, *, newlines: bool) -> Any:
     reading = pyarrow.csv.ReadOptions(encoding=encoding)
     parsing = pyarrow.csv.ParseOptions(delimiter=delimiter, newlines_in_values=newlines)
-    # Read once for the names: pyarrow guesses the type of every column that has none.
+    # The names are read first, to declare every column as text: pyarrow would guess types from all
+    # rows, private ones too.
     with pyarrow.csv.open_csv(path, read_options=reading, parse_options=parsing) as reader:
         names = reader.schema.names
     as_text = pyarrow.csv.ConvertOptions(
@@ -139,8 +140,8 @@ def _refuse_encoding(path: Path, encoding: str) -> None:
                 '(Chinese), "shift_jis" (Japanese) or "euc-kr" (Korean), or save it as UTF-8'
             ),
         )
-    # Most other text comes from Western Windows programs, in cp1252. It has characters at 0x80 to
-    # 0x9f, where Latin-1 has none.
+    # Most other files come from Western Windows programs, in cp1252. cp1252 has characters at 0x80
+    # to 0x9f, where Latin-1 has only control codes.
     likely = "cp1252" if re.search(rb"[\x80-\x9f]", data) else "latin-1"
     raise DataError(
         why,
@@ -150,9 +151,10 @@ def _refuse_encoding(path: Path, encoding: str) -> None:
 
 
 def _is_other_script(data: bytes) -> bool:
-    """Whether most bytes above 127 are in runs of three or more.
+    """Returns whether the text seems to be Cyrillic, Chinese or another script than Latin.
 
-    In Latin scripts such bytes are single letters within words, such as accents.
+    That is so if most bytes above 127 are in runs of three or more. In Latin scripts they are
+    single letters with accents, between plain ones.
     """
     runs = re.findall(rb"[\x80-\xff]+", data)
     in_long_runs = sum(len(run) for run in runs if len(run) > 2)
@@ -172,7 +174,10 @@ def refuse_other_delimiter(
     if header[0].startswith("sep="):
         problem, cure = BEGINNINGS["sep="]
         raise DataError(problem, place=f"'{path or settings.path}'", cure=cure)
-    counts = {mark: header[0].count(mark) for mark in DELIMITERS if mark != settings.delimiter}
+    counts = {}
+    for mark in DELIMITERS:
+        if mark != settings.delimiter:
+            counts[mark] = header[0].count(mark)
     likely = max(counts, key=lambda mark: counts[mark])
     if counts[likely] > header[0].count(settings.delimiter):
         raise DataError(

@@ -10,7 +10,14 @@ import torch
 from pydantic import JsonValue
 
 from fedpress.core.examples import Arrays, Preprocess
-from fedpress.core.inputs import NamedInputs, Shape, form_of, inputs_text, parts_of, shape_of
+from fedpress.core.inputs import (
+    NamedInputs,
+    Shape,
+    inputs_text,
+    shape_of,
+    signature_of,
+    tensors_by_name,
+)
 from fedpress.data.preparation import Preparation
 from fedpress.errors import DataError
 from fedpress.tasks import Classification, Regression, Task
@@ -24,18 +31,18 @@ class FederatedData:
         name: of the source, for the report.
         clients: private examples by client name, in a fixed order.
         public: training examples declared public (may have no rows), without the validation set.
-        validation: rows of the public part; every choice, such as early stopping, is made on it.
-        test: used once at the end of each stage.
+        validation: rows of the public part; every choice, such as early stopping, is made on them.
+        test: measured at the end of each stage; nothing is chosen by it.
         num_classes: labels are 0 to num_classes - 1; 0 for tasks without classes.
         class_names: one name per class.
         preprocess: maps raw examples to the input of a network; fitted on `public` only.
-        left_out: number of rows that are in no part, since their label or a word is unknown: by
-            "public", "validation", "test", and "clients" for all clients together, which is a
-            private number. Empty if the source defines all classes itself.
-        labelled: whether `y` holds real labels; False for inputs that only serve to calibrate and
-            to compare outputs.
-        preparation: how raw rows of a table become inputs; None for other sources. It goes out with
-            files for devices, so it holds only what was declared or learned from public rows.
+        left_out: number of rows that were dropped because their label or a word is unknown, under
+            the keys "public", "validation", "test" and "clients" (all clients together, a private
+            number). Empty if the source defines all classes itself.
+        labelled: whether `y` has real labels. False: only the inputs are used, to calibrate and to
+            compare outputs.
+        preparation: how raw rows of a table become inputs; None for other sources. It is saved
+            beside exported files, so it has only what was declared or learned from public rows.
         task: what is learned. By default a classification if there are class names or integer
             targets, else a regression of float targets in their own units.
     """
@@ -113,7 +120,7 @@ class FederatedData:
                 sentence is the same whether or not there are any.
         """
         counts = {part: count for part, count in self.left_out.items() if count}
-        # Even a zero would tell something about private rows.
+        # Even "0 rows" would be an exact fact about private rows.
         if private:
             counts.pop("clients", None)
         sentence = ""
@@ -167,17 +174,17 @@ def _as_json(shape: Shape) -> JsonValue:
 
 
 def _check_like(where: str, arrays: Arrays, first: Arrays) -> None:
-    """Checks that a part has the shapes and types of the `first` client: one network sees them all.
+    """Checks that a part has the shapes and types of the `first` client, and finite features.
 
     Raises:
-        DataError: naming the part and what differs, or features that are not finite.
+        DataError: naming the part and what differs.
     """
     several = isinstance(arrays.x, NamedInputs)
     allowed = [torch.uint8, torch.float32, torch.int64]
     # A mask is an input beside others.
     if several:
         allowed.append(torch.bool)
-    for name, x in parts_of(arrays.x).items():
+    for name, x in tensors_by_name(arrays.x).items():
         of_name = f" of '{name}'" if several else ""
         if x.dtype not in allowed:
             raise DataError(
@@ -185,14 +192,14 @@ def _check_like(where: str, arrays: Arrays, first: Arrays) -> None:
                 place=where,
                 cure="give uint8 images, float32 features or int64 token ids",
             )
-    if form_of(arrays.x) != form_of(first.x):
+    if signature_of(arrays.x) != signature_of(first.x):
         raise DataError(
             f"examples of {inputs_text(arrays.x)} where the first client has "
             f"{inputs_text(first.x)}",
             place=where,
             cure="make them all alike",
         )
-    for name, x in parts_of(arrays.x).items():
+    for name, x in tensors_by_name(arrays.x).items():
         if x.is_floating_point() and not bool(x.isfinite().all()):
             of_name = f" of '{name}'" if several else ""
             raise DataError(

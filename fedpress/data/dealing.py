@@ -1,4 +1,4 @@
-"""What partitioners share: the rows to deal, the sizes asked for, and rounding to whole rows."""
+"""Helpers of all partitioners: the rows to deal, the requested sizes, and rounding to whole rows."""
 
 from __future__ import annotations
 
@@ -33,7 +33,12 @@ class Pool:
 
 @dataclass(frozen=True)
 class PartitionSize:
-    """The sizes asked for; None: every natural client (or 10 clients), and all rows."""
+    """The requested number of clients and of rows for each.
+
+    Attributes:
+        num_clients: None: every natural client, or 10 clients if the data names none.
+        examples_per_client: None: all rows are dealt.
+    """
 
     num_clients: int | None = None
     examples_per_client: int | None = None
@@ -55,7 +60,7 @@ def apportion(weights: np.ndarray, total: int) -> np.ndarray:
     return counts
 
 
-def totals(available: int, ask: PartitionSize) -> tuple[int, int]:
+def client_and_row_count(available: int, ask: PartitionSize) -> tuple[int, int]:
     """Returns the number of clients, and of rows for all of them together.
 
     Raises:
@@ -113,9 +118,9 @@ def deal_counts(rows: list[Tensor], counts: np.ndarray) -> list[Tensor]:
 
 
 def fit_to_supply(mixes: np.ndarray, each: int, supply: np.ndarray) -> np.ndarray:
-    """Turns class mixes into numbers of rows that the supply allows.
+    """Turns class mixes into numbers of rows, without using more rows of a class than there are.
 
-    A class that has run out is replaced by others.
+    When a class has run out, the client gets more rows of the others.
 
     Args:
         mixes: [clients, classes]: shares of the classes that each client wants.

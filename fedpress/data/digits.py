@@ -24,7 +24,7 @@ def read_digits() -> SourceRows:
 # Reading the text file takes longer than training a small network for an epoch.
 @cache
 def _digits() -> tuple[Tensor, Tensor]:
-    # Slow to import, and needed here only.
+    # Imported here, because scikit-learn is slow to import and no other source needs it.
     from sklearn.datasets import load_digits
 
     pixels, labels = load_digits(return_X_y=True)

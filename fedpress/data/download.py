@@ -90,10 +90,10 @@ def _fetch_rest(url: str, part: Path, progress: Progress | None) -> None:
     try:
         response = urlopen(Request(url, headers=headers), timeout=TIMEOUT_SECONDS)
     except HTTPError as error:
-        # Range not satisfiable: no bytes are left. The checksum tells whether the file is right.
+        # "Range not satisfiable": `part` is already complete. The checksum will verify it.
         if error.code == 416:
             return
-        # Errors of the server may pass; those of the request will not.
+        # 5xx errors are often temporary, so another attempt makes sense; 4xx errors are not.
         if error.code >= 500:
             raise _BrokenOff(f"the server says {error.code} {error.reason}") from error
         raise DataError(

@@ -23,8 +23,8 @@ class TargetRows:
     Attributes:
         y: class numbers int64 [n], -1 if a label is none of `names`; or numbers float32 [n] or
             [n, k].
-        names: of the classes, or of the k numbers.
-        known: bool [n]: whether a row has a valid target; others are left out.
+        names: names of the classes, or of the k numbers.
+        known: bool [n]: whether a row has a valid target; rows without one are dropped.
     """
 
     y: Tensor
@@ -42,8 +42,8 @@ class InputRows:
     """The inputs of all rows.
 
     Attributes:
-        x: [n, ...].
-        left_out: bool [n]: whether a row cannot be used and is left out.
+        x: the inputs [n, ...].
+        left_out: bool [n]: whether a row cannot be used and is dropped.
         preparation: how the raw columns of a table became `x`; None for other sources.
     """
 
@@ -56,13 +56,13 @@ class InputRows:
 class SourceRows:
     """Rows for training, and for testing if the source has its own test set.
 
-    Private rows must not decide which classes and inputs there are, since these go into the model's
-    shape and files. So `targets` and `inputs` are functions, which are called when it is known
-    which rows are public.
+    Classes and inputs decide the shape of the model, which everybody sees, so only public rows may
+    decide them. Which rows are public is known only after the split. So `targets` and `inputs` are
+    functions that are called then.
 
     Attributes:
         name: of the source.
-        train: the rows to deal. If `targets` is given, `y` serves partitioners only.
+        train: the rows to split. If `targets` is given, `train.y` is used by partitioners only.
         class_names: one name per label, if the source decides them; else empty.
         test: the source's own test rows; None: some of `train` are set aside.
         owners: int64 [n]: natural client of each training row, as a position in `owner_names`; None
@@ -72,7 +72,7 @@ class SourceRows:
             they are `train.y` and `class_names`.
         inputs: maps the positions of the public rows to the inputs of all rows; None: they are
             `train.x`.
-        kind: of the targets: class numbers, 0 and 1 for each name, or numbers.
+        kind: kind of the targets: "classes", "flags" (0 or 1 for each name) or "numbers".
     """
 
     name: str

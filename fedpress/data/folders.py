@@ -1,4 +1,4 @@
-"""Own images in folders: `client/label/image.png`."""
+"""Reads own images from folders: `client/label/image.png`."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ ENDINGS = frozenset((".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", "
 def read_folders(settings: DataSettings, progress: Progress | None) -> SourceRows:
     """Returns uint8 images [n, C, H, W] in the order of their paths.
 
-    They are decoded later, when it is known which are public, since a public image decides on
-    channels and size. They are not copied into the cache folder: private images stay where their
-    owner put them.
+    They are decoded later, when it is known which are public: a public image decides the number of
+    channels and the size. Decoded images are never written to the cache folder, because they may be
+    private.
 
     Raises:
         DataError: if there are no images, or a client has none; on decoding, if one cannot be read.
@@ -54,7 +54,7 @@ def read_folders(settings: DataSettings, progress: Progress | None) -> SourceRow
     labels = sorted({file.parent.name for file in every})
 
     def where(number: int) -> str:
-        # The folder is the label of a private image, which an error must not tell.
+        # "*" hides the folder: it is the label of a private image, which no error may show.
         client = every[number].parent.parent
         return f"'{client / '*' / every[number].name}'"
 
@@ -93,5 +93,5 @@ def _folders(path: Path) -> list[Path]:
 
 
 def _is_hidden(path: Path) -> bool:
-    # Such as .DS_Store, which no user has made.
+    # Operating systems add such files to folders, for example .DS_Store.
     return path.name.startswith(".")

@@ -1,4 +1,4 @@
-"""Own data from a Python function, `source = "package.module:function"`."""
+"""Reads own data from a Python function, `source = "package.module:function"`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from fedpress import tasks
 from fedpress.core import own_modules
 from fedpress.core.examples import Arrays
-from fedpress.core.inputs import Inputs, NamedInputs, form_of, inputs_text, join, shape_text
+from fedpress.core.inputs import Inputs, NamedInputs, inputs_text, join, shape_text, signature_of
 from fedpress.data.classes import number_classes, rows_that_define_classes, with_other_class
 from fedpress.data.dataset import FederatedData
 from fedpress.data.examples import SourceRows, TargetRows
@@ -27,8 +27,8 @@ from fedpress.tasks.classification import IGNORED
 def call_function(settings: DataSettings, seed: int) -> FederatedData | SourceRows:
     """Calls the user's function, with `path` and `seed` if it takes them, and checks its result.
 
-    The function returns a `FederatedData`, which is used as it is, or a dictionary of client name
-    -> (x, y), whose rows are dealt as the settings say:
+    The function returns a `FederatedData`, which is used unchanged, or a dictionary from client
+    name to (x, y), whose rows are split as the settings say:
 
     - x is uint8 images [n, C, H, W], or numbers [n, ...], or a dictionary of such arrays by
       argument name of forward. In a dictionary integers (token ids, lengths) and booleans keep
@@ -45,7 +45,8 @@ def call_function(settings: DataSettings, seed: int) -> FederatedData | SourceRo
     known = {"path": settings.path, "seed": seed}
     try:
         taken = inspect.signature(function).parameters
-        found = function(**{name: value for name, value in known.items() if name in taken})
+        arguments = {name: value for name, value in known.items() if name in taken}
+        found = function(**arguments)
     # Our own errors have a place and a cure already.
     except FedpressError:
         raise
@@ -85,8 +86,10 @@ def _examples(settings: DataSettings, pairs: dict[str, Any], where: str) -> Sour
     x, labels = _concatenate(clients, where)
     sizes = torch.tensor([len(x) for x, _ in clients.values()])
     owners = torch.arange(len(clients)).repeat_interleave(sizes)
-    # Integers are classes, unless the recipe names a task of numbers, such as counts.
-    named = settings.task is not None and tasks.find(tasks.kind_of(settings.task)).targets
+    # Integers are classes, unless the recipe names a task that predicts numbers, such as "poisson".
+    named = None
+    if settings.task is not None:
+        named = tasks.find(tasks.kind_of(settings.task)).targets
     whole = labels.dtype.kind in "iu" and named == "numbers"
     rows = SourceRows(
         settings.source,
@@ -105,7 +108,7 @@ def _concatenate(
     clients: Mapping[str, tuple[Inputs, np.ndarray]], where: str
 ) -> tuple[Inputs, np.ndarray]:
     """Returns the inputs and targets of all clients, which must have the same shapes and types."""
-    forms = {form_of(x): inputs_text(x) for x, _ in clients.values()}
+    forms = {signature_of(x): inputs_text(x) for x, _ in clients.values()}
     if len(forms) > 1:
         raise DataError(
             f"clients' examples differ: {' and '.join(sorted(forms.values()))}",
@@ -124,7 +127,7 @@ def _concatenate(
 def _of_classes(
     settings: DataSettings, rows: SourceRows, labels: np.ndarray, where: str
 ) -> SourceRows:
-    """Makes examples whose targets are words or class numbers [n]."""
+    """Returns rows whose targets are words or class numbers [n]."""
     y, words = _numbered(labels, where)
 
     def targets(public: Tensor) -> TargetRows:
@@ -150,9 +153,9 @@ def _names_of_numbers(
 
 
 def _of_positions(settings: DataSettings, rows: SourceRows, y: Tensor, where: str) -> SourceRows:
-    """Makes examples whose targets are class numbers [n, ...], one for each position of an example.
+    """Returns rows with a class number for each position, such as a pixel or token: y [n, ...].
 
-    The label for partitioners is the most frequent class of an example.
+    Partitioners need one label a row: they get the most frequent class of the row.
     """
     counted = y != IGNORED
     if bool((y[counted] < 0).any()):
@@ -174,7 +177,7 @@ def _of_positions(settings: DataSettings, rows: SourceRows, y: Tensor, where: st
 def _of_numbers(
     settings: DataSettings, rows: SourceRows, found: np.ndarray, where: str
 ) -> SourceRows:
-    """Makes examples whose targets are numbers [n] or [n, k], or booleans of labels [n, k]."""
+    """Returns rows whose targets are numbers [n] or [n, k], or one boolean for each label [n, k]."""
     if found.ndim > 2:
         raise DataError(
             f"targets of shape {list(found.shape)}",
@@ -214,11 +217,11 @@ def _client(pair: Any, where: str) -> tuple[Inputs, np.ndarray]:
         x = _named(x, where)
     else:
         shape = str(list(x.shape))
-        # Bytes are images; other numbers are features or sequences.
+        # Bytes can only be images [n, C, H, W]; other numbers are features or sequences.
         fits = x.ndim == 4 or (x.ndim >= 2 and x.dtype != torch.uint8)
         if x.dtype != torch.uint8:
             x = x.to(torch.float32)
-    # Only class numbers of positions may have more than two dimensions.
+    # Only class numbers for each position, such as a mask, may have more than two dimensions.
     are_targets = y.ndim in (1, 2) or (y.ndim > 2 and y.dtype.kind in "iu")
     if fits and are_targets and len(x) != len(y):
         raise DataError(
@@ -252,7 +255,7 @@ def _arrays(pair: Any, where: str) -> tuple[Any, np.ndarray]:
         if isinstance(pair, tuple | list) and len(pair) != 2:
             got += f" of {len(pair)}"
         elif isinstance(pair, tuple | list):
-            got += f" of what makes no arrays ({error})"
+            got += f" that numpy cannot convert ({error})"
         raise DataError(f"expected a pair of arrays (x, y), got {got}", place=where) from error
 
 
@@ -268,7 +271,7 @@ def _in_our_type(t: Tensor) -> Tensor:
 def _named(x: Mapping[str, Tensor], where: str) -> NamedInputs:
     """Checks and converts several inputs: numbers, integers, booleans or uint8 images."""
     for name, t in x.items():
-        # Bytes of another shape may be images without a channel, or numbers: neither is sure.
+        # Bytes of another shape may be images without a channel dimension, or numbers: do not guess.
         if (t.dtype == torch.uint8 and t.ndim != 4) or t.is_complex():
             raise DataError(
                 f"'{name}' holds {t.dtype} of shape {list(t.shape)}",
@@ -282,9 +285,9 @@ def _named(x: Mapping[str, Tensor], where: str) -> NamedInputs:
 
 
 def _numbered(y: np.ndarray, where: str) -> tuple[Tensor, tuple[str, ...]]:
-    """Returns labels as int64 [n], and the words to which they are positions.
+    """Returns labels as int64 [n], and their names: ["ill", "well", "ill"] is [0, 1, 0] and both.
 
-    There are no words if the labels are class numbers already.
+    Labels that are class numbers already have no names.
     """
     if y.dtype.kind in "US":
         words, positions = np.unique(y, return_inverse=True)

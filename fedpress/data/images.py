@@ -30,7 +30,7 @@ FORMATS = (
     "ICO",
     "TGA",
 )
-"""Formats that pillow decodes itself. For others, such as EPS, it would start another program."""
+"""Formats that pillow decodes itself; for some others, such as EPS, it would start a program."""
 # Modes of pillow without colours.
 GREY = ("1", "L", "LA", "I;16")
 # Images between two calls of `progress`.
@@ -47,15 +47,14 @@ def decode(
 ) -> Tensor:
     """Decodes images to uint8 [n, C, H, W]; C is 1 if the image `like` is grey, else 3.
 
-    It uses one thread: pillow holds Python's lock while it decodes, so a second one does not help
-    (measured).
+    It uses one thread. A second one did not help when measured: pillow holds the GIL.
 
     Args:
         images: the content of each file, or its path.
         where: returns the name of image `i` in an error.
         size: height and width to resize to; None: all must have the same size.
-        like: position of the image that decides on channels and size. It should be a public one,
-            since the shape of the input must not tell anything about private images.
+        like: position of the image that decides the number of channels and the size. It should be
+            public, because everybody sees the input shape of the model.
         progress: called with the number of decoded images.
 
     Raises:
@@ -120,7 +119,7 @@ def _decode_one(
 def _opened(source: bytes | Path | None) -> Image.Image:
     """Reads the header of an image."""
     file = source if isinstance(source, Path) else io.BytesIO(source or b"")
-    # Pillow has a limit of its own for pixels, which it checks here; ours may be higher.
+    # Pillow would check its own limit for pixels here, and ours may be set higher.
     theirs = Image.MAX_IMAGE_PIXELS
     Image.MAX_IMAGE_PIXELS = None
     try:

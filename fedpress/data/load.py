@@ -31,7 +31,7 @@ def load(settings: DataSettings, seed: int, *, progress: Progress | None = None)
 
     Args:
         settings: the `[data]` table of the recipe.
-        seed: of every random choice.
+        seed: decides every random choice.
         progress: called as `progress(what, done, total)` during downloads and decoding.
 
     Raises:
@@ -45,7 +45,7 @@ def load(settings: DataSettings, seed: int, *, progress: Progress | None = None)
         return found
     # After the split, since balanced weights come from the public examples only.
     task = found.task.weighted(settings.class_weights, found.public.y)
-    # Made of public counts, or given in the recipe: neither says anything about a private row.
+    # They may be logged: they come from public counts or the recipe, not from private rows.
     shown = ", ".join(f"{weight:.3g}" for weight in task.class_weights)
     log.info("class weights %s", shown)
     return replace(found, task=task)
@@ -62,7 +62,7 @@ def _read(settings: DataSettings, seed: int, progress: Progress | None) -> Feder
 
 
 def _at_size(examples: SourceRows, side: int | None) -> SourceRows:
-    """Resizes images that are decoded already to `side` pixels; None: leaves them as they are."""
+    """Resizes images that are already decoded to `side` pixels; None: does not resize."""
     if side is None:
         return examples
     test = examples.test and _resized(examples.test, side)
@@ -73,7 +73,7 @@ def _resized(arrays: Arrays, side: int) -> Arrays:
     """Returns images at `side` pixels, and other examples as they are.
 
     Raises:
-        DataError: if an example has several inputs: which of them are images is not known.
+        DataError: if an example has several inputs, because it is not known which are images.
     """
     if isinstance(arrays.x, NamedInputs):
         raise DataError(

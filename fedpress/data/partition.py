@@ -1,4 +1,4 @@
-"""Partitioners: they deal rows to clients. Each is one settings object with a function `deal`."""
+"""Partitioners: settings objects whose method `deal` assigns rows to clients."""
 
 from __future__ import annotations
 
@@ -15,29 +15,29 @@ from fedpress.data.dealing import (
     Pool,
     apportion,
     by_client_name,
+    client_and_row_count,
     deal_counts,
     fill_empty_clients,
     fit_to_supply,
     numpy_generator,
     rows_by_class,
-    totals,
 )
 from fedpress.errors import DataError, SettingError, suggestion
 
 
 class _Settings(BaseModel, frozen=True, extra="forbid"):
-    # Whether the rows that no client holds become the public part by default.
+    # Whether rows that are dealt to no client become the public part, if the recipe declares none.
     rest_is_public: ClassVar[bool] = True
 
 
 class Iid(_Settings, frozen=True):
-    """Every client holds a random sample of the same size, up to one row."""
+    """Random samples of equal size; sizes differ by one row at most."""
 
     kind: Literal["iid"] = "iid"
 
     def deal(self, pool: Pool, ask: PartitionSize, chance: RandomSource) -> dict[str, Tensor]:
         """Returns row positions by client."""
-        clients, total = totals(len(pool.labels), ask)
+        clients, total = client_and_row_count(len(pool.labels), ask)
         rows = chance.permutation(len(pool.labels))[:total]
         return by_client_name(rows.tensor_split(clients))
 
@@ -45,7 +45,7 @@ class Iid(_Settings, frozen=True):
 class Quantity(_Settings, frozen=True):
     """Random samples of unequal sizes: the i-th largest is proportional to `i ** -skew`.
 
-    `examples_per_client` is then the mean size. A skew of 0 is iid, and 1 is Zipf's law.
+    `examples_per_client` is the mean size. A skew of 0 is iid; a skew of 1 follows Zipf's law.
     """
 
     kind: Literal["quantity"] = "quantity"
@@ -58,11 +58,11 @@ class Quantity(_Settings, frozen=True):
 
     def deal(self, pool: Pool, ask: PartitionSize, chance: RandomSource) -> dict[str, Tensor]:
         """Returns row positions by client."""
-        clients, total = totals(len(pool.labels), ask)
+        clients, total = client_and_row_count(len(pool.labels), ask)
         weights = np.arange(1, clients + 1, dtype=np.float64) ** -self.skew
         # Shuffled, so that the first client is not always the largest.
         shuffled = weights[chance.permutation(clients).numpy()]
-        # One row for everybody first: no client may be empty.
+        # Each client first gets one row, because an empty client cannot take part.
         sizes = 1 + apportion(shuffled, total - clients)
         rows = chance.permutation(len(pool.labels))[:total]
         return by_client_name(rows.split(sizes.tolist()))
@@ -73,8 +73,8 @@ class Dirichlet(_Settings, frozen=True):
 
     With `examples_per_client`, each client draws its own mix of classes and holds exactly that many
     rows (Hsu et al. 2019, "Measuring the effects of non-identical data distribution", section 3).
-    Without it, each class draws the shares of its rows that the clients get, so that sizes differ
-    too (Yurochkin et al. 2019, section 4).
+    Without it, the rows of each class are divided among the clients by shares drawn for that class,
+    so that the clients' sizes differ too (Yurochkin et al. 2019, section 4).
     """
 
     kind: Literal["dirichlet"] = "dirichlet"
@@ -88,7 +88,7 @@ class Dirichlet(_Settings, frozen=True):
 
     def deal(self, pool: Pool, ask: PartitionSize, chance: RandomSource) -> dict[str, Tensor]:
         """Returns row positions by client."""
-        clients, _ = totals(len(pool.labels), ask)
+        clients, _ = client_and_row_count(len(pool.labels), ask)
         rng = numpy_generator(chance)
         rows = rows_by_class(pool.labels, chance)
         if ask.examples_per_client is None:
@@ -106,7 +106,7 @@ class Dirichlet(_Settings, frozen=True):
 
 
 class Shards(_Settings, frozen=True):
-    """Every client holds `classes_per_client` classes; a class is dealt evenly to its holders.
+    """Every client has rows of `classes_per_client` classes; clients share a class evenly.
 
     It follows McMahan et al. 2017, section 3 ("pathological non-iid"), but no shard spans two
     classes.
@@ -117,7 +117,7 @@ class Shards(_Settings, frozen=True):
 
     def deal(self, pool: Pool, ask: PartitionSize, chance: RandomSource) -> dict[str, Tensor]:
         """Returns row positions by client."""
-        clients, _ = totals(len(pool.labels), ask)
+        clients, _ = client_and_row_count(len(pool.labels), ask)
         rows = rows_by_class(pool.labels, chance)
         holds = self._choose_classes(clients, len(rows), chance)
         supply = np.array([len(group) for group in rows])
@@ -137,8 +137,8 @@ class Shards(_Settings, frozen=True):
                 counts[holds[:, label], label] = apportion(holders, supply[label])
         else:
             for client in range(clients):
-                held = np.ones(holds[client].sum())
-                counts[client, holds[client]] = apportion(held, ask.examples_per_client)
+                own_classes = np.ones(holds[client].sum())
+                counts[client, holds[client]] = apportion(own_classes, ask.examples_per_client)
         self._check(counts, holds, supply)
         return by_client_name(deal_counts(rows, counts))
 
@@ -192,7 +192,8 @@ class Natural(_Settings, frozen=True):
     """Every client is one natural client of the data: a person, a hospital, a folder.
 
     `num_clients` chooses that many of them at random, and `examples_per_client` keeps at most that
-    many rows of each. Other rows are not used: they belong to somebody, so they stay private.
+    many rows of each. Other rows are not used. They must not become public, because they belong to
+    a natural client.
     """
 
     kind: Literal["natural"] = "natural"

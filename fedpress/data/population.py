@@ -1,4 +1,4 @@
-"""What is public about the clients of a run: names, numbers of examples and signing keys."""
+"""The public facts about the clients of a run: names, numbers of examples and signing keys."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ class Population:
     """All clients that can be sampled, and what is public about them.
 
     Attributes:
-        names: of all clients, always in the same order.
-        examples: number of examples of each. None if whole clients are protected: then these
-            numbers are private too.
+        names: names of all clients, in an order that never changes.
+        examples: number of examples of each client; None if whole clients are protected, because
+            the number is then private.
         identities: public signing key of each client (Ed25519, 32 bytes); empty unless sums are
             secure.
 
@@ -97,7 +97,7 @@ class Population:
 
     @classmethod
     def from_json(cls, text: str) -> Population:
-        """Reads what `to_json` has returned; the text may come from anybody.
+        """Reads the text of `to_json`; it is checked, since it comes over the network.
 
         Raises:
             DataError: if it is no such text.
@@ -105,7 +105,7 @@ class Population:
         try:
             table: dict[str, Any] = json.loads(text)
             names, counts, keys = table["names"], table["examples"], table["identities"]
-            # `type` instead of isinstance: true is no number of examples.
+            # `type` instead of isinstance, because `True` is an int for isinstance.
             if not all(type(name) is str for name in names):
                 raise TypeError("names")
             if counts is not None and not all(type(count) is int for count in counts):

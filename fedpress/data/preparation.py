@@ -25,14 +25,13 @@ class InputColumn:
 
     Attributes:
         name: of the column.
-        kind: "number"; "truth": true is 1, false is 0; or "words": one-hot, with an input for each
-            word.
-        words: the words in the order of their inputs, with "other" among them if unknown words
-            have an input.
-        unknown: how a word that is not listed is treated: 0 in all inputs, as the word "other", or
-            refused.
-        fill: for each input the value of a missing cell, before standardisation; empty: missing
-            cells are refused.
+        kind: "number"; "truth" (true is 1, false is 0); or "words" (one-hot, one input a word).
+        words: the words in the order of their inputs. They include "other" if unknown words have
+            an input of their own.
+        unknown: what happens to a word that is not listed: "zeros" in all inputs, "other" (the
+            input of that name), or "refused" with an error.
+        fill: the value of each input where the cell is missing, before standardisation. Empty: a
+            missing cell is an error.
     """
 
     name: str
@@ -51,8 +50,7 @@ class InputColumn:
 class Preparation:
     """The columns of a table in the order of their inputs, and the standardisation.
 
-    It goes out with files for devices, so it holds only what was declared or learned from public
-    rows.
+    It is saved beside exported files, so it has only what was declared or learned from public rows.
 
     Attributes:
         columns: in the order of the inputs.

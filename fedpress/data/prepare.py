@@ -1,4 +1,4 @@
-"""`prepare`: turns raw rows of a table into the input of a network, as training did."""
+"""Turns raw rows of a table into the input of a network, in the same way as for training."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fedpress.core.examples import Preprocess
-from fedpress.data import columns
+from fedpress.data import columns, features
 from fedpress.data.columns import Column
 from fedpress.data.preparation import InputColumn, Preparation
 from fedpress.errors import DataError
@@ -66,7 +66,7 @@ def _block(cells: list[Any], column: InputColumn, preparation: Preparation) -> n
     """Returns the inputs of one column, float32 [n, k], with missing cells filled."""
     if column.kind == "words":
         words = _words(cells, column.name)
-        block, unknown = columns.one_hot_block(words, column.words, column.unknown)
+        block, unknown = features.one_hot_block(words, column.words, column.unknown)
         if column.unknown == "refused" and unknown.any():
             raise DataError(
                 f"column '{column.name}' has a word that is not on its list",
@@ -79,8 +79,8 @@ def _block(cells: list[Any], column: InputColumn, preparation: Preparation) -> n
     if gaps.any() and not column.fill:
         raise DataError(
             (
-                f"column '{column.name}' has no value of its kind ({column.kind}), and nothing "
-                "is known that fills the gap"
+                f"column '{column.name}' has no value of its kind ({column.kind}), and the "
+                "training did not fill such cells"
             ),
             place=f"row {int(gaps.any(1).argmax())}",
             cure="fill it, or leave the row out",
@@ -113,7 +113,7 @@ def _numbers(cells: list[Any], column: InputColumn, decimal: str) -> np.ndarray:
     values = pa.chunked_array([pa.array(texts, pa.string())])
     kind = pa.bool_() if column.kind == "truth" else pa.float64()
     typed = Column(column.name, values, text=True, decimal=decimal).cast(kind)
-    block = columns.number_block(typed, column.name)
+    block = features.number_block(typed, column.name)
     for at, cell in enumerate(cells):
         if cell is None or isinstance(cell, str):
             continue

@@ -28,7 +28,7 @@ def _known_source(source: object) -> object:
 
 def _known_encoding(name: str) -> str:
     try:
-        # Only this shows whether Python knows it: encodings have many spellings.
+        # Encodings have many spellings ("utf8", "UTF-8"): only using one shows if Python knows it.
         "".encode(name)
     except (LookupError, ValueError) as error:
         raise SettingError(
@@ -45,7 +45,7 @@ def _known_task(given: str | dict[str, JsonValue]) -> str | dict[str, JsonValue]
     return given
 
 
-def _at_home(path: Path) -> Path:
+def _with_home(path: Path) -> Path:
     try:
         return path.expanduser()
     except RuntimeError as error:
@@ -56,7 +56,7 @@ def _at_home(path: Path) -> Path:
 
 def _as_words(values: object) -> object:
     """Turns integers and booleans into words, so that `classes = [0, 1]` needs no quotes."""
-    # Of another type: pydantic says what is wrong.
+    # Not a list: left to pydantic, whose own error says what was expected.
     if not isinstance(values, list | tuple):
         return values
     return [str(value) if isinstance(value, int) else value for value in values]
@@ -93,7 +93,7 @@ class DataSettings(BaseModel, frozen=True, extra="forbid"):
         description="digits, cifar10, csv, parquet, folders (client/label/image), or "
         "package.module:function"
     )
-    path: Annotated[Path, AfterValidator(_at_home)] | None = Field(
+    path: Annotated[Path, AfterValidator(_with_home)] | None = Field(
         None,
         description="file or folder; a name with * stands for several files; without it cifar10 is "
         "downloaded",
@@ -237,12 +237,12 @@ class DataSettings(BaseModel, frozen=True, extra="forbid"):
                 place="test_clients",
                 cure="leave it in one of the two",
             )
-        # The numbers would be cut into two cells.
+        # "3,5" would be read as two cells.
         if self.decimal == self.delimiter:
             raise SettingError(
                 f"delimiter is '{self.delimiter}', too",
                 place="decimal",
-                cure=("give ", Argument("delimiter", ";"), " or what stands between the columns"),
+                cure=("give ", Argument("delimiter", ";"), " or what separates the columns"),
             )
         if self.path is None and self.source in ("csv", "parquet", "folders"):
             raise SettingError(
@@ -256,7 +256,7 @@ class DataSettings(BaseModel, frozen=True, extra="forbid"):
     def _classes_fit(self) -> Self:
         if self.classes is not None and len(self.classes) < 2:
             raise SettingError(
-                "a single class leaves nothing to tell apart",
+                "a classification needs at least two classes, got one",
                 place="classes",
                 cure="list at least two",
             )

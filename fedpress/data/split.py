@@ -22,7 +22,7 @@ from fedpress.tasks import Task
 
 
 def split_rows(examples: SourceRows, settings: DataSettings, seed: int) -> FederatedData:
-    """Splits the rows as `DataSettings` says; the same seed gives the same rows to the same client.
+    """Splits the rows as `DataSettings` says; equal seeds give equal splits.
 
     Raises:
         DataError: if there are too few rows for the sizes asked for.
@@ -43,7 +43,7 @@ def split_rows(examples: SourceRows, settings: DataSettings, seed: int) -> Feder
     )
     ask = PartitionSize(settings.num_clients, settings.examples_per_client)
     dealt = partition.deal(pool, ask, public_stream(seed, "data", "clients"))
-    # With neither public setting the rows that no client holds are public.
+    # Without public_share and public_clients, the rows that are dealt to no client are public.
     if settings.public_share is None and not settings.public_clients and partition.rest_is_public:
         public = _without(rows, torch.cat(list(dealt.values())))
     validation, public = _validation(public, settings, seed)
@@ -156,8 +156,8 @@ def _without(rows: Tensor, positions: Tensor) -> Tensor:
 def _assemble(examples: SourceRows, settings: DataSettings, parts: Parts) -> FederatedData:
     """Computes targets and inputs, which depend on the public rows, and collects all parts."""
     found = _targets(examples, settings, torch.cat([parts.public, parts.validation]))
-    # Validation rows are public too, but nothing of the inputs is learned from them: validation
-    # must treat them like rows that are new.
+    # Validation rows are public too, but must not be used to fit the inputs (means, words): the
+    # validation has to show how well the model does on new rows.
     if examples.inputs is None:
         inputs = InputRows(examples.train.x, torch.zeros(len(examples.train), dtype=torch.bool))
     else:
@@ -167,7 +167,7 @@ def _assemble(examples: SourceRows, settings: DataSettings, parts: Parts) -> Fed
     left_out: dict[str, int] = {}
 
     def part(name: str, rows: Arrays | Tensor) -> Arrays:
-        # The source's own test set is complete.
+        # The source's own test set has no rows to drop.
         if isinstance(rows, Arrays):
             return rows
         kept = rows[usable[rows]]

@@ -1,4 +1,4 @@
-"""Own data in CSV or parquet: a row per example, label columns, and maybe a client column."""
+"""Reads own data from CSV or parquet files: rows with label, feature and client columns."""
 
 from __future__ import annotations
 
@@ -14,21 +14,19 @@ from pyarrow import types
 from torch import Tensor
 
 from fedpress.core.examples import Arrays
-from fedpress.data import columns, csv, images
+from fedpress.data import columns, csv, features, images
 from fedpress.data.columns import Column
 from fedpress.data.examples import InputRows, Progress, SourceRows
 from fedpress.data.settings import DataSettings
 from fedpress.data.targets import READERS, targets_of
 from fedpress.errors import DataError, suggestion
 
-# The client column that stands for the name of the file.
+# With `client_column = "file"` each file is a client, named by the file.
 FILE = "file"
 
 
 def read_tables(settings: DataSettings, progress: Progress | None) -> SourceRows:
-    """Returns the rows of all files.
-
-    Features and targets are computed later, when it is known which rows are public.
+    """Returns the rows of all files; features and targets are computed after the split.
 
     Raises:
         DataError: if a file is missing or corrupt, or a column is missing or of the wrong type.
@@ -56,7 +54,7 @@ def read_tables(settings: DataSettings, progress: Progress | None) -> SourceRows
         column = Column.of(table, settings.client_column, settings).typed()
         owners, owner_names = columns.class_codes(column, settings.client_column, "client")
     name = files[0].stem if len(files) == 1 else files[0].parent.name
-    # In place of inputs the positions of the rows, which are the same before inputs are known.
+    # The inputs are not known yet, so the row numbers take their place.
     rows = Arrays(torch.arange(len(y))[:, None], y)
     found = SourceRows(
         name, rows, owners=owners, owner_names=owner_names, targets=targets.targets, kind=kind
@@ -68,10 +66,10 @@ def read_tables(settings: DataSettings, progress: Progress | None) -> SourceRows
         )
     if settings.missing == "error":
         _refuse_gaps(table, names)
-    features = columns.FeatureColumns(
+    inputs_of = features.FeatureColumns(
         tuple(Column.of(table, name, settings) for name in names), settings
     )
-    return replace(found, inputs=features.inputs)
+    return replace(found, inputs=inputs_of.inputs)
 
 
 def find(path: Path, kind: str) -> list[Path]:
@@ -132,7 +130,7 @@ def _concatenate(tables: list[Any], files: list[Path]) -> Any:
                 place=f"'{file}'",
                 cure="give each a name of its own",
             )
-    # Permissive: one file may have whole numbers where another has decimals.
+    # "permissive": one file may have integers where another has decimals.
     try:
         return pa.concat_tables(tables, promote_options="permissive")
     except pa.ArrowException as error:

@@ -1,8 +1,8 @@
-"""Reads the label columns of a table, with one class for each kind of targets.
+"""Reads the label columns of a table; each kind of targets has its own reader.
 
-Partitioners such as `dirichlet` need a label for each row. For numbers that is the tenth of the
-sorted values in which a row is, so some clients get mostly high values and others low ones. For
-several labels it is the combination of labels that a row has.
+Partitioners such as `dirichlet` need one label for each row. For numbers it is the decile of the
+row's value, so that some clients get mostly high values and others low ones. For several labels it
+is the row's combination of labels.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from fedpress.data.settings import DataSettings
 from fedpress.errors import DataError
 from fedpress.tasks.base import Targets
 
-GROUPS = 10
+GROUPS = 10  # deciles
 
 
 class TargetReader(Protocol):
@@ -45,9 +45,9 @@ def targets_of(settings: DataSettings) -> Targets:
 
 
 def partition_labels_of_numbers(values: Tensor) -> Tensor:
-    """Returns int64 [n]: the tenth, 0 to 9, in which the number of each row is.
+    """Returns int64 [n]: the decile of each row's number, from 0 to 9.
 
-    Of several numbers [n, k] the first counts.
+    If a row has several numbers, the first is used.
 
     >>> partition_labels_of_numbers(torch.arange(20.0)).bincount().tolist()
     [2, 2, 2, 2, 2, 2, 2, 2, 2, 2]
@@ -73,7 +73,7 @@ class NumberColumns:
     settings: DataSettings
 
     def partition_labels(self) -> Tensor:
-        """Returns int64 [n]: the tenth in which the value of the first column is.
+        """Returns int64 [n]: the decile of each row's value in the first column, from 0 to 9.
 
         Raises:
             DataError: if a value is missing.
@@ -91,7 +91,7 @@ class NumberColumns:
         y = torch.from_numpy(np.stack([_as_numbers(column) for column in self.columns], 1))
         known = y.isfinite().all(1)
         for at, column in enumerate(self.columns):
-            # Of public rows an error may tell; private rows without a number are left out.
+            # An error may describe public rows. Private rows without a number are silently dropped.
             if not bool(y[public, at].isfinite().all()):
                 raise DataError(
                     "some public rows hold no finite number",
@@ -133,7 +133,7 @@ class FlagColumns:
             DataError: if a public row holds another value.
         """
         y = torch.from_numpy(np.stack([_as_numbers(column) for column in self.columns], 1))
-        # NaN is neither, so a row with a missing label does not fit.
+        # A missing label is NaN, which equals neither, so its row is dropped.
         fits = (y == 0) | (y == 1)
         for at, column in enumerate(self.columns):
             if not bool(fits[public, at].all()):
@@ -151,7 +151,7 @@ def _as_numbers(column: Column) -> np.ndarray:
     if column.text:
         values = column.cast(pa.float64())
         truth = column.cast(pa.bool_())
-        # More cells are "true" or "false" than numbers.
+        # More cells read as "true" or "false" than as numbers: the column holds booleans.
         if truth.null_count < values.null_count:
             values = truth
     if types.is_boolean(values.type):

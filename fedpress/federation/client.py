@@ -237,7 +237,7 @@ class Client:
         # Saving under an older round deletes the states of later rounds, which were not used.
         if int(latest[TASK]) != counted:
             self.memory.save(counted, state)
-        return parameters.part_of(state, STATE)
+        return parameters.tensors_under(state, STATE)
 
     def _secure(self, member: SecAggClient, message: Message) -> Message:
         answer = answer_secure(member, message)

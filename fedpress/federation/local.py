@@ -14,7 +14,7 @@ from fedpress.codecs import Key
 from fedpress.core import parameters
 from fedpress.core.canonical import JSON
 from fedpress.core.examples import Arrays
-from fedpress.core.inputs import Inputs, parts_of
+from fedpress.core.inputs import Inputs, tensors_by_name
 from fedpress.core.parameters import trainable
 from fedpress.core.random_source import RandomSource
 from fedpress.errors import Argument, DivergedError, RecipeError, TrainingError
@@ -340,7 +340,7 @@ def _forget_(params: list[nn.Parameter]) -> None:
 def _diverged(work: LocalWork, index: Tensor, steps: int) -> DivergedError:
     """Returns the error of an infinite loss, due to the examples at `index` or the rate."""
     # Only the batch of this step: to look through all examples could take long.
-    batch = parts_of(work.arrays.x[index])
+    batch = tensors_by_name(work.arrays.x[index])
     broken = not all(bool(torch.isfinite(part).all()) for part in batch.values())
     data = ", or rather mend the examples: they hold NaN or infinite values" if broken else ""
     settings = too_large(work.plan.settings, work.lr, penalties=work.plan.penalties)

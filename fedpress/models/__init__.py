@@ -1,15 +1,9 @@
 """Architectures, and models saved as a spec (JSON) and tensors (safetensors)."""
 
 from fedpress.models.norms import freeze_batch_norm_
-from fedpress.models.spec import (
-    ARCHITECTURES,
-    ModelSpec,
-    load_model,
-    resize_,
-    save_model,
-    shapes_that_differ,
-    what_pruning_changed,
-)
+from fedpress.models.pruned import resize_, shapes_that_differ, what_pruning_changed
+from fedpress.models.saved import load_model, save_model
+from fedpress.models.spec import ARCHITECTURES, ModelSpec
 
 __all__ = [
     "ARCHITECTURES",

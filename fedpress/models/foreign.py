@@ -1,7 +1,7 @@
-"""Recognises files of other programs that are given as a model, and says how to use them here.
+"""Recognises files of other programs, such as ONNX, that are given as a model.
 
-A file is recognised by its first bytes and its table of contents. Nothing is unpickled, since a
-pickle may run any code.
+A file is recognised by its first bytes, or by the list of files in an archive. Nothing is
+unpickled, because a pickle may run any code.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from typing import IO, NamedTuple
 
 from fedpress.errors import Argument, Shell, Words
 
-# Bytes from the start of a file that are looked at.
+# Number of bytes at the start of a file by which it is recognised.
 HEAD = 4096
-# Bytes of a pickle that are looked at: a state dict of 100,000 tensors has fewer.
+# Number of bytes of a pickle that are scanned. A state dict of 100,000 tensors has fewer.
 LONGEST_PICKLE = 1 << 24
 FORMAT = b"fedpress packed model"
 # The number at the beginning of files that torch.save wrote before version 1.6.
@@ -49,8 +49,8 @@ EXPORTED = (
 )
 BUILD = ("write a function that returns the network as a torch.nn.Module, and give ", BUILDER)
 BUILD_AGAIN = ("build it in PyTorch: ", *BUILD)
-Found = tuple[str, Words]
-"""What a file is, and how its model can be used here."""
+Finding = tuple[str, Words]
+"""What a file is, such as "an ONNX file", and how its model can be used here."""
 
 
 class Foreign(NamedTuple):
@@ -66,21 +66,22 @@ class Foreign(NamedTuple):
 
 
 def identify(path: Path) -> Foreign | None:
-    """Says what a file or folder of another program is, and how its model can be used here.
+    """Recognises a file or folder of another program.
 
     Returns:
-        None if it may be one of fedpress, or does not exist.
+        What it is, and how its model can be used here. None if it may be a file of fedpress, or
+        does not exist.
 
     >>> identify(Path("no-such-file")) is None
     True
     """
-    found: Found | None = None
+    found: Finding | None = None
     try:
         if path.is_dir():
             found = _folder(path)
         elif path.is_file():
             found = _file(path)
-    # A file that cannot be looked at is left to its reader, which tells the reason.
+    # A file that cannot be opened: whoever reads it will report the reason.
     except (OSError, ValueError, RuntimeError, zipfile.BadZipFile):
         return None
     if found is None:
@@ -98,7 +99,7 @@ def _with_path(part: str | Argument | Shell, path: str) -> str | Argument | Shel
     return part
 
 
-def _file(path: Path) -> Found | None:
+def _file(path: Path) -> Finding | None:
     with open(path, "rb") as file:
         head = file.read(HEAD)
     if not head:
@@ -119,7 +120,7 @@ def _file(path: Path) -> Found | None:
     suffix = path.suffix.lower()
     if suffix in BY_SUFFIX:
         return BY_SUFFIX[suffix]
-    # A damaged file of a kind that fedpress reads: its reader tells what is damaged.
+    # A damaged file of a kind that fedpress reads: its reader will report what is damaged.
     if suffix == ".safetensors" or FORMAT in head:
         return None
     if path.name == "spec.json":
@@ -207,7 +208,7 @@ BY_HEAD: tuple[tuple[Callable[[bytes], bool], str, Words], ...] = (
 )
 """Test of the first bytes, what such a file is, and how its model can be used here."""
 
-BY_SUFFIX: dict[str, Found] = {
+BY_SUFFIX: dict[str, Finding] = {
     ".onnx": ("an ONNX file", EXPORTED),
     ".tflite": ("a LiteRT (TensorFlow Lite) file, and damaged", EXPORTED),
     ".pb": ("a TensorFlow graph", BUILD_AGAIN),
@@ -221,7 +222,7 @@ BY_SUFFIX: dict[str, Found] = {
 PROGRAM_FILES = {"archive_format", "models/model.json", "serialized_exported_program.json"}
 
 
-def _zip(path: Path) -> Found:
+def _zip(path: Path) -> Finding:
     with zipfile.ZipFile(path) as archive:
         names = archive.namelist()
         # torch.save puts all files into one folder, whose name may be any.
@@ -246,11 +247,12 @@ def _zip(path: Path) -> Found:
             return _by_classes(_classes_in(file))
 
 
-def _pickle(path: Path) -> Found:
+def _pickle(path: Path) -> Finding:
     with open(path, "rb") as file:
         numbers = [argument for _, argument, _ in _operations(file)]
         if LEGACY_MAGIC in numbers:
-            # Pickles of the protocol version and of the machine come before that of the object.
+            # The file has four pickles: the magic number, the protocol version, facts about the
+            # machine, and the object. The first was read above; two more are skipped.
             for _ in range(2):
                 for _ in _operations(file):
                     pass
@@ -277,7 +279,7 @@ def _own_classes(names: set[str]) -> list[str]:
     return sorted(own, key=lambda name: (name.startswith("torch."), name))
 
 
-def _by_classes(names: set[str]) -> Found:
+def _by_classes(names: set[str]) -> Finding:
     own = _own_classes(names)
     if not own:
         return "a state dict, or a checkpoint that holds one", WEIGHTS
@@ -294,8 +296,9 @@ def _by_classes(names: set[str]) -> Found:
 def _classes_in(file: IO[bytes]) -> set[str]:
     """Returns `module name` of every class and function in the next pickle, without loading them.
 
-    A pickle is a program for a stack machine. GLOBAL holds both names; STACK_GLOBAL takes the last
-    two strings, which may come from the memo.
+    A pickle is a program for a stack machine. GLOBAL has module and name as its argument;
+    STACK_GLOBAL takes them from the stack, where the last two strings were put, perhaps from the
+    memo.
     """
     found: set[str] = set()
     words: list[str] = []
@@ -321,7 +324,7 @@ def _operations(file: IO[bytes]) -> Iterator[tuple[str, object, int]]:
         yield operation.name, argument, position or 0
 
 
-def _folder(path: Path) -> Found | None:
+def _folder(path: Path) -> Finding | None:
     names = {entry.name for entry in path.iterdir()}
     if not names:
         return "an empty folder", "give the folder of a model or of a run, or a packed file"
@@ -346,7 +349,7 @@ def _folder(path: Path) -> Found | None:
     return None
 
 
-def _hub(path: Path, weights: str) -> Found:
+def _hub(path: Path, weights: str) -> Finding:
     """Describes a folder of the Hugging Face hub; its config.json names the class of the model."""
     try:
         config = json.loads((path / "config.json").read_text("utf-8"))
@@ -354,7 +357,8 @@ def _hub(path: Path, weights: str) -> Found:
         kind = str(kinds[0]) if isinstance(kinds, list) else "AutoModel"
     except (ValueError, AttributeError, IndexError, RecursionError):
         kind = "AutoModel"
-    # The name comes from the file, and stands in a line that the user is told to write.
+    # The name comes from the file and is shown as code for the user to run, so it must be a plain
+    # identifier.
     if not kind.isidentifier():
         kind = "AutoModel"
     call = f"transformers.{kind}.from_pretrained('{path}')"

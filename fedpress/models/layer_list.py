@@ -1,7 +1,7 @@
 """Describes a network of torch.nn layers as JSON, so that its file needs no code of the user.
 
-A layer's forward and that of `nn.Sequential` are known, so a network is a layer, or layers in
-nested sequences.
+Such a network is a layer, or an `nn.Sequential` of layers and sequences. Other containers have a
+forward of their own, which JSON cannot describe.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def build(layers: dict[str, dict[str, JsonValue]]) -> nn.Module:
     for name, about in layers.items():
         if not name:
             continue
-        # Torch walks nested modules recursively: too deep a nesting would end the process.
+        # torch visits nested modules recursively: too deep a nesting would crash the process.
         limits.check("depth", name.count(".") + 1, f"layers['{name[:40]}']")
         parent_name, _, last = name.rpartition(".")
         try:
@@ -84,9 +84,9 @@ def build(layers: dict[str, dict[str, JsonValue]]) -> nn.Module:
             parent = None
         if not isinstance(parent, nn.Sequential):
             raise ModelError(
-                f"'{name}' has no sequence above it",
+                f"'{name}' is not inside of a Sequential",
                 place="layers",
-                cure="list that before it",
+                cure="list the Sequential that contains it first",
             )
         parent.add_module(last, _layer(name, about))
     return root
@@ -111,11 +111,11 @@ def _layer(name: str, about: dict[str, JsonValue]) -> nn.Module:
     for key in arguments:
         if key in DEVICE_ARGUMENTS:
             raise ModelError(
-                f"'{key}' is nothing that a file may say",
+                f"'{key}' may not be set by a file",
                 place=place,
                 cure="a network is built in float32 on the CPU",
             )
-    # To make a recurrent layer torch takes time in the square of its number of layers.
+    # The time that torch needs to build a recurrent layer grows with the square of num_layers.
     num_layers = arguments.get("num_layers")
     if isinstance(num_layers, int):
         limits.check("recurrent", num_layers, f"{place}.num_layers")
@@ -139,13 +139,13 @@ def _tuples(value: Any) -> Any:
 
 
 def describe(model: nn.Module) -> dict[str, JsonValue] | None:
-    """Returns the arguments of `build` that make this network; None if it has other layers.
+    """Returns the arguments of `build` for this network; None if `build` cannot make it.
 
-    The network is built from them and compared: same classes, same names and shapes of tensors, and
-    same `repr`, which shows the arguments of a layer.
+    To be sure, a network is built from them and compared: classes, names and shapes of tensors, and
+    `repr`, which shows the arguments of each layer.
     """
     layers: dict[str, JsonValue] = {}
-    # A layer or parameter that is used twice would become two independent ones.
+    # A layer or parameter that is used twice would be built as two independent ones.
     modules = list(model.named_modules(remove_duplicate=False))
     if len({id(module) for _, module in modules}) != len(modules):
         return None
@@ -158,10 +158,10 @@ def describe(model: nn.Module) -> dict[str, JsonValue] | None:
             return None
         layers[name] = about
     try:
-        again = build(layers)  # type: ignore[arg-type]
+        rebuilt = build(layers)  # type: ignore[arg-type]
     except ModelError:
         return None
-    same = repr(again) == repr(model) and _tensors(again) == _tensors(model)
+    same = repr(rebuilt) == repr(model) and _tensors(rebuilt) == _tensors(model)
     return {"layers": layers} if same else None
 
 
@@ -170,9 +170,9 @@ def _tensors(model: nn.Module) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]
 
 
 def _described(module: nn.Module) -> dict[str, JsonValue] | None:
-    """Returns class and arguments of one module; None if they do not say all that it computes."""
+    """Returns class and arguments of one module; None if they do not define what it computes."""
     kind = type(module)
-    # Hooks, and a forward set on the object, change what the layer computes.
+    # Hooks, and a `forward` that was set on the object, change what the layer computes.
     if any(getattr(module, hooks, None) for hooks in HOOKS) or "forward" in vars(module):
         return None
     if kind is nn.Sequential:
@@ -215,13 +215,13 @@ def _argument_of(module: nn.Module, name: str, default: Any) -> Any:
     if isinstance(value, Tensor):
         return NotImplemented
     if value is NotImplemented:
-        # Some arguments matter only while a layer is made (`_weight`, `init`) and are not kept.
+        # Arguments such as `_weight` only set initial values, and are not kept as attributes.
         return default if default is not inspect.Parameter.empty else NotImplemented
     return value
 
 
 def as_json(value: Any) -> Any:
-    """Returns a value of an argument in the types of JSON; NotImplemented if it has none."""
+    """Returns an argument's value in JSON types; NotImplemented if JSON has no type for it."""
     if value is None or isinstance(value, bool | int | str):
         return value
     if isinstance(value, float):

@@ -1,4 +1,8 @@
-"""Names for modules of this process in recipes, and architectures that files can name instead."""
+"""Registers modules in memory under a name, and finds an architecture that files can name instead.
+
+A recipe is text, so it names a user's module by the name under which it is registered here. Another
+process cannot use that name. So a `Buildable` is looked for, from which it can rebuild the network.
+"""
 
 from __future__ import annotations
 
@@ -24,63 +28,64 @@ from fedpress.errors import ModelError
 from fedpress.models import layer_list
 from fedpress.nn.resize import copied
 
-# The architecture of a module in memory. Its argument is the name that `holding` gives.
-HELD = "fedpress.models.memory:held"
-# Prefix of a teacher that is such a module.
+# The architecture of a registered module; its argument is the module's name. It stands in saved
+# recipes and must not change.
+IN_MEMORY = "fedpress.models.memory:held"
+# A recipe names a registered teacher by this prefix and its name, such as "memory:1".
 TEACHER = "memory:"
 
 
 @dataclass(frozen=True)
-class Named:
-    """An architecture and its arguments, from which another process can build a network."""
+class Buildable:
+    """An architecture and its arguments, from which another process can rebuild a network."""
 
     architecture: str
     arguments: dict[str, JsonValue]
 
 
 @dataclass(frozen=True, eq=False)
-class _Held:
+class _Registered:
     module: nn.Module
-    named: Named | None
+    named: Buildable | None
 
 
-_held: dict[str, _Held] = {}
+_registered: dict[str, _Registered] = {}
 _numbers = count(1)
 _specs: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
 
 
 @contextmanager
-def holding(module: nn.Module, named: Named | None = None) -> Iterator[str]:
-    """Registers a module, and yields the name under which `held` copies it inside of the block.
+def registered(module: nn.Module, named: Buildable | None = None) -> Iterator[str]:
+    """Registers a module inside of the `with` block, and yields its name for `registered_copy`.
 
     Args:
-        module: it is not changed.
-        named: what files name in its place (see `find_name`). None: files of the model cannot be
-            opened by another process.
+        module: the module; it is not changed.
+        named: what files name instead of it (see `find_buildable`). None: another process cannot
+            open files of the model.
     """
     name = str(next(_numbers))
-    _held[name] = _Held(module, named)
+    _registered[name] = _Registered(module, named)
     try:
         yield name
     finally:
-        del _held[name]
+        del _registered[name]
 
 
-def held(name: str) -> nn.Module:
-    """Returns a copy of the module that `holding` has registered under `name`.
+def registered_copy(name: str) -> nn.Module:
+    """Returns a copy of the module that is registered under `name`.
 
     Raises:
         ModelError: if there is none, such as in another process, or if torch cannot copy it.
     """
-    if name not in _held:
+    if name not in _registered:
         raise ModelError(
-            "this one lived in the memory of another program",
+            "the model was a module in the memory of another process",
             place="model",
-            cure="give module:function in its place",
+            cure="give module:function instead",
         )
     try:
-        return copied(_held[name].module)
-    # Torch cannot copy a tensor that was computed from others, as weight_norm does.
+        return copied(_registered[name].module)
+    # torch cannot copy a tensor that was computed from others, such as those of weight_norm.
     except RuntimeError as error:
         raise ModelError(
             f"it cannot be copied ({str(error).splitlines()[0]})",
@@ -90,6 +95,9 @@ def held(name: str) -> nn.Module:
                 "torch.nn.utils.parametrizations.weight_norm"
             ),
         ) from error
+
+
+held = registered_copy  # `IN_MEMORY` names it
 
 
 def remember_spec(module: nn.Module, spec: Any) -> None:
@@ -102,28 +110,31 @@ def spec_of(module: nn.Module) -> Any:
     return _specs.get(module)
 
 
-def saved_as(architecture: str, arguments: dict[str, JsonValue]) -> Named:
-    """Returns architecture and arguments for files: of a module in memory those of `find_name`."""
-    if architecture == HELD:
-        found = _held.get(str(arguments.get("name")))
+def buildable_for_files(architecture: str, arguments: dict[str, JsonValue]) -> Buildable:
+    """Returns what files name as architecture and arguments.
+
+    For a registered module it is the `Buildable` with which it was registered, if it has one.
+    """
+    if architecture == IN_MEMORY:
+        found = _registered.get(str(arguments.get("name")))
         if found is not None and found.named is not None:
             return found.named
-    return Named(architecture, arguments)
+    return Buildable(architecture, arguments)
 
 
-def find_name(module: nn.Module) -> Named | None:
+def find_buildable(module: nn.Module) -> Buildable | None:
     """Looks for an architecture that builds the same network in another process.
 
-    That is a list of torch.nn layers, or the module's own class if three things hold: it can be
-    imported by its name, its arguments are attributes of the same names, and the network that it
-    builds from them has the same layers, tensors and other attributes.
+    It is a list of torch.nn layers, or the module's own class. The class is used only if it can be
+    imported, the constructor's arguments are attributes of the same names, and the network built
+    from them has the same layers, tensors and other attributes.
 
     Returns:
         The architecture, or None if there is none.
     """
     layers = layer_list.describe(module)
     if layers is not None:
-        return Named(layer_list.NAME, layers)
+        return Buildable(layer_list.NAME, layers)
     kind = type(module)
     # Another process cannot import a class from inside a function, or from a notebook.
     if "." in kind.__qualname__ or kind.__module__ in ("__main__", "builtins"):
@@ -133,58 +144,59 @@ def find_name(module: nn.Module) -> Named | None:
         arguments = _arguments(module)
         if getattr(home, kind.__name__) is not kind or arguments is None:
             return None
-        again = _built(module, arguments)
+        rebuilt = _built(module, arguments)
         same = (
-            repr(again) == repr(module)
-            and _buffers(again) == _buffers(module)
-            and _settings(again) == _settings(module)
+            repr(rebuilt) == repr(module)
+            and _buffers(rebuilt) == _buffers(module)
+            and _settings(rebuilt) == _settings(module)
         )
-    # A user's constructor may raise anything: then the class is not built like this.
+    # A user's constructor may raise anything. It then needs other arguments than these.
     except Exception:
         return None
-    return Named(f"{kind.__module__}:{kind.__name__}", arguments) if same else None
+    return Buildable(f"{kind.__module__}:{kind.__name__}", arguments) if same else None
 
 
 def _built(module: nn.Module, arguments: dict[str, Any]) -> nn.Module:
     """Builds the class of `module` from these arguments, and loads the module's tensors."""
-    # A constructor draws fresh weights: the user's own sequence of random numbers must not move.
+    # The constructor draws weights. fork_rng keeps that from changing the user's random numbers.
     with torch.random.fork_rng(devices=[]):
-        again = type(module)(**arguments)
-        again.load_state_dict(module.state_dict())
-    return again
+        rebuilt = type(module)(**arguments)
+        rebuilt.load_state_dict(module.state_dict())
+    return rebuilt
 
 
 @torch.no_grad()
-def check_name(module: nn.Module, name: str, x: Inputs) -> bool:
-    """Checks on examples `x` that a module and the one built from its `Named` compute the same.
+def check_buildable(module: nn.Module, name: str, x: Inputs) -> bool:
+    """Runs a module and the one rebuilt from its `Buildable` on examples, and compares the outputs.
 
-    Attributes that `find_name` cannot compare may decide what a network computes.
+    This check is needed because some attributes that `find_buildable` cannot compare may decide
+    what a network computes. If the outputs differ, the `Buildable` is removed from the registry, so
+    that files do not name it.
 
     Args:
-        module: the module of the user.
-        name: under which it is registered. If the two differ, its `Named` is removed, so that files
-            do not pretend to rebuild it.
+        module: the user's module.
+        name: the name under which it is registered.
         x: a batch of examples.
 
     Returns:
-        Whether they compute the same, or need no check: the module does not run on `x` (an error
-        that the caller will meet anyway), or it is a list of torch.nn layers.
+        False if the outputs differ. True otherwise, also if there is nothing to compare: the module
+        fails on `x`, which the caller will notice, or it is a list of torch.nn layers.
     """
-    found = _held[name]
+    found = _registered[name]
     if found.named is None or ":" not in found.named.architecture:
         return True
     try:
-        mine = _outputs(held(name), x)
+        mine = _outputs(registered_copy(name), x)
     except Exception:
         return True
     try:
         theirs = _outputs(_built(module, found.named.arguments), x)
         same = len(mine) == len(theirs) and all(map(_equal, mine, theirs))
-    # It runs here, but not as a file would build it.
+    # The user's module runs, but the rebuilt one fails.
     except Exception:
         same = False
     if not same:
-        _held[name] = _Held(found.module, None)
+        _registered[name] = _Registered(found.module, None)
     return same
 
 
@@ -200,12 +212,12 @@ def _outputs(module: nn.Module, x: Inputs) -> list[Tensor]:
 
 
 def _arguments(module: nn.Module) -> dict[str, Any] | None:
-    """Returns the arguments of the constructor, from attributes of the same names.
+    """Returns the constructor's arguments, taken from the attributes of the same names.
 
-    Arguments without such an attribute are taken to have their defaults.
+    An argument without such an attribute is assumed to have its default.
 
     Returns:
-        None if a value is none of JSON, or an argument has neither attribute nor default.
+        None if a value has no JSON form, or an argument has neither attribute nor default.
     """
     arguments: dict[str, Any] = {}
     attributes = vars(module)
@@ -241,9 +253,9 @@ def _settings(module: nn.Module) -> list[tuple[str, dict[str, Any]]]:
 
 
 def _is_setting(name: str, value: object) -> bool:
-    """Whether an attribute may change what a module computes.
+    """Returns whether an attribute may change what a module computes.
 
-    A forward that was set on the object counts, and hooks do if there are any.
+    Also True for a `forward` that was set on the object, and for hooks if there are any.
     """
     if name in ("training", "_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
         return False
@@ -253,10 +265,10 @@ def _is_setting(name: str, value: object) -> bool:
 
 
 def _comparable(value: Any) -> Any:
-    """Returns a value that is equal for two networks which were built alike.
+    """Converts an attribute to a value that can be compared between two networks.
 
-    Two functions are equal if their code, defaults and closures are; of an object without `__eq__`
-    only the type is compared.
+    Functions are compared by code, defaults and closure. Of an object without `__eq__` only the
+    type is compared.
     """
     if isinstance(value, Tensor):
         return ("tensor", str(value.dtype), value.tolist())

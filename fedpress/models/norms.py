@@ -19,7 +19,7 @@ class WSConv2d(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps [n, C, H, W] to [n, out_channels, H', W']."""
-        # Standardised at every call: the stored weight trains without any constraint.
+        # Standardised in every forward pass, so that gradients flow through the standardisation.
         w = self.weight
         var, mean = torch.var_mean(w, dim=(1, 2, 3), keepdim=True, unbiased=False)
         standardised = (w - mean) / (var + 1e-5).sqrt()
@@ -36,7 +36,7 @@ class WSConv2d(nn.Conv2d):
 
 def conv(i: int, o: int, kernel: int, *, stride: int = 1, norm: Norm = "batch") -> nn.Conv2d:
     """Makes a same-padded convolution without bias; weight-standardised if `norm` is "group"."""
-    # Without bias, since the norm after it has one.
+    # Without bias, because the norm that follows adds one.
     kind = WSConv2d if norm == "group" else nn.Conv2d
     return kind(i, o, kernel, stride=stride, padding=kernel // 2, bias=False)
 
@@ -60,8 +60,8 @@ def norm_layer(channels: int, norm: Norm) -> nn.Module:
 def freeze_batch_norm_(model: nn.Module) -> nn.Module:
     """Puts every batch norm into evaluation mode: statistics are fixed, scale and bias train.
 
-    Then no example influences the output of another, as privacy for single examples requires, and
-    the statistics cannot drift apart between clients. `model.train()` undoes it.
+    Then no example influences the output of another, which per-example clipping requires, and all
+    clients keep the same statistics. `model.train()` undoes it.
     """
     for module in model.modules():
         if isinstance(module, BatchNorm):

@@ -25,7 +25,7 @@ class CNN(nn.Module):
         super().__init__()
         self.conv1 = nn.Conv2d(in_channels, 32, 3)
         self.conv2 = nn.Conv2d(32, 64, 3)
-        # Each convolution takes 2 pixels of height and width, and pooling halves the rest.
+        # Each 3x3 convolution without padding makes the image 2 pixels smaller; pooling halves it.
         self.hidden = nn.Linear(64 * ((image_size - 4) // 2) ** 2, 128)
         self.head = nn.Linear(128, num_classes)
         self.dropout = dropout

@@ -15,15 +15,15 @@ from torch import Tensor, nn
 from fedpress.errors import Argument, ModelError
 from fedpress.models.foreign import identify
 
-# Keys under which checkpoints of training programs hold the state dict.
+# Keys under which training programs put the state dict in their checkpoints.
 INSIDE = ("state_dict", "model_state_dict", "model")
 
 
 def load_weights_(model: nn.Module, path: Path) -> tuple[str, ...]:
     """Loads a state dict into `model`, from safetensors or a file of `torch.save`.
 
-    No code of the file is run. Names may have the prefix of a wrapper, such as `module.` of
-    DistributedDataParallel. A pair `x_orig`, `x_mask` of `torch.nn.utils.prune` becomes their
+    No code of the file is run. All names may have the prefix of a wrapper, such as `module.` of
+    DistributedDataParallel. A pair `x_orig`, `x_mask` of `torch.nn.utils.prune` is replaced by the
     product `x`.
 
     Returns:
@@ -65,14 +65,16 @@ def _read_state_dict(path: Path) -> dict[str, Tensor]:
         raise ModelError(what, place=path, cure="give a state dict as .safetensors or .pt")
     found: Any
     try:
-        # weights_only: any other pickle may run code of whoever wrote the file.
-        is_safetensors = path.suffix == ".safetensors"
-        found = load_file(path) if is_safetensors else torch.load(path, "cpu", weights_only=True)
+        if path.suffix == ".safetensors":
+            found = load_file(path)
+        else:
+            # weights_only: unpickling anything else could run code that is hidden in the file.
+            found = torch.load(path, "cpu", weights_only=True)
     except UNREADABLE as error:
         foreign = identify(path)
         if foreign is not None and "state dict" not in foreign.what:
             raise ModelError(
-                f"cannot be read as plain tensors, for {foreign.what}",
+                f"cannot be read as plain tensors: {foreign.what}",
                 place=path,
                 cure=foreign.cure,
             ) from error

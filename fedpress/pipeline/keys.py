@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from fedpress.core.random import STREAMS, fingerprint
-from fedpress.core.renamed import ReadsOldWords, old_words
+from fedpress.core.renamed import ReadsOldKeys, with_old_keys
 from fedpress.pipeline.recipe import Recipe
 from fedpress.pipeline.start import saved_model
 from fedpress.stages.teaching import saved_teacher
@@ -63,8 +63,8 @@ def leave_out_defaults_(table: dict[str, Any], settings: object, place: str) -> 
     """
     if not isinstance(settings, BaseModel):
         return
-    if isinstance(settings, ReadsOldWords):
-        as_of_old = old_words(table, settings.renamed)
+    if isinstance(settings, ReadsOldKeys):
+        as_of_old = with_old_keys(table, settings.renamed)
         table.clear()
         table.update(as_of_old)
     for key, field in type(settings).model_fields.items():

@@ -148,8 +148,8 @@ def _check_mlp(settings: ModelSettings, shape: Shape, data: data_sets.FederatedD
 
 def _not_taken(recipe: Recipe, spec: ModelSpec, model: nn.Module, error: Exception) -> RecipeError:
     """Returns the error of a network that does not run on an example of the data."""
-    # A module in memory goes by the name of its class; `HELD` is a name that no user has written.
-    in_memory = recipe.model.architecture == memory.HELD
+    # A module in memory goes by the name of its class; `IN_MEMORY` is a name that no user has written.
+    in_memory = recipe.model.architecture == memory.IN_MEMORY
     name = type(model).__name__ if in_memory else spec.architecture
     reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
     cure: Words
@@ -199,7 +199,7 @@ def _check_outputs(
                 "without labels (a command without data, or with inputs alone) it can be cut, "
                 "quantized and exported"
             )
-        in_memory = recipe.model.architecture == memory.HELD
+        in_memory = recipe.model.architecture == memory.IN_MEMORY
         name = "the module" if in_memory else f"'{spec.architecture}'"
         raise RecipeError(f"{name} {error.problem}", place="recipe.model", cure=cure) from error
 

@@ -165,7 +165,7 @@ def saved_teacher(where: str) -> tuple[ModelSpec | None, nn.Module]:
         ModelError: if it is not there, or its files are corrupt.
     """
     if where.startswith(memory.TEACHER):
-        return None, memory.held(where.removeprefix(memory.TEACHER))
+        return None, memory.registered_copy(where.removeprefix(memory.TEACHER))
     try:
         return storage.load(Path(where))
     except ModelError as error:

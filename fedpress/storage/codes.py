@@ -1,10 +1,10 @@
 """Lossless coding of quantized weights, with a frequency table for each class of weights.
 
-In a trained layer some channels have larger weights than others. The file holds a small integer for
-every output channel, input channel and kernel position of a layer. A weight belongs to one of each,
-and the sum of their three integers tells, as a logarithm, how far its code is expected to lie from
-the median code. Weights with the same sum are in one class, and so are those of some neighbouring
-sums; each class has a frequency table for entropy coding.
+In a trained layer some channels have larger weights than others, so their codes have another
+distribution. The file has a small integer for every output channel, input channel and kernel
+position of a layer. The sum of a weight's three integers is the logarithm of the expected distance
+of its code from the median code. Weights with similar sums form a class, and each class has its own
+frequency table for entropy coding.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from torch import Tensor
 from fedpress.wire.packing import expand, shrink
 from fedpress.wire.reader import ByteReader, fail, varint
 
-# How finely the encoder tries to write the logarithms: integer steps per factor of two. With 0 all
-# weights are in one class, which takes the fewest bytes where channels do not differ in size.
+# Resolutions of the logarithms that the encoder tries, in integer steps per factor of two. With 0
+# all weights are in one class, which is smallest where channels do not differ.
 STEPS = (0, 6)
-# Each class adds a frequency table to the file.
+# Most classes: each adds a frequency table to the file.
 MAX_CLASSES = 64
 Codes = NDArray[np.int8]
 
@@ -62,7 +62,7 @@ def expand_codes(data: memoryview, shapes: Sequence[Sequence[int]], place: str) 
     counts = np.bincount(classes, minlength=int(class_of_sum.max()) + 1)
 
     flat = np.empty(len(classes), np.int8)
-    # The codes come class by class; a stable sort tells where each belongs.
+    # The file has the codes class by class. The same stable sort as in `_shrink` gives their places.
     order = np.argsort(classes, kind="stable")
     at = 0
     for count in counts:
@@ -116,9 +116,10 @@ def _cube(codes: Codes) -> Codes:
 def _fit(cube: Codes, step: int) -> list[Codes]:
     """Returns an integer for each output, each input and each position of `cube`.
 
-    Their sum, divided by `step`, is about log2 of the expected distance of a code from the middle.
-    The distances are modelled as a product of three factors, fitted by maximum likelihood
-    (exponential distances): each factor in turn is the mean of what the other two leave.
+    Their sum, divided by `step`, is about log2 of the expected distance of a code from the median.
+    The expected distance is modelled as a product of three factors. They are fitted by maximum
+    likelihood for exponentially distributed distances: each factor in turn becomes the mean of the
+    distances divided by the other two factors.
     """
     zero = [np.zeros(size, np.int8) for size in cube.shape]
     if not step or not cube.size:
@@ -128,7 +129,7 @@ def _fit(cube: Codes, step: int) -> list[Codes]:
     # The small number keeps the logarithm finite for a channel whose codes all equal the center.
     distances = np.abs(cube.astype(np.float32) - center) + 0.02
     factors = [np.ones((1, 1, 1), np.float32)] * 3
-    # Each update depends on the other factors, hence three sweeps.
+    # Each update depends on the other factors, so it is repeated; three rounds are enough.
     for _ in range(3):
         for axis in range(3):
             first, second = (i for i in range(3) if i != axis)
@@ -162,9 +163,9 @@ def _span(sums: Sequence[NDArray[np.int16]]) -> tuple[int, int]:
 def _join_classes(sums: NDArray[np.int64], codes: Codes) -> NDArray[np.uint8]:
     """Returns the class of each sum, counted from 0.
 
-    Every sum begins as a class of its own. The two neighbours whose joining saves most bits are
-    joined, as long as a frequency table less saves more than the codes grow by, or there are more
-    than `MAX_CLASSES` classes.
+    At first every sum is a class of its own. In each step the two neighbouring classes are joined
+    that save the most bits: one frequency table less, but longer codes. It ends when joining saves
+    nothing and there are at most `MAX_CLASSES` classes.
     """
     number = int(sums.max(initial=0)) + 1
     pairs = 256 * sums + codes.view(np.uint8)

@@ -17,14 +17,14 @@ CURE = "copy or pack it again"
 
 
 def damaged(place: str, problem: str) -> NoReturn:
-    """Raises the ModelError of a damaged packed file `place`."""
+    """Raises the error of a damaged packed file; `place` is the file."""
     raise ModelError(f"this packed model is damaged ({problem})", place=place, cure=CURE)
 
 
 def to_bytes(blobs: Mapping[str, bytes], spec: str, table: str) -> bytes:
     """Returns the bytes of a safetensors file with a U8 tensor for every blob.
 
-    Spec and table stand in the header's metadata. Equal arguments give equal bytes.
+    Spec and table are in the header's metadata. Equal arguments give equal bytes.
     """
     metadata = {"format": FORMAT, "version": str(VERSION), "spec": spec, "table": table}
     metadata["checksum"] = _checksum(blobs, spec, table)
@@ -85,17 +85,17 @@ def from_bytes(data: bytes, place: str) -> tuple[dict[str, bytes], str, str]:
 
 
 def _checksum(blobs: Mapping[str, bytes], spec: str, table: str) -> str:
-    """Returns the BLAKE2b hash of 16 bytes, in hex, of all parts in order.
+    """Returns the 16-byte BLAKE2b hash, in hex, of spec, table and all blobs.
 
-    It finds damage, but is no signature: anybody can compute it.
+    It finds accidental damage. It does not show who wrote the file, since anybody can compute it.
     """
     digest = hashlib.blake2b(digest_size=16)
     pieces: list[str | bytes] = [spec, table]
     for name, blob in sorted(blobs.items()):
         pieces += [name, blob]
     for piece in pieces:
-        # A damaged file may hold names that are no valid Unicode: they must not raise here.
+        # "surrogatepass": names in a damaged file may be invalid Unicode and must not raise here.
         raw = piece.encode("utf-8", "surrogatepass") if isinstance(piece, str) else piece
-        # The length in front: otherwise bytes could move from one part to the next unnoticed.
+        # The length comes first. Without it ("ab", "c") and ("a", "bc") would have one checksum.
         digest.update(len(raw).to_bytes(8, "little") + raw)
     return digest.hexdigest()

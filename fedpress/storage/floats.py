@@ -1,7 +1,7 @@
-"""Lossless coding of floats: first bytes, second bytes and so on apart, and zeros as a bit mask.
+"""Lossless coding of floats, by byte planes (all first bytes, all second bytes, ...) and zero masks.
 
-The exponents of weights repeat and compress well; their mantissas do not. Coded apart, the
-exponents get a frequency table of their own.
+Exponents of weights repeat and compress well, mantissas do not. In separate planes the exponents
+get a frequency table of their own.
 """
 
 from __future__ import annotations
@@ -14,18 +14,17 @@ from torch import Tensor
 from fedpress.wire.packing import expand, shrink
 from fedpress.wire.reader import ByteReader, fail, varint
 
-# Forms in the file: as they are, split into planes of bytes, or planes of the values that are not
-# 0.
+# Forms in the file: plain values, byte planes, or a mask of zeros and byte planes of the others.
 WHOLE, PLANES, SPARSE = range(3)
-# Unsigned integers that hold the bits of a float of so many bytes.
+# The unsigned integer type for the bits of a float, by the float's size in bytes.
 WORDS: dict[int, type[np.unsignedinteger]] = {2: np.uint16, 4: np.uint32, 8: np.uint64}
 Words = NDArray[np.unsignedinteger]
 
 
 def shrink_floats(values: Tensor) -> bytes:
-    """Compresses `values` [n]; every bit comes back, of NaN and -0.0 too.
+    """Compresses `values` [n] without loss, NaN and -0.0 included.
 
-    The bytes hold neither the dtype nor n.
+    The bytes contain neither the dtype nor n: `expand_floats` must be given both.
 
     >>> len(shrink_floats(torch.ones(1000))), len(shrink_floats(torch.zeros(1000)))
     (18, 7)
@@ -39,6 +38,7 @@ def shrink_floats(values: Tensor) -> bytes:
         if np.count_nonzero(nonzero) < len(words):
             mask = shrink(torch.from_numpy(nonzero.view(np.uint8)))
             options.append(bytes([SPARSE]) + varint(len(mask)) + mask + _planes(words[nonzero]))
+    # Which form is the smallest depends on the values, so all are tried.
     return min(options, key=len)
 
 
@@ -78,10 +78,10 @@ def _words(values: Tensor) -> Words:
 
 
 def _planes(words: Words) -> bytes:
-    """Compresses first bytes, second bytes and so on, each as a stream of its own.
+    """Compresses all first bytes, all second bytes and so on, each as a stream of its own.
 
-    Every word is rotated left by one bit before. The sign then is the lowest bit, and the 8 bits of
-    a float32 exponent are the top byte.
+    Every word is first rotated left by one bit. This moves the sign to the lowest bit, and makes
+    the 8 bits of a float32 exponent exactly the top byte.
     """
     size = words.itemsize
     rotated = np.ascontiguousarray(words << 1 | words >> (8 * size - 1)).astype(f"<u{size}")

@@ -19,15 +19,15 @@ def load(path: Path, allow_code: Collection[str] | str = ()) -> tuple[ModelSpec,
     Args:
         path: of the folder or file.
         allow_code: functions, as `module:function`, that the file may name to build its network,
-            such as "nets:Net". By default only architectures of fedpress, and functions that the
-            user of this process has already named, are built.
+            such as "nets:Net". Without it only architectures of fedpress may be built, and functions
+            that the user of this process has already named.
 
     Raises:
         ModelError: if there is no model, it is damaged, it names a function that is not allowed, or
             it is another program's file: then the cure says how to use it here.
     """
     path = Path(path)
-    # Files of other programs first: their content may be dangerous to open (pickles).
+    # Files of other programs are recognised first, because opening some (pickles) is dangerous.
     foreign = identify(path)
     if foreign is not None:
         raise ModelError(foreign.what, place="model", cure=foreign.cure)

@@ -25,14 +25,13 @@ from fedpress.wire.packing import expand, shrink
 
 @dataclass(frozen=True)
 class Packed:
-    """What `pack` wrote.
+    """Sizes and exceptions of a packed file.
 
     Attributes:
         file_bytes: the size of the file.
         kinds: its bytes by kind: "codes" (quantized weights), "scales", "norm" (of normalisation
             layers), "weights" (float), "rest" (biases and others), "header".
-        float_layers: quantized layers whose weights are stored as floats all the same -> the
-            reason.
+        float_layers: quantized layers whose weights had to be stored as floats -> the reason.
     """
 
     file_bytes: int
@@ -57,9 +56,9 @@ def check_packable(spec: ModelSpec, model: nn.Module) -> None:
 
 
 def pack(spec: ModelSpec, model: nn.Module, path: Path) -> Packed:
-    """Packs `model` into the file `path`, written atomically.
+    """Packs `model` into the file `path`, which is written atomically.
 
-    Before, the bytes are unpacked again and the two models compared bit by bit.
+    Before it is written, its bytes are unpacked and the result is compared with `model` bit by bit.
 
     Raises:
         ModelError: if the model cannot be rebuilt from `spec` and its tensors, or `path` cannot be
@@ -82,7 +81,7 @@ def _check_round_trip(spec: ModelSpec, model: nn.Module, data: bytes) -> None:
     Raises:
         ModelError: naming what differs.
     """
-    # The caller has this model already, so its own function may be called.
+    # The model was built by this function already, so calling it needs no further consent.
     own = (spec.architecture,) if ":" in spec.architecture else ()
     back, twin = from_bytes(data, "pack", own)
     theirs = twin.state_dict()
@@ -96,7 +95,7 @@ def _check_round_trip(spec: ModelSpec, model: nn.Module, data: bytes) -> None:
             cure="the spec is of another model, or the model was changed after its spec was made",
         )
 
-    # Buffers that are not saved too: forward may read them.
+    # Forward may also read buffers that are not saved (persistent=False).
     theirs = dict(twin.named_buffers())
     for name, value in model.named_buffers():
         if name not in theirs or not _same_bits(value, theirs[name]):
@@ -131,7 +130,7 @@ def unpack(path: Path, allow_code: Collection[str] | str = ()) -> tuple[ModelSpe
 
 
 def to_bytes(spec: ModelSpec, model: nn.Module) -> tuple[bytes, Packed]:
-    """Returns the bytes of a packed file, and sizes by kind; equal models give equal bytes."""
+    """Returns the bytes of a packed file, and its sizes by kind. Equal models give equal bytes."""
     codes, float_layers = _codes(model)
     tensors = model.state_dict()
     table = TensorTable.of(model, codes)
@@ -178,11 +177,11 @@ def from_bytes(
         key = ".".join(map(str, first["loc"]))
         damaged(place, f"{key} {first['msg']}, or it is of a newer fedpress")
     if table.blobs.keys() != blobs.keys():
-        damaged(place, "its table does not fit what is in it")
-    # A file from anybody may describe a network larger than the memory.
+        damaged(place, "its table does not fit its content")
+    # An untrusted file may describe a network larger than the memory.
     with placing(place):
         model = spec.build_within_limits()
-    # Compared before anything is decompressed: now all sizes are known to be those of the model.
+    # Compared before anything is decompressed, so that no size in the file can exceed the model's.
     different = _first_difference(model, table.entries())
     if different is not None:
         raise ModelError(
@@ -228,9 +227,9 @@ def _fill_(model: nn.Module, table: TensorTable, blobs: Mapping[str, bytes], pla
     for name, first in table.same.items():
         if first in tensors:
             tensors[name] = tensors[first]
-    # Not strict, since quantized weights follow below; all names were compared before.
+    # strict=False, because quantized weights follow below. All names were compared before.
     model.load_state_dict(tensors, strict=False)
-    # After the others: dequantizing needs the scales and codebooks.
+    # Quantized weights come last, because dequantizing needs the scales and codebooks.
     weights = quantized_weights(model)
     for name, values in codes.items():
         try:
@@ -244,10 +243,7 @@ def _fill_(model: nn.Module, table: TensorTable, blobs: Mapping[str, bytes], pla
 
 
 def _codes(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Returns int8 codes by name of the weight, and layers that stay float with the reason.
-
-    A weight is stored as codes only if dequantizing them gives the same bits.
-    """
+    """Returns int8 codes by name of the weight, and layers that stay float with the reason."""
     codes: dict[str, Tensor] = {}
     float_layers: dict[str, str] = {}
     for name, layer in quantized_layers(model):
@@ -259,6 +255,7 @@ def _codes(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
             except ModelError as error:
                 float_layers[name] = error.told(place="")
                 continue
+            # Packing must be lossless: weights that were changed after quantization stay float.
             if _same_bits(layer.dequantize(found, key), getattr(layer, key)):
                 codes[f"{name}.{key}"] = found.cpu()
             else:
@@ -283,7 +280,7 @@ def _expand(data: bytes, blob: Blob, place: str) -> Tensor:
     if dtype != torch.bool:
         return expand(memoryview(data), dtype, [size], place)
     flat = expand(memoryview(data), torch.uint8, [size], place)
-    # A bool with another byte than 0 or 1 is undefined behaviour in torch.
+    # torch's behaviour is undefined for a bool whose byte is neither 0 nor 1.
     if size and int(flat.max()) > 1:
         raise WireError(f"got {int(flat.max())}, expected 0 or 1", place=place)
     return flat.view(torch.bool)
@@ -298,7 +295,7 @@ def _tensors_in(blob: Blob, flat: Tensor) -> dict[str, Tensor]:
 
 
 def _same_bits(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors have the same type, shape and bits: NaN equals NaN, 0.0 is not -0.0."""
+    """Returns whether dtype, shape and bits are equal: NaN equals NaN, 0.0 differs from -0.0."""
     if a.dtype != b.dtype or a.shape != b.shape:
         return False
     return torch.equal(_as_bytes(a), _as_bytes(b))

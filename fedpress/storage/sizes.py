@@ -1,4 +1,4 @@
-"""Sizes of a model: `file_bytes` of its saved file, `packed_file_bytes` of its packed one."""
+"""Sizes of a model in bytes: as a saved file (`file_bytes`) and packed (`packed_file_bytes`)."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from fedpress.storage.packed import to_bytes
 def file_bytes(spec: ModelSpec | None, model: nn.Module) -> int:
     """Returns the size of a saved model: its tensors in float32, or the packed file if quantized.
 
-    Commands, reports and measurements show this size. A quantized model is measured packed since
-    its float32 file would hold every weight in 32 bits, which says nothing about the quantization.
+    Commands, reports and measurements show this size. The float32 file of a quantized model would
+    have 32 bits for every weight, as if it were not quantized, so its packed size is shown.
     """
     schemes = {name: layer.scheme for name, layer in quantized_layers(model)}
     if spec is None or not schemes:
         return cost.state_bytes(model)
-    # The spec of a module in memory may not know its schemes; they are a part of the file.
+    # The spec of a module in memory may lack the schemes, which are part of the file.
     complete = spec.model_copy(update={"quantized": spec.quantized or schemes})
     packed = packed_file_bytes(complete, model)
     return cost.state_bytes(model) if packed is None else packed

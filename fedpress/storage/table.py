@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from fedpress.errors import ModelError, SettingError
 from fedpress.nn.quantized import is_qparam, quantized_weights
 
-# Tensors of at most so many values share a blob with others of their kind: each blob has a header
-# and a frequency table, which would be larger than a small tensor.
+# Tensors of at most 4096 values share a blob with others of their kind. Each blob has a header and a
+# frequency table, which may be larger than a small tensor.
 SMALL = 4096
 Type = Literal[
     "float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool"
@@ -35,10 +35,10 @@ class TensorTable(BaseModel):
     """Where every tensor of a model is stored.
 
     Attributes:
-        blobs: by name, which is `kind:what:dtype`, such as "weights:conv1.weight:float32". The kind
-            "codes" are integers of quantized weights, and `what` is then the quantization, such as
-            "int4".
-        same: name of a tensor that shares memory with another -> name of the other.
+        blobs: blobs by name. A name is `kind:what:dtype`, such as "weights:conv1.weight:float32".
+            For the integers of quantized weights it is "codes:int4:float32": `what` is the
+            quantization.
+        same: name of a tensor that shares memory with another one -> name of the other one.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -54,7 +54,7 @@ class TensorTable(BaseModel):
         names = [*stored, *self.same]
         known = set(self.same.values()) <= set(stored)
         if len(set(names)) != len(names) or not known:
-            raise SettingError("a tensor stands twice in it or nowhere, expected each once")
+            raise SettingError("a tensor is listed twice or not at all, expected each once")
         return self
 
     def entries(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
@@ -105,7 +105,7 @@ class TensorTable(BaseModel):
 
 
 def _kind_of(leaf: str, value: Tensor, *, norm: bool) -> str:
-    """Returns the kind of a tensor: values of one kind are alike, so they are coded together."""
+    """Returns the kind of a tensor. Values of one kind have similar bits and compress together."""
     if is_qparam(leaf):
         return "scales"
     if norm:

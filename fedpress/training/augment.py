@@ -7,7 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from fedpress.core.inputs import Inputs, is_image
-from fedpress.core.random_source import Source, chance_of
+from fedpress.core.random_source import Source, as_random_source
 
 
 class Augment(BaseModel):
@@ -56,7 +56,7 @@ def augment(x: Inputs, how: Augment, generator: Source, *, flipped: Tensor | Non
     """
     if not is_image(x) or not len(x):
         return x
-    chance = chance_of(generator)
+    chance = as_random_source(generator)
     if how.crop:
         x = random_shift(x, max(1, round(how.crop * x.shape[-1])), chance)
     if how.flip != "none":
@@ -71,12 +71,12 @@ def augment(x: Inputs, how: Augment, generator: Source, *, flipped: Tensor | Non
 def random_shift(x: Tensor, most: int, generator: Source) -> Tensor:
     """Shifts each image of `x` [n, C, H, W] by up to `most` pixels, with reflected borders."""
     n, _, height, width = x.shape
-    # Reflection is defined for less than one image.
+    # A shift of a whole image or more has nothing to reflect.
     most = min(most, height - 1, width - 1)
-    dy, dx = (chance_of(generator).integers(2 * most + 1, 2, n, 1) - most).to(x.device)
+    dy, dx = (as_random_source(generator).integers(2 * most + 1, 2, n, 1) - most).to(x.device)
     rows = _mirrored(dy + torch.arange(height, device=x.device), height).view(n, 1, height, 1)
     columns = _mirrored(dx + torch.arange(width, device=x.device), width).view(n, 1, 1, width)
-    # Indexed in one step for all images, since each is shifted differently.
+    # Each image is shifted differently, so one indexing operation gathers all pixels.
     at = torch.arange(n, device=x.device).view(n, 1, 1, 1)
     channel = torch.arange(x.shape[1], device=x.device).view(1, -1, 1, 1)
     return x[at, channel, rows, columns]
@@ -93,8 +93,8 @@ def cutout(x: Tensor, side: int, generator: Source) -> Tensor:
     Grey is 128 for bytes, and 0 for floats, which are standardised.
     """
     n, _, height, width = x.shape
-    chance = chance_of(generator)
-    # Its centre is anywhere in the image, so the square may reach over the border.
+    chance = as_random_source(generator)
+    # The centre of the square is uniform over the image, so the square may extend past the border.
     top = chance.integers(height, n, 1, 1, 1).to(x.device) - side // 2
     left = chance.integers(width, n, 1, 1, 1).to(x.device) - side // 2
     rows = torch.arange(height, device=x.device).view(1, 1, -1, 1)

@@ -76,12 +76,12 @@ def _check_examples(
     if alone and _needs_two(model, preprocess(train.x[:1])):
         if settings.batch_size == 1:
             raise TrainingError(
-                "got 1, which leaves a batch norm nothing to average",
+                "got 1, but a batch norm needs two examples to average over",
                 place="batch_size",
                 cure="take 2 or more",
             )
         raise TrainingError(
-            "the public part has one example, which leaves a batch norm nothing to average",
+            "the public part has one example, but a batch norm needs two to average over",
             place="train",
             cure=("give more public examples by ", Argument("data.public_share", 0.1)),
         )
@@ -97,7 +97,7 @@ def _check_image_sizes(
                 place="image_sizes",
                 cure="give smaller sides, or leave image_sizes out",
             )
-        # Tried on two examples: only a forward pass shows whether a network takes another size.
+        # Only a forward pass shows whether a network takes images of another size.
         two = Arrays(resized(train.x[:2], side), train.y[:2])
         try:
             evaluate(model, two, preprocess, task)
@@ -110,7 +110,7 @@ def _check_image_sizes(
 
 
 def batch_norm_scales(model: nn.Module) -> list[nn.Parameter]:
-    """Returns the trainable scales of batch norms.
+    """Returns the trainable scales (gammas) of all batch norms.
 
     Raises:
         TrainingError: if there are none.
@@ -119,7 +119,7 @@ def batch_norm_scales(model: nn.Module) -> list[nn.Parameter]:
     scales = [norm.weight for norm in norms if norm.affine and norm.weight.requires_grad]
     if not scales:
         raise TrainingError(
-            "it pulls at batch-norm scales, but the model trains none",
+            "it penalises batch-norm scales, but the model has no trainable one",
             place="bn_penalty",
             cure="leave it out",
         )
@@ -127,16 +127,16 @@ def batch_norm_scales(model: nn.Module) -> list[nn.Parameter]:
 
 
 def _needs_two(model: nn.Module, x: Inputs) -> bool:
-    """Whether a batch norm of `model` cannot train on the single example `x` [1, ...].
+    """Returns whether a batch norm of `model` cannot train on the single example `x` [1, ...].
 
-    A batch norm needs more than one value for each channel.
+    In training mode a batch norm needs more than one value for each channel.
     """
-    # A copy, since the run would change running statistics.
+    # Run on a copy, because the forward pass changes running statistics.
     twin = copied(model).train()
     if not averages_batches(twin):
         return False
     at = next((p.device for p in twin.parameters()), x.device)
-    # Only this error counts here. Others are shown by the checks of the network itself.
+    # Other errors of the network are reported by its own checks.
     try:
         with torch.no_grad():
             call(twin, x.to(at))

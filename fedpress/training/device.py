@@ -1,4 +1,4 @@
-"""Device, precision and memory layout of a training: GPU or CPU, float32 or bfloat16, NHWC."""
+"""Chooses the device, the precision (float32 or bfloat16) and the memory layout of a training."""
 
 from __future__ import annotations
 
@@ -80,8 +80,8 @@ def device_of(model: nn.Module) -> torch.device:
 def uses_bf16(model: nn.Module, precision: Precision) -> bool:
     """Whether forward passes use autocast to bfloat16.
 
-    "auto" uses it for convolutional networks of at least half a million parameters, on a GPU or on
-    a CPU with bfloat16 instructions. Smaller networks are not faster with it.
+    "auto" uses it for convolutional networks of at least 500,000 parameters, on a CUDA GPU or a CPU
+    with bfloat16 instructions. Smaller networks were not faster with it.
     """
     if precision != "auto":
         return precision == "bf16"
@@ -115,9 +115,9 @@ def laid_out(x: Inputs, model: nn.Module) -> Inputs:
 def takes_channels_last(model: nn.Module, at: torch.device | None = None) -> bool:
     """Whether the channels-last format, which is faster, is safe for `model`.
 
-    On processors without AVX-512 torch 2.13 writes outside of its memory in the backward pass of a
-    strided 1x1 convolution in this format, if that has fewer than 8 input channels (the floats of a
-    vector register).
+    It is unsafe only because of an error in torch 2.13: on processors without AVX-512 it writes
+    outside of its memory in the backward pass of a strided 1x1 convolution with fewer than 8 input
+    channels.
 
     Args:
         model: the network.
@@ -126,13 +126,12 @@ def takes_channels_last(model: nn.Module, at: torch.device | None = None) -> boo
     at = at or device_of(model)
     if at.type != "cpu" or torch.backends.cpu.get_cpu_capability().startswith("AVX512"):
         return True
-    return not any(
-        isinstance(m, nn.Conv2d)
-        and m.in_channels < 8
-        and m.kernel_size == (1, 1)
-        and m.stride != (1, 1)
-        for m in model.modules()
-    )
+    for module in model.modules():
+        if not isinstance(module, nn.Conv2d) or module.in_channels >= 8:
+            continue
+        if module.kernel_size == (1, 1) and module.stride != (1, 1):
+            return False
+    return True
 
 
 def place_(model: nn.Module, at: torch.device | None = None) -> nn.Module:

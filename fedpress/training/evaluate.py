@@ -64,11 +64,11 @@ def evaluate(
     """Evaluates `model` on `arrays`, in evaluation mode; its modes are restored.
 
     Args:
-        model: any network for the task.
+        model: a network with outputs that fit the task.
         arrays: the examples.
-        preprocess: their standardisation.
-        task: defines loss and metrics.
-        precision: of the forward passes.
+        preprocess: the standardisation of the examples.
+        task: gives loss and metrics.
+        precision: number format of the forward passes.
         batch_size: examples in a forward pass.
         all_metrics: whether to compute all metrics, or only the primary one and the loss.
 
@@ -81,7 +81,7 @@ def evaluate(
             place="evaluate",
             cure="give the data set a test part",
         )
-    # Results tell the plain loss, whatever weights the training gives to classes.
+    # The reported loss is unweighted, so that runs with other class weights can be compared.
     plain = task.unweighted
     loss = 0.0
     sums: list[Sums] = []
@@ -110,9 +110,9 @@ def evaluate(
 def outputs(model: nn.Module, x: Inputs) -> Tensor:
     """Returns the outputs [n, ...] of `model` for the batch `x` [n, ...].
 
-    Code such as `squeeze()` in forward drops the batch dimension of a single example, or fails on
-    it. Then the example runs as a batch of two copies. That changes nothing in a network that
-    treats each example by itself.
+    `squeeze()` in a network's forward drops the batch dimension of a single example. To be safe, a
+    single example whose output has no batch dimension, or which fails, is run as a batch of two
+    copies. That gives the same output if the network treats each example independently.
 
     Raises:
         Exception: any that the network raises.
@@ -123,7 +123,7 @@ def outputs(model: nn.Module, x: Inputs) -> Tensor:
     try:
         single: Tensor = call(model, x)
     except Exception as problem:
-        # A batch norm in training: with two copies it would run, on a variance of 0.
+        # A batch norm in training mode. Two copies would run, but with a variance of 0.
         if ONE_VALUE in str(problem):
             raise
         # If two copies fail as well, the first error is the cause.

@@ -13,7 +13,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from fedpress.core.examples import Arrays, Preprocess, resized
 from fedpress.core.inputs import Inputs, is_image
 from fedpress.core.log import logger
-from fedpress.core.parameters import part_of
+from fedpress.core.parameters import tensors_under
 from fedpress.core.random import derive
 from fedpress.core.random_source import public_stream
 from fedpress.errors import DivergedError
@@ -30,7 +30,7 @@ from fedpress.training.settings import TrainSettings
 log = logger(__name__)
 
 Objective = Callable[[nn.Module, Inputs, Tensor, Tensor], Tensor]
-"""Loss of a step, from model, prepared inputs, float32 outputs and targets (each [n, ...])."""
+"""Loss of a step: a function of model, standardised inputs, float32 outputs and targets [n, ...]."""
 
 
 @dataclass(frozen=True)
@@ -63,18 +63,19 @@ class Step:
 
 
 class Fit:
-    """A training: iterate over `epochs()`. `state()` and `load_()` resume it with the same bits.
+    """A training run: iterate over `epochs()` to train.
 
-    The loop yields after every step, so a caller can change weights between steps, for example to
-    apply masks.
+    It yields after every step, so the caller can change weights between steps, for example to apply
+    masks. With `state()` and `load_()` it can be resumed and gives bit-identical results.
 
     Args:
         model: trained in place.
-        settings: of the training.
-        task: what is learned.
-        seed: of the order of examples, augmentation and dropout.
+        settings: epochs, optimizer, learning rate and so on.
+        task: gives loss and metrics.
+        seed: decides the order of examples, augmentation and dropout.
         objective: a loss to use instead of the task's.
-        helpers: a module whose parameters the objective trains too, and that is dropped at the end.
+        helpers: a module that the objective uses and trains too, such as a projection for
+            distillation. It is not part of the result.
         sparse: names of parameters whose zeros stay zero (see `ModelSpec.sparse`).
         device: where to train; None: `find()`.
     """
@@ -102,7 +103,7 @@ class Fit:
         if settings.epochs and settings.bn_penalty:
             self.scales = batch_norm_scales(model)
         self.average = None
-        # Buffers are averaged too: running statistics of batch norms belong to the weights.
+        # Buffers are averaged too: averaged weights need matching batch-norm statistics.
         if settings.ema:
             self.average = AveragedModel(
                 model, multi_avg_fn=get_ema_multi_avg_fn(settings.ema), use_buffers=True
@@ -122,9 +123,10 @@ class Fit:
         self.best_weights: dict[str, Tensor] = {}
 
     def result_(self) -> nn.Module:
-        """Returns the model with its final weights: the best ones with `patience`, else the last.
+        """Returns the model with its final weights.
 
-        The best are those of the best epoch on the validation set. With `ema` both are averages.
+        With `patience` they are those of the epoch with the best validation metric, else those of
+        the last epoch. With `ema` they are averaged weights.
         """
         if self.settings.patience and self.best_weights:
             self.model.load_state_dict(self.best_weights)
@@ -151,7 +153,9 @@ class Fit:
     def epochs(
         self, train: Arrays, validation: Arrays, preprocess: Preprocess
     ) -> Iterator[Step | EpochRecord]:
-        """Trains; yields every step, and a record after each epoch. The state may be saved then.
+        """Trains; yields a `Step` after each step and a record after each epoch.
+
+        `state()` may be saved after an epoch.
 
         Raises:
             TrainingError: if the settings do not fit the data (see `check_training`).
@@ -195,15 +199,15 @@ class Fit:
 
     def _epoch(self, train: Arrays, preprocess: Preprocess) -> Generator[Step, None, float]:
         s, n = self.settings, len(train)
-        # Streams of their own for each epoch: a resumed training draws the same numbers.
+        # Each epoch has its own random streams, so that a resumed training draws the same numbers.
         chance = public_stream(self.seed, "epoch", self.epoch)
         torch.manual_seed(derive(self.seed, "dropout", self.epoch))
         order = chance.permutation(n)
-        # For flip "alternate" the mirrored images of the first epoch are drawn once for the run, so
-        # that two epochs in a row show both sides.
+        # For flip "alternate": half of the images are mirrored in even epochs, and the other half
+        # in odd ones. So two consecutive epochs show both sides of every image.
         mirrored = public_stream(self.seed, "flip").uniform(n) < 0.5
         mirrored ^= self.epoch % 2 == 1
-        # Examples that fill no batch are left out. Which ones they are changes with every epoch.
+        # The last examples, too few for a batch, are skipped. They differ in every epoch.
         steps = max(1, n // s.batch_size)
         self.model.train()
         total = 0.0
@@ -273,7 +277,7 @@ class Fit:
             out |= {f"average/{k}": v for k, v in self.average.state_dict().items()}
         out |= {f"best/{k}": v for k, v in self.best_weights.items()}
         out |= {f"optimizer/{k}": v for k, v in self.optimizers.state().items()}
-        # As float64, which holds the numbers of epochs exactly beside the score.
+        # One float64 tensor: it represents the score and both epoch numbers exactly.
         out["progress"] = torch.tensor(
             [self.epoch, self.best[1], self.best[0]], dtype=torch.float64
         )
@@ -281,18 +285,18 @@ class Fit:
 
     def load_(self, state: dict[str, Tensor]) -> None:
         """Loads the `state()` of an earlier `Fit` with the same model and settings."""
-        self.model.load_state_dict(part_of(state, "model/"))
-        self.helpers.load_state_dict(part_of(state, "helpers/"))
+        self.model.load_state_dict(tensors_under(state, "model/"))
+        self.helpers.load_state_dict(tensors_under(state, "helpers/"))
         if self.average is not None:
-            self.average.load_state_dict(part_of(state, "average/"))
-        self.best_weights = part_of(state, "best/")
-        self.optimizers.load_(part_of(state, "optimizer/"))
+            self.average.load_state_dict(tensors_under(state, "average/"))
+        self.best_weights = tensors_under(state, "best/")
+        self.optimizers.load_(tensors_under(state, "optimizer/"))
         epoch, best_epoch, best = state["progress"].tolist()
         self.epoch, self.best = int(epoch), (best, int(best_epoch))
 
 
 def _at_size(arrays: Arrays, side: int | None) -> Arrays:
-    """Returns images at `side` pixels; None, and other examples: unchanged."""
+    """Returns images resized to `side` pixels; if it is None, or for other data, no change."""
     if side and is_image(arrays.x):
         return replace(arrays, x=resized(arrays.x, side))
     return arrays

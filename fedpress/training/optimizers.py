@@ -1,4 +1,4 @@
-"""The optimizers of a training, and a Muon that is fast without bfloat16 instructions too."""
+"""The optimizers of a training run, and Muon in float32 for processors without bfloat16."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
-from fedpress.core.parameters import part_of, trainable
+from fedpress.core.parameters import tensors_under, trainable
 from fedpress.nn.quantized import qparam_ids
 from fedpress.training.checks import nothing_to_train
 from fedpress.training.settings import TrainSettings
 
 SGD_BESIDE_MUON = {"momentum": 0.9, "weight_decay": 5e-4}
-"""Settings of SGD for the parameters that Muon leaves; its learning rate is `head_lr`."""
+"""Settings of SGD for the parameters that Muon does not train; its learning rate is `head_lr`."""
 
 ADAMS: dict[str, type[torch.optim.Adam]] = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}
 """Optimizers with running means of gradients and of their squares, by their name in a recipe."""
@@ -27,13 +27,13 @@ class Optimizers:
     """The optimizers of a training: one for all parameters, or Muon for hidden weights and SGD.
 
     Args:
-        model: its trainable parameters are optimized.
-        helpers: a module whose parameters go to the first optimizer, too.
-        settings: which optimizers, and their learning rates.
+        model: the model whose trainable parameters are optimized.
+        helpers: a module whose parameters the first optimizer also trains.
+        settings: name of the optimizer, learning rates, momentum and weight decay.
 
     Attributes:
         each: torch's optimizers, Muon last.
-        views: pairs of a filter and the matrix of the same memory that Muon optimizes.
+        views: pairs of a convolution's weight and a matrix with the same memory, for Muon.
 
     Raises:
         TrainingError: if there are epochs to train but no trainable parameter.
@@ -46,7 +46,7 @@ class Optimizers:
         if not rest and not hidden and settings.epochs:
             raise nothing_to_train()
 
-        # Muon takes matrices only. A step on a view changes the filter, which has the same memory.
+        # Muon takes only matrices. A step on such a view also changes the weight itself.
         self.views = [(p, _view(p)) for p in hidden]
         matrices = [view for _, view in self.views]
         found = (_elementwise(rest, settings, spared=qparam_ids(model)), _muon(matrices, settings))
@@ -70,7 +70,9 @@ class Optimizers:
 
     @torch.no_grad()
     def forget_(self, weight: nn.Parameter, where: Tensor) -> None:
-        """Sets the optimizer's state of some entries of `weight` to 0, for weights that grow back.
+        """Sets the optimizer's state of some entries of `weight` to 0.
+
+        Needed when pruned weights are made trainable again: their old momentum is outdated.
 
         Args:
             weight: a parameter of the model.
@@ -101,7 +103,7 @@ class Optimizers:
         for at, optimizer in enumerate(self.each):
             params = [p for group in optimizer.param_groups for p in group["params"]]
             slots: dict[int, dict[str, Tensor]] = {}
-            for name, value in part_of(state, f"{at}/").items():
+            for name, value in tensors_under(state, f"{at}/").items():
                 key, _, leaf = name.partition("/")
                 slots.setdefault(int(key), {})[leaf] = _laid_out_like(params[int(key)], value)
             # Learning rates come from the settings and the schedule, not from the file.
@@ -134,7 +136,8 @@ def _elementwise(
     if settings.optimizer == "muon":
         lr, momentum = settings.head_lr, SGD_BESIDE_MUON["momentum"]
         decay = SGD_BESIDE_MUON["weight_decay"]
-    # Norms and biases have one dimension. Step sizes of groups have two, so they are told by id.
+    # Norms and biases have one dimension. Step sizes of groups have two, like weights, so they are
+    # recognised by id.
     decayed = [p for p in parameters if p.dim() > 1 and id(p) not in spared]
     others = [p for p in parameters if p.dim() <= 1 or id(p) in spared]
     groups = [{"params": decayed, "weight_decay": decay}, {"params": others, "weight_decay": 0.0}]
@@ -147,10 +150,9 @@ def _elementwise(
 class Muon(torch.optim.Muon):
     """torch's Muon (Jordan 2024) with its defaults and its state, but orthogonalised in float32.
 
-    `torch.optim.Muon` multiplies in bfloat16. Processors without these instructions emulate it many
-    times slower than float32, so that a step takes longer than the forward and backward pass
-    (benchmarks/muon.py). Its other settings, such as the number of Newton-Schulz steps, are
-    ignored.
+    `torch.optim.Muon` multiplies in bfloat16. Processors without bfloat16 instructions emulate it,
+    many times slower than float32: a step then takes longer than forward and backward pass
+    (benchmarks/muon.py). The number of Newton-Schulz steps is always 5.
 
     Args:
         params: the matrices, [m, n] each.
@@ -188,7 +190,7 @@ class Muon(torch.optim.Muon):
                 if "momentum_buffer" not in state:
                     state["momentum_buffer"] = torch.zeros_like(matrix.grad)
                 mean = state["momentum_buffer"].lerp_(matrix.grad, 1 - momentum)
-                # Nesterov's momentum: the gradient is mixed in once more.
+                # Nesterov's momentum: the running mean is mixed with the gradient once more.
                 direction = orthogonalized(matrix.grad.lerp(mean, momentum))
                 rows, columns = matrix.shape
                 matrix.mul_(1 - lr * group["weight_decay"])
@@ -199,14 +201,14 @@ class Muon(torch.optim.Muon):
 def orthogonalized(matrix: Tensor) -> Tensor:
     """Returns a matrix [m, n] with the singular vectors of `matrix` and singular values near 1.
 
-    It takes five Newton-Schulz steps X <- (a + b S + c S^2) X with S = X X^T, from X = matrix / its
-    norm (Jordan 2024). Singular values become 0.7 to 1.2; those below a thousandth of the norm stay
-    below 0.7, as in other implementations.
+    It starts from X = matrix / its norm and takes five Newton-Schulz steps
+    X <- (a + b S + c S^2) X with S = X X^T (Jordan 2024). Singular values become 0.7 to 1.2; those
+    below a thousandth of the norm stay below 0.7, as in other implementations.
 
-    The factors of the steps are polynomials of the first S and commute. So they are multiplied with
-    each other on the short side, and X is multiplied twice instead of 15 times. With 9 columns a
-    row, as in a 3x3 convolution, that is 2.7 times fewer multiplications; in a square matrix it is
-    a quarter more.
+    The factors (a + b S + c S^2) of all steps are polynomials of the first S, so they commute. They
+    are multiplied with each other first, as small [m, m] matrices for m <= n, and then with X once.
+    If n = 9 m, as in a 3x3 convolution, that takes 2.7 times fewer multiplications. For a square
+    matrix it takes a quarter more.
     """
     x = matrix.float()
     # The Gram matrix of the short side.
@@ -233,11 +235,10 @@ def _factor(gram: Tensor) -> Tensor:
 
 
 def hidden_weights(model: nn.Module) -> list[nn.Parameter]:
-    """Returns the weights that Muon optimizes, each once.
+    """Returns the weights that Muon optimizes: of all convolutions and linear layers but two.
 
-    They are those of all convolutions and linear layers but the first and the last. A computed
-    weight (such as by weight norm) is no parameter; the parameters from which it is computed are
-    left to SGD.
+    The first and the last layer are left to SGD. So are the parameters of a computed weight, such
+    as with weight norm, because the weight itself is not a parameter. Shared weights come once.
     """
     weights = [m.weight for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
     ends = {id(w) for w in (*weights[:1], *weights[-1:])}
@@ -263,7 +264,7 @@ def as_matrix(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def _laid_out_like(parameter: Tensor, value: Tensor) -> Tensor:
-    """Returns a saved state in the memory layout of its parameter, which files do not keep."""
+    """Returns a saved state in the memory layout of its parameter; files do not store layouts."""
     if value.shape != parameter.shape:
         return value
     return torch.empty_like(parameter).copy_(value)

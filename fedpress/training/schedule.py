@@ -1,7 +1,7 @@
-"""The table of learning-rate schedules: factors of the rate in the settings.
+"""Learning-rate schedules: the factor on the configured rate, by the share of training that is done.
 
-Each has a counterpart in `torch.optim.lr_scheduler`. Here the factor depends only on the share of
-the training that is done, so a resumed training needs no state of its schedule.
+Each has a counterpart in `torch.optim.lr_scheduler`. Unlike those, the functions here have no
+state that a resumed training would have to load.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 from fedpress.training.settings import TrainSettings
 
-# First factor of a warm-up: with 0 the first step would change nothing.
+# Least factor during the warm-up: with 0 the first step would change nothing.
 LEAST = 0.02
 # First and last factor of one cycle, as in torch's `OneCycleLR` by default.
 FIRST, LAST = 1 / 25, 1 / 25 / 1e4
@@ -58,9 +58,9 @@ def _constant(done: float, settings: TrainSettings) -> float:
 
 
 def _step(done: float, settings: TrainSettings) -> float:
-    # Milestones count from the beginning of the training, whatever the warm-up is.
-    of_all = settings.warmup + done * (1 - settings.warmup)
-    passed = sum(of_all >= milestone for milestone in settings.lr_milestones)
+    # `done` counts from the end of the warm-up, but milestones from the beginning of the training.
+    done_of_training = settings.warmup + done * (1 - settings.warmup)
+    passed = sum(done_of_training >= milestone for milestone in settings.lr_milestones)
     return settings.lr_gamma**passed
 
 

@@ -15,16 +15,16 @@ BETAS = (0.9, 0.999)
 Betas = tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]]
 
 DEFAULTS = {"adamw": {"lr": 1e-3, "weight_decay": 1e-2}, "adam": {"lr": 1e-3, "weight_decay": 0.0}}
-"""Defaults of optimizers that differ from those of SGD; they are torch's own."""
+"""Defaults of AdamW and Adam where they differ from those of SGD; the values are torch's."""
 
 
 def fit_to_optimizer_(settings: BaseModel, optimizer: str, defaults: Mapping[str, float]) -> None:
     """Sets keys that were left out of `settings` to the defaults of the optimizer.
 
     Args:
-        settings: has `momentum` and `betas`; changed in place while it is validated.
-        optimizer: its name.
-        defaults: key -> value.
+        settings: has `momentum` and `betas`; changed in place during its validation.
+        optimizer: name of the optimizer, such as "adamw".
+        defaults: default of each key that differs for this optimizer.
 
     Raises:
         SettingError: if a key is given that this optimizer does not have.

@@ -343,16 +343,16 @@ def test_a_class_of_ones_own_opens_with_consent_or_is_refused_before_any_work(ow
 
 
 def test_a_class_that_does_not_build_the_same_network_is_not_named(own):
-    assert memory.find_name(own.Two()) == memory.Named(f"{own.__name__}:Two", {})
+    assert memory.find_buildable(own.Two()) == memory.Buildable(f"{own.__name__}:Two", {})
     other = own.Two()
     other.c = nn.Linear(32, 2)
-    assert memory.find_name(other) is None
+    assert memory.find_buildable(other) is None
     other = own.Tokens(vocab=12)
-    assert memory.find_name(other) == memory.Named(
+    assert memory.find_buildable(other) == memory.Buildable(
         f"{own.__name__}:Tokens", {"vocab": 12, "width": 24}
     )
     other.b = nn.Sequential(nn.Linear(32, 2))
-    assert memory.find_name(other) is None
+    assert memory.find_buildable(other) is None
 
 
 class Chosen(nn.Module):
@@ -374,19 +374,19 @@ class Way:
 
 
 def test_a_class_that_computes_something_else_is_not_named(tmp_path):
-    assert memory.find_name(Chosen()) is not None
-    assert memory.find_name(Chosen(how=torch.tanh)) is None
+    assert memory.find_buildable(Chosen()) is not None
+    assert memory.find_buildable(Chosen(how=torch.tanh)) is None
     hooked = Chosen()
     hooked.a.register_forward_hook(lambda module, inputs, out: out * 2)
-    assert memory.find_name(hooked) is None
+    assert memory.find_buildable(hooked) is None
     forwarded = Chosen()
     forwarded.forward = lambda x: forwarded.b(x[:, :1].expand(-1, 32))
-    assert memory.find_name(forwarded) is None
+    assert memory.find_buildable(forwarded) is None
     # What no comparison of attributes can see is seen in the outputs, before any work.
     way = Way()
     way.factor = 3.0
     odd = Chosen(way=way).eval()
-    assert memory.find_name(odd) is not None
+    assert memory.find_buildable(odd) is not None
     with pytest.raises(ModelError, match="could not be opened again"):
         fedpress.quantize(odd, input_shape=(8,), out=tmp_path / "odd")
     assert not (tmp_path / "odd").exists()

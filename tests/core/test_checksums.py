@@ -32,7 +32,7 @@ def test_every_flipped_bit_and_every_cut_of_a_replaced_file_is_noticed(tmp_path)
             path.write_bytes(content[:at] + bytes([content[at] ^ 1 << bit]) + content[at + 1 :])
             assert "is not what was written" in checksums.fault(path)
         path.write_bytes(content[:at])
-        assert f"it holds {at} of 40 bytes" in checksums.fault(path)
+        assert f"it has {at} of 40 bytes" in checksums.fault(path)
     path.write_bytes(content + b"\n")
     assert checksums.fault(path)
 

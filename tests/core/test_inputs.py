@@ -11,12 +11,12 @@ from fedpress.core.examples import Arrays, Preprocess
 from fedpress.core.inputs import (
     NamedInputs,
     call,
-    form_of,
     inputs_text,
     join,
     positional,
     shape_of,
     shape_text,
+    signature_of,
 )
 from fedpress.core.random import fingerprint
 from fedpress.errors import DataError, ModelError
@@ -101,7 +101,7 @@ def test_a_model_is_called_by_name_in_any_order():
 def test_names_that_a_model_does_not_take_are_inputs_text():
     x = some(2)
     lacks = NamedInputs({"tokens": x["tokens"], "sensors": x["sensors"]})
-    with pytest.raises(ModelError, match="the model needs 'lengths' besides; name the inputs as"):
+    with pytest.raises(ModelError, match="the model also needs 'lengths'; name the inputs as"):
         call(Adds(), lacks)
     extra = NamedInputs({**{name: x[name] for name in x}, "mask": x["lengths"]})
     with pytest.raises(ModelError, match="the model does not take 'mask'"):
@@ -178,5 +178,5 @@ def test_shapes_and_forms_are_told_by_name():
     assert shape_of(x) == {"tokens": (5,), "lengths": (), "sensors": (2, 3)}
     assert shape_text(shape_of(x)) == "tokens [5], lengths [], sensors [2, 3]"
     assert inputs_text(x) == "tokens [5] int64, lengths [] int64, sensors [2, 3] float32"
-    assert form_of(x) == form_of(some(9, seed=1))
-    assert form_of(x) != form_of(NamedInputs({"tokens": x["tokens"]}))
+    assert signature_of(x) == signature_of(some(9, seed=1))
+    assert signature_of(x) != signature_of(NamedInputs({"tokens": x["tokens"]}))

@@ -23,8 +23,8 @@ def test_the_declared_size_is_that_of_the_network_and_takes_no_memory():
         return nn.Sequential(nn.Linear(width, width), nn.BatchNorm1d(width))
 
     known = sum(t.numel() for t in (*build(7).parameters(), *build(7).buffers()))
-    assert limits.declared(build, {"width": 7}) == known
-    assert limits.declared(build, {"width": 10**7}) > 10**14
+    assert limits.count_values(build, {"width": 7}) == known
+    assert limits.count_values(build, {"width": 10**7}) > 10**14
 
 
 def test_depth_is_found_without_recursion():
@@ -47,13 +47,13 @@ def test_building_within_limits_changes_no_number(monkeypatch):
         )
 
     plain = net().state_dict()
-    with limits.building("x"):
+    with limits.limited_building("x"):
         watched = net().state_dict()
     assert all(torch.equal(watched[name], value) for name, value in plain.items())
     monkeypatch.setenv("FEDPRESS_MAX_VALUES", "20")
     with (
         pytest.raises(ModelError, match=r"x: at least 30 values.*FEDPRESS_MAX_VALUES=40 or more"),
-        limits.building("x"),
+        limits.limited_building("x"),
     ):
         net()
     net()  # outside the block nothing is watched
@@ -139,5 +139,5 @@ def test_layers_inside_one_layer_and_sequences_inside_each_other_have_limits(mon
 @pytest.mark.parametrize("key", [{"device": "meta"}, {"dtype": "float64"}])
 def test_a_file_does_not_say_where_the_numbers_of_a_layer_lie(key):
     linear = {"layer": "Linear", "in_features": 4, "out_features": 1} | key
-    with pytest.raises(ModelError, match=f"'{next(iter(key))}' is nothing that a file may say"):
+    with pytest.raises(ModelError, match=f"'{next(iter(key))}' may not be set by a file"):
         ModelSpec.of_file(layers(a=linear)).build_within_limits()

@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 LOADED = (
     "import sys\nfrom fedpress.core import own_modules\n"
-    "own_modules.look_in(*map(__import__('pathlib').Path, {folders}))\n"
+    "own_modules.set_folders(*map(__import__('pathlib').Path, {folders}))\n"
 )
 
 

@@ -11,7 +11,7 @@ from fedpress.core.random_source import (
     AesCtrRandom,
     PhiloxRandom,
     TorchRandom,
-    chance_of,
+    as_random_source,
     private_stream,
     public_stream,
     seed_torch_,
@@ -185,7 +185,7 @@ def test_a_bare_generator_counts_as_seeded():
         noise_sum(total, plan(), seeded(3)), noise_sum(total, plan(), TorchRandom(seeded(3)))
     )
     cipher = AesCtrRandom(KEY)
-    assert chance_of(cipher) is cipher
+    assert as_random_source(cipher) is cipher
 
 
 @pytest.mark.parametrize("mode", MODES)

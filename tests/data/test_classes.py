@@ -220,7 +220,7 @@ def test_one_class_is_refused_in_every_source(tmp_path):
         read({"source": "folders", "path": tmp_path / "images"})
     with pytest.raises(DataError, match="the public rows are all of one class, '0'"):
         read(function(tmp_path, False, lambda row: 0))
-    with pytest.raises(ValueError, match="a single class leaves nothing to tell apart"):
+    with pytest.raises(ValueError, match="a classification needs at least two classes"):
         DataSettings(source="digits", classes=["a"])
 
 

@@ -184,7 +184,7 @@ def test_other_stages_take_dictionaries(stage, tmp_path):
 def test_names_that_the_model_does_not_take_are_told_before_the_run():
     text = named.recipe(named.TRAIN, data="tagged", model="Notes", more='task = "classification"')
     recipe = recipes.load(text, ())
-    with pytest.raises(RecipeError, match="the model needs 'sensors' besides"):
+    with pytest.raises(RecipeError, match="the model also needs 'sensors'"):
         first_state(recipe, load_data(recipe))
 
 

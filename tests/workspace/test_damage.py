@@ -144,7 +144,7 @@ def test_whoever_reads_a_damaged_file_says_so(private, tmp_path):
     path = copied(private, tmp_path)
     flip(path / "stages/3-export/model.safetensors")
     with pytest.raises(
-        FedpressError, match=r"3-export/model.safetensors: corrupt \(what it holds is not"
+        FedpressError, match=r"3-export/model.safetensors: corrupt \(its content is not"
     ):
         storage.load(path)
     for name in ("records.jsonl", "result.json", "ledger.json", "settings.json"):

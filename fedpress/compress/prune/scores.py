@@ -26,7 +26,7 @@ from fedpress.compress.prune.derivatives import (
     mean_over_batches,
 )
 from fedpress.compress.prune.graph import ChannelGraph, ChannelGroup, Slice
-from fedpress.core.random_source import Source, chance_of
+from fedpress.core.random_source import Source, as_random_source
 from fedpress.errors import ModelError, RecipeError, suggestion
 
 Losses = Callable[[], Iterable[Tensor]]
@@ -250,7 +250,7 @@ def grasp(graph: ChannelGraph, inputs: ScoreInputs) -> list[Tensor]:
 def random(graph: ChannelGraph, inputs: ScoreInputs) -> list[Tensor]:
     """Uniform random numbers: the baseline for every other score."""
     assert inputs.generator is not None
-    chance = chance_of(inputs.generator)
+    chance = as_random_source(inputs.generator)
     return [chance.uniform(group.channels, dtype=torch.float32) for group in graph.groups]
 
 

@@ -20,7 +20,7 @@ from fedpress.compress.prune.scores import tensors_of
 from fedpress.compress.prune.targets import full_widths
 from fedpress.compress.sparse.masks import Masks
 from fedpress.compress.sparse.weights import Weight
-from fedpress.core.random_source import Source, chance_of
+from fedpress.core.random_source import Source, as_random_source
 from fedpress.errors import ModelError
 
 BETA = 2 / 3
@@ -85,7 +85,7 @@ class Gates(nn.Module):
     def draw(self) -> dict[str, Tensor]:
         """Returns a random factor for each parameter, for one step of training."""
         tiny = torch.finfo(torch.float32).tiny  # log(0) would be infinite
-        chance = chance_of(self.generator)
+        chance = as_random_source(self.generator)
         gates = []
         for log_alpha in self.log_alphas:
             uniform = chance.uniform(*log_alpha.shape, dtype=torch.float32).clamp_min(tiny)
@@ -283,7 +283,7 @@ def _initial_log_alpha(shape: Sequence[int], generator: Source) -> Tensor:
 
     Section 4.1 of the paper draws it around the drop-out rate.
     """
-    noise = chance_of(generator).normal(*shape, dtype=torch.float32)
+    noise = as_random_source(generator).normal(*shape, dtype=torch.float32)
     return math.log(START / (1 - START)) + 0.01 * noise
 
 

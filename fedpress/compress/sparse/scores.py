@@ -17,7 +17,7 @@ from fedpress.compress.prune.derivatives import (
 )
 from fedpress.compress.prune.scores import Losses
 from fedpress.compress.sparse.weights import Weight
-from fedpress.core.random_source import Source, chance_of
+from fedpress.core.random_source import Source, as_random_source
 from fedpress.errors import ModelError, RecipeError, suggestion
 
 Values = list[Tensor]
@@ -134,7 +134,7 @@ def random(inputs: WeightScoreInputs) -> Values:
             place="generator",
             cure="give a torch.Generator",
         )
-    chance = chance_of(inputs.generator)
+    chance = as_random_source(inputs.generator)
     return [chance.uniform(*w.value.shape, dtype=torch.float32) for w in inputs.weights]
 
 

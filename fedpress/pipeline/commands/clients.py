@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fedpress import tasks
 from fedpress.core.examples import Arrays, Preprocess
-from fedpress.core.inputs import Inputs, dtype_of, form_of, inputs_text, join, map_inputs
+from fedpress.core.inputs import Inputs, dtype_of, inputs_text, join, map_inputs, signature_of
 from fedpress.core.random_source import public_stream
 from fedpress.data import FederatedData
 from fedpress.errors import Argument, DataError
@@ -77,7 +77,7 @@ class Clients:
         # Shape and dtype of the first client stand for all. They are no secret.
         first_x, first_y = next(iter(raw.values()))
         for name, (x, _) in raw.items():
-            if form_of(x) != form_of(first_x):
+            if signature_of(x) != signature_of(first_x):
                 raise DataError(
                     f"examples of {inputs_text(x)} where the first client has "
                     f"{inputs_text(first_x)}",

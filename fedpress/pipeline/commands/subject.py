@@ -20,7 +20,7 @@ from fedpress.core.random import STREAMS
 from fedpress.data import FederatedData
 from fedpress.errors import Argument, DataError, ModelError, Words, did_you_mean
 from fedpress.models import ARCHITECTURES, ModelSpec, memory
-from fedpress.models.memory import Named
+from fedpress.models.memory import Buildable
 from fedpress.pipeline import recipe as recipes
 from fedpress.pipeline.arguments import naming_arguments
 from fedpress.pipeline.places import placed_model
@@ -158,10 +158,10 @@ def _run_of(path: Path) -> Path | None:
 
 
 @contextmanager
-def holding(module: nn.Module, named: Named | None = None) -> Iterator[dict[str, Any]]:
+def holding(module: nn.Module, named: Buildable | None = None) -> Iterator[dict[str, Any]]:
     """Gives the `[model]` table of a module in memory, as long as the block lasts."""
-    with memory.holding(module, named) as name:
-        yield {"architecture": memory.HELD, "arguments": {"name": name}}
+    with memory.registered(module, named) as name:
+        yield {"architecture": memory.IN_MEMORY, "arguments": {"name": name}}
 
 
 def no_data(path: Path) -> FederatedData:

@@ -18,7 +18,7 @@ from pydantic import (
 
 from fedpress.data import DataSettings
 from fedpress.errors import Argument, SettingError
-from fedpress.models.memory import HELD
+from fedpress.models.memory import IN_MEMORY
 from fedpress.pipeline.recipe.mistakes import check_values, first_mistake
 from fedpress.pipeline.recipe.overrides import name_stages_
 from fedpress.stages.union import AnyStage
@@ -64,7 +64,7 @@ class ModelSettings(BaseModel):
     @property
     def takes_arguments(self) -> bool:
         """Whether its arguments can be changed: not for a saved model or a module in memory."""
-        return self.checkpoint is None and self.architecture != HELD
+        return self.checkpoint is None and self.architecture != IN_MEMORY
 
     @model_validator(mode="after")
     def _one_of_two(self) -> ModelSettings:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from fedpress.core.random_source import Source, chance_of
+from fedpress.core.random_source import Source, as_random_source
 from fedpress.errors import PrivacyError, RecipeError
 from fedpress.privacy.plan import PrivacyPlan
 
@@ -26,7 +26,7 @@ def poisson_batches(
     2024, "How private are DP-SGD implementations?", arXiv:2403.17673).
     """
     # The default float64 draws: float32 ones have 24 bits, which would bias small probabilities.
-    source = chance_of(generator)
+    source = as_random_source(generator)
     for _ in range(steps):
         # An empty batch is yielded too: a skipped step would show that nobody was drawn.
         yield (source.uniform(n) < sampling_prob).nonzero().flatten()
@@ -97,7 +97,7 @@ def noise_sum(total: Tensor, plan: PrivacyPlan, generator: Source) -> Tensor:
     """
     if plan.noise_std == 0:
         return total
-    source = chance_of(generator)
+    source = as_random_source(generator)
     normal = source.normal(total.numel()).view(total.shape)
     return add_noise(total, plan, normal, exact=source.exact)
 

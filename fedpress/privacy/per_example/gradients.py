@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from fedpress.core.inputs import Inputs, call, join, map_inputs, parts_of
+from fedpress.core.inputs import Inputs, call, join, map_inputs, tensors_by_name
 from fedpress.core.parameters import trainable
 from fedpress.errors import RecipeError, suggestion
 from fedpress.nn.batch_norm import BatchNorm
@@ -227,7 +227,7 @@ def _rows_to_verify(x: Inputs, count: int) -> list[int]:
     n = len(x)
     if n <= count:
         return list(range(n))
-    sizes = [part.reshape(n, -1).double().norm(dim=1) for part in parts_of(x).values()]
+    sizes = [part.reshape(n, -1).double().norm(dim=1) for part in tensors_by_name(x).values()]
     size = sizes[0] if len(sizes) == 1 else torch.stack(sizes).norm(dim=0)
     # An input with NaN is as suspicious as an infinite one.
     size = size.nan_to_num(math.inf)
@@ -346,7 +346,7 @@ def _takes_whole_numbers(model: nn.Module, x: Inputs) -> bool:
     for module in model.modules():
         if isinstance(module, nn.Embedding | nn.EmbeddingBag):
             return True
-    return any(_is_whole(part) for part in parts_of(x).values())
+    return any(_is_whole(part) for part in tensors_by_name(x).values())
 
 
 def _is_whole(values: Tensor) -> bool:

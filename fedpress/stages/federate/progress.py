@@ -124,7 +124,7 @@ class Progress:
         return cls(
             params=saved.tensors["params"],
             ledger=Ledger.from_json(facts["ledger"]),
-            server_state=parameters.part_of(saved.tensors, SERVER),
+            server_state=parameters.tensors_under(saved.tensors, SERVER),
             set_up=None if set_up is None else tuple(set_up),
             failures=Failures.from_json(facts.get("failures", {})),
             **{name: facts[name] for name in PLAIN},

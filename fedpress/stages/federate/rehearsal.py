@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fedpress.core.examples import Arrays
-from fedpress.core.inputs import Inputs, NamedInputs, form_of, inputs_text, parts_of
+from fedpress.core.inputs import Inputs, NamedInputs, inputs_text, signature_of, tensors_by_name
 from fedpress.core.random_source import RandomSource, public_stream
 from fedpress.errors import Argument, RecipeError, TrainingError
 from fedpress.stages.federate.client import ClientSide
@@ -72,7 +72,7 @@ def _one_of_each_kind(clients: Sequence[ClientSide]) -> list[ClientSide]:
     kinds: dict[tuple[object, ...], ClientSide] = {}
     for client in clients:
         x, y = client.arrays.x, client.arrays.y
-        kinds.setdefault((form_of(x), y.shape[1:], y.dtype), client)
+        kinds.setdefault((signature_of(x), y.shape[1:], y.dtype), client)
     return list(kinds.values())
 
 
@@ -91,7 +91,7 @@ def trial_examples(
         "public" or "made-up", and the examples.
     """
     for part in public:
-        same = form_of(part.x) == form_of(like.x) and part.y.dtype == like.y.dtype
+        same = signature_of(part.x) == signature_of(like.x) and part.y.dtype == like.y.dtype
         if len(part) and same:
             # From all over the part: it may be sorted by class.
             spread = torch.linspace(0, len(part) - 1, min(EXAMPLES, len(part))).long()
@@ -106,7 +106,7 @@ def trial_examples(
 def _made_up_inputs(like: Inputs, vocabulary: int | None, chance: RandomSource) -> Iterator[Inputs]:
     """Yields made-up inputs of the shape and type of `like`."""
     tries = {}
-    for name, part in parts_of(like).items():
+    for name, part in tensors_by_name(like).items():
         shape = (EXAMPLES, *part.shape[1:])
         tries[name] = list(_made_up(shape, part.dtype, vocabulary, chance))
     if not isinstance(like, NamedInputs):

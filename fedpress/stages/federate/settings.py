@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from fedpress.codecs import AnyTransform, Quantize
-from fedpress.core.renamed import ReadsOldWords, Renamed
+from fedpress.core.renamed import ReadsOldKeys, Renamed
 from fedpress.errors import Argument, SettingError
 from fedpress.federation import AnyAggregator, AnyAlgorithm, Average, LocalSettings
 from fedpress.federation.algorithms.optimizers import Server
@@ -18,7 +18,7 @@ from fedpress.training.augment import Augment
 from fedpress.workspace.state import Name
 
 
-class PrivacySettings(ReadsOldWords):
+class PrivacySettings(ReadsOldKeys):
     """`[stage.privacy]`: what is protected, against whom, and how strongly.
 
     Give `epsilon`, and the noise is calibrated to it before the run; or give `noise_multiplier`,
@@ -111,7 +111,7 @@ class CorrelatedNoise(BaseModel):
     bands: int = Field(16, ge=2, le=64, description="draws that are mixed into one round")
 
 
-class FederateSettings(LocalSettings, ReadsOldWords):
+class FederateSettings(LocalSettings, ReadsOldKeys):
     """The keys of a federate stage, beside those of local training.
 
     `trainable` holds patterns of parameter names; only these parameters train and travel.

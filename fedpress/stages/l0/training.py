@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fedpress.compress.sparse import geometric
 from fedpress.compress.sparse.l0 import Controller, Gates, balance
 from fedpress.core.inputs import Inputs
-from fedpress.core.parameters import part_of
+from fedpress.core.parameters import tensors_under
 from fedpress.core.random_source import public_stream
 from fedpress.stages.epochs import epoch_milestone, total_steps, train_epochs
 from fedpress.stages.l0.settings import L0Settings
@@ -123,7 +123,7 @@ class GatedTraining:
             for i, alpha in enumerate(self.gates.log_alphas):
                 alpha.copy_(tensors[f"gates/{i}"])
         slots: dict[int, dict[str, Tensor]] = {}
-        for name, value in part_of(tensors, "adam/").items():
+        for name, value in tensors_under(tensors, "adam/").items():
             key, leaf = name.split("/")
             slots.setdefault(int(key), {})[leaf] = value
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": slots})

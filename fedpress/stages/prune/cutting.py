@@ -17,7 +17,7 @@ from fedpress.compress.prune.sensitivity import densities_down_to
 from fedpress.compress.prune.targets import full_widths, next_share
 from fedpress.core.examples import Arrays
 from fedpress.core.inputs import call
-from fedpress.core.parameters import part_of
+from fedpress.core.parameters import tensors_under
 from fedpress.core.random import derive
 from fedpress.core.random_source import public_stream
 from fedpress.data import FederatedData
@@ -111,7 +111,7 @@ class PruneWork:
         if facts["fitting"]:
             self.fit_state = dict(saved.tensors)
         else:
-            self.model.load_state_dict(part_of(saved.tensors, "model/"))
+            self.model.load_state_dict(tensors_under(saved.tensors, "model/"))
         self.step = facts["step"]
         self.tuned = facts["tuned"]
         self.start = facts["start"]

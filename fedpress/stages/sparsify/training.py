@@ -34,7 +34,7 @@ from fedpress.compress.sparse.levels import lowest_densities
 from fedpress.compress.sparse.scores import gradients
 from fedpress.core.examples import Arrays, Preprocess
 from fedpress.core.inputs import call
-from fedpress.core.parameters import part_of
+from fedpress.core.parameters import tensors_under
 from fedpress.core.random_source import public_stream
 from fedpress.nn.batch_norm import has_batch_norm
 from fedpress.stages.epochs import epoch_milestone, total_steps, train_epochs
@@ -232,13 +232,13 @@ class MaskedTraining:
         self.fit.load_(dict(tensors))
         self.resumed = True
         self.round = facts["round"]
-        self.early = part_of(tensors, "early/")
+        self.early = tensors_under(tensors, "early/")
         self.points = [SensitivityPoint.from_json(point) for point in facts["points"]]
         # A checkpoint is read to the CPU.
-        masks = part_of(tensors, "mask/")
+        masks = tensors_under(tensors, "mask/")
         self.keep_({name: mask.to(self.fit.device) for name, mask in masks.items()})
         if self.movement:
-            for name, value in part_of(tensors, "moved/").items():
+            for name, value in tensors_under(tensors, "moved/").items():
                 self.movement.sums[name].copy_(value)
 
 

@@ -65,5 +65,5 @@ def test_what_is_no_data_is_refused(given, message):
 def test_other_names_than_those_of_forward_are_told():
     x, y = data()
     other = {("words" if name == "tokens" else name): x[name] for name in x}
-    with pytest.raises(FedpressError, match="the model needs 'tokens' besides and does not take"):
+    with pytest.raises(FedpressError, match="the model also needs 'tokens' and does not take"):
         fedpress.train(named.Notes(), data=(other, y), epochs=1)

@@ -274,7 +274,7 @@ def test_the_target_is_a_share_of_the_parameters_unless_another_is_given():
         (
             HEAD.replace(MODEL, CNN) + "bn_penalty = 0.1\n",
             TrainingError,
-            "bn_penalty: it pulls at batch-norm scales",
+            "bn_penalty: it penalises batch-norm scales",
         ),
         (
             HEAD + PRUNE + STEPS.replace("epochs = 2", "epochs = 2, image_sizes = [[99, 1]]"),

@@ -1,0 +1,223 @@
+"""Turns feature columns of a table into inputs: numbers as they are, words one-hot.
+
+The kind of a column, its list of words and its mean are taken from public rows only. A single
+private row must not add an input to a model that is given away, nor change a value in its file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+from pyarrow import types
+from torch import Tensor
+
+from fedpress.data.classes import OTHER
+from fedpress.data.columns import Column, as_text, is_number, is_word, positions_in
+from fedpress.data.csv import NO_VALUE
+from fedpress.data.examples import InputRows
+from fedpress.data.preparation import InputColumn, Kind, Preparation, Unknown
+from fedpress.data.settings import DataSettings
+from fedpress.errors import DataError
+
+MOST_WORDS = 100  # each word becomes an input; a column with more mostly holds names or free text
+
+
+@dataclass(frozen=True)
+class FeatureColumns:
+    """The feature columns of a table.
+
+    A column of numbers becomes one input, a column of words one input for each word.
+    """
+
+    columns: tuple[Column, ...]
+    settings: DataSettings
+
+    def inputs(self, public: Tensor) -> InputRows:
+        """Returns float32 [n, d] for all rows.
+
+        Public rows decide whether a column holds numbers or words, which words it has, and the mean
+        that fills missing cells. A word that only private rows have gets no input of its own: the
+        number of inputs must not reveal anything about private rows.
+
+        Args:
+            public: positions of the public rows.
+
+        Raises:
+            DataError: if a column holds neither numbers nor words, has too many words, or has a
+                missing cell that may not be filled.
+        """
+        rows = public.numpy()
+        blocks: list[np.ndarray] = []
+        learned: list[InputColumn] = []
+        left_out = np.zeros(len(self.columns[0].values), dtype=bool)
+        for column in self.columns:
+            found, block, dropped = self._block(column, rows)
+            learned.append(found)
+            blocks.append(block)
+            left_out |= dropped
+        x = torch.from_numpy(np.concatenate(blocks, axis=1))
+        # Rows that are left out need no values.
+        gaps = x.isnan() & ~torch.from_numpy(left_out)[:, None]
+        if not len(public) and bool(gaps.any()):
+            raise DataError(
+                "'mean' needs public rows to take the mean of",
+                place="missing",
+                cure="give public_share or public_clients, or set missing = 'drop'",
+            )
+        # A column without any public value has no mean, and is filled with 0.
+        fill = torch.nan_to_num(x[public].nanmean(0))
+        preparation = self._preparation(learned, fill if len(public) else None)
+        return InputRows(torch.where(x.isnan(), fill, x), torch.from_numpy(left_out), preparation)
+
+    def _preparation(self, learned: list[InputColumn], fill: Tensor | None) -> Preparation:
+        """Returns how raw rows become inputs; `fill` [d] are the means of the public rows."""
+        if self.settings.missing == "mean" and fill is not None:
+            parts = fill.split([column.width for column in learned])
+            filled = []
+            for column, part in zip(learned, parts, strict=True):
+                filled.append(replace(column, fill=tuple(part.tolist())))
+            learned = filled
+        gaps = tuple(NO_VALUE) if self.settings.source == "csv" else ()
+        return Preparation(tuple(learned), gaps, self.settings.decimal)
+
+    def _block(
+        self, column: Column, public: np.ndarray
+    ) -> tuple[InputColumn, np.ndarray, np.ndarray]:
+        """Returns the inputs of one column.
+
+        Returns:
+            How it becomes inputs, the inputs float32 [n, k] with NaN for missing cells, and bool
+            [n]: rows that are left out.
+        """
+        has_list = column.name in self.settings.words
+        list_is_public = column.name in self.settings.public_words
+        if has_list:
+            # The user listed words for this column: "1" and "2" are then words, too.
+            values = as_text(column.values)
+        elif list_is_public:
+            values = column.typed()
+        else:
+            values = column.typed(public)
+        if is_word(values.type):
+            if not has_list and column.text:
+                seen = values if list_is_public else values.take(pa.array(public))
+                self._refuse_decimal_commas(column, seen)
+            words = self._words(column.name, values, public)
+            names, unknown = self._with_other(words)
+            block, has_unknown = one_hot_block(values, names, unknown)
+            dropped = has_unknown & (unknown == "refused")
+            return InputColumn(column.name, "words", tuple(names), unknown), block, dropped
+
+        block = number_block(values, column.name)
+        kind: Kind = "truth" if types.is_boolean(values.type) else "number"
+        # Private cells with a text where the public rows have numbers: `typed` made them null.
+        not_numbers = values.is_null().to_numpy() & column.values.is_valid().to_numpy()
+        if not_numbers.any() and self.settings.missing == "error":
+            raise DataError(
+                "it holds numbers, but some rows have something else there",
+                place=f"feature column '{column.name}'",
+                cure="set missing = 'drop' or 'mean', or name it in drop_columns",
+            )
+        drops = self.settings.missing == "drop"
+        return InputColumn(column.name, kind), block, not_numbers & drops
+
+    def _words(self, name: str, values: Any, public: np.ndarray) -> list[str]:
+        """Returns the words of a column, from the recipe or from the rows that may define them."""
+        if name in self.settings.words:
+            return list(self.settings.words[name])
+        if name in self.settings.public_words:
+            seen = values
+        elif len(public):
+            seen = values.take(pa.array(public))
+        else:
+            raise DataError(
+                "it holds words, and no row is public to take the list of words from",
+                place=f"feature column '{name}'",
+                cure=(
+                    f'add words = {{ "{name}" = ["WORD", "WORD"] }} to [data], or public_words = '
+                    f'["{name}"] if the list is no secret, or public_share = 0.1'
+                ),
+            )
+        if len(seen.unique()) > MOST_WORDS:
+            raise DataError(
+                f"more than {MOST_WORDS} different words, which is more than can be coded",
+                place=f"feature column '{name}'",
+                cure="name it in drop_columns, or list those that matter with words = { ... }",
+            )
+        return sorted(seen.unique().drop_null().to_pylist())
+
+    def _with_other(self, words: list[str]) -> tuple[list[str], Unknown]:
+        """Returns the words that get inputs, and how other words are treated."""
+        if self.settings.unknown == OTHER:
+            # The data may use the word "other" itself.
+            if OTHER not in words:
+                words = [*words, OTHER]
+            return words, "other"
+        if self.settings.unknown == "drop":
+            return words, "refused"
+        return words, "zeros"
+
+    def _refuse_decimal_commas(self, column: Column, seen: Any) -> None:
+        """Checks that a column of words is not one of numbers with a decimal comma, such as 3,5."""
+        known = seen.drop_null()
+        if not len(known) or column.decimal == ",":
+            return
+        with_commas = pc.match_substring_regex(
+            known, r"^\s*[+-]?(\d+,\d+|\d{1,3}(\.\d{3})+,\d+|\d+)\s*$"
+        )
+        if pc.all(with_commas).as_py():
+            cure = 'add decimal = "," to [data]'
+            # A comma cannot be both delimiter and decimal separator.
+            if self.settings.delimiter == ",":
+                cure = "write them with points, or without commas if these divide thousands"
+            raise DataError(
+                "its numbers have decimal commas",
+                place=f"feature column '{column.name}'",
+                cure=cure,
+            )
+
+
+def one_hot_block(
+    values: Any, words: Sequence[str], unknown: Unknown
+) -> tuple[np.ndarray, np.ndarray]:
+    """One-hot encodes words: "nurse" in ("cook", "nurse") becomes 0, 1.
+
+    Returns:
+        float32 [n, k] with NaN for missing cells, and bool [n]: whether the word is unknown.
+    """
+    missing = values.is_null().to_numpy()
+    positions = positions_in(values, words)
+    is_unknown = (positions < 0) & ~missing
+    if unknown == "other":
+        positions = np.where(is_unknown, words.index(OTHER), positions)
+    block = np.zeros((len(positions), len(words)), dtype=np.float32)
+    known = np.flatnonzero(positions >= 0)
+    block[known, positions[known]] = 1.0
+    # All inputs of a missing word are NaN until they are filled, as with numbers.
+    block[missing] = np.nan
+    return block, is_unknown
+
+
+def number_block(column: Any, name: str) -> np.ndarray:
+    """Returns numbers or booleans of a typed column as float32 [n, 1], NaN for missing cells.
+
+    Raises:
+        DataError: if it holds something else.
+    """
+    kind = column.type
+    if types.is_boolean(kind):
+        column = column.cast(pa.uint8())
+    elif not is_number(kind) and not types.is_null(kind):
+        raise DataError(
+            f"holds {kind}",
+            place=f"feature column '{name}'",
+            cure="expected numbers or words: name it in drop_columns",
+        )
+    numbers: np.ndarray = column.cast(pa.float64()).to_numpy(zero_copy_only=False)
+    return numbers.astype(np.float32)[:, None]
