@@ -1,4 +1,4 @@
-"""From a trained model to a file that a device runs: export, parity with the model, latency."""
+"""Exports a model to a file for a device, compares it with the model, and measures its latency."""
 
 from fedpress.deploy.artifact import ROUNDING, TOLERANCE, Artifact, Job
 from fedpress.deploy.device_model import DeviceModel

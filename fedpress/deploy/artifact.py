@@ -37,11 +37,11 @@ class Job:
             int64), a tuple of tensors in the order of forward's arguments, or a dictionary by
             argument name. The file takes any batch size; all other sizes are those of the example.
         preprocess: the standardisation that training applied to raw examples. The file does not
-            compute it; mean and standard deviation stand in its metadata.
+            compute it; mean and standard deviation are in its metadata.
         metadata: more entries for the file's metadata, such as class names.
         batches: public calibration batches, in the form of `example` or as standardised float32
-            [n, *input_shape]. With them the file computes on 8-bit integers; without them in float
-            (weights that the model holds in fewer bits stay small).
+            [n, *input_shape]. With them the file computes on 8-bit integers, without them in float.
+            Quantized weights are stored in few bits in both cases.
         observer: how value ranges are computed from the calibration (`fedpress.nn.observers`).
         weight_bits: bits of weights that are float in the model; 7 for processors on which sums of
             8-bit products overflow (see docs/devices.md).
@@ -133,9 +133,9 @@ class Artifact:
     """One exported file.
 
     Attributes:
-        path: where it is.
+        path: the file.
         file_bytes: its size.
-        metadata: name -> value, as stored in the file.
+        metadata: the entries that are stored in the file.
         left_float: module or operation that computes in float although integers were asked for ->
             the reason.
         program: the quantized graph that the file was made from, to compare its outputs with; None
@@ -158,10 +158,10 @@ class Artifact:
 
 
 def write(path: Path, data: bytes) -> None:
-    """Writes `data` to a temporary file beside `path`, then renames it: no reader sees half a file.
+    """Writes `data` to a temporary file beside `path`, then renames it to `path`.
 
     Raises:
-        ExportError: if it cannot be written; an older file at `path` then stays as it was.
+        ExportError: if it cannot be written; an older file at `path` is then not changed.
     """
     cure = ("free space or choose another ", Argument("out"))
     with writing(path, raises=ExportError, full=cure, other=cure):

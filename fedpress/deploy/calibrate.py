@@ -39,7 +39,7 @@ class _RangeRecorder(fx.Interpreter):
             return value
 
         low, high = (float(v) for v in value.aminmax())
-        # The difference, since that of two finite numbers may be infinite, too.
+        # The difference is checked, because that of two finite numbers may be infinite.
         if not math.isfinite(high - low):
             self.not_finite.add(n)
         before = self.histograms.get(n, Histogram(low, high))
@@ -61,13 +61,13 @@ def ranges(
     inputs = [n for n in graph.graph.nodes if n.op == "placeholder"]
     names = [n.name for n in inputs]
     calls = [by_name(as_device(batch), names) for batch in batches]
-    # All batches before the first run, which may take long.
+    # All batches are checked before the first run, which may take long.
     for call in calls:
         _check(call, [n.meta["val"] for n in inputs])
 
     for call in calls:
         _run(recorder, call)
-    # A histogram needs its range before it can count, so all batches run a second time.
+    # A histogram can count only when its range is known, so all batches run a second time.
     if observer != "minmax":
         recorder.fills_histograms = True
         for call in calls:

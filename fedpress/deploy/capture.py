@@ -30,7 +30,7 @@ from fedpress.nn.resize import copied
 
 BATCH = "batch"
 
-# The folder of the clone; of an installed package the folder above it, which has no constraints.
+# The folder of the repository. For an installed package it is another folder, without constraints.
 CLONE = Path(__file__).parents[2]
 
 # What torch.export says when the batch size is a constant in the graph.
@@ -59,11 +59,12 @@ _CURES = (
 def extra(name: str, constraints: str = "constraints.txt") -> str:
     """Returns what `pip install` takes for an optional extra of fedpress, such as "openvino".
 
-    In a clone these are its path, since no index need have the name, and its pinned versions.
+    In a clone of the repository it is the path of the clone, with pinned versions: the package need
+    not be on an index.
 
     Args:
-        name: of the extra.
-        constraints: the file of the clone that pins its versions.
+        name: name of the extra.
+        constraints: the file of the clone that pins the versions.
     """
     pinned = CLONE / constraints
     if not pinned.is_file():
@@ -105,7 +106,7 @@ def require(*packages: str, install: str = "") -> dict[str, Any]:
 def capture(
     model: nn.Module, given: InputSpec, *, batch: int | None = None
 ) -> torch.export.ExportedProgram:
-    """Traces a float32 CPU copy of `model` in evaluation mode; the model itself is left as it was.
+    """Traces a float32 CPU copy of `model` in evaluation mode; the model itself is not changed.
 
     Args:
         model: maps a batch to tensors, alone or in tuples and dictionaries.
@@ -119,15 +120,15 @@ def capture(
     check_finite(model)
     model = copied(model).to("cpu", torch.float32).eval()
     example = ordered(model, example_of(given))
-    # Two rows for a free batch size: torch.export takes a size of one for a constant.
+    # Two rows for a free batch size: torch.export treats a batch size of one as a constant.
     example = take_rows(as_device(example), batch or 2)
     try:
         return trace(model, example, free=batch is None)
     # torch.export raises what the model raises, and more than a dozen types of its own.
     except Exception as error:
         message = str(error)
-        # When forward runs, `len(x)` is a plain int and fixes the batch size in the graph. Strict
-        # mode reads the code of forward instead, and sees that the number is the batch size.
+        # While forward runs, `len(x)` is a plain int, so it becomes a constant in the graph. Strict
+        # mode analyses the code of forward instead, and knows that the number is the batch size.
         if FIXED in message:
             with contextlib.suppress(Exception):
                 return trace(model, example, free=batch is None, strict=True)
@@ -156,14 +157,14 @@ def trace(
         model: in evaluation mode.
         example: two rows or more.
         free: whether the graph takes any batch size, or only that of `example`.
-        strict: whether torch reads the code of forward instead of running it. It then understands
+        strict: whether torch analyses the code of forward instead of running it. It then supports
             `len(x)`, but fewer features of Python.
     """
     args, named = arguments(example)
     shapes = batch_dims(model, example, {0: torch.export.Dim(BATCH)}) if free else None
     fast = torch.backends.mha.get_fastpath_enabled()
     try:
-        # The fast path of attention is one fused operation, which no file format has.
+        # The fast path of attention is one fused operation that no file format has.
         torch.backends.mha.set_fastpath_enabled(False)
         with torch.no_grad():
             return torch.export.export(model, args, named, dynamic_shapes=shapes, strict=strict)
@@ -208,7 +209,7 @@ def _blame(model: nn.Module, error: BaseException) -> str:
     """Names the innermost module of `model` that was running when `error` was raised."""
     names = {id(module): name for name, module in model.named_modules()}
     inner: nn.Module = model
-    # The traceback runs from the outermost call to the innermost: the last module found wins.
+    # The traceback is ordered from the outermost call to the innermost, so the last module is it.
     frame = error.__traceback__
     while frame:
         owner = frame.tb_frame.f_locals.get("self")

@@ -1,4 +1,4 @@
-"""What ExecuTorch and LiteRT share: a graph for one example, quantized to int8 if asked."""
+"""Captures a model for ExecuTorch and LiteRT: a graph for one example, float or int8."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ class DeviceGraph:
     """A captured graph that a runtime's exporter will lower into a file.
 
     Attributes:
-        graph: what is lowered; its weights may still be changed.
+        graph: the graph to lower; its weights may still be changed.
         left_float: module -> why it computes in float, or why its weights are stored in more bits
-            than they have.
+            than they need.
         rounded: the quantized program in torch, whose outputs the file must reproduce; None for a
-            model without any rounding.
-        integer: whether all activations were calibrated and are rounded.
-        rounds: whether any activations are rounded; without calibration these are the inputs of
+            model without any quantization.
+        integer: whether the activations are quantized, by calibration batches.
+        rounds: whether any activation is rounded. Without calibration it may be the inputs of
             layers that the quantize stage has quantized.
     """
 
@@ -99,8 +99,8 @@ def device_graph(
 def _keep_spatial_means_(graph: fx.GraphModule) -> None:
     """Replaces `mean([2, 3])` by `mean([2, 3], keepdim=True)` and a view.
 
-    The runtimes have a pooling kernel for the mean that keeps the two dimensions. On integers both
-    steps are rounded to the same grid, which changes no value.
+    With keepdim the runtimes can use a pooling kernel for the mean. In a quantized graph the mean
+    is rounded before the view as it was after it, so no value changes.
     """
     ops = torch.ops.quantized_decomposed
     for node in list(graph.graph.nodes):
@@ -108,7 +108,7 @@ def _keep_spatial_means_(graph: fx.GraphModule) -> None:
             continue
         source = node.args[0]
         channels = source.meta["val"].shape[1]
-        # The result of the mean is rounded by its readers; the new one gets the same rounding.
+        # If the old mean was rounded after it, the new one gets the same rounding before the view.
         roundings = [u for u in node.users if u.target is ops.quantize_per_tensor.default]
         with graph.graph.inserting_before(node):
             kept = graph.graph.call_function(aten.mean.dim, (source, [-1, -2], True))
@@ -143,7 +143,7 @@ def _is_spatial_mean(node: fx.Node) -> bool:
 def dequantize_for_each_reader_(graph: fx.GraphModule) -> None:
     """Copies a dequantization that several operations read, so that each reads its own.
 
-    A partitioner can then take one reader with its dequantization and leave the others.
+    A partitioner can then accept one reader together with its dequantization, and not the others.
     """
     for node in list(graph.graph.nodes):
         if node.target is torch.ops.quantized_decomposed.dequantize_per_tensor.default:
@@ -159,7 +159,7 @@ def coded_weights(graph: fx.GraphModule, *, groups: bool = False) -> Iterator[tu
 
     Args:
         graph: the graph.
-        groups: whether to yield weights with several scales per output channel, or with one.
+        groups: True: only weights with several scales per output channel; False: only with one.
     """
     ops = torch.ops.quantized_decomposed
     wanted = ops.dequantize_per_channel.default
@@ -200,10 +200,10 @@ def constant_of(graph: fx.GraphModule, node: fx.Node) -> Tensor:
 
 @contextlib.contextmanager
 def captured_output() -> Iterator[Callable[[], str]]:
-    """Redirects what runtimes print, also from C++, into a file; yields a function that reads it.
+    """Captures what runtimes print, also from C++; yields a function that returns the text so far.
 
-    Only the file descriptors 1 and 2 themselves catch what C++ code prints, so these are replaced
-    and put back at the end.
+    C++ code writes directly to the file descriptors 1 and 2, so these are replaced by a temporary
+    file, and restored at the end.
     """
     with contextlib.ExitStack() as stack:
         taken = stack.enter_context(tempfile.TemporaryFile())
@@ -221,9 +221,9 @@ def captured_output() -> Iterator[Callable[[], str]]:
 
 
 def first_line(error: BaseException) -> str:
-    """Returns the first line of an error's message that tells the reason, else its type."""
+    """Returns the first line of an error's message that has the reason; else the error's type."""
     for line in map(str.strip, str(error).splitlines()):
-        # OpenVINO begins with a place in its own sources.
+        # OpenVINO's messages begin with a line of its own source code.
         if line and not line.startswith("Exception from"):
             return line[:200].rstrip(".")
     return type(error).__name__

@@ -1,6 +1,6 @@
-"""A training program, loaded into ExecuTorch, as a torch module with parameters.
+"""Loads a training program into ExecuTorch, and gives its parameters as those of a torch module.
 
-The parameters are views of the runtime's memory: the program computes with what is written there.
+The parameters share memory with the runtime: the program uses values that are written to them.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class DeviceModel(nn.Module):
                 self.input_shape = tuple(json.loads(self.metadata["input_shape"]))
                 names = json.loads(self.metadata["parameters"])
                 self.task = of_model(json.loads(self.metadata.get("task", "{}")), ())
-                # One run on padding alone tells how many outputs the program has.
+                # The number of outputs is not stored in the file, so the program is run once.
                 empty = torch.zeros(0, *self.input_shape), self._zero_targets(0)
                 _, outputs = self._run(*self._padded(*empty, 1))
                 self.outputs = outputs.shape[1]
@@ -109,7 +109,7 @@ class DeviceModel(nn.Module):
             x: float32 [batch_size, *input_shape].
             y: targets of the task: int64 [batch_size] where they are classes, else float32
                 [batch_size, k], or [batch_size] where k is 1.
-            weights: float32 [batch_size], 0 where an example only fills the batch.
+            weights: float32 [batch_size]; 0 for an example that is padding.
 
         Returns:
             The weighted sum of losses, and outputs [batch_size, k]; `gradients` has the gradients
@@ -187,7 +187,7 @@ class DeviceModel(nn.Module):
         """Returns the model's outputs [n, k] for examples [n, *input_shape]."""
         if not len(x):
             return torch.zeros(0, self.outputs)
-        # The program has one method, which takes targets too: zeros do not change the outputs.
+        # The program's only method also takes targets, which do not change the outputs.
         parts = self._parts(x, self._zero_targets(len(x)))
         found = [self.backward(*part)[1] for part in parts]
         return torch.cat(found)[: len(x)]

@@ -1,4 +1,4 @@
-"""Inputs and outputs of a model as tensors: in order, by argument name, or nested in containers."""
+"""Converts inputs and outputs of a model between tensors in order, by name and nested containers."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def is_shape(given: InputSpec) -> TypeGuard[tuple[int, ...]]:
 
 def example_of(given: InputSpec) -> Example:
     """Returns the batch, or two rows of zeros if `given` is a shape."""
-    # Two rows, since torch.export takes a size of one for a constant.
+    # Two rows, because torch.export treats a batch size of one as a constant.
     if is_shape(given):
         return torch.zeros(2, *given)
     check_tensors(given, "the example")
@@ -38,7 +38,7 @@ def example_of(given: InputSpec) -> Example:
 
 
 def random_rows(given: InputSpec, rows: int) -> Example:
-    """Returns `rows` rows to time a model on: normal noise if `given` is a shape, else its rows."""
+    """Returns a batch of `rows` rows: normal noise if `given` is a shape, else rows of the batch."""
     if is_shape(given):
         generator = torch.Generator().manual_seed(0)
         return torch.randn(rows, *given, generator=generator)
@@ -49,7 +49,7 @@ def check_tensors(example: Any, where: str) -> None:
     """Checks that `example` is a tensor, or a tuple or mapping of tensors, with equal batch sizes.
 
     Raises:
-        ExportError: naming what is wrong with it; `where` is what the message calls it.
+        ExportError: with what is wrong; the message calls the example `where`.
     """
     parts: list[Any] = []
     if isinstance(example, Tensor):
@@ -123,10 +123,7 @@ def ordered(model: nn.Module, example: Example) -> Example:
 
 
 def by_name(example: Example, names: Sequence[str]) -> list[Tensor]:
-    """Returns the tensors in the order of `names` if these are the keys of a dictionary.
-
-    Otherwise they come in their own order.
-    """
+    """Returns the tensors, in the order of `names` if these are the keys of the example."""
     if isinstance(example, Mapping) and set(example) == set(names):
         return [example[name] for name in names]
     return tensors_of(example)
@@ -190,7 +187,7 @@ def flatten(given: Any) -> tuple[Structure, list[Tensor], list[str]]:
             return len(tensors) - 1
         if isinstance(value, Mapping):
             return {str(key): walk(inner, (*path, str(key))) for key, inner in value.items()}
-        # A named tuple.
+        # Named tuples become dictionaries, because JSON has no named tuples.
         if isinstance(value, tuple) and hasattr(value, "_fields"):
             return {key: walk(getattr(value, key), (*path, key)) for key in value._fields}
         if isinstance(value, tuple | list):
@@ -241,7 +238,8 @@ def in_batches(run: Callable[[Example], list[Tensor]], example: Example, size: i
     for part in in_parts(example, size):
         outputs = run(part)
         here = [t.dim() > 0 and len(t) == rows_of(part) for t in outputs]
-        # An output may have `size` entries by chance; in the smaller last batch it has others.
+        # An output may have as many entries as the batch by chance. In a smaller last batch that
+        # chance is excluded.
         has_batch = [a and b for a, b in zip(has_batch or here, here, strict=True)]
         found.append(outputs)
 

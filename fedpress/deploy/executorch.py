@@ -1,4 +1,4 @@
-"""ExecuTorch: exports a model as a `.pte` file, lowered to XNNPACK's kernels, and runs it here."""
+"""Exports a model as an ExecuTorch file `.pte`, lowered to XNNPACK's kernels, and runs it."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from fedpress.deploy.session import FileInput, Session
 from fedpress.errors import ExportError
 
 INSTALL = extra("executorch")
-# Operations that XNNPACK takes, but computes in float: it dequantizes what they read.
+# Operations that XNNPACK accepts, but computes in float after dequantizing their inputs.
 FLOAT_INSIDE = ("avg_pool2d", "bmm")
 # The method of the program that returns the file's metadata, as JSON.
 METADATA = "fedpress"
@@ -37,10 +37,11 @@ METADATA = "fedpress"
 def export_executorch(model: torch.nn.Module, path: str | Path, job: Job) -> Artifact:
     """Writes `model` in evaluation mode as an ExecuTorch program for batches of one.
 
-    With batches in `job`, convolutions, linear layers, sums, means and pools compute on 8-bit
-    integers. XNNPACK has no convolution with 4-bit weights, so weights of fewer bits are stored in
-    8; a float program stores them in 32. Operations that XNNPACK does not take run in ExecuTorch's
-    portable kernels. `left_float` of the result lists all of these. The model is left as it was.
+    With calibration batches in `job`, convolutions, linear layers, sums, means and pools compute on
+    8-bit integers. XNNPACK has no convolution with 4-bit weights, so weights of fewer bits are
+    stored in 8; without calibration they are stored as float32. Operations that XNNPACK does not
+    support run in ExecuTorch's portable kernels. `left_float` of the result lists all exceptions.
+    The model is not changed.
 
     Raises:
         ExportError: if the model cannot be captured or lowered, or if the file cannot be written.
@@ -71,8 +72,9 @@ def _lower(made: DeviceGraph, job: Job, metadata: dict[str, str]) -> tuple[bytes
     """Returns the file's bytes, and what XNNPACK does not compute on integers, with the reason."""
     outside: dict[str, str] = {}
     edge = _partitioned(made, job, metadata)
-    # Outside of XNNPACK's parts no kernel reads integer weights. Such weights become float, and the
-    # graph is lowered again, which may move more layers out of the parts: hence the loop.
+    # Outside of XNNPACK's partitions no kernel reads integer weights, so such weights are made float
+    # and the graph is lowered again. That may move further layers out of the partitions, so it is
+    # repeated until none is left.
     while stuck := _layers_left_on_codes(edge):
         for name, node in coded_weights(made.graph):
             if name in stuck:
@@ -90,7 +92,7 @@ def _lower(made: DeviceGraph, job: Job, metadata: dict[str, str]) -> tuple[bytes
 
 
 def _partitioned(made: DeviceGraph, job: Job, metadata: dict[str, str]) -> Any:
-    """Lowers the graph: XNNPACK takes the parts that it can compute."""
+    """Lowers the graph: the partitioner gives XNNPACK the parts that it can compute."""
     from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
     from executorch.exir import EdgeCompileConfig, to_edge_transform_and_lower
 
@@ -103,7 +105,7 @@ def _partitioned(made: DeviceGraph, job: Job, metadata: dict[str, str]) -> Any:
                 compile_config=EdgeCompileConfig(_check_ir_validity=False),
                 constant_methods={METADATA: json.dumps(metadata)},
             )
-    # The errors of passes and partitioners have no common base.
+    # Passes and partitioners raise errors of many types without a common base class.
     except Exception as error:
         raise ExportError(
             f"ExecuTorch cannot lower the model: {first_line(error)}",
@@ -113,13 +115,13 @@ def _partitioned(made: DeviceGraph, job: Job, metadata: dict[str, str]) -> Any:
 
 
 def _operations_outside(edge: Any) -> list[torch.fx.Node]:
-    """Returns the operations that XNNPACK has not taken."""
+    """Returns the operations that are not in a partition of XNNPACK."""
     nodes = edge.exported_program().graph.nodes
     return [node for node in nodes if node.op == "call_function" and _computes(node)]
 
 
 def _operations_inside(edge: Any) -> Iterator[torch.fx.Node]:
-    """Yields the operations of the parts that XNNPACK has taken."""
+    """Yields the operations in XNNPACK's partitions."""
     for _, part in edge.exported_program().graph_module.named_children():
         if hasattr(part, "original_module"):
             yield from part.original_module.graph.nodes
@@ -152,7 +154,7 @@ def _program_bytes(edge: Any) -> bytes:
 
 
 def _run_once(data: bytes, input_shape: tuple[int, ...]) -> None:
-    """Runs the program on zeros: only this shows that a kernel is missing or refuses its tensors.
+    """Runs the program once on zeros, to find missing kernels and kernels that refuse a tensor.
 
     Raises:
         ExportError: naming the operation.
@@ -175,7 +177,7 @@ def _run_once(data: bytes, input_shape: tuple[int, ...]) -> None:
 def refused_kernel(printed: str) -> str | None:
     """Returns what the runtime printed about an operation that it cannot run; None if nothing.
 
-    Its exceptions hold an error code only.
+    The runtime's exceptions contain only an error code, so the printed text is searched.
 
     >>> refused_kernel("[method.cpp:822] Missing operator: [23] aten::avg_pool2d_backward.out")
     "no kernel that runs the operation 'aten::avg_pool2d_backward' of this model"
@@ -192,7 +194,7 @@ def _computes(node: torch.fx.Node) -> bool:
 
 def _place(node: torch.fx.Node) -> str:
     stack = node.meta.get("nn_module_stack") or {}
-    # The stack goes from the model, which has no name, to the innermost module.
+    # The stack is ordered from the model, which has no name, to the innermost module.
     names = [str(name) for name, _ in stack.values() if name]
     module = names[-1] if names else ""
     name = getattr(node.target, "_name", "") or str(node.target)
@@ -204,7 +206,8 @@ def open_executorch(path: str | Path, threads: int = 0) -> Session:
 
     Args:
         path: the file.
-        threads: of XNNPACK's pool, which all programs of this process share; 0: one for each core.
+        threads: size of XNNPACK's thread pool, which all programs of this process share; 0: one for
+            each core.
 
     Raises:
         ExportError: if the file cannot be loaded; the session, if it cannot be run.
@@ -242,7 +245,7 @@ def open_executorch(path: str | Path, threads: int = 0) -> Session:
                 cure="export it again",
             ) from error
 
-    # The method reads the program's memory: the program must live as long as the function.
+    # The method reads the program's memory, so the function keeps a reference to the program.
     compute.program = program  # type: ignore[attr-defined]
     inputs = (FileInput("input", sizes, np.dtype(np.float32)),)
     return Session(str(path), "ExecuTorch", inputs, ("logits",), compute, threads=threads)
@@ -256,7 +259,7 @@ def load_method(runtime: Any, path: str | Path, method: str) -> tuple[Any, Any]:
     """
     try:
         with captured_output():
-            # The runtime verifies the whole file here, so that a damaged one cannot crash it later.
+            # The runtime verifies the complete file here. A damaged one could crash it later.
             program = runtime.Runtime.get().load_program(Path(path))
             return program, program.load_method(method)
     except KeyError as error:

@@ -1,8 +1,8 @@
-"""The table of file formats: who writes each, who runs it, and which packages it needs.
+"""The table of file formats: the functions that write and open each, and the packages it needs.
 
-To add one: a module beside this one with `export(model, path, job) -> Artifact` and
-`open(path, threads) -> Session`, and one row below. Parity, accuracy, latency, the export stage and
-`measure` read the row.
+To add a format, write a module with `export(model, path, job) -> Artifact` and
+`open(path, threads) -> Session`, and add a row below. Parity, accuracy, latency, the export stage
+and `measure` use the row.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ class Format:
     """One file format.
 
     Attributes:
-        suffix: of its files; a file is recognised by it.
-        runtime: the program that runs it here.
-        packages: Python packages to import.
-        install: arguments of `pip install` that install them.
-        export: writes a model.
-        open: loads a file, to run on so many threads (0: the runtime chooses).
-        batch: the only batch size that its files take; None if they take any.
+        suffix: suffix of its files, by which a file is recognised.
+        runtime: name of the runtime that runs its files here.
+        packages: Python packages that it needs.
+        install: arguments of `pip install` for these packages.
+        export: function that writes a model.
+        open: function that loads a file; arguments: path and threads (0: the runtime chooses).
+        batch: the only batch size that its files take; None: any.
     """
 
     suffix: str
@@ -142,7 +142,7 @@ def format_of(path: str | Path) -> Format:
 def file_bytes(path: str | Path) -> int:
     """Returns the size of an artifact in bytes.
 
-    For OpenVINO it includes the weights, which lie in a second file beside the graph.
+    For OpenVINO it includes the weights, which are in a second file.
 
     Raises:
         ExportError: if a file is missing.
@@ -161,12 +161,12 @@ def open_file(path: str | Path, *, threads: int = 0) -> Session:
 
     Args:
         path: the file.
-        threads: how many to compute on; 0: the runtime chooses.
+        threads: number of threads; 0: the runtime chooses.
 
     Raises:
         ExportError: if it cannot be loaded.
     """
     row = format_of(path)
-    # Raises the better error if the file, or OpenVINO's second file, is missing.
+    # Called for its error: it names the missing file, also OpenVINO's second one.
     file_bytes(path)
     return row.open(Path(path), threads)

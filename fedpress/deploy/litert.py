@@ -1,4 +1,4 @@
-"""LiteRT (TensorFlow Lite): exports a model as a `.tflite` file, and runs it here."""
+"""Exports a model as a LiteRT (TensorFlow Lite) file `.tflite`, and runs it on this machine."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ EIGHT_BITS, FOUR_BITS = 9, 17
 FLOAT, QUANTIZE = 0, 114
 
 FOUR_BIT_SHIFT = 4
-"""By how many bits XNNPACK's linear layers shift int4 weights up, and the int32 bias with them.
+"""Bits by which XNNPACK's linear layers shift int4 weights and the int32 bias to the left.
 
-They hold an int4 weight in the upper half of a byte and multiply it as int8, so all sums are 16
-times as large. A bias of more than 28 bits overflows there silently.
+They keep an int4 weight in the upper half of a byte and multiply it as int8. So all sums are 16
+times as large, and a bias of more than 28 bits overflows silently.
 """
 
 # Operations that move or convert values, and do no arithmetic.
@@ -60,10 +60,11 @@ The operations are CONV_2D, DEPTHWISE_CONV_2D, FULLY_CONNECTED and DEQUANTIZE.
 def export_litert(model: nn.Module, path: str | Path, job: Job) -> Artifact:
     """Writes `model` in evaluation mode as a LiteRT file for batches of one.
 
-    With batches in `job` everything computes on 8-bit integers. Input and output of the file are
-    then int8 too, with scale and zero point in the file (`open_litert` converts). Integer weights
-    that fit into four bits are stored in four. In a float file the weights of quantized layers are
-    stored as integers too, and become float when the file is loaded. The model is left as it was.
+    With calibration batches in `job` the file computes on 8-bit integers. Its input and output are
+    then int8 too, with scale and zero point in the file (`open_litert` converts). Weights that fit
+    into 4 bits are stored in 4. Without batches the file computes in float; weights of quantized
+    layers are stored as integers, and become float when the file is loaded. The model is not
+    changed.
 
     Raises:
         ExportError: if the model cannot be captured or converted, or if the file cannot be written.
@@ -89,9 +90,10 @@ def export_litert(model: nn.Module, path: str | Path, job: Job) -> Artifact:
 
 
 def _quantize_from_float_(graph: fx.GraphModule, node: fx.Node) -> None:
-    """Turns a weight stored as codes into a float constant that is quantized in the graph.
+    """Replaces the codes of a weight by a float constant that is quantized in the graph.
 
-    The converter knows quantized weights in this form only; it computes the same codes again.
+    The converter recognises quantized weights only in this form. It computes the same codes from
+    the float constant.
     """
     ops = torch.ops.quantized_decomposed
     given, scales, zeros, axis, _, _, kind = node.args
@@ -195,7 +197,7 @@ def _float_operations(file: Any, graph: Any) -> Iterator[str]:
 
 
 def _operation_code(file: Any, operator: Any) -> int:
-    # Codes up to 127 may stand in the old field alone; the schema says to take the larger one.
+    # A code up to 127 may be in the old field only. The schema says to use the larger of the two.
     entry = file.operatorCodes[operator.opcodeIndex]
     return int(max(entry.builtinCode, entry.deprecatedBuiltinCode))
 
@@ -210,14 +212,14 @@ def _packable_weights(file: Any, graph: Any) -> Iterator[Any]:
     for index, uses in readers.items():
         tensor = graph.tensors[index]
         constant = tensor.type == EIGHT_BITS and file.buffers[tensor.buffer].data is not None
-        # A buffer of two tensors must stay as it is, unless both were changed alike.
+        # A buffer that two tensors share cannot be packed for one of them alone.
         shared = buffers.count(tensor.buffer) > 1
         if uses <= READERS and constant and not shared:
             yield tensor
 
 
 def _store_codes_(file: Any, graph: Any) -> None:
-    """Quantizes float constants now, so that the file holds 8-bit numbers and no floats."""
+    """Replaces float constants that the graph quantizes by their 8-bit codes."""
     kept = []
     for operator in graph.operators:
         source = graph.tensors[operator.inputs[0]]
@@ -234,7 +236,7 @@ def _store_codes_(file: Any, graph: Any) -> None:
         codes = np.round(values / scales).astype(np.int8)
         file.buffers[source.buffer].data = codes.reshape(-1).view(np.uint8)
         target.buffer = source.buffer
-        # Buffer 0 is empty in every file: nothing reads the float tensor any more.
+        # Nothing reads the float tensor any more, so it gets buffer 0, which is empty in every file.
         source.buffer = 0
     graph.operators = kept
 
@@ -246,7 +248,7 @@ def open_litert(path: str | Path, threads: int = 0) -> Session:
 
     Args:
         path: the file.
-        threads: how many to compute on; 0: one for each core.
+        threads: number of threads; 0: one for each core.
 
     Raises:
         ExportError: if the file cannot be loaded; the session, if it cannot be run.
@@ -258,7 +260,7 @@ def open_litert(path: str | Path, threads: int = 0) -> Session:
             file.allocate_tensors()
             takes = file.get_input_details()[0]
             gives = file.get_output_details()[0]
-        # ValueError comes of damaged names too, IndexError of a file without inputs.
+        # A damaged file may also raise ValueError; one without inputs raises IndexError.
         except (RuntimeError, ValueError, IndexError) as error:
             raise ExportError(
                 f"LiteRT cannot load {path}: {first_line(error)}",
@@ -269,7 +271,7 @@ def open_litert(path: str | Path, threads: int = 0) -> Session:
 
     def compute(arrays: list[np.ndarray]) -> list[np.ndarray]:
         (x,) = arrays
-        # NaN would become some integer, and the output would look like any other.
+        # Quantizing would turn NaN into some integer, and the output would look valid.
         if takes["quantization"][0] and np.isnan(x).any():
             raise ExportError(
                 f"{path} computes on integers, which have no NaN",

@@ -29,18 +29,18 @@ def export_all(
     formats: Collection[str] | None = None,
     calibration: Sequence[Example] = (),
 ) -> tuple[dict[str, Path], dict[str, str]]:
-    """Exports a model to each format in float, and with `calibration` on integers too.
+    """Exports a model to each format in float32, and with `calibration` also in int8.
 
     Args:
         model: the model.
-        job: how to export in float.
-        folder: where the files go.
-        formats: rows of `FORMATS`; None: all that are installed.
-        calibration: batches of standardised examples, to measure the value ranges of int8 on.
+        job: settings of the float export.
+        folder: folder for the files.
+        formats: keys of `FORMATS`; None: all formats whose packages are installed.
+        calibration: batches of standardised examples, to measure value ranges for int8.
 
     Returns:
-        The files by "onnx float32", "onnx int8" and so on; and those that a format cannot hold,
-        with the reason.
+        The path of each file, under a name such as "onnx int8"; and the reason for each file that
+        could not be exported, under the same kind of name.
 
     Raises:
         ExportError: if a format in `formats` does not exist, its packages are missing, or it cannot
@@ -75,10 +75,10 @@ class Candidate:
 
     Attributes:
         runnable: a model, or an exported file.
-        macs: multiply-adds of one example.
+        macs: multiply-adds for one example.
         activations: number of values that its layers compute for one example.
         int8: whether it computes on 8-bit integers.
-        file_bytes: size of the file that keeps it; None: size of the exported file, or of a model's
+        file_bytes: size of its saved file; None: size of the exported file, or of a model's
             parameters and buffers in memory.
     """
 
@@ -158,7 +158,8 @@ def _conditions(runnable: Runnable) -> dict[str, Any]:
 
 
 def _peak_memory(runnable: Runnable, given: InputSpec) -> int | None:
-    # A model travels to the other process as its captured graph: without one it is not measured.
+    # Another process gets the model as a captured graph. A model that cannot be captured is not
+    # measured.
     if isinstance(runnable, nn.Module):
         try:
             with silence():

@@ -1,4 +1,4 @@
-"""Peak memory of a model or file: by how much a fresh process grows while it loads and runs it."""
+"""Measures peak memory: by how much a new process grows while it loads and runs a model or file."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from fedpress.errors import ExportError
 
 
 def peak_memory(runnable: Runnable, given: InputSpec, *, batch: int = 1) -> int:
-    """Returns by how many bytes a fresh process grows at most while it loads it and runs one batch.
+    """Returns the most bytes by which a new process grows while it loads it and runs one batch.
 
-    The runtime is imported before, so its own memory is not counted. A model runs as its captured
+    The runtime is imported first, so its own memory is not counted. A model runs as its captured
     graph, in eager torch.
 
     Raises:
@@ -55,8 +55,8 @@ def peak_memory(runnable: Runnable, given: InputSpec, *, batch: int = 1) -> int:
     return int(done.stdout.splitlines()[-1])
 
 
-# The peak memory of a process never falls. So the program imports the runtime first, and lets torch
-# run once, and reports only what comes on top of that.
+# The peak memory of a process never falls. So the program first imports the runtime and runs torch
+# once, and reports only the growth after that.
 _PROBE = """
 import json, resource, sys
 import numpy as np

@@ -1,6 +1,6 @@
-"""Exports a training program for devices: forward, loss and backward in one ExecuTorch file.
+"""Exports a program that trains on a device: forward, loss and backward in one ExecuTorch file.
 
-It needs neither Python nor autograd. `fedpress.deploy.device_model` loads and runs it here.
+The device needs neither Python nor autograd. `fedpress.deploy.device_model` runs the program here.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from fedpress.nn.compact import compact_
 from fedpress.nn.resize import copied
 from fedpress.tasks import Classification, Task
 
-# Allowed error of a gradient, relative to the parameter's largest: float32 sums in another order.
+# Allowed error of a gradient, relative to the largest gradient of the parameter: two programs may
+# sum float32 numbers in another order.
 TOLERANCE = 1e-3
 
 
@@ -39,7 +40,7 @@ class _Trained(nn.Module):
         """Returns the loss (a scalar) and the outputs [n, k]."""
         outputs = self.net(x)
         losses = self.task.loss(outputs, y, reduction="none")
-        # A detached copy: the exporter must differentiate the loss only.
+        # Detached, because the exporter must differentiate only the loss.
         return (losses * weights).sum(), outputs.detach().clone()
 
 
@@ -59,17 +60,17 @@ def export_training(
     `norm = "frozen"`. The program is run once here and its gradients are compared with torch's,
     since some of ExecuTorch's kernels for training are wrong (see `deploy.pooling`).
 
-    Of a sparse weight only the kept values are parameters (see `fedpress.nn.compact`): the zeros
-    stay zeros, and the layout is the same as that of the clients in a federate stage.
+    Of a sparse weight only the kept values are parameters (see `fedpress.nn.compact`). So pruned
+    weights stay 0, and the flat vector of parameters is that of other clients of a federate stage.
 
     Args:
-        model: takes float32 [N, *input_shape] and returns [N, outputs]; left as it was.
+        model: takes float32 [N, *input_shape] and returns [N, outputs]; it is not changed.
         path: the file.
         input_shape: shape of one example.
         task: the task whose loss the program computes. None: a classification with as many classes
             as the model has outputs.
-        batch_size: examples in one run of the program. It bounds the memory on the device, but not
-            the batch size of training: `DeviceModel` sums gradients over runs.
+        batch_size: examples in one run of the program; it decides the memory that the device needs.
+            Training may use larger batches: `DeviceModel` sums gradients over several runs.
         metadata: more entries for the file's metadata.
         sparse: names of the weights whose zeros are pruned (`ModelSpec.sparse`); None: every
             trainable weight of two or more dimensions in which some, but not all, values are 0.
@@ -123,7 +124,7 @@ def _copy(model: nn.Module) -> nn.Module:
     check_finite(net)
     first_name: dict[nn.Parameter, str] = {}
     for name, p in net.named_parameters(remove_duplicate=False):
-        # The runtime would hold two copies, and train each on a part of the gradient.
+        # The runtime would make two copies, and train each on only a part of the gradient.
         if first_name.setdefault(p, name) != name:
             raise ExportError(
                 (
@@ -149,7 +150,7 @@ def _copy(model: nn.Module) -> nn.Module:
 
 
 def _compact_(net: nn.Module, sparse: Sequence[str] | None) -> nn.Module:
-    """Replaces sparse weights by the vector of their kept values, so that zeros are not trained."""
+    """Replaces each sparse weight by a vector of its kept values, so that zeros are not trained."""
     if sparse is None:
         sparse = []
         for name, p in net.named_parameters():
@@ -162,7 +163,7 @@ def _compact_(net: nn.Module, sparse: Sequence[str] | None) -> nn.Module:
 
 
 def _has_zeros(weight: Tensor) -> bool:
-    # All zeros is a fresh layer (such as the last one of a residual block), not a pruned one.
+    # A weight of only zeros was initialised so (such as the last layer of a residual block).
     zeros = int((weight == 0).sum())
     return 0 < zeros < weight.numel()
 
@@ -171,9 +172,9 @@ def _check_trainable(trained: _Trained, example: tuple[Tensor, Tensor, Tensor]) 
     """Checks that the model would train on a device as it does here.
 
     Raises:
-        ExportError: if it computes differently in training and evaluation mode (a program has one
-            mode), if the output of one example depends on the others (short batches are padded with
-            examples of weight 0), or if a parameter has no gradient.
+        ExportError: if it computes differently in training and evaluation mode, because a program
+            has one mode; if the output of one example depends on the others, because short batches
+            are padded with examples of weight 0; or if a parameter has no gradient.
     """
     net, x = trained.net, example[0]
     with torch.no_grad():
@@ -189,7 +190,7 @@ def _check_trainable(trained: _Trained, example: tuple[Tensor, Tensor, Tensor]) 
     if (training_logits - logits).abs().max() > allowed:
         raise ExportError(
             (
-                "the model computes otherwise in training than in evaluation mode (dropout?), "
+                "the model computes differently in training and in evaluation mode (dropout?), "
                 "but a program for devices has one mode"
             ),
             place="model",
@@ -243,7 +244,7 @@ def _inputs(input_shape: tuple[int, ...], batch_size: int, net: nn.Module) -> Te
 
 
 def _targets(task: Task, outputs: Tensor) -> tuple[Tensor, Tensor]:
-    """Makes up targets for `outputs` [n, k], and weights [n] of the examples."""
+    """Returns arbitrary valid targets for `outputs` [n, k], and weights [n] of the examples."""
     n = len(outputs)
     like = torch.zeros(1, dtype=torch.int64)
     if task.targets != "classes":

@@ -1,4 +1,4 @@
-"""ONNX: exports a model as one file, float or integer, and runs it in onnxruntime."""
+"""Exports a model as an ONNX file, float or integer, and runs it in onnxruntime."""
 
 from __future__ import annotations
 
@@ -36,15 +36,15 @@ from fedpress.nn.resize import copied
 OPSET = 18
 # The newest version of the file format that onnxruntime loads.
 MAX_IR_VERSION = 13
-# Key of the metadata: some integer kernel reads weights of 8 bits (see `deploy.processor`).
+# Metadata key of files in which integer kernels read weights of 8 bits (see `deploy.processor`).
 WIDE = "wide_weights"
-# Key of the metadata: the structure of several outputs, as JSON (`deploy.examples.Structure`).
+# Metadata key for the structure of several outputs, as JSON (`deploy.examples.Structure`).
 OUTPUTS = "outputs"
 
 
 @dataclass(frozen=True)
 class OnnxModel:
-    """An ONNX message before it is written, and what `Artifact` tells about it."""
+    """An ONNX message before it is written, with the attributes of its `Artifact`."""
 
     proto: Any
     metadata: dict[str, str]
@@ -59,7 +59,7 @@ def export_onnx(model: nn.Module, path: str | Path, job: Job) -> Artifact:
     The inputs have the names of forward's arguments; a single tensor is called `input`. A single
     output is called `logits`; tensors in tuples and dictionaries have names such as `hidden_0`.
     Weights of quantized layers are stored in as many bits as they have. An older file at `path` is
-    replaced only by a complete one. The model is left as it was.
+    replaced only when the new one is complete. The model is not changed.
 
     Raises:
         ExportError: if the model cannot be captured or converted (naming the module or operation),
@@ -109,7 +109,7 @@ def open_onnx(path: str | Path, threads: int = 0) -> Session:
 
     Args:
         path: the file.
-        threads: how many to compute on; 0: onnxruntime chooses.
+        threads: number of threads; 0: onnxruntime chooses.
 
     Raises:
         ExportError: if the file cannot be loaded; the session, if it cannot be run.
@@ -124,7 +124,7 @@ def open_onnx(path: str | Path, threads: int = 0) -> Session:
     try:
         session = ort.InferenceSession(str(path), options, providers=cpu)
         metadata = session.get_modelmeta().custom_metadata_map
-        # Which options a file needs stands in its metadata, so it is loaded twice if it needs any.
+        # The needed options depend on metadata inside the file, so it may be loaded a second time.
         needed = options_for("onnxruntime", wide=WIDE in metadata)
         for name, value in needed.items():
             options.add_session_config_entry(name, value)
@@ -177,7 +177,7 @@ def _outputs(model: nn.Module, job: Job) -> tuple[Structure, list[str]]:
     try:
         with torch.no_grad():
             found = runs(*args, **named)
-    # The capture, which comes next, raises a better error.
+    # The model fails. The capture, which comes next, reports that with a cure.
     except Exception:
         return 0, ["logits"]
     structure, _, names = flatten(found)
@@ -191,7 +191,7 @@ def _outputs(model: nn.Module, job: Job) -> tuple[Structure, list[str]]:
 
 
 def _unique_names(inputs: list[str], outputs: list[str]) -> list[str]:
-    """Returns the names of outputs, with a number where an input or earlier output has the name.
+    """Returns the names of outputs; a name that is taken already gets a number.
 
     >>> _unique_names(["logits"], ["logits", "a_b", "a_b"])
     ['logits_1', 'a_b', 'a_b_1']
@@ -234,7 +234,7 @@ def _convert(program: torch.export.ExportedProgram, inputs: list[str], outputs: 
                 f"{len(converted.model.graph.outputs)}"
             ),
             place="model",
-            cure="make its forward return tensors in tuples and dictionaries alone",
+            cure="make its forward return only tensors, in tuples and dictionaries",
         )
     return converted.model_proto
 
@@ -242,9 +242,10 @@ def _convert(program: torch.export.ExportedProgram, inputs: list[str], outputs: 
 def _copy_before_views_(program: torch.export.ExportedProgram) -> None:
     """Inserts a contiguous copy between a transpose or permute and the view that reads it.
 
-    After attention's fused kernel a view of transposed values is valid, and the capture writes one.
-    Torch's exporter replaces that kernel by single operations, whose results have other strides,
-    and then fails on the view. ONNX has no strides, so the copy does not appear in the file.
+    Attention's fused kernel returns values with strides that allow a view after a transpose, and so
+    the captured graph has one. torch's exporter replaces that kernel by single operations, whose
+    results have other strides, and then fails on the view. ONNX has no strides, so the copy does
+    not appear in the file.
     """
     aten = torch.ops.aten
     for node in list(program.graph.nodes):
@@ -263,8 +264,8 @@ def _copy_before_views_(program: torch.export.ExportedProgram) -> None:
 
 
 def _translations() -> dict[Any, Any]:
-    """Returns translations of operations that torch's exporter gets wrong or does not know."""
-    # The operations exist only after their module was imported, as quantizing a model does.
+    """Returns translations of operations that torch's exporter translates wrongly or not at all."""
+    # Quantizing a model imports the module that registers these operations.
     if not hasattr(torch.ops.quantized_decomposed, "quantize_per_tensor"):
         return {}
     require("onnxscript")
@@ -274,7 +275,7 @@ def _translations() -> dict[Any, Any]:
     )
 
     def quantize(x: Any, scale: float, zero: int, low: int, high: int, dtype: int) -> Any:
-        # ONNX saturates at the limits of the dtype only: a smaller range needs a clip before.
+        # ONNX saturates only at the limits of the dtype, so a smaller range needs a clip first.
         if high - low < 255:
             least = opset18.Constant(value_float=(low - zero) * scale)
             largest = opset18.Constant(value_float=(high - zero) * scale)
@@ -301,9 +302,9 @@ def _translations() -> dict[Any, Any]:
 
 
 def _remove_traces_(proto: Any) -> None:
-    """Names the batch dimension, and removes the exporter's notes.
+    """Names the batch dimension, and removes the exporter's annotations.
 
-    These hold stack traces with source paths of this machine.
+    These contain stack traces with source paths of the user's machine.
     """
     graph = proto.graph
     symbol = graph.input[0].type.tensor_type.shape.dim[0].dim_param

@@ -14,33 +14,32 @@ import numpy as np
 SMALL_TYPES = (("INT2", 2, 25), ("INT4", 4, 21))
 """ONNX types of fewer than 8 bits: name, bits, and the first opset that has it."""
 
-# Integer kernels multiply and sum four 8-bit input channels with one instruction.
+# Integer kernels multiply and sum four 8-bit input channels in one instruction.
 CHANNELS_AT_ONCE = 4
 # The largest 7-bit code. 2 * 255 * 63 < 2^15: the sum of two products with a uint8 fits in int16.
 NARROW = 63
 
 
 def make_integer_(proto: Any, fewest_bits: int = 2) -> bool:
-    """Rewrites an ONNX ModelProto with quantize and dequantize nodes in place.
+    """Rewrites an ONNX ModelProto with quantize and dequantize nodes, in place.
 
-    The values that it computes stay the same. The steps:
+    The computed values do not change. The steps:
 
     - Images with fewer than four channels are padded to four.
     - Biases become int32 with scale (input scale * weight scale), as integer kernels add them.
     - Means over the whole image become GlobalAveragePool, for which there is an integer kernel.
     - Weights that are transposed for a matrix product are transposed here.
-    - Weights that float operations read are written as a product of codes and scales, which
-      onnxruntime computes once when it loads the file. It would repeat a DequantizeLinear on
-      every run.
-    - Codes that fit are stored as INT4 or INT2 behind a Cast, which is computed once too. So 4-bit
-      and ternary weights make the file small and still run on 8-bit kernels.
+    - Weights that float operations read become a product of codes and scales. onnxruntime computes
+      a product of constants once, when it loads the file, but a DequantizeLinear in every run.
+    - Codes that fit are stored as INT4 or INT2, followed by a Cast that is also computed once. So
+      4-bit and ternary weights make the file small and still run on 8-bit kernels.
 
     Args:
         proto: the model.
-        fewest_bits: 4 for a reader that does not know INT2, else 2.
+        fewest_bits: 4 if the runtime cannot read INT2, else 2.
 
     Returns:
-        Whether integer kernels read weights of more than 7 bits. These can overflow on processors
+        Whether integer kernels read weights of more than 7 bits. They can overflow on processors
         that add two products in 16 bits.
     """
     graph = _Graph(proto.graph)
@@ -49,7 +48,7 @@ def make_integer_(proto: Any, fewest_bits: int = 2) -> bool:
     _quantize_biases_(graph)
     _pad_input_channels_(graph)
     wide = _rewrite_weights_(graph)
-    # Only now is it known which weights have zero points, which must be copied with the codes.
+    # After `_rewrite_weights_`, which adds the zero points that must be copied with the codes.
     _copy_shared_codes_(graph)
     _keep_float_weights_(graph)
     # Last, since the other steps read the codes as int8.
@@ -114,17 +113,17 @@ class _Graph:
             self.makers.update(dict.fromkeys(node.output, node))
 
     def position(self, node: Any) -> int:
-        # By identity: two nodes of equal fields compare equal.
+        # By identity, because two different nodes with equal fields compare equal.
         return next(i for i, n in enumerate(self.nodes) if n is node)
 
     def write_(self) -> None:
-        """Writes nodes and constants back into the message, without constants that nobody reads."""
+        """Writes nodes and constants back into the message; drops constants that are not read."""
         read = {value.name for value in self.proto.output}
         for node in self.nodes:
             read.update(node.input)
             node.name = ""
         del self.proto.node[:], self.proto.initializer[:]
-        # The shapes stored in the file may be wrong by now; the runtime infers them.
+        # The stored shapes may be wrong after the changes above; the runtime infers them itself.
         del self.proto.value_info[:]
         self.proto.node.extend(self.nodes)
         self.proto.initializer.extend(t for name, t in self.constants.items() if name in read)
@@ -142,15 +141,15 @@ def _pool_means_(graph: _Graph) -> None:
         (quantize,) = graph.readers(mean.output[0])
         out, codes = mean.output[0], quantize.output[0]
         graph.replace_(mean, [graph.node("GlobalAveragePool", [mean.input[0]], out)])
-        # The pool keeps both dimensions. A Flatten between pool and quantize would prevent the
-        # integer kernel, so it follows the quantize.
+        # Unlike the mean, the pool keeps both dimensions, so a Flatten is needed. It comes after the
+        # quantize node: between pool and quantize it would prevent the integer kernel.
         if not _attribute(mean, "keepdims", 1):
             spatial = graph.node("QuantizeLinear", [out, *quantize.input[1:]], codes + "_wide")
             graph.replace_(quantize, [spatial, graph.node("Flatten", [codes + "_wide"], codes)])
 
 
 def _is_quantized_spatial_mean(graph: _Graph, mean: Any) -> bool:
-    """Whether a ReduceMean is over height and width, of dequantized values, and only quantized."""
+    """Returns whether a ReduceMean over height and width reads and gives quantized values."""
     axes = graph.array(mean.input[1]) if len(mean.input) == 2 else None
     if axes is None or graph.dequantized(mean.input[0]) is None:
         return False
@@ -190,7 +189,7 @@ def _copy_shared_codes_(graph: _Graph) -> None:
 
 
 def _transpose_codes_(graph: _Graph) -> None:
-    """Where a Transpose reads a dequantized weight, transposes its codes [out, in] instead."""
+    """Replaces the Transpose of a dequantized weight by transposing its codes [out, in] here."""
     for transpose in graph.of_type("Transpose"):
         dequantize = graph.dequantized(transpose.input[0])
         if dequantize is None or _is_blocked(dequantize) or graph.reads[dequantize.input[0]] > 1:
@@ -221,7 +220,7 @@ def _quantize_biases_(graph: _Graph) -> None:
         scales = (input_scale * weight_scales).astype(np.float32)
         scales = np.broadcast_to(scales, bias.shape).copy()
         codes = np.round(bias.astype(np.float64) / scales)
-        # A bias beyond int32 stays float, and so does the whole Gemm.
+        # A bias too large for int32 stays float, and then the whole Gemm is computed in float.
         if np.abs(codes).max(initial=0) >= 2**31:
             continue
         name = gemm.input[2]
@@ -237,9 +236,9 @@ def _quantize_biases_(graph: _Graph) -> None:
 def _pad_input_channels_(graph: _Graph) -> None:
     """Pads the input of the first convolution with zeros from one to three channels to four.
 
-    onnxruntime's kernels multiply four bytes at once, and copy every patch if the number of
-    channels is no multiple of four. The first layer of a ResNet-18 takes 38 us; padded it takes
-    22 us, and the padding 3 us (AVX-512 with VNNI).
+    onnxruntime's kernels multiply four bytes at once. If the number of channels is not a multiple
+    of four, they copy every patch first. The first layer of a ResNet-18 took 38 us; padded it takes
+    22 us and the padding 3 us (AVX-512 with VNNI).
     """
     for conv in graph.of_type("Conv"):
         codes = _codes_on_an_image(graph, conv)
@@ -249,7 +248,8 @@ def _pad_input_channels_(graph: _Graph) -> None:
         more = CHANNELS_AT_ONCE - codes.shape[1]
         padded_codes = np.pad(codes, [(0, 0), (0, more), (0, 0), (0, 0)])
         w.input[0] = graph.add(f"{w.input[0]}_filled", np.ascontiguousarray(padded_codes))
-        # Numbers to add before and after each dimension; the pad value is the zero point.
+        # How much to add before (first 4 numbers) and after (last 4) each dimension. The padded
+        # value is the zero point, which stands for 0.
         sizes = graph.add(f"{x.input[0]}_sizes", np.array([0, 0, 0, 0, 0, more, 0, 0], np.int64))
         padded = f"{x.input[0]}_filled"
         pad = graph.node("Pad", [x.input[0], sizes, x.input[2]], padded)
@@ -286,7 +286,7 @@ def _is_wide(codes: np.ndarray) -> bool:
 
 
 def _rewrite_weights_(graph: _Graph) -> bool:
-    """Writes the weights of float layers as products, and drops or adds zero points of the others.
+    """Writes weights of float layers as products, and adjusts the zero points of integer layers.
 
     Returns:
         Whether an integer layer reads codes of more than 7 bits.
@@ -302,12 +302,12 @@ def _rewrite_weights_(graph: _Graph) -> bool:
         if _is_blocked(dequantize) or not on_integers:
             graph.replace_(dequantize, _product(graph, dequantize, codes, scales))
             continue
-        # Zero points are all 0, and optional.
+        # Weights are symmetric: their zero points are 0, and ONNX allows to leave them out.
         del dequantize.input[2:]
         wide = _is_wide(codes)
         if wide or any(n.op_type != "Conv" for n in layers):
-            # Needed here all the same, as a constant of its own for each weight: by onnxruntime's
-            # protection against overflow, and by its QGemm.
+            # But two parts of onnxruntime need them, as a separate constant for each weight: the
+            # protection against overflow, and the kernel QGemm.
             dequantize.input.append(
                 graph.add(f"{dequantize.input[0]}_0", np.zeros(scales.shape, np.int8))
             )
@@ -316,7 +316,7 @@ def _rewrite_weights_(graph: _Graph) -> bool:
 
 
 def _product(graph: _Graph, dequantize: Any, codes: np.ndarray, scales: np.ndarray) -> list[Any]:
-    """Returns nodes that compute a weight from codes and scales: Cast, Mul, for groups Reshape."""
+    """Returns nodes that compute a weight: Cast of the codes, Mul by scales, Reshape of groups."""
     name, block = dequantize.output[0], _attribute(dequantize, "block_size", 0)
     if block:
         steps = graph.add(f"{name}_step", scales[:, :, None])
@@ -339,12 +339,13 @@ def _product(graph: _Graph, dequantize: Any, codes: np.ndarray, scales: np.ndarr
 
 
 def _keep_float_weights_(graph: _Graph) -> None:
-    """Dequantizes the inputs of layers with float weights by channel, all with the same scale.
+    """Prevents onnxruntime from quantizing float weights of layers whose inputs are integers.
 
-    If there were one scale for the whole tensor, onnxruntime would take the layer for an integer
-    one and quantize its float weights to 8 bits with a single scale (its `WeightBiasQuantization`).
-    Such weights are those of transposed convolutions, and those that the model has quantized in
-    groups or by a codebook: they would then differ from the model's.
+    Such layers are transposed convolutions, and those whose weights are quantized in groups or by a
+    codebook. If their input is dequantized with a single scale, onnxruntime quantizes the weights
+    to 8 bits with a single scale (its `WeightBiasQuantization`), and they would differ from the
+    model's. It does not if the input has one scale for each channel. So the single scale is
+    repeated for all channels, which changes no value.
     """
     shapes = {v.name: v.type.tensor_type.shape.dim for v in graph.proto.value_info}
     for layer in graph.of_type("Conv", "ConvTranspose", "Gemm"):
@@ -405,14 +406,14 @@ def _shrink_codes_(graph: _Graph, fewest: int) -> tuple[int, int]:
 
 
 def _fits(codes: np.ndarray, bits: int) -> bool:
-    """Whether integers lie within -2^(bits - 1) and 2^(bits - 1) - 1."""
+    """Returns whether all codes are between -2^(bits - 1) and 2^(bits - 1) - 1."""
     low, high = int(codes.min(initial=0)), int(codes.max(initial=0))
     limit = 1 << (bits - 1)
     return -limit <= low and high < limit
 
 
 def pack_bits(codes: np.ndarray, bits: int) -> bytes:
-    """Packs integers into `bits` (2 or 4) each, the first in the lowest bits, as ONNX does.
+    """Packs integers of 2 or 4 `bits` into bytes; the first is in the lowest bits, as in ONNX.
 
     >>> pack_bits(np.array([1, -1, 0], np.int8), 4).hex()
     'f100'

@@ -1,4 +1,4 @@
-"""OpenVINO: exports a model as graph and weights for Intel processors, and runs it here."""
+"""Exports a model for OpenVINO (graph and weights, for Intel processors), and runs it here."""
 
 from __future__ import annotations
 
@@ -32,12 +32,13 @@ OVERFLOW = (
 def export_openvino(model: nn.Module, path: str | Path, job: Job) -> Artifact:
     """Writes `model` as OpenVINO's graph `path` (.xml) and weights beside it (.bin).
 
-    A device needs both files, which are converted from the ONNX file; they take batches of any
-    size. Float weights are quantized to 7 bits: on x86 processors without VNNI OpenVINO sums 8-bit
-    products in 16 bits, which overflows silently with 8-bit weights (the accuracy of the pruned
-    ResNet-18 fell from 93.1% to 86.7%), and 8 bits are no faster. Weights that the model already
-    holds in 8 bits keep them. `left_float` says so, and `open_openvino` computes with them in float
-    on processors where they would overflow.
+    A device needs both files. They are converted from ONNX and take batches of any size.
+
+    Float weights are quantized to 7 bits, not 8: on x86 processors without VNNI OpenVINO sums 8-bit
+    products in 16 bits, which overflows silently with 8-bit weights. The accuracy of a pruned
+    ResNet-18 fell from 93.1% to 86.7%. 8 bits are not faster. Weights that the model already has in
+    8 bits are kept. `left_float` lists them, and `open_openvino` computes with them in float on
+    processors where they would overflow.
 
     Raises:
         ExportError: if the model cannot be exported, or if a file cannot be written.
@@ -55,7 +56,7 @@ def export_openvino(model: nn.Module, path: str | Path, job: Job) -> Artifact:
                 found = openvino.Core().read_model(str(source))
                 for name, value in made.metadata.items():
                     found.set_rt_info(value, ["fedpress", name])
-                # Float weights in fp16, its default, would be others than the model's.
+                # By default it stores float weights in fp16, which changes them.
                 openvino.save_model(found, str(graph), compress_to_fp16=False)
         # OpenVINO raises RuntimeError and types of its own.
         except Exception as error:
@@ -77,8 +78,8 @@ def open_openvino(path: str | Path, threads: int = 0) -> Session:
     """Loads a graph (.xml or .onnx) into OpenVINO, with the options that this processor needs.
 
     Args:
-        path: the file; the weights lie beside it.
-        threads: how many to compute on; 0: OpenVINO chooses.
+        path: the graph file; the weights are in a file beside it.
+        threads: number of threads; 0: OpenVINO chooses.
 
     Raises:
         ExportError: if the file cannot be loaded; the session, if it cannot be run.
@@ -107,7 +108,7 @@ def open_openvino(path: str | Path, threads: int = 0) -> Session:
     def compute(arrays: list[np.ndarray]) -> list[np.ndarray]:
         shapes = tuple(x.shape for x in arrays)
         try:
-            # A graph of fixed sizes is faster: it is compiled once for each batch size in use.
+            # A graph with fixed sizes is faster, so one is compiled for each batch size in use.
             if shapes not in compiled:
                 fixed = model.clone()
                 names = [i.name for i in inputs]

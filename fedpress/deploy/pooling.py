@@ -14,9 +14,10 @@ aten = torch.ops.aten
 def rewrite_pooling_(graph: fx.GraphModule) -> None:
     """Replaces the gradient operations of max and average pooling in `graph`.
 
-    ExecuTorch's kernel for the gradient of max pooling adds to memory that it does not clear. Here
-    each gradient is scattered to the position of its maximum instead. For average pooling it has no
-    kernel: if the windows do not overlap, each gradient is spread over its window.
+    ExecuTorch's kernel for the gradient of max pooling adds to uninitialised memory. It is replaced
+    by operations that add each gradient at the position of its maximum. ExecuTorch has no kernel
+    for the gradient of average pooling. If the windows do not overlap, it is replaced by operations
+    that spread each gradient over its window.
     """
     for node in list(graph.graph.nodes):
         if node.target is aten.max_pool2d_with_indices_backward.default:
@@ -35,7 +36,7 @@ def _replace_(graph: fx.GraphModule, node: fx.Node, function: Callable[..., Tens
     arguments = [a.meta["val"] if isinstance(a, fx.Node) else a for a in node.args]
     traced = make_fx(lambda *inner: function(*_with_tensors(arguments, inner)))(*tensors)
 
-    # The traced operations are copied one by one; its inputs stand for the arguments of `node`.
+    # The traced operations are copied into the graph; their inputs become the arguments of `node`.
     inputs = iter(sources)
     copied: dict[fx.Node, fx.Node] = {}
     with graph.graph.inserting_before(node):
@@ -60,13 +61,13 @@ def _scattered_to_maxima(gradient: Tensor, x: Tensor, *others: Any) -> Tensor:
     planes = x.shape[:2]
     positions = others[-1].reshape(*planes, -1)
     zeros = torch.zeros(*planes, x.shape[2] * x.shape[3])
-    # Overlapping windows may share a maximum: their gradients add up.
+    # Overlapping windows may have the same maximum, so gradients are added, not assigned.
     scattered = zeros.scatter_add(2, positions, gradient.reshape(*planes, -1))
     return scattered.reshape(x.shape)
 
 
 def _windows_tile(node: fx.Node) -> bool:
-    """Whether the windows of an average pooling tile the image: no overlap, gap or padding."""
+    """Returns whether the windows of an average pooling have no overlap, gap or padding."""
     arguments: list[Any] = list(node.args)
     _, x, size, stride, padding, _, _, divisor = arguments
     if len(size) != 2 or divisor is not None or any(padding):

@@ -1,7 +1,7 @@
-"""The table of runtime options that some processors need, and the features of this processor.
+"""Runtime options that some processors need, and detection of this machine's processor.
 
-To add an option: one row of `OPTIONS`. `open_file` passes those that apply to the runtime; the
-export and measure stages record them, with the processor's name, beside every latency and parity.
+To add an option, add a row to `OPTIONS`. `open_file` sets those that apply to the processor. The
+export and measure stages record them, with the processor's name, with every latency and parity.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 FEATURES = {
-    # our name: (the name of torch.cpu.get_capabilities, that of /proc/cpuinfo)
+    # Our name: (its name in torch.cpu.get_capabilities, its name in /proc/cpuinfo).
     "avx2": ("avx2", "avx2"),
     "avx512": ("avx512_f", "avx512f"),
     "avx_vnni": ("avx_vnni", "avx_vnni"),
@@ -40,9 +40,9 @@ class Processor:
 
     Attributes:
         machine: instruction set, such as "x86_64" or "arm64".
-        name: its maker's name for it.
+        name: name of the product.
         cores: number of cores of this machine.
-        features: those of `FEATURES` that it has.
+        features: keys of `FEATURES` that it has.
 
     >>> Processor("x86_64", "an old one", 4, ("avx2",)).overflows
     True
@@ -60,7 +60,7 @@ class Processor:
 
     @property
     def overflows(self) -> bool:
-        """Whether it sums two 8-bit products in 16 bits (`vpmaddubsw`): x86 without VNNI."""
+        """Whether sums of two 8-bit products can overflow: x86 without VNNI has 16 bits for them."""
         return self.is_x86 and not VNNI & set(self.features)
 
 
@@ -69,11 +69,11 @@ class RuntimeOption:
     """One option of a runtime.
 
     Attributes:
-        runtime: its name in `deploy.FORMATS`.
-        option: its name in the runtime.
-        value: its value there.
-        applies: whether it is needed, given the processor and whether integer kernels of the file
-            read weights of more than 7 bits.
+        runtime: name of the runtime in `deploy.FORMATS`.
+        option: name of the option in the runtime.
+        value: the value to set.
+        applies: whether it is needed. Arguments: the processor, and whether integer kernels of the
+            file read weights of more than 7 bits.
         why: the reason, in one sentence.
     """
 
@@ -116,16 +116,16 @@ OPTIONS: tuple[RuntimeOption, ...] = (
         "they are computed in float",
     ),
 )
-"""A runtime without a row (ExecuTorch, LiteRT, torch) computes the same on every processor."""
+"""Runtimes without a row (ExecuTorch, LiteRT, torch) compute the same on every processor."""
 
 
 def options_for(runtime: str, *, wide: bool, processor: Processor | None = None) -> dict[str, str]:
     """Returns the options that `runtime` needs for a file, by name.
 
     Args:
-        runtime: its name in `deploy.FORMATS`.
+        runtime: name of the runtime in `deploy.FORMATS`.
         wide: whether integer kernels of the file read weights of more than 7 bits.
-        processor: None: that of this machine.
+        processor: the processor; None: that of this machine.
     """
     processor = processor or this_processor()
     found: dict[str, str] = {}
@@ -146,9 +146,9 @@ def conditions(runtime: str, *, threads: int, options: dict[str, str]) -> dict[s
     """Returns the conditions of a measurement, as plain JSON values.
 
     Args:
-        runtime: its name in `deploy.FORMATS`.
-        threads: how many it computed on; 0: the runtime chose.
-        options: what was set in the runtime (`options_for`).
+        runtime: name of the runtime in `deploy.FORMATS`.
+        threads: number of threads; 0: the runtime chose.
+        options: the options that were set (see `options_for`).
     """
     here = this_processor()
     return {
@@ -208,6 +208,6 @@ def _cpuinfo(*keys: str) -> str:
     values: dict[str, str] = {}
     for line in lines:
         key, _, value = line.partition(":")
-        # Every core has its own block: the first one is as good as any.
+        # Each core has its own block with the same keys. The first block is used.
         values.setdefault(key.strip(), value.strip())
     return next((values[key] for key in keys if key in values), "")

@@ -42,14 +42,14 @@ class Roofline:
 
 
 SHORTEST_SAMPLE = 0.001
-"""Seconds of processor time that one sample of `peak` takes at least."""
+"""Least processor time of one sample of `peak`, in seconds."""
 
 
 def peak(*, seconds: float = 0.5, size: int = 512) -> Peak:
     """Measures the peaks of one thread on matrix products of `size` and copies of 64 MB.
 
-    The fastest of several runs counts, in processor time. The 8-bit product is onnxruntime's
-    MatMulInteger of uint8 and int8.
+    The result is the fastest of several runs, in processor time. The 8-bit product is
+    onnxruntime's MatMulInteger of uint8 and int8.
 
     Args:
         seconds: for each of the three measurements.
@@ -80,7 +80,8 @@ def _quickest(run: Callable[[], Any], seconds: float) -> float:
         for _ in range(runs):
             run()
         spent = thread_time() - begin
-        # A thread's clock may stand still during a short product, as if that took no time.
+        # The clock of a thread is coarse: a short product may seem to take no time. So the number
+        # of products in a sample is doubled until it is long enough.
         if spent < SHORTEST_SAMPLE:
             runs *= 2
         else:
@@ -114,8 +115,8 @@ def roofline(
 ) -> Roofline:
     """Compares `timing` with the roofline (Williams et al. 2009, section 3).
 
-    It counts the fewest bytes that must move: the weights once a batch, and every activation
-    written and read once.
+    The bytes moved are a lower bound: all weights once a batch, and every activation written once
+    and read once.
 
     Args:
         timing: of the model.
@@ -140,8 +141,8 @@ def roofline(
     bytes_each = 1 if int8 else 4
     moved = weight_bytes + timing.batch * 2 * activations * bytes_each
     work = macs * timing.batch / 1e9
-    # On one thread processor time leaves out what other processes took; of several threads only
-    # the calling one's processor time is known.
+    # Processor time excludes other processes. But it is known only for the calling thread, so with
+    # several threads the wall time is used.
     milliseconds = timing.cpu_ms if timing.threads == 1 else timing.median_ms
     gmacs = work / (milliseconds / 1e3)
     intensity = 1e9 * work / max(1, moved)

@@ -1,4 +1,4 @@
-"""Runs an exported file here: parity with the model, metrics, and latency."""
+"""Runs an exported file on this machine: parity with the model, metrics, and latency."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ class Parity:
 
     Attributes:
         max_abs_error: the largest absolute difference of an output.
-        same_argmax_share: share of examples with equal predictions, by the output `logits`, or the
-            first if none has that name.
+        same_argmax_share: share of examples with equal predictions, from the output `logits`, or
+            the first output if none has that name.
         examples: number of examples compared.
         relative_error: norm of the differences over the norm of the model's outputs.
         conditions: runtime, version, threads, options and processor.
@@ -87,8 +87,8 @@ def parity(
         model: the model, or the quantized graph that the file was made from (`Artifact.program`).
         path: the file.
         x: the examples, such as float32 [n, *input_shape].
-        tolerance: allowed absolute error of an output; relative to its largest value if that is
-            above 1. `Artifact.tolerance` is the one for a file.
+        tolerance: allowed absolute error of an output, times its largest absolute value if that is
+            above 1. See `Artifact.tolerance`.
 
     Raises:
         ExportError: if an output differs by more, if no example can be compared, or if the file
@@ -114,7 +114,7 @@ def parity(
         )
     largest, error, norm = 0.0, 0.0, 0.0
     for name, wanted, found in zip(names, expected, got, strict=True):
-        # Other outputs have no row for each example, such as a single number.
+        # An output such as a single number has no row for each example to select.
         if wanted.dim() and len(wanted) == count:
             wanted, found = wanted[usable], found[usable]
         if not wanted.is_floating_point():
@@ -149,18 +149,18 @@ def _finite_rows(outputs: list[Tensor], count: int) -> Tensor:
 def _check_equal(
     path: str | Path, name: str, wanted: Tensor, found: Tensor, tolerance: float
 ) -> None:
-    """Checks an output of integers or booleans: at most `tolerance` of the values may differ.
+    """Checks an output of integers or booleans: at most the share `tolerance` may differ.
 
-    Their distance means nothing: class 4 is as wrong as class 9 where 3 is right.
+    The size of a difference has no meaning: if class 3 is right, class 4 is as wrong as class 9.
 
     Raises:
-        ExportError: if it is larger.
+        ExportError: if more values differ.
     """
     different = float((wanted != found).double().mean())
     if different > tolerance:
         raise ExportError(
             (
-                f"the output '{name}' of {path} is another than that of the model in "
+                f"the output '{name}' of {path} differs from that of the model in "
                 f"{100 * different:.0f}% of its values, allowed is {100 * tolerance:g}%"
             ),
             place="path",
@@ -176,10 +176,10 @@ def _largest_error(
     Raises:
         ExportError: if it is more than `tolerance` allows.
     """
-    # NaN compares false with every limit: it must count as the largest error.
+    # `NaN > allowed` is False, so NaN must be replaced by infinity to be noticed.
     error = (found.double() - wanted.double()).abs().nan_to_num(nan=torch.inf)
     largest = error.max().item()
-    # Rounding errors grow with the outputs, so large ones are compared by their size.
+    # Rounding errors are proportional to the size of the outputs.
     allowed = tolerance * max(1.0, wanted.abs().max().item())
     if largest > allowed:
         what = "a logit" if name == "logit" else f"the output '{name}'"
@@ -221,10 +221,10 @@ def latency(
 
     Args:
         path: the file.
-        given: shape of one float32 example, to draw a random one, or a batch of inputs, whose first
-            row is used.
-        seconds: about how long to measure; at least 10 runs.
-        max_runs: at most so many runs.
+        given: shape of one float32 example, which is drawn at random, or a batch of inputs, whose
+            first row is used.
+        seconds: approximate duration; at least 10 runs are made.
+        max_runs: most runs.
 
     Raises:
         ExportError: if the file cannot be run.
@@ -272,7 +272,7 @@ def main_outputs(path: str | Path, x: Inputs, preprocess: Preprocess) -> Tensor:
     found = []
     for part in x.split(size):
         args, named = array_call(preprocess(part))
-        # Copied, since a runtime may use the memory of its outputs again.
+        # Copied, because a runtime may reuse the memory of its outputs in the next run.
         found.append(torch.from_numpy(np.array(session.main(*args, **named))))
     return torch.cat(found)
 
@@ -290,7 +290,7 @@ def file_logits(path: str | Path, x: Example) -> Tensor:
 def logits(model: nn.Module | torch.export.ExportedProgram, x: Example) -> Tensor:
     """Returns the output `logits` of a model or graph, or the first, for standardised examples.
 
-    A model runs in evaluation mode, and has its modes back afterwards.
+    A model runs in evaluation mode; afterwards the modes of its modules are restored.
     """
     names, found = _model_outputs(model, x)
     return found[main_output(names)]
@@ -322,7 +322,7 @@ def _model_outputs(
     if isinstance(model, torch.export.ExportedProgram):
         return _run_in_batches(model.module(check_guards=False), as_device(x), torch.device("cpu"))
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    # Modules may be in different modes (frozen batch norms): each gets its own back.
+    # Modules may be in different modes, such as frozen batch norms, so each is restored by itself.
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

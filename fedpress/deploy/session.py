@@ -1,4 +1,4 @@
-"""A loaded file that is called like the model: its inputs, outputs and conditions."""
+"""`Session`: an exported file, loaded into its runtime, that is called like the model."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ class FileInput:
 
     Attributes:
         name: its name in the file.
-        shape: its sizes; a string is the name of a free size.
-        dtype: of its numbers.
+        shape: its sizes; a string names a size that is free, such as "batch".
+        dtype: the numpy dtype that it takes.
     """
 
     name: str
@@ -33,17 +33,17 @@ class Session:
     """A file loaded into its runtime. It is called like the model, with numpy arrays for tensors.
 
     Arguments are passed by position in the order of `inputs`, or by name. A single output is
-    returned as an array; several in the model's containers: a tuple, or a dictionary by its keys.
+    returned as an array, several as the model returns them, in a tuple or a dictionary.
 
     Attributes:
         path: the file.
-        runtime: name of the program that runs it.
-        inputs: what it takes, in order.
+        runtime: name of the runtime, such as "onnxruntime".
+        inputs: all inputs, in order.
         outputs: names of all outputs, in order.
         structure: the containers of the outputs (see `deploy.examples.Structure`).
-        threads: how many it computes on; 0: the runtime chooses.
-        options: what was set in the runtime (`deploy.processor`).
-        compute: runs it on arrays in the order of `inputs`, and returns those of `outputs`.
+        threads: number of threads; 0: the runtime chooses.
+        options: options that were set in the runtime (see `deploy.processor`).
+        compute: function from arrays in the order of `inputs` to arrays in that of `outputs`.
     """
 
     path: str
@@ -89,7 +89,7 @@ class Session:
         given = {**dict(zip(names, args, strict=False)), **named}
         missing = [name for name in names if name not in given]
         unknown = sorted(given.keys() - set(names))
-        # `zip` above has dropped what is too much.
+        # `zip` above has silently dropped arguments beyond the file's inputs.
         if len(args) > len(names):
             unknown = [f"{len(args)} by position", *unknown]
         if missing or unknown:
@@ -103,7 +103,7 @@ class Session:
 def _converted(file_input: FileInput, value: Any, path: str) -> np.ndarray:
     """Returns `value` in the dtype of the input.
 
-    Floats may lose digits; floats for an integer input are refused, since they would be cut off.
+    Floats may lose digits. Floats for an integer input are refused: their fraction would be lost.
     """
     found = np.asarray(value)
     if found.dtype == file_input.dtype:

@@ -1,4 +1,4 @@
-"""Times models and files in turn, so that other load on the machine slows all of them alike."""
+"""Measures latencies of models and files in turn, so that other load slows all of them alike."""
 
 from __future__ import annotations
 
@@ -52,16 +52,16 @@ def time_in_turn(
 ) -> dict[str, list[Timing]]:
     """Times every model and file at every batch size and number of threads.
 
-    They run one after the other, in rounds, so that other load on the machine slows all alike.
+    In each round every one runs once. So other load on the machine slows all of them alike.
 
     Args:
         runnables: name -> model or file.
-        given: shape of one float32 example, to draw random ones, or a batch of inputs.
+        given: shape of one float32 example, which are drawn at random, or a batch of inputs.
         batches: batch sizes; a file that takes only one size is run only at that.
         threads: numbers of threads.
         seconds: time for all runs of one model at one batch size and number of threads, without
             warm-up.
-        min_runs: at least so many runs, however long they take.
+        min_runs: fewest runs, even if they take longer.
 
     Raises:
         ExportError: if a file cannot be run.

@@ -1,14 +1,14 @@
-"""Quantizes a captured graph: quantize and dequantize wherever an integer runtime rounds.
+"""Quantizes a captured graph: adds quantize and dequantize operations where a runtime rounds.
 
 QDQ stands for quantize-dequantize. The graph is an ordinary `torch.export` program with the
 operations `quantized_decomposed.(de)quantize_per_tensor` on activations, and
 `dequantize_per_channel` (for groups `dequantize_per_channel_group`) on the int8 codes of weights.
 It runs in torch, and the outputs of every file that is lowered from it are compared with it.
 
-torchao's PT2E makes such graphs too, and its int8 is as accurate: 93.16% on CIFAR-10, ours 93.14%
-(torchao 0.18, x86 quantizer; benchmarks/bits.py). But that quantizer has only 8-bit weights (-128
-to 127), none of 4 or 2 bits or in groups, and each of its quantizers is for one backend, while this
-one graph is lowered to all four runtimes.
+torchao's PT2E makes such graphs too. Its int8 is as accurate: 93.16% on CIFAR-10, ours 93.14%
+(torchao 0.18, x86 quantizer; benchmarks/bits.py). It is not used here for two reasons: it has only
+8-bit weights, none of 4 or 2 bits or in groups; and each of its quantizers is for one backend,
+while this graph is lowered to all four runtimes.
 """
 
 from fedpress.deploy.qdq.graph import IntegerFormat

@@ -35,8 +35,8 @@ from fedpress.deploy.qdq.operations import (
 from fedpress.errors import ExportError
 from fedpress.nn.quant_scheme import InputQuantization, calculate_qparams
 
-# Scale of values that were 0 on all calibration examples. The layer that reads them has its bias in
-# steps of input scale * weight scale: with a coarser scale the bias would be rounded away.
+# Largest scale of values that were 0 on all calibration examples. The layer that reads them rounds
+# its bias to steps of input scale * weight scale: with a larger scale the bias could become 0.
 SCALE_OF_ZEROS = 2.0**-10
 
 QuantizedLayers = Mapping[fx.Node, LayerQuantization]
@@ -49,13 +49,13 @@ Range = tuple[float, float]
 def activation_qparams(
     rewrite: Rewrite, layers: QuantizedLayers, ranges: Mapping[fx.Node, Range]
 ) -> dict[fx.Node, QParams]:
-    """Returns the quantization parameters of every value that all its readers see rounded.
+    """Returns the quantization parameters of every value that is rounded for all its readers.
 
     Args:
-        rewrite: the graph; what computes in float is noted in its `left_float`.
+        rewrite: the graph; operations that compute in float are added to its `left_float`.
         layers: the layers whose weights are integers. If all inputs of one were 0, its `inputs` get
-            a finer scale.
-        ranges: of each value on the calibration examples.
+            a smaller scale.
+        ranges: range of each value on the calibration examples.
 
     Raises:
         ExportError: if a value was not finite on the calibration examples.
@@ -70,7 +70,7 @@ def activation_qparams(
         rewrite, [n for n in nodes if _is_computed_in_float(n, integer.operations)]
     )
 
-    # What a layer prescribes for its input holds for all values that share the grid.
+    # A layer may prescribe the quantization of its input. It applies to all values on that grid.
     prescribed: dict[fx.Node, QParams] = {}
     for node, layer in layers.items():
         if layer.inputs is not None:
@@ -94,11 +94,12 @@ def activation_qparams(
 
 @dataclass(frozen=True)
 class IntegerOperations:
-    """What is computed on integers.
+    """The operations that are computed on integers.
 
     Attributes:
-        operations: those that run on integers.
-        read: the values that one of those reads, directly or moved and clipped in between.
+        operations: the operations.
+        read: the values that one of them reads, directly or through operations that only move or
+            clip values.
     """
 
     operations: set[fx.Node]
@@ -108,15 +109,15 @@ class IntegerOperations:
 def integer_operations(nodes: Sequence[fx.Node], layers: QuantizedLayers) -> IntegerOperations:
     """Decides which operations run on integers.
 
-    Layers and matrix products do, since integers save time there. Additions, products, means and
-    concatenations do only if an integer operation reads their result and their operands are
-    integers already. So the residual stream of a transformer, which layer norms read, keeps its
-    precision, and that of a ResNet stays on integers.
+    Layers and matrix products do, because integers save time there. Additions, products, means and
+    concatenations do only if their operands are integers already and an integer operation reads
+    their result. Example: the residual stream of a transformer, which layer norms read, stays
+    float and keeps its precision; that of a ResNet is computed on integers.
     """
     able = _able_operations(nodes, layers)
     operations: set[fx.Node] = set()
     read: set[fx.Node] = set()
-    # Backwards, so that the readers of a value are decided before the value.
+    # In reverse order, so that the readers of a value are decided before the value itself.
     for node in reversed(nodes):
         for user in node.users:
             if user in operations or (only_moves_values(user) and user in read):
@@ -129,7 +130,7 @@ def integer_operations(nodes: Sequence[fx.Node], layers: QuantizedLayers) -> Int
 def _able_operations(nodes: Sequence[fx.Node], layers: QuantizedLayers) -> set[fx.Node]:
     """Returns the operations with an integer kernel whose operands are, or may become, integers."""
     able: set[fx.Node] = set()
-    # Values that are integers, or can be made so at no cost.
+    # Values that are integers, or can be quantized at no cost, such as the inputs of the graph.
     integer: set[fx.Node] = set()
     for node in nodes:
         if node.op == "placeholder" or (only_moves_values(node) and argument(node, 0) in integer):
@@ -152,7 +153,7 @@ def _values_to_round(
     """Returns results and operands of integer operations, and all values that share their grids."""
     operations = integer.operations
     fused = _fused_results(nodes, operations)
-    # The float output of a linear layer or product stays so if no integer kernel reads it.
+    # With `float_output` a linear layer or product gives floats if no integer kernel reads them.
     unrounded: set[fx.Node] = set()
     if rewrite.format.float_output:
         products = {v for v in operations if v.target in LINEAR | MATRIX_PRODUCTS}
@@ -174,7 +175,7 @@ def _values_to_round(
 def _fused_results(nodes: Sequence[fx.Node], operations: Collection[fx.Node]) -> set[fx.Node]:
     """Returns the integer operations whose only reader is a clip.
 
-    Kernels do the clip while they round, so the result of the clip is rounded and theirs is not.
+    A kernel clips while it rounds: only the result of the clip is rounded, not its own result.
     """
     clipped = [argument(node, 0) for node in nodes if node.target in CLIPS]
     return {value for value in clipped if value in operations and len(value.users) == 1}
@@ -183,7 +184,7 @@ def _fused_results(nodes: Sequence[fx.Node], operations: Collection[fx.Node]) ->
 def _joint_ranges(
     values: Sequence[fx.Node], grids: Mapping[fx.Node, fx.Node], ranges: Mapping[fx.Node, Range]
 ) -> dict[fx.Node, Range]:
-    """Returns the range of all values on a grid together. It includes 0, which must be exact."""
+    """Returns the joint range of all values on a grid. It includes 0, which must be exact."""
     joint: dict[fx.Node, Range] = {}
     for value in values:
         if value not in ranges:
@@ -212,10 +213,10 @@ def _weights(layers: QuantizedLayers) -> set[fx.Node]:
 
 
 def _reads_integers(node: fx.Node, integer: Collection[fx.Node]) -> bool:
-    """Whether the operands of `node` are integers, or cheap to quantize.
+    """Returns whether at least one operand of `node` is an integer, and the others are cheap.
 
-    Constants are cheap, and so are small operands that are broadcast, such as one number for each
-    channel.
+    Constants are cheap to quantize. So are small operands that are broadcast, such as one number
+    for each channel.
     """
     parts: Any = node.args[0] if node.target in CONCATENATIONS else node.args
     operands = [a for a in parts if isinstance(a, fx.Node) and a.op != "get_attr"]
@@ -235,14 +236,14 @@ def _has_integer_kernel(node: fx.Node, layers: QuantizedLayers) -> bool:
         return node in layers and not layers[node].reason and layers[node].group is None
     if node.target in ELEMENTWISE | MATRIX_PRODUCTS:
         tensors = all(isinstance(a, fx.Node) and is_float(a) for a in node.args)
-        # add(x, y, alpha=a) is x + a * y: kernels know a = 1 only.
+        # add(x, y, alpha=a) computes x + a * y, and integer kernels support only a = 1.
         return tensors and bool(node.kwargs.get("alpha", 1) == 1)
     return node.target in MEANS | CONCATENATIONS and is_float(node)
 
 
 def _note_float_operations_(rewrite: Rewrite, nodes: Sequence[fx.Node]) -> None:
     """Adds the operations that compute in float to `left_float`, with the reasons."""
-    # Dictionaries in place of sets: they keep the order, so that reports are the same every time.
+    # Dictionaries instead of sets, because they keep the order: reports must be reproducible.
     reasons: dict[str, dict[str, None]] = {}
     for node in nodes:
         reasons.setdefault(module_of(node), {})[_float_reason(node)] = None
@@ -251,9 +252,9 @@ def _note_float_operations_(rewrite: Rewrite, nodes: Sequence[fx.Node]) -> None:
 
 
 def _shared_grids(nodes: Sequence[fx.Node], activations: Activations) -> dict[fx.Node, fx.Node]:
-    """Maps every value to one representative of all values that must share scale and zero point.
+    """Maps every value to its grid: one value that represents all with the same scale and zero point.
 
-    It is a union-find: `parent` leads from a value towards its representative.
+    Computed by union-find: `parent` points from a value towards the representative of its grid.
     """
     parent: dict[fx.Node, fx.Node] = {}
 
@@ -282,7 +283,7 @@ def _calibrated(found: Range, activations: Activations) -> QParams:
 
 
 def _is_computed_in_float(node: fx.Node, operations: Collection[fx.Node]) -> bool:
-    """Whether `node` is arithmetic on floats outside of the integer `operations`."""
+    """Returns whether `node` is arithmetic on floats that is not in the integer `operations`."""
     if node.op != "call_function" or not node.all_input_nodes:
         return False
     if node in operations or node.target in LAYERS or only_moves_values(node):

@@ -1,4 +1,4 @@
-"""A captured graph while it is quantized: its tensors and its (de)quantize operations."""
+"""`Rewrite`: a captured graph during quantization, and the objects that describe quantization."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ class IntegerFormat:
     """The integers that a runtime computes with.
 
     Attributes:
-        activations: "uint8" (onnxruntime) or "int8" (XNNPACK, LiteRT); both stand for the same
-            values, with another zero point.
-        weight_bits: of float weights when they are quantized; 7 where the processor sums 8-bit
+        activations: "uint8" (onnxruntime) or "int8" (XNNPACK, LiteRT). Both represent the same
+            values; the zero points differ by 128.
+        weight_bits: bits to which float weights are quantized. 7 where the processor sums 8-bit
             products in 16 bits (x86 without VNNI), which overflows with 8.
-        float_output: whether the output of a linear layer or matrix product stays float if no
-            integer operation reads it.
-        four_bit_shift: by how many bits kernels shift 4-bit weights up, and the int32 bias with
-            them.
+        float_output: whether the output of a linear layer or matrix product is float if no integer
+            operation reads it.
+        four_bit_shift: bits by which kernels shift 4-bit weights and the int32 bias to the left,
+            so that the bias has as many bits less.
     """
 
     activations: Activations = "uint8"
@@ -57,7 +57,7 @@ class LayerQuantization:
     Attributes:
         codes: int8 integers of the weight, in its shape; None if it is not quantized.
         scales: of the weight, one for each output channel or group.
-        group: how many weights share a scale; None: those of an output channel.
+        group: number of weights that share a scale; None: all weights of an output channel.
         axis: dimension of the codes to which the scales belong.
         inputs: quantization of the layer's input; None if the calibration decides it.
         reason: why the layer cannot compute on integers; empty if it can.
@@ -79,7 +79,7 @@ class Rewrite:
         module: the captured module.
         layers: quantization of layers, by the name of the weight.
         format: the runtime's integers.
-        integer: whether activations are quantized, and not only weights.
+        integer: whether activations are quantized too, not only weights.
         left_float: module or operation that computes in float -> the reason.
     """
 
@@ -144,7 +144,7 @@ class Rewrite:
         graph = self.graph
         codes = layer.codes
         row = codes[0].numel()
-        # A row is padded to whole groups, and cut off again after it was dequantized.
+        # The operation needs complete groups. The padding is removed after dequantization.
         if layer.group is not None:
             codes = F.pad(codes.reshape(len(codes), -1), (0, -row % layer.group))
         tensors = self._buffers_after(weight, codes, layer.scales)
@@ -170,7 +170,7 @@ class Rewrite:
     ) -> tuple[fx.Node, fx.Node, fx.Node]:
         """Adds buffers of codes, scales and zero points; returns the operations that read them."""
         name = str(weight.target)
-        # Weights are symmetric, but the operations want zero points all the same.
+        # Weights are symmetric, so all zero points are 0, but the operations require them.
         zeros = torch.zeros(scales.shape, dtype=torch.int64)
         with self.graph.inserting_after(weight):
             code_node = self.graph.get_attr(self.add_(name + "_codes", codes.contiguous()))
@@ -181,7 +181,7 @@ class Rewrite:
         return code_node, scale_node, zero_node
 
     def remove_unread_(self) -> None:
-        """Removes tensors that nothing reads any more: the file must not hold a weight twice."""
+        """Removes tensors that nothing reads any more, such as float weights beside their codes."""
         self.graph.eliminate_dead_code()
         used = {node.target for node in self.graph.nodes if node.op == "get_attr"}
         names = [name for name, _ in self.module.named_parameters(remove_duplicate=False)]

@@ -1,4 +1,4 @@
-"""Sets of torch operations: with integer kernels, that only move values, that clip."""
+"""Sets of torch operations by how they are quantized: layers, products, moves, clips and so on."""
 
 import operator
 
@@ -27,7 +27,8 @@ MEANS = {
     *(aten.adaptive_avg_pool1d.default, aten.adaptive_avg_pool2d.default),
 }
 CONCATENATIONS = {aten.cat.default}
-# Their results are among their inputs (or 0), so both share one scale and zero point.
+# Operations that only move or select values (or add 0), so input and result share a scale and zero
+# point.
 SAME_GRID = {
     *(aten.max_pool1d.default, aten.max_pool2d.default, aten.adaptive_max_pool2d.default),
     *(aten.flatten.using_ints, aten.view.default, aten.reshape.default),
@@ -44,20 +45,20 @@ CLIPS = {
     aten.hardtanh_.default,
     aten.relu6.default,
 }
-"""Kernels clip while they round, so there is no rounding between a layer and its clip."""
+"""Operations that clip. Kernels clip while they round, so a layer is not rounded before its clip."""
 
 
 def only_moves_values(node: fx.Node) -> bool:
-    """Whether the results of `node` are its inputs, only moved or clipped."""
+    """Returns whether `node` only moves or clips its inputs."""
     return node.target in SAME_GRID | CLIPS | SPLITS or takes_one_result(node)
 
 
 def takes_one_result(node: fx.Node) -> bool:
-    """Whether `node` selects one of several results of an operation."""
+    """Returns whether `node` selects one of several results of an operation."""
     return node.op == "call_function" and node.target is operator.getitem
 
 
 def is_float(node: fx.Node) -> bool:
-    """Whether the result of `node` is one float32 tensor."""
+    """Returns whether the result of `node` is one float32 tensor."""
     value = node.meta.get("val")
     return isinstance(value, Tensor) and value.dtype == torch.float32

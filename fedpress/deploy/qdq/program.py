@@ -41,7 +41,7 @@ class QuantizedProgram:
     Attributes:
         program: the graph, which runs in torch.
         left_float: module or operation that computes in float -> the reason.
-        rounds: whether it rounds activations, and not only weights.
+        rounds: whether it rounds activations, not only weights.
     """
 
     program: torch.export.ExportedProgram
@@ -60,14 +60,14 @@ def quantized_program(
 ) -> QuantizedProgram:
     """Captures `model`, folds its batch norms, and quantizes what integer arithmetic needs.
 
-    Quantized layers keep their own codes, scales and input quantization. With `batches` everything
-    else is quantized too: float weights to int8 per output channel; inputs and outputs of
-    convolutions, linear layers, matrix products, additions, products, means and concatenations to
-    8 bits over their range on the batches. Without batches nothing else is quantized: a model with
-    4-bit weights then keeps them small and computes in float.
+    Quantized layers keep their own codes, scales and input quantization. With `batches` the rest is
+    quantized too: float weights to int8 per output channel; inputs and outputs of convolutions,
+    linear layers, matrix products, additions, products, means and concatenations to 8 bits, over
+    their ranges on the batches. Without batches the rest stays float: a model with 4-bit weights is
+    then stored in 4 bits and computes in float.
 
     Args:
-        model: maps a batch to one tensor or more; left as it was.
+        model: maps a batch to one tensor or more; it is not changed.
         given: shape of one float32 example, or a batch of inputs.
         batches: standardised public examples for calibration, such as float32 [n, *input_shape].
         format: the integers of the runtime.
@@ -92,7 +92,7 @@ def quantized_program(
         chosen = quantize_weights_(rewrite)
         _insert_(rewrite, chosen, ranges(rewrite.module, batches, observer))
         rewrite.remove_unread_()
-        # Captured a second time: the changed graph module becomes a program again.
+        # The changed graph is only a module. Capturing it makes it an exported program.
         example = ordered(model, example_of(given))
         done = trace(rewrite.module, take_rows(as_device(example), batch or 2), free=batch is None)
     inputs = [layer.scheme.inputs for _, layer in quantized_layers(model)]
@@ -123,7 +123,8 @@ def _insert_(
             name = str(argument(node, 1).target)
             products.setdefault(name, []).append((inputs.scale, added))
 
-    # In a second loop: the scales of a shared weight must fit the biases of all its operations.
+    # A second loop, because the scales of a shared weight must fit the biases of all operations that
+    # read it, and the first loop collects these.
     written: dict[str, fx.Node] = {}
     for node, layer in chosen.items():
         weight = argument(node, 1)
@@ -139,10 +140,10 @@ def _insert_(
 def _round_input_(
     rewrite: Rewrite, node: fx.Node, layer: LayerQuantization, rounded: Mapping[fx.Node, QParams]
 ) -> QParams | None:
-    """Rounds the input of a layer as it prescribes, unless it is rounded so already.
+    """Rounds the input of a layer as the layer prescribes, if it is not rounded so already.
 
     Returns:
-        How the input is rounded; None if it is not.
+        The quantization of the input; None if it is not quantized.
     """
     value = argument(node, 0)
     now = rounded.get(before_rounding(value))
@@ -160,9 +161,9 @@ def _insert_others_(
 ) -> None:
     """Writes codes and scales for recurrent layers, embeddings and transposed convolutions.
 
-    No integer kernel computes with them, but the file then holds their weights in few bits, and
-    their outputs are those of the quantized model. It also rounds the inputs of layers whose inputs
-    are quantized and whose weights are not integers.
+    No integer kernel computes with these weights. But the file then stores them in few bits, and
+    their outputs are those of the quantized model. This function also rounds the inputs of layers
+    that have quantized inputs but weights that are not integers.
     """
     for weight in [node for node in rewrite.graph.nodes if node.op == "get_attr"]:
         name = str(weight.target)

@@ -1,4 +1,4 @@
-"""Integer codes and scales of weights, of quantized layers and of float weights."""
+"""Computes integer codes and scales of all weights, and int32 biases that do not overflow."""
 
 from __future__ import annotations
 
@@ -29,21 +29,21 @@ from fedpress.nn.resize import copied
 
 HIGHEST_CODE = {8: 127, 7: 63}
 
-# Largest int32 bias: half of the range, since the products of a layer are added to it.
+# Largest int32 bias. It is half of the range of int32, to leave room for the products that are added.
 HIGHEST_BIAS = 2.0**30
-# Bias of a channel whose weights are all 0, in steps. float32 has 24 binary digits: it is exact.
+# Bias, in steps, of a channel whose weights are all 0. With 2^24 steps float32 represents it exactly.
 BIAS_OF_DEAD = 2.0**24
-# Least product of input scale and weight scale: a normal float32, even after kernels have divided
-# it by the scale of the output.
+# Least product of input scale and weight scale. Kernels divide it by the scale of the output, and
+# the quotient must still be a normal float32.
 LEAST_STEP = 1e-36
 
 
 def plain_copy(
     model: nn.Module, activations: Activations
 ) -> tuple[nn.Module, dict[str, LayerQuantization]]:
-    """Returns a copy with plain torch layers, and the quantization of the layers.
+    """Returns a copy of the model with plain torch layers, and the quantization of its layers.
 
-    The second is by the name of the weight, such as "head.weight".
+    The quantization is a dictionary by the name of the weight, such as "head.weight".
     """
     model = copied(model).to("cpu", torch.float32).eval()
     materialize_(model)
@@ -57,13 +57,14 @@ def plain_copy(
             found.reason = "its inputs are signs"
             if inputs.dynamic:
                 found.reason = "its inputs are rounded by the values of each batch"
-            # No quantize operation says this: the layer's own code runs before it, and is captured.
+            # No quantize operation can express these two. Instead the layer's own rounding runs
+            # before it as a hook, and is captured with the graph.
             twin = copied(layer)
             layer.register_forward_pre_hook(
                 lambda _, args, twin=twin: (twin.quantized_input(args[0]), *args[1:])
             )
         elif inputs is not None:
-            # The scale is learned, and may have become negative: only its size counts.
+            # A learned scale may have become negative; the layer uses its absolute value.
             scale = float(layer.input_scale.detach().abs())
             zero_point = int(layer.input_zero_point)
             found.inputs = QParams.of(scale, zero_point, inputs.highest, activations)
@@ -92,7 +93,7 @@ def _codes_of(layer: QuantLayer, key: str) -> LayerQuantization:
 
 
 def fold_batch_norms_(rewrite: Rewrite) -> None:
-    """Folds every batch norm into the layer whose output it alone reads.
+    """Folds every batch norm into the layer before it, if nothing else reads that layer's output.
 
     With s = gamma / sqrt(var + eps): weight' = weight * s, bias' = (bias - mean) * s + beta.
     """
@@ -132,14 +133,14 @@ def _per_row(factor: Tensor, like: Tensor) -> Tensor:
 
 
 def _can_fold_norm(layer: fx.Node) -> bool:
-    """Whether the batch norm that reads an operation can be folded into its weight."""
+    """Returns whether the batch norm after `layer` can be folded into the layer's weight."""
     if layer.target not in LAYERS or len(layer.users) > 1:
         return False
     weight = layer.args[1]
     if not isinstance(weight, fx.Node) or weight.op != "get_attr" or len(weight.users) > 1:
         return False
-    # A batch norm scales dimension 1, and the outputs of a linear layer are the last dimension:
-    # they are the same only in two dimensions.
+    # A batch norm scales dimension 1, but the weight of a linear layer the last dimension. These
+    # are the same only if there are two dimensions.
     return layer.target is not aten.linear.default or layer.meta["val"].dim() == 2
 
 
@@ -147,8 +148,8 @@ def _scale_codes_(layer: LayerQuantization | None, factor: Tensor) -> None:
     """Multiplies the scales of output channels by `factor`, of any sign."""
     if layer is None or layer.codes is None or layer.scales is None:
         return
-    # Scales stay positive, so the codes take the sign; they become 0 where the factor is 0, and
-    # any scale is right then.
+    # Scales must stay positive, so the sign goes into the codes. Where the factor is 0 the codes
+    # become 0, and the scale has no effect: it is set to 1.
     layer.codes = layer.codes * _per_row(factor, layer.codes).sign().to(torch.int8)
     scales = layer.scales * _per_row(factor.abs(), layer.scales)
     layer.scales = torch.where(scales > 0, scales, torch.ones_like(scales))
@@ -157,10 +158,10 @@ def _scale_codes_(layer: LayerQuantization | None, factor: Tensor) -> None:
 def quantize_weights_(rewrite: Rewrite) -> dict[fx.Node, LayerQuantization]:
     """Returns the quantization of all layers whose weights are integers times scales.
 
-    The other layers are noted in `left_float`, with the reason.
+    The other layers are added to `left_float`, with the reason.
     """
     chosen: dict[fx.Node, LayerQuantization] = {}
-    # A weight that two layers share is rounded once.
+    # A weight that two layers share must be rounded once, so that both use the same codes.
     rounded: dict[str, LayerQuantization] = {}
     for node in rewrite.graph.nodes:
         if node.target not in LAYERS:
@@ -184,7 +185,7 @@ def quantize_weights_(rewrite: Rewrite) -> dict[fx.Node, LayerQuantization]:
 
 
 def _rounded(rewrite: Rewrite, weight: fx.Node, inputs: QParams | None) -> LayerQuantization:
-    """Quantizes a float weight if activations are quantized too; else it stays float."""
+    """Quantizes a float weight if activations are quantized too; otherwise keeps it float."""
     layer = LayerQuantization(inputs=inputs)
     if rewrite.integer:
         bits = rewrite.format.weight_bits
@@ -193,7 +194,7 @@ def _rounded(rewrite: Rewrite, weight: fx.Node, inputs: QParams | None) -> Layer
 
 
 def _round_weight(weight: Tensor, bits: Literal[7, 8], name: str) -> tuple[Tensor, Tensor]:
-    """Returns int8 codes, and a scale per output channel so that its largest weight is exact."""
+    """Returns int8 codes, and one scale per output channel: its largest weight / highest code."""
     if not bool(weight.isfinite().all()):
         raise ExportError(
             f"{layer_of(name)!r} has NaN or infinite weights",
@@ -212,30 +213,31 @@ def with_int32_biases(
     products: Sequence[tuple[float, Tensor | None]],
     four_bit_shift: int = 0,
 ) -> LayerQuantization:
-    """Returns the layer with weight scales so large that every bias fits in int32.
+    """Returns the layer with weight scales large enough that every bias fits in int32.
 
-    Kernels store the bias as int32 in steps of input scale * weight scale. A channel with zero or
-    nearly zero weights has a scale so small that its bias does not fit, and the kernel saturates
-    silently. Such channels get the least scale that fits. Their codes are rounded to the new scale,
-    and become 0 if the weights are negligible beside the bias.
+    Kernels store the bias as int32 in steps of input scale * weight scale. If the weights of a
+    channel are nearly 0, its scale is so small that the bias does not fit, and the kernel saturates
+    silently. Such a channel gets the smallest scale that fits. Its codes are rounded to that scale,
+    and become 0 if its weights are negligible compared with the bias.
 
     Args:
         layer: has one scale per output channel.
         products: input scale and bias of each operation that reads the weight.
-        four_bit_shift: of the format; with 4-bit weights the bias has so many bits less.
+        four_bit_shift: number of bits that a bias loses if the weights have 4 bits (see
+            `IntegerFormat`).
     """
     if not products:
         return layer
     fitted = _with_biases_up_to(HIGHEST_BIAS, layer, products)
     assert fitted.codes is not None
-    # Checked after the first fit, which may have made 8-bit codes so small that 4 bits hold them.
+    # Checked after the first fit, which may have reduced 8-bit codes so much that they fit 4 bits.
     if four_bit_shift and fits_four_bits(fitted.codes):
         fitted = _with_biases_up_to(HIGHEST_BIAS / 2**four_bit_shift, fitted, products)
     return fitted
 
 
 def fits_four_bits(codes: Tensor) -> bool:
-    """Whether all of these integers fit in int4."""
+    """Returns whether there are codes and all of them fit in int4."""
     return codes.numel() > 0 and int(codes.min()) >= -8 and int(codes.max()) <= 7
 
 
