@@ -1,4 +1,4 @@
-"""The agreement: all that server and clients must hold alike, as versioned canonical JSON."""
+"""The agreement: all settings that server and clients must have equal, as canonical JSON."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from fedpress.tasks import Task
 
 FEDAVG = FedAvg()
 VERSION = 1
-"""Version of the agreement's form; raise it if an entry changes its meaning but not its name."""
-SHOWN = 120
-"""Most characters of a value that an error shows: an entry may hold a list of all clients."""
+"""Version of the agreement's format; increase it if an entry keeps its name but changes meaning."""
+MAX_VALUE_CHARS = 120
+"""An error cuts longer values: an entry may hold a list of all clients."""
 Norm = Literal["frozen", "batch"]
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """The entries of an agreement, by name; two sides agree if their fingerprints are equal.
+    """The entries of an agreement by name; server and client agree if the fingerprints are equal.
 
     >>> ours, theirs = Agreement({"norm": "frozen"}), Agreement({"norm": "batch"})
     >>> ours.fingerprint == theirs.fingerprint
@@ -48,24 +48,24 @@ class Agreement:
 
     @cached_property
     def _text(self) -> str:
-        # NaN has no JSON, and would not be equal to itself on the other side.
+        # NaN is refused: it is not valid JSON, and never equal to itself.
         return json.dumps(self.entries, sort_keys=True, separators=(",", ":"), allow_nan=False)
 
     @cached_property
     def fingerprint(self) -> str:
-        """Digest of the text, 16 hexadecimal digits; it travels with every request."""
+        """Digest of the text, 16 hexadecimal digits; part of every request."""
         return blake2b(self.to_json().encode(), digest_size=8).hexdigest()
 
     @classmethod
     def from_json(cls, text: str) -> Agreement:
-        """Reads the text of `to_json`, which may come from anybody.
+        """Reads an untrusted text in the format of `to_json`.
 
         Raises:
             WireError: if it is not a JSON table.
         """
         try:
             entries = json.loads(text)
-        # RecursionError: thousands of nested lists are valid JSON, and anybody may send them.
+        # Thousands of nested lists are valid JSON, and end in a RecursionError.
         except (ValueError, RecursionError) as error:
             raise WireError(
                 f"not JSON ({type(error).__name__})",
@@ -81,7 +81,7 @@ class Agreement:
         return cls(entries)
 
     def leaves(self) -> dict[str, JSON]:
-        """Returns every single value by its full name, such as `uplink.cohort.size`."""
+        """Returns every value by its full name, such as `uplink.cohort.size`."""
         return dict(_leaves("", self.entries))
 
     def compare(self, client: Agreement) -> None:
@@ -90,7 +90,7 @@ class Agreement:
         Raises:
             WireError: naming the first entry that differs, with both values.
         """
-        # Nearly always equal: then there is no need to take both apart.
+        # Nearly always equal; then nothing needs to be taken apart.
         if self.to_json() == client.to_json():
             return
         ours = self.leaves()
@@ -111,24 +111,24 @@ class Agreement:
 
 @dataclass(frozen=True)
 class Terms:
-    """All that server and clients must hold alike; every field is an entry of the agreement.
+    """The settings of a run that server and clients share; each field is an entry of the agreement.
 
     Attributes:
         layout: names and shapes of the trainable parameters.
         settings: how a client trains.
-        uplink: how updates travel to the server and become a mean.
-        seed: of the run. The agreement holds only a commitment to it. A client with another seed
-            would draw other masks and rotations, and the mean of the updates would be noise.
+        uplink: how updates are coded, sent to the server and averaged.
+        seed: of the run. The agreement contains only a commitment to it. A client with another
+            seed would draw other masks and rotations, and the mean of the updates would be noise.
         prepare: raw examples [k, ...] and a generator -> network input.
         task: what is learned.
-        downlink: how the model is coded on its way to the clients; None if it travels whole.
+        downlink: how the model is coded for the clients; None: parameters are sent as float32.
         norm: "frozen" fixes the statistics of batch norms (scale and bias train); "batch" uses the
             statistics of each batch.
-        error_feedback: whether clients add what coding lost of one update to the next one (Seide et
+        error_feedback: whether clients add the coding error of one update to the next one (Seide et
             al. 2014; Karimireddy et al. 2019, arXiv:1901.09847).
         num_rounds: how many rounds are planned; None for no limit.
-        algorithm: what clients and server do with the model.
-        max_tasks: how often one client may be asked, where that is planned; None for no limit.
+        algorithm: the client's update and the server's step, such as FedAvg.
+        max_tasks: how often one client may be asked in the run; None for no limit.
         schedule: when the server asks which client; None for synchronous rounds.
 
     Raises:
@@ -168,8 +168,8 @@ class Terms:
         if self.algorithm.needs_equal_weights and self.uplink.weights != "equal":
             raise RecipeError(
                 (
-                    f"got '{self.uplink.weights}', but '{self.algorithm.kind}' holds only if every "
-                    "client counts the same"
+                    f"got '{self.uplink.weights}', but '{self.algorithm.kind}' is correct only if "
+                    "all clients have the same weight"
                 ),
                 place="weights",
                 cure='set weights = "equal"',
@@ -177,18 +177,18 @@ class Terms:
 
     @cached_property
     def agreement(self) -> Agreement:
-        """The agreement: one entry for each field, beside the versions of format and streams."""
+        """The agreement: an entry per field, and the versions of its format and random streams."""
         entries = {one.name: canonical(getattr(self, one.name)) for one in fields(self)}
-        # Whoever knows the seed can compute noise and keys of a simulation.
+        # Not the seed itself: in a simulation, noise and keys can be computed from it.
         entries["seed"] = commitment(self.seed)
         return Agreement({"version": VERSION, "streams": random.STREAMS, **entries})
 
 
 def commitment(seed: int) -> str:
-    """Returns a digest of `seed`: two sides see that they hold the same one without sending it.
+    """Returns a digest of `seed`, by which two sides compare their seeds without sending them.
 
-    A small seed can be found by trying all. Whatever must stay secret is therefore drawn from 256
-    random bits of the operating system (`secure_noise`, `secure_keys`), not from the seed.
+    A small seed can be found by trying all values. Secrets are therefore drawn from 256 random bits
+    of the operating system (`secure_noise`, `secure_keys`), not from the seed.
     """
     return random.fingerprint("fedpress seed", seed)[:32]
 
@@ -211,4 +211,6 @@ def _text(leaves: Mapping[str, JSON], name: str) -> str:
 
 
 def _short(text: str) -> str:
-    return text if len(text) <= SHOWN else f"{text[: SHOWN - 3]}..."
+    if len(text) <= MAX_VALUE_CHARS:
+        return text
+    return f"{text[: MAX_VALUE_CHARS - 3]}..."

@@ -1,4 +1,4 @@
-"""What one client knows of a run before it begins: the agreed terms and its own local plan."""
+"""A client's plan of a run: the terms agreed with the server, and how it trains locally."""
 
 from __future__ import annotations
 
@@ -16,19 +16,21 @@ from fedpress.privacy.plan import PrivacyPlan
 
 
 def check_norm(norm: str, model: nn.Module, *, sample: bool) -> None:
-    """Refuses batch statistics under sample privacy; server and clients call it before training.
+    """Refuses batch norms in training mode under sample privacy.
+
+    Server and clients call it before training.
 
     Args:
-        norm: the recipe's key, "frozen" or "batch".
+        norm: the recipe's key `norm`, "frozen" or "batch".
         model: the model to be trained.
-        sample: whether single examples are protected.
+        sample: whether single examples are protected (unit "sample").
 
     Raises:
-        RecipeError: if a batch norm of `model` would mix examples that are protected one by one.
+        RecipeError: if a batch norm of `model` would use batch statistics under sample privacy.
     """
     mixes = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
-    # Through batch statistics one example changes the gradients of all others in its batch, so
-    # clipping each gradient bounds nothing.
+    # Batch statistics let one example change the gradients of all others in its batch. Clipping
+    # each gradient then does not bound how far one example moves their sum.
     if sample and mixes and norm != "frozen":
         raise RecipeError(
             "batch norm in training mode mixes examples, which breaks sample privacy",
@@ -39,12 +41,12 @@ def check_norm(norm: str, model: nn.Module, *, sample: bool) -> None:
 
 @dataclass(frozen=True, eq=False)
 class ClientPlan:
-    """What one client knows of a run.
+    """The terms of a run and one client's local training, which fit each other.
 
     Attributes:
-        terms: what was agreed; the server's are the same.
-        local: how the client trains, which follows from the terms; under unit "sample" with a
-            privacy plan of its own.
+        terms: the same as the server's.
+        local: how the client trains. It follows from the terms; under unit "sample" it also has
+            this client's own privacy plan.
     """
 
     terms: Terms
@@ -59,13 +61,13 @@ class ClientPlan:
         source: GradientSource | None = None,
         privacy: PrivacyPlan | None = None,
     ) -> ClientPlan:
-        """Fits a client's local training to the terms and to its model.
+        """Makes the plan of a client after checking that its model and privacy fit the terms.
 
         Args:
-            terms: what was agreed.
+            terms: agreed with the server.
             model: the model to train.
-            source: of the gradients, such as `device_steps`; that of the trust if None.
-            privacy: this client's own plan, under unit "sample".
+            source: computes the gradients, such as `device_steps`; None: the terms decide.
+            privacy: this client's own plan under unit "sample", else None.
 
         Raises:
             RecipeError: if the parts do not fit together.
@@ -73,13 +75,14 @@ class ClientPlan:
         uplink = terms.uplink
         trust = uplink.trust
         _check_fit(terms, model, source, privacy)
-        # Compared by names and shapes too: two models of equal size may order parameters otherwise.
+        # Two models of equal size may have their parameters in another order, so names and shapes
+        # are compared as well.
         layout = parameters.Layout.of(model)
         if layout.size != uplink.size or layout != terms.layout:
             raise RecipeError(
                 f"the model trains {layout.size} values but the uplink is for {uplink.size}",
                 place="model",
-                cure="take the model and the patterns of trainable that were agreed",
+                cure="use the same model and the same `trainable` as the server",
             )
         local = LocalPlan(
             settings=terms.settings,
@@ -100,17 +103,14 @@ def _check_fit(
     check_norm(terms.norm, model, sample=privacy is not None)
     if (trust.unit == "sample") != (privacy is not None):
         raise RecipeError(
-            (
-                "unit 'sample' needs an uplink that knows it and a plan for each client, both "
-                "or none"
-            ),
+            ("under unit 'sample', and only there, uplink and client both need a privacy plan"),
             place="privacy",
-            cure="bind the uplink with a plan of unit 'sample' too, or leave privacy out",
+            cure="bind both with a plan of unit 'sample', or neither",
         )
-    # Another source would return gradients that were neither clipped nor noised.
+    # Gradients of another source would be neither clipped nor noised.
     if trust.steps != "plain" and source is not None:
         raise RecipeError(
-            "private steps are taken in torch and run no other source of gradients",
+            "under privacy, gradients are computed by torch; another source is not possible",
             place="source",
             cure="leave source out",
         )
@@ -118,7 +118,8 @@ def _check_fit(
         check_private(terms.settings, privacy)
     if terms.error_feedback and not trust.keeps_residual:
         raise RecipeError(
-            "a client that adds noise would take it away again in the next round",
+            "the residual of a noised update contains the noise, and would remove it in the next "
+            "round",
             place="error_feedback",
             cure="set error_feedback = false",
         )

@@ -1,4 +1,4 @@
-"""What a client stores between rounds: residuals, the model it holds, secrets, answered rounds."""
+"""A client's storage between rounds: residuals, its copy of the model, answered rounds."""
 
 from __future__ import annotations
 
@@ -19,26 +19,27 @@ from fedpress.core.files import replacing, writing
 from fedpress.errors import RunError
 
 JSON_TENSOR = "json"
-TIDY_EVERY = 64
-"""Rounds after which the list of checksums is shortened: every save appends a line to it."""
-KEPT = 2
-"""States that are kept. The server may not have finished the last round, and ask for it again: then
-the client needs the state before it."""
+"""Name of the uint8 tensor with the JSON text of an entry."""
+COMPACT_EVERY = 64
+"""Rounds after which the list of checksums is compacted. Every save appends a line to it."""
+MAX_STATES = 2
+"""States that are stored: of the last round and of the one before. A server that was stopped in the
+last round repeats it, and the client then needs the older state."""
 
 
 class ClientState(Protocol):
-    """One client's storage: a state after each round (the last two are kept) and named entries."""
+    """One client's storage: its state after each of the last two rounds, and named entries."""
 
     def load(self, round: int) -> dict[str, Tensor]:
-        """Returns the state that the client had before `round`; empty before its first."""
+        """Returns the latest state of a round before `round`; empty if there is none."""
         ...
 
     def save(self, round: int, state: Mapping[str, Tensor]) -> None:
-        """Stores the state after `round` and deletes those of later rounds."""
+        """Stores the state after `round`, and deletes the states of later rounds."""
         ...
 
     def entry(self, name: str) -> dict[str, Tensor]:
-        """Returns the entry `name`, whatever the round; empty if there is none."""
+        """Returns the entry `name`, which belongs to no round; empty if there is none."""
         ...
 
     def save_entry(self, name: str, state: Mapping[str, Tensor]) -> None:
@@ -63,7 +64,7 @@ def save_json(memory: ClientState, name: str, value: Mapping[str, Any]) -> None:
 
 @dataclass(eq=False)
 class InMemoryState:
-    """Storage that ends with the process.
+    """Storage in memory, lost when the process ends.
 
     >>> memory = InMemoryState()
     >>> memory.save(3, {})
@@ -81,7 +82,7 @@ class InMemoryState:
 
     def save(self, round: int, state: Mapping[str, Tensor]) -> None:
         """See `ClientState`."""
-        before = sorted(r for r in self.rounds if r < round)[-(KEPT - 1) :]
+        before = sorted(r for r in self.rounds if r < round)[-(MAX_STATES - 1) :]
         self.rounds = {r: self.rounds[r] for r in before} | {round: dict(state)}
 
     def entry(self, name: str) -> dict[str, Tensor]:
@@ -95,7 +96,7 @@ class InMemoryState:
 
 @dataclass(frozen=True)
 class DiskState:
-    """Storage in a folder, so that a restarted client goes on; files are replaced in one step."""
+    """Storage in a folder, for clients that may be restarted; every file is replaced atomically."""
 
     folder: Path
 
@@ -110,13 +111,14 @@ class DiskState:
 
     def save(self, round: int, state: Mapping[str, Tensor]) -> None:
         """See `ClientState`."""
-        # Written before the old ones are deleted: a kill in between leaves one too many, not none.
+        # Written before old states are deleted: a crash in between leaves a state too many, which
+        # does no harm.
         self._write(f"{round}", state)
         rounds = self._rounds()
-        keep = [r for r in rounds if r <= round][-KEPT:]
+        keep = [r for r in rounds if r <= round][-MAX_STATES:]
         for gone in set(rounds) - set(keep):
             self._path(f"{gone}").unlink(missing_ok=True)
-        if round % TIDY_EVERY == 0:
+        if round % COMPACT_EVERY == 0:
             checksums.compact(self.folder)
 
     def entry(self, name: str) -> dict[str, Tensor]:
@@ -138,23 +140,21 @@ class DiskState:
         """Returns the rounds whose states are stored, in order."""
         rounds = []
         for path in self.folder.glob("*.safetensors"):
-            # Entries lie in the same folder; their names are not numbers.
+            # The folder also has the files of entries, such as `note-answered.safetensors`.
             if found := re.fullmatch(r"(\d+)\.safetensors", path.name):
                 rounds.append(int(found[1]))
         return sorted(rounds)
 
     def _read(self, stem: str) -> dict[str, Tensor]:
         path = self._path(stem)
-        cure = "delete it, and the server sends the whole model"
+        cure = "delete the file, and the server sends the full model"
         try:
             if fault := checksums.fault(path):
-                raise RunError(
-                    f"this memory of a client is damaged ({fault})", place=path, cure=f"{cure}"
-                )
+                raise RunError(f"stored client state is damaged ({fault})", place=path, cure=cure)
             return load_file(path)
         except (OSError, SafetensorError) as error:
             raise RunError(
-                f"this memory of a client is damaged ({error})", place=path, cure=f"{cure}"
+                f"stored client state is damaged ({error})", place=path, cure=cure
             ) from error
 
     def _write(self, stem: str, state: Mapping[str, Tensor]) -> None:
@@ -164,8 +164,8 @@ class DiskState:
         cure = "free some space, then go on with --resume"
         with writing(path, full=cure, other=cure):
             self.folder.mkdir(parents=True, exist_ok=True)
-            # Not synced to the disk in every round, which would be slow: a power cut may lose the
-            # state, and the server then sends the whole model again.
+            # Not synced to disk, which would be slow in every round. After a power cut the state
+            # may be lost; the server then sends the full model.
             with replacing(path, durable=False) as part:
                 save_file(tensors, part)
                 checksums.add_line(path, part, sync=False)

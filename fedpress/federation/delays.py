@@ -1,7 +1,7 @@
-"""How long clients take: simulated seconds from sending a model to the arrival of its answer.
+"""Simulated delays of clients: seconds from sending a model to the arrival of the answer.
 
-Each delay is drawn from a stream named by seed, client and task. It depends on no order of events
-and on no data, so a run that is repeated, or resumed after a kill, has the same delays.
+Each delay is drawn from a stream named by seed, client and task, so it does not depend on data or
+on the order of events. A repeated or resumed run has the same delays.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ class Delays(Protocol):
     """One row of the table: a distribution of delays."""
 
     def draw(self, seed: int, client: ClientId, task: int) -> float:
-        """Returns the simulated seconds, finite and not below 0, of task number `task`."""
+        """Returns the simulated seconds of task number `task`: finite and at least 0."""
         ...
 
 
@@ -30,7 +30,7 @@ class Constant(BaseModel):
 
     kind: Literal["constant"] = "constant"
     seconds: float = Field(
-        default=1.0, ge=0, allow_inf_nan=False, description="that every task takes"
+        default=1.0, ge=0, allow_inf_nan=False, description="seconds that every task takes"
     )
 
     def draw(self, seed: int, client: ClientId, task: int) -> float:
@@ -43,10 +43,11 @@ class Constant(BaseModel):
 
 
 class Lognormal(BaseModel):
-    """Devices of different speed: exp of a normal number of the device, times one of each task.
+    """Devices of different speed: median x exp(devices x N1 + tasks x N2).
 
-    `devices` and `tasks` are standard deviations of the logarithm. With `devices = 1.0` one client
-    in six is 2.7 times slower than the median, and one in 44 is 7.4 times slower.
+    N1 is a normal random number of the device, N2 one of the task; `devices` and `tasks` are
+    standard deviations of the logarithm. With `devices = 1.0` one client in six is at least 2.7
+    times slower than the median, and one in 44 at least 7.4 times.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -56,7 +57,7 @@ class Lognormal(BaseModel):
         default=1.0,
         gt=0,
         allow_inf_nan=False,
-        description="seconds that half of the tasks take at most",
+        description="median seconds of a task",
     )
     devices: float = Field(
         default=1.0,
@@ -73,14 +74,14 @@ class Lognormal(BaseModel):
 
     def draw(self, seed: int, client: ClientId, task: int) -> float:
         """See `Delays`."""
-        # Without the task in its name: a slow device is slow in all its tasks.
+        # The stream's name has no task: a slow device is slow in all its tasks.
         device = _normal(seed, "delay", client)
         once = _normal(seed, "delay", client, "task", task)
         return self.median * math.exp(self.devices * device + self.tasks * once)
 
 
 class Exponential(BaseModel):
-    """Equal devices; the time of a task has an exponential distribution, as in queueing theory."""
+    """Equal devices; the time of a task has an exponential distribution."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -92,7 +93,7 @@ class Exponential(BaseModel):
     def draw(self, seed: int, client: ClientId, task: int) -> float:
         """See `Delays`."""
         stream = public_stream(seed, "delay", client, "task", task)
-        # 0 <= share < 1, so log1p(-share) is finite; log(share) would not be at 0.
+        # Since 0 <= share < 1, log1p(-share) is finite; log(share) would be infinite at 0.
         share = float(stream.uniform())
         return -self.mean * math.log1p(-share)
 

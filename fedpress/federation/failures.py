@@ -1,10 +1,9 @@
-"""Counts of protected units that gave nothing; under privacy with noise, at no further cost.
+"""Counts of failed examples or clients; under privacy with noise, which costs no extra epsilon.
 
-A unit (an example, or a client) that fails adds nothing to the sum of updates, and one that does
-not fail adds nothing to the counts. So the vector (sum / clip norm, counts) moves by at most 1 when
-one unit is added or removed, the same as the sum alone. Counts with noise of the plan's
-`noise_multiplier` are therefore further coordinates of the planned Gaussian mechanism, and the
-epsilon stays what it is.
+A failed unit (an example, or a client) adds nothing to the sum of updates, and any other unit adds
+nothing to the counts. So if one unit is added or removed, the vector (sum / clip norm, counts)
+moves by at most 1, as the sum alone does. Counts with noise of the plan's `noise_multiplier` are
+therefore extra coordinates of the same Gaussian mechanism: epsilon does not change.
 """
 
 from __future__ import annotations
@@ -22,13 +21,13 @@ from fedpress.core.canonical import JSON
 from fedpress.privacy.noise.mechanism import noise_sum
 from fedpress.privacy.plan import PrivacyPlan
 
-SURELY = 12.0
-"""Standard deviations that Gaussian noise practically never exceeds: probability 1e-32."""
+MAX_NOISE_STDS = 12.0
+"""Gaussian noise exceeds this many standard deviations with probability 1e-32."""
 
 
 @dataclass(frozen=True)
 class Tally:
-    """Numbers of units that gave nothing, by cause.
+    """Numbers of failed units (examples or clients), by cause.
 
     Attributes:
         not_finite: units with NaN or infinite numbers.
@@ -45,7 +44,7 @@ class Tally:
 
     @classmethod
     def of(cls, measured: Mapping[str, JSON]) -> Tally:
-        """Reads the counts in what a local update measured; 0 where there is none."""
+        """Reads the counts in the measures of a local update; 0 for a missing one."""
         values = [measured.get(name) or 0 for name in ("not_finite", "failed")]
         return cls(*(float(value) for value in values))  # type: ignore[arg-type]
 
@@ -55,12 +54,12 @@ class Tally:
         rows = [astuple(one) for one in tallies]
         if not rows:
             return cls()
-        # fsum: the result must not depend on the order in which clients answered.
+        # fsum rounds once, so the result does not depend on the order in which clients answered.
         return cls(*(math.fsum(column) for column in zip(*rows, strict=True)))
 
     def fits(self, most: float, noise: float) -> bool:
-        """Whether it may be the tally of `most` units with noise of this standard deviation."""
-        room = SURELY * noise
+        """Whether at most `most` failures with noise of this standard deviation can give it."""
+        room = MAX_NOISE_STDS * noise
         not_negative = min(self.not_finite, self.failed) >= -room
         return not_negative and self.total <= most + 2 * room
 
@@ -69,7 +68,7 @@ class Tally:
         return torch.tensor(astuple(self), dtype=torch.float64)
 
     def to_json(self) -> list[JSON]:
-        """Returns the tally as it travels: [not_finite, failed]."""
+        """Returns [not_finite, failed], as in the header of an update."""
         return [*astuple(self)]
 
     def noised(self, plan: PrivacyPlan, key: Key, *, steps: int, hidden: str) -> Tally:
@@ -78,12 +77,13 @@ class Tally:
         Args:
             plan: gives the noise multiplier.
             key: of the client in this round.
-            steps: how many noised counts are added up in this tally, each with its own noise.
-            hidden: fingerprint of everything that the noise hides.
+            steps: how many noised counts this tally is the sum of.
+            hidden: fingerprint of the data that the noise hides. It is part of the noise's name, so
+                that two different answers never get the same noise.
         """
         if plan.noise_multiplier == 0:
             return self
-        # One unit moves a count by at most 1, so 1 takes the place of the clip norm.
+        # One unit moves a count by at most 1, so its clip norm is 1.
         std = plan.noise_multiplier * math.sqrt(steps)
         count = replace(plan, clip_norm=1.0, noise_multiplier=std)
         values = self.tensor()

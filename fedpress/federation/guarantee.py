@@ -1,4 +1,4 @@
-"""The privacy guarantee of an uplink: plan, who adds the noise, divisor of a private sum."""
+"""The privacy guarantee of an uplink: the plan, who adds the noise, and the divisor of a sum."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from fedpress.privacy.plan import PrivacyPlan
 
 @dataclass(frozen=True)
 class Guarantee:
-    """What is guaranteed, and against whom; nothing without a `plan`.
+    """A differential privacy guarantee and the trust that it needs; without a `plan` there is none.
 
     Attributes:
         plan: unit, clip norm, noise multiplier and sampling probability. Under unit "sample" with
-            local noise each client has a plan of its own; any one of them stands here for all.
+            local noise each client has its own plan; then this is the plan of any client.
         trust: who adds the noise: "local", "distributed" or "central"; None for the default of the
             unit.
         noise: what the server adds, with trust "central".
-        adaptive: how the clip norm follows the updates.
+        adaptive: how the clip norm adapts to the updates' norms; None: it is fixed.
         divisor: public number by which a private sum is divided; the cohort's size if None.
     """
 
@@ -34,7 +34,7 @@ class Guarantee:
 
     @property
     def trust_row(self) -> Trust:
-        """The row of the table `TRUSTS`: who adds which noise, and all that follows from it.
+        """The row of the table `TRUSTS` for the plan's unit and `trust`.
 
         Raises:
             RecipeError: if there is no such trust for the unit of the plan.
@@ -51,31 +51,32 @@ class Guarantee:
         row.check_vectors(self.plan, payload.extras)
         if self.adaptive is None:
             return
-        # Each client reports one bit, whether its update was clipped, without noise of its own.
-        # Only a trusted server may see it, because the server adds the noise to the count.
+        # Each client reports without noise whether its update was clipped. Only a trusted server
+        # may see this bit: it adds the noise to the count of all bits.
         if (row.unit, row.kind) != ("client", "central"):
             raise RecipeError(
-                f"got unit {row.unit!r} with trust '{row.kind}', where nobody hides its bits",
+                f"got unit {row.unit!r} with trust '{row.kind}', where its bits would get no noise",
                 place="adaptive",
                 cure="leave adaptive out, or take unit 'client' with trust 'central'",
             )
         if self.adaptive.count_noise is None:
             raise RecipeError(
-                "not planned",
+                "it is None",
                 place="adaptive.count_noise",
-                cure="give it, or bind with a planned one",
+                cure="give a number, or take the AdaptiveClip of a planned stage",
             )
-        # Further vectors have fixed clip norms, but all would travel in units of the moving one.
+        # All vectors of a message are divided by the adaptive clip norm, but further vectors have
+        # fixed clip norms.
         if payload.extras:
             raise RecipeError(
                 (
-                    "it moves the clip norm of the update alone, and the algorithm sends "
-                    f"'{next(iter(payload.extras))}' too"
+                    "only the clip norm of the update can adapt, and the algorithm also sends "
+                    f"'{next(iter(payload.extras))}'"
                 ),
                 place="adaptive",
                 cure="leave adaptive out, or take another algorithm",
             )
 
 
-OPEN = Guarantee()
-"""No privacy."""
+NO_PRIVACY = Guarantee()
+"""The guarantee of a run without a privacy plan: none."""

@@ -1,4 +1,4 @@
-"""A client's local steps: a source yields gradients, and an algorithm may correct each of them."""
+"""Local training of a client: yields each step's gradients, which an algorithm may change."""
 
 from __future__ import annotations
 
@@ -40,37 +40,38 @@ class LocalSettings(BaseModel):
     epochs: int = Field(
         default=1,
         ge=1,
-        description="passes over a client's own rows in a round; under unit 'sample' the steps of "
-        "the"
-        " plan take their place",
+        description="passes over a client's own rows in a round; ignored under unit 'sample', "
+        "where the privacy plan sets the number of steps",
     )
     batch_size: int = Field(
-        default=64, ge=1, description="rows in a local step; under unit 'sample' on average"
+        default=64, ge=1, description="rows in a local step; the mean under unit 'sample'"
     )
     lr: float = Field(
-        default=0.05, gt=0, description="local learning rate; of adamw and adam 0.001 by default"
+        default=0.05, gt=0, description="local learning rate; default of adamw and adam: 0.001"
     )
     lr_decay: float = Field(default=1.0, gt=0, le=1, description="factor on lr after every round")
     optimizer: Literal["sgd", "adamw", "adam"] = Field(
-        default="sgd", description="the rule that turns gradients into steps, anew in every round"
+        default="sgd", description="local optimizer; its state is reset in every round"
     )
     betas: Betas = Field(
         default=BETAS,
-        description="adamw, adam: shares of the old in the running means of the gradient and its "
-        "square",
+        description="adamw, adam: decay of the running means of the gradient and its square",
     )
     momentum: float = Field(
         default=0.0,
         ge=0,
         lt=1,
-        description="share of the old velocity in the new one, anew in every round",
+        description="momentum of sgd; the velocity starts at 0 in every round",
     )
-    weight_decay: float = Field(default=0.0, ge=0, description="pull of all weights towards 0")
+    weight_decay: float = Field(
+        default=0.0, ge=0, description="decay of all weights towards 0 in every step"
+    )
     precision: Precision = Field(default="float32", description="number format of forward passes")
 
     @model_validator(mode="after")
     def _fits_optimizer(self) -> LocalSettings:
-        # A client takes few steps: nothing decays by default, whatever the optimizer.
+        # Only lr has a default per optimizer. AdamW's usual weight decay is not one: a client takes
+        # few steps, so there is no decay unless the recipe asks for it.
         lr = {"lr": DEFAULTS[self.optimizer]["lr"]} if self.optimizer in DEFAULTS else {}
         fit_to_optimizer_(self, self.optimizer, lr)
         return self
@@ -81,10 +82,10 @@ def check_is_sgd(settings: LocalSettings, why: str) -> None:
 
     Args:
         settings: of the local training.
-        why: what needs SGD.
+        why: the reason, such as "a device's runtime has no other optimizer than SGD".
 
     Raises:
-        RecipeError: naming the key.
+        RecipeError: if the optimizer is not "sgd".
     """
     if settings.optimizer != "sgd":
         raise RecipeError(
@@ -96,12 +97,11 @@ def check_is_sgd(settings: LocalSettings, why: str) -> None:
 
 @dataclass(eq=False)
 class Step:
-    """One local step: its gradient is computed, the parameters are not changed yet.
+    """A local step whose gradient is computed, before the optimizer changes the parameters.
 
     Attributes:
-        params: the trained parameters, in the order of the layout; not to be changed.
-        gradients: one for each parameter, of its shape. Change them in place, and the optimizer
-            takes the changed ones.
+        params: the trained parameters, in the order of the layout. Do not change them.
+        gradients: one per parameter, of its shape. Changes in place reach the optimizer.
     """
 
     params: list[Tensor]
@@ -118,8 +118,8 @@ class Outcome:
     """The result of all local steps.
 
     Attributes:
-        measures: what was measured, such as the mean loss.
-        update: the update [d]; None if it is simply how far the parameters moved.
+        measures: numbers measured in training. Example: {"loss": 0.31, "steps": 12}.
+        update: the update [d]; None if it is the change of the parameters.
     """
 
     measures: Measures
@@ -128,21 +128,23 @@ class Outcome:
 
 Steps: TypeAlias = "Generator[Step, None, Outcome]"
 GradientSource: TypeAlias = "Callable[[nn.Module, LocalWork], Steps]"
-"""Yields each step when its gradient is computed, and takes it when the next one is asked for."""
+"""Yields each step after its gradient is computed. The optimizer steps when the caller asks for the
+next one, so the caller may change the gradient in between."""
 
 
 @dataclass(frozen=True, eq=False)
 class LocalPlan:
-    """How a client works, the same in every round.
+    """How a client trains, the same in every round.
 
     Attributes:
         settings: how to train.
-        prepare: raw examples [k, ...] and a generator -> network input, each example by itself.
-        task: what is learned: its loss is that of the steps.
+        prepare: raw examples [k, ...] and a generator -> network input. An example's input must
+            not depend on the other examples.
+        task: what is learned; gives the loss.
         privacy: this client's own plan under unit "sample".
-        source: of the gradients; plain SGD if None.
-        penalties: strengths of an algorithm's penalties by recipe key, such as {"proximal_mu":
-            0.1}; an error names those that make training diverge.
+        source: computes the gradients; `plain_steps` if None.
+        penalties: strengths of an algorithm's penalties by recipe key. Example: {"proximal_mu":
+            0.1}. If training diverges, the error names the penalties that are too strong.
     """
 
     settings: LocalSettings
@@ -158,20 +160,21 @@ class LocalWork:
     """One client's work in one round.
 
     Attributes:
-        arrays: the client's examples. An algorithm must not read them, since under sample privacy
-            only the steps are noised: it loops over `begin`, or calls `loss`.
+        arrays: the client's examples. An algorithm must not read them: under sample privacy only
+            the steps have noise. It loops over `begin`, or calls `loss`.
         key: of this client in this round; all its randomness comes from it.
         plan: how it trains.
-        start: the server's parameters [d] as they came; those of the model if None.
-        beside: what else the steps depend on: further vectors from the server, and the client's
-            state of the algorithm. Under sample privacy it is part of the name of the noise.
+        start: the server's parameters [d] before loading; None: read them from the model.
+        extras: other vectors that the steps depend on: further vectors from the server, and the
+            client's state of the algorithm. Under sample privacy the name of the noise contains
+            their fingerprint.
     """
 
     arrays: Arrays
     key: Key
     plan: LocalPlan
     start: Tensor | None = None
-    beside: Vectors = field(default_factory=dict)
+    extras: Vectors = field(default_factory=dict)
 
     @property
     def lr(self) -> float:
@@ -179,23 +182,23 @@ class LocalWork:
         return self.plan.settings.lr * self.plan.settings.lr_decay ** (self.key.round - 1)
 
     def begin(self, model: nn.Module) -> LocalRun:
-        """Begins the local steps at the parameters that `model` has now."""
+        """Starts local training from the parameters that `model` has now."""
         source = self.plan.source or plain_steps
-        # Copied before the first step, which changes the parameters in place.
+        # Flattened (a copy) before the first step, which changes the parameters in place.
         start = parameters.flatten(model) if self.start is None else self.start
         return LocalRun(model, start, source(model, self))
 
     @torch.no_grad()
     def loss(self, model: nn.Module) -> float:
-        """Returns the mean loss of `model` over this client's examples; it is private data.
+        """Returns the mean loss of `model` over this client's examples. This is private data.
 
         Raises:
-            RecipeError: under sample privacy, where only noised gradients may be seen.
+            RecipeError: under sample privacy, where nothing but noised gradients may be used.
         """
         if self.plan.privacy is not None:
             raise RecipeError(
                 (
-                    "it asks for the loss of a client's examples, which no noise covers under unit "
+                    "it reads the loss of a client's examples, which gets no noise under unit "
                     "'sample'"
                 ),
                 place="algorithm",
@@ -207,14 +210,14 @@ class LocalWork:
         with evaluating(model):
             for index in torch.arange(len(self.arrays)).split(size):
                 loss = loss_of_batch(model, self, self.arrays.take(index), chance)
-                # Weighted by its size: the last batch may be smaller.
+                # Weighted by batch size, because the last batch may be smaller.
                 total += float(loss.double()) * len(index)
         return total / len(self.arrays)
 
 
 @dataclass(eq=False)
 class LocalRun:
-    """The local steps of one round: loop over them to the end, then read the results.
+    """The local training of one round: loop over all steps, then read the results.
 
     Example:
         run = work.begin(model)
@@ -232,20 +235,20 @@ class LocalRun:
         self.outcome = yield from self.steps
 
     def finish(self) -> LocalRun:
-        """Takes all steps without a correction."""
+        """Takes all steps without changing their gradients."""
         for _ in self:
             pass
         return self
 
     @property
     def measures(self) -> Measures:
-        """What was measured: the number of `steps`, and the `loss` where it may be known."""
+        """The measures: number of `steps`, and the mean `loss` unless privacy forbids it."""
         return self._done.measures
 
     def update(self) -> Tensor:
         """Returns the update [d] on the CPU.
 
-        It is how far the parameters moved; of a joint step it is minus the sum of gradients.
+        It is the change of the parameters; for `joint_steps`, minus the clipped sum of gradients.
         """
         if self._done.update is not None:
             return self._done.update
@@ -255,26 +258,26 @@ class LocalRun:
     def _done(self) -> Outcome:
         if self.outcome is None:
             raise TrainingError(
-                "its steps are not all taken",
+                "not all local steps were taken",
                 place="local update",
-                cure="loop over them to the end, or call finish()",
+                cure="loop over all steps, or call finish()",
             )
         return self.outcome
 
 
 def plain_steps(model: nn.Module, work: LocalWork) -> Steps:
-    """Epochs over shuffled batches, with the optimizer of the settings.
+    """Trains for `epochs` over shuffled batches, with the optimizer of the settings.
 
     Raises:
         DivergedError: if the loss is not finite.
-        TrainingError: if a batch has one example only and a batch norm would average over it.
+        TrainingError: if a batch norm in training mode gets a batch of one example.
     """
     settings = work.plan.settings
     params = trainable(model)
     shuffle = work.key.client_stream("shuffle")
     chance = work.key.client_stream("prepare")
     optimizer = optimizer_of(model, work)
-    # In float64: thousands of float32 losses added up would lose digits.
+    # In float64, because a sum of thousands of float32 losses would lose digits.
     total = torch.zeros((), dtype=torch.float64)
     steps = 0
     for _ in range(settings.epochs):
@@ -286,7 +289,7 @@ def plain_steps(model: nn.Module, work: LocalWork) -> Steps:
             yield Step([p.detach() for p in params], _gradients(params))
             _forget_(unused)
             optimizer.step()
-            # To the CPU first: some devices (MPS) have no float64.
+            # Moved to the CPU first, because MPS has no float64.
             total = total + loss.detach().cpu().double()
             steps += 1
             if not torch.isfinite(total):
@@ -295,9 +298,9 @@ def plain_steps(model: nn.Module, work: LocalWork) -> Steps:
 
 
 def _gradients(params: list[nn.Parameter]) -> list[Tensor]:
-    """Returns the gradients of `params`; zeros where the loss does not depend on one.
+    """Returns the gradients of `params`; zeros for parameters that the loss does not depend on.
 
-    A correction such as FedProx's acts on those parameters, too, so it needs a tensor to add to.
+    A correction such as FedProx's also acts on those parameters, so it needs a tensor to change.
     """
     found = []
     for p in params:
@@ -308,10 +311,10 @@ def _gradients(params: list[nn.Parameter]) -> list[Tensor]:
 
 
 def optimizer_of(model: nn.Module, work: LocalWork) -> torch.optim.Optimizer:
-    """Returns the optimizer of one round, which remembers nothing of earlier ones."""
+    """Returns a new optimizer for one round, without state from earlier rounds."""
     settings = work.plan.settings
     params = trainable(model)
-    # Scales and offsets of quantized layers get no weight decay: it would only shrink their range.
+    # Scales and offsets of quantized layers get no weight decay: it would shrink their range.
     no_decay = qparam_ids(model)
     groups = [
         {
@@ -327,10 +330,10 @@ def optimizer_of(model: nn.Module, work: LocalWork) -> torch.optim.Optimizer:
 
 
 def _forget_(params: list[nn.Parameter]) -> None:
-    """Sets the gradients that `_gradients` made back to None, unless an algorithm added to them.
+    """Sets gradients back to None that `_gradients` made, unless an algorithm changed them.
 
-    With a gradient of zeros the optimizer would apply weight decay and momentum to parameters that
-    the loss does not depend on; with None it skips them.
+    An optimizer skips parameters without a gradient. With a gradient of zeros it would apply weight
+    decay and momentum to parameters that the loss does not depend on.
     """
     for p in params:
         if p.grad is not None and not p.grad.any():
@@ -338,11 +341,13 @@ def _forget_(params: list[nn.Parameter]) -> None:
 
 
 def _diverged(work: LocalWork, index: Tensor, steps: int) -> DivergedError:
-    """Returns the error of an infinite loss, due to the examples at `index` or the rate."""
-    # Only the batch of this step: to look through all examples could take long.
+    """Returns the error of a loss that is not finite; `index`: examples of the last batch."""
+    # Checks only the last batch, because all examples could take long.
     batch = tensors_by_name(work.arrays.x[index])
     broken = not all(bool(torch.isfinite(part).all()) for part in batch.values())
-    data = ", or rather mend the examples: they hold NaN or infinite values" if broken else ""
+    data = ""
+    if broken:
+        data = ", or correct the examples, which have NaN or infinite values"
     settings = too_large(work.plan.settings, work.lr, penalties=work.plan.penalties)
     return DivergedError(
         f"after {steps} steps the loss is not finite in round {work.key.round}",
@@ -358,15 +363,15 @@ def too_large(
     penalties: Mapping[str, float] | None = None,
     place: str = "",
 ) -> str:
-    """Names the settings that may have made local training diverge, with their values.
+    """Returns the settings that may have made local training diverge, with their values.
 
-    These are the learning rate, and each penalty so strong that a step at this rate overshoots.
+    These are the learning rate, and each penalty with lr x strength >= 2.
 
     Args:
         settings: of the local training.
         lr: learning rate of the round.
         penalties: strengths of the algorithm's penalties, by recipe key.
-        place: what stands before each name, such as "stage.federate.".
+        place: prefix of each name, such as "stage.federate.".
 
     >>> too_large(LocalSettings(lr=0.5, weight_decay=9.0), 0.5)
     'lr (now 0.5) or weight_decay (now 9)'
@@ -374,8 +379,8 @@ def too_large(
     strengths = {**(penalties or {}), "weight_decay": settings.weight_decay}
     named = [("lr", lr)]
     for name, value in strengths.items():
-        # One SGD step on a penalty value/2 |w|^2 multiplies w by 1 - lr value: it grows if this is
-        # below -1.
+        # One SGD step on a penalty value/2 |w|^2 multiplies w by (1 - lr value). Below -1, w grows
+        # in every step.
         if lr * value >= 2:
             named.append((name, value))
     return " or ".join(f"{place}{name} (now {value:g})" for name, value in named)
@@ -384,31 +389,30 @@ def too_large(
 def shuffled_batches(model: nn.Module, n: int, size: int, shuffle: RandomSource) -> list[Tensor]:
     """Returns the batches of one epoch over `n` examples: int64 index tensors of up to `size`.
 
-    The last batch holds what is left. A single example has no statistics for a batch norm in
-    training mode, so if the last batch holds one, it joins the batch before.
+    The last batch has the remaining examples. If that is one example and the model has a batch norm
+    in training mode, it is added to the batch before, because a batch norm cannot average over one.
     """
     batches = list(shuffle.permutation(n).split(size))
-    alone = size > 1 and len(batches) > 1 and len(batches[-1]) == 1
-    # Only then: without a batch norm the batches are those of plain SGD.
-    if alone and averages_batches(model):
+    last_is_single = size > 1 and len(batches) > 1 and len(batches[-1]) == 1
+    if last_is_single and averages_batches(model):
         return [*batches[:-2], torch.cat(batches[-2:])]
     return batches
 
 
 def loss_of_batch(model: nn.Module, work: LocalWork, batch: Arrays, chance: RandomSource) -> Tensor:
-    """Returns the mean loss of `batch`; `chance` is the generator of its augmentation.
+    """Returns the mean loss of `batch`; `chance` is the generator for augmentation.
 
     Raises:
-        TrainingError: if a batch norm cannot average over a batch of one example.
+        TrainingError: if a batch norm in training mode gets a batch of one example.
     """
-    # Examples stay where they were read; one batch at a time moves to the model's device.
+    # Only one batch at a time is moved to the model's device, to save its memory.
     at = next(model.parameters()).device
     x = work.plan.prepare(batch.x.to(at), chance)
     with autocast(model, work.plan.settings.precision):
         try:
             logits = outputs(model, laid_out(x, model))
         except ValueError as problem:
-            # Only torch's own error of a batch norm is translated; any other is the network's.
+            # Only torch's error of a batch norm is translated; others are the user network's own.
             if len(x) > 1 or ONE_VALUE not in str(problem):
                 raise
             if len(work.arrays) == 1:
@@ -416,7 +420,7 @@ def loss_of_batch(model: nn.Module, work: LocalWork, batch: Arrays, chance: Rand
             else:
                 cure = "take batch_size = 2 or more"
             raise TrainingError(
-                "a batch of one example leaves a batch norm nothing to average",
+                "a batch norm in training mode cannot average over a batch of one example",
                 place="local update",
                 cure=f"{cure}, or set norm = 'frozen'",
             ) from problem

@@ -1,4 +1,4 @@
-"""Local steps on a device: an ExecuTorch program computes the gradients, without autograd."""
+"""Local steps on a device: an ExecuTorch program computes the gradients instead of torch."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from fedpress.federation.local import (
 
 
 def device_steps(model: nn.Module, work: LocalWork) -> Steps:
-    """Takes the steps of `plain_steps`, over the same batches in the same order, on a device.
+    """Takes the same steps as `plain_steps`, with the gradients of an ExecuTorch program.
 
-    Give it to `ClientPlan.bind(..., source=device_steps)` for a client whose model is
-    `DeviceModel(program)`. A batch larger than the program's is added up from several runs, a
-    smaller one is filled up with examples of weight 0: the step is the same.
+    Pass it as `ClientPlan.bind(..., source=device_steps)` for a client whose model is
+    `DeviceModel(program)`. Batches are the same, in the same order. A batch larger than the
+    program's is computed in several runs; a smaller one is padded with examples of weight 0.
 
     Raises:
         RecipeError: if `model` is not a `DeviceModel`, the settings ask for another precision than
@@ -50,7 +50,8 @@ def device_steps(model: nn.Module, work: LocalWork) -> Steps:
             # `_device_model` has refused examples with several inputs.
             assert isinstance(x, Tensor)
             loss, found = device.mean_gradient(x, batch.y)
-            # Cloned: the runtime's memory may be read-only, and an algorithm corrects in place.
+            # Cloned, because algorithms change gradients in place, and the runtime's memory may be
+            # read-only.
             gradients = {name: found[name].clone() for name in params}
             yield Step([p.detach() for p in params.values()], [*gradients.values()])
             optimizer.step(gradients)
@@ -66,10 +67,10 @@ def device_steps(model: nn.Module, work: LocalWork) -> Steps:
 
 
 def _device_model(model: nn.Module, work: LocalWork, settings: LocalSettings) -> DeviceModel:
-    """Returns `model` as a device model, if the program can do this work.
+    """Returns `model` after checking that its program can do this work.
 
     Raises:
-        RecipeError: if it cannot.
+        RecipeError: if it cannot, or `model` is not a device model.
     """
     if not isinstance(model, DeviceModel):
         raise RecipeError(
@@ -79,12 +80,12 @@ def _device_model(model: nn.Module, work: LocalWork, settings: LocalSettings) ->
         )
     if isinstance(work.arrays.x, NamedInputs):
         raise RecipeError(
-            "the program of a device takes one float32 tensor, and these examples have several "
+            "a device's program has one float32 tensor as input, and these examples have several "
             "inputs",
             place="source",
             cure="leave source out, so that this client trains in torch",
         )
-    check_is_sgd(settings, "the runtime of a device has SGD alone")
+    check_is_sgd(settings, "a device's runtime has no other optimizer than SGD")
     if settings.precision == "bf16":
         raise RecipeError(
             f"devices train in float32, got {settings.precision!r}",

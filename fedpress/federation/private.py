@@ -1,4 +1,4 @@
-"""Local steps under sample privacy: noised steps (DP-SGD), or one clipped sum that others noise."""
+"""Local steps under sample privacy: DP-SGD, or one clipped sum of gradients without noise."""
 
 from __future__ import annotations
 
@@ -37,35 +37,35 @@ from fedpress.training.device import laid_out, uses_bf16
 
 
 def private_steps(model: nn.Module, work: LocalWork) -> Steps:
-    """The noised steps of the plan: DP-SGD (Abadi et al. 2016, arXiv:1607.00133, algorithm 1).
+    """Takes the planned number of DP-SGD steps (Abadi et al. 2016, arXiv:1607.00133, algorithm 1).
 
-    It measures the planned number of steps and how many examples failed (see `Tally`). An algorithm
-    corrects the noised gradient, so a correction made of the server's vectors and of earlier noised
-    steps is post-processing and costs no privacy.
+    Its measures are the number of steps and the failed examples (see `Tally`). An algorithm changes
+    the noised gradient. A change computed from the server's vectors and earlier noised steps is
+    post-processing, so it costs no privacy.
 
     Raises:
-        RecipeError: if there is no plan of unit "sample", or a setting that private steps lack.
+        RecipeError: if there is no plan of unit "sample", or a setting that DP-SGD does not allow.
     """
     settings = work.plan.settings
     plan = check_private(settings, work.plan.privacy)
     params = trainable(model)
     at = next(model.parameters()).device
-    question = question_of(model, work)
-    chance = work.key.private_stream("prepare", question)
+    inputs = inputs_fingerprint(model, work)
+    chance = work.key.private_stream("prepare", inputs)
     number = itertools.count(1)
-    # Running means of noised gradients are made of noised gradients alone: they cost no privacy.
+    # Adam's running means are computed from noised gradients only, so they cost no privacy.
     optimizer = None if settings.optimizer == "sgd" else optimizer_of(model, work)
 
     def prepare(x: Inputs) -> Inputs:
         return laid_out(work.plan.prepare(x, chance), model)
 
     def noise(total: Tensor) -> RandomSource:
-        # With the number of the step: the sums of two empty batches are equal, and equal names
-        # would give both the same noise.
+        # The name contains the number of the step: the sums of two empty batches are equal, and
+        # without the number both would get the same noise.
         hidden = random.fingerprint(next(number), total)
-        return work.key.private_stream("noise", question, hidden)
+        return work.key.private_stream("noise", inputs, hidden)
 
-    _seed_dropout_(work, question)
+    _seed_dropout_(work, inputs)
     noised = private_gradients(
         model,
         work.plan.task.loss,
@@ -73,7 +73,7 @@ def private_steps(model: nn.Module, work: LocalWork) -> Steps:
         work.arrays.y.to(at),
         plan=plan,
         steps=plan.steps_per_round,
-        generator=work.key.private_stream("private", question),
+        generator=work.key.private_stream("private", inputs),
         noise=noise,
         prepare=prepare,
         autocast=torch.bfloat16 if uses_bf16(model, work.plan.settings.precision) else None,
@@ -83,7 +83,7 @@ def private_steps(model: nn.Module, work: LocalWork) -> Steps:
     detached = [p.detach() for p in params]
     for gradient, record in noised:
         raw.append(record)
-        # Views of the flat gradient: what an algorithm adds to them is in `gradient`, too.
+        # Views of the flat gradient, so that an algorithm's changes reach `gradient` as well.
         flat = gradient.split([p.numel() for p in params])
         parts = [part.view(p.shape) for p, part in zip(params, flat, strict=True)]
         yield Step(detached, parts)
@@ -97,7 +97,7 @@ def private_steps(model: nn.Module, work: LocalWork) -> Steps:
 def _step_along_(
     optimizer: torch.optim.Optimizer, params: list[nn.Parameter], gradients: list[Tensor]
 ) -> None:
-    """Takes a step of `optimizer` along `gradients`, and leaves the parameters without any."""
+    """Takes a step of `optimizer` with `gradients`, and resets the parameters' `grad` to None."""
     for p, gradient in zip(params, gradients, strict=True):
         p.grad = gradient.to(p)
     optimizer.step()
@@ -106,33 +106,36 @@ def _step_along_(
 
 
 def joint_steps(model: nn.Module, work: LocalWork) -> Steps:
-    """Minus the sum [d] of clipped gradients of a Poisson batch: a client's part of a joint step.
+    """Computes one client's part of a step that all clients take together.
 
-    It yields no step, so an algorithm has none to correct. One example moves the sum by at most the
-    plan's clip norm. There is no noise in it: it may leave the client only in a secure sum whose
-    noise the clients make, or to a server that is trusted to add the noise.
+    The update is minus the sum [d] of the clipped gradients of a Poisson batch; no `Step` is
+    yielded. One example moves the sum by at most the plan's clip norm. The sum contains NO noise,
+    so it may leave the client only in a secure sum to which the clients add noise, or to a server
+    that is trusted to add the noise.
 
     Raises:
-        RecipeError: if there is no plan of unit "sample", or a setting that private steps lack.
+        RecipeError: if there is no plan of unit "sample", or a setting that DP-SGD does not allow.
     """
-    # Makes this function a generator, as every source of gradients is.
+    # A gradient source is a generator; this line makes the function one.
     yield from ()
     plan = check_private(work.plan.settings, work.plan.privacy)
     at = next(model.parameters()).device
-    question = question_of(model, work)
-    stream = work.key.private_stream("private", question)
+    inputs = inputs_fingerprint(model, work)
+    stream = work.key.private_stream("private", inputs)
     index = next(poisson_batches(len(work.arrays), plan.sampling_prob, 1, stream))
     x = work.arrays.x[index].to(at)
     y = work.arrays.y[index].to(at)
-    # A Poisson batch may be empty: there is nothing to augment, or to choose a method by.
+    # A Poisson batch may be empty: then there is nothing to augment, and no example by which to
+    # choose the method.
     method: Method = "loop"
     if len(index):
-        x = laid_out(work.plan.prepare(x, work.key.private_stream("prepare", question)), model)
+        x = laid_out(work.plan.prepare(x, work.key.private_stream("prepare", inputs)), model)
         method = choose_method(model, work.plan.task.loss, x, y)
-    # Comparing gradients costs more than comparing losses, and a network that mixes examples does
-    # so in every round: the first one is checked more closely.
+    # Per-example gradients are verified against single runs. Comparing gradients is stricter than
+    # comparing losses but slower, so it is done in the first round only: a network that mixes
+    # examples mixes them in every round.
     verify: Verify = "gradients" if work.key.round == 1 else "losses"
-    _seed_dropout_(work, question)
+    _seed_dropout_(work, inputs)
     bf16 = uses_bf16(model, work.plan.settings.precision)
     with torch.autocast(at.type, dtype=torch.bfloat16 if bf16 else None, enabled=bf16):
         total, raw = clipped_gradient_sum(
@@ -149,7 +152,11 @@ def joint_steps(model: nn.Module, work: LocalWork) -> Steps:
 
 
 def rehearse_private(model: nn.Module, work: LocalWork) -> None:
-    """Computes the gradients of one private step over all examples of `work`, which must be public.
+    """Computes the gradients of one private step, to test the model on public examples.
+
+    Args:
+        model: the model to train.
+        work: its examples must be public; errors name what failed.
 
     Raises:
         TrainingError: if the network fails on an example, if a gradient is not finite, or if no
@@ -168,42 +175,42 @@ def rehearse_private(model: nn.Module, work: LocalWork) -> None:
         total, raw = clipped_gradient_sum(
             model, loss, x, y, clip_norm=plan.clip_norm, method=method, verify="gradients"
         )
-        # A layer that begins with zeros (as in many residual networks) may hide every gradient at
-        # the start: then it is tried at other parameters, too.
+        # A layer that is initialised with zeros (as in many residual networks) may make every
+        # gradient zero at the start, so other parameters are tried too.
         if not total.any() and not raw.failed:
-            _shake_(model)
+            _perturb_(model)
             total, raw = clipped_gradient_sum(model, loss, x, y, clip_norm=plan.clip_norm)
     if raw.failed:
         raise TrainingError(
-            f"{raw.failed} of {raw.examples} examples failed alone: {raw.problem}",
+            f"{raw.failed} of {raw.examples} examples failed in a batch of one: {raw.problem}",
             place="model",
-            cure="let it run on single examples",
+            cure="change the model so that it runs on single examples",
         )
     if raw.refused:
         raise TrainingError(
             f"the gradient of {raw.refused} of {raw.examples} examples is NaN or infinite",
             place="model",
-            cure="look for a division by 0 or a logarithm of 0 in it",
+            cure="look for a division by 0 or a logarithm of 0 in the model",
         )
     if not total.any():
         raise TrainingError(
             "no trained parameter has a gradient, so only noise would move the model",
             place="model",
-            cure="let its outputs depend on what is trained",
+            cure="change the model so that its outputs depend on trained parameters",
         )
 
 
 @torch.no_grad()
-def _shake_(model: nn.Module) -> None:
-    """Adds a little noise to every trainable parameter."""
+def _perturb_(model: nn.Module) -> None:
+    """Adds noise of standard deviation 0.05 to every trainable parameter."""
     for p in trainable(model):
         p.add_(0.05 * torch.randn_like(p))
 
 
 def _failures(raw: list[RawStats]) -> Measures:
-    """Returns how many examples gave nothing, by cause.
+    """Returns the numbers of failed examples by cause.
 
-    NOT private: these counts leave a client only with noise, or not at all.
+    NOT private: these counts may leave a client only with noise.
     """
     counts: dict[str, JSON] = {
         "not_finite": sum(one.refused for one in raw),
@@ -212,32 +219,33 @@ def _failures(raw: list[RawStats]) -> Measures:
     return {cause: count for cause, count in counts.items() if count}
 
 
-def _seed_dropout_(work: LocalWork, question: str) -> None:
+def _seed_dropout_(work: LocalWork, inputs: str) -> None:
     """Seeds torch's global generator, from which dropout draws; the calling client restores it.
 
-    The stream must be as secret as the batches. A dropout mask belongs to a place in the batch and
-    not to an example: if one example is removed, all after it get other masks. Whoever knew the
-    masks would therefore see the sum move by more than one clip norm.
+    The seed must be secret, like the choice of batches. A dropout mask belongs to a position in the
+    batch, not to an example: if one example is removed, all later examples get other masks. To an
+    attacker who knew the masks, one example would move the sum by more than one clip norm.
     """
-    seed_torch_(work.key.private_stream("dropout", question))
+    seed_torch_(work.key.private_stream("dropout", inputs))
 
 
-def question_of(model: nn.Module, work: LocalWork) -> str:
-    """Returns a fingerprint of everything that a private answer is known to depend on.
+def inputs_fingerprint(model: nn.Module, work: LocalWork) -> str:
+    """Returns a fingerprint of all known inputs of a private answer: model, settings, examples.
 
-    It names the streams of batches, augmentation, dropout and noise. The same question gets the
-    same answer, bit by bit, which costs no privacy. Any other question, such as other parameters in
-    the same round or another noise multiplier under the same seed, gets independent draws.
+    It is part of the names of the random streams for batches, augmentation, dropout and noise.
+    Equal inputs give the same answer bit for bit, which costs no privacy. Other inputs, such as
+    other parameters in the same round or another noise multiplier under the same seed, get
+    independent randomness.
 
-    The examples are read in every round, so that the name is right also if somebody changed them. A
-    gradient may depend on more than can be named (what a network computes, an algorithm's
-    corrections of the steps before), so the name of a step's noise also holds the sum it hides.
+    The examples are hashed in every round, in case they were changed. A gradient may also depend on
+    inputs that are not known here (code of the network, an algorithm's changes of earlier steps).
+    Therefore the name of a step's noise also contains the sum to which it is added.
     """
     state = model.state_dict()
     about = {
-        # The printed network names layers without parameters, and settings such as a stride. The
-        # addresses of objects in it differ from process to process: left in, a run that goes on
-        # would give a second answer to the same question.
+        # The printed network has layers without parameters, and settings such as a stride. Memory
+        # addresses are removed from it: they differ between processes, so a resumed run would give
+        # another answer to the same request, which would cost privacy.
         "network": re.sub(r" at 0x[0-9a-fA-F]+", "", str(model)),
         "state": [*state],
         "trained": parameters.Layout.of(model),
@@ -245,21 +253,22 @@ def question_of(model: nn.Module, work: LocalWork) -> str:
         "plan": work.plan.privacy,
         "prepare": work.plan.prepare,
         "task": work.plan.task,
-        # The first name of the penalties: a new one would change the noise of every run.
+        # "pulls" and "beside" are older names of the penalties and extras. They stay, because other
+        # keys would change the noise of every run.
         "pulls": dict(work.plan.penalties),
-        "beside": sorted(work.beside),
+        "beside": sorted(work.extras),
     }
-    beside = [work.beside[name] for name in sorted(work.beside)]
+    extras = [work.extras[name] for name in sorted(work.extras)]
     return random.fingerprint(
-        about, *state.values(), *model.buffers(), work.arrays.x, work.arrays.y, *beside
+        about, *state.values(), *model.buffers(), work.arrays.x, work.arrays.y, *extras
     )
 
 
 def check_private(settings: LocalSettings, plan: PrivacyPlan | None) -> PrivacyPlan:
-    """Returns `plan`, if `settings` can run as private steps under it.
+    """Returns `plan` after checking that DP-SGD is possible with it and these settings.
 
     Raises:
-        RecipeError: if they cannot.
+        RecipeError: if it is not.
     """
     if plan is None or plan.unit != "sample":
         raise RecipeError(
@@ -267,7 +276,7 @@ def check_private(settings: LocalSettings, plan: PrivacyPlan | None) -> PrivacyP
             place="privacy",
             cure="give one, or leave privacy out",
         )
-    # The steps of DP-SGD here are the noised gradient alone.
+    # DP-SGD here steps along the noised gradient only; it has no term for weight decay.
     if settings.weight_decay:
         raise RecipeError(
             "not offered with sample privacy", place="weight_decay", cure="set it to 0"

@@ -1,4 +1,4 @@
-"""Replay guard: under privacy a client answers each round once, and no more rounds than planned."""
+"""Replay guard: under privacy a client answers each round once, and only the planned rounds."""
 
 from __future__ import annotations
 
@@ -8,26 +8,26 @@ from fedpress.federation.agreement import Terms
 from fedpress.federation.client_state import ClientState, load_json, save_json
 from fedpress.wire.message import Message
 
-SHOWN = 16
-"""Hexadecimal digits of a question's fingerprint that are stored: 64 bits tell questions apart."""
+FINGERPRINT_DIGITS = 16
+"""Hexadecimal digits of a request's fingerprint that are stored (64 bits)."""
 
 
 def answer_once(message: Message, round: int, terms: Terms, memory: ClientState) -> None:
-    """Notes in `memory` that a client answers the "fit" of `round`, or refuses to.
+    """Stores in `memory` that the client answers the "fit" of `round`; refuses a second answer.
 
-    A server that asks again, with other parameters, would get a second noised answer about the same
-    examples: each costs epsilon that nobody planned. The same question again is allowed: it gets
-    the same answer, bit for bit, which reveals nothing new.
+    If a server could ask twice in a round with different parameters, it would get two noised
+    answers about the same examples, and the second one would cost epsilon that was not planned.
+    An identical request is allowed: it gets the same answer bit for bit, which reveals nothing new.
 
     Args:
         message: the "fit".
-        round: number of the round whose model the task starts from; it names the task.
+        round: number of the task: the round whose model it starts from.
         terms: the planned numbers of rounds and tasks.
-        memory: where the answered questions are stored.
+        memory: stores the fingerprints of answered requests.
 
     Raises:
-        WireError: if the round or the number of tasks is beyond the plan, or another question was
-            answered in this round.
+        WireError: if the round or the number of tasks exceeds the plan, or if a different request
+            was answered in this round.
     """
     if terms.num_rounds is not None and round > terms.num_rounds:
         raise WireError(
@@ -35,14 +35,14 @@ def answer_once(message: Message, round: int, terms: Terms, memory: ClientState)
             place="fit.round",
             cure="stop here",
         )
-    # Sorted: the order of fields and tensors in a message must not make it another question.
+    # Sorted, so that equal requests have equal fingerprints in whatever order their fields come.
     tensors = [message.tensors[name] for name in sorted(message.tensors)]
-    asked = random.fingerprint(sorted(message.header.items()), *tensors)[:SHOWN]
+    asked = random.fingerprint(sorted(message.header.items()), *tensors)[:FINGERPRINT_DIGITS]
     answered = load_json(memory, "answered")
     known = answered.get(str(round))
     if known is not None and known != asked:
         raise WireError(
-            f"round {round} was answered to another question",
+            f"this client has answered a different request of round {round}",
             place="fit.round",
             cure="go on with the next round",
         )
@@ -52,9 +52,10 @@ def answer_once(message: Message, round: int, terms: Terms, memory: ClientState)
     most = terms.max_tasks
     if most is not None and len(answered) >= most:
         raise WireError(
-            (f"this client has answered {len(answered)} tasks, and privacy is planned for {most}"),
+            f"this client has answered {len(answered)} tasks, and privacy is planned for {most}",
             place="fit.round",
             cure="stop here",
         )
-    # Stored before the answer is computed: after a crash the question still counts as answered.
+    # Stored before the answer is computed: after a crash the request must count as answered,
+    # because the answer may have been sent.
     save_json(memory, "answered", {**answered, str(round): asked})

@@ -1,4 +1,4 @@
-"""Which clients take part in a round, and how much the draw amplifies privacy."""
+"""Client sampling: which clients take part in a round, and the probability for the accountant."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from fedpress.errors import RecipeError
 
 @dataclass(frozen=True)
 class Cohort:
-    """A public plan of how many clients take part in each round.
+    """How many clients take part in each round, and how they are drawn. Public.
 
     Attributes:
-        size: clients in a round; the mean under "poisson".
-        population: all clients.
+        size: number of clients in a round; under "poisson" its mean.
+        population: number of all clients.
         sampling: "fixed" draws exactly `size` clients without replacement. "poisson" draws each
             client independently with probability size / population, so a round may have more,
-            fewer or no clients, and only the mean is public. "cyclic" shuffles the population once
-            and lets all take turns: a client takes part again `period` rounds later.
+            fewer or no clients. "cyclic" shuffles all clients once and takes the next `size` in
+            every round, so a client's turn comes every `period` rounds.
 
     Raises:
         RecipeError: if `size` is not between 1 and `population`.
@@ -52,8 +52,8 @@ class Cohort:
     def sampling_prob(self) -> float:
         """Sampling probability that the accountant may use for a client, in 0..1.
 
-        A fixed-size draw is charged as if everybody took part: its amplification holds only for
-        replace-one neighbours at twice the sensitivity, which is worth nothing at usual sizes.
+        Only "poisson" gives amplification here. For "fixed", amplification is known for replace-one
+        neighbours, whose sensitivity is twice as large; at usual sizes it then gains nothing.
 
         >>> Cohort(10, 100).sampling_prob, Cohort(10, 100, "poisson").sampling_prob
         (1.0, 0.1)
@@ -62,7 +62,7 @@ class Cohort:
 
     @property
     def period(self) -> int:
-        """Least number of rounds between two rounds in which the same client takes part.
+        """Least distance in rounds between two rounds of the same client.
 
         >>> Cohort(10, 95, "cyclic").period, Cohort(10, 95).period
         (10, 1)
@@ -70,13 +70,13 @@ class Cohort:
         return math.ceil(self.population / self.size) if self.sampling == "cyclic" else 1
 
     def draw(self, clients: Sequence[ClientId], *, seed: int, round: int) -> list[ClientId]:
-        """Returns the clients of `round` in the order of `clients` [population].
+        """Draws the clients of `round`; returns them in the order of `clients` [population].
 
-        It depends on seed and round alone, so a round that is repeated asks the same clients.
+        The draw depends on seed and round only, so a repeated round asks the same clients.
 
         >>> cohort = Cohort(2, 3)
-        >>> one, again = (cohort.draw(["a", "b", "c"], seed=1, round=1) for _ in range(2))
-        >>> one == again
+        >>> first = cohort.draw(["a", "b", "c"], seed=1, round=1)
+        >>> first == cohort.draw(["a", "b", "c"], seed=1, round=1)
         True
         """
         if len(clients) != self.population:
@@ -86,13 +86,13 @@ class Cohort:
                 cure="plan with the number of clients that exist",
             )
         if self.sampling == "cyclic":
-            # One permutation for the whole run, without the round in its name.
+            # The stream's name has no round, so there is one permutation for the whole run.
             order = private_stream(seed, "cohort").permutation(self.population)
             first = (round - 1) % self.period * self.size
-            # Sorted, so that updates are added in the order of `clients`, as in any other round.
+            # Sorted, because float sums depend on the order: always that of `clients`.
             indices = order[first : first + self.size].sort().values
         elif self.sampling == "poisson":
-            # From the private stream: amplification holds only if nobody knows who was drawn.
+            # From the private stream: amplification requires that nobody knows who was drawn.
             chance = private_stream(seed, "cohort", round)
             joins = chance.uniform(self.population) < self.sampling_prob
             indices = joins.nonzero().flatten()

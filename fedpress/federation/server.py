@@ -25,6 +25,7 @@ from fedpress.federation.delays import Delays
 from fedpress.federation.downlink import Broadcast
 from fedpress.federation.exchange import Traffic, Transport, error
 from fedpress.federation.failures import Tally
+from fedpress.federation.gatherer import Gatherer, RoundMean, gather
 from fedpress.federation.outbox import Outbox
 from fedpress.federation.protocol import need
 from fedpress.federation.schedules import (
@@ -36,7 +37,6 @@ from fedpress.federation.schedules import (
     Timing,
 )
 from fedpress.federation.schedules.check import Needs, check_schedule
-from fedpress.federation.uplink import Gatherer, RoundMean
 from fedpress.federation.vectors import PARAMS
 from fedpress.wire.message import Message
 
@@ -249,7 +249,8 @@ class _Run:
             broadcast = Broadcast.open(
                 terms.downlink, terms.seed, self.clients, self.parts["downlink"]
             )
-        gatherer = terms.uplink.gather(
+        gatherer = gather(
+            terms.uplink,
             seed=terms.seed,
             round=number,
             session=self.session,

@@ -18,7 +18,9 @@ from fedpress.privacy.noise.mechanism import add_noise, noise_sum
 from fedpress.privacy.plan import PrivacyPlan
 
 KEYS = "noise_keys"
+"""Name in the state of the keys of past draws for the updates' noise."""
 FAILURE_KEYS = "failure_keys"
+"""The same for the noise of failure counts."""
 
 
 @dataclass(frozen=True)
@@ -41,28 +43,28 @@ class ServerNoise:
 
     @property
     def _scaling(self) -> tuple[object, ...]:
-        """Everything that turns a draw into noise; it is part of the name of every draw.
+        """The settings that scale a draw to noise; they are part of the name of every draw.
 
-        Otherwise one draw could hide the same sum at two scales, and two such answers give the sum:
-        (s + 2z) - 2 (s + z) = -s.
+        Otherwise the same draw z could be added to the same sum s at two scales. Two such answers
+        would reveal s: (s + 2z) - 2 (s + z) = -s.
         """
         return (self.plan,) if self.factorization is None else (self.plan, self.factorization)
 
     def count(
         self, counts: Tensor, state: Mapping[str, Tensor], key: Key, hidden: str
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Adds noise to counts: further coordinates of the same mechanism, at no further cost.
+        """Adds noise to counts of failures; they are extra coordinates of the sum's mechanism.
 
         Args:
-            counts: float64 [k]; one protected unit moves one of them by at most 1.
-            state: of the noise, as the round before left it.
+            counts: float64 [k]; one protected unit changes one of them by at most 1.
+            state: of the noise, after the last round.
             key: of the server in this round.
-            hidden: fingerprint of what else the noise of this round hides.
+            hidden: fingerprint of the sums of this round, a part of the noise's name.
 
         Returns:
             The noised counts [k] and the next state.
         """
-        # In units of the clip norm the sum moves by at most 1, as a count does.
+        # One unit moves a count by at most 1, so its clip norm is 1.
         plan = replace(self.plan, clip_norm=1.0)
         name = random.fingerprint(counts, *self._scaling, hidden)
         return replace(self, plan=plan)._noised(counts, state, key, "failures", name, FAILURE_KEYS)
@@ -72,21 +74,20 @@ class ServerNoise:
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Adds noise to the sum of one named vector.
 
-        The noise is a function of a secret and of what it hides. A different sum, or the same sum
-        under another plan, gets independent noise: two runs of one seed cannot be subtracted. The
-        same sum gets the same noise, which reveals nothing new. Without the secret, every noise
-        looks freshly drawn.
+        The noise is a pseudorandom function of the key and of the sum. Another sum, or the same sum
+        under another plan, gets independent noise, so nobody can subtract the results of two runs
+        with one seed. The same sum gets the same noise, which reveals nothing new.
 
         Args:
             total: the sum [d].
-            state: of the noise, as the round before left it.
+            state: of the noise, after the last round.
             key: of the server in this round.
             name: of the vector.
 
         Returns:
-            The noised sum [d], and the next state with what later rounds need of this draw.
+            The noised sum [d], and the next state with the key of this draw for later rounds.
         """
-        # Two vectors of a round must not share their noise.
+        # Each vector of a round must get its own noise.
         suffix = "" if name == UPDATE else f".{name}"
         hidden = random.fingerprint(total, *self._scaling)
         return self._noised(total, state, key, f"noise{suffix}", hidden, f"{KEYS}{suffix}")
@@ -100,12 +101,21 @@ class ServerNoise:
         hidden: str,
         keys_name: str,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Adds noise from the stream `word`, `hidden`; `keys_name` is where past draws are kept."""
+        """Adds noise to `total`; see `add`.
+
+        Args:
+            total: values [d].
+            state: of the noise, after the last round.
+            key: of the server in this round.
+            word: first part of the stream's name, such as "noise".
+            hidden: second part: a fingerprint of the values.
+            keys_name: name in the state of the keys of past draws.
+        """
         if self.factorization is None:
             return noise_sum(total, self.plan, key.private_stream(word, hidden)), dict(state)
 
-        # The state holds the 32-byte keys of past draws instead of the draws: those are as long as
-        # the model, and are computed again from their keys.
+        # The state has the 32-byte keys of past draws instead of the draws, which are as large as
+        # the model; they are recomputed from their keys.
         own_key = bytearray(key.private_key(word, hidden))
         keys = torch.frombuffer(own_key, dtype=torch.uint8).reshape(1, 32)
         if keys_name in state:

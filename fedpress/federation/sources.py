@@ -1,4 +1,4 @@
-"""The table of gradient sources: where a client's local steps take their gradients from."""
+"""The table of gradient sources: plain gradients, DP-SGD, or one clipped sum of gradients."""
 
 from collections.abc import Mapping
 
@@ -10,4 +10,4 @@ GRADIENT_SOURCES: Mapping[str, GradientSource] = {
     "private": private_steps,
     "joint": joint_steps,
 }
-"""Keyed by `Trust.steps`. On a device `ondevice.device_steps` takes the place of "plain"."""
+"""Keyed by `Trust.steps`. On a device `ondevice.device_steps` replaces "plain"."""

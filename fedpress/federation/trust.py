@@ -1,11 +1,11 @@
-"""Who adds which noise: one row for each protected unit and trust, with all that follows from it.
+"""The table of trusts: for each protected unit, who adds the noise and what may be reported.
 
-| kind | who adds the noise | against whom the guarantee holds |
+| kind | who adds the noise | who learns only private results |
 | --- | --- | --- |
 | open | nobody | nobody |
-| local | each client, all of it | everybody, the server too |
-| distributed | all clients together: only their sum carries all of it | everybody, the server too |
-| central | the server | everybody but the server |
+| local | each client adds the full noise | everybody, including the server |
+| distributed | each client a share; their sum has the full noise | everybody, including the server |
+| central | the server | everybody except the server |
 """
 
 from __future__ import annotations
@@ -32,26 +32,28 @@ Kind: TypeAlias = Literal["open", "local", "distributed", "central"]
 
 @dataclass(frozen=True)
 class Trust:
-    """One row.
+    """One row of the table: a protected unit, who adds the noise, and the rules that follow.
 
     Attributes:
         kind: see the table above.
         unit: what is protected: one example of a client ("sample") or all examples of a client
             ("client"); None without privacy.
-        steps: source of the gradients of a client's local steps, a key of `GRADIENT_SOURCES`.
-        noise: where the noise is added: "step" (each local step), "vector" (each vector that leaves
-            a client), "sum" (each client adds its share), "server" (to the aggregate), or "none".
-        reported_measures: what a client may report of its training, such as its loss.
-        tells_examples: whether a client may report how many examples it has.
+        steps: how a client computes gradients, a key of `GRADIENT_SOURCES`.
+        noise: where the noise is added: "step" (to the gradient of each local step), "vector" (to
+            each vector before it is sent), "sum" (each client adds its share to its vector),
+            "server" (to the aggregate), or "none".
+        reported_measures: which measures of its training a client may report, such as "loss".
+        reports_examples: whether a client may report its number of examples.
         names_clients: whether a record may have a row for each client.
         hides_cohort: whether only the server may know which clients took part.
-        fixed_divisor: whether a sum is divided by a public number, whoever replied. Otherwise it is
-            divided by the sum of the weights that arrived.
-        keeps_residual: whether a client may use error feedback. It must not where noise is in the
-            vector itself: the residual would contain the noise, and the next update remove it.
-        on_failure: what a client does if its work fails. "raises": the error goes to the server.
-            "keeps_quiet": without its cause. "counts_client": it sends zeros and counts as one
-            failed client. "counts_batch": it sends zeros and counts its expected batch as failed.
+        fixed_divisor: whether a sum is divided by a public number, however many clients replied.
+            Otherwise it is divided by the sum of the clients' weights.
+        keeps_residual: whether a client may use error feedback. Not if noise is added to the vector
+            itself: the residual would contain the noise, and the next update would remove it.
+        on_failure: what a client does if its training fails. "raises": it sends the error.
+            "hides_cause": it sends an error without the cause. "counts_client": it sends zeros, and
+            counts as one failed client. "counts_batch": it sends zeros, and counts its expected
+            batch size as failed examples.
     """
 
     kind: Kind
@@ -59,28 +61,28 @@ class Trust:
     steps: Literal["plain", "private", "joint"]
     noise: Literal["none", "step", "vector", "sum", "server"]
     reported_measures: tuple[str, ...] = ()
-    tells_examples: bool = False
+    reports_examples: bool = False
     names_clients: bool = False
     hides_cohort: bool = False
     fixed_divisor: bool = True
     keeps_residual: bool = False
-    on_failure: Literal["raises", "keeps_quiet", "counts_client", "counts_batch"] = "counts_client"
+    on_failure: Literal["raises", "hides_cause", "counts_client", "counts_batch"] = "counts_client"
 
     def agreed(self) -> dict[str, object]:
-        """Returns the two entries that name the row; everything else follows from them."""
+        """Returns the row's entries in the agreement: kind and unit; the rest follows from them."""
         return {"kind": self.kind, "unit": self.unit}
 
-    # What is bound before the run.
+    # Rules for the parts of an uplink, used before the run.
 
     @property
     def on_aggregate(self) -> bool:
-        """Whether noise on the aggregate hides the unit, so that it must have a sensitivity."""
+        """Whether noise is added to the aggregate, which must then have a finite sensitivity."""
         return self.noise in ("sum", "server")
 
     def codecs(
         self, plan: PrivacyPlan | None, clip_norm: float | None, vectors: int
     ) -> tuple[Settings, ...]:
-        """Returns the codecs that privacy puts before those of the recipe.
+        """Returns the codecs that privacy adds before those of the recipe.
 
         Args:
             plan: of the noise; None without privacy.
@@ -88,7 +90,7 @@ class Trust:
             vectors: how many vectors a client sends, see `per_vector_multiplier`.
 
         Returns:
-            A clip, followed by noise where each vector carries its own; nothing without a bound.
+            A clip, then noise if each client adds it to its vector; nothing without a bound.
         """
         if clip_norm is None:
             return ()
@@ -99,18 +101,18 @@ class Trust:
         return clip, Noise(std=std)
 
     def decoded_bound(self, clip_norm: float | None, start: Bound, end: Bound) -> Bound:
-        """Returns the bound to which the server clips every decoded vector again.
+        """Returns the bound to which the server clips every decoded vector.
 
         Args:
             clip_norm: L2 bound of the vector at the client; None if it has none.
             start: bound before the first codec.
             end: bound after the last codec.
         """
-        # Without noise on the aggregate: the longest vector that an honest client's message decodes
-        # to. It is infinite where the vector carries noise, because clipping would shorten noise.
+        # Without noise on the aggregate: the largest norm that an honest client's vector can have.
+        # It is infinite if clients add noise to it, because clipping would change the noise.
         l2 = end.decoded_l2
-        # Noise on the aggregate is measured against the clip norm, so a codec that lengthens the
-        # vector (rounding does, a little) must not let a client move the sum by more than that.
+        # Noise on the aggregate is proportional to the clip norm. Codecs may make a vector longer
+        # (rounding does, slightly), so the server clips it back to the clip norm.
         if self.unit == "client" and self.on_aggregate and clip_norm is not None:
             l2 = clip_norm
         return replace(start, l2=l2, linf=l2, shapes=())
@@ -120,7 +122,7 @@ class Trust:
     ) -> ServerNoise | None:
         """Returns the noise that a trusted server adds to a sum; None for other rows.
 
-        It is `planned` if given (correlated noise, for instance), else the noise of `plan`.
+        This is `planned` if given (such as correlated noise), else independent noise of `plan`.
         """
         if self.noise != "server" or plan is None:
             return None
@@ -129,7 +131,7 @@ class Trust:
     def check(
         self, plan: PrivacyPlan | None, cohort: Cohort, weights: Weights, aggregator: Aggregator
     ) -> None:
-        """Checks that plan, cohort, weights and aggregator keep the guarantee of this row.
+        """Checks that this row's guarantee holds with plan, cohort, weights and aggregator.
 
         Raises:
             RecipeError: if one of them does not.
@@ -142,41 +144,41 @@ class Trust:
             raise RecipeError(
                 (
                     f"got 'examples', but the aggregator '{aggregator.kind}' cannot weigh clients "
-                    "by how many examples stand behind an update"
+                    "by their numbers of examples"
                 ),
                 place="weights",
                 cure='set weights = "equal"',
             )
 
-        # One client's share of the noise protects nothing by itself: a server that sees single
-        # updates would see them nearly without noise.
+        # Each client adds only a share of the noise, so a server that saw single updates would see
+        # them nearly without noise.
         if self.noise == "sum" and aggregator.sees_updates:
             raise RecipeError(
                 (
-                    f"got '{aggregator.kind}' with trust '{self.kind}', where only a secure sum "
-                    "carries all of the noise"
+                    f"got '{aggregator.kind}', but with trust '{self.kind}' single updates have "
+                    "too little noise, and only a secure sum hides them"
                 ),
                 place="aggregator",
                 cure='set aggregator = "secure"',
             )
 
-        # Any finite bound would do here: only whether the aggregator has a sensitivity is asked.
+        # The question is only whether the aggregator has a sensitivity; any finite bound would do.
         moved = Bound(1, l2=plan.clip_norm if plan is not None else math.inf)
         if self.on_aggregate and aggregator.sensitivity(moved, cohort.size) is None:
             raise RecipeError(
                 (
-                    f"got '{aggregator.kind}', which gives no bound on how far one {self.unit} "
-                    f"moves it, so noise of trust '{self.kind}' hides nothing"
+                    f"got '{aggregator.kind}', which one {self.unit} can change without limit, so "
+                    f"noise of trust '{self.kind}' does not hide it"
                 ),
                 place="aggregator",
                 cure=(
-                    'set trust = "local", where every vector carries its noise before it is '
+                    'set trust = "local", where every vector has noise before it is '
                     'aggregated, or aggregator = "mean"'
                 ),
             )
 
     def check_vectors(self, plan: PrivacyPlan | None, extras: Mapping[str, ExtraVector]) -> None:
-        """Checks that the further vectors of an algorithm can be bounded and charged.
+        """Checks that privacy covers the further vectors of an algorithm.
 
         Raises:
             RecipeError: if one cannot.
@@ -186,14 +188,14 @@ class Trust:
                 raise RecipeError(
                     (
                         f"it sends '{name}' beside the update, but with unit 'sample' and trust "
-                        f"'{self.kind}' a client sends one sum of gradients alone"
+                        f"'{self.kind}' a client sends only one sum of gradients"
                     ),
                     place="algorithm",
                     cure='set trust = "local", or take another algorithm',
                 )
             if self.unit == "client" and extra.clip_norm is None:
                 raise RecipeError(
-                    f"its vector '{name}' has no bound, and client privacy must charge one",
+                    f"its vector '{name}' has no clip_norm, which client privacy needs",
                     place="algorithm",
                     cure=(
                         "give it a clip_norm in the table of the algorithm, near the norm that it "
@@ -201,7 +203,7 @@ class Trust:
                     ),
                 )
 
-    # What a client does and reports.
+    # Rules for clients in a round.
 
     def reported(
         self, measured: Mapping[str, JSON], examples: int, *, updates_seen: bool
@@ -211,29 +213,29 @@ class Trust:
         Args:
             measured: what the local update measured, such as its loss.
             examples: how many examples the client has.
-            updates_seen: whether the server sees single updates. In a secure sum it must not learn
-                anything of a single client, so nothing is reported.
+            updates_seen: whether the server sees single updates. It does not in a secure sum, and
+                then nothing else about a single client is reported either.
         """
         if not updates_seen:
             return {}
         header = {name: measured[name] for name in self.reported_measures if name in measured}
-        if self.tells_examples:
+        if self.reports_examples:
             header["examples"] = examples
         return header
 
     def after_failure(self, problem: Exception, expected: float) -> dict[str, JSON]:
-        """Returns what counts as measured if a client's work fails, or raises an error.
+        """Returns the measures of a client whose training failed, or raises an error.
 
-        Under privacy nobody may learn from a failure what is in the data. Where noise hides whether
-        an update is zero, the client sends zeros and the failure is only counted, with noise.
+        Under privacy a failure must not reveal anything about the data. If noise hides whether an
+        update is zero, the client sends zeros, and the failure is only counted, with noise.
 
         Args:
             problem: the exception of the local update.
-            expected: examples that one batch is expected to have, a public number.
+            expected: expected number of examples in a batch, which is public.
 
         Raises:
-            Exception: `problem` itself, where there is no privacy or it says nothing of the data.
-            TrainingError: in its place, without the cause.
+            Exception: `problem` itself, without privacy or if it follows from noised values only.
+            TrainingError: otherwise; it does not name the cause.
         """
         diverged = isinstance(problem, DivergedError)
         if self.on_failure == "counts_client":
@@ -241,29 +243,29 @@ class Trust:
         # The same count for every cause: one example must not move two counts.
         if self.on_failure == "counts_batch":
             return {"failed": round(expected)}
-        # Whether noised steps diverge is computed from the noised gradients alone, so it says
-        # nothing about the examples that their noise does not hide.
+        # Divergence of DP-SGD is a function of noised gradients only, so the error reveals no more
+        # than they do.
         if self.on_failure == "raises" or diverged:
             raise problem
         raise TrainingError(
             f"failed with {type(problem).__name__}",
             place="local update",
-            cure="what on stays private",
+            cure="the cause is hidden for privacy; test the model on public examples",
         ) from problem
 
     def failures(
         self, measured: Mapping[str, JSON], plan: PrivacyPlan, key: Key, hidden: str
     ) -> dict[str, JSON]:
-        """Returns the count of failed examples (or clients) as a header reports it, under privacy.
+        """Returns the header field with the count of failed examples (or clients), under privacy.
 
-        A trusted server gets the counts as they are and adds the noise. Otherwise it is added here.
+        A trusted server gets exact counts and adds the noise. Otherwise noise is added here.
 
         Args:
             measured: what the local update measured.
             plan: of the noise.
             key: of this client in this round.
-            hidden: fingerprint of everything that the noise hides. With the same noise for other
-                examples two answers could be subtracted, and their difference would have none.
+            hidden: fingerprint of the data that the noise hides. Other data must get other noise:
+                the difference of two answers with equal noise would have none.
         """
         tally = Tally.of(measured)
         if self.noise == "server":
@@ -271,54 +273,55 @@ class Trust:
         steps = self.noised_counts(plan)
         return {"failures": tally.noised(plan, key, steps=steps, hidden=hidden).to_json()}
 
-    # What the server reads and counts.
+    # Rules for the server in a round.
 
     def tally(self, header: Mapping[str, JSON], plan: PrivacyPlan) -> Tally:
-        """Returns the failures that a client reports, checked against how many there can be.
+        """Returns the failures that a client reports, after checking that they are possible.
 
-        Without the check one client could end the run for all by reporting a huge number.
+        Without the check one client could stop the run for all by reporting a huge number.
 
         Raises:
-            WireError: if it reports more, or less, than can have failed.
+            WireError: if it reports more failures than it has examples, or a negative number, and
+                noise cannot be the reason.
         """
         tally = Tally(*need("update", header, "failures"))
         most = 1.0
         steps = 1
         if self.unit == "sample":
-            # In a secure sum nobody reports how many examples there are, so there is no limit.
+            # In a secure sum clients do not report their numbers of examples, so there is no limit.
             if "examples" not in header:
                 return tally
             if "steps" in header:
                 steps = max(1, need("update", header, "steps"))
             most = need("update", header, "examples") * steps
-        # The counts of several steps are added up, so their noise grows with the square root.
+        # The tally is a sum over all steps; the noise of a sum grows with the square root.
         noise = 0.0 if self.noise == "server" else plan.noise_multiplier * math.sqrt(steps)
         if not tally.fits(most, noise):
             raise WireError(
-                f"got {header['failures']!r}, more or less than can have failed",
+                f"got {header['failures']!r}, which is not possible with this many examples",
                 place="update.failures",
-                cure="count every example that failed once",
+                cure="count every failed example once",
             )
         return tally
 
     def with_refused(self, tally: Tally, refused: int) -> Tally:
-        """Returns `tally` plus the `refused` replies: a refused protected client has failed."""
+        """Returns `tally` plus the number of `refused` replies, if clients are the units."""
         if self.unit == "client" and self.noise == "server":
             return replace(tally, failed=tally.failed + refused)
         return tally
 
     def noised_counts(self, plan: PrivacyPlan) -> int:
-        """Returns how many noised counts of failures one client reports in a round, added up."""
+        """Returns of how many noised counts a client's reported tally is the sum."""
         return plan.steps_per_round if self.noise == "step" else 1
 
 
 def per_vector_multiplier(noise_multiplier: float, vectors: int) -> float:
-    """Returns the noise multiplier that each of `vectors` needs so that all cost as much as one.
+    """Returns the noise multiplier of each of m `vectors`, for the privacy cost of a single vector.
 
-    One client moves vector i by at most its clip norm C_i. Divide vector i by C_i sqrt(m): then all
-    m vectors together are one vector that a client moves by at most 1. Noise of `noise_multiplier`
-    on each of its values is noise of noise_multiplier sqrt(m) C_i on vector i. So this is one
-    Gaussian mechanism, and the ledger holds `noise_multiplier` for any m.
+    One client moves vector i by at most its clip norm C_i. If vector i is divided by C_i sqrt(m),
+    all m vectors together are one vector that a client moves by at most 1. Adding noise of standard
+    deviation `noise_multiplier` to it adds noise of noise_multiplier sqrt(m) C_i to vector i. So
+    the m vectors are one Gaussian mechanism, which the ledger charges with `noise_multiplier`.
 
     >>> per_vector_multiplier(1.5, 1), per_vector_multiplier(1.5, 4)
     (1.5, 3.0)
@@ -333,7 +336,7 @@ TRUSTS: tuple[Trust, ...] = (
         "plain",
         "none",
         reported_measures=("loss", "steps"),
-        tells_examples=True,
+        reports_examples=True,
         names_clients=True,
         fixed_divisor=False,
         keeps_residual=True,
@@ -345,12 +348,12 @@ TRUSTS: tuple[Trust, ...] = (
         "private",
         "step",
         reported_measures=("steps",),
-        tells_examples=True,
+        reports_examples=True,
         names_clients=True,
         fixed_divisor=False,
-        # Allowed: the noise is in the gradients, so the residual of the codecs is post-processing.
+        # Error feedback is allowed: noise is in the gradients, so the residual is post-processing.
         keeps_residual=True,
-        on_failure="keeps_quiet",
+        on_failure="hides_cause",
     ),
     Trust("distributed", "sample", "joint", "sum", on_failure="counts_batch"),
     Trust(
@@ -358,7 +361,7 @@ TRUSTS: tuple[Trust, ...] = (
         "sample",
         "joint",
         "server",
-        tells_examples=True,
+        reports_examples=True,
         hides_cohort=True,
         on_failure="counts_batch",
     ),
@@ -367,22 +370,25 @@ TRUSTS: tuple[Trust, ...] = (
     Trust("central", "client", "plain", "server", hides_cohort=True, keeps_residual=True),
 )
 """One row for each unit and trust, and one without privacy."""
-USUAL: Mapping[Unit | None, Kind] = {None: "open", "sample": "local", "client": "central"}
+DEFAULT_KINDS: Mapping[Unit | None, Kind] = {None: "open", "sample": "local", "client": "central"}
 """The default trust of each unit."""
-OLD = {"secure": "distributed"}
-"""Words of version 0.1 -> their present names."""
+OLD_KINDS = {"secure": "distributed"}
+"""Names in recipes of version 0.1 -> names now."""
 
 
 def trust_of(unit: Unit | None, kind: str | None = None) -> Trust:
-    """Returns the row of `unit` (None: no privacy) and `kind` (the default of the unit if None).
+    """Returns the row of `unit` (None: no privacy) and `kind` (None: the default of the unit).
 
     Raises:
-        RecipeError: if there is none.
+        RecipeError: if there is no such row.
 
     >>> trust_of("client").kind, trust_of("sample", "distributed").steps, trust_of(None).noise
     ('central', 'joint', 'none')
     """
-    wanted = USUAL[unit] if kind is None or unit is None else OLD.get(kind, kind)
+    if kind is None or unit is None:
+        wanted: str = DEFAULT_KINDS[unit]
+    else:
+        wanted = OLD_KINDS.get(kind, kind)
     for row in TRUSTS:
         if (row.unit, row.kind) == (unit, wanted):
             return row
@@ -393,29 +399,30 @@ def trust_of(unit: Unit | None, kind: str | None = None) -> Trust:
 
 
 def _check_client_unit(plan: PrivacyPlan, cohort: Cohort, weights: Weights) -> None:
-    """Checks that under unit "client" the sensitivity is one clip norm, and the charge is right."""
-    # With weights by examples a client moves the sum by weight x clip norm, which nothing bounds.
+    """Checks under unit "client" that one clip norm is the sensitivity, and the sampling."""
+    # With weights by examples, a client moves the sum by weight x clip norm, and the weight has no
+    # bound.
     if weights != "equal":
         raise RecipeError(
             (
-                "got 'examples' under client privacy, where a large client would exceed the "
-                "sensitivity"
+                "got 'examples', but under client privacy a client with many examples would exceed "
+                "the sensitivity"
             ),
             place="weights",
             cure='set weights = "equal"',
         )
-    # Noise is the multiplier times the clip norm: infinite, or none at all, without one.
+    # The noise is multiplier x clip norm, so it would be infinite, or none at all.
     if not 0 < plan.clip_norm < math.inf:
         raise RecipeError(
             f"got {plan.clip_norm}, expected a finite bound above 0",
             place="privacy.clip_norm",
         )
-    # A smaller probability than that of the cohort would claim amplification that does not exist.
+    # A smaller probability than the cohort's would claim too much amplification.
     if plan.sampling_prob != cohort.sampling_prob:
         raise RecipeError(
             (
-                f"the plan charges {plan.sampling_prob} but a {cohort.sampling} cohort of "
-                f"{cohort.size} in {cohort.population} is worth {cohort.sampling_prob}"
+                f"got {plan.sampling_prob}, but the probability of a {cohort.sampling} cohort of "
+                f"{cohort.size} in {cohort.population} is {cohort.sampling_prob}"
             ),
             place="privacy.sampling_prob",
             cure="plan with cohort.sampling_prob",
@@ -423,7 +430,7 @@ def _check_client_unit(plan: PrivacyPlan, cohort: Cohort, weights: Weights) -> N
     # A client sends one update a round, however many local steps it takes.
     if plan.steps_per_round != 1:
         raise RecipeError(
-            f"got {plan.steps_per_round}",
+            f"got {plan.steps_per_round}, expected 1 under client privacy",
             place="privacy.steps_per_round",
-            cure="client privacy takes 1",
+            cure="set it to 1",
         )

@@ -1,4 +1,4 @@
-"""How one named vector travels from a client into the aggregate: codecs, bound and server noise."""
+"""Codec, bound and server noise of one named vector, from the client to the aggregate."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from fedpress.privacy.noise.mechanism import clip
 
 @dataclass(frozen=True)
 class VectorCodec:
-    """The codec of one named vector; client and server hold the same.
+    """The codec of one named vector; client and server have the same.
 
     Attributes:
-        name: of the vector.
-        bound: what holds for every decoded vector before it is aggregated, whatever a client sent.
-        chain: the codecs, bound to each other.
+        name: of the vector, such as "update".
+        bound: size and norm bounds of the decoded vector. The server enforces them.
+        chain: the bound codecs, ready to encode and decode.
         codecs: the settings from which `chain` was bound.
-        end: what the last codec promises about the numbers that travel.
-        noise: what the server adds to the aggregate of this vector; None for nothing.
+        end: bound after the last codec: of the numbers that are sent.
+        noise: what the server adds to the aggregate of this vector; None for no noise.
     """
 
     name: str
@@ -35,10 +35,11 @@ class VectorCodec:
     noise: ServerNoise | None = None
 
     def agreed(self) -> dict[str, object]:
-        """Returns what both sides must hold alike; `chain` and `end` follow from it."""
+        """Returns the entries of the agreement; `chain` and `end` follow from them."""
         return {
             "name": self.name,
-            # The key keeps its first name: the agreement's fingerprint must not change.
+            # "promise" is the older name of the bound. It stays, because another key would change
+            # the agreement's fingerprint.
             "promise": self.bound,
             "codecs": self.codecs,
             "noise": self.noise,
@@ -50,26 +51,26 @@ class VectorCodec:
         return self.bound.size
 
     def encode(self, vector: Tensor, key: Key) -> dict[str, Tensor]:
-        """Returns the tensors that carry `vector` [size].
+        """Returns the coded tensors of `vector` [size].
 
-        Their names begin with the name of the vector, except those of the update.
+        Their names begin with the vector's name, except those of the update. Example:
+        `control/values`.
         """
         tensors = encode_chain(self.chain, vector, self._vector_key(key))
         return {self._prefix + name: tensor for name, tensor in tensors.items()}
 
     def decode(self, tensors: Mapping[str, Tensor], key: Key) -> Tensor:
-        """Returns the vector, float32 [size], in its `tensors`, which may come from anybody.
+        """Returns the vector, float32 [size], in its untrusted `tensors`.
 
         Raises:
-            WireError: if it is not a vector of the agreed size, or not finite.
+            WireError: if it is not of the agreed size, or not finite.
         """
         named = {name.removeprefix(self._prefix): tensor for name, tensor in tensors.items()}
-        # A faulty tensor raises WireError here, before it reaches an aggregate.
         vector = decode_chain(self.chain, named, self._vector_key(key))
         return check_float(vector, self.size, self.name)
 
     def receive(self, tensors: Mapping[str, Tensor], key: Key) -> Tensor:
-        """Decodes a vector and clips it to `bound`: a client's own clip cannot be relied on.
+        """Decodes a vector and clips it to `bound`, since clients may not have clipped it.
 
         Raises:
             WireError: see `decode`.
@@ -78,7 +79,7 @@ class VectorCodec:
         return clip(vector, self.bound.l2) if self.bound.l2 < math.inf else vector
 
     def owns(self, tensor: str) -> bool:
-        """Says whether the tensor of this name is part of the vector."""
+        """Returns whether the tensor of this name is part of the vector."""
         return tensor.startswith(self._prefix)
 
     @property
@@ -86,16 +87,17 @@ class VectorCodec:
         return "" if self.name == UPDATE else f"{self.name}/"
 
     def _vector_key(self, key: Key) -> Key:
-        # Two vectors of one message must not draw the same noise or the same rotation.
+        # Each vector has its own key: two vectors of a message must not get the same noise.
         return key if self.name == UPDATE else key.of_vector(self.name)
 
 
 def divide(
     vector_codecs: tuple[VectorCodec, ...], tensors: Mapping[str, Tensor]
 ) -> dict[str, dict[str, Tensor]]:
-    """Returns the tensors of one message grouped by vector; `vector_codecs` begins with the update.
+    """Groups the tensors of a message by vector: name of the vector -> its tensors.
 
-    A tensor that no other vector owns belongs to the update, which refuses what it does not know.
+    The first of `vector_codecs` must be the update's. It gets all tensors that belong to no other
+    vector, and its codecs refuse unknown ones.
     """
     first, *further = vector_codecs
     parts: dict[str, dict[str, Tensor]] = {codec.name: {} for codec in vector_codecs}

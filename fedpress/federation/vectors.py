@@ -1,4 +1,4 @@
-"""Named vectors: the update, the parameters, and what else an algorithm sends beside them."""
+"""Named vectors of a message: update, parameters, and an algorithm's further vectors."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from fedpress.codecs import Bound, Settings
 Vectors: TypeAlias = Mapping[str, Tensor]
 """Name -> float32 [size]."""
 UPDATE = "update"
-"""Sent by every client: its parameters after local training minus those it was sent."""
+"""Sent by every client: its parameters after local training minus the server's."""
 PARAMS = "params"
 """Sent to every client: the server's parameters."""
 
 
 @dataclass(frozen=True)
 class ExtraVector:
-    """A further named vector of an algorithm, from client to server or back.
+    """A vector that an algorithm sends beside update or parameters, in either direction.
 
     Example: SCAFFOLD sends its control variate as `{"control": ExtraVector()}`.
 
     Attributes:
-        size: number of values; None for as many as the model trains.
-        codecs: what compresses it from client to server, in order; unused in the other direction.
-        clip_norm: L2 bound of one client's vector. Client privacy needs it: the noise is measured
-            against this bound.
+        size: number of values; None: as many as the model has trainable values.
+        codecs: compress it from client to server, in this order; unused in the other direction.
+        clip_norm: L2 bound of one client's vector. Client privacy needs it, because the noise is
+            proportional to this bound.
     """
 
     size: int | None = None
@@ -38,7 +38,7 @@ class ExtraVector:
 
 @dataclass(frozen=True)
 class Payload:
-    """What every client sends in a round: its update, and the further vectors of an algorithm.
+    """The vectors that every client sends in a round: its update, and an algorithm's extras.
 
     Attributes:
         size: number of values of an update.
@@ -53,11 +53,11 @@ class Payload:
     extras: Mapping[str, ExtraVector] = field(default_factory=dict)
 
     def vectors(self, clip_norm: float | None) -> dict[str, ExtraVector]:
-        """Returns all vectors by name, the update first; `clip_norm` is the bound of the update."""
+        """Returns all vectors by name, the update first, which has the L2 bound `clip_norm`."""
         return {UPDATE: ExtraVector(codecs=self.chain, clip_norm=clip_norm), **self.extras}
 
     def start(self, vector: ExtraVector) -> Bound:
-        """Returns what is known of one of the vectors before its first codec."""
+        """Returns the bound of one of the vectors before its first codec: its size, no norm."""
         if vector.size is None:
             return Bound(self.size, shapes=self.shapes)
         return Bound(vector.size)

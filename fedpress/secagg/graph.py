@@ -1,10 +1,10 @@
-"""The mask graph: a random graph so dense that no choice of drop-outs splits the honest clients.
+"""The mask graph: a random graph in which neighbours share masks that cancel in the sum.
 
-Two neighbours in the graph add and subtract the same mask. The server names the drop-outs after it
-has seen the graph, so it could name all honest neighbours of one client; the sum of the others
-would then leave that client's vector alone. Hence the committee helps only if every client that
-reported has at least `least` neighbours that reported. `risk` bounds the probability that some
-choice of drop-outs still splits the honest clients (SecAgg+: Bell et al. 2020, section 3).
+The server reports drop-outs after it has seen the graph. A malicious server could report all honest
+neighbours of one client as dropped out: their shared masks would be revealed, and that client's
+vector with them. Therefore the committee unmasks a sum only if every client in it has at least
+`least` neighbours in it. `risk` bounds the probability that some choice of drop-outs still
+separates honest clients from each other (SecAgg+: Bell et al. 2020, section 3).
 """
 
 from __future__ import annotations
@@ -16,74 +16,78 @@ import numpy as np
 
 from fedpress.core.random import keystream
 
-RISK = 2.0**-64
-"""Largest probability that a round's graph or committee is bad. A server that tries 2^24 cohorts
-still has a chance of 2^-40 only."""
+MAX_RISK = 2.0**-64
+"""Allowed probability that a round's graph or committee is insecure. A server that tries 2^24
+cohorts still succeeds with probability 2^-40 only."""
 
-SMALL = 32
-"""Up to this cohort the complete graph is used: it costs little and needs no argument."""
+COMPLETE_COHORT = 32
+"""Up to this cohort the complete graph is used: it costs little, and its risk is 0."""
 
-MISS = 2.0**-10
-"""Largest probability that a round stays closed by chance with no more drop-outs than planned."""
+MAX_MISS = 2.0**-10
+"""Allowed probability that a round fails by chance with no more drop-outs than planned."""
 
 
 @lru_cache(maxsize=4)
 def edges(seed: bytes, size: int, edge_prob: float) -> np.ndarray:
-    """Returns the random graph that the public 32-byte `seed` draws.
+    """Returns the random graph that follows from the public 32-byte `seed`.
 
     Returns:
         Symmetric bool matrix [size, size], read only.
     """
     coins = keystream(seed, 4 * (size * (size - 1) // 2)).view("<u4")
     upper = np.zeros((size, size), bool)
-    # With probability 1 the threshold would be 2^32, which a 32-bit number cannot hold.
-    upper[np.triu_indices(size, 1)] = coins < round(edge_prob * 2**32) if edge_prob < 1 else True
+    drawn: np.ndarray | bool = True
+    # For probability 1 the threshold would be 2^32, which does not fit into 32 bits.
+    if edge_prob < 1:
+        drawn = coins < round(edge_prob * 2**32)
+    upper[np.triu_indices(size, 1)] = drawn
     graph = upper | upper.T
-    # All callers share the cached array.
+    # Read-only, because all callers share the cached array.
     graph.flags.writeable = False
     return graph
 
 
 @lru_cache(maxsize=64)
 def sparsest(cohort: int, dropped: int, corrupt: int) -> tuple[float, int]:
-    """Returns (edge probability, `least`) of the sparsest graph that keeps both bounds.
+    """Returns (edge probability, `least`) of the sparsest graph that satisfies two bounds.
 
-    `RISK` holds whichever clients are named as drop-outs; `MISS` holds if as many as planned drop
-    out at random. `least` is the number of reporting neighbours that the committee demands.
+    `MAX_RISK` holds for any choice of drop-outs; `MAX_MISS` holds if the planned number of clients
+    drops out at random. `least` is the number of neighbours in the sum that the committee requires
+    of every client in the sum.
 
     Args:
-        cohort: clients of a round.
-        dropped: clients that may drop out.
-        corrupt: clients that may work for the server.
+        cohort: number of clients of a round.
+        dropped: number of clients that may drop out.
+        corrupt: number of clients that may collude with the server.
     """
     alive = cohort - dropped
     # In the complete graph every reporting client is a neighbour.
     complete = 1.0, alive - 1
-    if cohort <= SMALL:
+    if cohort <= COMPLETE_COHORT:
         return complete
-    # A hundred degrees are tried; a graph a little denser than needed costs little.
+    # At most a hundred degrees are tried: a slightly denser graph than necessary costs little.
     step = max(1, cohort // 100)
     for degree in range(step, cohort - 1, step):
         edge_prob = degree / (cohort - 1)
         least = _reliable_neighbours(edge_prob, alive)
-        if least and risk(cohort, dropped, corrupt, edge_prob, least) <= RISK:
-            # Demand no more than is needed, so that fewer rounds stay closed.
-            while risk(cohort, dropped, corrupt, edge_prob, least - 1) <= RISK:
+        if least and risk(cohort, dropped, corrupt, edge_prob, least) <= MAX_RISK:
+            # Require as few neighbours as possible, so that fewer rounds fail.
+            while risk(cohort, dropped, corrupt, edge_prob, least - 1) <= MAX_RISK:
                 least -= 1
             return edge_prob, least
     return complete
 
 
 def _reliable_neighbours(edge_prob: float, alive: int) -> int:
-    """Returns the largest number of neighbours that all `alive` clients have.
+    """Returns the largest number of neighbours that each of `alive` clients has.
 
-    Except with probability `MISS`: a union bound over the clients.
+    It may fail with probability `MAX_MISS`, by a union bound over the clients.
     """
     below = 0.0
     for number in range(alive):
         log = _log_choose(alive - 1, number) + number * math.log(edge_prob)
         below += math.exp(log + (alive - 1 - number) * math.log1p(-edge_prob))
-        if alive * below > MISS:
+        if alive * below > MAX_MISS:
             return number
     return alive - 1
 
@@ -91,20 +95,20 @@ def _reliable_neighbours(edge_prob: float, alive: int) -> int:
 def risk(cohort: int, dropped: int, corrupt: int, edge_prob: float, least: int) -> float:
     """Bounds the probability that some choice of drop-outs splits the honest clients in the sum.
 
-    Let S be the smaller of the two parts, s its size, and m the number of honest clients. For every
-    s the smaller of two union bounds is taken, and these are added up:
+    Let S be the smaller of two parts of the honest clients in the sum, s its size, and r the size
+    of the other part. The result is the sum over all s of the smaller of two union bounds:
 
-    - over all S and all choices of up to `dropped` honest drop-outs, no edge goes from S to the r
-      other honest clients: probability (1-p)^(s r);
-    - over all S, every client in S has `least` neighbours in S or among the corrupt, the only ones
-      left (Chernoff).
+    - over all S and all choices of up to `dropped` honest drop-outs: S has no edge to the r clients
+      of the other part, with probability (1-p)^(s r);
+    - over all S: every client in S has `least` neighbours in S or among the corrupt clients
+      (Chernoff), as the committee requires if it has none in the other part.
 
     Args:
-        cohort: clients of a round.
-        dropped: clients that may drop out.
-        corrupt: clients that may work for the server.
+        cohort: number of clients of a round.
+        dropped: number of clients that may drop out.
+        corrupt: number of clients that may collude with the server.
         edge_prob: probability p of an edge.
-        least: reporting neighbours that the committee demands of every reporting client.
+        least: neighbours in the sum that the committee requires of every client in the sum.
     """
     if edge_prob >= 1:
         return 0.0
@@ -114,22 +118,22 @@ def risk(cohort: int, dropped: int, corrupt: int, edge_prob: float, least: int) 
     away = np.arange(dropped + 1)[None, :]
     rest = honest - s - away
 
-    # Logarithms of the number of choices of S, and of the drop-outs among the others.
+    # Logarithms of the numbers of choices of S, and of the drop-outs among the other clients.
     parts = log_factorial[honest] - log_factorial[s] - log_factorial[honest - s]
     named = log_factorial[honest - s] - log_factorial[np.minimum(away, honest - s)]
     named = named - log_factorial[np.maximum(rest, 0)]
 
-    # S is the smaller part, so only as many drop-outs count as leave the rest no smaller.
+    # S is the smaller part, so the other part must not be smaller than s.
     no_edge = np.where(rest >= s, named + s * rest * math.log1p(-edge_prob), -np.inf)
     no_edges = parts[:, 0] + np.logaddexp.reduce(no_edge, axis=1)
 
-    # Chernoff's bound holds for every tilt; the least of 120 is taken. An edge inside S counts for
-    # both its ends, hence the factor 2.
+    # Chernoff's bound holds for every tilt; the smallest of 120 is taken. An edge inside S is a
+    # neighbour for both its ends, hence the factor 2.
     tilt = np.linspace(0.05, 6, 120)[None, :]
     inside = s * (s - 1) / 2 * np.log1p(edge_prob * np.expm1(2 * tilt))
     towards = s * corrupt * np.log1p(edge_prob * np.expm1(tilt))
     crowded = parts[:, 0] + (inside + towards - tilt * s * least).min(1)
-    # A client has at most s - 1 + corrupt neighbours in S and among the corrupt.
+    # A client of S has at most s - 1 + corrupt neighbours in S and among the corrupt clients.
     crowded[s[:, 0] + corrupt <= least] = -np.inf
 
     both = np.minimum(np.minimum(no_edges, crowded), 0.0)

@@ -1,4 +1,4 @@
-"""Keys: all that a client encrypts or signs with is derived from its one 32-byte secret."""
+"""Cryptography of the secure sum: all keys of a client are derived from its 32-byte secret."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ NONCE = 12
 """Bytes of a ChaCha20-Poly1305 nonce."""
 
 TAG = 16
-"""Bytes that ChaCha20-Poly1305 adds, by which a change is noticed."""
+"""Bytes of the authentication tag of ChaCha20-Poly1305."""
 
 
 def derive(key: bytes, *items: Item, size: int = 32) -> bytes:
-    """Returns `size` bytes derived from `key` under the name `items` (HKDF with SHA-256).
+    """Derives `size` bytes from `key` and the name `items` (HKDF with SHA-256).
 
-    Different items give unrelated bytes; so do a text and the same bytes.
+    Different items give independent bytes. A text and its bytes are different items.
 
     >>> derive(bytes(32), "a") == derive(bytes(32), "a")
     True
@@ -39,15 +39,15 @@ def derive(key: bytes, *items: Item, size: int = 32) -> bytes:
 
 
 def digest(*items: Item) -> bytes:
-    """Returns the 32-byte digest (BLAKE2b) of `items`; different lists have different digests."""
+    """Returns the 32-byte digest (BLAKE2b) of a list of items."""
     return digest_all(items)
 
 
 def digest_all(items: Iterable[Item | np.ndarray]) -> bytes:
-    """Returns the digest of items that may be large contiguous arrays, without copying these."""
+    """Returns the digest of items that may be large contiguous arrays, without copying them."""
     hasher = blake2b(digest_size=32)
     for item in items:
-        # Type and length stand before each item: ("ab", "c") and ("a", "bc") must differ.
+        # Type and length precede each item, so that ("ab", "c") and ("a", "bc") differ.
         if isinstance(item, np.ndarray):
             hasher.update(f"{item.dtype.str} {item.shape};".encode())
             hasher.update(item.data)
@@ -58,56 +58,56 @@ def digest_all(items: Iterable[Item | np.ndarray]) -> bytes:
 
 
 def identity(secret: bytes) -> bytes:
-    """Returns the public Ed25519 key [32] by which others know the holder of `secret`.
+    """Returns the public Ed25519 key [32] of the client with this `secret`.
 
-    The others must get it before the run, and not from a server that they do not trust.
+    The other clients must know it before the run, and not from an untrusted server.
     """
     return _signer(secret).public_key().public_bytes_raw()
 
 
 def sign(secret: bytes, *items: Item) -> bytes:
-    """Returns the signature [64] of `items` by the holder of `secret`."""
+    """Returns the signature [64] of `items` by the client with this `secret`."""
     return _signer(secret).sign(_statement(items))
 
 
 def verify(public: bytes, signature: bytes, *items: Item) -> bool:
-    """Says whether `signature` on `items` is by the holder of the identity `public`.
+    """Returns whether `signature` is a signature of `items` by the owner of identity `public`.
 
-    Any bytes may be given; those that are no key or no signature give False.
+    False too for bytes that are not a key or not a signature.
     """
     try:
         Ed25519PublicKey.from_public_bytes(public).verify(signature, _statement(items))
-    # A ValueError: `public` is no key.
+    # ValueError: `public` is not a key.
     except (InvalidSignature, ValueError):
         return False
     return True
 
 
 class KeyPair:
-    """The X25519 key of one client for one run: a new run has a new key."""
+    """The X25519 key pair of one client for one run; every run has another one."""
 
     def __init__(self, secret: bytes, run: str) -> None:
         self._private = X25519PrivateKey.from_private_bytes(derive(secret, "agreement", run))
         self.public = self._private.public_key().public_bytes_raw()
 
     def shared_secret(self, public: bytes) -> bytes | None:
-        """Returns the 32 bytes that only this client and the holder of `public` can compute.
+        """Returns the 32 bytes that only this client and the owner of `public` can compute.
 
-        None if `public` is a point of low order, for which anyone could compute them.
+        None if `public` is a point of low order, for which anybody could compute them.
         """
         try:
             shared = self._private.exchange(X25519PublicKey.from_public_bytes(public))
         except ValueError:
             return None
-        # Sorted, so that both sides derive the same secret from the two keys.
+        # Sorted, so that both clients derive the same secret.
         return derive(shared, "pair", *sorted((self.public, public)))
 
 
 def can_agree(public: bytes) -> bool:
-    """Says whether a secret can be agreed on with the holder of `public`.
+    """Returns whether a secret key agreement with `public` is possible.
 
-    A point of low order gives zero with every private key, since X25519 keys are multiples of 8
-    (RFC 7748, section 6.1). So one trial with any key shows it, and no secrets need to be computed.
+    It is not for a point of low order: that gives zero with every private key, because X25519
+    private keys are multiples of 8 (RFC 7748, section 6.1). So one trial with any key is enough.
 
     >>> can_agree(bytes(32)), can_agree(KeyPair(bytes(32), "run").public)
     (False, True)
@@ -126,15 +126,15 @@ def seal(key: bytes, nonce: bytes, data: bytes, about: bytes) -> bytes:
 
     Args:
         key: 32 bytes.
-        nonce: 12 bytes, never used twice with one key for different data.
-        data: what is encrypted.
-        about: what is authenticated with it, and must be given again to `unseal`.
+        nonce: 12 bytes. Never use one twice with the same key for different data.
+        data: the plaintext.
+        about: associated data: authenticated, not encrypted; `unseal` needs the same.
     """
     return ChaCha20Poly1305(key).encrypt(nonce, data, about)
 
 
 def unseal(key: bytes, nonce: bytes, data: bytes, about: bytes) -> bytes | None:
-    """Returns what was sealed; None if it was changed, or key, nonce or `about` are others."""
+    """Decrypts the result of `seal`; None if data, key, nonce or `about` differ."""
     try:
         return ChaCha20Poly1305(key).decrypt(nonce, data, about)
     except InvalidTag:
@@ -146,6 +146,6 @@ def _signer(secret: bytes) -> Ed25519PrivateKey:
 
 
 def _statement(items: tuple[Item, ...]) -> bytes:
-    # `repr` writes a text and the same bytes differently, and quotes keep items apart. The first
-    # item keeps signatures apart from those of other protocols.
+    # `repr` distinguishes a text from its bytes, and quotes separate the items. The first item
+    # prevents that a signature of another protocol is valid here.
     return repr(("fedpress secure 1", *items)).encode()

@@ -1,4 +1,4 @@
-"""Masks: a 16-byte seed becomes a pseudo-random vector, which is added modulo 2^bits."""
+"""Masks: pseudo-random vectors from 16-byte seeds, added modulo 2^bits."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from fedpress.core.random import keystream
 from fedpress.secagg.keys import derive
 
 CHUNK = 1 << 17
-"""Values worked on at a time, so that they stay in the processor's cache for all masks."""
+"""Number of values to which all masks are added before the next ones, to stay in the cache."""
 
 
 def word_type(bits: int) -> np.dtype:
     """Returns the smallest unsigned type of at least `bits` bits.
 
-    It overflows at a multiple of 2^bits, so sums need no reduction on the way.
+    It wraps around at a multiple of 2^bits, so intermediate sums need no reduction.
     """
     if bits <= 16:
         return np.dtype("<u2")
@@ -49,7 +49,7 @@ def add_masks_(words: np.ndarray, seeds: Sequence[tuple[bytes, bool]]) -> None:
     for start in range(0, len(words), CHUNK):
         part = words[start : start + CHUNK]
         for key, add in keys:
-            # A chunk is a multiple of the cipher's block, as `start` must be.
+            # `start` must be a multiple of the cipher's block size, and chunks are.
             mask = keystream(key, part.nbytes, start=start * words.itemsize).view(words.dtype)
             if add:
                 part += mask
@@ -58,13 +58,13 @@ def add_masks_(words: np.ndarray, seeds: Sequence[tuple[bytes, bool]]) -> None:
 
 
 def to_words(values: Tensor, bits: int) -> np.ndarray:
-    """Returns whole numbers [d] as `word_type`, that is, modulo a multiple of 2^bits."""
+    """Returns whole numbers [d] as `word_type`: modulo a multiple of 2^bits."""
     return values.detach().cpu().numpy().astype(word_type(bits))
 
 
 def to_tensor(words: np.ndarray, bits: int) -> Tensor:
     """Returns `words` modulo 2^bits in the type in which they are sent."""
-    # A receiver refuses values outside 0 .. 2^bits - 1, and the bits above carry nothing.
+    # Higher bits are meaningless, and receivers refuse values outside 0 .. 2^bits - 1.
     kept = words & word_type(bits).type((1 << bits) - 1)
     return torch.from_numpy(kept.astype(np.int32 if bits <= 31 else np.int64))
 

@@ -1,4 +1,4 @@
-"""Messages of the secure sum, and checked reading of their fields: the sender is not trusted."""
+"""Messages of the secure sum, and checked reading of fields from untrusted senders."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ JSON: TypeAlias = "bool | int | float | str | list[JSON] | dict[str, JSON] | Non
 
 @dataclass(frozen=True, eq=False)
 class SecAggMessage:
-    """One message of the secure sum, to be put into a `wire.Message`.
+    """One message of the secure sum; it is sent inside a `wire.Message`.
 
     Attributes:
         header: JSON values by name.
@@ -32,7 +32,7 @@ def as_tensor(data: bytes | np.ndarray) -> Tensor:
     """Returns a new tensor with a copy of `data`; bytes become uint8."""
     if isinstance(data, bytes):
         data = np.frombuffer(data, np.uint8)
-    # A copy, since torch must not get memory that is read-only or changes later.
+    # A copy, because torch must not use memory that is read-only or changes later.
     return torch.from_numpy(data.copy())
 
 
@@ -51,11 +51,11 @@ def read_tensor(
     """Returns the contiguous CPU tensor `name` of exactly `dtype` and `shape`.
 
     Args:
-        message: what was sent.
+        message: the received message.
         name: name of the tensor.
-        dtype: its type.
-        shape: its shape.
-        place: what an error calls the message, for instance "unmask".
+        dtype: expected type.
+        shape: expected shape.
+        place: name of the message in errors, such as "unmask".
 
     Raises:
         WireError: if it is missing, or of another type or shape.
@@ -63,7 +63,7 @@ def read_tensor(
     got = message.tensors.get(name)
     if not isinstance(got, Tensor):
         raise WireError(
-            "this tensor is missing", place=f"{place}.{name}", cure="send what the secure sum made"
+            "this tensor is missing", place=f"{place}.{name}", cure="send the message unchanged"
         )
     # A sparse tensor can have the right type and shape, but numpy cannot read it.
     if got.dtype != dtype or tuple(got.shape) != tuple(shape) or got.layout != torch.strided:
@@ -76,13 +76,13 @@ def read_tensor(
 
 
 def read_number(message: SecAggMessage, name: str, place: str) -> int:
-    """Returns the whole number >= 0 that the header holds under `name`.
+    """Returns header field `name`, a whole number >= 0.
 
     Raises:
-        WireError: if it is missing or anything else.
+        WireError: if it is missing or something else.
     """
     got = message.header.get(name)
-    # In Python `True` is an int as well.
+    # A bool is an int in Python, but not a number here.
     if not isinstance(got, int) or isinstance(got, bool) or not 0 <= got < 1 << 62:
         raise WireError(
             "expected a whole number >= 0", place=f"{place}.{name}", cure="send it unchanged"
@@ -91,10 +91,10 @@ def read_number(message: SecAggMessage, name: str, place: str) -> int:
 
 
 def read_names(message: SecAggMessage, name: str, place: str) -> list[str]:
-    """Returns the list of strings that the header holds under `name`.
+    """Returns header field `name`, a list of strings.
 
     Raises:
-        WireError: if it is missing or anything else.
+        WireError: if it is missing or something else.
     """
     got = message.header.get(name)
     if not isinstance(got, list):

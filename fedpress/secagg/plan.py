@@ -1,4 +1,4 @@
-"""The plan of a secure sum: cohort, drop-outs, corrupt clients, and what follows from them."""
+"""The plan of a secure sum: cohort, drop-outs, corrupt clients, committee and mask graph."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from fedpress.errors import RecipeError
 from fedpress.secagg import graph
 
 WHOLE_COMMITTEE = 100
-"""Up to this cohort all clients are in the committee."""
+"""Up to this cohort, the committee has all clients."""
 
 MAX_COHORT = 5_000
 """Largest cohort that can be planned."""
@@ -18,21 +18,21 @@ MAX_COHORT = 5_000
 
 @dataclass(frozen=True)
 class SecurePlan:
-    """What server and clients agree on before a run.
+    """The settings on which server and clients agree before a run.
 
-    All fields are part of everything that is signed, so two sides with different plans refuse each
-    other's messages.
+    Every signature covers all fields, so two sides with different plans refuse each other's
+    messages.
 
     Args:
-        cohort: clients in every round.
+        cohort: number of clients in every round.
         bits: sums are exact modulo 2^bits, from 2 to 62.
-        max_dropout: share of the cohort that may drop out in a round, at any step.
-        max_corrupt: share of the cohort that may work for a dishonest server.
-        bound: largest absolute value that a client may hand in, so that no sum overflows; None
-            takes any value modulo 2^bits, and the caller must make sure that the sum fits.
+        max_dropout: share of the cohort that may drop out in a round, before or after it reported.
+        max_corrupt: share of the cohort that may collude with a dishonest server.
+        bound: largest absolute value in a client's vector, so that no sum overflows. None allows
+            any value modulo 2^bits; then the caller must make sure that the sum fits.
 
     Raises:
-        RecipeError: if a number is out of range, or no threshold is safe.
+        RecipeError: if a number is out of range, or no committee is safe.
 
     >>> plan = SecurePlan(cohort=10, bits=18)
     >>> plan.survivors, plan.committee, plan.threshold, plan.edge_prob
@@ -61,12 +61,13 @@ class SecurePlan:
         if self.bound is not None:
             self._check_bound(self.bound)
         honest = self.survivors - self.corrupt
-        # The sum of one honest client's vector and those of corrupt ones is that client's vector.
+        # Corrupt clients know their own vectors, so a sum with one honest client would reveal its
+        # vector.
         if honest < 2:
             raise RecipeError(
                 (
-                    f"with {self.cohort} clients a sum may hold {honest} honest ones, which hides "
-                    "nobody"
+                    f"with {self.cohort} clients a sum may have only {honest} honest ones, which "
+                    "hides no client"
                 ),
                 place="max_dropout",
                 cure="take a larger cohort or a lower max_dropout",
@@ -74,8 +75,8 @@ class SecurePlan:
         if not all(_committee(self.cohort, self.dropped, self.corrupt)):
             raise RecipeError(
                 (
-                    f"{self.corrupt} corrupt clients and twice {self.dropped} drop-outs are not "
-                    f"fewer than the cohort of {self.cohort}"
+                    f"corrupt clients plus twice the drop-outs must be below the cohort, but "
+                    f"{self.corrupt} + 2 * {self.dropped} >= {self.cohort}"
                 ),
                 place="max_corrupt",
                 cure="lower max_dropout or max_corrupt",
@@ -93,51 +94,52 @@ class SecurePlan:
 
     @property
     def dropped(self) -> int:
-        """Clients that may drop out in a round."""
-        # At least two must stay, since a sum of one vector is that vector.
+        """Number of clients that may drop out in a round."""
+        # At least two must stay, because a sum of one vector is that vector.
         return min(_floor(self.cohort * self.max_dropout), self.cohort - 2)
 
     @property
     def corrupt(self) -> int:
-        """Clients that may be corrupt."""
+        """Number of clients that may be corrupt."""
         return _floor(self.cohort * self.max_corrupt)
 
     @property
     def survivors(self) -> int:
-        """Fewest clients whose sum is opened."""
+        """Minimum number of clients in a sum that is unmasked."""
         return self.cohort - self.dropped
 
     @property
     def committee(self) -> int:
-        """Clients of a round that hold shares of the others' seeds."""
+        """Number of clients of a round that get shares of the others' seeds."""
         return _committee(self.cohort, self.dropped, self.corrupt)[0]
 
     @property
     def threshold(self) -> int:
-        """Members of the committee who must answer the same list.
+        """Number of committee members that must answer the same list of reporting clients.
 
-        More than all corrupt and half of the honest ones, so that no two lists can both be opened.
+        It is more than all corrupt members plus half of the honest ones. Each honest member answers
+        one list only, so no two lists can both be opened.
         """
         return _committee(self.cohort, self.dropped, self.corrupt)[1]
 
     @property
     def edge_prob(self) -> float:
-        """Probability that two clients mask with each other."""
+        """Probability that two clients are neighbours: that they share a mask."""
         return graph.sparsest(self.cohort, self.dropped, self.corrupt)[0]
 
     @property
     def least_neighbours(self) -> int:
-        """Fewest neighbours in the sum that every client in the sum must have."""
+        """Minimum number of neighbours in the sum that every client in the sum must have."""
         return graph.sparsest(self.cohort, self.dropped, self.corrupt)[1]
 
     @property
     def degree(self) -> float:
-        """Expected number of clients that one client masks with."""
+        """Expected number of neighbours of a client."""
         return self.edge_prob * (self.cohort - 1)
 
 
 def _floor(x: float) -> int:
-    # In floating point 0.29 * 100 is a little less than 29.
+    # In floating point 0.29 * 100 is slightly below 29, and must still give 29.
     return math.floor(x + 1e-9)
 
 
@@ -145,31 +147,36 @@ def _floor(x: float) -> int:
 def _committee(cohort: int, dropped: int, corrupt: int) -> tuple[int, int]:
     """Returns (size, threshold) of the smallest safe committee, or (0, 0) if there is none.
 
-    Each honest member answers one list only. So two different lists cannot both find `threshold`
-    members if 2 threshold > size + the number of corrupt members. A committee smaller than the
-    cohort is drawn at random, so safety and the number of members that stay hold up to a
-    probability: `graph.RISK` and `graph.MISS`.
+    Each honest member answers one list only. So two different lists cannot both get `threshold`
+    answers if 2 threshold > size + number of corrupt members. A committee smaller than the cohort
+    is drawn at random. It may have too many corrupt members with probability `graph.MAX_RISK`, and
+    too few that stay with probability `graph.MAX_MISS`.
     """
-    # In steps of ten: a few members more than needed cost little.
+    # In steps of ten, because a few members too many cost little.
     for size in range(WHOLE_COMMITTEE, cohort, 10):
         threshold = _staying(cohort, cohort - dropped, size)
-        # The fewest corrupt members with which two lists could both be opened.
+        # With this many corrupt members, two lists could both be opened.
         too_many = 2 * threshold - size
-        if _tail_probability(cohort, corrupt, size, too_many) <= graph.RISK:
+        if _tail_probability(cohort, corrupt, size, too_many) <= graph.MAX_RISK:
             return size, threshold
     threshold = cohort - dropped
-    return (cohort, threshold) if 2 * threshold > cohort + corrupt else (0, 0)
+    if 2 * threshold > cohort + corrupt:
+        return cohort, threshold
+    return 0, 0
 
 
 def _staying(cohort: int, alive: int, size: int) -> int:
-    """Returns how many of `size` drawn clients stay, except with probability `graph.MISS`."""
+    """Returns how many of `size` drawn clients stay at least.
+
+    It may fail with probability `graph.MAX_MISS`. `alive` of the `cohort` do not drop out.
+    """
     ways = math.comb(cohort, size)
     below = 0
     number = 0
     while number <= size:
         below += math.comb(alive, number) * math.comb(cohort - alive, size - number)
-        # Whole numbers too large for floats, until they are divided.
-        if below / ways > graph.MISS:
+        # Both are integers of any size: only their quotient fits into a float.
+        if below / ways > graph.MAX_MISS:
             break
         number += 1
     return number

@@ -1,4 +1,4 @@
-"""The public side of a secure sum: the roster of a run, graph and committee of each round."""
+"""Public data of a secure sum, equal on server and clients: roster, graph and committee."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from dataclasses import asdict, dataclass
 from functools import cached_property, lru_cache
 
 import numpy as np
+from torch import Tensor
 
 from fedpress.errors import WireError
 from fedpress.secagg import graph
-from fedpress.secagg.keys import SIGNATURE, TAG, can_agree, derive, digest, verify
+from fedpress.secagg.keys import SIGNATURE, TAG, can_agree, derive, digest, digest_all, verify
 from fedpress.secagg.message import JSON, SecAggMessage, as_tensor, read_bytes, read_names
 from fedpress.secagg.plan import SecurePlan
 
@@ -21,7 +22,7 @@ SEED = 16
 
 @dataclass(frozen=True)
 class SecAggSetup:
-    """What is agreed before the run.
+    """The settings of a run, agreed before it starts.
 
     Attributes:
         plan: cohort, bits, drop-outs and corrupt clients.
@@ -34,22 +35,22 @@ class SecAggSetup:
     run: str
 
     def signed(self, name: str, signature: bytes, *words: str | int | bytes) -> bool:
-        """Says whether `name` signed `words` in this run and under this plan."""
+        """Returns whether client `name` signed `words` for this run and plan."""
         known = self.identities.get(name)
         return known is not None and verify(known, signature, *self.words, *words)
 
     @cached_property
     def words(self) -> tuple[str, str]:
-        """The beginning of everything that is signed: a signature fits no other run or plan."""
+        """Prefix of everything that is signed, so that no signature is valid in another run."""
         return self.run, json.dumps(asdict(self.plan), sort_keys=True)
 
 
 @dataclass(frozen=True)
 class Roster:
-    """The key of every client for the run, signed by it, sorted by name.
+    """The signed X25519 keys of all clients of a run.
 
     Attributes:
-        names: names of the clients.
+        names: names of the clients, sorted.
         keys: X25519 public key [32] of each.
         signatures: signature [64] of each on its key.
     """
@@ -63,8 +64,8 @@ class Roster:
         """Reads and checks a roster.
 
         Raises:
-            WireError: if a name is unknown or listed twice, a signature is not by its owner, two
-                keys are equal, or no secret can be agreed on with a key.
+            WireError: if a name is unknown or listed twice, a key is not signed by its owner, two
+                keys are equal, or a key does not allow key agreement.
         """
         names = read_names(message, "names", "roster")
         keys = read_bytes(message, "keys", (len(names), 32), "roster")
@@ -75,7 +76,7 @@ class Roster:
         )
 
     def to_message(self) -> SecAggMessage:
-        """Returns the roster as it is sent."""
+        """Returns the roster as a message."""
         keys = as_tensor(b"".join(self.keys)).view(-1, 32)
         signatures = as_tensor(b"".join(self.signatures)).view(-1, SIGNATURE)
         return SecAggMessage({"names": list(self.names)}, {"keys": keys, "signatures": signatures})
@@ -108,13 +109,13 @@ def _checked_roster(
     identities: tuple[tuple[str, bytes], ...],
     run: str,
 ) -> Roster:
-    """Checks a roster, once for all clients of one process.
+    """Checks a roster; the result is cached for all clients of a process.
 
-    The arguments are all that the result depends on, and all of it is public, so the cache cannot
-    mix up two clients' views. In a simulation of 1,000 clients each would check the same 1,000
-    signatures.
+    In a simulation with 1,000 clients, each would otherwise check the same 1,000 signatures. The
+    result depends on the arguments only, so a client that gets another roster does not hit the
+    cache.
     """
-    # One order, so that all clients compute the same digest.
+    # Sorted, so that all clients compute the same digest.
     if sorted(set(names)) != list(names):
         raise WireError(
             "expected different names in order",
@@ -122,23 +123,23 @@ def _checked_roster(
             cure="send each client once",
         )
     roster = Roster(names, _rows(keys, 32), _rows(signatures, SIGNATURE))
-    # With the key of another client, one could pass as the other end of its pairwise masks.
+    # A client with a copy of another client's key would share that client's masks.
     if len(set(roster.keys)) != len(names):
         raise WireError(
             "two clients have the same key", place="roster.keys", cure="send each client's own"
         )
     setup = SecAggSetup(plan, dict(identities), run)
     for name, key, signature in zip(names, roster.keys, roster.signatures, strict=True):
-        # A server that replaces a key by its own could compute all masks of that client.
+        # A server that replaced a client's key by its own could compute all masks of that client.
         if not setup.signed(name, signature, "join", name, key):
             raise WireError(
                 f"the key of {name!r} is not signed by it",
                 place="roster.signatures",
-                cure="send what it sent to join",
+                cure="send the key and signature of the client's join message",
             )
         if not can_agree(key):
             raise WireError(
-                f"no secret can be agreed on with the key of {name!r}",
+                f"the key of {name!r} is invalid: it has low order",
                 place="roster.keys",
                 cure="leave this client out",
             )
@@ -151,13 +152,13 @@ def _rows(data: bytes, size: int) -> tuple[bytes, ...]:
 
 @dataclass(frozen=True)
 class PublicRound:
-    """What server and clients both compute about one round.
+    """Public data of one round, computed equally by server and clients.
 
     Attributes:
         number: number of the round.
-        names: names of the cohort, sorted. Clients are numbered by their place in it.
+        names: names of the cohort, sorted. Clients are numbered by their position in it.
         size: number of values in each vector.
-        context: 32-byte digest of all that this round is about.
+        context: 32-byte digest of run, plan, roster, number, size and cohort.
         plan: the plan of the run.
     """
 
@@ -176,7 +177,7 @@ class PublicRound:
         Raises:
             WireError: if the cohort is not of the planned size, or a client is not in the roster.
         """
-        # Sorted, so that the order in which a server lists the cohort changes nothing.
+        # Sorted, so that the order in which the server lists the cohort does not matter.
         names = tuple(sorted(cohort))
         if len(names) != setup.plan.cohort or len(set(names)) != len(names):
             raise WireError(
@@ -190,43 +191,43 @@ class PublicRound:
                 place="round.cohort",
                 cure="ask only clients that joined",
             )
-        # All keys of the round are derived with this digest. A message about another run, plan,
-        # roster, round, size or cohort therefore cannot be decrypted or verified in this one.
+        # All keys and signatures of the round depend on this digest. So a message from another run,
+        # plan, roster, round, size or cohort cannot be decrypted or verified here.
         context = digest("round", *setup.words, roster.digest, number, size, *names)
         return cls(number, names, size, context, setup.plan)
 
     @cached_property
     def edges(self) -> np.ndarray:
-        """Which clients mask with which, bool [cohort, cohort]."""
-        # Drawn from a digest of the whole cohort: a client cannot choose its neighbours, and the
-        # server can only draw another graph by asking another cohort.
+        """Which clients share a mask: bool [cohort, cohort]."""
+        # Drawn from a digest of the cohort: a client cannot choose its neighbours, and the server
+        # gets another graph only with another cohort.
         return graph.edges(derive(self.context, "graph"), len(self.names), self.plan.edge_prob)
 
     @cached_property
     def committee(self) -> tuple[int, ...]:
-        """Numbers of the clients that hold shares; the member at place k has the point k + 1."""
-        # Drawn from a digest of the round: a server cannot choose its members, except by asking
-        # another cohort.
+        """Numbers of the clients that get shares; the member at position k has point k + 1."""
+        # Drawn from a digest of the round, so the server cannot choose members; it gets another
+        # committee only with another cohort.
         by_lot = sorted(range(len(self.names)), key=lambda i: digest("committee", self.context, i))
         return tuple(sorted(by_lot[: self.plan.committee]))
 
     def members(self, reported: np.ndarray) -> list[int]:
-        """Returns the places in the committee of the members that reported (bool [cohort])."""
+        """Returns the positions in the committee of members that `reported` (bool [cohort])."""
         return [k for k, i in enumerate(self.committee) if reported[i]]
 
     def neighbours(self, client: int) -> np.ndarray:
-        """Returns the numbers of the clients that `client` masks with, in order."""
+        """Returns the sorted numbers of the clients that share a mask with `client`."""
         return np.flatnonzero(self.edges[client])
 
     def sealed_size(self, client: int) -> int:
-        """Returns the bytes of what `client` encrypts for one member of the committee."""
-        # A share of its own seed, one of each seed with a neighbour, and the authentication tag.
+        """Returns the size in bytes of the shares that `client` encrypts for one member."""
+        # A share of its own seed, one of each seed with a neighbour, and an authentication tag.
         return SEED * (1 + int(self.edges[client].sum())) + TAG
 
     def too_few(self, reported: np.ndarray) -> str:
-        """Says why the sum of the clients that reported (bool [cohort]) would reveal too much.
+        """Returns why a sum of the clients that `reported` (bool [cohort]) must not be unmasked.
 
-        Empty if it would not.
+        Empty if it may be. Example: "5 of 10 clients reported, and at least 7 must".
         """
         count = int(reported.sum())
         if count < self.plan.survivors:
@@ -234,22 +235,43 @@ class PublicRound:
                 f"{count} of {len(self.names)} clients reported, and at least "
                 f"{self.plan.survivors} must"
             )
-        # The number alone would let a server cut one client off by naming all its neighbours as
-        # drop-outs; see `graph`.
+        # The number alone is not enough: the server could isolate one client by reporting all its
+        # neighbours as dropped out; see `graph`.
         in_sum = self.edges[reported][:, reported].sum(1)
         if in_sum.min() < self.plan.least_neighbours:
             return (
-                f"a client is left with {int(in_sum.min())} neighbours that reported, "
+                f"a client has only {int(in_sum.min())} neighbours that reported, "
                 f"and at least {self.plan.least_neighbours} must"
             )
         return ""
 
 
 def commitment(seed: bytes) -> bytes:
-    """Returns 16 bytes by which a seed can be checked, but not found.
+    """Returns a commitment [16 bytes]: it verifies a seed, but does not reveal it.
 
     >>> commitment(bytes(16)).hex()[:8] != commitment(b"1" * 16).hex()[:8]
     True
     """
-    # A longer one would be no harder to invert: a seed has no more bits.
+    # A longer commitment would not be harder to invert, because a seed has 16 bytes.
     return derive(seed, "commitment", size=SEED)
+
+
+def report_digest(tensors: Mapping[str, Tensor]) -> bytes:
+    """Returns the digest of a client's report, which the client signs."""
+    names = ("masked", "nonce", "sealed", "commitments")
+    return digest_all(tensors[name].contiguous().numpy() for name in names)
+
+
+def list_digest(public: PublicRound, reported: np.ndarray, digests: np.ndarray) -> bytes:
+    """Returns the digest of the list of clients that reported, and of their reports."""
+    return digest("list", public.context, reported.tobytes(), digests.tobytes())
+
+
+def seeds_to_open(public: PublicRound, client: int, reported: np.ndarray) -> list[int]:
+    """Returns the rows of the seeds of a reporting `client` that the committee opens.
+
+    These are its own seed (row 0), and the seeds that it shares with neighbours who did not report.
+    Seeds with neighbours who reported must stay secret: their masks cancel in the sum, and if they
+    were opened, the client's vector would be revealed.
+    """
+    return [0, *(1 + np.flatnonzero(~reported[public.neighbours(client)]))]

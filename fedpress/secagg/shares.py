@@ -1,8 +1,8 @@
 """Shamir's secret sharing over GF(2^16): `threshold` shares give the secret, fewer reveal nothing.
 
-A secret is a row of bytes. Every two bytes are the value at 0 of a random polynomial of degree
-threshold - 1, and a share is its value at a point from 1 to 65535. In this field addition is XOR,
-and multiplication adds logarithms, which are looked up in tables.
+A secret is a row of bytes. Each pair of bytes is the value at 0 of a random polynomial of degree
+threshold - 1; a share is the polynomial's value at a point from 1 to 65535. In this field, addition
+is XOR. Multiplication adds logarithms from a table.
 """
 
 from __future__ import annotations
@@ -15,27 +15,27 @@ import numpy as np
 from fedpress.core.random import keystream
 
 ORDER = 65535
-"""Order of the multiplicative group: logarithms are taken modulo this."""
+"""Order of the multiplicative group; logarithms are modulo this."""
 
 POLYNOMIAL = 0x1100B
 """x^16 + x^12 + x^3 + x + 1, which defines the field; x generates its multiplicative group."""
 
-TRIES = 300
-"""Random choices of share holders after which a secret counts as lost."""
+MAX_TRIES = 300
+"""Number of random choices of share holders that are tried to recover a secret."""
 
 
 @cache
 def field_tables() -> tuple[np.ndarray, np.ndarray]:
     """Returns the tables (exp, log) of the field, uint16 [4 * ORDER + 1] and int32 [ORDER + 1].
 
-    Zero has no logarithm: log(0) points beyond two periods of exp, where exp is 0. So a product
-    with 0 needs no case of its own.
+    Zero has no logarithm. The table has 2 * ORDER for it, and exp is 0 from there on. So a product
+    with 0 needs no special case.
     """
     exp = np.zeros(4 * ORDER + 1, np.uint16)
     log = np.full(ORDER + 1, 2 * ORDER, np.int32)
     value = 1
     for power in range(ORDER):
-        # Twice, so that the sum of two logarithms needs no reduction.
+        # exp has two periods, so that a sum of two logarithms needs no reduction.
         exp[power] = value
         exp[power + ORDER] = value
         log[value] = power
@@ -55,26 +55,26 @@ def multiply(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 def share_secrets(
     secrets: np.ndarray, points: Sequence[int], threshold: int, key: bytes
 ) -> np.ndarray:
-    """Returns one share of every secret for every point.
+    """Returns a share of every secret for every point.
 
     Args:
         secrets: uint8 [secrets, bytes], an even number of bytes.
         points: different numbers from 1 to 65535; the value at 0 is the secret itself.
         threshold: how many shares give the secret.
-        key: 32 secret bytes that the polynomials are drawn from. Never use them for other secrets:
-            two secrets with the same polynomials have shares that differ by the secrets' XOR.
+        key: 32 secret bytes from which the polynomials are drawn. Never use it for other secrets:
+            with the same polynomials, the shares of two secrets differ by the secrets' XOR.
 
     Returns:
         uint8 [points, secrets, bytes].
     """
     exp, log = field_tables()
-    # Little-endian on every machine: shares are sent to others.
+    # Little-endian on every machine, because shares are sent to other machines.
     constant = np.ascontiguousarray(secrets).view("<u2")
     random_bytes = keystream(key, secrets.size * (threshold - 1))
     drawn = random_bytes.view("<u2").reshape(threshold - 1, *constant.shape)
     log_points = log.take(np.asarray(points, np.uint16))[:, None, None]
     value = np.zeros((len(points), *constant.shape), np.uint16)
-    # Horner's scheme, the highest power first.
+    # Horner's method, with the highest power first.
     for coefficients in (*drawn, constant):
         value = exp.take(log.take(value) + log_points)
         value ^= coefficients
@@ -89,7 +89,7 @@ def interpolate(
     Args:
         shares: uint8 [points, secrets, bytes].
         points: the point of each share.
-        at: where to evaluate, none of the points.
+        at: where to evaluate; must not be one of the points.
 
     Returns:
         uint8 [secrets, bytes].
@@ -98,7 +98,7 @@ def interpolate(
     weights = _log_weights(np.asarray(points, np.int64), at)
     words = np.ascontiguousarray(shares).view("<u2")
     total = np.zeros(words.shape[1:], np.uint16)
-    # A weight's logarithm is below ORDER, so the sum is within the table even where the share is 0.
+    # A weight's logarithm is below ORDER, so the index is within the table even for a share of 0.
     for weight, row in zip(weights.tolist(), words, strict=True):
         total ^= exp.take(log.take(row) + weight)
     return total.view(np.uint8)
@@ -109,22 +109,22 @@ def recover_secrets(
 ) -> tuple[np.ndarray, list[int]]:
     """Recovers secrets from shares of which some may be wrong.
 
-    First the shares of the first `threshold` holders are joined. For a secret that is not right,
-    random choices of holders are tried until one is; then all holders whose shares are not on its
-    polynomial go to the end of the order, for the secrets that follow.
+    First the shares of the first `threshold` holders are combined. If a secret is wrong, random
+    choices of holders are tried until it is right. Holders whose shares do not lie on the right
+    polynomial are then used last for all further secrets.
 
     Args:
         shares: uint8 [holders, secrets, bytes] of at least `threshold` holders.
         points: the point of each holder.
         threshold: how many shares give a secret.
-        right: (number of the secret, its bytes) -> whether it is the right one.
+        right: (number of a secret, its bytes) -> whether it is correct.
 
     Returns:
-        The secrets, uint8 [secrets, bytes], and the numbers of those that no choice gave.
+        The secrets, uint8 [secrets, bytes], and the numbers of those that were not recovered.
     """
     order = list(range(len(points)))
     place = np.asarray(points)
-    # Which holders are tried is no secret, so a fixed seed is fine.
+    # The choice of holders need not be secret, so a fixed seed is fine.
     rng = np.random.default_rng(0)
     chosen = order[:threshold]
     found = interpolate(shares[chosen], place[chosen])
@@ -136,12 +136,15 @@ def recover_secrets(
         if fit is None:
             lost.append(wrong.pop(0))
             continue
-        # A holder with one wrong share likely has more: from here on it is asked last.
+        # A holder with one wrong share probably has more, so it is used last from here on.
         trusted: list[int] = []
         doubted: list[int] = []
         for k in order:
             on_polynomial = (interpolate(one[fit], place[fit], at=place[k]) == one[k]).all()
-            (trusted if k in fit or on_polynomial else doubted).append(k)
+            if k in fit or on_polynomial:
+                trusted.append(k)
+            else:
+                doubted.append(k)
         order = trusted + doubted
         found[wrong[0]] = interpolate(one[fit], place[fit])[0]
         wrong = wrong[1:]
@@ -159,7 +162,7 @@ def _search(
     right: Callable[[bytes], bool],
     rng: np.random.Generator,
 ) -> list[int] | None:
-    """Returns `threshold` holders whose shares give a right secret; None if none were found.
+    """Returns `threshold` holders whose shares give the right secret; None if none were found.
 
     Args:
         one: shares of one secret, uint8 [holders, 1, bytes].
@@ -168,10 +171,10 @@ def _search(
         right: whether these bytes are the right secret.
         rng: chooses the holders.
     """
-    # There is only one choice, which was tried already.
+    # There is only one choice, and the caller has tried it.
     if threshold == len(place):
         return None
-    for _ in range(TRIES):
+    for _ in range(MAX_TRIES):
         chosen = sorted(rng.choice(len(place), threshold, replace=False).tolist())
         if right(interpolate(one[chosen], place[chosen]).tobytes()):
             return chosen
@@ -179,11 +182,11 @@ def _search(
 
 
 def _log_weights(points: np.ndarray, at: int) -> np.ndarray:
-    """Returns the logarithms of Lagrange's weights for the value at `at`, none of the points."""
+    """Returns the logarithms of Lagrange's weights for the value at `at`."""
     _, log = field_tables()
     above = log.take(points ^ at).astype(np.int64)
     between = points[:, None] ^ points[None, :]
-    # A point's distance to itself is left out of the product: log(1) = 0.
+    # Lagrange's product has no factor for the point itself: 1 has logarithm 0.
     np.fill_diagonal(between, 1)
     below = log.take(between).astype(np.int64).sum(1)
     logarithms: np.ndarray = (above.sum() - above - below) % ORDER

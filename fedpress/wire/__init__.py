@@ -1,4 +1,4 @@
-"""The wire: messages, their bytes, and lossless packing of tensors."""
+"""Messages, their serialization to bytes, and lossless packing of tensors."""
 
 from fedpress.core.canonical import JSON
 from fedpress.wire.message import Message, pack, unpack

@@ -1,8 +1,8 @@
-"""Entropy coding of whole numbers: a frequency table for each class of blocks, one ANS stream.
+"""Entropy coding of integers by ANS, with a frequency table for each class of blocks.
 
-Asymmetric numeral systems: Duda 2013 (arXiv:1311.2540), by the library constriction. Writer and
-reader must hold identical models, so a table is sent as logarithms in eighths of a bit, which
-become whole weights by shifts alone; floating-point logarithms could differ between machines.
+Asymmetric numeral systems: Duda 2013 (arXiv:1311.2540); the coder is the library constriction.
+Writer and reader need identical models. So a table is sent as logarithms in eighths of a bit, which
+become integer weights by bit shifts only; floating-point logarithms could differ between machines.
 """
 
 from __future__ import annotations
@@ -23,26 +23,26 @@ Coder: Any = constriction.stream.stack.AnsCoder
 Categorical: Any = constriction.stream.model.Categorical
 
 MAX_SYMBOLS = 4096
-"""Most symbols of a table; values further out are escaped."""
+"""Limit of the number of symbols of a table; values outside of its range are escaped."""
 
 MAX_ROWS = 16
-"""Most rows of a tensor that get tables of their own."""
+"""Limit of the number of rows that have separate tables."""
 
 CHUNK = 1 << 16
-"""Symbols decoded at a time: bounds memory, and stays in the processor's cache."""
+"""Symbols decoded at a time, to bound memory and to stay in the processor's cache."""
 
 ABSENT = 255
 """The code of a symbol that does not occur."""
 
 ESCAPE_BYTES = 5
-"""About what an escaped value costs."""
+"""Estimated size of an escaped value."""
 
 EIGHTHS = np.array([round(2 ** (30 - i / 8)) for i in range(8)], np.int64)
 """Weights of the codes 0 to 7: 2^30 down to 2^(30 - 7/8)."""
 
 
 def _weight(code: int) -> int:
-    # At least 1: a symbol that occurs must have a probability.
+    # At least 1, because a symbol that occurs needs a probability above 0.
     return max(int(EIGHTHS[code % 8]) >> (code // 8), 1)
 
 
@@ -52,13 +52,13 @@ WEIGHTS = np.array([*map(_weight, range(ABSENT)), 0], np.float64)
 
 @dataclass(frozen=True, eq=False)
 class FrequencyTable:
-    """How often each symbol occurs in one class and row.
+    """The frequencies of the symbols in one class and row.
 
     Attributes:
         low: the value of the first symbol; the next symbol is `low` + 1, and so on.
-        codes: logarithmic frequency of each symbol, uint8, with that of the escape at the end if
-            there is one.
-        escape: whether there is an escape symbol, which stands for all other values.
+        codes: logarithmic frequency of each symbol, uint8; the last one belongs to the escape
+            symbol if there is one.
+        escape: whether there is an escape symbol, which represents all other values.
     """
 
     low: int
@@ -80,9 +80,8 @@ def encode_ints(values: Ints, rows: int, nested: Callable[[Ints], bytes]) -> byt
 
     Args:
         values: whole numbers within 64 bits.
-        rows: into how many rows with tables of their own they are divided; a divisor of n, at most
-            `MAX_ROWS`.
-        nested: packs the class numbers and the escaped values.
+        rows: number of rows, each with its own tables; a divisor of n, at most `MAX_ROWS`.
+        nested: packs class numbers and escaped values.
     """
     window = _window(values)
     matrix = window.symbols.reshape(rows, -1)
@@ -97,7 +96,7 @@ def encode_ints(values: Ints, rows: int, nested: Callable[[Ints], bytes]) -> byt
     for part, original in zip(_parts(matrix, layout), _parts(originals, layout), strict=True):
         symbols = part()
         table = _table(_histogram(symbols, window.size + 1), window.low, window.size)
-        # The type that constriction takes.
+        # constriction needs int32.
         index = symbols.astype(np.int32)
         index -= table.low - window.low
         if table.escape:
@@ -126,20 +125,20 @@ def encode_ints(values: Ints, rows: int, nested: Callable[[Ints], bytes]) -> byt
 
 
 def coded_bits(values: Ints, rows: int = 1, share: float = 1.0) -> float:
-    """Returns about how many bits `encode_ints` needs: from its classes and tables, without coding.
+    """Estimates the bits that `encode_ints` needs, from classes and tables without coding.
 
     Args:
         values: whole numbers [n].
         rows: as in `encode_ints`.
-        share: n / size of the whole vector, if `values` are a sample of it. Tables are sent once
-            for the whole vector, so only this share of their cost counts for the sample.
+        share: n / size of the full vector, if `values` are a sample of it. Tables are sent once
+            per vector, so only this share of their bits counts.
     """
     if not len(values):
         return 0.0
     window = _window(values)
     matrix = window.symbols.reshape(rows, -1)
     layout = choose_classes(matrix, window.center, share)
-    # About twelve bytes for the fields of fixed length.
+    # The other fields take about twelve bytes.
     bits = share * 8.0 * 12
     if layout.count > 1:
         ids = layout.ids.astype(np.int64)
@@ -155,7 +154,7 @@ def coded_bits(values: Ints, rows: int = 1, share: float = 1.0) -> float:
 def _counts_by_class(row: Ints, layout: BlockClasses, width: int) -> NDArray[np.int64]:
     """Returns how often each of `width` symbols occurs in each class, int64 [classes, width]."""
     whole = row.size // layout.width
-    # Symbol and class make one number, so that one pass counts all classes.
+    # Symbol and class are combined to one number, so that one pass counts all classes.
     keys = row.astype(np.intp)
     in_blocks = keys[: whole * layout.width].reshape(whole, -1)
     in_blocks += (layout.ids[:whole].astype(np.intp) * width)[:, None]
@@ -165,11 +164,11 @@ def _counts_by_class(row: Ints, layout: BlockClasses, width: int) -> NDArray[np.
 
 
 def _bits_of(counts: NDArray[np.int64], share: float) -> float:
-    """Returns the bits of symbols and of their tables.
+    """Estimates the bits of all symbols and their tables.
 
     Args:
         counts: how often each symbol occurs, int64 [tables, symbols].
-        share: share of the tables' cost that counts.
+        share: share of the tables' bits that counts.
     """
     used = counts > 0
     occurring = counts[used]
@@ -189,16 +188,16 @@ def _bits_of(counts: NDArray[np.int64], share: float) -> float:
 def decode_ints(
     reader: ByteReader, out: Ints, nested: Callable[[ByteReader, Ints], None], place: str
 ) -> None:
-    """Fills `out` [n] from what `encode_ints` made; takes memory for a few chunks only.
+    """Decodes the bytes of `encode_ints` into `out` [n], with little extra memory.
 
     Args:
         reader: the coded bytes.
-        out: where the values go; its type must hold them.
-        nested: unpacks the class numbers and the escaped values.
+        out: receives the values, of the type that was encoded.
+        nested: unpacks class numbers and escaped values.
         place: name of the tensor in errors.
 
     Raises:
-        WireError: if the bytes are not what `encode_ints` could have made.
+        WireError: if the bytes are not valid.
     """
     rows = reader.byte(f"{place}.rows")
     if not 1 <= rows <= MAX_ROWS or out.size % rows:
@@ -212,11 +211,11 @@ def decode_ints(
     escaped = np.empty(reader.varint(f"{place}.escapes", out.size), out.dtype)
     if len(escaped):
         nested(reader.part(f"{place}.escapes"), escaped)
-    # The stream is last and has no length of its own: it takes all that is left.
+    # The stream is the last field and takes all remaining bytes.
     words = reader.take(reader.left, f"{place}.words")
     # The coder refuses a stream that ends in a zero word.
     if len(words) % 4 or (len(words) and not any(words[-4:])):
-        fail(f"{place}.words", f"{len(words)} bytes are no whole stream")
+        fail(f"{place}.words", f"{len(words)} bytes are not a complete stream")
 
     stream = _Stream(Coder(np.frombuffer(words, "<u4").astype(np.uint32)), escaped, place)
     blocks_of = layout.groups(matrix.shape[1] // layout.width)
@@ -228,7 +227,7 @@ def decode_ints(
 
 
 class _Stream:
-    """The symbols of an ANS stream as values, with the escaped ones put in."""
+    """Reads values from an ANS stream, and escaped values from their list."""
 
     def __init__(self, coder: Any, escaped: Ints, place: str) -> None:
         self._coder = coder
@@ -237,7 +236,7 @@ class _Stream:
         self._used = 0
 
     def finished(self) -> bool:
-        """Whether all words and all escaped values are used."""
+        """Returns whether all words and all escaped values were used."""
         return self._used == len(self._escaped) and bool(self._coder.is_empty())
 
     def read(self, model: Any, table: FrequencyTable, size: int, dtype: np.dtype) -> Ints:
@@ -261,14 +260,13 @@ class _Stream:
 
 @dataclass(frozen=True, eq=False)
 class _Window:
-    """Values as symbols, of which there are few.
+    """Values as symbols: value - low inside a range of `size` values, else the symbol `size`.
 
     Attributes:
-        symbols: the symbol of each value, uint8 or uint16 [n]; `size` stands for all values
-            outside of the window.
+        symbols: the symbol of each value, uint8 or uint16 [n].
         low: the value of symbol 0.
-        size: number of symbols without that for outside.
-        center: the symbol of the median, about.
+        size: number of values in the range.
+        center: the symbol of the approximate median.
     """
 
     symbols: Ints
@@ -278,7 +276,7 @@ class _Window:
 
 
 def _window(values: Ints) -> _Window:
-    """Chooses at most `MAX_SYMBOLS` - 1 neighbouring values to be symbols."""
+    """Chooses a range of at most `MAX_SYMBOLS` - 1 values, and converts values to symbols."""
     low = int(values.min())
     high = int(values.max())
     sample = values[:: max(1, len(values) // 4096)]
@@ -286,22 +284,22 @@ def _window(values: Ints) -> _Window:
     if high - low < MAX_SYMBOLS - 1:
         kind = np.uint8 if high - low < 255 else np.uint16
         unsigned = f"u{values.itemsize}"
-        # The difference may wrap around within the type, and is then still right.
+        # Unsigned arithmetic modulo 2^n gives the right difference even if it overflows.
         symbols = values.view(unsigned) - np.array(low).astype(values.dtype).view(unsigned)
         return _Window(symbols.astype(kind), low, high - low + 1, center - low)
 
     size = MAX_SYMBOLS - 1
     start = min(max(center - size // 2, low), high - size + 1)
     inside = (values >= start) & (values <= start + size - 1)
-    # Values outside are replaced before the difference is taken, which might overflow.
+    # Values outside are replaced first, because their differences might overflow.
     shifted = np.where(inside, values, values.dtype.type(start)).astype(np.int64) - start
     return _Window(np.where(inside, shifted, size).astype(np.uint16), start, size, center - start)
 
 
 def _parts(matrix: Ints, layout: BlockClasses) -> list[Callable[[], Ints]]:
-    """Returns a function for each class and row that gathers its values, in the stream's order.
+    """Returns a function per class and row that gathers its values, in the stream's order.
 
-    Functions and not arrays, so that only one part is in memory at a time.
+    Functions instead of arrays, so that only one part is in memory at a time.
     """
     whole = matrix.shape[1] // layout.width
     groups = layout.groups(whole)
@@ -323,28 +321,28 @@ def _histogram(symbols: Ints, size: int) -> NDArray[np.int64]:
     """Returns how often each of `size` symbols occurs, int64 [size]."""
     if symbols.dtype != np.uint8 or len(symbols) < 1 << 16:
         return np.bincount(symbols, minlength=size)
-    # Faster: two neighbouring bytes are counted as one symbol of 16 bits.
+    # Faster than counting bytes: two neighbouring bytes are counted as one 16-bit symbol.
     even = len(symbols) // 2 * 2
     pairs = np.bincount(symbols[:even].view(np.uint16), minlength=1 << 16).reshape(256, 256)
     counts: NDArray[np.int64] = pairs.sum(0) + pairs.sum(1)
-    # If the number is odd, one symbol is left.
+    # An odd number of symbols leaves one to be counted.
     counts[symbols[even:]] += 1
     return counts[:size]
 
 
 def _table(counts: NDArray[np.int64], low: int, size: int) -> FrequencyTable:
-    """Returns the table of one part.
+    """Returns the table of one class and row.
 
-    Rare symbols at both ends are left out where escapes cost less than entries of the table.
+    Rare symbols at both ends are left out if escaping them takes fewer bytes than table entries.
 
     Args:
-        counts: how often each symbol of the window occurs, and at the end how often values outside.
+        counts: how often each symbol occurs; the last entry counts values outside of the window.
         low: the value of symbol 0 of the window.
         size: number of symbols of the window.
     """
     inner = counts[:size]
     used = np.flatnonzero(inner)
-    # All values of this part lie outside of the window.
+    # All values of this part are outside of the window.
     if not len(used):
         return FrequencyTable(low, np.array([ABSENT, 0], np.uint8), True)
     first = int(used[0])
@@ -362,13 +360,13 @@ def _table(counts: NDArray[np.int64], low: int, size: int) -> FrequencyTable:
 
 
 def _cheapest(counts: NDArray[np.int64]) -> int:
-    """Returns how many symbols at the front cost less as escapes than as entries of the table."""
+    """Returns how many leading symbols take fewer bytes as escapes than as table entries."""
     saved = np.arange(len(counts)) - ESCAPE_BYTES * (np.cumsum(counts) - counts)
     return int(saved.argmax())
 
 
 def _entropy(counts: NDArray[np.integer]) -> float:
-    """Returns the bits of all symbols that occur as often as `counts` say."""
+    """Returns the total bits of symbols with these `counts`, by their entropy."""
     used = counts[counts > 0].astype(np.float64)
     return float(used @ np.log2(used.sum() / used))
 
@@ -394,7 +392,7 @@ def _read_ids(
         fail(f"{place}.classes", f"got {count}, expected 1 to {MAX_CLASSES}")
     if count == 1:
         return BlockClasses(max(columns, 1), 1, np.zeros(1, np.uint8))
-    # The lowest bit says whether differences follow.
+    # The lowest bit is 1 if the class numbers are coded as differences.
     width, delta = divmod(reader.varint(f"{place}.block", 2 * max(columns, 1) + 1), 2)
     # With at least 32 values in a block, class numbers take little memory.
     if not smallest_width(rows) <= width <= columns:
@@ -409,7 +407,7 @@ def _read_ids(
 
 
 def _coded_codes(table: FrequencyTable) -> bytes:
-    # A single symbol has all the weight, whatever its code.
+    # A single symbol has probability 1, so its code is not sent.
     return table.codes.tobytes() if len(table.codes) > 1 else b""
 
 
@@ -460,6 +458,6 @@ def _decode_part(
 
 def _shifted(index: NDArray[np.int32], low: int, dtype: np.dtype) -> Ints:
     values = index.astype(dtype)
-    # It may wrap around within the type on the way; the reader has checked the range of the result.
+    # Intermediate overflow does no harm; the range of the result was checked by `_read_table`.
     values += np.array(low).astype(dtype)
     return values

@@ -1,8 +1,8 @@
-"""Field kinds: what a header field may hold, as a text for errors and as a check.
+"""Types of header fields: a check of the value, and its description for errors.
 
-JSON knows `true`, `1`, `1.0` and `"1"`. In Python the first three are equal and the same key of a
-dictionary, so a client that remembers answered rounds in one would answer `round = true` after
-round 1. Here a whole number is an int and nothing else.
+JSON distinguishes `true`, `1`, `1.0` and `"1"`, but in Python the first three are equal and the
+same dictionary key. A client that stores answered rounds in a dictionary would confuse
+`round = true` with round 1. Therefore a whole number must be an `int` here, and not a `bool`.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ MAX_SIZE = 1 << 62
 
 @dataclass(frozen=True)
 class FieldKind:
-    """What a field may hold.
+    """The type and limits of a header field.
 
     Attributes:
-        expected: in words, for errors.
-        holds: whether a value is of this kind.
+        expected: description for errors, such as "a finite number".
+        holds: returns whether a value is of this kind.
     """
 
     expected: str
@@ -35,7 +35,7 @@ class FieldKind:
 
 
 def _is_whole(value: Any) -> bool:
-    # `isinstance` would take a bool.
+    # `isinstance` would accept a bool.
     return type(value) is int
 
 
@@ -79,17 +79,17 @@ def check_field(place: str, name: str, value: Any, kind: FieldKind) -> None:
     """Checks one header field.
 
     Args:
-        place: what an error calls the message.
+        place: name of the message in errors, such as "fit".
         name: name of the field.
-        value: what the header holds.
-        kind: what it may hold.
+        value: the field's value.
+        kind: its expected kind.
 
     Raises:
         WireError: if `value` is not of this kind.
     """
     if not kind.holds(value):
         shown = repr(value)
-        # The sender decides how long it is.
+        # Cut, because the sender decides how long it is.
         if len(shown) > 80:
             shown = f"{shown[:77]}..."
         raise WireError(
@@ -100,7 +100,7 @@ def check_field(place: str, name: str, value: Any, kind: FieldKind) -> None:
 
 
 def check_fields(place: str, fields: Mapping[str, FieldKind], header: Mapping[str, Any]) -> None:
-    """Checks every field of `header` that is in `fields`; others are not read.
+    """Checks every field of `header` that is in `fields`; ignores others and missing ones.
 
     Raises:
         WireError: if a field is not of its kind.

@@ -1,7 +1,7 @@
-"""A message is a kind, a small JSON header and named tensors; `FORMAT.md` describes its bytes.
+"""Messages: a kind, a small JSON header and named tensors; `FORMAT.md` describes the bytes.
 
-The sender is not trusted: every size is checked before memory is taken for it, and every fault is a
-`WireError` that names the field.
+The sender is not trusted: every size is checked before memory is allocated, and every fault raises
+a `WireError` that names the field.
 """
 
 from __future__ import annotations
@@ -27,21 +27,21 @@ FRAME = struct.Struct("<4sHII")
 """Magic, version, length of the payload, CRC-32 of the payload."""
 
 MAX_BYTES = 1 << 30
-"""Longest message, in bytes, unless a reader sets another limit."""
+"""Default limit of a message's size in bytes."""
 
 MAX_HEADER_BYTES = 1 << 20
-"""Longest header, in bytes of JSON."""
+"""Limit of a header's size in bytes of JSON."""
 
 MAX_NAME_BYTES = 1024
-"""Longest kind or name of a tensor, in bytes of UTF-8."""
+"""Limit of a kind or a tensor's name in bytes of UTF-8."""
 
 MAX_TENSORS = 1024
-"""Most tensors in a message."""
+"""Limit of the number of tensors in a message."""
 
 MAX_DIMENSIONS = 8
-"""Most dimensions of a tensor."""
+"""Limit of the number of dimensions of a tensor."""
 
-# The order is part of the format: a type is sent as its place in this table.
+# The order is part of the format: a type is sent as its position in this table.
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -58,10 +58,10 @@ CODES = {dtype: code for code, dtype in enumerate(DTYPES.values())}
 
 @dataclass(frozen=True, eq=False)
 class Message:
-    """What one side sends to the other.
+    """One message between server and client.
 
     Attributes:
-        kind: what the message is about, for instance "fit".
+        kind: a kind of `federation.protocol`, such as "fit".
         header: JSON values by name.
         tensors: tensors by name.
     """
@@ -75,13 +75,12 @@ def pack(message: Message) -> bytes:
     """Returns the bytes of `message`; equal messages give equal bytes.
 
     Raises:
-        WireError: if the header holds a number that is not finite, or a tensor has a dtype that
-            cannot be sent.
+        WireError: if a number in the header is not finite, or a tensor's dtype cannot be sent.
 
     >>> pack(Message("hello", {"round": 1}))[:4]
     b'FPRS'
     """
-    # Refused here and not by the receiver, whose error would come after the work.
+    # Checked by the sender too: otherwise the error would come only when the receiver reads it.
     _check_json(dict(message.header), "message.header")
     for name, tensor in message.tensors.items():
         if tensor.dtype not in CODES:
@@ -90,7 +89,7 @@ def pack(message: Message) -> bytes:
                 f"dtype {tensor.dtype} cannot be sent",
                 f"use one of {', '.join(DTYPES)}",
             )
-    # Sorted keys and names: equal messages give equal bytes, which digests rely on.
+    # Keys and names are sorted, so that equal messages give equal bytes and equal digests.
     text = json.dumps(dict(message.header), sort_keys=True, separators=(",", ":")).encode()
     payload = bytearray(_part(_utf8(message.kind, "kind")))
     payload += _part(text)
@@ -104,11 +103,11 @@ def pack(message: Message) -> bytes:
 
 
 def unpack(data: bytes, *, max_bytes: int = MAX_BYTES) -> Message:
-    """Reads the message in `data`, whose sender is not trusted.
+    """Reads the message in untrusted `data`.
 
     Args:
-        data: the whole message, nothing more.
-        max_bytes: limit in bytes, both for `data` and for all its tensors unpacked.
+        data: exactly one message.
+        max_bytes: limit of the size of `data`, and of the total size of its unpacked tensors.
 
     Raises:
         WireError: for every fault, with the name of the field.
@@ -136,7 +135,7 @@ def unpack(data: bytes, *, max_bytes: int = MAX_BYTES) -> Message:
 
 @dataclass(frozen=True, eq=False)
 class _PackedTensor:
-    """One tensor of a message that is still packed."""
+    """A tensor of a message, before unpacking."""
 
     dtype: torch.dtype
     shape: list[int]
@@ -145,7 +144,7 @@ class _PackedTensor:
 
 def _payload(data: bytes, max_bytes: int) -> memoryview:
     """Returns the payload after checking the frame."""
-    # First, so that no checksum is computed over more than is accepted.
+    # Checked first: the checksum of an oversized message would take long.
     if len(data) > max_bytes:
         fail(
             "length",
@@ -161,7 +160,7 @@ def _payload(data: bytes, max_bytes: int) -> memoryview:
     magic, version, length, crc = FRAME.unpack_from(data)
     if magic != MAGIC:
         fail("magic", f"got {magic!r}, expected {MAGIC!r}", "give what fedpress packed")
-    # The rest of another version may mean something else.
+    # Other versions may have another layout, so nothing more is read from them.
     if version != VERSION:
         fail("version", f"got {version}, expected {VERSION}", "use the same fedpress on both sides")
     if length != len(data) - FRAME.size:
@@ -171,15 +170,15 @@ def _payload(data: bytes, max_bytes: int) -> memoryview:
         )
     payload = memoryview(data)[FRAME.size :]
     if crc != _crc(payload):
-        fail("crc32", "the checksum differs", "the message was damaged on its way, send it again")
+        fail("crc32", "the checksum differs", "the message was damaged in transit, send it again")
     return payload
 
 
 def _packed_tensors(reader: ByteReader, max_bytes: int) -> dict[str, _PackedTensor]:
-    """Reads type, shape and bytes of each tensor by its name.
+    """Reads type, shape and packed bytes of each tensor.
 
-    None is unpacked before the sum of all their sizes is known to be within `max_bytes`: a few
-    bytes can unpack to any number of zeros.
+    Tensors are unpacked only after the total of their sizes was checked against `max_bytes`,
+    because a few bytes can unpack to any number of zeros.
     """
     packed: dict[str, _PackedTensor] = {}
     total = 0
@@ -200,7 +199,8 @@ def _packed_tensors(reader: ByteReader, max_bytes: int) -> dict[str, _PackedTens
         if dimensions > MAX_DIMENSIONS:
             fail(place, f"{dimensions} dimensions", f"at most {MAX_DIMENSIONS}")
         shape = [reader.varint(place, MAX_BYTES) for _ in range(dimensions)]
-        # Sizes of 0 are left out: torch multiplies the others even if the tensor is empty.
+        # Sizes of 0 count as 1: torch multiplies the other sizes even if the tensor is empty, and
+        # that product must not overflow.
         if prod(max(size, 1) for size in shape) > MAX_BYTES:
             fail(place, f"shape {shape} is out of range", f"at most {MAX_BYTES} values")
         total += prod(shape) * dtype.itemsize
@@ -225,7 +225,7 @@ def _part(content: bytes) -> bytes:
 def _utf8(text: str, place: str) -> bytes:
     try:
         content = text.encode()
-    # A Python string may hold lone surrogates, which UTF-8 cannot.
+    # A Python string may contain lone surrogates, which UTF-8 cannot represent.
     except UnicodeEncodeError as error:
         raise WireError(
             f"{text!r} cannot be written in UTF-8",
@@ -245,7 +245,7 @@ def _text(reader: ByteReader, place: str, most: int) -> str:
 
 
 def _check_json(value: JSON, place: str) -> None:
-    """Refuses what not every JSON reader takes: NaN, infinity, long integers, other types."""
+    """Refuses values that not every JSON reader accepts: NaN, infinity, integers over 64 bits."""
     if isinstance(value, dict):
         for key, item in value.items():
             if not isinstance(key, str):
@@ -255,12 +255,12 @@ def _check_json(value: JSON, place: str) -> None:
             _check_json(item, f"{place}.{key}")
     elif isinstance(value, list):
         for at, item in enumerate(value):
-            # Any text is fine. Skipping it here saves time where a header lists all clients.
+            # Texts are always valid. Skipping them saves time if a header lists all clients.
             if not isinstance(item, str):
                 _check_json(item, f"{place}[{at}]")
     elif isinstance(value, float) and not isfinite(value):
         raise WireError(f"got {value}, expected a finite number", place=place, cure="leave it out")
-    # Many readers of JSON hold whole numbers in 64 bits.
+    # Many JSON readers store whole numbers in 64 bits.
     elif isinstance(value, int) and abs(value) >= 1 << 63:
         raise WireError(
             "got an integer of more than 64 bits", place=place, cure="send it as a string"
@@ -274,5 +274,5 @@ def _check_json(value: JSON, place: str) -> None:
 
 
 def _crc(payload: bytes | bytearray | memoryview) -> int:
-    # It finds damage on the way. Whoever changes a message on purpose can change it, too.
+    # A CRC finds accidental damage only: an attacker can compute a new one.
     return zlib.crc32(payload)

@@ -1,4 +1,4 @@
-"""Checked reading of bytes from a sender that is not trusted, and writing of whole numbers."""
+"""A checked reader of untrusted bytes, and the varint format of whole numbers."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from fedpress.errors import WireError
 
 
 def fail(place: str, problem: str, cure: str = "send it again") -> NoReturn:
-    """Raises a WireError about the field `place` of a message."""
+    """Raises a WireError about the field `place` of a message. Example: `message.crc32: ...`."""
     raise WireError(problem, place=f"message.{place}", cure=cure)
 
 
 def varint(value: int) -> bytes:
-    """Returns a whole number >= 0 in groups of seven bits, the low group first.
+    """Returns a whole number >= 0 in groups of seven bits, the low group first (LEB128).
 
-    The high bit of a byte says that another one follows.
+    The high bit of each byte is 1 if another byte follows.
 
     >>> varint(300).hex()
     'ac02'
@@ -31,7 +31,7 @@ def varint(value: int) -> bytes:
 def zigzag(value: int) -> bytes:
     """Returns a signed whole number as a `varint`: 0, -1, 1, -2 become 0, 1, 2, 3.
 
-    So small negative numbers take one byte, too.
+    So numbers near 0 take one byte, whatever their sign.
 
     >>> zigzag(-2).hex()
     '03'
@@ -40,10 +40,10 @@ def zigzag(value: int) -> bytes:
 
 
 class ByteReader:
-    """Reads `data` from front to back.
+    """Reads untrusted `data` from front to back.
 
-    The argument `field` of its methods is the name of the field in an error. Every method raises
-    WireError where the bytes end too early or hold a value out of range.
+    The methods' argument `field` is the field's name in errors. Every method raises WireError if
+    the bytes end too early or a value is out of range.
     """
 
     def __init__(self, data: memoryview) -> None:
@@ -59,7 +59,7 @@ class ByteReader:
         """Returns the next `size` bytes, without a copy."""
         begin = self._at
         end = begin + size
-        # Checked before anything is made of this size: an announced size may be any number.
+        # Checked before memory is allocated, because the sender can announce any size.
         if end > len(self._data):
             fail(field, f"{size} bytes were announced but {self.left} are left")
         self._at = end
@@ -72,7 +72,8 @@ class ByteReader:
     def varint(self, field: str, most: int) -> int:
         """Reads a `varint` of at most `most`, a number below 2**64."""
         value = 0
-        # Ten groups of seven bits hold 64 bits; without a limit a sender could grow the number.
+        # Ten groups of seven bits are enough for 64 bits. Without a limit, an attacker could send a
+        # number of any length.
         for shift in range(0, 70, 7):
             byte = self.byte(field)
             value |= (byte & 0x7F) << shift
@@ -91,5 +92,5 @@ class ByteReader:
         return half if value % 2 == 0 else -half - 1
 
     def part(self, field: str) -> ByteReader:
-        """Returns a reader of the next part: a `varint` and as many bytes as it says."""
+        """Returns a reader of the next part: a length as `varint`, then as many bytes."""
         return ByteReader(self.take(self.varint(field, self.left), field))

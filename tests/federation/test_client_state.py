@@ -43,7 +43,7 @@ def test_files_outlive_the_process_and_a_damaged_one_is_named(tmp_path):
     DiskState(tmp_path).save(2, state(2))
     assert DiskState(tmp_path).load(3)["residual"].tolist() == [2.0, 2.0, 2.0]
     (tmp_path / "2.safetensors").write_bytes(b"nonsense")
-    with pytest.raises(RunError, match=r"2\.safetensors: this memory of a client is damaged"):
+    with pytest.raises(RunError, match=r"2\.safetensors: stored client state is damaged"):
         DiskState(tmp_path).load(3)
 
 

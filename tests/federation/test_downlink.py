@@ -99,7 +99,7 @@ def test_a_client_that_lost_its_model_is_sent_the_whole():
 
 
 def test_those_who_were_not_asked_for_longest_fall_behind_where_copies_are_too_many(monkeypatch):
-    monkeypatch.setattr(downlinks, "KEPT_BYTES", 2 * 4 * SIZE)
+    monkeypatch.setattr(downlinks, "MAX_COPY_BYTES", 2 * 4 * SIZE)
     broadcast, _ = begin()
     for (round, params), client in zip(models(3), CLIENTS, strict=True):
         broadcast.encode_for(round, params, [client])

@@ -12,6 +12,7 @@ from fedpress.core.examples import Arrays
 from fedpress.federation import Cohort, LocalSettings
 from fedpress.federation.client_state import InMemoryState
 from fedpress.federation.failures import Tally
+from fedpress.federation.gatherer import round_mean
 from fedpress.federation.servernoise import KEYS, ServerNoise
 from fedpress.privacy.noise.factorization import Factorization
 from fedpress.privacy.per_example.gradients import METHODS, clipped_gradient_sum
@@ -158,7 +159,7 @@ def test_a_trusted_server_adds_the_noise_and_counts_who_does_not_answer():
         for name, client in federation.clients.items()
     ]
     replies[3] = ("c3", None)
-    mean = federation.uplink.mean(iter(replies), seed=1, round=1)
+    mean = round_mean(federation.uplink, iter(replies), seed=1, round=1)
     assert mean.failures.failed == pytest.approx(4, abs=1)
     assert mean.failures.failed != 4
     assert mean.failures.not_finite == pytest.approx(0, abs=1)
@@ -280,7 +281,7 @@ def round_with(federation, change):
     reply = replies[0][1]
     header, tensors = change({**reply.header}, {**reply.tensors})
     replies[0] = ("c0", replace(reply, header=header, tensors=tensors))
-    return federation.uplink.mean(iter(replies), seed=1, round=1)
+    return round_mean(federation.uplink, iter(replies), seed=1, round=1)
 
 
 CLIENTS = client_plan(Cohort(4, 4))

@@ -194,7 +194,7 @@ def test_settings_out_of_range_are_refused(bad):
 
 def test_what_came_out_is_asked_after_the_last_step():
     run = task().begin(mlp())
-    with pytest.raises(TrainingError, match="loop over them to the end"):
+    with pytest.raises(TrainingError, match="loop over all steps"):
         run.update()
     next(iter(run))
     with pytest.raises(TrainingError, match="call finish"):
@@ -220,7 +220,7 @@ def test_the_loss_of_the_examples_is_their_mean_loss_and_kept_from_sample_privac
     model, work = mlp(), task(examples(10), batch_size=4)
     expected = F.cross_entropy(model(work.arrays.x), work.arrays.y)
     assert work.loss(model) == pytest.approx(float(expected.detach()), rel=1e-6)
-    with pytest.raises(RecipeError, match="no noise covers"):
+    with pytest.raises(RecipeError, match="gets no noise under"):
         task(plan=SAMPLE_PLAN).loss(model)
 
 
@@ -416,7 +416,7 @@ def test_a_lone_example_under_batch_norm_is_an_error_with_the_cure():
     model = nn.Sequential(nn.Linear(6, 3), nn.BatchNorm1d(3))
     with pytest.raises(
         TrainingError,
-        match=r"leaves a batch norm nothing to average; leave this client out, or set",
+        match=r"cannot average over a batch of one example; leave this client out, or set",
     ):
         train(model, task(examples(1)))
     with pytest.raises(TrainingError, match=r"take batch_size = 2 or more"):
@@ -440,7 +440,11 @@ class Raises(nn.Module):
 @pytest.mark.parametrize(
     ("model", "arrays", "words"),
     [
-        (nn.Sequential(Raises()), examples(3), "3 of 3 examples failed alone: ValueError: mine"),
+        (
+            nn.Sequential(Raises()),
+            examples(3),
+            "3 of 3 examples failed in a batch of one: ValueError: mine",
+        ),
         (
             mlp(),
             Arrays(torch.full((2, 6), float("nan")), torch.zeros(2).long()),
@@ -457,7 +461,7 @@ def test_examples_that_are_not_finite_are_told_from_a_rate_that_is_too_large():
     arrays = examples(6)
     arrays.x[3, 1] = float("inf")
     with pytest.raises(
-        DivergedError, match=r"not finite in round 1; .* mend the examples: they hold NaN"
+        DivergedError, match=r"not finite in round 1; .* correct the examples, which have NaN"
     ):
         train(mlp(), task(arrays))
     with pytest.raises(

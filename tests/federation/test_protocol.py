@@ -5,6 +5,7 @@ import torch
 
 from fedpress.errors import WireError
 from fedpress.federation import Cohort, Payload, Uplink, protocol
+from fedpress.federation.gatherer import round_mean
 from fedpress.federation.protocol import FIELDS, REPORT, check_header, need
 from fedpress.wire import Message, pack
 from fedpress.wire.fields import NAMES, NUMBER, whole
@@ -126,7 +127,7 @@ def test_a_client_answers_only_rounds_that_are_whole_numbers(value):
 @pytest.mark.parametrize("value", [True, 1.0, "1", -1, 1 << 62])
 def test_a_server_counts_only_replies_whose_numbers_are_whole(field, value):
     reply = update(torch.ones(2), **{field: value})
-    mean = Uplink.bind(Payload(2), Cohort(1, 1)).mean(iter([("c0", reply)]), seed=1, round=1)
+    mean = round_mean(Uplink.bind(Payload(2), Cohort(1, 1)), iter([("c0", reply)]), seed=1, round=1)
     assert mean.update is None
     assert mean.refused["c0"].startswith(f"update.{field}: got {value!r}")
 

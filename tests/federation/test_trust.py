@@ -48,7 +48,7 @@ def test_a_failure_is_raised_kept_quiet_about_or_counted(trust):
         with pytest.raises(ValueError, match="pixel 17"):
             trust.after_failure(problem, 3.6)
     elif trust.noise == "step":
-        with pytest.raises(TrainingError, match="ValueError; what on stays private") as caught:
+        with pytest.raises(TrainingError, match="ValueError; the cause is hidden") as caught:
             trust.after_failure(problem, 3.6)
         assert "17" not in str(caught.value)
     elif trust.unit == "client":

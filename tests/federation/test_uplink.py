@@ -12,6 +12,7 @@ from fedpress.codecs import Key, Quantize, Sign, Ternary, TopK
 from fedpress.errors import RecipeError
 from fedpress.federation import Cohort, Guarantee, Payload, Uplink
 from fedpress.federation.exchange import error
+from fedpress.federation.gatherer import round_mean
 from fedpress.privacy.adaptive import AdaptiveClip
 from fedpress.privacy.plan import PrivacyPlan
 from fedpress.wire import Message
@@ -39,8 +40,8 @@ def test_the_mean_weighs_by_examples_or_equally():
         update(torch.tensor([0.0, 1.0]), examples=10),
     )
     for weights, expected in [("examples", [0.75, 0.25]), ("equal", [0.5, 0.5])]:
-        mean = Uplink.bind(Payload(2), Cohort(2, 2), weights=weights).mean(
-            named([a, b]), seed=1, round=1
+        mean = round_mean(
+            Uplink.bind(Payload(2), Cohort(2, 2), weights=weights), named([a, b]), seed=1, round=1
         )
         assert mean.update.tolist() == expected
         assert [row["examples"] for row in mean.rows] == [30, 10]
@@ -81,7 +82,9 @@ def test_the_mean_weighs_by_examples_or_equally():
 )
 def test_a_bad_reply_is_refused_with_its_reason_and_the_rest_counts(reply, reason):
     good = update(torch.tensor([3.0, 4.0, 0.0]))
-    mean = Uplink.bind(Payload(3), Cohort(3, 3)).mean(named([good, reply, good]), seed=1, round=1)
+    mean = round_mean(
+        Uplink.bind(Payload(3), Cohort(3, 3)), named([good, reply, good]), seed=1, round=1
+    )
     assert list(mean.refused) == ["c1"]
     assert re.search(reason, mean.refused["c1"])
     assert mean.update.tolist() == [3.0, 4.0, 0.0]
@@ -89,32 +92,39 @@ def test_a_bad_reply_is_refused_with_its_reason_and_the_rest_counts(reply, reaso
 
 
 def test_a_zero_update_counts_like_any_other():
-    mean = Uplink.bind(Payload(2), Cohort(2, 2)).mean(
-        named([torch.zeros(2), torch.ones(2)]), seed=1, round=1
+    mean = round_mean(
+        Uplink.bind(Payload(2), Cohort(2, 2)),
+        named([torch.zeros(2), torch.ones(2)]),
+        seed=1,
+        round=1,
     )
     assert mean.update.tolist() == [0.5, 0.5]
     assert not mean.refused
-    alone = Uplink.bind(Payload(2), Cohort(1, 1)).mean(named([torch.zeros(2)]), seed=1, round=1)
+    alone = round_mean(
+        Uplink.bind(Payload(2), Cohort(1, 1)), named([torch.zeros(2)]), seed=1, round=1
+    )
     assert alone.update.tolist() == [0.0, 0.0]
 
 
 def test_without_a_usable_reply_there_is_no_mean():
     for replies in ([], [None, update(torch.tensor([math.nan, 0]))]):
         assert (
-            Uplink.bind(Payload(2), Cohort(2, 2)).mean(named(replies), seed=1, round=1).update
+            round_mean(
+                Uplink.bind(Payload(2), Cohort(2, 2)), named(replies), seed=1, round=1
+            ).update
             is None
         )
 
 
 def test_under_client_privacy_an_empty_round_is_noise_alone():
-    mean = private(10_000, Cohort(5, 50, "poisson"), noise=2.0).mean([], seed=1, round=1)
+    mean = round_mean(private(10_000, Cohort(5, 50, "poisson"), noise=2.0), [], seed=1, round=1)
     assert mean.update.std().item() == pytest.approx(2.0 * C / 5, rel=0.03)
 
 
 @pytest.mark.parametrize("replies", [10, 3, 0])
 def test_noise_on_the_mean_is_that_of_the_public_cohort_however_few_reply(replies):
     sent = named([torch.zeros(300_000) if i < replies else None for i in range(10)])
-    mean = private(300_000, Cohort(10, 10), noise=1.5).mean(sent, seed=1, round=1)
+    mean = round_mean(private(300_000, Cohort(10, 10), noise=1.5), sent, seed=1, round=1)
     assert mean.update.std().item() == pytest.approx(1.5 * C / 10, rel=0.01)
     assert abs(mean.update.mean().item()) < 4 * 1.5 * C / 10 / math.sqrt(300_000)
 
@@ -123,7 +133,7 @@ def test_noise_differs_between_rounds_and_seeds_and_is_the_same_on_repeat():
     uplink = private(100, Cohort(1, 1), noise=1.0)
 
     def noise(seed, round):
-        return uplink.mean([], seed=seed, round=round).update
+        return round_mean(uplink, [], seed=seed, round=round).update
 
     assert torch.equal(noise(1, 1), noise(1, 1))
     assert not torch.equal(noise(1, 1), noise(1, 2))
@@ -131,15 +141,18 @@ def test_noise_differs_between_rounds_and_seeds_and_is_the_same_on_repeat():
 
 
 def test_under_client_privacy_the_divisor_is_the_cohort_and_not_the_replies():
-    mean = private(2, Cohort(4, 4)).mean(
-        named([torch.tensor([0.3, 0.0]), None, None, None]), seed=1, round=1
+    mean = round_mean(
+        private(2, Cohort(4, 4)),
+        named([torch.tensor([0.3, 0.0]), None, None, None]),
+        seed=1,
+        round=1,
     )
     assert mean.update.tolist() == pytest.approx([0.3 / 4, 0.0])
 
 
 def test_under_client_privacy_nothing_about_single_clients_is_recorded():
     reply = update(torch.ones(2), loss=3.0, steps=4)
-    assert private(2, Cohort(1, 1)).mean(named([reply]), seed=1, round=1).rows == []
+    assert round_mean(private(2, Cohort(1, 1)), named([reply]), seed=1, round=1).rows == []
 
 
 def test_under_client_privacy_claimed_examples_have_no_weight():
@@ -149,9 +162,9 @@ def test_under_client_privacy_claimed_examples_have_no_weight():
             update(torch.tensor([0.0, 0.4]), examples=1),
         ]
     )
-    assert private(2, Cohort(2, 2)).mean(replies, seed=1, round=1).update.tolist() == pytest.approx(
-        [0.2, 0.2]
-    )
+    assert round_mean(
+        private(2, Cohort(2, 2)), replies, seed=1, round=1
+    ).update.tolist() == pytest.approx([0.2, 0.2])
 
 
 vectors = st.lists(st.floats(width=32), min_size=4, max_size=4).map(torch.tensor)
@@ -165,9 +178,9 @@ vectors = st.lists(st.floats(width=32), min_size=4, max_size=4).map(torch.tensor
 def test_one_client_moves_the_mean_by_at_most_the_clip_norm_over_the_cohort(mine, other, replaced):
     uplink = private(4, Cohort(3, 3))
     rest = [torch.tensor([0.1, 0.0, -0.2, 0.3]), other]
-    with_me = uplink.mean(named([*rest, mine]), seed=1, round=1).update.double()
-    without = uplink.mean(
-        named([*rest, None if replaced else torch.zeros(4)]), seed=1, round=1
+    with_me = round_mean(uplink, named([*rest, mine]), seed=1, round=1).update.double()
+    without = round_mean(
+        uplink, named([*rest, None if replaced else torch.zeros(4)]), seed=1, round=1
     ).update.double()
     assert torch.isfinite(with_me).all()
     assert (with_me - without).norm() <= C / 3 + 1e-7
@@ -194,11 +207,12 @@ def test_metrics_that_leave_a_client_are_those_that_the_unit_allows():
 
 def test_what_a_client_says_beyond_the_allowed_is_not_recorded():
     reply = update(torch.ones(2), loss=9.0, steps=4, secret=5)
-    row = (
-        Uplink.bind(Payload(2), Cohort(1, 1), guarantee=Guarantee(SAMPLE_PLAN))
-        .mean(named([reply]), seed=1, round=1)
-        .rows[0]
-    )
+    row = round_mean(
+        Uplink.bind(Payload(2), Cohort(1, 1), guarantee=Guarantee(SAMPLE_PLAN)),
+        named([reply]),
+        seed=1,
+        round=1,
+    ).rows[0]
     assert row.keys() == {"client", "examples", "steps", "update_norm"}
 
 
@@ -230,7 +244,7 @@ def test_client_noise_without_a_clip_bound_cannot_be_planned():
 
 def test_a_plan_that_counts_on_another_sampler_is_refused():
     plan = PrivacyPlan("client", 1.0, 0.1, 1.0)
-    with pytest.raises(RecipeError, match=r"privacy\.sampling_prob: the plan charges 0\.1"):
+    with pytest.raises(RecipeError, match=r"privacy\.sampling_prob: got 0\.1"):
         Uplink.bind(
             Payload(2), Cohort(10, 100, "fixed"), weights="equal", guarantee=Guarantee(plan)
         )
@@ -245,7 +259,7 @@ def test_a_plan_that_counts_on_another_sampler_is_refused():
 def test_client_noise_is_new_for_every_sum_and_plan_and_the_same_on_repeat():
     def noise(total, multiplier=1.0):
         uplink = private(20_000, Cohort(1, 1), noise=multiplier)
-        return (uplink.mean(named([total]), seed=1, round=1).update - total) / multiplier
+        return (round_mean(uplink, named([total]), seed=1, round=1).update - total) / multiplier
 
     zeros, other = torch.zeros(20_000), torch.zeros(20_000)
     other[0] = 1e-6  # one value of one client differs a little
@@ -280,7 +294,7 @@ def test_an_adaptive_clip_finds_the_median_norm_from_far_below_and_above(initial
                     Message("update", {"round": round, "below": float(norm) <= unit}, tensors),
                 )
             )
-        state = uplink.mean(replies, seed=1, round=round, state=state).state
+        state = round_mean(uplink, replies, seed=1, round=round, state=state).state
     assert uplink.update_scale(state) == pytest.approx(2.0, rel=0.2)
 
 
@@ -296,7 +310,7 @@ def test_under_an_adaptive_clip_updates_travel_in_units_of_it_and_come_back_whol
     replies = [
         (f"c{i}", Message("update", {"round": 1, "below": True}, t)) for i, t in enumerate(sent)
     ]
-    mean = uplink.mean(replies, seed=1, round=1, state=uplink.init())
+    mean = round_mean(uplink, replies, seed=1, round=1, state=uplink.init())
     assert mean.update.tolist() == pytest.approx([4.5, 6.0])
 
 
@@ -308,13 +322,13 @@ def test_the_bits_of_an_adaptive_clip_go_to_a_trusted_server_alone(unit, trust):
     plan = None if unit is None else PrivacyPlan(unit, 1.0, 1.0, 1.0)
     moving = AdaptiveClip(initial=1.0, count_noise=1.0)
     promise = Guarantee(plan=plan, trust=trust, adaptive=moving)
-    with pytest.raises(RecipeError, match="nobody hides its bits"):
+    with pytest.raises(RecipeError, match="its bits would get no noise"):
         Uplink.bind(Payload(3), Cohort(2, 2), weights="equal", guarantee=promise)
 
 
 def test_a_reply_without_its_bit_is_refused_under_an_adaptive_clip():
     uplink = adaptive(2, Cohort(1, 1), initial=1.0)
-    mean = uplink.mean([("c0", update(torch.ones(2)))], seed=1, round=1, state=uplink.init())
+    mean = round_mean(uplink, [("c0", update(torch.ones(2)))], seed=1, round=1, state=uplink.init())
     assert "update.below" in mean.refused["c0"]
 
 
@@ -322,12 +336,16 @@ def test_a_reply_without_its_bit_is_refused_under_an_adaptive_clip():
 def test_noise_in_every_mode_has_its_size_and_shape(secret):
     cohort = Cohort(10, 10)
     uplink = private(200_000, cohort, noise=1.5)
-    noise = uplink.mean([], seed=1, round=1, secret=secret).update.double().numpy() * 10 / (1.5 * C)
+    noise = (
+        round_mean(uplink, [], seed=1, round=1, secret=secret).update.double().numpy()
+        * 10
+        / (1.5 * C)
+    )
     assert noise.std() == pytest.approx(1.0, rel=0.01)
     assert scipy.stats.kstest(noise, "norm").pvalue > 1e-3
-    again = uplink.mean([], seed=1, round=1, secret=secret).update
+    again = round_mean(uplink, [], seed=1, round=1, secret=secret).update
     assert float((again.double().numpy() * 10 / (1.5 * C) - noise).max()) == 0
-    other = uplink.mean([], seed=1, round=1, secret=None if secret else 99).update
+    other = round_mean(uplink, [], seed=1, round=1, secret=None if secret else 99).update
     assert abs(float(torch.corrcoef(torch.stack([again, other]))[0, 1])) < 0.01
 
 
@@ -352,7 +370,7 @@ def test_with_any_codec_one_client_moves_a_plain_private_sum_by_at_most_the_clip
         sent = uplink.encode(
             {"update": scale * torch.randn(64, generator=chance)}, Key(1, round, "c0")
         )
-        moved = uplink.mean(
-            [("c0", Message("update", {"round": round}, sent))], seed=1, round=round
+        moved = round_mean(
+            uplink, [("c0", Message("update", {"round": round}, sent))], seed=1, round=round
         ).update
         assert float(moved.double().norm()) <= C / 3 * (1 + 1e-6)

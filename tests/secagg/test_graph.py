@@ -7,7 +7,7 @@ import pytest
 
 from fedpress.errors import WireError
 from fedpress.secagg import SecurePlan
-from fedpress.secagg.graph import MISS, RISK, edges, risk, sparsest
+from fedpress.secagg.graph import MAX_MISS, MAX_RISK, edges, risk, sparsest
 from fedpress.secagg.keys import derive
 
 
@@ -37,7 +37,9 @@ def test_the_degree_grows_slowly_with_the_cohort(cohort, degree):
 @pytest.mark.parametrize("cohort", [20, 33, 100, 300, 1000])
 def test_the_planned_graph_keeps_its_promise(cohort):
     plan = SecurePlan(cohort, 18)
-    assert risk(cohort, plan.dropped, plan.corrupt, plan.edge_prob, plan.least_neighbours) <= RISK
+    assert (
+        risk(cohort, plan.dropped, plan.corrupt, plan.edge_prob, plan.least_neighbours) <= MAX_RISK
+    )
     assert plan.least_neighbours > plan.corrupt * plan.edge_prob
 
 
@@ -70,8 +72,8 @@ def test_survivors_stay_connected_and_have_enough_neighbours_in_simulation():
         closed += graph[alive][:, alive].sum(1).min() < plan.least_neighbours
         honest = alive[plan.corrupt :]
         assert connected(graph, honest.tolist())
-    assert closed <= 3  # MISS is 2^-10
-    assert MISS == 2**-10
+    assert closed <= 3  # MAX_MISS is 2^-10
+    assert MAX_MISS == 2**-10
 
 
 def test_more_vanishing_or_corrupt_clients_need_more_neighbours():
@@ -87,7 +89,7 @@ def test_as_many_as_planned_may_vanish_from_the_committee(cohort):
     assert 2 * plan.threshold > plan.committee + plan.corrupt * plan.committee / cohort
     if plan.committee == cohort:
         assert plan.threshold <= plan.survivors
-    else:  # drawn at random: the threshold is reached but for MISS
+    else:  # drawn at random: the threshold is reached but for MAX_MISS
         rng = np.random.default_rng(0)
         alive = [
             rng.hypergeometric(plan.survivors, cohort - plan.survivors, plan.committee)

@@ -221,7 +221,7 @@ def test_within_the_bound_of_the_plan_no_sum_can_overflow():
     combiner, members = group(4, bits=8, bound=31)
     values = torch.tensor([[31, -31]] * 4)
     assert torch.equal(opened(reported(combiner, members, values), members), values.sum(0))
-    with pytest.raises(RecipeError, match="beyond the bound of 31"):
+    with pytest.raises(RecipeError, match="exceeds the bound of 31"):
         members["c0"].mask(torch.tensor([-32]), round=2, cohort=list(members))
 
 

@@ -10,7 +10,7 @@ from fedpress.codecs import Key
 from fedpress.core.examples import Arrays
 from fedpress.errors import FedpressError, ModelError, RecipeError
 from fedpress.federation.local import LocalWork
-from fedpress.federation.private import question_of
+from fedpress.federation.private import inputs_fingerprint
 from fedpress.models import load_model
 from fedpress.pipeline import recipe as recipes
 from fedpress.pipeline.check import check_recipe
@@ -203,7 +203,7 @@ def test_the_name_of_the_noise_sees_every_value_of_every_input():
         client = together.clients[name].client
         key = Key(client.terms.seed, 1, client.name)
         work = LocalWork(Arrays(x, arrays.y), key, client.plan.local)
-        asked.append(question_of(client.model, work))
+        asked.append(inputs_fingerprint(client.model, work))
     assert asked[0] == asked[1]
     assert len(set(asked)) == 4
 

@@ -19,9 +19,9 @@ _Table: TypeAlias = Annotated[Row, Field(discriminator="kind")]
 
 
 def _named(value: Any) -> Any:
-    """Turns a name into a table: "median" means { kind = "median" }."""
+    """Expands a name to a table: "median" becomes {"kind": "median"}."""
     return {"kind": value} if isinstance(value, str) else value
 
 
 AnyAggregator = Annotated[_Table, BeforeValidator(_named, json_schema_input_type=str | _Table)]
-"""What a recipe may say: `aggregator = "median"`, or a table `{ kind = "median" }`."""
+"""The recipe's value: `aggregator = "median"`, or a table such as `{ kind = "median" }`."""

@@ -1,4 +1,4 @@
-"""What an aggregator is: it combines the vectors of a round's clients into one."""
+"""The interface of an aggregator, which combines the vectors of a round's clients into one."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from fedpress.federation.vector_codec import VectorCodec
 from fedpress.federation.vectors import Vectors
 
 Weights: TypeAlias = Literal["examples", "equal"]
+"""How clients are weighed: by their numbers of examples, or all equally."""
 
 
 @dataclass(frozen=True, eq=False)
 class Contribution:
-    """What one client contributes to an aggregate.
+    """One client's vectors and weight, to be added to an aggregate.
 
     Attributes:
         key: of this client in this round.
         weight: of the client in a mean.
-        vectors: decoded and clipped to their bounds; empty for an aggregator that sees no single
-            update.
-        tensors: as they came, still masked in a secure sum.
-        secure: header fields of the secure sum.
+        vectors: decoded and clipped to their bounds; empty in a secure sum.
+        tensors: as they were received; in a secure sum they are masked.
+        secure: header fields of the secure sum; else empty.
     """
 
     key: Key
@@ -40,11 +40,11 @@ class Contribution:
 
 @dataclass(frozen=True, eq=False)
 class Total:
-    """The result of an aggregate.
+    """The result of an aggregation.
 
     Attributes:
-        vectors: for each name a sum (or a centre, such as a median) in float64.
-        weight: sum of the clients' weights; 0 if nothing came.
+        vectors: for each name a sum (or a centre, such as a median), in float64.
+        weight: sum of the clients' weights; 0 if there is no update.
     """
 
     vectors: Vectors
@@ -52,45 +52,45 @@ class Total:
 
 
 class Gathering(Protocol):
-    """One aggregate in the making: contributions are added one by one.
+    """A running aggregate, to which contributions are added one by one.
 
-    Float sums depend on the order, so the same bits need the same order.
+    Float sums depend on the order: for the same bits, add in the same order.
     """
 
     def add(self, contribution: Contribution) -> None:
-        """Adds one contribution; WireError if it is refused, and then nothing has changed."""
+        """Adds one contribution; raises WireError if it is refused, and then adds nothing."""
         ...
 
     def close(self) -> Total:
-        """Returns the aggregate; SecureError if there can be none."""
+        """Returns the aggregate; raises SecureError if it cannot be computed."""
         ...
 
 
 class Session(Protocol):
-    """The server's side of the aggregates of one run."""
+    """The server's side of the aggregation in one run."""
 
     def invite(self, cohort: Sequence[ClientId]) -> dict[str, JSON]:
-        """Returns what a "fit" must say besides, so that the clients can contribute."""
+        """Returns extra header fields for the "fit" message, such as {"cohort": ["a", "b"]}."""
         ...
 
     def begin(
         self, vector_codecs: Sequence[VectorCodec], cohort: Sequence[ClientId], key: Key
     ) -> Gathering:
-        """Begins one aggregate.
+        """Starts the aggregate of one round.
 
         Args:
-            vector_codecs: of the named vectors, the update first.
-            cohort: who was asked.
-            key: of the round; it decodes a sum.
+            vector_codecs: one per named vector, the update first.
+            cohort: the clients that are asked.
+            key: of the round; needed to decode a secure sum.
 
         Raises:
-            SecureError: if the clients of the cohort cannot be summed.
+            SecureError: if a secure sum over this cohort is not possible.
         """
         ...
 
 
 class Aggregator(Protocol):
-    """One row of the table; frozen, and alike on both sides."""
+    """One row of the table of aggregators: frozen settings, equal on server and clients."""
 
     @property
     def kind(self) -> str:
@@ -99,27 +99,27 @@ class Aggregator(Protocol):
 
     @property
     def sees_updates(self) -> bool:
-        """Whether the server sees single decoded updates; if not, it learns the aggregate alone."""
+        """Whether the server sees single updates; if not, it sees only the aggregate."""
         ...
 
     @property
     def weights(self) -> Weights:
-        """The finest weighting that it can do: "examples" (a number for each client) or "equal"."""
+        """The finest weighting it supports: "examples" (number of examples) or "equal"."""
         ...
 
     @property
     def sums(self) -> bool:
-        """Whether it returns a sum, to be divided by the weight; if not, a centre (a median)."""
+        """Whether it returns a sum, which is divided afterwards; if not, a centre (a median)."""
         ...
 
     def sensitivity(self, moved: Bound, cohort: int) -> float | None:
-        """Returns by how much one protected unit moves the aggregate, in L2; None if unbounded.
+        """Returns the L2 sensitivity of the aggregate to one protected unit; None if unbounded.
 
-        Without a bound the aggregator is refused wherever noise on the aggregate must hide a unit.
-        Noise in every vector before it is aggregated needs no bound here.
+        An aggregator without a sensitivity is refused if noise is added to the aggregate. It is
+        allowed if noise is added to every vector before.
 
         Args:
-            moved: by how much one protected unit moves one client's vector.
+            moved: bound on the change of one client's vector by one protected unit.
             cohort: number of clients in a round.
         """
         ...
@@ -129,5 +129,5 @@ class Aggregator(Protocol):
         ...
 
     def open(self, transport: Transport | None, run: str) -> Session:
-        """Sets up the aggregates of one run, named `run`."""
+        """Starts the aggregation of the run named `run`; a secure sum exchanges keys here."""
         ...

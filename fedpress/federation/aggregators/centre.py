@@ -1,4 +1,4 @@
-"""Base of robust aggregators: they keep all updates and take a centre of each coordinate."""
+"""Base class of median and trimmed mean: a robust centre of each coordinate of all updates."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from fedpress.federation.exchange import Transport
 from fedpress.federation.vector_codec import VectorCodec
 
 BLOCK = 1 << 20
-"""Coordinates that are sorted at a time: sorting makes a second copy of what it sorts."""
+"""Coordinates that are sorted at a time, to bound memory: sorting makes a copy."""
 
 
 class CoordinateWise(BaseModel):
-    """An aggregator that computes each coordinate by itself; a subclass defines `centre`.
+    """An aggregator that treats each coordinate separately; a subclass defines `centre`.
 
-    It keeps every update of a round in memory: cohort x d float32 values.
+    All updates of a round are in memory: cohort x d float32 values.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -35,24 +35,23 @@ class CoordinateWise(BaseModel):
 
     @property
     def sees_updates(self) -> bool:
-        """It compares single updates."""
+        """Yes: it compares single updates."""
         return True
 
     @property
     def weights(self) -> Weights:
-        """Each client counts once: with weights, a client could claim many examples and win."""
+        """Equal: otherwise a client that claims many examples could decide the result."""
         return "equal"
 
     @property
     def sums(self) -> bool:
-        """It returns a centre, which is not divided."""
+        """No: a centre is not divided."""
         return False
 
     def sensitivity(self, moved: Bound, cohort: int) -> float | None:
-        """Returns None.
+        """Returns None: there is no bound.
 
-        One client can move a median from one neighbouring value to the next, however far they are
-        apart.
+        One client can move a median from one value to the next, at any distance.
         """
         return None
 
@@ -60,23 +59,23 @@ class CoordinateWise(BaseModel):
         """Accepts any codecs: vectors are decoded before they are compared."""
 
     def open(self, transport: Transport | None = None, run: str = "") -> Self:
-        """Needs no set-up."""
+        """Returns itself: nothing is exchanged before the first round."""
         return self
 
     def invite(self, cohort: Sequence[ClientId]) -> dict[str, JSON]:
-        """Clients need not know of each other."""
+        """Returns nothing: clients need not know the cohort."""
         return {}
 
     def begin(
         self, vector_codecs: Sequence[VectorCodec], cohort: Sequence[ClientId], key: Key
     ) -> KeptUpdates:
-        """Begins with nothing."""
+        """Returns an empty collection."""
         return KeptUpdates({codec.name: codec.size for codec in vector_codecs}, self.centre)
 
 
 @dataclass(eq=False)
 class KeptUpdates:
-    """The updates of a round, kept until all have come.
+    """Stores the updates of a round until `close` computes their centre.
 
     Attributes:
         sizes: of the vectors, by name.
@@ -89,13 +88,12 @@ class KeptUpdates:
     kept: list[dict[str, Tensor]] = field(default_factory=list)
 
     def add(self, contribution: Contribution) -> None:
-        """Keeps the vectors; the weight is ignored."""
-        # In float32, half the memory of float64: the centre is computed in float64, a block at a
-        # time.
+        """Stores the vectors and ignores the weight."""
+        # Stored as float32 to save memory; `close` computes in float64, a block at a time.
         self.kept.append({name: contribution.vectors[name].float() for name in self.sizes})
 
     def close(self) -> Total:
-        """Returns the centres, zeros if nothing came."""
+        """Returns the centres; zeros without updates."""
         centres = {}
         for name, size in self.sizes.items():
             centres[name] = torch.zeros(size, dtype=torch.float64)

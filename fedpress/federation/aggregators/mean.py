@@ -19,7 +19,7 @@ from fedpress.federation.vector_codec import VectorCodec
 
 
 class Mean(BaseModel):
-    """Adds the updates, each times its client's weight; the server divides afterwards."""
+    """Adds weight x update of all clients; the server divides the sum afterwards."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -27,38 +27,38 @@ class Mean(BaseModel):
 
     @property
     def sees_updates(self) -> bool:
-        """It adds decoded and clipped updates, so a guarantee needs no trust in client code."""
+        """Yes: the server decodes and clips every update itself."""
         return True
 
     @property
     def weights(self) -> Weights:
-        """It can weigh each client by its examples."""
+        """Clients may be weighed by their numbers of examples."""
         return "examples"
 
     @property
     def sums(self) -> bool:
-        """It returns a sum."""
+        """Yes."""
         return True
 
     def sensitivity(self, moved: Bound, cohort: int) -> float | None:
-        """Returns the bound of one vector: if one vector moves, the sum moves as far."""
+        """Returns the L2 bound of one vector: the sum changes by as much as one vector does."""
         return moved.l2
 
     def check(self, vector_codecs: Sequence[VectorCodec]) -> None:
         """Accepts any codecs: vectors are decoded before they are added."""
 
     def open(self, transport: Transport | None = None, run: str = "") -> Mean:
-        """Needs no set-up."""
+        """Returns itself: a mean needs no exchange before the first round."""
         return self
 
     def invite(self, cohort: Sequence[ClientId]) -> dict[str, JSON]:
-        """Clients need not know of each other."""
+        """Returns nothing: clients need not know the cohort."""
         return {}
 
     def begin(
         self, vector_codecs: Sequence[VectorCodec], cohort: Sequence[ClientId], key: Key
     ) -> RunningSum:
-        """Begins at zero."""
+        """Returns sums of zero."""
         return RunningSum(
             {codec.name: torch.zeros(codec.size, dtype=torch.float64) for codec in vector_codecs}
         )
@@ -66,9 +66,9 @@ class Mean(BaseModel):
 
 @dataclass(eq=False)
 class RunningSum:
-    """Sums by name.
+    """The weighted sum of each named vector.
 
-    They are float64, because in float32 the rounding errors of a large cohort would add up.
+    Sums are float64, because float32 rounding errors would add up over a large cohort.
     """
 
     sums: dict[str, Tensor] = field(default_factory=dict)
@@ -77,7 +77,7 @@ class RunningSum:
     def add(self, contribution: Contribution) -> None:
         """Adds every vector times the client's weight."""
         for name, total in self.sums.items():
-            # In place: one float64 buffer of the model's size, however many clients there are.
+            # In place, so that memory is one float64 vector for any number of clients.
             total.add_(contribution.vectors[name].double(), alpha=contribution.weight)
         self.weight += contribution.weight
 

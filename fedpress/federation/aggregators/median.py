@@ -1,4 +1,4 @@
-"""The coordinate-wise median: robust against a minority of clients that send anything."""
+"""The coordinate-wise median: robust against a minority of arbitrary updates."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from fedpress.federation.aggregators.centre import CoordinateWise
 
 
 class Median(CoordinateWise):
-    """Takes the median of every coordinate by itself (Yin et al. 2018, arXiv:1803.01498, option I).
+    """Takes the median of each coordinate (Yin et al. 2018, arXiv:1803.01498, option I).
 
-    While fewer than half of the clients send arbitrary values, each coordinate lies within the
-    range of what the honest ones sent. Of an even number of values it is the mean of the two in the
-    middle.
+    As long as fewer than half of the clients send arbitrary values, each coordinate lies within the
+    range of the honest clients' values. For an even number of values it is the mean of the two in
+    the middle.
 
     >>> import torch
     >>> rows = torch.tensor([[1.0, 5.0], [2.0, 9.0], [100.0, 6.0], [4.0, 0.0]])
@@ -26,7 +26,7 @@ class Median(CoordinateWise):
 
     def centre(self, rows: Tensor) -> Tensor:
         """Returns the median of each column."""
-        # Not torch.median, which returns the lower of the two middle values.
+        # torch.median would return the lower of the two middle values.
         ordered = rows.sort(dim=0).values
         last = len(rows) - 1
         lower = ordered[last // 2].double()

@@ -1,4 +1,4 @@
-"""The secure sum: clients send masked whole numbers, and the server learns only their sum."""
+"""The secure sum as an aggregator: clients send masked integers; the server learns their sum."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from fedpress.wire.message import Message
 
 
 class Secure(BaseModel):
-    """The recipe's `aggregator = "secure"`; the stage plans the grid and makes a `SecureSum`."""
+    """The recipe's `aggregator = "secure"`; the federate stage plans a `SecureSum` for it."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -37,14 +37,14 @@ class Secure(BaseModel):
 
 @dataclass(frozen=True)
 class SecureSum:
-    """Adds masked whole numbers; see docs/secure-aggregation.md.
+    """The agreed secure sum of masked integers; see docs/secure-aggregation.md.
 
     Attributes:
         plan: cohort, bits and thresholds.
-        size: values that every client sends.
-        limit: largest absolute value in a sum of honest clients; a larger one is an overflow, or
-            the vector of a client that did not follow the protocol.
-        identities: every client's name and public signing key, known to all before the run.
+        size: number of values in each client's vector.
+        limit: largest absolute value in a sum of honest clients. A larger one means an overflow, or
+            that a client did not follow the protocol.
+        identities: name and public signing key of every client, known to all before the run.
     """
 
     plan: SecurePlan
@@ -54,7 +54,7 @@ class SecureSum:
     kind: Literal["secure"] = "secure"
 
     def agreed(self) -> dict[str, object]:
-        """Returns what both sides must hold alike, with a digest in place of the list of keys."""
+        """Returns the entries of the agreement, with a digest instead of the list of keys."""
         parts: list[ClientId | bytes] = []
         for name, public_key in self.identities:
             parts += [name, public_key]
@@ -73,33 +73,33 @@ class SecureSum:
 
     @property
     def weights(self) -> Weights:
-        """The server cannot see how many examples stand behind an update."""
+        """Equal: the server does not learn a client's number of examples."""
         return "equal"
 
     @property
     def sums(self) -> bool:
-        """It returns a sum."""
+        """Yes."""
         return True
 
     def sensitivity(self, moved: Bound, cohort: int) -> float | None:
-        """Returns the bound of one vector, as of a plain sum.
+        """Returns the L2 bound of one vector, as for a plain sum.
 
-        The server cannot clip what it does not see: here the whole numbers bound the vectors.
+        The server cannot clip vectors that it does not see; honest clients do.
         """
         return moved.l2
 
     def check(self, vector_codecs: Sequence[VectorCodec]) -> None:
-        """Accepts one vector, of additive codecs that end in whole numbers.
+        """Accepts a single vector whose codecs are additive and give integers.
 
         Raises:
-            RecipeError: if there is more than the update, or its codecs do not fit.
+            RecipeError: if there are further vectors, or the update's codecs do not fit.
         """
         for codec in vector_codecs:
             if codec.name != UPDATE:
                 raise RecipeError(
                     (
-                        "a secure sum is planned for one vector, and the algorithm sends "
-                        f"'{codec.name}' too"
+                        "a secure sum adds one vector per client, and the algorithm also sends "
+                        f"'{codec.name}'"
                     ),
                     place="aggregator",
                     cure='take aggregator = "mean", or another algorithm',
@@ -123,14 +123,15 @@ class SecureSum:
         Raises:
             SecureError: if too few clients took part.
         """
-        # Other aggregators need none; a caller may have left it out for all.
         if transport is None:
             raise SecureError(
-                "its keys travel", place="transport", cure="open it with a transport first"
+                "a secure sum exchanges keys with the clients, and there is no transport",
+                place="transport",
+                cure="call open with a transport first",
             )
         server = SecAggServer(self.plan, dict(self.identities), run)
         clients = transport.clients()
-        # Absent until a good reply has come.
+        # Each client counts as absent until a valid reply has come.
         absent = dict.fromkeys(clients, "no reply came")
         join = dict.fromkeys(clients, Message("join", {"run": run}))
         _collect(transport, join, "join", server.join, absent)
@@ -139,10 +140,10 @@ class SecureSum:
         except SecureError as error:
             error.problem += _reasons(absent, clients)
             raise
-        # Those who joined must also accept the roster; until then they are absent again.
+        # Clients that joined must also accept the roster, so they count as absent until they do.
         for name in clients:
             absent.setdefault(name, "no reply came")
-        # Clients compare the keys in it with the identities that they know beforehand.
+        # Clients check its signatures with the identities that they knew before the run.
         message = Message("roster", roster.header, roster.tensors)
         _collect(transport, dict.fromkeys(clients, message), "accepted", server.accepted, absent)
         return SecureSession(self, server, transport, absent)
@@ -155,8 +156,8 @@ class SecureSession:
     Attributes:
         aggregator: the agreed plan.
         server: the server's side of the protocol.
-        transport: reaches the clients.
-        absent: clients that take part in no sum of the run -> the reason.
+        transport: carries messages to the clients.
+        absent: clients that cannot take part in this run -> the reason.
     """
 
     aggregator: SecureSum
@@ -165,16 +166,16 @@ class SecureSession:
     absent: Mapping[ClientId, str] = field(default_factory=dict)
 
     def invite(self, cohort: Sequence[ClientId]) -> dict[str, JSON]:
-        """Returns the cohort: every client must know with whom it shares masks."""
+        """Returns the cohort: every client must know the others whose masks cancel with its own."""
         return {"cohort": list(cohort)}
 
     def begin(
         self, vector_codecs: Sequence[VectorCodec], cohort: Sequence[ClientId], key: Key
     ) -> MaskedSum:
-        """Begins the sum of one round.
+        """Starts the sum of one round.
 
         Raises:
-            SecureError: if a client of the cohort took no part in the exchange of keys.
+            SecureError: if a client of the cohort did not take part in the exchange of keys.
         """
         try:
             opened = self.server.open(key.round, cohort, self.aggregator.size)
@@ -186,7 +187,7 @@ class SecureSession:
 
 @dataclass(eq=False)
 class MaskedSum:
-    """The sum of one round, masked until enough clients of the committee have sent their shares."""
+    """The masked sum of one round; `close` asks the committee for shares to unmask it."""
 
     session: SecureSession
     codec: VectorCodec
@@ -194,20 +195,20 @@ class MaskedSum:
     opened: SecureRound
 
     def add(self, contribution: Contribution) -> None:
-        """Adds masked numbers."""
+        """Adds a client's masked integers."""
         masked = SecAggMessage(dict(contribution.secure), dict(contribution.tensors))
         self.opened.add(contribution.key.client, masked)
 
     def close(self) -> Total:
-        """Asks the committee for the shares that unmask the sum, and decodes it.
+        """Asks the committee for shares, unmasks the sum and decodes it.
 
         Raises:
-            SecureError: if too few answered, or the sum cannot be that of honest clients.
+            SecureError: if too few members answered, or a value of the sum exceeds the limit.
         """
         requests = {}
         for name, part in self.opened.requests().items():
             requests[name] = Message("unmask", part.header, part.tensors)
-        # A silent client is no error: the shares of a threshold of them are enough.
+        # A missing answer is no error, since a threshold of the members is enough.
         silent = dict.fromkeys(requests, "no reply came")
         _collect(self.session.transport, requests, "shares", self.opened.share, silent)
         try:
@@ -215,20 +216,20 @@ class MaskedSum:
         except SecureError as error:
             error.problem += _reasons(silent, list(requests))
             raise
-        # Single vectors cannot be checked, so the sum is: beyond the limit it has wrapped around
-        # modulo 2^bits, or a client sent more than the grid allows.
+        # Single vectors are masked, so only the sum can be checked. A value beyond the limit means
+        # that the sum wrapped around modulo 2^bits, or that a client sent too large values.
         largest = int(values.abs().max()) if values.numel() else 0
         limit = self.session.aggregator.limit
         if largest > limit:
             raise SecureError(
                 (
-                    f"a value of {largest} is beyond the planned {limit}, so the sum overflowed or "
-                    "a client sent nonsense"
+                    f"a value of {largest} exceeds the limit {limit}: the sum overflowed, or a "
+                    "client sent invalid values"
                 ),
                 place="secure sum",
-                cure="this round does not count",
+                cure="go on with the next round; this one has no update",
             )
-        # The sum is decoded as one vector, because all codecs before are additive.
+        # The codecs are additive, so the sum is decoded like a single vector.
         update = self.codec.decode({VALUES: values}, self.key)
         return Total({UPDATE: update.double()}, float(len(self.opened.reported)))
 
@@ -237,10 +238,10 @@ def check_additive(chain: Mapping[str, Transform]) -> None:
     """Checks that the sum of encoded vectors decodes to the sum of the vectors.
 
     Args:
-        chain: the transforms by kind.
+        chain: the transforms by kind, such as {"clip": ..., "discretize": ...}.
 
     Raises:
-        RecipeError: if one transform is not additive.
+        RecipeError: if a transform is not additive.
     """
     for kind, transform in chain.items():
         if transform.additive:
@@ -261,16 +262,16 @@ def _collect(
     take: Callable[[ClientId, SecAggMessage], None],
     missing: dict[ClientId, str],
 ) -> None:
-    """Sends the requests and gives each good reply to `take`.
+    """Sends the requests and passes each valid reply to `take`.
 
-    A faulty reply is treated as none: the protocol goes on without that client.
+    A client with an invalid reply is treated like one that did not reply.
 
     Args:
-        transport: reaches the clients.
+        transport: carries messages to the clients.
         requests: a message for each client.
-        kind: of the replies.
-        take: raises WireError if a reply is faulty.
-        missing: client -> why it is missing. A client that gave a good reply is removed.
+        kind: expected kind of the replies.
+        take: stores a reply; raises WireError if it is invalid.
+        missing: client -> why it is missing. Clients with a valid reply are removed from it.
     """
     for client, reply in exchange(transport, requests):
         try:
@@ -293,7 +294,7 @@ def _collect(
 
 def _reasons(missing: Mapping[ClientId, str], among: Sequence[ClientId]) -> str:
     """Returns the reasons of up to three missing clients; empty if none of `among` is missing."""
-    # Cut: a reason comes from a client and may be of any length.
+    # Cut, because a client's reason may have any length.
     found = [f"{name} ({missing[name][:200]})" for name in among if name in missing]
     more = f" and {len(found) - 3} more" if len(found) > 3 else ""
     return f"; missing: {', '.join(found[:3])}{more}" if found else ""

@@ -1,4 +1,4 @@
-"""The table of algorithms: what clients and server do with the model."""
+"""The table of federated algorithms: FedAvg, FedProx, FedAvgM, FedAdam, SCAFFOLD, q-FedAvg."""
 
 from collections.abc import Mapping
 from typing import Annotated, Any, TypeAlias, get_args
@@ -22,7 +22,7 @@ _Table: TypeAlias = Annotated[Row, Field(discriminator="kind")]
 
 
 def _named(value: Any) -> Any:
-    """Turns a name into a table: "scaffold" means { kind = "scaffold" }."""
+    """Expands a name to a table: "scaffold" becomes {"kind": "scaffold"}."""
     return {"kind": value} if isinstance(value, str) else value
 
 

@@ -1,4 +1,4 @@
-"""What an algorithm is: the client's update, the server's step, and everything both need."""
+"""The interface of a federated algorithm: the client's update and the server's step."""
 
 from __future__ import annotations
 
@@ -15,19 +15,18 @@ from fedpress.federation.local import LocalSettings, LocalWork, Measures
 from fedpress.federation.vectors import UPDATE, ExtraVector, Vectors
 
 ClientState: TypeAlias = Vectors
-"""What a client keeps from one of its rounds to the next."""
+"""The algorithm's vectors that a client stores between its rounds."""
 ServerState: TypeAlias = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
 class RoundInfo:
-    """What the server may know of a round when it takes a step; all of it is public.
+    """Public facts about a round, for the server's step.
 
     Attributes:
         round: number of the server step, from 1.
-        cohort: clients behind the mean: those whose vectors came, or the planned cohort where who
-            replied is secret.
-        population: all clients.
+        cohort: number of clients in the mean; the planned number if it is secret who replied.
+        population: number of all clients.
     """
 
     round: int
@@ -36,9 +35,9 @@ class RoundInfo:
 
 
 class Algorithm(Protocol):
-    """One row of the table: frozen settings, the same on both sides.
+    """One row of the table of algorithms: frozen settings, equal on server and clients.
 
-    `AlgorithmRow` implements all of it as FedAvg does.
+    `AlgorithmRow` is FedAvg, and the base class of the other rows.
     """
 
     @property
@@ -48,49 +47,49 @@ class Algorithm(Protocol):
 
     @property
     def optimizer(self) -> Server:
-        """The server optimizer of the update; an error names its `lr` if a run diverges."""
+        """The server optimizer. If a run diverges, the error names its `lr`."""
         ...
 
     @property
     def extras_up(self) -> Mapping[str, ExtraVector]:
-        """Further vectors from clients, by name; aggregated like the update, and charged."""
+        """Further vectors from clients by name; aggregated like the update, with noise too."""
         ...
 
     @property
     def extras_down(self) -> Mapping[str, ExtraVector]:
-        """Further vectors to clients, by name."""
+        """Further vectors from server to clients by name."""
         ...
 
     @property
     def corrects_gradients(self) -> bool:
-        """Whether it changes gradients of local steps; a joint noised step has none to change."""
+        """Whether it changes the gradients of local steps; not possible with `joint_steps`."""
         ...
 
     @property
     def keeps_state(self) -> bool:
-        """Whether clients keep something from round to round."""
+        """Whether clients store a state between rounds."""
         ...
 
     @property
     def needs_equal_weights(self) -> bool:
-        """Whether it holds only if every client counts the same."""
+        """Whether it is correct only if all clients have the same weight."""
         ...
 
     @property
     def reads_loss(self) -> bool:
-        """Whether it needs the loss of a client's examples, which sample privacy forbids."""
+        """Whether it reads the loss of a client's examples; not allowed under sample privacy."""
         ...
 
     @property
     def penalties(self) -> Mapping[str, float]:
-        """Strengths of its penalties, by recipe key, such as {"proximal_mu": 0.1}.
+        """Strengths of its penalties by recipe key. Example: {"proximal_mu": 0.1}.
 
-        An error names those that make training diverge at a large learning rate.
+        If training diverges, the error names penalties that are too strong for the learning rate.
         """
         ...
 
     def check(self, settings: LocalSettings) -> None:
-        """Raises RecipeError if it does not hold with these local settings."""
+        """Raises RecipeError if the algorithm is not correct with these local settings."""
         ...
 
     def client_init(self, size: int) -> ClientState:
@@ -100,24 +99,24 @@ class Algorithm(Protocol):
     def client_update(
         self, model: nn.Module, work: LocalWork, down: Vectors, state: ClientState
     ) -> tuple[Vectors, ClientState, Measures]:
-        """Trains `model` in place, beginning with the server's parameters.
+        """Trains `model` in place, starting from the server's parameters.
 
         Args:
-            model: holds `down["params"]`.
+            model: has the parameters `down["params"]`.
             work: yields the local steps; see `LocalWork.begin`.
-            down: what the server sent: "params", and every name of `extras_down`.
-            state: of this client, as its last round that counted left it.
+            down: vectors from the server: "params", and every name of `extras_down`.
+            state: of this client, after its last round that the server used.
 
         Returns:
-            The "update" and every name of `extras_up`, float32 on the CPU; the next state; what was
-            measured.
+            "update" and every name of `extras_up`, float32 on the CPU; the next state; measures
+            such as {"loss": 0.3, "steps": 12}.
         """
         ...
 
     def client_commit(
         self, before: ClientState, after: ClientState, arrived: Vectors
     ) -> ClientState:
-        """Returns the state that a client keeps after its vectors were sent.
+        """Returns the state to store when the client sends its vectors.
 
         Args:
             before: the state before the local update.
@@ -143,13 +142,13 @@ class Algorithm(Protocol):
             state: of the server, before the step.
             params: the server's parameters [d].
             mean: the mean of each named vector.
-            info: number of the round and of the clients.
+            info: number of the round, and numbers of clients.
         """
         ...
 
 
 class AlgorithmRow(BaseModel):
-    """FedAvg, as a base: an algorithm overrides what it does differently."""
+    """FedAvg, the base class of all rows; they override what differs."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -170,22 +169,22 @@ class AlgorithmRow(BaseModel):
 
     @property
     def corrects_gradients(self) -> bool:
-        """Leaves gradients as they are."""
+        """No."""
         return False
 
     @property
     def keeps_state(self) -> bool:
-        """Keeps nothing."""
+        """No."""
         return False
 
     @property
     def needs_equal_weights(self) -> bool:
-        """Any weights."""
+        """No."""
         return False
 
     @property
     def reads_loss(self) -> bool:
-        """It needs gradients only."""
+        """No."""
         return False
 
     @property
@@ -197,28 +196,28 @@ class AlgorithmRow(BaseModel):
         """Accepts any settings."""
 
     def client_init(self, size: int) -> ClientState:
-        """Nothing."""
+        """Returns an empty state."""
         return {}
 
     def client_update(
         self, model: nn.Module, work: LocalWork, down: Vectors, state: ClientState
     ) -> tuple[Vectors, ClientState, Measures]:
-        """Takes the local steps as they are."""
+        """Takes all local steps without changing gradients."""
         run = work.begin(model).finish()
         return {UPDATE: run.update()}, state, run.measures
 
     def client_commit(
         self, before: ClientState, after: ClientState, arrived: Vectors
     ) -> ClientState:
-        """Keeps what the client computed."""
+        """Returns the state that `client_update` computed."""
         return after
 
     def server_init(self, params: Tensor) -> ServerState:
-        """The state of the server optimizer."""
+        """Returns the initial state of the server optimizer."""
         return self.optimizer.init(params)
 
     def server_down(self, state: ServerState) -> Vectors:
-        """Nothing."""
+        """Returns no further vectors."""
         return {}
 
     def server_step(
@@ -231,34 +230,34 @@ class AlgorithmRow(BaseModel):
 def check_fits(
     algorithm: Algorithm, settings: LocalSettings, *, steps: str, unit: str | None
 ) -> None:
-    """Checks that an algorithm works with these settings, gradients and protected unit.
+    """Checks that an algorithm works with the local settings and the kind of privacy.
 
     Args:
-        algorithm: the row.
+        algorithm: the algorithm's settings.
         settings: of the local training.
-        steps: source of the gradients, see `Trust.steps`.
-        unit: "sample", "client" or None.
+        steps: how gradients are computed: "plain", "private" or "joint" (see `Trust.steps`).
+        unit: what privacy protects: "sample", "client", or None.
 
     Raises:
-        RecipeError: naming what does not fit, and the cure.
+        RecipeError: if it does not.
     """
     algorithm.check(settings)
-    # A joint step is one noised sum of gradients over all clients: there are no local steps.
+    # With joint steps each client sends one sum of gradients and takes no local steps.
     if steps == "joint" and algorithm.corrects_gradients:
         raise RecipeError(
             (
                 f"'{algorithm.kind}' corrects several local steps, but with unit 'sample' and "
-                "this trust the clients take one step together"
+                "this trust all clients take one step together"
             ),
             place="algorithm",
             cure='set trust = "local", or algorithm = "fedavg"',
         )
-    # Under sample privacy the noise is in the gradients; a loss would leave without any.
+    # Under sample privacy only gradients get noise; a loss would be sent without noise.
     if unit == "sample" and algorithm.reads_loss:
         raise RecipeError(
             (
-                f"'{algorithm.kind}' asks for the loss of a client's examples, which no noise "
-                "covers under unit 'sample'"
+                f"'{algorithm.kind}' reads the loss of a client's examples, which gets no noise "
+                "under unit 'sample'"
             ),
             place="algorithm",
             cure='take unit = "client", or algorithm = "fedavg"',

@@ -11,20 +11,22 @@ from fedpress.federation.algorithms.optimizers import Adam, Server
 
 
 class FedAdam(AlgorithmRow):
-    """`algorithm = "fedadam"`: Adam on the server, with the mean update in place of a gradient."""
+    """`algorithm = "fedadam"`: Adam on the server, with minus the mean update as the gradient."""
 
     kind: Literal["fedadam"] = "fedadam"
-    lr: float = Field(default=0.01, gt=0, description="of the server")
+    lr: float = Field(default=0.01, gt=0, description="learning rate of the server")
     beta1: float = Field(
-        default=0.9, ge=0, lt=1, description="share of the old in the running mean of the updates"
+        default=0.9, ge=0, lt=1, description="decay of the running mean of the updates"
     )
     beta2: float = Field(
         default=0.99,
         ge=0,
         lt=1,
-        description="share of the old in the running mean of their squares",
+        description="decay of the running mean of the squared updates",
     )
-    tau: float = Field(default=1e-3, gt=0, description="keeps steps bounded where updates vanish")
+    tau: float = Field(
+        default=1e-3, gt=0, description="added to the root of the mean square (Adam's epsilon)"
+    )
 
     @property
     def optimizer(self) -> Server:

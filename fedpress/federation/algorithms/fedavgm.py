@@ -14,10 +14,8 @@ class FedAvgM(AlgorithmRow):
     """`algorithm = "fedavgm"`: v = beta v + mean update; params = params + lr v."""
 
     kind: Literal["fedavgm"] = "fedavgm"
-    lr: float = Field(default=1.0, gt=0, description="of the server")
-    beta: float = Field(
-        default=0.9, ge=0, lt=1, description="share of the old velocity in the new one"
-    )
+    lr: float = Field(default=1.0, gt=0, description="learning rate of the server")
+    beta: float = Field(default=0.9, ge=0, lt=1, description="momentum of the server")
 
     @property
     def optimizer(self) -> Server:

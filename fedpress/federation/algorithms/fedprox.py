@@ -1,4 +1,4 @@
-"""FedProx: a proximal term keeps local steps near the server's model (Li et al. 2020)."""
+"""FedProx: a proximal term pulls local steps towards the server's model (Li et al. 2020)."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class FedProx(AlgorithmRow):
     """
 
     kind: Literal["fedprox"] = "fedprox"
-    proximal_mu: float = Field(default=0.1, ge=0, description="strength of the pull")
+    proximal_mu: float = Field(default=0.1, ge=0, description="strength of the proximal term")
     server: Server = Field(
         default=Average(), description="optimizer of the server: average, momentum or adam"
     )
@@ -33,12 +33,12 @@ class FedProx(AlgorithmRow):
 
     @property
     def corrects_gradients(self) -> bool:
-        """The gradient of the proximal term is zero in the first step, but not in later ones."""
+        """Yes: it adds the gradient of the proximal term."""
         return True
 
     @property
     def penalties(self) -> Mapping[str, float]:
-        """From lr = 2 / proximal_mu on, a step of the proximal term overshoots."""
+        """The proximal term: from lr = 2 / proximal_mu on it makes training diverge."""
         return {"proximal_mu": self.proximal_mu}
 
     def client_update(

@@ -12,10 +12,9 @@ ServerState: TypeAlias = dict[str, Tensor]
 
 
 class ServerOptimizer(Protocol):
-    """Moves the parameters along the mean update.
+    """Takes a step along the mean update, which acts like a negative gradient.
 
-    The mean update points where the loss falls, as a negative gradient does. Both methods are pure
-    functions of flat float32 vectors; the state is a dictionary of tensors.
+    Both methods are pure functions of flat float32 vectors. The state is a dictionary of tensors.
     """
 
     def init(self, params: Tensor) -> ServerState:
@@ -25,7 +24,7 @@ class ServerOptimizer(Protocol):
     def step(
         self, state: ServerState, params: Tensor, mean_update: Tensor
     ) -> tuple[ServerState, Tensor]:
-        """Returns the next state and the next params [d]; changes nothing that it was given."""
+        """Returns the next state and the next params [d]; does not change its arguments."""
         ...
 
 
@@ -39,12 +38,10 @@ class Average(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     kind: Literal["average"] = "average"
-    lr: float = Field(
-        default=1.0, gt=0, description="factor on the mean update; 1 takes it as it is"
-    )
+    lr: float = Field(default=1.0, gt=0, description="factor on the mean update; 1 is plain FedAvg")
 
     def init(self, params: Tensor) -> ServerState:
-        """Needs no state."""
+        """Returns an empty state."""
         return {}
 
     def step(
@@ -61,9 +58,7 @@ class Momentum(BaseModel):
 
     kind: Literal["momentum"] = "momentum"
     lr: float = Field(default=1.0, gt=0, description="factor on the velocity of the mean updates")
-    beta: float = Field(
-        default=0.9, ge=0, lt=1, description="share of the old velocity in the new one"
-    )
+    beta: float = Field(default=0.9, ge=0, lt=1, description="decay of the velocity")
 
     def init(self, params: Tensor) -> ServerState:
         """Starts with zero velocity."""
@@ -85,13 +80,13 @@ class Adam(BaseModel):
     kind: Literal["adam"] = "adam"
     lr: float = Field(default=0.01, gt=0, description="learning rate of the server")
     beta1: float = Field(
-        default=0.9, ge=0, lt=1, description="share of the old in the running mean of the updates"
+        default=0.9, ge=0, lt=1, description="decay of the running mean of the updates"
     )
     beta2: float = Field(
         default=0.99,
         ge=0,
         lt=1,
-        description="share of the old in the running mean of their squares",
+        description="decay of the running mean of the squared updates",
     )
     tau: float = Field(
         default=1e-3,
@@ -100,8 +95,8 @@ class Adam(BaseModel):
     )
 
     def init(self, params: Tensor) -> ServerState:
-        """Starts with zero mean and a second moment of tau squared."""
-        # The least that algorithm 2 of the paper allows.
+        """Returns a zero mean and a mean square of tau^2."""
+        # tau^2 is the smallest initial value that algorithm 2 of the paper allows.
         return {"mean": torch.zeros_like(params), "square": torch.full_like(params, self.tau**2)}
 
     def step(
@@ -110,7 +105,7 @@ class Adam(BaseModel):
         """Returns the new moments and params."""
         mean = self.beta1 * state["mean"] + (1 - self.beta1) * mean_update
         square = self.beta2 * state["square"] + (1 - self.beta2) * mean_update**2
-        # tau bounds the step where updates, and so the mean square, are nearly zero.
+        # Without tau, steps would be huge where updates are nearly zero.
         step = self.lr * mean / (square.sqrt() + self.tau)
         return {"mean": mean, "square": square}, params + step
 

@@ -1,4 +1,4 @@
-"""q-FedAvg: a large loss weighs more (Li et al. 2020, arXiv:1905.10497, algorithm 2)."""
+"""q-FedAvg: clients with a large loss weigh more (Li et al. 2020, arXiv:1905.10497, alg. 2)."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from fedpress.federation.local import LocalSettings, LocalWork, Measures, check_
 from fedpress.federation.vectors import UPDATE, ExtraVector, Vectors
 
 TINY = 1e-10
-"""Least loss and least mean curvature: both are divided by."""
+"""Lower bound of loss and mean curvature, against divisions by 0."""
 
 
 class QFedAvg(AlgorithmRow):
-    """`algorithm = { kind = "qfedavg", q = 1 }`: the clients' losses become more equal.
+    """`algorithm = { kind = "qfedavg", q = 1 }`: makes the clients' losses more equal.
 
-    It minimises the mean of the clients' loss^(q+1), in which a large loss weighs more.
+    It minimises the mean of loss^(q+1) over the clients, so a client with a large loss weighs more.
 
     A client with loss F at the server's model, update u and learning rate lr sends the vector F^q u
     and the number h = F^q + q F^(q-1) |u|^2 / lr, an estimate of the curvature. The server adds
@@ -28,30 +28,30 @@ class QFedAvg(AlgorithmRow):
     """
 
     kind: Literal["qfedavg"] = "qfedavg"
-    q: float = Field(default=1.0, ge=0, description="how much more a large loss counts")
+    q: float = Field(default=1.0, ge=0, description="exponent on a client's loss; 0 is FedAvg")
     clip_norm: float | None = Field(
         default=None, gt=0, description="largest curvature of a client; needed under client privacy"
     )
 
     @property
     def extras_up(self) -> Mapping[str, ExtraVector]:
-        """The estimate h of the curvature, one value."""
+        """The estimate h of the curvature: one value."""
         return {"curvature": ExtraVector(size=1, clip_norm=self.clip_norm)}
 
     @property
     def reads_loss(self) -> bool:
-        """It needs the loss at the server's model."""
+        """Yes: the loss at the server's model."""
         return True
 
     def check(self, settings: LocalSettings) -> None:
-        """Refuses all but SGD: 1 / lr stands for the Lipschitz constant of the gradient."""
+        """Refuses all but SGD: the estimate uses 1 / lr as Lipschitz constant of the gradient."""
         check_is_sgd(settings, "'qfedavg' measures the curvature of the loss by the rate of SGD")
 
     def client_update(
         self, model: nn.Module, work: LocalWork, down: Vectors, state: ClientState
     ) -> tuple[Vectors, ClientState, Measures]:
         """Sends the update times loss^q, and the curvature."""
-        # Before the local steps: the loss at the server's model, as the algorithm wants it.
+        # Computed before the local steps: the algorithm needs the loss at the server's model.
         loss = max(float(work.loss(model)), TINY)
         run = work.begin(model).finish()
         update = run.update()
@@ -64,7 +64,7 @@ class QFedAvg(AlgorithmRow):
         self, state: ServerState, params: Tensor, mean: Vectors, info: RoundInfo
     ) -> tuple[ServerState, Tensor]:
         """Adds the mean update divided by the mean curvature."""
-        # Noise may make the mean curvature tiny or negative, and the step huge or reversed. Under
-        # privacy it is therefore at least a tenth of its bound.
+        # Privacy noise may make the mean curvature tiny or negative, and the step huge or reversed.
+        # With a bound it is therefore clamped to at least a tenth of the bound.
         least = TINY if self.clip_norm is None else self.clip_norm / 10
         return state, params + mean[UPDATE] / mean["curvature"].clamp(min=least)

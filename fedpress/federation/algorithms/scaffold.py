@@ -1,4 +1,4 @@
-"""SCAFFOLD: each client corrects its drift by the difference of the mean and its own gradient.
+"""SCAFFOLD: control variates remove the drift of local steps on unequal clients.
 
 Karimireddy et al. 2020, arXiv:1910.06378, algorithm 1 with option II. With x the server's
 parameters, y those of a client, K local steps of rate lr, and control variates c (server) and c_i
@@ -8,8 +8,8 @@ parameters, y those of a client, K local steps of rate lr, and control variates 
     then      c_i' = c_i - c + (x - y) / (K lr),   sent: update y - x, control c_i' - c_i
     server    x <- x + step of its optimizer along the mean update,   c <- c + |S| / N mean control
 
-So c stays the mean of all c_i, and the clients' corrected steps are zero where their mean gradient
-is zero: local steps no longer lead away from the common optimum.
+So c stays the mean of all c_i. Where the mean gradient of all clients is zero, so are the corrected
+steps: local steps do not move away from the common optimum.
 """
 
 from __future__ import annotations
@@ -29,20 +29,21 @@ from fedpress.federation.local import LocalSettings, LocalWork, Measures, check_
 from fedpress.federation.vectors import UPDATE, ExtraVector, Vectors
 
 CONTROL = "control"
+"""Name of the control variate in messages and states."""
 
 
 class Scaffold(AlgorithmRow):
     """`algorithm = "scaffold"`.
 
-    Both sides move their state by the control that arrives, after clip, codec and noise. So what a
-    codec loses of one control is part of the next one, and c stays the mean of all c_i.
+    Server and client both add the decoded change of the control (after clip, codec and noise). So a
+    coding error is part of the next change, and c stays the mean of all c_i.
 
-    Under client privacy `clip_norm` bounds the control of one client. A control is as large as a
-    gradient, an update as large as K lr gradients: (clip_norm of the update) / (K lr) clips both
-    equally often.
+    Under client privacy `clip_norm` bounds the control of one client. A control is about as large
+    as one gradient, an update as large as K lr gradients. So (clip_norm of the update) / (K lr)
+    clips both about equally often.
 
-    Under sample privacy the control is computed from noised steps and the server's vectors, so it
-    is post-processing and costs nothing.
+    Under sample privacy the control is computed from noised steps and the server's vectors: it is
+    post-processing and costs no privacy.
     """
 
     kind: Literal["scaffold"] = "scaffold"
@@ -51,7 +52,10 @@ class Scaffold(AlgorithmRow):
     )
     uplink: tuple[AnyTransform, ...] = Field((), description="codecs of the control, in order")
     clip_norm: float | None = Field(
-        None, gt=0, allow_inf_nan=False, description="of the control; needed under client privacy"
+        None,
+        gt=0,
+        allow_inf_nan=False,
+        description="L2 bound of the control; needed under client privacy",
     )
 
     @property
@@ -61,7 +65,7 @@ class Scaffold(AlgorithmRow):
 
     @property
     def extras_up(self) -> Mapping[str, ExtraVector]:
-        """How far the client's control moved."""
+        """The change of the client's control."""
         return {CONTROL: ExtraVector(codecs=self.uplink, clip_norm=self.clip_norm)}
 
     @property
@@ -71,17 +75,17 @@ class Scaffold(AlgorithmRow):
 
     @property
     def corrects_gradients(self) -> bool:
-        """In every local step."""
+        """Yes, in every local step."""
         return True
 
     @property
     def keeps_state(self) -> bool:
-        """The client's control."""
+        """Yes: the client's control."""
         return True
 
     @property
     def needs_equal_weights(self) -> bool:
-        """With other weights c is not the mean of the c_i, and the rounds converge elsewhere."""
+        """Yes: with other weights c is not the mean of all c_i, which changes the fixed point."""
         return True
 
     def check(self, settings: LocalSettings) -> None:
@@ -90,20 +94,20 @@ class Scaffold(AlgorithmRow):
         Raises:
             RecipeError: if the local optimizer is another, or has momentum.
         """
-        # With either, (x - y) / (K lr) is not the mean gradient of the local steps.
-        check_is_sgd(settings, "'scaffold' takes how far a client moved for its mean gradient")
+        # With another optimizer or momentum, (x - y) / (K lr) is not the mean gradient.
+        check_is_sgd(settings, "'scaffold' computes a client's mean gradient from its update")
         if settings.momentum:
             raise RecipeError(
                 (
-                    f"got {settings.momentum:g}, but 'scaffold' takes how far a client moved for "
-                    "its mean gradient"
+                    f"got {settings.momentum:g}, but 'scaffold' computes a client's mean gradient "
+                    "from its update"
                 ),
                 place="momentum",
                 cure='set momentum = 0, and server = { kind = "momentum" } in its table if wanted',
             )
 
     def client_init(self, size: int) -> ClientState:
-        """Starts with a control of zeros, as the server does."""
+        """Returns a control of zeros; the server starts with zeros as well."""
         return {CONTROL: torch.zeros(size)}
 
     def client_update(
@@ -115,7 +119,7 @@ class Scaffold(AlgorithmRow):
         steps = 0
         correction: list[Tensor] = []
         for step in run:
-            # Split once: only a step knows the shapes and the device of the parameters.
+            # Split in the first step, which knows the shapes and the device of the parameters.
             correction = correction or step.split(drift)
             for gradient, part in zip(step.gradients, correction, strict=True):
                 gradient.add_(part)
@@ -129,7 +133,7 @@ class Scaffold(AlgorithmRow):
     def client_commit(
         self, before: ClientState, after: ClientState, arrived: Vectors
     ) -> ClientState:
-        """Moves the client's control by the change that the server decodes, not the exact one."""
+        """Adds the change of the control as the server decodes it, not the exact one."""
         return {CONTROL: before[CONTROL] + arrived[CONTROL]}
 
     def server_init(self, params: Tensor) -> ServerState:

@@ -1,4 +1,4 @@
-"""The table of schedules: when which client is asked, and when the server takes a step."""
+"""The table of schedules: synchronous rounds, and buffered (asynchronous) server steps."""
 
 from __future__ import annotations
 

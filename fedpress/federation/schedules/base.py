@@ -1,13 +1,12 @@
-"""What a schedule is: when the server asks which client, and when it takes a step.
+"""The interface of a schedule: when the server asks which client, and when it takes a step.
 
-A schedule makes decisions and handles no messages, so a whole run can be simulated without
-training. Its clock is virtual: `delays` say how long each task takes, and answers are taken in the
-order in which they would have come.
+A schedule handles no messages, so a run can be simulated without training. With `delays` it has a
+virtual clock: each task takes a simulated time, and answers are taken in the order of these times.
 
-A task is named by its client and a number. A model after v server steps has version v, and the task
-that starts from it has number v + 1. No client is sent the same version twice, so no name is used
-twice. That matters for privacy: random streams named by it give fresh noise in every task, and a
-client can refuse a second question under one name.
+A task is named by its client and a number. After v server steps the model has version v, and a task
+that starts from it has number v + 1. No client is sent the same version twice, so no two tasks have
+the same name. This matters for privacy: random streams named after a task give new noise in every
+task, and a client can refuse a second request for the same task.
 """
 
 from __future__ import annotations
@@ -28,8 +27,8 @@ class Assignment:
     """One task of one client.
 
     Attributes:
-        client: who is asked.
-        task: number of the task; the model that it starts from has seen `task - 1` server steps.
+        client: the client that is asked.
+        task: number of the task; it starts from the model after `task - 1` server steps.
         due: time of its answer, in simulated seconds since the start of the run.
     """
 
@@ -40,14 +39,13 @@ class Assignment:
 
 @dataclass(frozen=True)
 class Timing:
-    """When a server step was taken and with whose answers.
+    """The time of a server step, and the clients whose answers are in it.
 
     Attributes:
-        answered: clients whose answers the step waited for, including those that were late or did
-            not count.
+        answered: clients whose answers the step waited for, including late and refused ones.
         staleness: for each answer in the step, in the order of the sum, how many server steps were
-            taken while its client was at work.
-        late: those of them that missed the deadline.
+            taken while its client was working.
+        late: clients of `answered` that missed the deadline.
         spare: clients that were asked but not needed, because enough others were faster.
         simulated_seconds: of the virtual clock since the start of the run; None without delays.
     """
@@ -61,14 +59,14 @@ class Timing:
 
 @dataclass(frozen=True)
 class ScheduleContext:
-    """What a schedule works with; the same in every step.
+    """The inputs of a schedule, the same in every step.
 
     Attributes:
-        clients: all that can be asked, in a fixed order.
+        clients: all clients that can be asked, in a fixed order.
         cohort: how many updates are in one server step, and how their clients are drawn.
-        seed: of the delays, and of draws that need not be secret.
-        draw_seed: of draws that privacy depends on (Poisson sampling); the server's secret if it
-            has one.
+        seed: of the delays and of public random draws.
+        draw_seed: of random draws that privacy depends on (Poisson sampling): the server's secret,
+            or the seed if it has none.
         delays: how long clients take; None without a virtual clock.
     """
 
@@ -79,8 +77,8 @@ class ScheduleContext:
     delays: Delays | None = None
 
     def due(self, client: ClientId, task: int, now: float) -> float:
-        """Returns the time at which the answer to a task comes that is sent at time `now`."""
-        # Without a clock every answer is due at once.
+        """Returns the simulated time of the answer to a task that is sent at time `now`."""
+        # Without delays every answer comes at once.
         if self.delays is None:
             return now
         return now + self.delays.draw(self.seed, client, task)
@@ -94,7 +92,7 @@ class Scheduler(Protocol):
     """
 
     def begin(self, step: int) -> None:
-        """Begins to gather updates for server step number `step`, from 1."""
+        """Starts server step number `step`, from 1."""
         ...
 
     def ask(self) -> list[Assignment]:
@@ -102,59 +100,59 @@ class Scheduler(Protocol):
         ...
 
     def wait(self) -> list[Assignment]:
-        """Returns the tasks whose answers are waited for; the first answer to one is taken next.
+        """Returns the tasks of which the next answer is to be received.
 
         Empty if the step has all its answers.
         """
         ...
 
     def take(self, assignment: Assignment) -> None:
-        """Notes that the answer to a task came, or never will."""
+        """Notes that a task was answered, or that its answer will not come."""
         ...
 
     def end(self) -> tuple[Timing, dict[ClientId, str]]:
-        """Ends the step; returns its timing, and for late clients the reason."""
+        """Ends the step; returns its timing, and for each late client the reason."""
         ...
 
     @property
     def patience(self) -> float | None:
-        """Real seconds to wait for the next answer; None for any time, as with a virtual clock."""
+        """Real seconds to wait for the next answer; None: no limit, as with a virtual clock."""
         ...
 
     @property
     def at_work(self) -> Sequence[Assignment]:
-        """Tasks whose answers are still wanted, in the order in which they were sent."""
+        """Sent tasks whose answers a later step will use, in the order of sending."""
         ...
 
     def state(self) -> dict[str, Tensor]:
-        """Returns all that is needed to go on after a finished step."""
+        """Returns the tensors from which `Schedule.open` resumes after a finished step."""
         ...
 
 
 class Participation(Protocol):
-    """Which client is asked how often in a run; privacy is planned and charged from it."""
+    """How often each client is asked in a run, by which privacy is planned and charged."""
 
     @property
     def composed_tasks(self) -> int:
-        """Number of tasks of one client whose privacy costs are composed to plan its noise."""
+        """Number of tasks of one client that are composed when its noise is planned."""
         ...
 
     @property
     def max_tasks(self) -> int:
-        """Tasks of the client that is asked most often."""
+        """Number of tasks of the client that is asked most often."""
         ...
 
     def tasks(self, client: ClientId) -> int:
-        """Returns how often `client` is asked in the whole run, at most."""
+        """Returns how often `client` is asked in the whole run at most."""
         ...
 
     def asked(self, step: int) -> list[ClientId]:
-        """Returns who is asked for server step number `step`."""
+        """Returns the clients that are asked in server step number `step`."""
         ...
 
 
 class Schedule(Protocol):
-    """One row of the table: the settings of a schedule."""
+    """One row of the table of schedules: its settings."""
 
     @property
     def kind(self) -> str:
@@ -163,17 +161,17 @@ class Schedule(Protocol):
 
     @property
     def one_model(self) -> bool:
-        """Whether all answers of a step start from one model, from clients known beforehand."""
+        """Whether all updates of a step start from one model and their clients are known before."""
         ...
 
     @property
     def timed(self) -> bool:
-        """Whether it depends on time, so that a simulation needs `delays`."""
+        """Whether it depends on time, so a simulation needs `delays`."""
         ...
 
     @property
     def drops(self) -> bool:
-        """Whether a slow client is left out of a step because others were faster."""
+        """Whether a slow client may be left out of a step because others were faster."""
         ...
 
     def cohort(self, size: int | None, population: int, sampling: str) -> Cohort:
@@ -185,9 +183,9 @@ class Schedule(Protocol):
         ...
 
     def weight(self, staleness: int) -> float:
-        """Returns the factor on an update, from 0 to 1.
+        """Returns the factor on an update that is `staleness` steps old, from 0 to 1.
 
-        Above 1 a clipped update would exceed its clip norm, which the noise is measured against.
+        With more than 1, a clipped update would exceed its clip norm, for which noise is planned.
         """
         ...
 
@@ -196,17 +194,17 @@ class Schedule(Protocol):
         ...
 
     def open(self, context: ScheduleContext, state: Mapping[str, Tensor]) -> Scheduler:
-        """Begins with an empty `state`, or goes on from what `Scheduler.state` returned."""
+        """Starts a run (empty `state`), or resumes from what `Scheduler.state` returned."""
         ...
 
 
 def look_ahead(
     schedule: Schedule, context: ScheduleContext, num_steps: int
 ) -> list[list[ClientId]]:
-    """Returns who is asked in each of `num_steps` server steps of a run with this clock.
+    """Simulates a run without training; returns the clients asked in each of `num_steps` steps.
 
-    It does not depend on data: who is drawn follows from the seed, and who answers first from the
-    delays. An answer that does not count takes its place in the step as any other does.
+    The result does not depend on data: clients are drawn by the seed, and delays decide who answers
+    first. A refused answer takes a place in its step like any other, so it changes nothing here.
     """
     scheduler = schedule.open(context, {})
     asked: list[list[ClientId]] = []
@@ -214,7 +212,7 @@ def look_ahead(
         scheduler.begin(step)
         names = [one.client for one in scheduler.ask()]
         while waiting := scheduler.wait():
-            # As in a run, where the answer to the first of these tasks is taken next.
+            # As in a run with delays, where `wait` returns one task at a time.
             scheduler.take(waiting[0])
             names += [one.client for one in scheduler.ask()]
         scheduler.end()

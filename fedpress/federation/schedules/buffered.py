@@ -1,4 +1,4 @@
-"""The buffered schedule (FedBuff): the server takes a step with every few updates that come in."""
+"""The buffered schedule (FedBuff): a server step after every `buffer` updates, asynchronously."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ from fedpress.federation.schedules.base import (
 
 
 class Buffered(BaseModel):
-    """FedBuff: clients work all the time, and every `buffer` updates make a server step.
+    """FedBuff: `concurrency` clients work at any time; every `buffer` updates make a server step.
 
-    Nguyen et al. 2022 (arXiv:2106.06639), algorithm 1. A client that answers is replaced by
-    another, drawn at random from those that are idle and not in the buffer. An update that is s
-    steps old is multiplied by (1 + s)^-staleness_exponent.
+    Nguyen et al. 2022 (arXiv:2106.06639), algorithm 1. When a client answers, another one is asked,
+    drawn from the clients that neither work nor are in the buffer. An update that is s steps old is
+    multiplied by (1 + s)^-staleness_exponent.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -37,42 +37,40 @@ class Buffered(BaseModel):
     kind: Literal["buffered"] = "buffered"
     buffer: int = Field(default=10, ge=1, description="updates in one server step")
     concurrency: int = Field(
-        default=20, ge=1, description="most clients that work at the same time"
+        default=20, ge=1, description="clients that work at the same time, at most"
     )
     staleness_exponent: float = Field(
         default=0.5,
         ge=0,
         le=10,
-        description="an update that is s steps old counts (1 + s) to the power of minus this; 0 = "
-        "all"
-        " alike",
+        description="e: an update that is s steps old has weight (1 + s)^-e; 0: all the same",
     )
 
     @property
     def one_model(self) -> bool:
-        """A client starts from the newest model when it is asked."""
+        """No: a client starts from the newest model when it is asked."""
         return False
 
     @property
     def timed(self) -> bool:
-        """Without a clock answers are taken in the order of asking, which works as well."""
+        """No: without delays, answers are taken in the order of asking."""
         return False
 
     @property
     def drops(self) -> bool:
-        """Every answer is used, sooner or later."""
+        """No: every answer is used."""
         return False
 
     def cohort(self, size: int | None, population: int, sampling: str) -> Cohort:
-        """Returns the buffer as a cohort.
+        """Returns a cohort of `buffer` clients.
 
         Raises:
-            RecipeError: if the recipe also names a cohort or a sampling, or the clients are too
-                few.
+            RecipeError: if the recipe also sets a cohort or a sampling, or there are too few
+                clients.
         """
         if size is not None:
             raise RecipeError(
-                f"got {size}, but a buffered schedule counts the updates of a step by its buffer",
+                f"got {size}, but a buffered schedule takes the key buffer instead",
                 place="size",
                 cure="leave cohort out",
             )
@@ -80,17 +78,17 @@ class Buffered(BaseModel):
         if sampling != "fixed":
             raise RecipeError(
                 (
-                    f"got '{sampling}', but a buffered schedule asks one idle client at a time, so "
-                    "who takes part is no independent draw and nothing is amplified"
+                    f"got '{sampling}', but a buffered schedule does not draw clients "
+                    "independently in each step, so there is no amplification"
                 ),
                 place="sampling",
                 cure="leave sampling out",
             )
-        # The step would never be taken: each client fills at most one place.
+        # With fewer clients than places the buffer would never be full.
         if self.buffer > population:
             raise RecipeError(
                 (
-                    f"got {self.buffer}, but there are {population} clients and each is in a "
+                    f"got {self.buffer}, but there are {population} clients, and each is in the "
                     "buffer at most once"
                 ),
                 place="buffer",
@@ -107,7 +105,7 @@ class Buffered(BaseModel):
                     "one step"
                 ),
                 place="buffer",
-                cure="bind it with schedule.cohort(...)",
+                cure="bind the uplink with schedule.cohort(...)",
             )
 
     def weight(self, staleness: int) -> float:
@@ -133,16 +131,16 @@ class Buffered(BaseModel):
 class _BufferedScheduler:
     """The running buffered schedule.
 
-    A client in the buffer is not asked again before the step is taken. There are three reasons:
+    A client in the buffer is not asked again before the server's step. There are three reasons:
 
     - One client moves the sum of a step by at most one clipped update times a weight of at most 1.
       So the sensitivity is the clip norm, as in a synchronous round.
-    - Its next task starts from a newer version, so the task's name is new.
-    - Between two checkpoints it answers at most once, so the two states that a client keeps are
-      enough to go on after a kill.
+    - Its next task starts from a newer model version, so the task has a new name.
+    - Between two checkpoints it answers at most once, so the two states that a client stores are
+      enough to resume after a crash.
 
-    An answer that does not count fills a place in the buffer as any other does: whether a client
-    fails says something about its data, so it must not change who is asked next.
+    A refused answer fills a place in the buffer like any other: a failure depends on the client's
+    data, so it must not change which client is asked next.
     """
 
     def __init__(self, settings: Buffered, context: ScheduleContext) -> None:
@@ -155,14 +153,15 @@ class _BufferedScheduler:
         self._taken: list[Assignment] = []
 
     def begin(self, step: int) -> None:
-        """Empties the buffer; clients at work go on."""
+        """Empties the buffer; working clients continue."""
         self._step = step
         self._taken = []
 
     def ask(self) -> list[Assignment]:
         """Draws clients until `concurrency` are at work; none once the buffer is full."""
         new: list[Assignment] = []
-        # A full buffer is about to change the model: who is asked now would start from an old one.
+        # The buffer is full, so the model is about to change: a client that is asked now would
+        # start from the old one.
         if not self._unfilled:
             return new
         busy = {one.client for one in [*self._working, *self._taken]}
@@ -178,12 +177,12 @@ class _BufferedScheduler:
 
     def _draw(self, busy: set[ClientId]) -> ClientId:
         """Returns one of the clients that are not `busy`, each with the same probability."""
-        # Numbered draws, not steps: a step may draw any number of clients.
+        # Streams are numbered by draw, because a step may draw any number of clients.
         self._draws += 1
         clients = self._context.clients
         stream = private_stream(self._context.seed, "cohort", self._draws)
-        # Rejection sampling: among thousands of clients few are busy, and no list of the idle ones
-        # has to be built for each draw.
+        # Rejection sampling: it needs no list of idle clients, which may be thousands, and few
+        # clients are busy.
         while True:
             client = clients[int(stream.integers(len(clients)))]
             if client not in busy:
@@ -194,23 +193,23 @@ class _BufferedScheduler:
         return len(self._taken) < self._settings.buffer
 
     def wait(self) -> list[Assignment]:
-        """Returns the task whose answer comes first; all open ones without a virtual clock."""
+        """Returns the task whose answer comes first; without delays all open tasks."""
         if not self._unfilled or not self._working:
             return []
         if self._context.delays is None:
             return list(self._working)
-        # `min` returns the first of equals: the task that was sent first.
+        # Of tasks with equal times, `min` returns the one that was sent first.
         return [min(self._working, key=lambda one: one.due)]
 
     def take(self, assignment: Assignment) -> None:
         """See `Scheduler`."""
         self._working.remove(assignment)
         self._taken.append(assignment)
-        # An answer may have been due in an earlier step: the clock never runs backwards.
+        # An answer may have been due in an earlier step, but the clock must not go backwards.
         self._now = max(self._now, assignment.due)
 
     def end(self) -> tuple[Timing, dict[ClientId, str]]:
-        """See `Scheduler`; nobody is ever late."""
+        """See `Scheduler`; no client is ever late."""
         staleness = tuple(self._step - one.task for one in self._taken)
         clock = None if self._context.delays is None else self._now
         answered = tuple(one.client for one in self._taken)
@@ -218,12 +217,12 @@ class _BufferedScheduler:
 
     @property
     def patience(self) -> float | None:
-        """However long it takes."""
+        """None: there is no deadline."""
         return None
 
     @property
     def at_work(self) -> Sequence[Assignment]:
-        """The tasks whose answers will be in later steps."""
+        """Tasks that are sent and not yet answered."""
         return self._working
 
     def state(self) -> dict[str, Tensor]:
@@ -245,7 +244,7 @@ class _BufferedScheduler:
         }
 
     def load_(self, state: Mapping[str, Tensor]) -> None:
-        """Goes on from what `state` returned."""
+        """Restores what `state` returned."""
         self._now = float(state["now"])
         self._draws = int(state["draws"])
         columns = [state[name].tolist() for name in ("clients", "tasks", "due")]
@@ -254,7 +253,7 @@ class _BufferedScheduler:
 
 
 class _SimulatedParticipation:
-    """Participation as it was counted in a simulation of the schedule."""
+    """Participation counted in a simulation of the schedule (`look_ahead`)."""
 
     def __init__(self, asked: list[list[ClientId]]) -> None:
         self._asked = asked
@@ -264,7 +263,7 @@ class _SimulatedParticipation:
 
     @property
     def composed_tasks(self) -> int:
-        """The tasks of the busiest client: no sampling amplifies, so every task counts."""
+        """The tasks of the busiest client: there is no amplification, so every task counts."""
         return self.max_tasks
 
     @property

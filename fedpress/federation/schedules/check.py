@@ -1,4 +1,4 @@
-"""Refuses, before the run, parts of it that do not work with its schedule, and says why."""
+"""Checks before the run that secure sum, downlink, noise and algorithm fit the schedule."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from fedpress.federation.uplink import Uplink
 
 @dataclass(frozen=True)
 class Needs:
-    """Which parts of a run need something of its schedule.
+    """The parts of a run that do not work with every schedule.
 
     Attributes:
-        secure: a secure sum: its clients are named before they answer.
-        downlink: the model travels as a difference to what each client holds.
-        adaptive: the clip norm follows the updates.
+        secure: a secure sum, whose clients must be known before they answer.
+        downlink: the model is sent as a difference to each client's copy.
+        adaptive: the clip norm adapts to the updates' norms.
         correlated: the noise is correlated over the steps.
-        client_state: the algorithm keeps a state on the clients.
-        hides_clients: noise on the sum must hide whether any one client was in it.
+        client_state: clients store a state of the algorithm.
+        hides_clients: noise on the sum hides whether a client was in it (client privacy).
     """
 
     secure: bool = False
@@ -33,7 +33,7 @@ class Needs:
 
     @classmethod
     def of(cls, uplink: Uplink, downlink: Downlink | None, algorithm: Algorithm) -> Needs:
-        """Returns the needs of these bound parts."""
+        """Returns the needs of these parts."""
         return cls(
             secure=not uplink.aggregator.sees_updates,
             downlink=downlink is not None,
@@ -48,28 +48,28 @@ def check_schedule(schedule: Schedule, needs: Needs) -> None:
     """Checks that the parts of a run work with `schedule`.
 
     Raises:
-        RecipeError: if one of them does not, with the reason.
+        RecipeError: if one of them does not.
     """
     if not schedule.one_model:
         _check_many_models(schedule, needs)
-    # Its noise and its bits are planned for everybody who is asked: an answer that is not needed
-    # would have to be taken out of a sum that nobody can take apart.
+    # A secure sum plans noise and bits for all clients that are asked. An answer that turns out not
+    # to be needed could not be removed from the masked sum.
     if schedule.drops and needs.secure:
         raise RecipeError(
             (
-                "a secure sum plans noise and bits for everybody that it asks, and survives "
-                "max_dropout of them"
+                "a secure sum plans noise and bits for all clients that are asked, and allows for "
+                "drop-outs by max_dropout"
             ),
             place="schedule.over_selection",
             cure="leave over_selection out and make the cohort larger",
         )
-    # Adding one client to the population may push another out of the sum: that changes two updates,
-    # and the noise covers a change of one.
+    # A fast client that is added to the population may push another one out of the sum. Then two
+    # updates change, but the noise is planned for a change of one.
     if schedule.drops and needs.hides_clients:
         raise RecipeError(
             (
-                "a client that is faster displaces another from the sum, so one client moves "
-                "it twice as far as the noise hides"
+                "a faster client pushes another one out of the sum, so one client may change it by "
+                "two clip norms, and the noise is planned for one"
             ),
             place="schedule.over_selection",
             cure="leave over_selection out, or set trust = 'local'",
@@ -77,36 +77,40 @@ def check_schedule(schedule: Schedule, needs: Needs) -> None:
 
 
 def _check_many_models(schedule: Schedule, needs: Needs) -> None:
-    """Refuses what needs the clients of a step to start from one model, or to be known before."""
+    """Refuses parts that need all clients of a step to start from one model, or to be known before.
+
+    Raises:
+        RecipeError: naming the part and the reason.
+    """
     reasons = {
         "secure": (
             "a secure sum",
-            "masks cancel only among clients that are named to each other before they answer, and "
-            "nobody knows who will be in a sum",
+            "masks cancel only among clients that know each other before they answer, and it is "
+            "not known before which clients will be in a sum",
             'set aggregator = "mean"',
         ),
         "downlink": (
             "coded differences (downlink)",
-            "nearly every client holds another version, so the server would keep and code one "
-            "model for each",
+            "nearly every client has another version of the model, so the server would store and "
+            "code one model for each client",
             "leave downlink out",
         ),
         "adaptive": (
             "an adaptive clip norm",
-            "updates on their way come in units of an older clip norm, so their sum has no one "
-            "bound",
+            "clients that still work were sent an older clip norm, so the updates of a step have "
+            "different bounds",
             "leave privacy.adaptive out",
         ),
         "correlated": (
             "correlated noise",
-            "it is planned for a least number of steps between two updates of a client, and a fast "
-            "client may be in every step",
+            "it needs a minimum number of steps between two updates of a client, but a fast client "
+            "may be in every step",
             "leave privacy.correlated out",
         ),
         "client_state": (
             "an algorithm whose clients keep a state",
-            "what a client learned against an older model would correct steps from a newer one, "
-            "for which nobody has shown that it converges",
+            "a state that belongs to an older model would correct steps from a newer one, and "
+            "convergence has not been shown for this",
             'take algorithm = "fedavg"',
         ),
     }

@@ -1,4 +1,4 @@
-"""Synchronous rounds: a cohort is asked and waited for; with a deadline and over-selection."""
+"""The synchronous schedule: each round waits for its cohort; with deadline and over-selection."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from fedpress.federation.schedules.base import (
 
 
 class Synchronous(BaseModel):
-    """Rounds: a cohort is sent the model, and the server takes a step when its answers are in.
+    """A round sends the model to a cohort; the server steps when all answers have come.
 
     Attributes:
-        deadline: seconds after which the server stops waiting. A late client does not count in this
-            round and is told to stop.
+        deadline: seconds after which the server stops waiting. Late clients are left out of the
+            round and told to stop.
         over_selection: factor on the number of clients that are asked. Example: 1.3 with a cohort
             of 10 asks 13 and takes the first 10 answers (Bonawitz et al. 2019, arXiv:1902.01046,
             section 2).
@@ -38,32 +38,32 @@ class Synchronous(BaseModel):
 
     kind: Literal["synchronous"] = "synchronous"
     deadline: float | None = Field(
-        default=None, gt=0, description="seconds; whoever is late does not count"
+        default=None, gt=0, description="seconds; later answers are not used"
     )
     over_selection: float = Field(
         default=1.0,
         ge=1,
         le=10,
-        description="ask so many times the cohort, and take the first answers",
+        description="factor on the clients that are asked; the first answers are used",
     )
 
     @property
     def one_model(self) -> bool:
-        """All clients of a round start from the same model."""
+        """Yes: all clients of a round start from the same model."""
         return True
 
     @property
     def timed(self) -> bool:
-        """Only a deadline depends on time."""
+        """Only with a deadline."""
         return self.deadline is not None
 
     @property
     def drops(self) -> bool:
-        """With over-selection slow clients are left out because others were faster."""
+        """Only with over-selection."""
         return self.over_selection > 1
 
     def cohort(self, size: int | None, population: int, sampling: str) -> Cohort:
-        """Returns a cohort of `size` clients; of all if None."""
+        """Returns a cohort of `size` clients; of all clients if None."""
         return Cohort(size or population, population, sampling)  # type: ignore[arg-type]
 
     def check(self, cohort: Cohort) -> None:
@@ -74,8 +74,8 @@ class Synchronous(BaseModel):
         return 1.0
 
     def drawn(self, cohort: Cohort) -> Cohort:
-        """Returns the cohort that is asked, if the answers of `cohort` are taken."""
-        # Rounded up, so that a factor above 1 asks at least one client more.
+        """Returns the cohort that is asked so that `cohort.size` answers can be taken."""
+        # Rounded up, so that any factor above 1 asks at least one client more.
         size = min(cohort.population, math.ceil(cohort.size * self.over_selection))
         return cohort if size == cohort.size else replace(cohort, size=size)
 
@@ -91,7 +91,7 @@ class Synchronous(BaseModel):
 class _SynchronousScheduler:
     """The running synchronous schedule.
 
-    Between `begin` and `end` a task is unsent, open (its answer is waited for) or taken.
+    Between `begin` and `end` a task is unsent, open (sent, not yet answered) or taken (answered).
     """
 
     def __init__(self, settings: Synchronous, context: ScheduleContext, now: float) -> None:
@@ -107,7 +107,7 @@ class _SynchronousScheduler:
         self._taken: list[Assignment] = []
 
     def begin(self, step: int) -> None:
-        """Draws the cohort of a round."""
+        """Draws the cohort of round `step`."""
         context = self._context
         names = self._drawn.draw(context.clients, seed=context.draw_seed, round=step)
         self._asked = []
@@ -118,14 +118,14 @@ class _SynchronousScheduler:
         self._wanted = len(names)
         if self._settings.drops:
             self._wanted = min(len(names), context.cohort.size)
-        # Real time, for a deadline without a virtual clock; it never jumps, as a wall clock may.
+        # For a deadline in real time. A monotonic clock, because the wall clock may be adjusted.
         self._started = time.monotonic()
         self._open = self._expected()
 
     def _expected(self) -> list[Assignment]:
         """Returns the tasks whose answers will be taken, in the order of the cohort.
 
-        With a virtual clock they are known beforehand: the first ones that are in time.
+        With delays they are known before: the fastest ones within the deadline.
         """
         if self._context.delays is None:
             return list(self._asked)
@@ -136,16 +136,16 @@ class _SynchronousScheduler:
         return [one for one in self._asked if one in first]
 
     def ask(self) -> list[Assignment]:
-        """Returns the whole cohort on the first call of a round, then nothing."""
+        """Returns the tasks of the cohort on the first call of a round, then nothing."""
         unsent = self._unsent
         self._unsent = []
         return unsent
 
     def wait(self) -> list[Assignment]:
-        """Returns one task after the other, in the order of the cohort.
+        """Returns one task at a time, in the order of the cohort.
 
-        The sum then has the same order in every run, and the server holds one answer at a time.
-        Over-selection without a virtual clock must take whichever answer comes first instead.
+        So the sum has the same order in every run, and the server handles one answer at a time.
+        Over-selection without delays returns all open tasks, to take whichever answer comes first.
         """
         if len(self._taken) >= self._wanted:
             return []
@@ -163,8 +163,8 @@ class _SynchronousScheduler:
         left = [one for one in self._asked if one not in taken]
         late: dict[ClientId, str] = {}
         now = max((one.due for one in self._taken), default=self._now)
-        # Too few answers: the server has waited until the deadline, and all others are late. With
-        # enough answers those who are left were not needed.
+        # With too few answers, the server has waited until the deadline, and the other clients are
+        # late. With enough answers, the other clients were not needed.
         if len(taken) < self._wanted:
             assert self._settings.deadline is not None
             late = {one.client: self._late(one) for one in left}
@@ -172,7 +172,7 @@ class _SynchronousScheduler:
             left = []
         self._now = now
         unneeded = set(left)
-        # Spare clients were told to stop, so the server has not waited for them.
+        # The server has not waited for spare clients, so they are not in `answered`.
         spare = tuple(one.client for one in left)
         answered = tuple(one.client for one in self._asked if one not in unneeded)
         timing = Timing(
@@ -197,25 +197,27 @@ class _SynchronousScheduler:
 
     @property
     def patience(self) -> float | None:
-        """The seconds until the deadline, on the real clock."""
+        """Real seconds until the deadline; None without one, or with delays."""
         if self._context.delays is not None or self._settings.deadline is None:
             return None
         return max(0.0, self._started + self._settings.deadline - time.monotonic())
 
     @property
     def at_work(self) -> Sequence[Assignment]:
-        """Nothing: no task is open between two rounds."""
+        """No tasks: none is open between two rounds."""
         return []
 
     def state(self) -> dict[str, Tensor]:
-        """Returns the time of the virtual clock, if there is one."""
+        """Returns the time of the virtual clock; empty without delays."""
         clock = self._clock
-        return {} if clock is None else {"now": torch.tensor(clock, dtype=torch.float64)}
+        if clock is None:
+            return {}
+        return {"now": torch.tensor(clock, dtype=torch.float64)}
 
 
 @dataclass(frozen=True)
 class _RoundParticipation:
-    """Participation in synchronous rounds, where a client may be drawn in every `period`-th one."""
+    """Participation in synchronous rounds: a client is drawn at most once in `period` rounds."""
 
     drawn: Cohort
     context: ScheduleContext

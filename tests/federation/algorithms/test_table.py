@@ -166,7 +166,7 @@ def test_a_row_that_corrects_several_steps_is_refused_for_a_joint_one(row):
 
 def test_a_row_that_asks_for_a_loss_is_refused_for_unit_sample(row):
     if row.reads_loss:
-        with pytest.raises(RecipeError, match="which no noise covers"):
+        with pytest.raises(RecipeError, match="which gets no noise"):
             check_fits(row, LocalSettings(), steps="local", unit="sample")
     elif not row.corrects_gradients:
         check_fits(row, LocalSettings(), steps="local", unit="sample")
@@ -221,5 +221,5 @@ def test_a_loss_travels_as_a_vector_of_size_one(privacy):
 
 
 def test_a_row_that_asks_for_a_loss_is_refused_under_sample_privacy_before_the_run():
-    with pytest.raises(RecipeError, match="which no noise covers"):
+    with pytest.raises(RecipeError, match="which gets no noise"):
         Federation(algorithm=WeighsByLoss(), weights="equal", privacy=SAMPLE_PLAN)

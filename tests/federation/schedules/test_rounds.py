@@ -299,7 +299,7 @@ ADAPTIVE = AdaptiveClip(initial=1.0, count_noise=1.0)
     ("schedule", "changes", "words"),
     [
         (FEDBUFF, {"aggregator": SECURE}, "masks cancel only among clients"),
-        (FEDBUFF, {"adaptive": ADAPTIVE}, "units of an older clip norm"),
+        (FEDBUFF, {"adaptive": ADAPTIVE}, "were sent an older clip norm"),
         (FEDBUFF, {"noise": CORRELATED}, "a fast client may be in every step"),
         (Synchronous(over_selection=1.5), {"aggregator": SECURE}, "plans noise and bits for"),
     ],
@@ -313,7 +313,7 @@ def test_what_a_schedule_cannot_give_is_refused_with_the_reason(schedule, change
 
 def test_over_selection_under_central_client_privacy_is_refused():
     made = federation(privacy=client_plan(Cohort(3, CLIENTS)))
-    with pytest.raises(RecipeError, match="displaces another"):
+    with pytest.raises(RecipeError, match="pushes another one out"):
         run(made, 1, schedule=Synchronous(over_selection=1.5))
 
 
@@ -325,7 +325,7 @@ def test_coded_differences_over_a_buffer_are_refused():
 
 def test_an_algorithm_whose_clients_keep_a_state_is_refused_over_a_buffer():
     made = federation(algorithm=Scaffold(), settings=LocalSettings(batch_size=4))
-    with pytest.raises(RecipeError, match="learned against an older model"):
+    with pytest.raises(RecipeError, match="belongs to an older model"):
         run(made, 1, algorithm=Scaffold())
 
 

@@ -207,8 +207,8 @@ def test_idle_clients_are_drawn_alike_often():
 @pytest.mark.parametrize(
     ("keys", "words"),
     [
-        ({"size": 3}, "size: got 3, but a buffered schedule counts"),
-        ({"sampling": "poisson"}, "sampling: got 'poisson', but a buffered schedule asks one idle"),
+        ({"size": 3}, "size: got 3, but a buffered schedule takes"),
+        ({"sampling": "poisson"}, "sampling: got 'poisson', but a buffered schedule does not draw"),
         ({"clients": 2}, "buffer: got 3, but there are 2 clients"),
     ],
 )

@@ -177,7 +177,7 @@ def test_a_network_that_takes_no_batch_of_one_trains_and_is_measured(model, stag
 def test_a_client_with_one_example_under_batch_norm_is_told(tmp_path):
     _, warnings = warned(recipe("lone", "normed", 'norm = "batch"', batch=8), tmp_path / "run")
     assert (
-        "c3 (TrainingError: local update: a batch of one example leaves a batch norm nothing to average"
+        "c3 (TrainingError: local update: a batch norm in training mode cannot average over a batch of one example"
         in warnings[0]
     )
     assert "norm = 'frozen'" in warnings[0]

@@ -11,6 +11,7 @@ from fedpress.codecs import VALUES, Key
 from fedpress.data.population import Population
 from fedpress.errors import PrivacyError, RecipeError
 from fedpress.federation import Cohort, Guarantee, Payload, SecureSum, Uplink
+from fedpress.federation.gatherer import round_mean
 from fedpress.federation.schedules import ScheduleContext
 from fedpress.privacy.accounting import accountant
 from fedpress.stages.federate.privacy import plan_protection
@@ -104,7 +105,7 @@ def test_under_local_trust_every_update_carries_all_the_noise():
 
 def test_under_central_trust_the_server_makes_it_once():
     plan = planned(privacy=private("client", "central", noise_multiplier=3.0))
-    mean = uplink_of(plan, "central").mean([], seed=1, round=1).update
+    mean = round_mean(uplink_of(plan, "central"), [], seed=1, round=1).update
     assert float(mean.std()) == pytest.approx(3.0 * 0.5 / 10, rel=0.01)
 
 

@@ -157,7 +157,7 @@ CORRELATED = CENTRAL + "correlated = { bands = 2 }\n"
     [
         (BUFFERED + 'sum = "secure"\n', "", "masks cancel only among clients"),
         (BUFFERED, CENTRAL.replace("central", "distributed"), "masks cancel only among clients"),
-        (BUFFERED, ADAPTIVE, "units of an older clip norm"),
+        (BUFFERED, ADAPTIVE, "were sent an older clip norm"),
         (BUFFERED, CORRELATED, "a fast client may be in every step"),
         (BUFFERED + "downlink = [{ kind = 'quantize', bits = 8 }]\n", "", "one model for each"),
         (BUFFERED + "cohort = 3\n", "", "leave cohort out"),
@@ -171,7 +171,7 @@ CORRELATED = CENTRAL + "correlated = { bands = 2 }\n"
         (
             "cohort = 4\nsampling = 'poisson'\n" + FIRST + DELAYS,
             CENTRAL,
-            "displaces another",
+            "pushes another one out",
         ),
         ("sum = 'secure'\n" + FIRST, "", "plans noise and bits"),
     ],

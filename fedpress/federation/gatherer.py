@@ -1,0 +1,324 @@
+"""Gathers the updates of one round: adds them up, adds the server's noise, and divides."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from fedpress.codecs import Key
+from fedpress.core import random
+from fedpress.core.canonical import JSON
+from fedpress.core.names import ClientId
+from fedpress.errors import RecipeError, SecureError, WireError
+from fedpress.federation.aggregators.base import Contribution, Gathering, Session, Total
+from fedpress.federation.failures import Tally
+from fedpress.federation.protocol import check_header, need
+from fedpress.federation.uplink import Uplink
+from fedpress.federation.vectors import UPDATE, Vectors
+from fedpress.privacy.adaptive import AdaptiveClip, share_below
+from fedpress.privacy.noise.mechanism import noise_sum
+from fedpress.privacy.plan import PrivacyPlan
+from fedpress.wire.message import Message
+
+SERVER = "server"
+"""Name of the server in the keys of random streams."""
+MAX_REASON_CHARS = 500
+"""A client's error reason is cut to this length, because an attacker could fill the records."""
+
+
+@dataclass(frozen=True, eq=False)
+class RoundMean:
+    """The mean of one round's updates.
+
+    Attributes:
+        vectors: the mean of each named vector, float32; empty if there is no usable update.
+        rows: a row per client, if privacy allows to name clients; else empty.
+        refused: clients whose replies are not in the mean -> the reason.
+        state: of correlated noise and adaptive clip norm, for the next round.
+        failures: noisy counts of failed examples or clients; None without privacy.
+        cohort: number of clients in the mean; the planned number if it is secret who replied.
+    """
+
+    vectors: Vectors
+    rows: list[dict[str, JSON]]
+    refused: dict[ClientId, str]
+    state: dict[str, Tensor] = field(default_factory=dict)
+    failures: Tally | None = None
+    cohort: int = 0
+
+    @property
+    def update(self) -> Tensor | None:
+        """The mean update [d]; None if there is no usable update."""
+        return self.vectors.get(UPDATE)
+
+
+def gather(
+    uplink: Uplink,
+    *,
+    seed: int,
+    round: int,
+    session: Session | None = None,
+    cohort: Sequence[ClientId] = (),
+    state: Mapping[str, Tensor] | None = None,
+    secret: int | None = None,
+) -> Gatherer:
+    """Starts the mean of one round. Float sums need replies in the same order for the same bits.
+
+    Args:
+        uplink: the agreed processing.
+        seed: of the run.
+        round: of the replies.
+        session: the aggregator's server side; needed for a secure sum.
+        cohort: the clients that were asked; needed for a secure sum.
+        state: `RoundMean.state` of the last round; None before the first.
+        secret: key of the server's noise generator (256 bits). If None, the noise follows from
+            `seed`.
+    """
+    key = Key(seed, round, SERVER, secret)
+    gatherer = Gatherer(uplink, key, tuple(cohort), dict(state or uplink.init()))
+    try:
+        begun = session or uplink.aggregator.open(None, "")
+        gatherer.gathering = begun.begin(uplink.vector_codecs, cohort, key)
+    # Not an error of the run: in the next round, enough clients may be there again.
+    except SecureError as problem:
+        gatherer.closed = str(problem)
+    return gatherer
+
+
+def round_mean(
+    uplink: Uplink,
+    replies: Iterable[tuple[ClientId, Message | None]],
+    *,
+    seed: int,
+    round: int,
+    session: Session | None = None,
+    cohort: Sequence[ClientId] = (),
+    state: Mapping[str, Tensor] | None = None,
+    secret: int | None = None,
+) -> RoundMean:
+    """Returns the mean of `replies`, given in client order; for the other arguments see `gather`."""
+    gatherer = gather(
+        uplink, seed=seed, round=round, session=session, cohort=cohort, state=state, secret=secret
+    )
+    for client, reply in replies:
+        gatherer.take(client, reply)
+    return gatherer.close()
+
+
+@dataclass(eq=False)
+class Gatherer:
+    """Collects the replies of one round: call `take` for each of them, then `close`.
+
+    Attributes:
+        uplink: the agreed processing.
+        key: of the server in this round.
+        cohort: the clients that were asked.
+        state: of correlated noise and adaptive clip norm.
+        gathering: the aggregate of the updates so far; None if it cannot be computed.
+        closed: why the aggregate cannot be computed; "" if it can.
+        rows: see `RoundMean`.
+        refused: see `RoundMean`.
+        below: per client, whether its update's norm was below the adaptive clip norm.
+        failures: the failures that each client reported.
+        num_added: number of updates in the aggregate.
+    """
+
+    uplink: Uplink
+    key: Key
+    cohort: tuple[ClientId, ...]
+    state: dict[str, Tensor]
+    gathering: Gathering | None = None
+    closed: str = ""
+    rows: list[dict[str, JSON]] = field(default_factory=list)
+    refused: dict[ClientId, str] = field(default_factory=dict)
+    below: list[bool] = field(default_factory=list)
+    failures: dict[ClientId, Tally] = field(default_factory=dict)
+    num_added: int = 0
+
+    def take(
+        self,
+        client: ClientId,
+        reply: Message | None,
+        *,
+        task: int | None = None,
+        scale: float = 1.0,
+    ) -> None:
+        """Adds the reply of one client to the mean, or refuses it if it is not valid.
+
+        Args:
+            client: the client that was asked.
+            reply: its answer; None if it did not answer.
+            task: the round that an update must name; the gatherer's round if None.
+            scale: factor on the client's vectors, from 0 to 1. With more than 1, a client could
+                move the sum by more than its bound, for which the noise was planned. The weight by
+                which the sum is divided does not change.
+
+        Raises:
+            RecipeError: if `scale` is outside 0..1.
+        """
+        if not 0 <= scale <= 1:
+            raise RecipeError(f"got {scale}, expected a number inside 0..1", place="scale")
+        try:
+            # A failed client sends a reason and no update.
+            if reply is not None and reply.kind == "error":
+                check_header(reply.kind, reply.header)
+                reason = reply.header.get("reason", "the client failed and gave no reason")
+                self.refused[client] = str(reason)[:MAX_REASON_CHARS]
+                return
+            named = self.key.round if task is None else task
+            self._take(Key(self.key.seed, named, client), reply, scale)
+        except WireError as problem:
+            self.refused[client] = str(problem)
+
+    def close(self) -> RoundMean:
+        """Closes the aggregate, adds the server's noise, and divides.
+
+        Under client privacy, whether a client replied is private too. So the divisor is a public
+        number instead of the number of replies, and noise is added even if nobody replied.
+        """
+        if self.gathering is None:
+            return self._without_aggregate(self.closed)
+        try:
+            total = self.gathering.close()
+        except SecureError as problem:
+            return self._without_aggregate(str(problem))
+        # Before the noise is added: the name of the counts' noise contains a digest of the sums.
+        failures = self._count_failures(total)
+        if not self.uplink.trust.fixed_divisor:
+            means = self._weighted_means(total)
+            return RoundMean(means, self.rows, self.refused, self.state, failures, self.num_added)
+        means = self._private_means(total)
+        if self.uplink.adaptive is not None:
+            self.state |= self._next_clip(self.uplink.adaptive)
+        planned = self.uplink.cohort.size
+        return RoundMean(means, self.rows, self.refused, self.state, failures, planned)
+
+    def _weighted_means(self, total: Total) -> dict[str, Tensor]:
+        """Divides by the sum of weights; used if it may be known who replied."""
+        if total.weight <= 0:
+            return {}
+        weight = total.weight if self.uplink.aggregator.sums else 1.0
+        return {name: (vector / weight).float() for name, vector in total.vectors.items()}
+
+    def _private_means(self, total: Total) -> dict[str, Tensor]:
+        """Adds the server's noise and divides by the public divisor."""
+        uplink = self.uplink
+        # Clients divided their updates by this round's clip norm; `_next_clip` changes it later.
+        scale = uplink.update_scale(self.state)
+        divisor = uplink.divisor if uplink.aggregator.sums else 1.0
+        means = {}
+        for codec in uplink.vector_codecs:
+            vector = total.vectors[codec.name]
+            if codec.noise is not None:
+                vector, self.state = codec.noise.add(vector, self.state, self.key, codec.name)
+            means[codec.name] = (vector.double() * (scale / divisor)).float()
+        return means
+
+    def _without_aggregate(self, reason: str) -> RoundMean:
+        """Returns the result of a round whose aggregate could not be computed."""
+        refused = dict.fromkeys(self.cohort, reason) | self.refused
+        return RoundMean({}, [], refused, self.state)
+
+    def _take(self, key: Key, reply: Message | None, scale: float) -> None:
+        """Adds an update to the aggregate.
+
+        Raises:
+            WireError: if it is not valid; then nothing was added.
+        """
+        uplink = self.uplink
+        header, tensors = self._open(reply, key.round)
+        updates_seen = uplink.aggregator.sees_updates
+        named = updates_seen and uplink.trust.names_clients
+        examples: int = need("update", header, "examples") if named else 1
+        # Before the vectors are added, because a faulty header must refuse the whole update.
+        self._note(key.client, header)
+        if self.gathering is None:
+            return
+
+        vectors = uplink.receive(tensors, key) if updates_seen else {}
+        scaled = dict(vectors)
+        if scale != 1:
+            for name, vector in vectors.items():
+                scaled[name] = vector * scale
+        # `examples` is 1 if clients may not be named, so that all have the same weight.
+        weight = float(examples) if uplink.weights == "examples" else 1.0
+        secure: Mapping[str, JSON] = need("update", header, "secure") if "secure" in header else {}
+        self.gathering.add(Contribution(key, weight, scaled, tensors, secure))
+        self.num_added += 1
+        if not named:
+            return
+        measured = {n: header[n] for n in uplink.trust.reported_measures if n in header}
+        norm = float(vectors[UPDATE].double().norm())
+        self.rows.append(
+            {"client": key.client, "examples": examples, **measured, "update_norm": norm}
+        )
+
+    def _note(self, client: ClientId, header: Mapping[str, JSON]) -> None:
+        """Stores the header's bit for the adaptive clip, and its counts of failures."""
+        uplink = self.uplink
+        if uplink.adaptive is not None:
+            self.below.append(need("update", header, "below"))
+        if uplink.privacy is not None and "failures" in header:
+            self.failures[client] = uplink.trust.tally(header, uplink.privacy)
+
+    def _open(
+        self, reply: Message | None, task: int
+    ) -> tuple[Mapping[str, JSON], Mapping[str, Tensor]]:
+        """Returns header and tensors of the update to `task`.
+
+        Raises:
+            WireError: if `reply` is something else.
+        """
+        if reply is None:
+            raise WireError(
+                "no reply came", place="update", cure="check whether the client is still running"
+            )
+        header = reply.header
+        check_header(reply.kind, header)
+        if reply.kind != "update":
+            raise WireError(
+                f"got {reply.kind!r}, expected 'update'",
+                place="update.kind",
+                cure="answer the request that was sent",
+            )
+        if need("update", header, "round") != task:
+            raise WireError(
+                f"got {header['round']!r}, expected {task}",
+                place="update.round",
+                cure="answer the last request",
+            )
+        return header, reply.tensors
+
+    def _count_failures(self, total: Total) -> Tally | None:
+        """Returns the total counts of failures, with the server's noise if it adds any."""
+        uplink = self.uplink
+        if uplink.privacy is None:
+            return None
+        # A refused client already counts as one failure. Its own report would change the counts by
+        # another 1, but the noise covers a change of 1 per client in total.
+        reported = [tally for name, tally in self.failures.items() if name not in self.refused]
+        counted = uplink.trust.with_refused(Tally.sum(reported), len(self.refused))
+        if uplink.noise is None:
+            return counted
+        named = random.fingerprint(*total.vectors.values())
+        noised, self.state = uplink.noise.count(counted.tensor(), self.state, self.key, named)
+        return Tally(*noised.double().tolist())
+
+    def _next_clip(self, adaptive: AdaptiveClip) -> dict[str, Tensor]:
+        """Returns the state with the next clip norm, from a noised count of unclipped updates."""
+        norm = float(self.state["clip_norm"])
+        named = random.fingerprint(self.below, norm, adaptive)
+        chance = self.key.private_stream("clip", named)
+        # Bits are -1/2 and +1/2 instead of 0 and 1, so one client moves the sum by 1/2 instead of 1,
+        # and half the noise gives the same privacy (Andrew et al. 2021).
+        count = PrivacyPlan("client", 0.5, 1.0, 2 * (adaptive.count_noise or 0.0))
+        centred = 0.0
+        for below in self.below:
+            centred += 0.5 if below else -0.5
+        bits = torch.tensor([centred], dtype=torch.float64)
+        noised = float(noise_sum(bits, count, chance))
+        share = share_below(noised, self.uplink.cohort.size)
+        return {"clip_norm": torch.tensor(adaptive.update(norm, share), dtype=torch.float64)}

@@ -1,0 +1,90 @@
+"""The requests that a client of the secure sum has answered: each step of a round only once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from fedpress.errors import SecureError
+from fedpress.secagg.message import JSON
+from fedpress.secagg.public import PublicRound
+
+MAX_ROUNDS = 2
+"""Number of rounds that are remembered. Requests of older rounds are refused."""
+
+
+@dataclass(eq=False)
+class AnsweredRounds:
+    """The answered requests of the newest rounds.
+
+    Attributes:
+        client: name of the client, for errors.
+        rounds: round -> step ("mask" or "unmask") -> hexadecimal digest of the answered request.
+            Key "context" has the digest of the round itself (see `PublicRound`).
+    """
+
+    client: str
+    rounds: dict[int, dict[str, str]] = field(default_factory=dict)
+
+    def took_part(self, public: PublicRound) -> bool:
+        """Returns whether the client answered a request of this round with this cohort."""
+        return self.rounds.get(public.number, {}).get("context") == public.context.hex()
+
+    def answer_once_(self, public: PublicRound, step: str, question: bytes) -> None:
+        """Stores the digest `question` of a request of `step`.
+
+        Raises:
+            SecureError: if a different request was answered, or a later round.
+        """
+        # Only the newest rounds are remembered, so an older round could be answered twice.
+        newest = max(self.rounds, default=public.number)
+        if public.number not in self.rounds and public.number < newest:
+            raise SecureError(
+                f"it is over, round {newest} was answered",
+                place=f"round {public.number}",
+                cure="ask about a later one",
+            )
+        steps = self.rounds.setdefault(public.number, {"context": public.context.hex()})
+        same_round = steps["context"] == public.context.hex()
+        if not same_round or steps.setdefault(step, question.hex()) != question.hex():
+            raise SecureError(
+                f"{self.client!r} answered another {step} question",
+                place=f"round {public.number}",
+                cure="repeat the same one or go on",
+            )
+        for old in sorted(self.rounds)[:-MAX_ROUNDS]:
+            del self.rounds[old]
+
+    def take_over_(self, saved: JSON) -> None:
+        """Takes only the last round of `saved`, the answered rounds of a run with another name.
+
+        Raises:
+            TypeError: if `saved` is not a result of `to_json`; or ValueError.
+        """
+        rounds = [int(number) for number in saved]  # type: ignore[union-attr]
+        self.rounds = {}
+        if rounds:
+            # No round has this context, so every request of that round is refused.
+            self.rounds = {max(rounds): {"context": "another run"}}
+
+    def to_json(self) -> dict[str, JSON]:
+        """Returns the rounds with text as keys."""
+        answered: dict[str, JSON] = {}
+        for number, steps in self.rounds.items():
+            answered[str(number)] = dict(steps.items())
+        return answered
+
+    @classmethod
+    def from_json(cls, client: str, saved: JSON) -> AnsweredRounds:
+        """Reads a result of `to_json`.
+
+        Raises:
+            KeyError: if it is something else; or AttributeError, TypeError, ValueError.
+        """
+        rounds: dict[str, dict[str, str]] = saved  # type: ignore[assignment]
+        answered = {}
+        for number, steps in rounds.items():
+            # Without its context, a round would accept a request of another cohort.
+            if "context" not in steps:
+                raise KeyError("context")
+            answered[int(number)] = {str(step): str(digest) for step, digest in steps.items()}
+        return cls(client, answered)
