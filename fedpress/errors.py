@@ -211,6 +211,20 @@ class ExportError(FedpressError):
     """A model cannot be exported, or the artifact differs from the model."""
 
 
+class NetworkError(FedpressError):
+    """The network between server and clients does not work, or one side refuses the other.
+
+    Attributes:
+        refused: whether trying again makes no sense before somebody has changed something.
+    """
+
+    def __init__(
+        self, problem: str, *, place: str | Path = "", cure: Words = "", refused: bool = False
+    ) -> None:
+        super().__init__(problem, place=place, cure=cure)
+        self.refused = refused
+
+
 class RunError(FedpressError):
     """A run folder is missing, belongs to another recipe, or cannot be written."""
 

@@ -1,0 +1,327 @@
+"""The remote transport: clients on other machines, reached through a link.
+
+A call is never lost silently. While an answer is missing the client is pinged: it says which calls
+it works on, and a call that it does not know (because its process was killed and started again) is
+sent again under the same name. A client works on a name once, and gives the same answer to the same
+question, so a call that arrives twice does no harm.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from weakref import WeakValueDictionary
+
+from fedpress.core.log import logger
+from fedpress.core.names import ClientId
+from fedpress.errors import WireError
+from fedpress.federation.exchange import Answer, RequestId, Traffic, error
+from fedpress.transport.link import Link, Lost, Pace, Parcel
+from fedpress.wire.message import MAX_BYTES, Message, pack, unpack
+
+log = logger(__name__)
+
+PING_AFTER = 3.0
+"""Seconds without an answer after which a client is pinged, and again after as many more."""
+LOST_AFTER = 60.0
+"""Seconds of silence after which a client that is offline counts as lost for this call."""
+
+
+@dataclass(frozen=True)
+class Presence:
+    """What a client's pong says.
+
+    Attributes:
+        name: of the client.
+        boot: drawn when its process started; another one shows that it was started again.
+        working: names of the calls that it has and has not answered.
+        fedpress: its version.
+    """
+
+    name: ClientId
+    boot: str
+    working: tuple[str, ...] = ()
+    fedpress: str = ""
+
+    def to_bytes(self) -> bytes:
+        """Returns the body of a pong."""
+        content = {
+            "name": self.name,
+            "boot": self.boot,
+            "working": list(self.working),
+            "fedpress": self.fedpress,
+        }
+        return json.dumps(content).encode()
+
+    @classmethod
+    def from_bytes(cls, body: bytes) -> Presence:
+        """Reads the body of a pong, which may come from anybody.
+
+        Raises:
+            WireError: if it is none.
+        """
+        try:
+            content = json.loads(body)
+            working = tuple(map(str, content["working"]))
+            name = str(content["name"])
+            return cls(name, str(content["boot"]), working, str(content["fedpress"]))
+        except (ValueError, KeyError, TypeError, RecursionError) as problem:
+            raise WireError(
+                f"not a pong ({type(problem).__name__})",
+                place="pong",
+                cure="use the same fedpress on both sides",
+            ) from problem
+
+
+@dataclass(eq=False)
+class _Call:
+    """A call whose answer is missing.
+
+    Attributes:
+        client: who was called.
+        parcel: what was sent.
+        ticket: of the link, for the latest time it was sent; empty if it is not sent yet.
+        sent: when, on the monotonic clock.
+        heard: when the client was last heard of.
+        ping: ticket of a ping that is not answered yet.
+        asked: when the client was last pinged.
+    """
+
+    client: ClientId
+    parcel: Parcel
+    ticket: str = ""
+    sent: float = 0.0
+    heard: float = 0.0
+    ping: str = ""
+    asked: float = 0.0
+
+
+@dataclass(eq=False)
+class _PackedMessage:
+    """A message and its bytes."""
+
+    message: Message
+    data: bytes
+
+
+@dataclass(eq=False)
+class RemoteTransport:
+    """Carries messages to clients through a link, and their answers back.
+
+    Attributes:
+        link: the server's end of the network.
+        names: of the clients that belong to this run, in a fixed order.
+        session: names the stage of the run.
+        max_bytes: longest answer that is accepted, in bytes.
+        lost_after: seconds of silence after which an offline client counts as lost for a call.
+        traffic: bytes of messages so far.
+        told: is called with a sentence when a client goes, comes back, or is called again.
+    """
+
+    link: Link
+    names: Sequence[ClientId]
+    session: str
+    max_bytes: int = MAX_BYTES
+    lost_after: float = LOST_AFTER
+    told: Callable[[str], None] = lambda sentence: log.info("%s", sentence)
+    traffic: Traffic = field(default_factory=Traffic)
+
+    def __post_init__(self) -> None:
+        # Drawn anew in every process: after a crash of the server, answers to calls of the earlier
+        # process must not be taken for answers to the new ones.
+        self._prefix = secrets.token_hex(8)
+        self._calls: dict[RequestId, _Call] = {}
+        self._answers: dict[RequestId, tuple[ClientId, Message]] = {}
+        self._boots: dict[ClientId, str] = {}
+        self._sent = 0
+        self._unsent: list[RequestId] = []
+        self._packed: WeakValueDictionary[int, _PackedMessage] = WeakValueDictionary()
+
+    def clients(self) -> Sequence[ClientId]:
+        """Names of the clients of this run, in their fixed order."""
+        return list(self.names)
+
+    def send(self, client: ClientId, message: Message) -> RequestId:
+        """Packs `message`; it leaves with all others when the first answer is waited for."""
+        packed = self._packed.get(id(message))
+        if packed is None:
+            packed = _PackedMessage(message, pack(message))
+            self._packed[id(message)] = packed
+        self.traffic += Traffic(down=len(packed.data))
+        self._sent += 1
+        request = self._sent
+        parcel = Parcel("call", f"{self._prefix}-{request}", self.session, packed.data)
+        self._calls[request] = _Call(client, parcel)
+        # Sent together, so that a body that is equal for all clients travels once.
+        self._unsent.append(request)
+        return request
+
+    def receive(
+        self, requests: Collection[RequestId], timeout: float | None = None
+    ) -> Answer | None:
+        """Waits for the next answer to one of `requests`; see `Transport`.
+
+        Raises:
+            LinkError: if the network itself does not work any more.
+        """
+        end = None if timeout is None else time.monotonic() + timeout
+        pace = Pace()
+        while True:
+            self._flush()
+            for request in requests:
+                if request in self._answers:
+                    client, message = self._answers.pop(request)
+                    return client, request, message
+            if not any(request in self._calls for request in requests):
+                return None
+            if self._poll():
+                pace.reset()
+                continue
+            now = time.monotonic()
+            if end is not None and now >= end:
+                return None
+            pause = pace.seconds()
+            time.sleep(pause if end is None else min(pause, max(end - now, 0.0)))
+
+    def cancel(self, requests: Collection[RequestId]) -> None:
+        """Forgets `requests`: answers that still come are dropped.
+
+        A client that works on one of them goes on; its answer goes to nobody.
+        """
+        for request in requests:
+            self._calls.pop(request, None)
+            self._answers.pop(request, None)
+        self._unsent = [request for request in self._unsent if request in self._calls]
+
+    def _flush(self) -> None:
+        """Sends all calls that wait to be sent."""
+        waiting, self._unsent = self._unsent, []
+        # A link takes one parcel for each client at a time.
+        while waiting:
+            batch: dict[ClientId, RequestId] = {}
+            later = []
+            for request in waiting:
+                client = self._calls[request].client
+                if client in batch:
+                    later.append(request)
+                else:
+                    batch[client] = request
+            self._send(list(batch.values()))
+            waiting = later
+
+    def _send(self, requests: Sequence[RequestId]) -> None:
+        calls = {self._calls[request].client: self._calls[request] for request in requests}
+        tickets = self.link.send({client: call.parcel for client, call in calls.items()})
+        now = time.monotonic()
+        for client, call in calls.items():
+            call.ticket = tickets[client]
+            call.sent = call.heard = call.asked = now
+
+    def _poll(self) -> bool:
+        """Takes what has come; returns whether there was an answer."""
+        tickets = {call.ticket: request for request, call in self._calls.items() if call.ticket}
+        pings = {call.ping: request for request, call in self._calls.items() if call.ping}
+        found = self.link.poll([*tickets, *pings])
+        took = False
+        for ticket, answer in found.items():
+            if ticket in pings:
+                self._take_pong(pings[ticket], answer)
+            # A pong may have shown that its call was lost, so that it waits to be sent again.
+            elif self._calls.get(tickets[ticket]) is not None:
+                took = self._take(tickets[ticket], answer) or took
+        self._look_after()
+        return took
+
+    def _take(self, request: RequestId, answer: Parcel | Lost) -> bool:
+        """Keeps the answer to a call."""
+        call = self._calls[request]
+        if isinstance(answer, Lost):
+            # The network lost it: nothing is known of the client, so it is called again.
+            log.info("a call to '%s' is sent again (%s)", call.client, answer.reason)
+            call.ticket = ""
+            self._unsent.append(request)
+            return False
+        if answer.what != "answer" or answer.request != call.parcel.request:
+            message = error("WireError: it answered another call")
+        else:
+            message = self._unpacked(answer.body)
+        del self._calls[request]
+        self._answers[request] = call.client, message
+        return True
+
+    def _unpacked(self, body: bytes) -> Message:
+        self.traffic += Traffic(up=len(body))
+        try:
+            return unpack(body, max_bytes=self.max_bytes)
+        except WireError as problem:
+            return error(f"WireError: {problem}")
+
+    def _take_pong(self, request: RequestId, answer: Parcel | Lost) -> None:
+        """Sends a call again if its client does not know it."""
+        call = self._calls.get(request)
+        if call is None:
+            return
+        call.ping = ""
+        if isinstance(answer, Lost):
+            return
+        try:
+            presence = Presence.from_bytes(answer.body)
+        except WireError as problem:
+            log.warning("client '%s': %s", call.client, problem)
+            return
+        call.heard = time.monotonic()
+        before = self._boots.get(call.client)
+        self._boots[call.client] = presence.boot
+        if before is not None and before != presence.boot:
+            self.told(f"client '{call.client}' was started again")
+        # Nearly always it is at work. Else the call was lost with its process.
+        if call.ticket and call.parcel.request not in presence.working:
+            call.ticket = ""
+            self._unsent.append(request)
+
+    def _look_after(self) -> None:
+        """Pings clients whose answers are missing for long; gives up those that are gone."""
+        now = time.monotonic()
+        late = {
+            request: call
+            for request, call in self._calls.items()
+            if call.ticket and now - call.asked > PING_AFTER
+        }
+        if not late:
+            return
+        online = self.link.online()
+        for request, call in late.items():
+            call.asked = now
+            if online.get(call.client):
+                if not call.ping:
+                    ping = Parcel("ping", f"{self._prefix}-ping", "", b"")
+                    call.ping = self.link.send({call.client: ping})[call.client]
+                continue
+            call.ping = ""
+            silent = now - call.heard
+            self.told(f"client '{call.client}' is offline for {silent:.0f} s")
+            if silent > self.lost_after:
+                del self._calls[request]
+                reason = f"it is offline for more than {self.lost_after:.0f} s"
+                self._answers[request] = call.client, error(f"lost: {reason}")
+
+
+def presences(
+    link: Link, names: Mapping[ClientId, bool], *, timeout: float
+) -> dict[ClientId, Presence]:
+    """Pings all clients that are online, and returns what they say within `timeout` seconds."""
+    ping = Parcel("ping", secrets.token_hex(8), "", b"")
+    tickets = link.send({name: ping for name, there in names.items() if there})
+    clients = {ticket: name for name, ticket in tickets.items()}
+    found: dict[ClientId, Presence] = {}
+    end = time.monotonic() + timeout
+    while clients and time.monotonic() < end:
+        for ticket, answer in link.poll(list(clients)).items():
+            name = clients.pop(ticket)
+            if isinstance(answer, Parcel):
+                found[name] = Presence.from_bytes(answer.body)
+        time.sleep(Pace.SHORTEST)
+    return found
