@@ -18,7 +18,7 @@ FLOORS = {
     11: ["__main__"],
     10: ["cli"],
     9: ["api"],
-    8: ["reports", "pipeline"],
+    8: ["reports", "pipeline", "network"],
     7: ["stages"],
     6: ["transport"],
     5: ["federation", "storage", "workspace"],

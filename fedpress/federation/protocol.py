@@ -2,6 +2,7 @@
 
 | kind | from | answered by | purpose |
 | --- | --- | --- | --- |
+| `offer` | server | `offered`, `refused` | over a network, what a client builds its half from |
 | `register` | server | `registered` | a client's public facts: number of examples, signing key |
 | `agree` | server | `agreed` | compare the client's terms with the server's |
 | `join`, `roster` | server | `join`, `accepted` | exchange keys for secure sums, once a run |
@@ -63,6 +64,11 @@ FIELDS: Mapping[str, Mapping[str, FieldKind]] = {
     },
     "evaluate": {"agreement": TEXT},
     "evaluated": {"examples": whole(1), "metrics": TABLE},
+    # Whether nothing of it is kept: the server only asks whether it would be accepted.
+    "offer": {"stage": TEXT, "trial": FLAG},
+    "offered": {"terms": TEXT},
+    # A data owner's policy says no: the rule, and its reason in words.
+    "refused": {"rule": TEXT, "reason": TEXT},
     "register": {},
     "registered": {"examples": whole(1), "identity": TEXT},
     "agree": {},

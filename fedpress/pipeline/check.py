@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -12,16 +13,19 @@ from fedpress.pipeline.measure import macs_of
 from fedpress.pipeline.places import placed
 from fedpress.pipeline.recipe import Recipe
 from fedpress.pipeline.start import NO_DATA, first_state, pair_of, with_parent
+from fedpress.workspace.state import Network
 
 
-def check_recipe(recipe: Recipe, data: FederatedData) -> list[dict[str, Any]]:
+def check_recipe(
+    recipe: Recipe, data: FederatedData, network: Network | None = None
+) -> list[dict[str, Any]]:
     """Binds every stage in turn without training and returns what each will do, cost and send.
 
     Raises:
         FedpressError: the first thing that would stop the run.
     """
     _check_clients(recipe, data)
-    state, lines = first_state(recipe, data), []
+    state, lines = replace(first_state(recipe, data), network=network), []
     trained = recipe.model.trained
     for index, stage in enumerate(recipe.stage):
         # Shapes of later stages follow from earlier ones, so each gets the state before it.

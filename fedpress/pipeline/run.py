@@ -22,7 +22,7 @@ from fedpress.privacy.ledger import Ledger
 from fedpress.stages.base import Stage
 from fedpress.workspace.folder import RunFolder
 from fedpress.workspace.stage_folder import Done, StageFolder
-from fedpress.workspace.state import Event, StageFinished, StageStarted, State, Tick
+from fedpress.workspace.state import Event, Network, StageFinished, StageStarted, State, Tick
 
 log = logger(__name__)
 
@@ -33,6 +33,7 @@ def execute(
     data: FederatedData,
     *,
     reuse: RunFolder | None = None,
+    network: Network | None = None,
 ) -> Iterator[Event]:
     """Runs the stages that are not done yet; yields events and writes `result.json`.
 
@@ -41,19 +42,24 @@ def execute(
         folder: where everything goes.
         data: the loaded data set.
         reuse: another run, whose finished stages are taken over while their settings are equal.
+        network: reaches clients on other machines; None: those of `data` are simulated.
 
     Raises:
         RunError: if another process works in the folder.
         FedpressError: if a stage cannot go on; what was computed is saved.
     """
     with folder.locked():
-        yield from _stages(recipe, folder, data, reuse)
+        yield from _stages(recipe, folder, data, reuse, network)
 
 
 def _stages(
-    recipe: Recipe, folder: RunFolder, data: FederatedData, reuse: RunFolder | None
+    recipe: Recipe,
+    folder: RunFolder,
+    data: FederatedData,
+    reuse: RunFolder | None,
+    network: Network | None,
 ) -> Iterator[Event]:
-    state, records = first_state(recipe, data), 0
+    state, records = replace(first_state(recipe, data), network=network), 0
     load = parent_of(recipe, data)
     results: list[dict[str, Any]] = []
     keys = stage_keys(recipe, folder.streams)

@@ -61,8 +61,8 @@ import httpx  # noqa: E402
 from cryptography.hazmat.primitives import serialization  # noqa: E402
 from cryptography.hazmat.primitives.asymmetric import ec  # noqa: E402
 from flwr.app import ConfigRecord, Message, RecordDict  # noqa: E402
-from flwr.cli.build import build_fab_from_files  # noqa: E402
 from flwr.app.message import remove_content_from_message  # noqa: E402
+from flwr.cli.build import build_fab_from_files  # noqa: E402
 from flwr.common.constant import HEARTBEAT_DEFAULT_INTERVAL, SUPERLINK_NODE_ID  # noqa: E402
 from flwr.common.serde import message_from_proto, message_to_proto  # noqa: E402
 from flwr.proto.control_pb2 import RegisterNodeRequest, StartRunRequest  # noqa: E402
@@ -260,7 +260,11 @@ def _of_transport(error: Exception, address: Address) -> NetworkError:
 
 def _content(parcel: Parcel) -> RecordDict:
     """Writes a parcel as Flower's records; the body apart, so that equal ones travel once."""
-    head = {"what": parcel.what, "request": parcel.request, "session": parcel.session}
+    head: dict[str, Any] = {
+        "what": parcel.what,
+        "request": parcel.request,
+        "session": parcel.session,
+    }
     records: dict[str, Any] = {"head": ConfigRecord(head)}
     for start in range(0, len(parcel.body), CHUNK):
         chunk = parcel.body[start : start + CHUNK]
@@ -280,7 +284,7 @@ def _parcel(message: Message) -> Parcel:
     head = records["head"]
     assert isinstance(head, ConfigRecord)
     names = sorted(name for name in records if name.startswith("body"))
-    body = b"".join(bytes(records[name]["bytes"]) for name in names)  # type: ignore[arg-type,index]
+    body = b"".join(bytes(records[name]["bytes"]) for name in names)  # type: ignore[arg-type]
     return Parcel(
         str(head["what"]),  # type: ignore[arg-type]
         str(head["request"]),
@@ -578,7 +582,7 @@ class ServerLink:
         if not new:
             return
         ping = Parcel("ping", "name", "", b"")
-        tickets = self._push({node: ping for node in new})
+        tickets = self._push(dict.fromkeys(new, ping))
         asked = {ticket: node for node, ticket in tickets.items()}
         end = time.monotonic() + 2.0
         while asked and time.monotonic() < end:
@@ -595,9 +599,9 @@ class ServerLink:
 
     def send(self, parcels: Mapping[ClientId, Parcel]) -> dict[ClientId, str]:
         """See `Link`."""
-        known = {self._nodes[name]: parcel for name, parcel in parcels.items()}
-        tickets = self._push(known)
-        return {name: tickets[self._nodes[name]] for name in parcels}
+        known = {name: self._nodes[name] for name in parcels if name in self._nodes}
+        tickets = self._push({node: parcels[name] for name, node in known.items()})
+        return {name: tickets[node] for name, node in known.items()}
 
     def _push(self, parcels: Mapping[int, Parcel]) -> dict[int, str]:
         if not parcels:
@@ -617,7 +621,9 @@ class ServerLink:
                 PushAppMessagesRequest(messages_list=heads, message_object_trees=trees)
             )
             push = make_push_object_fn_protobuf(
-                self._runtime.PushObject, Node(node_id=SUPERLINK_NODE_ID), self._run,
+                self._runtime.PushObject,
+                Node(node_id=SUPERLINK_NODE_ID),
+                self._run,
                 answer.session_id,
             )
             push_objects(objects, push, object_ids_to_push=set(answer.objects_to_push))
@@ -630,12 +636,8 @@ class ServerLink:
         node = Node(node_id=SUPERLINK_NODE_ID)
         found: dict[str, Parcel | Lost] = {}
         with explained(self.address):
-            answer = self._runtime.PullMessages(
-                PullAppMessagesRequest(message_ids=list(tickets))
-            )
-            for head, tree in zip(
-                answer.messages_list, answer.message_object_trees, strict=True
-            ):
+            answer = self._runtime.PullMessages(PullAppMessagesRequest(message_ids=list(tickets)))
+            for head, tree in zip(answer.messages_list, answer.message_object_trees, strict=True):
                 ticket = head.metadata.reply_to_message_id
                 pull = make_pull_object_fn_protobuf(self._runtime.PullObject, node, self._run)
                 found[ticket] = self._fetched(head, tree, pull)
@@ -647,9 +649,7 @@ class ServerLink:
                 )
         return found
 
-    def _fetched(
-        self, head: Any, tree: ObjectTree, pull: Callable[[str], bytes]
-    ) -> Parcel | Lost:
+    def _fetched(self, head: Any, tree: ObjectTree, pull: Callable[[str], bytes]) -> Parcel | Lost:
         """Fetches one answer; whatever its sender did wrong makes it `Lost`."""
         message = message_from_proto(head)
         if message.has_error():

@@ -53,10 +53,11 @@ class Link(Protocol):
         """Sends a parcel to each client; equal bodies travel to the network once.
 
         Returns:
-            For each client a ticket, by which the answer is found.
+            For each client a ticket, by which the answer is found; none for those that were never
+            connected.
 
         Raises:
-            LinkError: if the network itself does not work.
+            NetworkError: if the network itself does not work.
         """
         ...
 

@@ -83,9 +83,8 @@ class _Call:
     Attributes:
         client: who was called.
         parcel: what was sent.
-        ticket: of the link, for the latest time it was sent; empty if it is not sent yet.
-        sent: when, on the monotonic clock.
-        heard: when the client was last heard of.
+        ticket: of the link, for the latest time it was sent; empty while it cannot be sent.
+        heard: when the client was last heard of, or sent the call.
         ping: ticket of a ping that is not answered yet.
         asked: when the client was last pinged.
     """
@@ -93,7 +92,6 @@ class _Call:
     client: ClientId
     parcel: Parcel
     ticket: str = ""
-    sent: float = 0.0
     heard: float = 0.0
     ping: str = ""
     asked: float = 0.0
@@ -165,7 +163,7 @@ class RemoteTransport:
         """Waits for the next answer to one of `requests`; see `Transport`.
 
         Raises:
-            LinkError: if the network itself does not work any more.
+            NetworkError: if the network itself does not work any more.
         """
         end = None if timeout is None else time.monotonic() + timeout
         pace = Pace()
@@ -217,8 +215,8 @@ class RemoteTransport:
         tickets = self.link.send({client: call.parcel for client, call in calls.items()})
         now = time.monotonic()
         for client, call in calls.items():
-            call.ticket = tickets[client]
-            call.sent = call.heard = call.asked = now
+            call.ticket = tickets.get(client, "")
+            call.heard = call.asked = now
 
     def _poll(self) -> bool:
         """Takes what has come; returns whether there was an answer."""
@@ -288,7 +286,7 @@ class RemoteTransport:
         late = {
             request: call
             for request, call in self._calls.items()
-            if call.ticket and now - call.asked > PING_AFTER
+            if request not in self._unsent and now - call.asked > PING_AFTER
         }
         if not late:
             return
@@ -296,7 +294,9 @@ class RemoteTransport:
         for request, call in late.items():
             call.asked = now
             if online.get(call.client):
-                if not call.ping:
+                if not call.ticket:
+                    self._unsent.append(request)
+                elif not call.ping:
                     ping = Parcel("ping", f"{self._prefix}-ping", "", b"")
                     call.ping = self.link.send({call.client: ping})[call.client]
                 continue

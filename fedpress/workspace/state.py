@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated
+from typing import Annotated, Any, Protocol
 
 import torch
 from pydantic import Field, JsonValue, StringConstraints
@@ -26,6 +26,24 @@ Name = Annotated[
 Loader = Callable[[], tuple[ModelSpec, nn.Module]]
 
 
+class Network(Protocol):
+    """Reaches clients on other machines; see `fedpress.network.server`."""
+
+    def open(self, session: str, clients: Sequence[str] | None) -> Any:
+        """Returns a transport (`fedpress.federation.Transport`) to clients.
+
+        Args:
+            session: names what the messages are about, a stage of a run.
+            clients: by their names, in this order; None: all that are connected now.
+        """
+        ...
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The columns that are predicted, where the clients' data are tables."""
+        ...
+
+
 @dataclass(frozen=True)
 class State:
     """The model with its spec, the data, and the privacy spent so far.
@@ -43,6 +61,7 @@ class State:
         parent: loads the model from before the first stage that made it smaller; None: there was no
             such stage.
         device: where the stages train and measure; latency is always that of the CPU.
+        network: reaches clients on other machines; None: the clients of `data` are simulated.
     """
 
     spec: ModelSpec
@@ -55,6 +74,7 @@ class State:
     facts: Mapping[str, JsonValue] = field(default_factory=dict)
     parent: Loader | None = None
     device: torch.device = field(default_factory=find)
+    network: Network | None = None
 
     def example(self, n: int) -> Inputs:
         """Returns `n` prepared examples [n, ...] to trace the model and to count operations on.

@@ -30,6 +30,10 @@ RIGHT = {
     "reason": "it failed",
     "identity": "00ff",
     "metrics": {"accuracy": 0.5},
+    "stage": "federate",
+    "trial": False,
+    "terms": "00ff",
+    "rule": "max_epsilon",
 }
 WRONG = {
     "a whole number": [

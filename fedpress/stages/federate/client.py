@@ -39,6 +39,7 @@ class ClientSide:
         common: what server and clients are both given.
         memory: stores its secret, and what must outlive a round.
         client: answers in the rounds; None before this client has agreed.
+        contract: what it has agreed to.
     """
 
     name: ClientId
@@ -46,6 +47,7 @@ class ClientSide:
     common: CommonInputs
     memory: ClientState
     client: Client | None = None
+    contract: Contract | None = None
     _refusal: FedpressError | None = field(default=None, repr=False)
 
     def handle(self, request: bytes) -> bytes:
@@ -95,12 +97,12 @@ class ClientSide:
             WireError: naming the entry that differs; from then on every question gets this answer.
         """
         # An agreement that was refused must not leave an earlier one in force.
-        self.client = None
-        self._refusal = None
+        self.withdraw()
         try:
             population = Population.from_json(read_text(message, "population"))
             self._check_own(population)
-            client = self._bind(self.common.contract(population))
+            contract = self.common.contract(population)
+            client = self._bind(contract)
             answer = client.answer(message)
         except FedpressError as problem:
             self._refusal = problem
@@ -112,7 +114,14 @@ class ClientSide:
                 cure="use the same recipe",
             ) from problem
         self.client = client
+        self.contract = contract
         return answer
+
+    def withdraw(self) -> None:
+        """Takes the agreement back: from now on only public facts leave this client."""
+        self.client = None
+        self.contract = None
+        self._refusal = None
 
     def _check_own(self, population: Population) -> None:
         """Checks that the population holds this client's own count and key.

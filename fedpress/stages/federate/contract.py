@@ -128,10 +128,32 @@ class CommonInputs:
         Raises:
             RecipeError: if no parameter would train.
         """
+        return cls.prepared(
+            stage,
+            spec,
+            model,
+            preprocess=preprocess,
+            task=task,
+            seed=derive(seed, "federate", stage.name),
+            device=device,
+        )
+
+    @classmethod
+    def prepared(
+        cls,
+        stage: FederateSettings,
+        spec: ModelSpec,
+        model: nn.Module,
+        *,
+        preprocess: Preprocess,
+        task: Task,
+        seed: int,
+        device: torch.device | None = None,
+    ) -> CommonInputs:
+        """Does the same for a client that was sent the seed of the stage, not that of the run."""
         # Sparse weights train as vectors of their kept values: only these travel and get noise.
         work = compact_(_trainable(copied(model), stage.trainable), spec.sparse)
-        model = place_(work, device)
-        return cls(stage, model, preprocess, task, derive(seed, "federate", stage.name))
+        return cls(stage, place_(work, device), preprocess, task, seed)
 
     def copy(self) -> CommonInputs:
         """Returns the same with a copy of the model.

@@ -69,6 +69,7 @@ class ServerSide:
         *,
         ledger: Ledger | None = None,
         secret: int | None = None,
+        population: Population | None = None,
     ) -> ServerSide:
         """Registers the clients, binds the stage to them, and lets every client agree.
 
@@ -79,6 +80,7 @@ class ServerSide:
             transport: reaches the clients.
             ledger: what earlier stages have spent.
             secret: see the attribute.
+            population: the clients, if they have registered before; else they do now.
 
         Raises:
             RecipeError: if settings do not fit the population, or no client agrees.
@@ -86,7 +88,7 @@ class ServerSide:
             TrainingError: if a client does not register.
         """
         before = transport.traffic
-        contract = common.contract(register(transport))
+        contract = common.contract(population or register(transport))
         trust = contract.uplink.trust
         # Clients refuse it too, but only after all of them have been asked.
         check_norm(contract.terms.norm, common.model, sample=trust.unit == "sample")

@@ -1,0 +1,1 @@
+"""Deployment: a server and clients on different machines, under each data owner's policy."""

@@ -1,0 +1,83 @@
+"""The gate: what a data owner's policy is asked before a client answers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from fedpress.core.names import ClientId
+from fedpress.federation.exchange import error
+from fedpress.stages.federate.contract import Contract
+from fedpress.stages.federate.offer import Offer
+from fedpress.wire.message import Message
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A no, which the server is told.
+
+    Attributes:
+        rule: the key of the policy, such as `max_epsilon`.
+        reason: for people; it must not say anything about the data.
+    """
+
+    rule: str
+    reason: str
+
+    def to_message(self) -> Message:
+        """Returns the message "refused"."""
+        return Message("refused", {"rule": self.rule, "reason": self.reason})
+
+
+@dataclass(frozen=True, eq=False)
+class Asked:
+    """What a client is asked to take part in.
+
+    Attributes:
+        session: of the server.
+        name: of the client.
+        offer: what the server offers.
+        examples: how many the client has for it.
+    """
+
+    session: str
+    name: ClientId
+    offer: Offer
+    examples: int
+
+
+class Gate(Protocol):
+    """Answers None for yes, and notes what is promised and spent."""
+
+    def offered(self, asked: Asked, *, trial: bool) -> Refusal | None:
+        """Says whether the settings, the model and the server are allowed."""
+        ...
+
+    def agreed(self, asked: Asked, contract: Contract, *, trial: bool) -> Refusal | None:
+        """Says whether the whole run, with all clients known, is allowed and can be paid for."""
+        ...
+
+    def called(self, asked: Asked, contract: Contract, message: Message) -> Refusal | None:
+        """Says whether one more message is answered, and charges it before it is."""
+        ...
+
+
+class NoPolicy:
+    """Allows everything; for tests, and for data that are not private."""
+
+    def offered(self, asked: Asked, *, trial: bool) -> Refusal | None:
+        """See `Gate`."""
+        return None
+
+    def agreed(self, asked: Asked, contract: Contract, *, trial: bool) -> Refusal | None:
+        """See `Gate`."""
+        return None
+
+    def called(self, asked: Asked, contract: Contract, message: Message) -> Refusal | None:
+        """See `Gate`."""
+        return None
+
+
+def failure(problem: Exception) -> Message:
+    """Returns the message for an answer that failed, as the simulation has it."""
+    return error(f"{type(problem).__name__}: {problem}")

@@ -1,0 +1,69 @@
+"""The server's side of a network: waits for clients, and opens transports for the stages."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+from fedpress.core.names import ClientId
+from fedpress.errors import NetworkError
+from fedpress.federation.exchange import Traffic
+from fedpress.transport.link import Link
+from fedpress.transport.remote import LOST_AFTER, RemoteTransport
+
+POLL = 0.5
+"""Seconds between two looks for clients."""
+
+
+@dataclass(eq=False)
+class ServerNetwork:
+    """Reaches the clients of a run; see `fedpress.workspace.state.Network`.
+
+    Attributes:
+        link: the server's end of the wire.
+        labels: the columns that are predicted, where the clients' data are tables.
+        lost_after: seconds of silence after which an offline client counts as lost for a call.
+        sentences: what has happened to clients since somebody looked last.
+    """
+
+    link: Link
+    labels: tuple[str, ...] = ()
+    lost_after: float = LOST_AFTER
+    sentences: list[str] = field(default_factory=list)
+
+    def open(self, session: str, clients: Sequence[ClientId] | None) -> RemoteTransport:
+        """See `Network`."""
+        if clients is None:
+            clients = [name for name, online in self.link.online().items() if online]
+        return RemoteTransport(
+            self.link,
+            clients,
+            session,
+            lost_after=self.lost_after,
+            told=self.sentences.append,
+            traffic=Traffic(),
+        )
+
+    def wait(self, wanted: int, timeout: float | None = None) -> Iterator[list[ClientId]]:
+        """Waits until `wanted` clients are connected; yields who is there, as often as it changes.
+
+        Raises:
+            NetworkError: if they have not come after `timeout` seconds.
+        """
+        end = None if timeout is None else time.monotonic() + timeout
+        before: list[ClientId] | None = None
+        while True:
+            there = [name for name, online in self.link.online().items() if online]
+            if there != before:
+                yield there
+                before = there
+            if len(there) >= wanted:
+                return
+            if end is not None and time.monotonic() > end:
+                raise NetworkError(
+                    f"{len(there)} of {wanted} clients came within {timeout:.0f} s",
+                    place="min_clients",
+                    cure="start the others, or wait for fewer with --min-clients",
+                )
+            time.sleep(POLL)

@@ -1,0 +1,180 @@
+"""A client's sessions: the stages of runs that it takes part in, kept on disk.
+
+A client that is killed and started again goes on by itself: the messages by which a session was set
+up (offer, agreement, roster of a secure sum) lie in its folder, and are handled once more before
+the next question is answered. All of them give the same answers as the first time.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from fedpress.core.examples import Arrays
+from fedpress.core.files import replacing, writing
+from fedpress.core.log import logger
+from fedpress.core.names import ClientId
+from fedpress.errors import FedpressError, WireError
+from fedpress.federation import ClientState, DiskState, InMemoryState
+from fedpress.network.gate import Asked, Gate, Refusal, failure
+from fedpress.stages.federate.client import ClientSide
+from fedpress.stages.federate.offer import Offer
+from fedpress.wire.message import MAX_BYTES, Message, pack, unpack
+
+log = logger(__name__)
+
+NAME = re.compile(r"[0-9a-f]{16,64}")
+SET_UP = ("offer", "agree", "roster")
+"""Messages that are kept, in the order in which they are handled again."""
+KEPT = 20
+"""Sessions that are kept on disk: their counts of answered rounds must outlive a run."""
+Examples = Callable[[Offer], Arrays]
+
+
+@dataclass(eq=False)
+class Session:
+    """One stage of a run.
+
+    Attributes:
+        asked: what the client takes part in.
+        half: the client's half of the stage.
+        folder: None for a trial, of which nothing is kept.
+    """
+
+    asked: Asked
+    half: ClientSide
+    folder: Path | None
+
+
+@dataclass(eq=False)
+class Sessions:
+    """All sessions of a client.
+
+    Attributes:
+        name: of the client.
+        folder: where they are kept.
+        examples: loads the client's data as an offer needs them.
+        gate: the owner's policy.
+        device: where the client trains.
+        max_bytes: longest message that is read.
+    """
+
+    name: ClientId
+    folder: Path
+    examples: Examples
+    gate: Gate
+    device: torch.device | None = None
+    max_bytes: int = MAX_BYTES
+
+    def __post_init__(self) -> None:
+        self._open: dict[str, Session] = {}
+
+    def answer(self, name: str, request: bytes) -> bytes:
+        """Answers the bytes of one message of the session `name`; never raises for a bad one."""
+        try:
+            return pack(self._answer(name, request))
+        # Whatever goes wrong is told to the server, as in a simulation, and the client stays.
+        except Exception as problem:
+            if not isinstance(problem, FedpressError):
+                log.warning("a message could not be answered", exc_info=problem)
+            return pack(failure(problem))
+
+    def _answer(self, name: str, request: bytes) -> Message:
+        if not NAME.fullmatch(name):
+            raise WireError("not the name of a session", place="session", cure="update the server")
+        message = unpack(request, max_bytes=self.max_bytes)
+        if message.kind == "offer":
+            return self._offered(name, message, request)
+        session = self._open.get(name) or self._restored(name)
+        if session is None:
+            raise WireError(
+                "nothing was offered to this client", place=message.kind, cure="send 'offer' first"
+            )
+        return self._handled(session, message, request)
+
+    def _offered(self, name: str, message: Message, request: bytes) -> Message:
+        """Answers an offer: accepted or refused."""
+        trial = message.header.get("trial") is True
+        offer = Offer.from_message(message)
+        arrays = self.examples(offer)
+        asked = Asked(name, self.name, offer, len(arrays))
+        refusal = self.gate.offered(asked, trial=trial)
+        if refusal is not None:
+            log.warning("refused (%s): %s", refusal.rule, refusal.reason)
+            return refusal.to_message()
+        folder = None if trial else self.folder / name
+        memory: ClientState = InMemoryState() if folder is None else DiskState(folder / "memory")
+        half = ClientSide(self.name, arrays, offer.common(self.device), memory)
+        # A trial holds a model and its data in memory: one is enough.
+        self._open = {key: one for key, one in self._open.items() if one.folder is not None}
+        self._open[name] = Session(asked, half, folder)
+        if folder is not None:
+            self._tidy(name)
+            _keep(folder, "offer", request)
+        return Message("offered", {"terms": offer.fingerprint})
+
+    def _handled(self, session: Session, message: Message, request: bytes) -> Message:
+        half = session.half
+        contract = half.contract
+        if message.kind not in ("register", "agree") and contract is not None:
+            refusal = self.gate.called(session.asked, contract, message)
+            if refusal is not None:
+                return _told(refusal)
+        answer = unpack(half.handle(request), max_bytes=self.max_bytes)
+        if message.kind == "agree" and half.contract is not None:
+            trial = session.folder is None
+            refusal = self.gate.agreed(session.asked, half.contract, trial=trial)
+            if refusal is not None:
+                half.withdraw()
+                return _told(refusal)
+        if session.folder is not None and message.kind in SET_UP:
+            _keep(session.folder, message.kind, request)
+        return answer
+
+    def _restored(self, name: str) -> Session | None:
+        """Opens a session that an earlier process of this client has kept; None if there is none."""
+        folder = self.folder / name
+        offer = folder / "offer.message"
+        if not offer.exists():
+            return None
+        log.info("session %s goes on", name)
+        for kind in SET_UP:
+            path = folder / f"{kind}.message"
+            if not path.exists():
+                break
+            answer = self._answer(name, path.read_bytes())
+            if answer.kind in ("error", "refused"):
+                raise WireError(
+                    f"its session cannot go on ({answer.header.get('reason')})",
+                    place=kind,
+                    cure="see the policy of this client",
+                )
+        return self._open.get(name)
+
+    def _tidy(self, current: str) -> None:
+        """Removes the oldest sessions beyond `KEPT`."""
+        if not self.folder.is_dir():
+            return
+        others = [path for path in self.folder.iterdir() if path.is_dir() and path.name != current]
+        others.sort(key=lambda path: path.stat().st_mtime)
+        for path in others[: max(0, len(others) - KEPT + 1)]:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _told(refusal: Refusal) -> Message:
+    log.warning("refused (%s): %s", refusal.rule, refusal.reason)
+    return refusal.to_message()
+
+
+def _keep(folder: Path, kind: str, request: bytes) -> None:
+    path = folder / f"{kind}.message"
+    cure = "free some space; the server asks again"
+    with writing(path, full=cure, other=cure):
+        folder.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as part:
+            part.write_bytes(request)

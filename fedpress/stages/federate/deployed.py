@@ -1,0 +1,118 @@
+"""The deployment: the server's half in this process, the clients on other machines."""
+
+from __future__ import annotations
+
+import secrets
+from pathlib import Path
+
+from fedpress.core.canonical import JSON
+from fedpress.core.names import ClientId
+from fedpress.data.population import Population
+from fedpress.errors import TrainingError
+from fedpress.federation import Transport
+from fedpress.federation.client_state import load_json, save_json
+from fedpress.federation.exchange import exchange
+from fedpress.federation.protocol import check_header
+from fedpress.stages.federate.client import secret_of
+from fedpress.stages.federate.contract import CommonInputs
+from fedpress.stages.federate.memories import memories_of
+from fedpress.stages.federate.offer import Offer
+from fedpress.stages.federate.server import ServerSide, register
+from fedpress.stages.federate.settings import FederateSettings
+from fedpress.wire.message import Message
+from fedpress.workspace.state import Network, State
+
+POPULATION = "population"
+"""Entry of the server's memory with the clients that the stage began with."""
+
+
+def bind_deployed(
+    stage: FederateSettings, state: State, network: Network, folder: Path | None
+) -> ServerSide:
+    """Offers the stage to all clients and binds the server's half to those that accept.
+
+    A stage that goes on keeps the clients that it began with, also those that are away: the noise
+    is planned for exactly them. Who comes back takes part in the next round.
+
+    Args:
+        stage: the settings.
+        state: of the run; no client's data are in it.
+        network: reaches the clients.
+        folder: where the server stores its secret and the list of clients; None for a check, of
+            which clients keep nothing.
+
+    Raises:
+        TrainingError: if nobody accepts, with the first refusal.
+        RecipeError: naming the setting that does not fit.
+        PrivacyError: if the budget cannot be kept.
+    """
+    data = state.data
+    common = CommonInputs.of(
+        stage,
+        state.spec,
+        state.model,
+        preprocess=data.preprocess,
+        task=data.task,
+        seed=state.seed,
+        device=state.device,
+    )
+    inputs = data.preparation.to_json() if data.preparation is not None else None
+    offer = Offer.of(
+        stage,
+        state.spec,
+        state.model,
+        preprocess=data.preprocess,
+        task=data.task,
+        seed=state.seed,
+        inputs=inputs,
+        labels=network.labels,
+    )
+    # Of no clients: their names must not name the folder, since who is there is not known yet.
+    memory = memories_of(common, [], folder)[1]
+    stored = load_json(memory, POPULATION)
+    population = Population.from_json(stored["json"]) if stored else None
+    # Drawn, and stored with the population: a stage that begins anew is another session, so that
+    # clients do not take its questions for those of the earlier one.
+    session = str(stored.get("session") or secrets.token_hex(8))
+    transport = network.open(session, None if population is None else population.names)
+    header: dict[str, JSON] = {"stage": stage.name, "trial": folder is None}
+    accepted = offer_to_all(transport, offer.to_message(header))
+    if population is None:
+        # Who refuses is no part of the stage: it is planned for those who take part.
+        transport = network.open(session, accepted)
+        population = register(transport)
+        save_json(memory, POPULATION, {"json": population.to_json(), "session": session})
+    secure_noise = stage.privacy is not None and stage.privacy.secure_noise
+    return ServerSide.bind(
+        common,
+        transport,
+        ledger=state.ledger,
+        secret=secret_of(memory) if secure_noise else None,
+        population=population,
+    )
+
+
+def offer_to_all(transport: Transport, offer: Message) -> list[ClientId]:
+    """Sends the offer to every client; returns those that accept.
+
+    Raises:
+        TrainingError: if nobody does.
+    """
+    names = transport.clients()
+    answers: dict[ClientId, str] = dict.fromkeys(names, "no reply came")
+    for name, reply in exchange(transport, dict.fromkeys(names, offer)):
+        check_header(reply.kind, reply.header)
+        answers[name] = str(reply.header.get("reason", f"it sent {reply.kind!r}"))
+        if reply.kind == "refused":
+            answers[name] = f"its policy says no to {reply.header.get('rule')}: {answers[name]}"
+        if reply.kind == "offered":
+            del answers[name]
+    accepted = [name for name in names if name not in answers]
+    if accepted:
+        return accepted
+    name, why = next(iter(answers.items()), ("", "there is no client"))
+    raise TrainingError(
+        f"no client accepts the offer ({why})",
+        place=f"client '{name}'",
+        cure="change the recipe, or ask the owner of the data",
+    )

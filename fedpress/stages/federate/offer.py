@@ -1,0 +1,225 @@
+"""The offer: all that a client on another machine needs to build its half of a federate stage.
+
+In a simulation both halves are built from one recipe. Over a network the server sends this message
+first. It holds no code: the model is a spec and numbers, as in a file that may come from anybody.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor, nn
+
+from fedpress import __version__, tasks
+from fedpress.core.canonical import JSON
+from fedpress.core.examples import Preprocess
+from fedpress.core.random import STREAMS, derive
+from fedpress.core.random import fingerprint as digest_of
+from fedpress.errors import FedpressError, WireError
+from fedpress.federation.protocol import read_text, text_tensor
+from fedpress.models import ModelSpec
+from fedpress.stages.federate.contract import CommonInputs
+from fedpress.stages.federate.settings import FederateSettings
+from fedpress.tasks import Task
+from fedpress.wire.message import Message
+
+MODEL = "model"
+TEXTS = ("settings", "spec", "facts")
+
+
+class OfferedStage(FederateSettings):
+    """The settings of a federate stage without the stage itself, which a client does not run."""
+
+
+class _Facts(BaseModel):
+    """What is offered beside settings and model."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    fedpress: str
+    streams: int
+    seed: str
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    task: dict[str, Any]
+    inputs: dict[str, Any] | None
+    labels: tuple[str, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Offer:
+    """What the server offers.
+
+    Attributes:
+        stage: the settings of the federate stage.
+        spec: of the model.
+        tensors: the model's parameters and buffers, by name.
+        seed: of the stage.
+        preprocess: raw examples -> the network's input, fitted on the server's public part.
+        task: what is learned.
+        inputs: how columns of a table become inputs, see `Preparation.to_json`; None for other
+            data.
+        labels: the columns that are predicted, for a table.
+        fedpress: version of the server.
+        streams: version of its random streams.
+    """
+
+    stage: FederateSettings
+    spec: ModelSpec
+    tensors: dict[str, Tensor]
+    seed: int
+    preprocess: Preprocess
+    task: Task
+    inputs: dict[str, Any] | None = None
+    labels: tuple[str, ...] = ()
+    fedpress: str = __version__
+    streams: int = STREAMS
+
+    @classmethod
+    def of(
+        cls,
+        stage: FederateSettings,
+        spec: ModelSpec,
+        model: nn.Module,
+        *,
+        preprocess: Preprocess,
+        task: Task,
+        seed: int,
+        inputs: dict[str, Any] | None = None,
+        labels: tuple[str, ...] = (),
+    ) -> Offer:
+        """Makes the offer of a server; `seed` is that of the run."""
+        tensors = {}
+        for name, tensor in model.state_dict().items():
+            tensors[name] = tensor.detach().to("cpu").contiguous().clone()
+        settings = FederateSettings.model_validate(stage.model_dump())
+        own = derive(seed, "federate", stage.name)
+        return cls(settings, spec, tensors, own, preprocess, task, inputs, labels)
+
+    def to_message(self, header: dict[str, JSON]) -> Message:
+        """Returns the message "offer"."""
+        facts = _Facts(
+            fedpress=self.fedpress,
+            streams=self.streams,
+            seed=str(self.seed),
+            mean=self.preprocess.mean,
+            std=self.preprocess.std,
+            task=self.task.to_json(),
+            inputs=self.inputs,
+            labels=self.labels,
+        )
+        model = torch.frombuffer(bytearray(save(self.tensors)), dtype=torch.uint8)
+        return Message(
+            "offer",
+            header,
+            {
+                "settings": text_tensor(self.stage.model_dump_json()),
+                "spec": text_tensor(self.spec.model_dump_json()),
+                "facts": text_tensor(facts.model_dump_json()),
+                MODEL: model,
+            },
+        )
+
+    @classmethod
+    def from_message(cls, message: Message) -> Offer:
+        """Reads an offer, which may come from anybody; no code is imported or called for it.
+
+        Raises:
+            WireError: naming the entry that is wrong, or code that the model or its data would
+                need and this client has not allowed.
+        """
+        texts = {name: read_text(message, name) for name in TEXTS}
+        place = ""
+        try:
+            place = "facts"
+            facts = _Facts.model_validate_json(texts[place])
+            place = "settings"
+            stage = FederateSettings.model_validate_json(texts[place])
+            place = "spec"
+            spec = ModelSpec.of_file(texts[place])
+            place = "facts.task"
+            task = tasks.of_model(facts.task, spec.class_names)
+            place = "facts.mean"
+            preprocess = Preprocess(facts.mean, facts.std)
+            place = MODEL
+            packed = message.tensors.get(MODEL)
+            if packed is None or packed.dtype != torch.uint8 or packed.dim() != 1:
+                raise WireError("expected safetensors as uint8 [n]", place=f"offer.{MODEL}")
+            tensors = load(packed.numpy().tobytes())
+            place = "facts.seed"
+            seed = int(facts.seed)
+        except FedpressError as error:
+            raise WireError(error.problem, place=f"offer.{place}", cure=error.cure) from error
+        except (ValidationError, SafetensorError, ValueError, TypeError) as error:
+            said = " ".join(str(error).split())[:300]
+            cure = "use the same fedpress on both sides"
+            raise WireError(said, place=f"offer.{place}", cure=cure) from error
+        return cls(
+            stage,
+            spec,
+            tensors,
+            seed,
+            preprocess,
+            task,
+            facts.inputs,
+            facts.labels,
+            facts.fedpress,
+            facts.streams,
+        )
+
+    def common(self, device: torch.device | None = None) -> CommonInputs:
+        """Builds the model and returns the inputs of a client's half.
+
+        Raises:
+            WireError: if the model cannot be built from the spec, or the numbers are not its own.
+        """
+        if self.streams != STREAMS:
+            raise WireError(
+                f"the server draws random streams of version {self.streams}, this client {STREAMS}",
+                place="offer.facts.streams",
+                cure=f"install the server's fedpress ({self.fedpress}) here, or this one there",
+            )
+        try:
+            model = self.spec.build_within_limits()
+            model.load_state_dict(self.tensors)
+        except FedpressError as error:
+            raise WireError(error.problem, place="offer.spec", cure=error.cure) from error
+        # A network that the spec describes wrongly may raise anything.
+        except Exception as error:
+            said = " ".join(str(error).split())[:300]
+            cure = "use the same fedpress on both sides"
+            raise WireError(said, place="offer.model", cure=cure) from error
+        return CommonInputs.prepared(
+            self.stage,
+            self.spec,
+            model,
+            preprocess=self.preprocess,
+            task=self.task,
+            seed=self.seed,
+            device=device,
+        )
+
+    @property
+    def terms(self) -> dict[str, Any]:
+        """What a data owner agrees to: all but the numbers of the model and the seed.
+
+        A recipe gives the same terms before any weights exist, so they can be approved beforehand.
+        """
+        model = self.spec.model_dump(mode="json", exclude_defaults=True)
+        return {
+            "settings": self.stage.model_dump(mode="json", exclude_defaults=True),
+            "model": {key: model[key] for key in ("architecture", "arguments") if key in model},
+            "task": self.task.to_json(),
+            "labels": list(self.labels),
+        }
+
+    @property
+    def fingerprint(self) -> str:
+        """Digest of `terms`, 16 hexadecimal digits."""
+        return digest_of(json.dumps(self.terms, sort_keys=True))[:16]
