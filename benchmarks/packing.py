@@ -25,7 +25,7 @@ import zstandard
 from torch import nn
 
 from fedpress import compress, storage
-from fedpress.compress.quantize import find_folds, fit_, fold_
+from fedpress.compress.quantize import find_folds, fit_scales_, fold_
 from fedpress.models import ModelSpec, load_model, what_pruning_changed
 from fedpress.nn.quant_scheme import QuantizationScheme, WeightQuantization
 from fedpress.nn.quantized import materialize_, quantize_layers_, quantized_layers
@@ -56,7 +56,7 @@ def quantized(
     table = {name: QuantizationScheme(weights=WeightQuantization(bits=bits)) for name in layers}
     quantize_layers_(model, table)
     for _, layer in quantized_layers(model):
-        fit_(layer, scale=scale)
+        fit_scales_(layer, scale=scale)
     return spec.model_copy(update={"folded": folds, "quantized": table}), materialize_(model)
 
 

@@ -19,7 +19,7 @@ from fedpress.core.parameters import trainable
 from fedpress.core.random_source import RandomSource
 from fedpress.errors import Argument, DivergedError, RecipeError, TrainingError
 from fedpress.federation.vectors import Vectors
-from fedpress.nn.batch_norm import ONE_VALUE, averages_batches
+from fedpress.nn.batch_norm import ONE_VALUE, uses_batch_statistics
 from fedpress.nn.quantized import qparam_ids
 from fedpress.privacy.plan import PrivacyPlan
 from fedpress.tasks import Task
@@ -394,7 +394,7 @@ def shuffled_batches(model: nn.Module, n: int, size: int, shuffle: RandomSource)
     """
     batches = list(shuffle.permutation(n).split(size))
     last_is_single = size > 1 and len(batches) > 1 and len(batches[-1]) == 1
-    if last_is_single and averages_batches(model):
+    if last_is_single and uses_batch_statistics(model):
         return [*batches[:-2], torch.cat(batches[-2:])]
     return batches
 

@@ -1,4 +1,4 @@
-"""Finds batch norms in a model, and whether they use the statistics of the batch."""
+"""Questions about a model's batch norms: are there any, and do they use batch statistics now?"""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 BatchNorm = _BatchNorm
-"""torch's batch norms of any number of dimensions."""
+"""Base class of torch's batch norms of one to three dimensions."""
 
 ONE_VALUE = "more than 1 value per channel"
-"""Part of torch's error for a batch norm in training mode that has a single value per channel."""
+"""Part of torch's error message if a batch norm in training mode gets one value per channel."""
 
 
 def has_batch_norm(model: nn.Module) -> bool:
@@ -18,10 +18,14 @@ def has_batch_norm(model: nn.Module) -> bool:
 
 
 def _batch_norms(model: nn.Module) -> list[_BatchNorm]:
-    return [module for module in model.modules() if isinstance(module, BatchNorm)]
+    norms = []
+    for module in model.modules():
+        if isinstance(module, BatchNorm):
+            norms.append(module)
+    return norms
 
 
-def averages_batches(model: nn.Module) -> bool:
-    """Returns whether a batch norm of `model` now uses the statistics of the batch."""
-    # Without running statistics a norm averages in evaluation mode too.
+def uses_batch_statistics(model: nn.Module) -> bool:
+    """Returns whether any batch norm of `model`, in its present mode, uses batch statistics."""
+    # Without running statistics a norm uses those of the batch in evaluation mode too.
     return any(norm.training or norm.running_mean is None for norm in _batch_norms(model))

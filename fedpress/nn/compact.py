@@ -1,4 +1,7 @@
-"""Represents a sparse weight by its kept values: only they are trained, sent and noised."""
+"""Compact sparse weights: the parameter is the vector of kept values, without the zeros.
+
+So only the kept values are trained, sent, and get noise.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +15,8 @@ from fedpress.errors import ModelError
 from fedpress.nn.quantized import kept_entries
 
 
-class Scatter(nn.Module):
-    """A parametrization: values [k] at fixed, public places of a weight, zeros elsewhere."""
+class ScatterValues(nn.Module):
+    """A parametrization that computes a weight: values [k] at fixed places, zeros elsewhere."""
 
     def __init__(self, mask: Tensor) -> None:
         super().__init__()
@@ -21,31 +24,33 @@ class Scatter(nn.Module):
         self.register_buffer("places", mask.flatten().nonzero().flatten(), persistent=False)
 
     def forward(self, values: Tensor) -> Tensor:
-        """Maps values [k] to a weight."""
+        """Returns the weight with `values` [k] at the places of the mask."""
         assert isinstance(self.places, Tensor)
         zeros = values.new_zeros(self.shape.numel())
         return zeros.index_put((self.places,), values).view(self.shape)
 
     def right_inverse(self, weight: Tensor) -> Tensor:
-        """Maps a weight to its values [k]."""
+        """Returns the values [k] of a weight at the places of the mask."""
         assert isinstance(self.places, Tensor)
+        # A shared weight is already a vector of values when its second module is parametrized.
         if weight.shape == self.places.shape:
-            return weight  # a shared weight that is represented by its values already
+            return weight
         return weight.flatten()[self.places]
 
 
 def compact_(model: nn.Module, sparse: Iterable[str]) -> nn.Module:
-    """Makes only the kept values of the named weights parameters (see `kept_entries`).
+    """Replaces each named weight by a parameter with its kept values (see `kept_entries`).
 
-    Everything that works on parameters (flat vectors, clipping, noise, secure sums) then has no
-    zeros in it, and the zeros cannot change. Frozen weights are not changed. `expand_` undoes it.
+    Example: a weight [64, 64] with 410 kept entries becomes a parameter [410]. Flat vectors,
+    clipping, noise and secure sums then work on the kept values only, and the zeros cannot change.
+    Frozen weights are not changed. `expand_` undoes it.
 
     Args:
         model: changed in place.
         sparse: names of sparse weights.
 
     Raises:
-        ModelError: if `model` lacks one of the names, or a weight is all zeros.
+        ModelError: if `model` has no weight of that name, or a weight is all zeros.
     """
     masks = kept_entries(model, sparse)
     parameters = dict(model.named_parameters(remove_duplicate=False))
@@ -61,14 +66,14 @@ def compact_(model: nn.Module, sparse: Iterable[str]) -> nn.Module:
                 place="spec.sparse",
                 cure="keep a larger share",
             )
-        for module, key in _owners(model, weight):
-            parametrize.register_parametrization(module, key, Scatter(mask), unsafe=True)
+        for module, key in _modules_with(model, weight):
+            parametrize.register_parametrization(module, key, ScatterValues(mask), unsafe=True)
     return model
 
 
 @torch.no_grad()
 def expand_(model: nn.Module) -> nn.Module:
-    """Makes the compact weights of `model` plain parameters again, zeros included."""
+    """Undoes `compact_`: compact weights become plain parameters with their zeros."""
     full: dict[nn.Parameter, Tensor] = {}
     # A copy of the list, because parametrizations are removed while it is read.
     for module in [*model.modules()]:
@@ -76,7 +81,9 @@ def expand_(model: nn.Module) -> nn.Module:
             continue
         assert isinstance(module.parametrizations, nn.ModuleDict)
         for key, steps in [*module.parametrizations.items()]:
-            if isinstance(steps, parametrize.ParametrizationList) and isinstance(steps[0], Scatter):
+            if isinstance(steps, parametrize.ParametrizationList) and isinstance(
+                steps[0], ScatterValues
+            ):
                 assert isinstance(steps.original, nn.Parameter)
                 full.setdefault(steps.original, getattr(module, key))
                 parametrize.remove_parametrizations(module, key, leave_parametrized=False)
@@ -86,20 +93,20 @@ def expand_(model: nn.Module) -> nn.Module:
     return model
 
 
-def _owners(model: nn.Module, weight: nn.Parameter) -> list[tuple[nn.Module, str]]:
-    """Returns the modules that hold a weight, with its name in each; several if it is shared."""
-    owners = []
+def _modules_with(model: nn.Module, weight: nn.Parameter) -> list[tuple[nn.Module, str]]:
+    """Returns (module, name of the weight in it) for each module that has this weight."""
+    holders = []
     for module in model.modules():
         for key, parameter in module.named_parameters(recurse=False):
             if parameter is weight:
-                owners.append((module, key))
-    return owners
+                holders.append((module, key))
+    return holders
 
 
 def _to_front_(module: nn.Module, key: str) -> None:
-    """Makes a parameter the first of its module, as layers register their weight.
+    """Moves a parameter to the first place in its module, where layers have their weight.
 
-    The order of parameters is that of the flat vector that clients and server exchange.
+    Clients and server exchange a flat vector of all parameters, so their order must not change.
     """
     table = dict(module._parameters)
     module._parameters.clear()

@@ -1,4 +1,7 @@
-"""Gives a model the structure that it has after its batch norms were folded into other layers."""
+"""Changes the structure of a model for folded batch norms: norms become identities.
+
+The values of the folded weights are not computed here (see `fedpress.compress.quantize.fold`).
+"""
 
 from __future__ import annotations
 
@@ -13,14 +16,13 @@ from fedpress.nn.batch_norm import BatchNorm
 
 @torch.no_grad()
 def apply_folds_(model: nn.Module, folded: Mapping[str, str]) -> None:
-    """Replaces batch norms by identities, and gives their layers a bias of zeros if they have none.
+    """Replaces batch norms by identities, and adds a bias of zeros to layers without one.
 
-    The values are set by the caller, who folds a model or loads one from a file.
+    The caller sets weights and biases afterwards, from the norms or from a file.
 
     Args:
         model: changed in place.
-        folded: the name of each batch norm -> the name of the convolution or linear layer before
-            it.
+        folded: name of each batch norm -> name of the convolution or linear layer before it.
 
     Raises:
         ModelError: if a name is not in the model, or its module is of another kind.
@@ -33,7 +35,7 @@ def apply_folds_(model: nn.Module, folded: Mapping[str, str]) -> None:
             inner = model.get_submodule(norm)
         except AttributeError as error:
             raise ModelError(
-                f"the model lacks '{norm}' or '{into}'",
+                f"the model has no module '{norm}' or '{into}'",
                 place="spec.folded",
                 cure="the spec is of another model",
             ) from error
@@ -50,5 +52,5 @@ def apply_folds_(model: nn.Module, folded: Mapping[str, str]) -> None:
             # A transposed convolution has its outputs on axis 1.
             outputs = getattr(layer, "out_channels", len(weight))
             layer.register_parameter("bias", nn.Parameter(weight.detach().new_zeros(outputs)))
-        # An identity, because the forward code still calls it.
+        # Not deleted, because the user's forward still calls it.
         parent._modules[key] = nn.Identity()

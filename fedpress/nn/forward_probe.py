@@ -1,7 +1,7 @@
-"""Checks by a trial run whether a subclass of a layer uses its weight as the layer itself does.
+"""Trial runs of user-defined subclasses of `nn.Linear` and `nn.Conv2d`.
 
-Such a subclass, for instance a convolution that pads or standardises its input first, can be
-quantized like the layer.
+A subclass can be quantized like its base layer if it only prepares the input, for instance by
+padding, and then applies the weight as the base layer does. The trial run checks that.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ OPERATIONS: dict[type[nn.Module], Callable[..., Tensor]] = {
     nn.Conv2d: F.conv2d,
     nn.Conv3d: F.conv3d,
 }
-"""The operation by which each kind of layer uses its weight."""
+"""The operation by which each kind of layer applies its weight."""
 
 PROPERTIES = (
     "shape",
@@ -35,10 +35,10 @@ PROPERTIES = (
     "grad",
     "names",
 )
-"""Attributes of a weight that do not depend on its values."""
+"""Attributes of a weight that forward may read, because they do not depend on its values."""
 
 SIZES = ("size", "dim", "numel", "stride", "is_floating_point", "__len__", "is_contiguous")
-"""Methods of a weight that do not depend on its values."""
+"""Methods of a weight that forward may call, because they do not depend on its values."""
 
 
 def base_layer(kind: type[nn.Module]) -> type[nn.Module] | None:
@@ -50,10 +50,10 @@ class WeightReads(TorchFunctionMode):
     """Records how a layer's weight is used while its forward runs.
 
     Attributes:
-        layer: whose weight is observed.
-        operation: the layer's own, such as `F.conv2d`.
-        calls: the arguments of each call of the operation with the weight.
-        others: names of other functions that read the weight.
+        layer: the layer that has the weight.
+        operation: the operation of its base layer, such as `F.conv2d`.
+        calls: arguments of each call of `operation` with the weight.
+        others: names of other functions that used the weight's values.
     """
 
     def __init__(self, layer: nn.Module, operation: Callable[..., Tensor]) -> None:
@@ -85,8 +85,7 @@ class WeightReads(TorchFunctionMode):
         if func is self.operation and named.get("weight") is weight:
             self.calls.append(named)
         elif not asks_property and name not in SIZES and result is not weight:
-            # A function that returns the weight itself has not used its values:
-            # `weight.to(x.dtype)`.
+            # `weight.to(x.dtype)` may return the weight itself, and has then not used its values.
             self.others.append(name)
         return result
 
@@ -111,11 +110,11 @@ def _probe(layer: nn.Module, x: Tensor) -> WeightReads:
 
 
 def why_not_plain(layer: nn.Module) -> str | None:
-    """Returns how a subclass's forward differs from the plain one, or None.
+    """Returns why a subclass cannot be quantized like its base layer, or None if it can.
 
-    The weight must be used once, by the layer's own operation, together with the layer's bias. The
-    input of the operation must consist of values of the layer's input and zeros (padding, for
-    example): then rounding the input before or after the preparation is the same.
+    The weight must be used exactly once, by the operation of the base layer, with the layer's bias.
+    The input of that operation may only consist of entries of the layer's input and zeros (padding,
+    for example). Rounding the layer's input is then the same as rounding that of the operation.
     """
     base = base_layer(type(layer))
     assert base is not None
@@ -149,9 +148,10 @@ def why_not_plain(layer: nn.Module) -> str | None:
 
 
 def plain_equivalent(layer: nn.Module, x: Tensor) -> tuple[nn.Module, Tensor]:
-    """Returns a plain layer and an input with the outputs of a subclass's operation for `x`.
+    """Returns a base layer and the prepared input that together replace a subclass for `x`.
 
-    The plain layer is on the meta device: its weight has a shape but no values.
+    Example: for a subclass that pads its input, a `Conv2d` and the padded input. The base layer is
+    on the meta device: its weight has a shape but no values.
     """
     call = _probe(layer, x).calls[0]
     given = call["input"]
@@ -185,7 +185,7 @@ def _random_input(layer: nn.Module) -> Tensor:
     if isinstance(layer, nn.Linear):
         return torch.randn(2, layer.in_features, generator=generator).to(device)
     assert isinstance(layer, nn.modules.conv._ConvNd)
-    # Large enough for the dilated kernel, and different from it in every direction.
+    # Larger than the dilated kernel, so that the output has several positions in every direction.
     sides = []
     for k, d in zip(layer.kernel_size, layer.dilation, strict=True):
         sides.append((k - 1) * d + 4 + k)
@@ -193,5 +193,5 @@ def _random_input(layer: nn.Module) -> Tensor:
 
 
 def _rounded(x: Tensor) -> Tensor:
-    """Rounds to quarters, a grid that includes 0 as those of quantized inputs do."""
+    """Rounds to multiples of 1/4: like all grids of quantized inputs, this grid includes 0."""
     return (x * 4).round() / 4

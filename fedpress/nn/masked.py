@@ -15,15 +15,15 @@ from fedpress.errors import ModelError
 
 @dataclass(frozen=True, eq=False)
 class _MaskedWeight:
-    """A weight that is computed as original * mask whenever its module runs.
+    """A weight that its module computes as original * mask.
 
     Attributes:
         path: name of the module.
-        module: that has the weight.
-        key: name of the weight in it.
+        module: the module that has the weight.
+        key: name of the weight in the module.
         original: the parameter that is masked.
-        mask: of the same shape.
-        hooked: whether a hook computes it (`torch.nn.utils.prune`), not a parametrization.
+        mask: the mask, in the shape of `original`.
+        hooked: whether a hook of `torch.nn.utils.prune` computes it; else a parametrization does.
     """
 
     path: str
@@ -39,7 +39,7 @@ class _MaskedWeight:
         return f"{self.path}.{self.key}" if self.path else self.key
 
     def materialize_(self) -> None:
-        """Makes it a plain parameter, original * mask."""
+        """Replaces the computed weight by a plain parameter with the values original * mask."""
         if self.hooked:
             prune.remove(self.module, self.key)
         else:
@@ -47,11 +47,11 @@ class _MaskedWeight:
 
 
 def absorb_masks_(model: nn.Module) -> tuple[str, ...]:
-    """Makes every masked weight of `model` a plain parameter, original * mask.
+    """Replaces every masked weight of `model` by a plain parameter with the values original * mask.
 
-    Recognised are the hooks of `torch.nn.utils.prune`, and parametrizations whose steps all have a
-    tensor `mask`. Others, such as weight norm, are not changed. A weight that several modules share
-    stays shared.
+    Masks are found in hooks of `torch.nn.utils.prune`, and in parametrizations whose steps all have
+    a tensor attribute `mask`. Other parametrizations, such as weight norm, are not changed. A
+    weight that several modules share stays shared.
 
     Returns:
         The names of the parameters that had masks, for `ModelSpec.sparse`.
@@ -61,7 +61,7 @@ def absorb_masks_(model: nn.Module) -> tuple[str, ...]:
             another parametrization.
     """
     weights = [*_hooked(model), *_parametrized(model)]
-    # Before anything is changed, so that a refused model is as it was.
+    # Checked before anything is changed, so that a refused model stays unchanged.
     _check_shared(model, weights)
     for weight in weights:
         weight.materialize_()
@@ -98,7 +98,7 @@ def _parametrized(model: nn.Module) -> Iterator[_MaskedWeight]:
                     masks.append(mask.to(torch.float32))
             if not masks:
                 continue
-            # Another step may turn zeros into something else.
+            # Another step, such as weight norm, may turn zeros into other values.
             if len(masks) < len(steps):
                 raise ModelError(
                     f"'{path}.{key}' is masked and has another parametrization too",
@@ -111,14 +111,14 @@ def _parametrized(model: nn.Module) -> Iterator[_MaskedWeight]:
 
             original = steps.original
             assert isinstance(original, nn.Parameter)
-            # Masks that are applied one after the other multiply; one may be broadcast.
+            # Several masks are multiplied, and each may have a shape that broadcasts.
             expanded = [mask.expand_as(original) for mask in masks]
             product = torch.stack(expanded).prod(0)
             yield _MaskedWeight(path, module, key, original, product, hooked=False)
 
 
 def _check_shared(model: nn.Module, weights: list[_MaskedWeight]) -> None:
-    """Refuses a shared weight that is not masked in the same way everywhere."""
+    """Raises an error for a shared weight that does not have the same mask in all its modules."""
     uses: Counter[int] = Counter()
     for module in model.modules():
         uses.update(id(parameter) for parameter in module.parameters(recurse=False))
@@ -131,8 +131,8 @@ def _check_shared(model: nn.Module, weights: list[_MaskedWeight]) -> None:
         if not is_masked_everywhere or any(not torch.equal(o.mask, weight.mask) for o in same):
             raise ModelError(
                 (
-                    f"'{weight.name}' is masked, but a module that shares this weight has not the "
-                    "same mask"
+                    f"'{weight.name}' is masked, but a module that shares this weight does not "
+                    "have the same mask"
                 ),
                 place="model",
                 cure="prune all of them by one mask (torch.nn.utils.prune.custom_from_mask)",

@@ -1,4 +1,4 @@
-"""Observers: rules that choose the range of quantized inputs from a histogram of values."""
+"""Observers: choose the range (lowest and highest value) of quantized inputs from a histogram."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Observer = Literal["minmax", "percentile", "mse", "entropy"]
 
 @dataclass
 class Histogram:
-    """Counts [BINS], float64, of values from `low` to `high` in bins of equal width."""
+    """Counts [BINS] (float64) of values from `low` to `high`, in bins of equal width."""
 
     low: float
     high: float
@@ -36,7 +36,7 @@ class Histogram:
         return self.low + (torch.arange(BINS, dtype=torch.float64) + 0.5) * span / BINS
 
     def _upper_edge(self) -> float:
-        """The upper edge of the last bin; a constant input needs bins of some width too."""
+        """The upper edge of the last bin; `low` + 1 if `high` equals `low`."""
         return self.high if self.high > self.low else self.low + 1
 
 
@@ -48,8 +48,8 @@ def minmax(seen: Histogram, quantization: InputQuantization) -> tuple[float, flo
 def percentile(
     seen: Histogram, quantization: InputQuantization, *, share: float = 0.9999
 ) -> tuple[float, float]:
-    """Returns the range of `share` of the values; the rest is half below it and half above."""
-    # Counts, not values: a few outliers must not move the range.
+    """Returns the range that contains `share` of the values; half of the rest lies below it."""
+    # A bin is inside if more than `edge` values lie at or below it, and at or above it.
     edge = (1 - share) / 2 * seen.counts.sum()
     below = seen.counts.cumsum(0)
     above = seen.counts.flip(0).cumsum(0).flip(0)
@@ -62,7 +62,10 @@ def percentile(
 
 
 def mse(seen: Histogram, quantization: InputQuantization) -> tuple[float, float]:
-    """Returns the range of least squared error: 100 shares of the observed range are tried."""
+    """Returns the range with the least squared rounding error.
+
+    The ranges that are tried are 1%, 2%, ..., 100% of the observed one.
+    """
     best = (float("inf"), (seen.low, seen.high))
     for share in torch.linspace(0.01, 1, 100).tolist():
         low, high = seen.low * share, seen.high * share
@@ -73,12 +76,13 @@ def mse(seen: Histogram, quantization: InputQuantization) -> tuple[float, float]
 
 
 def entropy(seen: Histogram, quantization: InputQuantization) -> tuple[float, float]:
-    """Returns the range that loses the least information, by Kullback-Leibler divergence.
+    """Returns the range with the least KL divergence between values and quantized values.
 
-    S. Migacz, 8-bit Inference with TensorRT, GTC 2017: P is the distribution with everything
-    outside the range added to its end bins; Q is P averaged within each step of the grid. Both ends
-    are clipped at the same distance from 0. As there, the bin of 0 is not counted: 0 is exact in
-    every grid, but averaging would spread the many zeros of a ReLU over their neighbours.
+    The method of TensorRT (S. Migacz, 8-bit Inference with TensorRT, GTC 2017): P is the histogram
+    with all values outside of the range added to its end bins; Q is P averaged within each step of
+    the grid. Both ends are clipped at the same distance from 0. As in TensorRT the bin of 0 is not
+    counted: 0 is exact in every grid, but averaging would spread the many zeros of a ReLU over the
+    neighbouring bins.
     """
     centers = seen.centers
     bin_width = centers[1] - centers[0]
@@ -96,7 +100,7 @@ def entropy(seen: Histogram, quantization: InputQuantization) -> tuple[float, fl
 
         p = counts[inside].clone()
         q = _averaged_within_steps(p, centers[inside], low, high, quantization.highest + 1)
-        # Clipped values are represented by the ends of the grid.
+        # Clipped values are rounded to the ends of the grid.
         p[0] += counts[centers < low].sum()
         p[-1] += counts[centers > high].sum()
         p = p / p.sum()

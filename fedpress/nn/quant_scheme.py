@@ -1,8 +1,8 @@
-"""Quantization schemes: the values that weights and inputs may have, and how they are quantized.
+"""Quantization schemes of weights and inputs, and the functions that quantize by them.
 
-The words are those of compressed-tensors. A *grid* is the set of values that can be represented,
-and a *code* the integer that represents one of them: value = code * scale, for inputs (code -
-zero_point) * scale.
+The terms are those of the library compressed-tensors. A *grid* is the set of values that can be
+represented, and a *code* is the integer that represents one of them. For weights value = code *
+scale; for inputs value = (code - zero_point) * scale.
 """
 
 from __future__ import annotations
@@ -19,17 +19,20 @@ from fedpress.errors import SettingError
 
 TINY = torch.finfo(torch.float32).tiny
 FILE = "file"
-"""Key in a validation's context: the settings come from a file, perhaps of an older version."""
+"""Key in pydantic's validation context: the settings come from a file of any version."""
 BITS = {"int": 8, "ternary": 2, "binary": 1, "codebook": 4}
-"""Bits of each kind, if none are given."""
+"""Default bits of each kind."""
 
 
 class WeightQuantization(BaseModel):
-    """The values that weights may have.
+    """How weights are quantized: the grid, by `kind` and `bits`.
 
-    "int": c * scale with integers c from -(2^(bits-1) - 1) to 2^(bits-1) - 1; "ternary": {-scale,
-    0, scale}; "binary": {-scale, scale}; "codebook": one of 2^bits values that the layer's weights
-    share. All but binary include 0 exactly.
+    - "int": c * scale with integers c from -(2^(bits-1) - 1) to 2^(bits-1) - 1
+    - "ternary": {-scale, 0, scale}
+    - "binary": {-scale, scale}
+    - "codebook": 2^bits values that all weights of the layer share
+
+    All but "binary" include 0 exactly.
 
     >>> WeightQuantization(kind="int", bits=4).highest
     7
@@ -40,13 +43,16 @@ class WeightQuantization(BaseModel):
     kind: Literal["int", "ternary", "binary", "codebook"] = "int"
     bits: int = Field(8, ge=1, le=8)
     group: int | None = Field(
-        None, ge=1, description="one scale per so many input values; None: one per output channel"
+        None,
+        ge=1,
+        description="number of consecutive inputs that share a scale; None: one scale for each "
+        "output channel",
     )
     centroid_bits: int | None = Field(
         None,
         ge=2,
         le=8,
-        description="codebook only: its values are integers of so many bits times one scale",
+        description="codebook only: its values are integers of this many bits times one scale",
     )
 
     @model_validator(mode="before")
@@ -58,7 +64,7 @@ class WeightQuantization(BaseModel):
 
     @model_validator(mode="after")
     def _fits(self) -> WeightQuantization:
-        """Refuses settings that contradict the kind."""
+        """Raises an error for settings that contradict the kind."""
         has_fixed_bits = self.kind in ("ternary", "binary")
         too_few = self.kind == "int" and self.bits < 2
         if too_few or (has_fixed_bits and self.bits != BITS[self.kind]):
@@ -74,7 +80,7 @@ class WeightQuantization(BaseModel):
             )
         if self.kind != "codebook" and self.centroid_bits is not None:
             raise SettingError(
-                f"it is for a codebook, not for '{self.kind}'",
+                f"only a codebook has it, not '{self.kind}'",
                 place="centroid_bits",
                 cure="leave centroid_bits out",
             )
@@ -82,7 +88,7 @@ class WeightQuantization(BaseModel):
 
     @property
     def highest(self) -> int:
-        """The largest code; for a codebook the last index minus 2^(bits-1), to fit into int8."""
+        """The largest code. For a codebook codes are indices minus 2^(bits-1), to fit into int8."""
         if self.kind in ("int", "codebook"):
             return (1 << (self.bits - 1)) - 1
         return 1
@@ -101,15 +107,15 @@ class WeightQuantization(BaseModel):
 
 
 class InputQuantization(BaseModel):
-    """Values of a layer's inputs: (c - zero_point) * scale with integers c in 0 .. 2^bits - 1.
+    """How inputs of a layer are quantized: (c - zero_point) * scale with c in 0 .. 2^bits - 1.
 
-    One-bit inputs are {middle - scale, middle + scale}: below or above the middle of their channel.
-    The sign alone would always be +1 after a ReLU. XNOR-Net subtracts a mean by a norm before the
-    sign (Rastegari et al. 2016, arXiv:1603.05279, section 3.2); ReActNet learns the middle (Liu et
-    al. 2020, arXiv:2003.03488, section 4.1), as is done here. With `middle=False` one bit is
-    {-scale, scale}, the sign alone.
+    One-bit inputs are {middle - scale, middle + scale}: each channel has a middle, and values are
+    rounded by whether they lie below or above it. The sign alone would always be +1 after a ReLU.
+    The middle is learned, as in ReActNet (Liu et al. 2020, arXiv:2003.03488, section 4.1); XNOR-Net
+    has a batch norm before the sign instead (Rastegari et al. 2016, arXiv:1603.05279, section 3.2).
+    With `middle=False` one-bit inputs are {-scale, scale}, by the sign.
 
-    With `dynamic` scale and zero point are those of each batch; a middle never is.
+    With `dynamic=True` scale and zero point are computed for each batch; the middle never is.
 
     >>> InputQuantization(bits=1).middle, InputQuantization(bits=8).middle
     (True, False)
@@ -121,23 +127,24 @@ class InputQuantization(BaseModel):
     dynamic: bool = False
     middle: bool = Field(
         default=False,
-        description="one bit only, and true there by default: compare with a learned middle",
+        description="one-bit inputs only: compare with a learned middle of each channel instead of "
+        "0; the default is true for one bit",
     )
 
     @model_validator(mode="before")
     @classmethod
     def _middle_of_one_bit(cls, given: Any, info: ValidationInfo) -> Any:
         if isinstance(given, dict) and given.get("bits") == 1 and "middle" not in given:
-            # Files of versions without a middle mean the sign alone.
+            # Files of versions before `middle` existed quantize by the sign.
             return {**given, "middle": not (info.context or {}).get(FILE)}
         return given
 
     @model_validator(mode="after")
     def _fits(self) -> InputQuantization:
-        """Refuses a middle for inputs of several bits."""
+        """Raises an error for a middle with inputs of several bits."""
         if self.middle and self.bits != 1:
             raise SettingError(
-                f"it is for inputs of one bit, not of {self.bits}",
+                f"a middle is for inputs of one bit, not of {self.bits}",
                 place="middle",
                 cure="leave middle out",
             )
@@ -145,7 +152,7 @@ class InputQuantization(BaseModel):
 
     @property
     def calibrated(self) -> bool:
-        """Whether a part of it is set from public examples (calibration)."""
+        """Whether scale or middle is set from public examples (calibration)."""
         return not self.dynamic or self.middle
 
     @property
@@ -155,7 +162,7 @@ class InputQuantization(BaseModel):
 
 
 class QuantizationScheme(BaseModel):
-    """How one layer is quantized; what is None stays float.
+    """How weights and inputs of one layer are quantized; None means float.
 
     >>> QuantizationScheme(weights=WeightQuantization(bits=4)).inputs is None
     True
@@ -170,7 +177,7 @@ class QuantizationScheme(BaseModel):
 def expand_scale(scale: Tensor, weight: Tensor, group: int | None) -> Tensor:
     """Returns scales [out] or [out, groups] in a shape that broadcasts with `weight` [out, ...].
 
-    A group is so many consecutive weights of a flattened output channel; the last one may be
+    A group is `group` consecutive weights of a flattened output channel; the last group may be
     shorter.
     """
     if group is None:
@@ -186,19 +193,23 @@ def in_groups(weight: Tensor, group: int | None) -> Tensor:
     torch.Size([2, 2, 3])
     """
     flat = weight.reshape(len(weight), -1)
-    # A group as large as the row is the row.
+    # A group that is as large as the row, or larger, is the whole row: no padding is needed.
     if group is None or group >= flat.shape[1]:
         return flat[:, None]
     return F.pad(flat, (0, -flat.shape[1] % group)).reshape(len(weight), -1, group)
 
 
 def initial_scale(weight: Tensor, quantization: WeightQuantization) -> Tensor:
-    """Returns scales [out] or [out, groups]: full range for "int", else least squared error.
+    """Returns scales [out] or [out, groups] for the present weights.
 
-    Ternary: Lloyd's iterations on threshold and scale, from the threshold 0.7 mean |w| of Ternary
-    Weight Networks (Li & Liu 2016, arXiv:1605.04711, section 2.2). At the optimum the threshold is
-    scale / 2, so that each weight has its nearest grid point. Binary: the mean absolute weight of
-    XNOR-Net (Rastegari et al. 2016, arXiv:1603.05279, section 3.1). NaN weights give scales of 1.
+    - "int": the scale for the full range of the weights.
+    - "ternary": least squared error by Lloyd's iterations on threshold and scale, from the
+      threshold 0.7 mean |w| of Ternary Weight Networks (Li & Liu 2016, arXiv:1605.04711, section
+      2.2). At the optimum the threshold is scale / 2: each weight has its nearest grid point.
+    - "binary": the mean absolute weight, which has the least squared error (XNOR-Net, Rastegari et
+      al. 2016, arXiv:1603.05279, section 3.1).
+
+    NaN weights give scales of 1.
     """
     size = in_groups(weight.detach().float().abs(), quantization.group)
     if quantization.kind == "int":
@@ -212,7 +223,7 @@ def initial_scale(weight: Tensor, quantization: WeightQuantization) -> Tensor:
         scale = scale[:, 0]
     if quantization.has_zero:
         return fill_zero_scales(scale)
-    # Without 0 among the values, a row of zeros is best represented by a scale of (nearly) 0.
+    # The binary grid has no 0, so a row of zeros keeps its scale of 0.
     return scale.nan_to_num(1.0)
 
 
@@ -220,8 +231,8 @@ def _ternary(size: Tensor, mean: Tensor) -> Tensor:
     """Returns ternary scales [out, groups] by Lloyd's iterations.
 
     Args:
-        size: |w|, [out, groups, values].
-        mean: of it, [out, groups].
+        size: absolute weights |w|, [out, groups, values].
+        mean: mean of |w|, [out, groups].
     """
     threshold = 0.7 * mean
     scale = mean
@@ -234,9 +245,10 @@ def _ternary(size: Tensor, mean: Tensor) -> Tensor:
 
 
 def fill_zero_scales(scale: Tensor) -> Tensor:
-    """Returns scales with zeros replaced by the layer's largest, or by 1 if all are 0.
+    """Returns the scales with zeros replaced by the largest of the layer, or by 1 if all are 0.
 
-    A scale of 0 could not be divided by, and a row of zeros is represented exactly by any scale.
+    Weights are divided by their scale, so it must not be 0. A row of zeros has scale 0, but any
+    scale represents it exactly.
     """
     largest = scale.detach().amax() if scale.numel() else scale.new_ones(())
     replacement = torch.where(largest > 0, largest, torch.ones_like(largest))
@@ -244,7 +256,7 @@ def fill_zero_scales(scale: Tensor) -> Tensor:
 
 
 def initial_codebook(weight: Tensor, quantization: WeightQuantization) -> Tensor:
-    """Returns 2^bits values evenly over the range of the weights, one of them 0."""
+    """Returns 2^bits evenly spaced values over the range of the weights; the nearest to 0 is 0."""
     # An empty weight has no smallest value.
     flat = weight.detach().float().reshape(-1)
     if flat.numel():
@@ -260,10 +272,10 @@ def initial_codebook(weight: Tensor, quantization: WeightQuantization) -> Tensor
 def calculate_qparams(
     low: Tensor, high: Tensor, quantization: InputQuantization
 ) -> tuple[Tensor, Tensor]:
-    """Returns scale and zero point (0-d float32) of inputs from `low` to `high`; 0 is exact.
+    """Returns scale and zero point (0-d float32) for inputs from `low` to `high`.
 
-    A range of zero width has the scale 1. Padding adds zeros, which must be exact, so the range
-    includes 0.
+    The range is extended to include 0, which is then represented exactly: padding adds zeros. A
+    range of zero width has the scale 1.
 
     >>> calculate_qparams(torch.tensor(-1.0), torch.tensor(4.1), InputQuantization())
     (tensor(0.0200), tensor(50.))
@@ -277,26 +289,32 @@ def calculate_qparams(
 
 
 def positive_scale(scale: Tensor) -> Tensor:
-    """Returns |scale|: training may move a scale through 0, and the grid of -scale is the same."""
+    """Returns |scale|, at least the smallest float: training may make a scale negative or 0.
+
+    The grids of a scale and of its negative are the same.
+    """
     return scale.abs().clamp_min(TINY)
 
 
 def straight_through(value: Tensor, x: Tensor) -> Tensor:
-    """Returns exactly `value`, with the gradient of `x` (straight-through, Bengio et al. 2013)."""
+    """Returns `value` exactly, but with the gradient of `x` (straight-through estimator).
+
+    Bengio et al. 2013, arXiv:1308.3432.
+    """
     return value.detach() + (x - x.detach())
 
 
 def scale_gradient(x: Tensor, factor: float) -> Tensor:
-    """Returns exactly `x`, with its gradient multiplied by `factor`."""
+    """Returns `x` unchanged, but with its gradient multiplied by `factor`."""
     return x.detach() + (x - x.detach()) * factor
 
 
 def gradient_scale(x: Tensor, levels: int) -> float:
-    """Returns the gradient scale of a learned step size: 1 / sqrt(values of one example * levels).
+    """Returns the factor on the gradient of a learned step size: 1 / sqrt(entries * levels).
 
-    Esser et al. 2020, arXiv:1902.08153, section 2.2.
+    `entries` are those of one example. Esser et al. 2020, arXiv:1902.08153, section 2.2.
     """
-    # Without the batch axis, whose size may be open in an export.
+    # Not `x.numel()`: in an export the batch size may be symbolic.
     return float((max(1, math.prod(x.shape[1:])) * levels) ** -0.5)
 
 
@@ -304,9 +322,9 @@ def fake_quantize(weight: Tensor, scale: Tensor, quantization: WeightQuantizatio
     """Returns the nearest grid point of every entry of `weight`.
 
     Args:
-        weight: any shape.
-        scale: broadcasts with `weight`; for a codebook its values, ascending.
-        quantization: which values are possible.
+        weight: a tensor of any shape.
+        scale: scales that broadcast with `weight`; for a codebook its values, ascending.
+        quantization: the grid.
 
     >>> fake_quantize(torch.tensor([0.4, -9.0]), torch.tensor(0.5), WeightQuantization(bits=3))
     tensor([ 0.5000, -1.5000])
@@ -321,7 +339,7 @@ def quantize(weight: Tensor, scale: Tensor, quantization: WeightQuantization) ->
     if quantization.kind != "codebook":
         # Rounds half to even, as ONNX does.
         return (weight / scale).round().clamp(quantization.lowest, quantization.highest)
-    # In a codebook the nearest value is one of the two that enclose the weight.
+    # The nearest value of a codebook is one of the two neighbours of the weight.
     values = scale
     above = torch.searchsorted(values, weight.contiguous()).clamp(1, len(values) - 1)
     is_below_nearer = weight - values[above - 1] < values[above] - weight

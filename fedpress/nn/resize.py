@@ -1,4 +1,4 @@
-"""Replaces a layer's tensors by smaller ones, and sets its size attributes to match."""
+"""Replaces tensors of layers by smaller ones, and updates sizes such as `Linear.in_features`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 
 def get_tensor(model: nn.Module, name: str) -> Tensor:
-    """Returns the parameter or buffer of this dotted name.
+    """Returns the parameter or buffer with this dotted name, such as "block.0.weight".
 
     Raises:
         AttributeError: if `model` has no such tensor.
@@ -30,7 +30,7 @@ def get_tensor(model: nn.Module, name: str) -> Tensor:
 
 
 class _ComputedByValue(TorchFunctionMode):
-    """While it is active, computed tensors are copied by value; torch refuses to copy them."""
+    """Makes `deepcopy` copy computed tensors by value; by default torch raises an error."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Calls `func`, except for the copy of a tensor with a gradient history."""
@@ -46,26 +46,26 @@ Module = TypeVar("Module", bound=nn.Module)
 
 
 def copied(model: Module) -> Module:
-    """Returns a deep copy of `model`, even if it has computed tensors as plain attributes.
+    """Returns a deep copy of `model`, even if attributes of it are computed tensors.
 
-    `torch.nn.utils.weight_norm` and `spectral_norm` keep the computed weight as an attribute, and
-    users keep outputs. Of these the values are copied, without the gradient history.
+    `torch.nn.utils.weight_norm` and `spectral_norm` store the computed weight in an attribute, and
+    user code may store outputs. Such tensors are copied without their gradient history.
     """
     with _ComputedByValue():
         return deepcopy(model)
 
 
 def replace_tensors_(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Replaces parameters and buffers by `tensors`, by name, and sets the sizes of their layers.
+    """Replaces parameters and buffers by `tensors`, by name, and updates the sizes of their layers.
 
-    A tensor that several modules share stays shared: one of its names is enough. Create the
-    optimizer afterwards.
+    A tensor that several modules share is replaced in all of them, so one of its names is enough.
+    Create the optimizer afterwards.
 
     Raises:
         AttributeError: if `model` lacks one of the names.
     """
-    # By identity, so that every use of a shared tensor is replaced. The old tensor is held, because
-    # the id of a deleted one may be given to another.
+    # Keyed by identity, so that every use of a shared tensor is replaced. The old tensor is kept in
+    # the table, because Python may reuse the id of a deleted object.
     swaps: dict[int, tuple[Tensor, Tensor]] = {}
     for name, new in tensors.items():
         old = get_tensor(model, name)
@@ -82,13 +82,13 @@ def replace_tensors_(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
 
     for module, shapes in before.items():
         if isinstance(module, nn.RNNBase):
-            # Recurrent layers pass this list to the kernel.
+            # Recurrent layers pass this list to the kernel, not their attributes.
             module._flat_weights = [getattr(module, key) for key in module._flat_weights_names]
         if _shapes(module) != shapes:
             _recompute_(module)
             _set_sizes_(module, shapes)
     for module in model.modules():
-        # Only torch's own attention takes nested tensors.
+        # `NarrowAttention` does not accept nested tensors.
         if isinstance(module, nn.TransformerEncoder) and _has_narrow_attention(module):
             module.use_nested_tensor = False
 
@@ -99,7 +99,7 @@ def _has_narrow_attention(model: nn.Module) -> bool:
 
 @torch.no_grad()
 def _recompute_(module: nn.Module) -> None:
-    """Computes weights again that hooks of `torch.nn.utils` keep as attributes."""
+    """Recomputes the weights that hooks of `torch.nn.utils` store as attributes."""
     for hook in module._forward_pre_hooks.values():
         if isinstance(hook, WeightNorm):
             setattr(module, hook.name, hook.compute_weight(module))
@@ -111,7 +111,7 @@ Shapes = tuple[tuple[int, ...], ...]
 
 
 def _shapes(module: nn.Module) -> Shapes:
-    """Returns the shapes of the tensors that determine the sizes of a layer, the main one first."""
+    """Returns the shapes of the tensors that determine a layer's sizes, the main one first."""
     shapes = []
     for tensor in _size_tensors(module):
         if tensor is not None:
@@ -121,7 +121,7 @@ def _shapes(module: nn.Module) -> Shapes:
 
 @torch.no_grad()
 def _size_tensors(module: nn.Module) -> Iterator[Tensor | None]:
-    """Yields the tensors that determine the sizes of a layer; None for those that it lacks."""
+    """Yields the tensors that determine the sizes of a layer; None for those it does not have."""
     if isinstance(module, nn.MultiheadAttention):
         yield module.in_proj_weight
         yield module.q_proj_weight
@@ -146,9 +146,14 @@ def _size_tensors(module: nn.Module) -> Iterator[Tensor | None]:
 
 
 def _set_sizes_(module: nn.Module, before: Shapes) -> None:
-    """Sets the size attributes of a module from the shapes of its tensors, which were `before`."""
+    """Updates the size attributes of a module, such as `out_features`, from its new tensors.
+
+    Args:
+        module: the module, with new tensors.
+        before: the shapes of its old tensors.
+    """
     now = _shapes(module)[0]
-    was = before[0]
+    old = before[0]
     if isinstance(module, nn.Linear):
         module.out_features, module.in_features = now
     elif isinstance(module, nn.PReLU):
@@ -158,11 +163,12 @@ def _set_sizes_(module: nn.Module, before: Shapes) -> None:
     elif isinstance(module, nn.modules.conv._ConvNd):
         groups = module.groups
         if is_depthwise(module):
-            groups = now[0] * groups // was[0]
+            groups = now[0] * groups // old[0]
         set_groups_(module, groups)
     elif isinstance(module, nn.GroupNorm):
-        # Whole groups are pruned, except where one group is pruned through like a layer norm.
-        module.num_groups = max(1, module.num_groups * now[0] // was[0])
+        # Whole groups are pruned. Only a single group (a layer norm) may lose some channels: then
+        # the division gives 0.
+        module.num_groups = max(1, module.num_groups * now[0] // old[0])
         module.num_channels = now[0]
     elif isinstance(module, nn.LayerNorm | nn.RMSNorm):
         module.normalized_shape = now
@@ -176,17 +182,17 @@ def _set_sizes_(module: nn.Module, before: Shapes) -> None:
 
 
 def weight_shape(module: nn.Module) -> tuple[int, ...]:
-    """Returns the shape of a layer's weight, also of one that is computed from other tensors."""
+    """Returns the shape of a layer's weight, even if it is computed from other tensors."""
     return _shapes(module)[0]
 
 
 def is_depthwise(module: nn.modules.conv._ConvNd) -> bool:
-    """Returns whether each group of the convolution has one input channel."""
+    """Returns whether the convolution is depthwise: each group has one input channel."""
     return module.groups == module.in_channels > 1
 
 
 def set_groups_(module: nn.modules.conv._ConvNd, groups: int) -> None:
-    """Sets the number of groups of a convolution, and the channels that its weight then has."""
+    """Sets the number of groups of a convolution, and its numbers of input and output channels."""
     module.groups = groups
     shape = weight_shape(module)
     # Axis 1 of a weight counts the channels of one group.
@@ -200,8 +206,8 @@ def set_groups_(module: nn.modules.conv._ConvNd, groups: int) -> None:
 class NarrowAttention(nn.MultiheadAttention):
     """Multi-head attention with pruned heads: `embed_dim` is not `num_heads` times `head_dim`.
 
-    torch's own attention refuses such sizes. The parameters have the names of
-    `nn.MultiheadAttention`, and the outputs are the same.
+    `nn.MultiheadAttention` raises an error for such sizes. Parameters, arguments and outputs are
+    the same as there.
     """
 
     def forward(
@@ -241,7 +247,10 @@ class NarrowAttention(nn.MultiheadAttention):
         return out if self.batch_first else out.transpose(0, 1), weights
 
     def _heads(self, *inputs: Tensor) -> list[Tensor]:
-        """Returns queries, keys and values [n, heads, length, width]; biases add a row."""
+        """Returns queries, keys and values [n, heads, length, width].
+
+        `bias_k`, `bias_v` and `add_zero_attn` add a row to keys and values.
+        """
         packed = self.in_proj_weight
         weights: Sequence[Tensor] = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
         if packed is not None:
@@ -261,7 +270,7 @@ class NarrowAttention(nn.MultiheadAttention):
     def _mask(
         self, q: Tensor, k: Tensor, padding: Tensor | None, mask: Tensor | None
     ) -> Tensor | None:
-        """Returns the sum of masks, [n or 1, heads or 1, queries, keys]: -inf or 0."""
+        """Returns the sum of both masks, [n or 1, heads or 1, queries, keys], to add to scores."""
         total = None
         if padding is not None:
             total = _additive(padding, q).view(len(q), 1, 1, -1)
@@ -279,14 +288,14 @@ class NarrowAttention(nn.MultiheadAttention):
 
 
 def _additive(mask: Tensor, like: Tensor) -> Tensor:
-    """Returns a mask to add to scores: -inf where a boolean one is true."""
+    """Returns a mask to add to attention scores; a boolean one becomes -inf where it is true."""
     if mask.dtype != torch.bool:
         return mask.to(like.dtype)
     return torch.zeros_like(mask, dtype=like.dtype).masked_fill(mask, float("-inf"))
 
 
 def _narrow_(module: nn.MultiheadAttention) -> None:
-    """Makes torch's attention a `NarrowAttention` with the sizes of its tensors."""
+    """Turns `nn.MultiheadAttention` into a `NarrowAttention` with the sizes of its tensors."""
     module.__class__ = NarrowAttention
     embed_dim, width = module.out_proj.weight.shape
     module.embed_dim = embed_dim
@@ -300,5 +309,5 @@ def _narrow_(module: nn.MultiheadAttention) -> None:
     else:
         module.kdim = packed.shape[1]
         module.vdim = packed.shape[1]
-    # The fast path of nn.TransformerEncoderLayer computes sizes of its own; this disables it.
+    # Disables the fast path of nn.TransformerEncoderLayer, which assumes the usual sizes.
     module._qkv_same_embed_dim = False

@@ -326,14 +326,14 @@ class QuantizeStage(TeacherTrainSettings, Stage):
         Raises:
             RecipeError: if not even these meet the budget.
         """
-        choices: dict[str, list[quantizing.Choice]] = {}
+        choices: dict[str, list[quantizing.BitChoice]] = {}
         for name in table:
             layer = model.get_submodule(name)
             choices[name] = []
             for bits in self.mixed:
                 size = quantizing.layer_bytes(layer, _int_weights(bits))
                 # Without an error of the outputs: only the bytes are asked here.
-                choices[name].append(quantizing.Choice(bits, size, 0.0))
+                choices[name].append(quantizing.BitChoice(bits, size, 0.0))
         quantizing.choose_bits(choices, self.max_bytes or 0)
         return dict.fromkeys(table, min(self.mixed))
 

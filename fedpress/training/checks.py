@@ -8,7 +8,7 @@ from torch import nn
 from fedpress.core.examples import Arrays, Preprocess, resized
 from fedpress.core.inputs import Inputs, call, is_image, shape_of, shape_text
 from fedpress.errors import Argument, TrainingError
-from fedpress.nn.batch_norm import ONE_VALUE, BatchNorm, averages_batches
+from fedpress.nn.batch_norm import ONE_VALUE, BatchNorm, uses_batch_statistics
 from fedpress.nn.resize import copied
 from fedpress.tasks import Task
 from fedpress.training.evaluate import evaluate
@@ -133,7 +133,7 @@ def _needs_two(model: nn.Module, x: Inputs) -> bool:
     """
     # Run on a copy, because the forward pass changes running statistics.
     twin = copied(model).train()
-    if not averages_batches(twin):
+    if not uses_batch_statistics(twin):
         return False
     at = next((p.device for p in twin.parameters()), x.device)
     # Other errors of the network are reported by its own checks.

@@ -369,7 +369,7 @@ def test_a_folded_and_quantized_network_comes_back_to_the_same_bits(tmp_path):
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"folded": {"norm": "head.2"}}, "spec.folded: the model lacks 'norm' or 'head.2'"),
+        ({"folded": {"norm": "head.2"}}, "spec.folded: the model has no module 'norm' or 'head.2'"),
         ({"folded": {"head": "stem"}}, "spec.folded: 'head' cannot be folded into 'stem'"),
         (
             {"quantized": {"hed": QuantizationScheme()}},

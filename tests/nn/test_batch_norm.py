@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from fedpress.nn.batch_norm import ONE_VALUE, averages_batches, has_batch_norm
+from fedpress.nn.batch_norm import ONE_VALUE, has_batch_norm, uses_batch_statistics
 
 
 @pytest.mark.parametrize(
@@ -18,8 +18,8 @@ from fedpress.nn.batch_norm import ONE_VALUE, averages_batches, has_batch_norm
 def test_only_batch_norms_average_over_batches(norm, keeps, averages_in_evaluation):
     model = nn.Sequential(nn.Linear(3, 3), norm)
     assert has_batch_norm(model) is keeps
-    assert averages_batches(model.eval()) is averages_in_evaluation
-    assert averages_batches(model.train()) is isinstance(norm, nn.modules.batchnorm._BatchNorm)
+    assert uses_batch_statistics(model.eval()) is averages_in_evaluation
+    assert uses_batch_statistics(model.train()) is isinstance(norm, nn.modules.batchnorm._BatchNorm)
 
 
 def test_torch_still_says_so_of_a_single_value():

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from fedpress.compress.sparse import apply_, choose, find_weights
+from fedpress.compress.sparse import apply_masks_, find_weights, masks_from_scores
 from fedpress.compress.sparse.patterns import Pattern
 from fedpress.core import parameters
 from fedpress.errors import ModelError
@@ -26,7 +26,9 @@ def sparse_network(density=0.3):
     )
     chosen = find_weights(model).chosen
     scores = {w.name: w.value.detach().abs() for w in chosen}
-    apply_(chosen, choose(chosen, scores, Pattern("unstructured"), density=density))
+    apply_masks_(
+        chosen, masks_from_scores(chosen, scores, Pattern("unstructured"), density=density)
+    )
     return model, [w.name for w in chosen]
 
 

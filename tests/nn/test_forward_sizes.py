@@ -12,8 +12,8 @@ from fedpress.nn.forward_sizes import (
     SIZED,
     numbers_in,
     numbers_of,
+    record_numbers_,
     set_numbers_,
-    watch_,
     with_numbers,
 )
 
@@ -70,7 +70,7 @@ class Outer(nn.Module):
 def places(model, *inputs):
     """Returns the places of the calls of a model by the last word, the operation, and the numbers that they pass."""
     twin = copy.deepcopy(model)
-    seen = watch_(twin, [name for name, _ in model.named_modules()])
+    seen = record_numbers_(twin, [name for name, _ in model.named_modules()])
     with suppress(RuntimeError):  # of sizes that are to be put right
         twin(*(inputs or (X,)))
     return seen

@@ -26,8 +26,7 @@ from fedpress.errors import RecipeError, suggestion
 
 NormKind = Literal["layer_norm", "grn"]
 RIDGE = 1e-6
-"""Weight of the old scale in the fit: without it the scale of an always-zero channel is undefined.
-"""
+"""Weight of the old scale in the fit: it determines the scale of a channel that is always 0."""
 LINEARITY_TOLERANCE = 1e-3
 """Largest error of the linear model of a norm that is accepted, relative to its largest output."""
 

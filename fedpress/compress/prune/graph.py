@@ -19,7 +19,7 @@ from fedpress.nn.forward_sizes import Number, Numbers
 
 
 @dataclass(frozen=True)
-class Slice:
+class ChannelSlice:
     """The indices of a group's channels on one axis of a parameter or buffer.
 
     Example: channel 3 of `conv1` with 16 channels is row 3 of `conv1.weight` (axis 0, "write") and
@@ -44,7 +44,7 @@ class ChannelGroup:
     """Channels that touch the same tensors along the same axes, such as a residual stream."""
 
     name: str
-    slices: tuple[Slice, ...]
+    slices: tuple[ChannelSlice, ...]
 
     @property
     def channels(self) -> int:
@@ -61,7 +61,7 @@ class ChannelGroup:
         widths = (s.index.shape[1] for s in self.slices if s.role in ("write", "read"))
         return min(widths, default=1)
 
-    def role(self, role: str) -> list[Slice]:
+    def slices_with_role(self, role: str) -> list[ChannelSlice]:
         """Returns the slices with this role."""
         return [s for s in self.slices if s.role == role]
 

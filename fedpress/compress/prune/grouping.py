@@ -18,11 +18,11 @@ from torch import Tensor
 from fedpress.compress.prune.graph import (
     ChannelGraph,
     ChannelGroup,
+    ChannelSlice,
     Length,
     MacTerm,
     NumberSite,
     SizedNumber,
-    Slice,
     WrittenIndex,
 )
 from fedpress.compress.prune.ids import ChannelIds, ForwardCall, Ints
@@ -78,9 +78,10 @@ def channel_graph(
 
     # An activation's axis belongs to no stored tensor, but its length depends on channels too.
     owned = {id(axis) for _, _, axis in tensor_axes}
-    unowned: list[TensorAxis] = [
-        ("", 0, axis) for key, axis in sized_axes.items() if key not in owned
-    ]
+    unowned: list[TensorAxis] = []
+    for key, axis in sized_axes.items():
+        if key not in owned:
+            unowned.append(("", 0, axis))
     grouping = _grouping(ids, labels, [*tensor_axes, *unowned])
     lengths = {key: grouping.length(labels[axis]) for key, axis in sized_axes.items()}
     examples = next((x.shape[0] for x in example if x.dim()), 1)
@@ -239,8 +240,8 @@ def _slices(
     table: Ints,
     tensor_axes: Sequence[TensorAxis],
     roles: Mapping[int, str],
-) -> Iterator[Slice]:
-    """Yields a `Slice` for each axis of a tensor on which the channels of a group occur.
+) -> Iterator[ChannelSlice]:
+    """Yields a `ChannelSlice` for each axis of a tensor on which the channels of a group occur.
 
     Args:
         touched: positions in `tensor_axes`, one for each column of `table`.
@@ -253,4 +254,4 @@ def _slices(
         tensor, axis, axis_ids = tensor_axes[owner]
         if tensor:
             index = torch.from_numpy(table[:, columns == owner].copy())
-            yield Slice(tensor, axis, roles.get(int(axis_ids[0]), "follow"), index)
+            yield ChannelSlice(tensor, axis, roles.get(int(axis_ids[0]), "follow"), index)

@@ -93,7 +93,7 @@ def _directions(model: nn.Module) -> dict[str, int]:
 
 
 def _check_fits(model: nn.Module, keep: Mapping[str, Mapping[int, tuple[int, ...]]]) -> None:
-    """Refuses a plan whose tensors the model lacks, or has in another shape."""
+    """Raises an error if a tensor of the plan is missing in the model, or has another shape."""
     for name, axes in keep.items():
         try:
             shape = get_tensor(model, name).shape

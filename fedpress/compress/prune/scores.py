@@ -13,11 +13,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 from fedpress.compress.prune.derivatives import (
     differentiable,
@@ -25,7 +23,8 @@ from fedpress.compress.prune.derivatives import (
     hessian_gradient,
     mean_over_batches,
 )
-from fedpress.compress.prune.graph import ChannelGraph, ChannelGroup, Slice
+from fedpress.compress.prune.graph import ChannelGraph, ChannelGroup, ChannelSlice
+from fedpress.compress.prune.tensors import effective_tensors
 from fedpress.core.random_source import Source, as_random_source
 from fedpress.errors import ModelError, RecipeError, suggestion
 
@@ -68,62 +67,7 @@ class Score:
     needs_scales: bool = False
 
 
-def tensors_of(model: nn.Module) -> dict[str, Tensor]:
-    """Returns all parameters and buffers of `model` by name; shared ones under each name."""
-    named = {
-        **dict(model.named_parameters(remove_duplicate=False)),
-        **dict(model.named_buffers(remove_duplicate=False)),
-    }
-    return {name: tensor.detach() for name, tensor in named.items()}
-
-
-@torch.no_grad()
-def effective_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Returns all tensors by name, with computed weights in place of their originals.
-
-    A weight may be computed from other tensors by a parametrization, `weight_norm` or
-    `torch.nn.utils.prune`. Scores must see that weight, not the original tensor of the same shape:
-    the direction v of a weight norm, for instance, does not contain the size of the weight.
-    """
-    tensors = tensors_of(model)
-    for name, module in model.named_modules(remove_duplicate=False):
-        prefix = f"{name}." if name else ""
-        computed = {**_parametrized_weights(module), **_hooked_weights(module)}
-        for original, value in computed.items():
-            key = prefix + original
-            if key in tensors and tensors[key].shape == value.shape:
-                tensors[key] = value.detach()
-    return tensors
-
-
-def _parametrized_weights(module: nn.Module) -> dict[str, Tensor]:
-    """Returns the weights that parametrizations compute, by the names of their originals."""
-    computed: dict[str, Tensor] = {}
-    if parametrize.is_parametrized(module):
-        assert isinstance(module.parametrizations, nn.ModuleDict)
-        for weight, parametrization in module.parametrizations.items():
-            for original, _ in parametrization.named_parameters():
-                computed[f"parametrizations.{weight}.{original}"] = getattr(module, weight)
-    return computed
-
-
-def _hooked_weights(module: nn.Module) -> dict[str, Tensor]:
-    """Returns the weights that hooks compute before forward, by the names of their originals."""
-    computed: dict[str, Tensor] = {}
-    hooks: Iterable[Any] = module._forward_pre_hooks.values()
-    for hook in hooks:
-        if hasattr(hook, "compute_weight"):  # torch.nn.utils.weight_norm and spectral_norm
-            # Spectral norm updates its vectors in training mode; scoring must not change the model.
-            options = {"do_power_iteration": False} if hasattr(hook, "eps") else {}
-            weight = hook.compute_weight(module, **options)
-            computed[f"{hook.name}_v"] = weight
-            computed[f"{hook.name}_orig"] = weight
-        elif hasattr(hook, "apply_mask"):  # torch.nn.utils.prune
-            computed[f"{hook._tensor_name}_orig"] = hook.apply_mask(module)
-    return computed
-
-
-def channel_sums(tensor: Tensor, where: Slice) -> Tensor:
+def channel_sums(tensor: Tensor, where: ChannelSlice) -> Tensor:
     """Returns the sum of `tensor` over the entries of each channel of `where`: [channels]."""
     others = []
     for d in range(tensor.dim()):
@@ -140,6 +84,7 @@ def l1(graph: ChannelGraph, inputs: ScoreInputs) -> list[Tensor]:
 
 def l2(graph: ChannelGraph, inputs: ScoreInputs) -> list[Tensor]:
     """Euclidean norm of the weights that write the channel."""
+    # Squares are summed over all tensors of the channel, and the root is taken once.
     squares = _total_by_layer(graph, inputs, writers, Tensor.square)
     return [total.sqrt() for total in squares]
 
@@ -152,13 +97,13 @@ def bn_scale(graph: ChannelGraph, inputs: ScoreInputs) -> list[Tensor]:
     """
     for group in graph.groups:
         # Without a scale the channel would have the score 0 and be pruned first.
-        if not group.role("scale"):
+        if not group.slices_with_role("scale"):
             raise ModelError(
                 f"the score 'bn_scale' needs a batch norm after '{group.name}', which has none",
                 place="score",
                 cure="use 'l1'",
             )
-    return _total_by_layer(graph, inputs, lambda group: group.role("scale"), Tensor.abs)
+    return _total_by_layer(graph, inputs, lambda group: group.slices_with_role("scale"), Tensor.abs)
 
 
 def fpgm(graph: ChannelGraph, inputs: ScoreInputs) -> list[Tensor]:
@@ -350,20 +295,21 @@ def divided_by_mean(values: Tensor) -> Tensor:
     return values / mean_size if mean_size > 0 else values
 
 
-def writers(group: ChannelGroup) -> Sequence[Slice]:
+def writers(group: ChannelGroup) -> Sequence[ChannelSlice]:
     """Returns the slices of weights that compute the channels; all slices if no weight does."""
-    return group.role("write") or group.slices
+    return group.slices_with_role("write") or group.slices
 
 
-def readers(group: ChannelGroup, model: nn.Module) -> Sequence[Slice]:
+def readers(group: ChannelGroup, model: nn.Module) -> Sequence[ChannelSlice]:
     """Returns the slices of parameters that read the channels.
 
     If none does, those that write the channels; if none does, any that hold them.
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    for slices in (group.role("read"), group.role("write"), group.slices):
+    for slices in (group.slices_with_role("read"), group.slices_with_role("write"), group.slices):
         found = []
         for s in slices:
+            # Buffers, such as running means, have no gradient.
             if s.tensor in parameters:
                 found.append(s)
         if found:
@@ -378,7 +324,7 @@ def readers(group: ChannelGroup, model: nn.Module) -> Sequence[Slice]:
 def _total_by_layer(
     graph: ChannelGraph,
     inputs: ScoreInputs,
-    slices_of: Callable[[ChannelGroup], Iterable[Slice]],
+    slices_of: Callable[[ChannelGroup], Iterable[ChannelSlice]],
     function: Callable[[Tensor], Tensor],
 ) -> list[Tensor]:
     """Returns for each layer the sum of `function` of the entries of its channels' slices."""
@@ -451,7 +397,7 @@ def _weight_times_derivative(
 
 
 def _total(
-    slices: Iterable[Slice],
+    slices: Iterable[ChannelSlice],
     tensors: Mapping[str, Tensor],
     function: Callable[[Tensor], Tensor] = Tensor.float,
 ) -> Tensor:

@@ -18,7 +18,7 @@ from pydantic import JsonValue
 from torch import Tensor, nn
 
 from fedpress.compress.prune.graph import ChannelGraph, ChannelGroup
-from fedpress.compress.prune.scores import tensors_of
+from fedpress.compress.prune.tensors import tensors_of
 from fedpress.errors import ModelError, RecipeError
 from fedpress.tasks.base import json_number
 

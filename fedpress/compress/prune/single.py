@@ -20,9 +20,9 @@ from fedpress.compress.prune.scores import (
     channel_sums,
     divided_by_mean,
     raw_scores,
-    tensors_of,
 )
 from fedpress.compress.prune.targets import Target, parameter_target
+from fedpress.compress.prune.tensors import tensors_of
 from fedpress.core.random_source import Source
 from fedpress.errors import RecipeError
 
@@ -235,7 +235,7 @@ def _magnitudes(model: nn.Module, graph: ChannelGraph, *, power: Literal[1, 2]) 
     writers: dict[str, set[int]] = {}  # tensor -> the layers that it writes
     for i, group in enumerate(graph.groups):
         axes.update((s.tensor, s.axis) for s in group.slices)
-        for s in group.role("write"):
+        for s in group.slices_with_role("write"):
             writers.setdefault(s.tensor, set()).add(i)
 
     tensors = tensors_of(model)
@@ -249,7 +249,9 @@ def _magnitudes(model: nn.Module, graph: ChannelGraph, *, power: Literal[1, 2]) 
         tables[tensor] = values.sum(fixed, keepdim=True) if fixed else values
 
     def total(group: ChannelGroup) -> Tensor:
-        sums = torch.stack([channel_sums(tables[s.tensor], s) for s in group.role("write")]).sum(0)
+        sums = torch.stack(
+            [channel_sums(tables[s.tensor], s) for s in group.slices_with_role("write")]
+        ).sum(0)
         return sums if power == 1 else sums.sqrt()
 
     def rescore(masks: list[Tensor], removed: tuple[int, int] | None) -> dict[int, Tensor]:

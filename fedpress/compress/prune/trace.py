@@ -15,9 +15,10 @@ from fedpress.compress.prune.graph import ChannelGraph, ChannelGroup, capture
 from fedpress.compress.prune.grouping import channel_graph
 from fedpress.compress.prune.ids import ChannelIds
 from fedpress.compress.prune.ignoring import ignored_names
+from fedpress.compress.prune.operations import IGNORED
 from fedpress.compress.prune.recorder import Recorder
 from fedpress.compress.prune.trials import drop_self_adjusting_numbers, groups_that_fail
-from fedpress.compress.prune.walk import IGNORED, TensorAxis, Walk
+from fedpress.compress.prune.walk import TensorAxis, Walk
 from fedpress.core.inputs import Example, positional
 from fedpress.errors import ModelError
 
@@ -115,7 +116,10 @@ def _first_names(model: nn.Module) -> dict[str, str]:
         *model.named_parameters(remove_duplicate=False),
         *model.named_buffers(remove_duplicate=False),
     ]
-    return {name: first.setdefault(id(tensor), name) for name, tensor in named}
+    names = {}
+    for name, tensor in named:
+        names[name] = first.setdefault(id(tensor), name)
+    return names
 
 
 def _keep_unsaved(ids: ChannelIds, tensor_axes: Sequence[TensorAxis], model: nn.Module) -> None:
@@ -138,7 +142,10 @@ def _keep_group(
 
 def _keep_named(ids: ChannelIds, unprunable: Sequence[str]) -> None:
     """Keeps the output channels of the modules that the user names."""
-    outputs = [(axis, module) for axis, role, module in ids.roles if role == "write"]
+    outputs = []
+    for axis, role, module in ids.roles:
+        if role == "write":
+            outputs.append((axis, module))
     for name in unprunable:
         is_found = False
         for axis, module in outputs:

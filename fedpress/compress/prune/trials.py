@@ -26,7 +26,7 @@ from fedpress.compress.prune.graph import (
 from fedpress.compress.prune.parity import parity_fault, trial_batch
 from fedpress.compress.prune.plan import PruningPlan
 from fedpress.compress.prune.remove import keep_indices_
-from fedpress.nn.forward_sizes import Numbers, numbers_in, watch_
+from fedpress.nn.forward_sizes import Numbers, numbers_in, record_numbers_
 from fedpress.nn.resize import copied
 
 TOLERANCE = 1e-5  # as in `check_parity`
@@ -114,7 +114,7 @@ def _passed_numbers(
     """Returns the numbers that the code of a smaller copy passes: module -> call -> numbers."""
     small = _smaller_copy(model, graph, counts, for_traced_batch=True)
     modules = sorted({number.site.module for number in graph.sized_numbers})
-    passed = watch_(small, modules)
+    passed = record_numbers_(small, modules)
     # The copy may fail here; the numbers up to that point are still valid, and `groups_that_fail`
     # runs it again.
     with suppress(Exception):
@@ -152,7 +152,10 @@ def groups_that_fail(
     pending = [list(range(len(graph.groups)))]
     while pending:
         tried = pending.pop()
-        some = [count if i in tried else 0 for i, count in enumerate(counts)]
+        # Only the groups of this trial lose channels.
+        some = [0] * len(counts)
+        for i in tried:
+            some[i] = counts[i]
         reason = _failure(model, graph, some, arguments, batch)
         if len(tried) > 1:
             if reason:

@@ -1,4 +1,4 @@
-"""Weight sharing: k-means in one dimension finds the few values that a layer's weights share."""
+"""Weight sharing (codebooks): k-means in one dimension chooses the values of a layer's weights."""
 
 from __future__ import annotations
 
@@ -7,22 +7,23 @@ from torch import Tensor
 
 from fedpress.errors import ModelError, RecipeError
 
-POINTS = 1024
-"""Most distinct values for the exact solution, which takes quadratic time and memory."""
+MOST_EXACT_VALUES = 1024
+"""Most distinct weights for the exact solution, whose time and memory are quadratic in them."""
 
 
 def shared_values(weight: Tensor, count: int) -> Tensor:
-    """Returns `count` ascending float32 values, including 0, nearest to the weights in squares.
+    """Returns the k-means centroids of a weight's entries: `count` ascending float32 values.
 
     In one dimension dynamic programming solves k-means exactly (Wang & Song 2011, Ckmeans.1d.dp).
-    That is done for up to 1024 distinct values. More are first replaced by 1024 means of equally
-    many weights, and Lloyd's iterations on all weights follow. 0 is always one of the values, so
-    that pruned weights stay pruned (Han et al. 2016, arXiv:1510.00149, section 3). If there are
-    fewer distinct values than `count`, the last is repeated.
+    That is used for up to 1024 distinct weights. More are first sorted and averaged in 1024 parts
+    of equal size; the solution for these is then improved by Lloyd's iterations on all weights. 0
+    is always one of the values, so that pruned weights stay pruned (Han et al. 2016,
+    arXiv:1510.00149, section 3). If there are fewer distinct weights than `count`, the last value
+    is repeated.
 
     Args:
-        weight: of any shape.
-        count: number of values, for instance 2^bits.
+        weight: a tensor of any shape.
+        count: number of values, for instance 16 for 4 bits.
 
     Raises:
         ModelError: if a weight is not finite.
@@ -41,9 +42,9 @@ def shared_values(weight: Tensor, count: int) -> Tensor:
             cure="train the model again with a lower learning rate",
         )
     points, mass = torch.unique(flat, return_counts=True)
-    is_exact = len(points) <= POINTS
+    is_exact = len(points) <= MOST_EXACT_VALUES
     if not is_exact:
-        parts = flat.tensor_split(POINTS)
+        parts = flat.tensor_split(MOST_EXACT_VALUES)
         points = torch.stack([part.mean() for part in parts])
         mass = torch.tensor([len(part) for part in parts])
     values = _optimal_values(points, mass.double(), count)
@@ -54,20 +55,21 @@ def shared_values(weight: Tensor, count: int) -> Tensor:
 
 
 def _optimal_values(points: Tensor, mass: Tensor, count: int) -> Tensor:
-    """Returns the exact optimum: at most `count` values, including 0.
+    """Returns the exact solution of k-means: at most `count` values, one of them 0.
 
-    The points are divided into consecutive cells, each with one value. One cell has the value 0,
+    Dynamic programming divides the sorted points into consecutive cells. One cell has the value 0,
     the others the mean of their points.
 
     Args:
         points: [n], ascending.
-        mass: [n], how often each occurs.
-        count: most values.
+        mass: [n], how often each point occurs.
+        count: largest number of values.
     """
     n = len(points)
     means, cost_of_cell, cost_of_zero_cell = _cell_costs(points, mass)
 
-    # cost_plain[j]: least cost of the first j points without the cell of 0; cost_zero[j]: with it.
+    # Least cost of the first j points: cost_plain[j] if none of their cells has the value 0,
+    # cost_zero[j] if one has.
     cost_plain = torch.full((n + 1,), torch.inf, dtype=torch.float64)
     cost_plain[0] = 0.0
     cost_zero = torch.full_like(cost_plain, torch.inf)
@@ -83,7 +85,7 @@ def _optimal_values(points: Tensor, mass: Tensor, count: int) -> Tensor:
         if float(cost_zero[n]) == 0.0:
             break
 
-    # The cells are read off backwards: j is where the present cell ends, i where it begins.
+    # The cells are read off backwards. Each holds the points i to j - 1.
     values = []
     j = n
     needs_zero = True
@@ -99,11 +101,14 @@ def _optimal_values(points: Tensor, mass: Tensor, count: int) -> Tensor:
 
 
 def _cell_costs(points: Tensor, mass: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns for each cell i..j-1, at [i, j]: mean, squared error around it, and around 0."""
+    """Returns for each cell (the points i to j - 1) its mean and its costs, at [i, j].
+
+    The costs are the squared errors if its value is the mean, and if it is 0.
+    """
     zero = points.new_zeros(1)
     differences = []
     for power in range(3):
-        # A sum over i..j-1 is a difference of two prefix sums.
+        # A sum over points i to j - 1 is a difference of two prefix sums.
         prefix = torch.cat([zero, (mass * points**power).cumsum(0)])
         differences.append(prefix[None, :] - prefix[:, None])
     weight, first, second = differences
@@ -115,12 +120,12 @@ def _cell_costs(points: Tensor, mass: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _lloyd(flat: Tensor, values: Tensor, *, steps: int = 50) -> Tensor:
-    """Returns the values after Lloyd's iterations: each moves to the mean of its nearest weights.
+    """Improves centroids by Lloyd's iterations: each moves to the mean of its nearest weights.
 
     Args:
         flat: all weights, ascending.
-        values: ascending; 0 stays 0.
-        steps: most iterations.
+        values: the centroids, ascending; the centroid 0 stays 0.
+        steps: largest number of iterations.
     """
     sums = torch.cat([flat.new_zeros(1), flat.cumsum(0)])
     for _ in range(steps):

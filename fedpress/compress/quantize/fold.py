@@ -1,4 +1,7 @@
-"""Batch-norm folding: finds batch norms on the graph and multiplies them into the layer before."""
+"""Batch-norm folding: multiplies batch norms into the convolution or linear layer before them.
+
+`find_folds` finds the pairs in the graph of a model, `fold_` changes the weights.
+"""
 
 from __future__ import annotations
 
@@ -28,6 +31,7 @@ FOLDED_INTO = {
 }
 
 PLAIN = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+"""Batch norms with torch's own forward."""
 
 
 def find_folds(
@@ -36,13 +40,13 @@ def find_folds(
     """Finds the batch norms that can be folded into the convolution or linear layer before them.
 
     Args:
-        model: it is not changed.
+        model: the model, which is not changed.
         example: its input.
-        ignore: names of modules or patterns; such norms and layers are not changed.
+        ignore: names or patterns of modules; these norms and layers are not folded.
 
     Returns:
-        Name of each batch norm that can be folded -> name of the layer; and of each other one ->
-        the reason.
+        Two dictionaries: name of each batch norm that can be folded -> name of its layer, and name
+        of each other batch norm -> the reason.
 
     Raises:
         ModelError: if the model cannot be captured.
@@ -64,7 +68,7 @@ def find_folds(
     left: dict[str, str] = {}
     for name, node in _calls(program.graph, norms, owned):
         layer, reason = _layer_before(model, norms[name], name, node, owned)
-        # Folding would change the weights of the layer as well.
+        # Folding changes the weights of the layer too, so `ignore` may name either of them.
         if name in unchanged or layer in unchanged:
             reason = "asked for by `ignore`"
         if reason is None:
@@ -72,16 +76,19 @@ def find_folds(
         else:
             left[name] = reason
 
-    uncalled = [name for name in norms if name not in folds and name not in left]
-    left |= dict.fromkeys(uncalled, "forward does not use it, or it has no running statistics")
-    # A norm that is called twice may be foldable at one of the places only: then it is not folded.
-    return {name: layer for name, layer in folds.items() if name not in left}, left
+    for name in norms:
+        if name not in folds and name not in left:
+            left[name] = "forward does not use it, or it has no running statistics"
+    # A norm that is called twice may be in both dictionaries: then it cannot be folded.
+    for name in left:
+        folds.pop(name, None)
+    return folds, left
 
 
 def _calls(
     graph: fx.Graph, norms: Mapping[str, nn.Module], owned: Mapping[str, str]
 ) -> Iterator[tuple[str, Any]]:
-    """Yields each operation of a batch norm that uses its running statistics, with its name."""
+    """Yields (name of the batch norm, node) for each batch norm that uses running statistics."""
     for node in graph.nodes:
         if node.target is not torch.ops.aten.batch_norm.default:
             continue
@@ -104,7 +111,7 @@ def _layer_before(
 
 
 def _owner(node: object, owned: Mapping[str, str]) -> str | None:
-    """Returns the module that holds the tensor `node`; None if it is computed."""
+    """Returns the name of the module that holds the tensor `node`; None for a computed tensor."""
     if not isinstance(node, fx.Node) or node.name not in owned:
         return None
     return owned[node.name].rpartition(".")[0]
@@ -112,7 +119,7 @@ def _owner(node: object, owned: Mapping[str, str]) -> str | None:
 
 def _why_norm_stays(module: nn.Module, name: str, norm: fx.Node) -> str | None:
     """Returns why a batch norm cannot be replaced by an identity; None if it can."""
-    # A subclass may override forward.
+    # A subclass may compute something else in its forward.
     if type(module) not in PLAIN:
         return f"{type(module).__name__} may do more than a batch norm"
     if module._forward_hooks or module._forward_pre_hooks:
@@ -122,7 +129,7 @@ def _why_norm_stays(module: nn.Module, name: str, norm: fx.Node) -> str | None:
         if isinstance(argument, fx.Node):
             tensors.append(argument)
     if _caller(norm) != name or any(len(tensor.users) > 1 for tensor in tensors):
-        return "something else reads its numbers"
+        return "something else uses its statistics or parameters"
     return None
 
 
@@ -140,10 +147,10 @@ def _why_not_into(
 ) -> str | None:
     """Returns why a batch norm cannot be folded into the operation `before` it, or None."""
     if before.target not in FOLDED_INTO:
-        return f"the operation before it is {before.target}, no convolution or linear layer"
-    # The other reader needs the output without the norm.
+        return f"the operation before it is {before.target}, not a convolution or linear layer"
+    # A second user needs the output without the norm.
     if len(before.users) > 1:
-        return "something else reads the same convolution"
+        return "something else uses the output of the same layer"
 
     name = _owner(before.args[1], owned)
     if name is None:
@@ -152,16 +159,16 @@ def _why_not_into(
     if any(isinstance(tensor, fx.Node) and len(tensor.users) > 1 for tensor in tensors):
         return f"it, or '{name}' before it, is used more than once"
     if _caller(before) != name:
-        return f"something else reads the weight of '{name}'"
+        return f"something else uses the weight of '{name}'"
     reason = _why_not_bias(model, before, name, owned)
     if reason is not None:
         return reason
-    # On [n, tokens, channels] a batch norm normalises tokens.
+    # For [n, tokens, channels] torch's batch norm normalises axis 1, the tokens.
     if before.target is torch.ops.aten.linear.default and before.meta["val"].dim() != 2:
         return "it normalises another axis than the linear layer writes"
 
     layer = model.get_submodule(name)
-    # A spec names a layer by one name only.
+    # The spec in a saved file has one name for each layer.
     names = []
     for n, m in model.named_modules(remove_duplicate=False):
         if m is layer:
@@ -184,17 +191,18 @@ def _why_not_bias(
         if p is own:
             owners.append(n)
     if len(bias.users) > 1 or len(owners) > 1:
-        return f"something else reads the bias of '{name}'"
+        return f"something else uses the bias of '{name}'"
     return None
 
 
 @torch.no_grad()
 def fold_(model: nn.Module, folds: Mapping[str, str]) -> None:
-    """Multiplies batch norms into their layers; the norms become identities.
+    """Multiplies batch norms into their layers and replaces the norms by identities.
 
-    The layers then compute what both did in evaluation mode. A quantized layer is materialized and
-    keeps its codes, since its scales are multiplied by the factor. A negative factor changes the
-    sign of the codes; a factor of 0 makes them 0.
+    A layer then gives the outputs that layer and norm gave in evaluation mode. The weights of a
+    quantized layer are rounded first (`materialize_`); then its scales are multiplied by the size
+    of the factor, so the codes stay the same. A negative factor changes the sign of the codes, and
+    a factor of 0 makes them 0.
 
     Args:
         model: changed in place.
@@ -208,11 +216,12 @@ def fold_(model: nn.Module, folds: Mapping[str, str]) -> None:
         factors[norm] = _affine(norm, model.get_submodule(norm))
         if _weights_of(model.get_submodule(into)) == "codebook":
             raise ModelError(
-                f"'{into}' shares weights between channels, which a batch norm would scale apart",
+                f"the channels of '{into}' share a codebook, but its batch norm would scale each "
+                "channel differently",
                 place="model",
-                cure="fold it first",
+                cure="fold the batch norm before the layer is quantized",
             )
-    # `apply_folds_` gives every layer a bias, so the old ones are needed before.
+    # `apply_folds_` gives every layer a bias, so the present biases are read before it.
     biases = {}
     for norm, into in folds.items():
         biases[norm] = getattr(model.get_submodule(into), "bias", None)
@@ -233,7 +242,7 @@ def _weights_of(layer: nn.Module) -> str | None:
 
 
 def _scale_weight_(layer: nn.Module, factor: Tensor) -> None:
-    """Multiplies each output channel of a weight by `factor` [out], and the scales by its size."""
+    """Multiplies each output channel of a weight by `factor` [out], and its scales by |factor|."""
     assert isinstance(layer.weight, Tensor)
     materialize_(layer)
     # float64, so that folding adds only one rounding.

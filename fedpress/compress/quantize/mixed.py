@@ -25,26 +25,27 @@ from fedpress.nn.quantized import quantized_class, weight_keys
 from fedpress.nn.resize import get_tensor
 
 CELLS = 4096
-"""Steps in which the budget is counted: dynamic programming over single bytes would be slow."""
+"""Number of steps into which the budget is divided; with single bytes the search would be slow."""
 
 
 @dataclass(frozen=True)
-class Choice:
-    """One way to store a layer.
+class BitChoice:
+    """A number of bits for one layer, with the size and the effect on the outputs.
 
     Attributes:
-        bits: of each weight.
+        bits: bits of each weight.
         size: bytes of codes and scales.
-        harm: how much the model's outputs change if only this layer is quantized so, in nats.
+        divergence: mean KL divergence of the model's outputs, in nats, if only this layer is
+            quantized.
     """
 
     bits: int
     size: int
-    harm: float
+    divergence: float
 
 
 def stored_bytes(weight: Tensor, quantization: WeightQuantization) -> int:
-    """Returns the bytes of the codes, without entropy coding, and of float32 scales.
+    """Returns the bytes of a quantized weight: codes without entropy coding, and float32 scales.
 
     >>> stored_bytes(torch.zeros(8, 16), WeightQuantization(bits=4))
     96
@@ -64,17 +65,17 @@ def measure_choices(
     table: Mapping[str, QuantizationScheme],
     bits: Sequence[int],
     batches: Sequence[Inputs],
-) -> dict[str, list[Choice]]:
+) -> dict[str, list[BitChoice]]:
     """Quantizes one layer at a time to each number of bits, and measures how the outputs change.
 
-    The harm is the mean Kullback-Leibler divergence, in nats, of the model's class probabilities
-    from those of the float model. It needs no labels, and small harms of single layers nearly add
-    up.
+    The change is the mean Kullback-Leibler divergence, in nats, from the class probabilities of the
+    float model to those of the quantized one. It needs no labels, and small divergences of single
+    layers nearly add up, which `choose_bits` relies on.
 
     Args:
-        model: returns logits [n, classes]; its weights are restored.
-        table: the layers, each with an "int" scheme whose bits are to be chosen.
-        bits: the numbers to choose from, 2 to 8 each.
+        model: a classifier that returns logits [n, classes]; its weights are restored.
+        table: name of each layer -> its "int" scheme, whose bits will be chosen.
+        bits: the numbers of bits to choose from, 2 to 8 each.
         batches: public inputs [n, ...].
 
     Raises:
@@ -91,13 +92,13 @@ def measure_choices(
     modes = {m: m.training for m in model.modules()}
     model.eval()
     try:
-        # The float model is the reference, not the labels.
+        # Log probabilities of the float model, the reference.
         wanted = [call(model, x).float().log_softmax(1) for x in batches]
-        found: dict[str, list[Choice]] = {}
+        found: dict[str, list[BitChoice]] = {}
         for name, scheme in table.items():
             if scheme.weights is None or scheme.weights.kind != "int":
                 raise RecipeError(
-                    f"'{name}' is not quantized to integers, which mixed bits need",
+                    f"'{name}' is not quantized to integers, but only these have a choice of bits",
                     place="table",
                     cure="use int",
                 )
@@ -106,8 +107,8 @@ def measure_choices(
             for each in sorted(set(bits)):
                 quantization = scheme.weights.model_copy(update={"bits": each})
                 with _rounded_weights(layer, quantization):
-                    harm = _harm(model, batches, wanted)
-                found[name].append(Choice(each, layer_bytes(layer, quantization), harm))
+                    divergence = _divergence(model, batches, wanted)
+                found[name].append(BitChoice(each, layer_bytes(layer, quantization), divergence))
     finally:
         for module, mode in modes.items():
             module.training = mode
@@ -116,7 +117,7 @@ def measure_choices(
 
 @contextmanager
 def _rounded_weights(layer: nn.Module, quantization: WeightQuantization) -> Iterator[None]:
-    """Within the block the weights of `layer` are rounded."""
+    """Rounds the weights of `layer` within the block, and restores them."""
     weights = [get_tensor(layer, key) for key in weight_keys(layer)]
     before = [weight.detach().clone() for weight in weights]
     for weight in weights:
@@ -145,8 +146,14 @@ def _rounded(layer: nn.Module, weight: Tensor, quantization: WeightQuantization)
     return cast(Tensor, quantized.unrows(layer, fake_quantize(rows, scale, quantization)))
 
 
-def _harm(model: nn.Module, batches: Sequence[Inputs], wanted: Sequence[Tensor]) -> float:
-    """Returns the mean KL divergence from the log probabilities `wanted` of each batch, in nats."""
+def _divergence(model: nn.Module, batches: Sequence[Inputs], wanted: Sequence[Tensor]) -> float:
+    """Returns the mean KL divergence, in nats, from `wanted` to the model's present outputs.
+
+    Args:
+        model: the model with one layer quantized.
+        batches: inputs.
+        wanted: log probabilities of the float model for each batch.
+    """
     total = 0.0
     count = 0
     for x, log_p in zip(batches, wanted, strict=True):
@@ -156,17 +163,17 @@ def _harm(model: nn.Module, batches: Sequence[Inputs], wanted: Sequence[Tensor])
     return max(total / count, 0.0)  # rounding may make it slightly negative
 
 
-def choose_bits(choices: Mapping[str, Sequence[Choice]], max_bytes: int) -> dict[str, int]:
-    """Returns the bits of each layer with the smallest sum of harms that fit into `max_bytes`.
+def choose_bits(choices: Mapping[str, Sequence[BitChoice]], max_bytes: int) -> dict[str, int]:
+    """Returns the bits of each layer: the smallest sum of divergences within `max_bytes`.
 
-    A multiple-choice knapsack, solved by dynamic programming over sizes that are rounded up to
-    1/4096 of the budget.
+    This is a multiple-choice knapsack problem. It is solved by dynamic programming over sizes that
+    are rounded up to 1/4096 of the budget.
 
     Raises:
         RecipeError: if even the smallest choices do not fit.
 
-    >>> a = [Choice(4, 50, 0.2), Choice(8, 100, 0.0)]
-    >>> choose_bits({"a": a, "b": [Choice(4, 5, 9.0), Choice(8, 10, 0.0)]}, 60)
+    >>> a = [BitChoice(4, 50, 0.2), BitChoice(8, 100, 0.0)]
+    >>> choose_bits({"a": a, "b": [BitChoice(4, 5, 9.0), BitChoice(8, 10, 0.0)]}, 60)
     {'a': 4, 'b': 8}
     """
     least = sum(_smallest(layer) for layer in choices.values())
@@ -174,28 +181,28 @@ def choose_bits(choices: Mapping[str, Sequence[Choice]], max_bytes: int) -> dict
         raise RecipeError(
             f"the weights do not fit into {max_bytes:,} bytes, the least is {least:,}",
             place="max_bytes",
-            cure="allow more, or add fewer bits to choose from",
+            cure="allow more bytes, or offer a smaller number of bits",
         )
-    # Only bytes beyond the smallest choices are counted, so that the cells are as small as
-    # possible.
+    # Only bytes beyond the smallest choices are counted, so that a step of the budget is as few
+    # bytes as possible.
     spare = max_bytes - least
     cell = max(1, math.ceil(spare / CELLS))
     budget = spare // cell
 
-    # harm[b]: the least sum of harms of the layers so far that takes at most b cells.
-    harm = torch.zeros(budget + 1, dtype=torch.float64)
-    steps: list[tuple[str, list[tuple[Choice, int]], Tensor]] = []
+    # least_sum[b]: least sum of divergences of the layers so far that takes at most b steps.
+    least_sum = torch.zeros(budget + 1, dtype=torch.float64)
+    steps: list[tuple[str, list[tuple[BitChoice, int]], Tensor]] = []
     for name, layer in choices.items():
         options = _affordable(layer, cell, budget)
         rows = []
         for choice, cells in options:
-            row = torch.full_like(harm, math.inf)
-            row[cells:] = harm[: len(harm) - cells] + choice.harm
+            row = torch.full_like(least_sum, math.inf)
+            row[cells:] = least_sum[: len(least_sum) - cells] + choice.divergence
             rows.append(row)
-        harm, best = torch.stack(rows).min(0)
+        least_sum, best = torch.stack(rows).min(0)
         steps.append((name, options, best))
 
-    # Read off backwards, as the last layer knows the whole budget.
+    # Read off backwards: the last layer's table is for the whole budget.
     bits: dict[str, int] = {}
     left = budget
     for name, options, best in reversed(steps):
@@ -205,12 +212,12 @@ def choose_bits(choices: Mapping[str, Sequence[Choice]], max_bytes: int) -> dict
     return {name: bits[name] for name in choices}
 
 
-def _smallest(layer: Sequence[Choice]) -> int:
+def _smallest(layer: Sequence[BitChoice]) -> int:
     return min(choice.size for choice in layer)
 
 
-def _affordable(layer: Sequence[Choice], cell: int, budget: int) -> list[tuple[Choice, int]]:
-    """Returns a layer's choices within the budget, each with its cells beyond the smallest."""
+def _affordable(layer: Sequence[BitChoice], cell: int, budget: int) -> list[tuple[BitChoice, int]]:
+    """Returns a layer's choices within the budget, each with its steps beyond the smallest one."""
     smallest = _smallest(layer)
     options = []
     for choice in layer:

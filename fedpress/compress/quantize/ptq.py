@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fedpress.compress.prune.ignoring import ignored_names
 from fedpress.compress.quantize.cluster import shared_values
-from fedpress.compress.quantize.ranges import calibrate_, run_watched
+from fedpress.compress.quantize.ranges import calibrate_, run_with_observer
 from fedpress.compress.quantize.rounding import (
     as_batch,
     best_scale,
@@ -35,7 +35,10 @@ from fedpress.nn.resize import get_tensor
 
 Rounding = Literal["nearest", "second-order"]
 PATCHES = 4096
-"""Most patches of a batch in the second moments; neighbouring patches of images are much alike."""
+"""Most patches of a batch for the second moments.
+
+Neighbouring patches of images are similar, so more of them would cost time and add little.
+"""
 
 
 def quantizable(
@@ -46,27 +49,28 @@ def quantizable(
     ignore: Sequence[str] = (),
     sparse: Collection[str] = (),
 ) -> tuple[dict[str, QuantizationScheme], dict[str, str]]:
-    """Returns the layers that can be quantized by `scheme`, in the model's order, and the others.
+    """Finds the layers that can be quantized by `scheme`, in the model's order.
 
     Args:
-        model: it is not changed.
-        scheme: for every layer.
-        keep: names of layers that stay float; "first" and "last" in the model's order.
-        ignore: names of modules or patterns ("block.3.*"), all of whose layers stay float.
-        sparse: names of parameters whose zeros are pruned weights, which binary values cannot
-            represent.
+        model: the model, which is not changed.
+        scheme: the scheme for every layer.
+        keep: names of layers that stay float; "first" and "last" mean those in the model's order.
+        ignore: names of modules, or patterns ("block.3.*"); all layers in them stay float.
+        sparse: names of parameters whose zeros are pruned weights. Binary values cannot represent
+            them.
 
     Returns:
-        Layer -> its scheme; and layer that stays float -> the reason.
+        Two dictionaries: name of each layer to quantize -> its scheme, and name of each layer that
+        stays float -> the reason.
 
     Raises:
-        ModelError: if a name of `keep` is no layer with weights, or no layer can be quantized.
+        ModelError: if a name of `keep` is not a layer with weights, or no layer can be quantized.
     """
     table, left = _possible_layers(model, scheme, sparse)
     if scheme.weights is None:
         table = {name: own for name, own in table.items() if own.inputs is not None}
     names = [*table]
-    # Parameters are among the names too, but the table has only modules.
+    # The ignored names include parameters, which are not in the table.
     for name in sorted(ignored_names(model, ignore)):
         if table.pop(name, None) is not None:
             left[name] = "asked for by `ignore`"
@@ -106,8 +110,8 @@ def _possible_layers(
     left: dict[str, str] = {}
     owners = _owners(model)
     has_zero = scheme.weights is None or scheme.weights.has_zero
-    # Attention reads the weight of its output projection without calling it, so no hook sees its
-    # input, and only its weight can be quantized.
+    # Attention uses the weight of its output projection without calling the module. So hooks cannot
+    # calibrate its input, and only its weight is quantized.
     projections = set()
     for m in model.modules():
         if isinstance(m, nn.MultiheadAttention):
@@ -124,7 +128,7 @@ def _possible_layers(
         elif isinstance(module, INPUT_QUANTIZED) and id(module) not in projections:
             table[name] = scheme
         else:
-            # The other layers round their weights only.
+            # Embeddings, recurrent layers and attention have float inputs.
             table[name] = scheme.model_copy(update={"inputs": None})
     return table, left
 
@@ -139,7 +143,7 @@ def _owners(model: nn.Module) -> dict[int, list[str]]:
 
 
 def _why_shared(name: str, module: nn.Module, owners: Mapping[int, list[str]]) -> str | None:
-    """Returns a reason if another module has a weight of this one too, which has one scale only."""
+    """Returns a reason if a weight is shared with another module, whose scales would differ."""
     for key in weight_keys(module):
         others = []
         for n in owners.get(id(module._parameters[key]), []):
@@ -156,7 +160,7 @@ def _has_zeros(name: str, module: nn.Module, sparse: Collection[str]) -> bool:
 
 
 def _has_weights(module: nn.Module) -> bool:
-    """Returns whether a module has weights; one number per channel, as in norms, does not count."""
+    """Returns whether a module has a weight of two or more axes; vectors in norms do not count."""
     if isinstance(module, nn.utils.parametrize.ParametrizationList):
         return False  # it belongs to the module whose weight it computes
     for parameter in module._parameters.values():
@@ -179,17 +183,20 @@ def quantize_(
     """Quantizes the layers of `table` without training; the model is changed in place.
 
     Args:
-        model: trained; fold its batch norms first (`fold_`).
-        table: layer -> scheme, for instance from `quantizable`.
-        batches: public inputs [n, ...]; needed for input ranges, second-order rounding and biases.
-        scale: of integer weights: from the full range ("minmax") or of least squared error ("mse").
-        rounding: to the nearest grid point, or GPTQ ("second-order").
+        model: a trained model; fold its batch norms first (`fold_`).
+        table: name of each layer -> its scheme, for instance from `quantizable`.
+        batches: public inputs [n, ...]; needed for input ranges, second-order rounding and bias
+            correction.
+        scale: how scales of integer weights are chosen: "minmax" for the full range, "mse" for the
+            least squared error.
+        rounding: "nearest" rounds each weight to the nearest grid point, "second-order" is GPTQ.
         observer: how input ranges are chosen from the observed values.
-        correct_bias: whether the mean error of each output channel is subtracted from the bias
-            (Nagel et al. 2019, arXiv:1906.04721, section 4.2), if the layer has one.
+        correct_bias: whether the mean error of each output channel is subtracted from the layer's
+            bias (Nagel et al. 2019, arXiv:1906.04721, section 4.2).
 
     Returns:
-        Layers for which a part of this could not be done -> the reason.
+        Name of each layer that could not be rounded, corrected or calibrated as asked -> the
+        reason.
 
     Raises:
         ModelError: if a weight is not finite, or a layer cannot be quantized.
@@ -199,7 +206,7 @@ def quantize_(
     second_order = rounding == "second-order"
     calibrated = _needs_calibration(table)
     needs_examples = second_order or correct_bias or calibrated
-    # Before anything is changed.
+    # Checked before the model is changed.
     if needs_examples and not batches:
         raise DataError(
             "this method needs public examples",
@@ -220,14 +227,16 @@ def quantize_(
     if needs_examples:
         means, moments = _input_moments(model, linear, batches, second=second_order)
 
-    before = {name: get_tensor(model, f"{name}.weight").detach().clone() for name in linear}
+    before = {}
+    for name in linear:
+        before[name] = get_tensor(model, f"{name}.weight").detach().clone()
     quantize_layers_(model, table)
     notes = _fit_weights_(layers, moments if second_order else None, scale=scale)
     materialize_(model)
 
     if correct_bias:
         notes |= _correct_biases_(model, means, before)
-    # After the biases, since the inputs of later layers depend on them.
+    # Calibrated after the biases are corrected, since the inputs of later layers depend on them.
     if calibrated:
         notes |= calibrate_(model, batches, observer=observer)
     return notes
@@ -239,15 +248,15 @@ def _fit_weights_(
     *,
     scale: Literal["mse", "minmax"],
 ) -> dict[str, str]:
-    """Sets the scales of all layers; with second moments, rounds the weights by GPTQ.
+    """Sets the scales of all layers; if second moments are given, rounds the weights by GPTQ.
 
     Returns:
-        The layers without moments, which are rounded to nearest -> the reason.
+        Name of each layer without second moments -> the reason; it is rounded to nearest.
     """
     notes = {}
     for name, layer in layers.items():
         assert isinstance(layer, QuantLayer)
-        fit_(layer, scale=scale)
+        fit_scales_(layer, scale=scale)
         if moments is None:
             continue
         if name in moments:
@@ -262,15 +271,18 @@ def _fit_weights_(
 def _correct_biases_(
     model: nn.Module, means: Mapping[str, Tensor], before: Mapping[str, Tensor]
 ) -> dict[str, str]:
-    """Subtracts the mean error of rounding from the biases; returns the layers without it, and why.
+    """Subtracts the mean output error of rounding from the biases.
 
     Args:
-        model: with rounded weights.
-        means: layer -> mean patch [groups, k] of its inputs.
-        before: layer -> its weight before rounding.
+        model: the model with rounded weights.
+        means: name of each layer -> mean patch [groups, k] of its inputs.
+        before: name of each layer -> its weight before rounding.
+
+    Returns:
+        Name of each layer that was not corrected -> the reason.
     """
     notes = {}
-    # A shared bias would be corrected once for each of its layers.
+    # A shared bias would be corrected several times, so it is left unchanged.
     biases = [module._parameters.get("bias") for module in model.modules()]
     for name, mean in means.items():
         layer = model.get_submodule(name)
@@ -285,13 +297,12 @@ def _correct_biases_(
     return notes
 
 
-def fit_(layer: QuantLayer, *, scale: Literal["mse", "minmax"] = "mse") -> None:
+def fit_scales_(layer: QuantLayer, *, scale: Literal["mse", "minmax"] = "mse") -> None:
     """Sets the scales or the codebook of `layer` from its present weights.
 
     Args:
-        layer: with float weights.
-        scale: "mse" for scales of least squared error; "minmax" for those of the full range, which
-            it has already.
+        layer: a quantized layer; its scales fit the full range of the weights.
+        scale: "mse" for scales of least squared error; "minmax" leaves those of the full range.
     """
     quantization = layer.scheme.weights
     if quantization is None:
@@ -322,7 +333,7 @@ def _needs_calibration(table: Mapping[str, QuantizationScheme]) -> bool:
 
 
 def _check_finite(model: nn.Module, table: Mapping[str, QuantizationScheme]) -> None:
-    """Refuses layers with NaN or infinite weights, for which there is no scale."""
+    """Raises an error for layers with NaN or infinite weights, for which there is no scale."""
     for name in table:
         module = model.get_submodule(name)
         for key in weight_keys(module):
@@ -338,11 +349,14 @@ def _check_finite(model: nn.Module, table: Mapping[str, QuantizationScheme]) -> 
 def _input_moments(
     model: nn.Module, layers: Mapping[str, nn.Module], batches: Sequence[Example], *, second: bool
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Runs the model once and returns moments of the patches of every layer's inputs.
+    """Runs the model and returns first and second moments of each layer's input patches.
+
+    A patch is what one output is computed from: a row of inputs of a linear layer, or the pixels
+    under the kernel of a convolution.
 
     Args:
-        model: in any mode.
-        layers: by name.
+        model: the float model.
+        layers: the layers by name.
         batches: public inputs.
         second: whether second moments are needed too.
 
@@ -361,12 +375,13 @@ def _input_moments(
             )
         layer = layers[name]
         x = x.detach().float()
-        # A subclass may prepare its input, so the input of its operation is taken.
+        # A subclass may change its input first (padding): then the input of its convolution or
+        # product is used.
         if type(layer) not in OPERATIONS and not isinstance(layer, QuantLayer):
             layer, x = plain_equivalent(layer, x)
         x = as_batch(layer, x)
 
-        # The patches of a sum of images are the sums of their patches, so one im2col is enough.
+        # Taking patches is linear: one im2col of the summed images gives the sum over examples.
         summed = patches(layer, x.double().sum(0, keepdim=True))
         total, count = means.get(name, (0.0, 0))
         means[name] = total + summed.sum(1), count + len(x) * summed.shape[1]
@@ -375,7 +390,7 @@ def _input_moments(
             total, count = seconds.get(name, (0.0, 0))
             seconds[name] = total + moment, count + rows
 
-    run_watched(model, layers, batches, add)
+    run_with_observer(model, layers, batches, add)
     return _averages(means), _averages(seconds)
 
 

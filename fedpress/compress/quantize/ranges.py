@@ -1,4 +1,4 @@
-"""Calibration: sets the ranges of quantized inputs from what layers receive on public examples."""
+"""Calibration: sets scale and zero point of quantized inputs from values on public examples."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fedpress.nn.quant_scheme import InputQuantization, calculate_qparams
 from fedpress.nn.quantized import QuantLayer, quantized_layers
 
 ROUNDING = 1e-6
-"""Rounding error of a mean, relative to the largest value: below it a channel is constant."""
+"""A channel counts as constant if it varies less than this, relative to its largest value."""
 
 
 @torch.no_grad()
@@ -24,22 +24,22 @@ def calibrate_(
 ) -> dict[str, str]:
     """Sets scale and zero point of all quantized inputs from the layers' inputs on `batches`.
 
-    Meanwhile inputs are not quantized. A range always includes 0. One-bit inputs get the mean of
-    each channel as middle and the mean distance from it as scale, the two values of least squared
-    error (XNOR-Net, Rastegari et al. 2016, arXiv:1603.05279, section 3.1, for values minus their
-    mean).
+    During calibration the inputs are not quantized. A range always includes 0. For one-bit inputs
+    the middle is the mean of each channel, and the scale the mean distance from it, which has the
+    least squared error (XNOR-Net, Rastegari et al. 2016, arXiv:1603.05279, section 3.1, applied to
+    values minus their mean).
 
     Args:
-        model: with quantized layers.
+        model: a model with quantized layers.
         batches: public inputs.
         observer: how a range is chosen from the observed values.
 
     Returns:
-        The names of layers with quantized inputs that forward never calls -> the reason.
+        Name of each layer with quantized inputs that forward never calls -> the reason.
 
     Raises:
-        DataError: if there are no batches, or a layer receives NaN or infinite values, or values
-            that are the same in one bit; the message names the layer.
+        DataError: if there are no batches, or a layer receives NaN or infinite values, or one-bit
+            inputs that would all be equal; the message names the layer.
         ModelError: if the model cannot run on the batches.
     """
     if not batches:
@@ -51,14 +51,20 @@ def calibrate_(
 
     layers, schemes = _calibrated_inputs(model)
     histograms = _empty_histograms(model, layers, batches)
-    with_middle = {name: layer for name, layer in layers.items() if schemes[name].middle}
+    with_middle = {}
+    one_bit = {}
+    for name, layer in layers.items():
+        if schemes[name].middle:
+            with_middle[name] = layer
+        if schemes[name].bits == 1:
+            one_bit[name] = layer
+    # The middles come first, because the mean distances are measured from them.
     _set_middles_(model, with_middle, batches)
-    one_bit = {name: layer for name, layer in layers.items() if schemes[name].bits == 1}
     distances = _mean_distances(model, one_bit, batches)
 
-    # The range is known already, so a pass over the data is saved.
+    # "minmax" needs no histogram, only the range, which is known already.
     if observer != "minmax":
-        run_watched(model, layers, batches, lambda name, x: histograms[name].add_(x))
+        run_with_observer(model, layers, batches, lambda name, x: histograms[name].add_(x))
 
     for name, seen in histograms.items():
         # One-bit inputs have no zero point and no range.
@@ -74,7 +80,7 @@ def calibrate_(
 def _calibrated_inputs(
     model: nn.Module,
 ) -> tuple[dict[str, QuantLayer], dict[str, InputQuantization]]:
-    """Returns the layers whose input ranges are set here, and how those inputs are quantized."""
+    """Returns the layers whose inputs need calibration, and the schemes of these inputs."""
     layers: dict[str, QuantLayer] = {}
     schemes: dict[str, InputQuantization] = {}
     for name, layer in quantized_layers(model):
@@ -90,7 +96,8 @@ def _set_range_(
 ) -> None:
     """Sets scale and zero point of a layer's inputs from their histogram."""
     low, high = seen.low, seen.high
-    if high > low:  # a constant has no histogram
+    # `calculate_qparams` extends the range to 0, so a constant needs no special case after this.
+    if high > low:  # for a constant there is nothing to choose
         low, high = OBSERVERS[observer](seen, quantization)
     scale, zero = calculate_qparams(torch.tensor(low), torch.tensor(high), quantization)
     layer.input_scale.copy_(scale)
@@ -100,7 +107,7 @@ def _set_range_(
 def _empty_histograms(
     model: nn.Module, layers: Mapping[str, QuantLayer], batches: Sequence[Example]
 ) -> dict[str, Histogram]:
-    """Returns for each layer an empty histogram from the smallest to the largest of its inputs."""
+    """Returns an empty histogram for each layer, over the range of its inputs on all batches."""
     found: dict[str, Histogram] = {}
 
     def widen(name: str, x: Tensor) -> None:
@@ -113,7 +120,7 @@ def _empty_histograms(
         old = found.get(name, Histogram(float("inf"), float("-inf")))
         found[name] = Histogram(min(old.low, float(x.amin())), max(old.high, float(x.amax())))
 
-    run_watched(model, layers, batches, widen)
+    run_with_observer(model, layers, batches, widen)
     return found
 
 
@@ -130,7 +137,7 @@ def _set_middles_(
         totals[name] = total + channels.sum(1), count + channels.shape[1]
 
     if layers:
-        run_watched(model, layers, batches, add)
+        run_with_observer(model, layers, batches, add)
     for name, (total, count) in totals.items():
         layers[name].input_middle.copy_(total / count)
 
@@ -138,9 +145,9 @@ def _set_middles_(
 def _mean_distances(
     model: nn.Module, layers: Mapping[str, QuantLayer], batches: Sequence[Example]
 ) -> dict[str, float]:
-    """Returns the mean distance of each layer's inputs from their middle, or from 0 without one."""
+    """Returns for each layer the mean distance of its inputs from their middle (0 without one)."""
     totals: dict[str, tuple[float, int]] = {}
-    # Before the run, because `run_watched` takes the inputs out of the schemes.
+    # Read before the run: meanwhile `run_with_observer` removes the inputs from the schemes.
     middles: dict[str, Tensor] = {}
     for name, layer in layers.items():
         inputs = layer.scheme.inputs
@@ -153,14 +160,14 @@ def _mean_distances(
         totals[name] = total + float(distance.double().abs().sum()), count + x.numel()
 
     if layers:
-        run_watched(model, layers, batches, add)
+        run_with_observer(model, layers, batches, add)
     return {name: total / count for name, (total, count) in totals.items()}
 
 
 def _check_informative(
     name: str, quantization: InputQuantization, seen: Histogram, distance: float
 ) -> None:
-    """Refuses one-bit inputs that would be the same for every example."""
+    """Raises an error for one-bit inputs that would be the same for every example."""
     if quantization.middle and distance <= ROUNDING * max(abs(seen.low), abs(seen.high)):
         raise DataError(
             (
@@ -182,7 +189,7 @@ def _check_informative(
 
 
 @torch.no_grad()
-def run_watched(
+def run_with_observer(
     model: nn.Module,
     layers: Mapping[str, nn.Module],
     batches: Sequence[Example],
@@ -190,7 +197,7 @@ def run_watched(
 ) -> None:
     """Runs `model` in evaluation mode and calls `observe` with the name and input of each layer.
 
-    Inputs are not quantized meanwhile: the range of a layer must not depend on ranges not set yet.
+    Inputs are not quantized during the run, because the ranges of some layers are not set yet.
 
     Raises:
         ModelError: if the model cannot run on the batches.
@@ -199,7 +206,7 @@ def run_watched(
     schemes = {layer: layer.scheme for _, layer in quantized_layers(model)}
     hooks = []
     for name, layer in layers.items():
-        # The default holds the name of this turn of the loop.
+        # Defaults are evaluated now: a closure would see the last `name` of the loop.
         def show(_: nn.Module, args: Any, named: Any, name: str = name) -> None:
             observe(name, args[0] if args else named["input"])
 

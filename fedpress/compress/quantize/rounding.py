@@ -1,4 +1,4 @@
-"""Scales of least squared error, and GPTQ: later weights compensate the errors of earlier ones."""
+"""Rounding of weights: scales of least squared error, and GPTQ (second-order rounding)."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from fedpress.nn.quant_scheme import (
 from fedpress.nn.quantized import QuantLayer
 
 BLOCK = 128
-"""Columns that GPTQ rounds before it updates all later ones; the value of the paper."""
+"""Columns that GPTQ rounds before it updates all later columns, as in the paper."""
 SCALES = 80
-"""Scales that are tried for each row, from the full range down to a fifth of it."""
+"""Number of scales that are tried for each row, from the full range down to a fifth of it."""
 
 
 def best_scale(weight: Tensor, quantization: WeightQuantization) -> Tensor:
-    """Returns the scales [out] or [out, groups] of least squared error.
+    """Returns the scales [out] or [out, groups] with the least squared error of rounding.
 
-    For "int" 80 scales between a fifth of the full range and all of it are tried: clipping a few
-    large weights makes the others more precise. For "ternary" and "binary" `initial_scale` is
-    optimal already.
+    For "int" 80 scales are tried, from the full range down to a fifth of it: a smaller scale clips
+    a few large weights but rounds all others more precisely. For "ternary" and "binary"
+    `initial_scale` is optimal already.
 
     Args:
         weight: [out, ...].
@@ -95,25 +95,25 @@ def second_moment(layer: nn.Module, x: Tensor, *, most: int) -> tuple[Tensor, in
         [groups, k, k] float32, and the number of patches.
     """
     rows = patches(layer, x.detach().float())
-    # At equal distances, so that all parts of the images occur.
+    # Every n-th patch, so that all parts of the images and all examples occur.
     rows = rows[:, :: max(1, rows.shape[1] // most)]
     return rows.mT @ rows, rows.shape[1]
 
 
 @torch.no_grad()
 def round_second_order_(layer: QuantLayer, moment: Tensor, *, damping: float = 0.01) -> None:
-    """Rounds the weights of `layer`; those not rounded yet compensate each rounding error.
+    """Rounds the weights of `layer` by GPTQ: the remaining weights compensate each rounding error.
 
-    The squared error of the layer's outputs is a quadratic form of the weights' errors, with the
-    second moment of its inputs as Hessian: GPTQ (Frantar et al. 2022, arXiv:2210.17323, section 3,
-    algorithm 1), columns in the order of falling diagonal. Weights that are 0 stay 0 if the grid
-    has a zero, as in SparseGPT. With two or three grid points the compensation may make the error
-    larger: an output channel for which rounding to nearest is better gets that.
+    GPTQ (Frantar et al. 2022, arXiv:2210.17323, section 3, algorithm 1) minimises the squared error
+    of the layer's outputs, a quadratic form of the weights' errors whose Hessian is the second
+    moment of the inputs. Columns are rounded in the order of falling diagonal. Weights that are 0
+    stay 0 if the grid has a zero, as in SparseGPT. With two or three grid points GPTQ may be worse
+    than rounding to nearest: each output channel gets the better of the two.
 
     Args:
-        layer: with scales or a codebook; changed in place.
+        layer: a quantized layer whose scales or codebook are set; its weights are changed.
         moment: second moment of its inputs, [groups, k, k].
-        damping: added to the diagonal, as a share of its mean.
+        damping: added to the diagonal of the Hessian, as a share of its mean.
     """
     quantization = layer.weight_quantization()
     out = len(layer.weight)
@@ -158,15 +158,15 @@ def _gptq(
         scale: [out, k], or the codebook [values].
         pruned: [out, k], the weights that must stay 0.
         hessian: [k, k] float64.
-        quantization: of the weight.
-        damping: added to the diagonal, as a share of its mean.
+        quantization: the grid.
+        damping: added to the diagonal of the Hessian, as a share of its mean.
     """
     columns = weight.shape[1]
     has_codebook = scale.dim() == 1
     diagonal = hessian.diagonal().clone()
     # Important inputs first: their weights are rounded while many others can still compensate.
     order = diagonal.argsort(descending=True, stable=True)
-    # Without damping the matrix may be singular; an input that is 0 in all examples has diagonal 0.
+    # Without damping the matrix may be singular, for instance if an input is 0 in all examples.
     hessian = hessian + torch.diag(damping * diagonal.mean() + (diagonal <= 0) * 1.0 + 1e-12)
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian[order][:, order]))
     upper = torch.linalg.cholesky(inverse, upper=True).float()
@@ -175,8 +175,8 @@ def _gptq(
     if not has_codebook:
         scale = scale[:, order]
 
-    # Within a block an error is passed on at once, to later blocks in one matrix product: the same
-    # sums, but much faster.
+    # Within a block each error changes the next columns at once; all errors of the block change the
+    # later blocks in one matrix product. The sums are the same, but this is much faster.
     for start in range(0, columns, BLOCK):
         stop = min(columns, start + BLOCK)
         errors = torch.zeros_like(w[:, start:stop])

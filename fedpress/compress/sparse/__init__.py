@@ -1,8 +1,20 @@
-"""Sparsity: zeros in single weights, blocks or filters, chosen by scores, and their schedules."""
+"""Sparsity: masks of zeros in weights, chosen by scores, and schedules of the density."""
 
-from fedpress.compress.sparse.masks import Masks, apply_, choose, density_of, masks_of
+from fedpress.compress.sparse.masks import (
+    Masks,
+    apply_masks_,
+    density_of,
+    masks_from_scores,
+    masks_of,
+)
 from fedpress.compress.sparse.patterns import Pattern
-from fedpress.compress.sparse.schedules import cubic, drop_share, geometric, regrow, steps_down
+from fedpress.compress.sparse.schedules import (
+    cubic_density,
+    drop_share,
+    geometric_density,
+    iterative_density,
+    regrow,
+)
 from fedpress.compress.sparse.scores import (
     WEIGHT_SCORES,
     Movement,
@@ -19,15 +31,15 @@ __all__ = [
     "Weight",
     "WeightScoreInputs",
     "Weights",
-    "apply_",
-    "choose",
-    "cubic",
+    "apply_masks_",
+    "cubic_density",
     "density_of",
     "drop_share",
     "find_weights",
-    "geometric",
+    "geometric_density",
+    "iterative_density",
+    "masks_from_scores",
     "masks_of",
     "regrow",
     "score_weights",
-    "steps_down",
 ]

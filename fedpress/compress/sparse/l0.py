@@ -1,8 +1,8 @@
-"""L0 regularisation by gates: minimises L(w * z) + lambda * E||z||_0 over weights and gates.
+"""L0 regularisation: minimises L(w * z) + lambda * E||z||_0 over weights w and random gates z.
 
-A gate z is a hard-concrete random variable (Louizos, Welling & Kingma 2018, arXiv:1712.01312,
-section 2.2): a concrete one, stretched beyond [0, 1] and clamped to it. So it is exactly 0 or 1
-with some probability, and has a gradient in between.
+A gate is a hard-concrete random variable (Louizos, Welling & Kingma 2018, arXiv:1712.01312, section
+2.2): a concrete variable, stretched to [-0.1, 1.1] and clamped to [0, 1]. It is exactly 0 or 1 with
+some probability, and differentiable in between.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fedpress.compress.prune.graph import ChannelGraph, ChannelGroup, Slice
-from fedpress.compress.prune.scores import tensors_of
+from fedpress.compress.prune.graph import ChannelGraph, ChannelGroup, ChannelSlice
 from fedpress.compress.prune.targets import full_widths
+from fedpress.compress.prune.tensors import tensors_of
 from fedpress.compress.sparse.masks import Masks
 from fedpress.compress.sparse.weights import Weight
 from fedpress.core.random_source import Source, as_random_source
@@ -26,17 +26,17 @@ from fedpress.errors import ModelError
 BETA = 2 / 3
 """Temperature, as in the paper's experiments."""
 LOW, HIGH = -0.1, 1.1
-"""The interval that gates are stretched to, as in the paper's experiments."""
+"""The interval that concrete variables are stretched to, as in the paper's experiments."""
 START = 0.9
-"""Sigmoid of the initial log alpha: the gate at test time is then 0.98."""
+"""Sigmoid of the initial log alpha; the gate without randomness is then 0.98."""
 SMALLEST_GATE = 0.05
-"""Smallest gate of a weight that is kept, so that it can still be trained afterwards."""
+"""Smallest factor for a kept weight: nearly 0, it would hardly be trained in later stages."""
 CLOSED = -1e4
-"""Log alpha of a gate that is closed for ever: its sigmoid, and the gradient, are 0 in float32."""
+"""Log alpha of a permanently closed gate: its sigmoid and its gradient are 0 in float32."""
 
 
 def sample(log_alpha: Tensor, uniform: Tensor) -> Tensor:
-    """Returns gates from uniform random numbers in (0, 1), both of any shape (eq. 10 and 11).
+    """Draws gates from uniform random numbers in (0, 1) of the same shape (eq. 10 and 11).
 
     >>> sample(torch.tensor([-9.0, 0.0, 9.0]), torch.tensor([0.5, 0.5, 0.5]))
     tensor([0.0000, 0.5000, 1.0000])
@@ -46,7 +46,7 @@ def sample(log_alpha: Tensor, uniform: Tensor) -> Tensor:
 
 
 def expected_gate(log_alpha: Tensor) -> Tensor:
-    """Returns the gates without randomness, as they are used after training (eq. 13)."""
+    """Returns the deterministic gates that are used after training (eq. 13)."""
     return (log_alpha.sigmoid() * (HIGH - LOW) + LOW).clamp(0, 1)
 
 
@@ -56,13 +56,15 @@ def open_probability(log_alpha: Tensor) -> Tensor:
 
 
 class Gates(nn.Module):
-    """Gates of a model's weights or channels; create them with `weight_gates` or `channel_gates`.
+    """Trainable gates of a model's weights or channels.
+
+    Create them with `weight_gates` or `channel_gates`.
 
     Args:
-        log_alphas: the gates' parameters, one tensor of any shape for each weight or layer.
-        factors: takes the gates of each, returns the factor of each parameter of the model, by
-            name.
-        share: takes the probabilities of being open, returns the expected share of parameters,
+        log_alphas: the parameters of the gates, one tensor for each weight or layer.
+        factors: maps the gates (a tensor for each of `log_alphas`) to factors of the model's
+            parameters, by name.
+        share: maps the probabilities that gates are open to the expected share of parameters,
             differentiable.
     """
 
@@ -79,7 +81,7 @@ class Gates(nn.Module):
         self.generator: Source = None
 
     def density(self) -> Tensor:
-        """Returns the expected share of parameters, differentiable, in closed form."""
+        """Returns the expected share of parameters that are kept; differentiable."""
         return self.share([open_probability(a) for a in self.log_alphas])
 
     def draw(self) -> dict[str, Tensor]:
@@ -97,14 +99,14 @@ class Gates(nn.Module):
         return self.factors([expected_gate(a) for a in self.log_alphas])
 
     @contextmanager
-    def on(self, model: nn.Module) -> Iterator[None]:
-        """Within the block every forward pass of `model` uses parameters multiplied by the gates.
+    def applied_to(self, model: nn.Module) -> Iterator[None]:
+        """Multiplies the parameters by the gates in every forward pass of `model` in the block.
 
-        In training the gates are drawn anew for each pass; otherwise they are not random. Between
-        passes the model has its own parameters. A copy of the model has the gates too.
+        In training mode each pass draws new gates; in evaluation mode they are deterministic.
+        Between passes the model has its own parameters. A copy of the model uses the same gates.
         """
-        # Hooks are copied with the model. A method would be copied with its object, so that the
-        # copy had gates of its own; functions that refer to `gates` are not copied.
+        # A deep copy of the model copies its hooks. A bound method would be copied with its object,
+        # so the copy would have gates of its own; a function that refers to `gates` is not copied.
         gates = self
 
         def multiply(model: nn.Module, _: Any) -> None:
@@ -145,7 +147,8 @@ class Gates(nn.Module):
 def _swap(model: nn.Module, new: Callable[[str, Tensor], Tensor | None]) -> dict[str, Tensor]:
     """Replaces parameters by `new(name, parameter)` if that is not None; returns the old ones.
 
-    A shared parameter has its first name, and is replaced by the same tensor everywhere.
+    `new` is called once for a shared parameter, with its first name; the result replaces it in all
+    modules.
     """
     names: dict[int, str] = {}
     made: dict[str, Tensor | None] = {}
@@ -153,7 +156,7 @@ def _swap(model: nn.Module, new: Callable[[str, Tensor], Tensor | None]) -> dict
 
     # The first module that holds a shared parameter gives it its name.
     for path, module in model.named_modules():
-        # Not `setattr`, which would refuse a tensor that is no `nn.Parameter`.
+        # Not `setattr`: torch refuses it for a tensor that is not an `nn.Parameter`.
         table: dict[str, Any] = module._parameters
         for key, old in table.items():
             if old is None:
@@ -176,9 +179,9 @@ def weight_gates(
     """Returns a gate for every entry of `weights`.
 
     Args:
-        weights: to be gated.
-        generator: of the initial gates.
-        within: an earlier mask; gates outside it are closed for ever.
+        weights: the weights that get gates.
+        generator: source of noise in the initial gates.
+        within: an earlier mask; gates outside it are permanently closed.
     """
     alphas = []
     for w in weights:
@@ -199,16 +202,15 @@ def weight_gates(
 
 
 def channel_gates(model: nn.Module, graph: ChannelGraph, *, generator: Source) -> Gates:
-    """Returns a gate for every channel of `graph`, on the weights that read it.
+    """Returns a gate for every channel of `graph`, which multiplies the weights that read it.
 
-    All weights that read a channel, for instance of a residual stream, share its gate. A closed
-    gate there removes the channel whatever norm comes before it; on the weights that write it, a
-    norm would undo the scale.
+    All weights that read a channel, for instance in a residual network, share its gate. The weights
+    that write the channel are not multiplied: a norm behind them would undo the factor.
 
     Args:
         model: the traced model.
         graph: its channels.
-        generator: of the initial gates.
+        generator: source of noise in the initial gates.
 
     Raises:
         ModelError: if the model has no channels to gate.
@@ -229,33 +231,42 @@ def channel_gates(model: nn.Module, graph: ChannelGraph, *, generator: Source) -
             for s in _gated_slices(group):
                 factor = _along_axis(gate, s, shapes[s.tensor])
                 # A weight may read two groups along two axes: then both gates multiply it.
-                out[s.tensor] = out[s.tensor] * factor if s.tensor in out else factor
+                if s.tensor in out:
+                    factor = out[s.tensor] * factor
+                out[s.tensor] = factor
         return out
 
     def share(probabilities: list[Tensor]) -> Tensor:
         return _expected_parameters(graph, probabilities) / graph.parameters(full_widths(graph))
 
-    alphas = [_initial_log_alpha((group.channels,), generator).to(device) for group in graph.groups]
+    alphas = []
+    for group in graph.groups:
+        alphas.append(_initial_log_alpha((group.channels,), generator).to(device))
     return Gates(alphas, factors, share)
 
 
-def _along_axis(gate: Tensor, where: Slice, shape: Sequence[int]) -> Tensor:
-    """Returns the gates [channels] as a factor of a tensor: 1 where `where` has no channel."""
+def _along_axis(gate: Tensor, where: ChannelSlice, shape: Sequence[int]) -> Tensor:
+    """Returns the gates [channels] in a shape that broadcasts with a tensor.
+
+    Indices of the axis that belong to no channel of the slice `where` get the factor 1.
+    """
     index = where.index.to(gate.device)
     ones = gate.new_ones(shape[where.axis])
     line = ones.index_put((index,), gate[:, None].expand(index.shape))
-    return line.view([-1 if d == where.axis else 1 for d in range(len(shape))])
+    sizes = [1] * len(shape)
+    sizes[where.axis] = -1
+    return line.view(sizes)
 
 
 def _expected_parameters(graph: ChannelGraph, probabilities: Sequence[Tensor]) -> Tensor:
     """Returns the number of parameters at the expected widths, differentiable.
 
-    A parameter's size is the product of its axes' expected lengths. That is exact where they are
-    independent.
+    The expected size of a parameter is computed as the product of its axes' expected lengths, which
+    is exact if they are independent.
 
     Args:
         graph: the channels.
-        probabilities: of each group, [channels], that a channel is kept.
+        probabilities: for each group, [channels], the probability that a channel is kept.
     """
     zero = probabilities[0].new_tensor(0.0)
     removed: dict[tuple[str, int], Tensor] = {}  # (tensor, axis) -> expected indices removed
@@ -274,62 +285,67 @@ def _expected_parameters(graph: ChannelGraph, probabilities: Sequence[Tensor]) -
     return torch.stack(counts).sum()
 
 
-def _gated_slices(group: ChannelGroup) -> list[Slice]:
-    return group.role("read") or group.role("write")
+def _gated_slices(group: ChannelGroup) -> list[ChannelSlice]:
+    return group.slices_with_role("read") or group.slices_with_role("write")
 
 
 def _initial_log_alpha(shape: Sequence[int], generator: Source) -> Tensor:
-    """Returns log alpha near an open gate, with a little noise, so that gates are not all equal.
+    """Returns the initial log alpha: nearly open gates, with noise so that they are not all equal.
 
-    Section 4.1 of the paper draws it around the drop-out rate.
+    Section 4.1 of the paper also starts with normal noise, around the dropout rate.
     """
     noise = as_random_source(generator).normal(*shape, dtype=torch.float32)
     return math.log(START / (1 - START)) + 0.01 * noise
 
 
-class Controller:
-    """Adjusts lambda until the expected density is the target: an augmented Lagrangian.
+class DensityController:
+    """Adjusts lambda, the weight of the density in the loss, until the density is the target.
 
-    Lambda is a PI controller of the error log(density / target): an integral part (dual ascent) and
-    a proportional one. Both gains are in units of `scale`, the lambda at which the gradients of
-    density and loss are equally large (see `balance`). Below the target lambda may become negative,
-    so that closed gates open again.
+    A PI controller of the error log(density / target), or, in terms of optimization, an augmented
+    Lagrangian whose integral part is dual ascent. Below the target lambda may become negative, so
+    that closed gates open again.
 
     Args:
-        scale: the unit, and the first lambda.
-        lambda_: the integral part of an earlier controller, to continue from.
-        rate: integral gain, per step.
-        spring: proportional gain.
+        scale: unit of lambda, and its first value: the lambda at which the gradients of density and
+            loss are equally large (see `balance`).
+        lambda_: integral part of an earlier controller, to continue a stopped training.
+        integral_gain: change of the integral part per step and unit of error, in units of `scale`.
+        proportional_gain: proportional part per unit of error, in units of `scale`.
     """
 
     def __init__(
-        self, scale: float, lambda_: float | None = None, *, rate: float = 0.3, spring: float = 20.0
+        self,
+        scale: float,
+        lambda_: float | None = None,
+        *,
+        integral_gain: float = 0.3,
+        proportional_gain: float = 20.0,
     ) -> None:
         self.scale = scale
-        self.rate = rate
-        self.spring = spring
+        self.integral_gain = integral_gain
+        self.proportional_gain = proportional_gain
         self.lambda_ = scale if lambda_ is None else lambda_
 
     def step_(self, density: float, target: float) -> float:
-        """Takes one step; returns the factor of the density in the loss.
+        """Updates lambda for one training step; returns the weight of the density in the loss.
 
-        >>> controller = Controller(1.0)
+        >>> controller = DensityController(1.0)
         >>> at, above, below = (controller.step_(density, 0.5) for density in (0.5, 0.6, 0.4))
         >>> at, above > 1, below < 0
         (1.0, True, True)
         """
-        # Clamped, so that a density far from the target does not let the integral part run away.
+        # Clamped against wind-up: far from the target the integral part would grow too large.
         error = min(max(math.log(max(density, 1e-9) / target), -1.0), 1.0)
-        # The integral part: it remains when the error is 0.
-        self.lambda_ += self.rate * self.scale * error
-        return self.lambda_ + self.spring * self.scale * error
+        # The integral part: it keeps its value once the error is 0.
+        self.lambda_ += self.integral_gain * self.scale * error
+        return self.lambda_ + self.proportional_gain * self.scale * error
 
 
 def balance(loss: Tensor, density: Tensor, gates: Gates) -> float:
-    """Returns the lambda at which loss and density have equally large gradients by the gates.
+    """Returns the lambda at which the gradients of loss and lambda * density are equally large.
 
-    The size of a gradient is its L1 norm. Without such a lambda, because one of them is 0 or not
-    finite, it is 1.
+    Gradients are with respect to the gates' parameters, and their size is the L1 norm. If one of
+    them is 0, or the loss's is not finite, the result is 1.
     """
     alphas = list(gates.log_alphas)
     sizes = []

@@ -1,4 +1,4 @@
-"""Densities from a sensitivity analysis: all weights are pruned to the same growth of the loss."""
+"""Chooses a density for each weight from a sensitivity analysis, at equal growth of the loss."""
 
 from __future__ import annotations
 
@@ -13,13 +13,16 @@ from fedpress.compress.sparse.weights import Weight
 from fedpress.errors import RecipeError
 
 BISECTIONS = 60
-"""Steps of the search for the level: more than enough for the digits of a float64."""
+"""Steps of the search for the level: a float64 has 53 binary digits."""
 FLOOR = 0.5
-"""Smallest density, relative to that of an Erdos-Renyi kernel."""
+"""Smallest density of a weight, as a share of its density with scope "erk" (Erdos-Renyi kernel)."""
 
 
 def lowest_densities(weights: Sequence[Weight], density: float) -> dict[str, float]:
-    """Returns the smallest density of each weight, if `density` of all entries are kept."""
+    """Returns a lower bound on the density of each weight, if `density` of all entries are kept.
+
+    It is half the density that the Erdos-Renyi kernel gives the weight, and at least one entry.
+    """
     everything = {w.name: torch.ones(w.value.shape, dtype=torch.bool) for w in weights}
     # Every weight keeps at least one entry.
     wanted = max(len(weights), round(density * sum(w.size for w in weights)))
@@ -35,13 +38,14 @@ def level_densities(
 ) -> dict[str, float]:
     """Returns the density of each weight, by name, at which the loss grows equally for all.
 
-    Between measured densities the curves are straight; below them see `extended_to_zero`. A curve
-    is of one weight pruned alone, and shows too little where all are pruned far: so every weight
-    keeps at least half of what an Erdos-Renyi kernel would give it (`lowest_densities`).
+    Curves are interpolated linearly between the measured densities; below them see
+    `extended_to_zero`. A curve is measured with one weight pruned alone, and underestimates the
+    loss if all weights are pruned far. Therefore every weight keeps at least a minimum
+    (`lowest_densities`).
 
     Args:
-        weights: that share the budget.
-        points: from `sensitivity`, for the weights by name.
+        weights: the weights that share the budget.
+        points: results of `sensitivity` for these weights.
         density: share of all entries to keep.
 
     Raises:
@@ -65,7 +69,8 @@ def level_densities(
     def at_level(level: float) -> np.ndarray:
         found = []
         for density, height in lines:
-            # A small slope makes flat parts of a curve invertible, and prefers the lower density.
+            # A small slope makes flat parts of a curve invertible; there the lowest density is
+            # chosen.
             rising = height + 1e-9 * (1 + top) * (1 - density)
             found.append(np.interp(-level, -rising, density))
         densities: np.ndarray = np.maximum(found, floors)
@@ -73,11 +78,14 @@ def level_densities(
 
     low = -1e-6 * (1 + top)
     high = top * (1 + 1e-6) + 1e-6
-    # The sizes fall as the level rises, so bisection finds it.
+    # The number of kept entries falls as the level rises, so bisection finds the level.
     for _ in range(BISECTIONS):
         middle = (low + high) / 2
         if float(at_level(middle) @ sizes) > density * sizes.sum():
             low = middle
         else:
             high = middle
-    return {w.name: float(d) for w, d in zip(weights, at_level(high), strict=True)}
+    found = {}
+    for w, chosen in zip(weights, at_level(high), strict=True):
+        found[w.name] = float(chosen)
+    return found

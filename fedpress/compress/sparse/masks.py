@@ -1,4 +1,4 @@
-"""Turns scores into masks that keep an exact number of entries."""
+"""Turns scores of weights into masks that keep a given share of all entries."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from fedpress.nn.quantized import kept_entries
 
 Scope = Literal["global", "uniform", "erk"]
 Masks = dict[str, Tensor]
-"""Weight name -> bool of its shape, true where it is kept."""
+"""Weight name -> bool tensor in its shape, true for kept entries."""
 
 
-def choose(
+def masks_from_scores(
     weights: Sequence[Weight],
     scores: Mapping[str, Tensor],
     pattern: Pattern,
@@ -28,47 +28,56 @@ def choose(
     scope: Scope | Mapping[str, float] = "global",
     within: Mapping[str, Tensor] | None = None,
 ) -> Masks:
-    """Keeps the highest scores: exactly round(density * entries) of all entries of `weights`.
+    """Returns masks that keep the highest scores: round(density * entries) of all entries.
 
-    A unit of several entries (block, filter, channel) has the mean of their scores, and the count
-    is the nearest that whole units allow. Among equal scores the first is kept. Every weight keeps
-    at least one unit.
+    With patterns of several entries (block, filter, channel) the score of a unit is the mean over
+    its entries, and the number of kept entries is the nearest that whole units allow. Of equal
+    scores the first is kept. Every weight keeps at least one unit.
 
     Args:
-        weights: that share the budget.
-        scores: by name, of the weights' shapes.
+        weights: the weights that share the budget.
+        scores: scores by name, in the shapes of the weights.
         pattern: which entries are kept or zeroed together. N:M keeps at least N of M in every
-            group, and more if `density` asks for more.
+            group, and more if `density` is above N / M.
         density: share of the entries to keep, in (0, 1].
-        scope: "global" has one threshold for all weights; "uniform" keeps the same share of each;
-            "erk" keeps more of small weights (Evci et al. 2020, section 3.2); or the density of
-            each weight by name, scaled to the budget.
-        within: an earlier mask: only its entries may be kept, by name.
+        scope: "global" uses one threshold for all weights; "uniform" keeps the same share of each;
+            "erk" keeps a larger share of small weights (Erdos-Renyi kernel, Evci et al. 2020,
+            section 3.2). Or the density of each weight by name; all are scaled to the budget.
+        within: an earlier mask of each weight, by name; only its entries may be kept.
 
     Raises:
         RecipeError: if `density` is out of range, or more than `within` leaves.
         ModelError: if a score is not a number.
     """
     check_density(density)
-    allowed = {w.name: _allowed(w, within) for w in weights}
-    total = sum(w.size for w in weights)
-    available = sum(int(mask.sum()) for mask in allowed.values())
+    allowed: Masks = {}
+    checked: dict[str, Tensor] = {}
+    total = available = 0
+    for w in weights:
+        allowed[w.name] = _allowed(w, within)
+        total += w.size
+        available += int(allowed[w.name].sum())
     wanted = round(density * total)
+    # N:M has a fixed number of entries, whatever an earlier mask leaves.
     if wanted > available and pattern.kind != "n:m":
         raise RecipeError(
             f"got {density:g}, but only {available / total:.4g} of these weights are left",
             place="density",
             cure="give less",
         )
-    checked = {w.name: _check_scores(w, scores[w.name]) for w in weights}
+    for w in weights:
+        checked[w.name] = _check_scores(w, scores[w.name])
     if pattern.kind == "n:m":
-        # A density above N / M keeps more of every group, so that schedules can approach N:M.
+        # A density above N / M keeps more of every group: gradual schedules reach N:M step by step.
         n = max(pattern.a, min(pattern.b, ceil(density * pattern.b)))
         return _n_of_m_masks(weights, checked, allowed, n, pattern.b)
 
-    # A weight without any entry would pass nothing on.
-    wanted = max(wanted, sum(bool(mask.any()) for mask in allowed.values()))
-    units = [_Units.of(w, pattern, checked[w.name], allowed[w.name]) for w in weights]
+    # A weight that is all zeros would cut the network in two.
+    nonempty = [mask for mask in allowed.values() if bool(mask.any())]
+    wanted = max(wanted, len(nonempty))
+    units = []
+    for w in weights:
+        units.append(_Units.of(w, pattern, checked[w.name], allowed[w.name]))
     if scope == "global":
         kept = _fill_global(units, wanted)
     else:
@@ -100,15 +109,15 @@ def divide_budget(
     wanted: int,
     scope: str | Mapping[str, float],
 ) -> list[int]:
-    """Divides `wanted` entries among the weights in proportion to the densities of the scope.
+    """Divides a budget of `wanted` entries among the weights, in proportion to their densities.
 
-    No weight gets more than it may keep; what is left over goes to the others.
+    If a weight would get more than its allowed entries, the excess is divided among the others.
 
     Args:
-        weights: that share the budget.
-        allowed: the entries that each may keep.
-        wanted: entries to keep in all.
-        scope: "uniform", "erk", or a density for each weight by name.
+        weights: the weights that share the budget.
+        allowed: mask of the entries that each weight may keep.
+        wanted: number of entries to keep in all.
+        scope: the densities: "uniform", "erk", or one for each weight by name.
 
     Returns:
         The number of entries to keep of each weight; their sum is `wanted`.
@@ -116,7 +125,7 @@ def divide_budget(
     Raises:
         RecipeError: if a weight has no density, or one out of range.
     """
-    # Shares in entries, not densities: a large weight has more to keep.
+    # A density times the size of the weight is its share of the budget, in entries.
     shares = []
     for w in weights:
         if not isinstance(scope, str):
@@ -131,7 +140,7 @@ def divide_budget(
 
 
 def _in_proportion(shares: Sequence[float], most: Sequence[int], wanted: int) -> list[float]:
-    """Divides `wanted` in proportion to `shares`; what exceeds `most` goes to the others."""
+    """Divides `wanted` in proportion to `shares`, but gives entry i at most `most[i]`."""
     full: set[int] = set()
     while True:
         free = [i for i in range(len(shares)) if i not in full]
@@ -159,7 +168,7 @@ def _round_to_sum(exact: Sequence[float], most: Sequence[int], wanted: int) -> l
     for i in may_grow[: wanted - sum(counts)]:
         counts[i] += 1
 
-    # A weight without any entry would pass nothing on: it takes one from the largest.
+    # A weight that is all zeros would cut the network in two, so it takes an entry of the largest.
     empty = [i for i, n in enumerate(counts) if n < min(1, most[i])]
     for i in empty:
         largest = counts.index(max(counts))
@@ -169,12 +178,12 @@ def _round_to_sum(exact: Sequence[float], most: Sequence[int], wanted: int) -> l
 
 
 def _erdos_renyi(shape: Sequence[int]) -> float:
-    """Returns the density of an Erdos-Renyi kernel, up to a factor: sum of sides / product."""
+    """Returns the density of an Erdos-Renyi kernel up to a factor: sum of sizes / their product."""
     return sum(shape) / prod(shape)
 
 
 def _density_given(densities: Mapping[str, float], name: str) -> float:
-    """Returns a weight's density from the user's table, or refuses a table without it."""
+    """Returns a weight's density from the user's table; raises an error if it is missing."""
     if name not in densities:
         raise RecipeError(
             f"'{name}' has none",
@@ -189,9 +198,9 @@ class _Units:
     """The units of one weight: groups of entries that are kept or zeroed together.
 
     Attributes:
-        ids: the unit of each entry, of the weight's shape; None if every entry is a unit.
-        value: [units], the mean score of each.
-        cost: [units], the number of allowed entries of each.
+        ids: the unit of each entry, in the shape of the weight; None if every entry is a unit.
+        value: [units], mean score of each unit.
+        cost: [units], number of allowed entries in each unit.
     """
 
     def __init__(self, ids: Tensor | None, value: Tensor, cost: Tensor) -> None:
@@ -223,14 +232,14 @@ class _Units:
 
 
 def _fill_global(units: Sequence[_Units], wanted: int) -> list[Tensor]:
-    """Fills one budget from all weights together, the best unit of each weight first."""
+    """Chooses units of all weights with one budget; the best unit of each weight is always kept."""
     values = []
     costs = []
     least = 0
     for one in units:
         value = one.value.cpu().clone()
         cost = one.cost.cpu()
-        # However low its scores are, a weight keeps one unit, or the network would pass nothing on.
+        # The best unit ranks above all others: every weight keeps one, however low its scores.
         best = int(value.argmax())
         value[best] = torch.inf
         least += int(cost[best])
@@ -249,7 +258,7 @@ def _fill(value: Tensor, cost: Tensor, wanted: int) -> Tensor:
     # Stable, so that the first of equal units is kept.
     order = value.argsort(descending=True, stable=True)
     total_cost = cost[order].cumsum(0)
-    # The first `count` units cost less than wanted; one more may be nearer.
+    # The first `count` units cost less than `wanted`; with one more the cost may be nearer to it.
     count = int(torch.searchsorted(total_cost, total_cost.new_tensor(wanted)))
     if count < len(total_cost):
         before = int(total_cost[count - 1]) if count else 0
@@ -295,7 +304,7 @@ def _check_scores(weight: Weight, scores: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def apply_(weights: Iterable[Weight], masks: Mapping[str, Tensor]) -> None:
+def apply_masks_(weights: Iterable[Weight], masks: Mapping[str, Tensor]) -> None:
     """Zeroes the entries of `weights` that their masks do not keep."""
     for weight in weights:
         weight.value.masked_fill_(~masks[weight.name], 0)
@@ -307,8 +316,10 @@ def density_of(masks: Mapping[str, Tensor]) -> float:
     >>> density_of({"w": torch.tensor([True, False])})
     0.5
     """
-    kept = sum(int(mask.sum()) for mask in masks.values())
-    entries = sum(mask.numel() for mask in masks.values())
+    kept = entries = 0
+    for mask in masks.values():
+        kept += int(mask.sum())
+        entries += mask.numel()
     return kept / max(1, entries)
 
 

@@ -1,4 +1,4 @@
-"""Sparsity patterns: single weights, N of M, blocks, whole filters, whole input channels."""
+"""Sparsity patterns: unstructured, N:M, blocks, whole filters, whole input channels."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ Kind = Literal["unstructured", "n:m", "block", "filter", "channel"]
 
 @dataclass(frozen=True)
 class Pattern:
-    """Which entries of a weight are kept or zeroed together.
+    """A sparsity pattern: which entries of a weight must be kept or zeroed together.
 
     Attributes:
-        kind: the pattern.
-        a: N of N:M, or the outputs of a block.
-        b: M of N:M, or the inputs of a block.
+        kind: kind of pattern.
+        a: N of N:M, or the number of outputs in a block.
+        b: M of N:M, or the number of inputs in a block.
 
     >>> Pattern.parse("2:4")
     Pattern(kind='n:m', a=2, b=4)
@@ -61,24 +61,25 @@ class Pattern:
 
     @property
     def density(self) -> float | None:
-        """The share of weights that N:M keeps; None for other patterns, which allow any."""
+        """The density that N:M fixes, such as 0.5 for 2:4; None for patterns that allow any."""
         if self.kind != "n:m":
             return None
         return self.a / self.b
 
-    def misfit(self, weight: Weight) -> str | None:
+    def why_not_applicable(self, weight: Weight) -> str | None:
         """Returns why `weight` cannot have this pattern; None if it can."""
         inputs = weight.value.shape[0 if weight.transposed else 1]
-        # Runtimes store a fixed number of values for every M inputs.
+        # Formats of N:M (2:4 tensor cores, for instance) store N values for every M inputs, so a
+        # shorter last group is not possible.
         if self.kind == "n:m" and inputs % self.b:
             return f"its {inputs} inputs are no multiple of {self.b}"
         return None
 
     def units(self, weight: Weight) -> Tensor:
-        """Returns the unit of each entry, int64 of the weight's shape.
+        """Returns the number of the unit that each entry belongs to, int64 in the weight's shape.
 
-        Blocks at the edge of a weight are smaller if the block size does not divide it. N:M has no
-        units: see `n_of_m`.
+        The entries of a unit are kept or zeroed together. Blocks at the edge of a weight are
+        smaller if the block size does not divide the weight's size. N:M has no units (`n_of_m`).
         """
         shape = weight.value.shape
         if self.kind == "unstructured":
@@ -89,7 +90,7 @@ class Pattern:
         if self.kind == "channel":
             return inputs.expand(shape)
         out_axis, in_axis = _out_in(weight)
-        # A unit has one block of channels at one place of the kernel.
+        # A block covers `a` outputs and `b` inputs at a single position of the kernel.
         rows = _along(torch.arange(shape[out_axis]) // self.a, out_axis, len(shape))
         columns = _along(torch.arange(shape[in_axis]) // self.b, in_axis, len(shape))
         kernel = torch.arange(prod(shape[2:])).view(1, 1, *shape[2:])
@@ -98,16 +99,18 @@ class Pattern:
 
 
 def n_of_m(scores: Tensor, weight: Weight, n: int, m: int) -> Tensor:
-    """Keeps the `n` highest scores of every `m` consecutive inputs, the first among equals.
+    """Returns the mask that keeps the `n` highest scores of every `m` consecutive inputs.
+
+    Of equal scores the first is kept.
 
     Args:
-        scores: of the weight's shape.
-        weight: says which axis is its inputs.
-        n: entries to keep of each group.
+        scores: scores in the shape of the weight.
+        weight: the weight; it determines which axis has the inputs.
+        n: number of entries to keep in each group.
         m: size of a group; it must divide the number of inputs.
 
     Returns:
-        A mask of the weight's shape.
+        A mask in the shape of the weight, true for kept entries.
 
     >>> one = Weight("w", torch.nn.Parameter(torch.zeros(1, 4)))
     >>> n_of_m(torch.tensor([[1.0, 4.0, 3.0, 2.0]]), one, 2, 4)
@@ -128,12 +131,14 @@ def _out_in(weight: Weight) -> tuple[int, int]:
 
 
 def _axes(weight: Weight) -> tuple[Tensor, Tensor]:
-    """Returns the output and the input channel of each entry, in shapes that broadcast."""
+    """Returns the output channel and the input channel of each entry, in shapes that broadcast.
+
+    With groups, axis 1 counts channels within a group; here they are counted over all groups.
+    """
     first, second, *rest = weight.value.shape
     dims = 2 + len(rest)
     axis_0 = _along(torch.arange(first), 0, dims)
     axis_1 = _along(torch.arange(second), 1, dims)
-    # Axis 1 counts channels within a group; the group follows from axis 0.
     group = axis_0 // (first // weight.groups)
     grouped = group * second + axis_1
     return (grouped, axis_0) if weight.transposed else (axis_0, grouped)
@@ -141,4 +146,6 @@ def _axes(weight: Weight) -> tuple[Tensor, Tensor]:
 
 def _along(numbers: Tensor, axis: int, dims: int) -> Tensor:
     """Returns a vector in a shape that is broadcast along all axes but `axis`."""
-    return numbers.view([-1 if d == axis else 1 for d in range(dims)])
+    sizes = [1] * dims
+    sizes[axis] = -1
+    return numbers.view(sizes)

@@ -1,4 +1,7 @@
-"""Scores of single weights, one row each in `WEIGHT_SCORES`: the lowest are pruned first."""
+"""Scores of single weights, one row each in `WEIGHT_SCORES`: the lowest are pruned first.
+
+For scores of whole channels see `fedpress.compress.prune.scores`.
+"""
 
 from __future__ import annotations
 
@@ -25,14 +28,14 @@ Values = list[Tensor]
 
 @dataclass(frozen=True, eq=False)
 class WeightScoreInputs:
-    """What a score is computed from.
+    """The arguments of a score function.
 
     Attributes:
-        model: with the weights.
-        weights: to be scored.
-        losses: yields the model's loss on each of some public batches.
-        generator: for "random".
-        moved: the sums of `Movement` over the training, by name.
+        model: the model that has the weights.
+        weights: the weights to score.
+        losses: yields the model's loss on each of some public batches, for scores with gradients.
+        generator: source of random numbers, for "random".
+        moved: sums that `Movement` has accumulated over the training, by name, for "movement".
     """
 
     model: nn.Module
@@ -48,14 +51,14 @@ def magnitude(inputs: WeightScoreInputs) -> Values:
 
 
 def lamp(inputs: WeightScoreInputs) -> Values:
-    """w^2 divided by the sum of all squares in its layer that are not smaller.
+    """LAMP: w^2 divided by the sum of all squares in its layer that are not smaller.
 
-    It makes weights of different layers comparable. The largest of each layer has score 1, so that
-    none loses all its weights (Lee et al. 2021, arXiv:2010.07611, eq. 3).
+    This makes weights of different layers comparable. The largest weight of each layer has the
+    score 1, so no layer loses all its weights (Lee et al. 2021, arXiv:2010.07611, eq. 3).
     """
     scores = []
     for w in inputs.weights:
-        # float64, because a sum over a layer would swallow small squares.
+        # float64, because small squares would be lost in a float32 sum over a large layer.
         squares = w.value.detach().double().square().flatten()
         rising, order = squares.sort(stable=True)
         not_smaller = rising.flip(0).cumsum(0).flip(0)
@@ -67,7 +70,7 @@ def lamp(inputs: WeightScoreInputs) -> Values:
 
 
 def taylor(inputs: WeightScoreInputs) -> Values:
-    """Mean over batches of |w dL/dw|: the first-order change of the loss without the weight.
+    """Mean over batches of |w dL/dw|, a first-order estimate of the loss's change without w.
 
     Molchanov et al. 2017, arXiv:1611.06440. The model is in evaluation mode.
     """
@@ -75,7 +78,7 @@ def taylor(inputs: WeightScoreInputs) -> Values:
 
 
 def fisher(inputs: WeightScoreInputs) -> Values:
-    """w^2 F / 2, with F the mean square of dL/dw: the second-order change of the loss.
+    """w^2 F / 2, with F the mean square of dL/dw: a second-order estimate of the loss's change.
 
     Optimal Brain Damage (LeCun et al. 1990) with the diagonal Fisher information as Hessian, for
     which each loss should be that of one example. The model is in evaluation mode.
@@ -86,36 +89,40 @@ def fisher(inputs: WeightScoreInputs) -> Values:
 def snip(inputs: WeightScoreInputs) -> Values:
     """|w dL/dw| with the mean gradient of all batches (Lee et al. 2019, arXiv:1810.02340, eq. 4).
 
-    For networks at their initialisation: norms use the statistics of the batch.
+    It is meant for networks at their initialisation, so norms use the statistics of the batch.
     """
     values = [w.value for w in inputs.weights]
     with differentiable(inputs.model, values, batch_statistics=True):
         slopes = mean_over_batches(gradient(loss, values) for loss in _losses(inputs, "snip"))
-    return [(v.detach() * g).abs() for v, g in zip(values, slopes, strict=True)]
+    scores = []
+    for value, slope in zip(values, slopes, strict=True):
+        scores.append((value.detach() * slope).abs())
+    return scores
 
 
 def grasp(inputs: WeightScoreInputs) -> Values:
     """Product of w and (H g), with g the gradient and H the Hessian.
 
-    It is how much the weight adds to the norm of the gradient.
-
-    Wang et al. 2020 (arXiv:2002.07376, eq. 8) use the negative and remove the highest. The mean
-    over batches is taken. For networks at their initialisation: norms use the statistics of the
+    It estimates how much the weight adds to the norm of the gradient. Wang et al. 2020
+    (arXiv:2002.07376, eq. 8) use the negative and remove the highest. The mean over batches is
+    taken. It is meant for networks at their initialisation, so norms use the statistics of the
     batch.
     """
     values = [w.value for w in inputs.weights]
     with differentiable(inputs.model, values, batch_statistics=True):
-        products = mean_over_batches(
-            hessian_gradient(loss, values) for loss in _losses(inputs, "grasp")
-        )
-    return [v.detach() * h for v, h in zip(values, products, strict=True)]
+        losses = _losses(inputs, "grasp")
+        products = mean_over_batches(hessian_gradient(loss, values) for loss in losses)
+    scores = []
+    for value, product in zip(values, products, strict=True):
+        scores.append(value.detach() * product)
+    return scores
 
 
 def movement(inputs: WeightScoreInputs) -> Values:
-    """Minus the sum of w dL/dw over the training: high for weights that move away from 0.
+    """Minus the sum of w dL/dw over all training steps: high for weights that move away from 0.
 
-    Sanh et al. 2020, arXiv:2005.07683. There a pruned weight may return; here it stays 0, and its
-    score the same.
+    Sanh et al. 2020, arXiv:2005.07683. In the paper a pruned weight may return; here it stays 0, so
+    its score does not change any more.
     """
     if inputs.moved is None:
         raise ModelError(
@@ -151,7 +158,7 @@ WEIGHT_SCORES: dict[str, Callable[[WeightScoreInputs], Values]] = {
 
 
 def score_weights(score: str, inputs: WeightScoreInputs) -> dict[str, Tensor]:
-    """Returns a tensor of scores for each weight, of its shape, by name.
+    """Returns the scores of each weight by name, each in the shape of the weight.
 
     Raises:
         RecipeError: if there is no such score.
@@ -165,22 +172,25 @@ def score_weights(score: str, inputs: WeightScoreInputs) -> dict[str, Tensor]:
             cure=suggestion(score, known, f"use one of {', '.join(known)}"),
         )
     values = WEIGHT_SCORES[score](inputs)
+    by_name: dict[str, Tensor] = {}
     for w, scores in zip(inputs.weights, values, strict=True):
+        # A NaN would sort before or after all others, and the mask would look valid.
         if not scores.isfinite().all():
             raise ModelError(
                 f"the score '{score}' of '{w.name}' is not finite",
                 place="model",
                 cure="sparsify a model whose training went well",
             )
-    return {w.name: scores for w, scores in zip(inputs.weights, values, strict=True)}
+        by_name[w.name] = scores
+    return by_name
 
 
 class Movement:
-    """Sums -w dL/dw over backward passes, for the score "movement".
+    """Accumulates -w dL/dw over backward passes, for the score "movement".
 
     Attributes:
-        weights: whose gradients are observed.
-        sums: by name of the weight.
+        weights: the weights to score.
+        sums: the sums so far, by name of the weight.
     """
 
     def __init__(self, weights: Sequence[Weight]) -> None:
@@ -188,8 +198,8 @@ class Movement:
         self.sums = {w.name: torch.zeros_like(w.value) for w in weights}
 
     @contextmanager
-    def watching(self) -> Iterator[None]:
-        """Within the block every gradient is added to the sums; the model is unchanged."""
+    def recording(self) -> Iterator[None]:
+        """Adds every gradient in the block to the sums; the model is unchanged."""
         handles = []
         for w in self.weights:
             handles.append(w.value.register_post_accumulate_grad_hook(self._add(w)))
@@ -202,7 +212,7 @@ class Movement:
     def _add(self, weight: Weight) -> Callable[[Tensor], None]:
         def add(parameter: Tensor) -> None:
             assert parameter.grad is not None
-            # The gradient is complete here: the hook runs after it was accumulated.
+            # A post-accumulate hook: the gradient of this step is complete here.
             self.sums[weight.name].sub_(parameter.detach() * parameter.grad)
 
         return add
@@ -212,7 +222,8 @@ def gradients(losses: Iterable[Tensor], weights: Sequence[Weight]) -> dict[str, 
     """Returns the mean gradient of `losses` with respect to each of `weights`, by name."""
     values = [w.value for w in weights]
     means = mean_over_batches(gradient(loss, values) for loss in losses)
-    return {w.name: g for w, g in zip(weights, means, strict=True)}
+    names = [w.name for w in weights]
+    return dict(zip(names, means, strict=True))
 
 
 def _over_batches(
@@ -221,23 +232,27 @@ def _over_batches(
     """Returns the mean over batches of `effect(weight, gradient)`, in evaluation mode."""
     values = [w.value for w in inputs.weights]
 
+    # A generator, so that the gradients of only one batch are in memory.
     def batches() -> Iterator[Values]:
         for loss in _losses(inputs, name):
-            pairs = zip(values, gradient(loss, values), strict=True)
-            yield [effect(value.detach(), g) for value, g in pairs]
+            effects = []
+            for value, g in zip(values, gradient(loss, values), strict=True):
+                effects.append(effect(value.detach(), g))
+            yield effects
 
     with differentiable(inputs.model, values):
         return mean_over_batches(batches())
 
 
 def _losses(inputs: WeightScoreInputs, name: str) -> Iterator[Tensor]:
-    """Yields the losses; refuses a score that has none."""
+    """Yields the losses of the batches; raises an error if there are none."""
     if inputs.losses is None:
         raise ModelError(
             f"the score '{name}' needs `losses`, the loss on some batches",
             place="losses",
             cure="give them or use 'magnitude'",
         )
+    # The caller's losses are lazy, so that they are empty is known only at the end.
     is_empty = True
     for loss in inputs.losses():
         is_empty = False

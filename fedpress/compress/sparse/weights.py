@@ -1,4 +1,4 @@
-"""Finds the weights of a model that may have zeros, and says why the others stay dense."""
+"""Finds the weights of a model that can be made sparse, and the reasons why others cannot."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ LAYERS = (nn.Linear, nn.modules.conv._ConvNd, nn.MultiheadAttention, nn.RNNBase)
 
 @dataclass(frozen=True, eq=False)
 class Weight:
-    """A weight that may have zeros: the parameter itself, and how its layer uses it.
+    """A weight that can be made sparse: the parameter, and the layout of its axes.
 
     Attributes:
-        name: its first name in the model.
-        value: [out, in / groups, ...], or [in, out / groups, ...] where `transposed`.
-        groups: of a grouped convolution.
+        name: name of the parameter; the first one if it is shared.
+        value: the parameter [out, in / groups, ...]; [in, out / groups, ...] if `transposed`.
+        groups: number of groups of a grouped convolution, else 1.
         transposed: whether it belongs to a transposed convolution.
     """
 
@@ -38,11 +38,11 @@ class Weight:
 
 @dataclass(frozen=True, eq=False)
 class Weights:
-    """The weights of a model that may have zeros, and the others.
+    """The weights of a model that can be made sparse, and the others.
 
     Attributes:
-        chosen: in the model's order.
-        dense: name of each other matrix -> why it stays dense.
+        chosen: the weights to make sparse, in the model's order.
+        dense: name of each other parameter with two or more axes -> why it stays dense.
     """
 
     chosen: tuple[Weight, ...]
@@ -76,7 +76,7 @@ def find_weights(
 
     Raises:
         RecipeError: if a pattern matches no weight.
-        ModelError: if no weight is left.
+        ModelError: if all weights stay dense.
     """
     found, dense = _all_weights(model)
     _check_patterns(keep, found, dense)
@@ -89,7 +89,7 @@ def find_weights(
             reasons[name] = "asked for by `ignore`"
         elif any(fnmatch.fnmatchcase(name, pattern) for pattern in keep):
             reasons[name] = "asked for by `keep`"
-    # These reasons replace the others: they are settings that the user may not know of.
+    # These reasons replace the ones above, because the user may not know these two defaults.
     if keep_first:
         reasons |= dict.fromkeys(names[:1], "the first layer (keep_first)")
     if keep_last:
@@ -112,7 +112,7 @@ def find_weights(
 def _check_patterns(
     patterns: Sequence[str], found: Mapping[str, Weight], dense: Mapping[str, str]
 ) -> None:
-    """Refuses a pattern that matches no weight: most likely it is misspelt."""
+    """Raises an error for a pattern that matches no weight: most likely it is misspelt."""
     for pattern in patterns:
         if not _matching([*found, *dense], pattern):
             some = ", ".join(list(found)[:3])
@@ -137,7 +137,7 @@ def _all_weights(model: nn.Module) -> tuple[dict[str, Weight], dict[str, str]]:
             # Biases and norms have one axis.
             if value.dim() < 2 or name in found:
                 continue
-            # Zeros in a tensor from which the weight is computed need not be zeros of the weight.
+            # Zeros in the tensors of weight norm or spectral norm are not zeros of the weight.
             if any(key.startswith(f"{weight}_") for weight in _computed_weights(module)):
                 dense[name] = "its layer computes the weight from it (weight_norm or spectral_norm)"
             elif isinstance(module, LAYERS) and "weight" in key:
@@ -148,9 +148,9 @@ def _all_weights(model: nn.Module) -> tuple[dict[str, Weight], dict[str, str]]:
                 dense[name] = "its layer computes the weight from it (a parametrization)"
             else:
                 kind = type(module).__name__
-                dense[name] = f"{kind} is no convolution, linear, attention or recurrent layer"
+                dense[name] = f"{kind} is not a convolution, linear, attention or recurrent layer"
 
-    # A tied embedding is also the weight of a linear layer, which may have zeros.
+    # A tied embedding is also the weight of a linear layer, so it can be made sparse.
     for name in found:
         dense.pop(name, None)
     return found, dense

@@ -1,4 +1,4 @@
-"""Lists the numbers among the arguments of a call, and replaces some of them."""
+"""Reads the numbers among the arguments of a torch call, and replaces them by corrected ones."""
 
 from __future__ import annotations
 
@@ -13,11 +13,14 @@ from torch import SymInt, Tensor
 Indices = tuple[Literal["index"], int, tuple[int, ...]]
 """The correction of a tensor of indices: ("index", dimension, new indices along it)."""
 Number = int | tuple[int, int] | Indices
-"""The correction of a number: the right one, or (new, old) for number * new / old."""
+"""The correction of a number: the new number, or (new, old) for number * new / old.
+
+The pair is for multiples, such as `n * heads`, whose other factor may change from call to call.
+"""
 
 
 def _keys_as_text(calls: Any) -> Any:
-    """Older files have integers as names of calls."""
+    """Converts the names of calls to strings: files of older versions have integers."""
     if not isinstance(calls, dict):
         return calls
     return {str(call): row for call, row in calls.items()}
@@ -27,13 +30,13 @@ Calls = Annotated[dict[str, dict[int, Number]], BeforeValidator(_keys_as_text)]
 Numbers = dict[str, Calls]
 """Module -> place of the call -> position in the call -> correction.
 
-A place is `file:function+line:column operation`, after those of the calls that lead to it. With
-`#2` at the end it means only the third call at that place in one forward. Files of older versions
-have the index of the call instead ("3" is the fourth call of a function of `COUNTED` in one
-forward); they are still read.
+A place is `file:function+line:column operation`; if helper functions make the call, their places
+come before it. A place ending in `#2` means only the third call there in one forward. Files of
+older versions have the index of the call instead: "3" is the fourth call of any function of
+`COUNTED_IN_OLD_FILES` in one forward.
 """
 
-COUNTED: dict[Callable[..., Any], tuple[str, ...]] = {
+COUNTED_IN_OLD_FILES: dict[Callable[..., Any], tuple[str, ...]] = {
     Tensor.view: ("size",),
     Tensor.reshape: ("shape",),
     torch.reshape: ("shape",),
@@ -75,7 +78,7 @@ WRITTEN_AT = {
 """Operations that write to places given by a tensor of indices, and their arguments."""
 
 WRITES: dict[Callable[..., Any], tuple[str, ...]] = {}
-"""The same by function: each is a method, an in-place method, and a function of torch."""
+"""The same, by function: `Tensor.scatter`, `Tensor.scatter_` and `torch.scatter`, for instance."""
 for _name, _arguments in WRITTEN_AT.items():
     WRITES[getattr(Tensor, _name)] = _arguments
     WRITES[getattr(Tensor, f"{_name}_")] = _arguments
@@ -84,7 +87,7 @@ for _name, _arguments in WRITTEN_AT.items():
 CONVOLUTION = ("weight", "bias", "stride", "padding", "dilation", "groups")
 
 SIZED: dict[Callable[..., Any], tuple[str, ...]] = {
-    **COUNTED,
+    **COUNTED_IN_OLD_FILES,
     **WRITES,
     Tensor.broadcast_to: ("size",),
     torch.broadcast_to: ("size",),
@@ -113,7 +116,7 @@ SIZED: dict[Callable[..., Any], tuple[str, ...]] = {
 SHAPED = tuple(
     function for function, names in SIZED.items() if {"size", "shape", "sizes"} & set(names)
 )
-"""Functions that compute a size of -1 from the others."""
+"""Functions in which a size of -1 is computed from the others."""
 INDEXING = (Tensor.__getitem__, Tensor.__setitem__)
 INDEX_NAMES = ("index", "indices")
 
@@ -121,7 +124,9 @@ INDEX_NAMES = ("index", "indices")
 def numbers_of(
     function: Callable[..., Any], args: Sequence[Any], options: Mapping[str, Any]
 ) -> list[Any]:
-    """Returns the numbers of a call in order: three for each slice, None for those it leaves out.
+    """Returns the numbers among the arguments of a call, in order.
+
+    A slice has three: start, stop and step; None for those that the code does not give.
 
     >>> numbers_of(Tensor.reshape, (torch.zeros(8), (2, 4)), {})
     [2, 4]
@@ -164,8 +169,8 @@ def with_numbers(
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Returns the arguments of a call with the numbers at some positions corrected.
 
-    Position -1 is the first tensor of indices among the arguments, -2 the second. A size of -1 is
-    not changed: torch computes it.
+    Position -1 means the first tensor of indices among the arguments, -2 the second. A size of -1
+    is not changed, because torch computes it.
 
     >>> with_numbers(Tensor.reshape, (torch.zeros(12), (2, 8)), {}, {1: 6})[0][1]
     (2, 6)
@@ -186,7 +191,7 @@ def with_numbers(
     arranged = _arranged(function, args, options)
     tensors, rest, named = _map_numbers(arranged, corrected)
     args, options = (*tensors, *rest), dict(named)
-    # Most calls have no tensor of indices to look for.
+    # Most calls have no correction of indices: then the search for tensors of indices is skipped.
     if not any(number < 0 for number in corrections):
         return args, options
 
@@ -202,11 +207,11 @@ def with_numbers(
 
 
 def _in_shape_of(index: Any, new: Any) -> Tensor:
-    """Returns the new indices in the shape of the old ones, which vary along one dimension."""
+    """Returns the new indices in the shape of the old ones, which differ along one dimension."""
     _, dim, places = new
     device = index.device if isinstance(index, Tensor) else None
     line = torch.tensor(places, dtype=torch.int64, device=device)
-    # A list or a mask becomes a plain list of places.
+    # A list, a vector or a mask is replaced by a vector of indices.
     if not isinstance(index, Tensor) or index.dtype == torch.bool or index.dim() < 2:
         return line
     shape = list(index.shape)
@@ -217,9 +222,10 @@ def _in_shape_of(index: Any, new: Any) -> Tensor:
 def _arranged(
     function: Callable[..., Any], args: Sequence[Any], options: Mapping[str, Any]
 ) -> tuple[tuple[Any, ...], tuple[Any, ...], tuple[tuple[str, Any], ...]]:
-    """Returns the first tensor, the other arguments, and named ones in the order of the signature.
+    """Splits arguments into the tensor, the other positional ones, and the named ones.
 
-    The order makes positions independent of which arguments a call names.
+    Named arguments are sorted as in the signature, so that a number has the same position whether
+    its argument is named or not.
     """
     # Of a method the first argument is the tensor itself, which has no numbers.
     tensors = 1 if args and isinstance(args[0], Tensor) else 0
@@ -230,8 +236,8 @@ def _arranged(
 
 
 def _map_numbers(value: Any, visit: Callable[[Any], Any]) -> Any:
-    """Replaces every number in nested arguments by what `visit` returns, in order."""
-    # A slice has three numbers even if the code gives one, so that positions are fixed.
+    """Replaces every number in nested arguments by the result of `visit`, in order."""
+    # A slice always counts as three numbers, so that positions do not depend on how it is written.
     if isinstance(value, slice):
         return slice(visit(value.start), visit(value.stop), visit(value.step))
     if isinstance(value, tuple | list):
@@ -246,7 +252,10 @@ def _map_numbers(value: Any, visit: Callable[[Any], Any]) -> Any:
 def _map_indices(
     function: Callable[..., Any], args: Sequence[Any], options: Mapping[str, Any], visit: Any
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Maps the argument that holds indices: the one named `index` or `indices`, else the second."""
+    """Replaces tensors of indices by the result of `visit`, in the argument that holds indices.
+
+    That is the argument named `index` or `indices`; in an indexing it is the second.
+    """
     # Other functions have no argument that holds indices.
     if function not in INDEXING and function not in WRITES:
         return tuple(args), dict(options)
@@ -266,7 +275,7 @@ def _map_indices(
 
 
 def _map_index(index: Any, visit: Callable[[Any], Any]) -> Any:
-    """Replaces every tensor or list of indices in an index by what `visit` returns."""
+    """Replaces every tensor or list of indices in an index by the result of `visit`."""
     if isinstance(index, Tensor):
         return visit(index)
     # A list of numbers indexes like a tensor.

@@ -1,4 +1,4 @@
-"""Hooks that correct the numbers in a module's calls while it runs, or record them."""
+"""Hooks that correct the numbers in a module's calls while its forward runs, or record them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from fedpress.nn.forward_sizes.arguments import (
-    COUNTED,
+    COUNTED_IN_OLD_FILES,
     SIZED,
     Number,
     Numbers,
@@ -22,43 +22,43 @@ from fedpress.nn.forward_sizes.places import find_call_site, has_place
 
 
 class CorrectingMode(TorchFunctionMode):
-    """While it is active, corrects the numbers in the calls of one module.
+    """Corrects the numbers in the calls of one module while it is active.
 
     Args:
-        module: whose calls are corrected.
+        module: the module whose calls are corrected.
         corrections: call -> position -> correction.
-        seen: where the numbers that the code passed are recorded, if they are wanted.
+        recorded: a dictionary in which the uncorrected numbers of each call are stored, or None.
     """
 
     def __init__(
         self,
         module: nn.Module,
         corrections: Mapping[str, Mapping[int, Number]],
-        seen: dict[str, list[Any]] | None,
-    ):
+        recorded: dict[str, list[Any]] | None,
+    ) -> None:
         super().__init__()
         self.module = module
         self.corrections = corrections
-        self.seen = seen
-        self.count = 0  # of calls so far, by which older files name a call
-        self.occurrences: Counter[str] = Counter()  # of calls at each place
+        self.recorded = recorded
+        self.count = 0  # number of calls so far, by which files of older versions name a call
+        self.occurrences: Counter[str] = Counter()  # number of calls so far at each place
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Calls `func` with corrected numbers, if this call has corrections."""
         options = kwargs or {}
         site = find_call_site(func) if func in SIZED else None
-        # Modules inside this one have modes of their own.
+        # A module inside this one is corrected by its own mode.
         if site is None or site.module is not self.module:
             return func(*args, **options)
 
         call = f"{site.place}#{self.occurrences[site.place]}"
         self.occurrences[site.place] += 1
-        if func in COUNTED:
+        if func in COUNTED_IN_OLD_FILES:
             args, options = self._corrected(func, args, options, str(self.count))
             self.count += 1
-        # Recorded before it is corrected: what the code itself passes.
-        if self.seen is not None:
-            self.seen[call] = numbers_of(func, args, options)
+        # Recorded before the correction: the numbers that the code itself passes.
+        if self.recorded is not None:
+            self.recorded[call] = numbers_of(func, args, options)
         # A correction of this call alone replaces that of all calls at its place.
         key = call if call in self.corrections else site.place
         args, options = self._corrected(func, args, options, key)
@@ -73,31 +73,32 @@ class CorrectingMode(TorchFunctionMode):
 
 
 class CorrectionHook:
-    """The hook before a module's forward: it starts a `CorrectingMode`."""
+    """The hook before a module's forward, which starts a `CorrectingMode`."""
 
     def __init__(
-        self, corrections: Mapping[str, Mapping[int, Number]], *, watch: bool = False
+        self, corrections: Mapping[str, Mapping[int, Number]], *, record: bool = False
     ) -> None:
         self.corrections = {call: dict(row) for call, row in corrections.items()}
-        self.seen: dict[str, list[Any]] | None = {} if watch else None
+        self.recorded: dict[str, list[Any]] | None = {} if record else None
 
     def __call__(self, module: nn.Module, _: Any) -> None:
-        """Starts to correct."""
-        mode = CorrectingMode(module, self.corrections, self.seen)
+        """Starts the correction of this forward; `end_correction` ends it."""
+        mode = CorrectingMode(module, self.corrections, self.recorded)
         mode.__enter__()  # type: ignore[no-untyped-call]
         _active().append(mode)
 
-    def put_(self, call: str, new: Mapping[int, Number]) -> None:
-        """Adds corrections of a call, on top of those it has.
+    def add_(self, call: str, new: Mapping[int, Number]) -> None:
+        """Adds corrections of a call, composed with those that it has already.
 
-        Corrections of a whole place are added to each of its calls that has some of its own.
+        Corrections of a place are also added to those of its single calls (`place#0`), which
+        replace those of the place.
         """
         place, _, _ = call.partition("#")
         keys = [call]
         if call == place:
             keys += [key for key in self.corrections if key.startswith(place + "#")]
         else:
-            # Its own corrections will replace those of the place, so they begin with a copy.
+            # Corrections of a single call replace those of its place, so they start as a copy.
             self.corrections.setdefault(call, dict(self.corrections.get(place, {})))
         for key in keys:
             row = self.corrections.setdefault(key, {})
@@ -106,13 +107,13 @@ class CorrectionHook:
 
 
 def end_correction(module: nn.Module, args: Any, output: Any) -> None:
-    """The hook after a module's forward, called even if that fails: its mode ends."""
+    """The hook after a module's forward, called even if that fails; it ends the correction."""
     if _active() and _active()[-1].module is module:
         _active().pop().__exit__(None, None, None)  # type: ignore[no-untyped-call]
 
 
 _LOCAL = threading.local()
-"""The active modes of this thread, a stack: modules run inside each other, and in threads."""
+"""Holds the stack of active modes of each thread: modules with corrections may be nested."""
 
 
 def _active() -> list[CorrectingMode]:
@@ -125,11 +126,13 @@ def _active() -> list[CorrectingMode]:
 def set_numbers_(
     model: nn.Module, numbers: Mapping[str, Mapping[Any, Mapping[int, Number]]]
 ) -> None:
-    """Corrects `numbers` in the calls of the named modules, on top of the corrections they have.
+    """Adds corrections of numbers in the calls of the named modules.
+
+    They are composed with existing corrections, as after pruning twice.
 
     Raises:
-        AttributeError: if `model` lacks one of the modules, or the code of one no longer has such a
-            call.
+        AttributeError: if `model` has no such module, or the code has no call at that place any
+            more.
     """
     for name, calls in numbers.items():
         module = model.get_submodule(name)
@@ -141,13 +144,13 @@ def set_numbers_(
                 f"the code of {where} has changed: there is no call at {place} any more"
             )
         hook = next(_hooks(module), None)
-        # One hook for each module, so that its calls are counted once.
+        # A module has only one hook: with two, its calls would be counted and corrected twice.
         if hook is None:
             hook = CorrectionHook({})
             module.register_forward_pre_hook(hook)
             module.register_forward_hook(end_correction, always_call=True)
         for call, corrections in calls.items():
-            hook.put_(str(call), corrections)
+            hook.add_(str(call), corrections)
 
 
 def numbers_in(model: nn.Module) -> Numbers:
@@ -160,14 +163,18 @@ def numbers_in(model: nn.Module) -> Numbers:
     return numbers
 
 
-def watch_(model: nn.Module, names: Sequence[str]) -> dict[str, dict[str, list[Any]]]:
-    """Records from now on the numbers that modules pass: module -> `place#n` -> numbers."""
-    seen: dict[str, dict[str, list[Any]]] = {}
+def record_numbers_(model: nn.Module, names: Sequence[str]) -> dict[str, dict[str, list[Any]]]:
+    """Starts to record the numbers that the code of the named modules passes to torch.
+
+    Returns:
+        A dictionary that is filled when the model runs: module -> `place#n` -> numbers.
+    """
+    recorded: dict[str, dict[str, list[Any]]] = {}
     set_numbers_(model, {name: {} for name in names})
     for name in names:
         hook = next(_hooks(model.get_submodule(name)))
-        hook.seen = seen.setdefault(name, {})
-    return seen
+        hook.recorded = recorded.setdefault(name, {})
+    return recorded
 
 
 def _hooks(module: nn.Module) -> Iterator[CorrectionHook]:
@@ -177,8 +184,8 @@ def _hooks(module: nn.Module) -> Iterator[CorrectionHook]:
 
 
 def _composed(old: Number | None, new: Number) -> Number:
-    """Returns the correction that is `old` followed by `new`, as after pruning twice."""
-    # A number or a list of indices replaces whatever was there.
+    """Returns the correction that has the effect of `old` followed by `new`."""
+    # A new number or list of indices does not depend on the old correction.
     if isinstance(new, int) or old is None or len(new) == 3:
         return new
     if isinstance(old, int):

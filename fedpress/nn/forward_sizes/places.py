@@ -1,4 +1,7 @@
-"""Names the place of a call in a module's forward code, the same in every run of the same code."""
+"""Names the place of a call in forward code: `file:function+line:column operation`.
+
+The name is the same in every run of the same code, so that it can be stored in a file.
+"""
 
 from __future__ import annotations
 
@@ -12,13 +15,13 @@ from typing import Any
 
 from torch import nn
 
-OURS = ("fedpress.nn.forward_sizes.", "fedpress.compress.")
-"""Modules of fedpress that run between a user's code and a call: they are left out of the place."""
+MODULES_OF_FEDPRESS = ("fedpress.nn.forward_sizes.", "fedpress.compress.")
+"""Modules of fedpress whose functions run between a user's code and torch; not part of a place."""
 
 
 @dataclass(frozen=True)
 class CallSite:
-    """Where a torch function is called: the module whose method does it, and the place."""
+    """A call of a torch function: the `nn.Module` whose method makes it, and the place in code."""
 
     module: nn.Module
     place: str
@@ -28,16 +31,17 @@ _COMPREHENSION_NAMES = ("<listcomp>", "<setcomp>", "<dictcomp>")
 
 
 def find_call_site(function: Callable[..., Any]) -> CallSite | None:
-    """Returns the site of the present call of `function`; None if no module makes it.
+    """Finds the module and the place of the call of `function` that runs now, from the call stack.
 
-    The place names the call and, where helper functions make it, the calls that lead to it from the
-    module's own code.
+    If helper functions make the call, the place also names the calls of these functions, from the
+    module's own code on. None if the call comes from no module.
     """
     frame: FrameType | None = sys._getframe(1)
     module: nn.Module | None = None
     parts: list[str] = []
-    # Since Python 3.12 a comprehension runs in the frame of its function. Where it still has one of
-    # its own, that frame gives the line and the enclosing function the name.
+    # Since Python 3.12 a comprehension runs in the frame of its function. In older versions it has
+    # a frame of its own. To get the same name, the line is taken from that frame and the function
+    # name from the enclosing one.
     comprehension: FrameType | None = None
     while frame is not None:
         owner = frame.f_locals.get("self")
@@ -65,19 +69,19 @@ def find_call_site(function: Callable[..., Any]) -> CallSite | None:
 
 
 def _belongs_to_place(code_module: str, *, is_method: bool) -> bool:
-    """Returns whether a frame is named in the place: the module's own code, or a helper's.
+    """Returns whether a frame of the call stack is part of the place: user code, not torch's.
 
     Args:
         code_module: name of the Python module of the frame's code.
         is_method: whether it is a method of the `nn.Module`, which may be one of torch's own.
     """
-    if code_module.startswith(OURS):
+    if code_module.startswith(MODULES_OF_FEDPRESS):
         return False
     return is_method or not code_module.startswith(("torch.", "contextlib"))
 
 
 _NAMES_OF_CALLS: dict[tuple[CodeType, CodeType, int], str] = {}
-"""Computing a name is slow, and corrections look places up in every forward pass."""
+"""Cache of names: computing one is slow, and corrections need them in every forward pass."""
 
 
 def _name_of_call(code: CodeType, at: FrameType) -> str:
@@ -88,7 +92,7 @@ def _name_of_call(code: CodeType, at: FrameType) -> str:
     """
     key = code, at.f_code, at.f_lasti
     if key not in _NAMES_OF_CALLS:
-        # Two bytes per instruction.
+        # `f_lasti` counts bytes, and an instruction has two.
         _, line, _, column = list(at.f_code.co_positions())[at.f_lasti // 2]
         offset = (line or at.f_lineno) - code.co_firstlineno
         _NAMES_OF_CALLS[key] = f"{_function_name(code)}+{offset}:{column or 0}"
@@ -100,19 +104,24 @@ def _function_name(code: CodeType) -> str:
 
 
 def has_place(module: nn.Module, place: str) -> bool:
-    """Returns whether the code of the module's class has, or may have, a call at `place`."""
+    """Returns whether the code of the module's class has a call at `place`.
+
+    If that cannot be determined, the result is True.
+    """
     first, *_ = place.split(" ")
     function_name, plus, rest = first.rpartition("+")
-    if not plus:  # the index of a call, of an older file
+    if not plus:  # the index of a call, in a file of an older version
         return True
     offset, _, column = rest.partition(":")
-    codes = [
-        code for code in _codes_of_class(type(module)) if _function_name(code) == function_name
-    ]
-    # A helper outside the class is not found here, and column 0 means that Python knew none.
+    codes = []
+    for code in _codes_of_class(type(module)):
+        if _function_name(code) == function_name:
+            codes.append(code)
+    # Helper functions outside of the class cannot be checked. Column 0 stands for an unknown one.
     if not codes or column == "0":
         return True
-    return any((int(offset), int(column)) in _ends_of_operations(code) for code in codes)
+    end = int(offset), int(column)
+    return any(end in _ends_of_operations(code) for code in codes)
 
 
 def _codes_of_class(kind: type) -> Iterator[CodeType]:

@@ -1,9 +1,10 @@
 """Torch layers with weights, and optionally inputs, quantized to a few bits.
 
 A `QuantizationScheme` says how values are rounded; the scales are tensors of the layer. `weight`
-stays a float tensor: in training it is the latent weight, and the layer computes with the nearest
-grid point of every entry (its gradient is that of the identity, straight-through). `materialize_`
-writes the grid points into `weight`; then every entry is exactly an integer times its scale.
+stays a float tensor. In training it is the latent weight: the layer computes with the nearest grid
+point of every entry, and the gradient passes unchanged through the rounding (straight-through
+estimator). `materialize_` writes the grid points into `weight`; then every entry of an integer
+weight is exactly an integer times its scale.
 """
 
 from fedpress.nn.quantized.classes import quantized_class, why_not_quantizable

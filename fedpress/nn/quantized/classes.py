@@ -1,4 +1,4 @@
-"""Says which layers can be quantized, including a user's subclasses, and makes their classes."""
+"""Decides which layers can be quantized, and creates quantized classes of user-defined layers."""
 
 from __future__ import annotations
 
@@ -14,21 +14,24 @@ from fedpress.nn.quantized.names import weight_keys
 
 
 class _QuantSubclass(QuantLayer):
-    """A subclass whose forward prepares its input for the plain one (see `forward_probe`)."""
+    """Base of quantized subclasses that change their input first, for instance by padding.
+
+    `fedpress.nn.forward_probe` checks that they do nothing else.
+    """
 
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Maps as the subclass itself, with quantized input and weight."""
+        """Runs the forward of the subclass with quantized input and weight."""
         twin = self.plain_twin(weight=self.quantized_weight())
         return twin.forward(self.quantized_input(input), *args, **kwargs)
 
 
 def quantized_class(kind: type[nn.Module]) -> type[QuantLayer]:
-    """Returns the quantized class of a kind of layer; that of a subclass is created here.
+    """Returns the quantized class for a class of layers; for user-defined ones it is created.
 
     Raises:
         KeyError: if the kind cannot be quantized.
     """
-    # Exact classes: a subclass may compute something else.
+    # Looked up by the exact class: a subclass may compute something else.
     found = QUANTIZED_CLASSES.get(kind) or _SUBCLASSES.get(kind)
     if found is not None:
         return found
@@ -47,10 +50,9 @@ def quantized_class(kind: type[nn.Module]) -> type[QuantLayer]:
 
 
 def _equivalent_layer(kind: type[nn.Module]) -> type[nn.Module] | None:
-    """Returns the layer that `kind` is a subclass of and computes like, or None.
+    """Returns the torch layer that `kind` is a subclass of, if both compute the same; else None.
 
-    A subclass may add names, but not replace a method of the layer: that could be a part of its
-    forward.
+    A subclass may add methods, but must not override any that could be used in forward.
     """
     base = next((k for k in QUANTIZED_CLASSES if issubclass(kind, k)), None)
     if base is None:
@@ -66,21 +68,21 @@ CONSTRUCTION = {
     *("__init__", "__doc__", "__module__", "__annotations__", "__constants__"),
     *("reset_parameters", "_reset_parameters", "extra_repr"),
 }
-"""Names that a subclass may replace without changing what it computes."""
+"""Names that a subclass may override without changing what it computes."""
 
 _SUBCLASSES: dict[type[nn.Module], type[QuantLayer]] = {}
-"""Classes that `quantized_class` created, so that two layers of one class have one class again."""
+"""Cache of the classes that `quantized_class` has created: one for each user-defined class."""
 
 
 def why_not_quantizable(module: nn.Module) -> str | None:
     """Returns why `module`, which has weights, cannot be quantized; None if it can.
 
-    A subclass of a convolution or linear layer is run on random inputs to see what it does with its
+    A subclass of a convolution or linear layer is run on random inputs to observe how it uses its
     weight.
     """
     if isinstance(module, QuantLayer):
         return None
-    # The trial run comes last: the other checks are cheap, and say more than a run that fails.
+    # The trial run comes last: the other checks are cheap, and their reasons are more precise.
     checks = (
         _why_weight_is_computed,
         _why_forward_is_unknown,
@@ -103,8 +105,8 @@ def _can_be_known(kind: type[nn.Module]) -> bool:
 
 
 def _why_weight_is_computed(module: nn.Module) -> str | None:
-    """Returns a reason if a weight is no parameter of the module itself."""
-    # A computed weight is an attribute or a property, not an entry of the parameters.
+    """Returns a reason if a weight is computed, for instance by a parametrization."""
+    # A computed weight is an attribute or a property, not one of the module's parameters.
     if all(key in module._parameters for key in weight_keys(module)):
         return None
     if not hasattr(module, "parametrizations") and not _can_be_known(type(module)):
@@ -114,8 +116,8 @@ def _why_weight_is_computed(module: nn.Module) -> str | None:
 
 
 def _why_forward_is_unknown(module: nn.Module) -> str | None:
-    """Returns a reason if it is not known what the forward of the module computes."""
-    # Then the class does not say what the module computes.
+    """Returns a reason if the module's class does not tell what its forward computes."""
+    # A function assigned to `module.forward` hides that of the class.
     if "forward" in module.__dict__:
         return "its forward was replaced by another function; quantize it before that"
     if _can_be_known(type(module)):
@@ -128,7 +130,7 @@ def _why_forward_is_unknown(module: nn.Module) -> str | None:
 
 
 def _why_weight_does_not_fit(module: nn.Module) -> str | None:
-    """Returns a reason if the weight changes by itself or is not float32."""
+    """Returns a reason if forward changes the weight, or the weight is not float32."""
     if isinstance(module, nn.Embedding) and (module.max_norm is not None or module.sparse):
         return (
             "it changes its rows itself (max_norm) or has sparse gradients, "
@@ -144,7 +146,7 @@ def _why_weight_does_not_fit(module: nn.Module) -> str | None:
 
 
 def _why_subclass_differs(module: nn.Module) -> str | None:
-    """Returns a reason if a trial run shows that a subclass uses its weight otherwise."""
+    """Returns a reason if a subclass uses its weight differently from its base layer."""
     if _same_forward(type(module)):
         return None
     difference = why_not_plain(module)

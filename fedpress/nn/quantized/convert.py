@@ -1,4 +1,4 @@
-"""Turns layers into quantized ones and back, and rounds their weights to grid points."""
+"""Converts layers to quantized ones and back, and rounds their weights to grid points."""
 
 from __future__ import annotations
 
@@ -25,9 +25,10 @@ from fedpress.nn.quantized.names import codebook_name, is_qparam, kept_zeros_nam
 
 @torch.no_grad()
 def quantize_layers_(model: nn.Module, table: Mapping[str, QuantizationScheme]) -> None:
-    """Quantizes the named layers; weights are not changed, and scales fit their present range.
+    """Converts the named layers to quantized ones; their float weights are not changed.
 
-    A layer that is quantized already gets the new scheme. Create the optimizer afterwards.
+    Scales are set for the present weights (see `initial_scale`). A layer that is quantized already
+    gets the new scheme. Create the optimizer afterwards, since scales are parameters.
 
     Args:
         model: changed in place.
@@ -53,17 +54,16 @@ def quantize_layers_(model: nn.Module, table: Mapping[str, QuantizationScheme]) 
                 cure="leave it out",
             )
 
-        # Those of another scheme may have other shapes.
+        # Scales of an earlier scheme may have other shapes.
         _drop_qparams_(module)
         if not isinstance(module, QuantLayer):
-            # The same object gets another class, so that modules that share the layer share it
-            # still.
+            # The object itself changes its class, because several modules may share it.
             module.__class__ = quantized_class(type(module))
 
         assert isinstance(module, QuantLayer)
         if not issubclass(module.plain, INPUT_QUANTIZED) and scheme.inputs is not None:
             raise ModelError(
-                f"'{name}' is a {module.plain.__name__}, whose weights alone can be rounded",
+                f"'{name}' is a {module.plain.__name__}, whose inputs cannot be quantized",
                 place="spec.quantized",
                 cure="leave its inputs out",
             )
@@ -74,22 +74,22 @@ def quantize_layers_(model: nn.Module, table: Mapping[str, QuantizationScheme]) 
 
 
 def _disable_fast_paths_(model: nn.Module) -> None:
-    """Disables fast paths of transformer encoders, which read weights without calling layers."""
+    """Disables the fast paths of transformer encoders: they use weights without calling layers."""
     for module in model.modules():
         if not any(isinstance(m, QuantLayer) for m in module.modules()):
             continue
         if isinstance(module, nn.TransformerEncoderLayer):
-            # 0 means neither relu nor gelu, for which there is no fast path; `activation` is used.
+            # 0 stands for an activation without a fast path; torch then calls `activation`.
             module.activation_relu_or_gelu = 0
         elif isinstance(module, nn.TransformerEncoder):
             module.use_nested_tensor = False
 
 
 def remove_quantization_(layer: QuantLayer) -> nn.Module:
-    """Gives `layer` its class before quantization, with its present weights; returns it."""
+    """Turns a quantized layer back into a plain one with its present weights; returns it."""
     _drop_qparams_(layer)
     _drop_kept_zeros_(layer)
-    # The plain class has no such attribute.
+    # A plain layer has no attribute `scheme`.
     layer.__dict__.pop("scheme", None)
     layer.__class__ = layer.plain  # type: ignore[assignment]
     return layer
@@ -109,7 +109,7 @@ def _drop_kept_zeros_(layer: QuantLayer) -> None:
 
 
 def _register_(layer: QuantLayer, scheme: QuantizationScheme) -> None:
-    """Gives the layer the tensors of its scheme: scales, codebooks, zero point, middle."""
+    """Adds the tensors of the scheme to the layer: scales, codebooks, zero point, middle."""
     if scheme.weights is not None:
         for key in layer.keys:
             _register_weight_(layer, key, scheme.weights)
@@ -118,7 +118,7 @@ def _register_(layer: QuantLayer, scheme: QuantizationScheme) -> None:
 
 
 def _register_weight_(layer: QuantLayer, key: str, quantization: WeightQuantization) -> None:
-    """Gives the layer the scale or codebook of one weight."""
+    """Adds the scale or codebook of one weight to the layer."""
     weight = layer.rows(getattr(layer, key).detach())
     if quantization.kind != "codebook":
         scale = nn.Parameter(initial_scale(weight, quantization))
@@ -134,7 +134,7 @@ def _register_weight_(layer: QuantLayer, key: str, quantization: WeightQuantizat
 
 
 def _register_inputs_(layer: QuantLayer, quantization: InputQuantization) -> None:
-    """Gives the layer the scale, zero point and middle of its inputs."""
+    """Adds the scale, zero point and middle of its inputs to the layer."""
     weight = layer.weight.detach()
     if not quantization.dynamic:
         scale = nn.Parameter(weight.new_ones((), dtype=torch.float32))
@@ -148,9 +148,9 @@ def _register_inputs_(layer: QuantLayer, quantization: InputQuantization) -> Non
 
 @torch.no_grad()
 def materialize_(model: nn.Module) -> nn.Module:
-    """Rounds quantized weights to grid points: `weight == dequantize(quantize())` exactly.
+    """Writes the grid points into the quantized weights of `model`; returns the model.
 
-    What the model computes is exactly the same. Returns the model.
+    The outputs stay exactly the same. Afterwards `weight == dequantize(quantize())`.
 
     Raises:
         ModelError: if a weight is not finite; the message names the layer.
@@ -161,7 +161,7 @@ def materialize_(model: nn.Module) -> nn.Module:
         for key in layer.keys:
             with placing(f"'{name}'"):
                 codes = layer.quantize(key)
-            # In place, so that shared weights and optimizers keep the tensor.
+            # In place: other modules or an optimizer may hold the same tensor.
             getattr(layer, key).copy_(layer.dequantize(codes, key))
             if layer.scheme.weights.kind == "codebook":
                 layer.codebook_of(key).copy_(layer.codebook_values(key))

@@ -1,4 +1,4 @@
-"""Tells apart zeros of quantized sparse weights: pruned entries, and kept ones rounded to 0."""
+"""Masks of sparse quantized weights, in which a zero is pruned, or a kept entry rounded to 0."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from fedpress.nn.quantized.names import kept_zeros_name
 def kept_entries(model: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
     """Returns masks of the kept entries of the named sparse weights: bool, of their shapes.
 
-    In a float weight every entry that is not 0 is kept. In a quantized one a kept entry may be
-    rounded to 0; a buffer of the layer marks those, so that training can move them again (see
-    `note_kept_zeros_`).
+    In a float weight exactly the entries that are not 0 are kept. In a quantized weight a kept
+    entry may have been rounded to 0; a buffer of the layer marks these entries (see
+    `note_kept_zeros_`), so that later training can change them.
 
     Raises:
-        ModelError: if the model lacks one of the names.
+        ModelError: if the model has no parameter of that name.
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
     buffers = dict(model.named_buffers(remove_duplicate=False))
@@ -32,8 +32,8 @@ def kept_entries(model: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
                 place="spec.sparse",
                 cure="the spec is of another model",
             )
-        # The zeros themselves are the mask of a float weight.
         kept = parameters[name].detach() != 0
+        # The buffer of "conv.weight" is "conv.weight_kept_zeros".
         owner, dot, key = name.rpartition(".")
         zeros = buffers.get(f"{owner}{dot}{kept_zeros_name(key)}")
         found[name] = kept if zeros is None else kept | zeros
@@ -44,8 +44,8 @@ def note_kept_zeros_(model: nn.Module, masks: Mapping[str, Tensor]) -> tuple[str
     """Records which zeros of sparse quantized weights are kept entries that were rounded to 0.
 
     Args:
-        model: layers with such zeros get a buffer; in the others the zeros are the mask.
-        masks: the kept entries of each sparse weight, by name.
+        model: layers with such zeros get a buffer; in others all zeros are pruned entries.
+        masks: mask of the kept entries of each sparse weight, by name.
 
     Returns:
         The names of the weights with a buffer, for `ModelSpec.kept_zeros`.
@@ -58,7 +58,7 @@ def note_kept_zeros_(model: nn.Module, masks: Mapping[str, Tensor]) -> tuple[str
         layer, key = weights[name]
         weight = getattr(layer, key).detach()
         zeros = mask.to(weight.device) & (weight == 0)
-        # One of an earlier stage may no longer be true.
+        # A buffer of an earlier stage may be out of date.
         layer._buffers.pop(kept_zeros_name(key), None)
         if bool(zeros.any()):
             layer.register_buffer(kept_zeros_name(key), zeros)
@@ -67,16 +67,16 @@ def note_kept_zeros_(model: nn.Module, masks: Mapping[str, Tensor]) -> tuple[str
 
 
 def register_kept_zeros_(model: nn.Module, names: Iterable[str]) -> None:
-    """Gives the layers of the named weights empty buffers of kept zeros, to be loaded from a file.
+    """Adds empty buffers of kept zeros to the layers of the named weights, before a file is loaded.
 
     Raises:
-        ModelError: if a name is no quantized weight.
+        ModelError: if a name is not that of a quantized weight.
     """
     weights = quantized_weights(model)
     for name in names:
         if name not in weights:
             raise ModelError(
-                f"'{name}' is no quantized weight",
+                f"'{name}' is not a quantized weight",
                 place="spec.kept_zeros",
                 cure="the spec is of another model",
             )

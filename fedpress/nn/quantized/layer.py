@@ -1,4 +1,4 @@
-"""The base of all quantized layers: their tensors, rounding, and the gradient through rounding."""
+"""The base class of quantized layers: scales and codebooks, rounding, and its gradient."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ from fedpress.nn.quant_scheme import (
 from fedpress.nn.quantized.names import codebook_name, is_qparam, scale_name, weight_keys
 
 GRADIENT_WINDOW = 1.25
-"""One-bit inputs have a gradient up to so many mean distances from their middle.
+"""Half-width of the window around the middle in which one-bit inputs have a gradient.
 
-For a Gaussian this is about one standard deviation, since its mean distance is sqrt(2 / pi) = 0.8
-of that.
+The unit is the mean distance from the middle. A Gaussian has a mean distance of sqrt(2 / pi) = 0.8
+standard deviations, so 1.25 mean distances are about one standard deviation.
 """
 
 
 class QuantLayer(nn.Module):
-    """The base of quantized layers, which `quantize_layers_` creates from plain ones.
+    """Base class of quantized layers; `quantize_layers_` converts plain layers to them.
 
-    A layer has one weight, `weight`, or several, such as `weight_ih_l0` and `weight_hh_l0`; `keys`
-    are their names. Its quantization parameters are in the state dict:
+    A layer has one weight, `weight`, or several, such as `weight_ih_l0` and `weight_hh_l0` of an
+    LSTM; `keys` are their names. Its quantization parameters are in the state dict:
 
     - `weight_scale`: [out] or [out, groups] float32; 0-d for a codebook with `centroid_bits`
     - `codebook`: [2^bits] float32
@@ -59,7 +59,7 @@ class QuantLayer(nn.Module):
     plain: type[nn.Module] = nn.Module
     """The class of the layer before it was quantized."""
     channel_axis = -1
-    """The axis of the inputs that has channels."""
+    """The channel axis of the inputs, counted from the end: -3 for images [n, C, H, W]."""
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -72,25 +72,28 @@ class QuantLayer(nn.Module):
         return sum(getattr(self, key).numel() for key in self.keys)
 
     def rows(self, weight: Tensor) -> Tensor:
-        """Returns `weight` with output channels first, so that each row has a scale."""
+        """Returns `weight` with its axes ordered [out, in, ...], since each output has a scale.
+
+        Transposed convolutions, whose weights are [in, out, ...], override it.
+        """
         return weight
 
     def unrows(self, rows: Tensor) -> Tensor:
-        """Returns `rows` in the shape of the layer's weight."""
+        """Undoes `rows`: returns the tensor in the shape of the layer's weight."""
         return rows
 
     def scale(self, key: str = "weight") -> nn.Parameter:
-        """Returns the trained scales of a weight; the layer uses `positive_scale` of them."""
+        """Returns the scale parameter of a weight; the layer uses `positive_scale` of it."""
         found: nn.Parameter = getattr(self, scale_name(key))
         return found
 
     def codebook_of(self, key: str = "weight") -> nn.Parameter:
-        """Returns the shared values of a weight."""
+        """Returns the codebook parameter of a weight: the values that its entries share."""
         found: nn.Parameter = getattr(self, codebook_name(key))
         return found
 
     def quantize(self, key: str = "weight") -> Tensor:
-        """Returns the int8 codes of a weight, in its shape: those of the nearest grid points.
+        """Returns the int8 codes of a weight's nearest grid points, in its shape.
 
         Raises:
             ModelError: if the weights are float, or one is not finite.
@@ -113,7 +116,7 @@ class QuantLayer(nn.Module):
         """
         quantization = self.weight_quantization()
         lowest, highest = quantization.lowest, quantization.highest
-        # Codes may come from a file.
+        # Codes may come from a damaged file.
         if codes.numel() and (int(codes.min()) < lowest or int(codes.max()) > highest):
             raise ModelError(
                 (
@@ -129,7 +132,7 @@ class QuantLayer(nn.Module):
     def integers(self, key: str = "weight") -> tuple[Tensor, Tensor] | None:
         """Returns int8 integers and scales [out] or [out, groups] whose product is the weight.
 
-        None for float weights, and for a codebook of arbitrary values.
+        None for float weights, and for codebooks whose values are arbitrary floats.
         """
         quantization = self.scheme.weights
         if quantization is None:
@@ -153,9 +156,10 @@ class QuantLayer(nn.Module):
         if quantization.kind == "codebook":
             values = self.codebook_values(key)
             code = quantize(weight.detach(), values.detach(), quantization)
-            # Both are trained: a weight may change its cluster, and a centroid has the sum of its
-            # weights' gradients (Han et al. 2016, arXiv:1510.00149, section 3.3), here times
-            # clusters / weights, which makes it a mean if all clusters have the same size.
+            # Weights and centroids are trained. A weight may change its cluster. A centroid gets
+            # the sum of its weights' gradients (Han et al. 2016, arXiv:1510.00149, section 3.3).
+            # Here the sum is multiplied by clusters / weights: the mean, if all clusters are
+            # equally large.
             centroids = scale_gradient(values, len(values) / weight.numel())
             chosen = centroids[(code - quantization.lowest).long()]
             return self.unrows(chosen + (weight - weight.detach()))
@@ -195,10 +199,9 @@ class QuantLayer(nn.Module):
             scale = distance.detach().abs().mean()
         else:
             scale = scale_gradient(positive_scale(self.input_scale), gradient_scale(x, 1))
-        # Without a middle the inputs are assumed to be normalised: the gradient is that of hard
-        # tanh,
-        # 1 where |x| <= 1 (Hubara et al. 2016, arXiv:1602.02830, eq. 4). With a middle their mean
-        # distance from it is known: `scale`.
+        # Without a middle the inputs are assumed to be normalised, and the gradient is that of
+        # hard tanh: 1 where |x| <= 1 (Hubara et al. 2016, arXiv:1602.02830, eq. 4). With a middle
+        # the window is relative to `scale`, the mean distance from the middle.
         if middle is None:
             near = distance.clamp(-1, 1)
         else:
@@ -248,10 +251,10 @@ class QuantLayer(nn.Module):
         return straight_through(steps.detach().round(), steps) * scale
 
     def expanded_scale(self, key: str = "weight", *, slow_gradient: bool = False) -> Tensor:
-        """Returns the scales in a shape that broadcasts with rows; for a codebook its values.
+        """Returns the scales in a shape that broadcasts with `rows`; for a codebook its values.
 
-        With `slow_gradient` the scale's gradient is divided as that of a learned step size (Esser
-        et al. 2020, section 2.2).
+        With `slow_gradient` the gradient of the scale is multiplied by the factor for learned step
+        sizes (Esser et al. 2020, arXiv:1902.08153, section 2.2).
         """
         quantization = self.weight_quantization()
         if quantization.kind == "codebook":
@@ -264,13 +267,12 @@ class QuantLayer(nn.Module):
         return expand_scale(scale, self.rows(weight), quantization.group)
 
     def plain_twin(self, **instead: object) -> Any:
-        """Returns a plain layer with the attributes of this one, some of them replaced.
+        """Returns a layer of the plain class with the attributes of this one, except `instead`.
 
-        Its forward is that of the class before quantization, which then uses the given weights.
-        This layer itself is not changed, so that no gradient, trace or copy ever sees it half
-        quantized.
+        Example: `plain_twin(weight=w)` computes the plain forward with the weight w. This layer
+        itself is not changed, so gradients, traces and copies of it are not affected.
         """
-        # Not a constructor call, which would allocate weights.
+        # The constructor is not called, because it would allocate weights.
         twin = object.__new__(self.plain)
         twin.__dict__.update(self.__dict__)
         twin.__dict__.update(instead)
@@ -278,10 +280,9 @@ class QuantLayer(nn.Module):
 
 
 def qparam_ids(model: nn.Module) -> set[int]:
-    """Returns the ids of scales, codebooks and middles, for which there is no weight decay.
+    """Returns the ids of the parameters without weight decay: scales, codebooks and middles.
 
-    A smaller step size does not make a simpler network: decay would only move the grid away from
-    its optimum.
+    Weight decay would only shrink the grid and move it away from its optimum.
     """
     found: set[int] = set()
     for _, layer in quantized_layers(model):

@@ -1,4 +1,4 @@
-"""The quantized class of each kind of torch layer, and the table of them."""
+"""Quantized versions of torch's layers: `QuantLinear`, `QuantConv2d`, `QuantLSTM` and others."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ class _QuantRecurrent(QuantLayer):
         """Maps a sequence and a state to outputs and the last state, as the plain layer."""
         weights = {key: self.quantized_weight(key) for key in self.keys}
         names: list[str] = self._flat_weights_names  # type: ignore[assignment]
-        # torch passes the weights to its kernel as this list, not as attributes.
+        # torch's kernel gets this list, not the attributes.
         flat = []
         for name in names:
             flat.append(weights[name] if name in weights else getattr(self, name))
@@ -175,8 +175,7 @@ class QuantRNNCell(_QuantCell, nn.RNNCell):
 class QuantMultiheadAttention(QuantLayer, nn.MultiheadAttention):
     """Attention with quantized projections of queries, keys and values.
 
-    The output projection is a layer of its own in the table of schemes. Attention uses its weight
-    without calling it.
+    The output projection `out_proj` is a separate quantized layer with its own scheme.
     """
 
     plain = nn.MultiheadAttention
@@ -184,7 +183,7 @@ class QuantMultiheadAttention(QuantLayer, nn.MultiheadAttention):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Computes attention as the plain layer does."""
         parts: dict[str, object] = {key: self.quantized_weight(key) for key in self.keys}
-        # Its forward is not called, so its weight must be rounded here.
+        # Attention uses the weight of `out_proj` without calling it, so it must be rounded here.
         if isinstance(self.out_proj, QuantLayer):
             parts["out_proj"] = self.out_proj.plain_twin(weight=self.out_proj.quantized_weight())
         return self.plain_twin(**parts).forward(*args, **kwargs)

@@ -8,8 +8,8 @@ from torch import nn
 
 
 def weight_keys(module: nn.Module) -> tuple[str, ...]:
-    """Returns the names of the weights of a layer that are quantized."""
-    # A recurrent layer has two weights for each layer and direction.
+    """Returns the names of those weights of a layer that can be quantized, such as ("weight",)."""
+    # A recurrent module has two weights for each layer and direction.
     if isinstance(module, nn.RNNBase):
         return tuple(name for name in module._flat_weights_names if name.startswith("weight"))
     if isinstance(module, nn.RNNCellBase):
@@ -27,7 +27,10 @@ def scale_name(key: str) -> str:
 
 
 def codebook_name(key: str) -> str:
-    """Returns the name of the codebook of a weight; that of `weight` itself is an older name."""
+    """Returns the name of the codebook of a weight.
+
+    For `weight` it is "codebook", as in files of versions in which layers had only one weight.
+    """
     return "codebook" if key == "weight" else f"{key}_codebook"
 
 

@@ -19,10 +19,10 @@ from fedpress.compress.sparse import (
     Masks,
     Pattern,
     Weights,
-    apply_,
-    choose,
+    apply_masks_,
     density_of,
     find_weights,
+    masks_from_scores,
 )
 from fedpress.compress.sparse.l0 import (
     Gates,
@@ -95,7 +95,7 @@ class L0Stage(L0Settings, Stage):
             }
         weights, within = self.weights(model, state)
         masks = self.choose(weights, [w.value.detach().abs() for w in weights.chosen], within)
-        apply_(weights.chosen, masks)
+        apply_masks_(weights.chosen, masks)
         facts = {"density": density_of(masks), "dense_weights": dict(weights.dense)}
         return replace(state, spec=with_sparse_weights(state.spec, masks), model=model), facts
 
@@ -127,7 +127,7 @@ class L0Stage(L0Settings, Stage):
         assert within is not None
         # Ranked by gate, not by weight: the gates have learned which entries are needed.
         masks = self.choose(weights, [a.detach() for a in gates.log_alphas], within)
-        apply_(weights.chosen, masks)
+        apply_masks_(weights.chosen, masks)
         _restore_norms_(self, model, state)
         layers: list[JsonValue] = []
         for weight in weights.chosen:
@@ -189,7 +189,7 @@ class L0Stage(L0Settings, Stage):
     def choose(self, weights: Weights, scores: list[Tensor], within: Masks) -> Masks:
         """Returns masks that keep exactly `density` of the entries, those of the highest scores."""
         by_name = {w.name: s for w, s in zip(weights.chosen, scores, strict=True)}
-        return choose(
+        return masks_from_scores(
             weights.chosen, by_name, Pattern("unstructured"), density=self.density, within=within
         )
 

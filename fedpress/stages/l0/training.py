@@ -9,8 +9,8 @@ import torch
 from pydantic import JsonValue
 from torch import Tensor, nn
 
-from fedpress.compress.sparse import geometric
-from fedpress.compress.sparse.l0 import Controller, Gates, balance
+from fedpress.compress.sparse import geometric_density
+from fedpress.compress.sparse.l0 import DensityController, Gates, balance
 from fedpress.core.inputs import Inputs
 from fedpress.core.parameters import tensors_under
 from fedpress.core.random_source import public_stream
@@ -61,12 +61,12 @@ class GatedTraining:
         rate = stage.gate_lr or min(LOG_ALPHA_DISTANCE / self.steps, MAX_GATE_LR)
         self.optimizer = torch.optim.Adam(gates.parameters(), rate, ADAM_BETAS, ADAM_EPSILON)
         self.begin = float(gates.density().detach())
-        self.controller: Controller | None = None
+        self.controller: DensityController | None = None
         self.penalty = 0.0
 
     def events(self) -> Iterator[Tick | Milestone]:
         """Trains to the last epoch; gates take a step after each step of the weights."""
-        with self.gates.on(self.fit.model):
+        with self.gates.applied_to(self.fit.model):
             # A stream for each epoch: a run that goes on from a checkpoint draws the same gates.
             self.gates.generator = public_stream(self.seed, "gates", self.fit.epoch)
             for event in train_epochs(self.fit, self.source):
@@ -89,11 +89,11 @@ class GatedTraining:
         density = self.gates.density()
         if self.controller is None:
             # Scaled by the first loss and density, so that lambda suits any task.
-            self.controller = Controller(balance(loss, density, self.gates))
+            self.controller = DensityController(balance(loss, density, self.gates))
         # The gates may begin below the wanted density: they need not close any further.
         end = min(self.stage.density, self.begin)
         # It falls by the same factor in every step.
-        target = geometric(self.done / self.steps, start=self.begin, end=end)
+        target = geometric_density(self.done / self.steps, start=self.begin, end=end)
         self.penalty = self.controller.step_(float(density.detach()), target)
         return loss + self.penalty * density
 
@@ -127,6 +127,6 @@ class GatedTraining:
             key, leaf = name.split("/")
             slots.setdefault(int(key), {})[leaf] = value
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": slots})
-        self.controller = Controller(facts["scale"], facts["lambda"])
+        self.controller = DensityController(facts["scale"], facts["lambda"])
         self.penalty = facts["pull"]
         self.done = facts["done"]

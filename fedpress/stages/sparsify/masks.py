@@ -7,7 +7,14 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from fedpress.compress.prune.sensitivity import SensitivityPoint
-from fedpress.compress.sparse import Masks, Pattern, Weight, Weights, choose, find_weights
+from fedpress.compress.sparse import (
+    Masks,
+    Pattern,
+    Weight,
+    Weights,
+    find_weights,
+    masks_from_scores,
+)
 from fedpress.compress.sparse.levels import level_densities
 from fedpress.compress.sparse.masks import Scope
 from fedpress.errors import RecipeError, renaming, suggestion
@@ -38,7 +45,7 @@ def weights_to_prune(settings: SparsifySettings, model: nn.Module, state: State)
     pattern = Pattern.parse(settings.pattern)
     misfits: dict[str, str] = {}
     for weight in weights.chosen:
-        why = pattern.misfit(weight)
+        why = pattern.why_not_applicable(weight)
         if why is not None:
             misfits[weight.name] = why
     chosen = tuple(w for w in weights.chosen if w.name not in misfits)
@@ -96,4 +103,6 @@ def choose_masks(
         scope = settings.scope
     pattern = Pattern.parse(settings.pattern)
     with renaming({"scope": "densities"} if settings.densities else {}):
-        return choose(weights, scores, pattern, density=density, scope=scope, within=within)
+        return masks_from_scores(
+            weights, scores, pattern, density=density, scope=scope, within=within
+        )

@@ -10,7 +10,7 @@ from pydantic import JsonValue
 from torch import nn
 
 from fedpress.compress.prune.ignoring import ignored_names
-from fedpress.compress.sparse import Masks, Pattern, Weights, apply_, density_of
+from fedpress.compress.sparse import Masks, Pattern, Weights, apply_masks_, density_of
 from fedpress.core.random import derive
 from fedpress.errors import RecipeError
 from fedpress.nn.resize import copied
@@ -79,7 +79,7 @@ class SparsifyStage(SparsifySettings, Stage):
                 place="density",
                 cure="take that, or finer blocks",
             )
-        apply_(weights.chosen, masks)
+        apply_masks_(weights.chosen, masks)
         rounds = 1 + self.rounds if self.schedule == "rewind" else 1
         facts = {**_facts(model, weights, masks), "epochs": self.epochs * rounds}
         return replace(state, spec=with_sparse_weights(state.spec, masks), model=model), facts
@@ -89,7 +89,7 @@ class SparsifyStage(SparsifySettings, Stage):
         work = MaskedTraining(self, state, derive(state.seed, "stage", folder.index))
         yield from drive(work, folder)
         model = work.fit.result_()
-        apply_(work.weights.chosen, work.masks)
+        apply_masks_(work.weights.chosen, work.masks)
         # Training updates the statistics of batch norms by itself, except where it did not run or
         # its weights were averaged.
         if self.ema or not self.epochs:

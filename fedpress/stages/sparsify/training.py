@@ -22,13 +22,13 @@ from fedpress.compress.sparse import (
     Movement,
     Pattern,
     WeightScoreInputs,
-    apply_,
-    cubic,
+    apply_masks_,
+    cubic_density,
     density_of,
     drop_share,
+    iterative_density,
     regrow,
     score_weights,
-    steps_down,
 )
 from fedpress.compress.sparse.levels import lowest_densities
 from fedpress.compress.sparse.scores import gradients
@@ -103,7 +103,7 @@ class MaskedTraining:
         """Trains; for "rewind" several times, each from the early weights."""
         if not self.resumed:
             self.schedule_(0)
-        watching = self.movement.watching() if self.movement else nullcontext()
+        watching = self.movement.recording() if self.movement else nullcontext()
         with watching:
             # Epoch 0 may be the one to rewind to.
             self.note_epoch_()
@@ -115,7 +115,7 @@ class MaskedTraining:
                 last = self.rounds - 1
                 start = density_of(self.allowed)
                 # Scored with the trained weights, then set back to the early ones.
-                self.cut_(steps_down(self.round, last, start=start, end=self.density))
+                self.cut_(iterative_density(self.round, last, start=start, end=self.density))
                 self.fit.load_(self.early)
                 self.keep_(self.masks)
 
@@ -190,7 +190,7 @@ class MaskedTraining:
     def keep_(self, masks: Masks) -> None:
         """Applies `masks`, and lets the training keep them after every step."""
         self.masks = masks
-        apply_(self.weights.chosen, masks)
+        apply_masks_(self.weights.chosen, masks)
         own = [(w.value, ~masks[w.name]) for w in self.weights.chosen]
         self.fit.zeros = [*self.others, *own]
 
@@ -257,7 +257,7 @@ def _gradual(work: MaskedTraining, step: int) -> None:
         return
     start = density_of(work.allowed)
     progress = (step - first) / max(1, last - first)
-    density = cubic(progress, start=start, end=work.density)
+    density = cubic_density(progress, start=start, end=work.density)
     # At the first step the cubic is still at its start: there is nothing to prune.
     if density < start:
         work.cut_(density)

@@ -85,7 +85,7 @@ def test_any_choice_of_channels_can_be_removed_and_is_counted_exactly(traced, na
 def test_half_of_every_architecture_goes_by_every_score(traced, name):
     model, x, graph = traced(name)
     for by in SCORES:
-        if by == "bn_scale" and not all(layer.role("scale") for layer in graph.groups):
+        if by == "bn_scale" and not all(layer.slices_with_role("scale") for layer in graph.groups):
             with pytest.raises(ModelError, match="needs a batch norm after"):
                 halved(model, graph, by, x)
             continue

@@ -66,8 +66,11 @@ def test_coupled_channels_are_those_of_torch_pruning(traced, name, root):
 def test_the_residual_stream_is_one_layer():
     model, x = make("residual")
     stream = by_name(trace(model, x), "stem")
-    assert {s.tensor for s in stream.role("write")} == {"stem.weight", "blocks.0.b.weight"}
-    assert {s.tensor for s in stream.role("read")} == {
+    assert {s.tensor for s in stream.slices_with_role("write")} == {
+        "stem.weight",
+        "blocks.0.b.weight",
+    }
+    assert {s.tensor for s in stream.slices_with_role("read")} == {
         "blocks.0.a.weight",
         "blocks.1.a.weight",
         "blocks.1.project.0.weight",

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from fedpress.compress import ChannelGraph, PruningPlan, plan, score, trace
-from fedpress.compress.prune.graph import ChannelGroup, Slice
+from fedpress.compress.prune.graph import ChannelGroup, ChannelSlice
 from fedpress.compress.prune.plan import allowed_widths
 from fedpress.errors import ModelError, RecipeError
 from fedpress.models.resnet import resnet18
@@ -68,7 +68,7 @@ def test_per_layer_scope_takes_the_same_share_of_each_layer(big):
 def test_allowed_widths_are_whole_or_rounded_and_never_zero(channels, unit, round_to, least):
     index = torch.arange(channels * unit).view(channels, unit)
     widths = allowed_widths(
-        ChannelGroup("a", (Slice("a.weight", 0, "write", index),)), round_to, least
+        ChannelGroup("a", (ChannelSlice("a.weight", 0, "write", index),)), round_to, least
     )
     assert widths[-1] == channels
     assert widths[0] >= max(1, least * channels)

@@ -197,7 +197,7 @@ def test_grasp_is_the_change_of_the_gradient_flow_when_a_channel_shrinks():
     ).double()
     x = torch.randn(2, 6).double()
     graph = trace(model, x)
-    reading = [s for layer in graph.groups for s in layer.role("read")]
+    reading = [s for layer in graph.groups for s in layer.slices_with_role("read")]
     owned = dict(model.named_parameters())
     weights = list({s.tensor: owned[s.tensor] for s in reading}.values())
 
@@ -207,7 +207,7 @@ def test_grasp_is_the_change_of_the_gradient_flow_when_a_channel_shrinks():
 
     ours = raw_scores(model, graph, "grasp", losses=lambda: [F.cross_entropy(model(x), LABELS)])
     for layer, values in zip(graph.groups, ours, strict=True):
-        (s,) = layer.role("read")
+        (s,) = layer.slices_with_role("read")
         weight = owned[s.tensor]
         for c in range(0, layer.channels, 7):
             keep, sides = weight.detach().clone(), []
@@ -307,7 +307,7 @@ def slow_single_channel(model, graph, target):
         for i, layer in enumerate(graph.groups):
             sums = sum(
                 weights[s.tensor].abs().transpose(0, s.axis).flatten(1).sum(1)[s.index].sum(1)
-                for s in layer.role("write")
+                for s in layer.slices_with_role("write")
             )
             for c, value in enumerate((sums / sums.mean()).tolist()):
                 if alive[i][c] and alive[i].sum() > 1 and (best is None or value < best[0]):
@@ -315,7 +315,7 @@ def slow_single_channel(model, graph, target):
         _, i, c = best
         alive[i][c] = False
         gone.append((i, c))
-        for s in graph.groups[i].role("read"):
+        for s in graph.groups[i].slices_with_role("read"):
             weights[s.tensor].index_fill_(s.axis, s.index[c], 0)
     return alive
 
@@ -327,7 +327,7 @@ def test_single_channel_removes_what_its_slow_twin_removes(traced, name):
     choice = prune_single_channel(model, graph, "l1", keep_params=0.5, **settings)
     alive = slow_single_channel(model, graph, choice.parameters_after)
     for layer, on in zip(graph.groups, alive, strict=True):
-        s = layer.role("write")[0]
+        s = layer.slices_with_role("write")[0]
         kept = choice.keep[s.tensor][s.axis]
         difference = set(kept) ^ set(on.nonzero().flatten().tolist())
         assert len(difference) <= 1, "only the last corrections may differ"

@@ -146,8 +146,8 @@ def test_what_cannot_be_folded_is_listed_with_the_reason():
     folds, left = find_folds(model, torch.zeros(2, 2, 3, 3))
     assert folds == {}
     says = {
-        "first": "no convolution or linear layer",
-        "read_norm": "something else reads the same convolution",
+        "first": "not a convolution or linear layer",
+        "read_norm": "something else uses the output of the same layer",
         "twice_norm": "is used more than once",
         "own_norm": "the weight before it is computed",
         "unused": "forward does not use it",
@@ -176,7 +176,7 @@ def test_shared_weights_are_folded_first():
         model, {"layers.0": QuantizationScheme(weights=WeightQuantization(kind="codebook"))}
     )
     with pytest.raises(
-        ModelError, match=r"'layers.0' shares weights between channels.*fold it first"
+        ModelError, match=r"channels of .layers.0. share a codebook.*fold the batch norm before"
     ):
         fold_(model, {"layers.1": "layers.0"})
     assert isinstance(model.layers[1], nn.BatchNorm3d)

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from fedpress.compress.quantize import (
-    Choice,
+    BitChoice,
     choose_bits,
     measure_choices,
     quantizable,
@@ -28,7 +28,7 @@ layers = st.lists(
 @given(layers, st.integers(1, 250))
 def test_the_choice_is_the_best_of_all(given_layers, budget):
     choices = {
-        f"layer{i}": [Choice(b, size, harm / 7) for b, (size, harm) in enumerate(layer, 2)]
+        f"layer{i}": [BitChoice(b, size, harm / 7) for b, (size, harm) in enumerate(layer, 2)]
         for i, layer in enumerate(given_layers)
     }
     ways = [w for w in product(*choices.values()) if sum(c.size for c in w) <= budget]
@@ -39,7 +39,9 @@ def test_the_choice_is_the_best_of_all(given_layers, budget):
     bits = choose_bits(choices, budget)
     ours = [next(c for c in choices[name] if c.bits == b) for name, b in bits.items()]
     assert sum(c.size for c in ours) <= budget
-    assert sum(c.harm for c in ours) == pytest.approx(min(sum(c.harm for c in w) for w in ways))
+    assert sum(c.divergence for c in ours) == pytest.approx(
+        min(sum(c.divergence for c in w) for w in ways)
+    )
 
 
 def test_large_budgets_are_met_and_nearly_used():
@@ -47,7 +49,7 @@ def test_large_budgets_are_met_and_nearly_used():
     sizes = torch.randint(1000, 400_000, (20,), generator=chance).tolist()
     choices = {
         f"layer{i}": [
-            Choice(b, n * b // 8, float(torch.rand((), generator=chance)) * 4.0**-b)
+            BitChoice(b, n * b // 8, float(torch.rand((), generator=chance)) * 4.0**-b)
             for b in (2, 3, 4, 6, 8)
         ]
         for i, n in enumerate(sizes)
@@ -88,13 +90,13 @@ def test_the_harm_is_the_divergence_of_one_layer_rounded_alone():
         assert torch.equal(parameter, before[name])
     for rows in found.values():
         assert [c.bits for c in rows] == [2, 4, 8]
-        assert rows[0].harm > rows[1].harm > rows[2].harm >= 0
+        assert rows[0].divergence > rows[1].divergence > rows[2].divergence >= 0
         assert rows[0].size < rows[1].size < rows[2].size
     p = model(x).softmax(1)
     scale = model[0].weight.detach().abs().amax(1, keepdim=True) / 127
     model[0].weight.data = (model[0].weight.data / scale).round() * scale
     by_hand = torch.nn.functional.kl_div(model(x).log_softmax(1), p, reduction="batchmean")
-    assert found["0"][2].harm == pytest.approx(by_hand.item(), rel=0.3, abs=1e-6)
+    assert found["0"][2].divergence == pytest.approx(by_hand.item(), rel=0.3, abs=1e-6)
 
 
 def test_no_examples_and_other_grids_are_refused():

@@ -13,7 +13,7 @@ from fedpress.compress.prune.plan import make_plan
 from fedpress.compress.sparse import find_weights
 from fedpress.compress.sparse.l0 import (
     SMALLEST_GATE,
-    Controller,
+    DensityController,
     balance,
     channel_gates,
     expected_gate,
@@ -98,7 +98,7 @@ def test_gates_leave_no_trace():
     names, before = [n for n, _ in model.named_parameters()], copy.deepcopy(model.state_dict())
     keys = set(model.__dict__)
     _, gates = gates_for(model)
-    with gates.on(model):
+    with gates.applied_to(model):
         model.train()(torch.ones(2, 6)).sum().backward()
         assert [n for n, _ in model.named_parameters()] == names
         assert all(isinstance(p, nn.Parameter) for p in model[0]._parameters.values())
@@ -118,7 +118,7 @@ def test_gates_in_training_are_those_drawn_and_get_their_gradient():
     chosen, gates = gates_for(model)
     x = torch.randn(5, 6, generator=generator(0, "x"))
     gates.generator = generator(3, "step")
-    with gates.on(model):
+    with gates.applied_to(model):
         loss = model(x).square().sum()
     loss.backward()
     gates.generator = generator(3, "step")
@@ -145,7 +145,7 @@ def test_settled_gates_give_the_network_that_was_evaluated():
             )  # all open by more than SMALLEST_GATE
     assert all(float(expected_gate(a.detach()).min()) > SMALLEST_GATE for a in gates.log_alphas)
     x = torch.randn(5, 6, generator=generator(0, "x"))
-    with gates.on(model), torch.inference_mode():
+    with gates.applied_to(model), torch.inference_mode():
         wanted = model(x)
     gates.materialize_(model)
     torch.testing.assert_close(model(x), wanted)
@@ -160,7 +160,7 @@ def test_an_earlier_mask_stays_closed_whatever_is_learned():
     gates = weight_gates(chosen, generator=generator(0, "gates"), within=within)
     optimizer = torch.optim.Adam(gates.parameters(), 1.0)
     for _ in range(5):
-        with gates.on(model):
+        with gates.applied_to(model):
             (model(torch.ones(2, 6)).sum() - gates.density()).backward()
         optimizer.step()
     factors = gates.draw()
@@ -182,7 +182,7 @@ def test_a_shared_weight_has_one_gate_everywhere():
 
     model = Net().train()
     _, gates = gates_for(model)
-    with gates.on(model):
+    with gates.applied_to(model):
         gated = model(torch.ones(1, 4))
     assert model.one.weight is model.two.weight
     assert not torch.equal(gated, model(torch.ones(1, 4)))
@@ -201,7 +201,7 @@ def test_a_recurrent_layer_uses_its_gates():
             w.value.zero_()
     x = torch.randn(5, 2, 3, generator=generator(0, "x"))
     before = model(x)[0]
-    with gates.on(model):
+    with gates.applied_to(model):
         torch.testing.assert_close(model(x)[0], closed(x)[0])
     torch.testing.assert_close(model(x)[0], before)
     assert len(chosen) == 2
@@ -222,7 +222,7 @@ def test_closed_channels_are_absent_channels(traced, name):
             a[s.argsort(descending=True)[:n]] = 1e4
     small = copy.deepcopy(model)
     remove_(small, make_plan(model, graph, scores, kept))
-    with gates.on(model), torch.no_grad():
+    with gates.applied_to(model), torch.no_grad():
         torch.testing.assert_close(model(x), small(x), rtol=1e-4, atol=1e-5)
     assert float(gates.density().detach()) == pytest.approx(
         parameters(small) / parameters(model), rel=1e-5
@@ -237,7 +237,7 @@ def test_a_channel_gate_scales_what_is_read_whatever_norm_comes_before():
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     gates.materialize_(model)
     changed = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
-    read = {s.tensor for layer in graph.groups for s in layer.role("read")}
+    read = {s.tensor for layer in graph.groups for s in layer.slices_with_role("read")}
     assert changed == read
     assert all("weight" in n for n in changed)
 
@@ -286,7 +286,7 @@ def test_balance_is_where_both_pull_alike():
     model = network().train()
     _, gates = gates_for(model)
     gates.generator = generator(0, "step")
-    with gates.on(model):
+    with gates.applied_to(model):
         logits = model(torch.randn(8, 6, generator=generator(0, "x")))
     loss, density = F.cross_entropy(logits, torch.arange(8) % 3), gates.density()
     lambda_ = balance(loss, density, gates)
@@ -311,23 +311,23 @@ def test_the_controller_leads_a_network_to_the_wanted_density(wanted):
     steps, controller = 300, None
     weights_ = torch.optim.SGD(model.parameters(), 0.1, 0.9)
     optimizer = torch.optim.Adam(gates.parameters(), 20 / (0.6 * steps), (0.9, 0.99), 1e-16)
-    with gates.on(model):
+    with gates.applied_to(model):
         for step in range(steps):
             loss, density = F.cross_entropy(model(x), y), gates.density()
-            controller = controller or Controller(balance(loss, density, gates))
+            controller = controller or DensityController(balance(loss, density, gates))
             target = wanted ** min(1, step / (0.6 * steps))
             (loss + controller.step_(float(density.detach()), target) * density).backward()
             for one in (weights_, optimizer):
                 one.step()
                 one.zero_grad()
     assert float(gates.density().detach()) == pytest.approx(wanted, abs=0.01)
-    with gates.on(model), torch.no_grad():
+    with gates.applied_to(model), torch.no_grad():
         assert float((model.eval()(x).argmax(1) == y).float().mean()) > 0.8
 
 
 def test_scores_of_channels_are_unchanged_by_gates_that_are_off():
     model, graph, gates = channels()
     before = score(model, graph, "l1")
-    with gates.on(model):
+    with gates.applied_to(model):
         pass
     assert all(torch.equal(a, b) for a, b in zip(before, score(model, graph, "l1"), strict=True))

@@ -8,10 +8,10 @@ from torch.nn.utils import prune
 from fedpress.compress.sparse import (
     Pattern,
     Weight,
-    apply_,
-    choose,
+    apply_masks_,
     density_of,
     find_weights,
+    masks_from_scores,
     masks_of,
 )
 from fedpress.compress.sparse.patterns import n_of_m
@@ -99,8 +99,8 @@ def test_n_of_m_of_a_transposed_weight_runs_along_its_inputs():
 
 def test_a_layer_whose_inputs_do_not_divide_says_so():
     narrow = Weight("w", nn.Parameter(torch.zeros(8, 3, 3, 3)))
-    assert "3 inputs" in Pattern.parse("2:4").misfit(narrow)
-    assert Pattern.parse("2x2").misfit(narrow) is None
+    assert "3 inputs" in Pattern.parse("2:4").why_not_applicable(narrow)
+    assert Pattern.parse("2x2").why_not_applicable(narrow) is None
 
 
 @pytest.mark.parametrize("density", [0.5, 0.1, 0.013])
@@ -109,7 +109,9 @@ def test_masks_are_those_of_torch_prune(density):
     chosen = find_weights(model, keep_first=False, keep_last=False).chosen
     for w in chosen:  # of one scale, so that no layer would end empty, which only torch allows
         nn.init.normal_(w.value)
-    masks = choose(chosen, size_scores(chosen), Pattern.parse("unstructured"), density=density)
+    masks = masks_from_scores(
+        chosen, size_scores(chosen), Pattern.parse("unstructured"), density=density
+    )
     total = sum(w.size for w in chosen)
     pairs = [
         (m, "weight") for m in model if hasattr(m, "weight") and not isinstance(m, nn.BatchNorm2d)
@@ -122,7 +124,7 @@ def test_masks_are_those_of_torch_prune(density):
 def test_uniform_masks_are_those_of_torch_prune_in_each_layer():
     model = network()
     chosen = find_weights(model, keep_first=False, keep_last=False).chosen
-    masks = choose(
+    masks = masks_from_scores(
         chosen, size_scores(chosen), Pattern.parse("unstructured"), density=0.25, scope="uniform"
     )
     pairs = [m for m in model if hasattr(m, "weight") and not isinstance(m, nn.BatchNorm2d)]
@@ -134,7 +136,7 @@ def test_uniform_masks_are_those_of_torch_prune_in_each_layer():
 def test_filters_that_stay_are_those_of_torch_prune():
     layer = nn.Conv2d(4, 10, 3)
     weight = Weight("weight", layer.weight)
-    masks = choose(
+    masks = masks_from_scores(
         [weight], {"weight": layer.weight.detach().abs()}, Pattern.parse("filter"), density=0.3
     )
     prune.ln_structured(layer, "weight", 7, n=1, dim=0)
@@ -155,7 +157,7 @@ def test_the_count_of_kept_weights_is_exact(density, scope, seed, shapes):
         Weight(f"w{i}", nn.Parameter(torch.randn(s, generator=chance)))
         for i, s in enumerate(shapes)
     ]
-    masks = choose(
+    masks = masks_from_scores(
         chosen, size_scores(chosen), Pattern.parse("unstructured"), density=density, scope=scope
     )
     total = sum(w.size for w in chosen)
@@ -172,10 +174,10 @@ def test_the_count_of_kept_weights_is_exact(density, scope, seed, shapes):
 def test_every_pattern_keeps_whole_units_as_near_as_they_come(text, density, scope, seed):
     pattern, chosen = (
         Pattern.parse(text),
-        [w for w in weights(seed) if Pattern.parse(text).misfit(w) is None],
+        [w for w in weights(seed) if Pattern.parse(text).why_not_applicable(w) is None],
     )
     density = max(density, pattern.density or 0)
-    masks = choose(chosen, size_scores(chosen), pattern, density=density, scope=scope)
+    masks = masks_from_scores(chosen, size_scores(chosen), pattern, density=density, scope=scope)
     for w in chosen:
         if pattern.kind == "n:m":
             groups = (
@@ -200,12 +202,14 @@ def test_every_pattern_keeps_whole_units_as_near_as_they_come(text, density, sco
 @pytest.mark.parametrize("scope", ["global", "uniform", "erk"])
 @pytest.mark.parametrize("text", ["unstructured", "2:4", "4x1", "filter"])
 def test_zeros_of_an_earlier_cut_stay(text, scope):
-    chosen = [w for w in weights() if Pattern.parse(text).misfit(w) is None]
+    chosen = [w for w in weights() if Pattern.parse(text).why_not_applicable(w) is None]
     chance = generator(1, "noise")
     scores = {w.name: torch.rand(w.value.shape, generator=chance) for w in chosen}
-    first = choose(chosen, scores, Pattern.parse("unstructured"), density=0.6)
+    first = masks_from_scores(chosen, scores, Pattern.parse("unstructured"), density=0.6)
     again = {name: torch.rand(s.shape, generator=chance) for name, s in scores.items()}
-    second = choose(chosen, again, Pattern.parse(text), density=0.3, scope=scope, within=first)
+    second = masks_from_scores(
+        chosen, again, Pattern.parse(text), density=0.3, scope=scope, within=first
+    )
     for name in second:
         assert not (second[name] & ~first[name]).any()
     if text == "unstructured":
@@ -217,7 +221,7 @@ def test_erk_keeps_more_of_small_weights_and_never_more_than_all():
         Weight("small", nn.Parameter(torch.randn(4, 4))),
         Weight("large", nn.Parameter(torch.randn(64, 64))),
     ]
-    masks = choose(
+    masks = masks_from_scores(
         chosen, size_scores(chosen), Pattern.parse("unstructured"), density=0.3, scope="erk"
     )
     assert masks["small"].all()
@@ -229,7 +233,7 @@ def test_erk_densities_are_proportional_to_sides_over_their_product():
         Weight("a", nn.Parameter(torch.randn(40, 40))),
         Weight("b", nn.Parameter(torch.randn(80, 80))),
     ]
-    masks = choose(
+    masks = masks_from_scores(
         chosen, size_scores(chosen), Pattern.parse("unstructured"), density=0.1, scope="erk"
     )
     assert masks["a"].float().mean() / masks["b"].float().mean() == pytest.approx(2, rel=0.01)
@@ -239,7 +243,7 @@ def test_given_densities_are_kept_for_each_weight():
     chosen = weights()
     given_ = {w.name: 0.1 * (i + 1) for i, w in enumerate(chosen)}
     density = sum(given_[w.name] * w.size for w in chosen) / sum(w.size for w in chosen)
-    masks = choose(
+    masks = masks_from_scores(
         chosen, size_scores(chosen), Pattern.parse("unstructured"), density=density, scope=given_
     )
     for w in chosen:
@@ -249,7 +253,7 @@ def test_given_densities_are_kept_for_each_weight():
 def test_a_density_for_a_weight_that_is_not_given_is_asked_for_by_name():
     chosen = weights()
     with pytest.raises(RecipeError, match=chosen[0].name):
-        choose(
+        masks_from_scores(
             chosen,
             size_scores(chosen),
             Pattern.parse("unstructured"),
@@ -262,14 +266,18 @@ def test_a_density_for_a_weight_that_is_not_given_is_asked_for_by_name():
 def test_a_density_out_of_range_is_refused(density):
     chosen = weights()
     with pytest.raises(RecipeError, match="density"):
-        choose(chosen, size_scores(chosen), Pattern.parse("unstructured"), density=density)
+        masks_from_scores(
+            chosen, size_scores(chosen), Pattern.parse("unstructured"), density=density
+        )
 
 
 def test_more_than_an_earlier_cut_left_is_refused():
     chosen = weights()
-    first = choose(chosen, size_scores(chosen), Pattern.parse("unstructured"), density=0.2)
+    first = masks_from_scores(
+        chosen, size_scores(chosen), Pattern.parse("unstructured"), density=0.2
+    )
     with pytest.raises(RecipeError, match=r"only 0\.2"):
-        choose(
+        masks_from_scores(
             chosen, size_scores(chosen), Pattern.parse("unstructured"), density=0.5, within=first
         )
 
@@ -279,27 +287,31 @@ def test_scores_that_are_no_numbers_are_refused_by_name():
     scores = size_scores(chosen)
     scores[chosen[1].name][0] = float("nan")
     with pytest.raises(ModelError, match=chosen[1].name):
-        choose(chosen, scores, Pattern.parse("unstructured"), density=0.5)
+        masks_from_scores(chosen, scores, Pattern.parse("unstructured"), density=0.5)
 
 
 def test_of_equal_scores_the_first_stays():
     weight = Weight("w", nn.Parameter(torch.ones(2, 4)))
-    masks = choose([weight], {"w": torch.ones(2, 4)}, Pattern.parse("unstructured"), density=0.5)
+    masks = masks_from_scores(
+        [weight], {"w": torch.ones(2, 4)}, Pattern.parse("unstructured"), density=0.5
+    )
     assert masks["w"].tolist() == [[True] * 4, [False] * 4]
 
 
 def test_infinite_scores_stay_first():
     scores = torch.tensor([[1.0, float("inf"), 2.0, -float("inf")]])
     weight = Weight("w", nn.Parameter(torch.ones(1, 4)))
-    masks = choose([weight], {"w": scores}, Pattern.parse("unstructured"), density=0.5)
+    masks = masks_from_scores([weight], {"w": scores}, Pattern.parse("unstructured"), density=0.5)
     assert masks["w"].tolist() == [[False, True, True, False]]
 
 
 def test_after_applying_the_zeros_are_the_mask():
     model = network()
     chosen = find_weights(model).chosen
-    masks = choose(chosen, size_scores(chosen), Pattern.parse("unstructured"), density=0.3)
-    apply_(chosen, masks)
+    masks = masks_from_scores(
+        chosen, size_scores(chosen), Pattern.parse("unstructured"), density=0.3
+    )
+    apply_masks_(chosen, masks)
     read = masks_of(model, list(masks))
     assert all(torch.equal(read[name], masks[name]) for name in masks)
 
@@ -309,8 +321,12 @@ def test_masks_fit_weights_in_the_memory_format_of_images():
     plain = network()
     for one, two in zip(find_weights(model).chosen, find_weights(plain).chosen, strict=True):
         pattern = Pattern.parse("4x1")
-        a = choose([one], {one.name: one.value.detach().abs()}, pattern, density=0.5)[one.name]
-        b = choose([two], {two.name: two.value.detach().abs()}, pattern, density=0.5)[two.name]
+        a = masks_from_scores([one], {one.name: one.value.detach().abs()}, pattern, density=0.5)[
+            one.name
+        ]
+        b = masks_from_scores([two], {two.name: two.value.detach().abs()}, pattern, density=0.5)[
+            two.name
+        ]
         assert torch.equal(a, b)
 
 

@@ -6,24 +6,37 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from fedpress.compress.sparse import Pattern, Weight, choose, cubic, drop_share, regrow, steps_down
+from fedpress.compress.sparse import (
+    Pattern,
+    Weight,
+    cubic_density,
+    drop_share,
+    iterative_density,
+    masks_from_scores,
+    regrow,
+)
 from tests.chance import generator
 
 
 @given(st.floats(0, 1), st.floats(0, 1), st.floats(0.01, 1))
 def test_the_cubic_density_only_falls(one, two, end):
     first, last = sorted((one, two))
-    assert end <= cubic(last, start=1.0, end=end) <= cubic(first, start=1.0, end=end) <= 1.0
+    assert (
+        end
+        <= cubic_density(last, start=1.0, end=end)
+        <= cubic_density(first, start=1.0, end=end)
+        <= 1.0
+    )
 
 
 def test_the_cubic_density_is_that_of_the_paper():
     for at in (0.0, 0.25, 0.8):  # s_t = s_f + (s_i - s_f)(1 - t)^3 of the sparsity s
         sparsity = 0.9 + (0.0 - 0.9) * (1 - at) ** 3
-        assert cubic(at, start=1.0, end=0.1) == pytest.approx(1 - sparsity)
+        assert cubic_density(at, start=1.0, end=0.1) == pytest.approx(1 - sparsity)
 
 
 def test_every_cut_to_a_lottery_ticket_keeps_the_same_share():
-    path = [steps_down(r, 4, start=1.0, end=0.1) for r in range(5)]
+    path = [iterative_density(r, 4, start=1.0, end=0.1) for r in range(5)]
     shares = [b / a for a, b in pairwise(path)]
     assert path[-1] == 0.1
     assert shares == pytest.approx([0.1**0.25] * 4)
@@ -50,7 +63,7 @@ def test_regrowth_is_that_of_the_papers_algorithm(seed, density, share):
     chance = generator(seed, "rigl")
     weight = Weight("w", nn.Parameter(torch.randn(5, 7, generator=chance)))
     gradient = torch.randn(5, 7, generator=chance)
-    mask = choose(
+    mask = masks_from_scores(
         [weight],
         {"w": torch.rand(5, 7, generator=chance)},
         Pattern.parse("unstructured"),
@@ -75,7 +88,7 @@ def test_nothing_regrows_where_an_earlier_stage_has_cut():
     chance = generator(0, "rigl")
     weight = Weight("w", nn.Parameter(torch.randn(8, 8, generator=chance)))
     within = {"w": torch.rand(8, 8, generator=chance) < 0.5}
-    mask = choose(
+    mask = masks_from_scores(
         [weight],
         {"w": weight.value.detach().abs()},
         Pattern.parse("unstructured"),
@@ -97,7 +110,7 @@ def test_blocks_move_whole():
         Weight("w", nn.Parameter(torch.randn(8, 8, generator=chance))),
         Pattern.parse("2x2"),
     )
-    mask = choose([weight], {"w": weight.value.detach().abs()}, pattern, density=0.5)
+    mask = masks_from_scores([weight], {"w": weight.value.detach().abs()}, pattern, density=0.5)
     after = regrow([weight], mask, {"w": torch.rand(8, 8, generator=chance)}, pattern, share=0.25)[
         "w"
     ]
@@ -110,7 +123,7 @@ def test_blocks_move_whole():
 @pytest.mark.parametrize("density", [1.0, 1 / 16])
 def test_a_full_weight_and_a_single_entry_stay_as_they_are(density):
     weight = Weight("w", nn.Parameter(torch.randn(4, 4, generator=generator(0, "w"))))
-    mask = choose(
+    mask = masks_from_scores(
         [weight], {"w": weight.value.detach().abs()}, Pattern.parse("unstructured"), density=density
     )
     after = regrow(

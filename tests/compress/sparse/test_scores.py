@@ -230,7 +230,7 @@ def test_movement_sums_what_plain_steps_give():
     chosen = find_weights(model, keep_first=False, keep_last=False).chosen
     watch, wanted = Movement(chosen), {w.name: torch.zeros_like(w.value) for w in chosen}
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    with watch.watching():
+    with watch.recording():
         for x, y in zip(X.split(4), Y.split(4), strict=True):
             F.cross_entropy(model(x), y).backward()
             for w in chosen:

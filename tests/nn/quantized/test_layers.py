@@ -487,7 +487,7 @@ def test_a_layer_of_float_weights_has_no_codes():
         ({"kind": "ternary", "bits": 3}, "do not fit 'ternary'"),
         ({"kind": "binary", "bits": 2}, "do not fit 'binary'"),
         ({"kind": "codebook", "group": 4}, "leave group out"),
-        ({"centroid_bits": 8}, "centroid_bits: it is for a codebook"),
+        ({"centroid_bits": 8}, "centroid_bits: only a codebook has it"),
         ({"group": 0}, "greater than or equal to 1"),
         ({"kind": "float"}, "'int', 'ternary', 'binary' or 'codebook'"),
     ],

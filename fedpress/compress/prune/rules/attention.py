@@ -154,7 +154,7 @@ def grouped_matmul(
 
 
 def _unite_blocks(ids: ChannelIds, axis: Axis, size: int) -> None:
-    """Unites each block of `size` consecutive channels; keeps an axis that is no multiple of it."""
+    """Unites each block of `size` consecutive channels; keeps an axis that has a shorter block."""
     if axis is None:
         return
     if len(axis) % size:

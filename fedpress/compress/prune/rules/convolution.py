@@ -70,7 +70,7 @@ def transposed_convolution(
     read, write = weight.axes[:2]
     ids.unite(read, source)
     out = write
-    # Each input channel has its own kernel, so it is at the same time the output channel.
+    # Depthwise: each input channel has its own kernel, so input and output channel are the same.
     if groups == weight.shape[0] > 1:  # depthwise
         ids.keep(write, "depthwise kernel")
         out = repeat_each(source, weight.shape[1])
@@ -158,7 +158,7 @@ def general_convolution(
     groups: int,
 ) -> Axes:
     """`aten::convolution`, into which ATen decomposes all convolutions."""
-    # Stride, padding and dilation do not change which channels meet.
+    # Stride, padding and dilation do not matter for channels.
     if is_transposed:
         return transposed_convolution(ids, shape, x, weight, bias, groups=groups)
     return convolution(ids, shape, x, weight, bias, groups=groups)

@@ -15,7 +15,7 @@ from fedpress.compress.prune.rules.table import (
 )
 
 BY_NUMBER = "channels are taken by number"
-"""Reason why channels are kept whose indices stand in the code or come from the input."""
+"""Reason why channels are kept: their indices are written in the code or come from the input."""
 
 
 @rule("slice.Tensor")
@@ -154,8 +154,8 @@ def index(ids: ChannelIds, shape: Shape, x: Value, *args: Any, **options: Any) -
     elif "index.Tensor" in ids.operation and len(indexed) == 1:
         index_rank = len(indices[indexed[0]].shape)
     else:
-        # With several indices the order of axes in the result depends on where they stand, so all
-        # axes are kept.
+        # With several indices the order of the result's axes depends on which axes are indexed, so
+        # all axes are kept.
         indexed = list(range(len(x.shape)))
 
     ids.keep_all([x.axes[d] for d in indexed], BY_NUMBER)

@@ -47,7 +47,8 @@ def reshape(ids: ChannelIds, shape: Shape, x: Value, *args: Any, **options: Any)
             lengths.append(None if axis is None else (axis, False))
             continue
         old_axes = [(x.shape[i], x.axes[i]) for i in old]
-        for pieces in _pieces(ids, old_axes, [shape[i] for i in new]):
+        new_sizes = [shape[i] for i in new]
+        for pieces in _pieces(ids, old_axes, new_sizes):
             axis, length = _join(ids, pieces)
             axes.append(axis)
             lengths.append(length)
@@ -201,8 +202,14 @@ def _split(ids: ChannelIds, shape: Sequence[int], axis: Axis) -> list[Axis]:
     table = axis.reshape(shape)
     # After `repeat` or `flatten` of pixels an axis may have each id several times; the factor along
     # which they repeat needs no ids of its own.
-    varying = [d for d in range(table.ndim) if not (table == table.take([0], axis=d)).all()]
-    repeated = tuple(d for d in range(table.ndim) if d not in varying)
+    varying = []
+    repeated = []
+    for d in range(table.ndim):
+        first_slice = table.take([0], axis=d)
+        if (table == first_slice).all():
+            repeated.append(d)
+        else:
+            varying.append(d)
     elements = table
     for d in reversed(repeated):
         elements = np.asarray(elements.take(0, axis=d))
@@ -232,7 +239,10 @@ def _join(ids: ChannelIds, parts: Sequence[Piece]) -> tuple[Axis, Length | None]
         ids.split_axis(elements, with_ids)
 
     # Factors without ids (pixels, say) repeat the ids of the others.
-    sizes = [size for size, _ in parts]
-    broadcastable = elements.reshape([1 if axis is None else size for size, axis in parts])
-    joined = np.broadcast_to(broadcastable, sizes).ravel()
+    sizes = []
+    sizes_with_ids = []
+    for size, axis in parts:
+        sizes.append(size)
+        sizes_with_ids.append(1 if axis is None else size)
+    joined = np.broadcast_to(elements.reshape(sizes_with_ids), sizes).ravel()
     return joined, (elements.ravel(), len(joined) != elements.size)

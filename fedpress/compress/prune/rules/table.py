@@ -17,8 +17,7 @@ Rule = Callable[..., Any]
 R = TypeVar("R", bound=Rule)
 RULES: dict[Any, Rule] = {}
 RULES_OF_OTHER_LIBRARIES: dict[str, Rule] = {}
-"""Rules of other libraries' operations, by name: torch has no such operation before their import.
-"""
+"""Rules of other libraries' operations by name, since torch has these only after their import."""
 
 
 def rule(*names: str) -> Callable[[R], R]:

@@ -81,7 +81,9 @@ def _indexed_part(
 
     # The new axes have the sizes of the source's axes, or 1 where the source is broadcast.
     end = len(source.shape) - len(after)
-    new = [source.shape[d] if d >= 0 else 1 for d in range(end - rank, end)]
+    new = []
+    for d in range(end - rank, end):
+        new.append(source.shape[d] if d >= 0 else 1)
     front, back = _axes_of(x, before), _axes_of(x, after)
     shape = (*front.shape, *new, *back.shape)
     return Value(shape, (*front.axes, *[None] * rank, *back.axes))
@@ -123,7 +125,7 @@ def index_copy(
     *rest: Any,
     **options: Any,
 ) -> Axes:
-    """`x.index_copy_(dim, index, source)`: slice j of `source` goes to index[j] of `x`; united."""
+    """`x.index_copy_(dim, index, source)`: unites slice j of `source` and slice index[j] of `x`."""
     # torch accepts dim 0 for a 0-d tensor.
     dim %= max(len(x.shape), 1)
     places = _constant_places(index)
@@ -153,10 +155,10 @@ def scatter(
     *rest: Any,
     **options: Any,
 ) -> Axes:
-    """`scatter(x, 1, index, source)`: source[i, j] goes to x[i, index[i, j]].
+    """`scatter(x, 1, index, source)` writes source[i, j] to x[i, index[i, j]].
 
-    If all rows of `index` are equal, channel j of `source` and the channel of `x` that it goes to
-    are united; otherwise `dim` is kept. Along the other axes all three tensors are united.
+    If all rows of `index` are equal, channel j of `source` and channel index[0, j] of `x` are
+    united; otherwise `dim` is kept. Along the other axes all three tensors are united.
     """
     dim %= max(len(x.shape), 1)
     # ATen calls the source `src` in some overloads; in others it is a plain number.
