@@ -1,6 +1,6 @@
-"""The user's consent to functions that a file names: only those that the user also named are called.
+"""The user's consent to functions that files name: only those that the user named are called.
 
-Examples of such names: the architecture in a model's spec, the data source of a recipe.
+A file may name the architecture in a model's spec, or the data source of a recipe.
 """
 
 from __future__ import annotations

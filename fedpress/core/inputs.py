@@ -90,7 +90,7 @@ class NamedInputs(Mapping[str, Tensor]):
         return self._from_columns([t.tensor_split(parts) for t in self._tensors.values()])
 
     def _from_columns(self, columns: list[tuple[Tensor, ...]]) -> tuple[NamedInputs, ...]:
-        """Regroups: `columns` has the parts of each tensor, the result has all tensors of a part."""
+        """Regroups parts of each tensor (`columns`) into parts that have all tensors."""
         found = []
         for row in zip(*columns, strict=True):
             found.append(self._of(dict(zip(self._tensors, row, strict=True))))
@@ -259,7 +259,9 @@ def signature_of(x: Inputs) -> tuple[tuple[str, tuple[int, ...], torch.dtype], .
     >>> signature_of(torch.zeros(2, 3))
     (('', (3,), torch.float32),)
     """
-    found = [(name, tuple(t.shape[1:]), t.dtype) for name, t in tensors_by_name(x).items()]
+    found = []
+    for name, t in tensors_by_name(x).items():
+        found.append((name, tuple(t.shape[1:]), t.dtype))
     # Sorted: two dictionaries with another order of names are the same call.
     return tuple(sorted(found, key=lambda part: part[0]))
 
@@ -276,7 +278,9 @@ def dtype_of(x: Inputs) -> str | dict[str, str]:
     """Returns the dtype in which a network gets an example: "float32", "int64" or "bool"."""
     # `Preprocess` turns every other type, bytes included, into float32.
     whole = {torch.int64: "int64", torch.bool: "bool"}
-    dtypes = {name: whole.get(t.dtype, "float32") for name, t in tensors_by_name(x).items()}
+    dtypes = {}
+    for name, t in tensors_by_name(x).items():
+        dtypes[name] = whole.get(t.dtype, "float32")
     if isinstance(x, NamedInputs):
         return dtypes
     return dtypes[""]

@@ -147,8 +147,8 @@ class AesCtrRandom(WordStream):
 
     Args:
         key: must be as secret as the noise.
-        exact: whether noise must be rounded to a public grid (see `RandomSource.exact`). Experiments
-            whose key is not secret do not need that.
+        exact: whether noise must be rounded to a public grid (see `RandomSource.exact`). If the
+            key is not secret, as in experiments, that is not needed.
 
     >>> AesCtrRandom(bytes(32)).words(1).tolist() == AesCtrRandom(bytes(32)).words(2).tolist()[:1]
     True

@@ -81,8 +81,8 @@ class Column:
         text = self._plain_text(self.values, kind)
         try:
             return text.cast(kind)
-        # Some private cell is of another type. pyarrow has no lenient cast, so each distinct text is
-        # read by itself, once.
+        # Some private cell is of another type. pyarrow has no lenient cast, so each distinct text
+        # is read by itself, once.
         except pa.ArrowInvalid:
             words = text.unique()
             read = [_cast_or_none(word, kind) for word in words.to_pylist()]
@@ -227,7 +227,7 @@ class LabelColumn:
         rows = rows_that_define_classes(public, len(self.column.values), self.settings, self._where)
         column = self.column.typed(rows.numpy())
         usable = column.is_valid().to_numpy()
-        # An error may describe these rows. Private rows without a valid label are silently left out.
+        # An error may describe these rows. Private rows without a valid label are silently dropped.
         if not usable[rows.numpy()].all():
             refuse_missing(column.take(pa.array(rows.numpy())), self._where)
         if types.is_floating(column.type):

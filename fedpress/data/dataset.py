@@ -74,6 +74,7 @@ class FederatedData:
                 place=f"data '{self.name}'",
                 cure="give one name per class",
             )
+        # Compared with one client, since every part must be like every other.
         first = next(iter(self.clients.values()))
         for part, arrays in self._parts():
             if part.startswith("client") and len(arrays) == 0:

@@ -1,4 +1,4 @@
-"""Helpers of all partitioners: the rows to deal, the requested sizes, and rounding to whole rows."""
+"""Helpers of all partitioners: the rows to deal, the requested sizes, rounding to whole rows."""
 
 from __future__ import annotations
 

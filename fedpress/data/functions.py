@@ -177,7 +177,7 @@ def _of_positions(settings: DataSettings, rows: SourceRows, y: Tensor, where: st
 def _of_numbers(
     settings: DataSettings, rows: SourceRows, found: np.ndarray, where: str
 ) -> SourceRows:
-    """Returns rows whose targets are numbers [n] or [n, k], or one boolean for each label [n, k]."""
+    """Returns rows whose targets are numbers [n] or [n, k], or booleans [n, k] for k labels."""
     if found.ndim > 2:
         raise DataError(
             f"targets of shape {list(found.shape)}",
@@ -271,7 +271,7 @@ def _in_our_type(t: Tensor) -> Tensor:
 def _named(x: Mapping[str, Tensor], where: str) -> NamedInputs:
     """Checks and converts several inputs: numbers, integers, booleans or uint8 images."""
     for name, t in x.items():
-        # Bytes of another shape may be images without a channel dimension, or numbers: do not guess.
+        # Bytes of another shape may be images without channels, or numbers: do not guess.
         if (t.dtype == torch.uint8 and t.ndim != 4) or t.is_complex():
             raise DataError(
                 f"'{name}' holds {t.dtype} of shape {list(t.shape)}",

@@ -30,11 +30,12 @@ def split_rows(examples: SourceRows, settings: DataSettings, seed: int) -> Feder
     partition = settings.partition
     if partition is None:
         partition = Iid() if examples.owners is None else Natural()
+    # Whole clients first, then shares: a share must be of the clients that are left.
     rows = torch.arange(len(examples.train))
-    public, rows = _of_clients(examples, rows, settings.public_clients, "public_clients")
-    test, rows = _test(examples, rows, settings, seed)
+    public, rows = _split_off_clients(examples, rows, settings.public_clients, "public_clients")
+    test, rows = _split_off_test(examples, rows, settings, seed)
     if settings.public_share is not None:
-        public, rows = _share(examples, rows, settings.public_share, seed, "public")
+        public, rows = _split_off_share(examples, rows, settings.public_share, seed, "public")
     pool = Pool(
         examples.train.y[rows],
         None if examples.owners is None else examples.owners[rows],
@@ -46,7 +47,7 @@ def split_rows(examples: SourceRows, settings: DataSettings, seed: int) -> Feder
     # Without public_share and public_clients, the rows that are dealt to no client are public.
     if settings.public_share is None and not settings.public_clients and partition.rest_is_public:
         public = _without(rows, torch.cat(list(dealt.values())))
-    validation, public = _validation(public, settings, seed)
+    validation, public = _split_off_validation(public, settings, seed)
     parts = Parts({name: rows[index] for name, index in dealt.items()}, public, validation, test)
     return _assemble(examples, settings, parts)
 
@@ -61,15 +62,15 @@ class Parts:
     test: Arrays | Tensor
 
 
-def _test(
+def _split_off_test(
     examples: SourceRows, rows: Tensor, settings: DataSettings, seed: int
 ) -> tuple[Arrays | Tensor, Tensor]:
     """Returns the source's own test set, or the rows set aside for testing; and the other rows."""
     if settings.test_clients:
-        return _of_clients(examples, rows, settings.test_clients, "test_clients")
+        return _split_off_clients(examples, rows, settings.test_clients, "test_clients")
     if examples.test is not None:
         return examples.test, rows
-    test, rest = _share(examples, rows, settings.test_share, seed, "test")
+    test, rest = _split_off_share(examples, rows, settings.test_share, seed, "test")
     if len(test) == 0:
         raise DataError(
             f"{settings.test_share:g} of {len(rows)} rows leaves no test set",
@@ -79,7 +80,7 @@ def _test(
     return test, rest
 
 
-def _of_clients(
+def _split_off_clients(
     examples: SourceRows, rows: Tensor, names: Sequence[str], key: str
 ) -> tuple[Tensor, Tensor]:
     """Splits `rows` into those of the natural clients `names`, and the others."""
@@ -109,12 +110,12 @@ def _of_clients(
     return rows[taken], rows[~taken]
 
 
-def _share(
-    examples: SourceRows, rows: Tensor, share: float, seed: int, word: str
+def _split_off_share(
+    examples: SourceRows, rows: Tensor, share: float, seed: int, stream: str
 ) -> tuple[Tensor, Tensor]:
     """Splits `rows` into a random share of each natural client's rows and the others.
 
-    `word` names the stream of random numbers, "test" or "public".
+    `stream` names the stream of random numbers: "test" or "public".
     """
     owners = torch.zeros_like(rows) if examples.owners is None else examples.owners[rows]
     drawn = [torch.zeros(0, dtype=torch.int64)]
@@ -122,7 +123,7 @@ def _share(
         own = torch.nonzero(owners == owner).flatten()
         # By the name of the owner, so that another client in the data changes nothing for it.
         name = examples.owner_names[owner] if examples.owner_names else ""
-        order = public_stream(seed, "data", word, name).permutation(len(own))
+        order = public_stream(seed, "data", stream, name).permutation(len(own))
         # 0.3 * 10 is a little below 3 in floating point.
         count = int(share * len(own) + 1e-9)
         drawn.append(own[order[:count]])
@@ -130,7 +131,9 @@ def _share(
     return rows[taken], _without(rows, taken)
 
 
-def _validation(public: Tensor, settings: DataSettings, seed: int) -> tuple[Tensor, Tensor]:
+def _split_off_validation(
+    public: Tensor, settings: DataSettings, seed: int
+) -> tuple[Tensor, Tensor]:
     """Splits the public rows into validation rows and the others."""
     asked = settings.validation
     count = asked if isinstance(asked, int) else int(asked * len(public))

@@ -79,6 +79,7 @@ def ranges(
         found[node] = histogram.low, histogram.high
         if histogram.high > histogram.low:
             found[node] = OBSERVERS[observer](histogram, grid)
+    # NaN is for the caller to report: only it knows which values are quantized.
     return found | dict.fromkeys(recorder.not_finite, (math.nan, math.nan))
 
 

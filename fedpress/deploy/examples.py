@@ -1,4 +1,4 @@
-"""Converts inputs and outputs of a model between tensors in order, by name and nested containers."""
+"""Converts inputs and outputs of a model: tensors in order, by name, or in nested containers."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def example_of(given: InputSpec) -> Example:
 
 
 def random_rows(given: InputSpec, rows: int) -> Example:
-    """Returns a batch of `rows` rows: normal noise if `given` is a shape, else rows of the batch."""
+    """Returns a batch of `rows` rows: normal noise if `given` is a shape, else rows of `given`."""
     if is_shape(given):
         generator = torch.Generator().manual_seed(0)
         return torch.randn(rows, *given, generator=generator)
@@ -89,6 +89,7 @@ def rows_of(example: Example) -> int:
 
 def take_rows(example: Example, rows: int) -> Example:
     """Returns the first `rows` rows; a shorter batch is repeated from the start."""
+    # Repeated, not padded with zeros: lengths and masks of 0 would be no valid rows.
     index = torch.arange(rows) % rows_of(example)
     return with_tensors(example, [t[index] for t in tensors_of(example)])
 

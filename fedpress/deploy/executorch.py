@@ -72,7 +72,7 @@ def _lower(made: DeviceGraph, job: Job, metadata: dict[str, str]) -> tuple[bytes
     """Returns the file's bytes, and what XNNPACK does not compute on integers, with the reason."""
     outside: dict[str, str] = {}
     edge = _partitioned(made, job, metadata)
-    # Outside of XNNPACK's partitions no kernel reads integer weights, so such weights are made float
+    # Outside of XNNPACK's partitions no kernel reads integer weights. Such weights are made float,
     # and the graph is lowered again. That may move further layers out of the partitions, so it is
     # repeated until none is left.
     while stuck := _layers_left_on_codes(edge):

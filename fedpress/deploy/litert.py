@@ -236,7 +236,7 @@ def _store_codes_(file: Any, graph: Any) -> None:
         codes = np.round(values / scales).astype(np.int8)
         file.buffers[source.buffer].data = codes.reshape(-1).view(np.uint8)
         target.buffer = source.buffer
-        # Nothing reads the float tensor any more, so it gets buffer 0, which is empty in every file.
+        # Nothing reads the float tensor any more. Buffer 0 is empty in every file.
         source.buffer = 0
     graph.operators = kept
 

@@ -51,6 +51,7 @@ def export_all(
     wanted = formats
     if wanted is None:
         wanted = [name for name, row in FORMATS.items() if row.missing() is None]
+    # Float comes first: if a format cannot write even that, the user's request fails at once.
     kinds: dict[str, tuple[Example, ...]] = {"float32": ()}
     if calibration:
         kinds["int8"] = tuple(calibration)

@@ -117,6 +117,7 @@ def open_onnx(path: str | Path, threads: int = 0) -> Session:
     ort = require("onnxruntime")["onnxruntime"]
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
+    # Operators run one after another: `threads` bounds the whole computation.
     options.inter_op_num_threads = 1
     # Errors come as exceptions; onnxruntime must not print them too.
     options.log_severity_level = 4

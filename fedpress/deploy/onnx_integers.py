@@ -141,8 +141,8 @@ def _pool_means_(graph: _Graph) -> None:
         (quantize,) = graph.readers(mean.output[0])
         out, codes = mean.output[0], quantize.output[0]
         graph.replace_(mean, [graph.node("GlobalAveragePool", [mean.input[0]], out)])
-        # Unlike the mean, the pool keeps both dimensions, so a Flatten is needed. It comes after the
-        # quantize node: between pool and quantize it would prevent the integer kernel.
+        # Unlike the mean, the pool keeps both dimensions, so a Flatten is needed. It comes after
+        # the quantize node: between pool and quantize it would prevent the integer kernel.
         if not _attribute(mean, "keepdims", 1):
             spatial = graph.node("QuantizeLinear", [out, *quantize.input[1:]], codes + "_wide")
             graph.replace_(quantize, [spatial, graph.node("Flatten", [codes + "_wide"], codes)])

@@ -60,7 +60,7 @@ class Processor:
 
     @property
     def overflows(self) -> bool:
-        """Whether sums of two 8-bit products can overflow: x86 without VNNI has 16 bits for them."""
+        """Whether it sums two 8-bit products in 16 bits, which may overflow: x86 without VNNI."""
         return self.is_x86 and not VNNI & set(self.features)
 
 

@@ -53,6 +53,7 @@ class ResNet(nn.Module):
         for at, width in enumerate(widths):
             steps = []
             for block in range(blocks):
+                # The first stage keeps the full size, as small images have few pixels to lose.
                 stride = 2 if block == 0 and at > 0 else 1
                 steps.append(BasicBlock(channels, width, stride=stride, norm=norm))
                 channels = width

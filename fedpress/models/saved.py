@@ -48,6 +48,7 @@ def load_model(folder: Path, allow_code: Collection[str] | str = ()) -> tuple[Mo
             place="model",
             cure="give the folder of a model or of a run, or a packed file",
         )
+    # Checked here, because safetensors' own error does not say what to do.
     for path in (spec_file, tensor_file):
         if not path.is_file():
             raise ModelError(

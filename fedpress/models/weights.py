@@ -99,6 +99,7 @@ def _without_prefix(tensors: dict[str, Tensor], wanted: set[str]) -> dict[str, T
     first = next(iter(tensors), "")
     if set(tensors) == wanted:
         return tensors
+    # A prefix ends at a dot of the first name. All are tried, because wrappers may be nested.
     for at, letter in enumerate(first):
         prefix = first[: at + 1]
         if letter != "." or not all(name.startswith(prefix) for name in tensors):

@@ -148,6 +148,7 @@ def bytes_by_kind(stage: Json) -> Figure | None:
     if not pairs:
         return None
 
+    # The largest first: it is what a reader can make smaller.
     pairs.sort(key=lambda pair: -pair[1])
     largest, most = pairs[0]
     prefix, unit = units.scale(most)

@@ -72,6 +72,7 @@ def metrics_table(stages: list[Json], *, most: int | None = None) -> Table:
         if all(shown.value(stage) is None for shown in known[1:]):
             continue
         cells = [shown.with_error(stage) for shown in known]
+        # Beside the primary metric: an accuracy is worth something only above this share.
         if largest:
             cells.insert(1, units.percent(stage.get("majority_share")))
         rows.append([name_of(stage), *cells])
@@ -171,6 +172,7 @@ def _failure_rows(stage: str, failures: Json) -> list[list[str]]:
     for name, one in clients.items() if isinstance(clients, dict) else ():
         rows.append([stage, str(name), f"{one.get('rounds')} refused", str(one.get("reason"))])
     counted = failures.get("counted")
+    # Under privacy the clients cannot be named. "sure": the count is clearly above its noise.
     if isinstance(counted, dict) and counted.get("sure"):
         who = "clients" if counted.get("unit") == "client" else "examples"
         diverged = counted.get("not_finite", 0) > counted.get("failed", 0)
@@ -188,7 +190,10 @@ def _refused_rows(rounds: list[Json]) -> list[list[str]]:
             times, _ = found.get(name, (0, ""))
             found[name] = (times + 1, str(reason))
     stage = name_of(rounds[0])
-    return [[stage, name, f"{times} refused", why] for name, (times, why) in found.items()]
+    rows = []
+    for name, (times, why) in found.items():
+        rows.append([stage, name, f"{times} refused", why])
+    return rows
 
 
 def runtime_table(stages: list[Json]) -> Table:

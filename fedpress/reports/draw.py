@@ -68,13 +68,16 @@ def _content(figure: Figure, width: int) -> list[Markup]:
     all_ticks = [ticks(low, high, most_ticks) for low, high in ranges]
     # The panels share the lower axis, so all begin where the widest label of any has room.
     left = max(44.0, 12 + _longest(all_ticks) * CHARACTER)
-    known_x = [x for series in figure.series for x in series.x if x is not None]
+    known_x: list[float] = []
+    for series in figure.series:
+        known_x += [x for x in series.x if x is not None]
     x = Scale(*_lower_range(figure, known_x), left, width - 14.0)
 
     drawn = []
     for number, y in enumerate(_vertical_scales(figure, ranges, bottom)):
         panel = figure.panels[number]
         first = number == 0
+        # Notes stand directly above the panel, so its title moves up by one line.
         title_above = 11 + LINE if figure.notes and first else 11
         drawn += _vertical_axis(panel.y, y, all_ticks[number], x, above=title_above)
         for at in figure.rules:
@@ -84,6 +87,7 @@ def _content(figure: Figure, width: int) -> list[Markup]:
         if first:
             frame = Box(x.start, y.end - 8, width - 2, y.start)
             drawn += labels(figure, panel, x, y, frame)
+    # Epochs and rounds: a tick at 2.5 would make no sense.
     whole = all(number == int(number) for number in known_x)
     return [*drawn, *_lower_axis(figure, x, bottom, whole=whole)]
 
@@ -100,6 +104,7 @@ def _vertical_scales(
     figure: Figure, ranges: Sequence[tuple[float, float]], bottom: float
 ) -> Iterator[Scale]:
     """Yields the vertical scale of each panel, from the top down to the pixel `bottom`."""
+    # The upper panel has the metric, which matters most, so it is the higher one.
     shares = [1.0] if len(ranges) == 1 else [0.6, 0.4]
     top = 24.0 + (LINE if figure.notes else 0.0)
     room = bottom - top - BETWEEN * (len(ranges) - 1)

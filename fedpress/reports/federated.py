@@ -145,16 +145,18 @@ def client_scores(stage: Json) -> Figure | None:
     ordered = sorted(scores)
     title = f"{shown.title} per client: {name_of(stage)}"
     median = ordered[len(ordered) // 2]
+    lowest, highest = shown.format_scaled(ordered[0]), shown.format_scaled(ordered[-1])
     caption = (
-        f"{len(names)} clients, from {shown.format_scaled(ordered[0])} to {shown.format_scaled(ordered[-1])}, "
-        f"median {shown.format_scaled(median)}."
+        f"{len(names)} clients, from {lowest} to {highest}, median {shown.format_scaled(median)}."
     )
     if len(names) > MOST_CLIENT_ROWS:
         histogram = Panel(Axis("clients", low=0.0), [_histogram(ordered, shown)])
         return Figure(title, caption, Axis(shown.axis()), [histogram])
 
-    hover = [f"{name}: {shown.format_scaled(x)}" for name, x in zip(names, scores, strict=True)]
-    labels = [f"{x:.1f}{shown.unit}" for x in scores]
+    hover, labels = [], []
+    for name, score in zip(names, scores, strict=True):
+        hover.append(f"{name}: {shown.format_scaled(score)}")
+        labels.append(f"{score:.1f}{shown.unit}")
     panel = Panel(Axis("", names=names), [dots(shown.name, scores, hover=hover, labels=labels)])
     return Figure(title, caption, score_axis(shown), [panel], height=rows_height(len(names)))
 
@@ -188,7 +190,7 @@ def _histogram(ordered: list[float], shown: MetricFormat) -> Series:
     for at, clients in enumerate(counts):
         begin = low + at * width
         middles.append(begin + width / 2)
-        hover.append(
-            f"{clients} clients from {shown.format_scaled(begin)} to {shown.format_scaled(begin + width)}"
-        )
+        end = begin + width
+        limits = f"from {shown.format_scaled(begin)} to {shown.format_scaled(end)}"
+        hover.append(f"{clients} clients {limits}")
     return Series("bars", "clients", middles, [float(n) for n in counts], hover=hover)

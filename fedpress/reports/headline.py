@@ -58,7 +58,7 @@ def tiles(stages: list[Json]) -> list[Tile]:
 
 def _float_tile(stages: list[Json]) -> Tile | None:
     """Shows the share of a quantized network that stays float, if it is above a tenth."""
-    found = [stage for stage in stages if units.number(stage.get("float_share")) is not None]
+    found = units.lines_with(stages, "float_share")
     share_and_names = stays_float(found[-1]) if found else None
     if share_and_names is None:
         return None
@@ -85,7 +85,7 @@ def stays_float(stage: Json) -> tuple[str, str] | None:
 def _score(stages: list[Json]) -> Tile | None:
     """Shows the primary metric, its standard error, and its change if the test set is the same."""
     shown = MetricFormat.of(stages)
-    measured = [stage for stage in stages if shown.value(stage) is not None]
+    measured = units.lines_with(stages, shown.key)
     if not measured:
         return None
     first, last = measured[0], measured[-1]
@@ -163,8 +163,8 @@ def score_warning(stages: list[Json]) -> str:
 
 def _measured(stages: list[Json]) -> Json:
     """Returns the last stage with a primary metric; an empty one if there is none."""
-    shown = MetricFormat.of(stages)
-    return next((stage for stage in reversed(stages) if shown.value(stage) is not None), {})
+    measured = units.lines_with(stages, MetricFormat.of(stages).key)
+    return measured[-1] if measured else {}
 
 
 def _cost(name: str, stages: list[Json], key: str, form: Callable[[Any], str]) -> Tile | None:
@@ -182,7 +182,7 @@ def _file(stages: list[Json]) -> Tile | None:
 
     An exported file also has the network's operations: it is not compared with a file of weights.
     """
-    sized = [stage for stage in stages if units.number(stage.get("file_bytes")) is not None]
+    sized = units.lines_with(stages, "file_bytes")
     if not sized:
         return None
     first, last = exported_format(sized[0]), exported_format(sized[-1])
@@ -201,7 +201,7 @@ def _latency(stages: list[Json]) -> Tile | None:
 
     If the runtime changed, the note also has the latencies in the first runtime.
     """
-    measured = [stage for stage in stages if units.number(stage.get("latency_ms")) is not None]
+    measured = units.lines_with(stages, "latency_ms")
     if not measured:
         return None
     first, last = runtime_of(measured[0]), runtime_of(measured[-1])
@@ -223,6 +223,7 @@ def _latency_in(runtime: str, measured: list[Json]) -> Tile | None:
 def _privacy(federated: list[Json]) -> Tile | None:
     if not federated:
         return None
+    # One stage without privacy makes the epsilon of the others meaningless for the network.
     if not all_private(federated):
         return Tile("none", "privacy spent, ε", "no differential privacy")
     last = federated[-1]
@@ -236,6 +237,7 @@ def _traffic(stages: list[Json]) -> Tile | None:
     if not up + down:
         return None
     note = f"{units.size(sum(up))} up, {units.size(sum(down))} down"
+    # Shown apart: it is sent once, however many rounds follow.
     before = units.numbers(stages, "set_up_bytes_up") + units.numbers(stages, "set_up_bytes_down")
     if before:
         note += f"; {units.size(sum(before))} before the first round"

@@ -154,6 +154,7 @@ def _free_box(
 
 def _near(across: float, down: float, width: float, height: float) -> list[tuple[float, float]]:
     """Returns (left, top) of the places close to a point, in the order in which they are tried."""
+    # Right and left come first, because readers look for a label beside its point.
     right, left, middle = across + 8, across - 8 - width, across - width / 2
     return [
         (across + 10, down - height / 2),

@@ -63,9 +63,12 @@ def _alone(places: Sequence[Place], at: int) -> bool:
 
 def _point(series: Series, at: int, place: tuple[float, float], *, shown: bool) -> Markup:
     """Returns the circle of one point; if it is not `shown`, it is invisible but has a tooltip."""
+    # Single points and labelled ones are what the figure shows, so they are larger than the points
+    # of a line.
     radius = 2.7 if series.marked else 1.0
     if series.kind in ("points", "steps") or series.labels:
         radius = 5.0
+    # A dotted line only joins labelled points: it may be faint, but the points must not.
     color = "blue" if series.labels and series.dotted else series.color
     look = "hollow " if series.hollow else ""
     look = f"mark {look}{color}"
@@ -150,6 +153,7 @@ def _hovered(parts: Sequence[Part], x: Scale, y: Scale) -> list[Markup]:
 
 def _bars(parts: Sequence[Part], x: Scale, y: Scale) -> list[Markup]:
     of_one_value = (x.end - x.start) / (x.high - x.low)
+    # A quarter of the distance stays empty, so that neighbours can be told apart.
     width = max(0.4, 0.75 * smallest_distance(part.x for part in parts) * of_one_value)
     # More bars than pixels cannot be seen: of each stretch only the highest is drawn, wider.
     every = -(-len(parts) // MOST_VERTICES) or 1

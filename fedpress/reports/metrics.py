@@ -89,12 +89,14 @@ class MetricFormat:
     def error(self, line: Json) -> str:
         """Returns the standard error of a line's metric; "" if the task has no formula for it.
 
-        >>> MetricFormat(Metric("accuracy", "accuracy", share=True)).error({"accuracy_error": 0.0108})
+        >>> accuracy = MetricFormat(Metric("accuracy", "accuracy", share=True))
+        >>> accuracy.error({"accuracy_error": 0.0108})
         '± 1.08'
         """
         found = units.number(line.get(f"{self.key}_error"))
         if found is None:
             return ""
+        # As many digits as the value itself has, which it stands beside.
         digits = 2 if self.metric.share else self.metric.digits
         return f"± {found * self.scale:.{digits}f}"
 

@@ -67,7 +67,7 @@ def _model(stages: list[Json], *, given: bool) -> str:
 def _quality(stages: list[Json]) -> str:
     """Returns the metric on the test set, with its standard error."""
     shown = MetricFormat.of(stages)
-    measured = [stage for stage in stages if shown.value(stage) is not None]
+    measured = units.lines_with(stages, shown.key)
     if not measured:
         if examples_of(stages[-1]) == 0:
             return "was not measured on any test example"
@@ -93,6 +93,7 @@ def _clients(stages: list[Json]) -> str:
         who = "1 client"
     else:
         who = f"{count:.0f} clients"
+    # An epsilon is stated only if it holds for the whole network.
     if all_private(federated):
         budget = f"with epsilon {units.epsilon(last.get('epsilon'))} per {_unit(last)}"
     else:

@@ -131,7 +131,10 @@ class Figure:
     @property
     def series(self) -> list[Series]:
         """All series, from top to bottom."""
-        return [series for panel in self.panels for series in panel.series]
+        found: list[Series] = []
+        for panel in self.panels:
+            found += panel.series
+        return found
 
 
 def score_axis(shown: MetricFormat, before: str = "") -> Axis:
@@ -144,8 +147,11 @@ def score_axis(shown: MetricFormat, before: str = "") -> Axis:
 
 def values(rows: list[dict[str, Any]], key: str, scale: float = 1.0) -> list[float | None]:
     """Returns the scaled number under a key in each row; None where it is missing or not finite."""
-    found = [number(row.get(key)) for row in rows]
-    return [None if x is None else x * scale for x in found]
+    found: list[float | None] = []
+    for row in rows:
+        value = number(row.get(key))
+        found.append(None if value is None else value * scale)
+    return found
 
 
 def total_of(numbers: Numbers) -> float:

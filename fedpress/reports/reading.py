@@ -17,7 +17,7 @@ Json = dict[str, Any]
 
 @dataclass(frozen=True)
 class Run:
-    """The content of a run folder; a file that is missing, or not written yet, gives an empty value.
+    """The content of a run folder; a file that is missing or not written yet is an empty value.
 
     Attributes:
         path: the folder.
@@ -75,6 +75,7 @@ def name_of(line: Json) -> str:
 
 def records_by_stage(records: list[Json]) -> Iterator[list[Json]]:
     """Yields the list of records of each stage, in the order of the stages."""
+    # Sorted, because groupby joins only neighbours, and a resumed run appends its records.
     for _, group in groupby(sorted(records, key=_stage), key=_stage):
         steps: dict[tuple[Any, ...], Json] = {}
         for at, record in enumerate(group):

@@ -88,6 +88,7 @@ def ticks(low: float, high: float, most: int = 6, *, whole: bool = False) -> lis
     """
     rough = (high - low) / max(1, most - 1)
     power = 10.0 ** math.floor(math.log10(rough))
+    # Steps that divide 10: multiples of 3 or 4 are hard to read on an axis.
     steps = [power * factor for factor in (1, 2, 2.5, 5, 10)]
     # Rounding may put a step that fits exactly slightly below the wanted one.
     step = next(step for step in steps if step >= rough * 0.999)
@@ -95,6 +96,7 @@ def ticks(low: float, high: float, most: int = 6, *, whole: bool = False) -> lis
         step = max(1.0, math.ceil(step))
     first = math.ceil(low / step - 1e-9)
     count = math.floor(high / step + 1e-9) - first + 1
+    # Rounded, because 3 * 0.1 would be 0.30000000000000004.
     return [round((first + i) * step, 12) for i in range(count)]
 
 
@@ -136,10 +138,12 @@ def smallest_distance(numbers: Iterable[float]) -> float:
 
 def panel_heights(panel: Panel) -> list[float]:
     """Returns all vertical values that the panel must show; of a stack these are the sums."""
+    found: list[float] = []
     if panel.stacked:
-        found = [part.base + part.height for part in stacked(panel)]
+        found += [part.base + part.height for part in stacked(panel)]
     else:
-        found = [y for series in panel.series for y in series.y if y is not None]
+        for series in panel.series:
+            found += [y for y in series.y if y is not None]
     # The length of a bar or area shows its number, so the axis must begin at 0.
     from_zero = any(series.kind in ("bars", "areas") for series in panel.series)
     return [0.0, *found] if from_zero else found

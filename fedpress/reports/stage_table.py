@@ -34,6 +34,7 @@ def stage_table(result: Json, *, before: Json | None = None, errors: bool = True
 
     kept = [names]
     for column in columns[1:]:
+        # Most runs have no federated stage or no packed file: columns of dashes only take room.
         if set(column[1:]) - {units.DASH}:
             kept.append(column)
     header, *rows = (list(row) for row in zip(*kept, strict=True))
@@ -99,6 +100,7 @@ def rich_table(result: Json, *, width: int = 80) -> RichTable:
     shown = RichTable(box=None, header_style="bold", pad_edge=False, collapse_padding=True)
     for at, title in enumerate(table.header):
         justify: Literal["left", "right"] = "left" if title == "Stage" else "right"
+        # Only the name and the metric may break: a number in two lines cannot be read.
         shown.add_column(title, justify=justify, no_wrap=at >= 2)
     add_rows_(shown, table)
     return shown

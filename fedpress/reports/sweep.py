@@ -87,12 +87,13 @@ def sweep_outcome(page: Json) -> str:
         count += f" ({failed} failed)"
     best_value = metric.best([row[metric.key] for row in rows])
     best = next(row for row in rows if row[metric.key] == best_value)
-    said = f"Of {count}, {best['name']} has the best test {metric.name}, {_metric_and_size(best, metric)}"
+    best_text = _metric_and_size(best, metric)
+    sentence = f"Of {count}, {best['name']} has the best test {metric.name}, {best_text}"
     smallest = _smallest_near(best, rows, metric)
     if smallest is best:
-        return f"{said}."
+        return f"{sentence}."
     near = f"{smallest['name']} is the smallest within one standard error of it"
-    return f"{said}; {near}: {_metric_and_size(smallest, metric)}."
+    return f"{sentence}; {near}: {_metric_and_size(smallest, metric)}."
 
 
 def _smallest_near(best: Json, rows: Sequence[Json], metric: MetricFormat) -> Json:
@@ -163,6 +164,7 @@ def _average(name: str, members: Sequence[Json]) -> Json:
     metric = MetricFormat.of(ends).key
     for key in (metric, f"{metric}_error", *AVERAGED):
         known = units.numbers(ends, key)
+        # A single run has no deviation between seeds: its standard error is shown instead.
         row[key] = mean(known) if known else None
         row[f"{key}_spread"] = stdev(known) if len(known) > 1 else None
     return row
@@ -174,6 +176,7 @@ def sweep_table(page: Json) -> Table:
     measured = [row[metric.key] for row in rows if row.get(metric.key) is not None]
     best = metric.best(measured)
     several_seeds = any(row["seeds"] > 1 for row in rows)
+    # With one runtime its name would only repeat in every cell.
     several_runtimes = len({row["runtime"] for row in rows} - {""}) > 1
     header = ["Variant", "Front", metric.title, "To best", "Params", "MACs", "Size", "Latency"]
     cells = []

@@ -138,7 +138,11 @@ def trade_off(page: Json, cost: str, word: str, *, runtime: str | None = None) -
     metric = MetricFormat.of([point.stage for point in points])
     higher = metric.metric.better == "higher"
     worst = _worst([point.height for point in ends.values() or points], metric)
-    low, high = (worst, _highest(points, metric)) if higher else (0.0, worst)
+    # An error is at least 0, which is where its axis begins.
+    if higher:
+        low, high = worst, _highest(points, metric)
+    else:
+        low, high = 0.0, worst
     axis = Axis(metric.axis("test"), low=low, high=high)
     unit = Cost.of(cost, points)
     return Figure(
@@ -226,6 +230,7 @@ def _series(
     beaten: Sequence[Point],
     front: Sequence[Point],
 ) -> list[Series]:
+    # The last series is drawn on top, so the Pareto front comes last.
     drawn = []
     if earlier:
         x, y, hover = _drawn(earlier, cost)
@@ -236,7 +241,9 @@ def _series(
         drawn.append(Series("points", "not on the front", x, y, BLUE, hover, hollow=True))
     if front:
         x, y, hover = _drawn(front, cost)
-        names = [point.variant if len(front) <= MOST_NAMED else "" for point in front]
+        names = [point.variant for point in front]
+        if len(front) > MOST_NAMED:
+            names = [""] * len(front)
         drawn.append(Series("steps", "Pareto front", x, y, ORANGE, hover, names))
     return drawn
 

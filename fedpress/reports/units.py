@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from decimal import ROUND_CEILING, Decimal
-from typing import Any
+from typing import Any, TypeVar
 
+Line = TypeVar("Line", bound=Mapping[str, Any])
 LARGEST = 1e150  # the square of a larger number overflows
 DASH = "–"
 PREFIXES = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
@@ -34,6 +35,15 @@ def numbers(lines: Iterable[Mapping[str, Any]], key: str) -> list[float]:
         if value is not None:
             found.append(value)
     return found
+
+
+def lines_with(lines: Iterable[Line], key: str) -> list[Line]:
+    """Returns the lines that have a number under a key.
+
+    >>> lines_with([{"loss": 0.5}, {}, {"loss": "damaged"}], "loss")
+    [{'loss': 0.5}]
+    """
+    return [line for line in lines if number(line.get(key)) is not None]
 
 
 def count(value: Any, unit: str = "") -> str:
@@ -147,8 +157,10 @@ def rounded_up(value: float, digits: int = 4) -> str:
     Epsilon and the noise multiplier are rounded up: with less noise, or a smaller epsilon, the
     guarantee would not hold.
 
-    >>> rounded_up(3.39432), rounded_up(8.0), rounded_up(1.23e-7, 2), rounded_up(123456.0), rounded_up(math.inf)
-    ('3.395', '8', '1.3e-07', '1.235e+05', 'inf')
+    >>> rounded_up(3.39432), rounded_up(8.0), rounded_up(1.23e-7, 2)
+    ('3.395', '8', '1.3e-07')
+    >>> rounded_up(123456.0), rounded_up(math.inf)
+    ('1.235e+05', 'inf')
     """
     if not math.isfinite(value):
         return f"{value}"

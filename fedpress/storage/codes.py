@@ -62,7 +62,7 @@ def expand_codes(data: memoryview, shapes: Sequence[Sequence[int]], place: str) 
     counts = np.bincount(classes, minlength=int(class_of_sum.max()) + 1)
 
     flat = np.empty(len(classes), np.int8)
-    # The file has the codes class by class. The same stable sort as in `_shrink` gives their places.
+    # The file has the codes class by class; the same stable sort as in `_shrink` gives the places.
     order = np.argsort(classes, kind="stable")
     at = 0
     for count in counts:
@@ -84,7 +84,9 @@ def _shrink(cubes: Sequence[Codes], step: int) -> bytes:
     """Compresses tensors [out, in, positions] with logarithms of this resolution."""
     fits = [_fit(cube, step) for cube in cubes]
     # In the order logs[axis][tensor], where `fits` is fits[tensor][axis].
-    logs = [[fit[axis] for fit in fits] for axis in range(3)]
+    logs = []
+    for axis in range(3):
+        logs.append([fit[axis] for fit in fits])
     sums = _sums(cubes, logs)
     low, high = _span(sums)
     flat = _joined([cube.reshape(-1) for cube in cubes])

@@ -1,4 +1,4 @@
-"""Lossless coding of floats, by byte planes (all first bytes, all second bytes, ...) and zero masks.
+"""Lossless coding of floats by byte planes (all first bytes, all second bytes, ...) and masks.
 
 Exponents of weights repeat and compress well, mantissas do not. In separate planes the exponents
 get a frequency table of their own.

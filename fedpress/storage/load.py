@@ -19,8 +19,8 @@ def load(path: Path, allow_code: Collection[str] | str = ()) -> tuple[ModelSpec,
     Args:
         path: of the folder or file.
         allow_code: functions, as `module:function`, that the file may name to build its network,
-            such as "nets:Net". Without it only architectures of fedpress may be built, and functions
-            that the user of this process has already named.
+            such as "nets:Net". Without it only architectures of fedpress may be built, and
+            functions that the user of this process has already named.
 
     Raises:
         ModelError: if there is no model, it is damaged, it names a function that is not allowed, or

@@ -85,7 +85,10 @@ def _check_round_trip(spec: ModelSpec, model: nn.Module, data: bytes) -> None:
     own = (spec.architecture,) if ":" in spec.architecture else ()
     back, twin = from_bytes(data, "pack", own)
     theirs = twin.state_dict()
-    different = [n for n, value in model.state_dict().items() if not _same_bits(value, theirs[n])]
+    different = []
+    for name, value in model.state_dict().items():
+        if not _same_bits(value, theirs[name]):
+            different.append(name)
     if back.model_dump() != spec.model_dump():
         different.append("spec")
     if different:

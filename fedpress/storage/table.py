@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from fedpress.errors import ModelError, SettingError
 from fedpress.nn.quantized import is_qparam, quantized_weights
 
-# Tensors of at most 4096 values share a blob with others of their kind. Each blob has a header and a
-# frequency table, which may be larger than a small tensor.
+# Tensors of at most 4096 values share a blob with others of their kind. Each blob has a header and
+# a frequency table, which may be larger than a small tensor.
 SMALL = 4096
 Type = Literal[
     "float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool"

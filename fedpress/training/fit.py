@@ -30,7 +30,7 @@ from fedpress.training.settings import TrainSettings
 log = logger(__name__)
 
 Objective = Callable[[nn.Module, Inputs, Tensor, Tensor], Tensor]
-"""Loss of a step: a function of model, standardised inputs, float32 outputs and targets [n, ...]."""
+"""Loss of a step, from model, standardised inputs, float32 outputs and targets (each [n, ...])."""
 
 
 @dataclass(frozen=True)

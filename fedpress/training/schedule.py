@@ -1,4 +1,4 @@
-"""Learning-rate schedules: the factor on the configured rate, by the share of training that is done.
+"""Learning-rate schedules: factors on the configured rate, by the share of training that is done.
 
 Each has a counterpart in `torch.optim.lr_scheduler`. Unlike those, the functions here have no
 state that a resumed training would have to load.

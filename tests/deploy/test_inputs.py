@@ -261,7 +261,7 @@ def test_outputs_of_any_name_and_type_are_exported_and_compared(tmp_path):
     assert torch.equal(torch.as_tensor(got["a_b"]), wanted["a_b"])
     model.head.weight.data.neg_()
     model.forward = lambda *x: {**wanted, "a_b": ~wanted["a_b"]}
-    with pytest.raises(ExportError, match=r"'a_b' of .* is another than that of the model in 100%"):
+    with pytest.raises(ExportError, match=r"'a_b' of .* differs from that of the model in 100%"):
         parity(model, made.path, x)
 
 

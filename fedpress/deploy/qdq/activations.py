@@ -252,7 +252,7 @@ def _note_float_operations_(rewrite: Rewrite, nodes: Sequence[fx.Node]) -> None:
 
 
 def _shared_grids(nodes: Sequence[fx.Node], activations: Activations) -> dict[fx.Node, fx.Node]:
-    """Maps every value to its grid: one value that represents all with the same scale and zero point.
+    """Maps every value to its grid: a value that represents all with one scale and zero point.
 
     Computed by union-find: `parent` points from a value towards the representative of its grid.
     """

@@ -45,7 +45,7 @@ CLIPS = {
     aten.hardtanh_.default,
     aten.relu6.default,
 }
-"""Operations that clip. Kernels clip while they round, so a layer is not rounded before its clip."""
+"""Operations that clip. A kernel clips while it rounds: a layer is not rounded before its clip."""
 
 
 def only_moves_values(node: fx.Node) -> bool:

@@ -123,8 +123,8 @@ def _insert_(
             name = str(argument(node, 1).target)
             products.setdefault(name, []).append((inputs.scale, added))
 
-    # A second loop, because the scales of a shared weight must fit the biases of all operations that
-    # read it, and the first loop collects these.
+    # A second loop, because the scales of a shared weight must fit the biases of all operations
+    # that read it, and the first loop collects these.
     written: dict[str, fx.Node] = {}
     for node, layer in chosen.items():
         weight = argument(node, 1)
