@@ -1,4 +1,4 @@
 """Differential privacy: clipping, noise, per-example gradients, the accountant and the ledger.
 
-Nothing is imported here: `fedpress privacy epsilon` must answer without loading torch.
+Nothing is imported here, so that `fedpress privacy epsilon` runs without loading torch.
 """

@@ -1,10 +1,10 @@
-"""A clip norm that follows a quantile of the clients' update norms (Andrew et al. 2021).
+"""Adaptive clipping: the clip norm tracks a quantile of the update norms (Andrew et al. 2021).
 
-arXiv:1905.03871, Algorithm 1. In each round every client adds to its update one bit: whether its
-norm was at most the clip norm. The server adds noise to the sum of bits and gets the share of
-clients below the clip norm. A share above the target quantile lowers the clip norm, one below it
-raises it. The bits are a second query: the noise on the updates grows so that both together cost
-what was planned.
+arXiv:1905.03871, Algorithm 1. In each round every client sends one bit with its update: whether its
+norm was at most the clip norm. The server adds noise to the sum of bits, and estimates the share of
+clients below the clip norm. If the share is above the target quantile, the clip norm is lowered,
+else raised. The bits are a second query, so the updates get more noise, such that both queries
+together cost the planned epsilon.
 """
 
 from __future__ import annotations
@@ -23,12 +23,11 @@ class AdaptiveClip:
     """How the clip norm changes from round to round.
 
     Attributes:
-        initial: the clip norm of the first round. Starting 100 times too low or too high costs
-            about 50 rounds.
+        initial: the clip norm of the first round. If it is 100 times too low or too high, it takes
+            about 50 rounds to adapt.
         quantile: target share of clients whose updates are not clipped.
         lr: learning rate of the logarithm of the clip norm.
-        count_noise: standard deviation of the noise on the sum of bits; None takes
-            `count_noise_for`.
+        count_noise: standard deviation of the noise on the sum of bits; `count_noise_for` if None.
 
     Raises:
         RecipeError: if a value is out of range.
@@ -36,12 +35,12 @@ class AdaptiveClip:
 
     initial: Annotated[float, Field(description="clip norm of the first round")] = 0.1
     quantile: Annotated[
-        float, Field(description="share of clients whose updates shall stay whole")
+        float, Field(description="target share of clients whose updates are not clipped")
     ] = 0.5
     lr: Annotated[float, Field(description="learning rate of the logarithm of the clip norm")] = 0.2
     count_noise: Annotated[
         float | None,
-        Field(description="noise on the number of clients below it; by default as the rounds need"),
+        Field(description="noise on the number of unclipped clients; by default from the cohort"),
     ] = None
 
     def __post_init__(self) -> None:
@@ -55,9 +54,7 @@ class AdaptiveClip:
             _check_positive("count_noise", self.count_noise)
 
     def update(self, clip_norm: float, below: float) -> float:
-        """Returns the next clip norm.
-
-        Geometric descent on the quantile loss (section 2.1 of the paper).
+        """Returns the next clip norm, by geometric descent on the quantile loss (section 2.1).
 
         Args:
             clip_norm: the clip norm of this round.
@@ -76,57 +73,57 @@ class AdaptiveClip:
                 place="share below the clip norm",
                 cure="check the sum of bits",
             )
-        # `below` is the share that was NOT clipped. With the clipped share in its place the sign is
-        # wrong and the clip norm moves away from the quantile in every round.
+        # `below` is the share that was NOT clipped. With the clipped share the sign would be wrong,
+        # and the clip norm would move away from the quantile.
         return clip_norm * math.exp(-self.lr * (below - self.quantile))
 
 
 def centred_bit(norm: float, clip_norm: float) -> float:
-    """Returns what a client adds to the sum of bits: 1/2 if `norm` <= `clip_norm`, else -1/2.
+    """Returns a client's bit: 1/2 if `norm` <= `clip_norm`, else -1/2.
 
-    A client that joins or leaves moves this sum by 1/2; bits of 0 and 1 would move it by up to 1.
+    Adding or removing a client changes the sum of these bits by 1/2; of bits 0 and 1, by up to 1.
     """
-    # A comparison with NaN is False, so an update without a norm counts as above the clip norm.
+    # A comparison with NaN is False, so NaN counts as above the clip norm.
     return 0.5 if norm <= clip_norm else -0.5
 
 
 def share_below(noised_sum: float, cohort: int) -> float:
-    """Returns the share of clients below the clip norm.
+    """Estimates the share of clients below the clip norm.
 
     Args:
         noised_sum: the sum of centred bits plus noise.
-        cohort: public number of clients in the round, however many replied.
+        cohort: public planned number of clients in the round.
 
     >>> share_below(5.0, cohort=10), share_below(0.0, cohort=10)
     (1.0, 0.5)
     """
-    # Noise can take it outside 0..1. Cutting it off there would bias the mean and so the quantile.
+    # Noise may move it outside 0..1. Clamping would bias the estimate and so the quantile.
     return noised_sum / cohort + 0.5
 
 
 def count_noise_for(noise_multiplier: float, cohort: int) -> float:
-    """Returns a standard deviation for the noise on the sum of bits.
+    """Returns the default standard deviation of the noise on the sum of bits.
 
-    A twentieth of the cohort, as in the paper, and at least 2.5 times `noise_multiplier`: then the
-    updates need at most 2% more noise.
+    It is cohort / 20, as in the paper, and at least 2.5 times `noise_multiplier`. Then the updates
+    need at most 2% more noise.
 
     >>> count_noise_for(1.0, 1000), count_noise_for(5.0, 10)
     (50.0, 12.5)
     """
-    # With 2.5 the bits take 4% of the budget, counted in 1 / noise^2; so the updates need 2% more
+    # With factor 2.5 the bits take 4% of the budget (in 1 / noise^2), so the updates need 2% more
     # noise.
     return max(cohort / 20, 2.5 * noise_multiplier)
 
 
 def update_noise_multiplier(noise_multiplier: float, count_noise: float) -> float:
-    """Returns the noise multiplier of the updates if bits and updates share one budget.
+    """Returns the noise multiplier of the updates, so that bits and updates fit one budget.
 
     Args:
-        noise_multiplier: of one mechanism that costs what both queries together may cost.
+        noise_multiplier: of a single mechanism with the budget of both queries.
         count_noise: standard deviation of the noise on the sum of bits.
 
     Raises:
-        PrivacyError: if the bits alone would cost as much.
+        PrivacyError: if the bits alone would cost the budget.
 
     >>> round(update_noise_multiplier(1.0, 2.5), 4)
     1.0206

@@ -1,11 +1,11 @@
-"""The privacy ledger of a run: which mechanisms ran on whose data, and the epsilon of all of them.
+"""The privacy ledger of a run: the mechanisms that ran on each client's data, and their epsilon.
 
-An entry is a mechanism and its number of steps, never an epsilon. Epsilon is computed from all
-entries together, so rounds and stages compose by the accountant and not by addition, and a resumed
-run continues the same ledger.
+An entry has a mechanism and its number of steps, not an epsilon. The accountant computes epsilon
+from all entries together, which is tighter than adding epsilons of rounds and stages. A resumed run
+continues the same ledger.
 
-Clients hold disjoint data, so the epsilon of the run is that of the client with the largest one
-(parallel composition). Entries for "population" count for every client.
+Clients have disjoint data, so the epsilon of the run is the largest one of any client (parallel
+composition). Entries for "population" count for every client.
 """
 
 from __future__ import annotations
@@ -27,27 +27,28 @@ from fedpress.privacy.accounting.events import (
 )
 
 POPULATION = "population"
+"""The party of entries that count for every client."""
 
 VERSION = 2
 READABLE_VERSIONS = (1, 2)
-"""Version 1 has no Skellam entries; the entries it has are those of version 2."""
+"""Version 1 is version 2 without Skellam entries."""
 
 FEW_PARTIES = 8
-"""Up to this many parties are asked for their epsilon; of more, a quick bound picks some."""
+"""Up to this many parties, epsilon is computed for all; with more, a quick bound excludes some."""
 
 
 @dataclass(frozen=True)
 class LedgerEntry:
-    """`steps` noised sums over the data of one party.
+    """`steps` noised sums over the data of one party (a client, or the population).
 
-    Make an entry with `LedgerEntry.of`, which fills in the fields of either kind of noise.
+    Make an entry with `LedgerEntry.of`, which fills in the fields for Gaussian or Skellam noise.
 
     Attributes:
         who: a client's name, or "population" for all clients.
         what: the stage or purpose, for instance "federate".
         sampling_prob: probability with which each unit takes part in a step.
-        noise_multiplier: standard deviation of the noise / sensitivity. Of Skellam noise it is only
-            shown to people; the accountant uses the four last fields.
+        noise_multiplier: standard deviation of the noise / sensitivity. For Skellam noise this is
+            for display only; the accountant uses the last four fields.
         steps: number of noised sums.
         first_round: first round of the entry, from 1; 0 outside rounds.
         last_round: last round of the entry; 0 outside rounds.
@@ -82,7 +83,7 @@ class LedgerEntry:
                     "got 0 beside l2, l1 or failure, expected the variance of the Skellam noise",
                     place="entry.variance",
                 )
-        # People read `noise_multiplier` in reports: it must not contradict the noise charged.
+        # Reports show `noise_multiplier`, so it must not contradict the charged Skellam noise.
         elif not math.isclose(event.noise_multiplier, self.noise_multiplier, rel_tol=1e-6):
             raise RecipeError(
                 (
@@ -124,7 +125,7 @@ class LedgerEntry:
 
     @property
     def event(self) -> MechanismEvent:
-        """The entry as the accountant counts it."""
+        """The accountant's event of this entry."""
         if self.variance:
             return SkellamEvent(
                 self.l2, self.l1, self.variance, self.steps, self.sampling_prob, self.failure
@@ -132,17 +133,17 @@ class LedgerEntry:
         return GaussianEvent(self.sampling_prob, self.noise_multiplier, self.steps)
 
     def same_mechanism(self, other: LedgerEntry) -> bool:
-        """Says whether `other` differs from this entry in steps and rounds at most."""
+        """Returns whether `other` is equal to this entry except for steps and rounds."""
         return _without_steps(self) == _without_steps(other)
 
 
 @dataclass(frozen=True)
 class Ledger:
-    """Entries in the order in which they were added; adding one returns a new ledger.
+    """An immutable list of entries; adding one returns a new ledger.
 
     Attributes:
-        unit: who is protected: "sample", one example, or "client", all examples of a client.
-        entries: what was charged so far.
+        unit: what is protected: "sample" (one example) or "client" (all examples of a client).
+        entries: all charges so far, in the order of adding.
 
     >>> ledger = Ledger("sample")
     >>> for round in (1, 2, 3):
@@ -166,8 +167,8 @@ class Ledger:
     def add(self, *entries: LedgerEntry) -> Ledger:
         """Returns the ledger with `entries` at its end.
 
-        An entry of the same mechanism as the last one of its party extends that one, so a run of a
-        thousand equal rounds has one entry per party.
+        An entry with the same mechanism as the last one of its party is merged into that one, so a
+        run of a thousand equal rounds has one entry per party.
         """
         listed = list(self.entries)
         newest = {entry.who: at for at, entry in enumerate(listed)}
@@ -185,14 +186,14 @@ class Ledger:
         return replace(self, entries=tuple(listed))
 
     def events(self) -> Iterator[tuple[MechanismEvent, ...]]:
-        """Yields the merged events of each party, once for parties with equal ones."""
-        of_all = [entry.event for entry in self.entries if entry.who == POPULATION]
-        # With entries for the population alone there is still one party to be asked about.
+        """Yields the merged events of each party; parties with equal events are yielded once."""
+        for_everyone = [entry.event for entry in self.entries if entry.who == POPULATION]
+        # The population is a party too, because a ledger may have entries only for it.
         parties: dict[str, list[MechanismEvent]] = {POPULATION: []}
         for entry in self.entries:
             if entry.who != POPULATION:
                 parties.setdefault(entry.who, []).append(entry.event)
-        yield from {accountant.merge([*of_all, *own]) for own in parties.values()}
+        yield from {accountant.merge([*for_everyone, *own]) for own in parties.values()}
 
     def epsilon(self, *, delta: float) -> float:
         """Returns the largest epsilon that any party has spent so far at `delta`."""
@@ -201,14 +202,14 @@ class Ledger:
     def spent(self, *, delta: float) -> accountant.Spent:
         """Returns `epsilon`, and whether it is only an upper bound."""
         parties = _undominated(set(self.events()))
-        # Many parties share the time of a few. A coarser grid can only raise an epsilon.
+        # With many parties, each gets a coarser grid to save time; that can only raise epsilon.
         points = max(1 << 14, 4 * losses.POINTS // max(4, len(parties)))
         if len(parties) <= FEW_PARTIES:
             found = [accountant.spent(events, delta=delta, points=points) for events in parties]
             return max(found, key=lambda party: party.epsilon)
 
-        # Only the largest epsilon matters. Parties are asked in falling order of a quick Renyi
-        # bound, so a party whose bound is below the largest epsilon so far needs no exact answer.
+        # Only the largest epsilon matters. Parties are sorted by a quick Renyi bound; once a bound
+        # is below the largest epsilon so far, no further party can exceed it.
         bounds = {events: accountant.renyi_bound(events, delta=delta) for events in parties}
         largest = accountant.Spent(0.0)
         for events in sorted(bounds, key=lambda party: -bounds[party]):
@@ -219,7 +220,7 @@ class Ledger:
         return largest
 
     def would_exceed(self, *entries: LedgerEntry, epsilon: float, delta: float) -> bool:
-        """Says whether `entries` would bring a party above `epsilon`; ask before using the data."""
+        """Returns whether a party would exceed `epsilon` with `entries`; ask before using data."""
         return self.add(*entries).epsilon(delta=delta) > epsilon
 
     def spend(self, *entries: LedgerEntry, epsilon: float, delta: float) -> Ledger:
@@ -239,12 +240,12 @@ class Ledger:
                     f"delta {delta:g}"
                 ),
                 place="ledger",
-                cure="stop here, or plan fewer steps or more noise from the start",
+                cure="stop here, or start with fewer steps or more noise",
             )
         return after
 
     def to_json(self) -> str:
-        """Returns the ledger as JSON text with all that is needed to recompute epsilon."""
+        """Returns the ledger as JSON text, from which epsilon can be recomputed."""
         content = {
             "version": VERSION,
             "unit": self.unit,
@@ -253,7 +254,7 @@ class Ledger:
                 "noise on the sum of a Poisson sample: Gaussian, or Skellam where variance is "
                 "above 0"
             ),
-            # The word of version 1, by which older files are read.
+            # The key of version 1; it stays, so that older and newer files have the same one.
             "charges": [asdict(entry) for entry in self.entries],
         }
         return json.dumps(content, indent=1)
@@ -263,8 +264,8 @@ class Ledger:
         """Reads what `to_json` wrote.
 
         Raises:
-            PrivacyError: if the text is not a ledger. A run must not continue without its ledger:
-                it would forget what was spent.
+            PrivacyError: if the text is not a ledger. A run must not continue without its ledger,
+                because the spent privacy would be lost.
         """
         try:
             content = json.loads(text)
@@ -289,7 +290,7 @@ def _without_steps(entry: LedgerEntry) -> LedgerEntry:
 
 
 def _undominated(parties: set[tuple[MechanismEvent, ...]]) -> list[tuple[MechanismEvent, ...]]:
-    """Drops parties that spend at most what another one spends: often one is left of a hundred."""
+    """Drops parties that spend at most as much as another one; often a single party remains."""
     kept = []
     for party in parties:
         if not any(other != party and _covers(other, party) for other in parties):
@@ -298,15 +299,15 @@ def _undominated(parties: set[tuple[MechanismEvent, ...]]) -> list[tuple[Mechani
 
 
 def _covers(more: tuple[MechanismEvent, ...], less: tuple[MechanismEvent, ...]) -> bool:
-    """Says whether `more` has, for each event of `less`, one of its kind that spends as much."""
+    """Returns whether `more` has for each event of `less` one that spends at least as much."""
     more_gaussian = gaussians(more)
     less_gaussian = gaussians(less)
     more_skellam = skellams(more)
     less_skellam = skellams(less)
     if len(less_gaussian) > len(more_gaussian) or len(less_skellam) > len(more_skellam):
         return False
-    # Merged events are sorted, so equal places are compared; a pairing that is missed only costs
-    # an answer more.
+    # Merged events are sorted, so equal positions are compared. Other pairings are not tried; a
+    # missed one only means that one more epsilon is computed.
     return all(a.covers(b) for a, b in zip(more_gaussian, less_gaussian, strict=False)) and all(
         a.covers(b) for a, b in zip(more_skellam, less_skellam, strict=False)
     )

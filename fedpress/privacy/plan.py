@@ -1,6 +1,6 @@
 """The plan of one Gaussian mechanism: sampling, clip norm, noise and delta as one frozen value.
 
-Sampler, clipping, noise and accountant all read this one object, so they cannot disagree.
+Sampler, clipping, noise and accountant read the same object, so their numbers cannot differ.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from fedpress.privacy.accounting.accountant import GaussianEvent
 
 @dataclass(frozen=True)
 class PrivacyPlan:
-    """What is protected, how far one unit can move a sum, and how much noise hides it.
+    """Protected unit, sensitivity, sampling and noise of a repeated Gaussian mechanism.
 
     Attributes:
         unit: "sample" protects one example of a client, "client" protects all its examples.
-        clip_norm: L2 norm of what one unit adds to a sum. Two neighbouring data sets differ by one
-            unit that is added or removed, so this is the sensitivity of the sum.
-        sampling_prob: probability with which each unit, independently of the others, takes part in
-            a step.
-        noise_multiplier: standard deviation of the noise on the sum / `clip_norm`; 0 gives no
-            privacy (epsilon is infinite).
-        steps_per_round: noised sums in one round: the local steps for unit "sample", 1 for unit
-            "client".
-        delta: probability with which the guarantee may fail; well below 1 / number of units.
+        clip_norm: L2 bound of one unit's contribution to a sum. Neighbouring data sets differ by
+            adding or removing one unit, so this is the sensitivity of the sum.
+        sampling_prob: probability with which each unit takes part in a step (Poisson sampling).
+        noise_multiplier: standard deviation of the noise on the sum / `clip_norm`; with 0, epsilon
+            is infinite.
+        steps_per_round: number of noised sums in a round: the local steps under unit "sample", 1
+            under unit "client".
+        delta: probability with which the guarantee may fail; choose it far below 1 / number of
+            units.
 
     Raises:
         RecipeError: if a value is out of range.
@@ -70,7 +70,7 @@ class PrivacyPlan:
 
     @property
     def sensitivity(self) -> float:
-        """L2 distance by which one unit can move the sum."""
+        """L2 sensitivity of the sum."""
         return self.clip_norm
 
     @property
@@ -79,13 +79,13 @@ class PrivacyPlan:
         return self.noise_multiplier * self.clip_norm
 
     def event(self, *, num_rounds: int) -> GaussianEvent:
-        """Returns `num_rounds` rounds as the accountant counts them."""
-        # With unit "sample" every local step is a query of its own, so steps multiply rounds.
+        """Returns the accountant's event of `num_rounds` rounds."""
+        # Under unit "sample" every local step is a separate query.
         steps = self.steps_per_round * num_rounds
         return GaussianEvent(self.sampling_prob, self.noise_multiplier, steps)
 
     def epsilon(self, *, num_rounds: int, delta: float | None = None) -> float:
-        """Returns the epsilon that `num_rounds` rounds spend at `delta` (default: the plan's)."""
+        """Returns the epsilon of `num_rounds` rounds at `delta` (default: the plan's)."""
         if delta is None:
             delta = self.delta
         return accountant.epsilon([self.event(num_rounds=num_rounds)], delta=delta)
@@ -93,7 +93,7 @@ class PrivacyPlan:
     def calibrate(
         self, *, epsilon: float, num_rounds: int, delta: float | None = None
     ) -> PrivacyPlan:
-        """Returns the plan with the smallest noise that keeps `num_rounds` within `epsilon`.
+        """Returns the plan with the smallest noise such that `num_rounds` cost at most `epsilon`.
 
         Raises:
             RecipeError: if `epsilon`, `delta` or `num_rounds` is out of range.

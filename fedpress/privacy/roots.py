@@ -1,4 +1,4 @@
-"""Root finding that rounds to the safe side: the answer always keeps the privacy guarantee."""
+"""Root finding that rounds to the safe side, so that a privacy guarantee always holds."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterable
 
 MAX_EXCESS = 700.0
-"""Values are clipped to this: Brent's method interpolates, which infinite values would break."""
+"""Function values are clipped to this, because Brent's method cannot handle infinite ones."""
 
 BEST_RTOL = 1e-15
 """About the smallest relative distance that Brent's method can reach in double precision."""
@@ -20,24 +20,23 @@ def safe_root(
     rtol: float = 1e-14,
     margin: float = 0.0,
 ) -> float:
-    """Returns a point next to the zero crossing of `excess`, on the side where it is at most 0.
+    """Returns a point close to the root of `excess`, on the side where `excess` is at most 0.
 
-    Brent's method (scipy.optimize.brentq) may end on either side of the crossing, but a noise
-    multiplier or an epsilon may be rounded to one side only. So its answer is checked, and moved
+    Brent's method (scipy.optimize.brentq) may end on either side of the root, but a noise
+    multiplier or an epsilon must be rounded to the safe side. So its answer is checked, and moved
     towards `safe` until `excess` is at most 0.
 
     Args:
-        excess: above 0 where the guarantee is broken, at most 0 where it is kept; monotone between
-            the ends. It may be called twice with one number: give it a cache if it is slow.
-        unsafe: an end where the guarantee is broken, a number above 0.
-        safe: an end where it is kept, a number above 0.
-        rtol: relative distance from the crossing, about.
-        margin: Brent's method aims at -`margin` instead of 0, so that its answer seldom lies on
-            the wrong side.
+        excess: above 0 where the guarantee does not hold, at most 0 where it holds; monotone
+            between the ends. It may be called twice with one number: cache it if it is slow.
+        unsafe: an end where the guarantee does not hold, above 0.
+        safe: an end where it holds, above 0.
+        rtol: approximate relative distance from the root.
+        margin: Brent's method searches for -`margin` instead of 0, so that its answer is rarely on
+            the unsafe side.
 
     Returns:
-        A number between both ends where `excess` is at most 0; `safe` itself if no nearer one was
-        found.
+        A number between both ends where `excess` is at most 0; `safe` if no closer one was found.
 
     >>> root = safe_root(lambda x: 2 - x * x, unsafe=1.0, safe=2.0)
     >>> root * root >= 2, abs(root - 2**0.5) < 1e-13
@@ -52,17 +51,17 @@ def safe_root(
 
     low = min(unsafe, safe)
     high = max(unsafe, safe)
-    # `safe` keeps the guarantee by less than the margin: then there is no sign change to search.
+    # At `safe` the guarantee holds by less than the margin, so there is no root to search for.
     if shifted(safe) > 0:
         return safe
-    # brentq wants an absolute tolerance too; that at the lower end is the smaller one.
+    # brentq needs an absolute tolerance too; the one at the lower end is the stricter one.
     found = float(brentq(shifted, low, high, xtol=rtol * low, rtol=max(rtol, BEST_RTOL)))
 
-    # The first step is as long as the distance that was asked for: mostly one is enough.
+    # Steps start at the requested tolerance; mostly one step is enough.
     step = rtol
     while excess(found) > 0:
         found += math.copysign(step * found, safe - unsafe)
-        # Doubling ends the loop after a few steps even where `excess` is flat.
+        # Steps double, so that the loop ends soon even where `excess` is flat.
         step *= 2
         if not low < found < high:
             return safe
@@ -77,14 +76,14 @@ def bracket(
     least: float = 1e-12,
     most: float = math.inf,
 ) -> tuple[float, float] | None:
-    """Returns (unsafe, safe) on both sides of the crossing of a falling function.
+    """Returns (unsafe, safe): an interval that contains the root of a decreasing function.
 
     Args:
-        excess: above 0 below the crossing, at most 0 from there on.
-        start: where to look first, a number above 0.
+        excess: above 0 below the root, at most 0 from there on.
+        start: where the search starts, above 0.
         strides: factors of the first steps; later steps double or halve.
         least: lower end of the search; if `excess` is at most 0 there, both ends are `least`.
-        most: upper end of the search; if `excess` is above 0 there, the answer is None.
+        most: upper end of the search; if `excess` is above 0 there, the result is None.
 
     >>> bracket(lambda x: 5 - x, 1.0), bracket(lambda x: 5 - x, 64.0)
     ((4.0, 8.0), (4.0, 8.0))
@@ -108,7 +107,7 @@ def bracket(
 def _bracket_above(
     excess: Callable[[float], float], unsafe: float, factors: Iterable[float], most: float
 ) -> tuple[float, float] | None:
-    """Walks up from `unsafe` until `excess` is at most 0; None if it is above 0 at `most`."""
+    """Increases `unsafe` until `excess` is at most 0; None if it is above 0 at `most`."""
     left = iter(factors)
     while unsafe < most:
         safe = min(unsafe * next(left, 2.0), most)

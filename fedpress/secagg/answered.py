@@ -60,7 +60,7 @@ class AnsweredRounds:
         Raises:
             TypeError: if `saved` is not a result of `to_json`; or ValueError.
         """
-        rounds = [int(number) for number in saved]  # type: ignore[union-attr]
+        rounds = [int(number) for number in saved]  # type: ignore[union-attr, arg-type]
         self.rounds = {}
         if rounds:
             # No round has this context, so every request of that round is refused.

@@ -409,4 +409,4 @@ def test_a_list_without_the_neighbours_of_one_client_is_refused_by_the_committee
     left = np.ones(100, bool)
     left[facts.neighbours(victim)] = False
     assert left.sum() >= plan.survivors  # so the count alone would let it pass
-    assert "left with 0 neighbours" in facts.too_few(left)
+    assert "only 0 neighbours" in facts.too_few(left)

@@ -1,4 +1,4 @@
-"""From a JSON list of mechanism events, or a run's ledger, to the epsilon of all of it."""
+"""Computes the epsilon of a JSON list of mechanism events, or of a run's ledger."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ def spent(text: str, *, delta: float, place: str = "events") -> accountant.Spent
     """Returns what the mechanisms in `text` spend together at `delta`.
 
     Args:
-        text: a JSON list of events, each with the fields of `GaussianEvent`, or with
-            `"kind": "skellam"` those of `SkellamEvent`; or the text of a ledger, of which the party
-            with the largest epsilon counts.
+        text: a JSON list of events with the fields of `GaussianEvent`, or of `SkellamEvent` with
+            `"kind": "skellam"`. Or the text of a ledger: then the result is the largest epsilon of
+            any party.
         delta: probability with which the guarantee may fail.
-        place: what errors call the text, for instance its file.
+        place: name of the text in errors, such as its file.
 
     Raises:
-        RecipeError: if the text is no such list, naming the place and the cure.
+        RecipeError: if the text is not such a list.
         PrivacyError: if it is a damaged ledger.
     """
     try:
@@ -47,7 +47,7 @@ def spent(text: str, *, delta: float, place: str = "events") -> accountant.Spent
         raise RecipeError(
             f"not JSON ({error})", place=place, cure="give a list of events or a ledger.json"
         ) from error
-    # Every ledger has this key, and no list of events is an object.
+    # Only a ledger is a JSON object with this key.
     if isinstance(content, dict) and "charges" in content:
         accountant.check_delta(delta)
         return Ledger.from_json(text).spent(delta=delta)
@@ -68,7 +68,7 @@ def _read_event(entry: Any, place: str) -> MechanismEvent:
         )
     given = dict(entry)
     word = given.pop("kind", "gaussian")
-    # A list or an object as `kind` cannot be looked up in a dictionary.
+    # A list or an object as `kind` is not hashable, so it cannot be looked up.
     kind = KINDS.get(word) if isinstance(word, str) else None
     if kind is None:
         raise RecipeError(

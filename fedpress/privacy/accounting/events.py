@@ -1,4 +1,4 @@
-"""Mechanism events: the noised sums that an accountant composes, as plain numbers."""
+"""Mechanism events for the accountant: Gaussian or Skellam noise, sampling and steps."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from typing import TypeVar
 from fedpress.errors import RecipeError
 
 LEAST_DELTA = 1e-200
-"""Leaves room above the smallest double for the shares of delta that single steps and tails get."""
+"""Smallest delta; the accountant divides it among steps and tails, in double precision."""
 
 MOST_STEPS = 10**10
-"""Far more than any training takes."""
+"""Limit of the number of steps, far more than any training needs."""
 
 
 @dataclass(frozen=True, order=True)
@@ -43,7 +43,7 @@ class GaussianEvent:
         _check_steps(self.steps)
 
     def covers(self, other: GaussianEvent) -> bool:
-        """Says whether this event spends at least as much as `other` in every single number."""
+        """Returns whether this event spends at least as much as `other`, field by field."""
         return (
             self.sampling_prob >= other.sampling_prob
             and self.noise_multiplier <= other.noise_multiplier
@@ -56,12 +56,12 @@ class SkellamEvent:
     """`steps` sums of whole numbers with Skellam noise, each over a Poisson sample of the units.
 
     Attributes:
-        l2: L2 norm by which one unit can move the sum, in grid units, rounding included.
-        l1: L1 norm by which one unit can move the sum, in grid units.
+        l2: L2 sensitivity of the sum in grid units, including rounding.
+        l1: L1 sensitivity of the sum in grid units.
         variance: variance of the noise on each value of the sum, in grid units squared.
         steps: number of sums.
         sampling_prob: probability with which each unit takes part in a step.
-        failure: probability with which `l2` does not hold in one step; it is subtracted from delta.
+        failure: probability with which `l2` is exceeded in one step; it is subtracted from delta.
 
     Raises:
         RecipeError: if a number is out of range.
@@ -94,7 +94,7 @@ class SkellamEvent:
         return math.sqrt(self.variance) / self.l2
 
     def covers(self, other: SkellamEvent) -> bool:
-        """Says whether this event spends at least as much as `other` in every single number."""
+        """Returns whether this event spends at least as much as `other`, field by field."""
         return (
             self.l2 >= other.l2
             and self.l1 >= other.l1
@@ -111,10 +111,9 @@ Event = TypeVar("Event", GaussianEvent, SkellamEvent)
 
 
 def merge(events: Iterable[MechanismEvent]) -> tuple[MechanismEvent, ...]:
-    """Adds up the steps of equal mechanisms and drops events without a step.
+    """Adds up the steps of equal mechanisms, and drops events without steps.
 
-    Epsilon does not depend on the order of steps, so events that are not neighbours are merged too.
-    Gaussian events come first; each kind is sorted.
+    Epsilon does not depend on the order of steps. Gaussian events come first; each kind is sorted.
 
     >>> merge([GaussianEvent(0.5, 1.0, 2), GaussianEvent(1.0, 3.0, 0), GaussianEvent(0.5, 1.0, 3)])
     (GaussianEvent(sampling_prob=0.5, noise_multiplier=1.0, steps=5),)
@@ -124,12 +123,12 @@ def merge(events: Iterable[MechanismEvent]) -> tuple[MechanismEvent, ...]:
 
 
 def gaussians(events: Iterable[MechanismEvent]) -> tuple[GaussianEvent, ...]:
-    """Returns those of `events` that are Gaussian."""
+    """Returns the Gaussian events."""
     return tuple(event for event in events if isinstance(event, GaussianEvent))
 
 
 def skellams(events: Iterable[MechanismEvent]) -> tuple[SkellamEvent, ...]:
-    """Returns those of `events` that are Skellam."""
+    """Returns the Skellam events."""
     return tuple(event for event in events if isinstance(event, SkellamEvent))
 
 
@@ -148,8 +147,8 @@ def _merged(events: tuple[Event, ...]) -> list[Event]:
 def merge_similar(events: tuple[GaussianEvent, ...], most: int) -> tuple[GaussianEvent, ...]:
     """Returns at most `most` events that together spend at least as much as `events`.
 
-    Sampling probabilities are rounded up and noise multipliers down, on a logarithmic grid that
-    gets coarser until few enough different events are left.
+    Sampling probabilities are rounded up and noise multipliers down on a logarithmic grid. The grid
+    gets coarser until there are few enough different events.
 
     >>> events = (GaussianEvent(0.1, 1.0, 2), GaussianEvent(0.1001, 1.0, 3))
     >>> (one,) = merge_similar(events, 1)
@@ -159,14 +158,15 @@ def merge_similar(events: tuple[GaussianEvent, ...], most: int) -> tuple[Gaussia
     steps = {(event.sampling_prob, event.noise_multiplier): event.steps for event in events}
     if len(steps) <= most:
         return events
-    # Of the decimal logarithm: the first grid has steps of 2.3%.
+    # 0.01 in the decimal logarithm is a step of 2.3%.
     grid = 0.01
     while len(steps) > most:
         merged: dict[tuple[float, float], int] = {}
         for (prob, noise), times in steps.items():
             rounded = _rounded_to_spend_more(prob, noise, grid)
             merged[rounded] = merged.get(rounded, 0) + times
-        # Far from the goal the grid doubles to save time; near it, small steps lose less.
+        # The grid doubles while there are far too many events, to save time; then it grows slowly,
+        # to lose less.
         grid *= 2 if len(merged) > 4 * most else 1.3
         steps = merged
     found = [GaussianEvent(prob, noise, times) for (prob, noise), times in steps.items()]
@@ -176,7 +176,7 @@ def merge_similar(events: tuple[GaussianEvent, ...], most: int) -> tuple[Gaussia
 def _rounded_to_spend_more(prob: float, noise: float, grid: float) -> tuple[float, float]:
     up = 10 ** (math.ceil(math.log10(prob) / grid) * grid)
     down = 10 ** (math.floor(math.log10(noise) / grid) * grid)
-    # The logarithms are rounded too, which must not make the event spend less than before.
+    # The logarithms have rounding errors, which must not make the event spend less.
     return min(1.0, max(prob, up)), min(noise, down)
 
 

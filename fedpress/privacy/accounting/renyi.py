@@ -1,4 +1,4 @@
-"""Renyi accounting at whole orders: looser than privacy loss distributions, but covers Skellam."""
+"""Renyi accounting at integer orders, for Skellam noise and for quick upper bounds."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ if TYPE_CHECKING:
 # numpy and scipy are imported where they are used: the command line must answer quickly.
 
 ORDERS = (*range(2, 301), 320, 352, 384, 448, 512, 640, 768, 1024, 1536, 2048)
-"""Whole orders, since the theorem on Skellam noise is proven for those; large ones serve small
-budgets."""
+"""Integer orders, because the theorem on Skellam noise is proven for those only. Large orders are
+needed for small epsilons."""
 
 
 def epsilon(events: Iterable[MechanismEvent], *, delta: float) -> float:
     """Returns what `events` spend together at `delta` by Renyi accounting.
 
     The conversion from Renyi divergence to epsilon is that of Canonne, Kamath & Steinke 2020
-    (arXiv:2004.00010, Proposition 12). Whole orders cost a little where the best order is small: in
-    the example all real orders would give 5.42.
+    (arXiv:2004.00010, Proposition 12). Integer orders lose a little if the best order is small: in
+    the example, real orders would give 5.42.
 
     Args:
         events: the mechanisms. The caller subtracts their `failure` from `delta` beforehand.
@@ -46,7 +46,7 @@ def epsilon(events: Iterable[MechanismEvent], *, delta: float) -> float:
 
     orders = np.array(ORDERS, float)
     at_each_order = total + np.log1p(-1 / orders) - np.log(delta * orders) / (orders - 1)
-    # Where almost nothing is spent, the conversion gives a negative number.
+    # If almost nothing is spent, the conversion gives a negative number.
     return max(0.0, float(np.min(at_each_order)))
 
 
@@ -57,8 +57,8 @@ def divergences(event: MechanismEvent) -> np.ndarray:
 
     if event.sampling_prob == 1:
         return _unsampled(event, np.array(ORDERS))
-    # The formula for a sample needs the divergence at every whole order up to the largest. Orders 0
-    # and 1 do not enter it; zeros keep the index equal to the order.
+    # The formula for sampling needs the divergence at every integer order up to the largest. It
+    # does not use orders 0 and 1; their zeros keep the index equal to the order.
     each = np.concatenate([[0.0, 0.0], _unsampled(event, np.arange(2, ORDERS[-1] + 1))])
     return _sampled(each, event.sampling_prob)
 
@@ -80,9 +80,10 @@ def _sampled(each: np.ndarray, q: float) -> np.ndarray:
     With one unit the output has density (1-q) Q + q P, without it Q. The moment of their ratio at
     order a is the sum over l of C(a, l) (1-q)^(a-l) q^l e^((l-1) each[l]), exactly.
 
-    The other direction is no larger where a reflection swaps P and Q (Mironov, Talwar & Zhang 2019,
-    arXiv:1908.10530, Theorem 5). Gaussian and Skellam noise are even, so it does. This avoids the
-    bound for all mechanisms (Zhu & Wang 2019), whose threefold terms would double epsilon.
+    The other direction is not larger if a reflection swaps P and Q (Mironov, Talwar & Zhang 2019,
+    arXiv:1908.10530, Theorem 5). It does, because Gaussian and Skellam noise are symmetric. The
+    bound for general mechanisms (Zhu & Wang 2019) has terms three times as large, which would
+    double epsilon.
 
     Args:
         each: divergence of the mechanism without sampling at the orders 0, 1, 2, ...
@@ -96,7 +97,7 @@ def _sampled(each: np.ndarray, q: float) -> np.ndarray:
     tops = np.maximum.reduceat(logs, starts)
     sums = np.add.reduceat(np.exp(logs - np.repeat(tops, np.array(ORDERS) + 1)), starts)
     found = (tops + np.log(sums)) / (np.array(ORDERS) - 1)
-    # Sampling never adds: the divergence without it is a bound as well.
+    # Sampling never increases the divergence, so the one without sampling is a bound as well.
     bound: np.ndarray = np.minimum(found, each[list(ORDERS)])
     return bound
 

@@ -1,9 +1,9 @@
 """The plan of distributed privacy: bits, grid and noise of a secure sum with Skellam noise.
 
-Every client scales its clipped, rotated vector to a grid, clamps and rounds each value, adds
-Skellam noise and sends the result modulo 2^bits under a mask; the server sees only the sum
-(Agarwal, Kairouz & Liu 2021, arXiv:2110.04995). A finer grid makes rounding cost less privacy and
-needs more bits. The plan finds the fewest bits, or for given bits the finest grid and the least
+Every client scales its clipped and rotated vector to a grid, clamps and rounds each value, adds
+Skellam noise, and sends the result modulo 2^bits under a mask. The server sees only the sum
+(Agarwal, Kairouz & Liu 2021, arXiv:2110.04995). With a finer grid, rounding costs less privacy but
+needs more bits. The plan finds the fewest bits; or for given bits, the finest grid and the least
 noise.
 """
 
@@ -27,22 +27,22 @@ BITS = range(8, 25)
 """Bits per value that can be planned."""
 
 USED_RANGE = 0.9
-"""Share of the range from 0 to 2^(bits - 1) that the sum may use. A value beyond the limit lands in
-the unused rest, where it is noticed, instead of wrapping around to the other sign."""
+"""Share of the range 0 to 2^(bits - 1) that the sum may use. A value slightly above the limit is
+then in the unused part, where it is detected, instead of wrapping around to the other sign."""
 
 OVERFLOW = 2.0**-30
-"""Largest probability with which the noise of one round takes any value beyond the limit."""
+"""Allowed probability that noise moves any value beyond the limit in one round."""
 
 BITS_TOLERANCE = 1.05
-"""Bits are enough if epsilon is within this factor of that without a grid."""
+"""Bits are enough if epsilon is at most this factor above the epsilon without a grid."""
 
 MAX_NOISE = 1e3
-"""Larger noise multipliers are not searched: a model learns nothing from such sums."""
+"""Larger noise multipliers are not searched: a model would not learn from such sums."""
 
 
 @dataclass(frozen=True)
 class SecretSum:
-    """What is summed, by how many clients and how often; for the fields see `plan`.
+    """Size, bounds and number of the sums to be planned; for the fields see `plan`.
 
     Raises:
         RecipeError: if a field is out of range.
@@ -80,17 +80,16 @@ class SecretSum:
 
     @property
     def failure(self) -> float:
-        """Probability in one step that the rounded vector is longer than its bound.
+        """Probability in one step that the sensitivity after rounding exceeds its bound.
 
-        Under unit "client" it is 0: a client draws the rounding of its own vector again until it is
-        short enough.
+        Under unit "client" it is 0: a client repeats the rounding until its vector is short enough.
 
-        Under unit "sample" two neighbours are two sums x and x + D of one client, rounded with the
-        same random numbers u. Value by value floor(x + D + u) - floor(x + u) = floor(D + v), where
-        v is the fraction of x + u, uniform again. So the difference is D, stochastically rounded,
-        and its bound fails with probability beta. No client can prevent that, since it does not
-        know D. The random numbers do not depend on data, so the two sums are close for all others,
-        and beta adds to delta.
+        Under unit "sample", neighbouring inputs are two sums x and x + D of one client. They are
+        rounded with the same random numbers u. For each value floor(x + D + u) - floor(x + u) = floor(D + v),
+        where v is the fractional part of x + u, which is uniform too. So the difference is D after
+        stochastic rounding, and exceeds its bound with probability beta. A client cannot prevent
+        this, because it does not know D. The random numbers do not depend on the data, so beta is
+        added to delta.
         """
         if self.unit == "client":
             return 0.0
@@ -100,7 +99,7 @@ class SecretSum:
 
 @dataclass(frozen=True)
 class Cost:
-    """What a number of bits costs.
+    """The epsilon and grid for a number of bits.
 
     Attributes:
         bits: bits per value.
@@ -115,15 +114,15 @@ class Cost:
 
 @dataclass(frozen=True)
 class DistributedPlan:
-    """A plan of distributed privacy; server and clients make the same one with `plan`.
+    """A plan of distributed privacy; server and clients compute the same one with `plan`.
 
     Attributes:
-        task: what is summed.
+        task: size, bounds and number of the sums.
         bits: the sum is taken modulo 2^bits.
         noise_multiplier: standard deviation of the noise of `survivors` clients / `clip_norm`.
         scale: grid units per unit of the vector.
-        limit: largest absolute value of the sum, except with probability 2^-30 a round; at most
-            0.9 * 2^(bits - 1).
+        limit: bound on the absolute values of the sum, exceeded with probability 2^-30 a round; at
+            most 0.9 * 2^(bits - 1).
     """
 
     task: SecretSum
@@ -135,8 +134,8 @@ class DistributedPlan:
     @property
     def variance(self) -> float:
         """Variance of one client's noise, in grid units squared."""
-        # Divided by the survivors and not by all clients: those that drop out take their noise
-        # away, and the rest must still make all of it.
+        # Divided by the number of survivors instead of all clients: the noise of clients that drop
+        # out is missing, and the others must still add the full noise.
         total_std = self.noise_multiplier * self.scale * self.task.clip_norm
         return total_std**2 / self.task.survivors
 
@@ -153,11 +152,11 @@ class DistributedPlan:
 
     @property
     def redraws_rounding(self) -> bool:
-        """Whether a client draws its rounding again until the result is no longer than `l2`.
+        """Whether a client repeats its rounding until the norm is at most `l2`.
 
         Under unit "client" it must. Under unit "sample" it must not: two neighbouring sums could
-        stop after different numbers of tries. Then their random numbers differ, and the rounded
-        sums are far apart.
+        need different numbers of tries. Then their random numbers would differ, and the rounded
+        sums would be far apart.
         """
         return self.task.unit == "client"
 
@@ -168,13 +167,13 @@ class DistributedPlan:
 
     @property
     def epsilon(self) -> float:
-        """What all planned steps spend at the planned delta."""
+        """The epsilon of all planned steps at the planned delta."""
         return accountant.epsilon([self.event(num_rounds=self.task.steps)], delta=self.task.delta)
 
     def event(self, *, num_rounds: int) -> SkellamEvent:
-        """Returns `num_rounds` sums as the accountant counts them."""
+        """Returns the accountant's event of `num_rounds` sums."""
         task = self.task
-        # The noise of the survivors alone: clients that can drop out do not count.
+        # Only the noise of the survivors is guaranteed.
         return SkellamEvent(
             l2=self.l2,
             l1=self.l1,
@@ -185,7 +184,7 @@ class DistributedPlan:
         )
 
     def table(self) -> list[Cost]:
-        """Returns what each number of bits would cost with the same noise."""
+        """Returns epsilon and grid of each number of bits, for the same noise."""
         return [_cost(self.task, bits, self.noise_multiplier) for bits in BITS]
 
 
@@ -210,20 +209,21 @@ def plan(
         size: number of values in the sum, after rotation.
         clip_norm: L2 norm by which one unit can move the sum, in units of the vector.
         coordinate_limit: each client clamps each rotated value to this.
-        clients: most clients in a round.
-        survivors: fewest clients whose sum is opened; they alone make the planned noise.
-        steps: sums in the whole run.
+        clients: maximum number of clients in a round.
+        survivors: minimum number of clients in a sum that is opened; their noise is the planned
+            noise.
+        steps: number of sums in the whole run.
         delta: probability with which the guarantee may fail.
         epsilon: budget of all steps; or give `noise_multiplier`.
         noise_multiplier: standard deviation of the survivors' noise / `clip_norm`; or `epsilon`.
-        bits: bits per value; None takes the fewest with an epsilon within 5% of the best.
-        unit: who is protected; "sample" means one clipped gradient inside one client's sum.
+        bits: bits per value; None: the fewest with an epsilon within 5% of the best.
+        unit: what is protected; "sample" is one clipped gradient in one client's sum.
         sampling_prob: probability with which each unit takes part in a step.
 
     Raises:
         RecipeError: if an argument is out of range.
         PrivacyError: if the sum does not fit, or the budget cannot be kept; it names the fewest
-            bits that would do.
+            bits that are enough.
 
     >>> p = plan(size=2**20, clip_norm=1.0, coordinate_limit=0.006, clients=10, survivors=10,
     ...          steps=50, delta=1e-3, noise_multiplier=5.0)
@@ -251,7 +251,7 @@ def _plan_with_epsilon(task: SecretSum, bits: int | None, epsilon: float) -> Dis
         raise RecipeError(
             f"got {epsilon}, expected a finite number above 0, for instance 8", place="epsilon"
         )
-    # Without a grid less noise suffices: the search on the grid starts from there.
+    # Without a grid less noise is needed, so this is the start of the search on the grid.
     least = _least_noise(lambda noise: _epsilon_without_grid(task, noise), epsilon)
     if least is None:
         raise PrivacyError(
@@ -329,8 +329,8 @@ def _cost(task: SecretSum, bits: int, noise: float) -> Cost:
 
 
 def _epsilon_without_grid(task: SecretSum, noise: float) -> float:
-    """Returns what the noise would cost on an infinitely fine grid, by the same accounting."""
-    # A vector of one value with a billion grid units in a clip norm: rounding adds nothing.
+    """Returns the epsilon of the noise on an infinitely fine grid, by the same accounting."""
+    # A clip norm of a billion grid units, so that rounding does not matter.
     fine = 1e9
     event = SkellamEvent(
         l2=fine,
@@ -344,7 +344,7 @@ def _epsilon_without_grid(task: SecretSum, noise: float) -> float:
 
 
 def _limit(task: SecretSum, scale: float, noise: float) -> float:
-    """Returns the largest absolute value that the sum can have, but with probability `OVERFLOW`."""
+    """Returns a bound on the sum's absolute values, exceeded with probability `OVERFLOW`."""
     # Rounding moves a clamped value by less than one grid unit.
     signal = task.clients * (task.coordinate_limit * scale + 1)
     # If no client drops out, all clients add noise that is sized for the survivors.
@@ -355,14 +355,14 @@ def _limit(task: SecretSum, scale: float, noise: float) -> float:
 def _scale(task: SecretSum, bits: int, noise: float) -> float:
     """Returns the largest scale whose sum fits into `bits`, or 0."""
     allowed = USED_RANGE * 2.0 ** (bits - 1)
-    # At a larger scale the table that noise is drawn from would be too long. The factor keeps
-    # rounding from exceeding its largest variance.
+    # At a larger scale the noise variance would exceed its maximum. The factor allows for rounding
+    # errors.
     largest = math.sqrt(skellam.MAX_VARIANCE * task.survivors) / (noise * task.clip_norm)
     high = (1 - 1e-9) * largest
     if _limit(task, high, noise) <= allowed:
         return high
 
-    # The limit grows with the scale: halve until it fits.
+    # The limit grows with the scale, so the scale is halved until the sum fits.
     low = high
     while _limit(task, low, noise) > allowed:
         high = low
@@ -377,9 +377,9 @@ def _least_noise(
 ) -> float | None:
     """Returns the least noise multiplier from `start` on with `spent(noise) <= epsilon`, or None.
 
-    More noise in equal bits needs a coarser grid, so `spent` may rise again, and a bisection over
-    the whole range could miss the budget. So steps of 20% are walked until one keeps the budget,
-    and the crossing is searched inside this step only.
+    With equal bits, more noise needs a coarser grid, so `spent` is not monotone, and a bisection
+    over the whole range could fail. Therefore the noise grows in steps of 20% until the budget is
+    met, and the exact value is searched within the last step.
     """
 
     @cache

@@ -1,12 +1,11 @@
-"""Noise that nearly cancels over rounds: client privacy without sampling, with less error.
+"""Correlated noise that nearly cancels over rounds (DP-FTRL, matrix factorisation).
 
-The model is the sum of the updates of all rounds so far, so what matters is the noise of prefix
-sums. Matrix factorisation (DP-FTRL: Kairouz et al. 2021, arXiv:2103.00039; Denisov et al. 2022,
-arXiv:2202.08312) adds in round t the noise sum_{j<p} w_j z_{t-j} of the p newest draws z, whose
-prefix sums nearly cancel. With W the banded Toeplitz matrix of w and C = W^-1, the noised sums are
-C^-1 (C g + z): one Gaussian mechanism for the whole run, whose sensitivity is that of g -> C g
-(banded inverse: Kalinin et al. 2025, arXiv:2505.12128). Only the keys of p draws are kept, since
-each z can be drawn again.
+The model is the sum of all updates so far, so its error comes from the noise of prefix sums. Matrix
+factorisation (Kairouz et al. 2021, arXiv:2103.00039; Denisov et al. 2022, arXiv:2202.08312) adds in
+round t the noise sum_{j<p} w_j z_{t-j} of the p newest draws z; its prefix sums nearly cancel. With
+W the banded Toeplitz matrix of w, and C = W^-1, the noised sums are C^-1 (C g + z). This is one
+Gaussian mechanism for the whole run, with the sensitivity of g -> C g (banded inverse: Kalinin et
+al. 2025, arXiv:2505.12128). Only the keys of p draws are stored, because each z can be recomputed.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ if TYPE_CHECKING:
 # numpy, scipy and torch are imported where they are used: the command line must answer quickly.
 
 MAX_BANDS = 64
-"""More bands lower the error no further, and each takes one draw a round."""
+"""More bands do not lower the error, and each one costs a draw in every round."""
 
 
 @dataclass(frozen=True)
@@ -36,10 +35,10 @@ class Factorization:
 
     Attributes:
         rounds: number of rounds T of the whole run.
-        participations: how often one client takes part at most.
-        min_separation: two participations of one client are at least this many rounds apart.
+        participations: maximum number of rounds of one client.
+        min_separation: minimum distance in rounds between two participations of one client.
         coefficients: w [p] with w[0] = 1; w[0] belongs to the newest draw.
-        sensitivity: L2 distance by which one client with contributions of norm 1 can move C g.
+        sensitivity: L2 sensitivity of C g to one client with contributions of norm 1.
         rmse: root mean square over rounds of the noise in a prefix sum, for a noise multiplier and
             a clip norm of 1.
     """
@@ -57,12 +56,12 @@ class Factorization:
     ) -> Factorization:
         """Returns the plan with the least error of prefix sums at equal privacy.
 
-        The search takes about a second at most.
+        The search takes up to about a second.
 
         Args:
             rounds: number of rounds of the whole run.
-            participations: how often one client takes part at most.
-            min_separation: two participations of one client are at least this many rounds apart.
+            participations: maximum number of rounds of one client.
+            min_separation: minimum distance in rounds between two participations of one client.
             bands: number of coefficients, 1 to `MAX_BANDS`; 1 is independent noise.
 
         Raises:
@@ -85,7 +84,7 @@ class Factorization:
             raise RecipeError(
                 f"got {bands}, expected at most {MAX_BANDS}",
                 place="bands",
-                cure="more gain nothing",
+                cure="take fewer; more do not lower the error",
             )
         possible = most_participations(rounds, min_separation)
         if participations > possible:
@@ -101,7 +100,7 @@ class Factorization:
 
     @property
     def gain(self) -> float:
-        """`rmse` / that of independent noise at equal privacy; below 1 the correlation helps."""
+        """`rmse` / rmse of independent noise at equal privacy; below 1 correlation helps."""
         # Independent noise has sensitivity sqrt(participations), and a prefix sum of t rounds has
         # variance t; the mean of t over the rounds is (rounds + 1) / 2.
         return self.rmse / math.sqrt(self.participations * (self.rounds + 1) / 2)
@@ -114,26 +113,26 @@ class Factorization:
         """Returns the noise of a round, [d].
 
         Args:
-            draws: z [d] of this round and of all earlier ones, newest first. Either each has
-                standard deviation `fresh_std`; or each has 1, and the caller multiplies the result
-                by `sensitivity` and gives it to `mechanism.add_noise`.
+            draws: z [d] of this round and of earlier ones, newest first. Their standard deviation
+                is `fresh_std`; or it is 1, and the caller multiplies the result by `sensitivity`
+                and passes it to `mechanism.add_noise`.
         """
         import torch
 
         total = torch.zeros_like(draws[0])
-        # The two lengths differ: round t < p has only t draws, and later ones more than are used.
+        # Not strict: round t < p has only t draws, and later rounds may have more than p.
         for weight, draw in zip(self.coefficients, draws, strict=False):
             total.add_(draw, alpha=weight)
         return total
 
     def event(self, noise_multiplier: float) -> GaussianEvent:
-        """Returns the whole run as the accountant counts it, charged before the first round."""
-        # One mechanism on the matrix of all rounds: sampling and steps do not enter.
+        """Returns the accountant's event of the whole run, charged before the first round."""
+        # All rounds are one mechanism, so there is one step.
         return GaussianEvent(1.0, noise_multiplier, 1)
 
 
 def most_participations(rounds: int, min_separation: int) -> int:
-    """Returns how often one client can take part in `rounds` rounds.
+    """Returns the maximum number of participations of one client in `rounds` rounds.
 
     >>> most_participations(10, 3)
     4
@@ -144,17 +143,17 @@ def most_participations(rounds: int, min_separation: int) -> int:
 def sensitivity(
     coefficients: Sequence[float], rounds: int, participations: int, min_separation: int
 ) -> float:
-    """Returns the L2 distance by which one client with contributions of norm 1 can move C g.
+    """Returns the L2 sensitivity of C g to one client with contributions of norm 1.
 
-    If the first column of the Toeplitz matrix C falls and is nowhere negative, the worst pattern of
-    participations is the earliest and densest one with equal contributions: the norm of the sum of
-    the columns 0, s, 2s, ... (Kalinin & Lampert 2024, arXiv:2405.13763).
+    If the first column of the Toeplitz matrix C is decreasing and not negative, the worst case is a
+    client with equal contributions in the rounds 0, s, 2s, ... The result is then the norm of the
+    sum of these columns (Kalinin & Lampert 2024, arXiv:2405.13763).
 
     Args:
         coefficients: w [p], the band of W = C^-1.
         rounds: number of rounds.
-        participations: how often the client takes part at most.
-        min_separation: fewest rounds s from one participation to the next.
+        participations: maximum number of rounds of the client.
+        min_separation: minimum distance s in rounds between two participations.
 
     Independent noise and four participations:
 
@@ -164,8 +163,8 @@ def sensitivity(
     import numpy as np
 
     column = inverse_column(coefficients, rounds)
-    # Coefficients from a search need not give a falling column. Its absolute values are replaced by
-    # the smallest falling column above them, which moves C g by at least as much.
+    # Searched coefficients need not give a decreasing column. Its absolute values are replaced by
+    # the smallest decreasing column above them, whose sensitivity is at least as large.
     above = np.maximum.accumulate(np.abs(column)[::-1])[::-1]
     total = np.zeros(rounds)
     for start in range(0, min(participations * min_separation, rounds), min_separation):
@@ -180,7 +179,7 @@ def inverse_column(coefficients: Sequence[float], rounds: int) -> np.ndarray:
 
     impulse = np.zeros(rounds)
     impulse[0] = 1.0
-    # The response of the filter 1 / w(x) to an impulse is the power series of 1 / w(x).
+    # The impulse response of the filter 1 / w(x) is the power series of 1 / w(x).
     return np.asarray(lfilter([1.0], np.asarray(coefficients), impulse))
 
 
@@ -214,7 +213,7 @@ def _optimized(rounds: int, participations: int, min_separation: int, bands: int
 
     def log_error(free: np.ndarray) -> float:
         w = [1.0, *free.tolist()]
-        # A step of the search that is too long makes C overflow.
+        # If the search takes too long a step, C overflows.
         with np.errstate(over="ignore", invalid="ignore"):
             moved = sensitivity(w, rounds, participations, min_separation)
         if not math.isfinite(moved):
@@ -235,10 +234,10 @@ def _optimized(rounds: int, participations: int, min_separation: int, bands: int
 def _search(
     log_error: Callable[[np.ndarray], float], half: tuple[float, ...], bands: int
 ) -> list[np.ndarray]:
-    """Returns coefficients w[1:] from which the best is taken: two starts, and each optimized.
+    """Returns candidates for w[1:]: two starting points, and the optimum from each.
 
-    The starts are the square root of the prefix-sum matrix and the plan with half as many bands.
-    Both are candidates themselves, so more bands are never worse than fewer.
+    Starting points are the square root of the prefix-sum matrix, and the plan with half as many
+    bands. They are candidates too, so more bands are never worse than fewer.
     """
     import numpy as np
     from scipy.optimize import minimize

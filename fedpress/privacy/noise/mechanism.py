@@ -1,4 +1,4 @@
-"""The Gaussian mechanism: Poisson sampling, clipping, noise, division by a public number."""
+"""The Gaussian mechanism: Poisson sampling, clipping, noise, and a mean with a public divisor."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ def poisson_batches(
 ) -> Iterator[Tensor]:
     """Yields the indices of `steps` Poisson batches, int64 [k] each; k varies and may be 0.
 
-    Each of the `n` examples joins each batch independently with probability `sampling_prob`. The
-    accountant's amplification holds for this sampler and not for shuffled batches (Chua et al.
+    Each of the `n` examples is in each batch independently with probability `sampling_prob`. The
+    accountant's amplification holds for this sampler, but not for shuffled batches (Chua et al.
     2024, "How private are DP-SGD implementations?", arXiv:2403.17673).
     """
-    # The default float64 draws: float32 ones have 24 bits, which would bias small probabilities.
+    # Drawn in float64 (the default): float32 draws have 24 bits, which biases small probabilities.
     source = as_random_source(generator)
     for _ in range(steps):
-        # An empty batch is yielded too: a skipped step would show that nobody was drawn.
+        # Empty batches are yielded too: a skipped step would reveal that nobody was drawn.
         yield (source.uniform(n) < sampling_prob).nonzero().flatten()
 
 
@@ -36,19 +36,19 @@ def clip(update: Tensor, clip_norm: float) -> Tensor:
     """Scales `update` (any shape) down to L2 norm `clip_norm`; a shorter update is unchanged.
 
     Returns:
-        float32 of the same shape, whose norm never exceeds `clip_norm`, rounding included.
+        float32 of the same shape. Its norm is at most `clip_norm`, including rounding errors.
 
     Raises:
         RecipeError: if `clip_norm` is not a finite number above 0.
-        PrivacyError: if a value is NaN or infinite; the caller drops the contribution and counts
-            it.
+        PrivacyError: if a value is NaN or infinite; the caller should drop the contribution.
 
     >>> clip(torch.tensor([3.0, 4.0]), 1.0)
     tensor([0.6000, 0.8000])
     """
     if not 0 < clip_norm < math.inf:
         raise RecipeError(f"got {clip_norm}, expected a finite number above 0", place="clip_norm")
-    # In float32 the squares overflow above 1e19, and sums of millions of them fall short.
+    # In float32, squares of values above 1e19 overflow, and sums of millions of squares are too
+    # small.
     exact = update.detach().double()
     if not torch.isfinite(exact).all():
         raise PrivacyError(
@@ -57,7 +57,7 @@ def clip(update: Tensor, clip_norm: float) -> Tensor:
             cure="drop this contribution",
         )
     norm = float(torch.linalg.vector_norm(exact))
-    # No division here, so an update of zeros needs no case of its own.
+    # Returned before the division by the norm, which may be 0.
     if norm <= clip_norm:
         return update.detach().float()
 
@@ -66,27 +66,26 @@ def clip(update: Tensor, clip_norm: float) -> Tensor:
         clipped = (exact * (shrink * clip_norm / norm)).float()
         if float(torch.linalg.vector_norm(clipped.double())) <= clip_norm:
             return clipped
-        # Rounding to float32 went up, above the bound: shrink by 2^-24, then 3, 7, ... times that.
+        # Rounding to float32 has exceeded the bound: shrink by 2^-24, then by 3, 7, ... times that.
         shrink = max(0.0, 2 * shrink - 1 - 2.0**-24)
 
 
 def noise_sum(total: Tensor, plan: PrivacyPlan, generator: Source) -> Tensor:
     """Returns a sum of clipped contributions plus Gaussian noise of `plan.noise_std` on each value.
 
-    From an exact source (`RandomSource.exact`) the result lies on a public grid, whatever `total`
-    is. The bits of a plain floating-point sum would show which totals can have led to it (Mironov
-    2012; Jin et al. 2022, arXiv:2112.05307).
+    With an exact source (`RandomSource.exact`) the result lies on a public grid. Otherwise the low
+    bits of a floating-point sum reveal which totals are possible (Mironov 2012; Jin et al. 2022,
+    arXiv:2112.05307).
 
-    The grid is g = 2^(floor(log2 noise_std) - 30). `total` is rounded to g, a Gaussian is rounded
-    to g, and both are added as whole numbers. Rounding the noise costs no privacy: it is
-    post-processing of the Gaussian mechanism. Rounding a total [d] moves two neighbours apart by at
-    most g sqrt(d) more than `clip_norm`, so the noise is larger by the factor
-    1 + g sqrt(d) / clip_norm, a few millionths.
+    The grid is g = 2^(floor(log2 noise_std) - 30). `total` and the Gaussian noise are both rounded
+    to g, and added as integers. Rounding the noise costs no privacy, because it is post-processing
+    of the Gaussian mechanism. Rounding a total [d] increases the sensitivity by at most g sqrt(d),
+    so the noise is scaled by 1 + g sqrt(d) / clip_norm, a few millionths above 1.
 
     Args:
         total: sum of the contributions, any shape.
         plan: clip norm and noise multiplier.
-        generator: where the noise is drawn from.
+        generator: source of the noise.
 
     Returns:
         float32 of the shape of `total`; `total` itself if the plan has no noise.
@@ -105,8 +104,8 @@ def noise_sum(total: Tensor, plan: PrivacyPlan, generator: Source) -> Tensor:
 def add_noise(total: Tensor, plan: PrivacyPlan, normal: Tensor, *, exact: bool) -> Tensor:
     """Returns `total` + `normal` * `plan.noise_std`, float32.
 
-    `noise_sum` calls it with fresh draws; noise that is correlated over rounds calls it with a
-    mixture of the draws of several rounds.
+    `noise_sum` passes new draws; for noise that is correlated over rounds, the caller passes a
+    weighted sum of the draws of several rounds.
 
     Args:
         total: sum of the contributions, any shape.
@@ -123,15 +122,15 @@ def add_noise(total: Tensor, plan: PrivacyPlan, normal: Tensor, *, exact: bool) 
     grid = noise_grid(plan)
     # The grid is a power of two, so this division is exact.
     steps = total.detach().double().cpu().div(grid).round_()
-    # 2^62 leaves room for the noise within 64 bits; NaN fails the comparison as well.
+    # 2^62 leaves room for the noise within 64 bits. NaN fails the comparison too.
     if not bool((steps.abs() < 2.0**62).all()):
         raise PrivacyError(
-            "a value is not finite or beyond 2^32 times the noise",
+            "a value is not finite, or above 2^32 times the noise",
             place="sum",
             cure="clip every contribution first",
         )
-    # Total and noise are rounded separately. So the outputs of all rounds together are a rounded
-    # version of the mechanism without a grid, also where rounds share draws.
+    # Total and noise are rounded separately, so that the argument above also holds for all rounds
+    # together if rounds share draws.
     rounding = grid * math.sqrt(total.numel()) / plan.clip_norm
     noise = normal.mul_(plan.noise_std * (1 + rounding) / grid).round_()
     return (steps.long() + noise.long().cpu()).double().mul_(grid).float().to(total.device)
@@ -150,7 +149,7 @@ def noised_mean(total: Tensor, plan: PrivacyPlan, *, expected: float, generator:
         total: sum of clipped contributions [d].
         plan: clip norm and noise multiplier.
         expected: public expected number of contributions.
-        generator: where the noise is drawn from.
+        generator: source of the noise.
 
     Raises:
         PrivacyError: if `expected` is not above 0.
@@ -161,5 +160,5 @@ def noised_mean(total: Tensor, plan: PrivacyPlan, *, expected: float, generator:
             place="expected",
             cure="leave this client out",
         )
-    # Not the number that came: it changes by one when somebody takes part, and is not noised.
+    # Not divided by the actual number: that has no noise, and would reveal who took part.
     return noise_sum(total, plan, generator) / expected

@@ -1,8 +1,8 @@
-"""Skellam noise: whole numbers that sum to Skellam noise again, so clients can make it together.
+"""Skellam noise: integer noise that clients of a secure sum can add together.
 
-The difference of two Poisson numbers of mean v/2 has variance v; n such draws add up to a draw of
-variance n v. Agarwal, Kairouz & Liu 2021 (arXiv:2110.04995) bound the Renyi divergence of a sum
-with such noise.
+A Skellam number of variance v is the difference of two Poisson numbers of mean v/2. The sum of n
+such numbers is a Skellam number of variance n v, so each client can add a share of the noise.
+Agarwal, Kairouz & Liu 2021 (arXiv:2110.04995) bound the Renyi divergence of a sum with this noise.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ if TYPE_CHECKING:
 
     from fedpress.core.random_source import RandomSource
 
-# numpy and torch are imported where noise is drawn: the accountant must answer without them.
+# numpy and torch are imported only where noise is drawn: the accountant must run without them.
 
 MAX_VARIANCE = 2.0**36
 """Largest variance of one draw: its table of probabilities then has 2.5 million rows."""
 
 RETRY_BETA = math.exp(-0.5)
-"""Probability with which rounding exceeds its bound and is drawn again (Kairouz, Liu & Steinke
-2021)."""
+"""Probability with which a rounded vector exceeds its bound and is rounded again (Kairouz, Liu &
+Steinke 2021)."""
 
 BLOCK = 1 << 17
-"""Values drawn at a time: a block stays in the processor's cache."""
+"""Number of values drawn at a time, to stay in the processor's cache."""
 
 
 def rdp(alpha: int, *, l2: float, l1: float, variance: float) -> float:
@@ -63,29 +63,29 @@ def rdps(orders: np.ndarray, *, l2: float, l1: float, variance: float) -> np.nda
     """
     import numpy as np
 
-    # Between whole orders the formula is a guess and may be below the true divergence.
+    # The formula is proven for integer orders only; between them it may be too small.
     if bool((orders != np.floor(orders)).any()) or bool((orders < 2).any()):
         raise ValueError(f"orders: got {orders}, expected whole numbers >= 2")
     if variance <= 0:
         return np.full(orders.shape, math.inf if l2 > 0 else 0.0)
     gaussian = orders * l2**2 / (2 * variance)
     extra = ((2 * orders - 1) * l2**2 + 6 * l1) / (4 * variance**2)
-    # The theorem gives two bounds; which one is smaller depends on the variance.
+    # The theorem gives two bounds. Which one is smaller depends on the variance.
     return gaussian + np.minimum(extra, 3 * l1 / (2 * variance))
 
 
 def rounded_sensitivity(l2: float, size: int, beta: float = RETRY_BETA) -> float:
     """Returns a bound on the L2 norm of a vector after stochastic rounding.
 
-    Each value is rounded up or down to a whole number such that its expectation stays. The squared
-    norm is at most l2^2 + d/4 + sqrt(2 ln(1/beta)) (l2 + sqrt(d)/2), except with probability
-    `beta` (Kairouz, Liu & Steinke 2021, arXiv:2102.06387, "conditional rounding"), and never above
+    Each value is rounded up or down to an integer at random, without bias. With probability
+    1 - `beta` the squared norm is at most l2^2 + d/4 + sqrt(2 ln(1/beta)) (l2 + sqrt(d)/2)
+    (Kairouz, Liu & Steinke 2021, arXiv:2102.06387, "conditional rounding"). It is never above
     (l2 + sqrt(d))^2.
 
     Args:
         l2: norm before rounding, in grid units.
         size: number of values d.
-        beta: probability with which the bound may fail.
+        beta: probability with which the bound may be exceeded.
 
     >>> round(rounded_sensitivity(100.0, 4), 2), round(rounded_sensitivity(0.0, 4), 2)
     (100.51, 1.41)
@@ -97,12 +97,12 @@ def rounded_sensitivity(l2: float, size: int, beta: float = RETRY_BETA) -> float
 
 def l1_sensitivity(l2: float, size: int) -> float:
     """Returns the largest L1 norm of a vector [size] of whole numbers with L2 norm `l2`."""
-    # The second bound: a whole number is at most its own square.
+    # The second bound holds because |k| <= k^2 for integers.
     return min(math.sqrt(size) * l2, l2**2)
 
 
 def tail(size: int, variance: float, probability: float) -> float:
-    """Returns t such that any of `size` Skellam numbers is beyond +-t with at most `probability`.
+    """Returns t such that any of `size` Skellam numbers exceeds +-t with at most `probability`.
 
     Chernoff's bound with E exp(sX) = exp(v (cosh s - 1)), over both signs and all numbers.
 
@@ -116,26 +116,26 @@ def tail(size: int, variance: float, probability: float) -> float:
     def excess(t: float) -> float:
         return needed - chernoff_exponent(t, variance)
 
-    # The first guess adds the tails of a Gaussian (large variance) and of a Poisson (small one).
+    # The first guess adds the tails of a Gaussian (large variance) and a Poisson (small variance).
     ends = bracket(excess, math.sqrt(2 * variance * needed) + needed)
     assert ends is not None, "the bound falls without end"
     return safe_root(excess, unsafe=ends[0], safe=ends[1])
 
 
 def chernoff_exponent(t: float, variance: float) -> float:
-    """Returns -log of the bound on P(X >= t)."""
+    """Returns -log of Chernoff's bound on P(X >= t)."""
     root = math.hypot(t, variance)
-    # The last term is root - variance, written such that nothing cancels.
+    # The last term is root - variance, written without cancellation.
     return t * math.asinh(t / variance) - t**2 / (root + variance)
 
 
 def sample(size: int, variance: float, source: RandomSource) -> Tensor:
     """Returns Skellam noise, int64 [size].
 
-    A sign and 63 random bits per value are looked up in a table of tail probabilities. So noise is
-    made from whole numbers alone: no floating-point rounding of a random number shows in it, and
-    each probability of the table is right to about 2^-60. There is no rejection either, whose
-    duration would depend on the noise (Jin et al. 2022, arXiv:2112.05307).
+    Each value takes a random sign and 63 random bits, which are looked up in a table of tail
+    probabilities. Only integers are used, so the noise has no floating-point artefacts, and each
+    probability is exact to about 2^-60. There is no rejection loop, whose duration would depend on
+    the noise (Jin et al. 2022, arXiv:2112.05307).
 
     Args:
         size: number of values.
@@ -164,12 +164,12 @@ def sample(size: int, variance: float, source: RandomSource) -> Tensor:
 
 
 class _Table(NamedTuple):
-    """Tail probabilities of |X|, and an index into them.
+    """Tail probabilities of |X|, and an index for fast lookup.
 
     Attributes:
-        tails: P(|X| >= K), ..., P(|X| >= 1) in units of 2^-63, rising, uint64 [K].
-        guide: for each value of a word's top bits, how many tails are at most that value.
-        shift: how many low bits of a word the guide ignores.
+        tails: P(|X| >= K), ..., P(|X| >= 1) in units of 2^-63, increasing, uint64 [K].
+        guide: for each value of the top bits of a random word, how many tails are at most that.
+        shift: number of low bits that the guide ignores.
     """
 
     tails: np.ndarray
@@ -185,7 +185,7 @@ def _look_up(table: _Table, words: np.ndarray) -> np.ndarray:
     sign = (words & np.uint64(1)).astype(np.int64)
     bucket = (bits >> table.shift).astype(np.int64)
     found = table.guide[bucket]
-    # Most buckets lie between two tails; only where a tail lies inside one is a search needed.
+    # Most buckets have no tail inside, so the guide gives the answer; others need a search.
     undecided = np.flatnonzero(table.guide[bucket + 1] != found)
     found[undecided] = np.searchsorted(table.tails, bits[undecided], side="right")
     # |X| is the number of tails above the random bits.
@@ -198,11 +198,10 @@ def _table(variance: float) -> _Table:
     import numpy as np
 
     each = probabilities(variance)
-    # Summed from the outside in, so that small tails are not lost beside large ones. Both signs of
-    # X count, hence the factor 2.
+    # Summed from the smallest tail, to lose no precision. X has two signs, hence the factor 2.
     tails = np.cumsum(2 * each[:0:-1])
     whole = tails[-1] + each[0]
-    # In units of 2^-63, since one of a word's 64 bits is the sign.
+    # In units of 2^-63, because one of the 64 random bits is the sign.
     rising = np.rint(tails / whole * np.longdouble(2) ** 63).astype(np.uint64)
     # About eight buckets for each tail, in a guide of at most 8 MB.
     guide_bits = min(max(len(rising).bit_length() + 3, 10), 21)
@@ -213,22 +212,22 @@ def _table(variance: float) -> _Table:
 
 
 def probabilities(variance: float) -> np.ndarray:
-    """Returns the probabilities of 0, 1, ... up to a common factor: exp(-v) I_k(v), longdouble.
+    """Returns exp(-v) I_k(v) for k = 0, 1, ... up to a common factor, as longdouble.
 
-    `scipy.special.ive` loses a digit for every tenfold variance. The recurrence of Bessel functions
-    (variance below 1e4) and their uniform expansion (above; Digital Library of Mathematical
-    Functions, 10.41.3) keep 18 digits where the machine has 80-bit numbers.
+    `scipy.special.ive` loses a digit with every tenfold variance. This function uses the recurrence
+    of Bessel functions (variance below 1e4) or their uniform expansion (Digital Library of
+    Mathematical Functions, 10.41.3), with 18 digits on machines with 80-bit floats.
     """
     import numpy as np
 
-    # Beyond this, probabilities are below 2^-64, also where the tails are those of a Poisson.
+    # Beyond this, probabilities are below 2^-64, even for a small variance (Poisson tails).
     last = math.ceil(9.5 * math.sqrt(variance)) + 40
     v = np.longdouble(variance)
     if variance < 1e4:
         ratio = np.longdouble(0)
         ratios = []
-        # I_k / I_(k-1), downwards, where the recurrence is stable: what it started from fades by
-        # exp(-2 k/v) a step.
+        # The ratio I_k / I_(k-1), from large k downwards, where the recurrence is stable: the error
+        # of its start decays by exp(-2 k/v) in every step.
         for order in range(last + 40 + int(25 * variance / last), 0, -1):
             ratio = 1 / (2 * order / v + ratio)
             ratios.append(ratio)
@@ -242,7 +241,7 @@ def probabilities(variance: float) -> np.ndarray:
     series += s**3 * ((30375 + t2 * (-369603 + t2 * (765765 - 425425 * t2))) / 414720)
     fourth = 4465125 + t2 * (-94121676 + t2 * (349922430 + t2 * (-446185740 + 185910725 * t2)))
     series += s**4 * (fourth / np.longdouble(39813120))
-    # root - v, written as k^2 / (root + v) so that nothing cancels.
+    # sqrt(k^2 + v^2) - v is written as k^2 / (root + v), without cancellation.
     leading = np.exp(k * k / (1 / s + v) - k * np.arcsinh(k / v)) * np.sqrt(s)
     values: np.ndarray = leading * series
     return values

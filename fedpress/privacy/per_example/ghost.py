@@ -1,8 +1,8 @@
 """Clipped per-sample gradients by ghost norms: nearly as fast as a plain training step.
 
 One forward and one backward pass give the input `a` and the output gradient `b` of every layer for
-the whole batch. The norm of each sample's gradient comes from the two Gram matrices of `a` and `b`
-where the image is small ("ghost norm"), and from the sample's own gradient where it is large. Then
+the whole batch. In layers with few positions (small images), the norm of each sample's gradient is
+computed from the Gram matrices of `a` and `b` ("ghost norm"), else from the sample's gradient. Then
 `b` is multiplied by the clip factors, and one weight gradient per layer gives the clipped sum.
 
 Li et al. 2022 (arXiv:2110.05679, section 4); Bu et al. 2022, arXiv:2205.10683 (mixed ghost norm)
@@ -39,14 +39,14 @@ ROUNDING = 2.0**-23
 
 @dataclass(frozen=True)
 class ParameterTerm:
-    """What one parameter contributes: to each sample's norm, and to the clipped sum.
+    """One parameter's part of each sample's norm, and of the clipped sum.
 
     Attributes:
         squares: squared norms of the per-sample gradients of this parameter, float64 [n].
         total: clip factors [n] -> sum over samples of factor * gradient, float32 of the parameter's
             shape.
-        magnitude: float64 [n], bound on the summands inside one sample's gradient. Where they
-            cancel in `total`, the rounding error is relative to this and not to the norm.
+        magnitude: float64 [n], bound on the summands of one sample's gradient. If they cancel in
+            `total`, the rounding error is relative to this, not to the norm.
     """
 
     squares: Tensor
@@ -59,7 +59,7 @@ Rule = Callable[[Any, Tensor, Tensor], dict[str, ParameterTerm]]
 
 
 def supports(model: nn.Module) -> bool:
-    """Says whether each trainable parameter belongs to one module, which has a row in `RULES`."""
+    """Returns whether each trainable parameter belongs to one module with a row in `RULES`."""
     owners: dict[int, int] = {}
     for module in model.modules():
         if not _pads_with_zeros(module):
@@ -67,16 +67,16 @@ def supports(model: nn.Module) -> bool:
         for name, p in module.named_parameters(recurse=False):
             if not p.requires_grad:
                 continue
-            # The exact type: a subclass may compute something else.
+            # Only the exact type, because a subclass may compute something else.
             if type(module) not in RULES or name not in ("weight", "bias"):
                 return False
             owners[id(p)] = owners.get(id(p), 0) + 1
-    # A parameter that two modules share has a cross term in its norm, which no rule computes.
+    # If two modules share a parameter, its norm has a cross term, which no rule computes.
     return all(count == 1 for count in owners.values())
 
 
 def _pads_with_zeros(module: nn.Module) -> bool:
-    """Says whether a module pads by numbers (not by words such as "same") and with zeros."""
+    """Returns whether a module pads with zeros, by numbers (not "same" or "valid")."""
     zeros = getattr(module, "padding_mode", "zeros") == "zeros"
     return zeros and not isinstance(getattr(module, "padding", 0), str)
 
@@ -85,7 +85,7 @@ def add_ghost_(views: list[Tensor], query: Query) -> Measured:
     """Adds the clipped gradient of every sample to `views`, in one pass over the batch.
 
     Args:
-        views: the sum, as one view for each trainable parameter; changed in place.
+        views: the sum, as one view per trainable parameter; changed in place.
         query: the samples.
 
     Raises:
@@ -93,7 +93,7 @@ def add_ghost_(views: list[Tensor], query: Query) -> Measured:
     """
     x = query.x
     losses, layers = _record(query)
-    # The sensitivity rests on the norms: autocast must not compute them in 16 bits.
+    # The sensitivity depends on the norms, so autocast must not compute them in 16 bits.
     with torch.autocast(x.device.type, enabled=False):
         terms = []
         for module, a, b in layers:
@@ -113,7 +113,7 @@ def _record(query: Query) -> tuple[Tensor, list[tuple[nn.Module, Tensor, Tensor]
     """Runs the batch forward and backward.
 
     Returns:
-        The losses [n], and of each layer that trains the module, its input [n, ...] and its output
+        The losses [n], and for each trained layer: the module, its input [n, ...] and its output
         gradient [n, ...].
     """
     model = query.model
@@ -121,7 +121,7 @@ def _record(query: Query) -> tuple[Tensor, list[tuple[nn.Module, Tensor, Tensor]
     seen: list[tuple[nn.Module, Tensor, Any]] = []
 
     def see(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-        # An edge of the graph and not the tensor: an in-place ReLU may overwrite the output.
+        # The graph's edge instead of the tensor, which an in-place ReLU may overwrite.
         seen.append((module, args[0].detach(), torch.autograd.graph.get_gradient_edge(output)))
 
     owners = [module for module in model.modules() if _trains(module)]
@@ -129,15 +129,15 @@ def _record(query: Query) -> tuple[Tensor, list[tuple[nn.Module, Tensor, Tensor]
     try:
         outputs = call(model, query.x)
     finally:
-        # A hook left behind would run in every later forward pass.
+        # A remaining hook would run in every later forward pass.
         for handle in handles:
             handle.remove()
-    # A layer that ran twice has a cross term in its norms, which no rule computes.
+    # If a layer ran twice, its norms have a cross term, which no rule computes.
     if sorted(id(m) for m, _, _ in seen) != sorted(id(m) for m in owners):
         raise NotImplementedError("a layer ran more than once, or not at all")
-    # The losses are taken in float32, also under autocast.
+    # Losses are computed in float32 even under autocast.
     losses = torch.func.vmap(lambda o, t: loss_fn(o[None], t[None]))(outputs.float(), query.y)
-    # The gradient of the sum of losses has each sample's own output gradient in its row.
+    # In the gradient of the sum of losses, each row is the output gradient of one sample.
     grads = torch.autograd.grad(losses.sum(), [edge for _, _, edge in seen])
     layers = []
     for (module, a, _), b in zip(seen, grads, strict=True):
@@ -146,19 +146,19 @@ def _record(query: Query) -> tuple[Tensor, list[tuple[nn.Module, Tensor, Tensor]
 
 
 def _trains(module: nn.Module) -> bool:
-    """Says whether a parameter of the module itself trains, those of its children left out."""
+    """Returns whether the module itself, without its children, has a trained parameter."""
     return any(p.requires_grad for p in module.parameters(recurse=False))
 
 
 def terms_of(module: nn.Module, a: Tensor, b: Tensor) -> list[tuple[nn.Parameter, ParameterTerm]]:
-    """Returns the term of each parameter of `module` that trains.
+    """Returns the term of each trained parameter of `module`.
 
     Args:
         module: a layer with a row in `RULES`.
         a: its inputs [n, ...].
         b: gradients of the samples' losses by its outputs [n, ...].
     """
-    # A convolution keeps 16-bit inputs where it computes single gradients, see `_conv`.
+    # Convolutions compute single gradients in 16 bits under autocast, see `_conv`.
     if not isinstance(module, nn.Conv2d):
         a = a.float()
         b = b.float()
@@ -171,21 +171,21 @@ def terms_of(module: nn.Module, a: Tensor, b: Tensor) -> list[tuple[nn.Parameter
 
 
 def norms_of(terms: list[ParameterTerm], n: int, device: torch.device) -> Tensor:
-    """Returns the norms [n], rounded up by as much as rounding can lengthen the clipped sum."""
+    """Returns the norms [n], increased by the possible rounding error of the clipped sum."""
     squares = torch.zeros(n, dtype=torch.float64, device=device)
     rounding = torch.zeros_like(squares)
     for term in terms:
-        # Rounding can make a square slightly negative.
+        # Rounding may make a square slightly negative.
         squares += term.squares.clamp_min(0)
         rounding += (ROUNDING * torch.as_tensor(term.magnitude)) ** 2
     return squares.sqrt() * (1 + 4 * ROUNDING) + rounding.sqrt()
 
 
 def _add_apart_(bad: Tensor, views: list[Tensor], query: Query) -> Measured:
-    """Adds the `bad` samples (bool [n]) one by one, and the others together.
+    """Adds the `bad` samples (bool [n]) one by one, and the other samples together.
 
-    Bad samples have no finite float32 norm; the loop may find one in float64. Beside others, their
-    NaN would spread over the whole sum.
+    Bad samples have no finite float32 norm; the loop may find a finite one in float64. In a batch
+    with others, their NaN values would spread over the whole sum.
     """
     measured: Measured = [Sample(0.0, 0.0)] * len(query.x)
     good_rows = (~bad).nonzero().flatten()
@@ -212,11 +212,11 @@ def _linear(module: nn.Linear, a: Tensor, b: Tensor) -> dict[str, ParameterTerm]
     b = b.reshape(len(b), -1, b.shape[-1])
     shape = module.weight.shape
     positions = a.shape[1]
-    # Gram matrices take positions^2 (i + o) products, the gradient itself positions * i * o.
+    # Gram matrices need positions^2 (i + o) products, single gradients positions * i * o.
     if positions > 1 and positions * (shape[0] + shape[1]) > shape[0] * shape[1]:
         weight = _explicit(torch.bmm(b.transpose(1, 2), a), shape)
     else:
-        # In float64: the entries of the Gram matrices may cancel in the sum.
+        # In float64, because entries of the Gram matrices may cancel in the sum.
         weight = ParameterTerm(
             squares=_gram(a.double()).mul_(_gram(b.double())).sum((1, 2)),
             total=lambda scale: (b * scale[:, None, None]).flatten(0, 1).T @ a.flatten(0, 1),
@@ -229,7 +229,7 @@ def _conv(module: nn.Conv2d, a: Tensor, b: Tensor) -> dict[str, ParameterTerm]:
     """Convolution: a [n, i, H, W], b [n, o, H', W']."""
     shape = module.weight.shape
     if module.groups == 1 and _ghost_is_cheaper(module, a, b):
-        # In 16 bits the rounding error of the sum would depend on all samples, and one more sample
+        # In 16 bits the rounding error of the sum would depend on all samples, so one more sample
         # could move the sum by more than the clip norm.
         a = a.float()
         b = b.float()
@@ -239,7 +239,7 @@ def _conv(module: nn.Conv2d, a: Tensor, b: Tensor) -> dict[str, ParameterTerm]:
 
         weight = ParameterTerm(convolution_squares(module, a, b), total, _magnitude(a, b))
     else:
-        # Eight samples as groups of one convolution were measured fastest for small weights.
+        # For small weights, eight samples as groups of one convolution were measured fastest.
         together = 8 if shape.numel() < 2**16 else 1
         gradients = []
         pairs = zip(a.to(b.dtype).split(together), b.split(together), strict=True)
@@ -252,7 +252,7 @@ def _conv(module: nn.Conv2d, a: Tensor, b: Tensor) -> dict[str, ParameterTerm]:
 def _weight_gradient(module: nn.Conv2d, a: Tensor, b: Tensor, samples: int = 1) -> Tensor:
     """Returns weight gradients [samples, o, i, kh, kw].
 
-    With `samples` = 1 it is that of the whole batch, else that of each of the batch's `samples`.
+    With `samples` = 1: the gradient of the whole batch; else one gradient per sample.
     """
     o, *rest = module.weight.shape
     if samples > 1:
@@ -264,9 +264,9 @@ def _weight_gradient(module: nn.Conv2d, a: Tensor, b: Tensor, samples: int = 1) 
 
 
 def _ghost_is_cheaper(module: nn.Conv2d, a: Tensor, b: Tensor) -> bool:
-    """Says whether Gram matrices take fewer multiplications per sample than the gradient itself.
+    """Returns whether Gram matrices need fewer multiplications per sample than single gradients.
 
-    Measured: the two break even at images below 16 x 16.
+    Measured: this is so for images below 16 x 16.
     """
     pixels = (a.shape[2] + 2 * int(module.padding[0])) * (a.shape[3] + 2 * int(module.padding[1]))
     places = b.shape[2] * b.shape[3]
@@ -276,8 +276,8 @@ def _ghost_is_cheaper(module: nn.Conv2d, a: Tensor, b: Tensor) -> bool:
 def convolution_squares(module: nn.Conv2d, a: Tensor, b: Tensor) -> Tensor:
     """Returns the squared norms of the per-sample weight gradients, float64 [n].
 
-    It is the sum over output places s, t of <patch_s, patch_t> <b_s, b_t>. The products of patches
-    are sums of products of pixels, so no patches need to be copied out.
+    This is the sum over output positions s, t of <patch_s, patch_t> <b_s, b_t>. Products of patches
+    are sums of products of pixels, so patches need not be copied.
     """
     (sh, sw), (dh, dw), (kh, kw) = module.stride, module.dilation, module.kernel_size
     ph, pw = int(module.padding[0]), int(module.padding[1])
@@ -296,14 +296,14 @@ def convolution_squares(module: nn.Conv2d, a: Tensor, b: Tensor) -> Tensor:
 
 
 def _gram(rows: Tensor) -> Tensor:
-    """Returns all products of two rows of a sample: [n, k, m] -> [n, k, k]."""
+    """Returns the scalar products of all pairs of rows: [n, k, m] -> [n, k, k]."""
     return torch.bmm(rows, rows.transpose(1, 2))
 
 
 def _magnitude(a: Tensor, b: Tensor) -> Tensor:
     """Returns |a| |b| of each sample, float64 [n].
 
-    By Cauchy-Schwarz the absolute summands of one entry of a sample's gradient add up to no more.
+    By Cauchy-Schwarz, this bounds the sum of absolute summands of each gradient entry.
     """
     bound: Tensor = a.flatten(1).norm(dim=1).double() * b.flatten(1).norm(dim=1).double()
     return bound
@@ -321,7 +321,7 @@ def _affine(normal: Tensor, b: Tensor, channels: int) -> dict[str, ParameterTerm
 
 
 def _batch_norm(module: nn.BatchNorm2d, a: Tensor, b: Tensor) -> dict[str, ParameterTerm]:
-    """Batch normalisation with frozen statistics, which are constants; see `check_separable`."""
+    """Batch normalisation with frozen statistics; see `check_separable`."""
     normal = F.batch_norm(a, module.running_mean, module.running_var, eps=module.eps)
     return _affine(normal, b, module.num_features)
 
@@ -333,7 +333,7 @@ def _group_norm(module: nn.GroupNorm, a: Tensor, b: Tensor) -> dict[str, Paramet
 def _layer_norm(module: nn.LayerNorm, a: Tensor, b: Tensor) -> dict[str, ParameterTerm]:
     shape = torch.Size(module.normalized_shape)
     normal = F.layer_norm(a, shape, eps=module.eps)
-    # The dimensions between batch and normalised shape are positions, which share the parameters.
+    # Dimensions between batch and normalised shape are positions with shared parameters.
     scale = (normal * b).reshape(len(b), -1, shape.numel()).sum(1)
     bias = b.reshape(len(b), -1, shape.numel()).sum(1)
     return {"weight": _explicit(scale, shape), "bias": _explicit(bias, shape)}

@@ -1,4 +1,4 @@
-"""The query of DP-SGD: the sum of clipped per-sample gradients, of sensitivity `clip_norm`."""
+"""The sum of clipped per-sample gradients for DP-SGD, with sensitivity `clip_norm`."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from fedpress.privacy.per_example.persample import (
 Method = Literal["ghost", "vmap", "loop"]
 
 Verify = Literal["nothing", "losses", "gradients"]
-"""What of every chunk is compared with the plain loop."""
+"""What is compared with the plain loop in every chunk of samples."""
 
 METHODS: dict[str, Callable[[list[Tensor], Query], Measured]] = {
     "ghost": ghost.add_ghost_,
@@ -42,19 +42,19 @@ METHODS: dict[str, Callable[[list[Tensor], Query], Measured]] = {
 
 @dataclass(frozen=True)
 class RawStats:
-    """What happened to the samples of one batch.
+    """Statistics of one batch.
 
-    NOT private: no noise was added, so it must not leave the client.
+    NOT private: they have no noise, so they must not leave the client.
 
     Attributes:
-        examples: size of the batch that was drawn.
-        loss: mean loss over the samples with a finite one; nan if there are none.
+        examples: size of the batch.
+        loss: mean of the finite losses; nan if there are none.
         share_clipped: share of the samples whose gradient was longer than the clip norm.
-        refused: samples with a NaN or infinite gradient; they contributed zero.
-        failed: samples on which the network raised, or wrote into its own buffers or parameters;
-            they contributed zero, too.
-        problem: what went wrong on the first of the failed samples; empty if there are none.
-        agreed: whether the method that was asked for gave the same as the plain loop.
+        refused: number of samples with a NaN or infinite gradient; they contributed zero.
+        failed: number of samples on which the network raised, or changed its own buffers or
+            parameters; they contributed zero too.
+        problem: the problem of the first failed sample; "" if there is none.
+        agreed: whether the chosen method gave the same result as the plain loop.
     """
 
     examples: int
@@ -81,30 +81,32 @@ def clipped_gradient_sum(
     """Returns the sum over samples of gradient * min(1, clip_norm / norm).
 
     Abadi et al. 2016 (arXiv:1607.00133), Algorithm 1. Adding or removing one sample changes the sum
-    by at most `clip_norm` in L2, also if its gradient is NaN or infinite or its square overflows,
-    or if the network raises on it. With "ghost" and "vmap" this holds up to the rounding of kernels
-    whose order of summation depends on the batch.
+    by at most `clip_norm` in L2, even if its gradient is NaN or infinite, if its square overflows,
+    or if the network raises on it. With "ghost" and "vmap" this holds up to rounding errors of
+    kernels whose order of summation depends on the batch.
 
     Args:
-        model: its trainable parameters, in the order of `core.parameters`, give the d values.
+        model: the network; d is the number of its trainable values, ordered as in
+            `core.parameters`.
         loss_fn: outputs and labels of one example [1, ...] -> its loss.
         x: prepared inputs [n, ...], one tensor or several by name; n may be 0.
         y: labels [n].
         clip_norm: the L2 bound of one sample.
         method: row of `METHODS`; see `choose_method`.
-        chunk: samples that are in memory together.
-        verify: what of every chunk is compared with the loop: "losses" of 4 samples, or "gradients"
-            (their norms) of 8. After a mismatch, or if the method raises, the loop does the chunk.
-        tolerate_writes: what happens if a forward pass writes private data into a buffer or
-            parameter. True: the write is undone, and the sample contributes zero. False: the batch
-            is refused, which must not be seen outside, since one sample can cause it.
+        chunk: number of samples that are processed at a time, to bound memory.
+        verify: what is compared with the loop in every chunk: "losses" of 4 samples, or "gradients"
+            (losses and norms) of 8. After a mismatch, or if the method raises, the loop repeats
+            the chunk.
+        tolerate_writes: if True, changes of buffers or parameters by a forward pass are undone, and
+            the sample contributes zero. If False, they raise an error; it must not be visible
+            outside, because a single sample can cause it.
 
     Returns:
         The sum, float32 [d], and statistics that are not private.
 
     Raises:
-        RecipeError: if a module mixes the samples of a batch, if the method is unknown, or, unless
-            `tolerate_writes`, if a forward pass wrote into a buffer or parameter.
+        RecipeError: if a module mixes the samples of a batch, if the method is unknown, or if a
+            forward pass changed a buffer or parameter (unless `tolerate_writes`).
     """
     check_separable(model)
     if method not in METHODS:
@@ -115,7 +117,6 @@ def clipped_gradient_sum(
         )
     query = Query(model, loss_fn, x, y, clip_norm)
     running = _RunningSum(model)
-    # Chunks bound the memory.
     for start in range(0, len(x), chunk):
         part = query.take(slice(start, start + chunk))
         if method == "loop" or not running.try_add_(method, part, verify):
@@ -132,10 +133,10 @@ class _RunningSum:
 
     Attributes:
         total: the sum, float32 [d].
-        views: `total` as one view for each trainable parameter.
-        measured: what happened to each sample so far.
-        agreed: whether no chunk had to be done again by the loop.
-        wrote: what a forward pass first changed in the model, and the cure; empty if nothing.
+        views: `total` as one view per trainable parameter.
+        measured: loss, norm and problem of each sample so far.
+        agreed: whether the loop had to repeat no chunk.
+        wrote: the first change of the model by a forward pass, and a cure; "" if there is none.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -151,12 +152,12 @@ class _RunningSum:
         self.wrote = ""
 
     def try_add_(self, method: Method, query: Query, verify: Verify) -> bool:
-        """Adds the samples of a chunk by `method`.
+        """Adds the samples of a chunk by `method`; returns whether it succeeded.
 
-        Returns False, with nothing added, if the method raised, differs from the loop, or if the
-        model wrote into itself: in a batch it is not known on which sample.
+        Nothing is added if the method raised or differs from the loop, or if the model changed
+        itself: in a batch it is not known which sample caused this.
         """
-        # A method that raises may have added some samples before.
+        # A method that raises may already have added some samples.
         before = self.total.clone()
         found: Measured | None
         if verify == "nothing":
@@ -173,7 +174,7 @@ class _RunningSum:
         return False
 
     def add_one_by_one_(self, query: Query) -> None:
-        """Adds the samples of a chunk one by one, where no sample can change another's gradient."""
+        """Adds the samples of a chunk one by one, so that they cannot influence each other."""
         found = add_loop_(self.views, query, self.guard)
         self.measured += found
         for sample in found:
@@ -187,19 +188,19 @@ def _verified(views: list[Tensor], query: Query, method: Method, verify: Verify)
         measured = METHODS[method](views, query)
         rows = _rows_to_verify(query.x, 8 if verify == "gradients" else 4)
         with _without_dropout(query.model) as drew:
-            # With dropout the two runs draw different masks. Then the losses without dropout are
-            # compared, which takes a third of the time of gradients.
+            # With dropout the two runs would draw different masks, so losses without dropout are
+            # compared. That takes a third of the time of gradients.
             together = _losses(query, rows) if drew else [measured[row] for row in rows]
             if verify == "gradients" and not drew:
                 alone = add_loop_([torch.zeros_like(view) for view in views], query.take(rows))
             else:
-                # Norms are left out of the comparison.
+                # Only losses are compared, so all norms are set to 0.
                 together = [sample._replace(norm=0.0) for sample in together]
                 alone = [_losses(query.one(row), [0])[0] for row in rows]
     except Exception:
-        # torch.func, or a rule of `ghost`, cannot do what this network did on these values.
+        # torch.func or a rule of `ghost` does not support this network on these values.
         return None
-    # In 16 bits the same network differs by more between batch sizes.
+    # In 16 bits, results differ more between batch sizes.
     tolerance = 0.1 if torch.is_autocast_enabled(query.x.device.type) else 2e-3
     agree = all(_agree(a, b, tolerance) for a, b in zip(together, alone, strict=True))
     return measured if agree else None
@@ -207,10 +208,10 @@ def _verified(views: list[Tensor], query: Query, method: Method, verify: Verify)
 
 @torch.no_grad()
 def _losses(query: Query, rows: list[int]) -> Measured:
-    """Returns the loss of each of `rows` when the batch runs as a whole; norms are 0."""
+    """Returns the losses of `rows` if the whole batch runs at once; norms are 0."""
     outputs = call(query.model, query.x)
     found = []
-    # In float32, also under autocast, since losses are compared.
+    # In float32 even under autocast, because losses are compared.
     for row in rows:
         at = slice(row, row + 1)
         found.append(Sample(float(query.loss_fn(outputs[at].float(), query.y[at])), 0.0))
@@ -220,16 +221,16 @@ def _losses(query: Query, rows: list[int]) -> Measured:
 def _rows_to_verify(x: Inputs, count: int) -> list[int]:
     """Returns up to `count` rows of `x` [n, ...] to compare.
 
-    The largest input, its neighbours, the smallest, then evenly spread ones. A network that mixes
-    examples on rare inputs only most likely does so on extreme ones, or changes the examples beside
-    them.
+    These are the largest input, its neighbours, the smallest input, then evenly spread ones. A
+    network that mixes examples only on rare inputs probably does so on extreme ones, and changes
+    their neighbours.
     """
     n = len(x)
     if n <= count:
         return list(range(n))
     sizes = [part.reshape(n, -1).double().norm(dim=1) for part in tensors_by_name(x).values()]
     size = sizes[0] if len(sizes) == 1 else torch.stack(sizes).norm(dim=0)
-    # An input with NaN is as suspicious as an infinite one.
+    # Inputs with NaN count as the largest ones.
     size = size.nan_to_num(math.inf)
     spread = torch.linspace(0, n - 1, count).long().tolist()
     largest = int(size.argmax())
@@ -238,8 +239,8 @@ def _rows_to_verify(x: Inputs, count: int) -> list[int]:
 
 
 def _agree(a: Sample, b: Sample, tolerance: float) -> bool:
-    """Says whether loss and norm of a sample are the same up to `tolerance`."""
-    # A sample that only one of the two could do differs.
+    """Returns whether loss and norm of a sample are equal up to `tolerance`."""
+    # A sample on which either run failed counts as different.
     if a.problem or b.problem:
         return False
     return _close(a.loss, b.loss, tolerance) and _close(a.norm, b.norm, tolerance)
@@ -248,13 +249,13 @@ def _agree(a: Sample, b: Sample, tolerance: float) -> bool:
 def _close(one: float, other: float, tolerance: float) -> bool:
     if not math.isfinite(one) and not math.isfinite(other):
         return True
-    # The constant keeps values near 0 from failing by rounding alone.
+    # The constant allows rounding errors of values near 0.
     return abs(one - other) <= tolerance * (1e-3 + abs(other))
 
 
 @contextmanager
 def _without_dropout(model: nn.Module) -> Iterator[bool]:
-    """Switches dropout layers off; yields whether any of them was on."""
+    """Switches dropout off; yields whether any dropout layer was active."""
     layers = []
     for module in model.modules():
         if not isinstance(module, nn.modules.dropout._DropoutNd):
@@ -273,11 +274,11 @@ def _without_dropout(model: nn.Module) -> Iterator[bool]:
 def choose_method(model: nn.Module, loss_fn: LossFn, x: Inputs, y: Tensor) -> Method:
     """Returns the fastest method that agrees with the plain loop on a copy of `model`.
 
-    Tried on two inputs: random numbers of the shape and type of `x`. Where inputs are whole numbers
-    (tokens, say), or the network has embeddings, random numbers may be no valid input, and where
-    the network cannot run on them: there two rows of `x` are taken. A network that mixes samples
-    fails the comparison for every batched method, so it gets the loop, where samples cannot mix.
-    Mixing on rare inputs only is found by `verify` of `clipped_gradient_sum`.
+    Methods are tried on two random inputs of the shape and type of `x`. If random numbers may be
+    invalid inputs (inputs are whole numbers such as tokens, or the network has embeddings), or if
+    the network fails on them, two rows of `x` are used instead. A network that mixes samples fails
+    the comparison for every batched method, so it gets the loop. Mixing on rare inputs only is
+    found later, by `verify` of `clipped_gradient_sum`.
 
     Args:
         model: the network.
@@ -286,18 +287,18 @@ def choose_method(model: nn.Module, loss_fn: LossFn, x: Inputs, y: Tensor) -> Me
         y: labels [n].
     """
     candidates: list[Method] = ["ghost"] if ghost.supports(model) else []
-    # On a CPU vmap is worth trying for small networks without convolutions only.
+    # On a CPU vmap is fast only for small networks without convolutions.
     small = sum(p.numel() for p in trainable(model)) < 1_000_000 and not _convolves(model)
     if small or x.device.type != "cpu":
         candidates.append("vmap")
     if not candidates:
         return "loop"
-    # Made-up inputs are no secret, and the same network must get the same method again.
+    # A fixed seed: random inputs need not be secret, and a network must always get the same method.
     noise = torch.Generator().manual_seed(0)
     try:
         twin = _trial_copy(model, noise)
     except Exception:
-        # A method that cannot be tried is not used.
+        # Without a copy no method can be tried.
         return "loop"
 
     # Zeros are valid targets of every task.
@@ -306,7 +307,7 @@ def choose_method(model: nn.Module, loss_fn: LossFn, x: Inputs, y: Tensor) -> Me
     if not _takes_whole_numbers(model, x):
         made_up = map_inputs(x, lambda t: torch.randn((2, *t.shape[1:]), generator=noise).to(t))
         tries.insert(0, made_up)
-    # Random numbers first: real rows may be equal or zero, and then hide a wrong gradient.
+    # Random inputs first, because real rows may be equal or zero and hide a wrong gradient.
     for inputs in tries:
         expected, raw = clipped_gradient_sum(
             twin, loss_fn, inputs, labels, clip_norm=1.0, tolerate_writes=True
@@ -319,7 +320,7 @@ def choose_method(model: nn.Module, loss_fn: LossFn, x: Inputs, y: Tensor) -> Me
                 twin, loss_fn, inputs, labels, clip_norm=1.0, method=method
             )
         except Exception:
-            # torch.func, or a rule of `ghost`, cannot do this network.
+            # torch.func or a rule of `ghost` does not support this network.
             continue
         if float((got - expected).norm()) <= 1e-3 * float(expected.norm()):
             return method
@@ -327,22 +328,22 @@ def choose_method(model: nn.Module, loss_fn: LossFn, x: Inputs, y: Tensor) -> Me
 
 
 def _trial_copy(model: nn.Module, noise: torch.Generator) -> nn.Module:
-    """Returns a copy to try methods on."""
-    # Modules keep their mode: a network may mix samples in training mode only.
+    """Returns a copy of `model` on which methods are tried."""
+    # Modules keep their mode, because a network may mix samples only in training mode.
     twin = copied(model)
     for module in twin.modules():
-        # Except dropout: two methods would draw different masks.
+        # Dropout is off, because two methods would draw different masks.
         if isinstance(module, nn.modules.dropout._DropoutNd):
             module.eval()
     with torch.no_grad():
-        # A layer that is all zeros would hide that a gradient is wrong.
+        # Noise is added to parameters, because a layer of zeros would hide a wrong gradient.
         for p in trainable(twin):
             p.add_(0.05 * torch.randn(p.shape, generator=noise).to(p))
     return twin
 
 
 def _takes_whole_numbers(model: nn.Module, x: Inputs) -> bool:
-    """Says whether inputs may be indices such as tokens, of which a random number is none."""
+    """Returns whether inputs may be indices such as tokens, where random numbers are invalid."""
     for module in model.modules():
         if isinstance(module, nn.Embedding | nn.EmbeddingBag):
             return True
@@ -357,12 +358,12 @@ def check_separable(model: nn.Module) -> None:
     """Raises RecipeError if a module lets one sample change the gradient of another."""
     for name, module in model.named_modules():
         batch_norm = isinstance(module, BatchNorm)
-        # Without running statistics a batch norm takes those of the batch in evaluation, too.
+        # Without running statistics, a batch norm uses batch statistics even in evaluation mode.
         if batch_norm and (module.training or module.running_mean is None):
             raise RecipeError(
                 (
-                    "batch normalisation in training mode mixes the samples of a batch, so no "
-                    "sample has a gradient of its own"
+                    "batch normalisation in training mode mixes the samples of a batch, so there "
+                    "are no per-sample gradients"
                 ),
                 place=f"model.{name}",
                 cure="use norm = 'frozen' or 'group'",
@@ -399,7 +400,7 @@ def _stats(measured: Measured, clip_norm: float, agreed: bool) -> RawStats:
         examples=len(measured),
         loss=sum(losses) / len(losses) if losses else math.nan,
         share_clipped=clipped / max(len(measured), 1),
-        # A sample on which the network raised has no norm either.
+        # Failed samples have no finite norm either, but are counted separately.
         refused=not_finite - len(problems),
         failed=len(problems),
         problem=problems[0] if problems else "",

@@ -1,4 +1,4 @@
-"""Notices, names and undoes what a forward pass writes into a model's buffers and parameters."""
+"""Detects and undoes changes of buffers and parameters by a forward pass on private examples."""
 
 from __future__ import annotations
 
@@ -9,10 +9,9 @@ from torch import Tensor, nn
 class Guard:
     """A copy of a model's buffers and parameters, taken before private examples run through it.
 
-    A forward pass that writes into the model stores private data there without noise: running
-    statistics of a normalisation, or `nn.Embedding(max_norm=...)`, which shortens the rows of the
-    tokens that it reads. `put_back_` undoes this, so that neither the next example nor the next
-    request sees it.
+    A forward pass that changes the model stores private data in it without noise. Examples: the
+    running statistics of a normalisation, or `nn.Embedding(max_norm=...)`, which rescales the rows
+    of the tokens that it reads. `put_back_` undoes this before the next example.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -28,11 +27,11 @@ class Guard:
         """Undoes every change since the last call.
 
         Returns:
-            Which tensor changed first and what to do about it; empty if nothing changed.
+            The first changed tensor and a cure, as a text for an error; "" if nothing changed.
         """
         now = _named_tensors(self._model)
         problem = ""
-        # Tensors that the forward pass removed are in the originals only.
+        # The originals are included, because the forward pass may have removed a tensor.
         for name in dict.fromkeys([*now, *self._originals]):
             if self._unchanged(name, now.get(name)):
                 continue
@@ -41,7 +40,7 @@ class Guard:
         return problem
 
     def _unchanged(self, name: str, now: Tensor | None) -> bool:
-        # Every in-place operation counts `_version` up, so no values need to be compared.
+        # Every in-place operation increments `_version`, so values need not be compared.
         return (
             name in self._originals
             and self._originals[name][0] is now
@@ -53,7 +52,7 @@ class Guard:
         path, _, leaf = name.rpartition(".")
         module = self._model.get_submodule(path)
         table = module._parameters if leaf in module._parameters else module._buffers
-        # A tensor that the forward pass registered itself is removed again.
+        # A tensor that the forward pass has registered is removed.
         if name not in self._originals:
             del table[leaf]
             return
@@ -61,7 +60,7 @@ class Guard:
         if tensor.shape == copy.shape:
             tensor.copy_(copy)
         else:
-            # The forward pass resized it in place; a copy of values would not fit.
+            # The forward pass has resized it in place, so `copy_` is not possible.
             tensor.data = copy.clone()
         table[leaf] = tensor  # type: ignore[assignment]
         self._versions[name] = tensor._version

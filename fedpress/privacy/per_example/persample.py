@@ -1,4 +1,4 @@
-"""Clipped per-sample gradients of any network: one backward pass each, or all by `torch.func`."""
+"""Clipped per-sample gradients: a backward pass per sample, or all at once by `torch.func`."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ LossFn = Callable[[Tensor, Tensor], Tensor]
 """(outputs [n, ...], labels [n]) -> mean loss, a scalar; it is called for one example at a time."""
 
 BLOCK = 1024
-"""Values whose squares are summed in float32; the sums of blocks are added in float64."""
+"""Squares are summed in float32 within blocks of this size, and in float64 over blocks."""
 
 WROTE_PREFIX = "RecipeError: "
 """Start of `Sample.problem` if the forward pass changed a buffer or parameter of the model."""
 
 
 class Sample(NamedTuple):
-    """What happened to one sample. Not private: no noise was added.
+    """Loss, gradient norm and problem of one sample. NOT private: they have no noise.
 
     Attributes:
-        loss: its loss; nan if the network could not run on it.
+        loss: its loss; nan if the network failed on it.
         norm: L2 norm of its gradient before clipping; nan if there is none.
-        problem: why the network could not run on it; empty if it could.
+        problem: why the network failed on it; "" if it did not.
     """
 
     loss: float
@@ -44,7 +44,7 @@ Measured = list[Sample]
 
 @dataclass(frozen=True)
 class Query:
-    """A query: the sum of the clipped gradients of some samples.
+    """The inputs of a sum of clipped per-sample gradients.
 
     Attributes:
         model: the network.
@@ -66,21 +66,21 @@ class Query:
 
     def one(self, row: int) -> Query:
         """Returns the same query for one sample."""
-        # A slice and not an index, so that the batch dimension stays.
+        # A slice keeps the batch dimension.
         return self.take(slice(row, row + 1))
 
 
 def add_loop_(views: list[Tensor], query: Query, guard: Guard | None = None) -> Measured:
     """Adds the clipped gradient of every sample to `views`, by one backward pass each.
 
-    Slow, but right for every network. A sample contributes zero if the network raises on it, if its
-    gradient is not finite, or if the forward pass writes into the model (which `guard` undoes).
-    Raising for the whole batch instead would let one sample move the sum by more than `clip_norm`.
+    This is slow, but correct for every network. A sample contributes zero if the network raises on
+    it, if its gradient is not finite, or if the forward pass changes the model (`guard` undoes it).
+    If the whole batch were dropped instead, one sample could move the sum by more than `clip_norm`.
 
     Args:
-        views: the sum, as one view for each trainable parameter; changed in place.
+        views: the sum, as one view per trainable parameter; changed in place.
         query: the samples.
-        guard: undoes what forward passes write into the model; None does not look.
+        guard: detects and undoes changes of the model; None: no detection.
     """
     return [_add_one_(views, query.one(row), guard) for row in range(len(query.x))]
 
@@ -96,14 +96,14 @@ def _add_one_(views: list[Tensor], query: Query, guard: Guard | None) -> Sample:
 
 
 def _measure_one(views: list[Tensor], query: Query) -> tuple[Sample, list[tuple[Tensor, Tensor]]]:
-    """Returns the loss of one sample, and (view of the sum, gradient) of each parameter in use."""
+    """Returns the loss of one sample, and (view of the sum, gradient) of each used parameter."""
     x = query.x
     y = query.y
     try:
         loss, grads = _gradient(query, x, y)
     except Exception as first:
-        # Some networks cannot take a batch of one (`squeeze()`). The mean loss of a sample and its
-        # copy has the same gradient, and no other sample takes part in it.
+        # Some networks fail on a batch of one (`squeeze()`). The mean loss of a sample and its copy
+        # has the same gradient, without another sample.
         try:
             loss, grads = _gradient(query, join([x, x]), torch.cat([y, y]))
         except Exception:
@@ -130,10 +130,10 @@ def _gradient(query: Query, x: Inputs, y: Tensor) -> tuple[Tensor, tuple[Tensor 
 def add_vmap_(views: list[Tensor], query: Query) -> Measured:
     """Adds the clipped gradients by `torch.func`: fast on GPUs and for small networks.
 
-    It holds the gradients of all samples in memory at once.
+    The gradients of all samples are in memory at once.
 
     Args:
-        views: the sum, as one view for each trainable parameter; changed in place.
+        views: the sum, as one view per trainable parameter; changed in place.
         query: the samples.
     """
     model = query.model
@@ -146,22 +146,22 @@ def add_vmap_(views: list[Tensor], query: Query) -> Measured:
         return loss, loss.detach()
 
     gradient_of_one = torch.func.grad(loss_of, has_aux=True)
-    # Different: each sample draws its own dropout mask, as it does alone.
+    # "different": each sample gets its own dropout mask, as in the plain loop.
     each = torch.func.vmap(gradient_of_one, in_dims=(None, 0, 0), randomness="different")
     with warnings.catch_warnings():
-        # torch warns of layers that vmap runs one sample at a time; a user cannot change that.
+        # torch warns about layers that vmap runs sample by sample; users cannot change that.
         warnings.filterwarnings("ignore", message="There is a performance drop")
         grads, losses = each(named, x, query.y)
-    # The sensitivity rests on the norms: autocast must not compute them in 16 bits.
+    # The sensitivity depends on the norms, so autocast must not compute them in 16 bits.
     with torch.autocast(x.device.type, enabled=False):
-        # The product of no sizes is 1: a parameter without dimensions gets one column.
+        # A parameter without dimensions gets one column, because the product of no sizes is 1.
         rows = [g.reshape(len(g), math.prod(g.shape[1:])) for g in grads.values()]
         norms = torch.stack([row_norms(part) for part in rows]).norm(dim=0)
         scale = clip_factors(norms, query.clip_norm).float()
         finite = torch.isfinite(norms)
         for view, part in zip(views, rows, strict=True):
             if not finite.all():
-                # A factor of 0 does not suffice: 0 * NaN is NaN.
+                # A factor of 0 is not enough, because 0 * NaN is NaN.
                 part = part.where(finite[:, None], 0.0)
             view.add_((scale @ part).view(view.shape))
     measured = [Sample(*pair) for pair in zip(losses.tolist(), norms.tolist(), strict=True)]
@@ -169,11 +169,11 @@ def add_vmap_(views: list[Tensor], query: Query) -> Measured:
 
 
 def row_norms(rows: Tensor) -> Tensor:
-    """Returns the L2 norm of each row of `rows` [n, m] float32, as float64 [n], right to 1e-6.
+    """Returns the L2 norm of each row of `rows` [n, m] float32, as float64 [n], exact to 1e-6.
 
-    Over millions of values a float32 sum of squares is too small by up to 5e-4, so a "clipped"
-    gradient would exceed the clip norm. Therefore only blocks of `BLOCK` values are summed in
-    float32; all in float64 would take several times as long.
+    Over millions of values a float32 sum of squares may be too small by 5e-4, and a clipped
+    gradient would then exceed the clip norm. Therefore only blocks of `BLOCK` values are summed in
+    float32. Summing everything in float64 would be several times slower.
     """
     whole = rows.shape[1] // BLOCK * BLOCK
     blocks = rows[:, :whole].view(len(rows), whole // BLOCK, BLOCK).norm(dim=2)
@@ -184,12 +184,12 @@ def row_norms(rows: Tensor) -> Tensor:
 
 def clip_factors(norms: Tensor, clip_norm: float) -> Tensor:
     """Returns the factor of each sample's gradient [n]; 0 where its norm is not finite."""
-    # clamp_min makes the factor exactly 1 for short gradients, and spares a division by 0.
+    # clamp_min makes the factor exactly 1 for short gradients, and avoids a division by 0.
     return torch.where(torch.isfinite(norms), clip_norm / norms.clamp_min(clip_norm), 0.0)
 
 
 def _redo_not_finite_(measured: Measured, views: list[Tensor], query: Query) -> Measured:
-    """Runs the samples without a finite float32 norm once more, alone and in float64."""
+    """Repeats samples without a finite float32 norm by the loop, which computes in float64."""
     for i, sample in enumerate(measured):
         if not math.isfinite(sample.norm):
             measured[i] = add_loop_(views, query.one(i))[0]
@@ -214,8 +214,8 @@ def _add_clipped_(used: list[tuple[Tensor, Tensor]], clip_norm: float) -> float:
     if math.isfinite(norm):
         torch._foreach_add_(into, given, alpha=clip_norm / max(norm, clip_norm))
         return norm
-    # Squares overflow float32 long before the values do. If the float64 norm is not finite either,
-    # a value is NaN or infinite, and the sample adds nothing.
+    # In float32 squares overflow long before the values do. If the float64 norm is not finite
+    # either, a value is NaN or infinite, and the sample contributes zero.
     wide = [gradient.double() for gradient in given]
     norm = _norm(wide)
     if math.isfinite(norm):

@@ -1,4 +1,4 @@
-"""DP-SGD on one client's data, as a generator that yields after every step."""
+"""DP-SGD on one client's data, as generators of noised gradients or of steps."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ from fedpress.privacy.plan import PrivacyPlan
 
 @dataclass(frozen=True)
 class StepRecord:
-    """One private step.
+    """The record of one private step.
 
     Attributes:
         step: number of the step, from 1.
-        raw: statistics without noise. They may be shown on the client but must not leave it.
+        raw: statistics WITHOUT noise: they must not leave the client.
     """
 
     step: int
@@ -53,26 +53,26 @@ def private_steps(
 ) -> Iterator[StepRecord]:
     """Trains the parameters of `model` in place by DP-SGD and yields after every step.
 
-    Abadi et al. 2016 (arXiv:1607.00133), Algorithm 1; the noised sum is divided by the expected
-    batch `plan.sampling_prob * len(x)`. The caller charges all `steps` to the ledger beforehand,
-    also those whose batch turns out empty: they add noise alone.
+    Abadi et al. 2016 (arXiv:1607.00133), Algorithm 1. The noised sum is divided by the expected
+    batch size `plan.sampling_prob * len(x)`. The caller must charge all `steps` to the ledger
+    before, including steps whose batch may be empty.
 
     Args:
         model: without batch normalisation in training mode.
         loss_fn: outputs and labels of one example -> its loss.
-        x: raw examples [n, ...], one tensor or several by name; their number n counts as public.
+        x: raw examples [n, ...], one tensor or several by name; n is treated as public.
         y: labels [n].
         plan: clip norm, sampling and noise; of unit "sample".
         steps: number of steps.
         lr: learning rate of plain SGD.
         generator: draws batches and noise; a `RandomSource`, or a torch generator.
-        momentum: of SGD, starting at 0. It only mixes noised gradients, so it costs no privacy.
-        prepare: raw batch [k, ...] -> network input. It must treat every example by itself, so no
-            mixup.
-        method: row of `gradients.METHODS`; None chooses at the first batch. Some examples of every
-            batch are compared with the plain loop; after a mismatch it does all further steps.
-        autocast: type of the forward and backward pass, for instance torch.bfloat16; norms and sums
-            stay float32.
+        momentum: of SGD. It mixes noised gradients only, so it costs no privacy.
+        prepare: raw batch [k, ...] -> network input. An example's input must not depend on other
+            examples, so mixup is not allowed.
+        method: row of `gradients.METHODS`; None: chosen at the first batch. Some examples of every
+            batch are compared with the plain loop; after a mismatch all further steps use the loop.
+        autocast: type of forward and backward passes, such as torch.bfloat16; norms and sums stay
+            float32.
 
     Raises:
         RecipeError: if the plan protects clients, or a module mixes the samples of a batch.
@@ -111,12 +111,11 @@ def private_gradients(
     method: Method | None = None,
     autocast: torch.dtype | None = None,
 ) -> Iterator[tuple[Tensor, RawStats]]:
-    """Yields the noised mean gradient [d] of each private step; takes no step.
+    """Yields the noised mean gradient [d] of each private step; does not change the parameters.
 
-    A gradient is computed when it is asked for, at the model's parameters of that moment. For the
-    arguments see `private_steps`. `noise` takes the sum of clipped gradients [d] and returns the
-    source of the noise that hides it, so a caller can give every sum noise of its own; None takes
-    `generator`.
+    Each gradient is computed when the caller asks for it, at the model's current parameters. For
+    the arguments see `private_steps`. `noise` maps the sum of clipped gradients [d] to the random
+    source of its noise, so that every sum can have its own stream; if None, it is `generator`.
 
     Raises:
         RecipeError: if the plan protects clients, or a module mixes the samples of a batch.
@@ -131,12 +130,12 @@ def private_gradients(
     for index in poisson_batches(len(x), plan.sampling_prob, steps, generator):
         batch = x[index]
         labels = y[index]
-        # Not all networks can run on an empty batch; its sum is zero anyway.
+        # Many networks cannot run on an empty batch. Its sum is zero.
         if prepare is not None and len(index):
             batch = prepare(batch)
         if method is None and len(index):
             method = choose_method(model, loss_fn, batch, labels)
-        # Without a first example no method is chosen yet, and the loop returns zeros.
+        # Before the first example there is no method; for empty batches the loop returns zeros.
         with torch.autocast(x.device.type, dtype=autocast, enabled=autocast is not None):
             total, raw = clipped_gradient_sum(
                 model,
@@ -145,13 +144,13 @@ def private_gradients(
                 labels,
                 clip_norm=plan.clip_norm,
                 method=method or "loop",
-                # Gradients of single examples cost most, so they are compared once only.
+                # Comparing gradients is slow, so it is done at the first batch only.
                 verify="losses" if checked else "gradients",
-                # A refusal here would be seen outside, and one example could cause it.
+                # An error here would be visible outside, and a single example could cause it.
                 tolerate_writes=True,
             )
         checked = checked or len(index) > 0
-        # A network that mixed examples once may do so again on examples that are not compared.
+        # A network that mixes examples may also mix examples that are not compared.
         if not raw.agreed:
             method = "loop"
         source = generator if noise is None else noise(total)
@@ -172,9 +171,9 @@ def sgd_step_(
     Args:
         params: the parameters, changed in place.
         gradient: noised mean gradient [d].
-        velocity: what the last step returned, changed in place; None at the first step.
+        velocity: result of the last step, changed in place; None at the first step.
         lr: learning rate.
-        momentum: share of the last velocity that is kept.
+        momentum: factor on the last velocity.
 
     Returns:
         The velocity [d] for the next step.
