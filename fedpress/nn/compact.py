@@ -66,6 +66,7 @@ def compact_(model: nn.Module, sparse: Iterable[str]) -> nn.Module:
                 place="spec.sparse",
                 cure="keep a larger share",
             )
+        # `unsafe`, because torch otherwise requires that the values have the weight's shape.
         for module, key in _modules_with(model, weight):
             parametrize.register_parametrization(module, key, ScatterValues(mask), unsafe=True)
     return model

@@ -101,6 +101,7 @@ def _probe(layer: nn.Module, x: Tensor) -> WeightReads:
     """Runs a copy of `layer` in evaluation mode on `x` and returns how its weight was used."""
     base = base_layer(type(layer))
     assert base is not None
+    # A copy, because a user's forward may change the layer.
     own = copy.deepcopy(layer).eval()
     reads = WeightReads(own, OPERATIONS[base])
     with torch.random.fork_rng(devices=[]), reads:

@@ -265,6 +265,7 @@ def initial_codebook(weight: Tensor, quantization: WeightQuantization) -> Tensor
     else:
         low = high = flat.new_zeros(())
     values = low + (high - low) * torch.linspace(0, 1, 2**quantization.bits, device=flat.device)
+    # Exactly 0 must be one of the values, so that pruned weights stay pruned.
     values[values.abs().argmin()] = 0
     return values
 
@@ -335,6 +336,7 @@ def fake_quantize(weight: Tensor, scale: Tensor, quantization: WeightQuantizatio
 def quantize(weight: Tensor, scale: Tensor, quantization: WeightQuantization) -> Tensor:
     """Returns the codes of `weight` as floats; the arguments are those of `fake_quantize`."""
     if quantization.kind == "binary":
+        # Not `sign`, which is 0 for 0: the binary grid has no 0.
         return torch.where(weight >= 0, 1.0, -1.0)
     if quantization.kind != "codebook":
         # Rounds half to even, as ONNX does.

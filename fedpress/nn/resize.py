@@ -71,6 +71,7 @@ def replace_tensors_(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         old = get_tensor(model, name)
         swaps[id(old)] = (old, new)
 
+    # Shapes are compared afterwards, so that only layers with changed sizes are updated.
     before = {module: _shapes(module) for module in model.modules()}
 
     for module in model.modules():
@@ -231,6 +232,7 @@ class NarrowAttention(nn.MultiheadAttention):
         mask = self._mask(q, k, key_padding_mask, attn_mask)
         dropout = self.dropout if self.training else 0.0
         weights = None
+        # The fused kernel does not return attention weights, so they are computed step by step.
         if need_weights:
             scores = (q * self.head_dim**-0.5) @ k.mT
             if mask is not None:

@@ -58,7 +58,10 @@ class ChannelGroup:
         It is the smallest over the weights that write or read the channel: a hidden unit of an LSTM
         is written by four rows, but read as one column.
         """
-        widths = (s.index.shape[1] for s in self.slices if s.role in ("write", "read"))
+        widths = []
+        for s in self.slices:
+            if s.role in ("write", "read"):
+                widths.append(s.index.shape[1])
         return min(widths, default=1)
 
     def slices_with_role(self, role: str) -> list[ChannelSlice]:

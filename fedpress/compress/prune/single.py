@@ -249,9 +249,11 @@ def _magnitudes(model: nn.Module, graph: ChannelGraph, *, power: Literal[1, 2]) 
         tables[tensor] = values.sum(fixed, keepdim=True) if fixed else values
 
     def total(group: ChannelGroup) -> Tensor:
-        sums = torch.stack(
-            [channel_sums(tables[s.tensor], s) for s in group.slices_with_role("write")]
-        ).sum(0)
+        parts = []
+        for s in group.slices_with_role("write"):
+            parts.append(channel_sums(tables[s.tensor], s))
+        sums = torch.stack(parts).sum(0)
+        # "l1" is the sum itself, "l2" the root of the sum of squares.
         return sums if power == 1 else sums.sqrt()
 
     def rescore(masks: list[Tensor], removed: tuple[int, int] | None) -> dict[int, Tensor]:

@@ -240,6 +240,7 @@ class QuantLayer(nn.Module):
     def codebook_values(self, key: str = "weight") -> Tensor:
         """Returns the codebook, ascending; with `centroid_bits` its values are quantized too."""
         quantization = self.weight_quantization()
+        # Sorted: training may change their order, and the nearest one is found by bisection.
         values = self.codebook_of(key).float().sort().values
         # The value 0 has no gradient, so that it stays 0 and pruned weights stay pruned.
         values = values * (values.detach() != 0)

@@ -29,6 +29,7 @@ class QuantConv1d(QuantLayer, nn.Conv1d):
     def forward(self, input: Tensor) -> Tensor:
         """Maps [n, in_channels, L] to [n, out_channels, L']."""
         x = self.quantized_input(input)
+        # torch's own method, which also applies the padding mode.
         out: Tensor = self._conv_forward(x, self.quantized_weight(), self.bias)
         return out
 
