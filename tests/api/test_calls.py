@@ -292,9 +292,12 @@ def test_what_a_list_of_layers_cannot_say_is_not_described():
         ({"": {"layer": "Linear", "in_features": 2}}, "Linear cannot be built"),
         (
             {"": {"layer": "Linear", "in_features": 2, "out_features": 2}, "0": {"layer": "ReLU"}},
-            "no sequence above it",
+            "not inside of a Sequential",
         ),
-        ({"": {"layer": "Sequential"}, "0.weight": {"layer": "ReLU"}}, "no sequence above it"),
+        (
+            {"": {"layer": "Sequential"}, "0.weight": {"layer": "ReLU"}},
+            "not inside of a Sequential",
+        ),
         ({"": 3}, "expected a table with the key 'layer'"),
     ],
 )
@@ -332,7 +335,7 @@ def test_a_class_of_ones_own_opens_with_consent_or_is_refused_before_any_work(ow
     for call in (fedpress.prune, fedpress.pack):
         settings = {"keep_params": 0.5} if call is fedpress.prune else {}
         with pytest.raises(
-            ModelError, match=r'could not be opened again.*give model="package.module:function"'
+            ModelError, match=r'could not be opened later.*give model="package.module:function"'
         ):
             call(own.Hidden(32), input_shape=(8,), out=tmp_path / "hidden", **settings)
     assert not (tmp_path / "hidden").exists()
@@ -387,7 +390,7 @@ def test_a_class_that_computes_something_else_is_not_named(tmp_path):
     way.factor = 3.0
     odd = Chosen(way=way).eval()
     assert memory.find_buildable(odd) is not None
-    with pytest.raises(ModelError, match="could not be opened again"):
+    with pytest.raises(ModelError, match="could not be opened later"):
         fedpress.quantize(odd, input_shape=(8,), out=tmp_path / "odd")
     assert not (tmp_path / "odd").exists()
     x = torch.rand(5, 8)

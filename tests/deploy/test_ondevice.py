@@ -285,7 +285,7 @@ def test_a_batch_size_of_one_works(tmp_path):
         (Unreached(), ["'spare.weight'", "requires_grad = False"]),
         (Unreached().requires_grad_(False), ["no parameter", "requires_grad = True"]),
         (Twins(), ["'first.weight' and 'second.weight'", "its own"]),
-        (Drops(), ["otherwise in training", "dropout"]),
+        (Drops(), ["differently in training and in evaluation", "dropout"]),
         (
             nn.Sequential(
                 nn.Conv2d(1, 2, 1),
