@@ -1,15 +1,15 @@
-"""How much privacy a sequence of noised sums has spent, and how much noise a budget needs.
+"""The accountant: the epsilon of a sequence of noised sums, and the noise for a given epsilon.
 
-Every step is a Gaussian or Skellam mechanism on a Poisson sample, under add-or-remove-one
-neighbours. Which method answers depends on the events:
+Every step is a Gaussian or Skellam mechanism on a Poisson sample; neighbouring data sets differ by
+adding or removing one unit. The method depends on the events:
 
-- Gaussian, all units take part: the closed form of Balle & Wang 2018.
-- Gaussian on samples: privacy loss distributions (Koskela et al. 2020; Doroshenko et al. 2022,
-  "Connect the dots") from dp-accounting, whose discretisation only ever rounds epsilon up. Where
-  its tables would be too long (rare samples, low noise, many steps, a tiny delta), `losses` answers
-  in bounded time.
+- Gaussian without sampling: the closed form of Balle & Wang 2018.
+- Gaussian with sampling: privacy loss distributions (Koskela et al. 2020; Doroshenko et al. 2022,
+  "Connect the dots") by dp-accounting, whose discretisation only rounds epsilon up. If its tables
+  would be too long (rare sampling, low noise, many steps, a tiny delta), `losses` computes a bound
+  in limited time.
 - Skellam: a Renyi bound.
-- Gaussian and Skellam together: the better of two upper bounds, see `_mixture`.
+- Gaussian and Skellam together: the smaller of two upper bounds, see `_mixture`.
 """
 
 from __future__ import annotations
@@ -33,43 +33,44 @@ from fedpress.privacy.accounting.events import (
     merge_similar,
     skellams,
 )
+from fedpress.privacy.accounting.step_losses import loss_span
 from fedpress.privacy.roots import bracket, safe_root
 
 if TYPE_CHECKING:
     from dp_accounting.pld.privacy_loss_distribution import PrivacyLossDistribution
 
-# dp_accounting and scipy are imported where they are used: they take a second to import, and most
+# dp_accounting and scipy are imported where they are used: importing them takes a second, and most
 # callers need neither.
 
 NOISE_RANGE = (1e-2, 1e5)
-"""Noise multipliers outside this range are not searched."""
+"""Range in which noise multipliers are searched."""
 
 SKELLAM_SHARES = (0.05, 0.2, 0.5, 0.8, 0.95)
-"""Shares of delta that are tried for the Skellam part of a mixture."""
+"""Shares of delta that are tried for the Skellam events of a mixture."""
 
 LONGEST_TABLE = 100_000
-"""Most losses, of one step or of all, that dp-accounting is given: half a second for that many."""
+"""Limit of the number of losses for dp-accounting, which takes half a second for this many."""
 
 MANY_EVENTS = 16
-"""Above this many events dp-accounting is too slow, since it composes them one by one."""
+"""With more events dp-accounting is too slow, because it composes them one by one."""
 
 MOST_EVENTS = 100
-"""Above this many, similar events are merged: each takes time, even on the coarsest grid."""
+"""With more events, similar ones are merged, because each takes time even on the coarsest grid."""
 
 MOST_BY_RENYI = 300
-"""The same limit for Renyi accounting, which takes some milliseconds per event."""
+"""The same limit for Renyi accounting, which takes a few milliseconds per event."""
 
 RAREST_SAMPLE = 1e-12
-"""Smaller sampling probabilities are counted as this one, which spends more."""
+"""Smaller sampling probabilities are replaced by this one, which spends more."""
 
 LEAST_NOISE = 1e-6
-"""Below this noise multiplier epsilon is reported as infinite, an upper bound like any other."""
+"""Below this noise multiplier, epsilon is reported as infinite, which is a valid upper bound."""
 
 MOST_NOISE = 1e12
-"""Larger noise multipliers are counted as this one, so that their squares stay finite."""
+"""Larger noise multipliers are replaced by this one, so that their squares stay finite."""
 
 FEW_POINTS = 1 << 17
-"""Points of `losses` during a search for the noise: a tenth of a second for each epsilon."""
+"""Points of `losses` during a search for the noise; each epsilon takes a tenth of a second."""
 
 UPPER_BOUND = "an upper bound: the exact epsilon may be more than 1% smaller"
 
@@ -88,12 +89,12 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Spent:
-    """What some events spend.
+    """The epsilon of some events, and whether it is tight.
 
     Attributes:
-        epsilon: never below the true one.
-        upper_bound: whether it may be more than 1% above the true one, as with Renyi accounting or
-            a coarse grid.
+        epsilon: never below the true value.
+        upper_bound: whether it may be more than 1% above the true value, as with Renyi accounting
+            or a coarse grid.
     """
 
     epsilon: float
@@ -101,15 +102,15 @@ class Spent:
 
     @property
     def note(self) -> str:
-        """Text to print beside `epsilon`; empty unless it is only an upper bound."""
+        """Text to print next to `epsilon`; "" unless it is only an upper bound."""
         return UPPER_BOUND if self.upper_bound else ""
 
 
 def epsilon(events: Iterable[MechanismEvent], *, delta: float) -> float:
-    """Returns an upper bound on what all `events` together spend at `delta` (inf without noise).
+    """Returns the epsilon of all `events` together at `delta`; infinite without noise.
 
-    It is tight where the module's docstring names an exact method, and never below the answer for
-    a part of `events`.
+    The result is never below the true value. It is tight except where the module's docstring names
+    a bound; see `spent`.
 
     Raises:
         RecipeError: if `delta` is not inside (0, 1).
@@ -128,7 +129,7 @@ def spent(events: Iterable[MechanismEvent], *, delta: float, points: int = losse
     Args:
         events: the mechanisms and their steps.
         delta: probability with which the guarantee may fail.
-        points: grid points where tables are long; fewer are faster and can only raise epsilon.
+        points: grid points of `losses`; fewer are faster and can only raise epsilon.
 
     Raises:
         RecipeError: if `delta` is not inside (0, 1).
@@ -141,9 +142,9 @@ def spent(events: Iterable[MechanismEvent], *, delta: float, points: int = losse
 
 
 def renyi_bound(events: Iterable[MechanismEvent], *, delta: float) -> float:
-    """Returns a quick upper bound on the epsilon of `events`, about a tenth above it.
+    """Returns a quick upper bound on the epsilon of `events`, typically 10% above it.
 
-    It is infinite if an event has no noise, or a sensitivity that may fail.
+    It is infinite if an event has no noise, or a sensitivity bound that may fail.
     """
     merged = merge(events)
     for event in merged:
@@ -157,8 +158,8 @@ def renyi_bound(events: Iterable[MechanismEvent], *, delta: float) -> float:
 def noise_multiplier(*, epsilon: float, delta: float, sampling_prob: float, steps: int) -> float:
     """Returns the smallest noise multiplier with which `steps` sums spend at most `epsilon`.
 
-    The answer is confirmed by `epsilon` itself. It is at most 0.01% above the smallest one that
-    would be confirmed; at most 1% where tables of losses are long (rare samples or low noise).
+    The result is checked by the function `epsilon`. It is at most 0.01% above the smallest valid
+    one; at most 1% if tables of losses are long (rare sampling or low noise).
 
     Args:
         epsilon: the budget of all steps.
@@ -187,8 +188,8 @@ def noise_multiplier(*, epsilon: float, delta: float, sampling_prob: float, step
         return _spent((event,), delta, points).epsilon
 
     # The central limit of the composition (Bu et al. 2020, "Deep learning with Gaussian
-    # differential privacy") is a good first guess, and exact for q = 1. It is never the answer: the
-    # limit may be below the truth.
+    # differential privacy") is a good first guess, and exact for q = 1. It is only a guess, because
+    # the limit may be below the true value.
     mu = _gaussian_mu(epsilon, delta)
     if sampling_prob == 1:
         guess = math.sqrt(steps) / mu
@@ -196,7 +197,7 @@ def noise_multiplier(*, epsilon: float, delta: float, sampling_prob: float, step
         guess = 1 / math.sqrt(math.log1p((mu / sampling_prob) ** 2 / steps))
     found = _smallest_noise(lambda noise: spending(noise, FEW_POINTS), epsilon, guess)
 
-    # The full number of points may find a larger epsilon by the last digits of rounding.
+    # With all points, epsilon may be larger in the last digits, by rounding.
     increase = 1e-5
     while spending(found, losses.POINTS) > epsilon:
         found *= 1 + increase
@@ -204,7 +205,7 @@ def noise_multiplier(*, epsilon: float, delta: float, sampling_prob: float, step
     return found
 
 
-# A ledger asks about the same events again after every round.
+# Cached, because a ledger asks about the same events after every round.
 @lru_cache(maxsize=4096)
 def _spent(events: tuple[MechanismEvent, ...], delta: float, points: int = losses.POINTS) -> Spent:
     gaussian = gaussians(events)
@@ -229,8 +230,8 @@ def _spent_on_samples(gaussian: tuple[GaussianEvent, ...], delta: float, points:
         by_renyi = renyi.epsilon(merge_similar(gaussian, MOST_BY_RENYI), delta=delta)
         return Spent(min(by_losses, by_renyi), upper_bound=True)
 
-    # Sampling never adds to epsilon, so the closed form without sampling is a bound as well. Where
-    # nearly all units take part, the grid may say a little more than it.
+    # Sampling never increases epsilon, so the closed form without sampling is a bound as well. If
+    # nearly all units take part, it may be slightly below the result of the grid.
     unsampled = tuple(replace(event, sampling_prob=1.0) for event in gaussian)
     without_sampling = _gaussian_epsilon(total_mu(unsampled), delta)
 
@@ -247,10 +248,10 @@ def _spent_on_samples(gaussian: tuple[GaussianEvent, ...], delta: float, points:
 
 
 def _in_range(events: tuple[GaussianEvent, ...]) -> tuple[GaussianEvent, ...]:
-    """Returns events that spend no less, and whose numbers can be squared."""
+    """Returns events that spend at least as much, and whose squares are finite numbers."""
     found = []
     for event in events:
-        # Infinite noise spends nothing.
+        # With infinite noise nothing is spent.
         if event.noise_multiplier == math.inf:
             continue
         prob = max(event.sampling_prob, RAREST_SAMPLE)
@@ -260,7 +261,7 @@ def _in_range(events: tuple[GaussianEvent, ...]) -> tuple[GaussianEvent, ...]:
 
 
 def _merge_unsampled(events: tuple[GaussianEvent, ...]) -> list[GaussianEvent]:
-    """Replaces all events in which all units take part by one step that spends the same."""
+    """Replaces all events without sampling by one step that spends the same."""
     merged = [event for event in events if event.sampling_prob < 1]
     mu = total_mu(events)
     if mu > 0:
@@ -269,25 +270,25 @@ def _merge_unsampled(events: tuple[GaussianEvent, ...]) -> list[GaussianEvent]:
 
 
 def _suits_dp_accounting(events: list[GaussianEvent], delta: float) -> bool:
-    """Says whether dp-accounting answers within about a second, and with enough digits.
+    """Returns whether dp-accounting takes at most about a second, and is precise enough.
 
-    Its Fourier transforms round to about 1e-15 times the steps, whatever delta is, and it cuts off
-    tails of 1e-15.
+    Its Fourier transforms have rounding errors of about 1e-15 times the steps, independent of
+    delta, and it truncates tails of 1e-15.
     """
     steps = _total_steps(events)
     if len(events) > MANY_EVENTS or delta < 1e-10 or 1e-16 * steps > 1e-4 * delta:
         return False
     grid = grid_step(events)
-    widest = max(losses.loss_span(event) for event in events)
+    widest = max(loss_span(event) for event in events)
     total_std = math.sqrt(_total_variance(events))
-    # A grid coarser than a tenth of a step's losses, as rare samples get, makes long tables and
-    # loose bounds.
+    # For rare sampling, the grid may be coarser than a tenth of a step's standard deviation. Then
+    # tables are long and bounds are loose.
     fine = grid <= 0.1 * total_std / math.sqrt(steps)
     return fine and max(widest, 16 * total_std) <= LONGEST_TABLE * grid
 
 
 def total_mu(events: tuple[GaussianEvent, ...]) -> float:
-    """Returns sensitivity / noise of the one Gaussian mechanism that equals all unsampled `events`.
+    """Returns sensitivity / noise of the Gaussian mechanism that equals all unsampled `events`.
 
     Gaussian mechanisms without sampling compose exactly: mu^2 = sum of steps / noise^2.
     """
@@ -301,9 +302,9 @@ def total_mu(events: tuple[GaussianEvent, ...]) -> float:
 def _loss_table(
     events: list[GaussianEvent], delta: float
 ) -> tuple[PrivacyLossDistribution, float] | None:
-    """Returns the privacy losses of all `events` together, and their grid.
+    """Returns the privacy loss distribution of all `events` together, and its grid step.
 
-    None where dp-accounting would be too slow, too inexact, or fails.
+    None if dp-accounting would be too slow or too imprecise, or fails.
     """
     if not _suits_dp_accounting(events, delta):
         return None
@@ -313,8 +314,8 @@ def _loss_table(
         try:
             step = _step_losses(event.sampling_prob, event.noise_multiplier, grid)
         except ValueError:
-            # dp-accounting takes logarithms of differences that round to 0 where the sampling
-            # probability is next to 1.
+            # dp-accounting takes logarithms of differences that round to 0 if the sampling
+            # probability is almost 1.
             return None
         composed = step.self_compose(event.steps)
         total = composed if total is None else total.compose(composed, tail_mass_truncation=1e-15)
@@ -328,9 +329,10 @@ def _mixture(
 
     It is the smaller of Renyi accounting for everything and `_compose_with_dominating`.
 
-    Steps whose sensitivity may fail are charged to delta. Replace the output by that of the
-    neighbouring data set wherever a sensitivity fails: the replaced mechanism keeps its
-    sensitivity, and differs from the real one with probability at most `failure` a step.
+    The probability that a sensitivity bound fails is subtracted from delta. Proof: replace the
+    output by that of the neighbouring data set wherever a bound fails. The replaced mechanism has
+    the bounded sensitivity, and differs from the real one with probability at most `failure` in
+    each step.
     """
     remaining = delta - sum(event.failure * event.steps for event in skellam)
     if remaining <= 0:
@@ -340,19 +342,19 @@ def _mixture(
         return skellam_alone
     by_renyi = renyi.epsilon([*gaussian, *skellam], delta=remaining)
     joined = min(by_renyi, _compose_with_dominating(gaussian, skellam, remaining))
-    # A mixture spends at least what its parts spend, so an upper bound below that of a part only
-    # shows that the part's bound is loose. Taking the larger one keeps answers consistent.
+    # A mixture spends at least as much as its parts. If its bound is below that of a part, then the
+    # part's bound is loose; the larger one is returned, to be consistent.
     return max(joined, skellam_alone, _spent(gaussian, delta).epsilon)
 
 
 def _compose_with_dominating(
     gaussian: tuple[GaussianEvent, ...], skellam: tuple[SkellamEvent, ...], delta: float
 ) -> float:
-    """Composes the Gaussian losses with the worst mechanism that has the Skellam part's guarantee.
+    """Composes the Gaussian losses with the worst mechanism of the Skellam epsilon and delta.
 
-    Given a share of delta, the Skellam part has an epsilon. Of all mechanisms with this epsilon and
-    delta, one dominates every other (Kairouz, Oh & Viswanath 2015). Its losses are composed with
-    the Gaussian ones, which is tighter than adding the two epsilons.
+    For a share of delta, the Skellam events have an epsilon. One mechanism dominates all mechanisms
+    with this (epsilon, delta) (Kairouz, Oh & Viswanath 2015). Its losses are composed with the
+    Gaussian ones, which is tighter than adding the two epsilons.
     """
     from dp_accounting.pld import common, privacy_loss_distribution
 
@@ -372,7 +374,7 @@ def _compose_with_dominating(
 
     of_gaussian, grid = table
     for skellam_epsilon, share in guarantees:
-        # Its table of losses would be too long, and so large an epsilon promises nothing.
+        # The table of losses would be too long, and such an epsilon is useless anyway.
         if skellam_epsilon > 1e6 * grid:
             continue
         dominating = privacy_loss_distribution.from_privacy_parameters(
@@ -385,15 +387,15 @@ def _compose_with_dominating(
 
 
 def grid_step(events: list[GaussianEvent]) -> float:
-    """Returns a grid of losses that raises epsilon by about 0.03% at most.
+    """Returns a grid step of the losses that raises epsilon by at most about 0.03%.
 
     Connect-the-dots moves each loss to the two nearest grid points, which adds at most grid^2/6 to
-    the variance of a step on average. With grid = 0.06 standard deviations of a step that is 6e-4
+    the variance of a step on average. For a grid of 0.06 standard deviations of a step this is 6e-4
     of the variance.
     """
     variance = _total_variance(events) / _total_steps(events)
-    # Very low noise has losses of the order of 1/noise^2: then the grid is so coarse that a million
-    # points suffice.
+    # With very low noise, losses are of the order of 1/noise^2. Then the grid is coarse enough for
+    # a million points.
     widest = max((1 + 20 * event.noise_multiplier) / event.noise_multiplier**2 for event in events)
     return min(max(0.06 * math.sqrt(variance), 1e-8), max(1e-3, 1e-6 * widest))
 
@@ -403,14 +405,14 @@ def _total_steps(events: list[GaussianEvent]) -> int:
 
 
 def _total_variance(events: list[GaussianEvent]) -> float:
-    """Returns about the variance of the loss of all steps together."""
+    """Returns the approximate variance of the total loss of all steps."""
     return sum(event.steps * _loss_variance(event) for event in events)
 
 
 def _loss_variance(event: GaussianEvent) -> float:
-    """Returns about the variance of one step's loss: q^2 (e^(1/z^2) - 1), at most 1/z^2."""
+    """Returns the approximate variance of one step's loss: q^2 (e^(1/z^2) - 1), at most 1/z^2."""
     inverse = event.noise_multiplier**-2
-    # e^100 is far above the other bound; more would overflow.
+    # Clipped at e^100, which is far above the other bound, against overflow.
     return min(event.sampling_prob**2 * math.expm1(min(inverse, 100.0)), inverse)
 
 
@@ -433,7 +435,7 @@ def gaussian_log_delta(mu: float, epsilon: float) -> float:
     """
     from scipy.special import log_ndtr
 
-    # Logarithms, since both terms underflow where delta is tiny.
+    # Logarithms, because both terms underflow if delta is tiny.
     first = float(log_ndtr(mu / 2 - epsilon / mu))
     second = epsilon + float(log_ndtr(-mu / 2 - epsilon / mu))
     if second >= first:
@@ -444,7 +446,7 @@ def gaussian_log_delta(mu: float, epsilon: float) -> float:
 def _gaussian_epsilon(mu: float, delta: float) -> float:
     if mu == 0 or gaussian_log_delta(mu, 0.0) <= math.log(delta):
         return 0.0
-    # In log delta the function is nearly a line, which Brent's method solves in few steps.
+    # log delta is almost linear in epsilon, so Brent's method needs few steps.
     target = math.log(delta)
 
     def excess(epsilon: float) -> float:
@@ -470,10 +472,9 @@ def _gaussian_mu(epsilon: float, delta: float) -> float:
 def _smallest_noise(spent: Callable[[float], float], target: float, guess: float) -> float:
     """Returns the smallest noise multiplier with `spent(noise) <= target`, within 0.01%.
 
-    `dp_accounting.calibrate_dp_mechanism` does the same with more calls of `spent`, each of which
-    may take half a second: its bracket grows by doubling steps, and it calls twice more at the end
-    (10 to 13 calls where this takes 3 to 10, 1.9 times the time over nine budgets; measured 2026-11
-    by benchmarks/accounting.py).
+    `dp_accounting.calibrate_dp_mechanism` does the same with 10 to 13 calls of `spent` instead of 3
+    to 10, and each call may take half a second. Over nine budgets it took 1.9 times as long
+    (measured 2026-11 by benchmarks/accounting.py).
     """
     least, most = NOISE_RANGE
 
@@ -481,7 +482,7 @@ def _smallest_noise(spent: Callable[[float], float], target: float, guess: float
     def excess(noise: float) -> float:
         return math.log(max(spent(noise), 1e-300) / target)
 
-    # The guess is mostly within a few percent; where samples are rare it may be far off.
+    # The guess is usually within a few percent, but may be far off for rare sampling.
     strides = (1.1, 1.1, 1.1, *[3.0] * 40)
     ends = bracket(excess, guess, strides=strides, least=least, most=most)
     if ends is None:
