@@ -85,9 +85,10 @@ class Uplink:
         clip_norm = plan.clip_norm if plan is not None and trust.unit == "client" else None
         vectors = payload.vectors(clip_norm)
         binder = _Binder(trust, plan, aggregator, cohort.size, noise, len(vectors))
-        vector_codecs = tuple(
-            binder.bind(name, vector, payload.start(vector)) for name, vector in vectors.items()
-        )
+        codecs = []
+        for name, vector in vectors.items():
+            codecs.append(binder.bind(name, vector, payload.start(vector)))
+        vector_codecs = tuple(codecs)
         aggregator.check(vector_codecs)
         return cls(
             vector_codecs,
