@@ -1,7 +1,7 @@
-"""fedpress compresses a neural network, trains it where private data lives, and ships it.
+"""fedpress compresses PyTorch models, trains them with federated learning, and exports them.
 
-Every name here is imported when it is first used, so that `import fedpress` takes no time.
-`docs/python.md` shows them at work, and beside each the command that does the same.
+Each name is imported at its first use, so that `import fedpress` takes under 0.1 s. For examples,
+and for the command that does the same as each function, see `docs/python.md`.
 """
 
 from collections.abc import Collection
@@ -95,7 +95,7 @@ _NAMES_IN = {
     "fedpress.privacy.accounting.accountant": ("noise_multiplier",),
     "fedpress.workspace.state": ("StageFinished", "StageStarted", "Tick"),
 }
-"""Module -> the names of the door that live in it."""
+"""Module -> the public names that it defines."""
 
 _MODULE_OF = {name: module for module, names in _NAMES_IN.items() for name in names}
 
@@ -104,12 +104,12 @@ def __getattr__(name: str) -> Any:
     if name not in _MODULE_OF and name not in _kinds_of_stages():
         raise AttributeError(f"module 'fedpress' has no attribute '{name}'")
     value = getattr(import_module(_MODULE_OF.get(name, "fedpress.api.stages")), name)
-    globals()[name] = value  # the next use finds it without coming here
+    globals()[name] = value  # Python calls `__getattr__` for missing names only: now it is found
     return value
 
 
 def _kinds_of_stages() -> Collection[str]:
-    """Returns the kinds of stages that have a call; also of rows that a user has added."""
+    """Returns the kinds of stages that have a function, including stages that a user has added."""
     kinds: Collection[str] = import_module("fedpress.stages.table").commands()
     return kinds
 

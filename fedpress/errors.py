@@ -8,25 +8,27 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 OWN_ARGUMENTS = ("data", "model")
-"""Arguments that take no dictionary, so keys of these tables are given as `**{"data.x": 1}`."""
+"""`data=` and `model=` take no dictionary: keys of such a table are given as `**{"data.x": 1}`."""
 
 
 @dataclass(frozen=True)
 class Argument:
-    """An argument in a cure; Python, a recipe and the command line write it differently.
+    """An argument that the cure of an error names, with an example value.
+
+    It is written as the reader needs it: `out="runs/a"` in Python, `--out runs/a` in a shell.
 
     Attributes:
-        name: of the argument in Python; with a dot in it a key of a table (`privacy.epsilon`);
-            a key of a recipe if it begins with `recipe.`.
-        value: an example; a word in capitals stands for what the reader must choose. None: the name
-            alone.
+        name: name in Python, such as `keep_params`; `privacy.epsilon` is a key of a table;
+            `recipe.seed` is a key of a recipe.
+        value: example value; a word in capitals such as `SOURCE` is for the reader to fill in.
+            None: only the name is written.
     """
 
     name: str
     value: object = None
 
     def __str__(self) -> str:
-        """Returns the argument as Python writes it, or as its recipe does.
+        """Returns the argument as Python code, or as TOML if it is a key of a recipe.
 
         >>> str(Argument("shape", (3, 8))), str(Argument("data", "SOURCE")), str(Argument("out"))
         ('shape=(3, 8)', 'data=SOURCE', 'out=')
@@ -69,31 +71,31 @@ def _in_python(value: object) -> str:
 
 @dataclass(frozen=True)
 class Shell:
-    """Part of a cure that is shown on the command line only, such as `--resume`.
+    """Part of a cure that only the command line shows, such as `, then go on with --resume`.
 
-    They are written such that the sentence is whole with and without them.
+    The sentence must be complete with and without it.
     """
 
-    words: str
+    text: str
 
     def __str__(self) -> str:
-        """Returns what Python is told of it: nothing."""
+        """Returns an empty string: a Python user does not see this part."""
         return ""
 
 
 Words = str | Sequence[str | Argument | Shell]
-"""What a cure consists of: a sentence, or its parts where it names arguments."""
+"""A cure: a sentence, or parts of one, such as `("give ", Argument("out"))`."""
 
 
 class FedpressError(Exception):
     """Base of all errors that a user can act on; the command line prints them and exits with 2.
 
     Attributes:
-        problem: what is wrong, with what was got and what was expected.
-        place: where: an argument, a key of a recipe, a field of a message or a file. Functions name
-            their own argument; whoever calls them for somebody else puts in its place what that
-            person has written.
-        cure: what to do, such that it works when it is followed.
+        problem: what is wrong, with the value that was found and the one that was expected.
+        place: where it is: an argument, a key of a recipe, a field of a message, or a file. A
+            function names its own argument. A caller that got the value from a user replaces the
+            place by the key that the user has written (see `renaming`).
+        cure: what the user can do; following it must work.
 
     >>> error = FedpressError("got 0, expected a number above 0", place="clip_norm", cure="try 1.0")
     >>> str(error)
@@ -104,8 +106,8 @@ class FedpressError(Exception):
     """
 
     def __init__(self, problem: str, *, place: str | Path = "", cure: Words = "") -> None:
-        # Pickle calls the class with the base's arguments, then restores the fields from
-        # __dict__. So the base gets `problem` alone.
+        # Pickle calls the class with `Exception.args` and then restores __dict__. With more than
+        # `problem` in `args` that call would fail.
         super().__init__(problem)
         self.place = str(place)
         self.problem = problem
@@ -113,16 +115,16 @@ class FedpressError(Exception):
 
     def __str__(self) -> str:
         """Returns the sentence `place: problem; cure`, with arguments as Python writes them."""
-        return self.told()
+        return self.sentence()
 
-    def told(
+    def sentence(
         self, write: Callable[[Argument | Shell], str] = str, *, place: str | None = None
     ) -> str:
         """Returns the sentence `place: problem; cure`.
 
         Args:
-            write: how the reader writes an argument.
-            place: how the reader knows the place; None: as it is.
+            write: function that writes an argument for the reader, such as a flag in a shell.
+            place: name of the place for the reader; None: `self.place`.
         """
         at = self.place if place is None else place
         cure = "".join(part if isinstance(part, str) else write(part) for part in self._words())
@@ -131,7 +133,7 @@ class FedpressError(Exception):
         return f"{beginning}{self.problem}{end}"
 
     def change_arguments(self, change: Callable[[Argument], Argument]) -> None:
-        """Puts what the reader knows in the place of the arguments that the cure names.
+        """Replaces each argument in the cure, for example to rename it to a key of the recipe.
 
         >>> error = FedpressError("too few", cure=("give ", Argument("share", 0.1)))
         >>> error.change_arguments(lambda one: Argument(f"recipe.data.{one.name}", one.value))
@@ -144,7 +146,7 @@ class FedpressError(Exception):
             )
 
     def add_cure(self, *words: str | Argument | Shell) -> None:
-        """Adds to what helps.
+        """Appends text and arguments to the cure.
 
         >>> error = FedpressError("too few", cure="lower batch")
         >>> error.add_cure(", or give ", Argument("data", "SOURCE"))
@@ -162,16 +164,16 @@ class RecipeError(FedpressError):
 
 
 class SettingError(RecipeError, ValueError):
-    """Raised in validators of settings classes; pydantic collects it as a ValueError.
+    """Error in a validator of a settings class; pydantic collects it as a ValueError.
 
-    Its place and its arguments are the keys of the settings themselves; whoever reads the recipe
-    knows where they lie. An error about the settings as a whole has no place, nor has one of a
-    field's own validator: pydantic knows both.
+    `place` and the arguments in the cure are keys of that class, such as `lr`. The reader of the
+    recipe adds where the table is: `recipe.stage[2].lr`. An error of a field's own validator, or
+    about the settings as a whole, has no `place`, since pydantic knows it.
     """
 
     @classmethod
     def of(cls, error: FedpressError, *, place: str = "") -> SettingError:
-        """Returns another function's error about the setting `place`, for pydantic to collect."""
+        """Converts an error about the value of the key `place`, so that pydantic collects it."""
         return cls(error.problem, place=place, cure=error.cure)
 
 
@@ -180,7 +182,7 @@ class DataError(FedpressError):
 
 
 class PublicDataError(DataError):
-    """The public part of the data is empty or too small for what looks at it."""
+    """The public part of the data is empty or too small for the stage that uses it."""
 
 
 class ModelError(FedpressError):
@@ -192,7 +194,7 @@ class TrainingError(FedpressError):
 
 
 class DivergedError(TrainingError):
-    """Numbers became infinite or NaN: the learning rate is too large, or data values are wrong."""
+    """Numbers became infinite or NaN, for example since the learning rate is too large."""
 
 
 class PrivacyError(FedpressError):
@@ -231,12 +233,10 @@ class RunError(FedpressError):
 
 @contextmanager
 def renaming(keys: Mapping[str, str]) -> Iterator[None]:
-    """Renames arguments in errors that pass through to what the caller's user has written.
-
-    Their cures name it so, too.
+    """Renames arguments in the place and cure of errors that are raised in the block.
 
     Args:
-        keys: argument, or a field of one (`noise.clip_norm`) -> what the reader knows it by.
+        keys: name of an argument or of its field (`noise.clip_norm`) -> name for the user.
 
     >>> with renaming({"clip_norm": "privacy.clip_norm"}):
     ...     raise RecipeError("got 0", place="clip_norm", cure="try 1.0")
@@ -253,7 +253,7 @@ def renaming(keys: Mapping[str, str]) -> Iterator[None]:
 
 
 def renamed(place: str, keys: Mapping[str, str]) -> str:
-    """Returns `place` with the longest argument that it begins with replaced; see `renaming`.
+    """Replaces the longest argument of `keys` that `place` begins with; see `renaming`.
 
     >>> renamed("chain[1].bits", {"chain": "uplink"}), renamed("chains", {"chain": "uplink"})
     ('uplink[1].bits', 'chains')
@@ -267,7 +267,7 @@ def renamed(place: str, keys: Mapping[str, str]) -> str:
 
 @contextmanager
 def placing(place: str | Path) -> Iterator[None]:
-    """Puts a place before that of errors that pass through: a file before what is wrong in it.
+    """Adds a prefix to the place of errors raised in the block: the file that holds a wrong key.
 
     >>> with placing("spec.json"):
     ...     raise ModelError("got 0", place="input_shape", cure="try 8")
@@ -284,7 +284,7 @@ def placing(place: str | Path) -> Iterator[None]:
 
 @contextmanager
 def inside(part: str) -> Iterator[None]:
-    """Says of which part of an argument the fields are that errors name which pass through.
+    """Makes the place of errors raised in the block a field of `part`: `block` -> `part.block`.
 
     >>> with inside("chain[1]"):
     ...     raise RecipeError("got 3, expected a power of two", place="block")
@@ -300,7 +300,7 @@ def inside(part: str) -> Iterator[None]:
 
 
 def suggestion(word: str, known: Sequence[str], otherwise: str = "") -> str:
-    """Returns `did you mean 'x'?` for the nearest of the `known` words, and what to do `otherwise`.
+    """Returns `did you mean 'x'?` for the most similar of the `known` words, else `otherwise`.
 
     >>> suggestion("epsilom", ["epsilon", "delta"])
     "did you mean 'epsilon'?"
@@ -311,6 +311,7 @@ def suggestion(word: str, known: Sequence[str], otherwise: str = "") -> str:
     """
     from difflib import get_close_matches  # only a mistake needs it
 
+    # 0.6 is difflib's default: one or two wrong letters in a word of six are still found.
     near = get_close_matches(word, known, n=1, cutoff=0.6)
     if not near:
         return otherwise
@@ -318,6 +319,6 @@ def suggestion(word: str, known: Sequence[str], otherwise: str = "") -> str:
 
 
 def did_you_mean(word: str, known: Sequence[str]) -> str:
-    """Returns `; did you mean 'x'?`, to stand inside a sentence; see `suggestion`."""
+    """Returns `; did you mean 'x'?` to end a sentence with, or nothing; see `suggestion`."""
     near = suggestion(word, known)
     return f"; {near}" if near else ""

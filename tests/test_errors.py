@@ -26,7 +26,7 @@ from fedpress.federation.sampling import Cohort
 from fedpress.federation.schedules.buffered import Buffered
 from fedpress.federation.uplink import Uplink
 from fedpress.federation.vectors import Payload
-from fedpress.pipeline.places import in_recipe, placed, placed_data
+from fedpress.pipeline.places import errors_of_data, errors_of_stage, recipe_place
 from fedpress.privacy.plan import PrivacyPlan
 from fedpress.secagg import SecurePlan
 from fedpress.stages.federate.stage import FederateStage
@@ -61,7 +61,7 @@ def test_a_copy_keeps_class_and_fields(again):
 def test_a_reader_writes_arguments_in_its_own_way():
     error = RecipeError("not known", place="shape", cure=("such as ", Argument("shape", (3, 8))))
     assert str(error) == "shape: not known; such as shape=(3, 8)"
-    told = error.told(lambda argument: f"--{argument.name}", place="--shape")
+    told = error.sentence(lambda argument: f"--{argument.name}", place="--shape")
     assert told == "--shape: not known; such as --shape"
 
 
@@ -80,12 +80,12 @@ def test_a_reader_writes_arguments_in_its_own_way():
     ],
 )
 def test_an_argument_becomes_the_key_of_its_stage(place, expected):
-    assert in_recipe(place, 1, STAGE) == expected
+    assert recipe_place(place, 1, STAGE) == expected
 
 
 def test_an_error_keeps_its_class_and_its_origin_when_it_is_placed():
     keys = {"clip_norm": "privacy.clip_norm"}
-    with pytest.raises(DivergedError) as caught, placed(2, STAGE), renaming(keys):
+    with pytest.raises(DivergedError) as caught, errors_of_stage(2, STAGE), renaming(keys):
         raise DivergedError("got 0", place="clip_norm", cure="try 1.0")
     assert caught.value.place == "recipe.stage[2].privacy.clip_norm"
     assert caught.value.__cause__ is None
@@ -119,7 +119,7 @@ def test_python_sees_its_argument_and_the_recipe_its_key(act, python, recipe):
     with pytest.raises(FedpressError) as caught:
         act()
     assert caught.value.place == python
-    with pytest.raises(FedpressError) as caught, placed(1, STAGE):
+    with pytest.raises(FedpressError) as caught, errors_of_stage(1, STAGE):
         act()
     assert caught.value.place == f"recipe.stage[1].{recipe}"
 
@@ -128,12 +128,12 @@ def test_python_sees_a_setting_of_the_data_and_the_recipe_its_key():
     settings = DataSettings(source="digits", test_clients=("nobody",))
     with pytest.raises(DataError, match=r"^test_clients: "):
         load(settings, 0)
-    with pytest.raises(DataError, match=r"^recipe\.data\.test_clients: "), placed_data():
+    with pytest.raises(DataError, match=r"^recipe\.data\.test_clients: "), errors_of_data():
         load(settings, 0)
 
 
 def test_the_file_of_a_run_is_no_key_of_a_recipe():
-    with pytest.raises(RunError, match=r"^result.json: damaged"), placed(2, STAGE):
+    with pytest.raises(RunError, match=r"^result.json: damaged"), errors_of_stage(2, STAGE):
         raise RunError("damaged", place="result.json", cure="delete it")
 
 

@@ -1,1 +1,1 @@
-"""The front door: what `import fedpress` gives, and the same for the command line."""
+"""The public functions and classes of `import fedpress`; the command line uses them too."""

@@ -1,4 +1,4 @@
-"""The privacy accountant, for one mechanism that is repeated."""
+"""`fedpress.epsilon`: the privacy loss of a Gaussian mechanism that is repeated."""
 
 from __future__ import annotations
 
@@ -6,17 +6,16 @@ from fedpress.privacy.accounting import accountant
 
 
 def epsilon(*, sampling_prob: float, noise_multiplier: float, steps: int, delta: float) -> float:
-    """Returns the epsilon that `steps` noised sums spend at `delta` (add-or-remove neighbours).
+    """Returns the epsilon of `steps` noised sums at `delta` (add-or-remove neighbours).
 
-    It is never below the true one: privacy loss distributions, rounded upward (Koskela et al. 2020,
-        dp-accounting).
+    It is an upper bound, computed with privacy loss distributions (Koskela et al. 2020,
+    dp-accounting) that are rounded pessimistically.
 
     Args:
-        sampling_prob: the chance that one unit takes part in a step, in (0, 1].
-        noise_multiplier: standard deviation of the Gaussian noise, divided by the sensitivity of
-            the sum.
-        steps: the number of sums.
-        delta: the chance with which the promise may fail, in (0, 1).
+        sampling_prob: probability that one unit takes part in a step (Poisson sampling), in (0, 1].
+        noise_multiplier: standard deviation of the Gaussian noise / sensitivity of the sum.
+        steps: number of noised sums.
+        delta: the delta of (epsilon, delta)-differential privacy, in (0, 1).
 
     Raises:
         RecipeError: if an argument is out of range.

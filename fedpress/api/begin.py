@@ -1,4 +1,4 @@
-"""Turns a recipe and its overrides into a checked run: a new one, or one that is resumed."""
+"""Checks a recipe and its overrides, and opens the folder of a new or a resumed run."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 from fedpress.core import consent, own_modules
 from fedpress.errors import Argument, ModelError, RunError
 from fedpress.pipeline import recipe as recipes
-from fedpress.pipeline.environment import note_environment
+from fedpress.pipeline.environment import write_environment
 from fedpress.pipeline.keys import settings_of
 from fedpress.pipeline.recipe import Override, Recipe
 from fedpress.pipeline.start import device_of
@@ -21,13 +21,13 @@ from fedpress.workspace.damage import check_run
 from fedpress.workspace.folder import RunFolder
 
 Source = str | Path | Mapping[str, Any] | Recipe
-"""A recipe: the name of a shipped one, a TOML file, its tables, or checked settings."""
+"""A recipe: name of a shipped one, path of a TOML file, dictionary of its tables, or `Recipe`."""
 
 Overrides = Sequence[str | Override]
 
 
 def default_folder(name: str, resume: bool) -> Path:
-    """Returns `runs/NAME`, or the first free `runs/NAME-2`, ...; with `resume` the last one."""
+    """Returns the first free of `runs/NAME`, `runs/NAME-2`, ...; with `resume` the last used one."""
     numbered = [
         Path("runs") / (name if number == 1 else f"{name}-{number}") for number in range(1, 1000)
     ]
@@ -41,9 +41,10 @@ def load(recipe: Source, overrides: Overrides = (), data: Path | None = None) ->
     """Returns a recipe with its overrides applied, as TOML with absolute paths and as settings.
 
     Args:
-        recipe: paths in a file count from its folder, those in tables from the present folder.
-        overrides: such as `stage.2.num_rounds=5`; paths in them count from the present folder.
-        data: where the data lies.
+        recipe: the recipe. Paths in a TOML file are relative to the folder of that file; paths in a
+            dictionary or `Recipe` are relative to the current folder.
+        overrides: such as `stage.2.num_rounds=5`; paths are relative to the current folder.
+        data: file or folder of the data; sets `data.path`.
 
     Raises:
         RecipeError: if there is no such recipe, or a setting is wrong.
@@ -61,7 +62,7 @@ def load(recipe: Source, overrides: Overrides = (), data: Path | None = None) ->
     file = _file_of(recipe)
     folder = file.parent if file is not None else None
     find_modules(*([folder] if folder is not None else []))
-    # Checked before paths are resolved, so that errors name the lines of the user's file.
+    # Before paths are resolved: `effective` writes new TOML, and errors must name lines of the file.
     recipes.load(text, overrides)
     text = recipes.effective(text, overrides, folder=folder)
     return text, recipes.load(text)
@@ -69,14 +70,14 @@ def load(recipe: Source, overrides: Overrides = (), data: Path | None = None) ->
 
 @dataclass(frozen=True)
 class CheckedRun:
-    """A run whose settings were checked, and which may begin or go on.
+    """A new or resumed run whose settings were checked.
 
     Attributes:
-        recipe: what is run.
-        text: `recipe` as TOML; empty for a run that goes on, which has it in its folder.
-        place: the folder where everything goes.
-        folder: of the run that goes on; None for a new one, whose folder is not made yet.
-        origin: where the recipe came from, and what was overridden in it.
+        recipe: the checked settings.
+        text: `recipe` as TOML; empty for a resumed run, since its folder holds the text.
+        place: path of the run folder.
+        folder: the folder of a resumed run; None for a new run, whose folder does not exist yet.
+        origin: path or name of the recipe, and the overrides (see `origin_of`).
     """
 
     recipe: Recipe
@@ -85,22 +86,22 @@ class CheckedRun:
     folder: RunFolder | None
     origin: Mapping[str, Any]
 
-    def start(self, command: str, held: ExitStack) -> tuple[RunFolder, list[str]]:
+    def start(self, command: str, stack: ExitStack) -> tuple[RunFolder, list[str]]:
         """Makes the folder of a new run; writes `environment.json`, or adds to it.
 
         Args:
-            command: what was called, as the folder notes it.
-            held: takes the lock of the folder.
+            command: the user's command, for `environment.json`.
+            stack: the folder's lock is entered here, so it is released when the stack closes.
 
         Returns:
-            The folder, and warnings for somebody who resumes a run: other bits, for instance.
+            The folder, and warnings about a resumed run, for example that its bits will differ.
         """
         folder = self.folder
         if folder is None:
             folder = RunFolder.create(self.place, self.text, settings_of(self.recipe))
-            held.enter_context(folder.locked())
+            stack.enter_context(folder.locked())
         device = device_of(self.recipe)
-        return folder, note_environment(folder, command, self.origin, device=device)
+        return folder, write_environment(folder, command, self.origin, device=device)
 
 
 def new(recipe: Source, overrides: Overrides, data: Path | None, out: Path | None) -> CheckedRun:
@@ -121,18 +122,18 @@ def checked_resume(
     recipe: Source | None,
     overrides: Overrides,
     data: Path | None,
-    held: ExitStack,
+    stack: ExitStack,
 ) -> CheckedRun:
     """Checks that the run in the folder `place` may be resumed; see `open_to_resume`."""
-    checked, folder = open_to_resume(place, recipe, overrides, data, held)
+    checked, folder = open_to_resume(place, recipe, overrides, data, stack)
     return CheckedRun(checked, "", place, folder, origin_of(recipe, overrides, data))
 
 
 def origin_of(recipe: Source | None, overrides: Overrides, data: Path | None) -> dict[str, Any]:
-    """Returns what `environment.json` records of the start: recipe and overrides.
+    """Returns "recipe" and "overrides" for `environment.json`.
 
-    Paths are absolute, since the run may go on in another folder. A recipe
-    that is given as tables has no path, so None is recorded for it.
+    Paths are absolute, since the run may be resumed from another folder. For a recipe that is a
+    dictionary "recipe" is None.
     """
     file = _file_of(recipe) if isinstance(recipe, str | Path) else None
     name = recipe if isinstance(recipe, str) else None
@@ -143,13 +144,13 @@ def origin_of(recipe: Source | None, overrides: Overrides, data: Path | None) ->
 
 
 def as_texts(overrides: Overrides, data: Path | None) -> list[str]:
-    """Returns overrides and where the data lie as the command line takes them."""
+    """Returns overrides and the path of the data as text, such as `data.path=/data/cifar`."""
     all_overrides = [*overrides, *_data_override(data)]
     return [one if isinstance(one, str) else one.as_text() for one in all_overrides]
 
 
 def _file_of(recipe: str | Path) -> Path | None:
-    """Returns the file that a recipe is, None for the name of a shipped one."""
+    """Returns the absolute path of a recipe file; None for the name of a shipped recipe."""
     if str(recipe) in recipes.names() or not Path(recipe).is_file():
         return None
     return Path(recipe).resolve()
@@ -164,28 +165,28 @@ def open_to_resume(
     recipe: Source | None,
     overrides: Overrides,
     data: Path | None,
-    held: ExitStack,
+    stack: ExitStack,
 ) -> tuple[Recipe, RunFolder]:
-    """Opens the run in `place`; recipe and overrides of its start need not be given again.
+    """Opens the run in `place` to resume it.
 
     Args:
         place: the folder of the run.
-        recipe: name or file of the recipe that the run must have been started with; None takes the
-            one in the folder.
-        overrides: they must not change any setting of the run.
-        data: where the data lies now, if it moved.
-        held: takes the lock of the folder.
+        recipe: the recipe that the run was started with; None: `recipe.toml` of the folder.
+        overrides: further overrides. They must leave the run's settings as they are, except keys
+            that may change, such as `device`.
+        data: new path of the data, if it has moved.
+        stack: the folder's lock is entered here, so it is released when the stack closes.
 
     Raises:
         RunError: if there is no run, or it was started with other settings.
-        ModelError: if no recipe is given, the one in the folder names functions that the user has
-            not allowed, and this user has not started the run.
+        ModelError: if `recipe` is None, `recipe.toml` names functions that are not allowed, and no
+            signature shows that this user has started the run.
     """
     if not (place / "settings.json").exists():
         raise RunError(
             "there is no run to resume", place=place, cure="leave out --resume to start one"
         )
-    held.enter_context(lock.locked(place))
+    stack.enter_context(lock.locked(place))
     check_run(place)
     noted = read_json(place / "environment.json") if (place / "environment.json").exists() else {}
     stored_file = place / "recipe.toml"
@@ -208,30 +209,32 @@ def open_to_resume(
     wanted = load(recipe, overrides, data)[1]
     settings = RunFolder.open(place).settings
     if settings_of(wanted) != settings and noted.get("overrides"):
-        # Perhaps only what was overridden at the start is missing.
+        # The user may have left out the overrides of the start. They are noted in the folder.
         wanted = load(recipe, [*map(str, noted["overrides"]), *overrides], data)[1]
     folder = RunFolder.resume(place, settings_of(wanted))
+    # The stored recipe if it has equal settings: its paths were made absolute at the start.
     if stored is not None and settings_of(stored) == settings:
         return stored, folder
     return wanted, folder
 
 
 def _find_its_functions(recipe: Path, noted: Mapping[str, object], *, trusted: bool) -> None:
-    """Adds the folder of the original recipe to the places where its functions are searched.
+    """Makes the modules of a resumed run's functions importable, if this user started the run.
 
     Args:
-        recipe: in the folder of the run; it may be missing.
-        noted: the environment of the run.
-        trusted: whether the user has given a recipe, so that the one in the folder is not believed.
+        recipe: `recipe.toml` in the run folder; it may be missing.
+        noted: `environment.json` of the run.
+        trusted: whether the user has named a recipe, which is consent to its functions.
 
     Raises:
-        ModelError: if it names functions that nobody has allowed, and this user has not started the
-            run.
+        ModelError: if `recipe.toml` names functions that are not allowed, and no signature shows
+            that this user has started the run.
     """
     functions = started.functions_of(recipe.read_text("utf-8")) if recipe.exists() else []
     noted_recipe = noted.get("recipe")
     origin = noted_recipe if isinstance(noted_recipe, str) else None
     started_here = started.is_signed(noted.get("started_by"), functions, origin)
+    # An unsigned folder may name any folder as its origin, with modules of a stranger in it.
     beside = [Path(origin).parent] if started_here and origin else []
     find_modules(*(folder for folder in beside if folder.is_dir()))
     if not (trusted or started_here):
@@ -242,7 +245,7 @@ def _refuse_functions(recipe: Path, functions: list[str]) -> None:
     """Refuses a recipe from a folder of unknown origin if it names functions that are not allowed.
 
     Raises:
-        ModelError: with the words to add.
+        ModelError: naming the functions; the cure shows how to allow them.
     """
     arguments = [name for name in functions if not consent.allowed(name)]
     if arguments:
@@ -261,5 +264,5 @@ def _refuse_functions(recipe: Path, functions: list[str]) -> None:
 
 
 def find_modules(*beside: Path) -> None:
-    """Makes the user's own modules importable: from the folders `beside` and the present one."""
+    """Makes the user's own modules importable from the folders `beside` and the current folder."""
     own_modules.set_folders(*beside, Path.cwd())

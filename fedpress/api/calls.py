@@ -29,7 +29,7 @@ from fedpress.pipeline.commands.chosen_data import ChosenData, Standardization
 from fedpress.pipeline.commands.clients import Clients
 from fedpress.pipeline.commands.one_stage import OneStage
 from fedpress.pipeline.commands.subject import ChosenModel, holding
-from fedpress.pipeline.environment import note_environment
+from fedpress.pipeline.environment import write_environment
 from fedpress.pipeline.keys import settings_of
 from fedpress.pipeline.recipe import Override
 from fedpress.pipeline.start import device_of
@@ -230,7 +230,7 @@ def _executed(
     folder = RunFolder.create(place, bound.text, settings_of(bound.recipe))
     with folder.locked():
         words = [f"fedpress.{bound.kind}", model]
-        note_environment(folder, shlex.join(words), device=device_of(bound.recipe))
+        write_environment(folder, shlex.join(words), device=device_of(bound.recipe))
         show(bound.execute(folder, data), progress)
         return Result.read(folder, bound.kind)
 

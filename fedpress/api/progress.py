@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on: bars in a terminal or a notebook, lines in a log file."""
+"""Shows the progress of a run: bars in a terminal or a notebook, lines in a log file."""
 
 from __future__ import annotations
 
@@ -17,31 +17,32 @@ from fedpress.reports.metrics import MetricFormat
 if TYPE_CHECKING:
     from fedpress.workspace.state import Event
 
-SPEED_OVER_SECONDS = 300  # a round may take minutes: a shorter look back would see no step at all
+# Window for the estimate of time left. A round may take minutes: a shorter window may hold no step.
+SPEED_OVER_SECONDS = 300
 
 
 class View(Protocol):
-    """Where the progress of a run is shown: one line for each stage."""
+    """A display of the progress of a run, with one bar or line for each stage."""
 
     def begin(self, name: str, note: str) -> None:
-        """A stage begins."""
+        """Adds a stage that begins; `note` is a short text such as "starting"."""
 
     def move(self, done: int, total: int, note: str) -> None:
-        """The stage has done so many of all its steps."""
+        """Shows that the stage has done `done` of `total` steps; `note` is for example the loss."""
 
     def end(self, note: str) -> None:
-        """The stage has ended."""
+        """Shows that the stage has ended; `note` is its outcome."""
 
     def say(self, sentence: str) -> None:
-        """Shows a sentence of the stage that stays."""
+        """Shows a sentence about the stage, such as a warning, that later updates do not replace."""
 
 
 def show(events: Iterable[Event], progress: bool | None) -> None:
-    """Does the work of a run to its end, and shows how far it is.
+    """Runs a run to its end and shows its progress.
 
     Args:
-        events: of the run; asking for the next one does the work before it.
-        progress: whether to show it; None: in a notebook, and where the error stream is a terminal.
+        events: generator of the run; taking the next event does the work that leads to it.
+        progress: whether to show progress; None: only in a notebook or terminal.
     """
     notebook = in_notebook()
     if progress is None:
@@ -56,15 +57,16 @@ def show(events: Iterable[Event], progress: bool | None) -> None:
 
 
 def follow(events: Iterable[Event], out: Console) -> None:
-    """Shows the events of a run to their end: bars in a terminal, elsewhere lines."""
+    """Runs `events` to their end and shows them: as bars in a terminal, else as lines."""
     with bars(out) as shown:
         view = LinesView(out) if shown.disable else BarsView(shown)
         watch(events, view)
 
 
 def watch(events: Iterable[Event], view: View) -> None:
-    """Shows the events of a run to their end in `view`."""
-    from fedpress.workspace.state import StageFinished, StageStarted, Tick  # loads torch
+    """Runs `events` to their end and shows them in `view`."""
+    # Imported here: it loads torch, and commands that show no progress must start quickly.
+    from fedpress.workspace.state import StageFinished, StageStarted, Tick
 
     for event in events:
         if isinstance(event, StageStarted):
@@ -74,14 +76,16 @@ def watch(events: Iterable[Event], view: View) -> None:
             if event.warning:
                 view.say(event.warning)
         elif isinstance(event, StageFinished):
-            told = event.result.get("told")
-            for key, sentence in told.items() if isinstance(told, dict) else ():
-                view.say(f"{key} is {sentence}")
+            # Choices that the stage has made for the user: setting -> what was chosen and why.
+            choices = event.result.get("told")
+            if isinstance(choices, dict):
+                for key, sentence in choices.items():
+                    view.say(f"{key} is {sentence}")
             view.end(_outcome(event.result))
 
 
 def bars(out: Console) -> Progress:
-    """Returns bars with time left and a note, 80 columns wide; disabled without a terminal."""
+    """Returns progress bars with time left and a note, 80 columns wide; hidden in a file or pipe."""
     return Progress(
         SpinnerColumn(finished_text=" "),
         TextColumn("{task.description:10.18}", markup=False),
@@ -129,7 +133,7 @@ class BarsView:
 
 
 class LinesView:
-    """A line for each change, in a file or a pipe."""
+    """Prints a line for each new note, for a log file or a pipe."""
 
     def __init__(self, out: Console) -> None:
         self.out = out
@@ -143,7 +147,7 @@ class LinesView:
         self._print(note)
 
     def move(self, done: int, total: int, note: str) -> None:
-        """Prints the note, if it is another one."""
+        """Prints the note if it differs from the last one."""
         self._print(note)
 
     def end(self, note: str) -> None:
@@ -155,6 +159,7 @@ class LinesView:
         self.out.print(f"{self.name}: {sentence}", markup=False, soft_wrap=True)
 
     def _print(self, note: str) -> None:
+        # Notes repeat at every step. A log file needs a line for a change only.
         if note not in ("", self.last):
             self.last = note
             self.say(note)
@@ -205,8 +210,8 @@ class NotebookView:
 
 
 def in_notebook() -> bool:
-    """Returns whether this process is a notebook's kernel; a plain IPython shell is not."""
-    # Importing IPython to find out would take half a second in every script.
+    """Whether this process is the kernel of a notebook; a plain IPython shell is none."""
+    # A kernel has imported IPython already. An import here would cost every script half a second.
     ipython = sys.modules.get("IPython")
     shell = ipython.get_ipython() if ipython is not None else None
     return shell is not None and hasattr(shell, "kernel")
@@ -217,7 +222,7 @@ def _bar(share: float) -> str:
 
 
 def _outcome(result: Mapping[str, Any]) -> str:
-    """Says in one line what a stage has left: its metric on the test set, and the size."""
+    """Returns the outcome of a stage in one line: its metric on the test set, and the size."""
     shown = MetricFormat.of([dict(result)])
     found = result.get(shown.key)
     score = "" if found is None else f"test {shown.name} {shown.formatted(found)}, "

@@ -1,4 +1,4 @@
-"""The recipes that come with fedpress."""
+"""`fedpress.recipes`: lists the recipes that come with fedpress."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from fedpress.pipeline.recipe import find, load, names
 
 
 def recipes() -> dict[str, str]:
-    """Returns the name of every recipe that comes with fedpress, with what it does.
+    """Returns name -> description of every recipe that comes with fedpress.
 
     >>> import fedpress
     >>> "digits" in fedpress.recipes()

@@ -1,4 +1,4 @@
-"""A recipe at work: checked, run to its end or step by step, and opened again."""
+"""`fedpress.run`, `check`, `report` and the class `Run`: recipes are checked, run and resumed."""
 
 from __future__ import annotations
 
@@ -35,17 +35,17 @@ from fedpress.workspace.folder import RunFolder
 from fedpress.workspace.state import Event
 
 Data = str | Path | Mapping[str, Any] | FederatedData | None
-"""The data of a recipe: a path, keys of its table `[data]`, or a data set in memory."""
+"""Data for a recipe: its path, keys of the table `[data]`, or a data set in memory."""
 
 
 @dataclass(frozen=True)
 class Work:
-    """What a run needs to go on in this process.
+    """What `Run.events` needs to do the work of a run.
 
     Attributes:
         begun: the checked run.
-        data: loaded.
-        reuse: another run, whose finished stages are taken over while their settings are equal.
+        data: the loaded data set.
+        reuse: another run; its first stages are copied as long as their settings are equal.
     """
 
     begun: begin.CheckedRun
@@ -56,7 +56,8 @@ class Work:
 class Run:
     """A run in its folder, finished or not.
 
-    `fedpress.run` makes one and does its work. `Run.begin` checks everything and does no work yet:
+    `fedpress.run` returns a finished `Run`. `Run.begin` only checks everything; the generator
+    `events` then does the work:
 
     >>> import fedpress, tempfile
     >>> folder = tempfile.mkdtemp()
@@ -65,11 +66,11 @@ class Run:
     >>> events = run.events()
     >>> next(events)
     StageStarted(index=0, kind='train', name='dense', reused=False)
-    >>> events.close()  # what was done so far is saved, and `Run.resume` goes on
+    >>> events.close()  # all work up to the last checkpoint is saved; `Run.resume` continues
 
     Attributes:
-        path: the folder.
-        recipe: the checked settings; None for a run that was only opened.
+        path: the run folder.
+        recipe: the checked settings; None after `Run.open`.
     """
 
     def __init__(self, path: Path, work: Work | None = None) -> None:
@@ -88,7 +89,7 @@ class Run:
         allow_code: Collection[str] | str = (),
         **overrides: Any,
     ) -> Run:
-        """Checks all stages of a new run; `events` does the work. For arguments see `run`."""
+        """Checks all stages of a new run without running them. For arguments see `fedpress.run`."""
         consent.allow(*consent.checked(allow_code))
         words, path, held = _overrides_and_data(data, overrides)
         place = Path(out) if out is not None else None
@@ -105,28 +106,29 @@ class Run:
         allow_code: Collection[str] | str = (),
         **overrides: Any,
     ) -> Run:
-        """Checks a run that was stopped, such that `events` goes on from its last checkpoint.
+        """Checks an interrupted run; `events` then continues from its last checkpoint.
 
         Args:
-            path: the folder of the run.
-            recipe: to make sure that it is this one's; None: the one that lies in the folder.
-            data: where they lie, if that has changed; a data set in memory must be given again.
-            allow_code: names `module:function` that the folder's files may have called.
-            overrides: of keys that may differ, such as `device`.
+            path: the run folder.
+            recipe: the recipe of the run; it is an error if its settings differ from the run's.
+                None: `recipe.toml` of the folder.
+            data: new path of the data, if it has moved. A data set in memory must be given again.
+            allow_code: names `module:function` that may be called to build the folder's models.
+            overrides: keys that may change, such as `device`.
 
         Raises:
-            RunError: if there is no run, it has other settings, or a file of it was damaged.
+            RunError: if there is no run, it has other settings, or one of its files was damaged.
         """
         consent.allow(*consent.checked(allow_code))
         words, where, held = _overrides_and_data(data, overrides)
-        # The lock is held only while the folder is checked; `events` takes it again to work.
+        # The lock is released after the check: nobody knows when `events` will be called.
         with ExitStack() as stack:
             begun = begin.checked_resume(Path(path), recipe, words, where, stack)
         return cls(begun.place, _bound(begun, held, None))
 
     @classmethod
     def open(cls, path: str | Path) -> Run:
-        """Opens the folder of a run to look at it.
+        """Opens a run folder to read results; such a `Run` cannot do work.
 
         Raises:
             RunError: if there is no run.
@@ -134,15 +136,15 @@ class Run:
         return cls(RunFolder.open(Path(path)).path)
 
     def events(self) -> Iterator[Event]:
-        """Does the work; yields `StageStarted`, `Tick` and `StageFinished` as it goes on.
+        """Does the work of the run; yields `StageStarted`, `Tick` and `StageFinished` events.
 
-        The work stops where nobody asks for the next event, and goes on from its last checkpoint
-        with the next call. Torch's random numbers stay the caller's own between two events.
-        Finished stages are not done again.
+        Work happens only while the next event is taken. A second call continues from the last
+        checkpoint and skips finished stages. Torch's random state is restored before each event is
+        yielded, so the caller's random numbers do not depend on the run.
 
         Raises:
-            RunError: if the run was only opened, or another process works in the folder.
-            FedpressError: if a stage cannot go on; what was computed is saved.
+            RunError: if this `Run` was made by `open`, or another process works in the folder.
+            FedpressError: if a stage fails; finished stages and checkpoints are kept.
         """
         if self._work is None:
             raise RunError(
@@ -153,7 +155,7 @@ class Run:
         work = self._work
         with ExitStack() as held:
             folder, notes = work.begun.start("fedpress.run(...)", held)
-            # A second call of `events` must go on in the folder, not begin a new one.
+            # A second call of `events` must continue in this folder and not make a new one.
             self._work = replace(work, begun=replace(work.begun, folder=folder))
             for note in notes:
                 warnings.warn(note, stacklevel=2)
@@ -169,7 +171,7 @@ class Run:
 
     @property
     def result(self) -> dict[str, Any]:
-        """`result.json`: under "stages" a line for each, under "final" what they come to.
+        """The content of `result.json`: "stages" has facts of each stage, "final" those of the end.
 
         Raises:
             RunError: if the run is not finished.
@@ -188,12 +190,12 @@ class Run:
 
     @property
     def stages(self) -> list[dict[str, Any]]:
-        """A line for each finished stage."""
+        """Facts of each finished stage, such as `accuracy` and `parameters`."""
         return read_run(self.path).stages
 
     @property
     def records(self) -> list[dict[str, Any]]:
-        """A line for each epoch and round so far."""
+        """One record per epoch or round so far."""
         return read_run(self.path).records
 
     @property
@@ -243,24 +245,24 @@ def run(
 
     Args:
         recipe: the name of a shipped recipe, a TOML file, tables, or a `Recipe`.
-        data: a folder or file (sets `data.path`), keys of the table `[data]`, or a `FederatedData`,
-            which takes the place of the recipe's source.
-        out: the folder of the run; by default runs/NAME, with a number behind it if that is taken.
-        resume: the folder of a run to go on with.
-        reuse: another run, whose finished stages are taken over while their settings are equal.
-        allow_code: names `module:function` that files of models may have called, from now on in
-            this process.
-        progress: whether to show bars; None: in a notebook, and where the error stream is a
-            terminal.
-        overrides: keys of the recipe: `seed=1`, `data={"num_clients": 5}`, `stage={"federate":
-            {"num_rounds": 3}}`, a stage by its name, its kind or its number; keys that are not
-            named stay.
+        data: folder or file (sets `data.path`), keys of the table `[data]`, or a `FederatedData`
+            that replaces the recipe's source.
+        out: folder of the new run; None: the first free of runs/NAME, runs/NAME-2 and so on.
+        resume: folder of an interrupted run to continue, instead of a new run.
+        reuse: folder of another run; its first stages are copied as long as their settings are
+            equal to those of this run.
+        allow_code: names `module:function` that may be called to build models, from now on in this
+            process.
+        progress: whether to show progress bars; None: in a notebook or terminal only.
+        overrides: single keys to change: `seed=1`, `data={"num_clients": 5}`,
+            `stage={"federate": {"num_rounds": 3}}`. A stage is named by its name, kind or position.
 
     Returns:
         The finished run, with `result`, `model`, `records` and `report()`.
 
     Raises:
-        FedpressError: if something does not fit, before any work where it can be known.
+        FedpressError: if settings, data and model do not fit together; nearly always before any
+            work.
 
     >>> import fedpress, tempfile
     >>> quick = {"dense": {"epochs": 1}}
@@ -293,20 +295,20 @@ def check(
     allow_code: Collection[str] | str = (),
     **overrides: Any,
 ) -> dict[str, Any]:
-    """Binds every stage of a recipe without training.
+    """Checks every stage of a recipe without training.
 
     Args:
-        recipe: as `fedpress.run` takes it; so are `data`, `allow_code` and `overrides`.
-        data: where they lie, keys of `[data]`, or a data set in memory.
-        allow_code: names `module:function` that files of models may have called.
-        overrides: keys of the recipe.
+        recipe: name, file, tables or `Recipe`, as for `fedpress.run`.
+        data: path, keys of `[data]` or `FederatedData`, as for `fedpress.run`.
+        allow_code: names `module:function` that may be called to build models.
+        overrides: single keys to change, as for `fedpress.run`.
 
     Returns:
-        The recipe's name, a description of the data, and under "stages" what each will do, cost and
-        send: parameters, MACs, bytes per round, noise multiplier, epsilon.
+        "recipe": its name. "data": numbers of clients and examples. "stages": for each stage
+        parameters, MACs and, for a federation, bytes per round, noise multiplier and epsilon.
 
     Raises:
-        FedpressError: the first thing that would stop the run.
+        FedpressError: the first error that would stop the run.
 
     >>> import fedpress
     >>> stages = fedpress.check("digits")["stages"]
@@ -330,8 +332,8 @@ def report(run: Run | str | Path, out: str | Path | None = None) -> Path:
     """Draws the report of a run, finished or not, and returns the path of the page.
 
     Args:
-        run: or its folder.
-        out: the file to write; by default `report.html` in the folder.
+        run: a `Run`, or the path of a run folder.
+        out: file to write; None: `report.html` in the run folder.
 
     Raises:
         RunError: if there is no run.
@@ -348,10 +350,9 @@ def report(run: Run | str | Path, out: str | Path | None = None) -> Path:
 
 
 def own_random_numbers(events: Iterator[Event]) -> Iterator[Event]:
-    """Keeps torch's random numbers of the work apart from those of whoever asks for the events.
+    """Yields `events` such that the run and the caller have separate states of torch's generator.
 
-    Without that the caller's draws between two events would change the bits of the run, and the run
-    the caller's.
+    Otherwise a caller who draws random numbers between two events would change the bits of the run.
     """
     state = torch.get_rng_state()
     while True:
@@ -370,7 +371,7 @@ def own_random_numbers(events: Iterator[Event]) -> Iterator[Event]:
 def _overrides_and_data(
     data: Data, overrides: Mapping[str, Any]
 ) -> tuple[list[Override], Path | None, FederatedData | None]:
-    """Returns the overrides, the path of the data, and the data set if it was given itself."""
+    """Sorts `data` by its type: returns overrides, a path or None, and a data set or None."""
     words = recipes.overrides_of(overrides)
     if isinstance(data, FederatedData):
         return [*words, Override.of("data", table_of(data))], None, data

@@ -1,4 +1,4 @@
-"""Tables of a report as text, and as HTML for a notebook."""
+"""Renders a table as text for a terminal, or as HTML for a notebook."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from rich.console import Console
 
 from fedpress.reports.table import Table, as_rich
 
-WIDTH = 100  # characters: a notebook's cell and a common terminal hold as many
+WIDTH = 100  # characters: fits a notebook cell and most terminals
 
 
 def as_text(table: Table) -> str:
@@ -27,7 +27,7 @@ def as_text(table: Table) -> str:
 
 
 def as_html(table: Table) -> str:
-    """Returns a table as HTML; whatever names it holds are escaped.
+    """Returns a table as HTML; the text of cells is escaped.
 
     >>> as_html(Table(["Stage"], [["<b>"]]))
     '<table><tr><th>Stage</th></tr><tr><td>&lt;b&gt;</td></tr></table>'

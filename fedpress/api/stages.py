@@ -1,4 +1,7 @@
-"""One call for each kind of stage: a model in, the changed model and what it is worth out."""
+"""`fedpress.prune`, `quantize`, `federate` and so on: one function for each kind of stage.
+
+Each takes a model and returns a `Result`: the new model, with metrics and costs before and after.
+"""
 
 from __future__ import annotations
 
@@ -18,8 +21,8 @@ from fedpress.stages.table import commands
 Call = Callable[..., Result]
 
 
-def of_stage(function: Call) -> Call:
-    """Gives a call the signature and docstring that `help()` and notebooks show: all settings."""
+def with_stage_signature(function: Call) -> Call:
+    """Adds the settings of the stage to the signature and docstring of a function, for `help()`."""
     kind = function.__name__
     settings = commands()[kind].load()
     common = [
@@ -27,7 +30,7 @@ def of_stage(function: Call) -> Call:
         for name, parameter in inspect.signature(call).parameters.items()
         if name not in ("kind", "settings")
     ]
-    # Arguments that only this call has, such as `clients` of federate.
+    # Then the arguments that only this function has, such as `clients` of federate.
     common += [
         parameter
         for name, parameter in inspect.signature(function).parameters.items()
@@ -56,15 +59,15 @@ def of_stage(function: Call) -> Call:
             "Settings:",
             *lines,
             "",
-            "What all calls take besides, and what is raised: `help(fedpress.api.calls.call)`.",
+            "For the other arguments and for errors see `help(fedpress.api.calls.call)`.",
         ]
     )
     return function
 
 
-@of_stage
+@with_stage_signature
 def prune(model: Model, **settings: Any) -> Result:
-    """Removes whole channels, so that the network is a smaller plain one.
+    """Removes whole channels; the result is a plain network with smaller layers.
 
     >>> import torch, fedpress
     >>> net = torch.nn.Sequential(torch.nn.Linear(8, 64), torch.nn.ReLU(), torch.nn.Linear(64, 2))
@@ -75,21 +78,22 @@ def prune(model: Model, **settings: Any) -> Result:
     return call("prune", model, **settings)
 
 
-@of_stage
+@with_stage_signature
 def sparsify(model: Model, **settings: Any) -> Result:
     """Sets single weights to zero; the shapes stay.
 
     >>> import torch, fedpress
     >>> widths = [(8, 64), (64, 64), (64, 2)]
     >>> net = torch.nn.Sequential(*[torch.nn.Linear(*width) for width in widths])
-    >>> sparse = fedpress.sparsify(net, input_shape=(8,), density=0.25)  # first and last layer stay
+    >>> # The first and the last layer are not changed by default.
+    >>> sparse = fedpress.sparsify(net, input_shape=(8,), density=0.25)
     >>> round((sparse.model[1].weight != 0).float().mean().item(), 2)
     0.25
     """
     return call("sparsify", model, **settings)
 
 
-@of_stage
+@with_stage_signature
 def l0(model: Model, **settings: Any) -> Result:
     """Learns with L0 gates which weights or channels are needed (Louizos et al. 2018).
 
@@ -103,7 +107,7 @@ def l0(model: Model, **settings: Any) -> Result:
     return call("l0", model, **settings)
 
 
-@of_stage
+@with_stage_signature
 def quantize(model: Model, **settings: Any) -> Result:
     """Quantizes weights and the inputs of layers; with `epochs`, quantization-aware training.
 
@@ -116,7 +120,7 @@ def quantize(model: Model, **settings: Any) -> Result:
     return call("quantize", model, **settings)
 
 
-@of_stage
+@with_stage_signature
 def train(model: Model, **settings: Any) -> Result:
     """Trains on the data, all of which count as public.
 
@@ -130,9 +134,9 @@ def train(model: Model, **settings: Any) -> Result:
     return call("train", model, **settings)
 
 
-@of_stage
+@with_stage_signature
 def distill(model: Model, **settings: Any) -> Result:
-    """Trains to answer as a teacher does: `teacher=` a module, or the path of a saved model.
+    """Trains a model on the outputs of a teacher: `teacher=` a module or path of a saved model.
 
     >>> import torch, fedpress
     >>> large = torch.nn.Sequential(torch.nn.Linear(4, 64), torch.nn.ReLU(), torch.nn.Linear(64, 2))
@@ -144,9 +148,9 @@ def distill(model: Model, **settings: Any) -> Result:
     return call("distill", model, **settings)
 
 
-@of_stage
+@with_stage_signature
 def pack(model: Model, **settings: Any) -> Result:
-    """Packs the model losslessly into one small file: in `result.files`, or in the folder `out`.
+    """Packs the model losslessly into one file: in `result.files`, or in the folder `out`.
 
     >>> import torch, fedpress
     >>> packed = fedpress.pack(torch.nn.Sequential(torch.nn.Linear(4, 2)), input_shape=(4,))
@@ -156,9 +160,9 @@ def pack(model: Model, **settings: Any) -> Result:
     return call("pack", model, **settings)
 
 
-@of_stage
+@with_stage_signature
 def export(model: Model, **settings: Any) -> Result:
-    """Writes the file that a device runs, runs it back here, and compares it with torch.
+    """Writes a file for a device, such as ONNX, runs it here and compares its outputs with torch.
 
     >>> import torch, fedpress
     >>> exported = fedpress.export(torch.nn.Sequential(torch.nn.Linear(4, 2)), input_shape=(4,))
@@ -168,7 +172,7 @@ def export(model: Model, **settings: Any) -> Result:
     return call("export", model, **settings)
 
 
-@of_stage
+@with_stage_signature
 def federate(
     model: Model,
     *,
@@ -179,18 +183,18 @@ def federate(
     classes: Sequence[str] | None = None,
     **settings: Any,
 ) -> Result:
-    """Federated training over clients that keep their data; counts the real bytes of messages.
+    """Simulates federated training; every message is encoded, and its real bytes are counted.
 
     Args:
-        model: as all calls take it.
-        clients: name -> its private examples: a pair (inputs, labels), a torch Dataset or a
-            DataLoader. In their place `data=` may name a source, such as "digits", with keys of
-            `[data]`: `data.num_clients`.
-        test: examples to measure on; by default 20% of each client's are put aside.
-        public: examples that everybody may see, for settings that need some.
-        task: what is learned, such as "binary"; by default as model and labels are.
-        classes: names of the classes; by default their numbers.
-        settings: of the stage.
+        model: a module, a `Result`, the path of a saved model or run, or `module:function`.
+        clients: name -> private examples of that client: a pair (inputs, labels), a torch Dataset
+            or a DataLoader. Instead, `data=` may name a source such as "digits"; keys of `[data]`
+            are then given as `**{"data.num_clients": 5}`.
+        test: examples to measure on; None: 20% of each client's examples become the test set.
+        public: public examples, for settings that need some.
+        task: the task, such as "binary"; None: it is found from the model and the labels.
+        classes: names of the classes; None: "0", "1" and so on.
+        settings: keys of the stage, such as `num_rounds=5`.
 
     >>> import torch, fedpress
     >>> x = torch.randn(400, 2)
@@ -226,19 +230,19 @@ def federate(
     return call("federate", model, **settings)
 
 
-def made_call(kind: str) -> Call:
-    """Returns the call of a row of the table of stages that has no function above."""
+def call_of_added_stage(kind: str) -> Call:
+    """Returns a function for a stage of the table that has none above, such as a user's stage."""
 
     def function(model: Model, **settings: Any) -> Result:
         return call(kind, model, **settings)
 
     function.__name__ = function.__qualname__ = kind
     function.__doc__ = commands()[kind].summary
-    return of_stage(function)
+    return with_stage_signature(function)
 
 
 def __getattr__(name: str) -> Call:
-    """Returns the call of a stage that somebody has added to the table."""
+    """Makes `fedpress.NAME` work for a stage that a user has added to the table of stages."""
     if name in commands():
-        return made_call(name)
+        return call_of_added_stage(name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

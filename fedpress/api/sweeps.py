@@ -1,4 +1,4 @@
-"""A sweep: a recipe for all combinations of some values, with the variants that no other beats."""
+"""`fedpress.sweep`: runs a recipe for all combinations of some values, and finds Pareto fronts."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ class CheckedSweep:
 
     Attributes:
         text: the recipe as TOML.
-        variants: the combinations.
-        place: the folder of the sweep.
-        extra: overrides of all variants, as text.
+        variants: all combinations of the values.
+        place: folder of the sweep.
+        extra: further overrides that every variant gets, as text.
     """
 
     text: str
@@ -44,24 +44,25 @@ def new(
     data: Path | None = None,
     out: Path | None = None,
 ) -> CheckedSweep:
-    """Binds a sweep.
+    """Checks the settings of a sweep; runs nothing.
 
     Args:
         recipe: as `begin.load` takes it.
-        values: such as `stage.prune.keep_params=0.5,0.3`.
-        seeds: for mean and spread.
-        overrides: of all variants.
-        data: where the data lie.
-        out: the folder; by default sweeps/NAME.
+        values: values of keys, such as `stage.prune.keep_params=0.5,0.3`.
+        seeds: seeds to run each combination with.
+        overrides: further overrides that every variant gets.
+        data: file or folder of the data.
+        out: folder of the sweep; None: sweeps/NAME.
 
     Raises:
         RecipeError: if a key or value is wrong.
     """
     variants = sweeping.variants(values, seeds)
-    # Checked with what all variants say: a key that the recipe lacks may be given behind it.
-    every = [*sweeping.in_all(variants), *overrides]
+    # With the overrides of all variants: they may give a key that the recipe needs and lacks.
+    every = [*sweeping.common_overrides(variants), *overrides]
     text, checked = begin.load(recipe, every, data)
-    device_of(checked)  # one refusal in place of one for each variant
+    # A missing device fails here once. Otherwise every variant would fail with the same error.
+    device_of(checked)
     extra = begin.as_texts(overrides, data)
     return CheckedSweep(text, variants, out or Path("sweeps") / checked.name, extra)
 
@@ -77,26 +78,27 @@ def sweep(
     progress: bool | None = None,
     **overrides: Any,
 ) -> dict[str, Any]:
-    """Runs a recipe for all combinations of values; stages that are equal in several are done once.
+    """Runs a recipe for all combinations of values; stages with equal settings run only once.
 
     Args:
         recipe: as `fedpress.run` takes it.
-        values: key -> its values, such as `{"stage.prune.keep_params": [0.5, 0.3]}`.
-        seeds: for mean and spread.
-        data: where the data lie.
-        out: the folder, by default sweeps/NAME. A sweep that is there goes on.
-        allow_code: names `module:function` that files of models may have called, from now on in
-            this process.
-        progress: whether to show bars, see `fedpress.run`.
-        overrides: keys of the recipe, in all variants.
+        values: key -> values to try, such as `{"stage.prune.keep_params": [0.5, 0.3]}`.
+        seeds: seeds to run each combination with, for mean and standard error.
+        data: file or folder of the data.
+        out: folder of the sweep; None: sweeps/NAME. An interrupted sweep there is resumed.
+        allow_code: names `module:function` that may be called to build models, from now on in this
+            process.
+        progress: whether to show progress bars; None: in a notebook or terminal only.
+        overrides: keys of the recipe that are the same in all variants.
 
     Returns:
-        `sweep.json` of the folder: under "variants" the stages of each, or its error; under
-        "front_file_bytes" and "front_latency_ms" the variants that no other beats.
+        The content of `sweep.json`. "variants": the stages of each variant, or its error.
+        "front_file_bytes", "front_latency_ms": names of the variants on the Pareto fronts of the
+        metric against file size and latency.
 
     Raises:
-        RecipeError: if a key or value is wrong. A variant that fails later is noted, and the others
-            go on.
+        RecipeError: if a key or value is wrong. A variant that fails later does not raise: its
+            error is written to `sweep.json`.
 
     >>> import fedpress, tempfile
     >>> found = fedpress.sweep(
@@ -109,7 +111,10 @@ def sweep(
     ['keep_params=0.5', 'keep_params=0.4']
     """
     consent.allow(*consent.checked(allow_code))
-    lists = [f"{key}={','.join(map(recipes.in_one_line, some))}" for key, some in values.items()]
+    lists = []
+    for key, key_values in values.items():
+        texts = [recipes.in_one_line(value) for value in key_values]
+        lists.append(f"{key}={','.join(texts)}")
     begun = new(
         recipe,
         lists,

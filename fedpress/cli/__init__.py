@@ -20,15 +20,15 @@ from fedpress.cli.common import (
     ListTables,
     Overrides,
     allow_code,
-    held,
+    error_text,
+    exit_stack,
     in_one_line,
     load_data,
-    on_device,
     show_keys,
-    told,
     warn,
+    with_device,
 )
-from fedpress.cli.logs import asked_for, logged
+from fedpress.cli.logs import show_log, take_flag
 from fedpress.cli.run import run
 from fedpress.errors import FedpressError, RecipeError, RunError
 
@@ -103,7 +103,7 @@ def check(
     from fedpress.pipeline.check import check_recipe
 
     allow_code(code)
-    _, wanted = begin.load(recipe, on_device(overrides, device), data)
+    _, wanted = begin.load(recipe, with_device(overrides, device), data)
     out_stream = terminal.console(quiet=as_json)
     loaded = load_data(wanted, out_stream)
     with terminal.waiting(out_stream, "checking that everything fits together"):
@@ -319,14 +319,14 @@ def skellam(
 
 def main() -> None:
     """Runs the command line; a user's mistake ends in one sentence and exit code 2."""
-    debug, verbose = asked_for("--debug"), asked_for("--verbose", "-v")
+    debug, verbose = take_flag("--debug"), take_flag("--verbose", "-v")
     try:
-        with logged(debug=debug, verbose=verbose):
+        with show_log(debug=debug, verbose=verbose):
             app()
     except FedpressError as error:
         if debug:
             raise
-        _stop(told(error))
+        _stop(error_text(error))
     except OSError as error:
         if debug:
             raise
@@ -335,7 +335,7 @@ def main() -> None:
         said = f"{place}: {reason}; {cure}"
         _stop(in_one_line(said))
     finally:
-        held.close()
+        exit_stack.close()
 
 
 def _stop(message: str) -> None:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from fedpress.data import FederatedData
     from fedpress.pipeline.recipe import Recipe
 
-held = ExitStack()
+exit_stack = ExitStack()
 """Locks, and whatever else is held until the command ends; `main` releases them."""
 AllowCode = Annotated[
     list[str] | None,
@@ -44,7 +44,7 @@ Overrides = Annotated[
     typer.Argument(
         metavar="[KEY=VALUE]...",
         help="e.g. stage.2.num_rounds=5",
-        autocompletion=completion.of_recipe,
+        autocompletion=completion.recipe_keys,
     ),
 ]
 Device = Annotated[
@@ -57,7 +57,7 @@ Device = Annotated[
 Data = Annotated[Path | None, typer.Option(help="Folder or file of the data set; sets data.path.")]
 
 
-def named(recipe: str | None, context: typer.Context) -> str:
+def required_recipe(recipe: str | None, context: typer.Context) -> str:
     """Returns the recipe that was named.
 
     Raises:
@@ -70,7 +70,7 @@ def named(recipe: str | None, context: typer.Context) -> str:
     return recipe
 
 
-def again(place: Path) -> str:
+def resume_command(place: Path) -> str:
     """Returns the command line that resumes the run in `place`."""
     words = [word for word in sys.argv[1:] if word != "--resume"]
     if not any(word == "--out" or word.startswith("--out=") for word in words):
@@ -78,7 +78,7 @@ def again(place: Path) -> str:
     return shlex.join(["fedpress", *words, "--resume"])
 
 
-def on_device(overrides: Iterable[str] | None, device: str | None) -> list[str]:
+def with_device(overrides: Iterable[str] | None, device: str | None) -> list[str]:
     """Returns the overrides, and after them `device=...` if `--device` was given."""
     return [*(overrides or []), *([f"device={device}"] if device is not None else [])]
 
@@ -108,11 +108,11 @@ def allow_code(names: list[str] | None) -> None:
     consent.allow(*(names or ()))
 
 
-def told(error: FedpressError) -> str:
+def error_text(error: FedpressError) -> str:
     """Returns an error in one line, with arguments as the command line writes them."""
-    from fedpress.pipeline.arguments import in_shell, place_in_shell
+    from fedpress.pipeline.arguments import shell_place, shell_text
 
-    return in_one_line(error.told(in_shell, place=place_in_shell(error.place)))
+    return in_one_line(error.sentence(shell_text, place=shell_place(error.place)))
 
 
 def show_keys(words: Sequence[str], *, of_stage: bool = False) -> None:
@@ -159,7 +159,7 @@ def visible(text: str) -> str:
     return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
 
 
-def hold(place: Path) -> None:
+def lock_until_exit(place: Path) -> None:
     """Takes the lock of a run folder until the command ends.
 
     Raises:
@@ -167,7 +167,7 @@ def hold(place: Path) -> None:
     """
     from fedpress.workspace import lock
 
-    held.enter_context(lock.locked(place))
+    exit_stack.enter_context(lock.locked(place))
 
 
 def warn(notes: Iterable[str]) -> None:

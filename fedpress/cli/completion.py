@@ -12,13 +12,13 @@ from typing import NamedTuple
 
 import typer
 
-OF_ALL = ("seed", "device", "data.", "model.")
+COMMON_KEYS = ("seed", "device", "data.", "model.")
 """A command on one model takes the keys of its stage, and those of a recipe that begin so."""
 KEYS = Path(__file__).with_name("keys.txt")
 SHIPPED = Path(__file__).parents[1] / "pipeline" / "recipes"
-MEANING = 60  # characters: more would break the list that a shell shows
+MAX_MEANING = 60  # characters: more would break the list that a shell shows
 
-Found = list[tuple[str, str]]
+Completions = list[tuple[str, str]]
 """Words to choose from, each with what it means."""
 
 
@@ -39,7 +39,7 @@ def keys() -> list[Key]:
     return found
 
 
-def recipes(incomplete: str) -> Found:
+def recipes(incomplete: str) -> Completions:
     """Returns the recipes that come with fedpress, and those that lie here."""
     names = sorted(path.stem for path in SHIPPED.glob("*.toml"))
     own = sorted(str(path) for path in Path().glob(f"{incomplete}*.toml"))
@@ -49,7 +49,7 @@ def recipes(incomplete: str) -> Found:
     ]
 
 
-def recipes_or_tables(context: typer.Context, incomplete: str) -> Found:
+def recipes_or_tables(context: typer.Context, incomplete: str) -> Completions:
     """Returns recipes; after `--keys` the names of the tables that it can list."""
     if not context.params.get("list_keys"):
         return recipes(incomplete)
@@ -57,27 +57,27 @@ def recipes_or_tables(context: typer.Context, incomplete: str) -> Found:
     return [(word, "") for word in words if word.startswith(incomplete)]
 
 
-def sources(incomplete: str) -> Found:
+def sources(incomplete: str) -> Completions:
     """Returns the built-in sources of data."""
     return _choices("data.source", incomplete)
 
 
-def devices(incomplete: str) -> Found:
+def devices(incomplete: str) -> Completions:
     """Returns the names of devices."""
     return _choices("device", incomplete)
 
 
-def architectures(incomplete: str) -> Found:
+def architectures(incomplete: str) -> Completions:
     """Returns the built-in architectures; a shell offers files by itself where none fits."""
     return _choices("model.architecture", incomplete)
 
 
-def _choices(name: str, incomplete: str) -> Found:
+def _choices(name: str, incomplete: str) -> Completions:
     words = next(key.choices for key in keys() if key.name == name)
     return [(word, "") for word in words if word.startswith(incomplete)]
 
 
-def of_recipe(context: typer.Context, incomplete: str) -> Found:
+def recipe_keys(context: typer.Context, incomplete: str) -> Completions:
     """Returns the keys of the recipe that was named, with the names it gives its stages."""
     if context.params.get("list_keys"):
         return recipes_or_tables(context, incomplete)
@@ -96,22 +96,22 @@ def of_recipe(context: typer.Context, incomplete: str) -> Found:
     return _fitting(found, incomplete, context.params.get("overrides"))
 
 
-def of_stage(kind: str) -> Callable[[typer.Context, str], Found]:
+def stage_keys(kind: str) -> Callable[[typer.Context, str], Completions]:
     """Returns the function that completes keys for the command of this kind of stage."""
 
-    def complete(context: typer.Context, incomplete: str) -> Found:
+    def complete(context: typer.Context, incomplete: str) -> Completions:
         beginning = f"stage.{kind}."
         own = [
             key._replace(name=key.name.removeprefix(beginning))
             for key in keys()
-            if key.name.startswith((beginning, *OF_ALL))
+            if key.name.startswith((beginning, *COMMON_KEYS))
         ]
         return _fitting(own, incomplete, context.params.get("keys"))
 
     return complete
 
 
-def _fitting(found: Iterable[Key], incomplete: str, before: Sequence[str] | None) -> Found:
+def _fitting(found: Iterable[Key], incomplete: str, before: Sequence[str] | None) -> Completions:
     """Returns the tables (`data.`) and keys (`lr=`) that begin so, or the values after a `key=`.
 
     Args:
@@ -138,7 +138,7 @@ def _fitting(found: Iterable[Key], incomplete: str, before: Sequence[str] | None
         if "." in rest:
             offered.setdefault(incomplete + rest.partition(".")[0] + ".", "a table")
         else:
-            offered[f"{key.name}="] = key.meaning[:MEANING]
+            offered[f"{key.name}="] = key.meaning[:MAX_MEANING]
     return list(offered.items())
 
 

@@ -17,10 +17,10 @@ from fedpress.cli.common import (
     AsJson,
     Device,
     allow_code,
-    on_device,
+    error_text,
     stopping,
-    told,
     warn,
+    with_device,
 )
 from fedpress.cli.one_model import Input, Weights, command_of, shape_of
 from fedpress.errors import Argument, RecipeError
@@ -112,7 +112,7 @@ def sweep(
         typer.Argument(
             metavar="[KEY=VALUE,VALUE...]...",
             help="e.g. stage.prune.keep_params=0.5,0.3,0.1",
-            autocompletion=completion.of_recipe,
+            autocompletion=completion.recipe_keys,
         ),
     ] = None,
     data: Annotated[
@@ -140,7 +140,7 @@ def sweep(
         from fedpress.reports.table import as_rich
 
         begun = sweeps.new(
-            recipe, values or [], _whole_seeds(seeds), on_device([], device), data, out
+            recipe, values or [], _whole_seeds(seeds), with_device([], device), data, out
         )
     variants, place = begun.variants, begun.place
     command = shlex.join(["fedpress", *sys.argv[1:]])
@@ -188,4 +188,4 @@ def _follow(events: Iterable[VariantStarted | VariantFinished], out: Console, to
             out.print(event.variant.name, markup=False, soft_wrap=True)
             progress.follow(event.events, out)
         elif isinstance(event, VariantFinished) and event.error:
-            out.print(f"failed: {told(event.error)}", markup=False, soft_wrap=True)
+            out.print(f"failed: {error_text(event.error)}", markup=False, soft_wrap=True)

@@ -21,7 +21,7 @@ class ToErrorStream(logging.Handler):
         typer.echo(self.format(record), err=True)
 
 
-def asked_for(*words: str) -> bool:
+def take_flag(*words: str) -> bool:
     """Says whether one of `words` stands on the command line, and takes it away from there."""
     found = [word for word in sys.argv[1:] if word in words]
     sys.argv[1:] = [word for word in sys.argv[1:] if word not in words]
@@ -29,7 +29,7 @@ def asked_for(*words: str) -> bool:
 
 
 @contextmanager
-def logged(*, debug: bool, verbose: bool) -> Iterator[None]:
+def show_log(*, debug: bool, verbose: bool) -> Iterator[None]:
     """Shows as much of the log as was asked for, until the command ends.
 
     Args:

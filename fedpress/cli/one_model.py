@@ -18,15 +18,15 @@ from fedpress.cli.common import (
     AsJson,
     Device,
     ListKeys,
-    again,
     allow_code,
-    hold,
-    on_device,
+    error_text,
+    lock_until_exit,
+    resume_command,
     run_to_resume,
     show_keys,
     stopping,
-    told,
     warn,
+    with_device,
 )
 from fedpress.errors import Argument, RecipeError
 
@@ -134,7 +134,7 @@ def command_of(kind: str) -> Callable[..., None]:
     settings = typer.Argument(
         metavar="[KEY=VALUE]...",
         help="Settings; --keys lists them.",
-        autocompletion=completion.of_stage(kind),
+        autocompletion=completion.stage_keys(kind),
     )
     # Each kind completes keys of its own, which an annotation in the text above could not say.
     command.__annotations__["keys"] = Annotated[list[str] | None, settings]
@@ -182,12 +182,12 @@ def _made_ready(asked: Asked, out_stream: Console) -> Ready:
         begin.find_modules()
         place, bound = _ordered(asked)
         if asked.resume and place.is_dir():
-            hold(place)
+            lock_until_exit(place)
         folder = RunFolder.resume(place, settings_of(bound.recipe)) if asked.resume else None
         if folder is None:
             RunFolder.check_free(place, bound.text)
     if bound.note is not None:
-        out_stream.print(told(bound.note), markup=False, soft_wrap=True)
+        out_stream.print(error_text(bound.note), markup=False, soft_wrap=True)
     with progress.bars(out_stream) as bars:
         loaded = bound.load_data(terminal.Loading(bars))
     with terminal.waiting(out_stream, "checking that everything fits together"):
@@ -208,7 +208,7 @@ def _ordered(asked: Asked) -> tuple[Path, OneStage]:
         found, rest = run_to_resume(words) if asked.out is None else (asked.out, words)
         if found is not None and not rest and OneStage.lies_in(asked.kind, found):
             return found, OneStage.of_folder(
-                found, [*map(Override.parse, on_device([], asked.device))]
+                found, [*map(Override.parse, with_device([], asked.device))]
             )
     if asked.model is None:
         raise RecipeError(
@@ -217,7 +217,7 @@ def _ordered(asked: Asked) -> tuple[Path, OneStage]:
     chosen_model = ChosenModel.find(asked.model, weights=asked.checkpoint)
     given = Standardization.of(numbers_of(asked.mean), numbers_of(asked.std))
     examples = ChosenData(asked.data, asked.path, shape_of(asked.input_shape), given=given)
-    keys = [Override.parse(key) for key in on_device(asked.keys, asked.device)]
+    keys = [Override.parse(key) for key in with_device(asked.keys, asked.device)]
     bound = OneStage.bind(asked.kind, chosen_model, keys, examples)
     return asked.out or default_folder(asked.kind, asked.resume), bound
 
@@ -227,7 +227,7 @@ def _run(ready: Ready, out_stream: Console) -> Result:
     from fedpress.api import progress
     from fedpress.api.result import Result
     from fedpress.cli import terminal
-    from fedpress.pipeline.environment import note_environment
+    from fedpress.pipeline.environment import write_environment
     from fedpress.pipeline.keys import settings_of
     from fedpress.pipeline.start import device_of
     from fedpress.reports.html import write_report
@@ -236,10 +236,10 @@ def _run(ready: Ready, out_stream: Console) -> Result:
     bound, place, folder = ready.bound, ready.place, ready.folder
     if folder is None:
         folder = RunFolder.create(place, bound.text, settings_of(bound.recipe))
-        hold(place)
-    with stopping(f"\nstopped; what was finished is saved; go on with: {again(place)}"):
+        lock_until_exit(place)
+    with stopping(f"\nstopped; what was finished is saved; go on with: {resume_command(place)}"):
         command = shlex.join(["fedpress", *sys.argv[1:]])
-        warn(note_environment(folder, command, device=device_of(bound.recipe)))
+        warn(write_environment(folder, command, device=device_of(bound.recipe)))
         progress.follow(bound.execute(folder, ready.data), out_stream)
         with terminal.waiting(out_stream, "drawing the report"):
             write_report(place)

@@ -18,16 +18,16 @@ from fedpress.cli.common import (
     Device,
     ListTables,
     Overrides,
-    again,
     allow_code,
-    held,
+    exit_stack,
     load_data,
-    named,
-    on_device,
+    required_recipe,
+    resume_command,
     run_to_resume,
     show_keys,
     stopping,
     warn,
+    with_device,
 )
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ def run(
             from fedpress.pipeline.check import check_recipe
             from fedpress.workspace.folder import RunFolder
 
-            words = on_device(words, device)
+            words = with_device(words, device)
             bind = _begun if resume else _new
             begun = bind(context, words, data, out)
             earlier = RunFolder.open(reuse) if reuse is not None else None
@@ -96,7 +96,7 @@ def _new(
     from fedpress.api import begin
 
     recipe, overrides = _parted(words)
-    return begin.new(named(recipe, context), overrides, data, out)
+    return begin.new(required_recipe(recipe, context), overrides, data, out)
 
 
 def _begun(
@@ -108,9 +108,9 @@ def _begun(
     place, rest = run_to_resume(words) if out is None else (out, words)
     recipe, overrides = _parted(rest)
     if place is None:
-        checked = begin.load(named(recipe, context), overrides, data)[1]
+        checked = begin.load(required_recipe(recipe, context), overrides, data)[1]
         place = begin.default_folder(checked.name, True)
-    return begin.checked_resume(place, recipe, overrides, data, held)
+    return begin.checked_resume(place, recipe, overrides, data, exit_stack)
 
 
 def _parted(words: list[str]) -> tuple[str | None, list[str]]:
@@ -131,8 +131,8 @@ def _execute(
 
     place = begun.place
     saved = "all up to the last epoch or round is saved"
-    with stopping(f"\nstopped; {saved}; go on with: {again(place)}"):
-        folder, notes = begun.start(shlex.join(["fedpress", *sys.argv[1:]]), held)
+    with stopping(f"\nstopped; {saved}; go on with: {resume_command(place)}"):
+        folder, notes = begun.start(shlex.join(["fedpress", *sys.argv[1:]]), exit_stack)
         warn(notes)
         out_stream.print(f"{begun.recipe.name} into {place}", markup=False, soft_wrap=True)
         progress.follow(runs.execute(begun.recipe, folder, data, reuse=earlier), out_stream)

@@ -1,1 +1,1 @@
-"""From a recipe to a run: the recipe's text and settings, the runner, sweeps, single commands."""
+"""Recipes, and everything that runs them: checks, runs, sweeps and commands of one stage."""

@@ -1,11 +1,13 @@
-"""A table of the arguments of commands: their names in Python, recipe and command line.
+"""A table of the arguments of commands: the names in Python, in a recipe and on the command line.
+
+Errors are raised with names of Python, or keys of a recipe, and are rewritten for the reader:
 
 >>> from fedpress.errors import Argument, ModelError
 >>> cure = ("give ", Argument("input_shape", (3, 32, 32)))
 >>> error = ModelError("not known", place="input_shape", cure=cure)
 >>> print(error)
 input_shape: not known; give input_shape=(3, 32, 32)
->>> print(error.told(in_shell, place=place_in_shell(error.place)))
+>>> print(error.sentence(shell_text, place=shell_place(error.place)))
 --input: not known; give --input 3,32,32
 """
 
@@ -24,12 +26,13 @@ from fedpress.errors import Argument, FedpressError, Shell
 
 @dataclass(frozen=True)
 class Row:
-    """One argument.
+    """The names of one argument.
 
     Attributes:
-        name: of the argument in Python.
-        flag: on the command line; a word in capitals for what stands there without one.
-        keys: of the recipe that say the same; the first is the one to set.
+        name: name in Python, such as `data`.
+        flag: flag on the command line, such as `--data`; capitals such as `MODEL` for a positional
+            argument.
+        keys: keys of a recipe with the same meaning, such as `data.source`; cures name the first.
     """
 
     name: str
@@ -55,25 +58,27 @@ ROWS = (
     Row("seconds", "--seconds"),
     Row("seeds", "--seeds"),
 )
-"""What commands take beside the keys of their stage, which are called alike everywhere."""
+"""Arguments that have several names. Keys of a stage, such as `keep_params`, have one name only."""
 
 FLAGS = {row.name: row.flag for row in ROWS}
 KEYS = {row.name: f"recipe.{row.keys[0]}" for row in ROWS if row.keys}
-"""Argument -> the key of a recipe to set in its place."""
+"""Argument -> the key of a recipe with the same meaning."""
 NAMES = {f"recipe.{key}": row.name for row in ROWS for key in row.keys}
 PARTS = ("recipe.data.public_share", "recipe.data.validation")
-"""Keys that make the parts of a data set."""
+"""Keys that decide how many examples are public or for validation."""
 _STAGE = re.compile(r"recipe\.stage\[0\](?: \([^)]*\))?")  # a command is a recipe of one stage
 _BEGINNING = re.compile(r"\w+(?:\.\w+)*")
 
 
-def in_command(place: str, kind: str) -> str:
-    """Returns what a command calls a place of its recipe.
+def command_place(place: str, kind: str) -> str:
+    """Converts a place in the recipe of a command to the name of the command's argument.
 
-    >>> in_command("recipe.data.mean[1]", "prune"), in_command("recipe.data.validation", "prune")
+    A command such as `fedpress prune` runs a recipe of one stage that the user does not see.
+
+    >>> command_place("recipe.data.mean[1]", "prune"), command_place("recipe.data.validation", "prune")
     ('mean[1]', 'data.validation')
     >>> at = "recipe.stage[0]"
-    >>> in_command(f"{at}.keep_params", "prune"), in_command(f"{at} (prune)", "prune")
+    >>> command_place(f"{at}.keep_params", "prune"), command_place(f"{at} (prune)", "prune")
     ('keep_params', 'prune')
     """
     stage = _STAGE.match(place)
@@ -88,39 +93,39 @@ def in_command(place: str, kind: str) -> str:
 
 
 @contextmanager
-def naming_arguments(kind: str, *, all_public: bool = False) -> Iterator[None]:
-    """Renames recipe keys in errors that pass through to the arguments of the command `kind`.
+def errors_of_command(kind: str, *, all_public: bool = False) -> Iterator[None]:
+    """Renames recipe keys in errors raised in the block to arguments of the command `kind`.
 
     Args:
-        kind: of the command, and of its stage.
-        all_public: whether all data that are given count as public, and no table of a recipe
-            divides them: then giving others is the only way to other parts.
+        kind: kind of stage, which is also the name of the command.
+        all_public: whether the command makes all data public. Then no key can enlarge the public
+            part, so cures that name such a key ask for other data instead.
     """
 
     def named(argument: Argument) -> Argument:
         if all_public and argument.name in PARTS and argument.value is not None:
             return Argument("data", "SOURCE")
-        return replace(argument, name=in_command(argument.name, kind))
+        return replace(argument, name=command_place(argument.name, kind))
 
     try:
         yield
     except FedpressError as error:
-        error.place = in_command(error.place, kind)
+        error.place = command_place(error.place, kind)
         error.change_arguments(named)
         raise
 
 
-def in_shell(part: Argument | Shell) -> str:
+def shell_text(part: Argument | Shell) -> str:
     """Writes a part of a cure for the command line: a flag, or `key=value`.
 
-    >>> in_shell(Argument("data", "SOURCE")), in_shell(Argument("allow_code", ("nets:Net",)))
+    >>> shell_text(Argument("data", "SOURCE")), shell_text(Argument("allow_code", ("nets:Net",)))
     ('--data SOURCE', '--allow-code nets:Net')
     >>> key = "recipe.stage[1].privacy.epsilon"
-    >>> in_shell(Argument("keep_params", 0.5)), in_shell(Argument(key, 8))
+    >>> shell_text(Argument("keep_params", 0.5)), shell_text(Argument(key, 8))
     ('keep_params=0.5', 'stage.1.privacy.epsilon=8')
     """
     if isinstance(part, Shell):
-        return part.words
+        return part.text
     flag = FLAGS.get(part.name)
     if flag is None:
         key = re.sub(r"\[(\d+)\]", r".\1", part.name.removeprefix("recipe."))
@@ -128,7 +133,7 @@ def in_shell(part: Argument | Shell) -> str:
     if part.value is None:
         return flag
     # Typer takes a repeated flag, not a list behind one flag.
-    if part.name == "allow_code" and isinstance(part.value, tuple):  # one flag for each name
+    if part.name == "allow_code" and isinstance(part.value, tuple):
         return " ".join(f"{flag} {shlex.quote(name)}" for name in part.value)
     row = part.value if isinstance(part.value, tuple) else (part.value,)
     value = ",".join(shlex.quote(str(one)) for one in row)
@@ -137,14 +142,14 @@ def in_shell(part: Argument | Shell) -> str:
 
 def _as_toml(value: object) -> str:
     if isinstance(value, str | Path):
-        return str(value)  # a word needs no quotes behind `key=`
-    return json.dumps(value)  # numbers, true, and lists are written alike
+        return str(value)  # the command line takes words without quotes
+    return json.dumps(value)  # JSON and TOML agree on numbers, booleans and lists
 
 
-def place_in_shell(place: str) -> str:
-    """Returns what the command line calls a place that names an argument; any other as it is.
+def shell_place(place: str) -> str:
+    """Converts the place of an error to a flag if it names an argument with a flag.
 
-    >>> place_in_shell("mean[1]"), place_in_shell("keep_params"), place_in_shell("data.mean")
+    >>> shell_place("mean[1]"), shell_place("keep_params"), shell_place("data.mean")
     ('--mean[1]', 'keep_params', 'data.mean')
     """
     name, bracket, rest = place.partition("[")

@@ -1,4 +1,4 @@
-"""Checks a recipe before it runs: each stage in turn, without training."""
+"""Checks all stages of a recipe without training, so that mistakes are found before a long run."""
 
 from __future__ import annotations
 
@@ -10,29 +10,33 @@ from fedpress.compress import cost
 from fedpress.data import FederatedData
 from fedpress.errors import Argument, DataError
 from fedpress.pipeline.measure import macs_of
-from fedpress.pipeline.places import placed
+from fedpress.pipeline.places import errors_of_stage
 from fedpress.pipeline.recipe import Recipe
-from fedpress.pipeline.start import NO_DATA, first_state, pair_of, with_parent
+from fedpress.pipeline.start import NO_DATA, first_state, spec_and_model, with_parent
 from fedpress.workspace.state import Network
 
 
 def check_recipe(
     recipe: Recipe, data: FederatedData, network: Network | None = None
 ) -> list[dict[str, Any]]:
-    """Binds every stage in turn without training and returns what each will do, cost and send.
+    """Checks every stage in order and returns the expected facts of each.
+
+    Returns:
+        For each stage its kind, name, parameters, MACs, and facts of its own, such as `epsilon`.
 
     Raises:
-        FedpressError: the first thing that would stop the run.
+        FedpressError: the first error that would stop the run.
     """
     _check_clients(recipe, data)
     state, lines = replace(first_state(recipe, data), network=network), []
     trained = recipe.model.trained
     for index, stage in enumerate(recipe.stage):
-        # Shapes of later stages follow from earlier ones, so each gets the state before it.
+        # `stage.check` returns a model with the shapes after the stage: the next stage needs them.
         before = state
-        with placed(index, stage):
+        with errors_of_stage(index, stage):
             state, facts = stage.check(state)
-        state = with_parent(state, before, partial(pair_of, before) if trained else None)
+        state = with_parent(state, before, partial(spec_and_model, before) if trained else None)
+        # Any stage may train, so from here on the model counts as trained.
         trained = True
         size = {"parameters": cost.parameters(state.model), "macs": macs_of(state)}
         lines.append({"kind": stage.kind, "name": stage.name, **size, **facts})
@@ -40,10 +44,10 @@ def check_recipe(
 
 
 def _check_clients(recipe: Recipe, data: FederatedData) -> None:
-    """Refuses a federation without data: it would train on the placeholder noise.
+    """Refuses a federation without data. It would train on the placeholder example of noise.
 
     Raises:
-        DataError: saying how to give some.
+        DataError: if there are no data and a stage needs clients.
     """
     if data.name == NO_DATA and any(stage.needs_clients for stage in recipe.stage):
         raise DataError(

@@ -1,4 +1,4 @@
-"""Where a run was done: versions, machine, commit and command, and what of it decides the bits."""
+"""Writes `environment.json` of a run: versions, machine, commit, command, and later changes."""
 
 from __future__ import annotations
 
@@ -21,47 +21,56 @@ from fedpress.workspace.atomic import read_json, write_json_with_checksum
 from fedpress.workspace.damage import CURES
 from fedpress.workspace.folder import RunFolder
 
-BITS = ("fedpress", "python", "torch", "numpy", "processor", "instructions", "device", "threads")
-"""Facts of the environment that decide how sums are rounded, and so the bits of a run."""
+ROUNDING_FACTS = (
+    "fedpress",
+    "python",
+    "torch",
+    "numpy",
+    "processor",
+    "instructions",
+    "device",
+    "threads",
+)
+"""Facts that decide how sums are rounded. If they change, a resumed run has other bits."""
 LIBRARIES = ("torch", "numpy", "safetensors", "dp-accounting", "onnx", "onnxruntime", "pydantic")
 
 
-def note_environment(
+def write_environment(
     folder: RunFolder,
     command: str,
     origin: Mapping[str, Any] | None = None,
     *,
     device: torch.device | None = None,
 ) -> list[str]:
-    """Writes `environment.json`; for a resumed run adds what differs from its start.
+    """Writes `environment.json`; for a resumed run, adds what has changed since its start.
 
     Args:
-        folder: of the run.
-        command: that was given.
-        origin: where the recipe came from and what was overridden in it, noted at the start alone.
-        device: where the stages train; None: as `fedpress.training.device.find` chooses.
+        folder: folder of the run.
+        command: the user's command, such as "fedpress run digits".
+        origin: "recipe" and "overrides" as the user gave them; only written at the start.
+        device: device of the stages; None: the default of `fedpress.training.device.find`.
 
     Returns:
-        What a person must know who goes on: that the bits will differ from those of a run that was
-            never stopped,
-        where processor, threads or versions are others, and that records are missing.
+        Warnings for a resumed run: that its bits will differ, since the processor, the number of
+        threads or a version has changed; that records are missing.
     """
     path, now = folder.path / "environment.json", environment(command, device)
-    told: list[str] = []
+    warnings: list[str] = []
     # The first entry stays as it was: a resumed run appends what differs.
     if path.exists():
         first = read_json(path, cure=CURES[path.name])
         changed = {key: value for key, value in now.items() if first.get(key) != value}
         if not read_finished(folder):
-            told = [*_other_bits(first, now), *folder.records.warnings()]
+            warnings = [*_other_bits(first, now), *folder.records.warnings()]
         now = {**first, "resumed": [*_list(first.get("resumed")), changed]}
     else:
         now |= origin or {}
         text = folder.path / "recipe.toml"
+        # The signature lets this user resume the run without naming its functions a second time.
         if text.exists() and (names := started.functions_of(text.read_text("utf-8"))):
             now["started_by"] = started.sign(names, now.get("recipe"))
     write_json_with_checksum(path, now, folder.path)
-    return told
+    return warnings
 
 
 def _list(value: Any) -> list[Any]:
@@ -70,9 +79,13 @@ def _list(value: Any) -> list[Any]:
 
 def _other_bits(first: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """Returns a warning if sums may be rounded differently than in the run so far."""
-    earlier = [first, *(first | e for e in _list(first.get("resumed")) if isinstance(e, dict))]
+    earlier = [first]
+    for change in _list(first.get("resumed")):
+        if isinstance(change, dict):
+            earlier.append(first | change)
     differ = []
-    for key in BITS:
+    for key in ROUNDING_FACTS:
+        # Older versions did not write every fact: a missing one says nothing about a change.
         known = list(dict.fromkeys(_name(e[key]) for e in earlier if e.get(key) is not None))
         if known and known != [_name(now.get(key))]:
             differ.append(f"{key} {', '.join(known)} before, {_name(now.get(key))} now")
@@ -86,12 +99,12 @@ def _other_bits(first: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
 
 def _name(value: Any) -> str:
-    """What a processor is called; anything else as it is."""
+    """Returns the name of a processor (a dictionary), or the text of any other fact."""
     return str(value.get("name")) if isinstance(value, dict) else str(value)
 
 
 def environment(command: str, device: torch.device | None = None) -> dict[str, Any]:
-    """Returns versions, machine, commit and command: what a reader needs to judge the numbers."""
+    """Returns versions, machine, device, commit and command, as `environment.json` has them."""
     return {
         "fedpress": fedpress.__version__,
         "python": platform.python_version(),
@@ -107,11 +120,12 @@ def environment(command: str, device: torch.device | None = None) -> dict[str, A
 
 
 def _device_name(device: torch.device) -> str:
-    """The model of a CUDA GPU, since two models round otherwise; any other device by its kind."""
+    """Returns the model of a CUDA GPU, since models differ in rounding; of others the type."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def _processor() -> str:
+    # On Linux `platform.processor()` is often empty, so the kernel's own list comes first.
     try:
         cpu = next(
             x for x in Path("/proc/cpuinfo").read_text().splitlines() if x.startswith("model name")
@@ -122,13 +136,13 @@ def _processor() -> str:
 
 
 def machine() -> str:
-    """Says in words what this machine is: processor, cores, GPU, system."""
+    """Describes this machine: processor, cores, GPU and system, such as "..., 2 cores, Linux"."""
     gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
     return f"{_processor()}, {os.cpu_count()} cores{gpu}, {platform.system()}"
 
 
 def _commit() -> str | None:
-    """Returns the commit of the source tree, marked if changed; None outside a checkout."""
+    """Returns the commit of the source, with `-dirty` if files are changed; None without git."""
     root = Path(fedpress.__file__).parent.parent
     if not (root / ".git").exists():
         return None

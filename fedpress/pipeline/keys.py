@@ -1,4 +1,8 @@
-"""What a result hangs on: the settings of a run, resolved, and one key for each of its stages."""
+"""Decides whether results can be reused: the resolved settings of a run, and a key for each stage.
+
+Two stages with equal keys have equal data, model, seed and settings up to there, so their results
+are equal too. A resumed run compares its settings, and `--from` compares keys.
+"""
 
 from __future__ import annotations
 
@@ -19,30 +23,30 @@ from fedpress.stages.teaching import saved_teacher
 FIRST_KEYS = frozenset(files("fedpress.pipeline").joinpath("first_keys.txt").read_text().split())
 """The recipe keys of version 0.1.0, such as `data.source` or `stage.prune.finetune.epochs`.
 
-A key that came later is left out of the settings where it has its default, and so says nothing:
-older folders go on. Its default can therefore never change; what must change needs another key.
+Keys of later versions are left out of the settings if they have their default. So folders of older
+versions have equal settings and can be resumed. It follows that the default of a key never changes:
+for another default a new key is needed.
 """
 
 NAMES = ("kind", "name")
-"""Keys that tell tables apart: they always say something."""
+"""Keys that identify a table; they are never left out."""
 
 
 def settings_of(recipe: Recipe) -> dict[str, Any]:
-    """Returns the resolved recipe as JSON, without what may differ between machines.
+    """Returns the resolved recipe as JSON, without the path of the data and the device.
 
-    That is the path of the data, and the device.
-
-    A checkpoint or a teacher stands in it by its content.
+    These two may differ when a run is resumed on another machine. For a checkpoint, weights or a
+    teacher a hash of the content replaces the path.
     """
     tree: dict[str, Any] = json.loads(recipe.model_dump_json())
     tree["data"].pop("path", None)
-    # A run that began on a GPU may go on elsewhere: `note_environment` says that bits will differ.
+    # A run that began on a GPU may continue on a CPU. `write_environment` warns about other bits.
     tree.pop("device", None)
     leave_out_defaults_(tree["data"], recipe.data, "data")
     leave_out_defaults_(tree["model"], recipe.model, "model")
     for stage, table in zip(recipe.stage, tree["stage"], strict=True):
         leave_out_defaults_(table, stage, f"stage.{stage.kind}")
-    # Saved models count by their numbers, not by their path, which differs between machines.
+    # The hash of the weights: the path may differ between machines, and the file may be replaced.
     if recipe.model.checkpoint is not None:
         model = saved_model(recipe.model.checkpoint)[1]
         tree["model"]["checkpoint"] = fingerprint(*model.state_dict().values())
@@ -59,7 +63,7 @@ def settings_of(recipe: Recipe) -> dict[str, Any]:
 def leave_out_defaults_(table: dict[str, Any], settings: object, place: str) -> None:
     """Removes newer keys at their default from `table`, which is `settings` as JSON.
 
-    What is called otherwise now stands by its old word.
+    Keys and values that were renamed get their old names, as older folders have them.
     """
     if not isinstance(settings, BaseModel):
         return
@@ -70,7 +74,7 @@ def leave_out_defaults_(table: dict[str, Any], settings: object, place: str) -> 
     for key, field in type(settings).model_fields.items():
         value, at = getattr(settings, key), f"{place}.{key}"
         default = field.get_default(call_default_factory=True)
-        # Older folders do not have newer keys: at their default they must not make a difference.
+        # Older folders lack newer keys. A default value must not make the settings differ.
         if key not in NAMES and at not in FIRST_KEYS and value == default:
             table.pop(key, None)
             continue
@@ -83,15 +87,15 @@ def leave_out_defaults_(table: dict[str, Any], settings: object, place: str) -> 
 
 
 def stage_keys(recipe: Recipe, streams: int = STREAMS) -> list[str]:
-    """Returns a key for each stage; equal keys: equal data, model, seed and stages so far.
+    """Returns a key for each stage: the SHA-256 of seed, data, model and stages up to this one.
 
     Args:
-        recipe: whose stages.
-        streams: the version of random streams that the run draws from; the first one says nothing.
+        recipe: the recipe.
+        streams: version of the random streams that the run uses (`fedpress.core.random.STREAMS`).
     """
     tree = settings_of(recipe)
     same = {key: tree[key] for key in ("seed", "data", "model")}
-    # Runs of version 0.1.0 have no entry for version 1 of the streams.
+    # fedpress 0.1.0 used version 1 and wrote no entry: without one, its keys stay valid.
     same |= {"streams": streams} if streams > 1 else {}
     texts = (
         json.dumps({**same, "stage": tree["stage"][: at + 1]}, sort_keys=True)

@@ -1,4 +1,4 @@
-"""The one place that measures what a model is worth and what it costs."""
+"""Measures the model after a stage: metrics on the test set, parameters, MACs, file, latency."""
 
 from __future__ import annotations
 
@@ -19,14 +19,15 @@ COSTS = (
 
 
 def measured_keys(task: Task) -> tuple[str, ...]:
-    """Returns all keys that `measure` gives."""
+    """Returns all keys that `measure` may return for this task."""
     return (*task.keys, *COSTS)
 
 
 def measure(state: State, *, latency: bool = True) -> dict[str, Any]:
     """Returns metrics and costs of the model of `state`; metrics are None without a test set.
 
-    The file is that of its numbers in float32, or packed where weights lie on grids.
+    `file_bytes` is the size of a file of float32 weights, or of a packed file if the model is
+    quantized.
     """
     test, task = state.data.test, state.data.task
     loss, metrics = None, dict[str, Any](dict.fromkeys(task.keys))
@@ -45,19 +46,18 @@ def measure(state: State, *, latency: bool = True) -> dict[str, Any]:
         "macs": macs_of(state),
         "file_bytes": storage.file_bytes(state.spec, model),
     }
-    if (
-        state.spec.sparse or "density" in state.facts
-    ):  # what zeros are worth shows in these two alone
+    # Zeros make neither the float32 file nor the MACs smaller: only these two show them.
+    if state.spec.sparse or "density" in state.facts:
         line["nonzero_parameters"] = storage.nonzero_parameters(model)
         line["packed_file_bytes"] = storage.packed_file_bytes(state.spec, model)
     if latency:
         speed = cost.latency(model, state.example(1))
-        # What lies on grids is computed on floats here; integers run in an exported file.
+        # torch computes a quantized model in float32. Only an exported file computes on integers.
         line |= {
             "latency_ms": speed.median_ms,
             "runtime": "torch, simulated" if state.spec.quantized else "torch",
         }
-        # `cost.latency` computes on one thread, however many torch has otherwise.
+        # `cost.latency` always uses one thread, whatever torch is set to.
         line["conditions"] = conditions("torch", threads=1, options={})
     return line
 

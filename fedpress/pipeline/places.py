@@ -1,4 +1,7 @@
-"""Renames the argument in an error to the recipe key that the user has written."""
+"""Renames arguments in errors to keys of the recipe: `score` -> `recipe.stage[2].score`.
+
+The functions that stages call do not know the recipe, so their errors name their own arguments.
+"""
 
 from __future__ import annotations
 
@@ -15,26 +18,25 @@ from fedpress.pipeline.recipe import ModelSettings
 from fedpress.stages.base import Stage
 
 TABLES: dict[str, type[BaseModel]] = {"data": DataSettings, "model": ModelSettings}
-"""The tables of a recipe beside its stages."""
+"""Tables of a recipe other than its stages."""
 _WORD = re.compile(r"\w+")
 
 
-def in_recipe(place: str, index: int, stage: Stage) -> str:
-    """Returns the recipe's key for the place that an error of a stage names.
+def recipe_place(place: str, index: int, stage: Stage) -> str:
+    """Converts the place of an error raised in a stage to a key of the recipe.
 
     Args:
         place: an argument (`score`), a key of the stage (`privacy.delta`, `prune.score` or
-            `stage.score`), something else (a file, a field of a message), or empty for the stage as
-            a whole.
-        index: of the stage in the recipe.
-        stage: its settings. Where arguments below have other names than its keys, `stage.places`
-            says which they are.
+            `stage.score`), a file, a field of a message, or empty for the stage as a whole.
+        index: position of the stage in the recipe.
+        stage: settings of the stage. `stage.places` maps arguments that have another name than
+            their key.
 
     >>> from fedpress.stages.federate.stage import FederateStage
     >>> stage = FederateStage(kind="federate", cohort=5, num_rounds=3)
-    >>> [in_recipe(place, 2, stage) for place in ("privacy.clip_norm", "stage.lr", "")]
+    >>> [recipe_place(place, 2, stage) for place in ("privacy.clip_norm", "stage.lr", "")]
     ['recipe.stage[2].privacy.clip_norm', 'recipe.stage[2].lr', 'recipe.stage[2] (federate)']
-    >>> in_recipe("data.validation", 2, stage)
+    >>> recipe_place("data.validation", 2, stage)
     'recipe.data.validation'
     """
     place = renamed(place, stage.places)
@@ -46,7 +48,7 @@ def in_recipe(place: str, index: int, stage: Stage) -> str:
 
 
 def _key(name: str, index: int, stage: Stage) -> str | None:
-    """Returns the recipe's key of an argument; None if it is none."""
+    """Returns the recipe key of an argument of the stage, of data or model; None if it is none."""
     at = f"recipe.stage[{index}]"
     found = _WORD.match(name)
     word = found[0] if found else ""
@@ -60,6 +62,7 @@ def _key(name: str, index: int, stage: Stage) -> str | None:
 
 def _in_table(name: str) -> str | None:
     """Returns the recipe key of `data.path` and so on; None for a file such as `data.csv`."""
+    # Only known keys are renamed, since the name of a file may begin with "data." too.
     table, _, rest = name.partition(".")
     found = _WORD.match(rest)
     known = table in TABLES and found is not None and found[0] in TABLES[table].model_fields
@@ -67,36 +70,36 @@ def _in_table(name: str) -> str | None:
 
 
 @contextmanager
-def placed_data() -> Iterator[None]:
-    """Lets errors of a data set name the keys of the recipe's table `[data]`."""
+def errors_of_data() -> Iterator[None]:
+    """Renames arguments in errors about a data set to keys of the recipe's table `[data]`."""
     with renaming({key: f"recipe.data.{key}" for key in DataSettings.model_fields}):
         yield
 
 
 @contextmanager
-def placed_device() -> Iterator[None]:
-    """Lets errors of a device that is missing name the key of the recipe."""
+def errors_of_device() -> Iterator[None]:
+    """Renames `device` in errors about a missing device to `recipe.device`."""
     with renaming({"device": "recipe.device"}):
         yield
 
 
 @contextmanager
-def placed_model() -> Iterator[None]:
-    """Lets errors of a network that is built name the keys of the recipe's table `[model]`."""
+def errors_of_model() -> Iterator[None]:
+    """Renames arguments in errors about building a model to keys of the table `[model]`."""
     keys = ("architecture", "arguments")
     try:
         with renaming({f"spec.{key}": f"recipe.model.{key}" for key in keys}):
             yield
     except FedpressError as error:
-        if error.place == "model":  # and no file whose name begins so
+        if error.place == "model":  # exactly: a place such as "model.safetensors" is a file
             error.place = "recipe.model"
         error.change_arguments(lambda one: replace(one, name=_in_table(one.name) or one.name))
         raise
 
 
 @contextmanager
-def placed(index: int, stage: Stage) -> Iterator[None]:
-    """Lets errors that pass through name their place in the recipe; their cures name its keys."""
+def errors_of_stage(index: int, stage: Stage) -> Iterator[None]:
+    """Renames arguments in errors raised by a stage, in the place and in the cure."""
 
     def named(argument: Argument) -> Argument:
         key = _key(renamed(argument.name, stage.places), index, stage)
@@ -104,9 +107,10 @@ def placed(index: int, stage: Stage) -> Iterator[None]:
 
     try:
         yield
-    except RunError:  # the files of the run are no place in the recipe
+    # Its place is a file of the run folder, not a key of the recipe.
+    except RunError:
         raise
     except FedpressError as error:
-        error.place = in_recipe(error.place, index, stage)
+        error.place = recipe_place(error.place, index, stage)
         error.change_arguments(named)
         raise

@@ -1,4 +1,4 @@
-"""The result of a run: `result.json`, a line for each stage that is done, and what they come to."""
+"""Writes `result.json` of a run: facts of each finished stage, and the facts at the end."""
 
 from __future__ import annotations
 
@@ -22,13 +22,24 @@ def write_result(
     finished: bool,
     left_out: str,
 ) -> None:
-    """Writes `result.json` from the lines so far, and `ledger.json` if privacy was spent."""
+    """Writes `result.json`, and `ledger.json` if privacy was spent.
+
+    Args:
+        recipe: the recipe of the run.
+        folder: folder of the run.
+        results: facts of each finished stage.
+        finished: whether all stages are finished.
+        left_out: sentence about rows of the data that were not used; empty: none.
+    """
     if results[-1].get("ledger"):
         write_json_with_checksum(folder.path / "ledger.json", results[-1]["ledger"], folder.path)
-    lines = [{k: v for k, v in r.items() if k != "ledger"} for r in results]
-    take_metrics_of_files_(recipe.stage[: len(lines)], lines)
+    lines = []
+    for result in results:
+        lines.append({key: value for key, value in result.items() if key != "ledger"})
+    replace_simulated_metrics_(recipe.stage[: len(lines)], lines)
     # The total leaves out time between stages, such as loading data.
     total = round(sum(line["seconds"] for line in lines), 2)
+    # The last value of each fact: `epsilon` of a federation is still final after an export.
     final: dict[str, Any] = {}
     for line in lines:
         final |= line
@@ -48,17 +59,17 @@ def write_result(
     )
 
 
-def take_metrics_of_files_(stages: Sequence[Stage], lines: Sequence[dict[str, Any]]) -> None:
-    """Replaces the metrics of a simulated model by those of its exported file.
+def replace_simulated_metrics_(stages: Sequence[Stage], lines: Sequence[dict[str, Any]]) -> None:
+    """Replaces the metrics of a quantized model that torch simulates by those of its exported file.
 
-    A device runs that. What the simulation reached stays as `accuracy_simulated`, or whatever the
-    task goes by.
+    A device runs the file, so its metrics count. The simulated primary metric is kept under another
+    key, such as `accuracy_simulated`.
 
     Args:
-        stages: of the recipe, as many as are done.
-        lines: theirs, which are changed.
+        stages: the finished stages.
+        lines: their facts, which are changed.
     """
-    source: dict[str, Any] | None = None  # the line of the stage that made the present model
+    source: dict[str, Any] | None = None  # line of the last stage that changed the model
     simulated = False
     for stage, line in zip(stages, lines, strict=True):
         if stage.changes_model:
@@ -72,6 +83,6 @@ def take_metrics_of_files_(stages: Sequence[Stage], lines: Sequence[dict[str, An
 
 
 def read_finished(folder: RunFolder) -> bool:
-    """Whether the run has come to its end."""
+    """Whether all stages of the run are finished."""
     path = folder.path / "result.json"
     return path.exists() and bool(read_json(path, cure=CURES[path.name]).get("finished"))

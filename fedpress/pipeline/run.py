@@ -1,4 +1,4 @@
-"""A checked recipe becomes a run: stage after stage runs, is measured, and saved."""
+"""Runs the stages of a checked recipe in order; each is measured and saved before the next."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fedpress.data import FederatedData
 from fedpress.nn.quantized import kept_entries, materialize_, note_kept_zeros_
 from fedpress.pipeline.keys import stage_keys
 from fedpress.pipeline.measure import measure, measured_keys
-from fedpress.pipeline.places import placed
+from fedpress.pipeline.places import errors_of_stage
 from fedpress.pipeline.recipe import Recipe
 from fedpress.pipeline.result import write_result
 from fedpress.pipeline.start import first_state, parent_of, with_parent
@@ -35,18 +35,18 @@ def execute(
     reuse: RunFolder | None = None,
     network: Network | None = None,
 ) -> Iterator[Event]:
-    """Runs the stages that are not done yet; yields events and writes `result.json`.
+    """Runs the stages that are not finished; yields events and writes `result.json`.
 
     Args:
         recipe: the checked recipe.
-        folder: where everything goes.
+        folder: folder of the run.
         data: the loaded data set.
-        reuse: another run, whose finished stages are taken over while their settings are equal.
-        network: reaches clients on other machines; None: those of `data` are simulated.
+        reuse: another run; its first stages are copied as long as their settings are equal.
+        network: reaches clients on other machines; None: the clients of `data` are simulated.
 
     Raises:
         RunError: if another process works in the folder.
-        FedpressError: if a stage cannot go on; what was computed is saved.
+        FedpressError: if a stage fails; finished stages and checkpoints are kept.
     """
     with folder.locked():
         yield from _stages(recipe, folder, data, reuse, network)
@@ -66,7 +66,7 @@ def _stages(
     _check_streams(recipe, folder, keys)
     for index, (stage, key) in enumerate(zip(recipe.stage, keys, strict=True)):
         place = folder.stage(index, stage.kind, stage.name)
-        # The key names data, model, seed and all stages so far: equal keys mean the same result.
+        # The key is a hash of data, model, seed and all stages so far: equal keys, equal result.
         done = place.finished(key)
         if done is not None:
             log.info("stage %s is finished already", stage.name)
@@ -86,7 +86,7 @@ def _stages(
         # the same model, bit for bit.
         spec, model = place.load()
         before = state
-        # A line may tell of a file for a device; the model is still worth what it was.
+        # After an export the primary metric is that of the file, not of the model: keep the old one.
         of_model = not (stage.reports_artifact or stage.repeats_measurements)
         score = done.result.get(data.task.primary) if of_model else state.score
         state = replace(state, spec=spec, model=model, ledger=_ledger(done), score=score)
@@ -94,19 +94,18 @@ def _stages(
         log.info("stage %s has ended after %.1f s", stage.name, done.result["seconds"])
         records = done.records
         results.append(done.result)
-        told = data.left_out_sentence(private=recipe.private)
+        finished = index + 1 == len(recipe.stage)
+        left_out = data.left_out_sentence(private=recipe.private)
         # Written after each stage, so that an interrupted run has a report too.
-        write_result(
-            recipe, folder, results, finished=index + 1 == len(recipe.stage), left_out=told
-        )
+        write_result(recipe, folder, results, finished=finished, left_out=left_out)
         yield StageFinished(index, done.result)
 
 
 def _check_streams(recipe: Recipe, folder: RunFolder, keys: Sequence[str]) -> None:
-    """Refuses to do a stage with other random streams than those that the run began with.
+    """Refuses to continue a run that began with another version of the random streams.
 
     Raises:
-        RunError: before anything is changed.
+        RunError: if the versions differ and a stage is not finished.
     """
     if folder.streams == STREAMS:
         return
@@ -123,23 +122,36 @@ def _do(
     records: int,
     last: Sequence[dict[str, Any]],
 ) -> Generator[Event, None, Done]:
-    """Runs one stage from its last checkpoint, measures and saves it; `last`: the line before."""
+    """Runs one stage from its last checkpoint, measures the model, and saves model and facts.
+
+    Args:
+        stage: the stage.
+        state: state before the stage.
+        place: folder of the stage.
+        key: key of the stage (see `stage_keys`).
+        records: number of records that earlier stages have written.
+        last: the facts of the stage before, in a list; empty for the first stage.
+    """
     began, before = time.perf_counter(), place.begin(records)
-    with placed(place.index, stage):
+    with errors_of_stage(place.index, stage):
         state = yield from stage.run(state, place)
     state = _settled(state)
     seconds = before + time.perf_counter() - began
     if last and stage.repeats_measurements:
         known = measured_keys(state.data.task)
-        told = {key: value for key, value in last[0].items() if key in known}
+        measured = {key: value for key, value in last[0].items() if key in known}
     else:
         yield Tick(1, 1, f"measuring on {len(state.data.test):,} test examples")
-        told = measure(state, latency="latency_ms" not in state.facts)
-    return place.finish(state.spec, state.model, _line(state, stage, seconds, told), key=key)
+        measured = measure(state, latency="latency_ms" not in state.facts)
+    return place.finish(state.spec, state.model, _line(state, stage, seconds, measured), key=key)
 
 
 def _settled(state: State) -> State:
-    """Rounds weights to their grids, since training leaves them beside; records pruned ones."""
+    """Rounds quantized weights to their grids and notes which weights are pruned.
+
+    Training keeps float weights between the grid points; the saved model must have rounded ones.
+    """
+    # Before rounding, which can make a small weight 0 that was not pruned.
     kept = kept_entries(state.model, state.spec.sparse if state.spec.quantized else ())
     materialize_(state.model)
     noted = note_kept_zeros_(state.model, kept)
@@ -153,8 +165,8 @@ def _ledger(done: Done) -> Ledger | None:
     return Ledger.from_json(json.dumps(page)) if page else None
 
 
-def _line(state: State, stage: Stage, seconds: float, told: dict[str, Any]) -> dict[str, Any]:
-    """The line of one stage, with what was measured on the test set once, for reporting only."""
+def _line(state: State, stage: Stage, seconds: float, measured: dict[str, Any]) -> dict[str, Any]:
+    """Returns the facts of one stage for `result.json`: its name, measurements, and own facts."""
     ledger = {"ledger": json.loads(state.ledger.to_json())} if state.ledger is not None else {}
     line = {"kind": stage.kind, "name": stage.name, "seconds": round(seconds, 2)}
-    return line | told | dict(state.facts) | ledger
+    return line | measured | dict(state.facts) | ledger

@@ -1,4 +1,4 @@
-"""Builds the state before the first stage from a recipe and its data."""
+"""Loads the data of a recipe, and builds the state before its first stage: model, data, device."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from fedpress.errors import Argument, FedpressError, ModelError, RecipeError, Wo
 from fedpress.models import ModelSpec, memory
 from fedpress.models.weights import load_weights_
 from fedpress.pipeline.arguments import KEYS
-from fedpress.pipeline.places import placed_data, placed_device, placed_model
+from fedpress.pipeline.places import errors_of_data, errors_of_device, errors_of_model
 from fedpress.pipeline.recipe import ModelSettings, Recipe
 from fedpress.training import device
 from fedpress.workspace.state import Loader, State
@@ -31,25 +31,26 @@ from fedpress.workspace.state import Loader, State
 log = logger(__name__)
 
 NO_DATA = "no data"
-"""Name of the data set that stands in where none is given: one example of noise."""
+"""Name of the placeholder data set of a command without data: one example of noise."""
 
 
 def load_data(recipe: Recipe, *, progress: Progress | None = None) -> data_sets.FederatedData:
-    """Loads the recipe's data set, dealt to clients.
+    """Loads the recipe's data set and divides it among clients.
 
-    A source `module:function` is called; from now on the files of runs may name it too.
+    A source `module:function` is called, and is allowed in files of runs from now on.
 
     Raises:
-        TrainingError: if the recipe's device is missing; a download would have been in vain.
+        TrainingError: if the recipe's device is missing.
         DataError: if the data cannot be read or do not fit the settings.
     """
+    # A missing device must fail before a long download.
     at = device_of(recipe)
     log.info("device %s (%s in the recipe)", at, recipe.device)
     # The user named this function in the recipe, which is consent to call it.
     if consent.NAME.fullmatch(recipe.data.source):
         consent.allow(recipe.data.source)
     log.info("data come from %s", recipe.data.source)
-    with placed_data():
+    with errors_of_data():
         return data_sets.load(recipe.data, derive(recipe.seed, "data"), progress=progress)
 
 
@@ -59,15 +60,15 @@ def device_of(recipe: Recipe) -> torch.device:
     Raises:
         TrainingError: if this machine does not have it.
     """
-    with placed_device():
+    with errors_of_device():
         return device.find(recipe.device)
 
 
 def saved_model(path: Path) -> tuple[ModelSpec, nn.Module]:
-    """Loads the model that a recipe names as its checkpoint.
+    """Loads the model at `model.checkpoint` of a recipe.
 
     Raises:
-        ModelError: if it is none, with the keys of the recipe that take such a file.
+        ModelError: if it cannot be loaded; the cure names the recipe key for such a file.
     """
     try:
         return storage.load(path)
@@ -79,7 +80,7 @@ def saved_model(path: Path) -> tuple[ModelSpec, nn.Module]:
 
 
 def first_state(recipe: Recipe, data: data_sets.FederatedData) -> State:
-    """Returns the state before the first stage: fresh weights.
+    """Returns the state before the first stage, with new weights or those of the checkpoint.
 
     Raises:
         RecipeError: if the model does not take the data's examples or has another number of
@@ -95,14 +96,15 @@ def first_state(recipe: Recipe, data: data_sets.FederatedData) -> State:
         **({"class_names": data.class_names, "task": data.task.to_json()} if data.labelled else {}),
         "input_dtype": dtype_of(examples.x),
     }
-    # Fresh weights come from torch's global generator; the stream has a name of its own.
+    # torch.nn draws new weights from the global generator. Its own name ("weights") keeps the
+    # stream independent of the others of the run.
     torch.manual_seed(derive(recipe.seed, "weights"))
     if recipe.model.checkpoint is not None:
         spec, model = saved_model(recipe.model.checkpoint)
         spec = spec.model_copy(update=about)
     else:
         _check_mlp(recipe.model, about["input_shape"], data)
-        with placed_model():
+        with errors_of_model():
             spec, model = _built(recipe.model, about)
     try:
         with torch.inference_mode():
@@ -118,12 +120,12 @@ def first_state(recipe: Recipe, data: data_sets.FederatedData) -> State:
 
 
 def _check_mlp(settings: ModelSettings, shape: Shape, data: data_sets.FederatedData) -> None:
-    """Checks the number of inputs of the built-in `mlp`, which the user must give.
+    """Checks `in_features` of the built-in `mlp`.
 
-    Other architectures are simply run: only of this one it is known which argument is wrong.
+    Other architectures are only run on an example: which argument of theirs is wrong is not known.
 
     Raises:
-        RecipeError: if it is not that of one example, with the arguments that fit.
+        RecipeError: if an example has another number of values; the cure names the right arguments.
     """
     if settings.architecture != "mlp" or isinstance(shape, dict):
         return
@@ -147,14 +149,14 @@ def _check_mlp(settings: ModelSettings, shape: Shape, data: data_sets.FederatedD
 
 
 def _not_taken(recipe: Recipe, spec: ModelSpec, model: nn.Module, error: Exception) -> RecipeError:
-    """Returns the error of a network that does not run on an example of the data."""
-    # A module in memory goes by the name of its class; `IN_MEMORY` is a name that no user has written.
+    """Returns the error for a network that fails on an example of the data."""
+    # For a module in memory the name of its class: `IN_MEMORY` is an internal name.
     in_memory = recipe.model.architecture == memory.IN_MEMORY
     name = type(model).__name__ if in_memory else spec.architecture
     reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
     cure: Words
     if isinstance(error, FedpressError) and error.cure:
-        # Such as other names of inputs: this error knows better what to do.
+        # A more precise error, for example about wrong names of inputs. Its cure is better.
         reason = error.problem
         cure = error.cure
     elif recipe.model.takes_arguments:
@@ -170,7 +172,10 @@ def _not_taken(recipe: Recipe, spec: ModelSpec, model: nn.Module, error: Excepti
 
 
 def _built(settings: ModelSettings, about: dict[str, Any]) -> tuple[ModelSpec, nn.Module]:
-    """Builds an architecture, with fresh weights or those of a state dict."""
+    """Builds an architecture with new weights or those of a state dict.
+
+    `about` has further fields of the spec: input shape, mean, std, class names, task.
+    """
     assert settings.architecture is not None
     spec = ModelSpec(architecture=settings.architecture, arguments=settings.arguments, **about)
     spec, model = spec.build_for_user()
@@ -188,11 +193,13 @@ def _check_outputs(
         data.task.check(found, targets)
     except ModelError as error:
         number = data.task.outputs
-        less = f"make it return {number} numbers"
-        cure: Words = less
+        sentence = f"make it return {number} numbers"
+        cure: Words = sentence
         if recipe.model.takes_arguments:
             argument = Argument("recipe.model.arguments.num_classes", number)
-            cure = (less, ", for instance with ", argument)
+            cure = (sentence, ", for instance with ", argument)
+        # Outputs of another shape are no answers of this task (a segmentation, for example):
+        # another number of classes would not help.
         dims = targets.dim() + 1 if data.task.targets == "classes" else 2
         if not isinstance(found, Tensor) or found.dim() != dims:
             cure = (
@@ -205,7 +212,10 @@ def _check_outputs(
 
 
 def with_parent(state: State, before: State, load: Loader | None) -> State:
-    """Records how to `load` the model as it was before the first stage that changed its spec."""
+    """Notes in `state.parent` how to `load` the model before the first stage that changed its spec.
+
+    It is the teacher of stages with `teacher = "dense"`.
+    """
     if (
         state.parent is None
         and load is not None
@@ -216,16 +226,16 @@ def with_parent(state: State, before: State, load: Loader | None) -> State:
 
 
 def parent_of(recipe: Recipe, data: data_sets.FederatedData) -> Loader | None:
-    """Returns the loader of the recipe's first model; None for untrained weights."""
+    """Returns a function that loads the recipe's first model; None if its weights are untrained."""
     if recipe.model.checkpoint is not None:
         return partial(saved_model, recipe.model.checkpoint)
     return partial(_started, recipe, data) if recipe.model.trained else None
 
 
-def pair_of(state: State) -> tuple[ModelSpec, nn.Module]:
-    """Returns the model of `state` with its spec, as a `Loader` does."""
+def spec_and_model(state: State) -> tuple[ModelSpec, nn.Module]:
+    """Returns the spec and the model of `state`, as a `Loader` does."""
     return state.spec, state.model
 
 
 def _started(recipe: Recipe, data: data_sets.FederatedData) -> tuple[ModelSpec, nn.Module]:
-    return pair_of(first_state(recipe, data))
+    return spec_and_model(first_state(recipe, data))

@@ -1,4 +1,4 @@
-"""A sweep: a recipe for all combinations of some values, and its Pareto front."""
+"""Runs a recipe for all combinations of some values, and finds the Pareto fronts."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fedpress.errors import FedpressError, RecipeError, RunError
 from fedpress.pipeline import recipe as recipes
 from fedpress.pipeline import run as runs
 from fedpress.pipeline.check import check_recipe
-from fedpress.pipeline.environment import environment, note_environment
+from fedpress.pipeline.environment import environment, write_environment
 from fedpress.pipeline.keys import settings_of, stage_keys
 from fedpress.pipeline.recipe import Recipe
 from fedpress.pipeline.start import device_of, load_data
@@ -26,7 +26,7 @@ from fedpress.workspace.atomic import read_json, write_json, writing
 from fedpress.workspace.folder import RunFolder
 from fedpress.workspace.state import Event
 
-SHOWN = (
+COPIED_KEYS = (
     "test_examples",
     "loss",
     "parameters",
@@ -36,13 +36,18 @@ SHOWN = (
     "runtime",
     "seconds",
 )
-"""Keys of each stage that `sweep.json` copies, beside its metric and standard error."""
-LONGEST = 80  # letters of a folder's name
+"""Keys of each stage that are copied to `sweep.json`, beside its metric and standard error."""
+MAX_FOLDER_NAME = 80  # characters: file systems allow 255 bytes, and a character may take three
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One combination: a short name for people, and the overrides that make it."""
+    """One combination of values.
+
+    Attributes:
+        name: short name for tables and folders, such as `keep_params=0.5 bits=8`.
+        overrides: overrides of the recipe, such as `stage.1.keep_params=0.5`.
+    """
 
     name: str
     overrides: tuple[str, ...]
@@ -50,10 +55,10 @@ class Variant:
 
 @dataclass(frozen=True)
 class VariantStarted:
-    """A variant begins: go through `events` to the end before you ask for the next one.
+    """A variant begins. The caller must take all `events`, which does the variant's work.
 
-    `notes` are what a person must know of a variant that is resumed (see
-    `fedpress.pipeline.run.note_environment`).
+    `notes` are warnings about a resumed variant (see
+    `fedpress.pipeline.environment.write_environment`).
     """
 
     variant: Variant
@@ -63,14 +68,14 @@ class VariantStarted:
 
 @dataclass(frozen=True)
 class VariantFinished:
-    """A variant has ended, with what stopped it if it failed."""
+    """A variant has ended; `error` is None if it succeeded."""
 
     variant: Variant
     error: FedpressError | None = None
 
 
 def split_values(text: str) -> list[str]:
-    """Splits at the commas that stand outside brackets, braces and quotes.
+    """Splits a list of TOML values at commas outside of brackets, braces and quotes.
 
     Raises:
         RecipeError: if a value is empty, or a bracket or quote is not closed.
@@ -102,7 +107,7 @@ def split_values(text: str) -> list[str]:
 
 
 def variants(values: Sequence[str], seeds: Sequence[int] = ()) -> list[Variant]:
-    """Returns all combinations of `key=value,value` and seeds; the last key changes first.
+    """Returns all combinations of `key=value,value` and seeds; the last key changes fastest.
 
     Raises:
         RecipeError: if a key has no values or comes twice.
@@ -121,10 +126,10 @@ def variants(values: Sequence[str], seeds: Sequence[int] = ()) -> list[Variant]:
     return found
 
 
-def in_all(variants: Sequence[Variant]) -> tuple[str, ...]:
-    """Returns the overrides that all variants have: of the keys that were given one value.
+def common_overrides(variants: Sequence[Variant]) -> tuple[str, ...]:
+    """Returns the overrides that all variants share: those of keys with a single value.
 
-    >>> in_all(variants(["data.path=x.csv", "stage.1.keep_params=0.5,0.3"]))
+    >>> common_overrides(variants(["data.path=x.csv", "stage.1.keep_params=0.5,0.3"]))
     ('data.path=x.csv',)
     """
     first, *others = variants
@@ -154,7 +159,7 @@ def _value_lists(values: Sequence[str], seeds: Sequence[int]) -> dict[str, list[
 
 
 def _short_names(keys: Sequence[str]) -> dict[str, str]:
-    """Returns the last word of each key where it is no other's, else the whole key."""
+    """Returns a short name for each key: its last part if that is unique, else the whole key."""
     short = {key: key.rpartition(".")[2] for key in keys}
     words = list(short.values())
     return {key: word if words.count(word) == 1 else key for key, word in short.items()}
@@ -170,15 +175,15 @@ def execute(
 ) -> Iterator[VariantStarted | VariantFinished]:
     """Runs each variant in its own run folder in `place`; writes `sweep.json` after each.
 
-    What an earlier variant has done under equal settings is taken over; what was interrupted goes
-    on. A variant that fails is noted, and the others go on.
+    Stages that an earlier variant has run with equal settings are copied. Interrupted variants are
+    resumed. If a variant fails, its error is written and the next one starts.
 
     Args:
         text: the recipe as TOML.
         todo: the variants.
-        place: the folder of the sweep.
-        extra: further overrides of all variants.
-        command: noted in every run's environment.
+        place: folder of the sweep.
+        extra: further overrides for all variants.
+        command: the user's command, for `environment.json` of every run.
 
     Raises:
         RunError: if another process works on the sweep.
@@ -209,29 +214,29 @@ def _variants(
             else:
                 RunFolder.check_free(path, own)
                 folder = RunFolder.create(path, own, settings)
-            # Variants that deal the same rows share one loaded data set. Only the last is kept, so
-            # that memory does not grow with the number of variants.
+            # Variants with equal data settings share one loaded data set. Only the last is kept,
+            # so that memory does not grow with the number of variants.
             key = f"{recipe.data.model_dump_json()} {derive(recipe.seed, 'data')}"
             if key not in loaded:
                 loaded = {key: load_data(recipe)}
             check_recipe(recipe, loaded[key])
-            notes = note_environment(folder, command, device=device_of(recipe))
+            notes = write_environment(folder, command, device=device_of(recipe))
             keys = stage_keys(recipe, folder.streams)
             reuse = _nearest(recipe, keys, earlier)
             earlier.append((keys, folder))
             yield VariantStarted(
                 variant, runs.execute(recipe, folder, loaded[key], reuse=reuse), tuple(notes)
             )
-            # A caller that stops half-way would otherwise leave the variant without a result.
+            # A caller that stops taking events leaves the variant unfinished: that is an error.
             if not read_json(path / "result.json").get("finished"):
                 raise RunError(
                     "its events were not followed to the end",
                     place=path,
                     cure="go on with the same sweep",
                 )
-        # One bad combination must not cost the others.
+        # One wrong combination must not stop the others.
         except FedpressError as failure:
-            # Its frames would keep the variant's model and data alive.
+            # The frames of the traceback would keep the variant's model and data in memory.
             failure.__traceback__ = failure.__cause__ = failure.__context__ = None
             error = failure
         done.append((variant, path, error))
@@ -240,8 +245,8 @@ def _variants(
 
 
 def _free(folder: Path, name: str, taken: set[Path]) -> Path:
-    # Names of values may hold what no file system takes, or be longer than it allows.
-    plain = re.sub(r"[^\w.=+-]+", "_", name)[:LONGEST].strip("_.") or "variant"
+    # Values may have characters that are not allowed in file names, or be too long.
+    plain = re.sub(r"[^\w.=+-]+", "_", name)[:MAX_FOLDER_NAME].strip("_.") or "variant"
     path, number = folder / plain, 1
     while path in taken:
         number += 1
@@ -253,7 +258,7 @@ def _free(folder: Path, name: str, taken: set[Path]) -> Path:
 def _nearest(
     recipe: Recipe, keys: Sequence[str], earlier: Sequence[tuple[list[str], RunFolder]]
 ) -> RunFolder | None:
-    """Returns the earlier run with the most equal first stages; None if none has any."""
+    """Returns the earlier run with the most finished first stages in common; None if none."""
 
     def common(others: Sequence[str], folder: RunFolder) -> int:
         pairs = [*zip(recipe.stage, keys, others, strict=False)]
@@ -270,9 +275,9 @@ def _nearest(
 
 
 def _shown(stage: dict[str, Any]) -> dict[str, Any]:
-    """Returns what a sweep shows of one stage."""
+    """Returns the facts of one stage that `sweep.json` has."""
     metric = task_of(stage).primary
-    keys = ("kind", "name", "task", metric, f"{metric}_error", *SHOWN)
+    keys = ("kind", "name", "task", metric, f"{metric}_error", *COPIED_KEYS)
     return {key: stage[key] for key in keys if key in stage}
 
 
@@ -305,15 +310,15 @@ def _write(
 
 
 def front(page: dict[str, Any], cost: str) -> list[str]:
-    """Returns the Pareto front: finished variants that no other beats in cost and metric.
+    """Returns the names of the variants on the Pareto front of the metric against `cost`.
 
-    Latencies are compared within one runtime only; each has its own front.
+    Latencies of different runtimes are not comparable, so each runtime has its own front.
     """
-    ends = [
-        (v["name"], v["stages"][-1]) for v in page["variants"] if not v["error"] and v["stages"]
-    ]
     groups: dict[str, list[tuple[str, dict[str, Any]]]] = {}
-    for name, stage in ends:
+    for variant in page["variants"]:
+        if variant["error"] or not variant["stages"]:
+            continue
+        name, stage = variant["name"], variant["stages"][-1]
         if stage.get(cost) is not None and stage.get(task_of(stage).primary) is not None:
             runtime = str(stage.get("runtime")) if cost == "latency_ms" else ""
             groups.setdefault(runtime, []).append((name, stage))
@@ -325,22 +330,22 @@ def front(page: dict[str, Any], cost: str) -> list[str]:
 
 
 def _worth(stage: dict[str, Any]) -> float:
-    """The primary metric such that more is better."""
+    """Returns the primary metric, negated if lower is better."""
     task = task_of(stage)
     value = float(stage[task.primary])
     return value if task.higher_is_better else -value
 
 
 def pareto(points: Sequence[tuple[float, float]]) -> list[int]:
-    """Returns the positions of the points (cost, value) that no other beats, by rising cost.
+    """Returns the positions of the Pareto-optimal points (cost, value), by rising cost.
 
-    One point beats another if it costs no more and is worth no less, and one of the two is better.
-    Points with NaN are never among them. Sorted once, so it takes n log n (Kung et al. 1975).
+    A point is dominated if another has at most its cost and at least its value, and is better in
+    one of the two. Points with NaN are left out. It takes n log n steps (Kung et al. 1975).
 
     >>> pareto([(2.0, 0.9), (1.0, 0.8), (3.0, 0.85)])
     [1, 0]
     """
-    # Sorted by cost, a point is on the front if it is worth more than all before it.
+    # Sorted by cost, a point is on the front if its value is above those of all cheaper points.
     order = [at for at, pair in enumerate(points) if not any(math.isnan(x) for x in pair)]
     order.sort(key=lambda at: (points[at][0], -points[at][1]))
     kept: list[int] = []

@@ -256,7 +256,7 @@ def _codes(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
             try:
                 found = layer.quantize(key)
             except ModelError as error:
-                float_layers[name] = error.told(place="")
+                float_layers[name] = error.sentence(place="")
                 continue
             # Packing must be lossless: weights that were changed after quantization stay float.
             if _same_bits(layer.dequantize(found, key), getattr(layer, key)):

@@ -21,7 +21,13 @@ from fedpress.errors import (
     Shell,
 )
 from fedpress.pipeline import recipe as recipes
-from fedpress.pipeline.arguments import ROWS, in_command, in_shell, naming_arguments, place_in_shell
+from fedpress.pipeline.arguments import (
+    ROWS,
+    command_place,
+    errors_of_command,
+    shell_place,
+    shell_text,
+)
 from fedpress.pipeline.commands.subject import ChosenModel
 from fedpress.pipeline.recipe import Override
 from fedpress.stages.table import commands as rows_of_commands
@@ -31,7 +37,7 @@ DATA = '[data]\nsource = "digits"\n[model]\narchitecture = "mlp"\n'
 
 
 def in_the_shell(error):
-    return error.told(in_shell, place=place_in_shell(error.place))
+    return error.sentence(shell_text, place=shell_place(error.place))
 
 
 def options():
@@ -92,13 +98,13 @@ def test_a_command_takes_every_flag_that_its_errors_may_name():
 )
 def test_an_argument_is_written_as_each_reader_writes_it(argument, python, shell):
     assert str(argument) == python
-    assert in_shell(argument) == shell
+    assert shell_text(argument) == shell
 
 
 def test_what_a_shell_is_told_can_be_read_back_as_an_override():
     for value in (0.5, True, 3, [1, 2], "a b"):
         argument = Argument("recipe.stage[0].x", value)
-        word = in_shell(argument).strip("'")
+        word = shell_text(argument).strip("'")
         assert Override.parse(word) == Override("stage.0.x", value, word)
 
 
@@ -119,14 +125,14 @@ def test_what_a_shell_is_told_can_be_read_back_as_an_override():
     ],
 )
 def test_a_place_of_the_recipe_is_an_argument_of_the_command(place, python):
-    assert in_command(place, "prune") == python
+    assert command_place(place, "prune") == python
 
 
 def test_where_all_data_are_public_more_data_take_the_place_of_a_share():
     cure = ("give public examples by ", Argument("recipe.data.public_share", 0.1))
     said = {}
     for all_public in (True, False):
-        with pytest.raises(DataError) as caught, naming_arguments("prune", all_public=all_public):
+        with pytest.raises(DataError) as caught, errors_of_command("prune", all_public=all_public):
             raise DataError("none", place="recipe.stage[0].calibration", cure=cure)
         said[all_public] = str(caught.value), in_the_shell(caught.value)
     assert said[True] == (

@@ -16,7 +16,7 @@ from fedpress.errors import FedpressError, ModelError, RecipeError, RunError, Tr
 from fedpress.models import load_model
 from fedpress.pipeline import recipe as recipes
 from fedpress.pipeline.check import check_recipe
-from fedpress.pipeline.environment import note_environment
+from fedpress.pipeline.environment import write_environment
 from fedpress.pipeline.keys import settings_of
 from fedpress.pipeline.start import first_state, load_data
 from fedpress.tasks import Classification
@@ -434,8 +434,8 @@ def test_a_check_says_sizes_bytes_noise_and_epsilon(tiny):
 
 def test_the_environment_keeps_the_first_command_and_those_that_resumed(tmp_path):
     folder = RunFolder(tmp_path)
-    note_environment(folder, "fedpress run x")
-    note_environment(folder, "fedpress run x --resume")
+    write_environment(folder, "fedpress run x")
+    write_environment(folder, "fedpress run x --resume")
     page = json.loads((tmp_path / "environment.json").read_text())
     assert page["command"] == "fedpress run x"
     assert page["resumed"] == [{"command": "fedpress run x --resume"}]

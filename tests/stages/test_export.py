@@ -13,7 +13,7 @@ from fedpress.nn.quant_scheme import QuantizationScheme, WeightQuantization
 from fedpress.nn.quantized import quantize_layers_
 from fedpress.pipeline import recipe as recipes
 from fedpress.pipeline.measure import measure
-from fedpress.pipeline.result import take_metrics_of_files_
+from fedpress.pipeline.result import replace_simulated_metrics_
 from fedpress.pipeline.start import first_state, load_data
 from fedpress.stages.export import ExportStage, difference_in_words
 from fedpress.stages.measure import measure_model
@@ -152,7 +152,7 @@ def test_the_accuracy_of_a_file_goes_to_the_quantize_stage_before_it_alone():
         ExportStage(kind="export"),
     ]
     lines = [{"accuracy": accuracy} for accuracy in (0.9, 0.9, 0.8, 0.7, 0.6)]
-    take_metrics_of_files_(stages, lines)
+    replace_simulated_metrics_(stages, lines)
     assert [line["accuracy"] for line in lines] == [0.8, 0.9, 0.8, 0.7, 0.6]
     assert lines[0]["accuracy_simulated"] == 0.9
     assert "accuracy_simulated" not in lines[3]

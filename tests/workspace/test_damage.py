@@ -10,7 +10,7 @@ from fedpress import storage
 from fedpress.errors import FedpressError, RunError
 from fedpress.pipeline import recipe as recipes
 from fedpress.pipeline import run as runs
-from fedpress.pipeline.environment import environment, note_environment
+from fedpress.pipeline.environment import environment, write_environment
 from fedpress.pipeline.keys import settings_of
 from fedpress.pipeline.start import load_data
 from fedpress.reports.html import write_report
@@ -37,7 +37,7 @@ def begun(text, path, *, resume=False, reuse=None):
     recipe = recipes.load(text)
     settings = settings_of(recipe)
     folder = RunFolder.resume(path, settings) if resume else RunFolder.create(path, text, settings)
-    note_environment(folder, "test")
+    write_environment(folder, "test")
     return runs.execute(recipe, folder, load_data(recipe), reuse=reuse)
 
 
@@ -239,7 +239,7 @@ def test_whoever_goes_on_elsewhere_is_told_that_bits_will_differ(
 ):
     path = copied(killed, tmp_path)
     folder = RunFolder.open(path)
-    assert note_environment(folder, "again") == []
+    assert write_environment(folder, "again") == []
     now = environment("x")
     for key, value in {
         "threads": 97,
@@ -252,14 +252,14 @@ def test_whoever_goes_on_elsewhere_is_told_that_bits_will_differ(
             "fedpress.pipeline.environment.environment",
             lambda command, device=None, k=key, v=value: now | {k: v, "command": command},
         )
-        [said] = note_environment(folder, "again")
+        [said] = write_environment(folder, "again")
         was = now[key]["name"] if key == "processor" else now[key]
         assert f"{key} {was} before, {value} now" in said
         assert "its bits will differ" in said
         monkeypatch.setattr(
             "fedpress.pipeline.environment.environment", lambda command, device=None: now
         )
-        [said] = note_environment(folder, "again")  # a part of it was done elsewhere
+        [said] = write_environment(folder, "again")  # a part of it was done elsewhere
         assert f"{key} {was}, {value} before, {was} now" in said
         shutil.copyfile(killed / "environment.json", path / "environment.json")
     first = json.loads((path / "environment.json").read_text())
@@ -267,9 +267,9 @@ def test_whoever_goes_on_elsewhere_is_told_that_bits_will_differ(
         json.dumps({k: v for k, v in first.items() if k != "processor"})
     )
     (path / "checksums").unlink()
-    assert note_environment(folder, "again") == []
+    assert write_environment(folder, "again") == []
     (path / "records.jsonl").unlink()
-    [said] = note_environment(folder, "again")
+    [said] = write_environment(folder, "again")
     assert "records.jsonl is missing" in said
 
 

@@ -85,7 +85,7 @@ def measure(
         # The caller's random numbers stay theirs.
         stack.enter_context(torch.random.fork_rng(devices=[]))
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        found = Found(inputs, checkpoint, stack)
+        found = Entries(inputs, checkpoint, stack)
         for number, given in enumerate(chosen):
             found.add_(number, given, folder, formats=formats, int8=int8)
         entries = found.entries
@@ -218,7 +218,7 @@ def _entry_of_model(
     return Entry(model, takes, *_counts(model, takes), file_bytes=size)
 
 
-class Found:
+class Entries:
     """All that is measured: the models that were given, and the files that they were exported to.
 
     Attributes:

@@ -17,7 +17,7 @@ from fedpress.errors import Argument, DataError, FedpressError, RecipeError
 from fedpress.models import ModelSpec
 from fedpress.pipeline import recipe as recipes
 from fedpress.pipeline import run as runs
-from fedpress.pipeline.arguments import naming_arguments
+from fedpress.pipeline.arguments import errors_of_command
 from fedpress.pipeline.check import check_recipe
 from fedpress.pipeline.commands.chosen_data import ChosenData
 from fedpress.pipeline.commands.subject import NO_SOURCE, ChosenModel
@@ -91,7 +91,7 @@ class OneStage:
                 "stage": [stage],
             }
         )
-        with naming_arguments(kind, all_public=data["source"] == NO_SOURCE):
+        with errors_of_command(kind, all_public=data["source"] == NO_SOURCE):
             # Keys of the stage go into its own table, so that errors name them as they were given.
             whole = recipes.completed(tables, [key for key in keys if _of_recipe(key)])
             own = [key for key in keys if not _of_recipe(key)]
@@ -229,7 +229,7 @@ class OneStage:
             yield from runs.execute(self.recipe, folder, data)
 
     def _naming(self) -> AbstractContextManager[None]:
-        return naming_arguments(self.kind, all_public=self.recipe.data.source == NO_SOURCE)
+        return errors_of_command(self.kind, all_public=self.recipe.data.source == NO_SOURCE)
 
 
 def _of_recipe(key: Override) -> bool:

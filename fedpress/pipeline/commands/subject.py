@@ -22,8 +22,8 @@ from fedpress.errors import Argument, DataError, ModelError, Words, did_you_mean
 from fedpress.models import ARCHITECTURES, ModelSpec, memory
 from fedpress.models.memory import Buildable
 from fedpress.pipeline import recipe as recipes
-from fedpress.pipeline.arguments import naming_arguments
-from fedpress.pipeline.places import placed_model
+from fedpress.pipeline.arguments import errors_of_command
+from fedpress.pipeline.places import errors_of_model
 from fedpress.pipeline.recipe import Override
 from fedpress.pipeline.start import NO_DATA
 from fedpress.workspace.atomic import read_json
@@ -105,7 +105,7 @@ class ChosenModel:
             arguments=table.get("arguments", {}),
             input_shape=(1,),
         )
-        with naming_arguments("model"), placed_model():
+        with errors_of_command("model"), errors_of_model():
             return spec.build_for_user()[1]
 
     def data(self) -> tuple[dict[str, Any], int] | None:

@@ -5,7 +5,7 @@ import pytest
 
 from fedpress.errors import Argument, RecipeError
 from fedpress.pipeline import recipe as recipes
-from fedpress.pipeline.arguments import in_shell
+from fedpress.pipeline.arguments import shell_text
 from tests.harness import tiered
 
 
@@ -195,7 +195,7 @@ def test_each_setting_that_a_cure_names_is_a_cure(digits, stage):
     assert given, caught.value
     together = [given] if "and public examples" in str(caught.value) else [[one] for one in given]
     for arguments in together:
-        recipes.load(digits, [broken, *(shlex.split(in_shell(one))[0] for one in arguments)])
+        recipes.load(digits, [broken, *(shlex.split(shell_text(one))[0] for one in arguments)])
 
 
 def test_the_sentence_of_a_misspelt_key_is_exact(digits):

@@ -12,7 +12,7 @@ import pytest
 import typer
 
 import fedpress
-from fedpress.api.door import ROWS
+from fedpress.api.names import ROWS
 from fedpress.cli import app
 
 ROOT = Path(__file__).parents[2]
@@ -100,14 +100,14 @@ def test_what_exists_in_python_exists_on_the_command_line_and_the_other_way_roun
     assert len(set(names)) == len(names)
     assert {name for name in names if "." not in name} == set(fedpress.__all__)
     assert all(callable(resolved(name)) for name in names)
-    typed = [re.match(r"fedpress(?: [a-z0-9]+)+", row.shell) for row in ROWS]
+    typed = [re.match(r"fedpress(?: [a-z0-9]+)+", row.command) for row in ROWS]
     assert sorted(found[0] for found in typed if found) == sorted(commands())
 
 
 def test_the_page_shows_the_table():
     page = (ROOT / "docs" / "python.md").read_text("utf-8")
     for row in ROWS:
-        assert f"| `fedpress.{row.name}` | `{row.shell}` | {row.words} |" in page
+        assert f"| `fedpress.{row.name}` | `{row.command}` | {row.description} |" in page
 
 
 def test_type_checkers_see_the_names_that_are_there():

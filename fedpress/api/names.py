@@ -1,7 +1,7 @@
-"""A table of what users can do: each name of `import fedpress`, and the command for the same.
+"""A table of the public names of `import fedpress`, each with the command that does the same.
 
-What Python can do the command line can do too, and the other way round. Tests compare both with
-this table, and `docs/python.md` shows it.
+Example: `fedpress.evaluate` is the command `fedpress eval MODEL`. Tests compare `fedpress.__all__`
+and the commands with this table, and `docs/python.md` shows it.
 """
 
 from __future__ import annotations
@@ -11,17 +11,17 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Row:
-    """One thing that can be done.
+    """One public name.
 
     Attributes:
-        name: in Python, without the leading `fedpress.`.
-        shell: the command, or what the same thing is called on the command line.
-        words: what it does.
+        name: name in Python, without the leading `fedpress.`.
+        command: the command that does the same, or how the command line shows such an object.
+        description: what it does, in a few words.
     """
 
     name: str
-    shell: str
-    words: str
+    command: str
+    description: str
 
 
 ROWS = (
@@ -31,21 +31,21 @@ ROWS = (
     Row("report", "fedpress report RUN", "draws the report of a run"),
     Row("recipes", "fedpress recipes", "lists the recipes that come with fedpress"),
     Row("train", "fedpress train MODEL", "trains on public examples"),
-    Row("distill", "fedpress distill MODEL", "trains to answer as a teacher does"),
+    Row("distill", "fedpress distill MODEL", "trains on the outputs of a teacher"),
     Row("prune", "fedpress prune MODEL", "removes whole channels"),
     Row("sparsify", "fedpress sparsify MODEL", "sets single weights to zero"),
     Row("l0", "fedpress l0 MODEL", "learns which weights or channels are needed"),
-    Row("quantize", "fedpress quantize MODEL", "gives weights and inputs fewer bits"),
+    Row("quantize", "fedpress quantize MODEL", "rounds weights and layer inputs to few bits"),
     Row("federate", "fedpress federate MODEL", "trains over clients that keep their data"),
-    Row("pack", "fedpress pack MODEL", "writes one small file that gives the same bits back"),
-    Row("export", "fedpress export MODEL", "writes the file that a device runs, and runs it back"),
-    Row("measure", "fedpress measure MODEL...", "measures what models cost in every runtime"),
-    Row("evaluate", "fedpress eval MODEL", "measures a model on examples"),
-    Row("predict", "fedpress predict MODEL INPUTS", "says what a model answers to examples"),
-    Row("load", "MODEL of every command", "opens a saved model as a module"),
-    Row("save", "fedpress save MODEL PATH", "writes a model such that every command opens it"),
-    Row("epsilon", "fedpress privacy epsilon", "the epsilon of noised sums"),
-    Row("noise_multiplier", "fedpress privacy noise", "the noise that keeps an epsilon"),
+    Row("pack", "fedpress pack MODEL", "compresses a model losslessly into one file"),
+    Row("export", "fedpress export MODEL", "writes a file for a device and compares it with torch"),
+    Row("measure", "fedpress measure MODEL...", "measures size and latency in every runtime"),
+    Row("evaluate", "fedpress eval MODEL", "measures accuracy and other metrics on examples"),
+    Row("predict", "fedpress predict MODEL INPUTS", "returns the answers of a model to examples"),
+    Row("load", "MODEL of every command", "loads a saved model as a module"),
+    Row("save", "fedpress save MODEL PATH", "saves a model as a folder or one file"),
+    Row("epsilon", "fedpress privacy epsilon", "the epsilon of a number of noised sums"),
+    Row("noise_multiplier", "fedpress privacy noise", "the noise multiplier for a given epsilon"),
     Row(
         "privacy.accounting.compose.spent",
         "fedpress privacy compose FILE",
@@ -58,7 +58,7 @@ ROWS = (
     ),
     Row("Recipe", "RECIPE, a TOML file", "the settings of a run, checked"),
     Row("Run", "RUN, a run folder", "a run: its result, model, records and events"),
-    Row("Result", "the run folder of a command", "what a call on one model gives back"),
+    Row("Result", "the run folder of a command", "the result of a call on one model"),
     Row("Predictions", "the CSV of fedpress predict", "answers, probabilities and outputs"),
     Row("FederatedData", "--data SOURCE", "clients with private examples, and the public parts"),
     Row("StageStarted", "a bar that begins", "an event of a run"),
