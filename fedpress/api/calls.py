@@ -215,7 +215,7 @@ def model_of(
 
 
 def _keys(settings: dict[str, Any], stack: ExitStack) -> list[Override]:
-    """Returns the settings as keys of the stage; a module as teacher stays registered in `stack`."""
+    """Returns the settings as keys of the stage; `stack` keeps a module as teacher registered."""
     # TOML cannot hold a module. The recipe names it by a number that is valid during the call.
     if isinstance(teacher := settings.get("teacher"), nn.Module):
         name = stack.enter_context(memory.registered(teacher))

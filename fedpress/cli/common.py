@@ -1,4 +1,4 @@
-"""What several commands share: options, locks, and loading data with bars."""
+"""Shared by the commands: option types, locks, errors as text, and loading data."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from fedpress.pipeline.recipe import Recipe
 
 exit_stack = ExitStack()
-"""Locks, and whatever else is held until the command ends; `main` releases them."""
+"""Context managers, such as locks of folders, that `main` closes when the command ends."""
 AllowCode = Annotated[
     list[str] | None,
     typer.Option(
@@ -58,10 +58,10 @@ Data = Annotated[Path | None, typer.Option(help="Folder or file of the data set;
 
 
 def required_recipe(recipe: str | None, context: typer.Context) -> str:
-    """Returns the recipe that was named.
+    """Returns the recipe argument of a command.
 
     Raises:
-        typer.BadParameter: if there is none.
+        typer.BadParameter: if it is missing.
     """
     if recipe is None:
         raise typer.BadParameter(
@@ -84,7 +84,7 @@ def with_device(overrides: Iterable[str] | None, device: str | None) -> list[str
 
 
 def run_to_resume(words: list[str]) -> tuple[Path | None, list[str]]:
-    """Returns the run folder among the words behind `--resume`, if any, and the other words."""
+    """Finds a run folder among the arguments; returns it, or None, and the other arguments."""
     for position, word in enumerate(words):
         if "=" not in word and (Path(word) / "settings.json").is_file():
             return Path(word), words[:position] + words[position + 1 :]
@@ -93,7 +93,7 @@ def run_to_resume(words: list[str]) -> tuple[Path | None, list[str]]:
 
 @contextmanager
 def stopping(message: str) -> Iterator[None]:
-    """Ends the command with `message` and the status 130 when somebody presses Ctrl-C."""
+    """Ends the command with `message` and exit code 130 (as shells do) after Ctrl-C."""
     try:
         yield
     except KeyboardInterrupt:
@@ -119,8 +119,8 @@ def show_keys(words: Sequence[str], *, of_stage: bool = False) -> None:
     """Prints the keys of a recipe with their defaults and meanings.
 
     Args:
-        words: the tables that are asked for; all of them where there are none.
-        of_stage: whether the words are kinds of stages; a codec of the same name is then left out.
+        words: names of tables, such as "federate"; empty: all tables.
+        of_stage: whether `words` are kinds of stages: then a codec of the same name is left out.
     """
     from fedpress.cli import terminal
     from fedpress.pipeline import recipe as recipes

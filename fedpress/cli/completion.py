@@ -1,7 +1,7 @@
-"""What a shell completes: recipes, sources, devices, and the keys of a recipe with their values.
+"""Shell completion of recipes, sources, devices, and keys of a recipe with their values.
 
-A shell asks at every tab, so nothing here loads torch: the keys stand in a file, `keys.txt`, which
-`python scripts/keys.py` writes anew.
+It runs at every press of Tab, so nothing here may import torch. The keys are read from `keys.txt`,
+which `python scripts/keys.py` writes.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from typing import NamedTuple
 import typer
 
 COMMON_KEYS = ("seed", "device", "data.", "model.")
-"""A command on one model takes the keys of its stage, and those of a recipe that begin so."""
+"""Beginnings of the recipe keys that every command on one model takes, beside those of its stage."""
 KEYS = Path(__file__).with_name("keys.txt")
 SHIPPED = Path(__file__).parents[1] / "pipeline" / "recipes"
 MAX_MEANING = 60  # characters: more would break the list that a shell shows
 
 Completions = list[tuple[str, str]]
-"""Words to choose from, each with what it means."""
+"""Completions: pairs of a word and its meaning."""
 
 
 class Key(NamedTuple):

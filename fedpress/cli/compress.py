@@ -1,4 +1,4 @@
-"""The commands on several models: measure and sweep; and all commands are added here."""
+"""The commands `measure` and `sweep`; also adds the command of each kind of stage."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a person sees of the log: nothing, or with `--verbose` all of it, on the error stream."""
+"""Shows log messages on the error stream with `--verbose`, and none without it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class ToErrorStream(logging.Handler):
 
 
 def take_flag(*words: str) -> bool:
-    """Says whether one of `words` stands on the command line, and takes it away from there."""
+    """Removes a flag such as `--debug` from `sys.argv`; returns whether it was there."""
     found = [word for word in sys.argv[1:] if word in words]
     sys.argv[1:] = [word for word in sys.argv[1:] if word not in words]
     return bool(found)
@@ -30,11 +30,11 @@ def take_flag(*words: str) -> bool:
 
 @contextmanager
 def show_log(*, debug: bool, verbose: bool) -> Iterator[None]:
-    """Shows as much of the log as was asked for, until the command ends.
+    """Sets the log levels for the block, and restores them.
 
     Args:
-        debug: whether other libraries may speak too.
-        verbose: whether fedpress tells what it does.
+        debug: whether to show warnings of other libraries.
+        verbose: whether to show log messages of fedpress.
     """
     ours, others = logging.getLogger("fedpress"), logging.getLogger()
     before = (logging.root.manager.disable, ours.level, others.level)

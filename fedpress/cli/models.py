@@ -1,4 +1,4 @@
-"""The commands on a saved model that change nothing: eval, predict and save."""
+"""The commands `eval`, `predict` and `save`, which do not change the model."""
 
 from __future__ import annotations
 

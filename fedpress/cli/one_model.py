@@ -1,4 +1,4 @@
-"""The commands on one model: a command for each row of the table of stages."""
+"""Makes the commands on one model, such as `fedpress prune`: one for each kind of stage."""
 
 from __future__ import annotations
 

@@ -75,8 +75,10 @@ def command_place(place: str, kind: str) -> str:
 
     A command such as `fedpress prune` runs a recipe of one stage that the user does not see.
 
-    >>> command_place("recipe.data.mean[1]", "prune"), command_place("recipe.data.validation", "prune")
-    ('mean[1]', 'data.validation')
+    >>> command_place("recipe.data.mean[1]", "prune")
+    'mean[1]'
+    >>> command_place("recipe.data.validation", "prune")
+    'data.validation'
     >>> at = "recipe.stage[0]"
     >>> command_place(f"{at}.keep_params", "prune"), command_place(f"{at} (prune)", "prune")
     ('keep_params', 'prune')

@@ -86,7 +86,7 @@ def _stages(
         # the same model, bit for bit.
         spec, model = place.load()
         before = state
-        # After an export the primary metric is that of the file, not of the model: keep the old one.
+        # The metric of an export is that of its file, not of the model: keep the old score.
         of_model = not (stage.reports_artifact or stage.repeats_measurements)
         score = done.result.get(data.task.primary) if of_model else state.score
         state = replace(state, spec=spec, model=model, ledger=_ledger(done), score=score)

@@ -1,4 +1,4 @@
-"""A command: a recipe of one stage on one model, and models measured side by side."""
+"""Commands on models: one stage on one model (`prune`, `federate`, ...), and `measure`."""
 
 from fedpress.pipeline.commands.measuring import measure
 from fedpress.pipeline.commands.one_stage import OneStage

@@ -1,4 +1,4 @@
-"""The data of a command: a source, a data set in memory, or only a shape; standardisation."""
+"""The data of a command: a source, a data set in memory, or a shape only; with mean and std."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ from fedpress.pipeline.recipe import Override
 
 @dataclass(frozen=True)
 class Standardization:
-    """Standardisation for a model that was trained elsewhere: (x - mean) / std per channel.
+    """Standardisation that the user asks for: (x - mean) / std for each channel.
 
-    None for the mean and std of the data.
+    `mean` and `std` are None if they are to be computed from the data (`mean="data"`).
     """
 
     mean: tuple[float, ...] | None
@@ -34,10 +34,10 @@ class Standardization:
 
     @classmethod
     def of(cls, mean: object, std: object) -> Standardization | None:
-        """Checks `mean=` and `std=`: numbers, "none" or "data"; None if neither is given.
+        """Converts the arguments `mean=` (numbers, "none" or "data") and `std=`; None without both.
 
         Raises:
-            DataError: if they are something else.
+            DataError: if they have another form, or different lengths.
         """
         if mean is None and std is None:
             return None
@@ -60,20 +60,20 @@ class Standardization:
         return cls(means, deviations)
 
     def table(self) -> dict[str, Any]:
-        """Returns the keys of `[data]`."""
+        """Returns the keys `mean` and `std` of the table `[data]`."""
         if self.mean is None or self.std is None:
             return {}
         return {"mean": list(self.mean), "std": list(self.std)}
 
     def preprocess(self) -> Preprocess:
-        """Returns the step itself, for data in memory."""
+        """Returns the standardisation as a `Preprocess`, for data in memory."""
         return Preprocess(self.mean or (), self.std or ())
 
 
 def _numbers(
     name: str, given: Any, *, above_0: bool = False, beside: tuple[str | Argument, ...]
 ) -> tuple[float, ...]:
-    """Reads one number for each channel; one alone is taken as it is. `beside` ends the cure."""
+    """Converts `mean=` or `std=` to a tuple of floats; `beside` is the end of the error's cure."""
     try:
         values = (given,) if isinstance(given, int | float) else given
         row = tuple(float(value) for value in values)
@@ -95,12 +95,12 @@ class ChosenData:
     """The data that a user gives to a command.
 
     Attributes:
-        source: of the data; None: that of the run that left the model, else none.
-        path: of the source.
-        shape: of one example, for an architecture without data.
-        data_set: in memory, in the place of a source.
-        given: how the model wants its inputs; None: as it says itself, or as the public part has
-            them.
+        source: name of the source; None: the source of the run that wrote the model, if any.
+        path: file or folder of the source.
+        shape: shape of one example, for an architecture without data.
+        data_set: data set in memory, instead of a source.
+        given: standardisation that the user asks for; None: that of the saved model, else that of
+            the public part.
     """
 
     source: str | None = None
@@ -110,7 +110,7 @@ class ChosenData:
     given: Standardization | None = None
 
     def is_empty(self, chosen_model: ChosenModel) -> bool:
-        """Says whether there are no examples at all."""
+        """Whether there are no examples: no source, no data set, and no data of the model's run."""
         return self.source is None and self.data_set is None and chosen_model.data() is None
 
     def table(
@@ -120,16 +120,17 @@ class ChosenData:
         *,
         needs_clients: bool = False,
     ) -> tuple[int, dict[str, Any]]:
-        """Returns the seed that the data are dealt by, and the recipe's table `[data]`.
+        """Returns the seed of the recipe, and its table `[data]`.
+
+        The seed is that of the model's run, so that its test set is the same.
 
         Args:
             chosen_model: the model.
-            keys: of the recipe.
-            needs_clients: whether the stage learns from clients. Otherwise all data that are given
-                count as public.
+            keys: keys of the recipe that the user has set.
+            needs_clients: whether the stage trains on clients. If not, all data count as public.
 
         Raises:
-            DataError: if there is a path but nothing to be found there.
+            DataError: if there is a path without a source.
             ModelError: if the shape of an example is not known.
         """
         seed = 0
@@ -168,10 +169,9 @@ class ChosenData:
         return table | (self.given.table() if self.given is not None else {})
 
     def question(self, chosen_model: ChosenModel, keys: Sequence[Override]) -> DataError | None:
-        """Returns a warning if nothing says how a model from elsewhere wants its inputs.
+        """Returns a warning if mean and std of a model of another program are not known.
 
-        It is an error that stops nothing: the numbers are right if the model was trained on these
-            data.
+        It is not raised, since accuracy is right if the model was trained on the same data.
         """
         said = self.given is not None or any(key.key == "data.mean" for key in keys)
         if self.source is None or said or not chosen_model.foreign:
@@ -196,7 +196,7 @@ class ChosenData:
 
 
 def table_of(data: FederatedData) -> dict[str, Any]:
-    """Returns the `[data]` table of a data set in memory: its shape and number of classes."""
+    """Returns the `[data]` table for a data set in memory: shape and number of classes only."""
     dtype = dtype_of(data.public.x)
     kinds = ":int64" if dtype == "int64" else ""
     count = data.num_classes if data.labelled else 0
@@ -210,7 +210,7 @@ def table_of(data: FederatedData) -> dict[str, Any]:
 def _shape(
     chosen_model: ChosenModel, keys: Sequence[Override], shape: tuple[int, ...] | None
 ) -> str:
-    """Returns shape and number of classes of a model without data, as `no_data` reads them."""
+    """Returns shape and number of classes of a model without data, such as `3x32x32:10`."""
     if chosen_model.spec is not None:
         saved = chosen_model.spec
         if isinstance(saved.input_shape, dict):

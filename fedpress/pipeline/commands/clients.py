@@ -1,4 +1,4 @@
-"""`clients=` of `fedpress.federate`: a data set in memory for each client."""
+"""`clients=` of `fedpress.federate`: converts a data set per client to a `FederatedData`."""
 
 from __future__ import annotations
 
@@ -30,17 +30,17 @@ PAIR = "a pair (inputs, labels), a torch Dataset or a DataLoader"
 
 @dataclass(frozen=True)
 class Clients:
-    """The data of a federation in memory, each a pair (inputs, labels), Dataset or DataLoader.
+    """The data of a federation in memory.
+
+    Each part is a pair (inputs, labels), a Dataset or a DataLoader.
 
     Attributes:
-        clients: the private examples of each client by its name.
-        test: to measure on; None: 20% of each client's examples are put aside.
-        public: examples that everybody may see, for stages that train or calibrate on them; None:
-            there are none.
-        task: what is learned, as `data.task` of a recipe says it; None: found from labels and
-            model.
-        classes: names of the classes; None: their numbers, as many as the model has outputs.
-        place: the argument that gave `clients`, for errors.
+        clients: name -> private examples of that client.
+        test: examples to measure on; None: 20% of each client's examples become the test set.
+        public: public examples, for stages that train or calibrate on them; None: none.
+        task: the task, as in `data.task` of a recipe; None: found from labels and model.
+        classes: names of the classes; None: "0", "1" and so on, one for each output of the model.
+        place: name of the argument that holds the clients, for errors.
     """
 
     clients: Mapping[str, Any]
@@ -55,17 +55,18 @@ class Clients:
     ) -> FederatedData:
         """Makes the federated data set.
 
-        What is learned follows from the model, the type of the labels and what the user says. It
-        never follows from the values of a client's labels, which are private: so a class that no
-        client has is one nevertheless.
+        The task and the number of classes follow from the model, the dtype of the labels and the
+        user's arguments. The values of labels are private and never looked at, so a class may have
+        no example at all.
 
         Args:
-            preprocess: from the examples to the input of the network.
-            model: which takes the examples; None if it is not known here.
-            saved: the task of a saved model.
+            preprocess: standardisation of the examples before the network.
+            model: the model that takes the examples; None if it is not known yet.
+            saved: task of a saved model; None for other models.
 
         Raises:
-            DataError: if a part is no data set with labels, or does not look like the others.
+            DataError: if a part has no labels, or its examples have another shape or dtype than
+                those of the first client.
         """
         if not isinstance(self.clients, Mapping) or not self.clients:
             raise DataError(
@@ -74,7 +75,7 @@ class Clients:
                 cure='give {"north": (inputs, labels), "south": dataset}',
             )
         raw = {name: _pair(self._place_of(name), data) for name, data in self.clients.items()}
-        # Shape and dtype of the first client stand for all. They are no secret.
+        # All clients must agree with the first one. Shape and dtype are not private.
         first_x, first_y = next(iter(raw.values()))
         for name, (x, _) in raw.items():
             if signature_of(x) != signature_of(first_x):
@@ -125,10 +126,10 @@ class Clients:
         return f"clients[{name!r}]" if self.place == "clients" else self.place
 
     def _task(self, y: Tensor, outputs: tuple[int, ...] | None) -> Task:
-        """Finds what is learned.
+        """Finds the task from the labels' dtype and shape and from the model's outputs.
 
         Raises:
-            DataError: if nothing says how many classes there are.
+            DataError: if they fit no task, or the number of classes is not known.
         """
         if self.task is not None:
             return self._named_task(self.task, y, outputs)
@@ -163,7 +164,7 @@ class Clients:
     def _named_task(
         self, given: str | Mapping[str, Any], y: Tensor, outputs: tuple[int, ...] | None
     ) -> Task:
-        """Makes the task that the user names; of the labels only type and shape count.
+        """Makes the task that the user names; of the labels only dtype and shape are used.
 
         Raises:
             RecipeError: if there is no such task.
@@ -210,7 +211,7 @@ def _put_aside(private: Mapping[str, Arrays]) -> tuple[dict[str, Arrays], Arrays
     kept: dict[str, Arrays] = {}
     tests: list[Arrays] = []
     for name, arrays in private.items():
-        # The name is part of the stream, so a client's test rows do not hang on the others.
+        # The name is part of the stream, so a client's test rows do not depend on other clients.
         order = public_stream(0, "test examples of a client", name).permutation(len(arrays))
         count = int(TEST_SHARE * len(arrays))
         tests.append(arrays.take(order[:count]))

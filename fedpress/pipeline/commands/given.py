@@ -1,4 +1,4 @@
-"""`data=` of the calls: tensors, a pair, a Dataset or a DataLoader become a federated data set."""
+"""`data=` of a call: converts tensors, a pair, a Dataset or a DataLoader to a `FederatedData`."""
 
 from __future__ import annotations
 
@@ -24,8 +24,9 @@ TAKEN = (
     "Dataset or DataLoader, or a FederatedData"
 )
 TEST_SHARE = 0.2
-"""Of the examples, or of each client's, put aside for testing."""
+"""Share of the examples, or of each client's examples, that becomes the test set."""
 VALIDATION_SHARE = 0.1
+"""Share of the remaining examples that becomes the validation set."""
 
 
 def in_memory(
@@ -37,25 +38,25 @@ def in_memory(
     task: Task | None = None,
     seed: int = 0,
 ) -> FederatedData:
-    """Makes a data set of examples that the caller holds; all of them count as public.
+    """Converts data in memory to a data set; all examples count as public.
 
-    With labels, 20% of the examples are put aside for testing and 10% of the others for validation.
-    Inputs without labels serve for calibration alone.
+    With labels, 20% of the examples become the test set and 10% of the others the validation set.
+    Inputs without labels can only be used for calibration.
 
     Args:
-        data: inputs [n, ...] as uint8 images, numbers or whole numbers (token ids), or a dictionary
-            of them by the names of forward's arguments; a pair (inputs, labels [n]); a Dataset or
-            DataLoader that gives one or the other.
-        preprocess: from these inputs to those of the network.
-        class_names: of the model, if it has any.
-        model: which tells by its outputs how many classes there are: some may be missing in a few
-            examples. Whole numbers become floats if it does not take them as token ids.
-        task: of a saved model that is no classifier; None: found from the targets. Floats that the
-            model gives as many of are those of a regression in their own units.
-        seed: decides which examples are put aside.
+        data: inputs [n, ...] (uint8 images, floats, or int64 token ids), or a dictionary of inputs
+            by the names of forward's arguments; a pair (inputs, labels [n]); a Dataset or
+            DataLoader of inputs or of pairs.
+        preprocess: standardisation of the inputs before the network.
+        class_names: names of the model's classes, if it has any.
+        model: the model. Its number of outputs is the number of classes, since a few examples may
+            lack a class. If it refuses int64 inputs, they are converted to floats.
+        task: task of a saved model; None: found from the labels. Float labels of the shape of
+            the model's output mean a regression.
+        seed: seed for the choice of test and validation examples.
 
     Raises:
-        DataError: if `data` is something else, or its labels are no class numbers.
+        DataError: if `data` has another type, or its labels are no class numbers.
     """
     x, y = pair_of(data)
     if not len(x):
@@ -77,10 +78,10 @@ def in_memory(
     if task is not None and task.targets != "classes":
         return _divided(Arrays(x, y.to(torch.float32)), preprocess, seed, task=task)
     if y.dim() != 1 or y.is_floating_point() or y.is_complex():
-        # Targets of a segmentation, or of another task than the model's, measure nothing.
+        # Labels of a segmentation, for example: no task measures them, but inputs can calibrate.
         return unlabelled(x, preprocess)
     _check_classes(y, outputs)
-    # A few examples may lack a class, so the model's outputs count too; fewer than two are none.
+    # A few examples may lack a class, so the outputs of the model count too. One class is no task.
     count = max(int(y.max()) + 1, outputs, 2)
     names = class_names
     if len(names) != count:
@@ -110,31 +111,28 @@ def _check_classes(y: Tensor, outputs: int) -> None:
 
 
 def _divided(every: Arrays, preprocess: Preprocess, seed: int, **about: Any) -> FederatedData:
-    """Puts examples aside for testing and for validation; `about` says what is learned."""
+    """Divides examples into test, validation and public part; `about` has the task or classes."""
     order = public_stream(seed, "data in memory").permutation(len(every))
     tests = int(TEST_SHARE * len(every))
     validation = int(VALIDATION_SHARE * (len(every) - tests))
-    test, checked, public = (
-        order[:tests],
-        order[tests : tests + validation],
-        order[tests + validation :],
-    )
+    public = order[tests + validation :]
     return FederatedData(
         name="data in memory",
+        # A data set needs a client. Nothing trains on this one.
         clients={"nobody": every.take(public[:1])},
         public=every.take(public),
-        validation=every.take(checked),
-        test=every.take(test),
+        validation=every.take(order[tests : tests + validation]),
+        test=every.take(order[:tests]),
         preprocess=preprocess,
         **about,
     )
 
 
 def task_of_targets(y: Tensor, outputs: tuple[int, ...] | None) -> Task | None:
-    """Returns a regression or binary task if targets and outputs show one, else None.
+    """Returns a regression or binary task if labels and outputs show one, else None.
 
-    Floats [n] or [n, k] of a model that gives k numbers are a regression; 0 and 1 of one that gives
-    one number are a binary classification.
+    Float labels [n] or [n, k] and a model with 1 or k outputs: regression. Integer labels [n] and a
+    model with one output: binary classification.
     """
     if outputs is None or y.dim() not in (1, 2):
         return None
@@ -153,9 +151,8 @@ def as_taken(
 ) -> tuple[Inputs, tuple[int, ...] | None]:
     """Returns the inputs in the dtype that the model takes, and the shape of one output.
 
-    Whole numbers become floats if the model does not take them as token ids. The shape is None if
-    the model does not take the inputs, or gives something else than a tensor: what is wrong is told
-    where the model is checked.
+    int64 inputs are converted to floats if the model refuses token ids. The shape is None if the
+    model fails on the inputs or does not return a tensor; `first_state` then raises the error.
     """
     whole = isinstance(x, Tensor) and x.dtype == torch.int64
     with evaluating(model):
@@ -192,10 +189,10 @@ def unlabelled(x: Inputs, preprocess: Preprocess) -> FederatedData:
 
 
 def pair_of(data: Any) -> tuple[Inputs, Tensor | None]:
-    """Returns inputs and labels of what a user holds in memory; None where there are no labels.
+    """Returns inputs and labels of data in memory; labels are None if there are none.
 
     Raises:
-        DataError: if it is nothing of what `TAKEN` lists, or its items do not fit together.
+        DataError: if `data` has a type that `TAKEN` does not list, or its items do not agree.
     """
     if isinstance(data, Tensor | np.ndarray | Mapping):
         return inputs_of(data), None
@@ -220,7 +217,7 @@ def pair_of(data: Any) -> tuple[Inputs, Tensor | None]:
 
 
 def _joined(items: Iterable[Any], join: Any) -> tuple[Inputs, Tensor | None]:
-    """Joins what a Dataset or DataLoader gives: inputs, or inputs and labels."""
+    """Joins the items of a Dataset or DataLoader: inputs, or pairs of inputs and labels."""
     inputs: list[Any] = []
     labels: list[Tensor] = []
     for item in items:

@@ -43,30 +43,29 @@ def measure(
     """Measures every model in torch and, exported, in the runtime of each format.
 
     Args:
-        models: folders of models or runs, packed files, `module:function`, exported files, or
-            modules in memory; one or several.
-        formats: rows of `fedpress.deploy.FORMATS` to export each model to; None: all that are
-            installed, and one that cannot take a model is left out.
-        int8: export each also on integers, with ranges of random inputs: such files show size and
-            time, not accuracy.
+        models: one model or several: folders of models or runs, packed files, exported files,
+            `module:function`, or modules in memory.
+        formats: formats to export each model to, names of `fedpress.deploy.FORMATS`, such as
+            "onnx". None: all installed formats; those that cannot export a model are left out.
+        int8: whether to export each model with 8-bit integers too. Ranges come from random inputs,
+            so such files show size and latency, not accuracy.
         batches: batch sizes.
         threads: numbers of threads.
-        seconds: for each model, runtime, batch size and number of threads.
-        input_shape: of one example, for functions and modules; a list of shapes for modules of
-            several inputs.
-        checkpoint: a state dict for a function.
-        allow_code: names `module:function` that the files of models may have called; see
-            `fedpress.storage.load`.
+        seconds: time limit for each model, runtime, batch size and number of threads.
+        input_shape: shape of one example, for functions and modules; a list of shapes for modules
+            of several inputs.
+        checkpoint: file with a state dict for the model that `module:function` builds.
+        allow_code: names `module:function` that may be called to build models.
 
     Returns:
-        `records`, one for each pair of model and runtime, as `fedpress.deploy.measure` says,
-        "parameters" besides; and `left_out`: what could not be exported -> why.
+        "records": for each pair of model and runtime a record as of `fedpress.deploy.measure`, with
+        "parameters". "left_out": name of an export that failed -> reason.
 
     Raises:
         ExportError: if a format is unknown, its packages are missing, or a model cannot be exported
             or run.
-        ModelError: if there is no model, one does not take inputs of its shape, or they take
-            different ones.
+        ModelError: if there is no model, a model fails on inputs of its shape, or the models take
+            different inputs.
 
     >>> import torch, fedpress
     >>> net = torch.nn.Sequential(torch.nn.Linear(4, 2))
@@ -82,7 +81,7 @@ def measure(
             raise deploy.unknown_format(wrong[0])
     with ExitStack() as stack:
         stack.enter_context(consent.allowing(allow_code))
-        # The caller's random numbers stay theirs.
+        # Measuring draws random inputs: the caller's generator must not notice.
         stack.enter_context(torch.random.fork_rng(devices=[]))
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         found = Entries(inputs, checkpoint, stack)
@@ -102,7 +101,12 @@ def measure(
 
 @dataclass(frozen=True)
 class Inputs:
-    """What models take: the shapes of several inputs, the `shape` of one, or neither is known."""
+    """The input shapes that the user has given.
+
+    Attributes:
+        several: shapes of several inputs; None for one input.
+        shape: shape of one example; None if not given.
+    """
 
     several: Shapes | None
     shape: tuple[int, ...] | None
@@ -126,12 +130,12 @@ class Entry:
     """A model or exported file to be measured, its inputs, and its static costs.
 
     Attributes:
-        chosen_model: the model, or the path of the file.
-        takes: the shape of one example, or a batch of inputs.
-        parameters: of the model; None for a file of which no model is known.
+        chosen_model: the model, or the path of an exported file.
+        takes: shape of one example, or a batch of inputs.
+        parameters: number of parameters; None for an exported file without a known model.
         macs: multiply-adds of one example; 0 if unknown.
-        activations: numbers that the layers give for one example; 0 if unknown.
-        file_bytes: of the file that keeps the model; None: those of `chosen_model`.
+        activations: number of values that all layers output for one example; 0 if unknown.
+        file_bytes: size of the model's file; None: the size of the file `chosen_model`.
     """
 
     chosen_model: nn.Module | Path
@@ -143,13 +147,14 @@ class Entry:
 
     @property
     def on_integers(self) -> bool:
-        """Whether it is a file that computes on integers."""
+        """Whether it is an ONNX file that computes on integers."""
         if not isinstance(self.chosen_model, Path):
             return False
+        # A file with rounded weights alone has only DequantizeLinear, and computes on floats.
         return b"QuantizeLinear" in self.chosen_model.read_bytes().replace(b"DequantizeLinear", b"")
 
     def candidate(self) -> Candidate:
-        """Returns what `deploy.measure` takes."""
+        """Converts the entry to the argument type of `deploy.measure`."""
         return Candidate(
             self.chosen_model, self.macs, self.activations, self.on_integers, self.file_bytes
         )
@@ -203,7 +208,7 @@ def _is_exported(path: Path) -> bool:
 
 
 def _entry_of_file(file: Path, name: str, inputs: Inputs) -> Entry:
-    """Measures an exported file, with what is known of the model that it was exported of."""
+    """Makes the entry of an exported file; costs come from the model that it was exported from."""
     near = _model_beside(file)
     takes = inputs.example() or _given(near[0] if near else None, name, inputs.shape)
     return Entry(file, takes, *_counts(near[1], takes)) if near else Entry(file, takes)
@@ -212,23 +217,23 @@ def _entry_of_file(file: Path, name: str, inputs: Inputs) -> Entry:
 def _entry_of_model(
     spec: ModelSpec, model: nn.Module, name: str, inputs: Inputs, path: Path | None
 ) -> Entry:
-    """Measures a model; if it comes from a packed file at `path`, it has the size of that."""
+    """Makes the entry of a model; for a packed file at `path`, its size is that of the file."""
     takes = inputs.example() or _given(spec, name, None)
     size = path.stat().st_size if path and path.is_file() else storage.file_bytes(spec, model)
     return Entry(model, takes, *_counts(model, takes), file_bytes=size)
 
 
 class Entries:
-    """All that is measured: the models that were given, and the files that they were exported to.
+    """Everything to be measured: the given models, and the files that they are exported to.
 
     Attributes:
-        entries: by the name in the table.
-        left_out: what could not be exported -> why.
+        entries: name in the table -> entry, such as "net" and "net as onnx".
+        left_out: name of an export that failed -> reason.
     """
 
     def __init__(self, inputs: Inputs, checkpoint: Path | None, stack: ExitStack) -> None:
         self.inputs, self.checkpoint = inputs, checkpoint
-        self.stack = stack  # holds what models need while they are measured
+        self.stack = stack  # modules stay registered in it while they are measured
         self.entries: dict[str, Entry] = {}
         self.left_out: dict[str, str] = {}
 
@@ -241,7 +246,7 @@ class Entries:
         formats: Sequence[str] | None,
         int8: bool,
     ) -> None:
-        """Adds the `number`th thing that was given; a model is exported into `folder`, too."""
+        """Adds the model or file at position `number`; a model is also exported into `folder`."""
         title = type(given).__name__ if isinstance(given, nn.Module) else str(given)
         name = title if title not in self.entries else f"{title} ({number + 1})"
         if not isinstance(given, nn.Module) and _is_exported(Path(given)):
@@ -296,7 +301,7 @@ def _job(spec: ModelSpec, takes: InputSpec) -> Job:
 
 
 def _same_inputs(entries: Mapping[str, Entry]) -> InputSpec:
-    """Returns what all `entries` take.
+    """Returns the inputs that all `entries` take.
 
     Raises:
         ModelError: if they take different inputs.
@@ -328,7 +333,7 @@ def _load(
 
 
 def _given(spec: ModelSpec | None, name: str, shape: tuple[int, ...] | None) -> InputSpec:
-    """Returns what a model takes: the shape of one example, or token ids."""
+    """Returns the inputs of a model: the shape of one float example, else a batch of two."""
     if spec is None:
         return known_shape(name, shape)
     if isinstance(spec.input_shape, dict) or spec.input_dtype != "float32":
@@ -353,17 +358,16 @@ def _told(given: InputSpec) -> str:
 
 
 def _model_beside(file: Path) -> tuple[ModelSpec, nn.Module] | None:
-    """Returns the model of the run in whose artifacts/ an exported file lies."""
-    run = file.resolve().parent.parent
-    return (
-        storage.load(run)
-        if file.resolve().parent.name == "artifacts" and (run / "stages").is_dir()
-        else None
-    )
+    """Returns the model of the run if `file` is in the run's folder `artifacts`, else None."""
+    folder = file.resolve().parent
+    run = folder.parent
+    if folder.name == "artifacts" and (run / "stages").is_dir():
+        return storage.load(run)
+    return None
 
 
 def _counts(model: nn.Module, given: InputSpec) -> tuple[int, int, int]:
-    """Returns parameters, multiply-adds of one example, and the numbers that its layers give."""
+    """Returns parameters, and for one example the multiply-adds and values that layers output."""
     example = take_rows(example_of(given), 1)
     try:
         return cost.parameters(model), cost.macs(model, example), cost.activations(model, example)

@@ -1,4 +1,4 @@
-"""A recipe of one stage on one model: what commands such as `prune` check and run."""
+"""A recipe of one stage on one model, which commands such as `fedpress prune` check and run."""
 
 from __future__ import annotations
 
@@ -30,19 +30,19 @@ from fedpress.workspace.folder import RunFolder
 from fedpress.workspace.state import Event, StageFinished, StageStarted, Tick
 
 TOP = ("data", "model", "seed", "device")
-"""Keys of a recipe that a command takes beside those of its stage."""
+"""Tables and keys of a recipe that a command accepts in addition to the keys of its stage."""
 
 
 @dataclass(frozen=True)
 class OneStage:
-    """A recipe of one stage on one model: what a command such as `fedpress prune` runs.
+    """A recipe of one stage on one model, which a command such as `fedpress prune` runs.
 
     Attributes:
-        kind: of the stage, which is the command's name.
+        kind: kind of the stage, such as "prune"; also the name of the command.
         text: the recipe as TOML.
-        recipe: the same, checked.
-        spec: of a saved model, else None.
-        note: what the user should say about the inputs too; shown as a warning. None: nothing.
+        recipe: the checked settings of the recipe.
+        spec: spec of a saved model; None for a function or a module.
+        note: warning that mean and std of the inputs may be wrong; None: no warning.
     """
 
     kind: str
@@ -62,12 +62,12 @@ class OneStage:
         """Builds and checks the recipe.
 
         Args:
-            kind: of the stage.
+            kind: kind of the stage.
             chosen_model: the model.
-            keys: of the stage, or of the recipe: `seed=1`, `data.validation=500`,
-                `model.arguments.n=8`.
-            examples: what was said of the data; by default those of the run that left the model,
-                else none.
+            keys: keys of the stage, such as `keep_params=0.5`, or of the recipe, such as `seed=1`
+                and `data.validation=500`.
+            examples: the data that the user has given; None: the data of the run that wrote the
+                model, if there is one.
 
         Raises:
             RecipeError: if a key is unknown or a value is wrong, by the name that it has here.

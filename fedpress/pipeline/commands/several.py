@@ -1,4 +1,8 @@
-"""Models of several inputs: inputs are flattened into one row, and split again in the model."""
+"""Models of several inputs without data: the inputs are joined to one row for each example.
+
+Example: an image (3, 8, 8) and a vector (5,) become one row of 192 + 5 = 197 numbers, which
+`Joined.forward` splits. So stages that expect one input work on such models.
+"""
 
 from __future__ import annotations
 
@@ -80,7 +84,7 @@ def known_shape(name: str, shape: tuple[int, ...] | None) -> tuple[int, ...]:
 
 
 class Joined(nn.Module):
-    """A model of several inputs as one of a single row of numbers [n, d]."""
+    """Wraps a model of several inputs as a model of one input, rows of numbers [n, d]."""
 
     def __init__(self, model: nn.Module, shapes: Sequence[tuple[int, ...]]) -> None:
         super().__init__()
@@ -88,7 +92,7 @@ class Joined(nn.Module):
         self.shapes = tuple(shapes)
 
     def forward(self, x: Tensor) -> Any:
-        """Parts the rows and runs the model."""
+        """Splits the rows into the inputs and runs the model."""
         sizes = [prod(shape) for shape in self.shapes]
         parts = x.split(sizes, 1)
         inputs = [
@@ -98,10 +102,10 @@ class Joined(nn.Module):
 
 
 def check(kind: str, model: object, data: object, out: object) -> None:
-    """Refuses what models of several inputs cannot have here.
+    """Refuses stages and arguments that do not work with a list of input shapes.
 
     Raises:
-        ModelError: naming the argument.
+        ModelError: naming the stage or the argument.
     """
     kinds = [row.kind for row in commands().values() if row.load().several_inputs]
     if kind not in kinds:
@@ -133,14 +137,16 @@ def check(kind: str, model: object, data: object, out: object) -> None:
 def export(
     model: nn.Module, shapes: Shapes, *, format: str = "onnx"
 ) -> tuple[dict[str, bytes], dict[str, Any]]:
-    """Writes the device file of a model of several inputs, and runs it back.
+    """Exports a model of several inputs, and compares the file with torch.
 
     Returns:
-        The files by name, and `file_bytes`, the `format` and the largest error against torch.
+        name -> bytes of the files; and facts: `format`, `file_bytes`, and in `parity` the largest
+        absolute difference to torch's outputs.
 
     Raises:
-        ExportError: if it cannot be exported.
+        ExportError: if the model cannot be exported.
     """
+    # Eight examples of noise, always the same ones, so that the comparison can be repeated.
     chance = torch.Generator().manual_seed(0)
     example = tuple(torch.randn(8, *shape, generator=chance) for shape in shapes)
     with tempfile.TemporaryDirectory() as folder:

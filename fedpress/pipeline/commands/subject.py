@@ -1,4 +1,4 @@
-"""MODEL of a command: a folder, a run, a packed file, `module:function`, or a module in memory."""
+"""Finds the model of a command: a folder, a packed file, `module:function`, or a module."""
 
 from __future__ import annotations
 
@@ -29,18 +29,19 @@ from fedpress.pipeline.start import NO_DATA
 from fedpress.workspace.atomic import read_json
 
 DATA = ("give ", Argument("data", "SOURCE"))
-NO_SOURCE = "fedpress.commands.subject:no_data"  # as files have it, see `own_modules.MOVED`
+# The source `no_data` below, by its name in files of older versions (see `own_modules.MOVED`).
+NO_SOURCE = "fedpress.commands.subject:no_data"
 
 
 @dataclass(frozen=True)
 class ChosenModel:
-    """What a command works on.
+    """The model of a command.
 
     Attributes:
-        model: the `[model]` table of its recipe.
-        spec: of a saved model, else None.
-        run: the run that left it, None if it lies in none.
-        module: that it is, if it lives in memory.
+        model: the `[model]` table of the command's recipe.
+        spec: the spec of a saved model; None for a function or a module.
+        run: folder of the run that wrote a saved model; None if there is none.
+        module: the module, if the user has given one.
     """
 
     model: dict[str, Any]
@@ -50,24 +51,22 @@ class ChosenModel:
 
     @property
     def name(self) -> str:
-        """What to call it in an error."""
-        return (
-            type(self.module).__name__
-            if self.module is not None
-            else str(self.model.get("architecture", "it"))
-        )
+        """The name of the model in errors."""
+        if self.module is not None:
+            return type(self.module).__name__
+        return str(self.model.get("architecture", "it"))
 
     @property
     def foreign(self) -> bool:
-        """Whether its weights come from elsewhere, so that its preprocessing is not known."""
+        """Whether another program has trained it, so that its mean and std are not known."""
         return self.spec is None and (self.module is not None or "weights" in self.model)
 
     @classmethod
     def find(cls, model: str | Path, *, weights: Path | None = None) -> ChosenModel:
-        """Looks at the path first, then for an architecture.
+        """Finds a saved model at the path `model`; if the path does not exist, an architecture.
 
         Raises:
-            ModelError: if it is neither, or what lies there is no model.
+            ModelError: if there is neither, or the path holds no model.
         """
         path = Path(model)
         if path.exists():
@@ -95,7 +94,7 @@ class ChosenModel:
         return cls({"architecture": name, **extra})
 
     def fresh(self, keys: Sequence[Override]) -> nn.Module | None:
-        """Builds an architecture with new weights and the arguments in `keys`; None if saved."""
+        """Builds the architecture with new weights; `keys` may set arguments. None if saved."""
         if self.spec is not None:
             return None
         own = [key for key in keys if key.key.startswith("model.")]
@@ -109,7 +108,7 @@ class ChosenModel:
             return spec.build_for_user()[1]
 
     def data(self) -> tuple[dict[str, Any], int] | None:
-        """Returns the `[data]` table and the seed of the model's run; None if it has none."""
+        """Returns the `[data]` table and the seed of the model's run; None if there is none."""
         if self.run is None:
             return None
         settings = read_json(self.run / "settings.json", cure=DATA)
@@ -134,16 +133,16 @@ class ChosenModel:
                 place=f"{self.run / 'settings.json'}",
                 cure="give data=SOURCE, best with examples that the model has not seen",
             )
-        if ":" in str(
-            table["source"]
-        ):  # the folder may come from anybody, and its data would be a call
+        # The folder may come from a stranger, and loading such data would call its function.
+        if ":" in str(table["source"]):
             place = f"{self.run / 'settings.json'}: data.source"
             try:
                 consent.check(str(table["source"]), (), place)
             except ModelError as error:
                 error.add_cure(", or give the data yourself with ", Argument("data", "SOURCE"))
                 raise
-        try:  # where the data lay is no setting, since it may differ between machines
+        # settings.json has no path, since that may differ between machines. The recipe has it.
+        try:
             path = tomllib.loads((self.run / "recipe.toml").read_text("utf-8"))["data"].get("path")
         except (OSError, KeyError, TypeError, AttributeError, ValueError, RecursionError):
             path = None
@@ -159,21 +158,21 @@ def _run_of(path: Path) -> Path | None:
 
 @contextmanager
 def holding(module: nn.Module, named: Buildable | None = None) -> Iterator[dict[str, Any]]:
-    """Gives the `[model]` table of a module in memory, as long as the block lasts."""
+    """Registers a module in memory for the block, and yields a `[model]` table that names it."""
     with memory.registered(module, named) as name:
         yield {"architecture": memory.IN_MEMORY, "arguments": {"name": name}}
 
 
 def no_data(path: Path) -> FederatedData:
-    """A placeholder where a command needs no data: one example of noise, no other parts.
+    """Returns the placeholder data set of a command without data: one example of noise.
 
     Args:
-        path: what the examples look like and the number of classes, such as `3x32x32:10`. No
-            classes, `3x32x32:0`, is what a model has that is no classifier; `16:0:int64` are token
-            ids, and `tokens.int64=16+lengths.int64=:2` two inputs by name.
+        path: shape of an example and number of classes. `3x32x32:10`: images, 10 classes.
+            `3x32x32:0`: the model is no classifier. `16:0:int64`: 16 token ids.
+            `tokens.int64=16+lengths.int64=:2`: two named inputs, 2 classes.
 
     Raises:
-        DataError: if it says something else.
+        DataError: if `path` has another form.
 
     >>> no_data(Path("3x32x32:10")).describe()["shape"]
     [3, 32, 32]
@@ -191,10 +190,8 @@ def no_data(path: Path) -> FederatedData:
             f"got '{path}', expected a shape and a number of classes such as 3x32x32:10",
             place="no data",
         ) from error
-    one, none = (
-        Arrays(x, torch.zeros(1, dtype=torch.int64)),
-        Arrays(x[:0], torch.zeros(0, dtype=torch.int64)),
-    )
+    one = Arrays(x, torch.zeros(1, dtype=torch.int64))
+    none = Arrays(x[:0], torch.zeros(0, dtype=torch.int64))
     names = tuple(str(i) for i in range(max(1, count)))
     about = Preprocess()
     return FederatedData(
@@ -203,7 +200,7 @@ def no_data(path: Path) -> FederatedData:
 
 
 def form_text(shape: Shape, dtype: str | dict[str, str]) -> str:
-    """Says what an example looks like, as `no_data` takes it.
+    """Writes shape and dtype of an example in the form that `no_data` reads.
 
     >>> form_text((3, 8), "float32")
     '3x8'
@@ -219,7 +216,7 @@ def form_text(shape: Shape, dtype: str | dict[str, str]) -> str:
 
 
 def _form_of(text: str, dtype: str) -> tuple[Shape, Any]:
-    """Returns shape and type of what `form_text` said."""
+    """Reads the text of `form_text`: returns shape and dtype, of named inputs as dictionaries."""
 
     def sizes(text: str) -> tuple[int, ...]:
         return tuple(int(side) for side in text.split("x")) if text else ()
@@ -233,7 +230,12 @@ def _form_of(text: str, dtype: str) -> tuple[Shape, Any]:
 
 @dataclass(frozen=True)
 class Outputs:
-    """What a trial run shows: the number of `classes` (0: none), and whether it takes `tokens`."""
+    """What a trial run shows about a model.
+
+    Attributes:
+        classes: number of classes; 0 if the model is no classifier.
+        tokens: whether the model takes token ids (int64) instead of floats.
+    """
 
     classes: int
     tokens: bool
@@ -241,10 +243,10 @@ class Outputs:
 
 @torch.no_grad()
 def outputs_of(model: nn.Module, shape: tuple[int, ...]) -> Outputs:
-    """Runs the model on noise, and on token ids if it takes no noise.
+    """Runs the model on two examples of noise, or of token ids if it refuses floats.
 
     Raises:
-        ModelError: if it takes no such examples.
+        ModelError: if the model fails on both.
     """
     # A float16 model fails on float32 noise with an error about layers, not about types.
     kinds = {p.dtype for p in model.parameters() if p.is_floating_point()} - {torch.float32}
@@ -258,7 +260,7 @@ def outputs_of(model: nn.Module, shape: tuple[int, ...]) -> Outputs:
     tokens = False
     try:
         out = model(torch.randn(2, *shape))
-    # A model of token ids refuses floats: then ids of 0, which every vocabulary has.
+    # A model of token ids refuses floats. Id 0 is in every vocabulary.
     except Exception as error:  # whatever somebody's own network raises
         try:
             out = model(torch.zeros(2, *shape, dtype=torch.int64))
@@ -278,7 +280,7 @@ def outputs_of(model: nn.Module, shape: tuple[int, ...]) -> Outputs:
 
 @torch.no_grad()
 def shape_cure(model: nn.Module, shape: tuple[int, ...]) -> Words:
-    """Returns what to give in the place of a shape that the model does not take.
+    """Returns the cure for an input shape that the model does not take.
 
     >>> "".join(map(str, shape_cure(nn.Conv2d(3, 4, 3), (1, 3, 16, 16))))
     'leave out the number of examples: give input_shape=(3, 16, 16)'
@@ -286,7 +288,7 @@ def shape_cure(model: nn.Module, shape: tuple[int, ...]) -> Words:
     if len(shape) > 1:
         try:
             model.eval()(torch.zeros(2, *shape[1:]))
-        # A user's network may raise anything: then the first number is not the fault.
+        # It fails without the first number too, so the number of examples is not the mistake.
         except Exception:
             pass
         else:

@@ -1,4 +1,4 @@
-"""The recipe: TOML text and overrides become frozen, checked settings."""
+"""Recipes: TOML text and overrides are converted to frozen, checked settings."""
 
 from fedpress.pipeline.recipe.load import checked, completed, effective, from_tables, load, tree
 from fedpress.pipeline.recipe.overrides import Override, overridden, overrides_of

@@ -1,4 +1,4 @@
-"""From text and overrides to checked settings, and to the text that stands alone."""
+"""Loads a recipe: applies overrides, checks settings, and writes TOML with absolute paths."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from fedpress.pipeline.recipe.text import anchor_, parse, plain, write
 def load(toml: str, overrides: Sequence[str | Override] = ()) -> Recipe:
     """Reads TOML text, applies `overrides` such as `stage.2.num_rounds=5`, and checks everything.
 
-    A stage without a name gets that of its kind, with a number behind if it is taken.
+    A stage without a name is named after its kind: `train`, then `train-2` and so on.
 
     Raises:
-        RecipeError: if the text is no TOML, an override has no place, or a setting is wrong.
+        RecipeError: if the text is no TOML, an override names no key, or a setting is wrong.
     """
     return checked(tree(toml, overrides))
 
 
 def checked(found: dict[str, Any]) -> Recipe:
-    """Returns the settings of a recipe that was read.
+    """Converts the tables of a recipe to checked settings.
 
     Raises:
         RecipeError: if a setting is wrong.
@@ -48,16 +48,17 @@ def completed(tables: dict[str, Any], overrides: Sequence[str | Override] = ()) 
         RecipeError: if an override has no place.
     """
     found = copy.deepcopy(tables)
+    # Before the overrides, which may name a stage; after them, since they may add one.
     name_stages_(found)
     found = overridden(found, overrides)
-    name_stages_(found)  # also those that an override has put in
+    name_stages_(found)
     return found
 
 
 def from_tables(
     tables: dict[str, Any], overrides: Sequence[str | Override] = ()
 ) -> tuple[str, Recipe]:
-    """Returns text and settings of a recipe made in Python; paths count from the present folder.
+    """Returns TOML and settings of a recipe in Python; paths are relative to the current folder.
 
     Raises:
         RecipeError: if an override has no place, or a setting is wrong.
@@ -72,12 +73,12 @@ def effective(
 ) -> str:
     """Returns the recipe as TOML with overrides applied and relative paths made absolute.
 
-    It is `text` itself, with its comments, if that says the same already.
+    If nothing changes, `text` itself is returned, with its comments.
 
     Args:
-        text: of a recipe.
-        overrides: such as `stage.2.num_rounds=5`; paths in them count from the present folder.
-        folder: where the recipe file lies; None for one that came from no file.
+        text: TOML text of a recipe.
+        overrides: such as `stage.2.num_rounds=5`; paths are relative to the current folder.
+        folder: folder of the recipe file; None if the recipe is not from a file.
 
     Raises:
         RecipeError: if the text is no TOML, or an override has no place.

@@ -1,4 +1,4 @@
-"""Mistakes in a recipe: what pydantic found, said with its place and its cure."""
+"""Converts pydantic's validation errors of a recipe to a `RecipeError` with place and cure."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fedpress.errors import RecipeError, SettingError, suggestion
 
 
 def check_values(node: Any, place: str) -> None:
-    """Refuses what TOML can say and a setting cannot be: inf, nan, and dates.
+    """Refuses values that TOML allows and no setting takes: inf, nan, and dates.
 
     Raises:
         RecipeError: naming the first such value below `place`.
@@ -38,13 +38,18 @@ def check_values(node: Any, place: str) -> None:
 def first_mistake(
     error: ValidationError, tree: dict[str, Any], recipe: type[BaseModel]
 ) -> RecipeError:
-    """Returns the first of pydantic's errors in `tree`, the tables of a `recipe`, and the count.
+    """Converts the first error, and adds the number of the others, such as "(2 more)".
 
-    An unknown key goes before the rest, since a misspelt key is also missing.
+    An unknown key comes first: a misspelt key also causes an error about a missing one.
+
+    Args:
+        error: pydantic's errors.
+        tree: the tables of the recipe.
+        recipe: the settings class.
     """
     found = error.errors(include_url=False)
     first = next((e for e in found if e["type"] == "extra_forbidden"), found[0])
-    # Pydantic also calls a list too short if a part of it is wrong. That is no own mistake.
+    # If an entry of a list is wrong, pydantic adds an error that the list is too short. Drop it.
     own = [e for e in found if not any(_inside(other["loc"], e["loc"]) for other in found)]
     more = len({_place(e, tree) for e in own}) - 1
     found_mistake = _mistake(first, _place(first, tree), recipe)
@@ -117,7 +122,7 @@ def _short(value: Any) -> str:
 
 
 def _place(error: Any, tree: Any) -> str:
-    """`("stage", 2, "federate", "lr")` -> `recipe.stage[2].lr`; the kind is no key."""
+    """Converts pydantic's location: `("stage", 2, "federate", "lr")` -> `recipe.stage[2].lr`."""
     place, node, kind = "recipe", tree, error["type"]
     *above, last = error["loc"] or ("",)
     before: object = None
@@ -139,7 +144,7 @@ def _place(error: Any, tree: Any) -> str:
 
 
 def _schema_at(loc: tuple[int | str, ...], recipe: type[BaseModel]) -> dict[str, Any]:
-    """The part of the JSON schema that describes the place of an error; empty if there is none."""
+    """Returns the part of the JSON schema at the location of an error; empty if there is none."""
     full: dict[str, Any] = recipe.model_json_schema()
 
     def open_(node: dict[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Overrides: `stage.2.num_rounds=5` puts a value in its place of a recipe."""
+"""Overrides: `stage.2.num_rounds=5` changes one key of a recipe."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ class Override:
     """One key of a recipe and its new value.
 
     Attributes:
-        key: where, such as `stage.2.num_rounds`; a stage by number, name, or a kind that only one
-            has.
-        value: plain numbers, words, lists and tables; None unsets the key.
-        text: as the user wrote it.
+        key: path of the key, such as `stage.2.num_rounds`. A stage is named by its position, its
+            name, or its kind if no other stage has that kind.
+        value: the new value in TOML's types; None removes the key.
+        text: the override as the user wrote it, for errors.
     """
 
     key: str
@@ -31,7 +31,7 @@ class Override:
 
     @classmethod
     def parse(cls, text: str) -> Override:
-        """Reads `key=value`: values as in TOML, `none` unsets a key, anything else is a word.
+        """Reads `key=value`: a TOML value, `none` to remove the key, else a text without quotes.
 
         Raises:
             RecipeError: if there is no key, or the value is nested too deep.
@@ -58,7 +58,7 @@ class Override:
         return cls(key, None if value is None else plain(value), key)
 
     def as_text(self) -> str:
-        """Returns it as the command line takes it.
+        """Returns the override as an argument of the command line.
 
         >>> Override.of("stage.1.keep_params", 0.3).as_text()
         'stage.1.keep_params=0.3'
@@ -68,7 +68,7 @@ class Override:
 
     @property
     def place(self) -> str:
-        """How an error calls it."""
+        """The place of errors about this override."""
         text = self.text
         return f"override '{text}'" if len(text) < 100 else f"override '{text[:40]}...'"
 
@@ -76,8 +76,7 @@ class Override:
 def overrides_of(values: Mapping[str, Any], at: str = "") -> list[Override]:
     """Returns the overrides for Python keywords; a mapping changes only the keys that it names.
 
-    A mapping with a `kind` takes the place of the whole table, since the keys of another kind mean
-    something else.
+    A mapping with a `kind` replaces the whole table, since another kind has other keys.
 
     >>> [one.as_text() for one in overrides_of({"seed": 1, "data": {"num_clients": 5}})]
     ['seed=1', 'data.num_clients=5']
@@ -95,10 +94,10 @@ def overrides_of(values: Mapping[str, Any], at: str = "") -> list[Override]:
 
 
 def overridden(tree: dict[str, Any], overrides: Sequence[str | Override]) -> dict[str, Any]:
-    """Returns a copy of `tree` with `overrides` such as `seed=1` in it.
+    """Returns a copy of `tree` with `overrides` applied, such as `seed=1`.
 
     Raises:
-        RecipeError: if one has no place.
+        RecipeError: if an override names no key.
     """
     tree = copy.deepcopy(tree)
     for override in overrides:
@@ -127,7 +126,7 @@ def _free_name(kind: str, taken: Collection[str | None]) -> str:
 
 
 def _override_(tree: dict[str, Any], override: Override) -> None:
-    # Deep keys would recurse below; no setting lies so deep.
+    # No setting is nested so deeply, and later recursive functions would fail.
     words = override.key.split(".")
     if limits.above("depth", len(words)):
         raise RecipeError(TOO_DEEP, place=override.place, cure=SHORTEN)
@@ -152,7 +151,7 @@ def _override_(tree: dict[str, Any], override: Override) -> None:
 def _index(items: list[Any], key: str, at: str, override: Override) -> int:
     """Returns the list position that `key` names: a number, a stage's name, or a unique kind."""
     tables = [(i, item) for i, item in enumerate(items) if isinstance(item, dict)]
-    # Names go first: they are unique, and a stage may be named like another's kind.
+    # Names before kinds: names are unique, and one may equal the kind of another stage.
     for word in ("name", "kind"):
         named = [i for i, item in tables if item.get(word) == key]
         if len(named) > 1:
@@ -173,7 +172,7 @@ def _index(items: list[Any], key: str, at: str, override: Override) -> int:
 
 
 def _value(text: str) -> Any:
-    """Reads a TOML value such as `5` or `[1, 2]`; `none` unsets; anything else is a word."""
+    """Reads a TOML value such as `5` or `[1, 2]`; `none` is None; other text stays text."""
     if text == "none":
         return None
     try:
@@ -184,5 +183,5 @@ def _value(text: str) -> Any:
     except ValueError:
         return text
     check_depth(found)
-    # A line break in the text could smuggle in a second key: then it is a word.
+    # With a line break the text may parse as two keys. Then it is text, not TOML.
     return found["x"] if len(found) == 1 else text

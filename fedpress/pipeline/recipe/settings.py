@@ -1,4 +1,4 @@
-"""The settings of a recipe: what its tables may hold, checked where they are made."""
+"""The settings classes of a recipe: the whole recipe, and its table `[model]`."""
 
 from __future__ import annotations
 
@@ -27,11 +27,10 @@ from fedpress.workspace.state import Name
 
 
 class ModelSettings(BaseModel):
-    """The `[model]` table: a built-in architecture or `package.module:function`, and its arguments.
+    """The table `[model]`: an architecture with new weights or a state dict, or a saved model.
 
-    Or a saved model as `checkpoint`: a model's folder, a run, a stage of one, or a packed file.
-    `weights` are a state dict, safetensors or what torch.save wrote, for an architecture that is
-    not to begin with fresh ones.
+    Either `architecture` is given (with `arguments`, and `weights` for a state dict), or
+    `checkpoint` (a saved model, which knows its architecture).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -42,28 +41,27 @@ class ModelSettings(BaseModel):
         "package.module:function",
     )
     arguments: dict[str, JsonValue] = Field(
-        {}, description="of the architecture, such as { num_classes = 10 }"
+        {}, description="arguments of the architecture, such as { num_classes = 10 }"
     )
     checkpoint: Path | None = Field(
         None,
-        description="a saved model in the place of an architecture: its folder, a run, a stage of "
-        "one, or a packed file",
+        description="a saved model instead of an architecture: its folder, a run, a stage of a "
+        "run, or a packed file",
     )
     weights: Path | None = Field(
         None,
-        description="a state dict (.safetensors or .pt) for the architecture, in the place of "
-        "fresh "
+        description="a state dict (.safetensors or .pt) for the architecture, instead of new "
         "weights",
     )
 
     @property
     def trained(self) -> bool:
-        """Whether the model comes with weights that somebody has trained."""
+        """Whether the model has trained weights: a checkpoint or a state dict."""
         return self.checkpoint is not None or self.weights is not None
 
     @property
     def takes_arguments(self) -> bool:
-        """Whether its arguments can be changed: not for a saved model or a module in memory."""
+        """Whether `arguments` can be set: not for a saved model or a module in memory."""
         return self.checkpoint is None and self.architecture != IN_MEMORY
 
     @model_validator(mode="after")
@@ -92,7 +90,7 @@ class ModelSettings(BaseModel):
 
 
 class Recipe(BaseModel):
-    """The whole way of a model: data, architecture, and the stages in order.
+    """A recipe: data, model, and the stages in order.
 
     >>> import fedpress
     >>> recipe = fedpress.Recipe(
@@ -122,26 +120,26 @@ class Recipe(BaseModel):
 
     name: Name = "recipe"
     description: str = Field("", description="one line for people")
-    seed: int = Field(0, ge=0, description="of everything that is drawn by chance")
+    seed: int = Field(0, ge=0, description="seed of all random numbers of the run")
     device: DeviceName = Field(
         "auto",
         description="where stages train and measure: auto (a CUDA GPU if there is one), cpu, cuda, "
         "cuda:1, mps",
     )
-    data: DataSettings = Field(description="which rows there are, and who holds what")
-    model: ModelSettings = Field(description="the network that the first stage begins with")
+    data: DataSettings = Field(description="the data, and how they are divided among clients")
+    model: ModelSettings = Field(description="the model that the first stage gets")
     stage: tuple[Annotated[AnyStage, Field(discriminator="kind")], ...] = Field(
-        min_length=1, description="what is done, in order; kind says what"
+        min_length=1, description="the stages in order, each of a kind such as train or prune"
     )
 
     @property
     def private(self) -> bool:
-        """Whether a stage promises something about the clients' rows."""
+        """Whether a stage protects the clients' rows with differential privacy."""
         return any(stage.private for stage in self.stage)
 
     @model_validator(mode="after")
     def _names_differ(self) -> Recipe:
-        # Folders, random streams and charges go by the name: equal names would share noise.
+        # Random streams and privacy charges use the name: equal names would share their noise.
         seen = [stage.name for stage in self.stage]
         twice = next((name for name in seen if seen.count(name) > 1), None)
         if twice is not None:
@@ -157,7 +155,7 @@ class Recipe(BaseModel):
 def schema_tree() -> dict[str, Any]:
     """Returns the JSON schema of recipes, with a meaning for every key.
 
-    What `kind` means in a table is what the table's class says of itself.
+    The meaning of `kind` in a table is the first line of the docstring of the table's class.
     """
     full: dict[str, Any] = Recipe.model_json_schema()
     for table in full["$defs"].values():

@@ -1,4 +1,4 @@
-"""Every key of a recipe with its default and its meaning, in tables for people."""
+"""Lists every key of a recipe with default and meaning, for `--keys`, `help()` and the docs."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from fedpress.pipeline.recipe.text import in_one_line, plain
 
 Node = Mapping[str, Any]
 REQUIRED = "required"
-"""What stands in the place of the default of a key that must be given."""
+"""Shown instead of a default for a key that must be given."""
 
 
 class KeyRow(NamedTuple):
     """One key of a table.
 
     Attributes:
-        key: its name; with a dot in it a key of a table inside, such as `augment.flip`.
-        default: as TOML writes it; empty if there is none, `REQUIRED` if the key must be given.
-        meaning: in words, with the words that it may be.
+        key: name of the key; `augment.flip` is a key of a nested table.
+        default: default as TOML; empty if there is none, `REQUIRED` if the key must be given.
+        meaning: description, with the allowed values.
     """
 
     key: str
@@ -35,10 +35,10 @@ class KeyTable:
     """The keys of one table of a recipe.
 
     Attributes:
-        word: what a person asks for it by: `data`, or the kind of a stage, a codec, an algorithm.
-        title: how the table begins in TOML.
-        rows: its keys.
-        part_of: the words of the tables that it may stand in.
+        word: name for `--keys`: `data`, or the kind of a stage, codec or algorithm.
+        title: header of the table in TOML, such as `[data]`.
+        rows: the keys.
+        part_of: the `word` of each table that may contain this one.
     """
 
     word: str
@@ -53,7 +53,7 @@ class KeyTable:
 
 
 def key_tables(words: Sequence[str] = ()) -> list[KeyTable]:
-    """Returns the tables of a recipe: all, or those that are asked for and what may stand in them.
+    """Returns all tables of a recipe, or the tables named by `words` and those nested in them.
 
     Raises:
         RecipeError: if a word names no table.
@@ -81,7 +81,7 @@ def _all_tables() -> tuple[KeyTable, ...]:
 
 
 def keys(kind: str) -> tuple[KeyRow, ...]:
-    """Returns the keys of a kind of stage, those of tables inside too.
+    """Returns the keys of a kind of stage, including keys of nested tables.
 
     >>> keys("pack")
     ()
@@ -169,7 +169,7 @@ class _Reader:
 
 
 NAMES = ("kind", "name")
-"""Keys that every stage has: which it is, and what it is called."""
+"""Keys that every stage has; they are not listed."""
 
 
 def _default(about: Node) -> str:

@@ -1,4 +1,4 @@
-"""The text of a recipe: where it lies, how it is read, and how it is written."""
+"""The TOML text of a recipe: finds, reads, parses and writes it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fedpress.models.memory import TEACHER
 from fedpress.stages.table import STAGES
 
 MODEL_KEYS = {key: words for row in STAGES for key, words in row.load().saved_models.items()}
-"""Keys of stages that may hold the path of a saved model, with the words that are none."""
+"""Keys of stages that hold the path of a saved model, with values such as "dense" that do not."""
 
 TOO_DEEP = "lists and tables lie too deep inside each other"
 SHORTEN = "no setting needs that, so close a bracket or shorten a key"
@@ -92,10 +92,10 @@ def _read(path: Path) -> str:
 
 
 def parse(toml: str) -> dict[str, Any]:
-    """Reads TOML; what its keys mean is not looked at.
+    """Parses TOML without checking any setting.
 
     Raises:
-        RecipeError: if it is no TOML, saying what to do about frequent mistakes.
+        RecipeError: if it is no TOML; for frequent mistakes with a fitting cure.
     """
     try:
         found = tomllib.loads(toml)
@@ -122,17 +122,17 @@ def parse(toml: str) -> dict[str, Any]:
 
 
 def check_depth(tree: Any) -> None:
-    """Refuses tables and lists that no setting needs.
+    """Refuses tables and lists that are nested deeper than any setting needs.
 
     Raises:
-        RecipeError: if they lie too deep inside each other.
+        RecipeError: if they are nested too deeply.
     """
     if said := limits.above("depth", limits.depth(tree)):
         raise RecipeError(TOO_DEEP, place="recipe", cure=f"{SHORTEN} ({said.problem}; {said.cure})")
 
 
 def _cure(toml: str, problem: str) -> str:
-    """Says what to do about frequent mistakes in TOML."""
+    """Returns the cure for a frequent mistake in TOML, such as True instead of true."""
     at = re.search(r"at line (\d+)", problem)
     lines = toml.splitlines()
     line = lines[int(at[1]) - 1] if at and int(at[1]) <= len(lines) else ""
@@ -202,7 +202,7 @@ def plain(value: Any) -> Any:
 
 
 def in_one_line(value: Any) -> str:
-    """Writes one value as TOML in one line, as it may stand behind `key=` on the command line.
+    """Writes a value as TOML in one line, for example for `key=value` on the command line.
 
     >>> in_one_line({"kind": "iid", "shares": [0.5, True]})
     '{kind = "iid", shares = [0.5, true]}'
@@ -220,7 +220,7 @@ def _key(name: str) -> str:
 
 
 def anchor_(tree: dict[str, Any], folder: Path) -> None:
-    """Makes relative paths absolute: of the data, of a saved model, of a teacher."""
+    """Makes the relative paths of data, saved models and teachers absolute."""
     stages = tree.get("stage")
     places = [(tree.get("data"), "path")]
     places += [(tree.get("model"), key) for key in ("checkpoint", "weights")]
@@ -229,9 +229,9 @@ def anchor_(tree: dict[str, Any], folder: Path) -> None:
     for table, key in places:
         if not isinstance(table, dict) or not _is_relative(key, table.get(key)):
             continue
-        # Paths count from the recipe's folder; versions before counted from the present one.
+        # Relative to the recipe's folder. Older versions used the current folder: still accepted.
         beside, here = folder / table[key], Path.cwd() / table[key]
-        # The path of a function of one's own may be anything.
+        # A user's function may take any text as its path, so it need not exist.
         own_function = key == "path" and ":" in str(table.get("source", ""))
         if _exists(beside) or not (_exists(here) or own_function):
             table[key] = str(beside.resolve())
