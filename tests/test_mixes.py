@@ -221,7 +221,7 @@ def test_three_closed_sums_in_a_row_end_the_run_with_the_reason(tiny, base, tmp_
         return answer(self, message)
 
     monkeypatch.setattr(Client, "answer", gone)
-    with pytest.raises(TrainingError, match="no update counted in round 3"):
+    with pytest.raises(TrainingError, match="no update was used in round 3"):
         finished(
             tiny,
             tmp_path / "run",

@@ -17,7 +17,7 @@ Floats = NDArray[np.float32]
 Ints = NDArray[np.signedinteger]
 
 CHUNK = 1 << 16
-"""Values processed at a time. They fit into the processor's cache, which is several times faster."""
+"""Values processed at a time: they fit into the processor's cache, so it is faster."""
 
 FLOAT_MAX = float(np.finfo(np.float32).max)
 DTYPES = (torch.int8, torch.int16, torch.int32)

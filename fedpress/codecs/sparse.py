@@ -27,7 +27,7 @@ class TopK(BaseModel):
     density: float = Field(default=0.01, gt=0, le=1, description="share of the values that is kept")
 
     def bind(self, bound: Bound) -> tuple[BoundTopK, Bound]:
-        """Returns the transform, and the same bound: setting values to zero makes no norm larger."""
+        """Returns the transform and the same bound: zeros make no norm larger."""
         return BoundTopK(bound.size, _count(self.density, bound.size)), bound
 
 

@@ -42,7 +42,7 @@ class Session:
 
     Attributes:
         asked: what the client takes part in.
-        half: the client's half of the stage.
+        half: the client's side of the stage.
         folder: None for a trial, of which nothing is kept.
     """
 

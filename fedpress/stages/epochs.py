@@ -1,4 +1,4 @@
-"""Epochs of a training stage: each becomes a milestone with a record, a note and a checkpoint."""
+"""Epochs of a training stage: after each one a record is stored and a checkpoint is saved."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from fedpress.workspace.state import State
 
 
 def train_epochs(fit: Fit, state: State) -> Iterator[Step | EpochRecord]:
-    """Trains on the public part of the state's data, from where `fit` stands."""
+    """Trains on the public part, from the present epoch of `fit` to the last one."""
     data = state.data
     return fit.epochs(data.public, data.validation, data.preprocess)
 
 
 def total_steps(epochs: int, batch_size: int, state: State) -> int:
-    """Returns the number of steps of a whole training on the public part."""
+    """Returns the number of optimizer steps of a training on the public part."""
     return epochs * max(1, len(state.data.public) // batch_size)
 
 
 def epoch_milestone(
     epoch: EpochRecord, *, more: str = "", before: str = "", **facts: JsonValue
 ) -> Milestone:
-    """Returns the milestone after `epoch`.
+    """Returns the milestone after an epoch, with the note "epoch 3/10, loss 0.412".
 
     Args:
-        epoch: number, loss and validation of the epoch.
-        more: end of the note.
-        before: beginning of the note.
+        epoch: number, loss and validation score of the epoch.
+        more: text after the note.
+        before: text before the note.
         **facts: further entries of the record.
     """
     record = {

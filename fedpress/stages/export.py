@@ -1,4 +1,4 @@
-"""The export stage: writes the device artifact, runs it back, and measures it."""
+"""The export stage: writes a file for a device, runs it, and compares it with the torch model."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ from fedpress.deploy.examples import InputSpec
 from fedpress.errors import Argument, DataError, SettingError
 from fedpress.nn.observers import Observer
 from fedpress.stages import inputs
-from fedpress.stages.base import Stage
+from fedpress.stages.base import DIFFERENCES, Stage
 from fedpress.tasks import Task
 from fedpress.workspace.stage_folder import StageFolder
 from fedpress.workspace.state import Name, State, Tick
 
 BATCH = 64
 MAX_OUTPUT_ERROR = 0.02
-"""A result mentions a difference of the outputs whose norm, over theirs, is above this."""
+"""Larger relative errors of the outputs, |file - model| / |model|, are mentioned in the result."""
 MAX_METRIC_CHANGE = 0.005
-"""A result says that the metric differs if it does by more than this: in absolute terms for a share
-(accuracy), relative to the model's for any other metric (an error in euros)."""
+"""Larger changes of the metric are mentioned in the result: 0.5 points of accuracy, or 0.5% of any
+other metric, such as an error in euros."""
 
 
 class ExportStage(BaseModel, Stage):
-    """`[[stage]] kind = "export"`: a file that a device runs, compared with the torch model."""
+    """`[[stage]] kind = "export"`: writes a file that a device runs, and compares it with torch."""
 
     changes_model: ClassVar = False
     reports_artifact: ClassVar = True
@@ -45,16 +45,22 @@ class ExportStage(BaseModel, Stage):
     kind: Literal["export"]
     name: Name = "export"
     format: str = Field("onnx", description=f"one of {', '.join(FORMATS)}")
-    int8: bool = Field(False, description="compute on 8-bit integers; float layers are rounded too")
-    weight_bits: Literal[7, 8] = Field(
-        8, description="of layers that are float till now; 7 on AVX2 without VNNI"
+    int8: bool = Field(
+        False, description="compute with 8-bit integers; layers that are still float are quantized"
     )
-    observer: Observer = Field("minmax", description="how the ranges of int8 are taken")
+    weight_bits: Literal[7, 8] = Field(
+        8,
+        description="int8: bits of the weights that int8 quantizes; 7 is faster on processors with "
+        "AVX2 but no VNNI",
+    )
+    observer: Observer = Field(
+        "minmax", description="int8: how the range of each layer's inputs is measured"
+    )
     calibration: int = Field(
-        256, ge=1, description="public examples that the ranges of int8 are taken from"
+        256, ge=1, description="int8: public examples on which ranges are measured"
     )
     parity_examples: int = Field(
-        256, ge=1, description="test images on which artifact and model are compared"
+        256, ge=1, description="test examples on which the file is compared with the torch model"
     )
 
     @field_validator("format")
@@ -68,18 +74,18 @@ class ExportStage(BaseModel, Stage):
     def _seven_bits_need_int8(self) -> ExportStage:
         if self.weight_bits == 7 and not self.int8:
             raise SettingError(
-                "7 bits are only for float layers that int8 rounds, and int8 is not given",
+                "7 bits are for weights that int8 quantizes, and int8 is false",
                 place="weight_bits",
                 cure=("give ", Argument("int8", True), ", or leave weight_bits out"),
             )
         return self
 
     def check(self, state: State) -> tuple[State, dict[str, Any]]:
-        """Exports the untrained model and deletes the file, so that a failure comes before the run.
+        """Exports the untrained model to a temporary file, to find errors before the run.
 
         Raises:
             ExportError: if the model cannot be exported, or packages are missing.
-            DataError: if int8 has no public examples to take ranges from.
+            DataError: if int8 is set and there are no public examples to measure ranges.
         """
         with tempfile.TemporaryDirectory() as folder:
             artifact = self._export(
@@ -106,10 +112,10 @@ class ExportStage(BaseModel, Stage):
         yield Tick(1, 4, "comparing with torch")
         test = state.data.test
         x = self._parity_inputs(state)
-        # The file against the graph it was written from (for int8 the rounded one): they may differ
-        # by float rounding only.
+        # First the file against the graph that it was written from (for int8 the quantized one):
+        # only float rounding may differ, so a larger error is a bug of the export.
         same = deploy.parity(artifact.program or model, path, x, tolerance=artifact.tolerance)
-        # And the file against the float model: here the rounding of int8 shows.
+        # Then against the float model: this shows what int8 costs.
         agree, apart = _compared(task, deploy.logits(model, x), deploy.file_logits(path, x))
 
         yield Tick(2, 4, f"measuring {task.shown_metrics[0].name}")
@@ -150,11 +156,11 @@ class ExportStage(BaseModel, Stage):
             apart, task, metrics[task.primary], state.score, simulated=simulated
         )
         if words:
-            facts["told"] = {path.name: words}
+            facts[DIFFERENCES] = {path.name: words}
         return replace(state, model=model, facts=facts)
 
     def _parity_inputs(self, state: State) -> Inputs:
-        """Returns the inputs on which file and model are compared: test examples, or noise."""
+        """Returns inputs to compare file and model on: test examples, or noise without them."""
         test = state.data.test
         if len(test):
             return state.data.preprocess(test.x[: self.parity_examples])
@@ -162,15 +168,15 @@ class ExportStage(BaseModel, Stage):
         return state.spec.example(self.parity_examples, stream)
 
     def _export(self, state: State, path: Path, *, few: bool = False) -> Artifact:
-        """Writes the file; `few` takes the ranges of int8 from two examples, for a trial."""
+        """Writes the file; with `few` (for `check`) the ranges of int8 come from two examples."""
         if len(state.data.test):
             examples = state.data.preprocess(state.data.test.x[:2])
         elif len(state.data.public):
             examples = state.data.preprocess(state.data.public.x[:2])
         else:
             examples = state.example(2)
-        # One float tensor is described by its shape. Token ids and several inputs need values: a
-        # made-up token may lie beyond the vocabulary.
+        # A float tensor is described by its shape alone. Token ids and several inputs need values,
+        # because a made-up token may lie beyond the vocabulary.
         given: InputSpec = examples
         if isinstance(examples, Tensor) and examples.is_floating_point():
             given = tuple(examples.shape[1:])
@@ -185,11 +191,11 @@ class ExportStage(BaseModel, Stage):
         return deploy.export(state.model, path, self.format, job)
 
     def _batches(self, state: State, *, few: bool) -> tuple[Inputs, ...]:
-        """Draws public examples in batches: ranges of private ones would cost privacy."""
+        """Draws batches of public examples; ranges from private ones would cost privacy."""
         public = state.data.public
         if not len(public):
             raise DataError(
-                "ranges are taken from public examples, but the public part is empty",
+                "ranges are measured on public examples, but the public part is empty",
                 place="int8",
                 cure=(
                     "give public examples by ",
@@ -207,11 +213,11 @@ def _compared(task: Task, in_torch: Tensor, in_file: Tensor) -> tuple[float | No
     """Compares outputs [n, ...] of the file with those of the model.
 
     Returns:
-        The share of examples with the same answer (None if answers are numbers), and the
-        norm of the difference over the norm of the model's outputs.
+        The share of examples with the same prediction (None if predictions are numbers), and the
+        relative error |file - model| / |model| of the outputs.
     """
     agree = task.agreement(in_torch, in_file) if in_torch.dim() > 1 else 1.0
-    # Outputs of zeros only would divide by 0.
+    # The clamp avoids 0 / 0 if all outputs are zero.
     apart = float((in_file - in_torch).norm() / in_torch.norm().clamp_min(1e-30))
     return agree, apart
 
@@ -231,17 +237,17 @@ def difference_in_words(
     """Returns a sentence on how the file differs from the model; empty if it hardly does.
 
     Args:
-        apart: norm of the difference of the outputs, over the norm of the outputs.
-        task: gives the name and form of the metric.
+        apart: relative error of the outputs, |file - model| / |model|.
+        task: gives name and format of the metric.
         file: metric of the file; None without test examples.
         model: metric of the torch model; None without test examples.
-        simulated: whether torch only simulates the rounding of the model.
+        simulated: whether the torch model simulates quantization.
     """
     metric = task.shown_metrics[0]
     lost = 0.0
     if file is not None and model is not None:
         lost = abs(model - file)
-    # An error in euros is compared as a share of itself, a share of right answers as it is.
+    # Accuracy is compared in absolute terms; an error in euros has a unit, so relative ones.
     if model and not metric.share:
         lost /= abs(model)
     if apart <= MAX_OUTPUT_ERROR and lost <= MAX_METRIC_CHANGE:

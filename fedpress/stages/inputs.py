@@ -1,4 +1,4 @@
-"""Writes how raw rows of a table become a network's inputs, beside the file for a device."""
+"""Writes `inputs.json`: how a device turns a raw row of a table into the network's input."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from fedpress.workspace.state import State
 
 
 def write_inputs_json(state: State, folder: StageFolder) -> None:
-    """Writes `artifacts/inputs.json`; nothing if the data do not come from a table."""
+    """Writes `artifacts/inputs.json` if the data comes from a table, such as a CSV file."""
     data = state.data
     if data.preparation is None:
         return
-    # With the model's standardisation, which a command may have put in place of the data's own.
+    # The mean and std with which the model was trained: they may differ from those of this data.
     used = data.preparation.with_standardisation(data.preprocess, data.class_names)
     write_json_with_checksum(folder.run / "artifacts" / INPUTS, used.to_json(), folder.run)

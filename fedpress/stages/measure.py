@@ -1,4 +1,4 @@
-"""The measure stage: latency and memory of the model in every installed runtime, float and int8."""
+"""The measure stage: latency and memory in every installed runtime, as float and as int8."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from fedpress.workspace.state import Name, State, Tick
 
 
 class MeasureStage(BaseModel, Stage):
-    """`[[stage]] kind = "measure"`: latency, memory, share of the peak speed, in measure.json."""
+    """`[[stage]] kind = "measure"`: writes latency, memory and share of peak to measure.json."""
 
     changes_model: ClassVar = False
     repeats_measurements: ClassVar = True
@@ -39,17 +39,21 @@ class MeasureStage(BaseModel, Stage):
         (1, 2), min_length=1, description="numbers of threads to time with"
     )
     seconds: float = Field(
-        1.0, gt=0, description="for each runtime at each batch size and number of threads"
+        1.0,
+        gt=0,
+        description="time of each measurement: one runtime, batch size and number of threads",
     )
-    int8: bool = Field(True, description="also export on integers, with ranges of public examples")
+    int8: bool = Field(
+        True, description="measure int8 files as well; their ranges come from public examples"
+    )
 
     def check(self, state: State) -> tuple[State, dict[str, Any]]:
-        """Returns which runtimes are installed; measures nothing."""
+        """Returns the installed runtimes; measures nothing."""
         installed = [row.runtime for row in FORMATS.values() if row.missing() is None]
         return state, {"runtimes": ["torch", *installed]}
 
     def run(self, state: State, folder: StageFolder) -> Generator[Tick, None, State]:
-        """Exports to every format and measures one after another."""
+        """Exports to every format and measures the files one after another."""
         yield Tick(0, 1, "measuring in every runtime")
         model = state.model.to("cpu")
         public = None
@@ -82,18 +86,17 @@ def measure_model(
     threads: Sequence[int] = (1, 2),
     seconds: float = 1.0,
 ) -> dict[str, Any]:
-    """Measures `model` in eager torch, and exported to each format whose packages are installed.
+    """Measures `model` in eager torch and in every installed runtime.
 
     Args:
-        model: in any mode; left as it was.
+        model: in train or eval mode; it is not changed.
         given: shape of one float32 example, or a batch of inputs such as token ids.
-        file_bytes: of the file that keeps the model; by default those of its parameters and
-            buffers.
-        calibration: standardised examples [n, *input_shape] in batches; if there are none, no
-            integer files are made.
+        file_bytes: size of the model's file; by default that of its parameters and buffers.
+        calibration: batches of standardised examples [n, *input_shape], for the ranges of int8. If
+            there are none, only float files are measured.
         batches: batch sizes.
         threads: numbers of threads.
-        seconds: for each runtime at each batch size and number of threads.
+        seconds: time of each measurement.
 
     Returns:
         parameters, macs, activations, `runtimes` (the records of `deploy.measure`), and `left_out`:
@@ -103,7 +106,7 @@ def measure_model(
     job = Job.of(given)
     macs = cost.macs(model, one)
     activations = cost.activations(model, one)
-    # Measuring sets the modes: whoever gave the model gets it back as it was.
+    # Measuring switches to eval mode, and the caller's model must not change.
     modes = [(module, module.training) for module in model.modules()]
     with tempfile.TemporaryDirectory() as folder:
         files, left_out = deploy.export_all(model, job, Path(folder), calibration=calibration)

@@ -1,4 +1,4 @@
-"""The pack stage: the model as one small file, from which the same bits are read back."""
+"""The pack stage: compresses the model losslessly into one file."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fedpress.workspace.state import Name, State, Tick
 
 
 class PackStage(BaseModel, Stage):
-    """`[[stage]] kind = "pack"`: a packed file in artifacts/, checked by unpacking it."""
+    """`[[stage]] kind = "pack"`: writes a packed file to artifacts/, and unpacks it to check it."""
 
     changes_model: ClassVar = False
     needs_buildable_spec: ClassVar = True

@@ -1,4 +1,7 @@
-"""Public examples for scores, statistics and ranges; private ones would cost privacy here."""
+"""Public examples for pruning scores, batch-norm statistics and quantization ranges.
+
+Private examples are not used for these: everything computed from them would cost privacy.
+"""
 
 from __future__ import annotations
 
@@ -17,17 +20,16 @@ from fedpress.workspace.state import State
 
 
 def check_public_training(state: State, settings: TrainSettings) -> None:
-    """Checks that the state's model can be trained on the public part; see `check_training`."""
+    """Checks that the model can be trained on the public part; see `check_training`."""
     data = state.data
     check_training(state.model, settings, data.public, data.validation, data.preprocess, data.task)
 
 
 def draw_calibration(state: State, n: int, seed: int) -> Arrays:
-    """Draws up to `n` public examples without repetition, in an order that `seed` decides.
+    """Draws up to `n` different public examples at random.
 
     Raises:
-        DataError: if there are none, or they all have one label though the data has more.
-            (`FederatedData` itself refuses values that are NaN or infinite.)
+        DataError: if there are none, or all drawn ones have the same label.
     """
     public = state.data.public
     if not len(public):
@@ -37,7 +39,7 @@ def draw_calibration(state: State, n: int, seed: int) -> Arrays:
             cure=("give public examples by ", Argument("data.public_share", 0.1)),
         )
     drawn = public.take(public_stream(seed, "calibration").permutation(len(public))[:n])
-    # Scores from one class would prune what the other classes need.
+    # Scores computed from one class would prune channels that the other classes need.
     if state.data.labelled and state.data.num_classes > 1 and len(drawn.y.unique()) == 1:
         name = state.data.class_names[int(drawn.y[0])]
         raise DataError(
@@ -55,13 +57,13 @@ def restore_norms_(model: nn.Module, state: State, public: Arrays | None, *, bat
     """Recomputes the statistics of the model's batch norms.
 
     Args:
-        model: whose batch norms are changed.
+        model: changed in place.
         state: gives the preprocessing.
-        public: examples to compute them from; None or empty to leave them as they are.
+        public: examples to compute them from; if None or empty, nothing changes.
         batch: batch size.
 
     Returns:
-        The number of examples used; 0 if there is no batch norm, or no example.
+        The number of examples used; 0 without batch norms or examples.
     """
     if public is None or not len(public) or not has_batch_norm(model):
         return 0

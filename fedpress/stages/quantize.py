@@ -1,4 +1,4 @@
-"""The quantize stage: few bits for weights and inputs, by rounding or by training on the grid."""
+"""The quantize stage: rounds weights and inputs of layers to few bits, with or without training."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ BATCH = 64
 class QuantizeStage(TeacherTrainSettings, Stage):
     """`[[stage]] kind = "quantize"`: fewer bits for weights, and for the inputs of layers.
 
-    Without `epochs` the network is rounded (post-training quantization). With `epochs` it is
-    rounded and then trained with quantization in the forward pass, scales included (learned step
-    size, Esser et al. 2020, arXiv:1902.08153).
+    With `epochs = 0` the network is only rounded (post-training quantization). Otherwise it is then
+    trained with quantization in the forward pass (quantization-aware training); scales are trained
+    too (learned step size, Esser et al. 2020, arXiv:1902.08153).
     """
 
     simulates_device: ClassVar = True
@@ -55,59 +55,72 @@ class QuantizeStage(TeacherTrainSettings, Stage):
 
     kind: Literal["quantize"]
     name: Name = "quantize"
-    epochs: int = Field(0, ge=0, description="0: rounded after training; more: trains on the grids")
-    lr: float = Field(0.01, gt=0, description="peak learning rate of training on the grids")
+    epochs: int = Field(
+        0,
+        ge=0,
+        description="epochs of quantization-aware training; 0: post-training quantization",
+    )
+    lr: float = Field(
+        0.01, gt=0, description="peak learning rate of the quantization-aware training"
+    )
     weights: Literal["int", "ternary", "binary", "cluster"] = Field(
         "int",
-        description="whole numbers, {-s, 0, s}, {-s, s}, or a few values that a layer's weights "
-        "share",
+        description="int: integers times a scale s; ternary: {-s, 0, s}; binary: {-s, s}; cluster: "
+        "2^bits values in each layer",
     )
     bits: int = Field(
-        8, ge=1, le=8, description="of each weight; ternary and binary bring their own"
+        8, ge=1, le=8, description="bits of each weight; ternary has 2 and binary 1 in any case"
     )
     group: int | None = Field(
-        None, ge=1, description="weights that share a scale; an output channel by default"
+        None,
+        ge=1,
+        description="number of weights that share a scale; by default those of an output channel",
     )
     inputs: Literal["static", "dynamic", "float"] | None = Field(
         None,
-        description="ranges from public examples, or from each batch; static for 8-bit int, else "
-        "float by default",
+        description="ranges of the layers' inputs: static (from public examples), dynamic (from "
+        "each batch), float (not quantized); by default static for 8-bit int, else float",
     )
     input_bits: int = Field(
         8,
         ge=1,
         le=8,
-        description="1 tells on which side of its channel's learned middle a value lies",
+        description="bits of the layers' inputs; with 1, an input is above or below a threshold "
+        "that is learned for its channel",
     )
     keep: tuple[str, ...] | None = Field(
         None,
-        description="layers that stay float: names, 'first', 'last'; first and last for ternary "
-        "and "
-        "binary",
+        description="layers that stay float: names, 'first', 'last'; by default first and last for "
+        "ternary and binary, else none",
     )
     ignore: tuple[str, ...] = Field(
-        (), description="modules that stay as they are: names, * for anything"
+        (), description="modules that are not changed: names, * for anything"
     )
     mixed: tuple[int, ...] = Field(
-        (), description="bits to choose from for each layer, so that max_bytes is met"
+        (), description="bits to choose from for each layer, such as [2, 4, 8], within max_bytes"
     )
     max_bytes: int | None = Field(
-        None, ge=1, description="mixed: bytes of all codes and scales, before coding"
+        None, ge=1, description="mixed: largest size of all weights and scales, before packing"
     )
     scale: Literal["mse", "minmax"] = Field(
-        "mse", description="scales of least squared error, or those of the span"
+        "mse",
+        description="scales of the weights: mse (least squared error) or minmax (the largest "
+        "weight is exact)",
     )
     rounding: Literal["nearest", "second-order"] | None = Field(
-        None, description="second-order is GPTQ's; the default below 8 bits when nothing is trained"
+        None,
+        description="nearest, or second-order (GPTQ); by default second-order below 8 bits without "
+        "epochs, else nearest",
     )
     observer: quantizing.Observer = Field(
-        "minmax", description="how the ranges of inputs are taken"
+        "minmax", description="how the range of a layer's inputs is measured"
     )
-    correct_bias: bool = Field(True, description="biases make good for the mean error of rounding")
+    correct_bias: bool = Field(
+        True, description="change biases so that the mean output of each layer stays as it was"
+    )
     fold: bool | None = Field(
         None,
-        description="batch norms go into the layer before; not by default for ternary, binary and "
-        "cluster",
+        description="fold batch norms into the layer before; by default for int only",
     )
     calibration: int = Field(
         512, ge=1, description="public examples for ranges, rounding and biases"
@@ -122,13 +135,13 @@ class QuantizeStage(TeacherTrainSettings, Stage):
             )
         if self.weights == "int" and self.bits < 2:
             raise SettingError(
-                f"got {self.bits}, but whole numbers need 2 or more",
+                f"got {self.bits}, but integers need 2 or more",
                 place="bits",
                 cure=("give ", Argument("weights", "binary"), " for weights of one bit"),
             )
         if self.weights == "cluster" and self.group is not None:
             raise SettingError(
-                "clustered weights share their values in the whole layer",
+                "clustered weights have one set of values for a layer, and no groups",
                 place="group",
                 cure="leave group out",
             )
@@ -146,7 +159,7 @@ class QuantizeStage(TeacherTrainSettings, Stage):
             return self
         if self.weights != "int":
             raise SettingError(
-                f"mixed bits are for whole numbers, not for '{self.weights}' weights",
+                f"mixed bits are for weights = 'int', not for '{self.weights}'",
                 place="mixed",
                 cure="leave mixed and max_bytes out",
             )
@@ -171,11 +184,11 @@ class QuantizeStage(TeacherTrainSettings, Stage):
         return self
 
     def setting_reading_labels(self) -> str:
-        """Labels are read only by training."""
+        """Labels are read by training only."""
         return "epochs" if self.epochs else ""
 
     def check(self, state: State) -> tuple[State, dict[str, Any]]:
-        """Quantizes the untrained model: the run will quantize the same layers to the same bits.
+        """Quantizes the untrained model. The run will quantize the same layers.
 
         Raises:
             ModelError: if no layer can be quantized.
@@ -198,16 +211,16 @@ class QuantizeStage(TeacherTrainSettings, Stage):
         return replace(state, spec=spec, model=model), _facts(model, table, left)
 
     def run(self, state: State, folder: StageFolder) -> Generator[Tick, None, State]:
-        """Rounds, then trains if there are epochs; yields ticks, saves after every epoch."""
+        """Rounds, then trains if `epochs` is set; saves a checkpoint after every epoch."""
         seed = derive(state.seed, "stage", folder.index)
         yield Tick(0, 1, "rounding")
         model = copied(state.model).to("cpu").eval()
-        # Before rounding: afterwards a kept weight that rounds to 0 looks like a pruned one.
+        # Noted before rounding: afterwards a kept weight that rounds to 0 looks like a pruned one.
         kept = kept_entries(model, state.spec.sparse)
         spec, table, left = self._prepare_(model, state)
         batches = self._batches(state, seed)
         if self.mixed:
-            # Four batches: each layer is measured at every number of bits.
+            # Four batches are enough to rank the layers, and each is measured at all bits.
             choices = quantizing.measure_choices(model, table, self.mixed, batches[:4])
             chosen = quantizing.choose_bits(choices, self.max_bytes or 0)
             table = _with_bits(table, chosen)
@@ -220,8 +233,7 @@ class QuantizeStage(TeacherTrainSettings, Stage):
             observer=self.observer,
             correct_bias=self._corrects(),
         )
-        # Which weights are pruned was decided before rounding: a kept one that rounds to 0 goes on
-        # learning.
+        # A kept weight that rounds to 0 is not pruned: it is noted, so that it can be trained.
         noted = note_kept_zeros_(model, kept)
         spec = spec.model_copy(
             update={"quantized": {**spec.quantized, **table}, "kept_zeros": noted}
@@ -249,11 +261,11 @@ class QuantizeStage(TeacherTrainSettings, Stage):
     def _prepare_(
         self, model: nn.Module, state: State
     ) -> tuple[ModelSpec, dict[str, QuantizationScheme], dict[str, str]]:
-        """Folds batch norms into the layers before them, and chooses what is quantized.
+        """Folds batch norms into the layers before them, and chooses the layers to quantize.
 
         Returns:
-            The spec with the folded norms, the scheme of each layer, and name -> reason of what
-            stays float or unfolded.
+            The spec with the folded norms; layer -> scheme; and name -> why a layer stays
+            float or a norm is not folded.
         """
         spec = state.spec
         left: dict[str, str] = {}
@@ -264,7 +276,8 @@ class QuantizeStage(TeacherTrainSettings, Stage):
                 shared[name] = scheme.weights
         fold = self.fold
         if fold is None:
-            # Folding scales each output channel, so few shared values would become many.
+            # Folding scales each output channel on its own, so a few shared values would become
+            # many different ones.
             fold = self.weights == "int" and not shared
         if fold:
             folds, unfolded = quantizing.find_folds(model, state.example(2), ignore=self.ignore)
@@ -273,13 +286,13 @@ class QuantizeStage(TeacherTrainSettings, Stage):
             left |= {name: f"not folded: {why}" for name, why in unfolded.items()}
         keep = self.keep
         if keep is None:
-            # At one or two bits the first and the last layer lose most of the accuracy.
+            # At one or two bits, quantizing the first and last layer costs most of the accuracy.
             keep = ("first", "last") if self.weights in ("ternary", "binary") else ()
         table, floats = quantizing.quantizable(
             model, self._scheme(), keep=keep, ignore=self.ignore, sparse=spec.sparse
         )
         if self.weights == "int":
-            # Clustered weights stay clustered; only their few values become whole numbers.
+            # Clustered weights stay clustered: their centroids are rounded to integers.
             for name, codebook in shared.items():
                 if name in table:
                     weights = codebook.model_copy(update={"centroid_bits": self.bits})
@@ -296,7 +309,7 @@ class QuantizeStage(TeacherTrainSettings, Stage):
             weights["bits"] = self.bits
         mode = self.inputs
         if mode is None:
-            # Integer kernels exist for 8 bits; below, only the weights become smaller.
+            # Runtimes have integer kernels for 8 bits. With fewer bits only the file gets smaller.
             mode = "static" if self.weights == "int" and self.bits == 8 else "float"
         inputs = None
         if mode != "float":
@@ -304,10 +317,11 @@ class QuantizeStage(TeacherTrainSettings, Stage):
         return QuantizationScheme(weights=WeightQuantization.model_validate(weights), inputs=inputs)
 
     def _rounding(self) -> Literal["nearest", "second-order"]:
-        """Returns the rounding: second-order where it pays, unless the settings say otherwise."""
+        """Returns the rounding: that of the settings, or the default for these bits."""
         if self.rounding is not None:
             return self.rounding
-        # At 8 bits rounding errors are small; with epochs the training corrects them.
+        # Second-order rounding takes longer. It is not worth it at 8 bits, where errors are small,
+        # nor before a training, which corrects them.
         few_bits = self.weights != "int" or self.bits < 8 or bool(self.mixed)
         return "second-order" if few_bits and not self.epochs else "nearest"
 
@@ -315,16 +329,16 @@ class QuantizeStage(TeacherTrainSettings, Stage):
         return self.correct_bias and not self.epochs
 
     def _looks_at_data(self) -> bool:
-        """Whether public examples are needed for ranges, choices, biases or rounding."""
+        """Whether public examples are needed: for ranges, mixed bits, biases or rounding."""
         inputs = self._scheme().inputs
         ranges = inputs is not None and inputs.calibrated
         return ranges or bool(self.mixed) or self._corrects() or self._rounding() == "second-order"
 
     def _smallest(self, model: nn.Module, table: dict[str, QuantizationScheme]) -> dict[str, int]:
-        """Returns the fewest bits for each layer.
+        """Returns the smallest of the `mixed` bits for each layer.
 
         Raises:
-            RecipeError: if not even these meet the budget.
+            RecipeError: if even these exceed `max_bytes`.
         """
         choices: dict[str, list[quantizing.BitChoice]] = {}
         for name in table:
@@ -332,7 +346,7 @@ class QuantizeStage(TeacherTrainSettings, Stage):
             choices[name] = []
             for bits in self.mixed:
                 size = quantizing.layer_bytes(layer, _int_weights(bits))
-                # Without an error of the outputs: only the bytes are asked here.
+                # The error of the outputs is not known yet; only the bytes matter here.
                 choices[name].append(quantizing.BitChoice(bits, size, 0.0))
         quantizing.choose_bits(choices, self.max_bytes or 0)
         return dict.fromkeys(table, min(self.mixed))
@@ -364,7 +378,7 @@ def _bits(scheme: QuantizationScheme) -> int:
 def _stays_float(model: nn.Module) -> tuple[float, list[str]]:
     """Returns the share of parameters that stay float, and the three modules with most of them.
 
-    Scales and codebooks are part of the quantization and count on neither side.
+    Scales and codebooks count neither as float nor as quantized parameters.
     """
     quantized = set()
     for _, layer in quantized_layers(model):
@@ -387,7 +401,7 @@ def _stays_float(model: nn.Module) -> tuple[float, list[str]]:
 def _facts(
     model: nn.Module, table: dict[str, QuantizationScheme], left: dict[str, str]
 ) -> dict[str, Any]:
-    """Returns the facts of the result; a size is the number of weights of a layer."""
+    """Returns the facts of the result, such as the mean number of bits per weight."""
     sizes = {name: layer.size for name, layer in quantized_layers(model) if name in table}
     total = sum(sizes.values())
     all_bits = sum(_bits(table[name]) * size for name, size in sizes.items())

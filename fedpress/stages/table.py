@@ -1,4 +1,4 @@
-"""The table of stages, a row for each kind; classes are loaded on demand, for a quick start."""
+"""The table of stages: a row for each kind. The classes are imported when they are first used."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ class Row:
     """One kind of stage.
 
     Attributes:
-        kind: the word in a recipe; the name of the command and of the Python call, too.
-        settings: where its settings class is, as `module:Class`.
-        words: what the command line says of it in one sentence; empty if it has no command of its
-            own.
+        kind: its name in a recipe, on the command line and in Python. Example: "prune".
+        settings: its settings class as `module:Class`.
+        summary: a sentence for `--help` and the docstring of the Python call; empty if the kind has
+            no command and no call.
     """
 
     kind: str
@@ -81,11 +81,11 @@ STAGES = (
     ),
     Row("measure", "fedpress.stages.measure:MeasureStage"),
 )
-"""All kinds of stages. A new one is a file with its settings class, and a row here."""
+"""All kinds of stages. To add one, write a file with its settings class and a row here."""
 
 
 def commands() -> dict[str, Row]:
-    """Returns the rows that have a command and a Python call of their own, by kind."""
+    """Returns the rows that have a command and a Python call, by kind."""
     return {row.kind: row for row in STAGES if row.summary}
 
 

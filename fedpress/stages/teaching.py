@@ -1,4 +1,4 @@
-"""Training with or without a teacher, which several stages use, and the loading of the teacher."""
+"""Training with an optional teacher (distillation), for the train, distill and quantize stages."""
 
 from __future__ import annotations
 
@@ -35,8 +35,7 @@ from fedpress.workspace.state import State, Tick
 EXAMPLES = 64
 TEACHERS_IN_RUN = ("dense", "before")
 SAVED_MODELS = {"teacher": TEACHERS_IN_RUN}
-"""`Stage.saved_models` of a stage with a teacher: its key `teacher` is the path of a saved model,
-unless it is one of the words `TEACHERS_IN_RUN`."""
+"""`Stage.saved_models` of a stage with a teacher."""
 
 
 TEACHER_CURE = (
@@ -44,7 +43,7 @@ TEACHER_CURE = (
     Argument("teacher", "runs/dense"),
     ", or in a recipe that has cut the model before, 'dense'",
 )
-"""The cure if a teacher is missing. A command has no earlier stage, so 'dense' is for recipes."""
+"""The cure if a teacher is missing. 'dense' needs an earlier stage, which a command has not."""
 
 
 class TeacherTrainSettings(TrainSettings):
@@ -52,12 +51,11 @@ class TeacherTrainSettings(TrainSettings):
 
     teacher: str | None = Field(
         None,
-        description="'dense' (the model before the first cut), 'before' (the model as it comes "
-        "into "
-        "this stage), or a saved model: its folder, a run, a packed file",
+        description="'dense' (the model before pruning), 'before' (the model before this stage), "
+        "or a saved model: its folder, a run, a packed file",
     )
     distill: DistillSettings = Field(
-        DistillSettings(), description="what is learned from the teacher"
+        DistillSettings(), description="which outputs and features of the teacher are learned"
     )
     places: ClassVar[Mapping[str, str]] = {
         "features": "distill.features",
@@ -77,25 +75,25 @@ class TeacherTrainSettings(TrainSettings):
     def objective(
         self, state: State, seed: int, *, student: nn.Module | None = None
     ) -> Distillation | None:
-        """Returns the loss with a teacher; None without one.
+        """Returns the distillation loss; None without a teacher.
 
         Args:
-            state: of the run.
-            seed: of what the distillation draws, such as its projections.
-            student: the model that learns; the state's if None. Give another if the teacher is the
-                state's model ("before").
+            state: the state of the run.
+            seed: seed of random parts of the loss, such as projections of features.
+            student: the model that is trained; the state's if None. It must be another one if the
+                teacher is the state's model ("before").
 
         Raises:
             RecipeError: if there is no such teacher.
             TrainingError: if it does not fit the student or the data.
         """
-        # Without epochs nothing learns, so a teacher is not even loaded.
+        # Without epochs nothing is trained, so the teacher is not needed.
         if self.teacher is None or not self.epochs:
             return None
         data = state.data
         teacher = _teacher(self.teacher, state)
         student = place_(student if student is not None else state.model, state.device)
-        # A few examples are run through both networks, for the shapes of their features.
+        # A few examples go through both networks, which gives the shapes of their features.
         examples = data.preprocess(data.public.x[:EXAMPLES].to(state.device))
         context = partial(autocast, teacher, self.precision)
         task = data.task.smoothed(self.label_smoothing)
@@ -151,25 +149,25 @@ class StageTraining:
         return Snapshot(self.fit.state())
 
     def load_(self, saved: Snapshot) -> None:
-        """Goes on from a checkpoint of the same model and settings."""
+        """Continues from a checkpoint of the same model and settings."""
         self.fit.load_(dict(saved.tensors))
 
 
 def saved_teacher(where: str) -> tuple[ModelSpec | None, nn.Module]:
-    """Loads a teacher by its path, or takes the module that a Python call was given.
+    """Loads a teacher from its path, or returns the module that was passed to a Python call.
 
     Returns:
-        Its spec (None for a module) and the teacher.
+        The teacher's spec (None for a module), and the teacher.
 
     Raises:
-        ModelError: if it is not there, or its files are corrupt.
+        ModelError: if it does not exist, or its files are corrupt.
     """
     if where.startswith(memory.TEACHER):
         return None, memory.registered_copy(where.removeprefix(memory.TEACHER))
     try:
         return storage.load(Path(where))
     except ModelError as error:
-        # The cure for the argument "model" also names models that cannot be a teacher.
+        # The original cure is for `model`, which takes more kinds of models than `teacher` does.
         if error.place == "model":
             error.place = "teacher"
             error.cure = "give the folder of a model or of a run, or a packed file"
@@ -177,15 +175,15 @@ def saved_teacher(where: str) -> tuple[ModelSpec | None, nn.Module]:
 
 
 def _teacher(where: str, state: State) -> nn.Module:
-    """Loads the teacher, with its own standardisation of the inputs.
+    """Returns the teacher; it converts inputs to the mean and std with which it was trained.
 
     Args:
-        where: the key `teacher`: "dense", "before" or a saved model.
-        state: of the run.
+        where: the value of `teacher`: "dense", "before" or the path of a saved model.
+        state: the state of the run.
 
     Raises:
-        RecipeError: if it is not there.
-        TrainingError: if it has other classes or inputs than the data.
+        RecipeError: if there is no such teacher.
+        TrainingError: if its classes or inputs differ from those of the data.
         ModelError: if its files are corrupt.
     """
     if where == "before":
@@ -193,21 +191,21 @@ def _teacher(where: str, state: State) -> nn.Module:
         model = state.model
     elif where != "dense":
         found, model = saved_teacher(where)
-        # A module from memory has no spec: it is taken to expect the same inputs.
+        # A module from memory has no spec, so it is assumed to expect the same inputs.
         spec = found if found is not None else state.spec
     elif state.parent is not None:
         spec, model = state.parent()
     else:
         raise RecipeError(
-            "got 'dense', but no stage before this one has made a trained model smaller",
+            "got 'dense', but no stage before this one prunes a trained model",
             place="teacher",
-            cure="put a stage that makes the model smaller before it, or give the teacher's folder",
+            cure="put a prune stage before it, or give the teacher's folder",
         )
     names = state.data.class_names
     if spec.class_names and names and spec.class_names != tuple(names):
         different = sorted(set(spec.class_names) ^ set(names))[:3] or ["the order"]
         raise TrainingError(
-            f"'{where}' knows other classes than the data ({', '.join(different)} differ)",
+            f"'{where}' has other classes than the data ({', '.join(different)} differ)",
             place="teacher",
             cure="give a teacher of the same classes",
         )
@@ -221,7 +219,7 @@ def _teacher(where: str, state: State) -> nn.Module:
             place="teacher",
             cure="give a teacher of the same inputs",
         )
-    # A copy: the hook below must not stay on a model that goes on in the run.
+    # A copy, because the hook below must not stay on a model that later stages use.
     model = place_(copied(model), state.device)
     source_scale = state.data.preprocess
     target_scale = Preprocess(spec.mean, spec.std)
@@ -235,7 +233,12 @@ def _teacher(where: str, state: State) -> nn.Module:
 def restandardize(
     x: torch.Tensor, source_scale: Preprocess, target_scale: Preprocess
 ) -> torch.Tensor:
-    """Converts inputs [n, C, ...] from one standardisation (`source_scale`) to another (`target_scale`)."""
+    """Converts standardised inputs [n, C, ...] from one mean and std to another.
+
+    >>> x = torch.tensor([[1.0]])
+    >>> restandardize(x, Preprocess((2.0,), (3.0,)), Preprocess((1.0,), (2.0,)))  # of the raw 5.0
+    tensor([[2.]])
+    """
     shape = (1, -1, *[1] * (x.dim() - 2))
 
     def numbers(values: tuple[float, ...], empty: float) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""The train stage: trains on the public part, with or without a teacher; also fine-tuning."""
+"""The train and distill stages: train or fine-tune on the public part."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The union type of all stages in the table: the recipe's settings read each `[[stage]]` as one."""
+"""The union type of all stages, by which pydantic parses each `[[stage]]` table of a recipe."""
 
 from __future__ import annotations
 
@@ -13,5 +13,5 @@ if TYPE_CHECKING:
 
     AnyStage = Stage
 else:
-    # Made from the table when it is imported; a type checker sees the base class instead.
+    # A type checker cannot evaluate this expression, so it sees the base class.
     AnyStage = reduce(or_, dict.fromkeys(row.load() for row in STAGES))

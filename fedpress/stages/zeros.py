@@ -1,4 +1,4 @@
-"""Zeros that later stages keep: masks of earlier stages, and the spec's list of sparse weights."""
+"""Zeros of earlier sparsify and l0 stages, which later stages must keep."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from fedpress.workspace.state import State
 
 
 def allowed_masks(model: nn.Module, state: State, weights: Weights) -> Masks:
-    """Returns a mask for each chosen weight: True where no earlier stage has pruned the entry."""
+    """Returns a mask for each chosen weight: False where an earlier stage has pruned the entry."""
     old = masks_of(model, state.spec.sparse)
     full = {w.name: torch.ones_like(w.value, dtype=torch.bool) for w in weights.chosen}
     return {name: old.get(name, mask) for name, mask in full.items()}
 
 
 def with_sparse_weights(spec: ModelSpec, masks: Masks) -> ModelSpec:
-    """Returns the spec with the pruned weights of `masks` added to its list of sparse weights."""
+    """Returns the spec with the weights that `masks` prunes in its list `sparse`."""
     new = [name for name, mask in masks.items() if not mask.all() and name not in spec.sparse]
     return spec.model_copy(update={"sparse": (*spec.sparse, *new)})

@@ -1,4 +1,4 @@
-"""The table of tasks: for each its loss, its metrics, and the targets that it needs.
+"""Tasks: what a network learns. Each task defines a loss, metrics, and the form of its targets.
 
 A task is one file and one row of `TASKS`; `docs/tasks.md` shows how to add one.
 """
@@ -22,21 +22,21 @@ from fedpress.tasks.regression import Regression
 TASKS: dict[str, type[Task]] = {
     task.kind: task for task in (Classification, Binary, Multilabel, Regression, Poisson)
 }
-"""Every task by its name in a recipe."""
+"""The tasks by their names in a recipe."""
 
 DEFAULT: dict[str, str] = {
     "classes": Classification.kind,
     "flags": Multilabel.kind,
     "numbers": Regression.kind,
 }
-"""The task for each kind of targets, if the recipe names none."""
+"""The default task for each kind of targets."""
 
 
 def find(kind: str) -> type[Task]:
-    """Returns the task that a recipe names.
+    """Returns the class of a task by its name in a recipe, such as "binary".
 
     Raises:
-        RecipeError: if there is none of this name.
+        RecipeError: if there is no such task.
     """
     if kind not in TASKS:
         raise RecipeError(
@@ -48,20 +48,24 @@ def find(kind: str) -> type[Task]:
 
 
 def kind_of(given: str | Mapping[str, Any]) -> str:
-    """Returns the task's name from the value of `data.task`, which may be a table with options."""
+    """Returns the name of the task in a value of `data.task`.
+
+    >>> kind_of("binary"), kind_of({"kind": "binary", "threshold": 0.3})
+    ('binary', 'binary')
+    """
     if isinstance(given, str):
         return given
     return str(given.get("kind"))
 
 
 def check_settings(given: str | Mapping[str, Any]) -> None:
-    """Checks that a value of `data.task` names a task and options that the task has.
+    """Checks the name and the options in a value of `data.task`.
 
     Raises:
-        RecipeError: naming what is wrong.
+        RecipeError: if there is no such task or option.
     """
     row = find(kind_of(given))
-    # Weights have a key of their own in [data], since they go with every kind of classes.
+    # Class weights are not an option of a task, because [data] has a key for them.
     every = [field.name for field in fields(row)]  # type: ignore[arg-type]
     known = [name for name in every if name not in ("names", "class_weights")]
     for key in () if isinstance(given, str) else given:
@@ -75,20 +79,22 @@ def check_settings(given: str | Mapping[str, Any]) -> None:
 
 
 def make(given: str | Mapping[str, Any], names: tuple[str, ...], public: Tensor) -> Task:
-    """Makes the task of a data set.
+    """Creates the task of a data set.
 
     Args:
         given: the value of `data.task`: a name, or a table with `kind` and options.
-        names: of the classes, or of the predicted numbers.
-        public: the public targets [n, ...].
+        names: names of the classes, or of the predicted numbers.
+        public: public targets [n, ...], from which for instance mean and std are computed.
 
     Raises:
-        RecipeError: if there is no such task or option, or a value does not fit.
+        RecipeError: if there is no such task or option, or a value is invalid.
     """
     check_settings(given)
     row = find(kind_of(given))
     task = row.fit(names, public)
-    options = {} if isinstance(given, str) else {k: v for k, v in given.items() if k != "kind"}
+    options: dict[str, Any] = {}
+    if not isinstance(given, str):
+        options = {key: value for key, value in given.items() if key != "kind"}
     if not options:
         return task
     try:
@@ -102,7 +108,7 @@ def make(given: str | Mapping[str, Any], names: tuple[str, ...], public: Tensor)
 
 
 def _with_tuples(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the options with tuples for lists, since TOML and JSON have no tuples."""
+    """Converts lists to tuples: tasks are hashable, and TOML and JSON have no tuples."""
     found = {}
     for key, value in options.items():
         found[key] = tuple(value) if isinstance(value, list) else value
@@ -110,10 +116,10 @@ def _with_tuples(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def of_model(saved: Mapping[str, Any], class_names: tuple[str, ...]) -> Task:
-    """Returns the task that a saved model was trained for.
+    """Returns the task of a saved model.
 
     Args:
-        saved: `ModelSpec.task`, the result of `Task.to_json`; empty for a classification.
+        saved: `ModelSpec.task`, which is the result of `Task.to_json`; empty for classification.
         class_names: `ModelSpec.class_names`.
 
     Raises:
@@ -126,8 +132,8 @@ def of_model(saved: Mapping[str, Any], class_names: tuple[str, ...]) -> Task:
 
 
 def task_of(line: Mapping[str, Any]) -> type[Task]:
-    """Returns the task of a line of `result.json`."""
-    # Version 0.1.0 had classifications only, and did not write the task.
+    """Returns the class of the task of a stage's result (a line of `result.json`)."""
+    # Version 0.1.0 only had classification, and did not store the task.
     return TASKS.get(str(line.get("task")), Classification)
 
 

@@ -1,4 +1,8 @@
-"""The base class of tasks: loss, metrics from sums, and checks of outputs and targets."""
+"""The base class of tasks: loss, metrics, and checks of outputs and targets.
+
+Metrics are computed from sums over examples, such as the number of right answers. Sums of batches,
+files or clients can be added, so no outputs need to be stored.
+"""
 
 from __future__ import annotations
 
@@ -17,23 +21,24 @@ from fedpress.tasks.weights import ClassWeights
 
 Reduction = Literal["mean", "sum", "none"]
 Sums = Mapping[str, Tensor]
-"""Sums over examples, by name. The sums of two parts of the data add up to those of the whole."""
+"""Name -> sum over examples. Example: {"right": tensor(90), "examples": tensor(100)}."""
 
 Targets = Literal["classes", "flags", "numbers"]
-"""Kinds of targets: class numbers int64 [n, ...]; 0 and 1 float32 [n, k]; float32 [n] or [n, k]."""
+"""Kinds of targets. "classes": class numbers, int64 [n, ...]. "flags": 0 or 1 for each of k labels,
+float32 [n, k]. "numbers": float32 [n] or [n, k]."""
 
 
 @dataclass(frozen=True)
 class Metric:
-    """How one metric is named and formatted.
+    """Name, direction and format of a metric.
 
     Attributes:
-        key: in records and results, such as `balanced_accuracy`.
-        name: for people, such as "balanced accuracy".
+        key: its key in records and results, such as "balanced_accuracy".
+        name: its name in tables and figures, such as "balanced accuracy".
         better: whether higher or lower values are better.
-        share: whether it is a share, 0 to 1, which is shown in percent.
-        digits: decimals, if it is no share.
-        meaning: what it means, for the report.
+        share: whether it is a share from 0 to 1, shown in percent.
+        digits: number of decimals, if it is not a share.
+        meaning: an explanation for the report, such as "0.5 is chance".
     """
 
     key: str
@@ -57,22 +62,22 @@ class Metric:
 
 
 class Task(ABC):
-    """What is learned: a loss, metrics, and the form of outputs and targets.
+    """What a network learns: a loss, metrics, and the form of outputs and targets.
 
-    A new task is a frozen dataclass in a file of its own, and a row in `fedpress.tasks.TASKS`.
+    A task is a frozen dataclass in its own file, and a row in `fedpress.tasks.TASKS`.
 
     Attributes:
-        kind: its name in a recipe.
-        targets: the kind of targets that it needs.
-        shown_metrics: the metrics that people see; the first one is the primary metric.
-        other_keys: further keys that `summary` returns.
-        primary: key of the primary metric, by which early stopping, `target_metric`, sweeps and the
-            report compare models.
-        higher_is_better: whether a larger value of it is better.
-        keys: all keys that `summary` returns.
-        names: of the classes, or of the predicted numbers.
-        weighs_classes: whether it has classes that may count differently in the loss.
-        class_weights: one for each class, see `weighted`; empty if all count alike.
+        kind: its name in a recipe, such as "binary".
+        targets: the kind of its targets.
+        shown_metrics: metrics in tables and reports; the first one is the primary metric.
+        other_keys: further keys in the result of `summary`.
+        primary: key of the primary metric. Early stopping, `target_metric`, sweeps and the report
+            compare models by it.
+        higher_is_better: whether a higher primary metric is better.
+        keys: all keys in the result of `summary`.
+        names: names of the classes, or of the predicted numbers.
+        weighs_classes: whether its loss can have class weights.
+        class_weights: weight of each class in the loss; empty if all are 1.
     """
 
     kind: ClassVar[str]
@@ -88,34 +93,34 @@ class Task(ABC):
     keys: ClassVar[tuple[str, ...]]
 
     def __init_subclass__(cls) -> None:
-        """Derives `primary`, `higher_is_better` and `keys` from the metrics of a new task."""
+        """Sets `primary`, `higher_is_better` and `keys` of a subclass from its metrics."""
         super().__init_subclass__()
         cls.primary = cls.shown_metrics[0].key
         cls.higher_is_better = cls.shown_metrics[0].better == "higher"
-        # The loss is measured by the evaluation itself.
+        # Without the loss, which `training.evaluate` measures itself.
         measured = [metric.key for metric in cls.shown_metrics if metric.key != "loss"]
         cls.keys = (*measured, *cls.other_keys)
 
     @classmethod
     def fit(cls, names: tuple[str, ...], public: Tensor) -> Task:
-        """Makes the task of a data set.
+        """Creates the task of a data set.
 
         Args:
-            names: of the classes, or of the predicted numbers.
-            public: the public targets [n, ...]; n may be 0. Private targets must have no influence,
-                since what is fitted goes out with the model.
+            names: names of the classes, or of the predicted numbers.
+            public: public targets [n, ...]; n may be 0. Fitted values (such as mean and std) are
+                published with the model, so they must not depend on private targets.
         """
         del public
         return cls(names)  # type: ignore[call-arg]
 
     @property
     def worst(self) -> float:
-        """The worst value of the primary metric, to start a search with."""
+        """The worst value of the primary metric: initial value of a search for the best."""
         return -math.inf if self.higher_is_better else math.inf
 
     @classmethod
     def formatted(cls, score: float | None) -> str:
-        """Returns a value of the primary metric as text: `97.12%`, or `12.3`."""
+        """Formats a value of the primary metric, such as "97.12%" or "12.346"."""
         return cls.shown_metrics[0].formatted(score)
 
     def better(self, new: float | None, old: float | None) -> bool:
@@ -139,10 +144,11 @@ class Task(ABC):
         """Returns the loss of a batch.
 
         Args:
-            outputs: of the network, [n, ...].
+            outputs: outputs of the network [n, ...].
             targets: [n, ...].
-            reduction: "mean" or "sum" over examples, or "none": the loss of each example, [n].
-                Per-example clipping uses the last, so no example may influence another's loss.
+            reduction: "mean" or "sum" over examples, or "none" for the loss of each example, [n].
+                DP-SGD clips gradients of single examples, so the loss of one example must not
+                depend on another.
         """
 
     @abstractmethod
@@ -154,18 +160,17 @@ class Task(ABC):
 
     @abstractmethod
     def summary(self, sums: Sums) -> dict[str, JsonValue]:
-        """Returns the metrics by key; None for one that is undefined on these examples.
+        """Computes the metrics by key; None for a metric that is undefined on these examples.
 
-        A key that ends in `_warning` holds a sentence if the model is useless, else None. The
-        primary metric's key and `_error`, such as `accuracy_error`, is its standard error: how far
-        another draw of as many test examples would move it. Leave it out if it has no simple
-        formula.
+        A key with the ending `_warning` is a sentence if the model is useless, else None. The
+        primary metric's key with the ending `_error`, such as `accuracy_error`, is its standard
+        error. Leave it out if there is no simple formula.
         """
 
     def score_sums(self, outputs: Tensor, targets: Tensor) -> Sums:
-        """Returns the sums that the primary metric needs.
+        """Returns the sums for `score`, which is computed after every epoch.
 
-        Override it if all metrics cost much more than the primary one.
+        Override both if the primary metric alone is much cheaper than all metrics.
         """
         return self.metrics(outputs, targets)
 
@@ -175,9 +180,9 @@ class Task(ABC):
         return float(value) if isinstance(value, int | float) else math.nan
 
     def soft_loss(self, outputs: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-        """Returns the distillation loss of outputs [n, ...] against a teacher's outputs.
+        """Returns the distillation loss: the distance of outputs [n, ...] to those of a teacher.
 
-        Here it is the mean squared difference.
+        The default is the mean squared difference.
         """
         del temperature
         return (outputs - teacher).square().mean()
@@ -205,7 +210,8 @@ class Task(ABC):
 
         Args:
             given: "balanced", or a weight for each class.
-            public: the public targets [n, ...]. Private targets must have no influence.
+            public: public targets [n, ...], whose counts balance the weights. Counts of private
+                targets would cost privacy.
 
         Raises:
             RecipeError: if its targets are not classes, or the weights do not fit them.
@@ -216,15 +222,15 @@ class Task(ABC):
 
     @property
     def unweighted(self) -> Task:
-        """The task without class weights, whose loss stands in results."""
+        """The task without class weights: reported losses are those of this one."""
         return self
 
     def check(self, outputs: object, targets: Tensor) -> None:
-        """Checks that outputs and targets fit this task.
+        """Checks outputs and targets.
 
         Raises:
-            ModelError: if the network returns another shape.
-            DataError: if a target has the wrong shape, type or range.
+            ModelError: if outputs have the wrong shape.
+            DataError: if targets have the wrong shape, type or range.
         """
         self.check_targets(targets)
         got = list(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
@@ -242,17 +248,17 @@ class Task(ABC):
         return f"[{self.outputs}] for the task {self.kind}"
 
     def check_targets(self, targets: Tensor) -> None:
-        """Checks that targets fit this task. Its errors quote no value, since it may be private.
+        """Checks targets. Its errors must not quote values, which may be private.
 
         Raises:
-            DataError: saying what was expected.
+            DataError: if targets have the wrong shape, type or range.
         """
         check_numbers(targets, len(self.names), self.kind)
 
     def made_up_targets(self, n: int, like: Tensor) -> Tensor:
         """Returns `n` valid targets in shape and dtype of `like` [m, ...].
 
-        With them a network is tried before any private data is used.
+        They are used to try a network before it gets private data.
         """
         shape = (n, *like.shape[1:])
         if self.targets == "classes":
@@ -266,15 +272,15 @@ class Task(ABC):
         return column.expand(shape).contiguous()
 
     def to_json(self) -> dict[str, JsonValue]:
-        """Returns what a device must know to use the outputs: kind, names, and options."""
+        """Returns kind, names and options, which a device needs to interpret outputs."""
         return {"kind": self.kind, "names": list(self.names)}
 
     def to_targets(self, outputs: Tensor) -> Tensor:
-        """Returns outputs in the units of the targets; unchanged by default."""
+        """Converts outputs to the units of the targets; by default they are the same."""
         return outputs
 
     def answers(self, outputs: Tensor) -> Tensor:
-        """Returns answers: class numbers, 0 or 1 per label, or numbers in the targets' units."""
+        """Returns predictions: class numbers, 0 or 1 per label, or numbers in targets' units."""
         return self.to_targets(outputs)
 
     def probabilities(self, outputs: Tensor) -> Tensor | None:
@@ -293,7 +299,7 @@ def no_classes_error(kind: str) -> RecipeError:
 
 
 def merged(first: Sums, *others: Sums) -> dict[str, Tensor]:
-    """Adds up the sums of several parts.
+    """Adds the sums of several parts of the data, such as batches or clients.
 
     >>> merged({"n": torch.tensor(2)}, {"n": torch.tensor(3)})
     {'n': tensor(5)}
@@ -306,14 +312,14 @@ def merged(first: Sums, *others: Sums) -> dict[str, Tensor]:
 
 
 def reduced(losses: Tensor, reduction: Reduction) -> Tensor:
-    """Returns mean or sum of the losses of examples [n], or the losses themselves."""
+    """Applies the reduction "mean", "sum" or "none" to the losses of examples [n]."""
     if reduction == "none":
         return losses
     return losses.mean() if reduction == "mean" else losses.sum()
 
 
 def json_number(value: Tensor | float) -> float | None:
-    """Returns a number for JSON: None for NaN and infinity, since JSON has neither."""
+    """Returns a float, or None for NaN and infinity, which JSON cannot represent."""
     value = float(value)
     return value if math.isfinite(value) else None
 
@@ -331,7 +337,8 @@ def standard_error(total: Tensor, squares: Tensor, n: int) -> float | None:
     """
     if n < 2:
         return None
-    # From sums, so that it needs no second pass. Dividing by n - 1 makes the variance unbiased.
+    # The variance from sums needs no second pass over the data. The factor n / (n - 1) makes it
+    # unbiased.
     mean = float(total) / n
     variance = (float(squares) / n - mean**2) * n / (n - 1)
     if not math.isfinite(variance):

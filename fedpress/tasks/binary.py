@@ -1,4 +1,4 @@
-"""Binary classification: one logit for each example, judged by the AUC."""
+"""Binary classification: one logit for each example; the primary metric is the AUC."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from torch import Tensor
 from fedpress.errors import DataError
 from fedpress.tasks import ranking, weights
 from fedpress.tasks.base import Metric, Reduction, Sums, Task, json_number, reduced
-from fedpress.tasks.classification import CALIBRATION_SAYS, Classification
+from fedpress.tasks.classification import CALIBRATION_MEANING, Classification
 from fedpress.tasks.weights import ClassWeights
 
 
 @dataclass(frozen=True)
 class Binary(Task):
-    """Yes or no: targets int64 [n] of 0 and 1, outputs one logit [n, 1].
+    """Two classes: targets 0 and 1, int64 [n]; outputs are the logits of class 1, [n, 1].
 
     Attributes:
-        names: of class 0 and class 1.
-        threshold: the answer is class 1 if its probability is at least this.
-        class_weights: factor on the loss of an example by its class; empty: 1.
+        names: names of class 0 and class 1.
+        threshold: class 1 is predicted if its probability is at least this.
+        class_weights: factors on the loss for class 0 and class 1; empty if both are 1.
     """
 
     names: tuple[str, ...]
@@ -38,12 +38,12 @@ class Binary(Task):
         Metric(
             "auc",
             "AUC",
-            meaning="how often a case of class 1 ranks above one of class 0; 0.5 is chance",
+            meaning="how often an example of class 1 scores above one of class 0; 0.5 is chance",
         ),
         Metric("accuracy", "accuracy", share=True),
         Metric("balanced_accuracy", "balanced accuracy", share=True),
         Metric("f1", "F1"),
-        Metric("calibration_error", "calibration error", "lower", meaning=CALIBRATION_SAYS),
+        Metric("calibration_error", "calibration error", "lower", meaning=CALIBRATION_MEANING),
         Metric("loss", "log loss", "lower"),
     )
     other_keys = ("majority_share", "accuracy_warning", "accuracy_error", "auc_error", "confusion")
@@ -64,7 +64,7 @@ class Binary(Task):
     def loss(self, outputs: Tensor, targets: Tensor, *, reduction: Reduction = "mean") -> Tensor:
         """Returns the log loss in nats."""
         logits = outputs.float().reshape(len(targets))
-        # torch has a weight for class 1 only.
+        # Not by `pos_weight`, because torch has that for class 1 only.
         if self.class_weights:
             each = F.binary_cross_entropy_with_logits(logits, targets.float(), reduction="none")
             first, second = self.class_weights
@@ -88,7 +88,7 @@ class Binary(Task):
         return Classification(self.names).soft_loss(_both(outputs), _both(teacher), temperature)
 
     def agreement(self, first: Tensor, second: Tensor) -> float | None:
-        """Returns the share of equal answers at the threshold."""
+        """Returns the share of examples with equal predictions."""
         border = self._logit_of_threshold
         return ((first >= border) == (second >= border)).float().mean().item()
 
@@ -106,10 +106,10 @@ class Binary(Task):
         return math.log(self.threshold / (1 - self.threshold))
 
     def metrics(self, outputs: Tensor, targets: Tensor) -> Sums:
-        """Returns the counts of a classification with two classes, its answers by the threshold."""
+        """Returns the sums of `Classification`, with predictions by the threshold."""
         logits = _both(outputs.detach().double())
         sums = dict(Classification(self.names).metrics(logits, targets))
-        # A classification answers at 0.5: these counts are replaced by those at the threshold.
+        # `Classification` predicts at 0.5, so sums that depend on the threshold are replaced.
         answers = (logits[:, 1] >= self._logit_of_threshold).long()
         sums["answers"] = answers.bincount(minlength=2)
         sums["right"] = targets[answers == targets].bincount(minlength=2)
@@ -117,12 +117,12 @@ class Binary(Task):
         return sums
 
     def summary(self, sums: Sums) -> dict[str, JsonValue]:
-        """Returns the metrics, and further facts as in `Classification`.
+        """Returns the metrics and further values of `Classification`, and F1.
 
         `auc_error` is the standard error of the AUC.
         """
         found = Classification(self.names).summary(sums)
-        # With two classes the F1 of class 1 is the usual one.
+        # For two classes the usual F1 is that of class 1, not the mean of both.
         found.pop("macro_f1")
         f1 = json_number(2 * sums["right"][1] / (sums["labels"][1] + sums["answers"][1]))
         # The primary metric comes first.
@@ -133,7 +133,7 @@ class Binary(Task):
         return {"auc": auc, **found, "f1": f1, "auc_error": error}
 
     def to_json(self) -> dict[str, JsonValue]:
-        """Returns the names, and the threshold of the answer."""
+        """Returns the names and the threshold."""
         return {**super().to_json(), "threshold": self.threshold}
 
     def check_targets(self, targets: Tensor) -> None:
@@ -148,6 +148,6 @@ class Binary(Task):
 
 
 def _both(outputs: Tensor) -> Tensor:
-    """Returns logits [n, 2] of both classes: 0 for class 0."""
+    """Returns logits [n, 2] of both classes; that of class 0 is always 0."""
     logits = outputs.reshape(len(outputs), 1)
     return torch.cat([torch.zeros_like(logits), logits], 1)

@@ -1,4 +1,4 @@
-"""Classification: one class of several, for each example or for each position of it."""
+"""Classification: predicts one of several classes, for each example or each of its positions."""
 
 from __future__ import annotations
 
@@ -16,28 +16,28 @@ from fedpress.tasks.base import Metric, Reduction, Sums, Task, json_number, redu
 from fedpress.tasks.weights import ClassWeights
 
 IGNORED = -100
-"""Target of a position that does not count, such as the padding of a short sequence."""
+"""Target of a position without a label, such as the padding of a short sequence."""
 
-# With more classes there is no AUC: every class needs two histograms.
-MOST_RANKED = 1000
-# With more classes there is no confusion matrix: its size is the square.
-MOST_CONFUSED = 50
+# With more classes no AUC is computed, because it needs two histograms of 4,096 bins for each.
+MAX_AUC_CLASSES = 1000
+# With more classes no confusion matrix is computed, because its size grows with the square.
+MAX_CONFUSION_CLASSES = 50
 
-AUC_SAYS = "of class 1 where there are two classes, else the mean over the classes; 0.5 is chance"
-CALIBRATION_SAYS = "how far the model's confidence is from its accuracy, on average"
+AUC_MEANING = "for two classes that of class 1, else the mean over the classes; 0.5 is chance"
+CALIBRATION_MEANING = "mean difference between the model's confidence and its accuracy"
 
 
 @dataclass(frozen=True)
 class Classification(Task):
-    """One class of several, for each example or each position.
+    """One of several classes, for each example or each of its positions.
 
     Targets are int64 [n] or [n, ...]; outputs are logits [n, classes] or [n, classes, ...].
 
     Attributes:
-        names: of the classes, in the order of their numbers.
+        names: names of classes 0, 1, ...
         label_smoothing: share of the target that is spread over all classes (Szegedy et al. 2016,
             section 7).
-        class_weights: factor on the loss of an example by its class; empty: 1.
+        class_weights: factors on the loss by class; empty if all are 1.
 
     >>> task = Classification(("no", "yes"))
     >>> sums = task.metrics(torch.eye(2), torch.tensor([0, 1]))
@@ -58,22 +58,22 @@ class Classification(Task):
             "balanced_accuracy",
             "balanced accuracy",
             share=True,
-            meaning="the mean over the classes of their shares of right answers",
+            meaning="mean over the classes of the accuracy on their examples",
         ),
-        Metric("auc", "AUC", meaning=AUC_SAYS),
-        Metric("macro_f1", "macro F1", meaning="the mean over the classes of their F1"),
-        Metric("calibration_error", "calibration error", "lower", meaning=CALIBRATION_SAYS),
+        Metric("auc", "AUC", meaning=AUC_MEANING),
+        Metric("macro_f1", "macro F1", meaning="mean over the classes of their F1"),
+        Metric("calibration_error", "calibration error", "lower", meaning=CALIBRATION_MEANING),
         Metric("loss", "log loss", "lower"),
     )
     other_keys = ("majority_share", "accuracy_warning", "accuracy_error", "confusion")
 
     def loss(self, outputs: Tensor, targets: Tensor, *, reduction: Reduction = "mean") -> Tensor:
-        """Returns the cross-entropy in nats; for several positions the mean over them.
+        """Returns the cross-entropy in nats; that of an example is the mean over its positions.
 
-        With class weights the mean is over the number of examples, not over the sum of weights as
-        in torch, since the loss of an example must not depend on the others.
+        With class weights, the mean divides by the number of examples. torch divides by the sum of
+        weights, but then the loss of an example would depend on the other examples.
         """
-        # A needless cast would become a step in the program that a device runs.
+        # A needless cast would be exported as an operation that the device must compute.
         if outputs.dtype != torch.float32:
             outputs = outputs.float()
         smoothing = self.label_smoothing
@@ -85,15 +85,15 @@ class Classification(Task):
         )
         if targets.dim() == 1:
             return reduced(each, reduction)
-        # An example without any counted position has the loss 0, not 0 / 0.
+        # An example without any label gets the loss 0 instead of 0 / 0.
         counted = (targets != IGNORED).flatten(1).sum(1).clamp_min(1)
         return reduced(each.flatten(1).sum(1) / counted, reduction)
 
     def soft_loss(self, outputs: Tensor, teacher: Tensor, temperature: float) -> Tensor:
         """Returns T^2 KL(teacher || student) at temperature T, averaged over examples, in nats.
 
-        Hinton, Vinyals, Dean (2015, arXiv:1503.02531), section 2. The factor T^2 keeps the size of
-        the gradient when T changes.
+        Hinton, Vinyals, Dean (2015, arXiv:1503.02531), section 2. The factor T^2 makes the size of
+        the gradient independent of T.
         """
         soft = (outputs / temperature).log_softmax(1)
         target = (teacher / temperature).log_softmax(1)
@@ -102,7 +102,7 @@ class Classification(Task):
         return divergence * temperature**2 / positions
 
     def agreement(self, first: Tensor, second: Tensor) -> float | None:
-        """Returns the share of equal predicted classes."""
+        """Returns the share of examples (or positions) with equal predictions."""
         return (first.argmax(1) == second.argmax(1)).float().mean().item()
 
     def smoothed(self, amount: float) -> Classification:
@@ -123,7 +123,7 @@ class Classification(Task):
         return replace(self, class_weights=())
 
     def score_sums(self, outputs: Tensor, targets: Tensor) -> Sums:
-        """Returns the number of right answers, and of examples."""
+        """Returns the number of right predictions, and of examples."""
         counted = targets != IGNORED
         right = ((outputs.argmax(1) == targets) & counted).sum()
         return {"right": right, "examples": counted.sum()}
@@ -142,8 +142,8 @@ class Classification(Task):
         return outputs.softmax(1)
 
     def metrics(self, outputs: Tensor, targets: Tensor) -> Sums:
-        """Returns counts of labels, answers and right answers by class, and those of `ranking`."""
-        # Classes last, and all positions of all examples in one dimension.
+        """Returns labels, predictions and right ones by class, and histograms of `ranking`."""
+        # To [examples * positions, classes].
         logits = outputs.detach().double().movedim(1, -1).flatten(0, -2)
         labels = targets.reshape(-1)
         logits, labels = logits[labels != IGNORED], labels[labels != IGNORED]
@@ -152,7 +152,7 @@ class Classification(Task):
         right = answers == labels
         broken = logits.isnan().any(1)
         confidence = logits.softmax(1).amax(1)
-        # NaN and some infinite logits have no softmax: they cannot be ranked among the others.
+        # NaN and some infinite logits have no softmax, so AUC and calibration leave them out.
         sure = confidence.isfinite()
         sums = {
             "labels": labels.bincount(minlength=classes),
@@ -163,41 +163,41 @@ class Classification(Task):
             "unranked": (~sure).sum(),
             "calibration": ranking.calibration_counts(confidence[sure], right[sure]),
         }
-        if classes <= MOST_RANKED:
+        if classes <= MAX_AUC_CLASSES:
             sums["scores"] = self._score_counts(logits[sure], labels[sure])
-        if classes <= MOST_CONFUSED:
+        if classes <= MAX_CONFUSION_CLASSES:
             pairs = labels * classes + answers
             sums["confusion"] = pairs.bincount(minlength=classes**2).view(classes, classes)
         return sums
 
     def _score_counts(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Counts scores of each class against the rest; for two classes only of the second.
+        """Returns histograms of scores for each class against the rest; of two, only for class 1.
 
-        The score is the logit of the class's probability p: log(p / (1 - p)).
+        The score of a class with probability p is log(p / (1 - p)).
         """
         classes = logits.shape[1]
         if classes == 2:
             scores = logits[:, 1:] - logits[:, :1]
             return ranking.score_counts(scores, labels[:, None] == 1)
         log_p = logits.log_softmax(1)
-        # log(1 - p) by expm1 is exact for a small p; the clamp keeps it finite for p = 1.
+        # log(1 - p) by expm1 is precise for a small p. The clamp keeps it finite for p = 1.
         log_rest = torch.log(-torch.expm1(log_p.clamp_max(-1e-300)))
         return ranking.score_counts(log_p - log_rest, F.one_hot(labels, classes).bool())
 
     def summary(self, sums: Sums) -> dict[str, JsonValue]:
-        """Returns the metrics, and further facts.
+        """Returns the metrics, and these values.
 
-        These are `accuracy_error`: the standard error of the accuracy, None if an example has
-        several answers; `majority_share`: share of the largest class, 0 to 1; `accuracy_warning`: a
-        sentence if the accuracy is worthless, else None; `confusion`: for each class how often each
-        class was answered, None for many classes.
+        - `accuracy_error`: standard error of the accuracy; None if examples have several positions.
+        - `majority_share`: share of the most frequent class, 0 to 1.
+        - `accuracy_warning`: a sentence if the accuracy means nothing, else None.
+        - `confusion`: for each class, how often each class was predicted; None for many classes.
         """
         labels, answers, right = (sums[key].double() for key in ("labels", "answers", "right"))
         n = float(labels.sum())
-        # The binomial formula needs independent answers, and those for the positions of one example
-        # depend on each other.
+        # The binomial formula needs independent predictions. Those at positions of the same example
+        # are not.
         independent = n <= int(sums["examples"])
-        # Recall is defined for classes with examples, F1 also for classes with answers only.
+        # Recall needs examples of the class. F1 is also defined if the class was only predicted.
         occurs = labels > 0
         has_f1 = labels + answers > 0
         f1 = 2 * right[has_f1] / (labels + answers)[has_f1]
@@ -226,7 +226,7 @@ class Classification(Task):
         }
 
     def _warning(self, sums: Sums) -> str | None:
-        """Returns why the accuracy is worthless; None if it is not."""
+        """Returns why the accuracy means nothing, for instance one class only; else None."""
         labels, answers = sums["labels"], sums["answers"]
         n, largest = int(labels.sum()), int(labels.argmax())
         name, share = self.names[largest], int(labels.max()) / n
@@ -250,11 +250,11 @@ class Classification(Task):
         return None
 
     def to_json(self) -> dict[str, JsonValue]:
-        """Returns an empty dictionary: files hold the class names in an entry of their own."""
+        """Returns an empty dictionary: files have another entry for the class names."""
         return {}
 
     def check(self, outputs: object, targets: Tensor) -> None:
-        """Checks that outputs are logits of these classes, and targets are class numbers."""
+        """Checks that outputs are logits of these classes, and targets are their numbers."""
         self.check_targets(targets)
         expected = [len(targets), len(self.names), *targets.shape[1:]]
         got = list(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__

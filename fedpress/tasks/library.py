@@ -1,4 +1,4 @@
-"""Uses metrics of torchmetrics whose states are sums, so that they add up over batches."""
+"""Metrics of torchmetrics as sums: their states are added over batches and clients."""
 
 from __future__ import annotations
 
@@ -13,21 +13,22 @@ from torch import Tensor
 from fedpress.tasks.base import Sums, json_number
 
 MetricMaker = Callable[[], Mapping[str, Any]]
-"""Returns new metrics of torchmetrics by key. It imports the library, which takes two seconds."""
+"""A function that returns new torchmetrics objects by key. It is called only when metrics are
+computed, because importing torchmetrics takes two seconds."""
 
 
 def library_sums(
     make_metrics: MetricMaker, predictions: Tensor, targets: Tensor
 ) -> dict[str, Tensor]:
-    """Returns the states of new metrics after one batch, by `key.state`; zeros if it is empty.
+    """Returns the states of the metrics after one batch, such as "mae.sum_abs_error".
 
     Args:
-        make_metrics: makes the metrics.
-        predictions: [n, ...], as the metrics take them.
+        make_metrics: creates the metrics.
+        predictions: [n, ...]; n may be 0.
         targets: [n, ...].
 
     Raises:
-        TypeError: if a state is no sum, such as a mean: it does not add up over batches.
+        TypeError: if a state is not a sum. A list of all examples, for instance, cannot be added.
     """
     found: dict[str, Tensor] = {}
     for key, metric in make_metrics().items():
@@ -45,7 +46,7 @@ def library_sums(
 
 
 def library_values(make_metrics: MetricMaker, sums: Sums) -> dict[str, float | None]:
-    """Returns the metrics from their sums; None if undefined, such as R2 of a single example."""
+    """Computes metrics from `library_sums`; None if undefined, such as R2 of a single example."""
     found: dict[str, float | None] = {}
     for key, metric in make_metrics().items():
         metric.set_dtype(torch.float64)
@@ -55,7 +56,7 @@ def library_values(make_metrics: MetricMaker, sums: Sums) -> dict[str, float | N
         metric._update_count = 1
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            # It raises a ValueError for too few examples.
+            # R2, for instance, raises a ValueError for fewer than two examples.
             try:
                 value = float(metric.compute())
             except ValueError:

@@ -20,11 +20,11 @@ from fedpress.tasks.weights import ClassWeights
 
 @dataclass(frozen=True)
 class Multilabel(Task):
-    """Labels that apply or not: targets float32 [n, labels] of 0 and 1, outputs logits.
+    """Several labels, each 0 or 1: targets float32 [n, labels], outputs logits [n, labels].
 
     Attributes:
-        names: of the labels.
-        class_weights: factor on the loss of each label where it applies; empty: 1.
+        names: names of the labels.
+        class_weights: factor on the loss of each label where it is 1; empty if all factors are 1.
     """
 
     names: tuple[str, ...]
@@ -52,7 +52,7 @@ class Multilabel(Task):
         return reduced(each.mean(1), reduction)
 
     def weighted(self, given: ClassWeights, public: Tensor) -> Multilabel:
-        """Returns the task with a weight for each label where it applies."""
+        """Returns the task with class weights, which count where a label is 1."""
         if given != "balanced":
             return replace(self, class_weights=weights.check(given, self.names))
         positive = public.long().sum(0)
@@ -71,7 +71,7 @@ class Multilabel(Task):
         return loss * temperature**2
 
     def agreement(self, first: Tensor, second: Tensor) -> float | None:
-        """Returns the share of examples with the same labels."""
+        """Returns the share of examples with equal predictions for all labels."""
         return ((first > 0) == (second > 0)).all(1).float().mean().item()
 
     def answers(self, outputs: Tensor) -> Tensor:
@@ -83,7 +83,7 @@ class Multilabel(Task):
         return outputs.sigmoid()
 
     def metrics(self, outputs: Tensor, targets: Tensor) -> Sums:
-        """Returns the states of torchmetrics' F1 and exact match, and counts for the AUC."""
+        """Returns the states of torchmetrics' F1 and exact match, and histograms for the AUC."""
         logits, flags = outputs.detach().double(), targets.long()
         answers = logits > 0
         broken = logits.isnan().any(1)
@@ -107,13 +107,13 @@ class Multilabel(Task):
         }
 
     def summary(self, sums: Sums) -> dict[str, JsonValue]:
-        """Returns the metrics, and `macro_f1_warning` if all examples get the same answer."""
+        """Returns the metrics, and a warning if all examples get the same labels."""
         found: dict[str, JsonValue] = {**library_values(self._library_metrics, sums)}
         n, broken = int(sums["examples"]), int(sums["broken"])
         found["auc"] = None
         if not broken:
             area = ranking.aucs(sums["scores"])
-            # A label that all examples have, or none, has no area.
+            # A label that all examples have, or none, has no AUC and is left out of the mean.
             found["auc"] = json_number(area[~area.isnan()].mean())
         warning = None
         answers = sums["answers"]

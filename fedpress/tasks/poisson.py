@@ -18,9 +18,9 @@ class Poisson(Task):
     """Counts 0, 1, 2, ...: targets float32 [n] or [n, k]; outputs [n, k] are logs of the rates.
 
     Attributes:
-        names: of the k counts.
-        mean: of each count, on the public part, as a baseline for the metrics; empty if no target
-            is public.
+        names: names of the k counts.
+        mean: mean of each count on the public part, as a baseline for the metrics; empty if there
+            are no public targets.
 
     >>> task = Poisson(("visits",), mean=(3.0,))
     >>> task.to_targets(torch.tensor([[0.0]]))
@@ -37,14 +37,14 @@ class Poisson(Task):
             "deviance",
             "Poisson deviance",
             "lower",
-            meaning="the mean Poisson deviance; 0 is a prediction that meets every count",
+            meaning="mean Poisson deviance; 0 if every prediction equals the count",
         ),
-        Metric("mae", "MAE", "lower", meaning="the mean absolute error, in counts"),
+        Metric("mae", "MAE", "lower", meaning="mean absolute error, in counts"),
         Metric(
             "deviance_of_mean",
             "deviance of the mean",
             "lower",
-            meaning="that of always answering the public mean",
+            meaning="deviance if the prediction is always the public mean",
         ),
         Metric("loss", "loss", "lower"),
     )
@@ -67,10 +67,10 @@ class Poisson(Task):
         return cls(names, tuple(columns.mean(0).tolist()))
 
     def loss(self, outputs: Tensor, targets: Tensor, *, reduction: Reduction = "mean") -> Tensor:
-        """Returns `rate - count * log(rate)`, the mean over k for an example.
+        """Returns `rate - count * log(rate)`; for an example the mean over its k counts.
 
         It is the negative log-likelihood without the term `log(count!)`, which does not depend on
-        the outputs; so it may be negative.
+        the outputs. Therefore it may be negative.
         """
         counts = self._columns(targets)
         log_rates = self._columns(outputs.float())
@@ -85,11 +85,11 @@ class Poisson(Task):
         return outputs.exp()
 
     def metrics(self, outputs: Tensor, targets: Tensor) -> Sums:
-        """Returns sums over examples of deviance and absolute error, each the mean over k."""
+        """Returns sums over examples of deviance and absolute error (means over the k counts)."""
         counts = self._columns(targets).double()
         log_rates = self._columns(outputs.detach().double())
         rates = self.to_targets(log_rates)
-        # Without a public mean the sum is not used.
+        # Without a public mean, any value will do: `summary` does not use this sum.
         log_means = counts.new_tensor(self.mean or [1.0] * len(self.names)).log()
         broken = ~(log_rates.isfinite() & rates.isfinite()).all(1)
         each = deviances(log_rates, counts).mean(1)
@@ -103,13 +103,13 @@ class Poisson(Task):
         }
 
     def summary(self, sums: Sums) -> dict[str, JsonValue]:
-        """Returns the metrics, and further facts.
+        """Returns the metrics, and these values.
 
-        `deviance_warning` is a sentence if the model is no better than the mean, else None;
-        `deviance_error` is the standard error of the mean deviance.
+        - `deviance_warning`: a sentence if the model is no better than the mean, else None.
+        - `deviance_error`: standard error of the mean deviance.
         """
         n, broken = int(sums["examples"]), int(sums["broken"])
-        # 0 / 0 of no example is NaN, of which `json_number` makes None.
+        # Without examples, 0 / 0 is NaN, which `json_number` turns into None.
         deviance = json_number(sums["deviance"] / n)
         of_mean = json_number(sums["deviance_of_mean"] / n) if self.mean else None
         warning = None
@@ -132,12 +132,12 @@ class Poisson(Task):
         """Checks that targets are counts: integers from 0 up.
 
         Raises:
-            DataError: saying what was expected.
+            DataError: if a target is negative or no integer.
         """
         super().check_targets(targets)
         if not bool(((targets >= 0) & (targets == targets.floor())).all()):
             raise DataError(
-                "some targets are below 0 or no whole numbers",
+                "some targets are negative or no integers",
                 place="targets",
                 cure=(
                     "the task poisson needs counts (0, 1, 2, ...): leave out those rows, "
@@ -151,7 +151,7 @@ class Poisson(Task):
         return each.reshape(n, *[1] * (like.dim() - 1)).expand(n, *like.shape[1:]).contiguous()
 
     def to_json(self) -> dict[str, JsonValue]:
-        """Returns the names and the public mean; a device answers `exp(output)`."""
+        """Returns the names and the public mean; a device predicts `exp(output)`."""
         return {**super().to_json(), "mean": list(self.mean)}
 
 
@@ -165,6 +165,6 @@ def deviances(log_rates: Tensor, counts: Tensor) -> Tensor:
     >>> deviances(torch.tensor([[0.0]]), torch.tensor([[0.0]]))
     tensor([[2.]])
     """
-    # For a count of 0 the first term is 0, also where log(0) or a rate of 0 would make it NaN.
+    # For a count of 0 the first term is 0; computed, it would be 0 * log(0), which is NaN.
     log_ratio = torch.where(counts > 0, counts * (counts.log() - log_rates), 0.0)
     return 2 * (log_ratio - counts + log_rates.exp())

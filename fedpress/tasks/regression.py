@@ -1,4 +1,4 @@
-"""Regression: one number or several for each example."""
+"""Regression: predicts one or several numbers for each example."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from fedpress.tasks.library import library_sums, library_values
 
 @dataclass(frozen=True)
 class Regression(Task):
-    """Numbers: targets float32 [n] or [n, k]; outputs [n, k] in standard deviations from the mean.
+    """Numbers: targets float32 [n] or [n, k]; outputs [n, k] are standardised.
 
-    The network learns `(target - mean) / std`, so that the same learning rate works for targets of
-    any unit. Metrics are in the units of the targets. `mean` and `std` are those of public targets
-    only, since they go out with the model.
+    The network learns `(target - mean) / std`, so that the same learning rate works for targets in
+    any unit. Metrics are in the units of the targets. `mean` and `std` are computed from public
+    targets only, because they are published with the model.
 
     Attributes:
-        names: of the k numbers.
-        mean: of each number, on the public part.
-        std: likewise. Both are empty if no target is public; outputs are then in the targets'
-            units.
+        names: names of the k numbers.
+        mean: mean of each number on the public part.
+        std: standard deviation of each number on the public part. Mean and std are empty if there
+            are no public targets; outputs are then in the units of the targets.
 
     >>> task = Regression(("price",), mean=(100.0,), std=(20.0,))
     >>> task.to_targets(torch.tensor([[0.5]]))
@@ -41,20 +41,18 @@ class Regression(Task):
     kind = "regression"
     targets = "numbers"
     shown_metrics = (
-        Metric(
-            "mae", "MAE", "lower", meaning="the mean absolute error, in the units of the targets"
-        ),
-        Metric("rmse", "RMSE", "lower", meaning="the root of the mean squared error"),
+        Metric("mae", "MAE", "lower", meaning="mean absolute error, in the units of the targets"),
+        Metric("rmse", "RMSE", "lower", meaning="root of the mean squared error"),
         Metric(
             "r2",
             "R²",
-            meaning="the share of the variance that is explained; the mean of the test set gets 0",
+            meaning="share of the variance that is explained; always predicting the mean has 0",
         ),
         Metric(
             "mae_of_mean",
             "MAE of the mean",
             "lower",
-            meaning="that of always answering the public mean",
+            meaning="MAE if the prediction is always the public mean",
         ),
         Metric("loss", "loss", "lower"),
     )
@@ -78,12 +76,12 @@ class Regression(Task):
             return cls(names)
         columns = public.double().reshape(len(public), len(names))
         std = columns.std(0, correction=0)
-        # A constant target has no deviation to divide by.
+        # A constant target has std 0, by which one cannot divide.
         std = torch.where(std > torch.finfo(torch.float32).tiny, std, 1.0)
         return cls(names, tuple(columns.mean(0).tolist()), tuple(std.tolist()))
 
     def loss(self, outputs: Tensor, targets: Tensor, *, reduction: Reduction = "mean") -> Tensor:
-        """Returns the squared error in squared standard deviations, the mean over k by example."""
+        """Returns the squared error of standardised targets; mean over the k numbers."""
         columns = self._columns(targets)
         if self.mean:
             columns = (columns - columns.new_tensor(self.mean)) / columns.new_tensor(self.std)
@@ -94,18 +92,18 @@ class Regression(Task):
         return targets.reshape(len(targets), len(self.names))
 
     def to_targets(self, outputs: Tensor) -> Tensor:
-        """Returns outputs [n, k] in the units of the targets."""
+        """Converts outputs [n, k] to the units of the targets."""
         if not self.mean:
             return outputs
         return outputs * outputs.new_tensor(self.std) + outputs.new_tensor(self.mean)
 
     def metrics(self, outputs: Tensor, targets: Tensor) -> Sums:
-        """Returns the states of torchmetrics' errors, and the absolute error of the public mean."""
+        """Returns the states of torchmetrics' MAE, RMSE and R2, and sums of absolute errors."""
         columns = self._columns(targets).double()
         predicted = self.to_targets(self._columns(outputs.detach().double()))
         sums = library_sums(self._library_metrics, predicted, columns)
         broken = ~predicted.isfinite().all(1)
-        # Without a public mean the sum is not used.
+        # Without a public mean, any value will do: `summary` does not use this sum.
         mean = columns.new_tensor(self.mean or [0.0] * len(self.names))
         each = (predicted - columns).abs().mean(1)
         return {
@@ -129,10 +127,10 @@ class Regression(Task):
         }
 
     def summary(self, sums: Sums) -> dict[str, JsonValue]:
-        """Returns the metrics, and further facts.
+        """Returns the metrics, and these values.
 
-        `mae_warning` is a sentence if the model is no better than the mean, else None; `mae_error`
-        is the standard error of the MAE.
+        - `mae_warning`: a sentence if the model is no better than the mean, else None.
+        - `mae_error`: standard error of the MAE.
         """
         values = library_values(self._library_metrics, sums)
         n, broken = int(sums["examples"]), int(sums["broken"])
@@ -155,5 +153,5 @@ class Regression(Task):
         }
 
     def to_json(self) -> dict[str, JsonValue]:
-        """Returns the names, and mean and std: a device answers `output * std + mean`."""
+        """Returns names, mean and std; a device predicts `output * std + mean`."""
         return {**super().to_json(), "mean": list(self.mean), "std": list(self.std)}

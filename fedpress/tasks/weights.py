@@ -1,6 +1,6 @@
-"""Class weights: in the training loss examples of rare classes count more.
+"""Class weights: factors on the loss by class, so that rare classes count more.
 
-Balanced weights come from the public examples only: how many private rows a class has is private.
+Balanced weights are computed from public examples only, because counts of private ones are private.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ from fedpress.errors import Argument, DataError, RecipeError
 ClassWeights = Literal["balanced"] | Sequence[float]
 """The value in a recipe: "balanced", or a weight for each class."""
 
-# With more classes a cure writes LIST in place of the weights.
+# Errors for more classes than this do not show an example list.
 MOST_SHOWN = 8
 
 
 def check(given: Sequence[float], names: Sequence[str]) -> tuple[float, ...]:
-    """Returns the weights of a recipe as a tuple.
+    """Checks the class weights of a recipe and returns them as a tuple.
 
     Raises:
-        RecipeError: if they are not one finite number above 0 for each name.
+        RecipeError: if there is not one finite number above 0 for each class.
 
     >>> check([1, 3], ("no", "yes"))
     (1.0, 3.0)
     """
-    # A string is a sequence too, of letters.
+    # A string such as "balance" is also a sequence, of letters.
     if isinstance(given, str):
         raise RecipeError(
             f"got '{given}'",
@@ -53,16 +53,16 @@ def check(given: Sequence[float], names: Sequence[str]) -> tuple[float, ...]:
 
 
 def balance(counts: Tensor, names: Sequence[str]) -> tuple[float, ...]:
-    """Returns n / (k * count) for each of k classes, as scikit-learn does.
+    """Returns balanced weights n / (k * count) of k classes, as in scikit-learn.
 
-    The mean weight of an example is then 1.
+    Their mean over the n examples is 1.
 
     Args:
-        counts: public examples of each class, int64 [k]; n is their sum.
-        names: of the classes.
+        counts: number of public examples of each class, int64 [k]; their sum is n.
+        names: names of the classes.
 
     Raises:
-        DataError: if a class has no example.
+        DataError: if a class has no public example.
 
     >>> import torch
     >>> balance(torch.tensor([90, 10]), ("no", "yes"))
@@ -74,15 +74,17 @@ def balance(counts: Tensor, names: Sequence[str]) -> tuple[float, ...]:
 
 
 def balance_labels(positive: Tensor, n: int, names: Sequence[str]) -> tuple[float, ...]:
-    """Returns (n - positive) / positive for each label, so that both answers weigh the same in all.
+    """Returns the weight (n - positive) / positive for each label.
+
+    With it, examples with and without the label have the same total weight.
 
     Args:
-        positive: public examples that have each label, int64 [k].
-        n: public examples.
-        names: of the labels.
+        positive: number of public examples with each label, int64 [k].
+        n: number of public examples.
+        names: names of the labels.
 
     Raises:
-        DataError: if all examples have a label, or none has it.
+        DataError: if all public examples have a label, or none has it.
     """
     _check_all_there(positive, names, "with label")
     _check_all_there(n - positive, names, "without label")

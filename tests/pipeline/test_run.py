@@ -325,7 +325,7 @@ def test_rounds_stop_before_the_budget_is_passed(tiny, tmp_path, whole):
     )  # not checked: the ledger must stop it
     first, second = result["stages"][2:]
     assert second["rounds"] < 6
-    assert second["stopped"] == "the next round would pass the privacy budget"
+    assert second["stopped"] == "the next round would exceed the privacy budget"
     assert first["epsilon"] <= second["epsilon"] <= 12
     steps = {
         c["what"]: c["steps"]
@@ -385,7 +385,7 @@ def test_a_second_cut_counts_from_the_dense_network(tiny, tmp_path, whole):
     wrong = recipes.load(more, ["stage.again.keep_params=0.6"])
     with pytest.raises(
         RecipeError,
-        match=r"recipe.stage\[2\].keep_params: got 0.6, but an earlier stage has left 0.5",
+        match=r"recipe.stage\[2\].keep_params: got 0.6, but the model has 0.5",
     ):
         check_recipe(wrong, load_data(wrong))
 
@@ -404,7 +404,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_epoch(tiny, 
 def test_rounds_in_which_nobody_counts_stop_the_run(tiny, tmp_path, whole):
     stage = "[[stage]]\nkind='federate'\nname='wild'\nlr=1e30\nmomentum=0.9\n"
     with pytest.raises(
-        TrainingError, match=r"recipe.stage\[3\]: no update counted in round 2.*c0.*lower"
+        TrainingError, match=r"recipe.stage\[3\]: no update was used in round 2.*c0.*lower"
     ):
         finish(tiny + stage, tmp_path / "wild", reuse=whole)
 

@@ -210,7 +210,7 @@ def test_distill_without_a_teacher_is_refused():
         (
             {"class_names": ("a", "b")},
             TrainingError,
-            r"teacher: '.*' knows other classes than the data",
+            r"teacher: '.*' has other classes than the data",
         ),
         (
             {"input_shape": (3, 8, 8)},

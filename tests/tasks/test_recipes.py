@@ -261,7 +261,9 @@ def test_a_target_accuracy_is_refused_where_the_task_goes_by_something_else(sour
     text = SMALL.format(kind="regression", outputs=1, lr=0.05)
     text = text.replace("num_rounds = 3", "num_rounds = 3\ntarget_accuracy = 0.9")
     recipe = recipes.load(text, ())
-    with pytest.raises(RecipeError, match=r"goes by MAE; take target_metric"):
+    with pytest.raises(
+        RecipeError, match=r"primary metric of regression is MAE; take target_metric"
+    ):
         check_recipe(recipe, load_data(recipe))
 
 

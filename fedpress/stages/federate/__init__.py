@@ -1,1 +1,1 @@
-"""The federate stage: settings, planned privacy, both halves, and the rounds."""
+"""The federate stage: settings, planned privacy, both sides, and the rounds."""

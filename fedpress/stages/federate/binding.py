@@ -1,4 +1,4 @@
-"""The simulation: server and all clients in this process, which share nothing but messages."""
+"""The simulation: server and all clients in one process, which communicate by messages only."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from fedpress.workspace.state import State
 
 @dataclass(frozen=True, eq=False)
 class Simulation:
-    """Both halves of a federate stage.
+    """Both sides of a federate stage.
 
     Attributes:
-        server: the server's half.
-        clients: the clients' halves, by name; the server reaches them through messages alone.
+        server: the server's side of the stage.
+        clients: name of each client -> its side. The server only sends messages to them.
     """
 
     server: ServerSide
@@ -31,15 +31,15 @@ class Simulation:
 
 
 def bind(stage: FederateSettings, state: State, folder: Path | None = None) -> Simulation:
-    """Builds both halves and lets them agree.
+    """Builds both sides of the stage and lets them agree.
 
     Args:
         stage: the settings.
-        state: of the run, with the data of all clients.
-        folder: where clients store what must outlive a round and a process; in memory if None.
+        state: the state of the run, with the data of all clients.
+        folder: where clients store state between rounds, such as error feedback; in memory if None.
 
     Raises:
-        RecipeError: naming the setting that does not fit, and the cure.
+        RecipeError: if a setting does not fit.
         PrivacyError: if the budget cannot be kept.
     """
     if state.network is not None:
@@ -50,7 +50,7 @@ def bind(stage: FederateSettings, state: State, folder: Path | None = None) -> S
         )
     if stage.schedule.timed and stage.delays is None:
         raise RecipeError(
-            "in a simulation nobody is late without a clock",
+            "without simulated delays no client of a simulation is ever late",
             place="schedule.deadline",
             cure=(
                 'set delays, for instance delays = { kind = "lognormal", median = 10.0 }, or '
@@ -67,8 +67,8 @@ def bind(stage: FederateSettings, state: State, folder: Path | None = None) -> S
         device=state.device,
     )
     memories, own = memories_of(common, list(state.data.clients), folder)
-    # Clients work one after another, so one model is enough for all. The server gets another: it
-    # must not see one in which a client has trained.
+    # Clients work one after another, so they can share one model. The server has its own, because a
+    # model in which a client has trained contains private data.
     shared = common.copy()
     clients = {}
     for name, arrays in state.data.clients.items():

@@ -1,4 +1,4 @@
-"""A client's half of a federate stage, bound from the recipe, public facts and its own data."""
+"""A client's side of a federate stage: registers, checks the agreement, and answers in rounds."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ from fedpress.wire.message import Message, pack, unpack
 
 @dataclass(eq=False)
 class ClientSide:
-    """One client from its first message ("register") to the last; it knows no other client's data.
+    """One client, from its first message ("register") to the last.
 
     Attributes:
-        name: the client's name in the transport.
+        name: name of the client in the transport.
         arrays: its private examples.
-        common: what server and clients are both given.
-        memory: stores its secret, and what must outlive a round.
-        client: answers in the rounds; None before this client has agreed.
-        contract: what it has agreed to.
+        common: inputs that are equal on server and clients.
+        memory: stores its secret and its state between rounds.
+        client: answers in the rounds; None until this client has agreed.
+        contract: the contract that it has agreed to; None before.
     """
 
     name: ClientId
@@ -51,12 +51,11 @@ class ClientSide:
     _refusal: FedpressError | None = field(default=None, repr=False)
 
     def handle(self, request: bytes) -> bytes:
-        """Answers the bytes of one message, see `fedpress.federation.protocol`.
+        """Answers one message (bytes in, bytes out), see `fedpress.federation.protocol`.
 
         Raises:
-            WireError: if the request is damaged, or this client has not agreed to what it is asked
-                under.
-            FedpressError: whatever the answer raises, see `Client.answer`.
+            WireError: if the request is invalid, or this client has not agreed.
+            FedpressError: any error of `Client.answer`.
         """
         message = unpack(request)
         check_header(message.kind, message.header)
@@ -64,7 +63,7 @@ class ClientSide:
             return pack(self._register())
         if message.kind == "agree":
             return pack(self._agree(message))
-        # Before it has agreed, only public facts leave this client.
+        # Until it has agreed, this client only sends public facts.
         if self.client is None:
             raise self._refused(message.kind)
         if message.kind == "evaluate":
@@ -72,16 +71,16 @@ class ClientSide:
         return pack(self.client.answer(message))
 
     def _refused(self, question: str) -> WireError:
-        """Returns why this client does not answer: it did not agree, or was never asked to."""
+        """Returns the error of a client that refused to agree, or was not asked to."""
         why = self._refusal
         if why is None:
             return WireError(
-                "this client has agreed to nothing", place=question, cure="send 'agree' first"
+                "this client has not agreed yet", place=question, cure="send 'agree' first"
             )
         return WireError(why.problem, place=why.place, cure=why.cure)
 
     def _register(self) -> Message:
-        """Reports the public facts of this client."""
+        """Answers with the public facts of this client: number of examples, public key."""
         header: dict[str, JSON] = {}
         # Under client privacy even the number of examples is private.
         if counts_are_public(self.common.stage):
@@ -91,12 +90,12 @@ class ClientSide:
         return Message("registered", header)
 
     def _agree(self, message: Message) -> Message:
-        """Binds this half to the population that the server sent, and compares the agreements.
+        """Computes the contract for the server's population, and compares the agreements.
 
         Raises:
-            WireError: naming the entry that differs; from then on every question gets this answer.
+            WireError: naming the setting that differs. From then on every request is refused.
         """
-        # An agreement that was refused must not leave an earlier one in force.
+        # A refused agreement must also end an earlier one.
         self.withdraw()
         try:
             population = Population.from_json(read_text(message, "population"))
@@ -109,7 +108,7 @@ class ClientSide:
             if isinstance(problem, WireError):
                 raise
             raise WireError(
-                f"this client's recipe does not go with these clients ({problem})",
+                f"this client's recipe does not fit these clients ({problem})",
                 place="agree",
                 cure="use the same recipe",
             ) from problem
@@ -124,12 +123,13 @@ class ClientSide:
         self._refusal = None
 
     def _check_own(self, population: Population) -> None:
-        """Checks that the population holds this client's own count and key.
+        """Checks that the population has this client's own count and key.
 
-        Its noise is planned from the count: with a larger one the server would make it too small.
+        Its noise is planned from the count, so a malicious server could make the noise too small by
+        claiming more examples.
 
         Raises:
-            WireError: if the server sends something else.
+            WireError: if count or key differ.
         """
         if self.name not in population.names:
             raise WireError(
@@ -146,7 +146,7 @@ class ClientSide:
                     place="agree.population.examples",
                     cure="let this client register again",
                 )
-        # With a key of its own in this client's place, the server could pose as this client.
+        # With another key under this name, a malicious server could pretend to be this client.
         named = population.identities.get(self.name)
         if is_secure(self.common.stage) and named != identity(self._key()):
             raise WireError(
@@ -172,7 +172,7 @@ class ClientSide:
         )
 
     def _member(self, contract: Contract) -> SecAggClient | None:
-        """Returns the client's side of the secure sum, with the rounds that it answered before."""
+        """Returns the client's part of a secure sum, with the rounds that it has answered."""
         grid = contract.protection.grid
         run = contract.terms.agreement.fingerprint
         if grid is None:
@@ -182,28 +182,29 @@ class ClientSide:
         stored = load_json(self.memory, "member")
         if stored.get("run") == run:
             member.load_state_(stored)
-        # An older version named the run otherwise: its answered rounds must stay answered.
+        # An older version stored another name of the run. Its answered rounds still count, because
+        # answering one twice would reveal the update.
         elif stored:
             member.take_over_(stored)
         return member
 
     def _key(self) -> bytes:
-        """Returns the secret of this client's keys: its own, or in experiments one of the seed."""
+        """Returns the secret from which this client's keys follow: random, or from the seed."""
         own = owns_keys(self.common.stage)
         seed = secret_of(self.memory) if own else self.common.seed
         return random.secret_key(seed, "member", self.name)
 
     def _evaluate(self, client: Client, message: Message) -> Message:
-        """Answers with the task's metric of the server's model on this client's own examples.
+        """Answers with the metric of the server's model on this client's own examples.
 
         Raises:
-            WireError: under privacy, where the metric is a private number, or if the parameters are
-                not those of the model.
+            WireError: under privacy, because the metric depends on private data; or if the
+                parameters do not fit the model.
         """
         client.check_agreement(message)
         if client.uplink.privacy is not None:
             raise WireError(
-                "what a model is worth on private examples is a private number",
+                "a metric on private examples is private too",
                 place="evaluate",
                 cure="leave it out under privacy",
             )
@@ -215,11 +216,11 @@ class ClientSide:
         return Message("evaluated", {"examples": len(self.arrays), "metrics": metrics})
 
     def rehearse(self, arrays: Arrays) -> None:
-        """Takes one step of this client's work on public `arrays`, see `Client.rehearse`.
+        """Takes one private step on public `arrays`, see `Client.rehearse`.
 
         Raises:
             RecipeError: if this client has not agreed.
-            Exception: whatever the network raises on them.
+            Exception: any error of the network.
         """
         if self.client is None:
             refused = self._refused("rehearse")
@@ -229,10 +230,10 @@ class ClientSide:
 
 
 def secret_of(memory: ClientState) -> int:
-    """Returns the 256 secret bits in `memory`, drawn from the operating system the first time.
+    """Returns the 256 secret bits in `memory`; the first call draws them from the operating system.
 
-    They are stored, because a repeated round must draw the same noise: with fresh noise a second
-    answer about the same data would cost privacy again.
+    They are stored, because a repeated round must draw the same noise: a second answer about the
+    same data with new noise would cost privacy once more.
     """
     stored = memory.entry("secret")
     if not stored:

@@ -1,4 +1,8 @@
-"""The contract of a federate stage: what both sides compute alike from recipe and public facts."""
+"""The contract of a federate stage: all that server and clients compute equally before the rounds.
+
+Its inputs are the recipe and public facts about the clients. Both sides compute it by the same
+code, so plans such as the noise need not be sent.
+"""
 
 from __future__ import annotations
 
@@ -48,18 +52,16 @@ from fedpress.training.device import place_
 
 @dataclass(frozen=True, eq=False)
 class Contract:
-    """A stage bound to a population.
-
-    It is equal on both sides, because no client's data or secret is in it.
+    """The plan of a stage for a population; it contains no client's data or secret.
 
     Attributes:
         stage: the settings.
         population: names of all clients, with their public counts and keys.
         protection: the planned privacy.
-        context: what the schedule works with.
-        participation: which client is asked how often, as drawn from the seed. If the server draws
-            from a secret, only the server knows who is really asked.
-        terms: what must be alike; their agreement is compared before the first round.
+        context: inputs of the schedule: clients, cohort, seeds, delays.
+        participation: which client is asked in which round, drawn from the seed. If the server
+            draws from a secret, the real clients differ, and only the server knows them.
+        terms: settings that must be equal on both sides; compared before the first round.
     """
 
     stage: FederateSettings
@@ -71,28 +73,28 @@ class Contract:
 
     @property
     def uplink(self) -> Uplink:
-        """How updates become their mean."""
+        """How updates are encoded, summed, noised and divided."""
         return self.terms.uplink
 
     def plan_of(self, name: ClientId) -> PrivacyPlan | None:
-        """Returns a client's own privacy plan under unit "sample", else None.
+        """Returns a client's own privacy plan under unit "sample"; None otherwise.
 
-        It follows from the public number of the client's examples.
+        It depends on the client's number of examples, which is public under this unit.
         """
         return self.protection.plans[name] if self.uplink.trust.unit == "sample" else None
 
 
 @dataclass(frozen=True, eq=False)
 class CommonInputs:
-    """What server and clients are both given: the stage's settings, the model and the seed.
+    """Inputs that are equal on server and clients: settings, model, preprocessing, task and seed.
 
     Attributes:
         stage: the settings.
-        model: a model to work in, with `requires_grad` set on the parameters that train. Each side
-            takes a `copy` of these inputs.
-        preprocess: the fixed step from raw examples to the network's input, fitted on public data.
-        task: what is learned.
-        seed: of this stage.
+        model: the initial model; `requires_grad` is set on the parameters that are trained. Each
+            side takes a `copy`.
+        preprocess: standardisation of raw examples, fitted on public data.
+        task: loss and metrics.
+        seed: seed of this stage.
     """
 
     stage: FederateSettings
@@ -117,16 +119,15 @@ class CommonInputs:
 
         Args:
             stage: the settings.
-            spec: of the model.
-            model: stays as it is.
+            spec: spec of the model.
+            model: the model; it is not changed.
             preprocess: see the attribute.
             task: see the attribute.
-            seed: of the run.
-            device: where this side works, chosen as `find` does if None. It is not agreed on: each
-                side may have another.
+            seed: seed of the run.
+            device: device of this side; chosen automatically if None. The two sides may differ.
 
         Raises:
-            RecipeError: if no parameter would train.
+            RecipeError: if no parameter would be trained.
         """
         return cls.prepared(
             stage,
@@ -150,27 +151,29 @@ class CommonInputs:
         seed: int,
         device: torch.device | None = None,
     ) -> CommonInputs:
-        """Does the same for a client that was sent the seed of the stage, not that of the run."""
-        # Sparse weights train as vectors of their kept values: only these travel and get noise.
+        """Like `of`, but `seed` is that of the stage: a client is not sent the seed of the run."""
+        # Sparse weights become vectors of their nonzero values, so that zeros are neither sent nor
+        # get noise.
         work = compact_(_trainable(copied(model), stage.trainable), spec.sparse)
         return cls(stage, place_(work, device), preprocess, task, seed)
 
     def copy(self) -> CommonInputs:
-        """Returns the same with a copy of the model.
+        """Returns the same inputs with a copy of the model.
 
-        The server must not work in a model in which clients train: it could hold private data.
+        The server must not share a model with clients, because it would contain what they learned
+        from private data.
         """
         return CommonInputs(self.stage, copied(self.model), self.preprocess, self.task, self.seed)
 
     def contract(self, population: Population) -> Contract:
-        """Binds the stage to a population.
+        """Plans the stage for a population.
 
         Raises:
-            RecipeError: naming the setting that does not fit, and the cure.
+            RecipeError: if a setting does not fit.
             PrivacyError: if the budget cannot be kept.
         """
         layout = parameters.Layout.of(self.model)
-        # As text, which can be a key of the cache.
+        # As text, because the cache needs hashable arguments.
         text = population.to_json()
         return _bind_contract(self.stage, layout, self.preprocess, self.task, self.seed, text)
 
@@ -184,19 +187,19 @@ def _bind_contract(
     seed: int,
     text: str,
 ) -> Contract:
-    """Binds the stage to the population in `text`.
+    """Plans the stage for the population in `text` (JSON).
 
-    In a simulation all clients of one process ask for the same contract, and calibrating the noise
-    takes seconds: so the result is cached.
+    The result is cached: calibrating the noise takes seconds, and in a simulation every client of
+    the process asks for the same contract.
     """
     population = Population.from_json(text)
     trust = trust_of_stage(stage)
-    # Before the noise is calibrated, which takes seconds.
+    # Checked before the noise is calibrated, because that takes seconds.
     check_schedule(stage.schedule, needs_of(stage))
-    # The schedule decides: of a buffered one the buffer is the cohort.
+    # The schedule sets the cohort: with a buffered one it is the buffer.
     cohort = stage.schedule.cohort(stage.cohort, len(population), stage.sampling)
-    # The seed takes the place of the server's secret, which must not be in the contract: other
-    # clients are drawn, but as many tasks are planned.
+    # Drawn from the seed, because clients must not know the server's secret. The real draw has
+    # other clients, but as many tasks, and only their number matters for the plan.
     context = ScheduleContext(population.names, cohort, seed, seed, stage.delays)
     participation = stage.schedule.plan_participation(context, stage.num_rounds)
     planned = plan_protection(stage, population, participation, cohort, layout.shapes)
@@ -234,11 +237,11 @@ def _bind_contract(
 
 
 def _downlink(stage: FederateSettings, layout: parameters.Layout) -> Downlink | None:
-    """Returns the checked downlink; None if the model travels whole."""
+    """Returns the checked downlink; None if the whole model is sent in float32."""
     if not stage.downlink:
         return None
     downlink = Downlink(layout.size, layout.shapes, stage.downlink, stage.first_downlink)
-    # Bound here only for the error: in the first round it would come too late.
+    # Only for its errors, which would otherwise come in the first round.
     with renaming({"chain": "downlink", "first": "first_downlink"}):
         downlink.bound(whole=True)
         downlink.bound(whole=False)
@@ -246,7 +249,7 @@ def _downlink(stage: FederateSettings, layout: parameters.Layout) -> Downlink | 
 
 
 def needs_of(stage: FederateSettings) -> Needs:
-    """Returns which parts of a stage need something of its schedule."""
+    """Returns the features of a stage that not every schedule supports, such as a secure sum."""
     private = stage.privacy
     trust = trust_of_stage(stage)
     return Needs(
@@ -260,34 +263,35 @@ def needs_of(stage: FederateSettings) -> Needs:
 
 
 def counts_are_public(stage: FederateSettings) -> bool:
-    """Says whether a client may report how many examples it has.
+    """Whether clients report how many examples they have.
 
     Under unit "sample" the number is public, because the noise is planned from it. Under unit
-    "client" it is private. A secure sum without privacy does not need it, so nobody is asked.
+    "client" it is private. A secure sum without privacy does not need it, so it is not sent.
     """
     trust = trust_of_stage(stage)
     return trust.unit == "sample" or (trust.unit is None and not is_secure(stage))
 
 
 def owns_keys(stage: FederateSettings) -> bool:
-    """Says whether every client draws its own keys, so that they do not follow from the seed."""
+    """Whether every client draws its own keys from the operating system, not from the seed."""
     return stage.secure_keys or (stage.privacy is not None and stage.privacy.secure_noise)
 
 
 def _aggregator(stage: FederateSettings, planned: Protection, population: Population) -> Aggregator:
     if planned.grid is None:
-        # Every row but "secure", which always has a grid, is an aggregator as it stands.
+        # Without a grid it is not "secure"; the settings of all other rows are aggregators.
         return cast(Aggregator, stage.aggregator or Mean())
-    # In the order of the population, so that both sides have the same tuple.
+    # In the order of the population, so that the tuple is equal on both sides.
     identities = tuple(population.identities.items())
     return SecureSum(planned.grid.plan, planned.grid.size, planned.grid.limit, identities)
 
 
 @dataclass(frozen=True)
 class Prepare:
-    """Raw examples -> network input: augmentation, then standardisation.
+    """Maps raw examples to the network's input: augmentation, then standardisation.
 
-    Each example is mapped by itself: under sample privacy one must not change another.
+    Each example is mapped independently, because sample privacy requires that one example cannot
+    change what is computed from another.
     """
 
     preprocess: Preprocess
@@ -299,7 +303,7 @@ class Prepare:
 
 
 def algorithm_of(stage: FederateSettings) -> Algorithm:
-    """Returns the algorithm: of the key `algorithm`, or of the keys that version 0.1 had for it."""
+    """Returns the algorithm: `algorithm`, or FedProx or FedAvg by the keys of version 0.1."""
     if stage.algorithm is not None:
         return stage.algorithm
     if stage.proximal_mu:
@@ -308,12 +312,12 @@ def algorithm_of(stage: FederateSettings) -> Algorithm:
 
 
 def local_settings(stage: FederateSettings) -> LocalSettings:
-    """Returns the part of the stage that a client needs."""
+    """Returns the settings of local training."""
     return LocalSettings(**{name: getattr(stage, name) for name in LocalSettings.model_fields})
 
 
 def _trainable(model: nn.Module, patterns: tuple[str, ...]) -> nn.Module:
-    """Sets which parameters of `model` train: those whose name matches one of the `patterns`."""
+    """Sets `requires_grad` on the parameters whose names match one of the `patterns`."""
     matches = 0
     for name, p in model.named_parameters():
         p.requires_grad_(any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns))

@@ -1,4 +1,4 @@
-"""The deployment: the server's half in this process, the clients on other machines."""
+"""The deployment: the server's side runs in this process, and clients on other machines."""
 
 from __future__ import annotations
 
@@ -23,27 +23,27 @@ from fedpress.wire.message import Message
 from fedpress.workspace.state import Network, State
 
 POPULATION = "population"
-"""Entry of the server's memory with the clients that the stage began with."""
+"""Entry of the server's storage: the clients with which the stage began."""
 
 
 def bind_deployed(
     stage: FederateSettings, state: State, network: Network, folder: Path | None
 ) -> ServerSide:
-    """Offers the stage to all clients and binds the server's half to those that accept.
+    """Offers the stage to all clients, and builds the server's side for those that accept.
 
-    A stage that goes on keeps the clients that it began with, also those that are away: the noise
-    is planned for exactly them. Who comes back takes part in the next round.
+    A resumed stage keeps the clients with which it began, even those that are offline, because the
+    noise is planned for exactly these. A client that returns takes part in the next round.
 
     Args:
         stage: the settings.
-        state: of the run; no client's data are in it.
-        network: reaches the clients.
-        folder: where the server stores its secret and the list of clients; None for a check, of
-            which clients keep nothing.
+        state: the state of the run; it has no client's data.
+        network: connects to the clients.
+        folder: where the server stores its secret and the list of clients; None for `check`, after
+            which clients store nothing either.
 
     Raises:
-        TrainingError: if nobody accepts, with the first refusal.
-        RecipeError: naming the setting that does not fit.
+        TrainingError: if no client accepts; it contains the first refusal.
+        RecipeError: if a setting does not fit.
         PrivacyError: if the budget cannot be kept.
     """
     data = state.data
@@ -67,18 +67,18 @@ def bind_deployed(
         inputs=inputs,
         labels=network.labels,
     )
-    # Of no clients: their names must not name the folder, since who is there is not known yet.
+    # Without clients: their names are part of the folder's name, but they are not known yet.
     memory = memories_of(common, [], folder)[1]
     stored = load_json(memory, POPULATION)
     population = Population.from_json(stored["json"]) if stored else None
-    # Drawn, and stored with the population: a stage that begins anew is another session, so that
-    # clients do not take its questions for those of the earlier one.
+    # Random, and stored with the population. A stage that starts from the first round is another
+    # session, so that clients do not confuse its requests with those of the earlier one.
     session = str(stored.get("session") or secrets.token_hex(8))
     transport = network.open(session, None if population is None else population.names)
     header: dict[str, JSON] = {"stage": stage.name, "trial": folder is None}
     accepted = offer_to_all(transport, offer.to_message(header))
     if population is None:
-        # Who refuses is no part of the stage: it is planned for those who take part.
+        # Clients that refuse are not in the population: the stage is planned without them.
         transport = network.open(session, accepted)
         population = register(transport)
         save_json(memory, POPULATION, {"json": population.to_json(), "session": session})
@@ -93,10 +93,10 @@ def bind_deployed(
 
 
 def offer_to_all(transport: Transport, offer: Message) -> list[ClientId]:
-    """Sends the offer to every client; returns those that accept.
+    """Sends the offer to every client and returns those that accept.
 
     Raises:
-        TrainingError: if nobody does.
+        TrainingError: if no client accepts.
     """
     names = transport.clients()
     answers: dict[ClientId, str] = dict.fromkeys(names, "no reply came")

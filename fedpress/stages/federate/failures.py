@@ -1,4 +1,4 @@
-"""What has failed in a federate stage: clients by name where public, else counts with noise."""
+"""Failures in a federate stage: the clients by name, or under privacy counts with noise."""
 
 from __future__ import annotations
 
@@ -13,17 +13,19 @@ from fedpress.stages.federate.server import ServerSide
 
 PRIVATE = "kept private"
 SHOWN = 3
-"""Clients that are named in one line of the terminal; the report names them all."""
+"""Number of clients named in a line of the terminal; the report names all."""
 REPORTED_FROM = 4.0
-"""Standard deviations of the noise from which failures are reported (chance: 1 in 30,000)."""
+"""A noised count above this many standard deviations is reported (false alarm: 1 in 30,000)."""
 STOPS_FROM = 5.0
-"""Standard deviations of the noise from which a run stops (chance: 1 in 3 million)."""
+"""A noised count above this many standard deviations can stop a run (false alarm: 1 in 3
+million)."""
 ALL = 0.9
-"""Share of failed units from which a run stops."""
+"""The run stops if at least this share of the units fails."""
 MANY = 1 / 3
-"""Share of failed units from which a run warns."""
+"""The run warns if at least this share of the units fails."""
 RECENT = 32
-"""Most rounds whose counts are added up before a run stops: the sum stands out of the noise."""
+"""Largest number of rounds whose counts are added up to decide about a stop. In a sum the noise is
+relatively smaller than in one round."""
 PUBLIC_ERRORS = frozenset(
     {
         "DivergedError",
@@ -34,22 +36,25 @@ PUBLIC_ERRORS = frozenset(
         *(kind.__name__ for kind in OSError.__subclasses__()),
     }
 )
-"""Errors whose text is about messages, keys, files or noised numbers, never about examples."""
+"""Errors whose text never depends on examples: only on messages, keys, files or noised numbers."""
 UNITS = {"client": "clients", "sample": "examples"}
 
 
 @dataclass(frozen=True)
 class Failures:
-    """What failed in all rounds so far.
+    """All failures so far.
+
+    A unit that fails contributes zero to the sum of updates. Under privacy the units (examples or
+    clients) are counted by cause, "not finite" or "failed", and noise is added to each count.
 
     Attributes:
-        asked: number of answers that were asked for in all rounds.
-        refused: client -> in how many rounds its answer did not count, and the last reason.
-        counted: protected units that gave nothing, with noise; None without privacy.
-        of: expected number of protected units in all rounds.
-        variance: of the noise in each count.
-        recent: a row for each of the last rounds, newest last: not_finite, failed, of, and the
-            variance of noise and sampling together.
+        asked: number of requests in all rounds.
+        refused: client -> (number of rounds in which its answer did not count, last reason).
+        counted: noised numbers of failed units; None without privacy.
+        of: expected number of units in all rounds.
+        variance: variance of the noise of each count.
+        recent: the last rounds, newest last: (not finite, failed, expected units, variance of noise
+            and sampling together).
     """
 
     asked: int = 0
@@ -63,23 +68,23 @@ class Failures:
         """Returns the failures after one more round.
 
         Args:
-            record: of the round, as far as it is public.
+            record: the public part of the round's record.
             drawn: clients that were asked.
-            server: the server's half.
+            server: the server's side of the stage.
         """
         refused = dict(self.refused)
         for name, reason in public_reasons(record.refused, server).items():
             before, _ = refused.get(name, (0, ""))
             refused[name] = (before + 1, reason)
-        # Where only the server may know who takes part, the planned number stands for the real one.
+        # If only the server may know who takes part, the planned number is used instead.
         asked = server.uplink.cohort.size if server.hides_cohort else len(drawn)
         now = replace(self, asked=self.asked + asked, refused=refused)
         if record.failures is None:
             return now
         of, variance = server.failure_noise(drawn)
         counted = Tally.sum([self.counted or Tally(), record.failures])
-        # The number of sampled units varies, too (binomially): a count near `of` may come from a
-        # round with many units, of which only a part failed.
+        # The number of sampled units varies too (binomial distribution). A count near `of` may come
+        # from a round with more units than expected, of which only a part failed.
         assert server.uplink.privacy is not None
         sampling = of * (1 - server.uplink.privacy.sampling_prob)
         latest = (record.failures.not_finite, record.failures.failed, of, variance + sampling)
@@ -93,13 +98,13 @@ class Failures:
 
     @property
     def noise(self) -> float:
-        """Standard deviation of the noise in the total of both counts."""
+        """Standard deviation of the noise of the sum of both counts."""
         return math.sqrt(2 * self.variance)
 
     @property
     def significant(self) -> bool:
-        """Whether the counts are too large to be noise alone: something did fail."""
-        # Less than 1% is not worth a report, however precise the count is.
+        """Whether the counts are too large to be only noise, so that units did fail."""
+        # Less than 1% is not reported, even if the count is precise.
         if self.counted is None or self.counted.total < 0.01 * self.of:
             return False
         larger = max(self.counted.not_finite, self.counted.failed)
@@ -108,9 +113,9 @@ class Failures:
 
     @property
     def all_failing(self) -> bool:
-        """Whether the counts say that all units fail, in the last round or the last few together.
+        """Whether nearly all units fail, in the last round or in the last few rounds together.
 
-        Only the newest rounds are added up, because a run may have gone well at first.
+        It adds up the last round, the last two, and so on. Earlier rounds may have gone well.
         """
         not_finite = 0.0
         failed = 0.0
@@ -122,7 +127,7 @@ class Failures:
             of += row[2]
             variance += row[3]
             noise = math.sqrt(variance)
-            # One cause alone has less noise than both together.
+            # One count has less noise than the sum of both, so it may show a stop earlier.
             if _all(max(not_finite, failed), of, noise):
                 return True
             if _all(not_finite + failed, of, math.sqrt(2) * noise):
@@ -130,7 +135,7 @@ class Failures:
         return False
 
     def warning(self, unit: str | None) -> str:
-        """Returns a sentence if a third or more failed, else nothing."""
+        """Returns a sentence if a third or more failed; otherwise an empty text."""
         lost = sum(rounds for rounds, _ in self.refused.values())
         if lost and lost >= MANY * self.asked:
             return (
@@ -142,7 +147,7 @@ class Failures:
         return ""
 
     def estimate(self, unit: str | None) -> str:
-        """Returns the noised count, as "about 4 of 6 clients (counted with noise of 0.4)"."""
+        """Returns the noised count as text: "about 4 of 6 clients (counted with noise of 0.4)"."""
         assert self.counted is not None
         # Noise may make the count negative, or larger than there are units.
         count = min(max(self.counted.total, 0.0), self.of)
@@ -151,7 +156,7 @@ class Failures:
         return f"about {count:.0f} of {self.of:.0f} {units} ({noise})"
 
     def cause(self, lr: str) -> str:
-        """Returns the cause of most failures, and the cure; `lr` names the learning rate's key."""
+        """Returns the most frequent cause, and a cure; `lr` names the keys of the learning rate."""
         assert self.counted is not None
         if self.counted.not_finite > self.counted.failed:
             return f"their numbers were not finite; lower {lr}, or look for NaN in the examples"
@@ -161,7 +166,7 @@ class Failures:
         )
 
     def facts(self, unit: str | None) -> dict[str, Any]:
-        """Returns the facts of the result: clients by name, and the noised count by cause."""
+        """Returns the failures for the result: clients by name, and noised counts by cause."""
         lost = sum(rounds for rounds, _ in self.refused.values())
         out: dict[str, Any] = {"asked": self.asked, "refused": lost}
         out["clients"] = {
@@ -191,7 +196,7 @@ class Failures:
 
     @classmethod
     def from_json(cls, page: Mapping[str, Any]) -> Failures:
-        """Reads what `to_json` gave; nothing has failed in an empty page."""
+        """Reads the result of `to_json`; an empty dictionary means no failures."""
         if not page:
             return cls()
         refused = {name: (int(rounds), str(why)) for name, (rounds, why) in page["refused"].items()}
@@ -201,16 +206,16 @@ class Failures:
 
 
 def _all(count: float, of: float, noise: float) -> bool:
-    """Whether `count` of `of` units is nearly all, and surely more than half of them."""
+    """Whether `count` is nearly all of `of` units, and more than half of them beyond doubt."""
     return count >= ALL * of and count - STOPS_FROM * noise > of / 2
 
 
 def public_reasons(refused: Mapping[str, str], server: ServerSide) -> dict[str, str]:
-    """Returns for each refused client its reason, or `PRIVATE` if it must not be stored.
+    """Returns the reason of each refused client, or `PRIVATE` if it must not be stored.
 
-    Under privacy an error raised by private examples says something exact about them. Errors of
-    messages, files, disks and keys do not. Neither do numbers that are not finite after noised
-    steps, because those are computed from noised gradients.
+    Under privacy the text of an error may depend on private examples, for instance "token 9999 is
+    beyond the vocabulary". Errors of messages, files, disks and keys do not. Neither does a
+    "DivergedError", because it is raised for parameters after noised steps.
     """
     if server.uplink.privacy is None:
         return dict(refused)
@@ -219,8 +224,8 @@ def public_reasons(refused: Mapping[str, str], server: ServerSide) -> dict[str, 
 
 def _is_public(reason: str) -> bool:
     kind, colon, _ = reason.partition(": ")
-    # A client's reason begins with the class of its exception, such as "ValueError: ". Anything
-    # else is the server's own.
+    # A reason from a client begins with the class of its exception, such as "ValueError: ". Other
+    # reasons are the server's own.
     from_client = colon and kind.isidentifier() and kind.endswith(("Error", "Exception"))
     return not from_client or kind in PUBLIC_ERRORS
 

@@ -1,4 +1,8 @@
-"""The grid of a secure sum: bits and scale of its whole numbers, and the clients' noise on it."""
+"""Plans the grid of a secure sum: scale, bits, and the noise that clients add on it.
+
+A secure sum adds integers modulo 2^bits. Each client multiplies its update by `scale`, rounds it,
+and adds its share of the noise. The bits must hold the sum of all clients without overflow.
+"""
 
 from __future__ import annotations
 
@@ -16,28 +20,29 @@ from fedpress.secagg import SecurePlan
 from fedpress.stages.federate.settings import FederateSettings
 
 BITS = 16
-"""Default bits of a secure sum without noise: coarser than float32, finer than updates need."""
+"""Default bits of a secure sum without noise. The rounding error is far below the update's size."""
 CLIP_NORM = 10.0
-"""Default clip norm of a secure sum without privacy: longer than the updates of usual rounds."""
+"""Default clip norm of a secure sum without privacy. Usual updates are shorter, so it only prevents
+overflow."""
 NOISED_LIST = 'uplink = [{ kind = "rotate" }, { kind = "discretize" }]'
 PLAIN_LIST = (
     f'uplink = [{{ kind = "clip", clip_norm = {CLIP_NORM} }}, {{ kind = "rotate" }}, '
     '{ kind = "discretize" }]'
 )
-"""The recipe line that a secure sum needs: with privacy, which adds a clip itself, and without."""
+"""Recipe lines for a secure sum, used in cures. With privacy a clip is added automatically."""
 
 
 @dataclass(frozen=True)
 class SumGrid:
-    """The grid of whole numbers on which a secure sum adds.
+    """The grid of integers of a secure sum.
 
     Attributes:
-        plan: of the secure sum: clients, bits and thresholds.
-        size: number of values that every client sends.
-        scale: grid units per unit of the update.
-        coordinate_limit: largest absolute value of a coordinate, in units of the update; larger
-            ones are clamped.
-        limit: largest absolute value in a sum of honest clients, in grid units.
+        plan: the secure sum: clients, bits and thresholds.
+        size: number of values of each client.
+        scale: grid steps for 1.0 of the update.
+        coordinate_limit: largest absolute value of a coordinate before scaling; larger ones are
+            clamped.
+        limit: largest absolute value in the sum of all honest clients, in grid steps.
         noise: the planned noise of the clients; None without privacy.
     """
 
@@ -49,7 +54,7 @@ class SumGrid:
     noise: distributed.DistributedPlan | None = None
 
     def planned_chain(self, chain: Sequence[Settings]) -> tuple[Settings, ...]:
-        """Returns `chain` with this grid in its `discretize`, and a client's noise after it."""
+        """Returns `chain` with this grid filled into `discretize`, and the noise after it."""
         filled: list[Settings] = []
         for transform in chain:
             if not isinstance(transform, Discretize):
@@ -63,25 +68,25 @@ class SumGrid:
             if self.noise is not None:
                 planned["again"] = self.noise.redraws_rounding
             filled.append(transform.model_copy(update=planned))
-            # After rounding: the noise is Skellam, on whole numbers, so that the clients' shares
-            # add up to exactly the planned distribution.
+            # After rounding, because Skellam noise is on integers: the sum of the clients' shares
+            # then has exactly the planned distribution.
             if self.noise is not None:
                 filled.append(Noise(std=math.sqrt(self.noise.variance)))
         return tuple(filled)
 
 
 def default_secure_chain(private: bool) -> tuple[Settings, ...]:
-    """Returns the default codecs of a secure sum; with privacy, its clip comes before them."""
-    # Rotated first: it spreads large coordinates, so that the grid can be finer.
+    """Returns the default codecs of a secure sum; with privacy a clip is added elsewhere."""
+    # A rotation makes all coordinates similar in size, so that the grid can be finer.
     rest: tuple[Settings, ...] = (Rotate(), Discretize())
     return rest if private else (Clip(clip_norm=CLIP_NORM), *rest)
 
 
 def noise_makers(plan: SecurePlan) -> int:
-    """Returns how many clients' noise the guarantee may count on.
+    """Returns how many clients' noise the guarantee may rely on.
 
-    Only the survivors' noise is surely in the sum. Of these, corrupt clients may reveal theirs to
-    others; and every client knows its own, so at least one is subtracted.
+    Clients that drop out add no noise. Of the others, corrupt clients may reveal theirs, and every
+    client can subtract its own, so at least one is not counted.
     """
     return max(1, plan.survivors - max(plan.corrupt, 1))
 
@@ -96,17 +101,17 @@ def plan_grid(
     sampling_prob: float = 1.0,
     times: int | None = None,
 ) -> SumGrid:
-    """Plans scale, bits and noise of the grid from the bound just before it.
+    """Plans scale, bits and noise of the grid.
 
     Args:
         stage: the settings.
         chain: codecs of the uplink, with a `discretize`.
         start: bound of an update before the first codec.
         cohort: the clients of a round.
-        sensitivity: by how much one protected unit moves a client's vector; the vector's whole
-            bound if None.
-        sampling_prob: probability of an example to be in a round.
-        times: rounds in which a unit takes part; all if None.
+        sensitivity: largest L2 norm by which one protected unit changes a client's vector; if None,
+            the bound of the vector itself.
+        sampling_prob: probability that an example is in a round.
+        times: number of rounds in which a unit takes part; all if None.
 
     Raises:
         RecipeError: if the codecs do not fit a secure sum.
@@ -122,7 +127,8 @@ def plan_grid(
         clip_norm=sensitivity or bound.l2,
         coordinate_limit=limit,
         clients=cohort.size,
-        # Two bits stand in for the real ones: only the numbers of clients are read of this plan.
+        # The bits are not known yet. Only numbers of clients are read from this plan, so any valid
+        # number of bits does.
         survivors=noise_makers(SecurePlan(cohort.size, 2, stage.max_dropout)),
         steps=times or max(1, stage.num_rounds),
         delta=private.delta,
@@ -139,10 +145,10 @@ def plan_grid(
 def _before_grid(
     stage: FederateSettings, chain: tuple[Settings, ...], start: Bound
 ) -> tuple[Discretize, Bound]:
-    """Returns the `discretize` of a chain, and the bound of what it rounds.
+    """Returns the `discretize` of a chain, and the bound of its input.
 
     Raises:
-        RecipeError: if there is none, or what it rounds is not bounded or not additive.
+        RecipeError: if there is none, its input is not bounded, or a codec is not additive.
     """
     places = [i for i, transform in enumerate(chain) if isinstance(transform, Discretize)]
     at = places[0] if places else None
@@ -153,7 +159,7 @@ def _before_grid(
     line = PLAIN_LIST if stage.privacy is None else NOISED_LIST
     if at is None:
         raise RecipeError(
-            "a secure sum adds whole numbers",
+            "a secure sum adds integers",
             place="uplink",
             cure=f'end the list with {{ kind = "discretize" }}, as in {line}',
         )
@@ -161,7 +167,7 @@ def _before_grid(
     assert isinstance(discretize, Discretize)
     if not bound.l2 < math.inf:
         raise RecipeError(
-            "a secure sum needs updates of bounded length, or it could overflow",
+            "a secure sum could overflow, because the norm of updates is not bounded",
             place="uplink",
             cure=f"put 'clip' before it, as in {line}",
         )
@@ -171,7 +177,7 @@ def _before_grid(
 def _open_grid(
     stage: FederateSettings, bits: int, clients: int, size: int, limit: float
 ) -> SumGrid:
-    """Plans the grid of a sum without noise, of `size` values up to `limit` in absolute value."""
+    """Plans the grid of a sum without noise, for `size` values of at most `limit`."""
     half = distributed.USED_RANGE * 2 ** (bits - 1)
     # Largest value of one client, so that the sum of all honest clients cannot overflow.
     largest = math.floor(half / clients)
@@ -183,6 +189,6 @@ def _open_grid(
             cure=f"take {least} or more",
         )
     secure = SecurePlan(clients, bits, stage.max_dropout, bound=largest)
-    # One unit less than the largest: rounding may lift a value by one.
+    # One less than the largest value, because rounding may add one.
     scale = (largest - 1) / limit
     return SumGrid(secure, size, scale, limit, math.floor(half))

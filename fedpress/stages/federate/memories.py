@@ -1,4 +1,4 @@
-"""Where the server and simulated clients store what must outlive a round and a process."""
+"""Storage of the server and of simulated clients for state between rounds and restarts."""
 
 from __future__ import annotations
 
@@ -17,28 +17,28 @@ SERVER = "server"
 def memories_of(
     common: CommonInputs, clients: Sequence[ClientId], folder: Path | None
 ) -> tuple[dict[ClientId, ClientState], ClientState]:
-    """Returns the storage of each client by name, and that of the server.
+    """Returns the storage of each client by name, and the storage of the server.
 
-    They are apart, because a client may be called "server" and would share the server's secret.
+    The server's is not in the dictionary: a client named "server" would read the server's secret.
     """
     if folder is None:
         return {name: InMemoryState() for name in clients}, InMemoryState()
     place = _place(common, clients, folder)
     memories: dict[ClientId, ClientState] = {}
     for index, name in enumerate(clients):
-        # By number: a client's name may hold characters that no file name can.
+        # By number, because a client's name may contain characters that file names cannot.
         memories[name] = DiskState(place / f"{index:05d}")
     return memories, DiskState(place / SERVER)
 
 
 def _place(common: CommonInputs, clients: Sequence[ClientId], folder: Path) -> Path:
-    """Returns the folder of this stage's storage, named by settings, seed and clients.
+    """Returns the folder for this stage's storage; its name is a hash of settings, seed, clients.
 
-    An older version may have given it another name. If there is exactly one folder it is taken
-    whatever its name: a resumed run has the settings with which it began (see `RunFolder.resume`),
-    and storage without a checkpoint is removed, so it can be no other stage's.
+    If `folder` contains exactly one folder, that one is used, because older versions computed other
+    names. It cannot belong to another stage: a resumed run has its original settings (see
+    `RunFolder.resume`), and storage without a checkpoint is removed.
     """
-    # Without defaults: a key that a new version adds must not change the name.
+    # Without defaults, so that a key of a new version does not change the name.
     settings = json.loads(common.stage.model_dump_json(exclude_defaults=True))
     text = json.dumps([settings, common.seed, list(clients)], sort_keys=True)
     place = folder / hashlib.sha256(text.encode()).hexdigest()[:16]

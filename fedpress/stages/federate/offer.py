@@ -1,7 +1,8 @@
-"""The offer: all that a client on another machine needs to build its half of a federate stage.
+"""The offer: the message from which a client on another machine builds its side of a stage.
 
-In a simulation both halves are built from one recipe. Over a network the server sends this message
-first. It holds no code: the model is a spec and numbers, as in a file that may come from anybody.
+In a simulation both sides are built from one recipe. Over a network the server sends this message
+first. It contains no code: the model is a spec and tensors, and the client checks them like a file
+from a stranger.
 """
 
 from __future__ import annotations
@@ -54,20 +55,20 @@ class _Facts(BaseModel):
 
 @dataclass(frozen=True, eq=False)
 class Offer:
-    """What the server offers.
+    """The content of an offer.
 
     Attributes:
-        stage: the settings of the federate stage.
-        spec: of the model.
-        tensors: the model's parameters and buffers, by name.
-        seed: of the stage.
-        preprocess: raw examples -> the network's input, fitted on the server's public part.
-        task: what is learned.
+        stage: settings of the federate stage.
+        spec: spec of the model.
+        tensors: name -> parameter or buffer of the model.
+        seed: seed of the stage.
+        preprocess: standardisation of raw examples, fitted on the server's public part.
+        task: loss and metrics.
         inputs: how columns of a table become inputs, see `Preparation.to_json`; None for other
             data.
-        labels: the columns that are predicted, for a table.
-        fedpress: version of the server.
-        streams: version of its random streams.
+        labels: columns to predict, for a table.
+        fedpress: version of fedpress on the server.
+        streams: version of the random streams on the server.
     """
 
     stage: FederateSettings
@@ -94,7 +95,7 @@ class Offer:
         inputs: dict[str, Any] | None = None,
         labels: tuple[str, ...] = (),
     ) -> Offer:
-        """Makes the offer of a server; `seed` is that of the run."""
+        """Creates the server's offer; `seed` is the seed of the run."""
         tensors = {}
         for name, tensor in model.state_dict().items():
             tensors[name] = tensor.detach().to("cpu").contiguous().clone()
@@ -128,11 +129,11 @@ class Offer:
 
     @classmethod
     def from_message(cls, message: Message) -> Offer:
-        """Reads an offer, which may come from anybody; no code is imported or called for it.
+        """Reads an offer, which is not trusted: no code is imported or called for it.
 
         Raises:
-            WireError: naming the entry that is wrong, or code that the model or its data would
-                need and this client has not allowed.
+            WireError: if an entry is invalid, or the model or data would need code that this client
+                has not allowed.
         """
         texts = {name: read_text(message, name) for name in TEXTS}
         place = ""
@@ -174,10 +175,10 @@ class Offer:
         )
 
     def common(self, device: torch.device | None = None) -> CommonInputs:
-        """Builds the model and returns the inputs of a client's half.
+        """Builds the model and returns the inputs of a client's side.
 
         Raises:
-            WireError: if the model cannot be built from the spec, or the numbers are not its own.
+            WireError: if the model cannot be built from the spec, or the tensors do not fit it.
         """
         if self.streams != STREAMS:
             raise WireError(
@@ -190,7 +191,7 @@ class Offer:
             model.load_state_dict(self.tensors)
         except FedpressError as error:
             raise WireError(error.problem, place="offer.spec", cure=error.cure) from error
-        # A network that the spec describes wrongly may raise anything.
+        # Any exception, because a network built from an invalid spec may raise anything.
         except Exception as error:
             said = " ".join(str(error).split())[:300]
             cure = "use the same fedpress on both sides"
@@ -207,9 +208,10 @@ class Offer:
 
     @property
     def terms(self) -> dict[str, Any]:
-        """What a data owner agrees to: all but the numbers of the model and the seed.
+        """What a data owner agrees to: everything but the model's weights and the seed.
 
-        A recipe gives the same terms before any weights exist, so they can be approved beforehand.
+        The same terms follow from a recipe before there are any weights, so they can be approved
+        before the run.
         """
         model = self.spec.model_dump(mode="json", exclude_defaults=True)
         return {

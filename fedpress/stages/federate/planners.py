@@ -1,4 +1,4 @@
-"""Plans the noise that keeps the budget of a federate stage: one planner for each trust."""
+"""Plans the noise of a federate stage for its privacy budget: a function for each kind of trust."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ class PlanningCase:
     Attributes:
         stage: the settings.
         private: the privacy settings of the stage.
-        trust: who adds the noise.
+        trust: protected unit, and who adds the noise.
         population: all clients, with their public counts.
-        participation: which client is asked how often.
+        participation: in which rounds each client is asked.
         cohort: the clients of a round.
         chain: codecs of the uplink.
         start: bound of an update before the first codec.
@@ -51,7 +51,7 @@ class PlanningCase:
 
     @property
     def times(self) -> int:
-        """Most tasks of one client in the whole run."""
+        """Largest number of rounds of one client in the run."""
         return max(1, self.participation.max_tasks)
 
     def each(self, value: T) -> dict[str, T]:
@@ -60,7 +60,7 @@ class PlanningCase:
 
 
 def _sample_local(case: PlanningCase) -> Protection:
-    """Sample privacy by each client's own noise, in each of its local steps."""
+    """Plans sample privacy by noise of each client, in each local step (DP-SGD)."""
     stage = case.stage
     private = case.private
     base = PrivacyPlan("sample", private.clip_norm, 1.0, delta=private.delta)
@@ -76,8 +76,8 @@ def _sample_local(case: PlanningCase) -> Protection:
     if noise is None:
         assert private.epsilon is not None
         rounds = max(1, case.participation.composed_tasks)
-        # A client with few examples samples each of them more often and needs more noise. All use
-        # the most that any client needs, so that the budget holds for every one.
+        # A client with few examples samples each of them more often and needs more noise. All
+        # clients use the largest multiplier, so the budget holds for each of them.
         calibrated = [
             plan.calibrate(epsilon=private.epsilon, num_rounds=rounds).noise_multiplier
             for plan in set(plans.values())
@@ -89,7 +89,7 @@ def _sample_local(case: PlanningCase) -> Protection:
 
 
 def _sample_central(case: PlanningCase) -> Protection:
-    """Sample privacy of one joint gradient step a round, noised by the server."""
+    """Plans sample privacy of one joint gradient step a round; the server adds the noise."""
     plan, divisor = _joint_step(case)
     plan = _calibrated(plan, case.private, max(1, case.participation.composed_tasks))
     return Protection(
@@ -102,12 +102,12 @@ def _sample_central(case: PlanningCase) -> Protection:
 
 
 def _sample_distributed(case: PlanningCase) -> Protection:
-    """Sample privacy of one joint gradient step a round, noised by the clients together."""
+    """Plans sample privacy of one joint gradient step a round; the clients share the noise."""
     plan, divisor = _joint_step(case)
-    # The whole numbers of a secure sum need a bound on a client's sum, and a Poisson batch has
-    # none. So the sum is clipped to the norm that a batch of the expected size can reach. That
-    # projects it onto a ball, which moves no two vectors further apart: one example still moves
-    # the sum by at most one clip norm.
+    # A secure sum needs a bound on each client's sum of gradients, but the size of a Poisson batch
+    # is not bounded. So the sum is clipped to the largest norm of a batch of the expected size.
+    # Clipping is a projection onto a ball and moves no two vectors further apart, so one example
+    # still changes the sum by at most one clip norm.
     usual = plan.sampling_prob * max(case.population.counts.values())
     chain = (Clip(clip_norm=plan.clip_norm * max(1.0, usual)), *case.chain)
     grid = plan_grid(
@@ -128,15 +128,15 @@ def _joint_step(case: PlanningCase) -> tuple[PrivacyPlan, float]:
     """Plans one gradient step over the examples of the whole cohort.
 
     Returns:
-        The plan without noise yet, and the divisor of the sum: the expected number of examples in
-        the step over the learning rate, so that the quotient is the step itself.
+        The plan, still without noise, and the divisor of the sum of gradients: the expected number
+        of examples / the learning rate. The quotient is the step of SGD.
     """
     stage = case.stage
     cohort = case.cohort
     total = case.population.total
     _check_joint(stage)
-    # The same probability for every example, so that a client's batch has `batch_size` on average
-    # over the clients.
+    # The same probability for every example of every client. Averaged over the clients, the batch
+    # has the size `batch_size`.
     share = min(1.0, stage.batch_size * len(case.population) / total)
     expected = share * total * cohort.size / cohort.population
     private = case.private
@@ -145,7 +145,7 @@ def _joint_step(case: PlanningCase) -> tuple[PrivacyPlan, float]:
 
 
 def _check_joint(stage: FederateSettings) -> None:
-    """Refuses settings that need several local steps, or codecs that break the sensitivity."""
+    """Refuses settings of several local steps, and codecs that could raise the sensitivity."""
     check_is_sgd(stage, "with this trust the clients of a cohort take one step together")
     for name, fine in (("epochs", 1), ("momentum", 0.0), ("lr_decay", 1.0)):
         if getattr(stage, name) != fine:
@@ -158,11 +158,11 @@ def _check_joint(stage: FederateSettings) -> None:
                 cure=f"set {name} = {fine:g}, and momentum in stage.server if wanted",
             )
     secure = is_secure(stage)
-    # These move two sums no further apart than they were. Quantizers and `topk` may: there one
-    # example can change the step of the grid, or which values are sent.
+    # These never move two sums further apart. Quantizers and `topk` can: one example may change the
+    # step of the grid, or which values are sent.
     fine_here = ("clip", "randomk", "rotate", "discretize") if secure else ("clip", "randomk")
     for transform in stage.uplink:
-        # An unbiased codec scales values up to keep their mean.
+        # An unbiased codec scales values up, and with them the sensitivity.
         if transform.kind not in fine_here or getattr(transform, "unbiased", False):
             raise RecipeError(
                 "it could let one example move a client's sum by more than the clip norm",
@@ -174,25 +174,25 @@ def _check_joint(stage: FederateSettings) -> None:
 
 
 def _client_local(case: PlanningCase) -> Protection:
-    """Client privacy by each client's own noise."""
+    """Plans client privacy by noise of each client."""
     if case.cohort.sampling == "poisson":
         raise RecipeError(
             (
-                "with trust 'local' the server knows who takes part, so drawing by chance "
-                "hides nothing"
+                "with trust 'local' the server knows who takes part, so Poisson sampling does not "
+                "amplify privacy"
             ),
             place="sampling",
             cure="use 'fixed' or 'cyclic'",
         )
     private = case.private
-    # Sampling probability 1: whoever sees a client's update knows that it took part.
+    # Sampling probability 1, because the server sees the update and so knows who took part.
     plan = PrivacyPlan("client", private.clip_norm, 1.0, 1.0, delta=private.delta)
     plan = _calibrated(plan, private, case.times)
     return Protection(case.chain, case.each(plan), case.each(plan.event(num_rounds=1)))
 
 
 def _client_distributed(case: PlanningCase) -> Protection:
-    """Client privacy by noise that the clients make together."""
+    """Plans client privacy by noise that the clients share in a secure sum."""
     private = case.private
     before = (Clip(clip_norm=private.clip_norm), *case.chain)
     grid = plan_grid(case.stage, before, case.start, case.cohort, times=case.times)
@@ -204,10 +204,10 @@ def _client_distributed(case: PlanningCase) -> Protection:
 
 
 def _client_central(case: PlanningCase) -> Protection:
-    """Client privacy by the server's noise."""
+    """Plans client privacy by the server's noise."""
     private = case.private
     cohort = case.cohort
-    # With an adaptive clip updates are sent in units of the clip norm, so their bound is 1.
+    # With an adaptive clip, updates are divided by the present clip norm, so their bound is 1.
     clip_norm = 1.0 if private.adaptive is not None else private.clip_norm
     plan = PrivacyPlan("client", clip_norm, cohort.sampling_prob, 1.0, delta=private.delta)
     if private.correlated is not None:
@@ -218,13 +218,13 @@ def _client_central(case: PlanningCase) -> Protection:
     if private.adaptive is not None:
         count = private.adaptive.count_noise or count_noise_for(plan.noise_multiplier, cohort.size)
         adaptive = replace(private.adaptive, count_noise=count)
-        # The count of clipped updates costs privacy, too. With more noise on the updates both
-        # together cost what the plan says.
+        # The count of clipped updates costs privacy too. The updates get more noise, so that both
+        # together cost what was planned.
         multiplier = update_noise_multiplier(plan.noise_multiplier, count)
         noise = ServerNoise(replace(plan, noise_multiplier=multiplier))
     event: MechanismEvent = plan.event(num_rounds=1)
-    # Where every client has the same cost in every round, one entry of the ledger stands for all.
-    # A Poisson draw must even be charged so: an entry by name would say who was drawn.
+    # If every client has the same cost in every round, the ledger needs one entry for all. With
+    # Poisson sampling it must be so: entries by name would reveal who was drawn.
     same_for_all = cohort.sampling == "poisson" or cohort.size == cohort.population
     if case.stage.schedule.one_model and same_for_all:
         costs = {POPULATION: event}
@@ -234,12 +234,12 @@ def _client_central(case: PlanningCase) -> Protection:
 
 
 def _correlated(case: PlanningCase, plan: PrivacyPlan) -> Protection:
-    """Client privacy by the server's noise, correlated over the rounds: one Gaussian mechanism."""
+    """Plans client privacy by correlated noise of the server: all rounds are one mechanism."""
     stage = case.stage
     private = case.private
     cohort = case.cohort
-    # Its analysis needs to know in which rounds a client may take part; a Poisson draw does not
-    # say.
+    # The analysis needs a minimum number of rounds between two tasks of a client, and Poisson
+    # sampling has none.
     if cohort.sampling == "poisson":
         raise RecipeError(
             "correlated noise is for populations without sampling",
@@ -265,7 +265,7 @@ def _correlated(case: PlanningCase, plan: PrivacyPlan) -> Protection:
 
 
 def _calibrated(plan: PrivacyPlan, private: PrivacySettings, steps: int) -> PrivacyPlan:
-    """Returns `plan` with the noise that the settings give, or that their epsilon needs."""
+    """Returns `plan` with the noise multiplier of the settings, or calibrated to their epsilon."""
     if private.noise_multiplier is not None:
         return replace(plan, noise_multiplier=private.noise_multiplier)
     assert private.epsilon is not None
@@ -280,4 +280,4 @@ PLANNERS: Mapping[Trust, Callable[[PlanningCase], Protection]] = {
     trust_of("client", "distributed"): _client_distributed,
     trust_of("client", "central"): _client_central,
 }
-"""The planner of each trust."""
+"""The planner of each kind of trust: protected unit, and who adds the noise."""

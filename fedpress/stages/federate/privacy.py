@@ -1,4 +1,4 @@
-"""Plans the privacy of a federate stage; settings that break it are refused first."""
+"""Plans the privacy of a federate stage, and first refuses settings that would break it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,14 @@ def plan_protection(
     cohort: Cohort,
     shapes: Sequence[tuple[int, ...]],
 ) -> Protection:
-    """Plans noise, grid and costs of `stage` for a `population` and parameters of these `shapes`.
+    """Plans the noise, the grid of a secure sum, and the cost of each round.
+
+    Args:
+        stage: the settings.
+        population: all clients, with their public counts.
+        participation: in which rounds each client is asked.
+        cohort: the clients of a round.
+        shapes: shapes of the trained parameters.
 
     Raises:
         RecipeError: if settings do not fit together.
@@ -46,35 +53,33 @@ def plan_protection(
         assert stage.aggregator is not None
         raise RecipeError(
             (
-                f"got '{stage.aggregator.kind}' with trust '{trust.kind}', where only a secure "
-                "sum carries all of the noise"
+                f"got '{stage.aggregator.kind}' with trust '{trust.kind}', where each client adds "
+                "only a share of the noise, so the server must not see single updates"
             ),
             place="aggregator",
             cure='leave aggregator out, or set trust = "local"',
         )
     _check_promise(stage, trust, population, cohort)
-    # In a secure sum the server can neither clip updates nor see who sent them: noise of each
-    # client's own, or of the server, has nothing there to be measured against.
+    # In a secure sum the server cannot clip updates, so its own noise has no sensitivity to be
+    # calibrated to. Full noise of each client would be more than the sum needs.
     if secure and trust.noise != "sum":
         raise RecipeError(
             f"got '{private.trust}' with a secure sum",
             place="privacy.trust",
-            cure=(
-                'set trust = "distributed", so that the clients make the noise of the sum together'
-            ),
+            cure=('set trust = "distributed", so that the clients share the noise of the sum'),
         )
     case = PlanningCase(stage, private, trust, population, participation, cohort, chain, start)
     return PLANNERS[trust](case)
 
 
 def _check_codecs(stage: FederateSettings, secure: bool, cohort: Cohort) -> None:
-    """Refuses codecs that do not go with error feedback or a secure sum, and uneven cohorts."""
+    """Refuses codecs that error feedback or a secure sum cannot use, and unequal cohorts."""
     for transform in stage.uplink:
-        # An unbiased codec scales what it keeps up, so the residual is as long as the update or
-        # longer: added to the next one it grows without limit.
+        # An unbiased codec scales the sent values up, so its error is at least as long as the
+        # update. Added to the next update, it would grow without limit.
         if stage.error_feedback and getattr(transform, "unbiased", False):
             raise RecipeError(
-                f"'{transform.kind}' is unbiased, so what it lost would grow from round to round",
+                f"'{transform.kind}' is unbiased, so its error would grow from round to round",
                 place="error_feedback",
                 cure="set error_feedback = false, or unbiased = false",
             )
@@ -93,7 +98,7 @@ def _check_codecs(stage: FederateSettings, secure: bool, cohort: Cohort) -> None
     uneven = cohort.sampling == "cyclic" and cohort.population % cohort.size
     if secure and (cohort.sampling == "poisson" or uneven):
         raise RecipeError(
-            "a secure sum needs cohorts of one size, whose noise and bits are planned",
+            "noise and bits of a secure sum are planned for cohorts of one size",
             place="sampling",
             cure=(
                 f"got '{cohort.sampling}' cohorts of {cohort.size} in {cohort.population}; use "
@@ -105,12 +110,12 @@ def _check_codecs(stage: FederateSettings, secure: bool, cohort: Cohort) -> None
 def _check_promise(
     stage: FederateSettings, trust: Trust, population: Population, cohort: Cohort
 ) -> None:
-    """Refuses a sampling or a delta with which epsilon would promise nothing."""
+    """Refuses a sampling or a delta with which the guarantee would be wrong or empty."""
     private = stage.privacy
     assert private is not None
-    # With one client more, a fixed cohort drops another: the sum changes by two updates. Not so in
-    # a buffered schedule, where neighbouring runs ask the same clients in the same order and differ
-    # in what one of them sends; see docs/schedules.md.
+    # If a client joins, a fixed cohort drops another one, so the sum changes by two updates. In a
+    # buffered schedule neighbouring runs ask the same clients in the same order and differ only in
+    # the updates of one client; see docs/schedules.md.
     displaces = (
         stage.schedule.one_model
         and trust.hides_cohort
@@ -121,19 +126,20 @@ def _check_promise(
         raise RecipeError(
             (
                 f"a fixed cohort of {cohort.size} in {cohort.population} clients breaks client "
-                "privacy, since a client that joins displaces another and moves the sum twice"
+                "privacy, since a client that joins displaces another, which changes two updates"
             ),
             place="sampling",
             cure="set sampling = 'poisson', or take all clients",
         )
-    # Publishing one unit at random satisfies delta = 1 / units: a guarantee must exclude that.
+    # A mechanism that publishes one unit at random satisfies delta = 1 / units, so delta must be
+    # smaller.
     units = len(population) if trust.unit == "client" else population.total
     if private.delta >= 1 / units:
         raise RecipeError(
             (
-                f"got {private.delta:g}, which lets one of the {units} protected "
-                f"{private.unit}s be given away whole"
+                f"got {private.delta:g}, which would allow to publish one of the {units} protected "
+                f"{private.unit}s"
             ),
             place="privacy.delta",
-            cure=f"take it well below {1 / units:.1g}",
+            cure=f"take a value well below {1 / units:.1g}",
         )

@@ -1,4 +1,4 @@
-"""The progress of a federate stage: all that is needed to resume it, and to stop it early."""
+"""The progress of a federate stage: its results so far, as a checkpoint stores them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from fedpress.training.evaluate import Evaluation
 from fedpress.workspace.drive import Snapshot
 
 PLAIN = ("round", "best", "best_round", "bytes_up", "bytes_down", "note", "stopped", "closed")
-"""Fields of `Progress` that JSON holds as they are."""
+"""Fields of `Progress` that can be written as JSON without conversion."""
 SERVER = "server/"
 """Prefix of the server's state in a checkpoint."""
 
@@ -30,19 +30,19 @@ class Progress:
 
     Attributes:
         params: the server's parameters [d].
-        ledger: with all rounds so far in it.
+        ledger: epsilon spent so far.
         server_state: see `RoundRecord.server_state`.
-        round: how many rounds are done.
-        best: the best validation score so far, None without one.
-        best_round: the round that gave it.
-        bytes_up: of all rounds so far, from the clients.
-        bytes_down: to them.
-        set_up: bytes [up, down] of the messages before the first round; None if a run of an older
+        round: number of finished rounds.
+        best: the best validation score so far; None if there is none.
+        best_round: the round with this score.
+        bytes_up: bytes from the clients in all rounds.
+        bytes_down: bytes to the clients in all rounds.
+        set_up: bytes (up, down) of the messages before the first round; None if a run of an older
             version counted some of them in its first round.
-        note: what the progress bar shows of the last round.
-        stopped: why no further round is begun; empty while rounds go on.
-        closed: rounds in a row in which no update counted.
-        failures: what gave nothing so far.
+        note: text about the last round for the progress bar.
+        stopped: why the rounds were stopped early; empty if they were not.
+        closed: number of rounds in a row in which no client's update was used.
+        failures: all failures so far.
     """
 
     params: Tensor
@@ -67,7 +67,7 @@ class Progress:
 
     @property
     def start(self) -> Start:
-        """Where the next round begins."""
+        """Input of the next round: parameters, number of finished rounds, server state."""
         return Start(self.params, self.round, self.server_state or None)
 
     def with_round(
@@ -76,13 +76,13 @@ class Progress:
         """Returns the progress after one more round.
 
         Args:
-            record: of the round, as far as it is public.
-            validation: of the new model; None without a validation set.
-            task: says which metric is better.
+            record: the public part of the round's record.
+            validation: evaluation of the new model; None without a validation set.
+            task: compares scores.
             **more: further fields.
         """
         score = json_number(validation.score) if validation else None
-        # The first score is better than None.
+        # Any score is better than None, so the first one becomes the best.
         better = task.better(score, self.best)
         return Progress(
             params=record.params,
@@ -104,7 +104,7 @@ class Progress:
         return up + record.set_up.up, down + record.set_up.down
 
     def snapshot(self) -> Snapshot:
-        """Returns what a checkpoint holds."""
+        """Returns the progress as a checkpoint."""
         tensors = {"params": self.params}
         for name, tensor in (self.server_state or {}).items():
             tensors[f"{SERVER}{name}"] = tensor
@@ -117,7 +117,7 @@ class Progress:
 
     @classmethod
     def load(cls, saved: Snapshot) -> Progress:
-        """Reads a checkpoint, also one of an older version."""
+        """Reads a checkpoint of this version or an older one."""
         facts: Mapping[str, Any] = saved.facts
         # Older versions have neither `set_up` nor `failures`.
         set_up = facts.get("set_up")

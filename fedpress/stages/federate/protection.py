@@ -1,4 +1,4 @@
-"""The privacy of a federate stage as it was planned: noise, grid, costs; and who adds the noise."""
+"""The planned privacy of a federate stage: noise, grid of a secure sum, cost of each round."""
 
 from __future__ import annotations
 
@@ -24,12 +24,13 @@ class Protection:
         chain: codecs of the uplink, with grid and noise filled in.
         plans: client -> its plan; empty without privacy. They differ only under unit "sample" with
             trust "local".
-        costs: client (or "population") -> what one round costs it.
-        grid: of a secure sum; None for a plain one.
-        noise: what the server adds; None if it adds none.
-        adaptive: how the clip norm moves, with the noise of its count.
-        divisor: of the private sum; the cohort's size if None.
-        charged_once: whether `costs` are those of all rounds together, charged before the first.
+        costs: client (or "population") -> the mechanism of one round, for the ledger.
+        grid: grid of a secure sum; None for a plain sum.
+        noise: the server's noise; None if it adds none.
+        adaptive: settings of an adaptive clip norm, with the noise of its count; None if it is
+            fixed.
+        divisor: divisor of the private sum; the cohort's size if None.
+        charged_once: whether `costs` are those of all rounds together, charged in the first round.
     """
 
     chain: tuple[Settings, ...]
@@ -43,20 +44,20 @@ class Protection:
 
     def guarantee(self, trust: Trust) -> Guarantee:
         """Returns the guarantee of the uplink."""
-        # The uplink uses only what all plans have in common: unit, clip norm and noise.
+        # Any plan will do: the uplink uses only unit, clip norm and noise, which are equal in all.
         plan = next(iter(self.plans.values()), None)
         return Guarantee(plan, trust.kind, self.noise, self.adaptive, self.divisor)
 
 
 def is_secure(stage: FederateSettings) -> bool:
-    """Says whether the stage uses a secure sum: it is the aggregator, or the trust needs it."""
+    """Whether the stage uses a secure sum: as its aggregator, or because the trust needs it."""
     if stage.aggregator is not None:
         return not stage.aggregator.sees_updates
     return trust_of_stage(stage).noise == "sum"
 
 
 def trust_of_stage(stage: FederateSettings) -> Trust:
-    """Returns who adds which noise in `stage`."""
+    """Returns the row of the table of trusts for `stage`: the unit, and who adds the noise."""
     private = stage.privacy
     return trust_of(None) if private is None else trust_of(private.unit, private.trust)
 
@@ -67,7 +68,7 @@ def repeated(event: MechanismEvent, count: int) -> MechanismEvent:
 
 
 def steps_per_round(stage: FederateSettings, examples: int) -> int:
-    """Returns the number of local steps in a round for a client with this many examples."""
+    """Returns the number of local steps in a round of a client with this many examples."""
     if trust_of_stage(stage).steps == "joint":
         return 1
     return stage.epochs * math.ceil(examples / stage.batch_size)

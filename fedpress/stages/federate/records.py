@@ -1,4 +1,4 @@
-"""The records of a federate stage: one for each round, and the facts of the finished stage."""
+"""The records of a federate stage: one for each round, and one for the finished stage."""
 
 from __future__ import annotations
 
@@ -18,15 +18,14 @@ from fedpress.training.evaluate import Evaluation
 def public_part(record: RoundRecord, server: ServerSide) -> RoundRecord:
     """Returns the part of a round's record that may be stored.
 
-    A trusted server sees who took part, but the record must not show it. Bytes depend on what the
-    clients sent, so the planned bytes take their place.
+    If only the server may know who took part, clients are not named. The real bytes depend on the
+    private updates, so the planned bytes are stored instead.
     """
     if not server.hides_cohort:
         return record
-    # Clients that were refused are not named, either.
     up, down = server.planned_bytes
     timing = replace(record.timing, answered=(), spare=(), late=())
-    # Each client's delay is known, so the time of a round would tell which clients were drawn.
+    # The delay of each client is public, so the time of a round would reveal who was drawn.
     if server.stage.sampling == "poisson":
         timing = replace(timing, simulated_seconds=None)
     return replace(record, bytes_up=up, bytes_down=down, refused={}, timing=timing)
@@ -38,10 +37,10 @@ def round_line(
     """Returns the stored record of one round.
 
     Args:
-        record: of the round, as far as it is public.
-        now: the progress after it.
-        validation: of the new model; None without a validation set.
-        server: the server's half.
+        record: the public part of the round's record.
+        now: the progress after the round.
+        validation: evaluation of the new model; None without a validation set.
+        server: the server's side of the stage.
     """
     failures = {} if record.failures is None else {"failures": asdict(record.failures)}
     return {
@@ -62,7 +61,7 @@ def round_line(
 
 
 def _set_up(now: Progress) -> dict[str, int]:
-    """Returns the bytes of the messages before the first round, which no round counts."""
+    """Returns the bytes of the messages before the first round; no round includes them."""
     if now.set_up is None:
         return {}
     up, down = now.set_up
@@ -70,7 +69,7 @@ def _set_up(now: Progress) -> dict[str, int]:
 
 
 def _times(record: RoundRecord, server: ServerSide) -> dict[str, Any]:
-    """Returns the entries about time and staleness; none for synchronous rounds without a clock."""
+    """Returns simulated time and staleness; nothing for synchronous rounds without delays."""
     timing = record.timing
     entries: dict[str, Any] = {}
     if timing.simulated_seconds is not None:
@@ -86,14 +85,14 @@ def stage_facts(server: ServerSide, now: Progress, score_before: float | None) -
     """Returns the facts of the finished stage.
 
     Args:
-        server: the server's half.
+        server: the server's side of the stage.
         now: the progress after the last round.
         score_before: the task's metric on the test set before the stage.
     """
     metric = server.common.task.primary
     spent = _spent(server, now)
-    # The keys are there without privacy, too, as None: otherwise the epsilon of an earlier stage
-    # would still be shown after this one.
+    # Without privacy the keys are None and not left out: a result continues the previous stage's
+    # facts, so its epsilon would still be shown.
     privacy: dict[str, Any] = dict.fromkeys(PRIVACY_KEYS)
     epsilon = note = None
     if spent is not None:
@@ -130,6 +129,6 @@ def _epsilon(server: ServerSide, now: Progress) -> float | None:
 
 
 def _spent(server: ServerSide, now: Progress) -> Spent | None:
-    """Returns what was spent so far, None without privacy."""
+    """Returns epsilon so far; None without privacy."""
     private = server.stage.privacy
     return None if private is None else now.ledger.spent(delta=private.delta)

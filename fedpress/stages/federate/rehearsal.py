@@ -1,4 +1,7 @@
-"""Rehearsal: one private step on public or made-up examples, before any epsilon is spent."""
+"""Rehearsal: tries a private training step on public or made-up examples, before the run.
+
+A network that cannot be trained would otherwise spend epsilon in rounds of noise alone.
+"""
 
 from __future__ import annotations
 
@@ -15,13 +18,14 @@ from fedpress.stages.federate.client import ClientSide
 from fedpress.tasks import Task
 
 EXAMPLES = 4
-"""Size of the batch: small, because the check must be cheap for a large network."""
+"""Size of the batch: small, so that the check is fast for a large network."""
 
 
 def rehearse(clients: Sequence[ClientSide], public: Sequence[Arrays], task: Task) -> None:
-    """Lets one client of each kind take a private step.
+    """Takes a private step for one client of each kind.
 
-    A kind is a shape and type of examples. Only these are read of private examples, never a value.
+    A kind is a shape and dtype of examples, such as float32 [3, 32, 32]. Nothing else is read from
+    private examples.
 
     Args:
         clients: all clients.
@@ -29,20 +33,20 @@ def rehearse(clients: Sequence[ClientSide], public: Sequence[Arrays], task: Task
         task: makes up targets.
 
     Raises:
-        RecipeError: if the step fails, with the cause.
+        RecipeError: if the step fails; it contains the cause.
     """
     for client in _one_of_each_kind(clients):
         _rehearse_kind(client, public, task)
 
 
 def _rehearse_kind(client: ClientSide, public: Sequence[Arrays], task: Task) -> None:
-    """Lets one client take a private step; RecipeError if it fails on all examples to try."""
+    """Takes a private step for one client; RecipeError if it fails on all trial examples."""
     like = client.arrays
     problems: list[tuple[str, Exception]] = []
     for what, arrays in trial_examples(like, public, task, client.common.model):
         try:
             client.rehearse(arrays)
-        # Any exception: a user's own network may raise anything.
+        # Any exception, because a user's own network may raise anything.
         except Exception as problem:
             problems.append((what, problem))
         else:
@@ -51,13 +55,13 @@ def _rehearse_kind(client: ClientSide, public: Sequence[Arrays], task: Task) -> 
     what, cause = problems[0]
     kind = f"{what} examples of shape {inputs_text(like.x)}"
     cure: list[str | Argument] = [
-        "no epsilon was spent; mend the model, so that it runs on single examples"
+        "change the model so that it runs on single examples (no epsilon was spent)"
     ]
     if what == "made-up":
         share = Argument("data.public_share", 0.1)
         cure += [", or give public examples of this kind by ", share, " to try it on"]
     said = str(cause).partition("\n")[0]
-    # Without the cure of the training's own error, which is for private examples.
+    # Without the cure of the training's error, which is meant for errors on private examples.
     if isinstance(cause, TrainingError):
         said = cause.problem
     raise RecipeError(
@@ -68,7 +72,7 @@ def _rehearse_kind(client: ClientSide, public: Sequence[Arrays], task: Task) -> 
 
 
 def _one_of_each_kind(clients: Sequence[ClientSide]) -> list[ClientSide]:
-    """Returns the first client of each shape and type of examples."""
+    """Returns the first client of each shape and dtype of examples."""
     kinds: dict[tuple[object, ...], ClientSide] = {}
     for client in clients:
         x, y = client.arrays.x, client.arrays.y
@@ -79,13 +83,13 @@ def _one_of_each_kind(clients: Sequence[ClientSide]) -> list[ClientSide]:
 def trial_examples(
     like: Arrays, public: Sequence[Arrays], task: Task, model: nn.Module
 ) -> Iterator[tuple[str, Arrays]]:
-    """Yields examples of the shape and type of `like` to try, until one works.
+    """Yields trial examples in shape and dtype of `like`: public ones, or several made-up kinds.
 
     Args:
-        like: private examples, of which no value is read.
+        like: private examples; only shape and dtype are read.
         public: public parts to take examples from.
         task: makes up targets.
-        model: its embeddings limit made-up tokens.
+        model: its embeddings limit made-up token ids.
 
     Yields:
         "public" or "made-up", and the examples.
@@ -93,7 +97,7 @@ def trial_examples(
     for part in public:
         same = signature_of(part.x) == signature_of(like.x) and part.y.dtype == like.y.dtype
         if len(part) and same:
-            # From all over the part: it may be sorted by class.
+            # Spread over the whole part, because it may be sorted by class.
             spread = torch.linspace(0, len(part) - 1, min(EXAMPLES, len(part))).long()
             yield "public", part.take(spread)
             return
@@ -104,7 +108,7 @@ def trial_examples(
 
 
 def _made_up_inputs(like: Inputs, vocabulary: int | None, chance: RandomSource) -> Iterator[Inputs]:
-    """Yields made-up inputs of the shape and type of `like`."""
+    """Yields made-up inputs in shape and dtype of `like`, the most plausible first."""
     tries = {}
     for name, part in tensors_by_name(like).items():
         shape = (EXAMPLES, *part.shape[1:])
@@ -114,7 +118,8 @@ def _made_up_inputs(like: Inputs, vocabulary: int | None, chance: RandomSource) 
         return
     for index in (0, -1):
         yield NamedInputs({name: found[index] for name, found in tries.items()})
-    # At last all whole numbers are 1: one input may be a length, which 0 or a large one breaks.
+    # Last try: all integers are 1. One of the inputs may be a length, for which 0 or a large number
+    # is invalid.
     ones = {}
     for name, found in tries.items():
         ones[name] = found[0] if found[0].is_floating_point() else torch.ones_like(found[0])
@@ -124,7 +129,7 @@ def _made_up_inputs(like: Inputs, vocabulary: int | None, chance: RandomSource) 
 def _made_up(
     shape: tuple[int, ...], dtype: torch.dtype, vocabulary: int | None, chance: RandomSource
 ) -> Iterator[Tensor]:
-    """Yields tensors of this shape and type whose values are plausible, the likeliest first."""
+    """Yields made-up tensors of this shape and dtype, the most plausible values first."""
     if dtype == torch.bool:
         yield torch.ones(shape, dtype=dtype)
         return
@@ -132,14 +137,15 @@ def _made_up(
         yield chance.integers(256, *shape).to(dtype)
     elif dtype.is_floating_point and vocabulary is None:
         yield chance.normal(*shape).to(dtype)
-    # A number may be an index, such as a token: then a small whole number is valid.
+    # The values may be indices, such as token ids: then small integers are valid.
     largest = 256 if dtype == torch.uint8 else 1 << 31
     yield chance.integers(min(vocabulary or 2, largest), *shape).to(dtype)
 
 
 def _vocabulary(model: nn.Module) -> int | None:
-    """Returns how many tokens all embeddings of `model` know; None if it has no embedding."""
-    sizes = [
-        m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag)
-    ]
+    """Returns the size of the smallest embedding of `model`; None if it has no embedding."""
+    sizes = []
+    for module in model.modules():
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag):
+            sizes.append(module.num_embeddings)
     return min(sizes, default=None)

@@ -1,4 +1,4 @@
-"""The rounds of a federate stage: each is charged, run, evaluated and recorded."""
+"""The rounds of a federate stage: each is charged to the ledger, run, evaluated and recorded."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ log = logger(__name__)
 
 
 class FederatedRounds:
-    """Rounds of local training on private data, as work that `drive` runs and resumes.
+    """The rounds of a federate stage, which `drive` runs and resumes.
 
     Attributes:
-        server: the server's half of the stage.
-        source: the state before the stage; only the public parts of its data are read.
-        now: the progress.
+        server: the server's side of the stage.
+        source: the state before the stage; only public parts of its data are used.
+        now: the present progress.
     """
 
     def __init__(self, server: ServerSide, source: State) -> None:
@@ -42,20 +42,20 @@ class FederatedRounds:
         self.source = source
         self.now = Progress.begin(server)
         self._warned = ""
-        # Computed and cached now: the rounds overwrite `server.model`, and the planned bytes must
-        # not depend on what it holds then.
+        # Computed and cached now, from the initial model. Later the model depends on private data,
+        # and so would the planned bytes.
         if server.hides_cohort:
             _ = server.planned_bytes
 
     def events(self) -> Iterator[Tick | Milestone]:
-        """Runs the rounds; yields a tick before each, as one may take minutes, and a milestone."""
+        """Runs the rounds; yields a tick before each one and a milestone after it."""
         server = self.server
         running = server.rounds(self.now.start)
         while not is_finished(server, self.now):
             try:
                 ledger = self._charged()
             except PrivacyError:
-                why = "the next round would pass the privacy budget"
+                why = "the next round would exceed the privacy budget"
                 self.now = replace(self.now, stopped=why)
                 break
             at = f"round {self.now.round + 1}/{server.stage.num_rounds}"
@@ -65,28 +65,29 @@ class FederatedRounds:
             record = next(running)
             shown = public_part(record, server)
             yield self._take(record, shown, ledger)
-            # After the milestone: the round was charged, so it must be saved even if the run stops.
+            # Only after the milestone: the round is charged, so it must be saved even if the run
+            # stops here.
             check_failures(server, self.now)
             yield from self._warnings(shown, len(record.timing.answered), warned=warned)
         last = last_warning(server, self.now.failures)
         yield self._tick(self.now.stopped or self.now.note, f"warning: {last}" if last else "")
 
     def state(self) -> Snapshot:
-        """Returns the progress, as a checkpoint stores it."""
+        """Returns the progress as a checkpoint."""
         return self.now.snapshot()
 
     def load_(self, saved: Snapshot) -> None:
-        """Goes on from a checkpoint."""
+        """Continues from a checkpoint."""
         self.now = Progress.load(saved)
 
     def _charged(self) -> Ledger:
-        """Returns the ledger with the next round in it.
+        """Returns the ledger after charging the next round.
 
         A round is charged before it reads any data. If it is killed and repeated, it draws the same
-        noise from the same seeds: clients give the same replies, which costs nothing more.
+        noise from the same seeds, so clients send the same replies, which reveals nothing new.
 
         Raises:
-            PrivacyError: if the round would pass the budget.
+            PrivacyError: if the round would exceed the budget.
         """
         server = self.server
         number = self.now.round + 1
@@ -99,12 +100,12 @@ class FederatedRounds:
         """Evaluates the model after a round, and updates the progress.
 
         Args:
-            record: of the round.
-            shown: the part of it that may be stored.
-            ledger: with the round in it.
+            record: the full record of the round.
+            shown: the public part of it, which may be stored.
+            ledger: the ledger after this round.
 
         Returns:
-            The milestone, with the stored record.
+            A milestone with the stored record.
         """
         server = self.server
         closed = count_closed_rounds(server, record, self.now.closed)
@@ -116,7 +117,8 @@ class FederatedRounds:
         return Milestone(round_line(shown, self.now, validation, server), self.now.note)
 
     def _validate(self) -> Evaluation | None:
-        """Evaluates on the public validation set; a metric on private data would cost privacy."""
+        """Evaluates on the public validation set; None if there is none."""
+        # Not on private data: each metric would cost privacy.
         data = self.source.data
         precision = self.server.stage.precision
         if not len(data.validation):
@@ -126,12 +128,12 @@ class FederatedRounds:
         )
 
     def _warnings(self, shown: RoundRecord, answered: int, *, warned: bool) -> Iterator[Tick]:
-        """Yields a tick for each new warning; `warned`: failures were reported already."""
+        """Yields a tick for each new warning; `warned`: failures were already reported."""
         reasons = public_reasons(shown.refused, self.server)
         warning = refusal_line(reasons, answered, shown.round)
-        # Compared without the number of the round: the same clients may be refused in every round.
+        # Compared without the number of the round, so that the same clients are reported once.
         if warning and warning.partition(":")[2] != self._warned.partition(":")[2]:
-            # `public_reasons` has removed what may not leave a log, either.
+            # Safe to log: `public_reasons` has removed private text.
             log.warning("%s", warning)
             yield self._tick(self.now.note, warning)
         self._warned = warning

@@ -1,4 +1,4 @@
-"""The server's half of a federate stage, bound from the recipe and the clients' public facts."""
+"""The server's side of a federate stage, bound from the recipe and the clients' public facts."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ from fedpress.wire.fields import NUMBER, check_field
 from fedpress.wire.message import Message, pack
 
 PRIVACY_KEYS = ("unit", "delta", "noise_multiplier", "clip_norm", "sampling_prob")
-"""Fields of a privacy plan that a result shows."""
+"""Fields of a privacy plan that are shown in the result."""
 ROUNDING = 1e-9
-"""Share of epsilon by which floating-point rounding may exceed the budget."""
+"""Relative excess of the budget that floating-point rounding may cause."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,14 +44,13 @@ class ServerSide:
     """Everything that the server needs to run the rounds.
 
     Attributes:
-        common: the settings, the model to work in, the seed.
-        contract: the stage bound to the population; the clients' halves are bound from the same
-            facts.
-        transport: reaches the clients.
-        ledger: what was spent before this stage. If this stage has no privacy, an infinite epsilon.
-        secret: key of the server's noise and draws (256 bits); they follow from the seed if None.
-        set_up: bytes of the messages in which clients registered and agreed, as far as they are
-            public.
+        common: the settings, the server's copy of the model, and the seed.
+        contract: the planned stage. Clients compute the same one from the same public facts.
+        transport: carries messages to the clients.
+        ledger: epsilon spent before this stage. If this stage has no privacy, it contains an entry
+            of infinite epsilon.
+        secret: key of the server's noise and draws (256 bits). If None, they follow from the seed.
+        set_up: bytes of the messages before the first round (register and agree).
     """
 
     common: CommonInputs
@@ -71,14 +70,14 @@ class ServerSide:
         secret: int | None = None,
         population: Population | None = None,
     ) -> ServerSide:
-        """Registers the clients, binds the stage to them, and lets every client agree.
+        """Registers the clients, plans the stage for them, and asks every client to agree.
 
-        A client that does not agree is refused in every round, with its reason.
+        A client that does not agree answers no round; the records show its reason.
 
         Args:
-            common: what both sides are given.
-            transport: reaches the clients.
-            ledger: what earlier stages have spent.
+            common: inputs that are equal on both sides.
+            transport: carries messages to the clients.
+            ledger: epsilon spent by earlier stages.
             secret: see the attribute.
             population: the clients, if they have registered before; else they do now.
 
@@ -90,16 +89,16 @@ class ServerSide:
         before = transport.traffic
         contract = common.contract(population or register(transport))
         trust = contract.uplink.trust
-        # Clients refuse it too, but only after all of them have been asked.
+        # Clients check it too. Here the error comes before any message is sent to them.
         check_norm(contract.terms.norm, common.model, sample=trust.unit == "sample")
         started = _ledger(common.stage, ledger)
         registered = transport.traffic - before
         refused = agree(transport, contract)
         agreed = transport.traffic - before - registered
-        # A refusal has another length than an agreement, so the bytes would reveal who refused.
+        # A refusal is longer than an agreement, so the real bytes could reveal who refused.
         if trust.hides_cohort:
             agreed = Traffic(_bytes_if_all_agree(contract), agreed.down)
-        half = cls(common, contract, transport, started, secret, registered + agreed)
+        side = cls(common, contract, transport, started, secret, registered + agreed)
         if len(refused) == len(contract.population):
             name = contract.population.names[0]
             raise RecipeError(
@@ -107,7 +106,7 @@ class ServerSide:
                 place="federate",
                 cure="start all of them with this recipe",
             )
-        return half
+        return side
 
     @property
     def stage(self) -> FederateSettings:
@@ -116,7 +115,7 @@ class ServerSide:
 
     @property
     def model(self) -> nn.Module:
-        """A model to work in, into which the server's parameters are written."""
+        """The server's copy of the model; the server's parameters are written into it."""
         return self.common.model
 
     @property
@@ -131,7 +130,7 @@ class ServerSide:
 
     @property
     def uplink(self) -> Uplink:
-        """How updates become their mean."""
+        """How updates are encoded, summed, noised and divided."""
         return self.contract.terms.uplink
 
     @property
@@ -140,7 +139,7 @@ class ServerSide:
         return self.contract.protection
 
     def rounds(self, start: Start) -> Iterator[RoundRecord]:
-        """Returns the rounds after `start`, each computed when it is asked for."""
+        """Returns the rounds after `start` as a generator."""
         return rounds(
             self.contract.terms,
             self.transport,
@@ -150,9 +149,9 @@ class ServerSide:
         )
 
     def sizes(self) -> dict[str, Any]:
-        """Returns the bytes of the stage's messages, and bits per value, see `message_sizes`.
+        """Returns bytes and bits per value of the stage's messages, see `message_sizes`.
 
-        The messages of registering and agreeing were sent already: their real bytes are added.
+        The messages to register and agree were already sent, so their real bytes are added.
         """
         found = message_sizes(self.contract, parameters.flatten(self.model))
         found["bytes_set_up"] += self.set_up.up + self.set_up.down
@@ -160,7 +159,7 @@ class ServerSide:
 
     @property
     def keys(self) -> str | None:
-        """Origin of a secure sum's keys: "system" (randomness) or "seed"; None for a plain sum."""
+        """Origin of a secure sum's keys: "system" (random) or "seed"; None for a plain sum."""
         if self.protection.grid is None:
             return None
         return "system" if owns_keys(self.stage) else "seed"
@@ -172,16 +171,17 @@ class ServerSide:
 
     @cached_property
     def planned_bytes(self) -> tuple[int, int]:
-        """Bytes up and down of a round, with the planned cohort and an update of random values."""
+        """Planned bytes (up, down) of a round, for an update of random values."""
         sizes = self.sizes()
         return sizes["bytes_up_per_round"], sizes["bytes_down_per_round"]
 
     @cached_property
     def participation(self) -> Participation:
-        """Which client is asked in which round, known before the run."""
+        """Which client is asked in which round; it is drawn before the run."""
         if self.secret is None:
             return self.contract.participation
-        # The clients' contract has the draws of the seed; the real ones follow from the secret.
+        # The contract is drawn from the seed, which clients know. The real draw follows from the
+        # secret, so that no client can know who else takes part.
         context = replace(self.contract.context, draw_seed=self.secret)
         return self.stage.schedule.plan_participation(context, self.stage.num_rounds)
 
@@ -190,19 +190,19 @@ class ServerSide:
         return {name: self.participation.tasks(name) for name in self.population.names}
 
     def charges(self, tasks: Mapping[ClientId, int], first: int, last: int) -> list[LedgerEntry]:
-        """Returns the ledger entries of some rounds.
+        """Returns the ledger entries of the rounds from `first` to `last`.
 
         Args:
-            tasks: number of tasks of each client.
+            tasks: number of tasks of each client in these rounds.
             first: first round.
             last: last round.
 
         Returns:
-            An entry for each client with a task; one for the whole population where it is charged
-            as one.
+            An entry for each client with a task. If all clients have the same cost, a single entry
+            for the population.
         """
         planned = self.protection
-        # With correlated noise all rounds together are one mechanism, charged before the first.
+        # With correlated noise all rounds together are one mechanism, charged in the first round.
         if planned.charged_once and first > 1:
             return []
         if POPULATION in planned.costs:
@@ -216,10 +216,10 @@ class ServerSide:
         return entries
 
     def spend(self, ledger: Ledger, tasks: Mapping[ClientId, int], first: int, last: int) -> Ledger:
-        """Returns `ledger` with the `charges` for these tasks and rounds in it.
+        """Adds the `charges` for these tasks and rounds to `ledger`.
 
         Raises:
-            PrivacyError: if they pass the budget.
+            PrivacyError: if they exceed the budget.
         """
         private = self.stage.privacy
         charges = self.charges(tasks, first, last)
@@ -232,16 +232,19 @@ class ServerSide:
         return ledger.spend(*charges, epsilon=budget, delta=private.delta)
 
     def schedule_facts(self) -> dict[str, Any]:
-        """Returns the facts of a schedule other than synchronous rounds; else nothing."""
+        """Returns facts about the schedule; none for synchronous rounds."""
         if self.stage.schedule.one_model:
             return {}
         return {"schedule": self.stage.schedule.kind, "most_tasks": self.participation.max_tasks}
 
     def failure_noise(self, clients: Sequence[ClientId]) -> tuple[float, float]:
-        """Returns how precise the counts of failures are in a round with these clients.
+        """Computes the precision of the noised counts of failures in a round.
+
+        Args:
+            clients: clients of the round.
 
         Returns:
-            The expected number of protected units in the round, and the variance of the noise in
+            The expected number of protected units in the round, and the variance of the noise of
             each count (see `federation.failures`).
         """
         trust = self.uplink.trust
@@ -249,7 +252,7 @@ class ServerSide:
         variance = 0.0
         for name in clients:
             plan = self.protection.plans[name]
-            # Each local step has a noised count of its own; a client reports their sum.
+            # A client counts in each local step, each time with noise, and reports the sum.
             steps = trust.noised_counts(plan)
             variance += plan.noise_multiplier**2 * steps
             if trust.unit == "sample":
@@ -259,20 +262,20 @@ class ServerSide:
         return units, variance
 
     def grid_facts(self) -> dict[str, Any]:
-        """Returns the facts of a secure sum; empty for a plain one."""
+        """Returns bits, scale and limit of a secure sum; nothing for a plain one."""
         grid = self.protection.grid
         if grid is None:
             return {}
         return {"bits": grid.plan.bits, "scale": grid.scale, "sum_limit": grid.limit}
 
     def privacy_facts(self) -> dict[str, Any]:
-        """Returns the privacy settings of the client that is charged most."""
+        """Returns the privacy settings of the client with the largest epsilon."""
         plans = self.protection.plans.values()
-        # The one that samples most often: its epsilon is the largest.
+        # Noise is the same for all, so it is the client that samples its examples most often.
         most = max(plans, key=lambda plan: (plan.sampling_prob, plan.steps_per_round))
         facts = {name: getattr(most, name) for name in PRIVACY_KEYS}
         facts["trust"] = self.uplink.trust.kind
-        # The plan's clip norm is 1 there: it counts in units of the moving one.
+        # With an adaptive clip the plan is in units of the present clip norm, so its own is 1.
         if self.uplink.adaptive is not None:
             facts["clip_norm"] = self.uplink.adaptive.initial
         return facts
@@ -280,8 +283,8 @@ class ServerSide:
     def client_scores(self, params: Tensor) -> dict[ClientId, float | None]:
         """Asks every client for the task's metric on its own examples.
 
-        Under privacy nobody is asked, because the metric is a private number. A client that does
-        not answer could not train either, and the records have its reason.
+        Under privacy no client is asked, because the metric is computed from private data. Clients
+        that do not answer are left out.
 
         Args:
             params: of the model to measure [d].
@@ -303,7 +306,7 @@ class ServerSide:
                 # None is valid: an AUC is not defined where there is only one class.
                 if score is not None:
                     check_field("evaluated.metrics", metric, score, NUMBER)
-            # A finished run must not end in an error because of one client's message.
+            # One client's faulty message must not turn a finished run into an error.
             except WireError:
                 continue
             found[name] = None if score is None else float(score)
@@ -314,8 +317,8 @@ def register(transport: Transport) -> Population:
     """Asks all clients for their public facts.
 
     Raises:
-        TrainingError: if a client does not answer, or with something else.
-        RecipeError: if the answers do not fit each other.
+        TrainingError: if a client does not answer, or sends another message.
+        RecipeError: if the answers contradict each other.
     """
     names = tuple(transport.clients())
     examples: dict[ClientId, int] = {}
@@ -335,7 +338,7 @@ def register(transport: Transport) -> Population:
             silent[name] = str(problem)
         else:
             silent.pop(name, None)
-    # The first one is enough: the population must be complete, or the plan of the noise is wrong.
+    # One silent client is enough to stop: noise is planned for the complete population.
     for name, why in silent.items():
         raise TrainingError(
             f"it did not register ({why})",
@@ -346,7 +349,7 @@ def register(transport: Transport) -> Population:
         return Population(names, examples or None, identities)
     except DataError as problem:
         raise RecipeError(
-            f"the clients do not work with one recipe ({problem})",
+            f"the clients have different recipes ({problem})",
             place="federate",
             cure="use the same recipe",
         ) from problem
@@ -356,7 +359,7 @@ def agree(transport: Transport, contract: Contract) -> dict[ClientId, str]:
     """Sends every client the population and the agreement.
 
     Returns:
-        The clients that refuse, with the entry that differs or another reason.
+        Clients that refuse -> the reason, such as the setting that differs.
     """
     agreement = contract.terms.agreement
     names = contract.population.names
@@ -378,19 +381,19 @@ def agree(transport: Transport, contract: Contract) -> dict[ClientId, str]:
 
 
 def _bytes_if_all_agree(contract: Contract) -> int:
-    """Returns the bytes of the replies to "agree" if no client refuses."""
+    """Returns the total bytes of the replies to "agree" if no client refuses."""
     reply = Message("agreed", {"agreement": contract.terms.agreement.fingerprint})
     return len(pack(reply)) * len(contract.population)
 
 
 def _ledger(stage: FederateSettings, ledger: Ledger | None) -> Ledger:
-    """Returns the ledger with which this stage begins.
+    """Returns the ledger at the beginning of this stage.
 
-    A stage without privacy adds an entry of infinite epsilon before it uses any data, so that no
-    later stage can promise privacy to the same clients.
+    A stage without privacy adds an entry of infinite epsilon, so that no later stage can claim
+    privacy for the same clients.
 
     Raises:
-        RecipeError: if this stage's guarantee does not go with what earlier stages did.
+        RecipeError: if an earlier stage used the clients without privacy, or for another unit.
     """
     private = stage.privacy
     if private is None:
@@ -404,8 +407,8 @@ def _ledger(stage: FederateSettings, ledger: Ledger | None) -> Ledger:
     if open_stage is not None:
         raise RecipeError(
             (
-                f"the earlier stage '{open_stage}' uses the same clients without privacy, so no "
-                "promise about them can hold"
+                f"the earlier stage '{open_stage}' uses the same clients without privacy, so "
+                "no guarantee can hold"
             ),
             place="privacy",
             cure="give that stage privacy too, or leave it out",

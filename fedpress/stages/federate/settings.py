@@ -1,4 +1,4 @@
-"""The `[[stage]] kind = "federate"` table of a recipe: its keys, their ranges and defaults."""
+"""The settings of a federate stage: the keys of its table in a recipe, with ranges and defaults."""
 
 from __future__ import annotations
 
@@ -19,44 +19,50 @@ from fedpress.workspace.state import Name
 
 
 class PrivacySettings(ReadsOldKeys):
-    """`[stage.privacy]`: what is protected, against whom, and how strongly.
+    """`[stage.privacy]`: differential privacy: the protected unit, who adds the noise, the budget.
 
-    Give `epsilon`, and the noise is calibrated to it before the run; or give `noise_multiplier`,
-    and epsilon follows from it.
+    With `epsilon` the noise is calibrated to it before the run. With `noise_multiplier` epsilon
+    follows from the noise.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     renamed: ClassVar[tuple[Renamed, ...]] = (Renamed("trust", "secure", "trust", "distributed"),)
 
     unit: Literal["sample", "client"] = Field(
-        description="what is protected: single rows, or a whole client"
+        description="what is protected: sample (one example) or client (all examples of a client)"
     )
     trust: Literal["local", "distributed", "central"] | None = Field(
         None,
-        description="who adds the noise: each client, the clients together under a secure sum, or "
-        "the"
-        " server",
+        description="who adds the noise: local (each client), distributed (all clients together, "
+        "in a secure sum), central (the server)",
     )
-    delta: float = Field(1e-5, gt=0, lt=1, description="chance that the promise fails")
-    clip_norm: float = Field(1.0, gt=0, description="L2 norm by which one unit can move a sum")
+    delta: float = Field(
+        1e-5, gt=0, lt=1, description="delta of (epsilon, delta)-differential privacy"
+    )
+    clip_norm: float = Field(
+        1.0,
+        gt=0,
+        description="largest L2 norm of one unit's contribution (a gradient or an update); larger "
+        "ones are scaled down",
+    )
     epsilon: float | None = Field(
-        None, gt=0, description="budget of all rounds; the noise is calibrated to it"
+        None, gt=0, description="privacy budget of all rounds; the noise is calibrated to it"
     )
     noise_multiplier: float | None = Field(
-        None, gt=0, description="noise standard deviation / clip_norm, in the place of epsilon"
+        None, gt=0, description="standard deviation of the noise / clip_norm, in place of epsilon"
     )
     adaptive: AdaptiveClip | None = Field(
-        None, description="the clip norm follows the updates (unit client)"
+        None, description="adapt the clip norm to the size of the updates (unit client)"
     )
     correlated: CorrelatedNoise | None = Field(
         None,
-        description="noise that cancels over the rounds, for populations without sampling (unit "
-        "client)",
+        description="noise correlated over the rounds, so that most of it cancels in the sum of "
+        "all rounds (unit client, no Poisson sampling)",
     )
     secure_noise: bool = Field(
         False,
-        description="noise from the operating system's randomness on a public grid; runs then "
-        "differ",
+        description="draw noise from the operating system, on a public grid; a run cannot be "
+        "repeated then",
     )
 
     @model_validator(mode="after")
@@ -89,7 +95,8 @@ class PrivacySettings(ReadsOldKeys):
                     place=name,
                     cure=f"leave {name} out",
                 )
-        # The correlated noise of a round cancels part of the last one, which had another scale.
+        # Correlated noise cancels part of the noise of earlier rounds, which must have the same
+        # scale for that.
         if self.adaptive is not None and self.correlated is not None:
             raise SettingError(
                 "correlated noise needs one clip norm, and adaptive changes it",
@@ -102,20 +109,19 @@ class PrivacySettings(ReadsOldKeys):
 class CorrelatedNoise(BaseModel):
     """`[stage.privacy.correlated]`: noise correlated over the rounds by matrix factorisation.
 
-    Choquette-Choo et al. 2023 (arXiv:2306.08153). A client takes part in at most every
-    `Cohort.period`-th round; if all clients take part in all rounds, that is 1.
+    Choquette-Choo et al. 2023 (arXiv:2306.08153). A client takes part in every `Cohort.period`-th
+    round at most: in every round if the cohort is the population, in every 4th if it is a quarter.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    bands: int = Field(16, ge=2, le=64, description="draws that are mixed into one round")
+    bands: int = Field(
+        16, ge=2, le=64, description="number of rounds whose independent noise is mixed into one"
+    )
 
 
 class FederateSettings(LocalSettings, ReadsOldKeys):
-    """The keys of a federate stage, beside those of local training.
-
-    `trainable` holds patterns of parameter names; only these parameters train and travel.
-    """
+    """The keys of a federate stage; `LocalSettings` has those of local training."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     renamed: ClassVar[tuple[Renamed, ...]] = (
@@ -126,83 +132,97 @@ class FederateSettings(LocalSettings, ReadsOldKeys):
 
     kind: Literal["federate"]
     name: Name = "federate"
-    num_rounds: int = Field(10, ge=0, description="rounds; 0 leaves the model as it is")
-    cohort: int | None = Field(None, ge=1, description="clients in a round; all by default")
+    num_rounds: int = Field(10, ge=0, description="number of rounds; 0 leaves the model unchanged")
+    cohort: int | None = Field(
+        None, ge=1, description="number of clients in a round; by default all"
+    )
     sampling: Literal["fixed", "poisson", "cyclic"] = Field(
         "fixed",
-        description="who takes part: a fixed number drawn in each round, each client by chance, or "
-        "all in turn",
+        description="who takes part in a round: fixed (a random cohort of fixed size), poisson "
+        "(each client with the same probability), cyclic (cohorts in turn)",
     )
     schedule: AnySchedule = Field(
-        Synchronous(), description="when whom is asked, and when the server takes a step"
+        Synchronous(),
+        description="when the server sends the model to a client, and after which answers it takes "
+        "a step",
     )
     delays: AnyDelays | None = Field(
-        None, description="how long clients take, on a virtual clock; at once without it"
+        None, description="simulated time that clients take; by default they answer at once"
     )
     weights: Literal["examples", "equal"] | None = Field(
-        None, description="of the mean; examples by default, equal under client privacy"
+        None,
+        description="weights of the clients' mean: by number of examples, or equal; by default "
+        "examples, and equal under client privacy",
     )
     server: Server = Field(
         Average(), description="optimizer of the server: average, momentum or adam"
     )
     algorithm: AnyAlgorithm | None = Field(
         None,
-        description="what clients and server do with the model; FedAvg with `server` if left out",
+        description="federated algorithm, such as fedprox or scaffold; by default FedAvg with the "
+        "optimizer `server`",
     )
     proximal_mu: float = Field(
-        0.0, ge=0, description="FedProx: strength of the pull back to the server's model"
+        0.0, ge=0, description="FedProx: weight of the squared distance to the server's model"
     )
     trainable: tuple[str, ...] = Field(
-        ("*",), description="patterns of parameter names; only these train and travel"
+        ("*",),
+        description="names of parameters that are trained and sent, * for anything; others are "
+        "frozen",
     )
     norm: Literal["frozen", "batch"] = Field(
         "frozen", description="statistics of batch norms: fixed, or those of each batch"
     )
     augment: Augment = Field(Augment(), description="random changes of training images")
     privacy: PrivacySettings | None = Field(
-        None, description="what is promised about the clients' rows; nothing without this table"
+        None, description="differential privacy for the clients; by default none"
     )
-    uplink: tuple[AnyTransform, ...] = Field((), description="what makes an update small, in order")
+    uplink: tuple[AnyTransform, ...] = Field(
+        (), description="codecs of the clients' updates, in order; by default float32"
+    )
     downlink: tuple[AnyTransform, ...] = Field(
         (),
-        description="codes the difference to the model that clients hold; the whole model travels "
-        "if "
-        "empty",
+        description="codecs of the change that is sent to clients with an older model; by default "
+        "the whole model is sent in float32",
     )
     first_downlink: tuple[AnyTransform, ...] = Field(
-        (Quantize(bits=8),), description="codes the model itself for clients that hold nothing yet"
+        (Quantize(bits=8),),
+        description="with downlink: codecs of the model that a client is sent the first time",
     )
     error_feedback: bool = Field(
-        False, description="clients add what coding lost of one update to the next"
+        False, description="clients add the coding error of an update to their next one"
     )
     aggregator: AnyAggregator | None = Field(
         None,
-        description="how the server makes one update of many: mean (if left out), secure (it "
-        "learns "
-        "the sum alone), "
-        "median",
+        description="how the server combines updates: mean (the default), secure (it learns only "
+        "the sum), median",
     )
     secure_keys: bool = Field(
         False,
-        description="keys of a secure sum from the operating system's randomness; else they follow "
-        "from the seed",
+        description="draw the keys of a secure sum from the operating system; by default they "
+        "follow from the seed",
     )
     max_dropout: float = Field(
-        1 / 3, ge=0, lt=0.5, description="share of a cohort that may vanish from a secure sum"
+        1 / 3,
+        ge=0,
+        lt=0.5,
+        description="share of a cohort that may drop out of a secure sum without its failing",
     )
     target_metric: float | None = Field(
         None, description="stop when the task's primary metric on the validation set reaches this"
     )
     target_accuracy: float | None = Field(
-        None, gt=0, le=1, description="the name of target_metric in version 0.1"
+        None, gt=0, le=1, description="name of target_metric in version 0.1, for accuracy"
     )
     patience: int = Field(
-        0, ge=0, description="stop after so many rounds without a better one; 0 = never"
+        0,
+        ge=0,
+        description="stop after this many rounds without a better validation score; 0 = never",
     )
 
     @model_validator(mode="after")
     def _one_place_for_algorithm(self) -> FederateSettings:
-        """Refuses keys of version 0.1 beside a table of the algorithm, which may contradict it."""
+        """Refuses `server` and `proximal_mu` beside `algorithm`: they could contradict it."""
         if self.algorithm is None:
             return self
         kind = self.algorithm.kind
@@ -213,7 +233,9 @@ class FederateSettings(LocalSettings, ReadsOldKeys):
                 cure = "write it into the table of the algorithm"
             else:
                 cure = f"leave {key} out, which '{kind}' does not have"
-            raise SettingError(f"it stands beside algorithm = '{kind}'", place=key, cure=cure)
+            raise SettingError(
+                f"it is given together with algorithm = '{kind}'", place=key, cure=cure
+            )
         return self
 
     @property

@@ -1,4 +1,4 @@
-"""The bytes of a stage's messages, before it runs: real messages are packed, with made-up keys."""
+"""Computes the bytes of a federate stage's messages before it runs, by packing example messages."""
 
 from __future__ import annotations
 
@@ -23,22 +23,24 @@ from fedpress.wire.message import Message, pack, unpack
 
 
 def message_sizes(contract: Contract, params: Tensor) -> dict[str, Any]:
-    """Returns the bytes of messages, and bits per value, with an update of Gaussian values.
+    """Returns bytes and bits per value of the messages for an update of Gaussian values.
 
     Real updates have heavier tails and pack to fewer bytes.
 
     Args:
-        contract: the bound stage.
-        params: of the model [d].
+        contract: the planned stage.
+        params: parameters of the model [d].
 
     Returns:
-        Bits per value and bytes per round in both directions, `bytes_down_first_time` with a
-        downlink, and `bytes_set_up` of the keys of a secure sum (0 for a plain one).
+        Bits per value and bytes per round in both directions. `bytes_down_first_time`: of the first
+        model that a client is sent, with a downlink. `bytes_set_up`: of the keys of a secure sum, 0
+        for a plain one.
     """
     terms = contract.terms
     uplink = contract.uplink
     chance = public_stream(0, "sizes")
-    # About as large as real changes are beside the parameters.
+    # About the size of real updates, relative to the parameters. The size matters with `downlink`,
+    # where it is added to the parameters.
     scale = 1e-3 * float(params.std()) if len(params) > 1 else 1e-3
     change = chance.normal(len(params), dtype=torch.float32) * scale
     names = list(contract.population.names)[: uplink.cohort.size]
@@ -48,7 +50,7 @@ def message_sizes(contract: Contract, params: Tensor) -> dict[str, Any]:
         vectors[codec.name] = chance.normal(codec.size, dtype=torch.float32)
     tensors = uplink.encode(vectors | {UPDATE: change}, key)
     header: dict[str, JSON] = {"round": 1, "examples": 1, "loss": 1.0, "steps": 1}
-    # Noised counts have all digits of a float64.
+    # Noised counts of failures have all digits of a float64, which take more bytes than integers.
     if uplink.privacy is not None and not uplink.trust.hides_cohort:
         header["failures"] = [0.123456789012345, 0.123456789012345]
     aggregator, members = _stand_ins(contract)
@@ -56,7 +58,7 @@ def message_sizes(contract: Contract, params: Tensor) -> dict[str, Any]:
     session = aggregator.open(transport, terms.agreement.fingerprint)
     if members:
         part = members[names[0]].mask(tensors[VALUES], round=1, cohort=names)
-        # In a secure sum a client reports nothing of its training but the counts of failures.
+        # In a secure sum a client reports only the counts of failures, not its loss or examples.
         for name in ("examples", "loss", "steps"):
             del header[name]
         header["secure"] = dict(part.header)
@@ -79,12 +81,12 @@ def message_sizes(contract: Contract, params: Tensor) -> dict[str, Any]:
 def _down(
     contract: Contract, params: Tensor, change: Tensor, invitation: dict[str, JSON]
 ) -> tuple[int, int]:
-    """Returns the bytes of the first "fit" that a client is sent, and those of each later one."""
+    """Returns the bytes of a client's first "fit" request, and those of each later one."""
     terms = contract.terms
     header: dict[str, JSON] = {"round": 1, "agreement": terms.agreement.fingerprint, **invitation}
     if terms.algorithm.keeps_state:
         header["counted"] = 0
-    # Random values, as in later rounds: the zeros of the beginning pack to nothing.
+    # Random values as in later rounds, because the zeros of the first round pack to almost nothing.
     extras = {}
     for name, extra in terms.algorithm.extras_down.items():
         extras[name] = change[: extra.size].clone()
@@ -103,9 +105,9 @@ def _down(
 
 
 def _stand_ins(contract: Contract) -> tuple[Aggregator, dict[ClientId, SecAggClient]]:
-    """Returns a secure sum and its clients with made-up keys; no clients for a plain sum.
+    """Returns a secure sum and its clients, with made-up keys; no clients for a plain sum.
 
-    Their messages are as long as the real ones. The real keys are secret, and not known here.
+    The real keys are secret and not known here. Messages with made-up keys have the same length.
     """
     aggregator = contract.uplink.aggregator
     grid = contract.protection.grid

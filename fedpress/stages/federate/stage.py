@@ -1,4 +1,4 @@
-"""The federate stage: rounds of local training on private data, under the planned privacy."""
+"""The federate stage: federated learning, in rounds of local training on private data."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from fedpress.workspace.state import State, Tick
 
 
 class FederateStage(FederateSettings, Stage):
-    """`[[stage]] kind = "federate"`: federated rounds over the clients of the data set."""
+    """`[[stage]] kind = "federate"`: trains the model in federated rounds over the clients."""
 
     needs_clients: ClassVar[bool] = True
     places: ClassVar[Mapping[str, str]] = {
@@ -50,22 +50,21 @@ class FederateStage(FederateSettings, Stage):
 
     @property
     def private(self) -> bool:
-        """Whether it promises differential privacy to the clients."""
+        """Whether it guarantees differential privacy to the clients."""
         return self.privacy is not None
 
     def check(self, state: State) -> tuple[State, dict[str, Any]]:
-        """Binds model, clients, uplink and privacy; returns bytes, noise and epsilon as facts.
+        """Plans codecs, privacy and schedule; returns bytes, noise and epsilon as facts.
 
         Raises:
-            RecipeError: if the parts do not fit together.
-            PrivacyError: if the budget cannot be kept, also together with what earlier stages
-                spend.
+            RecipeError: if settings do not fit together.
+            PrivacyError: if the budget would be exceeded, earlier stages included.
         """
         word = state.data.task.shown_metrics[0]
         if self.target_accuracy is not None and not word.share:
             kind = state.data.task.kind
             raise RecipeError(
-                f"got {self.target_accuracy}, but the task {kind} goes by {word.name}",
+                f"got {self.target_accuracy}, but the primary metric of {kind} is {word.name}",
                 place="target_accuracy",
                 cure="take target_metric",
             )
@@ -90,7 +89,8 @@ class FederateStage(FederateSettings, Stage):
             facts["warning"] = "; ".join(self.warnings)
         ledger = server.ledger
         if self.privacy is not None:
-            # All rounds are charged at once: a budget that does not last fails now, not at the end.
+            # All rounds are charged at once, so a budget that is too small fails now and not after
+            # hours of training.
             if self.num_rounds:
                 ledger = server.spend(ledger, server.planned_tasks(), 1, self.num_rounds)
             spent = ledger.spent(delta=self.privacy.delta)
@@ -105,7 +105,7 @@ class FederateStage(FederateSettings, Stage):
         return replace(state, ledger=ledger), facts
 
     def _counts(self, server: ServerSide) -> dict[str, Any]:
-        """Returns the facts that follow from the clients' numbers of examples, if public."""
+        """Returns facts about the clients' numbers of examples, if these are public."""
         if server.population.examples is None:
             return {}
         counts = server.population.counts.values()
@@ -118,7 +118,8 @@ class FederateStage(FederateSettings, Stage):
         """Runs the rounds; yields a tick for each, and saves a checkpoint after each."""
         for warning in self.warnings:
             yield Tick(0, self.num_rounds, "", f"warning: stage.{self.name}.{warning}")
-        # Without a checkpoint the rounds begin anew, so clients must not refuse them as answered.
+        # Without a checkpoint the rounds start from the first one. The simulated clients must not
+        # refuse them as already answered.
         if not folder.begun:
             folder.forget()
         server = bind(self, state, folder.memory).server
@@ -130,9 +131,10 @@ class FederateStage(FederateSettings, Stage):
         yield from drive(work, folder)
         parameters.assign_(server.model, work.now.params)
         facts = stage_facts(server, work.now, state.score)
-        # Sparse weights trained as vectors of their kept values: here they get their shapes back.
+        # Sparse weights were trained as vectors of their nonzero values; now they get their shapes
+        # back.
         model = expand_(server.model)
-        # `trainable` froze some parameters for this stage only.
+        # `trainable` freezes parameters for this stage only.
         for p in model.parameters():
             p.requires_grad_(True)
         return replace(state, model=model, ledger=work.now.ledger, facts=facts)

@@ -1,4 +1,4 @@
-"""When the rounds of a federate stage end: the target is reached, or no update counts any more."""
+"""When the rounds of a federate stage end: target reached, no progress, or too many failures."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from fedpress.stages.federate.progress import Progress
 from fedpress.stages.federate.server import ServerSide
 
 MAX_CLOSED_ROUNDS = 3
-"""Rounds in a row without an aggregate after which a run stops."""
+"""The run stops after this many rounds in a row in which no update was used."""
 
 
 def is_finished(server: ServerSide, now: Progress) -> bool:
-    """Says whether the rounds are over: all done, the target reached, or no better for long."""
+    """Whether the rounds are over: all done, stopped, target reached, or patience exhausted."""
     stage = server.stage
     task = server.common.task
     if now.round >= stage.num_rounds or now.stopped:
         return True
-    # `better` alone would miss a metric that is exactly at its target.
+    # `better` is strict: a metric exactly at its target has reached it, too.
     reached = now.best == stage.target or task.better(now.best, stage.target)
     if stage.target is not None and reached:
         return True
@@ -29,19 +29,19 @@ def is_finished(server: ServerSide, now: Progress) -> bool:
 
 
 def count_closed_rounds(server: ServerSide, record: RoundRecord, before: int) -> int:
-    """Returns the number of rounds in a row in which no update counted, this one included.
+    """Counts the rounds in a row in which no update was used, this one included.
 
-    A secure sum may fail because too many clients dropped out, and a deadline because all were
-    late: the next round may succeed. In any other case all rounds would run and learn nothing.
+    If too many clients dropped out of a secure sum, or all missed a deadline, the next round may
+    succeed. In other cases it would fail too, so the run stops at once.
 
     Args:
-        server: the server's half.
-        record: of the round.
-        before: the number before this round.
+        server: the server's side of the stage.
+        record: the record of this round.
+        before: the count before this round.
 
     Raises:
-        TrainingError: if no update counted; with a secure sum, or if all were late, only after
-            three such rounds in a row.
+        TrainingError: if no update was used; in a secure sum, or if all clients were late, only
+            after three such rounds in a row.
     """
     answered = record.timing.answered
     if not answered or set(answered) != set(record.refused):
@@ -51,22 +51,22 @@ def count_closed_rounds(server: ServerSide, record: RoundRecord, before: int) ->
     may_succeed_next = server.protection.grid is not None or all_late
     if not may_succeed_next or closed >= MAX_CLOSED_ROUNDS:
         raise TrainingError(
-            f"no update counted in round {record.round}{_why(server, record)}",
+            f"no update was used in round {record.round}{_why(server, record)}",
             place="federate",
             cure=(
-                "see whether the clients are running and work with the same recipe; the rounds "
-                "before it are kept"
+                "see whether the clients are running and have the same recipe (the rounds before "
+                "are kept)"
             ),
         )
     return closed
 
 
 def _why(server: ServerSide, record: RoundRecord) -> str:
-    """Returns why no update counted, and which setting may be the cause."""
+    """Returns the reason of the first client, and the setting that may be the cause."""
     first = record.timing.answered[0]
     reason = public_reasons(record.refused, server)[first]
     why = ""
-    # No name where it is secret who took part.
+    # No client is named if only the server may know who took part.
     if reason != PRIVATE and not server.hides_cohort:
         why = f", for instance {first}: {reason}"
     if record.timing.late:
@@ -78,10 +78,10 @@ def _why(server: ServerSide, record: RoundRecord) -> str:
 
 
 def check_failures(server: ServerSide, now: Progress) -> None:
-    """Stops a run in which every unit fails, before it spends more epsilon on noise alone.
+    """Stops a run in which nearly all units fail, because it would spend epsilon for only noise.
 
     Raises:
-        TrainingError: if the noised counts say so.
+        TrainingError: if the noised counts show that.
     """
     if now.failures.all_failing:
         many = f"{now.failures.estimate(server.unit)} gave nothing up to round {now.round}"
@@ -94,9 +94,9 @@ def check_failures(server: ServerSide, now: Progress) -> None:
 
 
 def last_warning(server: ServerSide, failures: Failures) -> str:
-    """Returns the warning about `failures` at the end of the rounds; empty if there is none."""
+    """Returns the final warning about `failures`; empty if there is none."""
     warning = failures.warning(server.unit)
-    # The warning may hold the estimate already.
+    # The warning may already contain the estimate.
     if failures.significant and not warning.startswith("about"):
         estimate = f"{failures.estimate(server.unit)} gave nothing"
         warning = f"{warning}; {estimate}" if warning else estimate
@@ -106,7 +106,7 @@ def last_warning(server: ServerSide, failures: Failures) -> str:
 
 
 def _rates(server: ServerSide) -> str:
-    """Names the settings that may have made training diverge."""
+    """Returns the learning rates and other settings that may have made training diverge."""
     stage = server.stage
     algorithm = algorithm_of(stage)
     place = f"stage.{stage.name}."

@@ -1,4 +1,4 @@
-"""The settings of an l0 stage: its keys, and which of them fit together."""
+"""The settings of an l0 stage, and checks that they fit together."""
 
 from __future__ import annotations
 
@@ -17,35 +17,39 @@ class L0Settings(TrainSettings):
     kind: Literal["l0"]
     name: Name = "l0"
     unit: Literal["weights", "channels"] = Field(
-        "weights", description="what a gate opens and shuts"
+        "weights", description="what gets gates: single weights, or whole channels"
     )
     density: float = Field(
         gt=0,
         le=1,
-        description="share that stays: of the weights, or with channels of all parameters",
+        description="share to keep: of the weights, or of all parameters if unit is channels",
     )
     until: float = Field(
-        0.6, gt=0, le=1, description="share of the training in which the density falls"
+        0.6, gt=0, le=1, description="share of the training after which the density is reached"
     )
     gate_lr: float | None = Field(
-        None, gt=0, description="Adam's rate for the gates; by default by the number of steps"
+        None,
+        gt=0,
+        description="learning rate of the gates (Adam); by default higher for fewer steps",
     )
     keep_first: bool = Field(True, description="weights: leave the first layer dense")
     keep_last: bool = Field(True, description="weights: leave the last layer dense")
     keep: tuple[str, ...] = Field(
-        (), description="weights: names to leave dense, with * for anything"
+        (), description="weights: names of weights to leave dense, * for anything"
     )
     ignore: tuple[str, ...] = Field(
-        (), description="modules or weights that stay as they are: names, * for anything"
+        (), description="modules or weights that are not changed: names, * for anything"
     )
     exact: bool = Field(
         False,
-        description="channels: refuse a density that no widths meet, in place of the nearest that "
-        "they do",
+        description="channels: raise an error if no numbers of channels meet the density exactly; "
+        "by default the nearest are taken",
     )
-    round_to: int = Field(8, ge=1, description="channels: widths become multiples of this")
+    round_to: int = Field(
+        8, ge=1, description="channels: numbers of channels become multiples of this"
+    )
     min_keep: float = Field(
-        0.1, ge=0, le=1, description="channels: share of its channels that every layer keeps"
+        0.1, ge=0, le=1, description="channels: smallest share of its channels that a layer keeps"
     )
     calibration: int = Field(
         2048, ge=1, description="public examples for the batch-norm statistics at the end"
@@ -55,19 +59,19 @@ class L0Settings(TrainSettings):
     def _trains(self) -> L0Settings:
         if not self.epochs:
             raise SettingError(
-                "got 0, but l0 learns its gates in training",
+                "got 0, but the gates are learned in a training",
                 place="epochs",
                 cure=("give ", Argument("epochs", 10)),
             )
         if self.patience:
             raise SettingError(
-                "it would take weights from before the density is reached",
+                "early stopping could return weights from before the density is reached",
                 place="patience",
                 cure="leave patience out",
             )
         if self.ema:
             raise SettingError(
-                "it would average weights that belong to other gates",
+                "it would average weights that were trained with different gates",
                 place="ema",
                 cure="leave ema out",
             )

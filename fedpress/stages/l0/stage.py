@@ -1,4 +1,4 @@
-"""The l0 stage: trains with a gate on every weight or channel, down to a wanted density."""
+"""The l0 stage: trains with a gate on every weight or channel, until a density is reached."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from fedpress.errors import RecipeError
 from fedpress.models import what_pruning_changed
 from fedpress.nn.batch_norm import has_batch_norm
 from fedpress.nn.resize import copied
-from fedpress.stages.base import Stage
+from fedpress.stages.base import DIFFERENCES, Stage
 from fedpress.stages.l0.settings import L0Settings
 from fedpress.stages.l0.training import GatedTraining
 from fedpress.stages.prune.settings import share_in_words
@@ -54,10 +54,11 @@ BATCH = 256
 class L0Stage(L0Settings, Stage):
     """`[[stage]] kind = "l0"`: minimises L(w; D) + lambda ||w||_0 by hard-concrete gates.
 
-    Louizos, Welling & Kingma 2018 (arXiv:1712.01312). A controller sets lambda so that the expected
-    density falls to `density` in the first `until` of the training, and stays there. At the end the
-    gates are ranked, and exactly `density` is kept. Pruned weights become zeros that later stages
-    keep; pruned channels are removed. Train afterwards without gates: `kind = "train"`.
+    Louizos, Welling & Kingma 2018 (arXiv:1712.01312). A controller adapts lambda so that the
+    expected density falls to `density` in the first part of the training (`until`), and stays
+    there. At the end the gates are ranked, and exactly `density` is kept. Pruned weights become
+    zeros, which later stages keep; pruned channels are removed. A stage `kind = "train"` should
+    follow, which trains without gates.
     """
 
     def setting_reading_labels(self) -> str:
@@ -65,11 +66,11 @@ class L0Stage(L0Settings, Stage):
         return self.kind
 
     def check(self, state: State) -> tuple[State, dict[str, Any]]:
-        """Prunes by magnitude, without training: the run will prune others, but as many.
+        """Prunes the untrained model by magnitude. The run prunes other entries, but as many.
 
         Raises:
             RecipeError: if the density cannot be reached.
-            ModelError: if the model has nothing to put a gate on, or cannot be traced.
+            ModelError: if the model has no weight or channel for a gate, or cannot be traced.
             DataError: if there are no public examples for the batch-norm statistics.
         """
         ignored_names(state.model, self.ignore)
@@ -125,7 +126,7 @@ class L0Stage(L0Settings, Stage):
             return self._removed(state, model, graph, gates, folder, facts)
         assert weights is not None
         assert within is not None
-        # Ranked by gate, not by weight: the gates have learned which entries are needed.
+        # The gates are ranked, not the magnitudes: they have learned which entries are needed.
         masks = self.choose(weights, [a.detach() for a in gates.log_alphas], within)
         apply_masks_(weights.chosen, masks)
         _restore_norms_(self, model, state)
@@ -146,13 +147,13 @@ class L0Stage(L0Settings, Stage):
         folder: StageFolder,
         facts: dict[str, Any],
     ) -> State:
-        """Returns the state with the channels removed whose gates are most likely closed."""
+        """Removes the channels whose gates are most likely closed, and returns the new state."""
         dense = model.to("cpu").eval()
         scores = [open_probability(a.detach()).cpu() for a in gates.log_alphas]
         plan = self.plan(dense, graph, scores)
         pruned = copied(dense)
         compress.remove_(pruned, plan)
-        # Removed channels must give what zeroed ones did, or the trace was wrong.
+        # Removing channels must give the same outputs as setting them to zero.
         facts["parity_error"] = compress.check_parity(dense, pruned, plan, state.example(2))
         write_json(folder.path / "plan.json", plan.model_dump(mode="json"))
         _restore_norms_(self, pruned, state)
@@ -165,18 +166,18 @@ class L0Stage(L0Settings, Stage):
             "whole_layers": dict(plan.unprunable),
         }
         notes = dict(plan.notes)
-        # An earlier stage has pruned: the density refers to what it left.
+        # If an earlier stage has pruned, a reader cannot know which network the density refers to.
         if plan.parameters_before < state.dense:
             words = [notes["density"]] if "density" in notes else []
             share = share_in_words(state.dense, plan.parameters_before, plan.parameters_after)
             notes["density"] = "; ".join([*words, share])
         if notes:
-            facts["told"] = notes
+            facts[DIFFERENCES] = notes
         spec = state.spec.model_copy(update=what_pruning_changed(pruned, state.spec.build_dense()))
         return replace(state, spec=spec, model=pruned, facts=facts)
 
     def weights(self, model: nn.Module, state: State) -> tuple[Weights, Masks]:
-        """Returns the weights that get gates, and masks of what earlier stages have kept."""
+        """Returns the weights that get gates, and the masks of earlier stages."""
         weights = find_weights(
             model,
             keep_first=self.keep_first,
@@ -187,14 +188,14 @@ class L0Stage(L0Settings, Stage):
         return weights, allowed_masks(model, state, weights)
 
     def choose(self, weights: Weights, scores: list[Tensor], within: Masks) -> Masks:
-        """Returns masks that keep exactly `density` of the entries, those of the highest scores."""
+        """Returns masks that keep exactly `density` of the entries, by highest scores."""
         by_name = {w.name: s for w, s in zip(weights.chosen, scores, strict=True)}
         return masks_from_scores(
             weights.chosen, by_name, Pattern("unstructured"), density=self.density, within=within
         )
 
     def plan(self, model: nn.Module, graph: ChannelGraph, scores: list[Tensor]) -> PruningPlan:
-        """Plans to keep the channels of the highest scores and `density` of the parameters."""
+        """Plans which channels are removed, so that `density` of the parameters remain."""
         wanted = self.density * graph.parameters(full_widths(graph))
         target = compress.Target("density", graph.parameters, wanted)
         return compress.plan(
@@ -209,7 +210,7 @@ class L0Stage(L0Settings, Stage):
 
 
 def _restore_norms_(stage: L0Stage, model: nn.Module, state: State) -> None:
-    """Recomputes the statistics of batch norms: in training they were those of random gates."""
+    """Recomputes the statistics of batch norms, which the training computed with random gates."""
     if has_batch_norm(model):
         seed = derive(state.seed, "l0", stage.name)
         restore_norms_(model, state, draw_calibration(state, stage.calibration, seed), batch=BATCH)
@@ -217,6 +218,6 @@ def _restore_norms_(stage: L0Stage, model: nn.Module, state: State) -> None:
 
 def _trace(model: nn.Module, state: State, ignore: Sequence[str]) -> ChannelGraph:
     """Returns the channels of `model` that can be pruned."""
-    # torch.export prints its whole graph before it fails; the error says what matters.
+    # If torch.export fails, it first prints its graph, hundreds of lines. The error is enough.
     with contextlib.redirect_stderr(io.StringIO()):
         return compress.trace(model, state.example(2), ignore=ignore)

@@ -1,4 +1,4 @@
-"""The training of an l0 stage: gates with an optimizer of their own, and a controller of lambda."""
+"""The training of an l0 stage: weights and gates, and a controller that adapts lambda."""
 
 from __future__ import annotations
 
@@ -21,22 +21,24 @@ from fedpress.workspace.drive import Milestone, Snapshot
 from fedpress.workspace.state import State, Tick
 
 LOG_ALPHA_DISTANCE = 20.0
-"""Distance that a gate's log alpha can move until the target is reached; open to closed is half."""
+"""How far a gate's log alpha can move until the density must be reached. Half of it closes an open
+gate."""
 MAX_GATE_LR = 0.5
-"""Largest learning rate of gates: larger steps would throw them from open to closed and back."""
+"""Largest learning rate of gates: with larger steps they would oscillate."""
 ADAM_BETAS = (0.9, 0.99)
 ADAM_EPSILON = 1e-16
-"""Of Adam. Its usual 1e-8 is larger than the gradient of one gate among ten million."""
+"""The usual 1e-8 is larger than the gradient of a single gate among ten million, so Adam would
+hardly move it."""
 
 
 class GatedTraining:
-    """A training with gates, as `drive` runs and resumes it.
+    """A training with gates, which `drive` runs and resumes.
 
     Attributes:
         steps: training steps until the density must be reached.
-        done: training steps done.
+        done: finished training steps.
         begin: expected density at the beginning.
-        controller: sets lambda; None before the first loss is known.
+        controller: adapts lambda; None before the first loss.
         penalty: the present lambda.
     """
 
@@ -57,7 +59,8 @@ class GatedTraining:
         whole_training = total_steps(stage.epochs, stage.batch_size, state)
         self.steps = max(1, round(stage.until * whole_training))
         self.done = 0
-        # Adam moves a gate by about the rate in each step: so the rate decides how far it gets.
+        # Adam moves a gate by about the learning rate in each step. So with fewer steps the rate
+        # must be higher, or no gate could close in time.
         rate = stage.gate_lr or min(LOG_ALPHA_DISTANCE / self.steps, MAX_GATE_LR)
         self.optimizer = torch.optim.Adam(gates.parameters(), rate, ADAM_BETAS, ADAM_EPSILON)
         self.begin = float(gates.density().detach())
@@ -65,9 +68,9 @@ class GatedTraining:
         self.penalty = 0.0
 
     def events(self) -> Iterator[Tick | Milestone]:
-        """Trains to the last epoch; gates take a step after each step of the weights."""
+        """Trains to the last epoch; after each step of the weights the gates take a step."""
         with self.gates.applied_to(self.fit.model):
-            # A stream for each epoch: a run that goes on from a checkpoint draws the same gates.
+            # A new stream for each epoch, so that a run resumed there draws the same gates.
             self.gates.generator = public_stream(self.seed, "gates", self.fit.epoch)
             for event in train_epochs(self.fit, self.source):
                 if isinstance(event, Step):
@@ -88,11 +91,11 @@ class GatedTraining:
         loss = self.fit.task.loss(logits, y)
         density = self.gates.density()
         if self.controller is None:
-            # Scaled by the first loss and density, so that lambda suits any task.
+            # Scaled by the first loss and density, because losses differ in size between tasks.
             self.controller = DensityController(balance(loss, density, self.gates))
-        # The gates may begin below the wanted density: they need not close any further.
+        # The gates may begin below the wanted density: then it stays where it is.
         end = min(self.stage.density, self.begin)
-        # It falls by the same factor in every step.
+        # The target falls by the same factor in every step.
         target = geometric_density(self.done / self.steps, start=self.begin, end=end)
         self.penalty = self.controller.step_(float(density.detach()), target)
         return loss + self.penalty * density
@@ -115,7 +118,7 @@ class GatedTraining:
         return Snapshot(tensors, facts)
 
     def load_(self, saved: Snapshot) -> None:
-        """Goes on from a checkpoint of the same model, gates and settings."""
+        """Continues from a checkpoint of the same model, gates and settings."""
         tensors = saved.tensors
         facts = dict[str, Any](saved.facts)
         self.fit.load_(dict(tensors))

@@ -1,1 +1,1 @@
-"""The prune stage: settings, and the cut at work."""
+"""The prune stage: its settings, and the work in steps that can be resumed."""

@@ -1,4 +1,4 @@
-"""The work of a prune stage: trains, scores, plans and removes, in steps that can be resumed."""
+"""The work of a prune stage: trains, scores, plans and removes, with checkpoints in between."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from fedpress.core.random_source import public_stream
 from fedpress.data import FederatedData
 from fedpress.errors import RecipeError
 from fedpress.nn.resize import copied
+from fedpress.stages.base import DIFFERENCES
 from fedpress.stages.epochs import epoch_milestone, total_steps, train_epochs
 from fedpress.stages.prune.settings import (
     PruneSettings,
@@ -45,25 +46,25 @@ from fedpress.workspace.state import State, Tick
 
 BATCH = 256
 REFIT = 512
-"""Public examples on which norms are fitted: two numbers for each channel need no more."""
+"""Public examples on which norms are fitted: enough, because a channel has only two parameters."""
 
 
 class PruneWork:
-    """The work of a prune stage, as `drive` runs and resumes it.
+    """The work of a prune stage, which `drive` runs and resumes.
 
     Attributes:
-        model: the network as it is now, on the CPU.
-        early: the network with its weights from the beginning of the stage, and the same channels
-            pruned: where a rewind goes back to.
+        model: the present network, on the CPU.
+        early: the weights at the beginning of the stage, without the channels removed so far; a
+            rewind resets the model to these.
         plans: the plans of all cuts so far.
-        step: number of cuts done.
-        tuned: whether the training before the present cut is done.
-        points: sensitivities measured so far for the present cut.
-        tried: (share of the parameters, milliseconds) measured so far for the present cut.
+        step: number of finished cuts.
+        tuned: whether the training before the next cut is done.
+        points: sensitivities measured so far for the next cut.
+        tried: latencies measured so far for the next cut: (share of the parameters, milliseconds).
         start: cost before the first cut; None until it is known.
-        error: largest difference of the outputs before and after the last cut.
-        restored: number of examples from which the batch norms got their statistics.
-        inexact: facts of the last cut, if it was approximate.
+        error: largest difference between the outputs before and after the last cut.
+        restored: number of examples from which batch-norm statistics were recomputed.
+        inexact: facts of the last cut if it was approximate.
     """
 
     def __init__(self, stage: PruneSettings, state: State, index: int) -> None:
@@ -73,7 +74,7 @@ class PruneWork:
         self.public = public_examples(stage, state, derive(state.seed, "stage", index))
         self.model: nn.Module = copied(state.model).to("cpu").eval()
         self.early = copied(self.model)
-        # Set while the model trains, and what a checkpoint held of an interrupted training.
+        # `fit` is set during a training; `fit_state` holds an interrupted one from a checkpoint.
         self.fit: Fit | None = None
         self.fit_state: dict[str, Tensor] = {}
         self.plans: list[PruningPlan] = []
@@ -87,7 +88,7 @@ class PruneWork:
         self.inexact: dict[str, Any] = {}
 
     def state(self) -> Snapshot:
-        """Returns a checkpoint: the model (or its training), and the plans of all cuts."""
+        """Returns a checkpoint: the model (or its present training), and the plans of all cuts."""
         tensors = {f"model/{name}": value for name, value in self.model.state_dict().items()}
         facts: dict[str, Any] = {
             "fitting": self.fit is not None,
@@ -101,10 +102,10 @@ class PruneWork:
         return Snapshot(self.fit.state() if self.fit else tensors, facts)
 
     def load_(self, saved: Snapshot) -> None:
-        """Goes on from a checkpoint of the same stage on the same model."""
+        """Continues from a checkpoint of the same stage and model."""
         facts = dict[str, Any](saved.facts)
         self.plans = [PruningPlan.model_validate(plan) for plan in facts["plans"]]
-        # The cuts are made again, for the shapes; the weights come from the checkpoint.
+        # Repeating the cuts gives the model its shapes; the weights come from the checkpoint.
         for plan in self.plans:
             compress.remove_(self.model, plan)
         self.early = copied(self.model)
@@ -130,7 +131,7 @@ class PruneWork:
         yield self.tick(0)
 
     def cut_(self, plan: PruningPlan) -> Iterator[Tick | Milestone]:
-        """Removes the channels of `plan`, restores batch-norm statistics, and measures."""
+        """Removes the channels of `plan`, recomputes batch-norm statistics, and measures."""
         dense = self.model
         pruned = copied(self.model)
         compress.remove_(pruned, plan)
@@ -157,7 +158,7 @@ class PruneWork:
         self.tuned = False
         self.points = []
         self.tried = []
-        # After the last cut the finished stage itself is saved.
+        # After the last cut no checkpoint is needed: the finished stage is saved.
         yield Milestone(record, saves=self.step < self.stage.steps)
 
     def score(self) -> float | None:
@@ -169,20 +170,25 @@ class PruneWork:
 
     @property
     def _training_steps(self) -> int:
-        """Steps of one training between two cuts."""
+        """Optimizer steps of one training between two cuts."""
         settings = self.stage.finetune
         if settings is None:
             return 0
         return total_steps(settings.epochs, settings.batch_size, self.source)
 
     def tick(self, part: int, note: str = "") -> Tick:
-        """Returns the progress within the present cut: its training, then four parts."""
+        """Returns the progress: each cut counts its training steps, then four parts.
+
+        Args:
+            part: 0 to 4 after the training; negative during it.
+            note: text beside the progress bar.
+        """
         per_cut = 4 + self._training_steps
         trained = self._training_steps if self.step < self.stage.steps else 0
         return Tick(self.step * per_cut + trained + part, self.stage.steps * per_cut, note)
 
     def tune_(self) -> Iterator[Tick | Milestone]:
-        """Trains the model as `finetune` says, from where an interrupted training stood."""
+        """Trains the model by the settings `finetune`; continues an interrupted training."""
         assert self.stage.finetune is not None
         seed = derive(self.source.seed, "stage", self.index, "step", self.step)
         fit = Fit(
@@ -199,21 +205,21 @@ class PruneWork:
             self.fit_state = {}
         for event in train_epochs(fit, self.source):
             if isinstance(event, Step):
-                # Negative: the parts after the training are counted from 0.
+                # Negative, because the parts after the training count from 0.
                 yield self.tick(event.done - self._training_steps)
                 continue
             before = f"training before cut {self.step + 1}, "
             yield epoch_milestone(event, before=before, step=self.step + 1)
         self.fit = None
         self.model = fit.result_().to("cpu").eval()
-        # A checkpoint stores contiguous tensors. Another memory layout would give other rounding
-        # errors in a run that was never killed.
+        # A checkpoint stores contiguous tensors, and rounding depends on the memory layout. Without
+        # this a run that was never killed would differ from a resumed one in the last bits.
         for tensor in (*self.model.parameters(), *self.model.buffers()):
             tensor.data = tensor.data.contiguous()
         self.tuned = True
 
     def plan(self) -> Generator[Tick | Milestone, None, PruningPlan]:
-        """Scores the channels and plans the present cut, measuring what it needs."""
+        """Scores the channels and plans the next cut; measures sensitivity or latency if needed."""
         stage = self.stage
         state = self.source
         model = self.model
@@ -256,11 +262,12 @@ class PruneWork:
         self, keep: float, graph: ChannelGraph, plan_for: Callable[[Target], PruningPlan]
     ) -> Generator[Tick | Milestone, None, PruningPlan]:
         """Plans a cut to a latency: tries shares of the parameters until one is fast enough."""
+        # Latency is not a sum over layers, so no target can be computed for it: it is measured.
         stage = self.stage
         wanted = yield from self._wanted_latency(keep)
         while (share := next_share(self.tried, wanted)) is not None:
             target = latency_target(stage, graph, graph.parameters, share)
-            # The share that the widths allow, which may be one that was tried already.
+            # The nearest share that widths allow; it may be one that was already measured.
             share = target.wanted / graph.parameters(full_widths(graph))
             if any(share == before for before, _ in self.tried):
                 break
@@ -268,7 +275,7 @@ class PruneWork:
             small = copied(self.model)
             compress.remove_(small, plan_for(target))
             self.tried.append((share, latency_ms(small, self.source)))
-            # Saved, because a clock gives another time when it is asked again.
+            # Saved, because a second measurement would differ, and a resumed run must not.
             yield Milestone({"latency": {"share": share, "ms": self.tried[-1][1]}})
 
         fast = [share for share, ms in self.tried if ms <= wanted]
@@ -276,8 +283,8 @@ class PruneWork:
             share, ms = min(self.tried, key=lambda pair: pair[1])
             raise RecipeError(
                 (
-                    f"got {keep:g}, that is {wanted:.3g} ms now, but the fastest cut "
-                    f"measured, {share:.1%} of the parameters, takes {ms:.3g} ms"
+                    f"got {keep:g}, which is {wanted:.3g} ms in this cut, but the fastest one "
+                    f"measured ({share:.1%} of the parameters) takes {ms:.3g} ms"
                 ),
                 place="keep_latency",
                 cure="raise keep_latency",
@@ -285,8 +292,8 @@ class PruneWork:
         return plan_for(latency_target(stage, graph, graph.parameters, max(fast)))
 
     def _wanted_latency(self, keep: float) -> Generator[Tick, None, float]:
-        """Measures the dense and the present network; returns the wanted ms of the present cut."""
-        yield self.tick(0, "measuring the latency of the uncut network")
+        """Measures the dense and the present network; returns the target of this cut in ms."""
+        yield self.tick(0, "measuring the latency before the cut")
         if not self.tried:
             self.tried = [(1.0, latency_ms(self.model, self.source))]
         now = self.tried[0][1]
@@ -298,7 +305,7 @@ class PruneWork:
                 self.start = now
         if not self.plans:
             check_share_left("keep_latency", keep, now / self.start)
-        # The same factor for each of the cuts that are left, from the latency as it is now.
+        # Each remaining cut reduces the latency by the same factor, beginning at the present one.
         left = self.stage.steps - self.step
         final = keep * self.start
         wanted: float = now ** (1 - 1 / left) * final ** (1 / left)
@@ -307,7 +314,7 @@ class PruneWork:
     def _measure_sensitivity_(
         self, graph: ChannelGraph, scores: Sequence[Tensor]
     ) -> Iterator[Tick | Milestone]:
-        """Measures the loss with each layer pruned alone; points of a checkpoint are kept."""
+        """Measures the loss with each layer pruned alone; skips points from a checkpoint."""
         data = self.source.data
         model = self.model.to(self.source.device)
         public = data.validation if len(data.validation) else self.public
@@ -316,8 +323,8 @@ class PruneWork:
         units = compress.channel_units(model, graph, scores)
         known = list(self.points)
         densities = self.stage.densities
-        # The default densities end where a layer would lose its last channel; those that a user
-        # gives are measured as they are.
+        # The default densities stop before a layer would lose its last channel. Densities of the
+        # recipe are all measured.
         if "densities" not in self.stage.model_fields_set:
             one_channel = 1 / max(layer.channels for layer in graph.groups)
             densities = densities_down_to(max(self.stage.min_keep, one_channel), densities)
@@ -328,7 +335,7 @@ class PruneWork:
             if point in known:
                 continue
             self.points.append(point)
-            # Saved once per layer, at its last density: a point takes seconds, a save as long.
+            # Saved only once per layer: a save takes as long as measuring a point.
             last_of_layer = point.density == min(densities)
             yield Milestone({"sensitivity": point.to_json(data.task.primary)}, saves=last_of_layer)
             note = f"'{point.layer}' at {point.density:.0%}: loss {point.loss:.3f}"
@@ -336,7 +343,10 @@ class PruneWork:
         self.model = model.to("cpu")
 
     def losses(self) -> Iterator[Tensor]:
-        """Yields the losses of the public examples, in batches of one if the score needs that."""
+        """Yields losses of public examples: of batches, or of single ones if the score needs that.
+
+        The Fisher information, for example, is a sum of squared gradients of single examples.
+        """
         assert self.public is not None
         batch = 1 if SCORES[self.stage.score].per_example else BATCH
         for x, y in self.public.batches(batch):
@@ -346,10 +356,10 @@ class PruneWork:
     def refit_(
         self, dense: nn.Module, plan: PruningPlan
     ) -> Generator[Milestone, None, dict[str, Any]]:
-        """Fits the scales of the norms that an approximate cut went through.
+        """Fits the scales of norms after an approximate cut, so that outputs change less.
 
         Returns:
-            Facts on how far the outputs are from those of `dense`; empty after an exact cut.
+            Facts about the remaining difference to outputs of `dense`; empty after an exact cut.
         """
         if not plan.approximate:
             return {}
@@ -365,7 +375,9 @@ class PruneWork:
         found = compress.output_difference(dense, self.model, batches)
         examples = sum(len(batch) for batch in batches)
         what = "public examples" if self.public is not None else "examples of noise"
-        words = f"{found.relative:.1%} off the outputs of the uncut network on {examples} {what}"
+        words = (
+            f"outputs differ by {found.relative:.1%} from those before the cut on {examples} {what}"
+        )
         if found.agreement is not None:
             words += f", with the same answer for {found.agreement:.1%}"
         fitted = len(plan.approximate) - len(left)
@@ -381,7 +393,7 @@ class PruneWork:
         yield Milestone({"approximate": record}, saves=False)
         facts: dict[str, Any] = {
             "parity_error": found.relative,
-            "told": {"approximate": words},
+            DIFFERENCES: {"approximate": words},
         }
         if left:
             facts["left"] = left
@@ -394,8 +406,8 @@ def _loss_and_score(model: nn.Module, examples: Arrays, data: FederatedData) -> 
     at = device_of(model)
     task = data.task
     sums: list[Sums] = []
-    # With the statistics of each batch, as if they had been restored after the cut: restoring them
-    # for every trial would need a second pass over the examples.
+    # Batch norms use the statistics of each batch. That imitates recomputed statistics, which would
+    # need a second pass over the examples for every point.
     with differentiable(model, (), batch_statistics=True), torch.no_grad():
         for x, y in examples.batches(BATCH):
             outputs = call(model, data.preprocess(x.to(at))).float()
@@ -406,11 +418,11 @@ def _loss_and_score(model: nn.Module, examples: Arrays, data: FederatedData) -> 
 
 
 def _changes(plans: Sequence[PruningPlan]) -> list[JsonValue]:
-    """Returns the width of each layer when the stage began, and now."""
+    """Returns the number of channels of each layer, before the stage and now."""
     first = {layer.name: layer.before for layer in plans[0].layers}
     changes: list[JsonValue] = []
     for layer in plans[-1].layers:
-        # A layer may be in the last plan only: then it was not pruned before.
+        # A layer that only the last plan prunes is not in the first one.
         before = first.get(layer.name, layer.before)
         changes.append({"name": layer.name, "before": before, "after": layer.after})
     return changes

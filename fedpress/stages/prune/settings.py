@@ -1,4 +1,4 @@
-"""The settings of a prune stage, and the targets and measurements that follow from them."""
+"""The settings of a prune stage, with its targets (parameters, multiply-adds, bytes, latency)."""
 
 from __future__ import annotations
 
@@ -38,74 +38,81 @@ class PruneSettings(BaseModel):
         None,
         gt=0,
         le=1,
-        description="share of the dense parameters that stays; 0.3 if no target is given",
+        description="target: share of the dense network's parameters to keep; 0.3 if no target is "
+        "given",
     )
     keep_macs: float | None = Field(
-        None, gt=0, le=1, description="share of the dense multiply-adds that stays"
+        None,
+        gt=0,
+        le=1,
+        description="target: share of the dense network's multiply-adds to keep",
     )
     keep_latency: float | None = Field(
         None,
         gt=0,
         le=1,
-        description="share of the dense network's time in onnxruntime, measured on this machine",
+        description="target: share of the dense network's latency in onnxruntime, on this machine",
     )
     max_bytes: int | None = Field(
-        None, ge=1, description="bytes that parameters and buffers may take, as float32"
+        None, ge=1, description="target: largest size of parameters and buffers in float32, bytes"
     )
     score: Literal[
         "l1", "l2", "fpgm", "bn_scale", "taylor", "fisher", "obd", "snip", "grasp", "random"
     ] = Field(
         "l1",
-        description="how much a channel matters; all from taylor on but random look at public "
-        "examples",
+        description="importance of a channel; the lowest are removed; taylor, fisher, obd, snip "
+        "and grasp use the loss on public examples",
     )
     strategy: Literal["one-shot", "single-channel"] = Field(
         "one-shot",
-        description="all channels by one ranking, or one channel after the other with new scores "
-        "each"
-        " time",
+        description="one-shot: all channels by one ranking; single-channel: one channel at a time, "
+        "then new scores",
     )
     scope: Literal["global", "layer", "sensitivity"] = Field(
         "global",
-        description="one ranking for all layers, one ratio for each, or the same growth of the "
-        "loss "
-        "by each",
+        description="global: one ranking over all layers; layer: the same share of each layer; "
+        "sensitivity: shares that raise the loss equally",
     )
-    round_to: int = Field(8, ge=1, description="widths become multiples of this")
+    round_to: int = Field(8, ge=1, description="numbers of channels become multiples of this")
     min_keep: float = Field(
-        0.1, ge=0, le=1, description="share of its channels that every layer keeps"
+        0.1, ge=0, le=1, description="smallest share of its channels that a layer keeps"
     )
     ignore: tuple[str, ...] = Field(
-        (), description="modules or weights that stay as they are: names, * for anything"
+        (), description="modules or weights that are not changed: names, * for anything"
     )
     approximate: tuple[compress.NormKind, ...] = Field(
         (),
-        description="norms to cut through though it is not exact; their scales are then fitted on "
-        "public examples",
+        description="kinds of norms whose channels may be removed although outputs change; their "
+        "scales are then fitted on public examples",
     )
     exact: bool = Field(
         False,
-        description="refuse a target that no widths meet, in place of the nearest that they do",
+        description="raise an error if no numbers of channels meet the target exactly; by default "
+        "the nearest are taken",
     )
     calibration: int = Field(
         2048,
         ge=0,
-        description="public examples for scores and batch-norm statistics; 0 leaves those as they "
-        "were",
+        description="public examples for scores and batch-norm statistics; 0 keeps the old "
+        "statistics",
     )
     densities: tuple[float, ...] = Field(
         DENSITIES,
         min_length=1,
-        description="sensitivity: shares of its channels that each layer is tried with, by default "
-        "down to min_keep",
+        description="sensitivity: shares of channels at which the loss is measured for each layer; "
+        "by default down to min_keep",
     )
     sensitivity_examples: int = Field(
-        512, ge=2, description="sensitivity: public validation examples to measure on"
+        512, ge=2, description="sensitivity: public validation examples to measure the loss on"
     )
-    steps: int = Field(1, ge=1, description="number of cuts, each by the same factor")
+    steps: int = Field(
+        1, ge=1, description="number of cuts; each one reduces the cost by the same factor"
+    )
     finetune: TrainSettings | None = Field(None, description="training between the cuts")
     rewind: bool = Field(
-        False, description="train before each cut, then take the surviving weights back"
+        False,
+        description="train before each cut, and reset the remaining weights to their initial "
+        "values after it",
     )
 
     @model_validator(mode="before")
@@ -113,7 +120,7 @@ class PruneSettings(BaseModel):
     def _one_target(cls, data: Any) -> Any:
         if not isinstance(data, dict):
             return data
-        # Before the defaults are set, so that a default is no second target.
+        # Checked before defaults are set, so that a default does not count as a second target.
         given = [key for key in TARGET_KEYS if data.get(key) is not None]
         if len(given) > 1:
             raise SettingError(
@@ -125,7 +132,7 @@ class PruneSettings(BaseModel):
 
     @model_validator(mode="after")
     def _fits_together(self) -> PruneSettings:
-        # After each removed channel all are scored again, so there is no plan for each layer.
+        # It always removes the channel of the lowest score in all layers, so it has no scope.
         if self.scope != "global" and self.strategy == "single-channel":
             raise SettingError(
                 f"got '{self.scope}', but strategy 'single-channel' ranks all layers together",
@@ -134,7 +141,7 @@ class PruneSettings(BaseModel):
             )
         if not self.calibration and SCORES[self.score].needs == "losses":
             raise SettingError(
-                f"'{self.score}' looks at public examples",
+                f"'{self.score}' needs the loss on public examples",
                 place="score",
                 cure=(
                     "give ",
@@ -152,7 +159,7 @@ class PruneSettings(BaseModel):
         if (self.steps > 1 or self.rewind) and self.finetune is None:
             if self.rewind:
                 place = "rewind"
-                problem = "there is no training before the cut whose weights could be taken back"
+                problem = "there is no training before the cut that it could undo"
             else:
                 place = "steps"
                 problem = f"there is no training between the {self.steps} cuts"
@@ -160,8 +167,8 @@ class PruneSettings(BaseModel):
         if self.finetune is not None and self.steps == 1 and not self.rewind:
             raise SettingError(
                 (
-                    "it is the training between several cuts or before a rewind, and there is one "
-                    "cut alone"
+                    "it is the training between several cuts or before a rewind, and there is only "
+                    "one cut without a rewind"
                 ),
                 place="finetune",
                 cure=(
@@ -184,8 +191,8 @@ class PruneSettings(BaseModel):
 
 
 def public_examples(settings: PruneSettings, state: State, seed: int) -> Arrays | None:
-    """Draws the public examples; None if neither score, norms nor sensitivity need any."""
-    # The sensitivity is measured on the validation set, if there is one.
+    """Draws the public examples; None if score, norms and sensitivity need none."""
+    # The sensitivity uses the validation set instead, if there is one.
     sensitivity = settings.scope == "sensitivity" and not len(state.data.validation)
     norms = has_batch_norm(state.model) and settings.calibration > 0
     fitted = bool(settings.approximate) and settings.calibration > 0
@@ -204,19 +211,19 @@ def cut_target(
 ) -> Target:
     """Returns the target of one of several cuts.
 
-    Each cut keeps the same share of the cost before it, so the target is a geometric mean of the
-    first cost and the wanted one.
+    Each cut reduces the cost by the same factor. Example: from 1,000,000 to 250,000 parameters in
+    two cuts, the first target is 500,000 (part = 0.5).
 
     Args:
-        settings: of the stage.
-        state: before the stage.
-        model: as it is now.
-        graph: its channels.
-        part: progress of the cuts after this one, from 0 to 1; 1 is the last cut.
-        start: the cost before the first cut; the present one if None.
+        settings: settings of the stage.
+        state: the state before the stage.
+        model: the present model.
+        graph: channels of the model.
+        part: progress once this cut is done: 0.5 for the first of two cuts, 1 for the last one.
+        start: the cost before the first cut; by default the present one.
 
     Raises:
-        RecipeError: if there is less left of the dense network than should be kept.
+        RecipeError: if earlier stages have already pruned below the target.
     """
     key, value = settings.target_setting
     cost: Cost
@@ -226,7 +233,7 @@ def cut_target(
         wanted = value
     elif key == "keep_macs":
         cost = graph.macs
-        # Of the dense network: an earlier stage may have pruned this one.
+        # The share refers to the dense network, because an earlier stage may have pruned this one.
         dense = compress.macs(state.spec.build_dense(), example_input(state)[:1])
         wanted = value * dense
     else:
@@ -243,9 +250,9 @@ def cut_target(
 def latency_target(
     settings: PruneSettings, graph: ChannelGraph, cost: Cost, share: float
 ) -> Target:
-    """Returns the target of `share` of the present cost, or of the least cost that is allowed.
+    """Returns the target `share` * the present cost, or the smallest cost that widths allow.
 
-    The cost may come out below the target, but not above: widths are rounded down.
+    The result must not exceed it, so widths are rounded down.
     """
     narrowest = []
     for layer in graph.groups:
@@ -255,22 +262,22 @@ def latency_target(
 
 
 def check_share_left(key: str, value: float, left: float) -> None:
-    """Refuses a target above what earlier stages have left of the dense network.
+    """Refuses a target that is larger than the model, which earlier stages have pruned.
 
     Args:
-        key: of the target.
-        value: its share of the dense network.
-        left: share of the dense network that the model still has.
+        key: key of the target, such as "keep_params".
+        value: the target, as a share of the dense network.
+        left: the model's present share of the dense network.
 
     Raises:
         RecipeError: if `value` is larger than `left`.
     """
-    # The margin is for rounding: a share that was just reached is no error.
+    # The margin allows for rounding: a target equal to the present share is valid.
     if value > left * (1 + 1e-9):
         names = {"keep_params": "parameters", "keep_macs": "multiply-adds", "keep_latency": "time"}
         what = names[key]
         raise RecipeError(
-            f"got {value:g}, but an earlier stage has left {left:.4g} of the dense {what}",
+            f"got {value:g}, but the model has {left:.4g} of the dense network's {what}",
             place=key,
             cure=(
                 f"{key} is a share of the dense network: give less than {left:.4g}, such as "
@@ -280,7 +287,7 @@ def check_share_left(key: str, value: float, left: float) -> None:
 
 
 def share_in_words(dense: int, before: int, after: int) -> str:
-    """Returns what is left as a share of the dense network and of the network before this stage.
+    """Returns the remaining share of the dense network, and of the network before this stage.
 
     >>> share_in_words(4000, 1200, 600)
     '0.15 of the 4,000 dense parameters, 0.5 of the 1,200 that the model had'
@@ -300,13 +307,13 @@ def latency_ms(model: nn.Module, state: State, *, seconds: float = 0.5) -> float
 
 def example_input(state: State) -> Inputs:
     """Returns an input of two examples of zeros."""
-    # torch.export takes a batch size of 1 for a constant of the model.
+    # Two, because torch.export would treat a batch size of 1 as a constant.
     return state.example(2)
 
 
 def trace_channels(model: nn.Module, state: State, settings: PruneSettings) -> ChannelGraph:
     """Returns the channels of `model` that can be pruned."""
-    # torch.export prints its whole graph before it fails; the error says what matters.
+    # If torch.export fails, it first prints its graph, hundreds of lines. The error is enough.
     with contextlib.redirect_stderr(io.StringIO()):
         return compress.trace(
             model, example_input(state), ignore=settings.ignore, approximate=settings.approximate

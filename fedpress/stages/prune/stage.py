@@ -16,7 +16,7 @@ from fedpress.errors import RecipeError, renaming
 from fedpress.models import what_pruning_changed
 from fedpress.nn.batch_norm import has_batch_norm
 from fedpress.nn.resize import copied
-from fedpress.stages.base import Stage
+from fedpress.stages.base import DIFFERENCES, Stage
 from fedpress.stages.prune.cutting import PruneWork
 from fedpress.stages.prune.settings import (
     TARGET_KEYS,
@@ -38,11 +38,11 @@ from fedpress.workspace.state import State, Tick
 class PruneStage(PruneSettings, Stage):
     """`[[stage]] kind = "prune"`: removes whole channels until a target is met.
 
-    The target is `keep_params` of the parameters, `keep_macs` of the multiply-adds, `keep_latency`
-    of the time in onnxruntime on this machine, or `max_bytes`. With several `steps` the network is
-    trained between the cuts as `finetune` says. With `rewind` it is trained before each cut, and
-    the kept weights are then set back to those of the beginning (Frankle & Carbin 2019,
-    arXiv:1803.03635).
+    The target is `keep_params` (share of the parameters), `keep_macs` (of the multiply-adds),
+    `keep_latency` (of the time in onnxruntime on this machine), or `max_bytes`. With several
+    `steps` the channels are removed in several cuts, with a training (`finetune`) between them.
+    With `rewind` there is a training before each cut, and after the cut the remaining weights are
+    reset to their values at the beginning of the stage (Frankle & Carbin 2019, arXiv:1803.03635).
     """
 
     several_inputs: ClassVar = True
@@ -50,7 +50,7 @@ class PruneStage(PruneSettings, Stage):
     defaults_without_data: ClassVar = {"calibration": 0}
 
     def setting_reading_labels(self) -> str:
-        """Labels are read by training between the cuts, by the sensitivity, or by the score."""
+        """Labels are read by the training between cuts, the sensitivity, or the score."""
         if self.finetune is not None:
             return "finetune"
         if self.scope == "sensitivity":
@@ -58,13 +58,13 @@ class PruneStage(PruneSettings, Stage):
         return f'score = "{self.score}"' if SCORES[self.score].needs == "losses" else ""
 
     def check(self, state: State) -> tuple[State, dict[str, Any]]:
-        """Plans the cut on the untrained model: the run's widths may differ, its sizes hardly.
+        """Prunes the untrained model. The run may prune other channels, to about the same size.
 
         Raises:
             RecipeError: if the target cannot be reached.
-            ModelError: if the model cannot be traced, or its layers lack what the score looks at.
-            DataError: if there are no public examples to score or to restore the batch norm with.
-            ExportError: if a latency is wanted of what cannot be exported.
+            ModelError: if the model cannot be traced, or has no scales for the score "bn_scale".
+            DataError: if public examples are needed (for scores or batch norms) and there are none.
+            ExportError: if `keep_latency` is set and the model cannot be exported to measure it.
         """
         if state.spec.quantized:
             raise RecipeError(
@@ -80,12 +80,12 @@ class PruneStage(PruneSettings, Stage):
         model = copied(state.model)
         graph = trace_channels(model.eval(), state, self)
         row = SCORES[self.score]
-        # Raises now if a layer lacks the scales that the score reads.
+        # Only for its error: a layer may have no scales for the score to read.
         if row.needs_scales:
             compress.score(model, graph, self.score)
         plan = self._trial_plan(state, model, graph)
         compress.remove_(model, plan)
-        # Says now what would stop the export that measures the latency.
+        # Only for its error: measuring the latency needs an export, which may fail.
         if self.keep_latency is not None:
             latency_ms(model, state, seconds=0.0)
         facts: dict[str, Any] = {
@@ -94,14 +94,14 @@ class PruneStage(PruneSettings, Stage):
         }
         notes = _notes(state, [plan])
         if notes:
-            facts["told"] = notes
+            facts[DIFFERENCES] = notes
         return replace(state, spec=_spec(state, model), model=model.train()), facts
 
     def _trial_plan(self, state: State, model: nn.Module, graph: ChannelGraph) -> PruningPlan:
-        """Plans the cut without training and measuring.
+        """Plans the cut without training and measuring, for `check`.
 
-        Stand-ins take the place of what only a trained network or a clock can tell: the L2 norm for
-        a score, a global ranking for the sensitivity, multiply-adds for the latency.
+        It uses the L2 norm in place of scores from a loss, a global ranking in place of the
+        sensitivity, and multiply-adds in place of the latency.
         """
         row = SCORES[self.score]
         score = "l2" if row.needs == "losses" or row.needs_scales else self.score
@@ -122,7 +122,7 @@ class PruneStage(PruneSettings, Stage):
         )
 
     def run(self, state: State, folder: StageFolder) -> Generator[Tick, None, State]:
-        """Prunes; yields a tick for every part of the work, saves after those that take long."""
+        """Prunes; saves a checkpoint after every training epoch, measurement and cut."""
         work = PruneWork(self, state, folder.index)
         yield from drive(work, folder)
         for number, plan in enumerate(work.plans, 1):
@@ -134,28 +134,28 @@ class PruneStage(PruneSettings, Stage):
             "whole_layers": dict(work.plans[0].unprunable),
             "restored_examples": work.restored,
         }
-        # The facts of an approximate cut override those of an exact one.
+        # After an approximate cut its own facts are shown, such as the larger parity error.
         inexact = dict(work.inexact)
-        notes = {**_notes(state, work.plans), **inexact.pop("told", {})}
+        notes = {**_notes(state, work.plans), **inexact.pop(DIFFERENCES, {})}
         left = inexact.pop("left", {})
         if not work.restored and has_batch_norm(work.model):
             left["batch norms"] = (
-                "their statistics are those of the uncut network: there was no data"
+                "their statistics are those from before the cut: there was no data"
             )
         facts |= inexact
         if notes:
-            facts["told"] = notes
+            facts[DIFFERENCES] = notes
         if left:
             facts["left"] = left
         return replace(state, spec=_spec(state, work.model), model=work.model, facts=facts)
 
 
 def _notes(state: State, plans: Sequence[PruningPlan]) -> dict[str, str]:
-    """Returns notes by key: how near the cuts came to the target, and what a share refers to."""
+    """Returns key -> note: how near the cuts came to the target, and what a share refers to."""
     notes = dict(plans[-1].notes)
     before = plans[0].parameters_before
     after = plans[-1].parameters_after
-    # An earlier stage has pruned: a share may refer to the dense network or to this one.
+    # If an earlier stage has pruned, a reader cannot know which network a share refers to.
     if before < state.dense:
         words = [notes["keep_params"]] if "keep_params" in notes else []
         notes["keep_params"] = "; ".join([*words, share_in_words(state.dense, before, after)])

@@ -1,1 +1,1 @@
-"""The sparsify stage: settings, masks, and the training that keeps them."""
+"""The sparsify stage: settings, masks, and a training in which pruned weights stay zero."""

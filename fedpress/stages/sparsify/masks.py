@@ -1,4 +1,4 @@
-"""Which weights a sparsify stage prunes, and the masks that follow from settings and scores."""
+"""The masks of a sparsify stage: which weights it prunes, and which of their entries stay."""
 
 from __future__ import annotations
 
@@ -23,10 +23,12 @@ from fedpress.workspace.state import State
 
 
 def weights_to_prune(settings: SparsifySettings, model: nn.Module, state: State) -> Weights:
-    """Returns the weights that are pruned; those that do not fit the pattern stay dense.
+    """Returns the weights to prune; weights that do not fit the pattern stay dense.
+
+    Example: with the pattern "2:4" a weight [10, 3] stays dense, because 3 is no multiple of 4.
 
     Raises:
-        RecipeError: if none fits, or the model is quantized.
+        RecipeError: if no weight fits, or the model is quantized.
     """
     if state.spec.quantized:
         raise RecipeError(
@@ -65,12 +67,12 @@ def _check_names(settings: SparsifySettings, weights: Weights) -> None:
     for name in settings.densities:
         if name in known:
             continue
-        # Without this check a misspelt name would silently leave its weight dense.
+        # A misspelt name must not silently leave its weight dense.
         why = weights.dense.get(name)
         hint = f" ({why})" if why else ""
         some = f"use such as {', '.join(known[:3])}"
         raise RecipeError(
-            f"no weight '{name}' gets zeros here{hint}",
+            f"no weight '{name}' is pruned here{hint}",
             place="densities",
             cure=some if why else suggestion(name, known, some),
         )
@@ -87,17 +89,17 @@ def choose_masks(
     """Returns the masks of kept entries.
 
     Args:
-        settings: of the stage.
-        weights: that are pruned.
-        scores: of each entry, by name; the lowest are pruned.
-        density: share of entries to keep over all weights.
-        within: entries that earlier stages have kept.
-        points: of the sensitivity; without them all layers are ranked together.
+        settings: settings of the stage.
+        weights: the weights to prune.
+        scores: name of a weight -> scores of its entries; the lowest are pruned.
+        density: share of all entries to keep.
+        within: masks of earlier stages; only entries that they keep can be kept.
+        points: measured sensitivities; if there are none, all layers are ranked together.
     """
     if settings.densities:
         scope: Scope | dict[str, float] = settings.densities
     elif settings.scope == "sensitivity":
-        # In `check` nothing is measured: one ranking gives the same number of zeros.
+        # `check` measures nothing; one ranking of all layers gives the same number of zeros.
         scope = level_densities(weights, points, density) if points else "global"
     else:
         scope = settings.scope

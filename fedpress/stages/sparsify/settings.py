@@ -1,4 +1,4 @@
-"""The settings of a sparsify stage: its keys, which fit together, and the wanted density."""
+"""The settings of a sparsify stage, and checks that they fit together."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fedpress.training.settings import TrainSettings
 from fedpress.workspace.state import Name
 
 FROM_DATA = ("taylor", "fisher", "snip", "grasp")
-"""Scores that look at the loss on public examples."""
+"""Scores that need the loss on public examples."""
 
 
 class SparsifySettings(TrainSettings):
@@ -22,7 +22,10 @@ class SparsifySettings(TrainSettings):
     name: Name = "sparsify"
     epochs: int = Field(0, ge=0, description="passes over the public part; 0 = no training")
     density: float | None = Field(
-        None, gt=0, le=1, description="share of the weights that stays; N:M brings its own"
+        None,
+        gt=0,
+        le=1,
+        description="share of the weights to keep; with a pattern N:M it is N / M",
     )
     pattern: str = Field(
         "unstructured",
@@ -31,48 +34,47 @@ class SparsifySettings(TrainSettings):
     )
     score: Literal[
         "magnitude", "lamp", "taylor", "fisher", "snip", "grasp", "movement", "random"
-    ] = Field("magnitude", description="how much a weight matters; the lowest are set to zero")
+    ] = Field("magnitude", description="importance of a weight; the lowest are set to zero")
     scope: Literal["global", "uniform", "erk", "sensitivity"] = Field(
         "global",
-        description="one ranking for all layers, one share for each, larger shares for small "
-        "layers, "
-        "or the shares at "
-        "which every layer costs the same loss",
+        description="global: one ranking over all layers; uniform: the same density for each; erk: "
+        "higher densities for small layers; sensitivity: densities that raise the loss equally",
     )
     densities: dict[str, float] = Field(
-        {}, description="instead of a scope: the density of each weight by name"
+        {}, description="density of each weight by name, in place of a scope"
     )
     schedule: Literal["one-shot", "gradual", "rewind", "rigl"] = Field(
         "one-shot",
-        description="when weights are cut: at once, in steps while the network trains, with early "
-        "weights back after each cut, or moved about",
+        description="one-shot: prune, then train; gradual: prune in steps during the training; "
+        "rewind: reset to early weights after each cut; rigl: move the zeros during the training",
     )
     begin: float = Field(
         0.0, ge=0, lt=1, description="gradual: share of the training before the first cut"
     )
     until: float = Field(
-        0.75, gt=0, le=1, description="gradual, rigl: share of the training after which masks stay"
+        0.75,
+        gt=0,
+        le=1,
+        description="gradual, rigl: share of the training after which zeros no longer change",
     )
     every: int = Field(
-        100, ge=1, description="gradual, rigl: steps from one change of the masks to the next"
+        100, ge=1, description="gradual, rigl: training steps between two changes of the zeros"
     )
     rounds: int = Field(3, ge=1, description="rewind: number of cuts")
     rewind_to: int = Field(
-        0, ge=0, description="rewind: epoch whose weights come back after each cut"
+        0, ge=0, description="rewind: epoch to whose weights the network is reset after each cut"
     )
     drop: float = Field(
-        0.3, gt=0, lt=1, description="rigl: share of each layer's weights that moves at first"
+        0.3, gt=0, lt=1, description="rigl: share of each layer's weights moved at the first change"
     )
     keep_first: bool = Field(True, description="leave the first layer dense")
     keep_last: bool = Field(True, description="leave the last layer dense")
-    keep: tuple[str, ...] = Field(
-        (), description="names of weights to leave dense, with * for anything"
-    )
+    keep: tuple[str, ...] = Field((), description="weights to leave dense: names, * for anything")
     ignore: tuple[str, ...] = Field(
-        (), description="modules or weights that stay as they are: names, * for anything"
+        (), description="modules or weights that are not changed: names, * for anything"
     )
     calibration: int = Field(
-        2048, ge=1, description="public examples for scores that look at the loss"
+        2048, ge=1, description="public examples for scores that need the loss"
     )
 
     @model_validator(mode="after")
@@ -84,7 +86,7 @@ class SparsifySettings(TrainSettings):
         if own is None:
             if self.density is None and not self.densities:
                 raise SettingError(
-                    "sparsify needs the share of the weights that stays",
+                    "sparsify needs the share of the weights to keep",
                     place="density",
                     cure=("try ", Argument("density", 0.1)),
                 )
@@ -95,10 +97,10 @@ class SparsifySettings(TrainSettings):
                 place="density",
                 cure="leave density out",
             )
-        keeps = f"pattern '{self.pattern}' keeps as many in every group"
+        keeps = f"pattern '{self.pattern}' keeps the same number in every group"
         if self.schedule == "rigl":
             raise SettingError(
-                f"{keeps}, and 'rigl' moves them to others",
+                f"{keeps}, and 'rigl' moves kept weights between groups",
                 place="schedule",
                 cure=("give ", Argument("schedule", "gradual")),
             )
@@ -110,10 +112,10 @@ class SparsifySettings(TrainSettings):
 
     @model_validator(mode="after")
     def _schedule_fits(self) -> SparsifySettings:
-        # Movement is how far a weight moved from zero in training, so there must be one.
+        # Movement measures how far a weight moves away from zero in training.
         if self.score == "movement" and self.schedule not in ("gradual", "rewind"):
             raise SettingError(
-                "'movement' is summed up while the network trains",
+                "'movement' is measured during a training",
                 place="score",
                 cure=("give ", Argument("schedule", "gradual")),
             )
@@ -125,7 +127,7 @@ class SparsifySettings(TrainSettings):
             )
         if self.schedule in ("gradual", "rigl") and self.patience:
             raise SettingError(
-                f"it would take weights from before the end of schedule '{self.schedule}'",
+                f"early stopping could return weights from before the end of '{self.schedule}'",
                 place="patience",
                 cure="leave patience out",
             )
@@ -144,7 +146,7 @@ class SparsifySettings(TrainSettings):
         return self
 
     def target(self, weights: Weights) -> float:
-        """Returns the share of all entries of `weights` that is kept at the end."""
+        """Returns the final density: the share of all entries of `weights` to keep."""
         if self.density is not None:
             return self.density
         own = Pattern.parse(self.pattern).density

@@ -1,4 +1,4 @@
-"""The sparsify stage: sets weights to zero by score, pattern and schedule; trains the others."""
+"""The sparsify stage: sets the least important weights to zero, and can train the others."""
 
 from __future__ import annotations
 
@@ -31,18 +31,19 @@ class SparsifyStage(SparsifySettings, Stage):
     Later stages keep the zeros. Schedules:
 
     - "one-shot" prunes before the first epoch.
-    - "gradual" prunes more and more from `begin` to `until` of the training, by a cubic function
-      (Zhu & Gupta 2017, arXiv:1710.01878).
-    - "rewind" trains, prunes, and sets the kept weights back to those of epoch `rewind_to`, in
-      `rounds` rounds of `epochs` each (lottery tickets, Frankle et al. 2020, arXiv:1912.05671).
-    - "rigl" prunes first, and until `until` moves the kept entries to where gradients are large
-      (Evci et al. 2020, arXiv:1911.11134).
+    - "gradual" prunes in steps from `begin` to `until` of the training; the density follows a cubic
+      function (Zhu & Gupta 2017, arXiv:1710.01878).
+    - "rewind" repeats `rounds` times: train for `epochs`, prune, reset the remaining weights to
+      those of epoch `rewind_to`. Then it trains a last time (lottery tickets, Frankle et al. 2020,
+      arXiv:1912.05671).
+    - "rigl" prunes before the first epoch. Until `until` of the training it replaces the smallest
+      weights by pruned ones with large gradients (Evci et al. 2020, arXiv:1911.11134).
     """
 
     several_inputs: ClassVar = True
 
     def setting_reading_labels(self) -> str:
-        """Labels are read by training, by the sensitivity, or by the score."""
+        """Labels are read by the training, the sensitivity, or the score."""
         if self.epochs:
             return "epochs"
         if self.scope == "sensitivity":
@@ -50,12 +51,12 @@ class SparsifyStage(SparsifySettings, Stage):
         return f'score = "{self.score}"' if self.score in FROM_DATA else ""
 
     def check(self, state: State) -> tuple[State, dict[str, Any]]:
-        """Prunes by magnitude, without training: the run will prune other entries, but as many.
+        """Prunes the untrained model by magnitude. The run prunes other entries, but as many.
 
         Raises:
             RecipeError: if no weight fits the pattern, or the density cannot be reached.
             ModelError: if the model has no weight that can be pruned.
-            DataError: if there are no public examples to score or train with.
+            DataError: if public examples are needed (for scores or training) and there are none.
         """
         ignored_names(state.model, self.ignore)
         check_public_training(state, self)
@@ -68,7 +69,7 @@ class SparsifyStage(SparsifySettings, Stage):
         masks = choose_masks(self, weights.chosen, scores, self.target(weights), within)
         reached = density_of(masks)
         wanted = self.target(weights)
-        # Large blocks in small layers cannot come near every density.
+        # Large blocks in small layers allow few densities, so the nearest may be far off.
         fixed = Pattern.parse(self.pattern).density is not None
         if not fixed and abs(reached - wanted) > 0.01 + 0.1 * wanted:
             raise RecipeError(
@@ -77,7 +78,7 @@ class SparsifyStage(SparsifySettings, Stage):
                     f"{reached:.4g}"
                 ),
                 place="density",
-                cure="take that, or finer blocks",
+                cure="take the nearest, or smaller blocks",
             )
         apply_masks_(weights.chosen, masks)
         rounds = 1 + self.rounds if self.schedule == "rewind" else 1
@@ -90,8 +91,8 @@ class SparsifyStage(SparsifySettings, Stage):
         yield from drive(work, folder)
         model = work.fit.result_()
         apply_masks_(work.weights.chosen, work.masks)
-        # Training updates the statistics of batch norms by itself, except where it did not run or
-        # its weights were averaged.
+        # Usually the training has updated the batch-norm statistics. Not if there was none, and
+        # with `ema` the averaged statistics are not those of the averaged weights.
         if self.ema or not self.epochs:
             work.restore_norms_()
         layers: list[JsonValue] = []

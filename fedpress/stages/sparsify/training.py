@@ -1,4 +1,4 @@
-"""The training of a sparsify stage: it keeps masks, which a schedule changes after some steps."""
+"""The training of a sparsify stage: pruned weights stay zero, and a schedule changes the masks."""
 
 from __future__ import annotations
 
@@ -49,22 +49,22 @@ from fedpress.workspace.state import State, Tick
 
 BATCH = 128
 SENSITIVITY = 512
-"""Most public examples on which each layer's sensitivity is measured."""
+"""Largest number of public examples on which the sensitivity of the layers is measured."""
 
 
 class MaskedTraining:
-    """A training that keeps masks, as `drive` runs and resumes it.
+    """A training with masks, which `drive` runs and resumes.
 
     Attributes:
-        weights: that are pruned.
-        density: share of their entries that is kept at the end.
-        allowed: entries that earlier stages have kept.
+        weights: the weights that are pruned.
+        density: share of their entries to keep at the end.
+        allowed: masks of earlier stages: entries that may be kept.
         masks: entries that are kept now.
-        rounds: number of trainings, more than one only for "rewind".
-        round: the present one, from 0.
-        resumed: whether a checkpoint was loaded, so that what comes before the first step is done.
-        early: state of the training at the epoch to rewind to; empty before it.
-        points: the sensitivity, measured before the first cut.
+        rounds: number of trainings; more than one only for "rewind".
+        round: number of the present training, from 0.
+        resumed: whether a checkpoint was loaded; then the cut before the first step is done.
+        early: state of the training at epoch `rewind_to`; empty before it.
+        points: sensitivities, measured before the first cut.
     """
 
     def __init__(self, stage: SparsifySettings, state: State, seed: int) -> None:
@@ -84,7 +84,7 @@ class MaskedTraining:
         self.density = stage.target(self.weights)
         self.allowed = allowed_masks(self.fit.model, state, self.weights)
         self.masks = self.allowed
-        # Zeros of weights that this stage does not prune are kept as they are.
+        # Weights that this stage does not prune may have zeros of earlier stages, which stay.
         chosen = {id(w.value) for w in self.weights.chosen}
         self.others = [pair for pair in self.fit.zeros if id(pair[0]) not in chosen]
         self.movement = Movement(self.weights.chosen) if stage.score == "movement" else None
@@ -96,16 +96,16 @@ class MaskedTraining:
 
     @property
     def steps(self) -> int:
-        """Steps of a whole training."""
+        """Optimizer steps of one training."""
         return total_steps(self.stage.epochs, self.stage.batch_size, self.source)
 
     def events(self) -> Iterator[Tick | Milestone]:
-        """Trains; for "rewind" several times, each from the early weights."""
+        """Trains; for "rewind" several times, each time from the early weights."""
         if not self.resumed:
             self.schedule_(0)
         watching = self.movement.recording() if self.movement else nullcontext()
         with watching:
-            # Epoch 0 may be the one to rewind to.
+            # `rewind_to` may be 0: then the state before the training is the one to store.
             self.note_epoch_()
             while True:
                 yield from self.train_()
@@ -114,13 +114,13 @@ class MaskedTraining:
                 self.round += 1
                 last = self.rounds - 1
                 start = density_of(self.allowed)
-                # Scored with the trained weights, then set back to the early ones.
+                # The trained weights are scored, and only then reset to the early ones.
                 self.cut_(iterative_density(self.round, last, start=start, end=self.density))
                 self.fit.load_(self.early)
                 self.keep_(self.masks)
 
     def train_(self) -> Iterator[Tick | Milestone]:
-        """Trains to the last epoch, with what the schedule does after each step."""
+        """Trains to the last epoch; calls the schedule after each step."""
         for event in train_epochs(self.fit, self.source):
             if isinstance(event, Step):
                 self.schedule_(event.done)
@@ -132,11 +132,11 @@ class MaskedTraining:
             yield epoch_milestone(event, more=more, cut=self.round, density=density)
 
     def schedule_(self, step: int) -> None:
-        """Runs the schedule before the first step (0), or after `step` steps."""
+        """Calls the schedule, before the first step (0) or after step number `step`."""
         SCHEDULES[self.stage.schedule](self, step)
 
     def note_epoch_(self) -> None:
-        """Stores the state of the training, with its momentum, at the epoch to rewind to."""
+        """At epoch `rewind_to`, stores the state of the training with its momentum."""
         if self.rounds > 1 and not self.early and self.fit.epoch == self.stage.rewind_to:
             self.early = {name: value.detach().clone() for name, value in self.fit.state().items()}
 
@@ -150,7 +150,8 @@ class MaskedTraining:
             self.movement.sums if self.movement else None,
         )
         scores = score_weights(self.stage.score, evidence)
-        # Once: it takes a pass over the examples for each layer and density.
+        # Measured only before the first cut: it takes a pass over the examples for each layer and
+        # density.
         if self.stage.scope == "sensitivity" and not self.points:
             units = [weight_unit(w.name, w.value, scores[w.name]) for w in self.weights.chosen]
             lowest = min(lowest_densities(self.weights.chosen, self.density).values())
@@ -167,15 +168,15 @@ class MaskedTraining:
         return found.loss, found.score
 
     def regrow_(self, share: float, step: int) -> None:
-        """Moves `share` of each layer's kept entries to where the gradients are largest.
+        """Prunes `share` of each layer's kept entries; keeps those of largest gradient instead.
 
         New entries start at 0 and without momentum (RigL, Evci et al. 2020, section 3).
         """
         chance = public_stream(self.seed, "regrow", step)
-        # A batch of its own: the gradients of the training step are those of other examples.
+        # A new batch: that of the last training step is not known here.
         index = chance.integers(len(self.data.public), self.stage.batch_size)
         values = [w.value for w in self.weights.chosen]
-        # Gradients of all entries, also of the pruned ones, which the training does not compute.
+        # Gradients of all entries, because the training computes none for pruned ones.
         with differentiable(self.fit.model, values, batch_statistics=True):
             losses = self._losses(self.data.public.take(index), len(index))
             steep = gradients(losses, self.weights.chosen)
@@ -188,14 +189,14 @@ class MaskedTraining:
         self.keep_(masks)
 
     def keep_(self, masks: Masks) -> None:
-        """Applies `masks`, and lets the training keep them after every step."""
+        """Sets entries outside `masks` to zero, now and after every training step."""
         self.masks = masks
         apply_masks_(self.weights.chosen, masks)
         own = [(w.value, ~masks[w.name]) for w in self.weights.chosen]
         self.fit.zeros = [*self.others, *own]
 
     def losses(self) -> Iterator[Tensor]:
-        """Yields losses of public examples: singly for the Fisher information, else in batches."""
+        """Yields losses of public examples: of batches, or of single ones for "fisher"."""
         drawn = draw_calibration(self.source, self.stage.calibration, self.seed)
         return self._losses(drawn, 1 if self.stage.score == "fisher" else BATCH)
 
@@ -206,10 +207,10 @@ class MaskedTraining:
             yield self.data.task.loss(call(self.fit.model, prepare(x.to(at))), y.to(at))
 
     def restore_norms_(self) -> None:
-        """Recomputes the statistics of batch norms.
+        """Recomputes the statistics of batch norms on public examples.
 
-        Averaged statistics (`ema`) include those of a network with fewer zeros. Without training
-        they are still those of the dense network.
+        With `ema` they include statistics from before the last cut, and without training they are
+        those of the dense network.
         """
         if has_batch_norm(self.fit.model) and len(self.data.public):
             drawn = draw_calibration(self.source, self.stage.calibration, self.seed)
@@ -226,7 +227,7 @@ class MaskedTraining:
         return Snapshot(tensors, {"round": self.round, "points": points})
 
     def load_(self, saved: Snapshot) -> None:
-        """Goes on from a checkpoint of the same model and settings."""
+        """Continues from a checkpoint of the same model and settings."""
         tensors = saved.tensors
         facts = dict[str, Any](saved.facts)
         self.fit.load_(dict(tensors))
@@ -234,7 +235,7 @@ class MaskedTraining:
         self.round = facts["round"]
         self.early = tensors_under(tensors, "early/")
         self.points = [SensitivityPoint.from_json(point) for point in facts["points"]]
-        # A checkpoint is read to the CPU.
+        # Checkpoints are loaded to the CPU.
         masks = tensors_under(tensors, "mask/")
         self.keep_({name: mask.to(self.fit.device) for name, mask in masks.items()})
         if self.movement:
@@ -249,7 +250,7 @@ def _one_shot(work: MaskedTraining, step: int) -> None:
 
 
 def _gradual(work: MaskedTraining, step: int) -> None:
-    """Prunes a little more every `every` steps, and at the end exactly to the density."""
+    """Prunes more after every `every` steps, and at `until` exactly to the density."""
     first = round(work.stage.begin * work.steps)
     last = max(1, round(work.stage.until * work.steps))
     due = (step - first) % work.stage.every == 0 or step == last
@@ -258,17 +259,17 @@ def _gradual(work: MaskedTraining, step: int) -> None:
     start = density_of(work.allowed)
     progress = (step - first) / max(1, last - first)
     density = cubic_density(progress, start=start, end=work.density)
-    # At the first step the cubic is still at its start: there is nothing to prune.
+    # At the first step the cubic function still has its initial value: nothing to prune.
     if density < start:
         work.cut_(density)
 
 
 def _rewind(work: MaskedTraining, step: int) -> None:
-    """Does nothing: the cuts come between the trainings (see `MaskedTraining.events`)."""
+    """Does nothing during a training: the cuts come between trainings, see `events`."""
 
 
 def _rigl(work: MaskedTraining, step: int) -> None:
-    """Prunes before the first step, then moves fewer and fewer entries every `every` steps."""
+    """Prunes before the first step; then moves entries every `every` steps, fewer each time."""
     last = work.stage.until * work.steps
     if step == 0:
         work.cut_(work.density)
@@ -282,4 +283,4 @@ SCHEDULES: dict[str, Callable[[MaskedTraining, int], None]] = {
     "rewind": _rewind,
     "rigl": _rigl,
 }
-"""What each schedule does before the first step (0) and after each."""
+"""The function of each schedule, called before the first step (0) and after each step."""

@@ -271,7 +271,7 @@ def test_a_command_tells_how_far_an_approximate_cut_is_off():
     off = small.after["parity_error"]
     assert 0.01 < off < 2
     assert small.after["told"]["approximate"].startswith(
-        f"{off:.1%} off the outputs of the uncut network on 512"
+        f"outputs differ by {off:.1%} from those before the cut on 512"
     )
     assert small.model.stem.weight.shape[0] < 16
     alone = fedpress.prune(Small(16), input_shape=(1, 8, 8), **how)

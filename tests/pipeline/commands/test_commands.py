@@ -105,7 +105,7 @@ def test_without_data_a_command_says_what_it_could_not_do(shell, trained, tmp_pa
     said = shell("prune", alone, "score=taylor")
     assert said.code == 2
     assert (
-        "score: 'taylor' looks at public examples; give calibration=256, and public examples by --data SOURCE"
+        "score: 'taylor' needs the loss on public examples; give calibration=256, and public examples by --data SOURCE"
         in said.err
     )
     said = shell("train", alone, "epochs=1")

@@ -69,9 +69,9 @@ def test_old_keys_and_new_ones_name_the_same_algorithm():
 
 
 def test_what_says_the_same_thing_twice_is_refused():
-    with pytest.raises(ValidationError, match="server: it stands beside algorithm"):
+    with pytest.raises(ValidationError, match="server: it is given together with algorithm"):
         stage(algorithm="scaffold", server={"kind": "adam"})
-    with pytest.raises(ValidationError, match="proximal_mu: it stands beside algorithm"):
+    with pytest.raises(ValidationError, match="proximal_mu: it is given together with algorithm"):
         stage(algorithm="fedprox", proximal_mu=0.3)
     with pytest.raises(ValidationError, match="leave out sum"):
         stage(aggregator="median", sum="secure")

@@ -166,7 +166,7 @@ CORRELATED = CENTRAL + "correlated = { bands = 2 }\n"
         (
             "schedule = { kind = 'synchronous', deadline = 2.0 }\n",
             "",
-            "nobody is late without a clock",
+            "without simulated delays no client",
         ),
         (
             "cohort = 4\nsampling = 'poisson'\n" + FIRST + DELAYS,

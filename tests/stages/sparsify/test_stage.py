@@ -207,7 +207,7 @@ def test_checking_tells_the_density_and_gives_the_model_on_with_its_zeros():
         ("density = 0.003\npattern = 'filter'\n", RecipeError, "cannot be reached"),
         ("density = 0.1\nkeep = ['nothing.*']\n", RecipeError, "no weight matches"),
         ("density = 0.5\n" + SPARSIFY + "density = 0.6\n", RecipeError, "are left"),
-        ("densities = { x = 0.5 }\n", RecipeError, "no weight 'x' gets zeros here"),
+        ("densities = { x = 0.5 }\n", RecipeError, "no weight 'x' is pruned here"),
     ],
 )
 def test_what_cannot_be_is_found_before_the_run(text, kind, said):

@@ -1,4 +1,4 @@
-"""The two halves of a stage: what each is bound from, and what a client refuses before the first round."""
+"""Server and client sides of a stage: how they are built, and what a client refuses before the first round."""
 
 import json
 from dataclasses import replace
@@ -45,7 +45,7 @@ def examples(at: int) -> Arrays:
     return Arrays(torch.randn(n, 6, generator=chance), torch.randint(3, (n,), generator=chance))
 
 
-def halves(begin: CommonInputs) -> dict[str, ClientSide]:
+def clients_of(begin: CommonInputs) -> dict[str, ClientSide]:
     return {
         name: ClientSide(name, examples(at), begin, InMemoryState())
         for at, name in enumerate(NAMES)
@@ -112,7 +112,7 @@ def test_every_key_of_the_table_is_known_to_be_alike_or_not_to_matter():
 @pytest.mark.parametrize("key", ALTERED)
 def test_a_client_with_another_value_of_a_key_refuses_by_the_name_of_the_entry(key):
     value, entry = ALTERED[key]
-    clients = halves(common())
+    clients = clients_of(common())
     clients["b"] = ClientSide("b", examples(1), common(**{key: value}), InMemoryState())
     transport = transport_to(clients)
     population = Population(NAMES, {name: len(clients[name].arrays) for name in NAMES})
@@ -149,7 +149,7 @@ def test_a_client_with_another_value_of_a_key_refuses_by_the_name_of_the_entry(k
     ],
 )
 def test_other_seeds_preprocessing_and_plans_are_refused_by_name(keys, other, entry):
-    ours, theirs = halves(common(**keys)), halves(common(**other))
+    ours, theirs = clients_of(common(**keys)), clients_of(common(**other))
     clients = {**ours, "c": theirs["c"]}
     transport = transport_to(clients)
     contract = common(**keys).contract(register(transport))
@@ -160,7 +160,7 @@ def test_other_seeds_preprocessing_and_plans_are_refused_by_name(keys, other, en
 
 def test_without_a_client_that_agrees_there_is_no_run():
     with pytest.raises(RecipeError, match=r"no client agrees, for instance a .*agreement\.seed"):
-        ServerSide.bind(common(seed=8), transport_to(halves(common())))
+        ServerSide.bind(common(seed=8), transport_to(clients_of(common())))
 
 
 @pytest.mark.parametrize(
@@ -178,7 +178,7 @@ def test_without_a_client_that_agrees_there_is_no_run():
 def test_a_client_tells_its_count_only_where_it_is_public_and_its_key_only_for_a_secure_sum(
     keys, counts, identities
 ):
-    clients = halves(common(**keys))
+    clients = clients_of(common(**keys))
     reply = ask(clients["a"], Message("register"))
     assert reply.header.keys() == {"examples"} & {"examples" if counts else ""} | (
         {"identity"} if identities else set()
@@ -189,7 +189,7 @@ def test_a_client_tells_its_count_only_where_it_is_public_and_its_key_only_for_a
 
 
 def test_a_client_refuses_what_the_server_invents_about_it():
-    clients = halves(common(privacy=SAMPLE))
+    clients = clients_of(common(privacy=SAMPLE))
     true = register(transport_to(clients))
     agreement = common(privacy=SAMPLE).contract(true).terms.agreement.to_json()
 
@@ -205,7 +205,7 @@ def test_a_client_refuses_what_the_server_invents_about_it():
         told(replace(true, examples={**true.counts, "a": 11}))
     with pytest.raises(WireError, match="does not name 'a'"):
         told(Population(NAMES[1:], {name: true.counts[name] for name in NAMES[1:]}))
-    secure = halves(common(privacy=SECURE))
+    secure = clients_of(common(privacy=SECURE))
     known = register(transport_to(secure))
     wrong = {**known.identities, "a": known.identities["b"]}
     tensors = {
@@ -217,15 +217,15 @@ def test_a_client_refuses_what_the_server_invents_about_it():
 
 
 def test_before_it_has_agreed_a_client_answers_nothing_else():
-    client = halves(common())["a"]
+    client = clients_of(common())["a"]
     for kind in ("fit", "evaluate", "join", "roster", "unmask"):
-        with pytest.raises(WireError, match=f"{kind}: this client has agreed to nothing"):
+        with pytest.raises(WireError, match=f"{kind}: this client has not agreed yet"):
             ask(client, Message(kind))
 
 
 def test_accuracy_on_private_examples_is_refused_by_the_client_itself():
     for keys in ({"privacy": SAMPLE}, {"privacy": CLIENT}):
-        clients = halves(common(**keys))
+        clients = clients_of(common(**keys))
         server = ServerSide.bind(common(**keys), transport_to(clients))
         params = torch.cat([p.detach().reshape(-1) for p in server.model.parameters()])
         assert server.client_scores(params) == {}
@@ -235,7 +235,7 @@ def test_accuracy_on_private_examples_is_refused_by_the_client_itself():
 
 
 def test_without_privacy_every_client_says_what_the_model_is_worth_to_it():
-    clients = halves(common())
+    clients = clients_of(common())
     server = ServerSide.bind(common(), transport_to(clients))
     params = torch.cat([p.detach().reshape(-1) for p in server.model.parameters()])
     found = server.client_scores(params)
@@ -247,7 +247,7 @@ def test_without_privacy_every_client_says_what_the_model_is_worth_to_it():
 
 @pytest.mark.parametrize("metrics", [{"accuracy": "high"}, {"accuracy": True}, {"accuracy": []}, 3])
 def test_an_evaluation_that_is_none_is_left_out(metrics):
-    clients = halves(common())
+    clients = clients_of(common())
 
     def invented(request):
         reply = unpack(clients["b"].handle(request))
@@ -263,22 +263,22 @@ def test_an_evaluation_that_is_none_is_left_out(metrics):
 
 def test_every_client_of_a_secure_sum_makes_a_secret_of_its_own():
     keys = {"privacy": SECURE, "secure_keys": True}
-    identities = [register(transport_to(halves(common(**keys)))).identities for _ in range(2)]
+    identities = [register(transport_to(clients_of(common(**keys)))).identities for _ in range(2)]
     assert len({key for one in identities for key in one.values()}) == 2 * len(NAMES)
     from_seed = [
-        register(transport_to(halves(common(privacy=SECURE)))).identities for _ in range(2)
+        register(transport_to(clients_of(common(privacy=SECURE)))).identities for _ in range(2)
     ]
     assert from_seed[0] == from_seed[1]
 
 
 def test_clients_that_work_with_different_recipes_are_told_apart_when_they_register():
-    clients = halves(common()) | {"b": halves(common(privacy=CLIENT))["b"]}
-    with pytest.raises(RecipeError, match=r"do not work with one recipe .*population\.examples"):
+    clients = clients_of(common()) | {"b": clients_of(common(privacy=CLIENT))["b"]}
+    with pytest.raises(RecipeError, match=r"have different recipes .*population\.examples"):
         register(transport_to(clients))
 
 
 def test_the_bytes_before_the_first_round_are_those_of_the_messages():
-    transport = transport_to(halves(common()))
+    transport = transport_to(clients_of(common()))
     server = ServerSide.bind(common(), transport)
     assert server.set_up == transport.traffic
     assert server.set_up.up > 0
@@ -287,9 +287,9 @@ def test_the_bytes_before_the_first_round_are_those_of_the_messages():
 
 def test_where_the_cohort_is_secret_no_length_tells_that_a_client_refused():
     central = {"privacy": CLIENT, "sampling": "poisson", "cohort": 2}
-    other = halves(common(lr=0.5, **central))["b"]
+    other = clients_of(common(lr=0.5, **central))["b"]
     told, sent = [], []
-    for clients in (halves(common(**central)), halves(common(**central)) | {"b": other}):
+    for clients in (clients_of(common(**central)), clients_of(common(**central)) | {"b": other}):
         transport = transport_to(clients)
         told.append(ServerSide.bind(common(**central), transport).set_up)
         sent.append(transport.traffic)
@@ -298,5 +298,5 @@ def test_where_the_cohort_is_secret_no_length_tells_that_a_client_refused():
 
 
 def test_the_population_is_json_that_names_no_example():
-    population = register(transport_to(halves(common())))
+    population = register(transport_to(clients_of(common())))
     assert json.loads(population.to_json())["names"] == list(NAMES)
