@@ -184,7 +184,9 @@ def open_to_resume(
     """
     if not (place / "settings.json").exists():
         raise RunError(
-            "there is no run to resume", place=place, cure="leave out --resume to start one"
+            "there is no run to resume",
+            place=place,
+            cure=("give a recipe and leave out ", Argument("resume"), " to start one"),
         )
     stack.enter_context(lock.locked(place))
     check_run(place)
@@ -258,7 +260,8 @@ def _refuse_functions(recipe: Path, functions: list[str]) -> None:
             cure=(
                 "nothing was loaded. If you know that code and trust the folder, add ",
                 Argument("allow_code", tuple(arguments)),
-                ", or name your own recipe file before --resume",
+                ", or name your own recipe file beside ",
+                Argument("resume"),
             ),
         )
 

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from fedpress import storage, tasks
+from fedpress.api.modules import building_spec, not_buildable
 from fedpress.api.progress import show
 from fedpress.api.result import Result
 from fedpress.core import consent
@@ -113,9 +114,9 @@ def call(
         opened = _checked(kind, opened, loaded, out)
         place = out if out is not None else stack.enter_context(tempfile.TemporaryDirectory())
         result = _executed(bound, loaded, Path(place), str(model)[:200], progress)
-        # Such a spec names a module by a number of this process. No other process could build it.
-        unknown = opened.module is not None and (out is None or opened.named is None)
-        result = replace(result, spec=None if unknown else result.spec)
+        # Of a module that only this process can build, a spec is worth nothing to others.
+        if result.spec is not None and result.spec.architecture == memory.IN_MEMORY:
+            result = replace(result, spec=None)
         if out is not None:
             return result
         return replace(result, folder=None, artifact=None, files=_files(result))
@@ -268,12 +269,19 @@ def _find_model(
             place="checkpoint",
             cure="load them into it, and leave it out",
         )
+    spec = memory.spec_that_builds(model)
     named = memory.find_buildable(model)
-    _refuse_what_cannot_be_saved(kind, model, named, out)
-    chosen_model = ChosenModel(stack.enter_context(holding(model, named)), module=model)
-    if named is not None and ":" in named.architecture:
-        # The user's program has imported this class already, so consent is not needed.
-        stack.enter_context(consent.allowing(named.architecture))
+    if named is not None and not (spec is not None and spec.sparse):
+        spec = None  # it is built as it is; only zeros that must stay are no part of a name
+    if spec is not None:
+        named = None
+    if named is None and building_spec(model) is None:
+        _refuse_what_cannot_be_saved(kind, model, out)
+    chosen_model = ChosenModel(stack.enter_context(holding(model, named, spec)), module=model)
+    for known in (named, spec):
+        if known is not None and ":" in known.architecture:
+            # Its class is here already: nothing new is called.
+            stack.enter_context(consent.allowing(known.architecture))
     return CallModel(chosen_model, model, named)
 
 
@@ -289,7 +297,7 @@ def _checked(kind: str, opened: CallModel, data: FederatedData, out: object) -> 
     name = opened.chosen_model.model["arguments"]["name"]
     if memory.check_buildable(opened.module, name, data.preprocess(arrays.x[:2])):
         return opened
-    _refuse_what_cannot_be_saved(kind, opened.module, None, out)
+    _refuse_what_cannot_be_saved(kind, opened.module, out)
     return replace(opened, named=None)
 
 
@@ -384,32 +392,19 @@ def _saved_with_task(chosen_model: ChosenModel, spec: ModelSpec) -> tuple[nn.Mod
     return model, tasks.of_model(spec.task, spec.class_names)
 
 
-def _refuse_what_cannot_be_saved(
-    kind: str, model: nn.Module, named: memory.Buildable | None, out: object
-) -> None:
-    """Refuses, before any work, to write a module that could not be loaded later.
+def _refuse_what_cannot_be_saved(kind: str, model: nn.Module, out: object) -> None:
+    """Refuses, before any work, to write a module that could not be loaded again.
 
     Raises:
-        ModelError: if the call must write the module, and nothing is known that builds it.
+        ModelError: if the call would write it.
     """
     row = row_of(kind).load()
-    if named is not None or (out is None and not row.needs_buildable_spec):
+    if out is None and not row.needs_buildable_spec:
         return
-    what = "the file" if row.needs_buildable_spec else "the folder"
-    error = ModelError(
-        f"{what} could not be opened later, since nothing is known that builds this "
-        f"{type(model).__name__}: it is not made of torch.nn layers in sequences alone, and its "
-        "class does not build it from arguments that it keeps",
-        place=kind if row.needs_buildable_spec else "out",
-        cure=(
-            "give ",
-            Argument("model", "package.module:function"),
-            ", a function that returns it, and ",
-            Argument("checkpoint", "weights.pt"),
-            " with its state_dict()",
-        ),
-    )
-    if not row.needs_buildable_spec:
+    if row.needs_buildable_spec:
+        error = not_buildable(model, place=kind, what="the file")
+    else:
+        error = not_buildable(model, place="out", what="the folder")
         error.add_cure(", or leave ", Argument("out"), " away and keep the result in memory")
     # Only a warning: an exported file runs without the Python class.
     if row.reports_artifact:

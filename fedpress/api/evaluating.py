@@ -12,14 +12,15 @@ import torch
 from pydantic import JsonValue
 from torch import Tensor, nn
 
-from fedpress import storage, tasks
+from fedpress import tasks
 from fedpress.api.calls import DataArguments, Mean, Model, bind, call_scope, model_of
 from fedpress.core.examples import Preprocess
 from fedpress.core.inputs import Inputs, inputs_text
 from fedpress.data import FederatedData
 from fedpress.errors import Argument, DataError, ModelError
 from fedpress.models import ModelSpec, memory
-from fedpress.models.weights import load_weights_
+from fedpress.nn.expected_input import input_cure
+from fedpress.pipeline.arguments import errors_of_command
 from fedpress.pipeline.commands.chosen_data import Standardization
 from fedpress.pipeline.commands.clients import Clients
 from fedpress.pipeline.commands.given import as_taken, classes_in, pair_of
@@ -88,7 +89,8 @@ def evaluate(
         _, bound, loaded = bind("measure", model, arguments, settings, stack)
         if not len(loaded.test):
             raise _nothing_to_measure_on()
-        state = first_state(bound.recipe, loaded)
+        with errors_of_command("evaluate"):
+            state = first_state(bound.recipe, loaded)
         found = evaluation.evaluate(
             state.model.to(state.device),
             loaded.test,
@@ -230,12 +232,9 @@ def _network(
     weights = Path(checkpoint) if checkpoint is not None else None
     chosen_model = ChosenModel.find(model, weights=weights)
     if chosen_model.spec is None:
-        network = chosen_model.fresh([])
-        assert network is not None
-        if weights is not None:
-            load_weights_(network, weights)
+        _, network = chosen_model.opened((1,))  # the shape would only be written to a file
         return network, own or Preprocess(), None
-    spec, network = storage.load(Path(model))
+    spec, network = chosen_model.opened()
     return network, own or Preprocess(spec.mean, spec.std), _task_of(spec)
 
 
@@ -259,7 +258,11 @@ def _outputs(network: nn.Module, x: Inputs) -> Tensor:
             f"it does not take examples of {inputs_text(x)} ({type(error).__name__}: "
             f"{str(error).splitlines()[0]})",
             place="inputs",
-            cure="give examples as the model was trained on, the first dimension counts them",
+            cure=input_cure(
+                network,
+                x,
+                "give examples as the model was trained on, the first dimension counts them",
+            ),
         ) from error
     if not isinstance(found, Tensor):
         raise ModelError(

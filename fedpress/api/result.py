@@ -13,6 +13,8 @@ from fedpress.api import shown
 from fedpress.errors import RunError
 from fedpress.models import ModelSpec, memory
 from fedpress.reports.comparison import comparison_table
+from fedpress.reports.detail_tables import unchanged_table
+from fedpress.reports.table import Table
 from fedpress.workspace.atomic import read_json
 from fedpress.workspace.damage import CURES
 from fedpress.workspace.folder import RunFolder
@@ -58,7 +60,7 @@ class Result:
             raise RunError(
                 "corrupt (it has no final.name)",
                 place=f"{run.path / 'result.json'}",
-                cure=f"{CURES['result.json']}",
+                cure=CURES["result.json"],
             )
         stage = run.stage(0, kind, facts["name"])
         spec, model = stage.load()
@@ -71,11 +73,23 @@ class Result:
         )
 
     def __str__(self) -> str:
-        """Returns a table of what changed: metrics, parameters, file, latency."""
-        return shown.as_text(comparison_table(dict(self.before), dict(self.after)))
+        """Returns a table of what changed: metrics, parameters, file, latency, bytes, epsilon.
+
+        Below it stands what was left as it was, and where a target was met only nearly.
+        """
+        return "\n\n".join(shown.as_text(table) for table in self._tables())
 
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
-        """Returns the same table for a notebook."""
-        return shown.as_html(comparison_table(dict(self.before), dict(self.after)))
+        """Returns the same tables for a notebook."""
+        return "".join(shown.as_html(table) for table in self._tables())
+
+    def _tables(self) -> list[Table]:
+        after = dict(self.after)
+        found = [comparison_table(dict(self.before), after)]
+        # A call has one stage, so its name says nothing.
+        left = unchanged_table([{"name": "", **after}])
+        if left.rows:
+            found.append(Table(left.header[1:], [row[1:] for row in left.rows]))
+        return found

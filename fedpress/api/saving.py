@@ -9,11 +9,11 @@ from torch import nn
 
 from fedpress import storage
 from fedpress.api.calls import Model, call_scope, model_of
+from fedpress.api.modules import building_spec, not_buildable
 from fedpress.api.result import Result
-from fedpress.errors import Argument, ModelError
+from fedpress.errors import ModelError
 from fedpress.models import ModelSpec, memory
 from fedpress.models.saved import save_model
-from fedpress.models.weights import load_weights_
 from fedpress.pipeline.commands import several
 from fedpress.pipeline.commands.subject import ChosenModel
 
@@ -101,36 +101,13 @@ def _described(
     given = model_of(model)[0]
     if not isinstance(given, nn.Module):
         weights = Path(checkpoint) if checkpoint is not None else None
-        chosen_model = ChosenModel.find(given, weights=weights)
-        if chosen_model.spec is not None:
-            return storage.load(Path(given))
-        built = ModelSpec(
-            architecture=chosen_model.model["architecture"],
-            input_shape=several.known_shape(chosen_model.name, shape),
-        )
-        spec, module = built.build_for_user()
-        masked = load_weights_(module, weights) if weights is not None else ()
-        return spec.model_copy(
-            update={"sparse": tuple(dict.fromkeys((*spec.sparse, *masked)))}
-        ), module
-    known = memory.spec_of(given)
-    if known is not None and _builds(known, given):
+        return ChosenModel.find(given, weights=weights).opened(shape)
+    known = building_spec(given)
+    if known is not None:
         return known, given
     named = memory.find_buildable(given)
     if named is None:
-        raise ModelError(
-            f"nothing is known that builds this {type(given).__name__} again: it is not made of "
-            "torch.nn layers in "
-            "sequences alone, and its class does not build it from arguments that it keeps",
-            place="model",
-            cure=(
-                "give ",
-                Argument("model", "package.module:function"),
-                ", a function that returns it, and ",
-                Argument("checkpoint", "weights.pt"),
-                " with its state_dict()",
-            ),
-        )
+        raise not_buildable(given, place="model")
     return (
         ModelSpec(
             architecture=named.architecture,
@@ -138,16 +115,4 @@ def _described(
             input_shape=several.known_shape(type(given).__name__, shape),
         ),
         given,
-    )
-
-
-def _builds(spec: ModelSpec, module: nn.Module) -> bool:
-    """Whether `spec` builds a network with the tensor names and shapes of `module`."""
-    try:
-        built = spec.build()
-    except ModelError:
-        return False
-    mine, theirs = module.state_dict(), built.state_dict()
-    return mine.keys() == theirs.keys() and all(
-        mine[name].shape == theirs[name].shape for name in mine
     )

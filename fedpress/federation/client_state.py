@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fedpress.core import checksums
 from fedpress.core.files import replacing, writing
-from fedpress.errors import RunError
+from fedpress.errors import Argument, RunError
 
 JSON_TENSOR = "json"
 """Name of the uint8 tensor with the JSON text of an entry."""
@@ -161,7 +161,7 @@ class DiskState:
         path = self._path(stem)
         # safetensors refuses tensors that are not contiguous or share memory.
         tensors = {name: t.contiguous().clone() for name, t in state.items()}
-        cure = "free some space, then go on with --resume"
+        cure = ("free some space, then go on with ", Argument("resume"))
         with writing(path, full=cure, other=cure):
             self.folder.mkdir(parents=True, exist_ok=True)
             # Not synced to disk, which would be slow in every round. After a power cut the state

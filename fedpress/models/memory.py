@@ -16,7 +16,7 @@ from functools import partial
 from itertools import count
 from types import FunctionType, MethodType
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import torch
 from pydantic import JsonValue
@@ -43,32 +43,45 @@ class Buildable:
     arguments: dict[str, JsonValue]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class _Registered:
     module: nn.Module
     named: Buildable | None
+    spec: Any = None
 
 
-_registered: dict[str, _Registered] = {}
+@dataclass(frozen=True, eq=False)
+class _Remembered:
+    """The spec of a result; `origin` is the module that it builds on, if that lives in memory."""
+
+    spec: Any
+    origin: _Registered | None
+
+
+# A module stays here while a block of `registered`, or a result that is built on it, needs it.
+_registered: WeakValueDictionary[str, _Registered] = WeakValueDictionary()
 _numbers = count(1)
-_specs: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
+_specs: WeakKeyDictionary[nn.Module, _Remembered] = WeakKeyDictionary()
 
 
 @contextmanager
-def registered(module: nn.Module, named: Buildable | None = None) -> Iterator[str]:
+def registered(
+    module: nn.Module, named: Buildable | None = None, spec: Any = None
+) -> Iterator[str]:
     """Registers a module inside of the `with` block, and yields its name for `registered_copy`.
 
     Args:
         module: the module; it is not changed.
         named: what files name instead of it (see `find_buildable`). None: another process cannot
             open files of the model.
+        spec: of a module that an earlier call has changed (see `spec_that_builds`): files get what
+            that call has cut, masked and quantized.
     """
     name = str(next(_numbers))
-    _registered[name] = _Registered(module, named)
-    try:
-        yield name
-    finally:
-        del _registered[name]
+    here = _Registered(module, named, spec)
+    _registered[name] = here
+    yield name
+    del here
 
 
 def registered_copy(name: str) -> nn.Module:
@@ -102,12 +115,42 @@ held = registered_copy  # `IN_MEMORY` names it
 
 def remember_spec(module: nn.Module, spec: Any) -> None:
     """Remembers the spec of a network that a command returns, as long as the network exists."""
-    _specs[module] = spec
+    _specs[module] = _Remembered(spec, _registered_as(spec.architecture, spec.arguments))
 
 
 def spec_of(module: nn.Module) -> Any:
     """Returns the spec of a network that a command has returned; None for others."""
-    return _specs.get(module)
+    found = _specs.get(module)
+    return None if found is None else found.spec
+
+
+def spec_that_builds(module: nn.Module) -> Any:
+    """Returns the spec of a network that a command has returned, if it still builds that network.
+
+    Its user may have changed layers or attributes since then.
+    """
+    spec = spec_of(module)
+    if spec is None:
+        return None
+    try:
+        # Fresh weights are drawn: the user's own sequence of random numbers must not move.
+        with torch.random.fork_rng(devices=[]):
+            again = spec.build()
+        again.load_state_dict(module.state_dict())
+    # A user's constructor may raise anything, and loading refuses other shapes.
+    except Exception:
+        return None
+    return spec if _same(again, module) else None
+
+
+def held_spec(architecture: str, arguments: Mapping[str, JsonValue]) -> Any:
+    """Returns the spec that `registered` was given for a module in memory; None if there is none."""
+    found = _registered_as(architecture, arguments)
+    return None if found is None else found.spec
+
+
+def _registered_as(architecture: str, arguments: Mapping[str, JsonValue]) -> _Registered | None:
+    return _registered.get(str(arguments.get("name"))) if architecture == IN_MEMORY else None
 
 
 def buildable_for_files(architecture: str, arguments: dict[str, JsonValue]) -> Buildable:
@@ -115,10 +158,9 @@ def buildable_for_files(architecture: str, arguments: dict[str, JsonValue]) -> B
 
     For a registered module it is the `Buildable` with which it was registered, if it has one.
     """
-    if architecture == IN_MEMORY:
-        found = _registered.get(str(arguments.get("name")))
-        if found is not None and found.named is not None:
-            return found.named
+    found = _registered_as(architecture, arguments)
+    if found is not None and found.named is not None:
+        return found.named
     return Buildable(architecture, arguments)
 
 
@@ -145,15 +187,44 @@ def find_buildable(module: nn.Module) -> Buildable | None:
         if getattr(home, kind.__name__) is not kind or arguments is None:
             return None
         rebuilt = _built(module, arguments)
-        same = (
-            repr(rebuilt) == repr(module)
-            and _buffers(rebuilt) == _buffers(module)
-            and _settings(rebuilt) == _settings(module)
-        )
+        same = _same(rebuilt, module)
     # A user's constructor may raise anything. It then needs other arguments than these.
     except Exception:
         return None
     return Buildable(f"{kind.__module__}:{kind.__name__}", arguments) if same else None
+
+
+def why_no_name(module: nn.Module) -> str:
+    """Says in a sentence why `find_buildable` finds nothing.
+
+    >>> class Own(nn.Module): ...
+    >>> why_no_name(nn.Sequential(Own()))
+    'a layer in it, Own, is not of torch.nn'
+    """
+    kind = type(module)
+    if kind.__module__.startswith("torch.nn"):
+        own = next(
+            (part for part in module.modules() if not type(part).__module__.startswith("torch.nn")),
+            None,
+        )
+        if own is None:
+            return "it has hooks, shared layers or attributes that no list of layers can say"
+        return f"a layer in it, {type(own).__name__}, is not of torch.nn"
+    if "." in kind.__qualname__ or kind.__module__ in ("__main__", "builtins"):
+        return (
+            "its class is defined in a script, notebook or function, where nothing else can "
+            "import it"
+        )
+    return "its class does not build the same network from attributes named as its arguments"
+
+
+def _same(one: nn.Module, other: nn.Module) -> bool:
+    """Whether two modules have the same layers, buffers and other attributes."""
+    return (
+        repr(one) == repr(other)
+        and _buffers(one) == _buffers(other)
+        and _settings(one) == _settings(other)
+    )
 
 
 def _built(module: nn.Module, arguments: dict[str, Any]) -> nn.Module:
@@ -196,7 +267,7 @@ def check_buildable(module: nn.Module, name: str, x: Inputs) -> bool:
     except Exception:
         same = False
     if not same:
-        _registered[name] = _Registered(found.module, None)
+        found.named = None
     return same
 
 

@@ -36,6 +36,19 @@ ARCHITECTURES: dict[str, Any] = {
     layer_list.NAME: layer_list.build,
 }
 
+STRUCTURE = (
+    "architecture",
+    "arguments",
+    "resized",
+    "numbers",
+    "groups",
+    "sparse",
+    "kept_zeros",
+    "folded",
+    "quantized",
+)
+"""Fields of a spec that say how its network is built; the others say what its numbers mean."""
+
 
 MOST_REMEMBERED = 1000
 _RUN_WITHIN_LIMITS: set[tuple[Any, tuple[int, ...], bytes]] = set()
@@ -267,11 +280,15 @@ class ModelSpec(BaseModel):
         limits.check("values", values, "model")
         limits.check("layers", sum(1 for _ in model.modules()) - 1, "model")
         named = memory.buildable_for_files(self.architecture, self.arguments)
-        changed = {
+        changed: dict[str, Any] = {
             "sparse": masked,
             "architecture": named.architecture,
             "arguments": named.arguments,
         }
+        earlier = memory.held_spec(self.architecture, self.arguments)
+        if earlier is not None:  # the module is the result of an earlier call
+            changed = {name: getattr(earlier, name) for name in STRUCTURE}
+            changed["sparse"] = tuple(dict.fromkeys((*earlier.sparse, *masked)))
         return self.model_copy(update=changed), model
 
     def _build_without_masks(self) -> tuple[nn.Module, tuple[str, ...]]:

@@ -51,6 +51,7 @@ ROWS = (
     Row("std", "--std", ("data.std",)),
     Row("device", "--device", ("device",)),
     Row("out", "--out"),
+    Row("resume", "--resume"),
     Row("allow_code", "--allow-code"),
     Row("formats", "--formats"),
     Row("batches", "--batches"),

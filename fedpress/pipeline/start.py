@@ -15,13 +15,15 @@ from fedpress import data as data_sets
 from fedpress import storage
 from fedpress.compress import cost
 from fedpress.core import consent
-from fedpress.core.inputs import Shape, call, dtype_of, shape_of, shape_text
+from fedpress.core.inputs import Inputs, Shape, call, dtype_of, shape_of, shape_text
 from fedpress.core.log import logger
 from fedpress.core.random import derive
 from fedpress.data.examples import Progress
 from fedpress.errors import Argument, FedpressError, ModelError, RecipeError, Words
 from fedpress.models import ModelSpec, memory
 from fedpress.models.weights import load_weights_
+from fedpress.nn.expected_input import input_cure
+from fedpress.nn.resize import copied
 from fedpress.pipeline.arguments import KEYS
 from fedpress.pipeline.places import errors_of_data, errors_of_device, errors_of_model
 from fedpress.pipeline.recipe import ModelSettings, Recipe
@@ -109,14 +111,17 @@ def first_state(recipe: Recipe, data: data_sets.FederatedData) -> State:
     try:
         with torch.inference_mode():
             # Two rows: some networks cannot take a batch of one.
-            logits = call(model.eval(), data.preprocess(examples.x[:2]))
+            given = data.preprocess(examples.x[:2])
+            logits = call(model.eval(), given)
     # A user's network may raise anything.
     except Exception as error:
-        raise _not_taken(recipe, spec, model, error) from error
+        raise _not_taken(recipe, spec, model, given, error) from error
     if data.labelled:
         _check_outputs(recipe, spec, logits, examples.y[:2], data)
-    dense = cost.parameters(spec.build_dense())
-    return State(spec, model.train(), data, recipe.seed, dense, device=at)
+    # A module in memory is where its user begins, even if an earlier call has cut it.
+    start = copied(model) if recipe.model.architecture == memory.IN_MEMORY else None
+    dense = cost.parameters(start if start is not None else spec.build_dense())
+    return State(spec, model.train(), data, recipe.seed, dense, device=at, given=start)
 
 
 def _check_mlp(settings: ModelSettings, shape: Shape, data: data_sets.FederatedData) -> None:
@@ -148,9 +153,11 @@ def _check_mlp(settings: ModelSettings, shape: Shape, data: data_sets.FederatedD
     )
 
 
-def _not_taken(recipe: Recipe, spec: ModelSpec, model: nn.Module, error: Exception) -> RecipeError:
-    """Returns the error for a network that fails on an example of the data."""
-    # For a module in memory the name of its class: `IN_MEMORY` is an internal name.
+def _not_taken(
+    recipe: Recipe, spec: ModelSpec, model: nn.Module, given: Inputs, error: Exception
+) -> RecipeError:
+    """Returns the error of a network that does not run on examples `given` of the data."""
+    # A module in memory goes by the name of its class; `IN_MEMORY` is a name that no user has written.
     in_memory = recipe.model.architecture == memory.IN_MEMORY
     name = type(model).__name__ if in_memory else spec.architecture
     reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
@@ -162,7 +169,7 @@ def _not_taken(recipe: Recipe, spec: ModelSpec, model: nn.Module, error: Excepti
     elif recipe.model.takes_arguments:
         cure = ("fit ", Argument("recipe.model.arguments"), " to the data")
     else:
-        cure = "give examples as the model takes them"
+        cure = input_cure(model, given, "give examples as the model takes them")
     shape = shape_text(spec.input_shape)
     return RecipeError(
         f"'{name}' does not take examples of shape {shape} ({reason})",

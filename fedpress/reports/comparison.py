@@ -8,6 +8,7 @@ from typing import Any
 from fedpress.reports import units
 from fedpress.reports.comparable import common_examples, exported_format, runtime_of, same_test_set
 from fedpress.reports.metrics import MetricFormat, metrics_of
+from fedpress.reports.protection import budget
 from fedpress.reports.reading import Json
 from fedpress.reports.table import Table
 
@@ -27,7 +28,11 @@ def comparison_table(before: Json, after: Json) -> Table:
     Example: `["Parameters", "1.00 M", "300 k", "30.0%"]`. The last cell is empty where the two
     numbers were measured in different ways, such as latencies in two runtimes.
     """
-    rows = [*_metric_rows(before, after), *_cost_rows(before, after)]
+    rows = [
+        *_metric_rows(before, after),
+        *_cost_rows(before, after),
+        *_federation_rows(after),
+    ]
     return Table(header=["", "Before", "After", ""], rows=rows)
 
 
@@ -60,6 +65,19 @@ def _cost_rows(before: Json, after: Json) -> list[list[str]]:
         if not difference and old and new is not None:
             share = units.percent(new / old, 1)
         rows.append([title + difference, form(old), form(new), share])
+    return rows
+
+
+def _federation_rows(after: Json) -> list[list[str]]:
+    """Returns what a federation sent in all its rounds, and what it spent of privacy."""
+    rows = []
+    for title, key in (("Sent by clients", "bytes_up"), ("Sent to clients", "bytes_down")):
+        if units.number(after.get(key)) is not None:
+            rows.append([title, "", units.size(after[key]), ""])
+    if "bytes_up" in after:
+        # A federation without privacy says so: an absent row would look like an omission.
+        private = units.number(after.get("epsilon")) is not None
+        rows.append(["Privacy spent", "", budget(after) if private else "no guarantee", ""])
     return rows
 
 

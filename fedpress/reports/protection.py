@@ -140,14 +140,14 @@ def _by_unit(title: str, stage: Json) -> Protection:
     unknown = f"the unit “{stage.get('unit')}”, which this version cannot explain"
     return Protection(
         title=title,
-        summary=f"{_budget(stage)} was spent for {unknown}.",
+        summary=f"{budget(stage)} was spent for {unknown}.",
         protected=[],
         trusted=[SEED],
         unprotected=PUBLIC,
     )
 
 
-def _budget(stage: Json) -> str:
+def budget(stage: Json) -> str:
     """Returns epsilon and delta as text, such as "ε = 2.00 at δ = 1e-5".
 
     The sign is "≤" where the stage computed only an upper bound of epsilon.
@@ -335,11 +335,11 @@ def _client_distributed(title: str, stage: Json) -> Protection:
 
 
 def _example(stage: Json) -> str:
-    return f"Every private example is protected with {_budget(stage)}"
+    return f"Every private example is protected with {budget(stage)}"
 
 
 def _whole_client(stage: Json) -> str:
-    return f"Each client as a whole is protected with {_budget(stage)}"
+    return f"Each client as a whole is protected with {budget(stage)}"
 
 
 def _without_privacy(title: str, stage: Json) -> Protection:

@@ -288,5 +288,5 @@ class Classification(Task):
             raise DataError(
                 "some labels are no class number",
                 place="targets",
-                cure=f"expected 0 to {len(self.names) - 1}",
+                cure=f"give class numbers from 0 to {len(self.names) - 1}",
             )

@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from fedpress.core import checksums
-from fedpress.errors import RunError
+from fedpress.errors import Argument, RunError, Words
 from fedpress.workspace import records
 from fedpress.workspace.atomic import check_undamaged, read_json, writing
 from fedpress.workspace.stage_folder import PROGRESS, files_of
@@ -16,12 +16,17 @@ from fedpress.workspace.stage_folder import PROGRESS, files_of
 # Files of a stage that are compared with their checksums later, when a resumed run reads them.
 CHECKED_WHEN_READ = (PROGRESS, "model.safetensors", "spec.json")
 # Cures for damage of the files of a run, by name.
-CURES = {
-    "recipe.toml": "move it away, and name the recipe with --resume",
+_REWRITTEN: Words = (
+    "delete this file: a run that goes on with ",
+    Argument("resume"),
+    " writes it again",
+)
+CURES: dict[str, Words] = {
+    "recipe.toml": ("move it away, and name the recipe beside ", Argument("resume")),
     "environment.json": "delete this file",
     "before.json": "delete this file to measure the model again",
-    "result.json": "delete this file: a run that goes on with --resume writes it again",
-    "ledger.json": "delete this file: a run that goes on with --resume writes it again",
+    "result.json": _REWRITTEN,
+    "ledger.json": _REWRITTEN,
     records.NAME: records.CURE,
 }
 REUSE_HINT = "`fedpress run` takes over finished stages that are equal by --from"
@@ -95,7 +100,7 @@ def _artifacts(run: Path) -> Iterator[str]:
                 yield artifact
 
 
-def _cure(run: Path, path: Path) -> str:
+def _cure(run: Path, path: Path) -> Words:
     if path.parent == run:
         return CURES.get(path.name) or new_run_cure(run)
     if path.name == "result.json":

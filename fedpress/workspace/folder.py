@@ -145,7 +145,9 @@ class RunFolder:
         """
         if not (path / "settings.json").exists():
             raise RunError(
-                "there is no run to resume", place=path, cure="leave out --resume to start one"
+                "there is no run to resume",
+                place=path,
+                cure=("give a recipe and leave out ", Argument("resume"), " to start one"),
             )
         lock.check_unlocked(path)
         check_run(path)

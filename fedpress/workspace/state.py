@@ -62,6 +62,8 @@ class State:
             such stage.
         device: where the stages train and measure; latency is always that of the CPU.
         network: reaches clients on other machines; None: the clients of `data` are simulated.
+        given: the module in memory that the user gave, whatever earlier calls had cut from it;
+            None: the model comes from elsewhere.
     """
 
     spec: ModelSpec
@@ -75,6 +77,11 @@ class State:
     parent: Loader | None = None
     device: torch.device = field(default_factory=find)
     network: Network | None = None
+    given: nn.Module | None = None
+
+    def dense_network(self) -> nn.Module:
+        """Returns the network before any pruning, from which shares such as keep_macs count."""
+        return self.given if self.given is not None else self.spec.build_dense()
 
     def example(self, n: int) -> Inputs:
         """Returns `n` prepared examples [n, ...] to trace the model and to count operations on.

@@ -444,7 +444,8 @@ def test_examples_of_other_kinds_are_taken_as_the_model_takes_them(own):
     assert fedpress.quantize(module, data=whole.float().to_sparse()).model is not None
     assert module.training
     with pytest.raises(
-        FedpressError, match=r"does not take examples of shape \[9\].*; give examples as the model"
+        FedpressError,
+        match=r"does not take examples of shape \[9\].*; its first layer, Linear, takes",
     ) as got:
         fedpress.quantize(module, data=torch.rand(5, 9))
     assert "arguments" not in str(got.value)
@@ -665,3 +666,9 @@ def test_labels_of_another_kind_are_refused_with_a_cure_that_works(mend):
         ):
             fedpress.train(module, data=(inputs, wrong), epochs=1)
     assert fedpress.train(module, data=(inputs, mend(one_hot)), epochs=1).after["epochs"] == 1
+
+
+def test_a_target_that_was_met_only_nearly_is_shown_with_the_result():
+    shown = fedpress.prune(net(), input_shape=(1, 8, 8), keep_params=0.43, round_to=8)
+    for text in (str(shown), shown._repr_html_()):
+        assert "the nearest to 0.43 that the widths allow" in text

@@ -155,7 +155,10 @@ def test_a_module_that_nothing_builds_again_is_not_saved(tmp_path):
         def forward(self, x):
             return self.inner(x)
 
-    with pytest.raises(ModelError, match=r"^model: nothing is known that builds this Own again"):
+    with pytest.raises(
+        ModelError,
+        match=r"^model: .*nothing is known that builds this Own: its class is defined in a",
+    ):
         fedpress.save(Own(), tmp_path / "own", input_shape=(6,))
     with pytest.raises(ModelError, match=r"^input_shape: .*not known; give it"):
         fedpress.save(net(), tmp_path / "own")
@@ -190,3 +193,25 @@ def test_the_command_saves_a_function_with_its_weights(shell, tmp_path, monkeypa
 def test_what_cannot_be_measured_on_is_told(data, said):
     with pytest.raises(FedpressError, match=said):
         fedpress.evaluate(net(), data)
+
+
+@pytest.mark.parametrize("call", [fedpress.evaluate, fedpress.predict])
+def test_images_with_channels_last_are_told_as_such(call):
+    images = torch.rand(40, 8, 8, 3)
+    small = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(144, 2))
+    given = (images, Y[:40] % 2) if call is fedpress.evaluate else images
+    with pytest.raises(
+        FedpressError, match=r"give x.permute\(0, 3, 1, 2\), examples of shape \[3, 8"
+    ):
+        call(small, given)
+
+
+def test_labels_to_measure_on_are_named_as_the_argument():
+    with pytest.raises(FedpressError, match=r"^data: some labels are no class number; give class"):
+        fedpress.evaluate(net(), (X, Y + 9))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="it asks for a device that is missing")
+def test_a_device_that_is_missing_is_named_as_the_argument():
+    with pytest.raises(FedpressError, match=r"^device: there is no 'cuda' .*; give device="):
+        fedpress.evaluate(net(), (X, Y), device="cuda")

@@ -84,6 +84,16 @@ def test_a_result_is_the_model_of_the_next_call():
         ({"clients": {"a": (X, Y[:9])}}, r"^clients\['a'\]: 600 inputs but 9 labels"),
         ({"clients": {"a": (X, Y), "b": (X[:, :2], Y)}}, r"^clients\['b'\]: examples of"),
         ({"clients": {"a": (X, X)}}, "^clients: labels of type torch.float32.*regression"),
+        (
+            {"clients": {"a": (X, Y), "b": (X, Y + 7)}},
+            r"^clients\['b'\]: some labels are no class number; give class numbers from 0 to 2",
+        ),
+        ({"clients": three(), "test": (X, Y - 1)}, "^test: some labels.*; give class numbers"),
+        ({"clients": three(), "public": (X, Y + 9)}, "^public: some labels.*; give class"),
+        (
+            {"clients": {"a": (X[:, :, None], Y)}},
+            r"^clients\['a'\]: the model.*x.permute\(0, 2, 1\)",
+        ),
         ({"clients": three(), "data": "digits"}, "^data: clients are given too"),
         ({"clients": three(), "classes": ["a", "b"]}, "^classes: 2 names, .* 3 outputs"),
         ({"test": (X, Y), "data": "digits"}, "^test: it goes with clients"),
@@ -145,3 +155,13 @@ def test_a_saved_model_and_a_run_are_models_too(tmp_path):
     again = fedpress.federate(tmp_path / "run", clients=three(), num_rounds=1, lr=0.3)
     assert again.before["accuracy"] > 0.8
     assert fedpress.evaluate(tmp_path / "run", (X, Y))["accuracy"] > 0.8
+
+
+@pytest.mark.parametrize("private", [None, {"epsilon": 8.0, "unit": "sample"}])
+def test_a_federation_shows_what_it_sent_and_what_it_spent(private):
+    result = fedpress.federate(net(), clients=three(), num_rounds=1, lr=0.1, privacy=private)
+    spent = "no guarantee" if private is None else "ε = 8.00 at δ = 1e-5"
+    for shown in (str(result), repr(result), result._repr_html_()):
+        assert "Sent by clients" in shown
+        assert "Sent to clients" in shown
+        assert spent in shown

@@ -133,3 +133,8 @@ def test_mistakes_are_told_before_anything_is_written(given, said, tmp_path, mon
 def test_a_recipe_made_in_python_says_mistakes_as_a_file_does():
     with pytest.raises(RecipeError, match=r"recipe.data.num_client: no such key"):
         fedpress.Recipe(data={"source": "digits", "num_client": 2}, model={}, stage=[])
+
+
+def test_a_run_that_is_not_there_is_told_in_words_of_python(tmp_path):
+    with pytest.raises(RunError, match=r"no run to resume; .*leave out resume= to start one"):
+        fedpress.run(resume=tmp_path / "none")

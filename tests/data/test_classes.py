@@ -235,7 +235,8 @@ def test_a_label_outside_the_classes_of_own_data_is_not_told():
     one = Arrays(torch.zeros(2, 3), torch.tensor([0, 7]))
     none = Arrays(torch.zeros(0, 3), torch.zeros(0, dtype=torch.int64))
     with pytest.raises(
-        DataError, match="client 'a': some labels are no class number; expected 0 to 1"
+        DataError,
+        match="client 'a': some labels are no class number; give class numbers from 0 to 1",
     ) as caught:
         FederatedData("mine", {"a": one}, none, none, none, 2, ("n", "y"), Preprocess())
     assert "7" not in str(caught.value)

@@ -44,7 +44,7 @@ def test_describe_counts_labels_per_client_in_plain_json():
         ({"class_names": ("no",)}, "2 classes but 1 class names"),
         (
             {"test": arrays(1, label=2)},
-            "test part: some labels are no class number; expected 0 to 1",
+            "test part: some labels are no class number; give class numbers from 0 to 1",
         ),
         ({"test": arrays(1, shape=(3,))}, r"test part: examples of \[3\]"),
         (

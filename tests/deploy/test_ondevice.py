@@ -340,7 +340,7 @@ def test_a_damaged_file_and_other_shapes_are_refused(program, tmp_path):
 def test_a_label_that_is_no_class_is_refused(program, label):
     batch = examples(4, 0)
     batch.y[2] = label
-    with pytest.raises(ExportError, match=r"no class number; expected 0 to 2"):
+    with pytest.raises(ExportError, match=r"no class number; give class numbers from 0 to 2"):
         DeviceModel(program).mean_gradient(batch.x, batch.y)
 
 

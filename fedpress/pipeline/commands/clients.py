@@ -19,7 +19,9 @@ from fedpress.errors import Argument, DataError
 from fedpress.pipeline.commands.given import (
     TEST_SHARE,
     as_taken,
+    check_taken,
     classes_in,
+    naming_parts,
     pair_of,
     task_of_targets,
 )
@@ -90,6 +92,9 @@ class Clients:
         if model is not None:
             taken, shape = as_taken(first_x, model, preprocess)
             as_floats = dtype_of(taken) != dtype_of(first_x)
+            if shape is None:
+                first = self._place_of(next(iter(raw)))
+                check_taken(first_x, model, preprocess, first)
         task = saved or self._task(first_y, shape)
 
         def arrays(x: Inputs, y: Tensor) -> Arrays:
@@ -110,17 +115,27 @@ class Clients:
                     stacklevel=2,
                 )
         names = task.names if task.targets == "classes" else ()
-        return FederatedData(
-            name="data in memory",
-            clients=private,
-            public=public,
-            validation=none,
-            test=test,
-            num_classes=len(names),
-            class_names=names,
-            preprocess=preprocess,
-            task=task,
-        )
+        with naming_parts(self._arguments()):
+            return FederatedData(
+                name="data in memory",
+                clients=private,
+                public=public,
+                validation=none,
+                test=test,
+                num_classes=len(names),
+                class_names=names,
+                preprocess=preprocess,
+                task=task,
+            )
+
+    def _arguments(self) -> dict[str, str]:
+        """Returns the argument that gave each part of the data set."""
+        arguments = {f"client '{name}'": self._place_of(name) for name in self.clients}
+        arguments["public part"] = "public"
+        # What is put aside for testing comes from the clients.
+        own_test = self.test is not None and self.place == "clients"
+        arguments["test part"] = "test" if own_test else self.place
+        return arguments
 
     def _place_of(self, name: str) -> str:
         return f"clients[{name!r}]" if self.place == "clients" else self.place

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sized
+from collections.abc import Iterable, Iterator, Mapping, Sized
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -11,10 +12,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from fedpress.core.examples import Arrays, Preprocess
-from fedpress.core.inputs import Inputs, NamedInputs, call, map_inputs
+from fedpress.core.inputs import Inputs, NamedInputs, call, inputs_text, map_inputs
 from fedpress.core.random_source import public_stream
 from fedpress.data import FederatedData
 from fedpress.errors import DataError
+from fedpress.nn.expected_input import input_cure
 from fedpress.tasks import Binary, Regression, Task
 from fedpress.training.evaluate import evaluating
 
@@ -115,17 +117,22 @@ def _divided(every: Arrays, preprocess: Preprocess, seed: int, **about: Any) -> 
     order = public_stream(seed, "data in memory").permutation(len(every))
     tests = int(TEST_SHARE * len(every))
     validation = int(VALIDATION_SHARE * (len(every) - tests))
-    public = order[tests + validation :]
-    return FederatedData(
-        name="data in memory",
-        # A data set needs a client. Nothing trains on this one.
-        clients={"nobody": every.take(public[:1])},
-        public=every.take(public),
-        validation=every.take(order[tests : tests + validation]),
-        test=every.take(order[:tests]),
-        preprocess=preprocess,
-        **about,
+    test, checked, public = (
+        order[:tests],
+        order[tests : tests + validation],
+        order[tests + validation :],
     )
+    parts = ("client 'nobody'", "public part", "validation part", "test part")
+    with naming_parts(dict.fromkeys(parts, "data")):
+        return FederatedData(
+            name="data in memory",
+            clients={"nobody": every.take(public[:1])},
+            public=every.take(public),
+            validation=every.take(checked),
+            test=every.take(test),
+            preprocess=preprocess,
+            **about,
+        )
 
 
 def task_of_targets(y: Tensor, outputs: tuple[int, ...] | None) -> Task | None:
@@ -163,6 +170,41 @@ def as_taken(
                 continue
             return rows, tuple(out.shape[1:]) if isinstance(out, Tensor) else None
     return x, None
+
+
+@torch.no_grad()
+def check_taken(x: Inputs, model: nn.Module, preprocess: Preprocess, place: str) -> None:
+    """Checks that a model takes the first examples.
+
+    Raises:
+        DataError: saying what the model takes instead, where that is found.
+    """
+    with evaluating(model):
+        given = preprocess(x[:2])
+        try:
+            call(model, given)
+        except Exception as error:  # whatever somebody's own network raises
+            raise DataError(
+                f"the model does not take examples of {inputs_text(x)} ({type(error).__name__}: "
+                f"{str(error).partition(chr(10))[0]})",
+                place=place,
+                cure=input_cure(model, given, "give examples as the model takes them"),
+            ) from error
+
+
+@contextmanager
+def naming_parts(names: Mapping[str, str]) -> Iterator[None]:
+    """Names the argument in errors of a data set about one of its parts.
+
+    Args:
+        names: part (`client 'a'`, `test part`) -> the argument that it was given as.
+    """
+    try:
+        yield
+    except DataError as error:
+        part = error.place.rpartition(": ")[2]
+        error.place = names.get(part, error.place)
+        raise
 
 
 def classes_in(outputs: tuple[int, ...] | None) -> int:

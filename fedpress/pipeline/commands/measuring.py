@@ -22,7 +22,6 @@ from fedpress.deploy import FORMATS, Candidate, Job
 from fedpress.deploy.examples import InputSpec, example_of, is_shape, take_rows
 from fedpress.errors import Argument, ExportError, ModelError, renaming
 from fedpress.models import ModelSpec, memory
-from fedpress.models.weights import load_weights_
 from fedpress.nn.resize import copied
 from fedpress.pipeline.commands.several import Shapes, known_shape, one_shape, several_shapes
 from fedpress.pipeline.commands.subject import ChosenModel, holding, outputs_of, shape_cure
@@ -284,7 +283,8 @@ class Entries:
                 cure="build the model and give that",
             )
         else:
-            spec, model = _load(given, self.inputs.shape, self.checkpoint)
+            chosen_model = ChosenModel.find(given, weights=self.checkpoint)
+            spec, model = chosen_model.opened(self.inputs.shape)
         model.eval()
         unknown = several is None and not spec.class_names
         one = spec.input_shape
@@ -315,21 +315,6 @@ def _same_inputs(entries: Mapping[str, Entry]) -> InputSpec:
                 cure="measure them apart",
             )
     return one.takes
-
-
-def _load(
-    given: str | Path, shape: tuple[int, ...] | None, weights: Path | None
-) -> tuple[ModelSpec, nn.Module]:
-    chosen_model = ChosenModel.find(given, weights=weights)
-    if chosen_model.spec is not None:
-        return storage.load(Path(given))
-    spec = ModelSpec(
-        architecture=chosen_model.model["architecture"], input_shape=known_shape(str(given), shape)
-    )
-    spec, model = spec.build_for_user()
-    if weights is not None:
-        load_weights_(model, weights)
-    return spec, model
 
 
 def _given(spec: ModelSpec | None, name: str, shape: tuple[int, ...] | None) -> InputSpec:

@@ -21,8 +21,10 @@ from fedpress.data import FederatedData
 from fedpress.errors import Argument, DataError, ModelError, Words, did_you_mean
 from fedpress.models import ARCHITECTURES, ModelSpec, memory
 from fedpress.models.memory import Buildable
+from fedpress.models.weights import load_weights_
 from fedpress.pipeline import recipe as recipes
 from fedpress.pipeline.arguments import errors_of_command
+from fedpress.pipeline.commands.several import known_shape
 from fedpress.pipeline.places import errors_of_model
 from fedpress.pipeline.recipe import Override
 from fedpress.pipeline.start import NO_DATA
@@ -107,6 +109,26 @@ class ChosenModel:
         with errors_of_command("model"), errors_of_model():
             return spec.build_for_user()[1]
 
+    def opened(self, shape: tuple[int, ...] | None = None) -> tuple[ModelSpec, nn.Module]:
+        """Opens a saved model, or builds a function with its weights.
+
+        Args:
+            shape: of one example, which a function does not say.
+
+        Raises:
+            ModelError: if the model is damaged, its weights do not fit, or no shape is given.
+        """
+        if self.spec is not None:
+            return storage.load(Path(self.model["checkpoint"]))
+        spec = ModelSpec(
+            architecture=self.model["architecture"], input_shape=known_shape(self.name, shape)
+        )
+        spec, module = spec.build_for_user()
+        if "weights" in self.model:
+            masked = load_weights_(module, Path(self.model["weights"]))
+            spec = spec.model_copy(update={"sparse": tuple(dict.fromkeys((*spec.sparse, *masked)))})
+        return spec, module
+
     def data(self) -> tuple[dict[str, Any], int] | None:
         """Returns the `[data]` table and the seed of the model's run; None if there is none."""
         if self.run is None:
@@ -157,9 +179,11 @@ def _run_of(path: Path) -> Path | None:
 
 
 @contextmanager
-def holding(module: nn.Module, named: Buildable | None = None) -> Iterator[dict[str, Any]]:
-    """Registers a module in memory for the block, and yields a `[model]` table that names it."""
-    with memory.registered(module, named) as name:
+def holding(
+    module: nn.Module, named: Buildable | None = None, spec: ModelSpec | None = None
+) -> Iterator[dict[str, Any]]:
+    """Gives the `[model]` table of a module in memory, as long as the block lasts."""
+    with memory.registered(module, named, spec) as name:
         yield {"architecture": memory.IN_MEMORY, "arguments": {"name": name}}
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import tomli_w
 
 from fedpress.core import limits
-from fedpress.errors import RecipeError, suggestion
+from fedpress.errors import Argument, RecipeError, suggestion
 from fedpress.models.memory import TEACHER
 from fedpress.stages.table import STAGES
 
@@ -46,8 +46,11 @@ def find(name_or_path: str) -> str:
         raise RecipeError(
             f"'{path}' is the folder of a run",
             place="recipe",
-            cure=f"go on with it by --resume {path}, or run its recipe again: "
-            f"{path / 'recipe.toml'}",
+            cure=(
+                "go on with it by ",
+                Argument("resume", path),
+                f", or run its recipe again: {path / 'recipe.toml'}",
+            ),
         )
     known = f"known are {', '.join(names())}, or give a .toml file"
     raise RecipeError(

@@ -300,7 +300,7 @@ class PruneWork:
         if self.start is None:
             smaller_than_dense = self.plans or self.source.spec.resized
             if smaller_than_dense:
-                self.start = latency_ms(self.source.spec.build_dense(), self.source)
+                self.start = latency_ms(self.source.dense_network(), self.source)
             else:
                 self.start = now
         if not self.plans:

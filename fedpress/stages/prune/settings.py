@@ -233,8 +233,8 @@ def cut_target(
         wanted = value
     elif key == "keep_macs":
         cost = graph.macs
-        # The share refers to the dense network, because an earlier stage may have pruned this one.
-        dense = compress.macs(state.spec.build_dense(), example_input(state)[:1])
+        # Of the dense network: an earlier stage may have pruned this one.
+        dense = compress.macs(state.dense_network(), example_input(state)[:1])
         wanted = value * dense
     else:
         cost = graph.parameters

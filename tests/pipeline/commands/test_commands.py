@@ -125,7 +125,7 @@ def test_a_batch_norm_without_data_keeps_its_statistics_and_that_is_said():
     assert result.after["restored_examples"] == 0
     assert result.model[0].out_channels == 4
     assert result.folder is None
-    assert result.spec is None
+    assert result.spec is not None, "another process can build it"
     assert net[0].out_channels == 8, "the module that was given is not changed"
     again = fedpress.prune(result.model, input_shape=(1, 8, 8), keep_params=0.5, round_to=2)
     assert again.model[0].out_channels == 2
