@@ -230,7 +230,7 @@ def test_accuracy_on_private_examples_is_refused_by_the_client_itself():
         params = torch.cat([p.detach().reshape(-1) for p in server.model.parameters()])
         assert server.client_scores(params) == {}
         header = {"agreement": server.contract.terms.agreement.fingerprint}
-        with pytest.raises(WireError, match="a private number"):
+        with pytest.raises(WireError, match="is private too"):
             ask(clients["a"], Message("evaluate", header, {"params": params}))
 
 
