@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 import fedpress
-from fedpress.cli import completion, compress, models
+from fedpress.cli import completion, compress, models, network
 from fedpress.cli.common import (
     AllowCode,
     AsJson,
@@ -48,6 +48,7 @@ app.add_typer(privacy_app, name="privacy")
 app.command()(run)
 compress.add_commands(app)
 models.add_commands(app)
+network.add_commands(app)
 
 
 @app.callback(invoke_without_command=True)

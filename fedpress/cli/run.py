@@ -86,7 +86,7 @@ def run(
         with terminal.waiting(out_stream, "checking that everything fits together"):
             check_recipe(begun.recipe, loaded)
     report_file = _execute(begun, loaded, earlier, out_stream)
-    _show(begun.place, report_file, out_stream, as_json=as_json)
+    show_run(begun.place, report_file, out_stream, as_json=as_json)
 
 
 def _new(
@@ -140,8 +140,8 @@ def _execute(
             return write_report(place)
 
 
-def _show(place: Path, report_file: Path, out_stream: Console, *, as_json: bool) -> None:
-    """Prints what came out."""
+def show_run(place: Path, report_file: Path, out_stream: Console, *, as_json: bool) -> None:
+    """Prints the result of a run: table, metrics, and where the report is."""
     from fedpress.cli import terminal
     from fedpress.reports.outcome import outcome_of
     from fedpress.reports.stage_table import rich_table, runtimes_explained, spread_explained

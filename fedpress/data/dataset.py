@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -61,7 +61,8 @@ class FederatedData:
     task: Task = None  # type: ignore[assignment]  # __post_init__ gives it one
 
     def __post_init__(self) -> None:
-        if not self.clients:
+        # Without clients, the server's data of a deployment: the clients' lie elsewhere.
+        if not any(len(arrays) for _, arrays in self._parts()):
             raise DataError(
                 "there is no client", place=f"data '{self.name}'", cure="give at least one"
             )
@@ -75,7 +76,7 @@ class FederatedData:
                 cure="give one name per class",
             )
         # Compared with one client, since every part must be like every other.
-        first = next(iter(self.clients.values()))
+        first = self._first
         for part, arrays in self._parts():
             if part.startswith("client") and len(arrays) == 0:
                 raise DataError(
@@ -93,7 +94,7 @@ class FederatedData:
                 raise
 
     def _default_task(self) -> Task:
-        y = next(iter(self.clients.values())).y
+        y = self._first.y
         if self.class_names or not y.is_floating_point():
             return Classification(self.class_names)
         width = 1 if y.dim() == 1 else y.shape[1]
@@ -109,9 +110,24 @@ class FederatedData:
         yield "test part", self.test
 
     @property
+    def _first(self) -> Arrays:
+        """The first client's examples; without clients those of the first part that has some."""
+        if self.clients:
+            return next(iter(self.clients.values()))
+        return next(arrays for _, arrays in self._parts() if len(arrays))
+
+    def without_clients(self) -> FederatedData:
+        """Returns the parts that the server of a deployment has: public, validation and test.
+
+        Raises:
+            DataError: if all of them are empty.
+        """
+        return replace(self, clients={})
+
+    @property
     def example_shape(self) -> Shape:
         """The shape of one example, such as (3, 32, 32); for several inputs one for each name."""
-        return shape_of(next(iter(self.clients.values())).x)
+        return shape_of(self._first.x)
 
     def left_out_sentence(self, *, private: bool) -> str:
         """Returns a sentence with the numbers of rows that were left out; empty if there are none.

@@ -123,6 +123,20 @@ class Preparation:
             ) from error
 
     @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> Preparation:
+        """Reads what `to_json` returned, which may come from anybody.
+
+        Raises:
+            DataError: if its parts are missing or contradict each other.
+        """
+        try:
+            return cls._from_json(content)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise DataError(
+                f"corrupt ({error})", place="inputs", cure="use the same fedpress on both sides"
+            ) from error
+
+    @classmethod
     def _from_json(cls, content: Mapping[str, Any]) -> Preparation:
         mean = tuple(map(float, content["mean"]))
         std = tuple(map(float, content["std"]))

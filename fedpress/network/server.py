@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
+from fedpress.core.log import logger
 from fedpress.core.names import ClientId
 from fedpress.errors import NetworkError
-from fedpress.federation.exchange import Traffic
 from fedpress.transport.link import Link
 from fedpress.transport.remote import LOST_AFTER, RemoteTransport
+
+log = logger(__name__)
 
 POLL = 0.5
 """Seconds between two looks for clients."""
@@ -24,13 +26,13 @@ class ServerNetwork:
         link: the server's end of the wire.
         labels: the columns that are predicted, where the clients' data are tables.
         lost_after: seconds of silence after which an offline client counts as lost for a call.
-        sentences: what has happened to clients since somebody looked last.
+        told: is called with a sentence when a client goes, comes back, or is called again.
     """
 
     link: Link
     labels: tuple[str, ...] = ()
     lost_after: float = LOST_AFTER
-    sentences: list[str] = field(default_factory=list)
+    told: Callable[[str], None] = log.info
 
     def open(self, session: str, clients: Sequence[ClientId] | None) -> RemoteTransport:
         """See `Network`."""
@@ -41,8 +43,7 @@ class ServerNetwork:
             clients,
             session,
             lost_after=self.lost_after,
-            told=self.sentences.append,
-            traffic=Traffic(),
+            told=self.told,
         )
 
     def wait(self, wanted: int, timeout: float | None = None) -> Iterator[list[ClientId]]:

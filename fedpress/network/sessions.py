@@ -22,7 +22,7 @@ from fedpress.core.names import ClientId
 from fedpress.errors import FedpressError, WireError
 from fedpress.federation import ClientState, DiskState, InMemoryState
 from fedpress.network.gate import Asked, Gate, Refusal, failure
-from fedpress.stages.federate.client import ClientSide
+from fedpress.stages.federate.client import IDENTITY, ClientSide
 from fedpress.stages.federate.offer import Offer
 from fedpress.wire.message import MAX_BYTES, Message, pack, unpack
 
@@ -60,6 +60,7 @@ class Sessions:
         folder: where they are kept.
         examples: loads the client's data as an offer needs them.
         gate: the owner's policy.
+        identity: 32 secret bytes behind the keys of this client in secure sums.
         device: where the client trains.
         max_bytes: longest message that is read.
     """
@@ -68,6 +69,7 @@ class Sessions:
     folder: Path
     examples: Examples
     gate: Gate
+    identity: bytes | None = None
     device: torch.device | None = None
     max_bytes: int = MAX_BYTES
 
@@ -109,6 +111,9 @@ class Sessions:
             return refusal.to_message()
         folder = None if trial else self.folder / name
         memory: ClientState = InMemoryState() if folder is None else DiskState(folder / "memory")
+        if self.identity is not None:
+            key = torch.frombuffer(bytearray(self.identity), dtype=torch.uint8)
+            memory.save_entry(IDENTITY, {"bytes": key})
         half = ClientSide(self.name, arrays, offer.common(self.device), memory)
         # A trial holds a model and its data in memory: one is enough.
         self._open = {key: one for key, one in self._open.items() if one.folder is not None}

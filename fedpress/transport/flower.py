@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import hashlib
 import os
+import socket
+import ssl
 import subprocess
 import sys
 import time
@@ -128,6 +130,8 @@ RETRY = 0.02
 """Seconds before an object that has not arrived yet is asked for again; Flower's own is 1 s."""
 UPLOAD = 150.0
 """Seconds that an announced answer may take to arrive; the SuperLink ends an upload after 180."""
+PATIENCE = 300.0
+"""Seconds for which a SuperLink that is gone is connected to again."""
 START = 60.0
 """Seconds that a SuperLink may take to start."""
 ACQUIRE = "/flwr.proto.Runtime/AcquireTask"
@@ -335,14 +339,17 @@ class SuperLink:
         address: Address,
         folder: Path,
         *,
+        bind: str | None = None,
         certificate: Path | None = None,
         key: Path | None = None,
     ) -> None:
         """Starts it.
 
         Args:
-            address: where it listens; with a `ca` it speaks TLS and asks clients for their keys.
+            address: where this server reaches it; with a `ca` it speaks TLS and asks clients for
+                their keys.
             folder: for its log and the secret that this process shares with it.
+            bind: the address that it listens on; that of `address` if None.
             certificate: of the server, in PEM.
             key: of the certificate.
 
@@ -351,6 +358,7 @@ class SuperLink:
         """
         self.address = address
         self.folder = folder
+        self._bind = bind or address.host
         self._certificate = certificate
         self._key = key
         folder.mkdir(parents=True, exist_ok=True)
@@ -377,9 +385,9 @@ class SuperLink:
 
     def _start(self) -> subprocess.Popen[bytes]:
         # Flower fails late, and in a log, if the port is taken.
-        _check_free(self.address)
+        _check_free(self._bind, self.address.port)
         words = [sys.executable, "-m", "fedpress.transport.superlink", str(os.getpid())]
-        words += ["--host", self.address.host, "--port", str(self.address.port)]
+        words += ["--host", self._bind, "--port", str(self.address.port)]
         words += ["--isolation", "process", "--superexec-auth-secret-file", str(self.secret_file)]
         words += ["--disable-runtime-dependency-installation"]
         if self.address.ca is None:
@@ -438,27 +446,23 @@ class SuperLink:
         self._process.wait()
 
 
-def _context(ca: Path) -> Any:
-    import ssl
-
+def _context(ca: Path) -> ssl.SSLContext:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.load_verify_locations(cadata=ca.read_text("ascii"))
     return context
 
 
-def _check_free(address: Address) -> None:
-    import socket
-
-    family = socket.AF_INET6 if ":" in address.host else socket.AF_INET
+def _check_free(host: str, port: int) -> None:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            probe.bind((address.host, address.port))
+            probe.bind((host, port))
         except OSError as error:
             raise NetworkError(
                 f"the SuperLink cannot listen there ({error.strerror})",
-                place=address.text,
-                cure="end the process that uses the port, or give another one with --port",
+                place=f"{host}:{port}",
+                cure="end the process that uses the port, or give another one",
             ) from error
 
 
@@ -487,7 +491,9 @@ class ServerLink:
     max_bytes: int = 1 << 30
     _nodes: dict[ClientId, int] = field(default_factory=dict)
     _names: dict[int, ClientId] = field(default_factory=dict)
-    _online: dict[ClientId, bool] = field(default_factory=dict)
+    _tickets: set[str] = field(default_factory=set)
+    _heartbeat: HeartbeatSender | None = None
+    _runtime: RuntimeHttpClient | None = None
 
     def open(self) -> ServerLink:
         """Registers the clients' keys, starts a run and takes its task.
@@ -552,7 +558,42 @@ class ServerLink:
             cure="start it with --isolation process and the same secret",
         )
 
+    def _healed(self, work: Callable[[], T], nothing: T) -> T:
+        """Does `work`; starts the SuperLink again, or connects again, if it is gone.
+
+        Whatever was on its way is lost then: `nothing` is returned, and the transport sends again.
+        """
+        try:
+            return work()
+        except NetworkError as problem:
+            log.warning("%s", problem)
+        wait = 0.5
+        end = time.monotonic() + PATIENCE
+        while True:
+            try:
+                if self.superlink is not None and not self.superlink.running:
+                    log.warning("the SuperLink has ended, and is started again")
+                    self.superlink.restart()
+                self._forget()
+                self.open()
+                return nothing
+            except NetworkError:
+                if time.monotonic() > end:
+                    raise
+                time.sleep(wait)
+                wait = min(2 * wait, 15.0)
+
+    def _forget(self) -> None:
+        """Drops what only the lost SuperLink knew."""
+        if self._heartbeat is not None:
+            self._heartbeat.stop()
+            self._heartbeat = None
+        self._nodes.clear()
+        self._names.clear()
+        self._tickets.clear()
+
     def _beat(self) -> bool:
+        assert self._runtime is not None
         try:
             return bool(self._runtime.SendTaskHeartbeat(SendTaskHeartbeatRequest()).success)
         except httpx.HTTPError as error:
@@ -561,6 +602,10 @@ class ServerLink:
 
     def online(self) -> Mapping[ClientId, bool]:
         """See `Link`; nodes with keys that are not listed are left out."""
+        return self._healed(self._look, {})
+
+    def _look(self) -> Mapping[ClientId, bool]:
+        assert self._runtime is not None
         with explained(self.address):
             nodes = self._runtime.GetNodes(GetNodesRequest()).nodes
         there = {node.node_id: node.status == "online" for node in nodes}
@@ -586,7 +631,7 @@ class ServerLink:
         asked = {ticket: node for node, ticket in tickets.items()}
         end = time.monotonic() + 2.0
         while asked and time.monotonic() < end:
-            for ticket, answer in self.poll(list(asked)).items():
+            for ticket, answer in self._fetch(list(asked)).items():
                 node = asked.pop(ticket)
                 if isinstance(answer, Parcel):
                     # Here and not in `remote`: the link alone knows nodes.
@@ -600,12 +645,16 @@ class ServerLink:
     def send(self, parcels: Mapping[ClientId, Parcel]) -> dict[ClientId, str]:
         """See `Link`."""
         known = {name: self._nodes[name] for name in parcels if name in self._nodes}
-        tickets = self._push({node: parcels[name] for name, node in known.items()})
+        by_node = {node: parcels[name] for name, node in known.items()}
+        nothing: dict[int, str] = {}
+        tickets = self._healed(lambda: self._push(by_node), nothing)
+        known = {name: node for name, node in known.items() if node in tickets}
         return {name: tickets[node] for name, node in known.items()}
 
     def _push(self, parcels: Mapping[int, Parcel]) -> dict[int, str]:
         if not parcels:
             return {}
+        assert self._runtime is not None
         heads, trees = [], []
         objects: dict[str, Any] = {}
         tickets = {}
@@ -627,12 +676,24 @@ class ServerLink:
                 answer.session_id,
             )
             push_objects(objects, push, object_ids_to_push=set(answer.objects_to_push))
+        self._tickets.update(tickets.values())
         return tickets
 
     def poll(self, tickets: Collection[str]) -> dict[str, Parcel | Lost]:
         """See `Link`."""
-        if not tickets:
-            return {}
+        known = [ticket for ticket in tickets if ticket in self._tickets]
+        # Sent through a SuperLink that is gone.
+        found: dict[str, Parcel | Lost] = {
+            ticket: Lost("the SuperLink was started again")
+            for ticket in tickets
+            if ticket not in self._tickets
+        }
+        nothing: dict[str, Parcel | Lost] = {}
+        return found | self._healed(lambda: self._fetch(known), nothing) if known else found
+
+    def _fetch(self, tickets: Collection[str]) -> dict[str, Parcel | Lost]:
+        """Fetches all answers that are there."""
+        assert self._runtime is not None
         node = Node(node_id=SUPERLINK_NODE_ID)
         found: dict[str, Parcel | Lost] = {}
         with explained(self.address):
@@ -661,9 +722,9 @@ class ServerLink:
 
     def close(self) -> None:
         """Ends the run, and the SuperLink if it was started here."""
-        if getattr(self, "_heartbeat", None) is not None and self._heartbeat.is_running:
+        if self._heartbeat is not None and self._heartbeat.is_running:
             self._heartbeat.stop()
-        if getattr(self, "_runtime", None) is not None:
+        if self._runtime is not None:
             self._runtime.close()
         if self.superlink is not None:
             self.superlink.close()

@@ -28,6 +28,9 @@ from fedpress.tasks.base import json_number
 from fedpress.training.evaluate import evaluate
 from fedpress.wire.message import Message, pack, unpack
 
+IDENTITY = "identity"
+"""Entry of a client's memory with the 32 secret bytes of its keys, where it has long-lived ones."""
+
 
 @dataclass(eq=False)
 class ClientSide:
@@ -190,6 +193,9 @@ class ClientSide:
 
     def _key(self) -> bytes:
         """Returns the secret from which this client's keys follow: random, or from the seed."""
+        # On another machine the key is the same in all runs, so that others can know it beforehand.
+        if identity := self.memory.entry(IDENTITY):
+            return bytes(identity["bytes"].tolist())
         own = owns_keys(self.common.stage)
         seed = secret_of(self.memory) if own else self.common.seed
         return random.secret_key(seed, "member", self.name)

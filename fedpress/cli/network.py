@@ -1,0 +1,381 @@
+"""The commands of a deployment: network, server and client."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from fedpress.cli.common import (
+    AsJson,
+    Device,
+    Overrides,
+    allow_code,
+    held,
+    in_one_line,
+    load_data,
+    on_device,
+    stopping,
+    warn,
+)
+from fedpress.cli.run import show_run
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from fedpress.api.begin import CheckedRun
+    from fedpress.data import FederatedData
+    from fedpress.network.server import ServerNetwork
+    from fedpress.transport.flower import ServerLink
+
+network_app = typer.Typer(no_args_is_help=True, help="Make keys and folders for a deployment.")
+Folder = Annotated[
+    Path | None,
+    typer.Option("--network", help="Folder from fedpress network init, of this machine."),
+]
+Insecure = Annotated[
+    bool,
+    typer.Option("--insecure", help="No TLS and no keys: on this machine alone, to try it out."),
+]
+LOOPBACK = "127.0.0.1"
+
+
+def add_commands(app: typer.Typer) -> None:
+    """Adds the commands."""
+    app.add_typer(network_app, name="network")
+    app.command()(server)
+    app.command()(client)
+
+
+@network_app.command()
+def init(
+    host: Annotated[str, typer.Option(help="Name or address by which clients reach the server.")],
+    clients: Annotated[str, typer.Option(help="How many clients, or their names: a,b,c.")],
+    port: Annotated[int, typer.Option(help="The one port of the server.")] = 9443,
+    out: Annotated[Path, typer.Option(help="The folder to make.")] = Path("network"),
+) -> None:
+    """Makes a folder with certificates, keys and configuration for a server and its clients."""
+    from fedpress.network import folders
+
+    names = _names(clients)
+    folders.init(out, names, host, port)
+    typer.echo(f"made {out}:")
+    typer.echo(f"  {out / 'server'}: copy it to {host}; open port {port} there")
+    for name in names:
+        typer.echo(f"  {out / 'clients' / name}: copy it to the machine of {name}")
+    typer.echo(f"  {out / 'authority'}: keep it off line; it signs certificates")
+    typer.echo("then, on the server:  fedpress server RECIPE --network server")
+    typer.echo(f"and on each client:   fedpress client --network {names[0]} --data PATH")
+
+
+@network_app.command()
+def add(
+    name: Annotated[str, typer.Argument(help="Name of the new client.")],
+    network: Annotated[Path, typer.Option(help="The whole folder.")] = Path("network"),
+) -> None:
+    """Makes the folder of a further client."""
+    from fedpress.network import folders
+
+    folders.add(network, name)
+    typer.echo(f"copy {network / 'clients' / name} to its machine,")
+    typer.echo(f"and {network / 'server' / 'server.toml'} to the server, then start that again")
+
+
+@network_app.command()
+def renew(
+    network: Annotated[Path, typer.Option(help="The whole folder.")] = Path("network"),
+) -> None:
+    """Makes a new certificate for the server."""
+    from fedpress.network import folders
+
+    folders.renew(network)
+    typer.echo(f"copy server.crt and server.key from {network / 'server'} to the server")
+
+
+@network_app.command()
+def split(
+    recipe: Annotated[str, typer.Argument(help="Name of a shipped recipe, or a TOML file.")],
+    overrides: Overrides = None,
+    out: Annotated[Path, typer.Option(help="The folder to make.")] = Path("clients"),
+) -> None:
+    """Writes the examples of each simulated client to a file of its own, to try a deployment."""
+    from fedpress.api import begin
+    from fedpress.cli import terminal
+    from fedpress.network.data import write_arrays
+
+    loaded = load_data(begin.load(recipe, overrides or ())[1], terminal.console(quiet=False))
+    out.mkdir(parents=True)
+    for name, arrays in loaded.clients.items():
+        write_arrays(out / f"{name}.safetensors", arrays)
+        typer.echo(f"{out / name}.safetensors: {len(arrays)} examples")
+
+
+def _names(clients: str) -> list[str]:
+    """Returns the names of clients, made up if only their number is given."""
+    if clients.isdecimal():
+        return [f"client-{at}" for at in range(1, int(clients) + 1)]
+    return [name for name in clients.split(",") if name]
+
+
+def server(
+    recipe: Annotated[str, typer.Argument(help="Name of a shipped recipe, or a TOML file.")],
+    overrides: Overrides = None,
+    network: Folder = None,
+    public: Annotated[
+        Path | None,
+        typer.Option(help="File or folder with public rows alone; sets data.path."),
+    ] = None,
+    min_clients: Annotated[
+        int | None, typer.Option(min=1, help="Wait for so many; by default for all that it knows.")
+    ] = None,
+    wait: Annotated[
+        float | None, typer.Option(min=0, help="Seconds to wait for them; by default for ever.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Run folder; if a run began there, it goes on.")
+    ] = None,
+    insecure: Insecure = False,
+    port: Annotated[int, typer.Option(help="With --insecure: the port.")] = 9443,
+    lost_after: Annotated[
+        float, typer.Option(min=1, help="Seconds after which an offline client counts as lost.")
+    ] = 60.0,
+    device: Device = None,
+    as_json: AsJson = False,
+) -> None:
+    """Runs a recipe whose clients are on other machines; started again it goes on."""
+    from fedpress.cli import terminal
+
+    out_stream = terminal.console(quiet=as_json)
+    words = on_device(overrides, device)
+    with stopping("stopped before the run began; nothing was changed"):
+        begun = _begun(recipe, [*words, *_public(public)], out)
+        loaded = load_data(begun.recipe, out_stream).without_clients()
+        link = _open(network, insecure, port, begun.place, out_stream)
+    with stopping("\nstopped; all rounds so far are saved; the same command goes on"):
+        try:
+            report_file = _serve(link, begun, loaded, out_stream, min_clients, wait, lost_after)
+        finally:
+            link.close()
+    show_run(begun.place, report_file, out_stream, as_json=as_json)
+
+
+def _begun(recipe: str, words: list[str], out: Path | None) -> CheckedRun:
+    """Binds a new run, or the one that has begun in `out`."""
+    from fedpress.api import begin
+
+    if out is not None and (out / "settings.json").exists():
+        return begin.checked_resume(out, recipe, words, None, held)
+    return begin.new(recipe, words, None, out)
+
+
+def _public(path: Path | None) -> list[str]:
+    """Returns the overrides for data that are public as a whole."""
+    if path is None:
+        return []
+    # A data set needs a client. It gets one example, which the server then leaves out.
+    keys = ["data.num_clients=1", "data.examples_per_client=1", "data.partition.kind=iid"]
+    return [f"data.path={path.resolve()}", *keys]
+
+
+def _open(
+    folder: Path | None, insecure: bool, port: int, place: Path, out_stream: Console
+) -> ServerLink:
+    """Starts a SuperLink and connects to it.
+
+    Raises:
+        NetworkError: if it does not start, or neither a folder nor --insecure is given.
+    """
+    from fedpress.cli import terminal
+    from fedpress.errors import NetworkError
+    from fedpress.network.folders import ServerFolder
+
+    if (folder is None) != insecure:
+        raise NetworkError(
+            "got both" if insecure else "got none",
+            place="network",
+            cure="give the folder of the server with --network, or --insecure on this machine",
+        )
+    with terminal.waiting(out_stream, "starting the SuperLink"):
+        from fedpress.transport.flower import Address, ServerLink, SuperLink
+
+        # Beside the run, not in it: a new run must find its folder free.
+        home = place.with_name(f"{place.name}.superlink")
+        if folder is None:
+            warn(["--insecure: whoever is on this machine can read and change all messages"])
+            address = Address(LOOPBACK, port)
+            superlink = SuperLink(address, home)
+            return ServerLink(address, superlink.secret, superlink=superlink).open()
+        found = ServerFolder.read(folder)
+        own = found.path
+        address = Address("localhost", found.config.port, own / "ca.crt")
+        superlink = SuperLink(
+            address,
+            home,
+            bind=found.config.bind,
+            certificate=own / "server.crt",
+            key=own / "server.key",
+        )
+        keys = found.config.clients
+        return ServerLink(address, superlink.secret, keys=keys, superlink=superlink).open()
+
+
+def _serve(
+    link: ServerLink,
+    begun: CheckedRun,
+    data: FederatedData,
+    out_stream: Console,
+    min_clients: int | None,
+    wait: float | None,
+    lost_after: float,
+) -> Path:
+    from fedpress.api import progress
+    from fedpress.cli import terminal
+    from fedpress.network.server import ServerNetwork
+    from fedpress.pipeline import run as runs
+    from fedpress.pipeline.check import check_recipe
+    from fedpress.reports.html import write_report
+
+    def say(sentence: str) -> None:
+        out_stream.print(in_one_line(sentence), markup=False, soft_wrap=True)
+
+    labels = begun.recipe.data.label_columns
+    network = ServerNetwork(link, labels, lost_after, say)
+    _wait_for(network, min_clients, wait, say)
+    with terminal.waiting(out_stream, "checking that everything fits together"):
+        check_recipe(begun.recipe, data, network)
+    folder, notes = begun.start(shlex.join(["fedpress", *sys.argv[1:]]), held)
+    warn(notes)
+    say(f"{begun.recipe.name} into {begun.place}")
+    progress.follow(runs.execute(begun.recipe, folder, data, network=network), out_stream)
+    with terminal.waiting(out_stream, "drawing the report"):
+        return write_report(begun.place)
+
+
+def _wait_for(
+    network: ServerNetwork,
+    wanted: int | None,
+    timeout: float | None,
+    say: Callable[[str], None],
+) -> None:
+    known = network.link.online()
+    # Without TLS nobody is known beforehand.
+    count = wanted if wanted is not None else max(len(known), 1)
+    for there in network.wait(count, timeout):
+        names = f" ({', '.join(there)})" if there else ""
+        say(f"clients: {len(there)} of {count}{names}")
+
+
+def client(
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            help="This client's examples: .safetensors or .npz with x and y, .csv, .parquet, or a "
+            "folder label/image.png.",
+        ),
+    ] = None,
+    network: Folder = None,
+    insecure: Insecure = False,
+    to: Annotated[
+        str | None, typer.Option("--server", help="With --insecure: host:port of the server.")
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="With --insecure: name of this client.")] = None,
+    device: Device = None,
+    code: Annotated[
+        list[str] | None,
+        typer.Option("--allow-code", metavar="MODULE:FUNCTION", hidden=True),
+    ] = None,
+) -> None:
+    """Takes part with the data of this machine, until it is stopped."""
+    from fedpress.errors import NetworkError
+
+    allow_code(code)
+    if data is None:
+        raise NetworkError("got none", place="data", cure="give --data PATH")
+    if (network is None) != insecure:
+        raise NetworkError(
+            "got both" if insecure else "got none",
+            place="network",
+            cure="give the folder of this client with --network, or --insecure on this machine",
+        )
+    with stopping("stopped; state and ledger are kept, the same command goes on"), _quit_on_term():
+        _take_part(data, network, to, name, device)
+
+
+@contextmanager
+def _quit_on_term() -> Iterator[None]:
+    """Makes SIGTERM, which systemd sends, end the client as Ctrl-C does."""
+    import signal
+
+    def stop(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _take_part(
+    data: Path, folder: Path | None, to: str | None, name: str | None, device: str | None
+) -> None:
+    import torch
+
+    from fedpress.errors import NetworkError
+    from fedpress.network import keys
+    from fedpress.network.client import serve
+    from fedpress.network.data import ClientData
+    from fedpress.network.folders import ClientFolder, host_and_port
+    from fedpress.network.gate import NoPolicy
+    from fedpress.network.node import Correspondence
+    from fedpress.network.sessions import Sessions
+    from fedpress.training.device import find
+    from fedpress.transport.flower import Address, NodeLink
+    from fedpress.workspace import lock
+
+    own = ClientData(data)
+    if folder is not None:
+        found = ClientFolder.read(folder)
+        place, who = found.path, found.config.name
+        address = Address(*host_and_port(found.config.server), found.path / "ca.crt")
+        key = keys.read_node_key(found.path / "node.key")
+        threads = found.config.threads
+    else:
+        if name is None:
+            raise NetworkError("got none", place="name", cure="give --name, such as --name a")
+        place, who = Path(f"client-{name}"), name
+        address = Address(*host_and_port(to or f"{LOOPBACK}:9443"))
+        if address.host not in (LOOPBACK, "localhost", "::1"):
+            raise NetworkError(
+                f"--insecure is for this machine alone, not for {address.host}",
+                place="server",
+                cure="make keys with fedpress network init, and give --network",
+            )
+        key, threads = None, 1
+        place.mkdir(exist_ok=True)
+    held.enter_context(lock.locked(place))
+    # Sums of floats are rounded in another order with another number of threads.
+    torch.set_num_threads(threads)
+    sessions = Sessions(
+        who,
+        place / "sessions",
+        own.arrays,
+        NoPolicy(),
+        keys.identity_of(place),
+        find(device) if device is not None else find("cpu"),
+    )
+
+    def say(sentence: str) -> None:
+        typer.echo(f"{who}: {in_one_line(sentence)}")
+
+    correspondence = Correspondence(NodeLink(address, key), who, say)
+    for answered in serve(correspondence, sessions):
+        say(
+            f"answered in {answered.seconds:.2f} s "
+            f"({answered.bytes_in:,} bytes in, {answered.bytes_out:,} out)"
+        )

@@ -1,0 +1,219 @@
+"""A client's own data: prepared arrays, a table or images, read as the server's offer needs them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from fedpress.core.examples import Arrays
+from fedpress.core.inputs import NamedInputs, tensors_by_name, shape_of, shape_text
+from fedpress.data import columns, csv, images, tables
+from fedpress.data.columns import Column
+from fedpress.data.preparation import Preparation
+from fedpress.data.prepare import prepare
+from fedpress.data.settings import DataSettings
+from fedpress.data.targets import READERS
+from fedpress.errors import DataError
+from fedpress.stages.federate.offer import Offer
+
+ARRAYS = (".safetensors", ".npz")
+TABLES = {".csv": "csv", ".parquet": "parquet"}
+INPUT = "x."
+"""Prefix of the inputs of a model with several, by argument of forward: `x.ids`, `x.mask`."""
+
+
+@dataclass(eq=False)
+class ClientData:
+    """The data behind `fedpress client --data PATH`.
+
+    Attributes:
+        path: a file of arrays (.safetensors or .npz with `x` and `y`), a table (.csv, .parquet), or
+            a folder `label/image.png`.
+        keys: further keys of `[data]` for a table: delimiter, decimal, encoding.
+    """
+
+    path: Path
+    keys: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.path.exists():
+            raise DataError(
+                "there is no such file or folder", place=f"'{self.path}'", cure="check the path"
+            )
+        known = self.path.suffix in (*ARRAYS, *TABLES)
+        if not self.path.is_dir() and not known:
+            raise DataError(
+                f"got '{self.path.suffix}'",
+                place=f"'{self.path}'",
+                cure=f"give {', '.join((*ARRAYS, *TABLES))}, or a folder label/image.png",
+            )
+
+    def arrays(self, offer: Offer) -> Arrays:
+        """Returns the examples in the layout that the offered model was trained on.
+
+        Raises:
+            DataError: if they are of another layout, with what was found and what is needed.
+        """
+        if self.path.is_dir():
+            found = self._images(offer)
+        elif self.path.suffix in TABLES:
+            found = self._table(offer)
+        else:
+            found = read_arrays(self.path)
+        check_layout(found, offer, f"'{self.path}'")
+        return found
+
+    def _table(self, offer: Offer) -> Arrays:
+        if offer.inputs is None:
+            raise DataError(
+                "the server's data are no table",
+                place=f"'{self.path}'",
+                cure="give prepared arrays, a .safetensors or .npz file with x and y",
+            )
+        about = Preparation.from_json(offer.inputs)
+        settings = DataSettings(
+            source=TABLES[self.path.suffix],
+            path=self.path,
+            label_column=offer.labels,
+            task=offer.task.kind,
+            classes=offer.task.names if offer.task.targets == "classes" else None,
+            unknown="drop",
+            **self.keys,
+        )
+        table = _read(self.path, settings)
+        needed = [column.name for column in about.columns]
+        missing = [name for name in [*needed, *offer.labels] if name not in table.column_names]
+        if missing:
+            raise DataError(
+                f"it lacks the columns {', '.join(missing)} (it has "
+                f"{', '.join(table.column_names)})",
+                place=f"'{self.path}'",
+                cure="name its columns as the recipe does",
+            )
+        labels = tuple(Column.of(table, name, settings) for name in offer.labels)
+        targets = READERS[offer.task.targets](labels, settings).targets(torch.arange(0))
+        keep = targets.known & _known_words(table, about)
+        rows = table.select(needed).filter(keep.numpy()).to_pylist()
+        if not rows:
+            raise DataError(
+                "no row has a label and words that the recipe knows",
+                place=f"'{self.path}'",
+                cure=f"expected the labels {', '.join(map(str, offer.task.names))}",
+            )
+        # The client's half standardises by itself, as in a simulation.
+        raw = replace(about, mean=(0.0,) * about.width, std=(1.0,) * about.width)
+        return Arrays(prepare(rows, raw), targets.y[keep])
+
+    def _images(self, offer: Offer) -> Arrays:
+        shape = offer.spec.input_shape
+        if isinstance(shape, dict) or len(shape) != 3 or shape[1] != shape[2]:
+            raise DataError(
+                f"the model takes examples of shape {shape_text(shape)}, no square images",
+                place=f"'{self.path}'",
+                cure="give prepared arrays, a .safetensors or .npz file with x and y",
+            )
+        names = list(map(str, offer.task.names))
+        files, y = [], []
+        for folder in sorted(path for path in self.path.iterdir() if path.is_dir()):
+            if folder.name not in names:
+                continue
+            own = sorted(path for path in folder.iterdir() if path.is_file())
+            files += own
+            y += [names.index(folder.name)] * len(own)
+        if not files:
+            raise DataError(
+                f"it has none of the folders {', '.join(names)}",
+                place=f"'{self.path}'",
+                cure="put the images into a folder for each label: label/image.png",
+            )
+        x = images.decode(files, where=lambda i: f"image {i}", size=shape[1], like=0)
+        return Arrays(x, torch.tensor(y))
+
+
+def check_layout(found: Arrays, offer: Offer, place: str) -> None:
+    """Checks that examples and targets are what the offered model and task take.
+
+    Raises:
+        DataError: saying what was found and what is needed; never a value.
+    """
+    wanted = offer.spec.input_shape
+    if shape_of(found.x) != wanted:
+        raise DataError(
+            f"its examples have the shape {shape_text(shape_of(found.x))}, the recipe's "
+            f"{shape_text(wanted)}",
+            place=place,
+            cure="prepare them as the recipe does",
+        )
+    for name, part in tensors_by_name(found.x).items():
+        if part.is_floating_point() and not bool(part.isfinite().all()):
+            raise DataError(
+                f"some values of {name or 'x'} are NaN or infinite",
+                place=place,
+                cure="fill them, or leave these examples out",
+            )
+    try:
+        offer.task.check_targets(found.y)
+    except DataError as error:
+        error.place = place
+        raise
+    if not len(found):
+        raise DataError("it has no examples", place=place, cure="give some")
+
+
+def read_arrays(path: Path) -> Arrays:
+    """Reads a file with `x` (or `x.NAME` for each of several inputs) and `y`.
+
+    Raises:
+        DataError: if it is none.
+    """
+    try:
+        if path.suffix == ".npz":
+            with np.load(path, allow_pickle=False) as file:
+                tensors = {name: torch.from_numpy(file[name]) for name in file.files}
+        else:
+            tensors = load_file(path)
+    except (OSError, ValueError, TypeError, SafetensorError) as error:
+        raise DataError(
+            f"it cannot be read ({error})", place=f"'{path}'", cure="write it anew"
+        ) from error
+    inputs = {name[len(INPUT) :]: t for name, t in tensors.items() if name.startswith(INPUT)}
+    if "y" not in tensors or not (inputs or "x" in tensors):
+        raise DataError(
+            f"it holds {', '.join(tensors) or 'nothing'}",
+            place=f"'{path}'",
+            cure="write the examples as x (or x.NAME for each input) and the targets as y",
+        )
+    return Arrays(NamedInputs(inputs) if inputs else tensors["x"], tensors["y"])
+
+
+def write_arrays(path: Path, arrays: Arrays) -> None:
+    """Writes a file that `read_arrays` reads."""
+    parts = tensors_by_name(arrays.x)
+    several = isinstance(arrays.x, NamedInputs)
+    tensors: dict[str, Tensor] = {
+        (f"{INPUT}{name}" if several else "x"): part.contiguous().clone()
+        for name, part in parts.items()
+    }
+    save_file({**tensors, "y": arrays.y.contiguous().clone()}, path)
+
+
+def _read(path: Path, settings: DataSettings) -> Any:
+    return tables.read_parquet(path) if path.suffix == ".parquet" else csv.read_csv(path, settings)
+
+
+def _known_words(table: Any, about: Preparation) -> Tensor:
+    """Returns which rows have no word that training has refused, bool [n]."""
+    known = torch.ones(table.num_rows, dtype=torch.bool)
+    for column in about.columns:
+        if column.kind == "words" and column.unknown == "refused":
+            words = columns.as_text(table[column.name])
+            known &= torch.from_numpy(columns.positions_in(words, column.words) >= 0)
+    return known

@@ -1,0 +1,231 @@
+"""The folders of a network: made by `fedpress network init`, copied to server and clients."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import tomli_w
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from fedpress.core.names import ClientId
+from fedpress.errors import NetworkError
+from fedpress.network import keys
+from fedpress.network.units import client_dockerfile, client_unit, server_dockerfile, server_unit
+
+PORT = 9443
+T = TypeVar("T", bound=BaseModel)
+
+
+class ServerConfig(BaseModel):
+    """`server.toml`: where the server listens, and whose keys it accepts."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    host: str = Field(description="the name or address by which clients reach the server")
+    port: int = Field(PORT, ge=1, le=65535, description="the one port that must be open")
+    bind: str = Field("0.0.0.0", description="the address to listen on; 0.0.0.0 is all")
+    clients: dict[ClientId, str] = Field(description="the public key (node.pub) of each client")
+
+
+class ClientConfig(BaseModel):
+    """`client.toml`: who this client is and where its server is; paths count from the file."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: ClientId = Field(description="of this client, as the server lists it")
+    server: str = Field(description="host:port of the server")
+    threads: int = Field(1, ge=1, description="threads that train; other numbers give other bits")
+
+
+@dataclass(frozen=True)
+class ServerFolder:
+    """The folder of the server."""
+
+    path: Path
+    config: ServerConfig
+
+    @classmethod
+    def read(cls, path: Path) -> ServerFolder:
+        """Reads it.
+
+        Raises:
+            NetworkError: if a file is missing or wrong.
+        """
+        config = _config(path / "server.toml", ServerConfig)
+        _check_files(path, ("ca.crt", "server.crt", "server.key"))
+        if keys.days_left(path / "server.crt") < 0:
+            raise NetworkError(
+                "the server's certificate has expired",
+                place=str(path / "server.crt"),
+                cure="make a new one with fedpress network renew, and copy it here",
+            )
+        return cls(path, config)
+
+
+@dataclass(frozen=True)
+class ClientFolder:
+    """The folder of one client; it holds the state of its runs, too."""
+
+    path: Path
+    config: ClientConfig
+
+    @classmethod
+    def read(cls, path: Path) -> ClientFolder:
+        """Reads it.
+
+        Raises:
+            NetworkError: if a file is missing or wrong.
+        """
+        config = _config(path / "client.toml", ClientConfig)
+        _check_files(path, ("ca.crt", "node.key"))
+        return cls(path, config)
+
+    @property
+    def sessions(self) -> Path:
+        """Where the sessions are kept."""
+        return self.path / "sessions"
+
+
+def host_and_port(text: str) -> tuple[str, int]:
+    """Splits `host:port` or `[address]:port`.
+
+    Raises:
+        NetworkError: if it is something else.
+
+    >>> host_and_port("server.example:9443"), host_and_port("[::1]:9443")
+    (('server.example', 9443), ('::1', 9443))
+    """
+    host, colon, port = text.rpartition(":")
+    if not colon or not port.isdecimal() or not 0 < int(port) < 65536 or not host:
+        raise NetworkError(
+            f"got '{text}'", place="server", cure="write host:port, such as server.example:9443"
+        )
+    return host.removeprefix("[").removesuffix("]"), int(port)
+
+
+def init(out: Path, clients: Sequence[ClientId], host: str, port: int) -> None:
+    """Makes the folder of a new network.
+
+    Args:
+        out: must not exist.
+        clients: their names.
+        host: by which they reach the server.
+        port: of the server.
+
+    Raises:
+        NetworkError: if the folder exists, or a name cannot be one.
+    """
+    if out.exists():
+        raise NetworkError(
+            "it exists already, and its keys would be lost",
+            place=str(out),
+            cure="give another folder with --out, or a further client with fedpress network add",
+        )
+    _check_names(clients)
+    authority = keys.Authority.new()
+    home = out / "authority"
+    home.mkdir(parents=True)
+    authority.write(home / "ca.key", home / "ca.crt")
+    server = out / "server"
+    server.mkdir()
+    (server / "ca.crt").write_bytes((home / "ca.crt").read_bytes())
+    authority.sign_server(host, server / "server.key", server / "server.crt")
+    public = {name: _make_client(out, name, host, port) for name in clients}
+    _write_server(server, ServerConfig(host=host, port=port, clients=public))
+    (server / "fedpress-server.service").write_text(server_unit())
+    (server / "Dockerfile").write_text(server_dockerfile(port))
+
+
+def add(out: Path, name: ClientId) -> None:
+    """Makes the folder of a further client, and lists its key at the server.
+
+    Raises:
+        NetworkError: if there is one of this name, or the network's folder is not whole.
+    """
+    folder = ServerFolder.read(out / "server")
+    config = folder.config
+    if name in config.clients:
+        raise NetworkError(
+            f"there is a client '{name}'", place="clients", cure="choose another name"
+        )
+    _check_names([name])
+    public = _make_client(out, name, config.host, config.port)
+    clients = {**config.clients, name: public}
+    _write_server(folder.path, config.model_copy(update={"clients": clients}))
+
+
+def renew(out: Path) -> None:
+    """Makes a new certificate for the server, from the authority of the network.
+
+    Raises:
+        NetworkError: if the authority's key is not there.
+    """
+    config = _config(out / "server" / "server.toml", ServerConfig)
+    authority = keys.Authority.read(out / "authority" / "ca.key", out / "authority" / "ca.crt")
+    server = out / "server"
+    authority.sign_server(config.host, server / "server.key", server / "server.crt")
+
+
+def _make_client(out: Path, name: ClientId, host: str, port: int) -> str:
+    folder = out / "clients" / name
+    folder.mkdir(parents=True)
+    (folder / "ca.crt").write_bytes((out / "authority" / "ca.crt").read_bytes())
+    public = keys.write_node_key(folder)
+    address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    config = ClientConfig(name=name, server=address)
+    (folder / "client.toml").write_text(tomli_w.dumps(config.model_dump()))
+    (folder / "fedpress-client.service").write_text(client_unit(name))
+    (folder / "Dockerfile").write_text(client_dockerfile())
+    return public
+
+
+def _write_server(folder: Path, config: ServerConfig) -> None:
+    (folder / "server.toml").write_text(tomli_w.dumps(config.model_dump()))
+
+
+def _check_names(names: Sequence[ClientId]) -> None:
+    for name in names:
+        plain = name.replace("-", "").replace("_", "").replace(".", "")
+        if not plain.isalnum() or name.startswith((".", "-")) or len(name) > 60:
+            raise NetworkError(
+                f"got '{name}'",
+                place="clients",
+                cure="use letters, digits, '-', '_' and '.', since folders are named by it",
+            )
+    twice = [name for name in names if list(names).count(name) > 1]
+    if twice:
+        raise NetworkError(f"'{twice[0]}' comes twice", place="clients", cure="name each once")
+
+
+def _config(path: Path, kind: type[T]) -> T:
+    try:
+        return kind.model_validate(tomllib.loads(path.read_text("utf-8")))
+    except OSError as error:
+        raise NetworkError(
+            f"it cannot be read ({error.strerror})",
+            place=str(path),
+            cure="give the folder that fedpress network init wrote, with --network",
+        ) from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise NetworkError(f"not TOML ({error})", place=str(path), cure="mend that line") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        known = ", ".join(kind.model_fields)
+        raise NetworkError(
+            f"{where}: {first['msg']}", place=str(path), cure=f"its keys are {known}"
+        ) from error
+
+
+def _check_files(folder: Path, names: Sequence[str]) -> None:
+    missing: list[Any] = [name for name in names if not (folder / name).is_file()]
+    if missing:
+        raise NetworkError(
+            f"it lacks {', '.join(missing)}",
+            place=str(folder),
+            cure="copy the folder anew from whoever set the network up",
+        )

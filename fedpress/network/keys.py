@@ -1,0 +1,224 @@
+"""Keys and certificates of a network: an authority, the server's certificate, keys of clients."""
+
+from __future__ import annotations
+
+import datetime
+import ipaddress
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+
+from fedpress.errors import NetworkError
+
+YEARS = 10
+"""How long the authority is valid."""
+DAYS = 397
+"""How long a server's certificate is valid: 13 months, the most that browsers accept."""
+CURVE = ec.SECP384R1()
+
+
+@dataclass(frozen=True, eq=False)
+class Authority:
+    """Signs the server's certificates; clients trust nobody else.
+
+    Attributes:
+        key: stays with whoever set the network up, best off line.
+        certificate: every client has it.
+    """
+
+    key: ec.EllipticCurvePrivateKey
+    certificate: x509.Certificate
+
+    @classmethod
+    def new(cls) -> Authority:
+        """Makes one."""
+        key = ec.generate_private_key(CURVE)
+        name = _name("fedpress network")
+        now = _now()
+        usage = x509.KeyUsage(
+            digital_signature=False,
+            content_commitment=False,
+            key_encipherment=False,
+            data_encipherment=False,
+            key_agreement=False,
+            key_cert_sign=True,
+            crl_sign=True,
+            encipher_only=False,
+            decipher_only=False,
+        )
+        certificate = (
+            x509.CertificateBuilder()
+            .subject_name(name)
+            .issuer_name(name)
+            .public_key(key.public_key())
+            .serial_number(x509.random_serial_number())
+            .not_valid_before(now - datetime.timedelta(days=1))
+            .not_valid_after(now + datetime.timedelta(days=365 * YEARS))
+            .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+            .add_extension(usage, critical=True)
+            .add_extension(
+                x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False
+            )
+            .sign(key, hashes.SHA384())
+        )
+        return cls(key, certificate)
+
+    @classmethod
+    def read(cls, key: Path, certificate: Path) -> Authority:
+        """Reads what `write` wrote.
+
+        Raises:
+            NetworkError: if a file is missing or is something else.
+        """
+        try:
+            loaded = serialization.load_pem_private_key(key.read_bytes(), None)
+            signed = x509.load_pem_x509_certificate(certificate.read_bytes())
+        except (OSError, ValueError, TypeError) as error:
+            raise NetworkError(
+                f"the authority cannot be read ({error})",
+                place=str(key),
+                cure="bring the folder back that fedpress network init wrote",
+            ) from error
+        if not isinstance(loaded, ec.EllipticCurvePrivateKey):
+            raise NetworkError(
+                "not a key on an elliptic curve", place=str(key), cure="bring the right file back"
+            )
+        return cls(loaded, signed)
+
+    def write(self, key: Path, certificate: Path) -> None:
+        """Writes both as PEM; the key for its owner alone."""
+        write_private(key, _pem(self.key))
+        certificate.write_bytes(self.certificate.public_bytes(serialization.Encoding.PEM))
+
+    def sign_server(self, host: str, key: Path, certificate: Path, *, days: int = DAYS) -> None:
+        """Writes a key and a certificate for a server that clients reach as `host`.
+
+        It is valid for localhost too, where the server itself connects to its SuperLink.
+        """
+        own = ec.generate_private_key(CURVE)
+        now = _now()
+        names: list[x509.GeneralName] = [
+            x509.DNSName("localhost"),
+            x509.IPAddress(ipaddress.ip_address("127.0.0.1")),
+        ]
+        try:
+            names.append(x509.IPAddress(ipaddress.ip_address(host)))
+        except ValueError:
+            names.append(x509.DNSName(host))
+        made = (
+            x509.CertificateBuilder()
+            .subject_name(_name(host[:64]))
+            .issuer_name(self.certificate.subject)
+            .public_key(own.public_key())
+            .serial_number(x509.random_serial_number())
+            .not_valid_before(now - datetime.timedelta(days=1))
+            .not_valid_after(now + datetime.timedelta(days=days))
+            .add_extension(x509.SubjectAlternativeName(dict.fromkeys(names)), critical=False)
+            .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+            .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
+            .add_extension(
+                x509.AuthorityKeyIdentifier.from_issuer_public_key(self.key.public_key()),
+                critical=False,
+            )
+            .sign(self.key, hashes.SHA384())
+        )
+        write_private(key, _pem(own))
+        certificate.write_bytes(made.public_bytes(serialization.Encoding.PEM))
+
+
+def write_node_key(folder: Path) -> str:
+    """Writes `node.key` and `node.pub` (P-384, OpenSSH) of a client; returns the public key."""
+    key = ec.generate_private_key(CURVE)
+    private = key.private_bytes(
+        serialization.Encoding.PEM,
+        serialization.PrivateFormat.OpenSSH,
+        serialization.NoEncryption(),
+    )
+    write_private(folder / "node.key", private)
+    public = key.public_key().public_bytes(
+        serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH
+    )
+    (folder / "node.pub").write_bytes(public + b"\n")
+    return public.decode()
+
+
+def read_node_key(path: Path) -> ec.EllipticCurvePrivateKey:
+    """Reads `node.key`.
+
+    Raises:
+        NetworkError: if it is missing, readable for others, or something else.
+    """
+    try:
+        if os.name == "posix" and path.stat().st_mode & 0o077:
+            raise NetworkError(
+                "other users of this machine may read it",
+                place=str(path),
+                cure=f"chmod 600 {path}",
+            )
+        key = serialization.load_ssh_private_key(path.read_bytes(), None)
+    except (OSError, ValueError, TypeError) as error:
+        raise NetworkError(
+            f"the key of this client cannot be read ({error})",
+            place=str(path),
+            cure="copy the client's folder anew from whoever set the network up",
+        ) from error
+    if not isinstance(key, ec.EllipticCurvePrivateKey):
+        raise NetworkError(
+            "not a key on an elliptic curve", place=str(path), cure="take the key of this client"
+        )
+    return key
+
+
+def identity_of(folder: Path) -> bytes:
+    """Returns the 32 secret bytes behind a client's keys in secure sums; drawn the first time.
+
+    They never leave the machine: what travels is the public key that follows from them.
+
+    Raises:
+        NetworkError: if the file is damaged.
+    """
+    path = folder / "identity.key"
+    if not path.exists():
+        write_private(path, os.urandom(32))
+    secret = path.read_bytes()
+    if len(secret) != 32:
+        raise NetworkError(
+            f"got {len(secret)} bytes, expected 32",
+            place=str(path),
+            cure="bring the file back; without it other clients do not know this one any more",
+        )
+    return secret
+
+
+def days_left(certificate: Path) -> float:
+    """Returns for how many days a certificate is still valid; below 0 if it has expired."""
+    found = x509.load_pem_x509_certificate(certificate.read_bytes())
+    return (found.not_valid_after_utc - _now()).total_seconds() / 86_400
+
+
+def write_private(path: Path, content: bytes) -> None:
+    """Writes a file that only its owner may read, also while it is being written."""
+    path.unlink(missing_ok=True)
+    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+        file.write(content)
+
+
+def _pem(key: ec.EllipticCurvePrivateKey) -> bytes:
+    return key.private_bytes(
+        serialization.Encoding.PEM,
+        serialization.PrivateFormat.PKCS8,
+        serialization.NoEncryption(),
+    )
+
+
+def _name(text: str) -> x509.Name:
+    return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, text)])
+
+
+def _now() -> datetime.datetime:
+    return datetime.datetime.now(datetime.UTC)
