@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fedpress.core.examples import Arrays
-from fedpress.core.inputs import NamedInputs, tensors_by_name, shape_of, shape_text
+from fedpress.core.inputs import NamedInputs, shape_of, shape_text, tensors_by_name
 from fedpress.data import columns, csv, images, tables
 from fedpress.data.columns import Column
 from fedpress.data.preparation import Preparation

@@ -17,6 +17,7 @@ from fedpress.network import keys
 from fedpress.network.units import client_dockerfile, client_unit, server_dockerfile, server_unit
 
 PORT = 9443
+ALL = "0.0.0.0"
 T = TypeVar("T", bound=BaseModel)
 
 
@@ -27,7 +28,7 @@ class ServerConfig(BaseModel):
 
     host: str = Field(description="the name or address by which clients reach the server")
     port: int = Field(PORT, ge=1, le=65535, description="the one port that must be open")
-    bind: str = Field("0.0.0.0", description="the address to listen on; 0.0.0.0 is all")
+    bind: str = Field(ALL, description="the address to listen on; 0.0.0.0 is all")
     clients: dict[ClientId, str] = Field(description="the public key (node.pub) of each client")
 
 
@@ -135,7 +136,7 @@ def init(out: Path, clients: Sequence[ClientId], host: str, port: int) -> None:
     (server / "ca.crt").write_bytes((home / "ca.crt").read_bytes())
     authority.sign_server(host, server / "server.key", server / "server.crt")
     public = {name: _make_client(out, name, host, port) for name in clients}
-    _write_server(server, ServerConfig(host=host, port=port, clients=public))
+    _write_server(server, ServerConfig(host=host, port=port, bind=ALL, clients=public))
     (server / "fedpress-server.service").write_text(server_unit())
     (server / "Dockerfile").write_text(server_dockerfile(port))
 
@@ -176,7 +177,7 @@ def _make_client(out: Path, name: ClientId, host: str, port: int) -> str:
     (folder / "ca.crt").write_bytes((out / "authority" / "ca.crt").read_bytes())
     public = keys.write_node_key(folder)
     address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-    config = ClientConfig(name=name, server=address)
+    config = ClientConfig(name=name, server=address, threads=1)
     (folder / "client.toml").write_text(tomli_w.dumps(config.model_dump()))
     (folder / "fedpress-client.service").write_text(client_unit(name))
     (folder / "Dockerfile").write_text(client_dockerfile())
