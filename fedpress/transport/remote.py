@@ -135,7 +135,8 @@ class RemoteTransport:
         self._answers: dict[RequestId, tuple[ClientId, Message]] = {}
         self._boots: dict[ClientId, str] = {}
         self._sent = 0
-        self._unsent: list[RequestId] = []
+        # In order, each once: a call may be found lost in two ways at the same time.
+        self._unsent: dict[RequestId, None] = {}
         self._packed: WeakValueDictionary[int, _PackedMessage] = WeakValueDictionary()
 
     def clients(self) -> Sequence[ClientId]:
@@ -154,7 +155,7 @@ class RemoteTransport:
         parcel = Parcel("call", f"{self._prefix}-{request}", self.session, packed.data)
         self._calls[request] = _Call(client, parcel)
         # Sent together, so that a body that is equal for all clients travels once.
-        self._unsent.append(request)
+        self._unsent[request] = None
         return request
 
     def receive(
@@ -192,11 +193,11 @@ class RemoteTransport:
         for request in requests:
             self._calls.pop(request, None)
             self._answers.pop(request, None)
-        self._unsent = [request for request in self._unsent if request in self._calls]
+            self._unsent.pop(request, None)
 
     def _flush(self) -> None:
         """Sends all calls that wait to be sent."""
-        waiting, self._unsent = self._unsent, []
+        waiting, self._unsent = list(self._unsent), {}
         # A link takes one parcel for each client at a time.
         while waiting:
             batch: dict[ClientId, RequestId] = {}
@@ -227,8 +228,7 @@ class RemoteTransport:
         for ticket, answer in found.items():
             if ticket in pings:
                 self._take_pong(pings[ticket], answer)
-            # A pong may have shown that its call was lost, so that it waits to be sent again.
-            elif self._calls.get(tickets[ticket]) is not None:
+            elif tickets[ticket] in self._calls:
                 took = self._take(tickets[ticket], answer) or took
         self._look_after()
         return took
@@ -240,15 +240,20 @@ class RemoteTransport:
             # The network lost it: nothing is known of the client, so it is called again.
             log.info("a call to '%s' is sent again (%s)", call.client, answer.reason)
             call.ticket = ""
-            self._unsent.append(request)
+            self._unsent[request] = None
             return False
         if answer.what != "answer" or answer.request != call.parcel.request:
             message = error("WireError: it answered another call")
         else:
             message = self._unpacked(answer.body)
-        del self._calls[request]
-        self._answers[request] = call.client, message
+        self._close(request, message)
         return True
+
+    def _close(self, request: RequestId, message: Message) -> None:
+        """Keeps what stands for the answer to a call, and forgets the call."""
+        client = self._calls.pop(request).client
+        self._unsent.pop(request, None)
+        self._answers[request] = client, message
 
     def _unpacked(self, body: bytes) -> Message:
         self.traffic += Traffic(up=len(body))
@@ -277,8 +282,7 @@ class RemoteTransport:
             self.told(f"client '{call.client}' was started again")
         # Nearly always it is at work. Else the call was lost with its process.
         if call.ticket and call.parcel.request not in presence.working:
-            call.ticket = ""
-            self._unsent.append(request)
+            self._unsent[request] = None
 
     def _look_after(self) -> None:
         """Pings clients whose answers are missing for long; gives up those that are gone."""
@@ -295,7 +299,7 @@ class RemoteTransport:
             call.asked = now
             if online.get(call.client):
                 if not call.ticket:
-                    self._unsent.append(request)
+                    self._unsent[request] = None
                 elif not call.ping:
                     ping = Parcel("ping", f"{self._prefix}-ping", "", b"")
                     call.ping = self.link.send({call.client: ping})[call.client]
@@ -304,9 +308,8 @@ class RemoteTransport:
             silent = now - call.heard
             self.told(f"client '{call.client}' is offline for {silent:.0f} s")
             if silent > self.lost_after:
-                del self._calls[request]
                 reason = f"it is offline for more than {self.lost_after:.0f} s"
-                self._answers[request] = call.client, error(f"lost: {reason}")
+                self._close(request, error(f"lost: {reason}"))
 
 
 def presences(
