@@ -16,12 +16,12 @@ from fedpress.cli.common import (
     Device,
     Overrides,
     allow_code,
-    held,
+    exit_stack,
     in_one_line,
     load_data,
-    on_device,
     stopping,
     warn,
+    with_device,
 )
 from fedpress.cli.run import show_run
 
@@ -151,7 +151,7 @@ def server(
     from fedpress.cli import terminal
 
     out_stream = terminal.console(quiet=as_json)
-    words = on_device(overrides, device)
+    words = with_device(overrides, device)
     with stopping("stopped before the run began; nothing was changed"):
         begun = _begun(recipe, [*words, *_public(public)], out)
         loaded = load_data(begun.recipe, out_stream).without_clients()
@@ -169,7 +169,7 @@ def _begun(recipe: str, words: list[str], out: Path | None) -> CheckedRun:
     from fedpress.api import begin
 
     if out is not None and (out / "settings.json").exists():
-        return begin.checked_resume(out, recipe, words, None, held)
+        return begin.checked_resume(out, recipe, words, None, exit_stack)
     return begin.new(recipe, words, None, out)
 
 
@@ -248,7 +248,7 @@ def _serve(
     _wait_for(network, min_clients, wait, say)
     with terminal.waiting(out_stream, "checking that everything fits together"):
         check_recipe(begun.recipe, data, network)
-    folder, notes = begun.start(shlex.join(["fedpress", *sys.argv[1:]]), held)
+    folder, notes = begun.start(shlex.join(["fedpress", *sys.argv[1:]]), exit_stack)
     warn(notes)
     say(f"{begun.recipe.name} into {begun.place}")
     progress.follow(runs.execute(begun.recipe, folder, data, network=network), out_stream)
@@ -358,7 +358,7 @@ def _take_part(
             )
         key, threads = None, 1
         place.mkdir(exist_ok=True)
-    held.enter_context(lock.locked(place))
+    exit_stack.enter_context(lock.locked(place))
     # Sums of floats are rounded in another order with another number of threads.
     torch.set_num_threads(threads)
     sessions = Sessions(
