@@ -6,6 +6,7 @@ import shlex
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -26,12 +27,13 @@ from fedpress.cli.common import (
 from fedpress.cli.run import show_run
 
 if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.asymmetric import ec
     from rich.console import Console
 
     from fedpress.api.begin import CheckedRun
     from fedpress.data import FederatedData
     from fedpress.network.server import ServerNetwork
-    from fedpress.transport.flower import ServerLink
+    from fedpress.transport.flower import Address, ServerLink
 
 network_app = typer.Typer(no_args_is_help=True, help="Make keys and folders for a deployment.")
 Folder = Annotated[
@@ -279,6 +281,16 @@ def client(
         ),
     ] = None,
     network: Folder = None,
+    program: Annotated[
+        Path | None,
+        typer.Option(help="An exported training program (.pte) to train with instead of torch."),
+    ] = None,
+    check: Annotated[
+        str | None,
+        typer.Option(
+            metavar="RECIPE", help="Only check that the data fit this recipe; connects to nobody."
+        ),
+    ] = None,
     insecure: Insecure = False,
     to: Annotated[
         str | None, typer.Option("--server", help="With --insecure: host:port of the server.")
@@ -296,6 +308,11 @@ def client(
     allow_code(code)
     if data is None:
         raise NetworkError("got none", place="data", cure="give --data PATH")
+    if check is not None:
+        from fedpress.api.deployment import check_client
+
+        typer.echo(check_client(check, data))
+        return
     if (network is None) != insecure:
         raise NetworkError(
             "got both" if insecure else "got none",
@@ -303,7 +320,7 @@ def client(
             cure="give the folder of this client with --network, or --insecure on this machine",
         )
     with stopping("stopped; state and ledger are kept, the same command goes on"), _quit_on_term():
-        _take_part(data, network, to, name, device)
+        _take_part(data, network, to, name, program, device)
 
 
 @contextmanager
@@ -321,59 +338,88 @@ def _quit_on_term() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
+@dataclass(frozen=True)
+class _Who:
+    """Who this client is, and where its server is."""
+
+    name: str
+    place: Path
+    address: Address
+    key: ec.EllipticCurvePrivateKey | None
+    threads: int
+
+
+def _who(folder: Path | None, to: str | None, name: str | None) -> _Who:
+    """Reads the folder of the client; without one, takes the options of --insecure.
+
+    Raises:
+        NetworkError: if a file or an option is missing, or the server is on another machine.
+    """
+    from fedpress.errors import NetworkError
+    from fedpress.network import keys
+    from fedpress.network.folders import ClientFolder, host_and_port
+    from fedpress.transport.flower import Address
+
+    if folder is not None:
+        found = ClientFolder.read(folder)
+        place = found.path
+        address = Address(*host_and_port(found.config.server), place / "ca.crt")
+        key = keys.read_node_key(place / "node.key")
+        return _Who(found.config.name, place, address, key, found.config.threads)
+    if name is None:
+        raise NetworkError("got none", place="name", cure="give --name, such as --name a")
+    address = Address(*host_and_port(to or f"{LOOPBACK}:9443"))
+    if address.host not in (LOOPBACK, "localhost", "::1"):
+        raise NetworkError(
+            f"--insecure is for this machine alone, not for {address.host}",
+            place="server",
+            cure="make keys with fedpress network init, and give --network",
+        )
+    place = Path(f"client-{name}")
+    place.mkdir(exist_ok=True)
+    return _Who(name, place, address, None, 1)
+
+
 def _take_part(
-    data: Path, folder: Path | None, to: str | None, name: str | None, device: str | None
+    data: Path,
+    folder: Path | None,
+    to: str | None,
+    name: str | None,
+    program: Path | None,
+    device: str | None,
 ) -> None:
+    """Connects, and answers calls until somebody stops the process."""
     import torch
 
-    from fedpress.errors import NetworkError
     from fedpress.network import keys
     from fedpress.network.client import serve
     from fedpress.network.data import ClientData
-    from fedpress.network.folders import ClientFolder, host_and_port
     from fedpress.network.gate import NoPolicy
     from fedpress.network.node import Correspondence
     from fedpress.network.sessions import Sessions
     from fedpress.training.device import find
-    from fedpress.transport.flower import Address, NodeLink
+    from fedpress.transport.flower import NodeLink
     from fedpress.workspace import lock
 
     own = ClientData(data)
-    if folder is not None:
-        found = ClientFolder.read(folder)
-        place, who = found.path, found.config.name
-        address = Address(*host_and_port(found.config.server), found.path / "ca.crt")
-        key = keys.read_node_key(found.path / "node.key")
-        threads = found.config.threads
-    else:
-        if name is None:
-            raise NetworkError("got none", place="name", cure="give --name, such as --name a")
-        place, who = Path(f"client-{name}"), name
-        address = Address(*host_and_port(to or f"{LOOPBACK}:9443"))
-        if address.host not in (LOOPBACK, "localhost", "::1"):
-            raise NetworkError(
-                f"--insecure is for this machine alone, not for {address.host}",
-                place="server",
-                cure="make keys with fedpress network init, and give --network",
-            )
-        key, threads = None, 1
-        place.mkdir(exist_ok=True)
-    exit_stack.enter_context(lock.locked(place))
+    who = _who(folder, to, name)
+    exit_stack.enter_context(lock.locked(who.place))
     # Sums of floats are rounded in another order with another number of threads.
-    torch.set_num_threads(threads)
+    torch.set_num_threads(who.threads)
     sessions = Sessions(
-        who,
-        place / "sessions",
+        who.name,
+        who.place / "sessions",
         own.arrays,
         NoPolicy(),
-        keys.identity_of(place),
-        find(device) if device is not None else find("cpu"),
+        keys.identity_of(who.place),
+        program,
+        find(device or "cpu"),
     )
 
     def say(sentence: str) -> None:
-        typer.echo(f"{who}: {in_one_line(sentence)}")
+        typer.echo(f"{who.name}: {in_one_line(sentence)}")
 
-    correspondence = Correspondence(NodeLink(address, key), who, say)
+    correspondence = Correspondence(NodeLink(who.address, who.key), who.name, say)
     for answered in serve(correspondence, sessions):
         say(
             f"answered in {answered.seconds:.2f} s "

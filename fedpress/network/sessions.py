@@ -20,7 +20,7 @@ from fedpress.core.files import replacing, writing
 from fedpress.core.log import logger
 from fedpress.core.names import ClientId
 from fedpress.errors import FedpressError, WireError
-from fedpress.federation import ClientState, DiskState, InMemoryState
+from fedpress.federation import ClientState, DiskState, InMemoryState, device_steps
 from fedpress.network.gate import Asked, Gate, Refusal, failure
 from fedpress.stages.federate.client import IDENTITY, ClientSide
 from fedpress.stages.federate.offer import Offer
@@ -61,6 +61,7 @@ class Sessions:
         examples: loads the client's data as an offer needs them.
         gate: the owner's policy.
         identity: 32 secret bytes behind the keys of this client in secure sums.
+        program: an exported training program (.pte) that takes the place of torch.
         device: where the client trains.
         max_bytes: longest message that is read.
     """
@@ -70,6 +71,7 @@ class Sessions:
     examples: Examples
     gate: Gate
     identity: bytes | None = None
+    program: Path | None = None
     device: torch.device | None = None
     max_bytes: int = MAX_BYTES
 
@@ -115,6 +117,12 @@ class Sessions:
             key = torch.frombuffer(bytearray(self.identity), dtype=torch.uint8)
             memory.save_entry(IDENTITY, {"bytes": key})
         half = ClientSide(self.name, arrays, offer.common(self.device), memory)
+        if self.program is not None:
+            # Imported here: most clients do not have ExecuTorch installed.
+            from fedpress.deploy.device_model import DeviceModel
+
+            half.model = DeviceModel(self.program)
+            half.source = device_steps
         # A trial holds a model and its data in memory: one is enough.
         self._open = {key: one for key, one in self._open.items() if one.folder is not None}
         self._open[name] = Session(asked, half, folder)

@@ -6,6 +6,7 @@ import os
 from dataclasses import dataclass, field
 
 import torch
+from torch import nn
 
 from fedpress.core import parameters, random
 from fedpress.core.canonical import JSON
@@ -15,6 +16,7 @@ from fedpress.data.population import Population
 from fedpress.errors import FedpressError, RecipeError, WireError
 from fedpress.federation import Client, ClientPlan, ClientState
 from fedpress.federation.client_state import load_json
+from fedpress.federation.local import GradientSource
 from fedpress.federation.protocol import check_header, read_text
 from fedpress.secagg import SecAggClient, identity
 from fedpress.stages.federate.contract import (
@@ -51,6 +53,8 @@ class ClientSide:
     memory: ClientState
     client: Client | None = None
     contract: Contract | None = None
+    model: nn.Module | None = None
+    source: GradientSource | None = None
     _refusal: FedpressError | None = field(default=None, repr=False)
 
     def handle(self, request: bytes) -> bytes:
@@ -162,12 +166,13 @@ class ClientSide:
         """Returns the client that answers under `contract`."""
         stage = self.common.stage
         privacy = contract.plan_of(self.name)
-        plan = ClientPlan.bind(contract.terms, self.common.model, privacy=privacy)
+        model = self.model or self.common.model
+        plan = ClientPlan.bind(contract.terms, model, source=self.source, privacy=privacy)
         secure_noise = stage.privacy is not None and stage.privacy.secure_noise
         return Client(
             name=self.name,
             arrays=self.arrays,
-            model=self.common.model,
+            model=model,
             plan=plan,
             memory=self.memory,
             member=self._member(contract),

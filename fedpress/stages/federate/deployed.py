@@ -8,7 +8,7 @@ from pathlib import Path
 from fedpress.core.canonical import JSON
 from fedpress.core.names import ClientId
 from fedpress.data.population import Population
-from fedpress.errors import TrainingError
+from fedpress.errors import RecipeError, TrainingError
 from fedpress.federation import Transport
 from fedpress.federation.client_state import load_json, save_json
 from fedpress.federation.exchange import exchange
@@ -46,6 +46,7 @@ def bind_deployed(
         RecipeError: if a setting does not fit.
         PrivacyError: if the budget cannot be kept.
     """
+    stage = _in_real_time(stage)
     data = state.data
     common = CommonInputs.of(
         stage,
@@ -77,10 +78,12 @@ def bind_deployed(
     transport = network.open(session, None if population is None else population.names)
     header: dict[str, JSON] = {"stage": stage.name, "trial": folder is None}
     accepted = offer_to_all(transport, offer.to_message(header))
+    earlier = transport.traffic
     if population is None:
         # Clients that refuse are not in the population: the stage is planned without them.
         transport = network.open(session, accepted)
         population = register(transport)
+        earlier += transport.traffic
         save_json(memory, POPULATION, {"json": population.to_json(), "session": session})
     secure_noise = stage.privacy is not None and stage.privacy.secure_noise
     return ServerSide.bind(
@@ -89,7 +92,24 @@ def bind_deployed(
         ledger=state.ledger,
         secret=secret_of(memory) if secure_noise else None,
         population=population,
+        earlier=earlier,
     )
+
+
+def _in_real_time(stage: FederateSettings) -> FederateSettings:
+    """Returns the settings without the virtual clock of a simulation.
+
+    Raises:
+        RecipeError: if privacy would be planned from an order of answers that nobody knows.
+    """
+    if stage.privacy is not None and stage.schedule.kind == "buffered":
+        raise RecipeError(
+            "who answers first decides who is asked next, so over a network nobody knows how "
+            "often each client is asked, and the noise cannot be planned",
+            place="schedule",
+            cure="leave schedule out (synchronous rounds), or privacy",
+        )
+    return stage.model_copy(update={"delays": None})
 
 
 def offer_to_all(transport: Transport, offer: Message) -> list[ClientId]:

@@ -69,6 +69,7 @@ class ServerSide:
         ledger: Ledger | None = None,
         secret: int | None = None,
         population: Population | None = None,
+        earlier: Traffic | None = None,
     ) -> ServerSide:
         """Registers the clients, plans the stage for them, and asks every client to agree.
 
@@ -80,6 +81,7 @@ class ServerSide:
             ledger: epsilon spent by earlier stages.
             secret: see the attribute.
             population: the clients, if they have registered before; else they do now.
+            earlier: bytes of messages before this call that belong to the set-up.
 
         Raises:
             RecipeError: if settings do not fit the population, or no client agrees.
@@ -98,7 +100,8 @@ class ServerSide:
         # A refusal is longer than an agreement, so the real bytes could reveal who refused.
         if trust.hides_cohort:
             agreed = Traffic(_bytes_if_all_agree(contract), agreed.down)
-        side = cls(common, contract, transport, started, secret, registered + agreed)
+        set_up = (earlier or Traffic()) + registered + agreed
+        side = cls(common, contract, transport, started, secret, set_up)
         if len(refused) == len(contract.population):
             name = contract.population.names[0]
             raise RecipeError(

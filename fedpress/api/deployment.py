@@ -1,0 +1,100 @@
+"""Whether a client's data fit a recipe, before the client connects to anybody."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from fedpress.api import begin
+from fedpress.core.examples import Arrays
+from fedpress.core.inputs import shape_of, shape_text
+from fedpress.data import FederatedData
+from fedpress.errors import DataError
+from fedpress.network.data import ARRAYS, TABLES, ClientData, read_arrays
+from fedpress.pipeline.recipe import Recipe
+from fedpress.pipeline.start import first_state, load_data
+
+
+def check_client(recipe: str, path: Path) -> str:
+    """Returns a sentence that says what the data at `path` are for `recipe`.
+
+    Classes and words that the server learns from its public rows are not known here, unless the
+    recipe lists them; then a client finds out when it is offered the run.
+
+    Args:
+        recipe: name or file.
+        path: as `fedpress client --data` takes it.
+
+    Raises:
+        DataError: if the data cannot be read, or lack a column or class that the recipe names.
+        RecipeError: if the recipe's model does not take them.
+    """
+    ClientData(path)
+    if path.is_dir():
+        found, about = _folder(recipe, path)
+    elif path.suffix in TABLES:
+        found, about = _table(recipe, path)
+    else:
+        found, about = _arrays(recipe, path)
+    first_state(about, found)
+    part = found.public
+    return (
+        f"{len(part)} examples of shape {shape_text(shape_of(part.x))}, task "
+        f"{found.task.kind}: they fit {about.name}"
+    )
+
+
+def _public(recipe: str, keys: dict[str, str]) -> tuple[FederatedData, Recipe]:
+    """Loads the data as one public part: all that a check needs of them."""
+    one = {"data.num_clients": "1", "data.examples_per_client": "1", "data.partition.kind": "iid"}
+    overrides = [f"{key}={value}" for key, value in {**keys, **one}.items()]
+    checked = begin.load(recipe, [*overrides, "data.validation=0", "data.test_share=0"])[1]
+    return load_data(checked), checked
+
+
+def _table(recipe: str, path: Path) -> tuple[FederatedData, Recipe]:
+    return _public(recipe, {"data.source": TABLES[path.suffix], "data.path": str(path.resolve())})
+
+
+def _folder(recipe: str, path: Path) -> tuple[FederatedData, Recipe]:
+    # The recipe's folders have a level more, for the client.
+    return _public(recipe, {"data.source": "folders", "data.path": str(path.resolve().parent)})
+
+
+def _arrays(recipe: str, path: Path) -> tuple[FederatedData, Recipe]:
+    assert path.suffix in ARRAYS
+    arrays = read_arrays(path)
+    checked = begin.load(recipe)[1]
+    empty = arrays.take(torch.arange(0))
+    classes = _classes(checked, arrays)
+    data = FederatedData(
+        "client",
+        {},
+        arrays,
+        empty,
+        empty,
+        num_classes=len(classes),
+        class_names=classes,
+    )
+    return data, checked
+
+
+def _classes(recipe: Recipe, arrays: Arrays) -> tuple[str, ...]:
+    """Returns the classes that the recipe lists, or one for each number up to the largest label."""
+    if arrays.y.is_floating_point():
+        return ()
+    largest = int(arrays.y.max()) + 1 if len(arrays) else 0
+    listed = recipe.data.classes
+    if listed is not None and largest > len(listed):
+        raise DataError(
+            f"a label is {largest - 1}, and the recipe lists {len(listed)} classes",
+            place="y",
+            cure="number the classes from 0, in the order of the recipe's",
+        )
+    if listed is not None:
+        return listed
+    count = recipe.model.arguments.get("num_classes")
+    if isinstance(count, int):
+        largest = max(largest, count)
+    return tuple(map(str, range(largest)))
