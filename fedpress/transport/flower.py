@@ -588,6 +588,9 @@ class ServerLink:
         if self._heartbeat is not None:
             self._heartbeat.stop()
             self._heartbeat = None
+        if self._runtime is not None:
+            self._runtime.close()
+            self._runtime = None
         self._nodes.clear()
         self._names.clear()
         self._tickets.clear()

@@ -119,8 +119,9 @@ class FederateStage(FederateSettings, Stage):
         for warning in self.warnings:
             yield Tick(0, self.num_rounds, "", f"warning: stage.{self.name}.{warning}")
         # Without a checkpoint the rounds start from the first one. The simulated clients must not
-        # refuse them as already answered.
-        if not folder.begun:
+        # refuse them as already answered. Clients of a network answer them with the same bytes: a
+        # new session would be another set of answers about the same data.
+        if not folder.begun and state.network is None:
             folder.forget()
         server = bind(self, state, folder.memory).server
         data = state.data
