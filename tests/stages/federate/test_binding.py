@@ -2,7 +2,7 @@ import torch
 
 from fedpress.federation import DiskState
 from fedpress.stages.federate.memories import SERVER, memories_of
-from tests.stages.federate.test_halves import NAMES, common
+from tests.stages.federate.test_sides import NAMES, common
 
 KEPT = {"value": torch.arange(3)}
 
