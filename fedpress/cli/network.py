@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 
     from fedpress.api.begin import CheckedRun
     from fedpress.data import FederatedData
-    from fedpress.network.server import ServerNetwork
     from fedpress.transport.flower import Address, ServerLink
 
 network_app = typer.Typer(no_args_is_help=True, help="Make keys and folders for a deployment.")
@@ -246,8 +245,8 @@ def _serve(
         out_stream.print(in_one_line(sentence), markup=False, soft_wrap=True)
 
     labels = begun.recipe.data.label_columns
-    network = ServerNetwork(link, labels, lost_after, say)
-    _wait_for(network, min_clients, wait, say)
+    network = ServerNetwork(link, labels, lost_after, say, min_clients, wait)
+    network.gather()
     with terminal.waiting(out_stream, "checking that everything fits together"):
         check_recipe(begun.recipe, data, network)
     folder, notes = begun.start(shlex.join(["fedpress", *sys.argv[1:]]), exit_stack)
@@ -256,20 +255,6 @@ def _serve(
     progress.follow(runs.execute(begun.recipe, folder, data, network=network), out_stream)
     with terminal.waiting(out_stream, "drawing the report"):
         return write_report(begun.place)
-
-
-def _wait_for(
-    network: ServerNetwork,
-    wanted: int | None,
-    timeout: float | None,
-    say: Callable[[str], None],
-) -> None:
-    known = network.link.online()
-    # Without TLS nobody is known beforehand.
-    count = wanted if wanted is not None else max(len(known), 1)
-    for there in network.wait(count, timeout):
-        names = f" ({', '.join(there)})" if there else ""
-        say(f"clients: {len(there)} of {count}{names}")
 
 
 def client(

@@ -27,17 +27,21 @@ class ServerNetwork:
         labels: the columns that are predicted, where the clients' data are tables.
         lost_after: seconds of silence after which an offline client counts as lost for a call.
         told: is called with a sentence when a client goes, comes back, or is called again.
+        min_clients: how many must be connected before a stage begins; None: all that are listed.
+        timeout: seconds to wait for them; None: for ever.
     """
 
     link: Link
     labels: tuple[str, ...] = ()
     lost_after: float = LOST_AFTER
     told: Callable[[str], None] = log.info
+    min_clients: int | None = None
+    timeout: float | None = None
 
     def open(self, session: str, clients: Sequence[ClientId] | None) -> RemoteTransport:
         """See `Network`."""
         if clients is None:
-            clients = [name for name, online in self.link.online().items() if online]
+            clients = self.gather()
         return RemoteTransport(
             self.link,
             clients,
@@ -45,6 +49,20 @@ class ServerNetwork:
             lost_after=self.lost_after,
             told=self.told,
         )
+
+    def gather(self) -> list[ClientId]:
+        """Waits until enough clients are connected, and returns those that are.
+
+        Raises:
+            NetworkError: if they have not come in time.
+        """
+        # Without TLS nobody is listed beforehand: one client is enough then.
+        wanted = self.min_clients or max(len(self.link.online()), 1)
+        there: list[ClientId] = []
+        for there in self.wait(wanted, self.timeout):
+            names = f" ({', '.join(there)})" if there else ""
+            self.told(f"clients: {len(there)} of {wanted}{names}")
+        return there
 
     def wait(self, wanted: int, timeout: float | None = None) -> Iterator[list[ClientId]]:
         """Waits until `wanted` clients are connected; yields who is there, as often as it changes.

@@ -103,6 +103,7 @@ from flwr.supercore.inflatable.inflatable_protobuf_utils import (  # noqa: E402
 from flwr.supercore.inflatable.inflatable_utils import (  # noqa: E402
     ObjectPullError,
     ObjectPushError,
+    ObjectUnavailableError,
     inflate_object_from_contents,
     pull_objects,
     push_objects,
@@ -471,6 +472,63 @@ def _last_line(path: Path) -> str:
     return lines[-1].strip()[:200] if lines else "it said nothing"
 
 
+BAD = Parcel("answer", "", "", b"")
+"""Stands for an answer that is no parcel: it answers no call, so its client has failed."""
+
+
+@dataclass(eq=False)
+class _Upload:
+    """An answer that was announced, and whose objects arrive one by one.
+
+    Attributes:
+        head: the message without its content.
+        tree: names of its objects.
+        since: when it was announced, on the monotonic clock.
+        contents: the objects that have arrived, by name.
+        size: their bytes.
+    """
+
+    head: Any
+    tree: ObjectTree
+    since: float
+    contents: dict[str, bytes] = field(default_factory=dict)
+    size: int = 0
+
+    @property
+    def name(self) -> str:
+        """Flower's name of the message."""
+        return str(self.head.metadata.message_id)
+
+    def advance(self, pull: Callable[[str], bytes], max_bytes: int) -> Parcel | Lost | None:
+        """Fetches what has arrived; returns the answer if it is whole, None if it is not yet."""
+        if message_from_proto(self.head).has_error():
+            return Lost(str(self.head.error.reason))
+        for one in iterate_object_tree(self.tree):
+            if one.object_id in self.contents:
+                continue
+            try:
+                content = pull(one.object_id)
+            except ObjectUnavailableError:
+                late = time.monotonic() - self.since > UPLOAD
+                return Lost(f"it did not arrive within {UPLOAD:.0f} s") if late else None
+            except ObjectPullError as error:
+                return Lost(str(error))
+            self.contents[one.object_id] = content
+            self.size += len(content)
+            # Nobody has checked what a client announces and sends.
+            if self.size > max_bytes:
+                log.warning("an answer of more than %d bytes was dropped", max_bytes)
+                return BAD
+        try:
+            message = inflate_object_from_contents(self.tree.object_id, self.contents)
+            assert isinstance(message, Message)
+            return _parcel(message)
+        # Whatever a client sends may be wrong in any way.
+        except Exception as error:
+            log.warning("an answer is no parcel (%s: %s)", type(error).__name__, error)
+            return BAD
+
+
 @dataclass(eq=False)
 class ServerLink:
     """The server's end of the wire; see `fedpress.transport.link.Link`.
@@ -492,6 +550,7 @@ class ServerLink:
     _nodes: dict[ClientId, int] = field(default_factory=dict)
     _names: dict[int, ClientId] = field(default_factory=dict)
     _tickets: set[str] = field(default_factory=set)
+    _uploads: dict[str, _Upload] = field(default_factory=dict)
     _heartbeat: HeartbeatSender | None = None
     _runtime: RuntimeHttpClient | None = None
 
@@ -594,6 +653,7 @@ class ServerLink:
         self._nodes.clear()
         self._names.clear()
         self._tickets.clear()
+        self._uploads.clear()
 
     def _beat(self) -> bool:
         assert self._runtime is not None
@@ -695,33 +755,32 @@ class ServerLink:
         return found | self._healed(lambda: self._fetch(known), nothing) if known else found
 
     def _fetch(self, tickets: Collection[str]) -> dict[str, Parcel | Lost]:
-        """Fetches all answers that are there."""
+        """Fetches all answers that are whole; one that is still uploaded stays for the next time.
+
+        So a client on a slow line keeps nobody waiting.
+        """
         assert self._runtime is not None
         node = Node(node_id=SUPERLINK_NODE_ID)
-        found: dict[str, Parcel | Lost] = {}
         with explained(self.address):
             answer = self._runtime.PullMessages(PullAppMessagesRequest(message_ids=list(tickets)))
             for head, tree in zip(answer.messages_list, answer.message_object_trees, strict=True):
                 ticket = head.metadata.reply_to_message_id
-                pull = make_pull_object_fn_protobuf(self._runtime.PullObject, node, self._run)
-                found[ticket] = self._fetched(head, tree, pull)
-                name = head.metadata.message_id
+                self._uploads[ticket] = _Upload(head, tree, time.monotonic())
+            found: dict[str, Parcel | Lost] = {}
+            pull = make_pull_object_fn_protobuf(self._runtime.PullObject, node, self._run)
+            for ticket, upload in list(self._uploads.items()):
+                parcel = upload.advance(pull, self.max_bytes)
+                if parcel is None:
+                    continue
+                del self._uploads[ticket]
+                if ticket in tickets:
+                    found[ticket] = parcel
                 self._runtime.ConfirmMessageReceived(
                     ConfirmMessageReceivedRequest(
-                        node=node, run_id=self._run, message_object_id=name
+                        node=node, run_id=self._run, message_object_id=upload.name
                     )
                 )
         return found
-
-    def _fetched(self, head: Any, tree: ObjectTree, pull: Callable[[str], bytes]) -> Parcel | Lost:
-        """Fetches one answer; whatever its sender did wrong makes it `Lost`."""
-        message = message_from_proto(head)
-        if message.has_error():
-            return Lost(str(message.error.reason))
-        try:
-            return _parcel(_pull(tree, pull, self.max_bytes, UPLOAD))
-        except (ObjectPullError, ValueError, KeyError, TypeError, AssertionError) as error:
-            return Lost(f"{type(error).__name__}: {error}")
 
     def close(self) -> None:
         """Ends the run, and the SuperLink if it was started here."""

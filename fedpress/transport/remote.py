@@ -28,6 +28,8 @@ PING_AFTER = 3.0
 """Seconds without an answer after which a client is pinged, and again after as many more."""
 LOST_AFTER = 60.0
 """Seconds of silence after which a client that is offline counts as lost for this call."""
+MOST_LOSSES = 5
+"""Lost answers to one call after which its client counts as lost."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,7 @@ class _Call:
         heard: when the client was last heard of, or sent the call.
         ping: ticket of a ping that is not answered yet.
         asked: when the client was last pinged.
+        losses: how often its answer was lost.
     """
 
     client: ClientId
@@ -95,6 +98,7 @@ class _Call:
     heard: float = 0.0
     ping: str = ""
     asked: float = 0.0
+    losses: int = 0
 
 
 @dataclass(eq=False)
@@ -240,6 +244,10 @@ class RemoteTransport:
             # The network lost it: nothing is known of the client, so it is called again.
             log.info("a call to '%s' is sent again (%s)", call.client, answer.reason)
             call.ticket = ""
+            call.losses += 1
+            if call.losses >= MOST_LOSSES:
+                self._close(request, error(f"lost: {answer.reason}"))
+                return True
             self._unsent[request] = None
             return False
         if answer.what != "answer" or answer.request != call.parcel.request:
