@@ -227,6 +227,10 @@ class NetworkError(FedpressError):
         self.refused = refused
 
 
+class PolicyError(FedpressError):
+    """A data owner's policy is wrong, or its ledger cannot be read or written."""
+
+
 class RunError(FedpressError):
     """A run folder is missing, belongs to another recipe, or cannot be written."""
 

@@ -15,7 +15,7 @@ from fedpress.core.names import ClientId
 from fedpress.errors import RecipeError, SecureError, WireError
 from fedpress.federation.aggregators.base import Contribution, Gathering, Session, Total
 from fedpress.federation.failures import Tally
-from fedpress.federation.protocol import check_header, need
+from fedpress.federation.protocol import check_header, need, refusal_of
 from fedpress.federation.uplink import Uplink
 from fedpress.federation.vectors import UPDATE, Vectors
 from fedpress.privacy.adaptive import AdaptiveClip, share_below
@@ -25,8 +25,6 @@ from fedpress.wire.message import Message
 
 SERVER = "server"
 """Name of the server in the keys of random streams."""
-MAX_REASON_CHARS = 500
-"""A client's error reason is cut to this length, because an attacker could fill the records."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -162,11 +160,10 @@ class Gatherer:
         if not 0 <= scale <= 1:
             raise RecipeError(f"got {scale}, expected a number inside 0..1", place="scale")
         try:
-            # A failed client sends a reason and no update.
-            if reply is not None and reply.kind == "error":
-                check_header(reply.kind, reply.header)
-                reason = reply.header.get("reason", "the client failed and gave no reason")
-                self.refused[client] = str(reason)[:MAX_REASON_CHARS]
+            # A client that failed, or may not answer, sends a reason and no update.
+            reason = None if reply is None else refusal_of(reply)
+            if reason is not None:
+                self.refused[client] = reason
                 return
             named = self.key.round if task is None else task
             self._take(Key(self.key.seed, named, client), reply, scale)

@@ -10,6 +10,7 @@
 | `unmask` | server | `shares` | the key shares that open one secure sum |
 | `evaluate` | server | `evaluated` | metric on a client's own examples; refused under privacy |
 | | | `error` | replaces any answer when a client fails: the reason |
+| | | `refused` | replaces any answer when a data owner's policy says no: the rule, the reason |
 """
 
 from __future__ import annotations
@@ -82,6 +83,9 @@ FIELDS: Mapping[str, Mapping[str, FieldKind]] = {
 }
 """Kind of message -> field -> its type and limits. Fields that are not listed are ignored."""
 
+MAX_REASON_CHARS = 500
+"""A client's reason is cut to this length."""
+
 REPORT: Mapping[str, FieldKind] = {"round": whole(0)}
 """Fields of the nested object `secure` in the header of an update."""
 
@@ -113,6 +117,26 @@ def need(kind: str, header: Mapping[str, Any], name: str) -> Any:
     """
     check_field(kind, name, header.get(name), FIELDS[kind][name])
     return header[name]
+
+
+def refusal_of(reply: Message) -> str | None:
+    """Returns why a client refuses to answer, in words; None for any other message.
+
+    Raises:
+        WireError: if the reason is no text.
+
+    >>> refusal_of(Message("refused", {"rule": "min_cohort", "reason": "got 2, allowed are 5"}))
+    "the owner's policy says no to min_cohort: got 2, allowed are 5"
+    """
+    if reply.kind not in ("error", "refused"):
+        return None
+    check_header(reply.kind, reply.header)
+    reason = str(reply.header.get("reason", "the client failed and gave no reason"))
+    if reply.kind == "refused":
+        rule = reply.header.get("rule", "something")
+        reason = f"the owner's policy says no to {rule}: {reason}"
+    # Cut, because an attacker could fill the records.
+    return reason[:MAX_REASON_CHARS]
 
 
 def text_tensor(text: str) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
+from fedpress.core import consent
 from fedpress.core.names import ClientId
 from fedpress.federation.exchange import error
 from fedpress.stages.federate.contract import Contract
@@ -38,16 +39,23 @@ class Asked:
         name: of the client.
         offer: what the server offers.
         examples: how many the client has for it.
+        memory: drawn with the session's memory of secrets and answered rounds. After another draw
+            the same question would get an answer with other noise, which costs privacy again.
     """
 
     session: str
     name: ClientId
     offer: Offer
     examples: int
+    memory: str = ""
 
 
 class Gate(Protocol):
     """Answers None for yes, and notes what is promised and spent."""
+
+    def code_named(self, session: str, name: str) -> Refusal | None:
+        """Says whether a model may be built by the function `name` (`module:function`)."""
+        ...
 
     def offered(self, asked: Asked, *, trial: bool) -> Refusal | None:
         """Says whether the settings, the model and the server are allowed."""
@@ -61,9 +69,17 @@ class Gate(Protocol):
         """Says whether one more message is answered, and charges it before it is."""
         ...
 
+    def leaving(self, asked: Asked, answer: Message) -> Message:
+        """Returns an answer without the measures that must not leave."""
+        ...
+
 
 class NoPolicy:
     """Allows everything; for tests, and for data that are not private."""
+
+    def code_named(self, session: str, name: str) -> Refusal | None:
+        """See `Gate`."""
+        return None if consent.allowed(name) else unnamed_code(name)
 
     def offered(self, asked: Asked, *, trial: bool) -> Refusal | None:
         """See `Gate`."""
@@ -76,6 +92,15 @@ class NoPolicy:
     def called(self, asked: Asked, contract: Contract, message: Message) -> Refusal | None:
         """See `Gate`."""
         return None
+
+    def leaving(self, asked: Asked, answer: Message) -> Message:
+        """See `Gate`."""
+        return answer
+
+
+def unnamed_code(name: str) -> Refusal:
+    """Returns the refusal of own code that the owner has not named."""
+    return Refusal("code", f"the model is built by {name[:80]}, and no code of others runs here")
 
 
 def failure(problem: Exception) -> Message:

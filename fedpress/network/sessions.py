@@ -8,9 +8,10 @@ the next question is answered. All of them give the same answers as the first ti
 from __future__ import annotations
 
 import re
+import secrets
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -21,9 +22,10 @@ from fedpress.core.log import logger
 from fedpress.core.names import ClientId
 from fedpress.errors import FedpressError, WireError
 from fedpress.federation import ClientState, DiskState, InMemoryState, device_steps
+from fedpress.federation.client_state import load_json, save_json
 from fedpress.network.gate import Asked, Gate, Refusal, failure
 from fedpress.stages.federate.client import IDENTITY, ClientSide
-from fedpress.stages.federate.offer import Offer
+from fedpress.stages.federate.offer import Offer, code_named
 from fedpress.wire.message import MAX_BYTES, Message, pack, unpack
 
 log = logger(__name__)
@@ -44,11 +46,13 @@ class Session:
         asked: what the client takes part in.
         half: the client's side of the stage.
         folder: None for a trial, of which nothing is kept.
+        refusal: of the whole run, when all clients were known.
     """
 
     asked: Asked
     half: ClientSide
     folder: Path | None
+    refusal: Refusal | None = None
 
 
 @dataclass(eq=False)
@@ -104,18 +108,21 @@ class Sessions:
     def _offered(self, name: str, message: Message, request: bytes) -> Message:
         """Answers an offer: accepted or refused."""
         trial = message.header.get("trial") is True
+        code = code_named(message)
+        if code is not None and (refusal := self.gate.code_named(name, code)) is not None:
+            return _told(refusal)
         offer = Offer.from_message(message)
         arrays = self.examples(offer)
         asked = Asked(name, self.name, offer, len(arrays))
         refusal = self.gate.offered(asked, trial=trial)
         if refusal is not None:
-            log.warning("refused (%s): %s", refusal.rule, refusal.reason)
-            return refusal.to_message()
+            return _told(refusal)
         folder = None if trial else self.folder / name
         memory: ClientState = InMemoryState() if folder is None else DiskState(folder / "memory")
         if self.identity is not None:
             key = torch.frombuffer(bytearray(self.identity), dtype=torch.uint8)
             memory.save_entry(IDENTITY, {"bytes": key})
+        asked = replace(asked, memory=_drawn_with(memory))
         half = ClientSide(self.name, arrays, offer.common(self.device), memory)
         if self.program is not None:
             # Imported here: most clients do not have ExecuTorch installed.
@@ -134,7 +141,11 @@ class Sessions:
     def _handled(self, session: Session, message: Message, request: bytes) -> Message:
         half = session.half
         contract = half.contract
-        if message.kind not in ("register", "agree") and contract is not None:
+        later = message.kind not in ("register", "agree")
+        # So that the server hears the reason again where it waits for an answer.
+        if later and session.refusal is not None:
+            return session.refusal.to_message()
+        if later and contract is not None:
             refusal = self.gate.called(session.asked, contract, message)
             if refusal is not None:
                 return _told(refusal)
@@ -142,12 +153,13 @@ class Sessions:
         if message.kind == "agree" and half.contract is not None:
             trial = session.folder is None
             refusal = self.gate.agreed(session.asked, half.contract, trial=trial)
+            session.refusal = refusal
             if refusal is not None:
                 half.withdraw()
                 return _told(refusal)
         if session.folder is not None and message.kind in SET_UP:
             _keep(session.folder, message.kind, request)
-        return answer
+        return self.gate.leaving(session.asked, answer)
 
     def _restored(self, name: str) -> Session | None:
         """Opens a session that an earlier process of this client has kept; None if there is none."""
@@ -177,6 +189,15 @@ class Sessions:
         others.sort(key=lambda path: path.stat().st_mtime)
         for path in others[: max(0, len(others) - KEPT + 1)]:
             shutil.rmtree(path, ignore_errors=True)
+
+
+def _drawn_with(memory: ClientState) -> str:
+    """Returns the name of a session's memory, which is drawn the first time."""
+    stored = load_json(memory, "drawn")
+    if not stored:
+        stored = {"name": secrets.token_hex(16)}
+        save_json(memory, "drawn", stored)
+    return str(stored["name"])
 
 
 def _told(refusal: Refusal) -> Message:

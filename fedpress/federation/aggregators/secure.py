@@ -14,7 +14,7 @@ from fedpress.core.names import ClientId
 from fedpress.errors import RecipeError, SecureError, WireError
 from fedpress.federation.aggregators.base import Contribution, Total, Weights
 from fedpress.federation.exchange import Transport, exchange
-from fedpress.federation.protocol import check_header
+from fedpress.federation.protocol import check_header, refusal_of
 from fedpress.federation.vector_codec import VectorCodec
 from fedpress.federation.vectors import UPDATE
 from fedpress.secagg import SecAggMessage, SecAggServer, SecurePlan, SecureRound
@@ -276,8 +276,9 @@ def _collect(
     for client, reply in exchange(transport, requests):
         try:
             check_header(reply.kind, reply.header)
-            if reply.kind == "error":
-                missing[client] = str(reply.header.get("reason", "the client failed"))
+            reason = refusal_of(reply)
+            if reason is not None:
+                missing[client] = reason
                 continue
             if reply.kind != kind:
                 raise WireError(

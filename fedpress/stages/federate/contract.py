@@ -7,6 +7,8 @@ code, so plans such as the noise need not be sent.
 from __future__ import annotations
 
 import fnmatch
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import cast
@@ -41,9 +43,10 @@ from fedpress.federation.schedules.check import Needs, check_schedule
 from fedpress.models import ModelSpec
 from fedpress.nn.compact import compact_
 from fedpress.nn.resize import copied
+from fedpress.privacy.ledger import POPULATION, LedgerEntry
 from fedpress.privacy.plan import PrivacyPlan
 from fedpress.stages.federate.privacy import plan_protection
-from fedpress.stages.federate.protection import Protection, is_secure, trust_of_stage
+from fedpress.stages.federate.protection import Protection, is_secure, repeated, trust_of_stage
 from fedpress.stages.federate.settings import FederateSettings
 from fedpress.tasks import Task
 from fedpress.training.augment import Augment, augment
@@ -82,6 +85,75 @@ class Contract:
         It depends on the client's number of examples, which is public under this unit.
         """
         return self.protection.plans[name] if self.uplink.trust.unit == "sample" else None
+
+    def charges(self, tasks: Mapping[ClientId, int], first: int, last: int) -> list[LedgerEntry]:
+        """Returns the ledger entries of the rounds from `first` to `last`; none without privacy.
+
+        Args:
+            tasks: number of tasks of each client in these rounds.
+            first: first round.
+            last: last round.
+
+        Returns:
+            An entry for each client with a task. If all clients have the same cost, a single entry
+            for the population.
+        """
+        planned = self.protection
+        # With correlated noise all rounds together are one mechanism, charged in the first round.
+        if not planned.costs or (planned.charged_once and first > 1):
+            return []
+        if POPULATION in planned.costs:
+            rounds = math.ceil((last - first + 1) / self.uplink.cohort.period)
+            tasks = {POPULATION: 1 if planned.charged_once else rounds}
+        entries = []
+        for who, count in tasks.items():
+            if count:
+                cost = repeated(planned.costs[who], count)
+                entries.append(LedgerEntry.of(who, self.stage.name, cost, first, last))
+        return entries
+
+    def planned_charges(self, name: ClientId) -> list[LedgerEntry]:
+        """Returns the ledger entries of all rounds for one client, as it has to expect them.
+
+        Who is really asked, only the server may know: so it is the most that any client is asked.
+        """
+        if self.stage.privacy is None:
+            return [unprotected(self.stage)] if self.stage.num_rounds else []
+        if not self.stage.num_rounds:
+            return []
+        return self.charges({name: self.participation.max_tasks}, 1, self.stage.num_rounds)
+
+    def charges_of_answer(self, name: ClientId, round: int, *, first: bool) -> list[LedgerEntry]:
+        """Returns the ledger entries that a client's own ledger notes before it answers a "fit".
+
+        Args:
+            name: of the client.
+            round: of the question.
+            first: whether it is the first that this client answers in the run.
+        """
+        if self.stage.privacy is None or self._charged_at_first:
+            return self.planned_charges(name) if first else []
+        return self.charges({name: 1}, round, round)
+
+    @property
+    def _charged_at_first(self) -> bool:
+        """Whether a client is charged for the whole run with its first answer.
+
+        A draw by chance costs less only because rounds in which a client is not asked are counted
+        too. The client does not see these, and cannot know which round was the last.
+        """
+        common = self.protection.costs.get(POPULATION)
+        drawn = common is not None and common.sampling_prob < 1
+        return drawn or self.protection.charged_once
+
+
+def unprotected(stage: FederateSettings) -> LedgerEntry:
+    """Returns the entry of a stage without privacy: an infinite epsilon.
+
+    With it in the ledger no later stage can promise privacy to the same clients.
+    """
+    # A noise multiplier of 0 is an infinite epsilon.
+    return LedgerEntry(POPULATION, stage.name, 1.0, 0.0, 1)
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,11 +8,11 @@ from pathlib import Path
 from fedpress.core.canonical import JSON
 from fedpress.core.names import ClientId
 from fedpress.data.population import Population
-from fedpress.errors import RecipeError, TrainingError
+from fedpress.errors import RecipeError, TrainingError, WireError
 from fedpress.federation import Transport
 from fedpress.federation.client_state import load_json, save_json
 from fedpress.federation.exchange import exchange
-from fedpress.federation.protocol import check_header
+from fedpress.federation.protocol import refusal_of
 from fedpress.stages.federate.client import secret_of
 from fedpress.stages.federate.contract import CommonInputs
 from fedpress.stages.federate.memories import memories_of
@@ -121,10 +121,11 @@ def offer_to_all(transport: Transport, offer: Message) -> list[ClientId]:
     names = transport.clients()
     answers: dict[ClientId, str] = dict.fromkeys(names, "no reply came")
     for name, reply in exchange(transport, dict.fromkeys(names, offer)):
-        check_header(reply.kind, reply.header)
-        answers[name] = str(reply.header.get("reason", f"it sent {reply.kind!r}"))
-        if reply.kind == "refused":
-            answers[name] = f"its policy says no to {reply.header.get('rule')}: {answers[name]}"
+        try:
+            answers[name] = refusal_of(reply) or f"it sent {reply.kind!r}"
+        # One client's message must not end the run for all.
+        except WireError as problem:
+            answers[name] = str(problem)
         if reply.kind == "offered":
             del answers[name]
     accepted = [name for name in names if name not in answers]

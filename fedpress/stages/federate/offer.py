@@ -8,6 +8,7 @@ from a stranger.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,7 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from fedpress import __version__, tasks
+from fedpress.core import consent
 from fedpress.core.canonical import JSON
 from fedpress.core.examples import Preprocess
 from fedpress.core.random import STREAMS, derive
@@ -32,6 +34,45 @@ from fedpress.wire.message import Message
 
 MODEL = "model"
 TEXTS = ("settings", "spec", "facts")
+
+
+def terms_of(
+    stage: FederateSettings,
+    architecture: str,
+    arguments: Mapping[str, JSON],
+    labels: Sequence[str],
+) -> dict[str, Any]:
+    """Returns what a data owner agrees to, see `Offer.terms`.
+
+    What the server's data decide, such as the names of classes, is not in it: a recipe alone must
+    give the same.
+    """
+    # A stage has keys of its own beside the settings; a client is sent the settings. The virtual
+    # clock is only that of a simulation.
+    settings = FederateSettings.model_validate({**stage.model_dump(), "delays": None})
+    return {
+        "settings": settings.model_dump(mode="json", exclude_defaults=True),
+        "model": {"architecture": architecture, "arguments": dict(arguments)},
+        "labels": list(labels),
+    }
+
+
+def fingerprint_of(terms: Mapping[str, Any]) -> str:
+    """Returns the digest of `terms`, 16 hexadecimal digits."""
+    return digest_of(json.dumps(terms, sort_keys=True))[:16]
+
+
+def code_named(message: Message) -> str | None:
+    """Returns the own code (`module:function`) that builds the model of an offer; None if none.
+
+    Only the name is read. An offer that cannot be read names none: `Offer.from_message` says why.
+    """
+    try:
+        architecture = json.loads(read_text(message, "spec"))["architecture"]
+    except (WireError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+    own = isinstance(architecture, str) and consent.NAME.fullmatch(architecture)
+    return architecture if own else None
 
 
 class OfferedStage(FederateSettings):
@@ -213,15 +254,9 @@ class Offer:
         The same terms follow from a recipe before there are any weights, so they can be approved
         before the run.
         """
-        model = self.spec.model_dump(mode="json", exclude_defaults=True)
-        return {
-            "settings": self.stage.model_dump(mode="json", exclude_defaults=True),
-            "model": {key: model[key] for key in ("architecture", "arguments") if key in model},
-            "task": self.task.to_json(),
-            "labels": list(self.labels),
-        }
+        return terms_of(self.stage, self.spec.architecture, self.spec.arguments, self.labels)
 
     @property
     def fingerprint(self) -> str:
         """Digest of `terms`, 16 hexadecimal digits."""
-        return digest_of(json.dumps(self.terms, sort_keys=True))[:16]
+        return fingerprint_of(self.terms)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -22,12 +21,12 @@ from fedpress.federation import (
 )
 from fedpress.federation.client_plan import check_norm
 from fedpress.federation.exchange import Traffic, exchange
-from fedpress.federation.protocol import check_header, need, text_tensor
+from fedpress.federation.protocol import check_header, need, refusal_of, text_tensor
 from fedpress.federation.schedules import Participation
 from fedpress.federation.server import Start, rounds
-from fedpress.privacy.ledger import POPULATION, Ledger, LedgerEntry
-from fedpress.stages.federate.contract import CommonInputs, Contract, owns_keys
-from fedpress.stages.federate.protection import Protection, repeated
+from fedpress.privacy.ledger import Ledger
+from fedpress.stages.federate.contract import CommonInputs, Contract, owns_keys, unprotected
+from fedpress.stages.federate.protection import Protection
 from fedpress.stages.federate.settings import FederateSettings
 from fedpress.stages.federate.sizes import message_sizes
 from fedpress.wire.fields import NUMBER, check_field
@@ -192,40 +191,14 @@ class ServerSide:
         """Returns how often each client may be asked in all rounds together."""
         return {name: self.participation.tasks(name) for name in self.population.names}
 
-    def charges(self, tasks: Mapping[ClientId, int], first: int, last: int) -> list[LedgerEntry]:
-        """Returns the ledger entries of the rounds from `first` to `last`.
-
-        Args:
-            tasks: number of tasks of each client in these rounds.
-            first: first round.
-            last: last round.
-
-        Returns:
-            An entry for each client with a task. If all clients have the same cost, a single entry
-            for the population.
-        """
-        planned = self.protection
-        # With correlated noise all rounds together are one mechanism, charged in the first round.
-        if planned.charged_once and first > 1:
-            return []
-        if POPULATION in planned.costs:
-            rounds = math.ceil((last - first + 1) / self.uplink.cohort.period)
-            tasks = {POPULATION: 1 if planned.charged_once else rounds}
-        entries = []
-        for who, count in tasks.items():
-            if count:
-                cost = repeated(planned.costs[who], count)
-                entries.append(LedgerEntry.of(who, self.stage.name, cost, first, last))
-        return entries
-
     def spend(self, ledger: Ledger, tasks: Mapping[ClientId, int], first: int, last: int) -> Ledger:
-        """Adds the `charges` for these tasks and rounds to `ledger`.
+        """Adds the charges for these tasks and rounds to `ledger`.
 
         Raises:
             PrivacyError: if they exceed the budget.
         """
         private = self.stage.privacy
-        charges = self.charges(tasks, first, last)
+        charges = self.contract.charges(tasks, first, last)
         assert private is not None
         if private.epsilon is None or not charges:
             return ledger.add(*charges)
@@ -331,7 +304,7 @@ def register(transport: Transport) -> Population:
         try:
             check_header(reply.kind, reply.header)
             if reply.kind != "registered":
-                silent[name] = str(reply.header.get("reason", f"it sent {reply.kind!r}"))
+                silent[name] = refusal_of(reply) or f"it sent {reply.kind!r}"
                 continue
             if "examples" in reply.header:
                 examples[name] = need(reply.kind, reply.header, "examples")
@@ -378,8 +351,12 @@ def agree(transport: Transport, contract: Contract) -> dict[ClientId, str]:
     for name, reply in exchange(transport, dict.fromkeys(names, question)):
         if reply.kind == "agreed" and reply.header.get("agreement") == agreement.fingerprint:
             refused.pop(name, None)
-        else:
-            refused[name] = str(reply.header.get("reason", f"it sent {reply.kind!r}"))
+            continue
+        try:
+            refused[name] = refusal_of(reply) or f"it sent {reply.kind!r}"
+        # One client's message must not end the run for all.
+        except WireError as problem:
+            refused[name] = str(problem)
     return refused
 
 
@@ -403,8 +380,7 @@ def _ledger(stage: FederateSettings, ledger: Ledger | None) -> Ledger:
         ledger = ledger if ledger is not None else Ledger("sample")
         if not stage.num_rounds:
             return ledger
-        # A noise multiplier of 0 is an infinite epsilon.
-        return ledger.add(LedgerEntry(POPULATION, stage.name, 1.0, 0.0, 1))
+        return ledger.add(unprotected(stage))
     ledger = ledger if ledger is not None else Ledger(private.unit)
     open_stage = next((c.what for c in ledger.entries if c.noise_multiplier == 0), None)
     if open_stage is not None:
