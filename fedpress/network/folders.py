@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import ipaddress
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -58,6 +59,8 @@ class ServerFolder:
         """
         config = _config(path / "server.toml", ServerConfig)
         _check_files(path, ("ca.crt", "server.crt", "server.key"))
+        _check_clients(path / "server.toml", config.clients)
+        keys.check_server(path / "ca.crt", path / "server.crt", path / "server.key")
         if keys.days_left(path / "server.crt") < 0:
             raise NetworkError(
                 "the server's certificate has expired",
@@ -83,6 +86,11 @@ class ClientFolder:
         """
         config = _config(path / "client.toml", ClientConfig)
         _check_files(path, ("ca.crt", "node.key"))
+        try:
+            host_and_port(config.server)
+        except NetworkError as error:
+            error.place = f"{path / 'client.toml'}: server"
+            raise
         return cls(path, config)
 
     @property
@@ -118,7 +126,7 @@ def init(out: Path, clients: Sequence[ClientId], host: str, port: int) -> None:
         port: of the server.
 
     Raises:
-        NetworkError: if the folder exists, or a name cannot be one.
+        NetworkError: if the folder exists, or a name, the host or the port cannot be one.
     """
     if out.exists():
         raise NetworkError(
@@ -126,7 +134,11 @@ def init(out: Path, clients: Sequence[ClientId], host: str, port: int) -> None:
             place=str(out),
             cure="give another folder with --out, or a further client with fedpress network add",
         )
+    # All before the first file is written: half a network cannot be used.
     _check_names(clients)
+    _check_host(host)
+    if not 0 < port < 65536:
+        raise NetworkError(f"got {port}", place="port", cure="give one from 1 to 65535")
     authority = keys.Authority.new()
     home = out / "authority"
     home.mkdir(parents=True)
@@ -154,6 +166,12 @@ def add(out: Path, name: ClientId) -> None:
             f"there is a client '{name}'", place="clients", cure="choose another name"
         )
     _check_names([name])
+    if (out / "clients" / name).exists():
+        raise NetworkError(
+            "it exists, but its key is not in server.toml",
+            place=str(out / "clients" / name),
+            cure=f"remove the folder, or write its node.pub to server.toml as '{name}'",
+        )
     public = _make_client(out, name, config.host, config.port)
     clients = {**config.clients, name: public}
     _write_server(folder.path, config.model_copy(update={"clients": clients}))
@@ -188,7 +206,37 @@ def _write_server(folder: Path, config: ServerConfig) -> None:
     (folder / "server.toml").write_text(tomli_w.dumps(config.model_dump()))
 
 
+def _check_clients(path: Path, clients: Mapping[ClientId, str]) -> None:
+    """Checks the public keys that `server.toml` lists."""
+    seen: dict[str, ClientId] = {}
+    for name, text in clients.items():
+        place = f"{path}: clients.{name}"
+        key = keys.check_public(text, place)
+        if key in seen:
+            raise NetworkError(
+                f"it has the key of '{seen[key]}'",
+                place=place,
+                cure="give each client its own key: fedpress network add makes one",
+            )
+        seen[key] = name
+
+
+def _check_host(host: str) -> None:
+    plain = host.replace("-", "").replace(".", "").replace("_", "")
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        if not (plain.isascii() and plain.isalnum()):
+            raise NetworkError(
+                f"got '{host}'",
+                place="host",
+                cure="give a name or an address alone, such as server.example or 192.0.2.1",
+            ) from None
+
+
 def _check_names(names: Sequence[ClientId]) -> None:
+    if not names:
+        raise NetworkError("got none", place="clients", cure="give a number or names: --clients 3")
     for name in names:
         plain = name.replace("-", "").replace("_", "").replace(".", "")
         if not plain.isalnum() or name.startswith((".", "-")) or len(name) > 60:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cryptography import x509
+from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
@@ -196,9 +197,78 @@ def identity_of(folder: Path) -> bytes:
 
 
 def days_left(certificate: Path) -> float:
-    """Returns for how many days a certificate is still valid; below 0 if it has expired."""
-    found = x509.load_pem_x509_certificate(certificate.read_bytes())
+    """Returns for how many days a certificate is still valid; below 0 if it has expired.
+
+    Raises:
+        NetworkError: if the file is no certificate.
+    """
+    found = _certificate(certificate)
     return (found.not_valid_after_utc - _now()).total_seconds() / 86_400
+
+
+def check_public(text: str, place: str) -> str:
+    """Returns a client's public key without its comment.
+
+    Raises:
+        NetworkError: if it is no elliptic-curve key in OpenSSH's format.
+    """
+    try:
+        key = serialization.load_ssh_public_key(text.encode())
+    except (ValueError, TypeError) as error:
+        raise NetworkError(
+            f"not a public key in OpenSSH's format ({error})",
+            place=place,
+            cure="take the content of the client's node.pub",
+        ) from error
+    if not isinstance(key, ec.EllipticCurvePublicKey):
+        raise NetworkError(
+            "not a key on an elliptic curve",
+            place=place,
+            cure="take the content of the client's node.pub",
+        )
+    return " ".join(text.split()[:2])
+
+
+def check_server(ca: Path, certificate: Path, key: Path) -> None:
+    """Checks that a server's three files belong together.
+
+    Raises:
+        NetworkError: if they do not, for instance because only some were copied after `renew`.
+    """
+    authority, own = _certificate(ca), _certificate(certificate)
+    try:
+        secret = serialization.load_pem_private_key(key.read_bytes(), None)
+    except (OSError, ValueError, TypeError) as error:
+        raise NetworkError(
+            f"the server's key cannot be read ({error})",
+            place=str(key),
+            cure="copy server.key anew, or make one with fedpress network renew",
+        ) from error
+    if secret.public_key() != own.public_key():
+        raise NetworkError(
+            "it is not the key of server.crt",
+            place=str(key),
+            cure="copy both server.crt and server.key from the same fedpress network renew",
+        )
+    try:
+        own.verify_directly_issued_by(authority)
+    except (ValueError, TypeError, InvalidSignature) as error:
+        raise NetworkError(
+            "it is not signed by the authority in ca.crt",
+            place=str(certificate),
+            cure="copy server.crt and ca.crt from the same network folder",
+        ) from error
+
+
+def _certificate(path: Path) -> x509.Certificate:
+    try:
+        return x509.load_pem_x509_certificate(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise NetworkError(
+            f"not a certificate ({error})",
+            place=str(path),
+            cure="copy it anew from whoever set the network up",
+        ) from error
 
 
 def write_private(path: Path, content: bytes) -> None:

@@ -79,12 +79,21 @@ class Presence:
 
 
 @dataclass(eq=False)
+class _PackedMessage:
+    """A message and its bytes."""
+
+    message: Message
+    data: bytes
+
+
+@dataclass(eq=False)
 class _Call:
     """A call whose answer is missing.
 
     Attributes:
         client: who was called.
         parcel: what was sent.
+        packed: holds the message, so that its bytes are shared by all calls with it.
         ticket: of the link, for the latest time it was sent; empty while it cannot be sent.
         heard: when the client was last heard of, or sent the call.
         ping: ticket of a ping that is not answered yet.
@@ -94,19 +103,12 @@ class _Call:
 
     client: ClientId
     parcel: Parcel
+    packed: _PackedMessage
     ticket: str = ""
     heard: float = 0.0
     ping: str = ""
     asked: float = 0.0
     losses: int = 0
-
-
-@dataclass(eq=False)
-class _PackedMessage:
-    """A message and its bytes."""
-
-    message: Message
-    data: bytes
 
 
 @dataclass(eq=False)
@@ -157,7 +159,7 @@ class RemoteTransport:
         self._sent += 1
         request = self._sent
         parcel = Parcel("call", f"{self._prefix}-{request}", self.session, packed.data)
-        self._calls[request] = _Call(client, parcel)
+        self._calls[request] = _Call(client, parcel, packed)
         # Sent together, so that a body that is equal for all clients travels once.
         self._unsent[request] = None
         return request
@@ -310,7 +312,8 @@ class RemoteTransport:
                     self._unsent[request] = None
                 elif not call.ping:
                     ping = Parcel("ping", f"{self._prefix}-ping", "", b"")
-                    call.ping = self.link.send({call.client: ping})[call.client]
+                    # None if the network was lost in this moment: the next one is sent later.
+                    call.ping = self.link.send({call.client: ping}).get(call.client, "")
                 continue
             call.ping = ""
             silent = now - call.heard
