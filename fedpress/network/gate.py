@@ -38,7 +38,6 @@ class Asked:
         session: of the server.
         name: of the client.
         offer: what the server offers.
-        examples: how many the client has for it.
         memory: drawn with the session's memory of secrets and answered rounds. After another draw
             the same question would get an answer with other noise, which costs privacy again.
     """
@@ -46,7 +45,6 @@ class Asked:
     session: str
     name: ClientId
     offer: Offer
-    examples: int
     memory: str = ""
 
 

@@ -168,6 +168,8 @@ class OwnerLedger:
         # Made here, since SQLite would let others read it. Its side files copy this mode.
         os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
         os.chmod(path, 0o600)
+        found = path.stat()
+        self._place = (found.st_dev, found.st_ino)
         self._base = sqlite3.connect(path, timeout=PATIENCE, check_same_thread=False)
         # Transactions are begun and ended by hand, see `changing`.
         self._base.isolation_level = None
@@ -235,6 +237,7 @@ class OwnerLedger:
                 full, or the file is damaged.
         """
         with self._telling():
+            self._check_place()
             self._base.execute("BEGIN IMMEDIATE")
             try:
                 yield
@@ -243,6 +246,23 @@ class OwnerLedger:
                 if self._base.in_transaction:
                     self._base.execute("ROLLBACK")
                 raise
+
+    def _check_place(self) -> None:
+        """Refuses to write into a file that nobody finds any more.
+
+        Raises:
+            PrivacyError: if the file was deleted, moved or replaced since it was opened.
+        """
+        try:
+            found = self.path.stat()
+        except FileNotFoundError:
+            found = None
+        if found is None or (found.st_dev, found.st_ino) != self._place:
+            raise PrivacyError(
+                "the ledger was deleted or replaced while it was in use",
+                place=self.path,
+                cure="put it back, and start the client again",
+            )
 
     @contextmanager
     def _telling(self) -> Iterator[None]:

@@ -390,19 +390,22 @@ def _below(policy: Policy, count: int, where: str) -> Refusal:
 
 @dataclass(frozen=True)
 class StatusRow:
-    """What one server asked with one recipe; the last row sums up.
+    """What one server asked with one recipe about some data; another row sums up for the data.
 
     Attributes:
-        recipe: fingerprint of the terms.
+        data: where they lie; the latest place, if they were moved.
+        recipe: fingerprint of the terms; "total" in a row that sums up, empty for an offer that
+            was refused before it was read.
         stage: its name.
         server: fingerprint of the server's certificate, shortened; empty without TLS.
         approved: whether the owner approved the recipe.
         asked: number of sessions in which it was offered.
         answered: number of rounds that were answered.
-        refused: the rules that said no, and the latest reason.
-        epsilon: spent by this recipe, on these data.
+        refused: the latest rule that said no, and its reason.
+        epsilon: spent by this recipe on these data.
     """
 
+    data: str
     recipe: str
     stage: str
     server: str
@@ -413,29 +416,46 @@ class StatusRow:
     epsilon: float
 
 
-HEADINGS = ("recipe", "stage", "server", "approved", "asked", "answered", "epsilon", "refused")
+HEADINGS = ("data", "recipe", "stage", "server", "approved", "asked", "answered", "epsilon")
 TOTAL = "total"
 
 
-def status(gate: OwnerGate) -> list[StatusRow]:
-    """Returns what was asked, answered, refused and spent on the data of a gate.
+def status(ledger: OwnerLedger, policy: Policy) -> list[StatusRow]:
+    """Returns what was asked, answered, refused and spent, for all data of a ledger.
 
     Epsilon is that of the policy's unit and delta; without rules of privacy, of one row at 1e-5.
     """
-    rules = gate.policy.privacy or PrivacyRules()
-    same = gate.ledger.same_data(gate.data)
-    decisions = [row for row in gate.ledger.rows("decisions") if row["data"] in same]
-    rounds = [row for row in gate.ledger.rows("rounds") if row["data"] in same]
+    found: list[StatusRow] = []
+    seen: set[int] = set()
+    for row in ledger.rows("data"):
+        if row["id"] not in seen:
+            seen |= ledger.same_data(row["id"])
+            found += _status_of_data(ledger, policy.privacy or PrivacyRules(), row["id"])
+    return found
+
+
+def _status_of_data(ledger: OwnerLedger, rules: PrivacyRules, data: int) -> list[StatusRow]:
+    same = ledger.same_data(data)
+    place = [row["path"] for row in ledger.rows("data") if row["id"] in same][-1]
+    decisions = [row for row in ledger.rows("decisions") if row["data"] in same]
+    rounds = [row for row in ledger.rows("rounds") if row["data"] in same]
     found: dict[tuple[str, str], StatusRow] = {}
     sessions: dict[tuple[str, str], set[str]] = {}
     for row in [*decisions, *rounds]:
-        key = (row["recipe"], row["server"])
+        recipe = row["recipe"]
+        key = (recipe, row["server"])
         if key not in found:
-            charges = gate.ledger.charges(gate.data, recipe=row["recipe"])
-            epsilon = spent(charges, unit=rules.unit, delta=rules.delta)
-            approved = gate.ledger.approved(row["recipe"])
+            charges = ledger.charges(data, recipe=recipe)
             found[key] = StatusRow(
-                row["recipe"], row["stage"], row["server"][:12], approved, 0, 0, "", epsilon
+                place,
+                recipe,
+                row["stage"],
+                row["server"][:12],
+                ledger.approved(recipe),
+                asked=0,
+                answered=0,
+                refused="",
+                epsilon=spent(charges, unit=rules.unit, delta=rules.delta),
             )
         one = found[key]
         sessions.setdefault(key, set()).add(row["session"])
@@ -445,25 +465,27 @@ def status(gate: OwnerGate) -> list[StatusRow]:
         elif row.get("rule"):
             found[key] = replace(one, refused=f"{row['rule']}: {row['reason']}")
     rows = [replace(one, asked=len(sessions[key])) for key, one in found.items()]
-    total = spent(gate.ledger.charges(gate.data), unit=rules.unit, delta=rules.delta)
+    total = spent(ledger.charges(data), unit=rules.unit, delta=rules.delta)
     answered = sum(row.answered for row in rows)
     asked = sum(row.asked for row in rows)
-    return [*rows, StatusRow(TOTAL, "", "", False, asked, answered, "", total)]
+    return [*rows, StatusRow(place, TOTAL, "", "", False, asked, answered, "", total)]
 
 
 def table(rows: Iterable[StatusRow]) -> list[str]:
-    """Returns the rows as lines of a table, with headings."""
+    """Returns the rows as lines of a table, with headings; reasons of refusals stand below it."""
     cells = [list(HEADINGS)]
+    refused = []
     for row in rows:
         approved = "" if row.recipe == TOTAL else ("yes" if row.approved else "no")
-        numbers = [str(row.asked), str(row.answered), f"{row.epsilon:.3g}"]
-        # Code was refused before the offer was read.
         recipe = row.recipe or "(not read)"
-        cells.append([recipe, row.stage, row.server, approved, *numbers, row.refused])
+        name = Path(row.data).name
+        numbers = [str(row.asked), str(row.answered), f"{row.epsilon:.3g}"]
+        cells.append([name, recipe, row.stage, row.server, approved, *numbers])
+        if row.refused:
+            refused.append(f"refused {recipe} on {name}: {row.refused}")
     widths = [max(len(line[at]) for line in cells) for at in range(len(HEADINGS))]
     lines = []
     for line in cells:
-        lines.append(
-            "  ".join(cell.ljust(n) for cell, n in zip(line, widths, strict=True)).rstrip()
-        )
-    return lines
+        padded = [cell.ljust(width) for cell, width in zip(line, widths, strict=True)]
+        lines.append("  ".join(padded).rstrip())
+    return [*lines, *refused]

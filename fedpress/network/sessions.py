@@ -112,11 +112,12 @@ class Sessions:
         if code is not None and (refusal := self.gate.code_named(name, code)) is not None:
             return _told(refusal)
         offer = Offer.from_message(message)
-        arrays = self.examples(offer)
-        asked = Asked(name, self.name, offer, len(arrays))
+        asked = Asked(name, self.name, offer)
         refusal = self.gate.offered(asked, trial=trial)
         if refusal is not None:
             return _told(refusal)
+        # Only now: even an error of the data must not be told to everybody who asks.
+        arrays = self.examples(offer)
         folder = None if trial else self.folder / name
         memory: ClientState = InMemoryState() if folder is None else DiskState(folder / "memory")
         if self.identity is not None:

@@ -235,3 +235,14 @@ def test_two_processes_can_make_the_same_ledger(path):
     first, second = OwnerLedger(path), OwnerLedger(path)
     assert first.data(DataKey("/a", "d")) == second.data(DataKey("/a", "d"))
     assert os.path.samefile(first.path, second.path)
+
+
+def test_a_ledger_that_is_deleted_or_replaced_in_use_is_refused(path):
+    ledger = OwnerLedger(path)
+    data = ledger.data(DataKey("/a", "d"))
+    path.rename(path.with_name("moved"))
+    with pytest.raises(PrivacyError, match="deleted or replaced"):
+        answer(ledger, question(data), "run", 1)
+    path.write_bytes(b"")
+    with pytest.raises(PrivacyError, match="deleted or replaced"):
+        answer(ledger, question(data), "run", 1)
