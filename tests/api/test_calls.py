@@ -335,7 +335,7 @@ def test_a_class_of_ones_own_opens_with_consent_or_is_refused_before_any_work(ow
     for call in (fedpress.prune, fedpress.pack):
         settings = {"keep_params": 0.5} if call is fedpress.prune else {}
         with pytest.raises(
-            ModelError, match=r'could not be opened later.*give model="package.module:function"'
+            ModelError, match=r'could not be opened again.*give model="package.module:function"'
         ):
             call(own.Hidden(32), input_shape=(8,), out=tmp_path / "hidden", **settings)
     assert not (tmp_path / "hidden").exists()
@@ -390,7 +390,7 @@ def test_a_class_that_computes_something_else_is_not_named(tmp_path):
     way.factor = 3.0
     odd = Chosen(way=way).eval()
     assert memory.find_buildable(odd) is not None
-    with pytest.raises(ModelError, match="could not be opened later"):
+    with pytest.raises(ModelError, match="could not be opened again"):
         fedpress.quantize(odd, input_shape=(8,), out=tmp_path / "odd")
     assert not (tmp_path / "odd").exists()
     x = torch.rand(5, 8)
