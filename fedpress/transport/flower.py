@@ -19,7 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -66,7 +66,7 @@ from flwr.app import ConfigRecord, Message, RecordDict  # noqa: E402
 from flwr.app.message import remove_content_from_message  # noqa: E402
 from flwr.cli.build import build_fab_from_files  # noqa: E402
 from flwr.common.constant import HEARTBEAT_DEFAULT_INTERVAL, SUPERLINK_NODE_ID  # noqa: E402
-from flwr.common.serde import message_from_proto, message_to_proto  # noqa: E402
+from flwr.common.serde import message_to_proto  # noqa: E402
 from flwr.proto.control_pb2 import RegisterNodeRequest, StartRunRequest  # noqa: E402
 from flwr.proto.fab_pb2 import Fab  # noqa: E402
 from flwr.proto.fleet_pb2 import (  # noqa: E402
@@ -83,6 +83,7 @@ from flwr.proto.runtime_pb2 import (  # noqa: E402
     AcquireTaskRequest,
     GetNodesRequest,
     PullAppMessagesRequest,
+    PullAppMessagesResponse,
     PullTaskInputRequest,
     PushAppMessagesRequest,
     SendTaskHeartbeatRequest,
@@ -128,7 +129,7 @@ T = TypeVar("T")
 CHUNK = 4 << 20
 """Bytes of a body that travel as one object; the SuperLink refuses requests of twice as many."""
 RETRY = 0.02
-"""Seconds before an object that has not arrived yet is asked for again; Flower's own is 1 s."""
+"""Seconds between two looks for the names of clients without keys."""
 UPLOAD = 150.0
 """Seconds that an announced answer may take to arrive; the SuperLink ends an upload after 180."""
 PATIENCE = 300.0
@@ -298,34 +299,66 @@ def _parcel(message: Message) -> Parcel:
     )
 
 
-def _pull(
-    tree: ObjectTree, pull: Callable[[str], bytes], max_bytes: int, max_time: float
-) -> Message:
-    """Fetches the objects of a message, of which nobody has checked the size.
+@dataclass(frozen=True, eq=False)
+class Incoming:
+    """A parcel that has come, and the message that an answer must refer to."""
 
-    Raises:
-        ValueError: if there are more bytes than `max_bytes`.
-        ObjectPullError: if an object does not come.
+    parcel: Parcel
+    message: Message
+
+
+class _Arriving:
+    """A message whose objects are fetched as they arrive; nobody has checked its size.
+
+    Its sender announces all objects first and sends them then. Nothing here waits for them, because
+    others must not wait for a sender that is slow, or that never sends what it has announced.
     """
-    total = 0
 
-    def counted(name: str) -> bytes:
-        nonlocal total
-        if total > max_bytes:
-            raise ValueError(f"more than the {max_bytes} bytes that are accepted")
-        content = pull(name)
-        total += len(content)
-        return content
+    def __init__(self, tree: ObjectTree, max_bytes: int) -> None:
+        self.root = tree.object_id
+        self._names = list(dict.fromkeys(one.object_id for one in iterate_object_tree(tree)))
+        self._max_bytes = max_bytes
+        self._contents: dict[str, bytes] = {}
+        self._since = time.monotonic()
 
-    names = [one.object_id for one in iterate_object_tree(tree)]
-    contents = pull_objects(
-        names, counted, max_time=max_time, initial_backoff=RETRY, backoff_cap=0.5
-    )
-    message = inflate_object_from_contents(tree.object_id, contents)
-    if not isinstance(message, Message):
-        raise ValueError("not a message")
-    message.metadata.__dict__["_message_id"] = tree.object_id
-    return message
+    def read(self, pull: Callable[[str], bytes]) -> Incoming | None:
+        """Fetches what has arrived; returns the parcel when it is complete, else None.
+
+        Raises:
+            ValueError: if it is too long or no parcel.
+            ObjectPullError: if it will not arrive.
+        """
+        # A body is cut into pieces of CHUNK bytes. Beside them there are four small objects.
+        if len(self._names) > self._max_bytes // CHUNK + 8:
+            raise ValueError(self._too_long)
+
+        def take(name: str) -> bytes:
+            if sum(map(len, list(self._contents.values()))) > self._max_bytes:
+                raise ValueError(self._too_long)
+            # It is asked for again at the next look.
+            with suppress(ObjectUnavailableError):
+                self._contents[name] = pull(name)
+            return b""
+
+        pull_objects([name for name in self._names if name not in self._contents], take)
+        if len(self._contents) < len(self._names):
+            if time.monotonic() - self._since > UPLOAD:
+                raise ObjectPullError(self.root, f"it did not arrive within {UPLOAD:.0f} s")
+            return None
+        if sum(map(len, self._contents.values())) > self._max_bytes + CHUNK:
+            raise ValueError(self._too_long)
+        try:
+            message = inflate_object_from_contents(self.root, self._contents)
+            assert isinstance(message, Message)
+            message.metadata.__dict__["_message_id"] = self.root
+            return Incoming(_parcel(message), message)
+        # Whatever a stranger sends may be wrong in any way.
+        except Exception as error:
+            raise ValueError(f"not a parcel ({type(error).__name__}: {error})") from error
+
+    @property
+    def _too_long(self) -> str:
+        return f"more than the {self._max_bytes} bytes that are accepted"
 
 
 class SuperLink:
@@ -472,63 +505,6 @@ def _last_line(path: Path) -> str:
     return lines[-1].strip()[:200] if lines else "it said nothing"
 
 
-BAD = Parcel("answer", "", "", b"")
-"""Stands for an answer that is no parcel: it answers no call, so its client has failed."""
-
-
-@dataclass(eq=False)
-class _Upload:
-    """An answer that was announced, and whose objects arrive one by one.
-
-    Attributes:
-        head: the message without its content.
-        tree: names of its objects.
-        since: when it was announced, on the monotonic clock.
-        contents: the objects that have arrived, by name.
-        size: their bytes.
-    """
-
-    head: Any
-    tree: ObjectTree
-    since: float
-    contents: dict[str, bytes] = field(default_factory=dict)
-    size: int = 0
-
-    @property
-    def name(self) -> str:
-        """Flower's name of the message."""
-        return str(self.head.metadata.message_id)
-
-    def advance(self, pull: Callable[[str], bytes], max_bytes: int) -> Parcel | Lost | None:
-        """Fetches what has arrived; returns the answer if it is whole, None if it is not yet."""
-        if message_from_proto(self.head).has_error():
-            return Lost(str(self.head.error.reason))
-        for one in iterate_object_tree(self.tree):
-            if one.object_id in self.contents:
-                continue
-            try:
-                content = pull(one.object_id)
-            except ObjectUnavailableError:
-                late = time.monotonic() - self.since > UPLOAD
-                return Lost(f"it did not arrive within {UPLOAD:.0f} s") if late else None
-            except ObjectPullError as error:
-                return Lost(str(error))
-            self.contents[one.object_id] = content
-            self.size += len(content)
-            # Nobody has checked what a client announces and sends.
-            if self.size > max_bytes:
-                log.warning("an answer of more than %d bytes was dropped", max_bytes)
-                return BAD
-        try:
-            message = inflate_object_from_contents(self.tree.object_id, self.contents)
-            assert isinstance(message, Message)
-            return _parcel(message)
-        # Whatever a client sends may be wrong in any way.
-        except Exception as error:
-            log.warning("an answer is no parcel (%s: %s)", type(error).__name__, error)
-            return BAD
-
-
 @dataclass(eq=False)
 class ServerLink:
     """The server's end of the wire; see `fedpress.transport.link.Link`.
@@ -550,7 +526,7 @@ class ServerLink:
     _nodes: dict[ClientId, int] = field(default_factory=dict)
     _names: dict[int, ClientId] = field(default_factory=dict)
     _tickets: set[str] = field(default_factory=set)
-    _uploads: dict[str, _Upload] = field(default_factory=dict)
+    _arriving: dict[str, _Arriving] = field(default_factory=dict)
     _heartbeat: HeartbeatSender | None = None
     _runtime: RuntimeHttpClient | None = None
 
@@ -653,7 +629,7 @@ class ServerLink:
         self._nodes.clear()
         self._names.clear()
         self._tickets.clear()
-        self._uploads.clear()
+        self._arriving.clear()
 
     def _beat(self) -> bool:
         assert self._runtime is not None
@@ -761,26 +737,43 @@ class ServerLink:
         """
         assert self._runtime is not None
         node = Node(node_id=SUPERLINK_NODE_ID)
+        pull = make_pull_object_fn_protobuf(self._runtime.PullObject, node, self._run)
+        found: dict[str, Parcel | Lost] = {}
         with explained(self.address):
-            answer = self._runtime.PullMessages(PullAppMessagesRequest(message_ids=list(tickets)))
+            new = [ticket for ticket in tickets if ticket not in self._arriving]
+            # Without names it would ask for everything that there is.
+            pulled = PullAppMessagesRequest(message_ids=new)
+            answer = self._runtime.PullMessages(pulled) if new else PullAppMessagesResponse()
             for head, tree in zip(answer.messages_list, answer.message_object_trees, strict=True):
                 ticket = head.metadata.reply_to_message_id
-                self._uploads[ticket] = _Upload(head, tree, time.monotonic())
-            found: dict[str, Parcel | Lost] = {}
-            pull = make_pull_object_fn_protobuf(self._runtime.PullObject, node, self._run)
-            for ticket, upload in list(self._uploads.items()):
-                parcel = upload.advance(pull, self.max_bytes)
-                if parcel is None:
+                if head.HasField("error"):
+                    found[ticket] = Lost(head.error.reason)
+                else:
+                    self._arriving[ticket] = _Arriving(tree, self.max_bytes)
+            # Also those that nobody waits for any more, so that the SuperLink forgets them.
+            for ticket, arriving in list(self._arriving.items()):
+                fetched = self._fetched(arriving, pull)
+                if fetched is None:
                     continue
-                del self._uploads[ticket]
+                del self._arriving[ticket]
                 if ticket in tickets:
-                    found[ticket] = parcel
+                    found[ticket] = fetched
                 self._runtime.ConfirmMessageReceived(
                     ConfirmMessageReceivedRequest(
-                        node=node, run_id=self._run, message_object_id=upload.name
+                        node=node, run_id=self._run, message_object_id=arriving.root
                     )
                 )
         return found
+
+    def _fetched(self, arriving: _Arriving, pull: Callable[[str], bytes]) -> Parcel | Lost | None:
+        """Returns an answer that has arrived; None if it has not; `Lost` if its sender erred."""
+        try:
+            incoming = arriving.read(pull)
+        except ObjectPullError as error:
+            return Lost(str(error))
+        except ValueError as error:
+            return Lost(str(error), again=False)
+        return None if incoming is None else incoming.parcel
 
     def close(self) -> None:
         """Ends the run, and the SuperLink if it was started here."""
@@ -839,14 +832,6 @@ def node_key(openssh: str) -> bytes:
     return public_key_to_bytes(key)
 
 
-@dataclass(frozen=True, eq=False)
-class Incoming:
-    """A parcel that a client was sent, and what its answer must refer to."""
-
-    parcel: Parcel
-    message: Message
-
-
 class NodeLink:
     """A client's end of the wire: one connection, for one thread.
 
@@ -881,6 +866,7 @@ class NodeLink:
             ],
         )
         self._node = Node()
+        self._arriving: list[tuple[int, _Arriving]] = []
         self._beaten = 0.0
 
     def connect(self) -> None:
@@ -902,6 +888,8 @@ class NodeLink:
                 )
             )
         self._node = Node(node_id=answer.node_id)
+        # Whatever was on its way through another SuperLink is gone.
+        self._arriving.clear()
         self._beaten = time.monotonic()
 
     def beat(self) -> None:
@@ -924,23 +912,35 @@ class NodeLink:
         """
         with explained(self._address):
             answer = self._client.PullMessages(PullMessagesRequest(node=self._node))
-            if not answer.messages_list:
-                return None
-            head, tree = answer.messages_list[0], answer.message_object_trees[0]
-            run = head.metadata.run_id
-            pull = make_pull_object_fn_protobuf(self._client.PullObject, self._node, run)
-            try:
-                message = _pull(tree, pull, self._max_bytes, UPLOAD)
-                parcel = _parcel(message)
-            except (ObjectPullError, ValueError, KeyError, TypeError, AssertionError) as error:
-                log.warning("a message was dropped (%s: %s)", type(error).__name__, error)
-                return None
-            self._client.ConfirmMessageReceived(
-                ConfirmMessageReceivedRequest(
-                    node=self._node, run_id=run, message_object_id=tree.object_id
-                )
+            for head, tree in zip(answer.messages_list, answer.message_object_trees, strict=True):
+                run = head.metadata.run_id
+                self._arriving.append((run, _Arriving(tree, self._max_bytes)))
+            for one in list(self._arriving):
+                parcel = self._arrived(*one)
+                if parcel is None:
+                    continue
+                self._arriving.remove(one)
+                if isinstance(parcel, Incoming):
+                    return parcel
+        return None
+
+    def _arrived(self, run: int, arriving: _Arriving) -> Incoming | Lost | None:
+        """Returns a message that is complete; None if it is not; `Lost` if it never will be."""
+        pull = make_pull_object_fn_protobuf(self._client.PullObject, self._node, run)
+        found: Incoming | Lost | None
+        try:
+            found = arriving.read(pull)
+        except (ObjectPullError, ValueError) as error:
+            log.warning("a message was dropped (%s)", error)
+            found = Lost(str(error))
+        if found is None:
+            return None
+        self._client.ConfirmMessageReceived(
+            ConfirmMessageReceivedRequest(
+                node=self._node, run_id=run, message_object_id=arriving.root
             )
-        return Incoming(parcel, message)
+        )
+        return found
 
     def reply(self, incoming: Incoming, parcel: Parcel, seconds: float = 0.0) -> bool:
         """Sends an answer; returns False if nobody waits for it any more.

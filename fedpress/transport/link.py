@@ -37,9 +37,16 @@ class Parcel:
 
 @dataclass(frozen=True)
 class Lost:
-    """Stands for an answer that will not come, with the reason."""
+    """Stands for an answer that will not come.
+
+    Attributes:
+        reason: why.
+        again: whether the network lost it, so that the call is worth sending again; False if its
+            sender made it unreadable.
+    """
 
     reason: str
+    again: bool = True
 
 
 class Link(Protocol):

@@ -26,6 +26,8 @@ log = logger(__name__)
 
 PING_AFTER = 3.0
 """Seconds without an answer after which a client is pinged, and again after as many more."""
+PONG_WITHIN = 12.0
+"""Seconds after which a ping counts as lost: its client may have been killed with it in hand."""
 LOST_AFTER = 60.0
 """Seconds of silence after which a client that is offline counts as lost for this call."""
 MOST_LOSSES = 5
@@ -97,7 +99,8 @@ class _Call:
         ticket: of the link, for the latest time it was sent; empty while it cannot be sent.
         heard: when the client was last heard of, or sent the call.
         ping: ticket of a ping that is not answered yet.
-        asked: when the client was last pinged.
+        asked: when it was last looked after this client.
+        pinged: when the ping was sent.
         losses: how often its answer was lost.
     """
 
@@ -108,6 +111,7 @@ class _Call:
     heard: float = 0.0
     ping: str = ""
     asked: float = 0.0
+    pinged: float = 0.0
     losses: int = 0
 
 
@@ -139,7 +143,7 @@ class RemoteTransport:
         self._prefix = secrets.token_hex(8)
         self._calls: dict[RequestId, _Call] = {}
         self._answers: dict[RequestId, tuple[ClientId, Message]] = {}
-        self._boots: dict[ClientId, str] = {}
+        self._boots: dict[ClientId, list[str]] = {}
         self._sent = 0
         # In order, each once: a call may be found lost in two ways at the same time.
         self._unsent: dict[RequestId, None] = {}
@@ -242,6 +246,9 @@ class RemoteTransport:
     def _take(self, request: RequestId, answer: Parcel | Lost) -> bool:
         """Keeps the answer to a call."""
         call = self._calls[request]
+        if isinstance(answer, Lost) and not answer.again:
+            self._close(request, error(f"WireError: {answer.reason}"))
+            return True
         if isinstance(answer, Lost):
             # The network lost it: nothing is known of the client, so it is called again.
             log.info("a call to '%s' is sent again (%s)", call.client, answer.reason)
@@ -286,13 +293,25 @@ class RemoteTransport:
             log.warning("client '%s': %s", call.client, problem)
             return
         call.heard = time.monotonic()
-        before = self._boots.get(call.client)
-        self._boots[call.client] = presence.boot
-        if before is not None and before != presence.boot:
-            self.told(f"client '{call.client}' was started again")
+        self._note_boot(call.client, presence.boot)
         # Nearly always it is at work. Else the call was lost with its process.
         if call.ticket and call.parcel.request not in presence.working:
             self._unsent[request] = None
+
+    def _note_boot(self, client: ClientId, boot: str) -> None:
+        """Tells that a client was started again, or that two processes stand for it."""
+        boots = self._boots.setdefault(client, [])
+        if boots and boot == boots[-1]:
+            return
+        if boot in boots:
+            self.told(
+                f"two processes answer as client '{client}', with one key: end one of them, or "
+                "give it a folder of its own (fedpress network add)"
+            )
+        elif boots:
+            self.told(f"client '{client}' was started again")
+        # The latest last.
+        self._boots[client] = [*(one for one in boots if one != boot), boot]
 
     def _look_after(self) -> None:
         """Pings clients whose answers are missing for long; gives up those that are gone."""
@@ -310,10 +329,11 @@ class RemoteTransport:
             if online.get(call.client):
                 if not call.ticket:
                     self._unsent[request] = None
-                elif not call.ping:
+                elif not call.ping or now - call.pinged > PONG_WITHIN:
                     ping = Parcel("ping", f"{self._prefix}-ping", "", b"")
-                    # None if the network was lost in this moment: the next one is sent later.
+                    # No ticket if the SuperLink was started again in this moment.
                     call.ping = self.link.send({call.client: ping}).get(call.client, "")
+                    call.pinged = now
                 continue
             call.ping = ""
             silent = now - call.heard
