@@ -56,6 +56,7 @@ ROWS = (
         "fedpress privacy skellam",
         "noise that clients make together under secure sums",
     ),
+    Row("reports.watching.serve", "fedpress watch RUN", "shows a run in the browser as it goes on"),
     Row("network.folders.init", "fedpress network init", "keys and folders for a deployment"),
     Row("network.folders.add", "fedpress network add NAME", "the folder of a further client"),
     Row("network.folders.renew", "fedpress network renew", "a new certificate for the server"),

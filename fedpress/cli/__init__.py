@@ -30,6 +30,7 @@ from fedpress.cli.common import (
 )
 from fedpress.cli.logs import show_log, take_flag
 from fedpress.cli.run import run
+from fedpress.cli.watch import watch
 from fedpress.errors import FedpressError, RecipeError, RunError
 
 if TYPE_CHECKING:
@@ -49,6 +50,7 @@ app.command()(run)
 compress.add_commands(app)
 models.add_commands(app)
 network.add_commands(app)
+app.command()(watch)
 
 
 @app.callback(invoke_without_command=True)

@@ -236,6 +236,7 @@ def _serve(
 ) -> Path:
     from fedpress.api import progress
     from fedpress.cli import terminal
+    from fedpress.network.observed import ObservedLink, hides_cohort
     from fedpress.network.server import ServerNetwork
     from fedpress.pipeline import run as runs
     from fedpress.pipeline.check import check_recipe
@@ -245,14 +246,19 @@ def _serve(
         out_stream.print(in_one_line(sentence), markup=False, soft_wrap=True)
 
     labels = begun.recipe.data.label_columns
-    network = ServerNetwork(link, labels, lost_after, say, min_clients, wait)
+    observed = ObservedLink(link, hidden=hides_cohort(begun.recipe.stage))
+    network = ServerNetwork(observed, labels, lost_after, say, min_clients, wait)
     network.gather()
     with terminal.waiting(out_stream, "checking that everything fits together"):
         check_recipe(begun.recipe, data, network)
     folder, notes = begun.start(shlex.join(["fedpress", *sys.argv[1:]]), exit_stack)
     warn(notes)
     say(f"{begun.recipe.name} into {begun.place}")
-    progress.follow(runs.execute(begun.recipe, folder, data, network=network), out_stream)
+    observed.write_into(begun.place)
+    try:
+        progress.follow(runs.execute(begun.recipe, folder, data, network=network), out_stream)
+    finally:
+        observed.close()
     with terminal.waiting(out_stream, "drawing the report"):
         return write_report(begun.place)
 

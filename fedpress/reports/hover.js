@@ -13,7 +13,10 @@
   // A bar is as near as its nearest edge: the pointer may stand anywhere on it.
   const gap = (at, low, high) => Math.max(0, low - at, at - high);
 
-  for (const picture of document.querySelectorAll("svg.drawn")) {
+  const attached = new WeakSet();
+  const attach = (picture) => {
+    if (attached.has(picture)) return;
+    attached.add(picture);
     const marks = [...picture.querySelectorAll(".mark")]
       .filter((mark) => mark.firstElementChild?.tagName === "title")
       .map((mark) => [mark, mark.firstElementChild.textContent]);
@@ -44,5 +47,12 @@
       tip.style.left = `${Math.max(4, Math.min(event.clientX + 14, edge - width - 4))}px`;
       tip.style.top = `${event.clientY > height + 24 ? event.clientY - height - 12 : event.clientY + 18}px`;
     });
-  }
+  };
+  const attachAll = () => {
+    tip.hidden = true;
+    document.querySelectorAll("svg.drawn").forEach(attach);
+  };
+  attachAll();
+  // A page that is drawn again while a run goes on has new pictures.
+  document.addEventListener("redrawn", attachAll);
 })();

@@ -104,8 +104,8 @@ def write_page(page: Page, target: Path) -> Path:
     Raises:
         RunError: if it cannot be written.
     """
-    template = _environment().get_template("page.html.j2")
-    text = template.render(page=page, **_figures_and_scripts(page.figures))
+    template = templates().get_template("page.html.j2")
+    text = template.render(page=page, **figures_and_scripts(page.figures))
     return _write(text, target)
 
 
@@ -125,7 +125,7 @@ def render(run: Run) -> str:
     for stage in stages:
         if stage.get("stopped"):
             stopped.append(f"{stage.get('name')} stopped early: {stage['stopped']}.")
-    template = _environment().get_template("template.html.j2")
+    template = templates().get_template("template.html.j2")
     return template.render(
         run=run,
         path_of_stages=[name_of(stage) for stage in stages],
@@ -146,18 +146,18 @@ def render(run: Run) -> str:
         files=_filled(runtime_table(stages)),
         progress=None if run.finished else progress_table(run.records),
         details=details(run),
-        **_figures_and_scripts(figures(run)),
+        **figures_and_scripts(figures(run)),
     )
 
 
-def _figures_and_scripts(figures: list[Figure]) -> dict[str, Any]:
+def figures_and_scripts(figures: list[Figure]) -> dict[str, Any]:
     """Returns what a template needs for figures: the pictures, and the script of their tooltips."""
     scripts = [(HERE / "hover.js").read_text(encoding="utf-8")] if figures else []
     return {
         "figures": _drawn(figures),
         # The script is part of fedpress and is not escaped. All text from the run folder is.
         "scripts": [Markup(script) for script in scripts],
-        "hashes": [_hash(script) for script in scripts],
+        "hashes": [script_hash(script) for script in scripts],
     }
 
 
@@ -179,7 +179,8 @@ def _filled(table: Table) -> Table | None:
     return table if table.rows else None
 
 
-def _environment() -> Environment:
+def templates() -> Environment:
+    """Returns the templates of pages; they escape all text."""
     return Environment(
         loader=FileSystemLoader(HERE),
         # Names in a recipe or a data set may hold HTML: it must not run on the reader's machine.
@@ -288,7 +289,7 @@ def _is_flat_list(value: Any) -> bool:
     return isinstance(value, list) and not any(isinstance(item, dict | list) for item in value)
 
 
-def _hash(script: str) -> str:
+def script_hash(script: str) -> str:
     """Returns the hash that allows a script in the page's content security policy.
 
     The browser runs no other script, even if text from a run folder were not escaped.

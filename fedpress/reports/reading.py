@@ -134,6 +134,69 @@ def read_run(path: Path) -> Run:
     return run
 
 
+def read_what_can_be(path: Path) -> tuple[Run, list[str]]:
+    """Reads a run folder that may change at any moment; never raises for what is in it.
+
+    Checksums are not compared: they are for runs that are resumed or reported.
+
+    Returns:
+        The run, and a sentence for each file that is damaged; its value is then empty.
+    """
+    notes: list[str] = []
+
+    def table(name: str) -> Json:
+        text = _raw_text(path / name)
+        try:
+            value = json.loads(text) if text else {}
+        except (ValueError, RecursionError):
+            value = None
+        if isinstance(value, dict):
+            return value
+        notes.append(f"{name} is damaged, or not complete yet.")
+        return {}
+
+    run = Run(
+        path=path.resolve(),
+        recipe=_raw_text(path / "recipe.toml"),
+        settings=table("settings.json"),
+        environment=table("environment.json"),
+        records=_undamaged_lines(_raw_text(path / "records.jsonl"), notes),
+        result=table("result.json"),
+        ledger=table("ledger.json"),
+        before=table("before.json"),
+    )
+    if not path.is_dir():
+        notes.append("The folder is not there any more.")
+    return run, notes
+
+
+def _raw_text(path: Path) -> str:
+    try:
+        return path.read_bytes().decode("utf-8", errors="replace")
+    except OSError:
+        return ""
+
+
+def _undamaged_lines(text: str, notes: list[str]) -> list[Json]:
+    """Returns the complete records; notes how many lines are damaged."""
+    records = []
+    damaged = 0
+    # The last part is empty, or a line that is being written.
+    for line in text.split("\n")[:-1]:
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError):
+            record = None
+        if isinstance(record, dict):
+            records.append(record)
+        elif line.strip():
+            damaged += 1
+    if damaged:
+        lines = "line is" if damaged == 1 else "lines are"
+        notes.append(f"records.jsonl: {damaged} {lines} damaged and left out.")
+    return records
+
+
 def _text(path: Path) -> str:
     check_undamaged(path, "restore the file or move it away")
     try:

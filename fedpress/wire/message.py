@@ -133,6 +133,18 @@ def unpack(data: bytes, *, max_bytes: int = MAX_BYTES) -> Message:
     return Message(kind, header, tensors)
 
 
+def kind_of(data: bytes) -> str:
+    """Returns the kind of a packed message of one's own, without reading the rest.
+
+    Raises:
+        WireError: if it is too short for one.
+
+    >>> kind_of(pack(Message("hello", {"round": 1})))
+    'hello'
+    """
+    return _text(ByteReader(memoryview(data)[FRAME.size :]), "kind", MAX_NAME_BYTES)
+
+
 @dataclass(frozen=True, eq=False)
 class _PackedTensor:
     """A tensor of a message, before unpacking."""

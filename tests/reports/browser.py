@@ -69,6 +69,10 @@ class Page:
 
     def open(self, file: Path, *, width: int, dark: bool = False, media: str = "") -> None:
         """Opens `file` as on a screen `width` pixels wide and waits until it is drawn."""
+        self.visit(file.resolve().as_uri(), width=width, dark=dark, media=media)
+
+    def visit(self, address: str, *, width: int, dark: bool = False, media: str = "") -> None:
+        """Opens an address as `open` does a file."""
         mobile = width < 600
         self.call(
             "Emulation.setDeviceMetricsOverride",
@@ -80,7 +84,7 @@ class Page:
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.call("Emulation.setEmulatedMedia", media=media, features=[scheme])
         self.events.clear()
-        self.call("Page.navigate", url=file.resolve().as_uri())
+        self.call("Page.navigate", url=address)
         while not any(event.get("method") == "Page.loadEventFired" for event in self.events):
             self.events.append(self._next())
 

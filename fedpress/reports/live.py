@@ -1,0 +1,423 @@
+"""The page of a run that goes on: what its folder shows now of stages, rounds and clients."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import TypeVar
+
+from fedpress.reports import units
+from fedpress.reports.detail_tables import failure_table
+from fedpress.reports.federated import bytes_over_rounds, score_over_rounds
+from fedpress.reports.figures import training_curve
+from fedpress.reports.headline import Tile, tiles
+from fedpress.reports.metrics import MetricFormat
+from fedpress.reports.outcome import outcome
+from fedpress.reports.plot import Figure
+from fedpress.reports.reading import Json, Run, name_of, read_what_can_be, records_by_stage
+from fedpress.reports.table import Table
+from fedpress.workspace import lock
+from fedpress.workspace.presence import ClientNow, PresenceNow, RefusedNow, read_presence
+
+MOST_ROWS = 40
+"""Clients in one table; those in trouble come first."""
+STALE = 10.0
+"""Seconds after which the page says how old the news of the clients is."""
+LATE_FROM = 10.0
+"""A client is called late after so many seconds, and at least three times as long as is usual."""
+RECENT = 5
+"""Rounds from which the remaining time is estimated."""
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Live:
+    """All that the page shows.
+
+    Attributes:
+        name: of the run.
+        state: "working", "stopped" or "ended".
+        said: the state in one sentence.
+        path: the stages, each "done", "now" or "later".
+        facts: small print below the title.
+        tiles: the big numbers.
+        stages: a row for each stage that has begun.
+        clients: who is there; None if nobody may be named, or nobody is known.
+        about_clients: sentences about all clients.
+        refused: who refused or failed, and why; None: nobody.
+        figures: the curves, those of the newest stage first.
+        notes: sentences about damaged files.
+        report: link to the report; "" without one.
+        drawn: the time of day.
+    """
+
+    name: str
+    state: str
+    said: str
+    path: list[tuple[str, str]] = field(default_factory=list)
+    facts: list[str] = field(default_factory=list)
+    tiles: list[Tile] = field(default_factory=list)
+    stages: Table = field(default_factory=lambda: Table([], []))
+    clients: Table | None = None
+    about_clients: list[str] = field(default_factory=list)
+    refused: Table | None = None
+    figures: list[Figure] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    report: str = ""
+    drawn: str = ""
+
+    @property
+    def ended(self) -> bool:
+        """Whether the page will not change any more."""
+        return self.state == "ended"
+
+
+def live(folder: Path, *, report: str = "", now: float | None = None) -> Live:
+    """Reads what a run folder shows now.
+
+    A file that is missing, damaged or half written leaves its part of the page out.
+
+    Args:
+        folder: of the run; only its files are read.
+        report: link to the report, shown at the end of the run.
+        now: seconds since 1970; None: the present.
+    """
+    now = time.time() if now is None else now
+    run, notes = read_what_can_be(folder)
+    presence = read_presence(folder)
+    drawn = time.strftime("%H:%M:%S", time.localtime(now))
+    steps = list(records_by_stage(run.records))
+    state = _state(run)
+    page = Live(run.name, state, _said(run, state), drawn=drawn)
+    # Damaged files may hold any JSON value in any place, which no check could list: a part that
+    # cannot be drawn from them is left out, and the others stay.
+    draw = _Careful(notes)
+    working = state != "ended"
+    return replace(
+        page,
+        path=draw.part("path of stages", lambda: _path(run), []),
+        facts=draw.part("facts", lambda: _facts(run, folder, now), []),
+        tiles=draw.part("numbers", lambda: _tiles(run, steps, presence), []),
+        stages=draw.part("table of stages", lambda: _stages(run, steps), Table([], [])),
+        clients=draw.part("table of clients", lambda: _clients(run, presence, working, now), None),
+        about_clients=draw.part("clients", lambda: _about_clients(run, presence, working, now), []),
+        refused=draw.part("table of refusals", lambda: _refused(run, presence), None),
+        figures=draw.figures(steps),
+        notes=notes,
+        report=report if state == "ended" else "",
+    )
+
+
+@dataclass(frozen=True)
+class _Careful:
+    """Draws parts of the page; notes those that cannot be drawn."""
+
+    notes: list[str]
+
+    def part(self, what: str, make: Callable[[], T], nothing: T) -> T:
+        """Returns what `make` makes, or `nothing` if it fails."""
+        try:
+            return make()
+        except Exception as problem:
+            self.notes.append(f"The {what} cannot be drawn: {type(problem).__name__}.")
+            return nothing
+
+    def figures(self, steps: list[list[Json]]) -> list[Figure]:
+        """Returns the figures of all stages, the newest stage first."""
+        found: list[Figure] = []
+        for of_stage in reversed(steps):
+            name = name_of(of_stage[-1])
+            found += self.part(f"curves of {name}", partial(_figures, of_stage), [])
+        return found
+
+
+def _figures(steps: list[Json]) -> list[Figure]:
+    name = name_of(steps[-1])
+    rounds = [step for step in steps if "round" in step]
+    found = [
+        training_curve(name, [step for step in steps if "epoch" in step]),
+        score_over_rounds(name, rounds),
+        bytes_over_rounds(name, rounds),
+    ]
+    return [figure for figure in found if figure]
+
+
+def _state(run: Run) -> str:
+    if run.finished:
+        return "ended"
+    return "working" if lock.holder(run.path) else "stopped"
+
+
+def _said(run: Run, state: str) -> str:
+    """Returns the state in one sentence."""
+    try:
+        sentence = outcome(run)
+    except Exception:
+        # See `live`: the result may be damaged.
+        sentence = ""
+    if state == "ended":
+        return f"The run has ended. {sentence}".strip()
+    if state == "working":
+        return sentence or "The run goes on."
+    return f"No process works on this run, and it has not ended. {sentence}".strip()
+
+
+def _planned(run: Run) -> list[Json]:
+    """Returns the settings of all stages."""
+    stages = run.settings.get("stage")
+    return [one for one in stages if isinstance(one, dict)] if isinstance(stages, list) else []
+
+
+def _path(run: Run) -> list[tuple[str, str]]:
+    done = len(run.stages)
+    path = []
+    for at, stage in enumerate(_planned(run) or run.stages):
+        look = "done" if at < done else "now" if at == done else "later"
+        path.append((name_of(stage), look))
+    return path
+
+
+def _facts(run: Run, folder: Path, now: float) -> list[str]:
+    facts = [f"folder {folder}"]
+    command = run.environment.get("command")
+    if command:
+        facts.append(str(command))
+    changed = _last_change(run.path)
+    # A finished run is as old as it is: its page stays as it was drawn.
+    if changed is not None and not run.finished:
+        facts.append(f"last written {units.seconds(max(now - changed, 0.0))} ago")
+    return facts
+
+
+def _last_change(folder: Path) -> float | None:
+    """Returns when the run last wrote a record, a checkpoint or a result."""
+    found = []
+    own = [folder / "records.jsonl", folder / "result.json", folder / "settings.json"]
+    for path in (*own, *folder.glob("stages/*/*")):
+        try:
+            found.append(path.stat().st_mtime)
+        except OSError:
+            # Files come and go while the run works.
+            continue
+    return max(found, default=None)
+
+
+def _tiles(run: Run, steps: list[list[Json]], presence: PresenceNow | None) -> list[Tile]:
+    if run.finished:
+        return tiles(run.stages)
+    found: list[Tile | None] = []
+    begun = steps[-1] if steps else []
+    last: Json = begun[-1] if begun else {}
+    # The newest records may be those of a stage that has ended.
+    if last and last.get("stage") == len(run.stages):
+        found.append(_step_tile(begun))
+    shown = MetricFormat.of(run.records)
+    found += [_score_tile(shown, begun), _epsilon_tile(run), _bytes_tile(run.records)]
+    if presence is not None:
+        of = f"of {presence.known} that the server knows"
+        found.append(Tile(str(presence.online), "clients online", of))
+    return [tile for tile in found if tile]
+
+
+def _step_tile(steps: list[Json]) -> Tile | None:
+    """Shows the round or epoch, and about how long the stage still takes."""
+    last = steps[-1]
+    for word, most in (("round", "num_rounds"), ("epoch", "epochs")):
+        if word in last:
+            planned = units.number(last.get(most))
+            of = "" if planned is None else f" of {planned:.0f}"
+            left = _seconds_left(steps, word, planned)
+            note = "" if left is None else f"about {units.seconds(left)} left in {name_of(last)}"
+            return Tile(f"{last[word]}{of}", word, note)
+    return None
+
+
+def _seconds_left(steps: list[Json], word: str, planned: float | None) -> float | None:
+    done = units.number(steps[-1].get(word))
+    seconds = units.numbers(steps[-RECENT:], "seconds")
+    if done is None or planned is None or not seconds or done <= 0 or done >= planned:
+        return None
+    # The record of an epoch has the time since the stage began, that of a round the round's own.
+    each = seconds[-1] / done if word == "epoch" else sum(seconds) / len(seconds)
+    return each * (planned - done)
+
+
+def _score_tile(shown: MetricFormat, steps: list[Json]) -> Tile | None:
+    known = units.numbers(steps, shown.key)
+    if not known:
+        return None
+    best = shown.best(known)
+    note = "" if len(known) < 2 else f"best so far {shown.formatted(best)}"
+    return Tile(shown.formatted(known[-1]), f"validation {shown.name}", note)
+
+
+def _epsilon_tile(run: Run) -> Tile | None:
+    spent = units.numbers(run.records, "epsilon")
+    if not spent:
+        return None
+    budgets = []
+    for stage in _planned(run):
+        private = stage.get("privacy")
+        if isinstance(private, dict) and units.number(private.get("epsilon")) is not None:
+            budgets.append(private["epsilon"])
+    note = f"of at most {units.compact(budgets[-1])}" if budgets else ""
+    return Tile(units.epsilon(spent[-1]), "privacy spent, ε", note)
+
+
+def _bytes_tile(records: list[Json]) -> Tile | None:
+    up = sum(units.numbers(records, "bytes_up"))
+    down = sum(units.numbers(records, "bytes_down"))
+    if not up + down:
+        return None
+    return Tile(
+        units.size(up + down), "bytes sent", f"{units.size(up)} up, {units.size(down)} down"
+    )
+
+
+def _stages(run: Run, steps: list[list[Json]]) -> Table:
+    """Returns a row for each stage that has ended or has records."""
+    shown = MetricFormat.of([*run.records, *run.stages])
+    by_stage = {of_stage[-1].get("stage"): of_stage for of_stage in steps}
+    planned = _planned(run) or run.stages
+    done = len(run.stages)
+    rows = []
+    for at, stage in enumerate(planned):
+        of_stage = by_stage.get(at, [])
+        result: Json = run.stages[at] if at < done else {}
+        if not of_stage and not result and at > done:
+            break
+        last: Json = of_stage[-1] if of_stage else {}
+        state = "done" if result else "at work" if _state(run) == "working" else "not done"
+        epsilon = result.get("epsilon", last.get("epsilon"))
+        rows.append(
+            [
+                name_of(stage),
+                state,
+                _far(last),
+                shown.formatted(last.get(shown.key)),
+                shown.formatted(result.get(shown.key)),
+                units.epsilon(epsilon),
+                units.seconds(result.get("seconds")),
+            ]
+        )
+    name = shown.name
+    return Table(
+        ["Stage", "State", "Came to", f"Validation {name}", f"Test {name}", "ε", "Time"], rows
+    )
+
+
+def _far(last: Json) -> str:
+    for word, most in (("round", "num_rounds"), ("epoch", "epochs")):
+        if word in last:
+            of = f" of {last[most]}" if most in last else ""
+            return f"{word} {last[word]}{of}"
+    return units.DASH
+
+
+def _about_clients(run: Run, presence: PresenceNow | None, working: bool, now: float) -> list[str]:
+    """Returns sentences about all clients."""
+    said = []
+    if presence is not None:
+        said.append(f"{presence.online} of {presence.known} clients were online.")
+        age = now - presence.at
+        if working and age > STALE:
+            said.append(f"The server last looked {units.seconds(age)} ago.")
+        if presence.hidden:
+            said.append(
+                "Only the server may know which clients take part in a round, so nobody is named."
+            )
+        return said
+    last = _last_round(run)
+    if last and not _named(last):
+        said.append("The records of this run do not name clients, for their privacy.")
+    return said
+
+
+def _last_round(run: Run) -> Json:
+    for record in reversed(run.records):
+        if "round" in record:
+            return record
+    return {}
+
+
+def _named(record: Json) -> list[str]:
+    """Returns the clients whose answers a round has used."""
+    rows = record.get("clients")
+    found = []
+    for row in rows if isinstance(rows, list) else ():
+        if isinstance(row, dict) and "client" in row:
+            found.append(str(row["client"]))
+    return found
+
+
+def _clients(run: Run, presence: PresenceNow | None, working: bool, now: float) -> Table | None:
+    """Returns a row for each client, those in trouble first; None if none may be named."""
+    if presence is not None:
+        return _present(presence, working, now)
+    last = _last_round(run)
+    refused = last.get("refused")
+    problems = refused if isinstance(refused, dict) else {}
+    rows = [[str(name), "its answer did not count"] for name in problems]
+    rows += [[name, "answered"] for name in _named(last)]
+    if not rows:
+        return None
+    return _shortened(Table(["Client", f"In round {last['round']}"], rows))
+
+
+def _present(presence: PresenceNow, working: bool, now: float) -> Table | None:
+    usual = [one.seconds for one in presence.clients if one.seconds is not None]
+    late_after = max(LATE_FROM, 3 * median(usual)) if usual else LATE_FROM
+    # The times of a server that has stopped are compared with its last look, not with today.
+    age = now if working else presence.at
+    rows = []
+    for one in presence.clients:
+        heard = "not yet" if one.heard is None else f"{units.seconds(max(age - one.heard, 0))} ago"
+        took = units.DASH if one.seconds is None else units.seconds(one.seconds)
+        connected = "online" if one.online else "offline"
+        rows.append([one.name, connected, _doing(one, age, late_after), heard, took])
+    if not rows:
+        return None
+    header = ["Client", "Connection", "Now", "Last answer", "It took"]
+    return _shortened(Table(header, rows), presence.known)
+
+
+def _doing(one: ClientNow, now: float, late_after: float) -> str:
+    if one.asked is None:
+        return "not asked"
+    waits = max(now - one.asked, 0.0)
+    since = units.seconds(waits)
+    if not one.awaited:
+        return f"too late: asked {since} ago, nobody waits any more"
+    if not one.online or waits > late_after:
+        return f"late: asked {since} ago"
+    return f"at work for {since}"
+
+
+def _shortened(table: Table, known: int | None = None) -> Table:
+    """Returns the first rows, and a row that says how many there are more."""
+    rows = table.rows[:MOST_ROWS]
+    more = max(len(table.rows), known or 0) - len(rows)
+    if more > 0:
+        blank = [""] * (len(table.header) - 1)
+        rows = [*rows, [f"and {more} more", *blank]]
+    return Table(table.header, rows)
+
+
+def _refused(run: Run, presence: PresenceNow | None) -> Table | None:
+    """Returns who refused by its policy now, then whose answers did not count in the rounds."""
+    rows: list[list[str]] = []
+    counts: dict[RefusedNow, int] = {}
+    for one in presence.refused if presence is not None else ():
+        counts[one] = counts.get(one, 0) + 1
+    for one, count in counts.items():
+        who = one.name or (f"{count} clients" if count > 1 else "1 client")
+        rows.append([who, f"policy: {one.rule}" if one.rule else "policy", one.reason])
+    failed = failure_table(run.stages, run.records)
+    for stage, who, times, why in failed.rows:
+        rows.append([who, f"{stage}: {times}", why])
+    return _shortened(Table(["Who", "What", "Why"], rows)) if rows else None
