@@ -23,6 +23,8 @@ from fedpress.wire.message import Message
 
 log = logger(__name__)
 
+CHECK = "check"
+"""Kind of a decision about an offer of which nothing is kept."""
 ROUNDING = 1e-9
 """Share of epsilon by which floating-point rounding may exceed a limit."""
 
@@ -99,12 +101,12 @@ class OwnerGate:
 
     def offered(self, asked: Asked, *, trial: bool) -> Refusal | None:
         """See `Gate`."""
-        kind = "check" if trial else "offer"
+        kind = CHECK if trial else "offer"
         return self._noted(self._question(asked), kind, lambda: self._of_offer(asked.offer))
 
     def agreed(self, asked: Asked, contract: Contract, *, trial: bool) -> Refusal | None:
         """See `Gate`."""
-        kind = "check of a run" if trial else "run"
+        kind = f"{CHECK} of a run" if trial else "run"
         question = self._question(asked)
         return self._noted(question, kind, lambda: self._of_run(asked, contract))
 
@@ -458,13 +460,15 @@ def _status_of_data(ledger: OwnerLedger, rules: PrivacyRules, data: int) -> list
                 epsilon=spent(charges, unit=rules.unit, delta=rules.delta),
             )
         one = found[key]
-        sessions.setdefault(key, set()).add(row["session"])
+        # Before a run a server asks once more, only to know whether it would be accepted.
+        if not row.get("kind", "").startswith(CHECK):
+            sessions.setdefault(key, set()).add(row["session"])
         # Round 0 stands for evaluations.
         if row.get("round"):
             found[key] = replace(one, answered=one.answered + 1)
         elif row.get("rule"):
             found[key] = replace(one, refused=f"{row['rule']}: {row['reason']}")
-    rows = [replace(one, asked=len(sessions[key])) for key, one in found.items()]
+    rows = [replace(one, asked=len(sessions.get(key, ()))) for key, one in found.items()]
     total = spent(ledger.charges(data), unit=rules.unit, delta=rules.delta)
     answered = sum(row.answered for row in rows)
     asked = sum(row.asked for row in rows)

@@ -43,6 +43,10 @@ class Network(Protocol):
         """The columns that are predicted, where the clients' data are tables."""
         ...
 
+    def told(self, sentence: str, /) -> None:
+        """Tells whoever watches what has happened to a client."""
+        ...
+
 
 @dataclass(frozen=True)
 class State:

@@ -49,6 +49,7 @@ class Machines:
     text: str = RECIPE + PRIVATE
     labels: tuple[str, ...] = ("label",)
     opened: list[str] = field(default_factory=list)
+    sentences: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.recipe = recipes.load(self.text)
@@ -71,6 +72,10 @@ class Machines:
             return self.sessions[name].answer(session, request)
 
         return LocalTransport({name: partial(answer, name) for name in names})
+
+    def told(self, sentence: str) -> None:
+        """See `fedpress.workspace.state.Network`."""
+        self.sentences.append(sentence)
 
     def bind(self, memory: Path | None) -> ServerSide:
         """Offers the recipe's stage to the clients."""

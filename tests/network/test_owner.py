@@ -250,6 +250,8 @@ def test_only_approved_recipes_take_part_and_a_changed_one_is_another(tmp_path):
     approve(path, ledger=book.path, withdraw=True)
     server = found.bind(tmp_path / "b")
     assert "c0" not in server.population.names
+    (told,) = found.sentences
+    assert told.startswith("client 'c0' does not take part (the owner's policy says no to require")
 
 
 @pytest.mark.parametrize("rest", ["", PRIVATE, SECURE, CENTRAL, WHOLE, "cohort = 2\nlr = 0.5\n"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+from collections.abc import Callable
 from pathlib import Path
 
 from fedpress.core.canonical import JSON
@@ -77,7 +78,7 @@ def bind_deployed(
     session = str(stored.get("session") or secrets.token_hex(8))
     transport = network.open(session, None if population is None else population.names)
     header: dict[str, JSON] = {"stage": stage.name, "trial": folder is None}
-    accepted = offer_to_all(transport, offer.to_message(header))
+    accepted = offer_to_all(transport, offer.to_message(header), network.told)
     earlier = transport.traffic
     if population is None:
         # Clients that refuse are not in the population: the stage is planned without them.
@@ -112,8 +113,15 @@ def _in_real_time(stage: FederateSettings) -> FederateSettings:
     return stage.model_copy(update={"delays": None})
 
 
-def offer_to_all(transport: Transport, offer: Message) -> list[ClientId]:
+def offer_to_all(
+    transport: Transport, offer: Message, told: Callable[[str], None]
+) -> list[ClientId]:
     """Sends the offer to every client and returns those that accept.
+
+    Args:
+        transport: reaches the clients.
+        offer: the message.
+        told: is called with a sentence for each client that does not accept.
 
     Raises:
         TrainingError: if no client accepts.
@@ -130,6 +138,8 @@ def offer_to_all(transport: Transport, offer: Message) -> list[ClientId]:
             del answers[name]
     accepted = [name for name in names if name not in answers]
     if accepted:
+        for name, why in answers.items():
+            told(f"client '{name}' does not take part ({why})")
         return accepted
     name, why = next(iter(answers.items()), ("", "there is no client"))
     raise TrainingError(
