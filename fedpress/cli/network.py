@@ -157,7 +157,8 @@ def server(
         begun = _begun(recipe, [*words, *_public(public)], out)
         loaded = load_data(begun.recipe, out_stream).without_clients()
         link = _open(network, insecure, port, begun.place, out_stream)
-    with stopping("\nstopped; all rounds so far are saved; the same command goes on"):
+    said = "\nstopped; all rounds so far are saved; the same command goes on"
+    with stopping(said), _quit_on_term():
         try:
             report_file = _serve(link, begun, loaded, out_stream, min_clients, wait, lost_after)
         finally:
@@ -316,7 +317,7 @@ def client(
 
 @contextmanager
 def _quit_on_term() -> Iterator[None]:
-    """Makes SIGTERM, which systemd sends, end the client as Ctrl-C does."""
+    """Makes SIGTERM, which systemd and Docker send, end the command as Ctrl-C does."""
     import signal
 
     def stop(number: int, frame: object) -> None:
@@ -386,6 +387,7 @@ def _take_part(
     from fedpress.network.client import serve
     from fedpress.network.data import ClientData
     from fedpress.network.gate import NoPolicy
+    from fedpress.network.identities import FILE, KnownIdentities
     from fedpress.network.node import Correspondence
     from fedpress.network.sessions import Sessions
     from fedpress.training.device import find
@@ -403,6 +405,7 @@ def _take_part(
         own.arrays,
         NoPolicy(),
         keys.identity_of(who.place),
+        KnownIdentities(who.place / FILE, who.name),
         program,
         find(device or "cpu"),
     )

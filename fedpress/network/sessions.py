@@ -24,7 +24,9 @@ from fedpress.errors import FedpressError, WireError
 from fedpress.federation import ClientState, DiskState, InMemoryState, device_steps
 from fedpress.federation.client_state import load_json, save_json
 from fedpress.network.gate import Asked, Gate, Refusal, failure
+from fedpress.network.identities import KnownIdentities
 from fedpress.stages.federate.client import IDENTITY, ClientSide
+from fedpress.stages.federate.contract import Contract
 from fedpress.stages.federate.offer import Offer, code_named
 from fedpress.wire.message import MAX_BYTES, Message, pack, unpack
 
@@ -35,6 +37,8 @@ SET_UP = ("offer", "agree", "roster")
 """Messages that are kept, in the order in which they are handled again."""
 KEPT = 20
 """Sessions that are kept on disk: their counts of answered rounds must outlive a run."""
+OPEN = 3
+"""Sessions that are held in memory."""
 Examples = Callable[[Offer], Arrays]
 
 
@@ -65,6 +69,7 @@ class Sessions:
         examples: loads the client's data as an offer needs them.
         gate: the owner's policy.
         identity: 32 secret bytes behind the keys of this client in secure sums.
+        known: public keys of the other clients in earlier runs; None compares nothing.
         program: an exported training program (.pte) that takes the place of torch.
         device: where the client trains.
         max_bytes: longest message that is read.
@@ -75,6 +80,7 @@ class Sessions:
     examples: Examples
     gate: Gate
     identity: bytes | None = None
+    known: KnownIdentities | None = None
     program: Path | None = None
     device: torch.device | None = None
     max_bytes: int = MAX_BYTES
@@ -131,8 +137,7 @@ class Sessions:
 
             half.model = DeviceModel(self.program)
             half.source = device_steps
-        # A trial holds a model and its data in memory: one is enough.
-        self._open = {key: one for key, one in self._open.items() if one.folder is not None}
+        self._close_others()
         self._open[name] = Session(asked, half, folder)
         if folder is not None:
             self._tidy(name)
@@ -152,8 +157,7 @@ class Sessions:
                 return _told(refusal)
         answer = unpack(half.handle(request), max_bytes=self.max_bytes)
         if message.kind == "agree" and half.contract is not None:
-            trial = session.folder is None
-            refusal = self.gate.agreed(session.asked, half.contract, trial=trial)
+            refusal = self._agreed(session, half.contract)
             session.refusal = refusal
             if refusal is not None:
                 half.withdraw()
@@ -161,6 +165,19 @@ class Sessions:
         if session.folder is not None and message.kind in SET_UP:
             _keep(session.folder, message.kind, request)
         return self.gate.leaving(session.asked, answer)
+
+    def _agreed(self, session: Session, contract: Contract) -> Refusal | None:
+        """Asks for the whole run, with all clients known: are they who they were, and may it be?"""
+        trial = session.folder is None
+        identities = contract.population.identities
+        refusal = None
+        if self.known is not None:
+            refusal = self.known.compare(identities)
+        if refusal is None:
+            refusal = self.gate.agreed(session.asked, contract, trial=trial)
+        if refusal is None and self.known is not None and not trial:
+            self.known.note(identities)
+        return refusal
 
     def _restored(self, name: str) -> Session | None:
         """Opens a session that an earlier process of this client has kept; None if there is none."""
@@ -181,6 +198,12 @@ class Sessions:
                     cure="see the policy of this client",
                 )
         return self._open.get(name)
+
+    def _close_others(self) -> None:
+        """Frees memory: each session holds a model and data, and a client lives for many runs."""
+        kept = {key: one for key, one in self._open.items() if one.folder is not None}
+        # A session that is closed here is opened from disk if it is asked again.
+        self._open = dict(list(kept.items())[-OPEN + 1 :])
 
     def _tidy(self, current: str) -> None:
         """Removes the oldest sessions beyond `KEPT`."""

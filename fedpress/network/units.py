@@ -15,11 +15,23 @@ WorkingDirectory={folder}
 ExecStart={command}
 Restart=on-failure
 RestartSec=5
+# What a stopped command returns.
+SuccessExitStatus=130
 NoNewPrivileges=yes
+CapabilityBoundingSet=
+RestrictAddressFamilies=AF_INET AF_INET6 AF_UNIX
+RestrictNamespaces=yes
+RestrictSUIDSGID=yes
+LockPersonality=yes
+ProtectKernelTunables=yes
+ProtectKernelModules=yes
+ProtectControlGroups=yes
 PrivateTmp=yes
 ProtectSystem=strict
 ProtectHome=yes
-ReadWritePaths={folder}
+# Beside the folder: a client's ledger, which must outlive a network, and the key of run folders.
+ReadWritePaths={home}
+Environment=XDG_DATA_HOME={home}/share XDG_STATE_HOME={home}/state
 UMask=0077
 
 [Install]
@@ -32,33 +44,43 @@ RUN pip install --no-cache-dir --extra-index-url https://download.pytorch.org/wh
     && useradd --create-home --uid 10001 fedpress
 USER fedpress
 WORKDIR /network
+# The ledger outlives the container, too.
+ENV XDG_DATA_HOME=/network/share XDG_STATE_HOME=/network/state
 {expose}# Keys and state stay outside of the image: mount the folder of this machine.
 VOLUME ["/network"{more}]
-ENTRYPOINT {command}
+ENTRYPOINT {entry}
+CMD {command}
 """
+HOME = "/var/lib/fedpress"
+"""Home of the user that the units run as."""
 
 
 def server_unit() -> str:
     """Returns the systemd unit of a server; its recipe is `recipe.toml` in the same folder."""
-    folder = "/var/lib/fedpress/server"
     command = "/opt/fedpress/bin/fedpress server recipe.toml --network . --out run"
-    return UNIT.format(description="fedpress server", folder=folder, command=command)
+    return _unit("fedpress server", "server", command)
 
 
 def client_unit(name: str) -> str:
     """Returns the systemd unit of a client, whose data lie in `data` in the same folder."""
-    folder = f"/var/lib/fedpress/{name}"
     command = "/opt/fedpress/bin/fedpress client --network . --data data"
-    return UNIT.format(description=f"fedpress client {name}", folder=folder, command=command)
+    return _unit(f"fedpress client {name}", name, command)
+
+
+def _unit(description: str, name: str, command: str) -> str:
+    folder = f"{HOME}/{name}"
+    return UNIT.format(description=description, home=HOME, folder=folder, command=command)
 
 
 def server_dockerfile(port: int) -> str:
     """Returns the Dockerfile of a server."""
-    command = '["fedpress", "server", "recipe.toml", "--network", ".", "--out", "run"]'
-    return DOCKERFILE.format(expose=f"EXPOSE {port}\n", more="", command=command)
+    entry = '["fedpress", "server", "--network", "."]'
+    command = '["recipe.toml", "--out", "run"]'
+    return DOCKERFILE.format(expose=f"EXPOSE {port}\n", more="", entry=entry, command=command)
 
 
 def client_dockerfile() -> str:
     """Returns the Dockerfile of a client, whose data are mounted read-only at /data."""
-    command = '["fedpress", "client", "--network", ".", "--data", "/data"]'
-    return DOCKERFILE.format(expose="", more=', "/data"', command=command)
+    entry = '["fedpress", "client", "--network", "."]'
+    command = '["--data", "/data"]'
+    return DOCKERFILE.format(expose="", more=', "/data"', entry=entry, command=command)

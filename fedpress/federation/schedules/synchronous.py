@@ -6,10 +6,10 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from torch import Tensor
 
 from fedpress.core.names import ClientId
@@ -22,13 +22,29 @@ from fedpress.federation.schedules.base import (
     Timing,
 )
 
+UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0}
+
+
+def _seconds(value: object) -> object:
+    """Returns the seconds of text such as "5m"; anything else as it is, for pydantic to judge.
+
+    >>> _seconds("1.5h"), _seconds(60.0), _seconds("soon")
+    (5400.0, 60.0, 'soon')
+    """
+    if isinstance(value, str) and value[-1:] in UNITS:
+        try:
+            return float(value[:-1]) * UNITS[value[-1]]
+        except ValueError:
+            return value
+    return value
+
 
 class Synchronous(BaseModel):
     """A round sends the model to a cohort; the server steps when all answers have come.
 
     Attributes:
-        deadline: seconds after which the server stops waiting. Late clients are left out of the
-            round and told to stop.
+        deadline: seconds after which the server stops waiting; "90s", "5m" and "2h" are read too.
+            Late clients are left out of the round and told to stop.
         over_selection: factor on the number of clients that are asked. Example: 1.3 with a cohort
             of 10 asks 13 and takes the first 10 answers (Bonawitz et al. 2019, arXiv:1902.01046,
             section 2).
@@ -37,8 +53,8 @@ class Synchronous(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     kind: Literal["synchronous"] = "synchronous"
-    deadline: float | None = Field(
-        default=None, gt=0, description="seconds; later answers are not used"
+    deadline: Annotated[float | None, BeforeValidator(_seconds)] = Field(
+        default=None, gt=0, description='seconds, or text such as "5m"; later answers are not used'
     )
     over_selection: float = Field(
         default=1.0,

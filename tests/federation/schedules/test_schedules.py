@@ -223,3 +223,18 @@ def test_the_table_names_every_row():
         assert isinstance(adapter.validate_python({"kind": kind}), row)
     with pytest.raises(ValidationError, match="staleness_exponent"):
         adapter.validate_python({"kind": "buffered", "staleness_exponent": -1})
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"), [("90s", 90.0), ("5m", 300.0), ("1.5h", 5400.0), ("60", 60.0)]
+)
+def test_a_deadline_is_read_from_text(text, seconds):
+    assert Synchronous(deadline=text).deadline == seconds
+    again = Synchronous.model_validate_json(Synchronous(deadline=text).model_dump_json())
+    assert again.deadline == seconds
+
+
+@pytest.mark.parametrize("text", ["soon", "m", "5 d", "", "-5m", "0s", "nanm"])
+def test_a_deadline_that_is_none_is_refused(text):
+    with pytest.raises(ValidationError, match="deadline"):
+        Synchronous(deadline=text)
