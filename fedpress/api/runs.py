@@ -31,11 +31,14 @@ from fedpress.reports.html import write_report
 from fedpress.reports.reading import read_run
 from fedpress.reports.stage_table import stage_table
 from fedpress.reports.table import Table
+from fedpress.transport.engine import EngineSettings, engine_settings
 from fedpress.workspace.folder import RunFolder
 from fedpress.workspace.state import Event
 
 Data = str | Path | Mapping[str, Any] | FederatedData | None
 """Data for a recipe: its path, keys of the table `[data]`, or a data set in memory."""
+Engine = str | Mapping[str, Any]
+"""Where simulated clients run: "local", "ray", or `{"kind": "ray", "actors": 4}`."""
 
 
 @dataclass(frozen=True)
@@ -46,11 +49,13 @@ class Work:
         begun: the checked run.
         data: the loaded data set.
         reuse: another run; its first stages are copied as long as their settings are equal.
+        engine: runs simulated clients.
     """
 
     begun: begin.CheckedRun
     data: FederatedData
     reuse: RunFolder | None
+    engine: EngineSettings
 
 
 class Run:
@@ -86,6 +91,7 @@ class Run:
         data: Data = None,
         out: str | Path | None = None,
         reuse: str | Path | None = None,
+        engine: Engine = "local",
         allow_code: Collection[str] | str = (),
         **overrides: Any,
     ) -> Run:
@@ -93,8 +99,9 @@ class Run:
         consent.allow(*consent.checked(allow_code))
         words, path, held = _overrides_and_data(data, overrides)
         place = Path(out) if out is not None else None
+        settings = engine_settings(engine)
         begun = begin.new(recipe, words, path, place)
-        return cls(begun.place, _bound(begun, held, reuse))
+        return cls(begun.place, _bound(begun, held, reuse, settings))
 
     @classmethod
     def resume(
@@ -103,6 +110,7 @@ class Run:
         recipe: Source | None = None,
         *,
         data: Data = None,
+        engine: Engine = "local",
         allow_code: Collection[str] | str = (),
         **overrides: Any,
     ) -> Run:
@@ -113,6 +121,7 @@ class Run:
             recipe: the recipe of the run; it is an error if its settings differ from the run's.
                 None: `recipe.toml` of the folder.
             data: new path of the data, if it has moved. A data set in memory must be given again.
+            engine: see `fedpress.run`; another one than before gives the same result.
             allow_code: names `module:function` that may be called to build the folder's models.
             overrides: keys that may change, such as `device`.
 
@@ -120,11 +129,12 @@ class Run:
             RunError: if there is no run, it has other settings, or one of its files was damaged.
         """
         consent.allow(*consent.checked(allow_code))
+        settings = engine_settings(engine)
         words, where, held = _overrides_and_data(data, overrides)
         # The lock is released after the check: nobody knows when `events` will be called.
         with ExitStack() as stack:
             begun = begin.checked_resume(Path(path), recipe, words, where, stack)
-        return cls(begun.place, _bound(begun, held, None))
+        return cls(begun.place, _bound(begun, held, None, settings))
 
     @classmethod
     def open(cls, path: str | Path) -> Run:
@@ -159,8 +169,9 @@ class Run:
             self._work = replace(work, begun=replace(work.begun, folder=folder))
             for note in notes:
                 warnings.warn(note, stacklevel=2)
+            engine = held.enter_context(work.engine.open())
             yield from own_random_numbers(
-                runs.execute(work.begun.recipe, folder, work.data, reuse=work.reuse)
+                runs.execute(work.begun.recipe, folder, work.data, reuse=work.reuse, engine=engine)
             )
         write_report(self.path)
 
@@ -237,6 +248,7 @@ def run(
     out: str | Path | None = None,
     resume: str | Path | None = None,
     reuse: str | Path | None = None,
+    engine: Engine = "local",
     allow_code: Collection[str] | str = (),
     progress: bool | None = None,
     **overrides: Any,
@@ -251,6 +263,9 @@ def run(
         resume: folder of an interrupted run to continue, instead of a new run.
         reuse: folder of another run; its first stages are copied as long as their settings are
             equal to those of this run.
+        engine: where simulated clients run: "local" in this process, or "ray" in actors of Ray,
+            which takes `address`, `cpus_per_client`, `gpus_per_client` and `actors`, as in
+            `{"kind": "ray", "actors": 4}`. It does not change the result.
         allow_code: names `module:function` that may be called to build models, from now on in this
             process.
         progress: whether to show progress bars; None: in a notebook or terminal only.
@@ -277,12 +292,20 @@ def run(
                 place="out" if out is not None else "reuse",
                 cure="leave it out",
             )
-        going = Run.resume(resume, recipe, data=data, allow_code=allow_code, **overrides)
+        going = Run.resume(
+            resume, recipe, data=data, engine=engine, allow_code=allow_code, **overrides
+        )
     elif recipe is None:
         raise RunError("no recipe was given", place="recipe", cure="give its name, file or tables")
     else:
         going = Run.begin(
-            recipe, data=data, out=out, reuse=reuse, allow_code=allow_code, **overrides
+            recipe,
+            data=data,
+            out=out,
+            reuse=reuse,
+            engine=engine,
+            allow_code=allow_code,
+            **overrides,
         )
     show(going.events(), progress)
     return going
@@ -380,10 +403,15 @@ def _overrides_and_data(
     return words, Path(data) if data is not None else None, None
 
 
-def _bound(begun: begin.CheckedRun, held: FederatedData | None, reuse: str | Path | None) -> Work:
+def _bound(
+    begun: begin.CheckedRun,
+    held: FederatedData | None,
+    reuse: str | Path | None,
+    engine: EngineSettings,
+) -> Work:
     """Loads the data and checks every stage."""
     earlier = RunFolder.open(Path(reuse)) if reuse is not None else None
     with torch.random.fork_rng(devices=[]):
         data = held if held is not None else load_data(begun.recipe)
         check_recipe(begun.recipe, data)
-    return Work(begun, data, earlier)
+    return Work(begun, data, earlier, engine)

@@ -31,11 +31,18 @@ from fedpress.cli.common import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from typing import Any
+
     from rich.console import Console
 
     from fedpress.api.begin import CheckedRun
     from fedpress.data import FederatedData
     from fedpress.workspace.folder import RunFolder
+    from fedpress.workspace.state import Engine
+
+CLUSTER = "Simulation on a cluster"
+"""Title of the options of `--engine ray` in the help."""
 
 
 def run(
@@ -61,6 +68,35 @@ def run(
         Path | None, typer.Option("--from", help="Take over equal finished stages of this run.")
     ] = None,
     list_keys: ListTables = False,
+    engine: Annotated[
+        str,
+        typer.Option(
+            help="Where simulated clients run: local, or ray (actors of Ray).",
+            rich_help_panel=CLUSTER,
+        ),
+    ] = "local",
+    ray_address: Annotated[
+        str | None,
+        typer.Option(
+            help="A running cluster: auto or HOST:PORT; without it, Ray starts on this machine.",
+            rich_help_panel=CLUSTER,
+        ),
+    ] = None,
+    cpus_per_client: Annotated[
+        float | None,
+        typer.Option(help="CPUs of an actor; 1 by default.", rich_help_panel=CLUSTER),
+    ] = None,
+    gpus_per_client: Annotated[
+        float | None,
+        typer.Option(help="GPUs of an actor; none by default.", rich_help_panel=CLUSTER),
+    ] = None,
+    actors: Annotated[
+        int | None,
+        typer.Option(
+            help="Number of actors; by default as many as there is room for.",
+            rich_help_panel=CLUSTER,
+        ),
+    ] = None,
     code: AllowCode = None,
     as_json: AsJson = False,
 ) -> None:
@@ -71,6 +107,12 @@ def run(
         return
     from fedpress.cli import terminal
 
+    settings = {
+        "address": ray_address,
+        "cpus_per_client": cpus_per_client,
+        "gpus_per_client": gpus_per_client,
+        "actors": actors,
+    }
     allow_code(code)
     out_stream = terminal.console(quiet=as_json)
     with stopping("stopped before the run began; nothing was changed"):
@@ -78,6 +120,7 @@ def run(
             from fedpress.pipeline.check import check_recipe
             from fedpress.workspace.folder import RunFolder
 
+            runner = _opened(engine, settings)
             words = with_device(words, device)
             bind = _begun if resume else _new
             begun = bind(context, words, data, out)
@@ -85,8 +128,16 @@ def run(
         loaded = load_data(begun.recipe, out_stream)
         with terminal.waiting(out_stream, "checking that everything fits together"):
             check_recipe(begun.recipe, loaded)
-    report_file = _execute(begun, loaded, earlier, out_stream)
+    report_file = _execute(begun, loaded, out_stream, reuse=earlier, engine=runner)
     show_run(begun.place, report_file, out_stream, as_json=as_json)
+
+
+def _opened(kind: str, settings: Mapping[str, Any]) -> Engine:
+    """Opens the engine until the command ends; settings that are None were not given."""
+    from fedpress.transport.engine import engine_settings
+
+    given = {key: value for key, value in settings.items() if value is not None}
+    return exit_stack.enter_context(engine_settings({"kind": kind, **given}).open())
 
 
 def _new(
@@ -121,7 +172,12 @@ def _parted(words: list[str]) -> tuple[str | None, list[str]]:
 
 
 def _execute(
-    begun: CheckedRun, data: FederatedData, earlier: RunFolder | None, out_stream: Console
+    begun: CheckedRun,
+    data: FederatedData,
+    out_stream: Console,
+    *,
+    reuse: RunFolder | None,
+    engine: Engine,
 ) -> Path:
     """Runs the stages and draws the report; returns where that is."""
     from fedpress.api import progress
@@ -135,7 +191,8 @@ def _execute(
         folder, notes = begun.start(shlex.join(["fedpress", *sys.argv[1:]]), exit_stack)
         warn(notes)
         out_stream.print(f"{begun.recipe.name} into {place}", markup=False, soft_wrap=True)
-        progress.follow(runs.execute(begun.recipe, folder, data, reuse=earlier), out_stream)
+        events = runs.execute(begun.recipe, folder, data, reuse=reuse, engine=engine)
+        progress.follow(events, out_stream)
         with terminal.waiting(out_stream, "drawing the report"):
             return write_report(place)
 

@@ -69,6 +69,11 @@ def set_folders(*folders: Path) -> None:
     sys.path[:] = [entry for entry in sys.path if entry]
 
 
+def found() -> list[str]:
+    """Returns the top-level modules that were found in the user's folders."""
+    return sorted(_own)
+
+
 def module_of(name: str) -> ModuleType:
     """Imports the module of `package.module:function`.
 

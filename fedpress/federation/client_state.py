@@ -46,6 +46,10 @@ class ClientState(Protocol):
         """Replaces the entry `name`."""
         ...
 
+    def copied(self) -> InMemoryState:
+        """Returns a copy of all states and entries, for a client that moves to another process."""
+        ...
+
 
 def load_json(memory: ClientState, name: str) -> dict[str, Any]:
     """Returns the JSON object in the entry `name`; empty if there is none."""
@@ -93,6 +97,10 @@ class InMemoryState:
         """See `ClientState`."""
         self.notes[name] = dict(state)
 
+    def copied(self) -> InMemoryState:
+        """See `ClientState`."""
+        return InMemoryState(dict(self.rounds), dict(self.notes))
+
 
 @dataclass(frozen=True)
 class DiskState:
@@ -132,6 +140,16 @@ class DiskState:
     def save_entry(self, name: str, state: Mapping[str, Tensor]) -> None:
         """See `ClientState`."""
         self._write(f"note-{name}", state)
+
+    def copied(self) -> InMemoryState:
+        """See `ClientState`.
+
+        Raises:
+            RunError: if a file is damaged.
+        """
+        rounds = {number: self._read(f"{number}") for number in self._rounds()}
+        names = [path.stem.removeprefix("note-") for path in self.folder.glob("note-*.safetensors")]
+        return InMemoryState(rounds, {name: self._read(f"note-{name}") for name in names})
 
     def _path(self, stem: str) -> Path:
         return self.folder / f"{stem}.safetensors"

@@ -58,6 +58,11 @@ ROWS = (
     Row("threads", "--threads"),
     Row("seconds", "--seconds"),
     Row("seeds", "--seeds"),
+    Row("engine", "--engine"),
+    Row("engine.address", "--ray-address"),
+    Row("engine.cpus_per_client", "--cpus-per-client"),
+    Row("engine.gpus_per_client", "--gpus-per-client"),
+    Row("engine.actors", "--actors"),
 )
 """Arguments that have several names. Keys of a stage, such as `keep_params`, have one name only."""
 

@@ -13,7 +13,7 @@ from dataclasses import replace
 from pydantic import BaseModel
 
 from fedpress.data import DataSettings
-from fedpress.errors import Argument, FedpressError, RunError, renamed, renaming
+from fedpress.errors import Argument, FedpressError, NetworkError, RunError, renamed, renaming
 from fedpress.pipeline.recipe import ModelSettings
 from fedpress.stages.base import Stage
 
@@ -107,8 +107,8 @@ def errors_of_stage(index: int, stage: Stage) -> Iterator[None]:
 
     try:
         yield
-    # Its place is a file of the run folder, not a key of the recipe.
-    except RunError:
+    # Their place is a file of the run folder, or an option of the command: no key of the recipe.
+    except (RunError, NetworkError):
         raise
     except FedpressError as error:
         error.place = recipe_place(error.place, index, stage)

@@ -22,7 +22,15 @@ from fedpress.privacy.ledger import Ledger
 from fedpress.stages.base import Stage
 from fedpress.workspace.folder import RunFolder
 from fedpress.workspace.stage_folder import Done, StageFolder
-from fedpress.workspace.state import Event, Network, StageFinished, StageStarted, State, Tick
+from fedpress.workspace.state import (
+    Engine,
+    Event,
+    Network,
+    StageFinished,
+    StageStarted,
+    State,
+    Tick,
+)
 
 log = logger(__name__)
 
@@ -34,6 +42,7 @@ def execute(
     *,
     reuse: RunFolder | None = None,
     network: Network | None = None,
+    engine: Engine | None = None,
 ) -> Iterator[Event]:
     """Runs the stages that are not finished; yields events and writes `result.json`.
 
@@ -43,13 +52,15 @@ def execute(
         data: the loaded data set.
         reuse: another run; its first stages are copied as long as their settings are equal.
         network: reaches clients on other machines; None: the clients of `data` are simulated.
+        engine: runs simulated clients; None: in this process. The result does not depend on it.
 
     Raises:
         RunError: if another process works in the folder.
         FedpressError: if a stage fails; finished stages and checkpoints are kept.
     """
     with folder.locked():
-        yield from _stages(recipe, folder, data, reuse, network)
+        first = replace(first_state(recipe, data), network=network, engine=engine)
+        yield from _stages(recipe, folder, data, reuse, first)
 
 
 def _stages(
@@ -57,9 +68,9 @@ def _stages(
     folder: RunFolder,
     data: FederatedData,
     reuse: RunFolder | None,
-    network: Network | None,
+    state: State,
 ) -> Iterator[Event]:
-    state, records = replace(first_state(recipe, data), network=network), 0
+    records = 0
     load = parent_of(recipe, data)
     results: list[dict[str, Any]] = []
     keys = stage_keys(recipe, folder.streams)

@@ -48,6 +48,19 @@ class Network(Protocol):
         ...
 
 
+class Engine(Protocol):
+    """Runs the simulated clients of a stage; see `fedpress.transport.engine`."""
+
+    def connect(self, clients: Mapping[str, Any], build: Callable[..., Any]) -> Any:
+        """Returns a transport (`fedpress.federation.Transport`) to simulated clients.
+
+        Args:
+            clients: name -> client's side of the stage.
+            build: makes the inputs that all sides share, for another process: `build(device=...)`.
+        """
+        ...
+
+
 @dataclass(frozen=True)
 class State:
     """The model with its spec, the data, and the privacy spent so far.
@@ -66,6 +79,7 @@ class State:
             such stage.
         device: where the stages train and measure; latency is always that of the CPU.
         network: reaches clients on other machines; None: the clients of `data` are simulated.
+        engine: runs simulated clients; None: in this process, one after another.
         given: the module in memory that the user gave, whatever earlier calls had cut from it;
             None: the model comes from elsewhere.
     """
@@ -81,6 +95,7 @@ class State:
     parent: Loader | None = None
     device: torch.device = field(default_factory=find)
     network: Network | None = None
+    engine: Engine | None = None
     given: nn.Module | None = None
 
     def dense_network(self) -> nn.Module:

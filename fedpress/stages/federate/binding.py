@@ -1,8 +1,9 @@
-"""The simulation: server and all clients in one process, which communicate by messages only."""
+"""The simulation: server and all clients, which communicate by messages only."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from fedpress.core.names import ClientId
@@ -13,7 +14,7 @@ from fedpress.stages.federate.deployed import bind_deployed
 from fedpress.stages.federate.memories import memories_of
 from fedpress.stages.federate.server import ServerSide
 from fedpress.stages.federate.settings import FederateSettings
-from fedpress.transport import LocalTransport
+from fedpress.transport.engine import LocalEngine
 from fedpress.workspace.state import State
 
 
@@ -57,15 +58,17 @@ def bind(stage: FederateSettings, state: State, folder: Path | None = None) -> S
                 "leave deadline out"
             ),
         )
-    common = CommonInputs.of(
+    # Called again in every process that runs clients.
+    build = partial(
+        CommonInputs.of,
         stage,
         state.spec,
         state.model,
         preprocess=state.data.preprocess,
         task=state.data.task,
         seed=state.seed,
-        device=state.device,
     )
+    common = build(device=state.device)
     memories, own = memories_of(common, list(state.data.clients), folder)
     # Clients work one after another, so they can share one model. The server has its own, because a
     # model in which a client has trained contains private data.
@@ -73,10 +76,11 @@ def bind(stage: FederateSettings, state: State, folder: Path | None = None) -> S
     clients = {}
     for name, arrays in state.data.clients.items():
         clients[name] = ClientSide(name, arrays, shared, memories[name])
+    engine = state.engine or LocalEngine()
     secure_noise = stage.privacy is not None and stage.privacy.secure_noise
     server = ServerSide.bind(
         common,
-        LocalTransport({name: client.handle for name, client in clients.items()}),
+        engine.connect(clients, build),
         ledger=state.ledger,
         secret=secret_of(own) if secure_noise else None,
     )

@@ -1,0 +1,100 @@
+"""Engines: simulated clients work in this process, or as actors on a Ray cluster.
+
+An engine is no key of a recipe, because it must not change a result: the clients of every engine
+send the same bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from fedpress.core.names import ClientId
+from fedpress.errors import Argument, RecipeError, Words, suggestion
+from fedpress.transport.actor import Side
+from fedpress.transport.local import LocalTransport
+from fedpress.transport.ray import RaySettings
+from fedpress.workspace.state import Engine
+
+
+@dataclass(frozen=True)
+class LocalEngine:
+    """Runs all clients in this process, one after another."""
+
+    def connect(
+        self, clients: Mapping[ClientId, Side], build: Callable[..., Any]
+    ) -> LocalTransport:
+        """See `fedpress.workspace.state.Engine`; `build` is not needed."""
+        return LocalTransport({name: side.handle for name, side in clients.items()})
+
+
+class LocalSettings(BaseModel):
+    """The local engine, which has no settings."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: Literal["local"] = "local"
+
+    @contextmanager
+    def open(self) -> Iterator[LocalEngine]:
+        """Yields the engine."""
+        yield LocalEngine()
+
+
+class EngineSettings(Protocol):
+    """Settings of an engine."""
+
+    def open(self) -> AbstractContextManager[Engine]:
+        """Starts the engine, and ends it after the block."""
+        ...
+
+
+ENGINES: dict[str, Callable[..., EngineSettings]] = {"local": LocalSettings, "ray": RaySettings}
+"""Name of an engine -> its settings."""
+
+
+def engine_settings(engine: str | Mapping[str, Any] = "local") -> EngineSettings:
+    """Reads the name of an engine, or a dictionary with its name ("kind") and settings.
+
+    Raises:
+        RecipeError: if a setting is wrong.
+        NetworkError: if the engine is not installed.
+
+    >>> engine_settings("local")
+    LocalSettings(kind='local')
+    >>> engine_settings("rya")
+    Traceback (most recent call last):
+        ...
+    fedpress.errors.RecipeError: engine: got 'rya', expected local or ray; did you mean 'ray'?
+    """
+    table = {"kind": engine} if isinstance(engine, str) else dict(engine)
+    kind = table.get("kind")
+    if kind not in ENGINES:
+        raise RecipeError(
+            f"got {kind!r}, expected {' or '.join(ENGINES)}",
+            place="engine",
+            cure=suggestion(str(kind), list(ENGINES)) or ("give ", Argument("engine", "ray")),
+        )
+    try:
+        return ENGINES[kind](**table)
+    except ValidationError as error:
+        raise _mistake(error) from error
+
+
+def _mistake(error: ValidationError) -> RecipeError:
+    """Converts the first error of pydantic."""
+    first = error.errors()[0]
+    key = str(first["loc"][0])
+    text = str(first["msg"]).replace("Input should be", "expected").replace("Value error, ", "")
+    problem = f"got {first['input']!r}, {text}"
+    cure: Words = "give another value"
+    if first["type"] == "extra_forbidden":
+        problem = "no such setting of this engine"
+        cure = suggestion(key, list(RaySettings.model_fields)) or "leave it out"
+        if key in RaySettings.model_fields:
+            cure = ("give ", Argument("engine", "ray"), ", or leave it out")
+    return RecipeError(problem, place=f"engine.{key}", cure=cure)

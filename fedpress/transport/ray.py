@@ -1,0 +1,558 @@
+"""Simulated clients as Ray actors, on one machine or on a cluster; all that touches Ray.
+
+Each actor is a process with the sides of some clients, one request at a time. Data and model go to
+an actor once, through Ray's object store; after that the same bytes travel as in every transport.
+Ray is imported when the engine is opened, and sends no telemetry.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import socket
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+from weakref import WeakValueDictionary
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from fedpress.core import own_modules
+from fedpress.core.log import logger
+from fedpress.core.names import ClientId
+from fedpress.errors import Argument, NetworkError, RunError, Shell, WireError
+from fedpress.federation.client_state import ClientState
+from fedpress.federation.exchange import Answer, RequestId, Traffic, error
+from fedpress.transport.actor import Host, Reply, Side, Stored, versions
+from fedpress.wire.message import MAX_BYTES, Message, pack, unpack
+
+log = logger(__name__)
+
+WINDOW = 2
+"""Requests that an actor has at once: one at work, and one so that it need not wait for the next."""
+SET_UP = ("agree", "roster")
+"""Messages that a client in a new process must get again, in this order."""
+START_WITHIN = 300.0
+"""Seconds after which an actor that has not started counts as failed."""
+LOST = "the process of this client was lost; a new one takes its place"
+QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
+"""Set before Ray is imported: no telemetry; and actors without a GPU see the machine as it is,
+which Ray will make its default and else warns of."""
+
+
+def check_installed() -> None:
+    """Checks that Ray is installed.
+
+    Raises:
+        NetworkError: if it is not.
+    """
+    from importlib.util import find_spec
+
+    if find_spec("ray") is None:
+        raise NetworkError(
+            "Ray is not installed", place="engine", cure='pip install "fedpress[ray]"'
+        )
+
+
+class RaySettings(BaseModel):
+    """Where the actors run, and what each of them takes.
+
+    Attributes:
+        address: of a running cluster, of which this machine is a node: "auto" or HOST:PORT. None:
+            Ray is started on this machine, and ended with the run.
+        cpus_per_client: CPUs of an actor, which runs one client at a time. Torch uses as many
+            threads, rounded down, but at least one.
+        gpus_per_client: GPUs of an actor; 0: the clients train on the CPU.
+        actors: number of actors; None: as many as the cluster has room for.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: Literal["ray"] = "ray"
+    address: str | None = None
+    cpus_per_client: float = Field(default=1.0, gt=0)
+    gpus_per_client: float = Field(default=0.0, ge=0)
+    actors: int | None = Field(default=None, ge=1)
+
+    @field_validator("address")
+    @classmethod
+    def _is_address(cls, value: str | None) -> str | None:
+        if value is None or value == "auto":
+            return value
+        host, _, port = value.rpartition(":")
+        if not host or not port.isdigit() or "/" in value:
+            raise ValueError("expected auto or HOST:PORT, such as 10.0.0.1:6379")
+        return value
+
+    def model_post_init(self, context: Any) -> None:
+        """Checks that Ray is there, so that its absence is told before any work."""
+        check_installed()
+
+    @property
+    def threads(self) -> int:
+        """Threads of torch in each actor."""
+        return max(1, int(self.cpus_per_client))
+
+    @contextmanager
+    def open(self) -> Iterator[RayEngine]:
+        """Connects to the cluster, or starts one on this machine.
+
+        Raises:
+            NetworkError: if there is no cluster at the address.
+        """
+        os.environ.update(QUIET)
+        if self.address is None and "ray" not in sys.modules:
+            # Ray listens on all addresses of the machine, and whoever reaches it may run code.
+            # Ray reads both when it is imported; what the user has set stays.
+            os.environ.setdefault("RAY_AUTH_MODE", "token")
+            os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+        import ray
+
+        # A notebook may be connected already.
+        own = not ray.is_initialized()
+        if own:
+            _connect(ray, self.address)
+        engine = RayEngine(self, ray)
+        try:
+            yield engine
+        finally:
+            engine.end_stage()
+            if own:
+                ray.shutdown()
+
+
+def _connect(ray: Any, address: str | None) -> None:
+    """Connects this process to a cluster.
+
+    Raises:
+        NetworkError: if that fails.
+    """
+    cure = (
+        "start one on this machine with ray start --head, or leave out ",
+        Argument("engine.address"),
+    )
+    if address not in (None, "auto"):
+        host, _, port = str(address).rpartition(":")
+        # Ray itself would try for minutes.
+        try:
+            socket.create_connection((host, int(port)), timeout=10).close()
+        except (OSError, OverflowError) as problem:
+            raise NetworkError(
+                f"nothing answers at {address} ({problem})", place="engine.address", cure=cure
+            ) from problem
+    try:
+        ray.init(
+            # Not None: that would join any cluster that runs on this machine.
+            address=address or "local",
+            logging_level=logging.ERROR,
+            log_to_driver=False,
+            **({} if address else {"include_dashboard": False}),
+        )
+    # Ray raises ConnectionError, RuntimeError (another version of Ray or Python), ValueError.
+    except Exception as problem:
+        said = " ".join(str(problem).split())[:300]
+        raise NetworkError(
+            f"the cluster cannot be joined ({said})", place="engine.address", cure=cure
+        ) from problem
+
+
+@dataclass(eq=False)
+class RayEngine:
+    """Runs simulated clients as actors; see `fedpress.workspace.state.Engine`."""
+
+    settings: RaySettings
+    ray: Any
+    _now: RayTransport | None = None
+
+    def connect(self, clients: Mapping[ClientId, Side], build: Callable[..., Any]) -> RayTransport:
+        """Starts the actors of a stage, and ends those of the stage before.
+
+        Raises:
+            NetworkError: if the cluster has no room, or an actor cannot load its clients.
+        """
+        self.end_stage()
+        cluster = Cluster(self.settings, self.ray, self.ray.put(_pickled(self.ray, build)))
+        count = cluster.number_of_actors(len(clients))
+        names = list(clients)
+        homes = []
+        for first in range(count):
+            own = names[first::count]
+            # Without what all sides share, and without what each has stored: both come separately.
+            bare: dict[ClientId, Any] = {}
+            for name in own:
+                side: Any = clients[name]
+                bare[name] = replace(side, common=None, memory=None)
+            homes.append(Home(tuple(own), self.ray.put(_pickled(self.ray, bare))))
+        cluster.start(homes)
+        log.info("%d clients on %d actors of Ray", len(names), count)
+        memories = {name: side.memory for name, side in clients.items()}
+        self._now = RayTransport(cluster, homes, memories)
+        return self._now
+
+    def end_stage(self) -> None:
+        """Ends the actors."""
+        if self._now is not None:
+            self._now.close()
+        self._now = None
+
+
+def _pickled(ray: Any, what: Any) -> bytes:
+    """Pickles for another machine, which need not have the user's own modules.
+
+    Raises:
+        NetworkError: if something cannot be pickled.
+    """
+    for name in own_modules.found():
+        if name in sys.modules:
+            ray.cloudpickle.register_pickle_by_value(sys.modules[name])
+    # Any exception: a user's network decides how it is pickled.
+    try:
+        data: bytes = ray.cloudpickle.dumps(what)
+    except Exception as problem:
+        raise NetworkError(
+            f"model or data cannot be sent to other processes ({problem})",
+            place="engine",
+            cure=("leave out ", Argument("engine")),
+        ) from problem
+    return data
+
+
+@dataclass(eq=False)
+class Home:
+    """An actor and its clients.
+
+    Attributes:
+        clients: names of its clients.
+        sides: reference to their pickled sides.
+        actor: handle of the actor; None: not started, or lost.
+        waiting: requests that it has not got yet.
+        working: request -> reference to its reply, in the order in which the actor works.
+    """
+
+    clients: tuple[ClientId, ...]
+    sides: Any
+    actor: Any = None
+    waiting: deque[RequestId] = field(default_factory=deque)
+    working: dict[RequestId, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class Cluster:
+    """Starts actors.
+
+    Attributes:
+        settings: what each actor takes.
+        ray: the library.
+        build: reference to the pickled function that makes what all sides share.
+    """
+
+    settings: RaySettings
+    ray: Any
+    build: Any
+
+    def number_of_actors(self, clients: int) -> int:
+        """Returns how many actors to start.
+
+        Raises:
+            NetworkError: if the cluster has no room for them.
+        """
+        room = self._room()
+        wanted = self.settings.actors or 1
+        if room < wanted:
+            raise NetworkError(
+                f"the cluster has room for {room} actors of {self._size}, expected {wanted}",
+                place="engine.actors" if self.settings.actors else "engine",
+                cure=(
+                    "add nodes, or lower ",
+                    Argument("engine.actors"),
+                    ", ",
+                    Argument("engine.cpus_per_client"),
+                    " or ",
+                    Argument("engine.gpus_per_client"),
+                ),
+            )
+        return min(clients, self.settings.actors or room)
+
+    @property
+    def _size(self) -> str:
+        settings = self.settings
+        return f"{settings.cpus_per_client:g} CPUs and {settings.gpus_per_client:g} GPUs"
+
+    def _room(self) -> int:
+        """Returns how many actors fit on the nodes. An actor cannot lie on two nodes."""
+        settings = self.settings
+        room = 0
+        for node in self.ray.nodes():
+            if not node["Alive"]:
+                continue
+            has = node["Resources"]
+            fits = int(has.get("CPU", 0) / settings.cpus_per_client)
+            if settings.gpus_per_client:
+                fits = min(fits, int(has.get("GPU", 0) / settings.gpus_per_client))
+            room += fits
+        return room
+
+    def start(self, homes: Sequence[Home]) -> None:
+        """Starts the actors of `homes` at the same time, and waits until all have their clients.
+
+        Raises:
+            NetworkError: if one does not start, has other versions, or cannot load its clients.
+        """
+        settings = self.settings
+        remote = self.ray.remote(Host).options(
+            num_cpus=settings.cpus_per_client,
+            num_gpus=settings.gpus_per_client,
+            # A lost actor is started again here, because it needs what its clients have stored.
+            max_restarts=0,
+            scheduling_strategy="SPREAD",
+        )
+        device = "cuda" if settings.gpus_per_client else "cpu"
+        for home in homes:
+            home.actor = remote.remote()
+        # Before the pickles are loaded, which another version of fedpress may not be able to.
+        for found in self._all([home.actor.versions.remote() for home in homes]):
+            for name, own in versions().items():
+                if found[name] != own:
+                    raise NetworkError(
+                        f"an actor has {name} {found[name]}, this process {own}",
+                        place="engine",
+                        cure="install the same versions on all nodes",
+                    )
+        loads = []
+        for home in homes:
+            load = home.actor.load
+            loads.append(
+                load.remote(self.build, home.sides, device=device, threads=settings.threads)
+            )
+        for why in self._all(loads):
+            if why:
+                raise NetworkError(
+                    f"an actor cannot load its clients ({why})",
+                    place="engine",
+                    cure="install what the model imports on all nodes",
+                )
+
+    def _all(self, references: list[Any]) -> list[Any]:
+        """Waits for results.
+
+        Raises:
+            NetworkError: if they do not come.
+        """
+        try:
+            found: list[Any] = self.ray.get(references, timeout=START_WITHIN)
+        except self.ray.exceptions.RayError as problem:
+            said = " ".join(str(problem).split())[:300]
+            raise NetworkError(
+                f"an actor of {self._size} did not start ({said})",
+                place="engine",
+                cure=(
+                    "add a node or end other work on the cluster",
+                    Shell(", then go on with --resume"),
+                ),
+            ) from problem
+        return found
+
+    def end(self, homes: Sequence[Home]) -> None:
+        """Ends the actors of `homes`."""
+        for home in homes:
+            if home.actor is not None:
+                self.ray.kill(home.actor)
+            home.actor = None
+
+
+@dataclass(frozen=True, eq=False)
+class _PackedMessage:
+    """A message, its packed bytes, and a reference to them in the object store."""
+
+    message: Message
+    data: bytes
+    reference: Any
+
+
+class RayTransport:
+    """Carries messages to clients in actors, which work at the same time.
+
+    A client whose actor is lost gives an answer of kind "error" for the request at work; the actor
+    is started again, and requests that had waited for it are answered by the new one.
+
+    What a client has stored is stored here when its answer is received. A request that is cancelled
+    while a client works on it leaves no trace, as with the local transport: before its next request
+    the client is set back to what is stored here. Schedules ask a client one thing at a time.
+    """
+
+    def __init__(
+        self,
+        cluster: Cluster,
+        homes: Sequence[Home],
+        memories: Mapping[ClientId, ClientState],
+        *,
+        max_bytes: int = MAX_BYTES,
+    ) -> None:
+        """Makes a transport.
+
+        Args:
+            cluster: starts a lost actor again.
+            homes: the started actors.
+            memories: name of each client -> where its state is stored between rounds.
+            max_bytes: largest accepted answer, in bytes.
+        """
+        self._cluster = cluster
+        self._ray = cluster.ray
+        self._homes = list(homes)
+        self._home = {name: home for home in homes for name in home.clients}
+        self._memories = dict(memories)
+        self._max_bytes = max_bytes
+        self._traffic = Traffic()
+        self._sent = 0
+        self._open: dict[RequestId, tuple[ClientId, _PackedMessage]] = {}
+        self._replies: dict[RequestId, Reply] = {}
+        # Clients whose actor must be told first what they have stored.
+        self._away = set(self._memories)
+        self._set_up: dict[ClientId, dict[str, bytes]] = {name: {} for name in self._memories}
+        # As in the local transport: a message to many clients is packed once.
+        self._packed: WeakValueDictionary[int, _PackedMessage] = WeakValueDictionary()
+
+    @property
+    def traffic(self) -> Traffic:
+        """Bytes carried since the transport was made."""
+        return self._traffic
+
+    def clients(self) -> Sequence[ClientId]:
+        """Names of the clients, in the order in which they were given."""
+        return list(self._memories)
+
+    def send(self, client: ClientId, message: Message) -> RequestId:
+        """Gives `message` to the actor of `client`, or lets it wait for its turn."""
+        packed = self._packed.get(id(message))
+        if packed is None:
+            data = pack(message)
+            packed = _PackedMessage(message, data, self._ray.put(data))
+            self._packed[id(message)] = packed
+        self._traffic += Traffic(down=len(packed.data))
+        self._sent += 1
+        self._open[self._sent] = client, packed
+        home = self._home[client]
+        home.waiting.append(self._sent)
+        self._feed(home)
+        return self._sent
+
+    def receive(
+        self, requests: Collection[RequestId], timeout: float | None = None
+    ) -> Answer | None:
+        """See `fedpress.federation.Transport`.
+
+        Raises:
+            NetworkError: if a lost actor cannot be started again.
+        """
+        end = None if timeout is None else time.monotonic() + timeout
+        while True:
+            here = next((request for request in self._replies if request in requests), None)
+            if here is not None:
+                return self._deliver(here)
+            if not any(request in requests for request in self._open):
+                return None
+            working: dict[Any, Home] = {}
+            for home in self._homes:
+                working |= dict.fromkeys(home.working.values(), home)
+            left = None if end is None else max(0.0, end - time.monotonic())
+            ready, _ = self._ray.wait(list(working), num_returns=1, timeout=left)
+            if not ready:
+                return None
+            self._collect(working[ready[0]])
+
+    def cancel(self, requests: Collection[RequestId]) -> None:
+        """Closes `requests`: those that no client works on yet cost no work."""
+        for request in requests:
+            if request not in self._open:
+                continue
+            client, _ = self._open.pop(request)
+            waiting = self._home[client].waiting
+            if request in waiting:
+                waiting.remove(request)
+            else:
+                self._replies.pop(request, None)
+                self._away.add(client)
+
+    def close(self) -> None:
+        """Ends the actors."""
+        self._cluster.end(self._homes)
+
+    def _feed(self, home: Home) -> None:
+        """Gives waiting requests to an actor, and starts it first if it was lost."""
+        while home.waiting and len(home.working) < WINDOW:
+            if home.actor is None:
+                log.warning("the actor of %s is started again", ", ".join(home.clients[:3]))
+                self._cluster.start([home])
+            request = home.waiting.popleft()
+            client, packed = self._open[request]
+            try:
+                stored = self._stored(client)
+            # A damaged file: the client fails, as it does in the local transport.
+            except RunError as problem:
+                self._replies[request] = Reply(pack(error(f"RunError: {problem}")))
+                continue
+            self._away.discard(client)
+            kind = packed.message.kind
+            if kind in SET_UP:
+                self._set_up[client][kind] = packed.data
+            home.working[request] = home.actor.answer.remote(client, packed.reference, stored)
+
+    def _stored(self, client: ClientId) -> Stored | None:
+        """Returns from what a client begins; None if its actor has it."""
+        if client not in self._away:
+            return None
+        known = self._set_up[client]
+        set_up = tuple(known[kind] for kind in SET_UP if kind in known)
+        return Stored(self._memories[client].copied(), set_up)
+
+    def _collect(self, home: Home) -> None:
+        """Takes the replies that an actor has ready, and gives it more work."""
+        while home.working:
+            request, reference = next(iter(home.working.items()))
+            # The actor works in order, so no later one is ready if this one is not.
+            if not self._ray.wait([reference], timeout=0)[0]:
+                break
+            del home.working[request]
+            try:
+                reply: Reply = self._ray.get(reference)
+            except self._ray.exceptions.RayError as problem:
+                log.warning("an actor was lost: %s", problem)
+                reply = Reply(pack(error(LOST)))
+                self._leave(home)
+            # It may have been cancelled meanwhile.
+            if request in self._open:
+                self._replies[request] = reply
+        self._feed(home)
+
+    def _leave(self, home: Home) -> None:
+        """Gives an actor up; requests behind the one at work wait for the next actor."""
+        self._cluster.end([home])
+        for request in reversed(home.working):
+            if request in self._open:
+                home.waiting.appendleft(request)
+        home.working.clear()
+        self._away.update(home.clients)
+
+    def _deliver(self, request: RequestId) -> Answer:
+        """Stores what the client has stored, and returns its answer."""
+        client, _ = self._open.pop(request)
+        reply = self._replies.pop(request)
+        data = reply.data
+        # Before the answer is used: after a crash a client must still know what it has answered.
+        try:
+            for write in reply.writes:
+                write.store(self._memories[client])
+        # A full disk: the client fails, as it does in the local transport.
+        except Exception as problem:
+            data = pack(error(f"{type(problem).__name__}: {problem}"))
+            self._away.add(client)
+        self._traffic += Traffic(up=len(data))
+        try:
+            return client, request, unpack(data, max_bytes=self._max_bytes)
+        except WireError as problem:
+            return client, request, error(f"WireError: {problem}")
