@@ -17,6 +17,7 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
 from typing import Any, Literal
 from weakref import WeakValueDictionary
 
@@ -51,8 +52,6 @@ def check_installed() -> None:
     Raises:
         NetworkError: if it is not.
     """
-    from importlib.util import find_spec
-
     if find_spec("ray") is None:
         raise NetworkError(
             "Ray is not installed", place="engine", cure='pip install "fedpress[ray]"'

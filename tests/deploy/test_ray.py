@@ -59,7 +59,7 @@ CASES = {
     "secure": 'privacy = { unit = "client", trust = "distributed", noise_multiplier = 2.0, '
     "delta = 1e-3 }\n",
     # Two clients of each round work in vain: their residuals must not change.
-    "spare": CODED + "cohort = 2\nschedule = { kind = "synchronous", over_selection = 2.0 }\n"
+    "spare": CODED + 'cohort = 2\nschedule = { kind = "synchronous", over_selection = 2.0 }\n'
     'delays = { kind = "lognormal", median = 10.0 }\n',
     "buffered": 'schedule = { kind = "buffered", concurrency = 3, buffer = 2 }\n'
     'delays = { kind = "lognormal", median = 10.0 }\n',

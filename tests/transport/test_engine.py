@@ -1,0 +1,66 @@
+import subprocess
+import sys
+from importlib.util import find_spec
+
+import pytest
+
+from fedpress.errors import NetworkError, RecipeError
+from fedpress.transport import LocalTransport
+from fedpress.transport import ray as ray_module
+from fedpress.transport.engine import engine_settings
+from fedpress.wire import Message, pack
+
+
+class Side:
+    def handle(self, request):
+        return pack(Message("m"))
+
+
+def test_the_local_engine_is_the_local_transport():
+    with engine_settings().open() as engine:
+        transport = engine.connect({"b": Side(), "a": Side()}, dict)
+    assert isinstance(transport, LocalTransport)
+    assert transport.clients() == ["b", "a"]
+
+
+@pytest.mark.parametrize(
+    ("engine", "sentence"),
+    [
+        ("rya", r"engine: got 'rya', expected local or ray; did you mean 'ray'\?"),
+        ({}, r"engine: got None, expected local or ray; give engine=\"ray\""),
+        ({"kind": "local", "actors": 2}, r"engine.actors: no such setting .* give engine=\"ray\""),
+        ({"kind": "ray", "actor": 2}, r"engine.actor: .* did you mean 'actors'\?"),
+        (
+            {"kind": "ray", "actors": 0},
+            r"engine.actors: got 0, expected greater than or equal to 1",
+        ),
+        ({"kind": "ray", "cpus_per_client": 0}, r"engine.cpus_per_client: got 0"),
+        ({"kind": "ray", "address": "ray://a:1"}, r"engine.address: .* expected auto or HOST:PORT"),
+    ],
+)
+def test_wrong_settings_are_named_with_a_cure(engine, sentence):
+    with pytest.raises(RecipeError, match=sentence):
+        engine_settings(engine)
+
+
+def test_a_missing_ray_is_told_before_any_work(monkeypatch):
+    monkeypatch.setattr(ray_module, "find_spec", lambda name: None)
+    with pytest.raises(NetworkError, match=r'engine: Ray is not installed; pip install "fedpress'):
+        engine_settings("ray")
+
+
+@pytest.mark.skipif(find_spec("ray") is not None, reason="Ray is installed")
+def test_the_command_ends_with_2_without_ray(tmp_path):
+    words = ["run", "digits", "--engine", "ray", "--out", str(tmp_path / "run")]
+    done = subprocess.run(
+        [sys.executable, "-m", "fedpress", *words], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert 'Ray is not installed; pip install "fedpress[ray]"' in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_one_thread_of_torch_for_each_cpu_of_a_client(monkeypatch):
+    monkeypatch.setattr(ray_module, "find_spec", lambda name: True)
+    for cpus, threads in {0.25: 1, 1: 1, 2.5: 2}.items():
+        assert engine_settings({"kind": "ray", "cpus_per_client": cpus}).threads == threads
