@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fedpress.cli import completion
+from fedpress.cli import cluster, completion
 from fedpress.cli.common import (
     AllowCode,
     AsJson,
@@ -31,18 +31,12 @@ from fedpress.cli.common import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-    from typing import Any
-
     from rich.console import Console
 
     from fedpress.api.begin import CheckedRun
     from fedpress.data import FederatedData
     from fedpress.workspace.folder import RunFolder
     from fedpress.workspace.state import Engine
-
-CLUSTER = "Simulation on a cluster"
-"""Title of the options of `--engine ray` in the help."""
 
 
 def run(
@@ -68,35 +62,11 @@ def run(
         Path | None, typer.Option("--from", help="Take over equal finished stages of this run.")
     ] = None,
     list_keys: ListTables = False,
-    engine: Annotated[
-        str,
-        typer.Option(
-            help="Where simulated clients run: local, or ray (actors of Ray).",
-            rich_help_panel=CLUSTER,
-        ),
-    ] = "local",
-    ray_address: Annotated[
-        str | None,
-        typer.Option(
-            help="A running cluster: auto or HOST:PORT; without it, Ray starts on this machine.",
-            rich_help_panel=CLUSTER,
-        ),
-    ] = None,
-    cpus_per_client: Annotated[
-        float | None,
-        typer.Option(help="CPUs of an actor; 1 by default.", rich_help_panel=CLUSTER),
-    ] = None,
-    gpus_per_client: Annotated[
-        float | None,
-        typer.Option(help="GPUs of an actor; none by default.", rich_help_panel=CLUSTER),
-    ] = None,
-    actors: Annotated[
-        int | None,
-        typer.Option(
-            help="Number of actors; by default as many as there is room for.",
-            rich_help_panel=CLUSTER,
-        ),
-    ] = None,
+    engine: cluster.Engine = "local",
+    ray_address: cluster.Address = None,
+    cpus_per_client: cluster.Cpus = None,
+    gpus_per_client: cluster.Gpus = None,
+    actors: cluster.Actors = None,
     code: AllowCode = None,
     as_json: AsJson = False,
 ) -> None:
@@ -107,12 +77,7 @@ def run(
         return
     from fedpress.cli import terminal
 
-    settings = {
-        "address": ray_address,
-        "cpus_per_client": cpus_per_client,
-        "gpus_per_client": gpus_per_client,
-        "actors": actors,
-    }
+    settings = cluster.Given(engine, ray_address, cpus_per_client, gpus_per_client, actors)
     allow_code(code)
     out_stream = terminal.console(quiet=as_json)
     with stopping("stopped before the run began; nothing was changed"):
@@ -120,7 +85,7 @@ def run(
             from fedpress.pipeline.check import check_recipe
             from fedpress.workspace.folder import RunFolder
 
-            runner = _opened(engine, settings)
+            runner = exit_stack.enter_context(settings.open())
             words = with_device(words, device)
             bind = _begun if resume else _new
             begun = bind(context, words, data, out)
@@ -130,14 +95,6 @@ def run(
             check_recipe(begun.recipe, loaded)
     report_file = _execute(begun, loaded, out_stream, reuse=earlier, engine=runner)
     show_run(begun.place, report_file, out_stream, as_json=as_json)
-
-
-def _opened(kind: str, settings: Mapping[str, Any]) -> Engine:
-    """Opens the engine until the command ends; settings that are None were not given."""
-    from fedpress.transport.engine import engine_settings
-
-    given = {key: value for key, value in settings.items() if value is not None}
-    return exit_stack.enter_context(engine_settings({"kind": kind, **given}).open())
 
 
 def _new(

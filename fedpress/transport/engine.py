@@ -14,7 +14,7 @@ from typing import Any, Literal, Protocol
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from fedpress.core.names import ClientId
-from fedpress.errors import Argument, RecipeError, Words, suggestion
+from fedpress.errors import Argument, RecipeError, SettingError, Words, suggestion
 from fedpress.transport.actor import Side
 from fedpress.transport.local import LocalTransport
 from fedpress.transport.ray import RaySettings
@@ -89,9 +89,12 @@ def _mistake(error: ValidationError) -> RecipeError:
     """Converts the first error of pydantic."""
     first = error.errors()[0]
     key = str(first["loc"][0])
-    text = str(first["msg"]).replace("Input should be", "expected").replace("Value error, ", "")
+    text = str(first["msg"]).replace("Input should be", "expected")
     problem = f"got {first['input']!r}, {text}"
     cure: Words = "give another value"
+    own = first.get("ctx", {}).get("error")
+    if isinstance(own, SettingError):
+        problem, cure = own.problem, own.cure
     if first["type"] == "extra_forbidden":
         problem = "no such setting of this engine"
         cure = suggestion(key, list(RaySettings.model_fields)) or "leave it out"

@@ -26,7 +26,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 from fedpress.core import own_modules
 from fedpress.core.log import logger
 from fedpress.core.names import ClientId
-from fedpress.errors import Argument, NetworkError, RunError, Shell, WireError
+from fedpress.errors import Argument, NetworkError, RunError, SettingError, Shell, WireError
 from fedpress.federation.client_state import ClientState
 from fedpress.federation.exchange import Answer, RequestId, Traffic, error
 from fedpress.transport.actor import Host, Reply, Side, Stored, versions
@@ -85,7 +85,10 @@ class RaySettings(BaseModel):
             return value
         host, _, port = value.rpartition(":")
         if not host or not port.isdigit() or "/" in value:
-            raise ValueError("expected auto or HOST:PORT, such as 10.0.0.1:6379")
+            raise SettingError(
+                f"got {value!r}, expected auto or HOST:PORT",
+                cure="give the address that ray start --head printed, such as 10.0.0.1:6379",
+            )
         return value
 
     def model_post_init(self, context: Any) -> None:

@@ -1,0 +1,73 @@
+"""Options that say where the simulated clients of a run work: `--engine ray` and its settings."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from fedpress.workspace import state
+
+PANEL = "Simulation on a cluster"
+"""Title of these options in the help."""
+Engine = Annotated[
+    str,
+    typer.Option(
+        help="Where simulated clients work: local (this process) or ray (actors of Ray).",
+        rich_help_panel=PANEL,
+    ),
+]
+Address = Annotated[
+    str | None,
+    typer.Option(
+        help="A running cluster: auto or HOST:PORT; without it, Ray starts on this machine.",
+        rich_help_panel=PANEL,
+    ),
+]
+Cpus = Annotated[
+    float | None, typer.Option(help="CPUs of an actor; 1 by default.", rich_help_panel=PANEL)
+]
+Gpus = Annotated[
+    float | None, typer.Option(help="GPUs of an actor; 0 by default.", rich_help_panel=PANEL)
+]
+Actors = Annotated[
+    int | None,
+    typer.Option(
+        help="Number of actors; by default as many as there is room for.", rich_help_panel=PANEL
+    ),
+]
+
+
+@dataclass(frozen=True)
+class Given:
+    """What the user gave; None: not given."""
+
+    engine: str
+    address: str | None
+    cpus_per_client: float | None
+    gpus_per_client: float | None
+    actors: int | None
+
+    @contextmanager
+    def open(self) -> Iterator[state.Engine]:
+        """Yields the engine.
+
+        Raises:
+            RecipeError: if an option is wrong.
+            NetworkError: if there is no Ray, or no cluster.
+        """
+        from fedpress.transport.engine import engine_settings
+
+        settings = {
+            "address": self.address,
+            "cpus_per_client": self.cpus_per_client,
+            "gpus_per_client": self.gpus_per_client,
+            "actors": self.actors,
+        }
+        given = {key: value for key, value in settings.items() if value is not None}
+        with engine_settings({"kind": self.engine, **given}).open() as engine:
+            yield engine
