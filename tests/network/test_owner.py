@@ -21,7 +21,7 @@ from fedpress.network.ledger import DAY, DataKey, OwnerLedger, Question
 from fedpress.network.owner import OwnerGate, StatusRow, status, table
 from fedpress.network.policy import Policy, PrivacyRules
 from fedpress.network.spending import Charge, spent
-from fedpress.privacy.ledger import LedgerEntry
+from fedpress.privacy.ledger import Ledger, LedgerEntry
 from fedpress.stages.federate.offer import Offer
 from fedpress.wire.message import Message, pack, unpack
 from tests.network.deployment import PRIVATE, RECIPE, Machines, run
@@ -330,6 +330,35 @@ def test_a_run_without_privacy_ends_every_promise_about_the_data(tmp_path):
     assert shown(own)[-1].epsilon == math.inf
     private = machines(tmp_path / "b", policy(), ledger=own.ledger)
     assert all(refusals(private.bind(tmp_path / "c")))
+
+
+EVERY_TRUST = {
+    "rows, local": PRIVATE,
+    "rows, together": PRIVATE + 'trust = "distributed"\n',
+    "rows, server": CENTRAL,
+    "clients, local": WHOLE,
+    "clients, together": PRIVATE.replace("sample", "client") + 'trust = "distributed"\n',
+    "clients, server": PRIVATE.replace("sample", "client"),
+    "clients, correlated": PRIVATE.replace("sample", "client") + "correlated = { bands = 2 }\n",
+}
+
+
+@pytest.mark.parametrize("text", EVERY_TRUST.values(), ids=EVERY_TRUST)
+def test_the_owner_is_charged_what_the_server_charges_and_what_was_planned(tmp_path, text):
+    unit = "sample" if "sample" in text else "client"
+    found = machines(
+        tmp_path, policy({"unit": unit}), RECIPE + "epochs = 1\nmomentum = 0.0\n" + text
+    )
+    server = found.bind(tmp_path / "memory")
+    assert refusals(server) == ["", "", ""]
+    own = found.gates["c0"]
+    charges = own.ledger.charges(own.data)
+    charged = spent(charges, unit=unit, delta=1e-3)
+    kept = server.spend(Ledger(unit), server.planned_tasks(), 1, 3)
+    mine = [entry for entry in kept.entries if entry.who in ("c0", "population")]
+    assert charged == Ledger(unit, tuple(mine)).epsilon(delta=1e-3)
+    planned = [Charge(unit, entry) for entry in server.contract.planned_charges("c0")]
+    assert charged == spent(planned, unit=unit, delta=1e-3)
 
 
 def test_rounds_drawn_by_chance_are_charged_as_a_whole_with_the_first_answer(tmp_path):
