@@ -92,6 +92,8 @@ class Sessions:
         """Answers the bytes of one message of the session `name`; never raises for a bad one."""
         try:
             return pack(self._answer(name, request))
+        except _Refused as refused:
+            return pack(refused.answer)
         # Whatever goes wrong is told to the server, as in a simulation, and the client stays.
         except Exception as problem:
             if not isinstance(problem, FedpressError):
@@ -191,12 +193,9 @@ class Sessions:
             if not path.exists():
                 break
             answer = self._answer(name, path.read_bytes())
-            if answer.kind in ("error", "refused"):
-                raise WireError(
-                    f"its session cannot go on ({answer.header.get('reason')})",
-                    place=kind,
-                    cure="see the policy of this client",
-                )
+            # The policy is another one than before the restart.
+            if answer.kind == "refused":
+                raise _Refused(answer)
         return self._open.get(name)
 
     def _close_others(self) -> None:
@@ -213,6 +212,18 @@ class Sessions:
         others.sort(key=lambda path: path.stat().st_mtime)
         for path in others[: max(0, len(others) - KEPT + 1)]:
             shutil.rmtree(path, ignore_errors=True)
+
+
+class _Refused(Exception):
+    """Ends the restoring of a session that the policy does not allow any more.
+
+    Attributes:
+        answer: what the server is told.
+    """
+
+    def __init__(self, answer: Message) -> None:
+        super().__init__(answer.kind)
+        self.answer = answer
 
 
 def _drawn_with(memory: ClientState) -> str:

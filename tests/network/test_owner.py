@@ -12,8 +12,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fedpress.api.approving import approve, asked_for
-from fedpress.core import consent
+from fedpress.core import consent, parameters
 from fedpress.errors import PolicyError, RecipeError, SecureError, TrainingError
+from fedpress.federation import Start
 from fedpress.federation.protocol import refusal_of, text_tensor
 from fedpress.network import ledger as ledgers
 from fedpress.network.gate import Asked
@@ -403,6 +404,21 @@ def test_rounds_per_day_hold_for_all_runs_and_whatever_the_clock_says(tmp_path):
     assert refusals(found.bind(tmp_path / "memory"))[2]
     now[0] += 101 * DAY + 1
     assert refusals(found.bind(tmp_path / "memory")) == ["", "", ""]
+
+
+@pytest.mark.parametrize("rules", [{"min_cohort": 9}, {"families": ("cnn",)}])
+def test_a_policy_that_was_changed_holds_for_a_run_that_goes_on(tmp_path, rules):
+    found = machines(tmp_path, policy())
+    server = found.bind(tmp_path / "memory")
+    reasons = []
+    for record in server.rounds(Start(parameters.flatten(server.model))):
+        reasons.append(record.refused.get("c0", ""))
+        # This client alone is started again, with another policy.
+        found.gates["c0"].policy = policy(**rules)
+        found.start()
+    assert reasons[0] == ""
+    (key,) = rules
+    assert all(f"the owner's policy says no to {key}" in reason for reason in reasons[1:])
 
 
 # Measures.
