@@ -25,6 +25,8 @@ log = logger(__name__)
 
 REMEMBERED = 8
 """Answers that are kept, for calls that arrive twice."""
+REMEMBERED_BYTES = 64 << 20
+"""Most bytes of these, beside the newest."""
 LONGEST_WAIT = 15.0
 """Most seconds between two attempts to connect."""
 
@@ -125,16 +127,17 @@ class Correspondence:
     def _connect(self) -> bool:
         """Connects; tries again for ever unless the server refuses."""
         wait = 0.5
-        silent = True
+        told = ""
         while not self._stopped.is_set():
             try:
                 self._wire.connect()
             except NetworkError as problem:
                 if problem.refused:
                     raise
-                if silent:
-                    self._told(f"waiting for the server: {problem}")
-                    silent = False
+                # Once for each reason, not at every attempt.
+                if str(problem) != told:
+                    told = str(problem)
+                    self._told(f"waiting for the server: {told}")
                 log.info("no connection: %s", problem)
                 # With a random part, so that clients do not all come back in the same moment.
                 self._stopped.wait(wait * (0.8 + 0.4 * secrets.randbelow(1000) / 1000))
@@ -196,7 +199,11 @@ class Correspondence:
     def _send(self, call: Any, parcel: Parcel, seconds: float) -> None:
         # Noted first: if the connection fails now, the server asks again.
         self._given[parcel.request] = parcel
-        while len(self._given) > REMEMBERED:
+        # The newest stays however long it is: it is the likeliest to be asked for again.
+        while len(self._given) > 1 and (
+            len(self._given) > REMEMBERED
+            or sum(len(one.body) for one in self._given.values()) > REMEMBERED_BYTES
+        ):
             self._given.popitem(last=False)
         newest = self._working.pop(parcel.request, call)
         self._wire.reply(newest, parcel, seconds)

@@ -218,12 +218,24 @@ def explained(address: Address) -> Iterator[None]:
 def _of_status(error: httpx.HTTPStatusError, address: Address) -> NetworkError:
     status = error.response.status_code
     said = error.response.text[:200]
+    # Not `refused`: a SuperLink that was just started learns the keys a moment later, and a key
+    # that is listed later lets a waiting client in.
+    asked = error.request.url.path
+    if status == httpx.codes.PRECONDITION_FAILED and asked.endswith("/activate-node"):
+        return NetworkError(
+            "the server does not list the key of this client",
+            place=address.text,
+            cure=(
+                "give node.pub to whoever runs the server, who writes it to server.toml and starts "
+                "the server again"
+            ),
+        )
     if status == httpx.codes.UNAUTHORIZED:
         return NetworkError(
             "the server does not know this key, or this machine's clock is wrong",
             place=address.text,
             cure=(
-                "give node.pub to whoever runs the server, who lists it in clients.toml, and "
+                "give node.pub to whoever runs the server, who writes it to server.toml, and "
                 "compare the clocks (5 minutes apart is too much)"
             ),
             refused=True,
