@@ -71,6 +71,8 @@ ROWS = (
         "a run whose clients are on other machines",
     ),
     Row("network.client.serve", "fedpress client", "takes part with the data of this machine"),
+    Row("api.approving.approve", "fedpress client approve RECIPE", "an owner's yes to a recipe"),
+    Row("network.owner.status", "fedpress client status", "what was asked, refused and spent"),
     Row("Recipe", "RECIPE, a TOML file", "the settings of a run, checked"),
     Row("Run", "RUN, a run folder", "a run: its result, model, records and events"),
     Row("Result", "the run folder of a command", "the result of a call on one model"),

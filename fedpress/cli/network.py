@@ -16,7 +16,6 @@ from fedpress.cli.common import (
     AsJson,
     Device,
     Overrides,
-    allow_code,
     exit_stack,
     in_one_line,
     load_data,
@@ -32,12 +31,19 @@ if TYPE_CHECKING:
 
     from fedpress.api.begin import CheckedRun
     from fedpress.data import FederatedData
+    from fedpress.network.gate import Gate
     from fedpress.transport.flower import Address, ServerLink
 
 network_app = typer.Typer(no_args_is_help=True, help="Make keys and folders for a deployment.")
+client_app = typer.Typer(
+    invoke_without_command=True, help="Take part with the data of this machine, until stopped."
+)
 Folder = Annotated[
     Path | None,
     typer.Option("--network", help="Folder from fedpress network init, of this machine."),
+]
+Ledger = Annotated[
+    Path | None, typer.Option(help="The owner's ledger; by default one for this user.")
 ]
 Insecure = Annotated[
     bool,
@@ -50,7 +56,7 @@ def add_commands(app: typer.Typer) -> None:
     """Adds the commands."""
     app.add_typer(network_app, name="network")
     app.command()(server)
-    app.command()(client)
+    app.add_typer(client_app, name="client")
 
 
 @network_app.command()
@@ -264,7 +270,9 @@ def _serve(
         return write_report(begun.place)
 
 
+@client_app.callback()
 def client(
+    context: typer.Context,
     data: Annotated[
         Path | None,
         typer.Option(
@@ -273,6 +281,11 @@ def client(
         ),
     ] = None,
     network: Folder = None,
+    policy: Annotated[
+        Path | None,
+        typer.Option(help="What the owner of the data allows; by default policy.toml there."),
+    ] = None,
+    ledger: Ledger = None,
     program: Annotated[
         Path | None,
         typer.Option(help="An exported training program (.pte) to train with instead of torch."),
@@ -289,15 +302,12 @@ def client(
     ] = None,
     name: Annotated[str | None, typer.Option(help="With --insecure: name of this client.")] = None,
     device: Device = None,
-    code: Annotated[
-        list[str] | None,
-        typer.Option("--allow-code", metavar="MODULE:FUNCTION", hidden=True),
-    ] = None,
 ) -> None:
     """Takes part with the data of this machine, until it is stopped."""
     from fedpress.errors import NetworkError
 
-    allow_code(code)
+    if context.invoked_subcommand is not None:
+        return
     if data is None:
         raise NetworkError("got none", place="data", cure="give --data PATH")
     if check is not None:
@@ -312,7 +322,7 @@ def client(
             cure="give the folder of this client with --network, or --insecure on this machine",
         )
     with stopping("stopped; state and ledger are kept, the same command goes on"), _quit_on_term():
-        _take_part(data, network, to, name, program, device)
+        _take_part(_who(network, to, name), data, policy, ledger, program, device)
 
 
 @contextmanager
@@ -372,11 +382,25 @@ def _who(folder: Path | None, to: str | None, name: str | None) -> _Who:
     return _Who(name, place, address, None, 1)
 
 
+def _gate(who: _Who, data: Path, policy: Path | None, ledger: Path | None) -> Gate:
+    """Returns what decides for the owner of the data."""
+    from fedpress.network.gate import NoPolicy
+    from fedpress.network.owner import OwnerGate
+
+    beside = who.place / "policy.toml"
+    if policy is None and beside.is_file():
+        policy = beside
+    if policy is None and who.address.ca is None:
+        warn(["no policy: this client answers everything; give --policy FILE"])
+        return NoPolicy()
+    return OwnerGate.open(data, policy=policy, ledger=ledger, certificate=who.address.ca)
+
+
 def _take_part(
+    who: _Who,
     data: Path,
-    folder: Path | None,
-    to: str | None,
-    name: str | None,
+    policy: Path | None,
+    ledger: Path | None,
     program: Path | None,
     device: str | None,
 ) -> None:
@@ -386,7 +410,6 @@ def _take_part(
     from fedpress.network import keys
     from fedpress.network.client import serve
     from fedpress.network.data import ClientData
-    from fedpress.network.gate import NoPolicy
     from fedpress.network.identities import FILE, KnownIdentities
     from fedpress.network.node import Correspondence
     from fedpress.network.sessions import Sessions
@@ -395,7 +418,6 @@ def _take_part(
     from fedpress.workspace import lock
 
     own = ClientData(data)
-    who = _who(folder, to, name)
     exit_stack.enter_context(lock.locked(who.place))
     # Sums of floats are rounded in another order with another number of threads.
     torch.set_num_threads(who.threads)
@@ -403,7 +425,7 @@ def _take_part(
         who.name,
         who.place / "sessions",
         own.arrays,
-        NoPolicy(),
+        _gate(who, data, policy, ledger),
         keys.identity_of(who.place),
         KnownIdentities(who.place / FILE, who.name),
         program,
@@ -419,3 +441,54 @@ def _take_part(
             f"answered in {answered.seconds:.2f} s "
             f"({answered.bytes_in:,} bytes in, {answered.bytes_out:,} out)"
         )
+
+
+@client_app.command()
+def approve(
+    recipe: Annotated[str, typer.Argument(help="Name of a shipped recipe, or a TOML file.")],
+    overrides: Overrides = None,
+    ledger: Ledger = None,
+    withdraw: Annotated[
+        bool, typer.Option("--withdraw", help="Take an earlier approval back.")
+    ] = False,
+    show: Annotated[
+        bool, typer.Option("--show", help="Only say what it asks for; nothing is approved.")
+    ] = False,
+) -> None:
+    """Says what a recipe asks the owner of the data for, and notes that the owner approves it."""
+    from fedpress.api import approving
+
+    if show:
+        found = approving.asked_for(recipe, overrides or ())
+    else:
+        found = approving.approve(recipe, overrides or (), ledger=ledger, withdraw=withdraw)
+    done = "asks for this" if show else "no longer approved" if withdraw else "approved"
+    for one in found:
+        typer.echo(f"{one.stage} ({one.fingerprint}): {done}")
+        for sentence in one.words:
+            typer.echo(f"  {sentence}")
+
+
+@client_app.command()
+def status(
+    policy: Annotated[
+        Path | None, typer.Option(help="By whose unit and delta epsilon is computed.")
+    ] = None,
+    ledger: Ledger = None,
+    as_json: AsJson = False,
+) -> None:
+    """Shows what was asked of the owner's data, answered, refused and spent."""
+    import dataclasses
+    import json
+
+    from fedpress.network import owner
+    from fedpress.network import policy as policies
+    from fedpress.network.ledger import OwnerLedger, default_path
+
+    book = OwnerLedger(ledger or default_path())
+    rows = owner.status(book, policies.read(policy) if policy else policies.Policy())
+    if as_json:
+        typer.echo(json.dumps([dataclasses.asdict(row) for row in rows]))
+        return
+    for line in owner.table(rows):
+        typer.echo(line)

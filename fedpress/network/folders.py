@@ -18,6 +18,20 @@ from fedpress.network import keys
 from fedpress.network.units import client_dockerfile, client_unit, server_dockerfile, server_unit
 
 PORT = 9443
+POLICY = """\
+# What this client's owner allows; without a line its default holds. docs/deploy.md lists all keys.
+# families = ["cnn", "mlp"]
+# min_cohort = 2
+# require_approval = true
+# rounds_per_day = 100
+
+# Every run must promise at least this. Replace the section by  privacy = "none"  to allow any run.
+[privacy]
+unit = "sample"
+max_epsilon = 8.0
+total_epsilon = 8.0
+delta = 1e-5
+"""
 ALL = "0.0.0.0"
 T = TypeVar("T", bound=BaseModel)
 
@@ -196,6 +210,7 @@ def _make_client(out: Path, name: ClientId, host: str, port: int) -> str:
     public = keys.write_node_key(folder)
     address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
     config = ClientConfig(name=name, server=address, threads=1)
+    (folder / "policy.toml").write_text(POLICY)
     (folder / "client.toml").write_text(tomli_w.dumps(config.model_dump()))
     (folder / "fedpress-client.service").write_text(client_unit(name))
     (folder / "Dockerfile").write_text(client_dockerfile())

@@ -33,7 +33,11 @@ def commands(group=None, before=("fedpress",)):
     found = []
     for name, command in (group or typer.main.get_command(app)).commands.items():
         words = (*before, name)
-        found += commands(command, words) if hasattr(command, "commands") else [" ".join(words)]
+        inner = hasattr(command, "commands")
+        if not inner or command.invoke_without_command:
+            found.append(" ".join(words))
+        if inner:
+            found += commands(command, words)
     return found
 
 
