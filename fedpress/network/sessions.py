@@ -159,7 +159,12 @@ class Sessions:
                 return _told(refusal)
         answer = unpack(half.handle(request), max_bytes=self.max_bytes)
         if message.kind == "agree" and half.contract is not None:
-            refusal = self._agreed(session, half.contract)
+            try:
+                refusal = self._agreed(session, half.contract)
+            except FedpressError:
+                # The client's side has agreed already; a question that failed is no yes.
+                half.withdraw()
+                raise
             session.refusal = refusal
             if refusal is not None:
                 half.withdraw()
