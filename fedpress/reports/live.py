@@ -25,8 +25,6 @@ from fedpress.workspace.presence import ClientNow, PresenceNow, RefusedNow, read
 
 MOST_ROWS = 40
 """Clients in one table; those in trouble come first."""
-STALE = 10.0
-"""Seconds after which the page says how old the news of the clients is."""
 LATE_FROM = 10.0
 """A client is called late after so many seconds, and at least three times as long as is usual."""
 RECENT = 5
@@ -323,10 +321,9 @@ def _about_clients(run: Run, presence: PresenceNow | None, working: bool, now: f
     """Returns sentences about all clients."""
     said = []
     if presence is not None:
-        said.append(f"{presence.online} of {presence.known} clients were online.")
-        age = now - presence.at
-        if working and age > STALE:
-            said.append(f"The server last looked {units.seconds(age)} ago.")
+        age = units.seconds(max(now - presence.at, 0.0))
+        when = f"when the server last looked, {age} ago" if working else "at the end"
+        said.append(f"{presence.online} of {presence.known} clients were online {when}.")
         if presence.hidden:
             said.append(
                 "Only the server may know which clients take part in a round, so nobody is named."

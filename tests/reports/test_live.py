@@ -138,7 +138,9 @@ def test_online_late_and_refusing_clients_are_named(midway, monkeypatch):
     assert page.refused.rows[0] == ["fred", "policy: max_epsilon", "8 is more than 5"]
     assert tiles_of(page)["clients online"] == ("4", "of 6 that the server knows")
     old = live(midway, now=now + 100)
-    assert any("last looked 1 min 40 s ago" in line for line in old.about_clients)
+    assert any(
+        "online when the server last looked, 1 min 40 s ago" in line for line in old.about_clients
+    )
 
 
 def test_a_hidden_cohort_is_only_counted(midway):

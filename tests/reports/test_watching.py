@@ -3,6 +3,9 @@
 import html
 import http.client
 import json
+import signal
+import subprocess
+import sys
 import threading
 import time
 from contextlib import contextmanager
@@ -119,6 +122,18 @@ def test_a_damaged_run_is_still_served(folder):
 def test_a_port_that_is_taken_is_told(folder):
     with serve(folder) as server, pytest.raises(NetworkError, match=r"cannot be opened .*--port"):
         serve(folder, server.server_port)
+
+
+def test_the_command_prints_the_address_and_ends_quietly_with_ctrl_c(folder):
+    words = ["-c", "from fedpress.cli import main; main()", "watch", str(folder)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, *words], **pipes) as command:
+        address = command.stdout.readline().split()[0]
+        port = int(address.removeprefix("http://127.0.0.1:").rstrip("/"))
+        assert ask(port)[0].status == 200
+        command.send_signal(signal.SIGINT)
+        said = command.communicate(timeout=60)
+    assert (command.returncode, said) == (0, ("\n", ""))
 
 
 def wait_for(page, expression, value):
