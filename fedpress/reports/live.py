@@ -16,7 +16,7 @@ from fedpress.reports.federated import bytes_over_rounds, score_over_rounds
 from fedpress.reports.figures import training_curve
 from fedpress.reports.headline import Tile, tiles
 from fedpress.reports.metrics import MetricFormat
-from fedpress.reports.outcome import outcome
+from fedpress.reports.outcome import outcome, progress
 from fedpress.reports.plot import Figure
 from fedpress.reports.reading import Json, Run, name_of, read_what_can_be, records_by_stage
 from fedpress.reports.table import Table
@@ -95,15 +95,14 @@ def live(folder: Path, *, report: str = "", now: float | None = None) -> Live:
     # Damaged files may hold any JSON value in any place, which no check could list: a part that
     # cannot be drawn from them is left out, and the others stay.
     draw = _Careful(notes)
-    working = state != "ended"
     return replace(
         page,
         path=draw.part("path of stages", lambda: _path(run), []),
         facts=draw.part("facts", lambda: _facts(run, folder, now), []),
         tiles=draw.part("numbers", lambda: _tiles(run, steps, presence), []),
-        stages=draw.part("table of stages", lambda: _stages(run, steps), Table([], [])),
-        clients=draw.part("table of clients", lambda: _clients(run, presence, working, now), None),
-        about_clients=draw.part("clients", lambda: _about_clients(run, presence, working, now), []),
+        stages=draw.part("table of stages", lambda: _stages(run, steps, state), Table([], [])),
+        clients=draw.part("table of clients", lambda: _clients(run, presence, state, now), None),
+        about_clients=draw.part("clients", lambda: _about_clients(run, presence, state, now), []),
         refused=draw.part("table of refusals", lambda: _refused(run, presence), None),
         figures=draw.figures(steps),
         notes=notes,
@@ -153,8 +152,9 @@ def _state(run: Run) -> str:
 
 def _said(run: Run, state: str) -> str:
     """Returns the state in one sentence."""
+    say = outcome if state == "ended" else progress
     try:
-        sentence = outcome(run)
+        sentence = say(run)
     except Exception:
         # See `live`: the result may be damaged.
         sentence = ""
@@ -277,7 +277,7 @@ def _bytes_tile(records: list[Json]) -> Tile | None:
     )
 
 
-def _stages(run: Run, steps: list[list[Json]]) -> Table:
+def _stages(run: Run, steps: list[list[Json]], state: str) -> Table:
     """Returns a row for each stage that has ended or has records."""
     shown = MetricFormat.of([*run.records, *run.stages])
     by_stage = {of_stage[-1].get("stage"): of_stage for of_stage in steps}
@@ -290,12 +290,12 @@ def _stages(run: Run, steps: list[list[Json]]) -> Table:
         if not of_stage and not result and at > done:
             break
         last: Json = of_stage[-1] if of_stage else {}
-        state = "done" if result else "at work" if _state(run) == "working" else "not done"
+        begun = "at work" if state == "working" else "not done"
         epsilon = result.get("epsilon", last.get("epsilon"))
         rows.append(
             [
                 name_of(stage),
-                state,
+                "done" if result else begun,
                 _far(last),
                 shown.formatted(last.get(shown.key)),
                 shown.formatted(result.get(shown.key)),
@@ -317,12 +317,12 @@ def _far(last: Json) -> str:
     return units.DASH
 
 
-def _about_clients(run: Run, presence: PresenceNow | None, working: bool, now: float) -> list[str]:
+def _about_clients(run: Run, presence: PresenceNow | None, state: str, now: float) -> list[str]:
     """Returns sentences about all clients."""
     said = []
     if presence is not None:
         age = units.seconds(max(now - presence.at, 0.0))
-        when = f"when the server last looked, {age} ago" if working else "at the end"
+        when = f"when the server last looked, {age} ago" if state != "ended" else "at the end"
         said.append(f"{presence.online} of {presence.known} clients were online {when}.")
         if presence.hidden:
             said.append(
@@ -352,10 +352,10 @@ def _named(record: Json) -> list[str]:
     return found
 
 
-def _clients(run: Run, presence: PresenceNow | None, working: bool, now: float) -> Table | None:
+def _clients(run: Run, presence: PresenceNow | None, state: str, now: float) -> Table | None:
     """Returns a row for each client, those in trouble first; None if none may be named."""
     if presence is not None:
-        return _present(presence, working, now)
+        return _present(presence, state, now)
     last = _last_round(run)
     refused = last.get("refused")
     problems = refused if isinstance(refused, dict) else {}
@@ -366,11 +366,11 @@ def _clients(run: Run, presence: PresenceNow | None, working: bool, now: float) 
     return _shortened(Table(["Client", f"In round {last['round']}"], rows))
 
 
-def _present(presence: PresenceNow, working: bool, now: float) -> Table | None:
+def _present(presence: PresenceNow, state: str, now: float) -> Table | None:
     usual = [one.seconds for one in presence.clients if one.seconds is not None]
     late_after = max(LATE_FROM, 3 * median(usual)) if usual else LATE_FROM
     # The times of a server that has stopped are compared with its last look, not with today.
-    age = now if working else presence.at
+    age = now if state == "working" else presence.at
     rows = []
     for one in presence.clients:
         heard = "not yet" if one.heard is None else f"{units.seconds(max(age - one.heard, 0))} ago"

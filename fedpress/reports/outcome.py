@@ -21,8 +21,7 @@ def outcome(run: Run) -> str:
     sentence = outcome_of(run.result, before=run.before)
     if run.finished and sentence:
         return sentence
-    progress = _progress(run)
-    return f"{progress} {sentence}".strip()
+    return f"{progress(run)} {sentence}".strip()
 
 
 def outcome_of(result: Json, *, before: Json | None = None, warn: bool = True) -> str:
@@ -130,7 +129,7 @@ def _file(stages: list[Json]) -> str:
     return f"{size_text} and answers in {latency} in {runtime_of(last)}"
 
 
-def _progress(run: Run) -> str:
+def progress(run: Run) -> str:
     """Returns how far an unfinished run is.
 
     Example: "So far 2 of 4 stages have ended, and tune came to round 3 of 20."
