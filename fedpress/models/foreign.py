@@ -18,12 +18,12 @@ from fedpress.errors import Argument, Shell, Words
 
 # Number of bytes at the start of a file by which it is recognised.
 HEAD = 4096
-# Number of bytes of a pickle that are scanned. A state dict of 100,000 tensors has fewer.
+# At most this many bytes of a pickle are scanned. A state dict of 100,000 tensors has fewer.
 LONGEST_PICKLE = 1 << 24
 FORMAT = b"fedpress packed model"
 # The number at the beginning of files that torch.save wrote before version 1.6.
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
-# Modules whose classes the pickle of a state dict names; a pickled network names others too.
+# Modules whose classes occur in the pickle of a state dict. A pickled network has other classes.
 OF_TENSORS = (
     "collections",
     "torch",
@@ -44,7 +44,7 @@ WEIGHTS = (*GIVE_BUILDER, Argument("checkpoint", HERE))
 SAVED_WEIGHTS: Words = (*GIVE_BUILDER, Argument("checkpoint", "weights.pt"))
 SAVE_STATE_DICT = ("save a state dict with torch.save, then ", *SAVED_WEIGHTS)
 EXPORTED = (
-    "it cannot be cut or trained any more: give the PyTorch model that it was exported from "
+    "it cannot be pruned or trained any more: give the PyTorch model that it was exported from "
     "(fedpress measure takes the exported files that it can run)"
 )
 BUILD = ("write a function that returns the network as a torch.nn.Module, and give ", BUILDER)
@@ -54,7 +54,7 @@ Finding = tuple[str, Words]
 
 
 class Foreign(NamedTuple):
-    """A file of another program, as the problem and the cure of an error.
+    """A file of another program: the problem and the cure of the error about it.
 
     Attributes:
         what: what the file is, such as "'m.onnx' is an ONNX file".
@@ -69,8 +69,8 @@ def identify(path: Path) -> Foreign | None:
     """Recognises a file or folder of another program.
 
     Returns:
-        What it is, and how its model can be used here. None if it may be a file of fedpress, or
-        does not exist.
+        What the file is, and how its model can be used here. None if the path does not exist, or
+        may be a file of fedpress.
 
     >>> identify(Path("no-such-file")) is None
     True
@@ -81,7 +81,7 @@ def identify(path: Path) -> Foreign | None:
             found = _folder(path)
         elif path.is_file():
             found = _file(path)
-    # A file that cannot be opened: whoever reads it will report the reason.
+    # The file cannot be opened. The code that reads it later will report the reason.
     except (OSError, ValueError, RuntimeError, zipfile.BadZipFile):
         return None
     if found is None:
@@ -120,7 +120,7 @@ def _file(path: Path) -> Finding | None:
     suffix = path.suffix.lower()
     if suffix in BY_SUFFIX:
         return BY_SUFFIX[suffix]
-    # A damaged file of a kind that fedpress reads: its reader will report what is damaged.
+    # A damaged file of a kind that fedpress reads. Its reader will report what is damaged.
     if suffix == ".safetensors" or FORMAT in head:
         return None
     if path.name == "spec.json":
@@ -142,7 +142,7 @@ def _is_safetensors(head: bytes) -> bool:
 
 
 def _is_onnx(head: bytes) -> bool:
-    """Whether the first protobuf fields are those of ONNX.
+    """Returns whether the first protobuf fields are those of ONNX.
 
     The first is a version of 1 to 31, the second a producer, a domain, a graph or an opset.
     """
@@ -192,7 +192,7 @@ BY_HEAD: tuple[tuple[Callable[[bytes], bool], str, Words], ...] = (
     ),
     (
         _begins_with(b"\x1f\x8b"),
-        "packed with gzip",
+        "a gzip file",
         "unpack it and give what is inside",
     ),
     (
@@ -225,15 +225,15 @@ PROGRAM_FILES = {"archive_format", "models/model.json", "serialized_exported_pro
 def _zip(path: Path) -> Finding:
     with zipfile.ZipFile(path) as archive:
         names = archive.namelist()
-        # torch.save puts all files into one folder, whose name may be any.
+        # torch.save puts all files into one folder; the name of the folder is arbitrary.
         inner = {name.partition("/")[2] or name for name in names}
         if inner & PROGRAM_FILES:
-            return "a program of torch.export", ("it cannot be taken apart into layers: ", *BUILD)
+            return "a program of torch.export", ("it cannot be split into layers: ", *BUILD)
         if "constants.pkl" in inner and any(name.startswith("code/") for name in inner):
             return (
                 "a TorchScript archive",
                 (
-                    "its layers are compiled and cannot be cut: ",
+                    "its layers are compiled and cannot be pruned: ",
                     *BUILD,
                     f"; its weights are in torch.jit.load('{path}').state_dict()",
                 ),
@@ -271,7 +271,7 @@ def _pickle(path: Path) -> Finding:
 
 
 def _own_classes(names: set[str]) -> list[str]:
-    """Returns the classes among `names` that no state dict needs, the user's before torch's."""
+    """Returns the classes among `names` that no state dict has: the user's first, then torch's."""
     own = []
     for name in names:
         if name.partition(" ")[0] not in OF_TENSORS:
@@ -297,8 +297,8 @@ def _classes_in(file: IO[bytes]) -> set[str]:
     """Returns `module name` of every class and function in the next pickle, without loading them.
 
     A pickle is a program for a stack machine. GLOBAL has module and name as its argument;
-    STACK_GLOBAL takes them from the stack, where the last two strings were put, perhaps from the
-    memo.
+    STACK_GLOBAL takes both from the stack: they are the last two strings that were pushed or
+    fetched from the memo.
     """
     found: set[str] = set()
     words: list[str] = []
@@ -350,7 +350,7 @@ def _folder(path: Path) -> Finding | None:
 
 
 def _hub(path: Path, weights: str) -> Finding:
-    """Describes a folder of the Hugging Face hub; its config.json names the class of the model."""
+    """Describes a folder of the Hugging Face hub, with the model class from its config.json."""
     try:
         config = json.loads((path / "config.json").read_text("utf-8"))
         kinds = config.get("architectures") or ["AutoModel"]

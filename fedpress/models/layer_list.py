@@ -1,7 +1,7 @@
-"""Describes a network of torch.nn layers as JSON, so that its file needs no code of the user.
+"""Describes a network of torch.nn layers as JSON, so that a saved file needs no user code.
 
-Such a network is a layer, or an `nn.Sequential` of layers and sequences. Other containers have a
-forward of their own, which JSON cannot describe.
+Such a network is a single layer, or an `nn.Sequential` of layers and further sequences. Other
+containers have their own forward, which JSON cannot describe.
 """
 
 from __future__ import annotations
@@ -53,9 +53,9 @@ def build(layers: dict[str, dict[str, JsonValue]]) -> nn.Module:
     """Builds the network.
 
     Args:
-        layers: class and arguments of every module, by its name in the network ("" is the network
-            itself), such as `{"layer": "Linear", "in_features": 4, "out_features": 2}`. A sequence
-            comes before its layers.
+        layers: for each module its class and arguments, such as `{"layer": "Linear", "in_features":
+            4, "out_features": 2}`. The key is the name of the module; "" is the network itself. A
+            sequence must come before its layers.
 
     Raises:
         ModelError: if a layer is not in `LAYERS`, or its arguments do not fit.
@@ -68,7 +68,7 @@ def build(layers: dict[str, dict[str, JsonValue]]) -> nn.Module:
     """
     if not isinstance(layers, dict) or "" not in layers:
         raise ModelError(
-            f"got {str(layers)[:60]!r}, expected layers by name, and '' among them",
+            f"got {str(layers)[:60]!r}, expected a table of layers by name, with the name ''",
             place="layers",
         )
     root = _layer("", layers[""])
@@ -84,7 +84,7 @@ def build(layers: dict[str, dict[str, JsonValue]]) -> nn.Module:
             parent = None
         if not isinstance(parent, nn.Sequential):
             raise ModelError(
-                f"'{name}' is not inside of a Sequential",
+                f"'{name}' is not inside a Sequential",
                 place="layers",
                 cure="list the Sequential that contains it first",
             )
@@ -115,7 +115,7 @@ def _layer(name: str, about: dict[str, JsonValue]) -> nn.Module:
                 place=place,
                 cure="a network is built in float32 on the CPU",
             )
-    # The time that torch needs to build a recurrent layer grows with the square of num_layers.
+    # torch's time to build a recurrent layer grows with the square of num_layers.
     num_layers = arguments.get("num_layers")
     if isinstance(num_layers, int):
         limits.check("recurrent", num_layers, f"{place}.num_layers")
@@ -123,12 +123,12 @@ def _layer(name: str, about: dict[str, JsonValue]) -> nn.Module:
         layer = getattr(nn, str(kind))(**arguments)
     except limits.AboveLimit:
         raise
-    # Torch raises errors of many types for arguments that do not fit.
+    # torch raises errors of many types for wrong arguments.
     except Exception as error:
         raise ModelError(
             f"{kind} cannot be built ({str(error).splitlines()[0][:120]})",
             place=place,
-            cure=f"give what torch.nn.{kind} takes",
+            cure=f"give arguments that torch.nn.{kind} takes",
         ) from error
     assert isinstance(layer, nn.Module)
     return layer
@@ -139,13 +139,13 @@ def _tuples(value: Any) -> Any:
 
 
 def describe(model: nn.Module) -> dict[str, JsonValue] | None:
-    """Returns the arguments of `build` for this network; None if `build` cannot make it.
+    """Returns the arguments with which `build` makes this network; None if `build` cannot make it.
 
-    To be sure, a network is built from them and compared: classes, names and shapes of tensors, and
-    `repr`, which shows the arguments of each layer.
+    To be sure, a second network is built from these arguments. Both must have the same classes,
+    the same tensor names and shapes, and the same `repr`, which shows the arguments of each layer.
     """
     layers: dict[str, JsonValue] = {}
-    # A layer or parameter that is used twice would be built as two independent ones.
+    # `build` would make two independent layers from one that is used twice.
     modules = list(model.named_modules(remove_duplicate=False))
     if len({id(module) for _, module in modules}) != len(modules):
         return None
@@ -172,14 +172,14 @@ def _tensors(model: nn.Module) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]
 def _described(module: nn.Module) -> dict[str, JsonValue] | None:
     """Returns class and arguments of one module; None if they do not define what it computes."""
     kind = type(module)
-    # Hooks, and a `forward` that was set on the object, change what the layer computes.
+    # Hooks change what a layer computes, and so does a `forward` that was set on the object.
     if any(getattr(module, hooks, None) for hooks in HOOKS) or "forward" in vars(module):
         return None
     if kind is nn.Sequential:
         return {"layer": "Sequential"}
     if kind.__name__ not in LAYERS or list(module.children()):
         return None
-    # A user's own class may have the name of one of torch's.
+    # A user's class may have the same name as a class of torch.
     if getattr(nn, kind.__name__) is not kind:
         return None
     about: dict[str, JsonValue] = {"layer": kind.__name__}
@@ -192,7 +192,7 @@ def _described(module: nn.Module) -> dict[str, JsonValue] | None:
 
 
 def _parameters(module: nn.Module) -> list[tuple[str, Any]]:
-    """Returns the names of the arguments of a layer, and their defaults."""
+    """Returns name and default of each argument of a layer."""
     if isinstance(module, nn.RNNBase):
         names = [name for name in RECURRENT if name != "proj_size" or isinstance(module, nn.LSTM)]
         if isinstance(module, nn.RNN):
@@ -207,7 +207,10 @@ def _parameters(module: nn.Module) -> list[tuple[str, Any]]:
 
 
 def _argument_of(module: nn.Module, name: str, default: Any) -> Any:
-    """Returns an argument of a layer from the attribute of its name; NotImplemented if unknown."""
+    """Returns an argument's value, taken from the attribute of the same name.
+
+    NotImplemented if the value is unknown.
+    """
     value = getattr(module, name, NotImplemented)
     # The argument `bias` is a flag, and the attribute is the parameter or None.
     if name == "bias" and not isinstance(value, bool):
@@ -215,13 +218,13 @@ def _argument_of(module: nn.Module, name: str, default: Any) -> Any:
     if isinstance(value, Tensor):
         return NotImplemented
     if value is NotImplemented:
-        # Arguments such as `_weight` only set initial values, and are not kept as attributes.
+        # Arguments such as `_weight` only set initial values; there is no attribute with this name.
         return default if default is not inspect.Parameter.empty else NotImplemented
     return value
 
 
 def as_json(value: Any) -> Any:
-    """Returns an argument's value in JSON types; NotImplemented if JSON has no type for it."""
+    """Returns an argument's value in JSON types; NotImplemented if that is not possible."""
     if value is None or isinstance(value, bool | int | str):
         return value
     if isinstance(value, float):

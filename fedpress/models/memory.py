@@ -1,4 +1,4 @@
-"""Registers modules in memory under a name, and finds an architecture that files can name instead.
+"""Registers the user's modules by name, and finds importable architectures that rebuild them.
 
 A recipe is text, so it names a user's module by the name under which it is registered here. Another
 process cannot use that name. So a `Buildable` is looked for, from which it can rebuild the network.
@@ -52,13 +52,18 @@ class _Registered:
 
 @dataclass(frozen=True, eq=False)
 class _Remembered:
-    """The spec of a result; `origin` is the module that it builds on, if that lives in memory."""
+    """The spec of a network that a command returned.
+
+    `origin` is the registered module from which the command made the network; None if there is
+    none.
+    """
 
     spec: Any
     origin: _Registered | None
 
 
-# A module stays here while a block of `registered`, or a result that is built on it, needs it.
+# Weak references: an entry exists as long as its `with registered(...)` block, or as long as a
+# network that was made from the module.
 _registered: WeakValueDictionary[str, _Registered] = WeakValueDictionary()
 _numbers = count(1)
 _specs: WeakKeyDictionary[nn.Module, _Remembered] = WeakKeyDictionary()
@@ -68,14 +73,14 @@ _specs: WeakKeyDictionary[nn.Module, _Remembered] = WeakKeyDictionary()
 def registered(
     module: nn.Module, named: Buildable | None = None, spec: Any = None
 ) -> Iterator[str]:
-    """Registers a module inside of the `with` block, and yields its name for `registered_copy`.
+    """Registers a module for the length of a `with` block; yields its name for `registered_copy`.
 
     Args:
         module: the module; it is not changed.
-        named: what files name instead of it (see `find_buildable`). None: another process cannot
-            open files of the model.
-        spec: of a module that an earlier call has changed (see `spec_that_builds`): files get what
-            that call has cut, masked and quantized.
+        named: the architecture to write into files (see `find_buildable`). None: files of the model
+            cannot be opened by another process.
+        spec: the spec of the module, if an earlier call has changed it (see `spec_that_builds`).
+            Saved files then include that pruning, masking and quantization.
     """
     name = str(next(_numbers))
     here = _Registered(module, named, spec)
@@ -88,13 +93,13 @@ def registered_copy(name: str) -> nn.Module:
     """Returns a copy of the module that is registered under `name`.
 
     Raises:
-        ModelError: if there is none, such as in another process, or if torch cannot copy it.
+        ModelError: if no module has this name (in another process, say), or torch cannot copy it.
     """
     if name not in _registered:
         raise ModelError(
             "the model was a module in the memory of another process",
             place="model",
-            cure="give module:function instead",
+            cure='give the model as "package.module:function", which every process can import',
         )
     try:
         return copied(_registered[name].module)
@@ -110,11 +115,12 @@ def registered_copy(name: str) -> nn.Module:
         ) from error
 
 
-held = registered_copy  # `IN_MEMORY` names it
+# Saved recipes contain "fedpress.models.memory:held", so this name must stay.
+held = registered_copy
 
 
 def remember_spec(module: nn.Module, spec: Any) -> None:
-    """Remembers the spec of a network that a command returns, as long as the network exists."""
+    """Keeps the spec of a network that a command returns, as long as the network exists."""
     _specs[module] = _Remembered(spec, _registered_as(spec.architecture, spec.arguments))
 
 
@@ -137,14 +143,14 @@ def spec_that_builds(module: nn.Module) -> Any:
         with torch.random.fork_rng(devices=[]):
             again = spec.build()
         again.load_state_dict(module.state_dict())
-    # A user's constructor may raise anything, and loading refuses other shapes.
+    # A user's constructor may raise anything. Loading raises if the shapes differ.
     except Exception:
         return None
     return spec if _same(again, module) else None
 
 
 def held_spec(architecture: str, arguments: Mapping[str, JsonValue]) -> Any:
-    """Returns the spec that `registered` was given for a module in memory; None if there is none."""
+    """Returns the spec that a module was registered with; None if it has none."""
     found = _registered_as(architecture, arguments)
     return None if found is None else found.spec
 
@@ -154,9 +160,9 @@ def _registered_as(architecture: str, arguments: Mapping[str, JsonValue]) -> _Re
 
 
 def buildable_for_files(architecture: str, arguments: dict[str, JsonValue]) -> Buildable:
-    """Returns what files name as architecture and arguments.
+    """Returns the architecture and arguments to write into files.
 
-    For a registered module it is the `Buildable` with which it was registered, if it has one.
+    For a registered module these are the ones it was registered with, if there are any.
     """
     found = _registered_as(architecture, arguments)
     if found is not None and found.named is not None:
@@ -195,7 +201,7 @@ def find_buildable(module: nn.Module) -> Buildable | None:
 
 
 def why_no_name(module: nn.Module) -> str:
-    """Says in a sentence why `find_buildable` finds nothing.
+    """Returns a sentence that says why `find_buildable` returns None for this module.
 
     >>> class Own(nn.Module): ...
     >>> why_no_name(nn.Sequential(Own()))
@@ -208,18 +214,18 @@ def why_no_name(module: nn.Module) -> str:
             None,
         )
         if own is None:
-            return "it has hooks, shared layers or attributes that no list of layers can say"
+            return "it has hooks, shared layers or attributes that a list of layers cannot express"
         return f"a layer in it, {type(own).__name__}, is not of torch.nn"
     if "." in kind.__qualname__ or kind.__module__ in ("__main__", "builtins"):
         return (
-            "its class is defined in a script, notebook or function, where nothing else can "
+            "its class is defined in a script, notebook or function, where no other process can "
             "import it"
         )
     return "its class does not build the same network from attributes named as its arguments"
 
 
 def _same(one: nn.Module, other: nn.Module) -> bool:
-    """Whether two modules have the same layers, buffers and other attributes."""
+    """Returns whether two modules have the same layers, buffers and other attributes."""
     return (
         repr(one) == repr(other)
         and _buffers(one) == _buffers(other)
@@ -229,7 +235,7 @@ def _same(one: nn.Module, other: nn.Module) -> bool:
 
 def _built(module: nn.Module, arguments: dict[str, Any]) -> nn.Module:
     """Builds the class of `module` from these arguments, and loads the module's tensors."""
-    # The constructor draws weights. fork_rng keeps that from changing the user's random numbers.
+    # The constructor draws random weights. fork_rng restores the user's random state afterwards.
     with torch.random.fork_rng(devices=[]):
         rebuilt = type(module)(**arguments)
         rebuilt.load_state_dict(module.state_dict())
@@ -238,11 +244,11 @@ def _built(module: nn.Module, arguments: dict[str, Any]) -> nn.Module:
 
 @torch.no_grad()
 def check_buildable(module: nn.Module, name: str, x: Inputs) -> bool:
-    """Runs a module and the one rebuilt from its `Buildable` on examples, and compares the outputs.
+    """Compares the outputs of a module with those of the network rebuilt from its `Buildable`.
 
-    This check is needed because some attributes that `find_buildable` cannot compare may decide
-    what a network computes. If the outputs differ, the `Buildable` is removed from the registry, so
-    that files do not name it.
+    `find_buildable` cannot compare some attributes, and these may change what a network computes.
+    If the outputs differ, the `Buildable` is removed from the registry, so that files do not name
+    it.
 
     Args:
         module: the user's module.
@@ -250,8 +256,8 @@ def check_buildable(module: nn.Module, name: str, x: Inputs) -> bool:
         x: a batch of examples.
 
     Returns:
-        False if the outputs differ. True otherwise, also if there is nothing to compare: the module
-        fails on `x`, which the caller will notice, or it is a list of torch.nn layers.
+        False if the outputs differ, else True. Nothing is compared if the module is a list of
+        torch.nn layers, or if it fails on `x`; the caller will notice such a failure.
     """
     found = _registered[name]
     if found.named is None or ":" not in found.named.architecture:
@@ -276,7 +282,7 @@ def _equal(a: Tensor, b: Tensor) -> bool:
 
 
 def _outputs(module: nn.Module, x: Inputs) -> list[Tensor]:
-    # The same seed for both modules, in case that forward draws random numbers.
+    # Both modules get the same seed, in case their forward draws random numbers.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return [part for part in tree_leaves(call(module.eval(), x)) if isinstance(part, Tensor)]
@@ -326,7 +332,7 @@ def _settings(module: nn.Module) -> list[tuple[str, dict[str, Any]]]:
 def _is_setting(name: str, value: object) -> bool:
     """Returns whether an attribute may change what a module computes.
 
-    Also True for a `forward` that was set on the object, and for hooks if there are any.
+    A `forward` that was set on the object may, and so may hooks.
     """
     if name in ("training", "_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
         return False

@@ -36,13 +36,13 @@ class WSConv2d(nn.Conv2d):
 
 def conv(i: int, o: int, kernel: int, *, stride: int = 1, norm: Norm = "batch") -> nn.Conv2d:
     """Makes a same-padded convolution without bias; weight-standardised if `norm` is "group"."""
-    # Without bias, because the norm that follows adds one.
+    # No bias: the normalisation layer that follows adds one.
     kind = WSConv2d if norm == "group" else nn.Conv2d
     return kind(i, o, kernel, stride=stride, padding=kernel // 2, bias=False)
 
 
 def norm_layer(channels: int, norm: Norm) -> nn.Module:
-    """Makes a normalisation of `channels` channels.
+    """Makes a normalisation layer for `channels` channels.
 
     Group norm gets the largest number of groups up to 32 that divides the channels.
 
@@ -58,10 +58,10 @@ def norm_layer(channels: int, norm: Norm) -> nn.Module:
 
 
 def freeze_batch_norm_(model: nn.Module) -> nn.Module:
-    """Puts every batch norm into evaluation mode: statistics are fixed, scale and bias train.
+    """Puts every batch norm into evaluation mode: its statistics are fixed, scale and bias train.
 
-    Then no example influences the output of another, which per-example clipping requires, and all
-    clients keep the same statistics. `model.train()` undoes it.
+    Then no example influences the output for another example, as per-example clipping requires.
+    All clients keep the same statistics as well. `model.train()` undoes the freezing.
     """
     for module in model.modules():
         if isinstance(module, BatchNorm):

@@ -29,7 +29,7 @@ class CNN(nn.Module):
         self.hidden = nn.Linear(64 * ((image_size - 4) // 2) ** 2, 128)
         self.head = nn.Linear(128, num_classes)
         self.dropout = dropout
-        # As in pfl-research, to compare with its results.
+        # The same as in pfl-research, so that results can be compared.
         for layer in (self.conv1, self.conv2, self.hidden, self.head):
             nn.init.xavier_uniform_(layer.weight)
 

@@ -1,4 +1,4 @@
-"""Applies to a dense network what pruning changed, as `ModelSpec` records it; and finds it out."""
+"""Finds what pruning changed in a network, and repeats these changes on a dense network."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fedpress.nn.resize import get_tensor, is_depthwise, replace_tensors_, set_g
 
 
 def resize_(model: nn.Module, shapes: dict[str, tuple[int, ...]]) -> None:
-    """Replaces parameters and buffers by zeros of smaller shapes, and updates the layers' sizes.
+    """Replaces parameters and buffers by zeros of smaller shapes, and updates the sizes in layers.
 
     Args:
         model: the network.
@@ -29,7 +29,7 @@ def resize_(model: nn.Module, shapes: dict[str, tuple[int, ...]]) -> None:
             raise ModelError(
                 f"the model has no tensor '{name}'",
                 place="spec.resized",
-                cure="the spec is of another model",
+                cure="load the spec that was saved with this model",
             ) from error
         fits = len(shape) == old.dim() and all(
             0 < size <= most for size, most in zip(shape, old.shape, strict=True)
@@ -38,7 +38,7 @@ def resize_(model: nn.Module, shapes: dict[str, tuple[int, ...]]) -> None:
             raise ModelError(
                 f"'{name}' of shape {tuple(old.shape)} cannot become {tuple(shape)}",
                 place="spec.resized",
-                cure="the spec is of another model",
+                cure="load the spec that was saved with this model",
             )
         new[name] = old.detach().new_zeros(tuple(shape))
         if isinstance(old, nn.Parameter):
@@ -57,7 +57,7 @@ def shapes_that_differ(model: nn.Module, dense: nn.Module) -> dict[str, tuple[in
 
 
 def set_numbers_of_spec_(model: nn.Module, numbers: Numbers) -> None:
-    """Changes sizes in forward code, such as the 4 of `view(n, 4, 8)`, to those of the spec.
+    """Makes forward code use the spec's sizes in place of numbers in it, as 4 in `view(n, 4, 8)`.
 
     Raises:
         ModelError: if the code of the model has no such number.
@@ -69,8 +69,8 @@ def set_numbers_of_spec_(model: nn.Module, numbers: Numbers) -> None:
             str(error),
             place="spec.numbers",
             cure=(
-                "the spec is of another model, or the model's code was changed since: use the "
-                "code that was pruned, or prune again"
+                "load the spec that was saved with this model, and use the code that was pruned; or "
+                "prune again"
             ),
         ) from error
 
@@ -92,17 +92,20 @@ def set_groups_of_spec_(model: nn.Module, groups: dict[str, int]) -> None:
             raise ModelError(
                 f"'{name}' cannot have {count} groups",
                 place="spec.groups",
-                cure="the spec is of another model",
+                cure="load the spec that was saved with this model",
             )
         set_groups_(module, count)
 
 
 def what_pruning_changed(model: nn.Module, dense: nn.Module) -> dict[str, Any]:
-    """Returns `resized`, `numbers` and `groups` of the spec that prunes `dense` to `model`."""
+    """Returns the fields `resized`, `numbers` and `groups` of the `ModelSpec` of `model`.
+
+    `dense` is the same network before pruning.
+    """
     old = _convolutions(dense)
     groups = {}
     for name, module in _convolutions(model).items():
-        # A depthwise convolution has as many groups as channels, which follow from its shape.
+        # In a depthwise convolution the groups equal the channels, so the new shape implies them.
         if name in old and module.groups != old[name].groups and not is_depthwise(old[name]):
             groups[name] = module.groups
     return {

@@ -45,7 +45,7 @@ class ResNet(nn.Module):
         norm: Norm = "batch",
     ) -> None:
         super().__init__()
-        # A 3x3 stem without stride: the 7x7 one for ImageNet would shrink small images too early.
+        # A 3x3 stem without stride. The 7x7 stem for ImageNet would shrink small images too early.
         self.stem = conv(in_channels, widths[0], 3, norm=norm)
         self.norm = norm_layer(widths[0], norm)
         stages = []
@@ -53,7 +53,7 @@ class ResNet(nn.Module):
         for at, width in enumerate(widths):
             steps = []
             for block in range(blocks):
-                # The first stage keeps the full size, as small images have few pixels to lose.
+                # The first stage keeps the full resolution, because small images have few pixels.
                 stride = 2 if block == 0 and at > 0 else 1
                 steps.append(BasicBlock(channels, width, stride=stride, norm=norm))
                 channels = width

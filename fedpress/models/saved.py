@@ -23,7 +23,7 @@ def save_model(folder: Path, spec: ModelSpec, model: nn.Module) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {}
     for name, value in model.state_dict().items():
-        # Copied, since safetensors refuses tensors that share memory.
+        # Tensors are copied, because safetensors refuses tensors that share memory.
         tensors[name] = value.detach().to("cpu", copy=True).contiguous()
     save_file(tensors, folder / "model.safetensors")
     (folder / "spec.json").write_text(spec.model_dump_json(indent=1) + "\n")
@@ -33,7 +33,7 @@ def load_model(folder: Path, allow_code: Collection[str] | str = ()) -> tuple[Mo
     """Rebuilds the model of `folder` from its spec and tensors.
 
     Args:
-        folder: with `spec.json` and `model.safetensors`.
+        folder: the folder of `spec.json` and `model.safetensors`.
         allow_code: functions, as `module:function`, that the spec may name as its architecture;
             architectures of fedpress need no entry.
 
@@ -48,7 +48,7 @@ def load_model(folder: Path, allow_code: Collection[str] | str = ()) -> tuple[Mo
             place="model",
             cure="give the folder of a model or of a run, or a packed file",
         )
-    # Checked here, because safetensors' own error does not say what to do.
+    # Checked here, because the error of safetensors has no cure.
     for path in (spec_file, tensor_file):
         if not path.is_file():
             raise ModelError(
@@ -79,7 +79,7 @@ def load_model(folder: Path, allow_code: Collection[str] | str = ()) -> tuple[Mo
             place=folder,
             cure=_repair(folder),
         ) from error
-    # Checked last, because the errors above say more exactly what is wrong with a file.
+    # Checksums come last: the errors above say more exactly what is wrong with a file.
     for path in (spec_file, tensor_file):
         fault = checksums.fault(path)
         if fault:
@@ -95,8 +95,8 @@ def _repair(folder: Path) -> str:
     """Returns the cure for damaged files of a model."""
     done = Path(folder) / "result.json"
     if done.exists():
-        return f"delete '{done}' to do the stage again"
-    return "run the stage again, or copy the folder anew"
+        return f"delete '{done}' to run the stage again"
+    return "run the stage again, or copy the folder again"
 
 
 def _first_line(error: Exception) -> str:

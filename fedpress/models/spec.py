@@ -27,7 +27,7 @@ from fedpress.nn.masked import absorb_masks_
 from fedpress.nn.quant_scheme import FILE, QuantizationScheme
 from fedpress.nn.quantized import quantize_layers_, register_kept_zeros_
 
-NO_SPEC = "fedpress wrote no such file: get it anew from where it came"
+NO_SPEC = "fedpress wrote no such file: copy it again from its source"
 ARCHITECTURES: dict[str, Any] = {
     "resnet18": resnet18,
     "resnet-small": resnet_small,
@@ -47,12 +47,12 @@ STRUCTURE = (
     "folded",
     "quantized",
 )
-"""Fields of a spec that say how its network is built; the others say what its numbers mean."""
+"""Fields of a spec that say how its network is built. The other fields describe its data."""
 
 
 MOST_REMEMBERED = 1000
 _RUN_WITHIN_LIMITS: set[tuple[Any, tuple[int, ...], bytes]] = set()
-"""Builder, limits and digest of specs whose networks are known to run within the limits."""
+"""Specs whose networks are known to run within the limits, as (builder, limits, digest)."""
 
 
 class ModelSpec(BaseModel):
@@ -63,18 +63,18 @@ class ModelSpec(BaseModel):
         arguments: arguments of the architecture, such as {"num_classes": 10}.
         resized: name of each parameter or buffer that pruning made smaller -> its new shape.
         numbers: sizes in forward code, such as the 4 in `view(n, 4, 8)`, that pruning changed.
-        groups: number of groups of convolutions, where it does not follow from the shapes.
+        groups: convolution -> its number of groups, where the shapes do not imply it.
         sparse: parameters whose zeros are pruned weights; training keeps them zero.
-        kept_zeros: parameters of `sparse` that are quantized and have a buffer with the pruned
-            positions. It is needed where a kept weight was rounded to 0.
+        kept_zeros: quantized parameters of `sparse` with a buffer of the pruned positions. The
+            buffer is needed because rounding sets some kept weights to 0 too.
         folded: batch norm -> the layer that it was folded into.
-        quantized: layer -> quantization scheme of its weights and inputs.
-        input_shape: shape of one example; for several inputs a dictionary by argument of forward.
-        mean: mean of each input channel, for the standardisation; empty: no standardisation.
+        quantized: layer -> how its weights and inputs are quantized.
+        input_shape: shape of one example; for several inputs {argument of forward: shape}.
+        mean: mean of each input channel, for the standardisation. Empty: no standardisation.
         std: standard deviation of each input channel.
         class_names: names of the classes of a classification.
-        task: meaning of the outputs where it is more than `class_names` (see `Task.to_json`).
-        input_dtype: dtype of an example; for several inputs a dictionary by argument of forward.
+        task: meaning of the outputs, if `class_names` do not suffice (see `Task.to_json`).
+        input_dtype: dtype of an example; for several inputs {argument of forward: dtype}.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -116,12 +116,12 @@ class ModelSpec(BaseModel):
 
         Args:
             n: number of examples.
-            chance: random source; float inputs are normal noise. None: they are zeros.
+            chance: random source of normally distributed float inputs. None: float inputs are 0.
 
         Returns:
-            The examples. An integer input is 0, a token id that every embedding has. If there are
-            several inputs, integers and bools are 1, because they may be lengths or masks: with 0
-            they would hide the whole example.
+            The examples. An integer input is 0, a token id that every embedding has. With several
+            inputs, integers and bools are 1: they may be lengths or masks, and 0 would hide the
+            example.
         """
 
         def floats_or_zeros(shape: tuple[int, ...], dtype: str) -> Tensor:
@@ -143,18 +143,18 @@ class ModelSpec(BaseModel):
 
     @classmethod
     def of_file(cls, text: str | bytes, allow_code: Collection[str] | str = ()) -> ModelSpec:
-        """Reads the JSON of a file that need not be trusted: nothing is imported, called or built.
+        """Reads the JSON of an untrusted file. Nothing is imported, called or built.
 
         Args:
             text: content of the file.
-            allow_code: functions, as `module:function`, that it may name as its architecture, in
-                addition to those that the user of this process has already named (see
+            allow_code: functions, as `module:function`, that the file may name as its architecture.
+                Functions that the user of this process has named already are allowed too (see
                 `fedpress.core.consent`).
 
         Raises:
-            ValidationError: of pydantic, if it is no spec.
-            ModelError: if its architecture is no row of `ARCHITECTURES` and not allowed, or if it
-                declares sizes above `fedpress.core.limits`.
+            ValidationError: (of pydantic) if the text is no spec.
+            ModelError: if the architecture is neither in `ARCHITECTURES` nor allowed, or if the
+                declared sizes exceed `fedpress.core.limits`.
         """
         spec = cls.model_validate_json(text, context={FILE: True})
         if ":" not in spec.architecture:
@@ -179,12 +179,13 @@ class ModelSpec(BaseModel):
             )
         if len(self.mean) != len(self.std) or min(self.std, default=1.0) <= 0:
             raise ModelError(
-                "expected as many numbers above 0 as spec.mean has",
+                "expected numbers above 0, one for each number of spec.mean",
                 place="spec.std",
                 cure=NO_SPEC,
             )
         limits.check("input", sum(prod(shape) for shape in shapes), "spec.input_shape")
-        # The size of a user's own network is unknown until it is built, and is limited then.
+        # The size of a user's own network is unknown before it is built, so it is checked
+        # afterwards.
         if self.architecture not in ARCHITECTURES:
             return
         try:
@@ -193,28 +194,28 @@ class ModelSpec(BaseModel):
             )
         except limits.AboveLimit:
             raise
-        # Arguments that do not fit. The user sees that error when the network is built.
+        # The arguments do not fit. The user sees this error when the network is built.
         except Exception:
             return
         limits.check("values", values, "spec.arguments")
 
     def build_within_limits(self) -> nn.Module:
-        """Builds a network that a file describes; see `build`.
+        """Builds a network that an untrusted file describes; see `build`.
 
         Raises:
-            ModelError: as `build`, and if it has more values or modules than
+            ModelError: as `build`, and if the network has more values or modules than
                 `fedpress.core.limits` allow.
         """
         place = f"spec: '{self.architecture}'"
         with limits.limited_building(place):
             model = self.build()
-        # A user's own network may not run before its weights are loaded.
+        # A user's own network is not run here: it may fail before its weights are loaded.
         if self.architecture in ARCHITECTURES:
             self._check_activations(model, place)
         return model
 
     def _check_activations(self, model: nn.Module, place: str) -> None:
-        """Checks the sizes of all activations; once for all files with the same spec."""
+        """Checks the sizes of all activations, unless this spec was checked before."""
         # A run loads the same network many times, and the sizes follow from the spec alone.
         text = self.model_dump_json().encode()
         builder = ARCHITECTURES[self.architecture]
@@ -234,7 +235,7 @@ class ModelSpec(BaseModel):
                 module; or if what compression changed belongs to another model.
         """
         model = self.build_dense()
-        # Shapes first, because folds and quantizers need the pruned layers.
+        # Shapes come first, because folds and quantizers need the pruned layers.
         resize_(model, self.resized)
         set_numbers_of_spec_(model, self.numbers)
         set_groups_of_spec_(model, self.groups)
@@ -249,7 +250,7 @@ class ModelSpec(BaseModel):
             scheme = self.quantized.get(name.removesuffix(".weight"))
             if scheme is not None and scheme.weights is not None and not scheme.weights.has_zero:
                 raise ModelError(
-                    f"'{name}' is sparse, but a binary grid has no zero to keep",
+                    f"'{name}' is sparse, but binary weights cannot be 0",
                     place="spec",
                     cure="quantize it to ternary instead",
                 )
@@ -261,21 +262,21 @@ class ModelSpec(BaseModel):
     def build_for_user(self) -> tuple[ModelSpec, nn.Module]:
         """Builds the network that the user of this process has named.
 
-        The user has consented to this architecture by naming it. From now on files may name it too,
-        such as the checkpoints of the same run.
+        The user has consented to this architecture by naming it. From now on files, such as the
+        checkpoints of the same run, may name it too.
 
         Returns:
-            The spec to save in files, and the network. If the network has masks of torch's pruning,
-            they are multiplied into the weights, and `sparse` of the spec names these.
+            The spec to save in files, and the network. Masks of torch's pruning are multiplied into
+            the weights, and the names of these weights are in `sparse` of the spec.
 
         Raises:
-            ModelError: as `build`, and if files of the network could not be read within limits.
+            ModelError: as `build`, and if saved files of the network would exceed the limits.
         """
         if self.architecture not in ARCHITECTURES and consent.NAME.fullmatch(self.architecture):
             consent.allow(self.architecture)
         model, masked = self._build_without_masks()
-        # Files of this model can be loaded only within the limits. It is better to fail now than
-        # after a long run.
+        # Files of this model could not be loaded if they exceed the limits. It is better to fail
+        # now than after a long run.
         values = sum(t.numel() for t in (*model.parameters(), *model.buffers()))
         limits.check("values", values, "model")
         limits.check("layers", sum(1 for _ in model.modules()) - 1, "model")
@@ -292,7 +293,7 @@ class ModelSpec(BaseModel):
         return self.model_copy(update=changed), model
 
     def _build_without_masks(self) -> tuple[nn.Module, tuple[str, ...]]:
-        """Builds the network with masks multiplied into weights; returns the masked names too."""
+        """Builds the network, with masks multiplied into weights; returns the masked names too."""
         builder = _builder(self.architecture)
         try:
             with renaming({name: f"spec.arguments.{name}" for name in ("layers", "norm")}):
@@ -317,7 +318,7 @@ class ModelSpec(BaseModel):
 
 
 def _arguments(arguments: dict[str, JsonValue]) -> dict[str, Any]:
-    """Returns the arguments with tuples in place of lists, since JSON has no tuples."""
+    """Returns the arguments with lists turned into tuples, since JSON has no tuples."""
     found: dict[str, Any] = {}
     for key, value in arguments.items():
         found[key] = tuple(value) if isinstance(value, list) else value
@@ -325,7 +326,7 @@ def _arguments(arguments: dict[str, JsonValue]) -> dict[str, Any]:
 
 
 def _check_complete(model: nn.Module) -> None:
-    """Checks that `state_dict` has everything that must be saved of the network."""
+    """Checks that `state_dict` has everything that a saved file of the network needs."""
     for name, module in model.named_modules():
         where = f"'{name}'" if name else type(model).__name__
         for value in (*module._parameters.values(), *module._buffers.values()):
@@ -333,7 +334,7 @@ def _check_complete(model: nn.Module) -> None:
                 raise ModelError(
                     f"{where} is a {type(module).__name__}, whose size comes from its first input",
                     place="model",
-                    cure="run the model once on an example where it is built",
+                    cure="run the model once on an example in the function that builds it",
                 )
         if type(module).get_extra_state is not nn.Module.get_extra_state:
             raise ModelError(

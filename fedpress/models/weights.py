@@ -1,4 +1,4 @@
-"""Loads a state dict that another program saved into a model, with the masks of torch's pruning."""
+"""Loads a state dict of another program into a model; masks of torch's pruning are applied."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ INSIDE = ("state_dict", "model_state_dict", "model")
 def load_weights_(model: nn.Module, path: Path) -> tuple[str, ...]:
     """Loads a state dict into `model`, from safetensors or a file of `torch.save`.
 
-    No code of the file is run. All names may have the prefix of a wrapper, such as `module.` of
-    DistributedDataParallel. A pair `x_orig`, `x_mask` of `torch.nn.utils.prune` is replaced by the
-    product `x`.
+    No code of the file is run. All names may share the prefix of a wrapper, such as `module.` from
+    DistributedDataParallel. A pair `x_orig`, `x_mask` of `torch.nn.utils.prune` is replaced by its
+    product, named `x`.
 
     Returns:
-        The names of the parameters that came with masks, for `ModelSpec.sparse`.
+        The names of the parameters that had masks, for `ModelSpec.sparse`.
 
     Raises:
         ModelError: if the file is missing, is no state dict, or does not fit the model.
@@ -42,12 +42,12 @@ def load_weights_(model: nn.Module, path: Path) -> tuple[str, ...]:
         raise ModelError(
             f"these weights do not fit the model ({last})",
             place=path,
-            cure=("give those of this model, or set ", Argument("model.arguments")),
+            cure=("give the weights of this model, or set ", Argument("model.arguments")),
         ) from error
     return masked
 
 
-# What the two readers raise for files that they cannot read.
+# Errors of safetensors and torch for files that they cannot read.
 UNREADABLE = (
     SafetensorError,
     UnpicklingError,
@@ -68,7 +68,7 @@ def _read_state_dict(path: Path) -> dict[str, Tensor]:
         if path.suffix == ".safetensors":
             found = load_file(path)
         else:
-            # weights_only: unpickling anything else could run code that is hidden in the file.
+            # weights_only=True, because unpickling could run code that is hidden in the file.
             found = torch.load(path, "cpu", weights_only=True)
     except UNREADABLE as error:
         foreign = identify(path)
@@ -95,11 +95,11 @@ def _read_state_dict(path: Path) -> dict[str, Tensor]:
 
 
 def _without_prefix(tensors: dict[str, Tensor], wanted: set[str]) -> dict[str, Tensor]:
-    """Removes a prefix that all names share if the rest are exactly the names `wanted`."""
+    """Removes a prefix that all names share, if the remaining names are exactly `wanted`."""
     first = next(iter(tensors), "")
     if set(tensors) == wanted:
         return tensors
-    # A prefix ends at a dot of the first name. All are tried, because wrappers may be nested.
+    # A prefix ends at a dot of the first name. Each dot is tried, because wrappers may be nested.
     for at, letter in enumerate(first):
         prefix = first[: at + 1]
         if letter != "." or not all(name.startswith(prefix) for name in tensors):

@@ -37,7 +37,7 @@ def apply_folds_(model: nn.Module, folded: Mapping[str, str]) -> None:
             raise ModelError(
                 f"the model has no module '{norm}' or '{into}'",
                 place="spec.folded",
-                cure="the spec is of another model",
+                cure="load the spec that was saved with this model",
             ) from error
 
         weight = layer._parameters.get("weight")
@@ -45,7 +45,7 @@ def apply_folds_(model: nn.Module, folded: Mapping[str, str]) -> None:
             raise ModelError(
                 f"'{norm}' cannot be folded into '{into}'",
                 place="spec.folded",
-                cure="the spec is of another model",
+                cure="load the spec that was saved with this model",
             )
 
         if layer._parameters.get("bias") is None:

@@ -1,9 +1,9 @@
 """Lossless coding of quantized weights, with a frequency table for each class of weights.
 
-In a trained layer some channels have larger weights than others, so their codes have another
-distribution. The file has a small integer for every output channel, input channel and kernel
-position of a layer. The sum of a weight's three integers is the logarithm of the expected distance
-of its code from the median code. Weights with similar sums form a class, and each class has its own
+In a trained layer some channels have larger weights than others, so the distribution of their codes
+is wider. The file has a small integer for every output channel, input channel and kernel position
+of a layer. The sum of a weight's three integers is the logarithm of the expected distance between
+its code and the median code. Weights with similar sums form a class, and each class has its own
 frequency table for entropy coding.
 """
 
@@ -23,15 +23,15 @@ from fedpress.wire.packing import expand, shrink
 from fedpress.wire.reader import ByteReader, fail, varint
 
 # Resolutions of the logarithms that the encoder tries, in integer steps per factor of two. With 0
-# all weights are in one class, which is smallest where channels do not differ.
+# all weights are in one class; this gives the smallest file if all channels are alike.
 STEPS = (0, 6)
-# Most classes: each adds a frequency table to the file.
+# Maximum number of classes. Each class adds a frequency table to the file.
 MAX_CLASSES = 64
 Codes = NDArray[np.int8]
 
 
 def shrink_codes(tensors: Sequence[Tensor]) -> bytes:
-    """Compresses int8 `tensors` [out, in, ...] of one quantization scheme, without their shapes.
+    """Compresses int8 `tensors` [out, in, ...] of one quantization; their shapes are not stored.
 
     >>> len(shrink_codes([torch.zeros(64, 64, 3, 3, dtype=torch.int8)])) < 100
     True
@@ -41,13 +41,13 @@ def shrink_codes(tensors: Sequence[Tensor]) -> bytes:
 
 
 def expand_codes(data: memoryview, shapes: Sequence[Sequence[int]], place: str) -> list[Tensor]:
-    """Returns the int8 tensors of these `shapes` that `shrink_codes` compressed.
+    """Returns the int8 tensors that `shrink_codes` compressed; `shapes` are their shapes.
 
     Raises:
-        WireError: naming a field below `place`, if `shrink_codes` cannot have made the bytes.
+        WireError: if the bytes are no valid output of `shrink_codes`; it names a field of `place`.
     """
     out = [torch.empty(tuple(shape), dtype=torch.int8) for shape in shapes]
-    # Views on `out`: what is written to them below is the result.
+    # These are views of `out`, so writing to them below fills the result.
     cubes = [_cube(t.numpy()) for t in out]
     reader = ByteReader(data)
     logs = []
@@ -62,7 +62,8 @@ def expand_codes(data: memoryview, shapes: Sequence[Sequence[int]], place: str) 
     counts = np.bincount(classes, minlength=int(class_of_sum.max()) + 1)
 
     flat = np.empty(len(classes), np.int8)
-    # The file has the codes class by class; the same stable sort as in `_shrink` gives the places.
+    # The file has the codes class by class. The same stable sort as in `_shrink` gives their
+    # places.
     order = np.argsort(classes, kind="stable")
     at = 0
     for count in counts:
@@ -71,7 +72,7 @@ def expand_codes(data: memoryview, shapes: Sequence[Sequence[int]], place: str) 
         flat[order[at : at + count]] = values
         at += int(count)
     if reader.left:
-        fail(place, f"{reader.left} bytes are left over")
+        fail(place, f"there are {reader.left} surplus bytes at the end")
 
     at = 0
     for cube in cubes:
@@ -81,9 +82,9 @@ def expand_codes(data: memoryview, shapes: Sequence[Sequence[int]], place: str) 
 
 
 def _shrink(cubes: Sequence[Codes], step: int) -> bytes:
-    """Compresses tensors [out, in, positions] with logarithms of this resolution."""
+    """Compresses tensors [out, in, positions]; `step` is the resolution of the logarithms."""
     fits = [_fit(cube, step) for cube in cubes]
-    # In the order logs[axis][tensor], where `fits` is fits[tensor][axis].
+    # Transposed: `fits` is indexed by [tensor][axis], `logs` by [axis][tensor].
     logs = []
     for axis in range(3):
         logs.append([fit[axis] for fit in fits])
@@ -111,17 +112,17 @@ def _joined(arrays: Sequence[Codes]) -> Codes:
 
 
 def _cube(codes: Codes) -> Codes:
-    """Returns a view [out, in, positions]; missing dimensions have size 1."""
+    """Returns a view [out, in, positions]; dimensions that `codes` lacks get size 1."""
     return codes.reshape(*(*codes.shape, 1, 1)[:2], prod(codes.shape[2:]))
 
 
 def _fit(cube: Codes, step: int) -> list[Codes]:
-    """Returns an integer for each output, each input and each position of `cube`.
+    """Returns an integer for each output channel, each input channel and each position of `cube`.
 
-    Their sum, divided by `step`, is about log2 of the expected distance of a code from the median.
-    The expected distance is modelled as a product of three factors. They are fitted by maximum
-    likelihood for exponentially distributed distances: each factor in turn becomes the mean of the
-    distances divided by the other two factors.
+    The sum of a weight's three integers, divided by `step`, is about log2 of the expected distance
+    between its code and the median. The expected distance is modelled as a product of three
+    factors. They are fitted by maximum likelihood for exponentially distributed distances: each
+    factor in turn becomes the mean of the distances divided by the other two factors.
     """
     zero = [np.zeros(size, np.int8) for size in cube.shape]
     if not step or not cube.size:
@@ -155,7 +156,7 @@ def _sums(cubes: Sequence[Codes], logs: Sequence[Sequence[Codes]]) -> list[NDArr
 
 
 def _span(sums: Sequence[NDArray[np.int16]]) -> tuple[int, int]:
-    """Returns the least and largest sum; zeros if there is no weight."""
+    """Returns the smallest and the largest sum; (0, 0) if there is no weight."""
     full = [s for s in sums if s.size]
     if not full:
         return 0, 0
@@ -165,9 +166,9 @@ def _span(sums: Sequence[NDArray[np.int16]]) -> tuple[int, int]:
 def _join_classes(sums: NDArray[np.int64], codes: Codes) -> NDArray[np.uint8]:
     """Returns the class of each sum, counted from 0.
 
-    At first every sum is a class of its own. In each step the two neighbouring classes are joined
-    that save the most bits: one frequency table less, but longer codes. It ends when joining saves
-    nothing and there are at most `MAX_CLASSES` classes.
+    At first every sum is a class of its own. Each step joins the two neighbouring classes whose
+    union saves the most bits: it needs one frequency table less, but has longer codes. The steps
+    end when no union saves bits and there are at most `MAX_CLASSES` classes.
     """
     number = int(sums.max(initial=0)) + 1
     pairs = 256 * sums + codes.view(np.uint8)
@@ -190,7 +191,7 @@ def _join_classes(sums: NDArray[np.int64], codes: Codes) -> NDArray[np.uint8]:
 def _bits(counts: NDArray[np.int64]) -> float:
     """Estimates the bits of a class: entropy of its codes, and a byte for each code in the table.
 
-    The 6 more bytes are about the header of its stream.
+    The 6 bytes on top are about the size of the stream's header.
     """
     used = counts[counts > 0]
     return float(used @ np.log2(used.sum() / used)) + 8.0 * (len(used) + 6)
@@ -199,7 +200,7 @@ def _bits(counts: NDArray[np.int64]) -> float:
 def _classes_of(
     sums: Sequence[NDArray[np.int16]], low: int, class_of_sum: NDArray[Any]
 ) -> NDArray[Any]:
-    """Returns the class of every weight of all tensors, flat; `low` is the least sum."""
+    """Returns the class of every weight of all tensors, flat; `low` is the smallest sum."""
     found = [class_of_sum[s.reshape(-1) - low] for s in sums]
     return np.concatenate(found) if found else np.empty(0, class_of_sum.dtype)
 

@@ -17,7 +17,7 @@ CURE = "copy or pack it again"
 
 
 def damaged(place: str, problem: str) -> NoReturn:
-    """Raises the error of a damaged packed file; `place` is the file."""
+    """Raises the error for the damaged packed file `place`."""
     raise ModelError(f"this packed model is damaged ({problem})", place=place, cure=CURE)
 
 
@@ -29,7 +29,7 @@ def to_bytes(blobs: Mapping[str, bytes], spec: str, table: str) -> bytes:
     metadata = {"format": FORMAT, "version": str(VERSION), "spec": spec, "table": table}
     metadata["checksum"] = _checksum(blobs, spec, table)
     header: dict[str, Any] = {"__metadata__": metadata}
-    # Sorted, so that the bytes do not depend on the order in which the blobs were made.
+    # Sorted, so that the bytes do not depend on the order of the dictionary.
     ordered = sorted(blobs.items())
     at = 0
     for name, blob in ordered:
@@ -48,13 +48,15 @@ def from_bytes(data: bytes, place: str) -> tuple[dict[str, bytes], str, str]:
 
     Args:
         data: bytes of the file.
-        place: its name in errors.
+        place: the file's name in errors.
 
     Raises:
-        ModelError: if it is no packed model, of another version, or damaged.
+        ModelError: if the file is no packed model, has another version, or is damaged.
     """
     try:
-        # safetensors checks that the blobs lie inside the file, but gives no access to metadata.
+        # safetensors checks that the blobs lie inside the file. It does not return the metadata, so
+        # the
+        # header is read here as well.
         found = dict(deserialize(data))
         header_size = int.from_bytes(data[:8], "little")
         metadata = json.loads(data[8 : 8 + header_size]).get("__metadata__") or {}
@@ -87,7 +89,8 @@ def from_bytes(data: bytes, place: str) -> tuple[dict[str, bytes], str, str]:
 def _checksum(blobs: Mapping[str, bytes], spec: str, table: str) -> str:
     """Returns the 16-byte BLAKE2b hash, in hex, of spec, table and all blobs.
 
-    It finds accidental damage. It does not show who wrote the file, since anybody can compute it.
+    The hash detects accidental damage. It does not prove who wrote the file: anybody can compute
+    it.
     """
     digest = hashlib.blake2b(digest_size=16)
     pieces: list[str | bytes] = [spec, table]
@@ -96,6 +99,6 @@ def _checksum(blobs: Mapping[str, bytes], spec: str, table: str) -> str:
     for piece in pieces:
         # "surrogatepass": names in a damaged file may be invalid Unicode and must not raise here.
         raw = piece.encode("utf-8", "surrogatepass") if isinstance(piece, str) else piece
-        # The length comes first. Without it ("ab", "c") and ("a", "bc") would have one checksum.
+        # The length comes first. Otherwise ("ab", "c") and ("a", "bc") would have equal checksums.
         digest.update(len(raw).to_bytes(8, "little") + raw)
     return digest.hexdigest()

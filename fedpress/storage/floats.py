@@ -1,7 +1,7 @@
 """Lossless coding of floats by byte planes (all first bytes, all second bytes, ...) and masks.
 
-Exponents of weights repeat and compress well, mantissas do not. In separate planes the exponents
-get a frequency table of their own.
+The exponents of weights repeat, and the mantissas do not. In a plane of their own the exponents are
+entropy-coded with their own frequency table, so they compress well.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from torch import Tensor
 from fedpress.wire.packing import expand, shrink
 from fedpress.wire.reader import ByteReader, fail, varint
 
-# Forms in the file: plain values, byte planes, or a mask of zeros and byte planes of the others.
+# Forms in the file: plain values; byte planes; or a mask that marks the nonzero values, followed by
+# the byte planes of these values.
 WHOLE, PLANES, SPARSE = range(3)
 # The unsigned integer type for the bits of a float, by the float's size in bytes.
 WORDS: dict[int, type[np.unsignedinteger]] = {2: np.uint16, 4: np.uint32, 8: np.uint64}
@@ -33,12 +34,12 @@ def shrink_floats(values: Tensor) -> bytes:
     options = [bytes([WHOLE]) + shrink(values)]
     if len(words):
         options.append(bytes([PLANES]) + _planes(words))
-        # Compared as integers: -0.0 has its sign bit set, and is kept.
+        # Compared as integers, so that -0.0 counts as nonzero: its sign bit is set.
         nonzero = words != 0
         if np.count_nonzero(nonzero) < len(words):
             mask = shrink(torch.from_numpy(nonzero.view(np.uint8)))
             options.append(bytes([SPARSE]) + varint(len(mask)) + mask + _planes(words[nonzero]))
-    # Which form is the smallest depends on the values, so all are tried.
+    # The values decide which form is the smallest, so all are tried.
     return min(options, key=len)
 
 
@@ -46,7 +47,7 @@ def expand_floats(data: memoryview, dtype: torch.dtype, size: int, place: str) -
     """Returns the `size` floats that `shrink_floats` compressed.
 
     Raises:
-        WireError: naming a field below `place`, if `shrink_floats` cannot have made the bytes.
+        WireError: if the bytes are no valid output of `shrink_floats`; it names a field of `place`.
     """
     reader = ByteReader(data)
     form = reader.byte(f"{place}.form")
@@ -66,7 +67,7 @@ def expand_floats(data: memoryview, dtype: torch.dtype, size: int, place: str) -
         words = np.zeros(size, kind)
         words[mask.view(np.bool_)] = _read_planes(reader, nonzero, kind, place)
     if reader.left:
-        fail(place, f"{reader.left} bytes are left over")
+        fail(place, f"there are {reader.left} surplus bytes at the end")
     return torch.from_numpy(words.view(np.uint8)).view(dtype)
 
 
@@ -80,8 +81,8 @@ def _words(values: Tensor) -> Words:
 def _planes(words: Words) -> bytes:
     """Compresses all first bytes, all second bytes and so on, each as a stream of its own.
 
-    Every word is first rotated left by one bit. This moves the sign to the lowest bit, and makes
-    the 8 bits of a float32 exponent exactly the top byte.
+    Every word is first rotated left by one bit. This moves the sign to the lowest bit. In float32
+    the 8 bits of the exponent then fill the top byte.
     """
     size = words.itemsize
     rotated = np.ascontiguousarray(words << 1 | words >> (8 * size - 1)).astype(f"<u{size}")
@@ -96,7 +97,7 @@ def _planes(words: Words) -> bytes:
 def _read_planes(
     reader: ByteReader, size: int, kind: type[np.unsignedinteger], place: str
 ) -> Words:
-    """Reads `size` words of type `kind` that `_planes` compressed."""
+    """Decompresses `size` words of type `kind` from the output of `_planes`."""
     planes = np.empty((size, kind().itemsize), np.uint8)
     for at in range(planes.shape[1]):
         stream = _next_stream(reader, place)

@@ -17,14 +17,14 @@ def load(path: Path, allow_code: Collection[str] | str = ()) -> tuple[ModelSpec,
     """Loads a saved model: a folder with spec.json, a run (its last stage), or a packed file.
 
     Args:
-        path: of the folder or file.
+        path: the folder or file.
         allow_code: functions, as `module:function`, that the file may name to build its network,
-            such as "nets:Net". Without it only architectures of fedpress may be built, and
-            functions that the user of this process has already named.
+            such as "nets:Net". Always allowed are the architectures of fedpress, and functions that
+            the user of this process has already named.
 
     Raises:
-        ModelError: if there is no model, it is damaged, it names a function that is not allowed, or
-            it is another program's file: then the cure says how to use it here.
+        ModelError: if there is no model, or it is damaged, or it names a function that is not
+            allowed. If the file comes from another program, the cure says how to use it here.
     """
     path = Path(path)
     # Files of other programs are recognised first, because opening some (pickles) is dangerous.
@@ -49,6 +49,6 @@ def _last_stage(run: Path) -> Path:
         raise ModelError(
             "no stage of this run is finished",
             place=run,
-            cure=(Shell("go on with --resume, or "), "give another model"),
+            cure=(Shell("resume the run with --resume, or "), "give another model"),
         )
     return finished[max(finished)]

@@ -28,9 +28,9 @@ class Packed:
     """Sizes and exceptions of a packed file.
 
     Attributes:
-        file_bytes: the size of the file.
-        kinds: its bytes by kind: "codes" (quantized weights), "scales", "norm" (of normalisation
-            layers), "weights" (float), "rest" (biases and others), "header".
+        file_bytes: size of the file.
+        kinds: bytes of each kind of content: "codes" (quantized weights), "scales", "norm" (of
+            normalisation layers), "weights" (float), "rest" (biases and others), "header".
         float_layers: quantized layers whose weights had to be stored as floats -> the reason.
     """
 
@@ -56,9 +56,9 @@ def check_packable(spec: ModelSpec, model: nn.Module) -> None:
 
 
 def pack(spec: ModelSpec, model: nn.Module, path: Path) -> Packed:
-    """Packs `model` into the file `path`, which is written atomically.
+    """Packs `model` into the file `path`. The file is written atomically.
 
-    Before it is written, its bytes are unpacked and the result is compared with `model` bit by bit.
+    First the packed bytes are unpacked again, and the result is compared with `model` bit by bit.
 
     Raises:
         ModelError: if the model cannot be rebuilt from `spec` and its tensors, or `path` cannot be
@@ -76,12 +76,12 @@ def pack(spec: ModelSpec, model: nn.Module, path: Path) -> Packed:
 
 
 def _check_round_trip(spec: ModelSpec, model: nn.Module, data: bytes) -> None:
-    """Checks that the packed bytes give back the same spec, tensors and buffers.
+    """Checks that unpacking the bytes gives the same spec, tensors and buffers.
 
     Raises:
         ModelError: naming what differs.
     """
-    # The model was built by this function already, so calling it needs no further consent.
+    # The user has already called this architecture to build the model, so consent is implied.
     own = (spec.architecture,) if ":" in spec.architecture else ()
     back, twin = from_bytes(data, "pack", own)
     theirs = twin.state_dict()
@@ -93,9 +93,9 @@ def _check_round_trip(spec: ModelSpec, model: nn.Module, data: bytes) -> None:
         different.append("spec")
     if different:
         raise ModelError(
-            f"'{different[0]}' would not come back from the file as it is",
+            f"'{different[0]}' would be different after unpacking the file",
             place="spec",
-            cure="the spec is of another model, or the model was changed after its spec was made",
+            cure="give the model's own spec, made after the last change of the model",
         )
 
     # Forward may also read buffers that are not saved (persistent=False).
@@ -104,8 +104,8 @@ def _check_round_trip(spec: ModelSpec, model: nn.Module, data: bytes) -> None:
         if name not in theirs or not _same_bits(value, theirs[name]):
             raise ModelError(
                 (
-                    f"the buffer '{name}' is not saved (persistent=False), and a model built anew "
-                    "has another one"
+                    f"the buffer '{name}' is not saved (persistent=False), and a newly built model "
+                    "has other values in it"
                 ),
                 place="model",
                 cure="make it persistent",
@@ -116,8 +116,8 @@ def unpack(path: Path, allow_code: Collection[str] | str = ()) -> tuple[ModelSpe
     """Rebuilds the model of a packed file.
 
     Args:
-        path: of the file.
-        allow_code: functions, as `module:function`, that it may name; see `fedpress.storage.load`.
+        path: the packed file.
+        allow_code: functions, as `module:function`, that the file may name; see `storage.load`.
 
     Raises:
         ModelError: if the file is missing, of another version, damaged, or names a function that is
@@ -133,7 +133,7 @@ def unpack(path: Path, allow_code: Collection[str] | str = ()) -> tuple[ModelSpe
 
 
 def to_bytes(spec: ModelSpec, model: nn.Module) -> tuple[bytes, Packed]:
-    """Returns the bytes of a packed file, and its sizes by kind. Equal models give equal bytes."""
+    """Returns the bytes of a packed file, and its bytes by kind. Equal models give equal bytes."""
     codes, float_layers = _codes(model)
     tensors = model.state_dict()
     table = TensorTable.of(model, codes)
@@ -164,11 +164,12 @@ def from_bytes(
     Args:
         data: bytes of the file.
         place: its name in errors.
-        allow_code: functions that it may name; see `fedpress.storage.load`.
+        allow_code: functions that the file may name; see `fedpress.storage.load`.
 
     Raises:
-        ModelError: if they are of another version, damaged, of a model that cannot be built here,
-            or name a function that neither `allow_code` nor the user of this process has allowed.
+        ModelError: if the bytes have another version or are damaged, if the model cannot be built
+            here, or if a function is named that neither `allow_code` nor the user of this process
+            has allowed.
     """
     blobs, described, listed = container.from_bytes(data, place)
     try:
@@ -178,21 +179,21 @@ def from_bytes(
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(map(str, first["loc"]))
-        damaged(place, f"{key} {first['msg']}, or it is of a newer fedpress")
+        damaged(place, f"{key} {first['msg']}, or a newer fedpress wrote it")
     if table.blobs.keys() != blobs.keys():
         damaged(place, "its table does not fit its content")
     # An untrusted file may describe a network larger than the memory.
     with placing(place):
         model = spec.build_within_limits()
-    # Compared before anything is decompressed, so that no size in the file can exceed the model's.
+    # Compared before anything is decompressed: a damaged file may declare any size.
     different = _first_difference(model, table.entries())
     if different is not None:
         raise ModelError(
             f"its tensors do not fit its spec ('{different}' differs)",
             place=place,
             cure=(
-                f"was the architecture '{spec.architecture}' changed since? Unpack with the one "
-                "that was packed"
+                f"the code of '{spec.architecture}' may have changed since packing: unpack with the "
+                "code of that time"
             ),
         )
     _fill_(model, table, blobs, place)
@@ -202,9 +203,9 @@ def from_bytes(
 def _first_difference(
     model: nn.Module, entries: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
 ) -> str | None:
-    """Returns the first name, alphabetically, of a tensor that differs in type or shape, or None.
+    """Returns the alphabetically first tensor name whose type or shape differs; None if none does.
 
-    A tensor that only one of the two has differs too.
+    A tensor that only one of the two has counts as different.
     """
     own = {name: (t.dtype, tuple(t.shape)) for name, t in model.state_dict().items()}
     for name in sorted(own.keys() | entries.keys()):
@@ -230,7 +231,7 @@ def _fill_(model: nn.Module, table: TensorTable, blobs: Mapping[str, bytes], pla
     for name, first in table.same.items():
         if first in tensors:
             tensors[name] = tensors[first]
-    # strict=False, because quantized weights follow below. All names were compared before.
+    # strict=False, because quantized weights are loaded below. All names were compared before.
     model.load_state_dict(tensors, strict=False)
     # Quantized weights come last, because dequantizing needs the scales and codebooks.
     weights = quantized_weights(model)
@@ -246,7 +247,7 @@ def _fill_(model: nn.Module, table: TensorTable, blobs: Mapping[str, bytes], pla
 
 
 def _codes(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Returns int8 codes by name of the weight, and layers that stay float with the reason."""
+    """Returns the int8 codes by weight, and for each layer stored as floats the reason."""
     codes: dict[str, Tensor] = {}
     float_layers: dict[str, str] = {}
     for name, layer in quantized_layers(model):
@@ -258,11 +259,12 @@ def _codes(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
             except ModelError as error:
                 float_layers[name] = error.sentence(place="")
                 continue
-            # Packing must be lossless: weights that were changed after quantization stay float.
+            # Packing must be lossless, so weights that changed after quantization are stored as
+            # floats.
             if _same_bits(layer.dequantize(found, key), getattr(layer, key)):
                 codes[f"{name}.{key}"] = found.cpu()
             else:
-                why = "its weights are not on their grid; materialize_ moves them there"
+                why = "its weights are not quantized values; materialize_ rounds them"
                 float_layers[name] = why
     return codes, float_layers
 
@@ -275,7 +277,7 @@ def _shrink(flat: Tensor) -> bytes:
 
 
 def _expand(data: bytes, blob: Blob, place: str) -> Tensor:
-    """Decompresses the values of all tensors of a blob, one after another."""
+    """Decompresses a blob: the values of all its tensors, one tensor after another."""
     dtype = TYPES[blob.dtype]
     size = sum(map(prod, blob.tensors.values()))
     if dtype.is_floating_point:

@@ -14,15 +14,15 @@ from fedpress.storage.packed import to_bytes
 
 
 def file_bytes(spec: ModelSpec | None, model: nn.Module) -> int:
-    """Returns the size of a saved model: its tensors in float32, or the packed file if quantized.
+    """Returns the bytes of a saved model: in float32, or of the packed file if it is quantized.
 
-    Commands, reports and measurements show this size. The float32 file of a quantized model would
-    have 32 bits for every weight, as if it were not quantized, so its packed size is shown.
+    Commands, reports and measurements show this size. For a quantized model it is the packed size,
+    because its float32 file has 32 bits for every weight, as without quantization.
     """
     schemes = {name: layer.scheme for name, layer in quantized_layers(model)}
     if spec is None or not schemes:
         return cost.state_bytes(model)
-    # The spec of a module in memory may lack the schemes, which are part of the file.
+    # The spec of a user's module may lack the quantization schemes, which the file contains.
     complete = spec.model_copy(update={"quantized": spec.quantized or schemes})
     packed = packed_file_bytes(complete, model)
     return cost.state_bytes(model) if packed is None else packed

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from fedpress.errors import ModelError, SettingError
 from fedpress.nn.quantized import is_qparam, quantized_weights
 
-# Tensors of at most 4096 values share a blob with others of their kind. Each blob has a header and
-# a frequency table, which may be larger than a small tensor.
+# Tensors of at most 4096 values share a blob with other tensors of their kind. Each blob has a
+# header and a frequency table, and these may take more bytes than a small tensor.
 SMALL = 4096
 Type = Literal[
     "float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool"
@@ -36,9 +36,9 @@ class TensorTable(BaseModel):
 
     Attributes:
         blobs: blobs by name. A name is `kind:what:dtype`, such as "weights:conv1.weight:float32".
-            For the integers of quantized weights it is "codes:int4:float32": `what` is the
-            quantization.
-        same: name of a tensor that shares memory with another one -> name of the other one.
+            For the integers of quantized weights `what` is the quantization, as in
+            "codes:int4:float32".
+        same: name of a tensor that shares its memory with an earlier one -> name of the earlier.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -54,7 +54,7 @@ class TensorTable(BaseModel):
         names = [*stored, *self.same]
         known = set(self.same.values()) <= set(stored)
         if len(set(names)) != len(names) or not known:
-            raise SettingError("a tensor is listed twice or not at all, expected each once")
+            raise SettingError("expected each tensor once, but one is listed twice or not at all")
         return self
 
     def entries(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
@@ -71,11 +71,11 @@ class TensorTable(BaseModel):
     def of(cls, model: nn.Module, codes: Mapping[str, Tensor]) -> TensorTable:
         """Assigns the tensors of `model` to blobs.
 
-        Large tensors get a blob of their own, small ones share one with others of their kind, and
-        weights in `codes` share one with all of the same quantization.
+        A large tensor gets its own blob. Small tensors of the same kind share a blob, and so do
+        weights in `codes` with the same quantization.
 
         Raises:
-            ModelError: if a tensor has a dtype outside of `TYPES`.
+            ModelError: if a tensor has a dtype that is not in `TYPES`.
         """
         tensors = model.state_dict()
         same = _shared(tensors)
@@ -88,9 +88,9 @@ class TensorTable(BaseModel):
             kind = str(value.dtype).removeprefix("torch.")
             if kind not in TYPES:
                 raise ModelError(
-                    f"'{name}' is of type {kind}",
+                    f"'{name}' has the type {kind}, which packed files do not support",
                     place="model",
-                    cure=f"turn it into one of {', '.join(TYPES)}",
+                    cure=f"convert it to one of {', '.join(TYPES)}",
                 )
             if name in codes:
                 quantization = weights[name][0].weight_quantization()
@@ -114,9 +114,9 @@ def _kind_of(leaf: str, value: Tensor, *, norm: bool) -> str:
 
 
 def _shared(tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """Returns the names of tensors that are views of the same memory as an earlier tensor.
+    """Finds tensors that are views of the same memory as an earlier tensor.
 
-    The values are the names of the earlier ones.
+    Returns a dictionary: name -> name of the earlier tensor.
     """
     first: dict[tuple[Any, ...], str] = {}
     same = {}

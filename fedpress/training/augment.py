@@ -11,10 +11,10 @@ from fedpress.core.random_source import Source, as_random_source
 
 
 class Augment(BaseModel):
-    """Random changes of training images; sizes are shares of the image's side.
+    """Random changes of training images. Sizes are given as shares of the image's side.
 
-    With `flip = "random"` each image is flipped with probability 1/2. With "alternate" each image
-    is flipped in every other epoch, so two epochs show both sides exactly once (the derandomised
+    With `flip = "random"` each image is mirrored with probability 1/2. With "alternate" each image
+    is mirrored in every other epoch, so two consecutive epochs show both versions (the derandomised
     flip of airbench, Jordan 2024, arXiv:2404.00498).
     """
 
@@ -29,8 +29,8 @@ class Augment(BaseModel):
     flip: str = Field(
         default="none",
         pattern="^(none|random|alternate)$",
-        description="mirrors images: none, random (half of them by chance), alternate (each in "
-        "every other epoch)",
+        description="mirrors images: none, random (each with probability 1/2), alternate (each "
+        "in every other epoch)",
     )
     cutout: float = Field(
         default=0.0,
@@ -52,7 +52,7 @@ def augment(x: Inputs, how: Augment, generator: Source, *, flipped: Tensor | Non
         x: images of bytes or floats.
         how: the settings.
         generator: the random source, on the CPU.
-        flipped: for flip "alternate": which images are mirrored now, bool [n].
+        flipped: bool [n], for flip "alternate": which images to mirror in this epoch.
     """
     if not is_image(x) or not len(x):
         return x
@@ -71,19 +71,19 @@ def augment(x: Inputs, how: Augment, generator: Source, *, flipped: Tensor | Non
 def random_shift(x: Tensor, most: int, generator: Source) -> Tensor:
     """Shifts each image of `x` [n, C, H, W] by up to `most` pixels, with reflected borders."""
     n, _, height, width = x.shape
-    # A shift of a whole image or more has nothing to reflect.
+    # A shift is smaller than the image: beyond that there are no pixels to reflect.
     most = min(most, height - 1, width - 1)
     dy, dx = (as_random_source(generator).integers(2 * most + 1, 2, n, 1) - most).to(x.device)
     rows = _mirrored(dy + torch.arange(height, device=x.device), height).view(n, 1, height, 1)
     columns = _mirrored(dx + torch.arange(width, device=x.device), width).view(n, 1, 1, width)
-    # Each image is shifted differently, so one indexing operation gathers all pixels.
+    # Each image has its own shift, so all pixels are gathered by one indexing operation.
     at = torch.arange(n, device=x.device).view(n, 1, 1, 1)
     channel = torch.arange(x.shape[1], device=x.device).view(1, -1, 1, 1)
     return x[at, channel, rows, columns]
 
 
 def _mirrored(index: Tensor, size: int) -> Tensor:
-    """Reflects positions outside of 0 to `size - 1` back inside, without repeating the border."""
+    """Reflects positions outside 0 to `size - 1` back inside, without repeating the border."""
     return size - 1 - (size - 1 - index.abs()).abs()
 
 
@@ -94,7 +94,7 @@ def cutout(x: Tensor, side: int, generator: Source) -> Tensor:
     """
     n, _, height, width = x.shape
     chance = as_random_source(generator)
-    # The centre of the square is uniform over the image, so the square may extend past the border.
+    # Every pixel is equally likely to be the centre, so the square may extend past the border.
     top = chance.integers(height, n, 1, 1, 1).to(x.device) - side // 2
     left = chance.integers(width, n, 1, 1, 1).to(x.device) - side // 2
     rows = torch.arange(height, device=x.device).view(1, 1, -1, 1)

@@ -1,4 +1,4 @@
-"""Checks before a training: examples, validation set, image sizes and batch norms."""
+"""Checks before training starts: examples, validation set, image sizes and batch norms."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def nothing_to_train() -> TrainingError:
     return TrainingError(
         "no parameter of the model has requires_grad, so there is nothing to train",
         place="model",
-        cure="set requires_grad where it shall learn, or epochs = 0",
+        cure="set requires_grad on the parameters to train, or epochs = 0",
     )
 
 
@@ -32,7 +32,7 @@ def check_training(
     preprocess: Preprocess,
     task: Task,
 ) -> None:
-    """Checks that settings, model and data fit, so that a long training does not fail later.
+    """Checks that settings, model and data fit together, so that a long run does not fail later.
 
     Raises:
         TrainingError: naming the setting that does not fit.
@@ -66,7 +66,7 @@ def _check_examples(
         )
     if settings.patience and not len(validation):
         raise TrainingError(
-            "it needs a validation set",
+            "early stopping needs a validation set",
             place="patience",
             cure=("give ", Argument("data.validation", 0.1), ", or leave patience out"),
         )
@@ -93,11 +93,11 @@ def _check_image_sizes(
     for side, _ in settings.image_sizes:
         if not is_image(train.x) or side > min(train.x.shape[2:]):
             raise TrainingError(
-                (f"got images of {side} pixels, but examples are {shape_text(shape_of(train.x))}"),
+                (f"got sides of {side} pixels, but examples are {shape_text(shape_of(train.x))}"),
                 place="image_sizes",
                 cure="give smaller sides, or leave image_sizes out",
             )
-        # Only a forward pass shows whether a network takes images of another size.
+        # Whether a network takes images of another size shows only in a forward pass.
         two = Arrays(resized(train.x[:2], side), train.y[:2])
         try:
             evaluate(model, two, preprocess, task)
@@ -119,7 +119,7 @@ def batch_norm_scales(model: nn.Module) -> list[nn.Parameter]:
     scales = [norm.weight for norm in norms if norm.affine and norm.weight.requires_grad]
     if not scales:
         raise TrainingError(
-            "it penalises batch-norm scales, but the model has no trainable one",
+            "it penalises batch-norm scales, but the model has no trainable batch norm",
             place="bn_penalty",
             cure="leave it out",
         )
@@ -127,16 +127,16 @@ def batch_norm_scales(model: nn.Module) -> list[nn.Parameter]:
 
 
 def _needs_two(model: nn.Module, x: Inputs) -> bool:
-    """Returns whether a batch norm of `model` cannot train on the single example `x` [1, ...].
+    """Returns whether `model` has a batch norm that cannot train on a single example `x` [1, ...].
 
     In training mode a batch norm needs more than one value for each channel.
     """
-    # Run on a copy, because the forward pass changes running statistics.
+    # A copy is run, because the forward pass changes running statistics.
     twin = copied(model).train()
     if not uses_batch_statistics(twin):
         return False
     at = next((p.device for p in twin.parameters()), x.device)
-    # Other errors of the network are reported by its own checks.
+    # Other errors of the network are reported by other checks.
     try:
         with torch.no_grad():
             call(twin, x.to(at))

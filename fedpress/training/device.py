@@ -16,11 +16,11 @@ from fedpress.errors import Argument, SettingError, TrainingError, inside, sugge
 
 Precision = Literal["auto", "float32", "bf16"]
 NAMES = ("auto", "cpu", "cuda", "cuda:1", "mps")
-"""Names of devices, for errors; "cuda:" takes any number."""
+"""Valid device names, for errors; any number may follow "cuda:"."""
 
 
 def check_name(name: str) -> str:
-    """Returns the name of a device if it is valid; this machine need not have the device.
+    """Returns `name` if it is a valid name of a device; this machine need not have the device.
 
     Raises:
         SettingError: if it is not valid.
@@ -48,11 +48,11 @@ def find(name: str = "auto") -> torch.device:
     """Returns the device of this `name`.
 
     Args:
-        name: "auto" for the first CUDA GPU if there is one, else the CPU; or the name of a device,
-            see `devices`. An Apple GPU ("mps") has no float64, so "auto" does not use it.
+        name: a name from `devices()`; or "auto" for the first CUDA GPU, or the CPU if there is no
+            such GPU. "auto" never chooses an Apple GPU ("mps"), because it has no float64.
 
     Raises:
-        TrainingError: if this machine has no such device, with those that it has.
+        TrainingError: if this machine has no such device; the error lists the devices it has.
         SettingError: if the name is not valid.
     """
     with inside("device"):
@@ -60,7 +60,7 @@ def find(name: str = "auto") -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     here = devices()
-    # torch reads "cuda" as the current GPU, which is the first one by default.
+    # In torch "cuda" is the current GPU, by default the first one.
     wanted = "cuda:0" if name == "cuda" else name
     if wanted not in here:
         raise TrainingError(
@@ -78,7 +78,7 @@ def device_of(model: nn.Module) -> torch.device:
 
 
 def uses_bf16(model: nn.Module, precision: Precision) -> bool:
-    """Whether forward passes use autocast to bfloat16.
+    """Returns whether forward passes use autocast to bfloat16.
 
     "auto" uses it for convolutional networks of at least 500,000 parameters, on a CUDA GPU or a CPU
     with bfloat16 instructions. Smaller networks were not faster with it.
@@ -100,7 +100,7 @@ def autocast(model: nn.Module, precision: Precision) -> AbstractContextManager[o
 
 def memory_format(x: Tensor, model: nn.Module | None = None) -> torch.memory_format:
     """Returns channels-last for images if it is safe for `model`, else the contiguous format."""
-    # For one channel the two formats are the same.
+    # With one channel both formats have the same layout.
     images = x.dim() == 4 and x.shape[1] > 1
     if images and (model is None or takes_channels_last(model)):
         return torch.channels_last
@@ -108,16 +108,15 @@ def memory_format(x: Tensor, model: nn.Module | None = None) -> torch.memory_for
 
 
 def laid_out(x: Inputs, model: nn.Module) -> Inputs:
-    """Returns a batch in the memory format that is fast for `model`."""
+    """Converts a batch to the memory format in which `model` runs fastest."""
     return map_inputs(x, lambda t: t.contiguous(memory_format=memory_format(t, model)))
 
 
 def takes_channels_last(model: nn.Module, at: torch.device | None = None) -> bool:
-    """Whether the channels-last format, which is faster, is safe for `model`.
+    """Returns whether the faster channels-last format is safe for `model`.
 
-    It is unsafe only because of an error in torch 2.13: on processors without AVX-512 it writes
-    outside of its memory in the backward pass of a strided 1x1 convolution with fewer than 8 input
-    channels.
+    A bug in torch 2.13 makes it unsafe for some models. On processors without AVX-512, the backward
+    pass of a strided 1x1 convolution with fewer than 8 input channels writes outside its memory.
 
     Args:
         model: the network.
@@ -135,7 +134,7 @@ def takes_channels_last(model: nn.Module, at: torch.device | None = None) -> boo
 
 
 def place_(model: nn.Module, at: torch.device | None = None) -> nn.Module:
-    """Moves `model` to a device, with convolution weights in channels-last format if that is safe.
+    """Moves `model` to a device. Convolution weights become channels-last if that is safe.
 
     Args:
         model: changed in place.

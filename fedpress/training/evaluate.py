@@ -26,8 +26,8 @@ class Evaluation:
     Attributes:
         score: the primary metric (see `Task.primary`); NaN if it is undefined.
         loss: mean loss of the examples.
-        examples: their number.
-        metrics: all metrics of the task by key; empty unless asked for.
+        examples: number of examples.
+        metrics: all metrics of the task by key; empty unless `all_metrics` was set.
     """
 
     score: float
@@ -61,13 +61,13 @@ def evaluate(
     batch_size: int = 500,
     all_metrics: bool = False,
 ) -> Evaluation:
-    """Evaluates `model` on `arrays`, in evaluation mode; its modes are restored.
+    """Evaluates `model` on `arrays` in evaluation mode, then restores the mode of every module.
 
     Args:
         model: a network with outputs that fit the task.
         arrays: the examples.
         preprocess: the standardisation of the examples.
-        task: gives loss and metrics.
+        task: defines loss and metrics.
         precision: number format of the forward passes.
         batch_size: examples in a forward pass.
         all_metrics: whether to compute all metrics, or only the primary one and the loss.
@@ -77,11 +77,11 @@ def evaluate(
     """
     if not len(arrays):
         raise TrainingError(
-            "there are no examples to measure on",
+            "there are no examples to evaluate on",
             place="evaluate",
             cure="give the data set a test part",
         )
-    # The reported loss is unweighted, so that runs with other class weights can be compared.
+    # The reported loss ignores class weights, so that runs with different weights can be compared.
     plain = task.unweighted
     loss = 0.0
     sums: list[Sums] = []
@@ -90,7 +90,7 @@ def evaluate(
         for x, y in zip(arrays.x.split(batch_size), arrays.y.split(batch_size), strict=True):
             found = outputs(model, laid_out(preprocess(x.to(at)), model)).float()
             loss += float(plain.loss(found, y.to(at), reduction="sum"))
-            # Metrics are counted in float64, which Apple GPUs do not have.
+            # Metrics are computed in float64, which Apple GPUs do not have.
             count = task.metrics if all_metrics else task.score_sums
             sums.append(count(found.cpu(), y.cpu()))
     total = merged(*sums)
@@ -110,12 +110,12 @@ def evaluate(
 def outputs(model: nn.Module, x: Inputs) -> Tensor:
     """Returns the outputs [n, ...] of `model` for the batch `x` [n, ...].
 
-    `squeeze()` in a network's forward drops the batch dimension of a single example. To be safe, a
-    single example whose output has no batch dimension, or which fails, is run as a batch of two
-    copies. That gives the same output if the network treats each example independently.
+    `squeeze()` in a network's forward drops the batch dimension of a single example. So if a single
+    example fails, or its output has no batch dimension, two copies of it are run as one batch. The
+    output is the same if the network treats examples independently.
 
     Raises:
-        Exception: any that the network raises.
+        Exception: whatever the network raises.
     """
     if len(x) != 1:
         out: Tensor = call(model, x)
@@ -123,7 +123,7 @@ def outputs(model: nn.Module, x: Inputs) -> Tensor:
     try:
         single: Tensor = call(model, x)
     except Exception as problem:
-        # A batch norm in training mode. Two copies would run, but with a variance of 0.
+        # A batch norm in training mode: two copies would run, but with a variance of 0.
         if ONE_VALUE in str(problem):
             raise
         # If two copies fail as well, the first error is the cause.

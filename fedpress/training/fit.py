@@ -30,7 +30,7 @@ from fedpress.training.settings import TrainSettings
 log = logger(__name__)
 
 Objective = Callable[[nn.Module, Inputs, Tensor, Tensor], Tensor]
-"""Loss of a step, from model, standardised inputs, float32 outputs and targets (each [n, ...])."""
+"""Computes a step's loss from model, standardised inputs, float32 outputs, targets ([n, ...])."""
 
 
 @dataclass(frozen=True)
@@ -38,10 +38,10 @@ class EpochRecord:
     """The result of an epoch.
 
     Attributes:
-        epoch: its number, from 1.
+        epoch: number of the epoch, from 1.
         epochs: number of epochs of the training.
         loss: mean training loss.
-        score: primary metric on the validation set; None without one.
+        score: primary metric on the validation set; None if there is no validation set.
         metric: key of the primary metric.
         image_size: side of the images in pixels; None if examples are no images.
     """
@@ -56,7 +56,7 @@ class EpochRecord:
 
 @dataclass(frozen=True)
 class Step:
-    """An optimizer step was taken: number `done` of `total` in the training."""
+    """Progress of a training: `done` of `total` optimizer steps have been taken."""
 
     done: int
     total: int
@@ -66,18 +66,18 @@ class Fit:
     """A training run: iterate over `epochs()` to train.
 
     It yields after every step, so the caller can change weights between steps, for example to apply
-    masks. With `state()` and `load_()` it can be resumed and gives bit-identical results.
+    masks. A training that is resumed with `state()` and `load_()` gives bit-identical results.
 
     Args:
         model: trained in place.
         settings: epochs, optimizer, learning rate and so on.
-        task: gives loss and metrics.
+        task: defines loss and metrics.
         seed: decides the order of examples, augmentation and dropout.
-        objective: a loss to use instead of the task's.
-        helpers: a module that the objective uses and trains too, such as a projection for
-            distillation. It is not part of the result.
+        objective: a loss that replaces the task's loss.
+        helpers: a module that the objective uses, such as a projection for distillation. It is
+            trained too, but is not part of the result.
         sparse: names of parameters whose zeros stay zero (see `ModelSpec.sparse`).
-        device: where to train; None: `find()`.
+        device: the device for training; None: `find()`.
     """
 
     def __init__(
@@ -103,7 +103,7 @@ class Fit:
         if settings.epochs and settings.bn_penalty:
             self.scales = batch_norm_scales(model)
         self.average = None
-        # Buffers are averaged too: averaged weights need matching batch-norm statistics.
+        # Buffers are averaged too, because averaged weights need matching batch-norm statistics.
         if settings.ema:
             self.average = AveragedModel(
                 model, multi_avg_fn=get_ema_multi_avg_fn(settings.ema), use_buffers=True
@@ -125,8 +125,8 @@ class Fit:
     def result_(self) -> nn.Module:
         """Returns the model with its final weights.
 
-        With `patience` they are those of the epoch with the best validation metric, else those of
-        the last epoch. With `ema` they are averaged weights.
+        With `patience` these are the weights of the epoch with the best validation metric, else
+        those of the last epoch. With `ema` they are averaged over steps.
         """
         if self.settings.patience and self.best_weights:
             self.model.load_state_dict(self.best_weights)
@@ -143,7 +143,7 @@ class Fit:
 
     @property
     def finished(self) -> bool:
-        """Whether all epochs are done, or `patience` epochs have brought no improvement."""
+        """Whether all epochs are done, or the metric has not improved for `patience` epochs."""
         _, best_epoch = self.best
         patience = self.settings.patience
         waited = self.epoch - 1 - best_epoch
@@ -153,9 +153,9 @@ class Fit:
     def epochs(
         self, train: Arrays, validation: Arrays, preprocess: Preprocess
     ) -> Iterator[Step | EpochRecord]:
-        """Trains; yields a `Step` after each step and a record after each epoch.
+        """Trains the model; yields a `Step` after each step and a record after each epoch.
 
-        `state()` may be saved after an epoch.
+        A state for resuming can be saved with `state()` after each epoch.
 
         Raises:
             TrainingError: if the settings do not fit the data (see `check_training`).
@@ -187,7 +187,7 @@ class Fit:
 
     def _remember_(self, score: float, *, full_size: bool) -> None:
         """Keeps the weights of the best epoch."""
-        # Scores at a smaller image size cannot be compared with those at full size.
+        # Scores at a smaller image size cannot be compared with scores at full size.
         if self.settings.patience and not full_size:
             return
         if not self.task.better(score, self.best[0]):
@@ -199,15 +199,15 @@ class Fit:
 
     def _epoch(self, train: Arrays, preprocess: Preprocess) -> Generator[Step, None, float]:
         s, n = self.settings, len(train)
-        # Each epoch has its own random streams, so that a resumed training draws the same numbers.
+        # Each epoch has its own random streams, so that a resumed run draws the same numbers.
         chance = public_stream(self.seed, "epoch", self.epoch)
         torch.manual_seed(derive(self.seed, "dropout", self.epoch))
         order = chance.permutation(n)
-        # For flip "alternate": half of the images are mirrored in even epochs, and the other half
-        # in odd ones. So two consecutive epochs show both sides of every image.
+        # For flip "alternate": one half of the images is mirrored in even epochs, the other half in
+        # odd epochs. So two consecutive epochs show both versions of every image.
         mirrored = public_stream(self.seed, "flip").uniform(n) < 0.5
         mirrored ^= self.epoch % 2 == 1
-        # The last examples, too few for a batch, are skipped. They differ in every epoch.
+        # The last, incomplete batch is skipped. Its examples differ from epoch to epoch.
         steps = max(1, n // s.batch_size)
         self.model.train()
         total = 0.0
@@ -224,7 +224,7 @@ class Fit:
                 )
             total += loss
             yield Step(self.epoch * steps + step + 1, s.epochs * steps)
-        # The last step may have made a weight infinite after the last loss was computed.
+        # The last step may have made a weight infinite; no loss was computed after it.
         for name, parameter in self.model.named_parameters():
             if parameter.requires_grad and not torch.isfinite(parameter).all():
                 raise self._diverged(f"'{name}' is not finite after epoch {self.epoch + 1}")
@@ -248,7 +248,7 @@ class Fit:
         x = laid_out(x, self.model)
         with autocast(self.model, self.settings.precision):
             logits = outputs(self.model, x)
-        # The loss is computed in float32: sums and logarithms lose too much in bfloat16.
+        # The loss is computed in float32: sums and logarithms are too inaccurate in bfloat16.
         loss = self.objective(self.model, x, logits.float(), y)
         # Network slimming (Liu et al. 2017, arXiv:1708.06519, equation 1).
         if self.scales:
@@ -256,7 +256,7 @@ class Fit:
             loss = loss + self.settings.bn_penalty * lengths.sum()
         loss.backward()
         self.optimizers.step_()
-        # Momentum and weight decay move pruned weights too, so masking gradients is not enough.
+        # Masking gradients is not enough: momentum and weight decay move pruned weights too.
         with torch.no_grad():
             for weight, zero in self.zeros:
                 weight.masked_fill_(zero, 0)
@@ -270,7 +270,7 @@ class Fit:
         return self.task.loss(outputs, y)
 
     def state(self) -> dict[str, Tensor]:
-        """Returns the state for `load_` as tensors. Save or copy them: training changes them."""
+        """Returns the state for `load_` as tensors. Save or copy them, as training changes them."""
         out = {f"model/{k}": v for k, v in self.model.state_dict().items()}
         out |= {f"helpers/{k}": v for k, v in self.helpers.state_dict().items()}
         if self.average is not None:
@@ -296,7 +296,7 @@ class Fit:
 
 
 def _at_size(arrays: Arrays, side: int | None) -> Arrays:
-    """Returns images resized to `side` pixels; if it is None, or for other data, no change."""
+    """Returns images resized to `side` pixels; unchanged if `side` is None or `x` is no image."""
     if side and is_image(arrays.x):
         return replace(arrays, x=resized(arrays.x, side))
     return arrays

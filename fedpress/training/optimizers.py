@@ -14,17 +14,17 @@ from fedpress.training.checks import nothing_to_train
 from fedpress.training.settings import TrainSettings
 
 SGD_BESIDE_MUON = {"momentum": 0.9, "weight_decay": 5e-4}
-"""Settings of SGD for the parameters that Muon does not train; its learning rate is `head_lr`."""
+"""SGD's settings for parameters that Muon does not train; the learning rate is `head_lr`."""
 
 ADAMS: dict[str, type[torch.optim.Adam]] = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}
-"""Optimizers with running means of gradients and of their squares, by their name in a recipe."""
+"""Optimizers with running means of gradients and squared gradients, by their name in a recipe."""
 
-# State that torch's optimizers keep for each entry of a weight.
+# Names of the state that torch's optimizers keep for each entry of a weight.
 ENTRY_STATES = ("momentum_buffer", "exp_avg", "exp_avg_sq")
 
 
 class Optimizers:
-    """The optimizers of a training: one for all parameters, or Muon for hidden weights and SGD.
+    """The optimizers of a training: one for all parameters, or Muon for hidden weights plus SGD.
 
     Args:
         model: the model whose trainable parameters are optimized.
@@ -33,10 +33,10 @@ class Optimizers:
 
     Attributes:
         each: torch's optimizers, Muon last.
-        views: pairs of a convolution's weight and a matrix with the same memory, for Muon.
+        views: for Muon, pairs of a convolution's weight and a matrix that shares its memory.
 
     Raises:
-        TrainingError: if there are epochs to train but no trainable parameter.
+        TrainingError: if `epochs` is above 0 but no parameter is trainable.
     """
 
     def __init__(self, model: nn.Module, helpers: nn.Module, settings: TrainSettings) -> None:
@@ -46,7 +46,8 @@ class Optimizers:
         if not rest and not hidden and settings.epochs:
             raise nothing_to_train()
 
-        # Muon takes only matrices. A step on such a view also changes the weight itself.
+        # Muon takes matrices only. A step on such a view changes the weight, since they share
+        # memory.
         self.views = [(p, _view(p)) for p in hidden]
         matrices = [view for _, view in self.views]
         found = (_elementwise(rest, settings, spared=qparam_ids(model)), _muon(matrices, settings))
@@ -54,7 +55,7 @@ class Optimizers:
         self._rates = [[group["lr"] for group in o.param_groups] for o in self.each]
 
     def set_rate_(self, factor: float) -> None:
-        """Sets every learning rate to `factor` times that of the settings."""
+        """Sets every learning rate to `factor` times the rate in the settings."""
         for optimizer, rates in zip(self.each, self._rates, strict=True):
             for group, lr in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = lr * factor
@@ -70,9 +71,9 @@ class Optimizers:
 
     @torch.no_grad()
     def forget_(self, weight: nn.Parameter, where: Tensor) -> None:
-        """Sets the optimizer's state of some entries of `weight` to 0.
+        """Sets the optimizer's state to 0 for some entries of `weight`.
 
-        Needed when pruned weights are made trainable again: their old momentum is outdated.
+        Needed when pruned weights become trainable again, because their momentum is outdated.
 
         Args:
             weight: a parameter of the model.
@@ -89,7 +90,7 @@ class Optimizers:
                     state[name].masked_fill_(entries, 0)
 
     def state(self) -> dict[str, Tensor]:
-        """Returns the states as named tensors. Save or copy them: training changes them."""
+        """Returns the states as named tensors. Save or copy them, as training changes them."""
         out: dict[str, Tensor] = {}
         for at, optimizer in enumerate(self.each):
             for key, slot in optimizer.state_dict()["state"].items():
@@ -126,7 +127,7 @@ def _muon(matrices: list[nn.Parameter], settings: TrainSettings) -> torch.optim.
 def _elementwise(
     parameters: list[nn.Parameter], settings: TrainSettings, *, spared: set[int]
 ) -> torch.optim.Optimizer | None:
-    """Makes SGD, Adam or AdamW; weight decay acts on weights, not on norms, biases and `spared`.
+    """Makes SGD, Adam or AdamW. Norms, biases and `spared` have no weight decay.
 
     `spared` are the ids of the step sizes of quantizers.
     """
@@ -136,8 +137,8 @@ def _elementwise(
     if settings.optimizer == "muon":
         lr, momentum = settings.head_lr, SGD_BESIDE_MUON["momentum"]
         decay = SGD_BESIDE_MUON["weight_decay"]
-    # Norms and biases have one dimension. Step sizes of groups have two, like weights, so they are
-    # recognised by id.
+    # Norms and biases have one dimension. Step sizes of weight groups have two, like weights, so
+    # they are recognised by id.
     decayed = [p for p in parameters if p.dim() > 1 and id(p) not in spared]
     others = [p for p in parameters if p.dim() <= 1 or id(p) in spared]
     groups = [{"params": decayed, "weight_decay": decay}, {"params": others, "weight_decay": 0.0}]
@@ -150,16 +151,16 @@ def _elementwise(
 class Muon(torch.optim.Muon):
     """torch's Muon (Jordan 2024) with its defaults and its state, but orthogonalised in float32.
 
-    `torch.optim.Muon` multiplies in bfloat16. Processors without bfloat16 instructions emulate it,
-    many times slower than float32: a step then takes longer than forward and backward pass
-    (benchmarks/muon.py). The number of Newton-Schulz steps is always 5.
+    `torch.optim.Muon` multiplies in bfloat16. Processors without bfloat16 instructions emulate it
+    and are then many times slower than in float32: a step takes longer than the forward and
+    backward pass (benchmarks/muon.py). The number of Newton-Schulz steps is always 5.
 
     Args:
         params: the matrices, [m, n] each.
         lr: learning rate; a step moves a matrix by `lr * sqrt(max(1, m / n))` along its
             orthogonalised momentum.
-        momentum: share of the old in the running mean of gradients.
-        weight_decay: decoupled: a step multiplies a matrix by `1 - lr * weight_decay`.
+        momentum: share of the old mean in the new running mean of gradients.
+        weight_decay: decoupled weight decay: a step multiplies a matrix by `1 - lr * weight_decay`.
     """
 
     def __init__(
@@ -201,20 +202,22 @@ class Muon(torch.optim.Muon):
 def orthogonalized(matrix: Tensor) -> Tensor:
     """Returns a matrix [m, n] with the singular vectors of `matrix` and singular values near 1.
 
-    It starts from X = matrix / its norm and takes five Newton-Schulz steps
-    X <- (a + b S + c S^2) X with S = X X^T (Jordan 2024). Singular values become 0.7 to 1.2; those
-    below a thousandth of the norm stay below 0.7, as in other implementations.
+    It starts from X = matrix / norm(matrix) and takes five Newton-Schulz steps
+    X <- (a + b S + c S^2) X with S = X X^T (Jordan 2024). Singular values then lie between 0.7 and
+    1.2. Values that were below a thousandth of the norm stay below 0.7, as in other
+    implementations.
 
-    The factors (a + b S + c S^2) of all steps are polynomials of the first S, so they commute. They
-    are multiplied with each other first, as small [m, m] matrices for m <= n, and then with X once.
-    If n = 9 m, as in a 3x3 convolution, that takes 2.7 times fewer multiplications. For a square
-    matrix it takes a quarter more.
+    The factors (a + b S + c S^2) of all steps are polynomials of the first S, so they commute. For
+    m <= n they are small [m, m] matrices. They are multiplied with each other first, and their
+    product once with X. If n = 9 m, as in a 3x3 convolution, this takes 2.7 times fewer
+    multiplications. For a square matrix it takes a quarter more.
     """
     x = matrix.float()
-    # The Gram matrix of the short side.
+    # The Gram matrix is taken over the shorter side.
     if len(x) > x.shape[1]:
         x = x.T
-    # The norm bounds all singular values by 1, where the steps converge; a gradient may be 0.
+    # After division by the norm all singular values are at most 1, as the steps need to converge.
+    # The small constant avoids a division by 0 if the gradient is 0.
     x = x / x.norm().clamp(min=1e-7)
     gram = x @ x.T
     factor = factors = _factor(gram)
@@ -235,10 +238,11 @@ def _factor(gram: Tensor) -> Tensor:
 
 
 def hidden_weights(model: nn.Module) -> list[nn.Parameter]:
-    """Returns the weights that Muon optimizes: of all convolutions and linear layers but two.
+    """Returns the weights that Muon optimizes: those of convolutions and linear layers but two.
 
-    The first and the last layer are left to SGD. So are the parameters of a computed weight, such
-    as with weight norm, because the weight itself is not a parameter. Shared weights come once.
+    SGD optimizes the first and the last layer. It also optimizes the parameters from which a weight
+    is computed, as with weight norm, because such a weight is no parameter. A shared weight is
+    listed once.
     """
     weights = [m.weight for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
     ends = {id(w) for w in (*weights[:1], *weights[-1:])}
@@ -253,8 +257,8 @@ def hidden_weights(model: nn.Module) -> list[nn.Parameter]:
 def as_matrix(x: Tensor, weight: Tensor) -> Tensor:
     """Returns a filter [o, i, h, w], or its gradient, as a matrix [o, h*w*i].
 
-    Its columns are in the order of `weight`'s memory. The result shares the memory of `x` if that
-    has the layout of `weight`; else it is a copy.
+    Its columns are in the order of `weight`'s memory. If `x` has the layout of `weight`, the result
+    shares the memory of `x`; else it is a copy.
     """
     if x.dim() != 4:
         return x
@@ -264,7 +268,7 @@ def as_matrix(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def _laid_out_like(parameter: Tensor, value: Tensor) -> Tensor:
-    """Returns a saved state in the memory layout of its parameter; files do not store layouts."""
+    """Returns a saved state in its parameter's memory layout, because files store no layout."""
     if value.shape != parameter.shape:
         return value
     return torch.empty_like(parameter).copy_(value)

@@ -1,7 +1,7 @@
-"""Learning-rate schedules: factors on the configured rate, by the share of training that is done.
+"""Learning-rate schedules: each maps the share of training done to a factor on the learning rate.
 
-Each has a counterpart in `torch.optim.lr_scheduler`. Unlike those, the functions here have no
-state that a resumed training would have to load.
+Each schedule has a counterpart in `torch.optim.lr_scheduler`. Unlike those, the functions here have
+no state that a resumed run would have to load.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from collections.abc import Callable
 
 from fedpress.training.settings import TrainSettings
 
-# Least factor during the warm-up: with 0 the first step would change nothing.
+# Smallest factor during the warm-up. With 0 the first step would change nothing.
 LEAST = 0.02
-# First and last factor of one cycle, as in torch's `OneCycleLR` by default.
+# First and last factor of the cycle, as in torch's `OneCycleLR` by default.
 FIRST, LAST = 1 / 25, 1 / 25 / 1e4
 
 
@@ -31,9 +31,9 @@ def factor(done: float, settings: TrainSettings) -> float:
 def _after_warmup(
     fall: Callable[[float, TrainSettings], float],
 ) -> Callable[[float, TrainSettings], float]:
-    """Returns a schedule that rises linearly over the warm-up, and then follows `fall`.
+    """Returns a schedule that rises linearly during the warm-up and then follows `fall`.
 
-    `fall` gets the share of the training after the warm-up that is done.
+    The argument of `fall` is the finished share of the training after the warm-up.
     """
 
     def schedule(done: float, settings: TrainSettings) -> float:
@@ -65,7 +65,7 @@ def _step(done: float, settings: TrainSettings) -> float:
 
 
 def _one_cycle(done: float, settings: TrainSettings) -> float:
-    """Rises by half a cosine over the warm-up, then falls to nearly 0.
+    """Rises by half a cosine during the warm-up, then falls to nearly 0.
 
     Smith & Topin 2018, arXiv:1708.07120.
     """
@@ -83,4 +83,4 @@ SCHEDULES: dict[str, Callable[[float, TrainSettings], float]] = {
     "step": _after_warmup(_step),
     "onecycle": _one_cycle,
 }
-"""Functions of (share of the training that is done, settings), by the value of `lr_schedule`."""
+"""The schedules, as functions of (share of training done, settings), by `lr_schedule`."""

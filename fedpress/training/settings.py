@@ -15,16 +15,16 @@ BETAS = (0.9, 0.999)
 Betas = tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]]
 
 DEFAULTS = {"adamw": {"lr": 1e-3, "weight_decay": 1e-2}, "adam": {"lr": 1e-3, "weight_decay": 0.0}}
-"""Defaults of AdamW and Adam where they differ from those of SGD; the values are torch's."""
+"""Defaults of AdamW and Adam that differ from those of SGD; the values are torch's."""
 
 
 def fit_to_optimizer_(settings: BaseModel, optimizer: str, defaults: Mapping[str, float]) -> None:
-    """Sets keys that were left out of `settings` to the defaults of the optimizer.
+    """Sets keys that the user did not give to the defaults of the optimizer.
 
     Args:
-        settings: has `momentum` and `betas`; changed in place during its validation.
+        settings: settings with `momentum` and `betas`; changed in place during validation.
         optimizer: name of the optimizer, such as "adamw".
-        defaults: default of each key that differs for this optimizer.
+        defaults: this optimizer's default for each key whose general default differs.
 
     Raises:
         SettingError: if a key is given that this optimizer does not have.
@@ -65,14 +65,14 @@ class TrainSettings(BaseModel):
     )
     lr_schedule: Literal["linear", "cosine", "constant", "step", "onecycle"] = Field(
         default="linear",
-        description="the rate after the warm-up: linear and cosine fall to 0, step falls at "
-        "lr_milestones; onecycle rises and falls by cosines",
+        description="course of the learning rate after the warm-up: linear and cosine fall to 0; "
+        "step falls at lr_milestones; onecycle rises and falls along cosines",
     )
     lr_milestones: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = Field(
-        default=(0.5, 0.75), description="step only: shares of the training at which the rate falls"
+        default=(0.5, 0.75), description="step only: the rate falls after these shares of training"
     )
     lr_gamma: float = Field(
-        default=0.1, gt=0, le=1, description="step only: factor on the rate at each milestone"
+        default=0.1, gt=0, le=1, description="step only: factor on the learning rate at a milestone"
     )
     head_lr: float = Field(
         default=0.05,
@@ -80,18 +80,18 @@ class TrainSettings(BaseModel):
         description="muon only: learning rate of biases, norms, first and last layer",
     )
     momentum: float = Field(
-        default=0.9, ge=0, lt=1, description="share of the old velocity in the new one (sgd, muon)"
+        default=0.9, ge=0, lt=1, description="sgd, muon: share of the old velocity in the new one"
     )
     betas: Betas = Field(
         default=BETAS,
-        description="adamw, adam: shares of the old in the running means of the gradient and of "
+        description="adamw, adam: share of the old value in the means of the gradient and of "
         "its square",
     )
     weight_decay: float = Field(
         default=5e-4,
         ge=0,
-        description="pull of the weights towards 0, never on biases, norms and step sizes; of "
-        "adamw 0.01 and of adam 0 by default",
+        description="weight decay; biases, norms and step sizes have none; default of adamw 0.01, "
+        "of adam 0",
     )
     bn_penalty: float = Field(
         default=0.0,
@@ -108,17 +108,17 @@ class TrainSettings(BaseModel):
         default=0.0,
         ge=0,
         lt=1,
-        description="decay per step of the averaged weights; 0 = the last weights",
+        description="decay per step of the moving average of the weights; 0 = no average",
     )
     augment: Augment = Field(default=Augment(), description="random changes of training images")
     image_sizes: tuple[tuple[int, int], ...] = Field(
-        default=(), description="[[side, epochs], ...]; later epochs at full size"
+        default=(), description="[[side, epochs], ...]: smaller image sizes for the first epochs"
     )
     patience: int = Field(
         default=0,
         ge=0,
-        description="stop after so many full-size epochs without a better metric on the validation "
-        "set; 0 = never",
+        description="stop after this many full-size epochs without a better validation metric; "
+        "0 = never",
     )
     precision: Precision = Field(
         default="auto",
@@ -142,9 +142,9 @@ class TrainSettings(BaseModel):
         taken = sum(epochs for _, epochs in self.image_sizes)
         if taken > self.epochs:
             raise SettingError(
-                f"they take {taken} epochs, more than the {self.epochs} epochs of the training",
+                f"these sizes take {taken} epochs, but the training has only {self.epochs}",
                 place="image_sizes",
-                cure=("give ", Argument("epochs", taken), " or more, or fewer epochs to the sizes"),
+                cure=("give ", Argument("epochs", taken), " or more, or shorten the sizes' epochs"),
             )
         return self
 

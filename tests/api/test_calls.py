@@ -286,17 +286,17 @@ def test_what_a_list_of_layers_cannot_say_is_not_described():
 @pytest.mark.parametrize(
     ("layers", "message"),
     [
-        ({}, "expected layers by name"),
+        ({}, "expected a table of layers by name"),
         ({"": {"layer": "Module"}}, "'Module' is no layer of torch.nn that a file may name"),
         ({"": {"layer": "__builtins__"}}, "is no layer of torch.nn"),
         ({"": {"layer": "Linear", "in_features": 2}}, "Linear cannot be built"),
         (
             {"": {"layer": "Linear", "in_features": 2, "out_features": 2}, "0": {"layer": "ReLU"}},
-            "not inside of a Sequential",
+            "not inside a Sequential",
         ),
         (
             {"": {"layer": "Sequential"}, "0.weight": {"layer": "ReLU"}},
-            "not inside of a Sequential",
+            "not inside a Sequential",
         ),
         ({"": 3}, "expected a table with the key 'layer'"),
     ],

@@ -100,7 +100,7 @@ FILES = {
     "model.gguf": (starts_with(b"GGUF"), "a GGUF file"),
     "model.zip": (plain_zip, "a zip archive; unpack it"),
     "model.npy": (starts_with(b"\x93NUMPY"), "a numpy array"),
-    "model.tar.gz": (starts_with(b"\x1f\x8b"), "packed with gzip"),
+    "model.tar.gz": (starts_with(b"\x1f\x8b"), "a gzip file"),
     "model.xml": (
         lambda path: path.write_text('<?xml version="1.0"?><net name="m">'),
         "an OpenVINO file",

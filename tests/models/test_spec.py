@@ -243,7 +243,7 @@ def test_a_user_file_with_an_error_in_it_says_so(tmp_path, monkeypatch):
     ],
 )
 def test_a_spec_of_another_model_is_refused(resized):
-    with pytest.raises(ModelError, match="the spec is of another model"):
+    with pytest.raises(ModelError, match="load the spec that was saved with this model"):
         MLP.model_copy(update={"resized": resized}).build()
 
 

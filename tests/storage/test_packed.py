@@ -268,7 +268,9 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path):
 def test_an_architecture_that_changed_since_is_named(tied, monkeypatch):
     data = to_bytes(tied, tied.build())[0]
     monkeypatch.setattr("fedpress.models.spec.ARCHITECTURES", {"tied": lambda: nn.Linear(6, 6)})
-    with pytest.raises(ModelError, match=r"x: its tensors do not fit its spec .* changed since"):
+    with pytest.raises(
+        ModelError, match=r"x: its tensors do not fit its spec .* changed since packing"
+    ):
         from_bytes(data, "x")
     monkeypatch.setattr("fedpress.models.spec.ARCHITECTURES", {})
     with pytest.raises(ModelError, match=r"x: .*no architecture 'tied'"):

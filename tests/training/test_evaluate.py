@@ -58,7 +58,7 @@ def test_evaluation_leaves_every_mode_and_number_as_it_was():
 
 
 def test_evaluation_of_nothing_is_refused_and_of_broken_weights_says_nan():
-    with pytest.raises(TrainingError, match="no examples to measure on"):
+    with pytest.raises(TrainingError, match="no examples to evaluate on"):
         evaluate(network("mlp"), NONE, PREPROCESS, TASK)
     model = network("mlp")
     nn.init.constant_(model.layers[0].weight, float("nan"))

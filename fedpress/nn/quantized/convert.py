@@ -44,7 +44,7 @@ def quantize_layers_(model: nn.Module, table: Mapping[str, QuantizationScheme]) 
             raise ModelError(
                 f"the model has no layer '{name}'",
                 place="spec.quantized",
-                cure="the spec is of another model",
+                cure="load the spec that was saved with this model",
             ) from error
         reason = why_not_quantizable(module)
         if reason is not None:

@@ -30,7 +30,7 @@ def kept_entries(model: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
             raise ModelError(
                 f"the model has no parameter '{name}'",
                 place="spec.sparse",
-                cure="the spec is of another model",
+                cure="load the spec that was saved with this model",
             )
         kept = parameters[name].detach() != 0
         # The buffer of "conv.weight" is "conv.weight_kept_zeros".
@@ -78,7 +78,7 @@ def register_kept_zeros_(model: nn.Module, names: Iterable[str]) -> None:
             raise ModelError(
                 f"'{name}' is not a quantized weight",
                 place="spec.kept_zeros",
-                cure="the spec is of another model",
+                cure="load the spec that was saved with this model",
             )
         layer, key = weights[name]
         zeros = torch.zeros_like(getattr(layer, key), dtype=torch.bool)

@@ -548,7 +548,7 @@ def test_a_layer_on_a_grid_is_the_same_object_and_takes_another_grid():
 @pytest.mark.parametrize(("norm", "into"), [("2", "0"), ("1", "3"), ("0", "0"), ("1", "2")])
 def test_a_fold_of_another_model_is_refused(norm, into):
     model = nn.Sequential(nn.Conv2d(1, 1, 1), nn.BatchNorm2d(1), nn.ReLU())
-    with pytest.raises(ModelError, match=r"spec.folded: .* the spec is of another model"):
+    with pytest.raises(ModelError, match=r"spec.folded: .* load the spec that was saved"):
         apply_folds_(model, {norm: into})
 
 
