@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -180,7 +181,7 @@ def read_arrays(path: Path) -> Arrays:
                 tensors = {name: torch.from_numpy(file[name]) for name in file.files}
         else:
             tensors = load_file(path)
-    except (OSError, ValueError, TypeError, SafetensorError) as error:
+    except (OSError, EOFError, ValueError, TypeError, SafetensorError, BadZipFile) as error:
         raise DataError(
             f"it cannot be read ({error})", place=f"'{path}'", cure="write it anew"
         ) from error
@@ -191,7 +192,17 @@ def read_arrays(path: Path) -> Arrays:
             place=f"'{path}'",
             cure="write the examples as x (or x.NAME for each input) and the targets as y",
         )
-    return Arrays(NamedInputs(inputs) if inputs else tensors["x"], tensors["y"])
+    try:
+        return Arrays(NamedInputs(inputs) if inputs else tensors["x"], tensors["y"])
+    except DataError as error:
+        error.place = f"'{path}'"
+        raise
+    except TypeError as error:
+        raise DataError(
+            "a tensor is a single number",
+            place=f"'{path}'",
+            cure="give x and y a first dimension, one entry for each example",
+        ) from error
 
 
 def write_arrays(path: Path, arrays: Arrays) -> None:
