@@ -89,7 +89,11 @@ def _mistake(error: ValidationError) -> RecipeError:
     """Converts the first error of pydantic."""
     first = error.errors()[0]
     key = str(first["loc"][0])
-    text = str(first["msg"]).replace("Input should be", "expected")
+    text = (
+        str(first["msg"])
+        .replace("Input should be", "expected")
+        .replace("expected greater", "expected a number greater")
+    )
     problem = f"got {first['input']!r}, {text}"
     cure: Words = "give another value"
     own = first.get("ctx", {}).get("error")

@@ -100,12 +100,17 @@ class RaySettings(BaseModel):
         """Threads of torch in each actor."""
         return max(1, int(self.cpus_per_client))
 
+    @property
+    def size(self) -> str:
+        """What an actor takes, in words."""
+        return f"{self.cpus_per_client:g} CPUs and {self.gpus_per_client:g} GPUs"
+
     @contextmanager
     def open(self) -> Iterator[RayEngine]:
         """Connects to the cluster, or starts one on this machine.
 
         Raises:
-            NetworkError: if there is no cluster at the address.
+            NetworkError: if there is no cluster at the address, or it has no room.
         """
         os.environ.update(QUIET)
         if self.address is None and "ray" not in sys.modules:
@@ -121,6 +126,8 @@ class RaySettings(BaseModel):
             _connect(ray, self.address)
         engine = RayEngine(self, ray)
         try:
+            # Now, and not when the first stage with clients begins.
+            engine.number_of_actors(1)
             yield engine
         finally:
             engine.end_stage()
@@ -179,7 +186,7 @@ class RayEngine:
         """
         self.end_stage()
         cluster = Cluster(self.settings, self.ray, self.ray.put(_pickled(self.ray, build)))
-        count = cluster.number_of_actors(len(clients))
+        count = self.number_of_actors(len(clients))
         names = list(clients)
         homes = []
         for first in range(count):
@@ -195,6 +202,43 @@ class RayEngine:
         memories = {name: side.memory for name, side in clients.items()}
         self._now = RayTransport(cluster, homes, memories)
         return self._now
+
+    def number_of_actors(self, clients: int) -> int:
+        """Returns how many actors to start.
+
+        Raises:
+            NetworkError: if the cluster has no room for them.
+        """
+        room = self._room()
+        wanted = self.settings.actors or 1
+        if room < wanted:
+            raise NetworkError(
+                f"the cluster has room for {room} actors of {self.settings.size}, expected {wanted}",
+                place="engine.actors" if self.settings.actors else "engine",
+                cure=(
+                    "add nodes, or lower ",
+                    Argument("engine.actors"),
+                    ", ",
+                    Argument("engine.cpus_per_client"),
+                    " or ",
+                    Argument("engine.gpus_per_client"),
+                ),
+            )
+        return min(clients, self.settings.actors or room)
+
+    def _room(self) -> int:
+        """Returns how many actors fit on the nodes. An actor cannot lie on two nodes."""
+        settings = self.settings
+        room = 0
+        for node in self.ray.nodes():
+            if not node["Alive"]:
+                continue
+            has = node["Resources"]
+            fits = int(has.get("CPU", 0) / settings.cpus_per_client)
+            if settings.gpus_per_client:
+                fits = min(fits, int(has.get("GPU", 0) / settings.gpus_per_client))
+            room += fits
+        return room
 
     def end_stage(self) -> None:
         """Ends the actors."""
@@ -257,48 +301,6 @@ class Cluster:
     ray: Any
     build: Any
 
-    def number_of_actors(self, clients: int) -> int:
-        """Returns how many actors to start.
-
-        Raises:
-            NetworkError: if the cluster has no room for them.
-        """
-        room = self._room()
-        wanted = self.settings.actors or 1
-        if room < wanted:
-            raise NetworkError(
-                f"the cluster has room for {room} actors of {self._size}, expected {wanted}",
-                place="engine.actors" if self.settings.actors else "engine",
-                cure=(
-                    "add nodes, or lower ",
-                    Argument("engine.actors"),
-                    ", ",
-                    Argument("engine.cpus_per_client"),
-                    " or ",
-                    Argument("engine.gpus_per_client"),
-                ),
-            )
-        return min(clients, self.settings.actors or room)
-
-    @property
-    def _size(self) -> str:
-        settings = self.settings
-        return f"{settings.cpus_per_client:g} CPUs and {settings.gpus_per_client:g} GPUs"
-
-    def _room(self) -> int:
-        """Returns how many actors fit on the nodes. An actor cannot lie on two nodes."""
-        settings = self.settings
-        room = 0
-        for node in self.ray.nodes():
-            if not node["Alive"]:
-                continue
-            has = node["Resources"]
-            fits = int(has.get("CPU", 0) / settings.cpus_per_client)
-            if settings.gpus_per_client:
-                fits = min(fits, int(has.get("GPU", 0) / settings.gpus_per_client))
-            room += fits
-        return room
-
     def start(self, homes: Sequence[Home]) -> None:
         """Starts the actors of `homes` at the same time, and waits until all have their clients.
 
@@ -350,7 +352,7 @@ class Cluster:
         except self.ray.exceptions.RayError as problem:
             said = " ".join(str(problem).split())[:300]
             raise NetworkError(
-                f"an actor of {self._size} did not start ({said})",
+                f"an actor of {self.settings.size} did not start ({said})",
                 place="engine",
                 cure=(
                     "add a node or end other work on the cluster",
@@ -446,18 +448,19 @@ class RayTransport:
     def receive(
         self, requests: Collection[RequestId], timeout: float | None = None
     ) -> Answer | None:
-        """See `fedpress.federation.Transport`.
+        """Waits for the answer to the first of `requests`, in the order in which they were sent.
+
+        Another answer may come earlier, but a schedule that takes the first ones must choose the
+        same clients as with the local transport.
 
         Raises:
             NetworkError: if a lost actor cannot be started again.
         """
         end = None if timeout is None else time.monotonic() + timeout
-        while True:
-            here = next((request for request in self._replies if request in requests), None)
-            if here is not None:
-                return self._deliver(here)
-            if not any(request in requests for request in self._open):
-                return None
+        first = next((request for request in self._open if request in requests), None)
+        if first is None:
+            return None
+        while first not in self._replies:
             working: dict[Any, Home] = {}
             for home in self._homes:
                 working |= dict.fromkeys(home.working.values(), home)
@@ -466,6 +469,7 @@ class RayTransport:
             if not ready:
                 return None
             self._collect(working[ready[0]])
+        return self._deliver(first)
 
     def cancel(self, requests: Collection[RequestId]) -> None:
         """Closes `requests`: those that no client works on yet cost no work."""

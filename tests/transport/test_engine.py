@@ -32,7 +32,7 @@ def test_the_local_engine_is_the_local_transport():
         ({"kind": "ray", "actor": 2}, r"engine.actor: .* did you mean 'actors'\?"),
         (
             {"kind": "ray", "actors": 0},
-            r"engine.actors: got 0, expected greater than or equal to 1",
+            r"engine.actors: got 0, expected a number greater than or equal to 1",
         ),
         ({"kind": "ray", "cpus_per_client": 0}, r"engine.cpus_per_client: got 0"),
         ({"kind": "ray", "address": "ray://a:1"}, r"engine.address: .* expected auto or HOST:PORT"),
