@@ -32,8 +32,8 @@ def decoded(
     stats = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     key = blake2b(repr(sorted(stats)).encode(), digest_size=12).hexdigest()
     target = folder() / "decoded" / f"{name}-{key}.npz"
-    # numpy raises errors of many types for a damaged file. It gets an open file, since it would
-    # leave one that it opened itself open after an error.
+    # numpy raises errors of many types for a damaged file. We open the file ourselves, because
+    # numpy would not close it after an error.
     with (
         contextlib.suppress(Exception),
         target.open("rb") as cached,
@@ -41,7 +41,7 @@ def decoded(
     ):
         log.info("%s: decoded copy read from %s", name, target)
         return dict(stored)
-    log.info("%s: no decoded copy in the cache, so files are decoded", name)
+    log.info("%s: the cache has no decoded copy; decoding the files", name)
     arrays = decode()
     with contextlib.suppress(OSError):
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -59,7 +59,7 @@ def fetch(folder: Path, *, allowed: bool, progress: Progress | None) -> list[Pat
     """Returns the archive in `folder`, downloading it first if it is not there.
 
     Raises:
-        DataError: if it is neither there nor may or can be downloaded.
+        DataError: if it is not there, and the download is off or fails.
     """
     target = folder / ARCHIVE
     if not target.exists():
@@ -128,15 +128,18 @@ def read_batch(content: bytes, where: str) -> tuple[np.ndarray, np.ndarray]:
     """Returns images uint8 [n, 3, 32, 32] and labels int64 [n] of one pickled batch.
 
     Raises:
-        DataError: if it holds anything else.
+        DataError: if the content is anything else.
     """
     try:
         batch = _PlainUnpickler(io.BytesIO(content), encoding="bytes").load()
-        # A row of the file is red, green and blue in turn, each by rows of the image.
+        # A row of the file has all red values, then all green, then all blue; each plane row by
+        # row.
         pixels = batch[b"data"].pixels().reshape(-1, 3, 32, 32)
         labels = np.array(batch[b"labels"], dtype=np.int64)
-        if len(labels) != len(pixels) or not ((labels >= 0) & (labels < 10)).all():
-            raise ValueError(f"{len(pixels)} images with {len(labels)} labels")
+        if len(labels) != len(pixels):
+            raise ValueError(f"{len(pixels)} images but {len(labels)} labels")
+        if not ((labels >= 0) & (labels < 10)).all():
+            raise ValueError("a label is not in 0 to 9")
     # A damaged pickle may raise anything.
     except Exception as error:
         raise DataError(
@@ -158,7 +161,7 @@ class _Array:
         """Returns the uint8 array."""
         _, shape, dtype, fortran, data = self.state
         if dtype.name not in (b"u1", "u1") or fortran:
-            raise ValueError(f"an array of {dtype.name!r} instead of bytes")
+            raise ValueError(f"expected a uint8 array in C order, got {dtype.name!r}")
         return np.frombuffer(data, dtype=np.uint8).reshape(shape).copy()
 
 
@@ -173,14 +176,14 @@ class _Dtype:
 
 
 def _latin1(text: str, encoding: str) -> bytes:
-    """Replaces `codecs.encode`, with which newer Pythons write bytes in old pickle protocols."""
+    """Stands for `codecs.encode`, which pickles of Python 3 in protocol 2 call to make bytes."""
     return text.encode("latin1")
 
 
 class _PlainUnpickler(pickle.Unpickler):
-    """Unpickles lists, dictionaries, numbers, bytes and arrays of uint8, and nothing else.
+    """Unpickles only lists, dictionaries, numbers, bytes and uint8 arrays.
 
-    A pickle file can name any function of Python and have it called while it is loaded.
+    A plain unpickler would call any Python function that the file names.
     """
 
     def find_class(self, module: str, name: str) -> Any:
@@ -193,6 +196,6 @@ class _PlainUnpickler(pickle.Unpickler):
         }
         if (module, name) not in admitted:
             raise pickle.UnpicklingError(
-                f"it asks for {module}.{name}, which a data file has no need of"
+                f"it asks for {module}.{name}, which is not needed to read data"
             )
         return admitted[module, name]

@@ -1,7 +1,7 @@
 """Determines the list of classes: from the recipe, public rows, or labels that are declared public.
 
-The list decides the size of the model's last layer and is saved with it. So a label that only a
-private row has must not become a class: its presence would be visible to everybody.
+The list decides the size of the model's last layer, and is saved with the model. So a label that
+only private rows have must not become a class: everybody could see that such a row exists.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ OTHER = "other"
 
 
 def label_is_public(settings: DataSettings) -> bool:
-    """Returns whether the recipe says that the list of labels is no secret (`public_words`)."""
+    """Returns whether the recipe declares the list of labels public (`public_words`)."""
     return settings.label_column in settings.public_words
 
 
@@ -35,7 +35,7 @@ def rows_that_define_classes(
         what: name of the labels in an error.
 
     Raises:
-        DataError: if no row is public and the labels are not declared public either.
+        DataError: if there is neither a public row nor a declaration that the labels are public.
     """
     if label_is_public(settings):
         return torch.arange(total)
@@ -61,7 +61,7 @@ def number_classes(
     """Numbers the classes of the recipe, or of the rows that may define them.
 
     Args:
-        codes: int64 [n]: the label of each row, as a position in `words`; -1 if it is none of them.
+        codes: int64 [n]: position of each row's label in `words`; -1 if the label is not there.
         words: the labels of all rows; the classes keep their order.
         public: positions of the public rows.
         settings: the `[data]` table of the recipe.
@@ -77,7 +77,7 @@ def number_classes(
         seen = set(codes[rows].tolist())
         names = tuple(word for position, word in enumerate(words) if position in seen)
     class_of_name = {name: position for position, name in enumerate(names)}
-    # The extra last entry is for the code -1, which indexes it.
+    # The code -1 indexes the last entry, which is added for this purpose.
     class_of_code = torch.tensor([*(class_of_name.get(word, -1) for word in words), -1])
     found = TargetRows.of_classes(class_of_code[codes], names)
     return with_other_class(found, settings, what)
@@ -91,14 +91,14 @@ def with_other_class(found: TargetRows, settings: DataSettings, what: str) -> Ta
     """
     if len(found.names) < 2:
         raise DataError(
-            f"the public rows are all of one class, '{found.names[0]}'",
+            f"all public rows have the same class, '{found.names[0]}'",
             place=what,
             cure=(
                 "declare rows of other classes public, or name all classes with classes = "
                 '["NAME", "NAME"]'
             ),
         )
-    # Every row would be dropped. Most likely the recipe spells the names in another way.
+    # Every row would be dropped. Most likely the recipe spells the names differently.
     if not bool((found.y >= 0).any()):
         named = ", ".join(found.names[:8])
         raise DataError(
@@ -108,6 +108,6 @@ def with_other_class(found: TargetRows, settings: DataSettings, what: str) -> Ta
         )
     if settings.unknown != OTHER:
         return found
-    # The data may have a class "other" itself; unknown labels then join it.
+    # The data itself may have a class "other". Unknown labels then join that class.
     names = found.names if OTHER in found.names else (*found.names, OTHER)
     return TargetRows.of_classes(torch.where(found.y < 0, names.index(OTHER), found.y), names)

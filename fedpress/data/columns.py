@@ -1,7 +1,7 @@
 """Reads columns of a table: finds the type of text, and numbers the classes of a label column.
 
-The type of a column and its classes are taken from public rows only (`Column.typed`). A single
-private row must not add a class to a model that is given away.
+The type of a column and its classes are taken from public rows only (`Column.typed`), because a
+single private row must not add a class to a model that others receive.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Column:
     """One column as it is in the file.
 
     Attributes:
-        name: of the column.
+        name: name of the column.
         values: a `pyarrow.ChunkedArray` [n] without dictionary encoding.
         text: whether `values` are the text of a CSV file, whose type is not known yet.
         decimal: decimal separator of numbers in that text.
@@ -56,7 +56,7 @@ class Column:
         return cls(name, column, settings.source == "csv", settings.decimal)
 
     def typed(self, rows: np.ndarray | None = None) -> Any:
-        """Returns all values in the type that those in `rows` have; cells of other types are null.
+        """Returns all values in the type of the values in `rows`; cells of other types become null.
 
         Example: if `rows` hold "3" and "4.5", the type is float64, and "unknown" elsewhere is null.
 
@@ -69,7 +69,8 @@ class Column:
             kind = self._kind(self.values)
         else:
             kind = self._kind(self.values.take(pa.array(rows)))
-            # Other rows may have decimals where these have whole numbers: both are numbers.
+            # Other rows may have decimals where `rows` have integers, so both types count as
+            # numbers.
             if types.is_integer(kind):
                 kind = pa.float64()
         if types.is_string(kind):
@@ -77,21 +78,22 @@ class Column:
         return self.cast(kind)
 
     def cast(self, kind: Any) -> Any:
-        """Returns text as numbers, booleans or times; what cannot be read as such becomes null."""
+        """Converts text to numbers, booleans or times; other text becomes null."""
         text = self._plain_text(self.values, kind)
         try:
             return text.cast(kind)
-        # Some private cell is of another type. pyarrow has no lenient cast, so each distinct text
-        # is read by itself, once.
+        # Some private cell has another type. A cast of pyarrow fails for such a cell, so each
+        # distinct text is converted separately.
         except pa.ArrowInvalid:
             words = text.unique()
             read = [_cast_or_none(word, kind) for word in words.to_pylist()]
             return pa.chunked_array([pa.array(read, kind)]).take(pc.index_in(text, words))
 
     def _kind(self, values: Any) -> Any:
-        """Returns the first of `TEXT_KINDS` that all texts have; strings if none."""
+        """Returns the first of `TEXT_KINDS` to which all texts can be converted, else strings."""
         known = values.drop_null()
-        # An empty column may be anything; as numbers it is one input, not a list of no words.
+        # An empty column fits every type. As numbers it becomes one input; as words it would have
+        # none.
         if not len(known):
             return pa.float64()
         for kind in TEXT_KINDS:
@@ -100,7 +102,7 @@ class Column:
             except pa.ArrowInvalid:
                 continue
             return kind
-        # A time of day alone, such as 12:30, is none of the types above.
+        # A time of day without a date, such as 12:30, is none of the types above.
         times = pc.match_substring_regex(known, r"^\s*\d{1,2}:\d{2}(:\d{2})?\s*$")
         if pc.all(times).as_py():
             return pa.timestamp("s")
@@ -110,7 +112,7 @@ class Column:
         """Returns text as pyarrow reads it: without spaces around, and with a decimal point."""
         text = pc.utf8_trim_whitespace(text)
         if self.decimal == "," and types.is_floating(kind):
-            # A point can only separate thousands here: 1.234,5 is 1234.5.
+            # With a decimal comma a point separates thousands: 1.234,5 is 1234.5.
             text = pc.replace_substring(pc.replace_substring(text, ".", ""), ",", ".")
         return text
 
@@ -123,15 +125,15 @@ def _cast_or_none(word: str | None, kind: Any) -> Any:
 
 
 def class_codes(column: Any, name: str, role: str) -> tuple[Tensor, tuple[str, ...]]:
-    """Numbers the different values of a column of integers or words.
+    """Assigns numbers to the distinct values of a column of integers or words.
 
     Args:
         column: a typed column.
-        name: of the column.
+        name: name of the column.
         role: "label" or "client", for errors.
 
     Returns:
-        int64 [n], and the sorted values as text, to which the numbers are positions.
+        int64 [n], positions in the second result; and the sorted values as text.
 
     Raises:
         DataError: if a value is missing, or is neither an integer nor a word.
@@ -143,9 +145,9 @@ def class_codes(column: Any, name: str, role: str) -> tuple[Tensor, tuple[str, .
         values = column.to_numpy()
         if not is_whole(values).all():
             raise DataError(
-                "holds broken numbers",
+                "holds numbers that are not whole",
                 place=where,
-                cure="expected whole numbers or words: cut it into classes first",
+                cure="expected whole numbers or words: turn it into classes first",
             )
         column = pa.chunked_array([pa.array(values.astype(np.int64))])
     kind = column.type
@@ -156,7 +158,7 @@ def class_codes(column: Any, name: str, role: str) -> tuple[Tensor, tuple[str, .
 
 
 def is_whole(numbers: np.ndarray) -> np.ndarray:
-    """Returns bool [n]: which floats are finite integers."""
+    """Returns bool [n]: whether each float is a finite integer."""
     whole: np.ndarray = np.isfinite(numbers) & (numbers == np.round(numbers))
     return whole
 
@@ -165,7 +167,7 @@ def refuse_missing(column: Any, where: str) -> None:
     """Checks that a column of labels or clients has a value in every row.
 
     Raises:
-        DataError: with the first row that has none.
+        DataError: if a row has none; the error names the first one.
     """
     if column.null_count:
         row = pc.index(column.is_null(), True).as_py()
@@ -188,10 +190,10 @@ class LabelColumn:
     def partition_labels(self) -> Tensor:
         """Returns int64 [n]: a label for each row, for partitioners such as `dirichlet`.
 
-        It may use private rows: these labels decide which client gets a row, and go nowhere else.
+        Private rows may be used, because these labels only decide which client gets a row.
 
         Raises:
-            DataError: if a label is missing, or nearly every row has its own.
+            DataError: if a label is missing, or nearly every row has a different label.
         """
         column = self.column.typed()
         refuse_missing(column, self._where)
@@ -203,12 +205,12 @@ class LabelColumn:
                 place=self._where,
                 cure="expected whole numbers or words",
             ) from error
-        # A column of numbers to predict, or of names, has nearly as many values as rows.
+        # A column of measured numbers, or of names, has nearly as many distinct values as rows.
         if self.settings.classes is None and len(values) > max(2, len(positions) // 2):
             raise DataError(
-                f"nearly all of the {len(positions)} rows have a label of their own",
+                f"nearly all of the {len(positions)} rows have different labels",
                 place=self._where,
-                cure="expected classes of some rows each: cut numbers into classes first, or set "
+                cure="expected several rows per class: turn numbers into classes first, or set "
                 "task = 'regression'",
             )
         return torch.from_numpy(positions.astype(np.int64))
@@ -227,7 +229,8 @@ class LabelColumn:
         rows = rows_that_define_classes(public, len(self.column.values), self.settings, self._where)
         column = self.column.typed(rows.numpy())
         usable = column.is_valid().to_numpy()
-        # An error may describe these rows. Private rows without a valid label are silently dropped.
+        # An error may describe public rows. Private rows without a valid label are dropped
+        # silently.
         if not usable[rows.numpy()].all():
             refuse_missing(column.take(pa.array(rows.numpy())), self._where)
         if types.is_floating(column.type):
@@ -240,7 +243,7 @@ class LabelColumn:
             raise DataError(
                 "holds numbers that are not whole",
                 place=self._where,
-                cure="expected whole numbers or words: cut it into classes first, or set "
+                cure="expected whole numbers or words: turn it into classes first, or set "
                 "task = 'regression'",
             )
         words = as_text(column)
@@ -249,15 +252,16 @@ class LabelColumn:
         return number_classes(y, names, public, self.settings, self._where)
 
     def _listed(self, names: Sequence[str]) -> TargetRows:
-        """Returns the class number of every row, by the list `classes` of the recipe.
+        """Returns the class number of every row: its position in the list `classes` of the recipe.
 
-        The list has text, the file may have another type: the class "1" matches the text "1", the
-        text "1.0", the integer 1 and the float 1.0.
+        The list holds text; the column may have another type. The class "1" matches the text "1",
+        the text "1.0", the integer 1 and the float 1.0.
         """
         column, wanted = self.column, list(names)
         values = column.values
         if all(map(_is_integer, wanted)):
-            # Without leading zeros, as the integers of the file are written below.
+            # Without leading zeros, because the integers of the file are written without them
+            # below.
             wanted = [str(int(name)) for name in wanted]
             if column.text:
                 values = column.cast(pa.float64())
@@ -276,7 +280,7 @@ class LabelColumn:
 
 
 def _is_integer(name: str) -> bool:
-    # isdecimal alone also takes digits of other scripts.
+    # isdecimal alone would accept digits of other scripts too.
     return name.removeprefix("-").isdecimal() and name.isascii()
 
 

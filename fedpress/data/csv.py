@@ -21,13 +21,13 @@ from fedpress.errors import DataError
 NO_VALUE = ["", "?", "NA", "N/A", "NaN", "nan", "null", "NULL", "None"]
 # Usual delimiters, and how they are written in TOML.
 DELIMITERS = {",": ",", ";": ";", "\t": "\\t", "|": "|"}
-# Number of bytes at the start of a file by which its kind is recognised.
+# Number of bytes at the start of a file from which its kind is recognised.
 HEAD = 1 << 16
 FOREIGN = (
     (b"PK\x03\x04", "a zip or Excel file", "save it as CSV"),
     (b"\xd0\xcf\x11\xe0", "an old Excel file", "save it as CSV"),
     (b"PAR1", "a parquet file", 'set source = "parquet"'),
-    (b"\x1f\x8b", "packed with gzip", "unpack it"),
+    (b"\x1f\x8b", "a gzip file", "unpack it"),
 )
 """First bytes of files that are often given by mistake, what such a file is, and the cure."""
 
@@ -46,7 +46,7 @@ def read_csv(path: Path, settings: DataSettings) -> Any:
     """Returns a `pyarrow.Table` of text columns; missing cells are null.
 
     Raises:
-        DataError: if it cannot be read, with what the file seems to be.
+        DataError: if the file cannot be read. The error says what the file seems to be.
     """
     try:
         with open(path, "rb") as file:
@@ -65,7 +65,8 @@ def read_csv(path: Path, settings: DataSettings) -> Any:
         return _parse(path, settings.delimiter, encoding, newlines=False)
     except (UnicodeError, pa.ArrowException, OSError) as error:
         first = error
-    # A quoted cell may contain line breaks. Allowing them is slower, so it is the second attempt.
+    # A quoted cell may contain line breaks. Reading with them allowed is slower, so this comes
+    # second.
     try:
         return _parse(path, settings.delimiter, encoding, newlines=True)
     except (UnicodeError, pa.ArrowException, OSError):
@@ -109,7 +110,7 @@ def _refuse_encoding(path: Path, encoding: str) -> None:
     """Checks that the file has this encoding.
 
     Raises:
-        DataError: with the encoding that it seems to have.
+        DataError: if it has not. The cure names the encoding that the file seems to have.
     """
     data = path.read_bytes()
     try:
@@ -129,11 +130,13 @@ def _refuse_encoding(path: Path, encoding: str) -> None:
         )
     if any(byte < 32 and byte not in b"\t\n\v\f\r\x1a\x1b" for byte in data[:HEAD]):
         raise DataError(
-            f"{why} and no text at all", place=place, cure="give a CSV file, saved as UTF-8"
+            f"{why}, and it is no text",
+            place=place,
+            cure="give a CSV file, saved as UTF-8",
         )
     if _is_other_script(data):
         raise DataError(
-            f"{why}, and of another script than Latin",
+            f"{why}, and the script does not seem to be Latin",
             place=place,
             cure=(
                 'add its encoding to [data], such as encoding = "cp1251" (Cyrillic), "gb18030" '
@@ -153,8 +156,8 @@ def _refuse_encoding(path: Path, encoding: str) -> None:
 def _is_other_script(data: bytes) -> bool:
     """Returns whether the text seems to be Cyrillic, Chinese or another script than Latin.
 
-    That is so if most bytes above 127 are in runs of three or more. In Latin scripts they are
-    single letters with accents, between plain ones.
+    The text is taken for another script if most bytes above 127 are in runs of three or more. In
+    Latin scripts such bytes are single accented letters between plain letters.
     """
     runs = re.findall(rb"[\x80-\xff]+", data)
     in_long_runs = sum(len(run) for run in runs if len(run) > 2)
@@ -164,10 +167,10 @@ def _is_other_script(data: bytes) -> bool:
 def refuse_other_delimiter(
     settings: DataSettings, header: list[str], path: Path | None = None
 ) -> None:
-    """Checks that the header of a file is not one column because the delimiter is another.
+    """Checks that the header is not read as one column because of a wrong delimiter.
 
     Raises:
-        DataError: with the delimiter that it seems to have.
+        DataError: if so. The cure names the delimiter that the file seems to have.
     """
     if len(header) != 1:
         return
@@ -181,7 +184,7 @@ def refuse_other_delimiter(
     likely = max(counts, key=lambda mark: counts[mark])
     if counts[likely] > header[0].count(settings.delimiter):
         raise DataError(
-            f"its header is divided by '{DELIMITERS[likely]}'",
+            f"its columns seem to be separated by '{DELIMITERS[likely]}'",
             place=f"'{path or settings.path}'",
             cure=f'add delimiter = "{DELIMITERS[likely]}" to [data]',
         )

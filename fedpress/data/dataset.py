@@ -28,21 +28,21 @@ class FederatedData:
     """The data of a run: private examples by client, a public part, a validation and a test set.
 
     Attributes:
-        name: of the source, for the report.
+        name: name of the source, for the report.
         clients: private examples by client name, in a fixed order.
         public: training examples declared public (may have no rows), without the validation set.
         validation: rows of the public part; every choice, such as early stopping, is made on them.
-        test: measured at the end of each stage; nothing is chosen by it.
+        test: evaluated at the end of each stage; no choice depends on it.
         num_classes: labels are 0 to num_classes - 1; 0 for tasks without classes.
         class_names: one name per class.
         preprocess: maps raw examples to the input of a network; fitted on `public` only.
-        left_out: number of rows that were dropped because their label or a word is unknown, under
-            the keys "public", "validation", "test" and "clients" (all clients together, a private
-            number). Empty if the source defines all classes itself.
+        left_out: numbers of rows that were dropped because their label or a word is unknown, by the
+            keys "public", "validation", "test" and "clients" (all clients together; this number is
+            private). Empty if the source defines all classes itself.
         labelled: whether `y` has real labels. False: only the inputs are used, to calibrate and to
             compare outputs.
-        preparation: how raw rows of a table become inputs; None for other sources. It is saved
-            beside exported files, so it has only what was declared or learned from public rows.
+        preparation: how raw rows of a table become inputs; None for other sources. It is saved next
+            to exported files, so all it contains was declared or comes from public rows.
         task: what is learned. By default a classification if there are class names or integer
             targets, else a regression of float targets in their own units.
     """
@@ -61,7 +61,7 @@ class FederatedData:
     task: Task = None  # type: ignore[assignment]  # __post_init__ gives it one
 
     def __post_init__(self) -> None:
-        # Without clients, the server's data of a deployment: the clients' lie elsewhere.
+        # The server's data of a deployment has no clients: their data lies on other machines.
         if not any(len(arrays) for _, arrays in self._parts()):
             raise DataError(
                 "there is no client", place=f"data '{self.name}'", cure="give at least one"
@@ -75,7 +75,7 @@ class FederatedData:
                 place=f"data '{self.name}'",
                 cure="give one name per class",
             )
-        # Compared with one client, since every part must be like every other.
+        # Comparing each part with one client suffices: all must have the same shapes and types.
         first = self._first
         for part, arrays in self._parts():
             if part.startswith("client") and len(arrays) == 0:
@@ -133,8 +133,8 @@ class FederatedData:
         """Returns a sentence with the numbers of rows that were left out; empty if there are none.
 
         Args:
-            private: whether the clients' rows are protected. Then their number is left out, and the
-                sentence is the same whether or not there are any.
+            private: whether the clients' rows are protected. If so, the sentence does not depend on
+                how many of their rows were left out.
         """
         counts = {part: count for part, count in self.left_out.items() if count}
         # Even "0 rows" would be an exact fact about private rows.
@@ -153,7 +153,7 @@ class FederatedData:
         """Returns sizes, classes and label counts per client as plain JSON values.
 
         Args:
-            private: whether the clients' rows are protected: then their labels are not counted.
+            private: whether the clients' rows are protected. If so, their labels are not counted.
         """
         clients: dict[str, dict[str, Any]] = {}
         for name, arrays in self.clients.items():
@@ -178,7 +178,7 @@ class FederatedData:
         """Returns how many labels there are of each class; empty if targets are no classes."""
         if self.task.targets != "classes":
             return {}
-        # Positions that do not count, such as padding, have negative labels.
+        # Positions without a class, such as padding, have negative labels.
         counted = arrays.y[arrays.y >= 0]
         return {"labels": counted.bincount(minlength=self.num_classes).tolist()}
 
@@ -198,7 +198,7 @@ def _check_like(where: str, arrays: Arrays, first: Arrays) -> None:
     """
     several = isinstance(arrays.x, NamedInputs)
     allowed = [torch.uint8, torch.float32, torch.int64]
-    # A mask is an input beside others.
+    # Bool is allowed if there are several inputs, because one may be a mask.
     if several:
         allowed.append(torch.bool)
     for name, x in tensors_by_name(arrays.x).items():
@@ -211,10 +211,9 @@ def _check_like(where: str, arrays: Arrays, first: Arrays) -> None:
             )
     if signature_of(arrays.x) != signature_of(first.x):
         raise DataError(
-            f"examples of {inputs_text(arrays.x)} where the first client has "
-            f"{inputs_text(first.x)}",
+            f"examples of {inputs_text(arrays.x)}, but the first client has {inputs_text(first.x)}",
             place=where,
-            cure="make them all alike",
+            cure="give all parts the same shapes",
         )
     for name, x in tensors_by_name(arrays.x).items():
         if x.is_floating_point() and not bool(x.isfinite().all()):

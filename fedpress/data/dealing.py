@@ -1,4 +1,4 @@
-"""Helpers of all partitioners: the rows to deal, the requested sizes, rounding to whole rows."""
+"""Helpers of all partitioners: rows to deal, requested sizes, and rounding to whole rows."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ class Pool:
     """The rows to deal.
 
     Attributes:
-        labels: int64 [n]: class of each row, or another number that partitioners treat as one.
+        labels: int64 [n]: class of each row, or another number that partitioners use as a class.
         owners: int64 [n]: natural client of each row, as a position in `owner_names`; None if the
             data names no clients.
         owner_names: names of the natural clients.
-        excluded: natural clients whose rows are declared public or for testing.
+        excluded: natural clients whose rows are all public, or all in the test set.
     """
 
     labels: Tensor
@@ -33,7 +33,7 @@ class Pool:
 
 @dataclass(frozen=True)
 class PartitionSize:
-    """The requested number of clients and of rows for each.
+    """The requested number of clients, and of rows for each client.
 
     Attributes:
         num_clients: None: every natural client, or 10 clients if the data names none.
@@ -54,7 +54,7 @@ def apportion(weights: np.ndarray, total: int) -> np.ndarray:
     """
     exact = weights / weights.sum() * total
     counts: np.ndarray = np.floor(exact).astype(np.int64)
-    # Largest remainders first; stable, so that ties go to the first on every machine.
+    # Largest remainders first. The sort is stable, so that ties are resolved equally everywhere.
     order = np.argsort(counts - exact, kind="stable")
     counts[order[: total - counts.sum()]] += 1
     return counts
@@ -100,7 +100,7 @@ def numpy_generator(chance: RandomSource) -> np.random.Generator:
 def rows_by_class(labels: Tensor, chance: RandomSource) -> list[Tensor]:
     """Returns the shuffled row positions of each class that occurs."""
     order = chance.permutation(len(labels))
-    # One permutation for all classes: the rows of each keep its order, which is random too.
+    # One permutation serves all classes: within each class the order is random too.
     return [order[labels[order] == label] for label in labels.unique()]
 
 
@@ -120,7 +120,7 @@ def deal_counts(rows: list[Tensor], counts: np.ndarray) -> list[Tensor]:
 def fit_to_supply(mixes: np.ndarray, each: int, supply: np.ndarray) -> np.ndarray:
     """Turns class mixes into numbers of rows, without using more rows of a class than there are.
 
-    When a class has run out, the client gets more rows of the others.
+    When no row of a class is left, the client gets more rows of other classes.
 
     Args:
         mixes: [clients, classes]: shares of the classes that each client wants.
@@ -133,7 +133,7 @@ def fit_to_supply(mixes: np.ndarray, each: int, supply: np.ndarray) -> np.ndarra
     left = supply.copy()
     counts = np.zeros(mixes.shape, dtype=np.int64)
     for client, mix in enumerate(mixes):
-        # Each round fills the client or empties a class, so it ends.
+        # Each round fills the client or uses up a class, so the loop ends.
         while (missing := each - counts[client].sum()) > 0:
             # The small addition keeps the weights above 0 when all classes of the mix have run out.
             weights = np.where(left > 0, mix + 1e-9 * supply / supply.sum(), 0.0)

@@ -46,7 +46,7 @@ def fetch(
         _fetch_all(url, part, progress, wait)
         got = md5_of(part)
         if got != md5:
-            # A wrong file must not be continued by the next attempt.
+            # Deleted, because the next attempt must not append to a wrong file.
             part.unlink()
             raise DataError(
                 f"the download has md5 {got}, expected {md5}",
@@ -64,7 +64,7 @@ def md5_of(path: Path) -> str:
 
 
 def _fetch_all(url: str, part: Path, progress: Progress | None, wait: float) -> None:
-    """Downloads until the file is complete, or until `ATTEMPTS` in a row brought no new bytes."""
+    """Downloads until the file is complete, or `ATTEMPTS` in a row have brought no new bytes."""
     fruitless = 0
     while True:
         before = _size(part)
@@ -82,7 +82,7 @@ def _fetch_all(url: str, part: Path, progress: Progress | None, wait: float) -> 
 
 
 def _fetch_rest(url: str, part: Path, progress: Progress | None) -> None:
-    """Requests the bytes from the end of `part` on, and appends them."""
+    """Requests the bytes that `part` lacks, and appends them."""
     start = _size(part)
     headers = {"User-Agent": "fedpress"}
     if start:
@@ -90,10 +90,10 @@ def _fetch_rest(url: str, part: Path, progress: Progress | None) -> None:
     try:
         response = urlopen(Request(url, headers=headers), timeout=TIMEOUT_SECONDS)
     except HTTPError as error:
-        # "Range not satisfiable": `part` is already complete. The checksum will verify it.
+        # "Range not satisfiable": `part` seems complete. The checksum will verify this.
         if error.code == 416:
             return
-        # 5xx errors are often temporary, so another attempt makes sense; 4xx errors are not.
+        # 5xx errors are often temporary, so the download is tried again. 4xx errors are final.
         if error.code >= 500:
             raise _BrokenOff(f"the server says {error.code} {error.reason}") from error
         raise DataError(
@@ -107,7 +107,7 @@ def _fetch_rest(url: str, part: Path, progress: Progress | None) -> None:
         # A server that ignores the range sends the whole file with status 200: start again.
         resumed = response.status == 206
         done = start if resumed else 0
-        # Servers may send no length; a broken download is then found by its checksum only.
+        # A server may send no length. Then only the checksum detects an incomplete download.
         length = response.headers.get("Content-Length")
         total = None
         if length and length.isdigit():

@@ -13,7 +13,7 @@ from fedpress.data.preparation import Preparation
 from fedpress.tasks.base import Targets
 
 Progress = Callable[[str, int, int | None], None]
-"""`progress(what, done, total)` is called during a download or decoding; total None: unknown."""
+"""`progress(what, done, total)` is called during downloads and decoding; total may be None."""
 
 
 @dataclass(frozen=True)
@@ -56,12 +56,12 @@ class InputRows:
 class SourceRows:
     """Rows for training, and for testing if the source has its own test set.
 
-    Classes and inputs decide the shape of the model, which everybody sees, so only public rows may
-    decide them. Which rows are public is known only after the split. So `targets` and `inputs` are
-    functions that are called then.
+    Classes and inputs decide the shape of the model, and everybody sees that shape. So only public
+    rows may decide them. Which rows are public is known after the split, so `targets` and `inputs`
+    are functions that are called after it.
 
     Attributes:
-        name: of the source.
+        name: name of the source.
         train: the rows to split. If `targets` is given, `train.y` is used by partitioners only.
         class_names: one name per label, if the source decides them; else empty.
         test: the source's own test rows; None: some of `train` are set aside.

@@ -1,7 +1,8 @@
 """Turns feature columns of a table into inputs: numbers as they are, words one-hot.
 
 The kind of a column, its list of words and its mean are taken from public rows only. A single
-private row must not add an input to a model that is given away, nor change a value in its file.
+private row must neither add an input to the model nor change a value in its file, because others
+receive both.
 """
 
 from __future__ import annotations
@@ -62,11 +63,11 @@ class FeatureColumns:
             blocks.append(block)
             left_out |= dropped
         x = torch.from_numpy(np.concatenate(blocks, axis=1))
-        # Rows that are left out need no values.
+        # Rows that are dropped need no values.
         gaps = x.isnan() & ~torch.from_numpy(left_out)[:, None]
         if not len(public) and bool(gaps.any()):
             raise DataError(
-                "'mean' needs public rows to take the mean of",
+                "'mean' needs public rows, whose mean it takes",
                 place="missing",
                 cure="give public_share or public_clients, or set missing = 'drop'",
             )
@@ -98,7 +99,7 @@ class FeatureColumns:
         has_list = column.name in self.settings.words
         list_is_public = column.name in self.settings.public_words
         if has_list:
-            # The user listed words for this column: "1" and "2" are then words, too.
+            # The user listed words for this column, so "1" and "2" are words here.
             values = as_text(column.values)
         elif list_is_public:
             values = column.typed()
@@ -116,11 +117,11 @@ class FeatureColumns:
 
         block = number_block(values, column.name)
         kind: Kind = "truth" if types.is_boolean(values.type) else "number"
-        # Private cells with a text where the public rows have numbers: `typed` made them null.
+        # Public rows have numbers here. `typed` turned private cells with other text into null.
         not_numbers = values.is_null().to_numpy() & column.values.is_valid().to_numpy()
         if not_numbers.any() and self.settings.missing == "error":
             raise DataError(
-                "it holds numbers, but some rows have something else there",
+                "it holds numbers, but some rows have other text in this column",
                 place=f"feature column '{column.name}'",
                 cure="set missing = 'drop' or 'mean', or name it in drop_columns",
             )
@@ -137,7 +138,7 @@ class FeatureColumns:
             seen = values.take(pa.array(public))
         else:
             raise DataError(
-                "it holds words, and no row is public to take the list of words from",
+                "it holds words, but there is no public row from which to take the list of words",
                 place=f"feature column '{name}'",
                 cure=(
                     f'add words = {{ "{name}" = ["WORD", "WORD"] }} to [data], or public_words = '
@@ -146,9 +147,9 @@ class FeatureColumns:
             )
         if len(seen.unique()) > MOST_WORDS:
             raise DataError(
-                f"more than {MOST_WORDS} different words, which is more than can be coded",
+                f"it has more than {MOST_WORDS} different words, too many for one input each",
                 place=f"feature column '{name}'",
-                cure="name it in drop_columns, or list those that matter with words = { ... }",
+                cure="name it in drop_columns, or list the important words with words = { ... }",
             )
         return sorted(seen.unique().drop_null().to_pylist())
 
@@ -175,7 +176,7 @@ class FeatureColumns:
             cure = 'add decimal = "," to [data]'
             # A comma cannot be both delimiter and decimal separator.
             if self.settings.delimiter == ",":
-                cure = "write them with points, or without commas if these divide thousands"
+                cure = "write decimal points, or remove commas that separate thousands"
             raise DataError(
                 "its numbers have decimal commas",
                 place=f"feature column '{column.name}'",
@@ -199,7 +200,7 @@ def one_hot_block(
     block = np.zeros((len(positions), len(words)), dtype=np.float32)
     known = np.flatnonzero(positions >= 0)
     block[known, positions[known]] = 1.0
-    # All inputs of a missing word are NaN until they are filled, as with numbers.
+    # If a word is missing, all its inputs are NaN until they are filled, as with numbers.
     block[missing] = np.nan
     return block, is_unknown
 

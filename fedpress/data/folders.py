@@ -20,12 +20,12 @@ ENDINGS = frozenset((".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", "
 def read_folders(settings: DataSettings, progress: Progress | None) -> SourceRows:
     """Returns uint8 images [n, C, H, W] in the order of their paths.
 
-    They are decoded later, when it is known which are public: a public image decides the number of
-    channels and the size. Decoded images are never written to the cache folder, because they may be
-    private.
+    Images are decoded after the split, because a public image decides the size and the number of
+    channels. Decoded images are never written to the cache folder, because they may be private.
 
     Raises:
-        DataError: if there are no images, or a client has none; on decoding, if one cannot be read.
+        DataError: if there are no images, or a client has none. Unreadable images raise it later,
+        when they are decoded.
     """
     assert settings.path is not None, "checked by DataSettings"
     if not settings.path.is_dir():
@@ -54,7 +54,7 @@ def read_folders(settings: DataSettings, progress: Progress | None) -> SourceRow
     labels = sorted({file.parent.name for file in every})
 
     def where(number: int) -> str:
-        # "*" hides the folder: it is the label of a private image, which no error may show.
+        # "*" replaces the label's folder: no error may show the label of a private image.
         client = every[number].parent.parent
         return f"'{client / '*' / every[number].name}'"
 

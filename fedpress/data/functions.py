@@ -25,7 +25,7 @@ from fedpress.tasks.classification import IGNORED
 
 
 def call_function(settings: DataSettings, seed: int) -> FederatedData | SourceRows:
-    """Calls the user's function, with `path` and `seed` if it takes them, and checks its result.
+    """Calls the user's function (with `path` and `seed` if it takes them) and checks its result.
 
     The function returns a `FederatedData`, which is used unchanged, or a dictionary from client
     name to (x, y), whose rows are split as the settings say:
@@ -38,7 +38,7 @@ def call_function(settings: DataSettings, seed: int) -> FederatedData | SourceRo
       numbers [n, ...] for each position, with -100 for positions that do not count.
 
     Raises:
-        DataError: if there is no such function, it fails, or it returns something else.
+        DataError: if the function is missing, fails, or returns something else.
     """
     where = f"source '{settings.source}'"
     function = _find(settings.source, where)
@@ -47,7 +47,7 @@ def call_function(settings: DataSettings, seed: int) -> FederatedData | SourceRo
         taken = inspect.signature(function).parameters
         arguments = {name: value for name, value in known.items() if name in taken}
         found = function(**arguments)
-    # Our own errors have a place and a cure already.
+    # Errors of fedpress have a place and a cure already.
     except FedpressError:
         raise
     except Exception as error:
@@ -113,13 +113,13 @@ def _concatenate(
         raise DataError(
             f"clients' examples differ: {' and '.join(sorted(forms.values()))}",
             place=where,
-            cure="make them alike",
+            cure="give all clients examples of the same shape and type",
         )
     try:
         labels = np.concatenate([y for _, y in clients.values()])
     except ValueError as error:
         raise DataError(
-            "clients' targets differ in shape", place=where, cure="make them alike"
+            "clients' targets differ in shape", place=where, cure="give all targets the same shape"
         ) from error
     return join([x for x, _ in clients.values()]), labels
 
@@ -144,7 +144,7 @@ def _of_classes(
 def _names_of_numbers(
     y: Tensor, public: Tensor, settings: DataSettings, where: str
 ) -> tuple[str, ...]:
-    """Returns the names of class numbers: of the recipe, or "0" up to the highest public one."""
+    """Returns the class names: those of the recipe, or "0" up to the highest public number."""
     if settings.classes is not None:
         return settings.classes
     rows = rows_that_define_classes(public, len(y), settings, where)
@@ -162,7 +162,7 @@ def _of_positions(settings: DataSettings, rows: SourceRows, y: Tensor, where: st
         raise DataError(
             "some labels are negative numbers",
             place=where,
-            cure=f"expected class numbers from 0 up, and {IGNORED} for what does not count",
+            cure=f"expected class numbers from 0 up, and {IGNORED} for positions without a class",
         )
     most = int(y.max()) + 1
     votes = torch.stack([(y == label).flatten(1).sum(1) for label in range(most)], 1)
@@ -246,7 +246,7 @@ def _arrays(pair: Any, where: str) -> tuple[Any, np.ndarray]:
         if isinstance(pair, Arrays):
             pair = pair.x, pair.y
         x, y = pair
-        # By way of numpy, which takes lists, data frames and the arrays of other libraries.
+        # numpy converts lists, data frames and the arrays of other libraries.
         if isinstance(x, Mapping):
             return {name: torch.as_tensor(np.asarray(x[name])) for name in x}, np.asarray(y)
         return torch.as_tensor(np.asarray(x)), np.asarray(y)
@@ -271,7 +271,7 @@ def _in_our_type(t: Tensor) -> Tensor:
 def _named(x: Mapping[str, Tensor], where: str) -> NamedInputs:
     """Checks and converts several inputs: numbers, integers, booleans or uint8 images."""
     for name, t in x.items():
-        # Bytes of another shape may be images without channels, or numbers: do not guess.
+        # Bytes of another shape may be images without channels, or numbers. We do not guess.
         if (t.dtype == torch.uint8 and t.ndim != 4) or t.is_complex():
             raise DataError(
                 f"'{name}' holds {t.dtype} of shape {list(t.shape)}",
@@ -285,9 +285,10 @@ def _named(x: Mapping[str, Tensor], where: str) -> NamedInputs:
 
 
 def _numbered(y: np.ndarray, where: str) -> tuple[Tensor, tuple[str, ...]]:
-    """Returns labels as int64 [n], and their names: ["ill", "well", "ill"] is [0, 1, 0] and both.
+    """Returns labels as int64 [n], and their names.
 
-    Labels that are class numbers already have no names.
+    Example: ["ill", "well", "ill"] gives [0, 1, 0] and ("ill", "well"). Labels that are class
+    numbers already have no names.
     """
     if y.dtype.kind in "US":
         words, positions = np.unique(y, return_inverse=True)

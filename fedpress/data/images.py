@@ -47,7 +47,7 @@ def decode(
 ) -> Tensor:
     """Decodes images to uint8 [n, C, H, W]; C is 1 if the image `like` is grey, else 3.
 
-    It uses one thread. A second one did not help when measured: pillow holds the GIL.
+    It uses one thread. Two threads were not faster when measured, because pillow holds the GIL.
 
     Args:
         images: the content of each file, or its path.
@@ -72,7 +72,7 @@ def decode(
         if pixels.shape != first.shape:
             raise DataError(
                 (
-                    f"an image of {pixels.shape[0]}x{pixels.shape[1]} pixels where {other} has "
+                    f"an image of {pixels.shape[0]}x{pixels.shape[1]} pixels, but {other} has "
                     f"{first.shape[0]}x{first.shape[1]}"
                 ),
                 place=f"{where(i)}",
@@ -92,22 +92,22 @@ def _decode_one(
 ) -> np.ndarray:
     try:
         with _opened(source) as image:
-            # Checked on the header, before decoding: a file of some kilobytes may ask for
-            # gigabytes of memory.
+            # The header is checked before decoding, because an image of some kilobytes may
+            # need gigabytes of memory.
             excess = limits.above("pixels", image.width * image.height)
             if excess:
                 raise DataError(
                     f"{image.width}x{image.height} are {excess.problem}",
                     place=where,
-                    cure=f"{excess.cure}, or shrink it before",
+                    cure=f"{excess.cure}, or make the image smaller",
                 )
             own_mode = "L" if image.mode in GREY else "RGB"
             pixels = image.convert(mode or own_mode)
         if size is not None and pixels.size != (size, size):
             pixels = pixels.resize((size, size), Image.Resampling.BILINEAR)
         return np.asarray(pixels)
-    # Pillow raises SyntaxError for a broken PNG. Its messages name the path, and its folder may be
-    # a private label.
+    # Pillow raises SyntaxError for a broken PNG. Its messages contain the path, and a folder in the
+    # path may be a private label, so they are not shown.
     except (OSError, ValueError, SyntaxError) as error:
         raise DataError(
             f"not a readable image ({type(error).__name__})",
@@ -119,7 +119,7 @@ def _decode_one(
 def _opened(source: bytes | Path | None) -> Image.Image:
     """Reads the header of an image."""
     file = source if isinstance(source, Path) else io.BytesIO(source or b"")
-    # Pillow would check its own limit for pixels here, and ours may be set higher.
+    # Pillow's own pixel limit is switched off here, because the user may have set ours higher.
     theirs = Image.MAX_IMAGE_PIXELS
     Image.MAX_IMAGE_PIXELS = None
     try:
@@ -130,6 +130,6 @@ def _opened(source: bytes | Path | None) -> Image.Image:
 
 @cache
 def _formats() -> tuple[str, ...]:
-    """Returns those of `FORMATS` that this pillow was built with."""
+    """Returns the entries of `FORMATS` that the installed pillow supports."""
     Image.init()
     return tuple(name for name in FORMATS if name in Image.OPEN)

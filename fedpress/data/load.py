@@ -43,9 +43,9 @@ def load(settings: DataSettings, seed: int, *, progress: Progress | None = None)
     found = _read(settings, seed, progress)
     if settings.class_weights is None:
         return found
-    # After the split, since balanced weights come from the public examples only.
+    # Done after the split, because balanced weights are computed from public examples only.
     task = found.task.weighted(settings.class_weights, found.public.y)
-    # They may be logged: they come from public counts or the recipe, not from private rows.
+    # Class weights may be logged: they come from public counts or the recipe.
     shown = ", ".join(f"{weight:.3g}" for weight in task.class_weights)
     log.info("class weights %s", shown)
     return replace(found, task=task)
@@ -77,9 +77,9 @@ def _resized(arrays: Arrays, side: int) -> Arrays:
     """
     if isinstance(arrays.x, NamedInputs):
         raise DataError(
-            "it resizes examples of one image, and these have several inputs",
+            "it resizes examples of a single image, but these have several inputs",
             place="image_size",
-            cure="leave it out, and resize images in the function that makes them",
+            cure="leave image_size out, and resize images in the function that makes them",
         )
     if not is_image(arrays.x):
         return arrays

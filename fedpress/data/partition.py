@@ -26,7 +26,7 @@ from fedpress.errors import DataError, SettingError, suggestion
 
 
 class _Settings(BaseModel, frozen=True, extra="forbid"):
-    # Whether rows that are dealt to no client become the public part, if the recipe declares none.
+    # Whether rows without a client become the public part if the recipe declares no public rows.
     rest_is_public: ClassVar[bool] = True
 
 
@@ -71,10 +71,11 @@ class Quantity(_Settings, frozen=True):
 class Dirichlet(_Settings, frozen=True):
     """Label skew: class shares are drawn from Dirichlet(alpha); a small alpha means few classes.
 
-    With `examples_per_client`, each client draws its own mix of classes and holds exactly that many
-    rows (Hsu et al. 2019, "Measuring the effects of non-identical data distribution", section 3).
-    Without it, the rows of each class are divided among the clients by shares drawn for that class,
-    so that the clients' sizes differ too (Yurochkin et al. 2019, section 4).
+    With `examples_per_client`, each client draws its own mix of classes, and has exactly that
+    number
+    of rows (Hsu et al. 2019, "Measuring the effects of non-identical data distribution", section
+    3). Without `examples_per_client`, shares of the clients are drawn for each class, and its rows
+    are divided by them. The clients' sizes then differ too (Yurochkin et al. 2019, section 4).
     """
 
     kind: Literal["dirichlet"] = "dirichlet"
@@ -98,7 +99,7 @@ class Dirichlet(_Settings, frozen=True):
                 shares.append(apportion(drawn, len(group)))
             counts = np.stack(shares, axis=1)
         else:
-            # A mix may ask for more rows of a class than there are.
+            # The drawn mixes may need more rows of a class than there are.
             mixes = rng.dirichlet(np.full(len(rows), self.alpha), size=clients)
             supply = np.array([len(group) for group in rows])
             counts = fit_to_supply(mixes, ask.examples_per_client, supply)
@@ -108,8 +109,8 @@ class Dirichlet(_Settings, frozen=True):
 class Shards(_Settings, frozen=True):
     """Every client has rows of `classes_per_client` classes; clients share a class evenly.
 
-    It follows McMahan et al. 2017, section 3 ("pathological non-iid"), but no shard spans two
-    classes.
+    This is the "pathological non-iid" split of McMahan et al. 2017, section 3, except that no shard
+    spans two classes.
     """
 
     kind: Literal["shards"] = "shards"
@@ -145,7 +146,8 @@ class Shards(_Settings, frozen=True):
     def _choose_classes(self, clients: int, classes: int, chance: RandomSource) -> np.ndarray:
         """Returns bool [clients, classes]: which classes each client holds.
 
-        Clients take the classes with the fewest holders in turn; ties are broken at random.
+        The clients choose one after another. Each takes the classes that the fewest clients hold so
+        far; ties are broken at random.
         """
         if self.classes_per_client > classes:
             raise DataError(
@@ -191,9 +193,9 @@ class Shards(_Settings, frozen=True):
 class Natural(_Settings, frozen=True):
     """Every client is one natural client of the data: a person, a hospital, a folder.
 
-    `num_clients` chooses that many of them at random, and `examples_per_client` keeps at most that
-    many rows of each. Other rows are not used. They must not become public, because they belong to
-    a natural client.
+    `num_clients` is the number of natural clients that are chosen at random, and
+    `examples_per_client` the maximum number of rows of each. Other rows are not used. They must not
+    become public, because they belong to a natural client.
     """
 
     kind: Literal["natural"] = "natural"
@@ -226,7 +228,7 @@ class Natural(_Settings, frozen=True):
                     place="partition 'natural'",
                     cure="lower test_share or public_share",
                 )
-            # Shuffled, since rows of a file may be sorted, by date or label.
+            # Shuffled, because the rows of a file may be sorted by date or label.
             dealt[name] = rows[chance.permutation(len(rows))][: ask.examples_per_client]
         return dealt
 

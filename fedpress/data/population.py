@@ -25,7 +25,7 @@ class Population:
             secure.
 
     Raises:
-        DataError: if a name comes twice, or the numbers or keys are not those of the named clients.
+        DataError: if a name occurs twice, or numbers or keys do not belong to the named clients.
 
     >>> Population(("a", "b"), {"a": 3, "b": 5}).total
     8
@@ -38,16 +38,16 @@ class Population:
     def __post_init__(self) -> None:
         if not self.names or len(set(self.names)) != len(self.names):
             raise DataError(
-                "expected at least one client, each by a name of its own",
+                "expected at least one client, and a different name for each",
                 place="population.names",
-                cure="name each once",
+                cure="list each client once",
             )
         for what, table in (("examples", self.examples), ("identities", self.identities)):
             if table and table.keys() != set(self.names):
                 raise DataError(
                     f"expected one entry for each of the {len(self.names)} clients",
                     place=f"population.{what}",
-                    cure="give all or none",
+                    cure="give one entry for each client, or none at all",
                 )
         for name, count in (self.examples or {}).items():
             if count < 1:
@@ -78,9 +78,9 @@ class Population:
         """
         if self.examples is None:
             raise DataError(
-                "whole clients are protected here, so nobody may know how many examples one has",
+                "clients are protected here, so their numbers of examples are secret",
                 place="population.examples",
-                cure="ask for what does not need them",
+                cure="use settings that do not need these numbers",
             )
         return self.examples
 
@@ -97,15 +97,15 @@ class Population:
 
     @classmethod
     def from_json(cls, text: str) -> Population:
-        """Reads the text of `to_json`; it is checked, since it comes over the network.
+        """Reads the text of `to_json`. The text is checked, because it comes over the network.
 
         Raises:
-            DataError: if it is no such text.
+            DataError: if the text is not valid.
         """
         try:
             table: dict[str, Any] = json.loads(text)
             names, counts, keys = table["names"], table["examples"], table["identities"]
-            # `type` instead of isinstance, because `True` is an int for isinstance.
+            # `type` instead of isinstance, because isinstance takes `True` for an int.
             if not all(type(name) is str for name in names):
                 raise TypeError("names")
             if counts is not None and not all(type(count) is int for count in counts):

@@ -1,6 +1,6 @@
 """`Preparation`: how rows of a table become the inputs of a network; saved as `inputs.json`.
 
-A device needs it beside the exported file. `fedpress.data.prepare` applies it.
+A device needs this file in addition to the exported model. `fedpress.data.prepare` applies it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class InputColumn:
     """One column of the table, and the inputs that it becomes.
 
     Attributes:
-        name: of the column.
+        name: name of the column.
         kind: "number"; "truth" (true is 1, false is 0); or "words" (one-hot, one input a word).
         words: the words in the order of their inputs. They include "other" if unknown words have
             an input of their own.
@@ -42,7 +42,7 @@ class InputColumn:
 
     @property
     def width(self) -> int:
-        """Number of inputs that it becomes."""
+        """Number of inputs that the column becomes."""
         return len(self.words) if self.kind == "words" else 1
 
 
@@ -50,15 +50,15 @@ class InputColumn:
 class Preparation:
     """The columns of a table in the order of their inputs, and the standardisation.
 
-    It is saved beside exported files, so it has only what was declared or learned from public rows.
+    It is saved next to exported files, so all it contains was declared or comes from public rows.
 
     Attributes:
         columns: in the order of the inputs.
         gaps: the texts of a missing cell; a cell of another type is missing if it is None or NaN.
         decimal: decimal separator of numbers that are given as text.
-        mean: of each input. `fedpress.data.prepare` applies it; the exported file does not.
-        std: likewise.
-        class_names: in the order of the network's outputs.
+        mean: mean of each input. `fedpress.data.prepare` subtracts it; the exported model does not.
+        std: standard deviation of each input; it is used likewise.
+        class_names: names of the classes, in the order of the network's outputs.
     """
 
     columns: tuple[InputColumn, ...]
@@ -78,7 +78,7 @@ class Preparation:
     ) -> Preparation:
         """Returns the same columns with the standardisation and the classes of a network."""
         mean, std = preprocess.mean or (0.0,), preprocess.std or (1.0,)
-        # A single value stands for all inputs.
+        # A single value applies to all inputs.
         if len(mean) == 1:
             mean, std = mean * self.width, std * self.width
         return replace(self, mean=mean, std=std, class_names=tuple(class_names))
@@ -99,7 +99,7 @@ class Preparation:
             "decimal": self.decimal,
             "mean": list(self.mean),
             "std": list(self.std),
-            # For people who read the file: the exported network does not standardise.
+            # A hint for readers of the file: the exported network does not standardise.
             "standardised_by_the_file": False,
             "class_names": list(self.class_names),
         }
@@ -124,7 +124,7 @@ class Preparation:
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> Preparation:
-        """Reads what `to_json` returned, which may come from anybody.
+        """Reads the untrusted output of `to_json`.
 
         Raises:
             DataError: if its parts are missing or contradict each other.
@@ -163,11 +163,11 @@ def _column(line: Mapping[str, Any]) -> InputColumn:
         )
     fill = tuple(map(float, line["fill"] or ()))
     found = InputColumn(line["name"], line["kind"], tuple(line.get("words", ())), unknown, fill)
-    # Checked here, since numpy would spread a single value over all inputs.
+    # Checked here, because numpy would use a single value for all inputs.
     if fill and len(fill) != found.width:
         raise ValueError(
             f"column {found.name!r} has {len(fill)} values to fill {found.width} inputs"
         )
     if unknown == "other" and "other" not in found.words:
-        raise ValueError(f"column {found.name!r} has no word 'other' for those that are not listed")
+        raise ValueError(f"column {found.name!r} has no word 'other' for unlisted words")
     return found

@@ -1,4 +1,4 @@
-"""Turns raw rows of a table into the input of a network, in the same way as for training."""
+"""Turns raw rows of a table into the input of a network, in the same way as in training."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def _cell(row: Mapping[str, Any], at: int, column: InputColumn, preparation: Pre
         raise DataError(
             f"there is no column '{column.name}'",
             place=f"row {at}",
-            cure="give it, with None where it has no value",
+            cure="add the column, with None where it has no value",
         )
     value = row[column.name]
     # pandas has NaN for a missing cell, also among words.
@@ -71,7 +71,7 @@ def _block(cells: list[Any], column: InputColumn, preparation: Preparation) -> n
             raise DataError(
                 f"column '{column.name}' has a word that is not on its list",
                 place=f"row {int(unknown.argmax())}",
-                cure="the training left such rows out",
+                cure="leave the row out, as the training did",
             )
     else:
         block = _numbers(cells, column, preparation.decimal)
@@ -108,7 +108,7 @@ def _words(cells: list[Any], name: str) -> Any:
 
 def _numbers(cells: list[Any], column: InputColumn, decimal: str) -> np.ndarray:
     """Returns float32 [n, 1]; NaN for missing cells, and for text that is no number."""
-    # Text is read by the same code as in training; all other cells are null here.
+    # Text is converted by the same code as in training; other cells are null in this step.
     texts = [cell if isinstance(cell, str) else None for cell in cells]
     values = pa.chunked_array([pa.array(texts, pa.string())])
     kind = pa.bool_() if column.kind == "truth" else pa.float64()
@@ -118,7 +118,7 @@ def _numbers(cells: list[Any], column: InputColumn, decimal: str) -> np.ndarray:
         if cell is None or isinstance(cell, str):
             continue
         try:
-            # A number above float32 becomes infinity, which has an error of its own below.
+            # A number too large for float32 becomes infinity; the check below reports it.
             with np.errstate(over="ignore"):
                 block[at] = np.float32(float(cell))
         except (TypeError, ValueError, OverflowError) as error:

@@ -30,7 +30,7 @@ def split_rows(examples: SourceRows, settings: DataSettings, seed: int) -> Feder
     partition = settings.partition
     if partition is None:
         partition = Iid() if examples.owners is None else Natural()
-    # Whole clients first, then shares: a share must be of the clients that are left.
+    # First all rows of named clients are taken out; shares are then taken of the other clients.
     rows = torch.arange(len(examples.train))
     public, rows = _split_off_clients(examples, rows, settings.public_clients, "public_clients")
     test, rows = _split_off_test(examples, rows, settings, seed)
@@ -73,7 +73,7 @@ def _split_off_test(
     test, rest = _split_off_share(examples, rows, settings.test_share, seed, "test")
     if len(test) == 0:
         raise DataError(
-            f"{settings.test_share:g} of {len(rows)} rows leaves no test set",
+            f"{settings.test_share:g} of {len(rows)} rows is less than one row for the test set",
             place="test_share",
             cure="raise it, or name test_clients",
         )
@@ -121,10 +121,10 @@ def _split_off_share(
     drawn = [torch.zeros(0, dtype=torch.int64)]
     for owner in owners.unique().tolist():
         own = torch.nonzero(owners == owner).flatten()
-        # By the name of the owner, so that another client in the data changes nothing for it.
+        # The random stream depends on the client's name, so that adding a client changes no other.
         name = examples.owner_names[owner] if examples.owner_names else ""
         order = public_stream(seed, "data", stream, name).permutation(len(own))
-        # 0.3 * 10 is a little below 3 in floating point.
+        # The small addition is needed because 0.3 * 10 can be slightly below 3 in floating point.
         count = int(share * len(own) + 1e-9)
         drawn.append(own[order[:count]])
     taken = torch.cat(drawn)
@@ -145,7 +145,7 @@ def _split_off_validation(
                 "lower validation, or declare more rows public with public_share or public_clients"
             ),
         )
-    # A stream of its own, so that the size of other parts does not change the order.
+    # This random stream is separate, so that the sizes of other parts do not change the order.
     order = public[public_stream(seed, "data", "validation").permutation(len(public))]
     return order[:count], order[count:]
 
@@ -159,8 +159,8 @@ def _without(rows: Tensor, positions: Tensor) -> Tensor:
 def _assemble(examples: SourceRows, settings: DataSettings, parts: Parts) -> FederatedData:
     """Computes targets and inputs, which depend on the public rows, and collects all parts."""
     found = _targets(examples, settings, torch.cat([parts.public, parts.validation]))
-    # Validation rows are public too, but must not be used to fit the inputs (means, words): the
-    # validation has to show how well the model does on new rows.
+    # Validation rows are public too, but means and words must not be fitted on them: validation
+    # has to show how good the model is on new rows.
     if examples.inputs is None:
         inputs = InputRows(examples.train.x, torch.zeros(len(examples.train), dtype=torch.bool))
     else:
@@ -170,7 +170,7 @@ def _assemble(examples: SourceRows, settings: DataSettings, parts: Parts) -> Fed
     left_out: dict[str, int] = {}
 
     def part(name: str, rows: Arrays | Tensor) -> Arrays:
-        # The source's own test set has no rows to drop.
+        # No row of the source's own test set is dropped.
         if isinstance(rows, Arrays):
             return rows
         kept = rows[usable[rows]]
@@ -211,11 +211,11 @@ def _targets(examples: SourceRows, settings: DataSettings, public: Tensor) -> Ta
 
 
 def _check_clients(parts: Parts, usable: Tensor) -> None:
-    """Checks that every client has a row that is not left out."""
+    """Checks that every client has at least one row that is not dropped."""
     for name, rows in parts.clients.items():
         if len(rows) and not bool(usable[rows].any()):
             raise DataError(
-                "no row is left, since their classes or words are on no list",
+                "all its rows are dropped, because their classes or words are on no list",
                 place=f"client '{name}'",
                 cure=(
                     "name all of them with classes = [...] or words = {...}, set unknown = "

@@ -54,7 +54,7 @@ def read_tables(settings: DataSettings, progress: Progress | None) -> SourceRows
         column = Column.of(table, settings.client_column, settings).typed()
         owners, owner_names = columns.class_codes(column, settings.client_column, "client")
     name = files[0].stem if len(files) == 1 else files[0].parent.name
-    # The inputs are not known yet, so the row numbers take their place.
+    # The inputs are computed after the split; until then `x` holds row numbers.
     rows = Arrays(torch.arange(len(y))[:, None], y)
     found = SourceRows(
         name, rows, owners=owners, owner_names=owner_names, targets=targets.targets, kind=kind
@@ -87,7 +87,7 @@ def find(path: Path, kind: str) -> list[Path]:
     folder, pattern = path, f"*.{kind}"
     if "*" in path.name:
         folder, pattern = path.parent, path.name
-    # Sorted, since a folder has no order of its own and a seed must give the same rows.
+    # Sorted, because the order in a folder is arbitrary, and a seed must give the same rows.
     files = sorted(file for file in folder.glob(pattern) if file.is_file())
     if not files:
         missing = f"no such path '{path}'"
@@ -128,14 +128,14 @@ def _concatenate(tables: list[Any], files: list[Path]) -> Any:
             raise DataError(
                 f"two columns are named '{twice[0]}'",
                 place=f"'{file}'",
-                cure="give each a name of its own",
+                cure="give each a different name",
             )
     # "permissive": one file may have integers where another has decimals.
     try:
         return pa.concat_tables(tables, promote_options="permissive")
     except pa.ArrowException as error:
         raise DataError(
-            (f"the {len(files)} files beside it have columns of different kinds ({_brief(error)})"),
+            (f"the {len(files)} files have columns of different types ({_brief(error)})"),
             place=f"'{files[0]}'",
             cure="make them alike",
         ) from error
@@ -207,7 +207,7 @@ def _refuse_gaps(table: Any, names: list[str]) -> None:
 
 
 def _is_missing(column: Any) -> Any:
-    # pyarrow compares with NaN in columns of floats only.
+    # pyarrow can compare with NaN only in columns of floats.
     return pc.is_null(column, nan_is_null=bool(types.is_floating(column.type)))
 
 
@@ -223,7 +223,7 @@ def _images(
         )
     blobs = pc.struct_field(column, "bytes").to_pylist()
     where = f"'{settings.path}' column '{name}' row"
-    # The first public image decides on channels and size.
+    # The first public image decides the channels and the size.
     like = int(public.min()) if len(public) else 0
     x = images.decode(
         blobs,

@@ -55,7 +55,7 @@ def partition_labels_of_numbers(values: Tensor) -> Tensor:
     first = values if values.dim() == 1 else values[:, 0]
     rank = torch.empty(len(first), dtype=torch.int64)
     rank[first.argsort(stable=True)] = torch.arange(len(first))
-    # By rank, not by value: every tenth then has as many rows.
+    # By rank, not by value, so that all ten groups have the same number of rows.
     return rank * GROUPS // max(1, len(first))
 
 
@@ -133,25 +133,25 @@ class FlagColumns:
             DataError: if a public row holds another value.
         """
         y = torch.from_numpy(np.stack([_as_numbers(column) for column in self.columns], 1))
-        # A missing label is NaN, which equals neither, so its row is dropped.
+        # A missing label is NaN, which equals neither 0 nor 1, so its row is dropped.
         fits = (y == 0) | (y == 1)
         for at, column in enumerate(self.columns):
             if not bool(fits[public, at].all()):
                 raise DataError(
-                    "some public rows hold something else than 0 and 1",
+                    "some public rows hold other values than 0 and 1",
                     place=f"label column '{column.name}'",
-                    cure="name columns that say whether a label is there",
+                    cure="name columns of 0 and 1, one for each label",
                 )
         return TargetRows(y, tuple(column.name for column in self.columns), fits.all(1))
 
 
 def _as_numbers(column: Column) -> np.ndarray:
-    """Returns float32 [n]; NaN for what is no number."""
+    """Returns float32 [n]; NaN for cells that are no number."""
     values: Any = column.values
     if column.text:
         values = column.cast(pa.float64())
         truth = column.cast(pa.bool_())
-        # More cells read as "true" or "false" than as numbers: the column holds booleans.
+        # More cells are "true" or "false" than are numbers, so the column holds booleans.
         if truth.null_count < values.null_count:
             values = truth
     if types.is_boolean(values.type):

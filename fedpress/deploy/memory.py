@@ -20,13 +20,13 @@ from fedpress.errors import ExportError
 
 
 def peak_memory(runnable: Runnable, given: InputSpec, *, batch: int = 1) -> int:
-    """Returns the most bytes by which a new process grows while it loads it and runs one batch.
+    """Returns the peak growth of a new process, in bytes, while it loads and runs `runnable` once.
 
     The runtime is imported first, so its own memory is not counted. A model runs as its captured
     graph, in eager torch.
 
     Raises:
-        ExportError: if it cannot be run.
+        ExportError: if `runnable` cannot be run.
     """
     with tempfile.TemporaryDirectory() as folder:
         if isinstance(runnable, nn.Module):
@@ -41,27 +41,30 @@ def peak_memory(runnable: Runnable, given: InputSpec, *, batch: int = 1) -> int:
         np.savez(arrays, *args, *named.values())
         home = str(Path(__file__).parents[2])
         names = json.dumps([*named] or None)
-        # -P keeps the working folder out of the import path: a file onnxruntime.py there must not
-        # be imported in the place of the package.
+        # -P keeps the working folder out of the import path. Otherwise a file onnxruntime.py in
+        # that folder would be imported instead of the package.
         command = [sys.executable, "-P", "-c", _PROBE, str(path), str(arrays), names, home]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        lines = done.stderr.strip().splitlines() or ["it gave no reason"]
+        lines = done.stderr.strip().splitlines() or ["the process printed no reason"]
+        what, cure = f"'{path}'", "export it again"
+        if isinstance(runnable, nn.Module):
+            what, cure = "the model", "run the model once on an example to see the error"
         raise ExportError(
-            f"the memory of {path} cannot be measured: {lines[-1][:200]}",
+            f"the memory of {what} cannot be measured: {lines[-1][:200]}",
             place="runnable",
-            cure="export it again",
+            cure=cure,
         )
     return int(done.stdout.splitlines()[-1])
 
 
-# The peak memory of a process never falls. So the program first imports the runtime and runs torch
-# once, and reports only the growth after that.
+# Outside Linux the peak memory of a process cannot be reset. So the program first imports the
+# runtime and runs torch once, and reports only the growth after that.
 _PROBE = """
 import json, resource, sys
 import numpy as np
 path, names = sys.argv[1], json.loads(sys.argv[3])
-sys.path.append(sys.argv[4])  # where fedpress lies, if it is not installed
+sys.path.append(sys.argv[4])  # the folder of fedpress, in case it is not installed
 arrays = np.load(sys.argv[2])
 x = [arrays[name] for name in arrays.files]
 def peak():
@@ -80,7 +83,7 @@ else:
         __import__(name)
 try:
     with open("/proc/self/clear_refs", "w") as file:
-        file.write("5")  # the peak so far is forgotten
+        file.write("5")  # resets the peak (Linux only)
 except OSError:
     pass
 try:

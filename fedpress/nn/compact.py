@@ -32,7 +32,7 @@ class ScatterValues(nn.Module):
     def right_inverse(self, weight: Tensor) -> Tensor:
         """Returns the values [k] of a weight at the places of the mask."""
         assert isinstance(self.places, Tensor)
-        # A shared weight is already a vector of values when its second module is parametrized.
+        # If two modules share a weight, it became a vector when the first one was parametrized.
         if weight.shape == self.places.shape:
             return weight
         return weight.flatten()[self.places]
@@ -64,7 +64,7 @@ def compact_(model: nn.Module, sparse: Iterable[str]) -> nn.Module:
             raise ModelError(
                 f"'{name}' has no value left to train",
                 place="spec.sparse",
-                cure="keep a larger share",
+                cure="prune less: keep a larger share of this weight's entries",
             )
         # `unsafe`, because torch otherwise requires that the values have the weight's shape.
         for module, key in _modules_with(model, weight):

@@ -107,7 +107,8 @@ def _before_first_round(rounds: list[Json]) -> str:
 def score_over_bytes(name: str, rounds: list[Json]) -> Figure | None:
     """Draws the metric over all bytes sent so far, up and down together.
 
-    It compares methods by what they cost on the network: a round may be small or large.
+    This compares methods by their traffic. Counting rounds would not, because methods send
+    different amounts per round.
     """
     shown = MetricFormat.of(rounds)
     score = values(rounds, shown.key, shown.scale)

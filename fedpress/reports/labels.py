@@ -1,4 +1,4 @@
-"""Places the labels of a picture: each beside its point, inside the picture, without overlaps."""
+"""Places labels beside their points, inside the picture, without overlaps where there is room."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def labels(figure: Figure, panel: Panel, x: Scale, y: Scale, frame: Box) -> list
 
 
 def _taken(panel: Panel, x: Scale, y: Scale) -> list[Box]:
-    """Returns the boxes of points and staircases, which no label may cover."""
+    """Returns the boxes that no label may cover: steps, and points of series with labels."""
     taken = []
     for series in panel.series:
         if series.kind not in ("points", "steps") and not series.labels:
@@ -82,7 +82,10 @@ def _taken(panel: Panel, x: Scale, y: Scale) -> list[Box]:
 
 
 def _boxes_of_steps(series: Series, x: Scale, y: Scale) -> list[Box]:
-    """Returns a flat and an upright box for each step, two pixels wide on either side."""
+    """Returns two boxes for each step, around its horizontal and its vertical line.
+
+    Each box reaches 2 pixels to both sides of the line.
+    """
     known = []
     for a, b in zip(series.x, series.y, strict=True):
         if a is not None and b is not None:

@@ -26,7 +26,7 @@ class Run:
         environment: versions, machine and command (`environment.json`).
         records: one for each epoch, round or step (`records.jsonl`).
         result: the measured numbers of each finished stage (`result.json`).
-        ledger: the charges to private data (`ledger.json`).
+        ledger: the privacy spent, one entry for each use of private data (`ledger.json`).
         before: the measured numbers of the model that a command started from (`before.json`).
     """
 
@@ -87,7 +87,7 @@ def records_by_stage(records: list[Json]) -> Iterator[list[Json]]:
 
 def _step(record: Json, at: int) -> tuple[Any, ...]:
     """Returns a key that is equal for two records of the same epoch or round."""
-    # Records of other kinds are never repeated, so each has a key of its own.
+    # A record with neither epoch nor round is never repeated, so it gets a key of its own.
     if "epoch" not in record and "round" not in record:
         return ("once", at)
     # As text: a damaged record may hold a list there, which cannot be a key.
@@ -221,7 +221,7 @@ def _table(path: Path) -> Json:
         ) from error
     if not isinstance(value, dict):
         raise RunError(
-            f"a table was expected, got {type(value).__name__}",
+            f"expected a JSON object, got {type(value).__name__}",
             place=path,
             cure="restore the file or move it away",
         )
@@ -247,7 +247,7 @@ def _lines(path: Path) -> list[Json]:
 
 
 def _text_of_records(path: Path) -> str:
-    """Returns the text of the records."""
+    """Returns the text of the records; a running stage may still append to the file."""
     check_undamaged(path, "move it away to draw the report without its curves", grows=True)
     try:
         # "replace": a killed run may have written only half of the last character's bytes.

@@ -17,14 +17,15 @@ def number(value: Any) -> float | None:
     """Returns `value` as a float; None if it is missing, a text, a bool, NaN, infinite or huge."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
-    # Only a damaged file has a larger number, and drawing it would overflow. False for NaN.
+    # Only a damaged file has a larger number, and drawing it would overflow. NaN fails the
+    # comparison too, so it gives None.
     if not -LARGEST < value < LARGEST:
         return None
     return float(value)
 
 
 def numbers(lines: Iterable[Mapping[str, Any]], key: str) -> list[float]:
-    """Returns the numbers under a key of some lines; lines without a number are left out.
+    """Returns the number that each record has under `key`; records without one are left out.
 
     >>> numbers([{"loss": 0.5}, {}, {"loss": "damaged"}, {"loss": 0.25}], "loss")
     [0.5, 0.25]
@@ -173,7 +174,7 @@ def rounded_up(value: float, digits: int = 4) -> str:
 
 
 def compact(value: Any) -> str:
-    """Returns a number in its shortest form, such as a delta or a setting.
+    """Returns a number, such as a delta or a setting, in its shortest form.
 
     >>> compact(1e-5), compact(0.5)
     ('1e-5', '0.5')

@@ -2,9 +2,9 @@
 
 The server reports drop-outs after it has seen the graph. A malicious server could report all honest
 neighbours of one client as dropped out: their shared masks would be revealed, and that client's
-vector with them. Therefore the committee unmasks a sum only if every client in it has at least
-`least` neighbours in it. `risk` bounds the probability that some choice of drop-outs still
-separates honest clients from each other (SecAgg+: Bell et al. 2020, section 3).
+vector with them. Therefore the committee unmasks a sum only if each client in the sum has `least`
+or more neighbours that are in the sum as well. `risk` bounds the probability that some choice of
+drop-outs still separates honest clients from each other (SecAgg+: Bell et al. 2020, section 3).
 """
 
 from __future__ import annotations
@@ -79,9 +79,9 @@ def sparsest(cohort: int, dropped: int, corrupt: int) -> tuple[float, int]:
 
 
 def _reliable_neighbours(edge_prob: float, alive: int) -> int:
-    """Returns the largest number of neighbours that each of `alive` clients has.
+    """Returns the largest k such that each of `alive` clients has at least k neighbours.
 
-    It may fail with probability `MAX_MISS`, by a union bound over the clients.
+    This holds except with probability `MAX_MISS`, by a union bound over the clients.
     """
     below = 0.0
     for number in range(alive):
@@ -100,8 +100,9 @@ def risk(cohort: int, dropped: int, corrupt: int, edge_prob: float, least: int) 
 
     - over all S and all choices of up to `dropped` honest drop-outs: S has no edge to the r clients
       of the other part, with probability (1-p)^(s r);
-    - over all S: every client in S has `least` neighbours in S or among the corrupt clients
-      (Chernoff), as the committee requires if it has none in the other part.
+    - over all S: each client in S has `least` neighbours among S and the corrupt clients together
+      (Chernoff). The committee requires this number, and the client has no neighbour in the other
+      part.
 
     Args:
         cohort: number of clients of a round.

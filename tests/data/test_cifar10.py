@@ -210,14 +210,14 @@ class Evil:
             pickle.dumps({b"data": Evil()}),
             "asks for posix.system, which a data file has no need of",
         ),
-        (pickle.dumps({b"data": PIXELS[:2], b"labels": [1]}, protocol=2), "2 images with 1 labels"),
+        (pickle.dumps({b"data": PIXELS[:2], b"labels": [1]}, protocol=2), "2 images but 1 labels"),
         (
             pickle.dumps({b"data": PIXELS[:1], b"labels": [10]}, protocol=2),
-            "1 images with 1 labels",
+            "a label is not in 0 to 9",
         ),
         (
             pickle.dumps({b"data": PIXELS[:1].astype(float), b"labels": [1]}, protocol=2),
-            "an array of .* instead of bytes",
+            "expected a uint8 array in C order",
         ),
         (b"\x80\x02}q", "not a batch of CIFAR-10"),
         (b"", "not a batch of CIFAR-10"),

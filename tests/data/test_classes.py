@@ -146,7 +146,8 @@ def test_words_come_from_public_rows_or_the_recipe(tmp_path, source):
     )
     nobody = keys | {"public_clients": [], "validation": 0}
     with pytest.raises(
-        DataError, match=r"feature column 'job': it holds words, and no row is public .* words = \{"
+        DataError,
+        match=r"feature column 'job': it holds words, and there is no public row .* words = \{",
     ) as got:
         read(nobody)
     assert "spy" not in str(got.value)
@@ -164,7 +165,7 @@ def test_a_private_word_among_numbers_changes_no_column(tmp_path, odd):
         "label_column": "diag",
     }
     if odd == "age":
-        with pytest.raises(DataError, match="some rows have something else there") as caught:
+        with pytest.raises(DataError, match="some rows have other text") as caught:
             read(keys)
         assert SECRET not in str(caught.value)
     data = read(keys, missing="drop")

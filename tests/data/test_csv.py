@@ -84,13 +84,13 @@ def test_other_encodings_are_told_and_read_by_the_cure(tmp_path, encoding, site,
 def test_other_delimiters_are_told_and_read_by_the_cure(tmp_path, delimiter):
     path = tmp_path / "t.csv"
     path.write_text(text(delimiter), "utf-8")
-    assert same(cured(path, "its header is divided by"), path)
+    assert same(cured(path, "its columns seem to be separated by"), path)
 
 
 def test_decimal_commas_are_told_and_read_by_the_cure(tmp_path):
     path = tmp_path / "t.csv"
     path.write_text(text(";", ","), "utf-8")
-    assert same(cured(path, "its header is divided by ';'"), path)
+    assert same(cured(path, "its columns seem to be separated by ';'"), path)
     with pytest.raises(
         DataError, match="feature column 'a': its numbers have decimal commas; add decimal"
     ):
@@ -116,7 +116,7 @@ def test_cells_over_several_lines_are_read(tmp_path):
     [
         (b"PK\x03\x04" + bytes(100), "this is a zip or Excel file, not CSV; save it as CSV"),
         (b"PAR1" + bytes(100), 'this is a parquet file, not CSV; set source = "parquet"'),
-        (b"\x1f\x8b" + bytes(100), "this is packed with gzip, not CSV; unpack it"),
+        (b"\x1f\x8b" + bytes(100), "this is a gzip file, not CSV; unpack it"),
         (bytes(range(256)) * 4, "not UTF-8 and no text at all"),
         (b"", r"not a readable CSV file \(Empty CSV file\)"),
         (b"a,site,y\n", "there are no rows"),

@@ -22,12 +22,12 @@ def differentiable(
     Args:
         model: the model whose losses are differentiated.
         weights: parameters of `model`.
-        batch_statistics: whether norms use the statistics of each batch, as in training. Needed for
-            networks at their initialisation, which have no running statistics yet.
+        batch_statistics: whether normalisation layers use the statistics of each batch, as in
+            training. Needed for freshly initialised networks, which have no running statistics yet.
     """
     modes = [(module, module.training) for module in model.modules()]
     required_grad = [weight.requires_grad for weight in weights]
-    # Norms in training mode change their running statistics.
+    # Normalisation layers in training mode change their running statistics.
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()] if batch_statistics else []
 
     try:
@@ -36,7 +36,7 @@ def differentiable(
             if batch_statistics and isinstance(module, nn.modules.batchnorm._NormBase):
                 module.train()
         for weight in weights:
-            # Frozen weights are scored too: they can be pruned like the others.
+            # Frozen weights are scored too, because they can be pruned like trainable ones.
             weight.requires_grad_(True)
         # The fused attention kernels have no second derivative, which GraSP needs.
         with sdpa_kernel(SDPBackend.MATH):
@@ -66,7 +66,7 @@ def hessian_gradient(loss: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
     [tensor([ 18., 144.])]
     """
     first = torch.autograd.grad(loss, weights, create_graph=True, materialize_grads=True)
-    # With one factor detached this is the gradient of |g|^2 / 2.
+    # One factor is detached, so the gradient of `product` is that of |g|^2 / 2, which is H g.
     product = torch.stack([(g * g.detach()).sum() for g in first]).sum()
     if not product.requires_grad:  # a loss that is linear in the weights has no second derivative
         return [torch.zeros_like(w) for w in weights]
@@ -74,7 +74,10 @@ def hessian_gradient(loss: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
 
 
 def mean_over_batches(batches: Iterable[Sequence[Tensor]]) -> list[Tensor]:
-    """Returns the element-wise mean of lists of tensors, one list a batch; [] without batches."""
+    """Returns the mean over batches of each tensor; [] if there are no batches.
+
+    `batches` has one list of tensors per batch.
+    """
     total: list[Tensor] = []
     count = 0
     for values in batches:

@@ -1,4 +1,4 @@
-"""Chooses a density for each weight from a sensitivity analysis, at equal growth of the loss."""
+"""Chooses each weight's density from a sensitivity analysis, so that all add the same loss."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from fedpress.compress.sparse.weights import Weight
 from fedpress.errors import RecipeError
 
 BISECTIONS = 60
-"""Steps of the search for the level: a float64 has 53 binary digits."""
+"""Bisection steps in the search for the common loss increase; a float64 has 53 binary digits."""
 FLOOR = 0.5
-"""Smallest density of a weight, as a share of its density with scope "erk" (Erdos-Renyi kernel)."""
+"""Minimum density of a weight, as a share of the density that the Erdos-Renyi kernel gives it."""
 
 
 def lowest_densities(weights: Sequence[Weight], density: float) -> dict[str, float]:
@@ -24,7 +24,6 @@ def lowest_densities(weights: Sequence[Weight], density: float) -> dict[str, flo
     It is half the density that the Erdos-Renyi kernel gives the weight, and at least one entry.
     """
     everything = {w.name: torch.ones(w.value.shape, dtype=torch.bool) for w in weights}
-    # Every weight keeps at least one entry.
     wanted = max(len(weights), round(density * sum(w.size for w in weights)))
     counts = divide_budget(weights, everything, wanted, "erk")
     lowest = {}
@@ -36,12 +35,11 @@ def lowest_densities(weights: Sequence[Weight], density: float) -> dict[str, flo
 def level_densities(
     weights: Sequence[Weight], points: Sequence[SensitivityPoint], density: float
 ) -> dict[str, float]:
-    """Returns the density of each weight, by name, at which the loss grows equally for all.
+    """Returns densities by weight name, chosen so that every weight increases the loss equally.
 
-    Curves are interpolated linearly between the measured densities; below them see
-    `extended_to_zero`. A curve is measured with one weight pruned alone, and underestimates the
-    loss if all weights are pruned far. Therefore every weight keeps at least a minimum
-    (`lowest_densities`).
+    Curves are linear between measured densities. Below the lowest one `extended_to_zero` continues
+    them. A curve is measured with a single weight pruned, so it underestimates the loss if all
+    weights are pruned far. Therefore every weight keeps a minimum density (`lowest_densities`).
 
     Args:
         weights: the weights that share the budget.

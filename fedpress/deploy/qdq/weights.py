@@ -54,9 +54,9 @@ def plain_copy(
         inputs = layer.scheme.inputs
         found = layers.get(f"{name}.weight", LayerQuantization())
         if inputs is not None and (inputs.dynamic or inputs.bits == 1):
-            found.reason = "its inputs are signs"
+            found.reason = "its inputs are binary (+1 or -1)"
             if inputs.dynamic:
-                found.reason = "its inputs are rounded by the values of each batch"
+                found.reason = "its inputs are quantized dynamically, with a scale for each batch"
             # No quantize operation can express these two. Instead the layer's own rounding runs
             # before it as a hook, and is captured with the graph.
             twin = copied(layer)
@@ -139,7 +139,8 @@ def _can_fold_norm(layer: fx.Node) -> bool:
     weight = layer.args[1]
     if not isinstance(weight, fx.Node) or weight.op != "get_attr" or len(weight.users) > 1:
         return False
-    # A batch norm scales dimension 1, but the weight of a linear layer the last dimension. These
+    # A batch norm scales dimension 1 of the output, but the rows of a linear weight belong to the
+    # last dimension. These
     # are the same only if there are two dimensions.
     return layer.target is not aten.linear.default or layer.meta["val"].dim() == 2
 

@@ -71,7 +71,7 @@ def transposed_convolution(
     ids.unite(read, source)
     out = write
     # Depthwise: each input channel has its own kernel, so input and output channel are the same.
-    if groups == weight.shape[0] > 1:  # depthwise
+    if groups == weight.shape[0] > 1:
         ids.keep(write, "depthwise kernel")
         out = repeat_each(source, weight.shape[1])
         ids.mark_role(read, "write")
@@ -82,13 +82,13 @@ def transposed_convolution(
         ids.mark_role(read, "read")
         ids.mark_role(write, "write")
 
-    # Every input pixel is multiplied, where a plain convolution multiplies for every output pixel.
+    # Multiply-adds are counted per input pixel; a plain convolution has them per output pixel.
     _count_multiply_adds(ids, weight, shape[:channel_dim], x.shape[channel_dim + 1 :])
     return _output(ids, x, channel_dim, out, bias, shape)
 
 
 def _note_groups(ids: ChannelIds, source: Axis, groups: int) -> None:
-    """Records that the last number of the call is the number of groups, to be corrected.
+    """Records that the last number of the call is `groups`, so that pruning can change it.
 
     This is for calls of `F.conv2d` in a user's code. A torch layer has the number as an attribute,
     which pruning updates.
@@ -111,7 +111,7 @@ def _unite_groups(ids: ChannelIds, axis: Axis, groups: int, first: Axis = None) 
     """Unites position i of all groups, because torch needs groups of equal size.
 
     Args:
-        ids: the collector.
+        ids: collects which channels belong together.
         axis: ids of the channels, [groups * size].
         groups: number of groups.
         first: [size], an axis that all groups share, if there is one.
@@ -184,7 +184,7 @@ def time_first_convolution(
 def linear(
     ids: ChannelIds, shape: Shape, x: Value, weight: Value, bias: Value | None = None
 ) -> Axes:
-    """Linear layer with weight [out, in]; [in] if the single output has no axis."""
+    """Linear layer with weight [out, in], or [in] (a single output without an axis)."""
     *first, read = weight.axes
     ids.unite(read, x.axes[-1])
     ids.mark_role(read, "read")
@@ -202,7 +202,7 @@ def embedding(
     ids: ChannelIds, shape: Shape, weight: Value, indices: Value, *rest: Any, **options: Any
 ) -> Axes:
     """Embedding table [words, width]: the width can be pruned, the words are kept."""
-    # The input has the indices of words; without a row they would mean other words.
+    # The input holds row numbers. If a row were removed, they would point to other words.
     ids.keep(weight.axes[0], "rows are looked up by number")
     ids.mark_role(weight.axes[1], "write")
     return (*indices.axes, weight.axes[1])
