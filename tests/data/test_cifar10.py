@@ -208,7 +208,7 @@ class Evil:
     [
         (
             pickle.dumps({b"data": Evil()}),
-            "asks for posix.system, which a data file has no need of",
+            "asks for posix.system, which is not needed to read data",
         ),
         (pickle.dumps({b"data": PIXELS[:2], b"labels": [1]}, protocol=2), "2 images but 1 labels"),
         (
