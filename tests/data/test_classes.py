@@ -147,7 +147,7 @@ def test_words_come_from_public_rows_or_the_recipe(tmp_path, source):
     nobody = keys | {"public_clients": [], "validation": 0}
     with pytest.raises(
         DataError,
-        match=r"feature column 'job': it holds words, and there is no public row .* words = \{",
+        match=r"feature column 'job': it holds words, but there is no public row .* words = \{",
     ) as got:
         read(nobody)
     assert "spy" not in str(got.value)
@@ -204,7 +204,7 @@ def test_a_client_of_unknown_classes_alone_is_refused_without_naming_them(tmp_pa
     keys = write_csv(tmp_path, True)
     text = (tmp_path / "t.csv").read_text() + f"\nwest,50,cook,{SECRET}"
     (tmp_path / "t.csv").write_text(text)
-    with pytest.raises(DataError, match="client 'west': no row is left") as caught:
+    with pytest.raises(DataError, match="client 'west': all its rows are dropped") as caught:
         read(keys)
     assert SECRET not in str(caught.value)
     assert "west" in read(keys, unknown="other").clients
@@ -217,9 +217,9 @@ def test_one_class_is_refused_in_every_source(tmp_path):
             Image.fromarray(np.zeros((4, 4), np.uint8)).save(
                 tmp_path / "images" / site / "cat" / f"{i}.png"
             )
-    with pytest.raises(DataError, match="the public rows are all of one class, 'cat'"):
+    with pytest.raises(DataError, match="all public rows have the same class, 'cat'"):
         read({"source": "folders", "path": tmp_path / "images"})
-    with pytest.raises(DataError, match="the public rows are all of one class, '0'"):
+    with pytest.raises(DataError, match="all public rows have the same class, '0'"):
         read(function(tmp_path, False, lambda row: 0))
     with pytest.raises(ValueError, match="a classification needs at least two classes"):
         DataSettings(source="digits", classes=["a"])

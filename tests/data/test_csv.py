@@ -117,7 +117,7 @@ def test_cells_over_several_lines_are_read(tmp_path):
         (b"PK\x03\x04" + bytes(100), "this is a zip or Excel file, not CSV; save it as CSV"),
         (b"PAR1" + bytes(100), 'this is a parquet file, not CSV; set source = "parquet"'),
         (b"\x1f\x8b" + bytes(100), "this is a gzip file, not CSV; unpack it"),
-        (bytes(range(256)) * 4, "not UTF-8 and no text at all"),
+        (bytes(range(256)) * 4, "not UTF-8, and it is no text"),
         (b"", r"not a readable CSV file \(Empty CSV file\)"),
         (b"a,site,y\n", "there are no rows"),
         (b"a,a,site,y\n1,2,s,0\n", "two columns are named 'a'"),
@@ -150,7 +150,9 @@ def test_an_unknown_encoding_is_refused():
 def test_other_scripts_are_not_taken_for_latin(tmp_path, encoding, word):
     """Latin-1 reads any bytes: to name it would turn these words into others, silently."""
     (tmp_path / "a.csv").write_bytes(("job,ill\n" + f"{word},0\nb,1\n" * 20).encode(encoding))
-    with pytest.raises(DataError, match="not UTF-8, and of another script than Latin") as caught:
+    with pytest.raises(
+        DataError, match="not UTF-8, and the script does not seem to be Latin"
+    ) as caught:
         load(DataSettings(source="csv", path=tmp_path / "a.csv", label_column="ill"), 0)
     assert f'"{encoding}"' in str(caught.value)
 
@@ -164,7 +166,7 @@ def test_other_scripts_are_not_taken_for_latin(tmp_path, encoding, word):
         ('[{"a": 1, "ill": 0},\n{"a": 2}]', "this is JSON, not CSV"),
         (
             'a,ill\n"1,234",0\n"2,345",1\n',
-            "its numbers have decimal commas; write them with points, or without commas",
+            "its numbers have decimal commas; write decimal points, or remove commas",
         ),
     ],
 )

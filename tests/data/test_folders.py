@@ -45,7 +45,7 @@ def test_other_files_are_passed_over_and_other_sizes_resized(tmp_path):
     (root / ".hidden").mkdir()
     Image.fromarray(np.zeros((9, 9), np.uint8)).save(root / "ann" / "cat" / "big.png")
     with pytest.raises(
-        DataError, match=r"big.png': an image of 9x9 pixels where the first has 4x4; set image_size"
+        DataError, match=r"big.png': an image of 9x9 pixels, but the first has 4x4; set image_size"
     ):
         load(ask(root), 0)
     assert load(ask(root, image_size=6), 0).example_shape == (1, 6, 6)

@@ -33,7 +33,7 @@ def test_grey_images_have_one_channel_and_a_later_colour_image_becomes_grey():
 def test_images_of_other_sizes_are_refused_or_resized():
     blobs = [encode(np.full((4, 4), 100, np.uint8)), encode(np.full((6, 8), 100, np.uint8))]
     with pytest.raises(
-        DataError, match=r"^1: an image of 6x8 pixels where the first has 4x4; set image_size"
+        DataError, match=r"^1: an image of 6x8 pixels, but the first has 4x4; set image_size"
     ):
         images.decode(blobs, where=str)
     assert images.decode(blobs, where=str, size=3).tolist() == [[[[100] * 3] * 3]] * 2

@@ -74,7 +74,7 @@ def without(x, name):
         (lambda x: {}, "client 'bob': there is no input; give at least one"),
         (
             lambda x: without(x, "mask"),
-            "clients' examples differ: .* and .*mask.*; make them alike",
+            "clients' examples differ: .* and .*mask.*; give all clients examples",
         ),
         (lambda x: {**x, "more": x["lengths"]}, "clients' examples differ"),
         (
@@ -101,7 +101,7 @@ def test_what_does_not_fit_is_refused_by_name(monkeypatch, change, message):
 def test_parts_of_other_inputs_are_refused():
     x = {"a": torch.zeros(2, 1), "b": torch.zeros(2, 1)}
     part, other = (Arrays(given, torch.tensor([0, 1])) for given in (x, without(x, "b")))
-    with pytest.raises(DataError, match=r"test part: examples of a \[1\] float32 where the first"):
+    with pytest.raises(DataError, match=r"test part: examples of a \[1\] float32, but the first"):
         FederatedData("mine", {"c": part}, part, part, other, 2, ("n", "y"))
     half = Arrays({"a": x["a"].half(), "b": x["b"]}, torch.tensor([0, 1]))
     with pytest.raises(DataError, match=r"examples of 'a' of type torch.float16"):
@@ -112,7 +112,7 @@ def test_parts_of_other_inputs_are_refused():
     ("keys", "message"),
     [
         ({"mean": (0.5,), "std": (0.5,)}, "mean: .* leave mean and std out"),
-        ({"image_size": 8}, "image_size: it resizes examples of one image"),
+        ({"image_size": 8}, "image_size: it resizes examples of a single image"),
     ],
 )
 def test_keys_for_one_tensor_are_refused(monkeypatch, keys, message):

@@ -137,7 +137,11 @@ def test_preprocessing_is_fitted_on_the_public_part_alone():
             3,
             r"^test_clients: no client 'p11' in the data \(it has p0, p1, p2\); did you mean",
         ),
-        ({"test_share": 0.0}, 0, r"^test_share: 0 of 100 rows leaves no test set"),
+        (
+            {"test_share": 0.0},
+            0,
+            r"^test_share: 0 of 100 rows is less than one row for the test set",
+        ),
         ({"mean": [0.1, 0.2], "std": [1, 1]}, 0, r"^mean: 2 values for examples of 1 channels"),
     ],
 )

@@ -192,7 +192,7 @@ def test_another_delimiter_can_be_given(tmp_path):
         (
             {"ill": np.linspace(0, 1, ROWS)},
             {},
-            r"label column 'ill': nearly all of the 40 rows have a label of their own",
+            r"label column 'ill': nearly all of the 40 rows have different labels",
         ),
         (
             {"ill": pa.array([[1]] * ROWS)},
@@ -203,12 +203,12 @@ def test_another_delimiter_can_be_given(tmp_path):
         (
             {"ill": ["a"] * ROWS},
             {},
-            r"label column 'ill': the public rows are all of one class, 'a'",
+            r"label column 'ill': all public rows have the same class, 'a'",
         ),
         (
             {"ill": np.arange(ROWS)},
             {},
-            r"label column 'ill': nearly all of the 40 rows have a label of their own",
+            r"label column 'ill': nearly all of the 40 rows have different labels",
         ),
         ({"hospital": [None, "a"] * 20}, {}, r"client column 'hospital': row 0 has no value"),
         (

@@ -386,7 +386,7 @@ def test_a_folded_and_quantized_network_comes_back_to_the_same_bits(tmp_path):
                 },
                 "sparse": ("head.weight",),
             },
-            "'head.weight' is sparse, but a binary grid has no zero to keep",
+            "'head.weight' is sparse, but binary weights cannot be 0",
         ),
     ],
 )

@@ -249,7 +249,7 @@ def test_weights_that_only_seem_shared_are_refused_instead_of_lost(tmp_path):
 def test_a_type_that_has_no_name_is_refused():
     spec, model = built()
     model.register_buffer("odd", torch.zeros(2, dtype=torch.complex64))
-    with pytest.raises(ModelError, match=r"'odd' is of type complex64"):
+    with pytest.raises(ModelError, match=r"'odd' has the type complex64"):
         to_bytes(spec, model)
 
 

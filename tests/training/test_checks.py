@@ -39,7 +39,7 @@ def test_one_public_example_under_batch_norm_is_refused_only_where_nothing_can_b
     ("changes", "train", "validation", "message"),
     [
         ({}, NONE, NONE, "the public part has no examples"),
-        ({"patience": 1}, images(), NONE, "^patience: it needs a validation set"),
+        ({"patience": 1}, images(), NONE, "^patience: early stopping needs a validation set"),
         (
             {"image_sizes": ((9, 1),)},
             images(),
@@ -82,6 +82,6 @@ def test_a_penalty_on_scales_that_nobody_trains_is_refused():
     for model in (network("mlp"), frozen):
         with pytest.raises(
             TrainingError,
-            match="bn_penalty: it penalises batch-norm scales, but the model has no trainable one",
+            match="bn_penalty: it penalises batch-norm scales, but the model has no trainable batch norm",
         ):
             fit_all(fitting(model, settings(bn_penalty=0.1), seed=0), images())

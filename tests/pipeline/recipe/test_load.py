@@ -133,7 +133,7 @@ UNION = "choose one of adam, average, momentum"
         ("stage.1.score=taylr", "did you mean 'taylor'?"),
         (
             "stage.0.image_sizes=[[8, 99]]",
-            "recipe.stage[0].image_sizes: they take 99 epochs, more than the 60 epochs",
+            "recipe.stage[0].image_sizes: these sizes take 99 epochs, but the training has only 60",
         ),
         ("stage.0.image_sizes=[[8]]", "recipe.stage[0].image_sizes[0][1]: this key is missing"),
         ("stage.0.lr=nan", "recipe.stage[0].lr: expected a finite number, got nan"),

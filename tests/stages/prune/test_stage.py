@@ -279,7 +279,7 @@ def test_the_target_is_a_share_of_the_parameters_unless_another_is_given():
         (
             HEAD + PRUNE + STEPS.replace("epochs = 2", "epochs = 2, image_sizes = [[99, 1]]"),
             TrainingError,
-            r"finetune\.image_sizes: got images of 99 pixels",
+            r"finetune\.image_sizes: got sides of 99 pixels",
         ),
         (
             HEAD + PRUNE + "keep_macs = 0.5\n" + PRUNE + "name = 'again'\nkeep_macs = 0.8\n",
