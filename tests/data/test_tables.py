@@ -229,7 +229,7 @@ def test_unusable_columns_are_refused_with_place_and_cure(tmp_path, changes, key
 def test_too_many_words_are_refused(tmp_path):
     path = tmp_path / "a.csv"
     path.write_text("name,ill\n" + "".join(f"n{i},{i % 2}\n" for i in range(200)))
-    with pytest.raises(DataError, match=r"feature column 'name': more than 100 different words"):
+    with pytest.raises(DataError, match=r"it has more than 100 different words"):
         load(ask(path, "csv", client_column=None, public_share=0.7), 0)
 
 

@@ -44,7 +44,7 @@ def test_one_public_example_under_batch_norm_is_refused_only_where_nothing_can_b
             {"image_sizes": ((9, 1),)},
             images(),
             NONE,
-            r"images of 9 pixels, but examples are \[3, 8, 8\]",
+            r"sides of 9 pixels, but examples are \[3, 8, 8\]",
         ),
         (
             {"image_sizes": ((4, 1),)},
