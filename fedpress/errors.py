@@ -8,14 +8,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 OWN_ARGUMENTS = ("data", "model")
-"""`data=` and `model=` take no dictionary: keys of such a table are given as `**{"data.x": 1}`."""
+"""Arguments that take no dictionary, unlike `privacy=`; keys are passed as `**{"data.x": 1}`."""
 
 
 @dataclass(frozen=True)
 class Argument:
-    """An argument that the cure of an error names, with an example value.
+    """An argument named in the cure of an error, with an example value.
 
-    It is written as the reader needs it: `out="runs/a"` in Python, `--out runs/a` in a shell.
+    A Python user reads `out="runs/a"`; a user of the command line reads `--out runs/a`.
 
     Attributes:
         name: name in Python, such as `keep_params`; `privacy.epsilon` is a key of a table;
@@ -92,9 +92,9 @@ class FedpressError(Exception):
 
     Attributes:
         problem: what is wrong, with the value that was found and the one that was expected.
-        place: where it is: an argument, a key of a recipe, a field of a message, or a file. A
-            function names its own argument. A caller that got the value from a user replaces the
-            place by the key that the user has written (see `renaming`).
+        place: location of the problem: an argument, a key of a recipe, a field of a message, or a
+            file. A function names its own argument. A caller that got the value from a user
+            replaces this name by the key that the user wrote (see `renaming`).
         cure: what the user can do; following it must work.
 
     >>> error = FedpressError("got 0, expected a number above 0", place="clip_norm", cure="try 1.0")
@@ -167,13 +167,13 @@ class SettingError(RecipeError, ValueError):
     """Error in a validator of a settings class; pydantic collects it as a ValueError.
 
     `place` and the arguments in the cure are keys of that class, such as `lr`. The reader of the
-    recipe adds where the table is: `recipe.stage[2].lr`. An error of a field's own validator, or
-    about the settings as a whole, has no `place`, since pydantic knows it.
+    recipe adds where the table is: `recipe.stage[2].lr`. Leave `place` empty in the validator of
+    a field and in a check of all settings together: pydantic adds the location.
     """
 
     @classmethod
     def of(cls, error: FedpressError, *, place: str = "") -> SettingError:
-        """Converts an error about the value of the key `place`, so that pydantic collects it."""
+        """Converts an error about the key `place` to one that pydantic collects."""
         return cls(error.problem, place=place, cure=error.cure)
 
 
@@ -194,11 +194,11 @@ class TrainingError(FedpressError):
 
 
 class DivergedError(TrainingError):
-    """Numbers became infinite or NaN, for example since the learning rate is too large."""
+    """Numbers became infinite or NaN, for example because the learning rate is too large."""
 
 
 class PrivacyError(FedpressError):
-    """A privacy promise cannot be kept: no noise reaches the budget, or it would be exceeded."""
+    """No amount of noise gives the wanted epsilon, or the next step would exceed epsilon."""
 
 
 class WireError(FedpressError):
@@ -206,7 +206,7 @@ class WireError(FedpressError):
 
 
 class SecureError(FedpressError):
-    """A secure sum is not opened: too few clients are left, or one broke the protocol."""
+    """A secure sum cannot be unmasked: too many clients dropped out, or one broke the protocol."""
 
 
 class ExportError(FedpressError):
@@ -217,7 +217,7 @@ class NetworkError(FedpressError):
     """The network between server and clients does not work, or one side refuses the other.
 
     Attributes:
-        refused: whether trying again makes no sense before somebody has changed something.
+        refused: True if a retry cannot succeed until someone changes the setup.
     """
 
     def __init__(
@@ -271,7 +271,7 @@ def renamed(place: str, keys: Mapping[str, str]) -> str:
 
 @contextmanager
 def placing(place: str | Path) -> Iterator[None]:
-    """Adds a prefix to the place of errors raised in the block: the file that holds a wrong key.
+    """Prefixes the place of errors raised in the block with `place`, the file of the wrong key.
 
     >>> with placing("spec.json"):
     ...     raise ModelError("got 0", place="input_shape", cure="try 8")
@@ -288,7 +288,7 @@ def placing(place: str | Path) -> Iterator[None]:
 
 @contextmanager
 def inside(part: str) -> Iterator[None]:
-    """Makes the place of errors raised in the block a field of `part`: `block` -> `part.block`.
+    """Prefixes the place of errors raised in the `with` block by `part.`: `bits` -> `part.bits`.
 
     >>> with inside("chain[1]"):
     ...     raise RecipeError("got 3, expected a power of two", place="block")
@@ -323,6 +323,6 @@ def suggestion(word: str, known: Sequence[str], otherwise: str = "") -> str:
 
 
 def did_you_mean(word: str, known: Sequence[str]) -> str:
-    """Returns `; did you mean 'x'?` to end a sentence with, or nothing; see `suggestion`."""
+    """Returns `; did you mean 'x'?`, or "" if no known word is similar; see `suggestion`."""
     near = suggestion(word, known)
     return f"; {near}" if near else ""

@@ -231,7 +231,7 @@ def test_a_killed_run_of_other_random_streams_gives_nothing_to_a_new_run(command
 def test_the_examples_of_an_old_run_are_not_put_aside_anew(commands):
     done = commands.done["prune a model of a run"]
     assert done.code == 2
-    assert "cannot be told from those that it trained on" in done.err
+    assert "cannot be told from its training examples" in done.err
     assert "give data=SOURCE" in done.err or "--data" in done.err
 
 

@@ -1,4 +1,4 @@
-"""`fedpress.epsilon`: the privacy loss of a Gaussian mechanism that is repeated."""
+"""Defines `fedpress.epsilon`, the privacy loss of a repeated Gaussian mechanism."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""A table of the arguments of commands: the names in Python, in a recipe and on the command line.
+"""A table of the arguments of commands, with their names in Python, in recipes and in a shell.
 
-Errors are raised with names of Python, or keys of a recipe, and are rewritten for the reader:
+Errors are raised with Python names or recipe keys. Before they are shown, these names are replaced:
 
 >>> from fedpress.errors import Argument, ModelError
 >>> cure = ("give ", Argument("input_shape", (3, 32, 32)))
@@ -64,14 +64,14 @@ ROWS = (
     Row("engine.gpus_per_client", "--gpus-per-client"),
     Row("engine.actors", "--actors"),
 )
-"""Arguments that have several names. Keys of a stage, such as `keep_params`, have one name only."""
+"""Arguments with several names. Keys of a stage, such as `keep_params`, have only one name."""
 
 FLAGS = {row.name: row.flag for row in ROWS}
 KEYS = {row.name: f"recipe.{row.keys[0]}" for row in ROWS if row.keys}
 """Argument -> the key of a recipe with the same meaning."""
 NAMES = {f"recipe.{key}": row.name for row in ROWS for key in row.keys}
 PARTS = ("recipe.data.public_share", "recipe.data.validation")
-"""Keys that decide how many examples are public or for validation."""
+"""Keys that set the number of public examples and of validation examples."""
 _STAGE = re.compile(r"recipe\.stage\[0\](?: \([^)]*\))?")  # a command is a recipe of one stage
 _BEGINNING = re.compile(r"\w+(?:\.\w+)*")
 
@@ -106,8 +106,8 @@ def errors_of_command(kind: str, *, all_public: bool = False) -> Iterator[None]:
 
     Args:
         kind: kind of stage, which is also the name of the command.
-        all_public: whether the command makes all data public. Then no key can enlarge the public
-            part, so cures that name such a key ask for other data instead.
+        all_public: whether the command makes all data public. Then no key of `PARTS` can enlarge
+            the public part, so a cure that names one of these keys asks for other data instead.
     """
 
     def named(argument: Argument) -> Argument:

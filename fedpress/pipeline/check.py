@@ -1,4 +1,4 @@
-"""Checks all stages of a recipe without training, so that mistakes are found before a long run."""
+"""Checks all stages of a recipe without training, to find mistakes before a long run."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def check_recipe(
 
 
 def _check_clients(recipe: Recipe, data: FederatedData) -> None:
-    """Refuses a federation without data. It would train on the placeholder example of noise.
+    """Refuses a federation without data, which would train on the random placeholder example.
 
     Raises:
         DataError: if there are no data and a stage needs clients.

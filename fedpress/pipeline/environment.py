@@ -31,7 +31,7 @@ ROUNDING_FACTS = (
     "device",
     "threads",
 )
-"""Facts that decide how sums are rounded. If they change, a resumed run has other bits."""
+"""Facts that decide how sums are rounded. If one changes, a resumed run gives other bits."""
 LIBRARIES = ("torch", "numpy", "safetensors", "dp-accounting", "onnx", "onnxruntime", "pydantic")
 
 
@@ -42,21 +42,21 @@ def write_environment(
     *,
     device: torch.device | None = None,
 ) -> list[str]:
-    """Writes `environment.json`; for a resumed run, adds what has changed since its start.
+    """Writes `environment.json`; for a resumed run, appends the facts that changed since its start.
 
     Args:
         folder: folder of the run.
         command: the user's command, such as "fedpress run digits".
-        origin: "recipe" and "overrides" as the user gave them; only written at the start.
+        origin: "recipe" and "overrides" as the user gave them; written only for a new run.
         device: device of the stages; None: the default of `fedpress.training.device.find`.
 
     Returns:
-        Warnings for a resumed run: that its bits will differ, since the processor, the number of
-        threads or a version has changed; that records are missing.
+        Warnings for a resumed run: its bits will differ, because the processor, the number of
+        threads or a version has changed; or records are missing.
     """
     path, now = folder.path / "environment.json", environment(command, device)
     warnings: list[str] = []
-    # The first entry stays as it was: a resumed run appends what differs.
+    # The first entry is never changed: a resumed run appends the facts that differ.
     if path.exists():
         first = read_json(path, cure=CURES[path.name])
         changed = {key: value for key, value in now.items() if first.get(key) != value}
@@ -66,7 +66,7 @@ def write_environment(
     else:
         now |= origin or {}
         text = folder.path / "recipe.toml"
-        # The signature lets this user resume the run without naming its functions a second time.
+        # With the signature this user can resume the run without `--allow-code` for its functions.
         if text.exists() and (names := started.functions_of(text.read_text("utf-8"))):
             now["started_by"] = started.sign(names, now.get("recipe"))
     write_json_with_checksum(path, now, folder.path)
@@ -85,16 +85,15 @@ def _other_bits(first: dict[str, Any], now: dict[str, Any]) -> list[str]:
             earlier.append(first | change)
     differ = []
     for key in ROUNDING_FACTS:
-        # Older versions did not write every fact: a missing one says nothing about a change.
+        # Older versions did not write every fact. A missing fact is not a change.
         known = list(dict.fromkeys(_name(e[key]) for e in earlier if e.get(key) is not None))
         if known and known != [_name(now.get(key))]:
             differ.append(f"{key} {', '.join(known)} before, {_name(now.get(key))} now")
     if not differ:
         return []
     return [
-        f"this run was begun elsewhere ({'; '.join(differ)}): it goes on, but its bits will "
-        "differ from those of a run "
-        "that was never stopped"
+        f"this run was begun elsewhere ({'; '.join(differ)}): it continues, but its bits will "
+        "differ from those of an uninterrupted run"
     ]
 
 
@@ -120,12 +119,12 @@ def environment(command: str, device: torch.device | None = None) -> dict[str, A
 
 
 def _device_name(device: torch.device) -> str:
-    """Returns the model of a CUDA GPU, since models differ in rounding; of others the type."""
+    """Returns the model of a CUDA GPU (rounding differs by model); for other devices the type."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def _processor() -> str:
-    # On Linux `platform.processor()` is often empty, so the kernel's own list comes first.
+    # On Linux `platform.processor()` is often empty, so /proc/cpuinfo is read first.
     try:
         cpu = next(
             x for x in Path("/proc/cpuinfo").read_text().splitlines() if x.startswith("model name")

@@ -1,7 +1,7 @@
-"""Decides whether results can be reused: the resolved settings of a run, and a key for each stage.
+"""Decides whether results can be reused, by the settings of a run and by a key for each stage.
 
-Two stages with equal keys have equal data, model, seed and settings up to there, so their results
-are equal too. A resumed run compares its settings, and `--from` compares keys.
+Two stages with equal keys have the same data, model, seed and settings, also in all earlier stages.
+So their results are equal. A resumed run compares its settings; `--from` compares keys.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from fedpress.stages.teaching import saved_teacher
 FIRST_KEYS = frozenset(files("fedpress.pipeline").joinpath("first_keys.txt").read_text().split())
 """The recipe keys of version 0.1.0, such as `data.source` or `stage.prune.finetune.epochs`.
 
-Keys of later versions are left out of the settings if they have their default. So folders of older
-versions have equal settings and can be resumed. It follows that the default of a key never changes:
-for another default a new key is needed.
+A key of a later version is left out of the settings if it has its default value. So folders of
+older versions have equal settings and can be resumed. For this reason the default of a key must
+never change: another default needs a new key.
 """
 
 NAMES = ("kind", "name")
@@ -40,13 +40,14 @@ def settings_of(recipe: Recipe) -> dict[str, Any]:
     """
     tree: dict[str, Any] = json.loads(recipe.model_dump_json())
     tree["data"].pop("path", None)
-    # A run that began on a GPU may continue on a CPU. `write_environment` warns about other bits.
+    # A run that began on a GPU may continue on a CPU; `write_environment` warns that bits differ.
     tree.pop("device", None)
     leave_out_defaults_(tree["data"], recipe.data, "data")
     leave_out_defaults_(tree["model"], recipe.model, "model")
     for stage, table in zip(recipe.stage, tree["stage"], strict=True):
         leave_out_defaults_(table, stage, f"stage.{stage.kind}")
-    # The hash of the weights: the path may differ between machines, and the file may be replaced.
+    # A hash of the weights and not the path: a path may differ between machines, and the file at a
+    # path may be replaced.
     if recipe.model.checkpoint is not None:
         model = saved_model(recipe.model.checkpoint)[1]
         tree["model"]["checkpoint"] = fingerprint(*model.state_dict().values())
@@ -61,9 +62,9 @@ def settings_of(recipe: Recipe) -> dict[str, Any]:
 
 
 def leave_out_defaults_(table: dict[str, Any], settings: object, place: str) -> None:
-    """Removes newer keys at their default from `table`, which is `settings` as JSON.
+    """Removes newer keys from `table` (`settings` as JSON) if they have their default value.
 
-    Keys and values that were renamed get their old names, as older folders have them.
+    Keys and values that were renamed get their old names, which older folders contain.
     """
     if not isinstance(settings, BaseModel):
         return
@@ -87,7 +88,7 @@ def leave_out_defaults_(table: dict[str, Any], settings: object, place: str) -> 
 
 
 def stage_keys(recipe: Recipe, streams: int = STREAMS) -> list[str]:
-    """Returns a key for each stage: the SHA-256 of seed, data, model and stages up to this one.
+    """Returns a key for each stage: SHA-256 of seed, data, model, the stage and all before it.
 
     Args:
         recipe: the recipe.
@@ -95,7 +96,7 @@ def stage_keys(recipe: Recipe, streams: int = STREAMS) -> list[str]:
     """
     tree = settings_of(recipe)
     same = {key: tree[key] for key in ("seed", "data", "model")}
-    # fedpress 0.1.0 used version 1 and wrote no entry: without one, its keys stay valid.
+    # fedpress 0.1.0 used version 1 and its keys had no entry "streams". They must stay valid.
     same |= {"streams": streams} if streams > 1 else {}
     texts = (
         json.dumps({**same, "stage": tree["stage"][: at + 1]}, sort_keys=True)

@@ -46,7 +46,7 @@ def measure(state: State, *, latency: bool = True) -> dict[str, Any]:
         "macs": macs_of(state),
         "file_bytes": storage.file_bytes(state.spec, model),
     }
-    # Zeros make neither the float32 file nor the MACs smaller: only these two show them.
+    # Zeros make neither the float32 file nor the MACs smaller. Only these two numbers show them.
     if state.spec.sparse or "density" in state.facts:
         line["nonzero_parameters"] = storage.nonzero_parameters(model)
         line["packed_file_bytes"] = storage.packed_file_bytes(state.spec, model)
@@ -57,7 +57,7 @@ def measure(state: State, *, latency: bool = True) -> dict[str, Any]:
             "latency_ms": speed.median_ms,
             "runtime": "torch, simulated" if state.spec.quantized else "torch",
         }
-        # `cost.latency` always uses one thread, whatever torch is set to.
+        # `cost.latency` always uses one thread, whatever number torch is set to.
         line["conditions"] = conditions("torch", threads=1, options={})
     return line
 

@@ -27,10 +27,10 @@ def recipe_place(place: str, index: int, stage: Stage) -> str:
 
     Args:
         place: an argument (`score`), a key of the stage (`privacy.delta`, `prune.score` or
-            `stage.score`), a file, a field of a message, or empty for the stage as a whole.
+            `stage.score`), a file, or a field of a message. Empty: the error is about the stage.
         index: position of the stage in the recipe.
-        stage: settings of the stage. `stage.places` maps arguments that have another name than
-            their key.
+        stage: settings of the stage. `stage.places` maps an argument to its key if the two names
+            differ.
 
     >>> from fedpress.stages.federate.stage import FederateStage
     >>> stage = FederateStage(kind="federate", cohort=5, num_rounds=3)
@@ -48,7 +48,7 @@ def recipe_place(place: str, index: int, stage: Stage) -> str:
 
 
 def _key(name: str, index: int, stage: Stage) -> str | None:
-    """Returns the recipe key of an argument of the stage, of data or model; None if it is none."""
+    """Returns the recipe key of an argument of the stage, data or model; None if there is none."""
     at = f"recipe.stage[{index}]"
     found = _WORD.match(name)
     word = found[0] if found else ""
@@ -62,7 +62,7 @@ def _key(name: str, index: int, stage: Stage) -> str | None:
 
 def _in_table(name: str) -> str | None:
     """Returns the recipe key of `data.path` and so on; None for a file such as `data.csv`."""
-    # Only known keys are renamed, since the name of a file may begin with "data." too.
+    # Only known keys are renamed, since a file name such as "data.csv" also begins with "data.".
     table, _, rest = name.partition(".")
     found = _WORD.match(rest)
     known = table in TABLES and found is not None and found[0] in TABLES[table].model_fields
@@ -107,7 +107,8 @@ def errors_of_stage(index: int, stage: Stage) -> Iterator[None]:
 
     try:
         yield
-    # Their place is a file of the run folder, or an option of the command: no key of the recipe.
+    # The place of these errors is a file of the run folder or an option of the command, not a key
+    # of the recipe.
     except (RunError, NetworkError):
         raise
     except FedpressError as error:

@@ -29,7 +29,7 @@ def write_result(
         folder: folder of the run.
         results: facts of each finished stage.
         finished: whether all stages are finished.
-        left_out: sentence about rows of the data that were not used; empty: none.
+        left_out: sentence about rows of the data that were not used; "" if all were used.
     """
     if results[-1].get("ledger"):
         write_json_with_checksum(folder.path / "ledger.json", results[-1]["ledger"], folder.path)
@@ -39,7 +39,8 @@ def write_result(
     replace_simulated_metrics_(recipe.stage[: len(lines)], lines)
     # The total leaves out time between stages, such as loading data.
     total = round(sum(line["seconds"] for line in lines), 2)
-    # The last value of each fact: `epsilon` of a federation is still final after an export.
+    # Keeps the last value of each fact. So the `epsilon` of a federated stage is still there after
+    # an export stage.
     final: dict[str, Any] = {}
     for line in lines:
         final |= line
@@ -60,14 +61,14 @@ def write_result(
 
 
 def replace_simulated_metrics_(stages: Sequence[Stage], lines: Sequence[dict[str, Any]]) -> None:
-    """Replaces the metrics of a quantized model that torch simulates by those of its exported file.
+    """Takes the metrics of the exported file if torch only simulates the quantized model.
 
-    A device runs the file, so its metrics count. The simulated primary metric is kept under another
-    key, such as `accuracy_simulated`.
+    A device runs the file, so the metrics of the file count. The simulated primary metric is kept
+    under another key, such as `accuracy_simulated`.
 
     Args:
         stages: the finished stages.
-        lines: their facts, which are changed.
+        lines: the facts of these stages; changed in place.
     """
     source: dict[str, Any] | None = None  # line of the last stage that changed the model
     simulated = False

@@ -1,4 +1,4 @@
-"""Runs the stages of a checked recipe in order; each is measured and saved before the next."""
+"""Runs the stages of a checked recipe in order. Each is measured and saved before the next."""
 
 from __future__ import annotations
 
@@ -44,13 +44,13 @@ def execute(
     network: Network | None = None,
     engine: Engine | None = None,
 ) -> Iterator[Event]:
-    """Runs the stages that are not finished; yields events and writes `result.json`.
+    """Runs the stages that are not finished yet; yields events and writes `result.json`.
 
     Args:
         recipe: the checked recipe.
         folder: folder of the run.
         data: the loaded data set.
-        reuse: another run; its first stages are copied as long as their settings are equal.
+        reuse: another run. Its first stages are copied up to the first stage whose settings differ.
         network: reaches clients on other machines; None: the clients of `data` are simulated.
         engine: runs simulated clients; None: in this process. The result does not depend on it.
 
@@ -77,7 +77,8 @@ def _stages(
     _check_streams(recipe, folder, keys)
     for index, (stage, key) in enumerate(zip(recipe.stage, keys, strict=True)):
         place = folder.stage(index, stage.kind, stage.name)
-        # The key is a hash of data, model, seed and all stages so far: equal keys, equal result.
+        # The key is a hash of data, model, seed and all stages so far, so equal keys mean equal
+        # results.
         done = place.finished(key)
         if done is not None:
             log.info("stage %s is finished already", stage.name)
@@ -93,11 +94,11 @@ def _stages(
             done = yield from _do(
                 stage, replace(state, facts={}), place, key, records, results[-1:]
             )
-        # The next stage gets the saved model, not the one in memory: so a resumed run has
-        # the same model, bit for bit.
+        # The next stage gets the saved model and not the one in memory. So a resumed run has the
+        # same model, bit for bit.
         spec, model = place.load()
         before = state
-        # The metric of an export is that of its file, not of the model: keep the old score.
+        # An export stage measures its file and not the model, so the model's score is kept.
         of_model = not (stage.reports_artifact or stage.repeats_measurements)
         score = done.result.get(data.task.primary) if of_model else state.score
         state = replace(state, spec=spec, model=model, ledger=_ledger(done), score=score)
@@ -107,7 +108,7 @@ def _stages(
         results.append(done.result)
         finished = index + 1 == len(recipe.stage)
         left_out = data.left_out_sentence(private=recipe.private)
-        # Written after each stage, so that an interrupted run has a report too.
+        # Written after each stage, so that an interrupted run also has a result.
         write_result(recipe, folder, results, finished=finished, left_out=left_out)
         yield StageFinished(index, done.result)
 
@@ -141,7 +142,7 @@ def _do(
         place: folder of the stage.
         key: key of the stage (see `stage_keys`).
         records: number of records that earlier stages have written.
-        last: the facts of the stage before, in a list; empty for the first stage.
+        last: a list with the facts of the previous stage; empty for the first stage.
     """
     began, before = time.perf_counter(), place.begin(records)
     with errors_of_stage(place.index, stage):
@@ -158,11 +159,11 @@ def _do(
 
 
 def _settled(state: State) -> State:
-    """Rounds quantized weights to their grids and notes which weights are pruned.
+    """Rounds quantized weights to their grids, and writes into the spec which weights are pruned.
 
-    Training keeps float weights between the grid points; the saved model must have rounded ones.
+    In training, weights are floats between the grid points. In the saved model they are rounded.
     """
-    # Before rounding, which can make a small weight 0 that was not pruned.
+    # This comes before rounding: rounding can turn a small weight that is not pruned into 0.
     kept = kept_entries(state.model, state.spec.sparse if state.spec.quantized else ())
     materialize_(state.model)
     noted = note_kept_zeros_(state.model, kept)
@@ -177,7 +178,7 @@ def _ledger(done: Done) -> Ledger | None:
 
 
 def _line(state: State, stage: Stage, seconds: float, measured: dict[str, Any]) -> dict[str, Any]:
-    """Returns the facts of one stage for `result.json`: its name, measurements, and own facts."""
+    """Returns the facts of one stage for `result.json`: name, measurements and further facts."""
     ledger = {"ledger": json.loads(state.ledger.to_json())} if state.ledger is not None else {}
     line = {"kind": stage.kind, "name": stage.name, "seconds": round(seconds, 2)}
     return line | measured | dict(state.facts) | ledger

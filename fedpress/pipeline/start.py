@@ -33,16 +33,17 @@ from fedpress.workspace.state import Loader, State
 log = logger(__name__)
 
 NO_DATA = "no data"
-"""Name of the placeholder data set of a command without data: one example of noise."""
+"""Name of the data set that stands in if a command has no data; it has one random example."""
 
 
 def load_data(recipe: Recipe, *, progress: Progress | None = None) -> data_sets.FederatedData:
     """Loads the recipe's data set and divides it among clients.
 
-    A source `module:function` is called, and is allowed in files of runs from now on.
+    If the source is a `module:function`, it is called. From now on, files of runs may name this
+    function too (see `fedpress.core.consent`).
 
     Raises:
-        TrainingError: if the recipe's device is missing.
+        TrainingError: if this machine lacks the recipe's device.
         DataError: if the data cannot be read or do not fit the settings.
     """
     # A missing device must fail before a long download.
@@ -70,7 +71,7 @@ def saved_model(path: Path) -> tuple[ModelSpec, nn.Module]:
     """Loads the model at `model.checkpoint` of a recipe.
 
     Raises:
-        ModelError: if it cannot be loaded; the cure names the recipe key for such a file.
+        ModelError: if it cannot be loaded. Arguments in the cure are renamed to recipe keys.
     """
     try:
         return storage.load(path)
@@ -87,7 +88,7 @@ def first_state(recipe: Recipe, data: data_sets.FederatedData) -> State:
     Raises:
         RecipeError: if the model does not take the data's examples or has another number of
             classes.
-        TrainingError: if the recipe's device is missing.
+        TrainingError: if this machine lacks the recipe's device.
     """
     at = device_of(recipe)
     examples = next(a for a in (data.public, data.test, *data.clients.values()) if len(a))
@@ -98,8 +99,8 @@ def first_state(recipe: Recipe, data: data_sets.FederatedData) -> State:
         **({"class_names": data.class_names, "task": data.task.to_json()} if data.labelled else {}),
         "input_dtype": dtype_of(examples.x),
     }
-    # torch.nn draws new weights from the global generator. Its own name ("weights") keeps the
-    # stream independent of the others of the run.
+    # torch.nn draws new weights from the global generator. It is seeded from a random stream of
+    # its own, "weights", so that the run's other random numbers do not depend on it.
     torch.manual_seed(derive(recipe.seed, "weights"))
     if recipe.model.checkpoint is not None:
         spec, model = saved_model(recipe.model.checkpoint)
@@ -118,7 +119,8 @@ def first_state(recipe: Recipe, data: data_sets.FederatedData) -> State:
         raise _not_taken(recipe, spec, model, given, error) from error
     if data.labelled:
         _check_outputs(recipe, spec, logits, examples.y[:2], data)
-    # A module in memory is where its user begins, even if an earlier call has cut it.
+    # If the user gave a module, that module is the dense reference, even if an earlier call pruned
+    # it.
     start = copied(model) if recipe.model.architecture == memory.IN_MEMORY else None
     dense = cost.parameters(start if start is not None else spec.build_dense())
     return State(spec, model.train(), data, recipe.seed, dense, device=at, given=start)
@@ -127,7 +129,7 @@ def first_state(recipe: Recipe, data: data_sets.FederatedData) -> State:
 def _check_mlp(settings: ModelSettings, shape: Shape, data: data_sets.FederatedData) -> None:
     """Checks `in_features` of the built-in `mlp`.
 
-    Other architectures are only run on an example: which argument of theirs is wrong is not known.
+    For other architectures we do not know which argument is wrong. They are only run on an example.
 
     Raises:
         RecipeError: if an example has another number of values; the cure names the right arguments.
@@ -157,7 +159,7 @@ def _not_taken(
     recipe: Recipe, spec: ModelSpec, model: nn.Module, given: Inputs, error: Exception
 ) -> RecipeError:
     """Returns the error of a network that does not run on examples `given` of the data."""
-    # A module in memory goes by the name of its class; `IN_MEMORY` is a name that no user has written.
+    # Errors call a module in memory by its class: the user has never seen the name `IN_MEMORY`.
     in_memory = recipe.model.architecture == memory.IN_MEMORY
     name = type(model).__name__ if in_memory else spec.architecture
     reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
@@ -167,9 +169,13 @@ def _not_taken(
         reason = error.problem
         cure = error.cure
     elif recipe.model.takes_arguments:
-        cure = ("fit ", Argument("recipe.model.arguments"), " to the data")
+        cure = (
+            "change ",
+            Argument("recipe.model.arguments"),
+            " so that the model takes this shape",
+        )
     else:
-        cure = input_cure(model, given, "give examples as the model takes them")
+        cure = input_cure(model, given, "give examples in the shape that the model takes")
     shape = shape_text(spec.input_shape)
     return RecipeError(
         f"'{name}' does not take examples of shape {shape} ({reason})",
@@ -195,7 +201,7 @@ def _built(settings: ModelSettings, about: dict[str, Any]) -> tuple[ModelSpec, n
 def _check_outputs(
     recipe: Recipe, spec: ModelSpec, found: object, targets: Tensor, data: data_sets.FederatedData
 ) -> None:
-    """Refuses a model whose outputs are not what the task needs."""
+    """Refuses a model whose outputs do not fit the task."""
     try:
         data.task.check(found, targets)
     except ModelError as error:
@@ -205,13 +211,13 @@ def _check_outputs(
         if recipe.model.takes_arguments:
             argument = Argument("recipe.model.arguments.num_classes", number)
             cure = (sentence, ", for instance with ", argument)
-        # Outputs of another shape are no answers of this task (a segmentation, for example):
-        # another number of classes would not help.
+        # Outputs with another number of dimensions, such as a segmentation map, belong to another
+        # task. Another number of classes would not help.
         dims = targets.dim() + 1 if data.task.targets == "classes" else 2
         if not isinstance(found, Tensor) or found.dim() != dims:
             cure = (
-                "without labels (a command without data, or with inputs alone) it can be cut, "
-                "quantized and exported"
+                "it can still be pruned, quantized and exported: give no data, or inputs without "
+                "labels"
             )
         in_memory = recipe.model.architecture == memory.IN_MEMORY
         name = "the module" if in_memory else f"'{spec.architecture}'"
@@ -219,9 +225,9 @@ def _check_outputs(
 
 
 def with_parent(state: State, before: State, load: Loader | None) -> State:
-    """Notes in `state.parent` how to `load` the model before the first stage that changed its spec.
+    """Sets `state.parent` to `load`, a loader of the model before the first change of its spec.
 
-    It is the teacher of stages with `teacher = "dense"`.
+    This model is the teacher of stages with `teacher = "dense"`.
     """
     if (
         state.parent is None
@@ -240,7 +246,7 @@ def parent_of(recipe: Recipe, data: data_sets.FederatedData) -> Loader | None:
 
 
 def spec_and_model(state: State) -> tuple[ModelSpec, nn.Module]:
-    """Returns the spec and the model of `state`, as a `Loader` does."""
+    """Returns the spec and the model of `state`, the same pair that a `Loader` returns."""
     return state.spec, state.model
 
 

@@ -1,4 +1,4 @@
-"""Runs a recipe for all combinations of some values, and finds the Pareto fronts."""
+"""Runs a recipe with all combinations of given values, and finds the Pareto fronts."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ COPIED_KEYS = (
     "runtime",
     "seconds",
 )
-"""Keys of each stage that are copied to `sweep.json`, beside its metric and standard error."""
+"""Keys of each stage that are copied to `sweep.json`, in addition to metric and standard error."""
 MAX_FOLDER_NAME = 80  # characters: file systems allow 255 bytes, and a character may take three
 
 
@@ -55,7 +55,7 @@ class Variant:
 
 @dataclass(frozen=True)
 class VariantStarted:
-    """A variant begins. The caller must take all `events`, which does the variant's work.
+    """A variant begins. The caller must iterate over all `events`: this runs the variant.
 
     `notes` are warnings about a resumed variant (see
     `fedpress.pipeline.environment.write_environment`).
@@ -152,7 +152,7 @@ def _value_lists(values: Sequence[str], seeds: Sequence[int]) -> dict[str, list[
             raise RecipeError(
                 f"'{key}' is given twice",
                 place="sweep",
-                cure="give all its values at once, divided by commas",
+                cure="give all its values at once, separated by commas",
             )
         lists[key] = list(dict.fromkeys(split_values(text)))
     return lists
@@ -175,8 +175,8 @@ def execute(
 ) -> Iterator[VariantStarted | VariantFinished]:
     """Runs each variant in its own run folder in `place`; writes `sweep.json` after each.
 
-    Stages that an earlier variant has run with equal settings are copied. Interrupted variants are
-    resumed. If a variant fails, its error is written and the next one starts.
+    A stage is copied if an earlier variant has run it with equal settings. Interrupted variants are
+    resumed. If a variant fails, its error is written and the next variant starts.
 
     Args:
         text: the recipe as TOML.
@@ -227,14 +227,14 @@ def _variants(
             yield VariantStarted(
                 variant, runs.execute(recipe, folder, loaded[key], reuse=reuse), tuple(notes)
             )
-            # A caller that stops taking events leaves the variant unfinished: that is an error.
+            # The variant is unfinished if the caller did not iterate to the end.
             if not read_json(path / "result.json").get("finished"):
                 raise RunError(
-                    "its events were not followed to the end",
+                    "the caller stopped before the last event, so the variant is not finished",
                     place=path,
-                    cure="go on with the same sweep",
+                    cure="run the same sweep again, which resumes the variant",
                 )
-        # One wrong combination must not stop the others.
+        # One combination that fails must not stop the sweep.
         except FedpressError as failure:
             # The frames of the traceback would keep the variant's model and data in memory.
             failure.__traceback__ = failure.__cause__ = failure.__context__ = None
@@ -258,7 +258,7 @@ def _free(folder: Path, name: str, taken: set[Path]) -> Path:
 def _nearest(
     recipe: Recipe, keys: Sequence[str], earlier: Sequence[tuple[list[str], RunFolder]]
 ) -> RunFolder | None:
-    """Returns the earlier run with the most finished first stages in common; None if none."""
+    """Returns the earlier run that shares most finished first stages; None if none shares any."""
 
     def common(others: Sequence[str], folder: RunFolder) -> int:
         pairs = [*zip(recipe.stage, keys, others, strict=False)]

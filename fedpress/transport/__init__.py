@@ -1,4 +1,4 @@
-"""Transports: carry messages from the server to the clients and back."""
+"""Transports: carry messages from the server to the clients, and answers back."""
 
 from fedpress.transport.local import Handler, LocalTransport
 

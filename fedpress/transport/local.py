@@ -1,4 +1,4 @@
-"""The local transport: for simulations, with all clients in this process.
+"""The transport of simulations, whose clients are all in this process.
 
 Messages are packed to bytes and unpacked, exactly as over a network.
 """
@@ -31,8 +31,7 @@ class LocalTransport:
     """Calls a function of each client, its handler.
 
     If a handler raises, the answer has kind "error": the client is dropped from the round, and the
-    run goes on. The handler is called in `receive`, so a request that is cancelled before costs no
-    work.
+    run continues. Handlers are called in `receive`, so a request cancelled before costs no work.
     """
 
     def __init__(self, handlers: Mapping[ClientId, Handler], *, max_bytes: int = MAX_BYTES) -> None:
@@ -78,7 +77,7 @@ class LocalTransport:
         """Lets the client of the first of `requests` work, and returns its answer.
 
         Args:
-            requests: the requests that are waited for.
+            requests: the requests to wait for.
             timeout: ignored, because answers come at once. Slow clients are simulated by the
                 virtual clock of the schedule.
 
@@ -100,7 +99,7 @@ class LocalTransport:
         try:
             reply = self._handlers[client](request)
         except Exception as problem:
-            # A client that fails must not end the run; over a network it could not either.
+            # As over a network, a client that fails must not end the run.
             reply = pack(error(f"{type(problem).__name__}: {problem}"))
         self._traffic += Traffic(up=len(reply))
         # Checked like a reply from a network, so that tests with malicious clients are realistic.

@@ -1,8 +1,8 @@
-"""The SuperLink's process: Flower's own program, behind a guard, for as long as its parent lives.
+"""The process of Flower's SuperLink, with a guard in front; it ends when its parent process ends.
 
-In Flower's open-source build whoever reaches the port may submit runs, register nodes and stop
-runs: its control interface asks nobody who he is. The guard lets only the server through there, by
-a secret file, and limits how long a request may be.
+The control interface of Flower's open-source build has no authentication: everyone who reaches the
+port may submit runs, stop runs and register nodes. The guard admits only requests of the server to
+it, which send a secret from a file. It also limits the length of requests.
 """
 
 from __future__ import annotations
@@ -16,22 +16,22 @@ from typing import Any
 from fedpress.transport.flower import CHUNK, QUIET, SECRET_HEADER
 
 MOST = 2 * CHUNK
-"""Longest request in bytes; a longer body travels in several."""
+"""Longest request in bytes; longer bodies are sent in several requests."""
 OPEN = ("/v1/fleet/", "/health")
-"""What clients may ask for."""
+"""Beginnings of the paths that clients may request."""
 
 
 class Guard:
-    """Middleware (ASGI) in front of all of Flower's own."""
+    """ASGI middleware that runs before Flower's."""
 
     def __init__(self, app: Any, secret: str) -> None:
         self._app = app
         self._secret = secret.encode()
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        """Answers 403 to strangers and 413 to long requests, and passes on the others."""
+        """Answers 403 to requests without the secret and 413 to long ones; passes on the rest."""
         if scope["type"] == "websocket":
-            # Flower has none; one that comes with another version must not be open to all.
+            # Flower has no websockets. If a later version adds one, it must not be open to all.
             await send({"type": "websocket.close"})
             return
         if scope["type"] != "http":
@@ -48,7 +48,7 @@ class Guard:
             event = await receive()
             took += len(event.get("body", b""))
             if took > MOST:
-                # Ends the request as if its sender had gone: nothing of it is kept.
+                # Flower then drops the request, as if the sender had closed the connection.
                 return {"type": "http.disconnect"}
             return event
 
@@ -67,7 +67,7 @@ async def _refuse(send: Any, status: int, body: bytes) -> None:
 
 
 def main(arguments: list[str]) -> None:
-    """Runs it; `arguments` are the parent's process number, then those of `flower-superlink`."""
+    """Runs the SuperLink; `arguments`: the parent's process id, then `flower-superlink`'s own."""
     os.environ.update(QUIET)
     from flwr.supercore.app_utils import start_parent_process_monitor
     from flwr.superlink import extensions

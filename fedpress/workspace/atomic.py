@@ -18,27 +18,27 @@ Json = Mapping[str, JsonValue]
 
 
 def writing(path: Path) -> AbstractContextManager[None]:
-    """Turns an OSError while a file of a run is written into a RunError with a cure.
+    """Raises a RunError with a cure in place of an OSError in the block, which writes `path`.
 
     Raises:
         RunError: if the disk is full, or `path` cannot be written.
     """
-    kept = "what was finished is kept: "
+    kept = " (finished stages are kept)"
     return files.writing(
         path,
-        full=(f"{kept}free some space", Shell(", then go on with --resume")),
-        other=(f"{kept}choose another place with ", Argument("out")),
+        full=(f"free some space{kept}", Shell(", then go on with --resume")),
+        other=("choose another place with ", Argument("out"), kept),
     )
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yields a temporary path beside `path`, which is renamed to `path` at the end of the block.
+    """Yields a temporary path; at the end of the block this file replaces the file `path`.
 
-    If the block fails, the temporary file is removed and the old one stays.
+    If the block fails, the temporary file is removed and the old file stays.
 
     Raises:
-        RunError: if it cannot be written.
+        RunError: if `path` cannot be written.
     """
     with writing(path), files.replacing(path) as temporary:
         yield temporary
@@ -46,14 +46,15 @@ def replacing(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def replacing_with_checksum(path: Path, run: Path) -> Iterator[Path]:
-    """As `replacing`, and adds the checksum of the new file to the list of the folder `run`.
+    """Does the same as `replacing`, and adds the new file's checksum to the list in `run`.
 
     Raises:
-        RunError: if it cannot be written; the old file then stays.
+        RunError: if `path` cannot be written; the old file then stays.
     """
     with replacing(path) as temporary:
         yield temporary
-        # Before the rename: after a kill in between, both the old and the new file are known.
+        # The checksum is added before the rename. If the process is killed between the two, the
+        # list has the checksums of both files.
         checksums.add_line(path, temporary, folder=run)
 
 
@@ -62,12 +63,12 @@ def check_undamaged(path: Path, cure: Words, *, grows: bool = False, what: str =
 
     Args:
         path: the file.
-        cure: of the error.
+        cure: cure of the error.
         grows: whether lines may have been appended since the checksum was taken.
         what: first words of the error.
 
     Raises:
-        RunError: if it was damaged.
+        RunError: if the file differs from its checksum.
     """
     if not path.exists():
         return
@@ -84,13 +85,13 @@ def check_undamaged(path: Path, cure: Words, *, grows: bool = False, what: str =
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes `value` as JSON, atomically; NaN and infinity become null, since JSON has neither."""
+    """Writes `value` as JSON, atomically. NaN and infinity become null: JSON has neither."""
     with replacing(path) as temporary:
         temporary.write_text(_as_json(value), "utf-8")
 
 
 def write_json_with_checksum(path: Path, value: Any, run: Path) -> None:
-    """As `write_json`, and adds the checksum of the file to the list of the folder `run`."""
+    """Does the same as `write_json`, and adds the file's checksum to the list in `run`."""
     with replacing_with_checksum(path, run) as temporary:
         temporary.write_text(_as_json(value), "utf-8")
 
@@ -114,7 +115,7 @@ def read_json(path: Path, *, cure: Words = "delete the folder and run again") ->
     """Reads a JSON object.
 
     Raises:
-        RunError: if the file is missing, differs from its checksum, or holds something else.
+        RunError: if the file is missing, differs from its checksum, or is not a JSON object.
     """
     check_undamaged(path, cure)
     try:

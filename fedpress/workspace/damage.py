@@ -17,7 +17,7 @@ from fedpress.workspace.stage_folder import PROGRESS, files_of
 CHECKED_WHEN_READ = (PROGRESS, "model.safetensors", "spec.json")
 # Cures for damage of the files of a run, by name.
 _REWRITTEN: Words = (
-    "delete this file: a run that goes on with ",
+    "delete this file: ",
     Argument("resume"),
     " writes it again",
 )
@@ -29,14 +29,14 @@ CURES: dict[str, Words] = {
     "ledger.json": _REWRITTEN,
     records.NAME: records.CURE,
 }
-REUSE_HINT = "`fedpress run` takes over finished stages that are equal by --from"
+REUSE_HINT = "it can copy the finished stages that are equal: fedpress run RECIPE --from"
 
 
 def check_links(run: Path) -> None:
     """Checks that no symbolic link leads out of the folder.
 
-    A run folder may come from anybody, and resuming it would write through such a link, for example
-    over a file in the user's home.
+    A run folder may come from a stranger. Resuming the run would write through such a link and
+    overwrite, for example, a file in the user's home.
 
     Raises:
         RunError: naming the link.
@@ -48,11 +48,11 @@ def check_links(run: Path) -> None:
             if path.is_symlink() and not path.resolve().is_relative_to(own):
                 raise RunError(
                     (
-                        "a symbolic link out of the folder of the run, through which it would "
-                        f"write to '{path.resolve()}'"
+                        "a symbolic link out of the folder of the run: the run would write to "
+                        f"'{path.resolve()}'"
                     ),
                     place=path,
-                    cure="put what it leads to in its place, or delete it",
+                    cure="replace the link by the file it points to, or delete it",
                 )
 
 
@@ -67,7 +67,7 @@ def check_run(run: Path) -> None:
     try:
         names = list(dict.fromkeys(line.name for line in checksums.read_lines(run)))
     except checksums.DamagedList as error:
-        cure = "delete it, and what it lists is taken as it is"
+        cure = "delete this list; then the files are accepted without a check"
         raise RunError(f"corrupt ({error})", place=place, cure=cure) from error
     for name in names:
         path = run / name
@@ -78,9 +78,10 @@ def check_run(run: Path) -> None:
 
 
 def _is_checked_here(run: Path, path: Path) -> bool:
-    """Whether a file must be undamaged and is not checked later.
+    """Whether a file is checked before the run is resumed.
 
-    Files of unfinished stages need no check, since the stage writes them again.
+    Some files are checked later, when they are read. Files of an unfinished stage are not checked,
+    because the stage writes them again.
     """
     if path.parent.name == "artifacts":
         return any(path in files_of(run / name) for name in _artifacts(run))
@@ -90,9 +91,9 @@ def _is_checked_here(run: Path, path: Path) -> bool:
 
 
 def _artifacts(run: Path) -> Iterator[str]:
-    """Yields the artifacts that the results of finished stages name."""
+    """Yields the names of the artifacts in the results of finished stages."""
     for path in (run / "stages").glob("*/result.json"):
-        # A damaged result.json gets an error of its own, under its own name.
+        # The error about a damaged result.json is raised when that file itself is checked.
         with suppress(RunError):
             result = read_json(path).get("result")
             artifact = result.get("artifact") if isinstance(result, dict) else None

@@ -1,4 +1,4 @@
-"""`drive`: runs a long stage from its last checkpoint, with progress, records and checkpoints."""
+"""Runs a long stage from its last checkpoint, with progress, records and new checkpoints."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ log = logger(__name__)
 class Snapshot:
     """The state of a computation for a checkpoint: named tensors, and facts in JSON types.
 
-    The tensors may be those that the computation goes on to change: copy or save them at once.
+    The computation may change these tensors in its next step: copy or save them at once.
     """
 
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
@@ -33,10 +33,10 @@ class Milestone:
     """A point in a computation at which a record is written or a checkpoint saved.
 
     Attributes:
-        record: line for the records of the run; empty: none.
-        note: text beside the progress bar from now on; None: as before.
-        timed: whether the record gets the seconds since the start.
-        saves: whether the computation can be resumed from here, so that a checkpoint is saved.
+        record: line for the records of the run; empty: no record is written.
+        note: new text beside the progress bar; None: the text does not change.
+        timed: whether the seconds since the start are added to the record.
+        saves: whether a checkpoint is saved. The computation must be resumable from here.
     """
 
     record: Mapping[str, JsonValue] = field(default_factory=dict)
@@ -46,10 +46,10 @@ class Milestone:
 
 
 class Resumable(Protocol):
-    """A computation in steps that can be resumed at a milestone, with the same bits as a result."""
+    """A computation in steps. If it is resumed at a milestone, its result has the same bits."""
 
     def events(self) -> Iterator[Tick | Milestone]:
-        """Computes from the current state: yields a tick after each step, and milestones."""
+        """Continues from the current state. Yields a tick after each step, and milestones."""
         ...
 
     def state(self) -> Snapshot:
@@ -57,7 +57,7 @@ class Resumable(Protocol):
         ...
 
     def load_(self, saved: Snapshot) -> None:
-        """Replaces the state of a new object of the same computation by a saved one."""
+        """Sets the state of a new computation to a saved state of the same computation."""
         ...
 
 
@@ -71,7 +71,7 @@ def drive(work: Resumable, folder: StageFolder) -> Generator[Tick, None, None]:
     if facts:
         log.info("goes on from the checkpoint in %s", folder.path)
         work.load_(Snapshot(tensors, facts))
-    # A checkpoint holds the seconds spent before it, so that the clock goes on from there.
+    # A checkpoint contains the seconds spent before it; the clock continues from there.
     start = time.perf_counter() - facts.get("seconds", 0.0)
     note = facts.get("note", "")
     last: Tick | None = None
@@ -85,7 +85,8 @@ def drive(work: Resumable, folder: StageFolder) -> Generator[Tick, None, None]:
         seconds = time.perf_counter() - start
         if event.note is not None:
             note = event.note
-        # The record before the checkpoint: a checkpoint counts the records that belong to it.
+        # The record is written before the checkpoint, because the checkpoint stores the number of
+        # records.
         if event.record:
             record = dict(event.record)
             if event.timed:
@@ -95,6 +96,6 @@ def drive(work: Resumable, folder: StageFolder) -> Generator[Tick, None, None]:
             saved = work.state()
             own = {**saved.facts, "seconds": seconds, "note": note}
             folder.save_progress(saved.tensors, own)
-        # The last tick again, so that the new note is shown at once.
+        # The last tick is repeated, so that the new note is shown at once.
         if last is not None and event.note is not None:
             yield replace(last, note=note)

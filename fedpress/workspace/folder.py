@@ -1,4 +1,4 @@
-"""The folder of a run: created once, locked during work, resumed with the same settings only."""
+"""The folder of a run: created once, locked while a process works in it, and resumed later."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from fedpress.workspace.stage_folder import StageFolder
 
 @dataclass(frozen=True)
 class RunFolder:
-    """One run's folder."""
+    """The folder of one run, new, interrupted or finished."""
 
     path: Path
 
@@ -41,7 +41,7 @@ class RunFolder:
         with writing(path):
             path.mkdir(parents=True, exist_ok=True)
         with lock.locked(path):
-            # Again: another process may have begun a run here before the lock was taken.
+            # Second check: another process may have begun a run here before the lock was taken.
             cls.check_free(path, recipe_text)
             with replacing_with_checksum(path / "recipe.toml", path) as temporary:
                 temporary.write_text(recipe_text, "utf-8")
@@ -80,10 +80,10 @@ class RunFolder:
         return read_json(self.path / "settings.json", cure=new_run_cure(self.path))
 
     def locked(self) -> AbstractContextManager[None]:
-        """Holds the folder's lock inside of the block: no other process may work in it.
+        """Holds the folder's lock during the block, so that no other process works in the folder.
 
         Raises:
-            RunError: if another process holds it, naming that process.
+            RunError: if another process has the lock; the error names that process.
         """
         return lock.locked(self.path)
 
@@ -92,7 +92,7 @@ class RunFolder:
         """Checks that a new run in this folder would replace nothing.
 
         Raises:
-            RunError: if it holds a run or other files, or is a file.
+            RunError: if the folder contains a run or other files, or `path` is a file.
         """
         lock.check_unlocked(path)
         if (path / "settings.json").exists():
@@ -107,7 +107,8 @@ class RunFolder:
             raise RunError("this is a file", place=path, cure=cure)
         if not path.is_dir():
             return
-        # A start that was killed may have left these; they are written again.
+        # A process that was killed while it created a run may have written these files. A new run
+        # writes them again.
         own = (lock.NAME, checksums.NAME, f".{recipe.name}.part", ".settings.json.part")
         for found in path.iterdir():
             if found.name in own:
@@ -121,7 +122,7 @@ class RunFolder:
 
     @classmethod
     def open(cls, path: Path) -> RunFolder:
-        """Opens the folder of any run.
+        """Opens the folder of a run, finished or not.
 
         Raises:
             RunError: if there is no run.
@@ -154,8 +155,8 @@ class RunFolder:
         folder = cls(path)
         stages = folder.settings.get("stage")
         planned = len(stages) if isinstance(stages, list) else 0
-        # Counted here and not read from the run's result.json: the user may have deleted a damaged
-        # stage since, to do it again.
+        # Stages are counted and not read from the run's result.json: since then, the user may have
+        # deleted a damaged stage to run it again.
         done = len(list(path.glob("stages/*/result.json")))
         folder.check_streams(finished=done >= planned > 0)
         old = folder.settings
@@ -172,9 +173,9 @@ class RunFolder:
         return folder
 
     def check_streams(self, *, finished: bool) -> None:
-        """Checks that a run which goes on draws the same random numbers as before.
+        """Checks that a resumed run draws the same random numbers as before.
 
-        With others it would, for example, deal the examples to other clients than before.
+        Otherwise it would, for example, give the examples to other clients than before.
 
         Raises:
             RunError: if not all stages are `finished`, and the run began with random streams of
@@ -201,7 +202,7 @@ class RunFolder:
 
 
 def first_difference(old: Any, new: Any, at: str = "recipe") -> str:
-    """Says where two JSON values first differ.
+    """Describes the first difference of two JSON values.
 
     >>> first_difference({"a": [1, 2]}, {"a": [1, 3]})
     'recipe.a[1] was 2, now 3'

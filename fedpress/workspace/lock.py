@@ -1,4 +1,4 @@
-"""A lock for a folder, so that one process at a time works in it; it names its holder.
+"""A lock for a folder, so that only one process at a time works in it.
 
 The operating system releases the lock of a process that dies.
 """
@@ -25,19 +25,20 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 NAME = "lock"
-# A process that only asks who holds the lock has it for an instant: try again so many times.
+# A process that asks who has the lock takes the lock for an instant, so one refusal can be a false
+# alarm. `_acquire` tries again so many times.
 RETRIES = 3
-# Folder and thread -> how many times the thread has taken its lock again.
+# Folder and thread -> how many `with locked(folder)` blocks the thread is in.
 _held_here: dict[tuple[str, int], int] = {}
 
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Holds the lock of `folder`, a file `lock` in it, inside of the block.
+    """Holds the lock of `folder` during the block: an flock on the file `lock` in the folder.
 
-    It is a lock of the operating system (flock) on that file; the file's text names the holder. On
-    file systems without such locks the file itself is the lock, and is taken over if its process is
-    dead. A thread that holds the lock may take it again.
+    The text of the file names the process that has the lock. On file systems without flock, the
+    lock is the existence of the file; if its process is dead, another process may take the lock. A
+    thread that has the lock may take it a second time.
 
     Raises:
         RunError: if another process holds it, naming that process; if the folder cannot be written.
@@ -56,7 +57,8 @@ def locked(folder: Path) -> Iterator[None]:
         yield
     finally:
         del _held_here[key]
-        # Removed while the lock is held: afterwards it could be the file of the next process.
+        # The file is removed before the lock is released. Afterwards another process could already
+        # have locked it.
         with suppress(OSError):
             (folder / NAME).unlink(missing_ok=True)
         os.close(handle)
@@ -82,7 +84,7 @@ def holder(folder: Path) -> str | None:
             return None
         return _describe(owner)
     finally:
-        # Closing also releases the lock, if the question above has taken it.
+        # Closing also releases the lock if `_try_flock` has taken it.
         os.close(handle)
 
 
@@ -126,8 +128,8 @@ def _acquire(folder: Path) -> int:
         if result == "held" or (result == "unknown" and owner and not _is_dead(owner)):
             os.close(handle)
             raise _locked_error(folder, _describe(owner))
-        # Between open and flock the last holder may have removed the file. Then this is the lock of
-        # a file that nobody else can find: start again.
+        # Between open and flock, the previous process may have removed the file. Then the lock is
+        # on a file that no other process can open: start again.
         with suppress(OSError):
             if os.fstat(handle).st_ino == os.stat(path).st_ino:
                 break
@@ -139,12 +141,12 @@ def _acquire(folder: Path) -> int:
 
 def _open(path: Path) -> int:
     try:
-        # Through a symbolic link the lock would empty and overwrite some other file.
+        # O_NOFOLLOW: a symbolic link would make this process overwrite another file.
         return os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
     except OSError as error:
         if path.is_symlink():
             raise RunError(
-                "a lock is no symbolic link", place=path, cure="delete that link"
+                "the lock file is a symbolic link", place=path, cure="delete that link"
             ) from error
         reason = os.strerror(error.errno or 0)
         raise RunError(
@@ -172,7 +174,7 @@ def _try_flock(handle: int) -> str:
 
 
 def own_note() -> dict[str, Any]:
-    """Returns what the file `lock` says of this process while it works in a folder."""
+    """Returns the content of the file `lock` for this process: id, host, start, command."""
     pid = os.getpid()
     command = shlex.join([Path(sys.argv[0] or "python").name, *sys.argv[1:]])
     since = time.strftime("%Y-%m-%d %H:%M:%S")
@@ -186,7 +188,7 @@ def own_note() -> dict[str, Any]:
 
 
 def _read_owner(path: Path) -> dict[str, Any]:
-    """Returns what the holder has written about itself; empty if that cannot be read."""
+    """Returns the content of the file `lock` of another process; {} if it cannot be read."""
     try:
         found = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError):
@@ -195,7 +197,7 @@ def _read_owner(path: Path) -> dict[str, Any]:
 
 
 def _describe(owner: dict[str, Any]) -> str:
-    # A process that has just taken the lock has not yet written who it is.
+    # A process that has just taken the lock has not written its name yet.
     if not owner:
         return "another process"
     command = str(owner.get("command", ""))[:200]
@@ -204,7 +206,7 @@ def _describe(owner: dict[str, Any]) -> str:
 
 
 def _is_dead(owner: dict[str, Any]) -> bool:
-    """Whether the process is known to be dead; that is not known of one on another machine."""
+    """Whether the process is known to be dead. Of a process on another machine we cannot know."""
     pid = owner.get("pid")
     if owner.get("host") != socket.gethostname() or not isinstance(pid, int) or pid < 1:
         return False
@@ -213,7 +215,7 @@ def _is_dead(owner: dict[str, Any]) -> bool:
         os.kill(pid, 0)
     except ProcessLookupError:
         return True
-    # It exists, and belongs to another user.
+    # The process exists, but belongs to another user.
     except OSError:
         pass
     # Process ids are reused: another start time means another process.
@@ -223,7 +225,7 @@ def _is_dead(owner: dict[str, Any]) -> bool:
 def process_start(pid: int) -> str | None:
     """Returns when a process was started, in clock ticks since boot; None outside of Linux."""
     try:
-        # Field 22 of the line; the second is the command in brackets, which may hold spaces.
+        # The start time is field 22. Field 2 is the command in brackets, which may contain spaces.
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
     except (OSError, IndexError):
         return None

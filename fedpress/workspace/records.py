@@ -26,7 +26,7 @@ CURE = "delete this file to go on without the records so far (models and results
 
 @dataclass(frozen=True)
 class Records:
-    """The records of the run in the folder `run`."""
+    """The records of one run; `run` is its folder."""
 
     run: Path
 
@@ -80,9 +80,9 @@ class Records:
         """Removes all but the first `count` records, and an incomplete line at the end.
 
         Raises:
-            RunError: if there are fewer, so that some were lost.
+            RunError: if there are fewer than `count`, so that records were lost.
         """
-        # A missing file was deleted by the user, as CURE says: the run goes on without it.
+        # If the file is missing, the user has followed CURE and deleted it. The run continues.
         if not self.path.exists():
             return
         self.check_count(count)
@@ -94,12 +94,12 @@ class Records:
     def check_count(self, count: int) -> None:
         """Checks that there are at least `count` records, in runs that have no checksums.
 
-        Those are runs of an older fedpress. In others the checksum tells of every loss (see
-        `check_undamaged`), and fewer records may be right: after the user has deleted a damaged
-        file, the records begin again.
+        Only runs of older versions have no checksums. In newer runs the checksum shows every loss
+        (see `check_undamaged`). There, fewer records can be correct: if the user has deleted a
+        damaged file, the records start again from 0.
 
         Raises:
-            RunError: if there are fewer.
+            RunError: if there are fewer than `count`.
         """
         found = self.count()
         if found < count and self.path.exists() and not checksums.has_line(self.path):
@@ -115,6 +115,6 @@ class Records:
             return []
         for path in (self.run / "stages").glob("*/result.json"):
             if read_json(path, cure="delete this file to do the stage again").get("records"):
-                lost = "the report will show nothing of what was recorded before"
+                lost = "the report will not show the records written before now"
                 return [f"{self.path} is missing: {lost}"]
         return []

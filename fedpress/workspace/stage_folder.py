@@ -32,9 +32,9 @@ from fedpress.workspace.records import Records
 log = logger(__name__)
 
 PROGRESS = "progress.safetensors"
-# In artifacts/: how raw rows of a table become the inputs of the files there.
+# File in artifacts/ that says how raw table rows become the inputs of the exported models.
 INPUTS = "inputs.json"
-# Keys that the result of every finished stage has, beside the primary metric of its task.
+# Keys in the result of every finished stage, in addition to the primary metric of its task.
 NEEDED = ("kind", "name", "seconds", "parameters")
 # Files that get their checksum when they are written, and not when the stage finishes.
 CHECKSUMMED_BEFORE = (PROGRESS, "result.json")
@@ -42,7 +42,7 @@ CHECKSUMMED_BEFORE = (PROGRESS, "result.json")
 
 @dataclass(frozen=True)
 class Done:
-    """A finished stage: its line of the run's result, and the number of records at its end."""
+    """A finished stage: its entry in the run's result, and the number of records when it ended."""
 
     result: dict[str, Any]
     records: int
@@ -56,8 +56,8 @@ class StageFolder:
         run: the folder of the run.
         path: the stage's own folder in it.
         index: position of the stage in the recipe, from 0.
-        kind: of the stage, such as "prune".
-        name: of the stage; by default its kind.
+        kind: the stage's kind, such as "prune".
+        name: the stage's name; by default its kind.
     """
 
     run: Path
@@ -76,9 +76,10 @@ class StageFolder:
         self.records.add({"stage": self.index, "kind": self.kind, "name": self.name, **facts})
 
     def begin(self, records: int) -> float:
-        """Removes the records of steps that will be done again.
+        """Removes the records of steps that will be repeated.
 
-        Those are the records after the last checkpoint; without one, all but the first `records`.
+        These are the records written after the last checkpoint. Without a checkpoint, they are all
+        records after the first `records`.
 
         Returns:
             The seconds spent until the checkpoint.
@@ -88,7 +89,7 @@ class StageFolder:
         return float(facts.get("seconds", 0.0))
 
     def save_progress(self, tensors: Mapping[str, Tensor], facts: Json) -> None:
-        """Saves a checkpoint: named tensors, and facts in JSON types, in one file, atomically."""
+        """Saves a checkpoint atomically in one file: named tensors, and facts in JSON types."""
         # Cloned, since safetensors refuses tensors that share memory.
         copies = {k: v.detach().to("cpu").contiguous().clone() for k, v in tensors.items()}
         metadata = json.dumps({**facts, "records": self.records.count()})
@@ -129,25 +130,25 @@ class StageFolder:
         """Saves the stage's model and result, and marks the stage as finished.
 
         Args:
-            spec: of the model.
+            spec: the model's spec.
             model: the model after the stage.
-            result: the stage's line of the run's result.
+            result: the stage's entry in the run's result.
             key: fingerprint of everything that the result depends on (see `finished`).
         """
         with writing(self.path / "model.safetensors"):
             save_model(self.path, spec, model)
-            # On the disk before the result file, which says that they are complete.
+            # Both files must be on the disk before the result file, which marks them as complete.
             files.sync(self.path / "model.safetensors")
             files.sync(self.path / "spec.json")
         self._note_checksums(dict(result).get("artifact"))
         done = self._mark_done(key, result)
-        # Only now: a kill before this line must find either the checkpoint or the result.
+        # Deleted last: if the process is killed before this line, the checkpoint is still there.
         self._progress.unlink(missing_ok=True)
         self.forget()
         return done
 
     def _mark_done(self, key: str, result: Json) -> Done:
-        """Writes the result file, which marks the stage as finished: after all other files."""
+        """Writes the result file. It marks the stage as finished, so it is written last."""
         done = Done(dict(result), self.records.count())
         content = {"key": key, "records": done.records, "result": done.result}
         write_json_with_checksum(self._result, content, self.run)
@@ -167,7 +168,7 @@ class StageFolder:
 
     @property
     def memory(self) -> Path:
-        """Folder in which simulated clients keep their states between processes; it is private."""
+        """Folder where simulated clients keep their states. It holds private data: do not share."""
         return self.path / "memory"
 
     def forget(self) -> None:
@@ -175,10 +176,10 @@ class StageFolder:
         shutil.rmtree(self.memory, ignore_errors=True)
 
     def finished(self, key: str) -> Done | None:
-        """Returns the result of the stage if it is finished under the same `key`, else None.
+        """Returns the result if the stage is finished and has the same `key`, else None.
 
         Args:
-            key: fingerprint of the settings, the seed and the stages before.
+            key: hash of the settings, the seed and all earlier stages (see `stage_keys`).
 
         Raises:
             RunError: if the result file was damaged.
@@ -194,7 +195,7 @@ class StageFolder:
         missing += [f"result.{name}" for name in needed if name not in line]
         if missing or not isinstance(result, dict) or not isinstance(records, int):
             raise RunError(
-                f"damaged, it lacks {', '.join(missing) or 'a number of records'}",
+                f"damaged: {', '.join(missing) or 'a valid number of records'} is missing",
                 place=self._result,
                 cure=cure,
             )
@@ -209,7 +210,7 @@ class StageFolder:
         return load_model(self.path)
 
     def adopt(self, other: Path, key: str, *, records: int) -> Done | None:
-        """Copies the same stage, finished under the same `key`, from another run.
+        """Copies this stage from another run in which it is finished and has the same `key`.
 
         Args:
             other: the folder of the run to copy from; it is not changed.
@@ -228,7 +229,7 @@ class StageFolder:
         done = theirs.finished(key)
         if done is None:
             return None
-        cure = f"delete '{theirs._result}', and the stage is done again here"
+        cure = f"delete '{theirs._result}'; then this run does the stage itself"
         for path in sorted(theirs.path.iterdir()):
             if path.is_file():
                 check_undamaged(path, cure)
@@ -255,12 +256,12 @@ class StageFolder:
         return self._mark_done(key, done.result)
 
     def _artifact_of(self, done: Done) -> Path | None:
-        """Returns the path of the stage's artifact; None if it has made none."""
+        """Returns the path of the stage's artifact; None if the stage made no artifact."""
         name = done.result.get("artifact")
         if name is None:
             return None
         path = self.run / str(name)
-        # The result of a stranger's run may name any path, such as one of the user's own files.
+        # The run may come from a stranger, and its result may name any file of this user.
         if not path.resolve().is_relative_to(self.run.resolve()):
             raise RunError(
                 f"its artifact {str(name)[:80]!r} lies outside of the run",
@@ -271,9 +272,9 @@ class StageFolder:
 
 
 def files_of(artifact: Path) -> list[Path]:
-    """Returns the files of an artifact: itself, others of its name, and `inputs.json`.
+    """Returns the files of an artifact, those of the same stem, and `inputs.json`.
 
-    For example OpenVINO keeps the weights `model.bin` beside the graph `model.xml`.
+    Example: OpenVINO writes the graph to `model.xml` and the weights to `model.bin`.
     """
     found = []
     for path in artifact.parent.iterdir():

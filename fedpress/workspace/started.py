@@ -1,8 +1,8 @@
-"""Signs the run folders that a user has started, so that their functions need no new consent.
+"""Signs run folders, so that the user who started a run can resume it without a new consent.
 
-A user who names a recipe consents to the functions in it. The recipe in a run folder is no consent,
-since the folder may come from anybody, unless it has the user's signature (HMAC-SHA256). The key
-stays in a file of the user.
+A user who names a recipe consents to call the functions in it. A run folder also contains a recipe,
+but the folder may come from a stranger. So its functions are called without a new consent only if
+the folder has the user's signature (HMAC-SHA256). The key is in a file in the user's home.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 KEY_BYTES = 32
-# Functions of fedpress that its commands write into recipes, by the names that files have.
+# Functions of fedpress that its commands write into recipes, by their names in saved files.
 OWN = ("fedpress.commands.subject:no_data", "fedpress.models.memory:held")
 
 
@@ -44,7 +44,7 @@ def sign(names: Sequence[str], recipe: str | None) -> str | None:
 
     Args:
         names: the functions that its recipe names.
-        recipe: path of the recipe file; modules are searched in its folder, so it is signed too.
+        recipe: path of the recipe file. It is signed too, since modules are searched in its folder.
     """
     key = _key()
     if key is None:
@@ -58,12 +58,12 @@ def is_signed(found: object, names: Sequence[str], recipe: str | None) -> bool:
     right = sign(names, recipe)
     if right is None or not isinstance(found, str):
         return False
-    # In constant time: the time of == would tell how many characters are right.
+    # Constant time: the running time of == would tell an attacker how many characters are right.
     return hmac.compare_digest(found.encode(), right.encode())
 
 
 def _key() -> bytes | None:
-    """Returns the user's key, and makes it the first time."""
+    """Returns the user's key; makes a key if there is none."""
     try:
         state = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
         path = Path(state) / "fedpress" / "key"
@@ -74,7 +74,8 @@ def _key() -> bytes | None:
             handle = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
             with os.fdopen(handle, "wb") as file:
                 file.write(secrets.token_bytes(KEY_BYTES))
-            # A link fails if the file exists: of two processes the first one makes the key.
+            # os.link fails if the file exists. So, if two processes make a key at the same time,
+            # both use the key of the first.
             try:
                 os.link(part, path)
             except FileExistsError:

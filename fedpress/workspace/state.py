@@ -19,7 +19,7 @@ from fedpress.training.device import find
 Name = Annotated[
     str,
     StringConstraints(pattern=r"^\w[\w .-]*$", max_length=60),
-    Field(description="what folders, records and charges call it; no two stages may share one"),
+    Field(description="name in folders, records and the privacy ledger; unique in the recipe"),
 ]
 """The name of a recipe or stage, which is also the name of its folder."""
 
@@ -33,18 +33,18 @@ class Network(Protocol):
         """Returns a transport (`fedpress.federation.Transport`) to clients.
 
         Args:
-            session: names what the messages are about, a stage of a run.
-            clients: by their names, in this order; None: all that are connected now.
+            session: id of the stage of the run that the messages belong to.
+            clients: names of the clients, in this order; None: all clients connected now.
         """
         ...
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """The columns that are predicted, where the clients' data are tables."""
+        """The columns to predict if the clients' data are tables."""
         ...
 
     def told(self, sentence: str, /) -> None:
-        """Tells whoever watches what has happened to a client."""
+        """Reports an event of a client, such as a late answer, to those who watch the run."""
         ...
 
 
@@ -66,22 +66,22 @@ class State:
     """The model with its spec, the data, and the privacy spent so far.
 
     Attributes:
-        spec: of the model.
-        model: after the last stage.
+        spec: the model's spec.
+        model: the model after the last stage.
         data: the federated data set.
-        seed: of the run.
+        seed: the run's seed.
         dense: number of parameters before any pruning.
-        ledger: the privacy spent so far; None: none.
+        ledger: the privacy spent so far; None: no privacy was spent.
         score: the task's primary metric on the test set after the last stage; None before the
             first.
-        facts: what the last stage adds to its line of the result, such as `bytes_up`.
+        facts: facts that the last stage adds to its entry in the result, such as `bytes_up`.
         parent: loads the model from before the first stage that made it smaller; None: there was no
             such stage.
-        device: where the stages train and measure; latency is always that of the CPU.
+        device: device on which stages train and measure. Latency is always measured on the CPU.
         network: reaches clients on other machines; None: the clients of `data` are simulated.
         engine: runs simulated clients; None: in this process, one after another.
-        given: the module in memory that the user gave, whatever earlier calls had cut from it;
-            None: the model comes from elsewhere.
+        given: the module that the user gave, including any pruning by earlier calls; None: the
+            user gave no module.
     """
 
     spec: ModelSpec
@@ -99,15 +99,15 @@ class State:
     given: nn.Module | None = None
 
     def dense_network(self) -> nn.Module:
-        """Returns the network before any pruning, from which shares such as keep_macs count."""
+        """Returns the network before any pruning; shares such as keep_macs refer to it."""
         return self.given if self.given is not None else self.spec.build_dense()
 
     def example(self, n: int) -> Inputs:
         """Returns `n` prepared examples [n, ...] to trace the model and to count operations on.
 
         For a model with one input see `ModelSpec.example`. For several inputs these are public or
-        test examples, if there are any, since made-up integers may be invalid: a length, for
-        example, must fit the other inputs.
+        test examples, if there are any: random integers may be invalid. A length, for example,
+        must fit the other inputs.
         """
         parts = (self.data.public, self.data.test)
         rows = next((part.x for part in parts if len(part)), None)
@@ -117,7 +117,7 @@ class State:
 
     @property
     def input_spec(self) -> tuple[int, ...] | Inputs:
-        """What the model takes: the shape of one float32 example, or a batch of other inputs."""
+        """The shape of one float32 example; for other kinds of inputs, a batch of two examples."""
         shape = self.spec.input_shape
         if isinstance(shape, tuple) and self.spec.input_dtype == "float32":
             return shape
@@ -132,7 +132,7 @@ class Tick:
         done: steps so far.
         total: steps in all.
         note: text beside the progress bar, such as the loss.
-        warning: a sentence that must stay on the screen; empty: none.
+        warning: a sentence that must stay on the screen; "": no warning.
     """
 
     done: int
@@ -143,7 +143,7 @@ class Tick:
 
 @dataclass(frozen=True)
 class StageStarted:
-    """A stage begins; `reused`: its finished result is taken from the run folder."""
+    """A stage begins; `reused`: it is not run, since its result is already in a run folder."""
 
     index: int
     kind: str
@@ -153,7 +153,7 @@ class StageStarted:
 
 @dataclass(frozen=True)
 class StageFinished:
-    """A stage has ended; `result` is its line of result.json."""
+    """A stage has ended; `result` is its entry in result.json."""
 
     index: int
     result: Mapping[str, JsonValue]

@@ -172,7 +172,7 @@ def test_what_needs_no_labels_takes_inputs_alone_and_the_rest_says_so():
         (torch.zeros(3), r"inputs of shape \[3\]; the first dimension counts examples"),
         ((X, Y[:5]), "100 inputs but 5 labels"),
         ((X, Y - 5), "some labels are negative"),
-        ((X[:0], Y[:0]), "there is no example in it"),
+        ((X[:0], Y[:0]), "it has no examples"),
         (DataLoader(TensorDataset(X, Y, Y)), "an item has 3 parts"),
         (DataLoader([{"x": 1.0}]), "its items are dictionaries"),
     ],
@@ -520,7 +520,7 @@ def test_errors_name_arguments_in_python():
     with pytest.raises(ModelError, match=r"^input_shape: .* such as input_shape=\(3, 32, 32\)"):
         fedpress.measure(net())
     with pytest.raises(
-        DataError, match=r'^path: no data are to be found there; .* such as data="cifar10"'
+        DataError, match=r'^path: a path needs a source that reads it; .* such as data="cifar10"'
     ):
         fedpress.prune(net(), keep_params=0.5, input_shape=(1, 8, 8), path="x")
 
@@ -662,7 +662,8 @@ def test_labels_of_another_kind_are_refused_with_a_cure_that_works(mend):
     module = torch.nn.Sequential(torch.nn.Linear(20, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3))
     for wrong in (one_hot, one_hot.argmax(1).float()):
         with pytest.raises(
-            DataError, match=r"that it can learn from; give .*, LABELS whole numbers \[n\]"
+            DataError,
+            match=r"no labels that fit a task; give .*, where LABELS are whole numbers \[n\]",
         ):
             fedpress.train(module, data=(inputs, wrong), epochs=1)
     assert fedpress.train(module, data=(inputs, mend(one_hot)), epochs=1).after["epochs"] == 1

@@ -83,7 +83,7 @@ def test_a_result_is_the_model_of_the_next_call():
         ({"clients": {"a": X}}, r"^clients\['a'\]: it has no labels"),
         ({"clients": {"a": (X, Y[:9])}}, r"^clients\['a'\]: 600 inputs but 9 labels"),
         ({"clients": {"a": (X, Y), "b": (X[:, :2], Y)}}, r"^clients\['b'\]: examples of"),
-        ({"clients": {"a": (X, X)}}, "^clients: labels of type torch.float32.*regression"),
+        ({"clients": {"a": (X, X)}}, "^clients: the label of one .* torch.float32.*regression"),
         (
             {"clients": {"a": (X, Y), "b": (X, Y + 7)}},
             r"^clients\['b'\]: some labels are no class number; give class numbers from 0 to 2",

@@ -528,7 +528,7 @@ def test_a_run_may_begin_with_a_saved_model_wherever_it_lies(tiny, tmp_path, who
 @pytest.mark.parametrize(
     ("model", "problem"),
     [
-        ("", "needs either architecture or checkpoint"),
+        ("", "neither architecture nor checkpoint is given"),
         ('architecture = "cnn"\ncheckpoint = "x"', "architecture and checkpoint are both given"),
         ('checkpoint = "nowhere"', "there is no .*nowhere"),
     ],

@@ -106,7 +106,7 @@ def test_a_flipped_bit_is_refused_by_name_and_the_cure_works(
     flip(path / name, where)
     said = refused(plain, path, name)
     if name == "settings.json":
-        assert "start a new run with --out NEW (`fedpress run` takes over" in said
+        assert "start a new run with --out NEW (it can copy the finished" in said
         assert f"by --from {path})" in said
         finish(plain, tmp_path / "new", reuse=RunFolder.open(path))
         assert left(tmp_path / "new") == left(whole)
@@ -193,7 +193,7 @@ def test_a_result_without_a_key_is_refused_also_of_an_older_fedpress(plain, kill
     (path / "checksums").unlink()
     with pytest.raises(
         RunError,
-        match=rf"0-train/result.json: damaged, it lacks (result\.)?{key}.*; delete this file",
+        match=rf"0-train/result.json: damaged: (result\.)?{key}.* is missing; delete this file",
     ):
         finish(plain, path, resume=True)
 
@@ -211,7 +211,7 @@ def test_a_damaged_list_is_told_and_can_be_deleted(plain, killed, tmp_path):
     path = copied(killed, tmp_path)
     log = path / "checksums"
     log.write_bytes(b"damage\n" + log.read_bytes())
-    assert "delete it, and what it lists is taken as it is" in refused(plain, path, "checksums")
+    assert "delete this list; then the files are accepted" in refused(plain, path, "checksums")
     log.unlink()
     finish(plain, path, resume=True)
 

@@ -1,4 +1,4 @@
-"""Commands on models: one stage on one model (`prune`, `federate`, ...), and `measure`."""
+"""Commands on models: one stage on one model (`prune`, `federate`, ...), or `measure`."""
 
 from fedpress.pipeline.commands.measuring import measure
 from fedpress.pipeline.commands.one_stage import OneStage

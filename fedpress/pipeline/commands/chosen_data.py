@@ -1,4 +1,4 @@
-"""The data of a command: a source, a data set in memory, or a shape only; with mean and std."""
+"""The data of a command: a source, a data set in memory or only a shape, and its mean and std."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from fedpress.pipeline.recipe import Override
 class Standardization:
     """Standardisation that the user asks for: (x - mean) / std for each channel.
 
-    `mean` and `std` are None if they are to be computed from the data (`mean="data"`).
+    `mean` and `std` are None for `mean="data"`: they are then computed from the data.
     """
 
     mean: tuple[float, ...] | None
@@ -37,7 +37,7 @@ class Standardization:
         """Converts the arguments `mean=` (numbers, "none" or "data") and `std=`; None without both.
 
         Raises:
-            DataError: if they have another form, or different lengths.
+            DataError: if `mean` or `std` is not a row of numbers, or their lengths differ.
         """
         if mean is None and std is None:
             return None
@@ -55,7 +55,7 @@ class Standardization:
             raise DataError(
                 f"{len(deviations)} values for {len(means)} of mean",
                 place="std",
-                cure="give as many of each",
+                cure="give one mean and one std for each channel",
             )
         return cls(means, deviations)
 
@@ -99,8 +99,8 @@ class ChosenData:
         path: file or folder of the source.
         shape: shape of one example, for an architecture without data.
         data_set: data set in memory, instead of a source.
-        given: standardisation that the user asks for; None: that of the saved model, else that of
-            the public part.
+        given: standardisation that the user asks for. None: that of the saved model; if there is
+            no saved model, that of the public part.
     """
 
     source: str | None = None
@@ -122,7 +122,8 @@ class ChosenData:
     ) -> tuple[int, dict[str, Any]]:
         """Returns the seed of the recipe, and its table `[data]`.
 
-        The seed is that of the model's run, so that its test set is the same.
+        The seed is taken from the run that wrote the model, so that both runs have the same test
+        set.
 
         Args:
             chosen_model: the model.
@@ -146,9 +147,9 @@ class ChosenData:
             return seed, table
         if table["source"] == NO_SOURCE:
             raise DataError(
-                "no data are to be found there",
+                "a path needs a source that reads it",
                 place="path",
-                cure=("name their source too, such as ", Argument("data", "cifar10")),
+                cure=("name the source too, such as ", Argument("data", "cifar10")),
             )
         return seed, {**table, "path": str(self.path.resolve())}
 
@@ -157,7 +158,8 @@ class ChosenData:
     ) -> dict[str, Any]:
         table: dict[str, Any] = {"source": source}
         if not needs_clients:
-            # A data set needs a client. It gets one example, so that all others are public.
+            # A data set needs at least one client. This client gets one example; all other
+            # examples are public.
             table |= {"num_clients": 1, "examples_per_client": 1, "partition": {"kind": "iid"}}
         if chosen_model.spec is not None and chosen_model.spec.mean:
             table |= {
@@ -171,26 +173,24 @@ class ChosenData:
     def question(self, chosen_model: ChosenModel, keys: Sequence[Override]) -> DataError | None:
         """Returns a warning if mean and std of a model of another program are not known.
 
-        It is not raised, since accuracy is right if the model was trained on the same data.
+        A warning is enough: accuracy is right if the model was trained on the same data.
         """
         said = self.given is not None or any(key.key == "data.mean" for key in keys)
         if self.source is None or said or not chosen_model.foreign:
             return None
         return DataError(
-            f"'{chosen_model.name}' brings its own weights, and its accuracy is measured on inputs "
-            "standardised "
-            "by these data",
+            f"'{chosen_model.name}' brings its own weights, but its accuracy is measured on "
+            "inputs standardised with the mean and std of these data",
             place="mean",
             cure=(
-                "if it was trained on others, give those of each channel (images as values from "
-                "0 to 1), "
-                "such as ",
+                "if it was trained with another mean and std, give them for each channel (of "
+                "images with values from 0 to 1), such as ",
                 Argument("mean", (0.485, 0.456, 0.406)),
                 " and ",
                 Argument("std", (0.229, 0.224, 0.225)),
                 ", or ",
                 Argument("mean", "none"),
-                " if it takes them as they are",
+                " if it takes inputs without standardisation",
             ),
         )
 

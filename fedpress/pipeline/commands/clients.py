@@ -1,4 +1,4 @@
-"""`clients=` of `fedpress.federate`: converts a data set per client to a `FederatedData`."""
+"""Converts `clients=` of `fedpress.federate`, one data set per client, to a `FederatedData`."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ class Clients:
 
     Attributes:
         clients: name -> private examples of that client.
-        test: examples to measure on; None: 20% of each client's examples become the test set.
-        public: public examples, for stages that train or calibrate on them; None: none.
-        task: the task, as in `data.task` of a recipe; None: found from labels and model.
+        test: test set. None: 20% of each client's examples become the test set.
+        public: public examples, for stages that train or calibrate on them. None: there are none.
+        task: the task, as in `data.task` of a recipe. None: derived from labels and model.
         classes: names of the classes; None: "0", "1" and so on, one for each output of the model.
         place: name of the argument that holds the clients, for errors.
     """
@@ -58,12 +58,12 @@ class Clients:
         """Makes the federated data set.
 
         The task and the number of classes follow from the model, the dtype of the labels and the
-        user's arguments. The values of labels are private and never looked at, so a class may have
-        no example at all.
+        user's arguments. They do not depend on the values of labels, which are private. So a class
+        may have no example at all.
 
         Args:
-            preprocess: standardisation of the examples before the network.
-            model: the model that takes the examples; None if it is not known yet.
+            preprocess: standardisation of the network's inputs.
+            model: the model to be federated; None if it is not known yet.
             saved: task of a saved model; None for other models.
 
         Raises:
@@ -82,10 +82,10 @@ class Clients:
         for name, (x, _) in raw.items():
             if signature_of(x) != signature_of(first_x):
                 raise DataError(
-                    f"examples of {inputs_text(x)} where the first client has "
+                    f"examples of {inputs_text(x)}, but the first client has examples of "
                     f"{inputs_text(first_x)}",
                     place=self._place_of(name),
-                    cure="make them all alike",
+                    cure="give all clients examples of the same shape and dtype",
                 )
         shape: tuple[int, ...] | None = None
         as_floats = False
@@ -110,8 +110,8 @@ class Clients:
             private, test = _put_aside(private)
             if not len(test):
                 warnings.warn(
-                    "no client has five examples, so none are put aside and nothing is measured; "
-                    "give test=",
+                    "no client has five examples, so there is no test set and nothing is "
+                    "measured; give test=",
                     stacklevel=2,
                 )
         names = task.names if task.targets == "classes" else ()
@@ -129,10 +129,10 @@ class Clients:
             )
 
     def _arguments(self) -> dict[str, str]:
-        """Returns the argument that gave each part of the data set."""
+        """Returns part of the data set -> name of the argument that it came from."""
         arguments = {f"client '{name}'": self._place_of(name) for name in self.clients}
         arguments["public part"] = "public"
-        # What is put aside for testing comes from the clients.
+        # Without `test=`, the test set is a share of the clients' examples.
         own_test = self.test is not None and self.place == "clients"
         arguments["test part"] = "test" if own_test else self.place
         return arguments
@@ -144,7 +144,7 @@ class Clients:
         """Finds the task from the labels' dtype and shape and from the model's outputs.
 
         Raises:
-            DataError: if they fit no task, or the number of classes is not known.
+            DataError: if labels and outputs fit no task, or the number of classes is not known.
         """
         if self.task is not None:
             return self._named_task(self.task, y, outputs)
@@ -162,15 +162,14 @@ class Clients:
             )
         if y.is_floating_point() or count < 2:
             shape = list(y.shape)[1:]
-            gives = "something else" if outputs is None else f"{list(outputs)}"
+            gives = "unknown" if outputs is None else f"{list(outputs)}"
             raise DataError(
-                f"labels of type {y.dtype} and shape {shape} for one example, where the model "
-                f"gives {gives}",
+                f"the label of one example has type {y.dtype} and shape {shape}, but the model's "
+                f"output has shape {gives}",
                 place=self.place,
                 cure=(
-                    "give whole numbers below the number of outputs as labels of a "
-                    "classification, or floats in the "
-                    "shape of the outputs for a regression; or say what is learned with ",
+                    "for a classification, give whole numbers below the number of outputs; for a "
+                    "regression, floats in the shape of the outputs; or name another task with ",
                     Argument("task", "multilabel"),
                 ),
             )
@@ -179,7 +178,7 @@ class Clients:
     def _named_task(
         self, given: str | Mapping[str, Any], y: Tensor, outputs: tuple[int, ...] | None
     ) -> Task:
-        """Makes the task that the user names; of the labels only dtype and shape are used.
+        """Makes the task that the user names. Uses only dtype and shape of the labels.
 
         Raises:
             RecipeError: if there is no such task.
@@ -199,7 +198,7 @@ def _pair(place: str, data: Any) -> tuple[Inputs, Tensor]:
     """Reads one data set.
 
     Raises:
-        DataError: if it has no labels, or not as many as inputs.
+        DataError: if it has no example or no labels, or one label does not belong to one input.
     """
     try:
         x, y = pair_of(data)
@@ -208,7 +207,7 @@ def _pair(place: str, data: Any) -> tuple[Inputs, Tensor]:
         raise
     if y is None or not len(x):
         raise DataError(
-            "it has no labels" if len(x) else "there is no example in it",
+            "it has no labels" if len(x) else "it has no examples",
             place=place,
             cure=f"give {PAIR}",
         )
@@ -222,7 +221,7 @@ def _pair(place: str, data: Any) -> tuple[Inputs, Tensor]:
 
 
 def _put_aside(private: Mapping[str, Arrays]) -> tuple[dict[str, Arrays], Arrays]:
-    """Takes 20% of each client's examples as the test set; a client keeps at least one."""
+    """Makes 20% of each client's examples the test set; each client keeps at least one example."""
     kept: dict[str, Arrays] = {}
     tests: list[Arrays] = []
     for name, arrays in private.items():

@@ -1,4 +1,4 @@
-"""`data=` of a call: converts tensors, a pair, a Dataset or a DataLoader to a `FederatedData`."""
+"""Converts `data=` of a call (tensors, a pair, a Dataset or a DataLoader) to a `FederatedData`."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ TAKEN = (
     "Dataset or DataLoader, or a FederatedData"
 )
 TEST_SHARE = 0.2
-"""Share of the examples, or of each client's examples, that becomes the test set."""
+"""Share of the examples that becomes the test set; with `clients=`, of each client's examples."""
 VALIDATION_SHARE = 0.1
 """Share of the remaining examples that becomes the validation set."""
 
@@ -40,20 +40,21 @@ def in_memory(
     task: Task | None = None,
     seed: int = 0,
 ) -> FederatedData:
-    """Converts data in memory to a data set; all examples count as public.
+    """Converts data in memory to a data set. All examples count as public.
 
-    With labels, 20% of the examples become the test set and 10% of the others the validation set.
-    Inputs without labels can only be used for calibration.
+    If there are labels, 20% of the examples become the test set. Of the remaining examples, 10%
+    become the validation set. Inputs without labels can only be used for calibration.
 
     Args:
         data: inputs [n, ...] (uint8 images, floats, or int64 token ids), or a dictionary of inputs
             by the names of forward's arguments; a pair (inputs, labels [n]); a Dataset or
             DataLoader of inputs or of pairs.
-        preprocess: standardisation of the inputs before the network.
+        preprocess: standardisation of the network's inputs.
         class_names: names of the model's classes, if it has any.
-        model: the model. Its number of outputs is the number of classes, since a few examples may
-            lack a class. If it refuses int64 inputs, they are converted to floats.
-        task: task of a saved model; None: found from the labels. Float labels of the shape of
+        model: the model. The number of classes is at least its number of outputs, since a small
+            data set may lack a class. If the model refuses int64 inputs, the inputs are converted
+            to floats.
+        task: task of a saved model. None: derived from the labels. Float labels with the shape of
             the model's output mean a regression.
         seed: seed for the choice of test and validation examples.
 
@@ -62,7 +63,7 @@ def in_memory(
     """
     x, y = pair_of(data)
     if not len(x):
-        raise DataError("there is no example in it", place="data", cure="give some")
+        raise DataError("it has no examples", place="data", cure="give some")
     outputs = len(class_names)
     shape: tuple[int, ...] | None = None
     if model is not None:
@@ -80,10 +81,11 @@ def in_memory(
     if task is not None and task.targets != "classes":
         return _divided(Arrays(x, y.to(torch.float32)), preprocess, seed, task=task)
     if y.dim() != 1 or y.is_floating_point() or y.is_complex():
-        # Labels of a segmentation, for example: no task measures them, but inputs can calibrate.
+        # No task fits such labels, for example of a segmentation. The inputs can still calibrate.
         return unlabelled(x, preprocess)
     _check_classes(y, outputs)
-    # A few examples may lack a class, so the outputs of the model count too. One class is no task.
+    # A small data set may lack a class, so the model's outputs count too. A task has two classes or
+    # more.
     count = max(int(y.max()) + 1, outputs, 2)
     names = class_names
     if len(names) != count:
@@ -108,12 +110,12 @@ def _check_classes(y: Tensor, outputs: int) -> None:
         raise DataError(
             f"its labels go up to {int(y.max())}, but the model has {outputs} classes",
             place="data",
-            cure=f"give class numbers from 0 to {outputs - 1}, or a model of more classes",
+            cure=f"give class numbers from 0 to {outputs - 1}, or a model with more classes",
         )
 
 
 def _divided(every: Arrays, preprocess: Preprocess, seed: int, **about: Any) -> FederatedData:
-    """Divides examples into test, validation and public part; `about` has the task or classes."""
+    """Splits examples into test, validation and public part; `about`: fields task or classes."""
     order = public_stream(seed, "data in memory").permutation(len(every))
     tests = int(TEST_SHARE * len(every))
     validation = int(VALIDATION_SHARE * (len(every) - tests))
@@ -158,15 +160,15 @@ def as_taken(
 ) -> tuple[Inputs, tuple[int, ...] | None]:
     """Returns the inputs in the dtype that the model takes, and the shape of one output.
 
-    int64 inputs are converted to floats if the model refuses token ids. The shape is None if the
-    model fails on the inputs or does not return a tensor; `first_state` then raises the error.
+    If the model refuses int64 inputs, they are converted to floats. The shape is None if the model
+    fails on the inputs or does not return a tensor; `first_state` then raises the error.
     """
     whole = isinstance(x, Tensor) and x.dtype == torch.int64
     with evaluating(model):
         for rows in (x, map_inputs(x, Tensor.float)) if whole else (x,):
             try:
                 out = call(model, preprocess(rows[:2]))
-            except Exception:  # whatever somebody's own network raises
+            except Exception:  # a user's network may raise anything
                 continue
             return rows, tuple(out.shape[1:]) if isinstance(out, Tensor) else None
     return x, None
@@ -177,27 +179,27 @@ def check_taken(x: Inputs, model: nn.Module, preprocess: Preprocess, place: str)
     """Checks that a model takes the first examples.
 
     Raises:
-        DataError: saying what the model takes instead, where that is found.
+        DataError: if the model fails; the cure says what it takes, if that can be found out.
     """
     with evaluating(model):
         given = preprocess(x[:2])
         try:
             call(model, given)
-        except Exception as error:  # whatever somebody's own network raises
+        except Exception as error:  # a user's network may raise anything
             raise DataError(
                 f"the model does not take examples of {inputs_text(x)} ({type(error).__name__}: "
                 f"{str(error).partition(chr(10))[0]})",
                 place=place,
-                cure=input_cure(model, given, "give examples as the model takes them"),
+                cure=input_cure(model, given, "give examples in the shape that the model takes"),
             ) from error
 
 
 @contextmanager
 def naming_parts(names: Mapping[str, str]) -> Iterator[None]:
-    """Names the argument in errors of a data set about one of its parts.
+    """Replaces the place of errors about a part of a data set by the user's argument.
 
     Args:
-        names: part (`client 'a'`, `test part`) -> the argument that it was given as.
+        names: part (`client 'a'`, `test part`) -> name of the argument that it came from.
     """
     try:
         yield
@@ -208,12 +210,12 @@ def naming_parts(names: Mapping[str, str]) -> Iterator[None]:
 
 
 def classes_in(outputs: tuple[int, ...] | None) -> int:
-    """Returns the number of classes of a model with this output shape; 0: no classifier."""
+    """Returns the number of classes of a model with this output shape; 0: it does not classify."""
     return outputs[0] if outputs is not None and len(outputs) == 1 and outputs[0] > 1 else 0
 
 
 def unlabelled(x: Inputs, preprocess: Preprocess) -> FederatedData:
-    """Returns a data set of inputs alone, all in the public part."""
+    """Returns a data set of inputs without labels, all in its public part."""
     public = Arrays(x, torch.zeros(len(x), dtype=torch.int64))
     none = Arrays(x[:0], public.y[:0])
     one = public.take(torch.zeros(1, dtype=torch.int64))
@@ -231,10 +233,10 @@ def unlabelled(x: Inputs, preprocess: Preprocess) -> FederatedData:
 
 
 def pair_of(data: Any) -> tuple[Inputs, Tensor | None]:
-    """Returns inputs and labels of data in memory; labels are None if there are none.
+    """Returns inputs and labels of data in memory. The second is None if there are no labels.
 
     Raises:
-        DataError: if `data` has a type that `TAKEN` does not list, or its items do not agree.
+        DataError: if `data` has a type that `TAKEN` does not list, or its items differ in shape.
     """
     if isinstance(data, Tensor | np.ndarray | Mapping):
         return inputs_of(data), None
@@ -267,7 +269,7 @@ def _joined(items: Iterable[Any], join: Any) -> tuple[Inputs, Tensor | None]:
             raise DataError(
                 "its items are dictionaries",
                 place="data",
-                cure="give pairs (inputs, labels), of which inputs may be a dictionary",
+                cure="give pairs (inputs, labels); `inputs` may be a dictionary",
             )
         parts = item if isinstance(item, tuple | list) else (item,)
         if len(parts) not in (1, 2):
@@ -281,9 +283,9 @@ def _joined(items: Iterable[Any], join: Any) -> tuple[Inputs, Tensor | None]:
             labels += [torch.as_tensor(part) for part in parts[1:]]
         except (TypeError, ValueError, RuntimeError) as error:
             raise DataError(
-                f"an item holds {type(parts[0]).__name__}, which is no tensor",
+                f"an item contains {type(parts[0]).__name__}, not a tensor",
                 place="data",
-                cure="add a transform that makes one",
+                cure="add a transform that converts it to a tensor",
             ) from error
     if labels and len(labels) != len(inputs):
         raise DataError(
@@ -292,27 +294,27 @@ def _joined(items: Iterable[Any], join: Any) -> tuple[Inputs, Tensor | None]:
             cure="give all of them labels",
         )
     if not inputs:
-        raise DataError("there is no example in it", place="data", cure="give some")
+        raise DataError("it has no examples", place="data", cure="give some")
     try:
         return inputs_of(_together(inputs, join)), join(labels) if labels else None
     except RuntimeError as error:
         raise DataError(
             "its items have different shapes",
             place="data",
-            cure="make them alike: pad sequences to one length, and give the lengths as a second "
-            "input",
+            cure="give all of them the same shape: pad sequences to one length, and give the "
+            "lengths as a second input",
         ) from error
 
 
 def _as_tensors(part: Any) -> Any:
-    """Returns the inputs of one item as a tensor, or as a dictionary of them."""
+    """Returns the inputs of one item as a tensor or as a dictionary of tensors."""
     if isinstance(part, Mapping):
         return {name: _as_tensors(value) for name, value in part.items()}
     return torch.as_tensor(part if isinstance(part, Tensor) else np.asarray(part))
 
 
 def _together(items: list[Any], join: Any) -> Any:
-    """Joins tensors, or dictionaries of them by their names.
+    """Joins tensors. Of dictionaries, joins the tensors of the same name.
 
     Raises:
         RuntimeError: if the items differ in their shapes or names.
@@ -329,7 +331,7 @@ def inputs_of(x: Tensor | np.ndarray | Mapping[str, Any]) -> Inputs:
     """Returns inputs as uint8, float32 or int64; named inputs may also be bool.
 
     Raises:
-        DataError: if they are no examples, or complex numbers.
+        DataError: if they have no dimension that counts examples, or are complex numbers.
     """
     if isinstance(x, Mapping):
         named = {name: _typed(torch.as_tensor(value)) for name, value in x.items()}
@@ -348,7 +350,7 @@ def inputs_of(x: Tensor | np.ndarray | Mapping[str, Any]) -> Inputs:
 
 
 def _typed(x: Tensor) -> Tensor:
-    """Returns a tensor of the types that examples may have."""
+    """Converts a tensor to a dtype that examples may have: uint8, bool, int64 or float32."""
     x = x.detach().cpu()
     x = x if x.layout == torch.strided else x.to_dense()
     if x.is_complex():

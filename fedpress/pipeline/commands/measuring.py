@@ -1,4 +1,4 @@
-"""Models side by side: what each costs in torch and in every runtime that it can be exported to."""
+"""Compares the costs of models, in torch and in every runtime that they can be exported to."""
 
 from __future__ import annotations
 
@@ -39,15 +39,15 @@ def measure(
     checkpoint: Path | None = None,
     allow_code: Collection[str] | str = (),
 ) -> dict[str, Any]:
-    """Measures every model in torch and, exported, in the runtime of each format.
+    """Measures every model in torch, and its exported files in the runtime of each format.
 
     Args:
         models: one model or several: folders of models or runs, packed files, exported files,
             `module:function`, or modules in memory.
         formats: formats to export each model to, names of `fedpress.deploy.FORMATS`, such as
-            "onnx". None: all installed formats; those that cannot export a model are left out.
-        int8: whether to export each model with 8-bit integers too. Ranges come from random inputs,
-            so such files show size and latency, not accuracy.
+            "onnx". None: all installed formats, except those that cannot export the model.
+        int8: whether to also export each model with 8-bit integers. The ranges of these files
+            come from random inputs, so only their size and latency mean something.
         batches: batch sizes.
         threads: numbers of threads.
         seconds: time limit for each model, runtime, batch size and number of threads.
@@ -57,8 +57,8 @@ def measure(
         allow_code: names `module:function` that may be called to build models.
 
     Returns:
-        "records": for each pair of model and runtime a record as of `fedpress.deploy.measure`, with
-        "parameters". "left_out": name of an export that failed -> reason.
+        "records": for each pair of model and runtime the record of `fedpress.deploy.measure`, and
+        in it also "parameters". "left_out": name of an export that failed -> reason.
 
     Raises:
         ExportError: if a format is unknown, its packages are missing, or a model cannot be exported
@@ -80,7 +80,7 @@ def measure(
             raise deploy.unknown_format(wrong[0])
     with ExitStack() as stack:
         stack.enter_context(consent.allowing(allow_code))
-        # Measuring draws random inputs: the caller's generator must not notice.
+        # Measuring draws random inputs. The state of the caller's generator must not change.
         stack.enter_context(torch.random.fork_rng(devices=[]))
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         found = Entries(inputs, checkpoint, stack)
@@ -117,7 +117,7 @@ class Inputs:
         return cls(several, one_shape(input_shape) if several is None else None)
 
     def example(self) -> Example | None:
-        """Returns a batch of noise for a module of several inputs; None for one input."""
+        """Returns a batch of random inputs for a module of several inputs; None for one input."""
         if self.several is None:
             return None
         chance = public_stream(0, "measure")
@@ -149,7 +149,8 @@ class Entry:
         """Whether it is an ONNX file that computes on integers."""
         if not isinstance(self.chosen_model, Path):
             return False
-        # A file with rounded weights alone has only DequantizeLinear, and computes on floats.
+        # A file in which only the weights are rounded has DequantizeLinear but no QuantizeLinear;
+        # it computes on floats.
         return b"QuantizeLinear" in self.chosen_model.read_bytes().replace(b"DequantizeLinear", b"")
 
     def candidate(self) -> Candidate:
@@ -207,7 +208,7 @@ def _is_exported(path: Path) -> bool:
 
 
 def _entry_of_file(file: Path, name: str, inputs: Inputs) -> Entry:
-    """Makes the entry of an exported file; costs come from the model that it was exported from."""
+    """Makes the entry of an exported file, with the costs of the model that it came from."""
     near = _model_beside(file)
     takes = inputs.example() or _given(near[0] if near else None, name, inputs.shape)
     return Entry(file, takes, *_counts(near[1], takes)) if near else Entry(file, takes)
@@ -216,7 +217,7 @@ def _entry_of_file(file: Path, name: str, inputs: Inputs) -> Entry:
 def _entry_of_model(
     spec: ModelSpec, model: nn.Module, name: str, inputs: Inputs, path: Path | None
 ) -> Entry:
-    """Makes the entry of a model; for a packed file at `path`, its size is that of the file."""
+    """Makes the entry of a model. If `path` is a packed file, the size is that of this file."""
     takes = inputs.example() or _given(spec, name, None)
     size = path.stat().st_size if path and path.is_file() else storage.file_bytes(spec, model)
     return Entry(model, takes, *_counts(model, takes), file_bytes=size)
@@ -232,7 +233,7 @@ class Entries:
 
     def __init__(self, inputs: Inputs, checkpoint: Path | None, stack: ExitStack) -> None:
         self.inputs, self.checkpoint = inputs, checkpoint
-        self.stack = stack  # modules stay registered in it while they are measured
+        self.stack = stack  # modules stay registered until this stack is closed
         self.entries: dict[str, Entry] = {}
         self.left_out: dict[str, str] = {}
 
@@ -278,9 +279,9 @@ class Entries:
                 spec, model = ModelSpec(**table, input_shape=shape).build_for_user()
         elif several:
             raise ModelError(
-                "several inputs are for modules in memory",
+                "a list of input shapes works only with a torch.nn.Module",
                 place="input_shape",
-                cure="build the model and give that",
+                cure="build the model and give the module",
             )
         else:
             chosen_model = ChosenModel.find(given, weights=self.checkpoint)
@@ -312,13 +313,13 @@ def _same_inputs(entries: Mapping[str, Entry]) -> InputSpec:
             raise ModelError(
                 f"'{first}' takes {_told(one.takes)} and '{name}' takes {_told(other.takes)}",
                 place="models",
-                cure="measure them apart",
+                cure="measure each in a call of its own",
             )
     return one.takes
 
 
 def _given(spec: ModelSpec | None, name: str, shape: tuple[int, ...] | None) -> InputSpec:
-    """Returns the inputs of a model: the shape of one float example, else a batch of two."""
+    """Returns the shape of one float example; for other inputs a batch of two examples."""
     if spec is None:
         return known_shape(name, shape)
     if isinstance(spec.input_shape, dict) or spec.input_dtype != "float32":
@@ -352,11 +353,11 @@ def _model_beside(file: Path) -> tuple[ModelSpec, nn.Module] | None:
 
 
 def _counts(model: nn.Module, given: InputSpec) -> tuple[int, int, int]:
-    """Returns parameters, and for one example the multiply-adds and values that layers output."""
+    """Returns three numbers: parameters, and multiply-adds and layer outputs of one example."""
     example = take_rows(example_of(given), 1)
     try:
         return cost.parameters(model), cost.macs(model, example), cost.activations(model, example)
-    except Exception as error:  # whatever somebody's own network raises
+    except Exception as error:  # a user's network may raise anything
         raise ModelError(
             (
                 f"{type(model).__name__} does not take inputs of {_told(given)} "

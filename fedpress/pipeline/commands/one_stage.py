@@ -1,4 +1,4 @@
-"""A recipe of one stage on one model, which commands such as `fedpress prune` check and run."""
+"""A recipe of one stage on one model, as commands such as `fedpress prune` check and run it."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class OneStage:
                 model, if there is one.
 
         Raises:
-            RecipeError: if a key is unknown or a value is wrong, by the name that it has here.
+            RecipeError: if a key is unknown or a value is wrong. Keys have the names of `keys`.
             ModelError: if the model cannot be built, or its input shape is not known.
         """
         examples = examples or ChosenData()
@@ -92,7 +92,7 @@ class OneStage:
             }
         )
         with errors_of_command(kind, all_public=data["source"] == NO_SOURCE):
-            # Keys of the stage go into its own table, so that errors name them as they were given.
+            # Keys of the stage go into the stage's table, so that errors name them as the user did.
             whole = recipes.completed(tables, [key for key in keys if _of_recipe(key)])
             own = [key for key in keys if not _of_recipe(key)]
             whole["stage"] = [recipes.overridden(whole["stage"][0], own)]
@@ -100,7 +100,7 @@ class OneStage:
         if row.requires_one_of and not given & set(row.requires_one_of):
             wanted = ", ".join(row.requires_one_of)
             raise RecipeError(
-                "nothing says how much should stay",
+                "the amount to keep is not given",
                 place=kind,
                 cure=(f"give one of {wanted}, such as ", Argument(row.requires_one_of[0], 0.5)),
             )
@@ -109,7 +109,7 @@ class OneStage:
 
     @staticmethod
     def lies_in(kind: str, folder: Path) -> bool:
-        """Says whether a folder is that of a run of this command."""
+        """Whether `folder` is the run folder of the command `kind`."""
         try:
             stages = tomllib.loads((folder / "recipe.toml").read_text("utf-8")).get("stage", [])
         except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError):
@@ -120,11 +120,11 @@ class OneStage:
 
     @classmethod
     def of_folder(cls, folder: Path, keys: Sequence[Override] = ()) -> OneStage:
-        """Reads the order that a run folder of a command was made for; see `lies_in`.
+        """Reads the recipe of a command from its run folder; see `lies_in`.
 
         Args:
-            folder: of the run.
-            keys: that may differ where a run goes on, such as `device=cpu`.
+            folder: the run folder.
+            keys: keys that may change when a run is resumed, such as `device=cpu`.
         """
         text = (folder / "recipe.toml").read_text("utf-8")
         recipe = recipes.load(text, keys)
@@ -137,10 +137,10 @@ class OneStage:
         )
 
     def load_data(self, progress: Progress | None = None) -> FederatedData:
-        """Loads the data, and looks whether it is of the model's classes.
+        """Loads the data, and checks that its classes are those of the model.
 
         Raises:
-            DataError: if it is of others, or cannot be read.
+            DataError: if the classes differ, or the data cannot be read.
         """
         spec = self.spec
         with self._naming():
@@ -161,7 +161,7 @@ class OneStage:
                 place=self.kind,
                 cure="give the data that the model was trained for",
             )
-        if spec.task:  # its outputs mean what they meant when it was trained
+        if spec.task:  # the saved task says what the model's outputs mean
             task = tasks.of_model(spec.task, spec.class_names)
             if task.names != data.task.names:
                 raise DataError(
@@ -178,11 +178,11 @@ class OneStage:
         return data
 
     def check(self, data: FederatedData) -> None:
-        """Binds the stage without doing its work.
+        """Checks the stage on the data without running it.
 
         Raises:
-            DataError: if it learns from labels, and there are none.
-            FedpressError: what would stop it.
+            DataError: if the stage learns from labels, and there are none.
+            FedpressError: the first error that would stop the run.
         """
         if (
             len(data.public)
@@ -195,13 +195,13 @@ class OneStage:
             )
             raise DataError(
                 # Labels of another kind, such as a one-hot matrix, count as none too.
-                f"{who} looks at labels, and these inputs have none that it can learn from",
+                f"{who} learns from labels, but these inputs have no labels that fit a task",
                 place="data",
                 cure=(
                     "give ",
                     Argument("data", "(INPUTS, LABELS)"),
-                    ", LABELS whole numbers [n], or floats of a regression in the shape of the "
-                    "outputs",
+                    ", where LABELS are whole numbers [n], or for a regression floats in the shape "
+                    "of the outputs",
                     otherwise,
                 ),
             )
@@ -209,7 +209,7 @@ class OneStage:
             check_recipe(self.recipe, data)
 
     def execute(self, folder: RunFolder, data: FederatedData) -> Iterator[Event]:
-        """Measures the model as it is, then does the work; yields what happens."""
+        """Measures the model before the stage, then runs the stage; yields the events."""
         with self._naming():
             path = folder.path / "before.json"
             if not path.exists():
@@ -222,7 +222,6 @@ class OneStage:
                 }
                 checkpoint = self.recipe.model.checkpoint
                 if checkpoint is not None and Path(checkpoint).is_file():
-                    # A packed model has the size of its file.
                     before["file_bytes"] = Path(checkpoint).stat().st_size
                 write_json_with_checksum(path, before, folder.path)
                 yield StageFinished(0, before)
@@ -233,5 +232,5 @@ class OneStage:
 
 
 def _of_recipe(key: Override) -> bool:
-    """Whether a key is one of the recipe and not of the stage."""
+    """Whether a key belongs to the recipe and not to the stage."""
     return key.key.split(".")[0] in TOP

@@ -1,7 +1,7 @@
-"""Models of several inputs without data: the inputs are joined to one row for each example.
+"""Wraps a model of several inputs as a model of one: each example's inputs become one row.
 
 Example: an image (3, 8, 8) and a vector (5,) become one row of 192 + 5 = 197 numbers, which
-`Joined.forward` splits. So stages that expect one input work on such models.
+`Joined.forward` splits again. So stages that expect one input work on such models, without data.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def one_shape(input_shape: Any) -> tuple[int, ...] | None:
     """Checks the shape of one example; None stays None.
 
     Raises:
-        ModelError: if it is something else than whole numbers above 0.
+        ModelError: if `input_shape` is not a sequence of whole numbers above 0.
 
     >>> one_shape([3, 8, 8])
     (3, 8, 8)
@@ -72,7 +72,7 @@ def known_shape(name: str, shape: tuple[int, ...] | None) -> tuple[int, ...]:
     """Returns the shape of one example of the model `name`.
 
     Raises:
-        ModelError: if it was not given.
+        ModelError: if `shape` is None.
     """
     if shape is None:
         raise ModelError(
@@ -112,17 +112,17 @@ def check(kind: str, model: object, data: object, out: object) -> None:
         raise ModelError(
             "it takes models of one input",
             place=kind,
-            cure=f"of several inputs take {', '.join(kinds)}",
+            cure=f"stages for models of several inputs: {', '.join(kinds)}",
         )
     if not isinstance(model, nn.Module):
         raise ModelError(
-            "several inputs are for a module in memory",
+            "a list of input shapes works only with a torch.nn.Module",
             place="input_shape",
-            cure="build the model and give that",
+            cure="build the model and give the module",
         )
     if data is not None:
         raise ModelError(
-            "models of several inputs are cut and rounded without data here",
+            "models of several inputs are pruned and quantized without data",
             place="data",
             cure="leave it out",
         )
@@ -140,13 +140,13 @@ def export(
     """Exports a model of several inputs, and compares the file with torch.
 
     Returns:
-        name -> bytes of the files; and facts: `format`, `file_bytes`, and in `parity` the largest
-        absolute difference to torch's outputs.
+        First, file name -> bytes. Second, the facts `format`, `file_bytes` and `parity`, the
+        largest absolute difference to torch's outputs.
 
     Raises:
         ExportError: if the model cannot be exported.
     """
-    # Eight examples of noise, always the same ones, so that the comparison can be repeated.
+    # A fixed seed: each call compares the outputs for the same eight random examples.
     chance = torch.Generator().manual_seed(0)
     example = tuple(torch.randn(8, *shape, generator=chance) for shape in shapes)
     with tempfile.TemporaryDirectory() as folder:

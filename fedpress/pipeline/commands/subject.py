@@ -53,14 +53,14 @@ class ChosenModel:
 
     @property
     def name(self) -> str:
-        """The name of the model in errors."""
+        """Name of the model for error messages."""
         if self.module is not None:
             return type(self.module).__name__
         return str(self.model.get("architecture", "it"))
 
     @property
     def foreign(self) -> bool:
-        """Whether another program has trained it, so that its mean and std are not known."""
+        """Whether another program trained the model, so that its mean and std are not known."""
         return self.spec is None and (self.module is not None or "weights" in self.model)
 
     @classmethod
@@ -68,7 +68,7 @@ class ChosenModel:
         """Finds a saved model at the path `model`; if the path does not exist, an architecture.
 
         Raises:
-            ModelError: if there is neither, or the path holds no model.
+            ModelError: if there is no such path or architecture, or the path holds no model.
         """
         path = Path(model)
         if path.exists():
@@ -96,7 +96,7 @@ class ChosenModel:
         return cls({"architecture": name, **extra})
 
     def fresh(self, keys: Sequence[Override]) -> nn.Module | None:
-        """Builds the architecture with new weights; `keys` may set arguments. None if saved."""
+        """Builds the architecture with new weights and the arguments in `keys`; None if saved."""
         if self.spec is not None:
             return None
         own = [key for key in keys if key.key.startswith("model.")]
@@ -110,10 +110,10 @@ class ChosenModel:
             return spec.build_for_user()[1]
 
     def opened(self, shape: tuple[int, ...] | None = None) -> tuple[ModelSpec, nn.Module]:
-        """Opens a saved model, or builds a function with its weights.
+        """Opens a saved model, or builds the model of a function and loads its weights.
 
         Args:
-            shape: of one example, which a function does not say.
+            shape: shape of one example; needed for a function.
 
         Raises:
             ModelError: if the model is damaged, its weights do not fit, or no shape is given.
@@ -141,7 +141,7 @@ class ChosenModel:
             or not isinstance(seed, int)
         ):
             raise ModelError(
-                "it does not say what data the run had",
+                "it does not name the data of the run",
                 place=f"{self.run / 'settings.json'}",
                 cure=DATA,
             )
@@ -150,12 +150,13 @@ class ChosenModel:
             return None
         if settings.get("streams", 1) != STREAMS:
             raise ModelError(
-                "the run put its test examples aside with random streams of another version, so "
-                "they cannot be told from those that it trained on",
+                "the run chose its test examples with random streams of another version, so its "
+                "test examples cannot be told from its training examples",
                 place=f"{self.run / 'settings.json'}",
                 cure="give data=SOURCE, best with examples that the model has not seen",
             )
-        # The folder may come from a stranger, and loading such data would call its function.
+        # The folder may come from a stranger. Loading a source `module:function` calls the
+        # function, so the user must allow it.
         if ":" in str(table["source"]):
             place = f"{self.run / 'settings.json'}: data.source"
             try:
@@ -163,7 +164,7 @@ class ChosenModel:
             except ModelError as error:
                 error.add_cure(", or give the data yourself with ", Argument("data", "SOURCE"))
                 raise
-        # settings.json has no path, since that may differ between machines. The recipe has it.
+        # settings.json has no path, since a path may differ between machines. The recipe has one.
         try:
             path = tomllib.loads((self.run / "recipe.toml").read_text("utf-8"))["data"].get("path")
         except (OSError, KeyError, TypeError, AttributeError, ValueError, RecursionError):
@@ -182,17 +183,17 @@ def _run_of(path: Path) -> Path | None:
 def holding(
     module: nn.Module, named: Buildable | None = None, spec: ModelSpec | None = None
 ) -> Iterator[dict[str, Any]]:
-    """Gives the `[model]` table of a module in memory, as long as the block lasts."""
+    """Registers a module for the time of the block, and gives the `[model]` table that names it."""
     with memory.registered(module, named, spec) as name:
         yield {"architecture": memory.IN_MEMORY, "arguments": {"name": name}}
 
 
 def no_data(path: Path) -> FederatedData:
-    """Returns the placeholder data set of a command without data: one example of noise.
+    """Returns the placeholder data set of a command without data: one random example.
 
     Args:
         path: shape of an example and number of classes. `3x32x32:10`: images, 10 classes.
-            `3x32x32:0`: the model is no classifier. `16:0:int64`: 16 token ids.
+            `3x32x32:0`: the model does not classify. `16:0:int64`: 16 token ids.
             `tokens.int64=16+lengths.int64=:2`: two named inputs, 2 classes.
 
     Raises:
@@ -240,7 +241,7 @@ def form_text(shape: Shape, dtype: str | dict[str, str]) -> str:
 
 
 def _form_of(text: str, dtype: str) -> tuple[Shape, Any]:
-    """Reads the text of `form_text`: returns shape and dtype, of named inputs as dictionaries."""
+    """Reads the text of `form_text`: returns shape and dtype, for named inputs as dictionaries."""
 
     def sizes(text: str) -> tuple[int, ...]:
         return tuple(int(side) for side in text.split("x")) if text else ()
@@ -254,10 +255,10 @@ def _form_of(text: str, dtype: str) -> tuple[Shape, Any]:
 
 @dataclass(frozen=True)
 class Outputs:
-    """What a trial run shows about a model.
+    """What a trial run of a model on two examples shows.
 
     Attributes:
-        classes: number of classes; 0 if the model is no classifier.
+        classes: number of classes; 0 if the model does not classify.
         tokens: whether the model takes token ids (int64) instead of floats.
     """
 
@@ -267,12 +268,12 @@ class Outputs:
 
 @torch.no_grad()
 def outputs_of(model: nn.Module, shape: tuple[int, ...]) -> Outputs:
-    """Runs the model on two examples of noise, or of token ids if it refuses floats.
+    """Runs the model on two random float examples; if it refuses floats, on token ids.
 
     Raises:
         ModelError: if the model fails on both.
     """
-    # A float16 model fails on float32 noise with an error about layers, not about types.
+    # A float16 model fails on float32 inputs, with an error about layers and not about dtypes.
     kinds = {p.dtype for p in model.parameters() if p.is_floating_point()} - {torch.float32}
     if kinds:
         raise ModelError(
@@ -285,7 +286,7 @@ def outputs_of(model: nn.Module, shape: tuple[int, ...]) -> Outputs:
     try:
         out = model(torch.randn(2, *shape))
     # A model of token ids refuses floats. Id 0 is in every vocabulary.
-    except Exception as error:  # whatever somebody's own network raises
+    except Exception as error:  # a user's network may raise anything
         try:
             out = model(torch.zeros(2, *shape, dtype=torch.int64))
             tokens = True
@@ -312,7 +313,7 @@ def shape_cure(model: nn.Module, shape: tuple[int, ...]) -> Words:
     if len(shape) > 1:
         try:
             model.eval()(torch.zeros(2, *shape[1:]))
-        # It fails without the first number too, so the number of examples is not the mistake.
+        # The model also fails without the first number, so the first number is not the mistake.
         except Exception:
             pass
         else:

@@ -33,22 +33,22 @@ def checked(found: dict[str, Any]) -> Recipe:
 
 
 def tree(toml: str, overrides: Sequence[str | Override] = ()) -> dict[str, Any]:
-    """Reads TOML text and applies `overrides`; nothing is checked yet.
+    """Reads TOML text and applies `overrides`; settings are not checked yet.
 
     Raises:
-        RecipeError: if the text is no TOML, or an override has no place.
+        RecipeError: if the text is no TOML, or the recipe has no place for an override.
     """
     return completed(parse(toml), overrides)
 
 
 def completed(tables: dict[str, Any], overrides: Sequence[str | Override] = ()) -> dict[str, Any]:
-    """Returns the tables with `overrides` and a name for every stage; checks nothing yet.
+    """Returns the tables with `overrides` and a name for every stage; does not check settings.
 
     Raises:
-        RecipeError: if an override has no place.
+        RecipeError: if the tables have no place for an override.
     """
     found = copy.deepcopy(tables)
-    # Before the overrides, which may name a stage; after them, since they may add one.
+    # Stages are named twice: overrides may refer to a stage by its name, and may add a table.
     name_stages_(found)
     found = overridden(found, overrides)
     name_stages_(found)
@@ -58,10 +58,12 @@ def completed(tables: dict[str, Any], overrides: Sequence[str | Override] = ()) 
 def from_tables(
     tables: dict[str, Any], overrides: Sequence[str | Override] = ()
 ) -> tuple[str, Recipe]:
-    """Returns TOML and settings of a recipe in Python; paths are relative to the current folder.
+    """Returns TOML and settings of a recipe given as dictionaries.
+
+    Paths are relative to the current folder.
 
     Raises:
-        RecipeError: if an override has no place, or a setting is wrong.
+        RecipeError: if the tables have no place for an override, or a setting is wrong.
     """
     found = completed(plain(tables), overrides)
     anchor_(found, Path.cwd())
@@ -77,11 +79,12 @@ def effective(
 
     Args:
         text: TOML text of a recipe.
-        overrides: such as `stage.2.num_rounds=5`; paths are relative to the current folder.
+        overrides: changes such as `stage.2.num_rounds=5`. Their paths are relative to the current
+            folder.
         folder: folder of the recipe file; None if the recipe is not from a file.
 
     Raises:
-        RecipeError: if the text is no TOML, or an override has no place.
+        RecipeError: if the text is no TOML, or the recipe has no place for an override.
     """
     found = tree(text)
     anchored = copy.deepcopy(found)

@@ -14,7 +14,7 @@ from fedpress.errors import RecipeError, SettingError, suggestion
 
 
 def check_values(node: Any, place: str) -> None:
-    """Refuses values that TOML allows and no setting takes: inf, nan, and dates.
+    """Refuses inf, nan and dates: TOML allows them, but no setting takes them.
 
     Raises:
         RecipeError: naming the first such value below `place`.
@@ -38,9 +38,9 @@ def check_values(node: Any, place: str) -> None:
 def first_mistake(
     error: ValidationError, tree: dict[str, Any], recipe: type[BaseModel]
 ) -> RecipeError:
-    """Converts the first error, and adds the number of the others, such as "(2 more)".
+    """Converts the first error, and adds the number of further errors, such as "(2 more)".
 
-    An unknown key comes first: a misspelt key also causes an error about a missing one.
+    Unknown keys come first, because a misspelt key causes a second error: the right key is missing.
 
     Args:
         error: pydantic's errors.
@@ -49,7 +49,8 @@ def first_mistake(
     """
     found = error.errors(include_url=False)
     first = next((e for e in found if e["type"] == "extra_forbidden"), found[0])
-    # If an entry of a list is wrong, pydantic adds an error that the list is too short. Drop it.
+    # If an entry of a list is wrong, pydantic adds an error that the list is too short. This second
+    # error is dropped.
     own = [e for e in found if not any(_inside(other["loc"], e["loc"]) for other in found)]
     more = len({_place(e, tree) for e in own}) - 1
     found_mistake = _mistake(first, _place(first, tree), recipe)
@@ -93,7 +94,7 @@ def _inside(inner: tuple[int | str, ...], outer: tuple[int | str, ...]) -> bool:
 
 
 def _complaint(error: Any, recipe: type[BaseModel]) -> tuple[str, str]:
-    """Returns what is wrong, and the cure."""
+    """Returns the problem and the cure for an error of pydantic."""
     kind, loc, value = error["type"], error["loc"], error["input"]
     if kind == "extra_forbidden":
         known = [

@@ -31,7 +31,7 @@ class Override:
 
     @classmethod
     def parse(cls, text: str) -> Override:
-        """Reads `key=value`: a TOML value, `none` to remove the key, else a text without quotes.
+        """Reads `key=value`. The value is TOML, `none` (removes the key) or a text without quotes.
 
         Raises:
             RecipeError: if there is no key, or the value is nested too deep.
@@ -68,7 +68,7 @@ class Override:
 
     @property
     def place(self) -> str:
-        """The place of errors about this override."""
+        """The name of this override for the place of an error; long overrides are cut."""
         text = self.text
         return f"override '{text}'" if len(text) < 100 else f"override '{text[:40]}...'"
 
@@ -106,7 +106,7 @@ def overridden(tree: dict[str, Any], overrides: Sequence[str | Override]) -> dic
 
 
 def name_stages_(tree: dict[str, Any]) -> None:
-    """Names unnamed stages after their kind, with a number behind it if that is taken."""
+    """Names unnamed stages after their kind; if that name is taken, adds a number (`train-2`)."""
     stages = tree.get("stage")
     if not isinstance(stages, list):
         return
@@ -126,7 +126,7 @@ def _free_name(kind: str, taken: Collection[str | None]) -> str:
 
 
 def _override_(tree: dict[str, Any], override: Override) -> None:
-    # No setting is nested so deeply, and later recursive functions would fail.
+    # Later functions are recursive and would fail on a very deep key. No setting is that deep.
     words = override.key.split(".")
     if limits.above("depth", len(words)):
         raise RecipeError(TOO_DEEP, place=override.place, cure=SHORTEN)
@@ -151,15 +151,15 @@ def _override_(tree: dict[str, Any], override: Override) -> None:
 def _index(items: list[Any], key: str, at: str, override: Override) -> int:
     """Returns the list position that `key` names: a number, a stage's name, or a unique kind."""
     tables = [(i, item) for i, item in enumerate(items) if isinstance(item, dict)]
-    # Names before kinds: names are unique, and one may equal the kind of another stage.
+    # Names go before kinds: names are unique, but a name may equal the kind of another stage.
     for word in ("name", "kind"):
         named = [i for i, item in tables if item.get(word) == key]
         if len(named) > 1:
             known = " or ".join(str(items[i].get("name", i)) for i in named)
             raise RecipeError(
-                f"{at}.{key} is more than one",
+                f"{at}.{key} stands for more than one",
                 place=override.place,
-                cure=f"write {known} in its place",
+                cure=f"write {known} instead of {key}",
             )
         if named:
             return named[0]

@@ -29,8 +29,8 @@ from fedpress.workspace.state import Name
 class ModelSettings(BaseModel):
     """The table `[model]`: an architecture with new weights or a state dict, or a saved model.
 
-    Either `architecture` is given (with `arguments`, and `weights` for a state dict), or
-    `checkpoint` (a saved model, which knows its architecture).
+    Give either `architecture` or `checkpoint`. `architecture` may have `arguments`, and `weights`
+    (a state dict). A `checkpoint` is a saved model, which contains its architecture.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -68,7 +68,7 @@ class ModelSettings(BaseModel):
     def _one_of_two(self) -> ModelSettings:
         if self.architecture is None and self.checkpoint is None:
             raise SettingError(
-                "it needs either architecture or checkpoint",
+                "neither architecture nor checkpoint is given",
                 cure=(
                     "give ",
                     Argument("architecture", "cnn"),
@@ -139,7 +139,8 @@ class Recipe(BaseModel):
 
     @model_validator(mode="after")
     def _names_differ(self) -> Recipe:
-        # Random streams and privacy charges use the name: equal names would share their noise.
+        # Random streams are derived from the stage's name: equal names would share their noise.
+        # The privacy ledger uses the name too.
         seen = [stage.name for stage in self.stage]
         twice = next((name for name in seen if seen.count(name) > 1), None)
         if twice is not None:

@@ -21,7 +21,7 @@ class KeyRow(NamedTuple):
 
     Attributes:
         key: name of the key; `augment.flip` is a key of a nested table.
-        default: default as TOML; empty if there is none, `REQUIRED` if the key must be given.
+        default: default as TOML; "" if there is none, `REQUIRED` if the key must be given.
         meaning: description, with the allowed values.
     """
 
@@ -74,7 +74,7 @@ def key_tables(words: Sequence[str] = ()) -> list[KeyTable]:
     return [table for table in tables if not asked or asked & {table.word, *table.part_of}]
 
 
-# Making the schema takes half a second, and each of the nine calls of `fedpress.api` asks for it.
+# Making the schema takes half a second, and nine functions of `fedpress.api` need it.
 @cache
 def _all_tables() -> tuple[KeyTable, ...]:
     return tuple(_Reader(schema_tree()).tables())
@@ -109,7 +109,8 @@ class _Reader:
         for kind, ref in stages.items():
             rows = [row for row in self._rows(self._at(ref), kind) if row.key not in NAMES]
             yield KeyTable(kind, f'[[stage]] kind = "{kind}"', tuple(rows))
-        # A table that is chosen by its kind may hold others, as an algorithm a server optimizer.
+        # A table that is chosen by its kind may contain further such tables: an algorithm contains
+        # a server optimizer.
         done: set[str] = set()
         while todo := [name for name in self.choices if name not in done]:
             for name in todo:
@@ -128,7 +129,7 @@ class _Reader:
     def _rows(
         self, node: Node, word: str, above: Sequence[str] = (), prefix: str = ""
     ) -> Iterator[KeyRow]:
-        """Yields the keys of a table; those of a table inside follow the key of that."""
+        """Yields the keys of a table. The keys of a nested table follow the key of that table."""
         required = node.get("required", ())
         for name, about in node["properties"].items():
             key = f"{prefix}{name}"
@@ -157,7 +158,7 @@ class _Reader:
             yield from ((word, ref.rpartition("/")[2]) for word, ref in mapping.items())
 
     def _opened(self, about: Node) -> Node:
-        """Returns the table that a key holds; the key itself if it holds none."""
+        """Returns the schema of the table that a key contains; else the schema of the key."""
         for part in (about, *about.get("anyOf", ()), *about.get("allOf", ())):
             if "$ref" in part:
                 return self._at(part["$ref"])
@@ -173,9 +174,9 @@ NAMES = ("kind", "name")
 
 
 def _default(about: Node) -> str:
-    """Writes a default as TOML: of a table that is chosen its kind, of a plain table nothing.
+    """Writes a default as TOML. For a table with a `kind`, this is the kind.
 
-    The keys of a plain table follow in lines of their own.
+    For another nested table it is "", since the keys of that table are listed after it.
     """
     value = about.get("default")
     if isinstance(value, dict):

@@ -17,10 +17,10 @@ from fedpress.models.memory import TEACHER
 from fedpress.stages.table import STAGES
 
 MODEL_KEYS = {key: words for row in STAGES for key, words in row.load().saved_models.items()}
-"""Keys of stages that hold the path of a saved model, with values such as "dense" that do not."""
+"""Keys whose value is the path of a saved model -> words such as "dense" that are no path."""
 
-TOO_DEEP = "lists and tables lie too deep inside each other"
-SHORTEN = "no setting needs that, so close a bracket or shorten a key"
+TOO_DEEP = "lists and tables are nested too deeply"
+SHORTEN = "no setting is nested so deeply: close a bracket or shorten a key"
 
 
 def names() -> list[str]:
@@ -31,10 +31,10 @@ def names() -> list[str]:
 
 
 def find(name_or_path: str) -> str:
-    """Returns the TOML text of a shipped recipe or of a file; a shipped name goes first.
+    """Returns the TOML text of a shipped recipe or of a file; shipped recipes go first.
 
     Raises:
-        RecipeError: if there is neither.
+        RecipeError: if there is no such recipe and no such file.
     """
     path = Path(name_or_path)
     if name_or_path in names():
@@ -47,7 +47,7 @@ def find(name_or_path: str) -> str:
             f"'{path}' is the folder of a run",
             place="recipe",
             cure=(
-                "go on with it by ",
+                "resume it with ",
                 Argument("resume", path),
                 f", or run its recipe again: {path / 'recipe.toml'}",
             ),
@@ -76,7 +76,7 @@ def _read(path: Path) -> str:
         what = (
             "it looks like UTF-16"
             if data.count(0) > len(data) // 3
-            else "it holds bytes that are no text"
+            else "it contains bytes that are not text"
         )
         raise RecipeError(
             f"cannot read '{path}' ({what})",
@@ -98,7 +98,7 @@ def parse(toml: str) -> dict[str, Any]:
     """Parses TOML without checking any setting.
 
     Raises:
-        RecipeError: if it is no TOML; for frequent mistakes with a fitting cure.
+        RecipeError: if `toml` is no TOML. Frequent mistakes have a cure of their own.
     """
     try:
         found = tomllib.loads(toml)
@@ -119,7 +119,7 @@ def parse(toml: str) -> dict[str, Any]:
             raise RecipeError(
                 "it is a list",
                 place=f"recipe.{name}",
-                cure=f"there is one only, so write [{name}] with single brackets",
+                cure=f"a recipe has only one, so write [{name}] with single brackets",
             )
     return found
 
@@ -161,7 +161,7 @@ def _cure(toml: str, problem: str) -> str:
 
 
 def write(tree: dict[str, Any]) -> str:
-    """Writes plain values as TOML, a line for each key, a block for each stage; omits None.
+    """Writes plain values as TOML: one line for each key, one block for each stage. Omits None.
 
     >>> data = {"source": "digits", "path": None}
     >>> print(write({"seed": 1, "data": data, "stage": [{"kind": "train"}]}))
@@ -174,7 +174,7 @@ def write(tree: dict[str, Any]) -> str:
     kind = "train"
     <BLANKLINE>
     """
-    # tomli-w makes blocks of long lists only; a stage is always a block.
+    # tomli-w writes only long lists as blocks, but a stage must always be a block.
     top: dict[str, Any] = {}
     blocks: list[str] = []
     for key, value in plain(tree).items():
@@ -192,7 +192,7 @@ def _lines(table: dict[str, Any]) -> str:
 
 
 def plain(value: Any) -> Any:
-    """Converts a value for TOML: tuples to lists, paths to strings; drops keys of None.
+    """Converts a value for TOML: tuples to lists, paths to strings. Drops keys whose value is None.
 
     >>> plain({"sides": (8, 16), "path": None})
     {'sides': [8, 16]}
@@ -232,13 +232,14 @@ def anchor_(tree: dict[str, Any], folder: Path) -> None:
     for table, key in places:
         if not isinstance(table, dict) or not _is_relative(key, table.get(key)):
             continue
-        # Relative to the recipe's folder. Older versions used the current folder: still accepted.
+        # A path is relative to the recipe's folder. In older versions it was relative to the
+        # current folder, which still works.
         beside, here = folder / table[key], Path.cwd() / table[key]
         # A user's function may take any text as its path, so it need not exist.
         own_function = key == "path" and ":" in str(table.get("source", ""))
         if _exists(beside) or not (_exists(here) or own_function):
             table[key] = str(beside.resolve())
-        elif _exists(here):  # as older versions counted
+        elif _exists(here):
             table[key] = str(here.resolve())
 
 

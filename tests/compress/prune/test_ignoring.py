@@ -121,7 +121,7 @@ def test_commands_leave_ignored_modules_as_they_are():
 
 def test_a_command_without_a_target_asks_for_one():
     with pytest.raises(
-        RecipeError, match=r"prune: nothing says how much should stay.*keep_params.*max_bytes"
+        RecipeError, match=r"prune: the amount to keep is not given.*keep_params.*max_bytes"
     ):
         fedpress.prune(Nested(), **MODEL)
 

@@ -262,7 +262,7 @@ def test_models_and_files_are_measured_side_by_side(shell, trained):
 
 
 def test_models_of_other_inputs_are_measured_apart(trained):
-    with pytest.raises(FedpressError, match="measure them apart"):
+    with pytest.raises(FedpressError, match="measure each in a call of its own"):
         fedpress.measure(
             [trained, Path(__file__).parents[3] / "benchmarks/checkpoints/cifar10-cpu"], formats=[]
         )

@@ -48,7 +48,7 @@ def test_the_folder_of_a_run_is_enough(tmp_path):
         ({}, "data: there is no input"),
         ({"a": torch.zeros(2), "b": torch.zeros(3)}, "data: the inputs have different numbers"),
         ([({"a": 1.0}, 0), ({"b": 1.0}, 1)], "its items have different shapes"),
-        ([({"a": "word"}, 0)], "an item holds dict, which is no tensor"),
+        ([({"a": "word"}, 0)], "an item contains dict, not a tensor"),
         ([{"a": 1.0}], "its items are dictionaries; give pairs"),
     ],
 )

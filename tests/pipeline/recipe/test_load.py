@@ -222,7 +222,10 @@ def test_did_you_mean_proposes_only_keys_of_that_place(digits):
         ("stage.-1.lr=1", "there is no stage.-1"),
         ("stage.².lr=1", "there is no stage.²"),
         ("stage.dnse.lr=1", "there is no stage.dnse"),
-        ("stage.train.lr=1", "stage.train is more than one; write dense or fine-tune in its place"),
+        (
+            "stage.train.lr=1",
+            "stage.train stands for more than one; write dense or fine-tune instead of train",
+        ),
         ("stage.3.trainable.5=x", "there is no stage.3.trainable.5; they are numbered from 0 to 0"),
         ("nowhere.at.all=1", "recipe.nowhere: no such key"),
     ],
@@ -303,9 +306,7 @@ DEEP = {
 @pytest.mark.parametrize("how", tiered(DEEP, quick=DEEP.keys() - {"a long key"}))
 def test_a_recipe_that_is_nested_too_deep_is_one_sentence(tiny, how):
     extra = DEEP[how]
-    with pytest.raises(
-        RecipeError, match="recipe: lists and tables lie too deep inside each other"
-    ):
+    with pytest.raises(RecipeError, match="recipe: lists and tables are nested too deeply"):
         recipes.load(extra + "\n" + tiny if extra[0] != "[" else tiny + extra)
 
 
@@ -315,7 +316,7 @@ def test_a_recipe_that_is_nested_too_deep_is_one_sentence(tiny, how):
      "model." + ".".join("a" * 10_000) + "=1"],
 )  # fmt: skip
 def test_an_override_that_is_nested_too_deep_is_one_sentence(tiny, override):
-    with pytest.raises(RecipeError, match="lie too deep inside each other") as caught:
+    with pytest.raises(RecipeError, match="are nested too deeply") as caught:
         recipes.load(tiny, [override])
     assert len(str(caught.value)) < 300
 
