@@ -21,13 +21,13 @@ from fedpress.workspace.damage import check_run
 from fedpress.workspace.folder import RunFolder
 
 Source = str | Path | Mapping[str, Any] | Recipe
-"""A recipe: name of a shipped one, path of a TOML file, dictionary of its tables, or `Recipe`."""
+"""A recipe: the name of a shipped recipe, a TOML file, a dictionary of tables, or a `Recipe`."""
 
 Overrides = Sequence[str | Override]
 
 
 def default_folder(name: str, resume: bool) -> Path:
-    """Returns the first free of `runs/NAME`, `runs/NAME-2`, ...; with `resume` the last used one."""
+    """Returns the first free of `runs/NAME`, `runs/NAME-2`, ...; to resume, the last one used."""
     numbered = [
         Path("runs") / (name if number == 1 else f"{name}-{number}") for number in range(1, 1000)
     ]
@@ -43,7 +43,8 @@ def load(recipe: Source, overrides: Overrides = (), data: Path | None = None) ->
     Args:
         recipe: the recipe. Paths in a TOML file are relative to the folder of that file; paths in a
             dictionary or `Recipe` are relative to the current folder.
-        overrides: such as `stage.2.num_rounds=5`; paths are relative to the current folder.
+        overrides: changes such as `stage.2.num_rounds=5`. Their paths are relative to the current
+            folder.
         data: file or folder of the data; sets `data.path`.
 
     Raises:
@@ -62,7 +63,8 @@ def load(recipe: Source, overrides: Overrides = (), data: Path | None = None) ->
     file = _file_of(recipe)
     folder = file.parent if file is not None else None
     find_modules(*([folder] if folder is not None else []))
-    # Before paths are resolved: `effective` writes new TOML, and errors must name lines of the file.
+    # Checked before paths are resolved: `effective` writes new TOML, but errors must name lines of
+    # the user's file.
     recipes.load(text, overrides)
     text = recipes.effective(text, overrides, folder=folder)
     return text, recipes.load(text)
@@ -74,7 +76,7 @@ class CheckedRun:
 
     Attributes:
         recipe: the checked settings.
-        text: `recipe` as TOML; empty for a resumed run, since its folder holds the text.
+        text: `recipe` as TOML; "" for a resumed run, since its folder contains the text.
         place: path of the run folder.
         folder: the folder of a resumed run; None for a new run, whose folder does not exist yet.
         origin: path or name of the recipe, and the overrides (see `origin_of`).
@@ -87,7 +89,7 @@ class CheckedRun:
     origin: Mapping[str, Any]
 
     def start(self, command: str, stack: ExitStack) -> tuple[RunFolder, list[str]]:
-        """Makes the folder of a new run; writes `environment.json`, or adds to it.
+        """Makes the folder of a new run; writes or extends `environment.json`.
 
         Args:
             command: the user's command, for `environment.json`.
@@ -109,7 +111,7 @@ def new(recipe: Source, overrides: Overrides, data: Path | None, out: Path | Non
 
     Raises:
         RecipeError: if there is no such recipe, or a setting is wrong.
-        RunError: if the folder holds something that the run would replace.
+        RunError: if the folder contains files that the run might replace.
     """
     text, checked = load(recipe, overrides, data)
     place = out or default_folder(checked.name, False)
@@ -132,8 +134,8 @@ def checked_resume(
 def origin_of(recipe: Source | None, overrides: Overrides, data: Path | None) -> dict[str, Any]:
     """Returns "recipe" and "overrides" for `environment.json`.
 
-    Paths are absolute, since the run may be resumed from another folder. For a recipe that is a
-    dictionary "recipe" is None.
+    Paths are absolute, since the run may be resumed from another folder. "recipe" is None if the
+    recipe was given as a dictionary.
     """
     file = _file_of(recipe) if isinstance(recipe, str | Path) else None
     name = recipe if isinstance(recipe, str) else None
@@ -172,8 +174,8 @@ def open_to_resume(
     Args:
         place: the folder of the run.
         recipe: the recipe that the run was started with; None: `recipe.toml` of the folder.
-        overrides: further overrides. They must leave the run's settings as they are, except keys
-            that may change, such as `device`.
+        overrides: further overrides. They may only change keys such as `device`, which need not
+            be equal in a resumed run.
         data: new path of the data, if it has moved.
         stack: the folder's lock is entered here, so it is released when the stack closes.
 
@@ -196,7 +198,7 @@ def open_to_resume(
         raise RunError(
             "no such file",
             place=stored_file,
-            cure="name the recipe of this run too, as it was when the run began",
+            cure="name the recipe that the run was started with",
         )
     _find_its_functions(stored_file, noted, trusted=recipe is not None)
 
@@ -211,10 +213,10 @@ def open_to_resume(
     wanted = load(recipe, overrides, data)[1]
     settings = RunFolder.open(place).settings
     if settings_of(wanted) != settings and noted.get("overrides"):
-        # The user may have left out the overrides of the start. They are noted in the folder.
+        # The user may have left out the overrides given at the start. The folder contains them.
         wanted = load(recipe, [*map(str, noted["overrides"]), *overrides], data)[1]
     folder = RunFolder.resume(place, settings_of(wanted))
-    # The stored recipe if it has equal settings: its paths were made absolute at the start.
+    # The stored recipe is preferred if its settings are equal: its paths are absolute.
     if stored is not None and settings_of(stored) == settings:
         return stored, folder
     return wanted, folder
@@ -236,7 +238,7 @@ def _find_its_functions(recipe: Path, noted: Mapping[str, object], *, trusted: b
     noted_recipe = noted.get("recipe")
     origin = noted_recipe if isinstance(noted_recipe, str) else None
     started_here = started.is_signed(noted.get("started_by"), functions, origin)
-    # An unsigned folder may name any folder as its origin, with modules of a stranger in it.
+    # Without a signature the origin is not trusted: it may be a folder with modules of a stranger.
     beside = [Path(origin).parent] if started_here and origin else []
     find_modules(*(folder for folder in beside if folder.is_dir()))
     if not (trusted or started_here):
@@ -254,7 +256,7 @@ def _refuse_functions(recipe: Path, functions: list[str]) -> None:
         raise ModelError(
             (
                 f"it names {', '.join(map(repr, arguments))[:200]}, which would be called, and "
-                "nothing shows that you have started this run yourself here"
+                "no signature shows that you started this run on this machine"
             ),
             place=recipe,
             cure=(
@@ -267,5 +269,5 @@ def _refuse_functions(recipe: Path, functions: list[str]) -> None:
 
 
 def find_modules(*beside: Path) -> None:
-    """Makes the user's own modules importable from the folders `beside` and the current folder."""
+    """Makes the user's modules importable from the folders `beside` and from the current folder."""
     own_modules.set_folders(*beside, Path.cwd())

@@ -1,4 +1,4 @@
-"""Runs one stage on one model: what `prune`, `quantize`, `federate` and so on have in common."""
+"""Runs one stage on one model: the common part of `prune`, `quantize`, `federate` and so on."""
 
 from __future__ import annotations
 
@@ -68,14 +68,14 @@ def call(
             a model or of a run, a packed file, or `module:function`.
         data: name of a source, such as "cifar10", or data in memory: inputs [n, ...] to calibrate
             on, a pair (inputs, labels [n]), a torch Dataset or DataLoader of either, or a
-            `FederatedData`. By default the data of the run that wrote the model. A module gets data
-            in memory unchanged, except that uint8 images are scaled to 0..1. A saved model
-            standardises them as in its training.
+            `FederatedData`. None: the data of the run that wrote the model. A module gets data in
+            memory unchanged, except that uint8 images are scaled to 0..1. For a saved model they
+            are standardised as in its training.
         path: file or folder of the source.
         checkpoint: file with a state dict for the model that `module:function` builds.
         input_shape: shape of one example, such as (3, 32, 32). A module or function without data
-            needs it. A list of shapes stands for several inputs: then a module in memory can be
-            pruned, quantized or exported without data, and the result stays in memory.
+            needs it. A list of shapes means several inputs. Then the model must be a module, which
+            can be pruned, quantized or exported without data; the result stays in memory.
         mean: mean of each channel, for a model that was trained by another program (images count
             as 0..1). "none": no standardisation. "data": mean and std of the source's public part.
         std: standard deviation of each channel.
@@ -86,7 +86,7 @@ def call(
             class counts of the public part; None: equal weights. The same key in a recipe and on
             the command line is `data.class_weights`.
         allow_code: names `module:function` that may be called to build the model, the model of its
-            run, or a teacher. A `model` given as `module:function` is allowed without it.
+            run, or a teacher. A `model` given as `module:function` need not be listed here.
         progress: whether to show progress bars; None: in a notebook or terminal only.
         settings: keys of the stage, such as `keep_params=0.5`. `teacher` may also be a module.
 
@@ -94,7 +94,7 @@ def call(
         The result. If `out` is None, `files` has the bytes of the files that export or pack made.
 
     Raises:
-        FedpressError: if arguments do not fit together; nearly always before any training.
+        FedpressError: if arguments do not fit together. Nearly all checks come before training.
     """
     model, mean, std = model_of(model, mean, std)
     if (shapes := several.several_shapes(input_shape)) is not None:
@@ -114,7 +114,7 @@ def call(
         opened = _checked(kind, opened, loaded, out)
         place = out if out is not None else stack.enter_context(tempfile.TemporaryDirectory())
         result = _executed(bound, loaded, Path(place), str(model)[:200], progress)
-        # Of a module that only this process can build, a spec is worth nothing to others.
+        # A spec is of no use if only this process can build the module.
         if result.spec is not None and result.spec.architecture == memory.IN_MEMORY:
             result = replace(result, spec=None)
         if out is not None:
@@ -151,7 +151,7 @@ def call_scope(allow_code: Collection[str] | str) -> Iterator[ExitStack]:
     """Yields a stack of context managers that end with the call; restores torch's random state."""
     with ExitStack() as stack:
         stack.enter_context(consent.allowing(allow_code))
-        # Stages seed torch's global generator: the caller's next draws must not depend on that.
+        # Stages seed torch's global generator. The caller's random numbers must not depend on it.
         stack.enter_context(torch.random.fork_rng(devices=[]))
         yield stack
 
@@ -168,7 +168,7 @@ def bind(
     """Finds the model, makes a recipe of one stage, and loads the data.
 
     Raises:
-        FedpressError: if something does not fit.
+        FedpressError: if model, data and settings do not fit together.
     """
     given = Standardization.of(arguments.mean, arguments.std)
     opened = _find_model(kind, model, arguments.checkpoint, out, stack)
@@ -192,15 +192,15 @@ def model_of(
 
     Args:
         model: as `call` takes it. For a `Result` with a folder, that folder is returned. For a
-            `Result` in memory, its module is returned, with the mean and std that the result notes.
-        mean: the user's `mean=`; it takes precedence over that of the result.
+            `Result` in memory, its module is returned, with the mean and std of the result.
+        mean: the user's `mean=`; it takes precedence over the mean of the result.
         std: the user's `std=`.
 
     Raises:
         ModelError: if `model` has a type that no call takes.
     """
     if isinstance(model, Result):
-        # The folder rather than the module: it also says which data the run has used.
+        # The folder is better than the module: it also names the data of the run.
         if model.folder is not None:
             return model.folder, mean, std
         if mean is None and model.mean:
@@ -216,8 +216,8 @@ def model_of(
 
 
 def _keys(settings: dict[str, Any], stack: ExitStack) -> list[Override]:
-    """Returns the settings as keys of the stage; `stack` keeps a module as teacher registered."""
-    # TOML cannot hold a module. The recipe names it by a number that is valid during the call.
+    """Returns the settings as keys of the stage. A teacher module is registered in `stack`."""
+    # TOML cannot contain a module. The recipe has a number instead, valid during this call.
     if isinstance(teacher := settings.get("teacher"), nn.Module):
         name = stack.enter_context(memory.registered(teacher))
         settings = {**settings, "teacher": memory.TEACHER + name}
@@ -227,7 +227,7 @@ def _keys(settings: dict[str, Any], stack: ExitStack) -> list[Override]:
 def _executed(
     bound: OneStage, data: FederatedData, place: Path, model: str, progress: bool | None
 ) -> Result:
-    """Does the work in a new run folder at `place`."""
+    """Runs the stage in a new run folder at `place`."""
     folder = RunFolder.create(place, bound.text, settings_of(bound.recipe))
     with folder.locked():
         words = [f"fedpress.{bound.kind}", model]
@@ -243,8 +243,8 @@ class CallModel:
     Attributes:
         chosen_model: the model as the keys of a recipe's table `[model]`.
         module: the module, if the user has given one.
-        named: function and arguments that build such a module; None if none are known, or the user
-            has not given a module.
+        named: class or function, and its arguments, that build the module again; None if they are
+            not known, or the user gave no module.
     """
 
     chosen_model: ChosenModel
@@ -272,7 +272,8 @@ def _find_model(
     spec = memory.spec_that_builds(model)
     named = memory.find_buildable(model)
     if named is not None and not (spec is not None and spec.sparse):
-        spec = None  # it is built as it is; only zeros that must stay are no part of a name
+        # The constructor builds the module. A spec is needed only for zeros that must stay.
+        spec = None
     if spec is not None:
         named = None
     if named is None and building_spec(model) is None:
@@ -280,13 +281,13 @@ def _find_model(
     chosen_model = ChosenModel(stack.enter_context(holding(model, named, spec)), module=model)
     for known in (named, spec):
         if known is not None and ":" in known.architecture:
-            # Its class is here already: nothing new is called.
+            # The class is already imported, so consent to it needs no question.
             stack.enter_context(consent.allowing(known.architecture))
     return CallModel(chosen_model, model, named)
 
 
 def _checked(kind: str, opened: CallModel, data: FederatedData, out: object) -> CallModel:
-    """Builds the user's module a second time and compares outputs; if they differ, forgets `named`.
+    """Builds the user's module again and compares outputs; if they differ, drops `named`.
 
     Raises:
         ModelError: if the call must write a model that can be built again, and outputs differ.
@@ -385,7 +386,7 @@ def _as_federated(
 
 
 def _saved_with_task(chosen_model: ChosenModel, spec: ModelSpec) -> tuple[nn.Module, Task | None]:
-    """Returns a saved model and its task, which then need not be found from the labels."""
+    """Returns a saved model and its saved task; the task is None if the file has none."""
     model = storage.load(Path(chosen_model.model["checkpoint"]))[1]
     if not spec.task and not spec.class_names:
         return model, None
@@ -405,8 +406,8 @@ def _refuse_what_cannot_be_saved(kind: str, model: nn.Module, out: object) -> No
         error = not_buildable(model, place=kind, what="the file")
     else:
         error = not_buildable(model, place="out", what="the folder")
-        error.add_cure(", or leave ", Argument("out"), " away and keep the result in memory")
-    # Only a warning: an exported file runs without the Python class.
+        error.add_cure(", or leave out ", Argument("out"), " and keep the result in memory")
+    # A warning is enough here: an exported file runs without the Python class.
     if row.reports_artifact:
         warnings.warn(str(error), stacklevel=4)
         return

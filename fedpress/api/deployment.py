@@ -1,4 +1,4 @@
-"""Whether a client's data fit a recipe, before the client connects to anybody."""
+"""Checks whether a client's data fit a recipe, before the client connects to a server."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from fedpress.pipeline.start import first_state, load_data
 
 
 def check_client(recipe: str, path: Path) -> str:
-    """Returns a sentence that says what the data at `path` are for `recipe`.
+    """Checks the data at `path` and returns a sentence with their number, shape and task.
 
-    Classes and words that the server learns from its public rows are not known here, unless the
-    recipe lists them; then a client finds out when it is offered the run.
+    The server may take the classes and categories from its public rows. These are not checked here
+    unless the recipe lists them; the client checks them when it receives the offer of a run.
 
     Args:
-        recipe: name or file.
-        path: as `fedpress client --data` takes it.
+        recipe: name or file of the recipe.
+        path: file or folder, as for `fedpress client --data`.
 
     Raises:
         DataError: if the data cannot be read, or lack a column or class that the recipe names.
-        RecipeError: if the recipe's model does not take them.
+        RecipeError: if the recipe's model does not take the examples.
     """
     ClientData(path)
     if path.is_dir():
@@ -46,7 +46,7 @@ def check_client(recipe: str, path: Path) -> str:
 
 
 def _public(recipe: str, keys: dict[str, str]) -> tuple[FederatedData, Recipe]:
-    """Loads the data as one public part: all that a check needs of them."""
+    """Loads all examples as the public part; a check needs no clients."""
     one = {"data.num_clients": "1", "data.examples_per_client": "1", "data.partition.kind": "iid"}
     overrides = [f"{key}={value}" for key, value in {**keys, **one}.items()]
     checked = begin.load(recipe, [*overrides, "data.validation=0", "data.test_share=0"])[1]
@@ -58,7 +58,7 @@ def _table(recipe: str, path: Path) -> tuple[FederatedData, Recipe]:
 
 
 def _folder(recipe: str, path: Path) -> tuple[FederatedData, Recipe]:
-    # The recipe's folders have a level more, for the client.
+    # The source "folders" expects one more level above the classes: the client's name.
     return _public(recipe, {"data.source": "folders", "data.path": str(path.resolve().parent)})
 
 

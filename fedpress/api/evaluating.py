@@ -1,4 +1,4 @@
-"""`fedpress.evaluate` measures a model on examples; `fedpress.predict` returns its answers."""
+"""Defines `fedpress.evaluate` (measures a model) and `fedpress.predict` (returns predictions)."""
 
 from __future__ import annotations
 
@@ -48,9 +48,9 @@ def evaluate(
 
     Args:
         model: a module, a `Result`, the path of a saved model or run, or `module:function`.
-        data: a pair (inputs, labels), a torch Dataset or DataLoader: all its examples are used. Or
-            a source such as "digits" or a `FederatedData`: its test part is used. None: the test
-            part of the run that wrote the model.
+        data: a pair (inputs, labels), a torch Dataset or a DataLoader; all examples are used. Of a
+            source such as "digits" or a `FederatedData`, the test part is used. None: the test part
+            of the run that wrote the model.
         path: file or folder of the source.
         checkpoint: file with a state dict for the model that `module:function` builds.
         mean: mean of each input channel, for a model that was trained by another program.
@@ -111,10 +111,10 @@ def _nothing_to_measure_on() -> DataError:
 
 @dataclass(frozen=True, eq=False)
 class Predictions:
-    """The answers of a model to n examples.
+    """The predictions of a model for n examples.
 
     Attributes:
-        answers: the answer for each example. Classification: class numbers, int64 [n]. Several
+        answers: the prediction for each example. Classification: class numbers, int64 [n]. Several
             labels: 0 or 1 for each label [n, k]. Regression: numbers in the units of the targets.
         probabilities: probability of each class or label [n, k]; None for a regression.
         outputs: outputs of the network [n, ...], for example logits.
@@ -140,9 +140,9 @@ class Predictions:
         """
         if self.answers.dim() != 1 or self.answers.is_floating_point():
             raise DataError(
-                f"the task {self.task} has no one class for each example",
+                f"the task {self.task} does not give one class for each example",
                 place="labels",
-                cure="take answers",
+                cure="use the attribute answers instead",
             )
         return [self.names[number] for number in self.answers.tolist()]
 
@@ -150,7 +150,7 @@ class Predictions:
         """Returns column names and rows: the answers first, then one column per probability.
 
         Raises:
-            DataError: if there are several answers for each example, such as one for each position.
+            DataError: if an example has several predictions, such as one for each token.
         """
         answers = self.answers.reshape(len(self), -1)
         one_each = self.answers.dim() == 1 and not self.answers.is_floating_point()
@@ -185,8 +185,8 @@ def predict(
         model: a module, a `Result`, the path of a saved model or run, or `module:function`.
         inputs: uint8 images, numbers or token ids [n, ...]; a dictionary of them for a model of
             several inputs; the path of a .npy file, or of a .npz file for several inputs; a Dataset
-            or DataLoader, whose labels are ignored. A saved model standardises them as in its
-            training. A module gets them unchanged.
+            or DataLoader, whose labels are ignored. For a saved model the inputs are standardised
+            as in its training. A module gets them unchanged.
         checkpoint: file with a state dict for the model that `module:function` builds.
         mean: mean of each input channel, for a model that was trained by another program.
         std: standard deviation of each input channel.
@@ -224,7 +224,7 @@ def predict(
 def _network(
     model: nn.Module | str | Path, checkpoint: str | Path | None, given: Standardization | None
 ) -> tuple[nn.Module, Preprocess, Task | None]:
-    """Returns the network, its preprocessing, and its task, if that is known."""
+    """Returns the network, its preprocessing, and its task (None if it is not known)."""
     own = given.preprocess() if given is not None and given.mean is not None else None
     if isinstance(model, nn.Module):
         spec = memory.spec_of(model)
@@ -239,7 +239,7 @@ def _network(
 
 
 def _task_of(spec: ModelSpec) -> Task | None:
-    """Returns what a saved model was trained for; None if its file does not say."""
+    """Returns the task that a saved model was trained for; None if its file names none."""
     if not spec.class_names and not spec.task:
         return None
     return tasks.of_model(spec.task, spec.class_names)
@@ -253,7 +253,7 @@ def _outputs(network: nn.Module, x: Inputs) -> Tensor:
     """
     try:
         found = evaluation.outputs(network, x)
-    except Exception as error:  # whatever somebody's own network raises
+    except Exception as error:  # a user's network may raise anything
         raise ModelError(
             f"it does not take examples of {inputs_text(x)} ({type(error).__name__}: "
             f"{str(error).splitlines()[0]})",
@@ -261,20 +261,20 @@ def _outputs(network: nn.Module, x: Inputs) -> Tensor:
             cure=input_cure(
                 network,
                 x,
-                "give examples as the model was trained on, the first dimension counts them",
+                "give examples like those of the training; the first dimension counts them",
             ),
         ) from error
     if not isinstance(found, Tensor):
         raise ModelError(
-            f"it gives {type(found).__name__}, expected one tensor",
+            f"it returns {type(found).__name__}, expected one tensor",
             place="model",
-            cure="wrap it in a module that returns the tensor of the answer",
+            cure="wrap it in a module that returns only the tensor of outputs",
         )
     return found.float()
 
 
 def _read(inputs: Any) -> Inputs:
-    """Returns inputs that are in memory or in a NumPy file; labels beside them are dropped.
+    """Returns the inputs, from memory or from a NumPy file. Labels are dropped.
 
     Raises:
         DataError: if `inputs` has a type that `predict` does not take.
@@ -294,7 +294,7 @@ def _arrays_of(path: Path) -> np.ndarray | dict[str, np.ndarray]:
     try:
         found = np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
-        # NumPy's own message advises allow_pickle=True, which may run any code. It is not shown.
+        # NumPy's message is not shown: it advises allow_pickle=True, which may run any code.
         reason = error.strerror if isinstance(error, OSError) else "it holds no plain array"
         raise DataError(
             f"cannot read '{path}' ({reason})",

@@ -1,4 +1,4 @@
-"""A table of the public names of `import fedpress`, each with the command that does the same.
+"""The public names of `import fedpress`, each with the equivalent command.
 
 Example: `fedpress.evaluate` is the command `fedpress eval MODEL`. Tests compare `fedpress.__all__`
 and the commands with this table, and `docs/python.md` shows it.
@@ -15,8 +15,8 @@ class Row:
 
     Attributes:
         name: name in Python, without the leading `fedpress.`.
-        command: the command that does the same, or how the command line shows such an object.
-        description: what it does, in a few words.
+        command: the equivalent command, or how the command line shows such an object.
+        description: what the function does or the object is, in a few words.
     """
 
     name: str

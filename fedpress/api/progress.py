@@ -17,7 +17,8 @@ from fedpress.reports.metrics import MetricFormat
 if TYPE_CHECKING:
     from fedpress.workspace.state import Event
 
-# Window for the estimate of time left. A round may take minutes: a shorter window may hold no step.
+# Window for the estimate of the remaining time. A round may take minutes, so a shorter window might
+# contain no step.
 SPEED_OVER_SECONDS = 300
 
 
@@ -41,7 +42,7 @@ def show(events: Iterable[Event], progress: bool | None) -> None:
     """Runs a run to its end and shows its progress.
 
     Args:
-        events: generator of the run; taking the next event does the work that leads to it.
+        events: generator of the run; the run works while the next event is requested.
         progress: whether to show progress; None: only in a notebook or terminal.
     """
     notebook = in_notebook()
@@ -65,7 +66,7 @@ def follow(events: Iterable[Event], out: Console) -> None:
 
 def watch(events: Iterable[Event], view: View) -> None:
     """Runs `events` to their end and shows them in `view`."""
-    # Imported here: it loads torch, and commands that show no progress must start quickly.
+    # Imported here because it loads torch: commands that show no progress must start quickly.
     from fedpress.workspace.state import StageFinished, StageStarted, Tick
 
     for event in events:
@@ -76,7 +77,7 @@ def watch(events: Iterable[Event], view: View) -> None:
             if event.warning:
                 view.say(event.warning)
         elif isinstance(event, StageFinished):
-            # Choices that the stage has made for the user: setting -> what was chosen and why.
+            # Settings that the stage chose automatically -> the chosen value and the reason.
             choices = event.result.get("told")
             if isinstance(choices, dict):
                 for key, sentence in choices.items():
@@ -119,7 +120,8 @@ class BarsView:
         if self.moved:
             self.shown.update(self.task, completed=done, total=total, note=note)
         else:
-            # A resumed stage begins in the middle. Time left is counted from there, not from 0.
+            # A resumed stage begins in the middle. `reset` makes the estimate of the remaining
+            # time count from there, not from 0.
             self.shown.reset(self.task, completed=done, total=total, note=note)
         self.moved = True
 
@@ -159,7 +161,7 @@ class LinesView:
         self.out.print(f"{self.name}: {sentence}", markup=False, soft_wrap=True)
 
     def _print(self, note: str) -> None:
-        # Notes repeat at every step. A log file needs a line for a change only.
+        # The same note comes at every step. A log file gets a line only if the note changes.
         if note not in ("", self.last):
             self.last = note
             self.say(note)
@@ -210,8 +212,9 @@ class NotebookView:
 
 
 def in_notebook() -> bool:
-    """Whether this process is the kernel of a notebook; a plain IPython shell is none."""
-    # A kernel has imported IPython already. An import here would cost every script half a second.
+    """Whether this process is the kernel of a notebook; False in a plain IPython shell."""
+    # A kernel has already imported IPython. Importing it here would cost every script half a
+    # second.
     ipython = sys.modules.get("IPython")
     shell = ipython.get_ipython() if ipython is not None else None
     return shell is not None and hasattr(shell, "kernel")

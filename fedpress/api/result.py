@@ -25,14 +25,14 @@ class Result:
     """The result of a call on one model. It can be given to the next call as its `model`.
 
     Attributes:
-        spec: how to build the model; None if the user's module was given and nothing is known that
-            builds it, or there was no `out`.
+        spec: how to build the model. None if only this process can build it, because the user gave
+            a module without a known constructor.
         model: the new model.
         before: facts about the old model, such as accuracy, parameters, macs, file_bytes and
             latency_ms.
-        after: the same facts about the new model, and those of the stage, such as `bytes_up` and
+        after: the same facts about the new model, and facts of the stage such as `bytes_up` and
             `epsilon`.
-        mean: mean of each input channel that the model is standardised with.
+        mean: mean of each input channel, with which inputs are standardised.
         std: standard deviation of each input channel.
         records: one record per epoch or round, as in `records.jsonl` of a run.
         folder: folder of the new model; None if the call had no `out`.
@@ -75,7 +75,7 @@ class Result:
     def __str__(self) -> str:
         """Returns a table of what changed: metrics, parameters, file, latency, bytes, epsilon.
 
-        Below it stands what was left as it was, and where a target was met only nearly.
+        A second table lists layers that were not changed, and targets that were nearly met.
         """
         return "\n\n".join(shown.as_text(table) for table in self._tables())
 

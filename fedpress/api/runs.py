@@ -1,4 +1,4 @@
-"""`fedpress.run`, `check`, `report` and the class `Run`: recipes are checked, run and resumed."""
+"""Defines `fedpress.run`, `check`, `report` and the class `Run`: checks, runs, resumes recipes."""
 
 from __future__ import annotations
 
@@ -43,12 +43,12 @@ Engine = str | Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Work:
-    """What `Run.events` needs to do the work of a run.
+    """What `Run.events` needs to run the stages.
 
     Attributes:
         begun: the checked run.
         data: the loaded data set.
-        reuse: another run; its first stages are copied as long as their settings are equal.
+        reuse: another run. Its first stages are copied up to the first stage whose settings differ.
         engine: runs simulated clients.
     """
 
@@ -61,8 +61,8 @@ class Work:
 class Run:
     """A run in its folder, finished or not.
 
-    `fedpress.run` returns a finished `Run`. `Run.begin` only checks everything; the generator
-    `events` then does the work:
+    `fedpress.run` returns a finished `Run`. `Run.begin` only checks everything; iterating over
+    `events` then runs the stages:
 
     >>> import fedpress, tempfile
     >>> folder = tempfile.mkdtemp()
@@ -131,14 +131,14 @@ class Run:
         consent.allow(*consent.checked(allow_code))
         settings = engine_settings(engine)
         words, where, held = _overrides_and_data(data, overrides)
-        # The lock is released after the check: nobody knows when `events` will be called.
+        # The lock is released after the check, because `events` may be called much later or never.
         with ExitStack() as stack:
             begun = begin.checked_resume(Path(path), recipe, words, where, stack)
         return cls(begun.place, _bound(begun, held, None, settings))
 
     @classmethod
     def open(cls, path: str | Path) -> Run:
-        """Opens a run folder to read results; such a `Run` cannot do work.
+        """Opens a run folder to read results; such a `Run` cannot be continued.
 
         Raises:
             RunError: if there is no run.
@@ -146,11 +146,11 @@ class Run:
         return cls(RunFolder.open(Path(path)).path)
 
     def events(self) -> Iterator[Event]:
-        """Does the work of the run; yields `StageStarted`, `Tick` and `StageFinished` events.
+        """Runs the stages; yields `StageStarted`, `Tick` and `StageFinished` events.
 
-        Work happens only while the next event is taken. A second call continues from the last
-        checkpoint and skips finished stages. Torch's random state is restored before each event is
-        yielded, so the caller's random numbers do not depend on the run.
+        The run works only while the caller requests the next event. A second call continues from
+        the last checkpoint and skips finished stages. Torch's random state is restored before each
+        event is yielded, so the caller's random numbers do not depend on the run.
 
         Raises:
             RunError: if this `Run` was made by `open`, or another process works in the folder.
@@ -158,9 +158,9 @@ class Run:
         """
         if self._work is None:
             raise RunError(
-                "it was opened to be looked at",
+                "it was opened for reading only",
                 place=self.path,
-                cure="open it with fedpress.Run.resume(PATH) to go on with it",
+                cure="open it with fedpress.Run.resume(PATH) to continue it",
             )
         work = self._work
         with ExitStack() as held:
@@ -193,7 +193,7 @@ class Run:
                 "this run is not finished",
                 place=self.path,
                 cure=(
-                    "go through run.events() to its end, or go on with fedpress.run(resume=PATH)",
+                    "iterate over run.events() to the end, or use fedpress.run(resume=PATH)",
                     Shell(" or --resume"),
                 ),
             )
@@ -261,8 +261,8 @@ def run(
             that replaces the recipe's source.
         out: folder of the new run; None: the first free of runs/NAME, runs/NAME-2 and so on.
         resume: folder of an interrupted run to continue, instead of a new run.
-        reuse: folder of another run; its first stages are copied as long as their settings are
-            equal to those of this run.
+        reuse: folder of another run. Its first stages are copied up to the first stage whose
+            settings differ from those of this run.
         engine: where simulated clients run: "local" in this process, or "ray" in actors of Ray,
             which takes `address`, `cpus_per_client`, `gpus_per_client` and `actors`, as in
             `{"kind": "ray", "actors": 4}`. It does not change the result.
@@ -276,8 +276,8 @@ def run(
         The finished run, with `result`, `model`, `records` and `report()`.
 
     Raises:
-        FedpressError: if settings, data and model do not fit together; nearly always before any
-            work.
+        FedpressError: if settings, data and model do not fit together. Nearly all checks come
+            before the first stage.
 
     >>> import fedpress, tempfile
     >>> quick = {"dense": {"epochs": 1}}
@@ -288,7 +288,7 @@ def run(
     if resume is not None:
         if out is not None or reuse is not None:
             raise RunError(
-                "a run goes on in its own folder",
+                "a resumed run continues in its own folder",
                 place="out" if out is not None else "reuse",
                 cure="leave it out",
             )
@@ -375,7 +375,7 @@ def report(run: Run | str | Path, out: str | Path | None = None) -> Path:
 def own_random_numbers(events: Iterator[Event]) -> Iterator[Event]:
     """Yields `events` such that the run and the caller have separate states of torch's generator.
 
-    Otherwise a caller who draws random numbers between two events would change the bits of the run.
+    Otherwise a caller that draws random numbers between two events would change the run's result.
     """
     state = torch.get_rng_state()
     while True:

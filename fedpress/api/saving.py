@@ -1,4 +1,4 @@
-"""`fedpress.load` and `fedpress.save`: models as a folder or as one packed file."""
+"""Defines `fedpress.load` and `fedpress.save` for models in a folder or in one packed file."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def save(
         The path.
 
     Raises:
-        ModelError: if `path` exists, or nothing is known that builds the module.
+        ModelError: if `path` exists, or it is not known how to build the module.
 
     >>> import torch, fedpress, tempfile
     >>> net = torch.nn.Sequential(torch.nn.Linear(4, 2))
@@ -75,9 +75,7 @@ def save(
     """
     path = Path(path)
     if path.exists():
-        raise ModelError(
-            f"there is something at '{path}' already", place="path", cure="give a new path"
-        )
+        raise ModelError(f"'{path}' exists already", place="path", cure="give a new path")
     with call_scope(allow_code):
         spec, module = _described(model, checkpoint, several.one_shape(input_shape))
         if path.suffix == ".safetensors":
@@ -94,7 +92,7 @@ def _described(
     """Returns a model with the spec that builds it.
 
     Raises:
-        ModelError: if nothing is known that builds it.
+        ModelError: if it is not known how to build the model.
     """
     if isinstance(model, Result) and model.spec is not None:
         return model.spec, model.model

@@ -22,7 +22,7 @@ Call = Callable[..., Result]
 
 
 def with_stage_signature(function: Call) -> Call:
-    """Adds the settings of the stage to the signature and docstring of a function, for `help()`."""
+    """Adds the stage's settings to the signature and docstring of a function, for `help()`."""
     kind = function.__name__
     settings = commands()[kind].load()
     common = [
@@ -30,7 +30,7 @@ def with_stage_signature(function: Call) -> Call:
         for name, parameter in inspect.signature(call).parameters.items()
         if name not in ("kind", "settings")
     ]
-    # Then the arguments that only this function has, such as `clients` of federate.
+    # Arguments that only this function has, such as `clients` of federate.
     common += [
         parameter
         for name, parameter in inspect.signature(function).parameters.items()
@@ -136,7 +136,7 @@ def train(model: Model, **settings: Any) -> Result:
 
 @with_stage_signature
 def distill(model: Model, **settings: Any) -> Result:
-    """Trains a model on the outputs of a teacher: `teacher=` a module or path of a saved model.
+    """Trains a model on the outputs of `teacher`, a module or the path of a saved model.
 
     >>> import torch, fedpress
     >>> large = torch.nn.Sequential(torch.nn.Linear(4, 64), torch.nn.ReLU(), torch.nn.Linear(64, 2))
@@ -212,7 +212,7 @@ def federate(
     else:
         if isinstance(model, nn.Module) and settings.get("data") is None:
             raise DataError(
-                "there are none, so nobody would train",
+                "no clients are given",
                 place="clients",
                 cure=(
                     'give clients={"north": (inputs, labels), "south": dataset}, or ',
@@ -223,7 +223,7 @@ def federate(
         odd = next((name for name, value in given.items() if value is not None), None)
         if odd is not None:
             raise DataError(
-                "it goes with clients, and the data of a source have their own",
+                "this argument needs clients=; a source has its own test part, task and classes",
                 place=odd,
                 cure="leave it out, or give clients",
             )
@@ -231,7 +231,7 @@ def federate(
 
 
 def call_of_added_stage(kind: str) -> Call:
-    """Returns a function for a stage of the table that has none above, such as a user's stage."""
+    """Returns a function for a stage that has none in this file, such as a user's stage."""
 
     def function(model: Model, **settings: Any) -> Result:
         return call(kind, model, **settings)

@@ -1,4 +1,4 @@
-"""`fedpress.sweep`: runs a recipe for all combinations of some values, and finds Pareto fronts."""
+"""Defines `fedpress.sweep`: runs a recipe with all combinations of values, finds Pareto fronts."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def new(
     """Checks the settings of a sweep; runs nothing.
 
     Args:
-        recipe: as `begin.load` takes it.
+        recipe: the recipe, as for `begin.load`.
         values: values of keys, such as `stage.prune.keep_params=0.5,0.3`.
         seeds: seeds to run each combination with.
         overrides: further overrides that every variant gets.
@@ -58,7 +58,7 @@ def new(
         RecipeError: if a key or value is wrong.
     """
     variants = sweeping.variants(values, seeds)
-    # With the overrides of all variants: they may give a key that the recipe needs and lacks.
+    # Overrides that all variants share are applied: they may set a key that the recipe lacks.
     every = [*sweeping.common_overrides(variants), *overrides]
     text, checked = begin.load(recipe, every, data)
     # A missing device fails here once. Otherwise every variant would fail with the same error.
@@ -81,7 +81,7 @@ def sweep(
     """Runs a recipe for all combinations of values; stages with equal settings run only once.
 
     Args:
-        recipe: as `fedpress.run` takes it.
+        recipe: the recipe, as for `fedpress.run`.
         values: key -> values to try, such as `{"stage.prune.keep_params": [0.5, 0.3]}`.
         seeds: seeds to run each combination with, for mean and standard error.
         data: file or folder of the data.

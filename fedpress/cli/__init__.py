@@ -217,12 +217,12 @@ def noise(
     typer.echo(f"noise multiplier {units.rounded_up(needed)}")
     if spent.upper_bound:
         typer.echo(
-            "This follows from an upper bound on epsilon: somewhat less noise may do as well."
+            "This follows from an upper bound on epsilon; slightly less noise may be enough."
         )
 
 
 def _bound(spent: Spent) -> dict[str, bool]:
-    """Returns what JSON says beside an epsilon that is a mere upper bound."""
+    """Returns the JSON entry that marks epsilon as an upper bound; {} if epsilon is exact."""
     return {"upper_bound": True} if spent.upper_bound else {}
 
 
@@ -264,7 +264,7 @@ def skellam(
     clip_norm: Annotated[float, typer.Option(help="L2 norm by which one unit can move the sum.")],
     clients: Annotated[int, typer.Option(help="Clients in a round, at most.")],
     survivors: Annotated[
-        int, typer.Option(help="Clients whose sum is opened, at least; they make all the noise.")
+        int, typer.Option(help="Least number of clients in a sum; their noise must suffice.")
     ],
     rounds: Annotated[int, typer.Option(help="Sums in the whole run.")],
     delta: Annotated[float, typer.Option(help="Chance that the promise fails.")],
@@ -275,7 +275,7 @@ def skellam(
         float | None, typer.Option(help="Noise standard deviation / clip norm.")
     ] = None,
     bits: Annotated[
-        int | None, typer.Option(help="Width of a number; the fewest that are near the best.")
+        int | None, typer.Option(help="Bits per number; by default few, with near-best epsilon.")
     ] = None,
     coordinate_limit: Annotated[
         float | None,
@@ -321,7 +321,7 @@ def skellam(
 
 
 def main() -> None:
-    """Runs the command line; a user's mistake ends in one sentence and exit code 2."""
+    """Runs the command line. A user's mistake gives one sentence and exit code 2."""
     debug, verbose = take_flag("--debug"), take_flag("--verbose", "-v")
     try:
         with show_log(debug=debug, verbose=verbose):

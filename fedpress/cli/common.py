@@ -1,4 +1,4 @@
-"""Shared by the commands: option types, locks, errors as text, and loading data."""
+"""Functions that all commands share: option types, locks, errors as text, loading data."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ AllowCode = Annotated[
     typer.Option(
         "--allow-code",
         metavar="MODULE:FUNCTION",
-        help="A function that a model's files may have called to build it; can be repeated.",
+        help="A function that may be called to build a saved model; can be repeated.",
     ),
 ]
 ListKeys = Annotated[bool, typer.Option("--keys", help="List the settings and what they mean.")]
@@ -84,7 +84,7 @@ def with_device(overrides: Iterable[str] | None, device: str | None) -> list[str
 
 
 def run_to_resume(words: list[str]) -> tuple[Path | None, list[str]]:
-    """Finds a run folder among the arguments; returns it, or None, and the other arguments."""
+    """Finds a run folder among the arguments; returns it (or None) and the other arguments."""
     for position, word in enumerate(words):
         if "=" not in word and (Path(word) / "settings.json").is_file():
             return Path(word), words[:position] + words[position + 1 :]
@@ -102,7 +102,7 @@ def stopping(message: str) -> Iterator[None]:
 
 
 def allow_code(names: list[str] | None) -> None:
-    """Records which functions the user allows the files of models to name."""
+    """Records the functions that may be called to build saved models."""
     from fedpress.core import consent
 
     consent.allow(*(names or ()))
@@ -120,7 +120,7 @@ def show_keys(words: Sequence[str], *, of_stage: bool = False) -> None:
 
     Args:
         words: names of tables, such as "federate"; empty: all tables.
-        of_stage: whether `words` are kinds of stages: then a codec of the same name is left out.
+        of_stage: whether `words` are kinds of stages. Then a codec of the same name is not shown.
     """
     from fedpress.cli import terminal
     from fedpress.pipeline import recipe as recipes
@@ -151,7 +151,7 @@ def in_one_line(text: str) -> str:
 
 
 def visible(text: str) -> str:
-    r"""Escapes control characters, with which a file could move the cursor or hide words.
+    r"""Escapes control characters: with them, text from a file could move the cursor or hide words.
 
     >>> visible("red \x1b[31m")
     'red \\x1b[31m'
@@ -177,7 +177,7 @@ def warn(notes: Iterable[str]) -> None:
 
 
 def load_data(recipe: Recipe, out_stream: Console) -> FederatedData:
-    """Loads the data of a recipe, with bars, and says how many rows are left out."""
+    """Loads the data of a recipe, shows progress bars, and prints how many rows are not used."""
     from fedpress.api import progress
     from fedpress.cli import terminal
     from fedpress.pipeline import start

@@ -1,7 +1,7 @@
 """Shell completion of recipes, sources, devices, and keys of a recipe with their values.
 
-It runs at every press of Tab, so nothing here may import torch. The keys are read from `keys.txt`,
-which `python scripts/keys.py` writes.
+Completion runs whenever the user presses Tab, so this file must not import torch. The keys are read
+from `keys.txt`, which `python scripts/keys.py` writes.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import NamedTuple
 import typer
 
 COMMON_KEYS = ("seed", "device", "data.", "model.")
-"""Beginnings of the recipe keys that every command on one model takes, beside those of its stage."""
+"""Beginnings of recipe keys that every command on one model takes, besides the stage's keys."""
 KEYS = Path(__file__).with_name("keys.txt")
 SHIPPED = Path(__file__).parents[1] / "pipeline" / "recipes"
 MAX_MEANING = 60  # characters: more would break the list that a shell shows
@@ -40,7 +40,7 @@ def keys() -> list[Key]:
 
 
 def recipes(incomplete: str) -> Completions:
-    """Returns the recipes that come with fedpress, and those that lie here."""
+    """Returns the recipes that come with fedpress and the TOML files in the current folder."""
     names = sorted(path.stem for path in SHIPPED.glob("*.toml"))
     own = sorted(str(path) for path in Path().glob(f"{incomplete}*.toml"))
     return [
@@ -68,7 +68,7 @@ def devices(incomplete: str) -> Completions:
 
 
 def architectures(incomplete: str) -> Completions:
-    """Returns the built-in architectures; a shell offers files by itself where none fits."""
+    """Returns the built-in architectures. If none fits, the shell completes file names."""
     return _choices("model.architecture", incomplete)
 
 
@@ -78,7 +78,7 @@ def _choices(name: str, incomplete: str) -> Completions:
 
 
 def recipe_keys(context: typer.Context, incomplete: str) -> Completions:
-    """Returns the keys of the recipe that was named, with the names it gives its stages."""
+    """Returns the keys of the recipe on the command line, with that recipe's stage names."""
     if context.params.get("list_keys"):
         return recipes_or_tables(context, incomplete)
     stages = _stages_of(str(context.params.get("recipe")))
@@ -112,13 +112,13 @@ def stage_keys(kind: str) -> Callable[[typer.Context, str], Completions]:
 
 
 def _fitting(found: Iterable[Key], incomplete: str, before: Sequence[str] | None) -> Completions:
-    """Returns the tables (`data.`) and keys (`lr=`) that begin so, or the values after a `key=`.
+    """Returns tables (`data.`) and keys (`lr=`) that begin with `incomplete`; after `key=`, values.
 
     Args:
-        found: the keys that there are.
-        incomplete: the word that is being written.
-        before: the words before it. Bash takes `key=value` for three words, and completes the last
-            one alone.
+        found: all known keys.
+        incomplete: the word to complete.
+        before: the words before it. Bash splits `key=value` into three words and completes only
+            the last one.
     """
     name, equals, value = incomplete.partition("=")
     beginning = f"{name}=" if equals else ""
@@ -143,7 +143,7 @@ def _fitting(found: Iterable[Key], incomplete: str, before: Sequence[str] | None
 
 
 def _stages_of(recipe: str) -> list[tuple[str, str]]:
-    """Returns name and kind of each stage of a recipe; nothing if it cannot be read."""
+    """Returns name and kind of each stage of a recipe; [] if the recipe cannot be read."""
     import tomllib  # here, so that `--help` does not wait for it
 
     path = Path(recipe) if Path(recipe).is_file() else SHIPPED / f"{recipe}.toml"

@@ -1,4 +1,4 @@
-"""The commands `measure` and `sweep`; also adds the command of each kind of stage."""
+"""The commands `measure` and `sweep`, and the registration of one command per kind of stage."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 
 def add_commands(app: typer.Typer) -> None:
-    """Adds a command for each kind of stage, and those on several models."""
+    """Adds a command for each kind of stage, and the commands `measure` and `sweep`."""
     for row in commands().values():
         app.command(name=row.kind, help=row.summary)(command_of(row.kind))
     app.command()(measure)
@@ -119,7 +119,7 @@ def sweep(
         Path | None, typer.Option(help="Folder or file of the data set; sets data.path.")
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(help="Folder; sweeps/NAME by default. One that is there goes on.")
+        Path | None, typer.Option(help="Folder; sweeps/NAME by default. Resumes a sweep in it.")
     ] = None,
     device: Device = None,
     seeds: Annotated[

@@ -14,7 +14,7 @@ FORMAT = "%(asctime)s %(name)s: %(message)s"
 
 
 class ToErrorStream(logging.Handler):
-    """Writes to the present `sys.stderr`, which rich replaces while bars are drawn."""
+    """Writes to the current `sys.stderr`, which rich replaces while it draws progress bars."""
 
     def emit(self, record: logging.LogRecord) -> None:
         """Writes one line."""

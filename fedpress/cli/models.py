@@ -47,13 +47,13 @@ def evaluate(
     mean: Mean = None,
     std: Std = None,
     task: Annotated[
-        str | None, typer.Option(help="What is learned; by default as the data are.")
+        str | None, typer.Option(help="Task, such as binary; by default that of the data.")
     ] = None,
     device: Device = None,
     code: AllowCode = None,
     as_json: AsJson = False,
 ) -> None:
-    """Measures a model on the test part of a source, by default that of the run that left it."""
+    """Measures a model on the test part of a source, by default that of the run that wrote it."""
     from fedpress.cli import terminal
 
     allow_code(code)
@@ -133,7 +133,7 @@ def save(
     input_shape: Input = None,
     code: AllowCode = None,
 ) -> None:
-    """Writes a model such that every command opens it: a folder, or one packed file."""
+    """Saves a model as a folder or one packed file, which every command can open."""
     allow_code(code)
     from fedpress.api import begin, saving
 

@@ -50,7 +50,7 @@ Source = Annotated[
     str | None,
     typer.Option(
         "--data",
-        help="digits, cifar10, csv, ...; by default that of the run that left the model.",
+        help="digits, cifar10, csv, ...; by default that of the run that wrote the model.",
         autocompletion=completion.sources,
     ),
 ]
@@ -73,10 +73,10 @@ Resume = Annotated[
 Mean = Annotated[
     str | None,
     typer.Option(
-        help="How a model from elsewhere wants its inputs: 0.485,0.456,0.406, or none, or data."
+        help="Mean per channel in the model's training (0.485,0.456,0.406), or none, or data."
     ),
 ]
-Std = Annotated[str | None, typer.Option(help="Likewise, to divide by: 0.229,0.224,0.225.")]
+Std = Annotated[str | None, typer.Option(help="Standard deviation, such as 0.229,0.224,0.225.")]
 
 
 def command_of(kind: str) -> Callable[..., None]:
@@ -136,14 +136,14 @@ def command_of(kind: str) -> Callable[..., None]:
         help="Settings; --keys lists them.",
         autocompletion=completion.stage_keys(kind),
     )
-    # Each kind completes keys of its own, which an annotation in the text above could not say.
+    # Each kind completes other keys, so this annotation cannot be written in the signature.
     command.__annotations__["keys"] = Annotated[list[str] | None, settings]
     return command
 
 
 @dataclass(frozen=True)
 class Asked:
-    """What the user wrote behind the command."""
+    """The command's arguments, as the user wrote them."""
 
     kind: str
     model: str | None
@@ -161,7 +161,7 @@ class Asked:
 
 @dataclass(frozen=True)
 class Ready:
-    """A checked command; `folder` is that of a resumed run, None for a new one in `place`."""
+    """A checked command; `folder` is the folder of a resumed run, None for a new run in `place`."""
 
     bound: OneStage
     data: FederatedData
@@ -170,7 +170,7 @@ class Ready:
 
 
 def _made_ready(asked: Asked, out_stream: Console) -> Ready:
-    """Binds the recipe of one stage, loads its data, and checks everything; writes nothing."""
+    """Makes the recipe of one stage, loads its data, and checks everything; writes nothing."""
     from fedpress.api import progress
     from fedpress.cli import terminal
 
@@ -223,7 +223,7 @@ def _ordered(asked: Asked) -> tuple[Path, OneStage]:
 
 
 def _run(ready: Ready, out_stream: Console) -> Result:
-    """Does the work, and draws the report."""
+    """Runs the stage and draws the report."""
     from fedpress.api import progress
     from fedpress.api.result import Result
     from fedpress.cli import terminal
@@ -247,13 +247,13 @@ def _run(ready: Ready, out_stream: Console) -> Result:
 
 
 def _show(ready: Ready, result: Result, out_stream: Console, *, as_json: bool) -> None:
-    """Prints what came out, and where it lies."""
+    """Prints the result and the paths of its files."""
     from fedpress.cli import terminal
 
     terminal.show_result(out_stream, dict(result.before), dict(result.after))
     if not len(ready.data.test):
         out_stream.print(
-            "no metrics: there was no data; give --data SOURCE to measure it", markup=False
+            "no metrics, since no data were given; give --data SOURCE to measure", markup=False
         )
     if result.artifact is not None:
         out_stream.print(f"file: {result.artifact}", markup=False, soft_wrap=True)
@@ -271,7 +271,7 @@ def shape_of(text: str | None) -> tuple[int, ...] | None:
     """Reads `3,32,32` or `3x32x32`.
 
     Raises:
-        RecipeError: if it says something else.
+        RecipeError: if the text is no list of whole numbers above 0.
 
     >>> shape_of("3,32,32")
     (3, 32, 32)
@@ -289,7 +289,7 @@ def shape_of(text: str | None) -> tuple[int, ...] | None:
 
 
 def numbers_of(text: str | None) -> Any:
-    """Reads `0.5,0.4,0.3`; a word stays one."""
+    """Reads `0.5,0.4,0.3` as numbers; a word such as `none` is returned as it is."""
     if text is None:
         return None
     try:

@@ -55,11 +55,11 @@ def run(
     resume: Annotated[
         bool,
         typer.Option(
-            "--resume", help="Go on with an interrupted run: --resume RUN, nothing else is needed."
+            "--resume", help="Resume an interrupted run: --resume RUN; nothing else is needed."
         ),
     ] = False,
     reuse: Annotated[
-        Path | None, typer.Option("--from", help="Take over equal finished stages of this run.")
+        Path | None, typer.Option("--from", help="Copy equal finished stages of this run.")
     ] = None,
     list_keys: ListTables = False,
     engine: cluster.Engine = "local",
@@ -100,7 +100,7 @@ def run(
 def _new(
     context: typer.Context, words: list[str], data: Path | None, out: Path | None
 ) -> CheckedRun:
-    """Binds a new run, and looks whether its folder is free."""
+    """Checks a new run, and that its folder is free."""
     from fedpress.api import begin
 
     recipe, overrides = _parted(words)
@@ -110,7 +110,7 @@ def _new(
 def _begun(
     context: typer.Context, words: list[str], data: Path | None, out: Path | None
 ) -> CheckedRun:
-    """Opens a run to resume; its folder may be among the words, the recipe may be left out."""
+    """Opens a run to resume. Its folder may be one of `words`; the recipe may be missing."""
     from fedpress.api import begin
 
     place, rest = run_to_resume(words) if out is None else (out, words)
@@ -122,7 +122,7 @@ def _begun(
 
 
 def _parted(words: list[str]) -> tuple[str | None, list[str]]:
-    """Parts the recipe, if it comes first, from the overrides behind it."""
+    """Separates the recipe, if the first word is one, from the overrides after it."""
     if words and ("=" not in words[0] or Path(words[0]).is_file()):
         return words[0], words[1:]
     return None, words
@@ -136,7 +136,7 @@ def _execute(
     reuse: RunFolder | None,
     engine: Engine,
 ) -> Path:
-    """Runs the stages and draws the report; returns where that is."""
+    """Runs the stages, draws the report and returns the path of the report."""
     from fedpress.api import progress
     from fedpress.cli import terminal
     from fedpress.pipeline import run as runs

@@ -22,13 +22,13 @@ from fedpress.reports.table import as_rich
 
 
 def console(*, quiet: bool) -> Console:
-    """Returns where to print; with `quiet` on the error stream, since the other belongs to JSON."""
+    """Returns the console; with `quiet` it prints to stderr, since stdout then is for JSON."""
     return Console(stderr=quiet, highlight=False)
 
 
 @contextmanager
 def waiting(out: Console, what: str) -> Iterator[None]:
-    """Says what is being done while there is nothing to count."""
+    """Shows `what` as a status line while the block runs."""
     with out.status(what):
         yield
 
@@ -48,7 +48,7 @@ class Loading:
 
 
 def show_metrics(out: Console, result: dict[str, Any]) -> None:
-    """Prints all metrics of each stage of a `result.json`; warns if the last one only guesses."""
+    """Prints all metrics of each stage; warns if the last model is no better than guessing."""
     stages = stages_of(result)
     table = metrics_table(stages, most=4)
     if table.rows:
@@ -63,7 +63,7 @@ def _warn_of_guesses(out: Console, stages: list[dict[str, Any]]) -> None:
 
 
 def show_result(out: Console, before: dict[str, Any], after: dict[str, Any]) -> None:
-    """Prints what a command changed, and what it left as it was."""
+    """Prints what a command changed, and which layers it did not change."""
     out.print(as_rich(comparison_table(before, after)))
     _warn_of_guesses(out, [after])
     if floats := stays_float(after):
@@ -80,7 +80,7 @@ def show_keys(out: Console, title: str, rows: Sequence[tuple[str, str, str]]) ->
     """Prints the settings of one table with their defaults and meanings."""
     out.print(title, style="bold", markup=False)
     if not rows:
-        out.print("it has no keys but kind and name\n", markup=False)
+        out.print("no keys except kind and name\n", markup=False)
         return
     table = PlainTable(["Key", "Default", "Meaning"], [list(row) for row in rows])
     out.print(as_rich(table, text_columns=("Default", "Meaning")))
@@ -96,10 +96,9 @@ def show_measures(out: Console, records: Iterable[Mapping[str, Any]]) -> None:
     if records:
         top = records[0]["machine"]
         out.print(
-            "Latency is the median ± half of what the middle half of the runs spans. One thread "
-            f"here reaches {top['float_gmacs']:.1f} GMAC/s in float32, {top['int8_gmacs']:.1f} in "
-            "int8, and copies "
-            f"{top['gigabytes']:.1f} GB/s: the roof.",
+            "Latency: median ± half the interquartile range. The roof is what one thread reaches "
+            f"here: {top['float_gmacs']:.1f} GMAC/s in float32, {top['int8_gmacs']:.1f} in int8, "
+            f"and {top['gigabytes']:.1f} GB/s copied.",
             style="dim",
         )
 
@@ -140,7 +139,7 @@ def _times(records: Sequence[Mapping[str, Any]]) -> PlainTable:
 
 
 def _short(names: Sequence[str], room: int = 13) -> list[str]:
-    """Shows a file made from the model above as "as onnx int8", and of a long path the end."""
+    """Shortens an export of the model above to "as onnx int8", and long paths to their end."""
     shown: list[str] = []
     above = ""
     for name in names:
@@ -167,7 +166,7 @@ def _time(timing: Mapping[str, Any] | None) -> str:
 
 
 def _shape(shape: Any) -> str:
-    """Says the shape of one example: `3x32x32`; of several inputs each with its name."""
+    """Writes the shape of one example as `3x32x32`; of several inputs, with their names."""
     if isinstance(shape, Mapping):
         return ", ".join(f"{name} {_shape(sizes)}".strip() for name, sizes in shape.items())
     return "x".join(str(n) for n in shape)

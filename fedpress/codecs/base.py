@@ -24,20 +24,20 @@ from fedpress.errors import WireError, inside
 class Bound:
     """Guaranteed properties of one client's vector, such as its largest L2 norm.
 
-    `Settings.bind` takes the bound before a transform and returns the bound after it. Privacy and
-    secure sums are planned from the last one.
+    `Settings.bind` takes the bound before a transform and returns the bound after it. Noise and
+    secure sums are planned from the bound after the last transform.
 
     Attributes:
         size: number of values.
         l2: largest L2 norm.
         linf: largest absolute value.
         integer: whether all values are integers.
-        spread: standard deviation of each value after a random rotation, whose tails are no heavier
-            than a Gaussian's; infinite without a rotation.
+        spread: standard deviation of each value after a random rotation; the tails of the values
+            are then no heavier than Gaussian ones. Infinite without a rotation.
         shapes: shapes of the parameters in the vector, in order, such as ((64, 10), (10,)); empty
             after a transform that mixes or drops values.
         decoded_l2: largest L2 norm that an honest client's update can decode to. The server scales
-            longer ones down to it, so a malicious client cannot move the mean further.
+            longer updates down to it, so a malicious client cannot move the mean further.
     """
 
     size: int
@@ -51,11 +51,11 @@ class Bound:
 
 @dataclass(frozen=True)
 class Key:
-    """Seeds all random streams of one update: by run, round and client.
+    """Seeds all random streams of one update, which belongs to a run, a round and a client.
 
-    Client and server have the same key, so both draw the same masks and rotations, which need not
-    be sent. Nobody else may know the client's noise. If the seed is not secret, the noise comes
-    from `secret`, which only the client has.
+    Client and server have the same seed, so both draw the same masks and rotations, and these need
+    not be sent. But only the client may know its noise. With a `secret`, which only the client has,
+    the noise comes from the secret and not from the seed.
 
     Attributes:
         seed: seed of the run.
@@ -87,15 +87,15 @@ class Key:
     def private_stream(self, *words: str | int) -> RandomSource:
         """Returns the stream for draws that privacy depends on: rounding, batches, noise.
 
-        With a `secret`, its noise is rounded to a public grid, because the low bits of a sum of
-        floats could reveal the value. Without one that would be useless: anybody who knows the
-        seed can compute the noise.
+        With a `secret`, the noise is rounded to a public grid, because the low bits of value+noise
+        could reveal the value. Without a `secret`, rounding would not help: whoever knows the seed
+        can compute the noise.
         """
         exact = self.secret is not None
         return private_stream(self._hidden, *self._words(words), exact=exact)
 
     def private_key(self, *words: str | int) -> bytes:
-        """Returns 32 bytes that are as secret as the client's noise."""
+        """Returns 32 bytes, secret if this key has a `secret`, for `random.keystream`."""
         return random.secret_key(self._hidden, *self._words(words))
 
     def round_stream(self, *words: str | int) -> RandomSource:
@@ -110,7 +110,7 @@ class Key:
         """
         secret = None
         if self.secret is not None:
-            # As many random bits as the secret itself has.
+            # 32 bytes: the new secret has 256 bits, like the secret it comes from.
             secret = int.from_bytes(random.secret_key(self.secret, "vector", name), "little")
         return Key(random.derive(self.seed, "vector", name), self.round, self.client, secret)
 
@@ -128,7 +128,7 @@ class Encoded:
 
     Attributes:
         values: input of the next transform, or the values of the message.
-        side: side tensors: what else decoding needs. Example: {"scales": one for each block}.
+        side: further tensors that decoding needs, such as {"scales": one scale for each block}.
     """
 
     values: Tensor
@@ -136,16 +136,16 @@ class Encoded:
 
 
 def check_values(x: Encoded, name: str, size: int, *, integer: bool = False) -> Tensor:
-    """Checks what a client sent, which is not trusted, and returns its values.
+    """Returns the values that a client sent, after a check; the client is not trusted.
 
     Args:
         x: the received values.
         name: kind of the transform, for errors.
         size: number of values.
-        integer: whether they must be integers.
+        integer: whether the values must be integers.
 
     Raises:
-        WireError: if there are side tensors, or the values are of another size or type.
+        WireError: if there are side tensors, or the values have another size or type.
     """
     if x.side:
         raise WireError(
@@ -165,10 +165,10 @@ def check_values(x: Encoded, name: str, size: int, *, integer: bool = False) -> 
 
 
 def check_float(values: Tensor, size: int, name: str) -> Tensor:
-    """Returns `values` if they are finite float32 [size]; the sender is not trusted.
+    """Returns `values`, after a check that they are finite float32 [size].
 
     Raises:
-        WireError: if they are not.
+        WireError: if `values` have another type or shape, or contain NaN or infinity.
     """
     if values.dtype != torch.float32 or values.shape != (size,):
         raise WireError(
@@ -178,7 +178,7 @@ def check_float(values: Tensor, size: int, name: str) -> Tensor:
         )
     # One NaN would make the whole mean NaN.
     if not bool(torch.isfinite(values).all()):
-        raise WireError("it holds NaN or infinity", place=name, cure="lower the learning rate")
+        raise WireError("it contains NaN or infinity", place=name, cure="lower the learning rate")
     return values
 
 
@@ -191,7 +191,7 @@ class Transform(Protocol):
 
     @property
     def additive(self) -> bool:
-        """Whether decode(a + b) == decode(a) + decode(b) up to rounding: a secure sum needs it."""
+        """Whether decode(a + b) == decode(a) + decode(b) up to rounding, as secure sums need."""
         ...
 
     def encode(self, x: Tensor, key: Key) -> Encoded:
@@ -219,7 +219,7 @@ class Settings(Protocol):
         """Returns the transform for vectors within `bound`, and the bound of its output.
 
         Raises:
-            RecipeError: if it cannot encode such vectors, for instance integers.
+            RecipeError: if the transform cannot encode such vectors, for instance integers.
         """
         ...
 
@@ -229,7 +229,7 @@ VALUES = "values"
 
 
 def bind_chain(chain: Sequence[Settings], bound: Bound) -> tuple[tuple[Transform, ...], Bound]:
-    """Binds each transform to the bound of the one before it.
+    """Makes the transforms of a chain, each for the bound of the previous transform's output.
 
     Args:
         chain: the settings, in the order in which they are applied.
@@ -239,7 +239,7 @@ def bind_chain(chain: Sequence[Settings], bound: Bound) -> tuple[tuple[Transform
         The transforms, and the bound of the last one's output.
 
     Raises:
-        RecipeError: if a transform cannot follow the one before it.
+        RecipeError: if a transform cannot encode the output of the previous transform.
     """
     bounded = []
     for at, settings in enumerate(chain):
@@ -252,8 +252,8 @@ def bind_chain(chain: Sequence[Settings], bound: Bound) -> tuple[tuple[Transform
 def encode_chain(chain: Chain, x: Tensor, key: Key) -> dict[str, Tensor]:
     """Encodes `x` with all transforms and returns the tensors of the message.
 
-    They are "values" and the side tensors, with the position of their transform in front: the
-    "scales" of the second one are "1.scales".
+    These are "values" and the side tensors. A side tensor's name begins with the position of its
+    transform: "scales" of the second transform is "1.scales".
     """
     tensors: dict[str, Tensor] = {}
     for at, transform in enumerate(chain):
@@ -277,13 +277,13 @@ def decode_chain(chain: Chain, tensors: Mapping[str, Tensor], key: Key) -> Tenso
             cure="send the encoded update under this name",
         )
     x = left.pop(VALUES)
-    # Backwards: what was sent is the output of the last transform.
+    # In reverse order: "values" is the output of the last transform.
     for at, transform in reversed(list(enumerate(chain))):
         prefix = f"{at}."
         names = [name for name in left if name.startswith(prefix)]
         side = {name.removeprefix(prefix): left.pop(name) for name in names}
         x = transform.decode(Encoded(x, side), key)
-    # Refused, so that a client cannot send further data along unnoticed.
+    # Unread tensors are refused, so that a client cannot send hidden data.
     if left:
         raise WireError(
             "no transform reads this tensor",

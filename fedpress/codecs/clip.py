@@ -1,4 +1,4 @@
-"""Clip: limits the L2 norm of an update, so that no client moves a sum by more than that."""
+"""Clip: limits the L2 norm of an update, which is the most that one client can move a sum."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Clip(BaseModel):
 
     @property
     def additive(self) -> bool:
-        """True: decoding changes nothing."""
+        """True: decoding is the identity, so a sum of encoded updates decodes to their sum."""
         return True
 
     def bind(self, bound: Bound) -> tuple[Clip, Bound]:
@@ -48,5 +48,5 @@ class Clip(BaseModel):
         return Encoded(clip(x, self.clip_norm))
 
     def decode(self, x: Encoded, key: Key) -> Tensor:
-        """Returns the values as they are."""
+        """Returns `x.values`: nothing is to be undone."""
         return x.values

@@ -1,4 +1,4 @@
-"""Codec, bound and server noise of one named vector, from the client to the aggregate."""
+"""How one named vector travels to the aggregate: its codec, its bound and the server's noise."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from fedpress.privacy.noise.mechanism import clip
 
 @dataclass(frozen=True)
 class VectorCodec:
-    """The codec of one named vector; client and server have the same.
+    """The codec of one named vector, equal on client and server.
 
     Attributes:
-        name: of the vector, such as "update".
-        bound: size and norm bounds of the decoded vector. The server enforces them.
-        chain: the bound codecs, ready to encode and decode.
-        codecs: the settings from which `chain` was bound.
-        end: bound after the last codec: of the numbers that are sent.
-        noise: what the server adds to the aggregate of this vector; None for no noise.
+        name: name of the vector, such as "update".
+        bound: size and norm limits of the decoded vector. The server enforces them.
+        chain: the transforms that encode and decode, in the order of encoding.
+        codecs: the settings from which `chain` was made.
+        end: limits of the numbers that are sent, that is of the last transform's output.
+        noise: noise that the server adds to the aggregate of this vector; None for no noise.
     """
 
     name: str
@@ -35,7 +35,7 @@ class VectorCodec:
     noise: ServerNoise | None = None
 
     def agreed(self) -> dict[str, object]:
-        """Returns the entries of the agreement; `chain` and `end` follow from them."""
+        """Returns the entries for the agreement. `chain` and `end` follow from these entries."""
         return {
             "name": self.name,
             # "promise" is the older name of the bound. It stays, because another key would change
@@ -60,17 +60,17 @@ class VectorCodec:
         return {self._prefix + name: tensor for name, tensor in tensors.items()}
 
     def decode(self, tensors: Mapping[str, Tensor], key: Key) -> Tensor:
-        """Returns the vector, float32 [size], in its untrusted `tensors`.
+        """Decodes untrusted `tensors` to the vector, float32 [size].
 
         Raises:
-            WireError: if it is not of the agreed size, or not finite.
+            WireError: if the vector has another size than agreed, or is not finite.
         """
         named = {name.removeprefix(self._prefix): tensor for name, tensor in tensors.items()}
         vector = decode_chain(self.chain, named, self._vector_key(key))
         return check_float(vector, self.size, self.name)
 
     def receive(self, tensors: Mapping[str, Tensor], key: Key) -> Tensor:
-        """Decodes a vector and clips it to `bound`, since clients may not have clipped it.
+        """Decodes a vector and clips it to `bound`, in case the client has not clipped it.
 
         Raises:
             WireError: see `decode`.
@@ -96,8 +96,8 @@ def divide(
 ) -> dict[str, dict[str, Tensor]]:
     """Groups the tensors of a message by vector: name of the vector -> its tensors.
 
-    The first of `vector_codecs` must be the update's. It gets all tensors that belong to no other
-    vector, and its codecs refuse unknown ones.
+    The first of `vector_codecs` must be that of the update. It gets all tensors that belong to no
+    other vector; its transforms refuse unknown tensors.
     """
     first, *further = vector_codecs
     parts: dict[str, dict[str, Tensor]] = {codec.name: {} for codec in vector_codecs}

@@ -96,8 +96,8 @@ def test_a_result_is_the_model_of_the_next_call():
         ),
         ({"clients": three(), "data": "digits"}, "^data: clients are given too"),
         ({"clients": three(), "classes": ["a", "b"]}, "^classes: 2 names, .* 3 outputs"),
-        ({"test": (X, Y), "data": "digits"}, "^test: it goes with clients"),
-        ({}, "^clients: there are none, so nobody would train"),
+        ({"test": (X, Y), "data": "digits"}, "^test: this argument needs clients"),
+        ({}, "^clients: no clients are given"),
         ({"clients": three(), "num_round": 3}, "^num_round: no such key; did you mean"),
         (
             {"clients": three(), "privacy": {"unit": "sample"}},

@@ -105,7 +105,7 @@ def test_a_run_that_is_only_opened_is_looked_at(tmp_path):
     run = fedpress.Run.open(tmp_path / "run")
     assert "federate" in str(run)
     assert "<td>federate</td>" in run._repr_html_()
-    with pytest.raises(RunError, match="opened to be looked at"):
+    with pytest.raises(RunError, match="opened for reading only"):
         next(run.events())
     assert fedpress.report(run, tmp_path / "page.html").read_text().startswith("<!")
 
@@ -120,7 +120,7 @@ def test_a_run_that_is_only_opened_is_looked_at(tmp_path):
         ({"recipe": TABLES, "stage": {"trian": {"epochs": 1}}}, "there is no stage.trian"),
         ({"recipe": TABLES, "device": "cuda:9"}, "there is no 'cuda:9'"),
         ({"resume": "nowhere"}, "there is no run to resume"),
-        ({"resume": "nowhere", "out": "there"}, "^out: a run goes on in its own folder"),
+        ({"resume": "nowhere", "out": "there"}, "^out: a resumed run continues in its own folder"),
     ],
 )
 def test_mistakes_are_told_before_anything_is_written(given, said, tmp_path, monkeypatch):

@@ -143,7 +143,7 @@ class Failures:
                 "report"
             )
         if self.significant and self.counted is not None and self.counted.total >= MANY * self.of:
-            return f"{self.estimate(unit)} gave nothing"
+            return f"{self.estimate(unit)} contributed nothing"
         return ""
 
     def estimate(self, unit: str | None) -> str:

@@ -1,4 +1,4 @@
-"""When the rounds of a federate stage end: target reached, no progress, or too many failures."""
+"""Decides when the rounds of a federate stage end: target, patience, or too many failures."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ MAX_CLOSED_ROUNDS = 3
 
 
 def is_finished(server: ServerSide, now: Progress) -> bool:
-    """Whether the rounds are over: all done, stopped, target reached, or patience exhausted."""
+    """Whether no further round follows: all done, stopped, target reached, or out of patience."""
     stage = server.stage
     task = server.common.task
     if now.round >= stage.num_rounds or now.stopped:
         return True
-    # `better` is strict: a metric exactly at its target has reached it, too.
+    # `better` is strict, but a metric equal to its target has also reached the target.
     reached = now.best == stage.target or task.better(now.best, stage.target)
     if stage.target is not None and reached:
         return True
@@ -32,7 +32,7 @@ def count_closed_rounds(server: ServerSide, record: RoundRecord, before: int) ->
     """Counts the rounds in a row in which no update was used, this one included.
 
     If too many clients dropped out of a secure sum, or all missed a deadline, the next round may
-    succeed. In other cases it would fail too, so the run stops at once.
+    succeed. In other cases the next round would also fail, so the run stops at once.
 
     Args:
         server: the server's side of the stage.
@@ -68,7 +68,7 @@ def _why(server: ServerSide, record: RoundRecord) -> str:
     why = ""
     # No client is named if only the server may know who took part.
     if reason != PRIVATE and not server.hides_cohort:
-        why = f", for instance {first}: {reason}"
+        why = f" (client {first}: {reason})"
     if record.timing.late:
         why += f"; raise stage.{server.stage.name}.schedule.deadline"
     lr = algorithm_of(server.stage).optimizer.lr
@@ -78,27 +78,29 @@ def _why(server: ServerSide, record: RoundRecord) -> str:
 
 
 def check_failures(server: ServerSide, now: Progress) -> None:
-    """Stops a run in which nearly all units fail, because it would spend epsilon for only noise.
+    """Stops a run in which nearly all protected units (examples or clients) fail.
+
+    Such a run would spend epsilon, but its updates would only be noise.
 
     Raises:
-        TrainingError: if the noised counts show that.
+        TrainingError: if the noised counts of failures show this.
     """
     if now.failures.all_failing:
-        many = f"{now.failures.estimate(server.unit)} gave nothing up to round {now.round}"
+        many = f"{now.failures.estimate(server.unit)} contributed nothing up to round {now.round}"
         cause = now.failures.cause(_rates(server))
         raise TrainingError(
-            f"{many}, and nearly all in the last of them: {cause}",
+            f"{many}, and nearly all failed in the latest rounds: {cause}",
             place="federate",
-            cure="the rounds so far are charged",
+            cure="correct this and start a new run (the epsilon of the rounds so far is spent)",
         )
 
 
 def last_warning(server: ServerSide, failures: Failures) -> str:
-    """Returns the final warning about `failures`; empty if there is none."""
+    """Returns the final warning about `failures`; "" if there is none."""
     warning = failures.warning(server.unit)
     # The warning may already contain the estimate.
     if failures.significant and not warning.startswith("about"):
-        estimate = f"{failures.estimate(server.unit)} gave nothing"
+        estimate = f"{failures.estimate(server.unit)} contributed nothing"
         warning = f"{warning}; {estimate}" if warning else estimate
     if failures.significant:
         warning += f": {failures.cause(_rates(server))}"

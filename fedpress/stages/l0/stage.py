@@ -54,19 +54,19 @@ BATCH = 256
 class L0Stage(L0Settings, Stage):
     """`[[stage]] kind = "l0"`: minimises L(w; D) + lambda ||w||_0 by hard-concrete gates.
 
-    Louizos, Welling & Kingma 2018 (arXiv:1712.01312). A controller adapts lambda so that the
-    expected density falls to `density` in the first part of the training (`until`), and stays
-    there. At the end the gates are ranked, and exactly `density` is kept. Pruned weights become
-    zeros, which later stages keep; pruned channels are removed. A stage `kind = "train"` should
-    follow, which trains without gates.
+    Louizos, Welling & Kingma 2018 (arXiv:1712.01312). A controller adapts lambda: the expected
+    density falls to `density` in the first part of the training (`until`) and then stays there. At
+    the end the gates are ranked, and the highest ones are kept, a share of exactly `density`.
+    Pruned weights become zeros, which later stages keep; pruned channels are removed. A stage
+    `kind = "train"` should follow, which trains without gates.
     """
 
     def setting_reading_labels(self) -> str:
-        """Training always reads labels."""
+        """Returns "l0": the stage as a whole reads labels, not one of its settings."""
         return self.kind
 
     def check(self, state: State) -> tuple[State, dict[str, Any]]:
-        """Prunes the untrained model by magnitude. The run prunes other entries, but as many.
+        """Prunes the untrained model by magnitude; `run` prunes the same number of other entries.
 
         Raises:
             RecipeError: if the density cannot be reached.
@@ -126,7 +126,8 @@ class L0Stage(L0Settings, Stage):
             return self._removed(state, model, graph, gates, folder, facts)
         assert weights is not None
         assert within is not None
-        # The gates are ranked, not the magnitudes: they have learned which entries are needed.
+        # Entries are ranked by their gates and not by magnitude, because the gates have learned
+        # which entries are needed.
         masks = self.choose(weights, [a.detach() for a in gates.log_alphas], within)
         apply_masks_(weights.chosen, masks)
         _restore_norms_(self, model, state)
@@ -166,7 +167,8 @@ class L0Stage(L0Settings, Stage):
             "whole_layers": dict(plan.unprunable),
         }
         notes = dict(plan.notes)
-        # If an earlier stage has pruned, a reader cannot know which network the density refers to.
+        # If an earlier stage has pruned, the density could refer to that network or to the dense
+        # one. The note gives both shares.
         if plan.parameters_before < state.dense:
             words = [notes["density"]] if "density" in notes else []
             share = share_in_words(state.dense, plan.parameters_before, plan.parameters_after)
@@ -210,7 +212,7 @@ class L0Stage(L0Settings, Stage):
 
 
 def _restore_norms_(stage: L0Stage, model: nn.Module, state: State) -> None:
-    """Recomputes the statistics of batch norms, which the training computed with random gates."""
+    """Recomputes the statistics of batch norms: in training they were taken with random gates."""
     if has_batch_norm(model):
         seed = derive(state.seed, "l0", stage.name)
         restore_norms_(model, state, draw_calibration(state, stage.calibration, seed), batch=BATCH)

@@ -98,7 +98,7 @@ def test_without_data_a_command_says_what_it_could_not_do(shell, trained, tmp_pa
     shutil.copytree(trained / "stages" / "0-train", alone)
     said = shell("prune", alone, "keep_params=0.5")
     assert said.code == 0, said.err
-    assert "no metrics: there was no data; give --data SOURCE" in said.out
+    assert "no metrics, since no data were given; give --data SOURCE" in said.out
     said = shell("export", alone, "--json")
     assert json.loads(said.out)["after"]["accuracy"] is None
     assert json.loads(said.out)["after"]["parity"]["max_abs_error"] < 1e-3

@@ -82,7 +82,9 @@ def test_under_privacy_failures_are_counted_with_noise_and_a_third_of_them_warns
     assert counted["failed"] == pytest.approx(counted["of"] / 2, rel=0.35)
     assert counted["failed"] != round(counted["failed"])
     assert counted["sure"]
-    assert all("gave nothing: the model could not run on them" in warning for warning in warnings)
+    assert all(
+        "contributed nothing: the model could not run on them" in warning for warning in warnings
+    )
     assert len(warnings) == 2  # as soon as it is sure, and at the end
     assert warnings[-1].startswith("warning: about")
     files = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
@@ -94,7 +96,8 @@ def test_under_privacy_failures_are_counted_with_noise_and_a_third_of_them_warns
 @pytest.mark.parametrize(("unit", "trust"), TRUSTS)
 def test_under_privacy_a_run_in_which_everything_fails_stops_and_says_so(unit, trust, tmp_path):
     with pytest.raises(
-        TrainingError, match=r"gave nothing up to round \d, .*: the model could not run on them"
+        TrainingError,
+        match=r"contributed nothing up to round \d, .*: the model could not run on them",
     ):
         warned(recipe("all_bad", stage=privacy(unit, trust), rounds=9), tmp_path / "run")
     assert 1 <= len(told(tmp_path / "run")) <= 6
@@ -123,9 +126,7 @@ def test_a_run_that_diverges_after_a_good_round_stops(unit, trust, tmp_path):
 
 
 def test_too_large_a_rate_without_privacy_names_client_steps_and_setting(tmp_path):
-    words = (
-        r"for instance c2: DivergedError: local update: after \d steps .* lower lr \(now 1e\+30\)"
-    )
+    words = r"client c2: DivergedError: local update: after \d steps .* lower lr \(now 1e\+30\)"
     with pytest.raises(TrainingError, match=words):
         warned(recipe(lr=1e30), tmp_path / "run")
 
