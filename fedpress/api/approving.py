@@ -24,7 +24,7 @@ class Approval:
 
     Attributes:
         stage: its name.
-        fingerprint: of its terms; a server's offer has the same.
+        fingerprint: fingerprint of its terms; a server's offer has the same.
         words: a sentence for each thing that it asks for.
     """
 

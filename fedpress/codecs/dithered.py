@@ -142,7 +142,7 @@ class DitheredQuantizer:
             u: their dither.
             spread: root mean square of each block.
             middle: the median spread.
-            exponents: of the blocks: spread = middle * 2**(exponent / 2).
+            exponents: exponents of the blocks: spread = middle * 2**(exponent / 2).
             key: seeds the random streams.
 
         Returns:

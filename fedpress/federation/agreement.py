@@ -117,7 +117,7 @@ class Terms:
         layout: names and shapes of the trainable parameters.
         settings: how a client trains.
         uplink: how updates are coded, sent to the server and averaged.
-        seed: of the run. The agreement contains only a commitment to it. A client with another
+        seed: seed of the run. The agreement contains only a commitment to it. A client with another
             seed would draw other masks and rotations, and the mean of the updates would be noise.
         prepare: raw examples [k, ...] and a generator -> network input.
         task: what is learned.

@@ -45,7 +45,7 @@ class Downlink:
 
     Attributes:
         size: number of trained values d of the model.
-        shapes: of its parameters, for codecs that work on whole matrices.
+        shapes: shapes of its parameters, for codecs that work on whole matrices.
         chain: codecs of a difference.
         first: codecs of the full model, for clients without a copy.
     """
@@ -94,7 +94,7 @@ class Broadcast:
 
     Attributes:
         downlink: the agreed codecs.
-        seed: of the run.
+        seed: seed of the run.
         holds: client -> name of its copy, or `NO_COPY`.
         copies: name -> model [d].
         sent: client -> name of the copy that it has once the last message arrives.

@@ -76,7 +76,7 @@ class Tally:
 
         Args:
             plan: gives the noise multiplier.
-            key: of the client in this round.
+            key: key of the client in this round.
             steps: how many noised counts this tally is the sum of.
             hidden: fingerprint of the data that the noise hides. It is part of the noise's name, so
                 that two different answers never get the same noise.

@@ -35,7 +35,7 @@ class RoundMean:
         vectors: the mean of each named vector, float32; empty if there is no usable update.
         rows: a row per client, if privacy allows to name clients; else empty.
         refused: clients whose replies are not in the mean -> the reason.
-        state: of correlated noise and adaptive clip norm, for the next round.
+        state: state of correlated noise and adaptive clip norm, for the next round.
         failures: noisy counts of failed examples or clients; None without privacy.
         cohort: number of clients in the mean; the planned number if it is secret who replied.
     """
@@ -67,8 +67,8 @@ def gather(
 
     Args:
         uplink: the agreed processing.
-        seed: of the run.
-        round: of the replies.
+        seed: seed of the run.
+        round: round of the replies.
         session: the aggregator's server side; needed for a secure sum.
         cohort: the clients that were asked; needed for a secure sum.
         state: `RoundMean.state` of the last round; None before the first.
@@ -112,9 +112,9 @@ class Gatherer:
 
     Attributes:
         uplink: the agreed processing.
-        key: of the server in this round.
+        key: key of the server in this round.
         cohort: the clients that were asked.
-        state: of correlated noise and adaptive clip norm.
+        state: state of correlated noise and adaptive clip norm.
         gathering: the aggregate of the updates so far; None if it cannot be computed.
         closed: why the aggregate cannot be computed; "" if it can.
         rows: see `RoundMean`.

@@ -81,7 +81,7 @@ def check_is_sgd(settings: LocalSettings, why: str) -> None:
     """Refuses another optimizer than SGD.
 
     Args:
-        settings: of the local training.
+        settings: settings of the local training.
         why: the reason, such as "a device's runtime has no other optimizer than SGD".
 
     Raises:
@@ -162,7 +162,7 @@ class LocalWork:
     Attributes:
         arrays: the client's examples. An algorithm must not read them: under sample privacy only
             the steps have noise. It loops over `begin`, or calls `loss`.
-        key: of this client in this round; all its randomness comes from it.
+        key: key of this client in this round; all its randomness comes from it.
         plan: how it trains.
         start: the server's parameters [d] before loading; None: read them from the model.
         extras: other vectors that the steps depend on: further vectors from the server, and the
@@ -368,7 +368,7 @@ def too_large(
     These are the learning rate, and each penalty with lr x strength >= 2.
 
     Args:
-        settings: of the local training.
+        settings: settings of the local training.
         lr: learning rate of the round.
         penalties: strengths of the algorithm's penalties, by recipe key.
         place: prefix of each name, such as "stage.federate.".

@@ -57,8 +57,8 @@ class ServerNoise:
 
         Args:
             counts: float64 [k]; one protected unit changes one of them by at most 1.
-            state: of the noise, after the last round.
-            key: of the server in this round.
+            state: state of the noise, after the last round.
+            key: key of the server in this round.
             hidden: fingerprint of the sums of this round, a part of the noise's name.
 
         Returns:
@@ -80,9 +80,9 @@ class ServerNoise:
 
         Args:
             total: the sum [d].
-            state: of the noise, after the last round.
-            key: of the server in this round.
-            name: of the vector.
+            state: state of the noise, after the last round.
+            key: key of the server in this round.
+            name: name of the vector.
 
         Returns:
             The noised sum [d], and the next state with the key of this draw for later rounds.
@@ -105,8 +105,8 @@ class ServerNoise:
 
         Args:
             total: values [d].
-            state: of the noise, after the last round.
-            key: of the server in this round.
+            state: state of the noise, after the last round.
+            key: key of the server in this round.
             word: first part of the stream's name, such as "noise".
             hidden: second part: a fingerprint of the values.
             keys_name: name in the state of the keys of past draws.

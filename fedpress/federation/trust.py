@@ -85,7 +85,7 @@ class Trust:
         """Returns the codecs that privacy adds before those of the recipe.
 
         Args:
-            plan: of the noise; None without privacy.
+            plan: plan of the noise; None without privacy.
             clip_norm: L2 bound of the vector; None if it has none.
             vectors: how many vectors a client sends, see `per_vector_multiplier`.
 
@@ -262,8 +262,8 @@ class Trust:
 
         Args:
             measured: what the local update measured.
-            plan: of the noise.
-            key: of this client in this round.
+            plan: plan of the noise.
+            key: key of this client in this round.
             hidden: fingerprint of the data that the noise hides. Other data must get other noise:
                 the difference of two answers with equal noise would have none.
         """

@@ -69,7 +69,7 @@ class Uplink:
             cohort: how many clients take part in a round.
             guarantee: the privacy guarantee.
             aggregator: `Mean()` if None.
-            weights: of the clients in the mean.
+            weights: weights of the clients in the mean.
 
         Raises:
             RecipeError: if the parts do not fit together, or the guarantee would not hold.
@@ -161,7 +161,7 @@ class _Binder:
 
     Attributes:
         trust: who adds the noise.
-        plan: of the noise; None without privacy.
+        plan: plan of the noise; None without privacy.
         aggregator: gives the sensitivity of the aggregate.
         cohort: number of clients in a round.
         noise: the noise of the server; None if it adds none.

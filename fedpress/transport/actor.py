@@ -150,7 +150,7 @@ class Host:
             build: pickled function that makes what all sides share: `build(device=...)`.
             sides: pickled dictionary, name -> side without `common` and `memory`.
             device: where the clients train.
-            threads: of torch. Bits depend on it.
+            threads: threads of torch. Bits depend on it.
 
         Returns:
             Why it failed; empty if it did not.

@@ -24,7 +24,7 @@ class ClientNow:
     """One client, as the server sees it; times are seconds since 1970.
 
     Attributes:
-        name: of the client.
+        name: name of the client.
         online: whether it is connected.
         heard: when its last answer came; None: not yet.
         asked: when it was asked what it has not answered yet; None: nothing is open.
@@ -45,8 +45,8 @@ class RefusedNow:
     """A client that has refused to take part.
 
     Attributes:
-        name: of the client; "" if it must not be named.
-        rule: of its policy.
+        name: name of the client; "" if it must not be named.
+        rule: rule of its policy.
         reason: for people.
     """
 

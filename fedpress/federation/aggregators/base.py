@@ -24,8 +24,8 @@ class Contribution:
     """One client's vectors and weight, to be added to an aggregate.
 
     Attributes:
-        key: of this client in this round.
-        weight: of the client in a mean.
+        key: key of this client in this round.
+        weight: weight of the client in a mean.
         vectors: decoded and clipped to their bounds; empty in a secure sum.
         tensors: as they were received; in a secure sum they are masked.
         secure: header fields of the secure sum; else empty.
@@ -81,7 +81,7 @@ class Session(Protocol):
         Args:
             vector_codecs: one per named vector, the update first.
             cohort: the clients that are asked.
-            key: of the round; needed to decode a secure sum.
+            key: key of the round; needed to decode a secure sum.
 
         Raises:
             SecureError: if a secure sum over this cohort is not possible.

@@ -78,7 +78,7 @@ class KeptUpdates:
     """Stores the updates of a round until `close` computes their centre.
 
     Attributes:
-        sizes: of the vectors, by name.
+        sizes: sizes of the vectors, by name.
         centre: [n, d] -> [d] in float64.
         kept: the vectors of each client.
     """

@@ -105,7 +105,7 @@ class Algorithm(Protocol):
             model: has the parameters `down["params"]`.
             work: yields the local steps; see `LocalWork.begin`.
             down: vectors from the server: "params", and every name of `extras_down`.
-            state: of this client, after its last round that the server used.
+            state: state of this client, after its last round that the server used.
 
         Returns:
             "update" and every name of `extras_up`, float32 on the CPU; the next state; measures
@@ -139,7 +139,7 @@ class Algorithm(Protocol):
         """Returns the next state and the next params [d]; its arguments stay unchanged.
 
         Args:
-            state: of the server, before the step.
+            state: state of the server, before the step.
             params: the server's parameters [d].
             mean: the mean of each named vector.
             info: number of the round, and numbers of clients.
@@ -234,7 +234,7 @@ def check_fits(
 
     Args:
         algorithm: the algorithm's settings.
-        settings: of the local training.
+        settings: settings of the local training.
         steps: how gradients are computed: "plain", "private" or "joint" (see `Trust.steps`).
         unit: what privacy protects: "sample", "client", or None.
 

@@ -64,7 +64,7 @@ class ScheduleContext:
     Attributes:
         clients: all clients that can be asked, in a fixed order.
         cohort: how many updates are in one server step, and how their clients are drawn.
-        seed: of the delays and of public random draws.
+        seed: seed of the delays and of public random draws.
         draw_seed: of random draws that privacy depends on (Poisson sampling): the server's secret,
             or the seed if it has none.
         delays: how long clients take; None without a virtual clock.

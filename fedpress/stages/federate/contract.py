@@ -127,8 +127,8 @@ class Contract:
         """Returns the ledger entries that a client's own ledger notes before it answers a "fit".
 
         Args:
-            name: of the client.
-            round: of the question.
+            name: name of the client.
+            round: round of the question.
             first: whether it is the first that this client answers in the run.
         """
         if self.stage.privacy is None or self._charged_at_first:

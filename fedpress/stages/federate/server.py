@@ -263,7 +263,7 @@ class ServerSide:
         that do not answer are left out.
 
         Args:
-            params: of the model to measure [d].
+            params: params of the model to measure [d].
 
         Returns:
             Client -> metric; None where the client's examples do not define it.
