@@ -19,8 +19,8 @@ SPREADS = 5.0
 larger."""
 
 TRIES = 1000
-"""Most attempts to round within the L2 bound. One fails with probability 0.61 at most, all 1000
-with 10^-217."""
+"""Largest number of attempts to round within the L2 bound. One attempt fails with probability 0.61
+at most; all 1000 fail with probability 10^-217."""
 
 
 class Discretize(BaseModel):
@@ -34,9 +34,10 @@ class Discretize(BaseModel):
     section 3).
 
     Secure aggregation plans `scale` (grid steps for 1.0 of the update) and `limit` (largest value
-    before scaling) from `bits`, the cohort and the noise. It sets `again = false` under unit
-    "sample": two sums that differ in one example could need different numbers of draws. Their
-    random numbers would then differ too, and move the sums further apart than the example does.
+    before scaling) from `bits`, the cohort and the noise. Under unit "sample" it sets
+    `again = false`. Otherwise two sums that differ in one example could need different numbers of
+    draws. Their random numbers would then differ too, and the rounded sums could be further apart
+    than one example can move them.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -87,9 +88,9 @@ class Discretize(BaseModel):
             )
         if self.scale is None:
             raise RecipeError(
-                "it is missing, and only a secure sum plans it",
+                "no scale is given, and only a secure sum plans one",
                 place="scale",
-                cure='use it with aggregator = "secure", or give a scale',
+                cure='set aggregator = "secure", or give a scale',
             )
         limit = self.limit or coordinate_limit(bound)
         if self.again:
@@ -144,8 +145,8 @@ class BoundDiscretize:
         exact = x.double().clamp(-self.limit, self.limit) * self.scale
         down = exact.floor()
         fraction = exact - down
-        # From the private stream: anybody who knew the random numbers would learn more about each
-        # value.
+        # The private stream is used, because whoever knows the random numbers learns more about
+        # each value.
         for attempt in range(TRIES):
             coins = key.private_stream("discretize", attempt).uniform(self.size)
             rounded = down + (coins < fraction)

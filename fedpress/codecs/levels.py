@@ -17,7 +17,7 @@ Floats = NDArray[np.float32]
 Ints = NDArray[np.signedinteger]
 
 CHUNK = 1 << 16
-"""Values processed at a time: they fit into the processor's cache, so it is faster."""
+"""Number of values processed at a time. They fit into the processor's cache, which is faster."""
 
 FLOAT_MAX = float(np.finfo(np.float32).max)
 DTYPES = (torch.int8, torch.int16, torch.int32)
@@ -34,11 +34,11 @@ def as_array(x: Tensor, size: int) -> tuple[Floats, float]:
         raise WireError(
             f"got shape {tuple(x.shape)}, expected ({size},)",
             place="update",
-            cure="encode one vector of the size that the codec was bound to",
+            cure="encode one vector of the size that the codec was made for",
         )
     values: Floats = x.detach().to("cpu", torch.float32).contiguous().numpy()
     peak = max(float(values.max(initial=0)), -float(values.min(initial=0)))
-    # A NaN makes both of them NaN, so one check finds it.
+    # A NaN makes maximum and minimum NaN, so this check also finds a NaN.
     if not math.isfinite(peak):
         raise DivergedError(
             "got a value that is not finite",

@@ -35,8 +35,8 @@ class Noise(BaseModel):
     def bind(self, bound: Bound) -> tuple[BoundNoise, Bound]:
         """Returns the transform, and a bound without norms: noise has no largest value."""
         after = replace(bound, l2=math.inf, linf=math.inf, spread=math.inf, decoded_l2=math.inf)
-        # `noise_sum` uses the clip norm only for the few millionths of noise that make up for its
-        # rounding to a grid, so any finite value does for unbounded vectors.
+        # `noise_sum` uses the clip norm only to compensate its rounding to a grid, with a few
+        # millionths more noise. So any finite value works for unbounded vectors.
         clip_norm = bound.l2 if bound.l2 < math.inf else 1.0
         return BoundNoise(bound.size, self.std, clip_norm, bound.integer), after
 

@@ -18,7 +18,7 @@ class Powers(BaseModel):
     """Rounds to plus or minus the largest absolute value times 2^0, 2^-1, ... 2^-k, or to zero.
 
     Example: with largest value 1.0, the value 0.2 becomes 0.25. Small values keep their relative
-    precision, which a uniform grid would round to zero (Miyashita et al. 2016, arXiv:1603.01025).
+    precision; a uniform grid would round them to zero (Miyashita et al. 2016, arXiv:1603.01025).
 
     >>> Powers().bind(Bound(size=3))[1].integer
     True
@@ -48,7 +48,7 @@ class Powers(BaseModel):
         top = self.k + 1
         l2 = top * math.sqrt(bound.size)
         # Rounding can make a vector up to sqrt(2) times as long. The server scales such updates
-        # down to `decoded_l2`, so that bound stays.
+        # down to `decoded_l2`, so this limit still holds.
         after = Bound(bound.size, l2, top, integer=True, decoded_l2=bound.decoded_l2)
         return _Powers(bound.size, top), after
 

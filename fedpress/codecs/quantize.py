@@ -80,7 +80,7 @@ class Quantize(BaseModel):
     def bind(self, bound: Bound) -> tuple[Transform, Bound]:
         """Returns the transform, and a bound with integers.
 
-        Their norm has no bound: they count steps, whose width depends on the update.
+        The norm of these integers has no bound: the width of a step depends on the update.
 
         Raises:
             RecipeError: if the input is already integers.

@@ -77,8 +77,8 @@ class RateQuantizer:
         # All values are zero, so any step is right.
         if not peak:
             return Encoded(torch.zeros(self.size, dtype=torch.int8), {"levels": torch.ones(1)})
-        # Relative to the largest value, so that the search for steps needs no other range for tiny
-        # or huge updates.
+        # Values are divided by the largest one, so that the search for steps has the same range
+        # for tiny and huge updates.
         sample = _sample(values) / peak
         share = sample.size / self.size
 
@@ -153,7 +153,7 @@ def find_step(
         if target - slack <= now <= target or high - low < 1e-3:
             break
         if many < math.inf and few > 0:
-            # Not too near an end, so that the interval shrinks in every iteration.
+            # The next step keeps a distance from both ends, so that the interval always shrinks.
             share = min(max((many - aim) / (many - few), 0.02), 0.98)
             at = low + (high - low) * share
         else:
@@ -176,7 +176,7 @@ def _slope(last: tuple[float, float] | None, at: float, now: float, size: int) -
     """
     if last is not None and (last[1] - now) * (at - last[0]) > 0:
         return float((last[1] - now) / (at - last[0]))
-    # At first a guess: one bit per value, and fewer if most values are zero.
+    # The first slope is a guess: one bit per value, and fewer if most values are zero.
     return 0.9 * min(max(now, 0.02 * size), size)
 
 

@@ -1,4 +1,4 @@
-"""Federated rounds: who takes part, what clients do, how updates travel, what the server does."""
+"""Federated rounds: sampling of clients, local training, transport and aggregation of updates."""
 
 from fedpress.core.names import ClientId
 from fedpress.federation.aggregators import AGGREGATORS, AnyAggregator

@@ -66,7 +66,7 @@ class Downlink:
             return bind_chain(chain, Bound(self.size, shapes=self.shapes))[0]
 
     def encode(self, params: Tensor, held: Tensor | None, key: Key) -> dict[str, Tensor]:
-        """Codes `params` [d] for a client whose copy is `held` [d] (None: it has no copy)."""
+        """Encodes `params` [d] for a client whose copy is `held` [d]; None: the client has none."""
         # A difference has smaller values than the model, so it needs fewer bits.
         difference = params if held is None else params - held
         return encode_chain(self.bound(whole=held is None), difference, key)

@@ -1,4 +1,4 @@
-"""The privacy guarantee of an uplink: the plan, who adds the noise, and the divisor of a sum."""
+"""The privacy guarantee of an uplink: plan, place of the noise, and divisor of the sum."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The table of trusts: for each protected unit, who adds the noise and what may be reported.
+"""The table of trust models: protected unit, who adds the noise, and what may be reported.
 
 | kind | who adds the noise | who learns only private results |
 | --- | --- | --- |

@@ -20,7 +20,7 @@ PARAMS = "params"
 
 @dataclass(frozen=True)
 class ExtraVector:
-    """A vector that an algorithm sends beside update or parameters, in either direction.
+    """A vector that an algorithm sends in addition to the update or the parameters.
 
     Example: SCAFFOLD sends its control variate as `{"control": ExtraVector()}`.
 

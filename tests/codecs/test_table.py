@@ -173,7 +173,7 @@ def test_a_hostile_message_is_a_wire_error_and_nothing_else(row):
     ("chain", "cure"),
     [
         ([{"kind": "discretize", "scale": 1.0}], "put 'clip' before it"),
-        ([CLIP, {"kind": "discretize"}], "only a secure sum plans it"),
+        ([CLIP, {"kind": "discretize"}], "only a secure sum plans one"),
         ([{"kind": "quantize", "bits": 8}, {"kind": "rotate"}], "before"),
         ([CLIP, {"kind": "rotate", "block": 24}], "power of two"),
         ([{"kind": "topk"}, {"kind": "randomk"}, {"kind": "lowrank"}], "put it first"),

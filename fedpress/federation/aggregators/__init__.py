@@ -11,7 +11,7 @@ from fedpress.federation.aggregators.secure import Secure
 from fedpress.federation.aggregators.trimmed import Trimmed
 
 Row: TypeAlias = Mean | Secure | Median | Trimmed
-"""The table: a new aggregator is a file beside this one and its name here."""
+"""The table. To add an aggregator, write a file in this folder and list its class here."""
 AGGREGATORS: Mapping[str, type[BaseModel]] = {
     row.model_fields["kind"].default: row for row in get_args(Row)
 }

@@ -26,9 +26,9 @@ class Contribution:
     Attributes:
         key: key of this client in this round.
         weight: weight of the client in a mean.
-        vectors: decoded and clipped to their bounds; empty in a secure sum.
-        tensors: as they were received; in a secure sum they are masked.
-        secure: header fields of the secure sum; else empty.
+        vectors: the decoded vectors, clipped to their bounds; empty in a secure sum.
+        tensors: the tensors as they were received; in a secure sum they are masked.
+        secure: header fields of the secure sum; empty for other aggregators.
     """
 
     key: Key
@@ -104,19 +104,19 @@ class Aggregator(Protocol):
 
     @property
     def weights(self) -> Weights:
-        """The finest weighting it supports: "examples" (number of examples) or "equal"."""
+        """Weights of clients that it supports: "examples" (any weights) or "equal" only."""
         ...
 
     @property
     def sums(self) -> bool:
-        """Whether it returns a sum, which is divided afterwards; if not, a centre (a median)."""
+        """Whether it returns a sum, which is divided afterwards, and not a centre (a median)."""
         ...
 
     def sensitivity(self, moved: Bound, cohort: int) -> float | None:
         """Returns the L2 sensitivity of the aggregate to one protected unit; None if unbounded.
 
         An aggregator without a sensitivity is refused if noise is added to the aggregate. It is
-        allowed if noise is added to every vector before.
+        allowed if each client adds noise to its own vector.
 
         Args:
             moved: bound on the change of one client's vector by one protected unit.

@@ -18,7 +18,7 @@ from fedpress.federation.exchange import Transport
 from fedpress.federation.vector_codec import VectorCodec
 
 BLOCK = 1 << 20
-"""Coordinates that are sorted at a time, to bound memory: sorting makes a copy."""
+"""Number of coordinates sorted at a time. Sorting makes a copy, so this limits the memory."""
 
 
 class CoordinateWise(BaseModel):

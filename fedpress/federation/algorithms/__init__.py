@@ -14,7 +14,7 @@ from fedpress.federation.algorithms.qfedavg import QFedAvg
 from fedpress.federation.algorithms.scaffold import Scaffold
 
 Row: TypeAlias = FedAvg | FedProx | FedAvgM | FedAdam | Scaffold | QFedAvg
-"""The table: a new algorithm is a file beside this one and its name here."""
+"""The table. To add an algorithm, write a file in this folder and list its class here."""
 ALGORITHMS: Mapping[str, type[AlgorithmRow]] = {
     row.model_fields["kind"].default: row for row in get_args(Row)
 }

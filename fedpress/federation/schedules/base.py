@@ -47,7 +47,7 @@ class Timing:
             taken while its client was working.
         late: clients of `answered` that missed the deadline.
         spare: clients that were asked but not needed, because enough others were faster.
-        simulated_seconds: of the virtual clock since the start of the run; None without delays.
+        simulated_seconds: virtual time since the start of the run; None without delays.
     """
 
     answered: tuple[ClientId, ...] = ()

@@ -271,7 +271,7 @@ def _bind_contract(
     # The schedule sets the cohort: with a buffered one it is the buffer.
     cohort = stage.schedule.cohort(stage.cohort, len(population), stage.sampling)
     # Drawn from the seed, because clients must not know the server's secret. The real draw has
-    # other clients, but as many tasks, and only their number matters for the plan.
+    # other clients, but the same number of tasks, and the plan depends only on this number.
     context = ScheduleContext(population.names, cohort, seed, seed, stage.delays)
     participation = stage.schedule.plan_participation(context, stage.num_rounds)
     planned = plan_protection(stage, population, participation, cohort, layout.shapes)

@@ -80,7 +80,7 @@ class OfferedStage(FederateSettings):
 
 
 class _Facts(BaseModel):
-    """What is offered beside settings and model."""
+    """Further entries of the offer, in addition to settings and model."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 

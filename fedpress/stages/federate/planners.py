@@ -51,7 +51,7 @@ class PlanningCase:
 
     @property
     def times(self) -> int:
-        """Largest number of rounds of one client in the run."""
+        """Largest number of rounds in which one client takes part."""
         return max(1, self.participation.max_tasks)
 
     def each(self, value: T) -> dict[str, T]:
@@ -135,8 +135,8 @@ def _joint_step(case: PlanningCase) -> tuple[PrivacyPlan, float]:
     cohort = case.cohort
     total = case.population.total
     _check_joint(stage)
-    # The same probability for every example of every client. Averaged over the clients, the batch
-    # has the size `batch_size`.
+    # Every example of every client is drawn with the same probability. On average over the
+    # clients, a batch has `batch_size` examples.
     share = min(1.0, stage.batch_size * len(case.population) / total)
     expected = share * total * cohort.size / cohort.population
     private = case.private
@@ -145,7 +145,7 @@ def _joint_step(case: PlanningCase) -> tuple[PrivacyPlan, float]:
 
 
 def _check_joint(stage: FederateSettings) -> None:
-    """Refuses settings of several local steps, and codecs that could raise the sensitivity."""
+    """Refuses settings for several local steps, and codecs that could raise the sensitivity."""
     check_is_sgd(stage, "with this trust the clients of a cohort take one step together")
     for name, fine in (("epochs", 1), ("momentum", 0.0), ("lr_decay", 1.0)):
         if getattr(stage, name) != fine:
@@ -155,11 +155,11 @@ def _check_joint(stage: FederateSettings) -> None:
                     "take one step together"
                 ),
                 place=f"{name}",
-                cure=f"set {name} = {fine:g}, and momentum in stage.server if wanted",
+                cure=f"set {name} = {fine:g}; for momentum, set it in stage.server",
             )
     secure = is_secure(stage)
-    # These never move two sums further apart. Quantizers and `topk` can: one example may change the
-    # step of the grid, or which values are sent.
+    # These codecs never move two sums further apart. Quantizers and `topk` can do so: one example
+    # may change the step of the grid, or the positions that are sent.
     fine_here = ("clip", "randomk", "rotate", "discretize") if secure else ("clip", "randomk")
     for transform in stage.uplink:
         # An unbiased codec scales values up, and with them the sensitivity.
@@ -185,7 +185,7 @@ def _client_local(case: PlanningCase) -> Protection:
             cure="use 'fixed' or 'cyclic'",
         )
     private = case.private
-    # Sampling probability 1, because the server sees the update and so knows who took part.
+    # The sampling probability is 1: the server sees the update, so it knows who took part.
     plan = PrivacyPlan("client", private.clip_norm, 1.0, 1.0, delta=private.delta)
     plan = _calibrated(plan, private, case.times)
     return Protection(case.chain, case.each(plan), case.each(plan.event(num_rounds=1)))
@@ -218,13 +218,13 @@ def _client_central(case: PlanningCase) -> Protection:
     if private.adaptive is not None:
         count = private.adaptive.count_noise or count_noise_for(plan.noise_multiplier, cohort.size)
         adaptive = replace(private.adaptive, count_noise=count)
-        # The count of clipped updates costs privacy too. The updates get more noise, so that both
-        # together cost what was planned.
+        # The count of clipped updates also costs privacy. The updates get more noise, so that both
+        # together cost the planned epsilon.
         multiplier = update_noise_multiplier(plan.noise_multiplier, count)
         noise = ServerNoise(replace(plan, noise_multiplier=multiplier))
     event: MechanismEvent = plan.event(num_rounds=1)
-    # If every client has the same cost in every round, the ledger needs one entry for all. With
-    # Poisson sampling it must be so: entries by name would reveal who was drawn.
+    # If every client has the same cost in every round, the ledger needs only one entry for all.
+    # With Poisson sampling one entry is necessary: entries by name would reveal who was drawn.
     same_for_all = cohort.sampling == "poisson" or cohort.size == cohort.population
     if case.stage.schedule.one_model and same_for_all:
         costs = {POPULATION: event}
@@ -242,7 +242,7 @@ def _correlated(case: PlanningCase, plan: PrivacyPlan) -> Protection:
     # sampling has none.
     if cohort.sampling == "poisson":
         raise RecipeError(
-            "correlated noise is for populations without sampling",
+            "correlated noise does not work with Poisson sampling",
             place="sampling",
             cure="use 'cyclic', or all clients",
         )

@@ -1,4 +1,4 @@
-"""Plans the privacy of a federate stage, and first refuses settings that would break it."""
+"""Plans the privacy of a federate stage, and refuses settings that would break the guarantee."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def plan_protection(
 
     Raises:
         RecipeError: if settings do not fit together.
-        PrivacyError: if no noise keeps the budget.
+        PrivacyError: if no amount of noise gives the wanted epsilon.
     """
     private = stage.privacy
     secure = is_secure(stage)
@@ -60,8 +60,8 @@ def plan_protection(
             cure='leave aggregator out, or set trust = "local"',
         )
     _check_promise(stage, trust, population, cohort)
-    # In a secure sum the server cannot clip updates, so its own noise has no sensitivity to be
-    # calibrated to. Full noise of each client would be more than the sum needs.
+    # In a secure sum the server cannot clip updates, so the sensitivity for its noise is unknown.
+    # If each client added the full noise, the sum would have more noise than necessary.
     if secure and trust.noise != "sum":
         raise RecipeError(
             f"got '{private.trust}' with a secure sum",
@@ -87,13 +87,13 @@ def _check_codecs(stage: FederateSettings, secure: bool, cohort: Cohort) -> None
             raise RecipeError(
                 "a secure sum plans its own noise",
                 place="uplink.noise",
-                cure="ask for it with stage.privacy",
+                cure="remove this codec, and set stage.privacy to get noise",
             )
         if secure and isinstance(transform, Discretize) and transform.scale is not None:
             raise RecipeError(
-                "a secure sum plans it",
+                "a secure sum plans the scale itself",
                 place="uplink.discretize.scale",
-                cure="give bits, or leave both out",
+                cure="give bits, or leave out scale and bits",
             )
     uneven = cohort.sampling == "cyclic" and cohort.population % cohort.size
     if secure and (cohort.sampling == "poisson" or uneven):

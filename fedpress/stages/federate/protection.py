@@ -22,15 +22,15 @@ class Protection:
 
     Attributes:
         chain: codecs of the uplink, with grid and noise filled in.
-        plans: client -> its plan; empty without privacy. They differ only under unit "sample" with
-            trust "local".
+        plans: client -> privacy plan; empty without privacy. Plans of clients differ only under
+            unit "sample" with trust "local".
         costs: client (or "population") -> the mechanism of one round, for the ledger.
         grid: grid of a secure sum; None for a plain sum.
         noise: the server's noise; None if it adds none.
         adaptive: settings of an adaptive clip norm, with the noise of its count; None if it is
             fixed.
         divisor: divisor of the private sum; the cohort's size if None.
-        charged_once: whether `costs` are those of all rounds together, charged in the first round.
+        charged_once: whether `costs` cover all rounds together, charged in the first round.
     """
 
     chain: tuple[Settings, ...]
@@ -44,7 +44,8 @@ class Protection:
 
     def guarantee(self, trust: Trust) -> Guarantee:
         """Returns the guarantee of the uplink."""
-        # Any plan will do: the uplink uses only unit, clip norm and noise, which are equal in all.
+        # Any client's plan works: the uplink needs only unit, clip norm and noise, and these are
+        # equal in all plans.
         plan = next(iter(self.plans.values()), None)
         return Guarantee(plan, trust.kind, self.noise, self.adaptive, self.divisor)
 

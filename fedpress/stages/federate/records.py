@@ -91,8 +91,8 @@ def stage_facts(server: ServerSide, now: Progress, score_before: float | None) -
     """
     metric = server.common.task.primary
     spent = _spent(server, now)
-    # Without privacy the keys are None and not left out: a result continues the previous stage's
-    # facts, so its epsilon would still be shown.
+    # Without privacy the keys are present with the value None. Otherwise the result would still
+    # show the epsilon of the previous stage.
     privacy: dict[str, Any] = dict.fromkeys(PRIVACY_KEYS)
     epsilon = note = None
     if spent is not None:

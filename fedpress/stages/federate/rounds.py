@@ -65,8 +65,8 @@ class FederatedRounds:
             record = next(running)
             shown = public_part(record, server)
             yield self._take(record, shown, ledger)
-            # Only after the milestone: the round is charged, so it must be saved even if the run
-            # stops here.
+            # This check comes after the milestone: the epsilon of the round is spent, so the round
+            # must be saved even if the run stops here.
             check_failures(server, self.now)
             yield from self._warnings(shown, len(record.timing.answered), warned=warned)
         last = last_warning(server, self.now.failures)
@@ -118,7 +118,7 @@ class FederatedRounds:
 
     def _validate(self) -> Evaluation | None:
         """Evaluates on the public validation set; None if there is none."""
-        # Not on private data: each metric would cost privacy.
+        # Private data are not used here: each metric would cost privacy.
         data = self.source.data
         precision = self.server.stage.precision
         if not len(data.validation):

@@ -90,7 +90,7 @@ class ServerSide:
         before = transport.traffic
         contract = common.contract(population or register(transport))
         trust = contract.uplink.trust
-        # Clients check it too. Here the error comes before any message is sent to them.
+        # Clients check this too, but here the error comes before any message is sent.
         check_norm(contract.terms.norm, common.model, sample=trust.unit == "sample")
         started = _ledger(common.stage, ledger)
         registered = transport.traffic - before
@@ -314,7 +314,7 @@ def register(transport: Transport) -> Population:
             silent[name] = str(problem)
         else:
             silent.pop(name, None)
-    # One silent client is enough to stop: noise is planned for the complete population.
+    # The run stops if one client does not answer: noise is planned for the complete population.
     for name, why in silent.items():
         raise TrainingError(
             f"it did not register ({why})",

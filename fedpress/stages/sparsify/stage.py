@@ -51,7 +51,7 @@ class SparsifyStage(SparsifySettings, Stage):
         return f'score = "{self.score}"' if self.score in FROM_DATA else ""
 
     def check(self, state: State) -> tuple[State, dict[str, Any]]:
-        """Prunes the untrained model by magnitude. The run prunes other entries, but as many.
+        """Prunes the untrained model by magnitude; `run` prunes the same number of other entries.
 
         Raises:
             RecipeError: if no weight fits the pattern, or the density cannot be reached.
