@@ -30,7 +30,12 @@ def test_ruff_is_the_same_before_a_commit_and_in_the_tests():
 def test_the_workflow_runs_what_must_pass_for_every_commit():
     assert re.search(r"run: \.ci/run$", text(".github/workflows/checks.yml"), re.M)
     steps = re.findall(r'^step "\$root/(\S+)" ?(.*)$', text(".ci/run"), re.M)
-    assert steps == [("scripts/test", ""), ("scripts/run", "digits"), ("scripts/test", "-m recipe")]
+    assert steps == [
+        ("scripts/test", ""),
+        ("scripts/run", "digits"),
+        ("scripts/test", "-m recipe"),
+        ("scripts/test", "-n 0 -m deploy tests/deploy/test_network.py"),
+    ]
 
 
 def test_types_are_checked_strictly_and_warnings_are_errors():
