@@ -39,7 +39,7 @@ def test_describe_counts_labels_per_client_in_plain_json():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"clients": {}}, "there is no client"),
+        ({"clients": {}, "test": arrays(0)}, "there is no client"),
         ({"clients": {"a": arrays(0)}}, "client 'a' has no examples"),
         ({"class_names": ("no",)}, "2 classes but 1 class names"),
         (
