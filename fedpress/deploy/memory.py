@@ -47,7 +47,7 @@ def peak_memory(runnable: Runnable, given: InputSpec, *, batch: int = 1) -> int:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         lines = done.stderr.strip().splitlines() or ["the process printed no reason"]
-        what, cure = f"'{path}'", "export it again"
+        what, cure = str(path), "export it again"
         if isinstance(runnable, nn.Module):
             what, cure = "the model", "run the model once on an example to see the error"
         raise ExportError(

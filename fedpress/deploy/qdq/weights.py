@@ -80,7 +80,7 @@ def _codes_of(layer: QuantLayer, key: str) -> LayerQuantization:
     pair = layer.integers(key)
     if pair is None:
         return LayerQuantization(
-            reason="its weights are a codebook of any values, which integers cannot multiply"
+            reason="its weights are entries of a float codebook, which integer kernels cannot use"
         )
     codes, scales = pair
     if type(layer).rows is QuantLayer.rows:
