@@ -15,7 +15,7 @@ from fedpress.reports.svg import element, pixels
 CHARACTER = 7.4  # pixels of one character on average, in the widest usual font
 LINE = 15.0  # pixels from one line of text to the next
 POINT = 5.0  # pixels from the middle of a point to its edge
-FARTHEST = 240  # pixels: readers would not connect a label farther away with its point
+FARTHEST = 240  # pixels; farther away a reader no longer sees to which point a label belongs
 
 
 @dataclass(frozen=True)

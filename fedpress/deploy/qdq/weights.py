@@ -31,7 +31,8 @@ HIGHEST_CODE = {8: 127, 7: 63}
 
 # Largest int32 bias: half of the range of int32, to leave room for the products that are added.
 HIGHEST_BIAS = 2.0**30
-# Bias, in steps, of a channel whose weights are all 0. float32 represents 2^24 steps exactly.
+# Bias of a channel whose weights are all 0, in int32 steps (input scale * weight scale). float32
+# represents 2^24 steps exactly.
 BIAS_OF_DEAD = 2.0**24
 # Least product of input scale and weight scale. Kernels divide it by the scale of the output, and
 # the quotient must still be a normal float32.
