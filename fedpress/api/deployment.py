@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 
@@ -10,6 +11,7 @@ from fedpress.api import begin
 from fedpress.core.examples import Arrays
 from fedpress.core.inputs import shape_of, shape_text
 from fedpress.data import FederatedData
+from fedpress.data.settings import DataSettings
 from fedpress.errors import DataError
 from fedpress.network.data import ARRAYS, TABLES, ClientData, read_arrays
 from fedpress.pipeline.recipe import Recipe
@@ -39,27 +41,40 @@ def check_client(recipe: str, path: Path) -> str:
         found, about = _arrays(recipe, path)
     first_state(about, found)
     part = found.public
+    count = len(part) + len(found.test) + sum(map(len, found.clients.values()))
     return (
-        f"{len(part)} examples of shape {shape_text(shape_of(part.x))}, task "
+        f"{count} examples of shape {shape_text(shape_of(part.x))}, task "
         f"{found.task.kind}: they fit {about.name}"
     )
 
 
-def _public(recipe: str, keys: dict[str, str]) -> tuple[FederatedData, Recipe]:
-    """Loads all examples as the public part; a check needs no clients."""
-    one = {"data.num_clients": "1", "data.examples_per_client": "1", "data.partition.kind": "iid"}
-    overrides = [f"{key}={value}" for key, value in {**keys, **one}.items()]
-    checked = begin.load(recipe, [*overrides, "data.validation=0", "data.test_share=0"])[1]
+SPLIT = ("client_column", "public_clients", "test_clients", "public_share")
+"""Keys of `[data]` that divide the recipe's own rows, and mean nothing for one client's."""
+
+
+def _read(recipe: str, **changed: object) -> tuple[FederatedData, Recipe]:
+    """Loads the client's data as the recipe loads its own, nearly all of it as the public part."""
+    checked = begin.load(recipe)[1]
+    kept = checked.data.model_dump(exclude_unset=True, exclude={*SPLIT})
+    # A data set needs a client and a test part.
+    one = {"num_clients": 1, "examples_per_client": 1, "partition": {"kind": "iid"}}
+    settings = DataSettings.model_validate(
+        {**kept, **one, "validation": 0, "test_share": 0.2, **changed}
+    )
+    checked = checked.model_copy(update={"data": settings})
     return load_data(checked), checked
 
 
 def _table(recipe: str, path: Path) -> tuple[FederatedData, Recipe]:
-    return _public(recipe, {"data.source": TABLES[path.suffix], "data.path": str(path.resolve())})
+    return _read(recipe, source=TABLES[path.suffix], path=path.resolve())
 
 
 def _folder(recipe: str, path: Path) -> tuple[FederatedData, Recipe]:
-    # The source "folders" expects one more level above the classes: the client's name.
-    return _public(recipe, {"data.source": "folders", "data.path": str(path.resolve().parent)})
+    # The source "folders" expects one more level above the classes: the client's name. What lies
+    # beside this folder may be anything, so it is not read.
+    with TemporaryDirectory() as above:
+        (Path(above) / "client").symlink_to(path.resolve(), target_is_directory=True)
+        return _read(recipe, source="folders", path=Path(above))
 
 
 def _arrays(recipe: str, path: Path) -> tuple[FederatedData, Recipe]:

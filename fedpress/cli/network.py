@@ -113,8 +113,11 @@ def split(
     """Writes the examples of each simulated client to a file of its own, to try a deployment."""
     from fedpress.api import begin
     from fedpress.cli import terminal
+    from fedpress.errors import NetworkError
     from fedpress.network.data import write_arrays
 
+    if out.exists():
+        raise NetworkError("it exists already", place=str(out), cure="give another one with --out")
     loaded = load_data(begin.load(recipe, overrides or ())[1], terminal.console(quiet=False))
     out.mkdir(parents=True)
     for name, arrays in loaded.clients.items():

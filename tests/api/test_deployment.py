@@ -1,0 +1,120 @@
+"""`fedpress client --check RECIPE`: data that a run would take pass, and others are told."""
+
+import csv
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fedpress.api.deployment import check_client
+from fedpress.errors import FedpressError
+
+DIGITS = """
+name = "checked"
+[data]
+source = "digits"
+[model]
+architecture = "mlp"
+arguments = { in_features = 64, hidden = [8] }
+[[stage]]
+kind = "federate"
+num_rounds = 1
+"""
+TABLE = """
+name = "checked"
+[data]
+source = "csv"
+path = "server.csv"
+client_column = "hospital"
+public_clients = ["open"]
+test_clients = ["north"]
+label_column = "outcome"
+classes = ["healthy", "ill"]
+[model]
+architecture = "mlp"
+arguments = { in_features = 2, num_classes = 2 }
+[[stage]]
+kind = "federate"
+num_rounds = 1
+"""
+IMAGES = """
+name = "checked"
+[data]
+source = "folders"
+path = "scans"
+[model]
+architecture = "cnn"
+arguments = { in_channels = 3, image_size = 8, num_classes = 2 }
+[[stage]]
+kind = "federate"
+num_rounds = 1
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    """Writes a recipe and returns its path as text."""
+
+    def write(text):
+        path = tmp_path / "recipe.toml"
+        path.write_text(text)
+        return str(path)
+
+    return write
+
+
+def arrays(path, shape=(1, 8, 8), labels=range(10)):
+    y = np.array([*labels] * 3)
+    np.savez(path, x=np.zeros((len(y), *shape), dtype=np.uint8), y=y)
+    return path
+
+
+def table(path, columns=("age", "pressure", "outcome")):
+    with path.open("w", newline="") as file:
+        rows = csv.DictWriter(file, columns, extrasaction="ignore")
+        rows.writeheader()
+        for at in range(40):
+            outcome = "ill" if at % 2 else "healthy"
+            rows.writerow({"age": 20.5 + at, "pressure": 100.5 + at, "outcome": outcome})
+    return path
+
+
+def test_arrays_that_fit_pass(recipe, tmp_path):
+    said = check_client(recipe(DIGITS), arrays(tmp_path / "own.npz"))
+    assert said.startswith("30 examples of shape")
+    assert said.endswith("they fit checked")
+
+
+def test_a_table_that_fits_passes_without_the_servers(recipe, tmp_path):
+    said = check_client(recipe(TABLE), table(tmp_path / "own.csv"))
+    assert said.startswith("40 examples of shape")
+    assert said.endswith("they fit checked")
+
+
+def test_a_folder_of_images_that_fits_passes(recipe, tmp_path):
+    for label in ("cat", "dog"):
+        (tmp_path / "own" / label).mkdir(parents=True)
+        for at in range(12):
+            pixels = np.full((8, 8, 3), at, dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "own" / label / f"{at}.png")
+    # What lies beside the folder is not read.
+    (tmp_path / "beside" / "x").mkdir(parents=True)
+    (tmp_path / "beside" / "x" / "0.png").write_bytes(b"no image")
+    said = check_client(recipe(IMAGES), tmp_path / "own")
+    assert said.startswith("24 examples of shape")
+
+
+def test_other_shapes_and_missing_columns_are_told(recipe, tmp_path):
+    with pytest.raises(FedpressError) as caught:
+        check_client(recipe(DIGITS), arrays(tmp_path / "own.npz", shape=(3, 9)))
+    assert caught.value.cure
+    with pytest.raises(FedpressError, match="outcome"):
+        check_client(recipe(TABLE), table(tmp_path / "own.csv", ("age", "pressure")))
+    with pytest.raises(FedpressError):
+        check_client(recipe(TABLE), table(tmp_path / "own.csv", ("age", "outcome")))
+
+
+def test_a_label_beyond_the_recipes_classes_is_told(recipe, tmp_path):
+    text = DIGITS.replace('"digits"\n', '"digits"\nclasses = ["0", "1", "2"]\n')
+    with pytest.raises(FedpressError):
+        check_client(recipe(text), arrays(tmp_path / "own.npz"))
