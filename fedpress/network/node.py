@@ -27,7 +27,7 @@ REMEMBERED = 8
 """Answers that are kept, for calls that arrive twice."""
 REMEMBERED_BYTES = 64 << 20
 """Most bytes of these, beside the newest."""
-LONGEST_WAIT = 15.0
+LONGEST_WAIT = 5.0
 """Most seconds between two attempts to connect."""
 
 

@@ -96,8 +96,8 @@ class Sessions:
             return pack(refused.answer)
         # Whatever goes wrong is told to the server, as in a simulation, and the client stays.
         except Exception as problem:
-            if not isinstance(problem, FedpressError):
-                log.warning("a message could not be answered", exc_info=problem)
+            trace = None if isinstance(problem, FedpressError) else problem
+            log.warning("a message could not be answered: %s", problem, exc_info=trace)
             return pack(failure(problem))
 
     def _answer(self, name: str, request: bytes) -> Message:
@@ -109,7 +109,9 @@ class Sessions:
         session = self._open.get(name) or self._restored(name)
         if session is None:
             raise WireError(
-                "nothing was offered to this client", place=message.kind, cure="send 'offer' first"
+                "nothing was offered to this client, or to another process with its key",
+                place=message.kind,
+                cure="see whether two processes run with the folder or key of this client",
             )
         return self._handled(session, message, request)
 

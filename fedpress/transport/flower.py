@@ -65,7 +65,11 @@ from cryptography.hazmat.primitives.asymmetric import ec  # noqa: E402
 from flwr.app import ConfigRecord, Message, RecordDict  # noqa: E402
 from flwr.app.message import remove_content_from_message  # noqa: E402
 from flwr.cli.build import build_fab_from_files  # noqa: E402
-from flwr.common.constant import HEARTBEAT_DEFAULT_INTERVAL, SUPERLINK_NODE_ID  # noqa: E402
+from flwr.common.constant import (  # noqa: E402
+    HEARTBEAT_MIN_INTERVAL,
+    HEARTBEAT_PATIENCE,
+    SUPERLINK_NODE_ID,
+)
 from flwr.common.serde import message_to_proto  # noqa: E402
 from flwr.proto.control_pb2 import RegisterNodeRequest, StartRunRequest  # noqa: E402
 from flwr.proto.fab_pb2 import Fab  # noqa: E402
@@ -134,6 +138,9 @@ UPLOAD = 150.0
 """Seconds that an announced answer may take to arrive; the SuperLink ends an upload after 180."""
 PATIENCE = 300.0
 """Seconds for which a SuperLink that is gone is connected to again."""
+BEAT = float(HEARTBEAT_MIN_INTERVAL)
+"""Seconds between signs of life. Flower's own is 30 s, and a client that was killed and started
+again may not connect before two of them have passed."""
 START = 60.0
 """Seconds that a SuperLink may take to start."""
 ACQUIRE = "/flwr.proto.Runtime/AcquireTask"
@@ -223,11 +230,12 @@ def _of_status(error: httpx.HTTPStatusError, address: Address) -> NetworkError:
     asked = error.request.url.path
     if status == httpx.codes.PRECONDITION_FAILED and asked.endswith("/activate-node"):
         return NetworkError(
-            "the server does not list the key of this client",
+            "the server does not list the key of this client, or a client with it is connected",
             place=address.text,
             cure=(
                 "give node.pub to whoever runs the server, who writes it to server.toml and starts "
-                "the server again"
+                f"the server again; a second client needs a key of its own (fedpress network add); "
+                f"after a kill this one connects within {HEARTBEAT_PATIENCE * BEAT:.0f} s"
             ),
         )
     if status == httpx.codes.UNAUTHORIZED:
@@ -888,6 +896,10 @@ class NodeLink:
             NetworkError: if that fails; `refused` says whether trying again makes no sense.
         """
         with explained(self._address):
+            # It refuses to activate a node that it takes to be connected.
+            if self._is_known():
+                self._beaten = time.monotonic()
+                return
             if not self._given:
                 try:
                     self._client.RegisterNode(RegisterNodeFleetRequest(public_key=self._key))
@@ -895,9 +907,7 @@ class NodeLink:
                     if "already in use" not in error.response.text:
                         raise
             answer = self._client.ActivateNode(
-                ActivateNodeRequest(
-                    public_key=self._key, heartbeat_interval=HEARTBEAT_DEFAULT_INTERVAL
-                )
+                ActivateNodeRequest(public_key=self._key, heartbeat_interval=BEAT)
             )
         self._node = Node(node_id=answer.node_id)
         # Whatever was on its way through another SuperLink is gone.
@@ -906,15 +916,24 @@ class NodeLink:
 
     def beat(self) -> None:
         """Shows the SuperLink that this client is there, if that is due."""
-        if time.monotonic() - self._beaten < HEARTBEAT_DEFAULT_INTERVAL / 3:
+        if time.monotonic() - self._beaten < BEAT / 3:
             return
         with explained(self._address):
-            self._client.SendNodeHeartbeat(
-                SendNodeHeartbeatRequest(
-                    node=self._node, heartbeat_interval=HEARTBEAT_DEFAULT_INTERVAL
-                )
-            )
+            self._beat()
         self._beaten = time.monotonic()
+
+    def _beat(self) -> bool:
+        beat = SendNodeHeartbeatRequest(node=self._node, heartbeat_interval=BEAT)
+        return bool(self._client.SendNodeHeartbeat(beat).success)
+
+    def _is_known(self) -> bool:
+        """Whether the SuperLink is still the one that this node was connected to."""
+        if not self._node.node_id:
+            return False
+        try:
+            return self._beat()
+        except httpx.HTTPStatusError:
+            return False
 
     def receive(self) -> Incoming | None:
         """Returns the next parcel for this client; None if there is none now.

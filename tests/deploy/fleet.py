@@ -9,25 +9,30 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
-
 from fedpress.core import parameters
 from fedpress.core.examples import Arrays
 from fedpress.federation import DiskState, RoundRecord, Start
-from fedpress.network import folders
+from fedpress.network import folders, keys
 from fedpress.network.data import write_arrays
+from fedpress.network.gate import NoPolicy
 from fedpress.network.server import ServerNetwork
+from fedpress.network.sessions import Sessions
 from fedpress.pipeline import recipe as recipes
 from fedpress.pipeline.start import first_state, load_data
 from fedpress.stages.federate.binding import bind
+from fedpress.stages.federate.offer import Offer
 from fedpress.stages.federate.server import ServerSide
-from fedpress.transport.flower import Address, ServerLink, SuperLink
+from fedpress.transport.flower import Address, Incoming, NodeLink, ServerLink, SuperLink
+from fedpress.transport.link import Parcel
+from fedpress.transport.remote import Presence
+from fedpress.wire.message import unpack
 
 RECIPE = """
 name = "fleet"
@@ -54,6 +59,8 @@ secure_keys = true
 privacy = { unit = "client", trust = "distributed", noise_multiplier = 2.0, delta = 1e-3, secure_noise = true }
 """
 NAMES = ("c0", "c1", "c2")
+OTHERS = ("fake", "full")
+"""Clients that the server lists as well: one that misbehaves, and one whose disk is full."""
 PATIENCE = 240.0
 """Seconds after which a test gives up waiting: a busy machine is no fault of the code."""
 # Each process with one thread: other numbers of threads add floats in another order.
@@ -166,7 +173,7 @@ class Fleet:
     commands: list[Command] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        folders.init(self.network, NAMES, "localhost", self.port)
+        folders.init(self.network, [*NAMES, *OTHERS], "localhost", self.port)
         for name, arrays in load_data(recipes.load(RECIPE)).clients.items():
             write_arrays(self.data(name), arrays)
 
@@ -214,22 +221,27 @@ class Fleet:
         recipe = self.folder / f"{out}.toml"
         recipe.write_text(text)
         fixed = ["--network", str(self.network / "server"), "--out", str(self.folder / out)]
+        fixed += ["--min-clients", str(len(NAMES))]
         return self.command("server", str(recipe), *fixed, *words, log=f"{out}.log")
+
+    @property
+    def address(self) -> Address:
+        """Where the server is."""
+        return Address("localhost", self.port, self.network / "server" / "ca.crt")
 
     @contextmanager
     def link(self) -> Iterator[ServerLink]:
         """Connects this process, as `fedpress server` does."""
         config = folders.ServerFolder.read(self.network / "server").config
         own = self.network / "server"
-        address = Address("localhost", self.port, own / "ca.crt")
         superlink = SuperLink(
-            address,
+            self.address,
             self.folder / "superlink",
             bind="127.0.0.1",
             certificate=own / "server.crt",
             key=own / "server.key",
         )
-        made = ServerLink(address, superlink.secret, keys=config.clients, superlink=superlink)
+        made = ServerLink(self.address, superlink.secret, keys=config.clients, superlink=superlink)
         try:
             yield made.open()
         finally:
@@ -279,7 +291,7 @@ def deployed(
     """Offers the first stage of the recipe `text` to `clients`, and returns it ready to run."""
     loaded = recipes.load(text)
     said: list[str] = []
-    network = ServerNetwork(link, told=said.append)
+    network = ServerNetwork(link, told=said.append, min_clients=len(clients))
     until(lambda: all(link.online().get(name) for name in clients), f"{clients} are not there")
     state = first_state(loaded, load_data(loaded).without_clients())
     side = bind(loaded.stage[0], dataclasses.replace(state, network=network), memory).server
@@ -307,7 +319,48 @@ def secrets_of(fleet: Fleet, run: Deployed, to: Path) -> Path:
     return to
 
 
-def example_file(path: Path, arrays: Mapping[str, torch.Tensor]) -> Path:
-    """Writes a client's data file with any tensors."""
-    write_arrays(path, Arrays(arrays["x"], arrays["y"]))
-    return path
+@dataclass(eq=False)
+class Fake:
+    """A listed client in a thread of the test, which does not answer rounds as it should.
+
+    Attributes:
+        fleet: the network.
+        examples: its data.
+        spoil: is called in place of an answer to a round.
+    """
+
+    fleet: Fleet
+    examples: Callable[[Offer], Arrays]
+    spoil: Callable[[NodeLink, Incoming], None] = lambda wire, incoming: None
+
+    def __post_init__(self) -> None:
+        home = self.fleet.home("fake")
+        self._sessions = Sessions("fake", home / "sessions", self.examples, NoPolicy())
+        self._wire = NodeLink(self.fleet.address, keys.read_node_key(home / "node.key"))
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._wire.connect()
+        self._thread.start()
+
+    def _run(self) -> None:
+        while not self._stopped.is_set():
+            self._wire.beat()
+            incoming = self._wire.receive()
+            if incoming is None:
+                self._stopped.wait(0.02)
+                continue
+            parcel = incoming.parcel
+            if parcel.what == "ping":
+                presence = Presence("fake", "boot", (), "")
+                self._wire.reply(incoming, Parcel("pong", parcel.request, "", presence.to_bytes()))
+            elif unpack(parcel.body).kind in ("offer", "register", "agree"):
+                body = self._sessions.answer(parcel.session, parcel.body)
+                self._wire.reply(incoming, Parcel("answer", parcel.request, parcel.session, body))
+            else:
+                self.spoil(self._wire, incoming)
+
+    def close(self) -> None:
+        """Says goodbye."""
+        self._stopped.set()
+        self._thread.join(20)
+        self._wire.close()

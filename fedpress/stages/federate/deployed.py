@@ -83,8 +83,9 @@ def bind_deployed(
     if population is None:
         # Clients that refuse are not in the population: the stage is planned without them.
         transport = network.open(session, accepted)
-        population = register(transport)
+        population = register(transport, network.told)
         earlier += transport.traffic
+        transport = network.open(session, population.names)
         save_json(memory, POPULATION, {"json": population.to_json(), "session": session})
     secure_noise = stage.privacy is not None and stage.privacy.secure_noise
     return ServerSide.bind(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -289,8 +289,13 @@ class ServerSide:
         return found
 
 
-def register(transport: Transport) -> Population:
+def register(transport: Transport, left_out: Callable[[str], None] | None = None) -> Population:
     """Asks all clients for their public facts.
+
+    Args:
+        transport: carries messages to the clients.
+        left_out: is called with a sentence for each client that does not register, and the stage
+            is planned for the others. If None, such a client ends the run.
 
     Raises:
         TrainingError: if a client does not answer, or sends another message.
@@ -314,15 +319,19 @@ def register(transport: Transport) -> Population:
             silent[name] = str(problem)
         else:
             silent.pop(name, None)
-    # The run stops if one client does not answer: noise is planned for the complete population.
+    registered = tuple(name for name in names if name not in silent)
     for name, why in silent.items():
+        if left_out is not None and registered:
+            left_out(f"client '{name}' does not take part: it did not register ({why})")
+            continue
+        # In a simulation nobody is away, so it is a fault.
         raise TrainingError(
             f"it did not register ({why})",
             place=f"client '{name}'",
             cure="see whether it is running, or leave it out",
         )
     try:
-        return Population(names, examples or None, identities)
+        return Population(registered, examples or None, identities)
     except DataError as problem:
         raise RecipeError(
             f"the clients have different recipes ({problem})",
