@@ -50,6 +50,8 @@ class Place:
         (folder / "recipe.toml").write_text(RECIPE)
         names = ",".join(CLIENTS)
         self.do("network", "init", "--host", "localhost", "--clients", names, "--port", str(port))
+        for name in CLIENTS:
+            (folder / "network" / "clients" / name / "policy.toml").write_text('privacy = "none"')
         self.do("network", "split", "recipe.toml", "--out", "parts")
         self.do("run", "recipe.toml", "--out", "undisturbed")
 
@@ -82,6 +84,8 @@ class Place:
             f"network/clients/{name}",
             "--data",
             f"parts/{name}.safetensors",
+            "--ledger",
+            f"network/clients/{name}/ledger.sqlite",
         )
 
     def start_server(self) -> None:

@@ -21,7 +21,7 @@ from fedpress.core.examples import Arrays
 from fedpress.federation import DiskState, RoundRecord, Start
 from fedpress.network import folders, keys
 from fedpress.network.data import write_arrays
-from fedpress.network.gate import NoPolicy
+from fedpress.network.gate import Gate, NoPolicy
 from fedpress.network.server import ServerNetwork
 from fedpress.network.sessions import Sessions
 from fedpress.pipeline import recipe as recipes
@@ -176,6 +176,9 @@ class Fleet:
         folders.init(self.network, [*NAMES, *OTHERS], "localhost", self.port)
         for name, arrays in load_data(recipes.load(RECIPE)).clients.items():
             write_arrays(self.data(name), arrays)
+        for name in (*NAMES, *OTHERS):
+            # Most runs here are without privacy, which owners refuse by default.
+            (self.home(name) / "policy.toml").write_text('privacy = "none"\n')
 
     @property
     def network(self) -> Path:
@@ -206,7 +209,8 @@ class Fleet:
         log: str | None = None,
     ) -> Command:
         """Starts a client, by default with its own folder and data."""
-        words = ["client", "--network", str(home or self.home(name))]
+        home = home or self.home(name)
+        words = ["client", "--network", str(home), "--ledger", str(home / "ledger.sqlite")]
         words += ["--data", str(data or self.data(name))]
         return self.command(*words, log=log or f"{name}.log", limits=limits)
 
@@ -327,15 +331,17 @@ class Fake:
         fleet: the network.
         examples: its data.
         spoil: is called in place of an answer to a round.
+        gate: policy of its owner.
     """
 
     fleet: Fleet
     examples: Callable[[Offer], Arrays]
     spoil: Callable[[NodeLink, Incoming], None] = lambda wire, incoming: None
+    gate: Gate = field(default_factory=NoPolicy)
 
     def __post_init__(self) -> None:
         home = self.fleet.home("fake")
-        self._sessions = Sessions("fake", home / "sessions", self.examples, NoPolicy())
+        self._sessions = Sessions("fake", home / "sessions", self.examples, self.gate)
         self._wire = NodeLink(self.fleet.address, keys.read_node_key(home / "node.key"))
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)

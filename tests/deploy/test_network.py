@@ -22,6 +22,7 @@ from fedpress.core.examples import Arrays
 from fedpress.errors import NetworkError
 from fedpress.network import keys
 from fedpress.network.data import ClientData, read_arrays, write_arrays
+from fedpress.network.owner import OwnerGate
 from fedpress.transport import flower
 from fedpress.transport.flower import Address, Incoming, NodeLink, ServerLink, SuperLink
 from fedpress.transport.link import Parcel
@@ -202,9 +203,23 @@ def test_data_of_another_layout_are_told_on_both_sides(fleet, link, tmp_path):
     assert any("'fake' does not take part" in one and "shape" in one for one in run.said)
 
 
+def test_a_policy_refuses_and_the_run_goes_on(fleet, link, tmp_path):
+    # By default an owner wants privacy, which this recipe does not promise.
+    gate = OwnerGate.open(fleet.data("c0"), policy=None, ledger=tmp_path / "l", certificate=None)
+    fake = Fake(fleet, lambda offer: read_arrays(fleet.data("c0")), gate=gate)
+    try:
+        run = deployed(SHORT, link, tmp_path / "server", clients=(*NAMES, "fake"))
+        list(run.rounds())
+    finally:
+        fake.close()
+    assert run.side.population.names == NAMES
+    assert any("'fake' does not take part" in one and "privacy" in one for one in run.said)
+
+
 def test_a_full_disk_of_a_client_is_told_on_both_sides(fleet, link, tmp_path):
+    # Long enough for the ledger, and not for the offer with its model.
     def full() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (150_000, 150_000))
 
     victim = fleet.client("full", data=fleet.data("c0"), limits=full)
     try:
