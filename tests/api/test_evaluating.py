@@ -187,7 +187,7 @@ def test_the_command_saves_a_function_with_its_weights(shell, tmp_path, monkeypa
             r"^data: there are no labelled examples to measure on; give data=\(INPUTS, LABELS\)",
         ),
         (X, "^data: it has no labels"),
-        ((X, Y.float()), "^data: labels of type torch.float32"),
+        ((X, Y.float()), "^data: the label of one .* torch.float32"),
     ],
 )
 def test_what_cannot_be_measured_on_is_told(data, said):
