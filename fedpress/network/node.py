@@ -78,7 +78,7 @@ class Correspondence:
         self._calls: queue.Queue[Any] = queue.Queue()
         self._answers: queue.Queue[tuple[Any, Parcel, float]] = queue.Queue()
         self._working: dict[str, Any] = {}
-        self._given: OrderedDict[str, Parcel] = OrderedDict()
+        self.answered: OrderedDict[str, Parcel] = OrderedDict()
         self._stopped = threading.Event()
         self._failure: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="fedpress-network", daemon=True)
@@ -180,8 +180,8 @@ class Correspondence:
             self._wire.reply(incoming, pong)
         elif parcel.what != "call":
             log.warning("a parcel of the kind %s was dropped", parcel.what)
-        elif parcel.request in self._given:
-            self._wire.reply(incoming, self._given[parcel.request])
+        elif parcel.request in self.answered:
+            self._wire.reply(incoming, self.answered[parcel.request])
         elif parcel.request in self._working:
             # Sent twice: the answer goes to the later one, since nobody may wait for the first.
             self._working[parcel.request] = incoming
@@ -198,12 +198,12 @@ class Correspondence:
 
     def _send(self, call: Any, parcel: Parcel, seconds: float) -> None:
         # Noted first: if the connection fails now, the server asks again.
-        self._given[parcel.request] = parcel
+        self.answered[parcel.request] = parcel
         # The newest stays however long it is: it is the likeliest to be asked for again.
-        while len(self._given) > 1 and (
-            len(self._given) > REMEMBERED
-            or sum(len(one.body) for one in self._given.values()) > REMEMBERED_BYTES
+        while len(self.answered) > 1 and (
+            len(self.answered) > REMEMBERED
+            or sum(len(one.body) for one in self.answered.values()) > REMEMBERED_BYTES
         ):
-            self._given.popitem(last=False)
+            self.answered.popitem(last=False)
         newest = self._working.pop(parcel.request, call)
         self._wire.reply(newest, parcel, seconds)

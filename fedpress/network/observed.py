@@ -69,7 +69,7 @@ class ObservedLink:
             link: does the work.
             hidden: see `PresenceNow`.
         """
-        self._link = link
+        self.link = link
         self._hidden = hidden
         self._online: dict[ClientId, bool] = {}
         self._open: dict[ClientId, _Open] = {}
@@ -97,7 +97,7 @@ class ObservedLink:
     def online(self) -> Mapping[ClientId, bool]:
         """See `Link`."""
         began = time.monotonic()
-        found = self._link.online()
+        found = self.link.online()
         ended = time.monotonic()
         # A slow network is asked less often.
         self._next_look = ended + max(LOOK_EVERY, 10 * (ended - began))
@@ -108,7 +108,7 @@ class ObservedLink:
 
     def send(self, parcels: Mapping[ClientId, Parcel]) -> dict[ClientId, str]:
         """See `Link`."""
-        tickets = self._link.send(parcels)
+        tickets = self.link.send(parcels)
         now = time.time()
         with self._lock:
             for client, ticket in tickets.items():
@@ -128,7 +128,7 @@ class ObservedLink:
 
     def poll(self, tickets: Collection[str]) -> dict[str, Parcel | Lost]:
         """See `Link`."""
-        found = self._link.poll(tickets)
+        found = self.link.poll(tickets)
         with self._lock:
             self._note(found, set(tickets))
         if time.monotonic() > self._next_look:

@@ -41,7 +41,7 @@ class LocalTransport:
             handlers: name of each client -> its handler.
             max_bytes: largest accepted answer, in bytes.
         """
-        self._handlers = dict(handlers)
+        self.handlers = dict(handlers)
         self._max_bytes = max_bytes
         self._traffic = Traffic()
         self._open: dict[RequestId, tuple[ClientId, _PackedMessage]] = {}
@@ -57,7 +57,7 @@ class LocalTransport:
 
     def clients(self) -> Sequence[ClientId]:
         """Names of the clients, in the order in which they were given."""
-        return list(self._handlers)
+        return list(self.handlers)
 
     def send(self, client: ClientId, message: Message) -> RequestId:
         """Packs `message` and keeps it until its answer is received or cancelled."""
@@ -97,7 +97,7 @@ class LocalTransport:
 
     def _ask(self, client: ClientId, request: bytes) -> Message:
         try:
-            reply = self._handlers[client](request)
+            reply = self.handlers[client](request)
         except Exception as problem:
             # As over a network, a client that fails must not end the run.
             reply = pack(error(f"{type(problem).__name__}: {problem}"))

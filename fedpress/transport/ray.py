@@ -176,7 +176,7 @@ class RayEngine:
 
     settings: RaySettings
     ray: Any
-    _now: RayTransport | None = None
+    latest: RayTransport | None = None
 
     def connect(self, clients: Mapping[ClientId, Side], build: Callable[..., Any]) -> RayTransport:
         """Starts the actors of a stage, and ends those of the stage before.
@@ -200,8 +200,8 @@ class RayEngine:
         cluster.start(homes)
         log.info("%d clients on %d actors of Ray", len(names), count)
         memories = {name: side.memory for name, side in clients.items()}
-        self._now = RayTransport(cluster, homes, memories)
-        return self._now
+        self.latest = RayTransport(cluster, homes, memories)
+        return self.latest
 
     def number_of_actors(self, clients: int) -> int:
         """Returns how many actors to start.
@@ -242,9 +242,9 @@ class RayEngine:
 
     def end_stage(self) -> None:
         """Ends the actors."""
-        if self._now is not None:
-            self._now.close()
-        self._now = None
+        if self.latest is not None:
+            self.latest.close()
+        self.latest = None
 
 
 def _pickled(ray: Any, what: Any) -> bytes:
@@ -407,7 +407,7 @@ class RayTransport:
         """
         self._cluster = cluster
         self._ray = cluster.ray
-        self._homes = list(homes)
+        self.homes = list(homes)
         self._home = {name: home for home in homes for name in home.clients}
         self._memories = dict(memories)
         self._max_bytes = max_bytes
@@ -462,7 +462,7 @@ class RayTransport:
             return None
         while first not in self._replies:
             working: dict[Any, Home] = {}
-            for home in self._homes:
+            for home in self.homes:
                 working |= dict.fromkeys(home.working.values(), home)
             left = None if end is None else max(0.0, end - time.monotonic())
             ready, _ = self._ray.wait(list(working), num_returns=1, timeout=left)
@@ -486,7 +486,7 @@ class RayTransport:
 
     def close(self) -> None:
         """Ends the actors."""
-        self._cluster.end(self._homes)
+        self._cluster.end(self.homes)
 
     def _feed(self, home: Home) -> None:
         """Gives waiting requests to an actor, and starts it first if it was lost."""

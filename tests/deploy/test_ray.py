@@ -167,12 +167,12 @@ def test_a_lost_actor_is_a_lost_client_of_that_round(engine):
     local, there = bind(stage, state), bind(stage, replace(state, engine=engine)).server
     running = there.rounds(Start(parameters.flatten(there.model)))
     found = [next(running)]
-    home = engine._now._homes[0]
+    home = engine.latest.homes[0]
     assert home.clients == (there.population.names[0], there.population.names[2])
     engine.ray.kill(home.actor)
     found += list(running)
     # The same with the local engine: the first of the actor's clients fails in the second round.
-    handlers = local.server.transport._handlers
+    handlers = local.server.transport.handlers
     name = home.clients[0]
     handle, asked = handlers[name], []
 

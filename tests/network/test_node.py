@@ -181,12 +181,12 @@ def test_few_answers_are_kept(started, monkeypatch):
         here.answer(here.next_call(PATIENCE), body, 0.0)
         until(lambda number=number: len(wire.replies) == number + 1)
     # The newest alone, because it is longer than all that may be kept.
-    assert list(here._given) == ["x-3"]
+    assert list(here.answered) == ["x-3"]
     for number in range(4, 20):
         wire.comes.append(call(f"x-{number}"))
         here.answer(here.next_call(PATIENCE), b"", 0.0)
         until(lambda number=number: len(wire.replies) == number + 1)
-    assert len(here._given) == node.REMEMBERED
+    assert len(here.answered) == node.REMEMBERED
 
 
 def test_it_connects_again_for_as_long_as_it_takes_and_says_each_reason_once(started, monkeypatch):

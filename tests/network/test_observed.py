@@ -61,7 +61,7 @@ def test_it_passes_everything_on(link):
     assert link.online() == {"a": True, "b": True, "c": False}
     assert link.send({"a": call("1"), "c": call("2")}) == {"a": "t1"}
     lost = Lost("gone")
-    link._link.answers = {"t1": lost}
+    link.link.answers = {"t1": lost}
     assert link.poll(["t1"]) == {"t1": lost}
     assert link.poll(["t1"]) == {}
 
@@ -70,7 +70,7 @@ def test_a_client_is_asked_until_its_answer_comes(link):
     link.send({"a": call("1")})
     assert client(link, "a").awaited
     assert client(link, "b").asked is None
-    link._link.answers = {"t1": answer("1")}
+    link.link.answers = {"t1": answer("1")}
     link.poll(["t1"])
     one = client(link, "a")
     assert one.asked is None
@@ -93,11 +93,11 @@ def test_a_call_that_is_sent_again_is_as_old_as_it_was(link):
 
 def test_a_refusal_stays_until_another_answer_comes(link):
     link.send({"a": call("1", "offer"), "b": call("2", "offer")})
-    link._link.answers = {"t1": answer("1", REFUSED), "t2": answer("2", b"damaged")}
+    link.link.answers = {"t1": answer("1", REFUSED), "t2": answer("2", b"damaged")}
     link.poll(["t1", "t2"])
     assert [(one.name, one.rule) for one in link.now().refused] == [("a", "max_epsilon")]
     link.send({"a": call("3", "offer")})
-    link._link.answers = {"t3": answer("3", pack(Message("offered")))}
+    link.link.answers = {"t3": answer("3", pack(Message("offered")))}
     link.poll(["t3"])
     assert link.now().refused == ()
 
@@ -111,11 +111,11 @@ def test_where_the_cohort_is_hidden_only_refused_offers_are_noted(tmp_path):
     link = ObservedLink(Line(), hidden=True)
     link.online()
     link.send({"a": call("1", "offer"), "b": call("2", "offer")})
-    link._link.answers = {"t1": answer("1", REFUSED), "t2": answer("2", pack(Message("offered")))}
+    link.link.answers = {"t1": answer("1", REFUSED), "t2": answer("2", pack(Message("offered")))}
     link.poll(["t1", "t2"])
     before = link.now()
     link.send({"b": call("3", "fit")})
-    link._link.answers = {"t3": answer("3", REFUSED)}
+    link.link.answers = {"t3": answer("3", REFUSED)}
     link.poll(["t3"])
     assert link.now().refused == before.refused
     link.now().write(tmp_path)
@@ -135,7 +135,7 @@ def test_the_file_follows_and_a_full_disk_is_no_error(link, tmp_path, monkeypatc
     while (found := read_presence(folder)) is None and time.monotonic() < end:
         time.sleep(0.01)
     assert found.online == 2
-    link._link.answers = {"t1": answer("1")}
+    link.link.answers = {"t1": answer("1")}
     link.poll(["t1"])
     link.close()
     assert all(one.asked is None for one in read_presence(folder).clients)
