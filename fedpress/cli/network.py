@@ -190,6 +190,8 @@ def _public(path: Path | None) -> list[str]:
         return []
     # A data set needs a client. It gets one example, which the server then leaves out.
     keys = ["data.num_clients=1", "data.examples_per_client=1", "data.partition.kind=iid"]
+    # All rows are public, so nothing divides them by client.
+    keys += ["data.client_column=none", "data.public_clients=[]", "data.test_clients=[]"]
     return [f"data.path={path.resolve()}", *keys]
 
 

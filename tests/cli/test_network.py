@@ -7,7 +7,10 @@ import pytest
 
 pytest.importorskip("flwr")
 
+from fedpress.api import begin
+from fedpress.cli.network import _public
 from fedpress.network.folders import ClientFolder, ServerFolder
+from fedpress.pipeline.start import load_data
 
 
 @pytest.fixture
@@ -118,3 +121,19 @@ def test_split_writes_a_file_for_each_client_and_never_over_another(shell, tmp_p
     checked = shell("client", "--data", "clients/c0.safetensors", "--check", tiny_file)
     assert checked.code == 0
     assert "examples of shape" in checked.out
+
+
+def test_a_file_of_public_rows_takes_the_place_of_the_recipes_clients(tmp_path):
+    table = tmp_path / "public.csv"
+    rows = [f"{at}.5,{'ill' if at % 2 else 'healthy'}" for at in range(40)]
+    table.write_text("\n".join(["age,outcome", *rows]))
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(
+        'name = "r"\n[data]\nsource = "csv"\npath = "all.csv"\nlabel_column = "outcome"\n'
+        'client_column = "hospital"\npublic_clients = ["open"]\n[model]\narchitecture = "mlp"\n'
+        'arguments = { in_features = 1 }\n[[stage]]\nkind = "federate"\nnum_rounds = 1\n'
+    )
+    data = load_data(begin.load(str(recipe), _public(table))[1])
+    assert len(data.public) > 20
+    # The server leaves the only client's example out.
+    assert not data.without_clients().clients
