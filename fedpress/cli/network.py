@@ -440,6 +440,7 @@ def _take_part(
     def say(sentence: str) -> None:
         typer.echo(f"{who.name}: {in_one_line(sentence)}")
 
+    sessions.told = say
     correspondence = Correspondence(NodeLink(who.address, who.key), who.name, say)
     for answered in serve(correspondence, sessions):
         say(

@@ -73,6 +73,7 @@ class Sessions:
         program: an exported training program (.pte) that takes the place of torch.
         device: where the client trains.
         max_bytes: longest message that is read.
+        told: is called with a sentence when a message could not be answered.
     """
 
     name: ClientId
@@ -84,6 +85,7 @@ class Sessions:
     program: Path | None = None
     device: torch.device | None = None
     max_bytes: int = MAX_BYTES
+    told: Callable[[str], None] = log.warning
 
     def __post_init__(self) -> None:
         self._open: dict[str, Session] = {}
@@ -97,7 +99,8 @@ class Sessions:
         # Whatever goes wrong is told to the server, as in a simulation, and the client stays.
         except Exception as problem:
             trace = None if isinstance(problem, FedpressError) else problem
-            log.warning("a message could not be answered: %s", problem, exc_info=trace)
+            log.info("a message could not be answered", exc_info=trace)
+            self.told(f"a message could not be answered: {problem}")
             return pack(failure(problem))
 
     def _answer(self, name: str, request: bytes) -> Message:
