@@ -118,15 +118,16 @@ class Place:
 
 
 def superlinks(folder: Path) -> list[int]:
-    """Returns the SuperLinks whose secret lies in `folder`."""
+    """Returns the SuperLinks that were started in `folder`."""
     found = []
     for place in Path("/proc").iterdir():
         if place.name.isdigit():
             try:
                 line = (place / "cmdline").read_bytes()
+                there = (place / "cwd").readlink()
             except OSError:
                 continue
-            if b"fedpress.transport.superlink" in line and str(folder).encode() in line:
+            if b"fedpress.transport.superlink" in line and there == folder.resolve():
                 found.append(int(place.name))
     return found
 

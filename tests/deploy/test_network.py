@@ -11,7 +11,7 @@ import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 from socket import create_server
 
@@ -281,16 +281,18 @@ def test_a_client_without_its_key_is_told(fleet):
 
 
 def test_a_node_without_a_key_is_refused(fleet, link):
-    with pytest.raises(NetworkError, match="key"):
-        NodeLink(fleet.address).connect()
+    refused = pytest.raises(NetworkError, match="must be registered")
+    with closing(NodeLink(fleet.address)) as node, refused:
+        node.connect()
 
 
 def test_a_wrong_authority_is_told(fleet, link, tmp_path):
     keys.Authority.new().write(tmp_path / "ca.key", tmp_path / "ca.crt")
     key = keys.read_node_key(fleet.home("c0") / "node.key")
     address = Address("localhost", fleet.port, tmp_path / "ca.crt")
-    with pytest.raises(NetworkError, match="is not signed by") as told:
-        NodeLink(address, key).connect()
+    refused = pytest.raises(NetworkError, match="is not signed by")
+    with closing(NodeLink(address, key)) as node, refused as told:
+        node.connect()
     assert told.value.refused
 
 
