@@ -88,7 +88,7 @@ class Sessions:
     told: Callable[[str], None] = log.warning
 
     def __post_init__(self) -> None:
-        self._open: dict[str, Session] = {}
+        self.open_sessions: dict[str, Session] = {}
 
     def answer(self, name: str, request: bytes) -> bytes:
         """Answers the bytes of one message of the session `name`; never raises for a bad one."""
@@ -109,7 +109,7 @@ class Sessions:
         message = unpack(request, max_bytes=self.max_bytes)
         if message.kind == "offer":
             return self._offered(name, message, request)
-        session = self._open.get(name) or self._restored(name)
+        session = self.open_sessions.get(name) or self._restored(name)
         if session is None:
             raise WireError(
                 "nothing was offered to this client, or to another process with its key",
@@ -145,7 +145,7 @@ class Sessions:
             half.model = DeviceModel(self.program)
             half.source = device_steps
         self._close_others()
-        self._open[name] = Session(asked, half, folder)
+        self.open_sessions[name] = Session(asked, half, folder)
         if folder is not None:
             self._tidy(name)
             _keep(folder, "offer", request)
@@ -206,13 +206,13 @@ class Sessions:
             # The policy is another one than before the restart.
             if answer.kind == "refused":
                 raise _Refused(answer)
-        return self._open.get(name)
+        return self.open_sessions.get(name)
 
     def _close_others(self) -> None:
         """Frees memory: each session holds a model and data, and a client lives for many runs."""
-        kept = {key: one for key, one in self._open.items() if one.folder is not None}
+        kept = {key: one for key, one in self.open_sessions.items() if one.folder is not None}
         # A session that is closed here is opened from disk if it is asked again.
-        self._open = dict(list(kept.items())[-OPEN + 1 :])
+        self.open_sessions = dict(list(kept.items())[-OPEN + 1 :])
 
     def _tidy(self, current: str) -> None:
         """Removes the oldest sessions beyond `KEPT`."""

@@ -73,7 +73,7 @@ def test_a_restarted_client_answers_a_round_without_a_new_offer(tmp_path):
     server = here.bind(tmp_path / "server")
     first = run(server, rounds=1)
     here.start()
-    assert all(client._open == {} for client in here.sessions.values())
+    assert all(client.open_sessions == {} for client in here.sessions.values())
     assert first[0].refused == {}
     records = run(here.bind(tmp_path / "server"), rounds=2)
     assert [record.refused for record in records] == [{}, {}]
@@ -91,8 +91,8 @@ def test_only_one_trial_is_held_and_few_sessions(tmp_path):
         here.bind(None)
         here.bind(tmp_path / f"server-{at}")
     for client in here.sessions.values():
-        assert len(client._open) <= sessions.OPEN
-        assert sum(one.folder is None for one in client._open.values()) <= 1
+        assert len(client.open_sessions) <= sessions.OPEN
+        assert sum(one.folder is None for one in client.open_sessions.values()) <= 1
     # The first one was closed, and is opened from disk.
     assert ask(here, "c0", here.opened[3], Message("register")).kind == "registered"
 

@@ -54,7 +54,7 @@ class MemoryLink:
 
     def __post_init__(self) -> None:
         self._sent = 0
-        self._open: dict[str, tuple[MemoryClient, ClientId, Parcel]] = {}
+        self.waiting: dict[str, tuple[MemoryClient, ClientId, Parcel]] = {}
         self._ready: dict[str, Parcel | Lost] = {}
 
     def online(self) -> Mapping[ClientId, bool]:
@@ -70,7 +70,7 @@ class MemoryLink:
             self._sent += 1
             tickets[name] = f"ticket {self._sent}"
             client = self.clients[name]
-            self._open[tickets[name]] = client, name, parcel
+            self.waiting[tickets[name]] = client, name, parcel
             if parcel.what == "call":
                 client.calls.append(parcel.request)
                 client.waiting.append(parcel.request)
@@ -81,16 +81,16 @@ class MemoryLink:
         self._ready[ticket] = parcel
 
     def poll(self, tickets: Collection[str]) -> dict[str, Parcel | Lost]:
-        for ticket in [ticket for ticket in tickets if ticket in self._open]:
-            client, name, parcel = self._open[ticket]
+        for ticket in [ticket for ticket in tickets if ticket in self.waiting]:
+            client, name, parcel = self.waiting[ticket]
             if not client.online:
                 continue
             if parcel.what == "ping":
                 pong = Presence(name, client.boot, tuple(client.waiting), "1").to_bytes()
                 self._ready[ticket] = Parcel("pong", parcel.request, "", pong)
-                del self._open[ticket]
+                del self.waiting[ticket]
             elif client.works and parcel.request in client.waiting:
-                del self._open[ticket]
+                del self.waiting[ticket]
                 client.waiting.remove(parcel.request)
                 if self.lose:
                     self.lose -= 1

@@ -336,7 +336,7 @@ def test_a_client_whose_answers_are_lost_for_ever_does_not_hold_the_round(time):
     of_a = set()
 
     def losing(tickets):
-        of_a.update(t for t in tickets if wire._open.get(t, ("", "", 0))[1] == "a")
+        of_a.update(t for t in tickets if wire.waiting.get(t, ("", "", 0))[1] == "a")
         return {**poll(tickets), **{t: lost for t in tickets if t in of_a}}
 
     wire.poll = losing
