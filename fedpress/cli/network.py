@@ -163,7 +163,7 @@ def server(
     out_stream = terminal.console(quiet=as_json)
     words = with_device(overrides, device)
     with stopping("stopped before the run began; nothing was changed"):
-        begun = _begun(recipe, [*words, *_public(public)], out)
+        begun = _begun(recipe, [*words, *public_alone(public)], out)
         loaded = load_data(begun.recipe, out_stream).without_clients()
         link = _open(network, insecure, port, begun.place, out_stream)
     said = "\nstopped; all rounds so far are saved; the same command goes on"
@@ -184,7 +184,7 @@ def _begun(recipe: str, words: list[str], out: Path | None) -> CheckedRun:
     return begin.new(recipe, words, None, out)
 
 
-def _public(path: Path | None) -> list[str]:
+def public_alone(path: Path | None) -> list[str]:
     """Returns the overrides for data that are public as a whole."""
     if path is None:
         return []

@@ -8,7 +8,7 @@ import pytest
 pytest.importorskip("flwr")
 
 from fedpress.api import begin
-from fedpress.cli.network import _public
+from fedpress.cli.network import public_alone
 from fedpress.network.folders import ClientFolder, ServerFolder
 from fedpress.pipeline.start import load_data
 
@@ -133,7 +133,7 @@ def test_a_file_of_public_rows_takes_the_place_of_the_recipes_clients(tmp_path):
         'client_column = "hospital"\npublic_clients = ["open"]\n[model]\narchitecture = "mlp"\n'
         'arguments = { in_features = 1 }\n[[stage]]\nkind = "federate"\nnum_rounds = 1\n'
     )
-    data = load_data(begin.load(str(recipe), _public(table))[1])
+    data = load_data(begin.load(str(recipe), public_alone(table))[1])
     assert len(data.public) > 20
     # The server leaves the only client's example out.
     assert not data.without_clients().clients
