@@ -155,7 +155,7 @@ def test_what_needs_no_labels_takes_inputs_alone_and_the_rest_says_so():
         ),
     ):
         with pytest.raises(
-            DataError, match=rf"data: {who} looks at labels, .* give data=\(INPUTS, LABELS\)"
+            DataError, match=rf"data: {who} learns from labels, .* give data=\(INPUTS, LABELS\)"
         ):
             call(net(), data=inputs, **settings)
 
