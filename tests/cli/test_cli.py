@@ -570,7 +570,7 @@ def test_resume_needs_nothing_but_the_folder(shell, plain, tmp_path, monkeypatch
     one_sentence(shell("run", plain, "seed=4", "--resume", run), "belongs to another recipe")
     plain.write_text(PLAIN.replace("epochs = 1", "epochs = 2"))
     one_sentence(shell("run", plain, "--resume", run), "epochs was 1, now 2")
-    one_sentence(shell("run", run), "is the folder of a run; go on with it by --resume")
+    one_sentence(shell("run", run), "is the folder of a run; resume it with --resume")
 
 
 def test_resume_of_a_command_needs_nothing_but_the_folder(shell, plain):
