@@ -20,12 +20,12 @@ from fedpress.stages.federate.stage import FederateStage
 
 @dataclass(frozen=True)
 class Approval:
-    """What one federate stage of a recipe asks for.
+    """What one federate stage of a recipe asks a data owner to approve.
 
     Attributes:
-        stage: its name.
-        fingerprint: fingerprint of its terms; a server's offer has the same.
-        words: a sentence for each thing that it asks for.
+        stage: name of the stage.
+        fingerprint: fingerprint of the stage's terms; a server's offer has the same.
+        words: a sentence for each thing that the stage asks for.
     """
 
     stage: str
@@ -49,7 +49,7 @@ def asked_for(recipe: Source, overrides: Overrides = ()) -> list[Approval]:
             continue
         labels = settings.data.label_columns
         terms = terms_of(stage, architecture, arguments, labels)
-        # Other data have no columns, and the key is not used.
+        # Other sources have no columns, so the words do not mention `data.label_columns`.
         columns = labels if settings.data.source in ("csv", "parquet") else ()
         words = words_of(stage, architecture, arguments, columns)
         found.append(Approval(stage.name, fingerprint_of(terms), tuple(words)))

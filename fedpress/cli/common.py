@@ -31,13 +31,15 @@ AllowCode = Annotated[
     ),
 ]
 ListKeys = Annotated[bool, typer.Option("--keys", help="List the settings and what they mean.")]
+"""`--keys` of a command that has one table of settings."""
 ListTables = Annotated[
     bool,
     typer.Option(
         "--keys",
-        help="List all keys of a recipe; of some tables: --keys federate data.",
+        help="List the keys of a recipe; name tables to list only theirs: --keys federate data.",
     ),
 ]
+"""`--keys` of a command that takes a recipe, which has several tables."""
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Overrides = Annotated[
     list[str] | None,

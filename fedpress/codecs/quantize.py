@@ -78,9 +78,9 @@ class Quantize(BaseModel):
         return self
 
     def bind(self, bound: Bound) -> tuple[Transform, Bound]:
-        """Returns the transform, and a bound with integers.
+        """Returns the transform, and the `Bound` of its output: that it is integers.
 
-        The norm of these integers has no bound: the width of a step depends on the update.
+        It bounds no norm of these integers, because the width of a step depends on the update.
 
         Raises:
             RecipeError: if the input is already integers.
@@ -112,7 +112,7 @@ class Sign(BaseModel):
     block: int = Field(default=4096, ge=16, le=1 << 20, description="values that share one scale")
 
     def bind(self, bound: Bound) -> tuple[Transform, Bound]:
-        """Returns the transform, and a bound with integers.
+        """Returns the transform, and the `Bound` of its output: that it is integers.
 
         Raises:
             RecipeError: if the input is already integers.
@@ -140,7 +140,7 @@ class Ternary(BaseModel):
     )
 
     def bind(self, bound: Bound) -> tuple[Transform, Bound]:
-        """Returns the transform, and a bound with integers.
+        """Returns the transform, and the `Bound` of its output: that it is integers.
 
         Raises:
             RecipeError: if the input is already integers.

@@ -53,12 +53,13 @@ def _table(entries: Mapping[Any, Any]) -> dict[str, JSON]:
 
 
 def _name(function: Any) -> str:
-    """Returns the name of a function, for a method with that of its class."""
+    """Returns a function's name; that of a method includes the class, such as `Sgd.step`."""
     if function.__name__ == "<lambda>":
         raise TypeError(
             "all lambdas have one name; define a function, or a class with a method `agreed`"
         )
-    # The qualified name of an inner function has the name of the outer one, such as a test's.
+    # The qualified name of an inner function contains the function around it, such as
+    # `test_a.<locals>.f`. Only `f` is taken, because it may be defined elsewhere on the client.
     inner = "<locals>" in function.__qualname__
     return str(function.__name__ if inner else function.__qualname__)
 

@@ -90,7 +90,11 @@ class NamedInputs(Mapping[str, Tensor]):
         return self._from_columns([t.tensor_split(parts) for t in self._tensors.values()])
 
     def _from_columns(self, columns: list[tuple[Tensor, ...]]) -> tuple[NamedInputs, ...]:
-        """Regroups parts of each tensor (`columns`) into parts that have all tensors."""
+        """Transposes: from one list of parts for each tensor to parts that have all tensors.
+
+        Args:
+            columns: for each tensor, its parts.
+        """
         found = []
         for row in zip(*columns, strict=True):
             found.append(self._of(dict(zip(self._tensors, row, strict=True))))
@@ -103,10 +107,11 @@ class NamedInputs(Mapping[str, Tensor]):
 
 
 Inputs: TypeAlias = Tensor | NamedInputs
-"""A batch of examples [n, ...] that a model takes."""
+"""A batch of examples [n, ...] in the form that fedpress uses everywhere inside."""
 
 Example: TypeAlias = Tensor | tuple[Tensor, ...] | Mapping[str, Tensor]
-"""The arguments of a model: a tensor, several in the order of forward's arguments, or by name."""
+"""A batch as a user may give it to `forward`: one tensor, several tensors in the order of forward's
+arguments, or several by name. It is wider than `Inputs`, which has no tuples."""
 
 
 def _check(tensors: Mapping[str, Any]) -> None:

@@ -1,8 +1,8 @@
 """Turns feature columns of a table into inputs: numbers as they are, words one-hot.
 
 The kind of a column, its list of words and its mean are taken from public rows only. A single
-private row must neither add an input to the model nor change a value in its file, because others
-receive both.
+private row must neither add an input to the model nor change a value in the model's file, because
+others receive the model and its file.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ from fedpress.data.preparation import InputColumn, Kind, Preparation, Unknown
 from fedpress.data.settings import DataSettings
 from fedpress.errors import DataError
 
-MOST_WORDS = 100  # each word becomes an input; a column with more mostly holds names or free text
+# Each word becomes an input. A column with more different words usually holds names or free text.
+MOST_WORDS = 100
 
 
 @dataclass(frozen=True)

@@ -87,7 +87,8 @@ class Job:
         """Returns the shape of one float32 example.
 
         Raises:
-            ExportError: if the model takes other inputs, which files of `format` cannot.
+            ExportError: if the model takes anything but one float32 tensor, which files of `format`
+                do not support.
         """
         if self.example is None:
             return self.input_shape

@@ -14,7 +14,9 @@ from fedpress.errors import RecipeError
 
 @dataclass(frozen=True)
 class Cohort:
-    """How many clients take part in each round, and how they are drawn. Public.
+    """How many clients take part in each round, and how they are drawn.
+
+    These settings are public; which clients a round draws is not.
 
     Attributes:
         size: number of clients in a round; under "poisson" its mean.

@@ -18,6 +18,7 @@ from fedpress.core import limits
 from fedpress.errors import ModelError
 
 NAME = "torch-layers"
+"""The architecture of such a network in a saved file."""
 _NAMES = """
 Linear Bilinear Conv1d Conv2d Conv3d ConvTranspose1d ConvTranspose2d ConvTranspose3d Embedding
 EmbeddingBag BatchNorm1d BatchNorm2d BatchNorm3d InstanceNorm1d InstanceNorm2d InstanceNorm3d

@@ -19,7 +19,8 @@ from fedpress.errors import SettingError
 
 TINY = torch.finfo(torch.float32).tiny
 FILE = "file"
-"""Key in pydantic's validation context: the settings come from a file of any version."""
+"""Key in pydantic's validation context. True: the settings come from a saved file, which an older
+version may have written, so the defaults of that version apply."""
 BITS = {"int": 8, "ternary": 2, "binary": 1, "codebook": 4}
 """Default bits of each kind."""
 
@@ -157,7 +158,7 @@ class InputQuantization(BaseModel):
 
     @property
     def highest(self) -> int:
-        """The largest code; the smallest is 0. One-bit inputs have the codes 1 and -1."""
+        """The largest code. The smallest is 0; but one-bit inputs have the codes -1 and 1."""
         return (1 << self.bits) - 1
 
 

@@ -167,8 +167,8 @@ def _set_sizes_(module: nn.Module, before: Shapes) -> None:
             groups = now[0] * groups // old[0]
         set_groups_(module, groups)
     elif isinstance(module, nn.GroupNorm):
-        # Whole groups are pruned. Only a single group (a layer norm) may lose some channels: then
-        # the division gives 0.
+        # Pruning removes whole groups, so their number shrinks with the channels. A single group
+        # (a layer norm) is the exception: it may lose some channels, and the division gives 0.
         module.num_groups = max(1, module.num_groups * now[0] // old[0])
         module.num_channels = now[0]
     elif isinstance(module, nn.LayerNorm | nn.RMSNorm):

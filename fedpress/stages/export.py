@@ -247,7 +247,8 @@ def difference_in_words(
     lost = 0.0
     if file is not None and model is not None:
         lost = abs(model - file)
-    # Accuracy is compared in absolute terms; an error in euros has a unit, so relative ones.
+    # A change of accuracy is a difference of shares. Other metrics may have a unit, such as euros,
+    # so their changes are relative.
     if model and not metric.share:
         lost /= abs(model)
     if apart <= MAX_OUTPUT_ERROR and lost <= MAX_METRIC_CHANGE:

@@ -28,7 +28,8 @@ class Optimizers:
 
     Args:
         model: the model whose trainable parameters are optimized.
-        helpers: a module whose parameters the first optimizer also trains.
+        helpers: a module that only training uses, such as a projection for distillation. The first
+            optimizer (SGD or Adam, never Muon) also trains its parameters.
         settings: name of the optimizer, learning rates, momentum and weight decay.
 
     Attributes:
@@ -238,11 +239,11 @@ def _factor(gram: Tensor) -> Tensor:
 
 
 def hidden_weights(model: nn.Module) -> list[nn.Parameter]:
-    """Returns the weights that Muon optimizes: those of convolutions and linear layers but two.
+    """Returns the weights that Muon optimizes: of all Conv2d and Linear layers but first and last.
 
-    SGD optimizes the first and the last layer. It also optimizes the parameters from which a weight
-    is computed, as with weight norm, because such a weight is no parameter. A shared weight is
-    listed once.
+    SGD optimizes the first and the last of these layers. It also optimizes the parameters
+    from which a weight is computed, as with weight norm, because such a weight is no parameter. A
+    shared weight is listed once.
     """
     weights = [m.weight for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
     ends = {id(w) for w in (*weights[:1], *weights[-1:])}

@@ -1,4 +1,6 @@
-"""One process of a cluster: holds the sides of its clients, and answers their requests.
+"""One process of a cluster: holds the sides of its clients, and answers requests to them.
+
+A client's side (`Side`) is its part of a stage: it answers what the server asks the client.
 
 What a client stores between rounds comes back with its answer, and the process of the server stores
 it in the run folder. So a run can be resumed on other machines, and a client whose process was
@@ -25,11 +27,11 @@ from fedpress.wire.message import pack
 
 
 class Side(Protocol):
-    """A client's side of a stage; `ClientSide` is one.
+    """A client's part of a stage, which answers the server's requests; `ClientSide` is one.
 
     Attributes:
         common: inputs that are equal for all clients, such as the model.
-        memory: what it stores between rounds.
+        memory: where the client stores its state between rounds.
     """
 
     common: Any
@@ -55,7 +57,7 @@ class Write:
     tensors: dict[str, Tensor]
 
     def store(self, memory: ClientState) -> None:
-        """Stores it in `memory` too."""
+        """Repeats this write in another `memory`."""
         if self.round is None:
             memory.save_entry(self.entry, self.tensors)
         else:
@@ -111,12 +113,12 @@ def _own(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class Stored:
-    """From what a client begins in a new process.
+    """What a client needs to go on in a new process.
 
     Attributes:
-        memory: what it has stored.
-        set_up: earlier messages to it that a new process must know: the agreement, and the roster
-            of a secure sum.
+        memory: what the client has stored.
+        set_up: earlier messages to the client that a new process must know: the agreement, and
+            the roster of a secure sum.
     """
 
     memory: InMemoryState
@@ -153,12 +155,12 @@ class Host:
             threads: threads of torch. Bits depend on it.
 
         Returns:
-            Why it failed; empty if it did not.
+            Why loading failed; empty if it did not.
         """
         torch.set_num_threads(threads)
         if device != "cpu" and not torch.cuda.is_available():
             return "torch finds no GPU there"
-        # Any exception: pickles of a user's network import the user's modules.
+        # Any exception, because pickles of a user's model import the user's modules.
         try:
             self._sides = pickle.loads(sides)
             self._common = pickle.loads(build)(device=torch.device(device))
@@ -189,7 +191,7 @@ class Host:
         memory = RecordedState(stored.memory)
         side: Side = replace(self._sides[client], common=self._common, memory=memory)
         for message in stored.set_up:
-            # The same answer as the first time, also if it is a refusal: it was sent already.
+            # The answer, which may be a refusal, is the same as the first time, and was sent then.
             with suppress(Exception):
                 side.handle(message)
         self._running[client] = side, memory

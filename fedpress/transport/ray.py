@@ -1,8 +1,9 @@
-"""Simulated clients as Ray actors, on one machine or on a cluster; all that touches Ray.
+"""Simulated clients as Ray actors, on one machine or on a cluster; no other module uses Ray.
 
-Each actor is a process with the sides of some clients, one request at a time. Data and model go to
-an actor once, through Ray's object store; after that the same bytes travel as in every transport.
-Ray is imported when the engine is opened, and sends no telemetry.
+Each actor is a process that holds some clients, and works on one request at a time. A client's part
+of a stage is its *side* (`fedpress.transport.actor.Side`): it answers the server's requests. Data
+and model go to an actor once, through Ray's object store; after that the same bytes travel as in
+every transport. Ray is imported when the engine is opened, and sends no telemetry.
 """
 
 from __future__ import annotations
@@ -42,8 +43,8 @@ START_WITHIN = 300.0
 """Seconds after which an actor that has not started counts as failed."""
 LOST = "the process of this client was lost; a new one takes its place"
 QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
-"""Set before Ray is imported: no telemetry; and actors without a GPU see the machine as it is,
-which Ray will make its default and else warns of."""
+"""Set before Ray is imported: no telemetry, and CUDA_VISIBLE_DEVICES is left as it is in actors
+without a GPU. This will become Ray's default; until then Ray warns if it is not set."""
 
 
 def check_installed() -> None:
@@ -114,8 +115,9 @@ class RaySettings(BaseModel):
         """
         os.environ.update(QUIET)
         if self.address is None and "ray" not in sys.modules:
-            # Ray listens on all addresses of the machine, and whoever reaches it may run code.
-            # Ray reads both when it is imported; what the user has set stays.
+            # Ray listens on all addresses of the machine, and whoever reaches it may run code, so a
+            # token is required. Ray reads both variables when it is imported. Values that the user
+            # has set are kept.
             os.environ.setdefault("RAY_AUTH_MODE", "token")
             os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
         import ray
@@ -126,7 +128,7 @@ class RaySettings(BaseModel):
             _connect(ray, self.address)
         engine = RayEngine(self, ray)
         try:
-            # Now, and not when the first stage with clients begins.
+            # A cluster without room fails here, and not when the first stage with clients begins.
             engine.number_of_actors(1)
             yield engine
         finally:
@@ -191,7 +193,8 @@ class RayEngine:
         homes = []
         for first in range(count):
             own = names[first::count]
-            # Without what all sides share, and without what each has stored: both come separately.
+            # What all sides share is made in the actor by `build`, and what a client has stored
+            # comes with its first request. So neither is pickled here.
             bare: dict[ClientId, Any] = {}
             for name in own:
                 side: Any = clients[name]
@@ -256,7 +259,7 @@ def _pickled(ray: Any, what: Any) -> bytes:
     for name in own_modules.found():
         if name in sys.modules:
             ray.cloudpickle.register_pickle_by_value(sys.modules[name])
-    # Any exception: a user's network decides how it is pickled.
+    # Any exception, because the class of a user's model may define its own pickling.
     try:
         data: bytes = ray.cloudpickle.dumps(what)
     except Exception as problem:
@@ -274,7 +277,8 @@ class Home:
 
     Attributes:
         clients: names of its clients.
-        sides: reference to their pickled sides.
+        sides: reference, in Ray's object store, to the pickled sides of these clients, without
+            what all sides share and without what a client has stored.
         actor: handle of the actor; None: not started, or lost.
         waiting: requests that it has not got yet.
         working: request -> reference to its reply, in the order in which the actor works.
@@ -318,7 +322,7 @@ class Cluster:
         device = "cuda" if settings.gpus_per_client else "cpu"
         for home in homes:
             home.actor = remote.remote()
-        # Before the pickles are loaded, which another version of fedpress may not be able to.
+        # Compared before the pickles are loaded: another version of fedpress may be unable to.
         for found in self._all([home.actor.versions.remote() for home in homes]):
             for name, own in versions().items():
                 if found[name] != own:
@@ -382,11 +386,12 @@ class RayTransport:
     """Carries messages to clients in actors, which work at the same time.
 
     A client whose actor is lost gives an answer of kind "error" for the request at work; the actor
-    is started again, and requests that had waited for it are answered by the new one.
+    is started again, and requests that had waited for the lost one are answered by the new one.
 
-    What a client has stored is stored here when its answer is received. A request that is cancelled
-    while a client works on it leaves no trace, as with the local transport: before its next request
-    the client is set back to what is stored here. Schedules ask a client one thing at a time.
+    What a client stores comes back with its answer, and `receive` writes it to the server's storage
+    (`memories`) when it returns the answer. A request that is cancelled while a client works on it
+    leaves no trace, as with the local transport: before its next request the client is set back to
+    what is stored there. This is enough because schedules ask a client one thing at a time.
     """
 
     def __init__(
@@ -415,7 +420,7 @@ class RayTransport:
         self._sent = 0
         self._open: dict[RequestId, tuple[ClientId, _PackedMessage]] = {}
         self._replies: dict[RequestId, Reply] = {}
-        # Clients whose actor must be told first what they have stored.
+        # Clients whose actor lacks what they have stored: it goes with their next request.
         self._away = set(self._memories)
         self._set_up: dict[ClientId, dict[str, bytes]] = {name: {} for name in self._memories}
         # As in the local transport: a message to many clients is packed once.
@@ -450,8 +455,8 @@ class RayTransport:
     ) -> Answer | None:
         """Waits for the answer to the first of `requests`, in the order in which they were sent.
 
-        Another answer may come earlier, but a schedule that takes the first ones must choose the
-        same clients as with the local transport.
+        The answer to a later request may be ready sooner, but it waits: a schedule that takes the
+        first answers must choose the same clients as with the local transport.
 
         Raises:
             NetworkError: if a lost actor cannot be started again.
@@ -509,7 +514,7 @@ class RayTransport:
             home.working[request] = home.actor.answer.remote(client, packed.reference, stored)
 
     def _stored(self, client: ClientId) -> Stored | None:
-        """Returns from what a client begins; None if its actor has it."""
+        """Returns what to send with a client's next request; None if its actor has it already."""
         if client not in self._away:
             return None
         known = self._set_up[client]
@@ -545,7 +550,7 @@ class RayTransport:
         self._away.update(home.clients)
 
     def _deliver(self, request: RequestId) -> Answer:
-        """Stores what the client has stored, and returns its answer."""
+        """Writes what the client has stored to the server's storage, and returns the answer."""
         client, _ = self._open.pop(request)
         reply = self._replies.pop(request)
         data = reply.data

@@ -2,8 +2,9 @@
 
 A call is never lost silently. While an answer is missing the client is pinged: it says which calls
 it works on, and a call that it does not know (because its process was killed and started again) is
-sent again under the same name. A client works on a name once, and gives the same answer to the same
-question, so a call that arrives twice does no harm.
+sent again under the same name. A client's process works on each name once and keeps its
+latest answers, and a new process computes the same answer again. So a call that arrives twice does
+no harm.
 """
 
 from __future__ import annotations
@@ -40,9 +41,10 @@ class Presence:
 
     Attributes:
         name: of the client.
-        boot: drawn when its process started; another one shows that it was started again.
-        working: names of the calls that it has and has not answered.
-        fedpress: its version.
+        boot: a random id that the client's process draws when it starts. Another id shows that the
+            client was started again.
+        working: names of the calls that the client has received but not yet answered.
+        fedpress: version of fedpress at the client.
     """
 
     name: ClientId
@@ -65,7 +67,7 @@ class Presence:
         """Reads the body of a pong, which may come from anybody.
 
         Raises:
-            WireError: if it is none.
+            WireError: if `body` is no pong.
         """
         try:
             content = json.loads(body)
@@ -95,13 +97,15 @@ class _Call:
     Attributes:
         client: who was called.
         parcel: what was sent.
-        packed: holds the message, so that its bytes are shared by all calls with it.
-        ticket: of the link, for the latest time it was sent; empty while it cannot be sent.
+        packed: the message and its bytes, which all calls with this message share. Kept here
+            because `RemoteTransport._packed` refers to it only weakly.
+        ticket: the link's ticket of the latest time that the call was sent; empty if the link could
+            not send it.
         heard: when the client was last heard of, or sent the call.
         ping: ticket of a ping that is not answered yet.
-        asked: when it was last looked after this client.
+        asked: when this call was last sent, or last checked by `_look_after`.
         pinged: when the ping was sent.
-        losses: how often its answer was lost.
+        losses: how often the network lost the call or its answer.
     """
 
     client: ClientId
@@ -145,7 +149,8 @@ class RemoteTransport:
         self._answers: dict[RequestId, tuple[ClientId, Message]] = {}
         self._boots: dict[ClientId, list[str]] = {}
         self._sent = 0
-        # In order, each once: a call may be found lost in two ways at the same time.
+        # A dictionary as an ordered set: two checks may find the same call lost, but it must be
+        # sent again only once.
         self._unsent: dict[RequestId, None] = {}
         self._packed: WeakValueDictionary[int, _PackedMessage] = WeakValueDictionary()
 
@@ -294,7 +299,7 @@ class RemoteTransport:
             return
         call.heard = time.monotonic()
         self._note_boot(call.client, presence.boot)
-        # Nearly always it is at work. Else the call was lost with its process.
+        # Nearly always the client works on the call. Else the call was lost with its process.
         if call.ticket and call.parcel.request not in presence.working:
             self._unsent[request] = None
 
@@ -310,7 +315,7 @@ class RemoteTransport:
             )
         elif boots:
             self.told(f"client '{client}' was started again")
-        # The latest last.
+        # The latest boot comes last.
         self._boots[client] = [*(one for one in boots if one != boot), boot]
 
     def _look_after(self) -> None:

@@ -155,8 +155,8 @@ class RunFolder:
         folder = cls(path)
         stages = folder.settings.get("stage")
         planned = len(stages) if isinstance(stages, list) else 0
-        # Stages are counted and not read from the run's result.json: since then, the user may have
-        # deleted a damaged stage to run it again.
+        # Counts the result files of the stages. The run's own result.json may be outdated: the user
+        # may have deleted a damaged stage after it was written, to run that stage again.
         done = len(list(path.glob("stages/*/result.json")))
         folder.check_streams(finished=done >= planned > 0)
         old = folder.settings

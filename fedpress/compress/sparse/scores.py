@@ -1,4 +1,6 @@
-"""Scores of single weights, one row each in `WEIGHT_SCORES`: the lowest are pruned first.
+"""Functions that score single weights; weights with the lowest scores are pruned first.
+
+`WEIGHT_SCORES` lists the functions by name.
 
 For scores of whole channels see `fedpress.compress.prune.scores`.
 """
@@ -89,7 +91,8 @@ def fisher(inputs: WeightScoreInputs) -> Values:
 def snip(inputs: WeightScoreInputs) -> Values:
     """|w dL/dw| with the mean gradient of all batches (Lee et al. 2019, arXiv:1810.02340, eq. 4).
 
-    It is meant for networks at their initialisation, so norms use the statistics of the batch.
+    It is meant for networks at their initialisation, so batch-norm layers use the statistics of
+    the batch.
     """
     values = [w.value for w in inputs.weights]
     with differentiable(inputs.model, values, batch_statistics=True):
@@ -105,8 +108,8 @@ def grasp(inputs: WeightScoreInputs) -> Values:
 
     It estimates how much the weight adds to the norm of the gradient. Wang et al. 2020
     (arXiv:2002.07376, eq. 8) use the negative and remove the highest. The mean over batches is
-    taken. It is meant for networks at their initialisation, so norms use the statistics of the
-    batch.
+    taken. It is meant for networks at their initialisation, so batch-norm layers use the statistics
+    of the batch.
     """
     values = [w.value for w in inputs.weights]
     with differentiable(inputs.model, values, batch_statistics=True):
@@ -252,7 +255,7 @@ def _losses(inputs: WeightScoreInputs, name: str) -> Iterator[Tensor]:
             place="losses",
             cure="give them or use 'magnitude'",
         )
-    # The caller's losses are lazy, so that they are empty is known only at the end.
+    # The caller's losses are lazy: only after the loop is it known whether there were any.
     is_empty = True
     for loss in inputs.losses():
         is_empty = False

@@ -35,12 +35,17 @@ def codebook_name(key: str) -> str:
 
 
 def kept_zeros_name(key: str) -> str:
-    """Returns the name of the buffer that marks the kept zeros of a weight."""
+    """Returns the name of the buffer that marks the kept zeros of a sparse weight.
+
+    These are entries that were not pruned, but that quantization rounded to 0.
+    """
     return f"{key}_kept_zeros"
 
 
 def is_qparam(name: str) -> bool:
     """Returns whether a tensor is a scale, codebook, zero point or middle.
+
+    A middle is the threshold of one-bit inputs, see `fedpress.nn.quant_scheme`.
 
     >>> is_qparam("gru.weight_hh_l0_scale"), is_qparam("conv.weight")
     (True, False)

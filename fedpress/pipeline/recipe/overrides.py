@@ -74,9 +74,10 @@ class Override:
 
 
 def overrides_of(values: Mapping[str, Any], at: str = "") -> list[Override]:
-    """Returns the overrides for Python keywords; a mapping changes only the keys that it names.
+    """Returns the overrides for keyword arguments such as `seed=1, data={"num_clients": 5}`.
 
-    A mapping with a `kind` replaces the whole table, since another kind has other keys.
+    A mapping changes only the keys that it names. A mapping with a `kind` replaces
+    the whole table, since another kind has other keys.
 
     >>> [one.as_text() for one in overrides_of({"seed": 1, "data": {"num_clients": 5}})]
     ['seed=1', 'data.num_clients=5']

@@ -58,7 +58,7 @@ MOST_EVENTS = 100
 """With more events, similar ones are merged, because each takes time even on the coarsest grid."""
 
 MOST_BY_RENYI = 300
-"""The same limit for Renyi accounting, which takes a few milliseconds per event."""
+"""The limit of events for Renyi accounting, which takes a few milliseconds per event."""
 
 RAREST_SAMPLE = 1e-12
 """Smaller sampling probabilities are replaced by this one, which spends more."""
@@ -129,7 +129,8 @@ def spent(events: Iterable[MechanismEvent], *, delta: float, points: int = losse
     Args:
         events: the mechanisms and their steps.
         delta: probability with which the guarantee may fail.
-        points: grid points of `losses`; fewer are faster and can only raise epsilon.
+        points: grid points of `losses`; fewer are faster and raise epsilon, except for
+            rounding errors.
 
     Raises:
         RecipeError: if `delta` is not inside (0, 1).
@@ -197,7 +198,8 @@ def noise_multiplier(*, epsilon: float, delta: float, sampling_prob: float, step
         guess = 1 / math.sqrt(math.log1p((mu / sampling_prob) ** 2 / steps))
     found = _smallest_noise(lambda noise: spending(noise, FEW_POINTS), epsilon, guess)
 
-    # With all points, epsilon may be larger in the last digits, by rounding.
+    # More points give a smaller epsilon, but rounding errors may raise its last digits above the
+    # budget.
     increase = 1e-5
     while spending(found, losses.POINTS) > epsilon:
         found *= 1 + increase
@@ -248,10 +250,13 @@ def _spent_on_samples(gaussian: tuple[GaussianEvent, ...], delta: float, points:
 
 
 def _in_range(events: tuple[GaussianEvent, ...]) -> tuple[GaussianEvent, ...]:
-    """Returns events that spend at least as much, and whose squares are finite numbers."""
+    """Limits sampling probabilities and noise multipliers, so that their squares are finite.
+
+    The returned events spend at least as much. Events with infinite noise spend nothing, and are
+    left out.
+    """
     found = []
     for event in events:
-        # With infinite noise nothing is spent.
         if event.noise_multiplier == math.inf:
             continue
         prob = max(event.sampling_prob, RAREST_SAMPLE)
@@ -273,7 +278,7 @@ def _suits_dp_accounting(events: list[GaussianEvent], delta: float) -> bool:
     """Returns whether dp-accounting takes at most about a second, and is precise enough.
 
     Its Fourier transforms have rounding errors of about 1e-15 times the steps, independent of
-    delta, and it truncates tails of 1e-15.
+    delta, and it truncates tails of 1e-15. The errors may be at most 0.1% of delta.
     """
     steps = _total_steps(events)
     if len(events) > MANY_EVENTS or delta < 1e-10 or 1e-16 * steps > 1e-4 * delta:
@@ -281,8 +286,8 @@ def _suits_dp_accounting(events: list[GaussianEvent], delta: float) -> bool:
     grid = grid_step(events)
     widest = max(loss_span(event) for event in events)
     total_std = math.sqrt(_total_variance(events))
-    # For rare sampling, the grid may be coarser than a tenth of a step's standard deviation. Then
-    # tables are long and bounds are loose.
+    # A grid step is never below 1e-8. For very rare sampling this may be more than a tenth of a
+    # step's standard deviation, and then the bound is loose.
     fine = grid <= 0.1 * total_std / math.sqrt(steps)
     return fine and max(widest, 16 * total_std) <= LONGEST_TABLE * grid
 
@@ -329,10 +334,10 @@ def _mixture(
 
     It is the smaller of Renyi accounting for everything and `_compose_with_dominating`.
 
-    The probability that a sensitivity bound fails is subtracted from delta. Proof: replace the
-    output by that of the neighbouring data set wherever a bound fails. The replaced mechanism has
-    the bounded sensitivity, and differs from the real one with probability at most `failure` in
-    each step.
+    The probability that a sensitivity bound fails is subtracted from delta. Proof: let M be the
+    real mechanism, and let M' be equal to M except where a bound fails; there M' releases the
+    output of the neighbouring data set. Then M' has the bounded sensitivity, and differs from M
+    with probability at most `failure` in each step.
     """
     remaining = delta - sum(event.failure * event.steps for event in skellam)
     if remaining <= 0:
@@ -389,9 +394,9 @@ def _compose_with_dominating(
 def grid_step(events: list[GaussianEvent]) -> float:
     """Returns a grid step of the losses that raises epsilon by at most about 0.03%.
 
-    Connect-the-dots moves each loss to the two nearest grid points, which adds at most grid^2/6 to
-    the variance of a step on average. For a grid of 0.06 standard deviations of a step this is 6e-4
-    of the variance.
+    Connect-the-dots moves each loss to the two nearest grid points. This adds about grid^2/6 to the
+    variance of a step, as losses are spread evenly between grid points. For a grid of 0.06 standard
+    deviations of a step this is 6e-4 of the variance.
     """
     variance = _total_variance(events) / _total_steps(events)
     # With very low noise, losses are of the order of 1/noise^2. Then the grid is coarse enough for
@@ -412,7 +417,7 @@ def _total_variance(events: list[GaussianEvent]) -> float:
 def _loss_variance(event: GaussianEvent) -> float:
     """Returns the approximate variance of one step's loss: q^2 (e^(1/z^2) - 1), at most 1/z^2."""
     inverse = event.noise_multiplier**-2
-    # Clipped at e^100, which is far above the other bound, against overflow.
+    # The exponent is limited against overflow: e^100 is far above the bound 1/z^2.
     return min(event.sampling_prob**2 * math.expm1(min(inverse, 100.0)), inverse)
 
 

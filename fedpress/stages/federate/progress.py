@@ -37,8 +37,10 @@ class Progress:
         best_round: the round with this score.
         bytes_up: bytes from the clients in all rounds.
         bytes_down: bytes to the clients in all rounds.
-        set_up: bytes (up, down) of the messages before the first round; None if a run of an older
-            version counted some of them in its first round.
+        set_up: bytes (up, down) of the messages before the first round, which are not part of
+            `bytes_up` and `bytes_down`. The record of the first round adds the bytes of a secure
+            sum's keys. None in a run that an older version began, which counted some of these
+            bytes in the first round.
         note: text about the last round for the progress bar.
         stopped: why the rounds were stopped early; empty if they were not.
         closed: number of rounds in a row in which no client's update was used.

@@ -30,7 +30,8 @@ class L0Settings(TrainSettings):
     gate_lr: float | None = Field(
         None,
         gt=0,
-        description="learning rate of the gates (Adam); by default higher for fewer steps",
+        description="learning rate of the gates (Adam); by default it follows from the number of "
+        "steps: the fewer, the higher",
     )
     keep_first: bool = Field(True, description="weights: leave the first layer dense")
     keep_last: bool = Field(True, description="weights: leave the last layer dense")

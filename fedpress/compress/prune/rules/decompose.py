@@ -2,8 +2,9 @@
 
 Examples: `torch.hstack` is one `cat`; `torch.diff` is two slices and a subtraction. PyTorch has
 such decompositions for about a thousand operations, in C++ ("composite" kernels) and in Python
-(`torch._decomp`). A rule of its own is needed only for an operation that cannot be decomposed, or
-whose parts would keep channels that the operation as a whole does not need.
+(`torch._decomp`). A rule says which channels of an operation are pruned together and which are kept
+(not pruned). An operation needs its own rule only if it cannot be decomposed, or if the rules of
+its parts would keep channels that can be pruned.
 """
 
 from __future__ import annotations
