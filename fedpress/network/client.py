@@ -12,13 +12,13 @@ from fedpress.network.sessions import Sessions
 
 @dataclass(frozen=True)
 class Answered:
-    """One answered call, for whoever watches.
+    """One call that the client has answered; `serve` yields it, for instance to print it.
 
     Attributes:
-        session: what it was about.
-        bytes_in: length of the question.
+        session: name of the session that the call belongs to.
+        bytes_in: length of the request.
         bytes_out: length of the answer.
-        seconds: that the answer took.
+        seconds: time that the answer took.
     """
 
     session: str

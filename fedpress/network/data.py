@@ -61,7 +61,8 @@ class ClientData:
         """Returns the examples in the layout that the offered model was trained on.
 
         Raises:
-            DataError: if they are of another layout, with what was found and what is needed.
+            DataError: if the data are of another layout. The text says what was found and what is
+                needed.
         """
         if self.path.is_dir():
             found = self._images(offer)
@@ -109,7 +110,7 @@ class ClientData:
                 place=f"'{self.path}'",
                 cure=f"expected the labels {', '.join(map(str, offer.task.names))}",
             )
-        # The client's half standardises by itself, as in a simulation.
+        # Not standardised here: the client's side of the stage does it, as in a simulation.
         raw = replace(about, mean=(0.0,) * about.width, std=(1.0,) * about.width)
         return Arrays(prepare(rows, raw), targets.y[keep])
 
@@ -143,7 +144,8 @@ def check_layout(found: Arrays, offer: Offer, place: str) -> None:
     """Checks that examples and targets are what the offered model and task take.
 
     Raises:
-        DataError: saying what was found and what is needed; never a value.
+        DataError: if they are not. The text says what was found and what is needed, but shows no
+            value of the data.
     """
     wanted = offer.spec.input_shape
     if shape_of(found.x) != wanted:
@@ -173,7 +175,7 @@ def read_arrays(path: Path) -> Arrays:
     """Reads a file with `x` (or `x.NAME` for each of several inputs) and `y`.
 
     Raises:
-        DataError: if it is none.
+        DataError: if it is no such file.
     """
     try:
         if path.suffix == ".npz":

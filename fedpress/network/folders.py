@@ -66,7 +66,7 @@ class ServerFolder:
 
     @classmethod
     def read(cls, path: Path) -> ServerFolder:
-        """Reads it.
+        """Reads the folder.
 
         Raises:
             NetworkError: if a file is missing or wrong.
@@ -86,14 +86,14 @@ class ServerFolder:
 
 @dataclass(frozen=True)
 class ClientFolder:
-    """The folder of one client; it holds the state of its runs, too."""
+    """The folder of one client; it also holds the state of the runs that the client is part of."""
 
     path: Path
     config: ClientConfig
 
     @classmethod
     def read(cls, path: Path) -> ClientFolder:
-        """Reads it.
+        """Reads the folder.
 
         Raises:
             NetworkError: if a file is missing or wrong.
@@ -109,7 +109,7 @@ class ClientFolder:
 
     @property
     def sessions(self) -> Path:
-        """Where the sessions are kept."""
+        """Folder in which the client's sessions are kept."""
         return self.path / "sessions"
 
 
@@ -136,11 +136,11 @@ def init(out: Path, clients: Sequence[ClientId], host: str, port: int) -> None:
     Args:
         out: must not exist.
         clients: their names.
-        host: by which they reach the server.
+        host: name or address by which the clients reach the server.
         port: of the server.
 
     Raises:
-        NetworkError: if the folder exists, or a name, the host or the port cannot be one.
+        NetworkError: if the folder exists, or a name, the host or the port is not valid.
     """
     if out.exists():
         raise NetworkError(
@@ -148,7 +148,7 @@ def init(out: Path, clients: Sequence[ClientId], host: str, port: int) -> None:
             place=str(out),
             cure="give another folder with --out, or a further client with fedpress network add",
         )
-    # All before the first file is written: half a network cannot be used.
+    # Everything is checked before the first file is written: half a network cannot be used.
     _check_names(clients)
     _check_host(host)
     if not 0 < port < 65536:
@@ -171,7 +171,7 @@ def add(out: Path, name: ClientId) -> None:
     """Makes the folder of a further client, and lists its key at the server.
 
     Raises:
-        NetworkError: if there is one of this name, or the network's folder is not whole.
+        NetworkError: if there is a client of this name, or the network's folder is not whole.
     """
     folder = ServerFolder.read(out / "server")
     config = folder.config

@@ -1,4 +1,4 @@
-"""The gate: what a data owner's policy is asked before a client answers."""
+"""The gate: asks a data owner's policy before a client answers the server."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from fedpress.wire.message import Message
 
 @dataclass(frozen=True)
 class Refusal:
-    """A no, which the server is told.
+    """The gate's no to a request; it is sent to the server.
 
     Attributes:
         rule: the key of the policy, such as `max_epsilon`.
-        reason: for people; it must not say anything about the data.
+        reason: a text for people; it must not say anything about the data.
     """
 
     rule: str
@@ -35,11 +35,12 @@ class Asked:
     """What a client is asked to take part in.
 
     Attributes:
-        session: of the server.
-        name: of the client.
+        session: name of the session, which the server has drawn.
+        name: name of the client.
         offer: what the server offers.
-        memory: drawn with the session's memory of secrets and answered rounds. After another draw
-            the same question would get an answer with other noise, which costs privacy again.
+        memory: a random id of the session's memory, which holds secrets and answered rounds. If
+            the memory is lost, a new one gets another id: the same question would then get an
+            answer with other noise, which costs privacy again.
     """
 
     session: str
@@ -49,7 +50,7 @@ class Asked:
 
 
 class Gate(Protocol):
-    """Answers None for yes, and notes what is promised and spent."""
+    """Decides about each request: None means yes. Notes what is promised and spent."""
 
     def code_named(self, session: str, name: str) -> Refusal | None:
         """Says whether a model may be built by the function `name` (`module:function`)."""
@@ -64,11 +65,11 @@ class Gate(Protocol):
         ...
 
     def called(self, asked: Asked, contract: Contract, message: Message) -> Refusal | None:
-        """Says whether one more message is answered, and charges it before it is."""
+        """Says whether a further message may be answered, and charges the answer beforehand."""
         ...
 
     def leaving(self, asked: Asked, answer: Message) -> Message:
-        """Returns an answer without the measures that must not leave."""
+        """Returns an answer without the metrics that must not leave the client."""
         ...
 
 
@@ -97,10 +98,10 @@ class NoPolicy:
 
 
 def unnamed_code(name: str) -> Refusal:
-    """Returns the refusal of own code that the owner has not named."""
+    """Returns the refusal of a model whose building function the owner's policy does not name."""
     return Refusal("code", f"the model is built by {name[:80]}, and no code of others runs here")
 
 
 def failure(problem: Exception) -> Message:
-    """Returns the message for an answer that failed, as the simulation has it."""
+    """Returns the message to send if answering failed, the same as in a simulation."""
     return error(f"{type(problem).__name__}: {problem}")

@@ -29,7 +29,7 @@ class KnownIdentities:
 
     Attributes:
         path: the file; it need not exist.
-        own: name of this client, whose key follows from its own secret.
+        own: name of this client. Its key is not looked up, because it follows from its own secret.
     """
 
     path: Path
@@ -39,7 +39,7 @@ class KnownIdentities:
         """Returns the keys that are known.
 
         Raises:
-            NetworkError: if the file is damaged, since without it an exchange would go unseen.
+            NetworkError: if the file is damaged: without it an exchanged key would not be noticed.
         """
         try:
             table = tomllib.loads(self.path.read_text("utf-8"))
@@ -55,7 +55,7 @@ class KnownIdentities:
             ) from error
 
     def compare(self, identities: Mapping[ClientId, bytes]) -> Refusal | None:
-        """Refuses if a known client has another key than before."""
+        """Returns a refusal if a known client has another key than before, else None."""
         known = self.read()
         for name, key in identities.items():
             if name != self.own and known.get(name, key) != key:

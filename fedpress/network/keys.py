@@ -29,7 +29,7 @@ class Authority:
 
     Attributes:
         key: stays with whoever set the network up, best off line.
-        certificate: every client has it.
+        certificate: the public certificate, of which every client has a copy.
     """
 
     key: ec.EllipticCurvePrivateKey
@@ -37,7 +37,7 @@ class Authority:
 
     @classmethod
     def new(cls) -> Authority:
-        """Makes one."""
+        """Makes an authority with a new key."""
         key = ec.generate_private_key(CURVE)
         name = _name("fedpress network")
         now = _now()
@@ -92,7 +92,7 @@ class Authority:
         return cls(loaded, signed)
 
     def write(self, key: Path, certificate: Path) -> None:
-        """Writes both as PEM; the key for its owner alone."""
+        """Writes key and certificate as PEM; only the file's owner may read the key."""
         write_private(key, _pem(self.key))
         certificate.write_bytes(self.certificate.public_bytes(serialization.Encoding.PEM))
 

@@ -28,7 +28,7 @@ PATIENCE = 30.0
 DAY = 86_400.0
 
 TABLES: dict[str, tuple[str, str]] = {
-    # Paths and contents that were seen together: by either of them later questions are recognised.
+    # Paths and contents that were seen together. Data are recognised later by either of them.
     "data": ("path TEXT NOT NULL, digest TEXT NOT NULL", "path, digest"),
     # What was decided about a question, once for each kind of decision.
     "decisions": (
@@ -37,7 +37,8 @@ TABLES: dict[str, tuple[str, str]] = {
         "reason TEXT NOT NULL",
         "data, session, recipe, kind, rule",
     ),
-    # Rounds that are answered. A run is one memory of one agreement, see `Asked.memory`.
+    # Rounds that are answered. A run is named by the client's memory (see `Asked.memory`) and by
+    # the agreement of all clients.
     "rounds": (
         "data INTEGER NOT NULL, run TEXT NOT NULL, session TEXT NOT NULL, server TEXT NOT NULL, "
         "recipe TEXT NOT NULL, stage TEXT NOT NULL, round INTEGER NOT NULL",
@@ -55,7 +56,7 @@ TABLES: dict[str, tuple[str, str]] = {
     # The newest row of a recipe counts: what was approved can be withdrawn.
     "approvals": ("recipe TEXT NOT NULL, approved INTEGER NOT NULL, words TEXT NOT NULL", ""),
 }
-"""Table -> its columns beside `id` and `time`, and those that name a row."""
+"""Table -> its columns beside `id` and `time`, and those whose values only one row may have."""
 ENTRY = (
     "what",
     "sampling_prob",
@@ -79,11 +80,11 @@ def default_path() -> Path:
 
 @dataclass(frozen=True)
 class DataKey:
-    """By what data are recognised: where they lie, or what they are.
+    """Path and content of data; data are recognised by either of them.
 
     Attributes:
-        path: resolved, so that links and relative names make no difference.
-        digest: SHA-256 of the content; of a folder with the names in it.
+        path: absolute path without links, so that links and relative names make no difference.
+        digest: SHA-256 of the content; for a folder, of the names and contents of its files.
     """
 
     path: str
@@ -94,7 +95,7 @@ class DataKey:
         """Reads a file, a folder, or the files that a name with `*` stands for.
 
         Raises:
-            PrivacyError: if it cannot be read.
+            PrivacyError: if the data cannot be read.
         """
         found = path.expanduser().resolve()
         total = hashlib.sha256()
@@ -124,12 +125,12 @@ def _digest(path: Path) -> bytes:
 
 @dataclass(frozen=True)
 class Question:
-    """Whose question about which data a row is about.
+    """Which server has asked what about which data; rows of the ledger refer to it.
 
     Attributes:
         data: number of the data, see `OwnerLedger.data`.
-        session: of the server.
-        server: fingerprint of its certificate; empty without TLS.
+        session: name of the session, which the server has drawn.
+        server: fingerprint of the server's certificate; empty without TLS.
         recipe: fingerprint of the terms.
         stage: name of the stage.
     """
@@ -202,7 +203,7 @@ class OwnerLedger:
     def _make(self) -> None:
         """Creates the tables, and triggers by which rows can be added only."""
         self._base.execute("BEGIN IMMEDIATE")
-        # Another process may have done it meanwhile.
+        # Another process may have created the tables meanwhile.
         if self._base.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
             self._base.execute("COMMIT")
             return
@@ -248,7 +249,7 @@ class OwnerLedger:
                 raise
 
     def _check_place(self) -> None:
-        """Refuses to write into a file that nobody finds any more.
+        """Refuses to write into a file that is no longer at its path.
 
         Raises:
             PrivacyError: if the file was deleted, moved or replaced since it was opened.
@@ -266,13 +267,13 @@ class OwnerLedger:
 
     @contextmanager
     def _telling(self) -> Iterator[None]:
-        """Turns errors of SQLite and of files into one with a place and a cure."""
+        """Turns errors of SQLite and of files into a `PrivacyError` with a place and a cure."""
         try:
             yield
         except FedpressError:
             raise
         except sqlite3.OperationalError as error:
-            # Locked, full, read-only, gone.
+            # The file is locked, read-only or gone, or the disk is full.
             raise PrivacyError(
                 f"cannot be written ({error})",
                 place=self.path,
@@ -327,7 +328,8 @@ class OwnerLedger:
     def same_data(self, data: int) -> set[int]:
         """Returns the numbers of all data that share a path or a content with these.
 
-        Also by way of others: a file that was changed, and then copied, stays the same data.
+        This includes data that share one only with other data of the result: a file that was
+        changed, and then copied, stays the same data.
         """
         query = """
             WITH RECURSIVE same(id, path, digest) AS (
@@ -370,7 +372,7 @@ class OwnerLedger:
 
         Args:
             data: number of the data.
-            recipe: only charges of this one.
+            recipe: only the charges of this recipe; None: of all.
             besides: a run whose own charges are left out.
         """
         query = f"SELECT unit, {', '.join(ENTRY)} FROM charges WHERE data IN {self._same(data)}"
@@ -395,7 +397,7 @@ class OwnerLedger:
         return f"({', '.join(map(str, sorted(self.same_data(data))))})"
 
     def write_round(self, question: Question, run: str, round: int, charges: list[Charge]) -> None:
-        """Notes that a round is answered, and what that costs; must be called in `changing`."""
+        """Notes that a round is answered, and what the answer costs; call it inside `changing`."""
         self._insert("rounds", **vars(question), run=run, round=round)
         for part, charge in enumerate(charges):
             fields = {name: getattr(charge.entry, name) for name in ENTRY}
@@ -413,7 +415,7 @@ class OwnerLedger:
             )
 
     def approve(self, recipe: str, words: str, *, approved: bool = True) -> None:
-        """Notes that the owner approves a recipe, or withdraws that.
+        """Notes that the owner approves a recipe, or withdraws the approval.
 
         Raises:
             PrivacyError: if the ledger cannot be written.
@@ -435,7 +437,7 @@ class OwnerLedger:
 
 
 def _also(key: str) -> str:
-    """Returns the condition by which a new row has the name of an old one."""
+    """Returns the SQL condition that a row with the same values in the columns `key` exists."""
     if not key:
         return ""
     return " OR (" + " AND ".join(f"{one} = NEW.{one}" for one in key.split(", ")) + ")"

@@ -1,7 +1,8 @@
 """A client's correspondence: one thread that keeps the connection, while another one trains.
 
-The thread connects again for as long as it takes, answers pings at once, hands calls over, and
-sends answers back. So the server sees that a client is at work even while a round takes an hour.
+After a failure the thread tries to connect until it succeeds. It answers pings at once, hands calls
+over, and sends answers back. So the server sees that a client is at work even while a round takes
+an hour.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ log = logger(__name__)
 REMEMBERED = 8
 """Answers that are kept, for calls that arrive twice."""
 REMEMBERED_BYTES = 64 << 20
-"""Most bytes of these, beside the newest."""
+"""Most bytes of the answers that are kept; the newest is kept even if it is longer."""
 LONGEST_WAIT = 5.0
 """Most seconds between two attempts to connect."""
 
@@ -39,7 +40,7 @@ class Wire(Protocol):
         ...
 
     def beat(self) -> None:
-        """Shows the server that this client is there, if that is due."""
+        """Shows the server that this client is online, if it was last shown long enough ago."""
         ...
 
     def receive(self) -> Any:
@@ -60,11 +61,11 @@ class Correspondence:
 
     Attributes:
         name: of the client.
-        boot: drawn for this process.
+        boot: a random id of this process.
     """
 
     def __init__(self, wire: Wire, name: ClientId, told: Callable[[str], None]) -> None:
-        """Prepares it.
+        """Prepares the thread; `start` starts it.
 
         Args:
             wire: used by the thread alone.
@@ -134,7 +135,7 @@ class Correspondence:
             except NetworkError as problem:
                 if problem.refused:
                     raise
-                # Once for each reason, not at every attempt.
+                # Each reason is told once, not at every attempt.
                 if str(problem) != told:
                     told = str(problem)
                     self._told(f"waiting for the server: {told}")
@@ -183,7 +184,8 @@ class Correspondence:
         elif parcel.request in self.answered:
             self._wire.reply(incoming, self.answered[parcel.request])
         elif parcel.request in self._working:
-            # Sent twice: the answer goes to the later one, since nobody may wait for the first.
+            # The call was sent twice. The answer goes to the later one, since nobody may wait for
+            # the first.
             self._working[parcel.request] = incoming
         else:
             self._working[parcel.request] = incoming
@@ -197,7 +199,7 @@ class Correspondence:
         return sent
 
     def _send(self, call: Any, parcel: Parcel, seconds: float) -> None:
-        # Noted first: if the connection fails now, the server asks again.
+        # Kept before it is sent: if the connection fails now, the server asks again.
         self.answered[parcel.request] = parcel
         # The newest stays however long it is: it is the likeliest to be asked for again.
         while len(self.answered) > 1 and (

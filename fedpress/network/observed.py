@@ -25,7 +25,7 @@ EVERY = 1.0
 LOOK_EVERY = 5.0
 """Seconds between two questions of who is online, while answers are waited for."""
 LONGEST_REFUSAL = 4096
-"""Bytes; longer answers are no refusals and are not read here."""
+"""Longest answer that is read here, in bytes; longer ones are no refusals."""
 SHOWN_IF_HIDDEN = "offer"
 """Where the cohort is hidden, only refusals of this message are noted.
 
@@ -45,10 +45,10 @@ class _Open:
     """The last call to a client.
 
     Attributes:
-        request: its name.
-        ticket: of the link, for the last time it was sent.
-        kind: of the message.
-        at: when it was first sent, in seconds since 1970.
+        request: name of the call.
+        ticket: the link's ticket of the last time that the call was sent.
+        kind: kind of the message.
+        at: when the call was first sent, in seconds since 1970.
         awaited: whether the server still asks for the answer.
     """
 
@@ -63,10 +63,10 @@ class ObservedLink:
     """Passes everything on to another link, and writes `presence.json` in a thread of its own."""
 
     def __init__(self, link: Link, *, hidden: bool) -> None:
-        """Prepares it; nothing is written before `write_into`.
+        """Prepares the link; nothing is written before `write_into`.
 
         Args:
-            link: does the work.
+            link: the link that carries the parcels.
             hidden: see `PresenceNow`.
         """
         self.link = link
@@ -120,7 +120,7 @@ class ObservedLink:
     def _asked(self, client: ClientId, parcel: Parcel, ticket: str, now: float) -> None:
         before = self._open.get(client)
         if before is not None and before.request == parcel.request:
-            # Sent again: the client is as late as before.
+            # The call was sent again: the client is as late as before.
             before.ticket, before.awaited = ticket, True
         else:
             self._open[client] = _Open(parcel.request, ticket, kind_of(parcel.body), now)
@@ -159,7 +159,7 @@ class ObservedLink:
         try:
             message = unpack(answer.body, max_bytes=LONGEST_REFUSAL)
         except WireError:
-            # The transport tells of it.
+            # `RemoteTransport` reads the same answer and reports the damage.
             return
         if message.kind == "refused":
             rule = str(message.header.get("rule", ""))[:MOST_LETTERS]

@@ -24,7 +24,7 @@ from fedpress.wire.message import Message
 log = logger(__name__)
 
 CHECK = "check"
-"""Kind of a decision about an offer of which nothing is kept."""
+"""Kind of a decision about a trial offer: a question before a run, of which nothing is kept."""
 ROUNDING = 1e-9
 """Share of epsilon by which floating-point rounding may exceed a limit."""
 
@@ -37,14 +37,16 @@ class OwnerGate:
         policy: what is allowed.
         ledger: what was spent.
         data: number of the data in the ledger.
-        server: fingerprint of the certificate that this client is started with; empty without TLS.
+        server: fingerprint of the certificate by which this client knows the server; empty without
+            TLS.
     """
 
     policy: Policy
     ledger: OwnerLedger
     data: int
     server: str = ""
-    # Run -> latest charge of other runs at the time when the whole run was found to fit in.
+    # Run -> number of the latest charge by other runs, when the whole run was found to be within
+    # the limits.
     _fits: dict[str, int] = field(default_factory=dict, repr=False)
 
     @classmethod
@@ -112,7 +114,7 @@ class OwnerGate:
 
     def called(self, asked: Asked, contract: Contract, message: Message) -> Refusal | None:
         """See `Gate`."""
-        # The client refuses it: it must cost nothing.
+        # The client refuses a message of another agreement, so it must cost nothing.
         fingerprint = contract.terms.agreement.fingerprint
         if message.kind in ("fit", "evaluate") and message.header.get("agreement") != fingerprint:
             return None
@@ -151,7 +153,7 @@ class OwnerGate:
             return decide()
         except PrivacyError as problem:
             log.error("%s", problem)
-            # Without the path, which would tell the server something of this machine.
+            # The text names no path, which would tell the server something about this machine.
             return Refusal("ledger", f"the owner's ledger {problem.problem.partition(' (')[0]}")
 
     def _of_offer(self, offer: Offer) -> Refusal | None:
@@ -221,7 +223,7 @@ class OwnerGate:
         if message.kind == "evaluate":
             if "score" not in self.policy.metrics:
                 return Refusal("metrics", "the score on the owner's examples may not leave")
-            # Under privacy the client refuses it, and it must cost nothing.
+            # Under privacy the client refuses to evaluate, so it must cost nothing.
             if contract.stage.privacy is not None:
                 return None
             return self._charge(asked, contract, 0)
@@ -229,13 +231,14 @@ class OwnerGate:
             return None
         round = message.header.get("round")
         planned = range(1, contract.stage.num_rounds + 1)
-        # Another round costs nothing: under privacy the client refuses it, see `answer_once`.
+        # Under privacy the client refuses a round that is not planned (see `answer_once`), so it
+        # must cost nothing.
         if type(round) is not int or (contract.stage.privacy is not None and round not in planned):
             return None
         return self._charge(asked, contract, round)
 
     def _charge(self, asked: Asked, contract: Contract, round: int) -> Refusal | None:
-        """Notes one more answered round, unless it is noted already; 0 for an evaluation."""
+        """Charges and notes one more answered round, unless it is noted; round 0: an evaluation."""
         run = _run(asked, contract)
         question = self._question(asked)
         with self.ledger.changing():
@@ -261,8 +264,8 @@ class OwnerGate:
         rules = self.policy.privacy
         if rules is None or not charges:
             return None
-        # Epsilon takes up to a second to compute. It was computed for the whole run; as long as
-        # no other run has spent since, a part of it fits in, too.
+        # Epsilon takes up to a second to compute. It was computed for the whole run before; as
+        # long as no other run has spent since, a part of the run is within the limits, too.
         latest = self.ledger.latest_charge(self.data, besides=run)
         if self._fits.get(run) == latest and answered < contract.participation.max_tasks:
             return None
@@ -280,7 +283,7 @@ def _check_installed(name: str, policy: Path | None) -> None:
 
 
 def _run(asked: Asked, contract: Contract) -> str:
-    """Names a run: one memory of secrets and answered rounds, under one agreement."""
+    """Returns the name of a run: the id of the client's memory, and the agreement's fingerprint."""
     return f"{asked.memory}-{contract.terms.agreement.fingerprint}"
 
 
@@ -395,13 +398,13 @@ class StatusRow:
     """What one server asked with one recipe about some data; another row sums up for the data.
 
     Attributes:
-        data: where they lie; the latest place, if they were moved.
+        data: path of the data; the latest one, if they were moved.
         recipe: fingerprint of the terms; "total" in a row that sums up, empty for an offer that
             was refused before it was read.
-        stage: its name.
+        stage: name of the stage.
         server: fingerprint of the server's certificate, shortened; empty without TLS.
         approved: whether the owner approved the recipe.
-        asked: number of sessions in which it was offered.
+        asked: number of sessions in which the stage was offered.
         answered: number of rounds that were answered.
         refused: the latest rule that said no, and its reason.
         epsilon: spent by this recipe on these data.

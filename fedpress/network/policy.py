@@ -244,7 +244,7 @@ def _in_toml(value: Any) -> str:
 
 
 def _line(text: str, keys: list[str]) -> int:
-    """Returns the number of the line that sets a key; that of its table if the key is inside."""
+    """Returns the number of the line that sets a key; of its table if there is none."""
     above, last = keys[:-1], keys[-1]
     table: list[str] = []
     of_table = 1

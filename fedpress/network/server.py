@@ -27,8 +27,9 @@ class ServerNetwork:
         labels: the columns that are predicted, where the clients' data are tables.
         lost_after: seconds of silence after which an offline client counts as lost for a call.
         told: is called with a sentence when a client goes, comes back, or is called again.
-        min_clients: how many must be connected before a stage begins; None: all that are listed.
-        timeout: seconds to wait for them; None: for ever.
+        min_clients: how many clients must be connected before a stage begins; None: all that are
+            listed.
+        timeout: seconds to wait for these clients; None: for ever.
     """
 
     link: Link

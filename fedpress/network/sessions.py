@@ -2,7 +2,7 @@
 
 A client that is killed and started again goes on by itself: the messages by which a session was set
 up (offer, agreement, roster of a secure sum) lie in its folder, and are handled once more before
-the next question is answered. All of them give the same answers as the first time.
+the next question is answered. Their answers are the same as the first time.
 """
 
 from __future__ import annotations
@@ -48,9 +48,10 @@ class Session:
 
     Attributes:
         asked: what the client takes part in.
-        half: the client's side of the stage.
+        half: the client's side of the stage, which answers the server's messages.
         folder: None for a trial, of which nothing is kept.
-        refusal: of the whole run, when all clients were known.
+        refusal: why the gate refused the whole run, once all clients were known; None if it did
+            not.
     """
 
     asked: Asked
@@ -65,7 +66,7 @@ class Sessions:
 
     Attributes:
         name: of the client.
-        folder: where they are kept.
+        folder: where the sessions are kept.
         examples: loads the client's data as an offer needs them.
         gate: the owner's policy.
         identity: 32 secret bytes behind the keys of this client in secure sums.
@@ -129,7 +130,8 @@ class Sessions:
         refusal = self.gate.offered(asked, trial=trial)
         if refusal is not None:
             return _told(refusal)
-        # Only now: even an error of the data must not be told to everybody who asks.
+        # The data are read only after the gate has agreed: a server that is not allowed must not
+        # even learn of an error in them.
         arrays = self.examples(offer)
         folder = None if trial else self.folder / name
         memory: ClientState = InMemoryState() if folder is None else DiskState(folder / "memory")
@@ -155,7 +157,7 @@ class Sessions:
         half = session.half
         contract = half.contract
         later = message.kind not in ("register", "agree")
-        # So that the server hears the reason again where it waits for an answer.
+        # Every later answer repeats the reason, so that the server hears it where it waits.
         if later and session.refusal is not None:
             return session.refusal.to_message()
         if later and contract is not None:
@@ -167,7 +169,7 @@ class Sessions:
             try:
                 refusal = self._agreed(session, half.contract)
             except FedpressError:
-                # The client's side has agreed already; a question that failed is no yes.
+                # The client's side has agreed already, but the gate failed to decide: no yes.
                 half.withdraw()
                 raise
             session.refusal = refusal
@@ -179,7 +181,7 @@ class Sessions:
         return self.gate.leaving(session.asked, answer)
 
     def _agreed(self, session: Session, contract: Contract) -> Refusal | None:
-        """Asks for the whole run, with all clients known: are they who they were, and may it be?"""
+        """Asks whether the run is allowed, and whether all clients have the same keys as before."""
         trial = session.folder is None
         identities = contract.population.identities
         refusal = None
@@ -203,7 +205,7 @@ class Sessions:
             if not path.exists():
                 break
             answer = self._answer(name, path.read_bytes())
-            # The policy is another one than before the restart.
+            # The owner has changed the policy since the session was begun.
             if answer.kind == "refused":
                 raise _Refused(answer)
         return self.open_sessions.get(name)
@@ -237,7 +239,7 @@ class _Refused(Exception):
 
 
 def _drawn_with(memory: ClientState) -> str:
-    """Returns the name of a session's memory, which is drawn the first time."""
+    """Returns the random id of a session's memory; draws and stores it the first time."""
     stored = load_json(memory, "drawn")
     if not stored:
         stored = {"name": secrets.token_hex(16)}

@@ -12,7 +12,7 @@ from fedpress.privacy.ledger import Ledger, LedgerEntry
 
 Unit = Literal["sample", "client"]
 OWNER = "owner"
-"""Party of all entries: whoever asked, and by whichever name, it was about the same data."""
+"""Party of all entries, in place of the client's name: all of them are about the same data."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ def spent(charges: Sequence[Charge], *, unit: Unit, delta: float) -> float:
 
     Args:
         charges: of all runs on the same data.
-        unit: what epsilon is about.
+        unit: what neighbours differ in: one row ("sample") or one client's data ("client").
         delta: probability with which the guarantee may fail.
 
     >>> entry = LedgerEntry("owner", "federate", 1.0, 4.0, 10)
@@ -74,7 +74,7 @@ def spent(charges: Sequence[Charge], *, unit: Unit, delta: float) -> float:
 
 
 def _epsilon(entries: Sequence[LedgerEntry], delta: float) -> float:
-    # The unit of a ledger is a word in its file: composition is the same for both.
+    # Either unit would do here: a ledger composes its entries in the same way for both.
     named = [replace(entry, who=OWNER) for entry in entries]
     return Ledger("sample").add(*named).epsilon(delta=delta) if named else 0.0
 
@@ -86,7 +86,7 @@ def _for_rows(entry: LedgerEntry) -> LedgerEntry:
     if isinstance(event, GaussianEvent):
         changed = GaussianEvent(1.0, event.noise_multiplier / 2, event.steps)
     else:
-        # Either of the two vectors may be longer than its bound.
+        # If a row differs, so do the client's vectors; either may be longer than its bound.
         failure = min(2 * event.failure, 1 - 1e-9)
         changed = replace(
             event, l2=2 * event.l2, l1=2 * event.l1, sampling_prob=1.0, failure=failure

@@ -26,8 +26,8 @@ def words_of(
     """Returns a sentence for each thing that a federate stage asks for.
 
     Args:
-        stage: its settings.
-        architecture: of the model.
+        stage: settings of the stage.
+        architecture: architecture of the model.
         arguments: of the architecture.
         labels: columns that are predicted, where the data are a table.
     """
@@ -69,7 +69,7 @@ def _promise(stage: FederateSettings) -> list[str]:
 
 
 def _measures(stage: FederateSettings) -> list[str]:
-    """Returns what else leaves a client in such a run."""
+    """Returns what leaves a client besides its updates, in words."""
     trust = trust_of_stage(stage)
     found = ["the number of rows"] if counts_are_public(stage) else []
     if stage.privacy is None:

@@ -22,7 +22,7 @@ class Parcel:
     """What travels between the server and one client.
 
     Attributes:
-        what: its kind.
+        what: kind of the parcel.
         request: names the call; the answer repeats it. A call that is sent again, because nobody
             knows whether it arrived, keeps its name, so a client works on it once.
         session: the stage of the run that the call belongs to; empty for a ping.
@@ -40,9 +40,9 @@ class Lost:
     """Stands for an answer that will not come.
 
     Attributes:
-        reason: why.
-        again: whether the network lost it, so that the call is worth sending again; False if its
-            sender made it unreadable.
+        reason: why the answer will not come.
+        again: whether the network lost the answer, so that the call is worth sending again; False
+            if the answer's sender made it unreadable.
     """
 
     reason: str

@@ -81,8 +81,8 @@ def _sampled(each: np.ndarray, q: float) -> np.ndarray:
     order a is the sum over l of C(a, l) (1-q)^(a-l) q^l e^((l-1) each[l]), exactly.
 
     The other direction is not larger if a reflection swaps P and Q (Mironov, Talwar & Zhang 2019,
-    arXiv:1908.10530, Theorem 5). It does, because Gaussian and Skellam noise are symmetric. The
-    bound for general mechanisms (Zhu & Wang 2019) has terms three times as large, which would
+    arXiv:1908.10530, Theorem 5). This holds here, because Gaussian and Skellam noise are symmetric.
+    The bound for general mechanisms (Zhu & Wang 2019) has terms three times as large, which would
     double epsilon.
 
     Args:
