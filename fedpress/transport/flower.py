@@ -19,7 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -559,13 +559,12 @@ class ServerLink:
         guard = _Secret(self.secret)
         version = RuntimeVersionHttpInterceptor(component_name="flwr CLI")
         control = self.address.client(ControlHttpClient, [version, guard])
-        with explained(self.address):
+        with explained(self.address), closing(control):
             for name, key in (self.keys or {}).items():
                 _register(control, name, node_key(key))
             bundle, _ = build_fab_from_files(dict(BUNDLE))
             digest = hashlib.sha256(bundle).hexdigest()
             started = control.StartRun(StartRunRequest(fab=Fab(hash_str=digest, content=bundle)))
-            control.close()
             token = self._acquire(started.run_id, guard)
             self._runtime = self.address.client(
                 RuntimeHttpClient,
@@ -598,15 +597,15 @@ class ServerLink:
             ],
         )
         end = time.monotonic() + START
-        # On a SuperLink that others use, tasks of other runs may come first; nobody runs these.
-        while time.monotonic() < end:
-            found = client.AcquireTask(
-                AcquireTaskRequest(supported_task_types=[TaskType.SERVER_APP])
-            )
-            if found.token and found.task.run_id == run:
-                client.close()
-                return str(found.token)
-            time.sleep(0.1)
+        with closing(client):
+            # On a SuperLink that others use, tasks of other runs may come first; nobody runs these.
+            while time.monotonic() < end:
+                found = client.AcquireTask(
+                    AcquireTaskRequest(supported_task_types=[TaskType.SERVER_APP])
+                )
+                if found.token and found.task.run_id == run:
+                    return str(found.token)
+                time.sleep(0.1)
         raise NetworkError(
             "the SuperLink gave its task to another process",
             place=self.address.text,
