@@ -97,6 +97,12 @@ class Command:
     def __post_init__(self) -> None:
         self.start()
 
+    def _begin(self) -> None:
+        # A shell that starts the tests in the background makes its children deaf to Ctrl-C.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        if self.limits is not None:
+            self.limits()
+
     def start(self) -> None:
         """Starts it, also again after it was killed; what it says is added to the log."""
         with self.log.open("ab") as out:
@@ -108,7 +114,7 @@ class Command:
                 cwd=self.folder,
                 env=ENVIRONMENT,
                 process_group=0,
-                preexec_fn=self.limits,
+                preexec_fn=self._begin,
             )
 
     @property

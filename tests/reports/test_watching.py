@@ -127,7 +127,12 @@ def test_a_port_that_is_taken_is_told(folder):
 def test_the_command_prints_the_address_and_ends_quietly_with_ctrl_c(folder):
     words = ["-c", "from fedpress.cli import main; main()", "watch", str(folder)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    with subprocess.Popen([sys.executable, *words], **pipes) as command:
+
+    # A shell that starts the tests in the background makes its children deaf to Ctrl-C.
+    def listen():
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    with subprocess.Popen([sys.executable, *words], **pipes, preexec_fn=listen) as command:
         address = command.stdout.readline().split()[0]
         port = int(address.removeprefix("http://127.0.0.1:").rstrip("/"))
         assert ask(port)[0].status == 200
