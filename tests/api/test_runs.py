@@ -50,7 +50,9 @@ def test_a_run_may_be_stopped_at_any_event_and_goes_on_to_the_same_bits(tmp_path
             next(events)
             torch.rand(7)  # the caller's random numbers are no part of the run
         events.close()
-        with pytest.raises(RunError, match=r"this run is not finished; go through run.events\(\)"):
+        with pytest.raises(
+            RunError, match=r"this run is not finished; iterate over run.events\(\)"
+        ):
             _ = run.result
         again = fedpress.run(resume=run.path)
         assert again.result["final"]["loss"] == whole.result["final"]["loss"]
