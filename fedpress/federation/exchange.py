@@ -101,3 +101,8 @@ def exchange(
 def error(reason: str) -> Message:
     """Returns the message that replaces an answer when a client failed."""
     return Message("error", {"reason": reason})
+
+
+def failure(problem: Exception) -> Message:
+    """Returns the message that stands for an answer whose computation raised `problem`."""
+    return error(f"{type(problem).__name__}: {problem}")

@@ -7,7 +7,6 @@ from typing import Protocol
 
 from fedpress.core import consent
 from fedpress.core.names import ClientId
-from fedpress.federation.exchange import error
 from fedpress.stages.federate.contract import Contract
 from fedpress.stages.federate.offer import Offer
 from fedpress.wire.message import Message
@@ -100,8 +99,3 @@ class NoPolicy:
 def unnamed_code(name: str) -> Refusal:
     """Returns the refusal of a model whose building function the owner's policy does not name."""
     return Refusal("code", f"the model is built by {name[:80]}, and no code of others runs here")
-
-
-def failure(problem: Exception) -> Message:
-    """Returns the message to send if answering failed, the same as in a simulation."""
-    return error(f"{type(problem).__name__}: {problem}")

@@ -23,7 +23,8 @@ from fedpress.core.names import ClientId
 from fedpress.errors import FedpressError, WireError
 from fedpress.federation import ClientState, DiskState, InMemoryState, device_steps
 from fedpress.federation.client_state import load_json, save_json
-from fedpress.network.gate import Asked, Gate, Refusal, failure
+from fedpress.federation.exchange import failure
+from fedpress.network.gate import Asked, Gate, Refusal
 from fedpress.network.identities import KnownIdentities
 from fedpress.stages.federate.client import IDENTITY, ClientSide
 from fedpress.stages.federate.contract import Contract

@@ -22,7 +22,7 @@ from fedpress import __version__
 from fedpress.core.names import ClientId
 from fedpress.core.random import STREAMS
 from fedpress.federation import ClientState, InMemoryState
-from fedpress.federation.exchange import error
+from fedpress.federation.exchange import failure
 from fedpress.wire.message import pack
 
 
@@ -183,7 +183,7 @@ class Host:
             data = side.handle(request)
         # A client that fails must not end the run.
         except Exception as problem:
-            data = pack(error(f"{type(problem).__name__}: {problem}"))
+            data = pack(failure(problem))
         return Reply(data, tuple(memory.taken()))
 
     def _begin(self, client: ClientId, stored: Stored) -> None:

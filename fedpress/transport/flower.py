@@ -17,6 +17,7 @@ import socket
 import ssl
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
@@ -29,6 +30,8 @@ from fedpress.core.log import logger
 from fedpress.core.names import ClientId
 from fedpress.errors import NetworkError
 from fedpress.transport.link import Lost, Parcel
+from fedpress.transport.remote import Presence
+from fedpress.wire.message import MAX_BYTES
 
 # Before flwr is imported: it reads them once.
 QUIET = {
@@ -339,6 +342,8 @@ class _Arriving:
         self._names = list(dict.fromkeys(one.object_id for one in iterate_object_tree(tree)))
         self._max_bytes = max_bytes
         self._contents: dict[str, bytes] = {}
+        self._size = 0
+        self._lock = threading.Lock()
         self._since = time.monotonic()
 
     def read(self, pull: Callable[[str], bytes]) -> Incoming | None:
@@ -353,11 +358,15 @@ class _Arriving:
             raise ValueError(self._too_long)
 
         def take(name: str) -> bytes:
-            if sum(map(len, list(self._contents.values()))) > self._max_bytes:
+            if self._size > self._max_bytes:
                 raise ValueError(self._too_long)
             # It is asked for again at the next look.
             with suppress(ObjectUnavailableError):
-                self._contents[name] = pull(name)
+                content = pull(name)
+                # Several threads fetch at the same time.
+                with self._lock:
+                    self._contents[name] = content
+                    self._size += len(content)
             return b""
 
         pull_objects([name for name in self._names if name not in self._contents], take)
@@ -365,7 +374,7 @@ class _Arriving:
             if time.monotonic() - self._since > UPLOAD:
                 raise ObjectPullError(self.root, f"it did not arrive within {UPLOAD:.0f} s")
             return None
-        if sum(map(len, self._contents.values())) > self._max_bytes + CHUNK:
+        if self._size > self._max_bytes + CHUNK:
             raise ValueError(self._too_long)
         try:
             message = inflate_object_from_contents(self.root, self._contents)
@@ -542,7 +551,7 @@ class ServerLink:
     secret: bytes
     keys: Mapping[ClientId, str] | None = None
     superlink: SuperLink | None = None
-    max_bytes: int = 1 << 30
+    max_bytes: int = MAX_BYTES
     _nodes: dict[ClientId, int] = field(default_factory=dict)
     _names: dict[int, ClientId] = field(default_factory=dict)
     _tickets: set[str] = field(default_factory=set)
@@ -692,9 +701,6 @@ class ServerLink:
             for ticket, answer in self._fetch(list(asked)).items():
                 node = asked.pop(ticket)
                 if isinstance(answer, Parcel):
-                    # Here and not in `remote`: the link alone knows nodes.
-                    from fedpress.transport.remote import Presence
-
                     name = Presence.from_bytes(answer.body).name
                     self._names[node] = name
                     self._nodes[name] = node
@@ -823,8 +829,15 @@ def _head(message: Message) -> Any:
 
 def _register(control: ControlHttpClient, name: ClientId, key: bytes) -> None:
     """Tells the SuperLink the key of a client; again after it was started again."""
-    try:
+    with _registered_before():
         control.RegisterNode(RegisterNodeRequest(public_key=key, name=name))
+
+
+@contextmanager
+def _registered_before() -> Iterator[None]:
+    """Lets a key pass that the SuperLink knows already."""
+    try:
+        yield
     except httpx.HTTPStatusError as error:
         if "already in use" not in error.response.text:
             raise
@@ -862,7 +875,7 @@ class NodeLink:
         address: Address,
         private_key: ec.EllipticCurvePrivateKey | None = None,
         *,
-        max_bytes: int = 1 << 30,
+        max_bytes: int = MAX_BYTES,
     ) -> None:
         """Prepares it; `connect` connects.
 
@@ -900,11 +913,8 @@ class NodeLink:
                 self._beaten = time.monotonic()
                 return
             if not self._given:
-                try:
+                with _registered_before():
                     self._client.RegisterNode(RegisterNodeFleetRequest(public_key=self._key))
-                except httpx.HTTPStatusError as error:
-                    if "already in use" not in error.response.text:
-                        raise
             answer = self._client.ActivateNode(
                 ActivateNodeRequest(public_key=self._key, heartbeat_interval=BEAT)
             )

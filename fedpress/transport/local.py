@@ -6,25 +6,15 @@ Messages are packed to bytes and unpacked, exactly as over a network.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
 from typing import TypeAlias
-from weakref import WeakValueDictionary
 
 from fedpress.core.names import ClientId
-from fedpress.errors import WireError
-from fedpress.federation.exchange import Answer, RequestId, Traffic, error
-from fedpress.wire.message import MAX_BYTES, Message, pack, unpack
+from fedpress.federation.exchange import Answer, RequestId, Traffic, failure
+from fedpress.transport.packed import PackedMessage, PackedMessages, read_answer
+from fedpress.wire.message import MAX_BYTES, Message, pack
 
 Handler: TypeAlias = Callable[[bytes], bytes]
 """A client's function: the bytes of a request -> the bytes of its answer."""
-
-
-@dataclass(frozen=True, eq=False)
-class _PackedMessage:
-    """A message with its packed bytes."""
-
-    message: Message
-    data: bytes
 
 
 class LocalTransport:
@@ -44,11 +34,9 @@ class LocalTransport:
         self.handlers = dict(handlers)
         self._max_bytes = max_bytes
         self._traffic = Traffic()
-        self._open: dict[RequestId, tuple[ClientId, _PackedMessage]] = {}
+        self._open: dict[RequestId, tuple[ClientId, PackedMessage]] = {}
         self._sent = 0
-        # A message to many clients is packed once. The key is `id(message)`; the entry disappears
-        # when the last request with this message is answered.
-        self._packed: WeakValueDictionary[int, _PackedMessage] = WeakValueDictionary()
+        self._packed = PackedMessages()
 
     @property
     def traffic(self) -> Traffic:
@@ -61,11 +49,7 @@ class LocalTransport:
 
     def send(self, client: ClientId, message: Message) -> RequestId:
         """Packs `message` and keeps it until its answer is received or cancelled."""
-        packed = self._packed.get(id(message))
-        if packed is None:
-            # The entry refers to the message, so that Python cannot give its id to another object.
-            packed = _PackedMessage(message, pack(message))
-            self._packed[id(message)] = packed
+        packed = self._packed.of(message)
         self._traffic += Traffic(down=len(packed.data))
         self._sent += 1
         self._open[self._sent] = client, packed
@@ -100,10 +84,7 @@ class LocalTransport:
             reply = self.handlers[client](request)
         except Exception as problem:
             # As over a network, a client that fails must not end the run.
-            reply = pack(error(f"{type(problem).__name__}: {problem}"))
+            reply = pack(failure(problem))
         self._traffic += Traffic(up=len(reply))
         # Checked like a reply from a network, so that tests with malicious clients are realistic.
-        try:
-            return unpack(reply, max_bytes=self._max_bytes)
-        except WireError as problem:
-            return error(f"WireError: {problem}")
+        return read_answer(reply, self._max_bytes)

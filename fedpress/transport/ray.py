@@ -20,18 +20,18 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from typing import Any, Literal
-from weakref import WeakValueDictionary
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from fedpress.core import own_modules
 from fedpress.core.log import logger
 from fedpress.core.names import ClientId
-from fedpress.errors import Argument, NetworkError, RunError, SettingError, Shell, WireError
+from fedpress.errors import Argument, NetworkError, RunError, SettingError, Shell
 from fedpress.federation.client_state import ClientState
-from fedpress.federation.exchange import Answer, RequestId, Traffic, error
+from fedpress.federation.exchange import Answer, RequestId, Traffic, error, failure
 from fedpress.transport.actor import Host, Reply, Side, Stored, versions
-from fedpress.wire.message import MAX_BYTES, Message, pack, unpack
+from fedpress.transport.packed import PackedMessage, PackedMessages, read_answer
+from fedpress.wire.message import MAX_BYTES, Message, pack
 
 log = logger(__name__)
 
@@ -373,15 +373,6 @@ class Cluster:
             home.actor = None
 
 
-@dataclass(frozen=True, eq=False)
-class _PackedMessage:
-    """A message, its packed bytes, and a reference to them in the object store."""
-
-    message: Message
-    data: bytes
-    reference: Any
-
-
 class RayTransport:
     """Carries messages to clients in actors, which work at the same time.
 
@@ -418,13 +409,13 @@ class RayTransport:
         self._max_bytes = max_bytes
         self._traffic = Traffic()
         self._sent = 0
-        self._open: dict[RequestId, tuple[ClientId, _PackedMessage]] = {}
+        self._open: dict[RequestId, tuple[ClientId, PackedMessage]] = {}
         self._replies: dict[RequestId, Reply] = {}
         # Clients whose actor lacks what they have stored: it goes with their next request.
         self._away = set(self._memories)
         self._set_up: dict[ClientId, dict[str, bytes]] = {name: {} for name in self._memories}
-        # As in the local transport: a message to many clients is packed once.
-        self._packed: WeakValueDictionary[int, _PackedMessage] = WeakValueDictionary()
+        # The bytes of a message to many clients are in the object store once.
+        self._packed = PackedMessages(self._ray.put)
 
     @property
     def traffic(self) -> Traffic:
@@ -437,11 +428,7 @@ class RayTransport:
 
     def send(self, client: ClientId, message: Message) -> RequestId:
         """Gives `message` to the actor of `client`, or lets it wait for its turn."""
-        packed = self._packed.get(id(message))
-        if packed is None:
-            data = pack(message)
-            packed = _PackedMessage(message, data, self._ray.put(data))
-            self._packed[id(message)] = packed
+        packed = self._packed.of(message)
         self._traffic += Traffic(down=len(packed.data))
         self._sent += 1
         self._open[self._sent] = client, packed
@@ -505,13 +492,13 @@ class RayTransport:
                 stored = self._stored(client)
             # A damaged file: the client fails, as it does in the local transport.
             except RunError as problem:
-                self._replies[request] = Reply(pack(error(f"RunError: {problem}")))
+                self._replies[request] = Reply(pack(failure(problem)))
                 continue
             self._away.discard(client)
             kind = packed.message.kind
             if kind in SET_UP:
                 self._set_up[client][kind] = packed.data
-            home.working[request] = home.actor.answer.remote(client, packed.reference, stored)
+            home.working[request] = home.actor.answer.remote(client, packed.shared, stored)
 
     def _stored(self, client: ClientId) -> Stored | None:
         """Returns what to send with a client's next request; None if its actor has it already."""
@@ -560,10 +547,7 @@ class RayTransport:
                 write.store(self._memories[client])
         # A full disk: the client fails, as it does in the local transport.
         except Exception as problem:
-            data = pack(error(f"{type(problem).__name__}: {problem}"))
+            data = pack(failure(problem))
             self._away.add(client)
         self._traffic += Traffic(up=len(data))
-        try:
-            return client, request, unpack(data, max_bytes=self._max_bytes)
-        except WireError as problem:
-            return client, request, error(f"WireError: {problem}")
+        return client, request, read_answer(data, self._max_bytes)

@@ -14,14 +14,14 @@ import secrets
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from weakref import WeakValueDictionary
 
 from fedpress.core.log import logger
 from fedpress.core.names import ClientId
 from fedpress.errors import WireError
 from fedpress.federation.exchange import Answer, RequestId, Traffic, error
 from fedpress.transport.link import Link, Lost, Pace, Parcel
-from fedpress.wire.message import MAX_BYTES, Message, pack, unpack
+from fedpress.transport.packed import PackedMessage, PackedMessages, read_answer
+from fedpress.wire.message import MAX_BYTES, Message
 
 log = logger(__name__)
 
@@ -83,14 +83,6 @@ class Presence:
 
 
 @dataclass(eq=False)
-class _PackedMessage:
-    """A message and its bytes."""
-
-    message: Message
-    data: bytes
-
-
-@dataclass(eq=False)
 class _Call:
     """A call whose answer is missing.
 
@@ -110,7 +102,7 @@ class _Call:
 
     client: ClientId
     parcel: Parcel
-    packed: _PackedMessage
+    packed: PackedMessage
     ticket: str = ""
     heard: float = 0.0
     ping: str = ""
@@ -152,7 +144,7 @@ class RemoteTransport:
         # A dictionary as an ordered set: two checks may find the same call lost, but it must be
         # sent again only once.
         self._unsent: dict[RequestId, None] = {}
-        self._packed: WeakValueDictionary[int, _PackedMessage] = WeakValueDictionary()
+        self._packed = PackedMessages()
 
     def clients(self) -> Sequence[ClientId]:
         """Names of the clients of this run, in their fixed order."""
@@ -160,10 +152,7 @@ class RemoteTransport:
 
     def send(self, client: ClientId, message: Message) -> RequestId:
         """Packs `message`; it leaves with all others when the first answer is waited for."""
-        packed = self._packed.get(id(message))
-        if packed is None:
-            packed = _PackedMessage(message, pack(message))
-            self._packed[id(message)] = packed
+        packed = self._packed.of(message)
         self.traffic += Traffic(down=len(packed.data))
         self._sent += 1
         request = self._sent
@@ -267,7 +256,8 @@ class RemoteTransport:
         if answer.what != "answer" or answer.request != call.parcel.request:
             message = error("WireError: it answered another call")
         else:
-            message = self._unpacked(answer.body)
+            self.traffic += Traffic(up=len(answer.body))
+            message = read_answer(answer.body, self.max_bytes)
         self._close(request, message)
         return True
 
@@ -276,13 +266,6 @@ class RemoteTransport:
         client = self._calls.pop(request).client
         self._unsent.pop(request, None)
         self._answers[request] = client, message
-
-    def _unpacked(self, body: bytes) -> Message:
-        self.traffic += Traffic(up=len(body))
-        try:
-            return unpack(body, max_bytes=self.max_bytes)
-        except WireError as problem:
-            return error(f"WireError: {problem}")
 
     def _take_pong(self, request: RequestId, answer: Parcel | Lost) -> None:
         """Sends a call again if its client does not know it."""

@@ -6,7 +6,7 @@ import torch
 
 from fedpress.federation.exchange import Traffic, exchange
 from fedpress.transport import LocalTransport
-from fedpress.transport import local as local_module
+from fedpress.transport import packed as packed_module
 from fedpress.wire import Message, pack, unpack
 
 
@@ -54,7 +54,7 @@ def test_a_cancelled_request_is_never_answered_and_its_client_does_no_work():
 
 def test_a_broadcast_is_packed_once_and_its_bytes_go_with_the_last_request(monkeypatch):
     packed = []
-    monkeypatch.setattr(local_module, "pack", lambda m: packed.append(m.kind) or pack(m))
+    monkeypatch.setattr(packed_module, "pack", lambda m: packed.append(m.kind) or pack(m))
     transport = LocalTransport(dict.fromkeys("abc", echo))
     message = Message("m", {}, {"t": torch.ones(3)})
     requests = [transport.send(client, message) for client in "abc"]
