@@ -95,7 +95,7 @@ def _repair(folder: Path) -> str:
     """Returns the cure for damaged files of a model."""
     done = Path(folder) / "result.json"
     if done.exists():
-        return f"delete '{done}' to run the stage again"
+        return f"delete '{done}' to do the stage again"
     return "run the stage again, or copy the folder again"
 
 

@@ -23,7 +23,10 @@ def test_check_takes_one_step_and_lets_what_works_pass(unit, trust):
 
 @pytest.mark.parametrize(("unit", "trust"), CASES)
 def test_check_refuses_what_fails_with_the_cause_before_epsilon_is_spent(unit, trust):
-    words = r"a private step fails on public examples of shape \[6\] .*this network was never trained; .*no epsilon was"
+    words = (
+        r"a private step fails on public examples of shape \[6\] .*this network was never trained; "
+        r"change the model so that it runs on single examples \(no epsilon was spent\)$"
+    )
     with pytest.raises(RecipeError, match=words):
         checked(recipe(model="Breaks", stage=privacy(unit, trust)))
 
