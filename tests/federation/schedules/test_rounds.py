@@ -29,7 +29,8 @@ from fedpress.federation.servernoise import ServerNoise
 from fedpress.privacy.adaptive import AdaptiveClip
 from fedpress.privacy.noise.factorization import Factorization
 from fedpress.secagg import SecurePlan
-from fedpress.transport import LocalTransport, local
+from fedpress.transport import LocalTransport
+from fedpress.transport import packed as packed_module
 from fedpress.wire import pack, unpack
 from tests.federation.federation import Federation, after, client_plan, key, run_rounds
 from tests.reference import fedbuff
@@ -331,7 +332,9 @@ def test_an_algorithm_whose_clients_keep_a_state_is_refused_over_a_buffer():
 
 def test_a_model_is_packed_once_for_all_who_work_on_it_at_a_time(monkeypatch):
     packed, sent, send = [], [], LocalTransport.send
-    monkeypatch.setattr(local, "pack", lambda m: packed.append(m.header["round"]) or pack(m))
+    monkeypatch.setattr(
+        packed_module, "pack", lambda m: packed.append(m.header["round"]) or pack(m)
+    )
     monkeypatch.setattr(
         LocalTransport, "send", lambda self, to, m: sent.append(m) or send(self, to, m)
     )
