@@ -41,6 +41,7 @@ TransformSettings: TypeAlias = (
     | Noise
 )
 """All transforms. To add one, write a file in this folder and list its settings class here."""
+# Read from each class, so that a kind is written in one place only.
 TRANSFORMS: Mapping[str, type[BaseModel]] = {
     settings.model_fields["kind"].default: settings for settings in get_args(TransformSettings)
 }

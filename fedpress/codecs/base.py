@@ -1,7 +1,7 @@
-"""Interface of codecs: transforms, the bounds that they guarantee, and chains of transforms.
+"""Defines a transform of an update, the bound on its output, and a chain of transforms.
 
 Example: the chain clip -> quantize. `bind_chain` checks the order once. A client then calls
-`encode_chain` on each update, and the server `decode_chain` on each message.
+`encode_chain` on each update, and the server calls `decode_chain` on each message.
 """
 
 from __future__ import annotations
@@ -51,11 +51,14 @@ class Bound:
 
 @dataclass(frozen=True)
 class Key:
-    """Seeds all random streams of one update, which belongs to a run, a round and a client.
+    """Seeds the random streams of one update: one client's update in one round of one run.
 
     Client and server have the same seed, so both draw the same masks and rotations, and these need
-    not be sent. But only the client may know its noise. With a `secret`, which only the client has,
-    the noise comes from the secret and not from the seed.
+    not be sent. Such streams are called public. Only the client may know its noise. With a
+    `secret`, which only the client has, the noise follows from the secret and not from the seed.
+
+    A stream has a name of one or more words, such as ("dither", "shift"). Other words give
+    independent numbers.
 
     Attributes:
         seed: seed of the run.
@@ -70,22 +73,22 @@ class Key:
     secret: int | None = field(default=None, repr=False)
 
     def client_stream(self, *words: str | int) -> RandomSource:
-        """Returns the public stream of this client and round with the name `words`.
+        """Returns the public stream of this client and round that is named `words`.
 
         Example: `key.client_stream("dither", "shift")`.
         """
         return public_stream(self.seed, *self._words(words))
 
     def client_seed(self, *words: str | int) -> int:
-        """Returns a public 63-bit seed with the name `words`, for torch's global generator."""
+        """Returns the public 63-bit seed that is named `words`, for torch's global generator."""
         return random.derive(self.seed, *self._words(words))
 
     def client_key(self, *words: str | int) -> bytes:
-        """Returns 32 public bytes with the name `words`, for `random.keystream`."""
+        """Returns the 32 public bytes that are named `words`, as a key for `random.keystream`."""
         return random.secret_key(self.seed, *self._words(words))
 
     def private_stream(self, *words: str | int) -> RandomSource:
-        """Returns the stream for draws that privacy depends on: rounding, batches, noise.
+        """Returns the stream for draws that privacy depends on: noise, rounding, choice of batches.
 
         With a `secret`, the noise is rounded to a public grid, because the low bits of value+noise
         could reveal the value. Without a `secret`, rounding would not help: whoever knows the seed
@@ -95,7 +98,7 @@ class Key:
         return private_stream(self._hidden, *self._words(words), exact=exact)
 
     def private_key(self, *words: str | int) -> bytes:
-        """Returns 32 bytes, secret if this key has a `secret`, for `random.keystream`."""
+        """Returns 32 bytes as a key for `random.keystream`; secret if this key has a `secret`."""
         return random.secret_key(self._hidden, *self._words(words))
 
     def round_stream(self, *words: str | int) -> RandomSource:
@@ -103,7 +106,7 @@ class Key:
         return public_stream(self.seed, "shared", "round", self.round, *words)
 
     def of_vector(self, name: str) -> Key:
-        """Returns the key for a second vector `name` of the same update, such as control variates.
+        """Returns the key of a second vector in the same update, such as control variates.
 
         Two vectors must not share a stream. The same noise would cancel in their difference, and
         with the same random rounding their errors would add up.
@@ -136,7 +139,7 @@ class Encoded:
 
 
 def check_values(x: Encoded, name: str, size: int, *, integer: bool = False) -> Tensor:
-    """Returns the values that a client sent, after a check; the client is not trusted.
+    """Returns the values that an untrusted client sent, after a check.
 
     Args:
         x: the received values.
@@ -147,6 +150,7 @@ def check_values(x: Encoded, name: str, size: int, *, integer: bool = False) -> 
     Raises:
         WireError: if there are side tensors, or the values have another size or type.
     """
+    # Only transforms without side tensors call this function.
     if x.side:
         raise WireError(
             "no transform reads this tensor",
@@ -183,15 +187,18 @@ def check_float(values: Tensor, size: int, name: str) -> Tensor:
 
 
 class Transform(Protocol):
-    """A codec for vectors of one size; it is frozen and has no state.
+    """One step of a chain, such as "quantize": encodes and decodes vectors of one size.
 
-    The client calls `encode` and the server `decode`, with the same key. Only the client's key has
-    a `secret`.
+    It has no state. The client calls `encode` and the server calls `decode`, with the same key.
+    Only the client's key has a `secret`.
     """
 
     @property
     def additive(self) -> bool:
-        """Whether decode(a + b) == decode(a) + decode(b) up to rounding, as secure sums need."""
+        """Whether decode(a + b) == decode(a) + decode(b) up to rounding.
+
+        Secure aggregation needs this: the server sees only the sum of the encoded updates.
+        """
         ...
 
     def encode(self, x: Tensor, key: Key) -> Encoded:
@@ -202,17 +209,17 @@ class Transform(Protocol):
         """Returns the decoded vector [size].
 
         Raises:
-            WireError: if `x` is not what `encode` could have made.
+            WireError: if `encode` cannot have produced `x`.
         """
         ...
 
 
 class Settings(Protocol):
-    """Settings of a transform in a recipe."""
+    """Settings of a transform in a recipe, the TOML file that describes a run."""
 
     @property
     def kind(self) -> str:
-        """Name of the transform in the table."""
+        """Name of the transform in a recipe, such as "clip"."""
         ...
 
     def bind(self, bound: Bound) -> tuple[Transform, Bound]:
@@ -243,6 +250,7 @@ def bind_chain(chain: Sequence[Settings], bound: Bound) -> tuple[tuple[Transform
     """
     bounded = []
     for at, settings in enumerate(chain):
+        # Adds the position in the chain to the place that an error names.
         with inside(f"chain[{at}]"):
             transform, bound = settings.bind(bound)
         bounded.append(transform)
@@ -264,11 +272,12 @@ def encode_chain(chain: Chain, x: Tensor, key: Key) -> dict[str, Tensor]:
 
 
 def decode_chain(chain: Chain, tensors: Mapping[str, Tensor], key: Key) -> Tensor:
-    """Decodes the tensors of `encode_chain`.
+    """Decodes the tensors that `encode_chain` returned.
 
     Raises:
         WireError: if a tensor is missing or invalid, or no transform reads it.
     """
+    # A copy: each transform removes the tensors that it reads.
     left = dict(tensors)
     if VALUES not in left:
         raise WireError(

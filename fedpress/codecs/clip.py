@@ -1,4 +1,4 @@
-"""Clip: limits the L2 norm of an update, which is the most that one client can move a sum."""
+"""Clips the L2 norm of an update, which limits how far one client can move the sum of updates."""
 
 from __future__ import annotations
 
@@ -34,8 +34,9 @@ class Clip(BaseModel):
         return True
 
     def bind(self, bound: Bound) -> tuple[Clip, Bound]:
-        """Returns itself, and the bound with norms of at most `clip_norm`."""
-        # No single value is larger than the L2 norm.
+        """Returns this object as the transform, and a bound with norms of at most `clip_norm`."""
+        # Clipping needs nothing but its settings, so they are the transform too.
+        # No single value is larger than the L2 norm, hence the bound on `linf`.
         return self, replace(
             bound,
             l2=min(bound.l2, self.clip_norm),
@@ -48,5 +49,5 @@ class Clip(BaseModel):
         return Encoded(clip(x, self.clip_norm))
 
     def decode(self, x: Encoded, key: Key) -> Tensor:
-        """Returns `x.values`: nothing is to be undone."""
+        """Returns `x.values`: clipping is not undone."""
         return x.values

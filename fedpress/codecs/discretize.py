@@ -1,4 +1,4 @@
-"""Discretize: rounds to integers on a grid that all clients share, for secure sums."""
+"""Rounds an update to integers on a grid that all clients share, for secure aggregation."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ class Discretize(BaseModel):
     Example: with scale = 100, the value 0.0137 becomes 1 (probability 0.63) or 2 (0.37).
 
     The expected result is the clamped and scaled value. If the rounded vector is longer than a
-    public bound (probability e^-0.5 at most), the rounding is drawn a second time, and so on. So
+    public bound (probability e^-0.5 at most), the rounding is drawn again, up to `TRIES` times. So
     the L2 bound always holds (conditional rounding: Kairouz, Liu & Steinke 2021, arXiv:2102.06387,
     section 3).
 
     Secure aggregation plans `scale` (grid steps for 1.0 of the update) and `limit` (largest value
-    before scaling) from `bits`, the cohort and the noise. Under unit "sample" it sets
-    `again = false`. Otherwise two sums that differ in one example could need different numbers of
-    draws. Their random numbers would then differ too, and the rounded sums could be further apart
-    than one example can move them.
+    before scaling) from `bits`, the number of clients in a round and the noise. If the unit of
+    privacy is one example (unit = "sample"), it sets `again = false`. Reason: two updates that
+    differ in one example could need different numbers of draws. Their random numbers would then
+    differ too, and the rounded updates could be further apart than one example can move them.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -69,10 +69,10 @@ class Discretize(BaseModel):
     )
 
     def bind(self, bound: Bound) -> tuple[BoundDiscretize, Bound]:
-        """Returns the transform, and the bound of its integers.
+        """Returns the transform, and the bound of the integers that it returns.
 
         Raises:
-            RecipeError: if the input is not bounded, or there is no scale.
+            RecipeError: if the input is already integers or has no L2 bound, or there is no scale.
         """
         if bound.integer:
             raise RecipeError(
@@ -107,7 +107,7 @@ class Discretize(BaseModel):
             linf=min(largest, length),
             integer=True,
             spread=math.inf,
-            # Rounding may make the vector longer than what was clipped.
+            # Rounding may make the vector longer than the clip norm.
             decoded_l2=max(bound.decoded_l2, length / self.scale),
         )
         return BoundDiscretize(bound.size, self.scale, limit, length), after
@@ -139,14 +139,13 @@ class BoundDiscretize:
 
         Raises:
             PrivacyError: if no draw is within the L2 bound. Then `x` itself is longer than the
-                bound that `bind` was given.
+                bound that `bind` got.
         """
         # In float64: at large scales float32 has too few bits for the fraction.
         exact = x.double().clamp(-self.limit, self.limit) * self.scale
         down = exact.floor()
         fraction = exact - down
-        # The private stream is used, because whoever knows the random numbers learns more about
-        # each value.
+        # The private stream, because whoever knows the random numbers learns more about each value.
         for attempt in range(TRIES):
             coins = key.private_stream("discretize", attempt).uniform(self.size)
             rounded = down + (coins < fraction)
@@ -165,6 +164,6 @@ class BoundDiscretize:
 
 
 def coordinate_limit(bound: Bound) -> float:
-    """Returns the default of `limit`: the least of the bounds on a single value."""
+    """Returns the default of `limit`: the smallest bound on a single value that `bound` gives."""
     # Clamping is a projection: it never moves two vectors further apart, so privacy holds.
     return min(bound.linf, bound.l2, SPREADS * bound.spread)

@@ -1,4 +1,4 @@
-"""Unbiased quantization to a given number of bits per value, by subtractive dither.
+"""Quantizes an update without bias to a given number of bits per value, by subtractive dither.
 
 Encoder and decoder draw the same random number u in [-1/2, 1/2) for each value. The encoder sends
 round(x / step + u), and the decoder returns (level - u) * step, whose expectation is x.
@@ -73,7 +73,8 @@ class DitheredQuantizer:
 
     @property
     def group(self) -> int:
-        """Number of values of which one is sent; 1 sends all."""
+        """Number of values in a group, of which one is sent; 1 means that all are sent."""
+        # So that a sent value has about 0.85 bits at every low rate.
         return max(1, round(0.85 / self.rate))
 
     @property
@@ -100,7 +101,7 @@ class DitheredQuantizer:
             return self._encode_sparse(values, peak, key)
         picked = self._pick(values, key)
         phases = self.rows
-        # Zeros fill the last column of the matrix.
+        # Padded with zeros: the matrix [phases, n / phases] needs a full last column.
         y = np.zeros(-(-len(picked) // phases) * phases, np.float32)
         np.divide(picked, peak, out=y[: len(picked)])
         spread = np.sqrt(block_means(y * y, self.block).astype(np.float64))

@@ -1,4 +1,7 @@
-"""Helpers of all quantizers: scales of blocks, checks of received levels, public random numbers."""
+"""Helpers of all quantizers: block scales, checks of received levels, shared random numbers.
+
+A level is the integer that is sent for a value. Example: with step 0.1 the value 0.32 has level 3.
+"""
 
 from __future__ import annotations
 
@@ -20,6 +23,7 @@ CHUNK = 1 << 16
 """Number of values processed at a time. They fit into the processor's cache, which is faster."""
 
 FLOAT_MAX = float(np.finfo(np.float32).max)
+# The types of levels; an encoder sends the smallest one that holds its levels.
 DTYPES = (torch.int8, torch.int16, torch.int32)
 
 
@@ -49,7 +53,7 @@ def as_array(x: Tensor, size: int) -> tuple[Floats, float]:
 
 
 def checked_levels(x: Encoded, shape: tuple[int, ...], side: tuple[str, ...]) -> Ints:
-    """Checks the levels that a client sent, which is not trusted, and returns them.
+    """Returns the levels that an untrusted client sent, after a check.
 
     Args:
         x: levels and side tensors.
@@ -57,7 +61,7 @@ def checked_levels(x: Encoded, shape: tuple[int, ...], side: tuple[str, ...]) ->
         side: names of the expected side tensors. Example: ("scales", "grid").
 
     Raises:
-        WireError: if type, shape or side tensors differ.
+        WireError: if type, shape or names of the side tensors are not the expected ones.
     """
     if x.values.dtype not in DTYPES or x.values.shape != shape:
         raise WireError(
@@ -75,7 +79,7 @@ def checked_levels(x: Encoded, shape: tuple[int, ...], side: tuple[str, ...]) ->
 
 
 def side_floats(x: Encoded, name: str, size: int | None, least: int = 0) -> Floats:
-    """Checks a side tensor of floats that a client sent, and returns it.
+    """Returns a side tensor of floats that an untrusted client sent, after a check.
 
     Args:
         x: levels and side tensors.
@@ -84,7 +88,7 @@ def side_floats(x: Encoded, name: str, size: int | None, least: int = 0) -> Floa
         least: smallest valid number of floats.
 
     Raises:
-        WireError: if their type or number differs, or one is not finite.
+        WireError: if the tensor is not float32 of this size, or contains NaN or infinity.
     """
     tensor = x.side[name]
     if (
@@ -126,6 +130,7 @@ def dequantize_blocks(x: Encoded, size: int, block: int, top: int) -> Floats:
         raise WireError("got a negative scale, expected 0 or more", place="update.scales")
     out = np.empty(size, np.float32)
     for at, end, scale in chunks(size, block, scales):
+        # Overflow gives infinity here, which is clipped below.
         with np.errstate(over="ignore"):
             out[at:end] = q[at:end] * scale
     # A malicious sender can choose scales whose products overflow, and one infinite value would
@@ -161,6 +166,7 @@ def block_means(values: Floats, block: int) -> Floats:
     if not values.size:
         return np.zeros(0, np.float32)
     starts = np.arange(0, values.size, block)
+    # In float64: float32 sums over large blocks would lose digits.
     sums = np.add.reduceat(values, starts, dtype=np.float64)
     return (sums / np.diff(starts, append=values.size)).astype(np.float32)
 
@@ -200,12 +206,16 @@ def stratified_positions(keys: NDArray[np.floating], count: int) -> NDArray[np.i
 
 
 def uniform(key: Key, size: int) -> Floats:
-    """Returns public numbers uniform on [0, 1) in steps of 2**-16, float32 [size]."""
+    """Returns uniform numbers on [0, 1) in steps of 2**-16, float32 [size]; not secret."""
     return random_words(key, "dither", size).astype(np.float32) * np.float32(2**-16)
 
 
 def random_words(key: Key, word: str, size: int) -> NDArray[np.uint16]:
-    """Returns public uniform 16-bit numbers of this client and round, equal on every machine."""
-    # A public key is enough: these numbers make rounding unbiased and need not be secret.
+    """Returns uniform 16-bit numbers of this client and round, uint16 [size]; not secret.
+
+    Client and server draw the same numbers, whatever their machines.
+    """
+    # A public key is enough: these numbers only make rounding unbiased. "<u2": same byte order
+    # everywhere.
     words: NDArray[np.uint16] = random.keystream(key.client_key(word), 2 * size).view("<u2")
     return words

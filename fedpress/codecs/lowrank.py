@@ -1,4 +1,4 @@
-"""Low rank: sends each weight matrix of an update as two thin factors."""
+"""Sends each weight matrix of an update as a product of two thin matrices (low rank)."""
 
 from __future__ import annotations
 
@@ -15,14 +15,15 @@ from fedpress.errors import RecipeError, WireError
 
 
 class LowRank(BaseModel):
-    """Approximates each weight tensor, seen as a matrix, by a matrix of rank `rank`.
+    """Approximates each weight tensor, reshaped to a matrix, by a matrix of rank `rank`.
 
     Example: with rank 4, a weight [64, 128] becomes factors [64, 4] and [4, 128]: 768 values for
     8,192.
 
-    One power iteration from a random start: PowerSGD (Vogels et al. 2019, arXiv:1905.13727,
-    Algorithm 1) without its warm start, which would need state. Tensors that would not become
-    smaller, such as biases, are sent unchanged. Biased: use it with error feedback.
+    The method is one power iteration from a random start: PowerSGD (Vogels et al. 2019,
+    arXiv:1905.13727, Algorithm 1) without its warm start, which would need state. Tensors that
+    would not become smaller, such as biases, are sent unchanged. Biased: use it with error
+    feedback.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -33,12 +34,13 @@ class LowRank(BaseModel):
     )
 
     def bind(self, bound: Bound) -> tuple[BoundLowRank, Bound]:
-        """Returns the transform, and a bound with the number of values of all factors.
+        """Returns the transform, and a bound whose size is the number of values of all factors.
 
         Raises:
-            RecipeError: if a transform before it mixes or drops values, so that the vector no
+            RecipeError: if a transform before this one mixes or drops values, so that the vector no
                 longer consists of matrices.
         """
+        # Such transforms leave `shapes` empty.
         if sum(prod(s) for s in bound.shapes) != bound.size:
             raise RecipeError(
                 "it needs weight matrices, and a transform before it mixes or drops their values",
@@ -57,13 +59,13 @@ class LowRank(BaseModel):
 
 @dataclass(frozen=True)
 class _Layer:
-    """A parameter of `size` values, seen as a matrix.
+    """A parameter of the model, reshaped to a matrix.
 
     Attributes:
         size: number of values.
         rows: rows of the matrix.
         columns: columns of the matrix.
-        rank: columns of its left factor; 0 if it is sent unchanged.
+        rank: columns of its left factor; 0 if the parameter is sent unchanged.
     """
 
     size: int
@@ -91,6 +93,7 @@ class BoundLowRank:
 
     def encode(self, x: Tensor, key: Key) -> Encoded:
         """Returns the factors of all layers of `x` [d], one after another."""
+        # The server draws nothing: it gets both factors.
         source = key.client_stream("lowrank")
         parts = []
         sizes = [layer.size for layer in self.layers]
@@ -135,6 +138,7 @@ class BoundLowRank:
 
 def _rows_columns_rank(shape: tuple[int, ...], rank: int) -> tuple[int, int, int]:
     """Returns rows, columns and rank; rank 0 if the factors would not be smaller."""
+    # One row for each output channel; a vector such as a bias is a single row.
     rows = shape[0] if len(shape) > 1 else 1
     columns = prod(shape) // max(1, rows)
     smaller = rank <= min(rows, columns) and rank * (rows + columns) < rows * columns

@@ -1,4 +1,4 @@
-"""Noise that a client adds to its update: Gaussian on floats, Skellam on integers."""
+"""Adds noise to a client's update: Gaussian noise to floats, Skellam noise to integers."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from fedpress.privacy.plan import PrivacyPlan
 class Noise(BaseModel):
     """Adds noise of standard deviation `std` to each value.
 
-    In a recipe it gives no privacy guarantee, because nothing plans its size; use
-    `privacy = {...}` for that.
+    In a recipe, this transform gives no privacy guarantee, because its size does not follow from a
+    privacy budget. For a guarantee, use the key `privacy = {...}` instead.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -33,7 +33,7 @@ class Noise(BaseModel):
     )
 
     def bind(self, bound: Bound) -> tuple[BoundNoise, Bound]:
-        """Returns the transform, and a bound without norms: noise has no largest value."""
+        """Returns the transform, and a bound with infinite norms: noise has no largest value."""
         after = replace(bound, l2=math.inf, linf=math.inf, spread=math.inf, decoded_l2=math.inf)
         # `noise_sum` uses the clip norm only to compensate its rounding to a grid, with a few
         # millionths more noise. So any finite value works for unbounded vectors.
@@ -48,8 +48,8 @@ class BoundNoise:
     Attributes:
         size: number of values.
         std: standard deviation of the noise on each value.
-        clip_norm: largest L2 norm of the vectors.
-        integer: whether the values are integers: they get Skellam noise, others Gaussian noise.
+        clip_norm: largest L2 norm of the vectors; 1.0 if they have no bound.
+        integer: whether the values are integers. True: Skellam noise. False: Gaussian noise.
     """
 
     size: int

@@ -1,4 +1,4 @@
-"""Powers of two: sends a sign and an exponent for each value (logarithmic quantization)."""
+"""Rounds values to powers of two and sends sign and exponent (logarithmic quantization)."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Powers(BaseModel):
     def bind(self, bound: Bound) -> tuple[Transform, Bound]:
         """Returns the transform, and a bound with integers from -(k + 1) to k + 1.
 
-        Zero is 0, and 2^-k, ..., 2^0 are 1, ..., k + 1.
+        Zero is sent as 0. The sizes 2^-k, ..., 2^0 are sent as 1, ..., k + 1, with the sign.
 
         Raises:
             RecipeError: if the input is already integers.
@@ -66,6 +66,7 @@ class _Powers:
         scale = x.abs().max().reshape(1)
         # If all values are zero, 0 / 0 gives NaN.
         share = (x.abs() / scale).nan_to_num(0.0)
+        # Values that round to less than 2^-k become zero; so does log2(0) = -infinity.
         levels = (self.top + share.log2().round()).clamp(min=0)
         # k is at most 60, so all levels fit into int8.
         return Encoded((x.sign() * levels).to(torch.int8), {"scale": scale})

@@ -1,9 +1,10 @@
-"""Quantize: rounds updates to a few levels (`quantize`, `sign`, `ternary`).
+"""Rounds each value of an update to one of a few levels: `quantize`, `sign`, `ternary`.
 
-`rate` is the number of bits per value *after* packing. The grid is uniform, and its step is chosen
-so that the entropy coder takes that many bits. For the same error this takes fewer bits than a
-fixed number of levels; at high rates it is 0.25 bits above Shannon's limit (Gish & Pierce 1968).
-The unbiased form uses subtractive dither (Roberts 1962; Zamir & Feder 1992).
+Packing is the lossless entropy coding of a message (`fedpress.wire`). The setting `rate` is the
+number of bits per value *after* packing. The grid is uniform, and its step is chosen so that the
+entropy coder takes that many bits. For the same error this takes fewer bits than a fixed number of
+levels; at high rates it is 0.25 bits above Shannon's limit (Gish & Pierce 1968). The unbiased form
+uses subtractive dither (Roberts 1962; Zamir & Feder 1992).
 """
 
 from __future__ import annotations
@@ -34,8 +35,9 @@ from fedpress.errors import Argument, RecipeError, SettingError
 class Quantize(BaseModel):
     """Rounds an update to a uniform grid.
 
-    Give either `rate` (bits per value after packing), or `bits` (levels of a grid with a scale for
-    each block: 8 bits are levels from -127 to 127).
+    Give either `rate` (bits per value after packing) or `bits` (bits per value before packing: the
+    grid has a fixed number of levels and a scale for each block). Example: 8 bits are the levels
+    from -127 to 127.
 
     >>> Quantize(rate=1.0).bind(Bound(size=3))[1].integer
     True
@@ -78,9 +80,9 @@ class Quantize(BaseModel):
         return self
 
     def bind(self, bound: Bound) -> tuple[Transform, Bound]:
-        """Returns the transform, and the `Bound` of its output: that it is integers.
+        """Returns the transform, and a bound that says that its output is integers.
 
-        It bounds no norm of these integers, because the width of a step depends on the update.
+        The bound has no norm of these integers, because the width of a step depends on the update.
 
         Raises:
             RecipeError: if the input is already integers.
@@ -97,7 +99,7 @@ class Quantize(BaseModel):
 
 
 class Sign(BaseModel):
-    """Sends one bit per value: the sign. It decodes to the sign times the block's mean |x|.
+    """Sends the sign of each value (one bit); it decodes to the sign times the block's mean |x|.
 
     Example: the block (0.3, -0.1) decodes to (0.2, -0.2). This is signSGD (Bernstein et al. 2018,
     arXiv:1802.04434) with a scale. Biased: use it with error feedback.
@@ -112,7 +114,7 @@ class Sign(BaseModel):
     block: int = Field(default=4096, ge=16, le=1 << 20, description="values that share one scale")
 
     def bind(self, bound: Bound) -> tuple[Transform, Bound]:
-        """Returns the transform, and the `Bound` of its output: that it is integers.
+        """Returns the transform, and a bound that says that its output is integers.
 
         Raises:
             RecipeError: if the input is already integers.
@@ -123,9 +125,9 @@ class Sign(BaseModel):
 class Ternary(BaseModel):
     """Sends -1, 0 or 1 for each value, and a scale for each block.
 
-    Biased: values below 0.7 times the block's mean |x| become 0 (Li, Zhang & Liu 2016,
-    arXiv:1605.04711). Unbiased: x becomes +-1 with probability |x| / the block's largest |x|, else
-    0 (TernGrad: Wen et al. 2017, arXiv:1705.07878).
+    Default (biased): values below 0.7 times the block's mean |x| become 0 (Li, Zhang & Liu 2016,
+    arXiv:1605.04711). With `unbiased`: x becomes its sign with probability |x| / the block's
+    largest |x|, else 0 (TernGrad: Wen et al. 2017, arXiv:1705.07878).
 
     >>> Ternary().bind(Bound(size=3))[1].integer
     True
@@ -140,13 +142,14 @@ class Ternary(BaseModel):
     )
 
     def bind(self, bound: Bound) -> tuple[Transform, Bound]:
-        """Returns the transform, and the `Bound` of its output: that it is integers.
+        """Returns the transform, and a bound that says that its output is integers.
 
         Raises:
             RecipeError: if the input is already integers.
         """
         after = _integer_bound(self.kind, bound)
         if self.unbiased:
+            # A uniform grid with largest level 1 has the levels -1, 0 and 1.
             return _Uniform(bound.size, self.block, 1, True), after
         return _Ternary(bound.size, self.block), after
 
@@ -232,7 +235,10 @@ class _Sign:
 
 @dataclass(frozen=True)
 class _Ternary:
-    """Rounds values below a threshold to 0, and others to plus or minus their mean |x|."""
+    """Rounds small values to 0, and the rest of a block to plus or minus the mean |x| of the rest.
+
+    Small means below 0.7 times the mean |x| of the block.
+    """
 
     size: int
     block: int
@@ -242,6 +248,8 @@ class _Ternary:
         """Returns -1, 0 or 1 for each value, and the scale of each block as `scales`."""
         values, _ = as_array(x, self.size)
         magnitudes = np.abs(values)
+        # 0.7 is between the best factors for uniform and for Gaussian values (2/3 and 0.75; Li,
+        # Zhang & Liu 2016).
         threshold = np.float32(0.7) * block_means(magnitudes, self.block)
         q = np.zeros(self.size, np.int8)
         for at, end, limit in chunks(self.size, self.block, threshold):

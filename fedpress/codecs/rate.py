@@ -1,4 +1,7 @@
-"""Biased quantization to a rate in bits per packed value, and the search for the step of a grid."""
+"""Quantizes an update (biased) to a given number of bits per value, and finds the grid step.
+
+The bits are counted after packing, the lossless entropy coding of a message (`fedpress.wire`).
+"""
 
 from __future__ import annotations
 
@@ -53,10 +56,10 @@ SPARSE_RATE = 0.2
 
 @dataclass(frozen=True)
 class RateQuantizer:
-    """Quantizes to `rate` bits per value, biased.
+    """Quantizes to `rate` bits per value; biased.
 
-    The grid is uniform. Each level is decoded to the mean of the values that were rounded to it
-    (its centroid), which is nearer to zero than the middle of the level.
+    The grid is uniform. Each level is decoded to its centroid: the mean of the values that were
+    rounded to this level. The centroid is nearer to zero than the grid point.
 
     Attributes:
         size: number of values.
@@ -129,13 +132,14 @@ def find_step(
         target: largest number of bits.
         start: first step to try.
         size: number of values.
-        most: largest step to try; all values are then rounded to zero. The smallest one keeps
-            levels within `MAX_LEVEL`.
+        most: largest step to try, at which all values are rounded to zero. The smallest step that
+            is tried keeps the levels within `MAX_LEVEL`.
     """
     # The search is over the logarithm of the step, in which bits are nearly linear: halving the
     # step takes about one bit more per value.
     low = math.log2(4 / MAX_LEVEL)
     high = math.log2(most)
+    # `many` are the bits at step `low`, above the target; `few` those at step `high`, within it.
     few = 0.0
     many = math.inf
     at = min(max(math.log2(start), low), high)
@@ -183,8 +187,8 @@ def _slope(last: tuple[float, float] | None, at: float, now: float, size: int) -
 def _scan(bits: Callable[[float], float], target: float, start: float, most: float) -> float:
     """Finds the step with the most bits up to `target`, by trying steps one after another.
 
-    It is for vectors whose bits do not fall steadily as the step grows, such as values that were
-    rounded before: `find_step` would round all of them to zero.
+    It is needed if bits do not fall steadily as the step grows, for example because the values
+    were rounded before. The search in `find_step` would then round all values to zero.
     """
     best: tuple[float, float] | None = None
     for tries in range(math.ceil(8 * math.log2(most / start)) + 16):
@@ -228,10 +232,10 @@ def scaled_step(step: float, peak: float) -> float:
 
 
 def level_offsets(sample: Floats, step: float) -> list[float]:
-    """Returns for levels 1, 2, ... how many steps the mean of their values lies below the level.
+    """Returns the offsets of levels 1, 2, ...: how many steps each centroid lies below its level.
 
-    There is an offset for each of the lowest levels with at least 32 values in the sample (fewer
-    would give a noisy mean), and for 7 at most.
+    At most 7 levels have an offset: the lowest ones, if at least 32 values of the sample have this
+    level. Fewer values would give a noisy mean.
     """
     q = np.abs(to_levels(sample, step, np.int32))
     top = 8

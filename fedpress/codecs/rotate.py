@@ -1,4 +1,4 @@
-"""Rotate: a random orthogonal map that spreads large values over their block (Hadamard)."""
+"""Rotates an update at random (Hadamard), so that no value is much larger than the others."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from fedpress.errors import RecipeError
 
 
 class Rotate(BaseModel):
-    """Multiplies values by random signs, then transforms blocks of `block` values (Hadamard).
+    """Multiplies values by random signs, then applies a Hadamard transform to blocks of values.
 
     Suresh et al. 2017 (arXiv:1611.00429), section 4. Afterwards no value is much larger than the
-    others, so a quantizer or a secure sum can use a finer grid.
+    others, so quantization or secure aggregation can use a finer grid.
 
     Vectors are not padded, because padding to a power of two could double the bytes. Instead the
     last block overlaps with the one before. Example: 10 values with block = 4 are rotated at
@@ -37,7 +37,7 @@ class Rotate(BaseModel):
     def bind(self, bound: Bound) -> tuple[BoundRotate, Bound]:
         """Returns the transform, and a bound with the same L2 norm.
 
-        After the rotation each value has a standard deviation of at most that norm / sqrt(block).
+        After the rotation the standard deviation of each value is at most L2 norm / sqrt(block).
 
         Raises:
             RecipeError: if `block` is no power of two, or the input is integers.
@@ -69,7 +69,7 @@ class BoundRotate:
 
     @property
     def additive(self) -> bool:
-        """True: it is linear, and the same for all clients of a round."""
+        """True: the rotation is linear, and the same for all clients of a round."""
         return True
 
     def encode(self, x: Tensor, key: Key) -> Encoded:

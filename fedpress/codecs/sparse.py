@@ -1,4 +1,4 @@
-"""Sparse updates: sends only the largest values (`topk`), or a random part of them (`randomk`)."""
+"""Sends only some values of an update: the largest ones (`topk`) or random ones (`randomk`)."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class TopK(BaseModel):
     density: float = Field(default=0.01, gt=0, le=1, description="share of the values that is kept")
 
     def bind(self, bound: Bound) -> tuple[BoundTopK, Bound]:
-        """Returns the transform and the same bound: zeros make no norm larger."""
+        """Returns the transform and the same bound: setting values to zero makes no norm larger."""
         return BoundTopK(bound.size, _count(self.density, bound.size)), bound
 
 
@@ -40,7 +40,7 @@ class BoundTopK:
 
     @property
     def additive(self) -> bool:
-        """False: each client sends other positions, so a sum would be dense."""
+        """False: clients keep different positions, so the sum of their vectors is not sparse."""
         return False
 
     def encode(self, x: Tensor, key: Key) -> Encoded:
@@ -59,11 +59,12 @@ class BoundTopK:
 
 
 class RandomK(BaseModel):
-    """Sends a random part of the values, at the same positions for all clients of a round.
+    """Sends the values at random positions, which are the same for all clients of a round.
 
-    The positions follow from the key, so they are not sent, and a sum of clients can be decoded.
-    `unbiased` multiplies the sent values by 1 / density: the expectation is right, but the norm
-    grows. Without it, other values count as zero: use error feedback.
+    The positions follow from the key, so they are not sent, and a sum of clients' vectors can be
+    decoded. All other values decode to zero. With `unbiased`, the sent values are multiplied by
+    1 / density: the expected result is the update, but the norm grows. Without `unbiased`, use
+    error feedback.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -112,7 +113,7 @@ class BoundRandomK:
 
     @property
     def additive(self) -> bool:
-        """True: all clients send the same positions."""
+        """True: all clients of a round send the same positions."""
         return True
 
     def encode(self, x: Tensor, key: Key) -> Encoded:

@@ -1,4 +1,4 @@
-"""Canonical JSON of settings and objects: equal objects have equal JSON on server and client."""
+"""Converts settings and objects to canonical JSON, which is equal on server and client."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ def canonical(value: Any) -> JSON:
     """Returns `value` as JSON without class names, so that classes may be renamed.
 
     Settings and dataclasses become dictionaries of their fields, with `kind` if the class has one.
-    A class may have a method `agreed` that returns another dictionary, of what server and client
-    must have in common. A function is represented by its name.
+    If an object has a method `agreed`, its result is converted instead: the values on which server
+    and client must agree. A function is represented by its name.
 
     Raises:
-        TypeError: if it is of another type, a lambda, or a dictionary in which two keys have the
-            same text.
+        TypeError: if `value` has another type, is a lambda, or is a dictionary in which two keys
+            have the same text, such as 1 and "1".
 
     >>> canonical((1, math.inf, b"key"))
     [1, 'inf', '6b6579']

@@ -5,8 +5,8 @@ name of the file. The CRC is needed because of the name: if a flipped bit change
 be found for the file, and it would pass unchecked.
 
 - A file that is replaced atomically has a line for all of its bytes, which is written before the
-  replacement. A process that is killed in between leaves one line too many, so a file is undamaged
-  if any of its lines fits.
+  replacement. A process that is killed in between leaves one line too many. So a file counts as
+  undamaged if any of its lines fits.
 - A file that grows has a line for each range that was appended, written after it. Bytes after the
   last line were appended by a process that was killed, and are not checked.
 - A file without a line, such as one of an older fedpress, is not checked.
@@ -36,7 +36,7 @@ DIGITS = 32
 
 
 class DamagedList(ValueError):
-    """The list of checksums itself was damaged."""
+    """The list of checksums itself is damaged."""
 
 
 @dataclass(frozen=True)
@@ -125,11 +125,11 @@ def has_line(path: Path) -> bool:
 
 
 def fault(path: Path, *, grows: bool = False) -> str | None:
-    """Returns what is damaged in an existing file; None if its checksum fits or it has none.
+    """Describes the damage of an existing file; None if its checksums fit or it has none.
 
     Args:
-        path: of the file.
-        grows: whether it is a file that is appended to.
+        path: the file.
+        grows: whether the file grows by appending, like `records.jsonl`.
     """
     log = list_of(path)
     folder, name = log.parent, _name(path, log.parent)
@@ -171,7 +171,7 @@ def read_lines(folder: Path) -> list[Line]:
 
 
 def _parsed(text: str) -> Line | None:
-    """Returns the line that a text stands for; None if it is invalid."""
+    """Returns the line of the list with this text; None if the text is invalid."""
     parts = text.split(" ", 3)
     if len(parts) != 4:
         return None
@@ -189,7 +189,7 @@ def _parsed(text: str) -> Line | None:
 
 
 def compact(folder: Path) -> None:
-    """Shortens the list in `folder`: drops lines of older contents and of missing files."""
+    """Shortens the list in `folder`: drops lines of replaced contents and of missing files."""
     lines = read_lines(folder)
     kept: list[Line] = []
     for name in dict.fromkeys(line.name for line in lines):
@@ -220,7 +220,7 @@ def _append(log: Path, line: Line, sync: bool) -> None:
 
 
 def _no_link(path: str, flags: int) -> int:
-    """Opens a file, but follows no symbolic link: a folder from elsewhere may contain one."""
+    """Opens a file, but follows no symbolic link: a copied folder may contain a malicious one."""
     return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
 
 
@@ -229,7 +229,7 @@ def _last_newline(log: Path) -> int:
 
 
 def _whole(path: Path, lines: Iterable[Line]) -> Line | None:
-    """Returns the line for all bytes of the file that fits; None if none does."""
+    """Returns a line for all bytes of the file with its digest; None if there is none."""
     size = path.stat().st_size
     fitting = [line for line in lines if line.start == 0 and line.end == size]
     if not fitting:
@@ -239,7 +239,7 @@ def _whole(path: Path, lines: Iterable[Line]) -> Line | None:
 
 
 def _grown(path: Path, lines: list[Line]) -> bool:
-    """Returns whether every range is undamaged that was appended to the current file."""
+    """Returns whether all ranges that were appended to the current file are undamaged."""
     # A line from byte 0 on was written when the file began anew: earlier lines are of the old one.
     since = 0
     for at, line in enumerate(lines):

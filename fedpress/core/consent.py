@@ -1,6 +1,7 @@
-"""The user's consent to functions that files name: only those that the user named are called.
+"""Keeps the user's consent: a function named in a file is called only if the user allows it.
 
-A file may name the architecture in a model's spec, or the data source of a recipe.
+Example: a saved model says `architecture = "nets:Small"`. Loading it calls `nets.Small`, so whoever
+wrote the file could run any function. A recipe may name a data source in the same way.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ NAME = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")
 """`package.module:function`; the function is an attribute of the module itself, without a dot."""
 
 _for_the_process: set[str] = set()
+# A ContextVar, so that consent for a block does not hold in other threads and tasks.
 _for_the_block: ContextVar[frozenset[str]] = ContextVar("fedpress_consent", default=frozenset())
 
 
@@ -45,6 +47,7 @@ def allowing(names: Collection[str] | str) -> Iterator[None]:
     Raises:
         ModelError: if a name is no `package.module:function`.
     """
+    # Added to the names of an outer block, which stay allowed inside.
     token = _for_the_block.set(_for_the_block.get() | checked(names))
     try:
         yield
@@ -53,7 +56,7 @@ def allowing(names: Collection[str] | str) -> Iterator[None]:
 
 
 def checked(names: Collection[str] | str) -> frozenset[str]:
-    """Returns the names of `allow_code` as a set; a single string is one name.
+    """Returns the function names in `names` as a set; a single string is one name.
 
     Raises:
         ModelError: if a name is no `package.module:function`.
@@ -81,13 +84,14 @@ def check(name: str, allow_code: Collection[str] | str, place: str) -> None:
     """Checks that a function is allowed, by its name only; nothing is imported.
 
     Args:
-        name: as the file has it.
+        name: the function's name in the file, such as "nets:Small".
         allow_code: functions that are allowed in this call, besides those that `allowed` knows.
-        place: the part of the file with the name.
+        place: the part of the file that has the name, for errors.
 
     Raises:
-        ModelError: if it is not allowed.
+        ModelError: if the function is not allowed.
     """
+    # First: a damaged name must not lead to the advice to allow it.
     if not NAME.fullmatch(name):
         raise ModelError(
             f"{name[:80]!r} is neither an architecture of fedpress nor module:function",

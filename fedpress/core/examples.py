@@ -1,4 +1,4 @@
-"""Examples and targets in memory (`Arrays`), standardisation (`Preprocess`), resizing of images."""
+"""Holds examples in memory (`Arrays`), standardises them (`Preprocess`) and resizes images."""
 
 from __future__ import annotations
 
@@ -17,16 +17,18 @@ from fedpress.errors import DataError
 
 @dataclass(frozen=True)
 class Arrays:
-    """Examples `x` and targets `y` [n, ...].
+    """Examples `x` and targets `y` [n, ...] in memory.
 
-    Examples are uint8 images [n, C, H, W], float32 features or int64 ids [n, ...]. Several inputs
-    are a dictionary of such tensors by argument name of forward (`NamedInputs`).
+    Examples are uint8 images [n, C, H, W], float32 features or int64 ids [n, ...]. If the network
+    takes several inputs, `x` is a dictionary of such tensors, by the names of forward's arguments
+    (`NamedInputs`).
     """
 
     x: Inputs
     y: Tensor
 
     def __post_init__(self) -> None:
+        # Plain assignment fails in a frozen dataclass.
         object.__setattr__(self, "x", as_inputs(self.x))
         if len(self.x) != len(self.y):
             raise DataError(
@@ -53,9 +55,10 @@ class Arrays:
 
 @dataclass(frozen=True)
 class Preprocess:
-    """Standardises raw examples per channel (dimension 1); bytes are scaled to 0..1 first.
+    """Standardises raw examples per channel (dimension 1); uint8 is scaled to 0..1 first.
 
-    Several inputs by name are not standardised: only bytes are scaled.
+    Without `mean` and `std`, only uint8 is scaled. Several inputs (`NamedInputs`) can have no
+    `mean` and `std`.
 
     >>> Preprocess((0.5,), (0.5,))(torch.tensor([[[[255]]]], dtype=torch.uint8)).item()
     1.0
@@ -91,7 +94,7 @@ class Preprocess:
             if self.mean:
                 raise no_statistics()
             return x.map(lambda t: t if t.dtype == torch.bool else self(t))
-        # Token ids are indices of an embedding, so scaling them makes no sense.
+        # Such integers are token ids: indices of an embedding must not be scaled.
         if x.dtype == torch.int64 and not self.mean:
             return x
         scale = 255.0 if x.dtype == torch.uint8 else 1.0
@@ -105,15 +108,17 @@ class Preprocess:
                 cure="give one for each channel in mean and std",
             )
         shape = (1, -1, *[1] * (x.dim() - 2))
+        # Scaling the few statistics instead of `x` saves one pass over the examples.
         mean = torch.tensor(self.mean, device=x.device).view(shape) * scale
         std = torch.tensor(self.std, device=x.device).view(shape) * scale
         return (x - mean) / std
 
     @classmethod
     def fit(cls, x: Inputs) -> Preprocess:
-        """Computes the statistics per channel of public examples `x` [n, C, ...].
+        """Computes mean and std per channel of examples `x` [n, C, ...].
 
-        A constant channel gets std 1; several inputs by name have no statistics.
+        The examples must be public, because nothing protects their statistics. A constant channel
+        gets std 1. For several inputs (`NamedInputs`), there are no statistics.
 
         Raises:
             DataError: if there are no examples, or a value is NaN or infinite.
@@ -140,7 +145,7 @@ class Preprocess:
 
 
 def no_statistics() -> DataError:
-    """Returns the error of means for several inputs."""
+    """Returns the error for a `mean` that is given with several inputs."""
     return DataError(
         "mean and std are for examples of one tensor, and these have several inputs",
         place="mean",
@@ -149,7 +154,7 @@ def no_statistics() -> DataError:
 
 
 def resized(x: Tensor, side: int) -> Tensor:
-    """Returns images `x` [n, C, H, W] of bytes or floats at `side` x `side` pixels, antialiased."""
+    """Resizes images `x` [n, C, H, W] (uint8 or float) to `side` x `side` pixels, antialiased."""
     if x.shape[-2:] == (side, side) or not len(x):
         return x
     # In parts, because each is converted to float32, four times as large as bytes.
@@ -161,15 +166,17 @@ def _interpolated(x: Tensor, side: int) -> Tensor:
         x.float(), (side, side), mode="bilinear", antialias=True, align_corners=False
     )
     if not x.is_floating_point():
+        # Conversion to uint8 would drop the fraction, and wrap around outside of 0 to 255.
         out = out.round().clamp(0, 255)
     return out.to(x.dtype)
 
 
 def _byte_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns mean and std [C] of bytes, exactly, from the counts of the 256 levels."""
+    """Returns mean and std [C] of uint8 examples, exactly, from the counts of the 256 values."""
     level = Preprocess()(torch.arange(256, dtype=torch.uint8)).double()
     counts = [torch.bincount(channel.reshape(-1), minlength=256) for channel in x.unbind(1)]
     count = torch.stack(counts).cpu()
+    # x.numel() / x.shape[1] is the number of values of one channel.
     share = count.double() * x.shape[1] / x.numel()
     mean = share @ level
     std = (share * (level - mean.view(-1, 1)).square()).sum(1).sqrt()
@@ -178,10 +185,9 @@ def _byte_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _float_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns mean and std [C] in float64.
+    """Returns mean and std [C] in float64, computed part by part to need little memory.
 
-    They are computed in parts, to need little memory, and the deviations in a second pass, since
-    E[x^2] - E[x]^2 loses digits.
+    The deviations need a second pass, because the formula E[x^2] - E[x]^2 loses digits.
     """
     dims = [0, *range(2, x.dim())]
     shape = (1, -1, *[1] * (x.dim() - 2))

@@ -27,11 +27,11 @@ def replacing(path: Path, *, durable: bool = True, shared: bool = False) -> Iter
     Args:
         path: the file; its folder must exist.
         durable: whether to wait until the content is on the disk before the rename. True: even
-            after a power failure there is the old file or the complete new one. False: only after
-            a killed process, and writing is faster.
+            after a power failure there is the old file or the complete new one. False: this holds
+            only after a killed process, but writing is faster.
         shared: whether several processes may write `path` at the same time. True: each uses a
-            temporary name of its own. False: one name, so the next process overwrites the temporary
-            file that a killed one has left.
+            temporary name of its own. False: all use one name, so the next process overwrites the
+            temporary file that a killed process has left.
     """
     if shared:
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")

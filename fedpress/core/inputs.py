@@ -1,8 +1,8 @@
-"""The inputs of a model: one tensor, or several by argument name of forward (`NamedInputs`).
+"""A model's input is one tensor, or several by the names of forward's arguments (`NamedInputs`).
 
 `len`, `x[rows]`, `x.to(device)` and `x.split` work alike on a tensor and on `NamedInputs`, so code
-that splits, batches and moves examples need not know which of the two it has. `NamedInputs` is a
-small version of the class TensorDict of the library tensordict.
+that splits, batches and moves examples does not distinguish them. `NamedInputs` is a small version
+of the class TensorDict of the library tensordict.
 """
 
 from __future__ import annotations
@@ -18,15 +18,17 @@ from torch.utils._pytree import register_pytree_node
 
 from fedpress.errors import DataError, ModelError
 
+# An index along the first dimension; None adds a dimension in front, as for a tensor.
 Rows: TypeAlias = slice | Tensor | list[int] | None
+# The shape of one example: a tuple, or a tuple for each input by name.
 Shape: TypeAlias = tuple[int, ...] | dict[str, tuple[int, ...]]
 
 
 class NamedInputs(Mapping[str, Tensor]):
-    """Examples of several inputs: tensors [n, ...] by the names of forward's arguments.
+    """A batch for a model with several inputs: tensors [n, ...] by the names of its arguments.
 
-    Like that of a tensor, the length is the number of examples, and an index selects rows. A name
-    selects one tensor.
+    As for a tensor, `len(x)` is the number of examples, and `x[1:]` selects examples. `x["ids"]` is
+    the tensor of one name.
 
     Raises:
         DataError: if there is no tensor, a name cannot be an argument, or the tensors have
@@ -45,7 +47,7 @@ class NamedInputs(Mapping[str, Tensor]):
 
     @classmethod
     def _of(cls, tensors: dict[str, Tensor]) -> NamedInputs:
-        """Makes one without checks: tensors inside `vmap` have no batch dimension to compare."""
+        """Makes the object without checks: inside `vmap`, tensors have no batch dimension."""
         made = object.__new__(cls)
         made._tensors = tensors
         return made
@@ -67,6 +69,7 @@ class NamedInputs(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         """Returns the number of examples, not of names."""
+        # All tensors have the same number of rows.
         return len(next(iter(self._tensors.values())))
 
     def __repr__(self) -> str:
@@ -143,18 +146,20 @@ def _check(tensors: Mapping[str, Any]) -> None:
 
 def as_inputs(x: Inputs | Mapping[str, Tensor]) -> Inputs:
     """Returns a dictionary of tensors as `NamedInputs`; other inputs unchanged."""
+    # `NamedInputs` is a Mapping too, and needs no second check of its tensors.
     if isinstance(x, Mapping) and not isinstance(x, NamedInputs):
         return NamedInputs(x)
     return x
 
 
 def arguments(x: Example) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
-    """Returns the arguments of a model's call, by position and by name.
+    """Returns the arguments for calling a model: those by position, and those by name.
 
     >>> arguments({"ids": torch.tensor([1])})
     ((), {'ids': tensor([1])})
     """
     if isinstance(x, Mapping):
+        # Not `dict(x)` or `**x`: these would call `len`, which is the number of examples.
         return (), {name: x[name] for name in x}
     if isinstance(x, Tensor):
         return (x,), {}
@@ -222,18 +227,19 @@ def tensors_by_name(x: Inputs) -> dict[str, Tensor]:
 
 
 def tensors_of(x: Example) -> list[Tensor]:
-    """Returns the tensors in the order of the call."""
+    """Returns the tensors in the order of `arguments`."""
     args, named = arguments(x)
     return [*args, *named.values()]
 
 
 def with_tensors(x: Example, tensors: Sequence[Tensor]) -> Example:
-    """Returns the same kind of inputs with other `tensors`."""
+    """Returns inputs of the same type as `x` with other `tensors`, in the order of `tensors_of`."""
     if isinstance(x, Tensor):
         return tensors[0]
     if isinstance(x, Mapping):
         named = dict(zip(x, tensors, strict=True))
         if isinstance(x, NamedInputs):
+            # Without checks: the new tensors need not have a batch dimension.
             return NamedInputs._of(named)
         return named
     return tuple(tensors)
@@ -252,14 +258,14 @@ def map_inputs(x: Example, change: Callable[[Tensor], Tensor]) -> Example: ...
 
 
 def map_inputs(x: Example, change: Callable[[Tensor], Tensor]) -> Example:
-    """Returns the same kind of inputs with the result of `change` for each tensor."""
+    """Returns inputs of the same type as `x`, with the result of `change` for each tensor."""
     return with_tensors(x, [change(t) for t in tensors_of(x)])
 
 
 def signature_of(x: Inputs) -> tuple[tuple[str, tuple[int, ...], torch.dtype], ...]:
-    """Returns name, shape and dtype of each input of an example.
+    """Returns name, shape and dtype of each input of one example.
 
-    Two batches that one network can take have equal signatures.
+    If two batches have equal signatures, the same network can take both.
 
     >>> signature_of(torch.zeros(2, 3))
     (('', (3,), torch.float32),)
@@ -280,7 +286,10 @@ def shape_of(x: Inputs) -> Shape:
 
 
 def dtype_of(x: Inputs) -> str | dict[str, str]:
-    """Returns the dtype in which a network gets an example: "float32", "int64" or "bool"."""
+    """Returns the dtype that a network gets after `Preprocess`: "float32", "int64" or "bool".
+
+    With several inputs, there is a dtype for each name.
+    """
     # `Preprocess` turns every other type, bytes included, into float32.
     whole = {torch.int64: "int64", torch.bool: "bool"}
     dtypes = {}
@@ -310,15 +319,15 @@ def shape_text(shape: Shape) -> str:
 
 
 def is_image(x: Inputs) -> TypeGuard[Tensor]:
-    """Returns whether examples are images [n, C, H, W].
+    """Returns whether examples are one tensor of images [n, C, H, W].
 
-    It is False for images among several inputs: augmentation and resizing do not change those.
+    It is False for `NamedInputs` with an image: augmentation and resizing do not change them.
     """
     return isinstance(x, Tensor) and x.dim() == 4
 
 
 def inputs_text(x: Inputs) -> str:
-    """Returns shape and dtype of an example as text for errors.
+    """Returns shape and dtype of one example as text for errors.
 
     >>> inputs_text(torch.zeros(2, 3))
     '[3] float32'
@@ -336,7 +345,7 @@ def _parameters(model: Callable[..., Any]) -> list[inspect.Parameter]:
 
 
 def _name_mismatch(model: Callable[..., Any], x: Mapping[str, Tensor]) -> str:
-    """Returns how the names of the inputs differ from forward's arguments; "" if they do not."""
+    """Describes how the inputs' names differ from forward's arguments; "" if all fit."""
     needed, accepted, takes_any = [], set(), False
     for parameter in _parameters(model):
         if parameter.kind is parameter.VAR_KEYWORD:
@@ -367,7 +376,7 @@ def _unflatten(tensors: Any, names: Any) -> NamedInputs:
     return NamedInputs._of(dict(zip(names, tensors, strict=True)))
 
 
-# Without it vmap and torch.export would take a NamedInputs for a constant, not for tensors.
+# Without this, vmap and torch.export would treat `NamedInputs` as a constant, not as tensors.
 register_pytree_node(
     NamedInputs,
     lambda x: ([x[name] for name in x], tuple(x)),

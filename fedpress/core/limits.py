@@ -1,4 +1,4 @@
-"""Limits on sizes that a file declares, checked before memory is allocated.
+"""Limits the sizes that an untrusted file declares, before memory is allocated.
 
 A file of a few bytes may describe a network of terabytes. Each limit can be raised by an
 environment variable, such as `FEDPRESS_MAX_LAYERS=20000`.
@@ -31,12 +31,12 @@ class AboveLimit(ModelError):
 
 @dataclass(frozen=True)
 class Limit:
-    """One limit.
+    """The limit of one size.
 
     Attributes:
-        variable: the environment variable that changes it.
-        default: its value without the variable.
-        what: what it counts, for errors.
+        variable: the environment variable that changes the limit.
+        default: the limit without the variable.
+        what: description of the size for errors, such as "pixels of one image".
     """
 
     variable: str
@@ -67,7 +67,7 @@ COUNTS = {"num_layers", "n_layers", "layers", "depth", "num_blocks", "blocks"}
 
 
 def all_limits() -> tuple[int, ...]:
-    """Returns all limits as they are now.
+    """Returns all limits with the present environment variables, in the order of `LIMITS`.
 
     Raises:
         RecipeError: if a variable holds no integer above 0.
@@ -105,7 +105,7 @@ class Excess(NamedTuple):
 
 
 def above(name: str, got: int, *, counting: bool = False) -> Excess | None:
-    """Compares a size with a limit; None if it is not above.
+    """Returns problem and cure if a size is above its limit; else None.
 
     Args:
         name: key of `LIMITS`.
@@ -129,10 +129,10 @@ def above(name: str, got: int, *, counting: bool = False) -> Excess | None:
 
 
 def check(name: str, got: int, place: str, *, counting: bool = False) -> None:
-    """Checks that a size is not above its limit; see `above`.
+    """Checks that a size is not above its limit; see `above` for the arguments.
 
     Raises:
-        ModelError: if it is, naming `place` and the variable that raises the limit.
+        ModelError: if the size is above its limit; it names `place` and the environment variable.
     """
     excess = above(name, got, counting=counting)
     if excess is not None:
@@ -189,7 +189,7 @@ def check_tree(tree: Any, place: str, *, lists: bool = True) -> None:
 
 
 class _ValueLimit(TorchDispatchMode):
-    """While active, refuses new tensors once all together have more values than the limit."""
+    """While active, raises ModelError once new tensors together have more values than the limit."""
 
     def __init__(self, place: str) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -210,7 +210,7 @@ def _is_size(value: object) -> bool:
 
 
 class _ActivationLimit(TorchDispatchMode):
-    """While active, refuses an operation whose result has more values than the limit.
+    """While active, raises ModelError if the result of an operation is above the limit.
 
     It is used on the meta device, where results have shapes but no memory.
     """

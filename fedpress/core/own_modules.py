@@ -29,7 +29,7 @@ _own: set[str] = set()
 
 
 class OwnModules:
-    """A finder at the end of `sys.meta_path`; it searches `folders` in order."""
+    """An import finder at the end of `sys.meta_path`; it searches the user's `folders` in order."""
 
     def __init__(self, folders: Sequence[str]) -> None:
         self.folders = list(folders)
@@ -37,9 +37,9 @@ class OwnModules:
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: Any = None
     ) -> ModuleSpec | None:
-        """Finds a top-level module for `module_of`, or for a module that was found here.
+        """Finds a top-level module that `module_of` or a module of the user imports.
 
-        See `importlib.abc.MetaPathFinder`.
+        The arguments are those of `importlib.abc.MetaPathFinder`.
         """
         # With a path it is a submodule, which Python finds in the folder of its package.
         if path is not None:
@@ -55,8 +55,9 @@ class OwnModules:
 def set_folders(*folders: Path) -> None:
     """Sets the folders of the user's own modules, and removes the working folder from `sys.path`.
 
-    `python -m` and `python -c` put it there. It stays if PYTHONPATH names it.
+    `python -m` and `python -c` put the working folder there. It stays if PYTHONPATH names it.
     """
+    # Finders of an earlier call are replaced.
     sys.meta_path[:] = [finder for finder in sys.meta_path if not isinstance(finder, OwnModules)]
     resolved = [str(folder.resolve()) for folder in folders]
     sys.meta_path.append(OwnModules(list(dict.fromkeys(resolved))))

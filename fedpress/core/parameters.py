@@ -1,4 +1,4 @@
-"""Converts trainable parameters to one flat float32 vector with a layout, and back."""
+"""Converts a model's trainable parameters to one flat float32 vector, and back."""
 
 from __future__ import annotations
 
@@ -27,12 +27,13 @@ class Layout:
     @classmethod
     def of(cls, model: nn.Module) -> Layout:
         """Returns the layout of all parameters of `model` with `requires_grad`."""
+        # Frozen parameters are the same on server and clients, so they are not sent.
         named = [(n, tuple(p.shape)) for n, p in model.named_parameters() if p.requires_grad]
         return cls(tuple(n for n, _ in named), tuple(s for _, s in named))
 
 
 def trainable(model: nn.Module) -> list[nn.Parameter]:
-    """Returns the parameters that train, in layout order."""
+    """Returns the parameters with `requires_grad`, in the order of `Layout`."""
     return [p for p in model.parameters() if p.requires_grad]
 
 
@@ -60,6 +61,7 @@ def assign_(model: nn.Module, vector: Tensor) -> None:
             cure=f"send [{size}]",
         )
     at = 0
+    # Without `no_grad`, torch refuses to write into a parameter in place.
     with torch.no_grad():
         for p in params:
             p.copy_(vector[at : at + p.numel()].view(p.shape))

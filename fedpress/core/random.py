@@ -1,4 +1,4 @@
-"""Seeds and keys of random streams, derived from the run's seed and the name of the stream.
+"""Derives the seed or key of a random stream from the run's seed and the stream's name.
 
 Example: `derive(seed, "round", 3)` is the seed of a stream named ("round", 3). It does not depend
 on what was drawn before. The streams themselves are in `random_source`.
@@ -51,7 +51,8 @@ def secret_key(seed: int, *words: str | int) -> bytes:
 def keystream(key: bytes, size: int, *, start: int = 0) -> np.ndarray:
     """Returns `size` bytes (uint8) of the AES-256-CTR stream of the 32-byte `key`, from `start` on.
 
-    It is a cryptographic generator; with AES-NI it makes about 2 GB a second.
+    It is a cryptographic generator. With AES-NI (processor instructions) it makes about 2 GB a
+    second.
 
     Raises:
         ValueError: if `start` is no multiple of 16, the block size of AES.

@@ -1,7 +1,7 @@
-"""Sources of random numbers: Philox for public draws, AES for noise and keys, torch's generator.
+"""Draws random numbers: from Philox if they are public, from AES if secret, or from torch.
 
-Philox and AES give 64-bit words, and this file turns them into normals, uniforms and integers. The
-samplers of numpy and torch are not used for that, because they may change with a version, and
+Philox and AES give 64-bit words, and this file turns the words into normals, uniforms and integers.
+The samplers of numpy and torch are not used for Philox and AES: they may change with a version, but
 server and clients must draw the same numbers.
 """
 
@@ -25,9 +25,9 @@ class RandomSource(Protocol):
 
     @property
     def exact(self) -> bool:
-        """Whether noise mechanisms must round their outputs to a public grid.
+        """Whether noise mechanisms must round value + noise to a public grid.
 
-        Otherwise the low bits of floating-point outputs may reveal the secret (Mironov 2012).
+        Without rounding, the low bits of a floating-point sum may reveal the value (Mironov 2012).
         """
         ...
 
@@ -88,12 +88,14 @@ class WordStream(ABC):
     def integers(self, high: int, *shape: int) -> Tensor:
         """Returns int64 [shape] from 0 to `high` - 1.
 
-        Each is a word modulo `high`. So probabilities have a relative error of up to `high` / 2^64.
+        Each number is a word modulo `high`. So probabilities have a relative error of up to
+        `high` / 2^64.
         """
         if not 0 < high <= 2**63:
             raise RecipeError(
                 f"got {high}", place="high", cure="give a whole number from 1 to 2^63"
             )
+        # Rejecting words would be exact, but would draw an unknown number of words.
         drawn = self.words(math.prod(shape)) % np.uint64(high)
         return torch.from_numpy(drawn.astype(np.int64)).view(shape)
 
@@ -122,8 +124,8 @@ class WordStream(ABC):
 class PhiloxRandom(WordStream):
     """The Philox 4x64 stream of a 128-bit `key` (Salmon et al. 2011), for public draws.
 
-    The key is a hash of the stream's name. Among 2^32 streams two have the same key with a
-    probability below 2^-64. It is not a cryptographic generator.
+    The key is a hash of the stream's name. Among 2^32 streams, two have the same key with a
+    probability below 2^-64. Philox is not a cryptographic generator.
 
     >>> PhiloxRandom(1).words(1).tolist() == PhiloxRandom(1).words(2).tolist()[:1]
     True
@@ -146,9 +148,9 @@ class AesCtrRandom(WordStream):
     Two calls for 3 and 5 words give the same words as one call for 8.
 
     Args:
-        key: must be as secret as the noise.
-        exact: whether noise must be rounded to a public grid (see `RandomSource.exact`). If the
-            key is not secret, as in experiments, that is not needed.
+        key: 32 bytes, as secret as the noise must be.
+        exact: whether noise must be rounded to a public grid (see `RandomSource.exact`). This is
+            not needed if the key is not secret, as in experiments.
 
     >>> AesCtrRandom(bytes(32)).words(1).tolist() == AesCtrRandom(bytes(32)).words(2).tolist()[:1]
     True
@@ -175,7 +177,7 @@ class AesCtrRandom(WordStream):
 
 
 class TorchRandom:
-    """The stream of a torch generator on its device; of torch's global generator if None is given.
+    """The stream of a torch generator, drawn on its device; None means torch's global generator.
 
     It is not a cryptographic generator: use it for experiments, not to protect data.
 
@@ -212,6 +214,7 @@ class TorchRandom:
     def words(self, size: int) -> np.ndarray:
         """Returns uint64 [size]."""
         drawn = torch.empty(size, dtype=torch.int64, device=self._device)
+        # From -2^63 with no upper end, so that all 64 bits are random.
         drawn.random_(-(2**63), None, generator=self.generator)
         return drawn.cpu().numpy().view(np.uint64)
 
@@ -223,10 +226,10 @@ Source: TypeAlias = RandomSource | torch.Generator | None
 def seed_torch_(chance: RandomSource) -> None:
     """Seeds torch's global generators from `chance`, for draws inside of a network such as dropout.
 
-    On the CPU `torch.manual_seed` uses only 32 bits of a seed, so an attacker could try all. The
-    624 words of the Mersenne Twister's state are therefore replaced too. That is still no
-    cryptographic generator, and with MKL a call of dropout depends on 32 of its bits. Do not rely
-    on secret dropout masks: what protects the data is the noise on the gradients.
+    On the CPU `torch.manual_seed` uses only 32 bits of a seed, so an attacker could try all seeds.
+    The 624 words of the state of torch's generator (Mersenne Twister) are therefore replaced too.
+    The generator is still not cryptographic, and with MKL a call of dropout depends on only 32 of
+    its bits. Do not rely on secret dropout masks: the noise on the gradients protects the data.
     """
     torch.manual_seed(int(chance.words(1)[0] >> np.uint64(1)))
     state = torch.get_rng_state()

@@ -1,4 +1,8 @@
-"""Reads renamed keys and values of old recipes, with a warning that names the new ones."""
+"""Reads renamed keys and values of old recipes, with a warning that names the new ones.
+
+A recipe is the TOML file that describes a run. Example: `sum = "secure"` is now
+`aggregator = "secure"`.
+"""
 
 from __future__ import annotations
 
@@ -15,9 +19,9 @@ from fedpress.errors import SettingError
 class Renamed:
     """A renamed setting: `key = old` of a table was replaced by `now_key = now`.
 
-    If several rows have the same old setting, reading uses the first row; every row's new setting
-    is written back as the old one. If `now` is None, the old setting has no effect any more and is
-    dropped.
+    If `now` is None, the old setting has no effect any more and is dropped. Several objects may
+    have the same old setting: then `with_new_keys` uses the first one's new setting, and
+    `with_old_keys` turns each new setting back into the old one.
     """
 
     key: str
@@ -38,10 +42,10 @@ class Renamed:
 def with_new_keys(
     table: Mapping[str, Any], rows: tuple[Renamed, ...]
 ) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """Returns `table` with the new settings, and a warning for each old one in it.
+    """Returns `table` with the new settings, and a warning for each old setting that it had.
 
     Raises:
-        SettingError: if old and new setting are both there and contradict each other.
+        SettingError: if `table` has both the old and the new setting, and they contradict.
 
     >>> row = Renamed("sum", "secure", "aggregator", "secure")
     >>> with_new_keys({"sum": "secure"}, (row,))[0]
@@ -55,6 +59,7 @@ def with_new_keys(
         warnings.append(row.sentence)
         if row.now is None:
             continue
+        # Both keys with the same meaning are accepted; `{"kind": ...}` is the long form of a word.
         if out.get(row.now_key, row.now) not in (row.now, {"kind": row.now}):
             new = f"{row.now_key} = {_toml(out[row.now_key])}"
             raise SettingError(
@@ -69,8 +74,8 @@ def with_new_keys(
 def with_old_keys(table: Mapping[str, Any], rows: tuple[Renamed, ...]) -> dict[str, Any]:
     """Returns settings in JSON types with the old keys and values.
 
-    A finished stage is found again by a fingerprint of its settings. The fingerprint is made of the
-    old keys, so that runs of an older version can be resumed.
+    A run finds its finished stages (such as "train") by a hash of their settings. The hash is
+    computed from the old keys, so that runs of an older version can be resumed.
 
     >>> row = Renamed("sum", "secure", "aggregator", "secure")
     >>> with_old_keys({"aggregator": {"kind": "secure"}}, (row,))
@@ -88,7 +93,10 @@ def with_old_keys(table: Mapping[str, Any], rows: tuple[Renamed, ...]) -> dict[s
 
 
 class ReadsOldKeys(BaseModel):
-    """Settings that still read the old keys and values in `renamed`, with `warnings`."""
+    """Base class of settings that also accept old keys and values, listed in `renamed`.
+
+    The property `warnings` says which old ones were read.
+    """
 
     renamed: ClassVar[tuple[Renamed, ...]] = ()
     _warnings: tuple[str, ...] = PrivateAttr(())
@@ -96,6 +104,7 @@ class ReadsOldKeys(BaseModel):
     @model_validator(mode="wrap")
     @classmethod
     def _read(cls, value: Any, validate: Callable[[Any], Any]) -> Any:
+        # A settings object that is already validated.
         if not isinstance(value, Mapping):
             return validate(value)
         table, said = with_new_keys(value, cls.renamed)

@@ -1,4 +1,4 @@
-"""Messages, their serialization to bytes, and lossless packing of tensors."""
+"""Converts messages between server and clients to bytes, and packs their tensors losslessly."""
 
 from fedpress.core.canonical import JSON
 from fedpress.wire.message import Message, pack, unpack

@@ -1,8 +1,9 @@
-"""Entropy coding of integers by ANS, with a frequency table for each class of blocks.
+"""Codes integers by their frequencies (ANS), with a frequency table for each class of blocks.
 
-Asymmetric numeral systems: Duda 2013 (arXiv:1311.2540); the coder is the library constriction.
-Writer and reader need identical models. So a table is sent as logarithms in eighths of a bit, which
-become integer weights by bit shifts only; floating-point logarithms could differ between machines.
+ANS is asymmetric numeral systems (Duda 2013, arXiv:1311.2540); the library constriction does the
+coding. `classes` says what a class of blocks and a symbol are. Writer and reader need identical
+models. So a table is sent as logarithms in eighths of a bit, which become integer weights by bit
+shifts only; floating-point logarithms could differ between machines.
 """
 
 from __future__ import annotations
@@ -56,8 +57,8 @@ class FrequencyTable:
 
     Attributes:
         low: the value of the first symbol; the next symbol is `low` + 1, and so on.
-        codes: logarithmic frequency of each symbol, uint8; the last one belongs to the escape
-            symbol if there is one.
+        codes: code of each symbol, uint8: 8 * log2(largest frequency / its frequency), rounded.
+            The last code belongs to the escape symbol if there is one.
         escape: whether there is an escape symbol, which represents all other values.
     """
 
@@ -71,7 +72,7 @@ class FrequencyTable:
         return len(self.codes) - self.escape
 
     def model(self) -> Any:
-        """Returns constriction's model, for two or more symbols."""
+        """Returns the probability model for constriction; needs two or more symbols."""
         return Categorical(WEIGHTS[self.codes], perfect=False)
 
 
@@ -81,7 +82,7 @@ def encode_ints(values: Ints, rows: int, nested: Callable[[Ints], bytes]) -> byt
     Args:
         values: whole numbers within 64 bits.
         rows: number of rows, each with its own tables; a divisor of n, at most `MAX_ROWS`.
-        nested: packs class numbers and escaped values.
+        nested: function that packs class numbers and escaped values.
     """
     window = _window(values)
     matrix = window.symbols.reshape(rows, -1)
@@ -193,11 +194,11 @@ def decode_ints(
     Args:
         reader: the coded bytes.
         out: receives the values, of the type that was encoded.
-        nested: unpacks class numbers and escaped values.
+        nested: function that unpacks class numbers and escaped values.
         place: name of the tensor in errors.
 
     Raises:
-        WireError: if the bytes are not valid.
+        WireError: if the bytes are invalid.
     """
     rows = reader.byte(f"{place}.rows")
     if not 1 <= rows <= MAX_ROWS or out.size % rows:
@@ -372,7 +373,7 @@ def _entropy(counts: NDArray[np.integer]) -> float:
 
 
 def _coded_ids(layout: BlockClasses, nested: Callable[[Ints], bytes]) -> bytes:
-    """Codes block size and class numbers: these or their differences, whichever is shorter."""
+    """Codes the block size, and the class numbers or their differences, whichever are shorter."""
     # Neighbouring blocks often have the same class; then the differences are mostly zero.
     delta = np.mod(np.diff(layout.ids.astype(np.int16), prepend=0), layout.count).astype(np.uint8)
     options = [nested(layout.ids), nested(delta)]

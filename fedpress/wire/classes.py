@@ -1,10 +1,12 @@
-"""Block classes: blocks of an integer vector with similar values share a frequency table.
+"""Groups blocks of an integer vector with similar values, so that they share a frequency table.
 
-An update has large values in one layer and small ones in the next, and most values of one filter
-have the same sign. With one table for all values, coding takes more bits; with a table per block,
-the tables take more bits. So blocks are grouped into classes by their mean absolute value, and by
-mean value / mean absolute value (the sign). Block size and number of classes minimise the estimated
-bits, including class numbers and tables.
+The entropy coder (`ans`) uses the tables. An update has large values in one layer and small ones in
+the next, and most values of one filter have the same sign. With one table for all values, coding
+takes more bits; with a table per block, the tables take more bits. So blocks are grouped into
+classes by their mean absolute value, and by mean value / mean absolute value (the sign). Block size
+and number of classes minimise the estimated bits, including class numbers and tables.
+
+A symbol is the position of a value in a range of values: in the range from -3 on, -3 has symbol 0.
 """
 
 from __future__ import annotations
@@ -57,7 +59,10 @@ class BlockClasses:
     ids: NDArray[np.uint8]
 
     def groups(self, whole: int) -> list[NDArray[np.intp]]:
-        """Returns for each class the sorted numbers of its blocks among the first `whole`."""
+        """Returns for each class the sorted positions of its blocks, of the first `whole` blocks.
+
+        These are the blocks with all columns; a shorter last block is left out.
+        """
         # A stable sort, because the stream has a class's blocks in the order of the row.
         order = np.argsort(self.ids[:whole], kind="stable")
         ends = np.searchsorted(self.ids[:whole][order], np.arange(1, self.count))
@@ -75,8 +80,8 @@ def choose_classes(values: Ints, center: int, share: float = 1.0) -> BlockClasse
     Args:
         values: symbols [rows, columns].
         center: the symbol of the median value.
-        share: size / size of the full vector, if `values` are a sample of it. Tables are sent once
-            per vector, so only this share of their bits counts.
+        share: size of `values` / size of the full vector, if `values` are a sample of it. Tables
+            are sent once per vector, so only this share of their bits counts.
     """
     rows, columns = values.shape
     one_class = BlockClasses(max(columns, 1), 1, np.zeros(1, np.uint8))
@@ -104,10 +109,10 @@ def choose_classes(values: Ints, center: int, share: float = 1.0) -> BlockClasse
 
 
 def _by_magnitude(sums: Floats, width: int, rows: int, share: float) -> list[BlockClasses]:
-    """Returns up to two choices of classes by mean absolute value, to be split by sign.
+    """Returns up to two choices of classes by mean absolute value, which are later split by sign.
 
-    One has the fewest estimated bits. The other has blocks of `SIGNED_SIZE` minimum blocks: the
-    estimate ignores signs, and in larger blocks positive and negative values average out.
+    One choice has the fewest estimated bits. The other has blocks of `SIGNED_SIZE` minimum blocks:
+    the estimate ignores signs, and in larger blocks positive and negative values average out.
 
     Args:
         sums: sum of the absolute values of each minimum block.
@@ -259,7 +264,7 @@ def _split_by_sign(
 
 
 def _numbered(ids: NDArray[np.intp]) -> tuple[NDArray[np.uint8], int]:
-    """Renumbers the classes without empty ones; returns each block's class and their number."""
+    """Renumbers the classes so that none is empty; returns each block's class and their number."""
     used = np.bincount(ids) > 0
     return (np.cumsum(used) - 1)[ids].astype(np.uint8), int(used.sum())
 

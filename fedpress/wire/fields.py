@@ -1,8 +1,9 @@
-"""Types of header fields: a check of the value, and its description for errors.
+"""Checks the values of header fields, such as `round`, by their kind.
 
-JSON distinguishes `true`, `1`, `1.0` and `"1"`, but in Python the first three are equal and the
-same dictionary key. A client that stores answered rounds in a dictionary would confuse
-`round = true` with round 1. Therefore a whole number must be an `int` here, and not a `bool`.
+A header is the JSON dictionary of a message. JSON distinguishes `true`, `1`, `1.0` and `"1"`, but
+in Python the first three are equal and the same dictionary key. A client that stores answered
+rounds in a dictionary would confuse `round = true` with round 1. Therefore a whole number must be
+an `int` here, and not a `bool`.
 """
 
 from __future__ import annotations
@@ -23,11 +24,11 @@ MAX_SIZE = 1 << 62
 
 @dataclass(frozen=True)
 class FieldKind:
-    """The type and limits of a header field.
+    """The type and limits of a header field. Example: `whole(0, 9)`.
 
     Attributes:
         expected: description for errors, such as "a finite number".
-        holds: returns whether a value is of this kind.
+        holds: function that returns whether a value is of this kind.
     """
 
     expected: str

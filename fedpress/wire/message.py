@@ -1,7 +1,7 @@
-"""Messages: a kind, a small JSON header and named tensors; `FORMAT.md` describes the bytes.
+"""Converts a message (a kind, a JSON header, named tensors) to bytes and back.
 
-The sender is not trusted: every size is checked before memory is allocated, and every fault raises
-a `WireError` that names the field.
+The file `FORMAT.md` in this folder describes the bytes. The sender is not trusted: every size is
+checked before memory is allocated, and every invalid field raises a `WireError` with its name.
 """
 
 from __future__ import annotations
@@ -75,7 +75,8 @@ def pack(message: Message) -> bytes:
     """Returns the bytes of `message`; equal messages give equal bytes.
 
     Raises:
-        WireError: if a number in the header is not finite, or a tensor's dtype cannot be sent.
+        WireError: if the header contains something that JSON readers refuse, such as infinity, a
+            tensor's dtype cannot be sent, or a name is no UTF-8 or too long.
 
     >>> pack(Message("hello", {"round": 1}))[:4]
     b'FPRS'
@@ -103,14 +104,14 @@ def pack(message: Message) -> bytes:
 
 
 def unpack(data: bytes, *, max_bytes: int = MAX_BYTES) -> Message:
-    """Reads the message in untrusted `data`.
+    """Returns the message in `data`, which need not be trusted.
 
     Args:
         data: exactly one message.
         max_bytes: limit of the size of `data`, and of the total size of its unpacked tensors.
 
     Raises:
-        WireError: for every fault, with the name of the field.
+        WireError: if a field is invalid, with its name.
 
     >>> unpack(pack(Message("hello", {"round": 1}))).header
     {'round': 1}
@@ -134,10 +135,12 @@ def unpack(data: bytes, *, max_bytes: int = MAX_BYTES) -> Message:
 
 
 def kind_of(data: bytes) -> str:
-    """Returns the kind of a packed message of one's own, without reading the rest.
+    """Returns the kind of a packed message without unpacking the rest.
+
+    The frame and its checksum are not checked, so use it only for messages of this process.
 
     Raises:
-        WireError: if it is too short for one.
+        WireError: if the bytes end before the kind does.
 
     >>> kind_of(pack(Message("hello", {"round": 1})))
     'hello'
@@ -147,7 +150,7 @@ def kind_of(data: bytes) -> str:
 
 @dataclass(frozen=True, eq=False)
 class _PackedTensor:
-    """A tensor of a message, before unpacking."""
+    """A tensor of a message whose `data` are not unpacked yet."""
 
     dtype: torch.dtype
     shape: list[int]
@@ -257,7 +260,7 @@ def _text(reader: ByteReader, place: str, most: int) -> str:
 
 
 def _check_json(value: JSON, place: str) -> None:
-    """Refuses values that not every JSON reader accepts: NaN, infinity, integers over 64 bits."""
+    """Raises WireError for values that some JSON readers refuse: NaN, infinity, huge integers."""
     if isinstance(value, dict):
         for key, item in value.items():
             if not isinstance(key, str):

@@ -1,7 +1,7 @@
-"""Lossless packing of a tensor: chooses the smallest of four forms; see `FORMAT.md`.
+"""Packs a tensor losslessly in the smallest of four forms.
 
 The forms are raw, n-bit integers, entropy-coded integers (ANS), and sparse. Unpacking returns the
-same bits.
+same bits. The file `FORMAT.md` in this folder describes the bytes.
 """
 
 from __future__ import annotations
@@ -68,8 +68,9 @@ def estimate_bits(values: Ints, *, rows: int = 1, share: float = 1.0) -> float:
 
     Args:
         values: whole numbers [n].
-        rows: number of rows of the tensor.
-        share: n / size of the full vector, if `values` are a sample of it.
+        rows: number of rows of the tensor, each with its own frequency tables.
+        share: n / size of the full vector, if `values` are a sample of it. Tables are sent once
+            per vector, so only this share of their bits counts.
     """
     if not len(values):
         return 0.0
@@ -94,9 +95,9 @@ def _shrink(values: Ints, floats: bool, rows: int = 1, depth: int = 0) -> bytes:
 
     Args:
         values: integers, or the bits of floats viewed as integers.
-        floats: whether they are bits of floats, which only the forms raw and sparse pack.
+        floats: whether `values` are bits of floats; only the forms raw and sparse pack floats.
         rows: number of rows of the tensor.
-        depth: nesting depth of this form.
+        depth: nesting depth; 0 for the tensor itself, 1 for a bitmap inside, and so on.
     """
     if not len(values):
         return b""
@@ -136,7 +137,7 @@ def _expand(reader: ByteReader, out: Ints, place: str, depth: int = 0) -> None:
     """Fills `out` [n], n > 0, from `reader`.
 
     Raises:
-        WireError: if the bytes are not valid, or not all of them are used.
+        WireError: if the bytes are invalid, or some are left over.
     """
 
     def nested(inner: ByteReader, into: Ints) -> None:
@@ -241,7 +242,10 @@ def _ans_pays(values: Ints, bits: int, size: int) -> bool:
 
 
 def _sampled(values: Ints, run: int = 1024) -> Ints:
-    """Returns `SAMPLE` values in evenly spread runs; neighbours often have similar values."""
+    """Returns `SAMPLE` values: runs of `run` neighbours, evenly spread.
+
+    Runs, because the entropy coder uses that neighbours often have similar values.
+    """
     runs = len(values) // run
     chosen = np.linspace(0, runs - 1, SAMPLE // run).astype(np.intp)
     return values[: runs * run].reshape(runs, run)[chosen].reshape(-1)

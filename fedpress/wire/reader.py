@@ -1,4 +1,4 @@
-"""A checked reader of untrusted bytes, and the varint format of whole numbers."""
+"""Reads untrusted bytes with checks, and writes whole numbers in the varint format."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class ByteReader:
         return self.take(1, field)[0]
 
     def varint(self, field: str, most: int) -> int:
-        """Reads a `varint` of at most `most`, a number below 2**64."""
+        """Reads a `varint` of at most `most`; `most` is below 2**64."""
         value = 0
         # Ten groups of seven bits are enough for 64 bits. Without a limit, an attacker could send a
         # number of any length.
@@ -92,5 +92,5 @@ class ByteReader:
         return half if value % 2 == 0 else -half - 1
 
     def part(self, field: str) -> ByteReader:
-        """Returns a reader of the next part: a length as `varint`, then as many bytes."""
+        """Returns a reader of the next part, which is a length as `varint` and as many bytes."""
         return ByteReader(self.take(self.varint(field, self.left), field))
