@@ -1,1 +1,1 @@
-"""Recipes, and everything that runs them: checks, runs, sweeps and commands of one stage."""
+"""Runs recipes: TOML files that name the data, the model and the stages, such as prune or train."""

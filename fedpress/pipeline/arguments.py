@@ -1,6 +1,6 @@
-"""A table of the arguments of commands, with their names in Python, in recipes and in a shell.
+"""Lists the three names of each command argument: in Python, in a recipe and on the command line.
 
-Errors are raised with Python names or recipe keys. Before they are shown, these names are replaced:
+An error names arguments as Python or a recipe does. A user of the command line sees flags instead:
 
 >>> from fedpress.errors import Argument, ModelError
 >>> cure = ("give ", Argument("input_shape", (3, 32, 32)))
@@ -79,7 +79,7 @@ _BEGINNING = re.compile(r"\w+(?:\.\w+)*")
 def command_place(place: str, kind: str) -> str:
     """Converts a place in the recipe of a command to the name of the command's argument.
 
-    A command such as `fedpress prune` runs a recipe of one stage that the user does not see.
+    A command such as `fedpress prune` runs a recipe of one stage, which the user does not see.
 
     >>> command_place("recipe.data.mean[1]", "prune")
     'mean[1]'
@@ -89,6 +89,7 @@ def command_place(place: str, kind: str) -> str:
     >>> command_place(f"{at}.keep_params", "prune"), command_place(f"{at} (prune)", "prune")
     ('keep_params', 'prune')
     """
+    # The only stage of the recipe is the command itself, so its place is left out.
     stage = _STAGE.match(place)
     if stage is not None:
         rest = place[stage.end() :]
@@ -102,12 +103,12 @@ def command_place(place: str, kind: str) -> str:
 
 @contextmanager
 def errors_of_command(kind: str, *, all_public: bool = False) -> Iterator[None]:
-    """Renames recipe keys in errors raised in the block to arguments of the command `kind`.
+    """Renames recipe keys in errors of the `with` block to arguments of the command `kind`.
 
     Args:
         kind: kind of stage, which is also the name of the command.
-        all_public: whether the command makes all data public. Then no key of `PARTS` can enlarge
-            the public part, so a cure that names one of these keys asks for other data instead.
+        all_public: whether all data of the command are public already. Then a larger
+            `data.public_share` gives no further examples, so the error asks for other data instead.
     """
 
     def named(argument: Argument) -> Argument:
@@ -124,7 +125,7 @@ def errors_of_command(kind: str, *, all_public: bool = False) -> Iterator[None]:
 
 
 def shell_text(part: Argument | Shell) -> str:
-    """Writes a part of a cure for the command line: a flag, or `key=value`.
+    """Writes an argument that an error suggests for the command line: as a flag, or `key=value`.
 
     >>> shell_text(Argument("data", "SOURCE")), shell_text(Argument("allow_code", ("nets:Net",)))
     ('--data SOURCE', '--allow-code nets:Net')
@@ -136,6 +137,7 @@ def shell_text(part: Argument | Shell) -> str:
         return part.text
     flag = FLAGS.get(part.name)
     if flag is None:
+        # On the command line, positions are written as in overrides: `stage.1`, not `stage[1]`.
         key = re.sub(r"\[(\d+)\]", r".\1", part.name.removeprefix("recipe."))
         return key if part.value is None else shlex.quote(f"{key}={_as_toml(part.value)}")
     if part.value is None:
@@ -145,6 +147,7 @@ def shell_text(part: Argument | Shell) -> str:
         return " ".join(f"{flag} {shlex.quote(name)}" for name in part.value)
     row = part.value if isinstance(part.value, tuple) else (part.value,)
     value = ",".join(shlex.quote(str(one)) for one in row)
+    # A flag in capitals, such as MODEL, is only a placeholder for a positional argument.
     return f"{flag} {value}" if flag.startswith("--") else value
 
 
@@ -155,7 +158,7 @@ def _as_toml(value: object) -> str:
 
 
 def shell_place(place: str) -> str:
-    """Converts the place of an error to a flag if it names an argument with a flag.
+    """Converts the name of an argument in an error to its flag; other names stay the same.
 
     >>> shell_place("mean[1]"), shell_place("keep_params"), shell_place("data.mean")
     ('--mean[1]', 'keep_params', 'data.mean')

@@ -19,14 +19,21 @@ from fedpress.workspace.state import Network
 def check_recipe(
     recipe: Recipe, data: FederatedData, network: Network | None = None
 ) -> list[dict[str, Any]]:
-    """Checks every stage in order and returns the expected facts of each.
+    """Checks every stage in order, and returns for each stage the results that are known already.
+
+    Args:
+        recipe: the checked settings.
+        data: the loaded data set.
+        network: reaches clients on other machines; None: the clients are simulated.
 
     Returns:
-        For each stage its kind, name, parameters, MACs, and facts of its own, such as `epsilon`.
+        One dictionary for each stage: its kind, its name, the parameters and MACs of the model
+        after the stage, and further facts that depend on the kind, such as `epsilon`.
 
     Raises:
         FedpressError: the first error that would stop the run.
     """
+    # Before the model is built: this mistake is the cheapest to find.
     _check_clients(recipe, data)
     state, lines = replace(first_state(recipe, data), network=network), []
     trained = recipe.model.trained
@@ -44,7 +51,9 @@ def check_recipe(
 
 
 def _check_clients(recipe: Recipe, data: FederatedData) -> None:
-    """Refuses a federation without data, which would train on the random placeholder example.
+    """Refuses a recipe that needs clients but has no data.
+
+    Without this check, the stage would train on the random placeholder example.
 
     Raises:
         DataError: if there are no data and a stage needs clients.

@@ -1,4 +1,4 @@
-"""Writes `environment.json` of a run: versions, machine, commit, command, and later changes."""
+"""Writes `environment.json`, which says where a run ran: versions, machine, commit and command."""
 
 from __future__ import annotations
 
@@ -47,12 +47,13 @@ def write_environment(
     Args:
         folder: folder of the run.
         command: the user's command, such as "fedpress run digits".
-        origin: "recipe" and "overrides" as the user gave them; written only for a new run.
+        origin: the keys "recipe" and "overrides", with what the user gave; only for a new run.
         device: device of the stages; None: the default of `fedpress.training.device.find`.
 
     Returns:
-        Warnings for a resumed run: its bits will differ, because the processor, the number of
-        threads or a version has changed; or records are missing.
+        Warnings for a resumed run. First, the weights will differ in their last bits from those of
+        an uninterrupted run, because the processor, the number of threads or a version has changed.
+        Second, files with the records of earlier rounds are missing.
     """
     path, now = folder.path / "environment.json", environment(command, device)
     warnings: list[str] = []
@@ -60,6 +61,7 @@ def write_environment(
     if path.exists():
         first = read_json(path, cure=CURES[path.name])
         changed = {key: value for key, value in now.items() if first.get(key) != value}
+        # A finished run computes nothing more, so no warning is needed.
         if not read_finished(folder):
             warnings = [*_other_bits(first, now), *folder.records.warnings()]
         now = {**first, "resumed": [*_list(first.get("resumed")), changed]}
@@ -78,7 +80,7 @@ def _list(value: Any) -> list[Any]:
 
 
 def _other_bits(first: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """Returns a warning if sums may be rounded differently than in the run so far."""
+    """Returns a list with a warning if sums may be rounded differently than before; else []."""
     earlier = [first]
     for change in _list(first.get("resumed")):
         if isinstance(change, dict):
@@ -107,6 +109,7 @@ def environment(command: str, device: torch.device | None = None) -> dict[str, A
     return {
         "fedpress": fedpress.__version__,
         "python": platform.python_version(),
+        # Installed versions, without importing the libraries, which takes seconds.
         **{name: version(name) for name in LIBRARIES},
         "machine": machine(),
         "processor": as_json(this_processor()),
@@ -143,6 +146,7 @@ def machine() -> str:
 def _commit() -> str | None:
     """Returns the commit of the source, with `-dirty` if files are changed; None without git."""
     root = Path(fedpress.__file__).parent.parent
+    # Without this check, git would report the repository of a user whose folder contains fedpress.
     if not (root / ".git").exists():
         return None
     try:
@@ -153,6 +157,7 @@ def _commit() -> str | None:
             timeout=10,
             check=True,
         )
+    # git is not installed, too slow, or refuses a folder of another user. The run goes on.
     except (OSError, subprocess.SubprocessError):
         return None
     return out.stdout.strip()

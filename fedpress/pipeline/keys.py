@@ -1,7 +1,8 @@
-"""Decides whether results can be reused, by the settings of a run and by a key for each stage.
+"""Computes a hash for each stage, which tells whether the result of another run can be reused.
 
-Two stages with equal keys have the same data, model, seed and settings, also in all earlier stages.
-So their results are equal. A resumed run compares its settings; `--from` compares keys.
+Two stages with equal hashes ("keys") have equal data, model, seed and settings, and so do all
+stages before them. So their results are equal. A run that is resumed compares whole settings;
+`fedpress run --from RUN`, which reuses stages of another run, compares keys.
 """
 
 from __future__ import annotations
@@ -33,10 +34,10 @@ NAMES = ("kind", "name")
 
 
 def settings_of(recipe: Recipe) -> dict[str, Any]:
-    """Returns the resolved recipe as JSON, without the path of the data and the device.
+    """Returns the settings of a recipe as JSON, as the file `settings.json` of a run has them.
 
-    These two may differ when a run is resumed on another machine. For a checkpoint, weights or a
-    teacher a hash of the content replaces the path.
+    The path of the data and the device are left out: they may differ when a run is resumed on
+    another machine. The path of a saved model is replaced by a hash of its weights.
     """
     tree: dict[str, Any] = json.loads(recipe.model_dump_json())
     tree["data"].pop("path", None)
@@ -62,9 +63,14 @@ def settings_of(recipe: Recipe) -> dict[str, Any]:
 
 
 def leave_out_defaults_(table: dict[str, Any], settings: object, place: str) -> None:
-    """Removes newer keys from `table` (`settings` as JSON) if they have their default value.
+    """Removes keys that are newer than version 0.1.0 and have their default value.
 
-    Keys and values that were renamed get their old names, which older folders contain.
+    Keys and values that were renamed get their old names, since older run folders contain these.
+
+    Args:
+        table: the settings as JSON; changed in place.
+        settings: the same settings as an object.
+        place: where the table is, such as "data" or "stage.prune".
     """
     if not isinstance(settings, BaseModel):
         return

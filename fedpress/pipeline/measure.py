@@ -19,15 +19,20 @@ COSTS = (
 
 
 def measured_keys(task: Task) -> tuple[str, ...]:
-    """Returns all keys that `measure` may return for this task."""
+    """Returns all keys of the dictionary that `measure` may return for this task."""
     return (*task.keys, *COSTS)
 
 
 def measure(state: State, *, latency: bool = True) -> dict[str, Any]:
-    """Returns metrics and costs of the model of `state`; metrics are None without a test set.
+    """Measures the model of `state`.
 
-    `file_bytes` is the size of a file of float32 weights, or of a packed file if the model is
-    quantized.
+    Args:
+        state: the model, the data and the device.
+        latency: whether to measure the latency too, in torch on one thread.
+
+    Returns:
+        The metrics of the task (None without a test set) and the costs. `file_bytes` is the size of
+        a file with float32 weights; for a quantized model, of a file with packed integers.
     """
     test, task = state.data.test, state.data.task
     loss, metrics = None, dict[str, Any](dict.fromkeys(task.keys))
@@ -36,6 +41,8 @@ def measure(state: State, *, latency: bool = True) -> dict[str, Any]:
         found = evaluate(model, test, state.data.preprocess, task, all_metrics=True)
         loss = found.loss
         metrics |= found.metrics
+    # Costs are measured on the CPU, so that they are comparable between machines with and without
+    # GPU.
     model = state.model.to("cpu")
     line: dict[str, Any] = {
         "task": task.kind,
@@ -63,5 +70,5 @@ def measure(state: State, *, latency: bool = True) -> dict[str, Any]:
 
 
 def macs_of(state: State) -> int:
-    """Returns the multiply-adds of one example."""
+    """Returns the number of multiply-adds (MACs) of the model for one example."""
     return cost.macs(state.model.to("cpu"), state.example(1))

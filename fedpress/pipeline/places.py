@@ -23,14 +23,18 @@ _WORD = re.compile(r"\w+")
 
 
 def recipe_place(place: str, index: int, stage: Stage) -> str:
-    """Converts the place of an error raised in a stage to a key of the recipe.
+    """Converts the place of an error in a stage to a key of the recipe.
 
     Args:
-        place: an argument (`score`), a key of the stage (`privacy.delta`, `prune.score` or
-            `stage.score`), a file, or a field of a message. Empty: the error is about the stage.
+        place: what the error is about: an argument (`score`), a key of the stage (`privacy.delta`,
+            `prune.score` or `stage.score`), a file, or a field of a network message. Empty: the
+            whole stage.
         index: position of the stage in the recipe.
-        stage: settings of the stage. `stage.places` maps an argument to its key if the two names
-            differ.
+        stage: settings of the stage. `stage.places` maps names of arguments to keys, where the two
+            names differ.
+
+    Returns:
+        The key in the recipe. If there is no such key, the stage and then `place` unchanged.
 
     >>> from fedpress.stages.federate.stage import FederateStage
     >>> stage = FederateStage(kind="federate", cohort=5, num_rounds=3)
@@ -43,6 +47,7 @@ def recipe_place(place: str, index: int, stage: Stage) -> str:
     key = _key(place, index, stage)
     if key is not None:
         return key
+    # Files and messages keep their own name, behind the stage in which the error occurred.
     at = f"recipe.stage[{index}] ({stage.name})"
     return f"{at}: {place}" if place else at
 
@@ -55,6 +60,7 @@ def _key(name: str, index: int, stage: Stage) -> str | None:
     rest = name[len(word) :]
     if word in (stage.kind, "stage") and rest[:1] in ("", "."):
         return at + rest
+    # "score", "score.x" and "score[0]" name a key; a text such as "score-file" does not.
     if word in vars(stage) and rest[:1] in ("", ".", "["):
         return f"{at}.{name}"
     return _in_table(name)

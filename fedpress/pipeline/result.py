@@ -1,4 +1,4 @@
-"""Writes `result.json` of a run: facts of each finished stage, and the facts at the end."""
+"""Writes `result.json`, the results of a run: accuracy, size and more after each stage."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ def write_result(
     finished: bool,
     left_out: str,
 ) -> None:
-    """Writes `result.json`, and `ledger.json` if privacy was spent.
+    """Writes `result.json`; also `ledger.json`, the record of privacy spent, if there is any.
 
     Args:
         recipe: the recipe of the run.
         folder: folder of the run.
-        results: facts of each finished stage.
+        results: for each finished stage a dictionary, such as `{"kind": "train", "accuracy": 0.9}`.
         finished: whether all stages are finished.
         left_out: sentence about rows of the data that were not used; "" if all were used.
     """
@@ -61,14 +61,15 @@ def write_result(
 
 
 def replace_simulated_metrics_(stages: Sequence[Stage], lines: Sequence[dict[str, Any]]) -> None:
-    """Takes the metrics of the exported file if torch only simulates the quantized model.
+    """Replaces metrics of a model that torch only simulates by the metrics of its exported file.
 
-    A device runs the file, so the metrics of the file count. The simulated primary metric is kept
-    under another key, such as `accuracy_simulated`.
+    torch computes a quantized model on floats; a device runs the exported file on integers. So the
+    metrics of the file count. The simulated value of the main metric moves to another key, such as
+    `accuracy_simulated`.
 
     Args:
         stages: the finished stages.
-        lines: the facts of these stages; changed in place.
+        lines: the results of these stages; changed in place.
     """
     source: dict[str, Any] | None = None  # line of the last stage that changed the model
     simulated = False
@@ -79,6 +80,8 @@ def replace_simulated_metrics_(stages: Sequence[Stage], lines: Sequence[dict[str
         if not (stage.reports_artifact and simulated and line.get(task.primary) is not None):
             continue
         assert source is not None
+        # `setdefault`: a second export must not replace the simulated value by that of the first
+        # file.
         source.setdefault(f"{task.primary}_simulated", source[task.primary])
         source.update({key: line[key] for key in task.keys if key in line})
 

@@ -1,4 +1,4 @@
-"""Runs the stages of a checked recipe in order. Each is measured and saved before the next."""
+"""Runs the stages of a recipe in order; measures and saves the model after each stage."""
 
 from __future__ import annotations
 
@@ -44,15 +44,20 @@ def execute(
     network: Network | None = None,
     engine: Engine | None = None,
 ) -> Iterator[Event]:
-    """Runs the stages that are not finished yet; yields events and writes `result.json`.
+    """Runs the stages that are not finished yet, and writes `result.json` after each stage.
 
     Args:
         recipe: the checked recipe.
         folder: folder of the run.
         data: the loaded data set.
-        reuse: another run. Its first stages are copied up to the first stage whose settings differ.
+        reuse: folder of another run. Its results are copied for the first stages, up to the first
+            stage whose settings differ.
         network: reaches clients on other machines; None: the clients of `data` are simulated.
-        engine: runs simulated clients; None: in this process. The result does not depend on it.
+        engine: runs simulated clients, for example in several processes; None: in this process.
+            The result is the same for every engine.
+
+    Yields:
+        Events of the run, such as `StageStarted` and `StageFinished`.
 
     Raises:
         RunError: if another process works in the folder.
@@ -77,8 +82,8 @@ def _stages(
     _check_streams(recipe, folder, keys)
     for index, (stage, key) in enumerate(zip(recipe.stage, keys, strict=True)):
         place = folder.stage(index, stage.kind, stage.name)
-        # The key is a hash of data, model, seed and all stages so far, so equal keys mean equal
-        # results.
+        # The key is a hash of data, model, seed and all stages so far. Equal keys mean equal
+        # results, so a finished stage with this key need not run again.
         done = place.finished(key)
         if done is not None:
             log.info("stage %s is finished already", stage.name)
@@ -87,6 +92,7 @@ def _stages(
             if done is not None:
                 log.info("stage %s is taken over from %s", stage.name, reuse.path)
         if done is not None:
+            # Run folders of older versions have no checksum: only counting finds a lost record.
             folder.records.check_count(done.records)
         yield StageStarted(index, stage.kind, stage.name, reused=done is not None)
         if done is None:
@@ -98,7 +104,8 @@ def _stages(
         # same model, bit for bit.
         spec, model = place.load()
         before = state
-        # An export stage measures its file and not the model, so the model's score is kept.
+        # `score` is the main metric of the model. An export stage measures its file and not the
+        # model, so the score stays that of the stage before.
         of_model = not (stage.reports_artifact or stage.repeats_measurements)
         score = done.result.get(data.task.primary) if of_model else state.score
         state = replace(state, spec=spec, model=model, ledger=_ledger(done), score=score)
@@ -115,6 +122,9 @@ def _stages(
 
 def _check_streams(recipe: Recipe, folder: RunFolder, keys: Sequence[str]) -> None:
     """Refuses to continue a run that began with another version of the random streams.
+
+    Random streams give each part of a run its own random numbers. Another version gives other
+    numbers, so the rest of the run would not fit its beginning.
 
     Raises:
         RunError: if the versions differ and a stage is not finished.
@@ -140,15 +150,17 @@ def _do(
         stage: the stage.
         state: state before the stage.
         place: folder of the stage.
-        key: key of the stage (see `stage_keys`).
+        key: hash of everything that the result depends on (see `stage_keys`).
         records: number of records that earlier stages have written.
-        last: a list with the facts of the previous stage; empty for the first stage.
+        last: a list with the results of the previous stage; empty for the first stage.
     """
     began, before = time.perf_counter(), place.begin(records)
     with errors_of_stage(place.index, stage):
         state = yield from stage.run(state, place)
     state = _settled(state)
+    # `before`: seconds that the stage ran before it was interrupted.
     seconds = before + time.perf_counter() - began
+    # Such a stage leaves the model as it is, so measuring again would give the same numbers.
     if last and stage.repeats_measurements:
         known = measured_keys(state.data.task)
         measured = {key: value for key, value in last[0].items() if key in known}
@@ -159,9 +171,10 @@ def _do(
 
 
 def _settled(state: State) -> State:
-    """Rounds quantized weights to their grids, and writes into the spec which weights are pruned.
+    """Rounds quantized weights to their grids, and notes in the spec which weights are pruned.
 
-    In training, weights are floats between the grid points. In the saved model they are rounded.
+    During training, weights are floats between the points of the grid. The saved model has the
+    rounded weights.
     """
     # This comes before rounding: rounding can turn a small weight that is not pruned into 0.
     kept = kept_entries(state.model, state.spec.sparse if state.spec.quantized else ())
@@ -178,7 +191,15 @@ def _ledger(done: Done) -> Ledger | None:
 
 
 def _line(state: State, stage: Stage, seconds: float, measured: dict[str, Any]) -> dict[str, Any]:
-    """Returns the facts of one stage for `result.json`: name, measurements and further facts."""
+    """Returns the entry of one stage in `result.json`.
+
+    Args:
+        state: the state after the stage. `state.facts` holds results of the stage's own, such as
+            `epsilon`; these go before measurements of the same name.
+        stage: the stage.
+        seconds: how long it ran.
+        measured: the metrics and costs of the model.
+    """
     ledger = {"ledger": json.loads(state.ledger.to_json())} if state.ledger is not None else {}
     line = {"kind": stage.kind, "name": stage.name, "seconds": round(seconds, 2)}
     return line | measured | dict(state.facts) | ledger

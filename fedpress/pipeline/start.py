@@ -39,8 +39,9 @@ NO_DATA = "no data"
 def load_data(recipe: Recipe, *, progress: Progress | None = None) -> data_sets.FederatedData:
     """Loads the recipe's data set and divides it among clients.
 
-    If the source is a `module:function`, it is called. From now on, files of runs may name this
-    function too (see `fedpress.core.consent`).
+    If the source is a `module:function`, this function is called. The user allows it by naming it.
+    From then on, the function may also be called if a saved run names it (see
+    `fedpress.core.consent`).
 
     Raises:
         TrainingError: if this machine lacks the recipe's device.
@@ -61,17 +62,18 @@ def device_of(recipe: Recipe) -> torch.device:
     """Returns the device of the recipe.
 
     Raises:
-        TrainingError: if this machine does not have it.
+        TrainingError: if this machine does not have this device.
     """
     with errors_of_device():
         return device.find(recipe.device)
 
 
 def saved_model(path: Path) -> tuple[ModelSpec, nn.Module]:
-    """Loads the model at `model.checkpoint` of a recipe.
+    """Loads a saved model from the path that the recipe gives as `model.checkpoint`.
 
     Raises:
-        ModelError: if it cannot be loaded. Arguments in the cure are renamed to recipe keys.
+        ModelError: if the model cannot be loaded. The error names keys of the recipe, such as
+            `recipe.data.source`, and not arguments of Python functions, such as `data`.
     """
     try:
         return storage.load(path)
@@ -83,14 +85,17 @@ def saved_model(path: Path) -> tuple[ModelSpec, nn.Module]:
 
 
 def first_state(recipe: Recipe, data: data_sets.FederatedData) -> State:
-    """Returns the state before the first stage, with new weights or those of the checkpoint.
+    """Returns the state before the first stage: the model, the data, the seed and the device.
+
+    The model has new weights, weights from a state dict, or the weights of a checkpoint.
 
     Raises:
-        RecipeError: if the model does not take the data's examples or has another number of
-            classes.
+        RecipeError: if the model does not take the examples of the data, or its number of outputs
+            does not fit the classes of the data.
         TrainingError: if this machine lacks the recipe's device.
     """
     at = device_of(recipe)
+    # A data set may have an empty public part or test set, so take the first part with examples.
     examples = next(a for a in (data.public, data.test, *data.clients.values()) if len(a))
     about: dict[str, Any] = {
         "input_shape": shape_of(examples.x),
@@ -104,6 +109,7 @@ def first_state(recipe: Recipe, data: data_sets.FederatedData) -> State:
     torch.manual_seed(derive(recipe.seed, "weights"))
     if recipe.model.checkpoint is not None:
         spec, model = saved_model(recipe.model.checkpoint)
+        # The new data may have another mean or other class names than the data of the checkpoint.
         spec = spec.model_copy(update=about)
     else:
         _check_mlp(recipe.model, about["input_shape"], data)
@@ -129,7 +135,8 @@ def first_state(recipe: Recipe, data: data_sets.FederatedData) -> State:
 def _check_mlp(settings: ModelSettings, shape: Shape, data: data_sets.FederatedData) -> None:
     """Checks `in_features` of the built-in `mlp`.
 
-    For other architectures we do not know which argument is wrong. They are only run on an example.
+    For any other architecture, it is not known which argument sets the input size. Such a model is
+    only run on an example.
 
     Raises:
         RecipeError: if an example has another number of values; the cure names the right arguments.
@@ -158,10 +165,11 @@ def _check_mlp(settings: ModelSettings, shape: Shape, data: data_sets.FederatedD
 def _not_taken(
     recipe: Recipe, spec: ModelSpec, model: nn.Module, given: Inputs, error: Exception
 ) -> RecipeError:
-    """Returns the error of a network that does not run on examples `given` of the data."""
+    """Returns the error for a network that fails on the examples `given`."""
     # Errors call a module in memory by its class: the user has never seen the name `IN_MEMORY`.
     in_memory = recipe.model.architecture == memory.IN_MEMORY
     name = type(model).__name__ if in_memory else spec.architecture
+    # torch's errors have many lines. The first one says which shapes differ.
     reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
     cure: Words
     if isinstance(error, FedpressError) and error.cure:
@@ -185,15 +193,18 @@ def _not_taken(
 
 
 def _built(settings: ModelSettings, about: dict[str, Any]) -> tuple[ModelSpec, nn.Module]:
-    """Builds an architecture with new weights or those of a state dict.
+    """Builds an architecture with new weights, or loads its weights from a state dict.
 
-    `about` has further fields of the spec: input shape, mean, std, class names, task.
+    Args:
+        settings: the table `[model]` of the recipe.
+        about: further fields of the `ModelSpec`: input shape, mean, std, class names and task.
     """
     assert settings.architecture is not None
     spec = ModelSpec(architecture=settings.architecture, arguments=settings.arguments, **about)
     spec, model = spec.build_for_user()
     if settings.weights is not None:
         masked = load_weights_(model, settings.weights)
+        # Layers whose state dict has a pruning mask: their zeros must stay 0 in later stages.
         spec = spec.model_copy(update={"sparse": tuple(dict.fromkeys((*spec.sparse, *masked)))})
     return spec, model
 
@@ -201,7 +212,18 @@ def _built(settings: ModelSettings, about: dict[str, Any]) -> tuple[ModelSpec, n
 def _check_outputs(
     recipe: Recipe, spec: ModelSpec, found: object, targets: Tensor, data: data_sets.FederatedData
 ) -> None:
-    """Refuses a model whose outputs do not fit the task."""
+    """Refuses a model whose outputs do not fit the task.
+
+    Args:
+        recipe: the recipe.
+        spec: the model's spec.
+        found: the model's outputs for two examples.
+        targets: the labels of these examples.
+        data: the data set, which knows the task.
+
+    Raises:
+        RecipeError: if the outputs do not fit.
+    """
     try:
         data.task.check(found, targets)
     except ModelError as error:
@@ -225,9 +247,15 @@ def _check_outputs(
 
 
 def with_parent(state: State, before: State, load: Loader | None) -> State:
-    """Sets `state.parent` to `load`, a loader of the model before the first change of its spec.
+    """Returns the state after a stage, with `parent` set if this stage is the first to change it.
 
-    This model is the teacher of stages with `teacher = "dense"`.
+    The parent is the model before the first stage that changed the spec, for example before the
+    first pruning. A later stage with `teacher = "dense"` distils from this model.
+
+    Args:
+        state: the state after a stage.
+        before: the state before this stage.
+        load: loads the model before the stage; None if that model is untrained.
     """
     if (
         state.parent is None
@@ -239,9 +267,10 @@ def with_parent(state: State, before: State, load: Loader | None) -> State:
 
 
 def parent_of(recipe: Recipe, data: data_sets.FederatedData) -> Loader | None:
-    """Returns a function that loads the recipe's first model; None if its weights are untrained."""
+    """Returns a function that loads the model before the first stage; None if it is untrained."""
     if recipe.model.checkpoint is not None:
         return partial(saved_model, recipe.model.checkpoint)
+    # An untrained model is a useless teacher.
     return partial(_started, recipe, data) if recipe.model.trained else None
 
 

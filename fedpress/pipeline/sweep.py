@@ -1,4 +1,4 @@
-"""Runs a recipe with all combinations of given values, and finds the Pareto fronts."""
+"""Runs a sweep: one recipe with all combinations of given values; finds the Pareto fronts."""
 
 from __future__ import annotations
 
@@ -55,10 +55,12 @@ class Variant:
 
 @dataclass(frozen=True)
 class VariantStarted:
-    """A variant begins. The caller must iterate over all `events`: this runs the variant.
+    """A variant begins.
 
-    `notes` are warnings about a resumed variant (see
-    `fedpress.pipeline.environment.write_environment`).
+    Attributes:
+        variant: the variant.
+        events: its events. The variant runs while the caller iterates over them, to the last one.
+        notes: warnings about a resumed variant, for example that its processor has changed.
     """
 
     variant: Variant
@@ -68,14 +70,14 @@ class VariantStarted:
 
 @dataclass(frozen=True)
 class VariantFinished:
-    """A variant has ended; `error` is None if it succeeded."""
+    """A variant has ended; `error` says why it failed, or is None if it succeeded."""
 
     variant: Variant
     error: FedpressError | None = None
 
 
 def split_values(text: str) -> list[str]:
-    """Splits a list of TOML values at commas outside of brackets, braces and quotes.
+    """Splits a text at its commas; commas inside of brackets, braces and quotes do not count.
 
     Raises:
         RecipeError: if a value is empty, or a bracket or quote is not closed.
@@ -107,7 +109,11 @@ def split_values(text: str) -> list[str]:
 
 
 def variants(values: Sequence[str], seeds: Sequence[int] = ()) -> list[Variant]:
-    """Returns all combinations of `key=value,value` and seeds; the last key changes fastest.
+    """Returns a variant for each combination of the values; the last key changes fastest.
+
+    Args:
+        values: for each key a text such as `stage.1.keep_params=0.5,0.3`.
+        seeds: seeds of the recipe, as a further key.
 
     Raises:
         RecipeError: if a key has no values or comes twice.
@@ -116,6 +122,7 @@ def variants(values: Sequence[str], seeds: Sequence[int] = ()) -> list[Variant]:
     ['keep_params=0.5', 'keep_params=0.3']
     """
     lists = _value_lists(values, seeds)
+    # A key with one value is the same in all variants, so names of variants leave it out.
     names = _short_names([key for key, found in lists.items() if len(found) > 1])
     found = []
     for chosen in product(*lists.values()):
@@ -127,7 +134,7 @@ def variants(values: Sequence[str], seeds: Sequence[int] = ()) -> list[Variant]:
 
 
 def common_overrides(variants: Sequence[Variant]) -> tuple[str, ...]:
-    """Returns the overrides that all variants share: those of keys with a single value.
+    """Returns the overrides that are the same in all variants.
 
     >>> common_overrides(variants(["data.path=x.csv", "stage.1.keep_params=0.5,0.3"]))
     ('data.path=x.csv',)
@@ -154,6 +161,7 @@ def _value_lists(values: Sequence[str], seeds: Sequence[int]) -> dict[str, list[
                 place="sweep",
                 cure="give all its values at once, separated by commas",
             )
+        # A value that is given twice would run the same variant twice.
         lists[key] = list(dict.fromkeys(split_values(text)))
     return lists
 
@@ -173,20 +181,23 @@ def execute(
     extra: Sequence[str] = (),
     command: str = "fedpress sweep",
 ) -> Iterator[VariantStarted | VariantFinished]:
-    """Runs each variant in its own run folder in `place`; writes `sweep.json` after each.
+    """Runs each variant in a run folder of its own, and writes `sweep.json` after each variant.
 
-    A stage is copied if an earlier variant has run it with equal settings. Interrupted variants are
-    resumed. If a variant fails, its error is written and the next variant starts.
+    The first stages of a variant are copied if an earlier variant ran them with equal settings. An
+    interrupted variant is resumed. If a variant fails, the sweep notes the error and goes on.
 
     Args:
         text: the recipe as TOML.
         todo: the variants.
-        place: folder of the sweep.
+        place: folder of the sweep; the runs are in its folder `variants`.
         extra: further overrides for all variants.
-        command: the user's command, for `environment.json` of every run.
+        command: the user's command, such as "fedpress sweep digits", noted in every run.
+
+    Yields:
+        `VariantStarted` and `VariantFinished` for each variant.
 
     Raises:
-        RunError: if another process works on the sweep.
+        RunError: if another process works in the folder of the sweep.
     """
     with writing(place):
         place.mkdir(parents=True, exist_ok=True)
@@ -202,6 +213,8 @@ def _variants(
     earlier: list[tuple[list[str], RunFolder]] = []
     taken: set[Path] = set()
     for variant in todo:
+        # The same order of variants gives the same folders, so that a repeated sweep resumes its
+        # runs.
         path = _free(place / "variants", variant.name, taken)
         error: FedpressError | None = None
         try:
@@ -219,6 +232,8 @@ def _variants(
             key = f"{recipe.data.model_dump_json()} {derive(recipe.seed, 'data')}"
             if key not in loaded:
                 loaded = {key: load_data(recipe)}
+            # All stages are checked first, so that a mistake in the last stage does not cost a
+            # whole run.
             check_recipe(recipe, loaded[key])
             notes = write_environment(folder, command, device=device_of(recipe))
             keys = stage_keys(recipe, folder.streams)
@@ -258,7 +273,16 @@ def _free(folder: Path, name: str, taken: set[Path]) -> Path:
 def _nearest(
     recipe: Recipe, keys: Sequence[str], earlier: Sequence[tuple[list[str], RunFolder]]
 ) -> RunFolder | None:
-    """Returns the earlier run that shares most finished first stages; None if none shares any."""
+    """Returns the earlier run whose stages can be copied up to the latest stage.
+
+    Args:
+        recipe: the recipe of the next variant.
+        keys: a hash for each of its stages (see `stage_keys`).
+        earlier: the hashes and the folder of each earlier run.
+
+    Returns:
+        The folder of the run; None if no run has finished an equal first stage.
+    """
 
     def common(others: Sequence[str], folder: RunFolder) -> int:
         pairs = [*zip(recipe.stage, keys, others, strict=False)]
@@ -275,7 +299,7 @@ def _nearest(
 
 
 def _shown(stage: dict[str, Any]) -> dict[str, Any]:
-    """Returns the facts of one stage that `sweep.json` has."""
+    """Returns the part of a stage's results that `sweep.json` contains."""
     metric = task_of(stage).primary
     keys = ("kind", "name", "task", metric, f"{metric}_error", *COPIED_KEYS)
     return {key: stage[key] for key in keys if key in stage}
@@ -310,9 +334,13 @@ def _write(
 
 
 def front(page: dict[str, Any], cost: str) -> list[str]:
-    """Returns the names of the variants on the Pareto front of the metric against `cost`.
+    """Returns the names of the variants on the Pareto front of the main metric against a cost.
 
-    Latencies of different runtimes are not comparable, so each runtime has its own front.
+    Latencies of different runtimes are not comparable, so each runtime has a front of its own.
+
+    Args:
+        page: the content of `sweep.json`.
+        cost: "file_bytes" or "latency_ms", of the last stage.
     """
     groups: dict[str, list[tuple[str, dict[str, Any]]]] = {}
     for variant in page["variants"]:
@@ -330,7 +358,7 @@ def front(page: dict[str, Any], cost: str) -> list[str]:
 
 
 def _worth(stage: dict[str, Any]) -> float:
-    """Returns the primary metric, negated if lower is better."""
+    """Returns the task's main metric; negated if lower is better, so that higher is better."""
     task = task_of(stage)
     value = float(stage[task.primary])
     return value if task.higher_is_better else -value
@@ -339,17 +367,20 @@ def _worth(stage: dict[str, Any]) -> float:
 def pareto(points: Sequence[tuple[float, float]]) -> list[int]:
     """Returns the positions of the Pareto-optimal points (cost, value), by rising cost.
 
-    A point is dominated if another has at most its cost and at least its value, and is better in
-    one of the two. Points with NaN are left out. It takes n log n steps (Kung et al. 1975).
+    A point is not optimal if another point has a lower or equal cost and a higher or equal value,
+    and is better in one of the two. Points with NaN are left out. The time is O(n log n) (Kung et
+    al. 1975).
 
     >>> pareto([(2.0, 0.9), (1.0, 0.8), (3.0, 0.85)])
     [1, 0]
     """
-    # Sorted by cost, a point is on the front if its value is above those of all cheaper points.
+    # After sorting by cost, a point is on the front if its value is above those of all cheaper
+    # points. Of equal costs, the highest value comes first.
     order = [at for at, pair in enumerate(points) if not any(math.isnan(x) for x in pair)]
     order.sort(key=lambda at: (points[at][0], -points[at][1]))
     kept: list[int] = []
     for at in order:
+        # Two equal points do not dominate each other, so both are kept.
         if not kept or points[at][1] > points[kept[-1]][1] or points[at] == points[kept[-1]]:
             kept.append(at)
     return kept

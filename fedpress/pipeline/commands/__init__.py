@@ -1,4 +1,4 @@
-"""Commands on models: one stage on one model (`prune`, `federate`, ...), or `measure`."""
+"""Commands on models: `fedpress prune` and others run one stage, `fedpress measure` compares."""
 
 from fedpress.pipeline.commands.measuring import measure
 from fedpress.pipeline.commands.one_stage import OneStage

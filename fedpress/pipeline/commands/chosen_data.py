@@ -1,4 +1,4 @@
-"""The data of a command: a source, a data set in memory or only a shape, and its mean and std."""
+"""Converts the data that a user gives to a command to the table `[data]` of a recipe."""
 
 from __future__ import annotations
 
@@ -24,9 +24,11 @@ from fedpress.pipeline.recipe import Override
 
 @dataclass(frozen=True)
 class Standardization:
-    """Standardisation that the user asks for: (x - mean) / std for each channel.
+    """The standardisation of inputs that the user asks for: (x - mean) / std for each channel.
 
-    `mean` and `std` are None for `mean="data"`: they are then computed from the data.
+    Attributes:
+        mean: one number for each channel; None: the mean of the data.
+        std: one number for each channel; None: the standard deviation of the data.
     """
 
     mean: tuple[float, ...] | None
@@ -34,7 +36,15 @@ class Standardization:
 
     @classmethod
     def of(cls, mean: object, std: object) -> Standardization | None:
-        """Converts the arguments `mean=` (numbers, "none" or "data") and `std=`; None without both.
+        """Converts the arguments `mean=` and `std=` of a command.
+
+        Args:
+            mean: one number for each channel; "none": inputs stay as they are; "data": mean and
+                standard deviation are computed from the data; None: not given.
+            std: one number for each channel; None: not given.
+
+        Returns:
+            The standardisation; None if neither argument is given.
 
         Raises:
             DataError: if `mean` or `std` is not a row of numbers, or their lengths differ.
@@ -48,6 +58,7 @@ class Standardization:
                     place="std",
                     cure="leave it out",
                 )
+            # Mean 0 and std 1 leave the inputs as they are.
             return cls((0.0,), (1.0,)) if mean == "none" else cls(None, None)
         means = _numbers("mean", mean, beside=(", or ", Argument("mean", "none")))
         deviations = _numbers("std", std, above_0=True, beside=(", all above 0",))
@@ -73,7 +84,14 @@ class Standardization:
 def _numbers(
     name: str, given: Any, *, above_0: bool = False, beside: tuple[str | Argument, ...]
 ) -> tuple[float, ...]:
-    """Converts `mean=` or `std=` to a tuple of floats; `beside` is the end of the error's cure."""
+    """Converts `mean=` or `std=` to a tuple of floats.
+
+    Args:
+        name: name of the argument.
+        given: a number, or a sequence of numbers.
+        above_0: whether all numbers must be above 0.
+        beside: end of the sentence in the error that says what to give instead.
+    """
     try:
         values = (given,) if isinstance(given, int | float) else given
         row = tuple(float(value) for value in values)
@@ -95,12 +113,13 @@ class ChosenData:
     """The data that a user gives to a command.
 
     Attributes:
-        source: name of the source; None: the source of the run that wrote the model, if any.
-        path: file or folder of the source.
+        source: name of the data, such as "cifar10" or "csv"; None: the data of the run that wrote
+            the model, if there is such a run.
+        path: file or folder that the source reads.
         shape: shape of one example, for an architecture without data.
         data_set: data set in memory, instead of a source.
-        given: standardisation that the user asks for. None: that of the saved model; if there is
-            no saved model, that of the public part.
+        given: standardisation that the user asks for. None: the standardisation of the saved
+            model; without a saved model, the mean and std of the public examples.
     """
 
     source: str | None = None
@@ -110,7 +129,11 @@ class ChosenData:
     given: Standardization | None = None
 
     def is_empty(self, chosen_model: ChosenModel) -> bool:
-        """Whether there are no examples: no source, no data set, and no data of the model's run."""
+        """Whether there are no examples at all.
+
+        This is so if the user gives no source and no data set, and the model comes from no run that
+        names its data.
+        """
         return self.source is None and self.data_set is None and chosen_model.data() is None
 
     def table(
@@ -122,13 +145,14 @@ class ChosenData:
     ) -> tuple[int, dict[str, Any]]:
         """Returns the seed of the recipe, and its table `[data]`.
 
-        The seed is taken from the run that wrote the model, so that both runs have the same test
-        set.
+        If the data are those of the run that wrote the model, the seed is that run's seed. So the
+        test set is the same, and has no example that the model was trained on.
 
         Args:
             chosen_model: the model.
             keys: keys of the recipe that the user has set.
-            needs_clients: whether the stage trains on clients. If not, all data count as public.
+            needs_clients: whether the stage trains on clients. If not, all training examples are
+                public: the stage may use them directly.
 
         Raises:
             DataError: if there is a path without a source.
@@ -171,9 +195,10 @@ class ChosenData:
         return table | (self.given.table() if self.given is not None else {})
 
     def question(self, chosen_model: ChosenModel, keys: Sequence[Override]) -> DataError | None:
-        """Returns a warning if mean and std of a model of another program are not known.
+        """Returns a warning if another program trained the model, and its mean and std are unknown.
 
-        A warning is enough: accuracy is right if the model was trained on the same data.
+        It is only a warning, because the measured accuracy is right if the model was trained on
+        the same data.
         """
         said = self.given is not None or any(key.key == "data.mean" for key in keys)
         if self.source is None or said or not chosen_model.foreign:
@@ -197,6 +222,7 @@ class ChosenData:
 
 def table_of(data: FederatedData) -> dict[str, Any]:
     """Returns the `[data]` table for a data set in memory: shape and number of classes only."""
+    # The recipe is text and cannot hold the data. It only needs what the checks before the run use.
     dtype = dtype_of(data.public.x)
     kinds = ":int64" if dtype == "int64" else ""
     count = data.num_classes if data.labelled else 0
@@ -210,12 +236,16 @@ def table_of(data: FederatedData) -> dict[str, Any]:
 def _shape(
     chosen_model: ChosenModel, keys: Sequence[Override], shape: tuple[int, ...] | None
 ) -> str:
-    """Returns shape and number of classes of a model without data, such as `3x32x32:10`."""
+    """Returns the input shape and the number of classes of a model as text, such as `3x32x32:10`.
+
+    `no_data` makes the placeholder data set from this text.
+    """
     if chosen_model.spec is not None:
         saved = chosen_model.spec
         if isinstance(saved.input_shape, dict):
             form = form_text(saved.input_shape, dict(saved.input_dtype))  # type: ignore[arg-type]
             return f"{form}:{len(saved.class_names)}"
+        # A model without class names must be run once, which shows how many outputs it has.
         shape, model = saved.input_shape, saved.build() if not saved.class_names else None
         found = Outputs(len(saved.class_names), saved.input_dtype == "int64")
     else:

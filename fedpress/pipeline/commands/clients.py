@@ -1,4 +1,4 @@
-"""Converts `clients=` of `fedpress.federate`, one data set per client, to a `FederatedData`."""
+"""Converts `clients={name: data, ...}` of `fedpress.federate` to a federated data set."""
 
 from __future__ import annotations
 
@@ -40,7 +40,8 @@ class Clients:
         clients: name -> private examples of that client.
         test: test set. None: 20% of each client's examples become the test set.
         public: public examples, for stages that train or calibrate on them. None: there are none.
-        task: the task, as in `data.task` of a recipe. None: derived from labels and model.
+        task: the task, as in `data.task` of a recipe, such as "regression". None: derived from the
+            labels and the model.
         classes: names of the classes; None: "0", "1" and so on, one for each output of the model.
         place: name of the argument that holds the clients, for errors.
     """
@@ -57,9 +58,9 @@ class Clients:
     ) -> FederatedData:
         """Makes the federated data set.
 
-        The task and the number of classes follow from the model, the dtype of the labels and the
-        user's arguments. They do not depend on the values of labels, which are private. So a class
-        may have no example at all.
+        The task and the number of classes follow from the model, the user's arguments, and the
+        dtype and shape of the labels. The values of the labels are private and are not used. So
+        there may be a class without any example.
 
         Args:
             preprocess: standardisation of the network's inputs.

@@ -1,4 +1,4 @@
-"""Converts `data=` of a call (tensors, a pair, a Dataset or a DataLoader) to a `FederatedData`."""
+"""Converts `data=` of a command (tensors, a pair, a Dataset or a DataLoader) to a data set."""
 
 from __future__ import annotations
 
@@ -40,10 +40,11 @@ def in_memory(
     task: Task | None = None,
     seed: int = 0,
 ) -> FederatedData:
-    """Converts data in memory to a data set. All examples count as public.
+    """Converts data in memory to a data set whose training examples are all public.
 
     If there are labels, 20% of the examples become the test set. Of the remaining examples, 10%
-    become the validation set. Inputs without labels can only be used for calibration.
+    become the validation set. Inputs without labels can only be used for calibration, that is, to
+    find the ranges of activations.
 
     Args:
         data: inputs [n, ...] (uint8 images, floats, or int64 token ids), or a dictionary of inputs
@@ -59,7 +60,7 @@ def in_memory(
         seed: seed for the choice of test and validation examples.
 
     Raises:
-        DataError: if `data` has another type, or its labels are no class numbers.
+        DataError: if `data` has another type, or its labels are not class numbers.
     """
     x, y = pair_of(data)
     if not len(x):
@@ -84,8 +85,8 @@ def in_memory(
         # No task fits such labels, for example of a segmentation. The inputs can still calibrate.
         return unlabelled(x, preprocess)
     _check_classes(y, outputs)
-    # A small data set may lack a class, so the model's outputs count too. A task has two classes or
-    # more.
+    # A small data set may lack the last classes, so the number of the model's outputs counts too. A
+    # classification has at least two classes.
     count = max(int(y.max()) + 1, outputs, 2)
     names = class_names
     if len(names) != count:
@@ -101,7 +102,10 @@ def in_memory(
 
 
 def _check_classes(y: Tensor, outputs: int) -> None:
-    """Refuses labels outside 0 to `outputs` - 1; if `outputs` is 0, only negative ones."""
+    """Refuses class numbers below 0 or above `outputs` - 1.
+
+    If `outputs` is 0, the number of classes is unknown, and only negative numbers are refused.
+    """
     if int(y.min()) < 0:
         raise DataError(
             "some labels are negative", place="data", cure="give class numbers from 0 up"
@@ -115,7 +119,14 @@ def _check_classes(y: Tensor, outputs: int) -> None:
 
 
 def _divided(every: Arrays, preprocess: Preprocess, seed: int, **about: Any) -> FederatedData:
-    """Splits examples into test, validation and public part; `about`: fields task or classes."""
+    """Splits the examples at random into a test, a validation and a public part.
+
+    Args:
+        every: all examples.
+        preprocess: standardisation of the inputs.
+        seed: seed of the random order.
+        about: further fields of `FederatedData`: the task, or the classes.
+    """
     order = public_stream(seed, "data in memory").permutation(len(every))
     tests = int(TEST_SHARE * len(every))
     validation = int(VALIDATION_SHARE * (len(every) - tests))
@@ -128,6 +139,7 @@ def _divided(every: Arrays, preprocess: Preprocess, seed: int, **about: Any) -> 
     with naming_parts(dict.fromkeys(parts, "data")):
         return FederatedData(
             name="data in memory",
+            # A data set needs at least one client. No stage of such a command uses this client.
             clients={"nobody": every.take(public[:1])},
             public=every.take(public),
             validation=every.take(checked),
@@ -138,10 +150,14 @@ def _divided(every: Arrays, preprocess: Preprocess, seed: int, **about: Any) -> 
 
 
 def task_of_targets(y: Tensor, outputs: tuple[int, ...] | None) -> Task | None:
-    """Returns a regression or binary task if labels and outputs show one, else None.
+    """Derives a regression or a binary classification from labels and outputs; else returns None.
 
-    Float labels [n] or [n, k] and a model with 1 or k outputs: regression. Integer labels [n] and a
-    model with one output: binary classification.
+    Float labels [n] or [n, k], and a model with 1 or k outputs, mean a regression. Integer labels
+    [n], and a model with one output, mean a binary classification.
+
+    Args:
+        y: the labels.
+        outputs: shape of the model's output for one example; None if it is unknown.
     """
     if outputs is None or y.dim() not in (1, 2):
         return None
@@ -160,8 +176,9 @@ def as_taken(
 ) -> tuple[Inputs, tuple[int, ...] | None]:
     """Returns the inputs in the dtype that the model takes, and the shape of one output.
 
-    If the model refuses int64 inputs, they are converted to floats. The shape is None if the model
-    fails on the inputs or does not return a tensor; `first_state` then raises the error.
+    If the model fails on int64 inputs but runs on floats, the inputs are converted to floats. The
+    shape is None if the model fails on both or does not return a tensor. No error is raised here,
+    because `first_state` checks the model and explains the error.
     """
     whole = isinstance(x, Tensor) and x.dtype == torch.int64
     with evaluating(model):
@@ -179,7 +196,8 @@ def check_taken(x: Inputs, model: nn.Module, preprocess: Preprocess, place: str)
     """Checks that a model takes the first examples.
 
     Raises:
-        DataError: if the model fails; the cure says what it takes, if that can be found out.
+        DataError: if the model fails. If it can be found out which inputs the model takes, the
+            error says so.
     """
     with evaluating(model):
         given = preprocess(x[:2])
@@ -196,10 +214,11 @@ def check_taken(x: Inputs, model: nn.Module, preprocess: Preprocess, place: str)
 
 @contextmanager
 def naming_parts(names: Mapping[str, str]) -> Iterator[None]:
-    """Replaces the place of errors about a part of a data set by the user's argument.
+    """Makes errors about a part of a data set name the argument that the user gave.
 
     Args:
-        names: part (`client 'a'`, `test part`) -> name of the argument that it came from.
+        names: name of the part in errors, such as "test part" -> name of the argument, such as
+            "test".
     """
     try:
         yield
@@ -210,12 +229,16 @@ def naming_parts(names: Mapping[str, str]) -> Iterator[None]:
 
 
 def classes_in(outputs: tuple[int, ...] | None) -> int:
-    """Returns the number of classes of a model with this output shape; 0: it does not classify."""
+    """Returns the number of classes of a classifier with output shape `outputs`.
+
+    Returns 0 if the model is no classifier with one output per class, or the shape is unknown.
+    """
     return outputs[0] if outputs is not None and len(outputs) == 1 and outputs[0] > 1 else 0
 
 
 def unlabelled(x: Inputs, preprocess: Preprocess) -> FederatedData:
-    """Returns a data set of inputs without labels, all in its public part."""
+    """Returns a data set of inputs without labels; all examples are in its public part."""
+    # A data set has a label for each example, so these zeros stand in; `labelled=False` says so.
     public = Arrays(x, torch.zeros(len(x), dtype=torch.int64))
     none = Arrays(x[:0], public.y[:0])
     one = public.take(torch.zeros(1, dtype=torch.int64))
@@ -233,10 +256,11 @@ def unlabelled(x: Inputs, preprocess: Preprocess) -> FederatedData:
 
 
 def pair_of(data: Any) -> tuple[Inputs, Tensor | None]:
-    """Returns inputs and labels of data in memory. The second is None if there are no labels.
+    """Splits data in memory into inputs and labels; the labels are None if there are none.
 
     Raises:
-        DataError: if `data` has a type that `TAKEN` does not list, or its items differ in shape.
+        DataError: if `data` has an unknown type (`TAKEN` lists the known types), or its items
+            differ in shape.
     """
     if isinstance(data, Tensor | np.ndarray | Mapping):
         return inputs_of(data), None
@@ -250,6 +274,7 @@ def pair_of(data: Any) -> tuple[Inputs, Tensor | None]:
     if isinstance(data, DataLoader):
         return _joined(data, torch.cat)
     if isinstance(data, Dataset) and isinstance(data, Sized):
+        # Not `for item in data`: iteration over a Dataset ends only if it raises IndexError.
         return _joined((data[i] for i in range(len(data))), torch.stack)
     if isinstance(data, Dataset):
         raise DataError(
@@ -261,7 +286,12 @@ def pair_of(data: Any) -> tuple[Inputs, Tensor | None]:
 
 
 def _joined(items: Iterable[Any], join: Any) -> tuple[Inputs, Tensor | None]:
-    """Joins the items of a Dataset or DataLoader: inputs, or pairs of inputs and labels."""
+    """Joins the items of a Dataset or the batches of a DataLoader.
+
+    Args:
+        items: inputs, or pairs of inputs and labels.
+        join: `torch.cat` for batches, `torch.stack` for single examples.
+    """
     inputs: list[Any] = []
     labels: list[Tensor] = []
     for item in items:
@@ -314,15 +344,16 @@ def _as_tensors(part: Any) -> Any:
 
 
 def _together(items: list[Any], join: Any) -> Any:
-    """Joins tensors. Of dictionaries, joins the tensors of the same name.
+    """Joins tensors with `join`. If items are dictionaries, joins the tensors of each name.
 
     Raises:
-        RuntimeError: if the items differ in their shapes or names.
+        RuntimeError: if the items differ in shape or in the names of their tensors.
     """
     first = items[0]
     if not isinstance(first, Mapping):
         return join(items)
     if any(not isinstance(item, Mapping) or item.keys() != first.keys() for item in items):
+        # The same type as torch's error for other shapes, which the caller catches.
         raise RuntimeError("other names")
     return {name: join([item[name] for item in items]) for name in first}
 
@@ -331,7 +362,8 @@ def inputs_of(x: Tensor | np.ndarray | Mapping[str, Any]) -> Inputs:
     """Returns inputs as uint8, float32 or int64; named inputs may also be bool.
 
     Raises:
-        DataError: if they have no dimension that counts examples, or are complex numbers.
+        DataError: if the first dimension does not count examples, or the inputs are complex
+            numbers.
     """
     if isinstance(x, Mapping):
         named = {name: _typed(torch.as_tensor(value)) for name, value in x.items()}
@@ -351,6 +383,7 @@ def inputs_of(x: Tensor | np.ndarray | Mapping[str, Any]) -> Inputs:
 
 def _typed(x: Tensor) -> Tensor:
     """Converts a tensor to a dtype that examples may have: uint8, bool, int64 or float32."""
+    # Data sets are kept on the CPU; batches are moved to the device one at a time.
     x = x.detach().cpu()
     x = x if x.layout == torch.strided else x.to_dense()
     if x.is_complex():

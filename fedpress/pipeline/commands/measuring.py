@@ -1,4 +1,4 @@
-"""Compares the costs of models, in torch and in every runtime that they can be exported to."""
+"""Compares size and speed of models, in torch and in the runtimes they can be exported to."""
 
 from __future__ import annotations
 
@@ -39,15 +39,18 @@ def measure(
     checkpoint: Path | None = None,
     allow_code: Collection[str] | str = (),
 ) -> dict[str, Any]:
-    """Measures every model in torch, and its exported files in the runtime of each format.
+    """Measures each model in torch, and each file exported from it in the runtime of its format.
+
+    Example: the file in the format "onnx" runs in ONNX Runtime.
 
     Args:
         models: one model or several: folders of models or runs, packed files, exported files,
             `module:function`, or modules in memory.
         formats: formats to export each model to, names of `fedpress.deploy.FORMATS`, such as
             "onnx". None: all installed formats, except those that cannot export the model.
-        int8: whether to also export each model with 8-bit integers. The ranges of these files
-            come from random inputs, so only their size and latency mean something.
+        int8: whether to also export each model with 8-bit integers. The ranges of activations in
+            these files come from random inputs. So their size and latency are real, but their
+            outputs are not.
         batches: batch sizes.
         threads: numbers of threads.
         seconds: time limit for each model, runtime, batch size and number of threads.
@@ -57,8 +60,9 @@ def measure(
         allow_code: names `module:function` that may be called to build models.
 
     Returns:
-        "records": for each pair of model and runtime the record of `fedpress.deploy.measure`, and
-        in it also "parameters". "left_out": name of an export that failed -> reason.
+        A dictionary. "records": for each pair of model and runtime the record of
+        `fedpress.deploy.measure`, with one more key, "parameters". "left_out": name of an export
+        that failed -> reason.
 
     Raises:
         ExportError: if a format is unknown, its packages are missing, or a model cannot be exported
@@ -103,8 +107,8 @@ class Inputs:
     """The input shapes that the user has given.
 
     Attributes:
-        several: shapes of several inputs; None for one input.
-        shape: shape of one example; None if not given.
+        several: shapes of all inputs, for a module with several inputs; else None.
+        shape: shape of one example, for a model with one input; None if not given.
     """
 
     several: Shapes | None
@@ -112,7 +116,11 @@ class Inputs:
 
     @classmethod
     def of(cls, input_shape: Sequence[Any] | None) -> Inputs:
-        """Checks `input_shape=`."""
+        """Checks the argument `input_shape=` and converts it.
+
+        Raises:
+            ModelError: if it is not a shape or a list of shapes.
+        """
         several = several_shapes(input_shape)
         return cls(several, one_shape(input_shape) if several is None else None)
 
@@ -126,11 +134,11 @@ class Inputs:
 
 @dataclass(frozen=True)
 class Entry:
-    """A model or exported file to be measured, its inputs, and its static costs.
+    """A model or an exported file that is to be measured.
 
     Attributes:
         chosen_model: the model, or the path of an exported file.
-        takes: shape of one example, or a batch of inputs.
+        takes: the inputs: shape of one example, or a batch of inputs.
         parameters: number of parameters; None for an exported file without a known model.
         macs: multiply-adds of one example; 0 if unknown.
         activations: number of values that all layers output for one example; 0 if unknown.
@@ -146,7 +154,7 @@ class Entry:
 
     @property
     def on_integers(self) -> bool:
-        """Whether it is an ONNX file that computes on integers."""
+        """Whether this is an exported ONNX file that computes on integers."""
         if not isinstance(self.chosen_model, Path):
             return False
         # A file in which only the weights are rounded has DequantizeLinear but no QuantizeLinear;
@@ -208,7 +216,10 @@ def _is_exported(path: Path) -> bool:
 
 
 def _entry_of_file(file: Path, name: str, inputs: Inputs) -> Entry:
-    """Makes the entry of an exported file, with the costs of the model that it came from."""
+    """Makes the entry of an exported file.
+
+    If the file is in a run folder, parameters and MACs are those of the run's model.
+    """
     near = _model_beside(file)
     takes = inputs.example() or _given(near[0] if near else None, name, inputs.shape)
     return Entry(file, takes, *_counts(near[1], takes)) if near else Entry(file, takes)
@@ -224,10 +235,12 @@ def _entry_of_model(
 
 
 class Entries:
-    """Everything to be measured: the given models, and the files that they are exported to.
+    """Collects what is to be measured: the given models, and the files exported from them.
 
     Attributes:
-        entries: name in the table -> entry, such as "net" and "net as onnx".
+        inputs: the input shapes that the user has given.
+        checkpoint: file with a state dict; None if not given.
+        entries: name -> entry; a model "net" gives "net", "net as onnx" and so on.
         left_out: name of an export that failed -> reason.
     """
 
@@ -248,6 +261,7 @@ class Entries:
     ) -> None:
         """Adds the model or file at position `number`; a model is also exported into `folder`."""
         title = type(given).__name__ if isinstance(given, nn.Module) else str(given)
+        # Two modules may have the same class, and the names are the keys of the result.
         name = title if title not in self.entries else f"{title} ({number + 1})"
         if not isinstance(given, nn.Module) and _is_exported(Path(given)):
             self.entries[name] = _entry_of_file(Path(given), name, self.inputs)
@@ -272,6 +286,8 @@ class Entries:
         if isinstance(given, nn.Module):
             made = memory.spec_of(given)
             if made is not None:
+                # A module that fedpress made has its spec. The copy can be exported without
+                # changing the module.
                 spec, model = made, copied(given)
             else:
                 table = self.stack.enter_context(holding(given))
@@ -287,6 +303,7 @@ class Entries:
             chosen_model = ChosenModel.find(given, weights=self.checkpoint)
             spec, model = chosen_model.opened(self.inputs.shape)
         model.eval()
+        # The spec of a saved classifier has the right dtype of inputs; else a trial run tells.
         unknown = several is None and not spec.class_names
         one = spec.input_shape
         if unknown and not isinstance(one, dict) and outputs_of(model, one).tokens:
@@ -304,8 +321,10 @@ def _job(spec: ModelSpec, takes: InputSpec) -> Job:
 def _same_inputs(entries: Mapping[str, Entry]) -> InputSpec:
     """Returns the inputs that all `entries` take.
 
+    Latencies are only comparable for equal inputs.
+
     Raises:
-        ModelError: if they take different inputs.
+        ModelError: if two entries take different inputs.
     """
     (first, one), *others = entries.items()
     for name, other in others:
@@ -319,7 +338,11 @@ def _same_inputs(entries: Mapping[str, Entry]) -> InputSpec:
 
 
 def _given(spec: ModelSpec | None, name: str, shape: tuple[int, ...] | None) -> InputSpec:
-    """Returns the shape of one float example; for other inputs a batch of two examples."""
+    """Returns what `deploy.measure` needs to make inputs of a model.
+
+    For a model with one float input this is the shape of one example. For token ids or named inputs
+    it is a batch of two examples, since random floats would not do.
+    """
     if spec is None:
         return known_shape(name, shape)
     if isinstance(spec.input_shape, dict) or spec.input_dtype != "float32":
@@ -353,7 +376,7 @@ def _model_beside(file: Path) -> tuple[ModelSpec, nn.Module] | None:
 
 
 def _counts(model: nn.Module, given: InputSpec) -> tuple[int, int, int]:
-    """Returns three numbers: parameters, and multiply-adds and layer outputs of one example."""
+    """Counts the parameters, and for one example the multiply-adds and the outputs of layers."""
     example = take_rows(example_of(given), 1)
     try:
         return cost.parameters(model), cost.macs(model, example), cost.activations(model, example)

@@ -1,4 +1,4 @@
-"""A recipe of one stage on one model, as commands such as `fedpress prune` check and run it."""
+"""Builds and runs the recipe of a command such as `fedpress prune`: one stage on one model."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class OneStage:
         text: the recipe as TOML.
         recipe: the checked settings of the recipe.
         spec: spec of a saved model; None for a function or a module.
-        note: warning that mean and std of the inputs may be wrong; None: no warning.
+        note: warning that the mean and std of the inputs may be wrong; None: no warning.
     """
 
     kind: str
@@ -70,7 +70,8 @@ class OneStage:
                 model, if there is one.
 
         Raises:
-            RecipeError: if a key is unknown or a value is wrong. Keys have the names of `keys`.
+            RecipeError: if a key is unknown or a value is wrong. The error names the key as in
+                `keys`.
             ModelError: if the model cannot be built, or its input shape is not known.
         """
         examples = examples or ChosenData()
@@ -92,7 +93,8 @@ class OneStage:
             }
         )
         with errors_of_command(kind, all_public=data["source"] == NO_SOURCE):
-            # Keys of the stage go into the stage's table, so that errors name them as the user did.
+            # `keep_params=0.5` is applied to the table of the stage, not as `stage.0.keep_params`
+            # to the recipe. So errors name the key as the user wrote it.
             whole = recipes.completed(tables, [key for key in keys if _of_recipe(key)])
             own = [key for key in keys if not _of_recipe(key)]
             whole["stage"] = [recipes.overridden(whole["stage"][0], own)]
@@ -109,18 +111,19 @@ class OneStage:
 
     @staticmethod
     def lies_in(kind: str, folder: Path) -> bool:
-        """Whether `folder` is the run folder of the command `kind`."""
+        """Whether `folder` is the run folder of the command `kind`, such as "prune"."""
         try:
             stages = tomllib.loads((folder / "recipe.toml").read_text("utf-8")).get("stage", [])
         except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError):
             return False
+        # `fedpress run` with a recipe of one such stage writes no `before.json`.
         return (folder / "before.json").exists() and [stage.get("kind") for stage in stages] == [
             kind
         ]
 
     @classmethod
     def of_folder(cls, folder: Path, keys: Sequence[Override] = ()) -> OneStage:
-        """Reads the recipe of a command from its run folder; see `lies_in`.
+        """Reads the recipe of a command from its run folder, to resume the run.
 
         Args:
             folder: the run folder.
@@ -137,7 +140,7 @@ class OneStage:
         )
 
     def load_data(self, progress: Progress | None = None) -> FederatedData:
-        """Loads the data, and checks that its classes are those of the model.
+        """Loads the data, and checks that they have the same classes as the model.
 
         Raises:
             DataError: if the classes differ, or the data cannot be read.
@@ -153,6 +156,7 @@ class OneStage:
             return replace(
                 data, preprocess=Preprocess(spec.mean, spec.std), class_names=names, task=task
             )
+        # Another order of the classes would give wrong labels without any error.
         if spec.class_names and spec.class_names != data.class_names:
             odd = sorted(set(spec.class_names) ^ set(data.class_names))[:3]
             what = f"{', '.join(odd)} differ" if odd else "their order differs"
@@ -172,6 +176,7 @@ class OneStage:
                     place=self.kind,
                     cure="give the data that the model was trained for",
                 )
+            # Class weights come from the data: they depend on how frequent each class is.
             if data.task.class_weights:
                 task = task.weighted(data.task.class_weights, data.public.y)
             return replace(data, task=task)
@@ -181,7 +186,7 @@ class OneStage:
         """Checks the stage on the data without running it.
 
         Raises:
-            DataError: if the stage learns from labels, and there are none.
+            DataError: if the stage needs labels, and there are none.
             FedpressError: the first error that would stop the run.
         """
         if (
@@ -209,9 +214,16 @@ class OneStage:
             check_recipe(self.recipe, data)
 
     def execute(self, folder: RunFolder, data: FederatedData) -> Iterator[Event]:
-        """Measures the model before the stage, then runs the stage; yields the events."""
+        """Measures the model, then runs the stage.
+
+        The measurement before the stage goes into the file `before.json`.
+
+        Yields:
+            The events of both steps.
+        """
         with self._naming():
             path = folder.path / "before.json"
+            # A resumed run has measured the model already.
             if not path.exists():
                 yield StageStarted(0, "model", "before")
                 yield Tick(0, 1, "measuring the model as it is")
@@ -221,6 +233,7 @@ class OneStage:
                     **measure(first_state(self.recipe, data)),
                 }
                 checkpoint = self.recipe.model.checkpoint
+                # A packed file has its own size; `measure` would count its weights as float32.
                 if checkpoint is not None and Path(checkpoint).is_file():
                     before["file_bytes"] = Path(checkpoint).stat().st_size
                 write_json_with_checksum(path, before, folder.path)
@@ -232,5 +245,5 @@ class OneStage:
 
 
 def _of_recipe(key: Override) -> bool:
-    """Whether a key belongs to the recipe and not to the stage."""
+    """Whether a key, such as `data.path`, belongs to the recipe and not to the stage."""
     return key.key.split(".")[0] in TOP

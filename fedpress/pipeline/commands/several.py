@@ -1,7 +1,8 @@
-"""Wraps a model of several inputs as a model of one: each example's inputs become one row.
+"""Wraps a model with several inputs as a model with one input: a row of numbers for each example.
 
 Example: an image (3, 8, 8) and a vector (5,) become one row of 192 + 5 = 197 numbers, which
-`Joined.forward` splits again. So stages that expect one input work on such models, without data.
+`Joined.forward` splits again. So stages that expect one input work on models with several inputs,
+but without data.
 """
 
 from __future__ import annotations
@@ -24,7 +25,10 @@ Shapes = tuple[tuple[int, ...], ...]
 
 
 def several_shapes(input_shape: Any) -> Shapes | None:
-    """Returns the shapes of several inputs; None if `input_shape` is the shape of one.
+    """Returns the shapes of several inputs; None if `input_shape` is the shape of a single input.
+
+    Raises:
+        ModelError: if `input_shape` mixes shapes and numbers, or a size is not above 0.
 
     >>> several_shapes([(3, 8, 8), (5,)])
     ((3, 8, 8), (5,))
@@ -46,7 +50,7 @@ def several_shapes(input_shape: Any) -> Shapes | None:
 
 
 def one_shape(input_shape: Any) -> tuple[int, ...] | None:
-    """Checks the shape of one example; None stays None.
+    """Checks `input_shape=` for a model with one input; None (not given) stays None.
 
     Raises:
         ModelError: if `input_shape` is not a sequence of whole numbers above 0.
@@ -69,7 +73,7 @@ def one_shape(input_shape: Any) -> tuple[int, ...] | None:
 
 
 def known_shape(name: str, shape: tuple[int, ...] | None) -> tuple[int, ...]:
-    """Returns the shape of one example of the model `name`.
+    """Returns `shape`, the shape of one example of the model `name`.
 
     Raises:
         ModelError: if `shape` is None.
@@ -84,7 +88,7 @@ def known_shape(name: str, shape: tuple[int, ...] | None) -> tuple[int, ...]:
 
 
 class Joined(nn.Module):
-    """Wraps a model of several inputs as a model of one input, rows of numbers [n, d]."""
+    """Wraps a model with several inputs as a model with one input [n, d], one row per example."""
 
     def __init__(self, model: nn.Module, shapes: Sequence[tuple[int, ...]]) -> None:
         super().__init__()
@@ -102,10 +106,16 @@ class Joined(nn.Module):
 
 
 def check(kind: str, model: object, data: object, out: object) -> None:
-    """Refuses stages and arguments that do not work with a list of input shapes.
+    """Checks that a command works on a model with several inputs.
+
+    Args:
+        kind: kind of stage, such as "prune".
+        model: the argument `model=`; it must be a module.
+        data: the argument `data=`; it must be None.
+        out: the argument `out=`; it must be None.
 
     Raises:
-        ModelError: naming the stage or the argument.
+        ModelError: if the stage or an argument does not work on such a model.
     """
     kinds = [row.kind for row in commands().values() if row.load().several_inputs]
     if kind not in kinds:
@@ -137,11 +147,16 @@ def check(kind: str, model: object, data: object, out: object) -> None:
 def export(
     model: nn.Module, shapes: Shapes, *, format: str = "onnx"
 ) -> tuple[dict[str, bytes], dict[str, Any]]:
-    """Exports a model of several inputs, and compares the file with torch.
+    """Exports a model with several inputs, and compares the outputs of the file with torch's.
+
+    Args:
+        model: the model.
+        shapes: shape of each input, without the batch dimension.
+        format: name of a file format, such as "onnx".
 
     Returns:
-        First, file name -> bytes. Second, the facts `format`, `file_bytes` and `parity`, the
-        largest absolute difference to torch's outputs.
+        A dictionary of file name -> bytes, and a dictionary of results: `format`, `file_bytes`, and
+        `parity` with the largest absolute difference to torch's outputs.
 
     Raises:
         ExportError: if the model cannot be exported.
@@ -153,6 +168,7 @@ def export(
         path = Path(folder) / f"model{FORMATS[format].suffix if format in FORMATS else ''}"
         artifact = deploy.export(model, path, format, Job(input_shape=shapes[0], example=example))
         same = deploy.parity(model, path, example)
+        # A format may write several files, such as a graph and its weights.
         files = {file.name: file.read_bytes() for file in sorted(Path(folder).iterdir())}
     about = {
         "format": format,

@@ -1,4 +1,4 @@
-"""Finds the model of a command: a folder, a packed file, `module:function`, or a module."""
+"""Finds the model that a user gives to a command: a path, `module:function` or a module."""
 
 from __future__ import annotations
 
@@ -41,8 +41,9 @@ class ChosenModel:
 
     Attributes:
         model: the `[model]` table of the command's recipe.
-        spec: the spec of a saved model; None for a function or a module.
-        run: folder of the run that wrote a saved model; None if there is none.
+        spec: the spec (architecture, input shape, classes and so on) of a saved model; None for a
+            function or a module.
+        run: folder of the run that wrote the saved model; None if there is no such run.
         module: the module, if the user has given one.
     """
 
@@ -60,12 +61,17 @@ class ChosenModel:
 
     @property
     def foreign(self) -> bool:
-        """Whether another program trained the model, so that its mean and std are not known."""
+        """Whether another program trained the model. Then its mean and std are not known."""
         return self.spec is None and (self.module is not None or "weights" in self.model)
 
     @classmethod
     def find(cls, model: str | Path, *, weights: Path | None = None) -> ChosenModel:
-        """Finds a saved model at the path `model`; if the path does not exist, an architecture.
+        """Finds a saved model or an architecture.
+
+        Args:
+            model: path of a saved model. If this path does not exist, the name of an architecture,
+                such as "cnn" or "package.module:function".
+            weights: file with a state dict for the architecture.
 
         Raises:
             ModelError: if there is no such path or architecture, or the path holds no model.
@@ -96,7 +102,14 @@ class ChosenModel:
         return cls({"architecture": name, **extra})
 
     def fresh(self, keys: Sequence[Override]) -> nn.Module | None:
-        """Builds the architecture with new weights and the arguments in `keys`; None if saved."""
+        """Builds the architecture with new weights.
+
+        Args:
+            keys: settings of the user, such as `model.arguments.num_classes=10`.
+
+        Returns:
+            The module; None if the model is a saved one.
+        """
         if self.spec is not None:
             return None
         own = [key for key in keys if key.key.startswith("model.")]
@@ -104,6 +117,7 @@ class ChosenModel:
         spec = ModelSpec(
             architecture=table["architecture"],
             arguments=table.get("arguments", {}),
+            # A spec needs some shape, but building the model does not use it.
             input_shape=(1,),
         )
         with errors_of_command("model"), errors_of_model():
@@ -130,7 +144,15 @@ class ChosenModel:
         return spec, module
 
     def data(self) -> tuple[dict[str, Any], int] | None:
-        """Returns the `[data]` table and the seed of the model's run; None if there is none."""
+        """Returns the `[data]` table and the seed of the run that wrote the model.
+
+        Returns:
+            None if no run wrote the model, or that run had no data.
+
+        Raises:
+            ModelError: if the run does not name its data, has other random streams, or would call a
+                function that the user has not allowed.
+        """
         if self.run is None:
             return None
         settings = read_json(self.run / "settings.json", cure=DATA)
@@ -167,6 +189,7 @@ class ChosenModel:
         # settings.json has no path, since a path may differ between machines. The recipe has one.
         try:
             path = tomllib.loads((self.run / "recipe.toml").read_text("utf-8"))["data"].get("path")
+        # A damaged recipe only costs the path; most sources find their data without one.
         except (OSError, KeyError, TypeError, AttributeError, ValueError, RecursionError):
             path = None
         return table | ({"path": path} if path else {}), int(settings["seed"])
@@ -174,6 +197,7 @@ class ChosenModel:
 
 def _run_of(path: Path) -> Path | None:
     return next(
+        # `path` may be the run itself, a stage in `RUN/stages`, or a file in the run.
         (p for p in (path, path.parent.parent, path.parent) if (p / "settings.json").is_file()),
         None,
     )
@@ -183,7 +207,16 @@ def _run_of(path: Path) -> Path | None:
 def holding(
     module: nn.Module, named: Buildable | None = None, spec: ModelSpec | None = None
 ) -> Iterator[dict[str, Any]]:
-    """Registers a module for the time of the block, and gives the `[model]` table that names it."""
+    """Registers a module by a name, so that a recipe, which is text, can refer to it.
+
+    Args:
+        module: the user's module.
+        named: importable architecture that rebuilds the module in another process, if there is one.
+        spec: spec of the module, if it is known.
+
+    Yields:
+        The `[model]` table that names the module. The name is valid until the `with` block ends.
+    """
     with memory.registered(module, named, spec) as name:
         yield {"architecture": memory.IN_MEMORY, "arguments": {"name": name}}
 
@@ -241,7 +274,10 @@ def form_text(shape: Shape, dtype: str | dict[str, str]) -> str:
 
 
 def _form_of(text: str, dtype: str) -> tuple[Shape, Any]:
-    """Reads the text of `form_text`: returns shape and dtype, for named inputs as dictionaries."""
+    """Converts the text that `form_text` writes back to shape and dtype.
+
+    For named inputs, both are dictionaries. `dtype` is the dtype of a single input.
+    """
 
     def sizes(text: str) -> tuple[int, ...]:
         return tuple(int(side) for side in text.split("x")) if text else ()
@@ -255,7 +291,7 @@ def _form_of(text: str, dtype: str) -> tuple[Shape, Any]:
 
 @dataclass(frozen=True)
 class Outputs:
-    """What a trial run of a model on two examples shows.
+    """What is known about a model after it has run on two examples.
 
     Attributes:
         classes: number of classes; 0 if the model does not classify.
@@ -268,10 +304,10 @@ class Outputs:
 
 @torch.no_grad()
 def outputs_of(model: nn.Module, shape: tuple[int, ...]) -> Outputs:
-    """Runs the model on two random float examples; if it refuses floats, on token ids.
+    """Runs the model on two random float examples; if it fails on these, on two rows of token ids.
 
     Raises:
-        ModelError: if the model fails on both.
+        ModelError: if the model fails on floats and on token ids.
     """
     # A float16 model fails on float32 inputs, with an error about layers and not about dtypes.
     kinds = {p.dtype for p in model.parameters() if p.is_floating_point()} - {torch.float32}
@@ -299,13 +335,14 @@ def outputs_of(model: nn.Module, shape: tuple[int, ...]) -> Outputs:
                 place="input_shape",
                 cure=shape_cure(model, shape),
             ) from error
+    # One row of outputs for each example, with at least two classes.
     is_classifier = isinstance(out, Tensor) and out.dim() == 2 and out.shape[1] > 1
     return Outputs(int(out.shape[1]) if is_classifier else 0, tokens)
 
 
 @torch.no_grad()
 def shape_cure(model: nn.Module, shape: tuple[int, ...]) -> Words:
-    """Returns the cure for an input shape that the model does not take.
+    """Returns what to do about an input shape that the model does not take.
 
     >>> "".join(map(str, shape_cure(nn.Conv2d(3, 4, 3), (1, 3, 16, 16))))
     'leave out the number of examples: give input_shape=(3, 16, 16)'

@@ -1,4 +1,4 @@
-"""Recipes: TOML text and overrides are converted to frozen, checked settings."""
+"""Converts the TOML text of a recipe, and overrides such as `seed=1`, to checked settings."""
 
 from fedpress.pipeline.recipe.load import checked, completed, effective, from_tables, load, tree
 from fedpress.pipeline.recipe.overrides import Override, overridden, overrides_of

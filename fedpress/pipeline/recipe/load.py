@@ -13,12 +13,14 @@ from fedpress.pipeline.recipe.text import anchor_, parse, plain, write
 
 
 def load(toml: str, overrides: Sequence[str | Override] = ()) -> Recipe:
-    """Reads TOML text, applies `overrides` such as `stage.2.num_rounds=5`, and checks everything.
+    """Reads a recipe from TOML text, applies `overrides`, and checks every setting.
 
-    A stage without a name is named after its kind: `train`, then `train-2` and so on.
+    An override is a text such as `stage.2.num_rounds=5`. A stage without a name is named after its
+    kind: `train`, then `train-2` and so on.
 
     Raises:
-        RecipeError: if the text is no TOML, an override names no key, or a setting is wrong.
+        RecipeError: if the text is not TOML, an override names an unknown key, or a setting is
+            wrong.
     """
     return checked(tree(toml, overrides))
 
@@ -33,22 +35,29 @@ def checked(found: dict[str, Any]) -> Recipe:
 
 
 def tree(toml: str, overrides: Sequence[str | Override] = ()) -> dict[str, Any]:
-    """Reads TOML text and applies `overrides`; settings are not checked yet.
+    """Reads TOML text and applies `overrides`, without checking the settings.
+
+    Returns:
+        The recipe as nested dictionaries, such as `{"seed": 1, "stage": [{"kind": "train"}]}`.
 
     Raises:
-        RecipeError: if the text is no TOML, or the recipe has no place for an override.
+        RecipeError: if the text is not TOML, or an override has no place in the recipe, for
+            example because it names a stage that does not exist.
     """
     return completed(parse(toml), overrides)
 
 
 def completed(tables: dict[str, Any], overrides: Sequence[str | Override] = ()) -> dict[str, Any]:
-    """Returns the tables with `overrides` and a name for every stage; does not check settings.
+    """Returns a copy of `tables` with `overrides` applied and a name for every stage.
+
+    The settings are not checked.
 
     Raises:
-        RecipeError: if the tables have no place for an override.
+        RecipeError: if an override has no place in the recipe.
     """
     found = copy.deepcopy(tables)
-    # Stages are named twice: overrides may refer to a stage by its name, and may add a table.
+    # Stages are named before the overrides, since an override may refer to a stage by its name, and
+    # again after them, since an override may add a stage without a name.
     name_stages_(found)
     found = overridden(found, overrides)
     name_stages_(found)
@@ -58,12 +67,12 @@ def completed(tables: dict[str, Any], overrides: Sequence[str | Override] = ()) 
 def from_tables(
     tables: dict[str, Any], overrides: Sequence[str | Override] = ()
 ) -> tuple[str, Recipe]:
-    """Returns TOML and settings of a recipe given as dictionaries.
+    """Converts a recipe given as dictionaries to TOML text and checked settings.
 
-    Paths are relative to the current folder.
+    Relative paths are relative to the current folder; they are made absolute.
 
     Raises:
-        RecipeError: if the tables have no place for an override, or a setting is wrong.
+        RecipeError: if an override has no place in the recipe, or a setting is wrong.
     """
     found = completed(plain(tables), overrides)
     anchor_(found, Path.cwd())
@@ -84,7 +93,7 @@ def effective(
         folder: folder of the recipe file; None if the recipe is not from a file.
 
     Raises:
-        RecipeError: if the text is no TOML, or the recipe has no place for an override.
+        RecipeError: if the text is not TOML, or an override has no place in the recipe.
     """
     found = tree(text)
     anchored = copy.deepcopy(found)
@@ -92,6 +101,7 @@ def effective(
         anchor_(anchored, folder)
     if anchored == found and not overrides:
         return text
+    # The paths of the recipe file are absolute by now, so this changes only paths of overrides.
     changed = overridden(anchored, overrides)
     anchor_(changed, Path.cwd())
     name_stages_(changed)

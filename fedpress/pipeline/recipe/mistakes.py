@@ -1,4 +1,4 @@
-"""Converts pydantic's validation errors of a recipe to a `RecipeError` with place and cure."""
+"""Converts pydantic's errors to a `RecipeError` that says where the mistake is and what to do."""
 
 from __future__ import annotations
 
@@ -16,8 +16,12 @@ from fedpress.errors import RecipeError, SettingError, suggestion
 def check_values(node: Any, place: str) -> None:
     """Refuses inf, nan and dates: TOML allows them, but no setting takes them.
 
+    Args:
+        node: a table, list or value of the recipe.
+        place: where `node` is, such as "recipe.data".
+
     Raises:
-        RecipeError: naming the first such value below `place`.
+        RecipeError: if there is such a value; the error names the first one.
     """
     if isinstance(node, float) and not math.isfinite(node):
         raise RecipeError(
@@ -38,9 +42,10 @@ def check_values(node: Any, place: str) -> None:
 def first_mistake(
     error: ValidationError, tree: dict[str, Any], recipe: type[BaseModel]
 ) -> RecipeError:
-    """Converts the first error, and adds the number of further errors, such as "(2 more)".
+    """Converts the most useful error of pydantic, and adds how many others there are: "(2 more)".
 
-    Unknown keys come first, because a misspelt key causes a second error: the right key is missing.
+    An error about an unknown key goes first. A misspelt key causes two errors: the wrong key is
+    unknown, and the right key is missing. The first of the two explains the second.
 
     Args:
         error: pydantic's errors.
@@ -62,7 +67,13 @@ def first_mistake(
 
 
 def _mistake(error: Any, place: str, recipe: type[BaseModel]) -> RecipeError:
-    """Returns the error of a mistake at `place`."""
+    """Converts one error of pydantic.
+
+    Args:
+        error: the error. If one of our own checks raised it, it holds a `SettingError`.
+        place: where the mistake is, such as `recipe.stage[1]`.
+        recipe: the settings class.
+    """
     raised = error.get("ctx", {}).get("error")
     if not isinstance(raised, SettingError):
         problem, cure = _complaint(error, recipe)
@@ -79,7 +90,12 @@ def _mistake(error: Any, place: str, recipe: type[BaseModel]) -> RecipeError:
 
 
 def _key(argument: str, table: str, tables: Collection[str]) -> str:
-    """Returns the recipe key of an argument named by the settings at `table`.
+    """Converts the name of a setting in an error to its full key in the recipe.
+
+    Args:
+        argument: name as the settings class knows it, such as "finetune.epochs".
+        table: place of the settings that raised the error.
+        tables: names of the other tables of a recipe; a name such as "data.path" begins with one.
 
     >>> at, tables = "recipe.stage[1]", ("data", "model")
     >>> _key("finetune.epochs", at, tables), _key("data.public_share", at, tables)
@@ -94,7 +110,7 @@ def _inside(inner: tuple[int | str, ...], outer: tuple[int | str, ...]) -> bool:
 
 
 def _complaint(error: Any, recipe: type[BaseModel]) -> tuple[str, str]:
-    """Returns the problem and the cure for an error of pydantic."""
+    """Returns what is wrong and what to do about it, for an error of pydantic."""
     kind, loc, value = error["type"], error["loc"], error["input"]
     if kind == "extra_forbidden":
         known = [
@@ -103,6 +119,7 @@ def _complaint(error: Any, recipe: type[BaseModel]) -> tuple[str, str]:
         return "no such key", suggestion(str(loc[-1]), known) or "see fedpress check --schema"
     if kind == "missing":
         return "this key is missing", "add it (fedpress check --schema lists all keys)"
+    # pydantic calls `kind`, which selects the class of a table, the tag of a union.
     if kind.startswith("union_tag"):
         known = list(_schema_at(loc, recipe)["discriminator"]["mapping"])
         every = ", ".join(known)
@@ -113,6 +130,7 @@ def _complaint(error: Any, recipe: type[BaseModel]) -> tuple[str, str]:
     message = error["msg"]
     near = ""
     if kind == "literal_error":
+        # pydantic gives the allowed words only as text: "'a', 'b' or 'c'".
         near = suggestion(str(value), error["ctx"]["expected"].split("'")[1::2])
     return f"{message[0].lower()}{message[1:]}, got {_short(value)}", near
 
@@ -139,13 +157,14 @@ def _place(error: Any, tree: Any) -> str:
         elif isinstance(node, dict) and (part in node or (kind == "missing" and part is last)):
             place += f".{part}"
             node = node.get(part)
+    # If `kind` is missing or wrong, pydantic's location ends at its table.
     return place + (
         f".{error['ctx']['discriminator'].strip(chr(39))}" if kind.startswith("union_tag") else ""
     )
 
 
 def _schema_at(loc: tuple[int | str, ...], recipe: type[BaseModel]) -> dict[str, Any]:
-    """Returns the part of the JSON schema at the location of an error; empty if there is none."""
+    """Returns the part of the JSON schema at the location of an error; {} if there is none."""
     full: dict[str, Any] = recipe.model_json_schema()
 
     def open_(node: dict[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Overrides: `stage.2.num_rounds=5` changes one key of a recipe."""
+"""Changes single keys of a recipe, with overrides such as `stage.2.num_rounds=5`."""
 
 from __future__ import annotations
 
@@ -31,10 +31,12 @@ class Override:
 
     @classmethod
     def parse(cls, text: str) -> Override:
-        """Reads `key=value`. The value is TOML, `none` (removes the key) or a text without quotes.
+        """Reads `key=value`.
+
+        The value is written as in TOML, but text needs no quotes. `none` removes the key.
 
         Raises:
-            RecipeError: if there is no key, or the value is nested too deep.
+            RecipeError: if there is no key, or the value is nested too deeply.
 
         >>> Override.parse("stage.2.lr=0.1").value, Override.parse("name=none").value
         (0.1, None)
@@ -50,7 +52,7 @@ class Override:
 
     @classmethod
     def of(cls, key: str, value: Any) -> Override:
-        """Returns the override for a value from Python.
+        """Makes the override that sets `key` to a Python value; a tuple becomes a list.
 
         >>> Override.of("keep", ("conv1", "fc")).value
         ['conv1', 'fc']
@@ -68,7 +70,7 @@ class Override:
 
     @property
     def place(self) -> str:
-        """The name of this override for the place of an error; long overrides are cut."""
+        """What errors about this override begin with; a long override is cut."""
         text = self.text
         return f"override '{text}'" if len(text) < 100 else f"override '{text[:40]}...'"
 
@@ -76,8 +78,8 @@ class Override:
 def overrides_of(values: Mapping[str, Any], at: str = "") -> list[Override]:
     """Returns the overrides for keyword arguments such as `seed=1, data={"num_clients": 5}`.
 
-    A mapping changes only the keys that it names. A mapping with a `kind` replaces
-    the whole table, since another kind has other keys.
+    A dictionary changes only the keys that it names. A dictionary with a `kind` replaces the whole
+    table, since another kind has other keys.
 
     >>> [one.as_text() for one in overrides_of({"seed": 1, "data": {"num_clients": 5}})]
     ['seed=1', 'data.num_clients=5']
@@ -95,10 +97,15 @@ def overrides_of(values: Mapping[str, Any], at: str = "") -> list[Override]:
 
 
 def overridden(tree: dict[str, Any], overrides: Sequence[str | Override]) -> dict[str, Any]:
-    """Returns a copy of `tree` with `overrides` applied, such as `seed=1`.
+    """Returns a copy of a recipe with `overrides` applied.
+
+    Args:
+        tree: the recipe as nested dictionaries.
+        overrides: changes such as `seed=1`, in the order in which they are applied.
 
     Raises:
-        RecipeError: if an override names no key.
+        RecipeError: if an override has no place in the recipe, for example because it names a stage
+            that does not exist.
     """
     tree = copy.deepcopy(tree)
     for override in overrides:
@@ -107,7 +114,7 @@ def overridden(tree: dict[str, Any], overrides: Sequence[str | Override]) -> dic
 
 
 def name_stages_(tree: dict[str, Any]) -> None:
-    """Names unnamed stages after their kind; if that name is taken, adds a number (`train-2`)."""
+    """Names each unnamed stage after its kind, in place; a second `train` becomes `train-2`."""
     stages = tree.get("stage")
     if not isinstance(stages, list):
         return
@@ -143,6 +150,7 @@ def _override_(tree: dict[str, Any], override: Override) -> None:
         key: Any = _index(node, word, at, override) if isinstance(node, list) else word
         if position + 1 == len(words):
             node[key] = override.value
+        # A missing table is made: `data.partition.kind=iid` works in a recipe without `partition`.
         elif isinstance(node, dict):
             node = node.setdefault(key, {})
         else:
@@ -164,6 +172,7 @@ def _index(items: list[Any], key: str, at: str, override: Override) -> int:
             )
         if named:
             return named[0]
+    # `isdigit` alone accepts digits such as "²", which `int` refuses.
     if key.isascii() and key.isdigit() and int(key) < len(items):
         return int(key)
     known = f"numbered from 0 to {len(items) - 1}"
@@ -173,7 +182,7 @@ def _index(items: list[Any], key: str, at: str, override: Override) -> int:
 
 
 def _value(text: str) -> Any:
-    """Reads a TOML value such as `5` or `[1, 2]`; `none` is None; other text stays text."""
+    """Converts the text of a value: `5` to 5, `[1, 2]` to a list, `none` to None, `iid` to text."""
     if text == "none":
         return None
     try:

@@ -56,12 +56,12 @@ class ModelSettings(BaseModel):
 
     @property
     def trained(self) -> bool:
-        """Whether the model has trained weights: a checkpoint or a state dict."""
+        """Whether the model starts with trained weights, from a checkpoint or a state dict."""
         return self.checkpoint is not None or self.weights is not None
 
     @property
     def takes_arguments(self) -> bool:
-        """Whether `arguments` can be set: not for a saved model or a module in memory."""
+        """Whether `arguments` can be set. A saved model or a module in memory takes none."""
         return self.checkpoint is None and self.architecture != IN_MEMORY
 
     @model_validator(mode="after")
@@ -80,6 +80,7 @@ class ModelSettings(BaseModel):
             raise SettingError(
                 "architecture and checkpoint are both given", cure="leave one of them out"
             )
+        # Otherwise it is unclear which of the two the run starts from.
         if self.checkpoint is not None and self.weights is not None:
             raise SettingError(
                 "a checkpoint has weights of its own",
@@ -90,7 +91,9 @@ class ModelSettings(BaseModel):
 
 
 class Recipe(BaseModel):
-    """A recipe: data, model, and the stages in order.
+    """The settings of a run: the data, the model, and the stages in the order in which they run.
+
+    A stage is one step on the model, such as `train`, `prune`, `federate` or `export`.
 
     >>> import fedpress
     >>> recipe = fedpress.Recipe(
@@ -110,8 +113,10 @@ class Recipe(BaseModel):
         Raises:
             RecipeError: the first mistake, with its place and a cure.
         """
+        # A copy, since `name_stages_` adds names to the caller's dictionaries otherwise.
         tables = copy.deepcopy(tables)
         name_stages_(tables)
+        # Before pydantic, which accepts inf and nan for a float.
         check_values(tables, "recipe")
         try:
             super().__init__(**tables)
@@ -134,7 +139,7 @@ class Recipe(BaseModel):
 
     @property
     def private(self) -> bool:
-        """Whether a stage protects the clients' rows with differential privacy."""
+        """Whether at least one stage trains with differential privacy."""
         return any(stage.private for stage in self.stage)
 
     @model_validator(mode="after")
@@ -154,9 +159,10 @@ class Recipe(BaseModel):
 
 
 def schema_tree() -> dict[str, Any]:
-    """Returns the JSON schema of recipes, with a meaning for every key.
+    """Returns the JSON schema of recipes, with a description of every key.
 
-    The meaning of `kind` in a table is the first line of the docstring of the table's class.
+    The key `kind` selects the class of a table. Its description is the first line of the docstring
+    of this class.
     """
     full: dict[str, Any] = Recipe.model_json_schema()
     for table in full["$defs"].values():

@@ -38,7 +38,7 @@ class KeyTable:
         word: name for `--keys`: `data`, or the kind of a stage, codec or algorithm.
         title: header of the table in TOML, such as `[data]`.
         rows: the keys.
-        part_of: the `word` of each table that may contain this one.
+        part_of: the `word` of each table that may contain this table.
     """
 
     word: str
@@ -48,12 +48,16 @@ class KeyTable:
 
     @property
     def is_stage(self) -> bool:
-        """Whether it is the table of a stage."""
+        """Whether this is the table of a stage."""
         return self.title.startswith("[[stage]]")
 
 
 def key_tables(words: Sequence[str] = ()) -> list[KeyTable]:
-    """Returns all tables of a recipe, or the tables named by `words` and those nested in them.
+    """Lists the tables of a recipe.
+
+    Args:
+        words: names of tables, such as "data" or "federate". Only these tables and the tables
+            nested in them are returned. Empty: all tables.
 
     Raises:
         RecipeError: if a word names no table.
@@ -81,7 +85,7 @@ def _all_tables() -> tuple[KeyTable, ...]:
 
 
 def keys(kind: str) -> tuple[KeyRow, ...]:
-    """Returns the keys of a kind of stage, including keys of nested tables.
+    """Returns the keys of a kind of stage, such as "prune", with the keys of its nested tables.
 
     >>> keys("pack")
     ()
@@ -90,7 +94,11 @@ def keys(kind: str) -> tuple[KeyRow, ...]:
 
 
 class _Reader:
-    """Reads the tables from the JSON schema of recipes."""
+    """Converts the JSON schema of recipes to `KeyTable` objects.
+
+    A nested table without a `kind` is listed inside its parent, as `augment.flip`. A nested table
+    with a `kind` has a `KeyTable` of its own for each kind, since each kind has other keys.
+    """
 
     def __init__(self, full: dict[str, Any]) -> None:
         self.full = full
@@ -101,6 +109,7 @@ class _Reader:
     def tables(self) -> Iterator[KeyTable]:
         stages = self.full["properties"]["stage"]["items"]["discriminator"]["mapping"]
         inner = ("data", "model", "stage")
+        # The keys outside of all tables, such as `seed`. The tables themselves follow below.
         own = {key: about for key, about in self.full["properties"].items() if key not in inner}
         yield KeyTable("recipe", "at the top", tuple(self._rows({"properties": own}, "recipe")))
         for word in ("data", "model"):
@@ -122,6 +131,7 @@ class _Reader:
         kind = node["properties"]["kind"]
         word = str(kind["default"])
         rows = [row for row in self._rows(node, word, self.choices[name]) if row.key != "kind"]
+        # A kind without settings still needs a row, or the table would be empty.
         rows = rows or [KeyRow("kind", word, kind["description"])]
         title = f'{self.titles[name]} = {{ kind = "{word}" }}'
         return KeyTable(word, title, tuple(rows), tuple(dict.fromkeys(self.choices[name])))
@@ -129,7 +139,14 @@ class _Reader:
     def _rows(
         self, node: Node, word: str, above: Sequence[str] = (), prefix: str = ""
     ) -> Iterator[KeyRow]:
-        """Yields the keys of a table. The keys of a nested table follow the key of that table."""
+        """Yields the keys of a table.
+
+        Args:
+            node: the schema of the table.
+            word: name of the table.
+            above: names of the tables that may contain this table.
+            prefix: beginning of each key, such as "augment." for a nested table.
+        """
         required = node.get("required", ())
         for name, about in node["properties"].items():
             key = f"{prefix}{name}"
@@ -152,13 +169,14 @@ class _Reader:
         return "; ".join(filter(None, (about.get("description", ""), one_of)))
 
     def _kinds(self, about: Node) -> Iterator[tuple[str, str]]:
-        """Yields the values of `kind` in a table or list of tables, with their definitions."""
+        """Yields each value that `kind` may have in a table, with the name of its definition."""
         for part in (about, about.get("items", {}), *about.get("anyOf", ())):
             mapping = part.get("discriminator", {}).get("mapping", {})
             yield from ((word, ref.rpartition("/")[2]) for word, ref in mapping.items())
 
     def _opened(self, about: Node) -> Node:
         """Returns the schema of the table that a key contains; else the schema of the key."""
+        # pydantic writes an optional table as `anyOf` (table or null).
         for part in (about, *about.get("anyOf", ()), *about.get("allOf", ())):
             if "$ref" in part:
                 return self._at(part["$ref"])
@@ -174,9 +192,10 @@ NAMES = ("kind", "name")
 
 
 def _default(about: Node) -> str:
-    """Writes a default as TOML. For a table with a `kind`, this is the kind.
+    """Writes a default as TOML.
 
-    For another nested table it is "", since the keys of that table are listed after it.
+    The default of a table with a `kind` is its kind. The default of any other nested table is "",
+    because the keys of that table are listed below it with their own defaults.
     """
     value = about.get("default")
     if isinstance(value, dict):

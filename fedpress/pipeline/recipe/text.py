@@ -31,15 +31,20 @@ def names() -> list[str]:
 
 
 def find(name_or_path: str) -> str:
-    """Returns the TOML text of a shipped recipe or of a file; shipped recipes go first.
+    """Returns the TOML text of a recipe.
+
+    Args:
+        name_or_path: the name of a recipe that comes with fedpress, such as "digits", or the path
+            of a file. If both exist, the recipe of fedpress is taken.
 
     Raises:
-        RecipeError: if there is no such recipe and no such file.
+        RecipeError: if there is neither such a recipe nor such a file.
     """
     path = Path(name_or_path)
     if name_or_path in names():
         text: str = (_shipped() / f"{name_or_path}.toml").read_text("utf-8")
         return text
+    # A missing `.toml` file goes to `_read` too: its error is about the file, not about a name.
     if path.suffix == ".toml" or path.is_file():
         return _read(path)
     if (path / "settings.json").is_file():
@@ -61,7 +66,10 @@ def find(name_or_path: str) -> str:
 
 
 def _read(path: Path) -> str:
-    """Reads a file in UTF-8, or in UTF-16 with a byte order mark, as Windows editors write it."""
+    """Reads a text file in UTF-8, or in UTF-16 with a byte order mark.
+
+    Some Windows editors write UTF-16.
+    """
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -98,7 +106,8 @@ def parse(toml: str) -> dict[str, Any]:
     """Parses TOML without checking any setting.
 
     Raises:
-        RecipeError: if `toml` is no TOML. Frequent mistakes have a cure of their own.
+        RecipeError: if `toml` is not TOML. For frequent mistakes, such as `True` instead of `true`,
+            the error says how to correct them.
     """
     try:
         found = tomllib.loads(toml)
@@ -128,19 +137,26 @@ def check_depth(tree: Any) -> None:
     """Refuses tables and lists that are nested deeper than any setting needs.
 
     Raises:
-        RecipeError: if they are nested too deeply.
+        RecipeError: if the nesting is deeper than `fedpress.core.limits` allows.
     """
     if said := limits.above("depth", limits.depth(tree)):
         raise RecipeError(TOO_DEEP, place="recipe", cure=f"{SHORTEN} ({said.problem}; {said.cure})")
 
 
 def _cure(toml: str, problem: str) -> str:
-    """Returns the cure for a frequent mistake in TOML, such as True instead of true."""
+    """Returns how to correct a frequent mistake in TOML, such as `True` instead of `true`.
+
+    Args:
+        toml: the whole text.
+        problem: message of the parser, which names the line.
+    """
     at = re.search(r"at line (\d+)", problem)
     lines = toml.splitlines()
     line = lines[int(at[1]) - 1] if at and int(at[1]) <= len(lines) else ""
+    # Word processors replace plain quotes by curly ones.
     if re.search(r"[\u201c\u201d\u201e\u2018\u2019]", line):
         return "write plain quotes, \" or ', in that line"
+    # A Windows path in double quotes: TOML reads `\U` as the beginning of an escape.
     if "escape" in problem or ("\\" in line and "Invalid hex" in problem):
         return "write that path in 'single quotes', or with / in place of \\"
     if re.search(r"Cannot declare \('stage'", problem) or re.fullmatch(
@@ -149,6 +165,7 @@ def _cure(toml: str, problem: str) -> str:
         return "stages are a list: write [[stage]] with two brackets each time"
     if re.search(r"=\s*(True|False|None)\b", line):
         return "write true and false in small letters, and leave out a key that has no value"
+    # A decimal comma, as in German.
     if re.search(r"=\s*-?\d+,\d+\s*(#.*)?$", line):
         return "write decimals with a point"
     if re.search(r"=\s*[A-Za-z_][\w./:-]*\s*(#.*)?$", line):
@@ -161,7 +178,9 @@ def _cure(toml: str, problem: str) -> str:
 
 
 def write(tree: dict[str, Any]) -> str:
-    """Writes plain values as TOML: one line for each key, one block for each stage. Omits None.
+    """Writes a recipe as TOML: one line for each key, and one block for each stage.
+
+    Keys whose value is None are left out, since TOML has no None.
 
     >>> data = {"source": "digits", "path": None}
     >>> print(write({"seed": 1, "data": data, "stage": [{"kind": "train"}]}))
@@ -192,7 +211,9 @@ def _lines(table: dict[str, Any]) -> str:
 
 
 def plain(value: Any) -> Any:
-    """Converts a value for TOML: tuples to lists, paths to strings. Drops keys whose value is None.
+    """Converts a value to types that TOML has: tuples to lists, paths to strings.
+
+    Keys whose value is None are left out.
 
     >>> plain({"sides": (8, 16), "path": None})
     {'sides': [8, 16]}
@@ -201,11 +222,12 @@ def plain(value: Any) -> Any:
         return {key: plain(inner) for key, inner in value.items() if inner is not None}
     if isinstance(value, list | tuple):
         return [plain(inner) for inner in value]
+    # A path becomes a string; a string stays the same.
     return value if isinstance(value, bool | int | float) else str(value)
 
 
 def in_one_line(value: Any) -> str:
-    """Writes a value as TOML in one line, for example for `key=value` on the command line.
+    """Writes a value as TOML in one line, as an override `key=value` on the command line needs it.
 
     >>> in_one_line({"kind": "iid", "shares": [0.5, True]})
     '{kind = "iid", shares = [0.5, true]}'
@@ -215,6 +237,8 @@ def in_one_line(value: Any) -> str:
         return "{" + ", ".join(pairs) + "}"
     if isinstance(value, list):
         return f"[{', '.join(map(in_one_line, value))}]"
+    # tomli-w writes only whole documents, so the value is written as a key `x` that is then
+    # removed.
     return tomli_w.dumps({"x": value}).removeprefix("x = ").rstrip("\n")
 
 
@@ -223,10 +247,16 @@ def _key(name: str) -> str:
 
 
 def anchor_(tree: dict[str, Any], folder: Path) -> None:
-    """Makes the relative paths of data, saved models and teachers absolute."""
+    """Makes the relative paths of data, saved models and teachers absolute, in place.
+
+    Args:
+        tree: the recipe as dictionaries.
+        folder: folder that the paths are relative to, such as that of the recipe file.
+    """
     stages = tree.get("stage")
     places = [(tree.get("data"), "path")]
     places += [(tree.get("model"), key) for key in ("checkpoint", "weights")]
+    # The recipe is not checked yet, so `stage` may have any type.
     for stage in stages if isinstance(stages, list) else []:
         places += [(stage, key) for key in MODEL_KEYS]
     for table, key in places:
@@ -244,13 +274,15 @@ def anchor_(tree: dict[str, Any], folder: Path) -> None:
 
 
 def _is_relative(key: str, value: object) -> bool:
-    """Returns whether `value` of `key` is a relative path, and not a word such as 'dense'."""
+    """Whether the value of `key` is a relative path, and not a word such as "dense"."""
     if not isinstance(value, str) or value in MODEL_KEYS.get(key, ()):
         return False
+    # `TEACHER` begins the name of a module in memory, and "~" the path of a home folder.
     return not (value.startswith((TEACHER, "~")) or Path(value).is_absolute())
 
 
 def _exists(path: Path) -> bool:
+    # The path of the data may be a pattern such as `shards/*.csv`.
     return any(path.parent.glob(path.name)) if "*" in path.name else path.exists()
 
 
