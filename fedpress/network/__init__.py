@@ -1,1 +1,1 @@
-"""Deployment: a server and clients on different machines, under each data owner's policy."""
+"""Federated learning over a network: server, clients, and the policies of the data owners."""

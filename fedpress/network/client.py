@@ -1,4 +1,7 @@
-"""A client: one process for its lifetime, which holds data, state, policy and ledger."""
+"""The main loop of a client process: wait for a call of the server, answer it, wait again.
+
+A call is one request of the server, such as "train in round 3".
+"""
 
 from __future__ import annotations
 
@@ -12,13 +15,13 @@ from fedpress.network.sessions import Sessions
 
 @dataclass(frozen=True)
 class Answered:
-    """One call that the client has answered; `serve` yields it, for instance to print it.
+    """Record of one answered call. `serve` yields it; the command line prints it.
 
     Attributes:
-        session: name of the session that the call belongs to.
+        session: id of the session (one stage of one run) that the call belongs to.
         bytes_in: length of the request.
         bytes_out: length of the answer.
-        seconds: time that the answer took.
+        seconds: time that the client took to compute the answer.
     """
 
     session: str
@@ -35,12 +38,21 @@ def serve(
 ) -> Iterator[Answered]:
     """Answers calls, one after another, until `stopped` returns True.
 
+    Args:
+        correspondence: thread that holds the connection to the server.
+        sessions: compute the answers.
+        stopped: is asked before each call whether to stop.
+
+    Yields:
+        A record of each answered call.
+
     Raises:
         NetworkError: if the server refuses this client.
     """
     correspondence.start()
     try:
         while not stopped():
+            # Not longer than a second, so that `stopped` is asked often enough.
             call = correspondence.next_call(timeout=1.0)
             if call is None:
                 continue
@@ -51,4 +63,5 @@ def serve(
             correspondence.answer(call, body, seconds)
             yield Answered(parcel.session, len(parcel.body), len(body), seconds)
     finally:
+        # Also after an error, so that the server learns that this client has gone.
         correspondence.stop()

@@ -1,4 +1,7 @@
-"""A client's own data: prepared arrays, a table or images, read as the server's offer needs them."""
+"""Reads a client's own data (arrays, a table or images) in the layout that the model needs.
+
+The server's offer (its first message) says which layout this is: columns, labels and input shape.
+"""
 
 from __future__ import annotations
 
@@ -33,12 +36,13 @@ INPUT = "x."
 
 @dataclass(eq=False)
 class ClientData:
-    """The data behind `fedpress client --data PATH`.
+    """The data that `fedpress client --data PATH` names.
 
     Attributes:
         path: a file of arrays (.safetensors or .npz with `x` and `y`), a table (.csv, .parquet), or
-            a folder `label/image.png`.
-        keys: further keys of `[data]` for a table: delimiter, decimal, encoding.
+            a folder with one subfolder of images for each label, such as `cat/1.png`.
+        keys: how to read a table, by the keys of a recipe's section `[data]`: delimiter, decimal,
+            encoding.
     """
 
     path: Path
@@ -58,11 +62,11 @@ class ClientData:
             )
 
     def arrays(self, offer: Offer) -> Arrays:
-        """Returns the examples in the layout that the offered model was trained on.
+        """Returns the examples in the layout that the offered model needs.
 
         Raises:
-            DataError: if the data are of another layout. The text says what was found and what is
-                needed.
+            DataError: if the data have another layout. The text says which layout was found and
+                which is needed.
         """
         if self.path.is_dir():
             found = self._images(offer)
@@ -70,16 +74,19 @@ class ClientData:
             found = self._table(offer)
         else:
             found = read_arrays(self.path)
+        # Checked before training: the errors of torch would not say what is wrong with the file.
         check_layout(found, offer, f"'{self.path}'")
         return found
 
     def _table(self, offer: Offer) -> Arrays:
+        """Reads a table as the offer's columns say; rows without a known label are left out."""
         if offer.inputs is None:
             raise DataError(
                 "the server's data are no table",
                 place=f"'{self.path}'",
                 cure="give prepared arrays, a .safetensors or .npz file with x and y",
             )
+        # Columns and word lists come from the server, so all clients encode a row equally.
         about = Preparation.from_json(offer.inputs)
         settings = DataSettings(
             source=TABLES[self.path.suffix],
@@ -87,6 +94,7 @@ class ClientData:
             label_column=offer.labels,
             task=offer.task.kind,
             classes=offer.task.names if offer.task.targets == "classes" else None,
+            # A label that the recipe does not know cannot be trained on: its row is left out.
             unknown="drop",
             **self.keys,
         )
@@ -110,12 +118,15 @@ class ClientData:
                 place=f"'{self.path}'",
                 cure=f"expected the labels {', '.join(map(str, offer.task.names))}",
             )
-        # Not standardised here: the client's side of the stage does it, as in a simulation.
+        # Mean 0 and std 1 leave the numbers as they are. The client's side of the stage
+        # standardises them later, as in a simulation; here it would happen twice.
         raw = replace(about, mean=(0.0,) * about.width, std=(1.0,) * about.width)
         return Arrays(prepare(rows, raw), targets.y[keep])
 
     def _images(self, offer: Offer) -> Arrays:
+        """Reads a folder of images, and scales them to the model's input size."""
         shape = offer.spec.input_shape
+        # The shape must be [channels, size, size]: images are scaled to a square.
         if isinstance(shape, dict) or len(shape) != 3 or shape[1] != shape[2]:
             raise DataError(
                 f"the model takes examples of shape {shape_text(shape)}, no square images",
@@ -123,8 +134,10 @@ class ClientData:
                 cure="give prepared arrays, a .safetensors or .npz file with x and y",
             )
         names = list(map(str, offer.task.names))
+        # Sorted below, so that the same folder gives the same order on each machine.
         files, y = [], []
         for folder in sorted(path for path in self.path.iterdir() if path.is_dir()):
+            # A folder of another name has no class in this run; its images are left out.
             if folder.name not in names:
                 continue
             own = sorted(path for path in folder.iterdir() if path.is_file())
@@ -141,11 +154,16 @@ class ClientData:
 
 
 def check_layout(found: Arrays, offer: Offer, place: str) -> None:
-    """Checks that examples and targets are what the offered model and task take.
+    """Checks that examples and targets fit the offered model and task.
+
+    Args:
+        found: the client's examples and targets.
+        offer: the server's offer, with the model and the task.
+        place: the file or folder, for errors.
 
     Raises:
-        DataError: if they are not. The text says what was found and what is needed, but shows no
-            value of the data.
+        DataError: if they do not fit. The text says which shape was found and which is needed. It
+            shows no value of the data, because the server receives the text.
     """
     wanted = offer.spec.input_shape
     if shape_of(found.x) != wanted:
@@ -155,6 +173,7 @@ def check_layout(found: Arrays, offer: Offer, place: str) -> None:
             place=place,
             cure="prepare them as the recipe does",
         )
+    # One NaN would make all weights NaN after the first step.
     for name, part in tensors_by_name(found.x).items():
         if part.is_floating_point() and not bool(part.isfinite().all()):
             raise DataError(
@@ -172,13 +191,18 @@ def check_layout(found: Arrays, offer: Offer, place: str) -> None:
 
 
 def read_arrays(path: Path) -> Arrays:
-    """Reads a file with `x` (or `x.NAME` for each of several inputs) and `y`.
+    """Reads arrays from a .npz or .safetensors file.
+
+    Args:
+        path: a file with the examples `x` and the targets `y`. If the model has several inputs,
+            there is one array for each, such as `x.ids` and `x.mask`.
 
     Raises:
-        DataError: if it is no such file.
+        DataError: if the file has another content.
     """
     try:
         if path.suffix == ".npz":
+            # No pickles: loading one can run any code.
             with np.load(path, allow_pickle=False) as file:
                 tensors = {name: torch.from_numpy(file[name]) for name in file.files}
         else:
@@ -208,9 +232,10 @@ def read_arrays(path: Path) -> Arrays:
 
 
 def write_arrays(path: Path, arrays: Arrays) -> None:
-    """Writes a file that `read_arrays` reads."""
+    """Writes arrays as a .safetensors file that `read_arrays` can read."""
     parts = tensors_by_name(arrays.x)
     several = isinstance(arrays.x, NamedInputs)
+    # Cloned, because safetensors refuses tensors that share memory.
     tensors: dict[str, Tensor] = {
         (f"{INPUT}{name}" if several else "x"): part.contiguous().clone()
         for name, part in parts.items()
@@ -223,7 +248,10 @@ def _read(path: Path, settings: DataSettings) -> Any:
 
 
 def _known_words(table: Any, about: Preparation) -> Tensor:
-    """Returns which rows have no word that training has refused, bool [n]."""
+    """Returns which rows can be encoded, bool [n]: all words are known where they must be.
+
+    A column with `unknown == "refused"` has no code for words that are not in its list.
+    """
     known = torch.ones(table.num_rows, dtype=torch.bool)
     for column in about.columns:
         if column.kind == "words" and column.unknown == "refused":

@@ -1,4 +1,8 @@
-"""The folders of a network: made by `fedpress network init`, copied to server and clients."""
+"""The folders of a network: one for the server and one for each client, with keys and settings.
+
+`fedpress network init` creates them; each is then copied to its machine. The folder `authority`
+contains the key that signs the server's certificates, and stays with whoever set the network up.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +22,7 @@ from fedpress.network import keys
 from fedpress.network.units import client_dockerfile, client_unit, server_dockerfile, server_unit
 
 PORT = 9443
+# A new client begins with rules for privacy: an owner who wants none must say so.
 POLICY = """\
 # What this client's owner allows; without a line its default holds. docs/deploy.md lists all keys.
 # families = ["cnn", "mlp"]
@@ -33,11 +38,12 @@ total_epsilon = 8.0
 delta = 1e-5
 """
 ALL = "0.0.0.0"
+# Type of a settings class, see `_config`.
 T = TypeVar("T", bound=BaseModel)
 
 
 class ServerConfig(BaseModel):
-    """`server.toml`: where the server listens, and whose keys it accepts."""
+    """The file `server.toml`: where the server listens, and which clients' keys it accepts."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -48,7 +54,7 @@ class ServerConfig(BaseModel):
 
 
 class ClientConfig(BaseModel):
-    """`client.toml`: who this client is and where its server is; paths count from the file."""
+    """The file `client.toml`: name of the client, and address of its server."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -59,22 +65,28 @@ class ClientConfig(BaseModel):
 
 @dataclass(frozen=True)
 class ServerFolder:
-    """The folder of the server."""
+    """The server's folder, read and checked.
+
+    Attributes:
+        path: the folder, with `server.toml`, `ca.crt`, `server.crt` and `server.key`.
+        config: content of `server.toml`.
+    """
 
     path: Path
     config: ServerConfig
 
     @classmethod
     def read(cls, path: Path) -> ServerFolder:
-        """Reads the folder.
+        """Reads the folder, and checks its keys and certificates.
 
         Raises:
-            NetworkError: if a file is missing or wrong.
+            NetworkError: if a file is missing or wrong, or the certificate has expired.
         """
         config = _config(path / "server.toml", ServerConfig)
         _check_files(path, ("ca.crt", "server.crt", "server.key"))
         _check_clients(path / "server.toml", config.clients)
         keys.check_server(path / "ca.crt", path / "server.crt", path / "server.key")
+        # Checked here, since each client would only report that TLS failed.
         if keys.days_left(path / "server.crt") < 0:
             raise NetworkError(
                 "the server's certificate has expired",
@@ -86,7 +98,14 @@ class ServerFolder:
 
 @dataclass(frozen=True)
 class ClientFolder:
-    """The folder of one client; it also holds the state of the runs that the client is part of."""
+    """The folder of one client, read and checked.
+
+    The client also stores the state of its runs in this folder.
+
+    Attributes:
+        path: the folder, with `client.toml`, `ca.crt`, `node.key` and `policy.toml`.
+        config: content of `client.toml`.
+    """
 
     path: Path
     config: ClientConfig
@@ -109,15 +128,15 @@ class ClientFolder:
 
     @property
     def sessions(self) -> Path:
-        """Folder in which the client's sessions are kept."""
+        """Folder in which the client stores its sessions (the stages of runs)."""
         return self.path / "sessions"
 
 
 def host_and_port(text: str) -> tuple[str, int]:
-    """Splits `host:port` or `[address]:port`.
+    """Splits `host:port` or `[address]:port` into host and port.
 
     Raises:
-        NetworkError: if it is something else.
+        NetworkError: if the text has another form.
 
     >>> host_and_port("server.example:9443"), host_and_port("[::1]:9443")
     (('server.example', 9443), ('::1', 9443))
@@ -131,13 +150,13 @@ def host_and_port(text: str) -> tuple[str, int]:
 
 
 def init(out: Path, clients: Sequence[ClientId], host: str, port: int) -> None:
-    """Makes the folder of a new network.
+    """Creates the folder of a new network: `authority`, `server` and `clients/NAME`.
 
     Args:
-        out: must not exist.
-        clients: their names.
+        out: path of the new folder; it must not exist.
+        clients: names of the clients.
         host: name or address by which the clients reach the server.
-        port: of the server.
+        port: port on which the server listens.
 
     Raises:
         NetworkError: if the folder exists, or a name, the host or the port is not valid.
@@ -148,7 +167,8 @@ def init(out: Path, clients: Sequence[ClientId], host: str, port: int) -> None:
             place=str(out),
             cure="give another folder with --out, or a further client with fedpress network add",
         )
-    # Everything is checked before the first file is written: half a network cannot be used.
+    # All arguments are checked before the first file is written: half a network cannot be used,
+    # and the folder would then be in the way of the next attempt.
     _check_names(clients)
     _check_host(host)
     if not 0 < port < 65536:
@@ -168,10 +188,14 @@ def init(out: Path, clients: Sequence[ClientId], host: str, port: int) -> None:
 
 
 def add(out: Path, name: ClientId) -> None:
-    """Makes the folder of a further client, and lists its key at the server.
+    """Creates the folder of a further client, and adds its public key to `server.toml`.
+
+    Args:
+        out: folder of the network.
+        name: name of the new client.
 
     Raises:
-        NetworkError: if there is a client of this name, or the network's folder is not whole.
+        NetworkError: if there is a client of this name, or the network's folder is incomplete.
     """
     folder = ServerFolder.read(out / "server")
     config = folder.config
@@ -186,16 +210,20 @@ def add(out: Path, name: ClientId) -> None:
             place=str(out / "clients" / name),
             cure=f"remove the folder, or write its node.pub to server.toml as '{name}'",
         )
+    # The client's folder first: if it fails, `server.toml` lists no key that nobody has.
     public = _make_client(out, name, config.host, config.port)
     clients = {**config.clients, name: public}
     _write_server(folder.path, config.model_copy(update={"clients": clients}))
 
 
 def renew(out: Path) -> None:
-    """Makes a new certificate for the server, from the authority of the network.
+    """Creates a new key and certificate for the server, signed by the network's authority.
+
+    Args:
+        out: folder of the network.
 
     Raises:
-        NetworkError: if the authority's key is not there.
+        NetworkError: if the authority's key is missing.
     """
     config = _config(out / "server" / "server.toml", ServerConfig)
     authority = keys.Authority.read(out / "authority" / "ca.key", out / "authority" / "ca.crt")
@@ -204,10 +232,12 @@ def renew(out: Path) -> None:
 
 
 def _make_client(out: Path, name: ClientId, host: str, port: int) -> str:
+    """Creates the folder of a client, and returns its public key."""
     folder = out / "clients" / name
     folder.mkdir(parents=True)
     (folder / "ca.crt").write_bytes((out / "authority" / "ca.crt").read_bytes())
     public = keys.write_node_key(folder)
+    # An IPv6 address contains colons, so it needs brackets before its port.
     address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
     config = ClientConfig(name=name, server=address, threads=1)
     (folder / "policy.toml").write_text(POLICY)
@@ -222,7 +252,10 @@ def _write_server(folder: Path, config: ServerConfig) -> None:
 
 
 def _check_clients(path: Path, clients: Mapping[ClientId, str]) -> None:
-    """Checks the public keys that `server.toml` lists."""
+    """Checks that the public keys in `server.toml` are valid, and that no two are equal.
+
+    `path` is the file, for errors.
+    """
     seen: dict[str, ClientId] = {}
     for name, text in clients.items():
         place = f"{path}: clients.{name}"
@@ -237,6 +270,7 @@ def _check_clients(path: Path, clients: Mapping[ClientId, str]) -> None:
 
 
 def _check_host(host: str) -> None:
+    """Checks that `host` is an IP address or a host name, without port or scheme."""
     plain = host.replace("-", "").replace(".", "").replace("_", "")
     try:
         ipaddress.ip_address(host)
@@ -250,10 +284,12 @@ def _check_host(host: str) -> None:
 
 
 def _check_names(names: Sequence[ClientId]) -> None:
+    """Checks that the names are different, and that folders can be named by them."""
     if not names:
         raise NetworkError("got none", place="clients", cure="give a number or names: --clients 3")
     for name in names:
         plain = name.replace("-", "").replace("_", "").replace(".", "")
+        # "." and ".." are folders of their own; "-name" would look like an option of a command.
         if not plain.isalnum() or name.startswith((".", "-")) or len(name) > 60:
             raise NetworkError(
                 f"got '{name}'",
@@ -266,6 +302,7 @@ def _check_names(names: Sequence[ClientId]) -> None:
 
 
 def _config(path: Path, kind: type[T]) -> T:
+    """Reads a TOML file as an object of the settings class `kind`."""
     try:
         return kind.model_validate(tomllib.loads(path.read_text("utf-8")))
     except OSError as error:
@@ -277,6 +314,7 @@ def _config(path: Path, kind: type[T]) -> T:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise NetworkError(f"not TOML ({error})", place=str(path), cure="mend that line") from error
     except ValidationError as error:
+        # One mistake at a time: the others often follow from the first.
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
         known = ", ".join(kind.model_fields)

@@ -1,4 +1,7 @@
-"""The gate: asks a data owner's policy before a client answers the server."""
+"""The gate: decides before each answer whether the data owner allows the client to give it.
+
+`fedpress.network.owner.OwnerGate` decides by a policy file; `NoPolicy` allows everything.
+"""
 
 from __future__ import annotations
 
@@ -14,32 +17,32 @@ from fedpress.wire.message import Message
 
 @dataclass(frozen=True)
 class Refusal:
-    """The gate's no to a request; it is sent to the server.
+    """Why the gate forbids an answer. The server receives the refusal instead of the answer.
 
     Attributes:
-        rule: the key of the policy, such as `max_epsilon`.
-        reason: a text for people; it must not say anything about the data.
+        rule: the key of the policy that forbids the answer, such as `privacy.max_epsilon`.
+        reason: a sentence for people. It must not tell anything about the data.
     """
 
     rule: str
     reason: str
 
     def to_message(self) -> Message:
-        """Returns the message "refused"."""
+        """Returns the refusal as a message of kind "refused"."""
         return Message("refused", {"rule": self.rule, "reason": self.reason})
 
 
 @dataclass(frozen=True, eq=False)
 class Asked:
-    """What a client is asked to take part in.
+    """The question to the gate: may client `name` take part in this stage of a run?
 
     Attributes:
-        session: name of the session, which the server has drawn.
+        session: id of the session (one stage of one run). The server draws this id at random.
         name: name of the client.
-        offer: what the server offers.
-        memory: a random id of the session's memory, which holds secrets and answered rounds. If
-            the memory is lost, a new one gets another id: the same question would then get an
-            answer with other noise, which costs privacy again.
+        offer: first message of the server, with the settings of the stage and the model.
+        memory: random id of the client's stored state for this session (its secrets and the list
+            of answered rounds). If the state is lost, a new state gets another id. Then the
+            answer to a repeated question has other noise, so the answer costs privacy again.
     """
 
     session: str
@@ -49,34 +52,45 @@ class Asked:
 
 
 class Gate(Protocol):
-    """Decides about each request: None means yes. Notes what is promised and spent."""
+    """Decides about each request. A method returns None for yes and a `Refusal` for no.
+
+    A session calls the methods in the order in which they are listed here. `trial` is True before
+    a run, when the server only checks whether the client would accept; nothing is kept of a trial.
+    """
 
     def code_named(self, session: str, name: str) -> Refusal | None:
-        """Says whether a model may be built by the function `name` (`module:function`)."""
+        """Decides whether the installed function `name` (`module:function`) may build the model."""
         ...
 
     def offered(self, asked: Asked, *, trial: bool) -> Refusal | None:
-        """Says whether the settings, the model and the server are allowed."""
+        """Decides whether the settings, the model and the server are allowed."""
         ...
 
     def agreed(self, asked: Asked, contract: Contract, *, trial: bool) -> Refusal | None:
-        """Says whether the whole run, with all clients known, is allowed and can be paid for."""
+        """Decides whether the whole run is allowed, and whether the privacy budget suffices.
+
+        `contract` is the plan of the run; it lists all clients.
+        """
         ...
 
     def called(self, asked: Asked, contract: Contract, message: Message) -> Refusal | None:
-        """Says whether a further message may be answered, and charges the answer beforehand."""
+        """Decides whether a later message may be answered; charges the answer's privacy cost.
+
+        The cost is charged before the answer is computed and sent.
+        """
         ...
 
     def leaving(self, asked: Asked, answer: Message) -> Message:
-        """Returns an answer without the metrics that must not leave the client."""
+        """Returns `answer` without the metrics that the owner does not allow to leave."""
         ...
 
 
 class NoPolicy:
-    """Allows everything; for tests, and for data that are not private."""
+    """The gate that allows everything. It is for tests and for data that are not private."""
 
     def code_named(self, session: str, name: str) -> Refusal | None:
         """See `Gate`."""
+        # Code is the exception: only a function that this machine's user has named may run.
         return None if consent.allowed(name) else unnamed_code(name)
 
     def offered(self, asked: Asked, *, trial: bool) -> Refusal | None:
@@ -97,5 +111,6 @@ class NoPolicy:
 
 
 def unnamed_code(name: str) -> Refusal:
-    """Returns the refusal of a model whose building function the owner's policy does not name."""
+    """Returns the refusal of a model that is built by a function which the owner does not allow."""
+    # Cut, because the name comes from the server and may be of any length.
     return Refusal("code", f"the model is built by {name[:80]}, and no code of others runs here")

@@ -1,9 +1,10 @@
-"""Identity keys of other clients: noted the first time, and compared in every later run.
+"""Public identity keys of other clients: stored in the first run, compared in every later run.
 
-In a secure sum clients verify each other by these keys, which reach them through the server. A
-server that exchanges a key could read what was meant for that client; a client that has noted the
-key refuses. The first time nothing can be compared (trust on first use), unless the owner has
-filled the file before.
+In a secure sum (secure aggregation) clients verify each other by these keys. The server passes the
+keys on, so a dishonest server could replace a client's key by its own, and then read messages that
+other clients encrypt for that client. A client that has stored the true key notices this and
+refuses the run. In the first run there is nothing to compare with (trust on first use), unless the
+data owner has written the keys into the file before.
 """
 
 from __future__ import annotations
@@ -25,21 +26,23 @@ FILE = "identities.toml"
 
 @dataclass(frozen=True)
 class KnownIdentities:
-    """The file `identities.toml` of a client: name -> public identity key in hexadecimal.
+    """The file `identities.toml` of a client: client name -> public identity key in hexadecimal.
 
     Attributes:
-        path: the file; it need not exist.
-        own: name of this client. Its key is not looked up, because it follows from its own secret.
+        path: path of the file. If there is no file yet, no key is known.
+        own: name of this client. Its own key is not compared, because the client computes this key
+            from its own secret.
     """
 
     path: Path
     own: ClientId
 
     def read(self) -> dict[ClientId, bytes]:
-        """Returns the keys that are known.
+        """Returns the stored keys.
 
         Raises:
-            NetworkError: if the file is damaged: without it an exchanged key would not be noticed.
+            NetworkError: if the file is damaged. To go on without the file would be unsafe: a
+                replaced key would not be noticed.
         """
         try:
             table = tomllib.loads(self.path.read_text("utf-8"))
@@ -55,9 +58,14 @@ class KnownIdentities:
             ) from error
 
     def compare(self, identities: Mapping[ClientId, bytes]) -> Refusal | None:
-        """Returns a refusal if a known client has another key than before, else None."""
+        """Returns a refusal if a client's key differs from the stored key, else None.
+
+        Args:
+            identities: public keys of all clients of the run, as the server sent them.
+        """
         known = self.read()
         for name, key in identities.items():
+            # A client without a stored key passes: `note` stores its key after the check.
             if name != self.own and known.get(name, key) != key:
                 return Refusal(
                     "identities",
@@ -68,13 +76,17 @@ class KnownIdentities:
         return None
 
     def note(self, identities: Mapping[ClientId, bytes]) -> None:
-        """Adds the keys of clients that are new.
+        """Stores the keys of new clients; a stored key of another client is never replaced.
+
+        Args:
+            identities: public keys of all clients of the run, as the server sent them.
 
         Raises:
             NetworkError: if the file cannot be read or written.
         """
         known = self.read()
         merged = {**identities, **known}
+        # This client's own key may change: its owner may have drawn a new secret.
         if self.own in identities:
             merged[self.own] = identities[self.own]
         if merged == known:

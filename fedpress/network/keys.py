@@ -1,4 +1,4 @@
-"""Keys and certificates of a network: an authority, the server's certificate, keys of clients."""
+"""Keys and certificates of a network: certificate authority, server certificate, client keys."""
 
 from __future__ import annotations
 
@@ -16,20 +16,23 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from fedpress.errors import NetworkError
 
+# Long, because a new authority means that every client needs a new copy of its certificate.
 YEARS = 10
 """How long the authority is valid."""
 DAYS = 397
 """How long a server's certificate is valid: 13 months, the most that browsers accept."""
+# Flower accepts client keys on NIST curves only; its own tools create keys on P-384.
 CURVE = ec.SECP384R1()
 
 
 @dataclass(frozen=True, eq=False)
 class Authority:
-    """Signs the server's certificates; clients trust nobody else.
+    """The network's own certificate authority. Clients trust only certificates that it has signed.
 
     Attributes:
-        key: stays with whoever set the network up, best off line.
-        certificate: the public certificate, of which every client has a copy.
+        key: private key. It stays with whoever set the network up, best on a machine that is
+            offline.
+        certificate: public certificate, of which every client has a copy.
     """
 
     key: ec.EllipticCurvePrivateKey
@@ -37,10 +40,11 @@ class Authority:
 
     @classmethod
     def new(cls) -> Authority:
-        """Makes an authority with a new key."""
+        """Creates an authority with a new key."""
         key = ec.generate_private_key(CURVE)
         name = _name("fedpress network")
         now = _now()
+        # This key may sign certificates and nothing else.
         usage = x509.KeyUsage(
             digital_signature=False,
             content_commitment=False,
@@ -58,8 +62,10 @@ class Authority:
             .issuer_name(name)
             .public_key(key.public_key())
             .serial_number(x509.random_serial_number())
+            # A day earlier, for machines whose clock is behind.
             .not_valid_before(now - datetime.timedelta(days=1))
             .not_valid_after(now + datetime.timedelta(days=365 * YEARS))
+            # Path length 0: a certificate signed by this one cannot sign a further one.
             .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
             .add_extension(usage, critical=True)
             .add_extension(
@@ -71,10 +77,10 @@ class Authority:
 
     @classmethod
     def read(cls, key: Path, certificate: Path) -> Authority:
-        """Reads what `write` wrote.
+        """Reads the two PEM files that `write` writes.
 
         Raises:
-            NetworkError: if a file is missing or is something else.
+            NetworkError: if a file is missing or contains something else.
         """
         try:
             loaded = serialization.load_pem_private_key(key.read_bytes(), None)
@@ -92,14 +98,21 @@ class Authority:
         return cls(loaded, signed)
 
     def write(self, key: Path, certificate: Path) -> None:
-        """Writes key and certificate as PEM; only the file's owner may read the key."""
+        """Writes key and certificate as PEM files; only the owner of the key file may read it."""
         write_private(key, _pem(self.key))
         certificate.write_bytes(self.certificate.public_bytes(serialization.Encoding.PEM))
 
     def sign_server(self, host: str, key: Path, certificate: Path, *, days: int = DAYS) -> None:
-        """Writes a key and a certificate for a server that clients reach as `host`.
+        """Writes a new key and certificate for a server.
 
-        It is valid for localhost too, where the server itself connects to its SuperLink.
+        The certificate is also valid for localhost, where the server itself connects to its
+        SuperLink (the process of Flower that holds the connections).
+
+        Args:
+            host: name or address by which clients reach the server.
+            key: path of the key file.
+            certificate: path of the certificate file.
+            days: how long the certificate is valid.
         """
         own = ec.generate_private_key(CURVE)
         now = _now()
@@ -113,6 +126,7 @@ class Authority:
             names.append(x509.DNSName(host))
         made = (
             x509.CertificateBuilder()
+            # X.509 allows 64 characters here. TLS compares the names below, not this one.
             .subject_name(_name(host[:64]))
             .issuer_name(self.certificate.subject)
             .public_key(own.public_key())
@@ -133,7 +147,11 @@ class Authority:
 
 
 def write_node_key(folder: Path) -> str:
-    """Writes `node.key` and `node.pub` (P-384, OpenSSH) of a client; returns the public key."""
+    """Creates a client's key pair, by which the server recognises the client.
+
+    Writes `node.key` and `node.pub` (P-384, in OpenSSH's format) into `folder`, and returns the
+    public key as text.
+    """
     key = ec.generate_private_key(CURVE)
     private = key.private_bytes(
         serialization.Encoding.PEM,
@@ -149,12 +167,13 @@ def write_node_key(folder: Path) -> str:
 
 
 def read_node_key(path: Path) -> ec.EllipticCurvePrivateKey:
-    """Reads `node.key`.
+    """Reads the private key `node.key` of a client.
 
     Raises:
-        NetworkError: if it is missing, readable for others, or something else.
+        NetworkError: if the file is missing, readable for other users, or contains something else.
     """
     try:
+        # As ssh does: a private key that others can read is no longer a secret.
         if os.name == "posix" and path.stat().st_mode & 0o077:
             raise NetworkError(
                 "other users of this machine may read it",
@@ -176,9 +195,13 @@ def read_node_key(path: Path) -> ec.EllipticCurvePrivateKey:
 
 
 def identity_of(folder: Path) -> bytes:
-    """Returns the 32 secret bytes behind a client's keys in secure sums; drawn the first time.
+    """Returns the 32 secret bytes from which a client's keys in secure sums are computed.
 
-    They never leave the machine: what travels is the public key that follows from them.
+    The first call draws them and stores them in `identity.key`. They never leave the machine; only
+    the public key computed from them is sent.
+
+    Args:
+        folder: the client's folder.
 
     Raises:
         NetworkError: if the file is damaged.
@@ -197,20 +220,24 @@ def identity_of(folder: Path) -> bytes:
 
 
 def days_left(certificate: Path) -> float:
-    """Returns for how many days a certificate is still valid; below 0 if it has expired.
+    """Returns for how many days a certificate is still valid; negative if it has expired.
 
     Raises:
-        NetworkError: if the file is no certificate.
+        NetworkError: if the file contains no certificate.
     """
     found = _certificate(certificate)
     return (found.not_valid_after_utc - _now()).total_seconds() / 86_400
 
 
 def check_public(text: str, place: str) -> str:
-    """Returns a client's public key without its comment.
+    """Checks a client's public key, and returns it without its comment.
+
+    Args:
+        text: the key in OpenSSH's format: type, key, and possibly a comment.
+        place: where the key is written, for errors.
 
     Raises:
-        NetworkError: if it is no elliptic-curve key in OpenSSH's format.
+        NetworkError: if `text` is not an elliptic-curve key in OpenSSH's format.
     """
     try:
         key = serialization.load_ssh_public_key(text.encode())
@@ -226,14 +253,21 @@ def check_public(text: str, place: str) -> str:
             place=place,
             cure="take the content of the client's node.pub",
         )
+    # Without the comment equal keys are equal texts, so a key that is listed twice is found.
     return " ".join(text.split()[:2])
 
 
 def check_server(ca: Path, certificate: Path, key: Path) -> None:
-    """Checks that a server's three files belong together.
+    """Checks that the server's key fits its certificate, and that the authority has signed it.
+
+    Args:
+        ca: certificate of the authority.
+        certificate: certificate of the server.
+        key: private key of the server.
 
     Raises:
-        NetworkError: if they do not, for instance because only some were copied after `renew`.
+        NetworkError: if they do not fit, for instance because only some files were copied after
+            `fedpress network renew`.
     """
     authority, own = _certificate(ca), _certificate(certificate)
     try:
@@ -272,7 +306,9 @@ def _certificate(path: Path) -> x509.Certificate:
 
 
 def write_private(path: Path, content: bytes) -> None:
-    """Writes a file that only its owner may read, also while it is being written."""
+    """Writes a file that only its owner can read, from the first byte on."""
+    # The mode is given when the file is created: a later chmod would leave a moment in which
+    # others can open it. O_EXCL refuses a file or link that somebody puts there meanwhile.
     path.unlink(missing_ok=True)
     with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
         file.write(content)

@@ -1,7 +1,8 @@
-"""A data owner's private ledger: an append-only SQLite file of what was asked, answered and spent.
+"""A data owner's ledger: an append-only SQLite file of requests, answers and their privacy cost.
 
-Every charge is on the disk before the answer leaves. Charges belong to the data, not to a recipe,
-a server or a folder: all clients that use one ledger share the budget of the same data.
+The privacy cost of an answer is on the disk before the answer leaves the machine. Costs belong to
+the data, not to a recipe, a server or a folder. Example: two clients with one ledger and the same
+data file share one privacy budget.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from fedpress.errors import FedpressError, PrivacyError
 from fedpress.network.spending import OWNER, Charge
 from fedpress.privacy.ledger import LedgerEntry
 
+# Version of the tables below; an older fedpress refuses a newer version.
 VERSION = 1
 APPLICATION = 0x66656470
 """Marks the file as a ledger ("fedp"), so that no other database is taken for one."""
@@ -28,23 +30,24 @@ PATIENCE = 30.0
 DAY = 86_400.0
 
 TABLES: dict[str, tuple[str, str]] = {
-    # Paths and contents that were seen together. Data are recognised later by either of them.
+    # Each row is a path and the digest of the content found there. Data are recognised later by
+    # an equal path or by an equal digest, so a copied or a changed file is still the same data.
     "data": ("path TEXT NOT NULL, digest TEXT NOT NULL", "path, digest"),
-    # What was decided about a question, once for each kind of decision.
+    # Decisions of the gate; the same decision is stored once, however often the server asks.
     "decisions": (
         "data INTEGER NOT NULL, session TEXT NOT NULL, server TEXT NOT NULL, "
         "recipe TEXT NOT NULL, stage TEXT NOT NULL, kind TEXT NOT NULL, rule TEXT NOT NULL, "
         "reason TEXT NOT NULL",
         "data, session, recipe, kind, rule",
     ),
-    # Rounds that are answered. A run is named by the client's memory (see `Asked.memory`) and by
-    # the agreement of all clients.
+    # Answered rounds. `run` is made of the id of the client's stored state (see `Asked.memory`)
+    # and the digest of the agreement (the settings that server and clients have in common).
     "rounds": (
         "data INTEGER NOT NULL, run TEXT NOT NULL, session TEXT NOT NULL, server TEXT NOT NULL, "
         "recipe TEXT NOT NULL, stage TEXT NOT NULL, round INTEGER NOT NULL",
         "run, round",
     ),
-    # The entries of `fedpress.privacy.ledger` that the answer to a round costs.
+    # Privacy cost of the answer to a round: fields of `fedpress.privacy.ledger.LedgerEntry`.
     "charges": (
         "data INTEGER NOT NULL, run TEXT NOT NULL, recipe TEXT NOT NULL, round INTEGER NOT NULL, "
         "part INTEGER NOT NULL, unit TEXT NOT NULL, what TEXT NOT NULL, "
@@ -53,7 +56,7 @@ TABLES: dict[str, tuple[str, str]] = {
         "l1 REAL NOT NULL, variance REAL NOT NULL, failure REAL NOT NULL",
         "run, round, part",
     ),
-    # The newest row of a recipe counts: what was approved can be withdrawn.
+    # The newest row of a recipe counts, so an approval can be withdrawn by a further row.
     "approvals": ("recipe TEXT NOT NULL, approved INTEGER NOT NULL, words TEXT NOT NULL", ""),
 }
 """Table -> its columns beside `id` and `time`, and those whose values only one row may have."""
@@ -73,17 +76,18 @@ ENTRY = (
 
 
 def default_path() -> Path:
-    """Returns where the ledger lies if nobody says otherwise."""
+    """Returns the path of this user's ledger, which is used if no other path is given."""
+    # The XDG base directory specification: ~/.local/share if the variable is unset or empty.
     base = os.environ.get("XDG_DATA_HOME") or "~/.local/share"
     return Path(base).expanduser() / "fedpress" / "ledger.sqlite"
 
 
 @dataclass(frozen=True)
 class DataKey:
-    """Path and content of data; data are recognised by either of them.
+    """Path and content digest of data. Equal paths or equal digests mean the same data.
 
     Attributes:
-        path: absolute path without links, so that links and relative names make no difference.
+        path: absolute path with all symbolic links resolved.
         digest: SHA-256 of the content; for a folder, of the names and contents of its files.
     """
 
@@ -92,7 +96,10 @@ class DataKey:
 
     @classmethod
     def of(cls, path: Path) -> DataKey:
-        """Reads a file, a folder, or the files that a name with `*` stands for.
+        """Computes the key of a file, a folder, or all files that match a name with `*`.
+
+        Args:
+            path: such as `rows.csv`, `images` or `part-*.csv`.
 
         Raises:
             PrivacyError: if the data cannot be read.
@@ -107,6 +114,7 @@ class DataKey:
             if not inside:
                 total.update(_digest(found))
             else:
+                # Both parts have a fixed length, so names cannot be confused with contents.
                 for inner in sorted(inside):
                     name = inner.name if "*" in found.name else inner.relative_to(found).as_posix()
                     total.update(hashlib.sha256(name.encode(errors="surrogateescape")).digest())
@@ -125,13 +133,13 @@ def _digest(path: Path) -> bytes:
 
 @dataclass(frozen=True)
 class Question:
-    """Which server has asked what about which data; rows of the ledger refer to it.
+    """Who asks for which stage on which data; these columns are part of the ledger's rows.
 
     Attributes:
         data: number of the data, see `OwnerLedger.data`.
-        session: name of the session, which the server has drawn.
+        session: id of the session (one stage of one run), drawn by the server at random.
         server: fingerprint of the server's certificate; empty without TLS.
-        recipe: fingerprint of the terms.
+        recipe: fingerprint of the terms, that is, of the stage's settings, model and labels.
         stage: name of the stage.
     """
 
@@ -143,21 +151,21 @@ class Question:
 
 
 class OwnerLedger:
-    """The ledger; a process keeps it open, and several processes may use it at the same time.
+    """An open ledger. Several processes may use the same file at the same time.
 
     Attributes:
-        path: of the file.
+        path: path of the file.
     """
 
     def __init__(self, path: Path, *, clock: Callable[[], float] = time.time) -> None:
-        """Opens a ledger, or makes an empty one that only its owner can read.
+        """Opens a ledger, or creates an empty one that only its owner can read.
 
         Args:
-            path: of the file.
+            path: path of the file.
             clock: returns the time in seconds since 1970.
 
         Raises:
-            PrivacyError: if it is damaged, of a newer version, or cannot be read.
+            PrivacyError: if the file is damaged, of a newer version, or cannot be read.
         """
         self.path = path
         self._clock = clock
@@ -166,16 +174,21 @@ class OwnerLedger:
 
     def _open(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        # Made here, since SQLite would let others read it. Its side files copy this mode.
+        # The file is created here, because SQLite would create it readable for other users. The
+        # files that SQLite puts beside it (-wal, -shm) get the same mode.
         os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
         os.chmod(path, 0o600)
+        # Device and inode identify the file, see `_check_place`.
         found = path.stat()
         self._place = (found.st_dev, found.st_ino)
+        # A program may open the ledger in one thread and use it in another.
         self._base = sqlite3.connect(path, timeout=PATIENCE, check_same_thread=False)
-        # Transactions are begun and ended by hand, see `changing`.
+        # None: Python's module begins no transactions by itself. `changing` begins and ends them.
         self._base.isolation_level = None
+        # With a write-ahead log other processes can read while one writes.
         self._base.execute("PRAGMA journal_mode = WAL")
-        # A committed charge must outlive a power failure: the answer may have left.
+        # FULL waits for the disk. A charge must survive a power failure, because the answer that
+        # it pays for may already have left.
         self._base.execute("PRAGMA synchronous = FULL")
         (version,) = self._base.execute("PRAGMA user_version").fetchone()
         (application,) = self._base.execute("PRAGMA application_id").fetchone()
@@ -192,6 +205,7 @@ class OwnerLedger:
                 place=path,
                 cure="use the newest fedpress on this machine",
             )
+        # Damage is found now, and not in the middle of a run. 1: stop at the first fault.
         (state,) = self._base.execute("PRAGMA quick_check(1)").fetchone()
         if state != "ok":
             raise sqlite3.DatabaseError(str(state))
@@ -201,9 +215,10 @@ class OwnerLedger:
         self._base.close()
 
     def _make(self) -> None:
-        """Creates the tables, and triggers by which rows can be added only."""
+        """Creates the tables, and triggers that forbid to change or delete rows."""
+        # IMMEDIATE locks the file at once, so that two processes cannot both create the tables.
         self._base.execute("BEGIN IMMEDIATE")
-        # Another process may have created the tables meanwhile.
+        # Another process may have created the tables before this one got the lock.
         if self._base.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
             self._base.execute("COMMIT")
             return
@@ -218,7 +233,7 @@ class OwnerLedger:
                 self._base.execute(
                     f"CREATE TRIGGER {name}_{change.lower()} BEFORE {change} ON {name} {stop}"
                 )
-            # INSERT OR REPLACE would delete a row without calling the trigger above.
+            # INSERT OR REPLACE deletes a row without calling the DELETE trigger above.
             self._base.execute(
                 f"CREATE TRIGGER {name}_insert BEFORE INSERT ON {name} WHEN EXISTS "
                 f"(SELECT 1 FROM {name} WHERE id = NEW.id{_also(key)}) {stop}"
@@ -229,27 +244,31 @@ class OwnerLedger:
 
     @contextmanager
     def changing(self) -> Iterator[None]:
-        """Makes all changes inside the block at once, and on the disk, or none of them.
+        """Runs the block as one transaction: all changes reach the disk at its end, or none does.
 
-        No other process can write meanwhile, so what was read inside still holds at the end.
+        No other process can write during the block, so values that were read inside it stay true
+        until its end.
 
         Raises:
-            PrivacyError: if the ledger cannot be written: another process keeps it, the disk is
-                full, or the file is damaged.
+            PrivacyError: if the ledger cannot be written: another process has locked it, the disk
+                is full, or the file is damaged.
         """
         with self._telling():
+            # SQLite writes into a deleted file without an error, and the charges would be lost.
             self._check_place()
             self._base.execute("BEGIN IMMEDIATE")
             try:
                 yield
                 self._base.execute("COMMIT")
+            # Also for Ctrl-C: an open transaction would keep the file locked.
             except BaseException:
+                # SQLite ends a transaction by itself after some errors, such as a full disk.
                 if self._base.in_transaction:
                     self._base.execute("ROLLBACK")
                 raise
 
     def _check_place(self) -> None:
-        """Refuses to write into a file that is no longer at its path.
+        """Checks that the open file is still the file at `path`.
 
         Raises:
             PrivacyError: if the file was deleted, moved or replaced since it was opened.
@@ -267,11 +286,12 @@ class OwnerLedger:
 
     @contextmanager
     def _telling(self) -> Iterator[None]:
-        """Turns errors of SQLite and of files into a `PrivacyError` with a place and a cure."""
+        """Converts errors of SQLite and of the file system into a `PrivacyError` with a cure."""
         try:
             yield
         except FedpressError:
             raise
+        # Before DatabaseError, which is its base class.
         except sqlite3.OperationalError as error:
             # The file is locked, read-only or gone, or the disk is full.
             raise PrivacyError(
@@ -294,7 +314,9 @@ class OwnerLedger:
             ) from error
 
     def now(self) -> float:
-        """Returns the time, or the latest time in the ledger if the clock was set back since."""
+        """Returns the clock's time; if the clock was set back, the latest time in the ledger."""
+        # Else a round answered while the clock is behind would look older than it is, and would
+        # leave the count of `rounds_of_today` too early.
         latest = self._clock()
         for name in TABLES:
             for (seen,) in self._read(f"SELECT time FROM {name} ORDER BY id DESC LIMIT 1"):
@@ -307,7 +329,7 @@ class OwnerLedger:
             return self._base.execute(query, tuple(values)).fetchall()
 
     def _insert(self, table: str, **values: Any) -> None:
-        """Adds a row; must be called inside of `changing`."""
+        """Adds a row; may be called only inside `changing`."""
         values = {"time": self.now(), **values}
         names = ", ".join(values)
         marks = ", ".join("?" for _ in values)
@@ -316,7 +338,7 @@ class OwnerLedger:
         )
 
     def data(self, key: DataKey) -> int:
-        """Returns the number of the data with this path and content, which are noted together."""
+        """Returns the number of the data with this path and digest; adds a row if they are new."""
         with self.changing():
             query = "SELECT id FROM data WHERE path = ? AND digest = ?"
             found = self._read(query, (key.path, key.digest))
@@ -326,11 +348,13 @@ class OwnerLedger:
         return int(found[0][0])
 
     def same_data(self, data: int) -> set[int]:
-        """Returns the numbers of all data that share a path or a content with these.
+        """Returns the numbers of all rows of the table "data" that mean the same data as `data`.
 
-        This includes data that share one only with other data of the result: a file that was
-        changed, and then copied, stays the same data.
+        Rows with an equal path or an equal digest mean the same data, also by way of a third row.
+        Example: a file is changed (same path), and then copied (same digest as the changed file).
+        The original and the copy share neither path nor digest, but count as the same data.
         """
+        # UNION drops duplicates, so the recursion ends when no new row is found.
         query = """
             WITH RECURSIVE same(id, path, digest) AS (
                 SELECT id, path, digest FROM data WHERE id = ?
@@ -341,7 +365,13 @@ class OwnerLedger:
         return {row[0] for row in self._read(query, (data,))}
 
     def decide(self, question: Question, kind: str, rule: str = "", reason: str = "") -> None:
-        """Notes a decision, once for each rule; an empty `rule` is a yes.
+        """Stores a decision of the gate, unless the same decision is stored already.
+
+        Args:
+            question: what was asked.
+            kind: kind of the decision, such as "offer", "run" or "fit".
+            rule: key of the policy that forbids it; empty if it is allowed.
+            reason: why it is forbidden.
 
         Raises:
             PrivacyError: if the ledger cannot be written.
@@ -351,29 +381,30 @@ class OwnerLedger:
         key = {name: asked[name] for name in names} | {"kind": kind, "rule": rule}
         where = " AND ".join(f"{name} = ?" for name in key)
         with self.changing():
-            # A server that asks again and again must not fill the disk.
+            # Stored once: a server that asks again and again must not fill the disk.
             if not self._read(f"SELECT 1 FROM decisions WHERE {where}", (*key.values(),)):
                 self._insert("decisions", **asked, kind=kind, rule=rule, reason=reason[:500])
 
     def answered(self, run: str) -> set[int]:
-        """Returns the rounds of a run that are answered."""
+        """Returns the numbers of the answered rounds of a run."""
         rows = self._read("SELECT round FROM rounds WHERE run = ?", (run,))
         return {row[0] for row in rows}
 
     def rounds_of_today(self, data: int) -> int:
-        """Returns how many rounds were answered on the same data in the last 24 hours."""
+        """Returns how many rounds of all runs were answered on these data in the last 24 hours."""
         query = f"SELECT count(*) FROM rounds WHERE time > ? AND data IN {self._same(data)}"
         return int(self._read(query, (self.now() - DAY,))[0][0])
 
     def charges(
         self, data: int, *, recipe: str | None = None, besides: str | None = None
     ) -> list[Charge]:
-        """Returns what was charged for the same data.
+        """Returns the privacy costs of all answers about the same data.
 
         Args:
             data: number of the data.
-            recipe: only the charges of this recipe; None: of all.
-            besides: a run whose own charges are left out.
+            recipe: fingerprint of a recipe: only its charges are returned; None: those of all
+                recipes.
+            besides: a run whose charges are left out; None: no run is left out.
         """
         query = f"SELECT unit, {', '.join(ENTRY)} FROM charges WHERE data IN {self._same(data)}"
         values: list[str] = []
@@ -385,22 +416,29 @@ class OwnerLedger:
             values.append(besides)
         found = []
         for unit, *fields in self._read(query, values):
+            # The party is not stored: every charge in this file is about the owner's data.
             found.append(Charge(unit, LedgerEntry(OWNER, *fields)))
         return found
 
     def latest_charge(self, data: int, *, besides: str) -> int:
-        """Returns the number of the latest charge for the same data by another run; 0 for none."""
+        """Returns the number of the latest charge for the same data by any run except `besides`.
+
+        0 if there is none. An equal number later means: no other run has spent since.
+        """
         query = f"SELECT max(id) FROM charges WHERE run != ? AND data IN {self._same(data)}"
         return int(self._read(query, (besides,))[0][0] or 0)
 
     def _same(self, data: int) -> str:
+        """Returns the numbers of the same data as a list for SQL's `IN`."""
+        # Safe to insert into a query: the values are integers from the file's own key column.
         return f"({', '.join(map(str, sorted(self.same_data(data))))})"
 
     def write_round(self, question: Question, run: str, round: int, charges: list[Charge]) -> None:
-        """Notes that a round is answered, and what the answer costs; call it inside `changing`."""
+        """Stores that a round is answered and what the answer costs; call it inside `changing`."""
         self._insert("rounds", **vars(question), run=run, round=round)
         for part, charge in enumerate(charges):
             fields = {name: getattr(charge.entry, name) for name in ENTRY}
+            # SQLite has no type for tensors or NumPy numbers: these fields become plain floats.
             for name in ("sampling_prob", "noise_multiplier", "l2", "l1", "variance", "failure"):
                 fields[name] = float(fields[name])
             self._insert(
@@ -415,7 +453,12 @@ class OwnerLedger:
             )
 
     def approve(self, recipe: str, words: str, *, approved: bool = True) -> None:
-        """Notes that the owner approves a recipe, or withdraws the approval.
+        """Stores that the owner approves a recipe, or withdraws the approval.
+
+        Args:
+            recipe: fingerprint of the recipe.
+            words: the sentences about the recipe that the owner has read.
+            approved: False withdraws an earlier approval.
 
         Raises:
             PrivacyError: if the ledger cannot be written.
@@ -424,7 +467,7 @@ class OwnerLedger:
             self._insert("approvals", recipe=recipe, approved=int(approved), words=words)
 
     def approved(self, recipe: str) -> bool:
-        """Says whether the owner has approved a recipe, by its fingerprint."""
+        """Returns whether the owner has approved the recipe with the fingerprint `recipe`."""
         query = "SELECT approved FROM approvals WHERE recipe = ? ORDER BY id DESC LIMIT 1"
         found = self._read(query, (recipe,))
         return bool(found and found[0][0])

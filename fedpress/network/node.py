@@ -1,8 +1,8 @@
-"""A client's correspondence: one thread that keeps the connection, while another one trains.
+"""A client's connection thread: it talks to the server while another thread trains.
 
-After a failure the thread tries to connect until it succeeds. It answers pings at once, hands calls
-over, and sends answers back. So the server sees that a client is at work even while a round takes
-an hour.
+The thread receives calls (requests of the server) and passes them to the training thread. It sends
+the answers back, and connects again after a failure. It answers pings at once, so the server sees
+that the client is alive even while a round trains for an hour.
 """
 
 from __future__ import annotations
@@ -33,44 +33,58 @@ LONGEST_WAIT = 5.0
 
 
 class Wire(Protocol):
-    """The client's end of a network; `fedpress.transport.flower.NodeLink` is one."""
+    """The client's connection to the server, such as `fedpress.transport.flower.NodeLink`."""
 
     def connect(self) -> None:
-        """Connects, or connects again; NetworkError if that fails."""
+        """Connects, for the first time or again.
+
+        Raises:
+            NetworkError: if connecting fails.
+        """
         ...
 
     def beat(self) -> None:
-        """Shows the server that this client is online, if it was last shown long enough ago."""
+        """Tells the server that this client is online; does nothing if the last time was recent."""
         ...
 
     def receive(self) -> Any:
-        """Returns the next parcel for this client; None if there is none now."""
+        """Returns the next incoming item, with a parcel in `.parcel`; None if there is none now."""
         ...
 
     def reply(self, incoming: Any, parcel: Parcel, seconds: float = 0.0) -> bool:
-        """Sends an answer; returns False if nobody waits for it any more."""
+        """Sends an answer.
+
+        Args:
+            incoming: the item from `receive` that is answered.
+            parcel: the answer.
+            seconds: time that the answer took to compute.
+
+        Returns:
+            False if the server no longer waits for this answer.
+        """
         ...
 
     def close(self) -> None:
-        """Says goodbye."""
+        """Tells the server that this client leaves, and closes the connection."""
         ...
 
 
 class Correspondence:
-    """The thread that owns the connection.
+    """The connection thread, and the queues between it and the training thread.
 
     Attributes:
-        name: of the client.
-        boot: a random id of this process.
+        name: name of the client.
+        boot: random id of this process. A new id tells the server that the client was restarted.
+        answered: latest answers by request, for calls that arrive twice.
     """
 
     def __init__(self, wire: Wire, name: ClientId, told: Callable[[str], None]) -> None:
         """Prepares the thread; `start` starts it.
 
         Args:
-            wire: used by the thread alone.
-            name: of the client.
-            told: is called with a sentence when the connection comes or goes.
+            wire: the connection; only this thread uses it.
+            name: name of the client.
+            told: is called with a sentence when the client connects, waits, or is disconnected.
         """
         self.name = name
         self.boot = secrets.token_hex(8)
@@ -82,6 +96,7 @@ class Correspondence:
         self.answered: OrderedDict[str, Parcel] = OrderedDict()
         self._stopped = threading.Event()
         self._failure: BaseException | None = None
+        # A daemon, so that it cannot keep a process alive whose training thread has failed.
         self._thread = threading.Thread(target=self._run, name="fedpress-network", daemon=True)
 
     def start(self) -> None:
@@ -89,15 +104,16 @@ class Correspondence:
         self._thread.start()
 
     def next_call(self, timeout: float | None = None) -> Any | None:
-        """Waits for the next call; returns None after `timeout` seconds.
+        """Waits for the next call; returns None after `timeout` seconds (None: waits for ever).
 
         Raises:
-            NetworkError: if the server refuses this client, so that waiting makes no sense.
+            NetworkError: if the server refuses this client, for instance because of its key.
         """
         end = None if timeout is None else time.monotonic() + timeout
         while True:
             if self._failure is not None:
                 raise self._failure
+            # At most half a second at once, so that a failure of the thread is noticed soon.
             left = 0.5 if end is None else min(0.5, end - time.monotonic())
             if left <= 0:
                 return None
@@ -107,13 +123,20 @@ class Correspondence:
                 continue
 
     def answer(self, call: Any, body: bytes, seconds: float) -> None:
-        """Hands over the answer to a call, which the thread then sends."""
+        """Passes the answer to a call on to the connection thread, which sends it.
+
+        Args:
+            call: what `next_call` returned.
+            body: bytes of the answer.
+            seconds: time that the answer took to compute.
+        """
         parcel = Parcel("answer", call.parcel.request, call.parcel.session, body)
         self._answers.put((call, parcel, seconds))
 
     def stop(self) -> None:
-        """Says goodbye and ends the thread."""
+        """Ends the thread, which first tells the server that this client leaves."""
         self._stopped.set()
+        # Not for ever: the thread may wait for a server that does not answer.
         self._thread.join(timeout=10)
 
     def _run(self) -> None:
@@ -122,11 +145,15 @@ class Correspondence:
                 if self._connect():
                     self._correspond()
             self._wire.close()
+        # An exception in a thread reaches nobody: `next_call` raises it in the training thread.
         except BaseException as failure:
             self._failure = failure
 
     def _connect(self) -> bool:
-        """Connects; tries again for ever unless the server refuses."""
+        """Tries to connect until it succeeds; raises only if the server refuses this client.
+
+        Returns False if the thread was stopped before it could connect.
+        """
         wait = 0.5
         told = ""
         while not self._stopped.is_set():
@@ -135,13 +162,15 @@ class Correspondence:
             except NetworkError as problem:
                 if problem.refused:
                     raise
-                # Each reason is told once, not at every attempt.
+                # The same reason is told once, not at every attempt.
                 if str(problem) != told:
                     told = str(problem)
                     self._told(f"waiting for the server: {told}")
                 log.info("no connection: %s", problem)
-                # With a random part, so that clients do not all come back in the same moment.
+                # 80 to 120% of the pause, so that after a restart of the server its clients do not
+                # all connect in the same moment.
                 self._stopped.wait(wait * (0.8 + 0.4 * secrets.randbelow(1000) / 1000))
+                # Exponential backoff: a server that is down for hours is not asked twice a second.
                 wait = min(2 * wait, LONGEST_WAIT)
             else:
                 self._told("connected")
@@ -149,7 +178,7 @@ class Correspondence:
         return False
 
     def _correspond(self) -> None:
-        """Receives and sends until the connection fails."""
+        """Receives calls and sends answers until the connection fails or the thread is stopped."""
         pace = Pace()
         try:
             while not self._stopped.is_set():
@@ -162,7 +191,7 @@ class Correspondence:
                 if busy:
                     pace.reset()
                     continue
-                # An answer must not wait for the end of a long pause.
+                # The pause waits on the queue of answers: a ready answer ends it at once.
                 try:
                     ready = self._answers.get(timeout=pace.seconds())
                 except queue.Empty:
@@ -173,6 +202,7 @@ class Correspondence:
             self._told(f"the connection was lost: {problem}")
 
     def _take(self, incoming: Any) -> None:
+        """Handles one parcel: answers a ping, or passes a new call to the training thread."""
         parcel = incoming.parcel
         if parcel.what == "ping":
             working = tuple(self._working)
@@ -181,17 +211,19 @@ class Correspondence:
             self._wire.reply(incoming, pong)
         elif parcel.what != "call":
             log.warning("a parcel of the kind %s was dropped", parcel.what)
+        # The server asks again because the answer was lost: it is sent again, not computed again.
         elif parcel.request in self.answered:
             self._wire.reply(incoming, self.answered[parcel.request])
         elif parcel.request in self._working:
-            # The call was sent twice. The answer goes to the later one, since nobody may wait for
-            # the first.
+            # The call was sent twice while the client works on it. The answer goes to the later
+            # sending, because the server may no longer wait for the earlier one.
             self._working[parcel.request] = incoming
         else:
             self._working[parcel.request] = incoming
             self._calls.put(incoming)
 
     def _send_answers(self) -> bool:
+        """Sends all answers that are ready; returns whether there were any."""
         sent = False
         while not self._answers.empty():
             self._send(*self._answers.get())
@@ -199,13 +231,15 @@ class Correspondence:
         return sent
 
     def _send(self, call: Any, parcel: Parcel, seconds: float) -> None:
-        # Kept before it is sent: if the connection fails now, the server asks again.
+        # Stored before it is sent: if sending fails, the server asks again and gets this answer.
         self.answered[parcel.request] = parcel
-        # The newest stays however long it is: it is the likeliest to be asked for again.
+        # The newest answer is kept even if it exceeds the limit of bytes, because it is the one
+        # that the server most likely asks for again.
         while len(self.answered) > 1 and (
             len(self.answered) > REMEMBERED
             or sum(len(one.body) for one in self.answered.values()) > REMEMBERED_BYTES
         ):
             self.answered.popitem(last=False)
+        # Not `call` itself: the server may have sent the same call again since (see `_take`).
         newest = self._working.pop(parcel.request, call)
         self._wire.reply(newest, parcel, seconds)

@@ -1,4 +1,8 @@
-"""A link that notes which clients are online, late or refusing, for `fedpress watch`."""
+"""A link to clients that also records which are online, late or refusing, for `fedpress watch`.
+
+A link is the server's connection to its clients. The record is the file `presence.json` in the
+folder of the run; the command `fedpress watch` shows it.
+"""
 
 from __future__ import annotations
 
@@ -35,21 +39,26 @@ would tell something about the clients of the run.
 
 
 def hides_cohort(stages: Iterable[Stage]) -> bool:
-    """Whether in any of the stages only the server may know which clients take part in a round."""
+    """Whether the privacy of any stage needs a secret cohort.
+
+    A cohort is the set of clients of one round. It is secret if client sampling amplifies the
+    privacy, and then nobody but the server may learn it.
+    """
     private = [one.privacy for one in stages if isinstance(one, FederateSettings)]
     return any(one is not None and trust_of(one.unit, one.trust).hides_cohort for one in private)
 
 
 @dataclass(eq=False)
 class _Open:
-    """The last call to a client.
+    """The latest call to a client that is not answered yet.
 
     Attributes:
-        request: name of the call.
-        ticket: the link's ticket of the last time that the call was sent.
-        kind: kind of the message.
+        request: id of the call.
+        ticket: the link's ticket, by which it finds the answer; a new one each time that the call
+            is sent.
+        kind: kind of the message, such as "fit".
         at: when the call was first sent, in seconds since 1970.
-        awaited: whether the server still asks for the answer.
+        awaited: whether the server still waits for the answer.
     """
 
     request: str
@@ -60,14 +69,15 @@ class _Open:
 
 
 class ObservedLink:
-    """Passes everything on to another link, and writes `presence.json` in a thread of its own."""
+    """Wraps a link: passes all parcels on, and writes `presence.json` in its own thread."""
 
     def __init__(self, link: Link, *, hidden: bool) -> None:
-        """Prepares the link; nothing is written before `write_into`.
+        """Wraps `link`; `write_into` begins to write the file.
 
         Args:
             link: the link that carries the parcels.
-            hidden: see `PresenceNow`.
+            hidden: whether nobody may learn which clients take part in a round. Then the file
+                contains counts, but no names.
         """
         self.link = link
         self._hidden = hidden
@@ -83,13 +93,14 @@ class ObservedLink:
         self._thread: threading.Thread | None = None
 
     def write_into(self, folder: Path) -> None:
-        """Begins to write the file into the folder of the run, at most once a second."""
+        """Starts to write the file into the folder of the run, at most once a second."""
+        # In its own thread, so that a slow disk does not delay the run.
         name = "fedpress-presence"
         self._thread = threading.Thread(target=self._write, args=(folder,), name=name, daemon=True)
         self._thread.start()
 
     def close(self) -> None:
-        """Writes the file for the last time; the other link stays open."""
+        """Writes the file for the last time; the wrapped link stays open."""
         self._stopped.set()
         if self._thread is not None:
             self._thread.join(timeout=10)
@@ -99,7 +110,7 @@ class ObservedLink:
         began = time.monotonic()
         found = self.link.online()
         ended = time.monotonic()
-        # A slow network is asked less often.
+        # On a slow network at most a tenth of the time is spent on this question.
         self._next_look = ended + max(LOOK_EVERY, 10 * (ended - began))
         with self._lock:
             self._changed = self._changed or found != self._online
@@ -109,6 +120,7 @@ class ObservedLink:
     def send(self, parcels: Mapping[ClientId, Parcel]) -> dict[ClientId, str]:
         """See `Link`."""
         tickets = self.link.send(parcels)
+        # Wall-clock time, since another process reads it from the file.
         now = time.time()
         with self._lock:
             for client, ticket in tickets.items():
@@ -118,9 +130,10 @@ class ObservedLink:
         return tickets
 
     def _asked(self, client: ClientId, parcel: Parcel, ticket: str, now: float) -> None:
+        """Records that a call was sent."""
         before = self._open.get(client)
         if before is not None and before.request == parcel.request:
-            # The call was sent again: the client is as late as before.
+            # The same call was sent again: the client is late since the first time.
             before.ticket, before.awaited = ticket, True
         else:
             self._open[client] = _Open(parcel.request, ticket, kind_of(parcel.body), now)
@@ -136,6 +149,7 @@ class ObservedLink:
         return found
 
     def _note(self, found: Mapping[str, Parcel | Lost], asked_for: set[str]) -> None:
+        """Records new answers, and which calls the server no longer waits for."""
         now = time.time()
         for client, call in list(self._open.items()):
             answer = found.get(call.ticket)
@@ -145,12 +159,13 @@ class ObservedLink:
                 self._seconds[client] = now - call.at
                 self._take(client, call, answer)
                 self._changed = True
+            # The server has given the call up: it polls for other tickets only.
             elif call.awaited and call.ticket not in asked_for:
                 call.awaited = False
                 self._changed = True
 
     def _take(self, client: ClientId, call: _Open, answer: Parcel) -> None:
-        """Notes whether the client refused what it was asked."""
+        """Records whether the answer is a refusal."""
         if self._hidden and call.kind != SHOWN_IF_HIDDEN:
             return
         self._refused.pop(client, None)
@@ -159,15 +174,16 @@ class ObservedLink:
         try:
             message = unpack(answer.body, max_bytes=LONGEST_REFUSAL)
         except WireError:
-            # `RemoteTransport` reads the same answer and reports the damage.
+            # Not reported here: `RemoteTransport` reads the same answer and reports the damage.
             return
         if message.kind == "refused":
+            # Cut, because the client chose these texts: the file must stay small.
             rule = str(message.header.get("rule", ""))[:MOST_LETTERS]
             reason = str(message.header.get("reason", ""))[:MOST_LETTERS]
             self._refused[client] = RefusedNow(client, rule, reason)
 
     def now(self) -> PresenceNow:
-        """Returns what is known of all clients."""
+        """Returns the state of all clients at this moment."""
         with self._lock:
             clients = tuple(map(self._client, self._online))
             return PresenceNow(
@@ -191,20 +207,23 @@ class ObservedLink:
         )
 
     def _write(self, folder: Path) -> None:
-        """Writes the file as often as something has changed."""
+        """Writes the file when something has changed, until `close` is called."""
         silent = False
         stopped = False
         while not stopped:
             stopped = self._stopped.wait(EVERY)
-            # While an answer is missing, the time of the file shows that the server still waits.
+            # While an answer is missing the file is always written: its time shows the reader that
+            # the server is alive and still waits.
             if not (self._changed or self._open):
                 continue
+            # Cleared before the file is written, so that a change meanwhile is written next time.
             self._changed = False
             try:
                 self.now().write(folder)
                 silent = False
             except OSError as problem:
-                # The run does not need the file: a full disk stops it elsewhere, with a cure.
+                # The run goes on, because it does not need the file. If the disk is full, the run
+                # itself soon stops with an error that names a cure. Here one warning is enough.
                 if not silent:
                     log.warning("%s: %s", folder, problem)
                 silent = True

@@ -1,4 +1,8 @@
-"""The data owner's gate: policy, approvals and ledger decide before a client answers."""
+"""Applies a data owner's policy: decides, before a client answers the server, whether it may.
+
+The decision follows from three things: the policy file, the recipes that the owner has approved,
+and the ledger (a file with the privacy cost of all earlier answers about the same data).
+"""
 
 from __future__ import annotations
 
@@ -31,22 +35,22 @@ ROUNDING = 1e-9
 
 @dataclass(eq=False)
 class OwnerGate:
-    """Answers for the owner of some data; see `fedpress.network.gate.Gate`.
+    """Decides by the owner's policy and ledger; implements `fedpress.network.gate.Gate`.
 
     Attributes:
-        policy: what is allowed.
-        ledger: what was spent.
+        policy: which servers, models and privacy promises are allowed.
+        ledger: earlier answers and their privacy cost.
         data: number of the data in the ledger.
-        server: fingerprint of the certificate by which this client knows the server; empty without
-            TLS.
+        server: fingerprint of the certificate that this client was started with to verify the
+            server; empty without TLS.
     """
 
     policy: Policy
     ledger: OwnerLedger
     data: int
     server: str = ""
-    # Run -> number of the latest charge by other runs, when the whole run was found to be within
-    # the limits.
+    # Run -> number of the latest charge by another run at the time when this whole run was found
+    # to be within the limits. The result holds until another run spends, see `_cannot_pay`.
     _fits: dict[str, int] = field(default_factory=dict, repr=False)
 
     @classmethod
@@ -61,15 +65,15 @@ class OwnerGate:
         """Opens the gate of one client.
 
         Args:
-            data: file or folder with the owner's data, or what they are known by.
+            data: file or folder with the owner's data, or its key in the ledger.
             policy: a policy file; None: the defaults of `Policy`.
-            ledger: the ledger's file; None: that of this user, see `default_path`.
-            certificate: PEM file of the CA or the server, by which the server is known; None
-                without TLS.
+            ledger: the ledger's file; None: the ledger of this user, see `default_path`.
+            certificate: PEM file of the certificate authority or the server, used to verify the
+                server; None without TLS.
 
         Raises:
-            PolicyError: if the policy is wrong, does not go with the certificate, or names code
-                that is not installed.
+            PolicyError: if the policy is wrong, allows only a server with another certificate, or
+                names code that is not installed.
             PrivacyError: if the ledger or the data cannot be read.
         """
         rules = Policy() if policy is None else policies.read(policy)
@@ -81,6 +85,7 @@ class OwnerGate:
                 place=policy or "policy",
                 cure="start the client with the allowed server's certificate, or change 'server'",
             )
+        # Checked now: else the owner would hear of a missing package only in the middle of a run.
         for name in rules.code:
             _check_installed(name, policy)
         consent.allow(*rules.code)
@@ -94,10 +99,11 @@ class OwnerGate:
 
     def code_named(self, session: str, name: str) -> Refusal | None:
         """See `Gate`."""
-        # Also code that somebody else in this process has allowed: the policy alone decides.
+        # The policy alone decides: code that another part of this process has allowed is refused.
         if name in self.policy.code:
             return None
         refusal = unnamed_code(name)
+        # The offer is not read yet, so its fingerprint and stage are not known.
         question = Question(self.data, session, self.server, "", "")
         return self._noted(question, "offer", lambda: refusal)
 
@@ -114,7 +120,8 @@ class OwnerGate:
 
     def called(self, asked: Asked, contract: Contract, message: Message) -> Refusal | None:
         """See `Gate`."""
-        # The client refuses a message of another agreement, so it must cost nothing.
+        # The client refuses a message with the fingerprint of another agreement, and a refusal
+        # costs no privacy.
         fingerprint = contract.terms.agreement.fingerprint
         if message.kind in ("fit", "evaluate") and message.header.get("agreement") != fingerprint:
             return None
@@ -125,6 +132,8 @@ class OwnerGate:
 
     def leaving(self, asked: Asked, answer: Message) -> Message:
         """See `Gate`."""
+        # The server can do without the training loss, so it is dropped. It cannot do without the
+        # other metrics: `_of_call` and `_measures` refuse the whole request.
         if answer.kind != "update" or "loss" in self.policy.metrics or "loss" not in answer.header:
             return answer
         header = {name: value for name, value in answer.header.items() if name != "loss"}
@@ -137,7 +146,13 @@ class OwnerGate:
     def _noted(
         self, question: Question, kind: str, decide: Callable[[], Refusal | None]
     ) -> Refusal | None:
-        """Decides, and writes the decision into the ledger."""
+        """Decides by `decide`, and stores the decision in the ledger.
+
+        Args:
+            question: what was asked.
+            kind: kind of the decision, such as "offer" or "run".
+            decide: returns a refusal or None.
+        """
 
         def both() -> Refusal | None:
             found = decide()
@@ -148,16 +163,21 @@ class OwnerGate:
         return self._guarded(both)
 
     def _guarded(self, decide: Callable[[], Refusal | None]) -> Refusal | None:
-        """Refuses where the ledger does not work: what cannot be noted must not be answered."""
+        """Decides by `decide`; refuses if the ledger cannot be read or written.
+
+        An answer whose privacy cost cannot be stored must not be given.
+        """
         try:
             return decide()
         except PrivacyError as problem:
             log.error("%s", problem)
-            # The text names no path, which would tell the server something about this machine.
+            # The server receives this text. It has no path, and no details in parentheses: they
+            # would tell the server something about this machine.
             return Refusal("ledger", f"the owner's ledger {problem.problem.partition(' (')[0]}")
 
     def _of_offer(self, offer: Offer) -> Refusal | None:
-        """Asks every rule that needs the offer alone."""
+        """Applies all rules that need no more than the offer."""
+        # Checked when the gate was opened, too; a gate can also be made without `open`.
         if self.policy.server is not None and self.policy.server != self.server:
             return Refusal("server", "another server's certificate is allowed")
         for rule in OFFER_RULES:
@@ -172,7 +192,10 @@ class OwnerGate:
         return None
 
     def _of_run(self, asked: Asked, contract: Contract) -> Refusal | None:
-        """Asks the rules that need all clients, and whether the whole run can be paid for."""
+        """Applies the rules about the number of clients, and checks the budget for the whole run.
+
+        A run that would use up the budget half-way is refused before its first round.
+        """
         few = _too_few(self.policy, contract)
         if few is not None or self.policy.privacy is None:
             return few
@@ -192,13 +215,15 @@ class OwnerGate:
         run: str | None,
         charges: list[Charge],
     ) -> Refusal | None:
-        """Says which limit would be exceeded by `charges`.
+        """Returns a refusal if `charges` would exceed a limit of epsilon, else None.
 
         Args:
-            rules: of the policy.
+            rules: the policy's rules of privacy.
             asked: what the client takes part in.
-            run: whose earlier charges are part of `charges`; None if they are not.
-            charges: further ones.
+            run: name of a run if `charges` are the costs of the whole run. Its charges in the
+                ledger are then left out, so that they do not count twice. None if `charges` come on
+                top of everything in the ledger.
+            charges: privacy costs that are not in the ledger yet.
         """
         limits = {
             "max_epsilon": (rules.max_epsilon, asked.offer.fingerprint, "of this recipe"),
@@ -207,6 +232,7 @@ class OwnerGate:
         for rule, (limit, recipe, what) in limits.items():
             before = self.ledger.charges(self.data, recipe=recipe, besides=run)
             epsilon = spent([*before, *charges], unit=rules.unit, delta=rules.delta)
+            # Else a run planned for exactly the limit could be refused because of rounding.
             if epsilon > limit * (1 + ROUNDING):
                 return Refusal(
                     f"privacy.{rule}",
@@ -216,14 +242,15 @@ class OwnerGate:
         return None
 
     def _of_call(self, asked: Asked, contract: Contract, message: Message) -> Refusal | None:
-        """Asks the rules of one message, and writes what its answer costs."""
+        """Applies the rules about one message, and charges the cost of its answer."""
         named = message.header.get("cohort")
+        # As a set: a server must not fill a cohort by listing one client twice.
         if isinstance(named, list) and len(set(map(str, named))) < self.policy.min_cohort:
             return _below(self.policy, len(set(map(str, named))), "in this round")
         if message.kind == "evaluate":
             if "score" not in self.policy.metrics:
                 return Refusal("metrics", "the score on the owner's examples may not leave")
-            # Under privacy the client refuses to evaluate, so it must cost nothing.
+            # In a private stage the client itself refuses to evaluate, which costs no privacy.
             if contract.stage.privacy is not None:
                 return None
             return self._charge(asked, contract, 0)
@@ -231,19 +258,24 @@ class OwnerGate:
             return None
         round = message.header.get("round")
         planned = range(1, contract.stage.num_rounds + 1)
-        # Under privacy the client refuses a round that is not planned (see `answer_once`), so it
-        # must cost nothing.
+        # In a private stage the client itself refuses a round that is not planned (see
+        # `answer_once`), which costs no privacy. `type`, since True is an int for `isinstance`.
         if type(round) is not int or (contract.stage.privacy is not None and round not in planned):
             return None
         return self._charge(asked, contract, round)
 
     def _charge(self, asked: Asked, contract: Contract, round: int) -> Refusal | None:
-        """Charges and notes one more answered round, unless it is noted; round 0: an evaluation."""
+        """Stores one more answered round and its privacy cost, unless the round is stored already.
+
+        Round 0 stands for an evaluation. Returns a refusal if a limit would be exceeded.
+        """
         run = _run(asked, contract)
         question = self._question(asked)
+        # Check and charge are one transaction. Else two clients on the same data could both find
+        # that the rest of the budget suffices, and spend it twice.
         with self.ledger.changing():
             answered = self.ledger.answered(run)
-            # A repeated question gets the same answer, bit for bit.
+            # A repeated request gets the same answer, bit for bit, which reveals nothing new.
             if round in answered:
                 return None
             limit = self.policy.rounds_per_day
@@ -261,11 +293,16 @@ class OwnerGate:
     def _cannot_pay(
         self, asked: Asked, contract: Contract, run: str, answered: int, charges: list[Charge]
     ) -> Refusal | None:
+        """Returns a refusal if the budget does not suffice for the charges of one round.
+
+        `answered` is the number of rounds of this run that are answered already.
+        """
         rules = self.policy.privacy
         if rules is None or not charges:
             return None
-        # Epsilon takes up to a second to compute. It was computed for the whole run before; as
-        # long as no other run has spent since, a part of the run is within the limits, too.
+        # Epsilon takes up to a second to compute, so it is not computed in every round. The whole
+        # run was found to be within the limits, and a part of it costs less. This holds while no
+        # other run has spent since, and while the server asks no more often than planned.
         latest = self.ledger.latest_charge(self.data, besides=run)
         if self._fits.get(run) == latest and answered < contract.participation.max_tasks:
             return None
@@ -273,6 +310,8 @@ class OwnerGate:
 
 
 def _check_installed(name: str, policy: Path | None) -> None:
+    """Checks that the package of `package.module:function` is installed."""
+    # Only the top package is looked up: to find a submodule Python would run the package's code.
     top = name.partition(":")[0].partition(".")[0]
     if importlib.util.find_spec(top) is None:
         raise PolicyError(
@@ -283,15 +322,22 @@ def _check_installed(name: str, policy: Path | None) -> None:
 
 
 def _run(asked: Asked, contract: Contract) -> str:
-    """Returns the name of a run: the id of the client's memory, and the agreement's fingerprint."""
+    """Returns the name of a run in the ledger.
+
+    It consists of the id of the client's stored state, and the fingerprint of the agreement. If
+    either changes, a repeated request can get another answer, which must be charged again.
+    """
     return f"{asked.memory}-{contract.terms.agreement.fingerprint}"
 
 
 def _unit(contract: Contract) -> Unit:
+    """Returns what the run protects."""
+    # A run without privacy has no unit. Its epsilon is infinite whichever unit stands here.
     return contract.uplink.trust.unit or "sample"
 
 
 def _server_free_noise(policy: Policy, offer: Offer) -> Refusal | None:
+    """Refuses noise that the server could compute from the seed, and subtract."""
     rules = policy.privacy
     stage = offer.stage
     if rules is None or not rules.secure_noise or stage.privacy is None:
@@ -304,6 +350,7 @@ def _server_free_noise(policy: Policy, offer: Offer) -> Refusal | None:
 
 
 def _family(policy: Policy, offer: Offer) -> Refusal | None:
+    """Refuses a model architecture that the policy does not list."""
     architecture = offer.spec.architecture
     if architecture in policy.families or architecture in policy.code:
         return None
@@ -311,6 +358,7 @@ def _family(policy: Policy, offer: Offer) -> Refusal | None:
 
 
 def _size(policy: Policy, offer: Offer) -> Refusal | None:
+    """Refuses a model with too many parameters."""
     size = sum(tensor.numel() for tensor in offer.tensors.values())
     if policy.max_parameters is None or size <= policy.max_parameters:
         return None
@@ -320,19 +368,23 @@ def _size(policy: Policy, offer: Offer) -> Refusal | None:
 
 
 def _cohort(policy: Policy, offer: Offer) -> Refusal | None:
+    """Refuses rounds with too few clients."""
     cohort = offer.stage.cohort
+    # None: all clients take part in each round. How many that are, `_too_few` checks later.
     if cohort is None or cohort >= policy.min_cohort:
         return None
     return _below(policy, cohort, "in a round")
 
 
 def _secure(policy: Policy, offer: Offer) -> Refusal | None:
+    """Refuses a stage in which the server sees single updates, if the policy forbids that."""
     if not policy.secure_sum:
         return None
     if not is_secure(offer.stage):
         return Refusal(
             "secure_sum", 'the server would see single updates; set aggregator = "secure"'
         )
+    # A server that knows the seed could compute the keys, and remove the masks of each update.
     if not owns_keys(offer.stage):
         return Refusal(
             "secure_sum", "the keys of the sum follow from the seed; set secure_keys = true"
@@ -341,12 +393,14 @@ def _secure(policy: Policy, offer: Offer) -> Refusal | None:
 
 
 def _private(policy: Policy, offer: Offer) -> Refusal | None:
+    """Refuses a stage without privacy, with a weaker unit, or with noise from another party."""
     rules = policy.privacy
     if rules is None:
         return None
     trust = trust_of_stage(offer.stage)
     if offer.stage.privacy is None:
         return Refusal("privacy", "the stage promises no differential privacy")
+    # Not the other way round: protection of a whole client also protects each of its rows.
     if rules.unit == "client" and trust.unit != "client":
         return Refusal("privacy.unit", f"it protects single {trust.unit}s, not the whole client")
     if trust.kind not in rules.trust:
@@ -356,6 +410,7 @@ def _private(policy: Policy, offer: Offer) -> Refusal | None:
 
 
 def _measures(policy: Policy, offer: Offer) -> Refusal | None:
+    """Refuses a stage that needs the number of examples, if this number must not leave."""
     if "examples" in policy.metrics or not counts_are_public(offer.stage):
         return None
     return Refusal("metrics", "the number of examples may not leave, and this recipe needs it")
@@ -374,12 +429,14 @@ OFFER_RULES: tuple[Callable[[Policy, Offer], Refusal | None], ...] = (
 
 
 def _too_few(policy: Policy, contract: Contract) -> Refusal | None:
+    """Refuses a run with too few clients in the run, in a round, or in an opened secure sum."""
     cohort = contract.context.cohort
     grid = contract.protection.grid
     counts = {
         "in the run": cohort.population,
         "in a round": cohort.size,
-        # A secure sum is opened, too, if some of the cohort have gone.
+        # The server can open a secure sum although some clients of the round have dropped out, so
+        # the smallest number of remaining clients counts.
         "in a sum that is opened": cohort.size if grid is None else grid.plan.survivors,
     }
     for where, count in counts.items():
@@ -395,19 +452,21 @@ def _below(policy: Policy, count: int, where: str) -> Refusal:
 
 @dataclass(frozen=True)
 class StatusRow:
-    """What one server asked with one recipe about some data; another row sums up for the data.
+    """A row of the owner's status table: what one server asked with one recipe about some data.
+
+    The last row of each data set contains the totals.
 
     Attributes:
-        data: path of the data; the latest one, if they were moved.
-        recipe: fingerprint of the terms; "total" in a row that sums up, empty for an offer that
-            was refused before it was read.
+        data: path of the data; the latest path if they were moved.
+        recipe: fingerprint of the recipe's terms; "total" in the row of totals; empty for an offer
+            that was refused before it was read.
         stage: name of the stage.
-        server: fingerprint of the server's certificate, shortened; empty without TLS.
-        approved: whether the owner approved the recipe.
-        asked: number of sessions in which the stage was offered.
-        answered: number of rounds that were answered.
-        refused: the latest rule that said no, and its reason.
-        epsilon: spent by this recipe on these data.
+        server: first 12 digits of the fingerprint of the server's certificate; empty without TLS.
+        approved: whether the owner has approved the recipe.
+        asked: number of sessions in which the server offered the stage.
+        answered: number of answered rounds.
+        refused: the rule of the latest refusal, and its reason; empty if nothing was refused.
+        epsilon: epsilon that this recipe has spent on these data.
     """
 
     data: str
@@ -426,13 +485,17 @@ TOTAL = "total"
 
 
 def status(ledger: OwnerLedger, policy: Policy) -> list[StatusRow]:
-    """Returns what was asked, answered, refused and spent, for all data of a ledger.
+    """Returns the rows of the status table for all data of a ledger.
 
-    Epsilon is that of the policy's unit and delta; without rules of privacy, of one row at 1e-5.
+    Args:
+        ledger: the owner's ledger.
+        policy: its unit and delta are used to compute epsilon. If it has no rules of privacy, the
+            defaults are used: one row, at delta 1e-5.
     """
     found: list[StatusRow] = []
     seen: set[int] = set()
     for row in ledger.rows("data"):
+        # Copies and changed files share one budget, so they are one data set here.
         if row["id"] not in seen:
             seen |= ledger.same_data(row["id"])
             found += _status_of_data(ledger, policy.privacy or PrivacyRules(), row["id"])
@@ -440,10 +503,12 @@ def status(ledger: OwnerLedger, policy: Policy) -> list[StatusRow]:
 
 
 def _status_of_data(ledger: OwnerLedger, rules: PrivacyRules, data: int) -> list[StatusRow]:
+    """Returns the rows of one data set, and its row of totals."""
     same = ledger.same_data(data)
     place = [row["path"] for row in ledger.rows("data") if row["id"] in same][-1]
     decisions = [row for row in ledger.rows("decisions") if row["data"] in same]
     rounds = [row for row in ledger.rows("rounds") if row["data"] in same]
+    # By recipe and server: the same recipe may come from two servers.
     found: dict[tuple[str, str], StatusRow] = {}
     sessions: dict[tuple[str, str], set[str]] = {}
     for row in [*decisions, *rounds]:
@@ -463,7 +528,7 @@ def _status_of_data(ledger: OwnerLedger, rules: PrivacyRules, data: int) -> list
                 epsilon=spent(charges, unit=rules.unit, delta=rules.delta),
             )
         one = found[key]
-        # Before a run a server asks once more, only to know whether it would be accepted.
+        # A trial is not counted: before a run a server only checks whether it would be accepted.
         if not row.get("kind", "").startswith(CHECK):
             sessions.setdefault(key, set()).add(row["session"])
         # Round 0 stands for evaluations.
@@ -479,7 +544,7 @@ def _status_of_data(ledger: OwnerLedger, rules: PrivacyRules, data: int) -> list
 
 
 def table(rows: Iterable[StatusRow]) -> list[str]:
-    """Returns the rows as lines of a table, with headings; reasons of refusals stand below it."""
+    """Returns the lines of a text table: headings, the rows, and below them the refusals."""
     cells = [list(HEADINGS)]
     refused = []
     for row in rows:

@@ -1,4 +1,4 @@
-"""A data owner's policy: a TOML file that says which servers, models and promises are allowed."""
+"""A data owner's policy: a TOML file that lists the allowed servers, models and privacy promises."""
 
 from __future__ import annotations
 
@@ -26,7 +26,10 @@ Measure = Literal["loss", "examples", "score"]
 
 
 def _fingerprint(text: str) -> str:
-    """Returns 64 lower-case hexadecimal digits, as other tools write them with colons."""
+    """Returns a fingerprint as 64 lower-case hexadecimal digits.
+
+    Accepts what openssl prints: upper case, with colons, with "sha256:" before it.
+    """
     digits = text.removeprefix("sha256:").removeprefix("SHA256:").replace(":", "").lower()
     if not re.fullmatch("[0-9a-f]{64}", digits):
         raise SettingError(
@@ -37,6 +40,7 @@ def _fingerprint(text: str) -> str:
 
 
 def _families(names: tuple[str, ...]) -> tuple[str, ...]:
+    """Checks that all names are architectures of fedpress."""
     for name in names:
         if name not in ARCHITECTURES:
             known = f"use some of {', '.join(ARCHITECTURES)}; own code goes into the key code"
@@ -47,6 +51,7 @@ def _families(names: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _code(names: tuple[str, ...]) -> tuple[str, ...]:
+    """Checks that all names have the form `package.module:function`."""
     for name in names:
         if not consent.NAME.fullmatch(name):
             raise SettingError(
@@ -57,7 +62,7 @@ def _code(names: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _no_privacy(value: Any) -> Any:
-    """Maps the word "none" to None, which TOML cannot say."""
+    """Converts the word "none" to None, because TOML has no null value."""
     if value == "none":
         return None
     if isinstance(value, str):
@@ -69,7 +74,7 @@ def _no_privacy(value: Any) -> Any:
 
 
 class PrivacyRules(BaseModel):
-    """`[privacy]`: what every run must promise about the owner's data."""
+    """The section `[privacy]`: which differential privacy every run must promise."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -107,7 +112,10 @@ class PrivacyRules(BaseModel):
 
 
 class Policy(BaseModel):
-    """What a data owner allows; without a key, its default holds."""
+    """What a data owner allows. A key that is missing in the file has its default.
+
+    Example: `min_cohort = 5` alone allows all models, but only rounds with at least 5 clients.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -168,10 +176,10 @@ class Policy(BaseModel):
 
 
 def read(path: Path) -> Policy:
-    """Reads a policy.
+    """Reads a policy from a TOML file.
 
     Raises:
-        PolicyError: if the file cannot be read, or a key is wrong, with its line.
+        PolicyError: if the file cannot be read, or a key is wrong. The error names the line.
     """
     try:
         text = path.read_text("utf-8")
@@ -183,14 +191,14 @@ def read(path: Path) -> Policy:
 
 
 def parse(text: str, *, place: str = "policy.toml") -> Policy:
-    """Reads the text of a policy.
+    """Reads a policy from text.
 
     Args:
-        text: TOML.
+        text: content of a policy file, in TOML.
         place: name of the file, for errors.
 
     Raises:
-        PolicyError: if it is no TOML or a key is wrong, with its line.
+        PolicyError: if the text is not TOML, or a key is wrong. The error names the line.
 
     >>> parse('min_cohort = 5').min_cohort, parse('privacy = "none"').privacy
     (5, None)
@@ -212,8 +220,9 @@ def parse(text: str, *, place: str = "policy.toml") -> Policy:
 
 
 def _mistake(error: ValidationError, text: str, place: str) -> PolicyError:
-    """Returns the first of pydantic's errors, unknown keys first, with its line and the cure."""
+    """Converts the first of pydantic's errors into a `PolicyError` with line and cure."""
     found = error.errors(include_url=False)
+    # Unknown keys come first: a misspelled key is often the cause of the other errors.
     first = next((one for one in found if one["type"] == "extra_forbidden"), found[0])
     keys = [str(part) for part in first["loc"] if isinstance(part, str)]
     table: type[BaseModel] = PrivacyRules if keys[:1] == ["privacy"] and keys[1:] else Policy
@@ -222,6 +231,7 @@ def _mistake(error: ValidationError, text: str, place: str) -> PolicyError:
         known = list(table.model_fields)
         cure = suggestion(keys[-1], known) or f"the keys are {', '.join(known)}"
         return PolicyError("no such key", place=at, cure=cure)
+    # An error of a validator of this file, which has its own cure.
     raised = first.get("ctx", {}).get("error")
     if isinstance(raised, SettingError):
         return PolicyError(raised.problem, place=at, cure=raised.cure)
@@ -236,6 +246,7 @@ def _mistake(error: ValidationError, text: str, place: str) -> PolicyError:
 
 
 def _in_toml(value: Any) -> str:
+    """Returns a value as it is written in a TOML file."""
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, list):
@@ -244,7 +255,13 @@ def _in_toml(value: Any) -> str:
 
 
 def _line(text: str, keys: list[str]) -> int:
-    """Returns the number of the line that sets a key; of its table if there is none."""
+    """Returns the number of the line that sets a key; if no line does, that of its table's header.
+
+    Args:
+        text: the TOML file.
+        keys: names of the tables and the key, such as `["privacy", "delta"]`.
+    """
+    # The text is searched because `tomllib` does not tell the lines of keys.
     above, last = keys[:-1], keys[-1]
     table: list[str] = []
     of_table = 1
@@ -272,10 +289,11 @@ def _line(text: str, keys: list[str]) -> int:
 def certificate_fingerprint(path: Path) -> str:
     """Returns the SHA-256 fingerprint of the first certificate in a PEM file.
 
-    It is what `openssl x509 -noout -fingerprint -sha256` prints, without colons.
+    The result equals the output of `openssl x509 -noout -fingerprint -sha256`, in lower case and
+    without colons.
 
     Raises:
-        PolicyError: if there is no certificate in the file.
+        PolicyError: if the file contains no certificate.
     """
     try:
         text = path.read_text("ascii")

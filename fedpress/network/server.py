@@ -1,4 +1,7 @@
-"""The server's side of a network: waits for clients, and opens transports for the stages."""
+"""The server's end of a network: waits for clients, and opens a transport for each stage.
+
+A transport sends messages to the clients of one stage of a run, and receives their answers.
+"""
 
 from __future__ import annotations
 
@@ -20,16 +23,17 @@ POLL = 0.5
 
 @dataclass(eq=False)
 class ServerNetwork:
-    """Reaches the clients of a run; see `fedpress.workspace.state.Network`.
+    """Gives a run access to its clients; implements `fedpress.workspace.state.Network`.
 
     Attributes:
-        link: the server's end of the wire.
-        labels: the columns that are predicted, where the clients' data are tables.
-        lost_after: seconds of silence after which an offline client counts as lost for a call.
-        told: is called with a sentence when a client goes, comes back, or is called again.
-        min_clients: how many clients must be connected before a stage begins; None: all that are
-            listed.
-        timeout: seconds to wait for these clients; None: for ever.
+        link: sends single parcels to clients, and receives their answers.
+        labels: columns that the model predicts; empty if the clients' data are not tables.
+        lost_after: after so many seconds of silence, the server no longer waits for the answer of
+            an offline client.
+        told: is called with a sentence when a client goes offline, comes back, or is called again.
+        min_clients: number of clients that must be connected before a stage begins; None: all
+            clients that `server.toml` lists.
+        timeout: seconds to wait for these clients; None: without limit.
     """
 
     link: Link
@@ -40,7 +44,8 @@ class ServerNetwork:
     timeout: float | None = None
 
     def open(self, session: str, clients: Sequence[ClientId] | None) -> RemoteTransport:
-        """See `Network`."""
+        """Returns a transport to `clients`; see `Network`."""
+        # None stands for a new run: it takes the clients that are connected when it begins.
         if clients is None:
             clients = self.gather()
         return RemoteTransport(
@@ -52,12 +57,12 @@ class ServerNetwork:
         )
 
     def gather(self) -> list[ClientId]:
-        """Waits until enough clients are connected, and returns those that are.
+        """Waits until enough clients are connected, and returns the names of the connected ones.
 
         Raises:
-            NetworkError: if they have not come in time.
+            NetworkError: if fewer than `min_clients` have connected after `timeout` seconds.
         """
-        # Without TLS nobody is listed beforehand: one client is enough then.
+        # Without TLS `server.toml` lists no clients beforehand: then one client is enough.
         wanted = self.min_clients or max(len(self.link.online()), 1)
         there: list[ClientId] = []
         for there in self.wait(wanted, self.timeout):
@@ -66,15 +71,19 @@ class ServerNetwork:
         return there
 
     def wait(self, wanted: int, timeout: float | None = None) -> Iterator[list[ClientId]]:
-        """Waits until `wanted` clients are connected; yields who is there, as often as it changes.
+        """Waits until `wanted` clients are connected.
+
+        Yields:
+            Names of the connected clients, whenever they change.
 
         Raises:
-            NetworkError: if they have not come after `timeout` seconds.
+            NetworkError: if fewer than `wanted` have connected after `timeout` seconds.
         """
         end = None if timeout is None else time.monotonic() + timeout
         before: list[ClientId] | None = None
         while True:
             there = [name for name, online in self.link.online().items() if online]
+            # Yielded before the checks below, so that the caller sees the last change, too.
             if there != before:
                 yield there
                 before = there

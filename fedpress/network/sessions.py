@@ -1,8 +1,9 @@
-"""A client's sessions: the stages of runs that it takes part in, kept on disk.
+"""A client's sessions. A session is one stage of one run in which the client takes part.
 
-A client that is killed and started again goes on by itself: the messages by which a session was set
-up (offer, agreement, roster of a secure sum) lie in its folder, and are handled once more before
-the next question is answered. Their answers are the same as the first time.
+The messages that set up a session are stored on disk: the offer (settings and model), the agreement
+(all clients of the run), and the roster of a secure sum (public keys of the clients). If the client
+is killed and started again, it handles these messages once more before it answers the next request.
+The answers to them are the same as the first time, so the session continues where it was.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from fedpress.wire.message import MAX_BYTES, Message, pack, unpack
 
 log = logger(__name__)
 
+# The server chooses the name, and it names a folder: hexadecimal digits cannot leave that folder.
 NAME = re.compile(r"[0-9a-f]{16,64}")
 SET_UP = ("offer", "agree", "roster")
 """Messages that are kept, in the order in which they are handled again."""
@@ -45,14 +47,14 @@ Examples = Callable[[Offer], Arrays]
 
 @dataclass(eq=False)
 class Session:
-    """One stage of a run.
+    """One stage of one run, as this client sees it.
 
     Attributes:
-        asked: what the client takes part in.
+        asked: session id, client name and offer, as the owner's policy judges them.
         half: the client's side of the stage, which answers the server's messages.
-        folder: None for a trial, of which nothing is kept.
-        refusal: why the gate refused the whole run, once all clients were known; None if it did
-            not.
+        folder: where the session is stored; None for a trial (a check before the run), of which
+            nothing is stored.
+        refusal: why the owner's policy refused the run after the agreement; None if it did not.
     """
 
     asked: Asked
@@ -63,18 +65,20 @@ class Session:
 
 @dataclass(eq=False)
 class Sessions:
-    """All sessions of a client.
+    """All sessions of a client; answers messages of any of them.
 
     Attributes:
-        name: of the client.
-        folder: where the sessions are kept.
-        examples: loads the client's data as an offer needs them.
-        gate: the owner's policy.
-        identity: 32 secret bytes behind the keys of this client in secure sums.
-        known: public keys of the other clients in earlier runs; None compares nothing.
-        program: an exported training program (.pte) that takes the place of torch.
+        name: name of the client.
+        folder: folder with one subfolder for each session.
+        examples: loads the client's data in the layout that the offered model needs.
+        gate: applies the owner's policy before each answer.
+        identity: 32 secret bytes from which the client's keys in secure sums follow; None: each
+            session has its own keys.
+        known: public keys of other clients in earlier runs; None: they are not compared.
+        program: an exported training program (.pte), run by ExecuTorch in place of torch; None:
+            torch trains.
         device: where the client trains.
-        max_bytes: longest message that is read.
+        max_bytes: longest accepted message, in bytes.
         told: is called with a sentence when a message could not be answered.
     """
 
@@ -93,19 +97,30 @@ class Sessions:
         self.open_sessions: dict[str, Session] = {}
 
     def answer(self, name: str, request: bytes) -> bytes:
-        """Answers the bytes of one message of the session `name`; never raises for a bad one."""
+        """Answers one message of the session `name`.
+
+        Args:
+            name: id of the session.
+            request: bytes of the message.
+
+        Returns:
+            Bytes of the answer. An error becomes an answer of kind "error", a refusal one of kind
+            "refused"; a bad message raises nothing.
+        """
         try:
             return pack(self._answer(name, request))
         except _Refused as refused:
             return pack(refused.answer)
-        # Whatever goes wrong is told to the server, as in a simulation, and the client stays.
+        # The server is told about any error, as in a simulation, and the client keeps running.
         except Exception as problem:
+            # An error of fedpress names place and cure; any other is a bug and needs its traceback.
             trace = None if isinstance(problem, FedpressError) else problem
             log.info("a message could not be answered", exc_info=trace)
             self.told(f"a message could not be answered: {problem}")
             return pack(failure(problem))
 
     def _answer(self, name: str, request: bytes) -> Message:
+        """Answers one message; opens the session from disk if it is not in memory."""
         if not NAME.fullmatch(name):
             raise WireError("not the name of a session", place="session", cure="update the server")
         message = unpack(request, max_bytes=self.max_bytes)
@@ -121,8 +136,9 @@ class Sessions:
         return self._handled(session, message, request)
 
     def _offered(self, name: str, message: Message, request: bytes) -> Message:
-        """Answers an offer: accepted or refused."""
+        """Answers an offer: "offered" if it is accepted, "refused" if not."""
         trial = message.header.get("trial") is True
+        # Before the offer is read in full, because reading it calls the code that it names.
         code = code_named(message)
         if code is not None and (refusal := self.gate.code_named(name, code)) is not None:
             return _told(refusal)
@@ -131,8 +147,8 @@ class Sessions:
         refusal = self.gate.offered(asked, trial=trial)
         if refusal is not None:
             return _told(refusal)
-        # The data are read only after the gate has agreed: a server that is not allowed must not
-        # even learn of an error in them.
+        # The data are read only after the policy has accepted the offer: a server that is not
+        # allowed must learn nothing, not even that the data have an error.
         arrays = self.examples(offer)
         folder = None if trial else self.folder / name
         memory: ClientState = InMemoryState() if folder is None else DiskState(folder / "memory")
@@ -140,6 +156,7 @@ class Sessions:
             key = torch.frombuffer(bytearray(self.identity), dtype=torch.uint8)
             memory.save_entry(IDENTITY, {"bytes": key})
         asked = replace(asked, memory=_drawn_with(memory))
+        # The gate needs `memory` in `asked`: the id of the stored state is part of a run's name.
         half = ClientSide(self.name, arrays, offer.common(self.device), memory)
         if self.program is not None:
             # Imported here: most clients do not have ExecuTorch installed.
@@ -149,16 +166,19 @@ class Sessions:
             half.source = device_steps
         self._close_others()
         self.open_sessions[name] = Session(asked, half, folder)
+        # Stored last: an offer that fails above must not be handled again after a restart.
         if folder is not None:
             self._tidy(name)
             _keep(folder, "offer", request)
         return Message("offered", {"terms": offer.fingerprint})
 
     def _handled(self, session: Session, message: Message, request: bytes) -> Message:
+        """Answers a message of an open session, if the owner's policy allows it."""
         half = session.half
         contract = half.contract
         later = message.kind not in ("register", "agree")
-        # Every later answer repeats the reason, so that the server hears it where it waits.
+        # After a refused agreement every later answer repeats the reason, because the server may
+        # read only the answer that it waits for.
         if later and session.refusal is not None:
             return session.refusal.to_message()
         if later and contract is not None:
@@ -170,7 +190,7 @@ class Sessions:
             try:
                 refusal = self._agreed(session, half.contract)
             except FedpressError:
-                # The client's side has agreed already, but the gate failed to decide: no yes.
+                # `half` has agreed already, but the gate could not decide: that is not a yes.
                 half.withdraw()
                 raise
             session.refusal = refusal
@@ -182,7 +202,10 @@ class Sessions:
         return self.gate.leaving(session.asked, answer)
 
     def _agreed(self, session: Session, contract: Contract) -> Refusal | None:
-        """Asks whether the run is allowed, and whether all clients have the same keys as before."""
+        """Decides about the whole run: returns why it is refused, or None.
+
+        Two things are checked: the identity keys of the other clients, and the owner's policy.
+        """
         trial = session.folder is None
         identities = contract.population.identities
         refusal = None
@@ -190,12 +213,16 @@ class Sessions:
             refusal = self.known.compare(identities)
         if refusal is None:
             refusal = self.gate.agreed(session.asked, contract, trial=trial)
+        # Keys are stored only for a real run that is allowed: the first key seen is trusted.
         if refusal is None and self.known is not None and not trial:
             self.known.note(identities)
         return refusal
 
     def _restored(self, name: str) -> Session | None:
-        """Opens a session that an earlier process of this client has kept; None if there is none."""
+        """Opens a session that is stored on disk, by an earlier process or to free memory.
+
+        Returns None if no such session is stored.
+        """
         folder = self.folder / name
         offer = folder / "offer.message"
         if not offer.exists():
@@ -206,19 +233,20 @@ class Sessions:
             if not path.exists():
                 break
             answer = self._answer(name, path.read_bytes())
-            # The owner has changed the policy since the session was begun.
+            # The message was accepted once, so the owner has changed the policy since.
             if answer.kind == "refused":
                 raise _Refused(answer)
         return self.open_sessions.get(name)
 
     def _close_others(self) -> None:
-        """Frees memory: each session holds a model and data, and a client lives for many runs."""
+        """Drops trials and the oldest sessions from memory; there each holds a model and data."""
         kept = {key: one for key, one in self.open_sessions.items() if one.folder is not None}
-        # A session that is closed here is opened from disk if it is asked again.
+        # One fewer than `OPEN`, since the caller adds a session. A dropped session is opened from
+        # disk when its next message comes.
         self.open_sessions = dict(list(kept.items())[-OPEN + 1 :])
 
     def _tidy(self, current: str) -> None:
-        """Removes the oldest sessions beyond `KEPT`."""
+        """Deletes the oldest session folders, so that `KEPT` remain with the current one."""
         if not self.folder.is_dir():
             return
         others = [path for path in self.folder.iterdir() if path.is_dir() and path.name != current]
@@ -228,10 +256,10 @@ class Sessions:
 
 
 class _Refused(Exception):
-    """Ends the restoring of a session that the policy does not allow any more.
+    """Raised when a stored session is opened that the policy no longer allows.
 
     Attributes:
-        answer: what the server is told.
+        answer: the refusal, which is sent to the server.
     """
 
     def __init__(self, answer: Message) -> None:
@@ -240,7 +268,7 @@ class _Refused(Exception):
 
 
 def _drawn_with(memory: ClientState) -> str:
-    """Returns the random id of a session's memory; draws and stores it the first time."""
+    """Returns the random id of a session's stored state; draws and stores it the first time."""
     stored = load_json(memory, "drawn")
     if not stored:
         stored = {"name": secrets.token_hex(16)}
@@ -249,11 +277,13 @@ def _drawn_with(memory: ClientState) -> str:
 
 
 def _told(refusal: Refusal) -> Message:
+    """Logs a refusal for the owner, and returns it as the answer to the server."""
     log.warning("refused (%s): %s", refusal.rule, refusal.reason)
     return refusal.to_message()
 
 
 def _keep(folder: Path, kind: str, request: bytes) -> None:
+    """Stores a message that set the session up, to be handled again after a restart."""
     path = folder / f"{kind}.message"
     cure = "free some space; the server asks again"
     with writing(path, full=cure, other=cure):

@@ -1,7 +1,9 @@
-"""Files that start server and clients at boot: systemd units and Dockerfiles."""
+"""Texts of the files that start server and clients at boot: systemd units and Dockerfiles."""
 
 from __future__ import annotations
 
+# The process runs as a user without rights: it reads bytes from strangers, so a bug must not give
+# away the machine. Only the home folder can be written.
 UNIT = """\
 [Unit]
 Description={description}
@@ -37,6 +39,7 @@ UMask=0077
 [Install]
 WantedBy=multi-user.target
 """
+# Torch comes from PyTorch's CPU index: the default Linux wheels include gigabytes of CUDA.
 DOCKERFILE = """\
 FROM python:3.11-slim
 RUN pip install --no-cache-dir --extra-index-url https://download.pytorch.org/whl/cpu \\
@@ -56,31 +59,34 @@ HOME = "/var/lib/fedpress"
 
 
 def server_unit() -> str:
-    """Returns the systemd unit of a server; its recipe is `recipe.toml` in the same folder."""
+    """Returns the systemd unit of a server. The server runs `recipe.toml` in its own folder."""
     command = "/opt/fedpress/bin/fedpress server recipe.toml --network . --out run"
     return _unit("fedpress server", "server", command)
 
 
 def client_unit(name: str) -> str:
-    """Returns the systemd unit of a client, whose data lie in `data` in the same folder."""
+    """Returns the systemd unit of a client. The client's data are in `data` in its own folder."""
     command = "/opt/fedpress/bin/fedpress client --network . --data data"
     return _unit(f"fedpress client {name}", name, command)
 
 
 def _unit(description: str, name: str, command: str) -> str:
+    # Absolute paths: systemd searches no PATH of a user, and starts in the root folder.
     folder = f"{HOME}/{name}"
     return UNIT.format(description=description, home=HOME, folder=folder, command=command)
 
 
 def server_dockerfile(port: int) -> str:
-    """Returns the Dockerfile of a server."""
+    """Returns the Dockerfile of a server that listens on `port`."""
+    # ENTRYPOINT is fixed; CMD can be replaced by the arguments of `docker run`.
     entry = '["fedpress", "server", "--network", "."]'
     command = '["recipe.toml", "--out", "run"]'
     return DOCKERFILE.format(expose=f"EXPOSE {port}\n", more="", entry=entry, command=command)
 
 
 def client_dockerfile() -> str:
-    """Returns the Dockerfile of a client, whose data are mounted read-only at /data."""
+    """Returns the Dockerfile of a client. The data are mounted read-only at /data."""
+    # No EXPOSE: a client connects to the server, so it needs no open port.
     entry = '["fedpress", "client", "--network", "."]'
     command = '["--data", "/data"]'
     return DOCKERFILE.format(expose="", more=', "/data"', entry=entry, command=command)

@@ -1,4 +1,8 @@
-"""What a recipe asks of a data owner, in words."""
+"""Describes in English sentences what a federate stage asks of a data owner.
+
+A federate stage is one training stage of a recipe (the TOML file that describes a run). The owner
+reads the sentences before approving the recipe.
+"""
 
 from __future__ import annotations
 
@@ -23,14 +27,15 @@ def words_of(
     arguments: Mapping[str, JSON],
     labels: Sequence[str],
 ) -> list[str]:
-    """Returns a sentence for each thing that a federate stage asks for.
+    """Returns sentences that describe a federate stage: model, rounds, privacy and what is sent.
 
     Args:
         stage: settings of the stage.
-        architecture: architecture of the model.
-        arguments: of the architecture.
-        labels: columns that are predicted, where the data are a table.
+        architecture: name of the model's architecture, such as "cnn".
+        arguments: arguments of the architecture, such as `{"width": 8}`.
+        labels: columns that the model predicts; empty if the data are not a table.
     """
+    # ("*",) matches all parameters, which is the usual case and needs no words.
     trains = "" if stage.trainable == ("*",) else f" (only {', '.join(stage.trainable)})"
     given = ", ".join(f"{name} = {value}" for name, value in arguments.items())
     found = [f"Trains the model '{architecture}'{f' with {given}' if given else ''}{trains}."]
@@ -42,6 +47,7 @@ def words_of(
         f"batches of {stage.batch_size}, by the algorithm {algorithm_of(stage).kind}."
     )
     if is_secure(stage):
+        # In capitals: a server that knows the seed can compute the keys and unmask single updates.
         keys = "drawn on this machine" if owns_keys(stage) else "THAT FOLLOW FROM THE SEED"
         found.append(f"The server learns only the sum of all updates; keys {keys}.")
     else:
@@ -55,6 +61,7 @@ def words_of(
 
 
 def _promise(stage: FederateSettings) -> list[str]:
+    """Returns sentences about the privacy guarantee; warnings are in capitals."""
     private = stage.privacy
     if private is None:
         return ["PROMISES NO DIFFERENTIAL PRIVACY: rows may be recognised in what leaves."]
@@ -69,11 +76,12 @@ def _promise(stage: FederateSettings) -> list[str]:
 
 
 def _measures(stage: FederateSettings) -> list[str]:
-    """Returns what leaves a client besides its updates, in words."""
+    """Returns phrases for all values that a client sends besides its updates."""
     trust = trust_of_stage(stage)
     found = ["the number of rows"] if counts_are_public(stage) else []
     if stage.privacy is None:
         found.append("the score of the final model on this client's rows")
+    # In a secure sum single measures are not sent: they would describe one client.
     if not is_secure(stage):
         found += [f"the {name} of its training" for name in trust.reported_measures]
     if stage.privacy is not None:
