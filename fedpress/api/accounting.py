@@ -6,10 +6,11 @@ from fedpress.privacy.accounting import accountant
 
 
 def epsilon(*, sampling_prob: float, noise_multiplier: float, steps: int, delta: float) -> float:
-    """Returns the epsilon of `steps` noised sums at `delta` (add-or-remove neighbours).
+    """Returns the epsilon at `delta` of `steps` sums, each with fresh Gaussian noise.
 
-    It is an upper bound, computed with privacy loss distributions (Koskela et al. 2020,
-    dp-accounting) that are rounded pessimistically.
+    Neighbouring data sets differ by one unit that is added or removed. The returned epsilon is an
+    upper bound: it is computed with privacy loss distributions (Koskela et al. 2020, dp-accounting)
+    that are rounded pessimistically.
 
     Args:
         sampling_prob: probability that one unit takes part in a step (Poisson sampling), in (0, 1].

@@ -1,4 +1,8 @@
-"""A data owner's approval of a recipe, given before any server has asked."""
+"""Lets a data owner approve a recipe in advance, before a server asks for training.
+
+An offer is the message in which a server asks a client to take part in a run. The client accepts an
+offer whose terms have the same fingerprint (a hash) as an approved recipe.
+"""
 
 from __future__ import annotations
 
@@ -20,12 +24,13 @@ from fedpress.stages.federate.stage import FederateStage
 
 @dataclass(frozen=True)
 class Approval:
-    """What one federate stage of a recipe asks a data owner to approve.
+    """The terms of one federate stage of a recipe, which a data owner may approve.
 
     Attributes:
         stage: name of the stage.
-        fingerprint: fingerprint of the stage's terms; a server's offer has the same.
-        words: a sentence for each thing that the stage asks for.
+        fingerprint: hash of the stage's terms: its settings, model and label columns. A server's
+            offer of this stage has the same fingerprint.
+        words: one sentence for each thing that the stage asks the owner for.
     """
 
     stage: str
@@ -34,9 +39,9 @@ class Approval:
 
 
 def asked_for(recipe: Source, overrides: Overrides = ()) -> list[Approval]:
-    """Returns what the federate stages of a recipe ask a data owner for; nothing is approved.
+    """Returns the terms of the federate stages of a recipe; nothing is approved.
 
-    Neither data nor code of the recipe are loaded.
+    Loads neither the recipe's data nor its code.
 
     Raises:
         RecipeError: if there is no such recipe, a setting is wrong, or no stage is federated.
@@ -69,16 +74,19 @@ def approve(
     ledger: Path | None = None,
     withdraw: bool = False,
 ) -> list[Approval]:
-    """Notes in the owner's ledger that the owner approves a recipe.
+    """Writes to the owner's ledger that the owner approves a recipe.
+
+    The ledger is a file with the owner's approvals and the privacy that runs have spent.
 
     Args:
-        recipe: as `begin.load` takes it.
-        overrides: with which the server runs it; others give another fingerprint.
-        ledger: the ledger's file; None: that of this user.
-        withdraw: takes an earlier approval back.
+        recipe: name or file of the recipe, a dictionary of tables, or a `Recipe`.
+        overrides: the overrides with which the server runs the recipe. Other overrides give another
+            fingerprint, so the approval would not match the server's offer.
+        ledger: file of the ledger; None: the default file of this user.
+        withdraw: if True, an earlier approval is withdrawn instead.
 
     Returns:
-        What was approved, or is no longer.
+        The terms that were approved or withdrawn, one entry per federate stage.
 
     Raises:
         RecipeError: see `asked_for`.
@@ -86,6 +94,7 @@ def approve(
     """
     found = asked_for(recipe, overrides)
     book = OwnerLedger(ledger or default_path())
+    # Each stage separately: a server sends one offer per federate stage.
     try:
         for one in found:
             book.approve(one.fingerprint, " ".join(one.words), approved=not withdraw)
@@ -95,8 +104,9 @@ def approve(
 
 
 def _model_of(settings: Recipe) -> tuple[str, dict[str, JsonValue]]:
-    """Returns the architecture and its arguments as an offer names them."""
+    """Returns the architecture and its arguments, as in a server's offer."""
     model = settings.model
+    # The offer has the spec inside the checkpoint, because clients do not have the file.
     if model.checkpoint is not None:
         spec = saved_model(model.checkpoint)[0]
         return spec.architecture, dict(spec.arguments)

@@ -1,4 +1,8 @@
-"""Checks a recipe and its overrides, and opens the folder of a new or a resumed run."""
+"""Checks a recipe and its overrides, and opens the folder of a new or a resumed run.
+
+A recipe is a TOML file with the settings of a run. An override changes one of these settings:
+`stage.2.num_rounds=5`. The run folder gets the results and checkpoints.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +31,10 @@ Overrides = Sequence[str | Override]
 
 
 def default_folder(name: str, resume: bool) -> Path:
-    """Returns the first free of `runs/NAME`, `runs/NAME-2`, ...; to resume, the last one used."""
+    """Returns the next unused folder of `runs/NAME`, `runs/NAME-2`, ...
+
+    If `resume`, returns the last folder that exists.
+    """
     numbered = [
         Path("runs") / (name if number == 1 else f"{name}-{number}") for number in range(1, 1000)
     ]
@@ -38,12 +45,14 @@ def default_folder(name: str, resume: bool) -> Path:
 
 
 def load(recipe: Source, overrides: Overrides = (), data: Path | None = None) -> tuple[str, Recipe]:
-    """Returns a recipe with its overrides applied, as TOML with absolute paths and as settings.
+    """Returns a recipe with its overrides applied: as TOML text, and as checked settings.
+
+    The paths in the text are absolute, so a run can be resumed from another current folder.
 
     Args:
         recipe: the recipe. Paths in a TOML file are relative to the folder of that file; paths in a
             dictionary or `Recipe` are relative to the current folder.
-        overrides: changes such as `stage.2.num_rounds=5`. Their paths are relative to the current
+        overrides: changes such as `stage.2.num_rounds=5`. Paths in them are relative to the current
             folder.
         data: file or folder of the data; sets `data.path`.
 
@@ -54,6 +63,7 @@ def load(recipe: Source, overrides: Overrides = (), data: Path | None = None) ->
     if isinstance(recipe, Mapping | Recipe):
         find_modules()
         tables = (
+            # Without defaults: the TOML in the run folder shows only what the user has set.
             recipe.model_dump(mode="json", exclude_unset=True)
             if isinstance(recipe, Recipe)
             else dict(recipe)
@@ -62,6 +72,7 @@ def load(recipe: Source, overrides: Overrides = (), data: Path | None = None) ->
     text = recipes.find(str(recipe))
     file = _file_of(recipe)
     folder = file.parent if file is not None else None
+    # A recipe may name functions, such as `nets:small`, of a file beside it.
     find_modules(*([folder] if folder is not None else []))
     # Checked before paths are resolved: `effective` writes new TOML, but errors must name lines of
     # the user's file.
@@ -78,7 +89,8 @@ class CheckedRun:
         recipe: the checked settings.
         text: `recipe` as TOML; "" for a resumed run, since its folder contains the text.
         place: path of the run folder.
-        folder: the folder of a resumed run; None for a new run, whose folder does not exist yet.
+        folder: the opened folder of a resumed run; None for a new run, whose folder does not exist
+            yet.
         origin: path or name of the recipe, and the overrides (see `origin_of`).
     """
 
@@ -89,7 +101,9 @@ class CheckedRun:
     origin: Mapping[str, Any]
 
     def start(self, command: str, stack: ExitStack) -> tuple[RunFolder, list[str]]:
-        """Makes the folder of a new run; writes or extends `environment.json`.
+        """Creates the folder of a new run; writes or extends `environment.json`.
+
+        This file says with which command, versions and processor the run was started.
 
         Args:
             command: the user's command, for `environment.json`.
@@ -101,13 +115,16 @@ class CheckedRun:
         folder = self.folder
         if folder is None:
             folder = RunFolder.create(self.place, self.text, settings_of(self.recipe))
+            # From here on no second process can write to this folder.
             stack.enter_context(folder.locked())
         device = device_of(self.recipe)
         return folder, write_environment(folder, command, self.origin, device=device)
 
 
 def new(recipe: Source, overrides: Overrides, data: Path | None, out: Path | None) -> CheckedRun:
-    """Checks the settings of a new run, and that its folder is free.
+    """Checks the settings of a new run, and that its folder has no files that it would replace.
+
+    Nothing is written: a check must leave no empty folder.
 
     Raises:
         RecipeError: if there is no such recipe, or a setting is wrong.
@@ -132,7 +149,7 @@ def checked_resume(
 
 
 def origin_of(recipe: Source | None, overrides: Overrides, data: Path | None) -> dict[str, Any]:
-    """Returns "recipe" and "overrides" for `environment.json`.
+    """Returns "recipe" and "overrides" as the user gave them, for `environment.json`.
 
     Paths are absolute, since the run may be resumed from another folder. "recipe" is None if the
     recipe was given as a dictionary.
@@ -152,7 +169,8 @@ def as_texts(overrides: Overrides, data: Path | None) -> list[str]:
 
 
 def _file_of(recipe: str | Path) -> Path | None:
-    """Returns the absolute path of a recipe file; None for the name of a shipped recipe."""
+    """Returns the absolute path of a recipe file; None for a recipe that comes with fedpress."""
+    # The name wins over a file of the same name in the current folder, as in `recipes.find`.
     if str(recipe) in recipes.names() or not Path(recipe).is_file():
         return None
     return Path(recipe).resolve()
@@ -173,14 +191,14 @@ def open_to_resume(
 
     Args:
         place: the folder of the run.
-        recipe: the recipe that the run was started with; None: `recipe.toml` of the folder.
-        overrides: further overrides. They may only change keys such as `device`, which need not
-            be equal in a resumed run.
-        data: new path of the data, if it has moved.
+        recipe: the recipe that the run was started with; None: `recipe.toml` in the run folder.
+        overrides: further overrides. They may change only keys that a resumed run may change, such
+            as `device`.
+        data: new path of the data, if they have moved.
         stack: the folder's lock is entered here, so it is released when the stack closes.
 
     Raises:
-        RunError: if there is no run, or it was started with other settings.
+        RunError: if there is no run, or the run was started with other settings.
         ModelError: if `recipe` is None, `recipe.toml` names functions that are not allowed, and no
             signature shows that this user has started the run.
     """
@@ -190,6 +208,7 @@ def open_to_resume(
             place=place,
             cure=("give a recipe and leave out ", Argument("resume"), " to start one"),
         )
+    # Locked before anything is read: another process could still change these files.
     stack.enter_context(lock.locked(place))
     check_run(place)
     noted = read_json(place / "environment.json") if (place / "environment.json").exists() else {}
@@ -223,12 +242,15 @@ def open_to_resume(
 
 
 def _find_its_functions(recipe: Path, noted: Mapping[str, object], *, trusted: bool) -> None:
-    """Makes the modules of a resumed run's functions importable, if this user started the run.
+    """Makes a resumed run's functions importable, if this user has started the run.
+
+    The functions are those that its recipe names, such as `nets:small` in a file beside the recipe.
 
     Args:
         recipe: `recipe.toml` in the run folder; it may be missing.
-        noted: `environment.json` of the run.
-        trusted: whether the user has named a recipe, which is consent to its functions.
+        noted: the content of `environment.json` of the run. `started_by` in it is a signature over
+            the recipe's path and functions, made with a key of the user on this machine.
+        trusted: whether the user has named a recipe. This is consent to the functions in it.
 
     Raises:
         ModelError: if `recipe.toml` names functions that are not allowed, and no signature shows
@@ -246,10 +268,10 @@ def _find_its_functions(recipe: Path, noted: Mapping[str, object], *, trusted: b
 
 
 def _refuse_functions(recipe: Path, functions: list[str]) -> None:
-    """Refuses a recipe from a folder of unknown origin if it names functions that are not allowed.
+    """Refuses a recipe in a run folder of unknown origin if it names functions not yet allowed.
 
     Raises:
-        ModelError: naming the functions; the cure shows how to allow them.
+        ModelError: names the functions, and says how to allow them.
     """
     arguments = [name for name in functions if not consent.allowed(name)]
     if arguments:

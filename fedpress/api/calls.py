@@ -1,4 +1,8 @@
-"""Runs one stage on one model: the common part of `prune`, `quantize`, `federate` and so on."""
+"""Runs one stage on one model: the common part of `prune`, `quantize`, `federate` and so on.
+
+A stage is one step of work, such as pruning. `call` writes a recipe (the settings of a run) that
+has only this stage, runs it in a run folder, and reads the result from the files in the folder.
+"""
 
 from __future__ import annotations
 
@@ -65,28 +69,29 @@ def call(
     Args:
         kind: kind of stage, such as "prune".
         model: a `torch.nn.Module` (it is not changed), the `Result` of another call, the folder of
-            a model or of a run, a packed file, or `module:function`.
-        data: name of a source, such as "cifar10", or data in memory: inputs [n, ...] to calibrate
-            on, a pair (inputs, labels [n]), a torch Dataset or DataLoader of either, or a
-            `FederatedData`. None: the data of the run that wrote the model. A module gets data in
-            memory unchanged, except that uint8 images are scaled to 0..1. For a saved model they
-            are standardised as in its training.
-        path: file or folder of the source.
+            a model or of a run, a packed file (`.safetensors`), or `module:function`.
+        data: name of a source of data, such as "cifar10"; or data in memory: inputs [n, ...] to
+            calibrate on, a pair (inputs, labels [n]), a torch Dataset or DataLoader of inputs or
+            pairs, or a `FederatedData`. None: the data of the run that wrote the model. A module
+            gets data in memory unchanged, except that uint8 images are scaled to 0..1. For a saved
+            model, data in memory are standardised as in its training.
+        path: file or folder of the source, if the source reads files.
         checkpoint: file with a state dict for the model that `module:function` builds.
         input_shape: shape of one example, such as (3, 32, 32). A module or function without data
             needs it. A list of shapes means several inputs. Then the model must be a module, which
             can be pruned, quantized or exported without data; the result stays in memory.
-        mean: mean of each channel, for a model that was trained by another program (images count
-            as 0..1). "none": no standardisation. "data": mean and std of the source's public part.
+        mean: mean of each channel, for a model that was trained by another program (images are
+            scaled to 0..1 first). "none": no standardisation. "data": mean and std of the source's
+            public part.
         std: standard deviation of each channel.
         out: run folder to write; None: the result stays in memory.
         device: device to train and measure on: "auto", "cpu", "cuda", "cuda:1" or "mps"; None is
             "auto".
         class_weights: weight of each class in the loss, as a list; "balanced": weights from the
-            class counts of the public part; None: equal weights. The same key in a recipe and on
-            the command line is `data.class_weights`.
-        allow_code: names `module:function` that may be called to build the model, the model of its
-            run, or a teacher. A `model` given as `module:function` need not be listed here.
+            class counts of the public part; None: equal weights. In a recipe and on the command
+            line this is the key `data.class_weights`.
+        allow_code: functions that may be called to build the model, the model of its run, or a
+            teacher, as `module:function`. A `model` given as `module:function` need not be listed.
         progress: whether to show progress bars; None: in a notebook or terminal only.
         settings: keys of the stage, such as `keep_params=0.5`. `teacher` may also be a module.
 
@@ -94,7 +99,7 @@ def call(
         The result. If `out` is None, `files` has the bytes of the files that export or pack made.
 
     Raises:
-        FedpressError: if arguments do not fit together. Nearly all checks come before training.
+        FedpressError: if arguments do not fit together. Nearly all checks are done before training.
     """
     model, mean, std = model_of(model, mean, std)
     if (shapes := several.several_shapes(input_shape)) is not None:
@@ -112,6 +117,7 @@ def call(
         # Everything that can stop the work is found before a folder is written.
         bound.check(loaded)
         opened = _checked(kind, opened, loaded, out)
+        # Stages always work in a run folder. Without `out`, it is deleted when the call ends.
         place = out if out is not None else stack.enter_context(tempfile.TemporaryDirectory())
         result = _executed(bound, loaded, Path(place), str(model)[:200], progress)
         # A spec is of no use if only this process can build the module.
@@ -124,11 +130,11 @@ def call(
 
 @dataclass(frozen=True)
 class DataArguments:
-    """The arguments of a call about its data and device; see `call`.
+    """The arguments of `call` about data and device.
 
     Attributes:
         data: name of a source, or data in memory; None: the data of the run that wrote the model,
-            if it comes from a run.
+            if a run wrote it.
         path: file or folder of the source.
         checkpoint: file with a state dict for a function that builds the model.
         input_shape: shape of one example.
@@ -148,7 +154,11 @@ class DataArguments:
 
 @contextmanager
 def call_scope(allow_code: Collection[str] | str) -> Iterator[ExitStack]:
-    """Yields a stack of context managers that end with the call; restores torch's random state."""
+    """Yields a stack for context managers that must end with the call.
+
+    At the end, the functions in `allow_code` are no longer allowed, and torch's random state is as
+    before the call.
+    """
     with ExitStack() as stack:
         stack.enter_context(consent.allowing(allow_code))
         # Stages seed torch's global generator. The caller's random numbers must not depend on it.
@@ -166,6 +176,17 @@ def bind(
     out: str | Path | None = None,
 ) -> tuple[CallModel, OneStage, FederatedData]:
     """Finds the model, makes a recipe of one stage, and loads the data.
+
+    Args:
+        kind: kind of stage.
+        model: the model as `model_of` returns it.
+        arguments: data and device.
+        settings: keys of the stage.
+        stack: keeps modules registered until the call ends.
+        out: run folder to write; None: the result stays in memory.
+
+    Returns:
+        The model, the recipe, and the data set.
 
     Raises:
         FedpressError: if model, data and settings do not fit together.
@@ -191,13 +212,13 @@ def model_of(
     """Returns the model that a call works on, with the mean and std of its inputs.
 
     Args:
-        model: as `call` takes it. For a `Result` with a folder, that folder is returned. For a
-            `Result` in memory, its module is returned, with the mean and std of the result.
+        model: the argument `model` of `call`. For a `Result` with a folder, the folder is returned.
+            For a `Result` in memory, its module is returned, with the mean and std of the result.
         mean: the user's `mean=`; it takes precedence over the mean of the result.
         std: the user's `std=`.
 
     Raises:
-        ModelError: if `model` has a type that no call takes.
+        ModelError: if `model` has another type.
     """
     if isinstance(model, Result):
         # The folder is better than the module: it also names the data of the run.
@@ -216,7 +237,7 @@ def model_of(
 
 
 def _keys(settings: dict[str, Any], stack: ExitStack) -> list[Override]:
-    """Returns the settings as keys of the stage. A teacher module is registered in `stack`."""
+    """Returns the settings as overrides of the recipe; registers a teacher module in `stack`."""
     # TOML cannot contain a module. The recipe has a number instead, valid during this call.
     if isinstance(teacher := settings.get("teacher"), nn.Module):
         name = stack.enter_context(memory.registered(teacher))
@@ -230,6 +251,7 @@ def _executed(
     """Runs the stage in a new run folder at `place`."""
     folder = RunFolder.create(place, bound.text, settings_of(bound.recipe))
     with folder.locked():
+        # Named like the call, so that `environment.json` says how this folder was made.
         words = [f"fedpress.{bound.kind}", model]
         write_environment(folder, shlex.join(words), device=device_of(bound.recipe))
         show(bound.execute(folder, data), progress)
@@ -241,8 +263,8 @@ class CallModel:
     """The model of a call.
 
     Attributes:
-        chosen_model: the model as the keys of a recipe's table `[model]`.
-        module: the module, if the user has given one.
+        chosen_model: the model as keys of the table `[model]` in a recipe.
+        module: the user's module; None if the user gave a path or a function.
         named: class or function, and its arguments, that build the module again; None if they are
             not known, or the user gave no module.
     """
@@ -259,7 +281,10 @@ def _find_model(
     out: object,
     stack: ExitStack,
 ) -> CallModel:
-    """Finds the model; a module stays registered in `stack` until the call ends."""
+    """Finds the model for a recipe with one stage.
+
+    TOML cannot contain a module. The recipe names it by a number, valid until `stack` is closed.
+    """
     if not isinstance(model, nn.Module):
         weights = Path(checkpoint) if checkpoint is not None else None
         return CallModel(ChosenModel.find(model, weights=weights))
@@ -287,13 +312,14 @@ def _find_model(
 
 
 def _checked(kind: str, opened: CallModel, data: FederatedData, out: object) -> CallModel:
-    """Builds the user's module again and compares outputs; if they differ, drops `named`.
+    """Builds the user's module again and compares outputs; if they differ, sets `named` to None.
 
     Raises:
         ModelError: if the call must write a model that can be built again, and outputs differ.
     """
     if opened.module is None or opened.named is None:
         return opened
+    # Real examples: token ids, for example, must be below the size of the vocabulary.
     arrays = data.public if len(data.public) else next(iter(data.clients.values()))
     name = opened.chosen_model.model["arguments"]["name"]
     if memory.check_buildable(opened.module, name, data.preprocess(arrays.x[:2])):
@@ -306,13 +332,19 @@ def _files(result: Result) -> dict[str, bytes]:
     """Returns the files that export or pack wrote: name -> bytes."""
     if result.artifact is None:
         return {}
+    # All files of the folder, because some formats need more than one (OpenVINO: .xml and .bin).
     return {file.name: file.read_bytes() for file in sorted(result.artifact.parent.iterdir())}
 
 
 def _of_several(
     kind: str, model: nn.Module, shapes: several.Shapes, settings: dict[str, Any]
 ) -> Result:
-    """Runs a stage on a model of several inputs; see `fedpress.pipeline.commands.several`."""
+    """Runs a stage on a model of several inputs.
+
+    The stage sees a wrapper with one input: the row of all inputs of an example, one after another.
+    See `fedpress.pipeline.commands.several`.
+    """
+    # A device file must have the separate inputs, so export does not use the wrapper.
     if commands()[kind].load().reports_artifact:
         if odd := sorted(settings.keys() - {"format"}):
             raise ModelError(
@@ -340,6 +372,7 @@ def _data_set(
         DataError: if `data` has a type that `call` does not take.
     """
     found = _as_federated(data, chosen_model, given, keys)
+    # A source applies this key when it loads the data. Data in memory have no source.
     weights = next((key.value for key in keys if key.key == "data.class_weights"), None)
     if weights is None:
         return found
@@ -369,6 +402,7 @@ def _as_federated(
     model = chosen_model.module if chosen_model.module is not None else chosen_model.fresh(keys)
     preprocess = given.preprocess() if given is not None and given.mean is not None else own
     if isinstance(data, Clients):
+        # The task is found from the model's outputs, since the clients' labels are private.
         if chosen_model.spec is not None:
             model, task = _saved_with_task(chosen_model, chosen_model.spec)
         found = data.federated(preprocess, model, task)
@@ -394,10 +428,10 @@ def _saved_with_task(chosen_model: ChosenModel, spec: ModelSpec) -> tuple[nn.Mod
 
 
 def _refuse_what_cannot_be_saved(kind: str, model: nn.Module, out: object) -> None:
-    """Refuses, before any work, to write a module that could not be loaded again.
+    """Refuses to write a module that could not be loaded again. Called before any work is done.
 
     Raises:
-        ModelError: if the call would write it.
+        ModelError: if the call would write the module.
     """
     row = row_of(kind).load()
     if out is None and not row.needs_buildable_spec:

@@ -1,4 +1,7 @@
-"""Checks whether a client's data fit a recipe, before the client connects to a server."""
+"""Checks whether a client's data fit a recipe, before the client connects to a server.
+
+The recipe is the TOML file with the settings of a run: data, model and stages.
+"""
 
 from __future__ import annotations
 
@@ -19,27 +22,28 @@ from fedpress.pipeline.start import first_state, load_data
 
 
 def check_client(recipe: str, path: Path) -> str:
-    """Checks the data at `path` and returns a sentence with their number, shape and task.
+    """Checks the data at `path`; returns a sentence with number, shape and task of the examples.
 
-    The server may take the classes and categories from its public rows. These are not checked here
-    unless the recipe lists them; the client checks them when it receives the offer of a run.
+    Classes and categories are checked here only if the recipe lists them. Otherwise the server
+    finds them in its public rows, and the client checks them when the server offers it the run.
 
     Args:
         recipe: name or file of the recipe.
-        path: file or folder, as for `fedpress client --data`.
+        path: a table (.csv, .parquet), a file of arrays (.safetensors, .npz), or a folder
+            `label/image.png`, as for `fedpress client --data`.
 
     Raises:
         DataError: if the data cannot be read, or lack a column or class that the recipe names.
         RecipeError: if the recipe's model does not take the examples.
     """
-    ClientData(path)
+    ClientData(path)  # raises the error for a missing path or an unknown suffix
     if path.is_dir():
         found, about = _folder(recipe, path)
     elif path.suffix in TABLES:
         found, about = _table(recipe, path)
     else:
         found, about = _arrays(recipe, path)
-    first_state(about, found)
+    first_state(about, found)  # builds the model and calls it on the first examples
     part = found.public
     count = len(part) + len(found.test) + sum(map(len, found.clients.values()))
     return (
@@ -53,7 +57,10 @@ SPLIT = ("client_column", "public_clients", "test_clients", "public_share")
 
 
 def _read(recipe: str, **changed: object) -> tuple[FederatedData, Recipe]:
-    """Loads the client's data as the recipe loads its own, nearly all of it as the public part."""
+    """Loads the client's data with the recipe's settings; `changed` replaces source and path.
+
+    Nearly all examples get into the public part of the data set.
+    """
     checked = begin.load(recipe)[1]
     kept = checked.data.model_dump(exclude_unset=True, exclude={*SPLIT})
     # A data set needs a client and a test part.
@@ -70,8 +77,8 @@ def _table(recipe: str, path: Path) -> tuple[FederatedData, Recipe]:
 
 
 def _folder(recipe: str, path: Path) -> tuple[FederatedData, Recipe]:
-    # The source "folders" expects one more level above the classes: the client's name. What lies
-    # beside this folder may be anything, so it is not read.
+    # The source "folders" reads `client/label/image.png`, so the folder needs a parent. Its real
+    # parent may contain unrelated folders, which would be read as further clients.
     with TemporaryDirectory() as above:
         (Path(above) / "client").symlink_to(path.resolve(), target_is_directory=True)
         return _read(recipe, source="folders", path=Path(above))
@@ -97,7 +104,7 @@ def _arrays(recipe: str, path: Path) -> tuple[FederatedData, Recipe]:
 
 def _classes(recipe: Recipe, arrays: Arrays) -> tuple[str, ...]:
     """Returns the classes that the recipe lists, or one for each number up to the largest label."""
-    if arrays.y.is_floating_point():
+    if arrays.y.is_floating_point():  # targets of a regression
         return ()
     largest = int(arrays.y.max()) + 1 if len(arrays) else 0
     listed = recipe.data.classes
@@ -109,6 +116,7 @@ def _classes(recipe: Recipe, arrays: Arrays) -> tuple[str, ...]:
         )
     if listed is not None:
         return listed
+    # One client may lack examples of the last classes. The model still has outputs for them.
     count = recipe.model.arguments.get("num_classes")
     if isinstance(count, int):
         largest = max(largest, count)

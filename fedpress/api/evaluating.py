@@ -1,4 +1,8 @@
-"""Defines `fedpress.evaluate` (measures a model) and `fedpress.predict` (returns predictions)."""
+"""Defines `fedpress.evaluate` (measures a model) and `fedpress.predict` (returns predictions).
+
+A model is a `torch.nn.Module` or the path of a saved model. A task, such as "binary", says how
+outputs become predictions, and which loss and metrics are computed.
+"""
 
 from __future__ import annotations
 
@@ -29,6 +33,7 @@ from fedpress.pipeline.start import first_state
 from fedpress.tasks import Classification, Task
 from fedpress.training import evaluate as evaluation
 
+# Examples in one forward pass of `predict`: large enough for speed, small enough for the memory.
 BATCH = 500
 
 
@@ -44,26 +49,27 @@ def evaluate(
     device: str | torch.device | None = None,
     allow_code: Collection[str] | str = (),
 ) -> dict[str, JsonValue]:
-    """Measures a model on examples.
+    """Computes loss and metrics of a model on labelled examples.
 
     Args:
         model: a module, a `Result`, the path of a saved model or run, or `module:function`.
-        data: a pair (inputs, labels), a torch Dataset or a DataLoader; all examples are used. Of a
-            source such as "digits" or a `FederatedData`, the test part is used. None: the test part
-            of the run that wrote the model.
-        path: file or folder of the source.
+        data: a pair (inputs, labels), a torch Dataset or a DataLoader: all examples are used. The
+            name of a source of data such as "digits", or a `FederatedData`: the test part is used.
+            None: the test part of the run that wrote the model.
+        path: file or folder of the source, if `data` names a source that reads files.
         checkpoint: file with a state dict for the model that `module:function` builds.
-        mean: mean of each input channel, for a model that was trained by another program.
+        mean: mean of each input channel, for a model that was trained by another program. Inputs
+            become (x - mean) / std.
         std: standard deviation of each input channel.
         task: the task, such as "binary"; None: it is found from the model and the labels.
         device: device to compute on, such as "cuda:1".
-        allow_code: names `module:function` that may be called to build the model.
+        allow_code: functions that may be called to build the model, as `module:function`.
 
     Returns:
-        Each metric of the task, such as "accuracy", with "loss" and "examples" (their number).
+        Each metric of the task, such as "accuracy"; "loss"; and "examples", their number.
 
     Raises:
-        FedpressError: if model and data do not fit, or there is nothing to measure on.
+        FedpressError: if model and data do not fit, or there are no labelled examples.
 
     >>> import torch, fedpress
     >>> net = torch.nn.Linear(2, 2)
@@ -75,14 +81,17 @@ def evaluate(
     (0.75, 4)
     """
     model, mean, std = model_of(model, mean, std)
+    # A saved model may name the data of its run, a module cannot.
     if data is None and isinstance(model, nn.Module):
         raise _nothing_to_measure_on()
     in_memory = data is not None and not isinstance(data, str)
     held = data
     if in_memory and not isinstance(data, FederatedData):
+        # `bind` expects a federated data set. Only its test part is used here.
         held = Clients({"all": data}, test=data, task=task, place="data")
     arguments = DataArguments(held, path, checkpoint, None, mean, std, device)
     settings: dict[str, Any] = {}
+    # For data in memory, `Clients` has the task already.
     if task is not None and not in_memory:
         settings["data.task"] = task
     with call_scope(allow_code) as stack:
@@ -114,12 +123,13 @@ class Predictions:
     """The predictions of a model for n examples.
 
     Attributes:
-        answers: the prediction for each example. Classification: class numbers, int64 [n]. Several
-            labels: 0 or 1 for each label [n, k]. Regression: numbers in the units of the targets.
+        answers: the prediction for each example. Classification: class numbers, int64 [n].
+            Multi-label classification: 0 or 1 for each label [n, k]. Regression: numbers in the
+            units of the targets.
         probabilities: probability of each class or label [n, k]; None for a regression.
         outputs: outputs of the network [n, ...], for example logits.
-        names: names of the classes, labels or regressed numbers.
-        task: kind of task, such as "classification".
+        names: names of the classes, of the labels, or of the numbers that a regression predicts.
+        task: kind of task, such as "classification"; "unknown" if the model does not say.
     """
 
     answers: Tensor
@@ -133,11 +143,12 @@ class Predictions:
 
     @property
     def labels(self) -> list[str]:
-        """The name of each example's class, as text; `answers` holds the class numbers.
+        """The name of each example's class; `answers` has the class numbers.
 
         Raises:
-            DataError: if the answers are no classes, one for each example.
+            DataError: if `answers` is not one class number for each example.
         """
+        # Regression gives floats; several labels or tokens give more than one dimension.
         if self.answers.dim() != 1 or self.answers.is_floating_point():
             raise DataError(
                 f"the task {self.task} does not give one class for each example",
@@ -147,7 +158,7 @@ class Predictions:
         return [self.names[number] for number in self.answers.tolist()]
 
     def table(self) -> tuple[list[str], list[list[Any]]]:
-        """Returns column names and rows: the answers first, then one column per probability.
+        """Returns column names and one row per example: its predictions, then its probabilities.
 
         Raises:
             DataError: if an example has several predictions, such as one for each token.
@@ -179,18 +190,19 @@ def predict(
     std: Sequence[float] | None = None,
     allow_code: Collection[str] | str = (),
 ) -> Predictions:
-    """Runs a model on examples.
+    """Returns the predictions of a model for examples, which need no labels.
 
     Args:
         model: a module, a `Result`, the path of a saved model or run, or `module:function`.
-        inputs: uint8 images, numbers or token ids [n, ...]; a dictionary of them for a model of
-            several inputs; the path of a .npy file, or of a .npz file for several inputs; a Dataset
-            or DataLoader, whose labels are ignored. For a saved model the inputs are standardised
-            as in its training. A module gets them unchanged.
+        inputs: uint8 images, numbers or token ids [n, ...]; a dictionary of such arrays for a model
+            of several inputs; the path of a .npy file, or of a .npz file for several inputs; a
+            Dataset or DataLoader, whose labels are ignored. For a saved model the inputs are
+            standardised as in its training. A module gets the inputs unchanged.
         checkpoint: file with a state dict for the model that `module:function` builds.
-        mean: mean of each input channel, for a model that was trained by another program.
+        mean: mean of each input channel, for a model that was trained by another program. Inputs
+            become (x - mean) / std.
         std: standard deviation of each input channel.
-        allow_code: names `module:function` that may be called to build the model.
+        allow_code: functions that may be called to build the model, as `module:function`.
 
     Raises:
         FedpressError: if the model does not take these inputs.
@@ -211,8 +223,10 @@ def predict(
             for part in rows.split(BATCH):
                 outputs.append(_outputs(network, preprocess(part)))
     joined = torch.cat(outputs)
+    # Nothing says the task of such a model. One vector of outputs per example looks like logits.
     if task is None and (count := classes_in(shape)):
         task = Classification(tuple(map(str, range(count))))
+    # Other outputs, such as images, are returned as they are.
     if task is None:
         names = tuple(f"output {at}" for at in range(joined[0].numel()))
         return Predictions(joined, None, joined, names, "unknown")
@@ -224,7 +238,8 @@ def predict(
 def _network(
     model: nn.Module | str | Path, checkpoint: str | Path | None, given: Standardization | None
 ) -> tuple[nn.Module, Preprocess, Task | None]:
-    """Returns the network, its preprocessing, and its task (None if it is not known)."""
+    """Returns the network, the preprocessing of its inputs, and its task (None if not known)."""
+    # `given.mean` is None for mean="data". Inputs to predict have no training data to fit it on.
     own = given.preprocess() if given is not None and given.mean is not None else None
     if isinstance(model, nn.Module):
         spec = memory.spec_of(model)
@@ -239,7 +254,7 @@ def _network(
 
 
 def _task_of(spec: ModelSpec) -> Task | None:
-    """Returns the task that a saved model was trained for; None if its file names none."""
+    """Returns the task that a model was trained for; None if its spec does not name a task."""
     if not spec.class_names and not spec.task:
         return None
     return tasks.of_model(spec.task, spec.class_names)
@@ -274,7 +289,7 @@ def _outputs(network: nn.Module, x: Inputs) -> Tensor:
 
 
 def _read(inputs: Any) -> Inputs:
-    """Returns the inputs, from memory or from a NumPy file. Labels are dropped.
+    """Returns the inputs in memory, or reads them from a NumPy file. Labels are dropped.
 
     Raises:
         DataError: if `inputs` has a type that `predict` does not take.
@@ -284,6 +299,7 @@ def _read(inputs: Any) -> Inputs:
     try:
         return pair_of(inputs)[0]
     except DataError as error:
+        # `pair_of` names the argument of the other calls; here the argument is `inputs`.
         if error.place == "data":
             error.place = "inputs"
         raise

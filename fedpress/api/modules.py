@@ -1,4 +1,7 @@
-"""Finds the spec that builds a user's module again, and makes the error if there is none."""
+"""Finds the spec that builds a user's module again, and makes the error if there is none.
+
+A spec is the description of a model in a saved file: architecture, arguments and shapes.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +14,9 @@ from fedpress.models import ModelSpec, memory
 def building_spec(module: nn.Module) -> ModelSpec | None:
     """Returns the spec with which any process can build a module that a call has returned.
 
-    Returns None in three cases: no call returned this module; the user changed it afterwards; or
-    only this process can build it, for example because its class is defined in a notebook.
+    Returns None in three cases: no call of fedpress returned this module; the user changed the
+    module afterwards; or only this process can build the module, for example because its class is
+    defined in a notebook.
     """
     spec: ModelSpec | None = memory.spec_that_builds(module)
     return None if spec is None or spec.architecture == memory.IN_MEMORY else spec
@@ -22,10 +26,11 @@ def not_buildable(module: nn.Module, *, place: str, what: str = "it") -> ModelEr
     """Returns the error for a module that cannot be saved, because it could not be built again.
 
     Args:
-        module: the module that should be saved.
-        place: the argument that requires saving.
-        what: what should be written, such as "the file"; the first words of the error.
+        module: the module that cannot be saved.
+        place: the argument that requires saving, such as "out".
+        what: the subject of the error's sentence, such as "the file".
     """
+    # An attribute for each argument lets fedpress read the arguments from the finished module.
     importable = (
         "define its class in a file such as nets.py, import it from there, and keep each argument "
         "of its constructor as an attribute of the same name (self.width = width)"

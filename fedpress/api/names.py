@@ -42,10 +42,12 @@ ROWS = (
     Row("measure", "fedpress measure MODEL...", "measures size and latency in every runtime"),
     Row("evaluate", "fedpress eval MODEL", "measures accuracy and other metrics on examples"),
     Row("predict", "fedpress predict MODEL INPUTS", "returns the answers of a model to examples"),
+    # Commands take the path of a model, so there is no command that only loads one.
     Row("load", "MODEL of every command", "loads a saved model as a module"),
     Row("save", "fedpress save MODEL PATH", "saves a model as a folder or one file"),
     Row("epsilon", "fedpress privacy epsilon", "the epsilon of a number of noised sums"),
     Row("noise_multiplier", "fedpress privacy noise", "the noise multiplier for a given epsilon"),
+    # Names with a dot are not in `fedpress.__all__`: a user imports them from their modules.
     Row(
         "privacy.accounting.compose.spent",
         "fedpress privacy compose FILE",
@@ -73,6 +75,7 @@ ROWS = (
     Row("network.client.serve", "fedpress client", "takes part with the data of this machine"),
     Row("api.approving.approve", "fedpress client approve RECIPE", "an owner's yes to a recipe"),
     Row("network.owner.status", "fedpress client status", "what was asked, refused and spent"),
+    # Classes: no command makes them, so the second column says how the command line shows them.
     Row("Recipe", "RECIPE, a TOML file", "the settings of a run, checked"),
     Row("Run", "RUN, a run folder", "a run: its result, model, records and events"),
     Row("Result", "the run folder of a command", "the result of a call on one model"),

@@ -1,4 +1,7 @@
-"""`fedpress.recipes`: lists the recipes that come with fedpress."""
+"""Defines `fedpress.recipes`, which lists the recipes that come with fedpress.
+
+A recipe is a TOML file with the settings of a run: data, model and stages.
+"""
 
 from __future__ import annotations
 

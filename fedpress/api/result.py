@@ -1,4 +1,4 @@
-"""The result of a call on one model: the new model, its metrics before and after, and files."""
+"""The result of a call such as `fedpress.prune`: the new model, metrics before and after, files."""
 
 from __future__ import annotations
 
@@ -22,23 +22,24 @@ from fedpress.workspace.folder import RunFolder
 
 @dataclass(frozen=True, eq=False)
 class Result:
-    """The result of a call on one model. It can be given to the next call as its `model`.
+    """The result of a call on one model. The next call takes a `Result` as its argument `model`.
 
     Attributes:
-        spec: how to build the model. None if only this process can build it, because the user gave
-            a module without a known constructor.
+        spec: how to build the model: architecture, arguments and shapes. None if only this process
+            can build the model, because the user gave a module without a known constructor.
         model: the new model.
         before: facts about the old model, such as accuracy, parameters, macs, file_bytes and
             latency_ms.
         after: the same facts about the new model, and facts of the stage such as `bytes_up` and
             `epsilon`.
-        mean: mean of each input channel, with which inputs are standardised.
+        mean: mean of each input channel; the model expects inputs (x - mean) / std.
         std: standard deviation of each input channel.
         records: one record per epoch or round, as in `records.jsonl` of a run.
         folder: folder of the new model; None if the call had no `out`.
         artifact: file that export or pack wrote; None if the call had no `out`.
         files: name -> bytes of the files that export or pack made, if the call had no `out`.
-            OpenVINO makes two files, and tables add `inputs.json`.
+            OpenVINO makes two files. For data from a table, such as a CSV file, `inputs.json`
+            says how a row becomes the model's input.
     """
 
     spec: ModelSpec | None
@@ -54,8 +55,9 @@ class Result:
 
     @classmethod
     def read(cls, run: RunFolder, kind: str) -> Result:
-        """Reads the result of a finished command from its run folder."""
+        """Reads the result of a finished call of kind `kind` from the files of its run folder."""
         facts = read_json(run.path / "result.json", cure=CURES["result.json"]).get("final")
+        # A file that was edited or damaged may be valid JSON and still lack these entries.
         if not isinstance(facts, dict) or "name" not in facts:
             raise RunError(
                 "corrupt (it has no final.name)",
@@ -73,7 +75,7 @@ class Result:
         )
 
     def __str__(self) -> str:
-        """Returns a table of what changed: metrics, parameters, file, latency, bytes, epsilon.
+        """Returns a table of the old and the new model: metrics, size, latency, bytes, epsilon.
 
         A second table lists layers that were not changed, and targets that were nearly met.
         """

@@ -1,4 +1,8 @@
-"""Defines `fedpress.run`, `check`, `report` and the class `Run`: checks, runs, resumes recipes."""
+"""Defines `fedpress.run`, `check`, `report` and the class `Run`: checks, runs, resumes recipes.
+
+A recipe is a TOML file with the settings of a run: data, model and stages, such as "train" and
+"prune". A run writes its results and checkpoints to its own folder, the run folder.
+"""
 
 from __future__ import annotations
 
@@ -43,13 +47,13 @@ Engine = str | Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Work:
-    """What `Run.events` needs to run the stages.
+    """The inputs of `Run.events`, all loaded and checked.
 
     Attributes:
-        begun: the checked run.
+        begun: the checked settings of the run, and its folder.
         data: the loaded data set.
         reuse: another run. Its first stages are copied up to the first stage whose settings differ.
-        engine: runs simulated clients.
+        engine: where simulated clients run, such as "local" (in this process).
     """
 
     begun: begin.CheckedRun
@@ -96,9 +100,11 @@ class Run:
         **overrides: Any,
     ) -> Run:
         """Checks all stages of a new run without running them. For arguments see `fedpress.run`."""
+        # For the rest of the process, because `events` builds models after this method returns.
         consent.allow(*consent.checked(allow_code))
         words, path, held = _overrides_and_data(data, overrides)
         place = Path(out) if out is not None else None
+        # Checked first: a wrong engine must not cost the time to load the data.
         settings = engine_settings(engine)
         begun = begin.new(recipe, words, path, place)
         return cls(begun.place, _bound(begun, held, reuse, settings))
@@ -118,15 +124,16 @@ class Run:
 
         Args:
             path: the run folder.
-            recipe: the recipe of the run; it is an error if its settings differ from the run's.
-                None: `recipe.toml` of the folder.
-            data: new path of the data, if it has moved. A data set in memory must be given again.
-            engine: see `fedpress.run`; another one than before gives the same result.
-            allow_code: names `module:function` that may be called to build the folder's models.
-            overrides: keys that may change, such as `device`.
+            recipe: the recipe of the run. Settings that differ from those of the run are an error.
+                None: `recipe.toml` in the run folder.
+            data: new path of the data, if they have moved. A data set in memory must be given
+                again.
+            engine: see `fedpress.run`. The engine may change; the result stays the same.
+            allow_code: functions that may be called to build models, as `module:function`.
+            overrides: settings that may change in a resumed run, such as `device`.
 
         Raises:
-            RunError: if there is no run, it has other settings, or one of its files was damaged.
+            RunError: if there is no run, its settings differ, or one of its files is damaged.
         """
         consent.allow(*consent.checked(allow_code))
         settings = engine_settings(engine)
@@ -138,7 +145,7 @@ class Run:
 
     @classmethod
     def open(cls, path: str | Path) -> Run:
-        """Opens a run folder to read results; such a `Run` cannot be continued.
+        """Opens a run folder to read results; the returned `Run` cannot be continued.
 
         Raises:
             RunError: if there is no run.
@@ -146,7 +153,7 @@ class Run:
         return cls(RunFolder.open(Path(path)).path)
 
     def events(self) -> Iterator[Event]:
-        """Runs the stages; yields `StageStarted`, `Tick` and `StageFinished` events.
+        """Runs the stages; yields `StageStarted`, `Tick` (a step is done) and `StageFinished`.
 
         The run works only while the caller requests the next event. A second call continues from
         the last checkpoint and skips finished stages. Torch's random state is restored before each
@@ -154,7 +161,7 @@ class Run:
 
         Raises:
             RunError: if this `Run` was made by `open`, or another process works in the folder.
-            FedpressError: if a stage fails; finished stages and checkpoints are kept.
+            FedpressError: if a stage fails. Finished stages and checkpoints are kept.
         """
         if self._work is None:
             raise RunError(
@@ -163,6 +170,7 @@ class Run:
                 cure="open it with fedpress.Run.resume(PATH) to continue it",
             )
         work = self._work
+        # Holds the folder's lock until the generator ends or is closed.
         with ExitStack() as held:
             folder, notes = work.begun.start("fedpress.run(...)", held)
             # A second call of `events` must continue in this folder and not make a new one.
@@ -173,6 +181,7 @@ class Run:
             yield from own_random_numbers(
                 runs.execute(work.begun.recipe, folder, work.data, reuse=work.reuse, engine=engine)
             )
+        # Only a finished run gets here: a caller that stops early closes the generator above.
         write_report(self.path)
 
     @property
@@ -182,7 +191,7 @@ class Run:
 
     @property
     def result(self) -> dict[str, Any]:
-        """The content of `result.json`: "stages" has facts of each stage, "final" those of the end.
+        """The content of `result.json`: "stages" has facts of each stage, "final" of the last one.
 
         Raises:
             RunError: if the run is not finished.
@@ -202,11 +211,12 @@ class Run:
     @property
     def stages(self) -> list[dict[str, Any]]:
         """Facts of each finished stage, such as `accuracy` and `parameters`."""
+        # Read again at each use, since the run may have advanced in this or another process.
         return read_run(self.path).stages
 
     @property
     def records(self) -> list[dict[str, Any]]:
-        """One record per epoch or round so far."""
+        """One record for each epoch or round that is done, such as its loss and accuracy."""
         return read_run(self.path).records
 
     @property
@@ -217,15 +227,17 @@ class Run:
             ModelError: if no stage is finished.
         """
         spec, model = storage.load(self.path)
+        # With its spec, the module can be given to `fedpress.prune` and saved again.
         memory.remember_spec(model, spec)
         return model
 
     def report(self, out: str | Path | None = None) -> Path:
-        """Draws the report and returns its path: `report.html` in the folder, or `out`."""
+        """Writes the report as an HTML page to `out` or `report.html`; returns its path."""
         return write_report(self.path, Path(out) if out is not None else None)
 
     def _table(self) -> Table:
         found = read_run(self.path)
+        # An unfinished run has no result yet, so its epochs and rounds are shown.
         if found.result:
             return stage_table(found.result, before=found.before or None)
         return progress_table(found.records)
@@ -256,28 +268,30 @@ def run(
     """Runs a recipe to its end.
 
     Args:
-        recipe: the name of a shipped recipe, a TOML file, tables, or a `Recipe`.
+        recipe: the name of a recipe that comes with fedpress, a TOML file, a dictionary of tables,
+            or a `Recipe`.
         data: folder or file (sets `data.path`), keys of the table `[data]`, or a `FederatedData`
-            that replaces the recipe's source.
-        out: folder of the new run; None: the first free of runs/NAME, runs/NAME-2 and so on.
+            that replaces the recipe's source of data.
+        out: folder of the new run; None: the first of runs/NAME, runs/NAME-2 and so on that does
+            not exist.
         resume: folder of an interrupted run to continue, instead of a new run.
         reuse: folder of another run. Its first stages are copied up to the first stage whose
             settings differ from those of this run.
         engine: where simulated clients run: "local" in this process, or "ray" in actors of Ray,
             which takes `address`, `cpus_per_client`, `gpus_per_client` and `actors`, as in
             `{"kind": "ray", "actors": 4}`. It does not change the result.
-        allow_code: names `module:function` that may be called to build models, from now on in this
-            process.
+        allow_code: functions that may be called to build models, as `module:function`. They stay
+            allowed in this process.
         progress: whether to show progress bars; None: in a notebook or terminal only.
-        overrides: single keys to change: `seed=1`, `data={"num_clients": 5}`,
+        overrides: settings to change: `seed=1`, `data={"num_clients": 5}`,
             `stage={"federate": {"num_rounds": 3}}`. A stage is named by its name, kind or position.
 
     Returns:
         The finished run, with `result`, `model`, `records` and `report()`.
 
     Raises:
-        FedpressError: if settings, data and model do not fit together. Nearly all checks come
-            before the first stage.
+        FedpressError: if settings, data and model do not fit together. Nearly all checks are done
+            before the first stage begins.
 
     >>> import fedpress, tempfile
     >>> quick = {"dense": {"epochs": 1}}
@@ -286,6 +300,7 @@ def run(
     ['dense', 'prune', 'fine-tune', 'federate', 'export']
     """
     if resume is not None:
+        # They are for new runs: ignoring them would continue in a folder the user did not mean.
         if out is not None or reuse is not None:
             raise RunError(
                 "a resumed run continues in its own folder",
@@ -318,17 +333,17 @@ def check(
     allow_code: Collection[str] | str = (),
     **overrides: Any,
 ) -> dict[str, Any]:
-    """Checks every stage of a recipe without training.
+    """Checks every stage of a recipe without training, and computes what the stages will cost.
 
     Args:
         recipe: name, file, tables or `Recipe`, as for `fedpress.run`.
         data: path, keys of `[data]` or `FederatedData`, as for `fedpress.run`.
-        allow_code: names `module:function` that may be called to build models.
-        overrides: single keys to change, as for `fedpress.run`.
+        allow_code: functions that may be called to build models, as `module:function`.
+        overrides: settings to change, as for `fedpress.run`.
 
     Returns:
-        "recipe": its name. "data": numbers of clients and examples. "stages": for each stage
-        parameters, MACs and, for a federation, bytes per round, noise multiplier and epsilon.
+        "recipe": its name. "data": numbers of clients and examples. "stages": parameters and MACs
+        of each stage; for federated training also bytes per round, noise multiplier and epsilon.
 
     Raises:
         FedpressError: the first error that would stop the run.
@@ -341,6 +356,7 @@ def check(
     consent.allow(*consent.checked(allow_code))
     words, path, held = _overrides_and_data(data, overrides)
     _, checked = begin.load(recipe, words, path)
+    # Building models seeds torch's generator. The caller's random numbers must not depend on it.
     with torch.random.fork_rng(devices=[]):
         loaded = held if held is not None else load_data(checked)
         lines = check_recipe(checked, loaded)
@@ -352,7 +368,7 @@ def check(
 
 
 def report(run: Run | str | Path, out: str | Path | None = None) -> Path:
-    """Draws the report of a run, finished or not, and returns the path of the page.
+    """Writes the report of a run, finished or not, as an HTML page; returns the path of the page.
 
     Args:
         run: a `Run`, or the path of a run folder.
@@ -373,7 +389,7 @@ def report(run: Run | str | Path, out: str | Path | None = None) -> Path:
 
 
 def own_random_numbers(events: Iterator[Event]) -> Iterator[Event]:
-    """Yields `events` such that the run and the caller have separate states of torch's generator.
+    """Yields `events`; gives the run and the caller separate states of torch's random generator.
 
     Otherwise a caller that draws random numbers between two events would change the run's result.
     """
@@ -383,7 +399,7 @@ def own_random_numbers(events: Iterator[Event]) -> Iterator[Event]:
         torch.set_rng_state(state)
         try:
             event = next(events, None)
-        finally:
+        finally:  # also if a stage fails
             state = torch.get_rng_state()
             torch.set_rng_state(theirs)
         if event is None:
@@ -394,9 +410,14 @@ def own_random_numbers(events: Iterator[Event]) -> Iterator[Event]:
 def _overrides_and_data(
     data: Data, overrides: Mapping[str, Any]
 ) -> tuple[list[Override], Path | None, FederatedData | None]:
-    """Sorts `data` by its type: returns overrides, a path or None, and a data set or None."""
+    """Returns all overrides, the path of the data, and the data set in memory.
+
+    The type of `data` decides: keys of `[data]` are added to the overrides; a path or a data set is
+    returned as such. What the user has not given is None.
+    """
     words = recipes.overrides_of(overrides)
     if isinstance(data, FederatedData):
+        # A recipe must name a source. This table says only the shape and the number of classes.
         return [*words, Override.of("data", table_of(data))], None, data
     if isinstance(data, Mapping):
         return [*words, *recipes.overrides_of({"data": data})], None, None
@@ -409,7 +430,7 @@ def _bound(
     reuse: str | Path | None,
     engine: EngineSettings,
 ) -> Work:
-    """Loads the data and checks every stage."""
+    """Loads the data and checks every stage; returns all that `Run.events` needs."""
     earlier = RunFolder.open(Path(reuse)) if reuse is not None else None
     with torch.random.fork_rng(devices=[]):
         data = held if held is not None else load_data(begun.recipe)

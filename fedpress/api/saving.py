@@ -1,4 +1,8 @@
-"""Defines `fedpress.load` and `fedpress.save` for models in a folder or in one packed file."""
+"""Defines `fedpress.load` and `fedpress.save` for models in a folder or in one packed file.
+
+A saved model consists of a spec (architecture, its arguments and shapes, as JSON) and tensors.
+Nothing is pickled. A packed file is one losslessly compressed `.safetensors` file.
+"""
 
 from __future__ import annotations
 
@@ -23,11 +27,11 @@ def load(path: str | Path, *, allow_code: Collection[str] | str = ()) -> nn.Modu
 
     Args:
         path: folder of a model, folder of a run (its last finished stage is taken), or packed file.
-        allow_code: names `module:function` that may be called to build the model. Nothing is
-            unpickled.
+        allow_code: functions that may be called to build the model, as `module:function`.
 
     Raises:
-        ModelError: if there is no model, it is damaged, or it names a function that is not allowed.
+        ModelError: if there is no model, if the model is damaged, or if the model is built by a
+            function that `allow_code` does not name.
 
     >>> import torch, fedpress, tempfile
     >>> path = f"{tempfile.mkdtemp()}/net"
@@ -39,6 +43,7 @@ def load(path: str | Path, *, allow_code: Collection[str] | str = ()) -> nn.Modu
     """
     with call_scope(allow_code):
         spec, model = storage.load(Path(path))
+    # Without its spec, the module could not be saved again or measured like the saved model.
     memory.remember_spec(model, spec)
     return model.eval()
 
@@ -51,21 +56,21 @@ def save(
     input_shape: Sequence[int] | None = None,
     allow_code: Collection[str] | str = (),
 ) -> Path:
-    """Writes a model such that every command and `load` open it again.
+    """Writes a model to a folder or a packed file, which `load` and every command can open.
 
     Args:
         model: a `Result`, a module, the path of a saved model, or `module:function`.
         path: a new folder; or a new file that ends in `.safetensors`, which is packed losslessly.
         checkpoint: file with a state dict for the model that `module:function` builds.
-        input_shape: shape of one example; needed for a function, and for a module that fedpress
-            has not returned.
-        allow_code: names `module:function` that may be called to build the model.
+        input_shape: shape of one example, such as (3, 32, 32). It is needed if `model` names a
+            function, or is a module that no call of fedpress has returned.
+        allow_code: functions that may be called to build the model, as `module:function`.
 
     Returns:
         The path.
 
     Raises:
-        ModelError: if `path` exists, or it is not known how to build the module.
+        ModelError: if `path` exists, or fedpress does not know how to build the module again.
 
     >>> import torch, fedpress, tempfile
     >>> net = torch.nn.Sequential(torch.nn.Linear(4, 2))
@@ -89,17 +94,20 @@ def save(
 def _described(
     model: Model, checkpoint: str | Path | None, shape: tuple[int, ...] | None
 ) -> tuple[ModelSpec, nn.Module]:
-    """Returns a model with the spec that builds it.
+    """Returns the spec that builds a model, and the model as a module.
 
     Raises:
-        ModelError: if it is not known how to build the model.
+        ModelError: if fedpress does not know how to build the model.
     """
+    # The sources of a spec, from the most to the least complete: a result, a file, an earlier
+    # call on this module, and last the constructor of the module's class.
     if isinstance(model, Result) and model.spec is not None:
         return model.spec, model.model
     given = model_of(model)[0]
     if not isinstance(given, nn.Module):
         weights = Path(checkpoint) if checkpoint is not None else None
         return ChosenModel.find(given, weights=weights).opened(shape)
+    # This spec comes before the constructor: it knows the shapes after pruning.
     known = building_spec(given)
     if known is not None:
         return known, given

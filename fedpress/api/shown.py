@@ -1,4 +1,4 @@
-"""Renders a table as text for a terminal, or as HTML for a notebook."""
+"""Converts a table to text for a terminal, or to HTML for a notebook."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
-"""`fedpress.prune`, `quantize`, `federate` and so on: one function for each kind of stage.
+"""Functions that do one step of work on a model: `fedpress.prune`, `quantize`, `federate`, ...
 
-Each takes a model and returns a `Result`: the new model, with metrics and costs before and after.
+A stage is one step of a recipe, such as pruning. There is one function for each kind of stage. It
+takes a model and returns a `Result`: the new model, with metrics and costs before and after.
 """
 
 from __future__ import annotations
@@ -22,9 +23,13 @@ Call = Callable[..., Result]
 
 
 def with_stage_signature(function: Call) -> Call:
-    """Adds the stage's settings to the signature and docstring of a function, for `help()`."""
+    """Adds a stage's settings to the signature and docstring of a function, for `help()`.
+
+    The name of the function is the kind of the stage. The function itself takes `**settings`.
+    """
     kind = function.__name__
     settings = commands()[kind].load()
+    # `kind` is the function's name, and `settings` is replaced by single parameters (`own`).
     common = [
         parameter
         for name, parameter in inspect.signature(call).parameters.items()
@@ -46,11 +51,13 @@ def with_stage_signature(function: Call) -> Call:
             annotation=field.annotation,
         )
         for name, field in settings.model_fields.items()  # type: ignore[attr-defined]
+        # The name distinguishes the stages of a recipe; a call has only one stage.
         if name not in ("kind", "name")
     ]
     function.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
         [*common, *own], return_annotation=Result
     )
+    # A key with a dot belongs to a nested table. Its first word is listed already.
     lines = [f"    {row.key}: {row.meaning}" for row in recipes.keys(kind) if "." not in row.key]
     function.__doc__ = "\n".join(
         [
@@ -67,7 +74,7 @@ def with_stage_signature(function: Call) -> Call:
 
 @with_stage_signature
 def prune(model: Model, **settings: Any) -> Result:
-    """Removes whole channels; the result is a plain network with smaller layers.
+    """Removes whole channels; the result is an ordinary network with smaller layers.
 
     >>> import torch, fedpress
     >>> net = torch.nn.Sequential(torch.nn.Linear(8, 64), torch.nn.ReLU(), torch.nn.Linear(64, 2))
@@ -80,7 +87,7 @@ def prune(model: Model, **settings: Any) -> Result:
 
 @with_stage_signature
 def sparsify(model: Model, **settings: Any) -> Result:
-    """Sets single weights to zero; the shapes stay.
+    """Sets single weights to zero; the shapes of the layers stay.
 
     >>> import torch, fedpress
     >>> widths = [(8, 64), (64, 64), (64, 2)]
@@ -109,7 +116,7 @@ def l0(model: Model, **settings: Any) -> Result:
 
 @with_stage_signature
 def quantize(model: Model, **settings: Any) -> Result:
-    """Quantizes weights and the inputs of layers; with `epochs`, quantization-aware training.
+    """Rounds weights and layer inputs to few bits; `epochs` adds quantization-aware training.
 
     >>> import torch, fedpress
     >>> net = torch.nn.Sequential(torch.nn.Linear(8, 64), torch.nn.ReLU(), torch.nn.Linear(64, 2))
@@ -122,7 +129,7 @@ def quantize(model: Model, **settings: Any) -> Result:
 
 @with_stage_signature
 def train(model: Model, **settings: Any) -> Result:
-    """Trains on the data, all of which count as public.
+    """Trains on the data, without clients. All examples count as public, so there is no privacy.
 
     >>> import torch, fedpress
     >>> x = torch.randn(400, 2)
@@ -150,7 +157,7 @@ def distill(model: Model, **settings: Any) -> Result:
 
 @with_stage_signature
 def pack(model: Model, **settings: Any) -> Result:
-    """Packs the model losslessly into one file: in `result.files`, or in the folder `out`.
+    """Compresses the model losslessly into one file, in `result.files` or in the folder `out`.
 
     >>> import torch, fedpress
     >>> packed = fedpress.pack(torch.nn.Sequential(torch.nn.Linear(4, 2)), input_shape=(4,))
@@ -162,7 +169,9 @@ def pack(model: Model, **settings: Any) -> Result:
 
 @with_stage_signature
 def export(model: Model, **settings: Any) -> Result:
-    """Writes a file for a device, such as ONNX, runs it here and compares its outputs with torch.
+    """Writes a model file for a device, such as ONNX, and compares its outputs with torch.
+
+    The comparison runs the file on this machine.
 
     >>> import torch, fedpress
     >>> exported = fedpress.export(torch.nn.Sequential(torch.nn.Linear(4, 2)), input_shape=(4,))
@@ -183,13 +192,13 @@ def federate(
     classes: Sequence[str] | None = None,
     **settings: Any,
 ) -> Result:
-    """Simulates federated training; every message is encoded, and its real bytes are counted.
+    """Simulates federated training in this process. Messages are encoded; their bytes are counted.
 
     Args:
         model: a module, a `Result`, the path of a saved model or run, or `module:function`.
         clients: name -> private examples of that client: a pair (inputs, labels), a torch Dataset
-            or a DataLoader. Instead, `data=` may name a source such as "digits"; keys of `[data]`
-            are then given as `**{"data.num_clients": 5}`.
+            or a DataLoader. Without `clients`, `data=` may name a source of data such as "digits".
+            Settings of the source are then given as `**{"data.num_clients": 5}`.
         test: examples to measure on; None: 20% of each client's examples become the test set.
         public: public examples, for settings that need some.
         task: the task, such as "binary"; None: it is found from the model and the labels.
@@ -210,6 +219,7 @@ def federate(
             raise DataError("clients are given too", place="data", cure="leave one of them out")
         settings["data"] = Clients(clients, test, public, task, classes)
     else:
+        # A saved model may name the data of its run, a module cannot.
         if isinstance(model, nn.Module) and settings.get("data") is None:
             raise DataError(
                 "no clients are given",
@@ -219,6 +229,7 @@ def federate(
                     Argument("data", "SOURCE"),
                 ),
             )
+        # They would be ignored. An error is better than a result from other data than expected.
         given = {"test": test, "public": public, "task": task, "classes": classes}
         odd = next((name for name, value in given.items() if value is not None), None)
         if odd is not None:
@@ -231,7 +242,10 @@ def federate(
 
 
 def call_of_added_stage(kind: str) -> Call:
-    """Returns a function for a stage that has none in this file, such as a user's stage."""
+    """Returns a function for a kind of stage that has no function in this file.
+
+    Example: a stage that a user has added to the table of stages.
+    """
 
     def function(model: Model, **settings: Any) -> Result:
         return call(kind, model, **settings)

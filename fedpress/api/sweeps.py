@@ -1,4 +1,8 @@
-"""Defines `fedpress.sweep`: runs a recipe with all combinations of values, finds Pareto fronts."""
+"""Defines `fedpress.sweep`: runs a recipe with all combinations of values, finds Pareto fronts.
+
+A recipe is a TOML file with the settings of a run. A variant is the recipe with one combination of
+the values, such as `keep_params=0.5` with seed 1.
+"""
 
 from __future__ import annotations
 
@@ -25,9 +29,9 @@ class CheckedSweep:
 
     Attributes:
         text: the recipe as TOML.
-        variants: all combinations of the values.
-        place: folder of the sweep.
-        extra: further overrides that every variant gets, as text.
+        variants: all combinations of the values, with each seed.
+        place: folder of the sweep; it gets one run folder per variant.
+        extra: further overrides that every variant gets, as text such as `seed=1`.
     """
 
     text: str
@@ -49,7 +53,7 @@ def new(
     Args:
         recipe: the recipe, as for `begin.load`.
         values: values of keys, such as `stage.prune.keep_params=0.5,0.3`.
-        seeds: seeds to run each combination with.
+        seeds: seeds to run each combination with; (): the recipe's own seed.
         overrides: further overrides that every variant gets.
         data: file or folder of the data.
         out: folder of the sweep; None: sweeps/NAME.
@@ -86,18 +90,18 @@ def sweep(
         seeds: seeds to run each combination with, for mean and standard error.
         data: file or folder of the data.
         out: folder of the sweep; None: sweeps/NAME. An interrupted sweep there is resumed.
-        allow_code: names `module:function` that may be called to build models, from now on in this
-            process.
+        allow_code: functions that may be called to build models, as `module:function`. They stay
+            allowed in this process.
         progress: whether to show progress bars; None: in a notebook or terminal only.
-        overrides: keys of the recipe that are the same in all variants.
+        overrides: settings to change in all variants, such as `seed=1`.
 
     Returns:
         The content of `sweep.json`. "variants": the stages of each variant, or its error.
-        "front_file_bytes", "front_latency_ms": names of the variants on the Pareto fronts of the
-        metric against file size and latency.
+        "front_file_bytes": names of the variants on the Pareto front of metric and file size.
+        "front_latency_ms": the same for metric and latency.
 
     Raises:
-        RecipeError: if a key or value is wrong. A variant that fails later does not raise: its
+        RecipeError: if a key or value is wrong. If a variant fails later, nothing is raised: its
             error is written to `sweep.json`.
 
     >>> import fedpress, tempfile
@@ -111,6 +115,7 @@ def sweep(
     ['keep_params=0.5', 'keep_params=0.4']
     """
     consent.allow(*consent.checked(allow_code))
+    # As text, like on the command line, so both read keys and values with the same rules.
     lists = []
     for key, key_values in values.items():
         texts = [recipes.in_one_line(value) for value in key_values]
@@ -131,5 +136,6 @@ def sweep(
             for note in event.notes:
                 warnings.warn(note, stacklevel=2)
             show(event.events, progress)
+    # Last, because the HTML page compares all variants.
     write_sweep(begun.place)
     return read_json(begun.place / "sweep.json")
