@@ -1,4 +1,4 @@
-"""Compression: channel pruning, sparsity, quantization, distillation, and what a model costs."""
+"""Makes models smaller: channel pruning, sparsity, quantization, distillation; counts the cost."""
 
 from fedpress.compress.cost import Latency, latency, macs, parameters, state_bytes
 from fedpress.compress.prune.approximate import (

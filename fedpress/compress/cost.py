@@ -1,4 +1,4 @@
-"""What a model costs: parameters, multiply-adds, bytes and milliseconds, counted or measured."""
+"""Counts a model's parameters, multiply-adds and bytes, and measures its latency."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Latency:
 
 
 def parameters(model: nn.Module) -> int:
-    """Counts parameters, shared ones once.
+    """Returns the number of values in all parameters; a shared parameter counts once.
 
     >>> parameters(nn.Linear(3, 2))
     8
@@ -41,7 +41,7 @@ def parameters(model: nn.Module) -> int:
 
 
 def state_bytes(model: nn.Module) -> int:
-    """Counts the bytes of all parameters and saved buffers, shared ones once.
+    """Returns the bytes of all parameters and saved buffers; a shared tensor counts once.
 
     >>> state_bytes(nn.Linear(3, 2))
     32
@@ -99,7 +99,7 @@ def macs(model: nn.Module, example: Example) -> int:
 
 @torch.no_grad()
 def activations(model: nn.Module, example: Example) -> int:
-    """Counts the activations of one forward pass: the output sizes of all innermost modules.
+    """Returns the number of output values of all innermost modules in one forward pass.
 
     If the model fails on a batch of one, it runs on two copies, and the count is halved.
 
@@ -134,14 +134,14 @@ def activations(model: nn.Module, example: Example) -> int:
 
 @torch.no_grad()
 def latency(model: nn.Module, example: Example, *, repeats: int = 30, warmup: int = 5) -> Latency:
-    """Measures the time of one forward pass on the first of `example`, in eager torch.
+    """Measures the time of one forward pass on one example, in eager torch on one thread.
 
-    One thread is used. If the model fails on a batch of one, it runs on two copies, and the time is
-    halved. The number of threads and the model's modes are restored.
+    If the model fails on a batch of one, it runs on two copies, and the time is halved. The number
+    of threads and the model's modes are restored.
 
     Args:
         model: any module.
-        example: its inputs [n, ...].
+        example: its inputs [n, ...], of which the first example is used.
         repeats: number of timed calls.
         warmup: number of calls before the timed ones, during which caches fill and torch chooses
             kernels.
@@ -175,7 +175,7 @@ def _run_with_one_or_two(run: Callable[[Example], T], given: Example) -> tuple[T
     Some networks cannot take a batch of one, for instance because of a `squeeze()`.
 
     Returns:
-        The result, and the number of copies that it is for: 1 or 2.
+        The result, and the number of copies of the example in it: 1 or 2.
     """
     try:
         return run(given), 1

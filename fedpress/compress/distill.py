@@ -1,4 +1,4 @@
-"""Distillation: a student network learns from a teacher's outputs, features and attention maps."""
+"""Computes the loss by which a student network learns from a teacher network (distillation)."""
 
 from __future__ import annotations
 
@@ -22,11 +22,12 @@ class DistillSettings(BaseModel):
     """Settings of distillation: the terms of the student's loss and their weights.
 
     The loss is `(1 - weight) * task.loss + weight * task.soft_loss`, plus the terms of features
-    and attention. For classification the soft loss is `T^2 * KL(teacher || student)` at
-    temperature T; for regression it is the squared difference of the outputs.
+    and attention. `task` is what the model learns, such as classification. For classification the
+    soft loss is `T^2 * KL(teacher || student)` at temperature T; for regression it is the squared
+    difference of the outputs.
 
-    Modules in `features` and `attention` are named by one string if both networks have the same
-    name for it ("layer2"), else by a pair [student's name, teacher's name].
+    An entry of `features` or `attention` names a module: one string such as "layer2" if the module
+    has this name in both networks, else a pair [student's name, teacher's name].
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -75,8 +76,9 @@ def feature_loss(student: Tensor, teacher: Tensor) -> Tensor:
 def attention_map(x: Tensor) -> Tensor:
     """Returns the attention map of features [n, C, ...]: unit vectors [n, positions].
 
-    Each position has the mean square over channels. Without a channel axis, networks of different
-    widths can be compared. Zagoruyko and Komodakis (2017, arXiv:1612.03928), section 3.1.
+    The value of a position is the mean square over channels. Since the map has no channel axis,
+    networks of different widths can be compared. Zagoruyko and Komodakis (2017, arXiv:1612.03928),
+    section 3.1.
     """
     return F.normalize(x.square().mean(1).flatten(1), dim=1, eps=1e-12)
 
@@ -95,9 +97,9 @@ def attention_loss(student: Tensor, teacher: Tensor) -> Tensor:
 
 @contextmanager
 def module_outputs(model: nn.Module, names: tuple[str, ...]) -> Iterator[dict[str, Tensor]]:
-    """Yields a dictionary that holds the outputs of the modules `names`, by name.
+    """Yields a dictionary of the outputs of the modules `names`, by name.
 
-    Every forward pass of `model` within the block overwrites them.
+    Every forward pass of `model` within the block overwrites these outputs.
 
     Raises:
         TrainingError: if `model` has no such module, or its output is not a tensor.
@@ -138,7 +140,7 @@ def module_outputs(model: nn.Module, names: tuple[str, ...]) -> Iterator[dict[st
 
 
 class Distillation:
-    """The distillation loss of a student: call it with a batch's inputs, logits and targets.
+    """The distillation loss of a student network: call the object on each batch.
 
     Train inside `with distillation.recording_features(student)`, and give the parameters of
     `projections` to the student's optimizer. The teacher is frozen and in evaluation mode; it gets
@@ -199,6 +201,7 @@ class Distillation:
                 module.training = mode
 
         _check_logits(logits, teacher_logits)
+        # `renaming` turns the place of an error into the setting that the user wrote.
         for at, (mine, theirs) in enumerate(self.features):
             shape = self.student_features[mine].shape
             with renaming({"features": f"features[{at}]"}):
@@ -216,20 +219,21 @@ class Distillation:
                     place=f"attention[{at}]",
                     cure="name modules that return [channels, ...] with equal positions",
                 )
+        # Features of the test run must not be taken for those of a training batch.
         self.student_features.clear()
 
     @contextmanager
     def recording_features(self, student: nn.Module) -> Iterator[None]:
-        """Records the features of every forward pass of `student` in the block, for the loss."""
+        """Within the block, keeps the features of each forward pass of `student` for the loss."""
         names = tuple(mine for mine, _ in (*self.features, *self.attention))
         with renaming(self._keys), module_outputs(student, names) as self.student_features:
             yield
 
     @property
     def _keys(self) -> dict[str, str]:
-        """Maps places in errors of `module_outputs` (`names[2]`) to settings (`attention[0]`).
+        """Maps the place in an error of `module_outputs` to the setting that it comes from.
 
-        Features come first in `names`, then attention.
+        Example: with two features, `names[2]` is `attention[0]`. In `names`, features come first.
         """
         keys = [f"features[{at}]" for at in range(len(self.features))]
         keys += [f"attention[{at}]" for at in range(len(self.attention))]
@@ -241,12 +245,13 @@ class Distillation:
         Args:
             student: the network that learns.
             x: inputs [n, ...].
-            logits: the student's outputs [n, ...] for them.
+            logits: the student's outputs [n, ...] for `x`.
             y: targets.
         """
         s = self.settings
         teacher_features, teacher_logits = self.run_teacher(x)
         loss = s.weight * self.task.soft_loss(logits, teacher_logits, s.temperature)
+        # At weight 1 the loss on targets has the factor 0, so it is not computed.
         if s.weight < 1:
             loss = loss + (1 - s.weight) * self.task.loss(logits, y)
         for (mine, theirs), project in zip(self.features, self.projections, strict=True):
@@ -259,7 +264,7 @@ class Distillation:
 
     @torch.no_grad()
     def run_teacher(self, x: Inputs) -> tuple[dict[str, Tensor], Tensor]:
-        """Returns the teacher's features by module name and its logits [n, ...], for inputs `x`.
+        """Returns the teacher's features by module name, and its logits [n, ...], for inputs `x`.
 
         Raises:
             TrainingError: if the teacher does not take such inputs.
@@ -299,11 +304,12 @@ class Projection(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps [..., width, ...] to [..., teacher's width, ...]."""
+        # Not `nn.Conv2d`: the channels of tokens are the last axis.
         return F.linear(x.movedim(self.axis, -1), self.weight).movedim(-1, self.axis)
 
 
 def _pairs(names: tuple[Pair, ...]) -> tuple[tuple[str, str], ...]:
-    """Returns (student's, teacher's) module names; a single name is that of both."""
+    """Returns pairs (student's name, teacher's name); a single name stands for both."""
     pairs = []
     for name in names:
         if isinstance(name, str):
@@ -314,7 +320,7 @@ def _pairs(names: tuple[Pair, ...]) -> tuple[tuple[str, str], ...]:
 
 
 def _check_logits(logits: Tensor, teacher_logits: Tensor) -> None:
-    """Refuses a teacher with outputs of another shape, or outputs that are not finite."""
+    """Raises TrainingError if the teacher's outputs have another shape, or are not finite."""
     if teacher_logits.shape != logits.shape:
         raise TrainingError(
             (
@@ -336,19 +342,20 @@ def projection(name: str, mine: torch.Size, theirs: torch.Size, chance: RandomSo
     """Returns a module that brings the student's features to the teacher's shape.
 
     Args:
-        name: of the student's module, for errors.
+        name: name of the student's module, for errors.
         mine: shape of the student's features.
-        theirs: shape of the teacher's features; only the channels may differ (dimension 1 or the
-            last).
+        theirs: shape of the teacher's features; only the number of channels may differ (axis 1 or
+            the last axis).
         chance: source of the initial weights.
 
     Raises:
-        TrainingError: if the shapes differ otherwise.
+        TrainingError: if the shapes differ in another way.
     """
     if mine == theirs:
         return nn.Identity()
 
     # Channels are axis 1 of images [n, C, H, W] and the last axis of tokens [n, length, width].
+    # Shapes with different numbers of axes are refused below.
     differ = []
     for i, (a, b) in enumerate(zip(mine, theirs, strict=False)):
         if a != b:

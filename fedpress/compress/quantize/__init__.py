@@ -1,4 +1,4 @@
-"""Post-training quantization: batch-norm folding, calibration, rounding, mixed precision."""
+"""Quantizes trained models: batch-norm folding, calibration, rounding, mixed precision."""
 
 from fedpress.compress.quantize.cluster import shared_values
 from fedpress.compress.quantize.fold import find_folds, fold_

@@ -1,4 +1,4 @@
-"""Weight sharing (codebooks): k-means in one dimension chooses the values of a layer's weights."""
+"""Chooses the few values that a layer's weights may have (a codebook), by k-means."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ def shared_values(weight: Tensor, count: int) -> Tensor:
     """Returns the k-means centroids of a weight's entries: `count` ascending float32 values.
 
     In one dimension dynamic programming solves k-means exactly (Wang & Song 2011, Ckmeans.1d.dp).
-    That is used for up to 1024 distinct weights. More are first sorted and averaged in 1024 parts
-    of equal size; the solution for these is then improved by Lloyd's iterations on all weights. 0
-    is always one of the values, so that pruned weights stay pruned (Han et al. 2016,
-    arXiv:1510.00149, section 3). If there are fewer distinct weights than `count`, the last value
-    is repeated.
+    It is used for up to 1024 distinct entries. If there are more, the sorted entries are first
+    averaged in 1024 parts of equal size; the exact solution for these averages is then improved by
+    Lloyd's iterations on all entries. One of the values is always 0, so that pruned weights stay
+    pruned (Han et al. 2016, arXiv:1510.00149, section 3). If there are fewer distinct entries than
+    `count`, the last value is repeated.
 
     Args:
         weight: a tensor of any shape.
-        count: number of values, for instance 16 for 4 bits.
+        count: number of values, for instance 16 for codes of 4 bits.
 
     Raises:
         ModelError: if a weight is not finite.
@@ -69,7 +69,7 @@ def _optimal_values(points: Tensor, mass: Tensor, count: int) -> Tensor:
     means, cost_of_cell, cost_of_zero_cell = _cell_costs(points, mass)
 
     # Least cost of the first j points: cost_plain[j] if none of their cells has the value 0,
-    # cost_zero[j] if one has.
+    # cost_zero[j] if one of their cells has the value 0.
     cost_plain = torch.full((n + 1,), torch.inf, dtype=torch.float64)
     cost_plain[0] = 0.0
     cost_zero = torch.full_like(cost_plain, torch.inf)
@@ -82,6 +82,7 @@ def _optimal_values(points: Tensor, mass: Tensor, count: int) -> Tensor:
         steps.append((from_plain, torch.where(is_now, from_now, from_earlier), is_now))
         cost_plain = plain
         cost_zero = torch.where(is_now, now, earlier)
+        # Already exact: more cells cannot lower the cost.
         if float(cost_zero[n]) == 0.0:
             break
 
@@ -101,9 +102,9 @@ def _optimal_values(points: Tensor, mass: Tensor, count: int) -> Tensor:
 
 
 def _cell_costs(points: Tensor, mass: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns for each cell (the points i to j - 1) its mean and its costs, at [i, j].
+    """Returns for each cell (the points i to j - 1) its mean and two costs, at [i, j].
 
-    The costs are the squared errors if its value is the mean, and if it is 0.
+    The first cost is the squared error if the cell has its mean as value, the second if it has 0.
     """
     zero = points.new_zeros(1)
     differences = []

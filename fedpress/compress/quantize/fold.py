@@ -1,6 +1,6 @@
-"""Batch-norm folding: multiplies batch norms into the convolution or linear layer before them.
+"""Folds batch norms: multiplies each into the weights of the convolution or linear layer before it.
 
-`find_folds` finds the pairs in the graph of a model, `fold_` changes the weights.
+`find_folds` finds the pairs of norm and layer in the graph of a model; `fold_` changes the weights.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from fedpress.nn.folded import apply_folds_
 from fedpress.nn.quant_scheme import fill_zero_scales
 from fedpress.nn.quantized import QuantLayer, materialize_
 
+# The operations into whose weights a batch norm can be multiplied.
 FOLDED_INTO = {
     torch.ops.aten.linear.default,
     torch.ops.aten.conv1d.default,
@@ -41,15 +42,15 @@ def find_folds(
 
     Args:
         model: the model, which is not changed.
-        example: its input.
-        ignore: names or patterns of modules; these norms and layers are not folded.
+        example: an input of the model.
+        ignore: names or patterns of modules; norms and layers among these are left as they are.
 
     Returns:
         Two dictionaries: name of each batch norm that can be folded -> name of its layer, and name
-        of each other batch norm -> the reason.
+        of each other batch norm -> why it cannot be folded.
 
     Raises:
-        ModelError: if the model cannot be captured.
+        ModelError: if `torch.export` cannot capture the model's graph.
     """
     norms = {}
     for n, m in model.named_modules():
@@ -92,6 +93,7 @@ def _calls(
     for node in graph.nodes:
         if node.target is not torch.ops.aten.batch_norm.default:
             continue
+        # The arguments are (input, weight, bias, running mean, running variance, ...).
         name = _owner(node.args[3], owned)
         if name is not None and name in norms:
             yield name, node
@@ -100,7 +102,7 @@ def _calls(
 def _layer_before(
     model: nn.Module, norm: nn.Module, name: str, node: fx.Node, owned: Mapping[str, str]
 ) -> tuple[str, str | None]:
-    """Returns the layer into which a batch norm can be folded, or "" and the reason."""
+    """Returns (layer to fold into, None), or ("", why the batch norm cannot be folded)."""
     before: Any = node.args[0]
     reason = _why_norm_stays(norm, name, node)
     if reason is None:
@@ -125,6 +127,7 @@ def _why_norm_stays(module: nn.Module, name: str, norm: fx.Node) -> str | None:
     if module._forward_hooks or module._forward_pre_hooks:
         return "it has a hook, which would be lost"
     tensors = []
+    # Weight, bias, running mean and running variance.
     for argument in norm.args[1:5]:
         if isinstance(argument, fx.Node):
             tensors.append(argument)
@@ -134,10 +137,11 @@ def _why_norm_stays(module: nn.Module, name: str, norm: fx.Node) -> str | None:
 
 
 def _caller(node: fx.Node) -> str:
-    """Returns the module whose forward runs the operation."""
+    """Returns the name of the module whose forward runs the operation."""
     stack = node.meta.get("nn_module_stack", {})
     if not stack:
         return ""
+    # The innermost module is the last on the stack.
     name: str = list(stack.values())[-1][0]
     return name
 
@@ -199,10 +203,10 @@ def _why_not_bias(
 def fold_(model: nn.Module, folds: Mapping[str, str]) -> None:
     """Multiplies batch norms into their layers and replaces the norms by identities.
 
-    A layer then gives the outputs that layer and norm gave in evaluation mode. The weights of a
-    quantized layer are rounded first (`materialize_`); then its scales are multiplied by the size
-    of the factor, so the codes stay the same. A negative factor changes the sign of the codes, and
-    a factor of 0 makes them 0.
+    A layer then gives the outputs that layer and norm gave together in evaluation mode. The weights
+    of a quantized layer are rounded first (`materialize_`). Then each scale is multiplied by the
+    absolute value of the norm's factor, so the codes (the integers of the weights) stay the same. A
+    negative factor changes the sign of the codes, and a factor of 0 makes them 0.
 
     Args:
         model: changed in place.
@@ -242,7 +246,10 @@ def _weights_of(layer: nn.Module) -> str | None:
 
 
 def _scale_weight_(layer: nn.Module, factor: Tensor) -> None:
-    """Multiplies each output channel of a weight by `factor` [out], and its scales by |factor|."""
+    """Multiplies each output channel of a layer's weight by `factor` [out]; its scale by |factor|.
+
+    A float layer has no scales.
+    """
     assert isinstance(layer.weight, Tensor)
     materialize_(layer)
     # float64, so that folding adds only one rounding.

@@ -1,4 +1,4 @@
-"""Mixed precision: chooses the bits of each layer so that the weights fit into a given size."""
+"""Chooses the bits of each layer so that the weights fit into a given size (mixed precision)."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ CELLS = 4096
 
 @dataclass(frozen=True)
 class BitChoice:
-    """A number of bits for one layer, with the size and the effect on the outputs.
+    """A number of bits for one layer, with the layer's size and the effect on the outputs.
 
     Attributes:
         bits: bits of each weight.
-        size: bytes of codes and scales.
+        size: bytes of the layer's codes and scales.
         divergence: mean KL divergence of the model's outputs, in nats, if only this layer is
             quantized.
     """
@@ -69,18 +69,18 @@ def measure_choices(
     """Quantizes one layer at a time to each number of bits, and measures how the outputs change.
 
     The change is the mean Kullback-Leibler divergence, in nats, from the class probabilities of the
-    float model to those of the quantized one. It needs no labels, and small divergences of single
-    layers nearly add up, which `choose_bits` relies on.
+    float model to those of the quantized model. It needs no labels. `choose_bits` adds the
+    divergences of single layers; small ones nearly add up.
 
     Args:
         model: a classifier that returns logits [n, classes]; its weights are restored.
-        table: name of each layer -> its "int" scheme, whose bits will be chosen.
+        table: name of each layer -> its scheme, of the kind "int"; the bits in it are ignored.
         bits: the numbers of bits to choose from, 2 to 8 each.
         batches: public inputs [n, ...].
 
     Raises:
         DataError: if there are no batches.
-        RecipeError: if a scheme is not "int".
+        RecipeError: if a scheme is not of the kind "int".
     """
     if not batches:
         raise DataError(
@@ -104,6 +104,7 @@ def measure_choices(
                 )
             layer = model.get_submodule(name)
             found[name] = []
+            # Rounding to the scales of least squared error, as `quantize_` does by default.
             for each in sorted(set(bits)):
                 quantization = scheme.weights.model_copy(update={"bits": each})
                 with _rounded_weights(layer, quantization):
@@ -164,13 +165,13 @@ def _divergence(model: nn.Module, batches: Sequence[Inputs], wanted: Sequence[Te
 
 
 def choose_bits(choices: Mapping[str, Sequence[BitChoice]], max_bytes: int) -> dict[str, int]:
-    """Returns the bits of each layer: the smallest sum of divergences within `max_bytes`.
+    """Returns the bits of each layer with the smallest sum of divergences within `max_bytes`.
 
     This is a multiple-choice knapsack problem. It is solved by dynamic programming over sizes that
-    are rounded up to 1/4096 of the budget.
+    are rounded up to 1/4096 of the bytes beyond the smallest choices.
 
     Raises:
-        RecipeError: if even the smallest choices do not fit.
+        RecipeError: if even the smallest choice of each layer does not fit.
 
     >>> a = [BitChoice(4, 50, 0.2), BitChoice(8, 100, 0.0)]
     >>> choose_bits({"a": a, "b": [BitChoice(4, 5, 9.0), BitChoice(8, 10, 0.0)]}, 60)
@@ -221,6 +222,7 @@ def _affordable(layer: Sequence[BitChoice], cell: int, budget: int) -> list[tupl
     smallest = _smallest(layer)
     options = []
     for choice in layer:
+        # Rounded up, so that the sum of the real sizes never exceeds the limit.
         cells = math.ceil((choice.size - smallest) / cell)
         if cells <= budget:
             options.append((choice, cells))

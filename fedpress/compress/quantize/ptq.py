@@ -1,4 +1,4 @@
-"""Post-training quantization: chooses layers, sets scales, rounds, calibrates, corrects biases."""
+"""Quantizes the layers of a trained model without training (post-training quantization)."""
 
 from __future__ import annotations
 
@@ -53,11 +53,12 @@ def quantizable(
 
     Args:
         model: the model, which is not changed.
-        scheme: the scheme for every layer.
-        keep: names of layers that stay float; "first" and "last" mean those in the model's order.
-        ignore: names of modules, or patterns ("block.3.*"); all layers in them stay float.
-        sparse: names of parameters whose zeros are pruned weights. Binary values cannot represent
-            them.
+        scheme: the values that weights and inputs may have, the same for every layer.
+        keep: names of layers that stay float; "first" and "last" mean the first and the last layer
+            that can be quantized.
+        ignore: names of modules, or patterns ("block.3.*"); all layers in these modules stay float.
+        sparse: names of parameters whose zeros are pruned weights. Such a weight cannot be binary,
+            because binary values have no zero.
 
     Returns:
         Two dictionaries: name of each layer to quantize -> its scheme, and name of each layer that
@@ -67,6 +68,7 @@ def quantizable(
         ModelError: if a name of `keep` is not a layer with weights, or no layer can be quantized.
     """
     table, left = _possible_layers(model, scheme, sparse)
+    # Float weights: only layers whose inputs are quantized have something to do.
     if scheme.weights is None:
         table = {name: own for name, own in table.items() if own.inputs is not None}
     names = [*table]
@@ -195,7 +197,7 @@ def quantize_(
             bias (Nagel et al. 2019, arXiv:1906.04721, section 4.2).
 
     Returns:
-        Name of each layer that could not be rounded, corrected or calibrated as asked -> the
+        Name of each layer that was not rounded, corrected or calibrated as the settings say -> the
         reason.
 
     Raises:
@@ -215,7 +217,7 @@ def quantize_(
         )
 
     layers: dict[str, nn.Module] = {}
-    linear: dict[str, nn.Module] = {}  # those whose outputs are one product with one weight
+    linear: dict[str, nn.Module] = {}  # layers whose outputs are one product with one weight
     for name, scheme in table.items():
         if scheme.weights is not None:
             layers[name] = model.get_submodule(name)
@@ -227,6 +229,7 @@ def quantize_(
     if needs_examples:
         means, moments = _input_moments(model, linear, batches, second=second_order)
 
+    # Copies, because the weights are rounded in place; the bias correction needs the difference.
     before = {}
     for name in linear:
         before[name] = get_tensor(model, f"{name}.weight").detach().clone()
@@ -301,8 +304,8 @@ def fit_scales_(layer: QuantLayer, *, scale: Literal["mse", "minmax"] = "mse") -
     """Sets the scales or the codebook of `layer` from its present weights.
 
     Args:
-        layer: a quantized layer; its scales fit the full range of the weights.
-        scale: "mse" for scales of least squared error; "minmax" leaves those of the full range.
+        layer: a quantized layer whose scales cover the full range of the weights.
+        scale: "mse" for scales of least squared error; "minmax" leaves the scales unchanged.
     """
     quantization = layer.scheme.weights
     if quantization is None:
@@ -381,7 +384,7 @@ def _input_moments(
             layer, x = plain_equivalent(layer, x)
         x = as_batch(layer, x)
 
-        # Taking patches is linear: one im2col of the summed images gives the sum over examples.
+        # Taking patches is linear, so one im2col of the summed images gives the sum over examples.
         summed = patches(layer, x.double().sum(0, keepdim=True))
         total, count = means.get(name, (0.0, 0))
         means[name] = total + summed.sum(1), count + len(x) * summed.shape[1]
@@ -402,11 +405,11 @@ def _averages(totals: Mapping[str, tuple[Tensor, int]]) -> dict[str, Tensor]:
 def _output_shift(mean: Tensor, error: Tensor) -> Tensor:
     """Returns the mean change [out] of the outputs if the weights change by `error`.
 
-    It is exact, because the outputs are linear in the inputs.
+    The result is exact, because the outputs are linear in the inputs.
 
     Args:
         mean: mean patch [groups, k] of the inputs.
-        error: [out, ...], of the weight's shape.
+        error: change of the weight, in the weight's shape [out, ...].
     """
     by_group = error.double().reshape(len(mean), -1, mean.shape[1])
     return (by_group @ mean[..., None]).flatten()

@@ -1,4 +1,4 @@
-"""Calibration: sets scale and zero point of quantized inputs from values on public examples."""
+"""Sets scale and zero point of quantized inputs from their values on examples (calibration)."""
 
 from __future__ import annotations
 
@@ -24,22 +24,24 @@ def calibrate_(
 ) -> dict[str, str]:
     """Sets scale and zero point of all quantized inputs from the layers' inputs on `batches`.
 
-    During calibration the inputs are not quantized. A range always includes 0. For one-bit inputs
-    the middle is the mean of each channel, and the scale the mean distance from it, which has the
-    least squared error (XNOR-Net, Rastegari et al. 2016, arXiv:1603.05279, section 3.1, applied to
-    values minus their mean).
+    During calibration the inputs are not quantized. A range always includes 0. A one-bit input is
+    middle - scale or middle + scale, with a middle for each channel. The middle is set to the mean
+    of the channel, and the scale to the mean distance from the middle, which gives the least
+    squared error (XNOR-Net, Rastegari et al. 2016, arXiv:1603.05279, section 3.1, applied to values
+    minus their mean).
 
     Args:
         model: a model with quantized layers.
-        batches: public inputs.
-        observer: how a range is chosen from the observed values.
+        batches: public inputs; nothing protects the ranges that follow from them.
+        observer: how a range is chosen from the observed values, such as "minmax".
 
     Returns:
-        Name of each layer with quantized inputs that forward never calls -> the reason.
+        Name of each layer with quantized inputs that could not be calibrated, because forward never
+        calls it -> the reason.
 
     Raises:
-        DataError: if there are no batches, or a layer receives NaN or infinite values, or one-bit
-            inputs that would all be equal; the message names the layer.
+        DataError: if there are no batches, a layer receives NaN or infinite values, or all one-bit
+            inputs of a layer would be equal; the message names the layer.
         ModelError: if the model cannot run on the batches.
     """
     if not batches:
@@ -50,6 +52,7 @@ def calibrate_(
         )
 
     layers, schemes = _calibrated_inputs(model)
+    # The first pass finds the ranges, since a histogram needs its range before it counts values.
     histograms = _empty_histograms(model, layers, batches)
     with_middle = {}
     one_bit = {}
@@ -80,7 +83,7 @@ def calibrate_(
 def _calibrated_inputs(
     model: nn.Module,
 ) -> tuple[dict[str, QuantLayer], dict[str, InputQuantization]]:
-    """Returns the layers whose inputs need calibration, and the schemes of these inputs."""
+    """Returns by name the layers whose inputs need calibration, and the schemes of these inputs."""
     layers: dict[str, QuantLayer] = {}
     schemes: dict[str, InputQuantization] = {}
     for name, layer in quantized_layers(model):
@@ -127,7 +130,7 @@ def _empty_histograms(
 def _set_middles_(
     model: nn.Module, layers: Mapping[str, QuantLayer], batches: Sequence[Example]
 ) -> None:
-    """Sets the middle of each channel of one-bit inputs to the channel's mean."""
+    """Sets the middle of each channel of one-bit inputs to the channel's mean over all batches."""
     totals: dict[str, tuple[Tensor, int]] = {}
 
     def add(name: str, x: Tensor) -> None:
@@ -145,7 +148,10 @@ def _set_middles_(
 def _mean_distances(
     model: nn.Module, layers: Mapping[str, QuantLayer], batches: Sequence[Example]
 ) -> dict[str, float]:
-    """Returns for each layer the mean distance of its inputs from their middle (0 without one)."""
+    """Returns for each layer the mean distance of its inputs from their middle.
+
+    Inputs without a middle are measured from 0.
+    """
     totals: dict[str, tuple[float, int]] = {}
     # Read before the run: meanwhile `run_with_observer` removes the inputs from the schemes.
     middles: dict[str, Tensor] = {}
@@ -168,6 +174,7 @@ def _check_informative(
     name: str, quantization: InputQuantization, seen: Histogram, distance: float
 ) -> None:
     """Raises an error for one-bit inputs that would be the same for every example."""
+    # With a middle: no channel varies. Without a middle: all values have the same sign.
     if quantization.middle and distance <= ROUNDING * max(abs(seen.low), abs(seen.high)):
         raise DataError(
             (

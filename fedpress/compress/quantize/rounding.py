@@ -1,4 +1,4 @@
-"""Rounding of weights: scales of least squared error, and GPTQ (second-order rounding)."""
+"""Rounds weights to a grid: finds scales of least squared error, and rounds by GPTQ."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ SCALES = 80
 def best_scale(weight: Tensor, quantization: WeightQuantization) -> Tensor:
     """Returns the scales [out] or [out, groups] with the least squared error of rounding.
 
-    For "int" 80 scales are tried, from the full range down to a fifth of it: a smaller scale clips
-    a few large weights but rounds all others more precisely. For "ternary" and "binary"
+    For the kind "int", 80 scales are tried, from the full range down to a fifth of it: a smaller
+    scale clips a few large weights but rounds all others more precisely. For "ternary" and "binary"
     `initial_scale` is optimal already.
 
     Args:
         weight: [out, ...].
-        quantization: how it is quantized.
+        quantization: how the weight is quantized.
     """
     first = initial_scale(weight, quantization)
     if quantization.kind != "int":
@@ -49,7 +49,10 @@ def best_scale(weight: Tensor, quantization: WeightQuantization) -> Tensor:
 
 
 def as_batch(layer: nn.Module, x: Tensor) -> Tensor:
-    """Returns inputs of `layer` with one axis of examples: rows [n, in] of a linear layer."""
+    """Reshapes inputs of `layer` to a single axis of examples in front.
+
+    The result is [n, in] for a linear layer, and [n, channels, ...] for a convolution.
+    """
     if isinstance(layer, nn.Linear):
         return x.reshape(-1, x.shape[-1])
     assert isinstance(layer, nn.modules.conv._ConvNd)
@@ -57,13 +60,13 @@ def as_batch(layer: nn.Module, x: Tensor) -> Tensor:
 
 
 def patches(layer: nn.Module, x: Tensor) -> Tensor:
-    """Returns the inputs of each output, [groups, n * positions, in / groups * kernel] (im2col).
+    """Returns the input values that each output is computed from (im2col).
 
-    For a linear layer they are the rows of `x`, [1, n, in].
+    The result is [groups, n * positions, in / groups * kernel]; for a linear layer [1, n, in].
 
     Args:
-        layer: linear or convolution.
-        x: inputs with an axis of examples.
+        layer: a linear layer or a convolution.
+        x: inputs with an axis of examples in front (see `as_batch`).
     """
     if isinstance(layer, nn.Linear):
         return x.reshape(1, -1, x.shape[-1])
@@ -87,12 +90,12 @@ def second_moment(layer: nn.Module, x: Tensor, *, most: int) -> tuple[Tensor, in
     """Returns the sum of x x^T over the patches of a batch, and how many patches were summed.
 
     Args:
-        layer: linear or convolution.
-        x: inputs with an axis of examples.
+        layer: a linear layer or a convolution.
+        x: inputs with an axis of examples in front.
         most: about how many patches to use, at equal distances.
 
     Returns:
-        [groups, k, k] float32, and the number of patches.
+        The sum, [groups, k, k] float32, and the number of patches.
     """
     rows = patches(layer, x.detach().float())
     # Every n-th patch, so that all parts of the images and all examples occur.
@@ -105,15 +108,16 @@ def round_second_order_(layer: QuantLayer, moment: Tensor, *, damping: float = 0
     """Rounds the weights of `layer` by GPTQ: the remaining weights compensate each rounding error.
 
     GPTQ (Frantar et al. 2022, arXiv:2210.17323, section 3, algorithm 1) minimises the squared error
-    of the layer's outputs, a quadratic form of the weights' errors whose Hessian is the second
-    moment of the inputs. Columns are rounded in the order of falling diagonal. Weights that are 0
-    stay 0 if the grid has a zero, as in SparseGPT. With two or three grid points GPTQ may be worse
-    than rounding to nearest: each output channel gets the better of the two.
+    of the layer's outputs. This is a quadratic form of the weights' errors; its Hessian is the
+    second moment of the inputs. Columns are rounded in the order of the Hessian's diagonal, the
+    largest first. Weights that are 0 stay 0 if the grid has a zero, as in SparseGPT. With two or
+    three grid points GPTQ may be worse than rounding to nearest, so each output channel gets the
+    better of the two.
 
     Args:
         layer: a quantized layer whose scales or codebook are set; its weights are changed.
-        moment: second moment of its inputs, [groups, k, k].
-        damping: added to the diagonal of the Hessian, as a share of its mean.
+        moment: second moment of the layer's inputs, [groups, k, k] (see `second_moment`).
+        damping: number that is added to the Hessian's diagonal, as a share of the diagonal's mean.
     """
     quantization = layer.weight_quantization()
     out = len(layer.weight)
@@ -159,7 +163,7 @@ def _gptq(
         pruned: [out, k], the weights that must stay 0.
         hessian: [k, k] float64.
         quantization: the grid.
-        damping: added to the diagonal of the Hessian, as a share of its mean.
+        damping: number that is added to the Hessian's diagonal, as a share of the diagonal's mean.
     """
     columns = weight.shape[1]
     has_codebook = scale.dim() == 1

@@ -1,4 +1,4 @@
-"""Sparsity: masks of zeros in weights, chosen by scores, and schedules of the density."""
+"""Makes weights sparse: masks say which entries are zero, schedules how many at each step."""
 
 from fedpress.compress.sparse.masks import (
     Masks,

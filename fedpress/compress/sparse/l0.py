@@ -1,8 +1,9 @@
-"""L0 regularisation: minimises L(w * z) + lambda * E||z||_0 over weights w and random gates z.
+"""L0 regularisation: trains weights w and random gates z on L(w * z) + lambda * E||z||_0.
 
-A gate is a hard-concrete random variable (Louizos, Welling & Kingma 2018, arXiv:1712.01312, section
-2.2): a concrete variable, stretched to [-0.1, 1.1] and clamped to [0, 1]. It is exactly 0 or 1 with
-some probability, and differentiable in between.
+A gate is a factor between 0 (closed) and 1 (open). It is a hard-concrete random variable (Louizos,
+Welling & Kingma 2018, arXiv:1712.01312, section 2.2): a concrete variable (a differentiable
+approximation of a coin flip), stretched to [-0.1, 1.1] and clamped to [0, 1]. It is exactly 0 or 1
+with some probability, and differentiable in between. Its parameter is called log alpha.
 """
 
 from __future__ import annotations
@@ -51,7 +52,10 @@ def expected_gate(log_alpha: Tensor) -> Tensor:
 
 
 def open_probability(log_alpha: Tensor) -> Tensor:
-    """Returns the probability that a gate is not 0 (eq. 12); their sum is the expected L0 norm."""
+    """Returns the probability that each gate is not 0 (eq. 12).
+
+    The sum of these probabilities is the expected L0 norm.
+    """
     return torch.sigmoid(log_alpha - BETA * math.log(-LOW / HIGH))
 
 
@@ -62,10 +66,10 @@ class Gates(nn.Module):
 
     Args:
         log_alphas: the parameters of the gates, one tensor for each weight or layer.
-        factors: maps the gates (a tensor for each of `log_alphas`) to factors of the model's
-            parameters, by name.
-        share: maps the probabilities that gates are open to the expected share of parameters,
-            differentiable.
+        factors: function from the gates (a tensor for each of `log_alphas`) to factors of the
+            model's parameters, by name.
+        share: differentiable function from the probabilities that gates are open to the expected
+            share of parameters that are kept.
     """
 
     def __init__(
@@ -102,8 +106,9 @@ class Gates(nn.Module):
     def applied_to(self, model: nn.Module) -> Iterator[None]:
         """Multiplies the parameters by the gates in every forward pass of `model` in the block.
 
-        In training mode each pass draws new gates; in evaluation mode they are deterministic.
-        Between passes the model has its own parameters. A copy of the model uses the same gates.
+        In training mode each pass draws new gates; in evaluation mode the gates are deterministic.
+        Between passes the model has its own parameters. A deep copy of the model uses the same
+        gates.
         """
         # A deep copy of the model copies its hooks. A bound method would be copied with its object,
         # so the copy would have gates of its own; a function that refers to `gates` is not copied.
@@ -138,6 +143,7 @@ class Gates(nn.Module):
     @torch.no_grad()
     def materialize_(self, model: nn.Module) -> None:
         """Multiplies the parameters of `model` by their gates, but at least by `SMALLEST_GATE`."""
+        # No weight becomes 0 here: the caller's mask, not the gate's value, says what is pruned.
         factors = self.factors([expected_gate(a).clamp_min(SMALLEST_GATE) for a in self.log_alphas])
         parameters = dict(model.named_parameters())
         for name, factor in factors.items():
@@ -181,7 +187,7 @@ def weight_gates(
     Args:
         weights: the weights that get gates.
         generator: source of noise in the initial gates.
-        within: an earlier mask; gates outside it are permanently closed.
+        within: an earlier mask of each weight; gates of entries outside it stay closed.
     """
     alphas = []
     for w in weights:
@@ -204,12 +210,13 @@ def weight_gates(
 def channel_gates(model: nn.Module, graph: ChannelGraph, *, generator: Source) -> Gates:
     """Returns a gate for every channel of `graph`, which multiplies the weights that read it.
 
-    All weights that read a channel, for instance in a residual network, share its gate. The weights
-    that write the channel are not multiplied: a norm behind them would undo the factor.
+    A weight that computes a channel writes it; a weight that sums over the channel reads it. All
+    weights that read a channel, for instance in a residual network, share its gate. The weights
+    that write the channel are not multiplied: a norm after them would undo the factor.
 
     Args:
         model: the traced model.
-        graph: its channels.
+        graph: its channels, from `fedpress.compress.trace`.
         generator: source of noise in the initial gates.
 
     Raises:
@@ -246,7 +253,7 @@ def channel_gates(model: nn.Module, graph: ChannelGraph, *, generator: Source) -
 
 
 def _along_axis(gate: Tensor, where: ChannelSlice, shape: Sequence[int]) -> Tensor:
-    """Returns the gates [channels] in a shape that broadcasts with a tensor.
+    """Returns the gates [channels] in a shape that broadcasts with a tensor of shape `shape`.
 
     Indices of the axis that belong to no channel of the slice `where` get the factor 1.
     """
@@ -261,12 +268,12 @@ def _along_axis(gate: Tensor, where: ChannelSlice, shape: Sequence[int]) -> Tens
 def _expected_parameters(graph: ChannelGraph, probabilities: Sequence[Tensor]) -> Tensor:
     """Returns the number of parameters at the expected widths, differentiable.
 
-    The expected size of a parameter is computed as the product of its axes' expected lengths, which
-    is exact if they are independent.
+    The expected size of a parameter is computed as the product of the expected lengths of its axes.
+    This is exact if the lengths are independent.
 
     Args:
         graph: the channels.
-        probabilities: for each group, [channels], the probability that a channel is kept.
+        probabilities: the probability that each channel is kept, [channels] for each group.
     """
     zero = probabilities[0].new_tensor(0.0)
     removed: dict[tuple[str, int], Tensor] = {}  # (tensor, axis) -> expected indices removed
@@ -286,6 +293,7 @@ def _expected_parameters(graph: ChannelGraph, probabilities: Sequence[Tensor]) -
 
 
 def _gated_slices(group: ChannelGroup) -> list[ChannelSlice]:
+    # Channels that no weight reads are gated where they are written.
     return group.slices_with_role("read") or group.slices_with_role("write")
 
 
@@ -301,9 +309,9 @@ def _initial_log_alpha(shape: Sequence[int], generator: Source) -> Tensor:
 class DensityController:
     """Adjusts lambda, the weight of the density in the loss, until the density is the target.
 
-    A PI controller of the error log(density / target), or, in terms of optimization, an augmented
-    Lagrangian whose integral part is dual ascent. Below the target lambda may become negative, so
-    that closed gates open again.
+    This is a PI controller (proportional and integral part) of the error log(density / target). In
+    terms of optimization, it is an augmented Lagrangian, and the integral part is dual ascent. If
+    the density is below the target, lambda may become negative, so that closed gates open again.
 
     Args:
         scale: unit of lambda, and its first value: the lambda at which the gradients of density and
@@ -344,8 +352,8 @@ class DensityController:
 def balance(loss: Tensor, density: Tensor, gates: Gates) -> float:
     """Returns the lambda at which the gradients of loss and lambda * density are equally large.
 
-    Gradients are with respect to the gates' parameters, and their size is the L1 norm. If one of
-    them is 0, or the loss's is not finite, the result is 1.
+    The gradients are those with respect to the gates' parameters, and their size is the L1 norm. If
+    a size is 0, or that of the loss is not finite, the result is 1.
     """
     alphas = list(gates.log_alphas)
     sizes = []

@@ -1,4 +1,8 @@
-"""Chooses each weight's density from a sensitivity analysis, so that all add the same loss."""
+"""Chooses a density for each weight, so that pruning any of them adds the same loss.
+
+The density is the share of entries that are kept. The loss is known from a sensitivity analysis: it
+was measured with one weight at a time pruned to several densities.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +25,8 @@ FLOOR = 0.5
 def lowest_densities(weights: Sequence[Weight], density: float) -> dict[str, float]:
     """Returns a lower bound on the density of each weight, if `density` of all entries are kept.
 
-    It is half the density that the Erdos-Renyi kernel gives the weight, and at least one entry.
+    The bound is half the density that the Erdos-Renyi kernel gives the weight (a rule that keeps a
+    larger share of small weights), and at least one entry.
     """
     everything = {w.name: torch.ones(w.value.shape, dtype=torch.bool) for w in weights}
     wanted = max(len(weights), round(density * sum(w.size for w in weights)))
@@ -37,12 +42,13 @@ def level_densities(
 ) -> dict[str, float]:
     """Returns densities by weight name, chosen so that every weight increases the loss equally.
 
-    Curves are linear between measured densities. Below the lowest one `extended_to_zero` continues
-    them. A curve is measured with a single weight pruned, so it underestimates the loss if all
-    weights are pruned far. Therefore every weight keeps a minimum density (`lowest_densities`).
+    Each weight has a curve: the loss as a function of its density. Curves are linear between
+    measured densities; below the lowest one they continue as `extended_to_zero` says. A curve is
+    measured with a single weight pruned, so it underestimates the loss if all weights are pruned
+    far. Therefore every weight keeps a minimum density (`lowest_densities`).
 
     Args:
-        weights: the weights that share the budget.
+        weights: the weights to choose densities for.
         points: results of `sensitivity` for these weights.
         density: share of all entries to keep.
 
@@ -70,6 +76,7 @@ def level_densities(
             # A small slope makes flat parts of a curve invertible; there the lowest density is
             # chosen.
             rising = height + 1e-9 * (1 + top) * (1 - density)
+            # Negated, because `np.interp` needs rising values, and the loss falls with density.
             found.append(np.interp(-level, -rising, density))
         densities: np.ndarray = np.maximum(found, floors)
         return densities

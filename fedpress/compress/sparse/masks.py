@@ -1,4 +1,7 @@
-"""Turns scores of weights into masks that keep a given share of all entries."""
+"""Turns scores of weights into masks that keep a given share of all entries.
+
+The share is called density: 0.1 keeps every tenth entry and sets the others to zero.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,7 @@ from fedpress.compress.sparse.weights import Weight
 from fedpress.errors import ModelError, RecipeError
 from fedpress.nn.quantized import kept_entries
 
+# How the kept entries are divided among the weights; see `masks_from_scores`.
 Scope = Literal["global", "uniform", "erk"]
 Masks = dict[str, Tensor]
 """Weight name -> bool tensor in its shape, true for kept entries."""
@@ -30,9 +34,9 @@ def masks_from_scores(
 ) -> Masks:
     """Returns masks that keep the highest scores: round(density * entries) of all entries.
 
-    With patterns of several entries (block, filter, channel) the score of a unit is the mean over
-    its entries, and the number of kept entries is the nearest that whole units allow. Of equal
-    scores the first is kept. Every weight keeps at least one unit.
+    A pattern such as "block" keeps or zeroes several entries together; such entries are a unit. The
+    score of a unit is the mean over its entries, and the number of kept entries is the nearest that
+    whole units allow. Of equal scores the first is kept. Every weight keeps at least one unit.
 
     Args:
         weights: the weights that share the budget.
@@ -42,12 +46,13 @@ def masks_from_scores(
         density: share of the entries to keep, in (0, 1].
         scope: "global" uses one threshold for all weights; "uniform" keeps the same share of each;
             "erk" keeps a larger share of small weights (Erdos-Renyi kernel, Evci et al. 2020,
-            section 3.2). Or the density of each weight by name; all are scaled to the budget.
-        within: an earlier mask of each weight, by name; only its entries may be kept.
+            section 3.2). Or a dictionary with the density of each weight by name; these densities
+            are scaled so that `density` of all entries are kept.
+        within: an earlier mask of each weight, by name; only entries of this mask may be kept.
 
     Raises:
-        RecipeError: if `density` is out of range, or more than `within` leaves.
-        ModelError: if a score is not a number.
+        RecipeError: if `density` is out of range, or asks for more entries than `within` has.
+        ModelError: if a score is NaN.
     """
     check_density(density)
     allowed: Masks = {}
@@ -72,7 +77,7 @@ def masks_from_scores(
         n = max(pattern.a, min(pattern.b, ceil(density * pattern.b)))
         return _n_of_m_masks(weights, checked, allowed, n, pattern.b)
 
-    # A weight that is all zeros would cut the network in two.
+    # One entry at least for each weight: a layer of zeros would pass on nothing.
     nonempty = [mask for mask in allowed.values() if bool(mask.any())]
     wanted = max(wanted, len(nonempty))
     units = []
@@ -92,10 +97,14 @@ def masks_from_scores(
 
 
 def check_density(density: float, *, where: str = "density") -> None:
-    """Refuses a share that is not above 0 and at most 1.
+    """Checks that a density is above 0 and at most 1.
+
+    Args:
+        density: the share of entries to keep.
+        where: name of the setting, for errors.
 
     Raises:
-        RecipeError: if it is out of range.
+        RecipeError: if the density is out of range.
     """
     if not 0 < density <= 1:
         raise RecipeError(
@@ -109,21 +118,22 @@ def divide_budget(
     wanted: int,
     scope: str | Mapping[str, float],
 ) -> list[int]:
-    """Divides a budget of `wanted` entries among the weights, in proportion to their densities.
+    """Divides `wanted` entries among the weights, in proportion to density * size.
 
     If a weight would get more than its allowed entries, the excess is divided among the others.
 
     Args:
-        weights: the weights that share the budget.
+        weights: the weights to keep entries of.
         allowed: mask of the entries that each weight may keep.
-        wanted: number of entries to keep in all.
-        scope: the densities: "uniform", "erk", or one for each weight by name.
+        wanted: number of entries to keep in all weights together.
+        scope: the densities: "uniform" (the same for all), "erk" (larger for small weights), or a
+            density for each weight by name.
 
     Returns:
         The number of entries to keep of each weight; their sum is `wanted`.
 
     Raises:
-        RecipeError: if a weight has no density, or one out of range.
+        RecipeError: if a weight has no density, or a density is out of range.
     """
     # A density times the size of the weight is its share of the budget, in entries.
     shares = []
@@ -168,7 +178,7 @@ def _round_to_sum(exact: Sequence[float], most: Sequence[int], wanted: int) -> l
     for i in may_grow[: wanted - sum(counts)]:
         counts[i] += 1
 
-    # A weight that is all zeros would cut the network in two, so it takes an entry of the largest.
+    # A weight of zeros would cut the network in two, so it gets an entry of the largest weight.
     empty = [i for i, n in enumerate(counts) if n < min(1, most[i])]
     for i in empty:
         largest = counts.index(max(counts))
@@ -178,7 +188,7 @@ def _round_to_sum(exact: Sequence[float], most: Sequence[int], wanted: int) -> l
 
 
 def _erdos_renyi(shape: Sequence[int]) -> float:
-    """Returns the density of an Erdos-Renyi kernel up to a factor: sum of sizes / their product."""
+    """Returns the density of the Erdos-Renyi kernel up to a factor: sum / product of the sizes."""
     return sum(shape) / prod(shape)
 
 
@@ -212,12 +222,14 @@ class _Units:
     def of(cls, weight: Weight, pattern: Pattern, scores: Tensor, allowed: Tensor) -> _Units:
         """Returns the units of `weight` by `pattern`; entries that are not allowed do not count."""
         flat_allowed = allowed.flatten()
+        # Every entry is a unit: no sums over units are needed, which saves memory.
         if pattern.kind == "unstructured":
             value = scores.flatten().masked_fill(~flat_allowed, -torch.inf)
             return cls(None, value, flat_allowed.long())
 
         ids = pattern.units(weight).to(scores.device)
         flat_ids = ids.flatten()
+        # Units without an allowed entry get the score -infinity below, so they are kept last.
         count = int(ids.max()) + 1
         cost = torch.zeros(count, dtype=torch.long, device=ids.device)
         cost.index_add_(0, flat_ids, flat_allowed.long())
@@ -232,7 +244,7 @@ class _Units:
 
 
 def _fill_global(units: Sequence[_Units], wanted: int) -> list[Tensor]:
-    """Chooses units of all weights with one budget; the best unit of each weight is always kept."""
+    """Chooses the best units of all weights together; keeps the best unit of each weight anyway."""
     values = []
     costs = []
     least = 0
@@ -254,7 +266,7 @@ def _fill_global(units: Sequence[_Units], wanted: int) -> list[Tensor]:
 
 
 def _fill(value: Tensor, cost: Tensor, wanted: int) -> Tensor:
-    """Keeps the best units with a total cost nearest to `wanted`, at least one; bool [units]."""
+    """Keeps the best units, at least one, with a total cost nearest to `wanted`; bool [units]."""
     # Stable, so that the first of equal units is kept.
     order = value.argsort(descending=True, stable=True)
     total_cost = cost[order].cumsum(0)
@@ -273,7 +285,7 @@ def _fill(value: Tensor, cost: Tensor, wanted: int) -> Tensor:
 def _n_of_m_masks(
     weights: Sequence[Weight], scores: Masks, allowed: Masks, n: int, m: int
 ) -> Masks:
-    """Returns masks with the best `n` of every `m` inputs, fewer where fewer are allowed."""
+    """Returns masks with the best `n` of every `m` inputs, or fewer where fewer are allowed."""
     masks: Masks = {}
     for w in weights:
         may = allowed[w.name]
@@ -324,5 +336,9 @@ def density_of(masks: Mapping[str, Tensor]) -> float:
 
 
 def masks_of(model: nn.Module, names: Iterable[str]) -> Masks:
-    """Returns masks of the named parameters' nonzero entries (see `ModelSpec.sparse`)."""
+    """Returns masks of the entries that the named sparse parameters keep.
+
+    These are the entries that are not 0. A quantized weight may keep entries that were rounded to
+    0; the layer marks them, and they count as kept.
+    """
     return kept_entries(model, names)

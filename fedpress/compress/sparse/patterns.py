@@ -1,4 +1,9 @@
-"""Sparsity patterns: unstructured, N:M, blocks, whole filters, whole input channels."""
+"""Defines sparsity patterns: which entries of a weight are kept or zeroed together.
+
+"unstructured": each entry alone. N:M such as "2:4": 2 of every 4 consecutive inputs are kept. A
+block such as "4x1": the weights of 4 outputs and 1 input. "filter": all weights of an output
+channel. "channel": all weights of an input channel.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +43,7 @@ class Pattern:
         """Reads "unstructured", "filter", "channel", N:M such as "2:4", or a block such as "4x1".
 
         Raises:
-            RecipeError: if it is none of these.
+            RecipeError: if `text` is not a pattern.
         """
         for kind in ("unstructured", "filter", "channel"):
             if text == kind:
@@ -61,7 +66,7 @@ class Pattern:
 
     @property
     def density(self) -> float | None:
-        """The density that N:M fixes, such as 0.5 for 2:4; None for patterns that allow any."""
+        """The density that N:M fixes, such as 0.5 for 2:4; None for patterns with any density."""
         if self.kind != "n:m":
             return None
         return self.a / self.b
@@ -76,10 +81,10 @@ class Pattern:
         return None
 
     def units(self, weight: Weight) -> Tensor:
-        """Returns the number of the unit that each entry belongs to, int64 in the weight's shape.
+        """Returns which unit each entry belongs to: a unit's number, int64 in the weight's shape.
 
         The entries of a unit are kept or zeroed together. Blocks at the edge of a weight are
-        smaller if the block size does not divide the weight's size. N:M has no units (`n_of_m`).
+        smaller if the block size does not divide the weight's size. N:M has no units; use `n_of_m`.
         """
         shape = weight.value.shape
         if self.kind == "unstructured":
@@ -105,7 +110,7 @@ def n_of_m(scores: Tensor, weight: Weight, n: int, m: int) -> Tensor:
 
     Args:
         scores: scores in the shape of the weight.
-        weight: the weight; it determines which axis has the inputs.
+        weight: the weight, which says which axis has the inputs.
         n: number of entries to keep in each group.
         m: size of a group; it must divide the number of inputs.
 

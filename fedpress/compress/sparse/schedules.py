@@ -1,4 +1,4 @@
-"""Sparsity schedules: the density as a function of training progress, and RigL's mask updates."""
+"""Gives the density of weights at each point of training, and updates masks as RigL does."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from fedpress.compress.sparse.weights import Weight
 
 
 def cubic_density(progress: float, *, start: float, end: float) -> float:
-    """Returns the density at `progress` (0..1): from `start` to `end`, falling fast at first.
+    """Returns the density at `progress` (0..1 of the training): falls fast first, then slowly.
 
-    The cubic schedule of Zhu & Gupta 2017, arXiv:1710.01878, eq. 1.
+    This is the cubic schedule of Zhu & Gupta 2017, arXiv:1710.01878, eq. 1. The density falls from
+    `start` to `end`.
 
     >>> [round(cubic_density(p, start=1.0, end=0.1), 4) for p in (0.0, 0.5, 1.0)]
     [1.0, 0.2125, 0.1]
@@ -39,7 +40,7 @@ def iterative_density(round: int, rounds: int, *, start: float, end: float) -> f
 
 
 def geometric_density(progress: float, *, start: float, end: float) -> float:
-    """Returns the density at `progress` (0..1): exponential decay from `start` to `end`.
+    """Returns the density at `progress` (0..1 of the training): exponential from start to end.
 
     >>> geometric_density(0.5, start=1.0, end=0.25)
     0.5
@@ -48,9 +49,9 @@ def geometric_density(progress: float, *, start: float, end: float) -> float:
 
 
 def drop_share(progress: float, first: float) -> float:
-    """Returns the share of weights that RigL drops at `progress` (0..1): `first` to 0 by a cosine.
+    """Returns the share of kept weights that RigL drops at `progress` (0..1 of the training).
 
-    Evci et al. 2020, arXiv:1911.11134, section 3.3.
+    It falls from `first` to 0 by a cosine (Evci et al. 2020, arXiv:1911.11134, section 3.3).
 
     >>> [round(drop_share(p, 0.3), 3) for p in (0.0, 0.5, 1.0)]
     [0.3, 0.15, 0.0]
@@ -67,11 +68,12 @@ def regrow(
     share: float,
     within: Mapping[str, Tensor] | None = None,
 ) -> Masks:
-    """RigL's mask update: drops the smallest weights, grows as many with the largest gradients.
+    """Updates masks as RigL does: drops the smallest entries, grows as many with large gradients.
 
-    All entries outside the mask may grow, including those just dropped (Evci et al. 2020,
-    arXiv:1911.11134, algorithm 1). A weight that is dropped and grown in the same update keeps its
-    value, as in the authors' code. The caller sets the other grown weights to 0.
+    To drop an entry is to remove it from the mask; to grow an entry is to add it. All entries
+    outside the mask may grow, including those just dropped (Evci et al. 2020, arXiv:1911.11134,
+    algorithm 1). An entry that is dropped and grown in the same update keeps its value, as in the
+    authors' code. The caller sets the other grown entries to 0.
 
     Args:
         weights: the sparse weights.
@@ -80,7 +82,7 @@ def regrow(
         pattern: "unstructured", or a pattern with units: then whole blocks, filters or channels are
             dropped and grown.
         share: share of the kept entries to drop.
-        within: entries that may grow, by name; None for all.
+        within: masks of the entries that may grow, by name; None for all entries.
 
     Returns:
         The new masks, with the same number of kept entries in each layer.

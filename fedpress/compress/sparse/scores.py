@@ -1,8 +1,7 @@
-"""Functions that score single weights; weights with the lowest scores are pruned first.
+"""Scores each entry of a weight; the entries with the lowest scores are pruned first.
 
-`WEIGHT_SCORES` lists the functions by name.
-
-For scores of whole channels see `fedpress.compress.prune.scores`.
+`WEIGHT_SCORES` lists the functions by name. Each returns one tensor of scores for each weight, in
+the weight's shape. For scores of whole channels see `fedpress.compress.prune.scores`.
 """
 
 from __future__ import annotations
@@ -25,6 +24,7 @@ from fedpress.compress.sparse.weights import Weight
 from fedpress.core.random_source import Source, as_random_source
 from fedpress.errors import ModelError, RecipeError, suggestion
 
+# The scores of all weights: one tensor each, in the weight's shape.
 Values = list[Tensor]
 
 
@@ -35,9 +35,11 @@ class WeightScoreInputs:
     Attributes:
         model: the model that has the weights.
         weights: the weights to score.
-        losses: yields the model's loss on each of some public batches, for scores with gradients.
+        losses: function that yields the model's loss on each of some public batches, for scores
+            with gradients.
         generator: source of random numbers, for "random".
-        moved: sums that `Movement` has accumulated over the training, by name, for "movement".
+        moved: the sums of a `Movement` object after training, by name of the weight, for
+            "movement".
     """
 
     model: nn.Module
@@ -48,15 +50,16 @@ class WeightScoreInputs:
 
 
 def magnitude(inputs: WeightScoreInputs) -> Values:
-    """|w|."""
+    """Scores by |w|."""
     return [w.value.detach().abs() for w in inputs.weights]
 
 
 def lamp(inputs: WeightScoreInputs) -> Values:
-    """LAMP: w^2 divided by the sum of all squares in its layer that are not smaller.
+    """Scores by LAMP: w^2 divided by the sum of all squares in the layer that are not smaller.
 
-    This makes weights of different layers comparable. The largest weight of each layer has the
-    score 1, so no layer loses all its weights (Lee et al. 2021, arXiv:2010.07611, eq. 3).
+    Example: the weights 1 and 2 have the scores 1 / (1 + 4) and 4 / 4. This makes weights of
+    different layers comparable. The largest weight of each layer has the score 1, so no layer loses
+    all its weights (Lee et al. 2021, arXiv:2010.07611, eq. 3).
     """
     scores = []
     for w in inputs.weights:
@@ -72,27 +75,29 @@ def lamp(inputs: WeightScoreInputs) -> Values:
 
 
 def taylor(inputs: WeightScoreInputs) -> Values:
-    """Mean over batches of |w dL/dw|, a first-order estimate of the loss's change without w.
+    """Scores by the mean over batches of |w dL/dw|.
 
-    Molchanov et al. 2017, arXiv:1611.06440. The model is in evaluation mode.
+    This is a first-order estimate of how much the loss changes if w becomes 0 (Molchanov et al.
+    2017, arXiv:1611.06440). The model is in evaluation mode.
     """
     return _over_batches(inputs, "taylor", lambda w, g: (w * g).abs())
 
 
 def fisher(inputs: WeightScoreInputs) -> Values:
-    """w^2 F / 2, with F the mean square of dL/dw: a second-order estimate of the loss's change.
+    """Scores by w^2 F / 2, with F the mean square of dL/dw over the losses.
 
-    Optimal Brain Damage (LeCun et al. 1990) with the diagonal Fisher information as Hessian, for
-    which each loss should be that of one example. The model is in evaluation mode.
+    This is a second-order estimate of how much the loss changes if w becomes 0: Optimal Brain
+    Damage (LeCun et al. 1990) with the diagonal Fisher information as Hessian. For it, each loss
+    should be the loss of one example. The model is in evaluation mode.
     """
     return _over_batches(inputs, "fisher", lambda w, g: (w * g).square() / 2)
 
 
 def snip(inputs: WeightScoreInputs) -> Values:
-    """|w dL/dw| with the mean gradient of all batches (Lee et al. 2019, arXiv:1810.02340, eq. 4).
+    """Scores by |w dL/dw| with the mean gradient of all batches (SNIP).
 
-    It is meant for networks at their initialisation, so batch-norm layers use the statistics of
-    the batch.
+    Lee et al. 2019, arXiv:1810.02340, eq. 4. The score is meant for networks at their
+    initialisation, so batch-norm layers use the statistics of the batch.
     """
     values = [w.value for w in inputs.weights]
     with differentiable(inputs.model, values, batch_statistics=True):
@@ -104,12 +109,12 @@ def snip(inputs: WeightScoreInputs) -> Values:
 
 
 def grasp(inputs: WeightScoreInputs) -> Values:
-    """Product of w and (H g), with g the gradient and H the Hessian.
+    """Scores by the mean over batches of w (H g), with g the gradient and H the Hessian (GraSP).
 
-    It estimates how much the weight adds to the norm of the gradient. Wang et al. 2020
-    (arXiv:2002.07376, eq. 8) use the negative and remove the highest. The mean over batches is
-    taken. It is meant for networks at their initialisation, so batch-norm layers use the statistics
-    of the batch.
+    The score estimates how much the weight adds to the norm of the gradient. Wang et al. 2020
+    (arXiv:2002.07376, eq. 8) use the negative of this score and remove the highest. The score is
+    meant for networks at their initialisation, so batch-norm layers use the statistics of the
+    batch.
     """
     values = [w.value for w in inputs.weights]
     with differentiable(inputs.model, values, batch_statistics=True):
@@ -122,11 +127,13 @@ def grasp(inputs: WeightScoreInputs) -> Values:
 
 
 def movement(inputs: WeightScoreInputs) -> Values:
-    """Minus the sum of w dL/dw over all training steps: high for weights that move away from 0.
+    """Scores by minus the sum of w dL/dw over all training steps.
 
-    Sanh et al. 2020, arXiv:2005.07683. In the paper a pruned weight may return; here it stays 0, so
-    its score does not change any more.
+    The score is high for weights that move away from 0 (Sanh et al. 2020, arXiv:2005.07683). In the
+    paper a pruned weight may become nonzero again; here it stays 0, so its score does not change
+    any more.
     """
+    # Only these schedules prune while the network trains.
     if inputs.moved is None:
         raise ModelError(
             "the score 'movement' is accumulated while the network trains",
@@ -137,7 +144,8 @@ def movement(inputs: WeightScoreInputs) -> Values:
 
 
 def random(inputs: WeightScoreInputs) -> Values:
-    """Uniform random numbers: the baseline for every other score."""
+    """Scores by uniform random numbers, as a baseline for all other scores."""
+    # Torch's global generator would give masks that cannot be repeated.
     if inputs.generator is None:
         raise ModelError(
             "the score 'random' needs a `generator`",
@@ -161,7 +169,7 @@ WEIGHT_SCORES: dict[str, Callable[[WeightScoreInputs], Values]] = {
 
 
 def score_weights(score: str, inputs: WeightScoreInputs) -> dict[str, Tensor]:
-    """Returns the scores of each weight by name, each in the shape of the weight.
+    """Returns the scores of the weights by name, each in the shape of its weight.
 
     Raises:
         RecipeError: if there is no such score.
@@ -193,7 +201,7 @@ class Movement:
 
     Attributes:
         weights: the weights to score.
-        sums: the sums so far, by name of the weight.
+        sums: the present sums by name of the weight, in its shape.
     """
 
     def __init__(self, weights: Sequence[Weight]) -> None:
@@ -202,7 +210,7 @@ class Movement:
 
     @contextmanager
     def recording(self) -> Iterator[None]:
-        """Adds every gradient in the block to the sums; the model is unchanged."""
+        """Adds the gradient of each backward pass in the block; does not change the model."""
         handles = []
         for w in self.weights:
             handles.append(w.value.register_post_accumulate_grad_hook(self._add(w)))

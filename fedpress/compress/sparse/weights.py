@@ -1,4 +1,4 @@
-"""Finds the weights of a model that can be made sparse, and the reasons why others cannot."""
+"""Finds the weights of a model that can be made sparse, and says why others stay dense."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ class Weight:
 
 @dataclass(frozen=True, eq=False)
 class Weights:
-    """The weights of a model that can be made sparse, and the others.
+    """The weights of a model to make sparse, and those that stay dense.
 
     Attributes:
         chosen: the weights to make sparse, in the model's order.
-        dense: name of each other parameter with two or more axes -> why it stays dense.
+        dense: name of each parameter with two or more axes that stays dense -> the reason.
     """
 
     chosen: tuple[Weight, ...]
@@ -64,15 +64,15 @@ def find_weights(
 ) -> Weights:
     """Finds the weights of convolutions, linear layers, attention and recurrent layers.
 
-    Biases and norms, with one number per channel, always stay dense and are not listed. A shared
-    weight counts once.
+    Parameters with one number per channel (biases, norms) always stay dense and are not listed. A
+    shared weight is listed once.
 
     Args:
         model: any module.
         keep_first: whether the first of these weights stays dense.
-        keep_last: whether the last stays dense.
-        keep: names of parameters (patterns with `*`) to leave dense.
-        ignore: names of modules or parameters (patterns with `*`) to leave dense.
+        keep_last: whether the last of these weights stays dense.
+        keep: names of parameters, or patterns with `*`, to leave dense.
+        ignore: names of modules or parameters, or patterns with `*`, to leave dense.
 
     Raises:
         RecipeError: if a pattern matches no weight.
@@ -113,6 +113,7 @@ def _check_patterns(
     patterns: Sequence[str], found: Mapping[str, Weight], dense: Mapping[str, str]
 ) -> None:
     """Raises an error for a pattern that matches no weight: most likely it is misspelt."""
+    # A pattern for a weight that stays dense anyway is harmless.
     for pattern in patterns:
         if not _matching([*found, *dense], pattern):
             some = ", ".join(list(found)[:3])
@@ -126,7 +127,7 @@ def _matching(names: Sequence[str], pattern: str) -> list[str]:
 
 
 def _all_weights(model: nn.Module) -> tuple[dict[str, Weight], dict[str, str]]:
-    """Returns all weights by name, and other parameters of two or more axes with a reason."""
+    """Returns the weights that can be sparse by name, and all others with a reason each."""
     # A shared weight has its first name everywhere.
     names = {id(p): name for name, p in model.named_parameters()}
     found: dict[str, Weight] = {}
