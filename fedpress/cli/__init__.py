@@ -1,4 +1,7 @@
-"""The command line: run, check, report, privacy, one command for each stage, and so on."""
+"""The command line `fedpress`: registers all commands, and turns errors into one sentence.
+
+This file also contains the short commands: `check`, `report`, `recipes` and `privacy`.
+"""
 
 from __future__ import annotations
 
@@ -38,6 +41,7 @@ if TYPE_CHECKING:
 
 # Heavy imports (torch, pydantic models) stay inside the commands, so that
 # `fedpress privacy` answers at once.
+# pretty_exceptions: the tracebacks of typer can show local variables, which may be private data.
 app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -54,6 +58,8 @@ app.command()(watch)
 
 
 @app.callback(invoke_without_command=True)
+# Without a command: typer demands one before it would look at `--version`.
+# `--debug` and `--verbose` stand here for the help alone; `main` has taken them from `sys.argv`.
 def _root(
     context: typer.Context,
     version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
@@ -89,6 +95,7 @@ def check(
     """Checks a recipe without training: sizes, bytes per round, noise, epsilon."""
     from fedpress.pipeline import recipe as recipes
 
+    # With `--keys` the words are names of tables; typer has put the first one into `recipe`.
     if list_keys:
         show_keys([*([recipe] if recipe is not None else []), *(overrides or [])])
         return
@@ -111,6 +118,7 @@ def check(
     loaded = load_data(wanted, out_stream)
     with terminal.waiting(out_stream, "checking that everything fits together"):
         lines = check_recipe(wanted, loaded)
+    # The JSON may be passed on, so for a private recipe it tells less about the data.
     if as_json:
         typer.echo(
             json.dumps(
@@ -141,6 +149,7 @@ def report(
     from fedpress.reports.html import write_report
     from fedpress.workspace import lock
 
+    # No error: the report only reads files that are written atomically.
     if who := lock.holder(folder):
         warn([f"{who} still works in {folder}; the report shows what is there so far"])
     typer.echo(write_report(folder, out))
@@ -162,6 +171,7 @@ def list_recipes(
         return
     text, path = recipes.find(copy), Path(f"{copy}.toml")
     try:
+        # "x" refuses an existing file: it may be a recipe that the user has edited.
         with open(path, "x", encoding="utf-8") as file:
             file.write(text)
     except FileExistsError as error:
@@ -181,7 +191,7 @@ def epsilon(
     delta: Annotated[float, typer.Option(help="Chance that the promise fails.")],
     as_json: AsJson = False,
 ) -> None:
-    """The epsilon that so many noised steps spend (add-or-remove, PLD)."""
+    """The epsilon of a number of noised steps (neighbours: add or remove; accountant: PLD)."""
     from fedpress.privacy.accounting import accountant
 
     _tell_spent(
@@ -203,17 +213,19 @@ def noise(
     delta: Annotated[float, typer.Option(help="Chance that the promise fails.")],
     as_json: AsJson = False,
 ) -> None:
-    """The smallest noise multiplier that keeps so many steps within epsilon."""
+    """The smallest noise multiplier with which a number of steps stays within epsilon."""
     from fedpress.privacy.accounting import accountant
     from fedpress.reports import units
 
     needed = accountant.noise_multiplier(
         epsilon=epsilon, delta=delta, sampling_prob=sampling_prob, steps=steps
     )
+    # Computed again, to know whether this epsilon is exact or an upper bound.
     spent = accountant.spent([accountant.GaussianEvent(sampling_prob, needed, steps)], delta=delta)
     if as_json:
         typer.echo(json.dumps({"noise_multiplier": needed} | _bound(spent)))
         return
+    # Rounded up: less noise than needed would break the promise.
     typer.echo(f"noise multiplier {units.rounded_up(needed)}")
     if spent.upper_bound:
         typer.echo(
@@ -227,6 +239,7 @@ def _bound(spent: Spent) -> dict[str, bool]:
 
 
 def _tell_spent(spent: Spent, delta: float, as_json: bool) -> None:
+    """Prints the epsilon that was spent."""
     if as_json:
         finite = spent.epsilon if math.isfinite(spent.epsilon) else None  # JSON knows no infinity
         typer.echo(json.dumps({"epsilon": finite} | _bound(spent)))
@@ -246,10 +259,10 @@ def compose(
     delta: Annotated[float, typer.Option(help="Chance that the promise fails.")],
     as_json: AsJson = False,
 ) -> None:
-    """The epsilon of several mechanisms together, Gaussian and Skellam, or of a run's ledger.
+    """The epsilon of several Gaussian and Skellam mechanisms together, or of a run's ledger.
 
     An event is {"sampling_prob", "noise_multiplier", "steps"}, or {"kind": "skellam", "l2", "l1",
-    "variance", "steps"} with "sampling_prob" and "failure" if they are not 1 and 0.
+    "variance", "steps"}. The latter may also have "sampling_prob" (1 by default) and "failure" (0).
     """
     from fedpress.privacy.accounting import compose as composing
 
@@ -283,7 +296,7 @@ def skellam(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Distributed noise under secure sums: bits, grid, epsilon, and what each bit costs."""
+    """Plans distributed noise for secure sums: bits per value, scale, noise, and epsilon."""
     from fedpress.privacy.noise import distributed
     from fedpress.reports import units
 
@@ -301,6 +314,7 @@ def skellam(
         noise_multiplier=noise_multiplier,
         bits=bits,
     )
+    # None where so few bits cannot hold the sum; JSON knows no infinity.
     rows = [
         (cost.bits, cost.epsilon if math.isfinite(cost.epsilon) else None) for cost in plan.table()
     ]
@@ -321,7 +335,11 @@ def skellam(
 
 
 def main() -> None:
-    """Runs the command line. A user's mistake gives one sentence and exit code 2."""
+    """Runs the command line. An error that the user can cure gives one sentence and exit code 2.
+
+    With `--debug` the error's traceback is shown instead.
+    """
+    # Taken from `sys.argv` before typer reads it: logging must be set up before a command starts.
     debug, verbose = take_flag("--debug"), take_flag("--verbose", "-v")
     try:
         with show_log(debug=debug, verbose=verbose):
@@ -330,6 +348,7 @@ def main() -> None:
         if debug:
             raise
         _stop(error_text(error))
+    # A full disk or a forbidden folder is no bug of fedpress either, so it gets a sentence, too.
     except OSError as error:
         if debug:
             raise
@@ -338,9 +357,11 @@ def main() -> None:
         said = f"{place}: {reason}; {cure}"
         _stop(in_one_line(said))
     finally:
+        # Locks are released also after an error, or the run could not be resumed at once.
         exit_stack.close()
 
 
 def _stop(message: str) -> None:
+    """Prints an error and ends the process with exit code 2."""
     typer.echo(f"error: {message}", err=True)
     sys.exit(2)

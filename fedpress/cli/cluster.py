@@ -1,4 +1,4 @@
-"""Options that say where the simulated clients of a run work: `--engine ray` and its settings."""
+"""Options that choose where simulated clients run: in this process, or on a Ray cluster."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+# Only for type checkers: `--help` must not wait for torch.
 if TYPE_CHECKING:
     from fedpress.workspace import state
 
@@ -44,7 +45,15 @@ Actors = Annotated[
 
 @dataclass(frozen=True)
 class Given:
-    """What the user gave; None: not given."""
+    """Values of these options; None for an option that the user did not give.
+
+    Attributes:
+        engine: "local" or "ray".
+        address: address of a running Ray cluster.
+        cpus_per_client: CPUs of each actor (a Ray process in which clients run).
+        gpus_per_client: GPUs of each actor.
+        actors: number of actors.
+    """
 
     engine: str
     address: str | None
@@ -54,11 +63,11 @@ class Given:
 
     @contextmanager
     def open(self) -> Iterator[state.Engine]:
-        """Yields the engine.
+        """Starts the engine, yields it, and stops it after the block.
 
         Raises:
             RecipeError: if an option is wrong.
-            NetworkError: if there is no Ray, or no cluster.
+            NetworkError: if Ray is not installed, or the cluster cannot be reached.
         """
         from fedpress.transport.engine import engine_settings
 
@@ -68,6 +77,7 @@ class Given:
             "gpus_per_client": self.gpus_per_client,
             "actors": self.actors,
         }
+        # Left out if not given: the local engine has no such settings, and Ray has defaults.
         given = {key: value for key, value in settings.items() if value is not None}
         with engine_settings({"kind": self.engine, **given}).open() as engine:
             yield engine

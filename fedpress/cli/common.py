@@ -1,4 +1,4 @@
-"""Functions that all commands share: option types, locks, errors as text, loading data."""
+"""Options and functions that several commands share, such as `--device` and the lock of a run."""
 
 from __future__ import annotations
 
@@ -14,12 +14,14 @@ import typer
 from fedpress.cli import completion
 from fedpress.errors import FedpressError
 
+# Not imported when a command starts: they import torch, and `--help` must answer at once.
 if TYPE_CHECKING:
     from rich.console import Console
 
     from fedpress.data import FederatedData
     from fedpress.pipeline.recipe import Recipe
 
+# Global, because a lock is taken deep inside a command and must be held until the command ends.
 exit_stack = ExitStack()
 """Context managers, such as locks of folders, that `main` closes when the command ends."""
 AllowCode = Annotated[
@@ -60,11 +62,12 @@ Data = Annotated[Path | None, typer.Option(help="Folder or file of the data set;
 
 
 def required_recipe(recipe: str | None, context: typer.Context) -> str:
-    """Returns the recipe argument of a command.
+    """Returns the argument RECIPE of a command.
 
     Raises:
-        typer.BadParameter: if it is missing.
+        typer.BadParameter: if the argument is missing.
     """
+    # The argument is optional for typer, because `--keys` and `--resume` work without a recipe.
     if recipe is None:
         raise typer.BadParameter(
             "give the name of a recipe or a TOML file; fedpress recipes lists them", ctx=context
@@ -74,6 +77,7 @@ def required_recipe(recipe: str | None, context: typer.Context) -> str:
 
 def resume_command(place: Path) -> str:
     """Returns the command line that resumes the run in `place`."""
+    # The user's own words, so that overrides and options are repeated exactly.
     words = [word for word in sys.argv[1:] if word != "--resume"]
     if not any(word == "--out" or word.startswith("--out=") for word in words):
         words += ["--out", str(place)]
@@ -81,13 +85,19 @@ def resume_command(place: Path) -> str:
 
 
 def with_device(overrides: Iterable[str] | None, device: str | None) -> list[str]:
-    """Returns the overrides, and after them `device=...` if `--device` was given."""
+    """Returns the overrides (KEY=VALUE), followed by `device=...` if `--device` was given."""
+    # Last, because a later override of the same key replaces an earlier one.
     return [*(overrides or []), *([f"device={device}"] if device is not None else [])]
 
 
 def run_to_resume(words: list[str]) -> tuple[Path | None, list[str]]:
-    """Finds a run folder among the arguments; returns it (or None) and the other arguments."""
+    """Finds a run folder among the arguments.
+
+    Returns:
+        The first argument that is a run folder (None if none is), and all other arguments.
+    """
     for position, word in enumerate(words):
+        # Every run folder contains settings.json; a word with "=" is an override.
         if "=" not in word and (Path(word) / "settings.json").is_file():
             return Path(word), words[:position] + words[position + 1 :]
     return None, words
@@ -95,7 +105,10 @@ def run_to_resume(words: list[str]) -> tuple[Path | None, list[str]]:
 
 @contextmanager
 def stopping(message: str) -> Iterator[None]:
-    """Ends the command with `message` and exit code 130 (as shells do) after Ctrl-C."""
+    """After Ctrl-C inside the block, prints `message` and ends the command with exit code 130.
+
+    Shells use 130 = 128 + 2 for a program that signal 2 (SIGINT) has ended.
+    """
     try:
         yield
     except KeyboardInterrupt:
@@ -104,14 +117,21 @@ def stopping(message: str) -> Iterator[None]:
 
 
 def allow_code(names: list[str] | None) -> None:
-    """Records the functions that may be called to build saved models."""
+    """Allows the functions of `--allow-code` (`module:function`) to be called to build models.
+
+    A saved model names the function that builds it. Such a function is code from a file, so it is
+    called only if the user has named it.
+    """
     from fedpress.core import consent
 
     consent.allow(*(names or ()))
 
 
 def error_text(error: FedpressError) -> str:
-    """Returns an error in one line, with arguments as the command line writes them."""
+    """Returns an error as one line, with arguments in the form of the command line.
+
+    Example: `--input-shape 3,32,32` instead of `input_shape=(3, 32, 32)` in Python.
+    """
     from fedpress.pipeline.arguments import shell_place, shell_text
 
     return in_one_line(error.sentence(shell_text, place=shell_place(error.place)))
@@ -121,8 +141,9 @@ def show_keys(words: Sequence[str], *, of_stage: bool = False) -> None:
     """Prints the keys of a recipe with their defaults and meanings.
 
     Args:
-        words: names of tables, such as "federate"; empty: all tables.
-        of_stage: whether `words` are kinds of stages. Then a codec of the same name is not shown.
+        words: names of tables of a recipe, such as "federate"; empty: all tables.
+        of_stage: whether `words` are kinds of stages. Then a codec (a way to encode updates) of the
+            same name is not shown.
     """
     from fedpress.cli import terminal
     from fedpress.pipeline import recipe as recipes
@@ -130,6 +151,7 @@ def show_keys(words: Sequence[str], *, of_stage: bool = False) -> None:
     tables = recipes.key_tables(words)
     if of_stage:
         asked = set(words)
+        # Keep the stage's own table and the tables inside it, such as its privacy.
         tables = [one for one in tables if one.is_stage or asked & set(one.part_of)]
     out_stream = terminal.console(quiet=False)
     for table in tables:
@@ -144,7 +166,7 @@ def show_keys(words: Sequence[str], *, of_stage: bool = False) -> None:
 
 
 def in_one_line(text: str) -> str:
-    r"""Writes text as a terminal shows it in one line.
+    r"""Returns text as one line that is safe to print: without line breaks or control characters.
 
     >>> in_one_line("two\nlines")
     'two lines'
@@ -153,7 +175,7 @@ def in_one_line(text: str) -> str:
 
 
 def visible(text: str) -> str:
-    r"""Escapes control characters: with them, text from a file could move the cursor or hide words.
+    r"""Escapes control characters, because text from a file could move the cursor or hide words.
 
     >>> visible("red \x1b[31m")
     'red \\x1b[31m'
@@ -162,10 +184,10 @@ def visible(text: str) -> str:
 
 
 def lock_until_exit(place: Path) -> None:
-    """Takes the lock of a run folder until the command ends.
+    """Locks a run folder until the command ends, so that no other process writes into it.
 
     Raises:
-        RunError: if another process works in it; the error names the process.
+        RunError: if another process has the lock; the error names the process.
     """
     from fedpress.workspace import lock
 
@@ -173,19 +195,21 @@ def lock_until_exit(place: Path) -> None:
 
 
 def warn(notes: Iterable[str]) -> None:
-    """Prints each note as a warning, on the error stream."""
+    """Prints each note as a warning on stderr."""
+    # Not on stdout, which with `--json` must contain JSON alone.
     for note in notes:
         typer.echo(f"warning: {in_one_line(note)}", err=True)
 
 
 def load_data(recipe: Recipe, out_stream: Console) -> FederatedData:
-    """Loads the data of a recipe, shows progress bars, and prints how many rows are not used."""
+    """Loads the data of a recipe with progress bars, and prints how many rows are left out."""
     from fedpress.api import progress
     from fedpress.cli import terminal
     from fedpress.pipeline import start
 
     with progress.bars(out_stream) as bars:
         loaded = start.load_data(recipe, progress=terminal.Loading(bars))
+    # With a private recipe the sentence must not tell numbers of private rows.
     said = loaded.left_out_sentence(private=recipe.private)
     if said:
         out_stream.print(said, markup=False, soft_wrap=True)

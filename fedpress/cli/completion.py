@@ -1,7 +1,7 @@
-"""Shell completion of recipes, sources, devices, and keys of a recipe with their values.
+"""Completes words of the command line when the user presses Tab: recipes, keys and their values.
 
-Completion runs whenever the user presses Tab, so this file must not import torch. The keys are read
-from `keys.txt`, which `python scripts/keys.py` writes.
+The shell starts a new process for each Tab, so this file must not import torch, which takes
+seconds. It reads the keys from `keys.txt`, which `python scripts/keys.py` writes.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import typer
 
 COMMON_KEYS = ("seed", "device", "data.", "model.")
 """Beginnings of recipe keys that every command on one model takes, besides the stage's keys."""
+# Files, since the Python objects that know keys and recipes import torch.
 KEYS = Path(__file__).with_name("keys.txt")
 SHIPPED = Path(__file__).parents[1] / "pipeline" / "recipes"
 MAX_MEANING = 60  # characters: more would break the list that a shell shows
@@ -23,7 +24,13 @@ Completions = list[tuple[str, str]]
 
 
 class Key(NamedTuple):
-    """One key of a recipe: its name such as `stage.train.lr`, its possible values, its meaning."""
+    """One key of a recipe.
+
+    Attributes:
+        name: full name, such as `stage.train.lr`.
+        choices: possible values; empty if they are not a list of words.
+        meaning: description of the key.
+    """
 
     name: str
     choices: tuple[str, ...]
@@ -31,7 +38,7 @@ class Key(NamedTuple):
 
 
 def keys() -> list[Key]:
-    """Returns the keys of a recipe, those of stages by their kind."""
+    """Returns all keys that recipes may have. In a stage's key the stage is named by its kind."""
     found = []
     for line in KEYS.read_text("utf-8").splitlines():
         name, choices, meaning = line.split("\t")
@@ -40,7 +47,7 @@ def keys() -> list[Key]:
 
 
 def recipes(incomplete: str) -> Completions:
-    """Returns the recipes that come with fedpress and the TOML files in the current folder."""
+    """Returns the shipped recipes and the TOML files that begin with `incomplete`."""
     names = sorted(path.stem for path in SHIPPED.glob("*.toml"))
     own = sorted(str(path) for path in Path().glob(f"{incomplete}*.toml"))
     return [
@@ -50,7 +57,7 @@ def recipes(incomplete: str) -> Completions:
 
 
 def recipes_or_tables(context: typer.Context, incomplete: str) -> Completions:
-    """Returns recipes; after `--keys` the names of the tables that it can list."""
+    """Returns recipes; after `--keys` the names of the tables whose keys can be listed."""
     if not context.params.get("list_keys"):
         return recipes(incomplete)
     words = dict.fromkeys(key.name.removeprefix("stage.").partition(".")[0] for key in keys())
@@ -58,27 +65,31 @@ def recipes_or_tables(context: typer.Context, incomplete: str) -> Completions:
 
 
 def sources(incomplete: str) -> Completions:
-    """Returns the built-in sources of data."""
+    """Returns the names of built-in data sets and file formats, such as "digits" and "csv"."""
     return _choices("data.source", incomplete)
 
 
 def devices(incomplete: str) -> Completions:
-    """Returns the names of devices."""
+    """Returns the names of devices, such as "cpu"."""
     return _choices("device", incomplete)
 
 
 def architectures(incomplete: str) -> Completions:
-    """Returns the built-in architectures. If none fits, the shell completes file names."""
+    """Returns the built-in model architectures; if none fits, the shell completes file names."""
     return _choices("model.architecture", incomplete)
 
 
 def _choices(name: str, incomplete: str) -> Completions:
+    """Returns the possible values of the key `name` that begin with `incomplete`."""
     words = next(key.choices for key in keys() if key.name == name)
     return [(word, "") for word in words if word.startswith(incomplete)]
 
 
 def recipe_keys(context: typer.Context, incomplete: str) -> Completions:
-    """Returns the keys of the recipe on the command line, with that recipe's stage names."""
+    """Returns the keys that can override the recipe on the command line.
+
+    A stage's key has the name that the stage has in this recipe, such as `stage.first_prune.`.
+    """
     if context.params.get("list_keys"):
         return recipes_or_tables(context, incomplete)
     stages = _stages_of(str(context.params.get("recipe")))
@@ -89,6 +100,7 @@ def recipe_keys(context: typer.Context, incomplete: str) -> Completions:
         if table != "stage":
             found.append(key)
         else:
+            # If the recipe cannot be read, a stage is named by its kind.
             names = (
                 [name for name, stage_kind in stages if stage_kind == kind] if stages else [kind]
             )
@@ -97,9 +109,10 @@ def recipe_keys(context: typer.Context, incomplete: str) -> Completions:
 
 
 def stage_keys(kind: str) -> Callable[[typer.Context, str], Completions]:
-    """Returns the function that completes keys for the command of this kind of stage."""
+    """Returns a function that completes the keys of one command, such as `fedpress prune`."""
 
     def complete(context: typer.Context, incomplete: str) -> Completions:
+        # Such a command has one stage, so its keys need no `stage.prune.` before them.
         beginning = f"stage.{kind}."
         own = [
             key._replace(name=key.name.removeprefix(beginning))
@@ -112,7 +125,9 @@ def stage_keys(kind: str) -> Callable[[typer.Context, str], Completions]:
 
 
 def _fitting(found: Iterable[Key], incomplete: str, before: Sequence[str] | None) -> Completions:
-    """Returns tables (`data.`) and keys (`lr=`) that begin with `incomplete`; after `key=`, values.
+    """Returns the tables (`data.`) and keys (`lr=`) that begin with `incomplete`.
+
+    If `incomplete` is `key=`, or `key=` and the beginning of a value, returns the key's values.
 
     Args:
         found: all known keys.
@@ -143,7 +158,7 @@ def _fitting(found: Iterable[Key], incomplete: str, before: Sequence[str] | None
 
 
 def _stages_of(recipe: str) -> list[tuple[str, str]]:
-    """Returns name and kind of each stage of a recipe; [] if the recipe cannot be read."""
+    """Returns the name and the kind of each stage of a recipe; [] if it cannot be read."""
     import tomllib  # here, so that `--help` does not wait for it
 
     path = Path(recipe) if Path(recipe).is_file() else SHIPPED / f"{recipe}.toml"
@@ -151,5 +166,6 @@ def _stages_of(recipe: str) -> list[tuple[str, str]]:
         text = path.read_text("utf-8")
         stages = tomllib.loads(text)["stage"]
         return [(str(stage.get("name", stage["kind"])), str(stage["kind"])) for stage in stages]
+    # Any mistake in the file: completion must not print an error into the user's command line.
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return []

@@ -1,4 +1,7 @@
-"""The commands `measure` and `sweep`, and the registration of one command per kind of stage."""
+"""The commands `measure` (compares models) and `sweep` (runs a recipe with many settings).
+
+This file also registers the commands that `one_model` creates, such as `fedpress prune`.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +36,8 @@ if TYPE_CHECKING:
 
 
 def add_commands(app: typer.Typer) -> None:
-    """Adds a command for each kind of stage, and the commands `measure` and `sweep`."""
+    """Adds the commands of this file, and one for each kind of stage, to `app`."""
+    # From the table of stages: a new kind of stage gets its command without a change here.
     for row in commands().values():
         app.command(name=row.kind, help=row.summary)(command_of(row.kind))
     app.command()(measure)
@@ -60,7 +64,7 @@ def measure(
     code: AllowCode = None,
     as_json: AsJson = False,
 ) -> None:
-    """Compares models: parameters, MACs, file, memory, latency in each runtime."""
+    """Compares models: parameters, MACs, file size, memory, and latency in each runtime."""
     from fedpress.cli import terminal
 
     allow_code(code)
@@ -73,6 +77,7 @@ def measure(
         begin.find_modules()
         found = commands.measure(
             models,
+            # An empty text means no exports; None means all installed formats.
             formats=None if formats is None else [name for name in formats.split(",") if name],
             int8=int8,
             batches=_whole("batches", batches),
@@ -91,6 +96,7 @@ def measure(
 
 
 def _whole(name: str, text: str) -> list[int]:
+    """Reads a list such as `1,64` for the option `name`."""
     if not all(part.strip().isdecimal() and int(part) > 0 for part in text.split(",")):
         raise RecipeError(
             f"got '{text}', expected whole numbers above 0",
@@ -128,7 +134,7 @@ def sweep(
     code: AllowCode = None,
     as_json: AsJson = False,
 ) -> None:
-    """Runs a recipe for all combinations of values; draws the metric against cost."""
+    """Runs a recipe for all combinations of values, and plots the metric against the cost."""
     from fedpress.cli import terminal
 
     allow_code(code)
@@ -149,11 +155,13 @@ def sweep(
     with stopping(f"\nstopped; {saved}; the same command goes on: --out {place}"):
         _follow(running, out_stream, len(variants))
     page = write_sweep(place)
+    # Read back, because a resumed sweep has variants that this process did not run.
     found = json.loads((place / "sweep.json").read_text("utf-8"))
     out_stream.print(as_rich(sweep_table(found)))
     out_stream.print(f"picture: {page}", markup=False, soft_wrap=True)
     if as_json:
         typer.echo(json.dumps(found))
+    # Last: a failed variant does not stop the others, but the command must not end with code 0.
     failed = [variant["name"] for variant in found["variants"] if variant["error"]]
     if failed:
         raise RecipeError(
@@ -164,8 +172,10 @@ def sweep(
 
 
 def _whole_seeds(text: str | None) -> list[int]:
+    """Reads a list of seeds such as `0,1,2`; empty if none is given."""
     if text is None:
         return []
+    # Not `_whole`, since 0 is a seed.
     if not all(part.strip().isdecimal() for part in text.split(",")):
         raise RecipeError(
             f"got '{text}', expected whole numbers",
@@ -176,6 +186,13 @@ def _whole_seeds(text: str | None) -> list[int]:
 
 
 def _follow(events: Iterable[VariantStarted | VariantFinished], out: Console, total: int) -> None:
+    """Runs a sweep to its end, and shows the progress of each variant.
+
+    Args:
+        events: the sweep, which runs while its events are read.
+        out: where progress is shown.
+        total: number of variants.
+    """
     from fedpress.api import progress
     from fedpress.pipeline.sweep import VariantFinished, VariantStarted
 

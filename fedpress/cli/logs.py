@@ -1,4 +1,4 @@
-"""Shows log messages on the error stream with `--verbose`, and none without it."""
+"""Switches log messages on stderr on with `--verbose`; without this flag nothing is logged."""
 
 from __future__ import annotations
 
@@ -14,7 +14,11 @@ FORMAT = "%(asctime)s %(name)s: %(message)s"
 
 
 class ToErrorStream(logging.Handler):
-    """Writes to the current `sys.stderr`, which rich replaces while it draws progress bars."""
+    """A log handler that looks `sys.stderr` up for each line.
+
+    logging.StreamHandler keeps the stream that it starts with, but rich replaces `sys.stderr` while
+    it draws progress bars.
+    """
 
     def emit(self, record: logging.LogRecord) -> None:
         """Writes one line."""
@@ -23,6 +27,7 @@ class ToErrorStream(logging.Handler):
 
 def take_flag(*words: str) -> bool:
     """Removes a flag such as `--debug` from `sys.argv`; returns whether it was there."""
+    # Removed by hand, so that the flag works at any place of the command line.
     found = [word for word in sys.argv[1:] if word in words]
     sys.argv[1:] = [word for word in sys.argv[1:] if word not in words]
     return bool(found)
@@ -30,7 +35,7 @@ def take_flag(*words: str) -> bool:
 
 @contextmanager
 def show_log(*, debug: bool, verbose: bool) -> Iterator[None]:
-    """Sets the log levels for the block, and restores them.
+    """Sets the log levels for the block, and restores them afterwards.
 
     Args:
         debug: whether to show warnings of other libraries.
@@ -45,12 +50,13 @@ def show_log(*, debug: bool, verbose: bool) -> Iterator[None]:
         ours.setLevel(logging.DEBUG)
     if (
         not debug
-    ):  # what a library says to its developers would only hide the one sentence that helps
+    ):  # warnings of libraries are for developers, and would hide our error's one sentence
         warnings.simplefilter("ignore")
         if verbose:
             others.setLevel(logging.ERROR)
         else:
             logging.disable(logging.WARNING)
+    # Restored, because tests run several commands in one process.
     try:
         yield
     finally:

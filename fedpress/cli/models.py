@@ -1,4 +1,4 @@
-"""The commands `eval`, `predict` and `save`, which do not change the model."""
+"""The commands `eval`, `predict` and `save`, which use a model without changing it."""
 
 from __future__ import annotations
 
@@ -33,7 +33,8 @@ GivenModel = Annotated[
 
 
 def add_commands(app: typer.Typer) -> None:
-    """Adds the commands."""
+    """Adds the commands of this file to `app`."""
+    # Named by hand: a function `eval` would hide Python's own.
     app.command(name="eval")(evaluate)
     app.command()(predict)
     app.command()(save)
@@ -53,7 +54,7 @@ def evaluate(
     code: AllowCode = None,
     as_json: AsJson = False,
 ) -> None:
-    """Measures a model on the test part of a source, by default that of the run that wrote it."""
+    """Measures a model on test data; by default on those of the run that wrote the model."""
     from fedpress.cli import terminal
 
     allow_code(code)
@@ -75,6 +76,7 @@ def evaluate(
     if as_json:
         typer.echo(json.dumps(found))
         return
+    # Values that do not fit into a line, such as lists, are shown with `--json` only.
     for key, value in found.items():
         if isinstance(value, int | float | str):
             shown = f"{value:.4g}" if isinstance(value, float) else f"{value}"
@@ -96,9 +98,10 @@ def predict(
     std: Std = None,
     code: AllowCode = None,
 ) -> None:
-    """Runs a model on prepared examples; prints a CSV row for each, with probabilities."""
+    """Runs a model on prepared examples, and prints a CSV row with probabilities for each."""
     from fedpress.core.files import replacing
 
+    # Checked first: a wrong name must not cost the time that the model takes.
     if out is not None and out.suffix not in (".csv", ".npy"):
         raise DataError(
             f"got '{out}'", place="out", cure="give a file that ends in .csv or in .npy"
@@ -113,11 +116,13 @@ def predict(
     if out is not None and out.suffix == ".npy":
         import numpy as np
 
+        # Through a temporary file, so that an interrupted command leaves no half file.
         with replacing(out) as temporary, open(temporary, "wb") as binary:
             np.save(binary, found.outputs.numpy())
         return
     header, rows = found.table()
     if out is None:
+        # The csv module ends lines with CR LF, which a Unix terminal does not expect.
         csv.writer(sys.stdout, lineterminator="\n").writerows([header, *rows])
         return
     with replacing(out) as temporary, open(temporary, "w", encoding="utf-8", newline="") as text:
@@ -133,7 +138,7 @@ def save(
     input_shape: Input = None,
     code: AllowCode = None,
 ) -> None:
-    """Saves a model as a folder or one packed file, which every command can open."""
+    """Saves a model as a folder or as one packed file; every other command can open both."""
     allow_code(code)
     from fedpress.api import begin, saving
 

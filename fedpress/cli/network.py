@@ -1,4 +1,4 @@
-"""The commands of a deployment: network, server and client."""
+"""The commands for clients on other machines: `network` (makes keys), `server` and `client`."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ from fedpress.cli.common import (
 )
 from fedpress.cli.run import show_run
 
+# Only for type checkers: `--help` must not wait for torch and Flower.
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric import ec
     from rich.console import Console
@@ -53,7 +54,7 @@ LOOPBACK = "127.0.0.1"
 
 
 def add_commands(app: typer.Typer) -> None:
-    """Adds the commands."""
+    """Adds the commands of this file to `app`."""
     app.add_typer(network_app, name="network")
     app.command()(server)
     app.add_typer(client_app, name="client")
@@ -67,6 +68,7 @@ def init(
     out: Annotated[Path, typer.Option(help="The folder to make.")] = Path("network"),
 ) -> None:
     """Makes a folder with certificates, keys and configuration for a server and its clients."""
+    # Here and below: imported inside the command, so that other commands start fast.
     from fedpress.network import folders
 
     names = _names(clients)
@@ -85,10 +87,11 @@ def add(
     name: Annotated[str, typer.Argument(help="Name of the new client.")],
     network: Annotated[Path, typer.Option(help="The whole folder.")] = Path("network"),
 ) -> None:
-    """Makes the folder of a further client."""
+    """Adds a client to a network: makes its folder and lists its key at the server."""
     from fedpress.network import folders
 
     folders.add(network, name)
+    # The server reads server.toml when it starts, so it must be started again.
     typer.echo(f"copy {network / 'clients' / name} to its machine,")
     typer.echo(f"and {network / 'server' / 'server.toml'} to the server, then start that again")
 
@@ -97,7 +100,7 @@ def add(
 def renew(
     network: Annotated[Path, typer.Option(help="The whole folder.")] = Path("network"),
 ) -> None:
-    """Makes a new certificate for the server."""
+    """Makes a new key and certificate for the server, when the old one expires."""
     from fedpress.network import folders
 
     folders.renew(network)
@@ -110,12 +113,13 @@ def split(
     overrides: Overrides = None,
     out: Annotated[Path, typer.Option(help="The folder to make.")] = Path("clients"),
 ) -> None:
-    """Writes the examples of each simulated client to a file of its own, to try a deployment."""
+    """Writes the examples of each simulated client to its own file, to try out a deployment."""
     from fedpress.api import begin
     from fedpress.cli import terminal
     from fedpress.errors import NetworkError
     from fedpress.network.data import write_arrays
 
+    # Files of an earlier split with more clients would be mixed with the new ones.
     if out.exists():
         raise NetworkError("it exists already", place=str(out), cure="give another one with --out")
     loaded = load_data(begin.load(recipe, overrides or ())[1], terminal.console(quiet=False))
@@ -126,7 +130,7 @@ def split(
 
 
 def _names(clients: str) -> list[str]:
-    """Returns the names of clients, made up if only their number is given."""
+    """Returns the names in `a,b,c`; for a number such as `2` returns client-1 and client-2."""
     if clients.isdecimal():
         return [f"client-{at}" for at in range(1, int(clients) + 1)]
     return [name for name in clients.split(",") if name]
@@ -157,17 +161,19 @@ def server(
     device: Device = None,
     as_json: AsJson = False,
 ) -> None:
-    """Runs a recipe whose clients are on other machines; started again it goes on."""
+    """Runs a recipe with clients on other machines; the same command resumes a stopped run."""
     from fedpress.cli import terminal
 
     out_stream = terminal.console(quiet=as_json)
     words = with_device(overrides, device)
     with stopping("stopped before the run began; nothing was changed"):
         begun = _begun(recipe, [*words, *public_alone(public)], out)
+        # The clients have their own examples. The server keeps its public and test data only.
         loaded = load_data(begun.recipe, out_stream).without_clients()
         link = _open(network, insecure, port, begun.place, out_stream)
     said = "\nstopped; all rounds so far are saved; the same command goes on"
     with stopping(said), _quit_on_term():
+        # Closed also after Ctrl-C: closing the link ends the process of the SuperLink.
         try:
             report_file = _serve(link, begun, loaded, out_stream, min_clients, wait, lost_after)
         finally:
@@ -176,21 +182,23 @@ def server(
 
 
 def _begun(recipe: str, words: list[str], out: Path | None) -> CheckedRun:
-    """Binds a new run, or the one that has begun in `out`."""
+    """Checks a new run; if a run has begun in the folder `out`, opens that run to resume it."""
     from fedpress.api import begin
 
+    # Without a flag such as --resume: a service that starts again at boot has one command.
     if out is not None and (out / "settings.json").exists():
         return begin.checked_resume(out, recipe, words, None, exit_stack)
     return begin.new(recipe, words, None, out)
 
 
 def public_alone(path: Path | None) -> list[str]:
-    """Returns the overrides for data that are public as a whole."""
+    """Returns overrides of the recipe for data at `path` that are public as a whole."""
     if path is None:
         return []
-    # A data set needs a client. It gets one example, which the server then leaves out.
+    # A data set must have a client. This one gets a single example, and the server drops both
+    # (`without_clients`), so nearly all rows stay public.
     keys = ["data.num_clients=1", "data.examples_per_client=1", "data.partition.kind=iid"]
-    # All rows are public, so nothing divides them by client.
+    # These keys would divide the rows by client, which has no meaning for public rows.
     keys += ["data.client_column=none", "data.public_clients=[]", "data.test_clients=[]"]
     return [f"data.path={path.resolve()}", *keys]
 
@@ -200,8 +208,18 @@ def _open(
 ) -> ServerLink:
     """Starts a SuperLink and connects to it.
 
+    The SuperLink is Flower's server process, to which the clients connect.
+
+    Args:
+        folder: the server's folder from `fedpress network init`; None with --insecure.
+        insecure: whether to use neither TLS nor keys, on this machine alone.
+        port: port with --insecure; else the folder names the port.
+        place: the run folder.
+        out_stream: where progress is shown.
+
     Raises:
-        NetworkError: if it does not start, or neither a folder nor --insecure is given.
+        NetworkError: if the SuperLink does not start, or if not exactly one of `folder` and
+            `insecure` is given.
     """
     from fedpress.cli import terminal
     from fedpress.errors import NetworkError
@@ -216,7 +234,7 @@ def _open(
     with terminal.waiting(out_stream, "starting the SuperLink"):
         from fedpress.transport.flower import Address, ServerLink, SuperLink
 
-        # Beside the run, not in it: a new run must find its folder free.
+        # Beside the run folder, not in it: a new run demands that its folder does not exist.
         home = place.with_name(f"{place.name}.superlink")
         if folder is None:
             warn(["--insecure: whoever is on this machine can read and change all messages"])
@@ -224,6 +242,7 @@ def _open(
             superlink = SuperLink(address, home)
             return ServerLink(address, superlink.secret, superlink=superlink).open()
         found = ServerFolder.read(folder)
+        # localhost: the server connects to its own SuperLink; clients use the configured name.
         own = found.path
         address = Address("localhost", found.config.port, own / "ca.crt")
         superlink = SuperLink(
@@ -246,6 +265,17 @@ def _serve(
     wait: float | None,
     lost_after: float,
 ) -> Path:
+    """Waits for the clients, runs all stages, and returns the path of the report.
+
+    Args:
+        link: the open connection to the clients.
+        begun: the checked run.
+        data: the server's own data, without clients.
+        out_stream: where progress is shown.
+        min_clients: number of clients to wait for; None: all.
+        wait: seconds to wait for them; None: without limit.
+        lost_after: seconds after which an offline client counts as lost.
+    """
     from fedpress.api import progress
     from fedpress.cli import terminal
     from fedpress.network.observed import ObservedLink, hides_cohort
@@ -254,12 +284,14 @@ def _serve(
     from fedpress.pipeline.check import check_recipe
     from fedpress.reports.html import write_report
 
+    # Escaped: the sentence may contain text that a client has sent.
     def say(sentence: str) -> None:
         out_stream.print(in_one_line(sentence), markup=False, soft_wrap=True)
 
     labels = begun.recipe.data.label_columns
     observed = ObservedLink(link, hidden=hides_cohort(begun.recipe.stage))
     network = ServerNetwork(observed, labels, lost_after, say, min_clients, wait)
+    # The check asks the clients whether they accept, so they must be connected.
     network.gather()
     with terminal.waiting(out_stream, "checking that everything fits together"):
         check_recipe(begun.recipe, data, network)
@@ -311,6 +343,7 @@ def client(
     """Takes part with the data of this machine, until it is stopped."""
     from fedpress.errors import NetworkError
 
+    # typer calls this function also before `client approve` and `client status`.
     if context.invoked_subcommand is not None:
         return
     if data is None:
@@ -332,7 +365,11 @@ def client(
 
 @contextmanager
 def _quit_on_term() -> Iterator[None]:
-    """Makes SIGTERM, which systemd and Docker send, end the command as Ctrl-C does."""
+    """Inside the block, SIGTERM ends the command as Ctrl-C does.
+
+    systemd and Docker send SIGTERM to stop a process. By default Python would then end at once,
+    without closing the connection.
+    """
     import signal
 
     def stop(number: int, frame: object) -> None:
@@ -347,7 +384,15 @@ def _quit_on_term() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class _Who:
-    """Who this client is, and where its server is."""
+    """Identity of this client, and address of its server.
+
+    Attributes:
+        name: name of the client.
+        place: the client's folder, for its state.
+        address: address and certificate of the server.
+        key: private key by which the server recognises this client; None with --insecure.
+        threads: threads of torch.
+    """
 
     name: str
     place: Path
@@ -357,10 +402,16 @@ class _Who:
 
 
 def _who(folder: Path | None, to: str | None, name: str | None) -> _Who:
-    """Reads the folder of the client; without one, takes the options of --insecure.
+    """Reads the client's folder; with --insecure, uses the options `--server` and `--name`.
+
+    Args:
+        folder: the client's folder; None with --insecure.
+        to: address of the server with --insecure.
+        name: name of the client with --insecure.
 
     Raises:
-        NetworkError: if a file or an option is missing, or the server is on another machine.
+        NetworkError: if a file or an option is missing, or if --insecure is used for a server on
+            another machine.
     """
     from fedpress.errors import NetworkError
     from fedpress.network import keys
@@ -376,19 +427,25 @@ def _who(folder: Path | None, to: str | None, name: str | None) -> _Who:
     if name is None:
         raise NetworkError("got none", place="name", cure="give --name, such as --name a")
     address = Address(*host_and_port(to or f"{LOOPBACK}:9443"))
+    # Without TLS everybody on the way could read and change the updates.
     if address.host not in (LOOPBACK, "localhost", "::1"):
         raise NetworkError(
             f"--insecure is for this machine alone, not for {address.host}",
             place="server",
             cure="make keys with fedpress network init, and give --network",
         )
+    # Its state is kept also with --insecure, so that such a client can be started again.
     place = Path(f"client-{name}")
     place.mkdir(exist_ok=True)
     return _Who(name, place, address, None, 1)
 
 
 def _gate(who: _Who, data: Path, policy: Path | None, ledger: Path | None) -> Gate:
-    """Returns what decides for the owner of the data."""
+    """Returns the gate, which decides by the owner's policy before each answer.
+
+    The policy is the file `policy`, else `policy.toml` in the client's folder, else the default
+    policy. Only with --insecure a missing policy means that everything is allowed.
+    """
     from fedpress.network.gate import NoPolicy
     from fedpress.network.owner import OwnerGate
 
@@ -409,7 +466,16 @@ def _take_part(
     program: Path | None,
     device: str | None,
 ) -> None:
-    """Connects, and answers calls until somebody stops the process."""
+    """Connects to the server, and answers its calls until the process is stopped.
+
+    Args:
+        who: the client and its server.
+        data: file or folder of the client's data.
+        policy: file with the owner's policy; None: see `_gate`.
+        ledger: file of the owner's ledger; None: the ledger of this user.
+        program: an exported training program that replaces torch; None: torch trains.
+        device: where to train; None: on the CPU.
+    """
     import torch
 
     from fedpress.network import keys
@@ -423,8 +489,10 @@ def _take_part(
     from fedpress.workspace import lock
 
     own = ClientData(data)
+    # Two processes with one folder would answer the same calls, and disturb each other's state.
     exit_stack.enter_context(lock.locked(who.place))
-    # Sums of floats are rounded in another order with another number of threads.
+    # The number of threads is fixed, because it decides in which order floats are added up, and so
+    # how they are rounded. A client that is started again must compute the same bits.
     torch.set_num_threads(who.threads)
     sessions = Sessions(
         who.name,
@@ -437,6 +505,7 @@ def _take_part(
         find(device or "cpu"),
     )
 
+    # Escaped: the sentence may contain text that the server has sent.
     def say(sentence: str) -> None:
         typer.echo(f"{who.name}: {in_one_line(sentence)}")
 
@@ -461,7 +530,7 @@ def approve(
         bool, typer.Option("--show", help="Only say what it asks for; nothing is approved.")
     ] = False,
 ) -> None:
-    """Says what a recipe asks the owner of the data for, and notes that the owner approves it."""
+    """Tells what a recipe asks of the data's owner, and stores the owner's approval of it."""
     from fedpress.api import approving
 
     if show:
@@ -483,7 +552,7 @@ def status(
     ledger: Ledger = None,
     as_json: AsJson = False,
 ) -> None:
-    """Shows what was asked of the owner's data, answered, refused and spent."""
+    """Shows requests about the owner's data: asked, answered, refused, and the epsilon spent."""
     import dataclasses
     import json
 
@@ -492,6 +561,7 @@ def status(
     from fedpress.network.ledger import OwnerLedger, default_path
 
     book = OwnerLedger(ledger or default_path())
+    # Unit and delta are those of the policy, so that epsilon compares with the policy's limits.
     rows = owner.status(book, policies.read(policy) if policy else policies.Policy())
     if as_json:
         typer.echo(json.dumps([dataclasses.asdict(row) for row in rows]))

@@ -1,4 +1,8 @@
-"""Makes the commands on one model, such as `fedpress prune`: one for each kind of stage."""
+"""Creates the commands that work on one model, such as `fedpress prune MODEL`.
+
+There is one command for each kind of stage, and each runs a recipe of this single stage. (A recipe
+describes a run as a list of stages, such as train, prune and quantize.)
+"""
 
 from __future__ import annotations
 
@@ -80,7 +84,11 @@ Std = Annotated[str | None, typer.Option(help="Standard deviation, such as 0.229
 
 
 def command_of(kind: str) -> Callable[..., None]:
-    """Returns the command of one kind of stage."""
+    """Returns the command for one kind of stage, as a function for typer.
+
+    Args:
+        kind: kind of the stage, such as "prune".
+    """
 
     def command(
         model: Model = None,
@@ -101,6 +109,7 @@ def command_of(kind: str) -> Callable[..., None]:
         if list_keys:
             show_keys([kind], of_stage=True)
             return
+        # A resumed run has its model in the run folder, so `--resume --out RUN` needs none.
         if model is None and not (resume and out is not None):
             raise RecipeError(
                 "no model was given",
@@ -136,14 +145,29 @@ def command_of(kind: str) -> Callable[..., None]:
         help="Settings; --keys lists them.",
         autocompletion=completion.stage_keys(kind),
     )
-    # Each kind completes other keys, so this annotation cannot be written in the signature.
+    # Each kind completes its own keys, so this annotation cannot stand in the signature above.
     command.__annotations__["keys"] = Annotated[list[str] | None, settings]
     return command
 
 
 @dataclass(frozen=True)
 class Asked:
-    """The command's arguments, as the user wrote them."""
+    """The arguments of the command, as the user wrote them.
+
+    Attributes:
+        kind: kind of the stage, such as "prune".
+        model: folder or file of the model, or `module:function`.
+        keys: settings of the stage, such as "keep_params=0.5".
+        data: name of the data source.
+        path: folder or file of the data.
+        out: the run folder.
+        input_shape: shape of one example, such as "3,32,32".
+        checkpoint: file of weights for a model that a function builds.
+        mean: mean of each channel, to standardise images.
+        std: standard deviation of each channel.
+        device: where to compute.
+        resume: whether to go on with an interrupted run.
+    """
 
     kind: str
     model: str | None
@@ -161,7 +185,14 @@ class Asked:
 
 @dataclass(frozen=True)
 class Ready:
-    """A checked command; `folder` is the folder of a resumed run, None for a new run in `place`."""
+    """A checked command that can run.
+
+    Attributes:
+        bound: the stage with its model and settings.
+        data: the loaded data.
+        place: path of the run folder.
+        folder: the opened run folder if the run is resumed; None if it must be created.
+    """
 
     bound: OneStage
     data: FederatedData
@@ -170,7 +201,7 @@ class Ready:
 
 
 def _made_ready(asked: Asked, out_stream: Console) -> Ready:
-    """Makes the recipe of one stage, loads its data, and checks everything; writes nothing."""
+    """Builds the recipe of one stage, loads its data, and checks that they fit. Writes nothing."""
     from fedpress.api import progress
     from fedpress.cli import terminal
 
@@ -179,12 +210,15 @@ def _made_ready(asked: Asked, out_stream: Console) -> Ready:
         from fedpress.pipeline.keys import settings_of
         from fedpress.workspace.folder import RunFolder
 
+        # The model may be built by a function of a module in the current folder.
         begin.find_modules()
         place, bound = _ordered(asked)
+        # Locked before the folder is read. A new run is locked in `_run`, which creates its folder.
         if asked.resume and place.is_dir():
             lock_until_exit(place)
         folder = RunFolder.resume(place, settings_of(bound.recipe)) if asked.resume else None
         if folder is None:
+            # Before the data are loaded, which may take minutes.
             RunFolder.check_free(place, bound.text)
     if bound.note is not None:
         out_stream.print(error_text(bound.note), markup=False, soft_wrap=True)
@@ -196,7 +230,10 @@ def _made_ready(asked: Asked, out_stream: Console) -> Ready:
 
 
 def _ordered(asked: Asked) -> tuple[Path, OneStage]:
-    """Returns the run folder and the recipe; a resumed run has both in its folder."""
+    """Returns the path of the run folder, and the stage with its model and settings.
+
+    For `--resume RUN` alone, both are read from the folder RUN.
+    """
     from fedpress.api.begin import default_folder
     from fedpress.pipeline.commands import OneStage
     from fedpress.pipeline.commands.chosen_data import ChosenData, Standardization
@@ -205,7 +242,9 @@ def _ordered(asked: Asked) -> tuple[Path, OneStage]:
 
     if asked.resume:
         words = [*([asked.model] if asked.model is not None else []), *asked.keys]
+        # typer takes RUN of `--resume RUN` for the argument MODEL, so all words are searched.
         found, rest = run_to_resume(words) if asked.out is None else (asked.out, words)
+        # With further words the whole command is read; its settings must equal the run's.
         if found is not None and not rest and OneStage.lies_in(asked.kind, found):
             return found, OneStage.of_folder(
                 found, [*map(Override.parse, with_device([], asked.device))]
@@ -223,7 +262,7 @@ def _ordered(asked: Asked) -> tuple[Path, OneStage]:
 
 
 def _run(ready: Ready, out_stream: Console) -> Result:
-    """Runs the stage and draws the report."""
+    """Runs the stage, writes files and report into the run folder, and returns the result."""
     from fedpress.api import progress
     from fedpress.api.result import Result
     from fedpress.cli import terminal
@@ -239,6 +278,7 @@ def _run(ready: Ready, out_stream: Console) -> Result:
         lock_until_exit(place)
     with stopping(f"\nstopped; what was finished is saved; go on with: {resume_command(place)}"):
         command = shlex.join(["fedpress", *sys.argv[1:]])
+        # Command and versions are noted in the folder, so that the run can be repeated.
         warn(write_environment(folder, command, device=device_of(bound.recipe)))
         progress.follow(bound.execute(folder, ready.data), out_stream)
         with terminal.waiting(out_stream, "drawing the report"):
@@ -247,7 +287,7 @@ def _run(ready: Ready, out_stream: Console) -> Result:
 
 
 def _show(ready: Ready, result: Result, out_stream: Console, *, as_json: bool) -> None:
-    """Prints the result and the paths of its files."""
+    """Prints the comparison with the model before, and the paths of the written files."""
     from fedpress.cli import terminal
 
     terminal.show_result(out_stream, dict(result.before), dict(result.after))
@@ -268,10 +308,10 @@ def _show(ready: Ready, result: Result, out_stream: Console, *, as_json: bool) -
 
 
 def shape_of(text: str | None) -> tuple[int, ...] | None:
-    """Reads `3,32,32` or `3x32x32`.
+    """Reads a shape such as `3,32,32` or `3x32x32`; None stays None.
 
     Raises:
-        RecipeError: if the text is no list of whole numbers above 0.
+        RecipeError: if the text is not a list of whole numbers above 0.
 
     >>> shape_of("3,32,32")
     (3, 32, 32)
@@ -289,9 +329,10 @@ def shape_of(text: str | None) -> tuple[int, ...] | None:
 
 
 def numbers_of(text: str | None) -> Any:
-    """Reads `0.5,0.4,0.3` as numbers; a word such as `none` is returned as it is."""
+    """Reads `0.5,0.4,0.3` as a tuple of numbers. A word such as `none` is returned unchanged."""
     if text is None:
         return None
+    # An unknown word is not an error here: the code that uses it names the words that it knows.
     try:
         return tuple(float(part) for part in text.split(","))
     except ValueError:

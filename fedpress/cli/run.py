@@ -1,4 +1,4 @@
-"""The command `fedpress run`: starts a run, or resumes it from its last checkpoint."""
+"""The command `fedpress run`: runs all stages of a recipe, or resumes an interrupted run."""
 
 from __future__ import annotations
 
@@ -70,7 +70,8 @@ def run(
     code: AllowCode = None,
     as_json: AsJson = False,
 ) -> None:
-    """Runs a recipe into a run folder, with a report at the end."""
+    """Runs a recipe, and writes results and a report into a run folder."""
+    # typer takes the first word for RECIPE, but it may also be a run folder or a table's name.
     words = [*([recipe] if recipe is not None else []), *(overrides or [])]
     if list_keys:
         show_keys(words)
@@ -80,11 +81,13 @@ def run(
     settings = cluster.Given(engine, ray_address, cpus_per_client, gpus_per_client, actors)
     allow_code(code)
     out_stream = terminal.console(quiet=as_json)
+    # Everything that can fail is checked in this block, before the run folder is created.
     with stopping("stopped before the run began; nothing was changed"):
         with terminal.waiting(out_stream, "starting"):
             from fedpress.pipeline.check import check_recipe
             from fedpress.workspace.folder import RunFolder
 
+            # First, since a Ray cluster that cannot be reached is the likeliest failure.
             runner = exit_stack.enter_context(settings.open())
             words = with_device(words, device)
             bind = _begun if resume else _new
@@ -100,7 +103,14 @@ def run(
 def _new(
     context: typer.Context, words: list[str], data: Path | None, out: Path | None
 ) -> CheckedRun:
-    """Checks a new run, and that its folder is free."""
+    """Checks the recipe of a new run, and that its run folder is free.
+
+    Args:
+        context: of the command, for an error about a missing recipe.
+        words: recipe and overrides.
+        data: value of `--data`.
+        out: value of `--out`.
+    """
     from fedpress.api import begin
 
     recipe, overrides = _parted(words)
@@ -110,11 +120,16 @@ def _new(
 def _begun(
     context: typer.Context, words: list[str], data: Path | None, out: Path | None
 ) -> CheckedRun:
-    """Opens a run to resume. Its folder may be one of `words`; the recipe may be missing."""
+    """Opens the run to resume, and checks its recipe.
+
+    The arguments are those of `_new`, but `words` may contain the run folder, and need not contain
+    a recipe: the folder has one.
+    """
     from fedpress.api import begin
 
     place, rest = run_to_resume(words) if out is None else (out, words)
     recipe, overrides = _parted(rest)
+    # Neither RUN nor --out is given: the folder follows from the name of the recipe.
     if place is None:
         checked = begin.load(required_recipe(recipe, context), overrides, data)[1]
         place = begin.default_folder(checked.name, True)
@@ -122,7 +137,8 @@ def _begun(
 
 
 def _parted(words: list[str]) -> tuple[str | None, list[str]]:
-    """Separates the recipe, if the first word is one, from the overrides after it."""
+    """Returns the recipe (None if the first word is not one), and the overrides."""
+    # A file whose name contains "=" is a recipe; any other word with "=" is an override.
     if words and ("=" not in words[0] or Path(words[0]).is_file()):
         return words[0], words[1:]
     return None, words
@@ -136,7 +152,15 @@ def _execute(
     reuse: RunFolder | None,
     engine: Engine,
 ) -> Path:
-    """Runs the stages, draws the report and returns the path of the report."""
+    """Runs all stages, writes the report, and returns its path.
+
+    Args:
+        begun: the checked run, new or resumed.
+        data: the loaded data.
+        out_stream: where progress is shown.
+        reuse: an earlier run whose equal, finished stages are copied.
+        engine: runs the simulated clients.
+    """
     from fedpress.api import progress
     from fedpress.cli import terminal
     from fedpress.pipeline import run as runs
@@ -145,6 +169,7 @@ def _execute(
     place = begun.place
     saved = "all up to the last epoch or round is saved"
     with stopping(f"\nstopped; {saved}; go on with: {resume_command(place)}"):
+        # Only here the folder is created: a command that fails before leaves nothing behind.
         folder, notes = begun.start(shlex.join(["fedpress", *sys.argv[1:]]), exit_stack)
         warn(notes)
         out_stream.print(f"{begun.recipe.name} into {place}", markup=False, soft_wrap=True)
@@ -155,11 +180,12 @@ def _execute(
 
 
 def show_run(place: Path, report_file: Path, out_stream: Console, *, as_json: bool) -> None:
-    """Prints the result of a run: table, metrics, and where the report is."""
+    """Prints the result of a finished run: a table of stages, metrics, and the report's path."""
     from fedpress.cli import terminal
     from fedpress.reports.outcome import outcome_of
     from fedpress.reports.stage_table import rich_table, runtimes_explained, spread_explained
 
+    # Read from the file, so that what is shown is what was saved.
     result = json.loads((place / "result.json").read_text("utf-8"))
     out_stream.print(rich_table(result, width=out_stream.width))
     for note in (spread_explained(result), runtimes_explained(result)):

@@ -1,4 +1,4 @@
-"""Prints results: the tables of a run, a check, a command and a measurement."""
+"""Prints the results of commands on a terminal, as tables with headings."""
 
 from __future__ import annotations
 
@@ -22,33 +22,56 @@ from fedpress.reports.table import as_rich
 
 
 def console(*, quiet: bool) -> Console:
-    """Returns the console; with `quiet` it prints to stderr, since stdout then is for JSON."""
+    """Returns a console that prints to stdout, or to stderr if `quiet`.
+
+    A command with `--json` is quiet: its stdout must contain JSON alone.
+    """
+    # Without rich's colours for numbers and paths, which would suggest a meaning.
     return Console(stderr=quiet, highlight=False)
 
 
 @contextmanager
 def waiting(out: Console, what: str) -> Iterator[None]:
-    """Shows `what` as a status line while the block runs."""
+    """Shows the text `what` with a spinner while the block runs."""
     with out.status(what):
         yield
 
 
 class Loading:
-    """Shows downloads and decoding as bars: the `progress` of `fedpress.data.load`."""
+    """Shows downloads and decoding as progress bars.
+
+    An instance can be passed as `progress` to `fedpress.data.load`.
+
+    Attributes:
+        shown: rich's display of all bars.
+        tasks: the bar of each activity, by its text.
+    """
 
     def __init__(self, shown: Progress) -> None:
         self.shown = shown
         self.tasks: dict[str, TaskID] = {}
 
     def __call__(self, what: str, done: int, total: int | None) -> None:
-        """Moves the bar of `what`."""
+        """Moves a bar; adds the bar at the first call.
+
+        Args:
+            what: text of the activity, such as the name of a file.
+            done: finished part, in bytes or images.
+            total: the whole; None if it is not known.
+        """
         if what not in self.tasks:
             self.tasks[what] = self.shown.add_task(what, total=total, note="")
         self.shown.update(self.tasks[what], completed=done, total=total)
 
 
 def show_metrics(out: Console, result: dict[str, Any]) -> None:
-    """Prints all metrics of each stage; warns if the last model is no better than guessing."""
+    """Prints the metrics of each stage; warns if the last model is no better than guessing.
+
+    Args:
+        out: where to print.
+        result: content of `result.json`.
+    """
+    # More than 4 metrics do not fit beside each other on a terminal of 80 columns.
     stages = stages_of(result)
     table = metrics_table(stages, most=4)
     if table.rows:
@@ -58,12 +81,19 @@ def show_metrics(out: Console, result: dict[str, Any]) -> None:
 
 
 def _warn_of_guesses(out: Console, stages: list[dict[str, Any]]) -> None:
+    """Warns if the last model is no better than guessing, for instance than the largest class."""
     if warning := score_warning(stages):
         out.print(f"warning: {warning}", style="yellow", markup=False, soft_wrap=True)
 
 
 def show_result(out: Console, before: dict[str, Any], after: dict[str, Any]) -> None:
-    """Prints what a command changed, and which layers it did not change."""
+    """Prints a model before and after a command, and the layers that the command did not change.
+
+    Args:
+        out: where to print.
+        before: record of the model before the command.
+        after: record of the model after it.
+    """
     out.print(as_rich(comparison_table(before, after)))
     _warn_of_guesses(out, [after])
     if floats := stays_float(after):
@@ -72,12 +102,19 @@ def show_result(out: Console, before: dict[str, Any], after: dict[str, Any]) -> 
         )
     left = unchanged_table([after])
     if left.rows:
+        # Without the first column, the stage: here there is only one.
         rows = [[names, why] for _, names, why in left.rows]
         out.print(as_rich(PlainTable(left.header[1:], rows), text_columns=("Why",)))
 
 
 def show_keys(out: Console, title: str, rows: Sequence[tuple[str, str, str]]) -> None:
-    """Prints the settings of one table with their defaults and meanings."""
+    """Prints the settings of one table of a recipe.
+
+    Args:
+        out: where to print.
+        title: heading of the table.
+        rows: name, default and meaning of each setting.
+    """
     out.print(title, style="bold", markup=False)
     if not rows:
         out.print("no keys except kind and name\n", markup=False)
@@ -88,12 +125,17 @@ def show_keys(out: Console, title: str, rows: Sequence[tuple[str, str, str]]) ->
 
 
 def show_measures(out: Console, records: Iterable[Mapping[str, Any]]) -> None:
-    """Prints the records of `measure`: costs, times, and the peak of the machine."""
+    """Prints the records of `fedpress measure`: costs, latencies, and limits of the machine.
+
+    The limits ("roof") are those of the roofline model: the arithmetic rate and the memory
+    bandwidth that one thread reaches on this machine.
+    """
     records = list(records)
     out.print(as_rich(_costs(records), text_columns=("Model", "Runtime")))
     out.print()
     out.print(as_rich(_times(records)))
     if records:
+        # All records are of the same machine.
         top = records[0]["machine"]
         out.print(
             "Latency: median ± half the interquartile range. The roof is what one thread reaches "
@@ -104,6 +146,7 @@ def show_measures(out: Console, records: Iterable[Mapping[str, Any]]) -> None:
 
 
 def _costs(records: Sequence[Mapping[str, Any]]) -> PlainTable:
+    """Returns a table with a row for each record: size, memory and share of the roofline."""
     names = _short([record["name"] for record in records])
     rows = []
     for number, (name, record) in enumerate(zip(names, records, strict=True), start=1):
@@ -113,6 +156,7 @@ def _costs(records: Sequence[Mapping[str, Any]]) -> PlainTable:
                 name,
                 record["runtime"],
                 units.count(record["parameters"]),
+                # 0 means that the MACs are not known; None is shown as a dash.
                 units.count(record["macs"] or None),
                 units.size(record["file_bytes"]),
                 units.size(record["peak_memory"]),
@@ -124,11 +168,12 @@ def _costs(records: Sequence[Mapping[str, Any]]) -> PlainTable:
 
 
 def _times(records: Sequence[Mapping[str, Any]]) -> PlainTable:
-    """Returns a row for each record and a column for each batch size and number of threads."""
+    """Returns a table with a row for each record and a column for each batch size and threads."""
     places: list[tuple[int, int]] = []
     by_record: list[dict[tuple[int, int], Mapping[str, Any]]] = []
     for record in records:
         timings = {(timing["batch"], timing["threads"]): timing for timing in record["timings"]}
+        # Records may have different columns: some runtimes have only one batch size.
         places += [place for place in timings if place not in places]
         by_record.append(timings)
     rows = []
@@ -139,7 +184,11 @@ def _times(records: Sequence[Mapping[str, Any]]) -> PlainTable:
 
 
 def _short(names: Sequence[str], room: int = 13) -> list[str]:
-    """Shortens an export of the model above to "as onnx int8", and long paths to their end."""
+    """Shortens names to fit a table.
+
+    If the row above is the model `net`, its export `net as onnx int8` becomes `as onnx int8`. Of a
+    path longer than `room` characters only the end is shown.
+    """
     shown: list[str] = []
     above = ""
     for name in names:
@@ -152,6 +201,7 @@ def _short(names: Sequence[str], room: int = 13) -> list[str]:
 
 
 def _roof(record: Mapping[str, Any]) -> str:
+    """Returns the reached share of the machine's limit and the limit's name: "40% arithmetic"."""
     if not record["macs"] or not record["timings"]:
         return units.DASH
     roof = record["timings"][0]["roofline"]
@@ -159,6 +209,7 @@ def _roof(record: Mapping[str, Any]) -> str:
 
 
 def _time(timing: Mapping[str, Any] | None) -> str:
+    """Returns the median latency and half the interquartile range: "1.3 ±0.05 ms"."""
     if timing is None:
         return units.DASH
     median, half = timing["median_ms"], (timing["p75_ms"] - timing["p25_ms"]) / 2
@@ -166,7 +217,7 @@ def _time(timing: Mapping[str, Any] | None) -> str:
 
 
 def _shape(shape: Any) -> str:
-    """Writes the shape of one example as `3x32x32`; of several inputs, with their names."""
+    """Returns the shape of one example as `3x32x32`; for several inputs each with its name."""
     if isinstance(shape, Mapping):
         return ", ".join(f"{name} {_shape(sizes)}".strip() for name, sizes in shape.items())
     return "x".join(str(n) for n in shape)
@@ -175,7 +226,15 @@ def _shape(shape: Any) -> str:
 def show_check(
     out: Console, title: str, data: Mapping[str, Any], lines: list[dict[str, Any]]
 ) -> None:
-    """Prints the result of a check: the data, then the facts of each stage."""
+    """Prints the result of `fedpress check`: the data, then facts about each stage.
+
+    Args:
+        out: where to print.
+        title: name and description of the recipe.
+        data: numbers of examples and clients, shape and classes.
+        lines: a dictionary of facts for each stage, such as parameters and epsilon.
+    """
+    # `escape` and `markup=False`: rich would read a name in brackets as a style.
     out.print(f"[bold]{escape(title)}[/]")
     counts = [f"{data[part]:,} {part}" for part in ("private", "public", "validation", "test")]
     examples = f"{_shape(data['shape'])}, {len(data['classes'])} classes"
@@ -195,10 +254,12 @@ def show_check(
 
 
 def _fact(key: str, value: Any) -> str:
+    """Returns the value of a fact as text, with its unit if the key tells the unit."""
     if key == "epsilon":
         return units.epsilon(value)
     if "bytes" in key:
         return units.size(value)
+    # A list is a range: the least and the largest value, such as of examples per client.
     if isinstance(value, list):
         return " to ".join(_fact("", item) for item in value)
     if isinstance(value, float):

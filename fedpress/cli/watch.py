@@ -1,4 +1,4 @@
-"""The command `fedpress watch`: shows a run in the browser while it goes on."""
+"""The command `fedpress watch`: serves a web page that shows a run while it goes on."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ def watch(
     ] = None,
 ) -> None:
     """Shows a run in the browser while it goes on; on this machine alone, until Ctrl-C."""
+    # Imported here, so that `fedpress --help` does not wait for it.
     from fedpress.reports import watching
 
     if once is not None:
@@ -28,5 +29,5 @@ def watch(
         try:
             server.serve_forever()
         except KeyboardInterrupt:
-            # The usual end; the run is not touched.
+            # The usual end of this command, so no error. The run itself goes on.
             typer.echo("")

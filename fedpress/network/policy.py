@@ -1,4 +1,4 @@
-"""A data owner's policy: a TOML file that lists the allowed servers, models and privacy promises."""
+"""A data owner's policy: a TOML file that lists allowed servers, models and privacy promises."""
 
 from __future__ import annotations
 
