@@ -95,7 +95,6 @@ def check(
     """Checks a recipe without training: sizes, bytes per round, noise, epsilon."""
     from fedpress.pipeline import recipe as recipes
 
-    # With `--keys` the words are names of tables; typer has put the first one into `recipe`.
     if list_keys:
         show_keys([*([recipe] if recipe is not None else []), *(overrides or [])])
         return

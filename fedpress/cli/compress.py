@@ -155,13 +155,11 @@ def sweep(
     with stopping(f"\nstopped; {saved}; the same command goes on: --out {place}"):
         _follow(running, out_stream, len(variants))
     page = write_sweep(place)
-    # Read back, because a resumed sweep has variants that this process did not run.
     found = json.loads((place / "sweep.json").read_text("utf-8"))
     out_stream.print(as_rich(sweep_table(found)))
     out_stream.print(f"picture: {page}", markup=False, soft_wrap=True)
     if as_json:
         typer.echo(json.dumps(found))
-    # Last: a failed variant does not stop the others, but the command must not end with code 0.
     failed = [variant["name"] for variant in found["variants"] if variant["error"]]
     if failed:
         raise RecipeError(

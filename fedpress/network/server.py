@@ -30,7 +30,7 @@ class ServerNetwork:
         labels: columns that the model predicts; empty if the clients' data are not tables.
         lost_after: after so many seconds of silence, the server no longer waits for the answer of
             an offline client.
-        told: is called with a sentence when a client goes offline, comes back, or is called again.
+        told: is called with a sentence for people, such as "client 'a' was started again".
         min_clients: number of clients that must be connected before a stage begins; None: all
             clients that `server.toml` lists.
         timeout: seconds to wait for these clients; None: without limit.

@@ -1,4 +1,4 @@
-"""Transports: carry messages from the server to the clients, and answers back."""
+"""Transports: carry the server's messages to the clients, and their answers back."""
 
 from fedpress.transport.local import Handler, LocalTransport
 

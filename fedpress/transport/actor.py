@@ -1,10 +1,11 @@
-"""One process of a cluster: holds the sides of its clients, and answers requests to them.
+"""A process of a Ray cluster that runs simulated clients and answers the requests to them.
 
-A client's side (`Side`) is its part of a stage: it answers what the server asks the client.
+Ray calls such a process an actor; `Host` is the class that runs in it. The code of one client is
+its side (`Side`): an object that answers the server's requests to this client.
 
-What a client stores between rounds comes back with its answer, and the process of the server stores
-it in the run folder. So a run can be resumed on other machines, and a client whose process was
-killed goes on in another one.
+A client's stored state comes back with its answer, and the server's process writes it into the run
+folder. So a run can be resumed on other machines, and a client whose actor was killed continues in
+another actor.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from fedpress.wire.message import pack
 
 
 class Side(Protocol):
-    """A client's part of a stage, which answers the server's requests; `ClientSide` is one.
+    """Answers the server's requests to one client in one stage, such as `ClientSide`.
 
     Attributes:
         common: inputs that are equal for all clients, such as the model.
@@ -38,18 +39,18 @@ class Side(Protocol):
     memory: ClientState
 
     def handle(self, request: bytes) -> bytes:
-        """Answers one message, or raises."""
+        """Returns the bytes of the answer to one message, or raises."""
         ...
 
 
 @dataclass(frozen=True)
 class Write:
-    """Something that a client has stored: the state after a round, or a named entry.
+    """One write of a client into its stored state: the state after a round, or a named entry.
 
     Attributes:
-        round: None for an entry.
-        entry: name of the entry; empty for a state.
-        tensors: what was stored.
+        round: number of the round; None for a named entry.
+        entry: name of the entry; empty for the state after a round.
+        tensors: the stored tensors.
     """
 
     round: int | None
@@ -57,7 +58,7 @@ class Write:
     tensors: dict[str, Tensor]
 
     def store(self, memory: ClientState) -> None:
-        """Repeats this write in another `memory`."""
+        """Makes the same write in `memory`."""
         if self.round is None:
             memory.save_entry(self.entry, self.tensors)
         else:
@@ -66,7 +67,11 @@ class Write:
 
 @dataclass(eq=False)
 class RecordedState:
-    """A client's storage in memory (see `ClientState`) that remembers what was written.
+    """A client's stored state, in memory, that also records all writes (see `ClientState`).
+
+    Attributes:
+        stored: the state.
+        writes: writes since the last call of `taken`.
 
     >>> memory = RecordedState(InMemoryState())
     >>> memory.save(3, {})
@@ -100,25 +105,26 @@ class RecordedState:
         return self.stored.copied()
 
     def taken(self) -> list[Write]:
-        """Returns what was written since the last call."""
+        """Returns all writes since the last call of `taken`."""
         writes = self.writes
         self.writes = []
         return writes
 
 
 def _own(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    # A part of a larger tensor would be pickled with all of it.
+    """Returns copies of tensors, each with its own storage."""
+    # A view of a larger tensor would be pickled with the whole larger tensor.
     return {name: tensor.detach().clone() for name, tensor in state.items()}
 
 
 @dataclass(frozen=True)
 class Stored:
-    """What a client needs to go on in a new process.
+    """What a client needs to continue in a new actor.
 
     Attributes:
-        memory: what the client has stored.
-        set_up: earlier messages to the client that a new process must know: the agreement, and
-            the roster of a secure sum.
+        memory: the client's stored state.
+        set_up: earlier messages that a new process must handle again: the agreement (all clients of
+            the run), and the roster of a secure sum (public keys of the clients).
     """
 
     memory: InMemoryState
@@ -127,14 +133,19 @@ class Stored:
 
 @dataclass(frozen=True)
 class Reply:
-    """What an actor returns for one request: the answer's bytes, and what the client stored."""
+    """An actor's result for one request.
+
+    Attributes:
+        data: bytes of the answer.
+        writes: what the client has stored meanwhile.
+    """
 
     data: bytes
     writes: tuple[Write, ...] = ()
 
 
 class Host:
-    """Runs in an actor's process; one call at a time."""
+    """The object in an actor's process: runs some clients, and handles one call at a time."""
 
     def __init__(self) -> None:
         self._common: Any = None
@@ -142,25 +153,27 @@ class Host:
         self._running: dict[ClientId, tuple[Side, RecordedState]] = {}
 
     def versions(self) -> dict[str, str]:
-        """Returns what must be equal in all processes, because bits depend on it."""
+        """Returns the versions that must be equal in all processes; see `versions` below."""
         return versions()
 
     def load(self, build: bytes, sides: bytes, *, device: str, threads: int) -> str:
         """Loads the clients of this actor.
 
         Args:
-            build: pickled function that makes what all sides share: `build(device=...)`.
-            sides: pickled dictionary, name -> side without `common` and `memory`.
+            build: pickled function that creates the inputs that all sides share:
+                `build(device=...)`.
+            sides: pickled dictionary: client name -> side without `common` and `memory`.
             device: where the clients train.
-            threads: threads of torch. Bits depend on it.
+            threads: threads of torch. They decide the order of float sums, and so the exact bits.
 
         Returns:
-            Why loading failed; empty if it did not.
+            Why loading failed; empty if it succeeded.
         """
         torch.set_num_threads(threads)
         if device != "cpu" and not torch.cuda.is_available():
             return "torch finds no GPU there"
-        # Any exception, because pickles of a user's model import the user's modules.
+        # Any exception, because unpickling a user's model imports the user's modules, which can
+        # raise anything.
         try:
             self._sides = pickle.loads(sides)
             self._common = pickle.loads(build)(device=torch.device(device))
@@ -169,34 +182,38 @@ class Host:
         return ""
 
     def answer(self, client: ClientId, request: bytes, stored: Stored | None = None) -> Reply:
-        """Answers a request as the local transport does.
+        """Answers a request to a client, in the same way as the local transport.
 
         Args:
             client: name of the client.
             request: bytes of the message.
-            stored: where the client begins; None: it goes on from its last request here.
+            stored: state from which the client starts; None: the client continues from its last
+                request in this actor.
         """
         if stored is not None:
             self._begin(client, stored)
         side, memory = self._running[client]
         try:
             data = side.handle(request)
-        # A client that fails must not end the run.
+        # Sent as an answer: a client that fails must not end the run.
         except Exception as problem:
             data = pack(failure(problem))
         return Reply(data, tuple(memory.taken()))
 
     def _begin(self, client: ClientId, stored: Stored) -> None:
-        """Brings a client to where it was in another process."""
+        """Puts a client into the state that it had in another process."""
         memory = RecordedState(stored.memory)
         side: Side = replace(self._sides[client], common=self._common, memory=memory)
         for message in stored.set_up:
-            # The answer, which may be a refusal, is the same as the first time, and was sent then.
+            # Answers and errors are ignored: they were sent the first time, and are the same now.
             with suppress(Exception):
                 side.handle(message)
         self._running[client] = side, memory
 
 
 def versions() -> dict[str, str]:
-    """Returns the versions on which the bits of a run depend."""
+    """Returns the versions of fedpress, torch and the random streams.
+
+    With other versions the same run may give other bits, so they must be equal in all processes.
+    """
     return {"fedpress": __version__, "streams": str(STREAMS), "torch": torch.__version__}

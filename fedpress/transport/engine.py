@@ -1,7 +1,7 @@
-"""Engines: simulated clients work in this process, or as actors on a Ray cluster.
+"""Engines decide where simulated clients run: in this process, or in actors of a Ray cluster.
 
-An engine is no key of a recipe, because it must not change a result: the clients of every engine
-send the same bytes.
+The engine is not a key of the recipe (the file that describes a run), because it must not change a
+result: with every engine the clients send the same bytes.
 """
 
 from __future__ import annotations
@@ -28,12 +28,15 @@ class LocalEngine:
     def connect(
         self, clients: Mapping[ClientId, Side], build: Callable[..., Any]
     ) -> LocalTransport:
-        """See `fedpress.workspace.state.Engine`; `build` is not needed."""
+        """Returns a transport to `clients`; see `fedpress.workspace.state.Engine`.
+
+        `build` makes inputs for other processes, so it is not needed here.
+        """
         return LocalTransport({name: side.handle for name, side in clients.items()})
 
 
 class LocalSettings(BaseModel):
-    """The local engine, which has no settings."""
+    """Settings of the local engine: there are none except its name."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -41,15 +44,15 @@ class LocalSettings(BaseModel):
 
     @contextmanager
     def open(self) -> Iterator[LocalEngine]:
-        """Yields the engine."""
+        """Yields the engine; there is nothing to start or to stop."""
         yield LocalEngine()
 
 
 class EngineSettings(Protocol):
-    """Settings of an engine."""
+    """What the settings of every engine can do."""
 
     def open(self) -> AbstractContextManager[Engine]:
-        """Starts the engine, and ends it after the block."""
+        """Starts the engine, and stops it after the block."""
         ...
 
 
@@ -58,7 +61,11 @@ ENGINES: dict[str, Callable[..., EngineSettings]] = {"local": LocalSettings, "ra
 
 
 def engine_settings(engine: str | Mapping[str, Any] = "local") -> EngineSettings:
-    """Reads the name of an engine, or a dictionary with its name ("kind") and settings.
+    """Returns the settings of an engine.
+
+    Args:
+        engine: name of the engine, or a dictionary with its name ("kind") and settings, such as
+            `{"kind": "ray", "actors": 4}`.
 
     Raises:
         RecipeError: if a setting is wrong.
@@ -86,9 +93,11 @@ def engine_settings(engine: str | Mapping[str, Any] = "local") -> EngineSettings
 
 
 def _mistake(error: ValidationError) -> RecipeError:
-    """Converts the first error of pydantic."""
+    """Converts the first error of pydantic into an error with place and cure."""
+    # One at a time: the other errors often follow from the first.
     first = error.errors()[0]
     key = str(first["loc"][0])
+    # The same words as in the other errors of fedpress: "got ..., expected ...".
     text = (
         str(first["msg"])
         .replace("Input should be", "expected")
@@ -96,12 +105,14 @@ def _mistake(error: ValidationError) -> RecipeError:
     )
     problem = f"got {first['input']!r}, {text}"
     cure: Words = "give another value"
+    # An error that our own validator raised has a better cure than "give another value".
     own = first.get("ctx", {}).get("error")
     if isinstance(own, SettingError):
         problem, cure = own.problem, own.cure
     if first["type"] == "extra_forbidden":
         problem = "no such setting of this engine"
         cure = suggestion(key, list(RaySettings.model_fields)) or "leave it out"
+        # The key exists, but for another engine than the chosen one.
         if key in RaySettings.model_fields:
             cure = ("give ", Argument("engine", "ray"), ", or leave it out")
     return RecipeError(problem, place=f"engine.{key}", cure=cure)

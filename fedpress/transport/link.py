@@ -1,7 +1,7 @@
-"""What a remote transport needs of a network: parcels to named clients, and their answers.
+"""The interface of a network connection: sends parcels to named clients, and gets their answers.
 
-A link knows nothing of rounds. `fedpress.transport.flower` is the link that people use; a test may
-take another one.
+A link knows nothing of rounds or models. `fedpress.transport.flower` implements it with Flower; a
+test may use another implementation.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ What = Literal["call", "answer", "ping", "pong"]
 
 @dataclass(frozen=True)
 class Parcel:
-    """What travels between the server and one client.
+    """One unit of transfer between the server and one client.
 
     Attributes:
         what: kind of the parcel.
-        request: names the call; the answer repeats it. A call that is sent again, because nobody
-            knows whether it arrived, keeps its name, so a client works on it once.
-        session: the stage of the run that the call belongs to; empty for a ping.
-        body: a packed message; for a pong the JSON of `Presence`.
+        request: id of the call; the answer has the same id. If the server does not know whether a
+            call arrived, it sends the call again with the same id. So the client works on it once.
+        session: id of the session (one stage of one run); empty for a ping.
+        body: bytes of a message; for a pong the JSON of `Presence`.
     """
 
     what: What
@@ -37,12 +37,12 @@ class Parcel:
 
 @dataclass(frozen=True)
 class Lost:
-    """Stands for an answer that will not come.
+    """Takes the place of an answer that will never come.
 
     Attributes:
-        reason: why the answer will not come.
-        again: whether the network lost the answer, so that the call is worth sending again; False
-            if the answer's sender made it unreadable.
+        reason: why the answer will never come.
+        again: True if the network lost the answer: the call should then be sent again. False if the
+            client sent an unreadable answer: it would send the same answer again.
     """
 
     reason: str
@@ -50,18 +50,18 @@ class Lost:
 
 
 class Link(Protocol):
-    """The server's end of a network."""
+    """The server's connection to all clients."""
 
     def online(self) -> Mapping[ClientId, bool]:
-        """Returns whether each known client is connected, in the order of their names."""
+        """Returns for each known client, in a fixed order, whether it is connected now."""
         ...
 
     def send(self, parcels: Mapping[ClientId, Parcel]) -> dict[ClientId, str]:
-        """Sends a parcel to each client; equal bodies travel to the network once.
+        """Sends one parcel to each of the clients; a body that several parcels share is sent once.
 
         Returns:
-            For each client a ticket, by which the answer is found; none for those that were never
-            connected.
+            Client name -> ticket. `poll` takes the ticket and returns the answer. A client that was
+            never connected has no ticket.
 
         Raises:
             NetworkError: if the network itself does not work.
@@ -69,15 +69,15 @@ class Link(Protocol):
         ...
 
     def poll(self, tickets: Collection[str]) -> dict[str, Parcel | Lost]:
-        """Returns the answers that have come since, by ticket; does not wait."""
+        """Returns the answers that have arrived, by ticket. Does not wait."""
         ...
 
 
 class Pace:
-    """How long to sleep between two polls: a fixed share of the time waited so far.
+    """The pause between two polls: a fixed share of the time waited since the last event.
 
-    A poll then delays an answer by at most `SHARE` of the time that it took, and an idle process
-    polls every `LONGEST` seconds.
+    So an answer that takes 10 s is noticed at most 0.5 s late (`SHARE` = 0.05). The pause is never
+    longer than `LONGEST` seconds, also if nothing comes for hours.
 
     >>> pace = Pace(now=lambda: 100.0)
     >>> pace.seconds() == Pace.SHORTEST
@@ -89,6 +89,7 @@ class Pace:
     LONGEST = 2.0
 
     def __init__(self, now: object = time.monotonic) -> None:
+        # The clock is an argument, so that tests need not sleep.
         self._now = now
         self._last = self._read()
 
@@ -96,10 +97,11 @@ class Pace:
         return float(self._now())  # type: ignore[operator]
 
     def reset(self) -> None:
-        """Begins anew: something has just come."""
+        """Starts with the shortest pause again; call it after each event."""
         self._last = self._read()
 
     def seconds(self) -> float:
         """Returns the pause before the next poll, in seconds."""
+        # SHORTEST keeps a fast exchange from using a whole processor for polling.
         waited = self._read() - self._last
         return min(max(self.SHARE * waited, self.SHORTEST), self.LONGEST)

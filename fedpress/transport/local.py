@@ -1,6 +1,6 @@
-"""The transport of simulations, whose clients are all in this process.
+"""The transport of simulations: all clients are in this process, and are called as functions.
 
-Messages are packed to bytes and unpacked, exactly as over a network.
+Messages are converted to bytes and back, exactly as over a network.
 """
 
 from __future__ import annotations
@@ -18,10 +18,11 @@ Handler: TypeAlias = Callable[[bytes], bytes]
 
 
 class LocalTransport:
-    """Calls a function of each client, its handler.
+    """Sends a message by calling a function of the client, its handler.
 
     If a handler raises, the answer has kind "error": the client is dropped from the round, and the
-    run continues. Handlers are called in `receive`, so a request cancelled before costs no work.
+    run continues. A handler is called only when its answer is received, so a request that is
+    cancelled before costs no work.
     """
 
     def __init__(self, handlers: Mapping[ClientId, Handler], *, max_bytes: int = MAX_BYTES) -> None:
@@ -29,7 +30,7 @@ class LocalTransport:
 
         Args:
             handlers: name of each client -> its handler.
-            max_bytes: largest accepted answer, in bytes.
+            max_bytes: longest accepted answer, in bytes.
         """
         self.handlers = dict(handlers)
         self._max_bytes = max_bytes
@@ -58,16 +59,17 @@ class LocalTransport:
     def receive(
         self, requests: Collection[RequestId], timeout: float | None = None
     ) -> Answer | None:
-        """Lets the client of the first of `requests` work, and returns its answer.
+        """Calls the handler of the oldest open request in `requests`, and returns its answer.
 
         Args:
             requests: the requests to wait for.
             timeout: ignored, because answers come at once. Slow clients are simulated by the
-                virtual clock of the schedule.
+                virtual clock of the schedule (`fedpress.federation.delays`).
 
         Returns:
             The answer, of kind "error" if the client failed; None if none of `requests` is open.
         """
+        # In the order of sending, so that the same run always gives the same order of answers.
         first = next((request for request in self._open if request in requests), None)
         if first is None:
             return None
@@ -75,11 +77,12 @@ class LocalTransport:
         return client, first, self._ask(client, packed.data)
 
     def cancel(self, requests: Collection[RequestId]) -> None:
-        """Drops `requests`: their handlers are never called."""
+        """Forgets `requests`; their handlers are not called."""
         for request in requests:
             self._open.pop(request, None)
 
     def _ask(self, client: ClientId, request: bytes) -> Message:
+        """Calls a client's handler, and reads its answer."""
         try:
             reply = self.handlers[client](request)
         except Exception as problem:

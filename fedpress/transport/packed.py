@@ -1,4 +1,7 @@
-"""What all transports do with messages: pack each once for all clients, and read what comes back."""
+"""Converts messages to bytes and back, for all transports.
+
+A message that goes to many clients, such as the model, is converted to bytes only once.
+"""
 
 from __future__ import annotations
 
@@ -17,9 +20,11 @@ class PackedMessage:
     """A message and its bytes.
 
     Attributes:
-        message: kept here, so that Python cannot give its id to another object meanwhile.
-        data: the message, packed.
-        shared: where a transport has put the bytes for all receivers, if it was asked to.
+        message: the message. It is kept alive here, because `PackedMessages` looks it up by its
+            Python id, and Python gives the id of a deleted object to a new one.
+        data: bytes of the message.
+        shared: reference to bytes that all receivers can read, such as an object of Ray; None if
+            the transport shares nothing.
     """
 
     message: Message
@@ -28,10 +33,10 @@ class PackedMessage:
 
 
 class PackedMessages:
-    """Packs a message that goes to many clients once.
+    """Packs each message once, although it is sent to many clients.
 
-    An entry disappears when nobody holds its `PackedMessage` any more: a transport keeps it with
-    the open request.
+    A `PackedMessage` is forgotten when no transport holds it any more. A transport holds it as long
+    as the request is open, because the message may have to be sent again.
 
     >>> packed, message = PackedMessages(), Message("hello")
     >>> first = packed.of(message)
@@ -43,13 +48,16 @@ class PackedMessages:
         """Makes an empty table.
 
         Args:
-            share: puts bytes where all receivers find them, and returns a reference to them.
+            share: puts bytes where all receivers can read them, and returns a reference to them;
+                None: nothing is shared.
         """
         self._share = share
+        # By id, since hashing a message would read all its tensors. Weak, so that the bytes of a
+        # model are freed when its round is over.
         self._by_id: WeakValueDictionary[int, PackedMessage] = WeakValueDictionary()
 
     def of(self, message: Message) -> PackedMessage:
-        """Returns `message` packed; the same object for the same message."""
+        """Returns `message` with its bytes; the same object each time for the same message."""
         packed = self._by_id.get(id(message))
         if packed is None:
             data = pack(message)
@@ -59,8 +67,17 @@ class PackedMessages:
 
 
 def read_answer(data: bytes, max_bytes: int) -> Message:
-    """Returns the message in an answer, which may come from anybody; "error" if it is none."""
+    """Reads an answer.
+
+    Args:
+        data: bytes of the answer. They are not trusted: any client may have sent them.
+        max_bytes: longest accepted message, in bytes.
+
+    Returns:
+        The message; a message of kind "error" if the bytes are not a valid message.
+    """
     try:
         return unpack(data, max_bytes=max_bytes)
+    # As an answer and not as an exception: one client must not end the run for all.
     except WireError as problem:
         return error(f"WireError: {problem}")

@@ -1,10 +1,11 @@
-"""The remote transport: clients on other machines, reached through a link.
+"""The transport to clients on other machines. It notices lost calls, and sends them again.
 
-A call is never lost silently. While an answer is missing the client is pinged: it says which calls
-it works on, and a call that it does not know (because its process was killed and started again) is
-sent again under the same name. A client's process works on each name once and keeps its
-latest answers, and a new process computes the same answer again. So a call that arrives twice does
-no harm.
+A call is one request to one client. While an answer is missing, the server pings the client. The
+client replies with the ids of the calls that it works on. If an id is missing there (because the
+client was killed and started again), the server sends the call again with the same id.
+
+A call that arrives twice does no harm: a client process works on each id once and keeps its latest
+answers, and a new process computes the same answer again.
 """
 
 from __future__ import annotations
@@ -37,14 +38,14 @@ MOST_LOSSES = 5
 
 @dataclass(frozen=True)
 class Presence:
-    """What a client's pong says.
+    """Content of a pong, a client's answer to a ping.
 
     Attributes:
-        name: of the client.
-        boot: a random id that the client's process draws when it starts. Another id shows that the
-            client was started again.
-        working: names of the calls that the client has received but not yet answered.
-        fedpress: version of fedpress at the client.
+        name: name of the client.
+        boot: random id that the client's process draws when it starts. A different id shows that
+            the client was started again.
+        working: ids of the calls that the client has received but not yet answered.
+        fedpress: the client's version of fedpress.
     """
 
     name: ClientId
@@ -53,7 +54,7 @@ class Presence:
     fedpress: str = ""
 
     def to_bytes(self) -> bytes:
-        """Returns the body of a pong."""
+        """Returns the body of a pong, as JSON."""
         content = {
             "name": self.name,
             "boot": self.boot,
@@ -64,16 +65,17 @@ class Presence:
 
     @classmethod
     def from_bytes(cls, body: bytes) -> Presence:
-        """Reads the body of a pong, which may come from anybody.
+        """Reads the body of a pong. It is not trusted: any client may have sent it.
 
         Raises:
-            WireError: if `body` is no pong.
+            WireError: if `body` is not a pong.
         """
         try:
             content = json.loads(body)
             working = tuple(map(str, content["working"]))
             name = str(content["name"])
             return cls(name, str(content["boot"]), working, str(content["fedpress"]))
+        # RecursionError: JSON may nest thousands of lists.
         except (ValueError, KeyError, TypeError, RecursionError) as problem:
             raise WireError(
                 f"not a pong ({type(problem).__name__})",
@@ -84,17 +86,17 @@ class Presence:
 
 @dataclass(eq=False)
 class _Call:
-    """A call whose answer is missing.
+    """A call whose answer is missing. All times are those of `time.monotonic`, in seconds.
 
     Attributes:
-        client: who was called.
-        parcel: what was sent.
+        client: name of the called client.
+        parcel: the parcel that was sent.
         packed: the message and its bytes, which all calls with this message share. Kept here
             because `RemoteTransport._packed` refers to it only weakly.
-        ticket: the link's ticket of the latest time that the call was sent; empty if the link could
-            not send it.
-        heard: when the client was last heard of, or sent the call.
-        ping: ticket of a ping that is not answered yet.
+        ticket: the link's ticket of the latest sending, by which the answer is found; empty if the
+            link could not send the call.
+        heard: when the client last sent a pong; before the first pong, when the call was sent.
+        ping: ticket of a ping that is not answered yet; empty if there is none.
         asked: when this call was last sent, or last checked by `_look_after`.
         pinged: when the ping was sent.
         losses: how often the network lost the call or its answer.
@@ -113,16 +115,17 @@ class _Call:
 
 @dataclass(eq=False)
 class RemoteTransport:
-    """Carries messages to clients through a link, and their answers back.
+    """Sends messages to clients through a link, and receives their answers.
 
     Attributes:
-        link: the server's end of the network.
-        names: of the clients that belong to this run, in a fixed order.
-        session: names the stage of the run.
-        max_bytes: longest answer that is accepted, in bytes.
-        lost_after: seconds of silence after which an offline client counts as lost for a call.
-        traffic: bytes of messages so far.
-        told: is called with a sentence when a client goes, comes back, or is called again.
+        link: the server's connection to all clients.
+        names: names of the clients of this run, in a fixed order.
+        session: id of the session (one stage of one run).
+        max_bytes: longest accepted answer, in bytes.
+        lost_after: after so many seconds of silence, the answer of an offline client is given up.
+        traffic: bytes of all messages so far.
+        told: is called with a sentence when a client is offline or was started again, or when two
+            processes answer as one client.
     """
 
     link: Link
@@ -134,15 +137,15 @@ class RemoteTransport:
     traffic: Traffic = field(default_factory=Traffic)
 
     def __post_init__(self) -> None:
-        # Drawn anew in every process: after a crash of the server, answers to calls of the earlier
-        # process must not be taken for answers to the new ones.
+        # Part of every call's id. Random: after a crash of the server, late answers to calls of the
+        # earlier process must not be taken for answers to new calls.
         self._prefix = secrets.token_hex(8)
         self._calls: dict[RequestId, _Call] = {}
         self._answers: dict[RequestId, tuple[ClientId, Message]] = {}
         self._boots: dict[ClientId, list[str]] = {}
         self._sent = 0
-        # A dictionary as an ordered set: two checks may find the same call lost, but it must be
-        # sent again only once.
+        # Calls that wait to be sent; a dictionary as an ordered set. Two checks may find the same
+        # call lost, but it must be sent again only once.
         self._unsent: dict[RequestId, None] = {}
         self._packed = PackedMessages()
 
@@ -151,24 +154,33 @@ class RemoteTransport:
         return list(self.names)
 
     def send(self, client: ClientId, message: Message) -> RequestId:
-        """Packs `message`; it leaves with all others when the first answer is waited for."""
+        """Converts `message` to bytes. They are sent later, at the next `receive`.
+
+        Returns:
+            Id of the request, for `receive` and `cancel`.
+        """
         packed = self._packed.of(message)
         self.traffic += Traffic(down=len(packed.data))
         self._sent += 1
         request = self._sent
         parcel = Parcel("call", f"{self._prefix}-{request}", self.session, packed.data)
         self._calls[request] = _Call(client, parcel, packed)
-        # Sent together, so that a body that is equal for all clients travels once.
+        # Not sent at once: if all calls of a round are sent together, the link transfers the body
+        # that they share only once.
         self._unsent[request] = None
         return request
 
     def receive(
         self, requests: Collection[RequestId], timeout: float | None = None
     ) -> Answer | None:
-        """Waits for the next answer to one of `requests`; see `Transport`.
+        """Waits for the next answer to one of `requests`.
+
+        Returns:
+            Client, request and answer; None after `timeout` seconds, or if none of the requests is
+            open.
 
         Raises:
-            NetworkError: if the network itself does not work any more.
+            NetworkError: if the network itself no longer works.
         """
         end = None if timeout is None else time.monotonic() + timeout
         pace = Pace()
@@ -190,9 +202,9 @@ class RemoteTransport:
             time.sleep(pause if end is None else min(pause, max(end - now, 0.0)))
 
     def cancel(self, requests: Collection[RequestId]) -> None:
-        """Forgets `requests`: answers that still come are dropped.
+        """Forgets `requests`; answers that arrive later are dropped.
 
-        A client that works on one of them goes on; its answer goes to nobody.
+        A client is not told: if it works on such a request, it finishes the work.
         """
         for request in requests:
             self._calls.pop(request, None)
@@ -200,9 +212,10 @@ class RemoteTransport:
             self._unsent.pop(request, None)
 
     def _flush(self) -> None:
-        """Sends all calls that wait to be sent."""
+        """Sends all waiting calls."""
         waiting, self._unsent = list(self._unsent), {}
-        # A link takes one parcel for each client at a time.
+        # `Link.send` takes at most one parcel for each client, so a second call to the same client
+        # is sent in a further batch.
         while waiting:
             batch: dict[ClientId, RequestId] = {}
             later = []
@@ -216,6 +229,7 @@ class RemoteTransport:
             waiting = later
 
     def _send(self, requests: Sequence[RequestId]) -> None:
+        """Sends calls to different clients."""
         calls = {self._calls[request].client: self._calls[request] for request in requests}
         tickets = self.link.send({client: call.parcel for client, call in calls.items()})
         now = time.monotonic()
@@ -224,7 +238,7 @@ class RemoteTransport:
             call.heard = call.asked = now
 
     def _poll(self) -> bool:
-        """Takes what has come; returns whether there was an answer."""
+        """Handles all parcels that have arrived; returns whether there was an answer to a call."""
         tickets = {call.ticket: request for request, call in self._calls.items() if call.ticket}
         pings = {call.ping: request for request, call in self._calls.items() if call.ping}
         found = self.link.poll([*tickets, *pings])
@@ -232,19 +246,20 @@ class RemoteTransport:
         for ticket, answer in found.items():
             if ticket in pings:
                 self._take_pong(pings[ticket], answer)
+            # Not if an earlier parcel of this loop has closed the call.
             elif tickets[ticket] in self._calls:
                 took = self._take(tickets[ticket], answer) or took
         self._look_after()
         return took
 
     def _take(self, request: RequestId, answer: Parcel | Lost) -> bool:
-        """Keeps the answer to a call."""
+        """Handles an answer, or its loss; returns whether the call is finished."""
         call = self._calls[request]
         if isinstance(answer, Lost) and not answer.again:
             self._close(request, error(f"WireError: {answer.reason}"))
             return True
         if isinstance(answer, Lost):
-            # The network lost it: nothing is known of the client, so it is called again.
+            # The network lost the call or its answer. Nobody knows which, so it is sent again.
             log.info("a call to '%s' is sent again (%s)", call.client, answer.reason)
             call.ticket = ""
             call.losses += 1
@@ -253,6 +268,7 @@ class RemoteTransport:
                 return True
             self._unsent[request] = None
             return False
+        # A client must not answer a call of another client or of an earlier round.
         if answer.what != "answer" or answer.request != call.parcel.request:
             message = error("WireError: it answered another call")
         else:
@@ -262,13 +278,13 @@ class RemoteTransport:
         return True
 
     def _close(self, request: RequestId, message: Message) -> None:
-        """Keeps what stands for the answer to a call, and forgets the call."""
+        """Stores the answer to a call (or an error in its place), and closes the call."""
         client = self._calls.pop(request).client
         self._unsent.pop(request, None)
         self._answers[request] = client, message
 
     def _take_pong(self, request: RequestId, answer: Parcel | Lost) -> None:
-        """Sends a call again if its client does not know it."""
+        """Handles a pong: if the client does not work on the call, the call is sent again."""
         call = self._calls.get(request)
         if call is None:
             return
@@ -282,12 +298,17 @@ class RemoteTransport:
             return
         call.heard = time.monotonic()
         self._note_boot(call.client, presence.boot)
-        # Nearly always the client works on the call. Else the call was lost with its process.
+        # Usually the client works on the call. If not, the call was lost when the client's process
+        # was killed, or the answer is on its way; sending the call again is right in both cases.
         if call.ticket and call.parcel.request not in presence.working:
             self._unsent[request] = None
 
     def _note_boot(self, client: ClientId, boot: str) -> None:
-        """Tells that a client was started again, or that two processes stand for it."""
+        """Reports that a client was started again, or that two processes answer as one client.
+
+        A restarted client never has an old id again. So an old id that comes back after a new one
+        shows that two processes run.
+        """
         boots = self._boots.setdefault(client, [])
         if boots and boot == boots[-1]:
             return
@@ -302,24 +323,26 @@ class RemoteTransport:
         self._boots[client] = [*(one for one in boots if one != boot), boot]
 
     def _look_after(self) -> None:
-        """Pings clients whose answers are missing for long; gives up those that are gone."""
+        """Pings online clients that have not answered for long; gives up those offline too long."""
         now = time.monotonic()
         late = {
             request: call
             for request, call in self._calls.items()
             if request not in self._unsent and now - call.asked > PING_AFTER
         }
+        # Nothing is late in most rounds: the network is then not asked who is online.
         if not late:
             return
         online = self.link.online()
         for request, call in late.items():
             call.asked = now
             if online.get(call.client):
+                # The client was not connected when the call was sent, and has come since.
                 if not call.ticket:
                     self._unsent[request] = None
                 elif not call.ping or now - call.pinged > PONG_WITHIN:
                     ping = Parcel("ping", f"{self._prefix}-ping", "", b"")
-                    # No ticket if the SuperLink was started again in this moment.
+                    # There is no ticket if the SuperLink (Flower's server) restarts at this moment.
                     call.ping = self.link.send({call.client: ping}).get(call.client, "")
                     call.pinged = now
                 continue
@@ -334,7 +357,16 @@ class RemoteTransport:
 def presences(
     link: Link, names: Mapping[ClientId, bool], *, timeout: float
 ) -> dict[ClientId, Presence]:
-    """Pings all clients that are online, and returns what they say within `timeout` seconds."""
+    """Pings all clients that are online, and returns their pongs.
+
+    Args:
+        link: the server's connection to all clients.
+        names: client name -> whether it is online.
+        timeout: seconds to wait for pongs.
+
+    Returns:
+        Client name -> content of its pong. Clients that did not answer in time are missing.
+    """
     ping = Parcel("ping", secrets.token_hex(8), "", b"")
     tickets = link.send({name: ping for name, there in names.items() if there})
     clients = {ticket: name for name, ticket in tickets.items()}

@@ -1,8 +1,9 @@
-"""The process of Flower's SuperLink, with a guard in front; it ends when its parent process ends.
+"""Starts Flower's SuperLink (the server process) behind a guard that checks each HTTP request.
 
-The control interface of Flower's open-source build has no authentication: everyone who reaches the
-port may submit runs, stop runs and register nodes. The guard admits only requests of the server to
-it, which send a secret from a file. It also limits the length of requests.
+The control interface of Flower's open-source build has no authentication: anybody who reaches the
+port may submit runs, stop runs and register nodes. The guard passes a request to this interface on
+only if it has a secret, which our server reads from a file. The guard also limits the length of
+requests. The process ends when its parent process ends.
 """
 
 from __future__ import annotations
@@ -22,14 +23,20 @@ OPEN = ("/v1/fleet/", "/health")
 
 
 class Guard:
-    """ASGI middleware that runs before Flower's."""
+    """ASGI middleware that checks each request before Flower sees it.
+
+    A client may use the paths in `OPEN`. All other paths need the secret.
+    """
 
     def __init__(self, app: Any, secret: str) -> None:
         self._app = app
         self._secret = secret.encode()
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        """Answers 403 to requests without the secret and 413 to long ones; passes on the rest."""
+        """Answers 403 to a request without the secret, 413 to a long one; passes on all others.
+
+        The arguments are those of the ASGI standard.
+        """
         if scope["type"] == "websocket":
             # Flower has no websockets. If a later version adds one, it must not be open to all.
             await send({"type": "websocket.close"})
@@ -37,10 +44,12 @@ class Guard:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        # compare_digest takes the same time for every wrong secret, so time does not reveal it.
         given = dict(scope["headers"]).get(SECRET_HEADER.encode(), b"")
         if not scope["path"].startswith(OPEN) and not hmac.compare_digest(given, self._secret):
             await _refuse(send, 403, b"only the server may ask for this")
             return
+        # The body is counted while it arrives, because its length in the header may be wrong.
         took = 0
 
         async def limited() -> Any:
@@ -53,7 +62,7 @@ class Guard:
             return event
 
         length = dict(scope["headers"]).get(b"content-length", b"0")
-        # Python reads no number of thousands of digits.
+        # Longer than 20 digits: `int` raises an error for thousands of digits.
         if not length.isdigit() or len(length) > 20 or int(length) > MOST:
             await _refuse(send, 413, f"at most {MOST} bytes".encode())
             return
@@ -61,13 +70,19 @@ class Guard:
 
 
 async def _refuse(send: Any, status: int, body: bytes) -> None:
+    """Sends a complete HTTP answer."""
     headers = [(b"content-type", b"text/plain"), (b"content-length", str(len(body)).encode())]
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body})
 
 
 def main(arguments: list[str]) -> None:
-    """Runs the SuperLink; `arguments`: the parent's process id, then `flower-superlink`'s own."""
+    """Runs the SuperLink.
+
+    Args:
+        arguments: process id of the parent, followed by the arguments of `flower-superlink`.
+    """
+    # Before the imports, because Flower reads these variables when it is imported.
     os.environ.update(QUIET)
     from flwr.supercore.app_utils import start_parent_process_monitor
     from flwr.superlink import extensions
@@ -76,7 +91,9 @@ def main(arguments: list[str]) -> None:
 
     parent, *words = arguments
     start_parent_process_monitor(int(parent))
+    # As hexadecimal digits, because an HTTP header cannot contain all bytes.
     secret = Path(words[words.index("--superexec-auth-secret-file") + 1]).read_bytes().hex()
+    # Flower asks this function for middleware; in the open-source build it returns none.
     extensions.get_middleware = lambda: (Middleware(Guard, secret=secret),)
     sys.argv = ["flower-superlink", *words]
     flower_superlink()
