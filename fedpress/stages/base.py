@@ -1,4 +1,4 @@
-"""The base class of stages: `check`, `run`, and the properties of each kind of stage."""
+"""The base class of stages; a stage is one step of a recipe, such as `prune` or `federate`."""
 
 from __future__ import annotations
 
@@ -20,31 +20,32 @@ the key "told"."""
 class Stage:
     """Base of the settings classes, one for each kind of stage.
 
-    The fields of a settings class are the keys of its `[[stage]]` table. `check` finds errors
-    before the run, and `run` does the work. A class sets only those attributes in which it differs
-    from most kinds.
+    The fields of a settings class are the keys of its `[[stage]]` table in a recipe. `check` finds
+    errors before the run, and `run` does the work. Most kinds of stages need few of the attributes
+    below, so each has a default.
 
     Attributes:
         changes_model: whether the model after the stage differs from the one before it.
-        reports_artifact: whether accuracy, size and latency in the stage's result are those of the
-            file that it wrote for a device, not those of the torch model.
-        repeats_measurements: whether accuracy and costs are copied from the previous stage's
-            result. The measure stage measures by itself, so it needs no second measurement.
-        simulates_device: whether torch only simulates what a device will compute (quantization).
-            If the model is exported later, the accuracy of the file replaces the one from torch.
+        reports_artifact: whether the result has the accuracy, size and latency of the file that the
+            stage wrote for a device, instead of those of the torch model.
+        repeats_measurements: whether the result has the accuracy and costs of the previous stage's
+            result, because this stage does not change the model.
+        simulates_device: whether torch only simulates what a device will compute, as after
+            quantization. If the model is exported later, the accuracy of the exported file replaces
+            the accuracy in torch.
         uses_data_standardization: whether inputs are standardised by the mean and std of the data,
-            even if a loaded model was trained with other ones.
-        needs_buildable_spec: whether its output is read by building the model from its spec. Models
-            that only exist in memory have no such spec and are refused.
-        several_inputs: whether it accepts models whose forward takes several inputs.
-        needs_clients: whether it trains on the clients' private examples.
-        requires_one_of: keys of which a command must be given one, because no default suits every
-            model. Example: `keep_params` or `keep_macs` for prune.
-        defaults_without_data: key -> default if a command is given no data.
-        saved_models: key that takes the path of a saved model -> values that are not paths.
+            even if a loaded model was trained with another mean and std.
+        needs_buildable_spec: whether the file that the stage writes is read by building the model
+            from its spec. A model that only exists in memory has no such spec and is refused.
+        several_inputs: whether the stage accepts models whose forward takes several inputs.
+        needs_clients: whether the stage trains on the clients' private examples.
+        requires_one_of: keys of which the user of a command must give one, because no default suits
+            every model. Example: `keep_params` or `keep_macs` for prune.
+        defaults_without_data: key -> its default if a command is given no data.
+        saved_models: key whose value is the path of a saved model -> values that are not paths.
             Example: `teacher` -> ("dense", "before").
-        places: argument of a called function -> key of this stage, so that the function's errors
-            name the key. Example: {"chain": "uplink"}.
+        places: argument of a function that the stage calls -> key of the stage. So errors of the
+            function name the key. Example: {"chain": "uplink"}.
     """
 
     changes_model: ClassVar[bool] = True
@@ -74,32 +75,39 @@ class Stage:
 
     @property
     def private(self) -> bool:
-        """Whether it guarantees differential privacy to the clients."""
+        """Whether the stage guarantees differential privacy to the clients."""
         return False
 
     def setting_reading_labels(self) -> str:
-        """Returns the setting because of which the stage reads labels; empty if it reads none.
+        """Returns the setting because of which the stage reads labels, such as 'score = "taylor"'.
 
-        Example: 'score = "taylor"'. A stage that always reads labels returns its kind.
+        A stage that always reads labels returns its kind. A stage that reads none returns "".
         """
         return ""
 
     @abstractmethod
     def check(self, state: State) -> tuple[State, dict[str, Any]]:
-        """Finds all errors that would stop the run, without doing the work.
+        """Finds errors that would stop the run, without doing the work.
+
+        Args:
+            state: model, data, seed, device and ledger before the stage.
 
         Returns:
-            The state after the stage (its shapes are right, its weights are not), and facts for
-            `fedpress check`.
+            The state after the stage: its model has the right shapes, but not the final weights.
+            And results that are known already, such as `epsilon`, which `fedpress check` shows.
         """
 
     @abstractmethod
     def run(self, state: State, folder: StageFolder) -> Generator[Tick, None, State]:
-        """Does the work; it continues from the last checkpoint in `folder`, if there is one.
+        """Does the work, from the last checkpoint in `folder` if there is one.
+
+        Args:
+            state: model, data, seed, device and ledger before the stage.
+            folder: the stage's folder in the run folder.
 
         Yields:
-            Progress.
+            The progress, such as 3 of 10 steps.
 
         Returns:
-            The new state.
+            The state after the stage.
         """

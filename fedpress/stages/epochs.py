@@ -1,4 +1,4 @@
-"""Epochs of a training stage: after each one a record is stored and a checkpoint is saved."""
+"""The epochs of a stage that trains: how many steps they have, and what is recorded after each."""
 
 from __future__ import annotations
 
@@ -13,20 +13,23 @@ from fedpress.workspace.state import State
 
 
 def train_epochs(fit: Fit, state: State) -> Iterator[Step | EpochRecord]:
-    """Trains on the public part, from the present epoch of `fit` to the last one."""
+    """Trains on the public examples, from the present epoch of `fit` to the last epoch."""
     data = state.data
     return fit.epochs(data.public, data.validation, data.preprocess)
 
 
 def total_steps(epochs: int, batch_size: int, state: State) -> int:
-    """Returns the number of optimizer steps of a training on the public part."""
+    """Returns the number of optimizer steps of a training on the public examples."""
+    # An epoch drops the last, incomplete batch, but has at least one batch.
     return epochs * max(1, len(state.data.public) // batch_size)
 
 
 def epoch_milestone(
     epoch: EpochRecord, *, more: str = "", before: str = "", **facts: JsonValue
 ) -> Milestone:
-    """Returns the milestone after an epoch, with the note "epoch 3/10, loss 0.412".
+    """Returns the milestone after an epoch: a point at which a record and a checkpoint are saved.
+
+    Its note for the progress bar is, for example, "epoch 3/10, loss 0.412".
 
     Args:
         epoch: number, loss and validation score of the epoch.

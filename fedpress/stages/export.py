@@ -25,6 +25,7 @@ from fedpress.tasks import Task
 from fedpress.workspace.stage_folder import StageFolder
 from fedpress.workspace.state import Name, State, Tick
 
+# Examples in a batch when ranges are measured.
 BATCH = 64
 MAX_OUTPUT_ERROR = 0.02
 """Larger relative errors of the outputs, |file - model| / |model|, are mentioned in the result."""
@@ -98,7 +99,10 @@ class ExportStage(BaseModel, Stage):
         }
 
     def run(self, state: State, folder: StageFolder) -> Generator[Tick, None, State]:
-        """Exports, compares with torch, and measures accuracy and latency in the file's runtime."""
+        """Exports the model, compares the file with torch, and measures accuracy and latency.
+
+        The measurements are made in the runtime of the format, such as ONNX Runtime.
+        """
         row = FORMATS[self.format]
         task = state.data.task
         yield Tick(0, 4, f"writing {row.suffix}")
@@ -160,7 +164,7 @@ class ExportStage(BaseModel, Stage):
         return replace(state, model=model, facts=facts)
 
     def _parity_inputs(self, state: State) -> Inputs:
-        """Returns inputs to compare file and model on: test examples, or noise without them."""
+        """Returns inputs for comparing the file with the model: test examples, or else noise."""
         test = state.data.test
         if len(test):
             return state.data.preprocess(test.x[: self.parity_examples])
@@ -168,7 +172,13 @@ class ExportStage(BaseModel, Stage):
         return state.spec.example(self.parity_examples, stream)
 
     def _export(self, state: State, path: Path, *, few: bool = False) -> Artifact:
-        """Writes the file; with `few` (for `check`) the ranges of int8 come from two examples."""
+        """Writes the exported file.
+
+        Args:
+            state: the state of the run.
+            path: where to write the file.
+            few: whether the ranges for int8 come from only two examples, as is enough for `check`.
+        """
         if len(state.data.test):
             examples = state.data.preprocess(state.data.test.x[:2])
         elif len(state.data.public):
@@ -191,7 +201,10 @@ class ExportStage(BaseModel, Stage):
         return deploy.export(state.model, path, self.format, job)
 
     def _batches(self, state: State, *, few: bool) -> tuple[Inputs, ...]:
-        """Draws batches of public examples; ranges from private ones would cost privacy."""
+        """Draws batches of public examples for the ranges of int8.
+
+        Ranges computed from private examples would cost privacy.
+        """
         public = state.data.public
         if not len(public):
             raise DataError(
@@ -210,7 +223,7 @@ class ExportStage(BaseModel, Stage):
 
 
 def _compared(task: Task, in_torch: Tensor, in_file: Tensor) -> tuple[float | None, float]:
-    """Compares outputs [n, ...] of the file with those of the model.
+    """Compares outputs [n, ...] of the exported file with outputs of the model.
 
     Returns:
         The share of examples with the same prediction (None if predictions are numbers), and the
@@ -234,7 +247,7 @@ def _metadata(state: State) -> dict[str, str]:
 def difference_in_words(
     apart: float, task: Task, file: float | None, model: float | None, *, simulated: bool
 ) -> str:
-    """Returns a sentence on how the file differs from the model; empty if it hardly does.
+    """Returns a sentence on how far the file differs from the model; "" if it differs too little.
 
     Args:
         apart: relative error of the outputs, |file - model| / |model|.

@@ -8,7 +8,7 @@ from fedpress.workspace.state import State
 
 
 def write_inputs_json(state: State, folder: StageFolder) -> None:
-    """Writes `artifacts/inputs.json` if the data comes from a table, such as a CSV file."""
+    """Writes `artifacts/inputs.json` if the data come from a table, such as a CSV file."""
     data = state.data
     if data.preparation is None:
         return

@@ -34,7 +34,9 @@ class MeasureStage(BaseModel, Stage):
 
     kind: Literal["measure"]
     name: Name = "measure"
+    # 1 is what a device does for one request; 64 shows the throughput.
     batches: tuple[int, ...] = Field((1, 64), min_length=1, description="batch sizes to time")
+    # One thread for the cost of the model itself, two to see whether it can use more cores.
     threads: tuple[int, ...] = Field(
         (1, 2), min_length=1, description="numbers of threads to time with"
     )
@@ -53,7 +55,7 @@ class MeasureStage(BaseModel, Stage):
         return state, {"runtimes": ["torch", *installed]}
 
     def run(self, state: State, folder: StageFolder) -> Generator[Tick, None, State]:
-        """Exports to every format and measures the files one after another."""
+        """Exports the model to every format, and measures the files one after another."""
         yield Tick(0, 1, "measuring in every runtime")
         model = state.model.to("cpu")
         public = None
@@ -91,7 +93,7 @@ def measure_model(
     Args:
         model: in train or eval mode; it is not changed.
         given: shape of one float32 example, or a batch of inputs such as token ids.
-        file_bytes: size of the model's file; by default that of its parameters and buffers.
+        file_bytes: size of the model's file; by default the size of its parameters and buffers.
         calibration: batches of standardised examples [n, *input_shape], for the ranges of int8. If
             there are none, only float files are measured.
         batches: batch sizes.
@@ -99,8 +101,9 @@ def measure_model(
         seconds: time of each measurement.
 
     Returns:
-        parameters, macs, activations, `runtimes` (the records of `deploy.measure`), and `left_out`:
-        what was not measured -> the reason.
+        The keys `parameters`, `macs`, `activations` (number of values that all layers output for
+        one example), `runtimes` (the records of `deploy.measure`), and `left_out` (name of an
+        export that failed -> reason).
     """
     one = take_rows(example_of(given), 1)
     job = Job.of(given)
@@ -124,6 +127,7 @@ def measure_model(
         "parameters": cost.parameters(model),
         "macs": macs,
         "activations": activations,
+        # Tuples become lists, as they will be when `measure.json` is read.
         "runtimes": json.loads(json.dumps(records)),
         "left_out": left_out,
     }

@@ -28,17 +28,18 @@ class PackStage(BaseModel, Stage):
     name: Name = "pack"
 
     def check(self, state: State) -> tuple[State, dict[str, Any]]:
-        """Checks that the model can be rebuilt from its spec, without packing it.
+        """Checks that the model can be rebuilt from its spec; packs nothing.
 
         Raises:
-            ModelError: if it cannot.
+            ModelError: if the model cannot be rebuilt.
         """
         storage.check_packable(state.spec, state.model)
         return state, {}
 
     def run(self, state: State, folder: StageFolder) -> Generator[Tick, None, State]:
-        """Packs and unpacks; yields a tick before and after."""
+        """Packs the model, and unpacks the bytes again to check that the weights are the same."""
         yield Tick(0, 1, "packing")
+        # A recipe may have two pack stages, which must not overwrite each other's file.
         name = "model" if self.name == "pack" else self.name
         path = folder.run / "artifacts" / f"{name}.packed.safetensors"
         model = state.model.to("cpu")
@@ -52,6 +53,7 @@ class PackStage(BaseModel, Stage):
             "file_bytes": packed.file_bytes,
             "packed_bytes": dict(packed.kinds),
             "float_layers": dict(packed.float_layers),
+            # `storage.pack` raises an error if the unpacked weights differ.
             "verified": True,
         }
         return replace(state, model=model, facts=facts)

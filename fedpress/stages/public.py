@@ -1,6 +1,6 @@
-"""Public examples for pruning scores, batch-norm statistics and quantization ranges.
+"""Draws public examples, from which stages compute scores, batch-norm statistics and ranges.
 
-Private examples are not used for these: everything computed from them would cost privacy.
+Private examples are not used for this: everything computed from private examples costs privacy.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from fedpress.workspace.state import State
 
 
 def check_public_training(state: State, settings: TrainSettings) -> None:
-    """Checks that the model can be trained on the public part; see `check_training`."""
+    """Checks that the model can be trained on the public examples with these settings."""
     data = state.data
     check_training(state.model, settings, data.public, data.validation, data.preprocess, data.task)
 
@@ -29,7 +29,7 @@ def draw_calibration(state: State, n: int, seed: int) -> Arrays:
     """Draws up to `n` different public examples at random.
 
     Raises:
-        DataError: if there are none, or all drawn ones have the same label.
+        DataError: if there are no public examples, or all drawn examples have the same label.
     """
     public = state.data.public
     if not len(public):
@@ -58,8 +58,8 @@ def restore_norms_(model: nn.Module, state: State, public: Arrays | None, *, bat
 
     Args:
         model: changed in place.
-        state: gives the preprocessing.
-        public: examples to compute them from; if None or empty, nothing changes.
+        state: gives the standardisation of inputs.
+        public: examples from which the statistics are computed; if None or empty, nothing changes.
         batch: batch size.
 
     Returns:

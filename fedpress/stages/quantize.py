@@ -1,4 +1,4 @@
-"""The quantize stage: rounds weights and inputs of layers to few bits, with or without training."""
+"""The quantize stage: rounds weights and layer inputs to few bits, with or without training."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ BATCH = 64
 class QuantizeStage(TeacherTrainSettings, Stage):
     """`[[stage]] kind = "quantize"`: fewer bits for weights, and for the inputs of layers.
 
-    With `epochs = 0` the network is only rounded (post-training quantization). Otherwise it is then
-    trained with quantization in the forward pass (quantization-aware training); scales are trained
-    too (learned step size, Esser et al. 2020, arXiv:1902.08153).
+    With `epochs = 0` the network is only rounded (post-training quantization). With more epochs it
+    is rounded and then trained with quantization in the forward pass (quantization-aware training).
+    The scales are trained too (learned step size, Esser et al. 2020, arXiv:1902.08153).
     """
 
     simulates_device: ClassVar = True
@@ -71,6 +71,7 @@ class QuantizeStage(TeacherTrainSettings, Stage):
     bits: int = Field(
         8, ge=1, le=8, description="bits of each weight; ternary has 2 and binary 1 in any case"
     )
+    # Smaller groups have smaller errors, but each group stores a scale.
     group: int | None = Field(
         None,
         ge=1,
@@ -115,6 +116,7 @@ class QuantizeStage(TeacherTrainSettings, Stage):
     observer: quantizing.Observer = Field(
         "minmax", description="how the range of a layer's inputs is measured"
     )
+    # The correction is exact: a layer is linear, so the mean error of its output is a constant.
     correct_bias: bool = Field(
         True, description="change biases so that the mean output of each layer stays as it was"
     )
@@ -129,10 +131,12 @@ class QuantizeStage(TeacherTrainSettings, Stage):
     @model_validator(mode="after")
     def _fits_together(self) -> QuantizeStage:
         own = {"ternary": 2, "binary": 1}.get(self.weights)
+        # The default of `bits` is 8. Only bits that the user has given can be wrong.
         if own is not None and "bits" in self.model_fields_set and self.bits != own:
             raise SettingError(
                 f"{self.weights} weights have {own} bits", place="bits", cure="leave bits out"
             )
+        # A signed integer of one bit could only be -1 or 0.
         if self.weights == "int" and self.bits < 2:
             raise SettingError(
                 f"got {self.bits}, but integers need 2 or more",
@@ -163,6 +167,7 @@ class QuantizeStage(TeacherTrainSettings, Stage):
                 place="mixed",
                 cure="leave mixed and max_bytes out",
             )
+        # One bit needs the kind "binary", and the packed formats end at 8 bits.
         if not all(2 <= bits <= 8 for bits in self.mixed):
             raise SettingError(
                 f"got {list(self.mixed)}, expected bits from 2 to 8",
@@ -184,11 +189,11 @@ class QuantizeStage(TeacherTrainSettings, Stage):
         return self
 
     def setting_reading_labels(self) -> str:
-        """Labels are read by training only."""
+        """Returns "epochs" if the stage trains, which needs labels; else ""."""
         return "epochs" if self.epochs else ""
 
     def check(self, state: State) -> tuple[State, dict[str, Any]]:
-        """Quantizes the untrained model. The run will quantize the same layers.
+        """Quantizes a copy of the model, to find errors. The run will quantize the same layers.
 
         Raises:
             ModelError: if no layer can be quantized.
@@ -211,9 +216,10 @@ class QuantizeStage(TeacherTrainSettings, Stage):
         return replace(state, spec=spec, model=model), _facts(model, table, left)
 
     def run(self, state: State, folder: StageFolder) -> Generator[Tick, None, State]:
-        """Rounds, then trains if `epochs` is set; saves a checkpoint after every epoch."""
+        """Rounds the model, then trains it if `epochs` is above 0; saves after every epoch."""
         seed = derive(state.seed, "stage", folder.index)
         yield Tick(0, 1, "rounding")
+        # Rounding needs no gradients, and statistics of batch norms must not change during it.
         model = copied(state.model).to("cpu").eval()
         # Noted before rounding: afterwards a kept weight that rounds to 0 looks like a pruned one.
         kept = kept_entries(model, state.spec.sparse)
@@ -264,8 +270,8 @@ class QuantizeStage(TeacherTrainSettings, Stage):
         """Folds batch norms into the layers before them, and chooses the layers to quantize.
 
         Returns:
-            The spec with the folded norms; layer -> scheme; and name -> why a layer stays
-            float or a norm is not folded.
+            The spec with the folded norms; a dictionary of layer -> how it is quantized; and a
+            dictionary of name -> why a layer stays float or a norm is not folded.
         """
         spec = state.spec
         left: dict[str, str] = {}
@@ -300,7 +306,10 @@ class QuantizeStage(TeacherTrainSettings, Stage):
         return spec, table, left | floats
 
     def _scheme(self) -> QuantizationScheme:
-        """Returns the scheme of every layer, before mixed bits."""
+        """Returns how layers are quantized: kind, bits and groups of weights, and bits of inputs.
+
+        With mixed bits, the bits of each layer are set later.
+        """
         weights: dict[str, Any] = {
             "kind": "codebook" if self.weights == "cluster" else self.weights,
             "group": self.group,
@@ -317,7 +326,7 @@ class QuantizeStage(TeacherTrainSettings, Stage):
         return QuantizationScheme(weights=WeightQuantization.model_validate(weights), inputs=inputs)
 
     def _rounding(self) -> Literal["nearest", "second-order"]:
-        """Returns the rounding: that of the settings, or the default for these bits."""
+        """Returns the rounding in the settings, or the default for these bits."""
         if self.rounding is not None:
             return self.rounding
         # Second-order rounding takes longer. It is not worth it at 8 bits, where errors are small,
@@ -326,6 +335,7 @@ class QuantizeStage(TeacherTrainSettings, Stage):
         return "second-order" if few_bits and not self.epochs else "nearest"
 
     def _corrects(self) -> bool:
+        # The training corrects the biases anyway.
         return self.correct_bias and not self.epochs
 
     def _looks_at_data(self) -> bool:
@@ -338,7 +348,7 @@ class QuantizeStage(TeacherTrainSettings, Stage):
         """Returns the smallest of the `mixed` bits for each layer.
 
         Raises:
-            RecipeError: if even these exceed `max_bytes`.
+            RecipeError: if the model exceeds `max_bytes` even with the smallest bits.
         """
         choices: dict[str, list[quantizing.BitChoice]] = {}
         for name in table:
@@ -378,7 +388,7 @@ def _bits(scheme: QuantizationScheme) -> int:
 def _stays_float(model: nn.Module) -> tuple[float, list[str]]:
     """Returns the share of parameters that stay float, and the three modules with most of them.
 
-    Scales and codebooks count neither as float nor as quantized parameters.
+    Scales and codebooks are not counted at all: they belong to the quantized weights.
     """
     quantized = set()
     for _, layer in quantized_layers(model):
@@ -401,7 +411,7 @@ def _stays_float(model: nn.Module) -> tuple[float, list[str]]:
 def _facts(
     model: nn.Module, table: dict[str, QuantizationScheme], left: dict[str, str]
 ) -> dict[str, Any]:
-    """Returns the facts of the result, such as the mean number of bits per weight."""
+    """Returns the entries of the stage's result, such as the mean number of bits per weight."""
     sizes = {name: layer.size for name, layer in quantized_layers(model) if name in table}
     total = sum(sizes.values())
     all_bits = sum(_bits(table[name]) * size for name, size in sizes.items())

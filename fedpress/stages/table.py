@@ -15,8 +15,8 @@ class Row:
     """One kind of stage.
 
     Attributes:
-        kind: its name in a recipe, on the command line and in Python. Example: "prune".
-        settings: its settings class as `module:Class`.
+        kind: name of the stage in a recipe, on the command line and in Python, such as "prune".
+        settings: settings class of the stage as `module:Class`.
         summary: a sentence for `--help` and the docstring of the Python call; empty if the kind has
             no command and no call.
     """
@@ -26,13 +26,14 @@ class Row:
     summary: str = ""
 
     def load(self) -> type[Stage]:
-        """Imports the settings class."""
+        """Imports the settings class and returns it."""
         module, _, name = self.settings.partition(":")
         # Imported only now: torch alone takes seconds, and `fedpress --help` needs none of it.
         found: type[Stage] = getattr(import_module(module), name)
         return found
 
 
+# In the order in which `--help` lists the commands.
 STAGES = (
     Row(
         "prune",
@@ -79,6 +80,7 @@ STAGES = (
         "fedpress.stages.federate.stage:FederateStage",
         "Trains over clients that keep their data, for instance num_rounds=10.",
     ),
+    # No summary: `fedpress.measure` is a function of its own, for several models.
     Row("measure", "fedpress.stages.measure:MeasureStage"),
 )
 """All kinds of stages. To add one, write a file with its settings class and a row here."""

@@ -1,4 +1,4 @@
-"""Training with an optional teacher (distillation), for the train, distill and quantize stages."""
+"""Trains a model with or without a teacher, for the stages train, distill and quantize."""
 
 from __future__ import annotations
 
@@ -32,6 +32,7 @@ from fedpress.training.settings import TrainSettings
 from fedpress.workspace.drive import Milestone, Snapshot
 from fedpress.workspace.state import State, Tick
 
+# Examples that go through teacher and student once, to learn the shapes of their features.
 EXAMPLES = 64
 TEACHERS_IN_RUN = ("dense", "before")
 SAVED_MODELS = {"teacher": TEACHERS_IN_RUN}
@@ -80,12 +81,12 @@ class TeacherTrainSettings(TrainSettings):
         Args:
             state: the state of the run.
             seed: seed of random parts of the loss, such as projections of features.
-            student: the model that is trained; the state's if None. It must be another one if the
-                teacher is the state's model ("before").
+            student: the model that is trained; if None, the model of `state`. With the teacher
+                "before", which is the model of `state`, the student must be another model.
 
         Raises:
             RecipeError: if there is no such teacher.
-            TrainingError: if it does not fit the student or the data.
+            TrainingError: if the teacher does not fit the student or the data.
         """
         # Without epochs nothing is trained, so the teacher is not needed.
         if self.teacher is None or not self.epochs:
@@ -103,7 +104,7 @@ class TeacherTrainSettings(TrainSettings):
 
 
 class StageTraining:
-    """The training of a stage, as work that `drive` runs and resumes."""
+    """The training of a stage; `drive` runs it, saves checkpoints, and resumes it from them."""
 
     def __init__(
         self,
@@ -129,7 +130,7 @@ class StageTraining:
         )
 
     def events(self) -> Iterator[Tick | Milestone]:
-        """Trains to the last epoch."""
+        """Trains to the last epoch; yields a tick for each step and a milestone for each epoch."""
         # The distillation reads the student's features by hooks, which must not stay on the model.
         watching = (
             self.distillation.recording_features(self.model) if self.distillation else nullcontext()
@@ -160,7 +161,7 @@ def saved_teacher(where: str) -> tuple[ModelSpec | None, nn.Module]:
         The teacher's spec (None for a module), and the teacher.
 
     Raises:
-        ModelError: if it does not exist, or its files are corrupt.
+        ModelError: if the teacher does not exist, or its files are corrupt.
     """
     if where.startswith(memory.TEACHER):
         return None, memory.registered_copy(where.removeprefix(memory.TEACHER))
@@ -175,7 +176,9 @@ def saved_teacher(where: str) -> tuple[ModelSpec | None, nn.Module]:
 
 
 def _teacher(where: str, state: State) -> nn.Module:
-    """Returns the teacher; it converts inputs to the mean and std with which it was trained.
+    """Returns the teacher as a module that takes inputs in the student's standardisation.
+
+    The teacher may have been trained with another mean and std. Then a hook converts its inputs.
 
     Args:
         where: the value of `teacher`: "dense", "before" or the path of a saved model.
@@ -183,8 +186,8 @@ def _teacher(where: str, state: State) -> nn.Module:
 
     Raises:
         RecipeError: if there is no such teacher.
-        TrainingError: if its classes or inputs differ from those of the data.
-        ModelError: if its files are corrupt.
+        TrainingError: if classes or inputs of the teacher differ from those of the data.
+        ModelError: if the teacher's files are corrupt.
     """
     if where == "before":
         spec = state.spec
@@ -233,7 +236,7 @@ def _teacher(where: str, state: State) -> nn.Module:
 def restandardize(
     x: torch.Tensor, source_scale: Preprocess, target_scale: Preprocess
 ) -> torch.Tensor:
-    """Converts standardised inputs [n, C, ...] from one mean and std to another.
+    """Converts standardised inputs [n, C, ...] from one mean and std to another mean and std.
 
     >>> x = torch.tensor([[1.0]])
     >>> restandardize(x, Preprocess((2.0,), (3.0,)), Preprocess((1.0,), (2.0,)))  # of the raw 5.0
@@ -244,5 +247,6 @@ def restandardize(
     def numbers(values: tuple[float, ...], empty: float) -> torch.Tensor:
         return torch.tensor(values or (empty,), device=x.device).view(shape)
 
+    # An empty `std` or `mean` means inputs without standardisation: std 1, mean 0.
     raw = x * numbers(source_scale.std, 1.0) + numbers(source_scale.mean, 0.0)
     return (raw - numbers(target_scale.mean, 0.0)) / numbers(target_scale.std, 1.0)

@@ -1,4 +1,4 @@
-"""The train and distill stages: train or fine-tune on the public part."""
+"""The train and distill stages: they train the whole model on the public examples."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from fedpress.workspace.state import Name, State, Tick
 class TrainStage(TeacherTrainSettings, Stage):
     """`[[stage]] kind = "train"`: trains all weights on the public part.
 
-    It saves a checkpoint after each epoch. With a `teacher` the model also learns from its outputs;
-    `kind = "distill"` is the same and requires a teacher.
+    A checkpoint is saved after each epoch. With a `teacher` the model also learns from the outputs
+    of the teacher. `kind = "distill"` is the same stage, but requires a teacher.
     """
 
     uses_data_standardization: ClassVar = True
@@ -34,6 +34,7 @@ class TrainStage(TeacherTrainSettings, Stage):
 
     @model_validator(mode="after")
     def _has_its_teacher(self) -> TrainStage:
+        # Only the kind decides: with `train` a missing teacher means ordinary training.
         if self.teacher is None and self.kind == "distill":
             raise SettingError(
                 "distill needs a teacher",
@@ -43,7 +44,7 @@ class TrainStage(TeacherTrainSettings, Stage):
         return self
 
     def setting_reading_labels(self) -> str:
-        """Training always reads labels."""
+        """Returns the kind of the stage, because training always reads labels."""
         return self.kind
 
     def check(self, state: State) -> tuple[State, dict[str, Any]]:
@@ -52,10 +53,11 @@ class TrainStage(TeacherTrainSettings, Stage):
         Raises:
             TrainingError: if the settings do not fit the data, for instance because the public part
                 is empty, or the teacher does not fit the model.
-            RecipeError: if there is no such teacher.
+            RecipeError: if the teacher does not exist.
         """
         data = state.data
         check_public_training(state, self)
+        # Only for its errors: the teacher is loaded and run on a few examples.
         self.objective(state, 0)
         examples = len(data.public)
         return state, {
@@ -65,7 +67,8 @@ class TrainStage(TeacherTrainSettings, Stage):
         }
 
     def run(self, state: State, folder: StageFolder) -> Generator[Tick, None, State]:
-        """Trains; yields a tick for every step."""
+        """Trains the model; yields a tick for every step, saves a checkpoint after every epoch."""
+        # A seed of its own: two train stages of one recipe must not draw the same batches.
         seed = derive(state.seed, "stage", folder.index)
         distillation = self.objective(state, seed)
         work = StageTraining(state.model, self, state, seed=seed, distillation=distillation)

@@ -1,4 +1,4 @@
-"""Zeros of earlier sparsify and l0 stages, which later stages must keep."""
+"""Masks of the weights that earlier stages have set to zero; later stages must keep these zeros."""
 
 from __future__ import annotations
 
@@ -18,6 +18,12 @@ def allowed_masks(model: nn.Module, state: State, weights: Weights) -> Masks:
 
 
 def with_sparse_weights(spec: ModelSpec, masks: Masks) -> ModelSpec:
-    """Returns the spec with the weights that `masks` prunes in its list `sparse`."""
+    """Returns the spec with the pruned weights added to its list `sparse`.
+
+    Args:
+        spec: the spec of the model. `sparse` has the names of all weights with pruned entries.
+        masks: name of a weight -> mask of its kept entries.
+    """
+    # A mask without False prunes nothing, so its weight stays a dense one.
     new = [name for name, mask in masks.items() if not mask.all() and name not in spec.sparse]
     return spec.model_copy(update={"sparse": (*spec.sparse, *new)})

@@ -1,4 +1,4 @@
-"""The simulation: server and all clients, which communicate by messages only."""
+"""Builds the server and all simulated clients of a federate stage, which exchange messages."""
 
 from __future__ import annotations
 
@@ -20,11 +20,12 @@ from fedpress.workspace.state import State
 
 @dataclass(frozen=True, eq=False)
 class Simulation:
-    """Both sides of a federate stage.
+    """The server and the simulated clients of a federate stage.
 
     Attributes:
         server: the server's side of the stage.
-        clients: name of each client -> its side. The server only sends messages to them.
+        clients: name -> simulated client; empty if the clients are on other machines. The server
+            reaches the clients by messages only.
     """
 
     server: ServerSide
@@ -32,12 +33,12 @@ class Simulation:
 
 
 def bind(stage: FederateSettings, state: State, folder: Path | None = None) -> Simulation:
-    """Builds both sides of the stage and lets them agree.
+    """Builds server and clients of the stage, and lets them agree on its settings.
 
     Args:
         stage: the settings.
         state: the state of the run, with the data of all clients.
-        folder: where clients store state between rounds, such as error feedback; in memory if None.
+        folder: where clients store state between rounds, such as error feedback; None: in memory.
 
     Raises:
         RecipeError: if a setting does not fit.

@@ -1,4 +1,4 @@
-"""A client's side of a federate stage: registers, checks the agreement, and answers in rounds."""
+"""One client of a federate stage: it registers, checks the settings, and trains in the rounds."""
 
 from __future__ import annotations
 
@@ -38,13 +38,18 @@ IDENTITY = "identity"
 class ClientSide:
     """One client, from its first message ("register") to the last.
 
+    The server first asks the client to register, which returns public facts. Then it asks the
+    client to agree to the planned stage. Only after that does the client answer in rounds.
+
     Attributes:
-        name: name of the client in the transport.
-        arrays: its private examples.
-        common: inputs that are equal on server and clients.
-        memory: stores its secret and its state between rounds.
+        name: name of the client in the transport, which carries the messages.
+        arrays: the client's private examples.
+        common: settings and model, which are equal on server and clients.
+        memory: stores the client's secret and its state between rounds.
         client: answers in the rounds; None until this client has agreed.
-        contract: the contract that it has agreed to; None before.
+        contract: the plan of the stage that this client has agreed to; None before.
+        model: the model to train in place of `common.model`; None: that model.
+        source: computes gradients in place of the default of `ClientPlan`; None: the default.
     """
 
     name: ClientId
@@ -58,7 +63,7 @@ class ClientSide:
     _refusal: FedpressError | None = field(default=None, repr=False)
 
     def handle(self, request: bytes) -> bytes:
-        """Answers one message (bytes in, bytes out), see `fedpress.federation.protocol`.
+        """Answers one message of the server; question and answer are bytes.
 
         Raises:
             WireError: if the request is invalid, or this client has not agreed.
@@ -78,7 +83,10 @@ class ClientSide:
         return pack(self.client.answer(message))
 
     def _refused(self, question: str) -> WireError:
-        """Returns the error of a client that refused to agree, or was not asked to."""
+        """Returns the error for a request that comes before this client has agreed.
+
+        If the client has refused to agree, the error gives the reason.
+        """
         why = self._refusal
         if why is None:
             return WireError(
@@ -87,7 +95,7 @@ class ClientSide:
         return WireError(why.problem, place=why.place, cure=why.cure)
 
     def _register(self) -> Message:
-        """Answers with the public facts of this client: number of examples, public key."""
+        """Answers with the public facts of this client: its number of examples and public key."""
         header: dict[str, JSON] = {}
         # Under client privacy even the number of examples is private.
         if counts_are_public(self.common.stage):
@@ -97,10 +105,11 @@ class ClientSide:
         return Message("registered", header)
 
     def _agree(self, message: Message) -> Message:
-        """Computes the contract for the server's population, and compares the agreements.
+        """Plans the stage for the clients that the server names, and compares plan and settings.
 
         Raises:
-            WireError: naming the setting that differs. From then on every request is refused.
+            WireError: if they differ from the server's; the error names the setting. From then on
+                this client refuses every request.
         """
         # A refused agreement must also end an earlier one.
         self.withdraw()
@@ -111,6 +120,7 @@ class ClientSide:
             client = self._bind(contract)
             answer = client.answer(message)
         except FedpressError as problem:
+            # Kept, so that later requests are refused with the same reason.
             self._refusal = problem
             if isinstance(problem, WireError):
                 raise
@@ -124,19 +134,19 @@ class ClientSide:
         return answer
 
     def withdraw(self) -> None:
-        """Takes the agreement back: from now on only public facts leave this client."""
+        """Takes the agreement back. From now on only public facts leave this client."""
         self.client = None
         self.contract = None
         self._refusal = None
 
     def _check_own(self, population: Population) -> None:
-        """Checks that the population has this client's own count and key.
+        """Checks that the server names this client with its own number of examples and key.
 
-        Its noise is planned from the count, so a malicious server could make the noise too small by
-        claiming more examples.
+        The noise is planned from the number of examples. A malicious server could make the noise
+        too small by claiming that this client has more examples.
 
         Raises:
-            WireError: if count or key differ.
+            WireError: if number or key differ.
         """
         if self.name not in population.names:
             raise WireError(
@@ -163,7 +173,7 @@ class ClientSide:
             )
 
     def _bind(self, contract: Contract) -> Client:
-        """Returns the client that answers under `contract`."""
+        """Returns the object that trains and answers in the rounds, as `contract` plans them."""
         stage = self.common.stage
         privacy = contract.plan_of(self.name)
         model = self.model or self.common.model
@@ -180,7 +190,10 @@ class ClientSide:
         )
 
     def _member(self, contract: Contract) -> SecAggClient | None:
-        """Returns the client's part of a secure sum, with the rounds that it has answered."""
+        """Returns the client's part of a secure sum; None for a plain sum.
+
+        It remembers the rounds that this client has answered before a restart.
+        """
         grid = contract.protection.grid
         run = contract.terms.agreement.fingerprint
         if grid is None:
@@ -198,7 +211,8 @@ class ClientSide:
 
     def _key(self) -> bytes:
         """Returns the secret from which this client's keys follow: random, or from the seed."""
-        # On another machine the key is the same in all runs, so that others can know it beforehand.
+        # A client on another machine has one key for all runs, so that other clients can know the
+        # key beforehand.
         if identity := self.memory.entry(IDENTITY):
             return bytes(identity["bytes"].tolist())
         own = owns_keys(self.common.stage)
@@ -227,7 +241,7 @@ class ClientSide:
         return Message("evaluated", {"examples": len(self.arrays), "metrics": metrics})
 
     def rehearse(self, arrays: Arrays) -> None:
-        """Takes one private step on public `arrays`, see `Client.rehearse`.
+        """Takes one private training step on public examples, to find errors before the run.
 
         Raises:
             RecipeError: if this client has not agreed.
@@ -243,8 +257,8 @@ class ClientSide:
 def secret_of(memory: ClientState) -> int:
     """Returns the 256 secret bits in `memory`; the first call draws them from the operating system.
 
-    They are stored, because a repeated round must draw the same noise: a second answer about the
-    same data with new noise would cost privacy once more.
+    The bits are stored, because a repeated round must draw the same noise. A second answer about
+    the same data with new noise would cost privacy once more.
     """
     stored = memory.entry("secret")
     if not stored:

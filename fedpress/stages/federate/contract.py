@@ -1,7 +1,8 @@
-"""The contract of a federate stage: all that server and clients compute equally before the rounds.
+"""The contract of a federate stage: the plan that server and clients compute before the rounds.
 
-Its inputs are the recipe and public facts about the clients. Both sides compute it by the same
-code, so plans such as the noise need not be sent.
+The plan includes the noise, the codecs and which client is asked when. Both sides compute it by the
+same code from the recipe and from public facts about the clients. So it need not be sent, and a
+client does not have to trust the server's plan.
 """
 
 from __future__ import annotations
@@ -55,15 +56,15 @@ from fedpress.training.device import place_
 
 @dataclass(frozen=True, eq=False)
 class Contract:
-    """The plan of a stage for a population; it contains no client's data or secret.
+    """The plan of a stage for certain clients; it contains no client's data or secret.
 
     Attributes:
         stage: the settings.
-        population: names of all clients, with their public counts and keys.
-        protection: the planned privacy.
+        population: names of all clients, with their public numbers of examples and public keys.
+        protection: the planned privacy: noise, and cost of each round.
         context: inputs of the schedule: clients, cohort, seeds, delays.
         participation: which client is asked in which round, drawn from the seed. If the server
-            draws from a secret, the real clients differ, and only the server knows them.
+            draws from a secret instead, it asks other clients, which only the server knows.
         terms: settings that must be equal on both sides; compared before the first round.
     """
 
@@ -76,13 +77,13 @@ class Contract:
 
     @property
     def uplink(self) -> Uplink:
-        """How updates are encoded, summed, noised and divided."""
+        """How the clients' updates are encoded, summed, noised and divided."""
         return self.terms.uplink
 
     def plan_of(self, name: ClientId) -> PrivacyPlan | None:
-        """Returns a client's own privacy plan under unit "sample"; None otherwise.
+        """Returns the privacy plan of one client if examples are protected; else None.
 
-        It depends on the client's number of examples, which is public under this unit.
+        The plan depends on the client's number of examples, which is public in this case.
         """
         return self.protection.plans[name] if self.uplink.trust.unit == "sample" else None
 
@@ -113,9 +114,10 @@ class Contract:
         return entries
 
     def planned_charges(self, name: ClientId) -> list[LedgerEntry]:
-        """Returns the ledger entries of all rounds for one client, as it has to expect them.
+        """Returns the ledger entries of all rounds that one client must expect.
 
-        Who is really asked, only the server may know: so it is the most that any client is asked.
+        Only the server may know how often a client is really asked. So the entries are for the
+        largest number of rounds in which any client is asked.
         """
         if self.stage.privacy is None:
             return [unprotected(self.stage)] if self.stage.num_rounds else []
@@ -124,12 +126,12 @@ class Contract:
         return self.charges({name: self.participation.max_tasks}, 1, self.stage.num_rounds)
 
     def charges_of_answer(self, name: ClientId, round: int, *, first: bool) -> list[LedgerEntry]:
-        """Returns the ledger entries that a client's own ledger notes before it answers a "fit".
+        """Returns the entries that a client adds to its own ledger before it trains in a round.
 
         Args:
             name: name of the client.
-            round: round of the question.
-            first: whether it is the first that this client answers in the run.
+            round: number of the round.
+            first: whether this is the first round that the client answers in the run.
         """
         if self.stage.privacy is None or self._charged_at_first:
             return self.planned_charges(name) if first else []
@@ -139,8 +141,8 @@ class Contract:
     def _charged_at_first(self) -> bool:
         """Whether a client is charged for the whole run with its first answer.
 
-        A draw by chance costs less only because rounds in which a client is not asked are counted
-        too. The client does not see these, and cannot know which round was the last.
+        Random participation costs less privacy per round, but then all rounds count, also those in
+        which the client is not asked. The client does not see these rounds and cannot count them.
         """
         common = self.protection.costs.get(POPULATION)
         drawn = common is not None and common.sampling_prob < 1
@@ -148,9 +150,9 @@ class Contract:
 
 
 def unprotected(stage: FederateSettings) -> LedgerEntry:
-    """Returns the entry of a stage without privacy: an infinite epsilon.
+    """Returns the ledger entry of a stage without privacy: an infinite epsilon.
 
-    With it in the ledger no later stage can promise privacy to the same clients.
+    After this entry no later stage can promise privacy to the same clients.
     """
     # A noise multiplier of 0 is an infinite epsilon.
     return LedgerEntry(POPULATION, stage.name, 1.0, 0.0, 1)
@@ -158,12 +160,12 @@ def unprotected(stage: FederateSettings) -> LedgerEntry:
 
 @dataclass(frozen=True, eq=False)
 class CommonInputs:
-    """Inputs that are equal on server and clients: settings, model, preprocessing, task and seed.
+    """The inputs that server and clients share: settings, model, preprocessing, task and seed.
 
     Attributes:
         stage: the settings.
-        model: the initial model; `requires_grad` is set on the parameters that are trained. Each
-            side takes a `copy`.
+        model: the initial model; `requires_grad` is set on the parameters that are trained. Server
+            and clients each take a `copy`.
         preprocess: standardisation of raw examples, fitted on public data.
         task: loss and metrics.
         seed: seed of this stage.
@@ -193,10 +195,11 @@ class CommonInputs:
             stage: the settings.
             spec: spec of the model.
             model: the model; it is not changed.
-            preprocess: see the attribute.
-            task: see the attribute.
+            preprocess: standardisation of raw examples.
+            task: loss and metrics.
             seed: seed of the run.
-            device: device of this side; chosen automatically if None. The two sides may differ.
+            device: device of this process; chosen automatically if None. Server and clients may
+                have different devices.
 
         Raises:
             RecipeError: if no parameter would be trained.
@@ -223,7 +226,7 @@ class CommonInputs:
         seed: int,
         device: torch.device | None = None,
     ) -> CommonInputs:
-        """Like `of`, but `seed` is that of the stage: a client is not sent the seed of the run."""
+        """Like `of`, but takes the seed of the stage, since clients do not get the run's seed."""
         # Sparse weights become vectors of their nonzero values, so that zeros are neither sent nor
         # get noise.
         work = compact_(_trainable(copied(model), stage.trainable), spec.sparse)
@@ -238,10 +241,10 @@ class CommonInputs:
         return CommonInputs(self.stage, copied(self.model), self.preprocess, self.task, self.seed)
 
     def contract(self, population: Population) -> Contract:
-        """Plans the stage for a population.
+        """Plans the stage for the clients in `population`.
 
         Raises:
-            RecipeError: if a setting does not fit.
+            RecipeError: if a setting does not fit these clients.
             PrivacyError: if the budget cannot be kept.
         """
         layout = parameters.Layout.of(self.model)
@@ -309,7 +312,7 @@ def _bind_contract(
 
 
 def _downlink(stage: FederateSettings, layout: parameters.Layout) -> Downlink | None:
-    """Returns the checked downlink; None if the whole model is sent in float32."""
+    """Returns how the server encodes the model for clients; None: the whole model in float32."""
     if not stage.downlink:
         return None
     downlink = Downlink(layout.size, layout.shapes, stage.downlink, stage.first_downlink)
@@ -337,15 +340,16 @@ def needs_of(stage: FederateSettings) -> Needs:
 def counts_are_public(stage: FederateSettings) -> bool:
     """Whether clients report how many examples they have.
 
-    Under unit "sample" the number is public, because the noise is planned from it. Under unit
-    "client" it is private. A secure sum without privacy does not need it, so it is not sent.
+    If examples are protected, the number is public, because the noise is planned from it. If
+    clients are protected, the number is private. A secure sum without privacy does not need it, so
+    it is not sent.
     """
     trust = trust_of_stage(stage)
     return trust.unit == "sample" or (trust.unit is None and not is_secure(stage))
 
 
 def owns_keys(stage: FederateSettings) -> bool:
-    """Whether every client draws its own keys from the operating system, not from the seed."""
+    """Whether clients draw their keys from the operating system instead of from the seed."""
     return stage.secure_keys or (stage.privacy is not None and stage.privacy.secure_noise)
 
 
@@ -394,6 +398,7 @@ def _trainable(model: nn.Module, patterns: tuple[str, ...]) -> nn.Module:
     for name, p in model.named_parameters():
         p.requires_grad_(any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns))
         matches += p.requires_grad
+    # Without a trained parameter all rounds would leave the model as it is.
     if not matches:
         names = ", ".join(name for name, _ in list(model.named_parameters())[:3])
         raise RecipeError(

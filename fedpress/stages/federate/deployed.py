@@ -1,4 +1,4 @@
-"""The deployment: the server's side runs in this process, and clients on other machines."""
+"""Starts a federate stage whose clients are on other machines; the server runs in this process."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def bind_deployed(
         inputs=inputs,
         labels=network.labels,
     )
-    # Without clients: their names are part of the folder's name, but they are not known yet.
+    # With no clients: their names would be part of the folder's name, but are not known yet.
     memory = memories_of(common, [], folder)[1]
     stored = load_json(memory, POPULATION)
     population = Population.from_json(stored["json"]) if stored else None
@@ -102,7 +102,8 @@ def _in_real_time(stage: FederateSettings) -> FederateSettings:
     """Returns the settings without the virtual clock of a simulation.
 
     Raises:
-        RecipeError: if privacy would be planned from an order of answers that nobody knows.
+        RecipeError: if the stage has privacy and a buffered schedule. The noise depends on the
+            order in which clients answer, which is unknown over a network.
     """
     if stage.privacy is not None and stage.schedule.kind == "buffered":
         raise RecipeError(
@@ -122,7 +123,7 @@ def offer_to_all(
     Args:
         transport: reaches the clients.
         offer: the message.
-        told: is called with a sentence for each client that does not accept.
+        told: a function that is called with a sentence for each client that does not accept.
 
     Raises:
         TrainingError: if no client accepts.

@@ -1,4 +1,4 @@
-"""Failures in a federate stage: the clients by name, or under privacy counts with noise."""
+"""Counts failures in a federate stage: by client, and under privacy as counts with noise."""
 
 from __future__ import annotations
 
@@ -44,8 +44,9 @@ UNITS = {"client": "clients", "sample": "examples"}
 class Failures:
     """All failures so far.
 
-    A unit that fails contributes zero to the sum of updates. Under privacy the units (examples or
-    clients) are counted by cause, "not finite" or "failed", and noise is added to each count.
+    Under privacy, the protected units (examples or clients) that fail are counted by cause, and
+    noise is added to each count. The causes are "not finite" (an update has NaN or inf) and
+    "failed" (an error). A unit that fails contributes zero to the sum of updates.
 
     Attributes:
         asked: number of requests in all rounds.
@@ -53,8 +54,8 @@ class Failures:
         counted: noised numbers of failed units; None without privacy.
         of: expected number of units in all rounds.
         variance: variance of the noise of each count.
-        recent: the last rounds, newest last: (not finite, failed, expected units, variance of noise
-            and sampling together).
+        recent: a row for each of the last rounds, newest last: (noised count of "not finite",
+            noised count of "failed", expected units, variance of noise and sampling together).
     """
 
     asked: int = 0
@@ -98,12 +99,12 @@ class Failures:
 
     @property
     def noise(self) -> float:
-        """Standard deviation of the noise of the sum of both counts."""
+        """Standard deviation of the noise of the sum of the two counts."""
         return math.sqrt(2 * self.variance)
 
     @property
     def significant(self) -> bool:
-        """Whether the counts are too large to be only noise, so that units did fail."""
+        """Whether the counts are too large to be only noise, so some units did fail."""
         # Less than 1% is not reported, even if the count is precise.
         if self.counted is None or self.counted.total < 0.01 * self.of:
             return False
@@ -115,7 +116,8 @@ class Failures:
     def all_failing(self) -> bool:
         """Whether nearly all units fail, in the last round or in the last few rounds together.
 
-        It adds up the last round, the last two, and so on. Earlier rounds may have gone well.
+        The counts are added up over the last round, over the last two rounds, and so on. So rounds
+        that went well at the beginning do not hide that all units fail now.
         """
         not_finite = 0.0
         failed = 0.0
@@ -135,7 +137,7 @@ class Failures:
         return False
 
     def warning(self, unit: str | None) -> str:
-        """Returns a sentence if a third or more failed; otherwise an empty text."""
+        """Returns a warning if a third or more of the answers or units failed; otherwise ""."""
         lost = sum(rounds for rounds, _ in self.refused.values())
         if lost and lost >= MANY * self.asked:
             return (
@@ -156,7 +158,11 @@ class Failures:
         return f"about {count:.0f} of {self.of:.0f} {units} ({noise})"
 
     def cause(self, lr: str) -> str:
-        """Returns the most frequent cause, and a cure; `lr` names the keys of the learning rate."""
+        """Returns the most frequent cause, and what to do about it.
+
+        Args:
+            lr: the learning rates that may be too large, as recipe keys with their values.
+        """
         assert self.counted is not None
         if self.counted.not_finite > self.counted.failed:
             return f"their numbers were not finite; lower {lr}, or look for NaN in the examples"
@@ -166,7 +172,7 @@ class Failures:
         )
 
     def facts(self, unit: str | None) -> dict[str, Any]:
-        """Returns the failures for the result: clients by name, and noised counts by cause."""
+        """Returns the failures for `result.json`: clients by name, and noised counts by cause."""
         lost = sum(rounds for rounds, _ in self.refused.values())
         out: dict[str, Any] = {"asked": self.asked, "refused": lost}
         out["clients"] = {
@@ -206,7 +212,10 @@ class Failures:
 
 
 def _all(count: float, of: float, noise: float) -> bool:
-    """Whether `count` is nearly all of `of` units, and more than half of them beyond doubt."""
+    """Whether `count` is at least 90% of `of` units, and surely more than half of them.
+
+    "Surely": even after subtracting five standard deviations of the noise (`STOPS_FROM`).
+    """
     return count >= ALL * of and count - STOPS_FROM * noise > of / 2
 
 
@@ -214,8 +223,8 @@ def public_reasons(refused: Mapping[str, str], server: ServerSide) -> dict[str, 
     """Returns the reason of each refused client, or `PRIVATE` if it must not be stored.
 
     Under privacy the text of an error may depend on private examples, for instance "token 9999 is
-    beyond the vocabulary". Errors of messages, files, disks and keys do not. Neither does a
-    "DivergedError", because it is raised for parameters after noised steps.
+    beyond the vocabulary". Errors about messages, files, disks and keys do not depend on examples.
+    Nor does a "DivergedError", because it is raised for parameters after noised steps.
     """
     if server.uplink.privacy is None:
         return dict(refused)

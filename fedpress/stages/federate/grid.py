@@ -1,7 +1,8 @@
-"""Plans the grid of a secure sum: scale, bits, and the noise that clients add on it.
+"""Plans the integer grid of a secure sum: scale, bits, and the noise that clients add.
 
-A secure sum adds integers modulo 2^bits. Each client multiplies its update by `scale`, rounds it,
-and adds its share of the noise. The bits must hold the sum of all clients without overflow.
+In a secure sum the server learns only the sum of the clients' vectors. The vectors are integers
+modulo 2^bits: each client multiplies its update by `scale`, rounds it, and adds its share of the
+noise. There must be enough bits to hold the sum of all clients without overflow.
 """
 
 from __future__ import annotations
@@ -37,11 +38,11 @@ class SumGrid:
     """The grid of integers of a secure sum.
 
     Attributes:
-        plan: the secure sum: clients, bits and thresholds.
-        size: number of values of each client.
-        scale: grid steps for 1.0 of the update.
-        coordinate_limit: largest absolute value of a coordinate before scaling; larger ones are
-            clamped.
+        plan: the secure sum: number of clients, bits, and how many clients may drop out.
+        size: number of values in the vector of each client.
+        scale: number of grid steps for a value of 1.0 in the update.
+        coordinate_limit: largest absolute value of an update's coordinate before scaling; larger
+            values are clamped.
         limit: largest absolute value in the sum of all honest clients, in grid steps.
         noise: the planned noise of the clients; None without privacy.
     """
@@ -54,7 +55,14 @@ class SumGrid:
     noise: distributed.DistributedPlan | None = None
 
     def planned_chain(self, chain: Sequence[Settings]) -> tuple[Settings, ...]:
-        """Returns `chain` with this grid filled into `discretize`, and the noise after it."""
+        """Fills this grid into a list of codecs.
+
+        Args:
+            chain: codecs of the uplink, with a `discretize` that rounds to integers.
+
+        Returns:
+            The codecs with bits, scale and limit set in `discretize`, and with the noise after it.
+        """
         filled: list[Settings] = []
         for transform in chain:
             if not isinstance(transform, Discretize):
@@ -76,17 +84,21 @@ class SumGrid:
 
 
 def default_secure_chain(private: bool) -> tuple[Settings, ...]:
-    """Returns the default codecs of a secure sum; with privacy a clip is added elsewhere."""
+    """Returns the default codecs of a secure sum.
+
+    Args:
+        private: whether the stage has privacy. Then the planner adds a clip, so there is none here.
+    """
     # A rotation makes all coordinates similar in size, so that the grid can be finer.
     rest: tuple[Settings, ...] = (Rotate(), Discretize())
     return rest if private else (Clip(clip_norm=CLIP_NORM), *rest)
 
 
 def noise_makers(plan: SecurePlan) -> int:
-    """Returns how many clients' noise the guarantee may rely on.
+    """Returns the number of clients whose noise the guarantee may rely on.
 
-    Clients that drop out add no noise. Of the others, corrupt clients may reveal theirs, and every
-    client can subtract its own, so at least one is not counted.
+    Clients that drop out add no noise. Corrupt clients may reveal their noise. And every client
+    knows its own noise and can subtract it, so at least one client is not counted.
     """
     return max(1, plan.survivors - max(plan.corrupt, 1))
 
@@ -106,16 +118,16 @@ def plan_grid(
     Args:
         stage: the settings.
         chain: codecs of the uplink, with a `discretize`.
-        start: bound of an update before the first codec.
-        cohort: the clients of a round.
-        sensitivity: largest L2 norm by which one protected unit changes a client's vector; if None,
-            the bound of the vector itself.
+        start: bounds of the norms of an update before the first codec.
+        cohort: how the clients of a round are chosen.
+        sensitivity: largest L2 norm by which one protected unit (an example or a client) changes a
+            client's vector; if None, the bound on the norm of the vector itself.
         sampling_prob: probability that an example is in a round.
-        times: number of rounds in which a unit takes part; all if None.
+        times: number of rounds in which a unit takes part; all rounds if None.
 
     Raises:
         RecipeError: if the codecs do not fit a secure sum.
-        PrivacyError: if no noise keeps the budget.
+        PrivacyError: if no amount of noise keeps the budget.
     """
     discretize, bound = _before_grid(stage, chain, start)
     limit = discretize.limit or coordinate_limit(bound)
@@ -145,10 +157,11 @@ def plan_grid(
 def _before_grid(
     stage: FederateSettings, chain: tuple[Settings, ...], start: Bound
 ) -> tuple[Discretize, Bound]:
-    """Returns the `discretize` of a chain, and the bound of its input.
+    """Returns the `discretize` in a list of codecs, and the bound of its input.
 
     Raises:
-        RecipeError: if there is none, its input is not bounded, or a codec is not additive.
+        RecipeError: if there is no `discretize`, its input is not bounded, or a codec before it is
+            not additive: the sum of coded vectors must decode to the sum of the vectors.
     """
     places = [i for i, transform in enumerate(chain) if isinstance(transform, Discretize)]
     at = places[0] if places else None
@@ -177,7 +190,18 @@ def _before_grid(
 def _open_grid(
     stage: FederateSettings, bits: int, clients: int, size: int, limit: float
 ) -> SumGrid:
-    """Plans the grid of a sum without noise, for `size` values of at most `limit`."""
+    """Plans the grid of a secure sum without noise.
+
+    Args:
+        stage: the settings.
+        bits: bits of each value of the sum.
+        clients: number of clients in a round.
+        size: number of values of each client.
+        limit: largest absolute value of a coordinate.
+
+    Raises:
+        RecipeError: if the bits cannot hold the sum.
+    """
     half = distributed.USED_RANGE * 2 ** (bits - 1)
     # Largest value of one client, so that the sum of all honest clients cannot overflow.
     largest = math.floor(half / clients)

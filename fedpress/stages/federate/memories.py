@@ -1,4 +1,4 @@
-"""Storage of the server and of simulated clients for state between rounds and restarts."""
+"""Creates the storage in which server and simulated clients keep state between rounds."""
 
 from __future__ import annotations
 
@@ -19,7 +19,13 @@ def memories_of(
 ) -> tuple[dict[ClientId, ClientState], ClientState]:
     """Returns the storage of each client by name, and the storage of the server.
 
-    The server's is not in the dictionary: a client named "server" would read the server's secret.
+    The server's storage is not in the dictionary, because a client named "server" could then read
+    the server's secret.
+
+    Args:
+        common: settings and seed of the stage, which select the folder.
+        clients: names of the clients.
+        folder: folder for all storage; None: everything is kept in memory.
     """
     if folder is None:
         return {name: InMemoryState() for name in clients}, InMemoryState()
@@ -34,9 +40,9 @@ def memories_of(
 def _place(common: CommonInputs, clients: Sequence[ClientId], folder: Path) -> Path:
     """Returns the folder for this stage's storage; its name is a hash of settings, seed, clients.
 
-    If `folder` contains exactly one folder, that one is used, because older versions computed other
-    names. It cannot belong to another stage: a resumed run has its original settings (see
-    `RunFolder.resume`), and storage without a checkpoint is removed.
+    If `folder` contains exactly one folder, this folder is used whatever its name, because older
+    versions computed other names. It cannot belong to another stage: a resumed run has its original
+    settings (see `RunFolder.resume`), and storage without a checkpoint is removed.
     """
     # Without defaults, so that a key of a new version does not change the name.
     settings = json.loads(common.stage.model_dump_json(exclude_defaults=True))

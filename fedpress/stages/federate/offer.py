@@ -1,8 +1,9 @@
 """The offer: the message from which a client on another machine builds its side of a stage.
 
-In a simulation both sides are built from one recipe. Over a network the server sends this message
-first. It contains no code: the model is a spec and tensors, and the client checks them like a file
-from a stranger.
+In a simulation, server and clients are built from one recipe. Over a network, clients have no
+recipe, so the server sends them an offer first: settings, model and seed. An offer contains no
+code. The model is a spec (the name of an architecture, and its arguments) and tensors, which the
+client checks like a file from a stranger.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from fedpress.stages.federate.settings import FederateSettings
 from fedpress.tasks import Task
 from fedpress.wire.message import Message
 
+# Entries of the message: the model as safetensors, and three JSON texts.
 MODEL = "model"
 TEXTS = ("settings", "spec", "facts")
 
@@ -42,13 +44,13 @@ def terms_of(
     arguments: Mapping[str, JSON],
     labels: Sequence[str],
 ) -> dict[str, Any]:
-    """Returns what a data owner agrees to, see `Offer.terms`.
+    """Returns what the owner of a client's data agrees to: settings, architecture and labels.
 
-    What the server's data decide, such as the names of classes, is not in it: a recipe alone must
-    give the same.
+    The terms must follow from a recipe alone, so that owners can approve them early. So they do not
+    contain anything that depends on the server's data, such as the names of classes.
     """
-    # A stage has keys of its own beside the settings; a client is sent the settings. The virtual
-    # clock is only that of a simulation.
+    # `stage` may be the stage class itself, so it is converted to its settings class. Simulated
+    # delays are left out: clients over a network take real time.
     settings = FederateSettings.model_validate({**stage.model_dump(), "delays": None})
     return {
         "settings": settings.model_dump(mode="json", exclude_defaults=True),
@@ -63,9 +65,10 @@ def fingerprint_of(terms: Mapping[str, Any]) -> str:
 
 
 def code_named(message: Message) -> str | None:
-    """Returns the own code (`module:function`) that builds the model of an offer; None if none.
+    """Returns the name `module:function` of the user code that builds the model of an offer.
 
-    Only the name is read. An offer that cannot be read names none: `Offer.from_message` says why.
+    Returns None if no user code is needed, or the offer cannot be read. In the second case
+    `Offer.from_message` raises the error. Only the name is read; nothing is imported.
     """
     try:
         architecture = json.loads(read_text(message, "spec"))["architecture"]
@@ -76,7 +79,7 @@ def code_named(message: Message) -> str | None:
 
 
 class OfferedStage(FederateSettings):
-    """The settings of a federate stage without the stage itself, which a client does not run."""
+    """The settings of a federate stage, as a client gets them; a client does not run the stage."""
 
 
 class _Facts(BaseModel):
@@ -103,10 +106,10 @@ class Offer:
         spec: spec of the model.
         tensors: name -> parameter or buffer of the model.
         seed: seed of the stage.
-        preprocess: standardisation of raw examples, fitted on the server's public part.
+        preprocess: standardisation of raw examples, fitted on the server's public examples.
         task: loss and metrics.
-        inputs: how columns of a table become inputs, see `Preparation.to_json`; None for other
-            data.
+        inputs: how columns of a table become inputs (see `Preparation.to_json`); None for data that
+            are not tables.
         labels: columns to predict, for a table.
         fedpress: version of fedpress on the server.
         streams: version of the random streams on the server.
@@ -136,19 +139,33 @@ class Offer:
         inputs: dict[str, Any] | None = None,
         labels: tuple[str, ...] = (),
     ) -> Offer:
-        """Creates the server's offer; `seed` is the seed of the run."""
+        """Creates the server's offer.
+
+        Args:
+            stage: settings of the federate stage.
+            spec: spec of the model.
+            model: the model, whose tensors are copied.
+            preprocess: standardisation of raw examples.
+            task: loss and metrics.
+            seed: seed of the run, from which the seed of the stage is derived.
+            inputs: how columns of a table become inputs.
+            labels: columns to predict, for a table.
+        """
         tensors = {}
         for name, tensor in model.state_dict().items():
             tensors[name] = tensor.detach().to("cpu").contiguous().clone()
         settings = FederateSettings.model_validate(stage.model_dump())
+        # Clients get only the stage's seed: from the run's seed they could compute other stages'
+        # noise.
         own = derive(seed, "federate", stage.name)
         return cls(settings, spec, tensors, own, preprocess, task, inputs, labels)
 
     def to_message(self, header: dict[str, JSON]) -> Message:
-        """Returns the message "offer"."""
+        """Returns the offer as a message with the entries of `header`."""
         facts = _Facts(
             fedpress=self.fedpress,
             streams=self.streams,
+            # As text: other JSON readers turn integers above 2^53 into floats.
             seed=str(self.seed),
             mean=self.preprocess.mean,
             std=self.preprocess.std,
@@ -170,7 +187,7 @@ class Offer:
 
     @classmethod
     def from_message(cls, message: Message) -> Offer:
-        """Reads an offer, which is not trusted: no code is imported or called for it.
+        """Reads an offer from an untrusted server; no code is imported or called.
 
         Raises:
             WireError: if an entry is invalid, or the model or data would need code that this client
@@ -198,6 +215,8 @@ class Offer:
             seed = int(facts.seed)
         except FedpressError as error:
             raise WireError(error.problem, place=f"offer.{place}", cure=error.cure) from error
+        # A malicious message may contain anything; the client must answer with an error and live
+        # on.
         except (ValidationError, SafetensorError, ValueError, TypeError) as error:
             said = " ".join(str(error).split())[:300]
             cure = "use the same fedpress on both sides"
@@ -216,11 +235,12 @@ class Offer:
         )
 
     def common(self, device: torch.device | None = None) -> CommonInputs:
-        """Builds the model and returns the inputs of a client's side.
+        """Builds the model, and returns everything that a client needs to take part in the stage.
 
         Raises:
             WireError: if the model cannot be built from the spec, or the tensors do not fit it.
         """
+        # Other streams give other noise and other batches than the server has planned.
         if self.streams != STREAMS:
             raise WireError(
                 f"the server draws random streams of version {self.streams}, this client {STREAMS}",
@@ -249,10 +269,10 @@ class Offer:
 
     @property
     def terms(self) -> dict[str, Any]:
-        """What a data owner agrees to: everything but the model's weights and the seed.
+        """What the owner of a client's data agrees to: settings, architecture and labels.
 
-        The same terms follow from a recipe before there are any weights, so they can be approved
-        before the run.
+        Weights and seed are not part of the terms. So the terms follow from a recipe alone, and
+        owners can approve them before the run.
         """
         return terms_of(self.stage, self.spec.architecture, self.spec.arguments, self.labels)
 

@@ -1,4 +1,8 @@
-"""Plans the noise of a federate stage for its privacy budget: a function for each kind of trust."""
+"""Plans the noise of a federate stage, with a function for each kind of trust.
+
+The kind of trust says what is protected (an example or a client) and who adds the noise: each
+client ("local"), all clients together in a secure sum ("distributed"), or the server ("central").
+"""
 
 from __future__ import annotations
 
@@ -30,14 +34,14 @@ class PlanningCase:
     """The arguments of a planner.
 
     Attributes:
-        stage: the settings.
+        stage: the settings of the stage.
         private: the privacy settings of the stage.
-        trust: protected unit, and who adds the noise.
-        population: all clients, with their public counts.
+        trust: the protected unit (an example or a client), and who adds the noise.
+        population: all clients, with their public numbers of examples.
         participation: in which rounds each client is asked.
-        cohort: the clients of a round.
-        chain: codecs of the uplink.
-        start: bound of an update before the first codec.
+        cohort: how the clients of a round are chosen: number, sampling and population.
+        chain: codecs that a client applies to its update before it sends it, in order.
+        start: bounds of the norms of an update before the first codec.
     """
 
     stage: FederateSettings
@@ -51,7 +55,7 @@ class PlanningCase:
 
     @property
     def times(self) -> int:
-        """Largest number of rounds in which one client takes part."""
+        """The largest number of rounds in which one client takes part, at least 1."""
         return max(1, self.participation.max_tasks)
 
     def each(self, value: T) -> dict[str, T]:
@@ -60,7 +64,7 @@ class PlanningCase:
 
 
 def _sample_local(case: PlanningCase) -> Protection:
-    """Plans sample privacy by noise of each client, in each local step (DP-SGD)."""
+    """Plans privacy of examples; each client adds noise in each of its local steps (DP-SGD)."""
     stage = case.stage
     private = case.private
     base = PrivacyPlan("sample", private.clip_norm, 1.0, delta=private.delta)
@@ -89,7 +93,10 @@ def _sample_local(case: PlanningCase) -> Protection:
 
 
 def _sample_central(case: PlanningCase) -> Protection:
-    """Plans sample privacy of one joint gradient step a round; the server adds the noise."""
+    """Plans privacy of examples; the server adds the noise.
+
+    In each round, all clients of the cohort together take one gradient step.
+    """
     plan, divisor = _joint_step(case)
     plan = _calibrated(plan, case.private, max(1, case.participation.composed_tasks))
     return Protection(
@@ -102,7 +109,10 @@ def _sample_central(case: PlanningCase) -> Protection:
 
 
 def _sample_distributed(case: PlanningCase) -> Protection:
-    """Plans sample privacy of one joint gradient step a round; the clients share the noise."""
+    """Plans privacy of examples; each client adds a share of the noise, in a secure sum.
+
+    In each round, all clients of the cohort together take one gradient step.
+    """
     plan, divisor = _joint_step(case)
     # A secure sum needs a bound on each client's sum of gradients, but the size of a Poisson batch
     # is not bounded. So the sum is clipped to the largest norm of a batch of the expected size.
@@ -128,8 +138,8 @@ def _joint_step(case: PlanningCase) -> tuple[PrivacyPlan, float]:
     """Plans one gradient step over the examples of the whole cohort.
 
     Returns:
-        The plan, still without noise, and the divisor of the sum of gradients: the expected number
-        of examples / the learning rate. The quotient is the step of SGD.
+        The plan, with a preliminary noise multiplier of 1, and the divisor of the sum of gradients:
+        the expected number of examples / the learning rate. Sum / divisor is the step of SGD.
     """
     stage = case.stage
     cohort = case.cohort
@@ -145,7 +155,14 @@ def _joint_step(case: PlanningCase) -> tuple[PrivacyPlan, float]:
 
 
 def _check_joint(stage: FederateSettings) -> None:
-    """Refuses settings for several local steps, and codecs that could raise the sensitivity."""
+    """Refuses settings and codecs that do not fit one joint gradient step.
+
+    These are settings for several local steps, and codecs that could raise the sensitivity, that
+    is, the change of the sum that one example can cause.
+
+    Raises:
+        RecipeError: if there is such a setting or codec.
+    """
     check_is_sgd(stage, "with this trust the clients of a cohort take one step together")
     for name, fine in (("epochs", 1), ("momentum", 0.0), ("lr_decay", 1.0)):
         if getattr(stage, name) != fine:
@@ -174,7 +191,7 @@ def _check_joint(stage: FederateSettings) -> None:
 
 
 def _client_local(case: PlanningCase) -> Protection:
-    """Plans client privacy by noise of each client."""
+    """Plans privacy of clients; each client adds the full noise to its update."""
     if case.cohort.sampling == "poisson":
         raise RecipeError(
             (
@@ -192,7 +209,7 @@ def _client_local(case: PlanningCase) -> Protection:
 
 
 def _client_distributed(case: PlanningCase) -> Protection:
-    """Plans client privacy by noise that the clients share in a secure sum."""
+    """Plans privacy of clients; each client adds a share of the noise, in a secure sum."""
     private = case.private
     before = (Clip(clip_norm=private.clip_norm), *case.chain)
     grid = plan_grid(case.stage, before, case.start, case.cohort, times=case.times)
@@ -204,7 +221,7 @@ def _client_distributed(case: PlanningCase) -> Protection:
 
 
 def _client_central(case: PlanningCase) -> Protection:
-    """Plans client privacy by the server's noise."""
+    """Plans privacy of clients; the server adds the noise to the sum of updates."""
     private = case.private
     cohort = case.cohort
     # With an adaptive clip, updates are divided by the present clip norm, so their bound is 1.
@@ -234,7 +251,10 @@ def _client_central(case: PlanningCase) -> Protection:
 
 
 def _correlated(case: PlanningCase, plan: PrivacyPlan) -> Protection:
-    """Plans client privacy by correlated noise of the server: all rounds are one mechanism."""
+    """Plans privacy of clients; the server adds noise that is correlated over the rounds.
+
+    For the accounting, all rounds together are one mechanism.
+    """
     stage = case.stage
     private = case.private
     cohort = case.cohort
@@ -265,7 +285,13 @@ def _correlated(case: PlanningCase, plan: PrivacyPlan) -> Protection:
 
 
 def _calibrated(plan: PrivacyPlan, private: PrivacySettings, steps: int) -> PrivacyPlan:
-    """Returns `plan` with the noise multiplier of the settings, or calibrated to their epsilon."""
+    """Returns `plan` with the noise multiplier of the settings, or one that gives their epsilon.
+
+    Args:
+        plan: the plan; its noise multiplier is replaced.
+        private: the privacy settings.
+        steps: number of rounds in which one unit takes part.
+    """
     if private.noise_multiplier is not None:
         return replace(plan, noise_multiplier=private.noise_multiplier)
     assert private.epsilon is not None

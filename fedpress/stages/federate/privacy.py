@@ -1,4 +1,4 @@
-"""Plans the privacy of a federate stage, and refuses settings that would break the guarantee."""
+"""Checks that a federate stage can keep its privacy guarantee, and plans its noise."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ def plan_protection(
     cohort: Cohort,
     shapes: Sequence[tuple[int, ...]],
 ) -> Protection:
-    """Plans the noise, the grid of a secure sum, and the cost of each round.
+    """Plans the noise, the integer grid of a secure sum, and the privacy cost of each round.
 
     Args:
         stage: the settings.
-        population: all clients, with their public counts.
+        population: all clients, with their public numbers of examples.
         participation: in which rounds each client is asked.
-        cohort: the clients of a round.
+        cohort: how the clients of a round are chosen.
         shapes: shapes of the trained parameters.
 
     Raises:
@@ -73,7 +73,13 @@ def plan_protection(
 
 
 def _check_codecs(stage: FederateSettings, secure: bool, cohort: Cohort) -> None:
-    """Refuses codecs that error feedback or a secure sum cannot use, and unequal cohorts."""
+    """Refuses codecs and cohorts that do not work with error feedback or a secure sum.
+
+    Error feedback: a client adds the coding error of its update to its next update.
+
+    Raises:
+        RecipeError: if a codec does not fit, or the cohorts of a secure sum differ in size.
+    """
     for transform in stage.uplink:
         # An unbiased codec scales the sent values up, so its error is at least as long as the
         # update. Added to the next update, it would grow without limit.
@@ -110,7 +116,11 @@ def _check_codecs(stage: FederateSettings, secure: bool, cohort: Cohort) -> None
 def _check_promise(
     stage: FederateSettings, trust: Trust, population: Population, cohort: Cohort
 ) -> None:
-    """Refuses a sampling or a delta with which the guarantee would be wrong or empty."""
+    """Refuses a sampling with which the guarantee would be wrong, and a delta that makes it empty.
+
+    Raises:
+        RecipeError: if there is such a setting.
+    """
     private = stage.privacy
     assert private is not None
     # If a client joins, a fixed cohort drops another one, so the sum changes by two updates. In a

@@ -1,4 +1,4 @@
-"""The progress of a federate stage: its results so far, as a checkpoint stores them."""
+"""The results of a federate stage after some of its rounds, as a checkpoint stores them."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ class Progress:
     """The results of the rounds so far.
 
     Attributes:
-        params: the server's parameters [d].
-        ledger: epsilon spent so far.
-        server_state: see `RoundRecord.server_state`.
+        params: the server's parameters as one vector [d].
+        ledger: entries of all private rounds so far, from which epsilon is computed.
+        server_state: state of the server's optimizer and algorithm, such as momentum.
         round: number of finished rounds.
         best: the best validation score so far; None if there is none.
         best_round: the round with this score.
         bytes_up: bytes from the clients in all rounds.
         bytes_down: bytes to the clients in all rounds.
         set_up: bytes (up, down) of the messages before the first round, which are not part of
-            `bytes_up` and `bytes_down`. The record of the first round adds the bytes of a secure
-            sum's keys. None in a run that an older version began, which counted some of these
+            `bytes_up` and `bytes_down`. The bytes of a secure sum's keys are added after the first
+            round. None in a run that an older version began: that version counted some of these
             bytes in the first round.
         note: text about the last round for the progress bar.
         stopped: why the rounds were stopped early; empty if they were not.
@@ -69,7 +69,7 @@ class Progress:
 
     @property
     def start(self) -> Start:
-        """Input of the next round: parameters, number of finished rounds, server state."""
+        """The input of the next round: parameters, number of finished rounds, server state."""
         return Start(self.params, self.round, self.server_state or None)
 
     def with_round(
@@ -94,6 +94,7 @@ class Progress:
             best_round=record.round if better else self.best_round,
             bytes_up=self.bytes_up + record.bytes_up,
             bytes_down=self.bytes_down + record.bytes_down,
+            # Older runs have None here and must keep it.
             set_up=self._set_up_with(record),
             note=f"validation {task.formatted(score)}" if validation else "",
             **more,
@@ -126,6 +127,8 @@ class Progress:
         return cls(
             params=saved.tensors["params"],
             ledger=Ledger.from_json(facts["ledger"]),
+            # A checkpoint is a flat file of tensors, so the state's tensors are found by their
+            # prefix.
             server_state=parameters.tensors_under(saved.tensors, SERVER),
             set_up=None if set_up is None else tuple(set_up),
             failures=Failures.from_json(facts.get("failures", {})),

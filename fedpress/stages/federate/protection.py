@@ -1,4 +1,4 @@
-"""The planned privacy of a federate stage: noise, grid of a secure sum, cost of each round."""
+"""The planned privacy of a federate stage: its noise, and the privacy cost of each round."""
 
 from __future__ import annotations
 
@@ -21,16 +21,18 @@ class Protection:
     """A stage's planned privacy.
 
     Attributes:
-        chain: codecs of the uplink, with grid and noise filled in.
-        plans: client -> privacy plan; empty without privacy. Plans of clients differ only under
-            unit "sample" with trust "local".
-        costs: client (or "population") -> the mechanism of one round, for the ledger.
-        grid: grid of a secure sum; None for a plain sum.
-        noise: the server's noise; None if it adds none.
-        adaptive: settings of an adaptive clip norm, with the noise of its count; None if it is
-            fixed.
-        divisor: divisor of the private sum; the cohort's size if None.
-        charged_once: whether `costs` cover all rounds together, charged in the first round.
+        chain: codecs that a client applies to its update, with grid and noise filled in.
+        plans: client -> privacy plan; empty without privacy. The plans of two clients differ only
+            if examples are protected and each client adds its own noise.
+        costs: client (or "population" for all clients) -> the privacy mechanism of one round, for
+            the ledger.
+        grid: integer grid of a secure sum; None for a plain sum.
+        noise: the server's noise; None if the server adds no noise.
+        adaptive: settings of an adaptive clip norm, with the noise of its count; None if the clip
+            norm is fixed.
+        divisor: divisor of the private sum; None: the size of the cohort.
+        charged_once: whether `costs` cover all rounds together. The first round is then charged
+            for all of them.
     """
 
     chain: tuple[Settings, ...]
@@ -43,7 +45,7 @@ class Protection:
     charged_once: bool = False
 
     def guarantee(self, trust: Trust) -> Guarantee:
-        """Returns the guarantee of the uplink."""
+        """Returns the privacy guarantee as the uplink needs it: unit, clip norm and noise."""
         # Any client's plan works: the uplink needs only unit, clip norm and noise, and these are
         # equal in all plans.
         plan = next(iter(self.plans.values()), None)
@@ -51,20 +53,23 @@ class Protection:
 
 
 def is_secure(stage: FederateSettings) -> bool:
-    """Whether the stage uses a secure sum: as its aggregator, or because the trust needs it."""
+    """Whether the stage uses a secure sum, in which the server learns only the sum of updates.
+
+    The user can choose it as the aggregator. Trust "distributed" always needs it.
+    """
     if stage.aggregator is not None:
         return not stage.aggregator.sees_updates
     return trust_of_stage(stage).noise == "sum"
 
 
 def trust_of_stage(stage: FederateSettings) -> Trust:
-    """Returns the row of the table of trusts for `stage`: the unit, and who adds the noise."""
+    """Returns what `stage` protects (examples or clients), and who adds the noise."""
     private = stage.privacy
     return trust_of(None) if private is None else trust_of(private.unit, private.trust)
 
 
 def repeated(event: MechanismEvent, count: int) -> MechanismEvent:
-    """Returns the cost of `event` repeated `count` times."""
+    """Returns the privacy cost of `event` repeated `count` times."""
     return replace(event, steps=event.steps * count)
 
 

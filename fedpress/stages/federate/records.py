@@ -1,4 +1,4 @@
-"""The records of a federate stage: one for each round, and one for the finished stage."""
+"""Makes the records of a federate stage that are stored: one per round, and one at the end."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ from fedpress.training.evaluate import Evaluation
 def public_part(record: RoundRecord, server: ServerSide) -> RoundRecord:
     """Returns the part of a round's record that may be stored.
 
-    If only the server may know who took part, clients are not named. The real bytes depend on the
-    private updates, so the planned bytes are stored instead.
+    If the server adds the noise, only the server may know which clients took part. Then no client
+    is named. And the planned bytes are stored instead of the real bytes, because the size of a
+    packed update depends on private data.
     """
     if not server.hides_cohort:
         return record
@@ -34,7 +35,7 @@ def public_part(record: RoundRecord, server: ServerSide) -> RoundRecord:
 def round_line(
     record: RoundRecord, now: Progress, validation: Evaluation | None, server: ServerSide
 ) -> dict[str, Any]:
-    """Returns the stored record of one round.
+    """Returns the record of one round as it is stored.
 
     Args:
         record: the public part of the round's record.
@@ -61,7 +62,7 @@ def round_line(
 
 
 def _set_up(now: Progress) -> dict[str, int]:
-    """Returns the bytes of the messages before the first round; no round includes them."""
+    """Returns the bytes of the messages before the first round, which no round's bytes include."""
     if now.set_up is None:
         return {}
     up, down = now.set_up
@@ -69,20 +70,24 @@ def _set_up(now: Progress) -> dict[str, int]:
 
 
 def _times(record: RoundRecord, server: ServerSide) -> dict[str, Any]:
-    """Returns simulated time and staleness; nothing for synchronous rounds without delays."""
+    """Returns simulated time, staleness and spare answers, where the round has them.
+
+    Staleness is the number of server steps since a client received its model.
+    """
     timing = record.timing
     entries: dict[str, Any] = {}
     if timing.simulated_seconds is not None:
         entries["simulated_seconds"] = timing.simulated_seconds
     if not server.stage.schedule.one_model:
         entries["staleness"] = list(timing.staleness)
+    # More clients may be asked than are needed, in case some do not answer.
     if timing.spare:
         entries["spare"] = list(timing.spare)
     return entries
 
 
 def stage_facts(server: ServerSide, now: Progress, score_before: float | None) -> dict[str, Any]:
-    """Returns the facts of the finished stage.
+    """Returns the results of the finished stage, as `result.json` has them.
 
     Args:
         server: the server's side of the stage.
@@ -111,6 +116,7 @@ def stage_facts(server: ServerSide, now: Progress, score_before: float | None) -
         **_set_up(now),
         **privacy,
         **server.grid_facts(),
+        # Says how the two numbers of bytes above were found.
         "bytes": "planned" if server.hides_cohort else "counted",
         "sum": "secure" if server.protection.grid is not None else "plain",
         "keys": server.keys,
@@ -129,6 +135,6 @@ def _epsilon(server: ServerSide, now: Progress) -> float | None:
 
 
 def _spent(server: ServerSide, now: Progress) -> Spent | None:
-    """Returns epsilon so far; None without privacy."""
+    """Returns the epsilon spent so far; None without privacy."""
     private = server.stage.privacy
     return None if private is None else now.ledger.spent(delta=private.delta)

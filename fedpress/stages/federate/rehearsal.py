@@ -1,6 +1,7 @@
 """Rehearsal: tries a private training step on public or made-up examples, before the run.
 
-A network that cannot be trained would otherwise spend epsilon in rounds of noise alone.
+Without this check, a network that cannot be trained would spend epsilon in rounds in which every
+update is only noise.
 """
 
 from __future__ import annotations
@@ -22,25 +23,25 @@ EXAMPLES = 4
 
 
 def rehearse(clients: Sequence[ClientSide], public: Sequence[Arrays], task: Task) -> None:
-    """Takes a private step for one client of each kind.
+    """Tries a private training step for one client of each shape and dtype of examples.
 
-    A kind is a shape and dtype of examples, such as float32 [3, 32, 32]. Nothing else is read from
-    private examples.
+    Nothing but shape and dtype is read from private examples.
 
     Args:
         clients: all clients.
-        public: public parts of the data. If none has examples of a kind, they are made up.
-        task: makes up targets.
+        public: public parts of the data. If no part has examples of this shape and dtype, examples
+            are made up.
+        task: makes up targets for made-up examples.
 
     Raises:
-        RecipeError: if the step fails; it contains the cause.
+        RecipeError: if the step fails; the error contains the cause.
     """
     for client in _one_of_each_kind(clients):
         _rehearse_kind(client, public, task)
 
 
 def _rehearse_kind(client: ClientSide, public: Sequence[Arrays], task: Task) -> None:
-    """Takes a private step for one client; RecipeError if it fails on all trial examples."""
+    """Tries a private step for one client; raises RecipeError if it fails on all trial examples."""
     like = client.arrays
     problems: list[tuple[str, Exception]] = []
     for what, arrays in trial_examples(like, public, task, client.common.model):
@@ -83,13 +84,16 @@ def _one_of_each_kind(clients: Sequence[ClientSide]) -> list[ClientSide]:
 def trial_examples(
     like: Arrays, public: Sequence[Arrays], task: Task, model: nn.Module
 ) -> Iterator[tuple[str, Arrays]]:
-    """Yields trial examples in shape and dtype of `like`: public ones, or several made-up kinds.
+    """Yields trial examples of the same shape and dtype as `like`.
+
+    These are public examples if there are any of this kind. Otherwise several batches are made up,
+    because it is unknown which values the network accepts, such as floats or token ids.
 
     Args:
         like: private examples; only shape and dtype are read.
         public: public parts to take examples from.
-        task: makes up targets.
-        model: its embeddings limit made-up token ids.
+        task: makes up targets for made-up examples.
+        model: the network; made-up token ids are below the size of its embeddings.
 
     Yields:
         "public" or "made-up", and the examples.
@@ -118,8 +122,8 @@ def _made_up_inputs(like: Inputs, vocabulary: int | None, chance: RandomSource) 
         return
     for index in (0, -1):
         yield NamedInputs({name: found[index] for name, found in tries.items()})
-    # Last try: all integers are 1. One of the inputs may be a length, for which 0 or a large number
-    # is invalid.
+    # Last try: all integers are 1. One of the inputs may be a length of a sequence, which must not
+    # be 0 or longer than the sequence.
     ones = {}
     for name, found in tries.items():
         ones[name] = found[0] if found[0].is_floating_point() else torch.ones_like(found[0])

@@ -1,4 +1,4 @@
-"""The rounds of a federate stage: each is charged to the ledger, run, evaluated and recorded."""
+"""Runs the rounds of a federate stage; each round is charged to the ledger, run and evaluated."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ log = logger(__name__)
 
 
 class FederatedRounds:
-    """The rounds of a federate stage, which `drive` runs and resumes.
+    """The rounds of a federate stage; `drive` runs them and resumes them from checkpoints.
 
     Attributes:
         server: the server's side of the stage.
-        source: the state before the stage; only public parts of its data are used.
-        now: the present progress.
+        source: the state before the stage; only the public parts of its data are used.
+        now: the results of the rounds so far.
     """
 
     def __init__(self, server: ServerSide, source: State) -> None:
@@ -81,10 +81,11 @@ class FederatedRounds:
         self.now = Progress.load(saved)
 
     def _charged(self) -> Ledger:
-        """Returns the ledger after charging the next round.
+        """Returns the ledger with the privacy cost of the next round added.
 
-        A round is charged before it reads any data. If it is killed and repeated, it draws the same
-        noise from the same seeds, so clients send the same replies, which reveals nothing new.
+        A round is charged before it reads any data. If the round is killed and repeated, it draws
+        the same noise from the same seeds. So clients send the same replies, which reveal nothing
+        new.
 
         Raises:
             PrivacyError: if the round would exceed the budget.
@@ -101,7 +102,7 @@ class FederatedRounds:
 
         Args:
             record: the full record of the round.
-            shown: the public part of it, which may be stored.
+            shown: the part of the record that is public and may be stored.
             ledger: the ledger after this round.
 
         Returns:
@@ -117,7 +118,7 @@ class FederatedRounds:
         return Milestone(round_line(shown, self.now, validation, server), self.now.note)
 
     def _validate(self) -> Evaluation | None:
-        """Evaluates on the public validation set; None if there is none."""
+        """Evaluates the model on the public validation set; returns None without such a set."""
         # Private data are not used here: each metric would cost privacy.
         data = self.source.data
         precision = self.server.stage.precision
@@ -128,7 +129,13 @@ class FederatedRounds:
         )
 
     def _warnings(self, shown: RoundRecord, answered: int, *, warned: bool) -> Iterator[Tick]:
-        """Yields a tick for each new warning; `warned`: failures were already reported."""
+        """Yields a tick for each new warning.
+
+        Args:
+            shown: the public part of the round's record.
+            answered: number of clients that answered in the round.
+            warned: whether an earlier round has already warned of failures.
+        """
         reasons = public_reasons(shown.refused, self.server)
         warning = refusal_line(reasons, answered, shown.round)
         # Compared without the number of the round, so that the same clients are reported once.

@@ -1,4 +1,4 @@
-"""The server's side of a federate stage, bound from the recipe and the clients' public facts."""
+"""The server of a federate stage: it registers clients, plans the stage, and runs the rounds."""
 
 from __future__ import annotations
 
@@ -44,10 +44,10 @@ class ServerSide:
 
     Attributes:
         common: the settings, the server's copy of the model, and the seed.
-        contract: the planned stage. Clients compute the same one from the same public facts.
+        contract: the plan of the stage. Clients compute the same plan from the same public facts.
         transport: carries messages to the clients.
-        ledger: epsilon spent before this stage. If this stage has no privacy, it contains an entry
-            of infinite epsilon.
+        ledger: privacy spent before this stage. If this stage has no privacy, the ledger also
+            contains an entry of infinite epsilon.
         secret: key of the server's noise and draws (256 bits). If None, they follow from the seed.
         set_up: bytes of the messages before the first round (register and agree).
     """
@@ -77,9 +77,9 @@ class ServerSide:
         Args:
             common: inputs that are equal on both sides.
             transport: carries messages to the clients.
-            ledger: epsilon spent by earlier stages.
-            secret: see the attribute.
-            population: the clients, if they have registered before; else they do now.
+            ledger: privacy spent by earlier stages.
+            secret: key of the server's noise and draws; None: they follow from the seed.
+            population: the clients that have registered before; None: clients register now.
             earlier: bytes of messages before this call that belong to the set-up.
 
         Raises:
@@ -101,6 +101,7 @@ class ServerSide:
             agreed = Traffic(_bytes_if_all_agree(contract), agreed.down)
         set_up = (earlier or Traffic()) + registered + agreed
         side = cls(common, contract, transport, started, secret, set_up)
+        # Some may refuse: the rounds go on without them, as if they had dropped out.
         if len(refused) == len(contract.population):
             name = contract.population.names[0]
             raise RecipeError(
@@ -132,7 +133,7 @@ class ServerSide:
 
     @property
     def uplink(self) -> Uplink:
-        """How updates are encoded, summed, noised and divided."""
+        """How the clients' updates are encoded, summed, noised and divided."""
         return self.contract.terms.uplink
 
     @property
@@ -192,10 +193,16 @@ class ServerSide:
         return {name: self.participation.tasks(name) for name in self.population.names}
 
     def spend(self, ledger: Ledger, tasks: Mapping[ClientId, int], first: int, last: int) -> Ledger:
-        """Adds the charges for these tasks and rounds to `ledger`.
+        """Returns `ledger` with the privacy cost of some rounds added.
+
+        Args:
+            ledger: the ledger before these rounds.
+            tasks: how often each client is asked in these rounds.
+            first: number of the first round.
+            last: number of the last round.
 
         Raises:
-            PrivacyError: if they exceed the budget.
+            PrivacyError: if the budget is exceeded.
         """
         private = self.stage.privacy
         charges = self.contract.charges(tasks, first, last)
@@ -208,13 +215,13 @@ class ServerSide:
         return ledger.spend(*charges, epsilon=budget, delta=private.delta)
 
     def schedule_facts(self) -> dict[str, Any]:
-        """Returns facts about the schedule; none for synchronous rounds."""
+        """Returns entries of the result about the schedule; none for synchronous rounds."""
         if self.stage.schedule.one_model:
             return {}
         return {"schedule": self.stage.schedule.kind, "most_tasks": self.participation.max_tasks}
 
     def failure_noise(self, clients: Sequence[ClientId]) -> tuple[float, float]:
-        """Computes the precision of the noised counts of failures in a round.
+        """Computes how precise the noised counts of failures in a round are.
 
         Args:
             clients: clients of the round.
@@ -230,6 +237,8 @@ class ServerSide:
             plan = self.protection.plans[name]
             # A client counts in each local step, each time with noise, and reports the sum.
             steps = trust.noised_counts(plan)
+            # One failed unit changes a count by 1, so the noise multiplier is the standard
+            # deviation.
             variance += plan.noise_multiplier**2 * steps
             if trust.unit == "sample":
                 units += plan.sampling_prob * self.population.counts[name] * steps
@@ -238,7 +247,7 @@ class ServerSide:
         return units, variance
 
     def grid_facts(self) -> dict[str, Any]:
-        """Returns bits, scale and limit of a secure sum; nothing for a plain one."""
+        """Returns bits, scale and limit of a secure sum; nothing for a plain sum."""
         grid = self.protection.grid
         if grid is None:
             return {}
@@ -247,7 +256,8 @@ class ServerSide:
     def privacy_facts(self) -> dict[str, Any]:
         """Returns the privacy settings of the client with the largest epsilon."""
         plans = self.protection.plans.values()
-        # Noise is the same for all, so it is the client that samples its examples most often.
+        # All clients have the same noise multiplier. So the client that samples its examples most
+        # often has the largest epsilon.
         most = max(plans, key=lambda plan: (plan.sampling_prob, plan.steps_per_round))
         facts = {name: getattr(most, name) for name in PRIVACY_KEYS}
         facts["trust"] = self.uplink.trust.kind
@@ -263,7 +273,7 @@ class ServerSide:
         that do not answer are left out.
 
         Args:
-            params: params of the model to measure [d].
+            params: parameters of the model to measure [d].
 
         Returns:
             Client -> metric; None where the client's examples do not define it.
@@ -294,8 +304,8 @@ def register(transport: Transport, left_out: Callable[[str], None] | None = None
 
     Args:
         transport: carries messages to the clients.
-        left_out: is called with a sentence for each client that does not register, and the stage
-            is planned for the others. If None, such a client ends the run.
+        left_out: a function that is called with a sentence for each client that does not register;
+            the stage is then planned without this client. If None, such a client ends the run.
 
     Raises:
         TrainingError: if a client does not answer, or sends another message.
@@ -324,7 +334,7 @@ def register(transport: Transport, left_out: Callable[[str], None] | None = None
         if left_out is not None and registered:
             left_out(f"client '{name}' does not take part: it did not register ({why})")
             continue
-        # In a simulation nobody is away, so it is a fault.
+        # In a simulation every client is present, so a client that does not register is a bug.
         raise TrainingError(
             f"it did not register ({why})",
             place=f"client '{name}'",
@@ -382,7 +392,8 @@ def _ledger(stage: FederateSettings, ledger: Ledger | None) -> Ledger:
     privacy for the same clients.
 
     Raises:
-        RecipeError: if an earlier stage used the clients without privacy, or for another unit.
+        RecipeError: if an earlier stage used the clients without privacy, or protected another
+            unit.
     """
     private = stage.privacy
     if private is None:

@@ -1,4 +1,7 @@
-"""The settings of a federate stage: the keys of its table in a recipe, with ranges and defaults."""
+"""The settings of a federate stage: the keys of its table in a recipe, with ranges and defaults.
+
+A federate stage trains the model by federated learning, with or without differential privacy.
+"""
 
 from __future__ import annotations
 
@@ -21,13 +24,16 @@ from fedpress.workspace.state import Name
 class PrivacySettings(ReadsOldKeys):
     """`[stage.privacy]`: differential privacy: the protected unit, who adds the noise, the budget.
 
-    With `epsilon` the noise is calibrated to it before the run. With `noise_multiplier` epsilon
-    follows from the noise.
+    Give either `epsilon` or `noise_multiplier`. With `epsilon`, the noise is calibrated before the
+    run so that all rounds together spend this epsilon. With `noise_multiplier`, the noise is fixed,
+    and epsilon is computed from it.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+    # Recipes and run folders of older versions have the old values.
     renamed: ClassVar[tuple[Renamed, ...]] = (Renamed("trust", "secure", "trust", "distributed"),)
 
+    # No default: what must be protected, only the user can know.
     unit: Literal["sample", "client"] = Field(
         description="what is protected: sample (one example) or client (all examples of a client)"
     )
@@ -36,6 +42,7 @@ class PrivacySettings(ReadsOldKeys):
         description="who adds the noise: local (each client), distributed (all clients together, "
         "in a secure sum), central (the server)",
     )
+    # Should be well below 1 / (number of protected units); `privacy.py` checks this.
     delta: float = Field(
         1e-5, gt=0, lt=1, description="delta of (epsilon, delta)-differential privacy"
     )
@@ -109,12 +116,14 @@ class PrivacySettings(ReadsOldKeys):
 class CorrelatedNoise(BaseModel):
     """`[stage.privacy.correlated]`: noise correlated over the rounds by matrix factorisation.
 
-    Choquette-Choo et al. 2023 (arXiv:2306.08153). A client takes part in every `Cohort.period`-th
-    round at most: in every round if the cohort is the population, in every 4th if it is a quarter.
+    Choquette-Choo et al. 2023 (arXiv:2306.08153). The analysis needs a minimum number of rounds
+    between two rounds of a client. Example: if a quarter of the clients takes part in each round, a
+    client takes part in every 4th round at most.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    # The server keeps the noise of this many rounds, so memory grows with the bands.
     bands: int = Field(
         16, ge=2, le=64, description="number of rounds whose independent noise is mixed into one"
     )
@@ -185,10 +194,12 @@ class FederateSettings(LocalSettings, ReadsOldKeys):
         description="codecs of the change that is sent to clients with an older model; by default "
         "the whole model is sent in float32",
     )
+    # The first model is sent whole, so each value gets more bits than a small change would need.
     first_downlink: tuple[AnyTransform, ...] = Field(
         (Quantize(bits=8),),
         description="with downlink: codecs of the model that a client is sent the first time",
     )
+    # Off by default: the client must store the error, and some codecs do not allow it.
     error_feedback: bool = Field(
         False, description="clients add the coding error of an update to their next one"
     )
@@ -197,11 +208,13 @@ class FederateSettings(LocalSettings, ReadsOldKeys):
         description="how the server combines updates: mean (the default), secure (it learns only "
         "the sum), median",
     )
+    # Off by default, so that a simulation can be repeated bit by bit.
     secure_keys: bool = Field(
         False,
         description="draw the keys of a secure sum from the operating system; by default they "
         "follow from the seed",
     )
+    # Only the others' noise counts for privacy, so a larger share means more noise per client.
     max_dropout: float = Field(
         1 / 3,
         ge=0,
@@ -211,6 +224,7 @@ class FederateSettings(LocalSettings, ReadsOldKeys):
     target_metric: float | None = Field(
         None, description="stop when the task's primary metric on the validation set reaches this"
     )
+    # Recipes of version 0.1 still work.
     target_accuracy: float | None = Field(
         None, gt=0, le=1, description="name of target_metric in version 0.1, for accuracy"
     )
@@ -222,11 +236,12 @@ class FederateSettings(LocalSettings, ReadsOldKeys):
 
     @model_validator(mode="after")
     def _one_place_for_algorithm(self) -> FederateSettings:
-        """Refuses `server` and `proximal_mu` beside `algorithm`: they could contradict it."""
+        """Refuses `server` and `proximal_mu` with `algorithm`, which they may contradict."""
         if self.algorithm is None:
             return self
         kind = self.algorithm.kind
         for key, unset in (("server", Average()), ("proximal_mu", 0.0)):
+            # A value equal to the default cannot be told from a missing one, and changes nothing.
             if getattr(self, key) == unset:
                 continue
             if key in type(self.algorithm).model_fields:
@@ -240,5 +255,5 @@ class FederateSettings(LocalSettings, ReadsOldKeys):
 
     @property
     def target(self) -> float | None:
-        """The value of the task's primary metric at which the rounds stop."""
+        """The value of the task's main metric at which the rounds stop; None: they do not."""
         return self.target_metric if self.target_metric is not None else self.target_accuracy

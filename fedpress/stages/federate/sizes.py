@@ -23,7 +23,7 @@ from fedpress.wire.message import Message, pack, unpack
 
 
 def message_sizes(contract: Contract, params: Tensor) -> dict[str, Any]:
-    """Returns bytes and bits per value of the messages for an update of Gaussian values.
+    """Computes the bytes of the messages, for an update with Gaussian values.
 
     Real updates have heavier tails and pack to fewer bytes.
 
@@ -32,9 +32,9 @@ def message_sizes(contract: Contract, params: Tensor) -> dict[str, Any]:
         params: parameters of the model [d].
 
     Returns:
-        Bits per value and bytes per round in both directions. `bytes_down_first_time`: of the first
-        model that a client is sent, with a downlink. `bytes_set_up`: of the keys of a secure sum, 0
-        for a plain one.
+        Bits per value and bytes per round, from the clients ("up") and to them ("down").
+        `bytes_down_first_time`: bytes of the first model that a client receives; None if each
+        model is sent whole. `bytes_set_up`: bytes of the keys of a secure sum; 0 for a plain sum.
     """
     terms = contract.terms
     uplink = contract.uplink
@@ -81,7 +81,7 @@ def message_sizes(contract: Contract, params: Tensor) -> dict[str, Any]:
 def _down(
     contract: Contract, params: Tensor, change: Tensor, invitation: dict[str, JSON]
 ) -> tuple[int, int]:
-    """Returns the bytes of a client's first "fit" request, and those of each later one."""
+    """Returns the bytes of a client's first request to train ("fit"), and of each later request."""
     terms = contract.terms
     header: dict[str, JSON] = {"round": 1, "agreement": terms.agreement.fingerprint, **invitation}
     if terms.algorithm.keeps_state:
@@ -105,9 +105,10 @@ def _down(
 
 
 def _stand_ins(contract: Contract) -> tuple[Aggregator, dict[ClientId, SecAggClient]]:
-    """Returns a secure sum and its clients, with made-up keys; no clients for a plain sum.
+    """Returns the server's and the clients' side of a secure sum, with made-up keys.
 
     The real keys are secret and not known here. Messages with made-up keys have the same length.
+    For a plain sum there are no clients.
     """
     aggregator = contract.uplink.aggregator
     grid = contract.protection.grid

@@ -30,6 +30,8 @@ class FederateStage(FederateSettings, Stage):
 
     needs_clients: ClassVar[bool] = True
     places: ClassVar[Mapping[str, str]] = {
+        # Functions that the stage calls name their own arguments; errors show the keys on the
+        # right.
         "adaptive": "privacy.adaptive",
         "bands": "privacy.correlated.bands",
         "bits": "uplink.discretize.bits",
@@ -50,15 +52,15 @@ class FederateStage(FederateSettings, Stage):
 
     @property
     def private(self) -> bool:
-        """Whether it guarantees differential privacy to the clients."""
+        """Whether the stage guarantees differential privacy to the clients."""
         return self.privacy is not None
 
     def check(self, state: State) -> tuple[State, dict[str, Any]]:
-        """Plans codecs, privacy and schedule; returns bytes, noise and epsilon as facts.
+        """Plans codecs, privacy and schedule; the facts contain bytes, noise and epsilon.
 
         Raises:
             RecipeError: if settings do not fit together.
-            PrivacyError: if the budget would be exceeded, earlier stages included.
+            PrivacyError: if this stage and earlier stages together would exceed the budget.
         """
         word = state.data.task.shown_metrics[0]
         if self.target_accuracy is not None and not word.share:
@@ -118,9 +120,9 @@ class FederateStage(FederateSettings, Stage):
         """Runs the rounds; yields a tick for each, and saves a checkpoint after each."""
         for warning in self.warnings:
             yield Tick(0, self.num_rounds, "", f"warning: stage.{self.name}.{warning}")
-        # Without a checkpoint the rounds start from the first one. The simulated clients must not
-        # refuse them as already answered. Clients of a network answer them with the same bytes: a
-        # new session would be another set of answers about the same data.
+        # Without a checkpoint the stage starts from the first round. Simulated clients must forget
+        # that they have answered it, or they would refuse. Clients over a network do not forget:
+        # they send the same bytes again, since new answers would cost privacy again.
         if not folder.begun and state.network is None:
             folder.forget()
         server = bind(self, state, folder.memory).server

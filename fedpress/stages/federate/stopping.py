@@ -15,7 +15,11 @@ MAX_CLOSED_ROUNDS = 3
 
 
 def is_finished(server: ServerSide, now: Progress) -> bool:
-    """Whether no further round follows: all done, stopped, target reached, or out of patience."""
+    """Whether no further round follows.
+
+    This is so after the last round, if an earlier check has stopped the run, if the metric has
+    reached its target, or if it has not improved for `patience` rounds.
+    """
     stage = server.stage
     task = server.common.task
     if now.round >= stage.num_rounds or now.stopped:
@@ -29,10 +33,10 @@ def is_finished(server: ServerSide, now: Progress) -> bool:
 
 
 def count_closed_rounds(server: ServerSide, record: RoundRecord, before: int) -> int:
-    """Counts the rounds in a row in which no update was used, this one included.
+    """Counts the latest rounds in a row in which no update was used, including the present round.
 
-    If too many clients dropped out of a secure sum, or all missed a deadline, the next round may
-    succeed. In other cases the next round would also fail, so the run stops at once.
+    If too many clients dropped out of a secure sum, or all clients missed the deadline, the next
+    round may succeed. For other causes the next round would fail too, so the run stops at once.
 
     Args:
         server: the server's side of the stage.
@@ -62,7 +66,7 @@ def count_closed_rounds(server: ServerSide, record: RoundRecord, before: int) ->
 
 
 def _why(server: ServerSide, record: RoundRecord) -> str:
-    """Returns the reason of the first client, and the setting that may be the cause."""
+    """Returns why no update was used: the first client's error, and a setting that may cause it."""
     first = record.timing.answered[0]
     reason = public_reasons(record.refused, server)[first]
     why = ""
@@ -80,11 +84,12 @@ def _why(server: ServerSide, record: RoundRecord) -> str:
 def check_failures(server: ServerSide, now: Progress) -> None:
     """Stops a run in which nearly all protected units (examples or clients) fail.
 
-    Such a run would spend epsilon, but its updates would only be noise.
+    The run would go on to spend epsilon, but its updates would only be noise.
 
     Raises:
-        TrainingError: if the noised counts of failures show this.
+        TrainingError: if the noised counts of failures show that nearly all units fail.
     """
+    # The counts have noise. `all_failing` is only true if noise alone can hardly explain them.
     if now.failures.all_failing:
         many = f"{now.failures.estimate(server.unit)} contributed nothing up to round {now.round}"
         cause = now.failures.cause(_rates(server))
@@ -96,7 +101,7 @@ def check_failures(server: ServerSide, now: Progress) -> None:
 
 
 def last_warning(server: ServerSide, failures: Failures) -> str:
-    """Returns the final warning about `failures`; "" if there is none."""
+    """Returns the warning about failures at the end of the stage; "" if there is none."""
     warning = failures.warning(server.unit)
     # The warning may already contain the estimate.
     if failures.significant and not warning.startswith("about"):

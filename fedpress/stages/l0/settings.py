@@ -24,6 +24,7 @@ class L0Settings(TrainSettings):
         le=1,
         description="share to keep: of the weights, or of all parameters if unit is channels",
     )
+    # After that, weights and gates adapt at the final density.
     until: float = Field(
         0.6, gt=0, le=1, description="share of the training after which the density is reached"
     )
@@ -52,18 +53,21 @@ class L0Settings(TrainSettings):
     min_keep: float = Field(
         0.1, ge=0, le=1, description="channels: smallest share of its channels that a layer keeps"
     )
+    # The gates are random during the training, so batch-norm statistics from it are wrong.
     calibration: int = Field(
         2048, ge=1, description="public examples for the batch-norm statistics at the end"
     )
 
     @model_validator(mode="after")
     def _trains(self) -> L0Settings:
+        # Training with 0 epochs is allowed by the base class.
         if not self.epochs:
             raise SettingError(
                 "got 0, but the gates are learned in a training",
                 place="epochs",
                 cure=("give ", Argument("epochs", 10)),
             )
+        # Both settings return weights other than the last ones, which the final gates belong to.
         if self.patience:
             raise SettingError(
                 "early stopping could return weights from before the density is reached",

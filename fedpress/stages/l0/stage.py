@@ -54,19 +54,23 @@ BATCH = 256
 class L0Stage(L0Settings, Stage):
     """`[[stage]] kind = "l0"`: minimises L(w; D) + lambda ||w||_0 by hard-concrete gates.
 
-    Louizos, Welling & Kingma 2018 (arXiv:1712.01312). A controller adapts lambda: the expected
-    density falls to `density` in the first part of the training (`until`) and then stays there. At
-    the end the gates are ranked, and the highest ones are kept, a share of exactly `density`.
+    Each weight w (or channel) is multiplied by a random gate between 0 and 1, whose distribution is
+    learned (Louizos, Welling & Kingma 2018, arXiv:1712.01312). A controller adapts lambda: the
+    expected density falls to `density` in the first part of the training (`until`) and then stays
+    there. At the end the gates are ranked, and exactly the share `density` with the highest gates
+    is kept.
     Pruned weights become zeros, which later stages keep; pruned channels are removed. A stage
-    `kind = "train"` should follow, which trains without gates.
+    `kind = "train"` should follow, to train the remaining weights without gates.
     """
 
     def setting_reading_labels(self) -> str:
-        """Returns "l0": the stage as a whole reads labels, not one of its settings."""
+        """Returns "l0", because the training of gates always reads labels."""
         return self.kind
 
     def check(self, state: State) -> tuple[State, dict[str, Any]]:
-        """Prunes the untrained model by magnitude; `run` prunes the same number of other entries.
+        """Prunes a copy of the model by magnitude, to find errors before the run.
+
+        `run` prunes the same number of entries, but chooses them by their gates.
 
         Raises:
             RecipeError: if the density cannot be reached.
@@ -81,6 +85,7 @@ class L0Stage(L0Settings, Stage):
                 place="l0",
                 cure="put this stage before the quantization",
             )
+        # Only for its error: there may be no public examples.
         draw_calibration(state, self.calibration, 0)
         model = copied(state.model)
         if self.unit == "channels":
@@ -101,7 +106,7 @@ class L0Stage(L0Settings, Stage):
         return replace(state, spec=with_sparse_weights(state.spec, masks), model=model), facts
 
     def run(self, state: State, folder: StageFolder) -> Generator[Tick, None, State]:
-        """Trains weights and gates; yields a tick for every step, saves after every epoch."""
+        """Trains weights and gates; yields a tick for each step, saves a checkpoint every epoch."""
         seed = derive(state.seed, "stage", folder.index)
         place_(state.model, state.device)
         weights = within = graph = None
@@ -190,7 +195,13 @@ class L0Stage(L0Settings, Stage):
         return weights, allowed_masks(model, state, weights)
 
     def choose(self, weights: Weights, scores: list[Tensor], within: Masks) -> Masks:
-        """Returns masks that keep exactly `density` of the entries, by highest scores."""
+        """Returns masks that keep exactly `density` of the entries: those with the highest scores.
+
+        Args:
+            weights: the weights with gates.
+            scores: for each weight the scores of its entries.
+            within: masks of earlier stages; only entries that these keep can be kept.
+        """
         by_name = {w.name: s for w, s in zip(weights.chosen, scores, strict=True)}
         return masks_from_scores(
             weights.chosen, by_name, Pattern("unstructured"), density=self.density, within=within
@@ -212,7 +223,8 @@ class L0Stage(L0Settings, Stage):
 
 
 def _restore_norms_(stage: L0Stage, model: nn.Module, state: State) -> None:
-    """Recomputes the statistics of batch norms: in training they were taken with random gates."""
+    """Recomputes batch-norm statistics: those from training were taken with random gates."""
+    # Only batch norms need examples; other models need no public part here.
     if has_batch_norm(model):
         seed = derive(state.seed, "l0", stage.name)
         restore_norms_(model, state, draw_calibration(state, stage.calibration, seed), batch=BATCH)

@@ -1,4 +1,4 @@
-"""The training of an l0 stage: weights and gates, and a controller that adapts lambda."""
+"""The training of an l0 stage: it trains weights and gates, and adapts the penalty lambda."""
 
 from __future__ import annotations
 
@@ -32,13 +32,14 @@ hardly move it."""
 
 
 class GatedTraining:
-    """A training with gates, which `drive` runs and resumes.
+    """A training of weights and gates; `drive` runs it and resumes it from checkpoints.
 
     Attributes:
-        steps: training steps until the density must be reached.
-        done: finished training steps.
+        steps: number of training steps until the density must be reached.
+        done: number of finished training steps.
         begin: expected density at the beginning.
-        controller: adapts lambda; None before the first loss.
+        controller: adapts lambda, the weight of the density in the loss; None before the first
+            loss.
         penalty: the present lambda.
     """
 
@@ -93,7 +94,7 @@ class GatedTraining:
         if self.controller is None:
             # Scaled by the first loss and density, because losses differ in size between tasks.
             self.controller = DensityController(balance(loss, density, self.gates))
-        # The gates may begin below the wanted density: then it stays where it is.
+        # The gates may begin below the wanted density. Then the density stays where it is.
         end = min(self.stage.density, self.begin)
         # The target falls by the same factor in every step.
         target = geometric_density(self.done / self.steps, start=self.begin, end=end)

@@ -1,4 +1,4 @@
-"""The work of a prune stage: trains, scores, plans and removes, with checkpoints in between."""
+"""The work of a prune stage: removes channels in one or several cuts, and trains between cuts."""
 
 from __future__ import annotations
 
@@ -50,21 +50,21 @@ REFIT = 512
 
 
 class PruneWork:
-    """The work of a prune stage, which `drive` runs and resumes.
+    """The work of a prune stage; `drive` runs it and resumes it from checkpoints.
 
     Attributes:
         model: the present network, on the CPU.
-        early: the weights at the beginning of the stage, without the channels removed so far; a
-            rewind resets the model to these.
+        early: a copy of the network with the weights from the beginning of the stage, but without
+            the channels removed so far. A rewind resets the model to this copy.
         plans: the plans of all cuts so far.
         step: number of finished cuts.
         tuned: whether the training before the next cut is done.
         points: sensitivities measured so far for the next cut.
         tried: latencies measured so far for the next cut: (share of the parameters, milliseconds).
-        start: cost before the first cut; None until it is known.
+        start: cost before the first cut, such as the number of parameters; None until it is known.
         error: largest difference between the outputs before and after the last cut.
         restored: number of examples from which batch-norm statistics were recomputed.
-        inexact: facts of the last cut if it was approximate.
+        inexact: results of the last cut if the cut changed the outputs of the network.
     """
 
     def __init__(self, stage: PruneSettings, state: State, index: int) -> None:
@@ -120,8 +120,10 @@ class PruneWork:
         self.tried = [(share, ms) for share, ms in facts["tried"]]
 
     def events(self) -> Iterator[Tick | Milestone]:
-        """Cuts until the target is reached, and trains between the cuts as the settings say."""
+        """Cuts until the target is reached; trains between the cuts if the settings say so."""
         while self.step < self.stage.steps:
+            # Without a rewind, the first cut is made on the model as it comes: it is trained
+            # already.
             if (self.step or self.stage.rewind) and not self.tuned:
                 yield from self.tune_()
             yield self.tick(0, "tracing and scoring channels")
@@ -131,7 +133,8 @@ class PruneWork:
         yield self.tick(0)
 
     def cut_(self, plan: PruningPlan) -> Iterator[Tick | Milestone]:
-        """Removes the channels of `plan`, recomputes batch-norm statistics, and measures."""
+        """Removes the channels of `plan`, recomputes batch-norm statistics, measures the model."""
+        # The original stays for the comparison of outputs below.
         dense = self.model
         pruned = copied(self.model)
         compress.remove_(pruned, plan)
@@ -162,7 +165,7 @@ class PruneWork:
         yield Milestone(record, saves=self.step < self.stage.steps)
 
     def score(self) -> float | None:
-        """Measures the primary metric of the model on the validation set; None without one."""
+        """Measures the task's main metric on the validation set; None without a validation set."""
         data = self.source.data
         if not len(data.validation):
             return None
@@ -177,10 +180,11 @@ class PruneWork:
         return total_steps(settings.epochs, settings.batch_size, self.source)
 
     def tick(self, part: int, note: str = "") -> Tick:
-        """Returns the progress: each cut counts its training steps, then four parts.
+        """Returns the progress: each cut counts as its training steps and four more steps.
 
         Args:
-            part: 0 to 4 after the training; negative during it.
+            part: which of the four steps is done, 0 to 4; during the training before them, minus
+                the number of training steps that remain.
             note: text beside the progress bar.
         """
         per_cut = 4 + self._training_steps
@@ -188,7 +192,7 @@ class PruneWork:
         return Tick(self.step * per_cut + trained + part, self.stage.steps * per_cut, note)
 
     def tune_(self) -> Iterator[Tick | Milestone]:
-        """Trains the model by the settings `finetune`; continues an interrupted training."""
+        """Trains the model with the settings `finetune`; continues an interrupted training."""
         assert self.stage.finetune is not None
         seed = derive(self.source.seed, "stage", self.index, "step", self.step)
         fit = Fit(
@@ -261,13 +265,14 @@ class PruneWork:
     def _plan_latency(
         self, keep: float, graph: ChannelGraph, plan_for: Callable[[Target], PruningPlan]
     ) -> Generator[Tick | Milestone, None, PruningPlan]:
-        """Plans a cut to a latency: tries shares of the parameters until one is fast enough."""
-        # Latency is not a sum over layers, so no target can be computed for it: it is measured.
+        """Plans a cut to a target latency; measures cuts to several shares of the parameters."""
+        # Latency is not a sum over layers, so it cannot be computed from a plan.
         stage = self.stage
         wanted = yield from self._wanted_latency(keep)
         while (share := next_share(self.tried, wanted)) is not None:
             target = latency_target(stage, graph, graph.parameters, share)
-            # The nearest share that widths allow; it may be one that was already measured.
+            # The nearest share that the allowed numbers of channels give. It may have been measured
+            # already.
             share = target.wanted / graph.parameters(full_widths(graph))
             if any(share == before for before, _ in self.tried):
                 break
@@ -292,7 +297,10 @@ class PruneWork:
         return plan_for(latency_target(stage, graph, graph.parameters, max(fast)))
 
     def _wanted_latency(self, keep: float) -> Generator[Tick, None, float]:
-        """Measures the dense and the present network; returns the target of this cut in ms."""
+        """Returns the target latency of this cut, in ms, from measured latencies.
+
+        The dense network (as it was before any pruning) and the present network are measured.
+        """
         yield self.tick(0, "measuring the latency before the cut")
         if not self.tried:
             self.tried = [(1.0, latency_ms(self.model, self.source))]
@@ -314,7 +322,10 @@ class PruneWork:
     def _measure_sensitivity_(
         self, graph: ChannelGraph, scores: Sequence[Tensor]
     ) -> Iterator[Tick | Milestone]:
-        """Measures the loss with each layer pruned alone; skips points from a checkpoint."""
+        """Measures the loss of the model with one layer pruned at a time, at several densities.
+
+        Points that a checkpoint contains are not measured again.
+        """
         data = self.source.data
         model = self.model.to(self.source.device)
         public = data.validation if len(data.validation) else self.public
@@ -343,11 +354,13 @@ class PruneWork:
         self.model = model.to("cpu")
 
     def losses(self) -> Iterator[Tensor]:
-        """Yields losses of public examples: of batches, or of single ones if the score needs that.
+        """Yields losses of public examples, from which scores are computed.
 
-        The Fisher information, for example, is a sum of squared gradients of single examples.
+        Each loss is that of a batch, or of a single example if the score needs this. The Fisher
+        information, for example, is a sum of squared gradients of single examples.
         """
         assert self.public is not None
+        # The gradient of a batch is a sum, from which gradients of single examples cannot be found.
         batch = 1 if SCORES[self.stage.score].per_example else BATCH
         for x, y in self.public.batches(batch):
             outputs = call(self.model, self.source.data.preprocess(x))
@@ -358,8 +371,14 @@ class PruneWork:
     ) -> Generator[Milestone, None, dict[str, Any]]:
         """Fits the scales of norms after an approximate cut, so that outputs change less.
 
+        Args:
+            dense: the network before the cut.
+            plan: the plan of the cut; `plan.approximate` lists the norms whose channels were
+                removed although this changes outputs.
+
         Returns:
-            Facts about the remaining difference to outputs of `dense`; empty after an exact cut.
+            Entries of the result about the remaining difference to the outputs of `dense`; empty
+            after an exact cut.
         """
         if not plan.approximate:
             return {}

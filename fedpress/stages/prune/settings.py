@@ -1,4 +1,4 @@
-"""The settings of a prune stage, with its targets (parameters, multiply-adds, bytes, latency)."""
+"""The settings of a prune stage, and its target, such as the number of parameters to keep."""
 
 from __future__ import annotations
 
@@ -73,7 +73,9 @@ class PruneSettings(BaseModel):
         description="global: one ranking over all layers; layer: the same share of each layer; "
         "sensitivity: shares that raise the loss equally",
     )
+    # Processors are fast with widths that are multiples of 8.
     round_to: int = Field(8, ge=1, description="numbers of channels become multiples of this")
+    # A layer without channels would cut the network in two.
     min_keep: float = Field(
         0.1, ge=0, le=1, description="smallest share of its channels that a layer keeps"
     )
@@ -102,12 +104,14 @@ class PruneSettings(BaseModel):
         description="sensitivity: shares of channels at which the loss is measured for each layer; "
         "by default down to min_keep",
     )
+    # The loss is measured for each layer and density, so few examples keep this fast.
     sensitivity_examples: int = Field(
         512, ge=2, description="sensitivity: public validation examples to measure the loss on"
     )
     steps: int = Field(
         1, ge=1, description="number of cuts; each one reduces the cost by the same factor"
     )
+    # No training after the last cut: a later `train` stage does that.
     finetune: TrainSettings | None = Field(None, description="training between the cuts")
     rewind: bool = Field(
         False,
@@ -139,6 +143,7 @@ class PruneSettings(BaseModel):
                 place="scope",
                 cure=("leave scope out, or give ", Argument("strategy", "one-shot")),
             )
+        # `calibration = 0` means that no public examples are read.
         if not self.calibration and SCORES[self.score].needs == "losses":
             raise SettingError(
                 f"'{self.score}' needs the loss on public examples",
@@ -150,6 +155,7 @@ class PruneSettings(BaseModel):
                     Argument("data.public_share", 0.1),
                 ),
             )
+        # At 0 the layer has no channel, and at 1 nothing is pruned.
         if any(not 0 < density < 1 for density in self.densities):
             raise SettingError(
                 f"got {list(self.densities)}, expected numbers between 0 and 1",
@@ -191,7 +197,7 @@ class PruneSettings(BaseModel):
 
 
 def public_examples(settings: PruneSettings, state: State, seed: int) -> Arrays | None:
-    """Draws the public examples; None if score, norms and sensitivity need none."""
+    """Draws public examples for scores, batch norms and sensitivity; None if none are needed."""
     # The sensitivity uses the validation set instead, if there is one.
     sensitivity = settings.scope == "sensitivity" and not len(state.data.validation)
     norms = has_batch_norm(state.model) and settings.calibration > 0
@@ -219,8 +225,9 @@ def cut_target(
         state: the state before the stage.
         model: the present model.
         graph: channels of the model.
-        part: progress once this cut is done: 0.5 for the first of two cuts, 1 for the last one.
-        start: the cost before the first cut; by default the present one.
+        part: share of all cuts that is done after this cut: 0.5 for the first of two cuts, 1 for
+            the last cut.
+        start: the cost before the first cut; by default the present cost.
 
     Raises:
         RecipeError: if earlier stages have already pruned below the target.
@@ -250,9 +257,17 @@ def cut_target(
 def latency_target(
     settings: PruneSettings, graph: ChannelGraph, cost: Cost, share: float
 ) -> Target:
-    """Returns the target `share` * the present cost, or the smallest cost that widths allow.
+    """Returns the target for one trial of a cut to a latency.
 
-    The result must not exceed it, so widths are rounded down.
+    The target is `share` * the present cost, but at least the smallest cost that `round_to` and
+    `min_keep` allow. The pruned model must not exceed the target, so numbers of channels are
+    rounded down.
+
+    Args:
+        settings: settings of the stage.
+        graph: channels of the model.
+        cost: computes the cost, such as multiply-adds, from the number of channels of each layer.
+        share: share of the present cost.
     """
     narrowest = []
     for layer in graph.groups:
@@ -262,7 +277,7 @@ def latency_target(
 
 
 def check_share_left(key: str, value: float, left: float) -> None:
-    """Refuses a target that is larger than the model, which earlier stages have pruned.
+    """Refuses a target that is larger than the model, if earlier stages have pruned the model.
 
     Args:
         key: key of the target, such as "keep_params".
@@ -287,7 +302,12 @@ def check_share_left(key: str, value: float, left: float) -> None:
 
 
 def share_in_words(dense: int, before: int, after: int) -> str:
-    """Returns the remaining share of the dense network, and of the network before this stage.
+    """Returns a sentence with the remaining share of the dense network and of the present network.
+
+    Args:
+        dense: number of parameters of the dense network, as it was before any pruning.
+        before: number of parameters before this stage.
+        after: number of parameters after this stage.
 
     >>> share_in_words(4000, 1200, 600)
     '0.15 of the 4,000 dense parameters, 0.5 of the 1,200 that the model had'
@@ -297,7 +317,7 @@ def share_in_words(dense: int, before: int, after: int) -> str:
 
 
 def latency_ms(model: nn.Module, state: State, *, seconds: float = 0.5) -> float:
-    """Returns the median latency of `model` in onnxruntime, in ms: one example, one thread."""
+    """Measures the median latency of `model` in onnxruntime, in ms, for one example."""
     with tempfile.TemporaryDirectory() as place:
         path = Path(place) / "model.onnx"
         given = state.input_spec
@@ -306,13 +326,13 @@ def latency_ms(model: nn.Module, state: State, *, seconds: float = 0.5) -> float
 
 
 def example_input(state: State) -> Inputs:
-    """Returns an input of two examples of zeros."""
+    """Returns an input of two examples, for tracing the model."""
     # Two, because torch.export would treat a batch size of 1 as a constant.
     return state.example(2)
 
 
 def trace_channels(model: nn.Module, state: State, settings: PruneSettings) -> ChannelGraph:
-    """Returns the channels of `model` that can be pruned."""
+    """Returns the channels of `model` that can be pruned, and which layers depend on each other."""
     # If torch.export fails, it first prints its graph, hundreds of lines. The error is enough.
     with contextlib.redirect_stderr(io.StringIO()):
         return compress.trace(

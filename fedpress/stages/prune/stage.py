@@ -1,4 +1,4 @@
-"""The prune stage: scores channels, removes the least important, restores batch-norm statistics."""
+"""The prune stage: removes the least important channels, and recomputes batch-norm statistics."""
 
 from __future__ import annotations
 
@@ -38,11 +38,14 @@ from fedpress.workspace.state import State, Tick
 class PruneStage(PruneSettings, Stage):
     """`[[stage]] kind = "prune"`: removes whole channels until a target is met.
 
-    The target is `keep_params` (share of the parameters), `keep_macs` (of the multiply-adds),
-    `keep_latency` (of the time in onnxruntime on this machine), or `max_bytes`. With several
-    `steps` the channels are removed in several cuts, with a training (`finetune`) between them.
-    With `rewind` there is a training before each cut, and after the cut the remaining weights are
-    reset to their values at the beginning of the stage (Frankle & Carbin 2019, arXiv:1803.03635).
+    The target is a share to keep of the parameters (`keep_params`), of the multiply-adds
+    (`keep_macs`) or of the latency in onnxruntime on this machine (`keep_latency`), or the largest
+    size in bytes (`max_bytes`).
+
+    With several `steps` the channels are removed in several cuts, with a training (`finetune`)
+    between two cuts. With `rewind` there is a training before each cut, and after the cut the
+    remaining weights are reset to their values at the beginning of the stage (Frankle & Carbin
+    2019, arXiv:1803.03635).
     """
 
     several_inputs: ClassVar = True
@@ -50,7 +53,7 @@ class PruneStage(PruneSettings, Stage):
     defaults_without_data: ClassVar = {"calibration": 0}
 
     def setting_reading_labels(self) -> str:
-        """Labels are read by the training between cuts, the sensitivity, or the score."""
+        """Returns the first setting that needs labels: training, sensitivity or score; else ""."""
         if self.finetune is not None:
             return "finetune"
         if self.scope == "sensitivity":
@@ -58,7 +61,7 @@ class PruneStage(PruneSettings, Stage):
         return f'score = "{self.score}"' if SCORES[self.score].needs == "losses" else ""
 
     def check(self, state: State) -> tuple[State, dict[str, Any]]:
-        """Prunes the untrained model. The run may prune other channels, to about the same size.
+        """Prunes a copy of the model. The run may prune other channels, to about the same size.
 
         Raises:
             RecipeError: if the target cannot be reached.
@@ -73,6 +76,7 @@ class PruneStage(PruneSettings, Stage):
                 cure="put this stage before the quantization",
             )
         ignored_names(state.model, self.ignore)
+        # Only for its error: there may be no public examples.
         public_examples(self, state, 0)
         if self.finetune is not None:
             with renaming({key: f"finetune.{key}" for key in type(self.finetune).model_fields}):
@@ -98,10 +102,10 @@ class PruneStage(PruneSettings, Stage):
         return replace(state, spec=_spec(state, model), model=model.train()), facts
 
     def _trial_plan(self, state: State, model: nn.Module, graph: ChannelGraph) -> PruningPlan:
-        """Plans the cut without training and measuring, for `check`.
+        """Plans the cut for `check`, which must be fast and must not train or measure.
 
-        It uses the L2 norm in place of scores from a loss, a global ranking in place of the
-        sensitivity, and multiply-adds in place of the latency.
+        The L2 norm stands in for scores that need a loss, a global ranking for the sensitivity, and
+        multiply-adds for the latency.
         """
         row = SCORES[self.score]
         score = "l2" if row.needs == "losses" or row.needs_scales else self.score
@@ -131,6 +135,7 @@ class PruneStage(PruneSettings, Stage):
         facts: dict[str, Any] = {
             "kept_parameters": work.plans[-1].parameters_after / state.dense,
             "parity_error": work.error,
+            # From the first plan: later ones list the same layers.
             "whole_layers": dict(work.plans[0].unprunable),
             "restored_examples": work.restored,
         }
@@ -151,7 +156,12 @@ class PruneStage(PruneSettings, Stage):
 
 
 def _notes(state: State, plans: Sequence[PruningPlan]) -> dict[str, str]:
-    """Returns key -> note: how near the cuts came to the target, and what a share refers to."""
+    """Returns notes for the result, such as how near the last cut came to its target.
+
+    Returns:
+        Key of the target -> sentence. If an earlier stage has pruned the model, the sentence also
+        says which network a share refers to.
+    """
     notes = dict(plans[-1].notes)
     before = plans[0].parameters_before
     after = plans[-1].parameters_after

@@ -1,4 +1,4 @@
-"""The masks of a sparsify stage: which weights it prunes, and which of their entries stay."""
+"""Chooses what a sparsify stage prunes: the weights, and in each weight the entries to keep."""
 
 from __future__ import annotations
 
@@ -51,6 +51,7 @@ def weights_to_prune(settings: SparsifySettings, model: nn.Module, state: State)
         if why is not None:
             misfits[weight.name] = why
     chosen = tuple(w for w in weights.chosen if w.name not in misfits)
+    # A stage that prunes nothing would pass silently.
     if not chosen:
         name, why = next(iter(misfits.items()))
         raise RecipeError(
@@ -62,7 +63,7 @@ def weights_to_prune(settings: SparsifySettings, model: nn.Module, state: State)
 
 
 def _check_names(settings: SparsifySettings, weights: Weights) -> None:
-    """Refuses a density for a weight that is not pruned, or does not exist."""
+    """Refuses `densities` with the name of a weight that is not pruned or does not exist."""
     known = [w.name for w in weights.chosen]
     for name in settings.densities:
         if name in known:
@@ -86,7 +87,7 @@ def choose_masks(
     within: Masks,
     points: Sequence[SensitivityPoint] = (),
 ) -> Masks:
-    """Returns the masks of kept entries.
+    """Returns a mask for each weight: True for entries to keep, False for entries to set to 0.
 
     Args:
         settings: settings of the stage.
@@ -104,6 +105,7 @@ def choose_masks(
     else:
         scope = settings.scope
     pattern = Pattern.parse(settings.pattern)
+    # The function calls both settings `scope`; an error must name the key that the user gave.
     with renaming({"scope": "densities"} if settings.densities else {}):
         return masks_from_scores(
             weights, scores, pattern, density=density, scope=scope, within=within

@@ -51,12 +51,14 @@ class SparsifySettings(TrainSettings):
     begin: float = Field(
         0.0, ge=0, lt=1, description="gradual: share of the training before the first cut"
     )
+    # The last quarter of the training adapts the remaining weights.
     until: float = Field(
         0.75,
         gt=0,
         le=1,
         description="gradual, rigl: share of the training after which zeros no longer change",
     )
+    # After each change the network needs some steps to recover.
     every: int = Field(
         100, ge=1, description="gradual, rigl: training steps between two changes of the zeros"
     )
@@ -67,6 +69,7 @@ class SparsifySettings(TrainSettings):
     drop: float = Field(
         0.3, gt=0, lt=1, description="rigl: share of each layer's weights moved at the first change"
     )
+    # These two layers have few weights, and the network is sensitive to zeros in them.
     keep_first: bool = Field(True, description="leave the first layer dense")
     keep_last: bool = Field(True, description="leave the last layer dense")
     keep: tuple[str, ...] = Field((), description="weights to leave dense: names, * for anything")
@@ -91,6 +94,7 @@ class SparsifySettings(TrainSettings):
                     cure=("try ", Argument("density", 0.1)),
                 )
             return self
+        # A pattern N:M fixes the density, so another density contradicts it.
         if self.density not in (None, own):
             raise SettingError(
                 f"got {self.density:g}, but pattern '{self.pattern}' keeps {own:g}",
@@ -125,6 +129,7 @@ class SparsifySettings(TrainSettings):
                 place="epochs",
                 cure=("give ", Argument("epochs", 10)),
             )
+        # Early stopping returns the best weights, which may have more nonzero entries than wanted.
         if self.schedule in ("gradual", "rigl") and self.patience:
             raise SettingError(
                 f"early stopping could return weights from before the end of '{self.schedule}'",
@@ -137,6 +142,7 @@ class SparsifySettings(TrainSettings):
                 place="begin",
                 cure="leave begin out, or lower it",
             )
+        # The weights to reset to must exist before the first cut, at the end of the first training.
         if self.schedule == "rewind" and self.rewind_to >= self.epochs:
             raise SettingError(
                 f"got {self.rewind_to}, expected less than epochs = {self.epochs}",
@@ -146,11 +152,16 @@ class SparsifySettings(TrainSettings):
         return self
 
     def target(self, weights: Weights) -> float:
-        """Returns the final density: the share of all entries of `weights` to keep."""
+        """Returns the final density: the share of all entries of `weights` that are kept.
+
+        It follows from the first of these that is given: `density`, a pattern such as "2:4", or
+        `densities` of single weights.
+        """
         if self.density is not None:
             return self.density
         own = Pattern.parse(self.pattern).density
         if own is not None:
             return own
+        # Weights that `densities` does not name stay dense.
         kept = sum(self.densities.get(w.name, 1.0) * w.size for w in weights.chosen)
         return kept / weights.size

@@ -43,7 +43,7 @@ class SparsifyStage(SparsifySettings, Stage):
     several_inputs: ClassVar = True
 
     def setting_reading_labels(self) -> str:
-        """Labels are read by the training, the sensitivity, or the score."""
+        """Returns the first setting that needs labels: training, sensitivity or score; else ""."""
         if self.epochs:
             return "epochs"
         if self.scope == "sensitivity":
@@ -51,7 +51,9 @@ class SparsifyStage(SparsifySettings, Stage):
         return f'score = "{self.score}"' if self.score in FROM_DATA else ""
 
     def check(self, state: State) -> tuple[State, dict[str, Any]]:
-        """Prunes the untrained model by magnitude; `run` prunes the same number of other entries.
+        """Prunes a copy of the model by magnitude, to find errors before the run.
+
+        `run` prunes the same number of entries, but may choose others.
 
         Raises:
             RecipeError: if no weight fits the pattern, or the density cannot be reached.
@@ -86,7 +88,7 @@ class SparsifyStage(SparsifySettings, Stage):
         return replace(state, spec=with_sparse_weights(state.spec, masks), model=model), facts
 
     def run(self, state: State, folder: StageFolder) -> Generator[Tick, None, State]:
-        """Prunes and trains; yields a tick for every step, saves after every epoch."""
+        """Prunes and trains; yields a tick for each step, saves a checkpoint after each epoch."""
         work = MaskedTraining(self, state, derive(state.seed, "stage", folder.index))
         yield from drive(work, folder)
         model = work.fit.result_()
@@ -109,7 +111,7 @@ class SparsifyStage(SparsifySettings, Stage):
 
 
 def _facts(model: nn.Module, weights: Weights, masks: Masks) -> dict[str, Any]:
-    """Returns the facts of the result."""
+    """Returns the entries of the stage's result, such as the density."""
     zeros = sum(int((~m).sum()) for m in masks.values())
     return {
         "density": density_of(masks),

@@ -1,4 +1,4 @@
-"""The training of a sparsify stage: pruned weights stay zero, and a schedule changes the masks."""
+"""The training of a sparsify stage: pruned weights stay zero, and a schedule says when to prune."""
 
 from __future__ import annotations
 
@@ -53,17 +53,17 @@ SENSITIVITY = 512
 
 
 class MaskedTraining:
-    """A training with masks, which `drive` runs and resumes.
+    """A training with masks; `drive` runs it and resumes it from checkpoints.
 
     Attributes:
         weights: the weights that are pruned.
-        density: share of their entries to keep at the end.
-        allowed: masks of earlier stages: entries that may be kept.
-        masks: entries that are kept now.
-        rounds: number of trainings; more than one only for "rewind".
+        density: share of the entries of these weights to keep at the end.
+        allowed: masks of earlier stages; an entry that they prune stays pruned.
+        masks: name of a weight -> mask of the entries that are kept now.
+        rounds: number of trainings; more than one only for the schedule "rewind".
         round: number of the present training, from 0.
-        resumed: whether a checkpoint was loaded; then the cut before the first step is done.
-        early: state of the training at epoch `rewind_to`; empty before it.
+        resumed: whether a checkpoint was loaded. Then the cut before the first step is done.
+        early: state of the training at epoch `rewind_to`; empty before this epoch.
         points: sensitivities, measured before the first cut.
     """
 
@@ -100,7 +100,7 @@ class MaskedTraining:
         return total_steps(self.stage.epochs, self.stage.batch_size, self.source)
 
     def events(self) -> Iterator[Tick | Milestone]:
-        """Trains; for "rewind" several times, each time from the early weights."""
+        """Trains the model; with the schedule "rewind" several times, from the early weights."""
         if not self.resumed:
             self.schedule_(0)
         watching = self.movement.recording() if self.movement else nullcontext()
@@ -120,7 +120,7 @@ class MaskedTraining:
                 self.keep_(self.masks)
 
     def train_(self) -> Iterator[Tick | Milestone]:
-        """Trains to the last epoch; calls the schedule after each step."""
+        """Trains to the last epoch; after each step, the schedule may prune."""
         for event in train_epochs(self.fit, self.source):
             if isinstance(event, Step):
                 self.schedule_(event.done)
@@ -136,12 +136,12 @@ class MaskedTraining:
         SCHEDULES[self.stage.schedule](self, step)
 
     def note_epoch_(self) -> None:
-        """At epoch `rewind_to`, stores the state of the training with its momentum."""
+        """At epoch `rewind_to`, stores the state of the training: weights and momentum."""
         if self.rounds > 1 and not self.early and self.fit.epoch == self.stage.rewind_to:
             self.early = {name: value.detach().clone() for name, value in self.fit.state().items()}
 
     def cut_(self, density: float) -> None:
-        """Scores the kept entries and keeps `density` of all entries."""
+        """Scores the kept entries and prunes the lowest, so that the share `density` remains."""
         evidence = WeightScoreInputs(
             self.fit.model,
             self.weights.chosen,
@@ -168,9 +168,15 @@ class MaskedTraining:
         return found.loss, found.score
 
     def regrow_(self, share: float, step: int) -> None:
-        """Prunes `share` of each layer's kept entries; keeps those of largest gradient instead.
+        """Replaces some kept entries of each layer by pruned entries (RigL).
 
-        New entries start at 0 and without momentum (RigL, Evci et al. 2020, section 3).
+        The smallest kept entries are pruned. The same number of pruned entries with the largest
+        gradients is kept instead. New entries start at 0 and without momentum (Evci et al. 2020,
+        section 3).
+
+        Args:
+            share: share of each layer's kept entries to replace.
+            step: number of the training step, for the random batch.
         """
         chance = public_stream(self.seed, "regrow", step)
         # A new batch: that of the last training step is not known here.
@@ -189,14 +195,14 @@ class MaskedTraining:
         self.keep_(masks)
 
     def keep_(self, masks: Masks) -> None:
-        """Sets entries outside `masks` to zero, now and after every training step."""
+        """Sets the entries that `masks` prunes to zero, now and after every training step."""
         self.masks = masks
         apply_masks_(self.weights.chosen, masks)
         own = [(w.value, ~masks[w.name]) for w in self.weights.chosen]
         self.fit.zeros = [*self.others, *own]
 
     def losses(self) -> Iterator[Tensor]:
-        """Yields losses of public examples: of batches, or of single ones for "fisher"."""
+        """Yields losses of public examples: of batches, or of single examples for "fisher"."""
         drawn = draw_calibration(self.source, self.stage.calibration, self.seed)
         return self._losses(drawn, 1 if self.stage.score == "fisher" else BATCH)
 
@@ -209,8 +215,8 @@ class MaskedTraining:
     def restore_norms_(self) -> None:
         """Recomputes the statistics of batch norms on public examples.
 
-        With `ema` they include statistics from before the last cut, and without training they are
-        those of the dense network.
+        With `ema` (averaged weights) the old statistics are partly from before the last cut.
+        Without training they are those of the dense network.
         """
         if has_batch_norm(self.fit.model) and len(self.data.public):
             drawn = draw_calibration(self.source, self.stage.calibration, self.seed)
@@ -250,7 +256,7 @@ def _one_shot(work: MaskedTraining, step: int) -> None:
 
 
 def _gradual(work: MaskedTraining, step: int) -> None:
-    """Prunes more after every `every` steps, and at `until` exactly to the density."""
+    """Prunes more after every `every` steps; at `until` the final density is reached exactly."""
     first = round(work.stage.begin * work.steps)
     last = max(1, round(work.stage.until * work.steps))
     due = (step - first) % work.stage.every == 0 or step == last
@@ -269,7 +275,7 @@ def _rewind(work: MaskedTraining, step: int) -> None:
 
 
 def _rigl(work: MaskedTraining, step: int) -> None:
-    """Prunes before the first step; then moves entries every `every` steps, fewer each time."""
+    """Prunes before the first step; then replaces entries every `every` steps, fewer each time."""
     last = work.stage.until * work.steps
     if step == 0:
         work.cut_(work.density)
