@@ -1,10 +1,10 @@
 """Adaptive clipping: the clip norm tracks a quantile of the update norms (Andrew et al. 2021).
 
-arXiv:1905.03871, Algorithm 1. In each round every client sends one bit with its update: whether its
-norm was at most the clip norm. The server adds noise to the sum of bits, and estimates the share of
-clients below the clip norm. If the share is above the target quantile, the clip norm is lowered,
-else raised. The bits are a second query, so the updates get more noise, such that both queries
-together cost the planned epsilon.
+arXiv:1905.03871, Algorithm 1. In each round every client sends one bit with its update: whether the
+norm of the update was at most the clip norm. The server adds noise to the sum of bits, and
+estimates the share of clients whose norm was at most the clip norm. If the share is above the
+target quantile, the clip norm is lowered, otherwise raised. The bits are a second query. Therefore
+the updates get more noise: both queries together cost the planned epsilon.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ class AdaptiveClip:
             about 50 rounds to adapt.
         quantile: target share of clients whose updates are not clipped.
         lr: learning rate of the logarithm of the clip norm.
-        count_noise: standard deviation of the noise on the sum of bits; `count_noise_for` if None.
+        count_noise: standard deviation of the noise on the sum of bits; None: the value that
+            `count_noise_for` returns.
 
     Raises:
         RecipeError: if a value is out of range.
@@ -81,31 +82,36 @@ class AdaptiveClip:
 def centred_bit(norm: float, clip_norm: float) -> float:
     """Returns a client's bit: 1/2 if `norm` <= `clip_norm`, else -1/2.
 
-    Adding or removing a client changes the sum of these bits by 1/2; of bits 0 and 1, by up to 1.
+    Adding or removing a client changes the sum of these bits by 1/2. With bits 0 and 1 it would
+    change by up to 1, which would need twice the noise.
     """
     # A comparison with NaN is False, so NaN counts as above the clip norm.
     return 0.5 if norm <= clip_norm else -0.5
 
 
 def share_below(noised_sum: float, cohort: int) -> float:
-    """Estimates the share of clients below the clip norm.
+    """Estimates the share of clients whose norm is at most the clip norm.
 
     Args:
-        noised_sum: the sum of centred bits plus noise.
-        cohort: public planned number of clients in the round.
+        noised_sum: the sum of the clients' bits (1/2 or -1/2) plus noise.
+        cohort: the planned number of clients in the round, which is public.
 
     >>> share_below(5.0, cohort=10), share_below(0.0, cohort=10)
     (1.0, 0.5)
     """
-    # Noise may move it outside 0..1. Clamping would bias the estimate and so the quantile.
+    # Noise may move the result outside 0..1. Clamping would bias the estimate of the quantile.
     return noised_sum / cohort + 0.5
 
 
 def count_noise_for(noise_multiplier: float, cohort: int) -> float:
     """Returns the default standard deviation of the noise on the sum of bits.
 
-    It is cohort / 20, as in the paper, and at least 2.5 times `noise_multiplier`. Then the updates
-    need at most 2% more noise.
+    This is cohort / 20, as in the paper, but at least 2.5 times `noise_multiplier`, so that the
+    updates need at most 2% more noise.
+
+    Args:
+        noise_multiplier: noise multiplier of a single query with the whole budget.
+        cohort: the planned number of clients in a round.
 
     >>> count_noise_for(1.0, 1000), count_noise_for(5.0, 10)
     (50.0, 12.5)
@@ -116,10 +122,10 @@ def count_noise_for(noise_multiplier: float, cohort: int) -> float:
 
 
 def update_noise_multiplier(noise_multiplier: float, count_noise: float) -> float:
-    """Returns the noise multiplier of the updates, so that bits and updates fit one budget.
+    """Returns the noise multiplier of the updates, so that bits and updates together fit a budget.
 
     Args:
-        noise_multiplier: of a single mechanism with the budget of both queries.
+        noise_multiplier: noise multiplier of a single query with the whole budget.
         count_noise: standard deviation of the noise on the sum of bits.
 
     Raises:

@@ -1,11 +1,12 @@
 """The privacy ledger of a run: the mechanisms that ran on each client's data, and their epsilon.
 
-An entry has a mechanism and its number of steps, not an epsilon. The accountant computes epsilon
-from all entries together, which is tighter than adding epsilons of rounds and stages. A resumed run
-continues the same ledger.
+An entry has a mechanism and its number of steps, but no epsilon. The accountant computes epsilon
+from all entries together, which is tighter than adding the epsilons of rounds and stages. A resumed
+run continues the same ledger.
 
-Clients have disjoint data, so the epsilon of the run is the largest one of any client (parallel
-composition). Entries for "population" count for every client.
+A party is a client, or "population" for all clients together. Clients have disjoint data, so the
+epsilon of the run is the largest epsilon of any party (parallel composition). Entries for
+"population" count for every client.
 """
 
 from __future__ import annotations
@@ -50,16 +51,16 @@ class LedgerEntry:
         noise_multiplier: standard deviation of the noise / sensitivity. For Skellam noise this is
             for display only; the accountant uses the last four fields.
         steps: number of noised sums.
-        first_round: first round of the entry, from 1; 0 outside rounds.
-        last_round: last round of the entry; 0 outside rounds.
+        first_round: first round of the entry, from 1; 0 if the mechanism does not run in rounds.
+        last_round: last round of the entry; 0 if the mechanism does not run in rounds.
         l2: see `SkellamEvent`; 0 for Gaussian noise.
         l1: see `SkellamEvent`; 0 for Gaussian noise.
         variance: see `SkellamEvent`; 0 for Gaussian noise.
         failure: see `SkellamEvent`; 0 for Gaussian noise.
 
     Raises:
-        RecipeError: if a number is out of range, or `noise_multiplier` is not that of the Skellam
-            noise.
+        RecipeError: if a number is out of range, or if `noise_multiplier` contradicts the fields of
+            the Skellam noise.
     """
 
     who: str
@@ -98,7 +99,7 @@ class LedgerEntry:
     def of(
         cls, who: str, what: str, event: MechanismEvent, first_round: int = 0, last_round: int = 0
     ) -> LedgerEntry:
-        """Returns the entry of `event`.
+        """Returns the entry of a mechanism event; for the other arguments see the attributes.
 
         >>> event = SkellamEvent(l2=10.0, l1=80.0, variance=400.0, steps=1)
         >>> LedgerEntry.of("population", "federate", event, 3, 3).noise_multiplier
@@ -125,7 +126,7 @@ class LedgerEntry:
 
     @property
     def event(self) -> MechanismEvent:
-        """The accountant's event of this entry."""
+        """The mechanism and steps of this entry, as the accountant's functions take them."""
         if self.variance:
             return SkellamEvent(
                 self.l2, self.l1, self.variance, self.steps, self.sampling_prob, self.failure
@@ -167,8 +168,8 @@ class Ledger:
     def add(self, *entries: LedgerEntry) -> Ledger:
         """Returns the ledger with `entries` at its end.
 
-        An entry with the same mechanism as the last one of its party is merged into that one, so a
-        run of a thousand equal rounds has one entry per party.
+        If the last entry of the same party has the same mechanism, the new entry is merged into it.
+        So a run of a thousand equal rounds has one entry per party.
         """
         listed = list(self.entries)
         newest = {entry.who: at for at, entry in enumerate(listed)}
@@ -220,15 +221,17 @@ class Ledger:
         return largest
 
     def would_exceed(self, *entries: LedgerEntry, epsilon: float, delta: float) -> bool:
-        """Returns whether a party would exceed `epsilon` with `entries`; ask before using data."""
+        """Returns whether `entries` would bring a party above `epsilon`; adds nothing.
+
+        Call this before the data are used.
+        """
         return self.add(*entries).epsilon(delta=delta) > epsilon
 
     def spend(self, *entries: LedgerEntry, epsilon: float, delta: float) -> Ledger:
         """Returns the ledger with `entries` added.
 
         Raises:
-            PrivacyError: if that would exceed the budget `epsilon` at `delta`; nothing is added
-                then.
+            PrivacyError: if a party would exceed the budget `epsilon` at `delta`. Nothing is added.
         """
         after = self.add(*entries)
         spent = after.epsilon(delta=delta)
@@ -254,14 +257,14 @@ class Ledger:
                 "noise on the sum of a Poisson sample: Gaussian, or Skellam where variance is "
                 "above 0"
             ),
-            # The key of version 1; it stays, so that older and newer files have the same one.
+            # The name of the key in version 1. It is kept, so one reader works for both versions.
             "charges": [asdict(entry) for entry in self.entries],
         }
         return json.dumps(content, indent=1)
 
     @classmethod
     def from_json(cls, text: str) -> Ledger:
-        """Reads what `to_json` wrote.
+        """Reads a ledger from the JSON text that `to_json` returns.
 
         Raises:
             PrivacyError: if the text is not a ledger. A run must not continue without its ledger,
@@ -290,7 +293,10 @@ def _without_steps(entry: LedgerEntry) -> LedgerEntry:
 
 
 def _undominated(parties: set[tuple[MechanismEvent, ...]]) -> list[tuple[MechanismEvent, ...]]:
-    """Drops parties that spend at most as much as another one; often a single party remains."""
+    """Drops each party that spends at most as much as another party.
+
+    Often a single party remains, so only one epsilon must be computed.
+    """
     kept = []
     for party in parties:
         if not any(other != party and _covers(other, party) for other in parties):
@@ -299,7 +305,7 @@ def _undominated(parties: set[tuple[MechanismEvent, ...]]) -> list[tuple[Mechani
 
 
 def _covers(more: tuple[MechanismEvent, ...], less: tuple[MechanismEvent, ...]) -> bool:
-    """Returns whether `more` has for each event of `less` one that spends at least as much."""
+    """Returns whether each event of `less` has an event in `more` that spends at least as much."""
     more_gaussian = gaussians(more)
     less_gaussian = gaussians(less)
     more_skellam = skellams(more)

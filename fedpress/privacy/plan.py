@@ -1,4 +1,4 @@
-"""The plan of one Gaussian mechanism: sampling, clip norm, noise and delta as one frozen value.
+"""The parameters of one Gaussian mechanism (sampling, clip norm, noise, delta) as a frozen object.
 
 Sampler, clipping, noise and accountant read the same object, so their numbers cannot differ.
 """
@@ -23,12 +23,12 @@ class PrivacyPlan:
         clip_norm: L2 bound of one unit's contribution to a sum. Neighbouring data sets differ by
             adding or removing one unit, so this is the sensitivity of the sum.
         sampling_prob: probability with which each unit takes part in a step (Poisson sampling).
-        noise_multiplier: standard deviation of the noise on the sum / `clip_norm`; with 0, epsilon
-            is infinite.
-        steps_per_round: number of noised sums in a round: the local steps under unit "sample", 1
-            under unit "client".
-        delta: probability with which the guarantee may fail; choose it far below 1 / number of
-            units.
+        noise_multiplier: standard deviation of the noise on the sum / `clip_norm`. If it is 0,
+            epsilon is infinite.
+        steps_per_round: number of noised sums in a round. Unit "sample": the number of local steps
+            of a client. Unit "client": 1.
+        delta: probability with which the guarantee may fail; choose delta far below
+            1 / number of units.
 
     Raises:
         RecipeError: if a value is out of range.
@@ -85,7 +85,7 @@ class PrivacyPlan:
         return GaussianEvent(self.sampling_prob, self.noise_multiplier, steps)
 
     def epsilon(self, *, num_rounds: int, delta: float | None = None) -> float:
-        """Returns the epsilon of `num_rounds` rounds at `delta` (default: the plan's)."""
+        """Returns the epsilon of `num_rounds` rounds at `delta`; None: at the plan's own delta."""
         if delta is None:
             delta = self.delta
         return accountant.epsilon([self.event(num_rounds=num_rounds)], delta=delta)
@@ -93,7 +93,12 @@ class PrivacyPlan:
     def calibrate(
         self, *, epsilon: float, num_rounds: int, delta: float | None = None
     ) -> PrivacyPlan:
-        """Returns the plan with the smallest noise such that `num_rounds` cost at most `epsilon`.
+        """Returns a copy with the least noise for which `num_rounds` rounds cost at most `epsilon`.
+
+        Args:
+            epsilon: the budget of all rounds.
+            num_rounds: number of rounds.
+            delta: new delta of the plan; None: the plan's own delta.
 
         Raises:
             RecipeError: if `epsilon`, `delta` or `num_rounds` is out of range.
@@ -101,6 +106,7 @@ class PrivacyPlan:
         """
         if delta is None:
             delta = self.delta
+        # `clip_norm` is not needed: epsilon depends on the ratio of noise and sensitivity only.
         noise = accountant.noise_multiplier(
             epsilon=epsilon,
             delta=delta,

@@ -1,4 +1,8 @@
-"""Root finding that rounds to the safe side, so that a privacy guarantee always holds."""
+"""Root finding that rounds to the safe side, so that a privacy guarantee always holds.
+
+Example: the smallest noise multiplier with epsilon at most 8. The root is where epsilon is exactly
+8; numbers on its safe side have a smaller epsilon.
+"""
 
 from __future__ import annotations
 
@@ -22,15 +26,15 @@ def safe_root(
 ) -> float:
     """Returns a point close to the root of `excess`, on the side where `excess` is at most 0.
 
-    Brent's method (scipy.optimize.brentq) may end on either side of the root, but a noise
-    multiplier or an epsilon must be rounded to the safe side. So its answer is checked, and moved
-    towards `safe` until `excess` is at most 0.
+    Brent's method (scipy.optimize.brentq) may end on either side of the root. Therefore its answer
+    is checked, and moved towards `safe` until `excess` is at most 0.
 
     Args:
         excess: above 0 where the guarantee does not hold, at most 0 where it holds; monotone
-            between the ends. It may be called twice with one number: cache it if it is slow.
-        unsafe: an end where the guarantee does not hold, above 0.
-        safe: an end where it holds, above 0.
+            between `unsafe` and `safe`. It may be called twice with the same number: cache it if it
+            is slow.
+        unsafe: one end of the interval, where the guarantee does not hold; above 0.
+        safe: the other end, where the guarantee holds; above 0.
         rtol: approximate relative distance from the root.
         margin: Brent's method searches for -`margin` instead of 0, so that its answer is rarely on
             the unsafe side.
@@ -54,7 +58,7 @@ def safe_root(
     # At `safe` the guarantee holds by less than the margin, so there is no root to search for.
     if shifted(safe) > 0:
         return safe
-    # brentq needs an absolute tolerance too; the one at the lower end is the stricter one.
+    # brentq also needs an absolute tolerance. At the lower end, it is the strictest.
     found = float(brentq(shifted, low, high, xtol=rtol * low, rtol=max(rtol, BEST_RTOL)))
 
     # Steps start at the requested tolerance; mostly one step is enough.
@@ -79,10 +83,10 @@ def bracket(
     """Returns (unsafe, safe): an interval that contains the root of a decreasing function.
 
     Args:
-        excess: above 0 below the root, at most 0 from there on.
+        excess: above 0 below the root, at most 0 from the root on.
         start: where the search starts, above 0.
-        strides: factors of the first steps; later steps double or halve.
-        least: lower end of the search; if `excess` is at most 0 there, both ends are `least`.
+        strides: factors of the first steps; later steps double or halve the number.
+        least: lower end of the search; if `excess` is at most 0 there, both results are `least`.
         most: upper end of the search; if `excess` is above 0 there, the result is None.
 
     >>> bracket(lambda x: 5 - x, 1.0), bracket(lambda x: 5 - x, 64.0)

@@ -1,13 +1,14 @@
 """The accountant: the epsilon of a sequence of noised sums, and the noise for a given epsilon.
 
 Every step is a Gaussian or Skellam mechanism on a Poisson sample; neighbouring data sets differ by
-adding or removing one unit. The method depends on the events:
+adding or removing one unit. An event is a number of steps with the same mechanism. The method
+depends on the events:
 
 - Gaussian without sampling: the closed form of Balle & Wang 2018.
 - Gaussian with sampling: privacy loss distributions (Koskela et al. 2020; Doroshenko et al. 2022,
-  "Connect the dots") by dp-accounting, whose discretisation only rounds epsilon up. If its tables
-  would be too long (rare sampling, low noise, many steps, a tiny delta), `losses` computes a bound
-  in limited time.
+  "Connect the dots") by the library dp-accounting, whose discretisation only rounds epsilon up. If
+  its tables would be too long (rare sampling, low noise, many steps, a tiny delta), the module
+  `losses` computes an upper bound in limited time.
 - Skellam: a Renyi bound.
 - Gaussian and Skellam together: the smaller of two upper bounds, see `_mixture`.
 """
@@ -92,9 +93,9 @@ class Spent:
     """The epsilon of some events, and whether it is tight.
 
     Attributes:
-        epsilon: never below the true value.
-        upper_bound: whether it may be more than 1% above the true value, as with Renyi accounting
-            or a coarse grid.
+        epsilon: the epsilon, never below the true value.
+        upper_bound: whether `epsilon` may be more than 1% above the true value, as with Renyi
+            accounting or a coarse grid.
     """
 
     epsilon: float
@@ -109,8 +110,7 @@ class Spent:
 def epsilon(events: Iterable[MechanismEvent], *, delta: float) -> float:
     """Returns the epsilon of all `events` together at `delta`; infinite without noise.
 
-    The result is never below the true value. It is tight except where the module's docstring names
-    a bound; see `spent`.
+    The result is never below the true value. `spent` also says whether the result is tight.
 
     Raises:
         RecipeError: if `delta` is not inside (0, 1).
@@ -129,8 +129,8 @@ def spent(events: Iterable[MechanismEvent], *, delta: float, points: int = losse
     Args:
         events: the mechanisms and their steps.
         delta: probability with which the guarantee may fail.
-        points: grid points of `losses`; fewer are faster and raise epsilon, except for
-            rounding errors.
+        points: grid points of the module `losses`. Fewer points are faster and raise epsilon,
+            except for rounding errors.
 
     Raises:
         RecipeError: if `delta` is not inside (0, 1).
@@ -145,7 +145,7 @@ def spent(events: Iterable[MechanismEvent], *, delta: float, points: int = losse
 def renyi_bound(events: Iterable[MechanismEvent], *, delta: float) -> float:
     """Returns a quick upper bound on the epsilon of `events`, typically 10% above it.
 
-    It is infinite if an event has no noise, or a sensitivity bound that may fail.
+    The bound is infinite if an event has no noise, or if its sensitivity bound may fail.
     """
     merged = merge(events)
     for event in merged:
@@ -160,7 +160,7 @@ def noise_multiplier(*, epsilon: float, delta: float, sampling_prob: float, step
     """Returns the smallest noise multiplier with which `steps` sums spend at most `epsilon`.
 
     The result is checked by the function `epsilon`. It is at most 0.01% above the smallest valid
-    one; at most 1% if tables of losses are long (rare sampling or low noise).
+    noise multiplier; at most 1% if tables of losses are long (rare sampling or low noise).
 
     Args:
         epsilon: the budget of all steps.
@@ -266,7 +266,7 @@ def _in_range(events: tuple[GaussianEvent, ...]) -> tuple[GaussianEvent, ...]:
 
 
 def _merge_unsampled(events: tuple[GaussianEvent, ...]) -> list[GaussianEvent]:
-    """Replaces all events without sampling by one step that spends the same."""
+    """Replaces all events without sampling by one event with one step and the same epsilon."""
     merged = [event for event in events if event.sampling_prob < 1]
     mu = total_mu(events)
     if mu > 0:
@@ -309,7 +309,7 @@ def _loss_table(
 ) -> tuple[PrivacyLossDistribution, float] | None:
     """Returns the privacy loss distribution of all `events` together, and its grid step.
 
-    None if dp-accounting would be too slow or too imprecise, or fails.
+    Returns None if dp-accounting would be too slow or too imprecise, or if it fails.
     """
     if not _suits_dp_accounting(events, delta):
         return None
@@ -330,9 +330,9 @@ def _loss_table(
 def _mixture(
     gaussian: tuple[GaussianEvent, ...], skellam: tuple[SkellamEvent, ...], delta: float
 ) -> float:
-    """Returns an upper bound for Gaussian and Skellam events together.
+    """Returns an upper bound on the epsilon of Gaussian and Skellam events together.
 
-    It is the smaller of Renyi accounting for everything and `_compose_with_dominating`.
+    It is the smaller of two bounds: Renyi accounting of all events, and `_compose_with_dominating`.
 
     The probability that a sensitivity bound fails is subtracted from delta. Proof: let M be the
     real mechanism, and let M' be equal to M except where a bound fails; there M' releases the
@@ -347,8 +347,8 @@ def _mixture(
         return skellam_alone
     by_renyi = renyi.epsilon([*gaussian, *skellam], delta=remaining)
     joined = min(by_renyi, _compose_with_dominating(gaussian, skellam, remaining))
-    # A mixture spends at least as much as its parts. If its bound is below that of a part, then the
-    # part's bound is loose; the larger one is returned, to be consistent.
+    # A mixture spends at least as much as its parts. If its bound is below the bound of a part, the
+    # bound of the part is loose. The larger bound is returned, to be consistent.
     return max(joined, skellam_alone, _spent(gaussian, delta).epsilon)
 
 
@@ -357,9 +357,9 @@ def _compose_with_dominating(
 ) -> float:
     """Composes the Gaussian losses with the worst mechanism of the Skellam epsilon and delta.
 
-    For a share of delta, the Skellam events have an epsilon. One mechanism dominates all mechanisms
-    with this (epsilon, delta) (Kairouz, Oh & Viswanath 2015). Its losses are composed with the
-    Gaussian ones, which is tighter than adding the two epsilons.
+    The Skellam events get a share of delta, which gives an epsilon. One mechanism dominates all
+    mechanisms with this (epsilon, delta) (Kairouz, Oh & Viswanath 2015). Its losses are composed
+    with the losses of the Gaussian events, which is tighter than adding the two epsilons.
     """
     from dp_accounting.pld import common, privacy_loss_distribution
 
@@ -379,7 +379,7 @@ def _compose_with_dominating(
 
     of_gaussian, grid = table
     for skellam_epsilon, share in guarantees:
-        # The table of losses would be too long, and such an epsilon is useless anyway.
+        # The table of losses would be too long, and so large an epsilon is useless anyway.
         if skellam_epsilon > 1e6 * grid:
             continue
         dominating = privacy_loss_distribution.from_privacy_parameters(
@@ -392,11 +392,11 @@ def _compose_with_dominating(
 
 
 def grid_step(events: list[GaussianEvent]) -> float:
-    """Returns a grid step of the losses that raises epsilon by at most about 0.03%.
+    """Returns a distance of two grid points that raises epsilon by at most about 0.03%.
 
-    Connect-the-dots moves each loss to the two nearest grid points. This adds about grid^2/6 to the
-    variance of a step, as losses are spread evenly between grid points. For a grid of 0.06 standard
-    deviations of a step this is 6e-4 of the variance.
+    "Connect the dots" moves each privacy loss to its two neighbouring grid points. This adds about
+    grid^2/6 to the variance of a step, since losses are spread evenly between grid points. For a
+    grid of 0.06 standard deviations of a step this is 6e-4 of the variance.
     """
     variance = _total_variance(events) / _total_steps(events)
     # With very low noise, losses are of the order of 1/noise^2. Then the grid is coarse enough for

@@ -1,4 +1,8 @@
-"""Computes the epsilon of a JSON list of mechanism events, or of a run's ledger."""
+"""Computes the epsilon of mechanism events that are given as JSON, or of a run's ledger.
+
+A mechanism event is a number of noised sums. The ledger of a run (`ledger.json`) lists the events
+that ran on each client's data.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +22,7 @@ KINDS: dict[str, type[GaussianEvent] | type[SkellamEvent]] = {
 
 
 def epsilon(text: str, *, delta: float, place: str = "events") -> float:
-    """Returns the epsilon that the mechanisms in `text` spend together at `delta`; see `spent`.
+    """Returns the epsilon of all mechanisms in `text` together at `delta`; see `spent`.
 
     >>> text = '[{"sampling_prob": 1, "noise_multiplier": 5, "steps": 50}]'
     >>> round(epsilon(text, delta=1e-3), 2)
@@ -28,18 +32,18 @@ def epsilon(text: str, *, delta: float, place: str = "events") -> float:
 
 
 def spent(text: str, *, delta: float, place: str = "events") -> accountant.Spent:
-    """Returns what the mechanisms in `text` spend together at `delta`.
+    """Returns the epsilon of all mechanisms in `text` together, and whether it is an upper bound.
 
     Args:
         text: a JSON list of events with the fields of `GaussianEvent`, or of `SkellamEvent` with
             `"kind": "skellam"`. Or the text of a ledger: then the result is the largest epsilon of
-            any party.
+            any client.
         delta: probability with which the guarantee may fail.
         place: name of the text in errors, such as its file.
 
     Raises:
-        RecipeError: if the text is not such a list.
-        PrivacyError: if it is a damaged ledger.
+        RecipeError: if the text is not a list of events.
+        PrivacyError: if the text is a damaged ledger.
     """
     try:
         content = json.loads(text)
@@ -74,6 +78,7 @@ def _read_event(entry: Any, place: str) -> MechanismEvent:
         raise RecipeError(
             f"got {word!r}, expected one of {', '.join(KINDS)}", place=f"{place}.kind"
         )
+    # A misspelled key must not fall back to a default: epsilon would be too small.
     names = _field_names(kind)
     for name, value in given.items():
         if name not in names:

@@ -1,4 +1,8 @@
-"""Mechanism events for the accountant: Gaussian or Skellam noise, sampling and steps."""
+"""Mechanism events, the input of the accountant: noised sums with their noise and sampling.
+
+Example: `GaussianEvent(0.01, 1.0, 500)` stands for 500 steps of DP-SGD with sampling probability
+0.01 and noise multiplier 1. A unit is what is protected: an example or a client.
+"""
 
 from __future__ import annotations
 
@@ -56,12 +60,14 @@ class SkellamEvent:
     """`steps` sums of whole numbers with Skellam noise, each over a Poisson sample of the units.
 
     Attributes:
-        l2: L2 sensitivity of the sum in grid units, including rounding.
+        l2: L2 sensitivity of the sum, including rounding. Sums are integers: multiples of a grid
+            unit.
         l1: L1 sensitivity of the sum in grid units.
         variance: variance of the noise on each value of the sum, in grid units squared.
         steps: number of sums.
         sampling_prob: probability with which each unit takes part in a step.
-        failure: probability with which `l2` is exceeded in one step; it is subtracted from delta.
+        failure: probability with which one unit moves the sum by more than `l2` in one step. The
+            accountant subtracts it from delta.
 
     Raises:
         RecipeError: if a number is out of range.
@@ -107,13 +113,15 @@ class SkellamEvent:
 
 MechanismEvent = GaussianEvent | SkellamEvent
 
+# Binds argument and result of `_merged` to the same class.
 Event = TypeVar("Event", GaussianEvent, SkellamEvent)
 
 
 def merge(events: Iterable[MechanismEvent]) -> tuple[MechanismEvent, ...]:
-    """Adds up the steps of equal mechanisms, and drops events without steps.
+    """Merges events with equal mechanisms into one event, and drops events without steps.
 
-    Epsilon does not depend on the order of steps. Gaussian events come first; each kind is sorted.
+    Epsilon does not depend on the order of steps, so this does not change it. The result is sorted,
+    with Gaussian events first.
 
     >>> merge([GaussianEvent(0.5, 1.0, 2), GaussianEvent(1.0, 3.0, 0), GaussianEvent(0.5, 1.0, 3)])
     (GaussianEvent(sampling_prob=0.5, noise_multiplier=1.0, steps=5),)
@@ -174,6 +182,7 @@ def merge_similar(events: tuple[GaussianEvent, ...], most: int) -> tuple[Gaussia
 
 
 def _rounded_to_spend_more(prob: float, noise: float, grid: float) -> tuple[float, float]:
+    # More frequent sampling and less noise both spend more privacy.
     up = 10 ** (math.ceil(math.log10(prob) / grid) * grid)
     down = 10 ** (math.floor(math.log10(noise) / grid) * grid)
     # The logarithms have rounding errors, which must not make the event spend less.

@@ -1,4 +1,4 @@
-"""An upper bound on the epsilon of Gaussian events in limited time, even for rare sampling.
+"""Computes an upper bound on the epsilon of Gaussian events in limited time.
 
 Each step's privacy loss is rounded to a grid (see `step_losses`). All steps are composed by one
 Fourier transform of tilted losses: each probability is first weighted by e^(tilt * loss), so that
@@ -43,10 +43,10 @@ HIGHER_TILTS = (1.1, 1.3, 1.7, 2.5, 4.0)
 
 @dataclass(frozen=True)
 class EpsilonBound:
-    """An upper bound on an epsilon.
+    """An upper bound on the epsilon of some events.
 
     Attributes:
-        epsilon: never below the true value.
+        epsilon: the bound, never below the true value.
         fine: whether the grid was fine enough for a tight bound.
     """
 
@@ -65,12 +65,12 @@ def epsilon_bound(
     guarantee: tuple[float, float] | None = None,
     points: int = POINTS,
 ) -> EpsilonBound:
-    """Returns an upper bound on what Gaussian `events` spend together at `delta`.
+    """Returns an upper bound on the epsilon of all Gaussian `events` together at `delta`.
 
     Args:
-        events: at least one, each with steps and with finite noise above 0.
+        events: at least one event. Each has at least one step, and finite noise above 0.
         delta: probability with which the guarantee may fail.
-        guarantee: (epsilon, delta) of one further mechanism, of which nothing else is known.
+        guarantee: (epsilon, delta) of one further mechanism, which is composed with `events`.
         points: points of all grids together. More points take more time, and give a smaller bound
             for rare sampling and low noise.
 
@@ -120,7 +120,7 @@ def _composed_epsilon(steps: Steps, grid: float, delta: float, most: int) -> flo
     """Returns the epsilon of all `steps` in one direction.
 
     Raises:
-        _TooLong: if it needs more than `most` grid points.
+        _TooLong: if the range of losses needs more than `most` grid points.
     """
     log_finite = 0.0
     for losses, times in steps:
@@ -161,7 +161,7 @@ def _composed_epsilon(steps: Steps, grid: float, delta: float, most: int) -> flo
 def _rounding_error(steps: Steps) -> float:
     """Returns a bound on the rounding error of a tilted probability.
 
-    It grows with the number of steps; 32 covers the Fourier transform.
+    The bound grows with the number of steps; the constant 32 covers the Fourier transform.
     """
     return ROUNDING * (sum(times for _, times in steps) + 32)
 
@@ -192,7 +192,7 @@ class _Composition:
         The second value is whether rounding errors exceed 0.1% of that delta.
 
         Raises:
-            _TooLong: if it needs more than `most` points.
+            _TooLong: if the range of losses needs more than `most` points.
         """
         moment = self.log_moment(tilt)
         last = math.ceil((moment + self.log_tail) / tilt / self.grid)
@@ -212,10 +212,11 @@ class _Composition:
     def _size(self, tilt: float, moment: float, lowest: float) -> int:
         """Returns a number of points for which sums that wrap around are negligible.
 
-        Sums below the range wrap around to its upper end, with weight e^(-tilt * length). A length
-        of log_tail / tilt is enough; so is one that sums fall below with probability at most
-        `TAIL_SHARE` * delta (Chernoff). Sums above the range wrap around to its lower end with
-        weight e^(tilt * length); they matter from the loss `lowest` on.
+        Sums below the range wrap around to its upper end, with weight e^(-tilt * length). They are
+        negligible if the length is at least log_tail / tilt; or if sums are below the range with
+        probability at most `TAIL_SHARE` * delta (Chernoff's bound). Sums above the range wrap
+        around to its lower end, with weight e^(tilt * length). They matter only for losses of at
+        least `lowest`.
         """
         from scipy import fft
 
@@ -235,9 +236,9 @@ class _Composition:
     def _epsilon_on_circle(
         self, tilt: float, moment: float, last: int, size: int
     ) -> tuple[float, bool] | None:
-        """Returns `epsilon` from a range of `size` points that ends at the grid point `last`.
+        """Computes the result of `epsilon` on `size` points, of which the last is number `last`.
 
-        None if epsilon is below the range.
+        Returns None if epsilon is below the range.
         """
         import numpy as np
 

@@ -22,14 +22,15 @@ needed for small epsilons."""
 
 
 def epsilon(events: Iterable[MechanismEvent], *, delta: float) -> float:
-    """Returns what `events` spend together at `delta` by Renyi accounting.
+    """Returns the epsilon of all `events` together at `delta`, by Renyi accounting.
 
-    The conversion from Renyi divergence to epsilon is that of Canonne, Kamath & Steinke 2020
-    (arXiv:2004.00010, Proposition 12). Integer orders lose a little if the best order is small: in
-    the example, real orders would give 5.42.
+    Renyi divergences are converted to epsilon by Canonne, Kamath & Steinke 2020 (arXiv:2004.00010,
+    Proposition 12). With integer orders the result is slightly larger if the best order is small:
+    in the example, real orders would give 5.42.
 
     Args:
-        events: the mechanisms. The caller subtracts their `failure` from `delta` beforehand.
+        events: the mechanisms and their steps. Their `failure` (the probability that a sensitivity
+            bound fails) is ignored; the caller subtracts it from `delta` before.
         delta: probability with which the guarantee may fail.
 
     >>> from fedpress.privacy.accounting.events import GaussianEvent
@@ -52,7 +53,7 @@ def epsilon(events: Iterable[MechanismEvent], *, delta: float) -> float:
 
 @lru_cache(maxsize=64)
 def divergences(event: MechanismEvent) -> np.ndarray:
-    """Returns the divergence of one step at each of `ORDERS`."""
+    """Returns the Renyi divergence of one step at each of `ORDERS`."""
     import numpy as np
 
     if event.sampling_prob == 1:
@@ -64,7 +65,7 @@ def divergences(event: MechanismEvent) -> np.ndarray:
 
 
 def _unsampled(event: MechanismEvent, orders: np.ndarray) -> np.ndarray:
-    """Returns the divergence at `orders` of one step in which every unit takes part."""
+    """Returns the Renyi divergence at `orders` of one step in which every unit takes part."""
     import numpy as np
 
     if isinstance(event, SkellamEvent):
@@ -75,18 +76,19 @@ def _unsampled(event: MechanismEvent, orders: np.ndarray) -> np.ndarray:
 
 
 def _sampled(each: np.ndarray, q: float) -> np.ndarray:
-    """Returns the divergence at `ORDERS` over a Poisson sample with probability `q`.
+    """Returns the Renyi divergence at `ORDERS` over a Poisson sample with probability `q`.
 
-    With one unit the output has density (1-q) Q + q P, without it Q. The moment of their ratio at
-    order a is the sum over l of C(a, l) (1-q)^(a-l) q^l e^((l-1) each[l]), exactly.
+    Let P be the output density if the unit takes part, and Q if not. The data set with the unit has
+    the density (1-q) Q + q P, the data set without it has Q. The moment of the ratio of these two
+    densities at order a is exactly the sum over l of C(a, l) (1-q)^(a-l) q^l e^((l-1) each[l]).
 
-    The other direction is not larger if a reflection swaps P and Q (Mironov, Talwar & Zhang 2019,
-    arXiv:1908.10530, Theorem 5). This holds here, because Gaussian and Skellam noise are symmetric.
-    The bound for general mechanisms (Zhu & Wang 2019) has terms three times as large, which would
-    double epsilon.
+    The divergence in the other direction is not larger if a reflection swaps P and Q (Mironov,
+    Talwar & Zhang 2019, arXiv:1908.10530, Theorem 5). This holds here, because Gaussian and Skellam
+    noise are symmetric. The bound for general mechanisms (Zhu & Wang 2019) has terms three times as
+    large, which would double epsilon.
 
     Args:
-        each: divergence of the mechanism without sampling at the orders 0, 1, 2, ...
+        each: Renyi divergence of the mechanism without sampling at the orders 0, 1, 2, ...
         q: sampling probability, below 1.
     """
     import numpy as np

@@ -1,7 +1,9 @@
-"""The privacy loss of one Gaussian step, rounded to a grid such that epsilon can only rise.
+"""The distribution of the privacy loss of one Gaussian step, rounded to a grid.
 
-The rounded step dominates the real one ("connect the dots", Doroshenko et al. 2022,
-arXiv:2207.04380): at every epsilon its delta is at least as large.
+The privacy loss is log p(output) / q(output), where p and q are the output densities for two
+neighbouring data sets. Rounding can only raise epsilon: the rounded step dominates the real one
+("connect the dots", Doroshenko et al. 2022, arXiv:2207.04380), so its delta is at least as large at
+every epsilon. The losses may be tilted: each probability is weighted by e^(tilt * loss).
 """
 
 from __future__ import annotations
@@ -63,14 +65,15 @@ class LossDistribution:
         """Returns the logarithm of the Fourier transform of the tilted losses.
 
         Args:
-            tilt: weight of the losses, see the module's docstring.
+            tilt: each probability is weighted by e^(tilt * loss).
             grid: distance of two losses.
             size: length of the transform; losses wrap around modulo this.
 
         Returns:
-            The transform, complex [size // 2 + 1], of the losses shifted by their mean to point 0,
-            and the mean in grid units. The shift keeps the phases small, and so the rounding errors
-            when they are multiplied by the number of steps.
+            First, the logarithm of the transform, complex [size // 2 + 1], of the losses shifted so
+            that their mean is at point 0. Second, the mean in grid units. The shift keeps phases
+            small, and therefore their rounding errors when they are multiplied by the number of
+            steps.
         """
         import numpy as np
         from scipy import fft
@@ -101,7 +104,7 @@ class LossDistribution:
 
 
 def choose_grid(events: Sequence[GaussianEvent], delta: float, points: int) -> tuple[float, float]:
-    """Returns the grid, and by what share it raises the variance of the losses.
+    """Returns the grid, and the share by which it raises the variance of the losses.
 
     The share is `ADDED_VARIANCE`, or more if `points` are not enough for it. Rounding a loss to its
     two neighbours adds (loss - lower) * (upper - loss) to the variance: grid^2 / 6 on average, and
@@ -146,7 +149,7 @@ def _widest(excess: Callable[[float], float], low: float, high: float) -> float:
 
 
 def loss_span(event: GaussianEvent, delta: float = 1e-15) -> float:
-    """Returns the length of the range of a step's losses on a grid for `delta`."""
+    """Returns the largest minus the smallest finite loss of a step on a grid for `delta`."""
     bottom, top = _loss_range(event, delta)
     return top - bottom
 
@@ -154,7 +157,7 @@ def loss_span(event: GaussianEvent, delta: float = 1e-15) -> float:
 def _loss_range(event: GaussianEvent, delta: float) -> tuple[float, float]:
     """Returns the smallest and the largest finite loss on the grid.
 
-    Losses outside have probability `TAIL_SHARE` * delta in all steps together.
+    Losses outside this range have probability `TAIL_SHARE` * delta in all steps together.
     """
     from scipy.special import ndtri
 
@@ -167,7 +170,8 @@ def _loss_range(event: GaussianEvent, delta: float) -> tuple[float, float]:
 def _loss_at(x: Any, q: float, z: float) -> Array:
     """Returns the privacy loss where the noised sum is `x`, for a clip norm of 1.
 
-    It is log(1 - q + q e^((2x - 1) / (2 z^2))), the logarithm of the ratio of both densities.
+    This is log(1 - q + q e^((2x - 1) / (2 z^2))), the logarithm of the ratio of the densities with
+    and without the unit.
     """
     import numpy as np
 
@@ -202,10 +206,11 @@ def losses_of_step(
 ) -> LossDistribution:
     """Returns the losses of one step on the grid.
 
-    The losses between two grid points belong to an interval of noised sums, which has a probability
-    under each data set. "Connect the dots" divides the first data set's probability between the two
-    grid points such that the second one's is preserved too. Possible rounding errors are added to
-    the upper point, which can only raise epsilon.
+    The losses between two grid points belong to an interval of noised sums. Each of the two data
+    sets gives this interval a probability. "Connect the dots" divides the probability of the first
+    data set between the two grid points such that the probability of the second data set is
+    preserved too. Possible rounding errors are added to the upper point, which can only raise
+    epsilon.
     """
     import numpy as np
 
@@ -229,7 +234,7 @@ def losses_of_step(
 def _probabilities_remove(
     losses: Array, edges: Array, q: float, z: float, grid: float
 ) -> tuple[Array, float]:
-    """Returns the probability of each of `losses`, and of an infinite one; direction "remove".
+    """Returns the probability of each of `losses`, and of an infinite loss; direction "remove".
 
     The sums have density (1 - q) N(0, z^2) + q N(1, z^2).
     """
@@ -241,8 +246,8 @@ def _probabilities_remove(
     at = losses[:-1]
     lower = np.expm1(np.clip(at, -LARGE_LOSS, LARGE_LOSS))
     probability = (1 - q) * without + q * with_unit
-    # The probability minus e^loss times the other data set's. They nearly cancel, so the common
-    # term is subtracted analytically.
+    # The probability minus e^loss times the probability under the other data set. The two terms
+    # nearly cancel, so their common part is subtracted analytically.
     excess = q * (with_unit - without) - without * lower
     error = q * (with_error + without_error) + without_error * np.abs(lower)
     up = _upper_part(probability, excess + error, grid, small=np.abs(at) < LARGE_LOSS)
@@ -290,8 +295,8 @@ def _between(edges: Array) -> tuple[Array, Array]:
     import numpy as np
     from scipy.special import ndtr
 
-    # Differences are computed in the nearer tail, where both numbers and so the rounding error are
-    # small.
+    # Differences are computed in the nearer tail. Both numbers are small there, and so is the
+    # rounding error.
     upper = edges[:-1] > 0
     low = ndtr(np.where(upper, -edges[1:], edges[:-1]))
     high = ndtr(np.where(upper, -edges[:-1], edges[1:]))
@@ -301,7 +306,7 @@ def _between(edges: Array) -> tuple[Array, Array]:
 def _upper_part(probability: Array, excess: Array, grid: float, *, small: Array) -> Array:
     """Returns the part of each interval's probability that is assigned to its upper grid point.
 
-    It is all of the probability if a loss is not `small`, because its exponential would overflow.
+    This is the whole probability if a loss is not `small`, because its exponential would overflow.
     """
     import numpy as np
 
@@ -312,8 +317,8 @@ def _upper_part(probability: Array, excess: Array, grid: float, *, small: Array)
 def dominating_losses(guarantee: tuple[float, float], grid: float) -> LossDistribution:
     """Returns the losses of the mechanism that dominates all mechanisms with this (epsilon, delta).
 
-    It is randomized response that fails with probability delta (Kairouz, Oh & Viswanath 2015,
-    arXiv:1311.0776).
+    The dominating mechanism is randomized response that fails with probability delta (Kairouz, Oh &
+    Viswanath 2015, arXiv:1311.0776). `guarantee` is the pair (epsilon, delta).
     """
     import numpy as np
 

@@ -1,10 +1,10 @@
-"""The plan of distributed privacy: bits, grid and noise of a secure sum with Skellam noise.
+"""Plans distributed differential privacy: bits, grid and Skellam noise of a secure sum.
 
-Every client scales its clipped and rotated vector to a grid, clamps and rounds each value, adds
-Skellam noise, and sends the result modulo 2^bits under a mask. The server sees only the sum
-(Agarwal, Kairouz & Liu 2021, arXiv:2110.04995). With a finer grid, rounding costs less privacy but
-needs more bits. The plan finds the fewest bits; or for given bits, the finest grid and the least
-noise.
+In a secure sum (secure aggregation) the server sees only the sum of the clients' vectors. Every
+client scales its clipped and rotated vector to a grid, clamps and rounds each value, adds Skellam
+noise (integers), and sends the result modulo 2^bits under a mask (Agarwal, Kairouz & Liu 2021,
+arXiv:2110.04995). With a finer grid, rounding costs less privacy but needs more bits. `plan` finds
+the fewest bits; or for given bits, the finest grid and the least noise.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ MAX_NOISE = 1e3
 
 @dataclass(frozen=True)
 class SecretSum:
-    """Size, bounds and number of the sums to be planned; for the fields see `plan`.
+    """Size, bounds and number of the sums of a run; for the attributes see `plan`.
 
     Raises:
         RecipeError: if a field is out of range.
@@ -82,29 +82,30 @@ class SecretSum:
     def failure(self) -> float:
         """Probability in one step that the sensitivity after rounding exceeds its bound.
 
-        Under unit "client" it is 0: a client repeats the rounding until its vector is short enough.
+        Under unit "client" this is 0: a client repeats the rounding until the norm of its vector is
+        small enough.
 
         Under unit "sample", neighbouring inputs are two sums x and x + D of one client. They are
-        rounded with the same random numbers u. For each value floor(x + D + u) - floor(x + u) = floor(D + v),
-        where v is the fractional part of x + u, which is uniform too. So the difference is D after
-        stochastic rounding, and exceeds its bound with probability beta. A client cannot prevent
-        this, because it does not know D. The random numbers do not depend on the data, so beta is
-        added to delta.
+        rounded with the same random numbers u. For each value,
+        floor(x + D + u) - floor(x + u) = floor(D + v), where v is the fractional part of x + u,
+        which is uniform too. So the difference is D after stochastic rounding, and exceeds its
+        bound with probability beta. A client cannot prevent this, because it does not know D. The
+        random numbers do not depend on the data, so beta is added to delta.
         """
         if self.unit == "client":
             return 0.0
-        # All steps together take a thousandth of delta.
+        # All steps together use a thousandth of delta, so epsilon hardly changes.
         return self.delta / (1000 * self.steps)
 
 
 @dataclass(frozen=True)
 class Cost:
-    """The epsilon and grid for a number of bits.
+    """The epsilon and the grid for a number of bits.
 
     Attributes:
         bits: bits per value.
-        epsilon: of all steps; infinite if the sum does not fit.
-        scale: grid units per unit of the vector; 0 if the sum does not fit.
+        epsilon: epsilon of all steps; infinite if the sum does not fit into the bits.
+        scale: grid points per unit of the vector; 0 if the sum does not fit into the bits.
     """
 
     bits: int
@@ -114,15 +115,15 @@ class Cost:
 
 @dataclass(frozen=True)
 class DistributedPlan:
-    """A plan of distributed privacy; server and clients compute the same one with `plan`.
+    """The result of `plan`. Server and clients each compute it and get the same values.
 
     Attributes:
         task: size, bounds and number of the sums.
         bits: the sum is taken modulo 2^bits.
         noise_multiplier: standard deviation of the noise of `survivors` clients / `clip_norm`.
-        scale: grid units per unit of the vector.
-        limit: bound on the absolute values of the sum, exceeded with probability 2^-30 a round; at
-            most 0.9 * 2^(bits - 1).
+        scale: grid points per unit of the vector. The distance of two points is a grid unit.
+        limit: bound on the absolute values of the sum, in grid units; at most 0.9 * 2^(bits - 1).
+            In a round it is exceeded with probability 2^-30.
     """
 
     task: SecretSum
@@ -134,8 +135,8 @@ class DistributedPlan:
     @property
     def variance(self) -> float:
         """Variance of one client's noise, in grid units squared."""
-        # Divided by the number of survivors instead of all clients: the noise of clients that drop
-        # out is missing, and the others must still add the full noise.
+        # Divided by the number of survivors, not of all clients: if clients drop out, their noise
+        # is missing, and the noise of the survivors must be enough.
         total_std = self.noise_multiplier * self.scale * self.task.clip_norm
         return total_std**2 / self.task.survivors
 
@@ -154,9 +155,9 @@ class DistributedPlan:
     def redraws_rounding(self) -> bool:
         """Whether a client repeats its rounding until the norm is at most `l2`.
 
-        Under unit "client" it must. Under unit "sample" it must not: two neighbouring sums could
-        need different numbers of tries. Then their random numbers would differ, and the rounded
-        sums would be far apart.
+        Under unit "client" it must repeat. Under unit "sample" it must not: two neighbouring sums
+        could need different numbers of tries. Then their random numbers would differ, and the
+        rounded sums would be far apart.
         """
         return self.task.unit == "client"
 
@@ -184,7 +185,7 @@ class DistributedPlan:
         )
 
     def table(self) -> list[Cost]:
-        """Returns epsilon and grid of each number of bits, for the same noise."""
+        """Returns epsilon and grid for each number of bits in `BITS`, at the same noise."""
         return [_cost(self.task, bits, self.noise_multiplier) for bits in BITS]
 
 
@@ -205,25 +206,29 @@ def plan(
 ) -> DistributedPlan:
     """Returns the plan with the finest grid that fits into `bits` and the least noise.
 
+    Give either `epsilon` or `noise_multiplier`.
+
     Args:
         size: number of values in the sum, after rotation.
         clip_norm: L2 norm by which one unit can move the sum, in units of the vector.
-        coordinate_limit: each client clamps each rotated value to this.
+        coordinate_limit: bound to which each client clamps the absolute value of each rotated
+            value.
         clients: maximum number of clients in a round.
-        survivors: minimum number of clients in a sum that is opened; their noise is the planned
-            noise.
+        survivors: minimum number of clients in a sum; a sum of fewer clients is not unmasked. The
+            noise of this number of clients is the planned noise.
         steps: number of sums in the whole run.
         delta: probability with which the guarantee may fail.
-        epsilon: budget of all steps; or give `noise_multiplier`.
-        noise_multiplier: standard deviation of the survivors' noise / `clip_norm`; or `epsilon`.
-        bits: bits per value; None: the fewest with an epsilon within 5% of the best.
-        unit: what is protected; "sample" is one clipped gradient in one client's sum.
+        epsilon: budget of all steps.
+        noise_multiplier: standard deviation of the survivors' noise / `clip_norm`.
+        bits: bits per value; None: the fewest bits with an epsilon within 5% of that without a
+            grid.
+        unit: what is protected: "client", or "sample" (one clipped gradient in one client's sum).
         sampling_prob: probability with which each unit takes part in a step.
 
     Raises:
         RecipeError: if an argument is out of range.
-        PrivacyError: if the sum does not fit, or the budget cannot be kept; it names the fewest
-            bits that are enough.
+        PrivacyError: if the sum does not fit into `bits`, or the budget cannot be met. The error
+            names the fewest bits that are enough.
 
     >>> p = plan(size=2**20, clip_norm=1.0, coordinate_limit=0.006, clients=10, survivors=10,
     ...          steps=50, delta=1e-3, noise_multiplier=5.0)
@@ -283,7 +288,10 @@ def _plan_with_noise(task: SecretSum, bits: int | None, noise: float) -> Distrib
 
 
 def _fewest_bits(task: SecretSum, noise: float) -> int:
-    """Returns the fewest bits whose epsilon is near that without a grid; the most if none is."""
+    """Returns the fewest bits whose epsilon is at most 5% above the epsilon without a grid.
+
+    If no number of bits is enough, returns the largest one.
+    """
     target = BITS_TOLERANCE * _epsilon_without_grid(task, noise)
     for bits in BITS:
         if _cost(task, bits, noise).epsilon <= target:
@@ -310,6 +318,7 @@ def _fitted(task: SecretSum, bits: int, noise: float) -> DistributedPlan:
 
 
 def _cure(task: SecretSum, epsilon: float, start: float) -> str:
+    # Searched only after a failure, because every number of bits takes a search for the noise.
     for bits in BITS:
         noise = _least_noise(_epsilon_by_noise(task, bits), epsilon, start)
         if noise is not None:
@@ -330,7 +339,7 @@ def _cost(task: SecretSum, bits: int, noise: float) -> Cost:
 
 def _epsilon_without_grid(task: SecretSum, noise: float) -> float:
     """Returns the epsilon of the noise on an infinitely fine grid, by the same accounting."""
-    # A clip norm of a billion grid units, so that rounding does not matter.
+    # The clip norm is a billion grid units, so that rounding does not matter.
     fine = 1e9
     event = SkellamEvent(
         l2=fine,
@@ -353,7 +362,7 @@ def _limit(task: SecretSum, scale: float, noise: float) -> float:
 
 
 def _scale(task: SecretSum, bits: int, noise: float) -> float:
-    """Returns the largest scale whose sum fits into `bits`, or 0."""
+    """Returns the largest scale for which the sum fits into `bits`; 0 if there is none."""
     allowed = USED_RANGE * 2.0 ** (bits - 1)
     # At a larger scale the noise variance would exceed its maximum. The factor allows for rounding
     # errors.
@@ -362,7 +371,7 @@ def _scale(task: SecretSum, bits: int, noise: float) -> float:
     if _limit(task, high, noise) <= allowed:
         return high
 
-    # The limit grows with the scale, so the scale is halved until the sum fits.
+    # The limit grows with the scale, so the scale is halved until the sum fits into the bits.
     low = high
     while _limit(task, low, noise) > allowed:
         high = low

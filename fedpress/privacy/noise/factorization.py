@@ -1,11 +1,15 @@
 """Correlated noise that nearly cancels over rounds (DP-FTRL, matrix factorisation).
 
-The model is the sum of all updates so far, so its error comes from the noise of prefix sums. Matrix
-factorisation (Kairouz et al. 2021, arXiv:2103.00039; Denisov et al. 2022, arXiv:2202.08312) adds in
-round t the noise sum_{j<p} w_j z_{t-j} of the p newest draws z; its prefix sums nearly cancel. With
-W the banded Toeplitz matrix of w, and C = W^-1, the noised sums are C^-1 (C g + z). This is one
-Gaussian mechanism for the whole run, with the sensitivity of g -> C g (banded inverse: Kalinin et
-al. 2025, arXiv:2505.12128). Only the keys of p draws are stored, because each z can be recomputed.
+The model is the sum of all updates so far, so the noise in the model is a prefix sum: the noise of
+all rounds so far. With independent noise it grows with every round. Matrix factorisation (Kairouz
+et al. 2021, arXiv:2103.00039; Denisov et al. 2022, arXiv:2202.08312) draws one Gaussian vector z_t
+per round. The noise of round t is a weighted sum of the p newest vectors, sum_{j<p} w_j z_{t-j},
+with weights for which prefix sums nearly cancel.
+
+Let g be the sums of all rounds, W the banded Toeplitz matrix of w, and C = W^-1. The noised sums
+are g + W z = C^-1 (C g + z). This is one Gaussian mechanism for the whole run, with the sensitivity
+of g -> C g (banded inverse: Kalinin et al. 2025, arXiv:2505.12128). Only the keys of p random
+vectors are stored, because each z can be recomputed from its key.
 """
 
 from __future__ import annotations
@@ -31,16 +35,16 @@ MAX_BANDS = 64
 
 @dataclass(frozen=True)
 class Factorization:
-    """A plan of correlated noise; make it with `Factorization.plan`.
+    """The weights of correlated noise for one run; make it with `Factorization.plan`.
 
     Attributes:
         rounds: number of rounds T of the whole run.
         participations: maximum number of rounds of one client.
         min_separation: minimum distance in rounds between two participations of one client.
-        coefficients: w [p] with w[0] = 1; w[0] belongs to the newest draw.
+        coefficients: weights w [p]; w[0] = 1 is the weight of the newest random vector.
         sensitivity: L2 sensitivity of C g to one client with contributions of norm 1.
-        rmse: root mean square over rounds of the noise in a prefix sum, for a noise multiplier and
-            a clip norm of 1.
+        rmse: root mean square over rounds of the noise in a prefix sum, for noise multiplier 1 and
+            clip norm 1.
     """
 
     rounds: int
@@ -54,7 +58,7 @@ class Factorization:
     def plan(
         cls, rounds: int, *, participations: int, min_separation: int = 1, bands: int = 16
     ) -> Factorization:
-        """Returns the plan with the least error of prefix sums at equal privacy.
+        """Returns the weights with the least noise in prefix sums, at equal privacy.
 
         The search takes up to about a second.
 
@@ -62,7 +66,7 @@ class Factorization:
             rounds: number of rounds of the whole run.
             participations: maximum number of rounds of one client.
             min_separation: minimum distance in rounds between two participations of one client.
-            bands: number of coefficients, 1 to `MAX_BANDS`; 1 is independent noise.
+            bands: number of weights, 1 to `MAX_BANDS`; 1 is independent noise.
 
         Raises:
             RecipeError: if an argument is out of range, or no client can take part so often.
@@ -100,22 +104,22 @@ class Factorization:
 
     @property
     def gain(self) -> float:
-        """`rmse` / rmse of independent noise at equal privacy; below 1 correlation helps."""
+        """`rmse` / rmse of independent noise at equal privacy; below 1 if correlation helps."""
         # Independent noise has sensitivity sqrt(participations), and a prefix sum of t rounds has
         # variance t; the mean of t over the rounds is (rounds + 1) / 2.
         return self.rmse / math.sqrt(self.participations * (self.rounds + 1) / 2)
 
     def fresh_std(self, *, noise_multiplier: float, clip_norm: float) -> float:
-        """Returns the standard deviation of each draw z, for contributions of norm `clip_norm`."""
+        """Returns the standard deviation of each z, for contributions of norm `clip_norm`."""
         return noise_multiplier * clip_norm * self.sensitivity
 
     def noise(self, draws: Sequence[Tensor]) -> Tensor:
         """Returns the noise of a round, [d].
 
         Args:
-            draws: z [d] of this round and of earlier ones, newest first. Their standard deviation
-                is `fresh_std`; or it is 1, and the caller multiplies the result by `sensitivity`
-                and passes it to `mechanism.add_noise`.
+            draws: the vectors z [d] of this round and of earlier rounds, newest first. Their
+                standard deviation is `fresh_std`. If it is 1 instead, the caller multiplies the
+                result by `sensitivity` and passes it to `mechanism.add_noise`.
         """
         import torch
 
@@ -126,7 +130,7 @@ class Factorization:
         return total
 
     def event(self, noise_multiplier: float) -> GaussianEvent:
-        """Returns the accountant's event of the whole run, charged before the first round."""
+        """Returns the accountant's event of the whole run; charge it before the first round."""
         # All rounds are one mechanism, so there is one step.
         return GaussianEvent(1.0, noise_multiplier, 1)
 
@@ -150,7 +154,7 @@ def sensitivity(
     sum of these columns (Kalinin & Lampert 2024, arXiv:2405.13763).
 
     Args:
-        coefficients: w [p], the band of W = C^-1.
+        coefficients: weights w [p], the band of W = C^-1.
         rounds: number of rounds.
         participations: maximum number of rounds of the client.
         min_separation: minimum distance s in rounds between two participations.
@@ -173,7 +177,7 @@ def sensitivity(
 
 
 def inverse_column(coefficients: Sequence[float], rounds: int) -> np.ndarray:
-    """Returns the first column [rounds] of C = W^-1."""
+    """Returns the first column [rounds] of the Toeplitz matrix C = W^-1."""
     import numpy as np
     from scipy.signal import lfilter
 
@@ -184,7 +188,7 @@ def inverse_column(coefficients: Sequence[float], rounds: int) -> np.ndarray:
 
 
 def prefix_rmse(coefficients: Sequence[float], rounds: int) -> float:
-    """Returns the root mean square over rounds of the noise in prefix sums, for draws of std 1."""
+    """Returns the root mean square over rounds of the noise in prefix sums, if z has std 1."""
     import numpy as np
 
     padded = np.pad(np.asarray(coefficients, float), (0, rounds - len(coefficients)))
@@ -194,7 +198,7 @@ def prefix_rmse(coefficients: Sequence[float], rounds: int) -> float:
 
 
 def square_root_coefficients(bands: int) -> list[float]:
-    """Returns the first coefficients of (1 - x)^(1/2).
+    """Returns the first coefficients of the power series of (1 - x)^(1/2).
 
     They are the first column of the inverse square root of the prefix-sum matrix.
 
@@ -234,10 +238,10 @@ def _optimized(rounds: int, participations: int, min_separation: int, bands: int
 def _search(
     log_error: Callable[[np.ndarray], float], half: tuple[float, ...], bands: int
 ) -> list[np.ndarray]:
-    """Returns candidates for w[1:]: two starting points, and the optimum from each.
+    """Returns candidates for w[1:]: two starting points, and the optimum found from each.
 
-    Starting points are the square root of the prefix-sum matrix, and the plan with half as many
-    bands. They are candidates too, so more bands are never worse than fewer.
+    The starting points are `square_root_coefficients`, and the weights of the plan with half as
+    many bands. Since they are candidates too, more bands are never worse than fewer.
     """
     import numpy as np
     from scipy.optimize import minimize

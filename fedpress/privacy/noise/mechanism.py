@@ -22,8 +22,8 @@ def poisson_batches(
     """Yields the indices of `steps` Poisson batches, int64 [k] each; k varies and may be 0.
 
     Each of the `n` examples is in each batch independently with probability `sampling_prob`. The
-    accountant's amplification holds for this sampler, but not for shuffled batches (Chua et al.
-    2024, "How private are DP-SGD implementations?", arXiv:2403.17673).
+    accountant assumes this sampler. For shuffled batches its epsilon would be too small (Chua et
+    al. 2024, "How private are DP-SGD implementations?", arXiv:2403.17673).
     """
     # Drawn in float64 (the default): float32 draws have 24 bits, which biases small probabilities.
     source = as_random_source(generator)
@@ -40,7 +40,7 @@ def clip(update: Tensor, clip_norm: float) -> Tensor:
 
     Raises:
         RecipeError: if `clip_norm` is not a finite number above 0.
-        PrivacyError: if a value is NaN or infinite; the caller should drop the contribution.
+        PrivacyError: if a value is NaN or infinite. The caller should then drop the update.
 
     >>> clip(torch.tensor([3.0, 4.0]), 1.0)
     tensor([0.6000, 0.8000])
@@ -73,9 +73,9 @@ def clip(update: Tensor, clip_norm: float) -> Tensor:
 def noise_sum(total: Tensor, plan: PrivacyPlan, generator: Source) -> Tensor:
     """Returns a sum of clipped contributions plus Gaussian noise of `plan.noise_std` on each value.
 
-    With an exact source (`RandomSource.exact`) the result lies on a public grid. Otherwise the low
-    bits of a floating-point sum reveal which totals are possible (Mironov 2012; Jin et al. 2022,
-    arXiv:2112.05307).
+    If the source is exact (`RandomSource.exact`), the result lies on a public grid. Without a grid,
+    the low bits of a floating-point sum reveal which totals are possible (Mironov 2012; Jin et al.
+    2022, arXiv:2112.05307).
 
     The grid is g = 2^(floor(log2 noise_std) - 30). `total` and the Gaussian noise are both rounded
     to g, and added as integers. Rounding the noise costs no privacy, because it is post-processing
@@ -91,8 +91,8 @@ def noise_sum(total: Tensor, plan: PrivacyPlan, generator: Source) -> Tensor:
         float32 of the shape of `total`; `total` itself if the plan has no noise.
 
     Raises:
-        PrivacyError: if the source is exact and a value is not finite, or more than 2^32 times the
-            noise.
+        PrivacyError: if the source is exact, and a value is not finite or more than 2^32 times the
+            standard deviation of the noise.
     """
     if plan.noise_std == 0:
         return total
@@ -104,8 +104,8 @@ def noise_sum(total: Tensor, plan: PrivacyPlan, generator: Source) -> Tensor:
 def add_noise(total: Tensor, plan: PrivacyPlan, normal: Tensor, *, exact: bool) -> Tensor:
     """Returns `total` + `normal` * `plan.noise_std`, float32.
 
-    `noise_sum` passes new draws; for noise that is correlated over rounds, the caller passes a
-    weighted sum of the draws of several rounds.
+    `noise_sum` passes new random numbers as `normal`. For noise that is correlated over rounds, the
+    caller passes a weighted sum of the random numbers of several rounds.
 
     Args:
         total: sum of the contributions, any shape.
@@ -114,7 +114,8 @@ def add_noise(total: Tensor, plan: PrivacyPlan, normal: Tensor, *, exact: bool) 
         exact: whether the result must lie on the grid of `noise_sum`.
 
     Raises:
-        PrivacyError: if `exact` and a value is not finite, or more than 2^32 times the noise.
+        PrivacyError: if `exact`, and a value is not finite or more than 2^32 times the standard
+            deviation of the noise.
     """
     if not exact:
         return normal.mul_(plan.noise_std).to(total.device).add_(total).float()
@@ -129,8 +130,8 @@ def add_noise(total: Tensor, plan: PrivacyPlan, normal: Tensor, *, exact: bool) 
             place="sum",
             cure="clip every contribution first",
         )
-    # Total and noise are rounded separately, so that the argument above also holds for all rounds
-    # together if rounds share draws.
+    # Total and noise are rounded separately. So the argument in `noise_sum` also holds for all
+    # rounds together, if rounds share random numbers.
     rounding = grid * math.sqrt(total.numel()) / plan.clip_norm
     noise = normal.mul_(plan.noise_std * (1 + rounding) / grid).round_()
     return (steps.long() + noise.long().cpu()).double().mul_(grid).float().to(total.device)

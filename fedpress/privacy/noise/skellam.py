@@ -1,7 +1,8 @@
-"""Skellam noise: integer noise that clients of a secure sum can add together.
+"""Skellam noise: integer noise that clients of a secure sum (secure aggregation) add together.
 
 A Skellam number of variance v is the difference of two Poisson numbers of mean v/2. The sum of n
-such numbers is a Skellam number of variance n v, so each client can add a share of the noise.
+Skellam numbers of variance v is a Skellam number of variance n v. So each client can add a part of
+the noise. Vectors are scaled and rounded to integers first; one step of this grid is a grid unit.
 Agarwal, Kairouz & Liu 2021 (arXiv:2110.04995) bound the Renyi divergence of a sum with this noise.
 """
 
@@ -39,7 +40,7 @@ def rdp(alpha: int, *, l2: float, l1: float, variance: float) -> float:
     Agarwal, Kairouz & Liu 2021 (arXiv:2110.04995), for vectors of whole numbers.
 
     Args:
-        alpha: order, a whole number >= 2; the proof covers no others.
+        alpha: order, a whole number >= 2; the theorem is proven only for such orders.
         l2: L2 norm by which the sum moves, in grid units.
         l1: L1 norm by which the sum moves, in grid units.
         variance: variance of the noise on each value, in grid units squared.
@@ -79,8 +80,8 @@ def rounded_sensitivity(l2: float, size: int, beta: float = RETRY_BETA) -> float
 
     Each value is rounded up or down to an integer at random, without bias. With probability
     1 - `beta` the squared norm is at most l2^2 + d/4 + sqrt(2 ln(1/beta)) (l2 + sqrt(d)/2)
-    (Kairouz, Liu & Steinke 2021, arXiv:2102.06387, "conditional rounding"). It is never above
-    (l2 + sqrt(d))^2.
+    (Kairouz, Liu & Steinke 2021, arXiv:2102.06387, "conditional rounding"). The squared norm is
+    never above (l2 + sqrt(d))^2.
 
     Args:
         l2: norm before rounding, in grid units.
@@ -102,9 +103,10 @@ def l1_sensitivity(l2: float, size: int) -> float:
 
 
 def tail(size: int, variance: float, probability: float) -> float:
-    """Returns t such that any of `size` Skellam numbers exceeds +-t with at most `probability`.
+    """Returns a bound t on the absolute values of `size` Skellam numbers.
 
-    Chernoff's bound with E exp(sX) = exp(v (cosh s - 1)), over both signs and all numbers.
+    With at most `probability`, any of the numbers has an absolute value above t. This is Chernoff's
+    bound with E exp(sX) = exp(v (cosh s - 1)), as a union bound over both signs and all numbers.
 
     >>> 5 < tail(1, 1.0, 1e-6) < 8
     True
@@ -168,8 +170,8 @@ class _Table(NamedTuple):
 
     Attributes:
         tails: P(|X| >= K), ..., P(|X| >= 1) in units of 2^-63, increasing, uint64 [K].
-        guide: for each value of the top bits of a random word, how many tails are at most that.
-        shift: number of low bits that the guide ignores.
+        guide: for each value of the high bits of a random word, the number of tails at or below it.
+        shift: number of low bits of a random word that the guide ignores.
     """
 
     tails: np.ndarray
@@ -214,9 +216,9 @@ def _table(variance: float) -> _Table:
 def probabilities(variance: float) -> np.ndarray:
     """Returns exp(-v) I_k(v) for k = 0, 1, ... up to a common factor, as longdouble.
 
-    `scipy.special.ive` loses a digit with every tenfold variance. This function uses the recurrence
-    of Bessel functions (variance below 1e4) or their uniform expansion (Digital Library of
-    Mathematical Functions, 10.41.3), with 18 digits on machines with 80-bit floats.
+    `scipy.special.ive` loses a digit whenever the variance grows tenfold. This function uses the
+    recurrence of Bessel functions (variance below 1e4) or their uniform expansion (Digital Library
+    of Mathematical Functions, 10.41.3). It gives 18 digits on machines with 80-bit floats.
     """
     import numpy as np
 

@@ -2,13 +2,15 @@
 
 One forward and one backward pass give the input `a` and the output gradient `b` of every layer for
 the whole batch. In layers with few positions (small images), the norm of each sample's gradient is
-computed from the Gram matrices of `a` and `b` ("ghost norm"), else from the sample's gradient. Then
-`b` is multiplied by the clip factors, and one weight gradient per layer gives the clipped sum.
+computed from the Gram matrices of `a` and `b` ("ghost norm"). In other layers it is computed from
+the sample's gradient. Then `b` is multiplied by the clip factors, and one weight gradient per layer
+gives the clipped sum.
 
 Li et al. 2022 (arXiv:2110.05679, section 4); Bu et al. 2022, arXiv:2205.10683 (mixed ghost norm)
 and arXiv:2210.00038 (book-keeping).
 
-Each layer type is a row of `RULES`; `supports` refuses networks in which anything else trains.
+`RULES` has an entry for each supported type of layer. `supports` returns False for a network that
+trains parameters of any other layer.
 """
 
 from __future__ import annotations
@@ -39,14 +41,14 @@ ROUNDING = 2.0**-23
 
 @dataclass(frozen=True)
 class ParameterTerm:
-    """One parameter's part of each sample's norm, and of the clipped sum.
+    """One parameter's contribution to each sample's norm and to the clipped sum.
 
     Attributes:
         squares: squared norms of the per-sample gradients of this parameter, float64 [n].
         total: clip factors [n] -> sum over samples of factor * gradient, float32 of the parameter's
             shape.
-        magnitude: float64 [n], bound on the summands of one sample's gradient. If they cancel in
-            `total`, the rounding error is relative to this, not to the norm.
+        magnitude: float64 [n], bound on the summands of one sample's gradient. If the summands
+            cancel in `total`, the rounding error is relative to `magnitude`, not to the norm.
     """
 
     squares: Tensor
@@ -59,7 +61,7 @@ Rule = Callable[[Any, Tensor, Tensor], dict[str, ParameterTerm]]
 
 
 def supports(model: nn.Module) -> bool:
-    """Returns whether each trainable parameter belongs to one module with a row in `RULES`."""
+    """Returns whether each trainable parameter belongs to one module whose type is in `RULES`."""
     owners: dict[int, int] = {}
     for module in model.modules():
         if not _pads_with_zeros(module):
@@ -76,7 +78,7 @@ def supports(model: nn.Module) -> bool:
 
 
 def _pads_with_zeros(module: nn.Module) -> bool:
-    """Returns whether a module pads with zeros, by numbers (not "same" or "valid")."""
+    """Returns whether a module pads with zeros, and its padding is a number, not "same"."""
     zeros = getattr(module, "padding_mode", "zeros") == "zeros"
     return zeros and not isinstance(getattr(module, "padding", 0), str)
 
@@ -154,9 +156,9 @@ def terms_of(module: nn.Module, a: Tensor, b: Tensor) -> list[tuple[nn.Parameter
     """Returns the term of each trained parameter of `module`.
 
     Args:
-        module: a layer with a row in `RULES`.
-        a: its inputs [n, ...].
-        b: gradients of the samples' losses by its outputs [n, ...].
+        module: a layer whose type is in `RULES`.
+        a: inputs of the layer [n, ...].
+        b: gradients of the samples' losses with respect to the layer's outputs [n, ...].
     """
     # Convolutions compute single gradients in 16 bits under autocast, see `_conv`.
     if not isinstance(module, nn.Conv2d):
@@ -182,10 +184,10 @@ def norms_of(terms: list[ParameterTerm], n: int, device: torch.device) -> Tensor
 
 
 def _add_apart_(bad: Tensor, views: list[Tensor], query: Query) -> Measured:
-    """Adds the `bad` samples (bool [n]) one by one, and the other samples together.
+    """Adds the `bad` samples (bool [n]) one by one, and all other samples together.
 
-    Bad samples have no finite float32 norm; the loop may find a finite one in float64. In a batch
-    with others, their NaN values would spread over the whole sum.
+    A bad sample has no finite float32 norm; the loop may find a finite norm in float64. In a batch,
+    the NaN values of one sample would spread over the whole sum.
     """
     measured: Measured = [Sample(0.0, 0.0)] * len(query.x)
     good_rows = (~bad).nonzero().flatten()
@@ -201,13 +203,17 @@ def _add_apart_(bad: Tensor, views: list[Tensor], query: Query) -> Measured:
 
 
 def _explicit(gradients: Tensor, shape: torch.Size) -> ParameterTerm:
-    """Returns the term of a parameter of this `shape` from the samples' own gradients [n, ...]."""
+    """Returns the term of a parameter with this `shape` from the per-sample gradients [n, ...]."""
     flat = gradients.flatten(1).float()
     return ParameterTerm(row_norms(flat).square(), lambda scale: (scale @ flat).view(shape))
 
 
 def _linear(module: nn.Linear, a: Tensor, b: Tensor) -> dict[str, ParameterTerm]:
-    """Linear layer: a [n, ..., i], b [n, ..., o]; the positions between are summed."""
+    """Rule of linear layers: a [n, ..., i], b [n, ..., o].
+
+    The middle dimensions are positions, such as the tokens of a sentence. Gradients are summed over
+    the positions.
+    """
     a = a.reshape(len(a), -1, a.shape[-1])
     b = b.reshape(len(b), -1, b.shape[-1])
     shape = module.weight.shape
@@ -226,7 +232,7 @@ def _linear(module: nn.Linear, a: Tensor, b: Tensor) -> dict[str, ParameterTerm]
 
 
 def _conv(module: nn.Conv2d, a: Tensor, b: Tensor) -> dict[str, ParameterTerm]:
-    """Convolution: a [n, i, H, W], b [n, o, H', W']."""
+    """Rule of convolutions: a [n, i, H, W], b [n, o, H', W']."""
     shape = module.weight.shape
     if module.groups == 1 and _ghost_is_cheaper(module, a, b):
         # In 16 bits the rounding error of the sum would depend on all samples, so one more sample
@@ -252,7 +258,7 @@ def _conv(module: nn.Conv2d, a: Tensor, b: Tensor) -> dict[str, ParameterTerm]:
 def _weight_gradient(module: nn.Conv2d, a: Tensor, b: Tensor, samples: int = 1) -> Tensor:
     """Returns weight gradients [samples, o, i, kh, kw].
 
-    With `samples` = 1: the gradient of the whole batch; else one gradient per sample.
+    If `samples` is 1, this is the gradient of the whole batch; otherwise one gradient per sample.
     """
     o, *rest = module.weight.shape
     if samples > 1:
@@ -264,9 +270,9 @@ def _weight_gradient(module: nn.Conv2d, a: Tensor, b: Tensor, samples: int = 1) 
 
 
 def _ghost_is_cheaper(module: nn.Conv2d, a: Tensor, b: Tensor) -> bool:
-    """Returns whether Gram matrices need fewer multiplications per sample than single gradients.
+    """Returns whether Gram matrices need fewer multiplications than per-sample gradients.
 
-    Measured: this is so for images below 16 x 16.
+    In measurements this was true for images below 16 x 16.
     """
     pixels = (a.shape[2] + 2 * int(module.padding[0])) * (a.shape[3] + 2 * int(module.padding[1]))
     places = b.shape[2] * b.shape[3]
@@ -310,9 +316,9 @@ def _magnitude(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _affine(normal: Tensor, b: Tensor, channels: int) -> dict[str, ParameterTerm]:
-    """Scale and bias of a normalisation with channels in dimension 1.
+    """Rule for scale and bias of a normalisation with channels in dimension 1.
 
-    `normal` [n, c, ...] is the output before scale and bias.
+    `normal` [n, c, ...] is the output of the layer before scale and bias.
     """
     each = (normal * b).reshape(len(b), channels, -1).sum(2)
     bias = b.reshape(len(b), channels, -1).sum(2)
@@ -321,7 +327,7 @@ def _affine(normal: Tensor, b: Tensor, channels: int) -> dict[str, ParameterTerm
 
 
 def _batch_norm(module: nn.BatchNorm2d, a: Tensor, b: Tensor) -> dict[str, ParameterTerm]:
-    """Batch normalisation with frozen statistics; see `check_separable`."""
+    """Rule of batch normalisation with frozen statistics (`check_separable` allows no other)."""
     normal = F.batch_norm(a, module.running_mean, module.running_var, eps=module.eps)
     return _affine(normal, b, module.num_features)
 

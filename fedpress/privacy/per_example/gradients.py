@@ -1,4 +1,8 @@
-"""The sum of clipped per-sample gradients for DP-SGD, with sensitivity `clip_norm`."""
+"""The sum of clipped per-sample gradients for DP-SGD, with sensitivity `clip_norm`.
+
+There are three methods: "loop" (one backward pass per sample: slow, always correct), "ghost" and
+"vmap" (the whole batch at once). The fast methods are compared with the loop while they run.
+"""
 
 from __future__ import annotations
 
@@ -49,10 +53,10 @@ class RawStats:
     Attributes:
         examples: size of the batch.
         loss: mean of the finite losses; nan if there are none.
-        share_clipped: share of the samples whose gradient was longer than the clip norm.
+        share_clipped: share of the samples whose gradient norm was above the clip norm.
         refused: number of samples with a NaN or infinite gradient; they contributed zero.
-        failed: number of samples on which the network raised, or changed its own buffers or
-            parameters; they contributed zero too.
+        failed: number of samples for which the network raised an error, or changed its own buffers
+            or parameters; they contributed zero too.
         problem: the problem of the first failed sample; "" if there is none.
         agreed: whether the chosen method gave the same result as the plain loop.
     """
@@ -81,9 +85,9 @@ def clipped_gradient_sum(
     """Returns the sum over samples of gradient * min(1, clip_norm / norm).
 
     Abadi et al. 2016 (arXiv:1607.00133), Algorithm 1. Adding or removing one sample changes the sum
-    by at most `clip_norm` in L2, even if its gradient is NaN or infinite, if its square overflows,
-    or if the network raises on it. With "ghost" and "vmap" this holds up to rounding errors of
-    kernels whose order of summation depends on the batch.
+    by at most `clip_norm` in L2, even if the sample's gradient is NaN or infinite, if its square
+    overflows, or if the network raises an error. With "ghost" and "vmap" this holds up to rounding
+    errors of kernels whose order of summation depends on the batch.
 
     Args:
         model: the network; d is the number of its trainable values, ordered as in
@@ -92,14 +96,14 @@ def clipped_gradient_sum(
         x: prepared inputs [n, ...], one tensor or several by name; n may be 0.
         y: labels [n].
         clip_norm: the L2 bound of one sample.
-        method: row of `METHODS`; see `choose_method`.
-        chunk: number of samples that are processed at a time, to bound memory.
+        method: name in `METHODS`; see `choose_method`.
+        chunk: number of samples that are processed at a time, to limit memory.
         verify: what is compared with the loop in every chunk: "losses" of 4 samples, or "gradients"
-            (losses and norms) of 8. After a mismatch, or if the method raises, the loop repeats
-            the chunk.
+            (losses and norms) of 8 samples. After a mismatch, or if the method raises an error, the
+            loop repeats the chunk.
         tolerate_writes: if True, changes of buffers or parameters by a forward pass are undone, and
-            the sample contributes zero. If False, they raise an error; it must not be visible
-            outside, because a single sample can cause it.
+            the sample contributes zero. If False, such a change raises an error. The error must
+            stay on the client, because a single sample can cause it.
 
     Returns:
         The sum, float32 [d], and statistics that are not private.
@@ -135,7 +139,8 @@ class _RunningSum:
         total: the sum, float32 [d].
         views: `total` as one view per trainable parameter.
         measured: loss, norm and problem of each sample so far.
-        agreed: whether the loop had to repeat no chunk.
+        agreed: whether all chunks were computed by the chosen method. False if the loop had to
+            repeat a chunk.
         wrote: the first change of the model by a forward pass, and a cure; "" if there is none.
     """
 
@@ -152,10 +157,10 @@ class _RunningSum:
         self.wrote = ""
 
     def try_add_(self, method: Method, query: Query, verify: Verify) -> bool:
-        """Adds the samples of a chunk by `method`; returns whether it succeeded.
+        """Adds the samples of a chunk by `method`; returns whether this succeeded.
 
-        Nothing is added if the method raised or differs from the loop, or if the model changed
-        itself: in a batch it is not known which sample caused this.
+        Nothing is added if the method raised an error, if it differs from the loop, or if the model
+        changed itself. In a batch it is not known which sample caused such a change.
         """
         # A method that raises may already have added some samples.
         before = self.total.clone()
@@ -174,7 +179,7 @@ class _RunningSum:
         return False
 
     def add_one_by_one_(self, query: Query) -> None:
-        """Adds the samples of a chunk one by one, so that they cannot influence each other."""
+        """Adds the samples of a chunk one by one, so that no sample can influence another."""
         found = add_loop_(self.views, query, self.guard)
         self.measured += found
         for sample in found:
@@ -183,7 +188,10 @@ class _RunningSum:
 
 
 def _verified(views: list[Tensor], query: Query, method: Method, verify: Verify) -> Measured | None:
-    """Adds a chunk by `method`; None if it raised, or if some samples differ from the loop."""
+    """Adds a chunk by `method`; returns loss and norm of each sample.
+
+    Returns None if the method raised an error, or if a compared sample differs from the loop.
+    """
     try:
         measured = METHODS[method](views, query)
         rows = _rows_to_verify(query.x, 8 if verify == "gradients" else 4)
@@ -208,7 +216,7 @@ def _verified(views: list[Tensor], query: Query, method: Method, verify: Verify)
 
 @torch.no_grad()
 def _losses(query: Query, rows: list[int]) -> Measured:
-    """Returns the losses of `rows` if the whole batch runs at once; norms are 0."""
+    """Runs the whole batch at once and returns the losses of `rows`; norms are set to 0."""
     outputs = call(query.model, query.x)
     found = []
     # In float32 even under autocast, because losses are compared.
@@ -219,11 +227,11 @@ def _losses(query: Query, rows: list[int]) -> Measured:
 
 
 def _rows_to_verify(x: Inputs, count: int) -> list[int]:
-    """Returns up to `count` rows of `x` [n, ...] to compare.
+    """Returns the indices of up to `count` rows of `x` [n, ...] to compare.
 
-    These are the largest input, its neighbours, the smallest input, then evenly spread ones. A
-    network that mixes examples only on rare inputs probably does so on extreme ones, and changes
-    their neighbours.
+    They are the largest input, its two neighbours, the smallest input, and evenly spread rows. If a
+    network mixes examples only for rare inputs, it probably does so for extreme inputs, and the
+    results of their neighbours change.
     """
     n = len(x)
     if n <= count:
@@ -274,11 +282,11 @@ def _without_dropout(model: nn.Module) -> Iterator[bool]:
 def choose_method(model: nn.Module, loss_fn: LossFn, x: Inputs, y: Tensor) -> Method:
     """Returns the fastest method that agrees with the plain loop on a copy of `model`.
 
-    Methods are tried on two random inputs of the shape and type of `x`. If random numbers may be
-    invalid inputs (inputs are whole numbers such as tokens, or the network has embeddings), or if
-    the network fails on them, two rows of `x` are used instead. A network that mixes samples fails
-    the comparison for every batched method, so it gets the loop. Mixing on rare inputs only is
-    found later, by `verify` of `clipped_gradient_sum`.
+    Methods are tried on two random inputs of the shape and type of `x`. Two rows of `x` are used
+    instead if random numbers may be invalid inputs (whole numbers such as tokens, or a network with
+    embeddings), or if the network fails on the random inputs. For a network that mixes samples,
+    both fast methods differ from the loop, so the result is "loop". If a network mixes samples for
+    rare inputs only, `verify` of `clipped_gradient_sum` may find this later.
 
     Args:
         model: the network.
@@ -355,7 +363,7 @@ def _is_whole(values: Tensor) -> bool:
 
 
 def check_separable(model: nn.Module) -> None:
-    """Raises RecipeError if a module lets one sample change the gradient of another."""
+    """Raises RecipeError if a module makes a sample's gradient depend on other samples."""
     for name, module in model.named_modules():
         batch_norm = isinstance(module, BatchNorm)
         # Without running statistics, a batch norm uses batch statistics even in evaluation mode.

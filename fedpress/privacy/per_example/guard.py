@@ -1,4 +1,4 @@
-"""Detects and undoes changes of buffers and parameters by a forward pass on private examples."""
+"""Detects and undoes a change of buffers or parameters by a forward pass on private examples."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 
 class Guard:
-    """A copy of a model's buffers and parameters, taken before private examples run through it.
+    """A copy of a model's buffers and parameters, taken before a forward pass on private examples.
 
     A forward pass that changes the model stores private data in it without noise. Examples: the
     running statistics of a normalisation, or `nn.Embedding(max_norm=...)`, which rescales the rows
@@ -24,14 +24,14 @@ class Guard:
             self._versions[name] = value._version
 
     def put_back_(self) -> str:
-        """Undoes every change since the last call.
+        """Restores every buffer and parameter that has changed since the last call.
 
         Returns:
-            The first changed tensor and a cure, as a text for an error; "" if nothing changed.
+            The text of an error: the first changed tensor and a cure. "" if nothing changed.
         """
         now = _named_tensors(self._model)
         problem = ""
-        # The originals are included, because the forward pass may have removed a tensor.
+        # The original names are included, because the forward pass may have removed a tensor.
         for name in dict.fromkeys([*now, *self._originals]):
             if self._unchanged(name, now.get(name)):
                 continue
@@ -52,7 +52,7 @@ class Guard:
         path, _, leaf = name.rpartition(".")
         module = self._model.get_submodule(path)
         table = module._parameters if leaf in module._parameters else module._buffers
-        # A tensor that the forward pass has registered is removed.
+        # The forward pass has registered a new tensor: it is removed.
         if name not in self._originals:
             del table[leaf]
             return

@@ -1,4 +1,8 @@
-"""Clipped per-sample gradients: a backward pass per sample, or all at once by `torch.func`."""
+"""Clipped per-sample gradients for DP-SGD: a backward pass per sample, or `torch.func.vmap`.
+
+Both functions add min(1, clip_norm / norm) * gradient of each sample to a sum. The plain loop is
+slow and works for every network; other methods are compared with its results.
+"""
 
 from __future__ import annotations
 
@@ -29,9 +33,9 @@ class Sample(NamedTuple):
     """Loss, gradient norm and problem of one sample. NOT private: they have no noise.
 
     Attributes:
-        loss: its loss; nan if the network failed on it.
-        norm: L2 norm of its gradient before clipping; nan if there is none.
-        problem: why the network failed on it; "" if it did not.
+        loss: the loss of the sample; nan if the network failed on the sample.
+        norm: L2 norm of the gradient before clipping; nan if there is no gradient.
+        problem: why the network failed on the sample; "" if it did not fail.
     """
 
     loss: float
@@ -71,7 +75,7 @@ class Query:
 
 
 def add_loop_(views: list[Tensor], query: Query, guard: Guard | None = None) -> Measured:
-    """Adds the clipped gradient of every sample to `views`, by one backward pass each.
+    """Adds the clipped gradient of every sample to `views`, with one backward pass per sample.
 
     This is slow, but correct for every network. A sample contributes zero if the network raises on
     it, if its gradient is not finite, or if the forward pass changes the model (`guard` undoes it).
@@ -102,8 +106,8 @@ def _measure_one(views: list[Tensor], query: Query) -> tuple[Sample, list[tuple[
     try:
         loss, grads = _gradient(query, x, y)
     except Exception as first:
-        # Some networks fail on a batch of one (`squeeze()`). The mean loss of a sample and its copy
-        # has the same gradient, without another sample.
+        # Some networks fail on a batch of one (`squeeze()`). A batch of the sample and its copy has
+        # the same mean loss and gradient, and involves no other sample.
         try:
             loss, grads = _gradient(query, join([x, x]), torch.cat([y, y]))
         except Exception:
@@ -128,9 +132,9 @@ def _gradient(query: Query, x: Inputs, y: Tensor) -> tuple[Tensor, tuple[Tensor 
 
 
 def add_vmap_(views: list[Tensor], query: Query) -> Measured:
-    """Adds the clipped gradients by `torch.func`: fast on GPUs and for small networks.
+    """Adds the clipped gradient of every sample to `views`, all samples at once by `torch.func`.
 
-    The gradients of all samples are in memory at once.
+    This is fast on GPUs and for small networks. All gradients are in memory at the same time.
 
     Args:
         views: the sum, as one view per trainable parameter; changed in place.
@@ -189,7 +193,7 @@ def clip_factors(norms: Tensor, clip_norm: float) -> Tensor:
 
 
 def _redo_not_finite_(measured: Measured, views: list[Tensor], query: Query) -> Measured:
-    """Repeats samples without a finite float32 norm by the loop, which computes in float64."""
+    """Repeats samples without a finite float32 norm by the loop, which also tries float64."""
     for i, sample in enumerate(measured):
         if not math.isfinite(sample.norm):
             measured[i] = add_loop_(views, query.one(i))[0]

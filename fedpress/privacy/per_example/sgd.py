@@ -1,4 +1,4 @@
-"""DP-SGD on one client's data, as generators of noised gradients or of steps."""
+"""DP-SGD on one client's data: generators that yield noised gradients, or training steps."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ from fedpress.privacy.plan import PrivacyPlan
 
 @dataclass(frozen=True)
 class StepRecord:
-    """The record of one private step.
+    """What is known about one private step.
 
     Attributes:
         step: number of the step, from 1.
-        raw: statistics WITHOUT noise: they must not leave the client.
+        raw: statistics of the batch WITHOUT noise: they must not leave the client.
     """
 
     step: int
@@ -54,28 +54,31 @@ def private_steps(
     """Trains the parameters of `model` in place by DP-SGD and yields after every step.
 
     Abadi et al. 2016 (arXiv:1607.00133), Algorithm 1. The noised sum is divided by the expected
-    batch size `plan.sampling_prob * len(x)`. The caller must charge all `steps` to the ledger
-    before, including steps whose batch may be empty.
+    batch size `plan.sampling_prob * len(x)`. The caller must charge all `steps` to the privacy
+    ledger before the first step, including steps whose batch may be empty.
 
     Args:
-        model: without batch normalisation in training mode.
+        model: the network, without batch normalisation in training mode.
         loss_fn: outputs and labels of one example -> its loss.
         x: raw examples [n, ...], one tensor or several by name; n is treated as public.
         y: labels [n].
-        plan: clip norm, sampling and noise; of unit "sample".
+        plan: clip norm, sampling and noise; its unit must be "sample".
         steps: number of steps.
-        lr: learning rate of plain SGD.
+        lr: learning rate of SGD.
         generator: draws batches and noise; a `RandomSource`, or a torch generator.
-        momentum: of SGD. It mixes noised gradients only, so it costs no privacy.
-        prepare: raw batch [k, ...] -> network input. An example's input must not depend on other
-            examples, so mixup is not allowed.
-        method: row of `gradients.METHODS`; None: chosen at the first batch. Some examples of every
-            batch are compared with the plain loop; after a mismatch all further steps use the loop.
+        momentum: momentum of SGD. It combines noised gradients only, so it costs no privacy.
+        prepare: raw batch [k, ...] -> network input; None: raw examples are the input. An example's
+            input must not depend on other examples, so mixup is not allowed.
+        method: name in `gradients.METHODS`; None: chosen at the first batch. Some examples of every
+            batch are compared with the plain loop. After a mismatch all further steps use the loop.
         autocast: type of forward and backward passes, such as torch.bfloat16; norms and sums stay
             float32.
 
+    Yields:
+        A record after every step.
+
     Raises:
-        RecipeError: if the plan protects clients, or a module mixes the samples of a batch.
+        RecipeError: if the plan's unit is "client", or a module mixes the samples of a batch.
         PrivacyError: if there are no examples.
     """
     params = trainable(model)
@@ -113,12 +116,16 @@ def private_gradients(
 ) -> Iterator[tuple[Tensor, RawStats]]:
     """Yields the noised mean gradient [d] of each private step; does not change the parameters.
 
-    Each gradient is computed when the caller asks for it, at the model's current parameters. For
-    the arguments see `private_steps`. `noise` maps the sum of clipped gradients [d] to the random
-    source of its noise, so that every sum can have its own stream; if None, it is `generator`.
+    Each gradient is computed at the model's current parameters, when the caller asks for it. The
+    arguments are those of `private_steps`, and `noise`: a function from the sum of clipped
+    gradients [d] to the random source of its noise, so that every sum can have its own stream. If
+    `noise` is None, all noise comes from `generator`.
+
+    Yields:
+        The gradient, and statistics of the batch that are not private.
 
     Raises:
-        RecipeError: if the plan protects clients, or a module mixes the samples of a batch.
+        RecipeError: if the plan's unit is "client", or a module mixes the samples of a batch.
         PrivacyError: if there are no examples.
     """
     if plan.unit != "sample":
@@ -126,6 +133,7 @@ def private_gradients(
             f"got {plan.unit!r}, expected 'sample': only then are steps private", place="plan.unit"
         )
     checked = False
+    # The divisor is a constant. The actual batch size is private.
     expected = plan.sampling_prob * len(x)
     for index in poisson_batches(len(x), plan.sampling_prob, steps, generator):
         batch = x[index]
@@ -166,18 +174,19 @@ def sgd_step_(
     lr: float,
     momentum: float,
 ) -> Tensor:
-    """Takes a step of SGD with momentum along minus `gradient` [d].
+    """Takes one step of SGD with momentum against `gradient` [d].
 
     Args:
         params: the parameters, changed in place.
         gradient: noised mean gradient [d].
-        velocity: result of the last step, changed in place; None at the first step.
+        velocity: velocity that the last step returned, changed in place; None at the first step.
         lr: learning rate.
         momentum: factor on the last velocity.
 
     Returns:
         The velocity [d] for the next step.
     """
+    # As in torch.optim.SGD, the first velocity is the gradient itself.
     direction = gradient
     if velocity is not None:
         direction = velocity.mul_(momentum).add_(gradient)
