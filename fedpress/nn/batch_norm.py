@@ -1,4 +1,4 @@
-"""Questions about a model's batch norms: are there any, and do they use batch statistics now?"""
+"""Tells whether a model has batch norms, and whether they use the statistics of the batch."""
 
 from __future__ import annotations
 
@@ -26,6 +26,6 @@ def _batch_norms(model: nn.Module) -> list[_BatchNorm]:
 
 
 def uses_batch_statistics(model: nn.Module) -> bool:
-    """Returns whether any batch norm of `model`, in its present mode, uses batch statistics."""
-    # Without running statistics a norm uses those of the batch in evaluation mode too.
+    """Returns whether any batch norm of `model` uses batch statistics in its current mode."""
+    # Without running statistics a norm uses batch statistics in evaluation mode too.
     return any(norm.training or norm.running_mean is None for norm in _batch_norms(model))

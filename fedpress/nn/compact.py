@@ -1,6 +1,6 @@
 """Compact sparse weights: the parameter is the vector of kept values, without the zeros.
 
-So only the kept values are trained, sent, and get noise.
+Then only the kept values are trained, sent to the server, and get privacy noise.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from fedpress.nn.quantized import kept_entries
 
 
 class ScatterValues(nn.Module):
-    """A parametrization that computes a weight: values [k] at fixed places, zeros elsewhere."""
+    """A parametrization that computes a weight from values [k]: all other entries are zeros."""
 
     def __init__(self, mask: Tensor) -> None:
         super().__init__()
@@ -24,13 +24,13 @@ class ScatterValues(nn.Module):
         self.register_buffer("places", mask.flatten().nonzero().flatten(), persistent=False)
 
     def forward(self, values: Tensor) -> Tensor:
-        """Returns the weight with `values` [k] at the places of the mask."""
+        """Returns the weight with `values` [k] where the mask is true."""
         assert isinstance(self.places, Tensor)
         zeros = values.new_zeros(self.shape.numel())
         return zeros.index_put((self.places,), values).view(self.shape)
 
     def right_inverse(self, weight: Tensor) -> Tensor:
-        """Returns the values [k] of a weight at the places of the mask."""
+        """Returns the values [k] of a weight where the mask is true."""
         assert isinstance(self.places, Tensor)
         # If two modules share a weight, it became a vector when the first one was parametrized.
         if weight.shape == self.places.shape:
@@ -43,14 +43,14 @@ def compact_(model: nn.Module, sparse: Iterable[str]) -> nn.Module:
 
     Example: a weight [64, 64] with 410 kept entries becomes a parameter [410]. Flat vectors,
     clipping, noise and secure sums then work on the kept values only, and the zeros cannot change.
-    Frozen weights are not changed. `expand_` undoes it.
+    Frozen weights stay as they are. `expand_` undoes the replacement.
 
     Args:
         model: changed in place.
         sparse: names of sparse weights.
 
     Raises:
-        ModelError: if `model` has no weight of that name, or a weight is all zeros.
+        ModelError: if `model` has no weight with one of the names, or a weight is all zeros.
     """
     masks = kept_entries(model, sparse)
     parameters = dict(model.named_parameters(remove_duplicate=False))
@@ -74,7 +74,7 @@ def compact_(model: nn.Module, sparse: Iterable[str]) -> nn.Module:
 
 @torch.no_grad()
 def expand_(model: nn.Module) -> nn.Module:
-    """Undoes `compact_`: compact weights become plain parameters with their zeros."""
+    """Undoes `compact_`: compact weights become ordinary parameters with their zeros."""
     full: dict[nn.Parameter, Tensor] = {}
     # A copy of the list, because parametrizations are removed while it is read.
     for module in [*model.modules()]:

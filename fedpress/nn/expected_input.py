@@ -1,4 +1,8 @@
-"""What to do with examples that a model does not take: other axes, or what its first layer takes."""
+"""Suggests a fix for examples that a model does not take, such as `x.permute(0, 3, 1, 2)`.
+
+The fix is part of an error message. Other orders of the axes are tried with the model. If none
+works, the message says which shape the first layer takes.
+"""
 
 from __future__ import annotations
 
@@ -16,12 +20,13 @@ SPACE = ("length", "height, width", "depth, height, width")
 
 @torch.no_grad()
 def input_cure(model: nn.Module, x: object, otherwise: str) -> str:
-    """Returns a cure for examples that a model does not take.
+    """Returns the text of a fix for examples that a model does not take.
 
     Args:
-        model: in evaluation mode, as a batch norm would learn from a trial run.
-        x: a batch [n, ...] as the model was given it.
-        otherwise: the cure where nothing is found.
+        model: the model, in evaluation mode: in training mode a batch norm would learn from the
+            trial runs.
+        x: the batch [n, ...] that the model does not take.
+        otherwise: the text that is returned if no fix is found.
 
     >>> input_cure(nn.Conv2d(3, 4, 3), torch.rand(2, 16, 16, 3), "?")
     'give x.permute(0, 3, 1, 2), examples of shape [3, 16, 16], which it takes'
@@ -33,8 +38,9 @@ def input_cure(model: nn.Module, x: object, otherwise: str) -> str:
     for call, other in _forms(x):
         try:
             out = model(other)
-        except Exception:  # whatever somebody's own network raises
+        except Exception:  # a user's network may raise anything
             continue
+        # With mixed-up axes a network may run and return a wrong number of rows.
         if isinstance(out, Tensor) and len(out) == len(x):
             return f"give {call}, examples of shape {list(other.shape[1:])}, which it takes"
     wanted = _first_layer(model)
@@ -44,7 +50,7 @@ def input_cure(model: nn.Module, x: object, otherwise: str) -> str:
 
 
 def _forms(x: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """Yields other forms of the same batch, each with the call that makes it of `x`."""
+    """Yields (code, batch): the batch `x` in another form, and the code that makes this form."""
     axes = range(1, x.dim())
     if len(axes) <= MOST_AXES:
         for order in permutations(axes):
@@ -56,7 +62,10 @@ def _forms(x: Tensor) -> Iterator[tuple[str, Tensor]]:
 
 
 def _first_layer(model: nn.Module) -> tuple[str, str] | None:
-    """Returns the kind of the first layer with weights and the shape that it takes, if known."""
+    """Returns the class name of the first layer with weights, and the shape of its examples.
+
+    Returns None if this layer is neither linear nor a convolution.
+    """
     for module in model.modules():
         name = type(module).__name__
         if isinstance(module, nn.Linear):

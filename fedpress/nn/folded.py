@@ -1,6 +1,7 @@
 """Changes the structure of a model for folded batch norms: norms become identities.
 
-The values of the folded weights are not computed here (see `fedpress.compress.quantize.fold`).
+Folding puts the scale and shift of a norm into the layer before it, so that the norm is not needed.
+The new weights are not computed here (see `fedpress.compress.quantize.fold`).
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from fedpress.nn.batch_norm import BatchNorm
 
 @torch.no_grad()
 def apply_folds_(model: nn.Module, folded: Mapping[str, str]) -> None:
-    """Replaces batch norms by identities, and adds a bias of zeros to layers without one.
+    """Replaces batch norms by identities, and adds a bias of zeros to layers without a bias.
 
     The caller sets weights and biases afterwards, from the norms or from a file.
 
@@ -25,7 +26,7 @@ def apply_folds_(model: nn.Module, folded: Mapping[str, str]) -> None:
         folded: name of each batch norm -> name of the convolution or linear layer before it.
 
     Raises:
-        ModelError: if a name is not in the model, or its module is of another kind.
+        ModelError: if a name is not in the model, or its module is not a batch norm or layer.
     """
     for norm, into in folded.items():
         owner, _, key = norm.rpartition(".")

@@ -1,7 +1,8 @@
 """Trial runs of user-defined subclasses of `nn.Linear` and `nn.Conv2d`.
 
 A subclass can be quantized like its base layer if it only prepares the input, for instance by
-padding, and then applies the weight as the base layer does. The trial run checks that.
+padding, and then applies the weight as the base layer does. A trial run on random inputs checks
+this.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ SIZES = ("size", "dim", "numel", "stride", "is_floating_point", "__len__", "is_c
 
 
 def base_layer(kind: type[nn.Module]) -> type[nn.Module] | None:
-    """Returns the convolution or linear layer that `kind` is a subclass of, or None."""
+    """Returns the torch class, such as `nn.Conv2d`, that `kind` is a subclass of, or None."""
     return next((base for base in OPERATIONS if issubclass(kind, base)), None)
 
 
@@ -52,8 +53,8 @@ class WeightReads(TorchFunctionMode):
     Attributes:
         layer: the layer that has the weight.
         operation: the operation of its base layer, such as `F.conv2d`.
-        calls: arguments of each call of `operation` with the weight.
-        others: names of other functions that used the weight's values.
+        calls: name -> argument, for each call of `operation` with the weight.
+        others: names of all other functions that used the weight's values.
     """
 
     def __init__(self, layer: nn.Module, operation: Callable[..., Tensor]) -> None:
@@ -98,7 +99,7 @@ def _arguments(args: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
 
 @torch.no_grad()
 def _probe(layer: nn.Module, x: Tensor) -> WeightReads:
-    """Runs a copy of `layer` in evaluation mode on `x` and returns how its weight was used."""
+    """Runs a copy of `layer` in evaluation mode on `x`; returns the recorded uses of its weight."""
     base = base_layer(type(layer))
     assert base is not None
     # A copy, because a user's forward may change the layer.
@@ -111,11 +112,11 @@ def _probe(layer: nn.Module, x: Tensor) -> WeightReads:
 
 
 def why_not_plain(layer: nn.Module) -> str | None:
-    """Returns why a subclass cannot be quantized like its base layer, or None if it can.
+    """Returns why a subclass cannot be quantized like its base layer; None if it can be.
 
     The weight must be used exactly once, by the operation of the base layer, with the layer's bias.
-    The input of that operation may only consist of entries of the layer's input and zeros (padding,
-    for example). Rounding the layer's input is then the same as rounding that of the operation.
+    The input of this operation must consist of entries of the layer's input and zeros, as after
+    padding. Then rounding the layer's input is the same as rounding the input of the operation.
     """
     base = base_layer(type(layer))
     assert base is not None
@@ -124,6 +125,7 @@ def why_not_plain(layer: nn.Module) -> str | None:
         if name not in ("weight", "bias") and parameter.dim() > 1:
             return f"it has weights beside its own ('{name}')"
 
+    # A second run on rounded inputs shows whether the preparation only copies values.
     x = _random_input(layer)
     try:
         reads = _probe(layer, x)
@@ -149,7 +151,7 @@ def why_not_plain(layer: nn.Module) -> str | None:
 
 
 def plain_equivalent(layer: nn.Module, x: Tensor) -> tuple[nn.Module, Tensor]:
-    """Returns a base layer and the prepared input that together replace a subclass for `x`.
+    """Returns a base layer and its input that together compute what a subclass computes for `x`.
 
     Example: for a subclass that pads its input, a `Conv2d` and the padded input. The base layer is
     on the meta device: its weight has a shape but no values.
@@ -179,7 +181,7 @@ def plain_equivalent(layer: nn.Module, x: Tensor) -> tuple[nn.Module, Tensor]:
 
 
 def _random_input(layer: nn.Module) -> Tensor:
-    """Returns two random examples, images a little larger than the kernel."""
+    """Returns two random examples; images are slightly larger than the kernel."""
     generator = torch.Generator().manual_seed(0)
     assert isinstance(layer.weight, Tensor)
     device = layer.weight.device

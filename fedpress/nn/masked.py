@@ -1,4 +1,7 @@
-"""Turns masks on weights, from `torch.nn.utils.prune` or a parametrization, into plain zeros."""
+"""Replaces masked weights by ordinary weights with zeros.
+
+A masked weight is computed as original * mask, by `torch.nn.utils.prune` or a parametrization.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,8 @@ class _MaskedWeight:
         key: name of the weight in the module.
         original: the parameter that is masked.
         mask: the mask, in the shape of `original`.
-        hooked: whether a hook of `torch.nn.utils.prune` computes it; else a parametrization does.
+        hooked: True if a hook of `torch.nn.utils.prune` computes the weight; False if a
+            parametrization does.
     """
 
     path: str
@@ -35,11 +39,11 @@ class _MaskedWeight:
 
     @property
     def name(self) -> str:
-        """Dotted name in the model."""
+        """Dotted name of the weight in the model, such as "block.0.weight"."""
         return f"{self.path}.{self.key}" if self.path else self.key
 
     def materialize_(self) -> None:
-        """Replaces the computed weight by a plain parameter with the values original * mask."""
+        """Replaces the computed weight by a parameter with the values original * mask."""
         if self.hooked:
             prune.remove(self.module, self.key)
         else:
@@ -47,7 +51,7 @@ class _MaskedWeight:
 
 
 def absorb_masks_(model: nn.Module) -> tuple[str, ...]:
-    """Replaces every masked weight of `model` by a plain parameter with the values original * mask.
+    """Replaces every masked weight of `model` by a parameter with the values original * mask.
 
     Masks are found in hooks of `torch.nn.utils.prune`, and in parametrizations whose steps all have
     a tensor attribute `mask`. Other parametrizations, such as weight norm, are not changed. A
@@ -119,6 +123,7 @@ def _parametrized(model: nn.Module) -> Iterator[_MaskedWeight]:
 
 def _check_shared(model: nn.Module, weights: list[_MaskedWeight]) -> None:
     """Raises an error for a shared weight that does not have the same mask in all its modules."""
+    # With different masks, the shared parameter could have only one of the results.
     uses: Counter[int] = Counter()
     for module in model.modules():
         uses.update(id(parameter) for parameter in module.parameters(recurse=False))

@@ -1,4 +1,7 @@
-"""Observers: choose the range (lowest and highest value) of quantized inputs from a histogram."""
+"""Observers: functions that choose the range of quantized inputs from a histogram of the inputs.
+
+The range is the lowest and the highest value that can be represented; other values are clipped.
+"""
 
 from __future__ import annotations
 
@@ -41,14 +44,17 @@ class Histogram:
 
 
 def minmax(seen: Histogram, quantization: InputQuantization) -> tuple[float, float]:
-    """Returns the smallest and the largest observed value."""
+    """Returns the smallest and the largest observed value as the range."""
     return seen.low, seen.high
 
 
 def percentile(
     seen: Histogram, quantization: InputQuantization, *, share: float = 0.9999
 ) -> tuple[float, float]:
-    """Returns the range that contains `share` of the values; half of the rest lies below it."""
+    """Returns the range that contains `share` of the values.
+
+    Half of the other values are below the range, half are above it.
+    """
     # A bin is inside if more than `edge` values lie at or below it, and at or above it.
     edge = (1 - share) / 2 * seen.counts.sum()
     below = seen.counts.cumsum(0)
@@ -64,10 +70,10 @@ def percentile(
 def mse(seen: Histogram, quantization: InputQuantization) -> tuple[float, float]:
     """Returns the range with the least squared rounding error.
 
-    The ranges that are tried are 1%, 2%, ..., 100% of the observed one.
+    It tries the ranges that are 1%, 2%, ..., 100% of the observed range.
     """
     best = (float("inf"), (seen.low, seen.high))
-    # The error is that of the bins' centers, so the data need not be read for each range.
+    # Errors are computed at the centers of the bins, so the data need not be read for each range.
     for share in torch.linspace(0.01, 1, 100).tolist():
         low, high = seen.low * share, seen.high * share
         squares = (_rounded(seen.centers, low, high, quantization) - seen.centers).square()
@@ -81,9 +87,9 @@ def entropy(seen: Histogram, quantization: InputQuantization) -> tuple[float, fl
 
     The method of TensorRT (S. Migacz, 8-bit Inference with TensorRT, GTC 2017): P is the histogram
     with all values outside of the range added to its end bins; Q is P averaged within each step of
-    the grid. Both ends are clipped at the same distance from 0. As in TensorRT the bin of 0 is not
-    counted: 0 is exact in every grid, but averaging would spread the many zeros of a ReLU over the
-    neighbouring bins.
+    the grid. Both ends are clipped at the same distance from 0. As in TensorRT, the bin that
+    contains 0 is not counted: 0 is exact in every grid, but averaging would spread the many zeros
+    of a ReLU over the neighbouring bins.
     """
     centers = seen.centers
     bin_width = centers[1] - centers[0]

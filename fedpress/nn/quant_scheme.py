@@ -1,8 +1,8 @@
-"""Quantization schemes of weights and inputs, and the functions that quantize by them.
+"""Quantization schemes for weights and inputs of layers, and the functions that apply them.
 
 The terms are those of the library compressed-tensors. A *grid* is the set of values that can be
-represented, and a *code* is the integer that represents one of them. For weights value = code *
-scale; for inputs value = (code - zero_point) * scale.
+represented, and a *code* is the integer that stands for one of these values. Weights:
+value = code * scale. Inputs: value = (code - zero_point) * scale.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ BITS = {"int": 8, "ternary": 2, "binary": 1, "codebook": 4}
 
 
 class WeightQuantization(BaseModel):
-    """How weights are quantized: the grid, by `kind` and `bits`.
+    """Settings for the quantization of weights; `kind` and `bits` determine the grid.
 
     - "int": c * scale with integers c from -(2^(bits-1) - 1) to 2^(bits-1) - 1
     - "ternary": {-scale, 0, scale}
     - "binary": {-scale, scale}
     - "codebook": 2^bits values that all weights of the layer share
 
-    All but "binary" include 0 exactly.
+    Every grid except "binary" contains 0 exactly.
 
     >>> WeightQuantization(kind="int", bits=4).highest
     7
@@ -89,7 +89,10 @@ class WeightQuantization(BaseModel):
 
     @property
     def highest(self) -> int:
-        """The largest code. For a codebook codes are indices minus 2^(bits-1), to fit into int8."""
+        """The largest code.
+
+        Codes of a codebook are indices minus 2^(bits-1), so that they fit into int8.
+        """
         if self.kind in ("int", "codebook"):
             return (1 << (self.bits - 1)) - 1
         return 1
@@ -108,15 +111,17 @@ class WeightQuantization(BaseModel):
 
 
 class InputQuantization(BaseModel):
-    """How inputs of a layer are quantized: (c - zero_point) * scale with c in 0 .. 2^bits - 1.
+    """Settings for the quantization of a layer's inputs.
 
-    One-bit inputs are {middle - scale, middle + scale}: each channel has a middle, and values are
-    rounded by whether they lie below or above it. The sign alone would always be +1 after a ReLU.
-    The middle is learned, as in ReActNet (Liu et al. 2020, arXiv:2003.03488, section 4.1); XNOR-Net
+    The grid is (c - zero_point) * scale with integers c from 0 to 2^bits - 1.
+
+    One-bit inputs are different. Each channel has a threshold, the `middle`: values below it become
+    middle - scale, other values middle + scale. The sign instead would always be +1 after a ReLU.
+    The middle is learned, as in ReActNet (Liu et al. 2020, arXiv:2003.03488, section 4.1). XNOR-Net
     has a batch norm before the sign instead (Rastegari et al. 2016, arXiv:1603.05279, section 3.2).
-    With `middle=False` one-bit inputs are {-scale, scale}, by the sign.
+    With `middle=False` one-bit inputs are -scale or scale, by their sign.
 
-    With `dynamic=True` scale and zero point are computed for each batch; the middle never is.
+    With `dynamic=True` scale and zero point are computed for each batch, but never the middle.
 
     >>> InputQuantization(bits=1).middle, InputQuantization(bits=8).middle
     (True, False)
@@ -153,17 +158,17 @@ class InputQuantization(BaseModel):
 
     @property
     def calibrated(self) -> bool:
-        """Whether scale or middle is set from public examples (calibration)."""
+        """Whether scale or middle must be set from public examples (calibration)."""
         return not self.dynamic or self.middle
 
     @property
     def highest(self) -> int:
-        """The largest code. The smallest is 0; but one-bit inputs have the codes -1 and 1."""
+        """The largest code; the smallest is 0. One-bit inputs have the codes -1 and 1 instead."""
         return (1 << self.bits) - 1
 
 
 class QuantizationScheme(BaseModel):
-    """How weights and inputs of one layer are quantized; None means float.
+    """Settings for the quantization of one layer's weights and inputs; None means float.
 
     >>> QuantizationScheme(weights=WeightQuantization(bits=4)).inputs is None
     True
@@ -201,12 +206,13 @@ def in_groups(weight: Tensor, group: int | None) -> Tensor:
 
 
 def initial_scale(weight: Tensor, quantization: WeightQuantization) -> Tensor:
-    """Returns scales [out] or [out, groups] for the present weights.
+    """Returns scales [out] or [out, groups] for the current values of the weights.
 
-    - "int": the scale for the full range of the weights.
-    - "ternary": least squared error by Lloyd's iterations on threshold and scale, from the
-      threshold 0.7 mean |w| of Ternary Weight Networks (Li & Liu 2016, arXiv:1605.04711, section
-      2.2). At the optimum the threshold is scale / 2: each weight has its nearest grid point.
+    - "int": the largest weight gets the largest code.
+    - "ternary": least squared error by Lloyd's iterations on threshold and scale. They start with
+      the threshold 0.7 mean |w| of Ternary Weight Networks (Li & Liu 2016, arXiv:1605.04711,
+      section 2.2). At the optimum the threshold is scale / 2: each weight has its nearest grid
+      point.
     - "binary": the mean absolute weight, which has the least squared error (XNOR-Net, Rastegari et
       al. 2016, arXiv:1603.05279, section 3.1).
 
@@ -246,10 +252,10 @@ def _ternary(size: Tensor, mean: Tensor) -> Tensor:
 
 
 def fill_zero_scales(scale: Tensor) -> Tensor:
-    """Returns the scales with zeros replaced by the largest of the layer, or by 1 if all are 0.
+    """Replaces scales of 0 by the largest scale of the layer, or by 1 if all scales are 0.
 
-    Weights are divided by their scale, so it must not be 0. A row of zeros has scale 0, but any
-    scale represents it exactly.
+    Weights are divided by their scale, so a scale must not be 0. A row of zeros has the scale 0,
+    but every scale represents such a row exactly.
     """
     largest = scale.detach().amax() if scale.numel() else scale.new_ones(())
     replacement = torch.where(largest > 0, largest, torch.ones_like(largest))
@@ -257,7 +263,10 @@ def fill_zero_scales(scale: Tensor) -> Tensor:
 
 
 def initial_codebook(weight: Tensor, quantization: WeightQuantization) -> Tensor:
-    """Returns 2^bits evenly spaced values over the range of the weights; the nearest to 0 is 0."""
+    """Returns 2^bits evenly spaced values over the range of the weights.
+
+    The value nearest to 0 is replaced by 0.
+    """
     # An empty weight has no smallest value.
     flat = weight.detach().float().reshape(-1)
     if flat.numel():
@@ -276,7 +285,7 @@ def calculate_qparams(
 ) -> tuple[Tensor, Tensor]:
     """Returns scale and zero point (0-d float32) for inputs from `low` to `high`.
 
-    The range is extended to include 0, which is then represented exactly: padding adds zeros. A
+    The range is extended to include 0, so that the zeros of a padding are represented exactly. A
     range of zero width has the scale 1.
 
     >>> calculate_qparams(torch.tensor(-1.0), torch.tensor(4.1), InputQuantization())
@@ -291,9 +300,9 @@ def calculate_qparams(
 
 
 def positive_scale(scale: Tensor) -> Tensor:
-    """Returns |scale|, at least the smallest float: training may make a scale negative or 0.
+    """Returns |scale|, at least the smallest normal float.
 
-    The grids of a scale and of its negative are the same.
+    Training may make a scale negative or 0. The grids of a scale and of -scale are the same.
     """
     return scale.abs().clamp_min(TINY)
 
@@ -314,7 +323,8 @@ def scale_gradient(x: Tensor, factor: float) -> Tensor:
 def gradient_scale(x: Tensor, levels: int) -> float:
     """Returns the factor on the gradient of a learned step size: 1 / sqrt(entries * levels).
 
-    `entries` are those of one example. Esser et al. 2020, arXiv:1902.08153, section 2.2.
+    `entries` is the number of values in one example of `x`. Esser et al. 2020, arXiv:1902.08153,
+    section 2.2.
     """
     # Not `x.numel()`: in an export the batch size may be symbolic.
     return float((max(1, math.prod(x.shape[1:])) * levels) ** -0.5)
@@ -325,7 +335,7 @@ def fake_quantize(weight: Tensor, scale: Tensor, quantization: WeightQuantizatio
 
     Args:
         weight: a tensor of any shape.
-        scale: scales that broadcast with `weight`; for a codebook its values, ascending.
+        scale: scales that broadcast with `weight`. For a codebook: its values, ascending.
         quantization: the grid.
 
     >>> fake_quantize(torch.tensor([0.4, -9.0]), torch.tensor(0.5), WeightQuantization(bits=3))
@@ -351,7 +361,7 @@ def quantize(weight: Tensor, scale: Tensor, quantization: WeightQuantization) ->
 
 
 def dequantize(codes: Tensor, scale: Tensor, quantization: WeightQuantization) -> Tensor:
-    """Returns the values of `codes`; `scale` as in `fake_quantize`."""
+    """Returns the values of `codes`; for `scale` see `fake_quantize`."""
     if quantization.kind == "codebook":
         return scale[(codes - quantization.lowest).long()]
     return codes * scale

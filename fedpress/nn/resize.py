@@ -1,4 +1,4 @@
-"""Replaces tensors of layers by smaller ones, and updates sizes such as `Linear.in_features`."""
+"""Replaces tensors of layers by smaller tensors, and updates sizes such as `Linear.in_features`."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ Module = TypeVar("Module", bound=nn.Module)
 
 
 def copied(model: Module) -> Module:
-    """Returns a deep copy of `model`, even if attributes of it are computed tensors.
+    """Returns a deep copy of `model`, even if some of its attributes are computed tensors.
 
     `torch.nn.utils.weight_norm` and `spectral_norm` store the computed weight in an attribute, and
     user code may store outputs. Such tensors are copied without their gradient history.
@@ -59,10 +59,10 @@ def replace_tensors_(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Replaces parameters and buffers by `tensors`, by name, and updates the sizes of their layers.
 
     A tensor that several modules share is replaced in all of them, so one of its names is enough.
-    Create the optimizer afterwards.
+    Create the optimizer after this call, because parameters are new objects.
 
     Raises:
-        AttributeError: if `model` lacks one of the names.
+        AttributeError: if `model` has no parameter or buffer with one of the names.
     """
     # Keyed by identity, so that every use of a shared tensor is replaced. The old tensor is kept in
     # the table, because Python may reuse the id of a deleted object.
@@ -112,7 +112,7 @@ Shapes = tuple[tuple[int, ...], ...]
 
 
 def _shapes(module: nn.Module) -> Shapes:
-    """Returns the shapes of the tensors that determine a layer's sizes, the main one first."""
+    """Returns the shapes of the tensors that determine a layer's sizes, the main weight first."""
     shapes = []
     for tensor in _size_tensors(module):
         if tensor is not None:
@@ -122,7 +122,7 @@ def _shapes(module: nn.Module) -> Shapes:
 
 @torch.no_grad()
 def _size_tensors(module: nn.Module) -> Iterator[Tensor | None]:
-    """Yields the tensors that determine the sizes of a layer; None for those it does not have."""
+    """Yields the tensors that determine the sizes of a layer; None if a layer lacks a tensor."""
     if isinstance(module, nn.MultiheadAttention):
         yield module.in_proj_weight
         yield module.q_proj_weight
@@ -183,7 +183,7 @@ def _set_sizes_(module: nn.Module, before: Shapes) -> None:
 
 
 def weight_shape(module: nn.Module) -> tuple[int, ...]:
-    """Returns the shape of a layer's weight, even if it is computed from other tensors."""
+    """Returns the shape of a layer's weight, even if the weight is computed from other tensors."""
     return _shapes(module)[0]
 
 
@@ -193,7 +193,7 @@ def is_depthwise(module: nn.modules.conv._ConvNd) -> bool:
 
 
 def set_groups_(module: nn.modules.conv._ConvNd, groups: int) -> None:
-    """Sets the number of groups of a convolution, and its numbers of input and output channels."""
+    """Sets the groups of a convolution, and updates its numbers of input and output channels."""
     module.groups = groups
     shape = weight_shape(module)
     # Axis 1 of a weight counts the channels of one group.
@@ -208,7 +208,7 @@ class NarrowAttention(nn.MultiheadAttention):
     """Multi-head attention with pruned heads: `embed_dim` is not `num_heads` times `head_dim`.
 
     `nn.MultiheadAttention` raises an error for such sizes. Parameters, arguments and outputs are
-    the same as there.
+    the same as those of `nn.MultiheadAttention`.
     """
 
     def forward(
@@ -251,7 +251,7 @@ class NarrowAttention(nn.MultiheadAttention):
     def _heads(self, *inputs: Tensor) -> list[Tensor]:
         """Returns queries, keys and values [n, heads, length, width].
 
-        `bias_k`, `bias_v` and `add_zero_attn` add a row to keys and values.
+        Keys and values get a further row from `bias_k`, `bias_v` and `add_zero_attn`.
         """
         packed = self.in_proj_weight
         weights: Sequence[Tensor] = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
@@ -272,7 +272,10 @@ class NarrowAttention(nn.MultiheadAttention):
     def _mask(
         self, q: Tensor, k: Tensor, padding: Tensor | None, mask: Tensor | None
     ) -> Tensor | None:
-        """Returns the sum of both masks, [n or 1, heads or 1, queries, keys], to add to scores."""
+        """Returns the sum of padding mask and attention mask, to be added to the scores.
+
+        Its shape is [n or 1, heads or 1, queries, keys]. None if there is no mask.
+        """
         total = None
         if padding is not None:
             total = _additive(padding, q).view(len(q), 1, 1, -1)
@@ -290,7 +293,7 @@ class NarrowAttention(nn.MultiheadAttention):
 
 
 def _additive(mask: Tensor, like: Tensor) -> Tensor:
-    """Returns a mask to add to attention scores; a boolean one becomes -inf where it is true."""
+    """Returns a mask to add to attention scores; a boolean mask becomes -inf where it is true."""
     if mask.dtype != torch.bool:
         return mask.to(like.dtype)
     return torch.zeros_like(mask, dtype=like.dtype).masked_fill(mask, float("-inf"))

@@ -1,4 +1,7 @@
-"""Reads the numbers among the arguments of a torch call, and replaces them by corrected ones."""
+"""Reads the numbers among the arguments of a torch call, and replaces them by corrected numbers.
+
+Example: `x.view(n, 4, 8)` has the numbers n, 4 and 8. After pruning, the 8 may have to become 6.
+"""
 
 from __future__ import annotations
 
@@ -126,7 +129,7 @@ def numbers_of(
 ) -> list[Any]:
     """Returns the numbers among the arguments of a call, in order.
 
-    A slice has three: start, stop and step; None for those that the code does not give.
+    A slice has three numbers: start, stop and step. They are None if the code does not give them.
 
     >>> numbers_of(Tensor.reshape, (torch.zeros(8), (2, 4)), {})
     [2, 4]
@@ -207,7 +210,12 @@ def with_numbers(
 
 
 def _in_shape_of(index: Any, new: Any) -> Tensor:
-    """Returns the new indices in the shape of the old ones, which differ along one dimension."""
+    """Returns the new indices in the shape of the old ones, except for one dimension.
+
+    Args:
+        index: the old tensor or list of indices.
+        new: ("index", dimension, new indices along this dimension).
+    """
     _, dim, places = new
     device = index.device if isinstance(index, Tensor) else None
     line = torch.tensor(places, dtype=torch.int64, device=device)
@@ -222,12 +230,12 @@ def _in_shape_of(index: Any, new: Any) -> Tensor:
 def _arranged(
     function: Callable[..., Any], args: Sequence[Any], options: Mapping[str, Any]
 ) -> tuple[tuple[Any, ...], tuple[Any, ...], tuple[tuple[str, Any], ...]]:
-    """Splits arguments into the tensor, the other positional ones, and the named ones.
+    """Splits arguments into the tensor, the other positional arguments, and the named arguments.
 
     Named arguments are sorted as in the signature, so that a number has the same position whether
     its argument is named or not.
     """
-    # Of a method the first argument is the tensor itself, which has no numbers.
+    # The first argument of a method is the tensor itself, which has no numbers.
     tensors = 1 if args and isinstance(args[0], Tensor) else 0
     # A name that is not listed comes last.
     order = {name: i for i, name in enumerate(SIZED[function])}
@@ -254,7 +262,7 @@ def _map_indices(
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Replaces tensors of indices by the result of `visit`, in the argument that holds indices.
 
-    That is the argument named `index` or `indices`; in an indexing it is the second.
+    This is the argument named `index` or `indices`. In `x[...]` it is the second argument.
     """
     # Other functions have no argument that holds indices.
     if function not in INDEXING and function not in WRITES:
@@ -264,6 +272,7 @@ def _map_indices(
         if name in INDEX_NAMES:
             position = i
             break
+    # The user may have passed the indices by position or by name.
     positional = list(args)
     if len(positional) > position:
         positional[position] = _map_index(positional[position], visit)

@@ -1,4 +1,9 @@
-"""Hooks that correct the numbers in a module's calls while its forward runs, or record them."""
+"""Hooks that correct or record the numbers in a module's torch calls while its forward runs.
+
+Example: after pruning, `x.view(n, 4, 8)` in the user's code must become `x.view(n, 4, 6)`. The hook
+replaces the 8 by 6 in each call. A call is named by its place in the code (see `places`), and a
+number by its position among the numbers of the call.
+"""
 
 from __future__ import annotations
 
@@ -26,8 +31,8 @@ class CorrectingMode(TorchFunctionMode):
 
     Args:
         module: the module whose calls are corrected.
-        corrections: call -> position -> correction.
-        recorded: a dictionary in which the uncorrected numbers of each call are stored, or None.
+        corrections: name of the call -> position of the number -> correction.
+        recorded: dictionary that receives the uncorrected numbers of each call; None: not recorded.
     """
 
     def __init__(
@@ -59,13 +64,13 @@ class CorrectingMode(TorchFunctionMode):
         # Recorded before the correction: the numbers that the code itself passes.
         if self.recorded is not None:
             self.recorded[call] = numbers_of(func, args, options)
-        # A correction of this call alone replaces that of all calls at its place.
+        # A correction of this call alone replaces the correction of all calls at its place.
         key = call if call in self.corrections else site.place
         args, options = self._corrected(func, args, options, key)
         return func(*args, **options)
 
     def _corrected(self, func: Any, args: Any, options: Any, key: str) -> Any:
-        """Returns the arguments with the corrections of the call `key`, if there are any."""
+        """Returns the arguments of a call; numbers with a correction under `key` are corrected."""
         corrections = self.corrections.get(key)
         if not corrections:
             return args, options
@@ -73,7 +78,7 @@ class CorrectingMode(TorchFunctionMode):
 
 
 class CorrectionHook:
-    """The hook before a module's forward, which starts a `CorrectingMode`."""
+    """A forward pre-hook: it starts a `CorrectingMode` before the module's forward."""
 
     def __init__(
         self, corrections: Mapping[str, Mapping[int, Number]], *, record: bool = False
@@ -88,10 +93,11 @@ class CorrectionHook:
         _active().append(mode)
 
     def add_(self, call: str, new: Mapping[int, Number]) -> None:
-        """Adds corrections of a call, composed with those that it has already.
+        """Adds corrections of a call; they act after the corrections that the call has already.
 
-        Corrections of a place are also added to those of its single calls (`place#0`), which
-        replace those of the place.
+        `call` is a place, which means all calls there, or `place#0`, the first call there. Since
+        corrections of a single call replace those of its place, corrections of a place are also
+        added to each single call.
         """
         place, _, _ = call.partition("#")
         keys = [call]
@@ -107,7 +113,7 @@ class CorrectionHook:
 
 
 def end_correction(module: nn.Module, args: Any, output: Any) -> None:
-    """The hook after a module's forward, called even if that fails; it ends the correction."""
+    """A forward hook: it ends the correction. It is called even if the module's forward fails."""
     if _active() and _active()[-1].module is module:
         _active().pop().__exit__(None, None, None)  # type: ignore[no-untyped-call]
 
@@ -128,11 +134,14 @@ def set_numbers_(
 ) -> None:
     """Adds corrections of numbers in the calls of the named modules.
 
-    They are composed with existing corrections, as after pruning twice.
+    Example: after a second pruning, the new corrections act after those of the first one.
+
+    Args:
+        model: changed in place.
+        numbers: name of the module -> name of the call -> position of the number -> correction.
 
     Raises:
-        AttributeError: if `model` has no such module, or the code has no call at that place any
-            more.
+        AttributeError: if `model` has no such module, or its code has no such call any more.
     """
     for name, calls in numbers.items():
         module = model.get_submodule(name)
@@ -154,7 +163,7 @@ def set_numbers_(
 
 
 def numbers_in(model: nn.Module) -> Numbers:
-    """Returns the corrections of the modules of `model`."""
+    """Returns all corrections in `model`: module -> call -> position -> correction."""
     numbers: Numbers = {}
     for name, module in model.named_modules():
         for hook in _hooks(module):
@@ -185,7 +194,7 @@ def _hooks(module: nn.Module) -> Iterator[CorrectionHook]:
 
 def _composed(old: Number | None, new: Number) -> Number:
     """Returns the correction that has the effect of `old` followed by `new`."""
-    # A new number or list of indices does not depend on the old correction.
+    # A plain number or a list of indices says the result itself, so `old` has no effect on it.
     if isinstance(new, int) or old is None or len(new) == 3:
         return new
     if isinstance(old, int):

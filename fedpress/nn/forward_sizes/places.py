@@ -31,10 +31,11 @@ _COMPREHENSION_NAMES = ("<listcomp>", "<setcomp>", "<dictcomp>")
 
 
 def find_call_site(function: Callable[..., Any]) -> CallSite | None:
-    """Finds the module and the place of the call of `function` that runs now, from the call stack.
+    """Finds the module and the place of the current call of `function`, from the call stack.
 
-    If helper functions make the call, the place also names the calls of these functions, from the
-    module's own code on. None if the call comes from no module.
+    If the module's code calls the torch function by helper functions, the place also names the
+    calls of the helpers, beginning with the call in the module's code. Returns None if no module is
+    on the call stack.
     """
     frame: FrameType | None = sys._getframe(1)
     module: nn.Module | None = None
@@ -69,11 +70,13 @@ def find_call_site(function: Callable[..., Any]) -> CallSite | None:
 
 
 def _belongs_to_place(code_module: str, *, is_method: bool) -> bool:
-    """Returns whether a frame of the call stack is part of the place: user code, not torch's.
+    """Returns whether a frame of the call stack is part of the place.
+
+    User code is part of it. Code of torch is not, except the methods of the module itself.
 
     Args:
         code_module: name of the Python module of the frame's code.
-        is_method: whether it is a method of the `nn.Module`, which may be one of torch's own.
+        is_method: whether the frame runs a method of the `nn.Module`.
     """
     if code_module.startswith(MODULES_OF_FEDPRESS):
         return False
@@ -117,7 +120,7 @@ def has_place(module: nn.Module, place: str) -> bool:
     for code in _codes_of_class(type(module)):
         if _function_name(code) == function_name:
             codes.append(code)
-    # Helper functions outside of the class cannot be checked. Column 0 stands for an unknown one.
+    # Helper functions outside of the class cannot be checked. Column 0 means an unknown column.
     if not codes or column == "0":
         return True
     end = int(offset), int(column)
@@ -142,7 +145,8 @@ def _codes(code: CodeType | None) -> Iterator[CodeType]:
 
 
 def _ends_of_operations(code: CodeType) -> set[tuple[int, int]]:
-    """Returns (line, column) where each operation of a function ends; its first line is 0."""
+    """Returns (line, column) of the end of each operation of a function; its first line is 0."""
+    # Comprehensions count as part of their function, as in `find_call_site`.
     codes = [code]
     for constant in code.co_consts:
         if isinstance(constant, CodeType) and constant.co_name in _COMPREHENSION_NAMES:

@@ -1,12 +1,14 @@
 """Torch layers with weights, and optionally inputs, quantized to a few bits.
 
-A `QuantizationScheme` says how values are rounded; the scales are tensors of the layer. `weight`
-stays a float tensor. In training it is the latent weight: the layer computes with the nearest grid
-point of every entry, and the gradient passes unchanged through the rounding (straight-through
-estimator). `materialize_` writes the grid points into `weight`; then every entry of an integer
-weight is exactly an integer times its scale.
+A `QuantizationScheme` says how values are rounded; the scales are tensors of the layer. A grid
+point is a value that can be represented, such as 3 * scale. `weight` stays a float tensor. In
+training it is the latent weight: the layer computes with the grid point nearest to each entry, and
+the gradient passes unchanged through the rounding (straight-through estimator). `materialize_`
+writes the grid points into `weight`. Then every entry of an integer weight is exactly an integer
+times its scale.
 """
 
+# Other folders import these names from here and not from the files.
 from fedpress.nn.quantized.classes import quantized_class, why_not_quantizable
 from fedpress.nn.quantized.convert import materialize_, quantize_layers_, remove_quantization_
 from fedpress.nn.quantized.kept_zeros import kept_entries, note_kept_zeros_, register_kept_zeros_

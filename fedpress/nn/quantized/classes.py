@@ -14,9 +14,9 @@ from fedpress.nn.quantized.names import weight_keys
 
 
 class _QuantSubclass(QuantLayer):
-    """Base of quantized subclasses that change their input first, for instance by padding.
+    """Base of quantized user-defined layers that prepare their input, for instance by padding.
 
-    `fedpress.nn.forward_probe` checks that they do nothing else.
+    `fedpress.nn.forward_probe` checks that the user's layers do nothing else.
     """
 
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -26,10 +26,12 @@ class _QuantSubclass(QuantLayer):
 
 
 def quantized_class(kind: type[nn.Module]) -> type[QuantLayer]:
-    """Returns the quantized class for a class of layers; for user-defined ones it is created.
+    """Returns the quantized class for a class of layers, such as `QuantLinear` for `nn.Linear`.
+
+    For a user-defined class it is created.
 
     Raises:
-        KeyError: if the kind cannot be quantized.
+        KeyError: if layers of this class cannot be quantized.
     """
     # Looked up by the exact class: a subclass may compute something else.
     found = QUANTIZED_CLASSES.get(kind) or _SUBCLASSES.get(kind)
@@ -44,6 +46,7 @@ def quantized_class(kind: type[nn.Module]) -> type[QuantLayer]:
         "channel_axis": QUANTIZED_CLASSES[base].channel_axis,
         "__doc__": f"{kind.__name__}, quantized.",
     }
+    # `_QuantSubclass` calls the forward of the user's class; an equivalent class has torch's own.
     parent = QUANTIZED_CLASSES[base] if equivalent else _QuantSubclass
     _SUBCLASSES[kind] = type(f"Quant{kind.__name__}", (parent, kind), attributes)
     return _SUBCLASSES[kind]
@@ -52,7 +55,7 @@ def quantized_class(kind: type[nn.Module]) -> type[QuantLayer]:
 def _equivalent_layer(kind: type[nn.Module]) -> type[nn.Module] | None:
     """Returns the torch layer that `kind` is a subclass of, if both compute the same; else None.
 
-    A subclass may add methods, but must not override any that could be used in forward.
+    The subclass may add methods, but must not override methods that forward could call.
     """
     base = next((k for k in QUANTIZED_CLASSES if issubclass(kind, k)), None)
     if base is None:
@@ -75,7 +78,7 @@ _SUBCLASSES: dict[type[nn.Module], type[QuantLayer]] = {}
 
 
 def why_not_quantizable(module: nn.Module) -> str | None:
-    """Returns why `module`, which has weights, cannot be quantized; None if it can.
+    """Returns why a module with weights cannot be quantized; None if it can be quantized.
 
     A subclass of a convolution or linear layer is run on random inputs to observe how it uses its
     weight.
@@ -117,7 +120,7 @@ def _why_weight_is_computed(module: nn.Module) -> str | None:
 
 def _why_forward_is_unknown(module: nn.Module) -> str | None:
     """Returns a reason if the module's class does not tell what its forward computes."""
-    # A function assigned to `module.forward` hides that of the class.
+    # A function assigned to `module.forward` hides the forward of the class.
     if "forward" in module.__dict__:
         return "its forward was replaced by another function; quantize it before that"
     if _can_be_known(type(module)):
@@ -136,6 +139,7 @@ def _why_weight_does_not_fit(module: nn.Module) -> str | None:
             "it changes its rows itself (max_norm) or has sparse gradients, "
             "which quantized weights do not take"
         )
+    # Scales and rounded weights are float32.
     for key in weight_keys(module):
         dtype = getattr(module._parameters[key], "dtype", torch.float32)
         if dtype != torch.float32:

@@ -1,4 +1,4 @@
-"""Converts layers to quantized ones and back, and rounds their weights to grid points."""
+"""Converts layers to quantized layers and back, and writes rounded values into their weights."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ from fedpress.nn.quantized.names import codebook_name, is_qparam, kept_zeros_nam
 
 @torch.no_grad()
 def quantize_layers_(model: nn.Module, table: Mapping[str, QuantizationScheme]) -> None:
-    """Converts the named layers to quantized ones; their float weights are not changed.
+    """Converts the named layers to quantized layers; their float weights are not changed.
 
-    Scales are set for the present weights (see `initial_scale`). A layer that is quantized already
-    gets the new scheme. Create the optimizer afterwards, since scales are parameters.
+    Scales are set for the current weights (see `initial_scale`). A layer that is quantized already
+    gets the new scheme. Create the optimizer after this call, since scales are parameters.
 
     Args:
         model: changed in place.
@@ -74,7 +74,7 @@ def quantize_layers_(model: nn.Module, table: Mapping[str, QuantizationScheme]) 
 
 
 def _disable_fast_paths_(model: nn.Module) -> None:
-    """Disables the fast paths of transformer encoders: they use weights without calling layers."""
+    """Disables the fast paths of transformer encoders, which use weights without calling layers."""
     for module in model.modules():
         if not any(isinstance(m, QuantLayer) for m in module.modules()):
             continue
@@ -86,7 +86,7 @@ def _disable_fast_paths_(model: nn.Module) -> None:
 
 
 def remove_quantization_(layer: QuantLayer) -> nn.Module:
-    """Turns a quantized layer back into a plain one with its present weights; returns it."""
+    """Turns a quantized layer back into torch's layer; its weights stay as they are."""
     _drop_qparams_(layer)
     _drop_kept_zeros_(layer)
     # A plain layer has no attribute `scheme`.
@@ -119,6 +119,7 @@ def _register_(layer: QuantLayer, scheme: QuantizationScheme) -> None:
 
 def _register_weight_(layer: QuantLayer, key: str, quantization: WeightQuantization) -> None:
     """Adds the scale or codebook of one weight to the layer."""
+    # Each output channel gets its own scale, so the outputs must be on axis 0.
     weight = layer.rows(getattr(layer, key).detach())
     if quantization.kind != "codebook":
         scale = nn.Parameter(initial_scale(weight, quantization))
@@ -129,12 +130,13 @@ def _register_weight_(layer: QuantLayer, key: str, quantization: WeightQuantizat
     if quantization.centroid_bits is not None:
         largest_code = 2 ** (quantization.centroid_bits - 1) - 1
         largest = weight.abs().amax().float() / largest_code
+        # Not trained: `codebook_values` detaches it, and the codebook itself is trained.
         scale = nn.Parameter(fill_zero_scales(largest), requires_grad=False)
         layer.register_parameter(scale_name(key), scale)
 
 
 def _register_inputs_(layer: QuantLayer, quantization: InputQuantization) -> None:
-    """Adds the scale, zero point and middle of its inputs to the layer."""
+    """Adds the scale, zero point and middle of the inputs to the layer; calibration sets them."""
     weight = layer.weight.detach()
     if not quantization.dynamic:
         scale = nn.Parameter(weight.new_ones((), dtype=torch.float32))
@@ -148,12 +150,12 @@ def _register_inputs_(layer: QuantLayer, quantization: InputQuantization) -> Non
 
 @torch.no_grad()
 def materialize_(model: nn.Module) -> nn.Module:
-    """Writes the grid points into the quantized weights of `model`; returns the model.
+    """Rounds the quantized weights of `model` to the grid, in place; returns the model.
 
     The outputs stay exactly the same. Afterwards `weight == dequantize(quantize())`.
 
     Raises:
-        ModelError: if a weight is not finite; the message names the layer.
+        ModelError: if a weight is not finite; the error names the layer.
     """
     for name, layer in quantized_layers(model):
         if layer.scheme.weights is None:

@@ -1,4 +1,8 @@
-"""Masks of sparse quantized weights, in which a zero is pruned, or a kept entry rounded to 0."""
+"""Distinguishes the two kinds of zeros in sparse quantized weights: pruned or rounded to 0.
+
+A pruned entry must stay 0. An entry that pruning kept, but that quantization rounded to 0, may
+change in later training. A buffer of the layer marks such kept zeros.
+"""
 
 from __future__ import annotations
 
@@ -13,14 +17,13 @@ from fedpress.nn.quantized.names import kept_zeros_name
 
 
 def kept_entries(model: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
-    """Returns masks of the kept entries of the named sparse weights: bool, of their shapes.
+    """Returns for each named weight a mask of the entries that were not pruned (bool, same shape).
 
-    In a float weight exactly the entries that are not 0 are kept. In a quantized weight a kept
-    entry may have been rounded to 0; a buffer of the layer marks these entries (see
-    `note_kept_zeros_`), so that later training can change them.
+    In a float weight all entries that are not 0 are kept entries. In a quantized weight the entries
+    that the layer's buffer marks are kept too (see `note_kept_zeros_`).
 
     Raises:
-        ModelError: if the model has no parameter of that name.
+        ModelError: if the model has no parameter with one of the names.
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
     buffers = dict(model.named_buffers(remove_duplicate=False))
@@ -41,11 +44,11 @@ def kept_entries(model: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
 
 
 def note_kept_zeros_(model: nn.Module, masks: Mapping[str, Tensor]) -> tuple[str, ...]:
-    """Records which zeros of sparse quantized weights are kept entries that were rounded to 0.
+    """Records in buffers which zeros of sparse quantized weights are kept zeros.
 
     Args:
-        model: layers with such zeros get a buffer; in others all zeros are pruned entries.
-        masks: mask of the kept entries of each sparse weight, by name.
+        model: layers with kept zeros get a buffer. In all other layers every zero is pruned.
+        masks: name of each sparse weight -> mask of its kept entries.
 
     Returns:
         The names of the weights with a buffer, for `ModelSpec.kept_zeros`.
@@ -60,6 +63,7 @@ def note_kept_zeros_(model: nn.Module, masks: Mapping[str, Tensor]) -> tuple[str
         zeros = mask.to(weight.device) & (weight == 0)
         # A buffer of an earlier stage may be out of date.
         layer._buffers.pop(kept_zeros_name(key), None)
+        # An empty buffer would only enlarge the saved file.
         if bool(zeros.any()):
             layer.register_buffer(kept_zeros_name(key), zeros)
             noted.append(name)
@@ -67,10 +71,12 @@ def note_kept_zeros_(model: nn.Module, masks: Mapping[str, Tensor]) -> tuple[str
 
 
 def register_kept_zeros_(model: nn.Module, names: Iterable[str]) -> None:
-    """Adds empty buffers of kept zeros to the layers of the named weights, before a file is loaded.
+    """Adds buffers of kept zeros, filled with False, to the layers of the named weights.
+
+    Call this before a state dict with these buffers is loaded.
 
     Raises:
-        ModelError: if a name is not that of a quantized weight.
+        ModelError: if a name is not the name of a quantized weight.
     """
     weights = quantized_weights(model)
     for name in names:

@@ -1,4 +1,7 @@
-"""The base class of quantized layers: scales and codebooks, rounding, and its gradient."""
+"""The base class of quantized layers: scales, codebooks, rounding, and the gradient of rounding.
+
+A grid point is a value that can be represented, such as 3 * scale; its code is the integer 3.
+"""
 
 from __future__ import annotations
 
@@ -36,14 +39,15 @@ standard deviations, so 1.25 mean distances are about one standard deviation.
 class QuantLayer(nn.Module):
     """Base class of quantized layers; `quantize_layers_` converts plain layers to them.
 
-    A layer has one weight, `weight`, or several, such as `weight_ih_l0` and `weight_hh_l0` of an
-    LSTM; `keys` are their names. Its quantization parameters are in the state dict:
+    A layer has one weight, `weight`, or several weights, such as `weight_ih_l0` and `weight_hh_l0`
+    of an LSTM; `keys` are their names. Quantization parameters are in the state dict:
 
     - `weight_scale`: [out] or [out, groups] float32; 0-d for a codebook with `centroid_bits`
     - `codebook`: [2^bits] float32
-    - `KEY_scale`, `KEY_codebook`: the same for a weight of another name
-    - `input_scale`, `input_zero_point`: 0-d float32, the latter an integer
-    - `input_middle`: [channels] float32 (see `InputQuantization`)
+    - `KEY_scale`, `KEY_codebook`: the same for a weight with the name KEY
+    - `input_scale`: 0-d float32
+    - `input_zero_point`: 0-d float32 with an integer value
+    - `input_middle`: [channels] float32, the threshold of one-bit inputs
 
     Scales are parameters, trained as learned step sizes (Esser et al. 2020, arXiv:1902.08153,
     section 2).
@@ -68,13 +72,13 @@ class QuantLayer(nn.Module):
 
     @property
     def size(self) -> int:
-        """Number of entries of all its weights."""
+        """Number of entries of all weights that are quantized."""
         return sum(getattr(self, key).numel() for key in self.keys)
 
     def rows(self, weight: Tensor) -> Tensor:
-        """Returns `weight` with its axes ordered [out, in, ...], since each output has a scale.
+        """Returns `weight` with the axes [out, in, ...], because each output has its own scale.
 
-        Transposed convolutions, whose weights are [in, out, ...], override it.
+        Transposed convolutions override this method: their weights are [in, out, ...].
         """
         return weight
 
@@ -83,7 +87,7 @@ class QuantLayer(nn.Module):
         return rows
 
     def scale(self, key: str = "weight") -> nn.Parameter:
-        """Returns the scale parameter of a weight; the layer uses `positive_scale` of it."""
+        """Returns the scale parameter of a weight; the layer itself uses `positive_scale` of it."""
         found: nn.Parameter = getattr(self, scale_name(key))
         return found
 
@@ -93,10 +97,10 @@ class QuantLayer(nn.Module):
         return found
 
     def quantize(self, key: str = "weight") -> Tensor:
-        """Returns the int8 codes of a weight's nearest grid points, in its shape.
+        """Returns the int8 codes of the grid points nearest to a weight, in the weight's shape.
 
         Raises:
-            ModelError: if the weights are float, or one is not finite.
+            ModelError: if the weights are float, or an entry is not finite.
         """
         quantization = self.weight_quantization()
         weight = self.rows(getattr(self, key).detach().float())
@@ -132,7 +136,7 @@ class QuantLayer(nn.Module):
     def integers(self, key: str = "weight") -> tuple[Tensor, Tensor] | None:
         """Returns int8 integers and scales [out] or [out, groups] whose product is the weight.
 
-        None for float weights, and for codebooks whose values are arbitrary floats.
+        Returns None for float weights, and for codebooks whose values are arbitrary floats.
         """
         quantization = self.scheme.weights
         if quantization is None:
@@ -146,7 +150,7 @@ class QuantLayer(nn.Module):
         return integers, scale.expand(len(self.rows(integers))).clone()
 
     def quantized_weight(self, key: str = "weight") -> Tensor:
-        """Returns the grid points of a weight, differentiable in weight, scale and codebook."""
+        """Returns the weight rounded to the grid, differentiable in weight, scale and codebook."""
         quantization = self.scheme.weights
         if quantization is None:
             latent: Tensor = getattr(self, key)
@@ -172,7 +176,7 @@ class QuantLayer(nn.Module):
         return self.unrows(straight_through(steps.detach().round(), steps) * scale)
 
     def quantized_input(self, x: Tensor) -> Tensor:
-        """Returns the grid points of inputs `x`, differentiable in `x`, scale and middle."""
+        """Returns the inputs `x` rounded to the grid, differentiable in `x`, scale and middle."""
         quantization = self.scheme.inputs
         if quantization is None or x.numel() == 0:
             return x  # an empty batch has no range
@@ -192,14 +196,14 @@ class QuantLayer(nn.Module):
         return straight_through(steps.detach().round(), steps) * scale
 
     def _one_bit_input(self, x: Tensor, quantization: InputQuantization) -> Tensor:
-        """Returns middle + scale for values above the middle, middle - scale for those below."""
+        """Returns middle + scale for values above the middle, middle - scale for values below."""
         middle = self.middle() if quantization.middle else None
         distance = x if middle is None else x - middle
         if quantization.dynamic:
             scale = distance.detach().abs().mean()
         else:
             scale = scale_gradient(positive_scale(self.input_scale), gradient_scale(x, 1))
-        # Without a middle the inputs are assumed to be normalised, and the gradient is that of
+        # Without a middle the inputs are assumed to be normalised, and the gradient is the one of
         # hard tanh: 1 where |x| <= 1 (Hubara et al. 2016, arXiv:1602.02830, eq. 4). With a middle
         # the window is relative to `scale`, the mean distance from the middle.
         if middle is None:
@@ -215,7 +219,7 @@ class QuantLayer(nn.Module):
         return self.input_middle.view(-1, *[1] * (-1 - self.channel_axis))
 
     def extra_repr(self) -> str:
-        """Adds the scheme to what torch prints."""
+        """Returns torch's description of the layer with the scheme, for `print(model)`."""
         parts = [super().extra_repr()]
         if self.scheme.weights is not None:
             parts.append(f"weights={self.scheme.weights.kind}{self.scheme.weights.bits}")
@@ -224,10 +228,10 @@ class QuantLayer(nn.Module):
         return ", ".join(parts)
 
     def weight_quantization(self) -> WeightQuantization:
-        """Returns how the weights are quantized.
+        """Returns the settings for the quantization of the weights.
 
         Raises:
-            ModelError: if they are float.
+            ModelError: if the weights are float.
         """
         if self.scheme.weights is None:
             raise ModelError(
@@ -240,7 +244,7 @@ class QuantLayer(nn.Module):
     def codebook_values(self, key: str = "weight") -> Tensor:
         """Returns the codebook, ascending; with `centroid_bits` its values are quantized too."""
         quantization = self.weight_quantization()
-        # Sorted: training may change their order, and the nearest one is found by bisection.
+        # Training may change the order, but the nearest value is found by bisection.
         values = self.codebook_of(key).float().sort().values
         # The value 0 has no gradient, so that it stays 0 and pruned weights stay pruned.
         values = values * (values.detach() != 0)
@@ -252,10 +256,11 @@ class QuantLayer(nn.Module):
         return straight_through(steps.detach().round(), steps) * scale
 
     def expanded_scale(self, key: str = "weight", *, slow_gradient: bool = False) -> Tensor:
-        """Returns the scales in a shape that broadcasts with `rows`; for a codebook its values.
+        """Returns the scales in a shape that broadcasts with `rows(weight)`.
 
-        With `slow_gradient` the gradient of the scale is multiplied by the factor for learned step
-        sizes (Esser et al. 2020, arXiv:1902.08153, section 2.2).
+        For a codebook, returns its values. With `slow_gradient` the gradient of the scale is
+        multiplied by the factor for learned step sizes (Esser et al. 2020, arXiv:1902.08153,
+        section 2.2).
         """
         quantization = self.weight_quantization()
         if quantization.kind == "codebook":
@@ -268,10 +273,10 @@ class QuantLayer(nn.Module):
         return expand_scale(scale, self.rows(weight), quantization.group)
 
     def plain_twin(self, **instead: object) -> Any:
-        """Returns a layer of the plain class with the attributes of this one, except `instead`.
+        """Returns a layer of torch's class with the attributes of this layer, except `instead`.
 
-        Example: `plain_twin(weight=w)` computes the plain forward with the weight w. This layer
-        itself is not changed, so gradients, traces and copies of it are not affected.
+        Example: `plain_twin(weight=w)` is a float layer with the weight w. The quantized layer
+        itself is not changed, so its gradients, traces and copies are not affected.
         """
         # The constructor is not called, because it would allocate weights.
         twin = object.__new__(self.plain)
@@ -294,7 +299,7 @@ def qparam_ids(model: nn.Module) -> set[int]:
 
 
 def quantized_layers(model: nn.Module) -> Iterator[tuple[str, QuantLayer]]:
-    """Yields every quantized layer with its name; a shared one once."""
+    """Yields (name, layer) for every quantized layer; a shared layer is yielded once."""
     for name, module in model.named_modules():
         if isinstance(module, QuantLayer):
             yield name, module

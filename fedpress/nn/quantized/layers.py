@@ -21,7 +21,7 @@ class QuantLinear(QuantLayer, nn.Linear):
 
 
 class QuantConv1d(QuantLayer, nn.Conv1d):
-    """A quantized convolution over sequences."""
+    """A quantized 1-d convolution, over sequences."""
 
     plain = nn.Conv1d
     channel_axis = -2
@@ -35,7 +35,7 @@ class QuantConv1d(QuantLayer, nn.Conv1d):
 
 
 class QuantConv2d(QuantLayer, nn.Conv2d):
-    """A quantized convolution over images."""
+    """A quantized 2-d convolution, over images."""
 
     plain = nn.Conv2d
     channel_axis = -3
@@ -48,7 +48,7 @@ class QuantConv2d(QuantLayer, nn.Conv2d):
 
 
 class QuantConv3d(QuantLayer, nn.Conv3d):
-    """A quantized convolution over volumes."""
+    """A quantized 3-d convolution, over volumes."""
 
     plain = nn.Conv3d
     channel_axis = -4
@@ -61,7 +61,10 @@ class QuantConv3d(QuantLayer, nn.Conv3d):
 
 
 class _QuantTransposed(QuantLayer):
-    """A quantized transposed convolution, with weight [in, out / groups, ...]."""
+    """A quantized transposed convolution, with weight [in, out / groups, ...].
+
+    Each output channel has a scale, so `rows` reorders the weight to have outputs first.
+    """
 
     groups: int
 
@@ -77,6 +80,7 @@ class _QuantTransposed(QuantLayer):
 
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         """Maps [n, in_channels, ...] to [n, out_channels, ...]."""
+        # torch's own forward, because it computes the padding of the output from `output_size`.
         twin = self.plain_twin(weight=self.quantized_weight())
         found: Tensor = twin.forward(self.quantized_input(input), output_size)
         return found
@@ -118,7 +122,7 @@ class _QuantRecurrent(QuantLayer):
     """An LSTM, GRU or RNN with quantized weights; its inputs and states stay float."""
 
     def forward(self, input: Any, hx: Any = None) -> Any:
-        """Maps a sequence and a state to outputs and the last state, as the plain layer."""
+        """Maps a sequence and a state to outputs and the last state, as torch's layer does."""
         weights = {key: self.quantized_weight(key) for key in self.keys}
         names: list[str] = self._flat_weights_names  # type: ignore[assignment]
         # torch's kernel gets this list, not the attributes.
@@ -147,10 +151,10 @@ class QuantRNN(_QuantRecurrent, nn.RNN):
 
 
 class _QuantCell(QuantLayer):
-    """One step of a quantized recurrent layer."""
+    """One step of a quantized recurrent layer; its inputs and states stay float."""
 
     def forward(self, input: Tensor, hx: Any = None) -> Any:
-        """Maps an input and a state to the next state, as the plain cell."""
+        """Maps an input and a state to the next state, as torch's cell does."""
         weights = {key: self.quantized_weight(key) for key in self.keys}
         return self.plain_twin(**weights).forward(input, hx)
 
@@ -182,7 +186,7 @@ class QuantMultiheadAttention(QuantLayer, nn.MultiheadAttention):
     plain = nn.MultiheadAttention
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Computes attention as the plain layer does."""
+        """Computes attention as `nn.MultiheadAttention` does, with the same arguments."""
         parts: dict[str, object] = {key: self.quantized_weight(key) for key in self.keys}
         # Attention uses the weight of `out_proj` without calling it, so it must be rounded here.
         if isinstance(self.out_proj, QuantLayer):
@@ -190,6 +194,7 @@ class QuantMultiheadAttention(QuantLayer, nn.MultiheadAttention):
         return self.plain_twin(**parts).forward(*args, **kwargs)
 
 
+# Exact classes: a subclass may compute something else, so `classes` checks it separately.
 QUANTIZED_CLASSES: dict[type[nn.Module], type[QuantLayer]] = {
     nn.Linear: QuantLinear,
     nn.Conv1d: QuantConv1d,

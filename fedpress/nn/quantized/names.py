@@ -1,4 +1,4 @@
-"""Names of a quantized layer's tensors: its weights, and the scale and codebook of each."""
+"""Names of a quantized layer's tensors: its weights, and the scale and codebook of each weight."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import nn
 
 
 def weight_keys(module: nn.Module) -> tuple[str, ...]:
-    """Returns the names of those weights of a layer that can be quantized, such as ("weight",)."""
+    """Returns the names of the weights of a layer that can be quantized, such as ("weight",)."""
     # A recurrent module has two weights for each layer and direction.
     if isinstance(module, nn.RNNBase):
         return tuple(name for name in module._flat_weights_names if name.startswith("weight"))
@@ -22,14 +22,15 @@ def weight_keys(module: nn.Module) -> tuple[str, ...]:
 
 
 def scale_name(key: str) -> str:
-    """Returns the name of the scales of a weight."""
+    """Returns the name of the scales of a weight: "weight" -> "weight_scale"."""
     return f"{key}_scale"
 
 
 def codebook_name(key: str) -> str:
     """Returns the name of the codebook of a weight.
 
-    For `weight` it is "codebook", as in files of versions in which layers had only one weight.
+    For "weight" this is "codebook", as in files of older versions, where layers had only one
+    weight. For "weight_ih_l0" this is "weight_ih_l0_codebook".
     """
     return "codebook" if key == "weight" else f"{key}_codebook"
 
@@ -37,7 +38,7 @@ def codebook_name(key: str) -> str:
 def kept_zeros_name(key: str) -> str:
     """Returns the name of the buffer that marks the kept zeros of a sparse weight.
 
-    These are entries that were not pruned, but that quantization rounded to 0.
+    Kept zeros are entries that pruning kept, but that quantization rounded to 0.
     """
     return f"{key}_kept_zeros"
 
