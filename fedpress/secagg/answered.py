@@ -1,4 +1,7 @@
-"""The requests that a client of the secure sum has answered: each step of a round only once."""
+"""Remembers the requests that a client has answered, so that it answers each step only once.
+
+A second, different request for the same step of a round could reveal a single client's vector.
+"""
 
 from __future__ import annotations
 
@@ -19,21 +22,26 @@ class AnsweredRounds:
     Attributes:
         client: name of the client, for errors.
         rounds: round -> step ("mask" or "unmask") -> hexadecimal digest of the answered request.
-            Key "context" has the digest of the round itself (see `PublicRound`).
+            The key "context" holds the digest of the round itself (see `PublicRound`).
     """
 
     client: str
     rounds: dict[int, dict[str, str]] = field(default_factory=dict)
 
     def took_part(self, public: PublicRound) -> bool:
-        """Returns whether the client answered a request of this round with this cohort."""
+        """Returns whether the client answered any request of exactly this round and cohort."""
         return self.rounds.get(public.number, {}).get("context") == public.context.hex()
 
     def answer_once_(self, public: PublicRound, step: str, question: bytes) -> None:
-        """Stores the digest `question` of a request of `step`.
+        """Stores that a request is answered; the same request may be repeated.
+
+        Args:
+            public: the round.
+            step: "mask" or "unmask".
+            question: digest of the request.
 
         Raises:
-            SecureError: if a different request was answered, or a later round.
+            SecureError: if a different request of this step was answered, or one of a later round.
         """
         # Only the newest rounds are remembered, so an older round could be answered twice.
         newest = max(self.rounds, default=public.number)
@@ -55,7 +63,10 @@ class AnsweredRounds:
             del self.rounds[old]
 
     def take_over_(self, saved: JSON) -> None:
-        """Takes only the last round of `saved`, the answered rounds of a run with another name.
+        """Refuses all rounds up to the last one of `saved`; nothing else of `saved` is used.
+
+        Args:
+            saved: result of `to_json` of the same run under another name.
 
         Raises:
             TypeError: if `saved` is not a result of `to_json`; or ValueError.
@@ -67,7 +78,8 @@ class AnsweredRounds:
             self.rounds = {max(rounds): {"context": "another run"}}
 
     def to_json(self) -> dict[str, JSON]:
-        """Returns the rounds with text as keys."""
+        """Returns `rounds` as JSON."""
+        # JSON allows only text as keys.
         answered: dict[str, JSON] = {}
         for number, steps in self.rounds.items():
             answered[str(number)] = dict(steps.items())
@@ -78,7 +90,7 @@ class AnsweredRounds:
         """Reads a result of `to_json`.
 
         Raises:
-            KeyError: if it is something else; or AttributeError, TypeError, ValueError.
+            KeyError: if `saved` is something else; or AttributeError, TypeError, ValueError.
         """
         rounds: dict[str, dict[str, str]] = saved  # type: ignore[assignment]
         answered = {}

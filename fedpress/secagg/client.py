@@ -1,4 +1,4 @@
-"""A client of the secure sum: masks its vector, and helps to unmask one sum per round."""
+"""A client of a secure sum: masks its vector, and helps to unmask one sum in each round."""
 
 from __future__ import annotations
 
@@ -49,20 +49,21 @@ from fedpress.secagg.shares import share_secrets
 class SecAggClient:
     """One client of a secure sum.
 
-    A repeated request gets the same bytes as answer, also after a restart. A different request for
-    the same step of a round is refused: two vectors under the same masks would reveal their
+    The answer to a repeated request has the same bytes, also after a restart. A different request
+    for the same step of a round is refused: two vectors under the same masks would reveal their
     difference, and two lists of clients would open two sums.
 
     Args:
         name: the client's name, unique in the run.
         secret: 32 bytes that only this client has, the same in every run.
-        plan: the agreed plan.
-        identities: every client's public `identity`, known before the run and not from an untrusted
-            server.
+        plan: the settings on which server and clients agree.
+        identities: client name -> its public key from `identity`, known before the run and not from
+            an untrusted server.
         run: name of the run, the same for all clients.
 
     Raises:
-        RecipeError: if the secret is not 32 bytes, or `identities` lacks this client's own.
+        RecipeError: if the secret has not 32 bytes, or does not fit this client's public key in
+            `identities`.
     """
 
     def __init__(
@@ -93,7 +94,12 @@ class SecAggClient:
         )
 
     def accept(self, roster: SecAggMessage) -> SecAggMessage:
-        """Checks and stores all clients' keys; returns the second message: their signed digest.
+        """Checks and stores the keys of all clients, and returns this client's second message.
+
+        The message contains the signed digest of all keys.
+
+        Args:
+            roster: names, keys and signatures of all clients, from the server.
 
         Raises:
             WireError: if the roster is faulty.
@@ -105,13 +111,13 @@ class SecAggClient:
         return SecAggMessage({}, {"signature": as_tensor(signature)})
 
     def mask(self, values: Tensor, *, round: int, cohort: Sequence[str]) -> SecAggMessage:
-        """Returns masked `values`, and encrypted shares of the masks' seeds.
+        """Returns this client's report: masked `values`, and encrypted shares of the masks' seeds.
 
-        This is the first exchange of a round.
+        This is the first exchange of a round. A seed is 16 bytes from which a mask is computed.
 
         Args:
             values: whole numbers, int64 [d]; the sum is modulo 2^bits.
-            round: number of the round, not below earlier ones.
+            round: number of the round; it must not be below that of an earlier round.
             cohort: names of all clients of the round, including this one.
 
         Raises:
@@ -173,11 +179,18 @@ class SecAggClient:
     def unmask(self, request: SecAggMessage) -> SecAggMessage:
         """Returns this member's shares of the seeds, for one list of clients that reported.
 
-        This is the second exchange of a round. The answer is encrypted with a new key, which is
-        shared among the members of the committee. Each share is hidden by a pad that its two
-        members derive from the list, and each member reveals its pads for the list that it was
-        sent. So `threshold` members with the same list open each other's answers. If the server
-        sends different lists to the members, it opens nothing.
+        This is the second exchange of a round. It stops a server that sends different lists to
+        different members:
+
+        - The answer is encrypted with a new key, and this key is shared among the members of the
+          committee by secret sharing.
+        - Each share of the key is hidden by a pad (a mask of 32 bytes). The two members concerned
+          derive this pad from their common secret and from the list that each was sent.
+        - Each member reveals the pads for its own list. So `threshold` members with the same list
+          open each other's answers. With different lists the pads differ, and nothing opens.
+
+        Args:
+            request: one of `SecureRound.requests`.
 
         Raises:
             WireError: if the request is faulty, or a client on the list did not report.
@@ -259,11 +272,12 @@ class SecAggClient:
             public: the round.
             reported: which clients reported, bool [cohort].
             clients: numbers of the clients that reported.
-            blobs: the shares that each of them encrypted for this client.
-            nonces: the nonce of each of them, uint8 [clients, NONCE].
+            blobs: for each of these clients, the shares that it encrypted for this member.
+            nonces: for each of these clients, the nonce, uint8 [clients, NONCE].
 
         Returns:
-            A byte for each client (1 if its shares could not be decrypted), then all shares to open.
+            One byte for each of these clients (1 if its shares could not be decrypted), followed by
+            all shares to open.
         """
         unread = np.zeros(len(clients), np.uint8)
         wanted = []
@@ -277,18 +291,18 @@ class SecAggClient:
         return unread.tobytes() + b"".join(rows.tobytes() for rows in wanted)
 
     def state(self) -> dict[str, JSON]:
-        """Returns the state as JSON; save it before each answer is sent.
+        """Returns the state as JSON. Save it before an answer is sent.
 
-        A client that lost it could be asked a second, different question about the same round.
+        A client that lost its state would answer a second, different request of the same round.
         """
         roster = [] if self._roster is None else self._roster.rows
         return {"run": self._setup.run, "roster": roster, "answered": self._answered.to_json()}
 
     def load_state_(self, state: Mapping[str, JSON]) -> None:
-        """Restores what `state` returned.
+        """Restores a result of `state`.
 
         Raises:
-            RecipeError: if it is not the state of this client in this run.
+            RecipeError: if `state` is not the state of this client in this run.
         """
         try:
             answered = AnsweredRounds.from_json(self.name, state["answered"])
@@ -320,14 +334,14 @@ class SecAggClient:
         self._answered = answered
 
     def take_over_(self, state: Mapping[str, JSON]) -> None:
-        """Takes the state of the same run under another name, as after an update of fedpress.
+        """Takes over the state of the same run under another name, as after an update of fedpress.
 
-        All clients exchange keys again, but the last answered round remains answered. Otherwise
-        another list of clients could open a second sum of the same vectors, under new masks; the
-        difference of two sums reveals single clients.
+        All clients exchange keys again, but the last answered round remains answered. Otherwise a
+        second sum of the same vectors could be opened, under new masks and for another list of
+        clients. The difference of the two sums would reveal single clients.
 
         Raises:
-            RecipeError: if it is not a result of `state`.
+            RecipeError: if `state` is not a result of the method `state`.
         """
         try:
             self._answered.take_over_(state["answered"])
@@ -339,6 +353,7 @@ class SecAggClient:
             ) from error
 
     def _keep_roster(self, roster: Roster) -> None:
+        """Stores a checked roster, unless another one is stored already."""
         if self._roster is not None and self._roster.digest != roster.digest:
             raise SecureError(
                 "another roster was accepted in this run",
@@ -354,6 +369,7 @@ class SecAggClient:
         self._roster = roster
 
     def _checked_words(self, values: Tensor) -> np.ndarray:
+        """Checks the type and the bound of `values`, and returns them modulo 2^bits."""
         # Other types would be converted to integers silently.
         if (
             not isinstance(values, Tensor)
@@ -393,9 +409,9 @@ class SecAggClient:
     def _checked_list(
         self, request: SecAggMessage, public: PublicRound, me: int
     ) -> tuple[np.ndarray, bytes]:
-        """Returns which clients reported (bool [cohort]) and the digest of the list.
+        """Returns which clients reported (bool [cohort]) and the digest of this list.
 
-        Every client on it must have signed its report, so the server cannot add others.
+        Every client on the list must have signed its report, so the server cannot invent reports.
         """
         flags = read_bytes(request, "reported", (len(public.names),), "unmask")
         # This client has reported, so a list without it is wrong.
@@ -424,7 +440,8 @@ class SecAggClient:
 
     def _shared_secret(self, other: str) -> bytes:
         """Returns the secret that this client shares with `other`."""
-        # Computed on first use, because a round needs only those with neighbours and committee.
+        # Computed on first use, because a round needs only the secrets that this client shares with
+        # its neighbours and with the committee.
         if other not in self._shared_secrets:
             assert self._roster is not None
             secret = self._key.shared_secret(self._roster.key_of[other])
@@ -438,15 +455,16 @@ class SecAggClient:
         return derive(self._shared_secret(other), "seed", public.context, size=SEED)
 
     def _seal_key(self, public: PublicRound, owner: str, holder: str) -> bytes:
-        """Returns the key under which `owner` sends its shares to `holder`."""
+        """Returns the key that encrypts the shares from client `owner` to member `holder`."""
         other = holder if owner == self.name else owner
         # The names are ordered, so the two directions have different keys.
         return derive(self._shared_secret(other), "seal", public.context, owner, holder)
 
     def _pad(self, public: PublicRound, label: bytes, owner: str, holder: str) -> bytes:
-        """Returns the pad that hides the holder's share of the owner's body key.
+        """Returns the pad that hides the holder's share of the key of the owner's answer.
 
-        Both derive the same pad only if both were sent the list with digest `label`.
+        Owner and holder derive the same pad only if the server sent both the same list, whose
+        digest is `label`.
         """
         other = holder if owner == self.name else owner
         return derive(self._shared_secret(other), "lock", label, owner, holder)

@@ -1,10 +1,14 @@
-"""The mask graph: a random graph in which neighbours share masks that cancel in the sum.
+"""The mask graph: a random graph of clients, in which two neighbours share a mask.
 
-The server reports drop-outs after it has seen the graph. A malicious server could report all honest
-neighbours of one client as dropped out: their shared masks would be revealed, and that client's
-vector with them. Therefore the committee unmasks a sum only if each client in the sum has `least`
-or more neighbours that are in the sum as well. `risk` bounds the probability that some choice of
-drop-outs still separates honest clients from each other (SecAgg+: Bell et al. 2020, section 3).
+A mask that two neighbours share cancels in the sum. If one of them drops out, its masks are
+revealed to remove them from the sum. The server reports drop-outs after it has seen the graph. So a
+malicious server could report all honest neighbours of one client as dropped out: all masks of this
+client would be revealed, and its vector with them.
+
+Therefore the committee (the clients that help to unmask a sum) opens a sum only if each client in
+the sum has at least `least` neighbours that are in the sum as well. `risk` bounds the probability
+that some choice of drop-outs still separates honest clients from each other (SecAgg+: Bell et al.
+2020, section 3).
 """
 
 from __future__ import annotations
@@ -29,10 +33,15 @@ MAX_MISS = 2.0**-10
 
 @lru_cache(maxsize=4)
 def edges(seed: bytes, size: int, edge_prob: float) -> np.ndarray:
-    """Returns the random graph that follows from the public 32-byte `seed`.
+    """Draws the random graph; the same arguments always give the same graph.
+
+    Args:
+        seed: 32 public bytes.
+        size: number of clients.
+        edge_prob: probability that two clients are neighbours.
 
     Returns:
-        Symmetric bool matrix [size, size], read only.
+        Symmetric bool matrix [size, size], read only: whether two clients are neighbours.
     """
     coins = keystream(seed, 4 * (size * (size - 1) // 2)).view("<u4")
     upper = np.zeros((size, size), bool)
@@ -49,16 +58,20 @@ def edges(seed: bytes, size: int, edge_prob: float) -> np.ndarray:
 
 @lru_cache(maxsize=64)
 def sparsest(cohort: int, dropped: int, corrupt: int) -> tuple[float, int]:
-    """Returns (edge probability, `least`) of the sparsest graph that satisfies two bounds.
+    """Returns the sparsest graph that is safe and reliable.
 
-    `MAX_RISK` holds for any choice of drop-outs; `MAX_MISS` holds if the planned number of clients
-    drops out at random. `least` is the number of neighbours in the sum that the committee requires
-    of every client in the sum.
+    Safe: `MAX_RISK` bounds the probability that any choice of drop-outs breaks privacy. Reliable:
+    `MAX_MISS` bounds the probability that a round fails if the planned number of clients drops out
+    at random.
 
     Args:
         cohort: number of clients of a round.
         dropped: number of clients that may drop out.
         corrupt: number of clients that may collude with the server.
+
+    Returns:
+        Probability of an edge, and `least`: the number of neighbours in the sum that the committee
+        requires of every client in the sum.
     """
     alive = cohort - dropped
     # In the complete graph every reporting client is a neighbour.
@@ -81,8 +94,9 @@ def sparsest(cohort: int, dropped: int, corrupt: int) -> tuple[float, int]:
 def _reliable_neighbours(edge_prob: float, alive: int) -> int:
     """Returns the largest k such that each of `alive` clients has at least k neighbours.
 
-    This holds except with probability `MAX_MISS`, by a union bound over the clients.
+    This may fail with probability `MAX_MISS`, by a union bound over the clients.
     """
+    # Logarithms: the binomial coefficients of thousands of clients overflow a float.
     below = 0.0
     for number in range(alive):
         log = _log_choose(alive - 1, number) + number * math.log(edge_prob)
@@ -113,6 +127,7 @@ def risk(cohort: int, dropped: int, corrupt: int, edge_prob: float, least: int) 
     """
     if edge_prob >= 1:
         return 0.0
+    # Logarithms throughout: the numbers of choices overflow a float.
     honest = cohort - corrupt
     log_factorial = _log_factorial(honest)
     s = np.arange(1, honest // 2 + 1)[:, None]

@@ -1,4 +1,4 @@
-"""Cryptography of the secure sum: all keys of a client are derived from its 32-byte secret."""
+"""Cryptography of a secure sum: all keys of a client are derived from its 32-byte secret."""
 
 from __future__ import annotations
 
@@ -26,9 +26,10 @@ TAG = 16
 
 
 def derive(key: bytes, *items: Item, size: int = 32) -> bytes:
-    """Derives `size` bytes from `key` and the name `items` (HKDF with SHA-256).
+    """Derives `size` bytes from `key`, for the purpose that `items` names (HKDF with SHA-256).
 
-    Different items give independent bytes. A text and its bytes are different items.
+    Example: `derive(key, "mask")` and `derive(key, "nonce")` are independent of each other. A text
+    and its bytes are different items.
 
     >>> derive(bytes(32), "a") == derive(bytes(32), "a")
     True
@@ -44,7 +45,7 @@ def digest(*items: Item) -> bytes:
 
 
 def digest_all(items: Iterable[Item | np.ndarray]) -> bytes:
-    """Returns the digest of items that may be large contiguous arrays, without copying them."""
+    """Returns the digest of items, like `digest`; contiguous arrays are read without a copy."""
     hasher = blake2b(digest_size=32)
     for item in items:
         # Type and length precede each item, so that ("ab", "c") and ("a", "bc") differ.
@@ -58,9 +59,13 @@ def digest_all(items: Iterable[Item | np.ndarray]) -> bytes:
 
 
 def identity(secret: bytes) -> bytes:
-    """Returns the public Ed25519 key [32] of the client with this `secret`.
+    """Returns the public Ed25519 key [32] by which a client's signatures are verified.
 
-    The other clients must know it before the run, and not from an untrusted server.
+    The other clients must know this key before the run. They must not get it from an untrusted
+    server, which could send its own key instead.
+
+    Args:
+        secret: the client's 32 secret bytes.
     """
     return _signer(secret).public_key().public_bytes_raw()
 
@@ -71,9 +76,9 @@ def sign(secret: bytes, *items: Item) -> bytes:
 
 
 def verify(public: bytes, signature: bytes, *items: Item) -> bool:
-    """Returns whether `signature` is a signature of `items` by the owner of identity `public`.
+    """Returns whether the owner of the public key `public` has signed `items`.
 
-    False too for bytes that are not a key or not a signature.
+    Returns False, too, if `public` is not a key or `signature` is not a signature.
     """
     try:
         Ed25519PublicKey.from_public_bytes(public).verify(signature, _statement(items))
@@ -84,16 +89,21 @@ def verify(public: bytes, signature: bytes, *items: Item) -> bool:
 
 
 class KeyPair:
-    """The X25519 key pair of one client for one run; every run has another one."""
+    """The X25519 key pair of a client, which is different in every run.
+
+    Args:
+        secret: the client's 32 secret bytes.
+        run: name of the run.
+    """
 
     def __init__(self, secret: bytes, run: str) -> None:
         self._private = X25519PrivateKey.from_private_bytes(derive(secret, "agreement", run))
         self.public = self._private.public_key().public_bytes_raw()
 
     def shared_secret(self, public: bytes) -> bytes | None:
-        """Returns the 32 bytes that only this client and the owner of `public` can compute.
+        """Returns 32 bytes that only this client and the owner of the key `public` can compute.
 
-        None if `public` is a point of low order, for which anybody could compute them.
+        Returns None if `public` is a point of low order: then anybody could compute the bytes.
         """
         try:
             shared = self._private.exchange(X25519PublicKey.from_public_bytes(public))
@@ -104,10 +114,11 @@ class KeyPair:
 
 
 def can_agree(public: bytes) -> bool:
-    """Returns whether a secret key agreement with `public` is possible.
+    """Returns whether two parties can agree on a secret with the X25519 key `public`.
 
-    It is not for a point of low order: that gives zero with every private key, because X25519
-    private keys are multiples of 8 (RFC 7748, section 6.1). So one trial with any key is enough.
+    They cannot if `public` is a point of low order. Such a point gives zero with every private key,
+    because X25519 private keys are multiples of 8 (RFC 7748, section 6.1). So one trial with any
+    private key is enough.
 
     >>> can_agree(bytes(32)), can_agree(KeyPair(bytes(32), "run").public)
     (False, True)
@@ -126,9 +137,9 @@ def seal(key: bytes, nonce: bytes, data: bytes, about: bytes) -> bytes:
 
     Args:
         key: 32 bytes.
-        nonce: 12 bytes. Never use one twice with the same key for different data.
+        nonce: 12 bytes. Never use a nonce twice with the same key for different data.
         data: the plaintext.
-        about: associated data: authenticated, not encrypted; `unseal` needs the same.
+        about: associated data: authenticated but not encrypted. `unseal` needs the same bytes.
     """
     return ChaCha20Poly1305(key).encrypt(nonce, data, about)
 
@@ -142,6 +153,7 @@ def unseal(key: bytes, nonce: bytes, data: bytes, about: bytes) -> bytes | None:
 
 
 def _signer(secret: bytes) -> Ed25519PrivateKey:
+    # "identity": a key that signs must not be used for key agreement as well.
     return Ed25519PrivateKey.from_private_bytes(derive(secret, "identity"))
 
 

@@ -1,4 +1,8 @@
-"""Masks: pseudo-random vectors from 16-byte seeds, added modulo 2^bits."""
+"""Masks: pseudo-random vectors, expanded from 16-byte seeds, and added modulo 2^bits.
+
+Two clients with the same seed have the same mask. One adds it and the other subtracts it, so the
+mask cancels in the sum of their vectors.
+"""
 
 from __future__ import annotations
 
@@ -18,8 +22,10 @@ CHUNK = 1 << 17
 def word_type(bits: int) -> np.dtype:
     """Returns the smallest unsigned type of at least `bits` bits.
 
-    It wraps around at a multiple of 2^bits, so intermediate sums need no reduction.
+    Arithmetic in this type wraps around at a multiple of 2^bits, so intermediate sums need no
+    reduction modulo 2^bits.
     """
+    # Little-endian on every machine, because masks must be equal on all of them.
     if bits <= 16:
         return np.dtype("<u2")
     if bits <= 32:
@@ -37,8 +43,8 @@ def add_masks_(words: np.ndarray, seeds: Sequence[tuple[bytes, bool]]) -> None:
     """Adds masks to `words` [d] in place.
 
     Args:
-        words: values of `word_type`.
-        seeds: the seed of each mask, and whether it is added (True) or subtracted (False).
+        words: unsigned numbers of the type `word_type(bits)`.
+        seeds: the seed of each mask, and whether the mask is added (True) or subtracted (False).
 
     >>> words = np.zeros(3, np.uint32)
     >>> add_masks_(words, [(b"seed", True), (b"seed", False)])
@@ -58,19 +64,19 @@ def add_masks_(words: np.ndarray, seeds: Sequence[tuple[bytes, bool]]) -> None:
 
 
 def to_words(values: Tensor, bits: int) -> np.ndarray:
-    """Returns whole numbers [d] as `word_type`: modulo a multiple of 2^bits."""
+    """Converts whole numbers [d] to `word_type(bits)`, that is, modulo a multiple of 2^bits."""
     return values.detach().cpu().numpy().astype(word_type(bits))
 
 
 def to_tensor(words: np.ndarray, bits: int) -> Tensor:
-    """Returns `words` modulo 2^bits in the type in which they are sent."""
+    """Converts `words` to a tensor for sending: values modulo 2^bits, see `tensor_type`."""
     # Higher bits are meaningless, and receivers refuse values outside 0 .. 2^bits - 1.
     kept = words & word_type(bits).type((1 << bits) - 1)
     return torch.from_numpy(kept.astype(np.int32 if bits <= 31 else np.int64))
 
 
 def centred(words: np.ndarray, bits: int) -> Tensor:
-    """Returns `words` modulo 2^bits as int64 from -2^(bits-1) to 2^(bits-1) - 1.
+    """Converts `words` modulo 2^bits to signed numbers, from -2^(bits-1) to 2^(bits-1) - 1.
 
     >>> centred(np.array([0, 7, 8, 15], np.uint16), 4).tolist()
     [0, 7, -8, -1]

@@ -1,4 +1,7 @@
-"""Messages of the secure sum, and checked reading of fields from untrusted senders."""
+"""The messages of a secure sum, and functions that read and check their fields.
+
+A message may come from a dishonest sender, so type, shape and range of each field are checked.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ JSON: TypeAlias = "bool | int | float | str | list[JSON] | dict[str, JSON] | Non
 
 @dataclass(frozen=True, eq=False)
 class SecAggMessage:
-    """One message of the secure sum; it is sent inside a `wire.Message`.
+    """One message of a secure sum. It is sent inside a `fedpress.wire.message.Message`.
 
     Attributes:
         header: JSON values by name.
@@ -37,10 +40,10 @@ def as_tensor(data: bytes | np.ndarray) -> Tensor:
 
 
 def read_bytes(message: SecAggMessage, name: str, shape: Sequence[int], place: str) -> np.ndarray:
-    """Returns the uint8 tensor `name` of exactly `shape`.
+    """Returns the uint8 tensor `name` of exactly `shape`; see `read_tensor`.
 
     Raises:
-        WireError: if it is missing, or of another type or shape.
+        WireError: if the tensor is missing, or has another type or shape.
     """
     return read_tensor(message, name, torch.uint8, shape, place).numpy()
 
@@ -58,7 +61,7 @@ def read_tensor(
         place: name of the message in errors, such as "unmask".
 
     Raises:
-        WireError: if it is missing, or of another type or shape.
+        WireError: if the tensor is missing, or has another type or shape.
     """
     got = message.tensors.get(name)
     if not isinstance(got, Tensor):
@@ -76,10 +79,10 @@ def read_tensor(
 
 
 def read_number(message: SecAggMessage, name: str, place: str) -> int:
-    """Returns header field `name`, a whole number >= 0.
+    """Returns the header field `name`, a whole number >= 0.
 
     Raises:
-        WireError: if it is missing or something else.
+        WireError: if the field is missing or something else.
     """
     got = message.header.get(name)
     # A bool is an int in Python, but not a number here.
@@ -91,10 +94,10 @@ def read_number(message: SecAggMessage, name: str, place: str) -> int:
 
 
 def read_names(message: SecAggMessage, name: str, place: str) -> list[str]:
-    """Returns header field `name`, a list of strings.
+    """Returns the header field `name`, a list of strings.
 
     Raises:
-        WireError: if it is missing or something else.
+        WireError: if the field is missing or something else.
     """
     got = message.header.get(name)
     if not isinstance(got, list):

@@ -1,4 +1,7 @@
-"""The plan of a secure sum: cohort, drop-outs, corrupt clients, committee and mask graph."""
+"""The settings of a secure sum, and the numbers that follow from them for privacy and drop-outs.
+
+The committee of a round are the clients that help to unmask its sum.
+"""
 
 from __future__ import annotations
 
@@ -25,14 +28,15 @@ class SecurePlan:
 
     Args:
         cohort: number of clients in every round.
-        bits: sums are exact modulo 2^bits, from 2 to 62.
-        max_dropout: share of the cohort that may drop out in a round, before or after it reported.
+        bits: sums are exact modulo 2^bits; from 2 to 62.
+        max_dropout: share of the cohort that may drop out in a round, before or after they report
+            (send their masked vectors).
         max_corrupt: share of the cohort that may collude with a dishonest server.
         bound: largest absolute value in a client's vector, so that no sum overflows. None allows
             any value modulo 2^bits; then the caller must make sure that the sum fits.
 
     Raises:
-        RecipeError: if a number is out of range, or no committee is safe.
+        RecipeError: if a number is out of range, or if no committee is safe.
 
     >>> plan = SecurePlan(cohort=10, bits=18)
     >>> plan.survivors, plan.committee, plan.threshold, plan.edge_prob
@@ -83,6 +87,7 @@ class SecurePlan:
             )
 
     def _check_bound(self, bound: int) -> None:
+        # One bit is the sign, so the largest sum must stay below half of 2^bits.
         largest = bound * self.cohort
         if not 0 < largest < 1 << (self.bits - 1):
             needed = largest.bit_length() + 1
@@ -100,7 +105,7 @@ class SecurePlan:
 
     @property
     def corrupt(self) -> int:
-        """Number of clients that may be corrupt."""
+        """Number of clients that may collude with the server."""
         return _floor(self.cohort * self.max_corrupt)
 
     @property
@@ -110,21 +115,21 @@ class SecurePlan:
 
     @property
     def committee(self) -> int:
-        """Number of clients of a round that get shares of the others' seeds."""
+        """Number of committee members: clients of a round that get shares of all masks' seeds."""
         return _committee(self.cohort, self.dropped, self.corrupt)[0]
 
     @property
     def threshold(self) -> int:
-        """Number of committee members that must answer the same list of reporting clients.
+        """Number of committee members that must answer for the same list of reporting clients.
 
-        It is more than all corrupt members plus half of the honest ones. Each honest member answers
-        one list only, so no two lists can both be opened.
+        The threshold exceeds the number of corrupt members plus half of the honest members. Each
+        honest member answers for one list only, so two lists can never both be opened.
         """
         return _committee(self.cohort, self.dropped, self.corrupt)[1]
 
     @property
     def edge_prob(self) -> float:
-        """Probability that two clients are neighbours: that they share a mask."""
+        """Probability that two clients are neighbours, which means that they share a mask."""
         return graph.sparsest(self.cohort, self.dropped, self.corrupt)[0]
 
     @property
@@ -139,7 +144,7 @@ class SecurePlan:
 
 
 def _floor(x: float) -> int:
-    # In floating point 0.29 * 100 is slightly below 29, and must still give 29.
+    # In floating point 0.29 * 100 is slightly below 29, but must give 29.
     return math.floor(x + 1e-9)
 
 
@@ -147,10 +152,10 @@ def _floor(x: float) -> int:
 def _committee(cohort: int, dropped: int, corrupt: int) -> tuple[int, int]:
     """Returns (size, threshold) of the smallest safe committee, or (0, 0) if there is none.
 
-    Each honest member answers one list only. So two different lists cannot both get `threshold`
+    Each honest member answers for one list only. So two different lists cannot both get `threshold`
     answers if 2 threshold > size + number of corrupt members. A committee smaller than the cohort
-    is drawn at random. It may have too many corrupt members with probability `graph.MAX_RISK`, and
-    too few that stay with probability `graph.MAX_MISS`.
+    is drawn at random. With probability `graph.MAX_RISK` it may have too many corrupt members; with
+    probability `graph.MAX_MISS` too many of its members may drop out.
     """
     # In steps of ten, because a few members too many cost little.
     for size in range(WHOLE_COMMITTEE, cohort, 10):
@@ -166,9 +171,14 @@ def _committee(cohort: int, dropped: int, corrupt: int) -> tuple[int, int]:
 
 
 def _staying(cohort: int, alive: int, size: int) -> int:
-    """Returns how many of `size` drawn clients stay at least.
+    """Returns the least number of `size` randomly drawn clients that do not drop out.
 
-    It may fail with probability `graph.MAX_MISS`. `alive` of the `cohort` do not drop out.
+    With probability `graph.MAX_MISS` it may be fewer.
+
+    Args:
+        cohort: number of clients to draw from.
+        alive: number of clients of the cohort that do not drop out.
+        size: number of drawn clients.
     """
     ways = math.comb(cohort, size)
     below = 0

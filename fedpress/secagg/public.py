@@ -1,4 +1,8 @@
-"""Public data of a secure sum, equal on server and clients: roster, graph and committee."""
+"""Public data of a secure sum, which server and clients compute equally.
+
+These are the roster (the signed keys of all clients), the mask graph, and the committee (the
+clients that help to unmask a sum).
+"""
 
 from __future__ import annotations
 
@@ -25,8 +29,8 @@ class SecAggSetup:
     """The settings of a run, agreed before it starts.
 
     Attributes:
-        plan: cohort, bits, drop-outs and corrupt clients.
-        identities: the identity key of every client by its name.
+        plan: size of the cohort, bits of the sum, drop-outs and corrupt clients.
+        identities: client name -> public key by which its signatures are verified.
         run: name of the run.
     """
 
@@ -51,8 +55,8 @@ class Roster:
 
     Attributes:
         names: names of the clients, sorted.
-        keys: X25519 public key [32] of each.
-        signatures: signature [64] of each on its key.
+        keys: X25519 public key [32] of each client.
+        signatures: signature [64] of each client on its own key.
     """
 
     names: tuple[str, ...]
@@ -83,12 +87,12 @@ class Roster:
 
     @cached_property
     def digest(self) -> bytes:
-        """Digest of names and keys."""
+        """Digest of all names and keys, which each client signs."""
         return digest("roster", *self.names, *self.keys)
 
     @cached_property
     def rows(self) -> list[JSON]:
-        """Name, key and signature of each client as JSON; all callers share this list."""
+        """Name, key and signature of each client, as JSON. All callers share this list."""
         rows: list[JSON] = []
         for name, key, signature in zip(self.names, self.keys, self.signatures, strict=True):
             rows.append([name, key.hex(), signature.hex()])
@@ -109,11 +113,10 @@ def _checked_roster(
     identities: tuple[tuple[str, bytes], ...],
     run: str,
 ) -> Roster:
-    """Checks a roster; the result is cached for all clients of a process.
+    """Checks a roster. The result is cached for all clients of a process.
 
-    In a simulation with 1,000 clients, each would otherwise check the same 1,000 signatures. The
-    result depends on the arguments only, so a client that gets another roster does not hit the
-    cache.
+    In a simulation with 1,000 clients, each client would otherwise check the same 1,000 signatures.
+    The result depends on the arguments only: for another roster all checks run again.
     """
     # Sorted, so that all clients compute the same digest.
     if sorted(set(names)) != list(names):
@@ -172,7 +175,14 @@ class PublicRound:
     def of(
         cls, setup: SecAggSetup, roster: Roster, number: int, cohort: Sequence[str], size: int
     ) -> PublicRound:
-        """Returns the round of this `number`, cohort and vector size.
+        """Returns the public data of a round.
+
+        Args:
+            setup: settings of the run.
+            roster: keys of all clients of the run.
+            number: number of the round.
+            cohort: names of the clients of the round, in any order.
+            size: number of values in each vector.
 
         Raises:
             WireError: if the cohort is not of the planned size, or a client is not in the roster.
@@ -205,7 +215,7 @@ class PublicRound:
 
     @cached_property
     def committee(self) -> tuple[int, ...]:
-        """Numbers of the clients that get shares; the member at position k has point k + 1."""
+        """Numbers of the committee members, sorted; position k gets the shares of point k + 1."""
         # Drawn from a digest of the round, so the server cannot choose members; it gets another
         # committee only with another cohort.
         by_lot = sorted(range(len(self.names)), key=lambda i: digest("committee", self.context, i))
@@ -247,7 +257,7 @@ class PublicRound:
 
 
 def commitment(seed: bytes) -> bytes:
-    """Returns a commitment [16 bytes]: it verifies a seed, but does not reveal it.
+    """Returns a commitment [16 bytes], by which a seed can be verified but not computed.
 
     >>> commitment(bytes(16)).hex()[:8] != commitment(b"1" * 16).hex()[:8]
     True
@@ -257,7 +267,7 @@ def commitment(seed: bytes) -> bytes:
 
 
 def report_digest(tensors: Mapping[str, Tensor]) -> bytes:
-    """Returns the digest of a client's report, which the client signs."""
+    """Returns the digest of a client's report (see `SecAggClient.mask`), which the client signs."""
     names = ("masked", "nonce", "sealed", "commitments")
     return digest_all(tensors[name].contiguous().numpy() for name in names)
 
@@ -268,10 +278,11 @@ def list_digest(public: PublicRound, reported: np.ndarray, digests: np.ndarray) 
 
 
 def seeds_to_open(public: PublicRound, client: int, reported: np.ndarray) -> list[int]:
-    """Returns the rows of the seeds of a reporting `client` that the committee opens.
+    """Returns which seeds of a reporting `client` the committee opens, as row numbers.
 
-    These are its own seed (row 0), and the seeds that it shares with neighbours who did not report.
-    Seeds with neighbours who reported must stay secret: their masks cancel in the sum, and if they
-    were opened, the client's vector would be revealed.
+    Row 0 is the client's own seed; it is always opened. A seed that the client shares with a
+    neighbour is opened only if this neighbour did not report. Seeds shared with reporting
+    neighbours must stay secret: their masks cancel in the sum, and if they were opened, the
+    client's vector would be revealed.
     """
     return [0, *(1 + np.flatnonzero(~reported[public.neighbours(client)]))]

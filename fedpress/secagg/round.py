@@ -1,4 +1,4 @@
-"""One round of the secure sum on the server: adds masked vectors, and unmasks only their sum."""
+"""One round of a secure sum on the server: adds masked vectors, and unmasks only their sum."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ from fedpress.secagg.shares import recover_secrets
 class SecureRound:
     """The server's side of one round.
 
-    Call `add` with each client's report, send the `requests`, call `share` with each answer, then
-    `sum`.
+    Call `add` with each client's report (its masked vector). Then send the `requests` to the
+    committee (the clients that help to unmask), call `share` with each answer, and call `sum`.
     """
 
     def __init__(self, setup: SecAggSetup, public: PublicRound) -> None:
@@ -43,7 +43,7 @@ class SecureRound:
         self._public = public
         self._plan = setup.plan
         self._number = {name: i for i, name in enumerate(public.names)}
-        # Masked vectors are added when they come, to need the memory of only one vector.
+        # Each masked vector is added when it arrives, so only one vector is in memory.
         self._total = np.zeros(public.size, word_type(self._plan.bits))
         self._reports: dict[int, dict[str, np.ndarray]] = {}
         # Which clients reported, bool [cohort]; None until the requests are made.
@@ -59,11 +59,15 @@ class SecureRound:
         return [self._public.names[i] for i in sorted(self._reports)]
 
     def add(self, name: str, message: SecAggMessage) -> None:
-        """Adds one client's masked vector to the sum, and stores its shares.
+        """Adds one client's masked vector to the sum, and stores its encrypted shares.
+
+        Args:
+            name: name of the client.
+            message: result of `SecAggClient.mask`.
 
         Raises:
-            WireError: if the report is faulty, not signed by the client, a second one, or too late.
-                Then it is not added.
+            WireError: if the report is faulty, is not signed by the client, is the client's second
+                report, or comes after `requests`. Then it is not added.
         """
         place = "report"
         public = self._public
@@ -101,9 +105,9 @@ class SecureRound:
         self._reports[me] = kept | {"digest": np.frombuffer(made, np.uint8)}
 
     def requests(self) -> dict[str, SecAggMessage]:
-        """Returns the request to each reporting member of the committee, by name.
+        """Returns a request for each committee member that reported, by name.
 
-        After this call no client can report, because the committee answers only one list.
+        After this call no client can report, because the committee answers for one list only.
 
         Raises:
             SecureError: if too few clients reported, or two neighbours have different masks.
@@ -151,10 +155,14 @@ class SecureRound:
         return requests
 
     def share(self, name: str, message: SecAggMessage) -> None:
-        """Stores one member's answer.
+        """Stores one committee member's answer.
+
+        Args:
+            name: name of the member.
+            message: result of `SecAggClient.unmask`.
 
         Raises:
-            WireError: if it is faulty; then it is not stored.
+            WireError: if the answer is faulty. Then it is not stored.
         """
         place = "shares"
         public = self._public
@@ -184,7 +192,7 @@ class SecureRound:
         Its values are from -2^(bits-1) to 2^(bits-1) - 1.
 
         Raises:
-            SecureError: if too few members of the committee gave right answers.
+            SecureError: if too few committee members gave right answers.
         """
         if self._asked is None:
             raise SecureError(
@@ -246,10 +254,10 @@ class SecureRound:
         return f"{name!r} and its neighbours do not agree on their masks"
 
     def _bodies(self) -> dict[int, bytes]:
-        """Returns the decrypted answers by position in the committee, without unreadable ones.
+        """Returns the answers that can be decrypted, by the member's position in the committee.
 
         Raises:
-            SecureError: if they are fewer than the threshold.
+            SecureError: if fewer answers than the threshold can be decrypted.
         """
         assert self._asked is not None
         places = sorted(self._answers)
@@ -274,10 +282,11 @@ class SecureRound:
         return bodies
 
     def _body_keys(self, places: list[int]) -> dict[int, bytes]:
-        """Returns the keys of the answers of the members at `places`, without wrong keys.
+        """Returns the keys of the answers of the members at `places`; wrong keys are left out.
 
-        Each member shares its key among all members that reported (see `SecAggClient.unmask`). Its
-        `locks` are these shares, each XOR a pad; the `opens` of the other members are the pads.
+        Each member has shared its key among all members that reported (see `SecAggClient.unmask`).
+        The field `locks` of its answer contains these shares, each XOR a pad. The field `opens` of
+        the other members' answers contains the pads.
         """
         assert self._asked is not None
         # Locks and opens have a row for each member that was asked, even if it did not answer.
@@ -356,19 +365,21 @@ class SecureRound:
         return found
 
     def _to_remove(self, seeds: np.ndarray) -> list[tuple[bytes, bool]]:
-        """Returns the masks that did not cancel in the total, each with the opposite sign."""
+        """Returns the seeds of the masks that did not cancel in the total, with opposite signs."""
         masks = []
         rows = iter(seeds)
         for i, opened in zip(self._clients_in_sum(), self._wanted, strict=True):
             neighbours = self._public.neighbours(i)
             # Every client added the mask of its own seed.
             masks.append((next(rows).tobytes(), False))
-            # It added the mask shared with a neighbour of a higher number, else subtracted it.
+            # Of a mask shared with a neighbour, the client with the lower number added it, and the
+            # other subtracted it; here the opposite is done.
             for row in opened[1:]:
                 masks.append((next(rows).tobytes(), bool(i > neighbours[row - 1])))
         return masks
 
     def _closed(self, problem: str) -> SecureError:
+        """Returns the error that the sum of this round cannot be unmasked."""
         return SecureError(
             problem, place=f"round {self._public.number}", cure="the sum stays closed"
         )

@@ -1,4 +1,4 @@
-"""The server of the secure sum: exchanges the clients' keys once a run, then opens rounds."""
+"""The server of a secure sum: passes on the clients' public keys, then starts a sum each round."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from fedpress.secagg.round import SecureRound
 
 
 class SecAggServer:
-    """The server of one run: collects the clients' keys, then opens a sum for every round.
+    """The server of one run: collects the clients' keys, then starts a sum for every round.
 
-    Call `join` with each client's message, send the `roster` to all clients, call `accepted` with
-    each answer, then `open` for every round.
+    Call `join` with each client's first message. Then send `roster` (the list of all keys) to all
+    clients, call `accepted` with each answer, and call `open` for every round.
 
     Args:
-        plan: the agreed plan.
-        identities: the identity key of every client by its name.
+        plan: the settings on which server and clients agree.
+        identities: client name -> public key by which its signatures are verified.
         run: name of the run.
     """
 
@@ -31,11 +31,15 @@ class SecAggServer:
         self._accepted: set[str] = set()
 
     def join(self, name: str, message: SecAggMessage) -> None:
-        """Stores a client's key.
+        """Stores a client's public key.
+
+        Args:
+            name: name of the client.
+            message: result of `SecAggClient.join`.
 
         Raises:
-            WireError: if the client did not sign it, if it joined before, or if the roster was made
-                already.
+            WireError: if the client did not sign the key or has joined before, or if the roster was
+                made already.
         """
         key = read_bytes(message, "key", (32,), "join").tobytes()
         signature = read_bytes(message, "signature", (SIGNATURE,), "join").tobytes()
@@ -60,7 +64,7 @@ class SecAggServer:
         self._joined[name] = key, signature
 
     def roster(self) -> SecAggMessage:
-        """Returns the keys of all clients, to be sent to all clients; no client can join later.
+        """Returns the keys of all clients as a message to all clients. No client can join later.
 
         The keys are sorted by name, so that the order of joining does not matter.
 
@@ -83,12 +87,16 @@ class SecAggServer:
         """Restores a roster that was made before the server was stopped.
 
         Raises:
-            WireError: if it is faulty.
+            WireError: if the roster is faulty.
         """
         self._roster = Roster.from_message(roster, self._setup)
 
     def accepted(self, name: str, message: SecAggMessage) -> None:
         """Stores that a client has checked and accepted the roster.
+
+        Args:
+            name: name of the client.
+            message: result of `SecAggClient.accept`.
 
         Raises:
             WireError: if the client is not in the roster, or did not sign its digest.
@@ -109,8 +117,11 @@ class SecAggServer:
 
         Args:
             round: number of the round.
-            cohort: names of the clients that are asked.
+            cohort: names of the clients of this round.
             size: number of values in each vector.
+
+        Returns:
+            The server's side of the round.
 
         Raises:
             RecipeError: if the cohort is not as planned, or a client in it did not accept the

@@ -1,8 +1,8 @@
 """Shamir's secret sharing over GF(2^16): `threshold` shares give the secret, fewer reveal nothing.
 
 A secret is a row of bytes. Each pair of bytes is the value at 0 of a random polynomial of degree
-threshold - 1; a share is the polynomial's value at a point from 1 to 65535. In this field, addition
-is XOR. Multiplication adds logarithms from a table.
+threshold - 1. A share is the polynomial's value at a point from 1 to 65535. In this field, addition
+is XOR, and multiplication adds logarithms, which are looked up in a table.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ MAX_TRIES = 300
 def field_tables() -> tuple[np.ndarray, np.ndarray]:
     """Returns the tables (exp, log) of the field, uint16 [4 * ORDER + 1] and int32 [ORDER + 1].
 
-    Zero has no logarithm. The table has 2 * ORDER for it, and exp is 0 from there on. So a product
-    with 0 needs no special case.
+    Zero has no logarithm. The table contains 2 * ORDER in its place, and exp is 0 from 2 * ORDER
+    on. So a product with 0 needs no special case.
     """
     exp = np.zeros(4 * ORDER + 1, np.uint16)
     log = np.full(ORDER + 1, 2 * ORDER, np.int32)
@@ -46,7 +46,7 @@ def field_tables() -> tuple[np.ndarray, np.ndarray]:
 
 
 def multiply(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Returns the products of field elements, uint16 of the shape of `a` and `b`."""
+    """Returns the elementwise products of field elements, uint16 of the shape of `a` and `b`."""
     exp, log = field_tables()
     product: np.ndarray = exp.take(log.take(a) + log.take(b))
     return product
@@ -60,9 +60,9 @@ def share_secrets(
     Args:
         secrets: uint8 [secrets, bytes], an even number of bytes.
         points: different numbers from 1 to 65535; the value at 0 is the secret itself.
-        threshold: how many shares give the secret.
-        key: 32 secret bytes from which the polynomials are drawn. Never use it for other secrets:
-            with the same polynomials, the shares of two secrets differ by the secrets' XOR.
+        threshold: number of shares that give the secret.
+        key: 32 secret bytes from which the polynomials are drawn. Never use a key for two different
+            inputs: with the same polynomials, the shares of two secrets differ by their XOR.
 
     Returns:
         uint8 [points, secrets, bytes].
@@ -89,7 +89,7 @@ def interpolate(
     Args:
         shares: uint8 [points, secrets, bytes].
         points: the point of each share.
-        at: where to evaluate; must not be one of the points.
+        at: point at which the polynomials are evaluated; must not be one of `points`.
 
     Returns:
         uint8 [secrets, bytes].
@@ -110,17 +110,17 @@ def recover_secrets(
     """Recovers secrets from shares of which some may be wrong.
 
     First the shares of the first `threshold` holders are combined. If a secret is wrong, random
-    choices of holders are tried until it is right. Holders whose shares do not lie on the right
-    polynomial are then used last for all further secrets.
+    sets of `threshold` holders are tried until the secret is right. Holders whose shares do not lie
+    on the right polynomial are put last in the order for all further secrets.
 
     Args:
         shares: uint8 [holders, secrets, bytes] of at least `threshold` holders.
         points: the point of each holder.
-        threshold: how many shares give a secret.
-        right: (number of a secret, its bytes) -> whether it is correct.
+        threshold: number of shares that give a secret.
+        right: (number of a secret, its bytes) -> whether the secret is correct.
 
     Returns:
-        The secrets, uint8 [secrets, bytes], and the numbers of those that were not recovered.
+        The secrets, uint8 [secrets, bytes], and the numbers of the secrets that were not recovered.
     """
     order = list(range(len(points)))
     place = np.asarray(points)
@@ -162,13 +162,13 @@ def _search(
     right: Callable[[bytes], bool],
     rng: np.random.Generator,
 ) -> list[int] | None:
-    """Returns `threshold` holders whose shares give the right secret; None if none were found.
+    """Returns `threshold` holders whose shares give the right secret; None if no set is found.
 
     Args:
         one: shares of one secret, uint8 [holders, 1, bytes].
         place: the point of each holder.
-        threshold: how many shares give a secret.
-        right: whether these bytes are the right secret.
+        threshold: number of shares that give a secret.
+        right: returns whether given bytes are the right secret.
         rng: chooses the holders.
     """
     # There is only one choice, and the caller has tried it.
