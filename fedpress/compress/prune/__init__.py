@@ -1,1 +1,1 @@
-"""Channel pruning: trace a network, score its channels, plan, remove them, check the result."""
+"""Prunes channels: traces a network, scores its channels, plans, removes, checks the result."""

@@ -1,11 +1,12 @@
-"""Approximate pruning through layer norms and GRN, and a least-squares fit of their scales.
+"""Corrects layer norms after pruning of channels that they average over (approximate pruning).
 
 `trace(model, x, approximate=["layer_norm"])` allows pruning of channels that a layer norm averages
-over. This changes the result: the remaining channels are normalised by their own mean and variance.
-`refit_norms_` then fits scale and shift of each norm by least squares, so that its outputs on some
-examples come near to those of the dense network. `output_difference` measures how far the two
-networks still differ. Everything but these statistics must be exact, which the parity check proves
-with the statistics replaced by constants (`constant_statistics`).
+over; "grn" allows the same for global response norms. This changes the result: the remaining
+channels are normalised by their own mean and variance. `refit_norms_` then fits scale and shift of
+each norm by least squares, so that its outputs on some examples come near to those of the dense
+(unpruned) network. `output_difference` measures how far the two networks still differ. Everything
+but these statistics must be exact. The parity check proves this: it compares the networks with the
+statistics replaced by constants (`constant_statistics`).
 """
 
 from __future__ import annotations
@@ -32,10 +33,10 @@ LINEARITY_TOLERANCE = 1e-3
 
 
 def check_norm_kinds(names: Sequence[str]) -> frozenset[str]:
-    """Checks the setting `approximate`, and returns it as a set.
+    """Checks the setting `approximate` (kinds of norms), and returns it as a set.
 
     Raises:
-        RecipeError: if `names` is not a list, or there is no such kind.
+        RecipeError: if `names` is a string instead of a list, or has an unknown kind.
     """
     known = list(get_args(NormKind))
     # A single string would be read letter by letter.
@@ -59,8 +60,8 @@ class OutputDifference:
 
     Attributes:
         relative: norm of the difference, divided by the norm of the first network's outputs.
-        agreement: share of examples for which both predict the same class; None if outputs are not
-            [n, classes].
+        agreement: share of examples for which both networks predict the same class; None if the
+            outputs are not [n, classes].
     """
 
     relative: float
@@ -95,20 +96,20 @@ def refit_norms_(
 ) -> dict[str, str]:
     """Fits scale and shift of each approximated norm to the outputs of the same dense norm.
 
-    The norms are fitted in the order of `plan.approximate`, with the earlier ones already fitted.
-    For each channel, scale and shift are the least-squares solution over all examples and
-    positions. If the outputs of the whole network are then farther from the dense ones, the fit is
-    undone. A norm may be a torch module or the user's own, if its outputs are linear in its
-    parameters.
+    The norms are fitted in the order of `plan.approximate`, so the inputs of a norm come from
+    norms that are already fitted. For each channel, scale and shift are the least-squares solution
+    over all examples and positions. If the outputs of the whole network are farther from the dense
+    ones after a fit, this fit is undone. A norm may be a torch module or the user's own module, if
+    its outputs are linear in its parameters.
 
     Args:
         dense: the network before pruning.
-        small: the same after `remove_`; its norms are changed.
-        plan: what was pruned.
+        small: the network after `remove_`; its norms are changed.
+        plan: the plan by which `small` was pruned.
         batches: public inputs; a few hundred examples are enough.
 
     Returns:
-        The norms that were not fitted, with the reason.
+        Name of each norm that was not fitted -> the reason.
     """
     not_fitted: dict[str, str] = {}
     # The first fit is compared with pruning alone.
@@ -194,9 +195,9 @@ def _side_by_side(parameters: Sequence[nn.Parameter]) -> Tensor:
 
 
 class _NormalEquations:
-    """A least-squares problem per channel, summed over batches: gram @ solution = right.
+    """A least-squares problem for each channel: gram @ solution = right, summed over batches.
 
-    Only sums are kept, so that memory does not grow with the number of examples.
+    Only the sums are stored, so that memory does not grow with the number of examples.
     """
 
     def __init__(self, channels: int, unknowns: int) -> None:
@@ -216,7 +217,8 @@ class _NormalEquations:
     def solve(self, now: Tensor) -> Tensor:
         """Returns the solution [channels, unknowns], near `now` where the data do not determine it.
 
-        Ridge regression towards `now`: a channel that is always 0 has a singular matrix.
+        This is ridge regression towards `now`, because a channel that is always 0 has a singular
+        matrix.
         """
         unknowns = now.shape[1]
         # Relative to the diagonal, so that it does not depend on the scale of the outputs.
@@ -232,7 +234,8 @@ def _linear_parts(
     """Measures a norm as a linear function of its parameters.
 
     Returns:
-        The output with all parameters 0, what each parameter adds at 1, and the true output.
+        The output with all parameters 0, the change if one parameter is set to 1 (for each
+        parameter), and the true output.
     """
     real = _first_tensor(norm(*args, **options))
     values = [parameter.clone() for parameter in parameters]
@@ -317,8 +320,9 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 def constant_statistics(plan: PruningPlan) -> Iterator[None]:
     """Replaces the statistics of norms by constants within the block, if `plan` is approximate.
 
-    The pruned and the masked network must then agree exactly. A layer norm becomes x * weight +
-    bias; a mean with `keepdim`, as in hand-written norms, becomes 1.
+    The pruned network and the masked one (whose pruned channels are 0) must then agree exactly. A
+    layer norm becomes x * weight + bias; a mean with `keepdim`, as in hand-written norms, becomes
+    1.
     """
     # Without such norms nothing is replaced, so that exact pruning is compared exactly.
     if not plan.approximate:

@@ -1,4 +1,4 @@
-"""Derivatives of losses with respect to weights, for scores; the model is left unchanged."""
+"""Computes derivatives of losses with respect to weights, for scores; the model is unchanged."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 def differentiable(
     model: nn.Module, weights: Sequence[Tensor], *, batch_statistics: bool = False
 ) -> Iterator[None]:
-    """Prepares `model` for gradients with respect to `weights`, which may be frozen.
+    """Prepares `model` for gradients with respect to `weights`; these may be frozen.
 
     Within the block the model is in evaluation mode. Modes, buffers and `requires_grad` are
     restored afterwards.

@@ -1,4 +1,4 @@
-"""The prunable channels of a model, and the tensors, sizes and costs that depend on them."""
+"""Describes the prunable channels of a model, and the tensors, sizes and costs they determine."""
 
 from __future__ import annotations
 
@@ -41,7 +41,10 @@ class ChannelSlice:
 
 @dataclass(frozen=True)
 class ChannelGroup:
-    """Channels that touch the same tensors along the same axes, such as a residual stream."""
+    """Channels that occur on the same axes of the same tensors, such as a residual stream.
+
+    `name` is the name of the first module that computes them.
+    """
 
     name: str
     slices: tuple[ChannelSlice, ...]
@@ -53,10 +56,10 @@ class ChannelGroup:
 
     @property
     def unit(self) -> int:
-        """Number of indices that one channel takes: 1, or more for an attention head of width 64.
+        """Number of indices that one channel takes: 1, or 64 for an attention head of width 64.
 
-        It is the smallest over the weights that write or read the channel: a hidden unit of an LSTM
-        is written by four rows, but read as one column.
+        If weights differ, the smallest number counts: a hidden unit of an LSTM is written by four
+        rows, but read as one column.
         """
         widths = []
         for s in self.slices:
@@ -82,7 +85,7 @@ class Length:
     indices_per_channel: tuple[tuple[int, int], ...]
 
     def without(self, pruned: Sequence[int]) -> int:
-        """Returns the length when group i has lost `pruned[i]` channels.
+        """Returns the length of the axis when group i has lost `pruned[i]` channels.
 
         >>> Length(64, ((0, 8),)).without([3])  # 8 heads of width 8, of which 3 are pruned
         40
@@ -134,8 +137,8 @@ class SizedNumber:
     def correction(self, pruned: Sequence[int]) -> Number:
         """Returns the correction to store in a plan, when group i has lost `pruned[i]` channels.
 
-        That is the new number; for a multiple the pair (new length, old length), because the other
-        factor (often the batch size) may change from call to call.
+        It is the new number. For a multiple it is the pair (new length, old length), because the
+        other factor (often the batch size) may change from call to call.
         """
         new = self.length.without(pruned)
         return (new, self.length.full) if self.multiple else new
@@ -156,8 +159,8 @@ class WrittenIndex:
         site: the call.
         dim: the dimension of the tensor of indices along which the indices differ.
         places: the indices along `dim`.
-        group: [size of the axis], the group of each index of the axis; -1 if it is kept.
-        channel: [size of the axis], the channel of that group.
+        group: [size of the axis], the group of each index of the axis; -1 if it cannot be pruned.
+        channel: [size of the axis], the channel of each index within its group.
     """
 
     site: NumberSite
@@ -192,7 +195,7 @@ class MacTerm:
 class ChannelGraph:
     """The prunable channels of a model in groups, and the sizes and costs that depend on them.
 
-    `trace` makes it; it does not change when the model is pruned.
+    `trace` makes this object; it does not change when the model is pruned.
 
     Attributes:
         groups: groups of channels; each can be pruned to its own width.
@@ -230,7 +233,8 @@ class ChannelGraph:
     def macs(self, kept: Sequence[int]) -> int:
         """Returns the multiply-adds for one example when group i keeps `kept[i]` of its channels.
 
-        Counted are convolutions, linear and recurrent layers, matrix products and attention.
+        They are counted for convolutions, linear and recurrent layers, matrix products and
+        attention.
         """
         pruned = []
         for group, keep in zip(self.groups, kept, strict=True):
@@ -255,8 +259,8 @@ class ChannelGraph:
 
         Args:
             pruned: indices of the pruned channels of each group.
-            for_traced_batch: whether multiples are given as plain numbers, which are right only for
-                the batch size that was traced.
+            for_traced_batch: whether multiples such as `n * heads` are returned as plain numbers,
+                which are right only for the batch size that was traced.
         """
         counts = [len(channels) for channels in pruned]
         if not any(counts):
@@ -292,7 +296,7 @@ class ChannelGraph:
 def kept_indices(
     model: nn.Module, graph: ChannelGraph, pruned: Sequence[Tensor]
 ) -> dict[str, dict[int, tuple[int, ...]]]:
-    """Returns the kept indices, tensor -> axis -> indices, when group i loses `pruned[i]`.
+    """Returns tensor name -> axis -> kept indices, when group i loses the channels `pruned[i]`.
 
     Tensors that lose nothing are left out.
     """
@@ -324,7 +328,8 @@ def capture(model: nn.Module, arguments: tuple[Tensor, ...]) -> torch.export.Exp
     The model's modes and attributes are restored.
 
     Raises:
-        ModelError: if `torch.export` cannot capture it; the message names the module that failed.
+        ModelError: if `torch.export` cannot capture the model; the message names the module that
+            failed.
     """
     modes = {module: module.training for module in model.modules()}
     attributes = [(module, _attributes(module)) for module in model.modules()]
@@ -355,7 +360,7 @@ def capture(model: nn.Module, arguments: tuple[Tensor, ...]) -> torch.export.Exp
 
 
 def tensors_in(output: object) -> list[Tensor]:
-    """Returns the tensors in a model's output: in containers and attributes of objects.
+    """Returns the tensors in a model's output, also those in containers and in objects' attributes.
 
     >>> tensors_in({"a": torch.ones(1), "b": [torch.zeros(2), "words"]})
     [tensor([1.]), tensor([0., 0.])]

@@ -1,8 +1,8 @@
 """Turns the united ids of a traced model into groups of channels: the `ChannelGraph`.
 
-Ids are united if they must be pruned together. All ids that are united with each other have one
-*label*; they form a *class*, which is one channel. Channels that occur on the same axes of the same
-tensors form a *group*, such as the 64 channels of a residual stream.
+Each index of each axis of a tensor has an id. Ids that must be pruned together are united; they get
+the same *label* and form a *class*, which is one channel. Channels that occur on the same axes of
+the same tensors form a *group*, such as the 64 channels of a residual stream.
 """
 
 from __future__ import annotations
@@ -35,8 +35,9 @@ class Grouping:
 
     Attributes:
         groups: groups of prunable channels.
-        group_of: [ids], the group of each label; -1 if its class cannot be pruned.
-        channel_of: [ids], the channel of each label within its group; -1 if it cannot be pruned.
+        group_of: [ids], the group of each label; -1 if the class cannot be pruned.
+        channel_of: [ids], the channel of each label within its group; -1 if the class cannot be
+            pruned.
     """
 
     groups: tuple[ChannelGroup, ...]
@@ -44,7 +45,7 @@ class Grouping:
     channel_of: Ints
 
     def length(self, labels: Ints) -> Length:
-        """Returns the length of an axis whose indices have these labels."""
+        """Returns the length of an axis with these labels, as a function of the pruned channels."""
         groups = self.group_of[labels]
         found, counts = np.unique(groups[groups >= 0], return_counts=True)
         times = []
@@ -144,6 +145,7 @@ def _site(call: ForwardCall, position: int) -> NumberSite:
 
 def _kept_classes(ids: ChannelIds, labels: Ints) -> dict[int, str]:
     """Returns the label of each class that cannot be pruned -> the first reason in graph order."""
+    # The first reason is nearest to the cause; later ones often only follow from it.
     kept: dict[int, str] = {}
     for axis, why in ids.kept:
         for label in np.unique(labels[axis]).tolist():

@@ -1,4 +1,4 @@
-"""Channel ids: each index of each axis has an id; ids that must be pruned together are united.
+"""Gives each index of each axis of a tensor an id, and unites ids that must be pruned together.
 
 Example: `a = conv1(x)` and `b = conv2(x)` with 16 channels each have ids 0..15 and 16..31. `a + b`
 adds channel i of both, so ids i and 16 + i are united: they are one channel, which is kept in both
@@ -84,7 +84,10 @@ Pruning needs to correct no number in such code.
 
 @dataclass(frozen=True)
 class SizeInCall:
-    """A number in a call that is the length of `axis`, or a multiple of it (`n * heads`)."""
+    """A number in forward code that is the length of `axis`, or a multiple of it (`n * heads`).
+
+    It must be corrected when channels of `axis` are pruned. `position` counts the call's numbers.
+    """
 
     call: ForwardCall
     position: int
@@ -94,9 +97,9 @@ class SizeInCall:
 
 @dataclass(frozen=True)
 class IndicesInCall:
-    """A tensor of indices in a call: along dimension `dim` it has the indices `places` of `axis`.
+    """A tensor of indices in forward code, such as `index` in `x[:, index] = y`.
 
-    Example: `x[:, index] = y` writes to the channels `index` of x.
+    Along its dimension `dim` it has the indices `places` of `axis` (here axis 1 of x).
     """
 
     call: ForwardCall
@@ -107,7 +110,10 @@ class IndicesInCall:
 
 @dataclass(frozen=True)
 class MultiplyAdds:
-    """Multiply-adds of an operation: `factor` for every combination of indices of `axes`."""
+    """Multiply-adds of an operation: `factor` for every combination of indices of `axes`.
+
+    Example: a linear layer on 2 examples has factor 2 and the axes (inputs, outputs).
+    """
 
     factor: int
     axes: tuple[Ints, ...]
@@ -117,9 +123,10 @@ class MultiplyAdds:
 class SplitAxis:
     """A reshape of one axis into several factors, [n * m] -> [n, m], or of several into one.
 
-    Only one of the factors can lose indices; the others keep all of theirs. Example: 32 channels
-    viewed as [4 heads, 8] can lose heads (8 ids each) or the same positions in every head (4 ids
-    each), but not both, because the remaining channels must still have a shape [heads, width].
+    Only one of the factors can lose indices; the other factors keep all indices. Example: 32
+    channels viewed as [4 heads, 8] can lose heads (8 ids each) or the same positions in every head
+    (4 ids each), but not both, because the remaining channels must still have a shape [heads,
+    width].
 
     Attributes:
         elements: the ids [n, m, ...] of the product axis.
@@ -135,7 +142,8 @@ class SplitAxis:
 class ChannelIds:
     """Collects which ids are united, which are kept, and which modules use them.
 
-    `Walk` fills it operation by operation. *Kept* means: the channel cannot be pruned.
+    `Walk` goes through the model's graph and fills this object, operation by operation. To *unite*
+    ids means that they are pruned together. To *keep* an id means that it cannot be pruned.
     """
 
     def __init__(self) -> None:
@@ -170,20 +178,20 @@ class ChannelIds:
 
     @property
     def place(self) -> str:
-        """Names the operation that is walked now and the module it comes from."""
+        """Text that names the present operation and its module, for errors and reasons."""
         if not self.operation:
             return ""
         return f"{self.outer or self.operation} of '{self.module or 'the model itself'}'"
 
     def fresh(self, size: int) -> Ints:
-        """Returns `size` new ids."""
+        """Returns `size` new ids, which are not united with any other id."""
         self.count += size
         return np.arange(self.count - size, self.count, dtype=np.int64)
 
     def unite(self, a: Axis, b: Axis) -> None:
-        """Records that the ids of `a` and `b` [n each] are pairwise the same channel.
+        """Records that a[i] and b[i] are the same channel, for each i; both have n ids.
 
-        If only one of them has ids, these are kept, because the other axis has a fixed size. If
+        If only one axis has ids, these are kept, because the other axis has a fixed size. If
         neither has ids, nothing is recorded.
 
         Raises:
@@ -215,7 +223,7 @@ class ChannelIds:
             self.keep(axis, why)
 
     def mark_role(self, axis: Axis, role: str) -> None:
-        """Records how the module that is walked now uses the ids of one axis of its weight.
+        """Records how the present operation's module uses the ids of one axis of its weight.
 
         Args:
             axis: ids of the axis.
@@ -226,7 +234,7 @@ class ChannelIds:
             self.roles.append((axis, role, self.module))
 
     def split_axis(self, elements: Ints, axes: Sequence[Ints]) -> None:
-        """Records that element [i, j, ...] is index i of the first axis and j of the second."""
+        """Records a reshape: element [i, j, ...] is index i of the first axis, j of the second."""
         self.splits.append(SplitAxis(elements, tuple(axes), self.place))
 
     def prefer_axis(self, axis: Axis) -> None:
@@ -237,7 +245,7 @@ class ChannelIds:
     def may_prune_through(self, kind: str, axis: Axis) -> bool:
         """Returns whether the user allows pruning of channels that this kind of norm averages over.
 
-        If so, the module that is walked now is recorded as approximate.
+        If so, the present operation's module is recorded as approximate.
         """
         if axis is None or kind not in self.approximate:
             return False
@@ -249,9 +257,9 @@ class ChannelIds:
         """Records that the number at `position` of the present call is the length of `axis`.
 
         Args:
-            position: counted over all numbers of the call.
-            axis: whose length it is.
-            multiple: whether it is a multiple of that length, such as `n * heads`.
+            position: position of the number among all numbers of the call.
+            axis: the axis whose length the number is.
+            multiple: whether the number is a multiple of that length, such as `n * heads`.
         """
         if axis is not None and self.call is not None and self.call is not SETS_OWN_NUMBERS:
             self.sizes_in_calls.append(SizeInCall(self.call, position, axis, multiple))
@@ -259,8 +267,8 @@ class ChannelIds:
     def note_indices(self, dim: int, axis: Axis, places: Ints) -> None:
         """Records that the indices in the present call, along `dim`, are `places` on `axis`.
 
-        They are renumbered when channels are pruned. Where the code has no single tensor of indices
-        that could be exchanged, `axis` is kept.
+        The indices are renumbered when channels are pruned. If the call does not have exactly one
+        tensor of indices, `axis` is kept.
         """
         if axis is None or self.call is SETS_OWN_NUMBERS:
             return
@@ -273,8 +281,8 @@ class ChannelIds:
         """Counts `factor` multiply-adds for every combination of indices of `axes`.
 
         Args:
-            factor: whatever does not depend on channels, the number of pixels for instance.
-            axes: ids, or the size of an axis without ids.
+            factor: number that does not depend on channels, for instance the number of pixels.
+            axes: the ids of each axis, or the size of an axis without ids.
         """
         with_ids = []
         for axis in axes:
@@ -285,10 +293,10 @@ class ChannelIds:
         self.products.append(MultiplyAdds(int(factor), tuple(with_ids)))
 
     def next_slice_start(self) -> int | None:
-        """Returns where the numbers of the next slice begin, in the call that is walked now.
+        """Returns the position of the next slice's first number in the present call.
 
-        None if the call is unknown. An indexing such as `x[:4, 2:]` becomes one operation a slice,
-        in the order of the code.
+        None if the call is unknown. An indexing such as `x[:4, 2:]` is captured as one operation
+        per slice, in the order of the code, so each operation takes the next position.
         """
         if self.call is None or not self.call.slice_starts:
             return None
@@ -297,8 +305,8 @@ class ChannelIds:
     def resolve_splits(self) -> None:
         """Decides for each split which one of its axes may lose indices.
 
-        If only one of them can, it is that one. If several can, it is a preferred one (heads), else
-        the longest.
+        If only one axis can, that axis is taken. If several can, a preferred one (heads) is taken,
+        else the longest.
         """
         undecided = self.splits
         while undecided:
@@ -329,7 +337,7 @@ class ChannelIds:
         return kept
 
     def _prunable_axes(self, split: SplitAxis, labels: Ints, kept: NDArray[np.bool_]) -> list[int]:
-        """Returns the axes with at least one prunable index: none of its elements is kept."""
+        """Returns the axes with at least one prunable index, that is, without a kept element."""
         kept_elements = kept[labels[split.elements]]
         found = []
         for i, axis in enumerate(split.axes):
@@ -342,7 +350,7 @@ class ChannelIds:
     def _choose(
         self, choices: Sequence[tuple[SplitAxis, list[int]]], labels: Ints
     ) -> tuple[SplitAxis, list[int]]:
-        """Returns a split and which axis to prune: a preferred one, else the longest."""
+        """Returns the split to decide next and its axis to prune: a preferred or the longest."""
         preferred = np.zeros(self.count, bool)
         for axis in self.preferred:
             preferred[labels[axis]] = True
@@ -371,7 +379,7 @@ class ChannelIds:
             self.kept.append((split.elements.ravel(), why))
 
     def labels(self) -> Ints:
-        """Returns the label [count] of each id; ids of one label are pruned together."""
+        """Returns the label of each id, [count]; ids with the same label are pruned together."""
         # Imported here because scipy takes long to import and only tracing needs it.
         from scipy.sparse import coo_array
         from scipy.sparse.csgraph import connected_components

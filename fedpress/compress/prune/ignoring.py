@@ -43,7 +43,10 @@ def ignored_names(model: nn.Module, patterns: Sequence[str]) -> frozenset[str]:
 
 
 def _check_strings(patterns: Sequence[str]) -> None:
-    """Refuses anything but a list of strings; Python would read a single string as letters."""
+    """Raises an error unless `patterns` is a list of strings.
+
+    A single string would otherwise be read letter by letter.
+    """
     is_single = isinstance(patterns, str)
     if not is_single and all(isinstance(pattern, str) for pattern in patterns):
         return

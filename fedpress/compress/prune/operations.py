@@ -1,4 +1,8 @@
-"""Applies the rule of one operation in a captured graph to the values of its inputs."""
+"""Applies the pruning rule of one operation in a captured graph to its inputs.
+
+A `Value` describes a tensor of the graph: its shape and the channel ids of its axes. A rule says
+which ids must be pruned together and which cannot be pruned (kept).
+"""
 
 from __future__ import annotations
 
@@ -82,7 +86,7 @@ def _output_values(
 def _origin(
     node: torch.fx.Node, positional: Sequence[Value], every: Sequence[Value]
 ) -> dict[str, bool]:
-    """Returns the attributes of `Value` that say what the output was computed from.
+    """Returns the attributes of `Value` that say from which tensors the output was computed.
 
     Args:
         node: the operation.
@@ -231,9 +235,9 @@ def _run_decomposed(graph: torch.fx.Graph, given: Sequence[Value], ids: ChannelI
     """Applies the rules to the operations that one operation decomposes into.
 
     Args:
-        graph: of these operations.
-        given: the values of its placeholders.
-        ids: where the ids are collected.
+        graph: the graph of these operations.
+        given: the values of the graph's placeholders.
+        ids: the collector, to which the rules add united and kept ids.
     """
     values: dict[torch.fx.Node, Any] = {}
     rest = iter(given)

@@ -1,4 +1,4 @@
-"""The parity check: a pruned network must equal the dense one with the same channels zeroed."""
+"""Checks that a pruned network equals the unpruned one with the same channels set to zero."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ def check_parity(
 ) -> float:
     """Checks that the pruned network equals the dense one with the same channels zeroed.
 
-    Both run in evaluation and in training mode, on a random batch shaped like `example` and on one
-    with one example more. Floats and the indices of embeddings are random; other integers are
-    those of `example`, shuffled between examples. In training mode every random draw (dropout,
-    noise) is replaced by its mean: with other shapes the two networks would draw other numbers. A
-    mode or batch size that the dense network itself cannot run is skipped. If norms are approximate
-    (`plan.approximate`), their statistics are constants.
+    Both networks run in evaluation and in training mode, on a random batch shaped like `example`
+    and on a batch with one example more. Floats and the indices of embeddings are random; other
+    integers are those of `example`, shuffled between examples. In training mode every random draw
+    (dropout, noise) is replaced by its mean, because two networks of different shapes would draw
+    different numbers. A mode or batch size that the dense network itself cannot run is skipped. If
+    norms are approximate (`plan.approximate`), constants replace their statistics.
 
     Args:
         dense: the network before pruning.
@@ -55,8 +55,8 @@ def check_parity(
         tolerance: largest difference that is accepted in evaluation mode.
 
     Returns:
-        The largest difference of an output in evaluation mode, relative to the largest number in it
-        (at least 1e-6).
+        The largest difference of an output in evaluation mode, divided by the largest number in
+        this output (at least 1e-6).
 
     Raises:
         ModelError: if the pruned network does not run, or the difference is above `tolerance` or
@@ -101,7 +101,10 @@ def _masked(dense: nn.Module, plan: PruningPlan, *, nearly: bool = False) -> nn.
 
 
 def trial_batch(dense: nn.Module, example: Example) -> Batch:
-    """Returns inputs for `parity_fault`: one example more than `example`, if `dense` can run it."""
+    """Returns random inputs for `parity_fault`, with one example more than `example` if possible.
+
+    Another batch size finds sizes that are right for the traced batch only.
+    """
     with torch.random.fork_rng(devices=[]):
         model = copied(dense).eval()
         batch, larger = trial_batches(model, positional(model, example))
@@ -112,7 +115,7 @@ def trial_batch(dense: nn.Module, example: Example) -> Batch:
 def parity_fault(
     dense: nn.Module, pruned: nn.Module, plan: PruningPlan, batch: Batch, *, tolerance: float
 ) -> str | None:
-    """Runs `check_parity` on one batch; returns the problem it finds, or None.
+    """Compares the networks as `check_parity` does, on one batch; returns the problem or None.
 
     Training mode is compared in float32 first, which is fast; in float64 only if that fails.
     """
@@ -145,8 +148,8 @@ def _compare_training(
 ) -> None:
     """Compares in training mode, in the first of the given precisions that the masked model runs.
 
-    By default float64 comes first, because batch norms over few examples amplify rounding errors;
-    some models do not run in it.
+    By default float64 comes first, because batch norms over few examples amplify rounding errors.
+    Some models do not run in float64; they are compared in float32.
     """
     for use_float64 in in_float64:
         masked_copy = copied(masked).train()
@@ -169,7 +172,7 @@ def _compare_training(
 def _difference(
     wanted: Sequence[Tensor], small: nn.Module, batch: Batch, tolerance: float, when: str
 ) -> float:
-    """Returns the largest difference of the outputs of `small`, relative to their size.
+    """Returns the largest difference of the outputs of `small` from `wanted`, as in `_error`.
 
     Raises:
         ModelError: if `small` does not run, or the difference is above `tolerance` or not a number.
@@ -244,8 +247,8 @@ def _try_outputs(model: nn.Module, batch: Batch) -> list[Tensor] | None:
 def trial_batches(model: nn.Module, example: tuple[Tensor, ...]) -> tuple[Batch, Batch]:
     """Returns a batch of the size of `example`, and one with one example more.
 
-    The values are the first of these on which the model runs: random ones; those of `example`
-    shuffled between examples; `example` itself with its first row repeated.
+    Three kinds of values are tried, and the first on which the model runs is taken: random values;
+    those of `example`, shuffled between examples; `example` itself with its first row repeated.
     """
     # The first axis of the first tensor counts examples.
     size = next((x.shape[0] for x in example if x.dim()), 0)

@@ -1,4 +1,4 @@
-"""The pruning plan: chooses by scores which channels to keep, so that a cost target is met."""
+"""Chooses by scores which channels to keep, so that a cost target is met: the pruning plan."""
 
 from __future__ import annotations
 
@@ -28,7 +28,10 @@ OLD_NAMES = {"whole": "unprunable", "told": "notes"}
 
 
 class LayerChange(BaseModel, frozen=True):
-    """The number of channels of one layer before and after pruning."""
+    """The width of one layer before and after pruning.
+
+    The width is the number of channels times the indices that one channel takes (its `unit`).
+    """
 
     name: str
     before: int
@@ -36,19 +39,19 @@ class LayerChange(BaseModel, frozen=True):
 
 
 class PruningPlan(BaseModel, frozen=True):
-    """The indices to keep of each tensor, as plain numbers, so that a plan can be saved as JSON.
+    """The result of planning: the indices to keep of each tensor, in types that JSON can save.
 
     Attributes:
-        keep: tensor name -> axis -> indices; tensors that lose nothing are left out.
-        layers: the width of each group of channels before and after.
+        keep: tensor name -> axis -> kept indices; tensors that lose nothing are left out.
+        layers: the width of each layer (group of channels) before and after.
         unprunable: name of each module with channels that cannot be pruned -> the reason ("whole"
             in files of version 0.1).
         numbers: corrections of sizes that are written into forward code, such as `view(n, 4, 8)`.
-        parameters_before: of the model.
-        parameters_after: of the pruned model.
+        parameters_before: number of parameters of the model.
+        parameters_after: number of parameters of the pruned model.
         approximate: modules whose norms average over pruned channels, in the order they run.
-        notes: name of each setting that was not met exactly -> what was reached ("told" in files of
-            version 0.1).
+        notes: name of each setting that was not met exactly -> the value that was reached ("told"
+            in files of version 0.1).
     """
 
     keep: dict[str, dict[int, tuple[int, ...]]]
@@ -84,22 +87,23 @@ def plan(
 ) -> PruningPlan:
     """Chooses the channels to keep so that `keep_params` of the parameters remain.
 
-    With `target` another cost is reduced instead, for instance multiply-adds. One threshold on the
-    scores is searched for all layers, and every width is rounded to a multiple of `round_to`. Then
-    single layers are made one step wider or narrower until the cost is as near to the target as
-    possible. If no widths come within `tolerance`, the nearest are taken, and the plan's `notes`
-    say so: "0.5066, the nearest to 0.5 that the widths allow".
+    With `target`, another cost is reduced instead, for instance multiply-adds. First a threshold on
+    the scores is searched, the same for all layers, and every width (number of kept channels) is
+    rounded to a multiple of `round_to`. Then single layers are made one step wider or narrower
+    until the cost is as near to the target as possible. If no widths come within `tolerance`, the
+    nearest widths are taken, and the plan's `notes` say so: "0.5066, the nearest to 0.5 that the
+    widths allow".
 
     Args:
         model: the traced model.
         graph: its channels.
-        scores: one vector [channels] per layer of `graph`; the lowest are pruned first.
+        scores: one vector [channels] per layer of `graph`; the lowest scores are pruned first.
         keep_params: share of the parameters to keep, in (0, 1].
         target: used instead of `keep_params` (see `fedpress.compress.prune.targets`).
         round_to: widths become multiples of this; narrower layers keep their width.
         scope: "global" uses one threshold for all channels; "layer" prunes the same share of each
-            layer; "sensitivity" prunes each layer until the loss, by the measured `points`, has
-            grown by the same amount.
+            layer; "sensitivity" prunes every layer until the loss has grown by the same amount,
+            according to the measured `points`.
         points: results of `fedpress.compress.sensitivity`, needed for scope "sensitivity".
         min_keep: smallest share of its channels that a layer keeps.
         tolerance: largest difference between the wanted and the reached cost that needs no note, as
@@ -153,9 +157,9 @@ def _nearest_share(graph: ChannelGraph, target: Target, reached: float) -> dict[
 def _order(
     graph: ChannelGraph, scores: Sequence[Tensor], scope: Scope, points: Sequence[SensitivityPoint]
 ) -> list[Tensor]:
-    """Returns per layer the numbers [channels] that one threshold is applied to.
+    """Returns for each layer the numbers [channels] that the threshold is applied to.
 
-    They rise with the scores, so within a layer the order of channels is the same.
+    Within a layer these numbers have the order of the scores.
     """
     if scope == "sensitivity":
         return growth_by_channel(graph, scores, points)
@@ -218,11 +222,11 @@ def make_plan(
 
 
 def check_settings(graph: ChannelGraph, round_to: int, min_keep: float, scope: str) -> None:
-    """Refuses settings out of range, and a graph in which nothing can be pruned.
+    """Checks that settings are in range, and that something in the graph can be pruned.
 
     Raises:
-        RecipeError: for a setting.
-        ModelError: for the graph.
+        RecipeError: if a setting is out of range.
+        ModelError: if nothing can be pruned.
     """
     if round_to < 1:
         raise RecipeError(
@@ -273,7 +277,8 @@ def _thresholds(
             found.append(_nearest(len(values) - int(at_most), choice))
         return found
 
-    # The cost falls as the threshold rises: find the first threshold at or below the target.
+    # The cost falls as the threshold rises: find the first threshold whose cost is within the
+    # target. Costs are negated, because bisection needs rising keys.
     at = bisect_left(thresholds, -target.wanted, key=lambda each: -target.cost(widths(each)))
     below = (widths(each) for each in thresholds[at:])
     above = (widths(each) for each in reversed(thresholds[:at]))
@@ -295,9 +300,9 @@ def _correct(
 ) -> list[int]:
     """Changes single widths by one step as long as that brings the cost nearer to `target`.
 
-    A greedy search: each time the best of all single steps is taken, until the error is a fifth of
-    `tolerance`. If no single step helps and the error is above `tolerance`, two steps at once are
-    tried, for instance one layer wider and another narrower.
+    This is a greedy search: it takes the best of all single steps, again and again, until the error
+    is at most a fifth of `tolerance`. If no single step helps and the error is above `tolerance`,
+    two steps at once are tried, for instance one layer wider and another narrower.
     """
     error = target.miss
 

@@ -1,6 +1,7 @@
 """Records calls such as `x.view(n, 4, 8)` in forward code while `torch.export` captures a model.
 
-The sizes in them may have to be corrected after pruning.
+Their numbers may be sizes that must be corrected after pruning. The captured graph alone does not
+say where in the code a number is.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ class Recorder(TorchFunctionMode):
     def call_counts(self) -> dict[tuple[str, str], int]:
         """Returns how many calls one forward makes at each place: (module, place) -> calls.
 
-        If a module runs several times, it is the largest number of these forwards.
+        If a module runs several times, the forward with the most calls counts.
         """
         found: dict[tuple[str, str], int] = {}
         for call in self.calls:
@@ -69,7 +70,7 @@ class Recorder(TorchFunctionMode):
         self._counts[id(module._parameters)] = Counter()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Calls `func`, and records the call if it has numbers and stands in a module's forward."""
+        """Calls `func`, and records the call if it has numbers and is in a module's forward."""
         options = kwargs or {}
         if func is F.multi_head_attention_forward:
             # It takes every size from its tensors, or from attributes that pruning updates.

@@ -1,4 +1,4 @@
-"""Applies a pruning plan to a model: removes the pruned channels, or only sets them to zero."""
+"""Removes the channels that a pruning plan names from a model, or only sets them to zero."""
 
 from __future__ import annotations
 
@@ -21,7 +21,9 @@ NEARLY_ZERO = 1e-12
 
 @torch.no_grad()
 def remove_(model: nn.Module, plan: PruningPlan) -> None:
-    """Removes the pruned channels of `plan` from all tensors of `model`, and corrects its sizes.
+    """Removes the pruned channels of `plan` from all tensors of `model`.
+
+    Sizes written into forward code, such as `view(n, 4, 8)`, are corrected while the model runs.
 
     A tensor that several modules share stays shared. Parameters are replaced by new ones without
     gradients, so create the optimizer afterwards.

@@ -29,9 +29,10 @@ def restore_batch_norm_(model: nn.Module, batches: Iterable[Inputs]) -> int:
         The number of batches.
 
     Raises:
-        DataError: if there are no batches, or if torch refuses a batch because it has one value per
-            channel, which has no variance. The model is then unchanged.
+        DataError: if there are no batches, or a batch has a single value per channel, which has no
+            variance. The model is then unchanged.
     """
+    # The first batch is taken before the old statistics are cleared.
     stream = iter(batches)
     first = next(stream, None)
     if first is None:
@@ -82,6 +83,7 @@ class _Norm:
     def end_(self) -> None:
         """Restores momentum and counter; for a norm that did not run, the old statistics too."""
         self.layer.momentum = self.momentum
+        # Counts the batches since `begin_`, so it tells whether the norm ran.
         counter = self.layer.num_batches_tracked
         if counter is None:
             return

@@ -1,9 +1,12 @@
-"""Scores of channels, one row each in `SCORES`: the channels with the lowest are pruned first.
+"""Scores the channels of a network; the channels with the lowest scores are pruned first.
 
-A score is a sum over all tensors that hold the channel. It is divided by the mean of its layer,
-because one threshold is applied to all layers, and layers of different width and depth have
-different scales. Scores with gradients use the weights that *read* the channel: if a batch norm
-follows the weights that write it, the loss does not depend on their scale.
+`SCORES` has a row for each score. A score is a sum over all tensors that hold the channel. It is
+divided by the mean of its layer, because one threshold is applied to all layers, and layers of
+different width and depth have different scales.
+
+A weight that computes a channel *writes* it; a weight that sums over the channel *reads* it. Scores
+with gradients use the weights that read the channel: if a batch norm follows the weights that write
+the channel, the loss does not depend on the scale of these weights.
 
 Two scores of single weights, in `fedpress.compress.sparse`, are missing here. LAMP would order the
 channels of a layer as "l2" does; movement is accumulated while a network trains.
@@ -39,7 +42,7 @@ class ScoreInputs:
     Attributes:
         model: the traced model.
         tensors: all parameters and buffers by name, as the forward pass uses them.
-        losses: the loss of each batch, for scores with gradients.
+        losses: function that yields the loss of each batch, for scores with gradients.
         generator: source of random numbers, for "random".
     """
 
@@ -78,22 +81,25 @@ def channel_sums(tensor: Tensor, where: ChannelSlice) -> Tensor:
 
 
 def l1(graph: ChannelGraph, inputs: ScoreInputs) -> list[Tensor]:
-    """Sum of |w| over the weights that write the channel (Li et al. 2017, section 3.1)."""
+    """Scores by the sum of |w| over the weights that write the channel.
+
+    Li et al. 2017, section 3.1.
+    """
     return _total_by_layer(graph, inputs, writers, Tensor.abs)
 
 
 def l2(graph: ChannelGraph, inputs: ScoreInputs) -> list[Tensor]:
-    """Euclidean norm of the weights that write the channel."""
+    """Scores by the Euclidean norm of the weights that write the channel."""
     # Squares are summed over all tensors of the channel, and the root is taken once.
     squares = _total_by_layer(graph, inputs, writers, Tensor.square)
     return [total.sqrt() for total in squares]
 
 
 def bn_scale(graph: ChannelGraph, inputs: ScoreInputs) -> list[Tensor]:
-    """Sum of |gamma| over the batch norms of the channel (Liu et al. 2017, network slimming).
+    """Scores by the sum of |gamma| over the channel's batch norms (gamma is the norm's scale).
 
-    Train with `bn_penalty` first, an L1 penalty that makes unimportant scales small; without it
-    they say little about a channel.
+    Network slimming, Liu et al. 2017. Train with `bn_penalty` first, an L1 penalty that makes
+    unimportant scales small; without the penalty the scales say little about a channel.
     """
     for group in graph.groups:
         # Without a scale the channel would have the score 0 and be pruned first.
@@ -107,11 +113,11 @@ def bn_scale(graph: ChannelGraph, inputs: ScoreInputs) -> list[Tensor]:
 
 
 def fpgm(graph: ChannelGraph, inputs: ScoreInputs) -> list[Tensor]:
-    """Sum of the distances between the channel's filter and all other filters of the layer.
+    """Scores by the sum of distances between the channel's filter and the layer's other filters.
 
-    A filter is the weights that write the channel. The filter nearest to the geometric median is
-    pruned first, since the others can replace it best (He et al. 2019, arXiv:1811.00250, eq. 5). A
-    channel with small weights may score high.
+    A filter is the weights that write a channel. The filter nearest to the geometric median of all
+    filters is pruned first, because the other filters can replace it best (He et al. 2019,
+    arXiv:1811.00250, eq. 5). A channel with small weights may have a high score.
     """
     scores = []
     for group in graph.groups:
@@ -127,34 +133,36 @@ def fpgm(graph: ChannelGraph, inputs: ScoreInputs) -> list[Tensor]:
 
 
 def taylor(graph: ChannelGraph, inputs: ScoreInputs) -> list[Tensor]:
-    """Mean over batches of |sum w * dL/dw| over the weights that read the channel.
+    """Scores by the mean over batches of |sum of w * dL/dw over the weights that read the channel|.
 
-    The sum is the derivative of the loss with respect to a factor (gate) on the channel, so its
-    size is the first-order estimate of the change of the loss if the channel is removed (Molchanov
-    et al. 2017). The model is in evaluation mode.
+    The sum is the derivative of the loss with respect to a factor (gate) on the channel. Its
+    absolute value is the first-order estimate of the change of the loss if the channel is removed
+    (Molchanov et al. 2017). The model is in evaluation mode.
     """
     batches = _gate_derivatives(graph, inputs, "taylor")
     return mean_over_batches(_of_each(batches, Tensor.abs))
 
 
 def fisher(graph: ChannelGraph, inputs: ScoreInputs) -> list[Tensor]:
-    """Mean over losses of (sum w * dL/dw)^2 / 2, a second-order estimate of the loss's change.
+    """Scores by the mean over losses of (sum of w * dL/dw)^2 / 2.
 
-    The second derivative with respect to a gate on the channel is estimated by the Fisher
-    information (Theis et al. 2018, arXiv:1801.05787, eq. 6; with coupled layers Liu et al. 2021,
-    arXiv:2108.00708). Each loss should be that of one example: the mean gradient of n examples has
-    a variance that is n times smaller, and the score with it.
+    The sum is over the weights that read the channel. This is a second-order estimate of the change
+    of the loss if the channel is removed: the Fisher information estimates the second derivative
+    with respect to a gate on the channel (Theis et al. 2018, arXiv:1801.05787, eq. 6; with coupled
+    layers Liu et al. 2021, arXiv:2108.00708). Each loss should be the loss of one example: the mean
+    gradient of n examples has a variance that is n times smaller, so the score would be smaller
+    too.
     """
     batches = _gate_derivatives(graph, inputs, "fisher")
     return mean_over_batches(_of_each(batches, lambda gate: gate.square() / 2))
 
 
 def obd(graph: ChannelGraph, inputs: ScoreInputs) -> list[Tensor]:
-    """Sum over the weights that read the channel of w^2 F / 2, with F the mean square of dL/dw.
+    """Scores by the sum of w^2 F / 2 over the weights that read the channel.
 
-    Optimal Brain Damage (LeCun et al. 1990, eq. 5) with the diagonal Fisher information in place of
-    the Hessian. Unlike "fisher" it assumes that the weights of a channel are independent. Each loss
-    should be that of one example.
+    F is the mean square of dL/dw. Optimal Brain Damage (LeCun et al. 1990, eq. 5) with the diagonal
+    Fisher information in place of the Hessian. Unlike "fisher", this score assumes that the weights
+    of a channel are independent. Each loss should be the loss of one example.
     """
     read = [readers(group, inputs.model) for group in graph.groups]
 
@@ -169,22 +177,23 @@ def obd(graph: ChannelGraph, inputs: ScoreInputs) -> list[Tensor]:
 
 
 def snip(graph: ChannelGraph, inputs: ScoreInputs) -> list[Tensor]:
-    """|sum w * dL/dw| with the mean gradient of all batches (Lee et al. 2019, arXiv:1810.02340).
+    """Scores by |sum of w * dL/dw| with the mean gradient of all batches (SNIP).
 
-    The paper's connection sensitivity, here of a gate on the channel. It is meant for networks at
-    their initialisation, so norms use the statistics of the batch.
+    The sum is over the weights that read the channel. This is the connection sensitivity of Lee et
+    al. 2019 (arXiv:1810.02340), for a gate on the channel. The score is meant for networks at their
+    initialisation, so norms use the statistics of the batch.
     """
     batches = _gate_derivatives(graph, inputs, "snip", batch_statistics=True)
     return [gate.abs() for gate in mean_over_batches(batches)]
 
 
 def grasp(graph: ChannelGraph, inputs: ScoreInputs) -> list[Tensor]:
-    """Sum of w * (H g) over the weights that read the channel, g the gradient and H the Hessian.
+    """Scores by the mean over batches of the sum of w * (H g) (GraSP).
 
-    It estimates how much the channel adds to the norm of the gradient. Wang et al. 2020
-    (arXiv:2002.07376, eq. 8) use the negative and remove the highest. The mean over batches is
-    taken. It is meant for networks at their initialisation, so norms use the statistics of the
-    batch.
+    The sum is over the weights that read the channel; g is the gradient and H the Hessian. The
+    score estimates how much the channel adds to the norm of the gradient. Wang et al. 2020
+    (arXiv:2002.07376, eq. 8) use the negative of this score and remove the highest. The score is
+    meant for networks at their initialisation, so norms use the statistics of the batch.
     """
     gates = _gate_derivatives(
         graph, inputs, "grasp", batch_statistics=True, derivative=hessian_gradient
@@ -193,7 +202,8 @@ def grasp(graph: ChannelGraph, inputs: ScoreInputs) -> list[Tensor]:
 
 
 def random(graph: ChannelGraph, inputs: ScoreInputs) -> list[Tensor]:
-    """Uniform random numbers: the baseline for every other score."""
+    """Scores by uniform random numbers, as a baseline for all other scores."""
+    # `raw_scores` has checked this.
     assert inputs.generator is not None
     chance = as_random_source(inputs.generator)
     return [chance.uniform(group.channels, dtype=torch.float32) for group in graph.groups]
@@ -221,20 +231,20 @@ def score(
     losses: Losses | None = None,
     generator: Source = None,
 ) -> list[Tensor]:
-    """Returns one vector [channels] of scores per layer; the least important channel is lowest.
+    """Returns one vector [channels] of scores per layer; unimportant channels have low scores.
 
-    The mean size of each vector is 1.
+    The mean absolute score of each layer is 1.
 
     Args:
         model: the traced model; unchanged.
         graph: its channels.
         score: a key of `SCORES`, such as "l1".
-        losses: the loss of each batch, for the scores with gradients.
+        losses: function that yields the loss of each batch, for the scores with gradients.
         generator: source of random numbers, for "random".
 
     Raises:
         RecipeError: if there is no such score.
-        ModelError: if the model or the arguments lack what the score needs, or a score is not
+        ModelError: if the score needs an argument or a layer that is missing, or a score is not
             finite.
     """
     raw = raw_scores(model, graph, score, losses=losses, generator=generator)
@@ -258,6 +268,7 @@ def raw_scores(
         )
     row = SCORES[score]
 
+    # Checked before any work: a score with gradients may take minutes.
     if row.needs == "losses" and losses is None:
         raise ModelError(
             f"the score '{score}' needs `losses`, the loss on some batches",
@@ -285,7 +296,7 @@ def raw_scores(
 
 
 def divided_by_mean(values: Tensor) -> Tensor:
-    """Divides the scores of a layer [channels] by their mean size; if all are zero they stay zero.
+    """Divides a layer's scores [channels] by their mean absolute value; zeros stay zeros.
 
     >>> divided_by_mean(torch.tensor([1.0, 3.0]))
     tensor([0.5000, 1.5000])
@@ -303,7 +314,8 @@ def writers(group: ChannelGroup) -> Sequence[ChannelSlice]:
 def readers(group: ChannelGroup, model: nn.Module) -> Sequence[ChannelSlice]:
     """Returns the slices of parameters that read the channels.
 
-    If none does, those that write the channels; if none does, any that hold them.
+    If no parameter reads them, it returns the slices of those that write them; if none writes them
+    either, the slices of all parameters that hold them.
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
     for slices in (group.slices_with_role("read"), group.slices_with_role("write"), group.slices):
@@ -367,10 +379,10 @@ def _weight_times_derivative(
     batch_statistics: bool = False,
     derivative: Callable[[Tensor, Sequence[Tensor]], list[Tensor]] = gradient,
 ) -> Iterator[dict[str, Tensor]]:
-    """Yields for each loss the products w * derivative of the parameters that read channels.
+    """Yields for each loss the products w * derivative, by name of the parameter w.
 
-    If a weight is computed from parameters (weight norm), w are these parameters, because pruning
-    removes parts of them.
+    These are the parameters that read channels. If a weight is computed from parameters (weight
+    norm), w are these parameters, because pruning removes parts of them.
     """
     assert inputs.losses is not None
     parameters = dict(inputs.model.named_parameters(remove_duplicate=False))
@@ -389,6 +401,7 @@ def _weight_times_derivative(
             for w, d in zip(weights, derivatives, strict=True):
                 products.append(w.detach() * d)
             yield dict(zip(names, products, strict=True))
+            # The losses are lazy: only the loop tells whether there are any.
             is_empty = False
     if is_empty:
         raise ModelError(
@@ -401,7 +414,7 @@ def _total(
     tensors: Mapping[str, Tensor],
     function: Callable[[Tensor], Tensor] = Tensor.float,
 ) -> Tensor:
-    """Returns the sum of `function` of each entry over all slices of a channel: [channels]."""
+    """Returns for each channel the sum of `function(entry)` over all its slices: [channels]."""
     sums = []
     for s in slices:
         sums.append(channel_sums(function(tensors[s.tensor].float()), s))

@@ -1,4 +1,6 @@
-"""Sensitivity analysis: measures the loss while one layer at a time is pruned to several densities.
+"""Measures the loss while one layer at a time is pruned to several densities.
+
+The density is the share of channels or weights that are kept. Example of this sensitivity analysis:
 
 points = list(sensitivity(channel_units(model, graph, scores), evaluate))
 plan(model, graph, scores, scope="sensitivity", points=points)
@@ -34,10 +36,10 @@ Measure = Callable[[], tuple[float, float | None]]
 
 
 def densities_down_to(lowest: float, usual: Sequence[float] = DENSITIES) -> tuple[float, ...]:
-    """Returns the densities to measure, falling, the last at or below `lowest` where possible.
+    """Returns the densities to measure, falling, so that the last one is at or below `lowest`.
 
-    A curve must not be extrapolated far: a layer that can be pruned to 0.1 without loss may be
-    indispensable at 0.01.
+    Densities below 0.001 are not measured. The curve of losses must not be extrapolated far: a
+    layer that can be pruned to 0.1 without loss may be needed at 0.01.
 
     >>> densities_down_to(0.04)
     (0.9, 0.7, 0.5, 0.3, 0.1, 0.05, 0.03)
@@ -55,8 +57,8 @@ class SensitivityUnit:
 
     Attributes:
         name: name of the layer or weight.
-        at_density: returns a context; within it only that share of the unit is kept, and the rest
-            is zeroed.
+        at_density: function from a density to a context manager. Within its block only this share
+            of the unit is kept, and the rest is zero.
     """
 
     name: str
@@ -65,9 +67,13 @@ class SensitivityUnit:
 
 @dataclass(frozen=True)
 class SensitivityPoint:
-    """Loss and metric (`score`) of the model with one unit pruned to `density`.
+    """Loss and metric of the model with one unit pruned to `density`; density 1 is unpruned.
 
-    Density 1 is the unpruned model.
+    Attributes:
+        layer: name of the unit.
+        density: share of the unit that is kept.
+        loss: loss of the model.
+        score: primary metric of the model, such as accuracy; None without a metric.
     """
 
     layer: str
@@ -82,7 +88,7 @@ class SensitivityPoint:
         return cls(saved["layer"], saved["density"], saved["loss"], score)
 
     def to_json(self, metric: str) -> dict[str, JsonValue]:
-        """Returns the point as JSON, its score under the name of the `metric`."""
+        """Returns the point as a JSON dictionary; `metric` is the key of its score."""
         score = None if self.score is None else json_number(self.score)
         return {"layer": self.layer, "density": self.density, "loss": self.loss, metric: score}
 
@@ -96,10 +102,11 @@ def sensitivity(
 ) -> Iterator[SensitivityPoint]:
     """Yields the loss at each of `densities` for one unit after the other.
 
-    All tensors are restored. Each unit begins with a point at density 1, which is measured once.
+    All tensors are restored. The first point of each unit has density 1; this loss is measured once
+    for all units.
 
     Args:
-        units: layers (`channel_units`) or single weights (`weight_unit`).
+        units: layers (`channel_units`) or weight tensors (`weight_unit`).
         measure: returns the loss and the primary metric of the model in its present state.
         densities: densities in (0, 1).
         known: points of an earlier call that was stopped; they are yielded without a measurement.
@@ -162,6 +169,7 @@ def _masked(
 ) -> Iterator[None]:
     """Zeroes the channels of `layer` beyond the best `density` of them, within the block."""
     pruned = best_first[max(1, round(density * layer.channels)) :]
+    # Only the zeroed entries are saved, not whole tensors.
     touched = []
     for s in layer.slices:
         tensor = tensors[s.tensor]
@@ -206,11 +214,11 @@ def weight_unit(name: str, weight: Tensor, scores: Tensor) -> SensitivityUnit:
 
 
 def loss_curves(points: Sequence[SensitivityPoint]) -> dict[str, tuple[list[float], list[float]]]:
-    """Returns for every layer the densities, rising, and the growth of the loss at each.
+    """Returns for every layer the densities, rising, and the growth of the loss at each density.
 
-    The growth is made monotonic: if the loss falls at a lower density, that is noise, and the
-    growth at the higher density is used. A loss that is not finite counts as the largest growth of
-    all layers.
+    The growth is the loss minus the loss at density 1. It is made monotonic: if the loss falls at a
+    lower density, this is noise, and the growth at the higher density is used. A loss that is not
+    finite counts as the largest growth of all layers.
 
     Raises:
         RecipeError: if a layer has no point at density 1.
@@ -257,11 +265,11 @@ def extended_to_zero(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Returns a curve with an additional point at density 0, where the layer is all zeros.
 
-    Below the lowest measured density the curve continues with its last slope, but at 0 it has at
-    least the growth `most`, because a flat curve may rise steeply near 0.
+    The curve continues with its last slope, but has at least the growth `most` at density 0,
+    because a flat curve may rise steeply near 0.
 
     Args:
-        curve: densities, rising, and the growth of the loss at each.
+        curve: densities, rising, and the growth of the loss at each density.
         most: the largest growth of any layer.
     """
     density = np.array(curve[0])
@@ -275,10 +283,11 @@ def extended_to_zero(
 def growth_by_channel(
     graph: ChannelGraph, scores: Sequence[Tensor], points: Sequence[SensitivityPoint]
 ) -> list[Tensor]:
-    """Returns for each channel the growth of the loss if it and all lower scores are pruned.
+    """Returns for each channel the growth of the loss if it and all channels below it are pruned.
 
-    One threshold on these numbers prunes every layer up to the same growth of the loss. Curves are
-    interpolated linearly between the measured densities; below them see `extended_to_zero`.
+    Channels below are those of the same layer with lower scores. One threshold on these numbers
+    prunes every layer up to the same growth of the loss. Curves are interpolated linearly between
+    the measured densities; below the lowest density they continue as in `extended_to_zero`.
 
     Raises:
         RecipeError: if a layer has not been measured.
@@ -299,6 +308,7 @@ def growth_by_channel(
         # If the channel at position i is pruned, the i channels before it are kept.
         kept_share = np.arange(len(values)) / len(values)
         growth = np.interp(kept_share, density, height)
+        # Where a curve is flat, channels with lower scores still come first.
         growth += TIE_BREAK * (1 + height.max()) * (1 - kept_share)
 
         by_channel = torch.empty(len(values), dtype=torch.float64)

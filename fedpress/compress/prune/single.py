@@ -1,4 +1,4 @@
-"""Iterative pruning, one channel at a time: removes the lowest score, then computes scores anew.
+"""Plans pruning one channel at a time: drops the channel with the lowest score, then scores again.
 
 Removing a channel changes the scores of the layers that read it, so the order differs from that of
 one-shot pruning (`plan`).
@@ -47,9 +47,9 @@ def prune_single_channel(
 ) -> PruningPlan:
     """Plans the removal of channels one at a time, lowest score first, then rounds the widths.
 
-    The scores "l1" and "l2" are updated after every channel. The other scores need forward and
-    backward passes, so they are computed anew after `every` channels, with the removed ones zeroed.
-    All tensors of `model` are restored.
+    The scores "l1" and "l2" are updated after every channel. Most other scores need forward and
+    backward passes, so these scores are computed again only after `every` removals, with the
+    removed channels set to zero. "random" is drawn once. All tensors of `model` are restored.
 
     Args:
         model: the traced model.
@@ -62,13 +62,13 @@ def prune_single_channel(
         tolerance: largest difference between the wanted and the reached cost that needs no note in
             the plan, as a share of the whole network's cost.
         exact: whether to raise an error if the target is missed by more than `tolerance`.
-        every: number of removals after which scores other than "l1" and "l2" are computed anew.
-        losses: the loss of each batch, for the scores with gradients.
+        every: number of removals after which scores other than "l1" and "l2" are computed again.
+        losses: function that yields the loss of each batch, for the scores with gradients.
         generator: source of random numbers, for "random".
 
     Raises:
-        RecipeError: if a setting is out of range or the share cannot be met.
-        ModelError: if no channel can be removed, or the score lacks what it needs.
+        RecipeError: if a setting is out of range or the target cannot be met.
+        ModelError: if no channel can be removed, or an argument that the score needs is missing.
     """
     check_settings(graph, round_to, min_keep, "global")
     target = target or parameter_target(graph, keep_params)
@@ -106,8 +106,8 @@ def _removal_order(
 ) -> list[Tensor]:
     """Removes channels until the cost is 0.9 times `target`; returns the order as scores.
 
-    The first removed channel gets 0, the second 1, and so on; the remaining channels get larger
-    numbers.
+    The first removed channel gets the score 0, the second 1, and so on; the remaining channels get
+    larger scores. So `plan` removes them in this order.
     """
     rest = _Remaining(graph, floors)
     pruned: list[tuple[int, int]] = []
@@ -132,9 +132,9 @@ def _removal_order(
 class _Remaining:
     """The remaining channels of all layers, with their scores, while they are removed one by one.
 
-    Scores are divided by the mean over all channels of the layer, removed ones included with their
-    last score. With the mean of the remaining ones alone, a layer of equally important channels
-    would have scores near 1 however many are removed, and would never be pruned.
+    Scores are divided by the mean over all channels of the layer; a removed channel counts with its
+    last score. With the mean over the remaining channels alone, a layer of equally important
+    channels would have scores near 1, however many channels are removed, and would never be pruned.
 
     Attributes:
         masks: for each layer, [channels] bool, which channels remain.
@@ -176,7 +176,10 @@ class _Remaining:
         self.worst.pop(layer, None)
 
     def _worst_of(self, layer: int) -> tuple[float, int]:
-        """Returns the lowest score of a layer and its channel; infinity at the least width."""
+        """Returns the lowest score of a layer and its channel.
+
+        The score is infinite if the layer must not lose another channel.
+        """
         scores = divided_by_mean(self.raw[layer]).masked_fill(~self.masks[layer], float("inf"))
         least = scores.min(0)
         channel = int(least.indices)
@@ -199,6 +202,7 @@ def _scorer(
         raw_scores(model, graph, name)  # raises an error if a weight is not finite
         yield _magnitudes(model, graph, power=1 if name == "l1" else 2)
         return
+    # Removed channels are zeroed in the model itself, so all its tensors are saved first.
     tensors = tensors_of(model)
     saved: dict[str, Tensor] = {}
     for group in graph.groups:
@@ -239,6 +243,7 @@ def _magnitudes(model: nn.Module, graph: ChannelGraph, *, power: Literal[1, 2]) 
             writers.setdefault(s.tensor, set()).add(i)
 
     tensors = tensors_of(model)
+    # Axes without prunable channels are summed away now, so later sums are over small tables.
     tables: dict[str, Tensor] = {}
     for tensor in writers:
         values = tensors[tensor].float().cpu().abs() ** power

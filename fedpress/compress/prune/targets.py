@@ -1,4 +1,4 @@
-"""Pruning targets: a wanted number of parameters, multiply-adds or bytes, or a latency."""
+"""Defines the cost that a pruned network should have: parameters, multiply-adds, bytes, latency."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ class Target:
 
     Attributes:
         key: name of the setting, for errors, such as "keep_params".
-        cost: the cost as a function of the widths.
+        cost: the cost as a function of the widths (the number of channels that each layer keeps).
         wanted: the wanted cost, for instance 300,000 parameters.
         limit: whether `wanted` is an upper limit; otherwise it should be met within a tolerance.
-        full_cost: the cost that counts as 100% in messages; None for that of the network before
+        full_cost: the cost that counts as 100% in messages; None for the cost of the network before
             this pruning.
     """
 
@@ -49,7 +49,7 @@ def parameter_target(graph: ChannelGraph, share: float) -> Target:
     """Returns the target to keep `share` of the parameters.
 
     Raises:
-        RecipeError: if it is not above 0 and at most 1.
+        RecipeError: if `share` is not above 0 and at most 1.
     """
     _check_share("keep_params", share)
     dense = graph.parameters(full_widths(graph))
@@ -60,7 +60,7 @@ def macs_target(graph: ChannelGraph, share: float) -> Target:
     """Returns the target to keep `share` of the multiply-adds of one example.
 
     Raises:
-        RecipeError: if it is not above 0 and at most 1.
+        RecipeError: if `share` is not above 0 and at most 1.
     """
     _check_share("keep_macs", share)
     dense = graph.macs(full_widths(graph))
@@ -73,7 +73,7 @@ def bytes_target(model: nn.Module, graph: ChannelGraph, limit: int) -> Target:
     Bytes are counted as in `fedpress.compress.state_bytes`.
 
     Raises:
-        RecipeError: if it is below 1.
+        RecipeError: if `limit` is below 1.
     """
     if limit < 1:
         raise RecipeError(f"got {limit}, expected a number of bytes above 0", place="max_bytes")
@@ -81,7 +81,10 @@ def bytes_target(model: nn.Module, graph: ChannelGraph, limit: int) -> Target:
 
 
 def bytes_of(model: nn.Module, graph: ChannelGraph) -> Cost:
-    """Returns the cost in bytes of all parameters and saved buffers, shared ones once."""
+    """Returns the function from widths to the bytes of all parameters and saved buffers.
+
+    A shared tensor counts once.
+    """
     shapes: dict[str, tuple[int, ...]] = {}
     width: dict[str, int] = {}
     seen: set[int] = set()
@@ -96,6 +99,7 @@ def bytes_of(model: nn.Module, graph: ChannelGraph) -> Cost:
         sizes = {name: list(shape) for name, shape in shapes.items()}
         for group, keep in zip(graph.groups, kept, strict=True):
             for s in group.slices:
+                # Buffers that are not saved, and later names of shared tensors, do not count.
                 if s.tensor in sizes:
                     sizes[s.tensor][s.axis] -= (group.channels - keep) * s.index.shape[1]
         return sum(prod(size) * width[name] for name, size in sizes.items())
@@ -115,8 +119,8 @@ def next_share(
 
     A measured cost, such as latency, cannot be computed from widths. So the caller prunes,
     measures, adds (share, cost) to `tried` and calls this function again. The cost is modelled as
-    c * share^p between the nearest measurements above and below `wanted`; if none is below, p is
-    taken from the two lowest ones above.
+    c * share^p between the nearest measurements above and below `wanted`. If no measurement is
+    below, p is taken from the two lowest ones above.
 
     Args:
         tried: shares in (0, 1] and their measured costs, including the unpruned network (1.0,
@@ -126,8 +130,8 @@ def next_share(
         tolerance: how far below `wanted` is accepted, as a share of it.
 
     Returns:
-        The share; None if a tried one is accepted, all tries are used, or the unpruned network is
-        cheap enough.
+        The share; None if a share in `tried` is accepted, all tries are used, or the unpruned
+        network is cheap enough.
 
     >>> round(next_share([(1.0, 8.0)], 4.0), 4)
     0.4875
@@ -162,7 +166,7 @@ def next_share(
 
 
 def _check_share(key: str, share: float) -> None:
-    """Refuses a share that is not above 0 and at most 1."""
+    """Raises an error for a share that is not above 0 and at most 1."""
     if not 0 < share <= 1:
         raise RecipeError(
             f"got {share}, expected a share above 0 and at most 1",

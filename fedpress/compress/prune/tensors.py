@@ -1,4 +1,4 @@
-"""The tensors of a model by name; computed weights (weight norm, masks) replace their originals."""
+"""Returns a model's tensors by name; weights computed by weight norm or masks replace originals."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from torch.nn.utils import parametrize
 
 
 def tensors_of(model: nn.Module) -> dict[str, Tensor]:
-    """Returns all parameters and buffers of `model` by name; shared ones under each name."""
+    """Returns all parameters and buffers of `model` by name; a shared one under each of its names.
+
+    They are detached, but share their memory with the model.
+    """
     named = {
         **dict(model.named_parameters(remove_duplicate=False)),
         **dict(model.named_buffers(remove_duplicate=False)),
@@ -23,9 +26,9 @@ def tensors_of(model: nn.Module) -> dict[str, Tensor]:
 def effective_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Returns all tensors by name, with computed weights in place of their originals.
 
-    A weight may be computed from other tensors by a parametrization, `weight_norm` or
-    `torch.nn.utils.prune`. Scores must see that weight, not the original tensor of the same shape:
-    the direction v of a weight norm, for instance, does not contain the size of the weight.
+    A weight may be computed from other tensors (its originals) by a parametrization, `weight_norm`
+    or `torch.nn.utils.prune`. Scores must see the computed weight, not the original tensor of the
+    same shape: the direction v of a weight norm, for instance, does not contain the weight's size.
     """
     tensors = tensors_of(model)
     for name, module in model.named_modules(remove_duplicate=False):
@@ -33,6 +36,7 @@ def effective_tensors(model: nn.Module) -> dict[str, Tensor]:
         computed = {**_parametrized_weights(module), **_hooked_weights(module)}
         for original, value in computed.items():
             key = prefix + original
+            # Originals of another shape, such as the lengths g of a weight norm, stay.
             if key in tensors and tensors[key].shape == value.shape:
                 tensors[key] = value.detach()
     return tensors

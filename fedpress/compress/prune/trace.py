@@ -1,4 +1,4 @@
-"""Traces a model: finds its prunable channels from the graph that `torch.export` captures."""
+"""Finds the prunable channels of a model, from the graph that `torch.export` captures."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def trace(
     ignore: Sequence[str] = (),
     approximate: Sequence[str] = (),
 ) -> ChannelGraph:
-    """Finds the channels of `model` that can be removed, from the operations that run on `example`.
+    """Finds the channels of `model` that can be removed, by the operations that run on `example`.
 
     Args:
         model: any module that `torch.export` can capture; its mode is restored.
@@ -70,6 +70,7 @@ def trace(
     ids.module = ids.operation = ""
     _keep_named(ids, unprunable)
     _keep_ignored(ids, walk.tensor_axes, model)
+    # After all kept ids are known: they decide which axis of a reshape can be pruned.
     ids.resolve_splits()
 
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}

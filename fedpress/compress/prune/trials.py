@@ -1,8 +1,8 @@
-"""Trial pruning: runs smaller copies of a model to answer what its graph does not show.
+"""Runs smaller copies of a model to find out what its graph does not show (trial pruning).
 
-Two questions: Does the code compute a size from its tensors, as in `view(n, x.shape[1])`, or is it
-a constant, as in `view(n, 16)`, that must be corrected? And does code with sizes in other places,
-such as `x / self.width`, give wrong results when channels are pruned?
+Two questions: Does the code compute a size from its tensors, as in `view(n, x.shape[1])`, or is the
+size a constant, as in `view(n, 16)`, which must be corrected? And does code with sizes in other
+places, such as `x / self.width`, give wrong results when channels are pruned?
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ def drop_self_adjusting_numbers(
 ) -> ChannelGraph:
     """Returns the graph without numbers that need no correction, such as `x.shape[1]`.
 
-    A number that is in proportion to the length of its axis in every trial, such as `n * heads`, is
-    marked as a multiple, because the batch size n may differ in later calls.
+    A number is marked as a multiple (such as `n * heads`) if it is in proportion to the length of
+    its axis in every trial, because the batch size n may differ in later calls.
 
     Args:
         model: the traced model.
@@ -69,7 +69,7 @@ class _Evidence:
 
     Attributes:
         wrong: numbers for which the code passed another value than the smaller model needs.
-        changed: numbers that had to differ from those of the whole model in at least one trial.
+        changed: numbers that had to change, compared with the whole model, in at least one trial.
         out_of_proportion: numbers that were not in proportion to the length of their axis.
     """
 
@@ -85,7 +85,7 @@ class _Evidence:
                 self.out_of_proportion.add(number.site)
 
     def add_(self, number: SizedNumber, passed: Any, counts: Sequence[int]) -> None:
-        """Adds one trial: the code `passed` a number without `counts[i]` channels of group i."""
+        """Adds one trial: without `counts[i]` channels of group i, the code passed `passed`."""
         right = number.corrected(counts)
         if passed != right:
             self.wrong.add(number.site)
@@ -96,9 +96,9 @@ class _Evidence:
             self.out_of_proportion.add(number.site)
 
     def adjusts_itself(self, number: SizedNumber) -> bool:
-        """Returns whether the code computes the right number for smaller tensors by itself.
+        """Returns whether the code itself computes the right number for smaller tensors.
 
-        If the number did not have to change in any trial, that is unknown, and the answer is False.
+        If the number did not have to change in any trial, this is unknown, and the answer is False.
         """
         untested = bool(number.length.indices_per_channel) and number.site not in self.changed
         return number.site not in self.wrong and not untested
@@ -140,8 +140,8 @@ def groups_that_fail(
         model: the traced model.
         graph: its channels.
         arguments: the inputs that were traced.
-        compare: whether the outputs of copies are compared with the masked model, as in
-            `check_parity`; otherwise copies only have to run.
+        compare: whether the outputs of a copy are compared with the model whose pruned channels
+            are zero, as in `check_parity`; otherwise copies only have to run.
     """
     if not graph.groups:
         return {}

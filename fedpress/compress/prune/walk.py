@@ -1,4 +1,8 @@
-"""Walks through a captured graph: applies the rule of each operation to the ids of its inputs."""
+"""Goes through a captured graph and applies each operation's pruning rule to its inputs' ids.
+
+Each index of each axis has an id. A rule says which ids must be pruned together (united), which
+cannot be pruned (kept), and which ids the axes of the output have.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +36,7 @@ in code.
 
 
 class Walk:
-    """Applies the rules to every node of a captured model, when it is created.
+    """Applies the rules to every node of a captured model; the constructor does all the work.
 
     Nodes that no output depends on are visited too: forward runs them, so they must not fail with
     the pruned tensors.
@@ -77,6 +81,7 @@ class Walk:
         rest = iter(given or ())
         for node in module.graph.nodes:
             self._ids.is_used = is_used and node in live
+            # A node's value is a `Value`, or a list of them if the node has several outputs.
             if node.op == "output":
                 result = torch.fx.node.map_arg(node.args[0], self._values.get)
             elif node.op == "placeholder" and given is not None:
@@ -86,6 +91,7 @@ class Walk:
             else:
                 self._visit(node)
 
+        # Only the model's own outputs have fixed sizes; those of an inner graph are used further.
         if given is None:
             self._ids.operation = ""
             for value in values_in(result):
@@ -162,6 +168,7 @@ class Walk:
                 constant=constant,
             )
 
+        # Every axis of a stored tensor gets ids; rules keep those that cannot be pruned.
         axes = tuple(self._ids.fresh(size) for size in shape)
         name = self._first_names[stored_name]
         self.tensor_axes += [(name, i, axis) for i, axis in enumerate(axes)]

@@ -1,6 +1,8 @@
-"""One rule per ATen operation: which channel ids it unites, keeps, and passes to its output.
+"""Has a pruning rule for each ATen operation: which channels are pruned together, which cannot be.
 
-Example: the rule of `cat` concatenates the ids along `dim` and unites them along all other axes.
+Each index of each axis of a tensor has an id. A rule *unites* the ids of channels that must be
+pruned together, and *keeps* ids that cannot be pruned. Example: the rule of `cat` concatenates the
+ids along `dim` and unites the ids of all tensors along every other axis.
 
 A rule takes the collector `ids` (`ChannelIds`), the shape of the output, and the arguments of the
 operation, with tensors as `Value`s. It returns the ids of the output's axes; a list of these if the

@@ -1,4 +1,8 @@
-"""Rules of matrix products: with weights (channels) and between activations (attention heads)."""
+"""Pruning rules of matrix products: with weights, and between activations as in attention.
+
+A rule unites the ids of channels that must be pruned together, keeps ids of channels that cannot be
+pruned, and returns the ids of the output's axes.
+"""
 
 from __future__ import annotations
 
@@ -28,9 +32,9 @@ PRODUCT = "a product of activations, which may be scaled by its size"
 
 @rule("matmul", "mm", "bmm", "mv")
 def matmul(ids: ChannelIds, shape: Shape, x: Value, y: Value) -> Axes:
-    """[..., rows, summed] @ [..., summed, columns], or vectors without rows or columns.
+    """Matrix product [..., rows, summed] @ [..., summed, columns], or of vectors.
 
-    If one factor is a weight, its summed axis has input channels, and its other axis output
+    If one factor is a weight, its summed axis has input channels, and its other axis has output
     channels. In a product of two activations the summed axis is kept; batch axes, such as the heads
     of attention, can be pruned.
     """
@@ -69,8 +73,8 @@ def matmul(ids: ChannelIds, shape: Shape, x: Value, y: Value) -> Axes:
 def _are_weights(*values: Value) -> list[bool]:
     """Returns for each factor of a product whether it is a weight.
 
-    Gathered weights (those of chosen experts) count as weights only if no factor is a plain weight;
-    otherwise they are its input.
+    Gathered weights (the weights of the experts that the input chooses) count as weights only if no
+    factor is a plain weight. Otherwise they are the input of the plain weight.
     """
     plain = [value.from_weights for value in values]
     if any(plain):
@@ -88,7 +92,10 @@ def _apply_weight(ids: ChannelIds, weight: Axis, source: Axis, out: Axes) -> Non
 
 @rule("dot", "vdot")
 def dot(ids: ChannelIds, shape: Shape, x: Value, y: Value) -> Axes:
-    """A dot product of two vectors: entries can be pruned only if masked ones are 0 in both."""
+    """Dot product of two vectors: entries can be pruned only if masked ones are 0 in both vectors.
+
+    Masked means: set to 0 in the weights, as the check of pruning does.
+    """
     # Otherwise a pruned channel, which is not 0 in the masked network, is missing from the sum.
     if x.zero_when_masked and y.zero_when_masked:
         ids.unite(x.axes[0], y.axes[0])
@@ -108,7 +115,7 @@ def bilinear(
     *rest: Any,
     **options: Any,
 ) -> Axes:
-    """`out[o] = x W[o] y` with weight [out, in of x, in of y]."""
+    """Bilinear layer, `out[o] = x W[o] y` with weight W [out, inputs of x, inputs of y]."""
     out, x_read, y_read = weight.axes
     _apply_weight(ids, x_read, x.axes[-1], ())
     _apply_weight(ids, y_read, y.axes[-1], ())
@@ -129,7 +136,7 @@ def grouped_matmul(
     *rest: Any,
     **options: Any,
 ) -> Axes:
-    """Mixture of experts: multiplies each row of [n, in] by one of the weights [experts, in, out].
+    """Grouped product: multiplies each row of [n, in] by one of the weights [experts, in, out].
 
     All experts lose the same channels, in blocks of 8. Other shapes are treated as products of
     activations.
@@ -167,7 +174,7 @@ def _unite_blocks(ids: ChannelIds, axis: Axis, size: int) -> None:
 def product_plus_bias(
     ids: ChannelIds, shape: Shape, bias: Value, x: Value, y: Value, **options: Any
 ) -> Axes:
-    """`bias + x @ y`, the fused form of a linear layer."""
+    """Fused form of a linear layer, `bias + x @ y`."""
     axes = matmul(ids, shape, x, y)
     # The bias may be broadcast, so the rule of additions is used.
     return elementwise(ids, shape, Value(shape, axes), bias)
@@ -229,9 +236,10 @@ def _repeat_heads(x: Value, times: int) -> Value:
 def einsum(
     ids: ChannelIds, shape: Shape, equation: str, values: list[Value], **options: Any
 ) -> Axes:
-    """`einsum("bij,jk->bik", x, w)`: each letter is one axis; all axes of a letter are united.
+    """`einsum("bij,jk->bik", x, w)`: all axes with the same letter are united.
 
-    A letter that is summed over is kept, unless it is an axis of a weight.
+    The axes of a letter that is summed over (j) are kept, unless one of them is an axis of a
+    weight.
     """
     terms, out = einsum_letters(equation, [len(value.shape) for value in values])
     sizes, axes = _letter_axes(ids, terms, values)

@@ -1,4 +1,9 @@
-"""Rules of convolutions, linear layers and embeddings: weights with input and output channels."""
+"""Pruning rules of convolutions, linear layers and embeddings.
+
+Their weights have input channels (role "read") and output channels (role "write"). A rule unites
+the ids of channels that must be pruned together, keeps ids of channels that cannot be pruned, and
+returns the ids of the output's axes.
+"""
 
 from __future__ import annotations
 
@@ -23,8 +28,8 @@ def convolution(
 ) -> Axes:
     """Convolution with weight [out, in / groups, kernel].
 
-    Plain: input and output channels are independent. Depthwise: an input channel and its outputs
-    are one channel. Grouped: every group loses the same positions.
+    In a plain convolution, input and output channels are independent. In a depthwise one, an input
+    channel and its outputs are one channel. In a grouped one, every group loses the same positions.
     """
     channel_dim = _channel_axis(ids, x, weight)
     source = x.axes[channel_dim]
@@ -63,7 +68,7 @@ def transposed_convolution(
 ) -> Axes:
     """Transposed convolution with weight [in, out / groups, kernel].
 
-    Axis 1 of the weight is shared by all groups, so every group loses the same output positions.
+    All groups share axis 1 of the weight, so every group loses the same output positions.
     """
     channel_dim = _channel_axis(ids, x, weight)
     source = x.axes[channel_dim]
@@ -108,10 +113,10 @@ def _channel_axis(ids: ChannelIds, x: Value, weight: Value) -> int:
 
 
 def _unite_groups(ids: ChannelIds, axis: Axis, groups: int, first: Axis = None) -> None:
-    """Unites position i of all groups, because torch needs groups of equal size.
+    """Unites position i of all groups, for each i, because torch needs groups of equal size.
 
     Args:
-        ids: collects which channels belong together.
+        ids: the collector of united and kept ids.
         axis: ids of the channels, [groups * size].
         groups: number of groups.
         first: [size], an axis that all groups share, if there is one.
@@ -127,6 +132,7 @@ def _unite_groups(ids: ChannelIds, axis: Axis, groups: int, first: Axis = None) 
 
 
 def _count_multiply_adds(ids: ChannelIds, weight: Value, batch: Shape, space: Shape) -> None:
+    # Every position costs one product per entry of the weight, whatever the number of groups.
     kernel = weight.shape[2:]
     channels = ids_or_sizes(weight.shape[:2], weight.axes[:2])
     ids.count_multiply_adds(prod((*batch, *space, *kernel)), *channels)
@@ -157,7 +163,7 @@ def general_convolution(
     output_padding: Any,
     groups: int,
 ) -> Axes:
-    """`aten::convolution`, into which ATen decomposes all convolutions."""
+    """The operation `aten::convolution`, into which ATen decomposes all convolutions."""
     # Stride, padding and dilation do not matter for channels.
     if is_transposed:
         return transposed_convolution(ids, shape, x, weight, bias, groups=groups)
@@ -201,7 +207,7 @@ def linear(
 def embedding(
     ids: ChannelIds, shape: Shape, weight: Value, indices: Value, *rest: Any, **options: Any
 ) -> Axes:
-    """Embedding table [words, width]: the width can be pruned, the words are kept."""
+    """Embedding table [words, width]: channels of the width can be pruned, the words are kept."""
     # The input holds row numbers. If a row were removed, they would point to other words.
     ids.keep(weight.axes[0], "rows are looked up by number")
     ids.mark_role(weight.axes[1], "write")
@@ -218,7 +224,7 @@ def embedding_bag(
     *rest: Any,
     **options: Any,
 ) -> list[Axes]:
-    """Sums or averages rows of a table [words, width] for each bag of words; the words are kept.
+    """Sum or mean of rows of a table [words, width] for each bag of words; the words are kept.
 
     torch returns three more tensors (offsets and sizes of the bags), which have no channels.
     """

@@ -1,10 +1,10 @@
-"""Decomposes operations without a rule into operations with rules, by PyTorch's own tables.
+"""Decomposes operations without a pruning rule into operations with rules, by PyTorch's tables.
 
-Examples: `torch.hstack` is one `cat`; `torch.diff` is two slices and a subtraction. PyTorch has
-such decompositions for about a thousand operations, in C++ ("composite" kernels) and in Python
-(`torch._decomp`). A rule says which channels of an operation are pruned together and which are kept
-(not pruned). An operation needs its own rule only if it cannot be decomposed, or if the rules of
-its parts would keep channels that can be pruned.
+A rule says which channels of an operation are pruned together and which are kept (not pruned).
+Examples of decompositions: `torch.hstack` is one `cat`; `torch.diff` is two slices and a
+subtraction. PyTorch has decompositions for about a thousand operations, in C++ ("composite"
+kernels) and in Python (`torch._decomp`). An operation needs its own rule only if it cannot be
+decomposed, or if the rules of its parts would keep channels that can be pruned.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ def decompose_operation(
 
     Args:
         operation: an overload of an ATen operation.
-        args: its positional arguments, with fake tensors (shape and type without values), as in a
-            graph of `torch.export`.
-        options: its arguments by name.
+        args: positional arguments of the operation, with fake tensors (shape and type without
+            values), as in a graph of `torch.export`.
+        options: arguments of the operation by name.
 
     Returns:
         A graph whose placeholders are the tensors among the arguments, in the order of

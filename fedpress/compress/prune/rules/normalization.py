@@ -1,4 +1,8 @@
-"""Rules of normalisation layers: per channel, over groups of channels, or over all channels."""
+"""Pruning rules of normalisation layers: per channel, over groups of channels, or over all.
+
+A rule unites the ids of channels that must be pruned together, keeps ids of channels that cannot be
+pruned, and returns the ids of the output's axes.
+"""
 
 from __future__ import annotations
 
@@ -22,9 +26,9 @@ def batch_norm(
     bias: Value | None,
     *rest: Any,
 ) -> Axes:
-    """Batch norm: statistics, scale and shift of a channel are pruned with it.
+    """Batch norm: statistics, scale and shift of a channel are pruned with the channel.
 
-    Channels on other axes than 1 are kept, because training averages over these axes. They occur
+    Ids on other axes than 1 are kept, because training averages over these axes. Such ids occur
     where a batch norm is applied to weights (weight standardisation) or to tokens.
     """
     for d, axis in enumerate(x.axes):
@@ -73,11 +77,12 @@ def group_norm(
 def layer_norm(
     ids: ChannelIds, shape: Shape, x: Value, normalized: Sequence[int], *rest: Any
 ) -> Axes:
-    """Layer norm: all channels share mean and variance, so they are kept by default.
+    """Layer norm: all channels share mean and variance, so all are kept by default.
 
     If the user allows it (`ids.approximate`), channels can be pruned; mean and variance are then
     those of the remaining channels.
     """
+    # Scale and shift, if the norm has them.
     parameters = values_among(rest[:2])
     if len(normalized) == 1 and ids.may_prune_through("layer_norm", x.axes[-1]):
         ids.note_size(0, x.axes[-1])
@@ -92,10 +97,10 @@ def layer_norm(
 
 @rule("_weight_norm.default")
 def weight_norm(ids: ChannelIds, shape: Shape, v: Value, g: Value, dim: int = 0) -> Axes:
-    """Weight norm, g * v / norm(v): one length `g` for each index of axis `dim`; one in all for -1.
+    """Weight norm, g * v / norm(v), with a length `g` for each index of axis `dim`.
 
-    Masked weights are 0 and add nothing to the norm, so all axes can lose channels (Salimans and
-    Kingma 2016, arXiv:1602.07868).
+    With dim = -1 there is a single length. Masked weights are 0 and add nothing to the norm, so all
+    axes can lose channels (Salimans and Kingma 2016, arXiv:1602.07868).
     """
     # A single length has no axis to unite with.
     if dim == -1:
@@ -111,7 +116,7 @@ def weight_norm(ids: ChannelIds, shape: Shape, v: Value, g: Value, dim: int = 0)
 
 @rule("prelu.default")
 def prelu(ids: ChannelIds, shape: Shape, x: Value, weight: Value) -> Axes:
-    """PReLU with one slope for all channels, or one for each, which is pruned with its channel."""
+    """PReLU with one slope for all channels, or a slope per channel, pruned with its channel."""
     # torch tells the two cases apart by the size of the weight, so a single slope must stay.
     if weight.shape[0] > 1:
         ids.unite(x.axes[1], weight.axes[0])

@@ -1,4 +1,9 @@
-"""Rules of indexing: `x[:, 2:8]`, `x[:, 3]`, `x[:, index]`, `gather` and their like."""
+"""Pruning rules of indexing: `x[:, 2:8]`, `x[:, 3]`, `x[:, index]`, `gather` and similar ones.
+
+A rule unites the ids of channels that must be pruned together, keeps ids of channels that cannot be
+pruned, and returns the ids of the output's axes. Numbers in the user's code, such as 2 and 8, are
+recorded, so that they can be corrected after pruning.
+"""
 
 from __future__ import annotations
 
@@ -28,16 +33,16 @@ def take_slice(
     end: int | None = None,
     step: int = 1,
 ) -> Axes:
-    """`x[:, start:end:step]`.
+    """Slice `x[:, start:end:step]`.
 
     With step 1, `start` and `end` in the code are corrected after pruning. `x[:, ::2]` over the
-    whole axis can be pruned too: channels 2i and 2i + 1 are united, so every second channel is
-    still the right one. Other slices with steps are kept.
+    whole axis can be pruned too: channels 2i and 2i + 1 are united, so `::2` still takes the right
+    channels. The ids of other slices with steps are kept.
     """
     if shape == x.shape:
         return x.axes
     dim %= len(x.shape)
-    # `x[:4, 2:]` is captured as one operation a slice, in the order of the code.
+    # `x[:4, 2:]` is captured as one operation per slice, in the order of the code.
     position = ids.next_slice_start()
     axis = x.axes[dim]
     if axis is None:
@@ -126,9 +131,9 @@ def one_hot(ids: ChannelIds, shape: Shape, x: Value, *rest: Any) -> Axes:
 def searchsorted(
     ids: ChannelIds, shape: Shape, edges: Value, x: Value, *rest: Any, **options: Any
 ) -> Axes:
-    """`searchsorted(edges, x)`: the index of the interval of `edges` in which each value lies.
+    """`searchsorted(edges, x)` returns in which interval of `edges` each value of `x` lies.
 
-    `edges` is a vector, or has a row for each row of `x`.
+    `edges` is a vector, or has a row for each row of `x`. The edges are kept.
     """
     # The result is an index into `edges`, so removing an edge would change it.
     ids.keep_all(edges.axes, BY_NUMBER)
@@ -175,7 +180,7 @@ def overwrite_part(
     *rest: Any,
     **options: Any,
 ) -> Axes:
-    """`slice_scatter(x, source, dim, 2, 8)`: axis `dim` is kept, the others are united."""
+    """`slice_scatter(x, source, dim, 2, 8)`: axis `dim` is kept, all other axes are united."""
     dim %= len(shape)
     ids.keep(x.axes[dim], BY_NUMBER)
     others = Value(replace_entry(shape, dim), replace_entry(x.axes, dim))

@@ -1,4 +1,8 @@
-"""Rules of fake quantization, which rounds each value in quantization-aware training."""
+"""Pruning rules of fake quantization, which rounds values in quantization-aware training.
+
+A rule unites the ids of channels that must be pruned together, and returns the ids of the output's
+axes.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +14,7 @@ from fedpress.compress.prune.rules.table import Axes, Shape, rule
 
 @rule("fake_quantize_per_tensor_affine")
 def per_tensor(ids: ChannelIds, shape: Shape, x: Value, *rest: Any, **options: Any) -> Axes:
-    """One scale for the whole tensor: all ids pass through."""
+    """Fake quantization with one scale for the tensor: the output has the ids of the input."""
     return x.axes
 
 
@@ -24,7 +28,10 @@ def per_channel(
     axis: int,
     *rest: Any,
 ) -> Axes:
-    """One scale and zero point for each index of `axis`: they are pruned with it."""
+    """Fake quantization with a scale and a zero point for each index of `axis`.
+
+    Both are pruned with their index.
+    """
     # Otherwise the remaining scales would be applied to the wrong channels.
     ids.unite(x.axes[axis], scale.axes[0])
     ids.unite(x.axes[axis], zero_point.axes[0])

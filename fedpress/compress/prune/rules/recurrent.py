@@ -1,6 +1,8 @@
-"""Rules of recurrent layers (LSTM, GRU, RNN), whose hidden units are the channels.
+"""Pruning rules of recurrent layers (LSTM, GRU, RNN), whose hidden units are the channels.
 
 A hidden unit is one row of each gate's weights and one column of the weights that read the state.
+A rule unites the ids of channels that must be pruned together, keeps ids of channels that cannot be
+pruned, and returns the ids of the output's axes.
 """
 
 from __future__ import annotations
@@ -28,9 +30,9 @@ def recurrent_layer(
     bidirectional: bool,
     *rest: Any,
 ) -> list[Axes]:
-    """A whole recurrent layer: all its layers and directions lose the same hidden units.
+    """A torch module such as `nn.LSTM`: all its layers and directions lose the same hidden units.
 
-    They must, because a torch module has a single `hidden_size`.
+    The reason is that the module has a single `hidden_size`.
     """
     directions = 2 if bidirectional else 1
     states = _states(start)
@@ -61,7 +63,7 @@ def recurrent_layer(
 
 
 def _states(start: Any) -> list[Any]:
-    """Returns the initial states: two for an LSTM, one for the others."""
+    """Returns the initial states as a list: two states of an LSTM, one of a GRU or an RNN."""
     if isinstance(start, list | tuple):
         return list(start)
     return [start]
@@ -106,10 +108,10 @@ def _unite_cell(
     weights: Sequence[Value],
     biases: Sequence[Value],
 ) -> None:
-    """Unites, for each hidden unit, its row in every gate and the column that reads it.
+    """Unites, for each hidden unit, its row in every gate and the column that reads the unit.
 
     Args:
-        ids: the collector.
+        ids: the collector of united and kept ids.
         steps: number of examples times length of the sequence.
         source: ids of the inputs.
         hidden: ids of the hidden units.

@@ -1,8 +1,9 @@
-"""Rules of `view`, `reshape`, `flatten` and their like.
+"""Pruning rules of `view`, `reshape`, `flatten` and similar operations.
 
 If one axis is split into several, or several are joined, only one of the several can be pruned.
 Example: [n, 32] viewed as [n, 4, 8] can lose heads (4 channels of eight ids each), or the same
-positions in all heads (8 channels of four ids each).
+positions in all heads (8 channels of four ids each). A rule unites ids that must be pruned
+together, keeps ids that cannot be pruned, and returns the ids of the output's axes.
 """
 
 from __future__ import annotations
@@ -32,10 +33,11 @@ Length = tuple[Ints, bool]
 )
 @rule("view_as", "reshape_as", "ravel")
 def reshape(ids: ChannelIds, shape: Shape, x: Value, *args: Any, **options: Any) -> Axes:
-    """Matches consecutive old axes with consecutive new axes of the same product.
+    """Reshape: the ids of old axes are split or joined into the ids of new axes.
 
-    In [n, 32, 7, 7] -> [n, 4, 8, 49] axis 1 is matched with axes 1 and 2, and axes 2 and 3 with
-    axis 3. The ids are split or joined accordingly.
+    Consecutive old axes are matched with consecutive new axes of the same product of sizes. In
+    [n, 32, 7, 7] -> [n, 4, 8, 49] axis 1 is matched with axes 1 and 2, and axes 2 and 3 are matched
+    with axis 3.
     """
     axes: list[Axis] = []
     lengths: list[Length | None] = []  # of each new axis
@@ -68,8 +70,8 @@ def _note_sizes(
 ) -> None:
     """Records which sizes in the call are lengths of channel axes.
 
-    `view(n, 4, 8)` has the sizes of all axes from position 0 on; `unflatten(1, (4, 8))` has the
-    axis at position 0 and the sizes from that axis on after it.
+    In `view(n, 4, 8)` the sizes of all axes begin at position 0. In `unflatten(1, (4, 8))` the axis
+    is at position 0, and the sizes of the new axes begin at position 1.
     """
     unflatten = "unflatten" in ids.operation
     first_axis = first_position = 0
@@ -105,7 +107,7 @@ def real_and_complex(ids: ChannelIds, shape: Shape, x: Value) -> Axes:
 
 
 def _segments(old: Shape, new: Shape) -> list[tuple[list[int], list[int]]]:
-    """Pairs consecutive old axes with consecutive new axes of the same product.
+    """Pairs consecutive old axes with consecutive new axes of the same product of sizes.
 
     >>> _segments((2, 8, 4, 4), (2, 2, 4, 16))
     [([0], [0]), ([1], [1, 2]), ([2, 3], [3])]
@@ -139,13 +141,13 @@ Piece = tuple[int, Axis]
 
 
 def _pieces(ids: ChannelIds, old: Sequence[Piece], new: Sequence[int]) -> list[list[Piece]]:
-    """Splits old axes into the common factors of old and new ones; returns those of each new axis.
+    """Returns the factors of each new axis, which are the common factors of old and new axes.
 
     Example: axes [n, 32] that become [n * 4, 8] have the common factors n, 4 and 8. The new axes
     have the factors (n, 4) and (8).
 
     Args:
-        ids: the collector.
+        ids: the collector of united and kept ids.
         old: size and ids of each old axis.
         new: sizes of the new axes, with the same product.
     """

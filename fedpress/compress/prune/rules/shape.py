@@ -1,6 +1,8 @@
-"""Rules of `cat`, `stack`, `pad`, `permute`, `expand`, `repeat`, `zeros` and their like.
+"""Pruning rules of `cat`, `stack`, `pad`, `permute`, `expand`, `repeat`, `zeros` and similar ones.
 
-If a size in the code is the length of a channel axis, it is recorded for correction after pruning.
+A rule unites the ids of channels that must be pruned together, keeps ids of channels that cannot be
+pruned, and returns the ids of the output's axes. Sizes in the user's code, such as 16 in
+`zeros(n, 16)`, are recorded, so that they can be corrected after pruning.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from fedpress.compress.prune.rules.table import (
 
 @rule("cat")
 def concatenate(ids: ChannelIds, shape: Shape, values: Sequence[Value], dim: int = 0) -> Axes:
-    """Ids are concatenated along `dim` and united along the other axes."""
+    """`cat`: ids are concatenated along `dim` and united along the other axes."""
     dim %= len(shape)
     if len(shape) > 1:
         # torch skips empty tensors of shape (0,), whatever the shape of the others.
@@ -56,7 +58,7 @@ def _ids_or_kept(ids: ChannelIds, value: Value, dim: int) -> Ints:
 
 @rule("stack")
 def stack(ids: ChannelIds, shape: Shape, values: Sequence[Value], dim: int = 0) -> Axes:
-    """The new axis has no ids; the others are united."""
+    """`stack`: the new axis has no ids; the tensors' ids along the other axes are united."""
     dim %= len(shape)
     axes = elementwise(ids, values[0].shape, *values)
     return (*axes[:dim], None, *axes[dim:])
@@ -96,7 +98,7 @@ def pad(ids: ChannelIds, shape: Shape, x: Value, widths: Sequence[int], *rest: A
 
 @rule("permute", "transpose.int", "t", "numpy_T", "mT", "movedim.int", "swapaxes", "adjoint")
 def permute(ids: ChannelIds, shape: Shape, x: Value, *dims: Any) -> Axes:
-    """Axes are reordered together with their ids."""
+    """`permute`, `transpose` and others: axes are reordered together with their ids."""
     order = list(range(len(x.shape)))
     # `transpose` and `movedim` have two axes as arguments, `permute` a full order, `t` none.
     name = ids.operation.split(".")[1]
@@ -116,7 +118,7 @@ def permute(ids: ChannelIds, shape: Shape, x: Value, *dims: Any) -> Axes:
 
 @rule("expand", "expand_as", "broadcast_to")
 def expand(ids: ChannelIds, shape: Shape, x: Value, sizes: Any = (), **options: Any) -> Axes:
-    """Copies `x` along new axes and axes of size 1, which get new ids."""
+    """`expand`: copies `x` along new axes and axes of size 1; these axes get new ids."""
     new_axes = len(shape) - len(x.shape)
     old_shape = (1,) * new_axes + x.shape
     axes = list(elementwise(ids, shape, x))
@@ -142,13 +144,13 @@ def expand(ids: ChannelIds, shape: Shape, x: Value, sizes: Any = (), **options: 
 
 @rule("broadcast_tensors")
 def broadcast(ids: ChannelIds, shape: Shape, values: Sequence[Value]) -> Axes:
-    """All tensors are broadcast to one shape."""
+    """`broadcast_tensors`: all tensors are broadcast to one shape, and aligned ids are united."""
     return elementwise(ids, shape, *values)
 
 
 @rule("repeat")
 def repeat(ids: ChannelIds, shape: Shape, x: Value, times: Sequence[int]) -> Axes:
-    """Whole axes are copied one after the other; a channel is pruned with its copies."""
+    """`repeat` copies whole axes, [a, b] -> [a, b, a, b]; a channel is pruned with its copies."""
     old = (None,) * (len(shape) - len(x.shape)) + x.axes
     return tuple(tile(axis, n) for axis, n in zip(old, times, strict=True))
 
@@ -157,7 +159,10 @@ def repeat(ids: ChannelIds, shape: Shape, x: Value, times: Sequence[int]) -> Axe
 def repeat_interleave(
     ids: ChannelIds, shape: Shape, x: Value, times: int, dim: int | None = None, **options: Any
 ) -> Axes:
-    """Each channel is copied in place, [a, b] -> [a, a, b, b]; it is pruned with its copies."""
+    """`repeat_interleave` copies each channel in place, [a, b] -> [a, a, b, b].
+
+    A channel is pruned with its copies.
+    """
     if dim is None:
         ids.keep_all(x.axes, "channels are taken by number")
         return (None,) * len(shape)
@@ -181,7 +186,7 @@ def shuffle_pixels(ids: ChannelIds, shape: Shape, x: Value, factor: int) -> Axes
 
 @rule("channel_shuffle.default", "native_channel_shuffle.default")
 def shuffle_channels(ids: ChannelIds, shape: Shape, x: Value, groups: int) -> Axes:
-    """Channels of all groups are interleaved; every group loses the same positions."""
+    """`channel_shuffle` interleaves the channels of groups; groups lose the same positions."""
     axis = x.axes[1]
     if axis is None:
         return x.axes

@@ -1,6 +1,7 @@
-"""Rules of pooling, interpolation, sampling and Fourier transforms along height, width and depth.
+"""Pruning rules of pooling, interpolation, sampling and Fourier transforms.
 
-Channels pass through; the axes along which an operation works are kept.
+Channels pass through unchanged. Ids on the axes along which an operation works (height, width,
+depth) are kept, that is, they cannot be pruned. Ids that must be pruned together are united.
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ def pooling(ids: ChannelIds, shape: Shape, x: Value, *args: Any, **options: Any)
 def grid_sampler(
     ids: ChannelIds, shape: Shape, x: Value, grid: Value, *rest: Any, **options: Any
 ) -> Axes:
-    """Samples [n, channels, space] at the coordinates [n, new space, 2 or 3]."""
+    """`grid_sample`: samples [n, channels, space] at the coordinates [n, new space, 2 or 3]."""
     ids.keep_all((*x.axes[2:], *grid.axes[1:]), "coordinates in space")
     image_batch = Value(x.shape[:1], x.axes[:1])
     grid_batch = Value(grid.shape[:1], grid.axes[:1])
@@ -75,7 +76,7 @@ def grid_sampler(
 
 @rule("affine_grid_generator")
 def affine_grid(ids: ChannelIds, shape: Shape, theta: Value, *rest: Any, **options: Any) -> Axes:
-    """Makes coordinates [n, space, 2 or 3] from matrices [n, 2, 3] or [n, 3, 4]."""
+    """`affine_grid`: coordinates [n, space, 2 or 3] from matrices [n, 2, 3] or [n, 3, 4]."""
     ids.keep_all(theta.axes[1:], "a matrix of coordinates")
     return (theta.axes[0], *[None] * (len(shape) - 1))
 
@@ -84,7 +85,10 @@ def affine_grid(ids: ChannelIds, shape: Shape, theta: Value, *rest: Any, **optio
 def im2col(
     ids: ChannelIds, shape: Shape, x: Value, kernel: Sequence[int], *rest: Any, **options: Any
 ) -> Axes:
-    """[n, channels, h, w] -> [n, channels * kernel, positions]: a channel is a block of rows."""
+    """`im2col`: [n, channels, h, w] -> [n, channels * kernel, positions].
+
+    A channel becomes a block of rows.
+    """
     ids.keep_all(x.axes[-2:], SPACE)
     # Row c * kernel + k of the result is channel c at place k of the kernel.
     rows = repeat_each(x.axes[-3], prod(kernel))
@@ -101,7 +105,10 @@ def col2im(
     *rest: Any,
     **options: Any,
 ) -> Axes:
-    """[n, channels * kernel, positions] -> [n, channels, h, w]: a block of rows is a channel."""
+    """`col2im`: [n, channels * kernel, positions] -> [n, channels, h, w].
+
+    A block of rows becomes a channel, so the ids of a block are united.
+    """
     ids.keep(x.axes[-1], SPACE)
     rows = x.axes[-2]
     if rows is None:
@@ -126,7 +133,7 @@ def unfold(ids: ChannelIds, shape: Shape, x: Value, dim: int, size: int, step: i
 def fourier(
     ids: ChannelIds, shape: Shape, x: Value, dims: Sequence[int], *rest: Any, **options: Any
 ) -> Axes:
-    """Fourier transforms mix all values along the transformed axes, which are kept."""
+    """Fourier transforms: the transformed axes are kept, because all their values are mixed."""
     axes: list[Axis] = list(x.axes)
     for dim in dims:
         ids.keep(axes[dim], MIXED)

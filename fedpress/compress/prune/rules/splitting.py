@@ -1,7 +1,9 @@
-"""Rules of `split`, `chunk` and their like. Sizes in the code are recorded for correction.
+"""Pruning rules of `split`, `chunk` and similar operations.
 
 `split([4, 12])`: each part is pruned independently. `split(4)` and `chunk(2)`: all parts have the
-same size, so they must lose the same positions.
+same size, so they must lose the same positions. A rule unites the ids of channels that must be
+pruned together, and keeps ids of channels that cannot be pruned. Sizes in the user's code, such as
+4 and 12, are recorded, so that they can be corrected after pruning.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ BY_NUMBER = "channels are split by number"
 def split_at(
     ids: ChannelIds, shape: Shape, x: Value, ends: Sequence[int], dim: int = 0
 ) -> list[Axes]:
-    """`tensor_split(x, [4, 12])`: parts are pruned independently; the 4 and 12 are corrected."""
+    """`tensor_split(x, [4, 12])`: parts are pruned independently; 4 and 12 are corrected."""
     dim = _split_dim(ids, x, dim)
     axis = x.axes[dim]
     size = x.shape[dim]
@@ -31,8 +33,8 @@ def split_at(
         from_start = end if end >= 0 else max(0, end + size)
         places.append(min(size, from_start))
 
-    # Places that are not ascending, such as [12, 4], make an empty part: no corrected number would
-    # always give that.
+    # Places that are not ascending, such as [12, 4], make an empty part. No corrected numbers give
+    # an empty part for every plan.
     if ids.call is None or places != sorted(places):
         ids.keep(axis, BY_NUMBER)
     for i, place in enumerate(places):
@@ -57,7 +59,8 @@ def _split_dim(ids: ChannelIds, x: Value, dim: int) -> int:
 def split_evenly(ids: ChannelIds, shape: Shape, x: Value, parts: int, dim: int = 0) -> list[Axes]:
     """`tensor_split(x, 3)`: equal parts lose the same positions.
 
-    torch makes the first parts one larger if the size is no multiple of 3; such an axis is kept.
+    If the size is no multiple of 3, torch makes the first parts larger by one; then the axis is
+    kept.
     """
     dim = _split_dim(ids, x, dim)
     size, longer = divmod(x.shape[dim], parts)
@@ -66,7 +69,7 @@ def split_evenly(ids: ChannelIds, shape: Shape, x: Value, parts: int, dim: int =
 
 
 def _unite_parts(ids: ChannelIds, axis: Axis, size: int, rest: int) -> None:
-    """Unites position i of all parts of `size`; keeps the axis if a part of size `rest` is left."""
+    """Unites position i of all parts of `size`, for each i; keeps the axis if `rest` is not 0."""
     if axis is None:
         return
     if rest:
@@ -107,7 +110,7 @@ def chunk(ids: ChannelIds, shape: Shape, x: Value, *args: int) -> Axes | list[Ax
 def split(
     ids: ChannelIds, shape: Shape, x: Value, sizes: int | Sequence[int], dim: int = 0
 ) -> list[Axes]:
-    """`split(x, [4, 12])`: parts are pruned independently. `split(x, 4)`: at the same positions.
+    """`split(x, [4, 12])`: parts are pruned independently. `split(x, 4)`: parts lose the same.
 
     The sizes in the code are corrected.
     """

@@ -1,6 +1,8 @@
-"""Rules of sums, means, softmax, sorting and linear algebra, which mix values along some axes.
+"""Pruning rules of sums, means, softmax, sorting and linear algebra.
 
-Channels along the mixed axes are kept, with exceptions for norms of weights and for `approximate`.
+These operations mix values along some axes. Channels along these axes are kept, that is, they
+cannot be pruned. Exceptions are norms of weights, and norms that the user allows to change
+(`approximate`). Ids of channels that must be pruned together are united.
 """
 
 from __future__ import annotations
@@ -78,10 +80,10 @@ MIXED = "values are mixed across channels"
     "triu",
 )
 def mix_along_axes(ids: ChannelIds, shape: Shape, x: Value, *rest: Any, **options: Any) -> Axes:
-    """Mixes, counts or moves values along some axes, whose channels are kept.
+    """Operations that mix, count or move values along some axes: the ids of these axes are kept.
 
-    Two exceptions are not kept: sums and norms of weights, where masked weights add 0, and means in
-    hand-written norms if the user allows it (`approximate`).
+    They are not kept in two cases: in sums and norms of weights, where masked weights (set to 0)
+    add 0, and in means of hand-written norms, if the user allows it (`approximate`).
     """
     rank = len(x.shape)
     name = ids.operation.split(".")[1]
@@ -113,14 +115,16 @@ def mix_along_axes(ids: ChannelIds, shape: Shape, x: Value, *rest: Any, **option
 
 
 def _has_argument(ids: ChannelIds, name: str) -> bool:
+    # Reductions have `keepdim`; operations such as softmax do not.
     names = [argument.name for argument in ids.target._schema.arguments]
     return name in names
 
 
 def _dims(ids: ChannelIds, x: Value, rest: Any, options: Any) -> set[int]:
-    """Returns the axes of `x` that the operation works on: its `dim`, or all."""
+    """Returns the axes of `x` that the operation works on: its argument `dim`, or all axes."""
     rank = len(x.shape)
     name = ids.operation.split(".")[1]
+    # These have no argument `dim`: their axes are fixed.
     if name in ("tril", "triu"):
         return {rank - 2, rank - 1}
     if name == "msort":
@@ -139,7 +143,7 @@ def _dims(ids: ChannelIds, x: Value, rest: Any, options: Any) -> set[int]:
 
 @rule("quantile", "nanquantile")
 def quantile(ids: ChannelIds, shape: Shape, x: Value, q: Any, *rest: Any, **options: Any) -> Axes:
-    """Quantiles along one axis, or all; several quantiles are a new first axis."""
+    """Quantiles along one axis, or over all; several quantiles make a new first axis."""
     # A single quantile is a 0-d tensor.
     several = isinstance(q, Value) and len(q.shape) == 1
     # The new axis comes first, so the general rule gets the shape without it.
@@ -152,7 +156,7 @@ def quantile(ids: ChannelIds, shape: Shape, x: Value, q: Any, *rest: Any, **opti
 def compare_pairs(
     ids: ChannelIds, shape: Shape, x: Value, y: Value, *rest: Any, **options: Any
 ) -> Axes:
-    """Cosine similarity and cross product: `dim` is kept, the other axes of both are united."""
+    """Cosine similarity and cross product: axis `dim` is kept, all other axes are united."""
     rank = max(len(x.shape), len(y.shape))
     dim = arguments_by_name(ids, [x, y, *rest], options)["dim"] % rank
     for value in (x, y):
@@ -179,7 +183,10 @@ def _to_rank(shape: Shape, rank: int) -> Shape:
 def distances(
     ids: ChannelIds, shape: Shape, x: Value, y: Value, *rest: Any, **options: Any
 ) -> Axes:
-    """Distances [..., n, m] of [..., n, channels] and [..., m, channels]; channels are kept."""
+    """`cdist`: distances [..., n, m] between [..., n, channels] and [..., m, channels].
+
+    The channels are kept, because a distance sums over them.
+    """
     ids.keep_all([x.axes[-1], y.axes[-1]], STATISTIC)
     batch = elementwise(ids, shape[:-2], without_last_axes(x, 2), without_last_axes(y, 2))
     return (*batch, x.axes[-2], y.axes[-2])
@@ -221,7 +228,7 @@ def linear_algebra(ids: ChannelIds, shape: Shape, *args: Any, **options: Any) ->
 
 @rule("flip")
 def flip(ids: ChannelIds, shape: Shape, x: Value, dims: Sequence[int]) -> Axes:
-    """`flip`: the ids are reversed with the channels."""
+    """`flip`: the ids are reversed like the channels."""
     axes = list(x.axes)
     for dim in dims:
         axis = axes[dim]

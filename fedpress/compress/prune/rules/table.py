@@ -1,4 +1,8 @@
-"""The table of rules (ATen operation -> rule), and small functions that several rules use."""
+"""Has the table of pruning rules (ATen operation -> rule), and functions that rules share.
+
+A rule unites the ids of channels that must be pruned together, keeps ids of channels that cannot be
+pruned, and returns the ids of the output's axes.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +15,7 @@ import torch
 from fedpress.compress.prune.ids import Axis, ChannelIds, Value
 
 aten = torch.ops.aten
+# The ids of each axis of a tensor; None for an axis without ids.
 Axes = tuple[Axis, ...]
 Shape = tuple[int, ...]
 Rule = Callable[..., Any]
@@ -46,6 +51,7 @@ def rule(*names: str) -> Callable[[R], R]:
 def find_rule(operation: Any) -> Rule | None:
     """Returns the rule of an operation, or None if it has none."""
     for each in (operation, _functional_form(operation)):
+        # The table comes first, so that a rule can replace the default for pointwise operations.
         if each in RULES:
             return RULES[each]
         # ATen tags the operations that compute each entry from entries at the same index.
@@ -58,7 +64,7 @@ def find_rule(operation: Any) -> Rule | None:
 def _functional_form(operation: Any) -> Any:
     """Returns the plain form of an in-place or copying operation: `squeeze` for `squeeze_`.
 
-    It is the overload with the same arguments, or None.
+    The result is the overload with the same arguments, or None if there is none.
     """
     schema = getattr(operation, "_schema", None)
     # Operations of Python itself, such as `operator.add` on sizes, have no schema.
@@ -82,7 +88,7 @@ def _functional_form(operation: Any) -> Any:
 def arguments_by_name(
     ids: ChannelIds, args: Sequence[Any], options: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Returns the arguments of the operation that is walked now by name, defaults included."""
+    """Returns the arguments of the present operation by name, with its defaults."""
     given = dict(options)
     # The schema gives positional arguments their names.
     arguments = ids.target._schema.arguments
@@ -217,10 +223,10 @@ def without_last_axes(value: Value, count: int) -> Value:
     "where",
 )
 def elementwise(ids: ChannelIds, shape: Shape, *args: Any, **options: Any) -> Axes:
-    """Pointwise operations: unites aligned axes, as in broadcasting, and returns them.
+    """Pointwise operations: the ids of aligned axes (as in broadcasting) are united.
 
     A channel axis of size 1 that is broadcast over several indices is kept: without its only
-    channel all of these would be gone.
+    channel all of these indices would be gone.
     """
     # The output gets the ids of the first tensor. A parameter comes first, so that a weight
     # computed from it, such as w / |w|, has the ids of the parameter.

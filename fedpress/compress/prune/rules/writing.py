@@ -1,7 +1,8 @@
-"""Rules of writes by index: `x[:, index] = y`, `index_copy`, `scatter` and their like.
+"""Pruning rules of writes by index: `x[:, index] = y`, `index_copy`, `scatter` and similar ones.
 
-Channel j of `y` and channel index[j] of `x` are united, and the indices are renumbered after
-pruning. This needs indices that are the same for every input; otherwise the channels are kept.
+Channel j of `y` and channel index[j] of `x` are united (they are pruned together), and the indices
+are renumbered after pruning. This needs indices that are the same for every input; otherwise the
+channels are kept (they cannot be pruned).
 """
 
 from __future__ import annotations
@@ -65,9 +66,9 @@ def index_put(
 def _indexed_part(
     ids: ChannelIds, x: Value, indexed: Sequence[tuple[int, int, Value]], source: Value
 ) -> Value:
-    """Returns the part of `x` that is selected, for several indices or ones that are not constant.
+    """Returns the selected part of `x`, for several indices, or an index that is not constant.
 
-    The indexed axes are kept. The axes of the indices, without ids, replace them.
+    The indexed axes are kept. In the part, the axes of the indices replace them, without ids.
     """
     taken, rank = _taken_axes(indexed)
     ids.keep_all([x.axes[d] for d in taken], BY_NUMBER)
@@ -125,7 +126,10 @@ def index_copy(
     *rest: Any,
     **options: Any,
 ) -> Axes:
-    """`x.index_copy_(dim, index, source)`: unites slice j of `source` and slice index[j] of `x`."""
+    """`x.index_copy_(dim, index, source)` writes slice j of `source` to slice index[j] of `x`.
+
+    These slices are united.
+    """
     # torch accepts dim 0 for a 0-d tensor.
     dim %= max(len(x.shape), 1)
     places = _constant_places(index)
@@ -221,8 +225,8 @@ def _part_at_places(ids: ChannelIds, dim: int, x: Value, at: int, places: Ints) 
     """Returns the part of `x` at `places` of its axis `at`; records the indices for renumbering.
 
     Args:
-        ids: the collector.
-        dim: the dimension of the tensor of indices along which they differ.
+        ids: the collector of united and kept ids.
+        dim: the dimension of the tensor of indices along which the indices differ.
         x: the tensor that is written to.
         at: the indexed axis of `x`.
         places: the indices on that axis; negative ones count from the end.
