@@ -1,4 +1,4 @@
-"""A run folder becomes a table and one offline HTML page; nothing but the folder is read."""
+"""Shows the results of a run, from the files in its folder: a table and one offline HTML page."""
 
 from fedpress.reports.html import write_report
 from fedpress.reports.stage_table import rich_table

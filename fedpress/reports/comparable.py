@@ -5,6 +5,7 @@ from __future__ import annotations
 from fedpress.reports import units
 from fedpress.reports.reading import Json
 
+# Key of a format in a recipe -> its name in sentences.
 FORMATS = {
     "onnx": "ONNX",
     "executorch": "ExecuTorch",

@@ -1,4 +1,4 @@
-"""The table of what one command changed: each number before and after."""
+"""The table that a command such as `fedpress prune` shows: each number before and after."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def _cost_rows(before: Json, after: Json) -> list[list[str]]:
 
 
 def _federation_rows(after: Json) -> list[list[str]]:
-    """Returns what a federation sent in all its rounds, and what it spent of privacy."""
+    """Returns the bytes that were sent in all rounds of a federated stage, and its epsilon."""
     rows = []
     for title, key in (("Sent by clients", "bytes_up"), ("Sent to clients", "bytes_down")):
         if units.number(after.get(key)) is not None:
@@ -95,7 +95,7 @@ def _change(shown: MetricFormat, before: Json, after: Json) -> str:
 
 
 def _measured_differently(key: str, before: Json, after: Json) -> str:
-    """Returns how a cost was measured, such as " (torch → onnxruntime)"; "" if in the same way."""
+    """Returns how the way of measuring has changed, such as " (torch → onnxruntime)"; else ""."""
     if key == "latency_ms":
         old, new = runtime_of(before), runtime_of(after)
     elif key == "file_bytes":

@@ -1,4 +1,4 @@
-"""The figures of compression: layer sensitivity, density, bits of each layer, bytes of the file."""
+"""Draws the figures of compression: sensitivity, density, bits of each layer, bytes of a file."""
 
 from __future__ import annotations
 
@@ -26,9 +26,10 @@ NAMED_LAYERS = 8  # most lines with a colour and a name; more could not be told 
 
 
 def sensitivity_curves(name: str, records: list[Json]) -> Figure | None:
-    """Draws the metric against density: one line a layer, each pruned while the others are whole.
+    """Draws the metric against the density of a layer, one line for each layer.
 
-    The 8 most sensitive layers are coloured.
+    Each point was measured with one layer pruned and all other layers whole. The 8 most sensitive
+    layers are coloured.
     """
     points = []
     for record in records:
@@ -43,8 +44,10 @@ def sensitivity_curves(name: str, records: list[Json]) -> Figure | None:
     worst: dict[str, float] = {}
     for layer, curve in curves.items():
         scores = [float(point[shown_by.key]) for point in curve]
+        # A layer is sensitive if the metric falls far at its lowest density.
         worst[layer] = min(scores) if higher else max(scores)
     order = sorted(curves, key=lambda layer: worst[layer], reverse=not higher)
+    # One layer stands out; the next seven are blue; the others are grey.
     colors = [ORANGE, *[BLUE] * (NAMED_LAYERS - 1), *[FAINT] * len(order)]
     lines = []
     for layer, color in zip(order, colors, strict=False):
@@ -83,7 +86,7 @@ def _layer_curve(layer: str, curve: list[Json], shown_by: MetricFormat, color: C
 
 
 def density_over_epochs(name: str, epochs: list[Json]) -> Figure | None:
-    """Draws the density of each epoch, and below it the weight lambda of a sparsity penalty."""
+    """Draws the density over the epochs; below it lambda, the weight of a penalty on density."""
     density, weight = values(epochs, "density", 100), values(epochs, "lambda")
     # Only stages that prune or sparsify over several epochs record a density.
     known = [d for d in density if d is not None]
@@ -129,6 +132,7 @@ def bits_per_layer(name: str, records: list[Json]) -> Figure | None:
 
 def _quantized_layers(records: list[Json]) -> list[Json]:
     """Returns the layers whose bits are known, from the last record that has quantized layers."""
+    # A resumed stage may have written the record twice.
     for record in reversed(records):
         found = record.get("quantized")
         if isinstance(found, list):
@@ -145,6 +149,7 @@ def bytes_by_kind(stage: Json) -> Figure | None:
         size = units.number(value)
         if size:
             pairs.append((str(kind), size))
+    # Only a packed file has this entry.
     if not pairs:
         return None
 

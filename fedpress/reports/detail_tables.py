@@ -17,7 +17,7 @@ NAMES_PER_ROW = 3  # a row shows three names and the number of the others: "a, b
 
 
 def progress_table(records: list[Json]) -> Table:
-    """Returns a row for each stage of an unfinished run that has records: how far it came."""
+    """Returns a row for each stage of an unfinished run: its last epoch or round, its metric."""
     rows, shown = [], MetricFormat.of(records)
     for steps in records_by_stage(records):
         last = steps[-1]
@@ -57,13 +57,14 @@ def metrics_table(stages: list[Json], *, most: int | None = None) -> Table:
     """Returns a row for each stage with the metrics of its task on the test set.
 
     Args:
-        stages: the lines of the result.
-        most: show only the first `most` metrics, for a narrow terminal; None: all.
+        stages: the results of the stages.
+        most: how many metrics to show, for a narrow terminal; None: all.
     """
     known = []
     for word in metrics_of(stages):
         if word.key != "loss" and _any_has(stages, word.key):
             known.append(MetricFormat(word))
+    # The first metrics are the most important ones.
     known = known[:most]
     largest = _any_has(stages, "majority_share")
     rows = []
@@ -100,7 +101,7 @@ def metrics_explained(stages: list[Json]) -> str:
 def ledger_table(ledger: Json) -> Table | None:
     """Returns the charges of the privacy ledger; clients with equal charges share a row.
 
-    None if there are none.
+    A charge is the privacy cost of some rounds for one client. None: there are no charges.
     """
     found = ledger.get("charges")
     groups: dict[tuple[str, ...], list[str]] = {}
@@ -116,7 +117,7 @@ def ledger_table(ledger: Json) -> Table | None:
 
 
 def _charged(charge: Json) -> tuple[str, ...]:
-    """Returns all cells of a charge but the client's name."""
+    """Returns the cells of a charge without the client's name."""
     rounds = units.DASH
     if charge.get("last_round"):
         rounds = f"{charge.get('first_round')} to {charge.get('last_round')}"
@@ -150,9 +151,9 @@ def failure_table(stages: list[Json], records: list[Json] | None = None) -> Tabl
     """Returns a row for each client whose answers did not count, and for each noised count.
 
     Args:
-        stages: the lines of the result.
-        records: the run's records. Used for a stage whose result does not list its failures: it
-            has not ended, or an earlier version ran it.
+        stages: the results of the stages.
+        records: the run's records. They are used for a stage whose result does not list its
+            failures, because the stage has not ended or an earlier version ran it.
     """
     rows: list[list[str]] = []
     listed = {name_of(stage) for stage in stages if isinstance(stage.get("failures"), dict)}
@@ -182,11 +183,12 @@ def _failure_rows(stage: str, failures: Json) -> list[list[str]]:
 
 
 def _refused_rows(rounds: list[Json]) -> list[list[str]]:
-    """Returns a row for each client that a round of one stage refused, with the last reason."""
+    """Returns a row for each client whose answer was refused in some round of one stage."""
     found: dict[str, tuple[int, str]] = {}
     for one in rounds:
         refused = one.get("refused")
         for name, reason in refused.items() if isinstance(refused, dict) else ():
+            # The last reason is kept, since it is the state that the client is in now.
             times, _ = found.get(name, (0, ""))
             found[name] = (times + 1, str(reason))
     stage = name_of(rounds[0])
@@ -197,7 +199,10 @@ def _refused_rows(rounds: list[Json]) -> list[list[str]]:
 
 
 def runtime_table(stages: list[Json]) -> Table:
-    """Returns a row for each exported file and each measured runtime: size, latency, parity."""
+    """Returns a row for each exported file and each measured runtime.
+
+    The last column says for how many examples the file gives the same answer as the model.
+    """
     rows = []
     for stage in stages:
         if stage.get("artifact"):

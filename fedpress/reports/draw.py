@@ -32,8 +32,10 @@ def svg(figure: Figure, name: str) -> Markup:
 
     Args:
         figure: what to draw.
-        name: unique on the page, such as "figure-3"; ids of title and description begin with it.
+        name: a name that is unique on the page, such as "figure-3". The ids of the picture's title
+            and description begin with this name.
     """
+    # Text in an SVG that is only scaled would be too small on a phone.
     widths = (NARROW, NORMAL, WIDE) if figure.wide else (NARROW, NORMAL)
     return Markup("\n").join(_picture(figure, width, f"{name}-{width}") for width in widths)
 
@@ -48,6 +50,7 @@ def _picture(figure: Figure, width: int, name: str) -> Markup:
     return element(
         "svg",
         Markup("").join(content),
+        # With role, title and description, screen readers can read the picture.
         role="img",
         viewBox=f"0 0 {width} {figure.height}",
         class_=look,

@@ -1,4 +1,4 @@
-"""The figures of a federated stage: metric, epsilon and bytes of each round, metric per client."""
+"""Draws the figures of a federated stage: metric, epsilon and bytes per round; client metrics."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ MOST_CLIENT_ROWS = 40  # more names in one picture cannot be read: a histogram i
 
 
 def score_over_rounds(name: str, rounds: list[Json]) -> Figure | None:
-    """Draws the primary metric over the rounds, and below it the epsilon spent so far."""
+    """Draws the main metric over the rounds, and below it the epsilon spent so far."""
     if not rounds:
         return None
     shown = MetricFormat.of(rounds)
@@ -107,7 +107,7 @@ def _before_first_round(rounds: list[Json]) -> str:
 def score_over_bytes(name: str, rounds: list[Json]) -> Figure | None:
     """Draws the metric over all bytes sent so far, up and down together.
 
-    This compares methods by their traffic. Counting rounds would not, because methods send
+    This compares methods by their traffic. A figure over rounds does not, because methods send
     different amounts per round.
     """
     shown = MetricFormat.of(rounds)
@@ -115,10 +115,12 @@ def score_over_bytes(name: str, rounds: list[Json]) -> Figure | None:
     sent = []
     for up, down in zip(values(rounds, "bytes_up"), values(rounds, "bytes_down"), strict=True):
         sent.append((up or 0.0) + (down or 0.0))
+    # Without bytes the x-axis, and without a metric the y-axis, would be empty.
     if not any(sent) or all(a is None for a in score):
         return None
 
     prefix, size = units.scale(total_of(sent))
+    # The x-axis needs running sums: how much was sent until this metric was reached.
     so_far = [total / size for total in accumulate(sent)]
     hover = []
     for value, total in zip(score, so_far, strict=True):
@@ -138,11 +140,12 @@ def score_over_bytes(name: str, rounds: list[Json]) -> Figure | None:
 
 
 def client_scores(stage: Json) -> Figure | None:
-    """Draws the final model's metric on each client: a dot a client, or a histogram above 40."""
+    """Draws the final model's metric on each client: dots, or a histogram for over 40 clients."""
     shown = MetricFormat.of([stage])
     names, scores = _measured_clients(stage, shown)
     if not names:
         return None
+    # Sorted for the median and the histogram; the dots keep the order of the clients.
     ordered = sorted(scores)
     title = f"{shown.title} per client: {name_of(stage)}"
     median = ordered[len(ordered) // 2]
@@ -158,6 +161,7 @@ def client_scores(stage: Json) -> Figure | None:
     for name, score in zip(names, scores, strict=True):
         hover.append(f"{name}: {shown.format_scaled(score)}")
         labels.append(f"{score:.1f}{shown.unit}")
+    # Dots, because the axis of a metric does not begin at 0.
     panel = Panel(Axis("", names=names), [dots(shown.name, scores, hover=hover, labels=labels)])
     return Figure(title, caption, score_axis(shown), [panel], height=rows_height(len(names)))
 
@@ -175,7 +179,7 @@ def _measured_clients(stage: Json, shown: MetricFormat) -> tuple[list[str], list
 
 
 def _histogram(ordered: list[float], shown: MetricFormat) -> Series:
-    """Returns the bars of a histogram of sorted numbers, each in the middle of its bin."""
+    """Returns a histogram of sorted numbers, with a bar in the middle of each bin."""
     low, high = ordered[0], ordered[-1]
     # If all clients are equal, bins of width 0 would make the division below fail.
     if high - low < 1e-9:

@@ -1,4 +1,4 @@
-"""Draws all figures of a run; each function returns None if the records lack its data."""
+"""Collects all figures of a run; a figure for which the run has no data is None."""
 
 from __future__ import annotations
 
@@ -37,6 +37,7 @@ from fedpress.reports.reading import Json, Run, name_of, records_by_stage
 def figures(run: Run) -> list[Figure]:
     """Returns all figures that the run folder has data for, in the order of the stages."""
     before = [run.before] if run.before else []
+    # First the figure that shows the whole run.
     found: list[Figure | None] = [score_and_size([*before, *run.stages])]
     for steps in records_by_stage(run.records):
         epochs = [step for step in steps if "epoch" in step]
@@ -60,7 +61,7 @@ def figures(run: Run) -> list[Figure]:
 
 
 def score_and_size(stages: list[Json]) -> Figure | None:
-    """Draws the primary metric against the file size after each stage."""
+    """Draws the main metric against the file size after each stage."""
     metric = MetricFormat.of(stages)
     shown = []
     for stage in stages:
@@ -71,6 +72,7 @@ def score_and_size(stages: list[Json]) -> Figure | None:
     prefix, unit = units.scale(max(stage["file_bytes"] for stage in shown))
     size = [stage["file_bytes"] / unit for stage in shown]
     score = [stage[metric.key] * metric.scale for stage in shown]
+    # Points are numbered, because a path through them may cross itself.
     names, hover, steps = [], [], []
     for number, stage in enumerate(shown, start=1):
         name = name_of(stage)
@@ -112,7 +114,10 @@ def _shared_labels(x: list[float], y: list[float], names: list[str]) -> list[str
 
 
 def training_curve(name: str, epochs: list[Json]) -> Figure | None:
-    """Draws the primary metric and the loss over the epochs; vertical lines mark image sizes."""
+    """Draws the main metric and the loss over the epochs.
+
+    If training changes the size of images, vertical lines mark the changes.
+    """
     if not epochs:
         return None
     shown = MetricFormat.of(epochs)
@@ -142,6 +147,7 @@ def _image_sizes(epochs: list[Json]) -> tuple[list[float], list[Note]]:
     """
     changes: list[tuple[float, float]] = []
     for epoch in epochs:
+        # Epochs of data other than images have no size.
         size = units.number(epoch.get("image_size"))
         if size and (not changes or size != changes[-1][1]):
             changes.append((units.number(epoch.get("epoch")) or 0.0, size))
@@ -164,6 +170,7 @@ def channels_kept(name: str, record: Json) -> Figure | None:
         text = f"{new or 0:.0f}/{old or 0:.0f}"
         texts.append(text)
         hover.append(f"{layer}: {text} kept")
+    # Of all layers together, so a wide layer counts more than a narrow one.
     share = units.percent(total_of(after) / total_of(before), 1)
     rows = [
         horizontal_bars("before", before, hover=hover, labels=texts, color=FAINT),

@@ -1,4 +1,4 @@
-"""The headline of a report: its most important numbers, compared with those of the first stage."""
+"""The most important numbers of a run ("tiles"), compared with those of the first stage."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ NOTED_METRICS = ("auc", "r2", "macro_f1", "micro_f1", "exact_match")
 
 @dataclass(frozen=True)
 class Tile:
-    """One big number of the page.
+    """One important number, shown large at the top of the page.
 
     Attributes:
-        value: the number with its unit.
-        name: what it is.
-        note: in small print below it, such as what it is compared with.
+        value: the number with its unit, such as "93.31%".
+        name: name of the number, such as "test accuracy".
+        note: small print below the number, such as a comparison with the first stage.
     """
 
     value: str
@@ -40,7 +40,8 @@ class Tile:
 
 
 def tiles(stages: list[Json]) -> list[Tile]:
-    """Returns the tiles of a run; a number that no stage has measured gets none."""
+    """Returns the tiles of a run; a number that was not measured has no tile."""
+    # A stage of kind "measure" only repeats the numbers of the stage before.
     stages = changing_stages(stages)
     federated = [stage for stage in stages if stage.get("kind") == "federate"]
     found = [
@@ -57,7 +58,7 @@ def tiles(stages: list[Json]) -> list[Tile]:
 
 
 def _float_tile(stages: list[Json]) -> Tile | None:
-    """Shows the share of a quantized network that stays float, if it is above a tenth."""
+    """Returns the share of a quantized network that stays float; None if it is at most a tenth."""
     found = units.lines_with(stages, "float_share")
     share_and_names = stays_float(found[-1]) if found else None
     if share_and_names is None:
@@ -67,9 +68,9 @@ def _float_tile(stages: list[Json]) -> Tile | None:
 
 
 def stays_float(stage: Json) -> tuple[str, str] | None:
-    """Returns the share of the parameters that stay float, and the layers that have most of them.
+    """Returns the share of the parameters that stay float, and the layers with most of them.
 
-    None if the share is at most a tenth or not recorded.
+    Returns None if the share is at most a tenth or not recorded.
 
     >>> stays_float({"float_share": 0.34, "mostly_float": ["embed"]})
     ('34%', 'most in embed')
@@ -83,7 +84,10 @@ def stays_float(stage: Json) -> tuple[str, str] | None:
 
 
 def _score(stages: list[Json]) -> Tile | None:
-    """Shows the primary metric, its standard error, and its change if the test set is the same."""
+    """Returns the main metric with its standard error.
+
+    The note has the change against the first stage, if the test set is the same.
+    """
     shown = MetricFormat.of(stages)
     measured = units.lines_with(stages, shown.key)
     if not measured:
@@ -117,9 +121,10 @@ def error_and_count(shown: MetricFormat, stage: Json) -> str:
 
 
 def _second_metric(stages: list[Json]) -> Tile | None:
-    """Shows the task's second metric; the note has further ones and the largest class's share.
+    """Returns the second metric of the task; the note has further metrics.
 
-    A good accuracy may come with a bad balanced accuracy: a reader needs both.
+    A good accuracy may come with a bad balanced accuracy, so a reader needs both. The note also has
+    the share of the largest class, if there are classes.
     """
     stage = _measured(stages)
     others = metrics_of(stages)[1:]
@@ -130,6 +135,7 @@ def _second_metric(stages: list[Json]) -> Tile | None:
         return None
     if shares:
         first = shares[0]
+    # The task has a second metric in percent, but this run did not measure it.
     elif any(metric.share for metric in others):
         return None
     else:
@@ -162,13 +168,13 @@ def score_warning(stages: list[Json]) -> str:
 
 
 def _measured(stages: list[Json]) -> Json:
-    """Returns the last stage with a primary metric; an empty one if there is none."""
+    """Returns the last stage with the main metric; {} if there is none."""
     measured = units.lines_with(stages, MetricFormat.of(stages).key)
     return measured[-1] if measured else {}
 
 
 def _cost(name: str, stages: list[Json], key: str, form: Callable[[Any], str]) -> Tile | None:
-    """Shows the last value of a cost; the note compares it: "30.0% of 1.00 M"."""
+    """Returns the last value of a cost; the note compares it with the first: "30.0% of 1.00 M"."""
     numbers = units.numbers(stages, key)
     if not numbers:
         return None
@@ -178,14 +184,16 @@ def _cost(name: str, stages: list[Json], key: str, form: Callable[[Any], str]) -
 
 
 def _file(stages: list[Json]) -> Tile | None:
-    """Shows the last file size, as a share of the first one of the same kind.
+    """Returns the last file size, with its share of the first file size.
 
-    An exported file also has the network's operations: it is not compared with a file of weights.
+    An exported file also contains the network's operations, so it is not compared with a file of
+    weights alone. The note then has the sizes of the files of weights.
     """
     sized = units.lines_with(stages, "file_bytes")
     if not sized:
         return None
     first, last = exported_format(sized[0]), exported_format(sized[-1])
+    # A file of weights is compared with files of weights only.
     alike = [stage for stage in sized if exported_format(stage) == first]
     tile = _cost("file size", alike, "file_bytes", units.size)
     if tile is None or first == last:
@@ -197,14 +205,15 @@ def _file(stages: list[Json]) -> Tile | None:
 
 
 def _latency(stages: list[Json]) -> Tile | None:
-    """Shows the last latency, as a share of the first one in the same runtime.
+    """Returns the last latency, with its share of the first latency in the same runtime.
 
-    If the runtime changed, the note also has the latencies in the first runtime.
+    If the runtime has changed, the note also has the latency in the first runtime.
     """
     measured = units.lines_with(stages, "latency_ms")
     if not measured:
         return None
     first, last = runtime_of(measured[0]), runtime_of(measured[-1])
+    # A share of a latency in another runtime would compare runtimes, not models.
     tile = _latency_in(last, measured)
     if tile is None or first == last:
         return tile

@@ -42,10 +42,10 @@ class Detail:
     """A part of the page that is folded until its title is clicked.
 
     Attributes:
-        title: such as "Environment and command".
+        title: the title, such as "Environment and command".
         rows: pairs of name and value, such as ("data.num_clients", "10").
-        text: shown without formatting, such as the recipe.
-        table: if given, shown instead of `rows` and `text`.
+        text: text that is shown without formatting, such as the recipe.
+        table: a table that is shown instead of `rows` and `text`; None: there is none.
     """
 
     title: str
@@ -94,15 +94,18 @@ def write_report(run: Path, out: Path | None = None) -> Path:
     Raises:
         RunError: if `run` is no run folder or damaged, or `out` cannot be written.
     """
+    # In the run folder by default, so that the report stays with the numbers it shows.
     target = Path(run) / "report.html" if out is None else Path(out)
     return _write(render(read_run(run)), target)
 
 
 def write_page(page: Page, target: Path) -> Path:
-    """Writes a page such as that of a sweep; an older one is replaced only when it is complete.
+    """Writes a page, such as the page of a sweep, to the file `target`.
+
+    An older file is replaced only when the new page is complete.
 
     Raises:
-        RunError: if it cannot be written.
+        RunError: if the file cannot be written.
     """
     template = templates().get_template("page.html.j2")
     text = template.render(page=page, **figures_and_scripts(page.figures))
@@ -121,6 +124,7 @@ def render(run: Run) -> str:
     """Returns the HTML text of a run's report."""
     stages = run.stages
     before = [run.before] if run.before else []
+    # A stage may end before its last round, for example because its target is reached.
     stopped = []
     for stage in stages:
         if stage.get("stopped"):
@@ -151,7 +155,7 @@ def render(run: Run) -> str:
 
 
 def figures_and_scripts(figures: list[Figure]) -> dict[str, Any]:
-    """Returns what a template needs for figures: the pictures, and the script of their tooltips."""
+    """Returns the variables of a template for figures: pictures, and the script of the tooltips."""
     scripts = [(HERE / "hover.js").read_text(encoding="utf-8")] if figures else []
     return {
         "figures": _drawn(figures),
@@ -162,7 +166,7 @@ def figures_and_scripts(figures: list[Figure]) -> dict[str, Any]:
 
 
 def _warnings(run: Run) -> list[str]:
-    """Returns a sentence for each warning: of stages, of the data, and of the primary metric."""
+    """Returns a sentence for each warning about stages, the data and the main metric."""
     found = []
     for stage in run.stages:
         if stage.get("warning"):
@@ -175,16 +179,17 @@ def _warnings(run: Run) -> list[str]:
 
 
 def _filled(table: Table) -> Table | None:
-    """Returns the table, or None if it has no rows: the page then has no such section."""
+    """Returns the table, or None if it has no rows. The page then leaves the section out."""
     return table if table.rows else None
 
 
 def templates() -> Environment:
-    """Returns the templates of pages; they escape all text."""
+    """Returns the templates of pages (Jinja); all text in them is escaped."""
     return Environment(
         loader=FileSystemLoader(HERE),
         # Names in a recipe or a data set may hold HTML: it must not run on the reader's machine.
         autoescape=True,
+        # A misspelt variable is an error and not an empty text.
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -196,9 +201,9 @@ class PageFigure:
     """A figure as the template needs it.
 
     Attributes:
-        figure: has the title and the caption.
-        picture: the SVG.
-        legend: entries such as ("blue", "filled", "accuracy").
+        figure: the figure, with title and caption.
+        picture: the figure as SVG.
+        legend: entries of colour, look and name, such as ("blue", "filled", "accuracy").
         data: the numbers of the figure as a table.
     """
 
@@ -210,6 +215,7 @@ class PageFigure:
 
 def _drawn(figures: list[Figure]) -> list[PageFigure]:
     drawn = []
+    # Ids must be unique on the page, so each figure gets a number.
     for at, figure in enumerate(figures):
         picture = svg(figure, f"figure-{at}")
         drawn.append(PageFigure(figure, picture, _legend(figure), numbers_of(figure)))
@@ -217,6 +223,7 @@ def _drawn(figures: list[Figure]) -> list[PageFigure]:
 
 
 def _legend(figure: Figure) -> list[tuple[str, str, str]]:
+    # Most figures explain their colours in the caption and need no legend.
     entries = []
     for series in figure.series if figure.legend else ():
         if series.in_legend:
@@ -226,10 +233,11 @@ def _legend(figure: Figure) -> list[tuple[str, str, str]]:
 
 
 def facts_of(environment: dict[str, Any]) -> list[str]:
-    """Returns version, commit and machine, such as "fedpress 0.2.0"; unknown ones are left out."""
+    """Returns version, commit and machine as texts, such as "fedpress 0.2.0", where known."""
     facts = []
     if environment.get("fedpress"):
         facts.append(f"fedpress {environment['fedpress']}")
+    # Ten digits are enough to find a commit.
     if environment.get("commit"):
         facts.append(f"commit {str(environment['commit'])[:10]}")
     if environment.get("machine"):
@@ -245,6 +253,7 @@ def _facts(run: Run) -> list[str]:
     seed = run.result.get("seed", run.settings.get("seed"))
     if seed is not None:
         facts.append(f"seed {seed}")
+    # An unfinished run has no result yet, but its environment is written at the start.
     version = run.result.get("version", run.environment.get("fedpress"))
     if version:
         facts.append(f"fedpress {version}")
@@ -255,7 +264,7 @@ def _facts(run: Run) -> list[str]:
 
 
 def details(run: Run) -> list[Detail]:
-    """Returns the folded parts at the end of the page; empty ones are left out."""
+    """Returns the folded parts at the end of the page; empty parts are left out."""
     ledger = ledger_table(run.ledger)
     found = [
         Detail("Privacy ledger", table=ledger, rows=[] if ledger else _rows(run.ledger)),
@@ -269,7 +278,7 @@ def details(run: Run) -> list[Detail]:
 def _rows(value: Any, name: str = "") -> list[tuple[str, str]]:
     """Flattens nested tables to rows such as ("stage.2.num_rounds", "20").
 
-    The names are those of overrides: `fedpress run recipe.toml stage.2.num_rounds=5`.
+    The names are the same as in overrides: `fedpress run recipe.toml stage.2.num_rounds=5`.
     """
     if isinstance(value, dict | list) and value and not _is_flat_list(value):
         rows = []
@@ -280,6 +289,7 @@ def _rows(value: Any, name: str = "") -> list[tuple[str, str]]:
         return rows
     if not name:
         return []
+    # Strings without quotes, as they are written in overrides on the command line.
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
     return [(name, text)]
 

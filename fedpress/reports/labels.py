@@ -1,4 +1,4 @@
-"""Places labels beside their points, inside the picture, without overlaps where there is room."""
+"""Places labels beside the points of a figure, if possible without overlap."""
 
 from __future__ import annotations
 
@@ -47,11 +47,11 @@ def labels(figure: Figure, panel: Panel, x: Scale, y: Scale, frame: Box) -> list
     """Returns the notes and the labels of points as SVG.
 
     Args:
-        figure: has the notes.
-        panel: has the series with labels.
+        figure: the figure, with its notes.
+        panel: the panel, with the series that have labels.
         x: scale of the lower axis.
         y: scale of the vertical axis.
-        frame: labels must be inside it.
+        frame: the box that all labels must be inside of.
     """
     # Grows with each label, so that the next one avoids it.
     taken = _taken(panel, x, y)
@@ -108,6 +108,7 @@ def _label(place: tuple[float, float], text: str, frame: Box, taken: list[Box]) 
     across, down = place
     lines = _shortened(text.split("\n"), frame)
     box, far = _free_box(across, down, lines, frame, taken)
+    # Later labels must not cover this one.
     taken.append(box)
     # The width of a text is an estimate. A text left of its point is aligned at its right end, so
     # that an error of the estimate leaves no gap.
@@ -156,7 +157,7 @@ def _free_box(
 
 
 def _near(across: float, down: float, width: float, height: float) -> list[tuple[float, float]]:
-    """Returns (left, top) of the places close to a point, in the order in which they are tried."""
+    """Returns places for a label close to a point, as (left, top), in the order of preference."""
     # Right and left come first, because readers look for a label beside its point.
     right, left, middle = across + 8, across - 8 - width, across - width / 2
     return [

@@ -1,4 +1,4 @@
-"""The page of a run that goes on: what its folder shows now of stages, rounds and clients."""
+"""Collects what the page of a running run shows: its stages, rounds, clients and curves."""
 
 from __future__ import annotations
 
@@ -35,23 +35,23 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Live:
-    """All that the page shows.
+    """The content of the page.
 
     Attributes:
-        name: of the run.
-        state: "working", "stopped" or "ended".
+        name: name of the run.
+        state: "working", "stopped" (no process works on the run) or "ended".
         said: the state in one sentence.
-        path: the stages, each "done", "now" or "later".
-        facts: small print below the title.
-        tiles: the big numbers.
+        path: name of each stage, with "done", "now" or "later".
+        facts: small print below the title, such as the folder and the command.
+        tiles: the most important numbers, shown large.
         stages: a row for each stage that has begun.
-        clients: who is there; None if nobody may be named, or nobody is known.
-        about_clients: sentences about all clients.
-        refused: who refused or failed, and why; None: nobody.
+        clients: a row for each client; None if clients must not be named or are not known.
+        about_clients: sentences about all clients together.
+        refused: a row for each client that refused or failed, with the reason; None: there is none.
         figures: the curves, those of the newest stage first.
         notes: sentences about damaged files.
-        report: link to the report; "" without one.
-        drawn: the time of day.
+        report: link to the report; "" if there is no report yet.
+        drawn: time of day at which this was read.
     """
 
     name: str
@@ -76,19 +76,20 @@ class Live:
 
 
 def live(folder: Path, *, report: str = "", now: float | None = None) -> Live:
-    """Reads what a run folder shows now.
+    """Reads a run folder and returns the content of its page.
 
-    A file that is missing, damaged or half written leaves its part of the page out.
+    If a file is missing, damaged or half written, its part of the page is left out.
 
     Args:
-        folder: of the run; only its files are read.
-        report: link to the report, shown at the end of the run.
-        now: seconds since 1970; None: the present.
+        folder: the run folder; nothing else is read.
+        report: link to the report, shown after the end of the run.
+        now: present time in seconds since 1970; None: the time of the machine.
     """
     now = time.time() if now is None else now
     run, notes = read_what_can_be(folder)
     presence = read_presence(folder)
     drawn = time.strftime("%H:%M:%S", time.localtime(now))
+    # One list of records for each stage that has begun.
     steps = list(records_by_stage(run.records))
     state = _state(run)
     page = Live(run.name, state, _said(run, state), drawn=drawn)
@@ -112,12 +113,16 @@ def live(folder: Path, *, report: str = "", now: float | None = None) -> Live:
 
 @dataclass(frozen=True)
 class _Careful:
-    """Draws parts of the page; notes those that cannot be drawn."""
+    """Makes parts of the page, and notes which parts cannot be made from the files.
+
+    Attributes:
+        notes: a sentence for each part that cannot be made.
+    """
 
     notes: list[str]
 
     def part(self, what: str, make: Callable[[], T], nothing: T) -> T:
-        """Returns what `make` makes, or `nothing` if it fails."""
+        """Returns the result of `make`; if it raises an error, notes this and returns `nothing`."""
         try:
             return make()
         except Exception as problem:
@@ -147,11 +152,12 @@ def _figures(steps: list[Json]) -> list[Figure]:
 def _state(run: Run) -> str:
     if run.finished:
         return "ended"
+    # A process holds the lock of the folder as long as it works on the run.
     return "working" if lock.holder(run.path) else "stopped"
 
 
 def _said(run: Run, state: str) -> str:
-    """Returns the state in one sentence."""
+    """Returns the state of the run in one sentence."""
     say = outcome if state == "ended" else progress
     try:
         sentence = say(run)
@@ -166,7 +172,7 @@ def _said(run: Run, state: str) -> str:
 
 
 def _planned(run: Run) -> list[Json]:
-    """Returns the settings of all stages."""
+    """Returns the settings of all stages of the recipe."""
     stages = run.settings.get("stage")
     return [one for one in stages if isinstance(one, dict)] if isinstance(stages, list) else []
 
@@ -186,14 +192,14 @@ def _facts(run: Run, folder: Path, now: float) -> list[str]:
     if command:
         facts.append(str(command))
     changed = _last_change(run.path)
-    # A finished run is as old as it is: its page stays as it was drawn.
+    # The page of a finished run does not change, so an age would soon be wrong.
     if changed is not None and not run.finished:
         facts.append(f"last written {units.seconds(max(now - changed, 0.0))} ago")
     return facts
 
 
 def _last_change(folder: Path) -> float | None:
-    """Returns when the run last wrote a record, a checkpoint or a result."""
+    """Returns the time of the last change of a file in the run folder; None if there is no file."""
     found = []
     own = [folder / "records.jsonl", folder / "result.json", folder / "settings.json"]
     for path in (*own, *folder.glob("stages/*/*")):
@@ -223,7 +229,7 @@ def _tiles(run: Run, steps: list[list[Json]], presence: PresenceNow | None) -> l
 
 
 def _step_tile(steps: list[Json]) -> Tile | None:
-    """Shows the round or epoch, and about how long the stage still takes."""
+    """Returns the present round or epoch, with an estimate of the time that is left."""
     last = steps[-1]
     for word, most in (("round", "num_rounds"), ("epoch", "epochs")):
         if word in last:
@@ -237,6 +243,7 @@ def _step_tile(steps: list[Json]) -> Tile | None:
 
 def _seconds_left(steps: list[Json], word: str, planned: float | None) -> float | None:
     done = units.number(steps[-1].get(word))
+    # Only the latest rounds, because the speed may change, for example when clients leave.
     seconds = units.numbers(steps[-RECENT:], "seconds")
     if done is None or planned is None or not seconds or done <= 0 or done >= planned:
         return None
@@ -263,6 +270,7 @@ def _epsilon_tile(run: Run) -> Tile | None:
         private = stage.get("privacy")
         if isinstance(private, dict) and units.number(private.get("epsilon")) is not None:
             budgets.append(private["epsilon"])
+    # Budgets of several stages are not added: the ledger counts all stages together.
     note = f"of at most {units.compact(budgets[-1])}" if budgets else ""
     return Tile(units.epsilon(spent[-1]), "privacy spent, ε", note)
 
@@ -278,18 +286,21 @@ def _bytes_tile(records: list[Json]) -> Tile | None:
 
 
 def _stages(run: Run, steps: list[list[Json]], state: str) -> Table:
-    """Returns a row for each stage that has ended or has records."""
+    """Returns a row for each stage that has ended or begun."""
     shown = MetricFormat.of([*run.records, *run.stages])
     by_stage = {of_stage[-1].get("stage"): of_stage for of_stage in steps}
+    # Without settings.json (missing or damaged), the finished stages are all that is known.
     planned = _planned(run) or run.stages
     done = len(run.stages)
     rows = []
     for at, stage in enumerate(planned):
         of_stage = by_stage.get(at, [])
         result: Json = run.stages[at] if at < done else {}
+        # Stages after the present one are only shown in the path.
         if not of_stage and not result and at > done:
             break
         last: Json = of_stage[-1] if of_stage else {}
+        # A stage has no result before its end, so its state follows from the lock of the folder.
         begun = "at work" if state == "working" else "not done"
         epsilon = result.get("epsilon", last.get("epsilon"))
         rows.append(
@@ -318,7 +329,7 @@ def _far(last: Json) -> str:
 
 
 def _about_clients(run: Run, presence: PresenceNow | None, state: str, now: float) -> list[str]:
-    """Returns sentences about all clients."""
+    """Returns sentences about all clients together, such as how many are online."""
     said = []
     if presence is not None:
         age = units.seconds(max(now - presence.at, 0.0))
@@ -343,7 +354,7 @@ def _last_round(run: Run) -> Json:
 
 
 def _named(record: Json) -> list[str]:
-    """Returns the clients whose answers a round has used."""
+    """Returns the names of the clients whose answers were used in a round."""
     rows = record.get("clients")
     found = []
     for row in rows if isinstance(rows, list) else ():
@@ -353,12 +364,13 @@ def _named(record: Json) -> list[str]:
 
 
 def _clients(run: Run, presence: PresenceNow | None, state: str, now: float) -> Table | None:
-    """Returns a row for each client, those in trouble first; None if none may be named."""
+    """Returns a row for each client, clients with problems first; None if none may be named."""
     if presence is not None:
         return _present(presence, state, now)
     last = _last_round(run)
     refused = last.get("refused")
     problems = refused if isinstance(refused, dict) else {}
+    # Clients with problems first: the table may be cut.
     rows = [[str(name), "its answer did not count"] for name in problems]
     rows += [[name, "answered"] for name in _named(last)]
     if not rows:
@@ -368,6 +380,7 @@ def _clients(run: Run, presence: PresenceNow | None, state: str, now: float) -> 
 
 def _present(presence: PresenceNow, state: str, now: float) -> Table | None:
     usual = [one.seconds for one in presence.clients if one.seconds is not None]
+    # The median: one client that hangs must not make all others look fast.
     late_after = max(LATE_FROM, 3 * median(usual)) if usual else LATE_FROM
     # The times of a server that has stopped are compared with its last look, not with today.
     age = now if state == "working" else presence.at
@@ -388,6 +401,7 @@ def _doing(one: ClientNow, now: float, late_after: float) -> str:
         return "not asked"
     waits = max(now - one.asked, 0.0)
     since = units.seconds(waits)
+    # The server has gone on without this client.
     if not one.awaited:
         return f"too late: asked {since} ago, nobody waits any more"
     if not one.online or waits > late_after:
@@ -396,7 +410,12 @@ def _doing(one: ClientNow, now: float, late_after: float) -> str:
 
 
 def _shortened(table: Table, known: int | None = None) -> Table:
-    """Returns the first rows, and a row that says how many there are more."""
+    """Returns the first `MOST_ROWS` rows, and one more row that says how many rows are left out.
+
+    Args:
+        table: the table.
+        known: number of all clients, if the table does not list all of them.
+    """
     rows = table.rows[:MOST_ROWS]
     more = max(len(table.rows), known or 0) - len(rows)
     if more > 0:
@@ -406,7 +425,11 @@ def _shortened(table: Table, known: int | None = None) -> Table:
 
 
 def _refused(run: Run, presence: PresenceNow | None) -> Table | None:
-    """Returns who refused by its policy now, then whose answers did not count in the rounds."""
+    """Returns a row for each client that refused or failed; None if there is none.
+
+    First come clients whose owner's policy refuses the present stage. Then come clients whose
+    answers did not count in some round.
+    """
     rows: list[list[str]] = []
     counts: dict[RefusedNow, int] = {}
     for one in presence.refused if presence is not None else ():

@@ -20,6 +20,7 @@ Place = tuple[float, float] | None
 
 def marks(panel: Panel, x: Scale, y: Scale) -> list[Markup]:
     """Returns the SVG elements of all series of a panel."""
+    # Stacked heights depend on all series, so these are drawn together.
     if panel.stacked:
         return _stack(panel, x, y)
     drawn: list[Markup] = []

@@ -12,10 +12,10 @@ from fedpress.tasks import TASKS, Classification, Metric, task_of
 
 
 def metrics_of(lines: Sequence[Json]) -> tuple[Metric, ...]:
-    """Returns the metrics of the task of result lines or records, the primary one first.
+    """Returns the metrics of the task that results or records belong to, the main metric first.
 
-    Results name their task. Records do not, so the task is the first whose primary metric they
-    have; classification if there is none.
+    Results name their task. Records (one for each epoch or round) do not. So their task is the
+    first task whose main metric they have; if there is none, classification.
 
     >>> metrics_of([{"kind": "train", "mae": 3.0}])[0].name
     'MAE'
@@ -23,6 +23,7 @@ def metrics_of(lines: Sequence[Json]) -> tuple[Metric, ...]:
     for line in lines:
         if "task" in line:
             return task_of(line).shown_metrics
+    # Two tasks may share a metric; the order of the table decides.
     for task in TASKS.values():
         if any(task.primary in line for line in lines):
             return task.shown_metrics
@@ -33,14 +34,15 @@ def metrics_of(lines: Sequence[Json]) -> tuple[Metric, ...]:
 class MetricFormat:
     """Formats the values of one metric, such as 0.9331 as "93.31%".
 
-    Shares, such as accuracy, are drawn in percent: a *scaled* value is 93.31, not 0.9331.
+    A metric that is a share, such as accuracy, is drawn in percent: 0.9331 has the *scaled* value
+    93.31. For other metrics the scaled value is the value.
     """
 
     metric: Metric
 
     @classmethod
     def of(cls, lines: Sequence[Json]) -> MetricFormat:
-        """Returns the format of the primary metric of some result lines or records."""
+        """Returns the format of the main metric of some results or records."""
         return cls(metrics_of(lines)[0])
 
     @property
@@ -78,11 +80,11 @@ class MetricFormat:
         return f"{before} {self.name}{unit}".strip()
 
     def value(self, line: Json) -> float | None:
-        """Returns the metric of a result line or record; None if it has none."""
+        """Returns the metric in a result or record; None if it is missing."""
         return units.number(line.get(self.key))
 
     def formatted(self, value: Any) -> str:
-        """Returns a value as text, such as "93.31%"; a dash if it is no number."""
+        """Returns a value as text, such as "93.31%"; a dash if the value is not a number."""
         found = units.number(value)
         return units.DASH if found is None else self.metric.formatted(found)
 
@@ -117,7 +119,7 @@ class MetricFormat:
         return f"{value:.2f}%" if self.metric.share else f"{value:.{self.metric.digits}f}"
 
     def change(self, value: Any, reference: Any) -> str:
-        """Returns the change against a reference, such as "+0.12" (percentage points of shares)."""
+        """Returns the change against a reference: "+0.12", for shares in percentage points."""
         new, old = units.number(value), units.number(reference)
         if new is None or old is None:
             return ""
@@ -126,7 +128,7 @@ class MetricFormat:
         return f"{new - old:+.{self.metric.digits}f}"
 
     def best(self, values: Sequence[float]) -> float | None:
-        """Returns the best of some values: the highest or the lowest; None if there are none."""
+        """Returns the best value: the highest or the lowest, as the metric says; None if empty."""
         if not values:
             return None
         return max(values) if self.metric.better == "higher" else min(values)

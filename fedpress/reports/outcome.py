@@ -1,4 +1,4 @@
-"""The result of a run in one sentence, for the top of its report and the end of the terminal."""
+"""Writes the result of a run in one sentence, for the top of its report and for the terminal."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ from fedpress.reports.reading import Json, Run, name_of, records_by_stage, stage
 
 
 def outcome(run: Run) -> str:
-    """Returns the result of a run in one sentence; before it how far the run is, if unfinished."""
+    """Returns the result of a run in one sentence.
+
+    If the run is unfinished, a sentence before it says how far the run is.
+    """
     sentence = outcome_of(run.result, before=run.before)
     if run.finished and sentence:
         return sentence
@@ -29,8 +32,8 @@ def outcome_of(result: Json, *, before: Json | None = None, warn: bool = True) -
 
     Args:
         result: the content of `result.json`.
-        before: the measured numbers of the model that a command started from.
-        warn: whether to add the metric's warning, such as that the model only guesses.
+        before: the measured numbers of the model before the command; None: there are none.
+        warn: whether to add a warning about the metric, such as that the model only guesses.
 
     >>> outcome_of({"stages": [{"kind": "train", "parameters": 1000, "accuracy": 0.9}]})
     'A model of 1.00 k parameters has a test accuracy of 90.00%.'
@@ -39,6 +42,7 @@ def outcome_of(result: Json, *, before: Json | None = None, warn: bool = True) -
     stages = changing_stages(stages)
     if not stages:
         return ""
+    # Each part may be empty; together they are one sentence.
     parts = [_model(stages, given=bool(before)), _quality(stages), _clients(stages)]
     sentence = " ".join(part for part in parts if part)
     file = _file(stages)
@@ -51,7 +55,7 @@ def outcome_of(result: Json, *, before: Json | None = None, warn: bool = True) -
 
 
 def _model(stages: list[Json], *, given: bool) -> str:
-    """Returns the size of the model, and its share of the first one's."""
+    """Returns the number of parameters, and its share of the first model's parameters."""
     known = units.numbers(stages, "parameters")
     if not known:
         return "The model"
@@ -106,7 +110,7 @@ def _unit(stage: Json) -> str:
 
 
 def _before_clients(first: Json, stages: list[Json]) -> str:
-    """Returns the metric before the clients' training; "" if the test set was another one."""
+    """Returns the metric before the clients' training; "" if the test sets differ."""
     shown = MetricFormat.of(stages)
     before = units.number(first.get(f"{shown.key}_before"))
     if before is None or not same_test_set(first, stages[-1]):

@@ -1,4 +1,4 @@
-"""A figure as plain data: axes, panels and series of numbers; `fedpress.reports.draw` makes SVG."""
+"""Describes a figure as data (axes, panels, series of numbers), from which SVG is drawn later."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from fedpress.reports.table import Table
 from fedpress.reports.units import number
 
 Numbers = Sequence[float | None]
+# How a series is drawn; see `Series`.
 Kind = Literal["line", "points", "steps", "bars", "areas", "rows", "dots"]
 Color = Literal["blue", "orange", "faint"]
 """Names of colours in the page's style sheet, which has a light and a dark theme.
@@ -25,15 +26,15 @@ MOST_CIRCLES = 60  # with 60 points or more the circles of a line touch, so none
 
 @dataclass(frozen=True)
 class Axis:
-    """One axis.
+    """One axis of a figure.
 
     Attributes:
-        title: with the unit in brackets, such as "file (MB)".
-        low: the lowest value shown; None: chosen by the numbers.
-        high: the highest value shown; None: chosen by the numbers.
-        bounds: limits for chosen `low` and `high`, such as 0 and 100 percent.
-        least_range: least difference of chosen `low` and `high`, such as 2 percentage points, so
-            that random fluctuations do not look like a trend.
+        title: the title, with the unit in brackets, such as "file (MB)".
+        low: the lowest value shown; None: it follows from the numbers.
+        high: the highest value shown; None: it follows from the numbers.
+        bounds: limits for `low` and `high` that follow from the numbers, such as 0 and 100 percent.
+        least_range: least difference between `low` and `high` that follow from the numbers, such as
+            2 percentage points, so that random fluctuations do not look like a trend.
         names: names of the rows of horizontal bars or dots, from top to bottom.
     """
 
@@ -47,11 +48,11 @@ class Axis:
 
 @dataclass(frozen=True)
 class Series:
-    """Numbers that are drawn in one way; None is a missing number and leaves a gap.
+    """A series of points that are drawn in one way; None is a missing number and leaves a gap.
 
     Attributes:
-        kind: `steps` are points joined by a staircase, `rows` are horizontal bars, `dots` are one
-            dot in each row.
+        kind: how the points are drawn. "steps": joined by a staircase; "rows": horizontal bars;
+            "dots": one dot in each row.
         name: the name in the legend and the table, such as "loss".
         x: the horizontal value of each point.
         y: the vertical value of each point.
@@ -79,12 +80,12 @@ class Series:
 
 @dataclass(frozen=True)
 class Panel:
-    """The series above one vertical axis; all panels of a figure share the lower axis.
+    """A part of a figure with one vertical axis; all panels of a figure share the lower axis.
 
     Attributes:
         y: the vertical axis.
         series: what is drawn.
-        stacked: whether each series is drawn on top of the ones before, so that heights add up.
+        stacked: whether each series is drawn on top of the series before, so that heights add up.
     """
 
     y: Axis
@@ -106,15 +107,16 @@ class Figure:
 
     Attributes:
         title: the text above the picture.
-        caption: what the picture shows, in words with numbers, also for those who cannot see it.
+        caption: what the picture shows, in words with numbers, also for readers who cannot see it.
         x: the lower axis.
-        panels: one or two, the first on top.
+        panels: one or two panels, the first on top.
         notes: texts at the top of the first panel.
         rules: values of `x` with a vertical line through all panels.
-        height: in pixels.
-        wide: whether it takes the full width of the page.
-        together: whether a tooltip shows the numbers of all series at that `x`, not of one point.
-        legend: whether it has a legend.
+        height: the height in pixels.
+        wide: whether the figure takes the full width of the page.
+        together: whether a tooltip shows the numbers of all series at one `x`, instead of the
+            numbers of one point.
+        legend: whether the figure has a legend.
     """
 
     title: str
@@ -146,7 +148,7 @@ def score_axis(shown: MetricFormat, before: str = "") -> Axis:
 
 
 def values(rows: list[dict[str, Any]], key: str, scale: float = 1.0) -> list[float | None]:
-    """Returns the scaled number under a key in each row; None where it is missing or not finite."""
+    """Returns the number under `key` in each row, times `scale`; None if missing or not finite."""
     found: list[float | None] = []
     for row in rows:
         value = number(row.get(key))
@@ -155,7 +157,7 @@ def values(rows: list[dict[str, Any]], key: str, scale: float = 1.0) -> list[flo
 
 
 def total_of(numbers: Numbers) -> float:
-    """Returns the sum of the known numbers."""
+    """Returns the sum of the numbers that are not None."""
     return sum(n for n in numbers if n is not None)
 
 
@@ -168,6 +170,7 @@ def short(value: float | None) -> str:
     if value is None:
         return "–"
     rounded = float(f"{value:.4g}")
+    # The format "g" would write numbers from 10,000 on with an exponent.
     return f"{rounded:,.0f}" if abs(rounded) >= 1000 else f"{rounded:g}"
 
 
@@ -184,6 +187,7 @@ def line(
         unit: unit of `y`, shown in tooltips.
         across: name of `x`, such as `epoch`, shown in tooltips.
     """
+    # Circles of a dense line would touch and hide the line.
     hover = _hover(name, x, y, unit, across)
     return Series("line", name, x, y, color, hover, marked=len(x) < MOST_CIRCLES)
 
@@ -212,7 +216,7 @@ def horizontal_bars(
 ) -> Series:
     """Returns horizontal bars, one for each of the names of the vertical axis.
 
-    Unlike under vertical bars, long names can be read on a phone.
+    Beside horizontal bars, long names can be read on a phone; below vertical bars they cannot.
     """
     return Series("rows", name, lengths, list(range(len(lengths))), color, hover, labels)
 
@@ -226,7 +230,8 @@ def rows_height(rows: int) -> int:
 def dots(name: str, values: Numbers, *, hover: Sequence[str], labels: Sequence[str] = ()) -> Series:
     """Returns dots, one for each of the names of the vertical axis.
 
-    Unlike the length of a bar, the place of a dot is right on an axis that does not begin at 0.
+    The place of a dot is right on any axis. The length of a bar would be misleading on an axis that
+    does not begin at 0.
     """
     return Series("dots", name, values, list(range(len(values))), hover=hover, labels=labels)
 
@@ -234,7 +239,10 @@ def dots(name: str, values: Numbers, *, hover: Sequence[str], labels: Sequence[s
 def numbers_of(figure: Figure, most: int = 200) -> Table:
     """Returns the figure's numbers as a table, for readers who cannot see the picture.
 
-    Of more than `most` rows every n-th is kept, and the last.
+    Args:
+        figure: the figure.
+        most: about how many rows to keep. From a longer table, every n-th row is kept, and the
+            last row.
     """
     if figure.panels[0].y.names:
         return _by_name(figure)
@@ -242,6 +250,7 @@ def numbers_of(figure: Figure, most: int = 200) -> Table:
     # Series with different x do not fit into shared rows.
     if len(places) > 1 or any(series.labels for series in figure.series):
         return _by_point(figure, most)
+    # All series have the same x, so one column for it is enough.
     header = [figure.x.title, *(series.name for series in figure.series)]
     columns = [figure.series[0].x, *(series.y for series in figure.series)]
     rows = []
@@ -272,6 +281,7 @@ def _by_point(figure: Figure, most: int) -> Table:
 
 def _thinned(rows: list[Any], most: int) -> list[Any]:
     """Returns about `most` evenly spaced rows and always the last, which has the final number."""
+    # -(-a // b) is a / b rounded up.
     every = -(-len(rows) // most) or 1
     kept = rows[::every]
     if rows and kept[-1] is not rows[-1]:

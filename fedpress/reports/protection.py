@@ -1,4 +1,4 @@
-"""Explains the privacy of a run: what is protected, against whom, and who must be trusted."""
+"""Explains the privacy guarantee of a run: what is protected, and who must be trusted."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from fedpress.reports import units
 from fedpress.reports.metrics import MetricFormat
 from fedpress.reports.reading import Json, name_of
 
+# Sentences that several kinds of guarantees share.
 OTHERS = (
     "The other clients: as many of them as the plan assumes must stay in the round and be honest, "
     "for the noise and the keys."
@@ -96,11 +97,12 @@ LIMITS = [
 def protections(stages: list[Json]) -> list[Protection]:
     """Returns the guarantee of each federated stage.
 
-    If one stage used private data without privacy, the summaries of the others say so.
+    If one stage used private data without privacy, the summaries of the other stages say so.
     """
     federated = [stage for stage in stages if stage.get("kind") == "federate"]
     found = [protection(stage) for stage in federated]
     open_stages = [it.title for it in found if not it.protected]
+    # One stage without privacy voids the guarantee of the whole run.
     if not open_stages:
         return found
     return [_contradicted(it, open_stages) if it.protected else it for it in found]
@@ -122,7 +124,12 @@ def _contradicted(it: Protection, open_stages: list[str]) -> Protection:
 
 
 def protection(stage: Json) -> Protection:
-    """Returns the guarantee of a federated stage of `result.json`, by unit, trust and epsilon."""
+    """Returns the guarantee of one federated stage.
+
+    Args:
+        stage: the stage's entry in `result.json`. Its "unit" says what is protected, its "trust"
+            who adds the noise, and its "epsilon" how strong the guarantee is.
+    """
     it = _by_unit(name_of(stage), stage)
     if stage.get(f"client_{MetricFormat.of([stage]).key}"):
         return replace(it, unprotected=[*it.unprotected, OWN_SCORES])
@@ -130,6 +137,7 @@ def protection(stage: Json) -> Protection:
 
 
 def _by_unit(title: str, stage: Json) -> Protection:
+    # `number` returns None for a missing epsilon and also for an infinite one.
     if units.number(stage.get("epsilon")) is None:
         return _without_privacy(title, stage)
     if stage.get("unit") == "sample":
@@ -230,7 +238,7 @@ def _sample(title: str, stage: Json) -> Protection:
 
 
 def _sample_distributed(title: str, stage: Json) -> Protection:
-    """Returns the guarantee where each client adds a share of the noise, under a secure sum."""
+    """Returns the guarantee if each client adds a share of the noise, in a secure sum."""
     summary = f"{_example(stage)}, against everybody, the server too, who lacks the noise's seed."
     clips = (
         "Each client's own software, which clips its gradients, adds its share of the noise and "
@@ -246,7 +254,7 @@ def _sample_distributed(title: str, stage: Json) -> Protection:
 
 
 def _sample_central(title: str, stage: Json) -> Protection:
-    """Returns the guarantee where the server adds the noise."""
+    """Returns the guarantee if the server adds the noise."""
     server = (
         "The server. It sees every client's sum of gradients without noise, and adds the noise."
     )
@@ -305,7 +313,7 @@ def _client(title: str, stage: Json) -> Protection:
 
 
 def _client_local(title: str, stage: Json) -> Protection:
-    """Returns the guarantee where each client adds all its noise itself."""
+    """Returns the guarantee if each client adds the full noise to its own update."""
     own_noise = (
         "All data of a client together: its update is clipped and noise of its own is added "
         "inside the client."
@@ -320,7 +328,7 @@ def _client_local(title: str, stage: Json) -> Protection:
 
 
 def _client_distributed(title: str, stage: Json) -> Protection:
-    """Returns the guarantee where each client adds a share of the noise, under a secure sum."""
+    """Returns the guarantee if each client adds a share of the noise, in a secure sum."""
     joint_noise = (
         "All data of a client together: its update is clipped, and each client adds a share of "
         "the noise. The server can decrypt only the noisy sum."
@@ -343,6 +351,7 @@ def _whole_client(stage: Json) -> str:
 
 
 def _without_privacy(title: str, stage: Json) -> Protection:
+    # A secure sum hides single updates, but without noise it gives no bound.
     if stage.get("sum") == "secure":
         return Protection(
             title=title,

@@ -1,4 +1,4 @@
-"""Reads a run folder, finished or not, for the report."""
+"""Reads the files of a run folder for the report, whether the run is finished or not."""
 
 from __future__ import annotations
 
@@ -17,17 +17,18 @@ Json = dict[str, Any]
 
 @dataclass(frozen=True)
 class Run:
-    """The content of a run folder; a file that is missing or not written yet is an empty value.
+    """The content of a run folder. If a file is missing, its attribute is empty.
 
     Attributes:
         path: the folder.
         recipe: text of `recipe.toml`.
         settings: the recipe with all defaults filled in (`settings.json`).
         environment: versions, machine and command (`environment.json`).
-        records: one for each epoch, round or step (`records.jsonl`).
+        records: a dictionary for each epoch, round or step (`records.jsonl`).
         result: the measured numbers of each finished stage (`result.json`).
         ledger: the privacy spent, one entry for each use of private data (`ledger.json`).
-        before: the measured numbers of the model that a command started from (`before.json`).
+        before: the measured numbers of the model before a command such as `fedpress prune`
+            (`before.json`).
     """
 
     path: Path
@@ -47,7 +48,7 @@ class Run:
 
     @property
     def name(self) -> str:
-        """The recipe's name; if it has none, the name of the folder."""
+        """The name of the recipe; if the recipe has no name, the name of the folder."""
         return str(self.result.get("recipe") or self.settings.get("name") or self.path.name)
 
     @property
@@ -57,7 +58,7 @@ class Run:
 
 
 def stages_of(result: Json) -> list[Json]:
-    """Returns the stages of a `result.json`; entries that are damaged are left out."""
+    """Returns the results of the stages in a `result.json`; damaged entries are left out."""
     stages = result.get("stages")
     if not isinstance(stages, list):
         return []
@@ -65,7 +66,7 @@ def stages_of(result: Json) -> list[Json]:
 
 
 def name_of(line: Json) -> str:
-    """Returns the name of the stage that a result line or record belongs to.
+    """Returns the name of the stage that a result or a record belongs to.
 
     >>> name_of({"kind": "train", "name": "dense"}), name_of({"kind": "train"}), name_of({})
     ('dense', 'train', '?')
@@ -122,6 +123,7 @@ def read_run(path: Path) -> Run:
         ledger=_table(path / "ledger.json"),
         before=_table(path / "before.json"),
     )
+    # One of them is enough: a run that was just started has no result.
     if not (run.recipe or run.settings or run.records or run.result):
         raise RunError(
             (
@@ -135,12 +137,12 @@ def read_run(path: Path) -> Run:
 
 
 def read_what_can_be(path: Path) -> tuple[Run, list[str]]:
-    """Reads a run folder that may change at any moment; never raises for what is in it.
+    """Reads a run folder while the run may change it; raises no error for damaged files.
 
-    Checksums are not compared: they are for runs that are resumed or reported.
+    Checksums are not compared; they matter only when a run is resumed or reported.
 
     Returns:
-        The run, and a sentence for each file that is damaged; its value is then empty.
+        The run, and a sentence for each damaged file. The attribute of a damaged file is empty.
     """
     notes: list[str] = []
 
@@ -178,7 +180,7 @@ def _raw_text(path: Path) -> str:
 
 
 def _undamaged_lines(text: str, notes: list[str]) -> list[Json]:
-    """Returns the complete records; notes how many lines are damaged."""
+    """Returns the complete records, and adds a sentence to `notes` if lines are damaged."""
     records = []
     damaged = 0
     # The last part is empty, or a line that is being written.
@@ -247,7 +249,7 @@ def _lines(path: Path) -> list[Json]:
 
 
 def _text_of_records(path: Path) -> str:
-    """Returns the text of the records; a running stage may still append to the file."""
+    """Returns the text of `records.jsonl`, to which a running stage may still append."""
     check_undamaged(path, "move it away to draw the report without its curves", grows=True)
     try:
         # "replace": a killed run may have written only half of the last character's bytes.

@@ -1,4 +1,4 @@
-"""Draws horizontal bars and dots as SVG: one row for each name."""
+"""Draws horizontal bars and dots as SVG, one row for each name, such as the name of a layer."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ class Row:
     """One row of the picture.
 
     Attributes:
-        at: its index, from 0 on top.
-        middle: its vertical middle in pixels.
-        height: in pixels.
+        at: index of the row, from 0 at the top.
+        middle: vertical middle of the row in pixels.
+        height: height of the row in pixels.
     """
 
     at: int
@@ -37,7 +37,7 @@ def named_rows(figure: Figure, names: Sequence[str], width: int) -> tuple[Scale,
     """Returns the scale of the lower axis, and the SVG of all rows.
 
     Args:
-        figure: has one panel, whose series have one number for each name.
+        figure: a figure with one panel, whose series have one number for each name.
         names: the names of the rows, from top to bottom.
         width: width of the picture in pixels.
     """
@@ -66,7 +66,7 @@ def named_rows(figure: Figure, names: Sequence[str], width: int) -> tuple[Scale,
 
 
 def _end(name: str) -> str:
-    """Shortens a long name to its end: `layer3.0.conv1` and `layer3.0.conv2` differ there."""
+    """Shortens a long name to its end, where names such as `layer3.0.conv1` differ."""
     return name if len(name) <= LONGEST_NAME else "…" + name[1 - LONGEST_NAME :]
 
 
@@ -95,6 +95,7 @@ def _dot(series: Series, row: Row, x: Scale) -> list[Markup]:
     return [
         horizontal_line(x.start, x.end, row.middle, "rule"),
         element("circle", title, **where, class_=f"mark {series.color}"),
+        # Right of the dot, whose radius is 5 pixels.
         *_label(series, row, x(value) + 9),
     ]
 
@@ -105,6 +106,7 @@ def _bar(series: Series, row: Row, x: Scale) -> list[Markup]:
     if length is None:
         return []
     title = tooltip(series.hover[row.at] if series.hover else "")
+    # The bar begins at the left end of the axis and leaves a gap to the rows above and below.
     box = {
         "x": x(x.low),
         "y": row.middle - BAR / 2 * row.height,

@@ -1,4 +1,4 @@
-"""Maps numbers to pixels: the range of an axis, its ticks, and the places of values."""
+"""Computes where numbers are drawn: the range of an axis, its ticks, and pixels of values."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ def axis_range(
     """Returns the lowest and the highest value that an axis shows.
 
     Args:
-        axis: its `low` and `high`, if given, are returned unchanged; `bounds` and `least_range`
-            limit what is chosen here.
+        axis: the axis. If it has `low` or `high`, these are returned unchanged. Its `bounds` and
+            `least_range` limit the ends that are chosen here.
         numbers: the values that must be visible.
-        margin: space at each end that the axis does not fix, as a share of the range.
+        margin: space beyond the values, as a share of the range, at each end that is chosen here.
 
     >>> axis_range(Axis("accuracy (%)", bounds=(0.0, 100.0)), [90.0, 99.5])
     (89.43, 100.0)
@@ -75,12 +75,12 @@ def axis_range(
 
 
 def ticks(low: float, high: float, most: int = 6, *, whole: bool = False) -> list[float]:
-    """Returns round numbers from `low` to `high`, about `most` at most.
+    """Returns about `most` round numbers from `low` to `high`, or fewer.
 
     Args:
         low: the lowest value of the axis.
         high: the highest value of the axis.
-        most: how many numbers have room; rounding may add one or two.
+        most: for how many numbers there is room; rounding may add one or two.
         whole: whether only integers make sense, as with epochs.
 
     >>> ticks(0, 1), ticks(83.2, 94.9), ticks(1, 4, whole=True)
@@ -137,7 +137,7 @@ def smallest_distance(numbers: Iterable[float]) -> float:
 
 
 def panel_heights(panel: Panel) -> list[float]:
-    """Returns all vertical values that the panel must show; of a stack these are the sums."""
+    """Returns all vertical values that the panel must show; for stacked series these are sums."""
     found: list[float] = []
     if panel.stacked:
         found += [part.base + part.height for part in stacked(panel)]
@@ -154,10 +154,10 @@ class Part:
     """One bar or one point of an area in a stack.
 
     Attributes:
-        series: the series that it belongs to.
-        at: its index in the series.
-        base: the sum of the parts below it.
-        height: its own number.
+        series: the series of the part.
+        at: index of the part in the series.
+        base: the sum of the parts below.
+        height: the number of this part.
     """
 
     series: Series
@@ -172,12 +172,12 @@ class Part:
 
     @property
     def hover(self) -> str:
-        """The tooltip; "" if it has none."""
+        """The tooltip; "" if there is none."""
         return self.series.hover[self.at] if self.series.hover else ""
 
 
 def stacked(panel: Panel) -> list[Part]:
-    """Returns all parts of a stack; each lies on those of earlier series at the same `x`."""
+    """Returns all parts of a stack; a part begins where the earlier series at its `x` end."""
     tops: dict[float, float] = {}
     parts = []
     for series in panel.series:
@@ -191,7 +191,7 @@ def stacked(panel: Panel) -> list[Part]:
 
 
 def pixel_of(a: float | None, b: float | None, x: Scale, y: Scale) -> tuple[float, float] | None:
-    """Returns the pixel of the point (a, b); None if it is missing or not within `y`."""
+    """Returns the pixel of the point (a, b); None if a number is missing or b is off the axis."""
     if a is None or b is None or not y.low <= b <= y.high:
         return None
     return x(a), y(b)

@@ -1,4 +1,4 @@
-"""The table of a run's stages, for the terminal and for the report: a row for each stage."""
+"""The table of a run's results, for terminal and report: one row for each stage of the recipe."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ def stage_table(result: Json, *, before: Json | None = None, errors: bool = True
 
     Args:
         result: the content of `result.json`.
-        before: the measured numbers of the model that a command started from, as the first row.
+        before: the measured numbers of the model before the command, shown as the first row; None:
+            there is no such row.
         errors: whether to show the standard error and the number of test examples.
     """
     stages = _all(result, before)
@@ -88,8 +89,8 @@ def runtimes_explained(result: Json, *, before: Json | None = None) -> str:
 def rich_table(result: Json, *, width: int = 80) -> RichTable:
     """Returns `stage_table` for a terminal of `width` columns.
 
-    If it is too wide, what is in brackets moves to a second line of the cell. If it is still too
-    wide, the standard errors are left out.
+    If the table is too wide, the text in brackets moves to a second line of each cell. If it is
+    still too wide, the standard errors are left out.
     """
     table = stage_table(result)
     if _width(table) > width:
@@ -107,7 +108,7 @@ def rich_table(result: Json, *, width: int = 80) -> RichTable:
 
 
 def _two_lines(table: Table) -> Table:
-    """Moves what is in brackets to a second line of the cell."""
+    """Moves the text in brackets to a second line of each cell."""
     rows = []
     for name, *cells in table.rows:
         rows.append([name, *(cell.replace(" (", "\n(") for cell in cells)])
@@ -115,7 +116,7 @@ def _two_lines(table: Table) -> Table:
 
 
 def _width(table: Table) -> int:
-    """Returns how many columns of a terminal the table needs."""
+    """Returns how many characters wide the table is on a terminal."""
     widest = 0
     for column in zip(table.header, *table.rows, strict=True):
         lines = "\n".join(column).split("\n")
@@ -125,6 +126,7 @@ def _width(table: Table) -> int:
 
 def _score(stage: Json, stages: list[Json], *, errors: bool) -> str:
     shown = MetricFormat.of(stages)
+    # Not simply the first stage: it may have no metric, for example without a test set.
     first = next((one for one in stages if shown.value(one) is not None), {})
     value = shown.with_error(stage) if errors else shown.formatted(stage.get(shown.key))
     # A difference between two test sets says nothing about the models.
@@ -153,7 +155,8 @@ def _epsilon(stage: Json, stages: list[Json]) -> str:
 def _failed(stage: Json, stages: list[Json]) -> str:
     """Returns how many answers of clients were refused, such as "2 of 40".
 
-    Under privacy it is a noisy count of protected units (examples or clients), such as "≈60 of 80".
+    Under privacy this is a noisy count of the protected units (examples or clients) that failed,
+    such as "≈60 of 80".
     """
     failures = stage.get("failures")
     if not isinstance(failures, dict):

@@ -1,4 +1,4 @@
-"""SVG elements as escaped text."""
+"""Makes the text of SVG elements, such as lines and circles, with all content escaped."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ def element(name: str, content: str | Markup = "", **attributes: str | float | N
     written = Markup("")
     for key, value in attributes.items():
         if value is not None:
+            # `format` of Markup escapes its arguments.
             written += Markup(' {}="{}"').format(key.rstrip("_").replace("_", "-"), _text(value))
     return Markup("<{}{}>{}</{}>").format(Markup(name), written, content, Markup(name))
 
@@ -38,10 +39,10 @@ def _text(value: str | float) -> str:
 
 
 def horizontal_line(start: float, end: float, y: float, look: str) -> Markup:
-    """Returns a line from the pixel `start` to `end`; `look` is its class in the style sheet."""
+    """Returns a horizontal line; `look` is its class in the style sheet, such as "grid"."""
     return element("path", d=f"M{pixels(start)} {pixels(y)}H{pixels(end)}", class_=look)
 
 
 def vertical_line(x: float, start: float, end: float, look: str) -> Markup:
-    """Returns a line from the pixel `start` to `end`; `look` is its class in the style sheet."""
+    """Returns a vertical line; `look` is its class in the style sheet, such as "grid"."""
     return element("path", d=f"M{pixels(x)} {pixels(start)}V{pixels(end)}", class_=look)

@@ -1,4 +1,4 @@
-"""Writes a sweep as one HTML page: the best variants, the metric against each cost, a table."""
+"""Writes one HTML page about a sweep, that is, about many variants of one recipe."""
 
 from __future__ import annotations
 
@@ -36,6 +36,7 @@ def write_sweep(place: Path) -> Path:
         if variant["error"]:
             failed.append(f"{variant['name']}: {variant['error']}")
         for override in variant["overrides"]:
+            # The keys that differ between variants are the title of the page.
             keys.add(override.partition("=")[0])
     for cost, word in COSTS:
         figures += trade_offs(page, cost, word)
@@ -70,9 +71,9 @@ def _note(page: Json) -> str:
 
 
 def sweep_outcome(page: Json) -> str:
-    """Returns one sentence: the best variant, and the smallest one that is about as good.
+    """Returns one sentence: the best variant, and the smallest variant that is about as good.
 
-    About as good means: its metric is within one standard error of the best one's.
+    "About as good": the metric is within one standard error of the best metric.
     """
     variants, metric = page["variants"], _format(page)
     failed = sum(bool(variant["error"]) for variant in variants)
@@ -85,6 +86,7 @@ def sweep_outcome(page: Json) -> str:
 
     if failed:
         count += f" ({failed} failed)"
+    # The highest or the lowest value, as the metric says.
     best_value = metric.best([row[metric.key] for row in rows])
     best = next(row for row in rows if row[metric.key] == best_value)
     best_text = _metric_and_size(best, metric)
@@ -99,8 +101,10 @@ def sweep_outcome(page: Json) -> str:
 def _smallest_near(best: Json, rows: Sequence[Json], metric: MetricFormat) -> Json:
     """Returns the row with the smallest file whose metric is within one standard error of `best`.
 
-    It is `best` itself if no other row is so close, or the error is not known.
+    Returns `best` itself if no other row is so close, or its standard error is not known.
     """
+    # Differences within one standard error may be chance; then the smaller file is the better
+    # choice.
     error, smallest = best.get(f"{metric.key}_error"), best
     if not error or best["file_bytes"] is None:
         return best
@@ -131,10 +135,10 @@ def _score(row: Json, metric: MetricFormat) -> str:
 
 
 def averages(page: Json) -> list[Json]:
-    """Returns a row of numbers for each variant; variants that differ only by seed share one.
+    """Returns a row of numbers for each variant; variants that differ only by seed share a row.
 
-    The row of several seeds has the mean of each number, and its standard deviation under
-    `KEY_spread`.
+    With several seeds, the row has the mean of each number, such as "accuracy", and its standard
+    deviation, such as "accuracy_spread".
     """
     groups: dict[str, list[Json]] = {}
     for variant in page["variants"]:
@@ -150,6 +154,7 @@ def _average(name: str, members: Sequence[Json]) -> Json:
     for member in members:
         if member["error"]:
             errors.append(member["error"])
+        # Only the last stage counts: it is the result of the variant.
         elif member["stages"]:
             end = member["stages"][-1]
             ends.append(end)
@@ -175,6 +180,7 @@ def sweep_table(page: Json) -> Table:
     rows, metric = averages(page), _format(page)
     measured = [row[metric.key] for row in rows if row.get(metric.key) is not None]
     best = metric.best(measured)
+    # A column of ones would only take room.
     several_seeds = any(row["seeds"] > 1 for row in rows)
     # With one runtime its name would only repeat in every cell.
     several_runtimes = len({row["runtime"] for row in rows} - {""}) > 1
@@ -199,7 +205,7 @@ def sweep_table(page: Json) -> Table:
 
 
 def _front(row: Json, page: Json) -> str:
-    """Returns the marks of the fronts that a row is on."""
+    """Returns the marks of the Pareto fronts that a row is on, such as "●◆"."""
     marks = ""
     for mark, cost in FRONTS:
         if set(row["members"]) & set(page.get(f"front_{cost}", [])):

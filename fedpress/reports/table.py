@@ -1,4 +1,4 @@
-"""A table of text, and its form for a terminal."""
+"""A table of text cells, which can be shown on a terminal or on a page."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def as_rich(table: Table, *, text_columns: Collection[str] = ()) -> RichTable:
 
 
 def add_rows_(shown: RichTable, table: Table) -> None:
-    """Adds the rows to a table of rich, which is changed."""
+    """Adds the rows of `table` to `shown`, a table of the library rich, in place."""
     for row in table.rows:
         # As `Text`: rich would read a name such as "[data]" as markup and hide it.
         shown.add_row(*(Text(cell) for cell in row))

@@ -1,4 +1,4 @@
-"""The figures of a sweep: the metric against a cost, and the Pareto front."""
+"""Draws the figures of a sweep (many variants of one recipe): the metric against a cost."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def trade_offs(page: Json, cost: str, word: str) -> list[Figure]:
     Args:
         page: the content of `sweep.json`.
         cost: the key of the cost, such as "file_bytes".
-        word: its name, such as "size".
+        word: the name of the cost in sentences, such as "size".
     """
     runtimes: list[str | None] = []
     if cost == "latency_ms":
@@ -48,7 +48,10 @@ def trade_offs(page: Json, cost: str, word: str) -> list[Figure]:
 
 
 def _runtimes(page: Json) -> list[str]:
-    """Returns the runtimes of the variants' last stages; of all stages if no variant has ended."""
+    """Returns the runtimes in which the last stages of variants were measured.
+
+    If no variant has ended, returns the runtimes of all stages.
+    """
     ends: list[Json] = []
     stages: list[Json] = []
     for variant in page["variants"]:
@@ -65,12 +68,12 @@ def _runtimes(page: Json) -> list[str]:
 
 @dataclass(frozen=True)
 class Point:
-    """A stage in the picture.
+    """A stage of a variant, as a point in the picture.
 
     Attributes:
-        variant: the name of the variant that it belongs to.
-        stage: its measured numbers.
-        end: whether it is the last stage of its variant.
+        variant: the name of the variant.
+        stage: the measured numbers of the stage.
+        end: whether this is the last stage of the variant.
     """
 
     variant: str
@@ -79,23 +82,23 @@ class Point:
 
     @property
     def metric(self) -> MetricFormat:
-        """The format of its metric."""
+        """The format of the stage's main metric."""
         return MetricFormat.of([self.stage])
 
     @property
     def height(self) -> float:
-        """The vertical value: its metric, in percent if it is a share."""
+        """The vertical value: the main metric, in percent if the metric is a share."""
         return float(self.metric.scale * self.stage[self.metric.key])
 
 
 @dataclass(frozen=True)
 class Cost:
-    """A cost on the lower axis.
+    """The cost on the lower axis.
 
     Attributes:
-        key: its key in a stage's result, such as "file_bytes".
+        key: key of the cost in a stage's result, such as "file_bytes".
         unit: the unit of the axis, such as "MB".
-        size: the size of the unit: 1e6 for MB.
+        size: how many bytes (or ms) one unit has: 1e6 for MB.
     """
 
     key: str
@@ -118,7 +121,7 @@ class Cost:
 
 
 def trade_off(page: Json, cost: str, word: str, *, runtime: str | None = None) -> Figure | None:
-    """Draws the metric against one cost: all stages, the ends of variants, and the Pareto front.
+    """Draws the metric against one cost: all stages of all variants, and the Pareto front.
 
     Args:
         page: the content of `sweep.json`.
@@ -136,6 +139,7 @@ def trade_off(page: Json, cost: str, word: str, *, runtime: str | None = None) -
     earlier = _distinct([point for point in points if not point.end])
 
     metric = MetricFormat.of([point.stage for point in points])
+    # For an error metric, such as MAE, good points are at the bottom.
     higher = metric.metric.better == "higher"
     worst = _worst([point.height for point in ends.values() or points], metric)
     # An error is at least 0, which is where its axis begins.
@@ -161,6 +165,7 @@ def _points(page: Json, cost: str, runtime: str | None) -> list[Point]:
     points = []
     for variant in page["variants"]:
         for stage in variant["stages"]:
+            # Measured elsewhere, for example in torch before the export.
             if runtime is not None and str(stage.get("runtime")) != runtime:
                 continue
             if (
@@ -168,13 +173,14 @@ def _points(page: Json, cost: str, runtime: str | None) -> list[Point]:
                 or MetricFormat.of([stage]).value(stage) is None
             ):
                 continue
+            # The last stage of a failed variant is not what the recipe asked for.
             end = stage is variant["stages"][-1] and not variant["error"]
             points.append(Point(variant["name"], stage, end))
     return points
 
 
 def _distinct(points: Sequence[Point]) -> list[Point]:
-    """Returns each stage once, though several variants may share it."""
+    """Returns each stage once, even if several variants share it."""
     # Variants that begin with the same settings reuse their first stages, down to the seconds.
     seen: dict[tuple[Any, ...], Point] = {}
     for point in points:
@@ -184,13 +190,18 @@ def _distinct(points: Sequence[Point]) -> list[Point]:
 
 
 def _worst(ends: Sequence[float], metric: MetricFormat) -> float:
-    """Returns the worst metric that the picture shows, somewhat worse than that of any end.
+    """Returns the worst metric on the axis: somewhat worse than the last stage of any variant.
 
-    Worse stages are not drawn: a network that was just pruned may guess, and on an axis that shows
-    it all others would look equal.
+    Stages with a worse metric are not drawn. Example: a network that was just pruned may only
+    guess. On an axis down to its accuracy, all other points would look equal.
+
+    Args:
+        ends: metrics of the last stages.
+        metric: format of the metric.
     """
     span = max(ends) - min(ends)
     if metric.metric.better == "lower":
+        # `span` is 0 if all variants are equally good.
         return max(ends) + (span or 0.1 * abs(max(ends)) or 1.0)
     if metric.metric.share:
         return max(0.0, min(ends) - max(2.0, span))
@@ -255,7 +266,7 @@ def _first_label(point: Point, page: Json) -> str:
 
 
 def _drawn(points: Sequence[Point], cost: Cost) -> tuple[list[float], list[float], list[str]]:
-    """Returns the costs, metrics and tooltips of some points."""
+    """Returns the costs, the metrics and the tooltips of some points."""
     x, y, hover = [], [], []
     for point in points:
         cost_in_unit = point.stage[cost.key] / cost.size

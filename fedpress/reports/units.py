@@ -138,6 +138,7 @@ def seconds(value: Any) -> str:
         return f"{x:.1f} s" if x < 9.95 else f"{x:.0f} s"
     if round(x) < 600:
         return f"{round(x) // 60} min {round(x) % 60} s"
+    # Not `round`, which rounds 0.5 to the even number: 12.5 minutes would become 12.
     minutes = int(x / 60 + 0.5)
     return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 

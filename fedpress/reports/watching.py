@@ -1,4 +1,4 @@
-"""Serves the page of a run to browsers on this machine alone, and keeps it up to date."""
+"""Serves a page about a running run, for browsers on this machine only, and keeps it up to date."""
 
 from __future__ import annotations
 
@@ -16,10 +16,12 @@ from fedpress.reports.html import HERE, figures_and_scripts, render, script_hash
 from fedpress.reports.live import live
 from fedpress.reports.reading import read_run
 
+# Not 0.0.0.0: other machines must not reach the page.
 LOOPBACK = "127.0.0.1"
 PATIENCE = 10.0
 """Seconds that a browser may take for its question."""
 REPORT = "report"
+# The page shows results of private work: no cache may store it and no other site may embed it.
 HEADERS = {
     "Cache-Control": "no-store",
     "Cross-Origin-Resource-Policy": "same-origin",
@@ -34,7 +36,12 @@ def _script(name: str) -> str:
 
 
 def _policy(scripts: list[str], *, served: bool) -> str:
-    """Returns the content security policy: no script but these, and nothing from elsewhere."""
+    """Returns the page's content security policy, which tells the browser what it may load.
+
+    Args:
+        scripts: the only scripts that may run.
+        served: whether the page may ask this server for new content.
+    """
     allowed = " ".join(f"'{script_hash(script)}'" for script in scripts)
     rules = [
         "default-src 'none'",
@@ -50,12 +57,12 @@ def _policy(scripts: list[str], *, served: bool) -> str:
 
 
 def page_html(folder: Path, *, served: bool, report: str = "") -> str:
-    """Returns the whole page.
+    """Returns the HTML of the whole page.
 
     Args:
-        folder: of the run.
-        served: whether the page asks for news; else it is a picture of this moment.
-        report: link to the report.
+        folder: the run folder.
+        served: whether the page asks the server for new content; if not, it never changes.
+        report: link to the report of the run; "": no link.
     """
     page = live(folder, report=report)
     scripts = [_script("hover.js"), *([_script("live.js")] if served else [])]
@@ -72,34 +79,36 @@ def page_html(folder: Path, *, served: bool, report: str = "") -> str:
 
 
 def main_html(folder: Path, *, report: str = "") -> str:
-    """Returns the part of the page that changes."""
+    """Returns the HTML of the part of the page that changes while the run goes on."""
     page = live(folder, report=report)
     template = templates().get_template("live_main.html.j2")
     return template.render(page=page, **figures_and_scripts(page.figures))
 
 
 def write_live(folder: Path, out: Path) -> Path:
-    """Writes the page once, as one file that asks for no news.
+    """Writes the page to a file, as the run is now; the file does not update itself.
 
     Raises:
         RunError: if `folder` is no run folder, or `out` cannot be written.
     """
     check_folder(folder)
     report = folder / "report.html"
+    # A relative link still works if the folder is moved.
     link = Path(os.path.relpath(report, out.parent)).as_posix() if report.is_file() else ""
     text = page_html(folder, served=False, report=link)
     with writing(out):
         out.parent.mkdir(parents=True, exist_ok=True)
+        # A lost page can be written again, so there is no need to wait for the disk.
         with replacing(out, durable=False) as part:
             part.write_text(text, "utf-8")
     return out
 
 
 def check_folder(folder: Path) -> None:
-    """Checks that a run has begun in a folder, whatever its files hold.
+    """Checks that a run has begun in a folder; does not read the files.
 
     Raises:
-        RunError: if not.
+        RunError: if no run has begun there.
     """
     names = ("settings.json", "records.jsonl", "result.json")
     if not any((folder / name).exists() for name in names):
@@ -111,11 +120,11 @@ def check_folder(folder: Path) -> None:
 
 
 def serve(folder: Path, port: int = 0) -> ThreadingHTTPServer:
-    """Opens a port on 127.0.0.1; the caller runs `serve_forever`.
+    """Starts a web server on 127.0.0.1; the caller must run its `serve_forever`.
 
     Args:
-        folder: of the run.
-        port: 0: any free one, found in `server_port`.
+        folder: the run folder.
+        port: number of the port; 0: any free port, which is then in `server_port` of the server.
 
     Raises:
         RunError: if no run has begun in the folder.
@@ -139,13 +148,13 @@ def serve(folder: Path, port: int = 0) -> ThreadingHTTPServer:
 
 
 class _Server(ThreadingHTTPServer):
-    """Threads that do not keep the command alive."""
+    """A web server with a thread for each request; open requests do not keep the command alive."""
 
     daemon_threads = True
 
 
 class _Handler(BaseHTTPRequestHandler):
-    """Answers GET: the page, its changing part, and the report."""
+    """Answers requests for three pages: the whole page, its changing part, and the report."""
 
     run_folder: Path
     timeout = PATIENCE
@@ -153,9 +162,9 @@ class _Handler(BaseHTTPRequestHandler):
     sys_version = ""
 
     def do_GET(self) -> None:
-        """Answers one question."""
-        # Another site could have its own name resolve to this machine, and so read the page with a
-        # script of its own ("DNS rebinding"). Its requests carry that name.
+        """Answers one GET request."""
+        # The name of another site may resolve to 127.0.0.1 ("DNS rebinding"). A script of that site
+        # could then read this page. Its requests have the name of the site as their host.
         if self.headers.get("Host") not in self._hosts():
             self._send(HTTPStatus.FORBIDDEN, "text/plain", "ask for 127.0.0.1")
             return
@@ -179,7 +188,7 @@ class _Handler(BaseHTTPRequestHandler):
         return main_html(self.run_folder, report=REPORT)
 
     def _report(self) -> str:
-        # Drawn here, not read: a file report.html may hold any script.
+        # The report is made anew. The file report.html in a stranger's folder may hold any script.
         try:
             return render(read_run(self.run_folder))
         except RunError as error:
@@ -199,4 +208,4 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(body)
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Says nothing: the command line tells what people must know."""
+        """Prints nothing; the base class would print a line for each request."""

@@ -167,7 +167,7 @@ class QuantizeStage(TeacherTrainSettings, Stage):
                 place="mixed",
                 cure="leave mixed and max_bytes out",
             )
-        # One bit needs the kind "binary", and the packed formats end at 8 bits.
+        # One bit is not an integer grid: it is the kind "binary".
         if not all(2 <= bits <= 8 for bits in self.mixed):
             raise SettingError(
                 f"got {list(self.mixed)}, expected bits from 2 to 8",

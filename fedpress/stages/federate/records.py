@@ -70,9 +70,10 @@ def _set_up(now: Progress) -> dict[str, int]:
 
 
 def _times(record: RoundRecord, server: ServerSide) -> dict[str, Any]:
-    """Returns simulated time, staleness and spare answers, where the round has them.
+    """Returns simulated time, staleness and spare clients, where the round has them.
 
-    Staleness is the number of server steps since a client received its model.
+    Staleness is the number of server steps since a client received its model. Spare clients were
+    asked but not needed, because enough other clients were faster.
     """
     timing = record.timing
     entries: dict[str, Any] = {}

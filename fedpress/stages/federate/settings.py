@@ -123,7 +123,7 @@ class CorrelatedNoise(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    # The server keeps the noise of this many rounds, so memory grows with the bands.
+    # Each band costs a draw of noise in every round, and more bands hardly lower the error.
     bands: int = Field(
         16, ge=2, le=64, description="number of rounds whose independent noise is mixed into one"
     )
