@@ -1,6 +1,7 @@
 """Tasks: what a network learns. Each task defines a loss, metrics, and the form of its targets.
 
-A task is one file and one row of `TASKS`; `docs/tasks.md` shows how to add one.
+A task is one file and one entry of `TASKS`; `docs/tasks.md` shows how to add a task. A recipe (the
+TOML file with the settings of a run) names its task by the key `task` of the table `[data]`.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ def find(kind: str) -> type[Task]:
 
 
 def kind_of(given: str | Mapping[str, Any]) -> str:
-    """Returns the name of the task in a value of `data.task`.
+    """Returns the name of the task in a value of the recipe's key `data.task`.
 
     >>> kind_of("binary"), kind_of({"kind": "binary", "threshold": 0.3})
     ('binary', 'binary')
@@ -59,7 +60,7 @@ def kind_of(given: str | Mapping[str, Any]) -> str:
 
 
 def check_settings(given: str | Mapping[str, Any]) -> None:
-    """Checks the name and the options in a value of `data.task`.
+    """Checks the name and the options in a value of the recipe's key `data.task`.
 
     Raises:
         RecipeError: if there is no such task or option.
@@ -68,6 +69,7 @@ def check_settings(given: str | Mapping[str, Any]) -> None:
     # Class weights are not an option of a task, because [data] has a key for them.
     every = [field.name for field in fields(row)]  # type: ignore[arg-type]
     known = [name for name in every if name not in ("names", "class_weights")]
+    # A task that is given by its name alone has no options to check.
     for key in () if isinstance(given, str) else given:
         if key not in (*known, "kind"):
             has = f"it has {', '.join(known)}" if known else "it has none"
@@ -84,7 +86,7 @@ def make(given: str | Mapping[str, Any], names: tuple[str, ...], public: Tensor)
     Args:
         given: the value of `data.task`: a name, or a table with `kind` and options.
         names: names of the classes, or of the predicted numbers.
-        public: public targets [n, ...], from which for instance mean and std are computed.
+        public: public targets [n, ...]; some tasks compute mean and std from them.
 
     Raises:
         RecipeError: if there is no such task or option, or a value is invalid.
@@ -92,6 +94,7 @@ def make(given: str | Mapping[str, Any], names: tuple[str, ...], public: Tensor)
     check_settings(given)
     row = find(kind_of(given))
     task = row.fit(names, public)
+    # The user's options replace fitted values of the same name.
     options: dict[str, Any] = {}
     if not isinstance(given, str):
         options = {key: value for key, value in given.items() if key != "kind"}
@@ -108,7 +111,7 @@ def make(given: str | Mapping[str, Any], names: tuple[str, ...], public: Tensor)
 
 
 def _with_tuples(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Converts lists to tuples: tasks are hashable, and TOML and JSON have no tuples."""
+    """Converts lists to tuples. Tasks are hashable, but TOML and JSON only have lists."""
     found = {}
     for key, value in options.items():
         found[key] = tuple(value) if isinstance(value, list) else value
@@ -119,20 +122,22 @@ def of_model(saved: Mapping[str, Any], class_names: tuple[str, ...]) -> Task:
     """Returns the task of a saved model.
 
     Args:
-        saved: `ModelSpec.task`, which is the result of `Task.to_json`; empty for classification.
-        class_names: `ModelSpec.class_names`.
+        saved: the entry `task` of the saved model, as `Task.to_json` returns it; empty for
+            classification.
+        class_names: the entry `class_names` of the saved model.
 
     Raises:
         RecipeError: if this version has no such task.
     """
     options = {key: value for key, value in saved.items() if key not in ("kind", "names")}
+    # Classification stores no task: its names are the class names.
     row = find(str(saved.get("kind", Classification.kind)))
     names = tuple(saved.get("names", class_names))
     return replace(row(names), **_with_tuples(options))  # type: ignore[call-arg, type-var]
 
 
 def task_of(line: Mapping[str, Any]) -> type[Task]:
-    """Returns the class of the task of a stage's result (a line of `result.json`)."""
+    """Returns the class of the task that a stage's result names (an entry of `result.json`)."""
     # Version 0.1.0 only had classification, and did not store the task.
     return TASKS.get(str(line.get("task")), Classification)
 

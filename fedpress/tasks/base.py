@@ -33,11 +33,11 @@ class Metric:
     """Name, direction and format of a metric.
 
     Attributes:
-        key: its key in records and results, such as "balanced_accuracy".
-        name: its name in tables and figures, such as "balanced accuracy".
+        key: key of the metric in records and results, such as "balanced_accuracy".
+        name: name in tables and figures, such as "balanced accuracy".
         better: whether higher or lower values are better.
-        share: whether it is a share from 0 to 1, shown in percent.
-        digits: number of decimals, if it is not a share.
+        share: whether values are shares from 0 to 1, which are shown in percent.
+        digits: number of decimals that are shown, if values are not shares.
         meaning: an explanation for the report, such as "0.5 is chance".
     """
 
@@ -64,20 +64,21 @@ class Metric:
 class Task(ABC):
     """What a network learns: a loss, metrics, and the form of outputs and targets.
 
-    A task is a frozen dataclass in its own file, and a row in `fedpress.tasks.TASKS`.
+    A task, such as `Regression`, is a frozen dataclass in its own file and an entry in
+    `fedpress.tasks.TASKS`.
 
     Attributes:
-        kind: its name in a recipe, such as "binary".
-        targets: the kind of its targets.
+        kind: name of the task in a recipe, such as "binary".
+        targets: kind of the targets.
         shown_metrics: metrics in tables and reports; the first one is the primary metric.
         other_keys: further keys in the result of `summary`.
-        primary: key of the primary metric. Early stopping, `target_metric`, sweeps and the report
-            compare models by it.
+        primary: key of the primary metric. Early stopping, `target_metric` (a setting that stops
+            federated training), sweeps and reports use this metric to compare models.
         higher_is_better: whether a higher primary metric is better.
         keys: all keys in the result of `summary`.
         names: names of the classes, or of the predicted numbers.
-        weighs_classes: whether its loss can have class weights.
-        class_weights: weight of each class in the loss; empty if all are 1.
+        weighs_classes: whether the loss can have class weights.
+        class_weights: weight of each class in the loss; empty if all weights are 1.
     """
 
     kind: ClassVar[str]
@@ -103,19 +104,20 @@ class Task(ABC):
 
     @classmethod
     def fit(cls, names: tuple[str, ...], public: Tensor) -> Task:
-        """Creates the task of a data set.
+        """Creates the task of a data set. A subclass may fit values such as mean and std.
 
         Args:
             names: names of the classes, or of the predicted numbers.
-            public: public targets [n, ...]; n may be 0. Fitted values (such as mean and std) are
-                published with the model, so they must not depend on private targets.
+            public: public targets [n, ...]; n may be 0. Fitted values are published with the model,
+                so they must not depend on private targets.
         """
+        # Most tasks fit nothing.
         del public
         return cls(names)  # type: ignore[call-arg]
 
     @property
     def worst(self) -> float:
-        """The worst value of the primary metric: initial value of a search for the best."""
+        """The worst value of the primary metric. A search for the best value starts with it."""
         return -math.inf if self.higher_is_better else math.inf
 
     @classmethod
@@ -145,10 +147,10 @@ class Task(ABC):
 
         Args:
             outputs: outputs of the network [n, ...].
-            targets: [n, ...].
+            targets: targets [n, ...].
             reduction: "mean" or "sum" over examples, or "none" for the loss of each example, [n].
-                DP-SGD clips gradients of single examples, so the loss of one example must not
-                depend on another.
+                DP-SGD clips gradients of single examples, so the loss of an example must not depend
+                on other examples.
         """
 
     @abstractmethod
@@ -162,15 +164,16 @@ class Task(ABC):
     def summary(self, sums: Sums) -> dict[str, JsonValue]:
         """Computes the metrics by key; None for a metric that is undefined on these examples.
 
-        A key with the ending `_warning` is a sentence if the model is useless, else None. The
-        primary metric's key with the ending `_error`, such as `accuracy_error`, is its standard
-        error. Leave it out if there is no simple formula.
+        A key that ends in `_warning` is a sentence if the model is useless, else None. The key of
+        the primary metric with the ending `_error`, such as `accuracy_error`, is the standard error
+        of this metric. A task leaves it out if there is no simple formula.
         """
 
     def score_sums(self, outputs: Tensor, targets: Tensor) -> Sums:
         """Returns the sums for `score`, which is computed after every epoch.
 
-        Override both if the primary metric alone is much cheaper than all metrics.
+        Override `score_sums` and `score` if the primary metric alone is much cheaper than all
+        metrics.
         """
         return self.metrics(outputs, targets)
 
@@ -180,10 +183,11 @@ class Task(ABC):
         return float(value) if isinstance(value, int | float) else math.nan
 
     def soft_loss(self, outputs: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-        """Returns the distillation loss: the distance of outputs [n, ...] to those of a teacher.
+        """Returns the distillation loss: the distance of outputs to a teacher's outputs [n, ...].
 
         The default is the mean squared difference.
         """
+        # Only tasks with probabilities have a temperature.
         del temperature
         return (outputs - teacher).square().mean()
 
@@ -195,8 +199,9 @@ class Task(ABC):
         """Returns the task with label smoothing.
 
         Raises:
-            RecipeError: if its targets are not classes.
+            RecipeError: if the targets are not classes.
         """
+        # 0 is the default of the setting, so every task must accept it.
         if amount:
             raise RecipeError(
                 f"the task is {self.kind}, which has no labels to smooth",
@@ -210,11 +215,11 @@ class Task(ABC):
 
         Args:
             given: "balanced", or a weight for each class.
-            public: public targets [n, ...], whose counts balance the weights. Counts of private
-                targets would cost privacy.
+            public: public targets [n, ...]; "balanced" weights are computed from their counts.
+                Counts of private targets would cost privacy.
 
         Raises:
-            RecipeError: if its targets are not classes, or the weights do not fit them.
+            RecipeError: if the targets are not classes, or the weights do not fit the classes.
             DataError: if the public targets cannot be balanced.
         """
         del given, public
@@ -222,7 +227,7 @@ class Task(ABC):
 
     @property
     def unweighted(self) -> Task:
-        """The task without class weights: reported losses are those of this one."""
+        """The task without class weights. Reported losses are computed by it."""
         return self
 
     def check(self, outputs: object, targets: Tensor) -> None:
@@ -248,7 +253,7 @@ class Task(ABC):
         return f"[{self.outputs}] for the task {self.kind}"
 
     def check_targets(self, targets: Tensor) -> None:
-        """Checks targets. Its errors must not quote values, which may be private.
+        """Checks targets. Errors must not quote values, since values may be private.
 
         Raises:
             DataError: if targets have the wrong shape, type or range.
@@ -256,9 +261,9 @@ class Task(ABC):
         check_numbers(targets, len(self.names), self.kind)
 
     def made_up_targets(self, n: int, like: Tensor) -> Tensor:
-        """Returns `n` valid targets in shape and dtype of `like` [m, ...].
+        """Returns `n` valid targets with the dtype of `like` [m, ...] and shape [n, ...].
 
-        They are used to try a network before it gets private data.
+        A network is tried with such targets before it gets private data.
         """
         shape = (n, *like.shape[1:])
         if self.targets == "classes":
@@ -272,11 +277,11 @@ class Task(ABC):
         return column.expand(shape).contiguous()
 
     def to_json(self) -> dict[str, JsonValue]:
-        """Returns kind, names and options, which a device needs to interpret outputs."""
+        """Returns kind, names and options as JSON; a device needs them to interpret outputs."""
         return {"kind": self.kind, "names": list(self.names)}
 
     def to_targets(self, outputs: Tensor) -> Tensor:
-        """Converts outputs to the units of the targets; by default they are the same."""
+        """Converts outputs to the units of the targets; by default outputs have these units."""
         return outputs
 
     def answers(self, outputs: Tensor) -> Tensor:
@@ -306,6 +311,7 @@ def merged(first: Sums, *others: Sums) -> dict[str, Tensor]:
     """
     total = dict(first)
     for sums in others:
+        # A missing name raises a KeyError: parts with different sums must not be added silently.
         for name, value in sums.items():
             total[name] = total[name] + value
     return total
@@ -329,7 +335,7 @@ def standard_error(total: Tensor, squares: Tensor, n: int) -> float | None:
 
     Args:
         total: sum of `n` independent values.
-        squares: sum of their squares.
+        squares: sum of the squares of the values.
         n: number of values.
 
     >>> standard_error(torch.tensor(6.0), torch.tensor(14.0), 3)  # of 1, 2 and 3
@@ -348,11 +354,12 @@ def standard_error(total: Tensor, squares: Tensor, n: int) -> float | None:
 
 
 def check_numbers(targets: Tensor, width: int, kind: str) -> None:
-    """Checks that targets are float32 [n, width], or [n] if width is 1, and finite.
+    """Checks that targets are finite and float32 [n, width]; [n] is allowed if `width` is 1.
 
     Raises:
-        DataError: naming the task `kind`.
+        DataError: if they are not. The error names the task `kind`.
     """
+    # Data with one target column may have either shape.
     shapes, expected = [[width]], f"[n, {width}]"
     if width == 1:
         shapes, expected = [[1], []], "[n, 1] or [n]"

@@ -84,11 +84,12 @@ class Binary(Task):
         return replace(self, class_weights=())
 
     def soft_loss(self, outputs: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-        """Returns T^2 KL(teacher || student) of the two probabilities at temperature T."""
+        """Returns T^2 KL(teacher || student) of the two class probabilities at temperature T."""
         return Classification(self.names).soft_loss(_both(outputs), _both(teacher), temperature)
 
     def agreement(self, first: Tensor, second: Tensor) -> float | None:
         """Returns the share of examples with equal predictions."""
+        # Compared as logits: two sigmoids less to compute.
         border = self._logit_of_threshold
         return ((first >= border) == (second >= border)).float().mean().item()
 
@@ -117,12 +118,13 @@ class Binary(Task):
         return sums
 
     def summary(self, sums: Sums) -> dict[str, JsonValue]:
-        """Returns the metrics and further values of `Classification`, and F1.
+        """Computes the metrics and further values of `Classification`, and these values.
 
-        `auc_error` is the standard error of the AUC.
+        - `f1`: F1 of class 1.
+        - `auc_error`: standard error of the AUC.
         """
         found = Classification(self.names).summary(sums)
-        # For two classes the usual F1 is that of class 1, not the mean of both.
+        # For two classes F1 usually means the F1 of class 1, not the mean over both classes.
         found.pop("macro_f1")
         f1 = json_number(2 * sums["right"][1] / (sums["labels"][1] + sums["answers"][1]))
         # The primary metric comes first.
@@ -148,6 +150,7 @@ class Binary(Task):
 
 
 def _both(outputs: Tensor) -> Tensor:
-    """Returns logits [n, 2] of both classes; that of class 0 is always 0."""
+    """Returns logits [n, 2] of both classes; the logit of class 0 is always 0."""
+    # The softmax of (0, z) gives class 1 the probability sigmoid(z).
     logits = outputs.reshape(len(outputs), 1)
     return torch.cat([torch.zeros_like(logits), logits], 1)

@@ -1,4 +1,7 @@
-"""Classification: predicts one of several classes, for each example or each of its positions."""
+"""Classification: predicts one of several classes, for an example or each of its positions.
+
+Positions are, for example, the tokens of a text.
+"""
 
 from __future__ import annotations
 
@@ -68,10 +71,10 @@ class Classification(Task):
     other_keys = ("majority_share", "accuracy_warning", "accuracy_error", "confusion")
 
     def loss(self, outputs: Tensor, targets: Tensor, *, reduction: Reduction = "mean") -> Tensor:
-        """Returns the cross-entropy in nats; that of an example is the mean over its positions.
+        """Returns the cross-entropy in nats; the loss of an example is the mean over its positions.
 
-        With class weights, the mean divides by the number of examples. torch divides by the sum of
-        weights, but then the loss of an example would depend on the other examples.
+        With class weights, the sum is divided by the number of examples. torch divides by the sum
+        of weights, but then the loss of an example would depend on other examples.
         """
         # A needless cast would be exported as an operation that the device must compute.
         if outputs.dtype != torch.float32:
@@ -123,7 +126,7 @@ class Classification(Task):
         return replace(self, class_weights=())
 
     def score_sums(self, outputs: Tensor, targets: Tensor) -> Sums:
-        """Returns the number of right predictions, and of examples."""
+        """Returns the number of right predictions and the number of labels."""
         counted = targets != IGNORED
         right = ((outputs.argmax(1) == targets) & counted).sum()
         return {"right": right, "examples": counted.sum()}
@@ -142,7 +145,10 @@ class Classification(Task):
         return outputs.softmax(1)
 
     def metrics(self, outputs: Tensor, targets: Tensor) -> Sums:
-        """Returns labels, predictions and right ones by class, and histograms of `ranking`."""
+        """Returns the sums: labels, predictions and right predictions by class, and histograms.
+
+        The histograms are those of `fedpress.tasks.ranking`, for AUC and calibration error.
+        """
         # To [examples * positions, classes].
         logits = outputs.detach().double().movedim(1, -1).flatten(0, -2)
         labels = targets.reshape(-1)
@@ -171,9 +177,10 @@ class Classification(Task):
         return sums
 
     def _score_counts(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Returns histograms of scores for each class against the rest; of two, only for class 1.
+        """Returns histograms of scores for each class against the rest.
 
-        The score of a class with probability p is log(p / (1 - p)).
+        With two classes there is only the histogram for class 1. The score of a class with
+        probability p is log(p / (1 - p)).
         """
         classes = logits.shape[1]
         if classes == 2:
@@ -185,7 +192,7 @@ class Classification(Task):
         return ranking.score_counts(log_p - log_rest, F.one_hot(labels, classes).bool())
 
     def summary(self, sums: Sums) -> dict[str, JsonValue]:
-        """Returns the metrics, and these values.
+        """Computes the metrics by key, and these further values.
 
         - `accuracy_error`: standard error of the accuracy; None if examples have several positions.
         - `majority_share`: share of the most frequent class, 0 to 1.
@@ -194,8 +201,8 @@ class Classification(Task):
         """
         labels, answers, right = (sums[key].double() for key in ("labels", "answers", "right"))
         n = float(labels.sum())
-        # The binomial formula needs independent predictions. Those at positions of the same example
-        # are not.
+        # The binomial formula needs independent predictions. Predictions at positions of the same
+        # example are not independent.
         independent = n <= int(sums["examples"])
         # Recall needs examples of the class. F1 is also defined if the class was only predicted.
         occurs = labels > 0
@@ -226,7 +233,7 @@ class Classification(Task):
         }
 
     def _warning(self, sums: Sums) -> str | None:
-        """Returns why the accuracy means nothing, for instance one class only; else None."""
+        """Returns why the accuracy means nothing, for instance a single class; else None."""
         labels, answers = sums["labels"], sums["answers"]
         n, largest = int(labels.sum()), int(labels.argmax())
         name, share = self.names[largest], int(labels.max()) / n
@@ -254,7 +261,7 @@ class Classification(Task):
         return {}
 
     def check(self, outputs: object, targets: Tensor) -> None:
-        """Checks that outputs are logits of these classes, and targets are their numbers."""
+        """Checks that outputs are logits of these classes, and that targets are class numbers."""
         self.check_targets(targets)
         expected = [len(targets), len(self.names), *targets.shape[1:]]
         got = list(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__

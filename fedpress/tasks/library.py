@@ -1,4 +1,7 @@
-"""Metrics of torchmetrics as sums: their states are added over batches and clients."""
+"""Computes metrics of torchmetrics from sums: their states are added over batches and clients.
+
+Example: the state of MAE is the sum of absolute errors and the number of examples.
+"""
 
 from __future__ import annotations
 
@@ -24,11 +27,11 @@ def library_sums(
 
     Args:
         make_metrics: creates the metrics.
-        predictions: [n, ...]; n may be 0.
-        targets: [n, ...].
+        predictions: predictions [n, ...]; n may be 0.
+        targets: targets [n, ...].
 
     Raises:
-        TypeError: if a state is not a sum. A list of all examples, for instance, cannot be added.
+        TypeError: if a state is not a sum, such as a list of all examples.
     """
     found: dict[str, Tensor] = {}
     for key, metric in make_metrics().items():
@@ -46,7 +49,10 @@ def library_sums(
 
 
 def library_values(make_metrics: MetricMaker, sums: Sums) -> dict[str, float | None]:
-    """Computes metrics from `library_sums`; None if undefined, such as R2 of a single example."""
+    """Computes metrics from sums of `library_sums`; None for an undefined metric.
+
+    Example: R2 is undefined for a single example.
+    """
     found: dict[str, float | None] = {}
     for key, metric in make_metrics().items():
         metric.set_dtype(torch.float64)

@@ -1,4 +1,4 @@
-"""Multilabel classification: any number of labels for each example."""
+"""Multilabel classification: an example may have any number of labels, also none."""
 
 from __future__ import annotations
 
@@ -20,11 +20,14 @@ from fedpress.tasks.weights import ClassWeights
 
 @dataclass(frozen=True)
 class Multilabel(Task):
-    """Several labels, each 0 or 1: targets float32 [n, labels], outputs logits [n, labels].
+    """Task with several labels per example: targets are 0 or 1, float32 [n, labels].
+
+    Outputs are logits [n, labels].
 
     Attributes:
         names: names of the labels.
-        class_weights: factor on the loss of each label where it is 1; empty if all factors are 1.
+        class_weights: factor on the loss of each label for examples that have the label; empty if
+            all factors are 1.
     """
 
     names: tuple[str, ...]
@@ -45,6 +48,7 @@ class Multilabel(Task):
     def loss(self, outputs: Tensor, targets: Tensor, *, reduction: Reduction = "mean") -> Tensor:
         """Returns the log loss in nats; the loss of an example is the mean over its labels."""
         logits = outputs.float()
+        # Weights act on examples with the label only: their ratio to the other examples matters.
         factor = logits.new_tensor(self.class_weights) if self.class_weights else None
         each = F.binary_cross_entropy_with_logits(
             logits, targets, reduction="none", pos_weight=factor
@@ -52,7 +56,7 @@ class Multilabel(Task):
         return reduced(each.mean(1), reduction)
 
     def weighted(self, given: ClassWeights, public: Tensor) -> Multilabel:
-        """Returns the task with class weights, which count where a label is 1."""
+        """Returns the task with class weights, which act where a label is 1."""
         if given != "balanced":
             return replace(self, class_weights=weights.check(given, self.names))
         positive = public.long().sum(0)
@@ -61,11 +65,12 @@ class Multilabel(Task):
 
     @property
     def unweighted(self) -> Multilabel:
-        """The task without weights."""
+        """The task without class weights."""
         return replace(self, class_weights=())
 
     def soft_loss(self, outputs: Tensor, teacher: Tensor, temperature: float) -> Tensor:
         """Returns T^2 times the cross-entropy with the teacher's probabilities at temperature T."""
+        # Independent labels have no softmax, so each label is a distillation of its own.
         soft = (teacher / temperature).sigmoid()
         loss = F.binary_cross_entropy_with_logits(outputs / temperature, soft)
         return loss * temperature**2
@@ -85,6 +90,7 @@ class Multilabel(Task):
     def metrics(self, outputs: Tensor, targets: Tensor) -> Sums:
         """Returns the states of torchmetrics' F1 and exact match, and histograms for the AUC."""
         logits, flags = outputs.detach().double(), targets.long()
+        # A logit above 0 means a probability above one half.
         answers = logits > 0
         broken = logits.isnan().any(1)
         return {
@@ -107,7 +113,7 @@ class Multilabel(Task):
         }
 
     def summary(self, sums: Sums) -> dict[str, JsonValue]:
-        """Returns the metrics, and a warning if all examples get the same labels."""
+        """Computes the metrics by key, and a warning if all examples get the same labels."""
         found: dict[str, JsonValue] = {**library_values(self._library_metrics, sums)}
         n, broken = int(sums["examples"]), int(sums["broken"])
         found["auc"] = None
@@ -121,6 +127,7 @@ class Multilabel(Task):
             warning = (
                 f"the model's outputs are not numbers (NaN) on {broken:,} of {n:,} test examples"
             )
+        # A single example always gets the same labels as itself.
         elif n > 1 and bool(((answers == 0) | (answers == n)).all()):
             warning = f"the model gives the same labels to all {n:,} test examples"
         return found | {"macro_f1_warning": warning}

@@ -15,7 +15,9 @@ from fedpress.tasks.base import Metric, Reduction, Sums, Task, json_number, redu
 
 @dataclass(frozen=True)
 class Poisson(Task):
-    """Counts 0, 1, 2, ...: targets float32 [n] or [n, k]; outputs [n, k] are logs of the rates.
+    """Task with counts 0, 1, 2, ... as targets, float32 [n] or [n, k].
+
+    Outputs [n, k] are logarithms of the rates.
 
     Attributes:
         names: names of the k counts.
@@ -67,10 +69,10 @@ class Poisson(Task):
         return cls(names, tuple(columns.mean(0).tolist()))
 
     def loss(self, outputs: Tensor, targets: Tensor, *, reduction: Reduction = "mean") -> Tensor:
-        """Returns `rate - count * log(rate)`; for an example the mean over its k counts.
+        """Returns the loss `rate - count * log(rate)`, averaged over the k counts of an example.
 
-        It is the negative log-likelihood without the term `log(count!)`, which does not depend on
-        the outputs. Therefore it may be negative.
+        This is the negative log-likelihood without the term `log(count!)`, which does not depend on
+        the outputs. Without this term the loss may be negative.
         """
         counts = self._columns(targets)
         log_rates = self._columns(outputs.float())
@@ -86,6 +88,7 @@ class Poisson(Task):
 
     def metrics(self, outputs: Tensor, targets: Tensor) -> Sums:
         """Returns sums over examples of deviance and absolute error (means over the k counts)."""
+        # In float64: a sum over a million examples would lose digits in float32.
         counts = self._columns(targets).double()
         log_rates = self._columns(outputs.detach().double())
         rates = self.to_targets(log_rates)
@@ -103,7 +106,7 @@ class Poisson(Task):
         }
 
     def summary(self, sums: Sums) -> dict[str, JsonValue]:
-        """Returns the metrics, and these values.
+        """Computes the metrics by key, and these further values.
 
         - `deviance_warning`: a sentence if the model is no better than the mean, else None.
         - `deviance_error`: standard error of the mean deviance.
@@ -129,7 +132,7 @@ class Poisson(Task):
         }
 
     def check_targets(self, targets: Tensor) -> None:
-        """Checks that targets are counts: integers from 0 up.
+        """Checks that targets are counts: integers of at least 0.
 
         Raises:
             DataError: if a target is negative or no integer.
@@ -147,6 +150,7 @@ class Poisson(Task):
 
     def made_up_targets(self, n: int, like: Tensor) -> Tensor:
         """Returns the counts 0, 1, 2, 0, 1, ... in shape and dtype of `like` [m, ...]."""
+        # The base class makes numbers between 0 and 1, which are no counts.
         each = (torch.arange(n) % 3).to(like.dtype)
         return each.reshape(n, *[1] * (like.dim() - 1)).expand(n, *like.shape[1:]).contiguous()
 
@@ -159,12 +163,12 @@ def deviances(log_rates: Tensor, counts: Tensor) -> Tensor:
     """Returns the Poisson deviance of each count (McCullagh and Nelder 1989, section 2.3).
 
     Args:
-        log_rates: the predictions [n, k].
-        counts: [n, k].
+        log_rates: predicted logarithms of the rates [n, k].
+        counts: targets [n, k].
 
     >>> deviances(torch.tensor([[0.0]]), torch.tensor([[0.0]]))
     tensor([[2.]])
     """
-    # For a count of 0 the first term is 0; computed, it would be 0 * log(0), which is NaN.
+    # For a count of 0 the first term is 0, but the formula gives 0 * log(0), which is NaN.
     log_ratio = torch.where(counts > 0, counts * (counts.log() - log_rates), 0.0)
     return 2 * (log_ratio - counts + log_rates.exp())

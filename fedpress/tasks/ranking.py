@@ -1,10 +1,10 @@
 """AUC (area under the ROC curve) and calibration error, from histograms.
 
 Histograms of batches or clients can be added, so no scores need to be stored. The bins are narrow
-near 0 and wide far from it. torchmetrics has the same with `thresholds=`, but it is slower: 10,000
-examples of 10 classes in 257 bins took 0.66 s there and 0.012 s here (one core). It also leaves out
-the curve before the first and after the last threshold: it returned 0.743 where the exact area is
-0.7753, and these bins give 0.7753.
+near 0 and wide far from 0. torchmetrics computes AUC from histograms too (`thresholds=`), but takes
+longer: for 10,000 examples of 10 classes in 257 bins it took 0.66 s, this file 0.012 s (one core).
+It also leaves out the curve before the first and after the last threshold: it returned 0.743 where
+the exact area is 0.7753. The bins here give 0.7753.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ CALIBRATION_BINS = 15
 
 
 def score_counts(scores: Tensor, positive: Tensor) -> Tensor:
-    """Returns histograms of scores: negative and positive examples by class, int64 [2, k, BINS].
+    """Returns histograms of the scores of negative and positive examples, int64 [2, k, BINS].
 
     Args:
-        scores: scores on the scale of logits, [n, k]; NaN is not counted.
-        positive: whether the example is of the class, bool [n, k].
+        scores: scores for each of k classes, on the scale of logits, [n, k]; NaN is not counted.
+        positive: whether the example belongs to the class, bool [n, k].
     """
     n, k = scores.shape
     # asinh is increasing. Its bins are narrow near 0, where probabilities change fast, and it still
@@ -42,8 +42,9 @@ def score_counts(scores: Tensor, positive: Tensor) -> Tensor:
 def aucs(counts: Tensor) -> Tensor:
     """Returns the AUC of each class [k] from `score_counts`.
 
-    It is the share of pairs (positive, negative) in which the positive has the higher score; pairs
-    in the same bin count half (Mann-Whitney). It is NaN if there are no positives or no negatives.
+    The AUC is the share of pairs (positive, negative) in which the positive example has the higher
+    score; pairs in the same bin count half (Mann-Whitney). It is NaN if there are no positive or no
+    negative examples.
     """
     negative, positive = counts.double()
     below = negative.cumsum(1) - negative

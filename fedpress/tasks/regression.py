@@ -17,11 +17,11 @@ from fedpress.tasks.library import library_sums, library_values
 
 @dataclass(frozen=True)
 class Regression(Task):
-    """Numbers: targets float32 [n] or [n, k]; outputs [n, k] are standardised.
+    """Task with numbers as targets, float32 [n] or [n, k]; outputs [n, k] are standardised.
 
     The network learns `(target - mean) / std`, so that the same learning rate works for targets in
-    any unit. Metrics are in the units of the targets. `mean` and `std` are computed from public
-    targets only, because they are published with the model.
+    any unit. Metrics are in the units of the targets. `mean` and `std` are published with the
+    model, so they are computed from public targets only.
 
     Attributes:
         names: names of the k numbers.
@@ -81,7 +81,7 @@ class Regression(Task):
         return cls(names, tuple(columns.mean(0).tolist()), tuple(std.tolist()))
 
     def loss(self, outputs: Tensor, targets: Tensor, *, reduction: Reduction = "mean") -> Tensor:
-        """Returns the squared error of standardised targets; mean over the k numbers."""
+        """Returns the squared error of standardised targets, averaged over the k numbers."""
         columns = self._columns(targets)
         if self.mean:
             columns = (columns - columns.new_tensor(self.mean)) / columns.new_tensor(self.std)
@@ -99,12 +99,14 @@ class Regression(Task):
 
     def metrics(self, outputs: Tensor, targets: Tensor) -> Sums:
         """Returns the states of torchmetrics' MAE, RMSE and R2, and sums of absolute errors."""
+        # In float64: a sum over a million examples would lose digits in float32.
         columns = self._columns(targets).double()
         predicted = self.to_targets(self._columns(outputs.detach().double()))
         sums = library_sums(self._library_metrics, predicted, columns)
         broken = ~predicted.isfinite().all(1)
         # Without a public mean, any value will do: `summary` does not use this sum.
         mean = columns.new_tensor(self.mean or [0.0] * len(self.names))
+        # torchmetrics has no sum of squared errors of MAE, which its standard error needs.
         each = (predicted - columns).abs().mean(1)
         return {
             **sums,
@@ -127,7 +129,7 @@ class Regression(Task):
         }
 
     def summary(self, sums: Sums) -> dict[str, JsonValue]:
-        """Returns the metrics, and these values.
+        """Computes the metrics by key, and these further values.
 
         - `mae_warning`: a sentence if the model is no better than the mean, else None.
         - `mae_error`: standard error of the MAE.
@@ -143,6 +145,7 @@ class Regression(Task):
                 f"with a mean absolute error of {values['mae']:.4g} the model is no better than "
                 f"always answering the mean of the public part ({of_mean:.4g})"
             )
+        # The MAE may be better than that of the mean while the squared error is not.
         elif values["r2"] is not None and values["r2"] <= 0:
             warning = "R² is not above 0: the model is no better than always answering the mean"
         return {

@@ -1,6 +1,7 @@
 """Class weights: factors on the loss by class, so that rare classes count more.
 
-Balanced weights are computed from public examples only, because counts of private ones are private.
+Balanced weights are computed from public examples only, because the counts of private examples are
+private.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ def check(given: Sequence[float], names: Sequence[str]) -> tuple[float, ...]:
 def balance(counts: Tensor, names: Sequence[str]) -> tuple[float, ...]:
     """Returns balanced weights n / (k * count) of k classes, as in scikit-learn.
 
-    Their mean over the n examples is 1.
+    The mean of the weights over the n examples is 1.
 
     Args:
         counts: number of public examples of each class, int64 [k]; their sum is n.
@@ -76,7 +77,7 @@ def balance(counts: Tensor, names: Sequence[str]) -> tuple[float, ...]:
 def balance_labels(positive: Tensor, n: int, names: Sequence[str]) -> tuple[float, ...]:
     """Returns the weight (n - positive) / positive for each label.
 
-    With it, examples with and without the label have the same total weight.
+    With this weight, the examples with the label and those without it have the same total weight.
 
     Args:
         positive: number of public examples with each label, int64 [k].
@@ -84,7 +85,7 @@ def balance_labels(positive: Tensor, n: int, names: Sequence[str]) -> tuple[floa
         names: names of the labels.
 
     Raises:
-        DataError: if all public examples have a label, or none has it.
+        DataError: if all public examples have one of the labels, or no public example has it.
     """
     _check_all_there(positive, names, "with label")
     _check_all_there(n - positive, names, "without label")
@@ -92,6 +93,7 @@ def balance_labels(positive: Tensor, n: int, names: Sequence[str]) -> tuple[floa
 
 
 def _check_all_there(counts: Tensor, names: Sequence[str], what: str) -> None:
+    # A count of 0 would give an infinite weight.
     missing = []
     for name, count in zip(names, counts.tolist(), strict=True):
         if not count:

@@ -1,4 +1,4 @@
-"""Augmentation of whole batches by tensor operations: random crop, flip and cutout."""
+"""Augments whole batches of images by tensor operations: random crop, flip and cutout."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fedpress.core.random_source import Source, as_random_source
 
 
 class Augment(BaseModel):
-    """Random changes of training images. Sizes are given as shares of the image's side.
+    """Settings of random changes of training images. Sizes are shares of the image's side.
 
     With `flip = "random"` each image is mirrored with probability 1/2. With "alternate" each image
     is mirrored in every other epoch, so two consecutive epochs show both versions (the derandomised
@@ -52,7 +52,7 @@ def augment(x: Inputs, how: Augment, generator: Source, *, flipped: Tensor | Non
         x: images of bytes or floats.
         how: the settings.
         generator: the random source, on the CPU.
-        flipped: bool [n], for flip "alternate": which images to mirror in this epoch.
+        flipped: which images to mirror in this epoch, bool [n]; used for flip "alternate".
     """
     if not is_image(x) or not len(x):
         return x
@@ -60,6 +60,7 @@ def augment(x: Inputs, how: Augment, generator: Source, *, flipped: Tensor | Non
     if how.crop:
         x = random_shift(x, max(1, round(how.crop * x.shape[-1])), chance)
     if how.flip != "none":
+        # Without an epoch, as in federated training, "alternate" is the same as "random".
         if how.flip == "random" or flipped is None:
             flipped = chance.uniform(len(x)) < 0.5
         x = torch.where(flipped.to(x.device).view(-1, 1, 1, 1), x.flip(-1), x)
@@ -83,7 +84,7 @@ def random_shift(x: Tensor, most: int, generator: Source) -> Tensor:
 
 
 def _mirrored(index: Tensor, size: int) -> Tensor:
-    """Reflects positions outside 0 to `size - 1` back inside, without repeating the border."""
+    """Reflects positions outside of 0 to `size - 1` back inside, without repeating the border."""
     return size - 1 - (size - 1 - index.abs()).abs()
 
 

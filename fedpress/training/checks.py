@@ -1,4 +1,7 @@
-"""Checks before training starts: examples, validation set, image sizes and batch norms."""
+"""Checks before training starts, so that it does not fail after hours.
+
+Checked are examples, validation set, image sizes and batch norms.
+"""
 
 from __future__ import annotations
 
@@ -34,11 +37,20 @@ def check_training(
 ) -> None:
     """Checks that settings, model and data fit together, so that a long run does not fail later.
 
+    Args:
+        model: the model to train.
+        settings: the settings of the training.
+        train: the training examples.
+        validation: the validation set; it may be empty.
+        preprocess: the standardisation of the examples.
+        task: the task of the data.
+
     Raises:
-        TrainingError: naming the setting that does not fit.
-        RecipeError: if the task has no label smoothing.
+        TrainingError: if a setting does not fit; the error names the setting.
+        RecipeError: if label smoothing is set, but the task has none.
     """
-    task.smoothed(settings.label_smoothing)
+    task.smoothed(settings.label_smoothing)  # raises the RecipeError
+    # Without epochs nothing is trained, so there may be no examples and no trainable parameter.
     if settings.epochs:
         _check_examples(model, settings, train, validation, preprocess)
         if not any(p.requires_grad for p in model.parameters()):
@@ -71,9 +83,10 @@ def _check_examples(
             cure=("give ", Argument("data.validation", 0.1), ", or leave patience out"),
         )
     if settings.bn_penalty:
-        batch_norm_scales(model)
+        batch_norm_scales(model)  # raises an error if there are none
     alone = min(settings.batch_size, len(train)) == 1
     if alone and _needs_two(model, preprocess(train.x[:1])):
+        # Two errors, because the user must change the setting or the data.
         if settings.batch_size == 1:
             raise TrainingError(
                 "got 1, but a batch norm needs two examples to average over",
@@ -113,7 +126,7 @@ def batch_norm_scales(model: nn.Module) -> list[nn.Parameter]:
     """Returns the trainable scales (gammas) of all batch norms.
 
     Raises:
-        TrainingError: if there are none.
+        TrainingError: if there is no trainable scale.
     """
     norms = [m for m in model.modules() if isinstance(m, BatchNorm)]
     scales = [norm.weight for norm in norms if norm.affine and norm.weight.requires_grad]
@@ -127,9 +140,10 @@ def batch_norm_scales(model: nn.Module) -> list[nn.Parameter]:
 
 
 def _needs_two(model: nn.Module, x: Inputs) -> bool:
-    """Returns whether `model` has a batch norm that cannot train on a single example `x` [1, ...].
+    """Returns whether a batch norm of `model` cannot train on a single example `x` [1, ...].
 
-    In training mode a batch norm needs more than one value for each channel.
+    In training mode a batch norm needs more than one value for each channel. A convolution gives
+    one value per pixel, so batch norms after convolutions can train on one image.
     """
     # A copy is run, because the forward pass changes running statistics.
     twin = copied(model).train()

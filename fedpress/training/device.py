@@ -20,10 +20,10 @@ NAMES = ("auto", "cpu", "cuda", "cuda:1", "mps")
 
 
 def check_name(name: str) -> str:
-    """Returns `name` if it is a valid name of a device; this machine need not have the device.
+    """Returns `name` if it is a valid name of a device. This machine need not have the device.
 
     Raises:
-        SettingError: if it is not valid.
+        SettingError: if the name is not valid.
     """
     if not re.fullmatch(r"auto|cpu|cuda(:\d{1,4})?|mps", name):
         raise SettingError(
@@ -45,11 +45,11 @@ def devices() -> tuple[str, ...]:
 
 
 def find(name: str = "auto") -> torch.device:
-    """Returns the device of this `name`.
+    """Returns the device with this `name`.
 
     Args:
-        name: a name from `devices()`; or "auto" for the first CUDA GPU, or the CPU if there is no
-            such GPU. "auto" never chooses an Apple GPU ("mps"), because it has no float64.
+        name: a name from `devices()`, or "auto": the first CUDA GPU, or the CPU if there is no CUDA
+            GPU. "auto" never chooses an Apple GPU ("mps"), because Apple GPUs have no float64.
 
     Raises:
         TrainingError: if this machine has no such device; the error lists the devices it has.
@@ -72,7 +72,7 @@ def find(name: str = "auto") -> torch.device:
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Returns the device of the first tensor of `model`; the CPU if it has none."""
+    """Returns the device of the first tensor of `model`; the CPU if the model has no tensor."""
     tensors = chain(model.parameters(), model.buffers())
     return next((tensor.device for tensor in tensors), torch.device("cpu"))
 
@@ -99,7 +99,12 @@ def autocast(model: nn.Module, precision: Precision) -> AbstractContextManager[o
 
 
 def memory_format(x: Tensor, model: nn.Module | None = None) -> torch.memory_format:
-    """Returns channels-last for images if it is safe for `model`, else the contiguous format."""
+    """Returns the memory format of a batch: channels-last for images if safe, else contiguous.
+
+    Args:
+        x: a batch [n, ...].
+        model: the model that gets the batch; None: channels-last counts as safe.
+    """
     # With one channel both formats have the same layout.
     images = x.dim() == 4 and x.shape[1] > 1
     if images and (model is None or takes_channels_last(model)):
@@ -138,9 +143,10 @@ def place_(model: nn.Module, at: torch.device | None = None) -> nn.Module:
 
     Args:
         model: changed in place.
-        at: the device; None: `find()`.
+        at: the device; None: the result of `find()`.
     """
     at = at or find()
+    # Weights and images must have the same format, or each convolution would convert one of them.
     wanted = torch.contiguous_format
     if takes_channels_last(model, at):
         wanted = torch.channels_last

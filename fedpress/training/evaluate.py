@@ -1,4 +1,4 @@
-"""Evaluates a model on examples: loss and metrics of the task."""
+"""Evaluates a model on examples: computes the loss and the metrics of the task."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Evaluation:
     """The result of an evaluation.
 
     Attributes:
-        score: the primary metric (see `Task.primary`); NaN if it is undefined.
+        score: the task's primary metric, such as the accuracy; NaN if it is undefined.
         loss: mean loss of the examples.
         examples: number of examples.
         metrics: all metrics of the task by key; empty unless `all_metrics` was set.
@@ -38,9 +38,10 @@ class Evaluation:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Puts all modules into evaluation mode, and restores the mode of each at the end.
+    """Puts all modules into evaluation mode; restores the mode of each module at the end.
 
-    `model.train()` would instead unfreeze batch norms that are frozen on purpose.
+    `model.train()` at the end would also set batch norms to training mode that are frozen on
+    purpose.
     """
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
@@ -64,13 +65,14 @@ def evaluate(
     """Evaluates `model` on `arrays` in evaluation mode, then restores the mode of every module.
 
     Args:
-        model: a network with outputs that fit the task.
+        model: a network whose outputs fit the task.
         arrays: the examples.
         preprocess: the standardisation of the examples.
         task: defines loss and metrics.
         precision: number format of the forward passes.
-        batch_size: examples in a forward pass.
-        all_metrics: whether to compute all metrics, or only the primary one and the loss.
+        batch_size: number of examples in a forward pass.
+        all_metrics: whether to compute all metrics. If False, only the primary metric and the loss
+            are computed.
 
     Raises:
         TrainingError: if there are no examples.
@@ -89,6 +91,7 @@ def evaluate(
     with evaluating(model), torch.inference_mode(), autocast(model, precision):
         for x, y in zip(arrays.x.split(batch_size), arrays.y.split(batch_size), strict=True):
             found = outputs(model, laid_out(preprocess(x.to(at)), model)).float()
+            # Sums, because the last batch may be smaller than the others.
             loss += float(plain.loss(found, y.to(at), reduction="sum"))
             # Metrics are computed in float64, which Apple GPUs do not have.
             count = task.metrics if all_metrics else task.score_sums
@@ -110,12 +113,13 @@ def evaluate(
 def outputs(model: nn.Module, x: Inputs) -> Tensor:
     """Returns the outputs [n, ...] of `model` for the batch `x` [n, ...].
 
-    `squeeze()` in a network's forward drops the batch dimension of a single example. So if a single
-    example fails, or its output has no batch dimension, two copies of it are run as one batch. The
-    output is the same if the network treats examples independently.
+    `squeeze()` in a network's forward drops the batch dimension if there is a single example. So if
+    the network fails on a single example, or the output has no batch dimension, two copies of the
+    example are run as one batch. This gives the same output if the network treats examples
+    independently.
 
     Raises:
-        Exception: whatever the network raises.
+        Exception: any error that the network raises.
     """
     if len(x) != 1:
         out: Tensor = call(model, x)

@@ -1,4 +1,4 @@
-"""`Fit`: the training loop, as a generator of steps and epochs that can be resumed."""
+"""`Fit`: the training loop on public examples, as a generator of steps that can be resumed."""
 
 from __future__ import annotations
 
@@ -65,18 +65,19 @@ class Step:
 class Fit:
     """A training run: iterate over `epochs()` to train.
 
-    It yields after every step, so the caller can change weights between steps, for example to apply
-    masks. A training that is resumed with `state()` and `load_()` gives bit-identical results.
+    `epochs()` yields after every step, so the caller can change weights between steps, for example
+    to apply masks. A training that is resumed with `state()` and `load_()` gives bit-identical
+    results.
 
     Args:
-        model: trained in place.
+        model: the model, trained in place.
         settings: epochs, optimizer, learning rate and so on.
         task: defines loss and metrics.
-        seed: decides the order of examples, augmentation and dropout.
-        objective: a loss that replaces the task's loss.
+        seed: seed for the order of examples, augmentation and dropout.
+        objective: a loss that replaces the task's loss; None: the task's loss.
         helpers: a module that the objective uses, such as a projection for distillation. It is
             trained too, but is not part of the result.
-        sparse: names of parameters whose zeros stay zero (see `ModelSpec.sparse`).
+        sparse: names of pruned parameters, whose zeros stay zero.
         device: the device for training; None: `find()`.
     """
 
@@ -98,6 +99,7 @@ class Fit:
         self.task = task.smoothed(settings.label_smoothing)
         self.helpers = (helpers or nn.Module()).to(self.device)
         weights = dict(model.named_parameters(remove_duplicate=False))
+        # (parameter, mask of its pruned entries)
         self.zeros = [(weights[name], ~kept) for name, kept in kept_entries(model, sparse).items()]
         self.scales: list[nn.Parameter] = []
         if settings.epochs and settings.bn_penalty:
@@ -125,8 +127,8 @@ class Fit:
     def result_(self) -> nn.Module:
         """Returns the model with its final weights.
 
-        With `patience` these are the weights of the epoch with the best validation metric, else
-        those of the last epoch. With `ema` they are averaged over steps.
+        They are the weights of the last epoch; with `patience` those of the epoch with the best
+        validation metric. With `ema` they are a moving average over steps.
         """
         if self.settings.patience and self.best_weights:
             self.model.load_state_dict(self.best_weights)
@@ -135,7 +137,7 @@ class Fit:
         return self.model
 
     def _current(self) -> nn.Module:
-        """Returns the model with averaged weights if there are any, else the model itself."""
+        """Returns the model with averaged weights; without `ema` the model itself."""
         if self.average is not None and self.average.n_averaged > 0:
             averaged: nn.Module = self.average.module
             return averaged
@@ -155,13 +157,14 @@ class Fit:
     ) -> Iterator[Step | EpochRecord]:
         """Trains the model; yields a `Step` after each step and a record after each epoch.
 
-        A state for resuming can be saved with `state()` after each epoch.
+        After each epoch the caller may save `state()`, from which training can be resumed.
 
         Raises:
             TrainingError: if the settings do not fit the data (see `check_training`).
             DivergedError: if the loss or a weight is not finite.
         """
         check_training(self.model, self.settings, train, validation, preprocess, self.task)
+        # All examples are moved at once: copying each batch to a GPU would take longer.
         train = Arrays(train.x.to(self.device), train.y.to(self.device))
         side, images = None, train.x
         while not self.finished:
@@ -270,7 +273,10 @@ class Fit:
         return self.task.loss(outputs, y)
 
     def state(self) -> dict[str, Tensor]:
-        """Returns the state for `load_` as tensors. Save or copy them, as training changes them."""
+        """Returns the state for `load_` as named tensors.
+
+        Further training changes these tensors in place, so save or copy them at once.
+        """
         out = {f"model/{k}": v for k, v in self.model.state_dict().items()}
         out |= {f"helpers/{k}": v for k, v in self.helpers.state_dict().items()}
         if self.average is not None:
@@ -296,7 +302,7 @@ class Fit:
 
 
 def _at_size(arrays: Arrays, side: int | None) -> Arrays:
-    """Returns images resized to `side` pixels; unchanged if `side` is None or `x` is no image."""
+    """Returns images resized to `side` pixels; unchanged if `side` is None or `x` has no images."""
     if side and is_image(arrays.x):
         return replace(arrays, x=resized(arrays.x, side))
     return arrays

@@ -1,4 +1,4 @@
-"""The optimizers of a training run, and Muon in float32 for processors without bfloat16."""
+"""The optimizers of a training run: SGD, Adam, AdamW, and Muon in float32."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ class Optimizers:
 
     Args:
         model: the model whose trainable parameters are optimized.
-        helpers: a module that only training uses, such as a projection for distillation. The first
-            optimizer (SGD or Adam, never Muon) also trains its parameters.
+        helpers: a module that only training uses, such as a projection for distillation. SGD or
+            Adam, never Muon, trains its parameters.
         settings: name of the optimizer, learning rates, momentum and weight decay.
 
     Attributes:
@@ -74,11 +74,11 @@ class Optimizers:
     def forget_(self, weight: nn.Parameter, where: Tensor) -> None:
         """Sets the optimizer's state to 0 for some entries of `weight`.
 
-        Needed when pruned weights become trainable again, because their momentum is outdated.
+        Call this when pruned entries become trainable again, because their momentum is outdated.
 
         Args:
             weight: a parameter of the model.
-            where: bool, in the shape of `weight`.
+            where: mask of these entries, bool, in the shape of `weight`.
         """
         key, entries = weight, where
         for parameter, view in self.views:
@@ -91,7 +91,7 @@ class Optimizers:
                     state[name].masked_fill_(entries, 0)
 
     def state(self) -> dict[str, Tensor]:
-        """Returns the states as named tensors. Save or copy them, as training changes them."""
+        """Returns the states as named tensors; training changes them in place, so copy them."""
         out: dict[str, Tensor] = {}
         for at, optimizer in enumerate(self.each):
             for key, slot in optimizer.state_dict()["state"].items():
@@ -128,9 +128,9 @@ def _muon(matrices: list[nn.Parameter], settings: TrainSettings) -> torch.optim.
 def _elementwise(
     parameters: list[nn.Parameter], settings: TrainSettings, *, spared: set[int]
 ) -> torch.optim.Optimizer | None:
-    """Makes SGD, Adam or AdamW. Norms, biases and `spared` have no weight decay.
+    """Makes SGD, Adam or AdamW, without weight decay for norms, biases and `spared`.
 
-    `spared` are the ids of the step sizes of quantizers.
+    `spared` are the ids of the step sizes of quantizers. Returns None if there are no parameters.
     """
     if not parameters:
         return None
@@ -150,11 +150,11 @@ def _elementwise(
 
 
 class Muon(torch.optim.Muon):
-    """torch's Muon (Jordan 2024) with its defaults and its state, but orthogonalised in float32.
+    """torch's Muon (Jordan 2024) with the same defaults and state, but orthogonalised in float32.
 
-    `torch.optim.Muon` multiplies in bfloat16. Processors without bfloat16 instructions emulate it
-    and are then many times slower than in float32: a step takes longer than the forward and
-    backward pass (benchmarks/muon.py). The number of Newton-Schulz steps is always 5.
+    `torch.optim.Muon` multiplies in bfloat16. Processors without bfloat16 instructions emulate
+    bfloat16, which is many times slower than float32: a step of the optimizer takes longer than the
+    forward and backward pass (benchmarks/muon.py). The number of Newton-Schulz steps is always 5.
 
     Args:
         params: the matrices, [m, n] each.
@@ -203,15 +203,15 @@ class Muon(torch.optim.Muon):
 def orthogonalized(matrix: Tensor) -> Tensor:
     """Returns a matrix [m, n] with the singular vectors of `matrix` and singular values near 1.
 
-    It starts from X = matrix / norm(matrix) and takes five Newton-Schulz steps
-    X <- (a + b S + c S^2) X with S = X X^T (Jordan 2024). Singular values then lie between 0.7 and
-    1.2. Values that were below a thousandth of the norm stay below 0.7, as in other
+    The computation starts from X = matrix / norm(matrix) and takes five Newton-Schulz steps
+    X <- (a + b S + c S^2) X with S = X X^T (Jordan 2024). Singular values are between 0.7 and 1.2
+    afterwards. Singular values that were below a thousandth of the norm stay below 0.7, as in other
     implementations.
 
     The factors (a + b S + c S^2) of all steps are polynomials of the first S, so they commute. For
     m <= n they are small [m, m] matrices. They are multiplied with each other first, and their
-    product once with X. If n = 9 m, as in a 3x3 convolution, this takes 2.7 times fewer
-    multiplications. For a square matrix it takes a quarter more.
+    product is multiplied with X once. If n = 9 m, as in a 3x3 convolution, this takes 2.7 times
+    fewer multiplications than five products with X. For a square matrix it takes a quarter more.
     """
     x = matrix.float()
     # The Gram matrix is taken over the shorter side.
@@ -239,11 +239,11 @@ def _factor(gram: Tensor) -> Tensor:
 
 
 def hidden_weights(model: nn.Module) -> list[nn.Parameter]:
-    """Returns the weights that Muon optimizes: of all Conv2d and Linear layers but first and last.
+    """Returns the weights that Muon optimizes: all Conv2d and Linear layers except first and last.
 
-    SGD optimizes the first and the last of these layers. It also optimizes the parameters
-    from which a weight is computed, as with weight norm, because such a weight is no parameter. A
-    shared weight is listed once.
+    SGD optimizes the first and the last of these layers. With weight norm, for example, the weight
+    is computed and is no parameter; SGD also optimizes the parameters from which it is computed. A
+    weight that two layers share is listed once.
     """
     weights = [m.weight for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
     ends = {id(w) for w in (*weights[:1], *weights[-1:])}
@@ -258,8 +258,8 @@ def hidden_weights(model: nn.Module) -> list[nn.Parameter]:
 def as_matrix(x: Tensor, weight: Tensor) -> Tensor:
     """Returns a filter [o, i, h, w], or its gradient, as a matrix [o, h*w*i].
 
-    Its columns are in the order of `weight`'s memory. If `x` has the layout of `weight`, the result
-    shares the memory of `x`; else it is a copy.
+    The columns are in the order of the memory of `weight`. If `x` has the memory layout of
+    `weight`, the result shares the memory of `x`; otherwise it is a copy.
     """
     if x.dim() != 4:
         return x

@@ -1,7 +1,7 @@
 """Learning-rate schedules: each maps the share of training done to a factor on the learning rate.
 
-Each schedule has a counterpart in `torch.optim.lr_scheduler`. Unlike those, the functions here have
-no state that a resumed run would have to load.
+Each schedule has a counterpart in `torch.optim.lr_scheduler`. The functions here have no state, so
+a resumed run need not load any.
 """
 
 from __future__ import annotations

@@ -1,4 +1,8 @@
-"""`TrainSettings`: the keys of every stage that trains on the public part."""
+"""`TrainSettings`: the settings of a training on the public part of the data.
+
+They are keys of the recipe, the TOML file with the settings of a run. A stage is one step of a run;
+each stage that trains has these keys, such as `epochs`.
+"""
 
 from __future__ import annotations
 
@@ -24,12 +28,14 @@ def fit_to_optimizer_(settings: BaseModel, optimizer: str, defaults: Mapping[str
     Args:
         settings: settings with `momentum` and `betas`; changed in place during validation.
         optimizer: name of the optimizer, such as "adamw".
-        defaults: this optimizer's default for each key whose general default differs.
+        defaults: key -> default of this optimizer, where it differs from the default of the class.
 
     Raises:
-        SettingError: if a key is given that this optimizer does not have.
+        SettingError: if the user gave a key that this optimizer does not have, such as `momentum`
+            for "adam".
     """
     foreign, own = ("momentum", "betas") if optimizer in DEFAULTS else ("betas", "momentum")
+    # A key with its default value has no effect, so it is no error.
     usual = type(settings).model_fields[foreign].default
     if getattr(settings, foreign) != usual:
         raise SettingError(
@@ -48,13 +54,14 @@ class TrainSettings(BaseModel):
 
     Optimizers: "sgd" with Nesterov momentum; "adamw" (Loshchilov & Hutter 2019, arXiv:1711.05101)
     and "adam" (Kingma & Ba 2015, arXiv:1412.6980); "muon" (orthogonalised momentum, Jordan 2024)
-    for hidden weights, with SGD at `head_lr` for the rest. The learning rate rises linearly over
-    `warmup` of the steps, then follows `lr_schedule`. Weight decay acts on weights, never on
-    biases, norms and step sizes. See `docs/training.md`.
+    for hidden weights, with SGD at `head_lr` for all other parameters. During the share `warmup` of
+    the steps the learning rate rises linearly, then it follows `lr_schedule`. Weight decay acts on
+    weights, never on biases, norms and step sizes of quantizers. See `docs/training.md`.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    # 0 is allowed: the stage then does its other work, such as rounding weights, and trains nothing.
     epochs: int = Field(ge=0, description="passes over the public part")
     batch_size: int = Field(default=256, ge=1, description="examples in a step")
     optimizer: Literal["sgd", "adamw", "adam", "muon"] = Field(
@@ -68,6 +75,7 @@ class TrainSettings(BaseModel):
         description="course of the learning rate after the warm-up: linear and cosine fall to 0; "
         "step falls at lr_milestones; onecycle rises and falls along cosines",
     )
+    # Shares and not epochs, so that a recipe with another number of epochs keeps its shape.
     lr_milestones: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = Field(
         default=(0.5, 0.75), description="step only: the rate falls after these shares of training"
     )
@@ -114,6 +122,7 @@ class TrainSettings(BaseModel):
     image_sizes: tuple[tuple[int, int], ...] = Field(
         default=(), description="[[side, epochs], ...]: smaller image sizes for the first epochs"
     )
+    # Full-size epochs only: scores at smaller image sizes cannot be compared with them.
     patience: int = Field(
         default=0,
         ge=0,
@@ -149,7 +158,8 @@ class TrainSettings(BaseModel):
         return self
 
     def side(self, epoch: int) -> int | None:
-        """Returns the image side of `epoch` (from 0), or None for full size."""
+        """Returns the side of the images in `epoch` (from 0), in pixels; None for full size."""
+        # `epoch` is reduced to the position within the current entry.
         for side, epochs in self.image_sizes:
             if epoch < epochs:
                 return side
