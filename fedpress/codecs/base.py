@@ -243,7 +243,7 @@ def bind_chain(chain: Sequence[Settings], bound: Bound) -> tuple[tuple[Transform
         bound: the bound of the update itself.
 
     Returns:
-        The transforms, and the bound of the last one's output.
+        The transforms, and the bound of the last transform's output.
 
     Raises:
         RecipeError: if a transform cannot encode the output of the previous transform.

@@ -35,9 +35,10 @@ class Discretize(BaseModel):
 
     Secure aggregation plans `scale` (grid steps for 1.0 of the update) and `limit` (largest value
     before scaling) from `bits`, the number of clients in a round and the noise. If the unit of
-    privacy is one example (unit = "sample"), it sets `again = false`. Reason: two updates that
-    differ in one example could need different numbers of draws. Their random numbers would then
-    differ too, and the rounded updates could be further apart than one example can move them.
+    privacy is one example (unit = "sample"), secure aggregation sets `again = false`. Reason: two
+    updates that differ in one example could need different numbers of draws. Their random numbers
+    would then differ too, and the rounded updates could be further apart than one example can move
+    them.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")

@@ -55,8 +55,8 @@ class DitheredQuantizer:
 
     - At rates below 0.57, one value of each `group` is sent, chosen at random and multiplied by the
       size of the group. Example: at rate 0.2 one of every 4 values, times 4.
-    - Each block has its own step: a finer one where the values are small. A coarse step would save
-      few bits there, but add as much noise as in other blocks.
+    - Each block has its own step, which is finer where the values are small. A coarse step would
+      save few bits there, but add as much noise as in other blocks.
     - The top bits of the dither, the phase, depend only on the position. Levels of one phase are
       sent as one row of a matrix, and the entropy coder makes a frequency table for each row.
 
@@ -237,7 +237,7 @@ class DitheredQuantizer:
         return (starts[:, None] + run).reshape(-1)
 
     def _encode_sparse(self, values: Floats, peak: float, key: Key) -> Encoded:
-        """Encodes a vector with at least half of its values zero, such as one after top-k.
+        """Encodes a vector of which at least half of the values are zero, for example after top-k.
 
         Zeros get level 0 and no dither. Other values must not use that level, so their levels
         0, 1, 2, ... are sent as 1, 2, 3, ... (negative levels stay).
@@ -344,8 +344,8 @@ def _steps(middle: float, level: float) -> NDArray[np.float64]:
     """Returns the step for each exponent from -MAX_EXPONENT to MAX_EXPONENT.
 
     Unbiased coding of values with standard deviation s and noise variance D takes
-    log2(1 + s**2 / D) / 2 bits. At a given number of bits the total noise is least where one more
-    bit would lower it equally in every block. Setting these derivatives equal gives
+    log2(1 + s**2 / D) / 2 bits. At a given number of bits, the total noise is smallest if one more
+    bit would reduce the noise equally in every block. Setting these derivatives equal gives
     D (D + s**2) = level * middle**2 * s**2, which is solved for D.
 
     Args:

@@ -285,8 +285,8 @@ def rms(values: Floats) -> float:
 def _sample(values: Floats) -> Floats:
     """Returns a sample whose packed bits per value are about those of all `values`.
 
-    It consists of runs of neighbours, because the entropy coder uses that neighbours have similar
-    sizes. The magnitudes of the runs are distributed like those of all runs.
+    The sample consists of runs of neighbours, because the entropy coder profits from neighbours of
+    similar size. Small and large runs are as frequent as in the whole vector.
     """
     if values.size <= RUN_LENGTH * NUM_RUNS:
         return values

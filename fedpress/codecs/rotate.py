@@ -23,7 +23,7 @@ class Rotate(BaseModel):
     others, so quantization or secure aggregation can use a finer grid.
 
     Vectors are not padded, because padding to a power of two could double the bytes. Instead the
-    last block overlaps with the one before. Example: 10 values with block = 4 are rotated at
+    last block overlaps with the block before it. Example: 10 values with block = 4 are rotated at
     positions 0 to 3 and 4 to 7, and then at 6 to 9.
     """
 
@@ -105,8 +105,8 @@ class BoundRotate:
 def hadamard(x: Tensor, block: int) -> Tensor:
     """Returns the orthonormal Walsh-Hadamard transform of every `block` values; its own inverse.
 
-    The Hadamard matrix of order 2^(a+b) is the Kronecker product of those of order 2^a and 2^b. So
-    two products with small matrices replace one with a matrix [block, block].
+    The Hadamard matrix of order 2^(a+b) is the Kronecker product of the matrices of order 2^a and
+    2^b. So two products with small matrices replace a product with a matrix [block, block].
 
     Args:
         x: values [k * block].

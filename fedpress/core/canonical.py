@@ -53,7 +53,7 @@ def _table(entries: Mapping[Any, Any]) -> dict[str, JSON]:
 
 
 def _name(function: Any) -> str:
-    """Returns a function's name; that of a method includes the class, such as `Sgd.step`."""
+    """Returns a function's name; a method's name includes its class, such as `Sgd.step`."""
     if function.__name__ == "<lambda>":
         raise TypeError(
             "all lambdas have one name; define a function, or a class with a method `agreed`"

@@ -107,7 +107,10 @@ def _name(path: Path, folder: Path) -> str:
 
 
 def list_of(path: Path) -> Path:
-    """Returns the list in the nearest parent folder that has one; else one beside the file."""
+    """Returns the path of the list in the nearest parent folder that has a list.
+
+    If there is none, it is the path of a list in the folder of the file.
+    """
     for folder in list(path.absolute().parents)[:PARENTS]:
         if (folder / NAME).is_file():
             return folder / NAME

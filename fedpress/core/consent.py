@@ -17,14 +17,14 @@ NAME = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")
 """`package.module:function`; the function is an attribute of the module itself, without a dot."""
 
 _for_the_process: set[str] = set()
-# A ContextVar, so that consent for a block does not hold in other threads and tasks.
+# A ContextVar, so that consent for a block does not hold in threads that run at the same time.
 _for_the_block: ContextVar[frozenset[str]] = ContextVar("fedpress_consent", default=frozenset())
 
 
 def allow(*names: str) -> None:
     """Allows files to name these functions, until the process ends.
 
-    It is called for functions that the user has named elsewhere: in a recipe as
+    Call it for functions that the user has named elsewhere: in a recipe (the TOML file of a run) as
     `architecture = "module:function"`, or on the command line as a MODEL.
 
     Raises:

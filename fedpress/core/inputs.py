@@ -93,10 +93,10 @@ class NamedInputs(Mapping[str, Tensor]):
         return self._from_columns([t.tensor_split(parts) for t in self._tensors.values()])
 
     def _from_columns(self, columns: list[tuple[Tensor, ...]]) -> tuple[NamedInputs, ...]:
-        """Transposes: from one list of parts for each tensor to parts that have all tensors.
+        """Returns parts that have all tensors, from a list of parts for each tensor (transposes).
 
         Args:
-            columns: for each tensor, its parts.
+            columns: the parts of each tensor.
         """
         found = []
         for row in zip(*columns, strict=True):
@@ -159,7 +159,6 @@ def arguments(x: Example) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
     ((), {'ids': tensor([1])})
     """
     if isinstance(x, Mapping):
-        # Not `dict(x)` or `**x`: these would call `len`, which is the number of examples.
         return (), {name: x[name] for name in x}
     if isinstance(x, Tensor):
         return (x,), {}
@@ -192,7 +191,7 @@ def positional(model: nn.Module, x: Example) -> tuple[Tensor, ...]:
     """Returns the inputs in the order of forward's arguments, to pass them by position.
 
     Raises:
-        ModelError: if the inputs are not forward's first arguments, or one is keyword-only.
+        ModelError: if the inputs are not forward's first arguments, or an input is keyword-only.
 
     >>> positional(nn.Linear(2, 1), NamedInputs({"input": torch.zeros(1, 2)}))
     (tensor([[0., 0.]]),)
@@ -278,7 +277,7 @@ def signature_of(x: Inputs) -> tuple[tuple[str, tuple[int, ...], torch.dtype], .
 
 
 def shape_of(x: Inputs) -> Shape:
-    """Returns the shape of one example: a tuple, or one for each name."""
+    """Returns the shape of one example: a tuple, or a dictionary of tuples by name."""
     shapes = {name: tuple(t.shape[1:]) for name, t in tensors_by_name(x).items()}
     if isinstance(x, NamedInputs):
         return shapes

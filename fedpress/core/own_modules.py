@@ -151,8 +151,8 @@ def _refuse_hidden(top: str) -> None:
     """Checks that a module is not both installed and in the user's folders.
 
     Raises:
-        ModelError: if it is: the installed one would be imported, and the user's file silently
-            ignored.
+        ModelError: if it is in both: the installed module would be imported, and the user's file
+            silently ignored.
     """
     folders: list[str] = []
     for finder in sys.meta_path:

@@ -102,7 +102,8 @@ class WordStream(ABC):
     def permutation(self, size: int) -> Tensor:
         """Returns int64 [size]: the order that sorts `size` random words.
 
-        It is uniform unless two words are equal, which has a probability of size^2 / 2^65.
+        All orders are equally likely unless two words are equal, which has a probability of
+        size^2 / 2^65.
         """
         return torch.from_numpy(np.argsort(self.words(size), kind="stable").astype(np.int64))
 
@@ -145,7 +146,7 @@ class PhiloxRandom(WordStream):
 class AesCtrRandom(WordStream):
     """The AES-256-CTR stream of a secret 32-byte `key`, a cryptographic generator.
 
-    Two calls for 3 and 5 words give the same words as one call for 8.
+    A call for 3 words and a call for 5 words give the same words as one call for 8 words.
 
     Args:
         key: 32 bytes, as secret as the noise must be.

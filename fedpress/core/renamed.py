@@ -95,7 +95,7 @@ def with_old_keys(table: Mapping[str, Any], rows: tuple[Renamed, ...]) -> dict[s
 class ReadsOldKeys(BaseModel):
     """Base class of settings that also accept old keys and values, listed in `renamed`.
 
-    The property `warnings` says which old ones were read.
+    The property `warnings` says which old keys and values were read.
     """
 
     renamed: ClassVar[tuple[Renamed, ...]] = ()
@@ -104,7 +104,7 @@ class ReadsOldKeys(BaseModel):
     @model_validator(mode="wrap")
     @classmethod
     def _read(cls, value: Any, validate: Callable[[Any], Any]) -> Any:
-        # A settings object that is already validated.
+        # A finished settings object, or a value of a wrong type, which `validate` refuses.
         if not isinstance(value, Mapping):
             return validate(value)
         table, said = with_new_keys(value, cls.renamed)

@@ -101,7 +101,7 @@ def check_field(place: str, name: str, value: Any, kind: FieldKind) -> None:
 
 
 def check_fields(place: str, fields: Mapping[str, FieldKind], header: Mapping[str, Any]) -> None:
-    """Checks every field of `header` that is in `fields`; ignores others and missing ones.
+    """Checks every field of `header` that is in `fields`; ignores other and missing fields.
 
     Raises:
         WireError: if a field is not of its kind.

@@ -284,7 +284,10 @@ class ChannelGraph:
     def _name_calls(
         self, module: str, place: str, occurrences: Mapping[int, dict[int, Number]]
     ) -> dict[str, dict[int, Number]]:
-        """Names the calls at one place: one entry if all need the same numbers, else several."""
+        """Names the calls at one place.
+
+        If all calls need the same numbers, they share one entry, else each call has its own.
+        """
         first = next(iter(occurrences.values()))
         # One entry for all also holds when a loop runs more often for another input.
         is_complete = len(occurrences) == self.call_counts[module, place]

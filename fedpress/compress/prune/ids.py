@@ -238,7 +238,7 @@ class ChannelIds:
         self.splits.append(SplitAxis(elements, tuple(axes), self.place))
 
     def prefer_axis(self, axis: Axis) -> None:
-        """Records that splits should prune `axis` (such as heads) where they have a choice."""
+        """Records that a reshape should prune `axis` (such as heads) if it has a choice."""
         if axis is not None:
             self.preferred.append(axis)
 

@@ -197,7 +197,7 @@ def _constant_output(
 ) -> Tensor | None:
     """Computes the output if it is an integer or boolean tensor that depends on constants alone.
 
-    It may be the index in `x[:, index] = y`, which must be known to follow the channels.
+    Such a tensor may be the index in `x[:, index] = y`. Its values say which channels are written.
     """
     output = node.meta.get("val")
     if not isinstance(output, Tensor) or not can_be_constant(output) or mutates(node):

@@ -392,7 +392,8 @@ def _in_place(default: float, mean: Any) -> Any:
 def _bernoulli(func: Any, args: Any, options: Any) -> Any:
     """Returns the probabilities instead of draws of 0 and 1.
 
-    `torch.bernoulli(x)` has them in `x`; `torch.bernoulli(x, p)` and `x.bernoulli_(p)` in `p`.
+    In `torch.bernoulli(x)` the probabilities are `x`; in `torch.bernoulli(x, p)` and
+    `x.bernoulli_(p)` they are `p`.
     """
     x = args[0]
     prob = args[1] if len(args) > 1 else None

@@ -1,4 +1,4 @@
-"""Removes the channels that a pruning plan names from a model, or only sets them to zero."""
+"""Removes from a model the channels that a pruning plan prunes, or only sets them to zero."""
 
 from __future__ import annotations
 

@@ -232,8 +232,8 @@ def _scorer(
 def _magnitudes(model: nn.Module, graph: ChannelGraph, *, power: Literal[1, 2]) -> Scorer:
     """Returns a `Scorer` for "l1" (power 1) or "l2" (power 2) that updates scores cheaply.
 
-    |w|^power is summed over the kernel once. After a removal only those layers are summed anew
-    whose weights read the removed channel.
+    |w|^power is summed over the kernel once. After a removal, only layers whose weights read the
+    removed channel are summed again.
     """
     axes: set[tuple[str, int]] = set()
     writers: dict[str, set[int]] = {}  # tensor -> the layers that it writes

@@ -127,7 +127,7 @@ def next_share(
             cost).
         wanted: the cost to reach, above 0.
         tries: how many shares to try at most, besides 1.0.
-        tolerance: how far below `wanted` is accepted, as a share of it.
+        tolerance: a cost is accepted if it is below `wanted` by at most this share.
 
     Returns:
         The share; None if a share in `tried` is accepted, all tries are used, or the unpruned

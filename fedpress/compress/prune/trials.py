@@ -207,7 +207,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _trial_counts(graph: ChannelGraph, step: int) -> list[int]:
-    """Returns how many channels each group loses in a trial: at least one if it has two or more.
+    """Returns how many channels each group loses in a trial; a group of one channel loses none.
 
     Groups of equal width lose different numbers of channels, so that their sizes can be told apart.
     """
@@ -249,6 +249,6 @@ def _plan(model: nn.Module, graph: ChannelGraph, counts: Sequence[int]) -> Pruni
 
 
 def _correction_of_call(numbers: Numbers, site: NumberSite) -> Mapping[int, Any]:
-    """Returns the corrections of a call: its own, or those of all calls at its place."""
+    """Returns the corrections of one call, or those that hold for all calls at its place."""
     calls = numbers.get(site.module, {})
     return calls.get(site.call) or calls.get(site.place) or {}

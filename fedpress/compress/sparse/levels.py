@@ -1,7 +1,7 @@
-"""Chooses a density for each weight, so that pruning any of them adds the same loss.
+"""Chooses a density for each weight, so that the pruning of each weight adds the same loss.
 
-The density is the share of entries that are kept. The loss is known from a sensitivity analysis: it
-was measured with one weight at a time pruned to several densities.
+The density is the share of entries that are kept. The losses come from a sensitivity analysis: they
+were measured with one weight at a time pruned to several densities.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Turns scores of weights into masks that keep a given share of all entries.
 
-The share is called density: 0.1 keeps every tenth entry and sets the others to zero.
+The share is called density: 0.1 keeps a tenth of the entries and sets the rest to zero.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ class Weight:
     """A weight that can be made sparse: the parameter, and the layout of its axes.
 
     Attributes:
-        name: name of the parameter; the first one if it is shared.
+        name: name of the parameter; a shared parameter has its first name.
         value: the parameter [out, in / groups, ...]; [in, out / groups, ...] if `transposed`.
         groups: number of groups of a grouped convolution, else 1.
         transposed: whether it belongs to a transposed convolution.

@@ -83,7 +83,7 @@ def _are_weights(*values: Value) -> list[bool]:
 
 
 def _apply_weight(ids: ChannelIds, weight: Axis, source: Axis, out: Axes) -> None:
-    """Unites the summed axis of a weight with that of its input, and marks its output channels."""
+    """Unites the summed axes of a weight and its input, and marks the weight's output channels."""
     ids.unite(weight, source)
     ids.mark_role(weight, "read")
     for axis in out:

@@ -28,8 +28,9 @@ def convolution(
 ) -> Axes:
     """Convolution with weight [out, in / groups, kernel].
 
-    In a plain convolution, input and output channels are independent. In a depthwise one, an input
-    channel and its outputs are one channel. In a grouped one, every group loses the same positions.
+    In a plain convolution, input and output channels are pruned independently. In a depthwise
+    convolution, an input channel and its outputs are one channel. In a grouped convolution, every
+    group loses the same positions.
     """
     channel_dim = _channel_axis(ids, x, weight)
     source = x.axes[channel_dim]

@@ -47,7 +47,7 @@ def split_at(
 
 
 def _split_dim(ids: ChannelIds, x: Value, dim: int) -> int:
-    """Returns the axis that the operation splits; `hsplit`, `vsplit`, `dsplit` have a fixed one."""
+    """Returns the axis that the operation splits; it is fixed for `hsplit`, `vsplit`, `dsplit`."""
     name = ids.operation.split(".")[1]
     # `hsplit` splits axis 1, or the only axis of a vector.
     if name == "hsplit":
@@ -110,9 +110,10 @@ def chunk(ids: ChannelIds, shape: Shape, x: Value, *args: int) -> Axes | list[Ax
 def split(
     ids: ChannelIds, shape: Shape, x: Value, sizes: int | Sequence[int], dim: int = 0
 ) -> list[Axes]:
-    """`split(x, [4, 12])`: parts are pruned independently. `split(x, 4)`: parts lose the same.
+    """`split(x, [4, 12])`: each part is pruned independently.
 
-    The sizes in the code are corrected.
+    `split(x, 4)`: all parts lose the same positions. In both cases the sizes in the code are
+    corrected.
     """
     dim %= len(x.shape)
     axis = x.axes[dim]
