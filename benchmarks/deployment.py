@@ -25,7 +25,7 @@ import time
 from pathlib import Path
 
 from fedpress.deploy.processor import this_processor
-from fedpress.transport.flower import QUIET
+from fedpress.transport.flower.pinned import QUIET
 
 FEDPRESS = [sys.executable, "-m", "fedpress"]
 CLIENTS = ("c0", "c1")

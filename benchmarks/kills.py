@@ -127,7 +127,7 @@ def superlinks(folder: Path) -> list[int]:
                 there = (place / "cwd").readlink()
             except OSError:
                 continue
-            if b"fedpress.transport.superlink" in line and there == folder.resolve():
+            if b"fedpress.transport.flower.guard" in line and there == folder.resolve():
                 found.append(int(place.name))
     return found
 

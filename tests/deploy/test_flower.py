@@ -12,7 +12,20 @@ import pytest
 
 pytest.importorskip("flwr")
 
-from fedpress.transport import flower, superlink
+from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.cli.build import build_fab_from_files
+from flwr.common.constant import HEARTBEAT_MIN_INTERVAL, HEARTBEAT_PATIENCE, SUPERLINK_NODE_ID
+from flwr.supercore.constant import TaskType
+from flwr.supercore.inflatable.inflatable_object import (
+    get_all_nested_objects,
+    get_object_tree,
+    iterate_object_tree,
+)
+from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents, pull_objects
+from flwr.supercore.task_identity import TaskIdentity
+
+from fedpress.transport import flower
+from fedpress.transport.flower.server import BUNDLE
 
 # Names that are called, with the arguments that are given to them.
 CALLED = {
@@ -94,10 +107,10 @@ def named(path):
 
 
 def imported():
-    """Returns all that the two files import from Flower, with its module."""
+    """Returns all that the files of the folder import from Flower, with its module."""
     found = set()
-    for module in (flower, superlink):
-        tree = ast.parse(Path(module.__file__).read_text())
+    for path in Path(flower.__file__).parent.glob("*.py"):
+        tree = ast.parse(path.read_text())
         for node in ast.walk(tree):
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("flwr"):
                 found |= {f"{node.module}.{alias.name}" for alias in node.names}
@@ -129,14 +142,14 @@ def test_everything_that_is_called_is_in_the_contract():
 
 def test_a_message_keeps_its_content_and_name_through_its_objects():
     # Read by every new message. Nothing resets them: a process has one task.
-    flower.TaskIdentity.task_id, flower.TaskIdentity.run_id = 3, 5
-    flower.TaskIdentity.node_id = flower.SUPERLINK_NODE_ID
-    content = flower.RecordDict({"head": flower.ConfigRecord({"what": "call"})})
-    message = flower.Message(content, dst_node_id=7, message_type="query")
-    contents = {name: one.deflate() for name, one in flower.get_all_nested_objects(message).items()}
-    tree = flower.get_object_tree(message)
-    assert {one.object_id for one in flower.iterate_object_tree(tree)} == set(contents)
-    again = flower.inflate_object_from_contents(message.object_id, contents)
+    TaskIdentity.task_id, TaskIdentity.run_id = 3, 5
+    TaskIdentity.node_id = SUPERLINK_NODE_ID
+    content = RecordDict({"head": ConfigRecord({"what": "call"})})
+    message = Message(content, dst_node_id=7, message_type="query")
+    contents = {name: one.deflate() for name, one in get_all_nested_objects(message).items()}
+    tree = get_object_tree(message)
+    assert {one.object_id for one in iterate_object_tree(tree)} == set(contents)
+    again = inflate_object_from_contents(message.object_id, contents)
     assert again.content["head"]["what"] == "call"
     assert (again.metadata.dst_node_id, again.metadata.run_id) == (7, 5)
     # The name that `NodeLink` notes, so that an answer can refer to it.
@@ -151,13 +164,13 @@ def test_pulling_asks_once_for_an_object_that_is_taken():
         asked.append(name)
         return b"content"
 
-    assert flower.pull_objects(["a", "b"], pull) == {"a": b"content", "b": b"content"}
+    assert pull_objects(["a", "b"], pull) == {"a": b"content", "b": b"content"}
     assert sorted(asked) == ["a", "b"]
-    assert flower.pull_objects([], pull) == {}
+    assert pull_objects([], pull) == {}
 
 
 def test_an_empty_bundle_is_built_from_files():
-    bundle, _ = flower.build_fab_from_files(dict(flower.BUNDLE))
+    bundle, _ = build_fab_from_files(dict(BUNDLE))
     assert bundle.startswith(b"PK")
 
 
@@ -168,6 +181,6 @@ def test_the_superlink_asks_extensions_for_middleware():
 
 
 def test_the_names_of_superlink_and_its_node_are_numbers_and_enums():
-    assert flower.SUPERLINK_NODE_ID == 1
-    assert flower.HEARTBEAT_MIN_INTERVAL * flower.HEARTBEAT_PATIENCE <= 20
-    assert flower.TaskType.SERVER_APP
+    assert SUPERLINK_NODE_ID == 1
+    assert HEARTBEAT_MIN_INTERVAL * HEARTBEAT_PATIENCE <= 20
+    assert TaskType.SERVER_APP

@@ -23,8 +23,8 @@ from fedpress.errors import NetworkError
 from fedpress.network import keys
 from fedpress.network.data import ClientData, read_arrays, write_arrays
 from fedpress.network.owner import OwnerGate
-from fedpress.transport import flower
 from fedpress.transport.flower import Address, Incoming, NodeLink, ServerLink, SuperLink
+from fedpress.transport.flower import server as flower_server
 from fedpress.transport.link import Parcel
 from tests.deploy.fleet import (
     CODED,
@@ -237,12 +237,16 @@ def test_a_full_disk_of_a_client_is_told_on_both_sides(fleet, link, tmp_path):
 def test_a_hostile_bundle_is_loaded_by_nobody(fleet, link, tmp_path, monkeypatch):
     mark = tmp_path / "mark"
     code = f"open({str(mark)!r}, 'w').write('was here')\napp = None\n"
-    monkeypatch.setattr(flower, "BUNDLE", {**flower.BUNDLE, "nothing.py": code.encode()})
+    monkeypatch.setattr(
+        flower_server, "BUNDLE", {**flower_server.BUNDLE, "nothing.py": code.encode()}
+    )
     # Without the server's secret nobody may submit a run.
     with pytest.raises(NetworkError, match="403"):
         ServerLink(fleet.address, bytes(32), keys={}).open()
     # With it, the run is there, its task is taken, and its messages reach the clients.
-    before = {name: getattr(flower.TaskIdentity, name) for name in ("task_id", "run_id", "node_id")}
+    before = {
+        name: getattr(flower_server.TaskIdentity, name) for name in ("task_id", "run_id", "node_id")
+    }
     hostile = ServerLink(fleet.address, link.secret, keys=link.keys).open()
     try:
         hostile.online()
@@ -257,7 +261,7 @@ def test_a_hostile_bundle_is_loaded_by_nobody(fleet, link, tmp_path, monkeypatch
     finally:
         hostile.close()
         for name, value in before.items():
-            setattr(flower.TaskIdentity, name, value)
+            setattr(flower_server.TaskIdentity, name, value)
     run = deployed(SHORT, link, tmp_path / "server")
     list(run.rounds())
     assert not run.records[0].refused

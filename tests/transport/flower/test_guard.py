@@ -6,9 +6,8 @@ import pytest
 
 pytest.importorskip("flwr")
 
-from fedpress.transport import superlink
-from fedpress.transport.flower import SECRET_HEADER
-from fedpress.transport.superlink import Guard
+from fedpress.transport.flower.guard import MOST, Guard
+from fedpress.transport.flower.server import SECRET_HEADER
 
 SECRET = "ab" * 32
 CONTROL = "/flwr.proto.Control/StartRun"
@@ -89,7 +88,7 @@ def test_the_server_reaches_all(path):
     assert ask(path, {SECRET_HEADER: SECRET.encode()})[0] == 200
 
 
-@pytest.mark.parametrize("length", [superlink.MOST + 1, 1 << 31, -1, "many", "9" * 5000, ""])
+@pytest.mark.parametrize("length", [MOST + 1, 1 << 31, -1, "many", "9" * 5000, ""])
 def test_a_request_that_says_it_is_long_is_refused_before_its_body(length):
     status, app = ask(FLEET, {"content-length": str(length).encode()})
     assert status == 413
@@ -110,7 +109,7 @@ def test_a_request_that_says_too_little_ends_at_the_limit():
 
 
 def test_the_server_is_limited_too():
-    headers = {SECRET_HEADER: SECRET.encode(), "content-length": str(superlink.MOST + 1).encode()}
+    headers = {SECRET_HEADER: SECRET.encode(), "content-length": str(MOST + 1).encode()}
     assert ask(CONTROL, headers)[0] == 413
 
 

@@ -14,7 +14,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from fedpress.transport.flower import CHUNK, QUIET, SECRET_HEADER
+from fedpress.transport.flower.messages import CHUNK
+from fedpress.transport.flower.pinned import QUIET
+from fedpress.transport.flower.server import SECRET_HEADER
 
 MOST = 2 * CHUNK
 """Longest request in bytes; longer bodies are sent in several requests."""

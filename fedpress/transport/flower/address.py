@@ -1,0 +1,146 @@
+"""Where a SuperLink listens, and what its answers and failures mean."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import httpx
+from flwr.common.constant import (
+    HEARTBEAT_MIN_INTERVAL,
+    HEARTBEAT_PATIENCE,
+)
+from flwr.supercore.inflatable.inflatable_utils import (
+    ObjectPullError,
+    ObjectPushError,
+)
+
+from fedpress.errors import NetworkError
+
+T = TypeVar("T")
+
+BEAT = float(HEARTBEAT_MIN_INTERVAL)
+"""Seconds between signs of life. Flower's own is 30 s, and a client that was killed and started
+again may not connect before two of them have passed."""
+
+
+@dataclass(frozen=True)
+class Address:
+    """Where a SuperLink listens, and how its certificate is checked.
+
+    Attributes:
+        host: name or address.
+        port: of the one port that it has.
+        ca: certificate of the authority that signed the server's; None without TLS.
+    """
+
+    host: str
+    port: int
+    ca: Path | None = None
+
+    @property
+    def text(self) -> str:
+        """`host:port`, with brackets around an IPv6 address."""
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"{host}:{self.port}"
+
+    @property
+    def url(self) -> str:
+        """Its address for a browser."""
+        return f"{'http' if self.ca is None else 'https'}://{self.text}"
+
+    def client(self, kind: type[T], interceptors: Iterable[Any]) -> T:
+        """Returns a client of one of Flower's APIs.
+
+        Raises:
+            NetworkError: if the certificate cannot be read.
+        """
+        try:
+            root = None if self.ca is None else self.ca.read_bytes()
+            made: T = kind.from_server_address(  # type: ignore[attr-defined]
+                self.text, self.ca is None, root, [*interceptors]
+            )
+        except (OSError, ValueError) as error:
+            raise NetworkError(
+                f"no certificate can be read ({error})",
+                place=str(self.ca),
+                cure="copy ca.crt anew from whoever runs the server",
+            ) from error
+        return made
+
+
+@contextmanager
+def explained(address: Address) -> Iterator[None]:
+    """Turns what the network raises into a `NetworkError` that says what to do."""
+    try:
+        yield
+    except httpx.HTTPStatusError as error:
+        raise _status_problem(error, address) from error
+    except (httpx.HTTPError, ObjectPullError, ObjectPushError, OSError) as error:
+        raise transport_problem(error, address) from error
+
+
+def _status_problem(error: httpx.HTTPStatusError, address: Address) -> NetworkError:
+    status = error.response.status_code
+    said = error.response.text[:200]
+    # Not `refused`: a SuperLink that was just started learns the keys a moment later, and a key
+    # that is listed later lets a waiting client in.
+    asked = error.request.url.path
+    if status == httpx.codes.PRECONDITION_FAILED and asked.endswith("/activate-node"):
+        return NetworkError(
+            "the server does not list the key of this client, or a client with it is connected",
+            place=address.text,
+            cure=(
+                "give node.pub to whoever runs the server, who writes it to server.toml and starts "
+                f"the server again; a second client needs a key of its own (fedpress network add); "
+                f"after a kill this one connects within {HEARTBEAT_PATIENCE * BEAT:.0f} s"
+            ),
+        )
+    if status == httpx.codes.UNAUTHORIZED:
+        return NetworkError(
+            "the server does not know this key, or this machine's clock is wrong",
+            place=address.text,
+            cure=(
+                "give node.pub to whoever runs the server, who writes it to server.toml, and "
+                "compare the clocks (5 minutes apart is too much)"
+            ),
+            refused=True,
+        )
+    return NetworkError(
+        f"the server answered {status} ({said})", place=address.text, cure="see its superlink.log"
+    )
+
+
+def transport_problem(error: Exception, address: Address) -> NetworkError:
+    """Returns what to tell and do about `error`: no connection, or no trust in the certificate."""
+    said = f"{type(error).__name__}: {error}"
+    low = said.lower()
+    if "certificate has expired" in low:
+        return NetworkError(
+            "the server's certificate has expired",
+            place=address.text,
+            cure="whoever runs the server makes a new one with fedpress network renew",
+            refused=True,
+        )
+    if "hostname mismatch" in low or "ip address mismatch" in low:
+        return NetworkError(
+            "the server's certificate was made for another host",
+            place=address.text,
+            cure="connect by the name that fedpress network init --host was given",
+            refused=True,
+        )
+    if "certificate" in low or "ssl" in low or "tls" in low:
+        return NetworkError(
+            f"the server's certificate is not signed by {address.ca} ({said})",
+            place=address.text,
+            cure="copy ca.crt anew from whoever runs the server",
+            refused=True,
+        )
+    return NetworkError(
+        f"the server cannot be reached ({said})",
+        place=address.text,
+        cure="see whether fedpress server runs there and the port is open",
+    )

@@ -1,0 +1,211 @@
+"""Parcels as messages of Flower, and messages that arrive piece by piece."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.app.message import remove_content_from_message
+from flwr.common.serde import message_to_proto
+from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest, ObjectTree
+from flwr.proto.node_pb2 import Node
+from flwr.supercore.inflatable.inflatable_object import (
+    get_all_nested_objects,
+    get_object_tree,
+    iterate_object_tree,
+)
+from flwr.supercore.inflatable.inflatable_protobuf_utils import (
+    make_pull_object_fn_protobuf,
+    make_push_object_fn_protobuf,
+)
+from flwr.supercore.inflatable.inflatable_utils import (
+    ObjectPullError,
+    ObjectUnavailableError,
+    inflate_object_from_contents,
+    pull_objects,
+    push_objects,
+)
+
+from fedpress.transport.link import Lost, Parcel
+
+CHUNK = 4 << 20
+"""Bytes of a body that travel as one object; the SuperLink refuses requests of twice as many."""
+UPLOAD = 150.0
+"""Seconds that an announced answer may take to arrive; the SuperLink ends an upload after 180."""
+
+
+def to_records(parcel: Parcel) -> RecordDict:
+    """Writes a parcel as Flower's records; the body apart, so that equal ones travel once."""
+    head: dict[str, Any] = {
+        "what": parcel.what,
+        "request": parcel.request,
+        "session": parcel.session,
+    }
+    records: dict[str, Any] = {"head": ConfigRecord(head)}
+    for start in range(0, len(parcel.body), CHUNK):
+        chunk = parcel.body[start : start + CHUNK]
+        records[f"body{start // CHUNK:06d}"] = ConfigRecord({"bytes": chunk})
+    return RecordDict(records)
+
+
+def to_parcel(message: Message) -> Parcel:
+    """Reads what `to_records` wrote, from anybody.
+
+    Raises:
+        ValueError: if it is something else.
+    """
+    if message.has_error():
+        raise ValueError(f"{message.error.reason}")
+    records = message.content
+    head = records["head"]
+    assert isinstance(head, ConfigRecord)
+    names = sorted(name for name in records if name.startswith("body"))
+    body = b"".join(bytes(records[name]["bytes"]) for name in names)  # type: ignore[arg-type]
+    return Parcel(
+        str(head["what"]),  # type: ignore[arg-type]
+        str(head["request"]),
+        str(head["session"]),
+        body,
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class Incoming:
+    """A parcel that has come, and the message that an answer must refer to."""
+
+    parcel: Parcel
+    message: Message
+
+
+class Arriving:
+    """A message whose objects are fetched as they arrive; nobody has checked its size.
+
+    Its sender announces all objects first and sends them then. Nothing here waits for them, because
+    others must not wait for a sender that is slow, or that never sends what it has announced.
+    """
+
+    def __init__(self, tree: ObjectTree, max_bytes: int) -> None:
+        self.root = tree.object_id
+        self._names = list(dict.fromkeys(one.object_id for one in iterate_object_tree(tree)))
+        self._max_bytes = max_bytes
+        self._contents: dict[str, bytes] = {}
+        self._size = 0
+        self._lock = threading.Lock()
+        self._since = time.monotonic()
+
+    def read(self, pull: Callable[[str], bytes]) -> Incoming | None:
+        """Fetches what has arrived; returns the parcel when it is complete, else None.
+
+        Raises:
+            ValueError: if it is too long or no parcel.
+            ObjectPullError: if it will not arrive.
+        """
+        # A body is cut into pieces of CHUNK bytes. Beside them there are four small objects.
+        if len(self._names) > self._max_bytes // CHUNK + 8:
+            raise ValueError(self._too_long)
+
+        def take(name: str) -> bytes:
+            if self._size > self._max_bytes:
+                raise ValueError(self._too_long)
+            # It is asked for again at the next look.
+            with suppress(ObjectUnavailableError):
+                content = pull(name)
+                # Several threads fetch at the same time.
+                with self._lock:
+                    self._contents[name] = content
+                    self._size += len(content)
+            return b""
+
+        pull_objects([name for name in self._names if name not in self._contents], take)
+        if len(self._contents) < len(self._names):
+            if time.monotonic() - self._since > UPLOAD:
+                raise ObjectPullError(self.root, f"it did not arrive within {UPLOAD:.0f} s")
+            return None
+        if self._size > self._max_bytes + CHUNK:
+            raise ValueError(self._too_long)
+        try:
+            message = inflate_object_from_contents(self.root, self._contents)
+            assert isinstance(message, Message)
+            message.metadata.__dict__["_message_id"] = self.root
+            return Incoming(to_parcel(message), message)
+        # Whatever a stranger sends may be wrong in any way.
+        except Exception as error:
+            raise ValueError(f"not a parcel ({type(error).__name__}: {error})") from error
+
+    @property
+    def _too_long(self) -> str:
+        return f"more than the {self._max_bytes} bytes that are accepted"
+
+
+@dataclass(frozen=True, eq=False)
+class Outgoing:
+    """A message that is announced first; its objects follow, those that are not there yet.
+
+    Attributes:
+        message: with its id.
+        head: the message without its content, as Flower's protobuf.
+        tree: ids of its objects.
+    """
+
+    message: Message
+    head: Any
+    tree: ObjectTree
+
+    @classmethod
+    def of(cls, message: Message) -> Outgoing:
+        """Gives `message` its id. Only within `no_object_id_recompute`, which keeps ids."""
+        message.metadata.__dict__["_message_id"] = message.object_id
+        bare = remove_content_from_message(message) if message.has_content() else message
+        return cls(message, message_to_proto(bare), get_object_tree(message))
+
+    def objects(self) -> dict[str, Any]:
+        """Returns its objects by their ids; equal parts of several messages have one id."""
+        return dict(get_all_nested_objects(self.message))
+
+
+def upload(api: Any, node: Node, run: int, announced: Any, objects: Mapping[str, Any]) -> None:
+    """Sends those of `objects` that the SuperLink asked for when they were announced.
+
+    Args:
+        api: client of the API of this side.
+        node: the sender.
+        run: the messages' run.
+        announced: the answer to `PushMessages`.
+        objects: by their ids.
+    """
+    push = make_push_object_fn_protobuf(api.PushObject, node, run, announced.session_id)
+    push_objects(dict(objects), push, object_ids_to_push=set(announced.objects_to_push))
+
+
+def take(api: Any, node: Node, run: int, arriving: Arriving) -> Incoming | Lost | None:
+    """Fetches what has arrived of a message, and confirms the message when it is complete.
+
+    Args:
+        api: client of the API of this side.
+        node: the receiver.
+        run: the message's run.
+        arriving: the message.
+
+    Returns:
+        None if more will arrive; `Lost` if it never will be complete, or is no parcel.
+    """
+    pull = make_pull_object_fn_protobuf(api.PullObject, node, run)
+    found: Incoming | Lost | None
+    try:
+        found = arriving.read(pull)
+    except ObjectPullError as error:
+        found = Lost(str(error))
+    except ValueError as error:
+        # Its sender made it so: sent again it would be the same.
+        found = Lost(str(error), again=False)
+    if found is not None:
+        # The SuperLink then deletes it.
+        api.ConfirmMessageReceived(
+            ConfirmMessageReceivedRequest(node=node, run_id=run, message_object_id=arriving.root)
+        )
+    return found

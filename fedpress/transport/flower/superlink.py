@@ -1,0 +1,165 @@
+"""The SuperLink as a process of its own, and how it is started again."""
+
+from __future__ import annotations
+
+import os
+import socket
+import ssl
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from fedpress.errors import NetworkError
+from fedpress.transport.flower.address import Address, transport_problem
+from fedpress.transport.flower.pinned import QUIET
+
+START = 60.0
+"""Seconds that a SuperLink may take to start."""
+
+
+class SuperLink:
+    """A SuperLink in a process of its own, which ends with this process.
+
+    Its database lives in memory: nothing of a run is kept there, since checkpoints are the run
+    folder's. A SuperLink that was killed is started again by `ServerLink`.
+    """
+
+    def __init__(
+        self,
+        address: Address,
+        folder: Path,
+        *,
+        bind: str | None = None,
+        certificate: Path | None = None,
+        key: Path | None = None,
+    ) -> None:
+        """Starts it.
+
+        Args:
+            address: where this server reaches it; with a `ca` it speaks TLS and asks clients for
+                their keys.
+            folder: for its log and the secret that this process shares with it.
+            bind: the address that it listens on; that of `address` if None.
+            certificate: of the server, in PEM.
+            key: of the certificate.
+
+        Raises:
+            NetworkError: if it does not start, for instance because the port is in use.
+        """
+        self.address = address
+        self.folder = folder
+        self._bind = bind or address.host
+        self._certificate = certificate
+        self._key = key
+        folder.mkdir(parents=True, exist_ok=True)
+        self.secret_file = folder / "superlink.secret"
+        if not self.secret_file.exists():
+            self.secret_file.touch(mode=0o600)
+            self.secret_file.write_bytes(os.urandom(32))
+        self._process = self._start()
+
+    @property
+    def secret(self) -> bytes:
+        """What shows the SuperLink that a request comes from this server."""
+        return self.secret_file.read_bytes()
+
+    @property
+    def running(self) -> bool:
+        """Whether the process is there."""
+        return self._process.poll() is None
+
+    def restart(self) -> None:
+        """Starts it again after its process has died."""
+        self.close()
+        self._process = self._start()
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        # Flower fails late, and in a log, if the port is taken.
+        _check_free(self._bind, self.address.port)
+        words = [sys.executable, "-m", "fedpress.transport.flower.guard", str(os.getpid())]
+        words += ["--host", self._bind, "--port", str(self.address.port)]
+        words += ["--isolation", "process", "--superexec-auth-secret-file", str(self.secret_file)]
+        words += ["--disable-runtime-dependency-installation"]
+        if self.address.ca is None:
+            words += ["--insecure"]
+        else:
+            words += ["--ssl-ca-certfile", str(self.address.ca)]
+            words += ["--ssl-certfile", str(self._certificate), "--ssl-keyfile", str(self._key)]
+            words += ["--enable-supernode-auth"]
+        home = self.folder / "flower"
+        with (self.folder / "superlink.log").open("ab") as out:
+            process = subprocess.Popen(
+                words,
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+                env={**os.environ, **QUIET, "FLWR_HOME": str(home)},
+                # Ctrl-C in the terminal must reach the server alone, which then stops it.
+                process_group=0,
+            )
+        try:
+            self._wait_until_up(process)
+        except BaseException:
+            process.kill()
+            process.wait()
+            raise
+        return process
+
+    def _wait_until_up(self, process: subprocess.Popen[bytes]) -> None:
+        end = time.monotonic() + START
+        verify: Any = True if self.address.ca is None else _context(self.address.ca)
+        with httpx.Client(verify=verify, timeout=5.0, trust_env=False) as client:
+            while time.monotonic() < end:
+                if process.poll() is not None:
+                    break
+                try:
+                    client.get(f"{self.address.url}/health")
+                    return
+                except httpx.TransportError as error:
+                    if "certificate" in str(error).lower():
+                        raise transport_problem(error, self.address) from error
+                    time.sleep(0.05)
+        raise NetworkError(
+            f"the SuperLink did not start ({_last_line(self.folder / 'superlink.log')})",
+            place=self.address.text,
+            cure=f"see {self.folder / 'superlink.log'}",
+        )
+
+    def close(self) -> None:
+        """Ends the process."""
+        if self._process.poll() is None:
+            self._process.terminate()
+            try:
+                self._process.wait(10)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+        self._process.wait()
+
+
+def _context(ca: Path) -> ssl.SSLContext:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.load_verify_locations(cadata=ca.read_text("ascii"))
+    return context
+
+
+def _check_free(host: str, port: int) -> None:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise NetworkError(
+                f"the SuperLink cannot listen there ({error.strerror})",
+                place=f"{host}:{port}",
+                cure="end the process that uses the port, or give another one",
+            ) from error
+
+
+def _last_line(path: Path) -> str:
+    lines = [line for line in path.read_text("utf-8", "replace").splitlines() if line.strip()]
+    return lines[-1].strip()[:200] if lines else "it said nothing"
