@@ -36,15 +36,11 @@ class Wire(Protocol):
     """The client's connection to the server, such as `fedpress.transport.flower.NodeLink`."""
 
     def connect(self) -> None:
-        """Connects, for the first time or again.
+        """Connects, for the first time or again; then tells the server of it until `close`.
 
         Raises:
             NetworkError: if connecting fails.
         """
-        ...
-
-    def beat(self) -> None:
-        """Tells the server that this client is online; does nothing if the last time was recent."""
         ...
 
     def receive(self) -> Any:
@@ -182,7 +178,6 @@ class Correspondence:
         pace = Pace()
         try:
             while not self._stopped.is_set():
-                self._wire.beat()
                 busy = self._send_answers()
                 incoming = self._wire.receive()
                 if incoming is not None:

@@ -356,7 +356,6 @@ class Fake:
 
     def _run(self) -> None:
         while not self._stopped.is_set():
-            self._wire.beat()
             incoming = self._wire.receive()
             if incoming is None:
                 self._stopped.wait(0.02)

@@ -38,9 +38,6 @@ class Wire:
             raise self.connecting.pop(0)
         self.connected += 1
 
-    def beat(self):
-        pass
-
     def receive(self):
         if self.receiving:
             raise self.receiving.pop(0)

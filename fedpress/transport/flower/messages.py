@@ -36,7 +36,7 @@ from fedpress.transport.link import Lost, Parcel
 CHUNK = 4 << 20
 """Bytes of a body that travel as one object; the SuperLink refuses requests of twice as many."""
 UPLOAD = 150.0
-"""Seconds that an announced answer may take to arrive; the SuperLink ends an upload after 180."""
+"""Seconds between two pieces of a message; the SuperLink ends an upload after 180 without one."""
 
 
 def to_records(parcel: Parcel) -> RecordDict:
@@ -96,7 +96,7 @@ class Arriving:
         self._contents: dict[str, bytes] = {}
         self._size = 0
         self._lock = threading.Lock()
-        self._since = time.monotonic()
+        self._latest = time.monotonic()
 
     def read(self, pull: Callable[[str], bytes]) -> Incoming | None:
         """Fetches what has arrived; returns the parcel when it is complete, else None.
@@ -119,12 +119,14 @@ class Arriving:
                 with self._lock:
                     self._contents[name] = content
                     self._size += len(content)
+                    self._latest = time.monotonic()
             return b""
 
         pull_objects([name for name in self._names if name not in self._contents], take)
         if len(self._contents) < len(self._names):
-            if time.monotonic() - self._since > UPLOAD:
-                raise ObjectPullError(self.root, f"it did not arrive within {UPLOAD:.0f} s")
+            if time.monotonic() - self._latest > UPLOAD:
+                reason = f"no piece of it arrived for {UPLOAD:.0f} s"
+                raise ObjectPullError(self.root, reason)
             return None
         if self._size > self._max_bytes + CHUNK:
             raise ValueError(self._too_long)

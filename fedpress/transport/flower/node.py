@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import time
+import threading
 
 import httpx
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -85,7 +85,8 @@ class NodeLink:
         )
         self._node = Node()
         self._arriving: list[tuple[int, Arriving]] = []
-        self._beaten = 0.0
+        self._closed = threading.Event()
+        self._heart = threading.Thread(target=self._beats, name="fedpress-heartbeat", daemon=True)
 
     def connect(self) -> None:
         """Connects, or connects again after the SuperLink was started anew.
@@ -96,7 +97,6 @@ class NodeLink:
         with explained(self._address):
             # It refuses to activate a node that it takes to be connected.
             if self._is_known():
-                self._beaten = time.monotonic()
                 return
             if not self._given:
                 with registered_before():
@@ -107,15 +107,20 @@ class NodeLink:
         self._node = Node(node_id=answer.node_id)
         # Whatever was on its way through another SuperLink is gone.
         self._arriving.clear()
-        self._beaten = time.monotonic()
+        if not self._heart.ident:
+            self._heart.start()
 
-    def beat(self) -> None:
-        """Shows the SuperLink that this client is there, if that is due."""
-        if time.monotonic() - self._beaten < BEAT / 3:
-            return
-        with explained(self._address):
-            self._beat()
-        self._beaten = time.monotonic()
+    def _beats(self) -> None:
+        """Shows the SuperLink that this client is online, until `close`.
+
+        A thread of its own: on a slow line one message may take minutes.
+        """
+        while not self._closed.wait(BEAT / 3):
+            try:
+                self._beat()
+            # Whoever receives or sends sees that the SuperLink is gone, and connects again.
+            except httpx.HTTPError as error:
+                log.debug("heartbeat: %s", error)
 
     def _beat(self) -> bool:
         beat = SendNodeHeartbeatRequest(node=self._node, heartbeat_interval=BEAT)
@@ -187,6 +192,9 @@ class NodeLink:
 
     def close(self) -> None:
         """Says goodbye, if the server is there."""
+        self._closed.set()
+        if self._heart.ident:
+            self._heart.join()
         try:
             self._client.DeactivateNode(DeactivateNodeRequest(node_id=self._node.node_id))
         except (httpx.HTTPError, RuntimeError) as error:
