@@ -39,9 +39,9 @@ class Job:
         preprocess: the standardisation that training applied to raw examples. The file does not
             compute it; mean and standard deviation are in its metadata.
         metadata: more entries for the file's metadata, such as class names.
-        batches: public calibration batches, in the form of `example` or as standardised float32
-            [n, *input_shape]. With them the file computes on 8-bit integers, without them in float.
-            Quantized weights are stored in few bits in both cases.
+        batches: batches of public examples for calibration, in the form of `example` or as
+            standardised float32 [n, *input_shape]. If there are any, the file computes on 8-bit
+            integers, else in float. In both cases quantized weights are stored in few bits.
         observer: how value ranges are computed from the calibration (`fedpress.nn.observers`).
         weight_bits: bits of weights that are float in the model; 7 for processors on which sums of
             8-bit products overflow (see docs/devices.md).
@@ -56,6 +56,7 @@ class Job:
     example: Example | None = None
 
     def __post_init__(self) -> None:
+        # A tensor is a sequence too: its rows would pass as batches.
         if isinstance(self.batches, Tensor | Mapping):
             raise ExportError(
                 "got one batch, expected a tuple of them",
@@ -80,7 +81,7 @@ class Job:
 
     @property
     def input_spec(self) -> InputSpec:
-        """What the model takes: `example` if there is one, else `input_shape`."""
+        """The inputs of the model: `example` if there is one, else `input_shape`."""
         return self.input_shape if self.example is None else self.example
 
     def one_shape(self, format: str) -> tuple[int, ...]:
@@ -101,7 +102,8 @@ class Job:
         )
 
     def file_metadata(self) -> dict[str, str]:
-        """Returns the file's metadata: it tells a device how to prepare a raw example."""
+        """Returns the metadata of the file, which tells a device how to prepare a raw example."""
+        # The version goes last, so that a caller's entry cannot replace it.
         entries = {**self.metadata, "fedpress_version": fedpress.__version__}
 
         if self.example is not None and not isinstance(self.example, Tensor):
@@ -135,12 +137,12 @@ class Artifact:
 
     Attributes:
         path: the file.
-        file_bytes: its size.
+        file_bytes: size of the file.
         metadata: the entries that are stored in the file.
         left_float: module or operation that computes in float although integers were asked for ->
             the reason.
-        program: the quantized graph that the file was made from, to compare its outputs with; None
-            if it was made from the float model.
+        program: the quantized graph from which the file was made, for comparing outputs; None if
+            the file was made from the float model.
         rounds: whether the file rounds activations. Two runtimes may then round the same value to
             different steps, so `tolerance` is larger.
     """
@@ -154,7 +156,7 @@ class Artifact:
 
     @property
     def tolerance(self) -> float:
-        """Allowed error of an output against `program`, or the model: see `deploy.parity`."""
+        """Allowed error of an output of the file, compared with `program` or the float model."""
         return ROUNDING if self.rounds else TOLERANCE
 
 
@@ -162,7 +164,7 @@ def write(path: Path, data: bytes) -> None:
     """Writes `data` to a temporary file beside `path`, then renames it to `path`.
 
     Raises:
-        ExportError: if it cannot be written; an older file at `path` is then not changed.
+        ExportError: if the file cannot be written. An older file at `path` is then not changed.
     """
     cure = ("free space or choose another ", Argument("out"))
     with writing(path, raises=ExportError, full=cure, other=cure):

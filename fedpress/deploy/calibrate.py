@@ -1,4 +1,4 @@
-"""Measures the value range of every tensor in a graph on calibration batches."""
+"""Measures the range of values of every tensor in a graph, on calibration batches."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from fedpress.nn.quant_scheme import InputQuantization
 
 
 class _RangeRecorder(fx.Interpreter):
-    """Runs the graph and records minimum and maximum of every float tensor in it.
+    """Runs the graph, and records minimum and maximum of every float tensor.
 
-    With `fills_histograms` it adds the values to the histograms over those ranges instead.
+    In a second pass, with `fills_histograms`, it adds the values to histograms over these ranges.
     """
 
     def __init__(self, graph: fx.GraphModule) -> None:
@@ -50,7 +50,7 @@ class _RangeRecorder(fx.Interpreter):
 def ranges(
     graph: fx.GraphModule, batches: Sequence[Example], observer: Observer
 ) -> dict[fx.Node, tuple[float, float]]:
-    """Runs the graph on `batches` and returns (low, high) of every float tensor in it.
+    """Runs the graph on `batches`, and returns the range (low, high) of every float tensor.
 
     A tensor that was not finite on some batch has (NaN, NaN).
 

@@ -57,10 +57,10 @@ _CURES = (
 
 
 def extra(name: str, constraints: str = "constraints.txt") -> str:
-    """Returns what `pip install` takes for an optional extra of fedpress, such as "openvino".
+    """Returns the arguments of `pip install` for an optional extra of fedpress, such as "openvino".
 
-    In a clone of the repository it is the path of the clone, with pinned versions: the package need
-    not be on an index.
+    In a clone of the repository these are the path of the clone and a file of pinned versions. So
+    fedpress need not be on a package index.
 
     Args:
         name: name of the extra.
@@ -77,10 +77,11 @@ def require(*packages: str, install: str = "") -> dict[str, Any]:
 
     Args:
         packages: names to import, such as "onnxruntime".
-        install: what to give to pip; empty if pip knows the packages by the same names.
+        install: arguments of `pip install`; empty if pip knows the packages by the same names.
 
     Raises:
-        ExportError: if one is missing or cannot be loaded, with the command that installs it.
+        ExportError: if a package is missing or cannot be loaded. The error has the command that
+            installs the package.
 
     >>> require("json")["json"].loads("1")
     1
@@ -109,13 +110,14 @@ def capture(
     """Traces a float32 CPU copy of `model` in evaluation mode; the model itself is not changed.
 
     Args:
-        model: maps a batch to tensors, alone or in tuples and dictionaries.
+        model: the model, which maps a batch to one tensor, or to tensors in tuples and
+            dictionaries.
         given: shape of one float32 example, or a batch of inputs.
         batch: the batch size of the graph; None leaves it free.
 
     Raises:
-        ExportError: if the model cannot be captured, naming the module, or if a parameter is not
-            finite, naming it.
+        ExportError: if the model cannot be captured, or a parameter is not finite. The error names
+            the module or the parameter.
     """
     check_finite(model)
     model = copied(model).to("cpu", torch.float32).eval()
@@ -139,7 +141,7 @@ def capture(
 
 
 def _explained(message: str, error: Exception, example: Example) -> tuple[str, str]:
-    """Returns the meaning of torch.export's `message`, and a cure."""
+    """Returns what a message of torch.export means, and what to do about it."""
     for pattern, why, cure in _CURES:
         if re.search(pattern, message):
             return why, cure
@@ -154,10 +156,10 @@ def trace(
     """Captures `model` on the batch `example`.
 
     Args:
-        model: in evaluation mode.
-        example: two rows or more.
-        free: whether the graph takes any batch size, or only that of `example`.
-        strict: whether torch analyses the code of forward instead of running it. It then supports
+        model: the model, in evaluation mode.
+        example: a batch of two rows or more.
+        free: whether the graph takes any batch size; if not, only the batch size of `example`.
+        strict: whether torch analyses the code of forward instead of running it. This supports
             `len(x)`, but fewer features of Python.
     """
     args, named = arguments(example)
@@ -189,7 +191,7 @@ def check_finite(model: nn.Module) -> None:
     """Checks that parameters and batch-norm statistics are finite.
 
     Raises:
-        ExportError: with the name of the first that holds NaN or infinite values.
+        ExportError: if one has NaN or infinite values; the error names the first such tensor.
     """
     checked: dict[str, Tensor] = dict(model.named_parameters())
     # Other buffers may be infinite on purpose, such as an attention mask of -inf.
@@ -206,7 +208,7 @@ def check_finite(model: nn.Module) -> None:
 
 
 def _blame(model: nn.Module, error: BaseException) -> str:
-    """Names the innermost module of `model` that was running when `error` was raised."""
+    """Returns the name of the innermost module that was running when `error` was raised."""
     names = {id(module): name for name, module in model.named_modules()}
     inner: nn.Module = model
     # The traceback is ordered from the outermost call to the innermost, so the last module is it.

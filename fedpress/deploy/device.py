@@ -32,9 +32,9 @@ class DeviceGraph:
             than they need.
         rounded: the quantized program in torch, whose outputs the file must reproduce; None for a
             model without any quantization.
-        integer: whether the activations are quantized, by calibration batches.
-        rounds: whether any activation is rounded. Without calibration it may be the inputs of
-            layers that the quantize stage has quantized.
+        integer: whether activations are quantized, with ranges from calibration batches.
+        rounds: whether any activation is rounded. This can be so without calibration, if the
+            quantize stage has quantized the inputs of layers.
     """
 
     graph: fx.GraphModule
@@ -58,7 +58,8 @@ def device_graph(
         model: takes one float32 tensor.
         job: the settings of the export.
         format: name of the file format in errors.
-        four_bit_shift: of the runtime's kernels (see `IntegerFormat`).
+        four_bit_shift: number of bits by which the runtime's kernels shift 4-bit weights (see
+            `IntegerFormat`).
 
     Raises:
         ExportError: if the model cannot be captured, or a calibration batch does not fit or is not
@@ -86,6 +87,7 @@ def device_graph(
         assert isinstance(plain, fx.GraphModule)
         found = DeviceGraph(plain)
     outputs = next(len(n.all_input_nodes) for n in found.graph.graph.nodes if n.op == "output")
+    # Sessions of these formats return one array (see `open_executorch`).
     if outputs != 1:
         raise ExportError(
             f"the model returns {outputs} tensors",
@@ -99,8 +101,8 @@ def device_graph(
 def _keep_spatial_means_(graph: fx.GraphModule) -> None:
     """Replaces `mean([2, 3])` by `mean([2, 3], keepdim=True)` and a view.
 
-    With keepdim the runtimes can use a pooling kernel for the mean. In a quantized graph the mean
-    is rounded before the view as it was after it, so no value changes.
+    With keepdim the runtimes can use a pooling kernel for the mean. In a quantized graph, the
+    rounding after the old mean is repeated between the new mean and the view, so no value changes.
     """
     ops = torch.ops.quantized_decomposed
     for node in list(graph.graph.nodes):
@@ -155,11 +157,12 @@ def dequantize_for_each_reader_(graph: fx.GraphModule) -> None:
 
 
 def coded_weights(graph: fx.GraphModule, *, groups: bool = False) -> Iterator[tuple[str, fx.Node]]:
-    """Yields module name and dequantize operation of every weight stored as codes and scales.
+    """Yields the module's name and the dequantize operation of every weight stored as integers.
 
     Args:
         graph: the graph.
-        groups: True: only weights with several scales per output channel; False: only with one.
+        groups: whether to yield weights with several scales per output channel, or weights with
+            one.
     """
     ops = torch.ops.quantized_decomposed
     wanted = ops.dequantize_per_channel.default
@@ -217,11 +220,12 @@ def captured_output() -> Iterator[Callable[[], str]]:
             os.dup2(taken.fileno(), descriptor)
         stack.enter_context(contextlib.redirect_stdout(text))
         stack.enter_context(contextlib.redirect_stderr(text))
+        # `pread` does not move the position at which the runtime writes.
         yield lambda: os.pread(taken.fileno(), 1 << 20, 0).decode(errors="replace")
 
 
 def first_line(error: BaseException) -> str:
-    """Returns the first line of an error's message that has the reason; else the error's type."""
+    """Returns the line of an error's message that gives the reason; else the error's type."""
     for line in map(str.strip, str(error).splitlines()):
         # OpenVINO's messages begin with a line of its own source code.
         if line and not line.startswith("Exception from"):

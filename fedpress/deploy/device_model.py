@@ -1,6 +1,7 @@
-"""Loads a training program into ExecuTorch, and gives its parameters as those of a torch module.
+"""Loads a program that trains (see `ondevice`) into ExecuTorch, and makes it a torch module.
 
-The parameters share memory with the runtime: the program uses values that are written to them.
+The parameters of the module share memory with the runtime. So the program uses every value that is
+written to them.
 """
 
 from __future__ import annotations
@@ -33,10 +34,13 @@ class DeviceModel(nn.Module):
     """
 
     def __init__(self, program: bytes | str | Path) -> None:
-        """Loads a file or its bytes.
+        """Loads a program.
+
+        Args:
+            program: the path of a file, or the bytes of the file.
 
         Raises:
-            ExportError: if it is damaged, or is not a training program.
+            ExportError: if the file is damaged, or is not a training program.
         """
         super().__init__()
         data = program if isinstance(program, bytes) else _read_file(program)
@@ -107,17 +111,18 @@ class DeviceModel(nn.Module):
 
         Args:
             x: float32 [batch_size, *input_shape].
-            y: targets of the task: int64 [batch_size] where they are classes, else float32
-                [batch_size, k], or [batch_size] where k is 1.
-            weights: float32 [batch_size]; 0 for an example that is padding.
+            y: targets of the task: int64 [batch_size] for classes, else float32 [batch_size, k], or
+                [batch_size] if k is 1.
+            weights: weight of each example in the sum, float32 [batch_size]; 0 for padding.
 
         Returns:
-            The weighted sum of losses, and outputs [batch_size, k]; `gradients` has the gradients
-            of the sum.
+            The weighted sum of losses, and outputs [batch_size, k]. Afterwards `gradients` returns
+            the gradients of this sum.
 
         Raises:
             ExportError: if a shape does not fit, or a target is invalid for the task.
         """
+        # The shapes are fixed in the program, and a wrong one could crash the runtime.
         wanted = (self.batch_size, *self.input_shape)
         if tuple(x.shape) != wanted or {len(y), *weights.shape} != {self.batch_size}:
             raise ExportError(
@@ -134,7 +139,7 @@ class DeviceModel(nn.Module):
         """Checks targets [batch_size, ...] and returns them in the program's shape.
 
         Raises:
-            ExportError: if they are invalid for the task.
+            ExportError: if the targets are invalid for the task.
         """
         try:
             self.task.check_targets(y)
@@ -207,6 +212,7 @@ class DeviceModel(nn.Module):
         optimizers = []
         for group, decay in ((weights, weight_decay), (step_sizes, 0.0)):
             if group:
+                # The fourth argument is the dampening of the momentum.
                 made = self._library.get_sgd_optimizer(group, lr, momentum, 0, decay)
                 optimizers.append((set(group), made))
         return DeviceSGD(optimizers)

@@ -1,4 +1,4 @@
-"""Converts inputs and outputs of a model: tensors in order, by name, or in nested containers."""
+"""Converts inputs and outputs of models between tensors, dictionaries and nested containers."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Example: `{"logits": 0, "hidden": [1, 2]}` is a dictionary whose second value is
 
 
 def is_shape(given: InputSpec) -> TypeGuard[tuple[int, ...]]:
-    """Says whether `given` is the shape of one float32 example, not a batch."""
+    """Whether `given` is the shape of one float32 example, and not a batch of inputs."""
     return isinstance(given, tuple) and all(isinstance(size, int) for size in given)
 
 
@@ -40,6 +40,7 @@ def example_of(given: InputSpec) -> Example:
 def random_rows(given: InputSpec, rows: int) -> Example:
     """Returns a batch of `rows` rows: normal noise if `given` is a shape, else rows of `given`."""
     if is_shape(given):
+        # A fixed seed: every model and file is measured on the same inputs.
         generator = torch.Generator().manual_seed(0)
         return torch.randn(rows, *given, generator=generator)
     return take_rows(as_device(example_of(given)), rows)
@@ -49,7 +50,8 @@ def check_tensors(example: Any, where: str) -> None:
     """Checks that `example` is a tensor, or a tuple or mapping of tensors, with equal batch sizes.
 
     Raises:
-        ExportError: with what is wrong; the message calls the example `where`.
+        ExportError: if the example has another type or unequal batch sizes. The message calls the
+            example `where`.
     """
     parts: list[Any] = []
     if isinstance(example, Tensor):
@@ -146,7 +148,7 @@ def names_of(model: nn.Module, example: Example) -> list[str]:
 
 
 def batch_dims(model: nn.Module, example: Example, spec: Any) -> dict[str, Any]:
-    """Returns `spec` for every tensor of the call, as `dynamic_shapes` of `torch.export`."""
+    """Returns `dynamic_shapes` for `torch.export`: `spec` for every tensor in the inputs."""
     args, named = arguments(example)
     bound = inspect.signature(model.forward).bind(*args, **named).arguments
 

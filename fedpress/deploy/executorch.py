@@ -37,11 +37,12 @@ METADATA = "fedpress"
 def export_executorch(model: torch.nn.Module, path: str | Path, job: Job) -> Artifact:
     """Writes `model` in evaluation mode as an ExecuTorch program for batches of one.
 
-    With calibration batches in `job`, convolutions, linear layers, sums, means and pools compute on
-    8-bit integers. XNNPACK has no convolution with 4-bit weights, so weights of fewer bits are
-    stored in 8; without calibration they are stored as float32. Operations that XNNPACK does not
-    support run in ExecuTorch's portable kernels. `left_float` of the result lists all exceptions.
-    The model is not changed.
+    XNNPACK is a library of fast kernels for the processors of phones. With calibration batches in
+    `job`, convolutions, linear layers, sums, means and pools compute on 8-bit integers. XNNPACK has
+    no convolution with 4-bit weights, so weights of fewer than 8 bits are stored in 8 bits; without
+    calibration they are stored as float32. Operations that XNNPACK does not support run in
+    ExecuTorch's portable kernels. `left_float` of the result lists all exceptions. The model is not
+    changed.
 
     Raises:
         ExportError: if the model cannot be captured or lowered, or if the file cannot be written.
@@ -69,7 +70,12 @@ def export_executorch(model: torch.nn.Module, path: str | Path, job: Job) -> Art
 
 
 def _lower(made: DeviceGraph, job: Job, metadata: dict[str, str]) -> tuple[bytes, dict[str, str]]:
-    """Returns the file's bytes, and what XNNPACK does not compute on integers, with the reason."""
+    """Lowers the graph to a file.
+
+    Returns:
+        The bytes of the file; and for each module that XNNPACK does not compute on integers, the
+        reason.
+    """
     outside: dict[str, str] = {}
     edge = _partitioned(made, job, metadata)
     # Outside of XNNPACK's partitions no kernel reads integer weights. Such weights are made float,
@@ -92,7 +98,7 @@ def _lower(made: DeviceGraph, job: Job, metadata: dict[str, str]) -> tuple[bytes
 
 
 def _partitioned(made: DeviceGraph, job: Job, metadata: dict[str, str]) -> Any:
-    """Lowers the graph: the partitioner gives XNNPACK the parts that it can compute."""
+    """Lowers the graph; a partitioner assigns the parts that XNNPACK can compute to XNNPACK."""
     from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
     from executorch.exir import EdgeCompileConfig, to_edge_transform_and_lower
 
@@ -115,13 +121,13 @@ def _partitioned(made: DeviceGraph, job: Job, metadata: dict[str, str]) -> Any:
 
 
 def _operations_outside(edge: Any) -> list[torch.fx.Node]:
-    """Returns the operations that are not in a partition of XNNPACK."""
+    """Returns the operations that XNNPACK does not compute."""
     nodes = edge.exported_program().graph.nodes
     return [node for node in nodes if node.op == "call_function" and _computes(node)]
 
 
 def _operations_inside(edge: Any) -> Iterator[torch.fx.Node]:
-    """Yields the operations in XNNPACK's partitions."""
+    """Yields the operations that XNNPACK computes."""
     for _, part in edge.exported_program().graph_module.named_children():
         if hasattr(part, "original_module"):
             yield from part.original_module.graph.nodes
@@ -142,6 +148,7 @@ def _layers_left_on_codes(edge: Any) -> set[str]:
 def _program_bytes(edge: Any) -> bytes:
     try:
         with silence(), captured_output():
+            # Importing it registers the quantized kernels with the runtime.
             require("executorch.kernels.quantized", install=INSTALL)
             data: bytes = edge.to_executorch().buffer
     except Exception as error:
@@ -157,12 +164,13 @@ def _run_once(data: bytes, input_shape: tuple[int, ...]) -> None:
     """Runs the program once on zeros, to find missing kernels and kernels that refuse a tensor.
 
     Raises:
-        ExportError: naming the operation.
+        ExportError: if the program cannot run; the error names the operation.
     """
     with silence(), captured_output() as printed:
         runtime = require("executorch.runtime", install=INSTALL)["executorch.runtime"]
         try:
             method = runtime.Runtime.get().load_program(data).load_method("forward")
+            # Zeros suffice: whether a kernel exists depends on shapes and dtypes, not on values.
             method.execute([torch.zeros(1, *input_shape)])
             return
         except RuntimeError as error:
@@ -175,9 +183,10 @@ def _run_once(data: bytes, input_shape: tuple[int, ...]) -> None:
 
 
 def refused_kernel(printed: str) -> str | None:
-    """Returns what the runtime printed about an operation that it cannot run; None if nothing.
+    """Returns a description of the operation that the runtime cannot run; None if there is none.
 
-    The runtime's exceptions contain only an error code, so the printed text is searched.
+    The runtime's exceptions contain only an error code. The name of the operation is searched in
+    the text that the runtime has printed.
 
     >>> refused_kernel("[method.cpp:822] Missing operator: [23] aten::avg_pool2d_backward.out")
     "no kernel that runs the operation 'aten::avg_pool2d_backward' of this model"
@@ -210,7 +219,8 @@ def open_executorch(path: str | Path, threads: int = 0) -> Session:
             each core.
 
     Raises:
-        ExportError: if the file cannot be loaded; the session, if it cannot be run.
+        ExportError: if the file cannot be loaded. The session raises the same error if the file
+            cannot be run.
     """
     with silence(), captured_output():
         runtime = require("executorch.runtime", install=INSTALL)["executorch.runtime"]
@@ -278,7 +288,7 @@ def read_metadata(path: str | Path) -> dict[str, str]:
     """Returns the metadata in the file.
 
     Raises:
-        ExportError: if it cannot be loaded.
+        ExportError: if the file cannot be loaded.
     """
     with silence(), captured_output():
         runtime = require("executorch.runtime", install=INSTALL)["executorch.runtime"]

@@ -1,8 +1,8 @@
-"""The table of file formats: the functions that write and open each, and the packages it needs.
+"""The table of file formats, such as ONNX: which functions write and open files of each format.
 
 To add a format, write a module with `export(model, path, job) -> Artifact` and
-`open(path, threads) -> Session`, and add a row below. Parity, accuracy, latency, the export stage
-and `measure` use the row.
+`open(path, threads) -> Session`, and add a row below. Everything else, such as the export stage and
+`measure`, uses the row.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ class Format:
     """One file format.
 
     Attributes:
-        suffix: suffix of its files, by which a file is recognised.
-        runtime: name of the runtime that runs its files here.
-        packages: Python packages that it needs.
+        suffix: suffix of the files, by which a file is recognised.
+        runtime: name of the runtime that runs the files on this machine.
+        packages: Python packages that the format needs.
         install: arguments of `pip install` for these packages.
         export: function that writes a model.
         open: function that loads a file; arguments: path and threads (0: the runtime chooses).
-        batch: the only batch size that its files take; None: any.
+        batch: the only batch size that the files take; None: they take any batch size.
     """
 
     suffix: str
@@ -48,11 +48,13 @@ class Format:
 
     def missing(self) -> str | None:
         """Returns the command that installs missing packages; None if all are installed."""
+        # Looks for the packages without importing them, which takes seconds.
         if all(find_spec(name) is not None for name in self.packages):
             return None
         return f"pip install {self.install}"
 
 
+# ExecuTorch and LiteRT programs have fixed sizes; a device answers one request at a time.
 FORMATS: dict[str, Format] = {
     "onnx": Format(
         suffix=".onnx",
@@ -100,7 +102,7 @@ def unknown_format(format: str) -> ExportError:
 
 
 def export(model: nn.Module, path: str | Path, format: str, job: Job) -> Artifact:
-    """Writes `model` as one of `FORMATS`.
+    """Writes `model` to a file in one of the `FORMATS`.
 
     Raises:
         ExportError: if there is no such format, its packages are missing (with the command that
@@ -119,7 +121,7 @@ def export(model: nn.Module, path: str | Path, format: str, job: Job) -> Artifac
 
 
 def format_of(path: str | Path) -> Format:
-    """Returns the row of a file by its suffix.
+    """Returns the format of a file, by the suffix of its name.
 
     Raises:
         ExportError: if no format has this suffix, or its packages are not installed.
@@ -148,6 +150,7 @@ def file_bytes(path: str | Path) -> int:
         ExportError: if a file is missing.
     """
     files = [Path(path)]
+    # Only OpenVINO writes two files: the graph, and the weights beside it.
     if Path(path).suffix == ".xml":
         files.append(Path(path).with_suffix(".bin"))
     for file in files:
@@ -164,7 +167,7 @@ def open_file(path: str | Path, *, threads: int = 0) -> Session:
         threads: number of threads; 0: the runtime chooses.
 
     Raises:
-        ExportError: if it cannot be loaded.
+        ExportError: if the file cannot be loaded.
     """
     row = format_of(path)
     # Called for its error: it names the missing file, also OpenVINO's second one.

@@ -61,10 +61,10 @@ def export_litert(model: nn.Module, path: str | Path, job: Job) -> Artifact:
     """Writes `model` in evaluation mode as a LiteRT file for batches of one.
 
     With calibration batches in `job` the file computes on 8-bit integers. Its input and output are
-    then int8 too, with scale and zero point in the file (`open_litert` converts). Weights that fit
-    into 4 bits are stored in 4. Without batches the file computes in float; weights of quantized
-    layers are stored as integers, and become float when the file is loaded. The model is not
-    changed.
+    then int8 too, with scale and zero point in the file (`open_litert` converts from and to
+    floats). Weights that fit into 4 bits are stored in 4 bits. Without batches the file computes in
+    float. Weights of quantized layers are then stored as integers, and become float when the file
+    is loaded. The model is not changed.
 
     Raises:
         ExportError: if the model cannot be captured or converted, or if the file cannot be written.
@@ -156,6 +156,7 @@ def _compressed(data: bytes, metadata: dict[str, str]) -> tuple[bytes, list[str]
         _store_codes_(file, graph)
         for tensor in _packable_weights(file, graph):
             codes = np.asarray(file.buffers[tensor.buffer].data, np.uint8).view(np.int8)
+            # All codes must fit into 4 bits; other weights stay in 8 bits.
             if len(codes) and codes.min() >= -8 and codes.max() <= 7:
                 file.buffers[tensor.buffer].data = _two_to_a_byte(codes)
                 tensor.type = FOUR_BITS
@@ -166,6 +167,7 @@ def _compressed(data: bytes, metadata: dict[str, str]) -> tuple[bytes, list[str]
         file.buffers.append(buffer)
         file.metadata = [*(file.metadata or []), entry]
     builder = flatbuffers.Builder(len(data))
+    # TFL3 identifies the file format.
     builder.Finish(file.Pack(builder), b"TFL3")
     float_operations: set[str] = set()
     for graph in file.subgraphs:
@@ -182,7 +184,7 @@ def _two_to_a_byte(codes: np.ndarray) -> np.ndarray:
 
 
 def _float_operations(file: Any, graph: Any) -> Iterator[str]:
-    """Yields the names of operations with float outputs, except those that move or convert."""
+    """Yields the names of operations that compute floats; moves and conversions do not count."""
     from ai_edge_litert import schema_py_generated as schema
 
     names: dict[int, str] = {}
@@ -203,7 +205,7 @@ def _operation_code(file: Any, operator: Any) -> int:
 
 
 def _packable_weights(file: Any, graph: Any) -> Iterator[Any]:
-    """Yields the int8 weights that only kernels in `READERS` read, each once."""
+    """Yields each int8 weight that is read only by kernels that can also read 4-bit weights."""
     readers: dict[int, set[tuple[int, int]]] = {}
     for operator in graph.operators:
         for at, index in enumerate(operator.inputs):
@@ -251,7 +253,8 @@ def open_litert(path: str | Path, threads: int = 0) -> Session:
         threads: number of threads; 0: one for each core.
 
     Raises:
-        ExportError: if the file cannot be loaded; the session, if it cannot be run.
+        ExportError: if the file cannot be loaded. The session raises the same error if the file
+            cannot be run.
     """
     with silence(), captured_output():
         interpreter = require(RUNTIME, install=INSTALL)[RUNTIME].Interpreter

@@ -39,12 +39,12 @@ def export_all(
         calibration: batches of standardised examples, to measure value ranges for int8.
 
     Returns:
-        The path of each file, under a name such as "onnx int8"; and the reason for each file that
-        could not be exported, under the same kind of name.
+        Two dictionaries with names such as "onnx int8": the path of each file, and the reason for
+        each file that could not be exported.
 
     Raises:
-        ExportError: if a format in `formats` does not exist, its packages are missing, or it cannot
-            hold the model in float.
+        ExportError: if a format in `formats` does not exist, its packages are missing, or the model
+            cannot be exported to it in float.
     """
     files: dict[str, Path] = {}
     left_out: dict[str, str] = {}
@@ -77,9 +77,9 @@ class Candidate:
     Attributes:
         runnable: a model, or an exported file.
         macs: multiply-adds for one example.
-        activations: number of values that its layers compute for one example.
-        int8: whether it computes on 8-bit integers.
-        file_bytes: size of its saved file; None: size of the exported file, or of a model's
+        activations: number of values that all layers compute for one example.
+        int8: whether the model or file computes on 8-bit integers.
+        file_bytes: size of the saved file; None: size of the exported file, or of a model's
             parameters and buffers in memory.
     """
 
@@ -107,12 +107,12 @@ def measure(
     Args:
         candidates: name -> model or file.
         given: shape of one float32 example, or a batch of inputs.
-        batches: see `time_in_turn`.
-        threads: see `time_in_turn`.
-        seconds: see `time_in_turn`.
+        batches: batch sizes.
+        threads: numbers of threads.
+        seconds: time for each candidate, batch size and number of threads.
 
     Raises:
-        ExportError: if one cannot be run.
+        ExportError: if a candidate cannot be run.
     """
     machine = peak(seconds=min(0.5, seconds))
     runnables = {name: candidate.runnable for name, candidate in candidates.items()}
@@ -120,6 +120,8 @@ def measure(
     records = []
     for name, candidate in candidates.items():
         runnable = candidate.runnable
+        # The weights that are read in each run, for the roofline; `file_bytes` may be of another
+        # file.
         size = _stored_bytes(runnable)
         timings = []
         for timing in times[name]:

@@ -1,4 +1,4 @@
-"""Measures peak memory: by how much a new process grows while it loads and runs a model or file."""
+"""Measures peak memory, that is, how much a new process grows while it runs a model or file."""
 
 from __future__ import annotations
 
@@ -35,6 +35,7 @@ def peak_memory(runnable: Runnable, given: InputSpec, *, batch: int = 1) -> int:
                 torch.export.save(capture(runnable, given), path)
         else:
             path = Path(runnable)
+        # Passed as a file: the other process cannot see this one's tensors.
         x = random_rows(given, batch)
         args, named = array_call(x)
         arrays = Path(folder) / "x.npz"

@@ -1,6 +1,7 @@
 """Exports a program that trains on a device: forward, loss and backward in one ExecuTorch file.
 
-The device needs neither Python nor autograd. `fedpress.deploy.device_model` runs the program here.
+The device needs neither Python nor autograd. On this machine `fedpress.deploy.device_model` runs
+the program.
 """
 
 from __future__ import annotations
@@ -60,12 +61,13 @@ def export_training(
     `norm = "frozen"`. The program is run once here and its gradients are compared with torch's,
     since some of ExecuTorch's kernels for training are wrong (see `deploy.pooling`).
 
-    Of a sparse weight only the kept values are parameters (see `fedpress.nn.compact`). So pruned
-    weights stay 0, and the flat vector of parameters is that of other clients of a federate stage.
+    For a sparse weight, only the values that are not pruned are parameters (see
+    `fedpress.nn.compact`). So pruned values stay 0, and the flat vector of parameters is the same
+    as for other clients of a federate stage.
 
     Args:
-        model: takes float32 [N, *input_shape] and returns [N, outputs]; it is not changed.
-        path: the file.
+        model: the model, which maps float32 [N, *input_shape] to [N, outputs]; it is not changed.
+        path: where to write the file.
         input_shape: shape of one example.
         task: the task whose loss the program computes. None: a classification with as many classes
             as the model has outputs.
@@ -76,10 +78,10 @@ def export_training(
             trainable weight of two or more dimensions in which some, but not all, values are 0.
 
     Raises:
-        ExportError: if the model has active dropout, mixes the examples of a batch, or has
+        ExportError: if the model has active dropout or mixes the examples of a batch; if it has
             parameters that are not float32, not finite, shared, or without effect on the loss; if
             its outputs do not fit the task; if it cannot be captured; if the runtime lacks a
-            kernel; or if a gradient is wrong. Each by name.
+            kernel; or if a gradient is wrong. The error names the module or parameter.
     """
     with silence(), captured_output():
         require(RUNTIME, "executorch.exir", install=INSTALL)
@@ -100,6 +102,7 @@ def export_training(
         "parameters": json.dumps([name for name, p in net.named_parameters() if p.requires_grad]),
     }
     data = _lower(trained, example, metadata)
+    # Before the file is written, so that no wrong program is left on the disk.
     _compare(data, trained, example)
     write(Path(path), data)
     return Artifact(Path(path), len(data), metadata)
@@ -107,6 +110,7 @@ def export_training(
 
 def _check_no_dropout(model: nn.Module) -> None:
     for name, module in model.named_modules():
+        # Rate 0 is allowed: such a dropout does nothing.
         if isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0:
             raise ExportError(
                 (
@@ -172,9 +176,10 @@ def _check_trainable(trained: _Trained, example: tuple[Tensor, Tensor, Tensor]) 
     """Checks that the model would train on a device as it does here.
 
     Raises:
-        ExportError: if it computes differently in training and evaluation mode, because a program
-            has one mode; if the output of one example depends on the others, because short batches
-            are padded with examples of weight 0; or if a parameter has no gradient.
+        ExportError: if the model computes differently in training and evaluation mode, because a
+            program has one mode; if the output of one example depends on the other examples,
+            because short batches are padded with examples of weight 0; or if a parameter has no
+            gradient.
     """
     net, x = trained.net, example[0]
     with torch.no_grad():
@@ -217,10 +222,10 @@ def _check_trainable(trained: _Trained, example: tuple[Tensor, Tensor, Tensor]) 
 
 
 def _inputs(input_shape: tuple[int, ...], batch_size: int, net: nn.Module) -> Tensor:
-    """Draws a batch of random examples and checks that the model maps it to [batch_size, k].
+    """Draws a batch of random examples, and checks that the model maps it to [batch_size, k].
 
     Raises:
-        ExportError: if it does not.
+        ExportError: if the model fails or returns another shape.
     """
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(batch_size, *input_shape, generator=generator)
@@ -263,7 +268,7 @@ def _targets(task: Task, outputs: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _lower(trained: _Trained, example: tuple[Tensor, ...], metadata: dict[str, str]) -> bytes:
-    """Returns the bytes of the file."""
+    """Converts the model with its loss and gradients to the bytes of an ExecuTorch file."""
     from executorch.exir import EdgeCompileConfig, to_edge
     from torch.export.experimental import _export_forward_backward
 
@@ -287,10 +292,10 @@ def _lower(trained: _Trained, example: tuple[Tensor, ...], metadata: dict[str, s
 
 
 def _compare(data: bytes, trained: _Trained, example: tuple[Tensor, Tensor, Tensor]) -> None:
-    """Compares loss and gradients of the program with autograd's.
+    """Compares loss and gradients of the program with those of torch's autograd.
 
     Raises:
-        ExportError: naming the first that differs.
+        ExportError: if one differs; the error names the first parameter.
     """
     device = DeviceModel(data)
     loss, _ = device.backward(*example)

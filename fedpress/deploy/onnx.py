@@ -73,7 +73,12 @@ def export_onnx(model: nn.Module, path: str | Path, job: Job) -> Artifact:
 
 
 def make_onnx(model: nn.Module, job: Job, *, fewest_bits: int = 2) -> OnnxModel:
-    """Converts `model` to an ONNX message; integer weights take `fewest_bits` (2 or 4) or more.
+    """Converts `model` to an ONNX message (ONNX files are protobuf messages).
+
+    Args:
+        model: the model; it is not changed.
+        job: the settings of the export.
+        fewest_bits: the fewest bits of a stored integer weight, 2 or 4, that the runtime can read.
 
     Raises:
         ExportError: if the model cannot be captured or converted.
@@ -100,6 +105,7 @@ def make_onnx(model: nn.Module, job: Job, *, fewest_bits: int = 2) -> OnnxModel:
         metadata[OUTPUTS] = json.dumps(structure)
     if program is not None and make_integer_(proto, fewest_bits):
         metadata[WIDE] = "true"
+    # Last, because `_remove_traces_` deletes the metadata that the exporter has written.
     onnx.helper.set_model_props(proto, metadata)
     return OnnxModel(proto, metadata, left_float, program, rounds)
 
@@ -112,7 +118,8 @@ def open_onnx(path: str | Path, threads: int = 0) -> Session:
         threads: number of threads; 0: onnxruntime chooses.
 
     Raises:
-        ExportError: if the file cannot be loaded; the session, if it cannot be run.
+        ExportError: if the file cannot be loaded. The session raises the same error if the file
+            cannot be run.
     """
     ort = require("onnxruntime")["onnxruntime"]
     options = ort.SessionOptions()
@@ -192,7 +199,7 @@ def _outputs(model: nn.Module, job: Job) -> tuple[Structure, list[str]]:
 
 
 def _unique_names(inputs: list[str], outputs: list[str]) -> list[str]:
-    """Returns the names of outputs; a name that is taken already gets a number.
+    """Returns names for outputs that differ from each other and from the names of inputs.
 
     >>> _unique_names(["logits"], ["logits", "a_b", "a_b"])
     ['logits_1', 'a_b', 'a_b_1']
@@ -308,6 +315,7 @@ def _remove_traces_(proto: Any) -> None:
     These contain stack traces with source paths of the user's machine.
     """
     graph = proto.graph
+    # The exporter gives the batch size a name such as s77.
     symbol = graph.input[0].type.tensor_type.shape.dim[0].dim_param
     for value in (*graph.input, *graph.output, *graph.value_info):
         del value.metadata_props[:]
@@ -325,7 +333,7 @@ def _remove_traces_(proto: Any) -> None:
 
 
 def _whole_message(error: BaseException | None) -> str:
-    """Joins the messages of an error and its causes: the cause names the operation."""
+    """Joins the messages of an error and of its causes; only the cause names the operation."""
     parts = []
     while error:
         parts.append(str(error))

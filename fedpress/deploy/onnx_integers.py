@@ -28,9 +28,10 @@ def make_integer_(proto: Any, fewest_bits: int = 2) -> bool:
     - Images with fewer than four channels are padded to four.
     - Biases become int32 with scale (input scale * weight scale), as integer kernels add them.
     - Means over the whole image become GlobalAveragePool, for which there is an integer kernel.
-    - Weights that are transposed for a matrix product are transposed here.
+    - Weights that the graph transposes for a matrix product are stored transposed.
     - Weights that float operations read become a product of codes and scales. onnxruntime computes
-      a product of constants once, when it loads the file, but a DequantizeLinear in every run.
+      a product of constants once, when it loads the file. It would compute a DequantizeLinear in
+      every run.
     - Codes that fit are stored as INT4 or INT2, followed by a Cast that is also computed once. So
       4-bit and ternary weights make the file small and still run on 8-bit kernels.
 
@@ -106,7 +107,7 @@ class _Graph:
         return self.onnx.helper.make_node(op, inputs, [output], **attributes)
 
     def replace_(self, old: Any, new: list[Any]) -> None:
-        """Replaces one node by several."""
+        """Replaces one node by several nodes."""
         at = self.position(old)
         self.nodes[at : at + 1] = new
         for node in new:
@@ -189,7 +190,7 @@ def _copy_shared_codes_(graph: _Graph) -> None:
 
 
 def _transpose_codes_(graph: _Graph) -> None:
-    """Replaces the Transpose of a dequantized weight by transposing its codes [out, in] here."""
+    """Removes the Transpose of a dequantized weight; its codes [out, in] are stored transposed."""
     for transpose in graph.of_type("Transpose"):
         dequantize = graph.dequantized(transpose.input[0])
         if dequantize is None or _is_blocked(dequantize) or graph.reads[dequantize.input[0]] > 1:
@@ -260,7 +261,7 @@ def _pad_input_channels_(graph: _Graph) -> None:
 def _codes_on_an_image(graph: _Graph, conv: Any) -> np.ndarray | None:
     """Returns the codes [out, in, height, width] of a convolution of a quantized graph input.
 
-    None if it is another convolution, or if something else reads that input or these codes.
+    Returns None for any other convolution, and if another node reads the input or the codes.
     """
     x, w = (graph.dequantized(name) for name in conv.input[:2])
     if x is None or w is None or _is_blocked(w) or _attribute(conv, "group", 1) != 1:
@@ -289,7 +290,7 @@ def _rewrite_weights_(graph: _Graph) -> bool:
     """Writes weights of float layers as products, and adjusts the zero points of integer layers.
 
     Returns:
-        Whether an integer layer reads codes of more than 7 bits.
+        Whether a layer that computes on integers reads codes of more than 7 bits.
     """
     any_wide = False
     for dequantize in graph.of_type("DequantizeLinear"):

@@ -67,6 +67,7 @@ def export_openvino(model: nn.Module, path: str | Path, job: Job) -> Artifact:
             ) from error
         write(path.with_suffix(".bin"), weights.read_bytes())
         write(path, graph.read_bytes())
+    # The weights are in the second file.
     size = path.stat().st_size + path.with_suffix(".bin").stat().st_size
     left_float = dict(made.left_float)
     if job.batches and WIDE in made.metadata:
@@ -82,7 +83,8 @@ def open_openvino(path: str | Path, threads: int = 0) -> Session:
         threads: number of threads; 0: OpenVINO chooses.
 
     Raises:
-        ExportError: if the file cannot be loaded; the session, if it cannot be run.
+        ExportError: if the file cannot be loaded. The session raises the same error if the file
+            cannot be run.
     """
     openvino = require("openvino", install=INSTALL)["openvino"]
     core = openvino.Core()
@@ -100,6 +102,7 @@ def open_openvino(path: str | Path, threads: int = 0) -> Session:
             place="path",
             cure="export it again",
         ) from error
+    # A device answers one request at a time; OpenVINO's other hint is for many requests at once.
     options: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", **needed}
     if threads:
         options["INFERENCE_NUM_THREADS"] = threads

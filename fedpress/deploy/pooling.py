@@ -28,7 +28,7 @@ def rewrite_pooling_(graph: fx.GraphModule) -> None:
 
 
 def _replace_(graph: fx.GraphModule, node: fx.Node, function: Callable[..., Tensor]) -> None:
-    """Replaces `node` by the operations that `function` does on the same arguments."""
+    """Replaces `node` by the torch operations that `function` executes on the same arguments."""
     from torch.fx.experimental.proxy_tensor import make_fx
 
     sources = [a for a in node.args if isinstance(a, fx.Node)]
@@ -57,7 +57,10 @@ def _with_tensors(values: Sequence[Any], tensors: Sequence[Tensor]) -> list[Any]
 
 
 def _scattered_to_maxima(gradient: Tensor, x: Tensor, *others: Any) -> Tensor:
-    """Gradient of max pooling for input x [n, c, h, w]; the last argument are the positions."""
+    """Gradient of max pooling for input x [n, c, h, w].
+
+    The last argument holds the position of each maximum in its image.
+    """
     planes = x.shape[:2]
     positions = others[-1].reshape(*planes, -1)
     zeros = torch.zeros(*planes, x.shape[2] * x.shape[3])
@@ -72,6 +75,7 @@ def _windows_tile(node: fx.Node) -> bool:
     _, x, size, stride, padding, _, _, divisor = arguments
     if len(size) != 2 or divisor is not None or any(padding):
         return False
+    # An empty stride means the size of the window.
     if list(stride or size) != list(size):
         return False
     height, width = x.meta["val"].shape[2:]

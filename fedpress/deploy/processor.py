@@ -1,7 +1,7 @@
-"""Runtime options that some processors need, and detection of this machine's processor.
+"""Detects this machine's processor, and chooses the runtime options that the processor needs.
 
-To add an option, add a row to `OPTIONS`. `open_file` sets those that apply to the processor. The
-export and measure stages record them, with the processor's name, with every latency and parity.
+To add an option, add a row to `OPTIONS`. `open_file` sets the options that apply. The export and
+measure stages record options and processor beside every latency and parity.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Processor:
         machine: instruction set, such as "x86_64" or "arm64".
         name: name of the product.
         cores: number of cores of this machine.
-        features: keys of `FEATURES` that it has.
+        features: instructions that the processor has, as keys of `FEATURES`.
 
     >>> Processor("x86_64", "an old one", 4, ("avx2",)).overflows
     True
@@ -55,12 +55,15 @@ class Processor:
 
     @property
     def is_x86(self) -> bool:
-        """Whether it has the 64-bit x86 instruction set."""
+        """Whether the processor has the 64-bit x86 instruction set."""
         return self.machine.lower() in ("x86_64", "amd64")
 
     @property
     def overflows(self) -> bool:
-        """Whether it sums two 8-bit products in 16 bits, which may overflow: x86 without VNNI."""
+        """Whether the processor sums two 8-bit products in 16 bits, which may overflow.
+
+        This is so for x86 processors without VNNI instructions.
+        """
         return self.is_x86 and not VNNI & set(self.features)
 
 
@@ -72,8 +75,8 @@ class RuntimeOption:
         runtime: name of the runtime in `deploy.FORMATS`.
         option: name of the option in the runtime.
         value: the value to set.
-        applies: whether it is needed. Arguments: the processor, and whether integer kernels of the
-            file read weights of more than 7 bits.
+        applies: function that says whether the option is needed. Its arguments are the processor,
+            and whether integer kernels of the file read weights of more than 7 bits.
         why: the reason, in one sentence.
     """
 
@@ -125,7 +128,7 @@ def options_for(runtime: str, *, wide: bool, processor: Processor | None = None)
     Args:
         runtime: name of the runtime in `deploy.FORMATS`.
         wide: whether integer kernels of the file read weights of more than 7 bits.
-        processor: the processor; None: that of this machine.
+        processor: the processor; None: the processor of this machine.
     """
     processor = processor or this_processor()
     found: dict[str, str] = {}
@@ -138,6 +141,7 @@ def options_for(runtime: str, *, wide: bool, processor: Processor | None = None)
 @cache
 def this_processor() -> Processor:
     """Detects the processor of this machine."""
+    # Sorted, so that records of two runs can be compared.
     features = tuple(sorted(_features()))
     return Processor(platform.machine(), _name(), os.cpu_count() or 1, features)
 
@@ -196,6 +200,7 @@ def _features() -> set[str]:
 
 
 def _name() -> str:
+    # x86 calls the entry "model name", ARM "Model"; other systems than Linux have neither.
     return _cpuinfo("model name", "Model") or platform.processor() or platform.machine()
 
 

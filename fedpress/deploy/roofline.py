@@ -1,4 +1,4 @@
-"""The roofline model: compares a timing with the peak arithmetic and bandwidth of this machine."""
+"""Compares a timing with the limits of this machine: peak arithmetic and memory bandwidth."""
 
 from __future__ import annotations
 
@@ -16,7 +16,13 @@ from fedpress.deploy.timing import Timing, torch_threads
 
 @dataclass(frozen=True)
 class Peak:
-    """Measured peaks of one thread, in 10^9 multiply-adds (float32, int8) or bytes a second."""
+    """Measured peaks of one thread.
+
+    Attributes:
+        float_gmacs: 10^9 float32 multiply-adds per second.
+        int8_gmacs: 10^9 int8 multiply-adds per second.
+        gigabytes: 10^9 bytes per second that are read or written.
+    """
 
     float_gmacs: float
     int8_gmacs: float
@@ -25,14 +31,14 @@ class Peak:
 
 @dataclass(frozen=True)
 class Roofline:
-    """A timing in relation to the roofline.
+    """A timing compared with the roofline, that is, with the largest speed that is possible.
 
     Attributes:
-        gmacs: attained multiply-adds, in 10^9 a second.
-        intensity: multiply-adds a byte.
-        bound: "arithmetic" or "memory", whichever limits the speed at this intensity.
-        share: attained multiply-adds over the limit: the peak of arithmetic, or bandwidth times
-            intensity if that is less.
+        gmacs: attained multiply-adds, in 10^9 per second.
+        intensity: multiply-adds per byte that is moved.
+        bound: what limits the speed at this intensity: "arithmetic" or "memory".
+        share: attained multiply-adds / limit. The limit is the peak of arithmetic, or bandwidth
+            times intensity if that is less.
     """
 
     gmacs: float
@@ -52,13 +58,14 @@ def peak(*, seconds: float = 0.5, size: int = 512) -> Peak:
     onnxruntime's MatMulInteger of uint8 and int8.
 
     Args:
-        seconds: for each of the three measurements.
+        seconds: duration of each of the three measurements.
         size: rows and columns of the matrices.
     """
     with torch_threads(1):
         a = torch.randn(size, size)
         out = torch.empty_like(a)
         float_time = _quickest(lambda: torch.mm(a, a, out=out), seconds)
+    # 64 MB do not fit into the caches of usual processors, so the memory itself is measured.
     source = np.ones(8_000_000)
     target = np.empty_like(source)
     copy_time = _quickest(lambda: np.copyto(target, source), seconds)
@@ -115,12 +122,13 @@ def roofline(
 ) -> Roofline:
     """Compares `timing` with the roofline (Williams et al. 2009, section 3).
 
-    The bytes moved are a lower bound: all weights once a batch, and every activation written once
-    and read once.
+    The bytes that are moved are a lower bound: for each batch, all weights are read once, and every
+    activation is written once and read once.
 
     Args:
-        timing: of the model.
-        peak: of one thread. `n` threads count as n times the arithmetic and the same bandwidth.
+        timing: the timing of the model.
+        peak: the peaks of one thread. `n` threads count as n times the arithmetic and the same
+            bandwidth.
         macs: multiply-adds of one example.
         weight_bytes: size of all weights as they are stored.
         activations: number of values that the layers compute for one example.

@@ -30,6 +30,7 @@ from fedpress.deploy.session import Session
 from fedpress.errors import ExportError
 from fedpress.tasks import Task
 
+# Bounds the memory for outputs and activations when many examples are run.
 BATCH_SIZE = 256
 
 
@@ -39,8 +40,8 @@ class Parity:
 
     Attributes:
         max_abs_error: the largest absolute difference of an output.
-        same_argmax_share: share of examples with equal predictions, from the output `logits`, or
-            the first output if none has that name.
+        same_argmax_share: share of examples with equal predictions. The prediction is the argmax of
+            the output `logits`; if no output has this name, of the first output.
         examples: number of examples compared.
         relative_error: norm of the differences over the norm of the model's outputs.
         conditions: runtime, version, threads, options and processor.
@@ -58,9 +59,9 @@ class Latency:
     """Milliseconds for one example on one thread.
 
     Attributes:
-        median_ms: median of the runs.
-        p10_ms: their 10th percentile.
-        p90_ms: their 90th percentile.
+        median_ms: median over the runs.
+        p10_ms: 10th percentile over the runs.
+        p90_ms: 90th percentile over the runs.
         runs: number of runs.
         conditions: runtime, version, threads, options and processor.
     """
@@ -87,12 +88,12 @@ def parity(
         model: the model, or the quantized graph that the file was made from (`Artifact.program`).
         path: the file.
         x: the examples, such as float32 [n, *input_shape].
-        tolerance: allowed absolute error of an output, times its largest absolute value if that is
-            above 1. See `Artifact.tolerance`.
+        tolerance: allowed absolute error of an output. If the largest absolute value of the output
+            is above 1, the allowed error is multiplied by it. See `Artifact.tolerance`.
 
     Raises:
-        ExportError: if an output differs by more, if no example can be compared, or if the file
-            cannot be run.
+        ExportError: if an output differs by more than allowed, if no example can be compared, or if
+            the file cannot be run.
     """
     names, expected = _model_outputs(model, x)
     session, got = _file_outputs(path, x)
@@ -122,6 +123,7 @@ def parity(
             continue
         shown = name if len(names) > 1 else "logit"
         largest = max(largest, _largest_error(path, shown, wanted, found, tolerance))
+        # In double precision: float32 sums over many outputs would lose digits.
         error += float((found.double() - wanted.double()).square().sum())
         norm += float(wanted.double().square().sum())
 
@@ -151,7 +153,8 @@ def _check_equal(
 ) -> None:
     """Checks an output of integers or booleans: at most the share `tolerance` may differ.
 
-    The size of a difference has no meaning: if class 3 is right, class 4 is as wrong as class 9.
+    The size of a difference has no meaning for such values: if class 3 is right, class 4 is as
+    wrong as class 9.
 
     Raises:
         ExportError: if more values differ.
@@ -224,11 +227,12 @@ def latency(
         given: shape of one float32 example, which is drawn at random, or a batch of inputs, whose
             first row is used.
         seconds: approximate duration; at least 10 runs are made.
-        max_runs: most runs.
+        max_runs: largest number of runs.
 
     Raises:
         ExportError: if the file cannot be run.
     """
+    # One thread: results of machines with different numbers of cores stay comparable.
     session = open_file(path, threads=1)
     args, named = array_call(random_rows(given, 1))
     x = session.in_order(args, named)
@@ -261,7 +265,7 @@ def metrics(
 
 
 def main_outputs(path: str | Path, x: Inputs, preprocess: Preprocess) -> Tensor:
-    """Returns the output `logits` of the file, or the first, for raw examples `x` [n, ...].
+    """Returns the output `logits` of the file, or else the first output, for raw examples `x`.
 
     Raises:
         ExportError: if the file cannot be run.
@@ -278,7 +282,7 @@ def main_outputs(path: str | Path, x: Inputs, preprocess: Preprocess) -> Tensor:
 
 
 def file_logits(path: str | Path, x: Example) -> Tensor:
-    """Returns the output `logits` of the file, or the first, for standardised examples `x`.
+    """Returns the output `logits` of the file, or else its first output, for standardised `x`.
 
     Raises:
         ExportError: if the file cannot be run.
@@ -288,7 +292,9 @@ def file_logits(path: str | Path, x: Example) -> Tensor:
 
 
 def logits(model: nn.Module | torch.export.ExportedProgram, x: Example) -> Tensor:
-    """Returns the output `logits` of a model or graph, or the first, for standardised examples.
+    """Returns the output `logits` of a model or graph, or else its first output.
+
+    The examples `x` are standardised.
 
     A model runs in evaluation mode; afterwards the modes of its modules are restored.
     """

@@ -1,4 +1,4 @@
-"""`Session`: an exported file, loaded into its runtime, that is called like the model."""
+"""A `Session` is an exported file, loaded into its runtime; it is called like the model."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ class FileInput:
     """One input of a file.
 
     Attributes:
-        name: its name in the file.
-        shape: its sizes; a string names a size that is free, such as "batch".
-        dtype: the numpy dtype that it takes.
+        name: name of the input in the file.
+        shape: sizes of the input; a string such as "batch" stands for any size.
+        dtype: the numpy dtype of the input.
     """
 
     name: str
@@ -33,7 +33,7 @@ class Session:
     """A file loaded into its runtime. It is called like the model, with numpy arrays for tensors.
 
     Arguments are passed by position in the order of `inputs`, or by name. A single output is
-    returned as an array, several as the model returns them, in a tuple or a dictionary.
+    returned as an array. Several outputs are returned in a tuple or a dictionary, as by the model.
 
     Attributes:
         path: the file.
@@ -43,7 +43,8 @@ class Session:
         structure: the containers of the outputs (see `deploy.examples.Structure`).
         threads: number of threads; 0: the runtime chooses.
         options: options that were set in the runtime (see `deploy.processor`).
-        compute: function from arrays in the order of `inputs` to arrays in that of `outputs`.
+        compute: runs the file: maps a list of arrays in the order of `inputs` to a list of arrays
+            in the order of `outputs`.
     """
 
     path: str
@@ -60,7 +61,7 @@ class Session:
 
         Raises:
             ExportError: if an input is missing, unknown or of another type, or if the runtime
-                cannot run it.
+                cannot run the file.
         """
         return unflatten(self.structure, self.flat(*args, **named))
 
@@ -69,7 +70,7 @@ class Session:
         return self.compute(self.in_order(args, named))
 
     def main(self, *args: Any, **named: Any) -> np.ndarray:
-        """Runs the file and returns the output `logits`, or the first if none has that name."""
+        """Runs the file and returns the output `logits`, or else the first output."""
         return self.flat(*args, **named)[main_output(self.outputs)]
 
     def conditions(self) -> dict[str, Any]:
@@ -86,6 +87,7 @@ class Session:
         if len(args) == 1 and isinstance(args[0], Mapping):
             named, args = {**args[0], **named}, ()
         names = [each.name for each in self.inputs]
+        # An argument by name replaces one by position.
         given = {**dict(zip(names, args, strict=False)), **named}
         missing = [name for name in names if name not in given]
         unknown = sorted(given.keys() - set(names))

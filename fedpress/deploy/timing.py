@@ -1,4 +1,4 @@
-"""Measures latencies of models and files in turn, so that other load slows all of them alike."""
+"""Measures latencies of several models and files, in turn, so that they can be compared."""
 
 from __future__ import annotations
 
@@ -25,10 +25,18 @@ Runner = Callable[[Example], object]
 
 @dataclass(frozen=True)
 class Timing:
-    """Milliseconds for one batch: median, quartiles and minimum of `runs` runs.
+    """Measured milliseconds for one batch.
 
-    `cpu_ms` is the median processor time of the calling thread. With one thread it does not count
-    the time that other processes took.
+    Attributes:
+        batch: batch size.
+        threads: number of threads.
+        median_ms: median over the runs.
+        p25_ms: lower quartile over the runs.
+        p75_ms: upper quartile over the runs.
+        best_ms: fastest run.
+        cpu_ms: median processor time of the calling thread. With one thread, this excludes the time
+            that other processes took.
+        runs: number of runs.
     """
 
     batch: int
@@ -52,12 +60,13 @@ def time_in_turn(
 ) -> dict[str, list[Timing]]:
     """Times every model and file at every batch size and number of threads.
 
-    In each round every one runs once. So other load on the machine slows all of them alike.
+    In each round, every model and file runs once. So other load on the machine slows all of them
+    alike.
 
     Args:
         runnables: name -> model or file.
-        given: shape of one float32 example, which are drawn at random, or a batch of inputs.
-        batches: batch sizes; a file that takes only one size is run only at that.
+        given: shape of one float32 example, for random inputs; or a batch of inputs.
+        batches: batch sizes; a file that takes only one batch size runs only with this size.
         threads: numbers of threads.
         seconds: time for all runs of one model at one batch size and number of threads, without
             warm-up.
@@ -68,11 +77,13 @@ def time_in_turn(
     """
     found: dict[str, list[Timing]] = {name: [] for name in runnables}
     for count in threads:
+        # The number of threads of a session is fixed when it is opened, so all are opened for each.
         with torch_threads(count):
             runners = {name: _runner(runnable, count) for name, runnable in runnables.items()}
             for size in batches:
                 able = {n: run for n, run in runners.items() if _takes(runnables[n], size)}
                 x = random_rows(given, size)
+                # All share the time, so each gets `seconds`.
                 times = _run_in_turn(able, x, seconds * len(able), min_runs)
                 for name, seconds_of_runs in times.items():
                     found[name].append(_timing(size, count, seconds_of_runs))
@@ -82,7 +93,7 @@ def time_in_turn(
 def _run_in_turn(
     runners: Mapping[str, Runner], x: Example, seconds: float, min_runs: int
 ) -> dict[str, list[tuple[float, float]]]:
-    """Runs all in turn and returns wall and processor seconds of each run, by name."""
+    """Runs all in turn; returns for each name the wall and processor seconds of each run."""
     # The first runs allocate memory, and are slower.
     for run in runners.values():
         for _ in range(2):

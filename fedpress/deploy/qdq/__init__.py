@@ -3,7 +3,8 @@
 QDQ stands for quantize-dequantize. The graph is an ordinary `torch.export` program with the
 operations `quantized_decomposed.(de)quantize_per_tensor` on activations, and
 `dequantize_per_channel` (for groups `dequantize_per_channel_group`) on the int8 codes of weights.
-It runs in torch, and the outputs of every file that is lowered from it are compared with it.
+The graph runs in torch. Every exported file is made from it, and its outputs are compared with
+those of the graph.
 
 torchao's PT2E makes such graphs too. Its int8 is as accurate: 93.16% on CIFAR-10, ours 93.14%
 (torchao 0.18, x86 quantizer; benchmarks/bits.py). It is not used here for two reasons: it has only

@@ -49,12 +49,14 @@ Range = tuple[float, float]
 def activation_qparams(
     rewrite: Rewrite, layers: QuantizedLayers, ranges: Mapping[fx.Node, Range]
 ) -> dict[fx.Node, QParams]:
-    """Returns the quantization parameters of every value that is rounded for all its readers.
+    """Decides which values are rounded, and with which scale and zero point.
+
+    A value is the result of an operation; its readers are the operations that use the value.
 
     Args:
         rewrite: the graph; operations that compute in float are added to its `left_float`.
-        layers: the layers whose weights are integers. If all inputs of one were 0, its `inputs` get
-            a smaller scale.
+        layers: the layers whose weights are integers. If the input of a layer was always 0, the
+            `inputs` of the layer get a smaller scale.
         ranges: range of each value on the calibration examples.
 
     Raises:
@@ -76,6 +78,7 @@ def activation_qparams(
         if layer.inputs is not None:
             prescribed.setdefault(grids[argument(node, 0)], layer.inputs)
 
+    # Values on one grid need a scale that fits the largest of them.
     joint = _joint_ranges(values, grids, ranges)
     found: dict[fx.Node, QParams] = {}
     for value in values:
@@ -109,10 +112,11 @@ class IntegerOperations:
 def integer_operations(nodes: Sequence[fx.Node], layers: QuantizedLayers) -> IntegerOperations:
     """Decides which operations run on integers.
 
-    Layers and matrix products do, because integers save time there. Additions, products, means and
-    concatenations do only if their operands are integers already and an integer operation reads
-    their result. Example: the residual stream of a transformer, which layer norms read, stays
-    float and keeps its precision; that of a ResNet is computed on integers.
+    Layers and matrix products run on integers, because this saves time. Additions, products, means
+    and concatenations run on integers only if their operands are integers already and an integer
+    operation reads their result. Example: the residual stream of a transformer is read by layer
+    norms, so it stays float and keeps its precision. The residual stream of a ResNet is computed on
+    integers.
     """
     able = _able_operations(nodes, layers)
     operations: set[fx.Node] = set()
@@ -150,7 +154,10 @@ def _values_to_round(
     integer: IntegerOperations,
     grids: Mapping[fx.Node, fx.Node],
 ) -> list[fx.Node]:
-    """Returns results and operands of integer operations, and all values that share their grids."""
+    """Returns the values to round: operands and results of integer operations.
+
+    Also returns all values that must share a scale and zero point (a "grid") with one of these.
+    """
     operations = integer.operations
     fused = _fused_results(nodes, operations)
     # With `float_output` a linear layer or product gives floats if no integer kernel reads them.
@@ -175,7 +182,8 @@ def _values_to_round(
 def _fused_results(nodes: Sequence[fx.Node], operations: Collection[fx.Node]) -> set[fx.Node]:
     """Returns the integer operations whose only reader is a clip.
 
-    A kernel clips while it rounds: only the result of the clip is rounded, not its own result.
+    A kernel rounds and clips in one step. So only the result of the clip is rounded, and not the
+    result of the operation itself.
     """
     clipped = [argument(node, 0) for node in nodes if node.target in CLIPS]
     return {value for value in clipped if value in operations and len(value.users) == 1}
@@ -184,7 +192,13 @@ def _fused_results(nodes: Sequence[fx.Node], operations: Collection[fx.Node]) ->
 def _joint_ranges(
     values: Sequence[fx.Node], grids: Mapping[fx.Node, fx.Node], ranges: Mapping[fx.Node, Range]
 ) -> dict[fx.Node, Range]:
-    """Returns the joint range of all values on a grid. It includes 0, which must be exact."""
+    """Returns for each grid the joint range of its values, enlarged to include 0.
+
+    0 must be an exact step of the grid, because padding and ReLU produce zeros.
+
+    Raises:
+        ExportError: if a value was not finite.
+    """
     joint: dict[fx.Node, Range] = {}
     for value in values:
         if value not in ranges:
@@ -205,7 +219,7 @@ def _joint_ranges(
 
 
 def _weights(layers: QuantizedLayers) -> set[fx.Node]:
-    """Returns the weights and biases of layers, which are no activations."""
+    """Returns the weights and biases of layers, which are not activations."""
     found: set[fx.Node] = set()
     for node in layers:
         found.update(a for a in node.args[1:3] if isinstance(a, fx.Node))
@@ -252,9 +266,10 @@ def _note_float_operations_(rewrite: Rewrite, nodes: Sequence[fx.Node]) -> None:
 
 
 def _shared_grids(nodes: Sequence[fx.Node], activations: Activations) -> dict[fx.Node, fx.Node]:
-    """Maps every value to its grid: a value that represents all with one scale and zero point.
+    """Maps every value to its grid: all values with one scale and zero point.
 
-    Computed by union-find: `parent` points from a value towards the representative of its grid.
+    A grid is represented by one of its values. The grids are found by union-find: `parent` points
+    from a value towards the representative of its grid.
     """
     parent: dict[fx.Node, fx.Node] = {}
 

@@ -1,4 +1,4 @@
-"""`Rewrite`: a captured graph during quantization, and the objects that describe quantization."""
+"""A captured graph while it is quantized (`Rewrite`), and the descriptions of quantization."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class IntegerFormat:
             products in 16 bits (x86 without VNNI), which overflows with 8.
         float_output: whether the output of a linear layer or matrix product is float if no integer
             operation reads it.
-        four_bit_shift: bits by which kernels shift 4-bit weights and the int32 bias to the left,
-            so that the bias has as many bits less.
+        four_bit_shift: number of bits by which kernels shift 4-bit weights and the int32 bias to
+            the left. The bias then has this many bits less.
     """
 
     activations: Activations = "uint8"
@@ -55,8 +55,8 @@ class LayerQuantization:
     """Quantization of a layer: integers and scales of its weight, and parameters of its input.
 
     Attributes:
-        codes: int8 integers of the weight, in its shape; None if it is not quantized.
-        scales: of the weight, one for each output channel or group.
+        codes: int8 integers of the weight, in its shape; None if the weight is not quantized.
+        scales: scales of the weight, one for each output channel or group.
         group: number of weights that share a scale; None: all weights of an output channel.
         axis: dimension of the codes to which the scales belong.
         inputs: quantization of the layer's input; None if the calibration decides it.
@@ -101,12 +101,12 @@ class Rewrite:
         return found.detach()
 
     def set_(self, name: str, value: Tensor) -> None:
-        """Replaces a parameter."""
+        """Replaces the parameter `name`."""
         owner, _, key = name.rpartition(".")
         setattr(self.module.get_submodule(owner), key, nn.Parameter(value, requires_grad=False))
 
     def add_(self, name: str, value: Tensor) -> str:
-        """Adds a buffer; returns its name."""
+        """Adds a buffer to the captured module; returns its name."""
         owner, _, key = name.rpartition(".")
         self.module.get_submodule(owner).register_buffer(key, value)
         return name
@@ -128,6 +128,7 @@ class Rewrite:
         """Inserts a quantize and a dequantize operation of `value`, and returns both."""
         ops = torch.ops.quantized_decomposed
         dtype = torch.uint8 if self.format.activations == "uint8" else torch.int8
+        # The same settings for both operations, as exporters require.
         settings = (qparams.scale, qparams.zero_point, qparams.low, qparams.high, dtype)
         codes = self.graph.call_function(ops.quantize_per_tensor.default, (value, *settings))
         rounded = self.graph.create_node(
@@ -159,6 +160,7 @@ class Rewrite:
             made = graph.call_function(
                 ops.dequantize_per_channel_group.default, (*tensors, *settings)
             )
+        # The last group of each row was padded above.
         if row % layer.group:
             with graph.inserting_after(made):
                 made = graph.call_function(aten.slice.Tensor, (made, 1, 0, row))
@@ -182,6 +184,7 @@ class Rewrite:
 
     def remove_unread_(self) -> None:
         """Removes tensors that nothing reads any more, such as float weights beside their codes."""
+        # Only then is it known which tensors are still read.
         self.graph.eliminate_dead_code()
         used = {node.target for node in self.graph.nodes if node.op == "get_attr"}
         names = [name for name, _ in self.module.named_parameters(remove_duplicate=False)]
@@ -216,5 +219,6 @@ def layer_of(tensor: str) -> str:
 def module_of(node: fx.Node) -> str:
     """Returns the name of the innermost module whose forward calls `node`; else the node's name."""
     stack = node.meta.get("nn_module_stack") or {}
+    # The stack is ordered from the model, which has no name, to the innermost module.
     names = [str(name) for name, _ in stack.values() if name]
     return names[-1] if names else node.name

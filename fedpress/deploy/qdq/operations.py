@@ -15,11 +15,13 @@ LINEAR = {aten.linear.default}
 LAYERS = LINEAR | CONVOLUTIONS
 """Operations with a weight at argument 1, output channels first, and a bias at argument 2."""
 
+# Layers too, but no runtime has an integer kernel for them.
 TRANSPOSED = {
     aten.conv_transpose1d.default,
     aten.conv_transpose2d.input,
     aten.conv_transpose3d.input,
 }
+# Products of two activations, as in attention.
 MATRIX_PRODUCTS = {aten.matmul.default, aten.bmm.default}
 ELEMENTWISE = {aten.add.Tensor, aten.add_.Tensor, aten.mul.Tensor, aten.mul_.Tensor}
 MEANS = {

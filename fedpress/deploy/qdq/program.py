@@ -1,4 +1,4 @@
-"""Captures a model and inserts quantize and dequantize around every integer operation."""
+"""Captures a model as a graph, and inserts quantize and dequantize around integer operations."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class QuantizedProgram:
     Attributes:
         program: the graph, which runs in torch.
         left_float: module or operation that computes in float -> the reason.
-        rounds: whether it rounds activations, not only weights.
+        rounds: whether the graph rounds activations, not only weights.
     """
 
     program: torch.export.ExportedProgram
@@ -60,14 +60,14 @@ def quantized_program(
 ) -> QuantizedProgram:
     """Captures `model`, folds its batch norms, and quantizes what integer arithmetic needs.
 
-    Quantized layers keep their own codes, scales and input quantization. With `batches` the rest is
-    quantized too: float weights to int8 per output channel; inputs and outputs of convolutions,
-    linear layers, matrix products, additions, products, means and concatenations to 8 bits, over
-    their ranges on the batches. Without batches the rest stays float: a model with 4-bit weights is
-    then stored in 4 bits and computes in float.
+    Layers that are quantized already keep their codes, scales and input quantization. With
+    `batches`, float weights are quantized to int8 per output channel. The inputs and outputs of
+    convolutions, linear layers, matrix products, additions, products, means and concatenations are
+    quantized to 8 bits, over their ranges on the batches. Without batches, nothing more is
+    quantized. Example: a model with 4-bit weights is stored in 4 bits and computes in float.
 
     Args:
-        model: maps a batch to one tensor or more; it is not changed.
+        model: the model, which maps a batch to one tensor or more; it is not changed.
         given: shape of one float32 example, or a batch of inputs.
         batches: standardised public examples for calibration, such as float32 [n, *input_shape].
         format: the integers of the runtime.
@@ -86,6 +86,8 @@ def quantized_program(
         program = capture(plain, given, batch=batch)
         rewrite = Rewrite(program.module(check_guards=False), layers, format, bool(batches))
         for node in rewrite.graph.nodes:
+            # Later steps read the shape of every value, and parameters have none in the captured
+            # graph.
             if node.op == "get_attr" and "val" not in node.meta:
                 node.meta["val"] = rewrite.tensor(node)
         fold_batch_norms_(rewrite)
@@ -140,7 +142,7 @@ def _insert_(
 def _round_input_(
     rewrite: Rewrite, node: fx.Node, layer: LayerQuantization, rounded: Mapping[fx.Node, QParams]
 ) -> QParams | None:
-    """Rounds the input of a layer as the layer prescribes, if it is not rounded so already.
+    """Rounds the input of a layer with the layer's own scale, unless this was done already.
 
     Returns:
         The quantization of the input; None if it is not quantized.
@@ -161,9 +163,9 @@ def _insert_others_(
 ) -> None:
     """Writes codes and scales for recurrent layers, embeddings and transposed convolutions.
 
-    No integer kernel computes with these weights. But the file then stores them in few bits, and
-    their outputs are those of the quantized model. This function also rounds the inputs of layers
-    that have quantized inputs but weights that are not integers.
+    No integer kernel computes with these weights. But the file stores them in few bits, and the
+    outputs of these layers are the same as in the quantized model. This function also rounds the
+    inputs of layers whose inputs are quantized but whose weights are not integers.
     """
     for weight in [node for node in rewrite.graph.nodes if node.op == "get_attr"]:
         name = str(weight.target)

@@ -141,13 +141,12 @@ def _can_fold_norm(layer: fx.Node) -> bool:
     if not isinstance(weight, fx.Node) or weight.op != "get_attr" or len(weight.users) > 1:
         return False
     # A batch norm scales dimension 1 of the output, but the rows of a linear weight belong to the
-    # last dimension. These
-    # are the same only if there are two dimensions.
+    # last dimension. These are the same only if there are two dimensions.
     return layer.target is not aten.linear.default or layer.meta["val"].dim() == 2
 
 
 def _scale_codes_(layer: LayerQuantization | None, factor: Tensor) -> None:
-    """Multiplies the scales of output channels by `factor`, of any sign."""
+    """Multiplies the scales of output channels by `factor`, which may be negative or 0."""
     if layer is None or layer.codes is None or layer.scales is None:
         return
     # Scales must stay positive, so the sign goes into the codes. Where the factor is 0 the codes
@@ -223,7 +222,7 @@ def with_int32_biases(
     and become 0 if its weights are negligible compared with the bias.
 
     Args:
-        layer: has one scale per output channel.
+        layer: the layer, with one scale per output channel.
         products: input scale and bias of each operation that reads the weight.
         four_bit_shift: number of bits that a bias loses if the weights have 4 bits (see
             `IntegerFormat`).
