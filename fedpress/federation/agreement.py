@@ -1,4 +1,8 @@
-"""The agreement: all settings that server and clients must have equal, as canonical JSON."""
+"""The agreement: all settings that must be equal on the server and on each client, as JSON.
+
+The server compares it with every client before the first round. Example: if a client trained with
+another learning rate or another seed, the run would silently give a wrong result.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +33,7 @@ Norm = Literal["frozen", "batch"]
 
 @dataclass(frozen=True)
 class Agreement:
-    """The entries of an agreement by name; server and client agree if the fingerprints are equal.
+    """The settings of one side. Server and client agree if their fingerprints are equal.
 
     >>> ours, theirs = Agreement({"norm": "frozen"}), Agreement({"norm": "batch"})
     >>> ours.fingerprint == theirs.fingerprint
@@ -43,7 +47,7 @@ class Agreement:
     entries: dict[str, JSON]
 
     def to_json(self) -> str:
-        """Returns the canonical text: sorted keys, no spaces, numbers as Python writes them."""
+        """Returns canonical JSON: sorted keys, no spaces, numbers as Python writes them."""
         return self._text
 
     @cached_property
@@ -53,19 +57,19 @@ class Agreement:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Digest of the text, 16 hexadecimal digits; part of every request."""
+        """Digest of the JSON text, 16 hexadecimal digits. Every request contains it."""
         return blake2b(self.to_json().encode(), digest_size=8).hexdigest()
 
     @classmethod
     def from_json(cls, text: str) -> Agreement:
-        """Reads an untrusted text in the format of `to_json`.
+        """Reads a text in the format of `to_json`, which may come from a stranger.
 
         Raises:
-            WireError: if it is not a JSON table.
+            WireError: if the text is not a JSON object.
         """
         try:
             entries = json.loads(text)
-        # Thousands of nested lists are valid JSON, and end in a RecursionError.
+        # Thousands of nested lists are valid JSON, but Python raises a RecursionError for them.
         except (ValueError, RecursionError) as error:
             raise WireError(
                 f"not JSON ({type(error).__name__})",
@@ -85,12 +89,12 @@ class Agreement:
         return dict(_leaves("", self.entries))
 
     def compare(self, client: Agreement) -> None:
-        """Compares the server's agreement (this one) with that of a client.
+        """Compares this agreement of the server with a client's agreement.
 
         Raises:
-            WireError: naming the first entry that differs, with both values.
+            WireError: if they differ; the error names the first entry that differs, and its values.
         """
-        # Nearly always equal; then nothing needs to be taken apart.
+        # The texts are nearly always equal, and then need no further work.
         if self.to_json() == client.to_json():
             return
         ours = self.leaves()
@@ -115,24 +119,25 @@ class Terms:
 
     Attributes:
         layout: names and shapes of the trainable parameters.
-        settings: how a client trains.
-        uplink: how updates are coded, sent to the server and averaged.
-        seed: seed of the run. The agreement contains only a commitment to it. A client with another
+        settings: how a client trains, such as its learning rate.
+        uplink: how updates are encoded, sent to the server and averaged.
+        seed: seed of the run. The agreement contains only a digest of it. A client with another
             seed would draw other masks and rotations, and the mean of the updates would be noise.
-        prepare: raw examples [k, ...] and a generator -> network input.
-        task: what is learned.
-        downlink: how the model is coded for the clients; None: parameters are sent as float32.
+        prepare: function that turns raw examples [k, ...] into network input; its second argument
+            is a random generator, for augmentation.
+        task: what is learned, such as classification; it gives the loss.
+        downlink: how the model is encoded for the clients; None: parameters are sent as float32.
         norm: "frozen" fixes the statistics of batch norms (scale and bias train); "batch" uses the
             statistics of each batch.
-        error_feedback: whether clients add the coding error of one update to the next one (Seide et
-            al. 2014; Karimireddy et al. 2019, arXiv:1901.09847).
-        num_rounds: how many rounds are planned; None for no limit.
+        error_feedback: whether clients add the coding error of one update to the next update (Seide
+            et al. 2014; Karimireddy et al. 2019, arXiv:1901.09847).
+        num_rounds: number of planned rounds; None for no limit.
         algorithm: the client's update and the server's step, such as FedAvg.
         max_tasks: how often one client may be asked in the run; None for no limit.
         schedule: when the server asks which client; None for synchronous rounds.
 
     Raises:
-        RecipeError: if the algorithm does not fit the rest.
+        RecipeError: if the algorithm does not fit the other settings.
     """
 
     layout: parameters.Layout
@@ -177,7 +182,7 @@ class Terms:
 
     @cached_property
     def agreement(self) -> Agreement:
-        """The agreement: an entry per field, and the versions of its format and random streams."""
+        """The agreement: an entry for each field, and the versions of format and random streams."""
         entries = {one.name: canonical(getattr(self, one.name)) for one in fields(self)}
         # Not the seed itself: in a simulation, noise and keys can be computed from it.
         entries["seed"] = commitment(self.seed)
@@ -194,7 +199,10 @@ def commitment(seed: int) -> str:
 
 
 def _leaves(name: str, value: JSON) -> Iterator[tuple[str, JSON]]:
-    """Yields the values inside `value` with full names; a list of plain values is one value."""
+    """Yields all values inside `value` with their full names, such as `uplink.cohort.size`.
+
+    A list of plain values, such as [3, 3], counts as one value.
+    """
     if isinstance(value, dict) and value:
         for key, item in value.items():
             full = f"{name}.{key}" if name else key

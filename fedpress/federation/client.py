@@ -1,6 +1,6 @@
-"""The client: trains on its private examples and answers the server's messages.
+"""The client of a federated run: trains on its private examples, and answers the server's messages.
 
-Under privacy its answers contain only what the privacy plan allows.
+Under privacy the answers contain only values that the privacy plan covers.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Client:
         arrays: its private examples.
         model: the model to train. Every request overwrites its trainable parameters, so clients in
             one process may share it. Its buffers are restored after every round.
-        plan: how it trains, see `ClientPlan.bind`.
+        plan: the settings agreed with the server, and how the client trains.
         memory: stores the client's state between rounds.
         member: the client's side of the secure sum; None for a plain sum.
         secret: key of the client's noise generator (256 bits). If None, the noise follows from the
@@ -93,7 +93,7 @@ class Client:
         return self.plan.terms.uplink
 
     def handle(self, request: bytes) -> bytes:
-        """Answers one serialized message with another, see `answer`."""
+        """Answers one message; both are bytes. See `answer`."""
         return pack(self.answer(unpack(request)))
 
     def answer(self, message: Message) -> Message:
@@ -102,7 +102,7 @@ class Client:
         Raises:
             WireError: if the request is damaged or does not fit the agreed terms.
             SecureError: if the answer would reveal a single client's update.
-            TrainingError: if the local update fails. Under privacy it does not say why.
+            TrainingError: if the local update fails. Under privacy the error does not say why.
         """
         check_header(message.kind, message.header)
         if message.kind == "agree":
@@ -112,7 +112,7 @@ class Client:
         return self._update(message, self._key(message))
 
     def _update(self, message: Message, key: Key) -> Message:
-        """Answers "fit" with "update", and stores the state that the next round needs."""
+        """Trains for one round, returns the update, and stores the state for the next round."""
         terms = self.terms
         uplink = self.uplink
         down, after = self._receive(message, key)
@@ -153,7 +153,14 @@ class Client:
     def _state_after(
         self, before: Vectors, computed: Vectors, tensors: dict[str, Tensor], key: Key
     ) -> dict[str, Tensor]:
-        """Returns the algorithm's state in its stored form, given the `tensors` that are sent."""
+        """Returns the algorithm's state after this round, as named tensors to store.
+
+        Args:
+            before: the state before the local update.
+            computed: the state that the local update computed.
+            tensors: the encoded vectors that are sent to the server.
+            key: key of this client in this round.
+        """
         algorithm = self.terms.algorithm
         if not algorithm.keeps_state:
             return {}
@@ -166,7 +173,14 @@ class Client:
     def _header(
         self, down: Vectors, vectors: Vectors, measured: Measures, key: Key
     ) -> dict[str, JSON]:
-        """Returns the header of an update: the measures that may be reported, and failures."""
+        """Returns the header of an update: measures that may be reported, and counts of failures.
+
+        Args:
+            down: the vectors from the server.
+            vectors: the vectors to send, before they are encoded.
+            measured: measures of the local update.
+            key: key of this client in this round.
+        """
         uplink = self.uplink
         trust = uplink.trust
         plan = self.plan.local.privacy or uplink.privacy
@@ -176,8 +190,8 @@ class Client:
         )
         if plan is not None:
             sent = [vectors[codec.name] for codec in uplink.vector_codecs]
-            # Part of the name of the noise on the failure counts. The same noise must never be
-            # added to two different answers: their difference would reveal both.
+            # The noise on the failure counts is drawn from a stream with this name. The same noise
+            # must never be added to two different answers: their difference would reveal both.
             hidden = random.fingerprint(down[PARAMS], *sent, self.arrays.x, self.arrays.y)
             header |= trust.failures(measured, plan, key, hidden)
         return header
@@ -186,7 +200,7 @@ class Client:
         """Compares the server's agreement with this client's own, entry by entry.
 
         Raises:
-            WireError: naming the first entry that differs, with both values.
+            WireError: if they differ; the error names the first entry that differs, and its values.
         """
         own = self.terms.agreement
         text = read_text(message, "agreement")
@@ -198,7 +212,10 @@ class Client:
     def _try_fit(
         self, down: Vectors, state: Vectors, key: Key
     ) -> tuple[Vectors, Vectors, Measures]:
-        """Returns the result of `_fit`; zeros and the old state if a failure must stay private."""
+        """Returns the result of `_fit`; if it fails and this must stay secret, zeros instead.
+
+        With zeros the algorithm's state stays as before.
+        """
         try:
             return self._fit(down, state, key)
         # Catches every exception: a user's own network may raise anything. Under privacy, the fact
@@ -213,11 +230,12 @@ class Client:
     def _state(self, message: Message, round: int) -> Vectors:
         """Returns the algorithm's state after this client's last answer that the server used.
 
-        If an answer was lost or refused, the server did not use it. The client then drops the state
-        that it saved with that answer; otherwise SCAFFOLD's controls on both sides would differ.
+        If an answer is lost or refused, the server does not use it. The client then drops the state
+        that it saved with that answer. Otherwise the client's state would not fit the server's: in
+        SCAFFOLD, the server's control would no longer be the mean of the clients' controls.
 
         Raises:
-            WireError: if this client has lost that state.
+            WireError: if this client has lost the state that the server expects.
         """
         algorithm = self.terms.algorithm
         if not algorithm.keeps_state:
@@ -240,6 +258,7 @@ class Client:
         return parameters.tensors_under(state, STATE)
 
     def _secure(self, member: SecAggClient, message: Message) -> Message:
+        """Answers a message of the secure sum, and stores which requests were answered."""
         answer = answer_secure(member, message)
         # An answer to "join" depends on the keys alone, so there is nothing new to store.
         if message.kind != "join":
@@ -247,14 +266,14 @@ class Client:
         return answer
 
     def _remember(self, member: SecAggClient) -> None:
-        """Stores which rounds were answered; a restarted client must not answer one twice."""
+        """Stores which rounds were answered: a restarted client must not answer a round twice."""
         save_json(self.memory, "member", member.state())
 
     def _clipped(self, update: Tensor, scale: float) -> Tensor:
         """Returns `update` after the clip and before the other codecs, for error feedback.
 
-        The residual must not contain what the clip cuts off: it would be added in every round and
-        grow without limit.
+        The residual must not contain the part that the clip cuts off: this part would be added
+        again in every round, and the residual would grow without limit.
         """
         chain = self.uplink.vector_codecs[0].chain
         first = chain[0] if chain else None
@@ -263,12 +282,13 @@ class Client:
         return update
 
     def _update_scale(self, message: Message) -> float:
-        """Returns the number that the update is divided by: the adaptive clip norm, else 1."""
+        """Returns the number by which the update is divided: the adaptive clip norm, or 1."""
         if self.uplink.adaptive is None:
             return 1.0
         return float(need("fit", message.header, "clip_norm"))
 
     def _key(self, request: Message) -> Key:
+        """Checks a "fit" request, and returns the key from which this round's randomness comes."""
         if request.kind != "fit":
             raise WireError(
                 f"got {request.kind!r}, expected 'fit'",
@@ -283,7 +303,7 @@ class Client:
         """Refuses a request whose agreement differs from this client's own.
 
         Raises:
-            WireError: if the fingerprints differ. The answer to "agree" names the entry.
+            WireError: if the fingerprints differ. Which entry differs, the answer to "agree" tells.
         """
         own = self.terms.agreement.fingerprint
         received = request.header.get("agreement")
@@ -298,7 +318,7 @@ class Client:
             )
 
     def read_params(self, request: Message) -> Tensor:
-        """Returns the server's parameters [d] in a `request` without a downlink codec.
+        """Returns the server's parameters [d] from a `request` that sends them uncoded.
 
         Raises:
             WireError: if they are missing, not float32, or not finite.
@@ -306,14 +326,15 @@ class Client:
         return _finite(request, PARAMS)
 
     def _receive(self, request: Message, key: Key) -> tuple[Vectors, dict[str, Tensor]]:
-        """Reads what the server sent.
+        """Reads the vectors of a "fit" request.
 
         Returns:
-            The vectors by name (parameters [d] and the algorithm's extras), and the tensors to
-            store.
+            The vectors by name (parameters [d] and the algorithm's extras), and the tensors that
+            the client must store to decode the next request.
 
         Raises:
-            WireError: if a vector does not fit, or is coded against a model that this client lost.
+            WireError: if a vector does not fit, or if it is coded as a difference to a model that
+                this client has lost.
         """
         terms = self.terms
         extras = {}
@@ -323,7 +344,7 @@ class Client:
         if terms.downlink is None:
             return {PARAMS: self.read_params(request), **extras}, {}
 
-        # The model is coded as a difference to the model of round `version`; 0: to zeros.
+        # The model is coded as a difference to the model of round `version`; 0: the full model.
         version: int = need("fit", request.header, "from")
         if version >= key.round:
             raise WireError(
@@ -347,6 +368,11 @@ class Client:
 
     def _fit(self, down: Vectors, state: Vectors, key: Key) -> tuple[Vectors, Vectors, Measures]:
         """Runs the algorithm's local update; the model's buffers are restored afterwards.
+
+        Args:
+            down: the vectors from the server.
+            state: the algorithm's state of this client.
+            key: key of this client in this round.
 
         Returns:
             The vectors to send (on the CPU), the next state, and the measures.
@@ -372,10 +398,10 @@ class Client:
         return vectors, after, measured
 
     def rehearse(self, arrays: Arrays) -> None:
-        """Takes one training step on public `arrays`, to test the model; then restores it.
+        """Takes one training step on public `arrays` to test the model, then restores the model.
 
         Raises:
-            Exception: whatever the network raises.
+            Exception: any error of the network.
             TrainingError: if no gradient is usable.
         """
         params = parameters.flatten(self.model)
@@ -395,7 +421,10 @@ class Client:
 
     @contextmanager
     def _at_work(self, key: Key) -> Iterator[None]:
-        """Puts the model into training mode with its own dropout stream; restores its buffers."""
+        """Prepares the model for training inside the block, and restores its buffers afterwards.
+
+        Dropout gets a random stream of this client and round.
+        """
         buffers = [b.clone() for b in self.model.buffers()]
         self.model.train()
         if self.terms.norm == "frozen":

@@ -1,4 +1,4 @@
-"""A client's plan of a run: the terms agreed with the server, and how it trains locally."""
+"""A client's plan for a run: the settings agreed with the server, and how the client trains."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from fedpress.privacy.plan import PrivacyPlan
 
 
 def check_norm(norm: str, model: nn.Module, *, sample: bool) -> None:
-    """Refuses batch norms in training mode under sample privacy.
+    """Checks that no batch norm uses batch statistics under sample privacy.
 
-    Server and clients call it before training.
+    The server and the clients call this function before training.
 
     Args:
         norm: the recipe's key `norm`, "frozen" or "batch".
@@ -41,12 +41,12 @@ def check_norm(norm: str, model: nn.Module, *, sample: bool) -> None:
 
 @dataclass(frozen=True, eq=False)
 class ClientPlan:
-    """The terms of a run and one client's local training, which fit each other.
+    """The settings of a run and of one client's local training, checked to fit each other.
 
     Attributes:
-        terms: the same as the server's.
-        local: how the client trains. It follows from the terms; under unit "sample" it also has
-            this client's own privacy plan.
+        terms: the settings that server and clients share.
+        local: how the client trains. This follows from `terms`; under unit "sample" it also
+            contains this client's own privacy plan.
     """
 
     terms: Terms
@@ -64,10 +64,11 @@ class ClientPlan:
         """Makes the plan of a client after checking that its model and privacy fit the terms.
 
         Args:
-            terms: agreed with the server.
+            terms: the settings agreed with the server.
             model: the model to train.
-            source: computes the gradients, such as `device_steps`; None: the terms decide.
-            privacy: this client's own plan under unit "sample", else None.
+            source: function that computes the gradients, such as `device_steps`; None: chosen by
+                the kind of privacy in `terms`.
+            privacy: this client's own privacy plan under unit "sample", else None.
 
         Raises:
             RecipeError: if the parts do not fit together.
@@ -98,7 +99,7 @@ class ClientPlan:
 def _check_fit(
     terms: Terms, model: nn.Module, source: GradientSource | None, privacy: PrivacyPlan | None
 ) -> None:
-    """Checks that a client's parts fit the terms; see `ClientPlan.bind`."""
+    """Checks model, gradient source and privacy plan of a client; see `ClientPlan.bind`."""
     trust = terms.uplink.trust
     check_norm(terms.norm, model, sample=privacy is not None)
     if (trust.unit == "sample") != (privacy is not None):

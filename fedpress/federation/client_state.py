@@ -1,4 +1,8 @@
-"""A client's storage between rounds: residuals, its copy of the model, answered rounds."""
+"""A client's storage between rounds, in memory or in a folder.
+
+Examples of its content: the residual of error feedback, the client's copy of the model, and the
+rounds that the client has answered.
+"""
 
 from __future__ import annotations
 
@@ -28,10 +32,17 @@ last round repeats it, and the client then needs the older state."""
 
 
 class ClientState(Protocol):
-    """One client's storage: its state after each of the last two rounds, and named entries."""
+    """One client's storage.
+
+    It holds the client's state (named tensors) after each of its last two rounds, and entries that
+    belong to no round, such as the list of answered rounds.
+    """
 
     def load(self, round: int) -> dict[str, Tensor]:
-        """Returns the latest state of a round before `round`; empty if there is none."""
+        """Returns the state after the latest stored round before `round`; empty if there is none.
+
+        So a round that is repeated starts from the same state as the first time.
+        """
         ...
 
     def save(self, round: int, state: Mapping[str, Tensor]) -> None:
@@ -39,11 +50,11 @@ class ClientState(Protocol):
         ...
 
     def entry(self, name: str) -> dict[str, Tensor]:
-        """Returns the entry `name`, which belongs to no round; empty if there is none."""
+        """Returns the entry `name`; empty if there is none."""
         ...
 
     def save_entry(self, name: str, state: Mapping[str, Tensor]) -> None:
-        """Replaces the entry `name`."""
+        """Stores the entry `name`, or replaces it."""
         ...
 
     def copied(self) -> InMemoryState:
@@ -61,14 +72,14 @@ def load_json(memory: ClientState, name: str) -> dict[str, Any]:
 
 
 def save_json(memory: ClientState, name: str, value: Mapping[str, Any]) -> None:
-    """Replaces the entry `name` by a JSON object."""
+    """Stores a JSON object as the entry `name`, or replaces it."""
     text = bytearray(json.dumps(value).encode())
     memory.save_entry(name, {JSON_TENSOR: torch.frombuffer(text, dtype=torch.uint8)})
 
 
 @dataclass(eq=False)
 class InMemoryState:
-    """Storage in memory, lost when the process ends.
+    """Storage in memory; it is lost when the process ends.
 
     >>> memory = InMemoryState()
     >>> memory.save(3, {})
@@ -86,6 +97,7 @@ class InMemoryState:
 
     def save(self, round: int, state: Mapping[str, Tensor]) -> None:
         """See `ClientState`."""
+        # States of `round` and of later rounds are dropped: the server has gone back before them.
         before = sorted(r for r in self.rounds if r < round)[-(MAX_STATES - 1) :]
         self.rounds = {r: self.rounds[r] for r in before} | {round: dict(state)}
 
@@ -104,7 +116,10 @@ class InMemoryState:
 
 @dataclass(frozen=True)
 class DiskState:
-    """Storage in a folder, for clients that may be restarted; every file is replaced atomically."""
+    """Storage in a folder, for clients that may be restarted.
+
+    Every file is replaced atomically, so a crash leaves the old file or the new one.
+    """
 
     folder: Path
 
@@ -164,6 +179,7 @@ class DiskState:
         return sorted(rounds)
 
     def _read(self, stem: str) -> dict[str, Tensor]:
+        """Reads a file after comparing it with its checksum."""
         path = self._path(stem)
         cure = "delete the file, and the server sends the full model"
         try:
@@ -176,6 +192,7 @@ class DiskState:
             ) from error
 
     def _write(self, stem: str, state: Mapping[str, Tensor]) -> None:
+        """Writes a file and its checksum."""
         path = self._path(stem)
         # safetensors refuses tensors that are not contiguous or share memory.
         tensors = {name: t.contiguous().clone() for name, t in state.items()}

@@ -1,4 +1,7 @@
-"""The last answer of each client that the server used; the client resumes from its state then."""
+"""Remembers for each client the last answer that the server used.
+
+A client that keeps a state (as in SCAFFOLD) must continue from its state after that answer.
+"""
 
 from __future__ import annotations
 
@@ -17,11 +20,14 @@ treats the client as one that it never asked."""
 
 @dataclass(eq=False)
 class Counted:
-    """For each client, the number of the last task whose answer the server used (0: none).
+    """The number of the last used answer of each client (0: none was used yet).
 
-    Only algorithms whose clients keep a state need it, such as SCAFFOLD. A lost or refused answer
-    changes nothing on the server. The number tells the client from which of its stored states it
-    must continue.
+    A lost or refused answer changes nothing on the server. So the server sends this number with
+    each request, and the client continues from the state that it stored with that answer. Only
+    algorithms whose clients keep a state need this.
+
+    Attributes:
+        last: client -> number of the task (the round of the model that it trained).
 
     >>> counted = Counted.open(["a", "b"], {})
     >>> counted.note_answer("a", 3, refused="")
@@ -33,7 +39,7 @@ class Counted:
 
     @classmethod
     def open(cls, clients: Sequence[ClientId], state: Mapping[str, Tensor]) -> Counted:
-        """Starts with zeros, or restores what `state` returned."""
+        """Starts with zeros, or restores a result of `state` if it is not empty."""
         tasks = state["tasks"].tolist() if state else [0] * len(clients)
         return cls(dict(zip(clients, tasks, strict=True)))
 
@@ -42,7 +48,13 @@ class Counted:
         return {"tasks": torch.tensor(list(self.last.values()), dtype=torch.int64)}
 
     def note_answer(self, client: ClientId, task: int, *, refused: str) -> None:
-        """Notes that the answer to `task` was used, or `refused` for a reason ("" if used)."""
+        """Stores whether an answer was used.
+
+        Args:
+            client: the client that answered.
+            task: number of its task.
+            refused: why the answer was refused; "" if it was used.
+        """
         if not refused:
             self.last[client] = task
         elif LOST_STATE in refused:

@@ -1,7 +1,7 @@
-"""Simulated delays of clients: seconds from sending a model to the arrival of the answer.
+"""Simulated delays: how many seconds a client takes from getting a model to sending its answer.
 
-Each delay is drawn from a stream named by seed, client and task, so it does not depend on data or
-on the order of events. A repeated or resumed run has the same delays.
+Each delay is drawn from a random stream that is named by seed, client and task. So a delay does not
+depend on data or on the order of events, and a repeated or resumed run has the same delays.
 """
 
 from __future__ import annotations
@@ -16,10 +16,16 @@ from fedpress.core.random_source import public_stream
 
 
 class Delays(Protocol):
-    """One row of the table: a distribution of delays."""
+    """A distribution of delays, such as `Lognormal`."""
 
     def draw(self, seed: int, client: ClientId, task: int) -> float:
-        """Returns the simulated seconds of task number `task`: finite and at least 0."""
+        """Returns the delay of one task in simulated seconds: finite and at least 0.
+
+        Args:
+            seed: seed of the run.
+            client: name of the client.
+            task: number of the client's task.
+        """
         ...
 
 
@@ -107,4 +113,5 @@ DELAYS: dict[str, type[Constant] | type[Lognormal] | type[Exponential]] = {
 
 
 def _normal(seed: int, *words: str | int) -> float:
+    # Public, since a delay tells nothing about data: everybody with the seed may compute it.
     return float(public_stream(seed, *words).normal())

@@ -1,9 +1,10 @@
-"""The downlink: sends clients the coded difference between the model and the copy they have.
+"""The downlink: compresses the model on its way to the clients, as a difference to their old copy.
 
-The server stores the copy that each client has. It codes the difference between its own model and
-that copy; then server and client both add the decoded difference to the copy. A coding error is
-part of the next difference: error feedback from server to client (Tang et al. 2019,
-"DoubleSqueeze", arXiv:1905.05957). Clients that were asked in the same rounds have the same copy.
+The server remembers which copy of the model each client has. It encodes the difference between its
+own model and that copy. Server and client then both add the decoded difference to the copy. So an
+encoding error becomes part of the next difference, which is error feedback from server to client
+(Tang et al. 2019, "DoubleSqueeze", arXiv:1905.05957). Clients that were asked in the same rounds
+have the same copy.
 """
 
 from __future__ import annotations
@@ -41,12 +42,12 @@ one get the full model next time."""
 
 @dataclass(frozen=True)
 class Downlink:
-    """The agreed codecs of the model from server to clients.
+    """The codecs of the model from server to clients, agreed by both sides.
 
     Attributes:
         size: number of trained values d of the model.
-        shapes: shapes of its parameters, for codecs that work on whole matrices.
-        chain: codecs of a difference.
+        shapes: shapes of the model's parameters, for codecs that work on whole matrices.
+        chain: codecs of a difference, in the order in which they encode.
         first: codecs of the full model, for clients without a copy.
     """
 
@@ -56,23 +57,31 @@ class Downlink:
     first: tuple[Settings, ...] = ()
 
     def bound(self, *, whole: bool) -> Chain:
-        """Returns the bound chain of a full model (`whole`) or of a difference.
+        """Returns the codecs as a chain of transforms that encodes and decodes.
+
+        Args:
+            whole: True for the full model, False for a difference.
 
         Raises:
-            RecipeError: if its codecs do not fit together.
+            RecipeError: if the codecs do not fit together.
         """
         chain = self.first if whole else self.chain
         with renaming({"chain": "first"} if whole else {}):
             return bind_chain(chain, Bound(self.size, shapes=self.shapes))[0]
 
     def encode(self, params: Tensor, held: Tensor | None, key: Key) -> dict[str, Tensor]:
-        """Encodes `params` [d] for a client whose copy is `held` [d]; None: the client has none."""
+        """Encodes `params` [d] for clients whose copy is `held` [d] (None: they have no copy)."""
         # A difference has smaller values than the model, so it needs fewer bits.
         difference = params if held is None else params - held
         return encode_chain(self.bound(whole=held is None), difference, key)
 
     def decode(self, tensors: Mapping[str, Tensor], held: Tensor | None, key: Key) -> Tensor:
-        """Returns the client's new copy [d], from `tensors` and its old copy `held` [d] (or None).
+        """Returns a client's new copy [d].
+
+        Args:
+            tensors: the encoded model or difference.
+            held: the client's old copy [d]; None: it has no copy.
+            key: key with which the server encoded.
 
         Raises:
             WireError: if the tensors do not decode to d finite values.
@@ -87,17 +96,17 @@ class Downlink:
 
 @dataclass(eq=False)
 class Broadcast:
-    """The server's side of a downlink: the copy of the model that each client has.
+    """The server's side of a downlink: remembers which copy of the model each client has.
 
     A copy is named (round, number). A round may make several copies, because clients with
-    different old copies get slightly different new ones.
+    different old copies get slightly different new copies.
 
     Attributes:
         downlink: the agreed codecs.
         seed: seed of the run.
         holds: client -> name of its copy, or `NO_COPY`.
-        copies: name -> model [d].
-        sent: client -> name of the copy that it has once the last message arrives.
+        copies: name of a copy -> model [d].
+        sent: client -> name of the copy that the client will have when the last message arrives.
     """
 
     downlink: Downlink
@@ -110,7 +119,7 @@ class Broadcast:
     def open(
         cls, downlink: Downlink, seed: int, clients: Sequence[ClientId], state: Mapping[str, Tensor]
     ) -> Broadcast:
-        """Starts without copies, or restores what `state` returned."""
+        """Starts without copies, or restores a result of `state` if it is not empty."""
         rows = state["holds"].tolist() if state else [NO_COPY] * len(clients)
         holds = {}
         for client, row in zip(clients, rows, strict=True):
@@ -131,10 +140,15 @@ class Broadcast:
     def encode_for(
         self, round: int, params: Tensor, cohort: Sequence[ClientId]
     ) -> dict[ClientId, tuple[int, dict[str, Tensor]]]:
-        """Codes the model for each client of a cohort; once for all clients with the same copy.
+        """Encodes the model for the clients of a cohort, once for all clients with the same copy.
+
+        Args:
+            round: number of the round.
+            params: the server's model [d].
+            cohort: the clients that are asked.
 
         Returns:
-            For each client the round of its copy (0: it has none), and the tensors to send.
+            For each client the round of its old copy (0: it has no copy), and the tensors to send.
         """
         # The key names no client, so that clients with the same copy get the same message.
         key = Key(self.seed, round, SERVER)
@@ -154,9 +168,11 @@ class Broadcast:
         return {client: messages[self.holds[client]] for client in cohort}
 
     def mark_arrived(self, refused: Mapping[ClientId, str]) -> None:
-        """Notes the new copies of all clients that were sent one, except those in `refused`.
+        """Stores that the last message arrived at all its receivers, except at refused clients.
 
-        A refused client still has its old copy, unless the reason says that it lost it.
+        Args:
+            refused: client -> why its answer was not used. Such a client still has its old copy,
+                unless the reason says that the copy is lost.
         """
         for client, copy in self.sent.items():
             if client not in refused:

@@ -29,11 +29,11 @@ class Traffic:
 
 
 class Transport(Protocol):
-    """Carries messages to clients and their answers back.
+    """Carries messages to clients, and their answers back.
 
-    A failing client raises nothing at the server: its answer is a message of kind "error" with a
-    `reason` in the header, or no answer comes. Answers come in any order, each once, with the id of
-    their request, so a late update is never mistaken for the answer to another request.
+    A client that fails causes no exception on the server. Its answer has the kind "error" and a
+    `reason` in the header, or no answer comes. Answers come in any order, each of them once. Each
+    has the id of its request, so a late update is never mistaken for the answer to another request.
     """
 
     @property
@@ -42,20 +42,22 @@ class Transport(Protocol):
         ...
 
     def clients(self) -> Sequence[ClientId]:
-        """Names of all clients that can be asked; every call returns the same order."""
+        """Returns the names of all clients that can be asked, in the same order at every call."""
         ...
 
     def send(self, client: ClientId, message: Message) -> RequestId:
-        """Sends `message` and returns at once.
+        """Sends `message`, and returns the id of the request without waiting.
 
-        If one message object is sent to many clients, it is serialized once.
+        If the same message object is sent to many clients, it is serialized once.
         """
         ...
 
     def receive(
         self, requests: Collection[RequestId], timeout: float | None = None
     ) -> Answer | None:
-        """Waits for the next answer to one of `requests`; keeps answers to others for later calls.
+        """Waits for the next answer to one of `requests`.
+
+        Answers to other requests are kept for later calls.
 
         Returns:
             The client, the request and its answer. None if no answer came within `timeout`
@@ -64,21 +66,21 @@ class Transport(Protocol):
         ...
 
     def cancel(self, requests: Collection[RequestId]) -> None:
-        """Closes `requests`: their clients may stop, and answers that still come are dropped."""
+        """Closes `requests`: their clients may stop, and answers that come later are dropped."""
         ...
 
 
 def exchange(
     transport: Transport, requests: Mapping[ClientId, Message], *, timeout: float | None = None
 ) -> Iterator[tuple[ClientId, Message]]:
-    """Sends each client its message and yields the answers as they come.
+    """Sends each client its message, and yields client and answer for each answer that comes.
 
     Other requests may be open at the same time; the transport keeps their answers.
 
     Args:
         transport: carries messages to the clients.
-        requests: a message for each client.
-        timeout: seconds to wait for the next answer; None to wait for all.
+        requests: client -> the message for it.
+        timeout: seconds to wait for the next answer; None: no limit.
     """
     # All are sent before any answer is read, so that clients work at the same time.
     waiting = {transport.send(client, message) for client, message in requests.items()}
@@ -93,16 +95,16 @@ def exchange(
             waiting.remove(request)
             yield client, reply
     finally:
-        # Runs too if the caller stops early. Otherwise the transport would keep answers for ever
+        # Runs also if the caller stops early. Otherwise the transport would for ever keep answers
         # that nobody reads.
         transport.cancel(waiting)
 
 
 def error(reason: str) -> Message:
-    """Returns the message that replaces an answer when a client failed."""
+    """Returns the message that takes the place of an answer if a client failed."""
     return Message("error", {"reason": reason})
 
 
 def failure(problem: Exception) -> Message:
-    """Returns the message that stands for an answer whose computation raised `problem`."""
+    """Returns the message that takes the place of an answer if its computation raised `problem`."""
     return error(f"{type(problem).__name__}: {problem}")

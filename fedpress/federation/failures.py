@@ -1,9 +1,10 @@
-"""Counts of failed examples or clients; under privacy with noise, which costs no extra epsilon.
+"""Counts failed examples or clients; under privacy the counts get noise, at no extra epsilon.
 
-A failed unit (an example, or a client) adds nothing to the sum of updates, and any other unit adds
-nothing to the counts. So if one unit is added or removed, the vector (sum / clip norm, counts)
-moves by at most 1, as the sum alone does. Counts with noise of the plan's `noise_multiplier` are
-therefore extra coordinates of the same Gaussian mechanism: epsilon does not change.
+A unit is what privacy protects: an example or a client. A failed unit adds nothing to the sum of
+updates, and a unit that did not fail adds nothing to the counts. So if one unit is added or
+removed, the vector (sum / clip norm, counts) moves by at most 1, just as (sum / clip norm) alone
+does. Counts with noise of the plan's `noise_multiplier` are therefore extra coordinates of the same
+Gaussian mechanism, and epsilon does not change.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ class Tally:
     """Numbers of failed units (examples or clients), by cause.
 
     Attributes:
-        not_finite: units with NaN or infinite numbers.
-        failed: units on which the network raised an error.
+        not_finite: number of units whose gradient or update has NaN or infinite values.
+        failed: number of units on which the network raised an error.
     """
 
     not_finite: float = 0.0
@@ -39,12 +40,12 @@ class Tally:
 
     @property
     def total(self) -> float:
-        """Both causes together."""
+        """Number of failed units, of both causes together."""
         return self.not_finite + self.failed
 
     @classmethod
     def of(cls, measured: Mapping[str, JSON]) -> Tally:
-        """Reads the counts in the measures of a local update; 0 for a missing one."""
+        """Reads the counts from the measures of a local update; a missing count is 0."""
         values = [measured.get(name) or 0 for name in ("not_finite", "failed")]
         return cls(*(float(value) for value in values))  # type: ignore[arg-type]
 
@@ -58,7 +59,13 @@ class Tally:
         return cls(*(math.fsum(column) for column in zip(*rows, strict=True)))
 
     def fits(self, most: float, noise: float) -> bool:
-        """Whether at most `most` failures with noise of this standard deviation can give it."""
+        """Returns whether these counts are possible.
+
+        Args:
+            most: largest possible number of failures.
+            noise: standard deviation of the noise on each count.
+        """
+        # Noise may make a count negative, and both counts together exceed `most` by two rooms.
         room = MAX_NOISE_STDS * noise
         not_negative = min(self.not_finite, self.failed) >= -room
         return not_negative and self.total <= most + 2 * room
@@ -68,7 +75,7 @@ class Tally:
         return torch.tensor(astuple(self), dtype=torch.float64)
 
     def to_json(self) -> list[JSON]:
-        """Returns [not_finite, failed], as in the header of an update."""
+        """Returns [not_finite, failed], as the header of an update contains them."""
         return [*astuple(self)]
 
     def noised(self, plan: PrivacyPlan, key: Key, *, steps: int, hidden: str) -> Tally:
@@ -76,14 +83,14 @@ class Tally:
 
         Args:
             plan: gives the noise multiplier.
-            key: key of the client in this round.
-            steps: how many noised counts this tally is the sum of.
-            hidden: fingerprint of the data that the noise hides. It is part of the noise's name, so
-                that two different answers never get the same noise.
+            key: key of the client in this round, from which the noise is drawn.
+            steps: number of steps whose counts this tally adds up; each step gets its own noise.
+            hidden: fingerprint of the data that the noise hides. The random stream is named by it,
+                so that two different answers never get the same noise.
         """
         if plan.noise_multiplier == 0:
             return self
-        # One unit moves a count by at most 1, so its clip norm is 1.
+        # One unit moves a count by at most 1, so its clip norm is 1. Variances of steps add up.
         std = plan.noise_multiplier * math.sqrt(steps)
         count = replace(plan, clip_norm=1.0, noise_multiplier=std)
         values = self.tensor()

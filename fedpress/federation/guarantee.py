@@ -1,4 +1,4 @@
-"""The privacy guarantee of an uplink: plan, place of the noise, and divisor of the sum."""
+"""The privacy guarantee for the clients' updates: noise plan, who adds the noise, and divisor."""
 
 from __future__ import annotations
 
@@ -14,16 +14,17 @@ from fedpress.privacy.plan import PrivacyPlan
 
 @dataclass(frozen=True)
 class Guarantee:
-    """A differential privacy guarantee and the trust that it needs; without a `plan` there is none.
+    """A differential privacy guarantee; without a `plan` there is no privacy.
 
     Attributes:
-        plan: unit, clip norm, noise multiplier and sampling probability. Under unit "sample" with
-            local noise each client has its own plan; then this is the plan of any client.
-        trust: who adds the noise: "local", "distributed" or "central"; None for the default of the
-            unit.
-        noise: what the server adds, with trust "central".
-        adaptive: how the clip norm adapts to the updates' norms; None: it is fixed.
-        divisor: public number by which a private sum is divided; the cohort's size if None.
+        plan: what is protected (the unit: a sample or a client), clip norm, noise multiplier and
+            sampling probability. Under unit "sample" with local noise each client has its own plan;
+            then any of these plans stands here.
+        trust: who adds the noise: "local" (each client), "distributed" (all clients together) or
+            "central" (the server); None for the default of the unit.
+        noise: noise that the server adds, with trust "central"; None: independent noise.
+        adaptive: how the clip norm adapts to the norms of the updates; None: it is fixed.
+        divisor: public number by which a private sum is divided; None: the size of the cohort.
     """
 
     plan: PrivacyPlan | None = None
@@ -34,18 +35,18 @@ class Guarantee:
 
     @property
     def trust_row(self) -> Trust:
-        """The row of the table `TRUSTS` for the plan's unit and `trust`.
+        """The row of the table `TRUSTS` for this unit and trust: rules that the run must keep.
 
         Raises:
-            RecipeError: if there is no such trust for the unit of the plan.
+            RecipeError: if the table has no such row.
         """
         return trust_of(self.plan.unit if self.plan is not None else None, self.trust)
 
     def check(self, payload: Payload) -> None:
-        """Checks that the guarantee covers every vector of `payload`.
+        """Checks that the guarantee covers all vectors that a client sends.
 
         Raises:
-            RecipeError: if it does not.
+            RecipeError: if a vector is not covered, or if the adaptive clip norm is not possible.
         """
         row = self.trust_row
         row.check_vectors(self.plan, payload.extras)

@@ -1,4 +1,4 @@
-"""Local steps on a device: an ExecuTorch program computes the gradients instead of torch."""
+"""Local training on a device: an ExecuTorch program computes the gradients instead of torch."""
 
 from __future__ import annotations
 
@@ -22,11 +22,19 @@ from fedpress.federation.local import (
 
 
 def device_steps(model: nn.Module, work: LocalWork) -> Steps:
-    """Takes the same steps as `plain_steps`, with the gradients of an ExecuTorch program.
+    """Trains like `plain_steps`, but with the gradients of an ExecuTorch program.
 
-    Pass it as `ClientPlan.bind(..., source=device_steps)` for a client whose model is
-    `DeviceModel(program)`. Batches are the same, in the same order. A batch larger than the
-    program's is computed in several runs; a smaller one is padded with examples of weight 0.
+    Pass this function as `ClientPlan.bind(..., source=device_steps)` for a client whose model is
+    `DeviceModel(program)`. Batches and their order are the same as in torch. A program has a fixed
+    batch size: a larger batch is computed in several runs, and a smaller batch is padded with
+    examples of weight 0.
+
+    Args:
+        model: the `DeviceModel`.
+        work: the client's work in this round.
+
+    Yields:
+        Each step after its gradient is computed.
 
     Raises:
         RecipeError: if `model` is not a `DeviceModel`, the settings ask for another precision than
@@ -53,6 +61,7 @@ def device_steps(model: nn.Module, work: LocalWork) -> Steps:
             # Cloned, because algorithms change gradients in place, and the runtime's memory may be
             # read-only.
             gradients = {name: found[name].clone() for name in params}
+            # The caller may change the gradients before the optimizer uses them.
             yield Step([p.detach() for p in params.values()], [*gradients.values()])
             optimizer.step(gradients)
             total += float(loss)
@@ -67,10 +76,10 @@ def device_steps(model: nn.Module, work: LocalWork) -> Steps:
 
 
 def _device_model(model: nn.Module, work: LocalWork, settings: LocalSettings) -> DeviceModel:
-    """Returns `model` after checking that its program can do this work.
+    """Returns `model` after checking that its program can train with these settings.
 
     Raises:
-        RecipeError: if it cannot, or `model` is not a device model.
+        RecipeError: if the program cannot, or if `model` is not a `DeviceModel`.
     """
     if not isinstance(model, DeviceModel):
         raise RecipeError(

@@ -2,15 +2,15 @@
 
 | kind | from | answered by | purpose |
 | --- | --- | --- | --- |
-| `offer` | server | `offered`, `refused` | over a network, what a client builds its half from |
-| `register` | server | `registered` | a client's public facts: number of examples, signing key |
-| `agree` | server | `agreed` | compare the client's terms with the server's |
+| `offer` | server | `offered`, `refused` | over a network: settings and model of a training stage |
+| `register` | server | `registered` | ask for a client's public facts: examples, signing key |
+| `agree` | server | `agreed` | compare the client's settings with the server's |
 | `join`, `roster` | server | `join`, `accepted` | exchange keys for secure sums, once a run |
 | `fit` | server | `update` | train for one round from the server's parameters |
-| `unmask` | server | `shares` | the key shares that open one secure sum |
+| `unmask` | server | `shares` | ask for the key shares that open one secure sum |
 | `evaluate` | server | `evaluated` | metric on a client's own examples; refused under privacy |
 | | | `error` | replaces any answer when a client fails: the reason |
-| | | `refused` | replaces any answer when a data owner's policy says no: the rule, the reason |
+| | | `refused` | replaces any answer that a data owner's policy forbids: rule and reason |
 """
 
 from __future__ import annotations
@@ -42,14 +42,14 @@ FIELDS: Mapping[str, Mapping[str, FieldKind]] = {
     "fit": {
         "round": whole(1),
         "agreement": TEXT,
-        # With a downlink: the parameters are coded as a difference to the model of this round; 0:
-        # to zeros.
+        # With a coded downlink: the round whose model the difference is added to; 0: the tensors
+        # contain the full model.
         "from": whole(0),
         # Round of the client's last answer that the server used; 0 for none.
         "counted": whole(0),
-        # In a secure sum: the clients whose masks cancel.
+        # In a secure sum: the clients of the round, whose masks cancel.
         "cohort": NAMES,
-        # With an adaptive clip: its current value; the client sends its update divided by it.
+        # With an adaptive clip norm: its current value. The client divides its update by it.
         "clip_norm": POSITIVE,
     },
     "update": {
@@ -57,18 +57,18 @@ FIELDS: Mapping[str, Mapping[str, FieldKind]] = {
         "examples": whole(1),
         "loss": NUMBER,
         "steps": whole(0),
-        # With an adaptive clip: whether the update's norm was below it.
+        # With an adaptive clip norm: whether the update's norm was not above it.
         "below": FLAG,
-        # Counts [not_finite, failed]. The client adds noise, unless the server is trusted to.
+        # Counts [not_finite, failed]. The client adds noise to them, unless the server adds it.
         "failures": COUNTS,
         "secure": TABLE,
     },
     "evaluate": {"agreement": TEXT},
     "evaluated": {"examples": whole(1), "metrics": TABLE},
-    # Whether nothing of it is kept: the server only asks whether it would be accepted.
+    # `trial`: before a run the server only asks whether the offer would be accepted.
     "offer": {"stage": TEXT, "trial": FLAG},
     "offered": {"terms": TEXT},
-    # A data owner's policy says no: the rule, and its reason in words.
+    # A data owner's policy forbids the answer: the rule, and its reason in words.
     "refused": {"rule": TEXT, "reason": TEXT},
     "register": {},
     "registered": {"examples": whole(1), "identity": TEXT},
@@ -110,20 +110,25 @@ def check_header(kind: str, header: Mapping[str, Any]) -> None:
 
 
 def need(kind: str, header: Mapping[str, Any], name: str) -> Any:
-    """Returns field `name` of a `header` after checking it.
+    """Returns the field `name` of a header, which must be there and be valid.
+
+    Args:
+        kind: kind of the message.
+        header: header of the message.
+        name: name of the field.
 
     Raises:
-        WireError: if it is missing, or its type or value is not as `FIELDS` says.
+        WireError: if the field is missing, or does not have the type and limits of `FIELDS`.
     """
     check_field(kind, name, header.get(name), FIELDS[kind][name])
     return header[name]
 
 
 def refusal_of(reply: Message) -> str | None:
-    """Returns why a client refuses to answer, in words; None for any other message.
+    """Returns the reason if `reply` is an error or a refusal; None for any other message.
 
     Raises:
-        WireError: if the reason is no text.
+        WireError: if the reason is not a text.
 
     >>> refusal_of(Message("refused", {"rule": "min_cohort", "reason": "got 2, allowed are 5"}))
     "the owner's policy says no to min_cohort: got 2, allowed are 5"
@@ -135,23 +140,23 @@ def refusal_of(reply: Message) -> str | None:
     if reply.kind == "refused":
         rule = reply.header.get("rule", "something")
         reason = f"the owner's policy says no to {rule}: {reason}"
-    # Cut, because an attacker could fill the records.
+    # Cut, because a dishonest client could fill the run's records.
     return reason[:MAX_REASON_CHARS]
 
 
 def text_tensor(text: str) -> Tensor:
-    """Returns `text` as UTF-8 bytes: uint8 [n]. For texts that may exceed the limit of a header.
+    """Returns `text` as UTF-8 bytes: uint8 [n].
 
-    Example: the agreement with the list of all clients.
+    It is used for texts that may exceed the size limit of a header, such as the agreement.
     """
     return torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
 
 
 def read_text(message: Message, name: str) -> str:
-    """Returns the text in tensor `name` of an untrusted message.
+    """Returns the text in the tensor `name` of an untrusted message; see `text_tensor`.
 
     Raises:
-        WireError: if it is missing, or not UTF-8 text.
+        WireError: if the tensor is missing, or is not UTF-8 text.
     """
     tensor = message.tensors.get(name)
     if tensor is None or tensor.dtype != torch.uint8 or tensor.dim() != 1:

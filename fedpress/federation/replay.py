@@ -13,16 +13,17 @@ FINGERPRINT_DIGITS = 16
 
 
 def answer_once(message: Message, round: int, terms: Terms, memory: ClientState) -> None:
-    """Stores in `memory` that the client answers the "fit" of `round`; refuses a second answer.
+    """Stores that the client answers the training request ("fit") of a round.
 
-    If a server could ask twice in a round with different parameters, it would get two noised
-    answers about the same examples, and the second one would cost epsilon that was not planned.
-    An identical request is allowed: it gets the same answer bit for bit, which reveals nothing new.
+    Refuses a second, different request of the same round. Otherwise a server could ask twice with
+    different parameters and get two noised answers about the same examples; the second answer would
+    cost epsilon that was not planned. An identical request is allowed: its answer is the same bit
+    for bit, and reveals nothing new.
 
     Args:
-        message: the "fit".
-        round: number of the task: the round whose model it starts from.
-        terms: the planned numbers of rounds and tasks.
+        message: the message "fit".
+        round: number of the round whose model the training starts from.
+        terms: the planned numbers of rounds and of tasks (trainings of one client).
         memory: stores the fingerprints of answered requests.
 
     Raises:
@@ -35,7 +36,7 @@ def answer_once(message: Message, round: int, terms: Terms, memory: ClientState)
             place="fit.round",
             cure="stop here",
         )
-    # Sorted, so that equal requests have equal fingerprints in whatever order their fields come.
+    # Sorted, so that the fingerprint does not depend on the order of the fields.
     tensors = [message.tensors[name] for name in sorted(message.tensors)]
     asked = random.fingerprint(sorted(message.header.items()), *tensors)[:FINGERPRINT_DIGITS]
     answered = load_json(memory, "answered")
@@ -46,6 +47,7 @@ def answer_once(message: Message, round: int, terms: Terms, memory: ClientState)
             place="fit.round",
             cure="go on with the next round",
         )
+    # A repeated request does not count as another task.
     if known is not None:
         return
 

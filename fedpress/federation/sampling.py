@@ -1,4 +1,4 @@
-"""Client sampling: which clients take part in a round, and the probability for the accountant."""
+"""Client sampling: draws the clients of a round, and gives the sampling probability for privacy."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fedpress.errors import RecipeError
 class Cohort:
     """How many clients take part in each round, and how they are drawn.
 
-    These settings are public; which clients a round draws is not.
+    These settings are public. Which clients a round draws may have to stay secret.
 
     Attributes:
         size: number of clients in a round; under "poisson" its mean.
@@ -52,10 +52,11 @@ class Cohort:
 
     @property
     def sampling_prob(self) -> float:
-        """Sampling probability that the accountant may use for a client, in 0..1.
+        """Sampling probability of a client that the privacy accountant may use, from 0 to 1.
 
-        Only "poisson" gives amplification here. For "fixed", amplification is known for replace-one
-        neighbours, whose sensitivity is twice as large; at usual sizes it then gains nothing.
+        Only "poisson" gives amplification here. For "fixed", amplification is known only for
+        neighbours that replace one client. Their sensitivity is twice as large, so at usual sizes
+        nothing is gained.
 
         >>> Cohort(10, 100).sampling_prob, Cohort(10, 100, "poisson").sampling_prob
         (1.0, 0.1)
@@ -64,7 +65,7 @@ class Cohort:
 
     @property
     def period(self) -> int:
-        """Least distance in rounds between two rounds of the same client.
+        """Minimum number of rounds from one round of a client to its next round.
 
         >>> Cohort(10, 95, "cyclic").period, Cohort(10, 95).period
         (10, 1)
@@ -91,7 +92,7 @@ class Cohort:
             # The stream's name has no round, so there is one permutation for the whole run.
             order = private_stream(seed, "cohort").permutation(self.population)
             first = (round - 1) % self.period * self.size
-            # Sorted, because float sums depend on the order: always that of `clients`.
+            # Sorted into the order of `clients`, because float sums depend on the order.
             indices = order[first : first + self.size].sort().values
         elif self.sampling == "poisson":
             # From the private stream: amplification requires that nobody knows who was drawn.

@@ -1,4 +1,8 @@
-"""A client's answers to the messages of a secure sum: "join", "roster" and "unmask"."""
+"""Answers the server's messages that set up and open a secure sum, for one client.
+
+"join" asks for the client's public key, "roster" brings the keys of all clients, and "unmask" asks
+for the shares that open the sum of a round.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +11,17 @@ from fedpress.wire.message import Message
 
 
 def answer_secure(member: SecAggClient, message: Message) -> Message:
-    """Answers a "join", "roster" or "unmask" for `member`.
+    """Answers a message of kind "join", "roster" or "unmask".
+
+    Args:
+        member: the client's side of the secure sum.
+        message: the server's message.
 
     Raises:
         WireError: if the message is faulty.
         SecureError: if the answer would reveal a single client's update.
     """
+    # The secure sum has a message type of its own, so that it does not depend on the wire format.
     if message.kind == "join":
         answer = member.join()
         return Message("join", answer.header, answer.tensors)

@@ -1,4 +1,7 @@
-"""The noise that a trusted server adds to a sum: independent in each round, or correlated."""
+"""The noise that a trusted server adds to the sum of the clients' vectors.
+
+The noise of different rounds is either independent, or correlated by a matrix factorization.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +30,10 @@ FAILURE_KEYS = "failure_keys"
 class ServerNoise:
     """Gaussian noise of standard deviation `plan.noise_std` on each value of a sum.
 
-    With `factorization` the noise of a round is a weighted sum of this and earlier rounds' draws.
+    Attributes:
+        plan: clip norm and noise multiplier.
+        factorization: if given, the noise of a round is a weighted sum of random draws of this
+            round and of earlier rounds; None: the noise of each round is independent.
     """
 
     plan: PrivacyPlan
@@ -43,23 +49,23 @@ class ServerNoise:
 
     @property
     def _scaling(self) -> tuple[object, ...]:
-        """The settings that scale a draw to noise; they are part of the name of every draw.
+        """The settings that decide the scale of the noise; the random stream is named by them.
 
-        Otherwise the same draw z could be added to the same sum s at two scales. Two such answers
-        would reveal s: (s + 2z) - 2 (s + z) = -s.
+        Otherwise the same draw z could be added to the same sum s at two scales, and two such
+        answers would reveal s: (s + 2z) - 2 (s + z) = -s.
         """
         return (self.plan,) if self.factorization is None else (self.plan, self.factorization)
 
     def count(
         self, counts: Tensor, state: Mapping[str, Tensor], key: Key, hidden: str
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Adds noise to counts of failures; they are extra coordinates of the sum's mechanism.
+        """Adds noise to counts of failures, at no extra epsilon (`fedpress.federation.failures`).
 
         Args:
-            counts: float64 [k]; one protected unit changes one of them by at most 1.
-            state: state of the noise, after the last round.
+            counts: float64 [k]; one protected unit changes one count by at most 1.
+            state: state of the noise after the last round.
             key: key of the server in this round.
-            hidden: fingerprint of the sums of this round, a part of the noise's name.
+            hidden: fingerprint of the sums of this round, by which the random stream is named.
 
         Returns:
             The noised counts [k] and the next state.
@@ -72,15 +78,15 @@ class ServerNoise:
     def add(
         self, total: Tensor, state: Mapping[str, Tensor], key: Key, name: str = UPDATE
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Adds noise to the sum of one named vector.
+        """Adds noise to the sum of one vector, such as the update.
 
         The noise is a pseudorandom function of the key and of the sum. Another sum, or the same sum
-        under another plan, gets independent noise, so nobody can subtract the results of two runs
-        with one seed. The same sum gets the same noise, which reveals nothing new.
+        under another plan, gets independent noise. So two runs with one seed cannot be subtracted
+        to remove the noise. The same sum gets the same noise, which reveals nothing new.
 
         Args:
             total: the sum [d].
-            state: state of the noise, after the last round.
+            state: state of the noise after the last round.
             key: key of the server in this round.
             name: name of the vector.
 
@@ -105,19 +111,20 @@ class ServerNoise:
 
         Args:
             total: values [d].
-            state: state of the noise, after the last round.
+            state: state of the noise after the last round.
             key: key of the server in this round.
-            word: first part of the stream's name, such as "noise".
-            hidden: second part: a fingerprint of the values.
-            keys_name: name in the state of the keys of past draws.
+            word: first part of the random stream's name, such as "noise".
+            hidden: second part of this name: a fingerprint of the values.
+            keys_name: name of the entry in the state that holds the keys of past draws.
         """
         if self.factorization is None:
             return noise_sum(total, self.plan, key.private_stream(word, hidden)), dict(state)
 
-        # The state has the 32-byte keys of past draws instead of the draws, which are as large as
-        # the model; they are recomputed from their keys.
+        # The state holds the 32-byte keys of past draws, not the draws themselves, which are as
+        # large as the model. Each draw is computed again from its key.
         own_key = bytearray(key.private_key(word, hidden))
         keys = torch.frombuffer(own_key, dtype=torch.uint8).reshape(1, 32)
+        # Newest first, and no more than the factorization has coefficients.
         if keys_name in state:
             keys = torch.cat([keys, state[keys_name]])[: len(self.factorization.coefficients)]
         draws = []

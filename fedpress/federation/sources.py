@@ -1,4 +1,4 @@
-"""The table of gradient sources: plain gradients, DP-SGD, or one clipped sum of gradients."""
+"""The table of functions that compute a client's gradients, by the kind of privacy."""
 
 from collections.abc import Mapping
 

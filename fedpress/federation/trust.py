@@ -1,4 +1,6 @@
-"""The table of trust models: protected unit, who adds the noise, and what may be reported.
+"""The table of trust models: what privacy protects, who adds the noise, what clients may report.
+
+A run picks one row: a kind of this table, and the protected unit (one example, or one client).
 
 | kind | who adds the noise | who learns only private results |
 | --- | --- | --- |
@@ -32,10 +34,10 @@ Kind: TypeAlias = Literal["open", "local", "distributed", "central"]
 
 @dataclass(frozen=True)
 class Trust:
-    """One row of the table: a protected unit, who adds the noise, and the rules that follow.
+    """One row of the table: what is protected, who adds the noise, and the rules that follow.
 
     Attributes:
-        kind: see the table above.
+        kind: who adds the noise; see the table at the top of this file.
         unit: what is protected: one example of a client ("sample") or all examples of a client
             ("client"); None without privacy.
         steps: how a client computes gradients, a key of `GRADIENT_SOURCES`.
@@ -44,8 +46,8 @@ class Trust:
             "server" (to the aggregate), or "none".
         reported_measures: which measures of its training a client may report, such as "loss".
         reports_examples: whether a client may report its number of examples.
-        names_clients: whether a record may have a row for each client.
-        hides_cohort: whether only the server may know which clients took part.
+        names_clients: whether the record of a round may have a row for each client.
+        hides_cohort: whether only the server may know which clients took part in a round.
         fixed_divisor: whether a sum is divided by a public number, however many clients replied.
             Otherwise it is divided by the sum of the clients' weights.
         keeps_residual: whether a client may use error feedback. Not if noise is added to the vector
@@ -69,14 +71,14 @@ class Trust:
     on_failure: Literal["raises", "hides_cause", "counts_client", "counts_batch"] = "counts_client"
 
     def agreed(self) -> dict[str, object]:
-        """Returns the row's entries in the agreement: kind and unit; the rest follows from them."""
+        """Returns the fields that server and client compare; the others follow from these two."""
         return {"kind": self.kind, "unit": self.unit}
 
     # Rules for the parts of an uplink, used before the run.
 
     @property
     def on_aggregate(self) -> bool:
-        """Whether noise is added to the aggregate, which must then have a finite sensitivity."""
+        """Whether noise is added to the sum, whose sensitivity must then be finite."""
         return self.noise in ("sum", "server")
 
     def codecs(
@@ -86,11 +88,12 @@ class Trust:
 
         Args:
             plan: plan of the noise; None without privacy.
-            clip_norm: L2 bound of the vector; None if it has none.
-            vectors: how many vectors a client sends, see `per_vector_multiplier`.
+            clip_norm: L2 bound of the vector; None: no bound.
+            vectors: number of vectors that a client sends, see `per_vector_multiplier`.
 
         Returns:
-            A clip, then noise if each client adds it to its vector; nothing without a bound.
+            A clip, followed by noise if each client adds noise to its vector. Nothing if
+            `clip_norm` is None.
         """
         if clip_norm is None:
             return ()
@@ -104,9 +107,9 @@ class Trust:
         """Returns the bound to which the server clips every decoded vector.
 
         Args:
-            clip_norm: L2 bound of the vector at the client; None if it has none.
-            start: bound before the first codec.
-            end: bound after the last codec.
+            clip_norm: L2 bound of the vector at the client; None: no bound.
+            start: bound of the vector before the first codec.
+            end: bound of the encoded vector, after the last codec.
         """
         # Without noise on the aggregate: the largest norm that an honest client's vector can have.
         # It is infinite if clients add noise to it, because clipping would change the noise.
@@ -120,9 +123,11 @@ class Trust:
     def server_noise(
         self, plan: PrivacyPlan | None, planned: ServerNoise | None
     ) -> ServerNoise | None:
-        """Returns the noise that a trusted server adds to a sum; None for other rows.
+        """Returns the noise that a trusted server adds to a sum; None if the server adds no noise.
 
-        This is `planned` if given (such as correlated noise), else independent noise of `plan`.
+        Args:
+            plan: plan of the noise; None without privacy.
+            planned: noise to use, such as correlated noise; None: independent noise of `plan`.
         """
         if self.noise != "server" or plan is None:
             return None
@@ -131,10 +136,10 @@ class Trust:
     def check(
         self, plan: PrivacyPlan | None, cohort: Cohort, weights: Weights, aggregator: Aggregator
     ) -> None:
-        """Checks that this row's guarantee holds with plan, cohort, weights and aggregator.
+        """Checks that the privacy guarantee holds with plan, cohort, weights and aggregator.
 
         Raises:
-            RecipeError: if one of them does not.
+            RecipeError: if one of them breaks the guarantee.
         """
         if weights not in ("examples", "equal"):
             raise RecipeError(f"got {weights!r}, expected 'examples' or 'equal'", place="weights")
@@ -181,7 +186,7 @@ class Trust:
         """Checks that privacy covers the further vectors of an algorithm.
 
         Raises:
-            RecipeError: if one cannot.
+            RecipeError: if a vector cannot be covered.
         """
         for name, extra in extras.items():
             if self.steps == "joint":
@@ -208,13 +213,13 @@ class Trust:
     def reported(
         self, measured: Mapping[str, JSON], examples: int, *, updates_seen: bool
     ) -> dict[str, JSON]:
-        """Returns what the header of an update reports about its client.
+        """Returns the header fields of an update that tell something about the client.
 
         Args:
-            measured: what the local update measured, such as its loss.
-            examples: how many examples the client has.
-            updates_seen: whether the server sees single updates. It does not in a secure sum, and
-                then nothing else about a single client is reported either.
+            measured: measures of the local update, such as its loss.
+            examples: the client's number of examples.
+            updates_seen: whether the server sees single updates. In a secure sum the server does
+                not see them, and then nothing else about a single client is reported either.
         """
         if not updates_seen:
             return {}
@@ -227,15 +232,15 @@ class Trust:
         """Returns the measures of a client whose training failed, or raises an error.
 
         Under privacy a failure must not reveal anything about the data. If noise hides whether an
-        update is zero, the client sends zeros, and the failure is only counted, with noise.
+        update is zero, the client sends zeros, and only a noisy count tells of the failure.
 
         Args:
-            problem: the exception of the local update.
+            problem: the exception that the local update raised.
             expected: expected number of examples in a batch, which is public.
 
         Raises:
             Exception: `problem` itself, without privacy or if it follows from noised values only.
-            TrainingError: otherwise; it does not name the cause.
+            TrainingError: otherwise; this error does not name the cause.
         """
         diverged = isinstance(problem, DivergedError)
         if self.on_failure == "counts_client":
@@ -256,12 +261,13 @@ class Trust:
     def failures(
         self, measured: Mapping[str, JSON], plan: PrivacyPlan, key: Key, hidden: str
     ) -> dict[str, JSON]:
-        """Returns the header field with the count of failed examples (or clients), under privacy.
+        """Returns the header field with the counts of failed examples (or clients), under privacy.
 
-        A trusted server gets exact counts and adds the noise. Otherwise noise is added here.
+        A trusted server gets exact counts and adds the noise itself. Otherwise the client adds
+        noise here.
 
         Args:
-            measured: what the local update measured.
+            measured: measures of the local update, with the counts.
             plan: plan of the noise.
             key: key of this client in this round.
             hidden: fingerprint of the data that the noise hides. Other data must get other noise:
@@ -281,8 +287,8 @@ class Trust:
         Without the check one client could stop the run for all by reporting a huge number.
 
         Raises:
-            WireError: if it reports more failures than it has examples, or a negative number, and
-                noise cannot be the reason.
+            WireError: if the client reports more failures than it has examples, or a negative
+                number, and noise cannot be the reason.
         """
         tally = Tally(*need("update", header, "failures"))
         most = 1.0
@@ -305,23 +311,29 @@ class Trust:
         return tally
 
     def with_refused(self, tally: Tally, refused: int) -> Tally:
-        """Returns `tally` plus the number of `refused` replies, if clients are the units."""
+        """Returns `tally`, plus the number of refused replies if the counts are of clients."""
         if self.unit == "client" and self.noise == "server":
             return replace(tally, failed=tally.failed + refused)
         return tally
 
     def noised_counts(self, plan: PrivacyPlan) -> int:
-        """Returns of how many noised counts a client's reported tally is the sum."""
+        """Returns how many noised counts are added up in the tally that a client reports."""
+        # DP-SGD adds noise in every local step, so each step's count has its own noise.
         return plan.steps_per_round if self.noise == "step" else 1
 
 
 def per_vector_multiplier(noise_multiplier: float, vectors: int) -> float:
-    """Returns the noise multiplier of each of m `vectors`, for the privacy cost of a single vector.
+    """Returns the noise multiplier for each of m vectors, so that all together cost like one.
 
-    One client moves vector i by at most its clip norm C_i. If vector i is divided by C_i sqrt(m),
-    all m vectors together are one vector that a client moves by at most 1. Adding noise of standard
-    deviation `noise_multiplier` to it adds noise of noise_multiplier sqrt(m) C_i to vector i. So
-    the m vectors are one Gaussian mechanism, which the ledger charges with `noise_multiplier`.
+    One client moves vector i by at most the clip norm C_i of this vector. If vector i is divided by
+    C_i sqrt(m), all m vectors together form one vector that a client moves by at most 1. This joint
+    vector gets noise of standard deviation `noise_multiplier`, so vector i itself gets noise of
+    standard deviation noise_multiplier sqrt(m) C_i. The m vectors are then one Gaussian mechanism,
+    which the ledger charges with `noise_multiplier`.
+
+    Args:
+        noise_multiplier: noise multiplier of the joint vector.
+        vectors: number of vectors m.
 
     >>> per_vector_multiplier(1.5, 1), per_vector_multiplier(1.5, 4)
     (1.5, 3.0)
@@ -399,7 +411,7 @@ def trust_of(unit: Unit | None, kind: str | None = None) -> Trust:
 
 
 def _check_client_unit(plan: PrivacyPlan, cohort: Cohort, weights: Weights) -> None:
-    """Checks under unit "client" that one clip norm is the sensitivity, and the sampling."""
+    """Checks for unit "client" that the sensitivity is one clip norm, and checks the sampling."""
     # With weights by examples, a client moves the sum by weight x clip norm, and the weight has no
     # bound.
     if weights != "equal":

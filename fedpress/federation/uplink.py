@@ -1,4 +1,7 @@
-"""The uplink: the agreed codecs, aggregator, weights and noise of the clients' updates."""
+"""The uplink: how the clients' updates are encoded, aggregated, weighed and noised.
+
+Server and clients agree on it before the first round.
+"""
 
 from __future__ import annotations
 
@@ -27,19 +30,21 @@ from fedpress.privacy.plan import PrivacyPlan
 
 @dataclass(frozen=True)
 class Uplink:
-    """The agreed processing of updates, equal on server and clients; made by `Uplink.bind`.
+    """The processing of updates, equal on server and clients. Use `Uplink.bind` to make one.
 
     Attributes:
-        vector_codecs: one per named vector, the update first.
+        vector_codecs: one codec for each vector that a client sends; the first is the update's.
         cohort: how many clients take part in a round.
         aggregator: combines the vectors of a round, such as `Mean`.
-        privacy: the privacy plan, or None.
+        privacy: the privacy plan; None without privacy.
         trust: who adds the plan's noise, and what clients may report.
-        weights: "examples" weighs each client by its number of examples, "equal" by one.
+        weights: "examples" weighs each client by its number of examples; "equal" weighs all clients
+            equally.
         divisor: public number by which a private sum is divided, however many clients replied.
-        noise: what the server adds, with trust "central".
-        adaptive: how the clip norm adapts to the updates' norms. Each request then contains the
-            current clip norm, and clients divide their updates by it.
+        noise: noise that the server adds, with trust "central"; else None.
+        adaptive: how the clip norm adapts to the norms of the updates; None: it is fixed. If it
+            adapts, each request contains the current clip norm, and clients divide their updates
+            by it.
     """
 
     vector_codecs: tuple[VectorCodec, ...]
@@ -68,8 +73,8 @@ class Uplink:
             payload: the vectors that every client sends.
             cohort: how many clients take part in a round.
             guarantee: the privacy guarantee.
-            aggregator: `Mean()` if None.
-            weights: weights of the clients in the mean.
+            aggregator: combines the vectors of a round; None: `Mean()`.
+            weights: "examples" or "equal", see `Uplink`.
 
         Raises:
             RecipeError: if the parts do not fit together, or the guarantee would not hold.
@@ -103,7 +108,7 @@ class Uplink:
         )
 
     def agreed(self) -> dict[str, object]:
-        """Returns the entries of the agreement: every field."""
+        """Returns the values that server and client compare: all fields."""
         entries = {one.name: getattr(self, one.name) for one in fields(self)}
         # "ways" is the entry's name in version 0.1. Another name would change the agreement's
         # fingerprint, and with it the name under which a resumed run finds its secure sum.
@@ -116,7 +121,7 @@ class Uplink:
         return self.vector_codecs[0].size
 
     def encode(self, vectors: Vectors, key: Key, *, scale: float = 1.0) -> dict[str, Tensor]:
-        """Returns the coded tensors of `vectors`, which are divided by `scale` first."""
+        """Divides `vectors` by `scale`, and returns their encoded tensors."""
         tensors: dict[str, Tensor] = {}
         for codec in self.vector_codecs:
             vector = vectors[codec.name]
@@ -125,31 +130,34 @@ class Uplink:
         return tensors
 
     def decode(self, tensors: Mapping[str, Tensor], key: Key) -> dict[str, Tensor]:
-        """Returns the vectors in untrusted `tensors`, without clipping them.
+        """Decodes untrusted `tensors` to vectors by name, without clipping them.
 
         Raises:
-            WireError: if one is not of the agreed size, or not finite.
+            WireError: if a vector does not have the agreed size, or is not finite.
         """
         parts = divide(self.vector_codecs, tensors)
         return {codec.name: codec.decode(parts[codec.name], key) for codec in self.vector_codecs}
 
     def receive(self, tensors: Mapping[str, Tensor], key: Key) -> dict[str, Tensor]:
-        """Returns the vectors in untrusted `tensors`, each clipped to its bound.
+        """Decodes untrusted `tensors` to vectors by name, and clips each vector to its bound.
 
         Raises:
-            WireError: if one is not of the agreed size, or not finite.
+            WireError: if a vector does not have the agreed size, or is not finite.
         """
         parts = divide(self.vector_codecs, tensors)
         return {codec.name: codec.receive(parts[codec.name], key) for codec in self.vector_codecs}
 
     def init(self) -> dict[str, Tensor]:
-        """Returns the state before the first round."""
+        """Returns the state before the first round: the initial clip norm if it adapts."""
         if self.adaptive is None:
             return {}
         return {"clip_norm": torch.tensor(self.adaptive.initial, dtype=torch.float64)}
 
     def update_scale(self, state: Mapping[str, Tensor]) -> float:
-        """Returns the number that clients divide updates by: the adaptive clip norm, else 1."""
+        """Returns the number by which clients divide their updates: the adaptive clip norm, or 1.
+
+        `state` is the state after the last round.
+        """
         if self.adaptive is None:
             return 1.0
         return float(state["clip_norm"])
@@ -157,15 +165,15 @@ class Uplink:
 
 @dataclass(frozen=True)
 class _Binder:
-    """Binds the codecs of one vector; the fields are the same for all vectors of an uplink.
+    """Makes the codec of each vector; the fields are the same for all vectors of an uplink.
 
     Attributes:
         trust: who adds the noise.
         plan: plan of the noise; None without privacy.
         aggregator: gives the sensitivity of the aggregate.
         cohort: number of clients in a round.
-        noise: the noise of the server; None if it adds none.
-        vectors: how many vectors a client sends.
+        noise: noise of the server; None if the server adds no noise.
+        vectors: number of vectors that a client sends.
     """
 
     trust: Trust
@@ -176,10 +184,15 @@ class _Binder:
     vectors: int
 
     def bind(self, name: str, vector: ExtraVector, start: Bound) -> VectorCodec:
-        """Returns the codec of one vector, whose bound before the first codec is `start`.
+        """Returns the codec of one vector.
+
+        Args:
+            name: name of the vector.
+            vector: its size, codecs and clip norm.
+            start: bound of the vector before the first codec.
 
         Raises:
-            RecipeError: if its codecs do not fit together.
+            RecipeError: if the codecs do not fit together.
         """
         privacy = self.trust.codecs(self.plan, vector.clip_norm, self.vectors)
         codecs = (*privacy, *vector.codecs)
@@ -191,8 +204,8 @@ class _Binder:
     def _noise(self, clip_norm: float | None) -> ServerNoise | None:
         """Returns the server's noise on the aggregate of a vector with L2 bound `clip_norm`.
 
-        If `clip_norm` is None (unit "sample"), one example is protected: it moves its client's sum
-        of gradients by at most the clip norm of the plan.
+        Under unit "sample" `clip_norm` is None: one example is protected, and it moves its client's
+        sum of gradients by at most the clip norm of the plan.
         """
         if self.noise is None:
             return None
@@ -207,10 +220,15 @@ class _Binder:
 
 
 def _places(name: str, privacy: int, own: int) -> dict[str, str]:
-    """Returns the recipe's key for each codec of a vector, to be named in errors.
+    """Returns which key of the recipe each codec of a vector comes from, to be named in errors.
 
-    The first `privacy` codecs come from the key `privacy`, the next `own` from the vector's codecs.
-    Example for an update with a clip: {"chain[0]": "privacy", "chain[1]": "chain[0]"}.
+    Example for an update with a clip of the privacy plan and one codec of its own: {"chain[0]":
+    "privacy", "chain[1]": "chain[0]"}.
+
+    Args:
+        name: name of the vector.
+        privacy: number of codecs that privacy adds; they come first.
+        own: number of codecs of the vector itself.
     """
     given = "chain" if name == UPDATE else f"extras[{name!r}].codecs"
     places = {f"chain[{index}]": "privacy" for index in range(privacy)}

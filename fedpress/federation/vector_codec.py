@@ -1,4 +1,7 @@
-"""How one named vector travels to the aggregate: its codec, its bound and the server's noise."""
+"""Encodes and decodes one of a client's vectors, and enforces its norm bound on the server.
+
+A client's vectors are its update and, for some algorithms, extras such as SCAFFOLD's control.
+"""
 
 from __future__ import annotations
 
@@ -16,15 +19,15 @@ from fedpress.privacy.noise.mechanism import clip
 
 @dataclass(frozen=True)
 class VectorCodec:
-    """The codec of one named vector, equal on client and server.
+    """Encoding of one vector, equal on client and server.
 
     Attributes:
         name: name of the vector, such as "update".
         bound: size and norm limits of the decoded vector. The server enforces them.
         chain: the transforms that encode and decode, in the order of encoding.
         codecs: the settings from which `chain` was made.
-        end: limits of the numbers that are sent, that is of the last transform's output.
-        noise: noise that the server adds to the aggregate of this vector; None for no noise.
+        end: limits of the output of the last transform, that is, of the numbers that are sent.
+        noise: noise that the server adds to the aggregate of this vector; None: no noise.
     """
 
     name: str
@@ -35,7 +38,7 @@ class VectorCodec:
     noise: ServerNoise | None = None
 
     def agreed(self) -> dict[str, object]:
-        """Returns the entries for the agreement. `chain` and `end` follow from these entries."""
+        """Returns the fields that server and client compare; `chain` and `end` follow from them."""
         return {
             "name": self.name,
             # "promise" is the older name of the bound. It stays, because another key would change
@@ -51,16 +54,16 @@ class VectorCodec:
         return self.bound.size
 
     def encode(self, vector: Tensor, key: Key) -> dict[str, Tensor]:
-        """Returns the coded tensors of `vector` [size].
+        """Returns the encoded tensors of `vector` [size].
 
-        Their names begin with the vector's name, except those of the update. Example:
-        `control/values`.
+        Their names begin with the vector's name, such as `control/values`. Tensors of the update
+        have no such prefix.
         """
         tensors = encode_chain(self.chain, vector, self._vector_key(key))
         return {self._prefix + name: tensor for name, tensor in tensors.items()}
 
     def decode(self, tensors: Mapping[str, Tensor], key: Key) -> Tensor:
-        """Decodes untrusted `tensors` to the vector, float32 [size].
+        """Decodes untrusted `tensors` to a vector, float32 [size].
 
         Raises:
             WireError: if the vector has another size than agreed, or is not finite.
@@ -70,7 +73,7 @@ class VectorCodec:
         return check_float(vector, self.size, self.name)
 
     def receive(self, tensors: Mapping[str, Tensor], key: Key) -> Tensor:
-        """Decodes a vector and clips it to `bound`, in case the client has not clipped it.
+        """Decodes a vector, and clips it to `bound` in case a dishonest client did not clip it.
 
         Raises:
             WireError: see `decode`.
@@ -79,7 +82,7 @@ class VectorCodec:
         return clip(vector, self.bound.l2) if self.bound.l2 < math.inf else vector
 
     def owns(self, tensor: str) -> bool:
-        """Returns whether the tensor of this name is part of the vector."""
+        """Returns whether the tensor with the name `tensor` is part of this vector."""
         return tensor.startswith(self._prefix)
 
     @property
@@ -94,10 +97,15 @@ class VectorCodec:
 def divide(
     vector_codecs: tuple[VectorCodec, ...], tensors: Mapping[str, Tensor]
 ) -> dict[str, dict[str, Tensor]]:
-    """Groups the tensors of a message by vector: name of the vector -> its tensors.
+    """Groups the tensors of a message by vector.
 
-    The first of `vector_codecs` must be that of the update. It gets all tensors that belong to no
-    other vector; its transforms refuse unknown tensors.
+    Args:
+        vector_codecs: codecs of all vectors; the first must be that of the update.
+        tensors: the tensors of the message, by name.
+
+    Returns:
+        Name of the vector -> its tensors. The update gets all tensors that belong to no other
+        vector; its transforms refuse unknown tensors.
     """
     first, *further = vector_codecs
     parts: dict[str, dict[str, Tensor]] = {codec.name: {} for codec in vector_codecs}

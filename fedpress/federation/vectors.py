@@ -1,4 +1,4 @@
-"""Named vectors of a message: update, parameters, and an algorithm's further vectors."""
+"""The vectors that server and clients exchange: parameters, update, and extras of an algorithm."""
 
 from __future__ import annotations
 
@@ -26,9 +26,10 @@ class ExtraVector:
 
     Attributes:
         size: number of values; None: as many as the model has trainable values.
-        codecs: compress it from client to server, in this order; unused in the other direction.
-        clip_norm: L2 bound of one client's vector. Client privacy needs it, because the noise is
-            proportional to this bound.
+        codecs: compress the vector from client to server, in this order; unused from server to
+            client.
+        clip_norm: L2 bound of one client's vector; None: no bound. Privacy of whole clients needs a
+            bound, because the noise is proportional to it.
     """
 
     size: int | None = None
@@ -38,13 +39,13 @@ class ExtraVector:
 
 @dataclass(frozen=True)
 class Payload:
-    """The vectors that every client sends in a round: its update, and an algorithm's extras.
+    """All vectors that a client sends in a round: its update, and the extras of the algorithm.
 
     Attributes:
         size: number of values of an update.
-        chain: codecs of the update, in order.
+        chain: codecs of the update, in the order in which they encode.
         shapes: shapes of the parameters in the update, for codecs that work on whole matrices.
-        extras: further vectors by name.
+        extras: name -> further vector.
     """
 
     size: int
@@ -53,11 +54,12 @@ class Payload:
     extras: Mapping[str, ExtraVector] = field(default_factory=dict)
 
     def vectors(self, clip_norm: float | None) -> dict[str, ExtraVector]:
-        """Returns all vectors by name, the update first, which has the L2 bound `clip_norm`."""
+        """Returns all vectors by name, the update first; `clip_norm` is the update's L2 bound."""
         return {UPDATE: ExtraVector(codecs=self.chain, clip_norm=clip_norm), **self.extras}
 
     def start(self, vector: ExtraVector) -> Bound:
-        """Returns the bound of one of the vectors before its first codec: its size, no norm."""
+        """Returns the known bound of a vector before its first codec: the size, but no norm."""
+        # Only the update has the model's shapes; `size` None means as large as an update.
         if vector.size is None:
             return Bound(self.size, shapes=self.shapes)
         return Bound(vector.size)
