@@ -1,7 +1,8 @@
-"""Recognises files of other programs, such as ONNX, that are given as a model.
+"""Recognises files of other programs, such as ONNX, that a user gives as a model.
 
-A file is recognised by its first bytes, or by the list of files in an archive. Nothing is
-unpickled, because a pickle may run any code.
+The error about such a file then says how its model can be used in fedpress. A file is recognised by
+its first bytes, or by the list of files in an archive. Nothing is unpickled, because a pickle may
+run any code.
 """
 
 from __future__ import annotations
@@ -54,11 +55,11 @@ Finding = tuple[str, Words]
 
 
 class Foreign(NamedTuple):
-    """A file of another program: the problem and the cure of the error about it.
+    """The two parts of the error about a file of another program.
 
     Attributes:
-        what: what the file is, such as "'m.onnx' is an ONNX file".
-        cure: how its model can be used here.
+        what: the problem: what the file is, such as "'m.onnx' is an ONNX file".
+        cure: the advice: how the file's model can be used in fedpress.
     """
 
     what: str
@@ -69,8 +70,8 @@ def identify(path: Path) -> Foreign | None:
     """Recognises a file or folder of another program.
 
     Returns:
-        What the file is, and how its model can be used here. None if the path does not exist, or
-        may be a file of fedpress.
+        What the file is, and how its model can be used in fedpress. None if the path does not
+        exist, or if it may be a file of fedpress.
 
     >>> identify(Path("no-such-file")) is None
     True
@@ -109,6 +110,7 @@ def _file(path: Path) -> Finding | None:
             return _zip(path)
         except zipfile.BadZipFile:
             return "a damaged archive, as torch.save writes it", "copy it again"
+    # Content comes before the suffix, because a file may have any name.
     for matches, what, cure in BY_HEAD:
         if matches(head):
             return what, cure
@@ -137,14 +139,15 @@ def _is_text(head: bytes) -> bool:
 
 
 def _is_safetensors(head: bytes) -> bool:
+    # The file begins with the size of its JSON header; 100 MB is the limit of safetensors itself.
     size = int.from_bytes(head[:8], "little")
     return 2 <= size <= 100_000_000 and head[8:9] == b"{"
 
 
 def _is_onnx(head: bytes) -> bool:
-    """Returns whether the first protobuf fields are those of ONNX.
+    """Returns whether the first two protobuf fields are fields of an ONNX model.
 
-    The first is a version of 1 to 31, the second a producer, a domain, a graph or an opset.
+    The first field is a version from 1 to 31; the second is producer, domain, graph or opset.
     """
     has_version = head[:1] == b"\x08" and 0 < head[1] < 32
     return has_version and head[2:3] in (b"\x12", b"\x1a", b"\x3a", b"\x42")
@@ -271,7 +274,7 @@ def _pickle(path: Path) -> Finding:
 
 
 def _own_classes(names: set[str]) -> list[str]:
-    """Returns the classes among `names` that no state dict has: the user's first, then torch's."""
+    """Returns the classes among `names` that no state dict has, sorted with the user's first."""
     own = []
     for name in names:
         if name.partition(" ")[0] not in OF_TENSORS:
@@ -296,9 +299,9 @@ def _by_classes(names: set[str]) -> Finding:
 def _classes_in(file: IO[bytes]) -> set[str]:
     """Returns `module name` of every class and function in the next pickle, without loading them.
 
-    A pickle is a program for a stack machine. GLOBAL has module and name as its argument;
-    STACK_GLOBAL takes both from the stack: they are the last two strings that were pushed or
-    fetched from the memo.
+    A pickle is a program for a stack machine. The instruction GLOBAL has module and name as its
+    argument. STACK_GLOBAL takes both from the stack: they are the last two strings that were pushed
+    or fetched from the memo.
     """
     found: set[str] = set()
     words: list[str] = []
@@ -350,9 +353,10 @@ def _folder(path: Path) -> Finding | None:
 
 
 def _hub(path: Path, weights: str) -> Finding:
-    """Describes a folder of the Hugging Face hub, with the model class from its config.json."""
+    """Describes a folder of the Hugging Face hub; the model class is read from its config.json."""
     try:
         config = json.loads((path / "config.json").read_text("utf-8"))
+        # AutoModel finds the class itself, so it is the fallback.
         kinds = config.get("architectures") or ["AutoModel"]
         kind = str(kinds[0]) if isinstance(kinds, list) else "AutoModel"
     except (ValueError, AttributeError, IndexError, RecursionError):

@@ -1,6 +1,6 @@
 """Describes a network of torch.nn layers as JSON, so that a saved file needs no user code.
 
-Such a network is a single layer, or an `nn.Sequential` of layers and further sequences. Other
+The network must be a single layer, or an `nn.Sequential` of layers and further sequences. Other
 containers have their own forward, which JSON cannot describe.
 """
 
@@ -51,12 +51,12 @@ HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks")
 
 
 def build(layers: dict[str, dict[str, JsonValue]]) -> nn.Module:
-    """Builds the network.
+    """Builds the network that `layers` describes.
 
     Args:
-        layers: for each module its class and arguments, such as `{"layer": "Linear", "in_features":
-            4, "out_features": 2}`. The key is the name of the module; "" is the network itself. A
-            sequence must come before its layers.
+        layers: name of each module -> its class and arguments, such as `{"layer": "Linear",
+            "in_features": 4, "out_features": 2}`. The name "" is the network itself. A sequence
+            must come before its layers.
 
     Raises:
         ModelError: if a layer is not in `LAYERS`, or its arguments do not fit.
@@ -171,7 +171,7 @@ def _tensors(model: nn.Module) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]
 
 
 def _described(module: nn.Module) -> dict[str, JsonValue] | None:
-    """Returns class and arguments of one module; None if they do not define what it computes."""
+    """Returns class and arguments of one module; None if they do not determine its outputs."""
     kind = type(module)
     # Hooks change what a layer computes, and so does a `forward` that was set on the object.
     if any(getattr(module, hooks, None) for hooks in HOOKS) or "forward" in vars(module):
@@ -208,9 +208,9 @@ def _parameters(module: nn.Module) -> list[tuple[str, Any]]:
 
 
 def _argument_of(module: nn.Module, name: str, default: Any) -> Any:
-    """Returns an argument's value, taken from the attribute of the same name.
+    """Returns an argument's value, taken from the attribute with the same name.
 
-    NotImplemented if the value is unknown.
+    Returns NotImplemented if the value is unknown.
     """
     value = getattr(module, name, NotImplemented)
     # The argument `bias` is a flag, and the attribute is the parameter or None.

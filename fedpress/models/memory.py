@@ -1,7 +1,8 @@
 """Registers the user's modules by name, and finds importable architectures that rebuild them.
 
-A recipe is text, so it names a user's module by the name under which it is registered here. Another
-process cannot use that name. So a `Buildable` is looked for, from which it can rebuild the network.
+A recipe (the settings of a run) is text. It refers to a user's module by the name under which the
+module is registered here. This name is valid only in this process. For other processes, this file
+looks for a `Buildable`: a class and its arguments that build the same network.
 """
 
 from __future__ import annotations
@@ -73,14 +74,14 @@ _specs: WeakKeyDictionary[nn.Module, _Remembered] = WeakKeyDictionary()
 def registered(
     module: nn.Module, named: Buildable | None = None, spec: Any = None
 ) -> Iterator[str]:
-    """Registers a module for the length of a `with` block; yields its name for `registered_copy`.
+    """Registers a module during a `with` block; yields its name for `registered_copy`.
 
     Args:
         module: the module; it is not changed.
-        named: the architecture to write into files (see `find_buildable`). None: files of the model
-            cannot be opened by another process.
-        spec: the spec of the module, if an earlier call has changed it (see `spec_that_builds`).
-            Saved files then include that pruning, masking and quantization.
+        named: the architecture to write into files (see `find_buildable`). None: another process
+            cannot open files of the model.
+        spec: the spec of the module, if the module is the result of an earlier call (see
+            `spec_that_builds`). Saved files then include the changes of that call, such as pruning.
     """
     name = str(next(_numbers))
     here = _Registered(module, named, spec)
@@ -120,20 +121,21 @@ held = registered_copy
 
 
 def remember_spec(module: nn.Module, spec: Any) -> None:
-    """Keeps the spec of a network that a command returns, as long as the network exists."""
+    """Stores the spec of a network that a call returns, as long as the network exists."""
     _specs[module] = _Remembered(spec, _registered_as(spec.architecture, spec.arguments))
 
 
 def spec_of(module: nn.Module) -> Any:
-    """Returns the spec of a network that a command has returned; None for others."""
+    """Returns the spec of a network that a call has returned; None for any other network."""
     found = _specs.get(module)
     return None if found is None else found.spec
 
 
 def spec_that_builds(module: nn.Module) -> Any:
-    """Returns the spec of a network that a command has returned, if it still builds that network.
+    """Returns the spec of a network that a call has returned, if it still builds this network.
 
-    Its user may have changed layers or attributes since then.
+    Returns None if no call returned the network, or if the user has changed its layers or
+    attributes since then.
     """
     spec = spec_of(module)
     if spec is None:
@@ -150,7 +152,7 @@ def spec_that_builds(module: nn.Module) -> Any:
 
 
 def held_spec(architecture: str, arguments: Mapping[str, JsonValue]) -> Any:
-    """Returns the spec that a module was registered with; None if it has none."""
+    """Returns the spec with which a module was registered; None if there is none."""
     found = _registered_as(architecture, arguments)
     return None if found is None else found.spec
 
@@ -162,7 +164,8 @@ def _registered_as(architecture: str, arguments: Mapping[str, JsonValue]) -> _Re
 def buildable_for_files(architecture: str, arguments: dict[str, JsonValue]) -> Buildable:
     """Returns the architecture and arguments to write into files.
 
-    For a registered module these are the ones it was registered with, if there are any.
+    For a registered module these are the ones of its `Buildable`, if it has one. Otherwise they are
+    the arguments of this function.
     """
     found = _registered_as(architecture, arguments)
     if found is not None and found.named is not None:
@@ -173,12 +176,12 @@ def buildable_for_files(architecture: str, arguments: dict[str, JsonValue]) -> B
 def find_buildable(module: nn.Module) -> Buildable | None:
     """Looks for an architecture that builds the same network in another process.
 
-    It is a list of torch.nn layers, or the module's own class. The class is used only if it can be
-    imported, the constructor's arguments are attributes of the same names, and the network built
-    from them has the same layers, tensors and other attributes.
+    The architecture is a list of torch.nn layers, or the module's own class. The class is used only
+    if it can be imported, if its constructor's arguments are attributes with the same names, and if
+    the network built from them has the same layers, tensors and other attributes.
 
     Returns:
-        The architecture, or None if there is none.
+        The architecture and its arguments; None if no architecture was found.
     """
     layers = layer_list.describe(module)
     if layers is not None:
@@ -201,7 +204,7 @@ def find_buildable(module: nn.Module) -> Buildable | None:
 
 
 def why_no_name(module: nn.Module) -> str:
-    """Returns a sentence that says why `find_buildable` returns None for this module.
+    """Returns the reason, as a sentence, why `find_buildable` returns None for this module.
 
     >>> class Own(nn.Module): ...
     >>> why_no_name(nn.Sequential(Own()))
@@ -244,11 +247,11 @@ def _built(module: nn.Module, arguments: dict[str, Any]) -> nn.Module:
 
 @torch.no_grad()
 def check_buildable(module: nn.Module, name: str, x: Inputs) -> bool:
-    """Compares the outputs of a module with those of the network rebuilt from its `Buildable`.
+    """Compares the outputs of a module with the outputs of a network built from its `Buildable`.
 
-    `find_buildable` cannot compare some attributes, and these may change what a network computes.
-    If the outputs differ, the `Buildable` is removed from the registry, so that files do not name
-    it.
+    `find_buildable` cannot compare some attributes, but they may change the outputs of a network.
+    If the outputs differ, the `Buildable` is removed from the registry, so that it is not written
+    into files.
 
     Args:
         module: the user's module.
@@ -257,7 +260,7 @@ def check_buildable(module: nn.Module, name: str, x: Inputs) -> bool:
 
     Returns:
         False if the outputs differ, else True. Nothing is compared if the module is a list of
-        torch.nn layers, or if it fails on `x`; the caller will notice such a failure.
+        torch.nn layers, or if it fails on `x`. The caller runs the module later and notices this.
     """
     found = _registered[name]
     if found.named is None or ":" not in found.named.architecture:
@@ -289,7 +292,7 @@ def _outputs(module: nn.Module, x: Inputs) -> list[Tensor]:
 
 
 def _arguments(module: nn.Module) -> dict[str, Any] | None:
-    """Returns the constructor's arguments, taken from the attributes of the same names.
+    """Returns the constructor's arguments, taken from the attributes with the same names.
 
     An argument without such an attribute is assumed to have its default.
 
@@ -318,7 +321,7 @@ def _buffers(module: nn.Module) -> list[tuple[str, tuple[int, ...]]]:
 
 
 def _settings(module: nn.Module) -> list[tuple[str, dict[str, Any]]]:
-    """Returns the attributes of all modules that may change what they compute, hooks included."""
+    """Returns the attributes, including hooks, that may change the outputs of each module."""
     found = []
     for name, part in module.named_modules(remove_duplicate=False):
         settings = {}
@@ -330,9 +333,9 @@ def _settings(module: nn.Module) -> list[tuple[str, dict[str, Any]]]:
 
 
 def _is_setting(name: str, value: object) -> bool:
-    """Returns whether an attribute may change what a module computes.
+    """Returns whether an attribute may change the outputs of a module.
 
-    A `forward` that was set on the object may, and so may hooks.
+    Examples: hooks, and a `forward` that was set on the object. Tensors are compared elsewhere.
     """
     if name in ("training", "_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
         return False
@@ -344,7 +347,7 @@ def _is_setting(name: str, value: object) -> bool:
 def _comparable(value: Any) -> Any:
     """Converts an attribute to a value that can be compared between two networks.
 
-    Functions are compared by code, defaults and closure. Of an object without `__eq__` only the
+    Functions are compared by code, defaults and closure. If an object has no `__eq__`, only its
     type is compared.
     """
     if isinstance(value, Tensor):

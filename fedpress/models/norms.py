@@ -35,7 +35,7 @@ class WSConv2d(nn.Conv2d):
 
 
 def conv(i: int, o: int, kernel: int, *, stride: int = 1, norm: Norm = "batch") -> nn.Conv2d:
-    """Makes a same-padded convolution without bias; weight-standardised if `norm` is "group"."""
+    """Makes a same-padded convolution without bias, weight-standardised for `norm="group"`."""
     # No bias: the normalisation layer that follows adds one.
     kind = WSConv2d if norm == "group" else nn.Conv2d
     return kind(i, o, kernel, stride=stride, padding=kernel // 2, bias=False)
@@ -61,7 +61,7 @@ def freeze_batch_norm_(model: nn.Module) -> nn.Module:
     """Puts every batch norm into evaluation mode: its statistics are fixed, scale and bias train.
 
     Then no example influences the output for another example, as per-example clipping requires.
-    All clients keep the same statistics as well. `model.train()` undoes the freezing.
+    The statistics also stay the same on all clients. `model.train()` undoes the freezing.
     """
     for module in model.modules():
         if isinstance(module, BatchNorm):

@@ -43,7 +43,7 @@ class CNN(nn.Module):
 
 
 class MLP(nn.Module):
-    """Linear layers with ReLU between, on the flattened example."""
+    """Linear layers with ReLU between them; the input is the flattened example."""
 
     def __init__(
         self, *, in_features: int, hidden: tuple[int, ...] = (128, 64), num_classes: int = 10

@@ -1,4 +1,7 @@
-"""Finds what pruning changed in a network, and repeats these changes on a dense network."""
+"""Finds the changes that pruning made to a network, and repeats them on a dense network.
+
+A spec (the JSON description of a saved model) stores these changes as shapes, numbers and groups.
+"""
 
 from __future__ import annotations
 
@@ -16,10 +19,10 @@ def resize_(model: nn.Module, shapes: dict[str, tuple[int, ...]]) -> None:
 
     Args:
         model: the network.
-        shapes: new shapes, by the name of the parameter or buffer.
+        shapes: name of the parameter or buffer -> new shape.
 
     Raises:
-        ModelError: if a name is not in the model, or a shape is larger than that of its tensor.
+        ModelError: if a name is not in the model, or a new shape is larger than the old shape.
     """
     new: dict[str, Tensor] = {}
     for name, shape in shapes.items():
@@ -31,6 +34,7 @@ def resize_(model: nn.Module, shapes: dict[str, tuple[int, ...]]) -> None:
                 place="spec.resized",
                 cure="load the spec that was saved with this model",
             ) from error
+        # Pruning only makes tensors smaller, so other shapes belong to another model.
         fits = len(shape) == old.dim() and all(
             0 < size <= most for size, most in zip(shape, old.shape, strict=True)
         )
@@ -40,6 +44,7 @@ def resize_(model: nn.Module, shapes: dict[str, tuple[int, ...]]) -> None:
                 place="spec.resized",
                 cure="load the spec that was saved with this model",
             )
+        # The values do not matter: the caller loads the tensors of the pruned model.
         new[name] = old.detach().new_zeros(tuple(shape))
         if isinstance(old, nn.Parameter):
             new[name] = nn.Parameter(new[name], old.requires_grad)
@@ -47,7 +52,7 @@ def resize_(model: nn.Module, shapes: dict[str, tuple[int, ...]]) -> None:
 
 
 def shapes_that_differ(model: nn.Module, dense: nn.Module) -> dict[str, tuple[int, ...]]:
-    """Returns the shape of every tensor of `model` that has another shape in `dense`."""
+    """Returns name -> shape of every tensor of `model` that has another shape in `dense`."""
     old = {name: t.shape for name, t in dense.state_dict().items()}
     found = {}
     for name, value in model.state_dict().items():
@@ -57,7 +62,11 @@ def shapes_that_differ(model: nn.Module, dense: nn.Module) -> dict[str, tuple[in
 
 
 def set_numbers_of_spec_(model: nn.Module, numbers: Numbers) -> None:
-    """Makes forward code use the spec's sizes in place of numbers in it, as 4 in `view(n, 4, 8)`.
+    """Corrects sizes in the forward code of the model, such as the 4 in `view(n, 4, 8)`.
+
+    Args:
+        model: changed in place.
+        numbers: the field `numbers` of the model's spec.
 
     Raises:
         ModelError: if the code of the model has no such number.
@@ -78,8 +87,12 @@ def set_numbers_of_spec_(model: nn.Module, numbers: Numbers) -> None:
 def set_groups_of_spec_(model: nn.Module, groups: dict[str, int]) -> None:
     """Sets the number of groups of convolutions.
 
+    Args:
+        model: changed in place.
+        groups: name of a convolution -> number of groups.
+
     Raises:
-        ModelError: if there is no such convolution, or its channels cannot be divided like that.
+        ModelError: if there is no such convolution, or the number does not divide its channels.
     """
     modules = dict(model.named_modules())
     for name, count in groups.items():
@@ -98,7 +111,7 @@ def set_groups_of_spec_(model: nn.Module, groups: dict[str, int]) -> None:
 
 
 def what_pruning_changed(model: nn.Module, dense: nn.Module) -> dict[str, Any]:
-    """Returns the fields `resized`, `numbers` and `groups` of the `ModelSpec` of `model`.
+    """Returns the fields `resized`, `numbers` and `groups` of the spec of a pruned `model`.
 
     `dense` is the same network before pruning.
     """
@@ -115,5 +128,6 @@ def what_pruning_changed(model: nn.Module, dense: nn.Module) -> dict[str, Any]:
     }
 
 
+# The base class covers transposed convolutions of all dimensions too.
 def _convolutions(model: nn.Module) -> dict[str, nn.modules.conv._ConvNd]:
     return {n: m for n, m in model.named_modules() if isinstance(m, nn.modules.conv._ConvNd)}

@@ -9,7 +9,7 @@ from fedpress.models.norms import Norm, conv, norm_layer
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions with a shortcut; a 1x1 convolution projects it if the shape changes."""
+    """Two 3x3 convolutions with a shortcut; it has a 1x1 convolution if the shape changes."""
 
     def __init__(self, i: int, o: int, *, stride: int, norm: Norm) -> None:
         super().__init__()
@@ -17,6 +17,7 @@ class BasicBlock(nn.Module):
         self.norm1 = norm_layer(o, norm)
         self.conv2 = conv(o, o, 3, norm=norm)
         self.norm2 = norm_layer(o, norm)
+        # The sum of block and shortcut needs equal shapes.
         self.shortcut: nn.Module = nn.Identity()
         if stride != 1 or i != o:
             self.shortcut = nn.Sequential(
@@ -32,7 +33,7 @@ class BasicBlock(nn.Module):
 class ResNet(nn.Module):
     """Stem, stages of basic blocks, mean pooling and a linear head.
 
-    Every stage but the first halves height and width.
+    The first stage keeps height and width; every other stage halves them.
     """
 
     def __init__(
@@ -64,12 +65,13 @@ class ResNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Maps images [n, C, H, W] to logits [n, num_classes]."""
         x = self.stages(F.relu(self.norm(self.stem(x))))
+        # The mean over pixels lets the network take images of any size.
         logits: Tensor = self.head(x.mean((2, 3)))
         return logits
 
 
 def resnet18(*, num_classes: int = 10, in_channels: int = 3, norm: Norm = "batch") -> ResNet:
-    """ResNet-18 for 32x32 images: 11,173,962 parameters at 10 classes and batch norm."""
+    """Makes a ResNet-18 for 32x32 images: 11,173,962 parameters with 10 classes and batch norm."""
     return ResNet(
         widths=(64, 128, 256, 512),
         blocks=2,
@@ -82,7 +84,7 @@ def resnet18(*, num_classes: int = 10, in_channels: int = 3, norm: Norm = "batch
 def resnet_small(
     *, num_classes: int = 10, in_channels: int = 3, width: int = 16, norm: Norm = "batch"
 ) -> ResNet:
-    """A small ResNet of three stages with one block each, `width` to 4 x `width` channels."""
+    """Makes a small ResNet: three stages of one block, with `width` to 4 x `width` channels."""
     widths = (width, 2 * width, 4 * width)
     return ResNet(
         widths=widths, blocks=1, num_classes=num_classes, in_channels=in_channels, norm=norm

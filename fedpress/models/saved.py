@@ -1,4 +1,7 @@
-"""Saves a model as a folder of `spec.json` and `model.safetensors`, and loads it."""
+"""Saves a model as a folder with `spec.json` and `model.safetensors`, and loads it.
+
+The spec says how to build the network: architecture, arguments and shapes. Nothing is pickled.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ from fedpress.models.spec import ModelSpec
 def save_model(folder: Path, spec: ModelSpec, model: nn.Module) -> None:
     """Writes `model.safetensors` and `spec.json` into `folder`.
 
-    A tensor that several layers share is written under each of its names.
+    A tensor that several layers share is written once for each of its names.
     """
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {}
@@ -26,6 +29,7 @@ def save_model(folder: Path, spec: ModelSpec, model: nn.Module) -> None:
         # Tensors are copied, because safetensors refuses tensors that share memory.
         tensors[name] = value.detach().to("cpu", copy=True).contiguous()
     save_file(tensors, folder / "model.safetensors")
+    # Last: a folder counts as a model only if it has a spec.
     (folder / "spec.json").write_text(spec.model_dump_json(indent=1) + "\n")
 
 
@@ -33,13 +37,13 @@ def load_model(folder: Path, allow_code: Collection[str] | str = ()) -> tuple[Mo
     """Rebuilds the model of `folder` from its spec and tensors.
 
     Args:
-        folder: the folder of `spec.json` and `model.safetensors`.
-        allow_code: functions, as `module:function`, that the spec may name as its architecture;
-            architectures of fedpress need no entry.
+        folder: the folder with `spec.json` and `model.safetensors`.
+        allow_code: functions, as `module:function`, that the spec may name as its architecture.
+            Architectures of fedpress need no entry.
 
     Raises:
-        ModelError: if a file is missing or corrupt, the tensors do not fit the spec, or the spec
-            names a function that is not allowed or sizes above `fedpress.core.limits`.
+        ModelError: if a file is missing or corrupt, if the tensors do not fit the spec, if the spec
+            names a function that is not allowed, or if its sizes exceed `fedpress.core.limits`.
     """
     spec_file, tensor_file = Path(folder) / "spec.json", Path(folder) / "model.safetensors"
     if not Path(folder).exists():
@@ -92,7 +96,7 @@ def load_model(folder: Path, allow_code: Collection[str] | str = ()) -> tuple[Mo
 
 
 def _repair(folder: Path) -> str:
-    """Returns the cure for damaged files of a model."""
+    """Returns the advice of an error about damaged files of a model."""
     done = Path(folder) / "result.json"
     if done.exists():
         return f"delete '{done}' to do the stage again"

@@ -1,4 +1,7 @@
-"""`ModelSpec`: the JSON from which a compressed network is rebuilt, instead of a pickle."""
+"""`ModelSpec`: describes a compressed network as JSON, from which the network is built again.
+
+The spec is saved beside the tensors. Unlike a pickle, it can be read without running code.
+"""
 
 from __future__ import annotations
 
@@ -27,6 +30,7 @@ from fedpress.nn.masked import absorb_masks_
 from fedpress.nn.quant_scheme import FILE, QuantizationScheme
 from fedpress.nn.quantized import quantize_layers_, register_kept_zeros_
 
+# Advice of errors about values that no spec of fedpress has: the file is damaged or malicious.
 NO_SPEC = "fedpress wrote no such file: copy it again from its source"
 ARCHITECTURES: dict[str, Any] = {
     "resnet18": resnet18,
@@ -50,6 +54,7 @@ STRUCTURE = (
 """Fields of a spec that say how its network is built. The other fields describe its data."""
 
 
+# Bounds the memory of a long-running process. Forgotten specs are only checked once more.
 MOST_REMEMBERED = 1000
 _RUN_WITHIN_LIMITS: set[tuple[Any, tuple[int, ...], bytes]] = set()
 """Specs whose networks are known to run within the limits, as (builder, limits, digest)."""
@@ -63,17 +68,18 @@ class ModelSpec(BaseModel):
         arguments: arguments of the architecture, such as {"num_classes": 10}.
         resized: name of each parameter or buffer that pruning made smaller -> its new shape.
         numbers: sizes in forward code, such as the 4 in `view(n, 4, 8)`, that pruning changed.
-        groups: convolution -> its number of groups, where the shapes do not imply it.
-        sparse: parameters whose zeros are pruned weights; training keeps them zero.
-        kept_zeros: quantized parameters of `sparse` with a buffer of the pruned positions. The
-            buffer is needed because rounding sets some kept weights to 0 too.
-        folded: batch norm -> the layer that it was folded into.
-        quantized: layer -> how its weights and inputs are quantized.
+        groups: name of a convolution -> its number of groups, if shapes do not imply the number.
+        sparse: names of parameters whose zeros are pruned weights; training keeps these zeros.
+        kept_zeros: names of quantized parameters in `sparse` that have a buffer which marks kept
+            zeros: entries that pruning kept, but that quantization rounded to 0.
+        folded: name of a batch norm -> name of the layer into which it was folded.
+        quantized: name of a layer -> how its weights and inputs are quantized.
         input_shape: shape of one example; for several inputs {argument of forward: shape}.
         mean: mean of each input channel, for the standardisation. Empty: no standardisation.
         std: standard deviation of each input channel.
         class_names: names of the classes of a classification.
-        task: meaning of the outputs, if `class_names` do not suffice (see `Task.to_json`).
+        task: kind and options of the task, such as regression with mean and std, as `Task.to_json`
+            returns them. Empty for classification, which needs only `class_names`.
         input_dtype: dtype of an example; for several inputs {argument of forward: dtype}.
     """
 
@@ -119,9 +125,9 @@ class ModelSpec(BaseModel):
             chance: random source of normally distributed float inputs. None: float inputs are 0.
 
         Returns:
-            The examples. An integer input is 0, a token id that every embedding has. With several
-            inputs, integers and bools are 1: they may be lengths or masks, and 0 would hide the
-            example.
+            The examples. An integer input is 0, because every embedding has the token id 0. With
+            several inputs, integers and bools are 1: they may be lengths or masks, and with 0 the
+            network would ignore the example.
         """
 
         def floats_or_zeros(shape: tuple[int, ...], dtype: str) -> Tensor:
@@ -148,17 +154,17 @@ class ModelSpec(BaseModel):
         Args:
             text: content of the file.
             allow_code: functions, as `module:function`, that the file may name as its architecture.
-                Functions that the user of this process has named already are allowed too (see
+                Functions that the user of this process has already named are allowed too (see
                 `fedpress.core.consent`).
 
         Raises:
-            ValidationError: (of pydantic) if the text is no spec.
+            ValidationError: (of pydantic) if the text is not a spec.
             ModelError: if the architecture is neither in `ARCHITECTURES` nor allowed, or if the
                 declared sizes exceed `fedpress.core.limits`.
         """
         spec = cls.model_validate_json(text, context={FILE: True})
         if ":" not in spec.architecture:
-            _builder(spec.architecture)
+            _builder(spec.architecture)  # raises an error if there is no such architecture
         elif spec.architecture not in ARCHITECTURES:
             consent.check(spec.architecture, allow_code, "spec.architecture")
         spec._check_sizes()
@@ -188,6 +194,7 @@ class ModelSpec(BaseModel):
         # afterwards.
         if self.architecture not in ARCHITECTURES:
             return
+        # Counted without allocating memory for the weights.
         try:
             values = limits.count_values(
                 ARCHITECTURES[self.architecture], _arguments(self.arguments)
@@ -203,8 +210,8 @@ class ModelSpec(BaseModel):
         """Builds a network that an untrusted file describes; see `build`.
 
         Raises:
-            ModelError: as `build`, and if the network has more values or modules than
-                `fedpress.core.limits` allow.
+            ModelError: for the same reasons as `build`; or if the network has more values or
+                modules than `fedpress.core.limits` allows.
         """
         place = f"spec: '{self.architecture}'"
         with limits.limited_building(place):
@@ -228,11 +235,11 @@ class ModelSpec(BaseModel):
         _RUN_WITHIN_LIMITS.add(key)
 
     def build(self) -> nn.Module:
-        """Builds the network with the right shapes and fresh weights.
+        """Builds the network with the shapes after compression, and with new weights.
 
         Raises:
-            ModelError: if the architecture is unknown, its arguments do not fit, or it returns no
-                module; or if what compression changed belongs to another model.
+            ModelError: if the architecture is unknown, if its arguments do not fit, if it returns
+                no module, or if a field such as `resized` names a tensor that the network lacks.
         """
         model = self.build_dense()
         # Shapes come first, because folds and quantizers need the pruned layers.
@@ -246,6 +253,7 @@ class ModelSpec(BaseModel):
         return model
 
     def _check_sparse_has_zero(self) -> None:
+        # The binary grid is {-scale, scale}.
         for name in self.sparse:
             scheme = self.quantized.get(name.removesuffix(".weight"))
             if scheme is not None and scheme.weights is not None and not scheme.weights.has_zero:
@@ -256,21 +264,22 @@ class ModelSpec(BaseModel):
                 )
 
     def build_dense(self) -> nn.Module:
-        """Builds the network as its architecture says, before any pruning."""
+        """Builds the network as before any compression."""
         return self._build_without_masks()[0]
 
     def build_for_user(self) -> tuple[ModelSpec, nn.Module]:
         """Builds the network that the user of this process has named.
 
-        The user has consented to this architecture by naming it. From now on files, such as the
-        checkpoints of the same run, may name it too.
+        By naming the architecture, the user has consented to call it. From now on files of this
+        process, such as checkpoints of the same run, may name it too.
 
         Returns:
             The spec to save in files, and the network. Masks of torch's pruning are multiplied into
             the weights, and the names of these weights are in `sparse` of the spec.
 
         Raises:
-            ModelError: as `build`, and if saved files of the network would exceed the limits.
+            ModelError: for the same reasons as `build`; or if saved files of the network would
+                exceed `fedpress.core.limits`.
         """
         if self.architecture not in ARCHITECTURES and consent.NAME.fullmatch(self.architecture):
             consent.allow(self.architecture)
@@ -296,6 +305,7 @@ class ModelSpec(BaseModel):
         """Builds the network, with masks multiplied into weights; returns the masked names too."""
         builder = _builder(self.architecture)
         try:
+            # The errors of an architecture name its own arguments; the user sees keys of the spec.
             with renaming({name: f"spec.arguments.{name}" for name in ("layers", "norm")}):
                 model = builder(**_arguments(self.arguments))
         except ModelError:
@@ -326,7 +336,11 @@ def _arguments(arguments: dict[str, JsonValue]) -> dict[str, Any]:
 
 
 def _check_complete(model: nn.Module) -> None:
-    """Checks that `state_dict` has everything that a saved file of the network needs."""
+    """Checks that a saved file can hold the whole state of the network.
+
+    Raises:
+        ModelError: if a tensor has no size yet (lazy modules), or a module has an extra state.
+    """
     for name, module in model.named_modules():
         where = f"'{name}'" if name else type(model).__name__
         for value in (*module._parameters.values(), *module._buffers.values()):

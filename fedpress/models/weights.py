@@ -1,4 +1,4 @@
-"""Loads a state dict of another program into a model; masks of torch's pruning are applied."""
+"""Loads a state dict of another program into a model, and applies masks of torch's pruning."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ def load_weights_(model: nn.Module, path: Path) -> tuple[str, ...]:
     """Loads a state dict into `model`, from safetensors or a file of `torch.save`.
 
     No code of the file is run. All names may share the prefix of a wrapper, such as `module.` from
-    DistributedDataParallel. A pair `x_orig`, `x_mask` of `torch.nn.utils.prune` is replaced by its
-    product, named `x`.
+    DistributedDataParallel. Two tensors `x_orig` and `x_mask` of `torch.nn.utils.prune` are
+    replaced by their product, named `x`.
 
     Returns:
         The names of the parameters that had masks, for `ModelSpec.sparse`.
 
     Raises:
-        ModelError: if the file is missing, is no state dict, or does not fit the model.
+        ModelError: if the file is missing, is not a state dict, or does not fit the model.
     """
     wanted = set(model.state_dict())
     tensors = _without_prefix(_read_state_dict(Path(path)), wanted)
@@ -95,7 +95,10 @@ def _read_state_dict(path: Path) -> dict[str, Tensor]:
 
 
 def _without_prefix(tensors: dict[str, Tensor], wanted: set[str]) -> dict[str, Tensor]:
-    """Removes a prefix that all names share, if the remaining names are exactly `wanted`."""
+    """Removes a prefix that all names share, if the remaining names are exactly `wanted`.
+
+    Otherwise the tensors are returned unchanged, so that torch's error shows the file's own names.
+    """
     first = next(iter(tensors), "")
     if set(tensors) == wanted:
         return tensors
@@ -113,7 +116,8 @@ def _without_prefix(tensors: dict[str, Tensor], wanted: set[str]) -> dict[str, T
 def _apply_masks(
     tensors: dict[str, Tensor], wanted: set[str]
 ) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-    """Replaces each pair `x_orig`, `x_mask` by `x`; returns the tensors and the names `x`."""
+    """Replaces `x_orig` and `x_mask` by their product `x`; returns tensors and all names `x`."""
+    # If the model itself is masked, it has `x_orig` and no `x`, so nothing is replaced.
     found = dict(tensors)
     masked = []
     for key in tensors:

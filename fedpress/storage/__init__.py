@@ -1,5 +1,6 @@
 """Loads saved models of every kind, and packs a model losslessly into one small file."""
 
+# Other folders import these names from here and not from the files.
 from fedpress.storage.load import load
 from fedpress.storage.packed import Packed, check_packable, pack, unpack
 from fedpress.storage.sizes import file_bytes, nonzero_parameters, packed_file_bytes

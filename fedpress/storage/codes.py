@@ -1,10 +1,10 @@
-"""Lossless coding of quantized weights, with a frequency table for each class of weights.
+"""Lossless compression of quantized weights, with a frequency table for each class of weights.
 
-In a trained layer some channels have larger weights than others, so the distribution of their codes
-is wider. The file has a small integer for every output channel, input channel and kernel position
-of a layer. The sum of a weight's three integers is the logarithm of the expected distance between
-its code and the median code. Weights with similar sums form a class, and each class has its own
-frequency table for entropy coding.
+A code is the integer of a quantized weight. In a trained layer some channels have larger weights
+than others, so the distribution of their codes is wider. The file has a small integer for every
+output channel, input channel and kernel position of a layer. The sum of a weight's three integers
+is the logarithm of the expected distance between its code and the median code. Weights with similar
+sums form a class, and each class has its own frequency table for entropy coding.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ Codes = NDArray[np.int8]
 
 
 def shrink_codes(tensors: Sequence[Tensor]) -> bytes:
-    """Compresses int8 `tensors` [out, in, ...] of one quantization; their shapes are not stored.
+    """Compresses int8 `tensors` [out, in, ...] with the same quantization, without their shapes.
 
     >>> len(shrink_codes([torch.zeros(64, 64, 3, 3, dtype=torch.int8)])) < 100
     True
@@ -44,7 +44,8 @@ def expand_codes(data: memoryview, shapes: Sequence[Sequence[int]], place: str) 
     """Returns the int8 tensors that `shrink_codes` compressed; `shapes` are their shapes.
 
     Raises:
-        WireError: if the bytes are no valid output of `shrink_codes`; it names a field of `place`.
+        WireError: if the bytes are no valid output of `shrink_codes`; the error names a field of
+            `place`.
     """
     out = [torch.empty(tuple(shape), dtype=torch.int8) for shape in shapes]
     # These are views of `out`, so writing to them below fills the result.
@@ -167,8 +168,8 @@ def _join_classes(sums: NDArray[np.int64], codes: Codes) -> NDArray[np.uint8]:
     """Returns the class of each sum, counted from 0.
 
     At first every sum is a class of its own. Each step joins the two neighbouring classes whose
-    union saves the most bits: it needs one frequency table less, but has longer codes. The steps
-    end when no union saves bits and there are at most `MAX_CLASSES` classes.
+    union saves the most bits: the union needs one frequency table less, but has longer codes. The
+    steps end when no union saves bits and there are at most `MAX_CLASSES` classes.
     """
     number = int(sums.max(initial=0)) + 1
     pairs = 256 * sums + codes.view(np.uint8)
@@ -189,9 +190,9 @@ def _join_classes(sums: NDArray[np.int64], codes: Codes) -> NDArray[np.uint8]:
 
 
 def _bits(counts: NDArray[np.int64]) -> float:
-    """Estimates the bits of a class: entropy of its codes, and a byte for each code in the table.
+    """Estimates the bits of a class: the entropy of its codes, a byte for each code, and a header.
 
-    The 6 bytes on top are about the size of the stream's header.
+    The byte for each code is its entry in the frequency table. The header has about 6 bytes.
     """
     used = counts[counts > 0]
     return float(used @ np.log2(used.sum() / used)) + 8.0 * (len(used) + 6)

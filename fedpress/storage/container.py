@@ -1,4 +1,8 @@
-"""The container of a packed model: a safetensors file of named byte strings with a checksum."""
+"""The container of a packed model: a safetensors file of named byte strings with a checksum.
+
+A byte string is called a blob. The spec (how to build the model) and the table (which tensors are
+in which blob) are JSON texts in the header.
+"""
 
 from __future__ import annotations
 
@@ -17,14 +21,14 @@ CURE = "copy or pack it again"
 
 
 def damaged(place: str, problem: str) -> NoReturn:
-    """Raises the error for the damaged packed file `place`."""
+    """Raises the error for a damaged packed file. `place` is the file's name."""
     raise ModelError(f"this packed model is damaged ({problem})", place=place, cure=CURE)
 
 
 def to_bytes(blobs: Mapping[str, bytes], spec: str, table: str) -> bytes:
-    """Returns the bytes of a safetensors file with a U8 tensor for every blob.
+    """Returns the bytes of a safetensors file with a tensor of bytes (U8) for every blob.
 
-    Spec and table are in the header's metadata. Equal arguments give equal bytes.
+    Spec and table are stored in the header's metadata. Equal arguments give equal bytes.
     """
     metadata = {"format": FORMAT, "version": str(VERSION), "spec": spec, "table": table}
     metadata["checksum"] = _checksum(blobs, spec, table)
@@ -54,9 +58,8 @@ def from_bytes(data: bytes, place: str) -> tuple[dict[str, bytes], str, str]:
         ModelError: if the file is no packed model, has another version, or is damaged.
     """
     try:
-        # safetensors checks that the blobs lie inside the file. It does not return the metadata, so
-        # the
-        # header is read here as well.
+        # safetensors checks that the blobs are inside the file. It does not return the metadata, so
+        # the header is read here as well.
         found = dict(deserialize(data))
         header_size = int.from_bytes(data[:8], "little")
         metadata = json.loads(data[8 : 8 + header_size]).get("__metadata__") or {}

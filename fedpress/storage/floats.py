@@ -1,7 +1,8 @@
-"""Lossless coding of floats by byte planes (all first bytes, all second bytes, ...) and masks.
+"""Lossless compression of floats by byte planes and by masks of nonzero values.
 
-The exponents of weights repeat, and the mantissas do not. In a plane of their own the exponents are
-entropy-coded with their own frequency table, so they compress well.
+A byte plane has the first bytes of all floats, or all second bytes, and so on. The exponents of
+weights repeat, the mantissas do not. The plane of the exponents has its own frequency table for
+entropy coding, so it compresses well.
 """
 
 from __future__ import annotations
@@ -23,9 +24,9 @@ Words = NDArray[np.unsignedinteger]
 
 
 def shrink_floats(values: Tensor) -> bytes:
-    """Compresses `values` [n] without loss, NaN and -0.0 included.
+    """Compresses `values` [n] without loss, including NaN and -0.0.
 
-    The bytes contain neither the dtype nor n: `expand_floats` must be given both.
+    The bytes contain neither the dtype nor n, which are arguments of `expand_floats`.
 
     >>> len(shrink_floats(torch.ones(1000))), len(shrink_floats(torch.zeros(1000)))
     (18, 7)
@@ -47,7 +48,8 @@ def expand_floats(data: memoryview, dtype: torch.dtype, size: int, place: str) -
     """Returns the `size` floats that `shrink_floats` compressed.
 
     Raises:
-        WireError: if the bytes are no valid output of `shrink_floats`; it names a field of `place`.
+        WireError: if the bytes are no valid output of `shrink_floats`; the error names a field of
+            `place`.
     """
     reader = ByteReader(data)
     form = reader.byte(f"{place}.form")

@@ -19,12 +19,15 @@ def load(path: Path, allow_code: Collection[str] | str = ()) -> tuple[ModelSpec,
     Args:
         path: the folder or file.
         allow_code: functions, as `module:function`, that the file may name to build its network,
-            such as "nets:Net". Always allowed are the architectures of fedpress, and functions that
-            the user of this process has already named.
+            such as "nets:Net". Architectures of fedpress, and functions that the user of this
+            process has already named, are always allowed.
+
+    Returns:
+        The spec (how to build the model), and the model.
 
     Raises:
-        ModelError: if there is no model, or it is damaged, or it names a function that is not
-            allowed. If the file comes from another program, the cure says how to use it here.
+        ModelError: if there is no model, if it is damaged, or if it names a function that is not
+            allowed. If the file comes from another program, the error says how to use it here.
     """
     path = Path(path)
     # Files of other programs are recognised first, because opening some (pickles) is dangerous.

@@ -1,4 +1,8 @@
-"""Packs a model losslessly into one small, entropy-coded file, and unpacks it."""
+"""Packs a model losslessly into one small, entropy-coded file, and unpacks it.
+
+The file has a spec (architecture, arguments and shapes, as JSON), from which the network is built,
+and the compressed values of its tensors. Quantized weights are stored as small integers (codes).
+"""
 
 from __future__ import annotations
 
@@ -29,9 +33,10 @@ class Packed:
 
     Attributes:
         file_bytes: size of the file.
-        kinds: bytes of each kind of content: "codes" (quantized weights), "scales", "norm" (of
-            normalisation layers), "weights" (float), "rest" (biases and others), "header".
-        float_layers: quantized layers whose weights had to be stored as floats -> the reason.
+        kinds: kind of content -> bytes. The kinds are "codes" (quantized weights), "scales", "norm"
+            (normalisation layers), "weights" (float weights), "rest" (biases and others), "header".
+        float_layers: name of each quantized layer whose weights had to be stored as floats -> the
+            reason.
     """
 
     file_bytes: int
@@ -43,7 +48,7 @@ def check_packable(spec: ModelSpec, model: nn.Module) -> None:
     """Checks that `spec` builds a network with tensors of the same names, types and shapes.
 
     Raises:
-        ModelError: naming a tensor that differs.
+        ModelError: if a tensor differs; the error names the tensor.
     """
     entries = TensorTable.of(model, {}).entries()
     different = _first_difference(spec.build(), entries)
@@ -58,7 +63,8 @@ def check_packable(spec: ModelSpec, model: nn.Module) -> None:
 def pack(spec: ModelSpec, model: nn.Module, path: Path) -> Packed:
     """Packs `model` into the file `path`. The file is written atomically.
 
-    First the packed bytes are unpacked again, and the result is compared with `model` bit by bit.
+    Before the file is written, the packed bytes are unpacked again, and the result is compared with
+    `model` bit by bit.
 
     Raises:
         ModelError: if the model cannot be rebuilt from `spec` and its tensors, or `path` cannot be
@@ -79,7 +85,7 @@ def _check_round_trip(spec: ModelSpec, model: nn.Module, data: bytes) -> None:
     """Checks that unpacking the bytes gives the same spec, tensors and buffers.
 
     Raises:
-        ModelError: naming what differs.
+        ModelError: if something differs; the error names the first tensor, or "spec".
     """
     # The user has already called this architecture to build the model, so consent is implied.
     own = (spec.architecture,) if ":" in spec.architecture else ()
@@ -117,11 +123,12 @@ def unpack(path: Path, allow_code: Collection[str] | str = ()) -> tuple[ModelSpe
 
     Args:
         path: the packed file.
-        allow_code: functions, as `module:function`, that the file may name; see `storage.load`.
+        allow_code: functions, as `module:function`, that the file may name to build its network;
+            see `storage.load`.
 
     Raises:
-        ModelError: if the file is missing, of another version, damaged, or names a function that is
-            not allowed.
+        ModelError: if the file is missing, has another version, is damaged, or names a function
+            that is not allowed.
     """
     try:
         data = Path(path).read_bytes()
@@ -133,7 +140,7 @@ def unpack(path: Path, allow_code: Collection[str] | str = ()) -> tuple[ModelSpe
 
 
 def to_bytes(spec: ModelSpec, model: nn.Module) -> tuple[bytes, Packed]:
-    """Returns the bytes of a packed file, and its bytes by kind. Equal models give equal bytes."""
+    """Returns the bytes of a packed file, and its sizes. Equal models give equal bytes."""
     codes, float_layers = _codes(model)
     tensors = model.state_dict()
     table = TensorTable.of(model, codes)
@@ -163,13 +170,13 @@ def from_bytes(
 
     Args:
         data: bytes of the file.
-        place: its name in errors.
-        allow_code: functions that the file may name; see `fedpress.storage.load`.
+        place: the file's name in errors.
+        allow_code: functions that the file may name; see `storage.load`.
 
     Raises:
         ModelError: if the bytes have another version or are damaged, if the model cannot be built
-            here, or if a function is named that neither `allow_code` nor the user of this process
-            has allowed.
+            here, or if the file names a function that neither `allow_code` nor the user of this
+            process has allowed.
     """
     blobs, described, listed = container.from_bytes(data, place)
     try:
@@ -203,9 +210,9 @@ def from_bytes(
 def _first_difference(
     model: nn.Module, entries: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
 ) -> str | None:
-    """Returns the alphabetically first tensor name whose type or shape differs; None if none does.
+    """Returns the alphabetically first name of a tensor whose type or shape differs, or None.
 
-    A tensor that only one of the two has counts as different.
+    A tensor that only the model or only `entries` has counts as different.
     """
     own = {name: (t.dtype, tuple(t.shape)) for name, t in model.state_dict().items()}
     for name in sorted(own.keys() | entries.keys()):
@@ -247,7 +254,7 @@ def _fill_(model: nn.Module, table: TensorTable, blobs: Mapping[str, bytes], pla
 
 
 def _codes(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Returns the int8 codes by weight, and for each layer stored as floats the reason."""
+    """Returns the int8 codes of quantized weights by name, and `Packed.float_layers`."""
     codes: dict[str, Tensor] = {}
     float_layers: dict[str, str] = {}
     for name, layer in quantized_layers(model):
@@ -271,13 +278,14 @@ def _codes(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 def _shrink(flat: Tensor) -> bytes:
     """Compresses values [n] of any type."""
+    # Floats have a coder of their own, which separates exponents from mantissas.
     if flat.is_floating_point():
         return shrink_floats(flat)
     return shrink(flat.view(torch.uint8) if flat.dtype == torch.bool else flat)
 
 
 def _expand(data: bytes, blob: Blob, place: str) -> Tensor:
-    """Decompresses a blob: the values of all its tensors, one tensor after another."""
+    """Decompresses a blob; returns the values of all its tensors, one tensor after another."""
     dtype = TYPES[blob.dtype]
     size = sum(map(prod, blob.tensors.values()))
     if dtype.is_floating_point:
@@ -307,4 +315,5 @@ def _same_bits(a: Tensor, b: Tensor) -> bool:
 
 
 def _as_bytes(t: Tensor) -> Tensor:
+    # As values, NaN would differ from itself and 0.0 would equal -0.0.
     return t.detach().cpu().contiguous().reshape(-1).view(torch.uint8)

@@ -14,10 +14,10 @@ from fedpress.storage.packed import to_bytes
 
 
 def file_bytes(spec: ModelSpec | None, model: nn.Module) -> int:
-    """Returns the bytes of a saved model: in float32, or of the packed file if it is quantized.
+    """Returns the size of a saved model in bytes, as commands and reports show it.
 
-    Commands, reports and measurements show this size. For a quantized model it is the packed size,
-    because its float32 file has 32 bits for every weight, as without quantization.
+    For a float model this is the size of all tensors. For a quantized model it is the size of the
+    packed file, because a file of float32 tensors would be as large as without quantization.
     """
     schemes = {name: layer.scheme for name, layer in quantized_layers(model)}
     if spec is None or not schemes:
@@ -29,7 +29,7 @@ def file_bytes(spec: ModelSpec | None, model: nn.Module) -> int:
 
 
 def packed_file_bytes(spec: ModelSpec | None, model: nn.Module) -> int | None:
-    """Returns the size of the file that the pack stage would write; None if it cannot be packed."""
+    """Returns the size of the file that `pack` would write; None if the model cannot be packed."""
     if spec is None:
         return None
     with suppress(ModelError):
@@ -38,7 +38,7 @@ def packed_file_bytes(spec: ModelSpec | None, model: nn.Module) -> int | None:
 
 
 def nonzero_parameters(model: nn.Module) -> int:
-    """Counts the parameters that are not 0.
+    """Counts the values in parameters that are not 0.
 
     >>> from torch import nn
     >>> layer = nn.Linear(3, 2, bias=False)

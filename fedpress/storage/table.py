@@ -1,4 +1,7 @@
-"""The table of a packed file: which tensors are in which blob, with dtype and shape."""
+"""The table of a packed file: which tensors are in which blob, with dtype and shape.
+
+A blob is a byte string with the compressed values of one or several tensors.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +41,7 @@ class TensorTable(BaseModel):
         blobs: blobs by name. A name is `kind:what:dtype`, such as "weights:conv1.weight:float32".
             For the integers of quantized weights `what` is the quantization, as in
             "codes:int4:float32".
-        same: name of a tensor that shares its memory with an earlier one -> name of the earlier.
+        same: name of a tensor -> name of the earlier tensor with which it shares its memory.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -48,6 +51,7 @@ class TensorTable(BaseModel):
 
     @model_validator(mode="after")
     def _each_once(self) -> TensorTable:
+        # The table may come from a damaged file.
         stored: list[str] = []
         for blob in self.blobs.values():
             stored.extend(blob.tensors)
@@ -105,7 +109,7 @@ class TensorTable(BaseModel):
 
 
 def _kind_of(leaf: str, value: Tensor, *, norm: bool) -> str:
-    """Returns the kind of a tensor. Values of one kind have similar bits and compress together."""
+    """Returns the kind of a tensor. Values of one kind have similar bits and share a blob."""
     if is_qparam(leaf):
         return "scales"
     if norm:
@@ -114,14 +118,12 @@ def _kind_of(leaf: str, value: Tensor, *, norm: bool) -> str:
 
 
 def _shared(tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """Finds tensors that are views of the same memory as an earlier tensor.
-
-    Returns a dictionary: name -> name of the earlier tensor.
-    """
+    """Returns name -> name of the earlier tensor with the same memory, for shared tensors."""
     first: dict[tuple[Any, ...], str] = {}
     same = {}
     for name, value in tensors.items():
         key = (value.data_ptr(), value.dtype, value.shape, value.stride())
+        # Empty tensors may have the same address although they are not shared.
         if value.numel() and first.setdefault(key, name) != name:
             same[name] = first[key]
     return same

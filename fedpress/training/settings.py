@@ -61,7 +61,7 @@ class TrainSettings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    # 0 is allowed: the stage then does its other work, such as rounding weights, and trains nothing.
+    # 0 is allowed: the stage then does only its other work, such as rounding weights.
     epochs: int = Field(ge=0, description="passes over the public part")
     batch_size: int = Field(default=256, ge=1, description="examples in a step")
     optimizer: Literal["sgd", "adamw", "adam", "muon"] = Field(
