@@ -1,4 +1,8 @@
-"""Reads and writes files of a run: atomic replacement, checksums, and errors with a cure."""
+"""Reads and writes the files of a run atomically, with checksums and helpful errors.
+
+Atomically: if the process is killed, the old or the new file is there, but never half of a file. A
+cure is the part of an error that says what the user can do.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +22,7 @@ Json = Mapping[str, JsonValue]
 
 
 def writing(path: Path) -> AbstractContextManager[None]:
-    """Raises a RunError with a cure in place of an OSError in the block, which writes `path`.
+    """Converts an OSError in the block, which writes `path`, to a RunError with a cure.
 
     Raises:
         RunError: if the disk is full, or `path` cannot be written.
@@ -33,7 +37,7 @@ def writing(path: Path) -> AbstractContextManager[None]:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yields a temporary path; at the end of the block this file replaces the file `path`.
+    """Yields a temporary path; at the end of the block the file there replaces the file `path`.
 
     If the block fails, the temporary file is removed and the old file stays.
 
@@ -46,10 +50,10 @@ def replacing(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def replacing_with_checksum(path: Path, run: Path) -> Iterator[Path]:
-    """Does the same as `replacing`, and adds the new file's checksum to the list in `run`.
+    """Does the same as `replacing`, and adds the checksum of the new file to the list in `run`.
 
     Raises:
-        RunError: if `path` cannot be written; the old file then stays.
+        RunError: if `path` cannot be written. Then the old file stays.
     """
     with replacing(path) as temporary:
         yield temporary
@@ -59,12 +63,12 @@ def replacing_with_checksum(path: Path, run: Path) -> Iterator[Path]:
 
 
 def check_undamaged(path: Path, cure: Words, *, grows: bool = False, what: str = "corrupt") -> None:
-    """Compares a file with its checksum, if it exists and has one.
+    """Compares a file with its checksum. A missing file, or a file without checksum, is no error.
 
     Args:
         path: the file.
-        cure: cure of the error.
-        grows: whether lines may have been appended since the checksum was taken.
+        cure: the error's advice.
+        grows: whether lines may have been appended since the checksum was computed.
         what: first words of the error.
 
     Raises:
@@ -78,6 +82,7 @@ def check_undamaged(path: Path, cure: Words, *, grows: bool = False, what: str =
         raise RunError(f"cannot be read ({error.strerror})", place=path, cure=cure) from error
     if found:
         damaged = RunError(f"{what} ({found})", place=path, cure=cure)
+        # An intended change differs from the checksum as well.
         damaged.add_cure(
             f", or if you have changed it yourself, delete '{checksums.list_of(path)}'"
         )
@@ -85,7 +90,7 @@ def check_undamaged(path: Path, cure: Words, *, grows: bool = False, what: str =
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes `value` as JSON, atomically. NaN and infinity become null: JSON has neither."""
+    """Writes `value` as JSON, atomically. NaN and infinity become null, since JSON lacks them."""
     with replacing(path) as temporary:
         temporary.write_text(_as_json(value), "utf-8")
 
@@ -117,6 +122,7 @@ def read_json(path: Path, *, cure: Words = "delete the folder and run again") ->
     Raises:
         RunError: if the file is missing, differs from its checksum, or is not a JSON object.
     """
+    # First: "differs from its checksum" is a clearer reason than a JSON error in the middle.
     check_undamaged(path, cure)
     try:
         value = json.loads(path.read_text("utf-8"))

@@ -1,4 +1,4 @@
-"""Checks the folder of a run before it is resumed: checksums of its files, and symbolic links."""
+"""Checks the files of a run before it is resumed: their checksums, and symbolic links."""
 
 from __future__ import annotations
 
@@ -29,17 +29,18 @@ CURES: dict[str, Words] = {
     "ledger.json": _REWRITTEN,
     records.NAME: records.CURE,
 }
+# Part of several errors: a new run need not do everything again.
 REUSE_HINT = "it can copy the finished stages that are equal: fedpress run RECIPE --from"
 
 
 def check_links(run: Path) -> None:
-    """Checks that no symbolic link leads out of the folder.
+    """Checks that no symbolic link in the folder points outside of the folder.
 
-    A run folder may come from a stranger. Resuming the run would write through such a link and
+    A run folder may come from a stranger. A resumed run would write through such a link and could
     overwrite, for example, a file in the user's home.
 
     Raises:
-        RunError: naming the link.
+        RunError: if there is such a link; the error names it.
     """
     own = run.resolve()
     for parent, folders, names in os.walk(run):
@@ -60,8 +61,9 @@ def check_run(run: Path) -> None:
     """Compares every file of the run with its checksum, then compacts the list of checksums.
 
     Raises:
-        RunError: naming the first damaged file, with the cure.
+        RunError: if a file is damaged; the error names the first one and says what to do.
     """
+    # Links come first, because reading a file follows its link.
     check_links(run)
     place = run / checksums.NAME
     try:
@@ -78,10 +80,10 @@ def check_run(run: Path) -> None:
 
 
 def _is_checked_here(run: Path, path: Path) -> bool:
-    """Whether a file is checked before the run is resumed.
+    """Returns whether a file is checked before the run is resumed.
 
-    Some files are checked later, when they are read. Files of an unfinished stage are not checked,
-    because the stage writes them again.
+    The files in `CHECKED_WHEN_READ` are checked later. Files of an unfinished stage are not
+    checked, because the stage writes them again.
     """
     if path.parent.name == "artifacts":
         return any(path in files_of(run / name) for name in _artifacts(run))
@@ -91,7 +93,7 @@ def _is_checked_here(run: Path, path: Path) -> bool:
 
 
 def _artifacts(run: Path) -> Iterator[str]:
-    """Yields the names of the artifacts in the results of finished stages."""
+    """Yields the path of each exported file that the result of a finished stage names."""
     for path in (run / "stages").glob("*/result.json"):
         # The error about a damaged result.json is raised when that file itself is checked.
         with suppress(RunError):
@@ -112,5 +114,5 @@ def _cure(run: Path, path: Path) -> Words:
 
 
 def new_run_cure(path: Path) -> str:
-    """Returns the cure for a damaged file that cannot be written again."""
+    """Returns the advice of an error about a damaged file that the run cannot write again."""
     return f"start a new run with --out NEW ({REUSE_HINT} {path})"

@@ -46,23 +46,23 @@ class Milestone:
 
 
 class Resumable(Protocol):
-    """A computation in steps. If it is resumed at a milestone, its result has the same bits."""
+    """A computation in steps. Resuming it at a milestone does not change a bit of its result."""
 
     def events(self) -> Iterator[Tick | Milestone]:
-        """Continues from the current state. Yields a tick after each step, and milestones."""
+        """Continues from the current state; yields a `Tick` after each step, and milestones."""
         ...
 
     def state(self) -> Snapshot:
-        """Returns the current state; called at milestones only."""
+        """Returns the current state. It is called at milestones only."""
         ...
 
     def load_(self, saved: Snapshot) -> None:
-        """Sets the state of a new computation to a saved state of the same computation."""
+        """Replaces the state of a new computation by a saved state of the same computation."""
         ...
 
 
 def drive(work: Resumable, folder: StageFolder) -> Generator[Tick, None, None]:
-    """Runs `work` to its end from the last checkpoint in `folder`; yields a tick for every step.
+    """Runs `work` from the last checkpoint in `folder` to its end; yields a `Tick` for every step.
 
     Raises:
         RunError: if the checkpoint is damaged, or the folder cannot be written.

@@ -1,4 +1,8 @@
-"""The folder of a run: created once, locked while a process works in it, and resumed later."""
+"""The folder of a run: it is created, locked while a process works in it, and can be resumed.
+
+A run does the stages of a recipe (a TOML file with all settings). The folder has the recipe, the
+resolved settings, the records of epochs and rounds, and one folder per stage.
+"""
 
 from __future__ import annotations
 
@@ -32,10 +36,16 @@ class RunFolder:
 
     @classmethod
     def create(cls, path: Path, recipe_text: str, settings: Json) -> RunFolder:
-        """Makes a new folder with the recipe as given and the resolved settings.
+        """Makes a new folder with the recipe's text and the resolved settings.
+
+        Args:
+            path: the folder.
+            recipe_text: the recipe as TOML.
+            settings: all settings with their defaults, without keys that may change when the run is
+                resumed, such as the device.
 
         Raises:
-            RunError: if the folder already holds a run or other files.
+            RunError: if the folder already contains a run or other files.
         """
         cls.check_free(path, recipe_text)
         with writing(path):
@@ -50,7 +60,7 @@ class RunFolder:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The resolved recipe with which the run was started.
+        """All settings with which the run was started, including defaults.
 
         Raises:
             RunError: if settings.json is missing or damaged.
@@ -62,7 +72,7 @@ class RunFolder:
         """The version of the random streams that the run uses (`fedpress.core.random.STREAMS`).
 
         Raises:
-            RunError: if settings.json holds no valid version.
+            RunError: if settings.json has no valid version.
         """
         # fedpress 0.1.0 used version 1 and did not write it.
         found = self._settings.get("streams", 1)
@@ -140,9 +150,9 @@ class RunFolder:
         """Opens the folder of an interrupted run.
 
         Raises:
-            RunError: if there is no run; if it has other settings; if it is not finished and uses
-                random streams of another version; if another process works in it; or if one of its
-                files was damaged.
+            RunError: if there is no run; if its settings differ from `settings`; if it is not
+                finished and uses random streams of another version; if another process works in the
+                folder; or if one of its files is damaged.
         """
         if not (path / "settings.json").exists():
             raise RunError(
@@ -160,6 +170,7 @@ class RunFolder:
         done = len(list(path.glob("stages/*/result.json")))
         folder.check_streams(finished=done >= planned > 0)
         old = folder.settings
+        # With other settings, stages of two different recipes would be mixed in one result.
         if old != settings:
             where = first_difference(old, settings)
             raise RunError(
@@ -175,11 +186,14 @@ class RunFolder:
     def check_streams(self, *, finished: bool) -> None:
         """Checks that a resumed run draws the same random numbers as before.
 
-        Otherwise it would, for example, give the examples to other clients than before.
+        With other random numbers it would, for example, assign the examples to other clients.
+
+        Args:
+            finished: whether all stages are done, so that no random numbers are drawn any more.
 
         Raises:
-            RunError: if not all stages are `finished`, and the run began with random streams of
-                another version.
+            RunError: if `finished` is False, and the run began with random streams of another
+                version.
         """
         if self.streams != STREAMS and not finished:
             raise RunError(
@@ -195,7 +209,7 @@ class RunFolder:
         return Records(self.path)
 
     def stage(self, index: int, kind: str, name: str) -> StageFolder:
-        """Opens the folder of one stage."""
+        """Opens the folder of one stage, such as `stages/1-prune`; makes it if it is missing."""
         path = self.path / "stages" / f"{index}-{name}"
         path.mkdir(parents=True, exist_ok=True)
         return StageFolder(self.path, path, index, kind, name)

@@ -37,11 +37,12 @@ def locked(folder: Path) -> Iterator[None]:
     """Holds the lock of `folder` during the block: an flock on the file `lock` in the folder.
 
     The text of the file names the process that has the lock. On file systems without flock, the
-    lock is the existence of the file; if its process is dead, another process may take the lock. A
-    thread that has the lock may take it a second time.
+    folder is locked as long as the file exists and its process is alive. A thread that has the lock
+    may take it a second time.
 
     Raises:
-        RunError: if another process holds it, naming that process; if the folder cannot be written.
+        RunError: if another process has the lock (the error names it), or if the folder cannot be
+            written.
     """
     key = (str(folder.resolve()), threading.get_ident())
     if key in _held_here:
@@ -65,7 +66,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def holder(folder: Path) -> str | None:
-    """Describes the process that works in `folder`; None if there is none, or it is this thread."""
+    """Describes the process that works in `folder`; None if none does, or this thread does."""
     path = folder / NAME
     if (str(folder.resolve()), threading.get_ident()) in _held_here:
         return None
@@ -92,7 +93,7 @@ def check_unlocked(folder: Path) -> None:
     """Checks that no other process works in `folder`.
 
     Raises:
-        RunError: naming the process.
+        RunError: if another process works there; the error names it.
     """
     found = holder(folder)
     if found is not None:
@@ -113,7 +114,10 @@ def _locked_error(folder: Path, found: str) -> RunError:
 
 
 def _acquire(folder: Path) -> int:
-    """Takes the lock, writes this process as its owner, and returns the open file that holds it."""
+    """Takes the lock, writes this process into the file, and returns the handle of the open file.
+
+    Closing the handle releases the lock.
+    """
     path = folder / NAME
     retries = 0
     while True:
@@ -206,7 +210,7 @@ def _describe(owner: dict[str, Any]) -> str:
 
 
 def _is_dead(owner: dict[str, Any]) -> bool:
-    """Whether the process is known to be dead. Of a process on another machine we cannot know."""
+    """Whether the process is known to be dead. For a process on another machine this is unknown."""
     pid = owner.get("pid")
     if owner.get("host") != socket.gethostname() or not isinstance(pid, int) or pid < 1:
         return False

@@ -1,6 +1,7 @@
-"""The file `presence.json` of a deployed run: who is online, who is late, who refused and why.
+"""The file `presence.json` of a deployed run: which clients are online, late or have refused.
 
-The server writes it while it runs, and `fedpress watch` reads it. Nothing else depends on it.
+The server writes the file while it runs. `fedpress watch`, which shows the run in a browser, reads
+it. Nothing else depends on it.
 """
 
 from __future__ import annotations
@@ -21,15 +22,16 @@ MOST_LETTERS = 300
 
 @dataclass(frozen=True)
 class ClientNow:
-    """One client, as the server sees it; times are seconds since 1970.
+    """The state of one client, as the server knows it; times are seconds since 1970.
 
     Attributes:
         name: name of the client.
-        online: whether it is connected.
-        heard: when its last answer came; None: not yet.
-        asked: when it was asked what it has not answered yet; None: nothing is open.
-        awaited: whether the server still waits for that answer.
-        seconds: that its last answer took; None: there was none.
+        online: whether the client is connected.
+        heard: time of the client's last answer; None: the client has not answered yet.
+        asked: time of the request that the client has not answered yet; None: it has answered all
+            requests.
+        awaited: whether the server still waits for this answer.
+        seconds: how long the client's last answer took; None: the client has not answered yet.
     """
 
     name: str
@@ -45,9 +47,9 @@ class RefusedNow:
     """A client that has refused to take part.
 
     Attributes:
-        name: name of the client; "" if it must not be named.
-        rule: rule of its policy.
-        reason: for people.
+        name: name of the client; "" if the file must not name clients.
+        rule: the rule of the client's policy that the run breaks.
+        reason: explanation for a reader.
     """
 
     name: str
@@ -57,16 +59,16 @@ class RefusedNow:
 
 @dataclass(frozen=True)
 class PresenceNow:
-    """All clients of a run at one moment.
+    """The states of all clients of a run at one time: the content of the file.
 
     Attributes:
-        at: seconds since 1970.
-        known: how many clients the server knows.
-        online: how many of them are connected.
-        hidden: whether nobody may learn which clients take part in a round. Then clients are
-            only counted.
-        clients: at most `MOST_NAMED`; none if `hidden`.
-        refused: without names if `hidden`.
+        at: the time, in seconds since 1970.
+        known: number of clients that the server knows.
+        online: number of clients that are connected.
+        hidden: whether it is secret which clients take part in a round. Then clients are counted,
+            but not named.
+        clients: states of at most `MOST_NAMED` clients; empty in the file if `hidden`.
+        refused: clients that have refused to take part; without names in the file if `hidden`.
     """
 
     at: float
@@ -80,19 +82,20 @@ class PresenceNow:
         """Writes the file atomically.
 
         Raises:
-            OSError: if it cannot be written.
+            OSError: if the file cannot be written.
         """
-        # Not durable: after a power failure nobody is online.
+        # Not synced to the disk, which would be slow: after a power failure no client is online.
         with files.replacing(folder / NAME, durable=False) as part:
             part.write_text(json.dumps(asdict(self.shown())), "utf-8")
 
     def shown(self) -> PresenceNow:
-        """Returns what the file may hold.
+        """Returns a copy with only the facts that may be written to the file.
 
-        If the cohort is hidden, this is nothing that differs from one client to another: who was
-        asked, or heard last, would tell who was drawn.
+        If `hidden`, it has no facts about single clients. The times of requests and answers, for
+        example, would show which clients were drawn for a round.
         """
         if self.hidden:
+            # Sorted, because the order in which clients refused could tell which clients they are.
             unnamed = sorted((replace(one, name="") for one in self.refused), key=_rule)
             return replace(self, clients=(), refused=tuple(unnamed[:MOST_NAMED]))
         named = sorted(self.clients, key=_trouble)
@@ -104,7 +107,7 @@ def _rule(one: RefusedNow) -> tuple[str, str]:
 
 
 def _trouble(one: ClientNow) -> tuple[bool, float, str]:
-    """Returns a key that is smallest for a client that is offline, then for the longest asked."""
+    """Returns a sorting key: clients that are offline first, then those asked longest ago."""
     return one.online, one.asked or float("inf"), one.name
 
 
@@ -115,7 +118,7 @@ def read_presence(folder: Path) -> PresenceNow | None:
         clients = [ClientNow(**one) for one in page.pop("clients")]
         refused = [RefusedNow(**one) for one in page.pop("refused")]
         found = PresenceNow(**page, clients=tuple(clients), refused=tuple(refused))
-        # As for the writer: a file that says "hidden" and has names must not be shown.
+        # The file may have been edited: names in a file that says "hidden" must not be shown.
         return found.shown()
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None

@@ -1,4 +1,7 @@
-"""The records of a run in `records.jsonl`, one JSON object a line, appended durably."""
+"""Reads and appends the records of a run: the file `records.jsonl`, one JSON object per line.
+
+A record has the facts of one epoch or round, such as loss and accuracy.
+"""
 
 from __future__ import annotations
 
@@ -32,16 +35,16 @@ class Records:
 
     @property
     def path(self) -> Path:
-        """The file, one JSON object a line."""
+        """Path of the file; it may not exist."""
         return self.run / NAME
 
     def of_stage(self, stage: int) -> list[dict[str, Any]]:
-        """Returns the records of one stage.
+        """Returns the records of the stage with this position in the recipe (from 0).
 
         An incomplete line at the end, which a killed run may leave, is ignored.
 
         Raises:
-            RunError: if the file was damaged.
+            RunError: if the file is damaged.
         """
         if not self.path.exists():
             return []
@@ -68,6 +71,7 @@ class Records:
 
     def add(self, facts: Json) -> None:
         """Appends one record; it is on the disk when the call returns."""
+        # A checksum of only the new bytes: the file may be long, and every epoch adds a line.
         with writing(self.path):
             start = self.path.stat().st_size if self.path.exists() else 0
             with open(self.path, "a", encoding="utf-8") as file:
@@ -77,29 +81,30 @@ class Records:
             checksums.add_growth(self.path, start)
 
     def keep_first(self, count: int) -> None:
-        """Removes all but the first `count` records, and an incomplete line at the end.
+        """Keeps the first `count` records, removes all others, and an incomplete line at the end.
 
         Raises:
-            RunError: if there are fewer than `count`, so that records were lost.
+            RunError: if there are fewer than `count` records, because some were lost.
         """
         # If the file is missing, the user has followed CURE and deleted it. The run continues.
         if not self.path.exists():
             return
         self.check_count(count)
         lines = self.path.read_bytes().splitlines(keepends=True)
+        # The usual case has nothing to remove, so the file is not written again.
         if len(lines) > count:
             with replacing_with_checksum(self.path, self.run) as temporary:
                 temporary.write_bytes(b"".join(lines[:count]))
 
     def check_count(self, count: int) -> None:
-        """Checks that there are at least `count` records, in runs that have no checksums.
+        """Checks that there are at least `count` records, if the run has no checksums.
 
         Only runs of older versions have no checksums. In newer runs the checksum shows every loss
         (see `check_undamaged`). There, fewer records can be correct: if the user has deleted a
         damaged file, the records start again from 0.
 
         Raises:
-            RunError: if there are fewer than `count`.
+            RunError: if there are fewer than `count` records.
         """
         found = self.count()
         if found < count and self.path.exists() and not checksums.has_line(self.path):

@@ -1,4 +1,8 @@
-"""The folder of one stage: a checkpoint while it runs, model and result when it is finished."""
+"""The folder of one stage: it has a checkpoint while the stage runs, then model and result.
+
+A run does the stages of a recipe, such as "train" and "prune". Each stage has a folder in the run
+folder.
+"""
 
 from __future__ import annotations
 
@@ -56,8 +60,8 @@ class StageFolder:
         run: the folder of the run.
         path: the stage's own folder in it.
         index: position of the stage in the recipe, from 0.
-        kind: the stage's kind, such as "prune".
-        name: the stage's name; by default its kind.
+        kind: kind of the stage, such as "prune".
+        name: name of the stage; by default its kind.
     """
 
     run: Path
@@ -76,10 +80,10 @@ class StageFolder:
         self.records.add({"stage": self.index, "kind": self.kind, "name": self.name, **facts})
 
     def begin(self, records: int) -> float:
-        """Removes the records of steps that will be repeated.
+        """Removes the records of steps that the resumed stage will repeat.
 
-        These are the records written after the last checkpoint. Without a checkpoint, they are all
-        records after the first `records`.
+        They are the records after the last checkpoint. If there is no checkpoint, they are all
+        records after the first `records`, the number of records of earlier stages.
 
         Returns:
             The seconds spent until the checkpoint.
@@ -92,16 +96,17 @@ class StageFolder:
         """Saves a checkpoint atomically in one file: named tensors, and facts in JSON types."""
         # Cloned, since safetensors refuses tensors that share memory.
         copies = {k: v.detach().to("cpu").contiguous().clone() for k, v in tensors.items()}
+        # With the number of records, `begin` can remove those that come after the checkpoint.
         metadata = json.dumps({**facts, "records": self.records.count()})
         with replacing_with_checksum(self._progress, self.run) as temporary:
             save_file(copies, temporary, metadata={"fedpress": metadata})
         log.debug("checkpoint written: %s", self._progress)
 
     def load_progress(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Returns tensors and facts of the last checkpoint; two empty dictionaries if none exists.
+        """Returns tensors and facts of the last checkpoint; two empty dictionaries without one.
 
         Raises:
-            RunError: if the file is corrupt.
+            RunError: if the checkpoint is corrupt.
         """
         if not self.begun:
             return {}, {}
@@ -133,7 +138,7 @@ class StageFolder:
             spec: the model's spec.
             model: the model after the stage.
             result: the stage's entry in the run's result.
-            key: fingerprint of everything that the result depends on (see `finished`).
+            key: hash of everything that the result depends on, such as settings and data.
         """
         with writing(self.path / "model.safetensors"):
             save_model(self.path, spec, model)
@@ -168,7 +173,7 @@ class StageFolder:
 
     @property
     def memory(self) -> Path:
-        """Folder where simulated clients keep their states. It holds private data: do not share."""
+        """Folder with the states of simulated clients. It has private data: do not share it."""
         return self.path / "memory"
 
     def forget(self) -> None:
@@ -210,18 +215,18 @@ class StageFolder:
         return load_model(self.path)
 
     def adopt(self, other: Path, key: str, *, records: int) -> Done | None:
-        """Copies this stage from another run in which it is finished and has the same `key`.
+        """Copies this stage from another run, if it is finished there and has the same `key`.
 
         Args:
-            other: the folder of the run to copy from; it is not changed.
-            key: see `finished`.
-            records: how many records of earlier stages this run has.
+            other: folder of the other run; it is not changed.
+            key: hash of everything that the result depends on.
+            records: number of records of earlier stages in this run.
 
         Returns:
-            None if the other run has no such stage.
+            The copied result; None if the other run has no finished stage with this key.
 
         Raises:
-            RunError: if a file of the other stage was damaged, or lies outside of its run.
+            RunError: if a file of the other stage is damaged, or is outside of the other run.
         """
         theirs = StageFolder(
             other, other / "stages" / self.path.name, self.index, self.kind, self.name
@@ -230,6 +235,7 @@ class StageFolder:
         if done is None:
             return None
         cure = f"delete '{theirs._result}'; then this run does the stage itself"
+        # The files of the stage are checked before anything is copied.
         for path in sorted(theirs.path.iterdir()):
             if path.is_file():
                 check_undamaged(path, cure)
@@ -272,9 +278,10 @@ class StageFolder:
 
 
 def files_of(artifact: Path) -> list[Path]:
-    """Returns the files of an artifact, those of the same stem, and `inputs.json`.
+    """Returns all files of an exported model: those with the stem of `artifact`, and `inputs.json`.
 
-    Example: OpenVINO writes the graph to `model.xml` and the weights to `model.bin`.
+    Example: OpenVINO writes the graph to `model.xml` and the weights to `model.bin`. `inputs.json`
+    says how a row of a table becomes the model's input.
     """
     found = []
     for path in artifact.parent.iterdir():

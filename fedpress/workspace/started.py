@@ -1,8 +1,9 @@
 """Signs run folders, so that the user who started a run can resume it without a new consent.
 
-A user who names a recipe consents to call the functions in it. A run folder also contains a recipe,
-but the folder may come from a stranger. So its functions are called without a new consent only if
-the folder has the user's signature (HMAC-SHA256). The key is in a file in the user's home.
+A user who starts a recipe consents to call the functions that it names, such as "nets:Net". A run
+folder also contains a recipe, but the folder may come from a stranger. Its functions are called
+without a new consent only if the folder has the user's signature (HMAC-SHA256). The key is in a
+file in the user's home.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ OWN = ("fedpress.commands.subject:no_data", "fedpress.models.memory:held")
 
 
 def functions_of(text: str) -> list[str]:
-    """Returns the `module:function` names in the TOML of a recipe; none if it is no recipe.
+    """Returns the `module:function` names in a recipe's TOML text; [] if the text is no recipe.
 
     >>> functions_of('model = {architecture = "nets:Net"}')
     ['nets:Net']
@@ -43,12 +44,14 @@ def sign(names: Sequence[str], recipe: str | None) -> str | None:
     """Returns the signature of a run, in hex; None if no key can be kept in the user's home.
 
     Args:
-        names: the functions that its recipe names.
-        recipe: path of the recipe file. It is signed too, since modules are searched in its folder.
+        names: the functions that the run's recipe names.
+        recipe: path of the recipe file. The path is signed too, because modules are searched in the
+            file's folder.
     """
     key = _key()
     if key is None:
         return None
+    # Sorted, because the order of functions in a recipe may change when it is written again.
     message = json.dumps([sorted(names), recipe]).encode()
     return hmac.new(key, message, hashlib.sha256).hexdigest()
 

@@ -1,4 +1,7 @@
-"""The state that is passed from stage to stage, and the events of a running stage."""
+"""The state that is passed from stage to stage, and the events of a running stage.
+
+A recipe lists stages, such as "train" and "prune". Each stage gets the state of the stage before.
+"""
 
 from __future__ import annotations
 
@@ -23,6 +26,7 @@ Name = Annotated[
 ]
 """The name of a recipe or stage, which is also the name of its folder."""
 
+# A function instead of a model: most runs never need it, and it would double the memory.
 Loader = Callable[[], tuple[ModelSpec, nn.Module]]
 
 
@@ -33,8 +37,8 @@ class Network(Protocol):
         """Returns a transport (`fedpress.federation.Transport`) to clients.
 
         Args:
-            session: id of the stage of the run that the messages belong to.
-            clients: names of the clients, in this order; None: all clients connected now.
+            session: id of the stage to which the messages belong.
+            clients: names of the clients, in this order; None: all clients that are connected now.
         """
         ...
 
@@ -44,7 +48,7 @@ class Network(Protocol):
         ...
 
     def told(self, sentence: str, /) -> None:
-        """Reports an event of a client, such as a late answer, to those who watch the run."""
+        """Shows a sentence about a client, such as a late answer, to people who watch the run."""
         ...
 
 
@@ -55,8 +59,8 @@ class Engine(Protocol):
         """Returns a transport (`fedpress.federation.Transport`) to simulated clients.
 
         Args:
-            clients: name -> client's side of the stage.
-            build: makes the inputs that all sides share, for another process: `build(device=...)`.
+            clients: name of the client -> object that does the client's part of the stage.
+            build: `build(device=...)` makes the inputs that all clients share, in another process.
         """
         ...
 
@@ -66,7 +70,7 @@ class State:
     """The model with its spec, the data, and the privacy spent so far.
 
     Attributes:
-        spec: the model's spec.
+        spec: how to build the model: architecture, arguments and shapes.
         model: the model after the last stage.
         data: the federated data set.
         seed: the run's seed.
@@ -75,8 +79,8 @@ class State:
         score: the task's primary metric on the test set after the last stage; None before the
             first.
         facts: facts that the last stage adds to its entry in the result, such as `bytes_up`.
-        parent: loads the model from before the first stage that made it smaller; None: there was no
-            such stage.
+        parent: loads the model as it was before the first stage that made it smaller; None: no
+            stage has made it smaller.
         device: device on which stages train and measure. Latency is always measured on the CPU.
         network: reaches clients on other machines; None: the clients of `data` are simulated.
         engine: runs simulated clients; None: in this process, one after another.
@@ -91,6 +95,7 @@ class State:
     dense: int
     ledger: Ledger | None = None
     score: float | None = None
+    # Only for the entry of the last stage: the next stage starts with no facts.
     facts: Mapping[str, JsonValue] = field(default_factory=dict)
     parent: Loader | None = None
     device: torch.device = field(default_factory=find)
@@ -99,20 +104,22 @@ class State:
     given: nn.Module | None = None
 
     def dense_network(self) -> nn.Module:
-        """Returns the network before any pruning; shares such as keep_macs refer to it."""
+        """Returns the network before any pruning. Settings such as `keep_macs` are shares of it."""
+        # A user's module may be pruned already, which the spec's architecture does not know.
         return self.given if self.given is not None else self.spec.build_dense()
 
     def example(self, n: int) -> Inputs:
         """Returns `n` prepared examples [n, ...] to trace the model and to count operations on.
 
-        For a model with one input see `ModelSpec.example`. For several inputs these are public or
-        test examples, if there are any: random integers may be invalid. A length, for example,
-        must fit the other inputs.
+        For a model with one input see `ModelSpec.example`. For a model with several inputs they are
+        public or test examples, if there are any. Made-up integers may be invalid: a length, for
+        example, must fit the other inputs.
         """
         parts = (self.data.public, self.data.test)
         rows = next((part.x for part in parts if len(part)), None)
         if not isinstance(self.spec.input_shape, dict) or rows is None:
             return self.spec.example(n)
+        # Repeats rows if there are fewer than `n`.
         return self.data.preprocess(rows[torch.arange(n) % len(rows)])
 
     @property
@@ -129,8 +136,8 @@ class Tick:
     """Progress of a stage: `done` of `total` steps.
 
     Attributes:
-        done: steps so far.
-        total: steps in all.
+        done: number of finished steps.
+        total: number of all steps.
         note: text beside the progress bar, such as the loss.
         warning: a sentence that must stay on the screen; "": no warning.
     """
@@ -143,7 +150,14 @@ class Tick:
 
 @dataclass(frozen=True)
 class StageStarted:
-    """A stage begins; `reused`: it is not run, since its result is already in a run folder."""
+    """A stage begins. If `reused`, it is not run, because a run folder already has its result.
+
+    Attributes:
+        index: position of the stage in the recipe, from 0.
+        kind: kind of the stage, such as "prune".
+        name: name of the stage; by default its kind.
+        reused: whether the result comes from an earlier run.
+    """
 
     index: int
     kind: str
@@ -153,7 +167,7 @@ class StageStarted:
 
 @dataclass(frozen=True)
 class StageFinished:
-    """A stage has ended; `result` is its entry in result.json."""
+    """A stage has ended; `result` is its entry in `result.json`, with accuracy and so on."""
 
     index: int
     result: Mapping[str, JsonValue]
