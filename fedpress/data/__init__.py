@@ -1,4 +1,4 @@
-"""Data sources, partitioners, and `FederatedData`, the data set of a run."""
+"""Loads data and divides it among clients; the result is a `FederatedData`, the data of a run."""
 
 from fedpress.data.dataset import FederatedData
 from fedpress.data.load import load

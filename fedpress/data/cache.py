@@ -25,9 +25,15 @@ def folder() -> Path:
 def decoded(
     name: str, files: Sequence[Path], decode: Callable[[], dict[str, np.ndarray]]
 ) -> dict[str, np.ndarray]:
-    """Returns `decode()`, cached on disk under the path, size and modification time of `files`.
+    """Returns the result of `decode()`, from the cache if it has a copy.
 
-    A cache that cannot be read or written is ignored.
+    A copy is valid while path, size and modification time of all files are the same. If the cache
+    cannot be read or written, this is ignored.
+
+    Args:
+        name: name of the data set, with which the name of the copy begins.
+        files: the files that `decode` reads.
+        decode: reads the files, which takes long.
     """
     stats = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     key = blake2b(repr(sorted(stats)).encode(), digest_size=12).hexdigest()

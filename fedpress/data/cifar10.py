@@ -16,6 +16,7 @@ from fedpress.data.settings import DataSettings
 from fedpress.errors import DataError
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+# Modules with functions `find` and `read`, one for each way in which the data set is published.
 LAYOUTS = (cifar10_parquet, cifar10_archive)
 
 
@@ -25,7 +26,7 @@ def read_cifar10(settings: DataSettings, progress: Progress | None) -> SourceRow
     Rows are sorted by their content, so that a seed gives the same clients for both file layouts.
 
     Raises:
-        DataError: if there is no data, or it is corrupt, or it cannot be downloaded.
+        DataError: if the data is missing or corrupt, or cannot be downloaded.
     """
     layout, files = _locate(settings, progress)
 

@@ -1,4 +1,4 @@
-"""Reads CIFAR-10 as its author published it, six pickle files, without running code in them."""
+"""Reads CIFAR-10 from the pickle files of its author, without running code in these files."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from fedpress.data.examples import Progress
 from fedpress.errors import DataError
 
 URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
+# Published by the author. It finds damage; the pickles are read safely anyway.
 MD5 = "c58f30108f718f92721af3bbe74f3473"
 ARCHIVE = "cifar-10-python.tar.gz"
 FOLDER = "cifar-10-batches-py"
@@ -28,13 +29,14 @@ def find(path: Path) -> list[Path]:
     """Returns the archive, or the six files of its folder, in or just below `path`.
 
     Returns:
-        An empty list if there is neither.
+        The paths; an empty list if there is neither archive nor folder.
 
     Raises:
         DataError: if one of the six files is missing.
     """
     if path.is_file():
         return [path]
+    # The places where copies of the data set usually are.
     for folder in (path, path / FOLDER, path / "cifar10", path / "cifar10" / FOLDER):
         if any(folder.glob("data_batch_*")):
             return _batch_files(folder)
@@ -59,7 +61,7 @@ def fetch(folder: Path, *, allowed: bool, progress: Progress | None) -> list[Pat
     """Returns the archive in `folder`, downloading it first if it is not there.
 
     Raises:
-        DataError: if it is not there, and the download is off or fails.
+        DataError: if the archive is not there, and the download is off or fails.
     """
     target = folder / ARCHIVE
     if not target.exists():
@@ -128,7 +130,7 @@ def read_batch(content: bytes, where: str) -> tuple[np.ndarray, np.ndarray]:
     """Returns images uint8 [n, 3, 32, 32] and labels int64 [n] of one pickled batch.
 
     Raises:
-        DataError: if the content is anything else.
+        DataError: if the content is not a batch of CIFAR-10.
     """
     try:
         batch = _PlainUnpickler(io.BytesIO(content), encoding="bytes").load()
@@ -149,7 +151,7 @@ def read_batch(content: bytes, where: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 class _Array:
-    """Stands for numpy's array class while the pickle is read; accepts uint8 data only."""
+    """Takes the place of numpy's array class while the pickle is read; accepts only uint8 data."""
 
     def __init__(self, *_: object) -> None:
         self.state: tuple[Any, ...] = ()
@@ -166,7 +168,7 @@ class _Array:
 
 
 class _Dtype:
-    """Stands for numpy's dtype class while the pickle is read; has only its name."""
+    """Takes the place of numpy's dtype class while the pickle is read; keeps only the name."""
 
     def __init__(self, name: object = "", *_: object) -> None:
         self.name = name
@@ -176,7 +178,7 @@ class _Dtype:
 
 
 def _latin1(text: str, encoding: str) -> bytes:
-    """Stands for `codecs.encode`, which pickles of Python 3 in protocol 2 call to make bytes."""
+    """Takes the place of `codecs.encode`, which some pickles (protocol 2) call to make bytes."""
     return text.encode("latin1")
 
 
@@ -194,6 +196,7 @@ class _PlainUnpickler(pickle.Unpickler):
             ("numpy", "dtype"): _Dtype,
             ("_codecs", "encode"): _latin1,
         }
+        # Everything else is refused: a pickle can name any function, such as `os.system`.
         if (module, name) not in admitted:
             raise pickle.UnpicklingError(
                 f"it asks for {module}.{name}, which is not needed to read data"

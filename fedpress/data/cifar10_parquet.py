@@ -1,4 +1,4 @@
-"""Reads CIFAR-10 as it is on the Hugging Face hub: `train-*.parquet` and `test-*.parquet`.
+"""Reads CIFAR-10 from the parquet files of the Hugging Face hub, such as `train-*.parquet`.
 
 The columns are `img` (a struct with `bytes`) and `label`.
 """
@@ -16,11 +16,12 @@ from fedpress.errors import DataError
 
 
 def find(path: Path) -> list[Path]:
-    """Returns the parquet files in `path` or the usual folders below it; empty if there are none.
+    """Returns the parquet files in `path` or in the usual folders below it; else an empty list.
 
     Raises:
         DataError: if one of several numbered files is missing.
     """
+    # The folders that copies of the hub's repository have.
     for folder in (
         path,
         path / "plain_text",
@@ -36,6 +37,7 @@ def find(path: Path) -> list[Path]:
 
 
 def _check_complete(folder: Path, files: list[Path]) -> None:
+    # A copy may have stopped halfway; without this check the run would train on part of the data.
     names = sorted(file.name for file in files)
     for part in ("train", "test"):
         own = [name for name in names if name.startswith(part)]

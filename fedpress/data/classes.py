@@ -1,7 +1,8 @@
 """Determines the list of classes: from the recipe, public rows, or labels that are declared public.
 
 The list decides the size of the model's last layer, and is saved with the model. So a label that
-only private rows have must not become a class: everybody could see that such a row exists.
+only private rows have must not become a class. Otherwise everybody could see that such a row
+exists.
 """
 
 from __future__ import annotations
@@ -58,7 +59,9 @@ def rows_that_define_classes(
 def number_classes(
     codes: Tensor, words: Sequence[str], public: Tensor, settings: DataSettings, what: str
 ) -> TargetRows:
-    """Numbers the classes of the recipe, or of the rows that may define them.
+    """Gives each row the number of its class.
+
+    The classes are those that the recipe lists, or the labels of the rows that may define classes.
 
     Args:
         codes: int64 [n]: position of each row's label in `words`; -1 if the label is not there.
@@ -68,8 +71,9 @@ def number_classes(
         what: name of the labels in an error.
 
     Raises:
-        DataError: if there are fewer than two classes, or nothing defines them.
+        DataError: if there are fewer than two classes, or no row may define them.
     """
+    # A list in the recipe is public, so no row needs to be looked at.
     if settings.classes is not None:
         names = settings.classes
     else:
@@ -87,7 +91,7 @@ def with_other_class(found: TargetRows, settings: DataSettings, what: str) -> Ta
     """Adds the class "other" if the recipe says `unknown = "other"`, and checks the classes.
 
     Raises:
-        DataError: if there are fewer than two classes, or no row belongs to one.
+        DataError: if there are fewer than two classes, or no row belongs to any of them.
     """
     if len(found.names) < 2:
         raise DataError(

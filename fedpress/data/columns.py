@@ -56,9 +56,10 @@ class Column:
         return cls(name, column, settings.source == "csv", settings.decimal)
 
     def typed(self, rows: np.ndarray | None = None) -> Any:
-        """Returns all values in the type of the values in `rows`; cells of other types become null.
+        """Converts all values to the type of the values in `rows`; other cells become null.
 
-        Example: if `rows` hold "3" and "4.5", the type is float64, and "unknown" elsewhere is null.
+        Example: if `rows` have "3" and "4.5", the type is float64. A cell "unknown" in another row
+        becomes null.
 
         Args:
             rows: positions of the rows that decide the type; None: all rows.
@@ -167,7 +168,7 @@ def refuse_missing(column: Any, where: str) -> None:
     """Checks that a column of labels or clients has a value in every row.
 
     Raises:
-        DataError: if a row has none; the error names the first one.
+        DataError: if a row has no value; the error names the first such row.
     """
     if column.null_count:
         row = pc.index(column.is_null(), True).as_py()
@@ -216,13 +217,13 @@ class LabelColumn:
         return torch.from_numpy(positions.astype(np.int64))
 
     def targets(self, public: Tensor) -> TargetRows:
-        """Returns the classes and every row's class number; -1 for other labels.
+        """Returns the classes, and the class number of every row; -1 for an unknown label.
 
         Args:
             public: positions of the public rows.
 
         Raises:
-            DataError: if nothing defines the classes, or there are fewer than two.
+            DataError: if no row may define the classes, or there are fewer than two classes.
         """
         if self.settings.classes is not None:
             return with_other_class(self._listed(self.settings.classes), self.settings, self._where)

@@ -110,7 +110,7 @@ def _refuse_encoding(path: Path, encoding: str) -> None:
     """Checks that the file has this encoding.
 
     Raises:
-        DataError: if it has not. The cure names the encoding that the file seems to have.
+        DataError: if it has not. The error names the encoding that the file seems to have.
     """
     data = path.read_bytes()
     try:
@@ -167,10 +167,10 @@ def _is_other_script(data: bytes) -> bool:
 def refuse_other_delimiter(
     settings: DataSettings, header: list[str], path: Path | None = None
 ) -> None:
-    """Checks that the header is not read as one column because of a wrong delimiter.
+    """Refuses a header that was read as one column because the delimiter is wrong.
 
     Raises:
-        DataError: if so. The cure names the delimiter that the file seems to have.
+        DataError: if the header seems to have another delimiter; the error names it.
     """
     if len(header) != 1:
         return

@@ -29,22 +29,25 @@ class FederatedData:
 
     Attributes:
         name: name of the source, for the report.
-        clients: private examples by client name, in a fixed order.
-        public: training examples declared public (may have no rows), without the validation set.
-        validation: rows of the public part; every choice, such as early stopping, is made on them.
-        test: evaluated at the end of each stage; no choice depends on it.
-        num_classes: labels are 0 to num_classes - 1; 0 for tasks without classes.
+        clients: client name -> private examples of this client, in a fixed order.
+        public: training examples that are declared public, without the validation set; may be
+            empty.
+        validation: public examples on which every choice is made, such as early stopping.
+        test: examples on which the model is measured after each stage; no choice depends on them.
+        num_classes: number of classes; labels are 0 to num_classes - 1. 0 for tasks without
+            classes.
         class_names: one name per class.
         preprocess: maps raw examples to the input of a network; fitted on `public` only.
         left_out: numbers of rows that were dropped because their label or a word is unknown, by the
             keys "public", "validation", "test" and "clients" (all clients together; this number is
             private). Empty if the source defines all classes itself.
-        labelled: whether `y` has real labels. False: only the inputs are used, to calibrate and to
-            compare outputs.
-        preparation: how raw rows of a table become inputs; None for other sources. It is saved next
-            to exported files, so all it contains was declared or comes from public rows.
+        labelled: whether `y` has real labels. If not, only the inputs are used, for calibration and
+            for comparing outputs.
+        preparation: how raw rows of a table become inputs; None for other sources. It is saved
+            beside exported files. So everything in it is either declared in the recipe or comes
+            from public rows.
         task: what is learned. By default a classification if there are class names or integer
-            targets, else a regression of float targets in their own units.
+            targets; else a regression of float targets in their own units.
     """
 
     name: str
@@ -69,6 +72,7 @@ class FederatedData:
         # The dataclass is frozen, but still under construction.
         if self.task is None:
             object.__setattr__(self, "task", self._default_task())
+        # The two are separate fields, so a caller may give contradicting values.
         if self.num_classes != len(self.class_names):
             raise DataError(
                 f"{self.num_classes} classes but {len(self.class_names)} class names",
@@ -111,30 +115,32 @@ class FederatedData:
 
     @property
     def _first(self) -> Arrays:
-        """The first client's examples; without clients those of the first part that has some."""
+        """The examples of the first client; without clients, of the first part with examples."""
         if self.clients:
             return next(iter(self.clients.values()))
         return next(arrays for _, arrays in self._parts() if len(arrays))
 
     def without_clients(self) -> FederatedData:
-        """Returns the parts that the server of a deployment has: public, validation and test.
+        """Returns the data without clients: the public, validation and test parts.
+
+        This is what the server has if the clients are on other machines.
 
         Raises:
-            DataError: if all of them are empty.
+            DataError: if all these parts are empty.
         """
         return replace(self, clients={})
 
     @property
     def example_shape(self) -> Shape:
-        """The shape of one example, such as (3, 32, 32); for several inputs one for each name."""
+        """The shape of one example, such as (3, 32, 32); for named inputs a shape for each name."""
         return shape_of(self._first.x)
 
     def left_out_sentence(self, *, private: bool) -> str:
         """Returns a sentence with the numbers of rows that were left out; empty if there are none.
 
         Args:
-            private: whether the clients' rows are protected. If so, the sentence does not depend on
-                how many of their rows were left out.
+            private: whether a stage has differential privacy. If so, the sentence does not depend
+                on how many rows of clients were left out.
         """
         counts = {part: count for part, count in self.left_out.items() if count}
         # Even "0 rows" would be an exact fact about private rows.
@@ -153,7 +159,8 @@ class FederatedData:
         """Returns sizes, classes and label counts per client as plain JSON values.
 
         Args:
-            private: whether the clients' rows are protected. If so, their labels are not counted.
+            private: whether a stage has differential privacy. If so, the clients' labels are not
+                counted.
         """
         clients: dict[str, dict[str, Any]] = {}
         for name, arrays in self.clients.items():
@@ -175,7 +182,7 @@ class FederatedData:
         }
 
     def _label_counts(self, arrays: Arrays) -> dict[str, Any]:
-        """Returns how many labels there are of each class; empty if targets are no classes."""
+        """Returns the number of labels of each class; {} if the targets are not classes."""
         if self.task.targets != "classes":
             return {}
         # Positions without a class, such as padding, have negative labels.
@@ -194,7 +201,7 @@ def _check_like(where: str, arrays: Arrays, first: Arrays) -> None:
     """Checks that a part has the shapes and types of the `first` client, and finite features.
 
     Raises:
-        DataError: naming the part and what differs.
+        DataError: if it has not; the error names the part and what differs.
     """
     several = isinstance(arrays.x, NamedInputs)
     allowed = [torch.uint8, torch.float32, torch.int64]

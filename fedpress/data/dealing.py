@@ -1,4 +1,4 @@
-"""Helpers of all partitioners: rows to deal, requested sizes, and rounding to whole rows."""
+"""Functions for dividing rows among clients: sizes, rounding to whole rows, and empty clients."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from fedpress.errors import DataError
 
 @dataclass(frozen=True)
 class Pool:
-    """The rows to deal.
+    """The rows that are to be divided among clients.
 
     Attributes:
         labels: int64 [n]: class of each row, or another number that partitioners use as a class.
-        owners: int64 [n]: natural client of each row, as a position in `owner_names`; None if the
-            data names no clients.
+        owners: int64 [n]: the client to which a row naturally belongs, such as a hospital, as a
+            position in `owner_names`; None if the data names no clients.
         owner_names: names of the natural clients.
         excluded: natural clients whose rows are all public, or all in the test set.
     """
@@ -36,8 +36,9 @@ class PartitionSize:
     """The requested number of clients, and of rows for each client.
 
     Attributes:
-        num_clients: None: every natural client, or 10 clients if the data names none.
-        examples_per_client: None: all rows are dealt.
+        num_clients: number of clients; None: every natural client, or 10 clients if the data names
+            none.
+        examples_per_client: number of rows of each client; None: all rows are divided.
     """
 
     num_clients: int | None = None
@@ -47,7 +48,7 @@ class PartitionSize:
 def apportion(weights: np.ndarray, total: int) -> np.ndarray:
     """Returns integers [k] in proportion to `weights` [k] that sum to `total`.
 
-    They are rounded by the largest-remainder method.
+    The numbers are rounded by the largest-remainder method.
 
     >>> apportion(np.array([1.0, 1.0, 1.0]), 4).tolist()
     [2, 1, 1]
@@ -61,7 +62,7 @@ def apportion(weights: np.ndarray, total: int) -> np.ndarray:
 
 
 def client_and_row_count(available: int, ask: PartitionSize) -> tuple[int, int]:
-    """Returns the number of clients, and of rows for all of them together.
+    """Returns the number of clients, and the number of rows for all clients together.
 
     Raises:
         DataError: if there are too few rows.
@@ -118,9 +119,9 @@ def deal_counts(rows: list[Tensor], counts: np.ndarray) -> list[Tensor]:
 
 
 def fit_to_supply(mixes: np.ndarray, each: int, supply: np.ndarray) -> np.ndarray:
-    """Turns class mixes into numbers of rows, without using more rows of a class than there are.
+    """Converts class mixes to numbers of rows, without using more rows of a class than there are.
 
-    When no row of a class is left, the client gets more rows of other classes.
+    If no row of a class is left, a client gets more rows of other classes.
 
     Args:
         mixes: [clients, classes]: shares of the classes that each client wants.
@@ -144,7 +145,7 @@ def fit_to_supply(mixes: np.ndarray, each: int, supply: np.ndarray) -> np.ndarra
 
 
 def fill_empty_clients(rows: list[Tensor]) -> list[Tensor]:
-    """Moves one row of the largest client to each empty one."""
+    """Moves one row of the largest client to each client without rows."""
     rows = list(rows)
     for i, group in enumerate(rows):
         # A client without rows could not take part.

@@ -1,4 +1,4 @@
-"""Downloads a file: resumes after an interruption, verifies its checksum, renames it at the end."""
+"""Downloads a file; resumes after an interruption, and checks the checksum at the end."""
 
 from __future__ import annotations
 
@@ -26,14 +26,17 @@ class _BrokenOff(Exception):
 def fetch(
     url: str, target: Path, *, md5: str, progress: Progress | None = None, wait: float = 1.0
 ) -> Path:
-    """Downloads `url` to `target` and returns it; continues a partial file `target.part`.
+    """Downloads `url` to the file `target`, and returns the path.
+
+    The bytes go to a partial file, `target.part`, which a later call continues. The file gets its
+    name at the end, when its checksum is right.
 
     Args:
         url: http or https address.
         target: path of the complete file; its folders are made.
         md5: hexadecimal checksum of the complete file.
         progress: called with the number of bytes so far.
-        wait: seconds before the second attempt, doubled for the third.
+        wait: seconds before the second attempt; before the third attempt, twice as many.
 
     Raises:
         DataError: if there is no network, the server refuses, the disk is full, or the checksum
@@ -64,7 +67,7 @@ def md5_of(path: Path) -> str:
 
 
 def _fetch_all(url: str, part: Path, progress: Progress | None, wait: float) -> None:
-    """Downloads until the file is complete, or `ATTEMPTS` in a row have brought no new bytes."""
+    """Downloads until the file is complete, or `ATTEMPTS` attempts in a row bring no new bytes."""
     fruitless = 0
     while True:
         before = _size(part)

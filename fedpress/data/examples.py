@@ -1,4 +1,4 @@
-"""The rows that a source has read, before they are dealt to clients."""
+"""The rows that were read from a data source, before they are divided among clients."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ class TargetRows:
     """The targets of all rows.
 
     Attributes:
-        y: class numbers int64 [n], -1 if a label is none of `names`; or numbers float32 [n] or
-            [n, k].
+        y: class numbers int64 [n], with -1 for a label that is not in `names`; or numbers float32
+            [n] or [n, k].
         names: names of the classes, or of the k numbers.
-        known: bool [n]: whether a row has a valid target; rows without one are dropped.
+        known: bool [n]: whether a row has a valid target; other rows are dropped.
     """
 
     y: Tensor
@@ -33,7 +33,7 @@ class TargetRows:
 
     @classmethod
     def of_classes(cls, y: Tensor, names: tuple[str, ...]) -> TargetRows:
-        """Makes the targets from class numbers, -1 for unknown ones."""
+        """Makes the targets from class numbers, where -1 means an unknown class."""
         return cls(y, names, y >= 0)
 
 
@@ -56,22 +56,23 @@ class InputRows:
 class SourceRows:
     """Rows for training, and for testing if the source has its own test set.
 
-    Classes and inputs decide the shape of the model, and everybody sees that shape. So only public
-    rows may decide them. Which rows are public is known after the split, so `targets` and `inputs`
-    are functions that are called after it.
+    Classes and inputs decide the shape of the model, which everybody sees. So only public rows may
+    decide them. It is not known before the split which rows are public. So `targets` and `inputs`
+    are functions, which are called after the split.
 
     Attributes:
         name: name of the source.
-        train: the rows to split. If `targets` is given, `train.y` is used by partitioners only.
-        class_names: one name per label, if the source decides them; else empty.
-        test: the source's own test rows; None: some of `train` are set aside.
-        owners: int64 [n]: natural client of each training row, as a position in `owner_names`; None
-            if there are none.
+        train: the rows to split. If `targets` is given, `train.y` is only used for dividing rows
+            among clients.
+        class_names: one name per label, if the source decides the classes; else empty.
+        test: the source's own test rows; None: some rows of `train` become the test set.
+        owners: int64 [n]: the client to which a training row naturally belongs, such as a hospital,
+            as a position in `owner_names`; None if the source names no clients.
         owner_names: names of the natural clients.
         targets: maps the positions int64 [m] of the public rows to the targets of all rows; None:
-            they are `train.y` and `class_names`.
-        inputs: maps the positions of the public rows to the inputs of all rows; None: they are
-            `train.x`.
+            the targets are `train.y` and `class_names`.
+        inputs: maps the positions of the public rows to the inputs of all rows; None: the inputs
+            are `train.x`.
         kind: kind of the targets: "classes", "flags" (0 or 1 for each name) or "numbers".
     """
 

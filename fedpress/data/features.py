@@ -1,4 +1,4 @@
-"""Turns feature columns of a table into inputs: numbers as they are, words one-hot.
+"""Converts feature columns of a table to inputs of a network: numbers as they are, words one-hot.
 
 The kind of a column, its list of words and its mean are taken from public rows only. A single
 private row must neither add an input to the model nor change a value in the model's file, because
@@ -74,11 +74,17 @@ class FeatureColumns:
             )
         # A column without any public value has no mean, and is filled with 0.
         fill = torch.nan_to_num(x[public].nanmean(0))
+        # The fill values are stored for the device, which must fill missing cells in the same way.
         preparation = self._preparation(learned, fill if len(public) else None)
         return InputRows(torch.where(x.isnan(), fill, x), torch.from_numpy(left_out), preparation)
 
     def _preparation(self, learned: list[InputColumn], fill: Tensor | None) -> Preparation:
-        """Returns how raw rows become inputs; `fill` [d] are the means of the public rows."""
+        """Returns how raw rows become inputs.
+
+        Args:
+            learned: the columns.
+            fill: means of the public rows [d], for missing cells; None without public rows.
+        """
         if self.settings.missing == "mean" and fill is not None:
             parts = fill.split([column.width for column in learned])
             filled = []
@@ -94,8 +100,8 @@ class FeatureColumns:
         """Returns the inputs of one column.
 
         Returns:
-            How it becomes inputs, the inputs float32 [n, k] with NaN for missing cells, and bool
-            [n]: rows that are left out.
+            A description of how the column becomes inputs; the inputs float32 [n, k] with NaN for
+            missing cells; and bool [n]: whether a row is left out.
         """
         has_list = column.name in self.settings.words
         list_is_public = column.name in self.settings.public_words
@@ -166,7 +172,7 @@ class FeatureColumns:
         return words, "zeros"
 
     def _refuse_decimal_commas(self, column: Column, seen: Any) -> None:
-        """Checks that a column of words is not one of numbers with a decimal comma, such as 3,5."""
+        """Refuses a column of words that are really numbers with a decimal comma, such as 3,5."""
         known = seen.drop_null()
         if not len(known) or column.decimal == ",":
             return
@@ -210,7 +216,7 @@ def number_block(column: Any, name: str) -> np.ndarray:
     """Returns numbers or booleans of a typed column as float32 [n, 1], NaN for missing cells.
 
     Raises:
-        DataError: if it holds something else.
+        DataError: if the column has values of another type.
     """
     kind = column.type
     if types.is_boolean(kind):

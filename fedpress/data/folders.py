@@ -1,4 +1,4 @@
-"""Reads own images from folders: `client/label/image.png`."""
+"""Reads the user's images from folders that name client and label: `client/label/image.png`."""
 
 from __future__ import annotations
 
@@ -14,18 +14,20 @@ from fedpress.data.examples import InputRows, Progress, SourceRows, TargetRows
 from fedpress.data.settings import DataSettings
 from fedpress.errors import DataError
 
+# Other files in the folders, such as notes, are ignored.
 ENDINGS = frozenset((".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"))
 
 
 def read_folders(settings: DataSettings, progress: Progress | None) -> SourceRows:
     """Returns uint8 images [n, C, H, W] in the order of their paths.
 
-    Images are decoded after the split, because a public image decides the size and the number of
-    channels. Decoded images are never written to the cache folder, because they may be private.
+    Images are decoded after the split into public and private rows, because a public image decides
+    the size and the number of channels. Decoded images are never written to the cache folder,
+    because they may be private.
 
     Raises:
-        DataError: if there are no images, or a client has none. Unreadable images raise it later,
-        when they are decoded.
+        DataError: if there are no images, or a client has none. For an unreadable image the error
+            comes later, when the image is decoded.
     """
     assert settings.path is not None, "checked by DataSettings"
     if not settings.path.is_dir():
@@ -51,6 +53,7 @@ def read_folders(settings: DataSettings, progress: Progress | None) -> SourceRow
     for owner, own in enumerate(files.values()):
         every.extend(own)
         owner_of.extend([owner] * len(own))
+    # Sorted, because the order in a folder is arbitrary.
     labels = sorted({file.parent.name for file in every})
 
     def where(number: int) -> str:
@@ -72,6 +75,7 @@ def read_folders(settings: DataSettings, progress: Progress | None) -> SourceRow
     def targets(public: Tensor) -> TargetRows:
         return number_classes(y, labels, public, settings, f"images of '{settings.path}'")
 
+    # The images are decoded later; until then `x` has their positions.
     rows = Arrays(torch.arange(len(y))[:, None], y)
     names = tuple(files)
     return SourceRows(

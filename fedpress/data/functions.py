@@ -1,4 +1,4 @@
-"""Reads own data from a Python function, `source = "package.module:function"`."""
+"""Gets data by calling the user's function that `source = "package.module:function"` names."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ from fedpress.tasks.classification import IGNORED
 def call_function(settings: DataSettings, seed: int) -> FederatedData | SourceRows:
     """Calls the user's function (with `path` and `seed` if it takes them) and checks its result.
 
-    The function returns a `FederatedData`, which is used unchanged, or a dictionary from client
-    name to (x, y), whose rows are split as the settings say:
+    The function may return a `FederatedData`, which is used unchanged. Or it returns a dictionary
+    from client name to a pair (x, y), whose rows are then split as the settings say:
 
-    - x is uint8 images [n, C, H, W], or numbers [n, ...], or a dictionary of such arrays by
-      argument name of forward. In a dictionary integers (token ids, lengths) and booleans keep
-      their type.
+    - x is uint8 images [n, C, H, W], or numbers [n, ...], or a dictionary of such arrays by the
+      names of forward's arguments. In a dictionary, integers (token ids, lengths) and booleans
+      keep their type.
     - y is class numbers from 0 up or words [n]; numbers [n] or [n, k] for a regression; booleans
       [n, k] for several labels. If the recipe says `task = "classification"`, it may be class
       numbers [n, ...] for each position, with -100 for positions that do not count.
@@ -44,6 +44,7 @@ def call_function(settings: DataSettings, seed: int) -> FederatedData | SourceRo
     function = _find(settings.source, where)
     known = {"path": settings.path, "seed": seed}
     try:
+        # A function that takes only some of the two arguments is fine.
         taken = inspect.signature(function).parameters
         arguments = {name: value for name, value in known.items() if name in taken}
         found = function(**arguments)
@@ -84,6 +85,7 @@ def _find(source: str, where: str) -> Callable[..., Any]:
 def _examples(settings: DataSettings, pairs: dict[str, Any], where: str) -> SourceRows:
     clients = {name: _client(pair, f"{where}: client '{name}'") for name, pair in pairs.items()}
     x, labels = _concatenate(clients, where)
+    # Every row keeps its client, so that `partition = "natural"` can give it back.
     sizes = torch.tensor([len(x) for x, _ in clients.values()])
     owners = torch.arange(len(clients)).repeat_interleave(sizes)
     # Integers are classes, unless the recipe names a task that predicts numbers, such as "poisson".
@@ -155,7 +157,7 @@ def _names_of_numbers(
 def _of_positions(settings: DataSettings, rows: SourceRows, y: Tensor, where: str) -> SourceRows:
     """Returns rows with a class number for each position, such as a pixel or token: y [n, ...].
 
-    Partitioners need one label a row: they get the most frequent class of the row.
+    Partitioners need one label for each row. They get the most frequent class of the row.
     """
     counted = y != IGNORED
     if bool((y[counted] < 0).any()):
@@ -195,6 +197,7 @@ def _of_numbers(
     names: tuple[str, ...] = ("target",)
     if y.dim() == 2 and y.shape[1] != 1:
         names = tuple(f"target {at}" for at in range(y.shape[1]))
+    # NaN marks a row without a target; such rows are dropped.
     known = y.isfinite().reshape(len(y), -1).all(1)
     if kind == "flags":
         labels = partition_labels_of_flags(y)
@@ -241,7 +244,7 @@ def _client(pair: Any, where: str) -> tuple[Inputs, np.ndarray]:
 
 
 def _arrays(pair: Any, where: str) -> tuple[Any, np.ndarray]:
-    """Returns the inputs as a tensor or a dictionary of them, and the targets."""
+    """Returns the inputs, as a tensor or a dictionary of tensors, and the targets."""
     try:
         if isinstance(pair, Arrays):
             pair = pair.x, pair.y

@@ -1,4 +1,4 @@
-"""Decodes image files (PNG, WebP, JPEG and others) into one uint8 tensor."""
+"""Decodes image files (PNG, WebP, JPEG and others) to one uint8 tensor."""
 
 from __future__ import annotations
 
@@ -47,12 +47,14 @@ def decode(
 ) -> Tensor:
     """Decodes images to uint8 [n, C, H, W]; C is 1 if the image `like` is grey, else 3.
 
-    It uses one thread. Two threads were not faster when measured, because pillow holds the GIL.
+    Only one thread is used. Two threads were measured and were not faster, because pillow holds
+    Python's global lock.
 
     Args:
-        images: the content of each file, or its path.
-        where: returns the name of image `i` in an error.
-        size: height and width to resize to; None: all must have the same size.
+        images: the content or the path of each file.
+        where: function that maps the position of an image to its name in errors.
+        size: height and width of the result; None: images are not resized and must have the same
+            size.
         like: position of the image that decides the number of channels and the size. It should be
             public, because everybody sees the input shape of the model.
         progress: called with the number of decoded images.
@@ -117,7 +119,7 @@ def _decode_one(
 
 
 def _opened(source: bytes | Path | None) -> Image.Image:
-    """Reads the header of an image."""
+    """Opens an image and reads its header; the pixels are not decoded yet."""
     file = source if isinstance(source, Path) else io.BytesIO(source or b"")
     # Pillow's own pixel limit is switched off here, because the user may have set ours higher.
     theirs = Image.MAX_IMAGE_PIXELS

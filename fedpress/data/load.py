@@ -1,4 +1,4 @@
-"""Loads a federated data set: reads the source of a recipe and splits its rows."""
+"""Loads the data of a run: reads the source that a recipe names, and splits its rows."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def load(settings: DataSettings, seed: int, *, progress: Progress | None = None)
 
     Args:
         settings: the `[data]` table of the recipe.
-        seed: decides every random choice.
+        seed: seed of every random choice.
         progress: called as `progress(what, done, total)` during downloads and decoding.
 
     Raises:
@@ -56,6 +56,7 @@ def _read(settings: DataSettings, seed: int, progress: Progress | None) -> Feder
         found: FederatedData | SourceRows = SOURCES[settings.source](settings, progress)
     else:
         found = functions.call_function(settings, seed)
+    # The user's function has made all parts itself, so nothing is split.
     if isinstance(found, FederatedData):
         return found
     return split_rows(_at_size(found, settings.image_size), settings, seed)

@@ -1,4 +1,4 @@
-"""Partitioners: settings objects whose method `deal` assigns rows to clients."""
+"""The ways to divide rows among clients, such as "iid" or "dirichlet"; each is a settings class."""
 
 from __future__ import annotations
 
@@ -71,11 +71,10 @@ class Quantity(_Settings, frozen=True):
 class Dirichlet(_Settings, frozen=True):
     """Label skew: class shares are drawn from Dirichlet(alpha); a small alpha means few classes.
 
-    With `examples_per_client`, each client draws its own mix of classes, and has exactly that
-    number
-    of rows (Hsu et al. 2019, "Measuring the effects of non-identical data distribution", section
-    3). Without `examples_per_client`, shares of the clients are drawn for each class, and its rows
-    are divided by them. The clients' sizes then differ too (Yurochkin et al. 2019, section 4).
+    With `examples_per_client`, each client draws its own mix of classes, and has exactly this
+    number of rows (Hsu et al. 2019, "Measuring the effects of non-identical data distribution",
+    section 3). Without it, the rows of each class are divided among the clients by shares that are
+    drawn for the class. Then the clients' sizes differ too (Yurochkin et al. 2019, section 4).
     """
 
     kind: Literal["dirichlet"] = "dirichlet"
@@ -109,8 +108,8 @@ class Dirichlet(_Settings, frozen=True):
 class Shards(_Settings, frozen=True):
     """Every client has rows of `classes_per_client` classes; clients share a class evenly.
 
-    This is the "pathological non-iid" split of McMahan et al. 2017, section 3, except that no shard
-    spans two classes.
+    This is the "pathological non-iid" split of McMahan et al. 2017, section 3, with one difference:
+    no shard has rows of two classes.
     """
 
     kind: Literal["shards"] = "shards"
@@ -124,6 +123,7 @@ class Shards(_Settings, frozen=True):
         supply = np.array([len(group) for group in rows])
         counts = np.zeros((clients, len(rows)), dtype=np.int64)
         if ask.examples_per_client is None:
+            # Every row must be dealt, so every class needs a client.
             if not holds.any(axis=0).all():
                 raise DataError(
                     (
@@ -170,6 +170,7 @@ class Shards(_Settings, frozen=True):
         """Checks that the supply of each class is enough, and that every held class gets a row."""
         # A client needs at least one row of every class that it holds.
         demand = np.maximum(counts, holds).sum(axis=0)
+        # Only the first class, since an error names one mistake.
         for label in np.flatnonzero(demand > supply)[:1]:
             raise DataError(
                 (
@@ -193,9 +194,9 @@ class Shards(_Settings, frozen=True):
 class Natural(_Settings, frozen=True):
     """Every client is one natural client of the data: a person, a hospital, a folder.
 
-    `num_clients` is the number of natural clients that are chosen at random, and
-    `examples_per_client` the maximum number of rows of each. Other rows are not used. They must not
-    become public, because they belong to a natural client.
+    `num_clients` natural clients are chosen at random, and at most `examples_per_client` rows of
+    each are used. The other rows are not used. They must not become public, because they belong to
+    a natural client.
     """
 
     kind: Literal["natural"] = "natural"

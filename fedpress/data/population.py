@@ -1,4 +1,4 @@
-"""The public facts about the clients of a run: names, numbers of examples and signing keys."""
+"""What everybody knows about the clients of a run: names, numbers of examples and signing keys."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ CURE = "take what the server of this run sent"
 
 @dataclass(frozen=True)
 class Population:
-    """All clients that can be sampled, and what is public about them.
+    """All clients of a run, and the public facts about them.
 
     Attributes:
         names: names of all clients, in an order that never changes.
         examples: number of examples of each client; None if whole clients are protected, because
             the number is then private.
-        identities: public signing key of each client (Ed25519, 32 bytes); empty unless sums are
-            secure.
+        identities: public signing key of each client (Ed25519, 32 bytes); empty if updates are not
+            added in a secure sum, which needs these keys.
 
     Raises:
         DataError: if a name occurs twice, or numbers or keys do not belong to the named clients.
@@ -50,6 +50,8 @@ class Population:
                     cure="give one entry for each client, or none at all",
                 )
         for name, count in (self.examples or {}).items():
+            # A client without examples would get no noise, since its noise is planned from the
+            # number.
             if count < 1:
                 raise DataError(
                     f"got {count}",
@@ -92,6 +94,7 @@ class Population:
         keys = []
         if self.identities:
             keys = [self.identities[name].hex() for name in self.names]
+        # Lists in the order of the names: the same population always gives the same text.
         table = {"names": list(self.names), "examples": counts, "identities": keys}
         return json.dumps(table, separators=(",", ":"))
 

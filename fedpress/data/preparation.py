@@ -25,13 +25,13 @@ class InputColumn:
 
     Attributes:
         name: name of the column.
-        kind: "number"; "truth" (true is 1, false is 0); or "words" (one-hot, one input a word).
+        kind: "number"; "truth" (true is 1, false is 0); or "words" (one-hot, one input per word).
         words: the words in the order of their inputs. They include "other" if unknown words have
             an input of their own.
-        unknown: what happens to a word that is not listed: "zeros" in all inputs, "other" (the
-            input of that name), or "refused" with an error.
-        fill: the value of each input where the cell is missing, before standardisation. Empty: a
-            missing cell is an error.
+        unknown: what happens to a word that is not listed. "zeros": all inputs are 0; "other": the
+            input "other" is 1; "refused": an error.
+        fill: value of each input for a missing cell, before standardisation. Empty: a missing cell
+            is an error.
     """
 
     name: str
@@ -50,14 +50,16 @@ class InputColumn:
 class Preparation:
     """The columns of a table in the order of their inputs, and the standardisation.
 
-    It is saved next to exported files, so all it contains was declared or comes from public rows.
+    It is saved beside exported files. So everything in it is either declared in the recipe or comes
+    from public rows.
 
     Attributes:
-        columns: in the order of the inputs.
-        gaps: the texts of a missing cell; a cell of another type is missing if it is None or NaN.
+        columns: the columns, in the order of their inputs.
+        gaps: texts that mean a missing cell, such as "NA". A cell that is not text is missing if it
+            is None or NaN.
         decimal: decimal separator of numbers that are given as text.
         mean: mean of each input. `fedpress.data.prepare` subtracts it; the exported model does not.
-        std: standard deviation of each input; it is used likewise.
+        std: standard deviation of each input, by which `fedpress.data.prepare` divides.
         class_names: names of the classes, in the order of the network's outputs.
     """
 
@@ -84,10 +86,11 @@ class Preparation:
         return replace(self, mean=mean, std=std, class_names=tuple(class_names))
 
     def to_json(self) -> dict[str, Any]:
-        """Returns plain JSON values, the content of `inputs.json`."""
+        """Returns the preparation as plain JSON values, the content of `inputs.json`."""
         columns: list[dict[str, Any]] = []
         for column in self.columns:
             line: dict[str, Any] = {"name": column.name, "kind": column.kind}
+            # Other kinds of columns have no words.
             if column.kind == "words":
                 line |= {"words": list(column.words), "unknown": column.unknown}
             columns.append(line | {"fill": list(column.fill) or None})
@@ -109,7 +112,7 @@ class Preparation:
         """Reads the file `inputs.json` beside an exported or packed file.
 
         Raises:
-            DataError: if it cannot be read, or its parts contradict each other.
+            DataError: if the file cannot be read, or its parts contradict each other.
         """
         try:
             return cls._from_json(json.loads(Path(path).read_text("utf-8")))
@@ -124,10 +127,10 @@ class Preparation:
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> Preparation:
-        """Reads the untrusted output of `to_json`.
+        """Reads the output of `to_json`, which may come from a stranger.
 
         Raises:
-            DataError: if its parts are missing or contradict each other.
+            DataError: if parts are missing or contradict each other.
         """
         try:
             return cls._from_json(content)

@@ -1,4 +1,4 @@
-"""Turns raw rows of a table into the input of a network, in the same way as in training."""
+"""Converts raw rows of a table to the input of a network, in the same way as in training."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ def prepare(rows: Sequence[Mapping[str, Any]], preparation: Preparation) -> Tens
         rows: a dictionary for each row, by column name; further columns are ignored. Values are
             text, as `csv.DictReader` returns it, or numbers, booleans and words. A missing cell is
             None, NaN, or one of the texts in `preparation.gaps`.
-        preparation: from `Preparation.read("inputs.json")`, or of a loaded data set.
+        preparation: the result of `Preparation.read("inputs.json")`, or the attribute of a loaded
+            data set.
 
     Raises:
         DataError: if a row lacks a column, or has a missing cell or an unknown word that training
@@ -42,6 +43,7 @@ def prepare(rows: Sequence[Mapping[str, Any]], preparation: Preparation) -> Tens
         cells = [_cell(row, at, column, preparation) for at, row in enumerate(rows)]
         blocks.append(_block(cells, column, preparation))
     x = torch.from_numpy(np.concatenate(blocks, axis=1))
+    # The exported network does not standardise, so it is done here.
     return Preprocess(preparation.mean, preparation.std)(x)
 
 
@@ -107,7 +109,7 @@ def _words(cells: list[Any], name: str) -> Any:
 
 
 def _numbers(cells: list[Any], column: InputColumn, decimal: str) -> np.ndarray:
-    """Returns float32 [n, 1]; NaN for missing cells, and for text that is no number."""
+    """Returns float32 [n, 1], with NaN for missing cells and for text that is not a number."""
     # Text is converted by the same code as in training; other cells are null in this step.
     texts = [cell if isinstance(cell, str) else None for cell in cells]
     values = pa.chunked_array([pa.array(texts, pa.string())])

@@ -80,13 +80,14 @@ class DataSettings(BaseModel, frozen=True, extra="forbid"):
 
     The rows are split in this order:
 
-    1. Those of `public_clients` go to the public part.
-    2. Those of `test_clients`, or the source's own test set, or `test_share` are the test set.
-    3. `public_share` of the rest goes to the public part.
-    4. The partition deals the rest to clients.
-    5. Rows that no client holds are public if neither public setting is given; with "natural" they
-       are not used.
-    6. The validation set is taken from the public part.
+    1. Rows of `public_clients` become public.
+    2. The test set is the rows of `test_clients`, or the source's own test set, or a share
+       `test_share` of the remaining rows.
+    3. A share `public_share` of the remaining rows becomes public.
+    4. The partition divides the remaining rows among the clients.
+    5. If neither `public_clients` nor `public_share` is given, rows without a client become public.
+       With the partition "natural" such rows are not used.
+    6. The validation set is taken from the public rows.
     """
 
     source: Annotated[str, BeforeValidator(_known_source)] = Field(
@@ -98,6 +99,7 @@ class DataSettings(BaseModel, frozen=True, extra="forbid"):
         description="file or folder; a name with * stands for several files; without it cifar10 is "
         "downloaded",
     )
+    # For machines without a network, where a clear error is better than a timeout.
     download: bool = Field(
         True,
         description="whether a missing built-in data set may be downloaded into the cache folder",
@@ -113,6 +115,7 @@ class DataSettings(BaseModel, frozen=True, extra="forbid"):
     examples_per_client: int | None = Field(
         default=None, ge=1, description="private rows of each client; by default all rows are dealt"
     )
+    # A fifth is usual; fewer rows would give the metrics a large standard error.
     test_share: Share = Field(
         0.2,
         description="share of each natural client's rows for the test set, if the source has no "
@@ -121,12 +124,14 @@ class DataSettings(BaseModel, frozen=True, extra="forbid"):
     test_clients: tuple[str, ...] = Field(
         (), description="natural clients whose rows are the test set, in the place of test_share"
     )
+    # None and 0 differ: with 0 no row becomes public, not even rows without a client.
     public_share: Share | None = Field(
         None, description="share of each natural client's rows that is declared public"
     )
     public_clients: tuple[str, ...] = Field(
         (), description="natural clients whose rows are all declared public"
     )
+    # From the public part: choices that are made on private rows would cost privacy.
     validation: Annotated[int, Field(ge=0)] | Share = Field(
         0.1, description="rows of the public part, as a whole number, or as a share below 1"
     )
@@ -170,6 +175,7 @@ class DataSettings(BaseModel, frozen=True, extra="forbid"):
         description="of a CSV file, such as latin-1; by default UTF-8, or UTF-16 with a byte order "
         "mark",
     )
+    # An error by default, since both other ways change what the model learns.
     missing: Literal["error", "drop", "mean"] = Field(
         "error",
         description="a missing feature is an error, drops its row, or is filled with the mean of "
@@ -185,11 +191,13 @@ class DataSettings(BaseModel, frozen=True, extra="forbid"):
         description='the words of a column of words, such as { job = ["cook", "nurse"] }; by '
         "default those of the public part",
     )
+    # By default none: a list of words may reveal that a private row with a rare word exists.
     public_words: tuple[str, ...] = Field(
         (),
         description="columns whose list of words is no secret, so that it is taken from private "
         "rows too; the label's column stands for the classes",
     )
+    # Private rows may have labels that no public row has, and these must not become classes.
     unknown: Literal["drop", "other"] | None = Field(
         None,
         description="a private row whose label or word is on no list: drop leaves it out, other "
@@ -224,6 +232,8 @@ class DataSettings(BaseModel, frozen=True, extra="forbid"):
                 place="mean",
                 cure="give as many of each",
             )
+        # Otherwise it is unclear whether the share is taken of all rows or of the other clients'
+        # rows.
         if self.public_clients and self.public_share is not None:
             raise SettingError(
                 "public_clients is given, too",
@@ -231,6 +241,7 @@ class DataSettings(BaseModel, frozen=True, extra="forbid"):
                 cure="leave one of the two out",
             )
         both = set(self.public_clients) & set(self.test_clients)
+        # The same rows would be trained on and tested on.
         if both:
             raise SettingError(
                 f"client '{min(both)}' is in public_clients, too",

@@ -1,4 +1,4 @@
-"""Splits the rows of a source into public, validation and test rows and those of each client."""
+"""Splits the rows of a source into public rows, validation rows, test rows and clients' rows."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def split_rows(examples: SourceRows, settings: DataSettings, seed: int) -> Feder
     """Splits the rows as `DataSettings` says; equal seeds give equal splits.
 
     Raises:
-        DataError: if there are too few rows for the sizes asked for.
+        DataError: if there are too few rows for the sizes in the settings.
     """
     partition = settings.partition
     if partition is None:
@@ -54,7 +54,14 @@ def split_rows(examples: SourceRows, settings: DataSettings, seed: int) -> Feder
 
 @dataclass(frozen=True)
 class Parts:
-    """Row positions of every part of a data set; `test` may be the source's own examples."""
+    """The row positions of every part of a data set.
+
+    Attributes:
+        clients: client name -> positions of its rows.
+        public: positions of the public rows, without validation rows.
+        validation: positions of the validation rows.
+        test: positions of the test rows, or the examples of the source's own test set.
+    """
 
     clients: dict[str, Tensor]
     public: Tensor
@@ -65,12 +72,18 @@ class Parts:
 def _split_off_test(
     examples: SourceRows, rows: Tensor, settings: DataSettings, seed: int
 ) -> tuple[Arrays | Tensor, Tensor]:
-    """Returns the source's own test set, or the rows set aside for testing; and the other rows."""
+    """Chooses the test set.
+
+    Returns:
+        The source's own test set or the positions of the test rows; and the positions of all other
+        rows.
+    """
     if settings.test_clients:
         return _split_off_clients(examples, rows, settings.test_clients, "test_clients")
     if examples.test is not None:
         return examples.test, rows
     test, rest = _split_off_share(examples, rows, settings.test_share, seed, "test")
+    # Without this check, stages would silently have no test metric.
     if len(test) == 0:
         raise DataError(
             f"{settings.test_share:g} of {len(rows)} rows is less than one row for the test set",
@@ -83,7 +96,7 @@ def _split_off_test(
 def _split_off_clients(
     examples: SourceRows, rows: Tensor, names: Sequence[str], key: str
 ) -> tuple[Tensor, Tensor]:
-    """Splits `rows` into those of the natural clients `names`, and the others."""
+    """Splits `rows` into rows of the natural clients `names`, and all other rows."""
     if not names:
         return rows[:0], rows
     if examples.owners is None:
@@ -113,9 +126,17 @@ def _split_off_clients(
 def _split_off_share(
     examples: SourceRows, rows: Tensor, share: float, seed: int, stream: str
 ) -> tuple[Tensor, Tensor]:
-    """Splits `rows` into a random share of each natural client's rows and the others.
+    """Splits off a random share of each natural client's rows.
 
-    `stream` names the stream of random numbers: "test" or "public".
+    Args:
+        examples: the rows of the source.
+        rows: positions of the rows to split.
+        share: share of each client's rows, from 0 to 1.
+        seed: seed of the split.
+        stream: name of the stream of random numbers: "test" or "public".
+
+    Returns:
+        The positions of the drawn rows, and of all other rows.
     """
     owners = torch.zeros_like(rows) if examples.owners is None else examples.owners[rows]
     drawn = [torch.zeros(0, dtype=torch.int64)]
@@ -134,9 +155,10 @@ def _split_off_share(
 def _split_off_validation(
     public: Tensor, settings: DataSettings, seed: int
 ) -> tuple[Tensor, Tensor]:
-    """Splits the public rows into validation rows and the others."""
+    """Splits the public rows into validation rows and other rows."""
     asked = settings.validation
     count = asked if isinstance(asked, int) else int(asked * len(public))
+    # At least one public row must remain for training and for fitting mean and std.
     if count and count >= len(public):
         raise DataError(
             f"asked for {count} rows of the public part, which has {len(public)}",
@@ -165,6 +187,7 @@ def _assemble(examples: SourceRows, settings: DataSettings, parts: Parts) -> Fed
         inputs = InputRows(examples.train.x, torch.zeros(len(examples.train), dtype=torch.bool))
     else:
         inputs = examples.inputs(parts.public[found.known[parts.public]])
+    # A row needs both a target and inputs.
     usable = found.known & ~inputs.left_out
     _check_clients(parts, usable)
     left_out: dict[str, int] = {}
@@ -227,7 +250,7 @@ def _check_clients(parts: Parts, usable: Tensor) -> None:
 def _task(
     examples: SourceRows, settings: DataSettings, names: tuple[str, ...], public: Tensor
 ) -> Task:
-    """Makes the task of the recipe, or the default one for this kind of targets."""
+    """Makes the task of the recipe, or the default task for this kind of targets."""
     given = settings.task
     if given is None:
         given = tasks.DEFAULT[examples.kind]

@@ -1,4 +1,4 @@
-"""Reads own data from CSV or parquet files: rows with label, feature and client columns."""
+"""Reads the user's tables from CSV or parquet files, with label, feature and client columns."""
 
 from __future__ import annotations
 
@@ -35,6 +35,7 @@ def read_tables(settings: DataSettings, progress: Progress | None) -> SourceRows
     files = find(settings.path, settings.source)
     table = _concatenate([_read_file(file, settings) for file in files], files)
     names = _feature_names(table, settings)
+    # Before the split, so that shares and sizes refer to rows that are really used.
     if settings.missing == "drop":
         used = [*names, *settings.label_columns]
         if settings.client_column:
@@ -59,6 +60,7 @@ def read_tables(settings: DataSettings, progress: Progress | None) -> SourceRows
     found = SourceRows(
         name, rows, owners=owners, owner_names=owner_names, targets=targets.targets, kind=kind
     )
+    # A column of images must be the only feature: other columns would need inputs of their own.
     if len(names) == 1 and types.is_struct(table[names[0]].type):
         column = table[names[0]]
         return replace(
@@ -73,14 +75,14 @@ def read_tables(settings: DataSettings, progress: Progress | None) -> SourceRows
 
 
 def find(path: Path, kind: str) -> list[Path]:
-    """Returns the file `path`, or the files in a folder, or those that match a name with `*`.
+    """Returns the file `path`, or the files in a folder, or the files that match a name with `*`.
 
     Args:
         path: the file, folder or pattern.
         kind: suffix of the files in a folder, such as "csv".
 
     Raises:
-        DataError: if there are none.
+        DataError: if there is no such file.
     """
     if path.is_file():
         return [path]
@@ -159,6 +161,7 @@ def _check_columns(table: Any, settings: DataSettings) -> None:
         for name in [given] if isinstance(given, str) else given:
             if name in table.column_names:
                 continue
+            # With a wrong delimiter the header is one long name, and no column is found.
             if settings.source == "csv":
                 csv.refuse_other_delimiter(settings, table.column_names)
             known = ", ".join(table.column_names[:12])
@@ -214,7 +217,7 @@ def _is_missing(column: Any) -> Any:
 def _images(
     column: Any, name: str, settings: DataSettings, public: Tensor, progress: Progress | None
 ) -> InputRows:
-    """Decodes a column of images in the layout of the Hugging Face hub: a struct with `bytes`."""
+    """Decodes a column of images: structs with `bytes`, as in data sets of the Hugging Face hub."""
     if column.type.get_field_index("bytes") < 0:
         raise DataError(
             f"holds {column.type}",

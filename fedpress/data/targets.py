@@ -1,8 +1,8 @@
 """Reads the label columns of a table; each kind of targets has its own reader.
 
-Partitioners such as `dirichlet` need one label for each row. For numbers it is the decile of the
-row's value, so that some clients get mostly high values and others low ones. For several labels it
-is the row's combination of labels.
+Partitioners, which divide rows among clients, need one label for each row. If the target is a
+number, this label is the decile of the number. So with `dirichlet` some clients get mostly high
+values and other clients mostly low values. If a row has several labels, it is their combination.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def partition_labels_of_numbers(values: Tensor) -> Tensor:
 
 
 def partition_labels_of_flags(flags: Tensor) -> Tensor:
-    """Returns int64 [n]: equal numbers for rows with equal labels [n, k] of 0 and 1."""
+    """Returns int64 [n]: the same number for rows with the same labels [n, k] of 0 and 1."""
     numbers: Tensor = flags.nan_to_num().unique(dim=0, return_inverse=True)[1]
     return numbers.flatten()
 
@@ -86,7 +86,7 @@ class NumberColumns:
         """Returns float32 [n], or [n, k] for several columns.
 
         Raises:
-            DataError: if a public row holds something that is no finite number.
+            DataError: if a public row has no finite number.
         """
         y = torch.from_numpy(np.stack([_as_numbers(column) for column in self.columns], 1))
         known = y.isfinite().all(1)
@@ -98,6 +98,7 @@ class NumberColumns:
                     place=f"label column '{column.name}'",
                     cure="name a column of numbers",
                 )
+        # Only said for the whole column: an error must not describe single private rows.
         if not bool(known.any()):
             raise DataError(
                 "no row holds a number",
@@ -116,7 +117,7 @@ class FlagColumns:
     settings: DataSettings
 
     def partition_labels(self) -> Tensor:
-        """Returns int64 [n]: equal numbers for rows with equal labels.
+        """Returns int64 [n]: the same number for rows with the same labels.
 
         Raises:
             DataError: if a value is missing.
@@ -146,7 +147,7 @@ class FlagColumns:
 
 
 def _as_numbers(column: Column) -> np.ndarray:
-    """Returns float32 [n]; NaN for cells that are no number."""
+    """Returns float32 [n], with NaN for cells that are not numbers."""
     values: Any = column.values
     if column.text:
         values = column.cast(pa.float64())
