@@ -97,6 +97,7 @@ class Agreement:
         # The texts are nearly always equal, and then need no further work.
         if self.to_json() == client.to_json():
             return
+        # Compared value by value, so that the error names one setting and not the whole text.
         ours = self.leaves()
         theirs = client.leaves()
         for name in sorted(ours.keys() | theirs.keys()):

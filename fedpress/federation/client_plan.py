@@ -75,6 +75,7 @@ class ClientPlan:
         """
         uplink = terms.uplink
         trust = uplink.trust
+        # Mistakes are found here, before the run, and not in its first round.
         _check_fit(terms, model, source, privacy)
         # Two models of equal size may have their parameters in another order, so names and shapes
         # are compared as well.

@@ -57,5 +57,6 @@ class Counted:
         """
         if not refused:
             self.last[client] = task
+        # Any other refusal leaves the client with the state that it had before.
         elif LOST_STATE in refused:
             self.last[client] = 0

@@ -82,6 +82,7 @@ class Lognormal(BaseModel):
         """See `Delays`."""
         # The stream's name has no task: a slow device is slow in all its tasks.
         device = _normal(seed, "delay", client)
+        # A device is not equally fast each time: other programs run on it, and networks vary.
         once = _normal(seed, "delay", client, "task", task)
         return self.median * math.exp(self.devices * device + self.tasks * once)
 

@@ -183,6 +183,7 @@ class Broadcast:
         # Drops copies that no client has, and the oldest beyond the memory limit. A float32 value
         # has 4 bytes.
         most = max(1, MAX_COPY_BYTES // (4 * max(1, self.downlink.size)))
+        # Names begin with the round, so sorting puts the newest copies last.
         kept = sorted(set(self.holds.values()) - {NO_COPY})[-most:]
         self.copies = {name: copy for name, copy in self.copies.items() if name in kept}
         for client, copy in self.holds.items():

@@ -1,4 +1,4 @@
-"""Gathers the updates of one round: adds them up, adds the server's noise, and divides."""
+"""Computes the mean of one round's updates: adds them up, adds the server's noise, and divides."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ class RoundMean:
     """The mean of one round's updates.
 
     Attributes:
-        vectors: the mean of each named vector, float32; empty if there is no usable update.
-        rows: a row per client, if privacy allows to name clients; else empty.
-        refused: clients whose replies are not in the mean -> the reason.
+        vectors: name -> mean of this vector, float32; empty if there is no usable update.
+        rows: one row for each client in the mean; empty if privacy forbids to name clients.
+        refused: client whose reply is not in the mean -> the reason.
         state: state of correlated noise and adaptive clip norm, for the next round.
         failures: noisy counts of failed examples or clients; None without privacy.
-        cohort: number of clients in the mean; the planned number if it is secret who replied.
+        cohort: number of clients in the mean. If it is secret who replied, the planned number.
     """
 
     vectors: Vectors
@@ -63,15 +63,17 @@ def gather(
     state: Mapping[str, Tensor] | None = None,
     secret: int | None = None,
 ) -> Gatherer:
-    """Starts the mean of one round. Float sums need replies in the same order for the same bits.
+    """Starts the mean of one round, to which replies are then added.
+
+    Float sums depend on the order: for the same bits, add the replies in the same order.
 
     Args:
-        uplink: the agreed processing.
+        uplink: how updates are decoded, aggregated and noised.
         seed: seed of the run.
-        round: round of the replies.
+        round: number of the round.
         session: the aggregator's server side; needed for a secure sum.
-        cohort: the clients that were asked; needed for a secure sum.
-        state: `RoundMean.state` of the last round; None before the first.
+        cohort: the clients that are asked; needed for a secure sum.
+        state: `RoundMean.state` of the last round; None before the first round.
         secret: key of the server's noise generator (256 bits). If None, the noise follows from
             `seed`.
     """
@@ -80,7 +82,7 @@ def gather(
     try:
         begun = session or uplink.aggregator.open(None, "")
         gatherer.gathering = begun.begin(uplink.vector_codecs, cohort, key)
-    # Not an error of the run: in the next round, enough clients may be there again.
+    # The run goes on without this round: in the next round, enough clients may be there again.
     except SecureError as problem:
         gatherer.closed = str(problem)
     return gatherer
@@ -97,7 +99,18 @@ def round_mean(
     state: Mapping[str, Tensor] | None = None,
     secret: int | None = None,
 ) -> RoundMean:
-    """Returns the mean of `replies`, given in client order; for the other arguments see `gather`."""
+    """Returns the mean of replies that have all come already.
+
+    Args:
+        uplink: see `gather`, also for the other arguments.
+        replies: client and its reply (None: no reply), always in the same order of clients.
+        seed: seed of the run.
+        round: number of the round.
+        session: the aggregator's server side.
+        cohort: the clients that were asked.
+        state: state after the last round.
+        secret: key of the server's noise generator.
+    """
     gatherer = gather(
         uplink, seed=seed, round=round, session=session, cohort=cohort, state=state, secret=secret
     )
@@ -108,19 +121,19 @@ def round_mean(
 
 @dataclass(eq=False)
 class Gatherer:
-    """Collects the replies of one round: call `take` for each of them, then `close`.
+    """Collects the replies of one round: call `take` for each reply, then `close`.
 
     Attributes:
-        uplink: the agreed processing.
+        uplink: how updates are decoded, aggregated and noised.
         key: key of the server in this round.
         cohort: the clients that were asked.
         state: state of correlated noise and adaptive clip norm.
         gathering: the aggregate of the updates so far; None if it cannot be computed.
-        closed: why the aggregate cannot be computed; "" if it can.
+        closed: why the aggregate cannot be computed; "" if it can be computed.
         rows: see `RoundMean`.
         refused: see `RoundMean`.
-        below: per client, whether its update's norm was below the adaptive clip norm.
-        failures: the failures that each client reported.
+        below: for each client, whether its update was not longer than the adaptive clip norm.
+        failures: client -> the counts of failures that it reported.
         num_added: number of updates in the aggregate.
     """
 
@@ -144,14 +157,14 @@ class Gatherer:
         task: int | None = None,
         scale: float = 1.0,
     ) -> None:
-        """Adds the reply of one client to the mean, or refuses it if it is not valid.
+        """Adds the reply of one client to the mean, or refuses the reply if it is not valid.
 
         Args:
             client: the client that was asked.
-            reply: its answer; None if it did not answer.
-            task: the round that an update must name; the gatherer's round if None.
+            reply: the client's answer; None if it did not answer.
+            task: number of the round that the update must name; None: this round.
             scale: factor on the client's vectors, from 0 to 1. With more than 1, a client could
-                move the sum by more than its bound, for which the noise was planned. The weight by
+                move the sum by more than the bound for which the noise is planned. The weight by
                 which the sum is divided does not change.
 
         Raises:
@@ -171,10 +184,11 @@ class Gatherer:
             self.refused[client] = str(problem)
 
     def close(self) -> RoundMean:
-        """Closes the aggregate, adds the server's noise, and divides.
+        """Closes the aggregate, adds the server's noise, divides, and returns the mean.
 
-        Under client privacy, whether a client replied is private too. So the divisor is a public
-        number instead of the number of replies, and noise is added even if nobody replied.
+        If whole clients are protected, it is private, too, whether a client replied. So the divisor
+        is a public number instead of the number of replies, and noise is added even if nobody
+        replied.
         """
         if self.gathering is None:
             return self._without_aggregate(self.closed)
@@ -194,7 +208,7 @@ class Gatherer:
         return RoundMean(means, self.rows, self.refused, self.state, failures, planned)
 
     def _weighted_means(self, total: Total) -> dict[str, Tensor]:
-        """Divides by the sum of weights; used if it may be known who replied."""
+        """Divides by the sum of weights; used if everybody may know who replied."""
         if total.weight <= 0:
             return {}
         weight = total.weight if self.uplink.aggregator.sums else 1.0
@@ -222,12 +236,18 @@ class Gatherer:
     def _take(self, key: Key, reply: Message | None, scale: float) -> None:
         """Adds an update to the aggregate.
 
+        Args:
+            key: key of the client in the round of its task.
+            reply: the client's answer.
+            scale: see `take`.
+
         Raises:
-            WireError: if it is not valid; then nothing was added.
+            WireError: if the update is not valid; then nothing was added.
         """
         uplink = self.uplink
         header, tensors = self._open(reply, key.round)
         updates_seen = uplink.aggregator.sees_updates
+        # Numbers of examples are read only if a record may tell something about one client.
         named = updates_seen and uplink.trust.names_clients
         examples: int = need("update", header, "examples") if named else 1
         # Before the vectors are added, because a faulty header must refuse the whole update.
@@ -240,7 +260,7 @@ class Gatherer:
         if scale != 1:
             for name, vector in vectors.items():
                 scaled[name] = vector * scale
-        # `examples` is 1 if clients may not be named, so that all have the same weight.
+        # `examples` is 1 if clients may not be named; then all clients have the same weight.
         weight = float(examples) if uplink.weights == "examples" else 1.0
         secure: Mapping[str, JSON] = need("update", header, "secure") if "secure" in header else {}
         self.gathering.add(Contribution(key, weight, scaled, tensors, secure))
@@ -254,7 +274,7 @@ class Gatherer:
         )
 
     def _note(self, client: ClientId, header: Mapping[str, JSON]) -> None:
-        """Stores the header's bit for the adaptive clip, and its counts of failures."""
+        """Stores the header's bit for the adaptive clip norm, and its counts of failures."""
         uplink = self.uplink
         if uplink.adaptive is not None:
             self.below.append(need("update", header, "below"))
@@ -264,7 +284,7 @@ class Gatherer:
     def _open(
         self, reply: Message | None, task: int
     ) -> tuple[Mapping[str, JSON], Mapping[str, Tensor]]:
-        """Returns header and tensors of the update to `task`.
+        """Returns header and tensors of a reply, which must be the update for round `task`.
 
         Raises:
             WireError: if `reply` is something else.
@@ -290,7 +310,10 @@ class Gatherer:
         return header, reply.tensors
 
     def _count_failures(self, total: Total) -> Tally | None:
-        """Returns the total counts of failures, with the server's noise if it adds any."""
+        """Returns the total counts of failures, with the server's noise if the server adds noise.
+
+        None without privacy.
+        """
         uplink = self.uplink
         if uplink.privacy is None:
             return None
@@ -305,7 +328,7 @@ class Gatherer:
         return Tally(*noised.double().tolist())
 
     def _next_clip(self, adaptive: AdaptiveClip) -> dict[str, Tensor]:
-        """Returns the state with the next clip norm, from a noised count of unclipped updates."""
+        """Returns the next clip norm as state; a noised count of unclipped updates decides it."""
         norm = float(self.state["clip_norm"])
         named = random.fingerprint(self.below, norm, adaptive)
         chance = self.key.private_stream("clip", named)
@@ -317,5 +340,6 @@ class Gatherer:
             centred += 0.5 if below else -0.5
         bits = torch.tensor([centred], dtype=torch.float64)
         noised = float(noise_sum(bits, count, chance))
+        # Divided by the planned number of clients, since it is private how many replied.
         share = share_below(noised, self.uplink.cohort.size)
         return {"clip_norm": torch.tensor(adaptive.update(norm, share), dtype=torch.float64)}

@@ -1,4 +1,7 @@
-"""Local training of a client: yields each step's gradients, which an algorithm may change."""
+"""Local training of a client as a generator of steps, whose gradients an algorithm may change.
+
+Example: FedProx loops over the steps, and adds the gradient of its proximal term to each.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +36,10 @@ Measures: TypeAlias = "dict[str, JSON]"
 
 
 class LocalSettings(BaseModel):
-    """How a client trains in one round; under sample privacy the plan replaces `epochs`."""
+    """Settings of a client's training in one round, such as learning rate and batch size.
+
+    If privacy protects single examples (unit "sample"), the privacy plan replaces `epochs`.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -78,11 +84,11 @@ class LocalSettings(BaseModel):
 
 
 def check_is_sgd(settings: LocalSettings, why: str) -> None:
-    """Refuses another optimizer than SGD.
+    """Checks that the optimizer is SGD.
 
     Args:
         settings: settings of the local training.
-        why: the reason, such as "a device's runtime has no other optimizer than SGD".
+        why: why only SGD is possible, such as "a device's runtime has no other optimizer than SGD".
 
     Raises:
         RecipeError: if the optimizer is not "sgd".
@@ -97,18 +103,19 @@ def check_is_sgd(settings: LocalSettings, why: str) -> None:
 
 @dataclass(eq=False)
 class Step:
-    """A local step whose gradient is computed, before the optimizer changes the parameters.
+    """One local step at the moment between computing the gradient and calling the optimizer.
 
     Attributes:
-        params: the trained parameters, in the order of the layout. Do not change them.
-        gradients: one per parameter, of its shape. Changes in place reach the optimizer.
+        params: the trained parameters, in the model's order. Do not change them.
+        gradients: one gradient for each parameter, of the same shape. The optimizer uses changes
+            that are made in place.
     """
 
     params: list[Tensor]
     gradients: list[Tensor]
 
     def split(self, vector: Tensor) -> list[Tensor]:
-        """Splits a flat `vector` [d] into tensors of the parameters' shapes, types and devices."""
+        """Splits `vector` [d] into tensors with the shapes, types and devices of the parameters."""
         parts = vector.split([p.numel() for p in self.params])
         return [part.view(p.shape).to(p) for p, part in zip(self.params, parts, strict=True)]
 
@@ -119,7 +126,7 @@ class Outcome:
 
     Attributes:
         measures: numbers measured in training. Example: {"loss": 0.31, "steps": 12}.
-        update: the update [d]; None if it is the change of the parameters.
+        update: the update [d]; None: the update is the change of the parameters.
     """
 
     measures: Measures
@@ -134,16 +141,16 @@ next one, so the caller may change the gradient in between."""
 
 @dataclass(frozen=True, eq=False)
 class LocalPlan:
-    """How a client trains, the same in every round.
+    """How a client trains; it is the same in every round.
 
     Attributes:
-        settings: how to train.
-        prepare: raw examples [k, ...] and a generator -> network input. An example's input must
-            not depend on the other examples.
-        task: what is learned; gives the loss.
-        privacy: this client's own plan under unit "sample".
-        source: computes the gradients; `plain_steps` if None.
-        penalties: strengths of an algorithm's penalties by recipe key. Example: {"proximal_mu":
+        settings: learning rate, batch size and so on.
+        prepare: function that turns raw examples [k, ...] into network input; its second argument
+            is a random generator. The input of an example must not depend on other examples.
+        task: what is learned; it gives the loss.
+        privacy: this client's own privacy plan under unit "sample", else None.
+        source: function that computes the gradients; None: `plain_steps`.
+        penalties: recipe key -> strength of a penalty of the algorithm. Example: {"proximal_mu":
             0.1}. If training diverges, the error names the penalties that are too strong.
     """
 
@@ -157,17 +164,17 @@ class LocalPlan:
 
 @dataclass(frozen=True, eq=False)
 class LocalWork:
-    """One client's work in one round.
+    """One client's training in one round.
 
     Attributes:
-        arrays: the client's examples. An algorithm must not read them: under sample privacy only
-            the steps have noise. It loops over `begin`, or calls `loss`.
-        key: key of this client in this round; all its randomness comes from it.
-        plan: how it trains.
-        start: the server's parameters [d] before loading; None: read them from the model.
-        extras: other vectors that the steps depend on: further vectors from the server, and the
-            client's state of the algorithm. Under sample privacy the name of the noise contains
-            their fingerprint.
+        arrays: the client's examples. An algorithm must not read them itself, because under sample
+            privacy only the steps have noise. It loops over `begin`, or calls `loss`.
+        key: key of this client in this round, from which all its randomness is drawn.
+        plan: how the client trains.
+        start: the server's parameters [d]; None: they are read from the model.
+        extras: further vectors that the steps depend on: those from the server, and the client's
+            state of the algorithm. Under sample privacy the noise is drawn from a stream whose name
+            contains their fingerprint.
     """
 
     arrays: Arrays
@@ -183,6 +190,7 @@ class LocalWork:
 
     def begin(self, model: nn.Module) -> LocalRun:
         """Starts local training from the parameters that `model` has now."""
+        # The source decides about privacy: `private_steps` adds noise, `joint_steps` only clips.
         source = self.plan.source or plain_steps
         # Flattened (a copy) before the first step, which changes the parameters in place.
         start = parameters.flatten(model) if self.start is None else self.start
@@ -190,10 +198,10 @@ class LocalWork:
 
     @torch.no_grad()
     def loss(self, model: nn.Module) -> float:
-        """Returns the mean loss of `model` over this client's examples. This is private data.
+        """Returns the mean loss of `model` over this client's examples. The value is private.
 
         Raises:
-            RecipeError: under sample privacy, where nothing but noised gradients may be used.
+            RecipeError: under sample privacy, where only noised gradients may be used.
         """
         if self.plan.privacy is not None:
             raise RecipeError(
@@ -206,6 +214,7 @@ class LocalWork:
             )
         total = 0.0
         size = max(1, self.plan.settings.batch_size)
+        # A stream of its own, so that computing the loss does not change the training's randomness.
         chance = self.key.client_stream("loss")
         with evaluating(model):
             for index in torch.arange(len(self.arrays)).split(size):
@@ -217,7 +226,13 @@ class LocalWork:
 
 @dataclass(eq=False)
 class LocalRun:
-    """The local training of one round: loop over all steps, then read the results.
+    """The running local training of one round: loop over all steps, then read the results.
+
+    Attributes:
+        model: the model that is trained.
+        start: its parameters [d] before the first step.
+        steps: the generator of steps.
+        outcome: the result; None until all steps are taken.
 
     Example:
         run = work.begin(model)
@@ -235,20 +250,20 @@ class LocalRun:
         self.outcome = yield from self.steps
 
     def finish(self) -> LocalRun:
-        """Takes all steps without changing their gradients."""
+        """Takes all steps without changing a gradient, and returns this object."""
         for _ in self:
             pass
         return self
 
     @property
     def measures(self) -> Measures:
-        """The measures: number of `steps`, and the mean `loss` unless privacy forbids it."""
+        """The measured numbers: "steps", and the mean "loss" unless privacy forbids it."""
         return self._done.measures
 
     def update(self) -> Tensor:
-        """Returns the update [d] on the CPU.
+        """Returns the update [d] on the CPU: the change of the parameters.
 
-        It is the change of the parameters; for `joint_steps`, minus the clipped sum of gradients.
+        With `joint_steps` the update is minus the clipped sum of gradients.
         """
         if self._done.update is not None:
             return self._done.update
@@ -266,7 +281,14 @@ class LocalRun:
 
 
 def plain_steps(model: nn.Module, work: LocalWork) -> Steps:
-    """Trains for `epochs` over shuffled batches, with the optimizer of the settings.
+    """Trains without privacy of single examples: epochs over shuffled batches, any optimizer.
+
+    Args:
+        model: the model to train.
+        work: the client's training in this round.
+
+    Yields:
+        Each step after its gradient is computed.
 
     Raises:
         DivergedError: if the loss is not finite.
@@ -330,10 +352,10 @@ def optimizer_of(model: nn.Module, work: LocalWork) -> torch.optim.Optimizer:
 
 
 def _forget_(params: list[nn.Parameter]) -> None:
-    """Sets gradients back to None that `_gradients` made, unless an algorithm changed them.
+    """Sets the gradients that `_gradients` made back to None, unless an algorithm changed them.
 
-    An optimizer skips parameters without a gradient. With a gradient of zeros it would apply weight
-    decay and momentum to parameters that the loss does not depend on.
+    An optimizer skips a parameter without a gradient. To a parameter with a gradient of zeros it
+    would apply weight decay and momentum, although the loss does not depend on this parameter.
     """
     for p in params:
         if p.grad is not None and not p.grad.any():
@@ -341,7 +363,7 @@ def _forget_(params: list[nn.Parameter]) -> None:
 
 
 def _diverged(work: LocalWork, index: Tensor, steps: int) -> DivergedError:
-    """Returns the error of a loss that is not finite; `index`: examples of the last batch."""
+    """Returns the error for a loss that is not finite; `index` are the last batch's examples."""
     # Checks only the last batch, because all examples could take long.
     batch = tensors_by_name(work.arrays.x[index])
     broken = not all(bool(torch.isfinite(part).all()) for part in batch.values())
@@ -365,13 +387,13 @@ def too_large(
 ) -> str:
     """Returns the settings that may have made local training diverge, with their values.
 
-    These are the learning rate, and each penalty with lr x strength >= 2.
+    The result names the learning rate, and each penalty with lr x strength >= 2.
 
     Args:
         settings: settings of the local training.
         lr: learning rate of the round.
-        penalties: strengths of the algorithm's penalties, by recipe key.
-        place: prefix of each name, such as "stage.federate.".
+        penalties: recipe key -> strength of a penalty of the algorithm.
+        place: prefix of each name in the result, such as "stage.federate.".
 
     >>> too_large(LocalSettings(lr=0.5, weight_decay=9.0), 0.5)
     'lr (now 0.5) or weight_decay (now 9)'

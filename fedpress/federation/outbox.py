@@ -1,4 +1,7 @@
-"""Tasks that were sent to clients and are not yet answered: the message and its request id."""
+"""The tasks that were sent to clients and are not answered yet.
+
+A task is one training of one client, starting from one version of the model.
+"""
 
 from __future__ import annotations
 
@@ -20,32 +23,36 @@ HEADERS = "headers"
 
 @dataclass(eq=False)
 class Outbox:
-    """The unanswered tasks of a run.
+    """The unanswered tasks of a run, with their messages.
 
-    A client may work longer than one server step, so the server must remember what it sent. Clients
-    with the same message share one object. Example: 100 clients at work on 3 model versions keep 3
-    models in memory, not 100.
+    A client may work longer than one server step, so the server must remember its message. Clients
+    with the same message share one object. Example: with 100 clients at work on 3 versions of the
+    model, 3 models are in memory, not 100.
 
     Attributes:
         transport: carries messages to the clients.
-        open: task -> the id of its request, and its message.
+        open: task -> id of its request, and its message.
     """
 
     transport: Transport
     open: dict[Assignment, tuple[RequestId, Message]] = field(default_factory=dict)
 
     def send(self, assignment: Assignment, message: Message) -> None:
-        """Sends the task to its client."""
+        """Sends the message of a task to its client."""
         self.open[assignment] = self.transport.send(assignment.client, message), message
 
     def receive(
         self, waiting: Sequence[Assignment], patience: float | None
     ) -> tuple[Assignment, Message | None]:
-        """Waits up to `patience` seconds (None: for ever) for an answer to one of `waiting`.
+        """Waits for an answer to one of the tasks in `waiting`.
+
+        Args:
+            waiting: open tasks.
+            patience: seconds to wait; None: without limit.
 
         Returns:
-            The task and its answer. If no answer came in time: the first task of `waiting`, which
-            is cancelled, and None.
+            The task and its answer. If no answer comes in time, the first task of `waiting` is
+            cancelled, and returned with None.
         """
         tasks = {self.open[one][0]: one for one in waiting}
         answer = self.transport.receive(tasks, patience)
@@ -59,7 +66,7 @@ class Outbox:
         return tasks[request], reply
 
     def cancel(self, assignments: Collection[Assignment]) -> None:
-        """Tells the clients of `assignments` to stop."""
+        """Cancels tasks: their clients may stop, and their answers are dropped."""
         requests = []
         for one in assignments:
             # The caller may name tasks that were answered meanwhile: they are not open.
@@ -69,17 +76,18 @@ class Outbox:
         self.transport.cancel(requests)
 
     def cancel_all_but(self, wanted: Collection[Assignment]) -> list[ClientId]:
-        """Cancels every open task that is not `wanted`; returns the clients of these tasks."""
+        """Cancels every open task that is not in `wanted`; returns the clients of these tasks."""
         left = [one for one in self.open if one not in wanted]
         self.cancel(left)
         return [one.client for one in left]
 
     def state(self, at_work: Sequence[Assignment]) -> dict[str, Tensor]:
-        """Returns the messages of the tasks `at_work`, to be stored in a checkpoint.
+        """Returns the messages of the tasks in `at_work`, to be stored in a checkpoint.
 
         Returns:
-            Tensor `headers` (JSON, one header per task), and the tensors of each model version
-            once, named `<version>.<name>`. Example: `3.params`. Empty without tasks.
+            The tensor `headers` (JSON, one header for each task), and the tensors of each version
+            of the model once, named `<version>.<name>`. Example: `3.params`. Empty if there are no
+            tasks.
         """
         if not at_work:
             return {}
@@ -96,15 +104,20 @@ class Outbox:
         return {HEADERS: torch.frombuffer(bytearray(text), dtype=torch.uint8), **tensors}
 
     def load_(self, at_work: Sequence[Assignment], state: Mapping[str, Tensor]) -> None:
-        """Resends the messages in `state`, in the same order.
+        """Sends the messages of a checkpoint again, in the same order.
 
-        A client that answered before the server stopped gives the same answer to the same message.
+        A client that has answered before the server stopped gives the same answer again.
+
+        Args:
+            at_work: the tasks that were open.
+            state: the result of `state` for these tasks.
         """
         if not at_work:
             return
         headers = json.loads(bytes(state[HEADERS].tolist()))
         made: dict[str, Message] = {}
         for one, header in zip(at_work, headers, strict=True):
+            # Tasks with equal headers had the same message, so they share one object again.
             name = json.dumps(header)
             if name not in made:
                 made[name] = Message("fit", header, _of_task(state, one.task))

@@ -1,4 +1,8 @@
-"""Local steps under sample privacy: DP-SGD, or one clipped sum of gradients without noise."""
+"""Local training that protects single examples: DP-SGD, or one clipped sum of gradients.
+
+In DP-SGD the client adds noise in every step. The clipped sum gets its noise later, from all
+clients together or from the server.
+"""
 
 from __future__ import annotations
 
@@ -39,9 +43,17 @@ from fedpress.training.device import laid_out, uses_bf16
 def private_steps(model: nn.Module, work: LocalWork) -> Steps:
     """Takes the planned number of DP-SGD steps (Abadi et al. 2016, arXiv:1607.00133, algorithm 1).
 
-    Its measures are the number of steps and the failed examples (see `Tally`). An algorithm changes
-    the noised gradient. A change computed from the server's vectors and earlier noised steps is
-    post-processing, so it costs no privacy.
+    The outcome's measures are the number of steps and the counts of failed examples (see `Tally`).
+    An algorithm may change the gradient of a step, which is noised already. If the change is
+    computed from the server's vectors and earlier noised steps, it is post-processing and costs no
+    privacy.
+
+    Args:
+        model: the model to train.
+        work: the client's training in this round.
+
+    Yields:
+        Each step after its noised gradient is computed.
 
     Raises:
         RecipeError: if there is no plan of unit "sample", or a setting that DP-SGD does not allow.
@@ -106,12 +118,16 @@ def _step_along_(
 
 
 def joint_steps(model: nn.Module, work: LocalWork) -> Steps:
-    """Computes one client's part of a step that all clients take together.
+    """Computes one client's part of a DP-SGD step that all clients take together.
 
     The update is minus the sum [d] of the clipped gradients of a Poisson batch; no `Step` is
-    yielded. One example moves the sum by at most the plan's clip norm. The sum contains NO noise,
-    so it may leave the client only in a secure sum to which the clients add noise, or to a server
+    yielded. One example moves the sum by at most the plan's clip norm. The sum contains NO noise.
+    So it may leave the client only in a secure sum to which the clients add noise, or to a server
     that is trusted to add the noise.
+
+    Args:
+        model: the model to train.
+        work: the client's training in this round.
 
     Raises:
         RecipeError: if there is no plan of unit "sample", or a setting that DP-SGD does not allow.
@@ -156,11 +172,11 @@ def rehearse_private(model: nn.Module, work: LocalWork) -> None:
 
     Args:
         model: the model to train.
-        work: its examples must be public; errors name what failed.
+        work: training on public examples. They must be public, because errors tell what failed.
 
     Raises:
         TrainingError: if the network fails on an example, if a gradient is not finite, or if no
-            parameter has one.
+            parameter has a gradient.
         RecipeError: see `clipped_gradient_sum`.
     """
     plan = check_private(work.plan.settings, work.plan.privacy)
@@ -176,7 +192,7 @@ def rehearse_private(model: nn.Module, work: LocalWork) -> None:
             model, loss, x, y, clip_norm=plan.clip_norm, method=method, verify="gradients"
         )
         # A layer that is initialised with zeros (as in many residual networks) may make every
-        # gradient zero at the start, so other parameters are tried too.
+        # gradient zero at the start. So the model is tried again with other parameters.
         if not total.any() and not raw.failed:
             _perturb_(model)
             total, raw = clipped_gradient_sum(model, loss, x, y, clip_norm=plan.clip_norm)
@@ -223,8 +239,8 @@ def _seed_dropout_(work: LocalWork, inputs: str) -> None:
     """Seeds torch's global generator, from which dropout draws; the calling client restores it.
 
     The seed must be secret, like the choice of batches. A dropout mask belongs to a position in the
-    batch, not to an example: if one example is removed, all later examples get other masks. To an
-    attacker who knew the masks, one example would move the sum by more than one clip norm.
+    batch, not to an example: if one example is removed, all later examples get other masks. If an
+    attacker knew the masks, one example would move the sum by more than one clip norm.
     """
     seed_torch_(work.key.private_stream("dropout", inputs))
 
@@ -232,10 +248,10 @@ def _seed_dropout_(work: LocalWork, inputs: str) -> None:
 def inputs_fingerprint(model: nn.Module, work: LocalWork) -> str:
     """Returns a fingerprint of all known inputs of a private answer: model, settings, examples.
 
-    It is part of the names of the random streams for batches, augmentation, dropout and noise.
-    Equal inputs give the same answer bit for bit, which costs no privacy. Other inputs, such as
-    other parameters in the same round or another noise multiplier under the same seed, get
-    independent randomness.
+    The random streams for batches, augmentation, dropout and noise are named by this fingerprint.
+    Equal inputs give the same answer bit for bit, which costs no privacy. Different inputs get
+    independent randomness. Examples are other parameters in the same round, or another noise
+    multiplier under the same seed.
 
     The examples are hashed in every round, in case they were changed. A gradient may also depend on
     inputs that are not known here (code of the network, an algorithm's changes of earlier steps).
@@ -253,8 +269,8 @@ def inputs_fingerprint(model: nn.Module, work: LocalWork) -> str:
         "plan": work.plan.privacy,
         "prepare": work.plan.prepare,
         "task": work.plan.task,
-        # "pulls" and "beside" are older names of the penalties and extras. They stay, because other
-        # keys would change the noise of every run.
+        # "pulls" and "beside" are older names of the penalties and extras. They are kept, because
+        # other keys would change the noise of every run.
         "pulls": dict(work.plan.penalties),
         "beside": sorted(work.extras),
     }
@@ -265,10 +281,10 @@ def inputs_fingerprint(model: nn.Module, work: LocalWork) -> str:
 
 
 def check_private(settings: LocalSettings, plan: PrivacyPlan | None) -> PrivacyPlan:
-    """Returns `plan` after checking that DP-SGD is possible with it and these settings.
+    """Returns `plan` after checking that DP-SGD is possible with this plan and these settings.
 
     Raises:
-        RecipeError: if it is not.
+        RecipeError: if DP-SGD is not possible.
     """
     if plan is None or plan.unit != "sample":
         raise RecipeError(

@@ -1,6 +1,6 @@
 """The server's loop as a generator: send the model, gather updates, take a step, yield a record.
 
-It does not evaluate and writes no files: the caller's loop does both.
+The generator does not evaluate the model and writes no files; the caller's loop does both.
 """
 
 from __future__ import annotations
@@ -49,19 +49,19 @@ class RoundRecord:
         round: number of the round, from 1.
         params: the new parameters [d] float32.
         server_state: state of optimizer, noise, downlink and so on, as tensors named
-            `<part>/<name>`. Example: `optimizer/momentum`.
+            `<part>/<name>`. Example: `optimizer/velocity`.
         bytes_up: size of all messages from the clients in this round.
-        bytes_down: size of all messages to them.
-        clients: one row per update in the mean, in client order, with those of `client`,
-            `examples`, `loss`, `update_norm` and `steps` that privacy allows. Empty if the
-            privacy plan protects whole clients.
-        refused: clients whose answer is missing or was not used -> the reason.
-        seconds: wall time.
+        bytes_down: size of all messages to the clients in this round.
+        clients: one row for each update in the mean, in client order. A row has those of `client`,
+            `examples`, `loss`, `update_norm` and `steps` that privacy allows. There are no rows if
+            privacy forbids to name clients.
+        refused: client whose answer is missing or was not used -> the reason.
+        seconds: wall time of the round.
         failures: noisy counts of examples (or clients) without a usable gradient; None without
             privacy.
         timing: the staleness of each client's answer, and the time of the virtual clock.
         set_up: bytes of the messages before the first round (the keys of a secure sum). They are
-            not part of `bytes_up` and `bytes_down`; 0 in every record but the first.
+            not part of `bytes_up` and `bytes_down`. They are 0 in all records except the first.
     """
 
     round: int
@@ -107,21 +107,21 @@ def rounds(
 ) -> Iterator[RoundRecord]:
     """Yields the record of each round after `start`; a round runs when the caller asks for it.
 
-    All randomness is derived from the seed of `terms` and the number of the round, so a resumed
-    run gives the same bits as an uninterrupted one.
+    All randomness is derived from the seed of `terms` (or from `secret`) and the number of the
+    round. So a resumed run gives the same bits as an uninterrupted run.
 
     Args:
-        terms: what server and clients agreed on; clients check its fingerprint in every request.
-            If `num_rounds` is None, the rounds never end.
+        terms: the settings that server and clients share. Clients check their fingerprint in every
+            request. If `num_rounds` is None, the rounds never end.
         transport: carries messages to the clients.
         start: the parameters and, for a resumed run, the server's state.
         secret: key of the server's noise and sampling (256 bits). If None, both follow from the
             seed.
-        delays: how long clients take, on a virtual clock; None: every answer comes at once.
+        delays: how long clients take, on a virtual clock; None: there is no virtual clock.
 
     Raises:
-        RecipeError: if params, clients or schedule do not fit the uplink. Raised by this call,
-            before the first round is asked for.
+        RecipeError: if parameters, clients or schedule do not fit the uplink. This call raises the
+            error, before the first round runs.
     """
     uplink = terms.uplink
     params = start.params
@@ -195,17 +195,17 @@ class _Server:
 
 @dataclass(eq=False)
 class _Run:
-    """The changing state of a run, and the steps of a round.
+    """The state of a run, which changes in every round, and the steps of a round.
 
     Attributes:
         server: settings and services that do not change.
         clients: names of all clients, in the transport's order.
         params: the server's parameters [d].
-        parts: the server's state: name from `PARTS` -> its tensors.
+        parts: the server's state: name from `PARTS` -> tensors by name.
         session: the server's side of the aggregation (a plain or a secure sum).
-        scheduler: decides which client is asked when.
-        outbox: tasks that were sent and not yet answered.
-        latest: the message with the newest model; None before the first is sent.
+        scheduler: decides when which client is asked.
+        outbox: tasks that were sent and are not answered yet.
+        latest: the message with the newest model; None before the first message is sent.
     """
 
     server: _Server
@@ -219,7 +219,7 @@ class _Run:
 
     @classmethod
     def begin(cls, server: _Server, start: Start) -> _Run:
-        """Starts a run, or resumes one from `start.state` and resends its unanswered tasks."""
+        """Starts a run. A run that is resumed from `start.state` resends its unanswered tasks."""
         terms = server.terms
         transport = server.transport
         if start.state is None:
@@ -288,7 +288,10 @@ class _Run:
         )
 
     def _take_answers(self, gatherer: Gatherer, number: int, broadcast: Broadcast | None) -> None:
-        """Passes answers to `gatherer` until the schedule has enough; asks more clients if due."""
+        """Passes answers to `gatherer` until the schedule has enough answers for this step.
+
+        If the schedule asks further clients meanwhile, sends them the model.
+        """
         while waiting := self.scheduler.wait():
             task, reply = self.outbox.receive(waiting, self.scheduler.patience)
             staleness = number - task.task
@@ -308,12 +311,20 @@ class _Run:
         number: int,
         broadcast: Broadcast | None,
     ) -> None:
-        """Stores whose answers were used, and which model version each client has now."""
+        """Stores which answers were used, and which version of the model each client has now.
+
+        Args:
+            mean: the mean of the round.
+            timing: the clients that answered.
+            stopped: clients whose tasks were cancelled.
+            number: number of the round.
+            broadcast: the downlink coder; None if the model is sent uncoded.
+        """
         self.parts["uplink"] = mean.state
         if broadcast is not None:
-            # A cancelled client may or may not have read the new model. The server assumes that it
-            # still has the old one; if that is wrong, the client answers the next request with an
-            # error.
+            # A cancelled client may or may not have read the new model. The server assumes that the
+            # client still has the old model. If that is wrong, the client answers the next request
+            # with an error, and then gets the full model.
             refused = {**dict.fromkeys(stopped, "told to stop"), **mean.refused}
             broadcast.mark_arrived(refused)
             self.parts["downlink"] = broadcast.state()
@@ -324,7 +335,7 @@ class _Run:
             self.parts["clients"] = counted.state()
 
     def _take_step(self, mean: RoundMean, number: int) -> None:
-        """Takes the algorithm's server step, unless no update came."""
+        """Takes the algorithm's server step, if there is at least one usable update."""
         # Without an update the model stays: a step of zeros would still move a momentum.
         if not mean.vectors:
             return
@@ -356,6 +367,7 @@ class _Run:
         if self.latest is None or self.latest.header != header:
             extras = terms.algorithm.server_down(self.parts["optimizer"])
             self.latest = Message("fit", header, {PARAMS: self.params, **extras})
+        # With a coded downlink, clients with different copies of the model get other messages.
         requests = _requests(names, self.latest, broadcast)
         if terms.algorithm.keeps_state:
             counted = Counted.open(self.clients, self.parts["clients"])
@@ -379,12 +391,12 @@ def _check_finite(params: Tensor, round: int, algorithm: Algorithm) -> None:
 def _requests(
     cohort: list[ClientId], whole: Message, broadcast: Broadcast | None
 ) -> dict[ClientId, Message]:
-    """Returns a message for each client; clients that have the same model share one object.
+    """Returns a message for each client; clients with the same copy of the model share one object.
 
     Args:
         cohort: the clients that are asked.
         whole: the message with uncoded parameters and the algorithm's further vectors. A downlink
-            codes the parameters only.
+            encodes only the parameters.
         broadcast: the downlink coder; None if the parameters are sent as float32.
     """
     if broadcast is None:
@@ -406,9 +418,9 @@ def _requests(
 def _with_counted(
     requests: Mapping[ClientId, Message], counted: Counted
 ) -> dict[ClientId, Message]:
-    """Adds field `counted` to each request: the round of the client's last answer that was used.
+    """Adds the field `counted` to each request: the round of the client's last used answer.
 
-    Clients with the same request and the same round share one message object.
+    Clients with the same request and the same value of this field share one message object.
     """
     made: dict[tuple[int, int], Message] = {}
     result = {}
@@ -437,7 +449,7 @@ def _join_state(parts: Mapping[str, Mapping[str, Tensor]]) -> ServerState:
 
 
 def _split_state(state: Mapping[str, Tensor]) -> dict[str, ServerState]:
-    """Undoes `_join_state`; a part without tensors is an empty dictionary."""
+    """Reverses `_join_state`; a part without tensors is an empty dictionary."""
     parts: dict[str, ServerState] = {part: {} for part in PARTS}
     for full, tensor in state.items():
         part, _, name = full.partition("/")

@@ -94,6 +94,7 @@ class Uplink:
         for name, vector in vectors.items():
             codecs.append(binder.bind(name, vector, payload.start(vector)))
         vector_codecs = tuple(codecs)
+        # After the codecs are bound, because the check looks at their outputs (a sum of integers).
         aggregator.check(vector_codecs)
         return cls(
             vector_codecs,
@@ -195,6 +196,7 @@ class _Binder:
             RecipeError: if the codecs do not fit together.
         """
         privacy = self.trust.codecs(self.plan, vector.clip_norm, self.vectors)
+        # Clip and noise come first, as the noise must be added to the clipped vector itself.
         codecs = (*privacy, *vector.codecs)
         with renaming(_places(name, len(privacy), len(vector.codecs))):
             chain, end = bind_chain(codecs, start)

@@ -55,6 +55,7 @@ class Payload:
 
     def vectors(self, clip_norm: float | None) -> dict[str, ExtraVector]:
         """Returns all vectors by name, the update first; `clip_norm` is the update's L2 bound."""
+        # The update is first: other code takes the first vector for the update.
         return {UPDATE: ExtraVector(codecs=self.chain, clip_norm=clip_norm), **self.extras}
 
     def start(self, vector: ExtraVector) -> Bound:

@@ -24,10 +24,10 @@ class Contribution:
     """One client's vectors and weight, to be added to an aggregate.
 
     Attributes:
-        key: key of this client in this round.
+        key: names the client and the round.
         weight: weight of the client in a mean.
         vectors: the decoded vectors, clipped to their bounds; empty in a secure sum.
-        tensors: the tensors as they were received; in a secure sum they are masked.
+        tensors: the received tensors, still encoded; in a secure sum they are masked.
         secure: header fields of the secure sum; empty for other aggregators.
     """
 
@@ -43,7 +43,7 @@ class Total:
     """The result of an aggregation.
 
     Attributes:
-        vectors: for each name a sum (or a centre, such as a median), in float64.
+        vectors: name -> sum of this vector (or its centre, such as a median), in float64.
         weight: sum of the clients' weights; 0 if there is no update.
     """
 
@@ -52,25 +52,36 @@ class Total:
 
 
 class Gathering(Protocol):
-    """A running aggregate, to which contributions are added one by one.
+    """The aggregate of one round, to which contributions are added one by one.
 
     Float sums depend on the order: for the same bits, add in the same order.
     """
 
     def add(self, contribution: Contribution) -> None:
-        """Adds one contribution; raises WireError if it is refused, and then adds nothing."""
+        """Adds one contribution.
+
+        Raises:
+            WireError: if the contribution is refused; then nothing was added.
+        """
         ...
 
     def close(self) -> Total:
-        """Returns the aggregate; raises SecureError if it cannot be computed."""
+        """Returns the aggregate.
+
+        Raises:
+            SecureError: if the aggregate cannot be computed.
+        """
         ...
 
 
 class Session(Protocol):
-    """The server's side of the aggregation in one run."""
+    """The server's side of the aggregation in one run: starts an aggregate in each round."""
 
     def invite(self, cohort: Sequence[ClientId]) -> dict[str, JSON]:
-        """Returns extra header fields for the "fit" message, such as {"cohort": ["a", "b"]}."""
+        """Returns further header fields for the training request ("fit") to a cohort.
+
+        Example: a secure sum returns {"cohort": ["a", "b"]}.
+        """
         ...
 
     def begin(
@@ -79,9 +90,9 @@ class Session(Protocol):
         """Starts the aggregate of one round.
 
         Args:
-            vector_codecs: one per named vector, the update first.
+            vector_codecs: one codec for each vector that a client sends; the first is the update's.
             cohort: the clients that are asked.
-            key: key of the round; needed to decode a secure sum.
+            key: key of the server in this round; needed to decode a secure sum.
 
         Raises:
             SecureError: if a secure sum over this cohort is not possible.
@@ -90,11 +101,11 @@ class Session(Protocol):
 
 
 class Aggregator(Protocol):
-    """One row of the table of aggregators: frozen settings, equal on server and clients."""
+    """Settings of an aggregator, such as `Mean`; equal on server and clients, and immutable."""
 
     @property
     def kind(self) -> str:
-        """Name of the row."""
+        """Name of the aggregator in a recipe, such as "mean"."""
         ...
 
     @property
@@ -104,12 +115,12 @@ class Aggregator(Protocol):
 
     @property
     def weights(self) -> Weights:
-        """Weights of clients that it supports: "examples" (any weights) or "equal" only."""
+        """The supported weights of clients: "examples" (any weights) or "equal" only."""
         ...
 
     @property
     def sums(self) -> bool:
-        """Whether it returns a sum, which is divided afterwards, and not a centre (a median)."""
+        """Whether the result is a sum, which is divided later, or else a centre (a median)."""
         ...
 
     def sensitivity(self, moved: Bound, cohort: int) -> float | None:
@@ -119,15 +130,24 @@ class Aggregator(Protocol):
         allowed if each client adds noise to its own vector.
 
         Args:
-            moved: bound on the change of one client's vector by one protected unit.
+            moved: bound on how far one protected unit (example or client) moves a client's vector.
             cohort: number of clients in a round.
         """
         ...
 
     def check(self, vector_codecs: Sequence[VectorCodec]) -> None:
-        """Raises RecipeError if it cannot aggregate what these codecs produce."""
+        """Checks that vectors with these codecs can be aggregated.
+
+        Raises:
+            RecipeError: if they cannot.
+        """
         ...
 
     def open(self, transport: Transport | None, run: str) -> Session:
-        """Starts the aggregation of the run named `run`; a secure sum exchanges keys here."""
+        """Starts the aggregation of a run; a secure sum exchanges keys with the clients here.
+
+        Args:
+            transport: carries messages to the clients; None if the aggregator sends none.
+            run: name of the run.
+        """
         ...

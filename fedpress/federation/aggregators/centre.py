@@ -1,4 +1,4 @@
-"""Base class of median and trimmed mean: a robust centre of each coordinate of all updates."""
+"""Base class of aggregators that combine each coordinate separately: median and trimmed mean."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ BLOCK = 1 << 20
 class CoordinateWise(BaseModel):
     """An aggregator that treats each coordinate separately; a subclass defines `centre`.
 
-    All updates of a round are in memory: cohort x d float32 values.
+    It keeps all updates of a round in memory: cohort x d float32 values.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -40,12 +40,12 @@ class CoordinateWise(BaseModel):
 
     @property
     def weights(self) -> Weights:
-        """Equal: otherwise a client that claims many examples could decide the result."""
+        """Equal: otherwise a client could decide the result by claiming many examples."""
         return "equal"
 
     @property
     def sums(self) -> bool:
-        """No: a centre is not divided."""
+        """No: the result is a centre, which is not divided."""
         return False
 
     def sensitivity(self, moved: Bound, cohort: int) -> float | None:
@@ -69,7 +69,7 @@ class CoordinateWise(BaseModel):
     def begin(
         self, vector_codecs: Sequence[VectorCodec], cohort: Sequence[ClientId], key: Key
     ) -> KeptUpdates:
-        """Returns an empty collection."""
+        """Returns an object that stores the updates of a round."""
         return KeptUpdates({codec.name: codec.size for codec in vector_codecs}, self.centre)
 
 
@@ -78,9 +78,9 @@ class KeptUpdates:
     """Stores the updates of a round until `close` computes their centre.
 
     Attributes:
-        sizes: sizes of the vectors, by name.
-        centre: [n, d] -> [d] in float64.
-        kept: the vectors of each client.
+        sizes: name of a vector -> its size.
+        centre: function that computes the centre: values [n, d] -> [d] in float64.
+        kept: for each client its vectors by name.
     """
 
     sizes: dict[str, int]
@@ -93,7 +93,7 @@ class KeptUpdates:
         self.kept.append({name: contribution.vectors[name].float() for name in self.sizes})
 
     def close(self) -> Total:
-        """Returns the centres; zeros without updates."""
+        """Returns the centre of each vector; zeros if there are no updates."""
         centres = {}
         for name, size in self.sizes.items():
             centres[name] = torch.zeros(size, dtype=torch.float64)

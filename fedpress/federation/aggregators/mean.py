@@ -1,4 +1,4 @@
-"""The mean: a running weighted sum of the updates, which needs the memory of one update."""
+"""The weighted mean of the updates, computed as a running sum, with one vector in memory."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from fedpress.federation.vector_codec import VectorCodec
 
 
 class Mean(BaseModel):
-    """Adds weight x update of all clients; the server divides the sum afterwards."""
+    """Adds weight x update over all clients; the server later divides the sum."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -32,16 +32,16 @@ class Mean(BaseModel):
 
     @property
     def weights(self) -> Weights:
-        """Clients may be weighed by their numbers of examples."""
+        """Any weights: clients may be weighed by their numbers of examples."""
         return "examples"
 
     @property
     def sums(self) -> bool:
-        """Yes."""
+        """Yes: the sum is divided later."""
         return True
 
     def sensitivity(self, moved: Bound, cohort: int) -> float | None:
-        """Returns the L2 bound of one vector: the sum changes by as much as one vector does."""
+        """Returns the L2 bound of one vector: the sum moves exactly as far as one vector."""
         return moved.l2
 
     def check(self, vector_codecs: Sequence[VectorCodec]) -> None:
@@ -58,7 +58,7 @@ class Mean(BaseModel):
     def begin(
         self, vector_codecs: Sequence[VectorCodec], cohort: Sequence[ClientId], key: Key
     ) -> RunningSum:
-        """Returns sums of zero."""
+        """Returns sums that are zero."""
         return RunningSum(
             {codec.name: torch.zeros(codec.size, dtype=torch.float64) for codec in vector_codecs}
         )
@@ -75,12 +75,12 @@ class RunningSum:
     weight: float = 0.0
 
     def add(self, contribution: Contribution) -> None:
-        """Adds every vector times the client's weight."""
+        """Adds each vector of a client, multiplied by the client's weight."""
         for name, total in self.sums.items():
             # In place, so that memory is one float64 vector for any number of clients.
             total.add_(contribution.vectors[name].double(), alpha=contribution.weight)
         self.weight += contribution.weight
 
     def close(self) -> Total:
-        """Returns the sums."""
+        """Returns the sums and the total weight."""
         return Total(self.sums, self.weight)

@@ -1,4 +1,4 @@
-"""The coordinate-wise median: robust against a minority of arbitrary updates."""
+"""The coordinate-wise median of the updates: robust if fewer than half of them are arbitrary."""
 
 from __future__ import annotations
 

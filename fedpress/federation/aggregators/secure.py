@@ -1,4 +1,7 @@
-"""The secure sum as an aggregator: clients send masked integers; the server learns their sum."""
+"""The secure sum as an aggregator: clients send masked integers, and the server learns the sum.
+
+The protocol itself is in `fedpress.secagg`; this file connects it to the rounds and the transport.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,7 @@ from fedpress.wire.message import Message
 
 
 class Secure(BaseModel):
-    """The recipe's `aggregator = "secure"`; the federate stage plans a `SecureSum` for it."""
+    """The value `aggregator = "secure"` of a recipe. The stage plans a `SecureSum` for it."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -31,19 +34,19 @@ class Secure(BaseModel):
 
     @property
     def sees_updates(self) -> bool:
-        """The server sees their sum only."""
+        """No: the server sees only the sum of the updates."""
         return False
 
 
 @dataclass(frozen=True)
 class SecureSum:
-    """The agreed secure sum of masked integers; see docs/secure-aggregation.md.
+    """Settings of the secure sum of a run; see docs/secure-aggregation.md.
 
     Attributes:
-        plan: cohort, bits and thresholds.
+        plan: cohort, bits, drop-outs and thresholds.
         size: number of values in each client's vector.
-        limit: largest absolute value in a sum of honest clients. A larger one means an overflow, or
-            that a client did not follow the protocol.
+        limit: largest absolute value in a sum of honest clients. A larger value means an overflow,
+            or that a client did not follow the protocol.
         identities: name and public signing key of every client, known to all before the run.
     """
 
@@ -54,7 +57,8 @@ class SecureSum:
     kind: Literal["secure"] = "secure"
 
     def agreed(self) -> dict[str, object]:
-        """Returns the entries of the agreement, with a digest instead of the list of keys."""
+        """Returns the values that server and client compare, with a digest of the public keys."""
+        # A digest, since the keys of thousands of clients would make each agreement long.
         parts: list[ClientId | bytes] = []
         for name, public_key in self.identities:
             parts += [name, public_key]
@@ -68,7 +72,7 @@ class SecureSum:
 
     @property
     def sees_updates(self) -> bool:
-        """The server sees their sum only."""
+        """No: the server sees only the sum of the updates."""
         return False
 
     @property
@@ -78,21 +82,22 @@ class SecureSum:
 
     @property
     def sums(self) -> bool:
-        """Yes."""
+        """Yes: the sum is divided later."""
         return True
 
     def sensitivity(self, moved: Bound, cohort: int) -> float | None:
         """Returns the L2 bound of one vector, as for a plain sum.
 
-        The server cannot clip vectors that it does not see; honest clients do.
+        The server does not see single vectors, so it cannot clip them. Honest clients clip their
+        own vectors.
         """
         return moved.l2
 
     def check(self, vector_codecs: Sequence[VectorCodec]) -> None:
-        """Accepts a single vector whose codecs are additive and give integers.
+        """Checks that only the update is sent, and that its codecs are additive and give integers.
 
         Raises:
-            RecipeError: if there are further vectors, or the update's codecs do not fit.
+            RecipeError: if there are further vectors, or if the update's codecs do not fit.
         """
         for codec in vector_codecs:
             if codec.name != UPDATE:
@@ -118,10 +123,10 @@ class SecureSum:
                 )
 
     def open(self, transport: Transport | None, run: str) -> SecureSession:
-        """Collects the clients' keys and sends all keys to all clients: two exchanges, once a run.
+        """Exchanges keys, once for each run: collects each client's key, and sends all keys to all.
 
         Raises:
-            SecureError: if too few clients took part.
+            SecureError: if too few clients take part.
         """
         if transport is None:
             raise SecureError(
@@ -143,7 +148,7 @@ class SecureSum:
         # Clients that joined must also accept the roster, so they count as absent until they do.
         for name in clients:
             absent.setdefault(name, "no reply came")
-        # Clients check its signatures with the identities that they knew before the run.
+        # Clients check the roster's signatures with the identities that they knew before the run.
         message = Message("roster", roster.header, roster.tensors)
         _collect(transport, dict.fromkeys(clients, message), "accepted", server.accepted, absent)
         return SecureSession(self, server, transport, absent)
@@ -151,13 +156,13 @@ class SecureSum:
 
 @dataclass(frozen=True, eq=False)
 class SecureSession:
-    """The secure sums of one run.
+    """Starts the secure sums of one run, after the exchange of keys.
 
     Attributes:
-        aggregator: the agreed plan.
+        aggregator: settings of the secure sum.
         server: the server's side of the protocol.
         transport: carries messages to the clients.
-        absent: clients that cannot take part in this run -> the reason.
+        absent: client that cannot take part in this run -> the reason.
     """
 
     aggregator: SecureSum
@@ -166,7 +171,7 @@ class SecureSession:
     absent: Mapping[ClientId, str] = field(default_factory=dict)
 
     def invite(self, cohort: Sequence[ClientId]) -> dict[str, JSON]:
-        """Returns the cohort: every client must know the others whose masks cancel with its own."""
+        """Returns the cohort: each client must know with which clients it shares masks."""
         return {"cohort": list(cohort)}
 
     def begin(
@@ -187,7 +192,14 @@ class SecureSession:
 
 @dataclass(eq=False)
 class MaskedSum:
-    """The masked sum of one round; `close` asks the committee for shares to unmask it."""
+    """The masked sum of one round.
+
+    Attributes:
+        session: the secure sums of the run.
+        codec: decodes the sum.
+        key: key of the server in this round.
+        opened: the server's side of this round's protocol.
+    """
 
     session: SecureSession
     codec: VectorCodec
@@ -200,10 +212,10 @@ class MaskedSum:
         self.opened.add(contribution.key.client, masked)
 
     def close(self) -> Total:
-        """Asks the committee for shares, unmasks the sum and decodes it.
+        """Asks the committee (clients that help to unmask) for shares, and decodes the sum.
 
         Raises:
-            SecureError: if too few members answered, or a value of the sum exceeds the limit.
+            SecureError: if too few members answer, or if a value of the sum exceeds the limit.
         """
         requests = {}
         for name, part in self.opened.requests().items():
@@ -262,16 +274,16 @@ def _collect(
     take: Callable[[ClientId, SecAggMessage], None],
     missing: dict[ClientId, str],
 ) -> None:
-    """Sends the requests and passes each valid reply to `take`.
+    """Sends the requests, and passes each valid reply to `take`.
 
-    A client with an invalid reply is treated like one that did not reply.
+    A client with an invalid reply is treated like a client that did not reply.
 
     Args:
         transport: carries messages to the clients.
         requests: a message for each client.
         kind: expected kind of the replies.
-        take: stores a reply; raises WireError if it is invalid.
-        missing: client -> why it is missing. Clients with a valid reply are removed from it.
+        take: stores a reply; raises WireError if the reply is invalid.
+        missing: client -> why it is missing. Clients with a valid reply are removed here.
     """
     for client, reply in exchange(transport, requests):
         try:
@@ -294,7 +306,7 @@ def _collect(
 
 
 def _reasons(missing: Mapping[ClientId, str], among: Sequence[ClientId]) -> str:
-    """Returns the reasons of up to three missing clients; empty if none of `among` is missing."""
+    """Returns why clients are missing, for up to three of `among`; empty if none is missing."""
     # Cut, because a client's reason may have any length.
     found = [f"{name} ({missing[name][:200]})" for name in among if name in missing]
     more = f" and {len(found) - 3} more" if len(found) > 3 else ""

@@ -35,14 +35,14 @@ class RoundInfo:
 
 
 class Algorithm(Protocol):
-    """One row of the table of algorithms: frozen settings, equal on server and clients.
+    """Settings and steps of an algorithm; equal on server and clients, and immutable.
 
-    `AlgorithmRow` is FedAvg, and the base class of the other rows.
+    The base class of the algorithms is `AlgorithmRow`, whose methods do what FedAvg does.
     """
 
     @property
     def kind(self) -> str:
-        """Name of the row."""
+        """Name of the algorithm in a recipe, such as "fedprox"."""
         ...
 
     @property
@@ -52,17 +52,17 @@ class Algorithm(Protocol):
 
     @property
     def extras_up(self) -> Mapping[str, ExtraVector]:
-        """Further vectors from clients by name; aggregated like the update, with noise too."""
+        """Name -> further vector from each client; it is aggregated and noised like the update."""
         ...
 
     @property
     def extras_down(self) -> Mapping[str, ExtraVector]:
-        """Further vectors from server to clients by name."""
+        """Name -> further vector from the server to the clients."""
         ...
 
     @property
     def corrects_gradients(self) -> bool:
-        """Whether it changes the gradients of local steps; not possible with `joint_steps`."""
+        """Whether the algorithm changes the gradients of local steps."""
         ...
 
     @property
@@ -72,28 +72,32 @@ class Algorithm(Protocol):
 
     @property
     def needs_equal_weights(self) -> bool:
-        """Whether it is correct only if all clients have the same weight."""
+        """Whether the algorithm is correct only if all clients have the same weight."""
         ...
 
     @property
     def reads_loss(self) -> bool:
-        """Whether it reads the loss of a client's examples; not allowed under sample privacy."""
+        """Whether a client computes the loss of its examples; not allowed under sample privacy."""
         ...
 
     @property
     def penalties(self) -> Mapping[str, float]:
-        """Strengths of its penalties by recipe key. Example: {"proximal_mu": 0.1}.
+        """Recipe key -> strength of a penalty. Example: {"proximal_mu": 0.1}.
 
         If training diverges, the error names penalties that are too strong for the learning rate.
         """
         ...
 
     def check(self, settings: LocalSettings) -> None:
-        """Raises RecipeError if the algorithm is not correct with these local settings."""
+        """Checks that the algorithm is correct with these settings of local training.
+
+        Raises:
+            RecipeError: if it is not.
+        """
         ...
 
     def client_init(self, size: int) -> ClientState:
-        """Returns the state of a client that was never asked, for a model of `size` values."""
+        """Returns the state of a client before its first round, for a model of `size` values."""
         ...
 
     def client_update(
@@ -102,26 +106,26 @@ class Algorithm(Protocol):
         """Trains `model` in place, starting from the server's parameters.
 
         Args:
-            model: has the parameters `down["params"]`.
+            model: the model; its parameters are `down["params"]`.
             work: yields the local steps; see `LocalWork.begin`.
-            down: vectors from the server: "params", and every name of `extras_down`.
-            state: state of this client, after its last round that the server used.
+            down: vectors from the server: "params", and the vectors of `extras_down`.
+            state: state of this client after its last answer that the server used.
 
         Returns:
-            "update" and every name of `extras_up`, float32 on the CPU; the next state; measures
-            such as {"loss": 0.3, "steps": 12}.
+            The vectors to send ("update", and those of `extras_up`), float32 on the CPU; the next
+            state; and measures such as {"loss": 0.3, "steps": 12}.
         """
         ...
 
     def client_commit(
         self, before: ClientState, after: ClientState, arrived: Vectors
     ) -> ClientState:
-        """Returns the state to store when the client sends its vectors.
+        """Returns the state that the client stores when it sends its vectors.
 
         Args:
             before: the state before the local update.
             after: the state that `client_update` returned.
-            arrived: the vectors as the server decodes them, after clip, codec and noise.
+            arrived: the vectors after clip, codec and noise, as the server will decode them.
         """
         ...
 
@@ -130,41 +134,41 @@ class Algorithm(Protocol):
         ...
 
     def server_down(self, state: ServerState) -> Vectors:
-        """Returns every name of `extras_down`, to be sent beside the parameters."""
+        """Returns the vectors of `extras_down`, which are sent beside the parameters."""
         ...
 
     def server_step(
         self, state: ServerState, params: Tensor, mean: Vectors, info: RoundInfo
     ) -> tuple[ServerState, Tensor]:
-        """Returns the next state and the next params [d]; its arguments stay unchanged.
+        """Returns the next state and the next params [d]; does not change its arguments.
 
         Args:
-            state: state of the server, before the step.
+            state: state of the server before the step.
             params: the server's parameters [d].
-            mean: the mean of each named vector.
+            mean: name -> mean of this vector over the clients.
             info: number of the round, and numbers of clients.
         """
         ...
 
 
 class AlgorithmRow(BaseModel):
-    """FedAvg, the base class of all rows; they override what differs."""
+    """The base class of all algorithms. It does what FedAvg does; a subclass overrides the rest."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     @property
     def optimizer(self) -> Server:
-        """Adds the mean update."""
+        """Adds the mean update to the parameters."""
         return Average()
 
     @property
     def extras_up(self) -> Mapping[str, ExtraVector]:
-        """None."""
+        """No further vectors."""
         return {}
 
     @property
     def extras_down(self) -> Mapping[str, ExtraVector]:
-        """None."""
+        """No further vectors."""
         return {}
 
     @property
@@ -189,7 +193,7 @@ class AlgorithmRow(BaseModel):
 
     @property
     def penalties(self) -> Mapping[str, float]:
-        """None."""
+        """No penalties."""
         return {}
 
     def check(self, settings: LocalSettings) -> None:
@@ -233,13 +237,14 @@ def check_fits(
     """Checks that an algorithm works with the local settings and the kind of privacy.
 
     Args:
-        algorithm: the algorithm's settings.
+        algorithm: the algorithm.
         settings: settings of the local training.
-        steps: how gradients are computed: "plain", "private" or "joint" (see `Trust.steps`).
-        unit: what privacy protects: "sample", "client", or None.
+        steps: how gradients are computed: "plain", "private" (DP-SGD) or "joint" (one sum of
+            clipped gradients).
+        unit: what privacy protects: "sample", "client", or None without privacy.
 
     Raises:
-        RecipeError: if it does not.
+        RecipeError: if the algorithm does not work.
     """
     algorithm.check(settings)
     # With joint steps each client sends one sum of gradients and takes no local steps.

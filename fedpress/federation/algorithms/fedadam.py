@@ -11,7 +11,7 @@ from fedpress.federation.algorithms.optimizers import Adam, Server
 
 
 class FedAdam(AlgorithmRow):
-    """`algorithm = "fedadam"`: Adam on the server, with minus the mean update as the gradient."""
+    """The algorithm FedAdam (`algorithm = "fedadam"`): minus the mean update is Adam's gradient."""
 
     kind: Literal["fedadam"] = "fedadam"
     lr: float = Field(default=0.01, gt=0, description="learning rate of the server")
@@ -30,5 +30,5 @@ class FedAdam(AlgorithmRow):
 
     @property
     def optimizer(self) -> Server:
-        """Adam."""
+        """Adam with these settings."""
         return Adam(lr=self.lr, beta1=self.beta1, beta2=self.beta2, tau=self.tau)

@@ -11,7 +11,7 @@ from fedpress.federation.algorithms.optimizers import Average, Server
 
 
 class FedAvg(AlgorithmRow):
-    """`algorithm = "fedavg"`, the default; `server` may be any server optimizer."""
+    """The algorithm FedAvg, the default (`algorithm = "fedavg"`), with any server optimizer."""
 
     kind: Literal["fedavg"] = "fedavg"
     server: Server = Field(
@@ -20,5 +20,5 @@ class FedAvg(AlgorithmRow):
 
     @property
     def optimizer(self) -> Server:
-        """As set by the key `server`."""
+        """The optimizer that the key `server` names."""
         return self.server

@@ -11,7 +11,7 @@ from fedpress.federation.algorithms.optimizers import Momentum, Server
 
 
 class FedAvgM(AlgorithmRow):
-    """`algorithm = "fedavgm"`: v = beta v + mean update; params = params + lr v."""
+    """The algorithm FedAvgM (`algorithm = "fedavgm"`): v = beta v + mean update; params += lr v."""
 
     kind: Literal["fedavgm"] = "fedavgm"
     lr: float = Field(default=1.0, gt=0, description="learning rate of the server")
@@ -19,5 +19,5 @@ class FedAvgM(AlgorithmRow):
 
     @property
     def optimizer(self) -> Server:
-        """Momentum."""
+        """Momentum with these settings."""
         return Momentum(lr=self.lr, beta=self.beta)

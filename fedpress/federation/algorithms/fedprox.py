@@ -15,9 +15,10 @@ from fedpress.federation.vectors import UPDATE, Vectors
 
 
 class FedProx(AlgorithmRow):
-    """`algorithm = { kind = "fedprox", proximal_mu = 0.1 }` (arXiv:1812.06127, algorithm 2).
+    """The algorithm FedProx (arXiv:1812.06127, algorithm 2).
 
-    It adds proximal_mu / 2 |w - w_server|^2 to the loss of every local step.
+    In a recipe: `algorithm = { kind = "fedprox", proximal_mu = 0.1 }`. It adds
+    proximal_mu / 2 |w - w_server|^2 to the loss of every local step.
     """
 
     kind: Literal["fedprox"] = "fedprox"
@@ -28,7 +29,7 @@ class FedProx(AlgorithmRow):
 
     @property
     def optimizer(self) -> Server:
-        """As set by the key `server`."""
+        """The optimizer that the key `server` names."""
         return self.server
 
     @property
@@ -38,7 +39,7 @@ class FedProx(AlgorithmRow):
 
     @property
     def penalties(self) -> Mapping[str, float]:
-        """The proximal term: from lr = 2 / proximal_mu on it makes training diverge."""
+        """The proximal term, which makes training diverge if lr >= 2 / proximal_mu."""
         return {"proximal_mu": self.proximal_mu}
 
     def client_update(
@@ -50,6 +51,7 @@ class FedProx(AlgorithmRow):
         for step in run:
             # The parameters of the first step are the server's, in the shapes of the gradients.
             start = start or [p.clone() for p in step.params]
+            # Added to the gradient and not to the loss, so that DP-SGD's gradients can be used, too.
             for gradient, now, before in zip(step.gradients, step.params, start, strict=True):
                 gradient.add_(now - before, alpha=self.proximal_mu)
         return {UPDATE: run.update()}, state, run.measures

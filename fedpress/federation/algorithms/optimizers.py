@@ -1,4 +1,4 @@
-"""The table of server optimizers: how the mean update becomes a step of the server's model."""
+"""The table of server optimizers, which turn the mean update into a step of the server's model."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ ServerState: TypeAlias = dict[str, Tensor]
 
 
 class ServerOptimizer(Protocol):
-    """Takes a step along the mean update, which acts like a negative gradient.
+    """Takes a step along the mean update, which has the role of a negative gradient.
 
     Both methods are pure functions of flat float32 vectors. The state is a dictionary of tensors.
     """
@@ -61,13 +61,13 @@ class Momentum(BaseModel):
     beta: float = Field(default=0.9, ge=0, lt=1, description="decay of the velocity")
 
     def init(self, params: Tensor) -> ServerState:
-        """Starts with zero velocity."""
+        """Returns a velocity of zero."""
         return {"velocity": torch.zeros_like(params)}
 
     def step(
         self, state: ServerState, params: Tensor, mean_update: Tensor
     ) -> tuple[ServerState, Tensor]:
-        """Returns the new velocity and params."""
+        """Returns the new velocity and the new params."""
         velocity = self.beta * state["velocity"] + mean_update
         return {"velocity": velocity}, params + self.lr * velocity
 
@@ -102,7 +102,7 @@ class Adam(BaseModel):
     def step(
         self, state: ServerState, params: Tensor, mean_update: Tensor
     ) -> tuple[ServerState, Tensor]:
-        """Returns the new moments and params."""
+        """Returns the new running means and the new params."""
         mean = self.beta1 * state["mean"] + (1 - self.beta1) * mean_update
         square = self.beta2 * state["square"] + (1 - self.beta2) * mean_update**2
         # Without tau, steps would be huge where updates are nearly zero.

@@ -18,13 +18,14 @@ TINY = 1e-10
 
 
 class QFedAvg(AlgorithmRow):
-    """`algorithm = { kind = "qfedavg", q = 1 }`: makes the clients' losses more equal.
+    """The algorithm q-FedAvg, which makes the clients' losses more equal.
 
-    It minimises the mean of loss^(q+1) over the clients, so a client with a large loss weighs more.
+    In a recipe: `algorithm = { kind = "qfedavg", q = 1 }`. It minimises the mean of loss^(q+1) over
+    the clients, so a client with a large loss weighs more.
 
     A client with loss F at the server's model, update u and learning rate lr sends the vector F^q u
     and the number h = F^q + q F^(q-1) |u|^2 / lr, an estimate of the curvature. The server adds
-    mean(F^q u) / mean(h). With q = 0 it is FedAvg.
+    mean(F^q u) / mean(h). With q = 0 this is FedAvg.
     """
 
     kind: Literal["qfedavg"] = "qfedavg"
@@ -44,7 +45,10 @@ class QFedAvg(AlgorithmRow):
         return True
 
     def check(self, settings: LocalSettings) -> None:
-        """Refuses all but SGD: the estimate uses 1 / lr as Lipschitz constant of the gradient."""
+        """Checks that the local optimizer is SGD.
+
+        The estimate of the curvature uses 1 / lr as the Lipschitz constant of the gradient.
+        """
         check_is_sgd(settings, "'qfedavg' measures the curvature of the loss by the rate of SGD")
 
     def client_update(
@@ -55,6 +59,7 @@ class QFedAvg(AlgorithmRow):
         loss = max(float(work.loss(model)), TINY)
         run = work.begin(model).finish()
         update = run.update()
+        # In float64: the squares of millions of values would lose digits in float32.
         square = float(update.double().square().sum())
         curvature = loss**self.q + self.q * loss ** (self.q - 1) * square / work.lr
         vectors = {UPDATE: update * loss**self.q, "curvature": torch.tensor([curvature])}

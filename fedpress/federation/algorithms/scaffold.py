@@ -8,8 +8,8 @@ parameters, y those of a client, K local steps of rate lr, and control variates 
     then      c_i' = c_i - c + (x - y) / (K lr),   sent: update y - x, control c_i' - c_i
     server    x <- x + step of its optimizer along the mean update,   c <- c + |S| / N mean control
 
-So c stays the mean of all c_i. Where the mean gradient of all clients is zero, so are the corrected
-steps: local steps do not move away from the common optimum.
+So c stays the mean of all c_i. Where the mean gradient of all clients is zero, the corrected steps
+are zero, too: local steps do not move away from the common optimum.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ CONTROL = "control"
 
 
 class Scaffold(AlgorithmRow):
-    """`algorithm = "scaffold"`.
+    """The algorithm SCAFFOLD (`algorithm = "scaffold"`).
 
     Server and client both add the decoded change of the control (after clip, codec and noise). So a
-    coding error is part of the next change, and c stays the mean of all c_i.
+    coding error becomes part of the next change, and c stays the mean of all c_i.
 
     Under client privacy `clip_norm` bounds the control of one client. A control is about as large
     as one gradient, an update as large as K lr gradients. So (clip_norm of the update) / (K lr)
@@ -60,7 +60,7 @@ class Scaffold(AlgorithmRow):
 
     @property
     def optimizer(self) -> Server:
-        """As set by the key `server`."""
+        """The optimizer that the key `server` names."""
         return self.server
 
     @property
@@ -89,10 +89,10 @@ class Scaffold(AlgorithmRow):
         return True
 
     def check(self, settings: LocalSettings) -> None:
-        """Refuses all but plain SGD.
+        """Checks that the local optimizer is SGD without momentum.
 
         Raises:
-            RecipeError: if the local optimizer is another, or has momentum.
+            RecipeError: if it is not.
         """
         # With another optimizer or momentum, (x - y) / (K lr) is not the mean gradient.
         check_is_sgd(settings, "'scaffold' computes a client's mean gradient from its update")
@@ -107,7 +107,7 @@ class Scaffold(AlgorithmRow):
             )
 
     def client_init(self, size: int) -> ClientState:
-        """Returns a control of zeros; the server starts with zeros as well."""
+        """Returns a control of zeros. The server's control starts with zeros, too."""
         return {CONTROL: torch.zeros(size)}
 
     def client_update(
@@ -133,7 +133,7 @@ class Scaffold(AlgorithmRow):
     def client_commit(
         self, before: ClientState, after: ClientState, arrived: Vectors
     ) -> ClientState:
-        """Adds the change of the control as the server decodes it, not the exact one."""
+        """Adds the decoded change of the control, as the server does, and not the exact change."""
         return {CONTROL: before[CONTROL] + arrived[CONTROL]}
 
     def server_init(self, params: Tensor) -> ServerState:
@@ -150,5 +150,6 @@ class Scaffold(AlgorithmRow):
         """Moves the parameters by the optimizer, and c by |S| / N times the mean change."""
         own = {name: tensor for name, tensor in state.items() if name != CONTROL}
         own, params = self.server.step(own, params, mean[UPDATE])
+        # Only |S| of the N clients have changed their controls, so the mean of all moves less.
         control = state[CONTROL] + mean[CONTROL] * (info.cohort / info.population)
         return {**own, CONTROL: control}, params

@@ -1,12 +1,14 @@
 """The interface of a schedule: when the server asks which client, and when it takes a step.
 
-A schedule handles no messages, so a run can be simulated without training. With `delays` it has a
-virtual clock: each task takes a simulated time, and answers are taken in the order of these times.
+A schedule handles no messages, so a run can be simulated without training. With `delays` a schedule
+has a virtual clock: each task takes a simulated time, and answers are taken in the order of these
+times.
 
-A task is named by its client and a number. After v server steps the model has version v, and a task
-that starts from it has number v + 1. No client is sent the same version twice, so no two tasks have
-the same name. This matters for privacy: random streams named after a task give new noise in every
-task, and a client can refuse a second request for the same task.
+A task is one local training of one client. It is named by the client and a number: after v server
+steps the model has version v, and a task that starts from this version has number v + 1. The server
+never sends a client the same version twice, so no two tasks have the same name. This matters for
+privacy: random streams are named after the task, so every task gets new noise, and a client can
+refuse a second request for the same task.
 """
 
 from __future__ import annotations
@@ -24,12 +26,12 @@ from fedpress.federation.sampling import Cohort
 
 @dataclass(frozen=True)
 class Assignment:
-    """One task of one client.
+    """One task of one client: a local training that starts from one version of the model.
 
     Attributes:
         client: the client that is asked.
-        task: number of the task; it starts from the model after `task - 1` server steps.
-        due: time of its answer, in simulated seconds since the start of the run.
+        task: number of the task, which starts from the model after `task - 1` server steps.
+        due: time of the answer, in simulated seconds since the start of the run.
     """
 
     client: ClientId
@@ -42,11 +44,11 @@ class Timing:
     """The time of a server step, and the clients whose answers are in it.
 
     Attributes:
-        answered: clients whose answers the step waited for, including late and refused ones.
-        staleness: for each answer in the step, in the order of the sum, how many server steps were
-            taken while its client was working.
+        answered: clients whose answers the step waited for, including late and refused answers.
+        staleness: for each answer in the step, in the order of the sum, the number of server steps
+            that were taken while its client was working.
         late: clients of `answered` that missed the deadline.
-        spare: clients that were asked but not needed, because enough others were faster.
+        spare: clients that were asked but not needed, because enough other clients were faster.
         simulated_seconds: virtual time since the start of the run; None without delays.
     """
 
@@ -65,8 +67,8 @@ class ScheduleContext:
         clients: all clients that can be asked, in a fixed order.
         cohort: how many updates are in one server step, and how their clients are drawn.
         seed: seed of the delays and of public random draws.
-        draw_seed: of random draws that privacy depends on (Poisson sampling): the server's secret,
-            or the seed if it has none.
+        draw_seed: seed of random draws that must stay secret for privacy (Poisson sampling). This
+            is the server's secret, or `seed` if there is no secret.
         delays: how long clients take; None without a virtual clock.
     """
 
@@ -87,8 +89,8 @@ class ScheduleContext:
 class Scheduler(Protocol):
     """A running schedule.
 
-    For each server step call `begin`, then `ask`, `wait` and `take` in turn, then `end`; see
-    `look_ahead`.
+    For each server step call `begin`, then `ask`, `wait` and `take` in turn, then `end`. The
+    function `look_ahead` shows the order.
     """
 
     def begin(self, step: int) -> None:
@@ -100,23 +102,23 @@ class Scheduler(Protocol):
         ...
 
     def wait(self) -> list[Assignment]:
-        """Returns the tasks of which the next answer is to be received.
+        """Returns the tasks from which the next answer must come.
 
-        Empty if the step has all its answers.
+        The list is empty if the step has all its answers.
         """
         ...
 
     def take(self, assignment: Assignment) -> None:
-        """Notes that a task was answered, or that its answer will not come."""
+        """Stores that a task was answered, or that its answer will never come."""
         ...
 
     def end(self) -> tuple[Timing, dict[ClientId, str]]:
-        """Ends the step; returns its timing, and for each late client the reason."""
+        """Ends the step; returns its timing, and late client -> the reason."""
         ...
 
     @property
     def patience(self) -> float | None:
-        """Real seconds to wait for the next answer; None: no limit, as with a virtual clock."""
+        """Real seconds to wait for the next answer; None: no limit, for instance with delays."""
         ...
 
     @property
@@ -130,11 +132,11 @@ class Scheduler(Protocol):
 
 
 class Participation(Protocol):
-    """How often each client is asked in a run, by which privacy is planned and charged."""
+    """How often each client is asked in a run. Privacy is planned and charged for these numbers."""
 
     @property
     def composed_tasks(self) -> int:
-        """Number of tasks of one client that are composed when its noise is planned."""
+        """Number of tasks of one client that the accountant composes when noise is planned."""
         ...
 
     @property
@@ -143,7 +145,7 @@ class Participation(Protocol):
         ...
 
     def tasks(self, client: ClientId) -> int:
-        """Returns how often `client` is asked in the whole run at most."""
+        """Returns how often `client` may be asked in the whole run."""
         ...
 
     def asked(self, step: int) -> list[ClientId]:
@@ -152,21 +154,21 @@ class Participation(Protocol):
 
 
 class Schedule(Protocol):
-    """One row of the table of schedules: its settings."""
+    """Settings of a schedule, such as `Synchronous`."""
 
     @property
     def kind(self) -> str:
-        """Name of the row."""
+        """Name of the schedule in a recipe, such as "buffered"."""
         ...
 
     @property
     def one_model(self) -> bool:
-        """Whether all updates of a step start from one model and their clients are known before."""
+        """Whether all updates of a step start from one model, and the step's clients are known."""
         ...
 
     @property
     def timed(self) -> bool:
-        """Whether it depends on time, so a simulation needs `delays`."""
+        """Whether the schedule depends on time, so that a simulation needs `delays`."""
         ...
 
     @property
@@ -179,13 +181,18 @@ class Schedule(Protocol):
         ...
 
     def check(self, cohort: Cohort) -> None:
-        """Raises RecipeError if `cohort` does not fit this schedule's steps."""
+        """Checks that `cohort` fits the steps of this schedule.
+
+        Raises:
+            RecipeError: if it does not.
+        """
         ...
 
     def weight(self, staleness: int) -> float:
-        """Returns the factor on an update that is `staleness` steps old, from 0 to 1.
+        """Returns the factor, from 0 to 1, on an update that is `staleness` steps old.
 
-        With more than 1, a clipped update would exceed its clip norm, for which noise is planned.
+        A factor above 1 would make a clipped update longer than the clip norm for which the noise
+        is planned.
         """
         ...
 
@@ -194,7 +201,7 @@ class Schedule(Protocol):
         ...
 
     def open(self, context: ScheduleContext, state: Mapping[str, Tensor]) -> Scheduler:
-        """Starts a run (empty `state`), or resumes from what `Scheduler.state` returned."""
+        """Starts a run (empty `state`), or resumes it from a result of `Scheduler.state`."""
         ...
 
 
@@ -204,12 +211,13 @@ def look_ahead(
     """Simulates a run without training; returns the clients asked in each of `num_steps` steps.
 
     The result does not depend on data: clients are drawn by the seed, and delays decide who answers
-    first. A refused answer takes a place in its step like any other, so it changes nothing here.
+    first. A refused answer counts in its step like a used answer, so refusals change nothing here.
     """
     scheduler = schedule.open(context, {})
     asked: list[list[ClientId]] = []
     for step in range(1, num_steps + 1):
         scheduler.begin(step)
+        # A buffered schedule asks again after each answer, see below.
         names = [one.client for one in scheduler.ask()]
         while waiting := scheduler.wait():
             # As in a run with delays, where `wait` returns one task at a time.

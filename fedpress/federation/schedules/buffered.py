@@ -27,9 +27,9 @@ from fedpress.federation.schedules.base import (
 class Buffered(BaseModel):
     """FedBuff: `concurrency` clients work at any time; every `buffer` updates make a server step.
 
-    Nguyen et al. 2022 (arXiv:2106.06639), algorithm 1. When a client answers, another one is asked,
-    drawn from the clients that neither work nor are in the buffer. An update that is s steps old is
-    multiplied by (1 + s)^-staleness_exponent.
+    Nguyen et al. 2022 (arXiv:2106.06639), algorithm 1. When a client answers, the server asks
+    another client, which is drawn from those that neither work nor have an update in the buffer. An
+    update that is s steps old is multiplied by (1 + s)^-staleness_exponent.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -48,7 +48,7 @@ class Buffered(BaseModel):
 
     @property
     def one_model(self) -> bool:
-        """No: a client starts from the newest model when it is asked."""
+        """No: each client starts from the model that is the newest when it is asked."""
         return False
 
     @property
@@ -65,8 +65,8 @@ class Buffered(BaseModel):
         """Returns a cohort of `buffer` clients.
 
         Raises:
-            RecipeError: if the recipe also sets a cohort or a sampling, or there are too few
-                clients.
+            RecipeError: if the recipe also sets a cohort or a sampling, or if there are fewer
+                clients than places in the buffer.
         """
         if size is not None:
             raise RecipeError(
@@ -118,6 +118,7 @@ class Buffered(BaseModel):
 
     def plan_participation(self, context: ScheduleContext, num_steps: int) -> Participation:
         """See `Schedule`."""
+        # Who is asked depends on who answers first, so it can only be found by a simulation.
         return _SimulatedParticipation(look_ahead(self, context, num_steps))
 
     def open(self, context: ScheduleContext, state: Mapping[str, Tensor]) -> Scheduler:
@@ -131,16 +132,17 @@ class Buffered(BaseModel):
 class _BufferedScheduler:
     """The running buffered schedule.
 
-    A client in the buffer is not asked again before the server's step. There are three reasons:
+    A client whose update is in the buffer is not asked again before the server's step. There are
+    three reasons:
 
     - One client moves the sum of a step by at most one clipped update times a weight of at most 1.
       So the sensitivity is the clip norm, as in a synchronous round.
-    - Its next task starts from a newer model version, so the task has a new name.
-    - Between two checkpoints it answers at most once, so the two states that a client stores are
+    - The client's next task starts from a newer version of the model, so the task has a new name.
+    - The client answers at most once between two checkpoints, so the two states that it stores are
       enough to resume after a crash.
 
-    A refused answer fills a place in the buffer like any other: a failure depends on the client's
-    data, so it must not change which client is asked next.
+    A refused answer fills a place in the buffer like a used answer. A failure depends on the
+    client's data, so it must not change which client is asked next.
     """
 
     def __init__(self, settings: Buffered, context: ScheduleContext) -> None:
@@ -158,10 +160,10 @@ class _BufferedScheduler:
         self._taken = []
 
     def ask(self) -> list[Assignment]:
-        """Draws clients until `concurrency` are at work; none once the buffer is full."""
+        """Draws clients until `concurrency` clients work; draws none if the buffer is full."""
         new: list[Assignment] = []
-        # The buffer is full, so the model is about to change: a client that is asked now would
-        # start from the old one.
+        # If the buffer is full, the model is about to change: a client that is asked now would
+        # start from the old model.
         if not self._unfilled:
             return new
         busy = {one.client for one in [*self._working, *self._taken]}
@@ -181,8 +183,8 @@ class _BufferedScheduler:
         self._draws += 1
         clients = self._context.clients
         stream = private_stream(self._context.seed, "cohort", self._draws)
-        # Rejection sampling: it needs no list of idle clients, which may be thousands, and few
-        # clients are busy.
+        # Rejection sampling needs no list of the idle clients, of which there may be thousands. It
+        # is fast, because few clients are busy.
         while True:
             client = clients[int(stream.integers(len(clients)))]
             if client not in busy:
@@ -226,7 +228,7 @@ class _BufferedScheduler:
         return self._working
 
     def state(self) -> dict[str, Tensor]:
-        """Returns the clock, the number of draws, and the open tasks, with clients as indices."""
+        """Returns clock, number of draws and open tasks; clients are stored as indices."""
         places = {client: index for index, client in enumerate(self._context.clients)}
         clients = []
         tasks = []
@@ -244,7 +246,7 @@ class _BufferedScheduler:
         }
 
     def load_(self, state: Mapping[str, Tensor]) -> None:
-        """Restores what `state` returned."""
+        """Restores a result of `state`."""
         self._now = float(state["now"])
         self._draws = int(state["draws"])
         columns = [state[name].tolist() for name in ("clients", "tasks", "due")]
@@ -263,7 +265,7 @@ class _SimulatedParticipation:
 
     @property
     def composed_tasks(self) -> int:
-        """The tasks of the busiest client: there is no amplification, so every task counts."""
+        """Number of tasks of the busiest client: without amplification every task counts."""
         return self.max_tasks
 
     @property

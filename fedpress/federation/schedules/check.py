@@ -1,4 +1,4 @@
-"""Checks before the run that secure sum, downlink, noise and algorithm fit the schedule."""
+"""Checks before a run that secure sum, downlink, noise and algorithm work with the schedule."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from fedpress.federation.uplink import Uplink
 
 @dataclass(frozen=True)
 class Needs:
-    """The parts of a run that do not work with every schedule.
+    """Which parts a run has, of those that do not work with every schedule.
 
     Attributes:
-        secure: a secure sum, whose clients must be known before they answer.
+        secure: a secure sum; its clients must be known before they answer.
         downlink: the model is sent as a difference to each client's copy.
-        adaptive: the clip norm adapts to the updates' norms.
+        adaptive: the clip norm adapts to the norms of the updates.
         correlated: the noise is correlated over the steps.
         client_state: clients store a state of the algorithm.
-        hides_clients: noise on the sum hides whether a client was in it (client privacy).
+        hides_clients: noise on the sum hides whether a client took part (client privacy).
     """
 
     secure: bool = False
@@ -33,7 +33,7 @@ class Needs:
 
     @classmethod
     def of(cls, uplink: Uplink, downlink: Downlink | None, algorithm: Algorithm) -> Needs:
-        """Returns the needs of these parts."""
+        """Finds out which parts a run has; `downlink` is None if the model is sent uncoded."""
         return cls(
             secure=not uplink.aggregator.sees_updates,
             downlink=downlink is not None,
@@ -45,10 +45,10 @@ class Needs:
 
 
 def check_schedule(schedule: Schedule, needs: Needs) -> None:
-    """Checks that the parts of a run work with `schedule`.
+    """Checks that all parts of a run work with `schedule`.
 
     Raises:
-        RecipeError: if one of them does not.
+        RecipeError: if a part does not.
     """
     if not schedule.one_model:
         _check_many_models(schedule, needs)
@@ -77,10 +77,10 @@ def check_schedule(schedule: Schedule, needs: Needs) -> None:
 
 
 def _check_many_models(schedule: Schedule, needs: Needs) -> None:
-    """Refuses parts that need all clients of a step to start from one model, or to be known before.
+    """Refuses parts for which all clients of a step must be known, or start from one model.
 
     Raises:
-        RecipeError: naming the part and the reason.
+        RecipeError: if there is such a part; the error names the part and the reason.
     """
     reasons = {
         "secure": (

@@ -1,4 +1,4 @@
-"""The synchronous schedule: each round waits for its cohort; with deadline and over-selection."""
+"""The synchronous schedule: each round waits for its cohort, possibly only until a deadline."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0}
 
 
 def _seconds(value: object) -> object:
-    """Returns the seconds of text such as "5m"; anything else as it is, for pydantic to judge.
+    """Converts a text such as "5m" to seconds; returns anything else unchanged for pydantic.
 
     >>> _seconds("1.5h"), _seconds(60.0), _seconds("soon")
     (5400.0, 60.0, 'soon')
@@ -40,14 +40,14 @@ def _seconds(value: object) -> object:
 
 
 class Synchronous(BaseModel):
-    """A round sends the model to a cohort; the server steps when all answers have come.
+    """The server sends the model to a cohort, and takes a step when all answers have come.
 
     Attributes:
-        deadline: seconds after which the server stops waiting; "90s", "5m" and "2h" are read too.
-            Late clients are left out of the round and told to stop.
-        over_selection: factor on the number of clients that are asked. Example: 1.3 with a cohort
-            of 10 asks 13 and takes the first 10 answers (Bonawitz et al. 2019, arXiv:1902.01046,
-            section 2).
+        deadline: seconds after which the server stops waiting; also a text such as "90s", "5m" or
+            "2h". Late clients are left out of the round and told to stop. None: no deadline.
+        over_selection: factor on the number of clients that are asked. Example: with 1.3 and a
+            cohort of 10, the server asks 13 clients and takes the first 10 answers (Bonawitz et al.
+            2019, arXiv:1902.01046, section 2).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -79,7 +79,7 @@ class Synchronous(BaseModel):
         return self.over_selection > 1
 
     def cohort(self, size: int | None, population: int, sampling: str) -> Cohort:
-        """Returns a cohort of `size` clients; of all clients if None."""
+        """Returns a cohort of `size` clients (None: all clients)."""
         return Cohort(size or population, population, sampling)  # type: ignore[arg-type]
 
     def check(self, cohort: Cohort) -> None:
@@ -90,7 +90,7 @@ class Synchronous(BaseModel):
         return 1.0
 
     def drawn(self, cohort: Cohort) -> Cohort:
-        """Returns the cohort that is asked so that `cohort.size` answers can be taken."""
+        """Returns the cohort that is asked: larger than `cohort` with over-selection."""
         # Rounded up, so that any factor above 1 asks at least one client more.
         size = min(cohort.population, math.ceil(cohort.size * self.over_selection))
         return cohort if size == cohort.size else replace(cohort, size=size)
@@ -107,7 +107,7 @@ class Synchronous(BaseModel):
 class _SynchronousScheduler:
     """The running synchronous schedule.
 
-    Between `begin` and `end` a task is unsent, open (sent, not yet answered) or taken (answered).
+    Between `begin` and `end` a task is unsent, open (sent but not answered) or taken (answered).
     """
 
     def __init__(self, settings: Synchronous, context: ScheduleContext, now: float) -> None:
@@ -141,7 +141,7 @@ class _SynchronousScheduler:
     def _expected(self) -> list[Assignment]:
         """Returns the tasks whose answers will be taken, in the order of the cohort.
 
-        With delays they are known before: the fastest ones within the deadline.
+        With delays these tasks are known beforehand: they are the fastest within the deadline.
         """
         if self._context.delays is None:
             return list(self._asked)
@@ -152,7 +152,7 @@ class _SynchronousScheduler:
         return [one for one in self._asked if one in first]
 
     def ask(self) -> list[Assignment]:
-        """Returns the tasks of the cohort on the first call of a round, then nothing."""
+        """Returns all tasks of the cohort at the first call of a round, later an empty list."""
         unsent = self._unsent
         self._unsent = []
         return unsent
@@ -161,7 +161,8 @@ class _SynchronousScheduler:
         """Returns one task at a time, in the order of the cohort.
 
         So the sum has the same order in every run, and the server handles one answer at a time.
-        Over-selection without delays returns all open tasks, to take whichever answer comes first.
+        With over-selection and without delays it returns all open tasks, because the server then
+        takes the answers that come first.
         """
         if len(self._taken) >= self._wanted:
             return []
@@ -201,6 +202,7 @@ class _SynchronousScheduler:
         return timing, late
 
     def _late(self, one: Assignment) -> str:
+        """Returns the reason why a client is left out: when its answer would have come."""
         seconds = one.due - self._now
         return (
             f"late: its answer would have come after {seconds:.4g} s, and the deadline is "
@@ -220,7 +222,7 @@ class _SynchronousScheduler:
 
     @property
     def at_work(self) -> Sequence[Assignment]:
-        """No tasks: none is open between two rounds."""
+        """No tasks: between two rounds no task is open."""
         return []
 
     def state(self) -> dict[str, Tensor]:
@@ -233,7 +235,13 @@ class _SynchronousScheduler:
 
 @dataclass(frozen=True)
 class _RoundParticipation:
-    """Participation in synchronous rounds: a client is drawn at most once in `period` rounds."""
+    """Participation in synchronous rounds: a client is drawn at most once in `period` rounds.
+
+    Attributes:
+        drawn: the cohort that is asked in each round.
+        context: inputs of the schedule.
+        composed_tasks: number of rounds of the run.
+    """
 
     drawn: Cohort
     context: ScheduleContext
@@ -242,6 +250,7 @@ class _RoundParticipation:
     @property
     def max_tasks(self) -> int:
         """See `Participation`."""
+        # Only a cyclic cohort has a period above 1: other draws may ask a client in every round.
         return math.ceil(self.composed_tasks / self.drawn.period)
 
     def tasks(self, client: ClientId) -> int:
