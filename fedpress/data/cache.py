@@ -17,7 +17,7 @@ log = logger(__name__)
 
 
 def folder() -> Path:
-    """Returns `$FEDPRESS_CACHE`, or `~/.cache/fedpress`; it need not exist yet."""
+    """Returns the path `$FEDPRESS_CACHE` or `~/.cache/fedpress`; the folder need not exist."""
     given = os.environ.get("FEDPRESS_CACHE")
     return Path(given).expanduser() if given else Path.home() / ".cache" / "fedpress"
 

@@ -110,7 +110,7 @@ def _refuse_encoding(path: Path, encoding: str) -> None:
     """Checks that the file has this encoding.
 
     Raises:
-        DataError: if it has not. The error names the encoding that the file seems to have.
+        DataError: if the file has another encoding. The error names the likely encoding.
     """
     data = path.read_bytes()
     try:

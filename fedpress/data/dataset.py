@@ -201,7 +201,7 @@ def _check_like(where: str, arrays: Arrays, first: Arrays) -> None:
     """Checks that a part has the shapes and types of the `first` client, and finite features.
 
     Raises:
-        DataError: if it has not; the error names the part and what differs.
+        DataError: if a shape or type differs, or a feature is not finite; the error names the part.
     """
     several = isinstance(arrays.x, NamedInputs)
     allowed = [torch.uint8, torch.float32, torch.int64]

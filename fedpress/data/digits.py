@@ -12,7 +12,7 @@ from fedpress.data.examples import SourceRows
 
 
 def read_digits() -> SourceRows:
-    """Returns uint8 images [1797, 1, 8, 8]; the original's 0..16 are scaled to 0..255.
+    """Returns uint8 images [1797, 1, 8, 8]; their values 0..16 are scaled to 0..255.
 
     Source: UCI "Optical recognition of handwritten digits", Alpaydin and Kaynak 1998.
     """

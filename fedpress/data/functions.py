@@ -136,7 +136,7 @@ def _of_classes(
         if words:
             return number_classes(y, words, public, settings, where)
         names = _names_of_numbers(y, public, settings, where)
-        # A private row may have a higher number than all public ones.
+        # A private row may have a higher number than all public rows.
         known = torch.where(y < len(names), y, -1)
         return with_other_class(TargetRows.of_classes(known, names), settings, where)
 
@@ -146,7 +146,7 @@ def _of_classes(
 def _names_of_numbers(
     y: Tensor, public: Tensor, settings: DataSettings, where: str
 ) -> tuple[str, ...]:
-    """Returns the class names: those of the recipe, or "0" up to the highest public number."""
+    """Returns the class names of the recipe, or else the numbers up to the largest public one."""
     if settings.classes is not None:
         return settings.classes
     rows = rows_that_define_classes(public, len(y), settings, where)

@@ -39,7 +39,7 @@ class _RangeRecorder(fx.Interpreter):
             return value
 
         low, high = (float(v) for v in value.aminmax())
-        # The difference is checked, because that of two finite numbers may be infinite.
+        # The difference is checked, because two finite numbers may have an infinite difference.
         if not math.isfinite(high - low):
             self.not_finite.add(n)
         before = self.histograms.get(n, Histogram(low, high))

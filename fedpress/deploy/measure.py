@@ -61,8 +61,8 @@ def export_all(
             this_job = replace(job, batches=batches)
             try:
                 files[f"{name} {kind}"] = export(model, path, name, this_job).path
-            # A format that cannot hold the model must not prevent the measurement of the others,
-            # unless the user has asked for it.
+            # If a format cannot hold the model, the other formats are still measured, unless the
+            # user has asked for this format.
             except ExportError as error:
                 if formats is not None and kind == "float32":
                     raise

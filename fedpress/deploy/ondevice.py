@@ -189,7 +189,7 @@ def _check_trainable(trained: _Trained, example: tuple[Tensor, Tensor, Tensor]) 
             module.training = not isinstance(module, BatchNorm)
         training_logits = net(x)
         net.eval()
-        # The same first example beside other ones must have the same logits.
+        # The first example must have the same logits, whatever other examples are in the batch.
         among_others = net(torch.cat([x[:1], 3 * x[1:] + 1]))
     allowed = TOLERANCE * max(1.0, logits.abs().max().item())
     if (training_logits - logits).abs().max() > allowed:

@@ -42,7 +42,7 @@ def write_environment(
     *,
     device: torch.device | None = None,
 ) -> list[str]:
-    """Writes `environment.json`; for a resumed run, appends the facts that changed since its start.
+    """Writes `environment.json`; for a resumed run, appends what has changed since the start.
 
     Args:
         folder: folder of the run.
@@ -51,9 +51,9 @@ def write_environment(
         device: device of the stages; None: the default of `fedpress.training.device.find`.
 
     Returns:
-        Warnings for a resumed run. First, the weights will differ in their last bits from those of
-        an uninterrupted run, because the processor, the number of threads or a version has changed.
-        Second, files with the records of earlier rounds are missing.
+        Warnings for a resumed run. There are two kinds. First: the processor, the number of threads
+        or a version has changed, so the last bits of the weights will differ from an uninterrupted
+        run. Second: the file with the records of earlier rounds is missing.
     """
     path, now = folder.path / "environment.json", environment(command, device)
     warnings: list[str] = []

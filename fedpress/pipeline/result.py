@@ -80,8 +80,8 @@ def replace_simulated_metrics_(stages: Sequence[Stage], lines: Sequence[dict[str
         if not (stage.reports_artifact and simulated and line.get(task.primary) is not None):
             continue
         assert source is not None
-        # `setdefault`: a second export must not replace the simulated value by that of the first
-        # file.
+        # `setdefault`: at a second export, the value here is already that of the first file, and
+        # must not replace the simulated value.
         source.setdefault(f"{task.primary}_simulated", source[task.primary])
         source.update({key: line[key] for key in task.keys if key in line})
 

@@ -100,12 +100,12 @@ def _stages(
             done = yield from _do(
                 stage, replace(state, facts={}), place, key, records, results[-1:]
             )
-        # The next stage gets the saved model and not the one in memory. So a resumed run has the
+        # The next stage gets the saved model, not the model in memory. So a resumed run has the
         # same model, bit for bit.
         spec, model = place.load()
         before = state
         # `score` is the main metric of the model. An export stage measures its file and not the
-        # model, so the score stays that of the stage before.
+        # model, so the score of the stage before is kept.
         of_model = not (stage.reports_artifact or stage.repeats_measurements)
         score = done.result.get(data.task.primary) if of_model else state.score
         state = replace(state, spec=spec, model=model, ledger=_ledger(done), score=score)
@@ -144,7 +144,7 @@ def _do(
     records: int,
     last: Sequence[dict[str, Any]],
 ) -> Generator[Event, None, Done]:
-    """Runs one stage from its last checkpoint, measures the model, and saves model and facts.
+    """Runs one stage from its last checkpoint, measures the model, and saves model and results.
 
     Args:
         stage: the stage.

@@ -59,7 +59,8 @@ class VariantStarted:
 
     Attributes:
         variant: the variant.
-        events: its events. The variant runs while the caller iterates over them, to the last one.
+        events: the events of the variant. The variant runs while the caller iterates over them. The
+            caller must iterate to the last event.
         notes: warnings about a resumed variant, for example that its processor has changed.
     """
 
@@ -374,8 +375,8 @@ def pareto(points: Sequence[tuple[float, float]]) -> list[int]:
     >>> pareto([(2.0, 0.9), (1.0, 0.8), (3.0, 0.85)])
     [1, 0]
     """
-    # After sorting by cost, a point is on the front if its value is above those of all cheaper
-    # points. Of equal costs, the highest value comes first.
+    # After sorting by cost, a point is on the front if its value is higher than the values of all
+    # cheaper points. Of points with equal costs, the highest value comes first.
     order = [at for at, pair in enumerate(points) if not any(math.isnan(x) for x in pair)]
     order.sort(key=lambda at: (points[at][0], -points[at][1]))
     kept: list[int] = []

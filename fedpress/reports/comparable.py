@@ -15,11 +15,11 @@ FORMATS = {
 
 
 def changing_stages(stages: list[Json]) -> list[Json]:
-    """Returns the stages without those of kind "measure".
+    """Returns all stages that are not of kind "measure".
 
     If every stage is of kind "measure", all are returned.
     """
-    # A measure stage does not change the model: its line repeats the numbers of the one before.
+    # A measure stage does not change the model. Its result repeats the numbers of the stage before.
     changing = [stage for stage in stages if stage.get("kind") != "measure"]
     return changing or stages
 
@@ -34,7 +34,7 @@ def examples_of(stage: Json) -> int | None:
 def same_test_set(one: Json, other: Json) -> bool:
     """Returns whether two stages were measured on equally many test examples."""
     # All stages of one run have the same test set. A model that was loaded from another run may
-    # have been measured on another one; only a different number of examples shows that.
+    # have been measured on another test set. Only a different number of examples shows this.
     return examples_of(one) == examples_of(other)
 
 
@@ -47,8 +47,8 @@ def common_examples(stages: list[Json]) -> int | None:
 def exported_format(stage: Json) -> str:
     """Returns the format of a stage's exported file, such as "ONNX"; "" if it exported none.
 
-    An exported file has the network's operations and its weights, so its size must not be compared
-    with that of a file of weights alone.
+    An exported file contains the network's operations and its weights. So its size must not be
+    compared with the size of a file that contains only weights.
 
     >>> exported_format({"format": "onnx", "artifact": "artifacts/model.onnx"}), exported_format({})
     ('ONNX', '')

@@ -43,7 +43,7 @@ def _metric_rows(before: Json, after: Json) -> list[list[str]]:
         if word.key == "loss" or (shown.value(before) is None and shown.value(after) is None):
             continue
         title, change = shown.title, ""
-        # The number of examples is that of all metrics, so it is shown once.
+        # All metrics are measured on the same examples, so their number is shown once.
         if at == 0:
             title += _sample_size(before, after)
             change = _change(shown, before, after)

@@ -46,7 +46,8 @@ def _far(last: Json) -> str:
 
 def _seconds(steps: list[Json]) -> object:
     """Returns the seconds that a stage has taken so far."""
-    # The record of an epoch has the time since the stage began, that of a round the round's own.
+    # The record of an epoch has the time since the stage began. The record of a round has the time
+    # of this round.
     if "epoch" in steps[-1]:
         return steps[-1].get("seconds")
     known = units.numbers(steps, "seconds")
@@ -230,7 +231,7 @@ def _file_row(stage: Json) -> list[str]:
 
 
 def _runtime_row(stage: str, record: Json) -> list[str]:
-    # The first timing is that of the smallest batch.
+    # The first timing is for the smallest batch.
     first: Json = next(iter(record.get("timings", ())), {})
     return [
         stage,

@@ -28,7 +28,7 @@ BELOW = 42.0  # pixels for the ticks and the title of the lower axis
 
 
 def svg(figure: Figure, name: str) -> Markup:
-    """Returns the figure as inline SVG, once for each width; CSS shows the one that fits.
+    """Returns the figure as inline SVG, drawn once for each width; CSS shows the fitting picture.
 
     Args:
         figure: what to draw.

@@ -98,8 +98,8 @@ def _shared_labels(x: list[float], y: list[float], names: list[str]) -> list[str
     >>> _shared_labels([100.0, 40.0, 40.5], [90.0, 80.0, 80.1], ["train", "prune", "tune"])
     ['train', 'prune\ntune', '']
     """
-    # Closer than 5% of the width or 8% of the height, two labels would overlap. The axis of x
-    # begins at 0, that of y need not. 1e-9: all y may be equal.
+    # Two labels overlap if they are closer than 5% of the width and 8% of the height. The x-axis
+    # begins at 0; the y-axis need not. 1e-9 is added because all y may be equal.
     near_x, near_y = 0.05 * max(x), 0.08 * (max(y) - min(y)) + 1e-9
     labels = [""] * len(names)
     for at, name in enumerate(names):

@@ -232,7 +232,7 @@ def _latency_in(runtime: str, measured: list[Json]) -> Tile | None:
 def _privacy(federated: list[Json]) -> Tile | None:
     if not federated:
         return None
-    # One stage without privacy makes the epsilon of the others meaningless for the network.
+    # If one stage has no privacy, the epsilon of the other stages says nothing about the network.
     if not all_private(federated):
         return Tile("none", "privacy spent, ε", "no differential privacy")
     last = federated[-1]

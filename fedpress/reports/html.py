@@ -1,4 +1,4 @@
-"""Writes a run folder as one HTML page that needs no network, script library or other file."""
+"""Writes the report of a run as one HTML page, which needs no network, library or other file."""
 
 from __future__ import annotations
 

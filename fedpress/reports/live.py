@@ -1,4 +1,4 @@
-"""Collects what the page of a running run shows: its stages, rounds, clients and curves."""
+"""Collects what the page of a run in progress shows: its stages, rounds, clients and curves."""
 
 from __future__ import annotations
 
@@ -93,8 +93,8 @@ def live(folder: Path, *, report: str = "", now: float | None = None) -> Live:
     steps = list(records_by_stage(run.records))
     state = _state(run)
     page = Live(run.name, state, _said(run, state), drawn=drawn)
-    # Damaged files may hold any JSON value in any place, which no check could list: a part that
-    # cannot be drawn from them is left out, and the others stay.
+    # Damaged files may have any JSON value in any place, so checks could not find all damage. A
+    # part of the page that cannot be made is left out; the other parts stay.
     draw = _Careful(notes)
     return replace(
         page,
@@ -217,7 +217,7 @@ def _tiles(run: Run, steps: list[list[Json]], presence: PresenceNow | None) -> l
     found: list[Tile | None] = []
     begun = steps[-1] if steps else []
     last: Json = begun[-1] if begun else {}
-    # The newest records may be those of a stage that has ended.
+    # The newest records may belong to a stage that has ended.
     if last and last.get("stage") == len(run.stages):
         found.append(_step_tile(begun))
     shown = MetricFormat.of(run.records)
@@ -247,7 +247,8 @@ def _seconds_left(steps: list[Json], word: str, planned: float | None) -> float 
     seconds = units.numbers(steps[-RECENT:], "seconds")
     if done is None or planned is None or not seconds or done <= 0 or done >= planned:
         return None
-    # The record of an epoch has the time since the stage began, that of a round the round's own.
+    # The record of an epoch has the time since the stage began. The record of a round has the time
+    # of this round.
     each = seconds[-1] / done if word == "epoch" else sum(seconds) / len(seconds)
     return each * (planned - done)
 

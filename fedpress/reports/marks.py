@@ -64,8 +64,8 @@ def _alone(places: Sequence[Place], at: int) -> bool:
 
 def _point(series: Series, at: int, place: tuple[float, float], *, shown: bool) -> Markup:
     """Returns the circle of one point; if it is not `shown`, it is invisible but has a tooltip."""
-    # Single points and labelled ones are what the figure shows, so they are larger than the points
-    # of a line.
+    # Single points and points with labels are drawn larger than the points of a line, because they
+    # are the content of the figure.
     radius = 2.7 if series.marked else 1.0
     if series.kind in ("points", "steps") or series.labels:
         radius = 5.0

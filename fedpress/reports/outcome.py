@@ -126,7 +126,7 @@ def _file(stages: list[Json]) -> str:
     last = written[-1]
     kind = exported_format(last) or "packed"
     size_text = f"the {kind} file has {units.size(last.get('file_bytes'))}"
-    # A packed file is unpacked before it runs: its latency is that of the model in torch.
+    # A packed file is unpacked before it runs, so its latency is the latency in torch.
     if not exported_format(last) or units.number(last.get("latency_ms")) is None:
         return size_text
     latency = units.milliseconds(last.get("latency_ms"))
@@ -150,7 +150,7 @@ def progress(run: Run) -> str:
     for steps in records_by_stage(run.records):
         last = steps[-1]
     begun = last.get("stage")
-    # These records may be those of the last finished stage: a stage such as export writes none.
+    # These records may belong to the last finished stage: some stages, such as export, write none.
     if not isinstance(begun, int) or begun < done:
         return f"So far {ended}."
     name = name_of(last)

@@ -195,7 +195,7 @@ def line(
 def bars(
     name: str, x: Numbers, y: Numbers, *, color: Color = "blue", unit: str = "", across: str = ""
 ) -> Series:
-    """Returns vertical bars; the arguments are those of `line`."""
+    """Returns vertical bars; the arguments are the same as for `line`."""
     return Series("bars", name, x, y, color, _hover(name, x, y, unit, across))
 
 

@@ -111,7 +111,8 @@ def protections(stages: list[Json]) -> list[Protection]:
 def all_private(stages: list[Json]) -> bool:
     """Returns whether every federated stage has a finite epsilon.
 
-    Only then does the last stage's epsilon, which includes the earlier ones, hold for the network.
+    Only then does the last stage's epsilon hold for the network. This epsilon includes all earlier
+    stages.
     """
     federated = [stage for stage in stages if stage.get("kind") == "federate"]
     return all(units.number(stage.get("epsilon")) is not None for stage in federated)

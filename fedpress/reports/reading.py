@@ -80,8 +80,8 @@ def records_by_stage(records: list[Json]) -> Iterator[list[Json]]:
     for _, group in groupby(sorted(records, key=_stage), key=_stage):
         steps: dict[tuple[Any, ...], Json] = {}
         for at, record in enumerate(group):
-            # A run that was killed and resumed repeats its last epoch or round: the record of the
-            # repetition replaces the first one.
+            # A run that was killed and resumed repeats its last epoch or round. The second record
+            # then replaces the first record.
             steps[_step(record, at)] = record
         yield list(steps.values())
 

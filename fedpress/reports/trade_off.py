@@ -260,7 +260,7 @@ def _series(
 
 
 def _first_label(point: Point, page: Json) -> str:
-    """Returns the label of a variant's first stage, such as "first: dense"; "" for later ones."""
+    """Returns the label of a variant's first stage, such as "first: dense"; for other stages ""."""
     stages = next(v["stages"] for v in page["variants"] if v["name"] == point.variant)
     return f"first: {point.stage.get('name') or '?'}" if point.stage is stages[0] else ""
 

@@ -1,4 +1,4 @@
-"""Serves a page about a running run, for browsers on this machine only, and keeps it up to date."""
+"""Serves a page about a run in progress to browsers on this machine, and keeps it up to date."""
 
 from __future__ import annotations
 

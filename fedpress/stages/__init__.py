@@ -1,1 +1,1 @@
-"""The stages of a recipe, a table: one settings class with `kind`, `check` and `run` each."""
+"""The kinds of stages of a recipe: each is a settings class with methods `check` and `run`."""

@@ -25,9 +25,9 @@ class Stage:
     below, so each has a default.
 
     Attributes:
-        changes_model: whether the model after the stage differs from the one before it.
-        reports_artifact: whether the result has the accuracy, size and latency of the file that the
-            stage wrote for a device, instead of those of the torch model.
+        changes_model: whether the stage changes the model.
+        reports_artifact: whether accuracy, size and latency in the result are measured on the file
+            that the stage wrote for a device, and not on the torch model.
         repeats_measurements: whether the result has the accuracy and costs of the previous stage's
             result, because this stage does not change the model.
         simulates_device: whether torch only simulates what a device will compute, as after

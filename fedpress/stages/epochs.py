@@ -35,7 +35,7 @@ def epoch_milestone(
         epoch: number, loss and validation score of the epoch.
         more: text after the note.
         before: text before the note.
-        **facts: further entries of the record.
+        **facts: further entries of the record, such as the size of images.
     """
     record = {
         "epoch": epoch.epoch,

@@ -247,7 +247,7 @@ def _metadata(state: State) -> dict[str, str]:
 def difference_in_words(
     apart: float, task: Task, file: float | None, model: float | None, *, simulated: bool
 ) -> str:
-    """Returns a sentence on how far the file differs from the model; "" if it differs too little.
+    """Returns a sentence on how the file differs from the model; "" if the difference is small.
 
     Args:
         apart: relative error of the outputs, |file - model| / |model|.

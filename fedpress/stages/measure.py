@@ -1,4 +1,4 @@
-"""The measure stage: latency and memory in every installed runtime, as float and as int8."""
+"""The measure stage: measures latency and memory in every installed runtime, in float and int8."""
 
 from __future__ import annotations
 

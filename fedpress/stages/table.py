@@ -1,4 +1,4 @@
-"""The table of stages: a row for each kind. The classes are imported when they are first used."""
+"""The table of stages, with a row for each kind; a class is imported when it is first used."""
 
 from __future__ import annotations
 

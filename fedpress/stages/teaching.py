@@ -186,7 +186,7 @@ def _teacher(where: str, state: State) -> nn.Module:
 
     Raises:
         RecipeError: if there is no such teacher.
-        TrainingError: if classes or inputs of the teacher differ from those of the data.
+        TrainingError: if classes or inputs of the teacher differ from the data.
         ModelError: if the teacher's files are corrupt.
     """
     if where == "before":

@@ -1,4 +1,4 @@
-"""Masks of the weights that earlier stages have set to zero; later stages must keep these zeros."""
+"""Masks of the weights that earlier stages have set to zero, and that must stay zero."""
 
 from __future__ import annotations
 

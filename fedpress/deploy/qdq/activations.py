@@ -101,8 +101,8 @@ class IntegerOperations:
 
     Attributes:
         operations: the operations.
-        read: the values that one of them reads, directly or through operations that only move or
-            clip values.
+        read: the values that these operations read, directly or through operations that only move
+            or clip values.
     """
 
     operations: set[fx.Node]
@@ -227,7 +227,7 @@ def _weights(layers: QuantizedLayers) -> set[fx.Node]:
 
 
 def _reads_integers(node: fx.Node, integer: Collection[fx.Node]) -> bool:
-    """Returns whether at least one operand of `node` is an integer, and the others are cheap.
+    """Whether at least one operand of `node` is an integer, and all other operands are cheap.
 
     Constants are cheap to quantize. So are small operands that are broadcast, such as one number
     for each channel.

@@ -145,7 +145,7 @@ class ChosenData:
     ) -> tuple[int, dict[str, Any]]:
         """Returns the seed of the recipe, and its table `[data]`.
 
-        If the data are those of the run that wrote the model, the seed is that run's seed. So the
+        If the user gives no data, data and seed are taken from the run that wrote the model. So the
         test set is the same, and has no example that the model was trained on.
 
         Args:

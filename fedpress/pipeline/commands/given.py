@@ -51,7 +51,7 @@ def in_memory(
             by the names of forward's arguments; a pair (inputs, labels [n]); a Dataset or
             DataLoader of inputs or of pairs.
         preprocess: standardisation of the network's inputs.
-        class_names: names of the model's classes, if it has any.
+        class_names: names of the model's classes, if the model has classes.
         model: the model. The number of classes is at least its number of outputs, since a small
             data set may lack a class. If the model refuses int64 inputs, the inputs are converted
             to floats.

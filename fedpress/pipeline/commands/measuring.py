@@ -119,7 +119,7 @@ class Inputs:
         """Checks the argument `input_shape=` and converts it.
 
         Raises:
-            ModelError: if it is not a shape or a list of shapes.
+            ModelError: if `input_shape` is not a shape or a list of shapes.
         """
         several = several_shapes(input_shape)
         return cls(several, one_shape(input_shape) if several is None else None)
@@ -218,7 +218,7 @@ def _is_exported(path: Path) -> bool:
 def _entry_of_file(file: Path, name: str, inputs: Inputs) -> Entry:
     """Makes the entry of an exported file.
 
-    If the file is in a run folder, parameters and MACs are those of the run's model.
+    If the file is in a run folder, parameters and MACs are counted in the model of the run.
     """
     near = _model_beside(file)
     takes = inputs.example() or _given(near[0] if near else None, name, inputs.shape)
@@ -228,7 +228,7 @@ def _entry_of_file(file: Path, name: str, inputs: Inputs) -> Entry:
 def _entry_of_model(
     spec: ModelSpec, model: nn.Module, name: str, inputs: Inputs, path: Path | None
 ) -> Entry:
-    """Makes the entry of a model. If `path` is a packed file, the size is that of this file."""
+    """Makes the entry of a model. If `path` is a packed file, the entry has the file's size."""
     takes = inputs.example() or _given(spec, name, None)
     size = path.stat().st_size if path and path.is_file() else storage.file_bytes(spec, model)
     return Entry(model, takes, *_counts(model, takes), file_bytes=size)

@@ -70,7 +70,8 @@ def _mistake(error: Any, place: str, recipe: type[BaseModel]) -> RecipeError:
     """Converts one error of pydantic.
 
     Args:
-        error: the error. If one of our own checks raised it, it holds a `SettingError`.
+        error: the error. It contains a `SettingError` if a check of fedpress has failed, and not a
+            check of pydantic.
         place: where the mistake is, such as `recipe.stage[1]`.
         recipe: the settings class.
     """

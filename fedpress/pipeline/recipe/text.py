@@ -251,7 +251,7 @@ def anchor_(tree: dict[str, Any], folder: Path) -> None:
 
     Args:
         tree: the recipe as dictionaries.
-        folder: folder that the paths are relative to, such as that of the recipe file.
+        folder: folder that the paths are relative to, such as the folder of the recipe file.
     """
     stages = tree.get("stage")
     places = [(tree.get("data"), "path")]

@@ -1,1 +1,1 @@
-"""The federate stage: settings, planned privacy, both sides, and the rounds."""
+"""The federate stage: trains a model in rounds over clients that keep their data."""

@@ -43,7 +43,7 @@ def bind_deployed(
             which clients store nothing either.
 
     Raises:
-        TrainingError: if no client accepts; it contains the first refusal.
+        TrainingError: if no client accepts; the error contains the first refusal.
         RecipeError: if a setting does not fit.
         PrivacyError: if the budget cannot be kept.
     """
@@ -73,8 +73,8 @@ def bind_deployed(
     memory = memories_of(common, [], folder)[1]
     stored = load_json(memory, POPULATION)
     population = Population.from_json(stored["json"]) if stored else None
-    # Random, and stored with the population. A stage that starts from the first round is another
-    # session, so that clients do not confuse its requests with those of the earlier one.
+    # Random, and stored with the population. A stage that starts again from the first round gets
+    # another session, so that clients do not confuse its requests with earlier requests.
     session = str(stored.get("session") or secrets.token_hex(8))
     transport = network.open(session, None if population is None else population.names)
     header: dict[str, JSON] = {"stage": stage.name, "trial": folder is None}

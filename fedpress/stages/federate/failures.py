@@ -129,7 +129,8 @@ class Failures:
             of += row[2]
             variance += row[3]
             noise = math.sqrt(variance)
-            # One count has less noise than the sum of both, so it may show a stop earlier.
+            # One count has less noise than the sum of the two counts, so it may show earlier that
+            # the run must stop.
             if _all(max(not_finite, failed), of, noise):
                 return True
             if _all(not_finite + failed, of, math.sqrt(2) * noise):

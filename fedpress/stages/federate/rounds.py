@@ -1,4 +1,7 @@
-"""Runs the rounds of a federate stage; each round is charged to the ledger, run and evaluated."""
+"""Runs the rounds of a federate stage; each round is charged to the ledger, run and evaluated.
+
+The ledger is the list of all privacy costs of a run. Epsilon is computed from it.
+"""
 
 from __future__ import annotations
 

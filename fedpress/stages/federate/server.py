@@ -101,7 +101,7 @@ class ServerSide:
             agreed = Traffic(_bytes_if_all_agree(contract), agreed.down)
         set_up = (earlier or Traffic()) + registered + agreed
         side = cls(common, contract, transport, started, secret, set_up)
-        # Some may refuse: the rounds go on without them, as if they had dropped out.
+        # If only some clients refuse, the rounds go on without these clients.
         if len(refused) == len(contract.population):
             name = contract.population.names[0]
             raise RecipeError(

@@ -214,7 +214,8 @@ class FederateSettings(LocalSettings, ReadsOldKeys):
         description="draw the keys of a secure sum from the operating system; by default they "
         "follow from the seed",
     )
-    # Only the others' noise counts for privacy, so a larger share means more noise per client.
+    # The noise of clients that drop out is missing in the sum. So with a larger share each client
+    # must add more noise.
     max_dropout: float = Field(
         1 / 3,
         ge=0,
@@ -241,7 +242,7 @@ class FederateSettings(LocalSettings, ReadsOldKeys):
             return self
         kind = self.algorithm.kind
         for key, unset in (("server", Average()), ("proximal_mu", 0.0)):
-            # A value equal to the default cannot be told from a missing one, and changes nothing.
+            # A key that is set to its default looks like a missing key, and changes nothing.
             if getattr(self, key) == unset:
                 continue
             if key in type(self.algorithm).model_fields:

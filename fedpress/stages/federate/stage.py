@@ -56,7 +56,7 @@ class FederateStage(FederateSettings, Stage):
         return self.privacy is not None
 
     def check(self, state: State) -> tuple[State, dict[str, Any]]:
-        """Plans codecs, privacy and schedule; the facts contain bytes, noise and epsilon.
+        """Plans codecs, privacy and schedule; returns also the bytes, the noise and epsilon.
 
         Raises:
             RecipeError: if settings do not fit together.
@@ -107,7 +107,7 @@ class FederateStage(FederateSettings, Stage):
         return replace(state, ledger=ledger), facts
 
     def _counts(self, server: ServerSide) -> dict[str, Any]:
-        """Returns facts about the clients' numbers of examples, if these are public."""
+        """Returns the range of the clients' numbers of examples, if these numbers are public."""
         if server.population.examples is None:
             return {}
         counts = server.population.counts.values()

@@ -1,1 +1,1 @@
-"""The l0 stage: settings, and the training with gates."""
+"""The l0 stage: learns which weights or channels are needed, by training random gates."""

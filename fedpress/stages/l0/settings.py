@@ -67,7 +67,8 @@ class L0Settings(TrainSettings):
                 place="epochs",
                 cure=("give ", Argument("epochs", 10)),
             )
-        # Both settings return weights other than the last ones, which the final gates belong to.
+        # With `patience` or `ema` the training returns other weights than those of the last step.
+        # The final gates fit only the weights of the last step.
         if self.patience:
             raise SettingError(
                 "early stopping could return weights from before the density is reached",

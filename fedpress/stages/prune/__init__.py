@@ -1,1 +1,1 @@
-"""The prune stage: its settings, and the work in steps that can be resumed."""
+"""The prune stage: removes whole channels, in one or several cuts."""

@@ -356,8 +356,8 @@ class PruneWork:
     def losses(self) -> Iterator[Tensor]:
         """Yields losses of public examples, from which scores are computed.
 
-        Each loss is that of a batch, or of a single example if the score needs this. The Fisher
-        information, for example, is a sum of squared gradients of single examples.
+        Usually there is one loss for each batch. Some scores need one loss for each example: the
+        Fisher information is a sum of squared gradients of single examples.
         """
         assert self.public is not None
         # The gradient of a batch is a sum, from which gradients of single examples cannot be found.
@@ -441,7 +441,7 @@ def _changes(plans: Sequence[PruningPlan]) -> list[JsonValue]:
     first = {layer.name: layer.before for layer in plans[0].layers}
     changes: list[JsonValue] = []
     for layer in plans[-1].layers:
-        # A layer that only the last plan prunes is not in the first one.
+        # A layer that only the last plan prunes is not in the first plan.
         before = first.get(layer.name, layer.before)
         changes.append({"name": layer.name, "before": before, "after": layer.after})
     return changes

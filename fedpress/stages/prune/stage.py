@@ -135,11 +135,11 @@ class PruneStage(PruneSettings, Stage):
         facts: dict[str, Any] = {
             "kept_parameters": work.plans[-1].parameters_after / state.dense,
             "parity_error": work.error,
-            # From the first plan: later ones list the same layers.
+            # From the first plan, because later plans list the same layers.
             "whole_layers": dict(work.plans[0].unprunable),
             "restored_examples": work.restored,
         }
-        # After an approximate cut its own facts are shown, such as the larger parity error.
+        # An approximate cut has results of its own, such as a larger parity error.
         inexact = dict(work.inexact)
         notes = {**_notes(state, work.plans), **inexact.pop(DIFFERENCES, {})}
         left = inexact.pop("left", {})

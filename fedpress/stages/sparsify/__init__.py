@@ -1,1 +1,1 @@
-"""The sparsify stage: settings, masks, and a training in which pruned weights stay zero."""
+"""The sparsify stage: sets single weights to zero, and trains the other weights."""

@@ -1,4 +1,4 @@
-"""The sparsify stage: sets the least important weights to zero, and can train the others."""
+"""The sparsify stage: sets the least important weights to zero, and can train the other weights."""
 
 from __future__ import annotations
 
@@ -33,11 +33,12 @@ class SparsifyStage(SparsifySettings, Stage):
     - "one-shot" prunes before the first epoch.
     - "gradual" prunes in steps from `begin` to `until` of the training; the density follows a cubic
       function (Zhu & Gupta 2017, arXiv:1710.01878).
-    - "rewind" repeats `rounds` times: train for `epochs`, prune, reset the remaining weights to
-      those of epoch `rewind_to`. Then it trains a last time (lottery tickets, Frankle et al. 2020,
-      arXiv:1912.05671).
-    - "rigl" prunes before the first epoch. Until `until` of the training it replaces the smallest
-      weights by pruned ones with large gradients (Evci et al. 2020, arXiv:1911.11134).
+    - "rewind" repeats three steps `rounds` times: train for `epochs`; prune; reset the remaining
+      weights to their values at epoch `rewind_to`. Then it trains a last time (lottery tickets,
+      Frankle et al. 2020, arXiv:1912.05671).
+    - "rigl" prunes before the first epoch. In the first part of the training (until the share
+      `until`), it replaces the smallest weights by pruned weights with large gradients (Evci et al.
+      2020, arXiv:1911.11134).
     """
 
     several_inputs: ClassVar = True
@@ -93,8 +94,8 @@ class SparsifyStage(SparsifySettings, Stage):
         yield from drive(work, folder)
         model = work.fit.result_()
         apply_masks_(work.weights.chosen, work.masks)
-        # Usually the training has updated the batch-norm statistics. Not if there was none, and
-        # with `ema` the averaged statistics are not those of the averaged weights.
+        # Usually the training has updated the batch-norm statistics. Without training it has not.
+        # And with `ema` the averaged statistics do not belong to the averaged weights.
         if self.ema or not self.epochs:
             work.restore_norms_()
         layers: list[JsonValue] = []

@@ -105,7 +105,7 @@ class MaskedTraining:
             self.schedule_(0)
         watching = self.movement.recording() if self.movement else nullcontext()
         with watching:
-            # `rewind_to` may be 0: then the state before the training is the one to store.
+            # If `rewind_to` is 0, the state before the training must be stored.
             self.note_epoch_()
             while True:
                 yield from self.train_()
@@ -114,7 +114,7 @@ class MaskedTraining:
                 self.round += 1
                 last = self.rounds - 1
                 start = density_of(self.allowed)
-                # The trained weights are scored, and only then reset to the early ones.
+                # The trained weights are scored first. Then they are reset to the early weights.
                 self.cut_(iterative_density(self.round, last, start=start, end=self.density))
                 self.fit.load_(self.early)
                 self.keep_(self.masks)
@@ -179,10 +179,10 @@ class MaskedTraining:
             step: number of the training step, for the random batch.
         """
         chance = public_stream(self.seed, "regrow", step)
-        # A new batch: that of the last training step is not known here.
+        # A new batch, because the batch of the last training step is not known here.
         index = chance.integers(len(self.data.public), self.stage.batch_size)
         values = [w.value for w in self.weights.chosen]
-        # Gradients of all entries, because the training computes none for pruned ones.
+        # The training computes no gradients for pruned entries, so all gradients are computed here.
         with differentiable(self.fit.model, values, batch_statistics=True):
             losses = self._losses(self.data.public.take(index), len(index))
             steep = gradients(losses, self.weights.chosen)
@@ -216,7 +216,7 @@ class MaskedTraining:
         """Recomputes the statistics of batch norms on public examples.
 
         With `ema` (averaged weights) the old statistics are partly from before the last cut.
-        Without training they are those of the dense network.
+        Without training they belong to the dense network.
         """
         if has_batch_norm(self.fit.model) and len(self.data.public):
             drawn = draw_calibration(self.source, self.stage.calibration, self.seed)
