@@ -148,6 +148,7 @@ def show_keys(words: Sequence[str], *, of_stage: bool = False) -> None:
     from fedpress.cli import terminal
     from fedpress.pipeline import recipe as recipes
 
+    # Before anything is printed: a word that is no table raises an error here.
     tables = recipes.key_tables(words)
     if of_stage:
         asked = set(words)

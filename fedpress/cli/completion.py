@@ -58,6 +58,7 @@ def recipes(incomplete: str) -> Completions:
 
 def recipes_or_tables(context: typer.Context, incomplete: str) -> Completions:
     """Returns recipes; after `--keys` the names of the tables whose keys can be listed."""
+    # typer has parsed the words before this one, so it knows whether `--keys` was given.
     if not context.params.get("list_keys"):
         return recipes(incomplete)
     words = dict.fromkeys(key.name.removeprefix("stage.").partition(".")[0] for key in keys())
@@ -135,6 +136,7 @@ def _fitting(found: Iterable[Key], incomplete: str, before: Sequence[str] | None
         before: the words before it. Bash splits `key=value` into three words and completes only
             the last one.
     """
+    # zsh and fish pass `key=value` as one word, other than bash (see `before`).
     name, equals, value = incomplete.partition("=")
     beginning = f"{name}=" if equals else ""
     *_, last_but_one, last = "", "", *(before or ())

@@ -71,6 +71,7 @@ def init(
     # Here and below: imported inside the command, so that other commands start fast.
     from fedpress.network import folders
 
+    # Names are made here, so that the messages below can list them.
     names = _names(clients)
     folders.init(out, names, host, port)
     typer.echo(f"made {out}:")
@@ -241,6 +242,7 @@ def _open(
             address = Address(LOOPBACK, port)
             superlink = SuperLink(address, home)
             return ServerLink(address, superlink.secret, superlink=superlink).open()
+        # Read first: these errors name the wrong file and a cure, those of Flower do not.
         found = ServerFolder.read(folder)
         # localhost: the server connects to its own SuperLink; clients use the configured name.
         own = found.path
@@ -295,6 +297,7 @@ def _serve(
     network.gather()
     with terminal.waiting(out_stream, "checking that everything fits together"):
         check_recipe(begun.recipe, data, network)
+    # Only now: a run folder must not be left behind if the clients do not come.
     folder, notes = begun.start(shlex.join(["fedpress", *sys.argv[1:]]), exit_stack)
     warn(notes)
     say(f"{begun.recipe.name} into {begun.place}")
@@ -510,6 +513,7 @@ def _take_part(
         typer.echo(f"{who.name}: {in_one_line(sentence)}")
 
     sessions.told = say
+    # A thread of its own answers pings while this one trains.
     correspondence = Correspondence(NodeLink(who.address, who.key), who.name, say)
     for answered in serve(correspondence, sessions):
         say(
@@ -540,6 +544,7 @@ def approve(
     done = "asks for this" if show else "no longer approved" if withdraw else "approved"
     for one in found:
         typer.echo(f"{one.stage} ({one.fingerprint}): {done}")
+        # The owner must read what is approved, so the sentences are printed in both cases.
         for sentence in one.words:
             typer.echo(f"  {sentence}")
 

@@ -318,6 +318,7 @@ def shape_of(text: str | None) -> tuple[int, ...] | None:
     """
     if text is None:
         return None
+    # `fedpress check` prints a shape as 3x32x32, so a user may copy it from there.
     parts = text.replace("x", ",").split(",")
     if not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
         raise RecipeError(

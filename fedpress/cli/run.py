@@ -188,6 +188,7 @@ def show_run(place: Path, report_file: Path, out_stream: Console, *, as_json: bo
     # Read from the file, so that what is shown is what was saved.
     result = json.loads((place / "result.json").read_text("utf-8"))
     out_stream.print(rich_table(result, width=out_stream.width))
+    # A note is empty if the table has nothing that needs to be explained.
     for note in (spread_explained(result), runtimes_explained(result)):
         if note:
             out_stream.print(note, style="dim", markup=False)

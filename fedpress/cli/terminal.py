@@ -61,6 +61,7 @@ class Loading:
         """
         if what not in self.tasks:
             self.tasks[what] = self.shown.add_task(what, total=total, note="")
+        # The total may become known only later, such as from the answer of a server.
         self.shown.update(self.tasks[what], completed=done, total=total)
 
 
@@ -147,6 +148,7 @@ def show_measures(out: Console, records: Iterable[Mapping[str, Any]]) -> None:
 
 def _costs(records: Sequence[Mapping[str, Any]]) -> PlainTable:
     """Returns a table with a row for each record: size, memory and share of the roofline."""
+    # Numbered, because the table of times below names the rows by these numbers.
     names = _short([record["name"] for record in records])
     rows = []
     for number, (name, record) in enumerate(zip(names, records, strict=True), start=1):

@@ -332,8 +332,8 @@ class Gatherer:
         norm = float(self.state["clip_norm"])
         named = random.fingerprint(self.below, norm, adaptive)
         chance = self.key.private_stream("clip", named)
-        # Bits are -1/2 and +1/2 instead of 0 and 1, so one client moves the sum by 1/2 instead of 1,
-        # and half the noise gives the same privacy (Andrew et al. 2021).
+        # Bits are -1/2 and +1/2 instead of 0 and 1, so one client moves the sum by 1/2 instead of
+        # 1, and half the noise gives the same privacy (Andrew et al. 2021).
         count = PrivacyPlan("client", 0.5, 1.0, 2 * (adaptive.count_noise or 0.0))
         centred = 0.0
         for below in self.below:

@@ -5,8 +5,8 @@ A run picks one row: a kind of this table, and the protected unit (one example, 
 | kind | who adds the noise | who learns only private results |
 | --- | --- | --- |
 | open | nobody | nobody |
-| local | each client adds the full noise | everybody, including the server |
-| distributed | each client a share; their sum has the full noise | everybody, including the server |
+| local | each client adds the full noise | everybody, also the server |
+| distributed | each client adds a share; the sum has all the noise | everybody, also the server |
 | central | the server | everybody except the server |
 """
 

@@ -36,7 +36,10 @@ class Wire(Protocol):
     """The client's connection to the server, such as `fedpress.transport.flower.NodeLink`."""
 
     def connect(self) -> None:
-        """Connects, for the first time or again; then tells the server of it until `close`.
+        """Connects, for the first time or again.
+
+        From then on until `close`, the connection tells the server regularly that this client is
+        online.
 
         Raises:
             NetworkError: if connecting fails.

@@ -51,7 +51,7 @@ class FedProx(AlgorithmRow):
         for step in run:
             # The parameters of the first step are the server's, in the shapes of the gradients.
             start = start or [p.clone() for p in step.params]
-            # Added to the gradient and not to the loss, so that DP-SGD's gradients can be used, too.
+            # Added to the gradient and not to the loss, so that it works with DP-SGD, too.
             for gradient, now, before in zip(step.gradients, step.params, start, strict=True):
                 gradient.add_(now - before, alpha=self.proximal_mu)
         return {UPDATE: run.update()}, state, run.measures
