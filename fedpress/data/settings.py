@@ -1,4 +1,4 @@
-"""The `[data]` table of a recipe: the source of the rows, and how they are divided among clients."""
+"""The `[data]` table of a recipe: the source of rows, and how they are divided among clients."""
 
 from __future__ import annotations
 

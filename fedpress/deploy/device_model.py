@@ -99,6 +99,7 @@ class DeviceModel(nn.Module):
 
     def __deepcopy__(self, memo: dict[int, object]) -> DeviceModel:
         """Loads the program a second time and copies the current parameters into it."""
+        # Copied tensors alone would belong to no program.
         twin = type(self)(self._data)
         memo[id(self)] = twin
         twin.load_state_dict(self.state_dict())

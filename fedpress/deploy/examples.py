@@ -74,6 +74,7 @@ def check_tensors(example: Any, where: str) -> None:
                 "dictionary of tensors by their names, each with a batch dimension"
             ),
         )
+    # A number without dimensions has no rows.
     rows = {len(p) if p.dim() else None for p in parts}
     if len(rows) > 1 or None in rows or 0 in rows:
         sizes = ", ".join(str(list(p.shape)) for p in parts)

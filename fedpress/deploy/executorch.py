@@ -240,6 +240,7 @@ def open_executorch(path: str | Path, threads: int = 0) -> Session:
 
     def compute(arrays: list[np.ndarray]) -> list[np.ndarray]:
         (x,) = arrays
+        # The runtime's own error has only a code.
         if x.shape != sizes:
             raise ExportError(
                 f"{path} takes float32 {list(sizes)}, got {list(x.shape)}",

@@ -240,10 +240,12 @@ def latency(
     for _ in range(3):
         session.compute(x)
     times: list[float] = []
+    # At least ten runs, or the percentiles would mean nothing.
     while len(times) < 10 or (sum(times) < seconds and len(times) < max_runs):
         start = perf_counter()
         session.compute(x)
         times.append(perf_counter() - start)
+    # The median: single runs may be slow because another process runs.
     p10, median, p90 = (float(1000 * t) for t in np.percentile(times, [10, 50, 90]))
     return Latency(median, p10, p90, len(times), session.conditions())
 

@@ -133,6 +133,7 @@ def _runner(runnable: Runnable, threads: int) -> Runner:
             return session.compute(ready[id(x)])
 
         return run_file
+    # Dropout and batch statistics of training mode are not what a device computes.
     model = runnable.eval()
 
     @torch.inference_mode()

@@ -97,6 +97,7 @@ def density_over_epochs(name: str, epochs: list[Json]) -> Figure | None:
     caption = f"{kept}: from {known[0]:.1f}% to {known[-1]:.1f}%"
     top = Panel(Axis("kept (%)", low=0.0), [line("kept", x, density, unit="%", across="epoch")])
     title = f"Density: {name}"
+    # Only the l0 stage has a penalty.
     if all(w is None for w in weight):
         return Figure(title, f"{caption}.", Axis("epoch"), [top], together=True)
     below = Panel(Axis("λ", low=0.0), [line("λ", x, weight, color=ORANGE, across="epoch")])

@@ -143,6 +143,7 @@ def client_scores(stage: Json) -> Figure | None:
     """Draws the final model's metric on each client: dots, or a histogram for over 40 clients."""
     shown = MetricFormat.of([stage])
     names, scores = _measured_clients(stage, shown)
+    # Under privacy no client is measured.
     if not names:
         return None
     # Sorted for the median and the histogram; the dots keep the order of the clients.

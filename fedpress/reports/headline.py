@@ -96,6 +96,7 @@ def _score(stages: list[Json]) -> Tile | None:
 
     spread = error_and_count(shown, last)
     notes = [spread] if spread else []
+    # A change between two test sets says nothing about the models.
     if len(measured) > 1 and same_test_set(first, last):
         points = " points" if shown.metric.share else ""
         change = shown.change(last[shown.key], first[shown.key])

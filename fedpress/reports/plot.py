@@ -169,6 +169,7 @@ def short(value: float | None) -> str:
     """
     if value is None:
         return "–"
+    # Four digits are enough for a tooltip, and more look like noise.
     rounded = float(f"{value:.4g}")
     # The format "g" would write numbers from 10,000 on with an exponent.
     return f"{rounded:,.0f}" if abs(rounded) >= 1000 else f"{rounded:g}"

@@ -58,6 +58,7 @@ def named_rows(figure: Figure, names: Sequence[str], width: int) -> tuple[Scale,
         drawn.append(vertical_line(x(mark), top, bottom, "grid"))
     for at, end in enumerate(ends):
         row = Row(at, top + (at + 0.5) * height, height)
+        # 4 pixels lower: SVG places a text by its base line, not by its middle.
         where = {"x": left - 6, "y": row.middle + 4}
         drawn.append(element("text", end, **where, class_="tick", text_anchor="end"))
         for series in panel.series:

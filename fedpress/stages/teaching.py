@@ -104,7 +104,7 @@ class TeacherTrainSettings(TrainSettings):
 
 
 class StageTraining:
-    """The training of a stage; `drive` runs it, saves checkpoints, and resumes it from them."""
+    """The training of a stage; `fedpress.workspace.drive` runs it, also from a checkpoint."""
 
     def __init__(
         self,

@@ -175,6 +175,7 @@ class ChosenData:
                 place="path",
                 cure=("name the source too, such as ", Argument("data", "cifar10")),
             )
+        # Absolute, because the recipe may be run again from another folder.
         return seed, {**table, "path": str(self.path.resolve())}
 
     def _of_source(
@@ -185,6 +186,7 @@ class ChosenData:
             # A data set needs at least one client. This client gets one example; all other
             # examples are public.
             table |= {"num_clients": 1, "examples_per_client": 1, "partition": {"kind": "iid"}}
+        # A saved model expects the standardisation with which it was trained.
         if chosen_model.spec is not None and chosen_model.spec.mean:
             table |= {
                 "mean": list(chosen_model.spec.mean),

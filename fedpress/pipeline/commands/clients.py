@@ -155,6 +155,7 @@ class Clients:
         if found is not None:
             return Binary(tuple(self.classes or ()))
         count = classes_in(outputs) or len(self.classes or ())
+        # Outputs that do not fit the names mean a wrong list or a wrong model.
         if self.classes and len(self.classes) != count:
             raise DataError(
                 f"{len(self.classes)} names, but the model has {count} outputs",
@@ -191,6 +192,8 @@ class Clients:
         elif kind.targets == "classes":
             width = classes_in(outputs) or width
         names = tuple(self.classes or map(str, range(width)))
+        # An empty tensor: some tasks fit their units to targets, and private targets must not be
+        # read.
         none = y[:0].to(torch.int64 if kind.targets == "classes" else torch.float32)
         return tasks.make(given, names, none)
 
@@ -206,6 +209,7 @@ def _pair(place: str, data: Any) -> tuple[Inputs, Tensor]:
     except DataError as error:
         error.place = place
         raise
+    # Clients train on labels, so inputs alone are not enough here.
     if y is None or not len(x):
         raise DataError(
             "it has no labels" if len(x) else "it has no examples",
@@ -228,6 +232,7 @@ def _put_aside(private: Mapping[str, Arrays]) -> tuple[dict[str, Arrays], Arrays
     for name, arrays in private.items():
         # The name is part of the stream, so a client's test rows do not depend on other clients.
         order = public_stream(0, "test examples of a client", name).permutation(len(arrays))
+        # Rounded down, so a client with fewer than five examples keeps all of them.
         count = int(TEST_SHARE * len(arrays))
         tests.append(arrays.take(order[:count]))
         kept[name] = arrays.take(order[count:])

@@ -127,6 +127,7 @@ def _divided(every: Arrays, preprocess: Preprocess, seed: int, **about: Any) -> 
         seed: seed of the random order.
         about: further fields of `FederatedData`: the task, or the classes.
     """
+    # Shuffled, because data sets are often sorted by class.
     order = public_stream(seed, "data in memory").permutation(len(every))
     tests = int(TEST_SHARE * len(every))
     validation = int(VALIDATION_SHARE * (len(every) - tests))
@@ -317,6 +318,7 @@ def _joined(items: Iterable[Any], join: Any) -> tuple[Inputs, Tensor | None]:
                 place="data",
                 cure="add a transform that converts it to a tensor",
             ) from error
+    # Items with and without labels would be joined to the wrong pairs.
     if labels and len(labels) != len(inputs):
         raise DataError(
             "some items have labels and some have none",

@@ -79,6 +79,7 @@ def measure(
     inputs = Inputs.of(input_shape)
     chosen = _chosen(models, checkpoint)
     _check_numbers(seconds, batches, threads)
+    # Before any model is opened, since that may take long.
     if wrong := [name for name in formats or () if name not in FORMATS]:
         with renaming({"format": "formats"}):
             raise deploy.unknown_format(wrong[0])
@@ -196,6 +197,7 @@ def _chosen(models: Any, checkpoint: Path | None) -> Sequence[str | Path | nn.Mo
                 ),
                 place="models",
             )
+    # A state dict is for a model that is still to be built.
     if checkpoint is not None and any(isinstance(one, nn.Module) for one in found or ()):
         raise ModelError(
             "a module has weights of its own",
@@ -271,8 +273,10 @@ class Entries:
         entry = _entry_of_model(spec, model, name, self.inputs, packed)
         self.entries[name] = entry
 
+        # Two models may have the same name, so each gets a folder of its own.
         place = folder / str(number)
         place.mkdir()
+        # Only size and latency of these files are shown, so noise is enough for the ranges.
         noise = [_noise(entry.takes)] if int8 else []
         job = _job(spec, entry.takes)
         files, left = deploy.export_all(model, job, place, formats=formats, calibration=noise)

@@ -118,6 +118,7 @@ def check(kind: str, model: object, data: object, out: object) -> None:
         ModelError: if the stage or an argument does not work on such a model.
     """
     kinds = [row.kind for row in commands().values() if row.load().several_inputs]
+    # Only some stages have been written for a row of joined inputs.
     if kind not in kinds:
         raise ModelError(
             "it takes models of one input",
@@ -130,6 +131,7 @@ def check(kind: str, model: object, data: object, out: object) -> None:
             place="input_shape",
             cure="build the model and give the module",
         )
+    # The joined row hides which part is an image, so data cannot be standardised or augmented.
     if data is not None:
         raise ModelError(
             "models of several inputs are pruned and quantized without data",

@@ -42,6 +42,7 @@ class Override:
         (0.1, None)
         """
         key, equals, value = text.partition("=")
+        # A text without "=" is most likely a flag whose dashes were forgotten.
         if not equals or not key:
             raise RecipeError(
                 "expected key=value",

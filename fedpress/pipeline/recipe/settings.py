@@ -125,6 +125,7 @@ class Recipe(BaseModel):
 
     name: Name = "recipe"
     description: str = Field("", description="one line for people")
+    # A fixed default and not a random one, so that a run can be repeated.
     seed: int = Field(0, ge=0, description="seed of all random numbers of the run")
     device: DeviceName = Field(
         "auto",

@@ -32,7 +32,7 @@ log = logger(__name__)
 
 
 class FederatedRounds:
-    """The rounds of a federate stage; `drive` runs them and resumes them from checkpoints.
+    """The rounds of a federate stage; `fedpress.workspace.drive` runs them and resumes them from checkpoints.
 
     Attributes:
         server: the server's side of the stage.

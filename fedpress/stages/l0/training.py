@@ -32,7 +32,7 @@ hardly move it."""
 
 
 class GatedTraining:
-    """A training of weights and gates; `drive` runs it and resumes it from checkpoints.
+    """A training of weights and gates; `fedpress.workspace.drive` runs it and resumes it from checkpoints.
 
     Attributes:
         steps: number of training steps until the density must be reached.

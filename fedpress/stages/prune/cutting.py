@@ -50,7 +50,7 @@ REFIT = 512
 
 
 class PruneWork:
-    """The work of a prune stage; `drive` runs it and resumes it from checkpoints.
+    """The work of a prune stage; `fedpress.workspace.drive` runs it and resumes it from checkpoints.
 
     Attributes:
         model: the present network, on the CPU.

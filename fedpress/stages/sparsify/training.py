@@ -53,7 +53,7 @@ SENSITIVITY = 512
 
 
 class MaskedTraining:
-    """A training with masks; `drive` runs it and resumes it from checkpoints.
+    """A training with masks; `fedpress.workspace.drive` runs it and resumes it from checkpoints.
 
     Attributes:
         weights: the weights that are pruned.
