@@ -33,9 +33,10 @@ class Job:
 
     Attributes:
         input_shape: shape of one float32 example, such as (3, 32, 32), for a model with one input.
-        example: a batch of inputs for any other model, at least one row: a tensor (token ids are
-            int64), a tuple of tensors in the order of forward's arguments, or a dictionary by
-            argument name. The file takes any batch size; all other sizes are fixed by the example.
+        example: a batch of inputs for any other model, with at least one row. It is a tensor (token
+            ids are int64), a tuple of tensors in the order of forward's arguments, or a dictionary
+            by argument name. The file takes any batch size; all other sizes are fixed by the
+            example.
         preprocess: the standardisation that training applied to raw examples. The file does not
             compute it; mean and standard deviation are in its metadata.
         metadata: more entries for the file's metadata, such as class names.

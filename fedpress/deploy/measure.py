@@ -98,11 +98,12 @@ def measure(
     threads: Collection[int] = (1, 2),
     seconds: float = 1.0,
 ) -> list[dict[str, Any]]:
-    """Measures every candidate; returns a record of plain JSON values for each.
+    """Measures every candidate; returns a record for each, which is a dictionary of JSON values.
 
-    Keys: name, runtime, file_bytes, peak_memory (bytes, at batch 1; None for a model that cannot be
-    captured to run in another process), macs, machine (its `Peak`), conditions (version, options
-    and processor), and timings: a list of `Timing` with `Roofline` as dictionaries.
+    The keys are "name", "runtime", "file_bytes", "peak_memory" (bytes, for one example), "macs",
+    "machine" (its `Peak`), "conditions" (version, options and processor) and "timings" (a list of
+    `Timing` as dictionaries, each with a `Roofline`). The peak memory of a model is None if the
+    model cannot be captured, because the memory is measured in another process.
 
     Args:
         candidates: name -> model or file.

@@ -78,10 +78,11 @@ def export_training(
             trainable weight of two or more dimensions in which some, but not all, values are 0.
 
     Raises:
-        ExportError: if the model has active dropout or mixes the examples of a batch; if it has
-            parameters that are not float32, not finite, shared, or without effect on the loss; if
-            its outputs do not fit the task; if it cannot be captured; if the runtime lacks a
-            kernel; or if a gradient is wrong. The error names the module or parameter.
+        ExportError: if the model cannot be trained on a device. The error names the module or
+            parameter. Reasons are active dropout; outputs that depend on the other examples of the
+            batch or do not fit the task; parameters that are not float32, not finite, shared, or
+            without effect on the loss. The error also comes if the model cannot be captured, the
+            runtime lacks a kernel, or a gradient of the program is wrong.
     """
     with silence(), captured_output():
         require(RUNTIME, "executorch.exir", install=INSTALL)
@@ -176,10 +177,10 @@ def _check_trainable(trained: _Trained, example: tuple[Tensor, Tensor, Tensor]) 
     """Checks that the model would train on a device as it does here.
 
     Raises:
-        ExportError: if the model computes differently in training and evaluation mode, because a
-            program has one mode; if the output of one example depends on the other examples,
-            because short batches are padded with examples of weight 0; or if a parameter has no
-            gradient.
+        ExportError: if one of three checks fails. The model must compute the same in training and
+            evaluation mode, because a program has one mode. The output of one example must not
+            depend on other examples, because short batches are padded with examples of weight 0.
+            Every trainable parameter must have a gradient.
     """
     net, x = trained.net, example[0]
     with torch.no_grad():

@@ -250,10 +250,10 @@ def _convert(program: torch.export.ExportedProgram, inputs: list[str], outputs: 
 def _copy_before_views_(program: torch.export.ExportedProgram) -> None:
     """Inserts a contiguous copy between a transpose or permute and the view that reads it.
 
-    Attention's fused kernel returns values with strides that allow a view after a transpose, and so
-    the captured graph has one. torch's exporter replaces that kernel by single operations, whose
-    results have other strides, and then fails on the view. ONNX has no strides, so the copy does
-    not appear in the file.
+    The fused kernel of attention returns values whose strides allow a view after a transpose. So
+    the captured graph has such a view. torch's exporter replaces the kernel by single operations.
+    Their results have other strides, and the exporter fails on the view. ONNX has no strides, so
+    the copy does not appear in the file.
     """
     aten = torch.ops.aten
     for node in list(program.graph.nodes):

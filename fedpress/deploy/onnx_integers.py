@@ -166,8 +166,8 @@ def _is_quantized_spatial_mean(graph: _Graph, mean: Any) -> bool:
 def _copy_shared_codes_(graph: _Graph) -> None:
     """Copies 8-bit codes that several layers share, so that each layer reads its own.
 
-    On processors without VNNI onnxruntime 1.32 converts such codes from int8 to uint8, once for
-    each reader, and refuses to load the file when it meets the same codes again.
+    On processors without VNNI, onnxruntime 1.32 converts such codes from int8 to uint8, once for
+    each reader. When it meets the same codes a second time, it refuses to load the file.
     """
     for dequantize in graph.of_type("DequantizeLinear"):
         codes = graph.array(dequantize.input[0])

@@ -34,11 +34,11 @@ def export_openvino(model: nn.Module, path: str | Path, job: Job) -> Artifact:
 
     A device needs both files. They are converted from ONNX and take batches of any size.
 
-    Float weights are quantized to 7 bits, not 8: on x86 processors without VNNI OpenVINO sums 8-bit
-    products in 16 bits, which overflows silently with 8-bit weights. The accuracy of a pruned
-    ResNet-18 fell from 93.1% to 86.7%. 8 bits are not faster. Weights that the model already has in
-    8 bits are kept. `left_float` lists them, and `open_openvino` computes with them in float on
-    processors where they would overflow.
+    Float weights are quantized to 7 bits and not to 8. On x86 processors without VNNI, OpenVINO
+    sums 8-bit products in 16 bits. With 8-bit weights this overflows silently: the accuracy of a
+    pruned ResNet-18 fell from 93.1% to 86.7%. 8 bits are not faster. If the model already has
+    weights of 8 bits, these are kept and listed in `left_float`. On processors where they would
+    overflow, `open_openvino` computes with them in float.
 
     Raises:
         ExportError: if the model cannot be exported, or if a file cannot be written.

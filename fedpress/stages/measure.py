@@ -101,9 +101,9 @@ def measure_model(
         seconds: time of each measurement.
 
     Returns:
-        The keys `parameters`, `macs`, `activations` (number of values that all layers output for
-        one example), `runtimes` (the records of `deploy.measure`), and `left_out` (name of an
-        export that failed -> reason).
+        A dictionary. `parameters`, `macs`: costs of the model. `activations`: number of values that
+        all layers output for one example. `runtimes`: the records of `deploy.measure`. `left_out`:
+        name of an export that failed -> reason.
     """
     one = take_rows(example_of(given), 1)
     job = Job.of(given)

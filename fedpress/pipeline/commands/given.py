@@ -47,9 +47,9 @@ def in_memory(
     find the ranges of activations.
 
     Args:
-        data: inputs [n, ...] (uint8 images, floats, or int64 token ids), or a dictionary of inputs
-            by the names of forward's arguments; a pair (inputs, labels [n]); a Dataset or
-            DataLoader of inputs or of pairs.
+        data: inputs; a pair (inputs, labels [n]); or a Dataset or DataLoader of inputs or of pairs.
+            Inputs are uint8 images, floats or int64 token ids [n, ...], or a dictionary of these by
+            the names of forward's arguments.
         preprocess: standardisation of the network's inputs.
         class_names: names of the model's classes, if the model has classes.
         model: the model. The number of classes is at least its number of outputs, since a small

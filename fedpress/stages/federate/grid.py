@@ -160,8 +160,8 @@ def _before_grid(
     """Returns the `discretize` in a list of codecs, and the bound of its input.
 
     Raises:
-        RecipeError: if there is no `discretize`, its input is not bounded, or a codec before it is
-            not additive: the sum of coded vectors must decode to the sum of the vectors.
+        RecipeError: if there is no `discretize`, or its input is not bounded, or a codec before it
+            is not additive. Additive: the sum of coded vectors decodes to the sum of the vectors.
     """
     places = [i for i, transform in enumerate(chain) if isinstance(transform, Discretize)]
     at = places[0] if places else None

@@ -17,8 +17,8 @@ MAX_CLOSED_ROUNDS = 3
 def is_finished(server: ServerSide, now: Progress) -> bool:
     """Whether no further round follows.
 
-    This is so after the last round, if an earlier check has stopped the run, if the metric has
-    reached its target, or if it has not improved for `patience` rounds.
+    There are four reasons: the last round is done; an earlier check has stopped the run; the metric
+    has reached its target; the metric has not improved for `patience` rounds.
     """
     stage = server.stage
     task = server.common.task

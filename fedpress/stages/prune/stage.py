@@ -38,12 +38,12 @@ from fedpress.workspace.state import State, Tick
 class PruneStage(PruneSettings, Stage):
     """`[[stage]] kind = "prune"`: removes whole channels until a target is met.
 
-    The target is a share to keep of the parameters (`keep_params`), of the multiply-adds
-    (`keep_macs`) or of the latency in onnxruntime on this machine (`keep_latency`), or the largest
-    size in bytes (`max_bytes`).
+    The target is one of four: the share to keep of the parameters (`keep_params`), of the
+    multiply-adds (`keep_macs`) or of the latency in onnxruntime on this machine (`keep_latency`);
+    or the largest size in bytes (`max_bytes`).
 
     With several `steps` the channels are removed in several cuts, with a training (`finetune`)
-    between two cuts. With `rewind` there is a training before each cut, and after the cut the
+    between two cuts. With `rewind` there is a training before each cut. After the cut, the
     remaining weights are reset to their values at the beginning of the stage (Frankle & Carbin
     2019, arXiv:1803.03635).
     """
