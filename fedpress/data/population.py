@@ -50,8 +50,7 @@ class Population:
                     cure="give one entry for each client, or none at all",
                 )
         for name, count in (self.examples or {}).items():
-            # A client without examples would get no noise, since its noise is planned from the
-            # number.
+            # A client without examples cannot take part, and no noise can be planned for it.
             if count < 1:
                 raise DataError(
                     f"got {count}",

@@ -131,7 +131,6 @@ def check(kind: str, model: object, data: object, out: object) -> None:
             place="input_shape",
             cure="build the model and give the module",
         )
-    # The joined row hides which part is an image, so data cannot be standardised or augmented.
     if data is not None:
         raise ModelError(
             "models of several inputs are pruned and quantized without data",
