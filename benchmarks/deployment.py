@@ -180,7 +180,7 @@ def environment(folder: Path) -> dict[str, str]:
 def run(words: list[str], folder: Path) -> None:
     """Runs a command to its end; shows what it said if it fails."""
     done = subprocess.run(
-        words, cwd=folder, env=environment(folder), capture_output=True, text=True
+        words, cwd=folder, env=environment(folder), capture_output=True, text=True, timeout=600
     )
     if done.returncode:
         sys.exit(f"{' '.join(words)}\n{done.stdout}{done.stderr}")
