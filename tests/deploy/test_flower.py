@@ -35,7 +35,11 @@ CALLED = {
     "flwr.supercore.app_utils.start_parent_process_monitor": ("parent_pid",),
     "flwr.supercore.heartbeat.HeartbeatSender": ("heartbeat_fn",),
     "flwr.supercore.inflatable.inflatable_object.get_all_nested_objects": ("obj",),
+    "flwr.supercore.inflatable.inflatable_object.get_object_body": ("object_content", "cls"),
     "flwr.supercore.inflatable.inflatable_object.get_object_tree": ("obj",),
+    "flwr.supercore.inflatable.inflatable_object.get_object_type_from_object_content": (
+        "object_content",
+    ),
     "flwr.supercore.inflatable.inflatable_object.iterate_object_tree": ("tree",),
     "flwr.supercore.inflatable.inflatable_object.no_object_id_recompute": (),
     "flwr.supercore.inflatable.inflatable_protobuf_utils.make_pull_object_fn_protobuf": (

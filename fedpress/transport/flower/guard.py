@@ -14,11 +14,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from fedpress.transport.flower.messages import CHUNK
 from fedpress.transport.flower.pinned import QUIET
 from fedpress.transport.flower.server import SECRET_HEADER
 
-MOST = 2 * CHUNK
+MOST = 8 << 20
 """Longest request in bytes; longer bodies are sent in several requests."""
 OPEN = ("/v1/fleet/", "/health")
 """Beginnings of the paths that clients may request."""

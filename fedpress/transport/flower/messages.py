@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -9,14 +10,17 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 from flwr.app.message import remove_content_from_message
+from flwr.common.constant import FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE
 from flwr.common.serde import message_to_proto
 from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest, ObjectTree
 from flwr.proto.node_pb2 import Node
 from flwr.supercore.inflatable.inflatable_object import (
     get_all_nested_objects,
+    get_object_body,
     get_object_tree,
+    get_object_type_from_object_content,
     iterate_object_tree,
 )
 from flwr.supercore.inflatable.inflatable_protobuf_utils import (
@@ -33,24 +37,35 @@ from flwr.supercore.inflatable.inflatable_utils import (
 
 from fedpress.transport.link import Lost, Parcel
 
-CHUNK = 4 << 20
-"""Bytes of a body that travel as one object; the SuperLink refuses requests of twice as many."""
+CHUNK = FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE
+"""Bytes of a body that travel as one object."""
 UPLOAD = 150.0
 """Seconds between two pieces of a message; the SuperLink ends an upload after 180 without one."""
 
 
-def to_records(parcel: Parcel) -> RecordDict:
-    """Writes a parcel as Flower's records; the body apart, so that equal ones travel once."""
+def to_record(body: bytes) -> ArrayRecord:
+    """Writes the body of a parcel as one array of Flower, which travels in pieces of `CHUNK` bytes.
+
+    Of Flower's types it is the quickest: a ConfigRecord of 4 MB takes 17 ms to write, an array 3.
+    """
+    array = Array(dtype="uint8", shape=(len(body),), stype="raw", data=body)
+    return ArrayRecord({"data": array}, keep_input=False)
+
+
+def to_records(parcel: Parcel, body: ArrayRecord | None = None) -> RecordDict:
+    """Writes a parcel as Flower's records.
+
+    Args:
+        parcel: the parcel.
+        body: `to_record(parcel.body)`, if several parcels have the same body; the ids of its pieces
+            are then computed once.
+    """
     head: dict[str, Any] = {
         "what": parcel.what,
         "request": parcel.request,
         "session": parcel.session,
     }
-    records: dict[str, Any] = {"head": ConfigRecord(head)}
-    for start in range(0, len(parcel.body), CHUNK):
-        chunk = parcel.body[start : start + CHUNK]
-        records[f"body{start // CHUNK:06d}"] = ConfigRecord({"bytes": chunk})
-    return RecordDict(records)
+    return RecordDict({"head": ConfigRecord(head), "body": body or to_record(parcel.body)})
 
 
 def to_parcel(message: Message) -> Parcel:
@@ -64,13 +79,13 @@ def to_parcel(message: Message) -> Parcel:
     records = message.content
     head = records["head"]
     assert isinstance(head, ConfigRecord)
-    names = sorted(name for name in records if name.startswith("body"))
-    body = b"".join(bytes(records[name]["bytes"]) for name in names)  # type: ignore[arg-type]
+    body = records["body"]
+    assert isinstance(body, ArrayRecord)
     return Parcel(
         str(head["what"]),  # type: ignore[arg-type]
         str(head["request"]),
         str(head["session"]),
-        body,
+        bytes(body["data"].data),
     )
 
 
@@ -105,7 +120,7 @@ class Arriving:
             ValueError: if it is too long or no parcel.
             ObjectPullError: if it will not arrive.
         """
-        # A body is cut into pieces of CHUNK bytes. Beside them there are four small objects.
+        # A body is cut into pieces of CHUNK bytes. Beside them there are five small objects.
         if len(self._names) > self._max_bytes // CHUNK + 8:
             raise ValueError(self._too_long)
 
@@ -131,6 +146,7 @@ class Arriving:
         if self._size > self._max_bytes + CHUNK:
             raise ValueError(self._too_long)
         try:
+            self._check_repeats()
             message = inflate_object_from_contents(self.root, self._contents)
             assert isinstance(message, Message)
             message.metadata.__dict__["_message_id"] = self.root
@@ -138,6 +154,20 @@ class Arriving:
         # Whatever a stranger sends may be wrong in any way.
         except Exception as error:
             raise ValueError(f"not a parcel ({type(error).__name__}: {error})") from error
+
+    def _check_repeats(self) -> None:
+        """Checks the length of the arrays: one may name the same piece thousands of times.
+
+        Raises:
+            ValueError: if they would be too long.
+        """
+        pieces = 0
+        for content in self._contents.values():
+            if get_object_type_from_object_content(content) == Array.__qualname__:
+                pieces += len(json.loads(get_object_body(content, Array))["arraychunk_ids"])
+        longest = max(map(len, self._contents.values()))
+        if pieces * longest > self._max_bytes + longest:
+            raise ValueError(self._too_long)
 
     @property
     def _too_long(self) -> str:

@@ -46,7 +46,14 @@ from fedpress.core.names import ClientId
 from fedpress.errors import NetworkError
 from fedpress.transport.flower.address import Address, explained
 from fedpress.transport.flower.keys import node_key, registered_before
-from fedpress.transport.flower.messages import Arriving, Outgoing, take, to_records, upload
+from fedpress.transport.flower.messages import (
+    Arriving,
+    Outgoing,
+    take,
+    to_record,
+    to_records,
+    upload,
+)
 from fedpress.transport.flower.superlink import START, SuperLink
 from fedpress.transport.link import Lost, Parcel
 from fedpress.transport.remote import Presence
@@ -269,10 +276,13 @@ class ServerLink:
         assert self._runtime is not None
         node = Node(node_id=SUPERLINK_NODE_ID)
         with explained(self.address), no_object_id_recompute():
-            outgoing = {
-                to: Outgoing.of(Message(to_records(parcel), dst_node_id=to, message_type="query"))
-                for to, parcel in parcels.items()
-            }
+            # A broadcast has one body for all: its pieces are hashed once.
+            bodies = {id(parcel.body): to_record(parcel.body) for parcel in parcels.values()}
+            outgoing = {}
+            for to, parcel in parcels.items():
+                content = to_records(parcel, bodies[id(parcel.body)])
+                message = Message(content, dst_node_id=to, message_type="query")
+                outgoing[to] = Outgoing.of(message)
             announced = self._runtime.PushMessages(
                 PushAppMessagesRequest(
                     messages_list=[one.head for one in outgoing.values()],
