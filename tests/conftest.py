@@ -59,6 +59,24 @@ privacy = { unit = "sample", epsilon = 8.0, delta = 1e-3 }
 """
 EXPORT = '[[stage]]\nkind = "export"\nparity_examples = 16\n'
 
+# Examples in docstrings that run a whole recipe, or measure in a process of their own.
+WHOLE_RUNS = {
+    "fedpress.api.runs.Run",
+    "fedpress.api.runs.check",
+    "fedpress.api.runs.report",
+    "fedpress.api.runs.run",
+    "fedpress.api.sweeps.sweep",
+    "fedpress.pipeline.commands.measuring.measure",
+}
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Puts the docstring examples that run for seconds into the tier of whole runs."""
+    for item in items:
+        if item.name in WHOLE_RUNS:
+            item.add_marker(pytest.mark.recipe)
+
 
 def pytest_collection_finish() -> None:
     """Leaves what was imported out of the rounds of the garbage collector: a tenth of the tests' time."""

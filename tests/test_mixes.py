@@ -107,6 +107,7 @@ SECURE_NOISE = {
 }
 
 
+@pytest.mark.recipe
 @pytest.mark.parametrize("mode", tiered(SECURE_NOISE, quick=("joint", "correlated")))
 def test_secure_noise_differs_between_runs_and_not_between_a_run_and_its_resumption(
     mode, tiny, base, tmp_path
@@ -178,6 +179,7 @@ def test_correlated_noise_is_charged_once_for_all_rounds(tiny, base, tmp_path):
     assert 7.9 <= result["epsilon"] <= 8.0001
 
 
+@pytest.mark.recipe
 def test_where_the_server_is_trusted_records_tell_neither_who_took_part_nor_what_was_sent(
     tiny, base, tmp_path
 ):

@@ -131,6 +131,7 @@ def shown_commands():
     return found
 
 
+@pytest.mark.recipe
 def test_every_command_and_option_of_the_pages_exists():
     from typer.main import get_command
 

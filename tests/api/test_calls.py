@@ -111,6 +111,7 @@ PAIRS = {
 }
 
 
+@pytest.mark.recipe
 @pytest.mark.parametrize("kind", PAIRS)
 def test_pairs_in_memory_are_learned_from_and_measured_on(kind):
     made = fedpress.prune(net(), data=PAIRS[kind], keep_params=0.5, round_to=1, score="taylor")
@@ -141,6 +142,7 @@ def test_inputs_alone_calibrate_and_do_not_score(inputs):
     assert made.before["accuracy"] is None
 
 
+@pytest.mark.recipe
 def test_what_needs_no_labels_takes_inputs_alone_and_the_rest_says_so():
     inputs = X
     assert fedpress.export(net(), data=inputs, int8=True).after["int8"]
@@ -193,6 +195,7 @@ def test_a_data_set_in_memory_is_used():
 NO_CLASSIFIERS = {"segmentation": (segmentation, (3, 16, 16)), "regression": (regression, (8,))}
 
 
+@pytest.mark.recipe
 @pytest.mark.parametrize("name", NO_CLASSIFIERS)
 def test_models_that_are_no_classifiers_are_cut_quantized_and_packed(name, tmp_path):
     build, shape = NO_CLASSIFIERS[name]
@@ -211,6 +214,7 @@ def test_models_that_are_no_classifiers_are_cut_quantized_and_packed(name, tmp_p
         fedpress.prune(build(), data=(inputs, torch.arange(32) % 2), keep_params=0.5)
 
 
+@pytest.mark.recipe
 def test_token_ids_and_dictionaries_are_cut_and_quantized(own, tmp_path):
     for model, data in (
         (own.Tokens(), torch.randint(0, 30, (64, 6))),
@@ -398,6 +402,7 @@ def test_a_class_that_computes_something_else_is_not_named(tmp_path):
     assert torch.allclose(kept(x), odd(x), atol=0.1)
 
 
+@pytest.mark.recipe
 def test_export_and_pack_without_out_return_what_they_made(tmp_path):
     made = fedpress.export(net(), input_shape=(1, 8, 8))
     assert (made.artifact, made.folder, list(made.files)) == (None, None, ["model.onnx"])
@@ -407,6 +412,7 @@ def test_export_and_pack_without_out_return_what_they_made(tmp_path):
     assert torch.equal(storage.load(tmp_path / "m.packed.safetensors")[1].eval()(X), net()(X))
 
 
+@pytest.mark.recipe
 @pytest.mark.usefixtures("memory_unmeasured")
 def test_modules_in_memory_teach_and_are_measured():
     model = net()
@@ -453,6 +459,7 @@ def test_examples_of_other_kinds_are_taken_as_the_model_takes_them(own):
         fedpress.quantize(module, data="csv")
 
 
+@pytest.mark.recipe
 @pytest.mark.usefixtures("memory_unmeasured")
 def test_token_ids_and_several_inputs_are_measured(own, tmp_path):
     """In memory, saved, exported, and by the stage."""
@@ -572,6 +579,7 @@ def test_the_preprocessing_of_a_model_from_elsewhere_is_asked_for_and_used():
             fedpress.quantize(model, data="digits", **settings)
 
 
+@pytest.mark.recipe
 def test_the_commands_take_preprocessing_too(shell, tmp_path):
     (tmp_path / "elsewhere.py").write_text(
         "from torch import nn\n\n\ndef build():\n"
@@ -601,6 +609,7 @@ def test_the_commands_take_preprocessing_too(shell, tmp_path):
     )
 
 
+@pytest.mark.recipe
 def test_models_of_several_inputs_are_cut_quantized_and_exported(tmp_path):
     model, shapes = Several().eval(), [(1, 8, 8), (5,)]
     inputs = [torch.rand(3, *shape) for shape in shapes]

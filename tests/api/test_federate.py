@@ -60,12 +60,14 @@ def test_the_number_of_classes_does_not_follow_from_private_labels():
     assert result.after["parameters"] == 6 * 16 + 16 + 16 * 5 + 5
 
 
+@pytest.mark.recipe
 def test_a_federation_with_privacy_says_what_it_spends():
     private = {"unit": "sample", "epsilon": 8.0}
     result = fedpress.federate(net(), clients=three(), num_rounds=3, privacy=private)
     assert 7 < result.after["epsilon"] <= 8
 
 
+@pytest.mark.recipe
 def test_a_result_is_the_model_of_the_next_call():
     together = fedpress.federate(net(), clients=three(), num_rounds=8, lr=0.3)
     small = fedpress.prune(together, data=(X, Y), keep_params=0.5, round_to=1)
@@ -157,6 +159,7 @@ def test_a_saved_model_and_a_run_are_models_too(tmp_path):
     assert fedpress.evaluate(tmp_path / "run", (X, Y))["accuracy"] > 0.8
 
 
+@pytest.mark.recipe
 @pytest.mark.parametrize("private", [None, {"epsilon": 8.0, "unit": "sample"}])
 def test_a_federation_shows_what_it_sent_and_what_it_spent(private):
     result = fedpress.federate(net(), clients=three(), num_rounds=1, lr=0.1, privacy=private)

@@ -45,6 +45,7 @@ def cut(module):
     return fedpress.prune(module, input_shape=(8,), keep_params=0.5, round_to=1, score="l1")
 
 
+@pytest.mark.recipe
 @pytest.mark.parametrize("kind", NEXT)
 def test_a_cut_module_of_ones_own_class_is_still_saved_after_one_more_call(own, kind, tmp_path):
     small = cut(own)

@@ -41,6 +41,7 @@ def test_keywords_change_what_they_name_and_leave_the_rest(tmp_path):
     assert not (tmp_path / "run").exists(), "beginning checks, and does nothing yet"
 
 
+@pytest.mark.recipe
 def test_a_run_may_be_stopped_at_any_event_and_goes_on_to_the_same_bits(tmp_path):
     whole = fedpress.run(TABLES, out=tmp_path / "whole")
     for number, stop in enumerate((1, 4, 9)):

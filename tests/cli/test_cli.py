@@ -112,6 +112,7 @@ def mistakes(tiny_file) -> Path:
     return folder
 
 
+@pytest.mark.recipe
 @pytest.mark.parametrize("words", BAD.values(), ids=BAD.keys())
 def test_bad_input_is_one_sentence_before_anything_is_trained(shell, mistakes, monkeypatch, words):
     monkeypatch.setenv("FEDPRESS_CACHE", str(mistakes / "cache"))
@@ -152,6 +153,7 @@ def test_a_command_that_is_no_command_ends_in_2(shell, words):
     assert "Traceback" not in said.err
 
 
+@pytest.mark.recipe
 def test_a_run_is_told_drawn_and_given_as_json(shell, tiny_file):
     said = shell("run", tiny_file, TRAIN_ONLY, "--out", "new", "--json")
     assert said.code == 0, said.err
@@ -186,6 +188,7 @@ def test_a_run_is_told_drawn_and_given_as_json(shell, tiny_file):
     )
 
 
+@pytest.mark.recipe
 def test_runs_without_out_are_numbered_and_the_last_is_resumed(shell, tiny_file):
     for _ in range(2):
         assert shell("run", tiny_file, TRAIN_ONLY).code == 0
@@ -198,6 +201,7 @@ def test_runs_without_out_are_numbered_and_the_last_is_resumed(shell, tiny_file)
     assert Path("runs/tiny-3").exists()
 
 
+@pytest.mark.recipe
 def test_run_folders_that_are_none_are_refused(shell, tiny_file):
     one_sentence(
         shell("run", tiny_file, "--resume", "--out", "nowhere"), "there is no run to resume"
@@ -316,6 +320,7 @@ def test_own_data_beside_the_recipe_is_found(shell, tiny_file, monkeypatch):
     assert shell("check", "project/own.toml", *own).code == 0
 
 
+@pytest.mark.recipe
 def test_privacy_questions_are_answered_in_words_and_json(shell):
     mechanism = ["--sampling-prob", 0.5, "--steps", 20, "--delta", 1e-3]
     noise = json.loads(shell("privacy", "noise", "--epsilon", 8, *mechanism, "--json").out)
@@ -331,6 +336,7 @@ def test_privacy_questions_are_answered_in_words_and_json(shell):
     )
 
 
+@pytest.mark.recipe
 def test_printed_noise_keeps_the_budget_and_no_printed_epsilon_is_too_small(shell):
     for budget, prob in ((8, 0.5), (2, 0.5), (1, 0.01)):
         mechanism = ["--sampling-prob", prob, "--steps", 50, "--delta", 1e-3]
@@ -366,6 +372,7 @@ def test_no_noise_is_an_infinite_epsilon_that_json_can_say(shell):
     assert "inf" in shell("privacy", "epsilon", *words).out
 
 
+@pytest.mark.recipe
 def test_an_epsilon_that_is_a_mere_upper_bound_says_so(shell):
     rare = ["--sampling-prob", 1e-9, "--noise-multiplier", 0.3, "--steps", 1, "--delta", 1e-12]
     assert json.loads(shell("privacy", "epsilon", *rare, "--json").out)["upper_bound"] is True
@@ -444,6 +451,7 @@ def test_skellam_questions_that_have_no_answer_are_one_sentence(shell, more, wor
     one_sentence(shell("privacy", "skellam", *SKELLAM, *more), words)
 
 
+@pytest.mark.recipe
 def test_the_accountant_answers_without_loading_torch(tmp_path):
     script = (
         "import sys; from fedpress import cli; sys.argv = sys.argv[1:]\n"
@@ -520,6 +528,7 @@ def plain(tmp_path) -> Path:
     return folder / "plain.toml"
 
 
+@pytest.mark.recipe
 def test_paths_in_a_recipe_count_from_the_recipe(shell, plain, tmp_path, monkeypatch):
     assert shell("check", plain).code == 0
     assert shell("run", plain, "--out", "a").code == 0
@@ -552,6 +561,7 @@ def test_paths_from_the_present_folder_still_count_where_nothing_lies_beside_the
     one_sentence(shell("check", plain), f"no such path '{plain.with_name('rows.csv')}'")
 
 
+@pytest.mark.recipe
 def test_resume_needs_nothing_but_the_folder(shell, plain, tmp_path, monkeypatch):
     data = tmp_path / "moved.csv"
     plain.with_name("rows.csv").rename(data)
@@ -573,6 +583,7 @@ def test_resume_needs_nothing_but_the_folder(shell, plain, tmp_path, monkeypatch
     one_sentence(shell("run", run), "is the folder of a run; resume it with --resume")
 
 
+@pytest.mark.recipe
 def test_resume_of_a_command_needs_nothing_but_the_folder(shell, plain):
     assert shell("run", plain, "--out", "a").code == 0
     assert shell("sparsify", "a", "density=0.5", "keep_first=false", "--out", "s").code == 0

@@ -36,6 +36,7 @@ def lines(caplog):
     return [r.getMessage() for r in caplog.records if r.name.startswith("fedpress")]
 
 
+@pytest.mark.recipe
 def test_a_run_tells_what_somebody_needs_who_looks_for_a_fault(tiny, tmp_path, caplog):
     with caplog.at_level(logging.DEBUG, "fedpress"):
         finish(tiny, tmp_path / "a")
@@ -62,6 +63,7 @@ def test_the_log_holds_no_number_of_private_rows_and_no_secret(tmp_path, caplog)
         assert word not in said
 
 
+@pytest.mark.recipe
 def test_nothing_is_said_unless_somebody_asks(tiny_file):
     code = (
         "import sys; sys.path.insert(0, '.')\n"

@@ -81,6 +81,7 @@ def test_layers_of_different_loudness_gain():
         )
 
 
+@pytest.mark.recipe
 @pytest.mark.parametrize("settings", UNBIASED, ids=str)
 def test_the_mean_over_many_keys_is_the_update(settings):
     x = torch.cat([gauss(1500), torch.full((500,), 0.01)])

@@ -102,6 +102,7 @@ def test_the_same_key_gives_the_same_bits_and_zeros_stay_nearly_zero(row):
         assert float(there_and_back(chain, torch.zeros(300)).abs().max()) <= 1e-6
 
 
+@pytest.mark.recipe
 @pytest.mark.parametrize("row", ROWS)
 def test_promised_bounds_hold_on_many_inputs(row):
     chain, end = bound(row, 7)

@@ -27,6 +27,7 @@ def test_the_declared_size_is_that_of_the_network_and_takes_no_memory():
     assert limits.count_values(build, {"width": 10**7}) > 10**14
 
 
+@pytest.mark.recipe
 def test_depth_is_found_without_recursion():
     tree = []
     for _ in range(100_000):
@@ -111,6 +112,7 @@ def test_a_network_runs_within_its_limit_and_one_that_does_not_run_is_no_matter_
     ModelSpec.of_file(layers(a=unfit)).build_within_limits()
 
 
+@pytest.mark.recipe
 def test_layers_inside_one_layer_and_sequences_inside_each_other_have_limits(monkeypatch):
     many = {"layer": "LSTM", "input_size": 1, "hidden_size": 1, "num_layers": 9_000}
     with pytest.raises(

@@ -112,6 +112,7 @@ def sizes(values: list) -> list[list[int | str]]:
     return [[d.dim_param or d.dim_value for d in v.type.tensor_type.shape.dim] for v in values]
 
 
+@pytest.mark.recipe
 def test_token_ids_are_whole_numbers_in_the_file(tmp_path):
     model = Tokens().eval()
     made = export_onnx(model, tmp_path / "m.onnx", Job(example=ids(1)))
@@ -127,6 +128,7 @@ def test_token_ids_are_whole_numbers_in_the_file(tmp_path):
     assert open_file(made.path)(ids(2).int().numpy()).shape == (2, 4)
 
 
+@pytest.mark.recipe
 @pytest.mark.parametrize(
     "batches", [(), ({"mask": masks(), "ids": ids()},)], ids=["float", "integers"]
 )
@@ -163,6 +165,7 @@ def test_inputs_by_name_and_a_dictionary_of_outputs_come_back_as_they_are(tmp_pa
         session(ids(2).numpy(), masks(2).numpy(), types=ids(2).numpy())
 
 
+@pytest.mark.recipe
 @pytest.mark.parametrize("batches", [(), (pair(32),)], ids=["float", "integers"])
 def test_two_inputs_and_two_outputs_by_position(tmp_path, batches):
     torch.manual_seed(0)

@@ -10,6 +10,7 @@ from fedpress.deploy.timing import Timing
 from fedpress.errors import ExportError
 
 
+@pytest.mark.recipe
 def test_a_model_and_its_file_are_measured_in_turn(tmp_path):
     model = nn.Linear(2000, 4000)
     path = export_onnx(model, tmp_path / "m.onnx", Job((2000,))).path

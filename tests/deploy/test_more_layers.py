@@ -97,6 +97,7 @@ def pairs():
         yield pytest.param(*pair, marks=() if pair in quick else pytest.mark.recipe)
 
 
+@pytest.mark.recipe
 @pytest.mark.parametrize(("net", "grid"), list(pairs()))
 def test_the_file_computes_what_the_network_on_its_grid_does(net, grid, tmp_path):
     torch.manual_seed(0)
@@ -136,6 +137,7 @@ UNLIKE = {
 }
 
 
+@pytest.mark.recipe
 @pytest.mark.parametrize("weights", UNLIKE.values(), ids=UNLIKE)
 def test_a_file_with_rounded_inputs_holds_the_weights_of_the_network(weights, tmp_path):
     """Channels of unlike sizes: onnxruntime would round float weights behind rounded inputs to one scale."""
@@ -158,6 +160,7 @@ def test_a_file_with_rounded_inputs_holds_the_weights_of_the_network(weights, tm
     assert float((got - wanted).norm() / wanted.norm()) < 5e-3
 
 
+@pytest.mark.recipe
 def test_inputs_rounded_by_each_batch_are_exported(tmp_path):
     torch.manual_seed(0)
     model, x = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)).eval(), torch.randn(16, 6)

@@ -65,6 +65,7 @@ def export(model: nn.Module, path: Path, shape: tuple[int, ...] = SHAPE):
     return export_onnx(model, path, Job(shape, PREPROCESS, {"class_names": '["a", "b"]'}))
 
 
+@pytest.mark.recipe
 def test_the_file_says_how_to_feed_it_and_takes_any_batch(tmp_path):
     onnx = pytest.importorskip("onnx")
     artifact = export(Residual(), tmp_path / "new" / "model.onnx")
@@ -84,6 +85,7 @@ def test_the_file_says_how_to_feed_it_and_takes_any_batch(tmp_path):
     assert artifact.file_bytes == artifact.path.stat().st_size
 
 
+@pytest.mark.recipe
 def test_the_file_holds_no_path_of_the_machine_and_is_the_same_twice(tmp_path):
     model = Residual()
     first = export(model, tmp_path / "a.onnx").path.read_bytes()
@@ -92,6 +94,7 @@ def test_the_file_holds_no_path_of_the_machine_and_is_the_same_twice(tmp_path):
     assert str(Path(__file__).parent).encode() not in first
 
 
+@pytest.mark.recipe
 def test_export_leaves_the_model_as_it_was_and_prints_nothing(tmp_path, capfd, recwarn):
     model = Residual().train()
     model.norm1.eval()
@@ -126,12 +129,14 @@ def test_what_cannot_be_exported_is_named_with_a_cure(tmp_path, capfd, model, wo
     assert capfd.readouterr() == ("", "")
 
 
+@pytest.mark.recipe
 def test_a_path_that_cannot_be_written_is_a_clear_error(tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(ExportError, match=r"model\.onnx: cannot be written .*another out="):
         export(Residual(), tmp_path / "file" / "model.onnx")
 
 
+@pytest.mark.recipe
 def test_a_full_disk_keeps_the_old_file_and_leaves_no_half_one(tmp_path):
     path = tmp_path / "model.onnx"
     path.write_bytes(b"old")
@@ -146,6 +151,7 @@ def test_a_full_disk_keeps_the_old_file_and_leaves_no_half_one(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
+@pytest.mark.recipe
 @pytest.mark.parametrize("mask", [0o022, 0o077])
 def test_who_may_read_the_file_is_as_for_any_other(tmp_path, mask):
     before = os.umask(mask)

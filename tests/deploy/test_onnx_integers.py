@@ -82,12 +82,14 @@ def test_codes_stand_in_the_file_once_as_bytes(exported, model):
     assert exported.file_bytes < 1.2 * weights + 12_000
 
 
+@pytest.mark.recipe
 def test_seven_bits_need_no_exact_mode(model, x, tmp_path):
     made = export_onnx(model, tmp_path / "m.onnx", Job(SHAPE, batches=(x,), weight_bits=7))
     assert WIDE not in made.metadata
     assert parity(made.program, made.path, x, tolerance=ROUNDING).same_argmax_share > 0.95
 
 
+@pytest.mark.recipe
 @pytest.mark.parametrize(
     ("grid", "bits"),
     [
@@ -114,6 +116,7 @@ def test_weights_of_few_bits_make_the_file_small_and_compute_the_same(grid, bits
     parity(model, made.path, x)
 
 
+@pytest.mark.recipe
 def test_four_bit_weights_run_on_integer_kernels(x, tmp_path):
     import onnxruntime as ort
 
@@ -134,6 +137,7 @@ def test_four_bit_weights_run_on_integer_kernels(x, tmp_path):
     parity(made.program, made.path, x, tolerance=ROUNDING)
 
 
+@pytest.mark.recipe
 def test_images_are_filled_up_to_four_channels(model, x, tmp_path):
     made = export_onnx(model, tmp_path / "m.onnx", Job(SHAPE, batches=(x,)))
     kinds = [n.op_type for n in onnx.load(made.path).graph.node]
@@ -152,6 +156,7 @@ def test_packed_codes_read_back(values):
     assert onnx.numpy_helper.to_array(tensor).astype(np.int8).tolist() == values
 
 
+@pytest.mark.recipe
 def test_linear_layers_over_sequences_multiply_integers(tmp_path):
     import onnxruntime as ort
 

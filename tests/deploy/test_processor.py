@@ -57,6 +57,7 @@ def test_this_processor_is_asked():
         assert torch.cpu._is_vnni_supported() == ("avx512_vnni" in here.features)
 
 
+@pytest.mark.recipe
 @pytest.mark.parametrize("processor", [OLD, VNNI], ids=lambda p: p.name)
 def test_the_options_reach_the_session_and_stand_beside_latency_and_parity(
     tmp_path, monkeypatch, processor
@@ -82,6 +83,7 @@ def test_the_options_reach_the_session_and_stand_beside_latency_and_parity(
         assert found["version"]
 
 
+@pytest.mark.recipe
 def test_a_float_file_with_small_weights_is_compared_like_a_float_file(tmp_path):
     from fedpress.nn.quant_scheme import QuantizationScheme, WeightQuantization
     from fedpress.nn.quantized import quantize_layers_

@@ -93,6 +93,7 @@ def test_the_metrics_of_a_file_are_those_of_torch(exported):
         metrics(path, Arrays(x[:0], y[:0]), PREPROCESS, task)
 
 
+@pytest.mark.recipe
 def test_latency_is_an_ordered_spread_that_grows_with_the_work(exported, tmp_path):
     class Slow(nn.Module):
         def forward(self, x: Tensor) -> Tensor:

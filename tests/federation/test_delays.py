@@ -19,6 +19,7 @@ def test_a_delay_follows_from_seed_client_and_task_alone(row):
     assert len(set(forwards)) == (1 if row.kind == "constant" else len(asked))
 
 
+@pytest.mark.recipe
 def test_lognormal_delays_have_the_spread_of_devices_and_of_tasks():
     row = Lognormal(median=5.0, devices=0.8, tasks=0.2)
     clients = [f"c{i}" for i in range(1000)]

@@ -70,6 +70,7 @@ def test_an_example_on_which_the_network_fails_gives_nothing_and_is_counted(meth
 values = st.sampled_from([0.0, 1.0, 9.0, 99.0, -1.0, math.inf, math.nan])
 
 
+@pytest.mark.recipe
 @settings(max_examples=60, deadline=None)
 @given(st.lists(values, min_size=5, max_size=5), st.integers(0, 3))
 def test_one_example_moves_gradients_and_counts_together_by_at_most_the_clip_norm(example, label):

@@ -369,6 +369,7 @@ def test_a_joint_gradient_is_minus_the_sum_of_clipped_gradients_of_its_poisson_b
     assert measured == {"steps": 1}
 
 
+@pytest.mark.recipe
 def test_one_example_moves_a_joint_gradient_by_at_most_the_clip_norm():
     model, plan = mlp(), PrivacyPlan("sample", 0.3, 1.0, 1.0)
     for seed in range(30):

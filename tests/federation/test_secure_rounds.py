@@ -154,6 +154,7 @@ def test_nonsense_from_one_client_is_seen_as_an_overflow_and_does_not_count():
     assert "overflowed" in record.refused["c0"]
 
 
+@pytest.mark.recipe
 def test_a_run_that_goes_on_with_kept_memories_gives_the_same_bits():
     whole = SecureFederation().run(3)
     first = SecureFederation()

@@ -33,6 +33,7 @@ def same(a, b):
     )
 
 
+@pytest.mark.recipe
 @pytest.mark.parametrize("clients", [3, 5])
 @pytest.mark.parametrize("weights", ["examples", "equal"])
 def test_rounds_equal_the_plain_twin(clients, weights):
@@ -58,6 +59,7 @@ def test_rounds_equal_the_plain_twin(clients, weights):
     assert (last.params - federation.params).abs().max() > 0.05
 
 
+@pytest.mark.recipe
 @pytest.mark.parametrize("kind", KINDS)
 def test_two_runs_give_the_same_bits(kind):
     one, two = (list(run(Federation(5, **KINDS[kind]))) for _ in range(2))
@@ -66,6 +68,7 @@ def test_two_runs_give_the_same_bits(kind):
     assert not torch.equal(one[-1].params, one[0].params)
 
 
+@pytest.mark.recipe
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("server", SERVERS)
 def test_going_on_from_a_record_gives_the_bits_of_an_uninterrupted_run(kind, server):
@@ -102,6 +105,7 @@ class Backwards(LocalTransport):
         return None
 
 
+@pytest.mark.recipe
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_order_of_replies_does_not_change_a_bit(kind):
     one, two = Federation(5, **KINDS[kind]), Federation(5, **KINDS[kind])

@@ -170,6 +170,7 @@ def test_under_client_privacy_claimed_examples_have_no_weight():
 vectors = st.lists(st.floats(width=32), min_size=4, max_size=4).map(torch.tensor)
 
 
+@pytest.mark.recipe
 @settings(max_examples=300, deadline=None)
 @given(vectors, vectors, st.booleans())
 @example(torch.full((4,), 3.4e38), torch.zeros(4), True)
@@ -349,6 +350,7 @@ def test_noise_in_every_mode_has_its_size_and_shape(secret):
     assert abs(float(torch.corrcoef(torch.stack([again, other]))[0, 1])) < 0.01
 
 
+@pytest.mark.recipe
 @pytest.mark.parametrize("kind", ["quantize", "topk", "sign", "ternary"])
 def test_with_any_codec_one_client_moves_a_plain_private_sum_by_at_most_the_clip_norm(kind):
     settings_ = {

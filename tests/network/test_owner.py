@@ -195,6 +195,7 @@ def test_code_must_be_installed_where_the_policy_names_it(tmp_path):
 # Rules about the run.
 
 
+@pytest.mark.recipe
 def test_a_small_population_is_refused_when_all_clients_are_known(tmp_path):
     found = machines(tmp_path, policy(min_cohort=3))
     assert refusals(found.bind(tmp_path / "a")) == ["", "", ""]
@@ -291,6 +292,7 @@ def test_the_same_question_to_a_client_that_forgot_its_secret_costs_again(tmp_pa
     assert len(own.ledger.charges(own.data)) == 2
 
 
+@pytest.mark.recipe
 def test_two_recipes_and_two_servers_share_the_budget_of_the_data(tmp_path):
     needed = planned(tmp_path)
     rules = policy({"total_epsilon": 1.2 * needed})
@@ -393,6 +395,7 @@ def test_a_question_that_the_client_itself_refuses_costs_nothing(tmp_path):
     assert own.ledger.charges(own.data) == []
 
 
+@pytest.mark.recipe
 def test_rounds_per_day_hold_for_all_runs_and_whatever_the_clock_says(tmp_path):
     now = [1e9]
     found = machines(tmp_path, policy(rounds_per_day=2), clock=lambda: now[0])
@@ -438,6 +441,7 @@ def test_the_loss_leaves_only_if_it_may(tmp_path):
 # The ledger in use.
 
 
+@pytest.mark.recipe
 def test_a_ledger_that_does_not_work_refuses_and_says_so_on_both_sides(
     tmp_path, caplog, monkeypatch
 ):
@@ -511,6 +515,7 @@ def test_a_refusal_in_the_middle_of_a_run_is_read_as_such():
     assert refusal_of(Message("update", {})) is None
 
 
+@pytest.mark.recipe
 @settings(
     max_examples=5, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )

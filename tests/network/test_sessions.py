@@ -44,6 +44,7 @@ def questions(here, memory):
     return session, unpack(path.read_bytes())
 
 
+@pytest.mark.recipe
 @pytest.mark.parametrize("text", [RECIPE + CODED, RECIPE + SECURE], ids=["coded", "secure"])
 def test_clients_that_are_started_again_in_the_middle_end_in_the_same_bits(tmp_path, text):
     whole = machines(tmp_path / "whole", text)

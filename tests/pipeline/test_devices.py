@@ -19,6 +19,7 @@ def no_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
 
 
+@pytest.mark.recipe
 def test_a_run_on_the_cpu_gives_the_bits_of_one_that_chose_by_itself(shell, tiny_file, tmp_path):
     assert shell("run", tiny_file, "--out", "a").code == 0
     assert shell("run", tiny_file, "--out", "b", "--device", "cpu").code == 0
@@ -67,6 +68,7 @@ def test_where_a_run_was_computed_is_no_part_of_what_it_is(tiny):
     assert stage_keys(here) == stage_keys(there)
 
 
+@pytest.mark.recipe
 def test_a_run_that_began_on_a_gpu_goes_on_elsewhere_with_a_warning(shell, tiny_file, tmp_path):
     assert shell("run", tiny_file, "--out", "a", "stage.2.num_rounds=0").code == 0
     recipe = tmp_path / "a" / "recipe.toml"

@@ -160,6 +160,7 @@ def kill_after(events: int, text: str, path: Path, *overrides: str) -> bool:
 
 
 # Events of the tiny run: 0 start, 1-8 training (4 steps and an epoch's end, twice), then pruning, then federation.
+@pytest.mark.recipe
 @pytest.mark.parametrize("events", tiered([1, 7, 11, 16, 22], quick=(7, 16)))
 def test_a_run_killed_at_any_event_ends_in_the_same_bits(tiny, tmp_path, whole, left, events):
     assert kill_after(events, tiny, tmp_path / "killed")
@@ -167,6 +168,7 @@ def test_a_run_killed_at_any_event_ends_in_the_same_bits(tiny, tmp_path, whole, 
     assert left(tmp_path / "killed") == left(whole)
 
 
+@pytest.mark.recipe
 @pytest.mark.parametrize(
     ("place", "time"),
     [("save_progress", 2), ("save_progress", 4), ("finish", 2), ("finish", 3), ("record", 2)],
@@ -213,6 +215,7 @@ def test_every_stage_tells_of_its_start_its_progress_and_its_end(tiny, tmp_path)
     assert "measuring on 359 test examples" in notes
 
 
+@pytest.mark.recipe
 def test_seconds_of_a_stopped_stage_are_counted_once(tiny, tmp_path):
     path = tmp_path / "timed"
     kill_after(7, tiny, path)
@@ -229,6 +232,7 @@ def test_seconds_of_a_stopped_stage_are_counted_once(tiny, tmp_path):
     assert [r["seconds"] > 1000 for r in told(path) if r["stage"] == 0] == [False, True]
 
 
+@pytest.mark.recipe
 def test_a_corrupt_checkpoint_is_named_and_can_be_deleted(tiny, tmp_path, whole, left):
     path = tmp_path / "corrupt"
     kill_after(7, tiny, path)
@@ -311,6 +315,7 @@ OPEN = (
 PRIVATE = "privacy={unit='sample', epsilon=12.0, delta=1e-3}\n"
 
 
+@pytest.mark.recipe
 def test_a_second_budget_that_the_first_stage_has_spent_is_refused_before_the_run(tiny):
     recipe = recipes.load(tiny + SECOND + PRIVATE)
     with pytest.raises(
@@ -503,6 +508,7 @@ def test_processes_killed_at_random_moments_end_in_the_same_bits(tmp_path, left,
     assert left(tmp_path / "killed") == left(tmp_path / "whole")
 
 
+@pytest.mark.recipe
 def test_a_run_may_begin_with_a_saved_model_wherever_it_lies(tiny, tmp_path, whole):
     stage = whole / "stages" / "1-prune"
     copy = tmp_path / "elsewhere"

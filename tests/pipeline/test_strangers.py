@@ -142,6 +142,7 @@ def test_a_recipe_is_consent_for_what_it_names_itself(here, shell):
     assert f"--allow-code {NET}" in said.out
 
 
+@pytest.mark.recipe
 def test_the_recipe_in_a_run_folder_is_consent_only_for_who_started_the_run(
     here, shell, monkeypatch
 ):

@@ -81,6 +81,7 @@ def test_a_sweep_is_checked_with_what_all_its_variants_say(shell, tiny_file):
         assert "2 of 2 variants failed" in said.err
 
 
+@pytest.mark.recipe
 def test_a_sweep_trains_once_lists_what_fails_draws_and_goes_on(shell, tiny_file):
     text = tiny_file.read_text().partition('[[stage]]\nkind = "federate"')[0]
     tiny_file.write_text(text)

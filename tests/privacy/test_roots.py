@@ -100,6 +100,7 @@ def test_the_tail_of_skellam_noise_is_bounded_from_above(size, variance, chance)
     assert found == pytest.approx(halved(excess, 1e-9, 2 * found), rel=1e-7)
 
 
+@pytest.mark.recipe
 @pytest.mark.parametrize(
     ("epsilon", "prob", "steps", "delta"),
     [(8.0, 1e-3, 2000, 1e-5), (1.0, 0.01, 500, 1e-5), (2.0, 0.5, 100, 1e-6), (4.0, 1.0, 7, 1e-3)],

@@ -122,6 +122,7 @@ def test_the_policy_allows_the_script_of_the_page_and_no_other(tmp_path):
     assert len(digests) == 1
 
 
+@pytest.mark.recipe
 def test_a_large_run_stays_below_a_megabyte(tmp_path):
     folder = write_run(tmp_path / "x", clients=30, private=False)
     layers = [{"name": f"block.{i}.conv", "before": 512, "after": 100 + i} for i in range(150)]

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pictures import of_class, pictures
@@ -8,6 +9,7 @@ from fedpress.reports.labels import CHARACTER
 from fedpress.reports.plot import Axis, Figure, Panel, Series
 
 
+@pytest.mark.recipe
 @given(
     points=st.lists(st.tuples(st.floats(0, 100), st.floats(0, 10)), min_size=1, max_size=12),
     name=st.text("abcdefgh=.0123456789", min_size=1, max_size=80),

@@ -172,6 +172,7 @@ def test_damaged_and_half_written_files_are_no_error(midway, name, text):
     assert "fedpress watch" in page_html(midway, served=True)
 
 
+@pytest.mark.recipe
 @pytest.mark.parametrize("value", ['"x"', "[]", "{}", "null", "1e400", "-1", "true"])
 def test_wrong_values_in_records_and_result_are_no_error(midway, value):
     text = (midway / "records.jsonl").read_text()

@@ -124,6 +124,7 @@ def test_a_port_that_is_taken_is_told(folder):
         serve(folder, server.server_port)
 
 
+@pytest.mark.recipe
 def test_the_command_prints_the_address_and_ends_quietly_with_ctrl_c(folder):
     words = ["-c", "from fedpress.cli import main; main()", "watch", str(folder)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}

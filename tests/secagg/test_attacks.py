@@ -374,6 +374,7 @@ def test_the_parts_that_are_fuzzed_are_taken_unchanged(kind):
     receive(kind, PARTS[kind])
 
 
+@pytest.mark.recipe
 @given(kind=st.sampled_from(sorted(PARTS)), data=st.data())
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_no_mutated_part_raises_anything_but_our_errors(kind, data):

@@ -62,6 +62,7 @@ def test_the_bound_is_no_less_than_what_a_small_cohort_shows():
     assert 0 < total <= risk(n, 1, 1, edge_prob, least)
 
 
+@pytest.mark.recipe
 def test_survivors_stay_connected_and_have_enough_neighbours_in_simulation():
     plan = SecurePlan(100, 18)
     rng = np.random.default_rng(0)

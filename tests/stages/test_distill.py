@@ -87,6 +87,7 @@ def stage(**changes):
     )
 
 
+@pytest.mark.recipe
 def test_a_run_checks_and_distils_from_its_dense_parent(whole):
     recipe = recipes.load(RECIPE)
     assert [line["kind"] for line in check_recipe(recipe, load_data(recipe))] == [
@@ -100,6 +101,7 @@ def test_a_run_checks_and_distils_from_its_dense_parent(whole):
     assert names == load_model(whole / "stages" / "1-prune")[1].state_dict().keys()
 
 
+@pytest.mark.recipe
 def test_the_teacher_is_the_model_before_the_cut(whole, tmp_path):
     told = tuned(
         tmp_path / "told", f"stage.tune.teacher={whole / 'stages' / '0-train'}", reuse=whole
@@ -114,6 +116,7 @@ def test_the_teacher_is_the_model_before_the_cut(whole, tmp_path):
     assert not torch.equal(other["head.weight"], told["head.weight"])
 
 
+@pytest.mark.recipe
 @pytest.mark.parametrize("ticks", [1, 6])
 def test_killed_and_resumed_gives_the_same_bits(whole, tmp_path, ticks):
     path = tmp_path / "run"
@@ -126,6 +129,7 @@ def test_killed_and_resumed_gives_the_same_bits(whole, tmp_path, ticks):
     assert_same(tuned(path, resume=True), load_model(whole / "stages" / "2-tune")[1].state_dict())
 
 
+@pytest.mark.recipe
 def test_a_checkpoint_that_is_cut_at_once_is_the_dense_parent(whole, tmp_path):
     checkpoint = f"model={{checkpoint = '{whole / 'stages' / '0-train'}'}}"
     text = RECIPE.split("[[stage]]")
@@ -154,6 +158,7 @@ def test_fresh_weights_are_no_dense_parent():
         check_recipe(recipe, load_data(recipe))
 
 
+@pytest.mark.recipe
 def test_the_first_cut_decides_the_dense_parent(whole):
     more = '[[stage]]\nkind = "prune"\nname = "again"\nkeep_params = 0.3\ncalibration = 64\nround_to = 1\n'
     before, _, after = RECIPE.rpartition("[[stage]]")

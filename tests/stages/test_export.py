@@ -42,6 +42,7 @@ lr = 0.05
 EXPORT = '[[stage]]\nkind = "export"\nint8 = true\n'
 
 
+@pytest.mark.recipe
 @pytest.mark.usefixtures("memory_unmeasured")
 def test_an_integer_export_is_compared_and_measured(tmp_path):
     text = (
@@ -121,6 +122,7 @@ def test_a_format_that_cannot_take_the_model_is_told_and_the_rest_measured():
     assert found["macs"] == 8
 
 
+@pytest.mark.recipe
 def test_a_quantized_network_is_worth_what_its_file_is(tmp_path):
     text = (
         RECIPE

@@ -45,6 +45,7 @@ def test_a_recipe_trains_federates_and_tells(model, tmp_path):
     assert spec.input_dtype == {"tokens": "int64", "lengths": "int64", "sensors": "float32"}
 
 
+@pytest.mark.recipe
 @pytest.mark.parametrize("privacy", [SAMPLE, CLIENT])
 def test_privacy_of_examples_and_of_clients(privacy, tmp_path):
     text = named.recipe(named.federate(privacy))
@@ -74,6 +75,7 @@ def test_one_input_by_name_gives_the_bits_of_one_tensor(stages, tmp_path):
     assert all(torch.equal(one[key], other[key]) for key in one)
 
 
+@pytest.mark.recipe
 @pytest.mark.parametrize("privacy", tiered(["", SAMPLE], quick=[SAMPLE]))
 def test_a_killed_run_goes_on_to_the_same_bits(privacy, tmp_path):
     text = named.recipe(named.TRAIN, named.federate(privacy))
@@ -90,6 +92,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(privacy, tmp_path):
             assert all(torch.equal(whole[key], after[key]) for key in whole)
 
 
+@pytest.mark.recipe
 def test_other_tasks_learn_from_dictionaries(tmp_path):
     regression = named.recipe(named.TRAIN, data="priced", model="Notes", more='task = "regression"')
     with pytest.raises(RecipeError, match="gives outputs"):
@@ -110,6 +113,7 @@ def test_other_tasks_learn_from_dictionaries(tmp_path):
     assert federate["epsilon"] > 0
 
 
+@pytest.mark.recipe
 def test_the_file_takes_inputs_by_name_and_says_what_the_model_says(tmp_path):
     train, export = finish(named.recipe(named.TRAIN, EXPORT), tmp_path)["stages"]
     assert export["accuracy"] == train["accuracy"]
@@ -160,6 +164,7 @@ def test_a_forward_that_begins_with_other_arguments_is_not_pruned(tmp_path):
         check_recipe(recipes.load(text, ()), load_data(recipes.load(text, ())))
 
 
+@pytest.mark.recipe
 @pytest.mark.usefixtures("memory_unmeasured")
 @pytest.mark.parametrize(
     "stage",

@@ -134,6 +134,7 @@ def test_binary_inputs_are_within_ten_points_of_binary_weights_alone(tmp_path, s
         assert all(layer.input_middle.abs().max() > 0 for _, layer in quantized_layers(model))
 
 
+@pytest.mark.recipe
 def test_the_share_that_stays_float_is_said(trained, tmp_path):
     keep = 'stage.1.keep=["stages.2.0.conv2"]'
     told, lines = finish(load(RECIPE, [keep]), tmp_path / "run", trained)
@@ -159,6 +160,7 @@ def dense_first(more):
     return RECIPE.partition('[[stage]]\nkind = "quantize"')[0] + more
 
 
+@pytest.mark.recipe
 def test_training_moves_kept_weights_that_rounding_made_zero_and_no_pruned_ones(trained, tmp_path):
     text = dense_first(
         SPARSE
@@ -217,6 +219,7 @@ def test_clients_train_the_kept_weights_of_a_sparse_network_on_two_bits(trained,
     assert sum(int(((was[n] == 0) & masks[n] & (now[n] != 0)).sum()) for n in spec.sparse) > 0
 
 
+@pytest.mark.recipe
 def test_layers_that_stay_float_are_listed_with_the_reason(trained, tmp_path):
     told, results = finish(
         load(RECIPE, ["stage.1.weights=binary", 'stage.1.keep=["head"]']), tmp_path / "run", trained
@@ -224,6 +227,7 @@ def test_layers_that_stay_float_are_listed_with_the_reason(trained, tmp_path):
     assert told["left"] == results[-1]["left"] == {"head": "asked for by `keep`"}
 
 
+@pytest.mark.recipe
 def test_mixed_bits_meet_their_budget_and_give_more_to_what_is_sensitive(trained, tmp_path):
     changes = ["stage.1.mixed=[2, 4, 8]", "stage.1.max_bytes=14000"]
     _, results = finish(load(RECIPE, changes), tmp_path / "run", trained)
@@ -238,6 +242,7 @@ def test_mixed_bits_meet_their_budget_and_give_more_to_what_is_sensitive(trained
         finish(load(RECIPE, ["stage.1.mixed=[4, 8]", "stage.1.max_bytes=900"]), tmp_path / "small")
 
 
+@pytest.mark.recipe
 def test_a_killed_stage_goes_on_to_the_same_bits(trained, tmp_path, left):
     recipe = load(RECIPE, ["stage.1.bits=4", "stage.1.epochs=3", "stage.1.teacher=before"])
     finish(recipe, tmp_path / "whole", trained)
@@ -252,6 +257,7 @@ def test_a_killed_stage_goes_on_to_the_same_bits(trained, tmp_path, left):
     assert left(tmp_path / "killed" / "stages") == left(tmp_path / "whole" / "stages")
 
 
+@pytest.mark.recipe
 def test_zeros_survive_clustering_and_eight_bits(trained, tmp_path):
     text = RECIPE.replace(
         '[[stage]]\nkind = "quantize"',
@@ -274,6 +280,7 @@ def test_zeros_survive_clustering_and_eight_bits(trained, tmp_path):
         assert len(weights[2].unique()) <= len(weights[1].unique())
 
 
+@pytest.mark.recipe
 def test_training_after_it_stays_on_the_grids(trained, tmp_path):
     text = RECIPE + '[[stage]]\nkind = "train"\nname = "tune"\nepochs = 1\nlr = 0.01\n'
     recipe = load(text, ["stage.1.bits=4"])

@@ -480,6 +480,7 @@ class _Everything(nn.Module):
         return self.head(self.cell(x))
 
 
+@pytest.mark.recipe
 @pytest.mark.parametrize("grid", GRIDS.values(), ids=GRIDS)
 def test_every_kind_of_layer_on_a_grid_comes_back_from_a_packed_file_and_from_a_folder(
     grid, tmp_path, monkeypatch

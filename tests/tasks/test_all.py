@@ -85,6 +85,7 @@ def test_the_loss_has_a_gradient_that_lowers_it(kind):
     assert task.loss(outputs.detach() - 0.1 * outputs.grad, targets) < before
 
 
+@pytest.mark.recipe
 @every
 @given(cuts=st.lists(st.integers(0, 40), max_size=4), seed=st.integers(0, 5))
 def test_merged_sums_of_parts_give_the_metrics_of_the_whole(kind, cuts, seed):
@@ -204,6 +205,7 @@ def test_a_line_without_a_task_is_of_a_classification():
     assert tasks.task_of({"task": "regression"}).shown_metrics[0].key == "mae"
 
 
+@pytest.mark.recipe
 @every
 def test_the_standard_error_is_the_spread_between_draws_of_the_test_set(kind):
     """By the bootstrap (Efron 1979): the metric on many draws of as many examples, with replacement."""

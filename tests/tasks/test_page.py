@@ -46,6 +46,7 @@ def test_the_loss_of_the_page_is_least_at_the_quantile(quantile):
     assert {*found} == {*task.keys}
 
 
+@pytest.mark.recipe
 @pytest.mark.parametrize("private", [False, True])
 def test_the_task_of_the_page_trains_and_federates(quantile, private, source, tmp_path):
     text = SMALL.format(kind="regression", outputs=1, lr=0.01)
@@ -71,6 +72,7 @@ def cases_of(shared):
         yield dict(zip(names, values, strict=True))
 
 
+@pytest.mark.recipe
 @pytest.mark.parametrize("name", SHARED)
 def test_the_shared_tests_hold_for_the_task_of_the_page(quantile, name, monkeypatch):
     monkeypatch.setitem(test_all.NAMES, "quantile", ("delay",))

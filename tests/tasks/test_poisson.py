@@ -128,6 +128,7 @@ def table(path, first_count=None) -> None:
             rows.writerow([*features, told])
 
 
+@pytest.mark.recipe
 @pytest.mark.parametrize("private", [False, True])
 def test_a_table_of_counts_trains_and_federates(private, tmp_path):
     table(tmp_path / "visits.csv")

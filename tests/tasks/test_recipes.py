@@ -187,6 +187,7 @@ CASES = {
 }
 
 
+@pytest.mark.recipe
 @pytest.mark.parametrize("private", [False, True])
 @pytest.mark.parametrize("kind", CASES)
 def test_every_task_trains_federates_and_keeps_sample_privacy(kind, private, source, tmp_path):

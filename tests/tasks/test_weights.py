@@ -211,6 +211,7 @@ def recall(facts):
     return found / (found + missed)
 
 
+@pytest.mark.recipe
 @pytest.mark.parametrize("seed", SEEDS)
 def test_a_rare_class_is_found_more_often_with_weights(seed):
     torch.manual_seed(seed)
@@ -221,6 +222,7 @@ def test_a_rare_class_is_found_more_often_with_weights(seed):
     assert weighed.after["balanced_accuracy"] > plain.after["balanced_accuracy"]
 
 
+@pytest.mark.recipe
 @pytest.mark.parametrize("seed", SEEDS)
 def test_weights_reach_local_training_and_a_noised_one(seed, tmp_path):
     lines = ["a,b,who,label"]
@@ -275,6 +277,7 @@ def test_every_task_says_whether_it_weighs_classes():
     assert {kind for kind, row in tasks.TASKS.items() if row.weighs_classes} == WEIGHTS.keys()
 
 
+@pytest.mark.recipe
 def test_a_saved_model_of_two_classes_is_trained_on_with_weights(shell, tmp_path):
     x, y = imbalanced(0, 600)
     lines = [f"{a:.3f},{b:.3f},{label}" for (a, b, *_), label in zip(x, y.tolist(), strict=True)]

@@ -22,6 +22,7 @@ def rows(heading):
     return found
 
 
+@pytest.mark.recipe
 def test_the_recipe_of_the_page_runs_and_learns(tmp_path):
     [recipe] = blocks("toml")
     train, federate = finish(recipe, tmp_path / "run")["stages"]

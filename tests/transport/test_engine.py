@@ -49,6 +49,7 @@ def test_a_missing_ray_is_told_before_any_work(monkeypatch):
         engine_settings("ray")
 
 
+@pytest.mark.recipe
 @pytest.mark.skipif(find_spec("ray") is not None, reason="Ray is installed")
 def test_the_command_ends_with_2_without_ray(tmp_path):
     words = ["run", "digits", "--engine", "ray", "--out", str(tmp_path / "run")]

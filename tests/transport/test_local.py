@@ -52,6 +52,7 @@ def test_a_cancelled_request_is_never_answered_and_its_client_does_no_work():
     assert transport.traffic.down > 0
 
 
+@pytest.mark.recipe
 def test_a_broadcast_is_packed_once_and_its_bytes_go_with_the_last_request(monkeypatch):
     packed = []
     monkeypatch.setattr(packed_module, "pack", lambda m: packed.append(m.kind) or pack(m))

@@ -78,6 +78,7 @@ def test_tensors_come_back_to_the_bit_in_the_form_that_suits_them(name):
     assert same_bits(back(data, tensor), tensor)
 
 
+@pytest.mark.recipe
 @given(
     hn.arrays(
         st.sampled_from([np.int8, np.uint8, np.int16, np.int32, np.int64, np.float32, np.float64]),

@@ -198,6 +198,7 @@ def test_a_result_without_a_key_is_refused_also_of_an_older_fedpress(plain, kill
         finish(plain, path, resume=True)
 
 
+@pytest.mark.recipe
 def test_a_run_of_an_older_fedpress_goes_on(plain, killed, whole, tmp_path, left):
     path = copied(killed, tmp_path)
     (path / "checksums").unlink()
@@ -207,6 +208,7 @@ def test_a_run_of_an_older_fedpress_goes_on(plain, killed, whole, tmp_path, left
     assert mine == right
 
 
+@pytest.mark.recipe
 def test_a_damaged_list_is_told_and_can_be_deleted(plain, killed, tmp_path):
     path = copied(killed, tmp_path)
     log = path / "checksums"
@@ -273,6 +275,7 @@ def test_whoever_goes_on_elsewhere_is_told_that_bits_will_differ(
     assert "records.jsonl is missing" in said
 
 
+@pytest.mark.recipe
 def test_a_second_process_on_a_run_is_refused(plain, killed, tmp_path):
     path = copied(killed, tmp_path)
     running = begun(plain, path, resume=True)

@@ -231,6 +231,7 @@ def test_a_fit_is_the_least_squares_solution():
     torch.testing.assert_close(small.n.weight.detach(), oracle, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.recipe
 def test_without_the_word_the_stream_stays_whole():
     model, x = build("convnext"), torch.randn(2, 3, 8, 8)
     assert {layer.name for layer in trace(model, x).groups} == set()

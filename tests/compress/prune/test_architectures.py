@@ -115,6 +115,7 @@ def test_half_of_every_architecture_is_exact_trains_and_comes_back_from_a_file(
         )
 
 
+@pytest.mark.recipe
 @pytest.mark.parametrize(
     "name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.deploy) for n in EVERY]
 )

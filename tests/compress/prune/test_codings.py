@@ -146,6 +146,7 @@ class Letters(Net):
         return self.b(torch.einsum("nchw,cd->ndhw", x, self.w))
 
 
+@pytest.mark.recipe
 @pytest.mark.parametrize(
     ("build", "removable"),
     [

@@ -88,6 +88,7 @@ class Share(nn.Module):
         return x / x.shape[1]
 
 
+@pytest.mark.recipe
 def test_a_size_in_code_keeps_its_layer_whole_with_and_without_ignore():
     model = nn.Sequential(nn.Linear(8, 16), Share(), nn.Linear(16, 12), nn.ReLU(), nn.Linear(12, 5))
     found = fedpress.prune(model, keep_params=0.6, round_to=1, input_shape=(8,))
@@ -97,6 +98,7 @@ def test_a_size_in_code_keeps_its_layer_whole_with_and_without_ignore():
     assert small.model[4].weight.shape[1] < 12
 
 
+@pytest.mark.recipe
 def test_commands_leave_ignored_modules_as_they_are():
     model = Nested().eval()
     small = fedpress.prune(

@@ -64,6 +64,7 @@ class Grouped(nn.Module):
         return self.o(y.transpose(1, 2).reshape(b, t, self.h * self.d)).mean(1)
 
 
+@pytest.mark.recipe
 @pytest.mark.parametrize("early", [False, True])
 def test_code_may_take_another_path_when_it_is_exported(early):
     torch.manual_seed(0)

@@ -302,6 +302,7 @@ def test_tensors_in_objects_that_a_model_gives_are_outputs_and_empty_beginnings_
     assert "it is an output of the model" in graph.unprunable["a"]
 
 
+@pytest.mark.recipe
 def test_what_a_branch_on_data_is_given_stays_whole():
     class Branch(nn.Module):
         def __init__(self) -> None:

@@ -33,6 +33,7 @@ def test_resnet18_meets_the_share_within_half_a_point_in_multiples_of_eight(big,
         assert not choice.keep
 
 
+@pytest.mark.recipe
 @pytest.mark.parametrize("share", [0.6, 0.5, 0.4, 0.3])
 def test_coarse_widths_of_a_small_network_still_meet_the_share(traced, share):
     model, _, graph = traced("residual")

@@ -95,6 +95,7 @@ def theirs(model, x, seed):
         return "fails"
 
 
+@pytest.mark.recipe
 @pytest.mark.parametrize(
     ("build", "shape", "most_right", "verdict"),
     [

@@ -34,6 +34,7 @@ def by_name(graph, values, name):
     return next(v for layer, v in zip(graph.groups, values, strict=True) if layer.name == name)
 
 
+@pytest.mark.recipe
 @pytest.mark.parametrize("name", sorted(SCORES))
 def test_every_score_prunes_one_shot_and_one_by_one(traced, name):
     model, x, graph = traced("residual")

@@ -39,6 +39,7 @@ def test_a_share_of_the_multiply_adds_is_reached_as_counted_on_the_cut_model(tra
     )
 
 
+@pytest.mark.recipe
 @pytest.mark.parametrize("share", [0.25, 0.77, 1.5])
 def test_a_limit_of_bytes_is_never_passed_and_nearly_used(traced, share):
     model, _, graph = traced("residual")

@@ -47,6 +47,7 @@ CODEBOOK = QuantizationScheme(weights=WeightQuantization(kind="codebook", bits=3
 INPUTS = QuantizationScheme(inputs=InputQuantization(bits=4))
 
 
+@pytest.mark.recipe
 @pytest.mark.parametrize(
     ("grids", "rounding"),
     [
@@ -76,6 +77,7 @@ def test_a_quantized_network_comes_back_from_its_folder_to_the_same_bits(grids, 
             assert torch.equal(layer.weight, layer.dequantize(layer.quantize()))
 
 
+@pytest.mark.recipe
 def test_more_bits_and_more_care_come_nearer_to_the_float_network():
     model, batches, _ = net()
     wanted = model(batches[0]).detach()
@@ -249,6 +251,7 @@ def test_torchao_leaves_convolutions_float_without_a_word_and_we_do_not():
     assert ours[0].quantize().unique().numel() > 20
 
 
+@pytest.mark.recipe
 @pytest.mark.parametrize(
     "grid", [WeightQuantization(bits=4), WeightQuantization(kind="ternary")], ids=lambda g: g.kind
 )

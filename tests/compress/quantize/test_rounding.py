@@ -20,6 +20,7 @@ def on_grid(layer, grid):
     return model[0]
 
 
+@pytest.mark.recipe
 @pytest.mark.parametrize(
     "grid",
     [WeightQuantization(bits=2), WeightQuantization(bits=4), WeightQuantization(bits=3, group=10)],

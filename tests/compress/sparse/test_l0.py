@@ -242,6 +242,7 @@ def test_a_channel_gate_scales_what_is_read_whatever_norm_comes_before():
     assert all("weight" in n for n in changed)
 
 
+@pytest.mark.recipe
 def test_settled_channels_are_removed_without_a_change():
     model, graph, gates = channels()
     with torch.no_grad():
@@ -256,6 +257,7 @@ def test_settled_channels_are_removed_without_a_change():
     assert parameters(small) == cut.parameters_after
 
 
+@pytest.mark.recipe
 def test_the_expected_parameters_of_channels_are_what_drawing_gives():
     _, graph, gates = channels()
     with torch.no_grad():
@@ -301,6 +303,7 @@ def test_balance_is_where_both_pull_alike():
     assert float(pulls[0]) == pytest.approx(float(pulls[1]), rel=1e-5)
 
 
+@pytest.mark.recipe
 @pytest.mark.parametrize("wanted", [0.5, 0.1])
 def test_the_controller_leads_a_network_to_the_wanted_density(wanted):
     model = network().train()

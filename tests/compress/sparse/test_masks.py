@@ -165,6 +165,7 @@ def test_the_count_of_kept_weights_is_exact(density, scope, seed, shapes):
     assert all(m.any() for m in masks.values())
 
 
+@pytest.mark.recipe
 @given(
     st.sampled_from(PATTERNS),
     st.floats(0.02, 1.0),

@@ -49,6 +49,7 @@ def calls(program: torch.export.ExportedProgram, target: object) -> list[torch.f
     return [n for n in program.graph.nodes if n.target is target]
 
 
+@pytest.mark.recipe
 @pytest.mark.parametrize("activations", ["uint8", "int8"])
 def test_every_operand_of_integer_arithmetic_is_rounded_and_the_logits_stay_near(x, activations):
     model = trained(Residual())
@@ -72,6 +73,7 @@ def test_every_operand_of_integer_arithmetic_is_rounded_and_the_logits_stay_near
     assert (got - expected).abs().max() < 0.05 * expected.abs().max()
 
 
+@pytest.mark.recipe
 def test_uint8_and_int8_activations_are_the_same_numbers(x):
     model = trained(Residual())
     a, b = (
@@ -87,6 +89,7 @@ def test_nothing_is_rounded_between_a_layer_and_its_relu(x):
         assert node.args[0].target in (torch.ops.aten.conv2d.default, torch.ops.aten.add.Tensor)
 
 
+@pytest.mark.recipe
 def test_max_pooling_keeps_the_grid_of_its_input(x):
     made = quantized_program(trained(Residual()), SHAPE, [x])
     (pool,) = calls(made.program, torch.ops.aten.max_pool2d.default)
@@ -187,6 +190,7 @@ def test_what_stays_float_is_listed_with_the_reason(x):
     assert set(made.left_float) == {"inner", "norm", "mean"}
 
 
+@pytest.mark.recipe
 def test_bad_calibration_and_bad_weights_are_clear_errors(x):
     model = trained(Residual())
     with pytest.raises(ExportError, match="NaN or infinite"):
@@ -206,12 +210,14 @@ def test_the_model_is_left_as_it_was(x):
     assert type(model.stem) is nn.Conv2d
 
 
+@pytest.mark.recipe
 def test_seven_bits_are_at_most_63(x):
     made = quantized_program(trained(Residual()), SHAPE, [x], format=IntegerFormat(weight_bits=7))
     codes = made.program.state_dict["conv.weight_codes"]
     assert codes.abs().max() == 63
 
 
+@pytest.mark.recipe
 @pytest.mark.parametrize("observer", ["percentile", "mse", "entropy"])
 def test_observers_cut_off_what_is_rare(x, observer):
     far = x.repeat(8, 1, 1, 1)
@@ -264,6 +270,7 @@ class Vision(nn.Module):
         return self.head(self.norm(self.blocks(x))[:, 0])
 
 
+@pytest.mark.recipe
 def test_the_file_of_a_transformer_is_as_near_as_its_simulation(x):
     torch.manual_seed(0)
     model = Vision().eval()
@@ -302,6 +309,7 @@ def test_a_residual_stream_that_convolutions_read_stays_on_integers(x):
     assert quantized_program(Stream().eval(), SHAPE, [x]).left_float == {}
 
 
+@pytest.mark.recipe
 def test_only_what_rounds_values_counts_as_rounded(x):
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(144, 5)).eval()
     assert quantized_program(model, SHAPE, [x]).rounds

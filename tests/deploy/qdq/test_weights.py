@@ -103,6 +103,7 @@ def farthest(got: torch.Tensor, wanted: torch.Tensor) -> float:
     return float((got - wanted).abs().max() / wanted.abs().max())
 
 
+@pytest.mark.recipe
 @pytest.mark.parametrize("dead_layer", [False, True], ids=["channels", "a whole layer"])
 @pytest.mark.parametrize("grid", [None, *GRIDS], ids=str)
 def test_the_rounded_graph_computes_what_the_network_does(grid, dead_layer, x):
@@ -117,6 +118,7 @@ def test_the_rounded_graph_computes_what_the_network_does(grid, dead_layer, x):
     assert farthest(deploy.logits(made.program, x), wanted) < 0.03
 
 
+@pytest.mark.recipe
 @pytest.mark.parametrize(
     ("format", "grid"),
     files([None, *GRIDS], quick=(None, "int4", "groups", "whole codebook")),
@@ -133,6 +135,7 @@ def test_an_integer_file_computes_what_the_network_does(format, grid, x, tmp_pat
     assert farthest(deploy.file_logits(made.path, x), deploy.logits(model, x)) < 0.03
 
 
+@pytest.mark.recipe
 @pytest.mark.parametrize(
     ("format", "grid"), files(["int4", "binary", "whole codebook"], quick=("binary",))
 )
@@ -158,6 +161,7 @@ def test_a_layer_that_sees_only_zeros_gives_its_bias(grid, x, tmp_path):
     assert farthest(deploy.file_logits(made.path, x), deploy.logits(model, x)) < 0.003
 
 
+@pytest.mark.recipe
 @pytest.mark.parametrize(
     ("format", "grid"),
     files(["int8", "groups", "binary", "codebook"], quick=("groups", "codebook")),
@@ -203,6 +207,7 @@ def test_layers_that_share_a_dead_channel_both_keep_their_biases(turned):
     assert 0.9 / (0.01 * made.scales.item()) == pytest.approx(2.0**24, rel=1e-6)
 
 
+@pytest.mark.recipe
 def test_a_bias_of_a_dead_channel_is_kept_to_the_last_bit(x, tmp_path):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(192, len(KINDS))).eval()

@@ -190,6 +190,7 @@ FLOATS = st.lists(
 ).map(torch.tensor)
 
 
+@pytest.mark.recipe
 @settings(max_examples=150, deadline=None)
 @given(FLOATS, FLOATS, st.sampled_from(SEEING))
 @example(torch.full((4,), 3e38), torch.full((4,), -3e38), "mean")

@@ -40,6 +40,7 @@ def test_without_q_it_is_fedavg():
     torch.testing.assert_close(one, two)
 
 
+@pytest.mark.recipe
 def test_a_larger_q_makes_losses_more_alike():
     def spread(q):
         going = Quadratics(QFedAvg(q=q))

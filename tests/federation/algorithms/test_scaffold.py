@@ -69,6 +69,7 @@ def test_rounds_equal_the_plain_twin(cohort):
     )
 
 
+@pytest.mark.recipe
 def test_it_finds_the_optimum_of_uneven_quadratics_and_fedavg_does_not():
     scaffold, fedavg = (Quadratics(a).run(80)[-1].params for a in (Scaffold(), FedAvg()))
     optimum = Quadratics(FedAvg()).optimum
@@ -76,11 +77,13 @@ def test_it_finds_the_optimum_of_uneven_quadratics_and_fedavg_does_not():
     assert float((fedavg - optimum).norm()) > FAR
 
 
+@pytest.mark.recipe
 def test_with_a_part_of_the_clients_in_each_round_it_still_does():
     going = Quadratics(Scaffold(), cohort=Cohort(2, 4))
     assert float((going.run(100)[-1].params - going.optimum).norm()) < 1e-3
 
 
+@pytest.mark.recipe
 @pytest.mark.parametrize(
     "codecs", [(Quantize(bits=6),), (TopK(density=0.4),), (TopK(density=0.6), Quantize(bits=8))]
 )
@@ -156,6 +159,7 @@ def test_going_on_after_a_kill_gives_the_bits_of_an_uninterrupted_run(coded):
         assert all(torch.equal(t, b.server_state[n]) for n, t in a.server_state.items())
 
 
+@pytest.mark.recipe
 def test_a_server_optimizer_takes_the_update_alone():
     going = Quadratics(Scaffold(server=Momentum(beta=0.5, lr=0.5)))
     assert float((going.run(100)[-1].params - going.optimum).norm()) < 1e-3
@@ -217,6 +221,7 @@ def test_under_client_privacy_without_a_bound_the_control_is_refused_with_the_cu
         Quadratics(Scaffold(), privacy=PrivacyPlan("client", 1.0, 1.0, 1.0))
 
 
+@pytest.mark.recipe
 def test_without_noise_client_privacy_converges_with_clipped_controls():
     going = private(0.0, clip_norm=1.0)
     assert float((going.run(100)[-1].params - going.optimum).norm()) < 1e-2

@@ -4,6 +4,7 @@ import copy
 import threading
 import time
 
+import pytest
 import torch
 
 from fedpress.federation import Cohort
@@ -96,6 +97,7 @@ def test_rounds_over_a_real_transport_give_the_bits_of_the_simulation():
         assert (a.clients, a.bytes_up, a.bytes_down) == (b.clients, b.bytes_up, b.bytes_down)
 
 
+@pytest.mark.recipe
 def test_a_late_update_is_never_taken_for_the_answer_of_another_round():
     made = Federation(3, schedule=Synchronous(deadline=0.6))
     transport = slowed(made, {"c1": 1.0})
@@ -108,6 +110,7 @@ def test_a_late_update_is_never_taken_for_the_answer_of_another_round():
     assert transport.receive(range(99)) is None
 
 
+@pytest.mark.recipe
 def test_over_selection_takes_whoever_is_first():
     made = Federation(4, cohort=Cohort(2, 4), schedule=Synchronous(over_selection=2.0))
     transport = slowed(made, {"c0": 1.5, "c2": 1.5})
@@ -118,6 +121,7 @@ def test_over_selection_takes_whoever_is_first():
     ended(transport)
 
 
+@pytest.mark.recipe
 def test_a_slow_client_holds_nobody_up_in_a_buffer():
     schedule = Buffered(buffer=2, concurrency=4)
     made = Federation(4, cohort=Cohort(2, 4), weights="equal", schedule=schedule)

@@ -63,6 +63,7 @@ def one_epoch(made, client, version, params):
     return torch.cat([p.detach().flatten() for p in model.parameters()]) - params
 
 
+@pytest.mark.recipe
 @pytest.mark.parametrize("delays", [UNEVEN, Exponential(mean=3.0)], ids=lambda row: row.kind)
 @pytest.mark.parametrize(("buffer", "concurrency"), [(3, 5), (1, 4), (4, 9)])
 def test_buffered_steps_equal_the_plain_twin(buffer, concurrency, delays):
@@ -119,6 +120,7 @@ def alike(a, b):
     )
 
 
+@pytest.mark.recipe
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_run_that_is_killed_again_and_again_gives_the_same_bits(kind, tmp_path):
     whole = list(run(on_disk(federation(**KINDS[kind]), tmp_path / "whole"), 10, server="adam"))

@@ -195,6 +195,7 @@ def test_without_over_selection_the_cohort_is_that_of_the_draw(sampling):
         assert timing.simulated_seconds is None
 
 
+@pytest.mark.recipe
 def test_idle_clients_are_drawn_alike_often():
     schedule = Buffered(buffer=5, concurrency=10)
     begun = context(schedule, 50, delays=Constant(seconds=1.0))

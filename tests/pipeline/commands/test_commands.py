@@ -78,6 +78,7 @@ def test_the_result_of_one_command_is_the_model_of_the_next(shell, trained):
     assert "before" in Path("runs/export/report.html").read_text()
 
 
+@pytest.mark.recipe
 def test_the_recipe_of_a_command_runs_again_to_the_same_numbers(shell, trained):
     assert (
         shell(
@@ -115,6 +116,7 @@ def test_without_data_a_command_says_what_it_could_not_do(shell, trained, tmp_pa
     assert json.loads(said.out)["after"]["accuracy"] > 0.05
 
 
+@pytest.mark.recipe
 def test_a_batch_norm_without_data_keeps_its_statistics_and_that_is_said():
     torch.manual_seed(0)
     net = nn.Sequential(
@@ -245,6 +247,7 @@ def test_keys_are_listed_with_their_meaning(shell):
     assert "share of the dense" in said.out
 
 
+@pytest.mark.recipe
 @pytest.mark.usefixtures("memory_unmeasured")
 def test_models_and_files_are_measured_side_by_side(shell, trained):
     words = ["--formats", "onnx", "--batches", "1", "--threads", "1", "--seconds", "0.01"]
@@ -336,6 +339,7 @@ def test_a_model_that_torch_cannot_copy_is_cut():
     assert made.after["parameters"] < made.before["parameters"]
 
 
+@pytest.mark.recipe
 @pytest.mark.usefixtures("memory_unmeasured")
 def test_a_model_has_one_size_in_every_command(trained, tmp_path):
     small = fedpress.quantize(trained, bits=4, out=tmp_path / "quantized")
@@ -365,6 +369,7 @@ def test_a_model_has_one_size_in_every_command(trained, tmp_path):
     assert again["file_bytes"] == small.before["file_bytes"]
 
 
+@pytest.mark.recipe
 def test_what_zeros_are_worth_is_shown_as_non_zeros_and_packed_bytes(shell, trained, tmp_path):
     said = shell("sparsify", trained, "density=0.2", "--out", tmp_path / "sparse")
     assert said.code == 0, said.err
@@ -380,6 +385,7 @@ def test_what_zeros_are_worth_is_shown_as_non_zeros_and_packed_bytes(shell, trai
     assert gated.after["packed_file_bytes"] < gated.after["file_bytes"]
 
 
+@pytest.mark.recipe
 def test_a_share_of_a_cut_model_says_of_what(shell, trained, tmp_path):
     once = fedpress.prune(trained, keep_params=0.6, calibration=64, out=tmp_path / "once")
     assert "dense" not in json.dumps(once.after.get("told", {}))

@@ -29,6 +29,7 @@ def test_a_module_in_memory_learns_and_is_cut(given):
     assert small.after["parameters"] < 0.62 * trained.after["parameters"]
 
 
+@pytest.mark.recipe
 def test_a_file_is_written_from_inputs_alone():
     exported = fedpress.export(named.Notes(), data=data()[0])
     assert [name for name in exported.files if name.endswith(".onnx")]

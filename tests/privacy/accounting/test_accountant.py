@@ -50,11 +50,13 @@ def test_noise_multiplier_is_that_of_the_reference_and_meets_the_budget(q, steps
     assert 7.99 < epsilon([GaussianEvent(q, noise, steps)], delta=delta) <= 8
 
 
+@pytest.mark.recipe
 def test_a_small_budget_with_rare_samples_is_calibrated_too():
     noise = noise_multiplier(epsilon=0.1, delta=1e-6, sampling_prob=0.001, steps=1000)
     assert 0.099 < epsilon([GaussianEvent(0.001, noise, 1000)], delta=1e-6) <= 0.1
 
 
+@pytest.mark.recipe
 def test_composition_of_unequal_phases_is_that_of_dp_accounting():
     from dp_accounting import dp_event
     from dp_accounting.pld import PLDAccountant
@@ -149,6 +151,7 @@ def test_a_budget_that_no_noise_meets_is_a_privacy_error():
         noise_multiplier(epsilon=1e-9, delta=1e-12, sampling_prob=1.0, steps=10**6)
 
 
+@pytest.mark.recipe
 def test_an_answer_for_the_command_line_needs_no_torch_and_little_work():
     code = (
         "import sys, time; from fedpress.privacy.accounting.accountant import noise_multiplier as f;"

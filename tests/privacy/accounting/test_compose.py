@@ -66,6 +66,7 @@ def test_delta_is_checked_first(page):
         epsilon(page, delta=2.0)
 
 
+@pytest.mark.recipe
 def test_questions_about_mixtures_and_bits_are_answered_without_torch():
     code = (
         "import sys; from fedpress.privacy import adaptive;"

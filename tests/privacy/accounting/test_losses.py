@@ -79,6 +79,7 @@ def test_one_step_is_never_below_the_closed_form_and_close_to_it_where_it_says_s
             assert bound.epsilon <= exact * 1.01 + 1e-3 * q
 
 
+@pytest.mark.recipe
 @pytest.mark.parametrize(
     ("q", "z", "steps"),
     [(0.0427, 1.0, 500), (0.1, 4.0, 500), (0.5, 0.5, 10), (0.9, 2.0, 300), (0.001, 0.7, 1000)],
@@ -111,6 +112,7 @@ def test_phases_compose_like_those_of_dp_accounting():
     )
 
 
+@pytest.mark.recipe
 @pytest.mark.parametrize(("noise", "steps"), [(1e4, 10**7), (30.0, 1000), (0.3, 3)])
 def test_steps_on_everybody_are_those_of_the_closed_form(noise, steps):
     for delta in (1e-12, 1e-5, 1e-2):
@@ -131,6 +133,7 @@ def test_a_promise_of_nothing_costs_nothing_and_one_of_much_costs_that():
     assert losses.epsilon_bound(events, delta=1e-5, guarantee=(1.0, 1e-4)).epsilon == math.inf
 
 
+@pytest.mark.recipe
 @given(
     q=st.floats(-9, 0).map(lambda x: 10**x),
     z=st.floats(math.log10(0.3), 4).map(lambda x: 10**x),
@@ -157,6 +160,7 @@ def test_every_question_of_the_whole_range_is_answered_below_renyi_and_in_order(
     )
 
 
+@pytest.mark.recipe
 def test_fewer_points_never_answer_less():
     for q, z, steps, delta in HARD[:4]:
         few = losses.epsilon_bound([GaussianEvent(q, z, steps)], delta=delta, points=1 << 13)
@@ -164,6 +168,7 @@ def test_fewer_points_never_answer_less():
         assert few.epsilon >= many.epsilon * (1 - 1e-6)
 
 
+@pytest.mark.recipe
 @pytest.mark.parametrize(("noise", "steps"), [(0.3, 1), (27.0, 1), (1e4, 10**7), (0.85, 10**7)])
 @pytest.mark.parametrize("missing", [1e-12, 1e-6])
 def test_sampling_never_adds_where_nearly_everybody_takes_part(noise, steps, missing):
@@ -172,6 +177,7 @@ def test_sampling_never_adds_where_nearly_everybody_takes_part(noise, steps, mis
         assert sampled <= epsilon([GaussianEvent(1.0, noise, steps)], delta=delta)
 
 
+@pytest.mark.recipe
 def test_a_coarse_answer_is_said_to_be_an_upper_bound():
     hard = spent([GaussianEvent(1e-9, 0.3, 1)], delta=1e-12)
     assert hard.upper_bound
@@ -187,6 +193,7 @@ def test_a_coarse_answer_is_said_to_be_an_upper_bound():
     assert book.spent(delta=1e-12) == hard
 
 
+@pytest.mark.recipe
 def test_many_different_phases_are_joined_to_few_that_spend_no_less():
     chance = random.Random(0)
     many = merge(
@@ -256,6 +263,7 @@ def test_noise_is_found_where_tables_are_long_and_keeps_the_budget(q, steps, del
     assert 0.97 * budget < epsilon([GaussianEvent(q, noise, steps)], delta=delta) <= budget
 
 
+@pytest.mark.recipe
 def test_a_mixture_of_a_rare_phase_and_skellam_noise_is_at_least_each_part():
     rare, other = GaussianEvent(1e-5, 0.6, 10**4), SkellamEvent(1e4, 1e6, (1e4 * 20) ** 2, 10)
     both = epsilon([rare, other], delta=1e-7)

@@ -66,6 +66,7 @@ def test_the_sampling_bound_is_above_the_true_divergence_in_both_directions():
             assert true <= bound[alpha] * (1 + 1e-9)
 
 
+@pytest.mark.recipe
 @given(
     z=st.floats(1, 8), q=st.sampled_from([0.1, 0.5, 1.0]), steps=st.integers(1, 60), noise=st.floats(2, 30),
     times=st.integers(1, 20),

@@ -80,6 +80,7 @@ def test_a_budget_gets_the_smallest_noise_that_keeps_it(bits, unit):
     assert less.epsilon > 6.0
 
 
+@pytest.mark.recipe
 def test_too_few_bits_name_the_fewest_that_would_do():
     with pytest.raises(PrivacyError, match="take at least 16, with noise_multiplier") as caught:
         plan(**asked(PRUNED), epsilon=8.0, bits=12)

@@ -120,6 +120,7 @@ def test_only_the_last_draws_are_used():
 GAINS = [(100, 1, 0.34), (100, 10, 0.44), (500, 1, 0.20), (500, 10, 0.24)]
 
 
+@pytest.mark.recipe
 @pytest.mark.parametrize(("rounds", "participations", "most"), GAINS)
 def test_correlated_noise_leaves_a_fraction_of_the_error(rounds, participations, most):
     start = time.process_time()

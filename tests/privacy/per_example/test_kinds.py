@@ -49,6 +49,7 @@ def test_networks_that_allow_it_get_a_fast_method(name):
     assert choose_method(model, F.cross_entropy, x, y) != "loop"
 
 
+@pytest.mark.recipe
 @pytest.mark.parametrize("name", ["scale", "embedding", "bag_sparse", "lstm", "squeezes", "unused"])
 def test_private_steps_learn_with_every_kind(name):
     model, x, _ = make(name)

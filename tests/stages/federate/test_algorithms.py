@@ -179,6 +179,7 @@ def test_the_median_runs_where_every_update_is_private_before(lines, tmp_path):
     assert Median().kind == "median"
 
 
+@pytest.mark.recipe
 def test_fedprox_and_scaffold_run_under_sample_privacy_at_no_further_cost(tmp_path):
     spent = []
     for name in ("fedavg", "fedprox", "scaffold"):

@@ -73,6 +73,7 @@ def test_a_run_in_which_all_is_well_warns_of_nothing(tmp_path):
     assert "Who failed" not in write_report(tmp_path / "run").read_text()
 
 
+@pytest.mark.recipe
 @pytest.mark.parametrize(("unit", "trust"), TRUSTS)
 def test_under_privacy_failures_are_counted_with_noise_and_a_third_of_them_warns(
     unit, trust, tmp_path
@@ -140,6 +141,7 @@ def test_a_pull_that_is_too_strong_for_the_rate_is_named_too(setting, trust, tmp
         warned(recipe(stage=stage, rounds=9, batch=5), tmp_path / "run")
 
 
+@pytest.mark.recipe
 def test_counts_survive_a_kill_to_the_bit(tmp_path):
     text = recipe("some_bad", stage=privacy("sample", "local"), rounds=4)
     whole, _ = warned(text, tmp_path / "whole")
@@ -165,6 +167,7 @@ def test_a_last_batch_of_one_drops_no_client(tmp_path):
     assert result["final"]["failures"]["refused"] == 0
 
 
+@pytest.mark.recipe
 @pytest.mark.parametrize("model", ["Squeezes", "InPairs"])
 @pytest.mark.parametrize("stage", ["", privacy("sample", "central")])
 def test_a_network_that_takes_no_batch_of_one_trains_and_is_measured(model, stage, tmp_path):

@@ -50,6 +50,7 @@ def tell(path):
     return [{k: v for k, v in line.items() if k != "seconds"} for line in told(path)]
 
 
+@pytest.mark.recipe
 @pytest.mark.parametrize("kind", tiered(PRIVACY, quick=("central", "joint")))
 def test_a_buffered_stage_spends_what_check_said_and_charges_every_task(kind, tmp_path):
     text = stage(BUFFERED, PRIVACY[kind])
@@ -84,6 +85,7 @@ def test_no_task_of_a_buffered_stage_is_amplified_by_a_draw():
 CODED = "error_feedback = true\nuplink = [{ kind = 'topk' }]\n"
 
 
+@pytest.mark.recipe
 @pytest.mark.parametrize(("kind", "keys"), [("open", ""), ("open", CODED), ("sample", "")])
 def test_a_buffered_stage_that_is_killed_goes_on_to_the_same_bits(
     kind, keys, tmp_path, monkeypatch
@@ -132,6 +134,7 @@ def test_clients_that_over_selection_does_not_need_are_no_failures(tmp_path):
     assert all(len(line["spare"]) == 4 for line in tell(tmp_path / "run"))
 
 
+@pytest.mark.recipe
 def test_the_time_of_a_round_does_not_tell_whom_a_secret_draw_took(tmp_path):
     keys = "cohort = 4\nsampling = 'poisson'\n" + DELAYS
     finish(stage(keys, CENTRAL), tmp_path / "run")

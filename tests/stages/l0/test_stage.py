@@ -42,6 +42,7 @@ def test_channels_are_gone_and_the_count_is_met(tmp_path):
     assert spec.sparse == ()
 
 
+@pytest.mark.recipe
 @pytest.mark.parametrize("text", [L0 + "density = 0.2\n", CHANNELS + "density = 0.4\n"])
 def test_a_killed_stage_goes_on_to_the_same_bits(tmp_path, left, text):
     finish(HEAD + text, tmp_path / "whole")

@@ -141,6 +141,7 @@ def test_sensitivity_is_recorded_layer_by_layer_and_decides_the_widths(trained, 
     assert line["kept_parameters"] == pytest.approx(0.4, abs=0.005)
 
 
+@pytest.mark.recipe
 @pytest.mark.parametrize("more", tiered(["", "rewind = true\n"], quick=["rewind = true\n"]))
 def test_several_cuts_go_down_by_equal_factors_and_train_between(trained, tmp_path, more):
     path = tmp_path / "run"
@@ -257,6 +258,7 @@ def test_the_target_is_a_share_of_the_parameters_unless_another_is_given():
         assert PruneStage.model_validate(stage.model_dump()) == stage
 
 
+@pytest.mark.recipe
 @pytest.mark.parametrize(
     ("text", "error", "says"),
     [
@@ -307,6 +309,7 @@ def test_a_quantized_model_is_refused():
         prune().check(replace(state, spec=rounded))
 
 
+@pytest.mark.recipe
 def test_what_a_second_cut_cannot_reach_is_told_in_shares_of_the_dense_network():
     again = PRUNE.replace('kind = "prune"', 'kind = "prune"\nname = "again"')
     with pytest.raises(RecipeError, match=r"keep_params: 0\.001 cannot be reached"):

@@ -45,6 +45,7 @@ def test_every_schedule_ends_at_the_exact_density_and_trains_on(tmp_path, schedu
     assert result["loss"] < 2.35
 
 
+@pytest.mark.recipe
 @pytest.mark.parametrize("schedule", tiered(SCHEDULES, quick=("rewind", "rigl")))
 def test_a_killed_stage_goes_on_to_the_same_bits(tmp_path, left, schedule):
     score = "movement" if schedule in ("gradual", "rewind") else "magnitude"
@@ -80,6 +81,7 @@ def test_the_density_falls_as_the_cubic_says(tmp_path):
     )
 
 
+@pytest.mark.recipe
 def test_averaged_weights_have_statistics_of_their_own(tmp_path):
     how = "density = 0.1\nschedule = 'gradual'\nepochs = 3\nevery = 1\nema = 0.98\n"
     text = (
@@ -164,6 +166,7 @@ def test_every_score_cuts_a_fresh_network(tmp_path, score):
     assert kept == round(0.3 * entries)
 
 
+@pytest.mark.recipe
 def test_densities_come_from_the_sensitivity_of_each_layer(tmp_path, left):
     text = (
         HEAD
@@ -328,6 +331,7 @@ WAYS = {
 }
 
 
+@pytest.mark.recipe
 @pytest.mark.parametrize("way", tiered(WAYS, quick=("momentum", "sample privacy")))
 def test_federated_rounds_keep_the_zeros_and_send_only_the_rest(tmp_path, left, way):
     dense, sparse = (
