@@ -66,7 +66,8 @@ def test_the_table_of_the_page_has_every_task():
 
 def cases_of(shared):
     """Yields the arguments of a shared test, but for the kind of task."""
-    marks = [mark.args for mark in shared.pytestmark if mark.args[0] != "kind"]
+    marks = [mark.args for mark in shared.pytestmark if mark.name == "parametrize"]
+    marks = [(name, values) for name, values in marks if name != "kind"]
     names = [name for name, _ in marks]
     for values in itertools.product(*(values for _, values in marks)):
         yield dict(zip(names, values, strict=True))
