@@ -22,9 +22,10 @@ from fedpress.network import keys
 from fedpress.network.units import client_dockerfile, client_unit, server_dockerfile, server_unit
 
 PORT = 9443
+"""Port on which the server listens if none is given."""
 # A new client begins with rules for privacy: an owner who wants none must say so.
 POLICY = """\
-# What this client's owner allows; without a line its default holds. docs/deploy.md lists all keys.
+# What this client's owner allows; a key that is not set has its default. All keys: docs/deploy.md.
 # families = ["cnn", "mlp"]
 # min_cohort = 2
 # require_approval = true
@@ -38,6 +39,7 @@ total_epsilon = 8.0
 delta = 1e-5
 """
 ALL = "0.0.0.0"
+"""Address to listen on that stands for all addresses of the machine."""
 # Type of a settings class, see `_config`.
 T = TypeVar("T", bound=BaseModel)
 
@@ -49,7 +51,7 @@ class ServerConfig(BaseModel):
 
     host: str = Field(description="the name or address by which clients reach the server")
     port: int = Field(PORT, ge=1, le=65535, description="the one port that must be open")
-    bind: str = Field(ALL, description="the address to listen on; 0.0.0.0 is all")
+    bind: str = Field(ALL, description="the address to listen on; 0.0.0.0: all of them")
     clients: dict[ClientId, str] = Field(description="the public key (node.pub) of each client")
 
 
@@ -58,9 +60,9 @@ class ClientConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    name: ClientId = Field(description="of this client, as the server lists it")
+    name: ClientId = Field(description="name of this client in server.toml")
     server: str = Field(description="host:port of the server")
-    threads: int = Field(1, ge=1, description="threads that train; other numbers give other bits")
+    threads: int = Field(1, ge=1, description="threads that train; their number affects rounding")
 
 
 @dataclass(frozen=True)
@@ -103,7 +105,7 @@ class ClientFolder:
     The client also stores the state of its runs in this folder.
 
     Attributes:
-        path: the folder, with `client.toml`, `ca.crt`, `node.key` and `policy.toml`.
+        path: the folder, with `client.toml`, `ca.crt`, `node.key` and usually `policy.toml`.
         config: content of `client.toml`.
     """
 
@@ -115,7 +117,8 @@ class ClientFolder:
         """Reads the folder.
 
         Raises:
-            NetworkError: if a file is missing or wrong.
+            NetworkError: if `client.toml`, `ca.crt` or `node.key` is missing, or `client.toml` is
+                wrong. The content of the other files is not checked here.
         """
         config = _config(path / "client.toml", ClientConfig)
         _check_files(path, ("ca.crt", "node.key"))
@@ -128,7 +131,7 @@ class ClientFolder:
 
     @property
     def sessions(self) -> Path:
-        """Folder in which the client stores its sessions (the stages of runs)."""
+        """Folder in which the client stores its sessions. A session is one stage of one run."""
         return self.path / "sessions"
 
 
@@ -136,7 +139,7 @@ def host_and_port(text: str) -> tuple[str, int]:
     """Splits `host:port` or `[address]:port` into host and port.
 
     Raises:
-        NetworkError: if the text has another form.
+        NetworkError: if the text has another form, or the port is not from 1 to 65535.
 
     >>> host_and_port("server.example:9443"), host_and_port("[::1]:9443")
     (('server.example', 9443), ('::1', 9443))
@@ -163,7 +166,7 @@ def init(out: Path, clients: Sequence[ClientId], host: str, port: int) -> None:
     """
     if out.exists():
         raise NetworkError(
-            "it exists already, and its keys would be lost",
+            "the folder exists already, and a new network would replace its keys",
             place=str(out),
             cure="give another folder with --out, or a further client with fedpress network add",
         )
@@ -195,7 +198,8 @@ def add(out: Path, name: ClientId) -> None:
         name: name of the new client.
 
     Raises:
-        NetworkError: if there is a client of this name, or the network's folder is incomplete.
+        NetworkError: if there is a client of this name, the name is not valid, or
+            `ServerFolder.read` refuses the server's folder.
     """
     folder = ServerFolder.read(out / "server")
     config = folder.config
@@ -210,7 +214,8 @@ def add(out: Path, name: ClientId) -> None:
             place=str(out / "clients" / name),
             cure=f"remove the folder, or write its node.pub to server.toml as '{name}'",
         )
-    # The client's folder first: if it fails, `server.toml` lists no key that nobody has.
+    # The client's folder is made first. If this fails, `server.toml` does not yet list a key that
+    # no client has.
     public = _make_client(out, name, config.host, config.port)
     clients = {**config.clients, name: public}
     _write_server(folder.path, config.model_copy(update={"clients": clients}))
@@ -223,7 +228,8 @@ def renew(out: Path) -> None:
         out: folder of the network.
 
     Raises:
-        NetworkError: if the authority's key is missing.
+        NetworkError: if `server.toml`, or the key or certificate of the authority, is missing or
+            wrong.
     """
     config = _config(out / "server" / "server.toml", ServerConfig)
     authority = keys.Authority.read(out / "authority" / "ca.key", out / "authority" / "ca.crt")

@@ -54,8 +54,8 @@ class Asked:
 class Gate(Protocol):
     """Decides about each request. A method returns None for yes and a `Refusal` for no.
 
-    A session calls the methods in the order in which they are listed here. `trial` is True before
-    a run, when the server only checks whether the client would accept; nothing is kept of a trial.
+    A session calls the methods in the order in which they are listed here. `trial` is True if the
+    server only asks before a run whether the client would accept. A trial stores no session.
     """
 
     def code_named(self, session: str, name: str) -> Refusal | None:
@@ -74,9 +74,9 @@ class Gate(Protocol):
         ...
 
     def called(self, asked: Asked, contract: Contract, message: Message) -> Refusal | None:
-        """Decides whether a later message may be answered; charges the answer's privacy cost.
+        """Decides whether a message after the agreement may be answered.
 
-        The cost is charged before the answer is computed and sent.
+        If yes, it charges the answer's privacy cost, before the answer is computed and sent.
         """
         ...
 
@@ -90,7 +90,7 @@ class NoPolicy:
 
     def code_named(self, session: str, name: str) -> Refusal | None:
         """See `Gate`."""
-        # Code is the exception: only a function that this machine's user has named may run.
+        # Code is the exception: only a function that this machine's user has allowed may run.
         return None if consent.allowed(name) else unnamed_code(name)
 
     def offered(self, asked: Asked, *, trial: bool) -> Refusal | None:
@@ -111,6 +111,6 @@ class NoPolicy:
 
 
 def unnamed_code(name: str) -> Refusal:
-    """Returns the refusal of a model that is built by a function which the owner does not allow."""
+    """Returns the refusal of a model whose function `name` the owner does not allow."""
     # Cut, because the name comes from the server and may be of any length.
-    return Refusal("code", f"the model is built by {name[:80]}, and no code of others runs here")
+    return Refusal("code", f"the model is built by {name[:80]}, which is not allowed here")

@@ -22,6 +22,7 @@ from fedpress.errors import NetworkError
 from fedpress.network.gate import Refusal
 
 FILE = "identities.toml"
+"""Name of the file in the client's folder."""
 
 
 @dataclass(frozen=True)
@@ -41,8 +42,8 @@ class KnownIdentities:
         """Returns the stored keys.
 
         Raises:
-            NetworkError: if the file is damaged. To go on without the file would be unsafe: a
-                replaced key would not be noticed.
+            NetworkError: if the file is damaged or cannot be read. To go on without it would be
+                unsafe: a replaced key would not be noticed.
         """
         try:
             table = tomllib.loads(self.path.read_text("utf-8"))
@@ -52,7 +53,7 @@ class KnownIdentities:
         except (OSError, ValueError, TypeError) as error:
             raise NetworkError(
                 f"it cannot be read ({error})",
-                # The server reads this sentence, and need not know where the file lies.
+                # The error is sent to the server, which need not know the file's folder.
                 place=self.path.name,
                 cure="bring the file back from a copy, or compare the keys with another client's",
             ) from error

@@ -16,11 +16,11 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from fedpress.errors import NetworkError
 
-# Long, because a new authority means that every client needs a new copy of its certificate.
+# Long: each client has a copy of this certificate, which a new one would have to replace.
 YEARS = 10
-"""How long the authority is valid."""
+"""Years, of 365 days, for which the authority's certificate is valid."""
 DAYS = 397
-"""How long a server's certificate is valid: 13 months, the most that browsers accept."""
+"""Days for which a server's certificate is valid: 13 months, the limit of browsers until 2026."""
 # Flower accepts client keys on NIST curves only; its own tools create keys on P-384.
 CURVE = ec.SECP384R1()
 
@@ -98,7 +98,7 @@ class Authority:
         return cls(loaded, signed)
 
     def write(self, key: Path, certificate: Path) -> None:
-        """Writes key and certificate as PEM files; only the owner of the key file may read it."""
+        """Writes key and certificate as PEM files; the key file can be read only by its owner."""
         write_private(key, _pem(self.key))
         certificate.write_bytes(self.certificate.public_bytes(serialization.Encoding.PEM))
 
@@ -195,7 +195,7 @@ def read_node_key(path: Path) -> ec.EllipticCurvePrivateKey:
 
 
 def identity_of(folder: Path) -> bytes:
-    """Returns the 32 secret bytes from which a client's keys in secure sums are computed.
+    """Returns the 32 secret bytes from which a client's keys in secure sums (aggregation) follow.
 
     The first call draws them and stores them in `identity.key`. They never leave the machine; only
     the public key computed from them is sent.
@@ -204,7 +204,7 @@ def identity_of(folder: Path) -> bytes:
         folder: the client's folder.
 
     Raises:
-        NetworkError: if the file is damaged.
+        NetworkError: if the file does not contain 32 bytes.
     """
     path = folder / "identity.key"
     if not path.exists():
@@ -266,8 +266,8 @@ def check_server(ca: Path, certificate: Path, key: Path) -> None:
         key: private key of the server.
 
     Raises:
-        NetworkError: if they do not fit, for instance because only some files were copied after
-            `fedpress network renew`.
+        NetworkError: if a file cannot be read, or the files do not fit. The reason may be that only
+            some of them were copied after `fedpress network renew`.
     """
     authority, own = _certificate(ca), _certificate(certificate)
     try:

@@ -21,13 +21,14 @@ from fedpress.errors import FedpressError, PrivacyError
 from fedpress.network.spending import OWNER, Charge
 from fedpress.privacy.ledger import LedgerEntry
 
-# Version of the tables below; an older fedpress refuses a newer version.
 VERSION = 1
+"""Version of the tables below. Files with a higher version are refused."""
 APPLICATION = 0x66656470
-"""Marks the file as a ledger ("fedp"), so that no other database is taken for one."""
+"""Number in the header of the SQLite file ("fedp") that tells a ledger from other databases."""
 PATIENCE = 30.0
 """Seconds to wait for another process that writes."""
 DAY = 86_400.0
+"""Seconds of a day."""
 
 TABLES: dict[str, tuple[str, str]] = {
     # Each row is a path and the digest of the content found there. Data are recognised later by
@@ -59,7 +60,10 @@ TABLES: dict[str, tuple[str, str]] = {
     # The newest row of a recipe counts, so an approval can be withdrawn by a further row.
     "approvals": ("recipe TEXT NOT NULL, approved INTEGER NOT NULL, words TEXT NOT NULL", ""),
 }
-"""Table -> its columns beside `id` and `time`, and those whose values only one row may have."""
+"""Table -> its columns beside `id` and `time`, and the columns whose values together are unique.
+
+Every row has an `id` and a `time`. An empty second text: rows may repeat.
+"""
 ENTRY = (
     "what",
     "sampling_prob",
@@ -72,7 +76,10 @@ ENTRY = (
     "variance",
     "failure",
 )
-"""Columns of an entry; the party is always the owner."""
+"""Columns of "charges" that are fields of a `LedgerEntry`, in the order of these fields.
+
+Its first field, `who`, is not stored: it is always the owner.
+"""
 
 
 def default_path() -> Path:
@@ -114,7 +121,7 @@ class DataKey:
             if not inside:
                 total.update(_digest(found))
             else:
-                # Both parts have a fixed length, so names cannot be confused with contents.
+                # Digests have a fixed length, so a name cannot be confused with a content.
                 for inner in sorted(inside):
                     name = inner.name if "*" in found.name else inner.relative_to(found).as_posix()
                     total.update(hashlib.sha256(name.encode(errors="surrogateescape")).digest())
@@ -133,7 +140,7 @@ def _digest(path: Path) -> bytes:
 
 @dataclass(frozen=True)
 class Question:
-    """Who asks for which stage on which data; these columns are part of the ledger's rows.
+    """Who asks for which stage on which data. The attributes are columns of the ledger's tables.
 
     Attributes:
         data: number of the data, see `OwnerLedger.data`.
@@ -165,7 +172,8 @@ class OwnerLedger:
             clock: returns the time in seconds since 1970.
 
         Raises:
-            PrivacyError: if the file is damaged, of a newer version, or cannot be read.
+            PrivacyError: if the file is not a ledger, is damaged, has a newer version, or cannot be
+                opened.
         """
         self.path = path
         self._clock = clock
@@ -251,7 +259,7 @@ class OwnerLedger:
 
         Raises:
             PrivacyError: if the ledger cannot be written: another process has locked it, the disk
-                is full, or the file is damaged.
+                is full, or the file is damaged, or was moved or replaced since it was opened.
         """
         with self._telling():
             # SQLite writes into a deleted file without an error, and the charges would be lost.
@@ -370,8 +378,8 @@ class OwnerLedger:
         Args:
             question: what was asked.
             kind: kind of the decision, such as "offer", "run" or "fit".
-            rule: key of the policy that forbids it; empty if it is allowed.
-            reason: why it is forbidden.
+            rule: key of the policy that forbids the answer; empty if it is allowed.
+            reason: why the answer is forbidden; empty if it is allowed.
 
         Raises:
             PrivacyError: if the ledger cannot be written.
@@ -391,7 +399,10 @@ class OwnerLedger:
         return {row[0] for row in rows}
 
     def rounds_of_today(self, data: int) -> int:
-        """Returns how many rounds of all runs were answered on these data in the last 24 hours."""
+        """Returns how many rounds of all runs were answered on these data in the last 24 hours.
+
+        An evaluation of a model counts as a round.
+        """
         query = f"SELECT count(*) FROM rounds WHERE time > ? AND data IN {self._same(data)}"
         return int(self._read(query, (self.now() - DAY,))[0][0])
 
@@ -423,7 +434,8 @@ class OwnerLedger:
     def latest_charge(self, data: int, *, besides: str) -> int:
         """Returns the number of the latest charge for the same data by any run except `besides`.
 
-        0 if there is none. An equal number later means: no other run has spent since.
+        The number is the row's id; 0 if there is none. If a later call returns the same number, no
+        other run has spent since.
         """
         query = f"SELECT max(id) FROM charges WHERE run != ? AND data IN {self._same(data)}"
         return int(self._read(query, (besides,))[0][0] or 0)
@@ -434,7 +446,10 @@ class OwnerLedger:
         return f"({', '.join(map(str, sorted(self.same_data(data))))})"
 
     def write_round(self, question: Question, run: str, round: int, charges: list[Charge]) -> None:
-        """Stores that a round is answered and what the answer costs; call it inside `changing`."""
+        """Stores that a round is answered and what the answer costs; call it inside `changing`.
+
+        `round` 0 stands for an evaluation.
+        """
         self._insert("rounds", **vars(question), run=run, round=round)
         for part, charge in enumerate(charges):
             fields = {name: getattr(charge.entry, name) for name in ENTRY}
@@ -480,7 +495,10 @@ class OwnerLedger:
 
 
 def _also(key: str) -> str:
-    """Returns the SQL condition that a row with the same values in the columns `key` exists."""
+    """Returns the end of an SQL condition: "or the columns `key` have the values of the new row".
+
+    Returns "" if `key` is empty.
+    """
     if not key:
         return ""
     return " OR (" + " AND ".join(f"{one} = NEW.{one}" for one in key.split(", ")) + ")"

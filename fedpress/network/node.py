@@ -25,11 +25,11 @@ from fedpress.transport.remote import Presence
 log = logger(__name__)
 
 REMEMBERED = 8
-"""Answers that are kept, for calls that arrive twice."""
+"""Largest number of answers that are kept, for calls that arrive twice."""
 REMEMBERED_BYTES = 64 << 20
-"""Most bytes of the answers that are kept; the newest is kept even if it is longer."""
+"""Largest number of bytes of all kept answers; the newest is kept even if it is longer."""
 LONGEST_WAIT = 5.0
-"""Most seconds between two attempts to connect."""
+"""Longest pause between two attempts to connect, in seconds; chance adds up to 20%."""
 
 
 class Wire(Protocol):
@@ -47,7 +47,10 @@ class Wire(Protocol):
         ...
 
     def receive(self) -> Any:
-        """Returns the next incoming item, with a parcel in `.parcel`; None if there is none now."""
+        """Returns the next incoming item, or None if there is none now.
+
+        Its attribute `parcel` is the `Parcel`: one call or ping of the server.
+        """
         ...
 
     def reply(self, incoming: Any, parcel: Parcel, seconds: float = 0.0) -> bool:
@@ -74,7 +77,7 @@ class Correspondence:
     Attributes:
         name: name of the client.
         boot: random id of this process. A new id tells the server that the client was restarted.
-        answered: latest answers by request, for calls that arrive twice.
+        answered: id of a call -> its answer, for the latest calls, in case one arrives twice.
     """
 
     def __init__(self, wire: Wire, name: ClientId, told: Callable[[str], None]) -> None:

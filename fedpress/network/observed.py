@@ -25,16 +25,16 @@ from fedpress.workspace.presence import MOST_LETTERS, ClientNow, PresenceNow, Re
 log = logger(__name__)
 
 EVERY = 1.0
-"""Seconds between two writings of the file."""
+"""Seconds between two writings of the file `presence.json`."""
 LOOK_EVERY = 5.0
-"""Seconds between two questions of who is online, while answers are waited for."""
+"""Least seconds between two questions of who is online, while answers are waited for."""
 LONGEST_REFUSAL = 4096
 """Longest answer that is read here, in bytes; longer ones are no refusals."""
 SHOWN_IF_HIDDEN = "offer"
-"""Where the cohort is hidden, only refusals of this message are noted.
+"""Kind of message whose refusals are recorded even if the cohort is hidden.
 
-It goes to all clients, and those that refuse it take no part at all. A refusal of a later message
-would tell something about the clients of the run.
+An offer goes to all clients, and those that refuse it take no part at all. A refusal of a later
+message would tell something about the clients of a round, so it is not recorded.
 """
 
 
@@ -54,8 +54,8 @@ class _Open:
 
     Attributes:
         request: id of the call.
-        ticket: the link's ticket, by which it finds the answer; a new one each time that the call
-            is sent.
+        ticket: id under which the link finds the answer. Each time that the call is sent, the link
+            gives it a new ticket.
         kind: kind of the message, such as "fit".
         at: when the call was first sent, in seconds since 1970.
         awaited: whether the server still waits for the answer.
@@ -133,7 +133,7 @@ class ObservedLink:
         """Records that a call was sent."""
         before = self._open.get(client)
         if before is not None and before.request == parcel.request:
-            # The same call was sent again: the client is late since the first time.
+            # The same call was sent again. `at` stays: the client is late since the first sending.
             before.ticket, before.awaited = ticket, True
         else:
             self._open[client] = _Open(parcel.request, ticket, kind_of(parcel.body), now)

@@ -28,9 +28,12 @@ from fedpress.wire.message import Message
 log = logger(__name__)
 
 CHECK = "check"
-"""Kind of a decision about a trial offer: a question before a run, of which nothing is kept."""
+"""Beginning of the kinds of decisions about a trial.
+
+In a trial the server only asks before a run whether the client would accept.
+"""
 ROUNDING = 1e-9
-"""Share of epsilon by which floating-point rounding may exceed a limit."""
+"""Share of a limit of epsilon by which it may be exceeded, because of floating-point rounding."""
 
 
 @dataclass(eq=False)
@@ -73,7 +76,7 @@ class OwnerGate:
 
         Raises:
             PolicyError: if the policy is wrong, allows only a server with another certificate, or
-                names code that is not installed.
+                names code that is not installed, or if the certificate cannot be read.
             PrivacyError: if the ledger or the data cannot be read.
         """
         rules = Policy() if policy is None else policies.read(policy)
@@ -176,7 +179,7 @@ class OwnerGate:
             return Refusal("ledger", f"the owner's ledger {problem.problem.partition(' (')[0]}")
 
     def _of_offer(self, offer: Offer) -> Refusal | None:
-        """Applies all rules that need no more than the offer."""
+        """Applies all rules that need only the offer, and not the agreement."""
         # Checked when the gate was opened, too; a gate can also be made without `open`.
         if self.policy.server is not None and self.policy.server != self.server:
             return Refusal("server", "another server's certificate is allowed")
@@ -393,7 +396,7 @@ def _secure(policy: Policy, offer: Offer) -> Refusal | None:
 
 
 def _private(policy: Policy, offer: Offer) -> Refusal | None:
-    """Refuses a stage without privacy, with a weaker unit, or with noise from another party."""
+    """Refuses a stage without privacy, with a weaker unit, or with noise from a forbidden party."""
     rules = policy.privacy
     if rules is None:
         return None
@@ -466,7 +469,7 @@ class StatusRow:
         asked: number of sessions in which the server offered the stage.
         answered: number of answered rounds.
         refused: the rule of the latest refusal, and its reason; empty if nothing was refused.
-        epsilon: epsilon that this recipe has spent on these data.
+        epsilon: epsilon that this recipe has spent on these data, through all servers together.
     """
 
     data: str
@@ -481,7 +484,9 @@ class StatusRow:
 
 
 HEADINGS = ("data", "recipe", "stage", "server", "approved", "asked", "answered", "epsilon")
+"""Headings of the status table. Refusals are no column: they are listed below the table."""
 TOTAL = "total"
+"""Value of `StatusRow.recipe` in a row of totals."""
 
 
 def status(ledger: OwnerLedger, policy: Policy) -> list[StatusRow]:

@@ -23,6 +23,7 @@ from fedpress.errors import PolicyError, SettingError, suggestion
 from fedpress.models import ARCHITECTURES
 
 Measure = Literal["loss", "examples", "score"]
+"""Values that a client may send besides its updates, see `Policy.metrics`."""
 
 
 def _fingerprint(text: str) -> str:
@@ -101,12 +102,12 @@ class PrivacyRules(BaseModel):
         examples=[8.0],
     )
     delta: float = Field(
-        default=1e-5, gt=0, lt=1, description="delta at which both are computed", examples=[1e-5]
+        default=1e-5, gt=0, lt=1, description="delta of both epsilons", examples=[1e-5]
     )
     secure_noise: bool = Field(
         default=True,
-        description="whether noise and keys must come from the operating system; those that follow "
-        "from the seed can be computed by the server",
+        description="whether noise and keys must come from the operating system; the server can compute "
+        "noise and keys that follow from the seed",
         examples=[True],
     )
 
@@ -122,7 +123,7 @@ class Policy(BaseModel):
     server: Annotated[str, AfterValidator(_fingerprint)] | None = Field(
         default=None,
         description="SHA-256 fingerprint of the CA's or the server's certificate that this client "
-        "is started with; without it any server that TLS accepts",
+        "is started with; without it every server that TLS accepts is allowed",
         examples=["sha256:" + 32 * "0a"],
     )
     families: Annotated[tuple[str, ...], AfterValidator(_families)] = Field(
@@ -131,12 +132,12 @@ class Policy(BaseModel):
         examples=[["cnn", "mlp"]],
     )
     max_parameters: int | None = Field(
-        default=None, ge=1, description="most numbers in a model", examples=[1_000_000]
+        default=None, ge=1, description="largest number of values in a model", examples=[1_000_000]
     )
     min_cohort: int = Field(
         default=2,
         ge=1,
-        description="fewest clients of a run, of a round, and of a sum that the server opens",
+        description="smallest number of clients in a run, a round, and a secure sum",
         examples=[5],
     )
     secure_sum: bool = Field(
@@ -147,7 +148,7 @@ class Policy(BaseModel):
     rounds_per_day: int | None = Field(
         default=None,
         ge=0,
-        description="most rounds answered in 24 hours on the same data, of all runs",
+        description="largest number of rounds answered in 24 hours on the same data, in all runs",
         examples=[100],
     )
     metrics: tuple[Measure, ...] = Field(
@@ -159,8 +160,8 @@ class Policy(BaseModel):
     )
     require_approval: bool = Field(
         default=False,
-        description="whether only recipes take part that the owner has approved with "
-        "fedpress client approve",
+        description="whether the client takes part only in recipes that the owner has approved "
+        "with fedpress client approve",
         examples=[True],
     )
     code: Annotated[tuple[str, ...], AfterValidator(_code)] = Field(
@@ -170,7 +171,7 @@ class Policy(BaseModel):
     )
     privacy: Annotated[PrivacyRules | None, BeforeValidator(_no_privacy)] = Field(
         default=PrivacyRules(),
-        description='what every run must promise; "none": also runs that promise nothing',
+        description='what every run must promise; "none" also allows runs that promise nothing',
         examples=["none"],
     )
 
@@ -220,7 +221,10 @@ def parse(text: str, *, place: str = "policy.toml") -> Policy:
 
 
 def _mistake(error: ValidationError, text: str, place: str) -> PolicyError:
-    """Converts the first of pydantic's errors into a `PolicyError` with line and cure."""
+    """Converts one of pydantic's errors into a `PolicyError` with line and cure.
+
+    This is the first error about an unknown key, or else the first error.
+    """
     found = error.errors(include_url=False)
     # Unknown keys come first: a misspelled key is often the cause of the other errors.
     first = next((one for one in found if one["type"] == "extra_forbidden"), found[0])
@@ -255,7 +259,9 @@ def _in_toml(value: Any) -> str:
 
 
 def _line(text: str, keys: list[str]) -> int:
-    """Returns the number of the line that sets a key; if no line does, that of its table's header.
+    """Returns the number of the line that sets a key.
+
+    If no line does, it is the line that begins the key's table; if there is none, 1.
 
     Args:
         text: the TOML file.

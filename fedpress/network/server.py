@@ -18,7 +18,7 @@ from fedpress.transport.remote import LOST_AFTER, RemoteTransport
 log = logger(__name__)
 
 POLL = 0.5
-"""Seconds between two looks for clients."""
+"""Seconds between two questions of which clients are connected."""
 
 
 @dataclass(eq=False)
@@ -60,9 +60,9 @@ class ServerNetwork:
         """Waits until enough clients are connected, and returns the names of the connected ones.
 
         Raises:
-            NetworkError: if fewer than `min_clients` have connected after `timeout` seconds.
+            NetworkError: if fewer clients than wanted have connected after `timeout` seconds.
         """
-        # Without TLS `server.toml` lists no clients beforehand: then one client is enough.
+        # Without TLS there is no list of clients beforehand: then one client is enough.
         wanted = self.min_clients or max(len(self.link.online()), 1)
         there: list[ClientId] = []
         for there in self.wait(wanted, self.timeout):

@@ -34,15 +34,17 @@ from fedpress.wire.message import MAX_BYTES, Message, pack, unpack
 
 log = logger(__name__)
 
-# The server chooses the name, and it names a folder: hexadecimal digits cannot leave that folder.
+# The server chooses a session's name, which becomes the name of a folder here. Hexadecimal digits
+# cannot form a path that leads elsewhere.
 NAME = re.compile(r"[0-9a-f]{16,64}")
 SET_UP = ("offer", "agree", "roster")
 """Messages that are kept, in the order in which they are handled again."""
 KEPT = 20
-"""Sessions that are kept on disk: their counts of answered rounds must outlive a run."""
+"""Number of sessions that are kept on disk. Their lists of answered rounds must outlive a run."""
 OPEN = 3
-"""Sessions that are held in memory."""
+"""Largest number of sessions that are held in memory."""
 Examples = Callable[[Offer], Arrays]
+"""Loads the client's data in the layout that the offered model needs."""
 
 
 @dataclass(eq=False)
@@ -129,7 +131,7 @@ class Sessions:
         session = self.open_sessions.get(name) or self._restored(name)
         if session is None:
             raise WireError(
-                "nothing was offered to this client, or to another process with its key",
+                "nothing was offered to this client, or the offer went to another process with its key",
                 place=message.kind,
                 cure="see whether two processes run with the folder or key of this client",
             )
@@ -138,7 +140,7 @@ class Sessions:
     def _offered(self, name: str, message: Message, request: bytes) -> Message:
         """Answers an offer: "offered" if it is accepted, "refused" if not."""
         trial = message.header.get("trial") is True
-        # Before the offer is read in full, because reading it calls the code that it names.
+        # Decided before the whole offer is read, because reading it calls the code that it names.
         code = code_named(message)
         if code is not None and (refusal := self.gate.code_named(name, code)) is not None:
             return _told(refusal)
@@ -219,7 +221,7 @@ class Sessions:
         return refusal
 
     def _restored(self, name: str) -> Session | None:
-        """Opens a session that is stored on disk, by an earlier process or to free memory.
+        """Opens a stored session: of an earlier process, or one that was dropped from memory.
 
         Returns None if no such session is stored.
         """
@@ -233,7 +235,8 @@ class Sessions:
             if not path.exists():
                 break
             answer = self._answer(name, path.read_bytes())
-            # The message was accepted once, so the owner has changed the policy since.
+            # The message was accepted once. Since then the policy was changed, or other runs have
+            # spent the budget.
             if answer.kind == "refused":
                 raise _Refused(answer)
         return self.open_sessions.get(name)
@@ -256,7 +259,7 @@ class Sessions:
 
 
 class _Refused(Exception):
-    """Raised when a stored session is opened that the policy no longer allows.
+    """Raised when a stored session is opened again and the gate no longer allows it.
 
     Attributes:
         answer: the refusal, which is sent to the server.

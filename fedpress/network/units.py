@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-# The process runs as a user without rights: it reads bytes from strangers, so a bug must not give
-# away the machine. Only the home folder can be written.
+# The process reads bytes from strangers, so a bug in it must not give away the machine: it runs as
+# a user without rights, and can write only to its home folder.
 UNIT = """\
 [Unit]
 Description={description}
@@ -39,6 +39,7 @@ UMask=0077
 [Install]
 WantedBy=multi-user.target
 """
+"""Text of a systemd unit, with gaps for `_unit` to fill."""
 # Torch comes from PyTorch's CPU index: the default Linux wheels include gigabytes of CUDA.
 DOCKERFILE = """\
 FROM python:3.11-slim
@@ -49,11 +50,12 @@ USER fedpress
 WORKDIR /network
 # The ledger outlives the container, too.
 ENV XDG_DATA_HOME=/network/share XDG_STATE_HOME=/network/state
-{expose}# Keys and state stay outside of the image: mount the folder of this machine.
+{expose}# Keys and state stay outside of the image: mount the network folder of server or client.
 VOLUME ["/network"{more}]
 ENTRYPOINT {entry}
 CMD {command}
 """
+"""Text of a Dockerfile, with gaps for `server_dockerfile` and `client_dockerfile` to fill."""
 HOME = "/var/lib/fedpress"
 """Home of the user that the units run as."""
 

@@ -18,7 +18,9 @@ NOISE = {
     "distributed": "the clients make the noise together; the server learns the noised sum alone",
     "central": "the server adds the noise: it sees this client's update without noise",
 }
+"""Kind of trust -> who adds the noise, in words for the owner."""
 UNITS = {"sample": "single rows", "client": "all rows of this client together"}
+"""Unit of privacy -> what is protected, in words for the owner."""
 
 
 def words_of(

@@ -1,4 +1,4 @@
-"""Tells whether a model has batch norms, and whether they use the statistics of the batch."""
+"""Tells whether a model has batch norms, and whether any of them uses batch statistics."""
 
 from __future__ import annotations
 

@@ -50,7 +50,8 @@ def compact_(model: nn.Module, sparse: Iterable[str]) -> nn.Module:
         sparse: names of sparse weights.
 
     Raises:
-        ModelError: if `model` has no weight with one of the names, or a weight is all zeros.
+        ModelError: if `model` has no weight with one of the names, or a trainable weight has no
+            kept value.
     """
     masks = kept_entries(model, sparse)
     parameters = dict(model.named_parameters(remove_duplicate=False))

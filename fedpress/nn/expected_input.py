@@ -1,7 +1,8 @@
 """Suggests a fix for examples that a model does not take, such as `x.permute(0, 3, 1, 2)`.
 
-The fix is part of an error message. Other orders of the axes are tried with the model. If none
-works, the message says which shape the first layer takes.
+The fix is part of an error message. The model is run on the examples in other forms: with the axes
+in another order, with a channel axis, or flattened. If no form works, the message says which shape
+the first layer takes.
 """
 
 from __future__ import annotations
@@ -13,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 MOST_AXES = 4
-"""Of an example whose axes are tried in every order: 24 orders, a trial run each."""
+"""Largest number of axes of an example that are tried in every order: 24 orders, a run for each."""
 
 SPACE = ("length", "height, width", "depth, height, width")
+"""Axes of an example after the channels, for convolutions of one, two and three dimensions."""
 
 
 @torch.no_grad()

@@ -26,7 +26,8 @@ def apply_folds_(model: nn.Module, folded: Mapping[str, str]) -> None:
         folded: name of each batch norm -> name of the convolution or linear layer before it.
 
     Raises:
-        ModelError: if a name is not in the model, or its module is not a batch norm or layer.
+        ModelError: if a name is not in the model, if a norm is neither a batch norm nor an
+            identity, or if a layer has no weight.
     """
     for norm, into in folded.items():
         owner, _, key = norm.rpartition(".")

@@ -1,4 +1,4 @@
-"""Trial runs of user-defined subclasses of `nn.Linear` and `nn.Conv2d`.
+"""Trial runs of user-defined subclasses of `nn.Linear` and of convolutions.
 
 A subclass can be quantized like its base layer if it only prepares the input, for instance by
 padding, and then applies the weight as the base layer does. A trial run on random inputs checks
@@ -53,7 +53,7 @@ class WeightReads(TorchFunctionMode):
     Attributes:
         layer: the layer that has the weight.
         operation: the operation of its base layer, such as `F.conv2d`.
-        calls: name -> argument, for each call of `operation` with the weight.
+        calls: for each call of `operation` with the weight: name -> argument.
         others: names of all other functions that used the weight's values.
     """
 

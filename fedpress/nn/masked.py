@@ -61,8 +61,8 @@ def absorb_masks_(model: nn.Module) -> tuple[str, ...]:
         The names of the parameters that had masks, for `ModelSpec.sparse`.
 
     Raises:
-        ModelError: if modules that share a weight have different masks, or a weight has a mask and
-            another parametrization.
+        ModelError: if modules that share a weight do not all have the same mask, or a weight has a
+            mask and another parametrization.
     """
     weights = [*_hooked(model), *_parametrized(model)]
     # Checked before anything is changed, so that a refused model stays unchanged.

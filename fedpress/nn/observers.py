@@ -15,8 +15,9 @@ from torch import Tensor
 from fedpress.nn.quant_scheme import InputQuantization, calculate_qparams
 
 BINS = 2048
-"""Bins of a histogram, as in TensorRT."""
+"""Number of bins of a histogram, as in TensorRT."""
 Observer = Literal["minmax", "percentile", "mse", "entropy"]
+"""Names of the observers."""
 
 
 @dataclass
@@ -70,7 +71,7 @@ def percentile(
 def mse(seen: Histogram, quantization: InputQuantization) -> tuple[float, float]:
     """Returns the range with the least squared rounding error.
 
-    It tries the ranges that are 1%, 2%, ..., 100% of the observed range.
+    Both ends of the observed range are multiplied by 1%, 2%, ..., 100%; these ranges are tried.
     """
     best = (float("inf"), (seen.low, seen.high))
     # Errors are computed at the centers of the bins, so the data need not be read for each range.
@@ -86,8 +87,9 @@ def entropy(seen: Histogram, quantization: InputQuantization) -> tuple[float, fl
     """Returns the range with the least KL divergence between values and quantized values.
 
     The method of TensorRT (S. Migacz, 8-bit Inference with TensorRT, GTC 2017): P is the histogram
-    with all values outside of the range added to its end bins; Q is P averaged within each step of
-    the grid. Both ends are clipped at the same distance from 0. As in TensorRT, the bin that
+    inside the range, with all values outside of it added to the end bins. Q is the histogram inside
+    the range without these values, averaged within each step of the grid. Both ends are clipped at
+    the same distance from 0. As in TensorRT, the bin that
     contains 0 is not counted: 0 is exact in every grid, but averaging would spread the many zeros
     of a ReLU over the neighbouring bins.
     """
@@ -136,6 +138,7 @@ OBSERVERS: Mapping[str, Callable[[Histogram, InputQuantization], tuple[float, fl
     "mse": mse,
     "entropy": entropy,
 }
+"""Name -> observer. It gets a histogram and the settings, and returns the range (low, high)."""
 
 
 def _rounded(x: Tensor, low: float, high: float, quantization: InputQuantization) -> Tensor:

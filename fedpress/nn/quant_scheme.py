@@ -18,9 +18,12 @@ from torch import Tensor
 from fedpress.errors import SettingError
 
 TINY = torch.finfo(torch.float32).tiny
+"""The smallest normal float32. Scales are not smaller."""
 FILE = "file"
-"""Key in pydantic's validation context. True: the settings come from a saved file, which an older
-version may have written, so the defaults of that version apply."""
+"""Key in pydantic's validation context. True means that the settings come from a saved file.
+
+An older version may have written the file. Then the defaults of that version apply.
+"""
 BITS = {"int": 8, "ternary": 2, "binary": 1, "codebook": 4}
 """Default bits of each kind."""
 
@@ -46,8 +49,8 @@ class WeightQuantization(BaseModel):
     group: int | None = Field(
         None,
         ge=1,
-        description="number of consecutive inputs that share a scale; None: one scale for each "
-        "output channel",
+        description="number of consecutive weights of an output channel that share a scale; None: "
+        "one scale for each output channel",
     )
     centroid_bits: int | None = Field(
         None,
@@ -263,7 +266,7 @@ def fill_zero_scales(scale: Tensor) -> Tensor:
 
 
 def initial_codebook(weight: Tensor, quantization: WeightQuantization) -> Tensor:
-    """Returns 2^bits evenly spaced values over the range of the weights.
+    """Returns 2^bits evenly spaced values, ascending, over the range of the weights and 0.
 
     The value nearest to 0 is replaced by 0.
     """
@@ -323,8 +326,8 @@ def scale_gradient(x: Tensor, factor: float) -> Tensor:
 def gradient_scale(x: Tensor, levels: int) -> float:
     """Returns the factor on the gradient of a learned step size: 1 / sqrt(entries * levels).
 
-    `entries` is the number of values in one example of `x`. Esser et al. 2020, arXiv:1902.08153,
-    section 2.2.
+    `entries` is the number of values in one example of `x`, and `levels` is the largest code.
+    Esser et al. 2020, arXiv:1902.08153, section 2.2.
     """
     # Not `x.numel()`: in an export the batch size may be symbolic.
     return float((max(1, math.prod(x.shape[1:])) * levels) ** -0.5)

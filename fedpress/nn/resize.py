@@ -56,7 +56,7 @@ def copied(model: Module) -> Module:
 
 
 def replace_tensors_(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Replaces parameters and buffers by `tensors`, by name, and updates the sizes of their layers.
+    """Replaces the named parameters and buffers of `model`, and updates the sizes of their layers.
 
     A tensor that several modules share is replaced in all of them, so one of its names is enough.
     Create the optimizer after this call, because parameters are new objects.
@@ -109,6 +109,7 @@ def _recompute_(module: nn.Module) -> None:
 
 
 Shapes = tuple[tuple[int, ...], ...]
+"""Shapes of several tensors of a layer, see `_shapes`."""
 
 
 def _shapes(module: nn.Module) -> Shapes:

@@ -30,6 +30,7 @@ def _keys_as_text(calls: Any) -> Any:
 
 
 Calls = Annotated[dict[str, dict[int, Number]], BeforeValidator(_keys_as_text)]
+"""Place of the call -> position in the call -> correction, for one module (see `Numbers`)."""
 Numbers = dict[str, Calls]
 """Module -> place of the call -> position in the call -> correction.
 
@@ -78,16 +79,20 @@ WRITTEN_AT = {
     "scatter_add": ("dim", "index", "src"),
     "scatter_reduce": ("dim", "index", "src", "reduce"),
 }
-"""Operations that write to places given by a tensor of indices, and their arguments."""
+"""Operations that write to places given by a tensor of indices -> names of their arguments."""
 
 WRITES: dict[Callable[..., Any], tuple[str, ...]] = {}
-"""The same, by function: `Tensor.scatter`, `Tensor.scatter_` and `torch.scatter`, for instance."""
+"""Each function of `WRITTEN_AT` -> names of its arguments.
+
+For "scatter" these are `Tensor.scatter`, `Tensor.scatter_` and `torch.scatter`.
+"""
 for _name, _arguments in WRITTEN_AT.items():
     WRITES[getattr(Tensor, _name)] = _arguments
     WRITES[getattr(Tensor, f"{_name}_")] = _arguments
     WRITES[getattr(torch, _name)] = _arguments
 
 CONVOLUTION = ("weight", "bias", "stride", "padding", "dilation", "groups")
+"""Names of the arguments of a convolution after its input, in order."""
 
 SIZED: dict[Callable[..., Any], tuple[str, ...]] = {
     **COUNTED_IN_OLD_FILES,
@@ -114,14 +119,16 @@ SIZED: dict[Callable[..., Any], tuple[str, ...]] = {
     torch.empty: ("size",),
     Tensor.new_empty: ("size",),
 }
-"""All functions whose calls are recorded and corrected."""
+"""All functions whose calls are recorded and corrected -> names of their arguments, in order."""
 
 SHAPED = tuple(
     function for function, names in SIZED.items() if {"size", "shape", "sizes"} & set(names)
 )
-"""Functions in which a size of -1 is computed from the others."""
+"""Functions with sizes as arguments. Their sizes of -1 are not numbers: torch replaces them."""
 INDEXING = (Tensor.__getitem__, Tensor.__setitem__)
+"""The functions behind `x[...]` and `x[...] = y`."""
 INDEX_NAMES = ("index", "indices")
+"""Names of arguments that hold indices."""
 
 
 def numbers_of(
@@ -172,8 +179,8 @@ def with_numbers(
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Returns the arguments of a call with the numbers at some positions corrected.
 
-    Position -1 means the first tensor of indices among the arguments, -2 the second. A size of -1
-    is not changed, because torch computes it.
+    Position -1 means the first tensor or list of indices among the arguments, -2 the second. A size
+    of -1 is not changed, because torch replaces it: by a computed size or by the old size.
 
     >>> with_numbers(Tensor.reshape, (torch.zeros(12), (2, 8)), {}, {1: 6})[0][1]
     (2, 6)

@@ -27,12 +27,12 @@ from fedpress.nn.forward_sizes.places import find_call_site, has_place
 
 
 class CorrectingMode(TorchFunctionMode):
-    """Corrects the numbers in the calls of one module while it is active.
+    """While this mode is active, it corrects the numbers in the calls of one module.
 
     Args:
         module: the module whose calls are corrected.
         corrections: name of the call -> position of the number -> correction.
-        recorded: dictionary that receives the uncorrected numbers of each call; None: not recorded.
+        recorded: dictionary that receives the uncorrected numbers of each call; None: no recording.
     """
 
     def __init__(
@@ -194,7 +194,7 @@ def _hooks(module: nn.Module) -> Iterator[CorrectionHook]:
 
 def _composed(old: Number | None, new: Number) -> Number:
     """Returns the correction that has the effect of `old` followed by `new`."""
-    # A plain number or a list of indices says the result itself, so `old` has no effect on it.
+    # A plain number or a list of indices is itself the result, so `old` has no effect on it.
     if isinstance(new, int) or old is None or len(new) == 3:
         return new
     if isinstance(old, int):

@@ -16,12 +16,20 @@ from typing import Any
 from torch import nn
 
 MODULES_OF_FEDPRESS = ("fedpress.nn.forward_sizes.", "fedpress.compress.")
-"""Modules of fedpress whose functions run between a user's code and torch; not part of a place."""
+"""Beginnings of the names of Python modules that are never part of a place.
+
+Their functions run between a user's code and torch.
+"""
 
 
 @dataclass(frozen=True)
 class CallSite:
-    """A call of a torch function: the `nn.Module` whose method makes it, and the place in code."""
+    """A call of a torch function.
+
+    Attributes:
+        module: the `nn.Module` whose method makes the call.
+        place: name of the place in the code, as the docstring of this file describes it.
+    """
 
     module: nn.Module
     place: str
@@ -72,7 +80,8 @@ def find_call_site(function: Callable[..., Any]) -> CallSite | None:
 def _belongs_to_place(code_module: str, *, is_method: bool) -> bool:
     """Returns whether a frame of the call stack is part of the place.
 
-    User code is part of it. Code of torch is not, except the methods of the module itself.
+    User code is part of it. Code of torch and `contextlib` is not, except the methods of the module
+    itself. Code of `MODULES_OF_FEDPRESS` never is.
 
     Args:
         code_module: name of the Python module of the frame's code.

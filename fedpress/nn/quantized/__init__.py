@@ -4,8 +4,8 @@ A `QuantizationScheme` says how values are rounded; the scales are tensors of th
 point is a value that can be represented, such as 3 * scale. `weight` stays a float tensor. In
 training it is the latent weight: the layer computes with the grid point nearest to each entry, and
 the gradient passes unchanged through the rounding (straight-through estimator). `materialize_`
-writes the grid points into `weight`. Then every entry of an integer weight is exactly an integer
-times its scale.
+writes the grid points into `weight`. Then every entry of a weight of kind "int" is exactly an
+integer times its scale.
 """
 
 # Other folders import these names from here and not from the files.

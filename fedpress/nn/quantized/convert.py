@@ -86,7 +86,7 @@ def _disable_fast_paths_(model: nn.Module) -> None:
 
 
 def remove_quantization_(layer: QuantLayer) -> nn.Module:
-    """Turns a quantized layer back into torch's layer; its weights stay as they are."""
+    """Turns a layer back into its class before quantization; its weights stay as they are."""
     _drop_qparams_(layer)
     _drop_kept_zeros_(layer)
     # A plain layer has no attribute `scheme`.

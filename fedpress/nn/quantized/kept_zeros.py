@@ -47,7 +47,7 @@ def note_kept_zeros_(model: nn.Module, masks: Mapping[str, Tensor]) -> tuple[str
     """Records in buffers which zeros of sparse quantized weights are kept zeros.
 
     Args:
-        model: layers with kept zeros get a buffer. In all other layers every zero is pruned.
+        model: layers with kept zeros get a buffer. In other layers every zero counts as pruned.
         masks: name of each sparse weight -> mask of its kept entries.
 
     Returns:

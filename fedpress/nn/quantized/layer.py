@@ -273,7 +273,7 @@ class QuantLayer(nn.Module):
         return expand_scale(scale, self.rows(weight), quantization.group)
 
     def plain_twin(self, **instead: object) -> Any:
-        """Returns a layer of torch's class with the attributes of this layer, except `instead`.
+        """Returns a layer of the class `plain` with the attributes of this layer, except `instead`.
 
         Example: `plain_twin(weight=w)` is a float layer with the weight w. The quantized layer
         itself is not changed, so its gradients, traces and copies are not affected.

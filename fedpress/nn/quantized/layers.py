@@ -24,6 +24,7 @@ class QuantConv1d(QuantLayer, nn.Conv1d):
     """A quantized 1-d convolution, over sequences."""
 
     plain = nn.Conv1d
+    # Channel axis of the inputs, counted from the end: [n, in_channels, L].
     channel_axis = -2
 
     def forward(self, input: Tensor) -> Tensor:
@@ -194,7 +195,8 @@ class QuantMultiheadAttention(QuantLayer, nn.MultiheadAttention):
         return self.plain_twin(**parts).forward(*args, **kwargs)
 
 
-# Exact classes: a subclass may compute something else, so `classes` checks it separately.
+# Exact classes: a subclass may compute something else, so `fedpress.nn.quantized.classes` checks
+# subclasses separately.
 QUANTIZED_CLASSES: dict[type[nn.Module], type[QuantLayer]] = {
     nn.Linear: QuantLinear,
     nn.Conv1d: QuantConv1d,
@@ -212,5 +214,6 @@ QUANTIZED_CLASSES: dict[type[nn.Module], type[QuantLayer]] = {
     nn.RNNCell: QuantRNNCell,
     nn.MultiheadAttention: QuantMultiheadAttention,
 }
+"""Layer class of torch -> its quantized class."""
 INPUT_QUANTIZED = (nn.Linear, nn.modules.conv._ConvNd)
 """Layers whose inputs can be quantized; of the others only the weights are rounded."""

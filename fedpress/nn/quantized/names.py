@@ -56,4 +56,6 @@ def is_qparam(name: str) -> bool:
 
 
 INPUT_QPARAMS = ("input_scale", "input_zero_point", "input_middle")
+"""Names of the quantization parameters of a layer's inputs."""
 WEIGHT_QPARAM = re.compile(r"codebook|\w*weight\w*_(scale|codebook)")
+"""Matches the names of scales and codebooks of weights."""
