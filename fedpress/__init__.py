@@ -1,7 +1,7 @@
 """fedpress compresses PyTorch models, trains them with federated learning, and exports them.
 
-Each name is imported at its first use, so that `import fedpress` takes under 0.1 s. For examples,
-and for the command that does the same as each function, see `docs/python.md`.
+Each name is imported at its first use, so that `import fedpress` takes under 0.1 s.
+`docs/python.md` has examples, and for each function the command that does the same.
 """
 
 from collections.abc import Collection
@@ -104,7 +104,7 @@ def __getattr__(name: str) -> Any:
     if name not in _MODULE_OF and name not in _kinds_of_stages():
         raise AttributeError(f"module 'fedpress' has no attribute '{name}'")
     value = getattr(import_module(_MODULE_OF.get(name, "fedpress.api.stages")), name)
-    globals()[name] = value  # Python calls `__getattr__` for missing names only: now it is found
+    globals()[name] = value  # so that Python finds the name from now on, without `__getattr__`
     return value
 
 

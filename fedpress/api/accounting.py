@@ -8,9 +8,9 @@ from fedpress.privacy.accounting import accountant
 def epsilon(*, sampling_prob: float, noise_multiplier: float, steps: int, delta: float) -> float:
     """Returns the epsilon at `delta` of `steps` sums, each with fresh Gaussian noise.
 
-    Neighbouring data sets differ by one unit that is added or removed. The returned epsilon is an
-    upper bound: it is computed with privacy loss distributions (Koskela et al. 2020, dp-accounting)
-    that are rounded pessimistically.
+    Neighbouring data sets differ by one unit (an example or a client), which is added or removed.
+    The returned epsilon is never below the true one: it is computed with privacy loss distributions
+    (Koskela et al. 2020, dp-accounting), whose rounding can only raise it.
 
     Args:
         sampling_prob: probability that one unit takes part in a step (Poisson sampling), in (0, 1].

@@ -54,7 +54,8 @@ def asked_for(recipe: Source, overrides: Overrides = ()) -> list[Approval]:
             continue
         labels = settings.data.label_columns
         terms = terms_of(stage, architecture, arguments, labels)
-        # Other sources have no columns, so the words do not mention `data.label_columns`.
+        # Only csv and parquet have columns. For other sources the words leave out
+        # `data.label_columns`.
         columns = labels if settings.data.source in ("csv", "parquet") else ()
         words = words_of(stage, architecture, arguments, columns)
         found.append(Approval(stage.name, fingerprint_of(terms), tuple(words)))
@@ -106,7 +107,8 @@ def approve(
 def _model_of(settings: Recipe) -> tuple[str, dict[str, JsonValue]]:
     """Returns the architecture and its arguments, as in a server's offer."""
     model = settings.model
-    # The offer has the spec inside the checkpoint, because clients do not have the file.
+    # An offer names the architecture that is stored in the checkpoint, not the checkpoint file,
+    # which clients do not have.
     if model.checkpoint is not None:
         spec = saved_model(model.checkpoint)[0]
         return spec.architecture, dict(spec.arguments)

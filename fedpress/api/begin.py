@@ -28,12 +28,13 @@ Source = str | Path | Mapping[str, Any] | Recipe
 """A recipe: the name of a shipped recipe, a TOML file, a dictionary of tables, or a `Recipe`."""
 
 Overrides = Sequence[str | Override]
+"""Changes of settings, each as text such as "stage.2.num_rounds=5" or as an `Override`."""
 
 
 def default_folder(name: str, resume: bool) -> Path:
-    """Returns the next unused folder of `runs/NAME`, `runs/NAME-2`, ...
+    """Returns the folder that follows the last existing one of `runs/NAME`, `runs/NAME-2`, ...
 
-    If `resume`, returns the last folder that exists.
+    If `resume`, returns the last existing one. If none exists, returns `runs/NAME` in both cases.
     """
     numbered = [
         Path("runs") / (name if number == 1 else f"{name}-{number}") for number in range(1, 1000)
@@ -63,7 +64,8 @@ def load(recipe: Source, overrides: Overrides = (), data: Path | None = None) ->
     if isinstance(recipe, Mapping | Recipe):
         find_modules()
         tables = (
-            # Without defaults: the TOML in the run folder shows only what the user has set.
+            # Defaults are left out, so that the TOML in the run folder shows only what the user
+            # has set.
             recipe.model_dump(mode="json", exclude_unset=True)
             if isinstance(recipe, Recipe)
             else dict(recipe)
@@ -107,10 +109,12 @@ class CheckedRun:
 
         Args:
             command: the user's command, for `environment.json`.
-            stack: the folder's lock is entered here, so it is released when the stack closes.
+            stack: gets the lock of a new folder, and releases it when it is closed. The folder of a
+                resumed run is not locked here.
 
         Returns:
-            The folder, and warnings about a resumed run, for example that its bits will differ.
+            The folder, and warnings about a resumed run, for example that its results will differ
+            in the last bits.
         """
         folder = self.folder
         if folder is None:
@@ -122,9 +126,9 @@ class CheckedRun:
 
 
 def new(recipe: Source, overrides: Overrides, data: Path | None, out: Path | None) -> CheckedRun:
-    """Checks the settings of a new run, and that its folder has no files that it would replace.
+    """Checks the settings of a new run, and that the run would replace no files in its folder.
 
-    Nothing is written: a check must leave no empty folder.
+    Nothing is written, not even an empty folder.
 
     Raises:
         RecipeError: if there is no such recipe, or a setting is wrong.
@@ -152,7 +156,7 @@ def origin_of(recipe: Source | None, overrides: Overrides, data: Path | None) ->
     """Returns "recipe" and "overrides" as the user gave them, for `environment.json`.
 
     Paths are absolute, since the run may be resumed from another folder. "recipe" is None if the
-    recipe was given as a dictionary.
+    recipe was not given, or was given as a dictionary or as a `Recipe`.
     """
     file = _file_of(recipe) if isinstance(recipe, str | Path) else None
     name = recipe if isinstance(recipe, str) else None
@@ -169,8 +173,12 @@ def as_texts(overrides: Overrides, data: Path | None) -> list[str]:
 
 
 def _file_of(recipe: str | Path) -> Path | None:
-    """Returns the absolute path of a recipe file; None for a recipe that comes with fedpress."""
-    # The name wins over a file of the same name in the current folder, as in `recipes.find`.
+    """Returns the absolute path of a recipe file.
+
+    Returns None for a recipe that comes with fedpress, or if there is no such file.
+    """
+    # A recipe that comes with fedpress is preferred to a file of the same name in the current
+    # folder, as in `recipes.find`.
     if str(recipe) in recipes.names() or not Path(recipe).is_file():
         return None
     return Path(recipe).resolve()
@@ -195,10 +203,11 @@ def open_to_resume(
         overrides: further overrides. They may change only keys that a resumed run may change, such
             as `device`.
         data: new path of the data, if they have moved.
-        stack: the folder's lock is entered here, so it is released when the stack closes.
+        stack: gets the lock of the folder, and releases it when it is closed.
 
     Raises:
-        RunError: if there is no run, or the run was started with other settings.
+        RunError: if there is no run, another process works in the folder, a file is damaged or
+            missing, or the run was started with other settings.
         ModelError: if `recipe` is None, `recipe.toml` names functions that are not allowed, and no
             signature shows that this user has started the run.
     """

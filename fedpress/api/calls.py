@@ -44,7 +44,9 @@ from fedpress.tasks.weights import ClassWeights
 from fedpress.workspace.folder import RunFolder
 
 Model = str | Path | nn.Module | Result
+"""The model of a call; for what each type means, see the argument `model` of `call`."""
 Mean = Sequence[float] | Literal["none", "data"] | None
+"""How inputs are standardised; for what each value means, see the argument `mean` of `call`."""
 
 
 def call(
@@ -69,7 +71,8 @@ def call(
     Args:
         kind: kind of stage, such as "prune".
         model: a `torch.nn.Module` (it is not changed), the `Result` of another call, the folder of
-            a model or of a run, a packed file (`.safetensors`), or `module:function`.
+            a model or of a run, a packed file (`.safetensors`), or the name of a function that
+            builds the model, as `package.module:function`.
         data: name of a source of data, such as "cifar10"; or data in memory: inputs [n, ...] to
             calibrate on, a pair (inputs, labels [n]), a torch Dataset or DataLoader of inputs or
             pairs, or a `FederatedData`. None: the data of the run that wrote the model. A module
@@ -90,8 +93,9 @@ def call(
         class_weights: weight of each class in the loss, as a list; "balanced": weights from the
             class counts of the public part; None: equal weights. In a recipe and on the command
             line this is the key `data.class_weights`.
-        allow_code: functions that may be called to build the model, the model of its run, or a
-            teacher, as `module:function`. A `model` given as `module:function` need not be listed.
+        allow_code: functions that may be called to build a model, as `module:function`: the given
+            model, the model of the run that wrote it, or a teacher. A `model` given as
+            `module:function` need not be listed.
         progress: whether to show progress bars; None: in a notebook or terminal only.
         settings: keys of the stage, such as `keep_params=0.5`. `teacher` may also be a module.
 
@@ -99,7 +103,7 @@ def call(
         The result. If `out` is None, `files` has the bytes of the files that export or pack made.
 
     Raises:
-        FedpressError: if arguments do not fit together. Nearly all checks are done before training.
+        FedpressError: if arguments do not fit together. Nearly all checks come before training.
     """
     model, mean, std = model_of(model, mean, std)
     if (shapes := several.several_shapes(input_shape)) is not None:
@@ -251,7 +255,8 @@ def _executed(
     """Runs the stage in a new run folder at `place`."""
     folder = RunFolder.create(place, bound.text, settings_of(bound.recipe))
     with folder.locked():
-        # Named like the call, so that `environment.json` says how this folder was made.
+        # `environment.json` gets the words of the call, as if the call had been a command. They
+        # say how this folder was made.
         words = [f"fedpress.{bound.kind}", model]
         write_environment(folder, shlex.join(words), device=device_of(bound.recipe))
         show(bound.execute(folder, data), progress)
@@ -266,7 +271,7 @@ class CallModel:
         chosen_model: the model as keys of the table `[model]` in a recipe.
         module: the user's module; None if the user gave a path or a function.
         named: class or function, and its arguments, that build the module again; None if they are
-            not known, or the user gave no module.
+            not known, if a spec builds the module instead, or if the user gave no module.
     """
 
     chosen_model: ChosenModel
@@ -297,7 +302,8 @@ def _find_model(
     spec = memory.spec_that_builds(model)
     named = memory.find_buildable(model)
     if named is not None and not (spec is not None and spec.sparse):
-        # The constructor builds the module. A spec is needed only for zeros that must stay.
+        # The constructor is enough to build the module. Only a sparse module needs its spec, which
+        # says which zeros must stay.
         spec = None
     if spec is not None:
         named = None
@@ -306,7 +312,8 @@ def _find_model(
     chosen_model = ChosenModel(stack.enter_context(holding(model, named, spec)), module=model)
     for known in (named, spec):
         if known is not None and ":" in known.architecture:
-            # The class is already imported, so consent to it needs no question.
+            # The user's own program has imported this class or function, so it may be called
+            # without being in `allow_code`.
             stack.enter_context(consent.allowing(known.architecture))
     return CallModel(chosen_model, model, named)
 
@@ -341,14 +348,14 @@ def _of_several(
 ) -> Result:
     """Runs a stage on a model of several inputs.
 
-    The stage sees a wrapper with one input: the row of all inputs of an example, one after another.
-    See `fedpress.pipeline.commands.several`.
+    The stage sees a wrapper with one input: for each example a row that contains all inputs, each
+    flattened, one after another. See `fedpress.pipeline.commands.several`.
     """
-    # A device file must have the separate inputs, so export does not use the wrapper.
+    # An exported file must have the separate inputs, so export does not use the wrapper.
     if commands()[kind].load().reports_artifact:
         if odd := sorted(settings.keys() - {"format"}):
             raise ModelError(
-                f"{kind} of a model of several inputs takes format alone",
+                f"{kind} of a model of several inputs takes only the setting format",
                 place=odd[0],
                 cure="leave it out",
             )
@@ -431,7 +438,8 @@ def _refuse_what_cannot_be_saved(kind: str, model: nn.Module, out: object) -> No
     """Refuses to write a module that could not be loaded again. Called before any work is done.
 
     Raises:
-        ModelError: if the call would write the module.
+        ModelError: if the call would write a folder or file from which the module must be built
+            again. For an export there is only a warning.
     """
     row = row_of(kind).load()
     if out is None and not row.needs_buildable_spec:

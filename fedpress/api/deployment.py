@@ -33,7 +33,8 @@ def check_client(recipe: str, path: Path) -> str:
             `label/image.png`, as for `fedpress client --data`.
 
     Raises:
-        DataError: if the data cannot be read, or lack a column or class that the recipe names.
+        DataError: if the data cannot be read, lack a column that the recipe names, or have a class
+            that the recipe does not list.
         RecipeError: if the recipe's model does not take the examples.
     """
     ClientData(path)  # raises the error for a missing path or an unknown suffix
@@ -53,7 +54,8 @@ def check_client(recipe: str, path: Path) -> str:
 
 
 SPLIT = ("client_column", "public_clients", "test_clients", "public_share")
-"""Keys of `[data]` that divide the recipe's own rows, and mean nothing for one client's."""
+"""Keys of `[data]` that divide rows among clients and parts. They are left out here, because all
+rows belong to one client."""
 
 
 def _read(recipe: str, **changed: object) -> tuple[FederatedData, Recipe]:
@@ -103,7 +105,11 @@ def _arrays(recipe: str, path: Path) -> tuple[FederatedData, Recipe]:
 
 
 def _classes(recipe: Recipe, arrays: Arrays) -> tuple[str, ...]:
-    """Returns the classes that the recipe lists, or one for each number up to the largest label."""
+    """Returns the classes that the recipe lists; () for a regression.
+
+    If the recipe lists none, there is one class for each number up to the largest label, or more
+    if the recipe's model has a larger `num_classes`.
+    """
     if arrays.y.is_floating_point():  # targets of a regression
         return ()
     largest = int(arrays.y.max()) + 1 if len(arrays) else 0
@@ -112,7 +118,7 @@ def _classes(recipe: Recipe, arrays: Arrays) -> tuple[str, ...]:
         raise DataError(
             f"a label is {largest - 1}, and the recipe lists {len(listed)} classes",
             place="y",
-            cure="number the classes from 0, in the order of the recipe's",
+            cure="number the labels from 0, in the order in which the recipe lists the classes",
         )
     if listed is not None:
         return listed

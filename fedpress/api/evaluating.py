@@ -52,7 +52,8 @@ def evaluate(
     """Computes loss and metrics of a model on labelled examples.
 
     Args:
-        model: a module, a `Result`, the path of a saved model or run, or `module:function`.
+        model: a torch module, a `Result`, the path of a saved model or run, or the name of a
+            function that builds the model, as `package.module:function`.
         data: a pair (inputs, labels), a torch Dataset or a DataLoader: all examples are used. The
             name of a source of data such as "digits", or a `FederatedData`: the test part is used.
             None: the test part of the run that wrote the model.
@@ -66,7 +67,8 @@ def evaluate(
         allow_code: functions that may be called to build the model, as `module:function`.
 
     Returns:
-        Each metric of the task, such as "accuracy"; "loss"; and "examples", their number.
+        A dictionary: every metric of the task (such as "accuracy"), the "loss", and the number of
+        "examples".
 
     Raises:
         FedpressError: if model and data do not fit, or there are no labelled examples.
@@ -129,7 +131,8 @@ class Predictions:
         probabilities: probability of each class or label [n, k]; None for a regression.
         outputs: outputs of the network [n, ...], for example logits.
         names: names of the classes, of the labels, or of the numbers that a regression predicts.
-        task: kind of task, such as "classification"; "unknown" if the model does not say.
+        task: kind of task, such as "classification". If the model names no task, it is
+            "classification" for one vector of at least 2 outputs per example, else "unknown".
     """
 
     answers: Tensor
@@ -193,7 +196,8 @@ def predict(
     """Returns the predictions of a model for examples, which need no labels.
 
     Args:
-        model: a module, a `Result`, the path of a saved model or run, or `module:function`.
+        model: a torch module, a `Result`, the path of a saved model or run, or the name of a
+            function that builds the model, as `package.module:function`.
         inputs: uint8 images, numbers or token ids [n, ...]; a dictionary of such arrays for a model
             of several inputs; the path of a .npy file, or of a .npz file for several inputs; a
             Dataset or DataLoader, whose labels are ignored. For a saved model the inputs are
@@ -223,7 +227,8 @@ def predict(
             for part in rows.split(BATCH):
                 outputs.append(_outputs(network, preprocess(part)))
     joined = torch.cat(outputs)
-    # Nothing says the task of such a model. One vector of outputs per example looks like logits.
+    # If the task is not known (a module without a spec), one vector of outputs per example is taken
+    # as logits.
     if task is None and (count := classes_in(shape)):
         task = Classification(tuple(map(str, range(count))))
     # Other outputs, such as images, are returned as they are.
@@ -239,7 +244,8 @@ def _network(
     model: nn.Module | str | Path, checkpoint: str | Path | None, given: Standardization | None
 ) -> tuple[nn.Module, Preprocess, Task | None]:
     """Returns the network, the preprocessing of its inputs, and its task (None if not known)."""
-    # `given.mean` is None for mean="data". Inputs to predict have no training data to fit it on.
+    # `given.mean` is None for mean="data", which asks for the mean of the training data. `predict`
+    # gets no training data, so mean="data" is ignored here.
     own = given.preprocess() if given is not None and given.mean is not None else None
     if isinstance(model, nn.Module):
         spec = memory.spec_of(model)
@@ -247,7 +253,8 @@ def _network(
     weights = Path(checkpoint) if checkpoint is not None else None
     chosen_model = ChosenModel.find(model, weights=weights)
     if chosen_model.spec is None:
-        _, network = chosen_model.opened((1,))  # the shape would only be written to a file
+        # Any shape will do: it matters only if the model is saved, and here it is not.
+        _, network = chosen_model.opened((1,))
         return network, own or Preprocess(), None
     spec, network = chosen_model.opened()
     return network, own or Preprocess(spec.mean, spec.std), _task_of(spec)

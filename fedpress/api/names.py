@@ -26,7 +26,7 @@ class Row:
 
 ROWS = (
     Row("run", "fedpress run RECIPE", "runs a recipe to its end"),
-    Row("check", "fedpress check RECIPE", "binds a recipe without training: sizes, bytes, epsilon"),
+    Row("check", "fedpress check RECIPE", "checks a recipe without running it: bytes, epsilon"),
     Row("sweep", "fedpress sweep RECIPE", "runs a recipe for all combinations of some values"),
     Row("report", "fedpress report RUN", "draws the report of a run"),
     Row("recipes", "fedpress recipes", "lists the recipes that come with fedpress"),
@@ -75,7 +75,7 @@ ROWS = (
     Row("network.client.serve", "fedpress client", "takes part with the data of this machine"),
     Row("api.approving.approve", "fedpress client approve RECIPE", "an owner's yes to a recipe"),
     Row("network.owner.status", "fedpress client status", "what was asked, refused and spent"),
-    # Classes: no command makes them, so the second column says how the command line shows them.
+    # Classes: no command makes such an object, so `command` says how the command line shows it.
     Row("Recipe", "RECIPE, a TOML file", "the settings of a run, checked"),
     Row("Run", "RUN, a run folder", "a run: its result, model, records and events"),
     Row("Result", "the run folder of a command", "the result of a call on one model"),
@@ -86,3 +86,4 @@ ROWS = (
     Row("StageFinished", "a bar that is full", "an event of a run"),
     Row("FedpressError", "exit code 2", "a mistake, with place, problem and cure"),
 )
+"""All public names, in the order in which `docs/python.md` lists them."""

@@ -168,7 +168,8 @@ class LinesView:
         self.out.print(f"{self.name}: {sentence}", markup=False, soft_wrap=True)
 
     def _print(self, note: str) -> None:
-        # The same note comes at every step. A log file gets a line only if the note changes.
+        # Each step has a note, often the same as the last one. A log file gets a line only if the
+        # note changes.
         if note not in ("", self.last):
             self.last = note
             self.say(note)

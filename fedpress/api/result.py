@@ -36,7 +36,8 @@ class Result:
         std: standard deviation of each input channel.
         records: one record per epoch or round, as in `records.jsonl` of a run.
         folder: folder of the new model; None if the call had no `out`.
-        artifact: file that export or pack wrote; None if the call had no `out`.
+        artifact: file that export or pack wrote; None for other stages, or if the call had no
+            `out`.
         files: name -> bytes of the files that export or pack made, if the call had no `out`.
             OpenVINO makes two files. For data from a table, such as a CSV file, `inputs.json`
             says how a row becomes the model's input.
@@ -77,7 +78,8 @@ class Result:
     def __str__(self) -> str:
         """Returns a table of the old and the new model: metrics, size, latency, bytes, epsilon.
 
-        A second table lists layers that were not changed, and targets that were nearly met.
+        A second table gives the reasons for layers that the stage did not change, and for settings
+        that it chose itself. It is left out if there are none.
         """
         return "\n\n".join(shown.as_text(table) for table in self._tables())
 

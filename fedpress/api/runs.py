@@ -52,7 +52,7 @@ class Work:
     Attributes:
         begun: the checked settings of the run, and its folder.
         data: the loaded data set.
-        reuse: another run. Its first stages are copied up to the first stage whose settings differ.
+        reuse: another run. Its finished stages are copied in order, until one has other settings.
         engine: where simulated clients run, such as "local" (in this process).
     """
 
@@ -100,7 +100,7 @@ class Run:
         **overrides: Any,
     ) -> Run:
         """Checks all stages of a new run without running them. For arguments see `fedpress.run`."""
-        # For the rest of the process, because `events` builds models after this method returns.
+        # Allowed until the process ends, because `events` builds models after this method returns.
         consent.allow(*consent.checked(allow_code))
         words, path, held = _overrides_and_data(data, overrides)
         place = Path(out) if out is not None else None
@@ -181,7 +181,7 @@ class Run:
             yield from own_random_numbers(
                 runs.execute(work.begun.recipe, folder, work.data, reuse=work.reuse, engine=engine)
             )
-        # Only a finished run gets here: a caller that stops early closes the generator above.
+        # Only a finished run gets here. If the caller stops early, the generator ends at `yield`.
         write_report(self.path)
 
     @property
@@ -272,11 +272,10 @@ def run(
             or a `Recipe`.
         data: folder or file (sets `data.path`), keys of the table `[data]`, or a `FederatedData`
             that replaces the recipe's source of data.
-        out: folder of the new run; None: the first of runs/NAME, runs/NAME-2 and so on that does
-            not exist.
+        out: folder of the new run; None: runs/NAME, or runs/NAME-2 and so on if that exists.
         resume: folder of an interrupted run to continue, instead of a new run.
-        reuse: folder of another run. Its first stages are copied up to the first stage whose
-            settings differ from those of this run.
+        reuse: folder of another run. Its finished stages are copied in order, until one has other
+            settings than in this run.
         engine: where simulated clients run: "local" in this process, or "ray" in actors of Ray,
             which takes `address`, `cpus_per_client`, `gpus_per_client` and `actors`, as in
             `{"kind": "ray", "actors": 4}`. It does not change the result.
@@ -300,7 +299,8 @@ def run(
     ['dense', 'prune', 'fine-tune', 'federate', 'export']
     """
     if resume is not None:
-        # They are for new runs: ignoring them would continue in a folder the user did not mean.
+        # `out` and `reuse` are for new runs. If they were ignored here, the run could continue in a
+        # folder that the user did not mean.
         if out is not None or reuse is not None:
             raise RunError(
                 "a resumed run continues in its own folder",
@@ -413,7 +413,7 @@ def _overrides_and_data(
     """Returns all overrides, the path of the data, and the data set in memory.
 
     The type of `data` decides: keys of `[data]` are added to the overrides; a path or a data set is
-    returned as such. What the user has not given is None.
+    returned as such. Path and data set are None if they are not given.
     """
     words = recipes.overrides_of(overrides)
     if isinstance(data, FederatedData):

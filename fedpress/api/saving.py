@@ -59,7 +59,8 @@ def save(
     """Writes a model to a folder or a packed file, which `load` and every command can open.
 
     Args:
-        model: a `Result`, a module, the path of a saved model, or `module:function`.
+        model: a `Result`, a torch module, the path of a saved model or run, or the name of a
+            function that builds the model, as `package.module:function`.
         path: a new folder; or a new file that ends in `.safetensors`, which is packed losslessly.
         checkpoint: file with a state dict for the model that `module:function` builds.
         input_shape: shape of one example, such as (3, 32, 32). It is needed if `model` names a
@@ -107,7 +108,7 @@ def _described(
     if not isinstance(given, nn.Module):
         weights = Path(checkpoint) if checkpoint is not None else None
         return ChosenModel.find(given, weights=weights).opened(shape)
-    # This spec comes before the constructor: it knows the shapes after pruning.
+    # This spec is preferred to the constructor, because it has the shapes after pruning.
     known = building_spec(given)
     if known is not None:
         return known, given

@@ -57,7 +57,8 @@ def with_stage_signature(function: Call) -> Call:
     function.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
         [*common, *own], return_annotation=Result
     )
-    # A key with a dot belongs to a nested table. Its first word is listed already.
+    # A key with a dot, such as `privacy.delta`, belongs to a nested table. The table is a key too,
+    # and is listed.
     lines = [f"    {row.key}: {row.meaning}" for row in recipes.keys(kind) if "." not in row.key]
     function.__doc__ = "\n".join(
         [
@@ -129,7 +130,7 @@ def quantize(model: Model, **settings: Any) -> Result:
 
 @with_stage_signature
 def train(model: Model, **settings: Any) -> Result:
-    """Trains on the data, without clients. All examples count as public, so there is no privacy.
+    """Trains on the data, without clients. All examples count as public and are not protected.
 
     >>> import torch, fedpress
     >>> x = torch.randn(400, 2)
@@ -195,7 +196,8 @@ def federate(
     """Simulates federated training in this process. Messages are encoded; their bytes are counted.
 
     Args:
-        model: a module, a `Result`, the path of a saved model or run, or `module:function`.
+        model: a torch module, a `Result`, the path of a saved model or run, or the name of a
+            function that builds the model, as `package.module:function`.
         clients: name -> private examples of that client: a pair (inputs, labels), a torch Dataset
             or a DataLoader. Without `clients`, `data=` may name a source of data such as "digits".
             Settings of the source are then given as `**{"data.num_clients": 5}`.
@@ -229,7 +231,8 @@ def federate(
                     Argument("data", "SOURCE"),
                 ),
             )
-        # They would be ignored. An error is better than a result from other data than expected.
+        # Without `clients` these arguments would be ignored, and the result would come from other
+        # data than the user expects.
         given = {"test": test, "public": public, "task": task, "classes": classes}
         odd = next((name for name, value in given.items() if value is not None), None)
         if odd is not None:

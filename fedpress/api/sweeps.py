@@ -62,10 +62,11 @@ def new(
         RecipeError: if a key or value is wrong.
     """
     variants = sweeping.variants(values, seeds)
-    # Overrides that all variants share are applied: they may set a key that the recipe lacks.
+    # Overrides that all variants share are applied before the check, because one of them may set a
+    # key that the recipe needs and lacks.
     every = [*sweeping.common_overrides(variants), *overrides]
     text, checked = begin.load(recipe, every, data)
-    # A missing device fails here once. Otherwise every variant would fail with the same error.
+    # A missing device raises an error here. Otherwise every variant would fail with that error.
     device_of(checked)
     extra = begin.as_texts(overrides, data)
     return CheckedSweep(text, variants, out or Path("sweeps") / checked.name, extra)
@@ -136,6 +137,6 @@ def sweep(
             for note in event.notes:
                 warnings.warn(note, stacklevel=2)
             show(event.events, progress)
-    # Last, because the HTML page compares all variants.
+    # Written last, because the HTML page compares all variants.
     write_sweep(begun.place)
     return read_json(begun.place / "sweep.json")

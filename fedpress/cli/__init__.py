@@ -58,8 +58,8 @@ app.command()(watch)
 
 
 @app.callback(invoke_without_command=True)
-# Without a command: typer demands one before it would look at `--version`.
-# `--debug` and `--verbose` stand here for the help alone; `main` has taken them from `sys.argv`.
+# `invoke_without_command`, because typer would demand a command before it looks at `--version`.
+# `--debug` and `--verbose` are listed only for the help: `main` has removed them from `sys.argv`.
 def _root(
     context: typer.Context,
     version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
@@ -148,7 +148,8 @@ def report(
     from fedpress.reports.html import write_report
     from fedpress.workspace import lock
 
-    # No error: the report only reads files that are written atomically.
+    # A run that still works is no error, because the report reads only files that are written
+    # atomically.
     if who := lock.holder(folder):
         warn([f"{who} still works in {folder}; the report shows what is there so far"])
     typer.echo(write_report(folder, out))
@@ -187,10 +188,10 @@ def epsilon(
         float, typer.Option(help="Noise standard deviation / sensitivity.")
     ],
     steps: Annotated[int, typer.Option(help="Number of noised sums.")],
-    delta: Annotated[float, typer.Option(help="Chance that the promise fails.")],
+    delta: Annotated[float, typer.Option(help="Probability that epsilon does not hold.")],
     as_json: AsJson = False,
 ) -> None:
-    """The epsilon of a number of noised steps (neighbours: add or remove; accountant: PLD)."""
+    """The epsilon of noised steps, if one unit is added or removed (privacy loss distributions)."""
     from fedpress.privacy.accounting import accountant
 
     _tell_spent(
@@ -209,7 +210,7 @@ def noise(
         float, typer.Option(help="Chance that one unit takes part in a step (1 = always).")
     ],
     steps: Annotated[int, typer.Option(help="Number of noised sums.")],
-    delta: Annotated[float, typer.Option(help="Chance that the promise fails.")],
+    delta: Annotated[float, typer.Option(help="Probability that epsilon does not hold.")],
     as_json: AsJson = False,
 ) -> None:
     """The smallest noise multiplier with which a number of steps stays within epsilon."""
@@ -255,13 +256,14 @@ def compose(
         Path,
         typer.Argument(metavar="FILE", help="A ledger.json, or a JSON list of mechanism events."),
     ],
-    delta: Annotated[float, typer.Option(help="Chance that the promise fails.")],
+    delta: Annotated[float, typer.Option(help="Probability that epsilon does not hold.")],
     as_json: AsJson = False,
 ) -> None:
     """The epsilon of several Gaussian and Skellam mechanisms together, or of a run's ledger.
 
     An event is {"sampling_prob", "noise_multiplier", "steps"}, or {"kind": "skellam", "l2", "l1",
-    "variance", "steps"}. The latter may also have "sampling_prob" (1 by default) and "failure" (0).
+    "variance", "steps"}. A Skellam event may also have "sampling_prob" (1 by default) and "failure"
+    (0 by default): the probability that a unit moves the sum by more than "l2" and "l1".
     """
     from fedpress.privacy.accounting import compose as composing
 
@@ -274,12 +276,12 @@ def compose(
 def skellam(
     size: Annotated[int, typer.Option(help="Number of values in the sum.")],
     clip_norm: Annotated[float, typer.Option(help="L2 norm by which one unit can move the sum.")],
-    clients: Annotated[int, typer.Option(help="Clients in a round, at most.")],
+    clients: Annotated[int, typer.Option(help="Largest number of clients in a round.")],
     survivors: Annotated[
-        int, typer.Option(help="Least number of clients in a sum; their noise must suffice.")
+        int, typer.Option(help="Smallest number of clients in a sum; their noise must suffice.")
     ],
-    rounds: Annotated[int, typer.Option(help="Sums in the whole run.")],
-    delta: Annotated[float, typer.Option(help="Chance that the promise fails.")],
+    rounds: Annotated[int, typer.Option(help="Number of sums in the whole run.")],
+    delta: Annotated[float, typer.Option(help="Probability that epsilon does not hold.")],
     epsilon: Annotated[
         float | None, typer.Option(help="The budget; or give --noise-multiplier.")
     ] = None,
@@ -287,11 +289,11 @@ def skellam(
         float | None, typer.Option(help="Noise standard deviation / clip norm.")
     ] = None,
     bits: Annotated[
-        int | None, typer.Option(help="Bits per number; by default few, with near-best epsilon.")
+        int | None, typer.Option(help="Bits per value; by default the fewest that suffice.")
     ] = None,
     coordinate_limit: Annotated[
         float | None,
-        typer.Option(help="Each value is clamped to this; 6 clip norms / sqrt(size) by default."),
+        typer.Option(help="Largest size of a value; by default 6 * clip norm / sqrt(size)."),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -313,7 +315,8 @@ def skellam(
         noise_multiplier=noise_multiplier,
         bits=bits,
     )
-    # None where so few bits cannot hold the sum; JSON knows no infinity.
+    # Epsilon is infinite if so few bits cannot hold the sum. It becomes None, since JSON knows no
+    # infinity.
     rows = [
         (cost.bits, cost.epsilon if math.isfinite(cost.epsilon) else None) for cost in plan.table()
     ]
@@ -347,7 +350,8 @@ def main() -> None:
         if debug:
             raise
         _stop(error_text(error))
-    # A full disk or a forbidden folder is no bug of fedpress either, so it gets a sentence, too.
+    # A full disk or a folder without permission is no bug of fedpress either, so the user gets one
+    # sentence too.
     except OSError as error:
         if debug:
             raise

@@ -45,7 +45,7 @@ Actors = Annotated[
 
 @dataclass(frozen=True)
 class Given:
-    """Values of these options; None for an option that the user did not give.
+    """Values of the options in this file; None for an option that the user did not give.
 
     Attributes:
         engine: "local" or "ray".

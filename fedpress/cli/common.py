@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from fedpress.data import FederatedData
     from fedpress.pipeline.recipe import Recipe
 
-# Global, because a lock is taken deep inside a command and must be held until the command ends.
+# Global, because functions that a command calls take locks, which are held until it ends.
 exit_stack = ExitStack()
 """Context managers, such as locks of folders, that `main` closes when the command ends."""
 AllowCode = Annotated[
@@ -77,7 +77,7 @@ def required_recipe(recipe: str | None, context: typer.Context) -> str:
 
 def resume_command(place: Path) -> str:
     """Returns the command line that resumes the run in `place`."""
-    # The user's own words, so that overrides and options are repeated exactly.
+    # The words that the user typed, so that overrides and options are repeated exactly.
     words = [word for word in sys.argv[1:] if word != "--resume"]
     if not any(word == "--out" or word.startswith("--out=") for word in words):
         words += ["--out", str(place)]
@@ -203,14 +203,14 @@ def warn(notes: Iterable[str]) -> None:
 
 
 def load_data(recipe: Recipe, out_stream: Console) -> FederatedData:
-    """Loads the data of a recipe with progress bars, and prints how many rows are left out."""
+    """Loads the data of a recipe with progress bars. If rows are left out, prints a sentence."""
     from fedpress.api import progress
     from fedpress.cli import terminal
     from fedpress.pipeline import start
 
     with progress.bars(out_stream) as bars:
         loaded = start.load_data(recipe, progress=terminal.Loading(bars))
-    # With a private recipe the sentence must not tell numbers of private rows.
+    # If the recipe is private, the sentence must not contain numbers of private rows.
     said = loaded.left_out_sentence(private=recipe.private)
     if said:
         out_stream.print(said, markup=False, soft_wrap=True)

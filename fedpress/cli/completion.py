@@ -14,7 +14,7 @@ import typer
 
 COMMON_KEYS = ("seed", "device", "data.", "model.")
 """Beginnings of recipe keys that every command on one model takes, besides the stage's keys."""
-# Files, since the Python objects that know keys and recipes import torch.
+# Read from files, because the Python objects that know keys and recipes import torch.
 KEYS = Path(__file__).with_name("keys.txt")
 SHIPPED = Path(__file__).parents[1] / "pipeline" / "recipes"
 MAX_MEANING = 60  # characters: more would break the list that a shell shows
@@ -38,7 +38,10 @@ class Key(NamedTuple):
 
 
 def keys() -> list[Key]:
-    """Returns all keys that recipes may have. In a stage's key the stage is named by its kind."""
+    """Returns all keys that recipes may have.
+
+    The key of a stage contains the kind of the stage, such as `stage.train.lr`.
+    """
     found = []
     for line in KEYS.read_text("utf-8").splitlines():
         name, choices, meaning = line.split("\t")
@@ -89,7 +92,7 @@ def _choices(name: str, incomplete: str) -> Completions:
 def recipe_keys(context: typer.Context, incomplete: str) -> Completions:
     """Returns the keys that can override the recipe on the command line.
 
-    A stage's key has the name that the stage has in this recipe, such as `stage.first_prune.`.
+    The key of a stage contains the stage's name in this recipe, such as `stage.first_prune.lr`.
     """
     if context.params.get("list_keys"):
         return recipes_or_tables(context, incomplete)
@@ -136,14 +139,14 @@ def _fitting(found: Iterable[Key], incomplete: str, before: Sequence[str] | None
         before: the words before it. Bash splits `key=value` into three words and completes only
             the last one.
     """
-    # zsh and fish pass `key=value` as one word, other than bash (see `before`).
+    # Unlike bash (see `before`), zsh and fish pass `key=value` as one word.
     name, equals, value = incomplete.partition("=")
     beginning = f"{name}=" if equals else ""
     *_, last_but_one, last = "", "", *(before or ())
     known = {key.name: key.choices for key in found}
     if last == "=":
         name, value, equals = last_but_one, incomplete, last
-    elif not incomplete and last in known:  # click takes away an "=" that stands alone
+    elif not incomplete and last in known:  # click removes an "=" that is a word of its own
         name, equals = last, "="
     if equals:
         words = known.get(name, ())

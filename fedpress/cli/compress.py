@@ -50,9 +50,11 @@ def measure(
         typer.Argument(metavar="MODEL...", help="Models, runs, packed or exported files."),
     ],
     formats: Annotated[
-        str | None, typer.Option(help="Export each model to these too; all installed by default.")
+        str | None, typer.Option(help="Formats to export to; all installed ones by default.")
     ] = None,
-    int8: Annotated[bool, typer.Option("--int8/--no-int8", help="Export on integers too.")] = True,
+    int8: Annotated[
+        bool, typer.Option("--int8/--no-int8", help="Also export with 8-bit integers.")
+    ] = True,
     batches: Annotated[str, typer.Option(help="Batch sizes.")] = "1,64",
     threads: Annotated[str, typer.Option(help="Numbers of threads.")] = "1,2",
     seconds: Annotated[

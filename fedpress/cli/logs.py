@@ -11,13 +11,14 @@ from contextlib import contextmanager
 import typer
 
 FORMAT = "%(asctime)s %(name)s: %(message)s"
+"""Format of one line of the log, for `logging.Formatter`."""
 
 
 class ToErrorStream(logging.Handler):
-    """A log handler that looks `sys.stderr` up for each line.
+    """A log handler that writes each line to what `sys.stderr` is at that time.
 
-    logging.StreamHandler keeps the stream that it starts with, but rich replaces `sys.stderr` while
-    it draws progress bars.
+    logging.StreamHandler always writes to the stream that it starts with. But rich replaces
+    `sys.stderr` while it draws progress bars.
     """
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -50,7 +51,7 @@ def show_log(*, debug: bool, verbose: bool) -> Iterator[None]:
         ours.setLevel(logging.DEBUG)
     if (
         not debug
-    ):  # warnings of libraries are for developers, and would hide our error's one sentence
+    ):  # warnings of libraries are for developers; a user would not see our error among them
         warnings.simplefilter("ignore")
         if verbose:
             others.setLevel(logging.ERROR)

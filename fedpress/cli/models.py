@@ -101,7 +101,7 @@ def predict(
     """Runs a model on prepared examples, and prints a CSV row with probabilities for each."""
     from fedpress.core.files import replacing
 
-    # Checked first: a wrong name must not cost the time that the model takes.
+    # Checked first, so that a wrong name fails before the model runs.
     if out is not None and out.suffix not in (".csv", ".npy"):
         raise DataError(
             f"got '{out}'", place="out", cure="give a file that ends in .csv or in .npy"

@@ -41,7 +41,7 @@ client_app = typer.Typer(
 )
 Folder = Annotated[
     Path | None,
-    typer.Option("--network", help="Folder from fedpress network init, of this machine."),
+    typer.Option("--network", help="This machine's folder, made by fedpress network init."),
 ]
 Ledger = Annotated[
     Path | None, typer.Option(help="The owner's ledger; by default one for this user.")
@@ -64,7 +64,7 @@ def add_commands(app: typer.Typer) -> None:
 def init(
     host: Annotated[str, typer.Option(help="Name or address by which clients reach the server.")],
     clients: Annotated[str, typer.Option(help="How many clients, or their names: a,b,c.")],
-    port: Annotated[int, typer.Option(help="The one port of the server.")] = 9443,
+    port: Annotated[int, typer.Option(help="Port of the server; it needs no other.")] = 9443,
     out: Annotated[Path, typer.Option(help="The folder to make.")] = Path("network"),
 ) -> None:
     """Makes a folder with certificates, keys and configuration for a server and its clients."""
@@ -86,22 +86,22 @@ def init(
 @network_app.command()
 def add(
     name: Annotated[str, typer.Argument(help="Name of the new client.")],
-    network: Annotated[Path, typer.Option(help="The whole folder.")] = Path("network"),
+    network: Annotated[Path, typer.Option(help="Folder that init has made.")] = Path("network"),
 ) -> None:
-    """Adds a client to a network: makes its folder and lists its key at the server."""
+    """Adds a client to a network: makes its folder, and adds its key to the server's list."""
     from fedpress.network import folders
 
     folders.add(network, name)
     # The server reads server.toml when it starts, so it must be started again.
     typer.echo(f"copy {network / 'clients' / name} to its machine,")
-    typer.echo(f"and {network / 'server' / 'server.toml'} to the server, then start that again")
+    typer.echo(f"and {network / 'server' / 'server.toml'} to the server; then restart the server")
 
 
 @network_app.command()
 def renew(
-    network: Annotated[Path, typer.Option(help="The whole folder.")] = Path("network"),
+    network: Annotated[Path, typer.Option(help="Folder that init has made.")] = Path("network"),
 ) -> None:
-    """Makes a new key and certificate for the server, when the old one expires."""
+    """Makes a new key and certificate for the server, to replace a certificate that expires."""
     from fedpress.network import folders
 
     folders.renew(network)
@@ -146,13 +146,13 @@ def server(
         typer.Option(help="File or folder with public rows alone; sets data.path."),
     ] = None,
     min_clients: Annotated[
-        int | None, typer.Option(min=1, help="Wait for so many; by default for all that it knows.")
+        int | None, typer.Option(min=1, help="Clients to wait for; by default all known ones.")
     ] = None,
     wait: Annotated[
         float | None, typer.Option(min=0, help="Seconds to wait for them; by default for ever.")
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(help="Run folder; if a run began there, it goes on.")
+        Path | None, typer.Option(help="Run folder; a run that began there is resumed.")
     ] = None,
     insecure: Insecure = False,
     port: Annotated[int, typer.Option(help="With --insecure: the port.")] = 9443,
@@ -174,7 +174,7 @@ def server(
         link = _open(network, insecure, port, begun.place, out_stream)
     said = "\nstopped; all rounds so far are saved; the same command goes on"
     with stopping(said), _quit_on_term():
-        # Closed also after Ctrl-C: closing the link ends the process of the SuperLink.
+        # Closed also after Ctrl-C: closing the link ends the SuperLink, Flower's server process.
         try:
             report_file = _serve(link, begun, loaded, out_stream, min_clients, wait, lost_after)
         finally:
@@ -186,7 +186,8 @@ def _begun(recipe: str, words: list[str], out: Path | None) -> CheckedRun:
     """Checks a new run; if a run has begun in the folder `out`, opens that run to resume it."""
     from fedpress.api import begin
 
-    # Without a flag such as --resume: a service that starts again at boot has one command.
+    # There is no flag such as --resume, because a service that is restarted at boot always has the
+    # same command.
     if out is not None and (out / "settings.json").exists():
         return begin.checked_resume(out, recipe, words, None, exit_stack)
     return begin.new(recipe, words, None, out)
@@ -196,8 +197,8 @@ def public_alone(path: Path | None) -> list[str]:
     """Returns overrides of the recipe for data at `path` that are public as a whole."""
     if path is None:
         return []
-    # A data set must have a client. This one gets a single example, and the server drops both
-    # (`without_clients`), so nearly all rows stay public.
+    # A data set must have a client, so one client gets a single example. The server drops client
+    # and example (`without_clients`); all other rows stay public.
     keys = ["data.num_clients=1", "data.examples_per_client=1", "data.partition.kind=iid"]
     # These keys would divide the rows by client, which has no meaning for public rows.
     keys += ["data.client_column=none", "data.public_clients=[]", "data.test_clients=[]"]
@@ -242,7 +243,8 @@ def _open(
             address = Address(LOOPBACK, port)
             superlink = SuperLink(address, home)
             return ServerLink(address, superlink.secret, superlink=superlink).open()
-        # Read first: these errors name the wrong file and a cure, those of Flower do not.
+        # Read before Flower reads these files: errors of `ServerFolder.read` name the wrong file
+        # and a cure, those of Flower do not.
         found = ServerFolder.read(folder)
         # localhost: the server connects to its own SuperLink; clients use the configured name.
         own = found.path
@@ -297,7 +299,7 @@ def _serve(
     network.gather()
     with terminal.waiting(out_stream, "checking that everything fits together"):
         check_recipe(begun.recipe, data, network)
-    # Only now: a run folder must not be left behind if the clients do not come.
+    # Created only now, so that no run folder is left behind if the clients do not come.
     folder, notes = begun.start(shlex.join(["fedpress", *sys.argv[1:]]), exit_stack)
     warn(notes)
     say(f"{begun.recipe.name} into {begun.place}")
@@ -323,7 +325,9 @@ def client(
     network: Folder = None,
     policy: Annotated[
         Path | None,
-        typer.Option(help="What the owner of the data allows; by default policy.toml there."),
+        typer.Option(
+            help="File with what the data's owner allows; default: policy.toml in --network."
+        ),
     ] = None,
     ledger: Ledger = None,
     program: Annotated[
@@ -437,14 +441,14 @@ def _who(folder: Path | None, to: str | None, name: str | None) -> _Who:
             place="server",
             cure="make keys with fedpress network init, and give --network",
         )
-    # Its state is kept also with --insecure, so that such a client can be started again.
+    # The client's state is kept also with --insecure, so that the client can be started again.
     place = Path(f"client-{name}")
     place.mkdir(exist_ok=True)
     return _Who(name, place, address, None, 1)
 
 
 def _gate(who: _Who, data: Path, policy: Path | None, ledger: Path | None) -> Gate:
-    """Returns the gate, which decides by the owner's policy before each answer.
+    """Returns the gate, which decides by the owner's policy whether a request is answered.
 
     The policy is the file `policy`, else `policy.toml` in the client's folder, else the default
     policy. Only with --insecure a missing policy means that everything is allowed.
@@ -531,7 +535,7 @@ def approve(
         bool, typer.Option("--withdraw", help="Take an earlier approval back.")
     ] = False,
     show: Annotated[
-        bool, typer.Option("--show", help="Only say what it asks for; nothing is approved.")
+        bool, typer.Option("--show", help="Only list what the recipe asks; approve nothing.")
     ] = False,
 ) -> None:
     """Tells what a recipe asks of the data's owner, and stores the owner's approval of it."""
@@ -544,7 +548,7 @@ def approve(
     done = "asks for this" if show else "no longer approved" if withdraw else "approved"
     for one in found:
         typer.echo(f"{one.stage} ({one.fingerprint}): {done}")
-        # The owner must read what is approved, so the sentences are printed in both cases.
+        # The owner must be able to read what is approved, so the sentences are always printed.
         for sentence in one.words:
             typer.echo(f"  {sentence}")
 
@@ -552,7 +556,7 @@ def approve(
 @client_app.command()
 def status(
     policy: Annotated[
-        Path | None, typer.Option(help="By whose unit and delta epsilon is computed.")
+        Path | None, typer.Option(help="Policy whose unit and delta are used for epsilon.")
     ] = None,
     ledger: Ledger = None,
     as_json: AsJson = False,

@@ -64,7 +64,9 @@ Input = Annotated[
 ]
 Weights = Annotated[
     Path | None,
-    typer.Option("--checkpoint", help="State dict for a function, .safetensors or .pt."),
+    typer.Option(
+        "--checkpoint", help="State dict (.safetensors or .pt) for the model of a function."
+    ),
 ]
 
 
@@ -72,12 +74,12 @@ Out = Annotated[
     Path | None, typer.Option(help="Run folder; runs/ and the command's name by default.")
 ]
 Resume = Annotated[
-    bool, typer.Option("--resume", help="Go on with an interrupted run: --resume RUN alone.")
+    bool, typer.Option("--resume", help="Resume an interrupted run: --resume RUN is enough.")
 ]
 Mean = Annotated[
     str | None,
     typer.Option(
-        help="Mean per channel in the model's training (0.485,0.456,0.406), or none, or data."
+        help="Channel means used in training (0.485,0.456,0.406), or the word none or data."
     ),
 ]
 Std = Annotated[str | None, typer.Option(help="Standard deviation, such as 0.229,0.224,0.225.")]
@@ -145,7 +147,7 @@ def command_of(kind: str) -> Callable[..., None]:
         help="Settings; --keys lists them.",
         autocompletion=completion.stage_keys(kind),
     )
-    # Each kind completes its own keys, so this annotation cannot stand in the signature above.
+    # Each kind completes its own keys, so this annotation is added after the definition above.
     command.__annotations__["keys"] = Annotated[list[str] | None, settings]
     return command
 
@@ -163,10 +165,10 @@ class Asked:
         out: the run folder.
         input_shape: shape of one example, such as "3,32,32".
         checkpoint: file of weights for a model that a function builds.
-        mean: mean of each channel, to standardise images.
+        mean: mean of each channel, such as "0.5,0.4,0.3", or "none" or "data".
         std: standard deviation of each channel.
-        device: where to compute.
-        resume: whether to go on with an interrupted run.
+        device: device to compute on, such as "cuda:1".
+        resume: whether to resume an interrupted run.
     """
 
     kind: str
@@ -232,7 +234,7 @@ def _made_ready(asked: Asked, out_stream: Console) -> Ready:
 def _ordered(asked: Asked) -> tuple[Path, OneStage]:
     """Returns the path of the run folder, and the stage with its model and settings.
 
-    For `--resume RUN` alone, both are read from the folder RUN.
+    If the only words are `--resume RUN`, both are read from the folder RUN.
     """
     from fedpress.api.begin import default_folder
     from fedpress.pipeline.commands import OneStage
@@ -244,7 +246,8 @@ def _ordered(asked: Asked) -> tuple[Path, OneStage]:
         words = [*([asked.model] if asked.model is not None else []), *asked.keys]
         # typer takes RUN of `--resume RUN` for the argument MODEL, so all words are searched.
         found, rest = run_to_resume(words) if asked.out is None else (asked.out, words)
-        # With further words the whole command is read; its settings must equal the run's.
+        # With further words, they are read below as for a new run, and the settings must be those
+        # of the interrupted run.
         if found is not None and not rest and OneStage.lies_in(asked.kind, found):
             return found, OneStage.of_folder(
                 found, [*map(Override.parse, with_device([], asked.device))]
@@ -287,7 +290,7 @@ def _run(ready: Ready, out_stream: Console) -> Result:
 
 
 def _show(ready: Ready, result: Result, out_stream: Console, *, as_json: bool) -> None:
-    """Prints the comparison with the model before, and the paths of the written files."""
+    """Prints a comparison of the model before and after, and the paths of the written files."""
     from fedpress.cli import terminal
 
     terminal.show_result(out_stream, dict(result.before), dict(result.after))

@@ -59,7 +59,7 @@ def run(
         ),
     ] = False,
     reuse: Annotated[
-        Path | None, typer.Option("--from", help="Copy equal finished stages of this run.")
+        Path | None, typer.Option("--from", help="A run whose equal first stages are copied.")
     ] = None,
     list_keys: ListTables = False,
     engine: cluster.Engine = "local",
@@ -87,7 +87,7 @@ def run(
             from fedpress.pipeline.check import check_recipe
             from fedpress.workspace.folder import RunFolder
 
-            # First, since a Ray cluster that cannot be reached is the likeliest failure.
+            # First, because the likeliest failure is a Ray cluster that cannot be reached.
             runner = exit_stack.enter_context(settings.open())
             words = with_device(words, device)
             bind = _begun if resume else _new
@@ -106,7 +106,7 @@ def _new(
     """Checks the recipe of a new run, and that its run folder is free.
 
     Args:
-        context: of the command, for an error about a missing recipe.
+        context: typer's context of the command, for an error about a missing recipe.
         words: recipe and overrides.
         data: value of `--data`.
         out: value of `--out`.
@@ -122,8 +122,8 @@ def _begun(
 ) -> CheckedRun:
     """Opens the run to resume, and checks its recipe.
 
-    The arguments are those of `_new`, but `words` may contain the run folder, and need not contain
-    a recipe: the folder has one.
+    The arguments are those of `_new`, but `words` may contain the run folder. It needs no recipe,
+    because the folder contains one.
     """
     from fedpress.api import begin
 
@@ -185,7 +185,7 @@ def show_run(place: Path, report_file: Path, out_stream: Console, *, as_json: bo
     from fedpress.reports.outcome import outcome_of
     from fedpress.reports.stage_table import rich_table, runtimes_explained, spread_explained
 
-    # Read from the file, so that what is shown is what was saved.
+    # Read from the file, so that the user sees exactly what was saved.
     result = json.loads((place / "result.json").read_text("utf-8"))
     out_stream.print(rich_table(result, width=out_stream.width))
     # A note is empty if the table has nothing that needs to be explained.

@@ -82,7 +82,10 @@ def show_metrics(out: Console, result: dict[str, Any]) -> None:
 
 
 def _warn_of_guesses(out: Console, stages: list[dict[str, Any]]) -> None:
-    """Warns if the last model is no better than guessing, for instance than the largest class."""
+    """Warns if the last model is no better than guessing.
+
+    Guessing means, for instance, to always predict the largest class.
+    """
     if warning := score_warning(stages):
         out.print(f"warning: {warning}", style="yellow", markup=False, soft_wrap=True)
 
@@ -103,7 +106,7 @@ def show_result(out: Console, before: dict[str, Any], after: dict[str, Any]) -> 
         )
     left = unchanged_table([after])
     if left.rows:
-        # Without the first column, the stage: here there is only one.
+        # The first column names the stage. It is left out, because there is only one stage here.
         rows = [[names, why] for _, names, why in left.rows]
         out.print(as_rich(PlainTable(left.header[1:], rows), text_columns=("Why",)))
 
@@ -148,7 +151,7 @@ def show_measures(out: Console, records: Iterable[Mapping[str, Any]]) -> None:
 
 def _costs(records: Sequence[Mapping[str, Any]]) -> PlainTable:
     """Returns a table with a row for each record: size, memory and share of the roofline."""
-    # Numbered, because the table of times below names the rows by these numbers.
+    # Numbered, because the table of `_times` has these numbers in place of names.
     names = _short([record["name"] for record in records])
     rows = []
     for number, (name, record) in enumerate(zip(names, records, strict=True), start=1):
@@ -170,7 +173,10 @@ def _costs(records: Sequence[Mapping[str, Any]]) -> PlainTable:
 
 
 def _times(records: Sequence[Mapping[str, Any]]) -> PlainTable:
-    """Returns a table with a row for each record and a column for each batch size and threads."""
+    """Returns a table of times with a row for each record.
+
+    There is a column for each pair of batch size and number of threads.
+    """
     places: list[tuple[int, int]] = []
     by_record: list[dict[tuple[int, int], Mapping[str, Any]]] = []
     for record in records:
@@ -188,8 +194,8 @@ def _times(records: Sequence[Mapping[str, Any]]) -> PlainTable:
 def _short(names: Sequence[str], room: int = 13) -> list[str]:
     """Shortens names to fit a table.
 
-    If the row above is the model `net`, its export `net as onnx int8` becomes `as onnx int8`. Of a
-    path longer than `room` characters only the end is shown.
+    If a row above is the model `net`, its export `net as onnx int8` becomes `as onnx int8`. If a
+    name of a model is longer than `room` characters, only its end is shown.
     """
     shown: list[str] = []
     above = ""

@@ -640,7 +640,7 @@ def test_models_of_several_inputs_are_cut_quantized_and_exported(tmp_path):
         (
             fedpress.export,
             {"int8": True},
-            "int8: export of a model of several inputs takes format alone",
+            "int8: export of a model of several inputs takes only the setting format",
         ),
     ],
 )
