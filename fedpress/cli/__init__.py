@@ -263,7 +263,7 @@ def compose(
 
     An event is {"sampling_prob", "noise_multiplier", "steps"}, or {"kind": "skellam", "l2", "l1",
     "variance", "steps"}. A Skellam event may also have "sampling_prob" (1 by default) and "failure"
-    (0 by default): the probability that a unit moves the sum by more than "l2" and "l1".
+    (0 by default): the probability that one unit moves the sum by more than "l2" in one step.
     """
     from fedpress.privacy.accounting import compose as composing
 

@@ -45,7 +45,9 @@ TransformSettings: TypeAlias = (
 TRANSFORMS: Mapping[str, type[BaseModel]] = {
     settings.model_fields["kind"].default: settings for settings in get_args(TransformSettings)
 }
+"""Kind of a transform, such as "clip" -> its settings class."""
 AnyTransform = Annotated[TransformSettings, Field(discriminator="kind")]
+"""Settings of any transform in a recipe; the key `kind` says of which."""
 
 __all__ = [
     "TRANSFORMS",

@@ -232,7 +232,9 @@ class Settings(Protocol):
 
 
 Chain: TypeAlias = "Sequence[Transform]"
+"""Transforms in the order in which the client applies them."""
 VALUES = "values"
+"""Name of the tensor in a message that holds the output of the last transform."""
 
 
 def bind_chain(chain: Sequence[Settings], bound: Bound) -> tuple[tuple[Transform, ...], Bound]:

@@ -94,7 +94,7 @@ class DitheredQuantizer:
         """Returns levels [phases, n / phases] and the side tensors `scales` and `grid`.
 
         `scales` has an exponent for each block (see `MAX_EXPONENT`); `grid` is [largest absolute
-        value, median scale, noise level]. If most of `x` is zero, see `_encode_sparse`.
+        value, median scale, noise level]. If at least half of `x` is zero, see `_encode_sparse`.
         """
         values, peak = as_array(x, self.size)
         if np.count_nonzero(values) * 2 <= self.size:
@@ -105,7 +105,8 @@ class DitheredQuantizer:
         y = np.zeros(-(-len(picked) // phases) * phases, np.float32)
         np.divide(picked, peak, out=y[: len(picked)])
         spread = np.sqrt(block_means(y * y, self.block).astype(np.float64))
-        # In float32, as it is sent: encoder and decoder must compute the same steps.
+        # Rounded to float32, because it is sent as float32: encoder and decoder must compute the
+        # same steps.
         middle = float(np.float32(max(np.median(spread), 1e-6)))
         # A block of zeros has spread 0, whose logarithm is clipped to the smallest step.
         with np.errstate(divide="ignore"):
@@ -162,7 +163,8 @@ class DitheredQuantizer:
 
         budget = bit_budget(self.rate, self.size, SIDE_BYTES + int(estimate_bits(exponents)) // 8)
         # The search begins at the ratio of noise to variance that a Gaussian has at this rate. It
-        # varies the root of the level: halving the root costs one bit per value, like a step.
+        # varies the root of the level, because halving the root costs one bit per value, as halving
+        # a step does.
         noise = 1 / (4.0 ** max(self.rate * self.group - 0.25, 0.1) - 1)
         start = math.sqrt(noise * (noise + 1))
         root = find_step(bits, budget * share, start, some.size, 1024.0)
@@ -224,8 +226,8 @@ class DitheredQuantizer:
             size: number of values.
 
         Returns:
-            Positions of whole blocks, whose spreads are distributed like those of all blocks. Each
-            block begins at a position of the first phase.
+            Positions in runs, each about one block. The spreads of these blocks are distributed
+            like those of all blocks. Each run begins at a multiple of the number of phases.
         """
         whole = size // self.block
         if size <= RUN_LENGTH * NUM_RUNS or whole < 2:
@@ -271,7 +273,7 @@ class DitheredQuantizer:
             raise WireError(f"got {step}", place="update.grid", cure="expected a positive step")
         nonzero = np.flatnonzero(q)
         levels = q[nonzero].astype(np.float64)
-        # Undoes the shift by one of `_encode_sparse`.
+        # Undoes the addition of 1 in `_encode_sparse`.
         levels -= levels > 0
         out = np.zeros(self.size, np.float32)
         u = self.dither(self.size, key)[nonzero]

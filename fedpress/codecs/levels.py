@@ -17,12 +17,15 @@ from fedpress.core import random
 from fedpress.errors import DivergedError, WireError
 
 Floats = NDArray[np.float32]
+"""An array of float32 values."""
 Ints = NDArray[np.signedinteger]
+"""An array of signed integers, such as levels."""
 
 CHUNK = 1 << 16
 """Number of values processed at a time. They fit into the processor's cache, which is faster."""
 
 FLOAT_MAX = float(np.finfo(np.float32).max)
+"""Largest finite float32."""
 # The types of levels; an encoder sends the smallest one that holds its levels.
 DTYPES = (torch.int8, torch.int16, torch.int32)
 
@@ -213,7 +216,8 @@ def uniform(key: Key, size: int) -> Floats:
 def random_words(key: Key, word: str, size: int) -> NDArray[np.uint16]:
     """Returns uniform 16-bit numbers of this client and round, uint16 [size]; not secret.
 
-    Client and server draw the same numbers, whatever their machines.
+    Client and server draw the same numbers, whatever their machines. Another `word`, such as
+    "dither", gives independent numbers.
     """
     # A public key is enough: these numbers only make rounding unbiased. "<u2": same byte order
     # everywhere.

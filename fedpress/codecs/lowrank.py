@@ -17,13 +17,13 @@ from fedpress.errors import RecipeError, WireError
 class LowRank(BaseModel):
     """Approximates each weight tensor, reshaped to a matrix, by a matrix of rank `rank`.
 
-    Example: with rank 4, a weight [64, 128] becomes factors [64, 4] and [4, 128]: 768 values for
-    8,192.
+    Example: with rank 4, a weight [64, 128] becomes factors [64, 4] and [4, 128]: 768 values
+    instead of 8,192.
 
     The method is one power iteration from a random start: PowerSGD (Vogels et al. 2019,
     arXiv:1905.13727, Algorithm 1) without its warm start, which would need state. Tensors that
-    would not become smaller, such as biases, are sent unchanged. Biased: use it with error
-    feedback.
+    would not become smaller, such as biases, are sent unchanged. The result is biased, so use error
+    feedback: it adds what was lost to the client's next update.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")

@@ -19,8 +19,8 @@ from fedpress.privacy.plan import PrivacyPlan
 class Noise(BaseModel):
     """Adds noise of standard deviation `std` to each value.
 
-    In a recipe, this transform gives no privacy guarantee, because its size does not follow from a
-    privacy budget. For a guarantee, use the key `privacy = {...}` instead.
+    In a recipe, this transform gives no privacy guarantee, because the size of the noise does not
+    follow from a privacy budget. For a guarantee, use the key `privacy = {...}` instead.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -35,8 +35,8 @@ class Noise(BaseModel):
     def bind(self, bound: Bound) -> tuple[BoundNoise, Bound]:
         """Returns the transform, and a bound with infinite norms: noise has no largest value."""
         after = replace(bound, l2=math.inf, linf=math.inf, spread=math.inf, decoded_l2=math.inf)
-        # `noise_sum` uses the clip norm only to compensate its rounding to a grid, with a few
-        # millionths more noise. So any finite value works for unbounded vectors.
+        # `noise_sum` rounds to a grid and compensates this with a few millionths more noise. It
+        # uses the clip norm only for that, so any finite value works for unbounded vectors.
         clip_norm = bound.l2 if bound.l2 < math.inf else 1.0
         return BoundNoise(bound.size, self.std, clip_norm, bound.integer), after
 

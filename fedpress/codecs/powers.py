@@ -64,9 +64,9 @@ class _Powers:
     def encode(self, x: Tensor, key: Key) -> Encoded:
         """Returns int8 [d], and the largest absolute value as `scale` [1]."""
         scale = x.abs().max().reshape(1)
-        # If all values are zero, 0 / 0 gives NaN.
+        # If all values are zero, 0 / 0 gives NaN, which becomes 0.
         share = (x.abs() / scale).nan_to_num(0.0)
-        # Values that round to less than 2^-k become zero; so does log2(0) = -infinity.
+        # Values that round to less than 2^-k get level 0. So do zeros, whose log2 is -infinity.
         levels = (self.top + share.log2().round()).clamp(min=0)
         # k is at most 60, so all levels fit into int8.
         return Encoded((x.sign() * levels).to(torch.int8), {"scale": scale})

@@ -99,10 +99,11 @@ class Quantize(BaseModel):
 
 
 class Sign(BaseModel):
-    """Sends the sign of each value (one bit); it decodes to the sign times the block's mean |x|.
+    """Sends the sign of each value (one bit), which decodes to sign times the block's mean |x|.
 
     Example: the block (0.3, -0.1) decodes to (0.2, -0.2). This is signSGD (Bernstein et al. 2018,
-    arXiv:1802.04434) with a scale. Biased: use it with error feedback.
+    arXiv:1802.04434) with a scale. The result is biased, so use error feedback: it adds what was
+    lost to the client's next update.
 
     >>> Sign().bind(Bound(size=3))[1].integer
     True
@@ -125,8 +126,8 @@ class Sign(BaseModel):
 class Ternary(BaseModel):
     """Sends -1, 0 or 1 for each value, and a scale for each block.
 
-    Default (biased): values below 0.7 times the block's mean |x| become 0 (Li, Zhang & Liu 2016,
-    arXiv:1605.04711). With `unbiased`: x becomes its sign with probability |x| / the block's
+    Default (biased): values of size up to 0.7 times the block's mean |x| become 0 (Li, Zhang & Liu
+    2016, arXiv:1605.04711). With `unbiased`: x becomes its sign with probability |x| / the block's
     largest |x|, else 0 (TernGrad: Wen et al. 2017, arXiv:1705.07878).
 
     >>> Ternary().bind(Bound(size=3))[1].integer
@@ -237,7 +238,7 @@ class _Sign:
 class _Ternary:
     """Rounds small values to 0, and the rest of a block to plus or minus the mean |x| of the rest.
 
-    Small means below 0.7 times the mean |x| of the block.
+    A value is small if |x| is at most 0.7 times the mean |x| of the block.
     """
 
     size: int

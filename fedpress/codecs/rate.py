@@ -33,19 +33,21 @@ RUN_LENGTH = 256
 """Number of neighbouring values that are sampled together."""
 
 NUM_RUNS = 1024
-"""Number of runs in the sample from which the packed size is estimated."""
+"""Number of such runs of neighbours in the sample from which the packed size is estimated."""
 
 ROUNDING = 0.48
 """Added to |x| / step before the fraction is dropped. 0.5 would round to nearest. With 0.48 a few
 more values become zero, which saves more bits than it costs precision."""
 
 FLOAT_MIN = float(np.finfo(np.float32).smallest_subnormal)
+"""Smallest float32 above 0."""
 
 MAX_LEVEL = 1 << 30
 """Largest level of a grid."""
 
 SLACK = 0.004
-"""The search aims this many bits per value below the rate, because it only sees a sample."""
+"""The search aims at most this many bits per value below the rate, because it only sees a sample
+and the whole vector may take more bits. At low rates it aims 0.6% below."""
 
 TOLERANCE = 0.004
 """The search ends at most this many bits per value below its aim."""
@@ -123,12 +125,12 @@ class RateQuantizer:
 def find_step(
     bits: Callable[[float], float], target: float, start: float, size: int, most: float = 2.0
 ) -> float:
-    """Returns the step at which values take just below `target` bits.
+    """Returns the step at which values take `target` bits or slightly less.
 
     It uses the secant method until the target lies between two steps, then false position.
 
     Args:
-        bits: step -> bits of the packed values. They mostly fall as the step grows.
+        bits: step -> bits of the packed values. They usually fall as the step grows.
         target: largest number of bits.
         start: first step to try.
         size: number of values.
@@ -200,7 +202,7 @@ def _scan(bits: Callable[[float], float], target: float, start: float, most: flo
 
 
 def bit_budget(rate: float, size: int, side: int = 0) -> float:
-    """Returns the bits that remain for the packed values of an update.
+    """Returns the bits that remain for the packed values of an update; at least half of all bits.
 
     Args:
         rate: bits per value, with the side tensors included.
@@ -234,8 +236,8 @@ def scaled_step(step: float, peak: float) -> float:
 def level_offsets(sample: Floats, step: float) -> list[float]:
     """Returns the offsets of levels 1, 2, ...: how many steps each centroid lies below its level.
 
-    At most 7 levels have an offset: the lowest ones, if at least 32 values of the sample have this
-    level. Fewer values would give a noisy mean.
+    The n lowest levels have an offset. n is how many of the levels 1 to 7 occur at least 32 times
+    in the sample: the mean of fewer values would be noisy.
     """
     q = np.abs(to_levels(sample, step, np.int32))
     top = 8

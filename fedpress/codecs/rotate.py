@@ -19,8 +19,8 @@ from fedpress.errors import RecipeError
 class Rotate(BaseModel):
     """Multiplies values by random signs, then applies a Hadamard transform to blocks of values.
 
-    Suresh et al. 2017 (arXiv:1611.00429), section 4. Afterwards no value is much larger than the
-    others, so quantization or secure aggregation can use a finer grid.
+    The method is that of Suresh et al. 2017 (arXiv:1611.00429), section 4. Afterwards no value is
+    much larger than the others, so quantization or secure aggregation can use a finer grid.
 
     Vectors are not padded, because padding to a power of two could double the bytes. Instead the
     last block overlaps with the block before it. Example: 10 values with block = 4 are rotated at

@@ -18,7 +18,8 @@ class TopK(BaseModel):
     """Keeps the values of largest magnitude and sets the others to zero.
 
     Example: density = 0.01 keeps 1,000 of 100,000 values. Packing (`fedpress.wire`) then sends
-    positions and values. Biased: use it with error feedback (Stich et al. 2018, arXiv:1809.07599).
+    positions and values. The result is biased, so use error feedback: it adds what was lost to the
+    client's next update (Stich et al. 2018, arXiv:1809.07599).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -64,7 +65,7 @@ class RandomK(BaseModel):
     The positions follow from the key, so they are not sent, and a sum of clients' vectors can be
     decoded. All other values decode to zero. With `unbiased`, the sent values are multiplied by
     1 / density: the expected result is the update, but the norm grows. Without `unbiased`, use
-    error feedback.
+    error feedback, which adds what was not sent to the client's next update.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -89,7 +90,8 @@ class RandomK(BaseModel):
                 cure="put it before 'quantize' or 'discretize'",
             )
         kept = _count(self.density, bound.size)
-        # The share that is really sent: `kept` is rounded up, so it may differ from the density.
+        # 1 / the share that is really sent. The share may be above the density, because `kept` is
+        # rounded up.
         scale = bound.size / kept if self.unbiased else 1.0
         after = replace(
             bound,

@@ -64,7 +64,8 @@ def _recurrent(x: Any, w_ih: Any, w_hh: Any, *_: Any, **__: Any) -> int:
     return flops
 
 
-# Fused CPU kernels that torch's counter does not know: without them attention and LSTMs cost 0.
+# Fused CPU kernels that torch's counter does not know. Without these entries it would count 0 for
+# attention and recurrent layers.
 _UNCOUNTED = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
     torch.ops.aten.mkldnn_rnn_layer: _recurrent,
@@ -180,7 +181,7 @@ def _run_with_one_or_two(run: Callable[[Example], T], given: Example) -> tuple[T
     try:
         return run(given), 1
     except Exception as alone:
-        # Only a batch of one can be doubled; any other error is a real one.
+        # Only a batch of one is doubled. An error on any other batch is not about its size.
         if any(x.dim() == 0 or len(x) != 1 for x in tensors_of(given)):
             raise
         try:

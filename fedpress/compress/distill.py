@@ -16,6 +16,7 @@ from fedpress.errors import TrainingError, renaming, suggestion
 from fedpress.tasks import Task
 
 Pair = str | tuple[str, str]
+"""A module's name in both networks, or the pair (name in the student, name in the teacher)."""
 
 
 class DistillSettings(BaseModel):
@@ -62,8 +63,8 @@ class DistillSettings(BaseModel):
 def feature_loss(student: Tensor, teacher: Tensor) -> Tensor:
     """Returns half the squared distance of features, divided by the teacher's squared norm.
 
-    FitNets (Romero et al. 2015, arXiv:1412.6550), equation 3. The paper does not divide; here it
-    makes the loss independent of the scale of the features.
+    FitNets (Romero et al. 2015, arXiv:1412.6550), equation 3. The paper does not divide. The
+    division makes the loss independent of the scale of the features.
 
     Args:
         student: features of any shape.
@@ -112,7 +113,7 @@ def module_outputs(model: nn.Module, names: tuple[str, ...]) -> Iterator[dict[st
             raise TrainingError(
                 f"the module '{name}' returns a {type(output).__name__}, not a tensor",
                 place=f"names[{at}]",
-                cure="name another",
+                cure="name a module that returns one tensor",
             )
         found[name] = output
 
@@ -267,13 +268,14 @@ class Distillation:
         """Returns the teacher's features by module name, and its logits [n, ...], for inputs `x`.
 
         Raises:
-            TrainingError: if the teacher does not take such inputs.
+            TrainingError: if the teacher does not take such inputs or does not return one tensor,
+                or if it lacks one of the modules, or such a module does not return one tensor.
         """
         names = tuple(theirs for _, theirs in (*self.features, *self.attention))
         with self.context(), renaming(self._keys), module_outputs(self.teacher, names) as features:
             try:
                 logits = call(self.teacher, x)
-            # torch raises one of these for inputs of a wrong shape or type.
+            # torch raises one of these errors for inputs of a wrong shape or type.
             except (RuntimeError, ValueError, IndexError) as error:
                 raise TrainingError(
                     (
@@ -290,7 +292,7 @@ class Distillation:
                 place="teacher",
                 cure="it must return logits",
             )
-        # float32 also under autocast, where differences of half-precision numbers would be coarse.
+        # Autocast gives half-precision numbers, whose differences would be too coarse for a loss.
         return {name: value.float() for name, value in features.items()}, logits.float()
 
 
@@ -332,7 +334,7 @@ def _check_logits(logits: Tensor, teacher_logits: Tensor) -> None:
         )
     if not teacher_logits.isfinite().all():
         raise TrainingError(
-            "the teacher's outputs hold NaN or infinity",
+            "the teacher's outputs contain NaN or infinity",
             place="teacher",
             cure="give a teacher that is trained",
         )

@@ -4,9 +4,9 @@
 over; "grn" allows the same for global response norms. This changes the result: the remaining
 channels are normalised by their own mean and variance. `refit_norms_` then fits scale and shift of
 each norm by least squares, so that its outputs on some examples come near to those of the dense
-(unpruned) network. `output_difference` measures how far the two networks still differ. Everything
-but these statistics must be exact. The parity check proves this: it compares the networks with the
-statistics replaced by constants (`constant_statistics`).
+(unpruned) network. `output_difference` measures how far the two networks still differ. Apart from
+mean and variance, the pruned network must compute the same as the dense one. The parity check tests
+this: it compares the networks with the statistics replaced by constants (`constant_statistics`).
 """
 
 from __future__ import annotations
@@ -26,10 +26,13 @@ from fedpress.core.inputs import Example, call
 from fedpress.errors import RecipeError, suggestion
 
 NormKind = Literal["layer_norm", "grn"]
+"""A kind of norm that may lose channels; "grn" is global response norm."""
 RIDGE = 1e-6
-"""Weight of the old scale in the fit: it determines the scale of a channel that is always 0."""
+"""Weight of the old scale and shift in the fit, relative to the data. Without it, the fit of a
+channel that is always 0 would have no unique solution."""
 LINEARITY_TOLERANCE = 1e-3
-"""Largest error of the linear model of a norm that is accepted, relative to its largest output."""
+"""A norm is fitted only if its outputs are linear in its parameters up to this error, as a share of
+the largest output."""
 
 
 def check_norm_kinds(names: Sequence[str]) -> frozenset[str]:
@@ -72,7 +75,10 @@ class OutputDifference:
 def output_difference(
     dense: nn.Module, small: nn.Module, batches: Sequence[Example]
 ) -> OutputDifference:
-    """Compares the first outputs of two networks in evaluation mode on `batches`."""
+    """Compares two networks in evaluation mode on `batches`.
+
+    If the networks return several outputs, only the first ones are compared.
+    """
     squared_difference = squared_norm = 0.0
     same = count = 0
     with _evaluating(dense), _evaluating(small):
@@ -94,7 +100,7 @@ def output_difference(
 def refit_norms_(
     dense: nn.Module, small: nn.Module, plan: PruningPlan, batches: Sequence[Example]
 ) -> dict[str, str]:
-    """Fits scale and shift of each approximated norm to the outputs of the same dense norm.
+    """Fits scale and shift of each approximated norm to the outputs of this norm in `dense`.
 
     The norms are fitted in the order of `plan.approximate`, so the inputs of a norm come from
     norms that are already fitted. For each channel, scale and shift are the least-squares solution
@@ -142,7 +148,8 @@ def _refit_(
     vectors = _pruned_vectors(name, norm, plan)
     if not vectors:
         return "it has no scale of its own"
-    # A module around a norm may use its parameters elsewhere too.
+    # A module with submodules, or with more than two such parameters, may use them for more than
+    # scale and shift.
     if any(True for _ in norm.children()) or len(vectors) > 2:
         return "it does more than normalise"
     parameters = [parameter for parameter, _ in vectors]
@@ -156,7 +163,7 @@ def _refit_(
             base, slopes, real = _linear_parts(norm, args, options, parameters)
             dim = _channel_dim(target, real)
             if dim is None:
-                return "its outputs do not have its channels"
+                return "its outputs have no single axis that lost channels"
             columns = torch.stack([_rows(slope, dim) for slope in slopes], -1)
 
             # The fit assumes: outputs = base + sum of slope * parameter. A user's norm may differ,
@@ -176,7 +183,7 @@ def _refit_(
 def _pruned_vectors(
     name: str, norm: nn.Module, plan: PruningPlan
 ) -> list[tuple[nn.Parameter, tuple[int, ...]]]:
-    """Returns the norm's parameters with one number per channel, each with its kept indices."""
+    """Returns the norm's pruned parameters with one number per channel, each with kept indices."""
     prefix = f"{name}." if name else ""
     vectors = []
     for key, parameter in norm.named_parameters(recurse=False):
@@ -321,10 +328,10 @@ def constant_statistics(plan: PruningPlan) -> Iterator[None]:
     """Replaces the statistics of norms by constants within the block, if `plan` is approximate.
 
     The pruned network and the masked one (whose pruned channels are 0) must then agree exactly. A
-    layer norm becomes x * weight + bias; a mean with `keepdim`, as in hand-written norms, becomes
-    1.
+    layer norm becomes x * weight + bias. A mean, variance or standard deviation with `keepdim`, as
+    in hand-written norms, becomes 1.
     """
-    # Without such norms nothing is replaced, so that exact pruning is compared exactly.
+    # Exact pruning changes no statistics, so nothing is replaced.
     if not plan.approximate:
         yield
         return
@@ -333,7 +340,10 @@ def constant_statistics(plan: PruningPlan) -> Iterator[None]:
 
 
 class _ConstantStatistics(TorchFunctionMode):
-    """Replaces norms over channels by their scale and shift, and means by 1."""
+    """Replaces norms over channels by their scale and shift.
+
+    Means, variances and standard deviations that keep the averaged axes are replaced by 1.
+    """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Calls `func`, or its replacement."""

@@ -1,4 +1,7 @@
-"""Computes derivatives of losses with respect to weights, for scores; the model is unchanged."""
+"""Computes derivatives of losses with respect to weights; the model is not changed.
+
+They are used for scores, which say how important a weight is and so whether it is pruned.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 def differentiable(
     model: nn.Module, weights: Sequence[Tensor], *, batch_statistics: bool = False
 ) -> Iterator[None]:
-    """Prepares `model` for gradients with respect to `weights`; these may be frozen.
+    """Prepares `model` for gradients with respect to `weights`, also if these are frozen.
 
     Within the block the model is in evaluation mode. Modes, buffers and `requires_grad` are
     restored afterwards.

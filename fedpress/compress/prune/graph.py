@@ -1,4 +1,4 @@
-"""Describes the prunable channels of a model, and the tensors, sizes and costs they determine."""
+"""Describes a model's prunable channels, and the tensors, sizes and costs that depend on them."""
 
 from __future__ import annotations
 
@@ -137,8 +137,8 @@ class SizedNumber:
     def correction(self, pruned: Sequence[int]) -> Number:
         """Returns the correction to store in a plan, when group i has lost `pruned[i]` channels.
 
-        It is the new number. For a multiple it is the pair (new length, old length), because the
-        other factor (often the batch size) may change from call to call.
+        The correction is the new number. But for a multiple it is the pair (new length, old
+        length), because the other factor (often the batch size) may change from call to call.
         """
         new = self.length.without(pruned)
         return (new, self.length.full) if self.multiple else new
@@ -153,14 +153,16 @@ class SizedNumber:
 class WrittenIndex:
     """A tensor of indices in forward code, such as `index` in `x[:, index] = y`.
 
-    When channels of the axis are pruned, the indices are renumbered.
+    It selects indices of one axis of another tensor, here axis 1 of x. When channels of this axis
+    are pruned, the indices are renumbered.
 
     Attributes:
         site: the call.
         dim: the dimension of the tensor of indices along which the indices differ.
         places: the indices along `dim`.
         group: [size of the axis], the group of each index of the axis; -1 if it cannot be pruned.
-        channel: [size of the axis], the channel of each index within its group.
+        channel: [size of the axis], the channel of each index within its group; -1 if the index
+            cannot be pruned.
     """
 
     site: NumberSite
@@ -207,8 +209,8 @@ class ChannelGraph:
         approximate: modules whose norms average over prunable channels, so that pruning changes
             their statistics.
         written_indices: tensors of indices in forward code that depend on channels.
-        call_counts: how many calls one forward of a module makes at each place, (module, place) ->
-            calls.
+        call_counts: (module, place in its code) -> number of calls that one forward of the module
+            makes at this place.
     """
 
     groups: tuple[ChannelGroup, ...]
@@ -289,7 +291,7 @@ class ChannelGraph:
         If all calls need the same numbers, they share one entry, else each call has its own.
         """
         first = next(iter(occurrences.values()))
-        # One entry for all also holds when a loop runs more often for another input.
+        # A shared entry is right also if a loop runs more often for another input.
         is_complete = len(occurrences) == self.call_counts[module, place]
         if is_complete and all(numbers == first for numbers in occurrences.values()):
             return {place: first}

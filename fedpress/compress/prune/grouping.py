@@ -63,7 +63,8 @@ def channel_graph(
     """Returns the prunable channels in groups, with the sizes and costs that depend on them.
 
     Args:
-        ids: the united and kept ids that the walk has collected.
+        ids: what was collected from the model's graph: the ids that are united, and those that
+            cannot be pruned.
         tensor_axes: the ids of each axis of each tensor.
         shapes: shape of every parameter.
         example: the inputs that were traced.
@@ -104,7 +105,8 @@ def _mac_terms(
     terms = []
     for i, product in enumerate(ids.products):
         # A product that does not depend on the input is computed once a batch, whatever its size.
-        # `ChannelGraph.macs` divides all costs by the number of examples, so here it is multiplied.
+        # `ChannelGraph.macs` later divides all costs by the number of examples, so the cost of such
+        # a product is multiplied by this number here.
         factor = product.factor * (examples if i in ids.without_input else 1)
         terms.append(MacTerm(factor, tuple(lengths[id(axis)] for axis in product.axes)))
     return tuple(terms)
@@ -123,7 +125,7 @@ def _sized_numbers(ids: ChannelIds, lengths: Mapping[int, Length]) -> tuple[Size
 
 
 def _written_indices(ids: ChannelIds, labels: Ints, grouping: Grouping) -> tuple[WrittenIndex, ...]:
-    """Returns the tensors of indices in forward code by which channels are written."""
+    """Returns the tensors of indices in forward code that say which channels are written."""
     found = []
     for written in ids.indices_in_calls:
         axis_labels = labels[written.axis]

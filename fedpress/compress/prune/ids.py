@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from fedpress.errors import ModelError
 
 Ints = NDArray[np.int64]
+"""An array of ids or of indices."""
 Axis = Ints | None
 """One id per index of an axis; None for an axis whose size is fixed (batch, height, an input)."""
 
@@ -27,7 +28,7 @@ class Value:
 
     Attributes:
         shape: shape of the tensor.
-        axes: the ids of each axis, or None.
+        axes: for each axis its ids, or None if its size is fixed.
         zero_when_masked: whether it is zero where its channels are masked (set to 0). True for a
             weight and for its square, false for its exponential.
         from_weights: whether it is computed from parameters and buffers alone.
@@ -35,7 +36,8 @@ class Value:
         from_input: whether it depends on the model's input.
         gathered_weights: whether it holds weights that the input selects, such as those of the
             chosen experts in a mixture of experts.
-        channel_norm: whether it is a norm of each channel over height and width.
+        channel_norm: whether it is a norm or a sum, such as the norm of each channel over height
+            and width, or is computed from such a tensor alone.
         is_boolean: whether its type is bool.
         constant: the tensor itself, where it holds integers or booleans that are the same for every
             input.
@@ -86,7 +88,8 @@ Pruning needs to correct no number in such code.
 class SizeInCall:
     """A number in forward code that is the length of `axis`, or a multiple of it (`n * heads`).
 
-    It must be corrected when channels of `axis` are pruned. `position` counts the call's numbers.
+    It must be corrected when channels of `axis` are pruned. `position` is its position among the
+    numbers of the call.
     """
 
     call: ForwardCall
@@ -99,7 +102,8 @@ class SizeInCall:
 class IndicesInCall:
     """A tensor of indices in forward code, such as `index` in `x[:, index] = y`.
 
-    Along its dimension `dim` it has the indices `places` of `axis` (here axis 1 of x).
+    `places` are the indices along its dimension `dim`. They select indices of `axis`, here axis 1
+    of x.
     """
 
     call: ForwardCall
@@ -129,7 +133,7 @@ class SplitAxis:
     width].
 
     Attributes:
-        elements: the ids [n, m, ...] of the product axis.
+        elements: the ids of the axis that is the product of the factors, arranged as [n, m, ...].
         axes: the ids [n], [m], ... of the factors.
         place: name of the operation, for the reason why channels are kept.
     """
@@ -162,9 +166,9 @@ class ChannelIds:
         self.is_used = True  # whether an output depends on it; otherwise it only has to run
 
         # Results of the walk.
-        self.united: list[tuple[Ints, Ints]] = []
-        self.kept: list[tuple[Ints, str]] = []
-        self.roles: list[tuple[Ints, str, str]] = []
+        self.united: list[tuple[Ints, Ints]] = []  # pairs of axes: ids at the same index are united
+        self.kept: list[tuple[Ints, str]] = []  # ids, reason
+        self.roles: list[tuple[Ints, str, str]] = []  # ids of an axis, role, module
         self.splits: list[SplitAxis] = []
         self.preferred: list[Ints] = []  # axes, such as heads, that splits prune if they can
         self.sizes_in_calls: list[SizeInCall] = []
@@ -173,7 +177,7 @@ class ChannelIds:
         self.without_rule: list[tuple[str, str, list[Ints]]] = []  # module, reason, kept ids
         self.products: list[MultiplyAdds] = []
         # Positions in `products` of operations that do not depend on the input. They are computed
-        # once per batch, so their cost does not grow with it.
+        # once per batch, so their cost does not grow with the batch size.
         self.without_input: set[int] = set()
 
     @property
@@ -295,8 +299,9 @@ class ChannelIds:
     def next_slice_start(self) -> int | None:
         """Returns the position of the next slice's first number in the present call.
 
-        None if the call is unknown. An indexing such as `x[:4, 2:]` is captured as one operation
-        per slice, in the order of the code, so each operation takes the next position.
+        Returns None if the call is unknown or has no further slice. An indexing such as
+        `x[:4, 2:]` is captured as one operation per slice, in the order of the code, so each
+        operation takes the next position.
         """
         if self.call is None or not self.call.slice_starts:
             return None
@@ -337,7 +342,10 @@ class ChannelIds:
         return kept
 
     def _prunable_axes(self, split: SplitAxis, labels: Ints, kept: NDArray[np.bool_]) -> list[int]:
-        """Returns the axes with at least one prunable index, that is, without a kept element."""
+        """Returns the positions of the axes that have a prunable index.
+
+        An index is prunable if neither its own id nor any of its elements is kept.
+        """
         kept_elements = kept[labels[split.elements]]
         found = []
         for i, axis in enumerate(split.axes):
@@ -350,7 +358,11 @@ class ChannelIds:
     def _choose(
         self, choices: Sequence[tuple[SplitAxis, list[int]]], labels: Ints
     ) -> tuple[SplitAxis, list[int]]:
-        """Returns the split to decide next and its axis to prune: a preferred or the longest."""
+        """Returns the split to decide next, and its axis to prune.
+
+        It is the first split with a preferred axis. If there is none, it is the first split, and
+        its longest prunable axis.
+        """
         preferred = np.zeros(self.count, bool)
         for axis in self.preferred:
             preferred[labels[axis]] = True
@@ -359,13 +371,14 @@ class ChannelIds:
                 if preferred[labels[split.axes[i]]].any():
                     return split, [i]
 
-        # The longest axis has the smallest slices, so it comes closest to any target.
+        # Each index of the longest axis has the fewest elements, so pruning can come closest to any
+        # target.
         split, prunable = choices[0]
         return split, [max(prunable, key=lambda i: len(split.axes[i]))]
 
     def _decide(self, split: SplitAxis, chosen: int | None) -> None:
         """Makes the indices of axis number `chosen` prunable, and keeps all other axes."""
-        why = f"an axis is reshaped, and no part of it can be pruned, in {split.place}"
+        why = f"an axis is reshaped, and these channels of it cannot be pruned, in {split.place}"
         for i, axis in enumerate(split.axes):
             if i != chosen:
                 self.kept.append((axis, why))

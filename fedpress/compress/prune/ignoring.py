@@ -13,7 +13,8 @@ from fedpress.errors import RecipeError, suggestion
 def ignored_names(model: nn.Module, patterns: Sequence[str]) -> frozenset[str]:
     """Returns the names of all modules, parameters and buffers of `model` that match `patterns`.
 
-    A module includes everything inside it; `*` in a pattern matches any characters, dots too.
+    If a module matches, all names inside it are returned too. `*` in a pattern matches any
+    characters, also dots.
 
     Args:
         model: any module.
@@ -63,7 +64,7 @@ def _names(model: nn.Module) -> list[str]:
         *model.named_parameters(remove_duplicate=False),
         *model.named_buffers(remove_duplicate=False),
     ]
-    # The model itself has the empty name, which no pattern can mean.
+    # The model itself is left out, because its name is empty.
     return [name for name, _ in named if name]
 
 

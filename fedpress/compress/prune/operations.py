@@ -18,7 +18,8 @@ from fedpress.compress.prune.ids import Axis, ChannelIds, Value
 from fedpress.compress.prune.rules import decompose_operation, find_rule, keeps_zeros
 
 LOOKUPS = (torch.ops.aten.index, torch.ops.aten.index_select)
-"""Operations that select rows: of weights, the output is gathered weights (chosen experts)."""
+"""Operations that select rows. Rows selected from weights, such as those of the chosen experts, are
+called gathered weights."""
 IGNORED = "asked for by `ignore`"
 """Reason for channels that the user wants to keep."""
 
@@ -57,7 +58,8 @@ def apply_operation(
         for value in every:
             ids.keep_all(value.axes, IGNORED)
         ids.keep_all(_flat_axes(axes), IGNORED)
-    # Products of weights alone cost the same for every batch size.
+    # Multiplications that do not depend on the input are done once per batch, so their cost does
+    # not grow with the batch size.
     if not any(value.from_input for value in every):
         ids.without_input.update(range(products_before, len(ids.products)))
     constant = _constant_output(node, args, options, every)
@@ -117,7 +119,7 @@ def _flat_axes(axes: Any) -> list[Axis]:
 
 
 def _is_channel_norm(node: torch.fx.Node, given: Sequence[Value]) -> bool:
-    """Returns whether the output is a norm of each channel, or computed from such a norm alone."""
+    """Returns whether the output is a norm or a sum, or is computed from such a tensor alone."""
     name = str(node.target).split(".")[1] if "." in str(node.target) else ""
     if name in ("linalg_vector_norm", "norm", "sum"):
         return True
@@ -125,7 +127,7 @@ def _is_channel_norm(node: torch.fx.Node, given: Sequence[Value]) -> bool:
 
 
 def _is_gathered(node: torch.fx.Node, given: Sequence[Value]) -> bool:
-    """Returns whether the output is selected weights, or computed from them."""
+    """Returns whether the output is gathered weights, or a result that is 0 where they are 0."""
     if not given:
         return False
     if getattr(node.target, "overloadpacket", None) in LOOKUPS:
@@ -172,13 +174,17 @@ def keep_everything(ids: ChannelIds, given: Sequence[Value], why: str) -> None:
 
 
 def _only_checks(operation: Any) -> bool:
-    """Returns whether the operation is an assertion, as `torch.export` adds them: no output."""
+    """Returns whether the operation returns nothing and changes nothing.
+
+    Such are the assertions that `torch.export` adds.
+    """
     schema = getattr(operation, "_schema", None)
     return schema is not None and not schema.returns and not schema.is_mutable
 
 
 MOST_CONSTANT = 1 << 20
-"""Most entries of a constant that is computed: index lists are short, causal masks may be huge."""
+"""Largest number of entries of a constant that is still computed. Index lists are shorter; causal
+masks may be huge."""
 
 
 def can_be_constant(x: Tensor) -> bool:
@@ -242,7 +248,8 @@ def _run_decomposed(graph: torch.fx.Graph, given: Sequence[Value], ids: ChannelI
     values: dict[torch.fx.Node, Any] = {}
     rest = iter(given)
 
-    # The decomposition computes sizes from its inputs, so no number in the code needs a correction.
+    # Sizes that the user's code writes as numbers must be changed after pruning. A decomposition
+    # computes its sizes from its inputs, so none is recorded while its operations are walked.
     call, ids.call = ids.call, None
     # Reasons name the operation that the user's code calls, not one inside it.
     outer, ids.outer = ids.outer, ids.outer or ids.operation
@@ -269,7 +276,7 @@ def _run_decomposed(graph: torch.fx.Graph, given: Sequence[Value], ids: ChannelI
 
 def shape_of(node: torch.fx.Node) -> tuple[int, ...]:
     """Returns the shape of the node's output, or of its first output."""
-    # Of several outputs the first has the shape that rules are given.
+    # If there are several outputs, rules get the shape of the first.
     first = node.meta.get("val")
     while isinstance(first, list | tuple) and first:
         first = first[0]
