@@ -22,7 +22,7 @@ def write_result(
     finished: bool,
     left_out: str,
 ) -> None:
-    """Writes `result.json`; also `ledger.json`, the record of privacy spent, if there is any.
+    """Writes `result.json`, and `ledger.json` if the last stage has a ledger of privacy spent.
 
     Args:
         recipe: the recipe of the run.
@@ -61,7 +61,7 @@ def write_result(
 
 
 def replace_simulated_metrics_(stages: Sequence[Stage], lines: Sequence[dict[str, Any]]) -> None:
-    """Replaces metrics of a model that torch only simulates by the metrics of its exported file.
+    """Puts the metrics of an exported file in place of the metrics that torch only simulated.
 
     torch computes a quantized model on floats; a device runs the exported file on integers. So the
     metrics of the file count. The simulated value of the main metric moves to another key, such as

@@ -50,8 +50,8 @@ def execute(
         recipe: the checked recipe.
         folder: folder of the run.
         data: the loaded data set.
-        reuse: folder of another run. Its results are copied for the first stages, up to the first
-            stage whose settings differ.
+        reuse: folder of another run. Each stage before the first one whose settings differ is
+            copied from it, if the other run has finished this stage.
         network: reaches clients on other machines; None: the clients of `data` are simulated.
         engine: runs simulated clients, for example in several processes; None: in this process.
             The result is the same for every engine.
@@ -60,7 +60,8 @@ def execute(
         Events of the run, such as `StageStarted` and `StageFinished`.
 
     Raises:
-        RunError: if another process works in the folder.
+        RunError: if another process works in the folder, or if an unfinished run began with
+            another version of the random streams.
         FedpressError: if a stage fails; finished stages and checkpoints are kept.
     """
     with folder.locked():
@@ -82,8 +83,8 @@ def _stages(
     _check_streams(recipe, folder, keys)
     for index, (stage, key) in enumerate(zip(recipe.stage, keys, strict=True)):
         place = folder.stage(index, stage.kind, stage.name)
-        # The key is a hash of data, model, seed and all stages so far. Equal keys mean equal
-        # results, so a finished stage with this key need not run again.
+        # The key is a hash of data, model, seed and all stages up to this one. Equal keys mean
+        # equal results, so a finished stage with this key need not run again.
         done = place.finished(key)
         if done is not None:
             log.info("stage %s is finished already", stage.name)
@@ -160,7 +161,8 @@ def _do(
     state = _settled(state)
     # `before`: seconds that the stage ran before it was interrupted.
     seconds = before + time.perf_counter() - began
-    # Such a stage leaves the model as it is, so measuring again would give the same numbers.
+    # A stage with `repeats_measurements` leaves the model as it is, so measuring again would give
+    # the same numbers.
     if last and stage.repeats_measurements:
         known = measured_keys(state.data.task)
         measured = {key: value for key, value in last[0].items() if key in known}
@@ -195,7 +197,7 @@ def _line(state: State, stage: Stage, seconds: float, measured: dict[str, Any]) 
 
     Args:
         state: the state after the stage. `state.facts` holds results of the stage's own, such as
-            `epsilon`; these go before measurements of the same name.
+            `epsilon`; they replace measurements of the same name.
         stage: the stage.
         seconds: how long it ran.
         measured: the metrics and costs of the model.

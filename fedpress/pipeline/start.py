@@ -33,14 +33,14 @@ from fedpress.workspace.state import Loader, State
 log = logger(__name__)
 
 NO_DATA = "no data"
-"""Name of the data set that stands in if a command has no data; it has one random example."""
+"""Name of the data set that is used if a command gets no data: one random example."""
 
 
 def load_data(recipe: Recipe, *, progress: Progress | None = None) -> data_sets.FederatedData:
     """Loads the recipe's data set and divides it among clients.
 
-    If the source is a `module:function`, this function is called. The user allows it by naming it.
-    From then on, the function may also be called if a saved run names it (see
+    If the source is a `module:function`, this function is called: the user allows this by naming
+    the function in the recipe. From then on, it may also be called if a saved run names it (see
     `fedpress.core.consent`).
 
     Raises:
@@ -92,6 +92,7 @@ def first_state(recipe: Recipe, data: data_sets.FederatedData) -> State:
     Raises:
         RecipeError: if the model does not take the examples of the data, or its number of outputs
             does not fit the classes of the data.
+        ModelError: if the checkpoint cannot be loaded.
         TrainingError: if this machine lacks the recipe's device.
     """
     at = device_of(recipe)
@@ -247,7 +248,7 @@ def _check_outputs(
 
 
 def with_parent(state: State, before: State, load: Loader | None) -> State:
-    """Returns the state after a stage, with `parent` set if this stage is the first to change it.
+    """Returns the state after a stage; sets `parent` if no earlier stage has changed the spec.
 
     The parent is the model before the first stage that changed the spec, for example before the
     first pruning. A later stage with `teacher = "dense"` distils from this model.

@@ -1,4 +1,4 @@
-"""Runs a sweep: one recipe with all combinations of given values; finds the Pareto fronts."""
+"""Runs a recipe with all combinations of given values (a sweep), and finds the Pareto fronts."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ COPIED_KEYS = (
     "runtime",
     "seconds",
 )
-"""Keys of each stage that are copied to `sweep.json`, in addition to metric and standard error."""
-MAX_FOLDER_NAME = 80  # characters: file systems allow 255 bytes, and a character may take three
+"""Keys of a stage's result that are copied to `sweep.json`, besides name and main metric."""
+MAX_FOLDER_NAME = 80  # characters of up to three bytes: file systems allow 255 bytes
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class VariantFinished:
 
 
 def split_values(text: str) -> list[str]:
-    """Splits a text at its commas; commas inside of brackets, braces and quotes do not count.
+    """Splits a text at its commas, but not at commas inside `[ ]`, `{ }` and quotes.
 
     Raises:
         RecipeError: if a value is empty, or a bracket or quote is not closed.
@@ -117,7 +117,7 @@ def variants(values: Sequence[str], seeds: Sequence[int] = ()) -> list[Variant]:
         seeds: seeds of the recipe, as a further key.
 
     Raises:
-        RecipeError: if a key has no values or comes twice.
+        RecipeError: if a key has no values or is given twice.
 
     >>> [v.name for v in variants(["stage.1.keep_params=0.5,0.3", "stage.quantize.bits=8"])]
     ['keep_params=0.5', 'keep_params=0.3']
@@ -274,11 +274,11 @@ def _free(folder: Path, name: str, taken: set[Path]) -> Path:
 def _nearest(
     recipe: Recipe, keys: Sequence[str], earlier: Sequence[tuple[list[str], RunFolder]]
 ) -> RunFolder | None:
-    """Returns the earlier run whose stages can be copied up to the latest stage.
+    """Returns the earlier run from which the most stages can be copied.
 
     Args:
         recipe: the recipe of the next variant.
-        keys: a hash for each of its stages (see `stage_keys`).
+        keys: for each stage of this variant a hash (see `stage_keys`).
         earlier: the hashes and the folder of each earlier run.
 
     Returns:
