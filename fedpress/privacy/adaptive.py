@@ -23,8 +23,8 @@ class AdaptiveClip:
     """How the clip norm changes from round to round.
 
     Attributes:
-        initial: the clip norm of the first round. If it is 100 times too low or too high, it takes
-            about 50 rounds to adapt.
+        initial: the clip norm of the first round. If it is 100 times too low or too high, the clip
+            norm takes about 50 rounds to adapt, with the default `quantile` and `lr`.
         quantile: target share of clients whose updates are not clipped.
         lr: learning rate of the logarithm of the clip norm.
         count_noise: standard deviation of the noise on the sum of bits; None: the value that
@@ -125,11 +125,13 @@ def update_noise_multiplier(noise_multiplier: float, count_noise: float) -> floa
     """Returns the noise multiplier of the updates, so that bits and updates together fit a budget.
 
     Args:
-        noise_multiplier: noise multiplier of a single query with the whole budget.
+        noise_multiplier: noise multiplier of a single query with the whole budget; if it is 0, so
+            is the result.
         count_noise: standard deviation of the noise on the sum of bits.
 
     Raises:
-        PrivacyError: if the bits alone would cost the budget.
+        RecipeError: if `count_noise` is not a finite number above 0.
+        PrivacyError: if the bits alone would use up the budget.
 
     >>> round(update_noise_multiplier(1.0, 2.5), 4)
     1.0206
@@ -142,7 +144,8 @@ def update_noise_multiplier(noise_multiplier: float, count_noise: float) -> floa
     remaining = noise_multiplier**-2 - (2 * count_noise) ** -2
     if remaining <= 0:
         raise PrivacyError(
-            f"got {count_noise:g}, so the bits alone cost noise_multiplier {noise_multiplier:g}",
+            f"got {count_noise:g}: the bits alone would use up the budget, which allows one query "
+            f"with noise_multiplier {noise_multiplier:g}",
             place="count_noise",
             cure=(
                 f"take more than {noise_multiplier / 2:g}, for instance {2.5 * noise_multiplier:g}"

@@ -31,11 +31,13 @@ POPULATION = "population"
 """The party of entries that count for every client."""
 
 VERSION = 2
+"""Version of the format that `Ledger.to_json` writes."""
 READABLE_VERSIONS = (1, 2)
-"""Version 1 is version 2 without Skellam entries."""
+"""Versions that `Ledger.from_json` reads; version 1 is version 2 without Skellam entries."""
 
 FEW_PARTIES = 8
-"""Up to this many parties, epsilon is computed for all; with more, a quick bound excludes some."""
+"""Up to this many parties, epsilon is computed for each; with more, a quick upper bound first
+excludes parties that cannot have the largest epsilon."""
 
 
 @dataclass(frozen=True)
@@ -81,15 +83,15 @@ class LedgerEntry:
         if isinstance(event, GaussianEvent):
             if any((self.l2, self.l1, self.failure)):
                 raise RecipeError(
-                    "got 0 beside l2, l1 or failure, expected the variance of the Skellam noise",
+                    "got 0, but l2, l1 or failure is given, expected the variance of Skellam noise",
                     place="entry.variance",
                 )
         # Reports show `noise_multiplier`, so it must not contradict the charged Skellam noise.
         elif not math.isclose(event.noise_multiplier, self.noise_multiplier, rel_tol=1e-6):
             raise RecipeError(
                 (
-                    f"got {self.noise_multiplier}, expected {event.noise_multiplier}, that of the "
-                    "Skellam noise"
+                    f"got {self.noise_multiplier}, expected {event.noise_multiplier}, which "
+                    "follows from the fields of the Skellam noise"
                 ),
                 place="entry.noise_multiplier",
                 cure="make the entry with LedgerEntry.of",
@@ -168,8 +170,8 @@ class Ledger:
     def add(self, *entries: LedgerEntry) -> Ledger:
         """Returns the ledger with `entries` at its end.
 
-        If the last entry of the same party has the same mechanism, the new entry is merged into it.
-        So a run of a thousand equal rounds has one entry per party.
+        A new entry is merged into the last entry of the same party if both have the same mechanism
+        and the same `what`. So a run of a thousand equal rounds has one entry per party.
         """
         listed = list(self.entries)
         newest = {entry.who: at for at, entry in enumerate(listed)}
@@ -187,7 +189,7 @@ class Ledger:
         return replace(self, entries=tuple(listed))
 
     def events(self) -> Iterator[tuple[MechanismEvent, ...]]:
-        """Yields the merged events of each party; parties with equal events are yielded once."""
+        """Yields the merged events of each party; for parties with equal events only once."""
         for_everyone = [entry.event for entry in self.entries if entry.who == POPULATION]
         # The population is a party too, because a ledger may have entries only for it.
         parties: dict[str, list[MechanismEvent]] = {POPULATION: []}
@@ -257,7 +259,8 @@ class Ledger:
                 "noise on the sum of a Poisson sample: Gaussian, or Skellam where variance is "
                 "above 0"
             ),
-            # The name of the key in version 1. It is kept, so one reader works for both versions.
+            # "charges" is the key of the entries in version 1. It is kept, so that one reader works
+            # for both versions.
             "charges": [asdict(entry) for entry in self.entries],
         }
         return json.dumps(content, indent=1)
@@ -267,8 +270,8 @@ class Ledger:
         """Reads a ledger from the JSON text that `to_json` returns.
 
         Raises:
-            PrivacyError: if the text is not a ledger. A run must not continue without its ledger,
-                because the spent privacy would be lost.
+            PrivacyError: if the text is not a ledger, or is one of an unknown version. A run must
+                not continue without its ledger, because the spent privacy would be lost.
         """
         try:
             content = json.loads(text)
@@ -305,15 +308,18 @@ def _undominated(parties: set[tuple[MechanismEvent, ...]]) -> list[tuple[Mechani
 
 
 def _covers(more: tuple[MechanismEvent, ...], less: tuple[MechanismEvent, ...]) -> bool:
-    """Returns whether each event of `less` has an event in `more` that spends at least as much."""
+    """Returns whether each event of `less` has a partner in `more` that spends at least as much.
+
+    No two events of `less` share a partner.
+    """
     more_gaussian = gaussians(more)
     less_gaussian = gaussians(less)
     more_skellam = skellams(more)
     less_skellam = skellams(less)
     if len(less_gaussian) > len(more_gaussian) or len(less_skellam) > len(more_skellam):
         return False
-    # Merged events are sorted, so equal positions are compared. Other pairings are not tried; a
-    # missed one only means that one more epsilon is computed.
+    # Merged events are sorted, so equal positions are compared. Other pairings are not tried: if
+    # another pairing would fit, the only cost is that one more epsilon is computed.
     return all(a.covers(b) for a, b in zip(more_gaussian, less_gaussian, strict=False)) and all(
         a.covers(b) for a, b in zip(more_skellam, less_skellam, strict=False)
     )

@@ -19,7 +19,7 @@ class PrivacyPlan:
     """Protected unit, sensitivity, sampling and noise of a repeated Gaussian mechanism.
 
     Attributes:
-        unit: "sample" protects one example of a client, "client" protects all its examples.
+        unit: "sample" protects each example by itself, "client" all examples of a client together.
         clip_norm: L2 bound of one unit's contribution to a sum. Neighbouring data sets differ by
             adding or removing one unit, so this is the sensitivity of the sum.
         sampling_prob: probability with which each unit takes part in a step (Poisson sampling).

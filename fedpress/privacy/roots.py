@@ -40,7 +40,8 @@ def safe_root(
             the unsafe side.
 
     Returns:
-        A number between both ends where `excess` is at most 0; `safe` if no closer one was found.
+        A number between both ends where `excess` is at most 0; `safe` if no number closer to the
+        root was found.
 
     >>> root = safe_root(lambda x: 2 - x * x, unsafe=1.0, safe=2.0)
     >>> root * root >= 2, abs(root - 2**0.5) < 1e-13
@@ -111,7 +112,7 @@ def bracket(
 def _bracket_above(
     excess: Callable[[float], float], unsafe: float, factors: Iterable[float], most: float
 ) -> tuple[float, float] | None:
-    """Increases `unsafe` until `excess` is at most 0; None if it is above 0 at `most`."""
+    """Increases `unsafe` until `excess` is at most 0; None if it stays above 0 up to `most`."""
     left = iter(factors)
     while unsafe < most:
         safe = min(unsafe * next(left, 2.0), most)

@@ -7,8 +7,8 @@ depends on the events:
 - Gaussian without sampling: the closed form of Balle & Wang 2018.
 - Gaussian with sampling: privacy loss distributions (Koskela et al. 2020; Doroshenko et al. 2022,
   "Connect the dots") by the library dp-accounting, whose discretisation only rounds epsilon up. If
-  its tables would be too long (rare sampling, low noise, many steps, a tiny delta), the module
-  `losses` computes an upper bound in limited time.
+  dp-accounting would be too slow or too imprecise (rare sampling, low noise, many steps or events,
+  a tiny delta), the module `losses` computes an upper bound in limited time.
 - Skellam: a Renyi bound.
 - Gaussian and Skellam together: the smaller of two upper bounds, see `_mixture`.
 """
@@ -50,30 +50,33 @@ SKELLAM_SHARES = (0.05, 0.2, 0.5, 0.8, 0.95)
 """Shares of delta that are tried for the Skellam events of a mixture."""
 
 LONGEST_TABLE = 100_000
-"""Limit of the number of losses for dp-accounting, which takes half a second for this many."""
+"""Largest number of losses that dp-accounting gets; for this many it takes half a second."""
 
 MANY_EVENTS = 16
 """With more events dp-accounting is too slow, because it composes them one by one."""
 
 MOST_EVENTS = 100
-"""With more events, similar ones are merged, because each takes time even on the coarsest grid."""
+"""With more events, similar events are merged until this many are left, because each event takes
+time even on the coarsest grid."""
 
 MOST_BY_RENYI = 300
-"""The limit of events for Renyi accounting, which takes a few milliseconds per event."""
+"""Like `MOST_EVENTS`, for Renyi accounting, which takes only a few milliseconds per event."""
 
 RAREST_SAMPLE = 1e-12
-"""Smaller sampling probabilities are replaced by this one, which spends more."""
+"""Smaller sampling probabilities are replaced by this number, which spends more."""
 
 LEAST_NOISE = 1e-6
 """Below this noise multiplier, epsilon is reported as infinite, which is a valid upper bound."""
 
 MOST_NOISE = 1e12
-"""Larger noise multipliers are replaced by this one, so that their squares stay finite."""
+"""Larger noise multipliers are replaced by this number, so that their squares stay finite."""
 
 FEW_POINTS = 1 << 17
-"""Points of `losses` during a search for the noise; each epsilon takes a tenth of a second."""
+"""Grid points of the module `losses` in a search for the noise and for mixtures; each epsilon then
+takes a tenth of a second."""
 
 UPPER_BOUND = "an upper bound: the exact epsilon may be more than 1% smaller"
+"""Note beside an epsilon that is not known to be tight."""
 
 __all__ = [
     "GaussianEvent",
@@ -103,7 +106,7 @@ class Spent:
 
     @property
     def note(self) -> str:
-        """Text to print next to `epsilon`; "" unless it is only an upper bound."""
+        """Text to print next to `epsilon` if `upper_bound` is set; else ""."""
         return UPPER_BOUND if self.upper_bound else ""
 
 
@@ -113,7 +116,7 @@ def epsilon(events: Iterable[MechanismEvent], *, delta: float) -> float:
     The result is never below the true value. `spent` also says whether the result is tight.
 
     Raises:
-        RecipeError: if `delta` is not inside (0, 1).
+        RecipeError: if `delta` is not inside (0, 1), or is below 1e-200.
 
     >>> round(epsilon([GaussianEvent(1.0, 5.0, 50)], delta=1e-3), 2)
     4.85
@@ -129,11 +132,11 @@ def spent(events: Iterable[MechanismEvent], *, delta: float, points: int = losse
     Args:
         events: the mechanisms and their steps.
         delta: probability with which the guarantee may fail.
-        points: grid points of the module `losses`. Fewer points are faster and raise epsilon,
-            except for rounding errors.
+        points: grid points of the module `losses`. With fewer points the result comes faster, and
+            is larger except for rounding errors.
 
     Raises:
-        RecipeError: if `delta` is not inside (0, 1).
+        RecipeError: if `delta` is not inside (0, 1), or is below 1e-200.
 
     >>> spent([GaussianEvent(1.0, 5.0, 50)], delta=1e-3).upper_bound
     False
@@ -143,7 +146,7 @@ def spent(events: Iterable[MechanismEvent], *, delta: float, points: int = losse
 
 
 def renyi_bound(events: Iterable[MechanismEvent], *, delta: float) -> float:
-    """Returns a quick upper bound on the epsilon of `events`, typically 10% above it.
+    """Returns a quick upper bound on the epsilon of `events`, typically 10% too high.
 
     The bound is infinite if an event has no noise, or if its sensitivity bound may fail.
     """
@@ -157,10 +160,10 @@ def renyi_bound(events: Iterable[MechanismEvent], *, delta: float) -> float:
 
 
 def noise_multiplier(*, epsilon: float, delta: float, sampling_prob: float, steps: int) -> float:
-    """Returns the smallest noise multiplier with which `steps` sums spend at most `epsilon`.
+    """Returns the smallest noise multiplier, from 0.01 on, with which `steps` sums fit `epsilon`.
 
-    The result is checked by the function `epsilon`. It is at most 0.01% above the smallest valid
-    noise multiplier; at most 1% if tables of losses are long (rare sampling or low noise).
+    The epsilon of the result is computed and checked. The result is at most 0.01% above the
+    smallest valid noise multiplier, or at most 1% if sampling is rare or the noise is low.
 
     Args:
         epsilon: the budget of all steps.
@@ -189,8 +192,8 @@ def noise_multiplier(*, epsilon: float, delta: float, sampling_prob: float, step
         return _spent((event,), delta, points).epsilon
 
     # The central limit of the composition (Bu et al. 2020, "Deep learning with Gaussian
-    # differential privacy") is a good first guess, and exact for q = 1. It is only a guess, because
-    # the limit may be below the true value.
+    # differential privacy") is a good first guess, and exact without sampling. With sampling it is
+    # only a guess, because the limit may be below the true value.
     mu = _gaussian_mu(epsilon, delta)
     if sampling_prob == 1:
         guess = math.sqrt(steps) / mu
@@ -355,11 +358,12 @@ def _mixture(
 def _compose_with_dominating(
     gaussian: tuple[GaussianEvent, ...], skellam: tuple[SkellamEvent, ...], delta: float
 ) -> float:
-    """Composes the Gaussian losses with the worst mechanism of the Skellam epsilon and delta.
+    """Composes the Gaussian losses with those of one mechanism that replaces the Skellam events.
 
-    The Skellam events get a share of delta, which gives an epsilon. One mechanism dominates all
-    mechanisms with this (epsilon, delta) (Kairouz, Oh & Viswanath 2015). Its losses are composed
-    with the losses of the Gaussian events, which is tighter than adding the two epsilons.
+    The Skellam events get a share of delta, which gives an epsilon. A single mechanism dominates
+    all mechanisms with this (epsilon, delta) (Kairouz, Oh & Viswanath 2015). Its losses are
+    composed with the losses of the Gaussian events, which is tighter than adding the two epsilons.
+    The smallest result over `SKELLAM_SHARES` is returned.
     """
     from dp_accounting.pld import common, privacy_loss_distribution
 
@@ -399,8 +403,8 @@ def grid_step(events: list[GaussianEvent]) -> float:
     grid of 0.06 standard deviations of a step this is 6e-4 of the variance.
     """
     variance = _total_variance(events) / _total_steps(events)
-    # With very low noise, losses are of the order of 1/noise^2. Then the grid is coarse enough for
-    # a million points.
+    # With very low noise, losses are of the order of 1/noise^2. Then the grid is so coarse that a
+    # million points cover them.
     widest = max((1 + 20 * event.noise_multiplier) / event.noise_multiplier**2 for event in events)
     return min(max(0.06 * math.sqrt(variance), 1e-8), max(1e-3, 1e-6 * widest))
 
@@ -478,8 +482,8 @@ def _smallest_noise(spent: Callable[[float], float], target: float, guess: float
     """Returns the smallest noise multiplier with `spent(noise) <= target`, within 0.01%.
 
     `dp_accounting.calibrate_dp_mechanism` does the same with 10 to 13 calls of `spent` instead of 3
-    to 10, and each call may take half a second. Over nine budgets it took 1.9 times as long
-    (measured 2026-11 by benchmarks/accounting.py).
+    to 10, and each call may take half a second. Over nine budgets `calibrate_dp_mechanism` took 1.9
+    times as long (measured 2026-11 by benchmarks/accounting.py).
     """
     least, most = NOISE_RANGE
 

@@ -19,6 +19,7 @@ KINDS: dict[str, type[GaussianEvent] | type[SkellamEvent]] = {
     "gaussian": GaussianEvent,
     "skellam": SkellamEvent,
 }
+"""Value of the key `kind` in JSON -> class of the event."""
 
 
 def epsilon(text: str, *, delta: float, place: str = "events") -> float:
@@ -42,7 +43,7 @@ def spent(text: str, *, delta: float, place: str = "events") -> accountant.Spent
         place: name of the text in errors, such as its file.
 
     Raises:
-        RecipeError: if the text is not a list of events.
+        RecipeError: if the text is not a list of events, or `delta` is out of range.
         PrivacyError: if the text is a damaged ledger.
     """
     try:

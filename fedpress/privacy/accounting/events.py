@@ -14,7 +14,8 @@ from typing import TypeVar
 from fedpress.errors import RecipeError
 
 LEAST_DELTA = 1e-200
-"""Smallest delta; the accountant divides it among steps and tails, in double precision."""
+"""Smallest delta that is accepted: the accountant divides delta among steps and tails, and the
+parts must not become 0 in double precision."""
 
 MOST_STEPS = 10**10
 """Limit of the number of steps, far more than any training needs."""
@@ -47,7 +48,7 @@ class GaussianEvent:
         _check_steps(self.steps)
 
     def covers(self, other: GaussianEvent) -> bool:
-        """Returns whether this event spends at least as much as `other`, field by field."""
+        """Returns whether every field of this event spends at least as much as in `other`."""
         return (
             self.sampling_prob >= other.sampling_prob
             and self.noise_multiplier <= other.noise_multiplier
@@ -60,9 +61,9 @@ class SkellamEvent:
     """`steps` sums of whole numbers with Skellam noise, each over a Poisson sample of the units.
 
     Attributes:
-        l2: L2 sensitivity of the sum, including rounding. Sums are integers: multiples of a grid
-            unit.
-        l1: L1 sensitivity of the sum in grid units.
+        l2: L2 sensitivity of the sum after rounding, in grid units: values are rounded to multiples
+            of a grid unit, so that a sum is a whole number of units.
+        l1: L1 sensitivity of the sum after rounding, in grid units.
         variance: variance of the noise on each value of the sum, in grid units squared.
         steps: number of sums.
         sampling_prob: probability with which each unit takes part in a step.
@@ -100,7 +101,7 @@ class SkellamEvent:
         return math.sqrt(self.variance) / self.l2
 
     def covers(self, other: SkellamEvent) -> bool:
-        """Returns whether this event spends at least as much as `other`, field by field."""
+        """Returns whether every field of this event spends at least as much as in `other`."""
         return (
             self.l2 >= other.l2
             and self.l1 >= other.l1
@@ -120,8 +121,8 @@ Event = TypeVar("Event", GaussianEvent, SkellamEvent)
 def merge(events: Iterable[MechanismEvent]) -> tuple[MechanismEvent, ...]:
     """Merges events with equal mechanisms into one event, and drops events without steps.
 
-    Epsilon does not depend on the order of steps, so this does not change it. The result is sorted,
-    with Gaussian events first.
+    Epsilon does not depend on the order of steps, so merging does not change epsilon. The result is
+    sorted, with Gaussian events first.
 
     >>> merge([GaussianEvent(0.5, 1.0, 2), GaussianEvent(1.0, 3.0, 0), GaussianEvent(0.5, 1.0, 3)])
     (GaussianEvent(sampling_prob=0.5, noise_multiplier=1.0, steps=5),)
@@ -156,7 +157,8 @@ def merge_similar(events: tuple[GaussianEvent, ...], most: int) -> tuple[Gaussia
     """Returns at most `most` events that together spend at least as much as `events`.
 
     Sampling probabilities are rounded up and noise multipliers down on a logarithmic grid. The grid
-    gets coarser until there are few enough different events.
+    gets coarser until there are few enough different events. No two of the given events may have
+    the same mechanism (see `merge`), and each has noise above 0.
 
     >>> events = (GaussianEvent(0.1, 1.0, 2), GaussianEvent(0.1001, 1.0, 3))
     >>> (one,) = merge_similar(events, 1)
@@ -190,7 +192,7 @@ def _rounded_to_spend_more(prob: float, noise: float, grid: float) -> tuple[floa
 
 
 def check_delta(delta: float) -> None:
-    """Raises RecipeError unless `delta` is inside (0, 1)."""
+    """Raises RecipeError unless `delta` is inside (0, 1) and at least `LEAST_DELTA`."""
     if not 0 < delta < 1:
         raise RecipeError(
             f"got {delta}, expected a number inside (0, 1), below one over the number of units",

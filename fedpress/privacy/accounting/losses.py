@@ -3,7 +3,7 @@
 Each step's privacy loss is rounded to a grid (see `step_losses`). All steps are composed by one
 Fourier transform of tilted losses: each probability is first weighted by e^(tilt * loss), so that
 rounding errors are relative to delta instead of 1 (the idea of saddle-point accounting, Alghamdi et
-al. 2023, arXiv:2208.09595). A coarser grid gives a larger bound, never one below the true value.
+al. 2023, arXiv:2208.09595). A coarser grid gives a larger bound; no bound is below the true value.
 """
 
 from __future__ import annotations
@@ -32,10 +32,11 @@ if TYPE_CHECKING:
     Array = np.ndarray[Any, Any]
 
 POINTS = 1 << 20
-"""Points of all grids together: a bound takes about a second and 200 MB."""
+"""Default number of grid points: with this many, a bound takes about a second and 200 MB."""
 
 FINE = 0.01
-"""If the grid raises the variance by more than this share, the bound is marked as not fine."""
+"""If the grid raises the variance of the losses by more than this share, the bound is marked as
+not fine."""
 
 HIGHER_TILTS = (1.1, 1.3, 1.7, 2.5, 4.0)
 """Multiples of the tilt for which Chernoff's bound on the upper tail is tried."""
@@ -55,7 +56,7 @@ class EpsilonBound:
 
 
 Steps = Sequence[tuple[LossDistribution, int]]
-"""Losses of one step, and the number of such steps."""
+"""For each event: the losses of one step, and the number of steps."""
 
 
 def epsilon_bound(
@@ -71,8 +72,9 @@ def epsilon_bound(
         events: at least one event. Each has at least one step, and finite noise above 0.
         delta: probability with which the guarantee may fail.
         guarantee: (epsilon, delta) of one further mechanism, which is composed with `events`.
-        points: points of all grids together. More points take more time, and give a smaller bound
-            for rare sampling and low noise.
+        points: approximate number of grid points that the losses of an event get; with more than
+            four events, each gets fewer. More points take more time, and give a smaller bound for
+            rare sampling and low noise.
 
     >>> round(epsilon_bound([GaussianEvent(0.01, 1.0, 100)], delta=1e-5).epsilon, 2)
     0.72
@@ -142,8 +144,8 @@ def _composed_epsilon(steps: Steps, grid: float, delta: float, most: int) -> flo
     if not inexact:
         return found
 
-    # Epsilon is so far below the tilted losses that rounding errors exceed delta there. A smaller
-    # tilt keeps rounding errors small.
+    # Epsilon is so far below the tilted losses that rounding errors there exceed 0.1% of delta. A
+    # smaller tilt keeps rounding errors small.
     allowed = math.log(1e-3 * remaining / _rounding_error(steps))
     if allowed > 0:
         while log_moment(tilt) > allowed:
@@ -171,7 +173,7 @@ class _Composition:
     """The sum of the losses of all steps, by circular convolution on a range of grid points.
 
     Attributes:
-        steps: losses of one step, and the number of such steps.
+        steps: for each event the losses of one step, and the number of steps.
         log_moment: tilt -> log E[e^(tilt * sum of losses)].
         grid: distance of two losses.
         log_tail: minus the logarithm of the allowed probability of a tail.
@@ -189,7 +191,7 @@ class _Composition:
     def epsilon(self, tilt: float) -> tuple[float, bool]:
         """Returns the smallest epsilon whose delta is at most `remaining`.
 
-        The second value is whether rounding errors exceed 0.1% of that delta.
+        The second value is whether rounding errors exceed 0.1% of `remaining`.
 
         Raises:
             _TooLong: if the range of losses needs more than `most` points.
@@ -236,7 +238,7 @@ class _Composition:
     def _epsilon_on_circle(
         self, tilt: float, moment: float, last: int, size: int
     ) -> tuple[float, bool] | None:
-        """Computes the result of `epsilon` on `size` points, of which the last is number `last`.
+        """Computes the result of `epsilon` on `size` grid points; the last one has number `last`.
 
         Returns None if epsilon is below the range.
         """
@@ -292,9 +294,10 @@ class _Composition:
 
 
 def _minimize(value: Callable[[float], float], start: float, *, most: float) -> float:
-    """Returns the approximate minimum of a function on (0, `most`] with a single minimum.
+    """Returns roughly where on (0, `most`] a function with a single minimum is smallest.
 
-    Golden-section search in the logarithm. The tilt need not be exact: any tilt gives a bound.
+    Golden-section search in the logarithm. The tilt found need not be exact: any tilt gives a
+    bound.
     """
     ratio = (math.sqrt(5) - 1) / 2
     middle = start

@@ -17,16 +17,16 @@ if TYPE_CHECKING:
 # numpy and scipy are imported where they are used: the command line must answer quickly.
 
 ORDERS = (*range(2, 301), 320, 352, 384, 448, 512, 640, 768, 1024, 1536, 2048)
-"""Integer orders, because the theorem on Skellam noise is proven for those only. Large orders are
-needed for small epsilons."""
+"""Integer orders, because the theorem on Skellam noise is proven for integer orders only. Large
+orders are needed for small epsilons."""
 
 
 def epsilon(events: Iterable[MechanismEvent], *, delta: float) -> float:
     """Returns the epsilon of all `events` together at `delta`, by Renyi accounting.
 
-    Renyi divergences are converted to epsilon by Canonne, Kamath & Steinke 2020 (arXiv:2004.00010,
-    Proposition 12). With integer orders the result is slightly larger if the best order is small:
-    in the example, real orders would give 5.42.
+    Renyi divergences are converted to epsilon as in Canonne, Kamath & Steinke 2020
+    (arXiv:2004.00010, Proposition 12). With integer orders the result is slightly larger if the
+    best order is small: in the example, real orders would give 5.42.
 
     Args:
         events: the mechanisms and their steps. Their `failure` (the probability that a sensitivity
@@ -42,7 +42,7 @@ def epsilon(events: Iterable[MechanismEvent], *, delta: float) -> float:
     # Renyi divergences of independent mechanisms add up, order by order.
     total = np.zeros(len(ORDERS))
     for event in events:
-        # One step is cached for all numbers of steps.
+        # The divergences of one step are cached, and then serve every number of steps.
         total = total + event.steps * divergences(replace(event, steps=1))
 
     orders = np.array(ORDERS, float)
@@ -99,7 +99,7 @@ def _sampled(each: np.ndarray, q: float) -> np.ndarray:
     tops = np.maximum.reduceat(logs, starts)
     sums = np.add.reduceat(np.exp(logs - np.repeat(tops, np.array(ORDERS) + 1)), starts)
     found = (tops + np.log(sums)) / (np.array(ORDERS) - 1)
-    # Sampling never increases the divergence, so the one without sampling is a bound as well.
+    # Sampling never increases the divergence, so the divergence without sampling is a bound too.
     bound: np.ndarray = np.minimum(found, each[list(ORDERS)])
     return bound
 

@@ -27,10 +27,11 @@ Direction = Literal["remove", "add"]
 ("add"). Either direction may have the larger epsilon, so both are computed."""
 
 ADDED_VARIANCE = 2e-4
-"""Share by which the grid may raise the variance of the losses; epsilon rises by half of it."""
+"""Share by which the grid may raise the variance of the losses; epsilon then rises by about half
+this share."""
 
 TAIL_SHARE = 1e-4
-"""Share of delta for each truncated tail."""
+"""Share of delta for each truncation: of the tails of all steps, and of each tail of their sum."""
 
 LARGE_LOSS = 600.0
 """Larger losses are rounded up to the end of their interval: their exponential may overflow."""
@@ -39,7 +40,7 @@ MAX_EXPONENT = 700.0
 """Limit of exponents: e^700 is near the largest double."""
 
 ROUNDING = 4e-16
-"""Twice the relative error of one operation in double precision."""
+"""Bound on the relative error of one operation; in double precision the error is up to 1.1e-16."""
 
 
 @dataclass(frozen=True)
@@ -71,9 +72,9 @@ class LossDistribution:
 
         Returns:
             First, the logarithm of the transform, complex [size // 2 + 1], of the losses shifted so
-            that their mean is at point 0. Second, the mean in grid units. The shift keeps phases
-            small, and therefore their rounding errors when they are multiplied by the number of
-            steps.
+            that their mean is at point 0. Second, the mean in grid units, rounded down. The phases
+            are later multiplied by the number of steps. The shift keeps the phases small, so that
+            their rounding errors stay small too.
         """
         import numpy as np
         from scipy import fft
@@ -106,13 +107,15 @@ class LossDistribution:
 def choose_grid(events: Sequence[GaussianEvent], delta: float, points: int) -> tuple[float, float]:
     """Returns the grid, and the share by which it raises the variance of the losses.
 
-    The share is `ADDED_VARIANCE`, or more if `points` are not enough for it. Rounding a loss to its
-    two neighbours adds (loss - lower) * (upper - loss) to the variance: grid^2 / 6 on average, and
-    at most |loss| * grid, because 0 is a grid point.
+    `points` is the largest number of grid points for the ranges of losses of all events together.
+    The share is at most `ADDED_VARIANCE`, unless so few points need a wider grid. Rounding a loss
+    to its two neighbours adds (loss - lower) * (upper - loss) to the variance: grid^2 / 6 on
+    average, and at most |loss| * grid, because 0 is a grid point.
     """
     import numpy as np
 
-    # The losses are integrated over sums within 12 standard deviations of each of the two means.
+    # Variances are integrals over the noised sum. They reach 12 standard deviations to both sides
+    # of each of its two means: 0 without the unit, 1 with the unit.
     nodes = np.linspace(-12, 12, 4001)
     density = np.exp(-(nodes**2) / 2)
     density /= density.sum()
@@ -149,7 +152,10 @@ def _widest(excess: Callable[[float], float], low: float, high: float) -> float:
 
 
 def loss_span(event: GaussianEvent, delta: float = 1e-15) -> float:
-    """Returns the largest minus the smallest finite loss of a step on a grid for `delta`."""
+    """Returns the largest minus the smallest finite loss of a step.
+
+    Tails that are negligible at `delta` are left out; see `_loss_range`.
+    """
     bottom, top = _loss_range(event, delta)
     return top - bottom
 
@@ -157,7 +163,7 @@ def loss_span(event: GaussianEvent, delta: float = 1e-15) -> float:
 def _loss_range(event: GaussianEvent, delta: float) -> tuple[float, float]:
     """Returns the smallest and the largest finite loss on the grid.
 
-    Losses outside this range have probability `TAIL_SHARE` * delta in all steps together.
+    Losses outside this range have probability at most `TAIL_SHARE` * delta in all steps together.
     """
     from scipy.special import ndtri
 
@@ -170,8 +176,9 @@ def _loss_range(event: GaussianEvent, delta: float) -> tuple[float, float]:
 def _loss_at(x: Any, q: float, z: float) -> Array:
     """Returns the privacy loss where the noised sum is `x`, for a clip norm of 1.
 
-    This is log(1 - q + q e^((2x - 1) / (2 z^2))), the logarithm of the ratio of the densities with
-    and without the unit.
+    `q` is the sampling probability, and `z` the noise multiplier. The loss is
+    log(1 - q + q e^((2x - 1) / (2 z^2))), the logarithm of the ratio of the densities with and
+    without the unit.
     """
     import numpy as np
 
@@ -306,7 +313,7 @@ def _between(edges: Array) -> tuple[Array, Array]:
 def _upper_part(probability: Array, excess: Array, grid: float, *, small: Array) -> Array:
     """Returns the part of each interval's probability that is assigned to its upper grid point.
 
-    This is the whole probability if a loss is not `small`, because its exponential would overflow.
+    If a loss is not `small`, its exponential would overflow, so the whole probability is assigned.
     """
     import numpy as np
 

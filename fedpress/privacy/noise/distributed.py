@@ -3,8 +3,8 @@
 In a secure sum (secure aggregation) the server sees only the sum of the clients' vectors. Every
 client scales its clipped and rotated vector to a grid, clamps and rounds each value, adds Skellam
 noise (integers), and sends the result modulo 2^bits under a mask (Agarwal, Kairouz & Liu 2021,
-arXiv:2110.04995). With a finer grid, rounding costs less privacy but needs more bits. `plan` finds
-the fewest bits; or for given bits, the finest grid and the least noise.
+arXiv:2110.04995). With a finer grid, rounding costs less privacy, but the sum needs more bits.
+`plan` finds the fewest bits that are enough, unless they are given, and then grid and noise.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ OVERFLOW = 2.0**-30
 """Allowed probability that noise moves any value beyond the limit in one round."""
 
 BITS_TOLERANCE = 1.05
-"""Bits are enough if epsilon is at most this factor above the epsilon without a grid."""
+"""Bits are enough if epsilon is at most this factor times the epsilon without a grid."""
 
 MAX_NOISE = 1e3
 """Larger noise multipliers are not searched: a model would not learn from such sums."""
@@ -123,7 +123,7 @@ class DistributedPlan:
         noise_multiplier: standard deviation of the noise of `survivors` clients / `clip_norm`.
         scale: grid points per unit of the vector. The distance of two points is a grid unit.
         limit: bound on the absolute values of the sum, in grid units; at most 0.9 * 2^(bits - 1).
-            In a round it is exceeded with probability 2^-30.
+            In a round the sum exceeds it with probability at most 2^-30.
     """
 
     task: SecretSum
@@ -204,9 +204,9 @@ def plan(
     unit: Unit = "client",
     sampling_prob: float = 1.0,
 ) -> DistributedPlan:
-    """Returns the plan with the finest grid that fits into `bits` and the least noise.
+    """Returns the plan with the finest grid that fits into `bits`.
 
-    Give either `epsilon` or `noise_multiplier`.
+    Give either `epsilon`, which the plan meets with the least noise, or `noise_multiplier`.
 
     Args:
         size: number of values in the sum, after rotation.
@@ -220,15 +220,15 @@ def plan(
         delta: probability with which the guarantee may fail.
         epsilon: budget of all steps.
         noise_multiplier: standard deviation of the survivors' noise / `clip_norm`.
-        bits: bits per value; None: the fewest bits with an epsilon within 5% of that without a
-            grid.
+        bits: bits per value; None: the fewest bits with which epsilon is at most 5% above the
+            epsilon without a grid; 24 if no number of bits is enough.
         unit: what is protected: "client", or "sample" (one clipped gradient in one client's sum).
         sampling_prob: probability with which each unit takes part in a step.
 
     Raises:
         RecipeError: if an argument is out of range.
-        PrivacyError: if the sum does not fit into `bits`, or the budget cannot be met. The error
-            names the fewest bits that are enough.
+        PrivacyError: if the sum does not fit into `bits`, or the budget cannot be met. If more bits
+            would help, the error names the fewest that are enough.
 
     >>> p = plan(size=2**20, clip_norm=1.0, coordinate_limit=0.006, clients=10, survivors=10,
     ...          steps=50, delta=1e-3, noise_multiplier=5.0)
@@ -290,7 +290,10 @@ def _plan_with_noise(task: SecretSum, bits: int | None, noise: float) -> Distrib
 def _fewest_bits(task: SecretSum, noise: float) -> int:
     """Returns the fewest bits whose epsilon is at most 5% above the epsilon without a grid.
 
-    If no number of bits is enough, returns the largest one.
+    If no number of bits is enough, returns the largest number.
+
+    Raises:
+        PrivacyError: if the sum does not fit even into the largest number of bits.
     """
     target = BITS_TOLERANCE * _epsilon_without_grid(task, noise)
     for bits in BITS:
@@ -303,7 +306,7 @@ def _fewest_bits(task: SecretSum, noise: float) -> int:
 def _check_fits(task: SecretSum, bits: int, noise: float) -> None:
     if _scale(task, bits, noise) > 0:
         return
-    cure = f"even {BITS[-1]} are too few for so many clients; take fewer"
+    cure = f"even {BITS[-1]} are too few for so many clients; take fewer clients"
     fitting = [more for more in BITS if _scale(task, more, noise) > 0]
     if fitting:
         cure = f"take at least {fitting[0]}"

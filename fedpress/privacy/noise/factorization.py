@@ -8,8 +8,8 @@ with weights for which prefix sums nearly cancel.
 
 Let g be the sums of all rounds, W the banded Toeplitz matrix of w, and C = W^-1. The noised sums
 are g + W z = C^-1 (C g + z). This is one Gaussian mechanism for the whole run, with the sensitivity
-of g -> C g (banded inverse: Kalinin et al. 2025, arXiv:2505.12128). Only the keys of p random
-vectors are stored, because each z can be recomputed from its key.
+of g -> C g (banded inverse: Kalinin et al. 2025, arXiv:2505.12128). Only the keys (seeds) of the p
+newest random vectors are stored, because each z can be recomputed from its key.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 # numpy, scipy and torch are imported where they are used: the command line must answer quickly.
 
 MAX_BANDS = 64
-"""More bands do not lower the error, and each one costs a draw in every round."""
+"""Largest number of weights. More do not lower the error, and each costs a draw in every round."""
 
 
 @dataclass(frozen=True)
@@ -38,8 +38,8 @@ class Factorization:
     """The weights of correlated noise for one run; make it with `Factorization.plan`.
 
     Attributes:
-        rounds: number of rounds T of the whole run.
-        participations: maximum number of rounds of one client.
+        rounds: number of rounds of the whole run.
+        participations: maximum number of rounds in which one client takes part.
         min_separation: minimum distance in rounds between two participations of one client.
         coefficients: weights w [p]; w[0] = 1 is the weight of the newest random vector.
         sensitivity: L2 sensitivity of C g to one client with contributions of norm 1.
@@ -64,9 +64,10 @@ class Factorization:
 
         Args:
             rounds: number of rounds of the whole run.
-            participations: maximum number of rounds of one client.
+            participations: maximum number of rounds in which one client takes part.
             min_separation: minimum distance in rounds between two participations of one client.
-            bands: number of weights, 1 to `MAX_BANDS`; 1 is independent noise.
+            bands: number of weights, 1 to `MAX_BANDS`, but never more than `rounds`; 1 is
+                independent noise.
 
         Raises:
             RecipeError: if an argument is out of range, or no client can take part so often.
@@ -156,7 +157,7 @@ def sensitivity(
     Args:
         coefficients: weights w [p], the band of W = C^-1.
         rounds: number of rounds.
-        participations: maximum number of rounds of the client.
+        participations: maximum number of rounds in which the client takes part.
         min_separation: minimum distance s in rounds between two participations.
 
     Independent noise and four participations:
@@ -193,7 +194,8 @@ def prefix_rmse(coefficients: Sequence[float], rounds: int) -> float:
 
     padded = np.pad(np.asarray(coefficients, float), (0, rounds - len(coefficients)))
     column = np.cumsum(padded)
-    # The coefficient sum of lag j occurs in the prefix sums of rounds - j rounds.
+    # `column[j]`, the sum of the coefficients 0 to j, is a factor in `rounds` - j of the prefix
+    # sums.
     return math.sqrt(float((rounds - np.arange(rounds)) @ column**2) / rounds)
 
 

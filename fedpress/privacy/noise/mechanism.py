@@ -13,7 +13,7 @@ from fedpress.errors import PrivacyError, RecipeError
 from fedpress.privacy.plan import PrivacyPlan
 
 GRID_BITS = 30
-"""Exact noise lies on a grid of 2^-30 to 2^-29 of its standard deviation."""
+"""The grid of exact noise is 2^-31 to 2^-30 times the standard deviation of the noise."""
 
 
 def poisson_batches(
@@ -22,8 +22,8 @@ def poisson_batches(
     """Yields the indices of `steps` Poisson batches, int64 [k] each; k varies and may be 0.
 
     Each of the `n` examples is in each batch independently with probability `sampling_prob`. The
-    accountant assumes this sampler. For shuffled batches its epsilon would be too small (Chua et
-    al. 2024, "How private are DP-SGD implementations?", arXiv:2403.17673).
+    accountant assumes this sampler. For shuffled batches, the accountant's epsilon would be too
+    small (Chua et al. 2024, "How private are DP-SGD implementations?", arXiv:2403.17673).
     """
     # Drawn in float64 (the default): float32 draws have 24 bits, which biases small probabilities.
     source = as_random_source(generator)
@@ -91,8 +91,8 @@ def noise_sum(total: Tensor, plan: PrivacyPlan, generator: Source) -> Tensor:
         float32 of the shape of `total`; `total` itself if the plan has no noise.
 
     Raises:
-        PrivacyError: if the source is exact, and a value is not finite or more than 2^32 times the
-            standard deviation of the noise.
+        PrivacyError: if the source is exact, and a value is not finite or has 2^62 or more steps of
+            the grid, which is 2^31 to 2^32 times the standard deviation of the noise.
     """
     if plan.noise_std == 0:
         return total
@@ -114,8 +114,8 @@ def add_noise(total: Tensor, plan: PrivacyPlan, normal: Tensor, *, exact: bool) 
         exact: whether the result must lie on the grid of `noise_sum`.
 
     Raises:
-        PrivacyError: if `exact`, and a value is not finite or more than 2^32 times the standard
-            deviation of the noise.
+        PrivacyError: if `exact`, and a value is not finite or has 2^62 or more steps of the grid,
+            which is 2^31 to 2^32 times the standard deviation of the noise.
     """
     if not exact:
         return normal.mul_(plan.noise_std).to(total.device).add_(total).float()
@@ -126,7 +126,7 @@ def add_noise(total: Tensor, plan: PrivacyPlan, normal: Tensor, *, exact: bool) 
     # 2^62 leaves room for the noise within 64 bits. NaN fails the comparison too.
     if not bool((steps.abs() < 2.0**62).all()):
         raise PrivacyError(
-            "a value is not finite, or above 2^32 times the noise",
+            "a value is not finite, or above 2^31 times the standard deviation of the noise",
             place="sum",
             cure="clip every contribution first",
         )
@@ -153,7 +153,7 @@ def noised_mean(total: Tensor, plan: PrivacyPlan, *, expected: float, generator:
         generator: source of the noise.
 
     Raises:
-        PrivacyError: if `expected` is not above 0.
+        PrivacyError: if `expected` is not above 0, or a value is refused by `noise_sum`.
     """
     if not expected > 0:
         raise PrivacyError(
@@ -161,5 +161,6 @@ def noised_mean(total: Tensor, plan: PrivacyPlan, *, expected: float, generator:
             place="expected",
             cure="leave this client out",
         )
-    # Not divided by the actual number: that has no noise, and would reveal who took part.
+    # Not divided by the actual number of contributions: this number has no noise, and would reveal
+    # who took part.
     return noise_sum(total, plan, generator) / expected

@@ -27,15 +27,15 @@ MAX_VARIANCE = 2.0**36
 """Largest variance of one draw: its table of probabilities then has 2.5 million rows."""
 
 RETRY_BETA = math.exp(-0.5)
-"""Probability with which a rounded vector exceeds its bound and is rounded again (Kairouz, Liu &
-Steinke 2021)."""
+"""Limit of the probability with which a rounded vector exceeds its bound and is rounded again
+(Kairouz, Liu & Steinke 2021)."""
 
 BLOCK = 1 << 17
 """Number of values drawn at a time, to stay in the processor's cache."""
 
 
 def rdp(alpha: int, *, l2: float, l1: float, variance: float) -> float:
-    """Returns the Renyi divergence between a sum with Skellam noise and a neighbouring one.
+    """Returns a bound on the Renyi divergence between a sum with Skellam noise and its neighbour.
 
     Agarwal, Kairouz & Liu 2021 (arXiv:2110.04995), for vectors of whole numbers.
 
@@ -105,8 +105,9 @@ def l1_sensitivity(l2: float, size: int) -> float:
 def tail(size: int, variance: float, probability: float) -> float:
     """Returns a bound t on the absolute values of `size` Skellam numbers.
 
-    With at most `probability`, any of the numbers has an absolute value above t. This is Chernoff's
-    bound with E exp(sX) = exp(v (cosh s - 1)), as a union bound over both signs and all numbers.
+    The probability that at least one of the numbers has an absolute value above t is at most
+    `probability`. This is Chernoff's bound with E exp(sX) = exp(v (cosh s - 1)) for variance v, as
+    a union bound over both signs and all numbers.
 
     >>> 5 < tail(1, 1.0, 1e-6) < 8
     True
@@ -125,7 +126,7 @@ def tail(size: int, variance: float, probability: float) -> float:
 
 
 def chernoff_exponent(t: float, variance: float) -> float:
-    """Returns -log of Chernoff's bound on P(X >= t)."""
+    """Returns -log of Chernoff's bound on P(X >= t) for a Skellam number X of this variance."""
     root = math.hypot(t, variance)
     # The last term is root - variance, written without cancellation.
     return t * math.asinh(t / variance) - t**2 / (root + variance)

@@ -47,8 +47,9 @@ class ParameterTerm:
         squares: squared norms of the per-sample gradients of this parameter, float64 [n].
         total: clip factors [n] -> sum over samples of factor * gradient, float32 of the parameter's
             shape.
-        magnitude: float64 [n], bound on the summands of one sample's gradient. If the summands
-            cancel in `total`, the rounding error is relative to `magnitude`, not to the norm.
+        magnitude: for each sample, a bound on the sum of the absolute values of the summands of any
+            entry of its gradient, float64 [n]. If the summands cancel in `total`, the rounding
+            error is relative to `magnitude`, not to the norm.
     """
 
     squares: Tensor
@@ -61,7 +62,11 @@ Rule = Callable[[Any, Tensor, Tensor], dict[str, ParameterTerm]]
 
 
 def supports(model: nn.Module) -> bool:
-    """Returns whether each trainable parameter belongs to one module whose type is in `RULES`."""
+    """Returns whether `add_ghost_` can be used for this network.
+
+    Each trainable parameter must be the weight or bias of exactly one module whose type is in
+    `RULES`, and every layer that pads must pad by a given number of zeros.
+    """
     owners: dict[int, int] = {}
     for module in model.modules():
         if not _pads_with_zeros(module):
@@ -85,6 +90,8 @@ def _pads_with_zeros(module: nn.Module) -> bool:
 
 def add_ghost_(views: list[Tensor], query: Query) -> Measured:
     """Adds the clipped gradient of every sample to `views`, in one pass over the batch.
+
+    If norms are not finite, their samples are added one by one, and all others in a second pass.
 
     Args:
         views: the sum, as one view per trainable parameter; changed in place.
@@ -160,7 +167,7 @@ def terms_of(module: nn.Module, a: Tensor, b: Tensor) -> list[tuple[nn.Parameter
         a: inputs of the layer [n, ...].
         b: gradients of the samples' losses with respect to the layer's outputs [n, ...].
     """
-    # Convolutions compute single gradients in 16 bits under autocast, see `_conv`.
+    # Convolutions compute per-sample gradients in 16 bits under autocast, see `_conv`.
     if not isinstance(module, nn.Conv2d):
         a = a.float()
         b = b.float()
@@ -218,7 +225,7 @@ def _linear(module: nn.Linear, a: Tensor, b: Tensor) -> dict[str, ParameterTerm]
     b = b.reshape(len(b), -1, b.shape[-1])
     shape = module.weight.shape
     positions = a.shape[1]
-    # Gram matrices need positions^2 (i + o) products, single gradients positions * i * o.
+    # Gram matrices need positions^2 (i + o) products, per-sample gradients positions * i * o.
     if positions > 1 and positions * (shape[0] + shape[1]) > shape[0] * shape[1]:
         weight = _explicit(torch.bmm(b.transpose(1, 2), a), shape)
     else:
@@ -353,3 +360,4 @@ RULES: dict[type, Rule] = {
     nn.GroupNorm: _group_norm,
     nn.LayerNorm: _layer_norm,
 }
+"""Type of a layer -> its rule; a subclass has no rule, because it may compute something else."""

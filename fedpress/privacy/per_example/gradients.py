@@ -42,6 +42,7 @@ METHODS: dict[str, Callable[[list[Tensor], Query], Measured]] = {
     "vmap": add_vmap_,
     "loop": add_loop_,
 }
+"""Name of a method -> function that adds the clipped gradients of samples to a sum."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,8 @@ class RawStats:
         failed: number of samples for which the network raised an error, or changed its own buffers
             or parameters; they contributed zero too.
         problem: the problem of the first failed sample; "" if there is none.
-        agreed: whether the chosen method gave the same result as the plain loop.
+        agreed: False if the chosen method failed or differed from the plain loop, so that the loop
+            repeated some samples.
     """
 
     examples: int
@@ -90,7 +92,7 @@ def clipped_gradient_sum(
     errors of kernels whose order of summation depends on the batch.
 
     Args:
-        model: the network; d is the number of its trainable values, ordered as in
+        model: the network. It has d trainable values; the sum has them in the order of
             `core.parameters`.
         loss_fn: outputs and labels of one example [1, ...] -> its loss.
         x: prepared inputs [n, ...], one tensor or several by name; n may be 0.
@@ -99,18 +101,19 @@ def clipped_gradient_sum(
         method: name in `METHODS`; see `choose_method`.
         chunk: number of samples that are processed at a time, to limit memory.
         verify: what is compared with the loop in every chunk: "losses" of 4 samples, or "gradients"
-            (losses and norms) of 8 samples. After a mismatch, or if the method raises an error, the
-            loop repeats the chunk.
+            (losses and norms) of 8 samples; norms are left out if dropout is active. After a
+            mismatch, or if the method raises an error, the loop repeats the chunk.
         tolerate_writes: if True, changes of buffers or parameters by a forward pass are undone, and
             the sample contributes zero. If False, such a change raises an error. The error must
             stay on the client, because a single sample can cause it.
 
     Returns:
-        The sum, float32 [d], and statistics that are not private.
+        The sum, float32 [d], and statistics. Both have no noise: they must not leave the client.
 
     Raises:
-        RecipeError: if a module mixes the samples of a batch, if the method is unknown, or if a
-            forward pass changed a buffer or parameter (unless `tolerate_writes`).
+        RecipeError: if a normalisation mixes the samples of a batch or keeps statistics of them, if
+            the method is unknown, or if a forward pass changed a buffer or parameter (unless
+            `tolerate_writes`).
     """
     check_separable(model)
     if method not in METHODS:
@@ -363,15 +366,15 @@ def _is_whole(values: Tensor) -> bool:
 
 
 def check_separable(model: nn.Module) -> None:
-    """Raises RecipeError if a module makes a sample's gradient depend on other samples."""
+    """Raises RecipeError if a normalisation mixes samples, or keeps statistics of them."""
     for name, module in model.named_modules():
         batch_norm = isinstance(module, BatchNorm)
         # Without running statistics, a batch norm uses batch statistics even in evaluation mode.
         if batch_norm and (module.training or module.running_mean is None):
             raise RecipeError(
                 (
-                    "batch normalisation in training mode mixes the samples of a batch, so there "
-                    "are no per-sample gradients"
+                    "batch normalisation with the statistics of the batch mixes its samples, so "
+                    "there are no per-sample gradients"
                 ),
                 place=f"model.{name}",
                 cure="use norm = 'frozen' or 'group'",

@@ -11,7 +11,7 @@ class Guard:
 
     A forward pass that changes the model stores private data in it without noise. Examples: the
     running statistics of a normalisation, or `nn.Embedding(max_norm=...)`, which rescales the rows
-    of the tokens that it reads. `put_back_` undoes this before the next example.
+    of the tokens that it reads. `put_back_` undoes such a change before the next example.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -60,7 +60,7 @@ class Guard:
         if tensor.shape == copy.shape:
             tensor.copy_(copy)
         else:
-            # The forward pass has resized it in place, so `copy_` is not possible.
+            # The forward pass has resized the tensor in place, so `copy_` is not possible.
             tensor.data = copy.clone()
         table[leaf] = tensor  # type: ignore[assignment]
         self._versions[name] = tensor._version
@@ -74,7 +74,7 @@ def _problem(name: str, parameter: bool) -> str:
     if parameter:
         return (
             f"model.{name}: the forward pass changed this parameter during a private step, so it "
-            "keeps private data without noise; an embedding does so with max_norm: leave it out"
+            "keeps private data without noise; leave max_norm out if this is an embedding"
         )
     return (
         f"model.{name}: this buffer changed during a private step, so it keeps private data "

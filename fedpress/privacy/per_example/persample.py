@@ -1,7 +1,7 @@
 """Clipped per-sample gradients for DP-SGD: a backward pass per sample, or `torch.func.vmap`.
 
-Both functions add min(1, clip_norm / norm) * gradient of each sample to a sum. The plain loop is
-slow and works for every network; other methods are compared with its results.
+`add_loop_` and `add_vmap_` add min(1, clip_norm / norm) * gradient of each sample to a sum. The
+loop is slow and works for every network; other methods are compared with its results.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from fedpress.core.parameters import trainable
 from fedpress.privacy.per_example.guard import Guard
 
 LossFn = Callable[[Tensor, Tensor], Tensor]
-"""(outputs [n, ...], labels [n]) -> mean loss, a scalar; it is called for one example at a time."""
+"""Function (outputs [n, ...], labels [n]) -> mean loss, a scalar. Here n is always 1 or 2."""
 
 BLOCK = 1024
 """Squares are summed in float32 within blocks of this size, and in float64 over blocks."""
@@ -30,7 +30,7 @@ WROTE_PREFIX = "RecipeError: "
 
 
 class Sample(NamedTuple):
-    """Loss, gradient norm and problem of one sample. NOT private: they have no noise.
+    """Loss, gradient norm and problem of one sample, WITHOUT noise: they must not leave the client.
 
     Attributes:
         loss: the loss of the sample; nan if the network failed on the sample.
@@ -77,8 +77,9 @@ class Query:
 def add_loop_(views: list[Tensor], query: Query, guard: Guard | None = None) -> Measured:
     """Adds the clipped gradient of every sample to `views`, with one backward pass per sample.
 
-    This is slow, but correct for every network. A sample contributes zero if the network raises on
-    it, if its gradient is not finite, or if the forward pass changes the model (`guard` undoes it).
+    This is slow, but correct for every network. A sample contributes zero if the network raises an
+    error on it, if its gradient is not finite, or if the forward pass changes the model, which
+    `guard` detects and undoes.
     If the whole batch were dropped instead, one sample could move the sum by more than `clip_norm`.
 
     Args:

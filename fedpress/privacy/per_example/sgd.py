@@ -1,4 +1,4 @@
-"""DP-SGD on one client's data: generators that yield noised gradients, or training steps."""
+"""DP-SGD on one client's data: generators that yield noised gradients, or train step by step."""
 
 from __future__ import annotations
 
@@ -70,7 +70,8 @@ def private_steps(
         prepare: raw batch [k, ...] -> network input; None: raw examples are the input. An example's
             input must not depend on other examples, so mixup is not allowed.
         method: name in `gradients.METHODS`; None: chosen at the first batch. Some examples of every
-            batch are compared with the plain loop. After a mismatch all further steps use the loop.
+            batch are compared with the method "loop", which has one backward pass per example.
+            After a mismatch all further steps use the loop.
         autocast: type of forward and backward passes, such as torch.bfloat16; norms and sums stay
             float32.
 
@@ -122,7 +123,7 @@ def private_gradients(
     `noise` is None, all noise comes from `generator`.
 
     Yields:
-        The gradient, and statistics of the batch that are not private.
+        The gradient, and statistics of the batch WITHOUT noise, which must not leave the client.
 
     Raises:
         RecipeError: if the plan's unit is "client", or a module mixes the samples of a batch.
