@@ -34,7 +34,7 @@ def examples_of(stage: Json) -> int | None:
 def same_test_set(one: Json, other: Json) -> bool:
     """Returns whether two stages were measured on equally many test examples."""
     # All stages of one run have the same test set. A model that was loaded from another run may
-    # have been measured on another test set. Only a different number of examples shows this.
+    # have been measured on another test set. Results show this only by the number of examples.
     return examples_of(one) == examples_of(other)
 
 
@@ -60,5 +60,8 @@ def exported_format(stage: Json) -> str:
 
 
 def runtime_of(stage: Json) -> str:
-    """Returns the runtime in which the latency was measured, such as "onnxruntime"."""
+    """Returns the runtime in which a stage's latency was measured, such as "onnxruntime".
+
+    "an unknown runtime" if it is not recorded.
+    """
     return str(stage.get("runtime") or "an unknown runtime")

@@ -20,6 +20,7 @@ COSTS: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
     ("Packed", "packed_file_bytes", units.size),
     ("Latency", "latency_ms", units.milliseconds),
 )
+"""Title of a row, key in a stage's result, and the function that formats the number."""
 
 
 def comparison_table(before: Json, after: Json) -> Table:
@@ -27,6 +28,10 @@ def comparison_table(before: Json, after: Json) -> Table:
 
     Example: `["Parameters", "1.00 M", "300 k", "30.0%"]`. The last cell is empty where the two
     numbers were measured in different ways, such as latencies in two runtimes.
+
+    Args:
+        before: the result of the stage before.
+        after: the result of the stage itself.
     """
     rows = [
         *_metric_rows(before, after),

@@ -22,7 +22,7 @@ from fedpress.reports.plot import (
 )
 from fedpress.reports.reading import Json, name_of
 
-NAMED_LAYERS = 8  # most lines with a colour and a name; more could not be told apart, so are grey
+NAMED_LAYERS = 8  # largest number of coloured lines; further lines are grey
 
 
 def sensitivity_curves(name: str, records: list[Json]) -> Figure | None:
@@ -30,6 +30,13 @@ def sensitivity_curves(name: str, records: list[Json]) -> Figure | None:
 
     Each point was measured with one layer pruned and all other layers whole. The 8 most sensitive
     layers are coloured.
+
+    Args:
+        name: name of the stage, for the title.
+        records: the records of the stage.
+
+    Returns:
+        The figure; None if no record has a sensitivity.
     """
     points = []
     for record in records:
@@ -44,7 +51,7 @@ def sensitivity_curves(name: str, records: list[Json]) -> Figure | None:
     worst: dict[str, float] = {}
     for layer, curve in curves.items():
         scores = [float(point[shown_by.key]) for point in curve]
-        # A layer is sensitive if the metric falls far at its lowest density.
+        # The worse the metric is at the layer's worst point, the more sensitive is the layer.
         worst[layer] = min(scores) if higher else max(scores)
     order = sorted(curves, key=lambda layer: worst[layer], reverse=not higher)
     # One layer stands out; the next seven are blue; the others are grey.
@@ -56,8 +63,8 @@ def sensitivity_curves(name: str, records: list[Json]) -> Figure | None:
     return Figure(
         f"Sensitivity: {name}",
         f"{shown_by.title} when one layer alone is cut to a density. The most sensitive is "
-        f"{first}, orange, down to {shown_by.formatted(worst[first])}; the least is {last}, "
-        f"{shown_by.formatted(worst[last])} at its worst. The {min(NAMED_LAYERS, len(order))} "
+        f"{first} (orange), {shown_by.formatted(worst[first])} at its worst; the least sensitive "
+        f"is {last}, {shown_by.formatted(worst[last])}. The {min(NAMED_LAYERS, len(order))} "
         f"most sensitive of {len(order)} layers are coloured.",
         Axis("kept of this layer (%)"),
         # Reversed, because the line drawn last is on top: it shall be the most sensitive layer's.
@@ -86,7 +93,10 @@ def _layer_curve(layer: str, curve: list[Json], shown_by: MetricFormat, color: C
 
 
 def density_over_epochs(name: str, epochs: list[Json]) -> Figure | None:
-    """Draws the density over the epochs; below it lambda, the weight of a penalty on density."""
+    """Draws the density over the epochs, and below it lambda, the weight of a penalty on density.
+
+    Returns None if no epoch records a density.
+    """
     density, weight = values(epochs, "density", 100), values(epochs, "lambda")
     # Only stages that prune or sparsify over several epochs record a density.
     known = [d for d in density if d is not None]
@@ -118,7 +128,7 @@ def bits_per_layer(name: str, records: list[Json]) -> Figure | None:
         total += (width or 0.0) * size
         labels.append(f"{width or 0.0:.0f} · {units.count(size)}")
         hover.append(f"{layer}: {short(width)} bits, {units.count(size)} weights")
-    # The mean is over weights, not layers, because that is what decides the size of the file.
+    # The mean is over weights, not layers, because every weight takes its bits in the file.
     mean = total / sum(sizes) if sum(sizes) else 0.0
     return Figure(
         f"Bits of the weights: {name}",

@@ -55,7 +55,9 @@ def _seconds(steps: list[Json]) -> object:
 
 
 def metrics_table(stages: list[Json], *, most: int | None = None) -> Table:
-    """Returns a row for each stage with the metrics of its task on the test set.
+    """Returns a row with the metrics on the test set for each stage.
+
+    Stages that recorded only the first of several metrics are left out.
 
     Args:
         stages: the results of the stages.
@@ -92,7 +94,7 @@ def metrics_explained(stages: list[Json]) -> str:
     """Returns a sentence for each column of `metrics_table` that needs an explanation."""
     said = ["On the test set."]
     if _any_has(stages, "majority_share"):
-        said.append("Largest class: its share, which is the accuracy of always answering it.")
+        said.append("Largest class: its share, the accuracy of always answering this class.")
     for metric in metrics_of(stages):
         if metric.meaning and _any_has(stages, metric.key):
             said.append(f"{MetricFormat(metric).title}: {metric.meaning}.")
@@ -149,7 +151,10 @@ def unchanged_table(stages: list[Json]) -> Table:
 
 
 def failure_table(stages: list[Json], records: list[Json] | None = None) -> Table:
-    """Returns a row for each client whose answers did not count, and for each noised count.
+    """Returns a row for each client whose answers did not count.
+
+    Under privacy, clients cannot be named. Then a row has the noised number of failures, if the
+    number is clearly above its noise.
 
     Args:
         stages: the results of the stages.
@@ -202,7 +207,8 @@ def _refused_rows(rounds: list[Json]) -> list[list[str]]:
 def runtime_table(stages: list[Json]) -> Table:
     """Returns a row for each exported file and each measured runtime.
 
-    The last column says for how many examples the file gives the same answer as the model.
+    The last column of a file is the share of examples on which it gives the same answer as the
+    model.
     """
     rows = []
     for stage in stages:

@@ -21,8 +21,8 @@ from fedpress.reports.scales import (
 )
 from fedpress.reports.svg import element, horizontal_line, vertical_line
 
-NARROW, NORMAL, WIDE = 330, 500, 980  # widths a figure is drawn at: phone, column, full page
-LOOKS = {NARROW: "narrow", NORMAL: "normal", WIDE: "broad"}  # their classes in page.css
+NARROW, NORMAL, WIDE = 330, 500, 980  # widths of a picture in pixels: phone, column, full page
+LOOKS = {NARROW: "narrow", NORMAL: "normal", WIDE: "broad"}  # width -> class in page.css
 BETWEEN = 46.0  # pixels from one panel to the next
 BELOW = 42.0  # pixels for the ticks and the title of the lower axis
 
@@ -69,7 +69,8 @@ def _content(figure: Figure, width: int) -> list[Markup]:
     ranges = [axis_range(panel.y, panel_heights(panel)) for panel in figure.panels]
     most_ticks = 6 if len(ranges) == 1 else 5
     all_ticks = [ticks(low, high, most_ticks) for low, high in ranges]
-    # The panels share the lower axis, so all begin where the widest label of any has room.
+    # The panels share the lower axis, so all begin at the same place, far enough from the edge for
+    # the widest label of any panel.
     left = max(44.0, 12 + _longest(all_ticks) * CHARACTER)
     known_x: list[float] = []
     for series in figure.series:
@@ -107,7 +108,7 @@ def _vertical_scales(
     figure: Figure, ranges: Sequence[tuple[float, float]], bottom: float
 ) -> Iterator[Scale]:
     """Yields the vertical scale of each panel, from the top down to the pixel `bottom`."""
-    # The upper panel has the metric, which matters most, so it is the higher one.
+    # The upper panel has the metric, which matters most, so it is taller than the lower panel.
     shares = [1.0] if len(ranges) == 1 else [0.6, 0.4]
     top = 24.0 + (LINE if figure.notes else 0.0)
     room = bottom - top - BETWEEN * (len(ranges) - 1)
@@ -120,11 +121,11 @@ def _lower_range(figure: Figure, known: Sequence[float]) -> tuple[float, float]:
     """Returns the lowest and the highest value on the lower axis."""
     kinds = {series.kind for series in figure.series}
     if "bars" in kinds and known:
-        # A bar is centred on its value, so the first and the last need half a bar more. One bar at
-        # a large value must still get a range that a float can tell from nothing.
+        # A bar is centred on its value, so the first and the last bar need half a bar more. A
+        # single bar at a large value gets enough that the width of the range does not round to 0.
         half = max(0.5 * smallest_distance(known), 1e-6 * max(map(abs, known)))
         return min(known) - half, max(known) + half
-    # A line reaches from edge to edge; points and their labels keep a distance from it.
+    # A line reaches from edge to edge; points and their labels keep a distance from both edges.
     scattered = bool(kinds & {"points", "steps"}) or any(s.labels for s in figure.series)
     return axis_range(figure.x, known, margin=MARGIN if scattered else 0)
 

@@ -1,4 +1,8 @@
-"""Draws the figures of a federated stage: metric, epsilon and bytes per round; client metrics."""
+"""Draws the figures of a federated stage: metric, epsilon and bytes per round; client metrics.
+
+The argument `name` is the name of the stage, and `rounds` are the records of its rounds. A function
+returns None if the records lack the numbers of its figure.
+"""
 
 from __future__ import annotations
 
@@ -182,7 +186,7 @@ def _measured_clients(stage: Json, shown: MetricFormat) -> tuple[list[str], list
 def _histogram(ordered: list[float], shown: MetricFormat) -> Series:
     """Returns a histogram of sorted numbers, with a bar in the middle of each bin."""
     low, high = ordered[0], ordered[-1]
-    # If all clients are equal, bins of width 0 would make the division below fail.
+    # If all numbers are equal, bins of width 0 would make the division below fail.
     if high - low < 1e-9:
         low, high = low - 0.5, high + 0.5
     # The square root of the number of values is the usual choice; fewer than 8 bars show no shape.

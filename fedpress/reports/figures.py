@@ -1,4 +1,7 @@
-"""Collects all figures of a run; a figure for which the run has no data is None."""
+"""Collects all figures of a run; a function returns None if the run has no data for its figure.
+
+The argument `name` is the name of a stage, and `epochs` are the records of its epochs.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +45,8 @@ def figures(run: Run) -> list[Figure]:
     for steps in records_by_stage(run.records):
         epochs = [step for step in steps if "epoch" in step]
         rounds = [step for step in steps if "round" in step]
-        # Pruning in several steps records the layers after each: the last record is the final one.
+        # Pruning in several steps records the layers after each step: the last record is the final
+        # one.
         cut = next((step for step in reversed(steps) if "layers" in step), {})
         name = name_of(steps[-1])
         found += [
@@ -159,7 +163,7 @@ def _image_sizes(epochs: list[Json]) -> tuple[list[float], list[Note]]:
 
 
 def channels_kept(name: str, record: Json) -> Figure | None:
-    """Draws two bars for each pruned layer: its channels before, and those kept."""
+    """Draws two bars for each pruned layer: its channels before pruning, and the channels kept."""
     layers = _layers(record)
     if not layers:
         return None

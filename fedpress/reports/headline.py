@@ -1,4 +1,4 @@
-"""The most important numbers of a run ("tiles"), compared with those of the first stage."""
+"""Makes the tiles of a page: the most important numbers of a run, compared with the first stage."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from fedpress.reports.metrics import MetricFormat, metrics_of
 from fedpress.reports.protection import all_private
 from fedpress.reports.reading import Json
 
-MUCH_FLOAT = 0.1  # a smaller share of float parameters hardly changes the size: not shown
+MUCH_FLOAT = 0.1  # up to this share, float parameters hardly change the size and are not shown
 
 NOTED_METRICS = ("auc", "r2", "macro_f1", "micro_f1", "exact_match")
 """Metrics that are shown in the note of another metric's tile: they are numbers without a unit."""
@@ -187,8 +187,9 @@ def _cost(name: str, stages: list[Json], key: str, form: Callable[[Any], str]) -
 def _file(stages: list[Json]) -> Tile | None:
     """Returns the last file size, with its share of the first file size.
 
-    An exported file also contains the network's operations, so it is not compared with a file of
-    weights alone. The note then has the sizes of the files of weights.
+    An exported file also contains the network's operations, so its size is not compared with that
+    of another kind of file. If the last file is of another kind than the first, the note has the
+    last size of the first kind.
     """
     sized = units.lines_with(stages, "file_bytes")
     if not sized:

@@ -35,6 +35,7 @@ from fedpress.reports.stage_table import runtimes_explained, spread_explained, s
 from fedpress.reports.table import Table
 
 HERE = Path(__file__).parent
+"""Folder of the templates, style sheet and script of the pages."""
 
 
 @dataclass(frozen=True)
@@ -155,11 +156,12 @@ def render(run: Run) -> str:
 
 
 def figures_and_scripts(figures: list[Figure]) -> dict[str, Any]:
-    """Returns the variables of a template for figures: pictures, and the script of the tooltips."""
+    """Returns template variables for figures: pictures, the script of the tooltips, its hash."""
     scripts = [(HERE / "hover.js").read_text(encoding="utf-8")] if figures else []
     return {
         "figures": _drawn(figures),
-        # The script is part of fedpress and is not escaped. All text from the run folder is.
+        # The script is part of fedpress and is not escaped. All text from the run folder is
+        # escaped.
         "scripts": [Markup(script) for script in scripts],
         "hashes": [script_hash(script) for script in scripts],
     }
@@ -276,7 +278,7 @@ def details(run: Run) -> list[Detail]:
 
 
 def _rows(value: Any, name: str = "") -> list[tuple[str, str]]:
-    """Flattens nested tables to rows such as ("stage.2.num_rounds", "20").
+    """Flattens nested objects and lists to rows such as ("stage.2.num_rounds", "20").
 
     The names are the same as in overrides: `fedpress run recipe.toml stage.2.num_rounds=5`.
     """

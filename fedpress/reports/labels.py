@@ -65,7 +65,10 @@ def labels(figure: Figure, panel: Panel, x: Scale, y: Scale, frame: Box) -> list
 
 
 def _taken(panel: Panel, x: Scale, y: Scale) -> list[Box]:
-    """Returns the boxes that no label may cover: steps, and points of series with labels."""
+    """Returns the boxes that no label may cover: lines of steps, and points.
+
+    Points of a plain line or of bars count only if the series has labels.
+    """
     taken = []
     for series in panel.series:
         if series.kind not in ("points", "steps") and not series.labels:

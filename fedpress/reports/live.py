@@ -26,9 +26,10 @@ from fedpress.workspace.presence import ClientNow, PresenceNow, RefusedNow, read
 MOST_ROWS = 40
 """Clients in one table; those in trouble come first."""
 LATE_FROM = 10.0
-"""A client is called late after so many seconds, and at least three times as long as is usual."""
+"""A connected client is called late after this many seconds, or after three times the median time
+of all clients if that is longer."""
 RECENT = 5
-"""Rounds from which the remaining time is estimated."""
+"""Number of latest rounds from which the remaining time is estimated."""
 
 T = TypeVar("T")
 
@@ -49,9 +50,9 @@ class Live:
         about_clients: sentences about all clients together.
         refused: a row for each client that refused or failed, with the reason; None: there is none.
         figures: the curves, those of the newest stage first.
-        notes: sentences about damaged files.
+        notes: sentences about damaged files, and about parts of the page that cannot be made.
         report: link to the report; "" if there is no report yet.
-        drawn: time of day at which this was read.
+        drawn: time of day at which the run folder was read.
     """
 
     name: str
@@ -199,7 +200,10 @@ def _facts(run: Run, folder: Path, now: float) -> list[str]:
 
 
 def _last_change(folder: Path) -> float | None:
-    """Returns the time of the last change of a file in the run folder; None if there is no file."""
+    """Returns the time of the last change of records, result, settings or a file of a stage.
+
+    None if there is no such file.
+    """
     found = []
     own = [folder / "records.jsonl", folder / "result.json", folder / "settings.json"]
     for path in (*own, *folder.glob("stages/*/*")):
@@ -365,7 +369,10 @@ def _named(record: Json) -> list[str]:
 
 
 def _clients(run: Run, presence: PresenceNow | None, state: str, now: float) -> Table | None:
-    """Returns a row for each client, clients with problems first; None if none may be named."""
+    """Returns a row for each client, clients with problems first.
+
+    None if no client may be named, or none is known.
+    """
     if presence is not None:
         return _present(presence, state, now)
     last = _last_round(run)
@@ -383,7 +390,7 @@ def _present(presence: PresenceNow, state: str, now: float) -> Table | None:
     usual = [one.seconds for one in presence.clients if one.seconds is not None]
     # The median: one client that hangs must not make all others look fast.
     late_after = max(LATE_FROM, 3 * median(usual)) if usual else LATE_FROM
-    # The times of a server that has stopped are compared with its last look, not with today.
+    # If the server has stopped, times are counted up to its last look, and not up to now.
     age = now if state == "working" else presence.at
     rows = []
     for one in presence.clients:

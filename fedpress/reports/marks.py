@@ -11,8 +11,8 @@ from fedpress.reports.scales import Part, Scale, pixel_of, smallest_distance, st
 from fedpress.reports.svg import element, pixels
 
 # Every element makes the page larger and slower. A figure is at most 980 pixels wide.
-MOST_HOVERED = 90  # points of a series with a tooltip
-MOST_VERTICES = 400  # points of a line that are drawn
+MOST_HOVERED = 90  # about how many points of a series have a tooltip at most
+MOST_VERTICES = 400  # about how many points of a line, or bars, are drawn at most
 
 Place = tuple[float, float] | None
 """A pixel in the picture; None for a point that is not shown."""
@@ -69,7 +69,7 @@ def _point(series: Series, at: int, place: tuple[float, float], *, shown: bool) 
     radius = 2.7 if series.marked else 1.0
     if series.kind in ("points", "steps") or series.labels:
         radius = 5.0
-    # A dotted line only joins labelled points: it may be faint, but the points must not.
+    # A dotted line only joins labelled points: the line may be faint, the points must not be.
     color = "blue" if series.labels and series.dotted else series.color
     look = "hollow " if series.hollow else ""
     look = f"mark {look}{color}"
@@ -101,7 +101,8 @@ def _path(places: Sequence[Place], *, steps: bool) -> str:
 def _thinned(places: Sequence[Place]) -> Sequence[Place]:
     """Keeps the lowest and the highest point of each short stretch of a long line.
 
-    Within a pixel or two only these are visible, so the line looks the same.
+    Within a pixel or two only these two points are visible, so the line looks the same. A line with
+    gaps is returned as it is.
     """
     if len(places) <= MOST_VERTICES or any(place is None for place in places):
         return places
@@ -156,7 +157,8 @@ def _bars(parts: Sequence[Part], x: Scale, y: Scale) -> list[Markup]:
     of_one_value = (x.end - x.start) / (x.high - x.low)
     # A quarter of the distance stays empty, so that neighbours can be told apart.
     width = max(0.4, 0.75 * smallest_distance(part.x for part in parts) * of_one_value)
-    # More bars than pixels cannot be seen: of each stretch only the highest is drawn, wider.
+    # More bars than pixels cannot be seen: of each stretch of bars only the highest is drawn, as
+    # wide as the whole stretch.
     every = -(-len(parts) // MOST_VERTICES) or 1
     drawn = []
     for begin in range(0, len(parts), every):

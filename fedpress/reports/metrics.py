@@ -14,8 +14,8 @@ from fedpress.tasks import TASKS, Classification, Metric, task_of
 def metrics_of(lines: Sequence[Json]) -> tuple[Metric, ...]:
     """Returns the metrics of the task that results or records belong to, the main metric first.
 
-    Results name their task. Records (one for each epoch or round) do not. So their task is the
-    first task whose main metric they have; if there is none, classification.
+    Results name their task. Records (one for each epoch or round) do not name it: their task is the
+    first task whose main metric they have, or classification if they have no main metric.
 
     >>> metrics_of([{"kind": "train", "mae": 3.0}])[0].name
     'MAE'
@@ -23,7 +23,7 @@ def metrics_of(lines: Sequence[Json]) -> tuple[Metric, ...]:
     for line in lines:
         if "task" in line:
             return task_of(line).shown_metrics
-    # Two tasks may share a metric; the order of the table decides.
+    # Two tasks may share a metric: the first in `TASKS` is taken.
     for task in TASKS.values():
         if any(task.primary in line for line in lines):
             return task.shown_metrics
@@ -89,7 +89,7 @@ class MetricFormat:
         return units.DASH if found is None else self.metric.formatted(found)
 
     def error(self, line: Json) -> str:
-        """Returns the standard error of a line's metric; "" if the task has no formula for it.
+        """Returns the standard error of a line's metric; "" if the line does not have it.
 
         >>> accuracy = MetricFormat(Metric("accuracy", "accuracy", share=True))
         >>> accuracy.error({"accuracy_error": 0.0108})
@@ -98,7 +98,7 @@ class MetricFormat:
         found = units.number(line.get(f"{self.key}_error"))
         if found is None:
             return ""
-        # As many digits as the value itself has, which it stands beside.
+        # As many digits as the value has, beside which the error is shown.
         digits = 2 if self.metric.share else self.metric.digits
         return f"± {found * self.scale:.{digits}f}"
 
@@ -119,7 +119,10 @@ class MetricFormat:
         return f"{value:.2f}%" if self.metric.share else f"{value:.{self.metric.digits}f}"
 
     def change(self, value: Any, reference: Any) -> str:
-        """Returns the change against a reference: "+0.12", for shares in percentage points."""
+        """Returns the change against a reference, such as "+0.12"; "" if a number is missing.
+
+        The change of a share is in percentage points.
+        """
         new, old = units.number(value), units.number(reference)
         if new is None or old is None:
             return ""
@@ -134,7 +137,10 @@ class MetricFormat:
         return max(values) if self.metric.better == "higher" else min(values)
 
     def from_to(self, scaled: Sequence[float | None]) -> str:
-        """Returns the first and the last known scaled value: "from 10.20% to 93.31%"."""
+        """Returns the first and the last known scaled value: "from 10.20% to 93.31%".
+
+        "was not measured" if no value is known.
+        """
         known = [x for x in scaled if x is not None]
         if not known:
             return "was not measured"

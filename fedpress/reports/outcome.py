@@ -19,7 +19,7 @@ from fedpress.reports.reading import Json, Run, name_of, records_by_stage, stage
 def outcome(run: Run) -> str:
     """Returns the result of a run in one sentence.
 
-    If the run is unfinished, a sentence before it says how far the run is.
+    If the run is unfinished, or no stage has a result, the text begins with how far the run is.
     """
     sentence = outcome_of(run.result, before=run.before)
     if run.finished and sentence:
@@ -32,7 +32,8 @@ def outcome_of(result: Json, *, before: Json | None = None, warn: bool = True) -
 
     Args:
         result: the content of `result.json`.
-        before: the measured numbers of the model before the command; None: there are none.
+        before: the measured numbers of the model that was given to a command such as
+            `fedpress prune`; None: no model was given.
         warn: whether to add a warning about the metric, such as that the model only guesses.
 
     >>> outcome_of({"stages": [{"kind": "train", "parameters": 1000, "accuracy": 0.9}]})
@@ -150,7 +151,8 @@ def progress(run: Run) -> str:
     for steps in records_by_stage(run.records):
         last = steps[-1]
     begun = last.get("stage")
-    # These records may belong to the last finished stage: some stages, such as export, write none.
+    # The last records may belong to a finished stage, because some stages, such as export, write
+    # none.
     if not isinstance(begun, int) or begun < done:
         return f"So far {ended}."
     name = name_of(last)

@@ -32,9 +32,9 @@ class Axis:
         title: the title, with the unit in brackets, such as "file (MB)".
         low: the lowest value shown; None: it follows from the numbers.
         high: the highest value shown; None: it follows from the numbers.
-        bounds: limits for `low` and `high` that follow from the numbers, such as 0 and 100 percent.
-        least_range: least difference between `low` and `high` that follow from the numbers, such as
-            2 percentage points, so that random fluctuations do not look like a trend.
+        bounds: the lowest and the highest value that the axis may reach, such as 0 and 100 percent.
+        least_range: least difference between both ends of the axis, such as 2 percentage points, so
+            that random fluctuations do not look like a trend. It does not move an end that is set.
         names: names of the rows of horizontal bars or dots, from top to bottom.
     """
 
@@ -62,7 +62,7 @@ class Series:
         dotted: whether the line is dotted.
         hollow: whether points are circles without filling.
         marked: whether each point of a line has a circle.
-        in_legend: whether the legend has an entry for it.
+        in_legend: whether the figure's legend has an entry for this series.
     """
 
     kind: Kind
@@ -148,7 +148,7 @@ def score_axis(shown: MetricFormat, before: str = "") -> Axis:
 
 
 def values(rows: list[dict[str, Any]], key: str, scale: float = 1.0) -> list[float | None]:
-    """Returns the number under `key` in each row, times `scale`; None if missing or not finite."""
+    """Returns the number under `key` in each row, times `scale`; None where there is no number."""
     found: list[float | None] = []
     for row in rows:
         value = number(row.get(key))

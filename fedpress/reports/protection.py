@@ -9,7 +9,7 @@ from fedpress.reports import units
 from fedpress.reports.metrics import MetricFormat
 from fedpress.reports.reading import Json, name_of
 
-# Sentences that several kinds of guarantees share.
+# The constants in this file are sentences that several kinds of guarantees share.
 OTHERS = (
     "The other clients: as many of them as the plan assumes must stay in the round and be honest, "
     "for the noise and the keys."
@@ -88,9 +88,9 @@ NO_BOUND = (
 )
 LIMITS = [
     "Other runs on the same data, also those of a sweep or of a search for good settings: their ε "
-    "must be added to this one's.",
+    "must be added to the ε of this run.",
     "Attacks on rounding: the noise is drawn in floating point, whose rounding may reveal digits "
-    "of the number below it (Mironov 2012).",
+    "of the number under the noise (Mironov 2012).",
 ]
 
 
@@ -120,7 +120,7 @@ def all_private(stages: list[Json]) -> bool:
 
 def _contradicted(it: Protection, open_stages: list[str]) -> Protection:
     names = ", ".join(f"“{name}”" for name in open_stages)
-    but = f"But not in the run as a whole: {names} used private data without a promise."
+    but = f"But not in the run as a whole: {names} used private data without a guarantee."
     return replace(it, summary=f"{it.summary} {but}")
 
 

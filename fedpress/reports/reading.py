@@ -27,8 +27,8 @@ class Run:
         records: a dictionary for each epoch, round or step (`records.jsonl`).
         result: the measured numbers of each finished stage (`result.json`).
         ledger: the privacy spent, one entry for each use of private data (`ledger.json`).
-        before: the measured numbers of the model before a command such as `fedpress prune`
-            (`before.json`).
+        before: the measured numbers of the model that was given to a command such as
+            `fedpress prune` (`before.json`).
     """
 
     path: Path
@@ -53,7 +53,7 @@ class Run:
 
     @property
     def stages(self) -> list[Json]:
-        """The measured stages of `result.json`, in order."""
+        """The results of the finished stages (`result.json`), in order."""
         return stages_of(self.result)
 
 
@@ -123,7 +123,7 @@ def read_run(path: Path) -> Run:
         ledger=_table(path / "ledger.json"),
         before=_table(path / "before.json"),
     )
-    # One of them is enough: a run that was just started has no result.
+    # One of these files is enough: a run that was just started has no result.
     if not (run.recipe or run.settings or run.records or run.result):
         raise RunError(
             (

@@ -15,7 +15,7 @@ from fedpress.reports.svg import element, horizontal_line, vertical_line
 
 LONGEST_NAME = 22  # characters; longer names would leave no room for the bars on a phone
 BAR = 0.66  # height of a bar as a share of its row
-FEW_TICKS = 330  # pixels: a narrower picture has room for fewer ticks
+FEW_TICKS = 330  # pixels: a picture of this width or less has room for fewer ticks
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ def named_rows(figure: Figure, names: Sequence[str], width: int) -> tuple[Scale,
     for series in panel.series:
         for text in series.labels:
             beside = max(beside, len(text))
-    # The bars get at least 45% of the width, even if a name is then cut off at the left.
+    # Names get at most 55% of the width, even if a name is then cut off at the left.
     left = min(12 + max(map(len, ends)) * CHARACTER, 0.55 * width)
     x = Scale(*_range(figure), left, width - 12 - beside * CHARACTER)
     top, bottom = 8.0, figure.height - 42.0

@@ -37,8 +37,9 @@ def axis_range(
     """Returns the lowest and the highest value that an axis shows.
 
     Args:
-        axis: the axis. If it has `low` or `high`, these are returned unchanged. Its `bounds` and
-            `least_range` limit the ends that are chosen here.
+        axis: the axis. An end that it sets (`low`, `high`) is kept, except that `bounds` may cut
+            it, and that `high` is raised if it equals `low`. Other ends are chosen here: they
+            follow from the numbers, `least_range` and `bounds`.
         numbers: the values that must be visible.
         margin: space beyond the values, as a share of the range, at each end that is chosen here.
 
@@ -51,7 +52,7 @@ def axis_range(
     low = axis.low if axis.low is not None else min(known, default=0.0)
     high = axis.high if axis.high is not None else max(known, default=1.0)
 
-    # Widens a range that is too small: in the middle, or at the one end that may move.
+    # Widens a range that is too small: equally at both ends, or only at the end that is not set.
     missing = axis.least_range - (high - low)
     if missing > 0 and axis.low is None:
         low -= missing if axis.high is not None else missing / 2
@@ -90,7 +91,7 @@ def ticks(low: float, high: float, most: int = 6, *, whole: bool = False) -> lis
     power = 10.0 ** math.floor(math.log10(rough))
     # Steps that divide 10: multiples of 3 or 4 are hard to read on an axis.
     steps = [power * factor for factor in (1, 2, 2.5, 5, 10)]
-    # Rounding may put a step that fits exactly slightly below the wanted one.
+    # 0.999, because rounding may make a step that fits exactly slightly too small.
     step = next(step for step in steps if step >= rough * 0.999)
     if whole:
         step = max(1.0, math.ceil(step))
@@ -177,7 +178,7 @@ class Part:
 
 
 def stacked(panel: Panel) -> list[Part]:
-    """Returns all parts of a stack; a part begins where the earlier series at its `x` end."""
+    """Returns all parts of a stack; a part begins at the top of the earlier parts at its `x`."""
     tops: dict[float, float] = {}
     parts = []
     for series in panel.series:

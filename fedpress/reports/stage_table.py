@@ -22,8 +22,8 @@ def stage_table(result: Json, *, before: Json | None = None, errors: bool = True
 
     Args:
         result: the content of `result.json`.
-        before: the measured numbers of the model before the command, shown as the first row; None:
-            there is no such row.
+        before: the measured numbers of the model that was given to a command such as
+            `fedpress prune`, shown as the first row; None: there is no such row.
         errors: whether to show the standard error and the number of test examples.
     """
     stages = _all(result, before)
@@ -53,7 +53,10 @@ def _score_title(stages: list[Json], *, errors: bool) -> str:
 
 
 def spread_explained(result: Json, *, before: Json | None = None) -> str:
-    """Returns a sentence that explains ± in `stage_table`; "" if no standard error is known.
+    """Returns a sentence that explains ± in `stage_table`.
+
+    If no standard error is known, the sentence has only the number of test examples; "" if this is
+    not known either.
 
     >>> line = {"kind": "train", "accuracy": 0.9, "accuracy_error": 0.0108, "test_examples": 539}
     >>> spread_explained({"stages": [line]})
@@ -69,7 +72,7 @@ def spread_explained(result: Json, *, before: Json | None = None) -> str:
 
 
 def runtimes_explained(result: Json, *, before: Json | None = None) -> str:
-    """Returns a sentence on the runtimes of the latencies; "" if all are of one runtime.
+    """Returns a sentence on the runtimes of the latencies; "" if there are not several runtimes.
 
     >>> dense = {"name": "dense", "latency_ms": 2.0, "runtime": "torch"}
     >>> export = {"name": "export", "latency_ms": 1.0, "runtime": "onnxruntime"}
@@ -178,7 +181,7 @@ def noised_count(counted: Json) -> str:
     """
     of = counted.get("of", 0.0)
     failed = counted.get("not_finite", 0.0) + counted.get("failed", 0.0)
-    # Noise may push the count below 0 or above all.
+    # Noise may push the count below 0, or above the number of all units.
     return f"≈{min(max(failed, 0.0), of):,.0f} of {of:,.0f}"
 
 

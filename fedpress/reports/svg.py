@@ -39,10 +39,16 @@ def _text(value: str | float) -> str:
 
 
 def horizontal_line(start: float, end: float, y: float, look: str) -> Markup:
-    """Returns a horizontal line; `look` is its class in the style sheet, such as "grid"."""
+    """Returns a horizontal line from pixel `start` to pixel `end`, at the height `y` in pixels.
+
+    `look` is its class in the style sheet, such as "grid".
+    """
     return element("path", d=f"M{pixels(start)} {pixels(y)}H{pixels(end)}", class_=look)
 
 
 def vertical_line(x: float, start: float, end: float, look: str) -> Markup:
-    """Returns a vertical line; `look` is its class in the style sheet, such as "grid"."""
+    """Returns a vertical line from pixel `start` to pixel `end`, at the pixel `x`.
+
+    `look` is its class in the style sheet, such as "grid".
+    """
     return element("path", d=f"M{pixels(x)} {pixels(start)}V{pixels(end)}", class_=look)

@@ -20,7 +20,7 @@ COSTS = (("file_bytes", "size"), ("latency_ms", "latency"))
 AVERAGED = ("parameters", "macs", "file_bytes", "latency_ms")
 """Keys whose mean over seeds is shown."""
 FRONTS = (("●", "file_bytes"), ("◆", "latency_ms"))
-"""Mark in the table of the variants on the Pareto front of each cost."""
+"""Mark of a variant that is on a Pareto front, and the cost of this front."""
 
 
 def write_sweep(place: Path) -> Path:
@@ -36,7 +36,7 @@ def write_sweep(place: Path) -> Path:
         if variant["error"]:
             failed.append(f"{variant['name']}: {variant['error']}")
         for override in variant["overrides"]:
-            # The keys that differ between variants are the title of the page.
+            # The keys that the sweep sets are the title of the page.
             keys.add(override.partition("=")[0])
     for cost, word in COSTS:
         figures += trade_offs(page, cost, word)
@@ -65,8 +65,8 @@ def _note(page: Json) -> str:
         f"Test {metric.name}{where} at the end of each variant, with the change against the "
         f"best{points}. For one seed ± is the standard error on the test set, if the metric has "
         "one; for several seeds it is the standard deviation between them. ● is on the Pareto "
-        "front of size: no variant of its size or less has a better metric. ◆ is on that of "
-        "latency, among those in the same runtime. Latency is for one example on one thread."
+        "front of size: no variant of its size or less has a better metric. ◆ is on the front of "
+        "latency, among variants in the same runtime. Latency is for one example on one thread."
     )
 
 
@@ -142,7 +142,7 @@ def averages(page: Json) -> list[Json]:
     """
     groups: dict[str, list[Json]] = {}
     for variant in page["variants"]:
-        # A variant's name lists its overrides: "stage.1.keep=0.3 seed=2".
+        # A variant's name lists the overrides that differ: "keep_params=0.3 seed=2".
         words = [word for word in variant["name"].split(" ") if not word.startswith("seed=")]
         groups.setdefault(" ".join(words) or "all seeds", []).append(variant)
     return [_average(name, members) for name, members in groups.items()]

@@ -14,8 +14,8 @@ from rich.text import Text
 class Table:
     """A header and rows of text; every row has as many cells as the header.
 
-    The first column has names. The others have numbers, such as "13.4 MB", unless a caller of
-    `as_rich` says otherwise.
+    The first column has names. `as_rich` takes the other columns for numbers, such as "13.4 MB",
+    unless it is told that they have text.
     """
 
     header: list[str]
