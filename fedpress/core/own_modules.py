@@ -19,7 +19,7 @@ from typing import Any
 
 from fedpress.errors import ModelError, Shell, suggestion
 
-# Modules of fedpress that were moved: saved files of earlier versions have the old names.
+# Old name -> new name of modules of fedpress. Saved files of earlier versions have the old names.
 MOVED = {"fedpress.commands.subject": "fedpress.pipeline.commands.subject"}
 
 # Top-level modules that `module_of` is importing.
@@ -55,9 +55,10 @@ class OwnModules:
 def set_folders(*folders: Path) -> None:
     """Sets the folders of the user's own modules, and removes the working folder from `sys.path`.
 
-    `python -m` and `python -c` put the working folder there. It stays if PYTHONPATH names it.
+    `python -m` and `python -c` put the working folder first in `sys.path`. It is removed unless
+    PYTHONPATH names it.
     """
-    # Finders of an earlier call are replaced.
+    # This call replaces the finder of an earlier call.
     sys.meta_path[:] = [finder for finder in sys.meta_path if not isinstance(finder, OwnModules)]
     resolved = [str(folder.resolve()) for folder in folders]
     sys.meta_path.append(OwnModules(list(dict.fromkeys(resolved))))
@@ -79,8 +80,8 @@ def module_of(name: str) -> ModuleType:
     """Imports the module of `package.module:function`.
 
     Raises:
-        ModelError: if a file of the user has the name of an installed module, which would be
-            imported instead.
+        ModelError: if a file of the user has the same name as an installed module. The installed
+            module would be imported instead of the file.
         Exception: any that the import raises.
     """
     module = name.partition(":")[0]
@@ -98,7 +99,8 @@ def object_of(name: str) -> Any:
     """Returns the object that `package.module:function` names.
 
     Raises:
-        ModelError: if there is no such module, importing it fails, or it has no such function.
+        ModelError: if there is no such module, importing it fails, it has no such function, or an
+            installed module has the same name as the file of the user.
 
     >>> object_of("json:dumps")([1])
     '[1]'
@@ -114,7 +116,8 @@ def object_of(name: str) -> Any:
         raise ModelError(
             f"no module '{error.name}'",
             place=f"'{name}'",
-            # The command line searches the folder in which it is called, with or without a recipe.
+            # The command line searches the folder in which it is called, whether or not a recipe is
+            # given.
             cure=(
                 install,
                 "put its folder on PYTHONPATH",
@@ -174,7 +177,7 @@ def _refuse_hidden(top: str) -> None:
             raise ModelError(
                 (
                     f"{own.origin} has the name of the installed module {installed.origin or top}, "
-                    "which goes first"
+                    "which is imported instead"
                 ),
                 place=f"'{top}'",
                 cure=f"rename your file, for instance to {new_name}, and name that",

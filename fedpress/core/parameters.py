@@ -50,7 +50,7 @@ def assign_(model: nn.Module, vector: Tensor) -> None:
     """Writes the flat `vector` [d] into the trainable parameters of `model`.
 
     Raises:
-        WireError: if the vector does not have exactly one value per trainable parameter.
+        WireError: if the vector does not have as many values as the trainable parameters together.
     """
     params = trainable(model)
     size = sum(p.numel() for p in params)
@@ -58,7 +58,7 @@ def assign_(model: nn.Module, vector: Tensor) -> None:
         raise WireError(
             f"the vector has shape {tuple(vector.shape)} but the model trains {size} values",
             place="vector",
-            cure=f"send [{size}]",
+            cure=f"send a vector of shape [{size}]",
         )
     at = 0
     # Without `no_grad`, torch refuses to write into a parameter in place.

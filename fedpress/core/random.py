@@ -17,9 +17,9 @@ if TYPE_CHECKING:
     import numpy as np
 
 STREAMS = 2
-"""Version of all streams. Increase it whenever a stream of some name gives other numbers.
+"""Version of all streams. Increase it when a change of the code changes the numbers of any stream.
 
-A run is resumed only with the version with which it began. Version 1 (fedpress 0.1.0): torch's
+A run can be resumed only with the version with which it began. Version 1 (fedpress 0.1.0): torch's
 Mersenne Twister. Version 2: Philox for public draws, AES for noise and keys.
 """
 
@@ -49,10 +49,10 @@ def secret_key(seed: int, *words: str | int) -> bytes:
 
 
 def keystream(key: bytes, size: int, *, start: int = 0) -> np.ndarray:
-    """Returns `size` bytes (uint8) of the AES-256-CTR stream of the 32-byte `key`, from `start` on.
+    """Returns `size` bytes (uint8) of the AES-256-CTR stream of the 32-byte `key`.
 
-    It is a cryptographic generator. With AES-NI (processor instructions) it makes about 2 GB a
-    second.
+    The first of them is byte `start` of the stream. It is a cryptographic generator. With
+    AES-NI (processor instructions) it makes about 2 GB a second.
 
     Raises:
         ValueError: if `start` is no multiple of 16, the block size of AES.
@@ -65,11 +65,11 @@ def keystream(key: bytes, size: int, *, start: int = 0) -> np.ndarray:
 
     if start % 16:
         raise ValueError(f"start: got {start}, expected a multiple of 16")
-    # `update_into` asks for a buffer of one block (16 bytes) more than the data, less one.
+    # `update_into` needs a buffer that is 15 bytes longer than the data (a block less one byte).
     out = np.empty(size + 15, np.uint8)
     counter = (start // 16).to_bytes(16, "big")
     encryptor = Cipher(algorithms.AES(key), modes.CTR(counter)).encryptor()
-    # Encrypting zeros gives the stream itself; in chunks, so that no second array is as large.
+    # Encrypting zeros gives the stream itself. The zeros are given in chunks, to save memory.
     chunk = bytes(min(size, 1 << 20))
     for at in range(0, size, 1 << 20):
         part = chunk[: min(len(chunk), size - at)]
@@ -84,8 +84,8 @@ def fingerprint(*parts: object) -> str:
     other value by its canonical JSON.
 
     Raises:
-        TypeError: if a value has no canonical JSON. Its `repr` is not used, because it may change
-            with a version.
+        TypeError: if a value has no canonical JSON. Its `repr` is not hashed instead,
+            because it may differ between versions of a library.
 
     >>> fingerprint("a", 1) == fingerprint("a", 1), fingerprint("ab") == fingerprint("a", "b")
     (True, False)
@@ -121,7 +121,7 @@ def stream_name(seed: int, words: tuple[str | int, ...]) -> bytes:
     >>> stream_name(1, ("a", 2))
     b'[1, "a", 2]'
     """
-    # `index` takes integers of every library and refuses floats: int(1.5) would give the stream 1.
+    # `index` takes integers of every library and refuses floats: int(1.5) would be 1.
     plain: list[str | int] = []
     for word in words:
         plain.append(str(word) if isinstance(word, str) else index(word))

@@ -66,8 +66,8 @@ class WordStream(ABC):
     def normal(self, *shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
         """Returns standard normals [shape], by the inverse distribution function.
 
-        One bit is the sign, 63 bits are the probability in the lower half. So both tails are
-        precise: the smallest probability is 2^-64, at 9 standard deviations.
+        One bit of a word is the sign. The other 63 bits are a probability below 1/2, so both tails
+        are precise: the smallest probability is 2^-65, at 9.2 standard deviations.
         """
         from scipy.special import ndtri
 
@@ -79,7 +79,10 @@ class WordStream(ABC):
         return torch.from_numpy(signed).view(shape).to(dtype)
 
     def uniform(self, *shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
-        """Returns numbers [shape] with as many random bits as `dtype` has: 53, 24, 11 or 8."""
+        """Returns numbers [shape] with as many random bits as `dtype` has.
+
+        These are 53 for float64, 24 for float32, 11 for float16 and 8 for bfloat16.
+        """
         digits = 1 - int(math.log2(torch.finfo(dtype).eps))
         # More bits than the dtype holds would be rounded, perhaps up to 1, which is not in [0, 1).
         whole = self.words(math.prod(shape)) >> np.uint64(64 - digits)
@@ -88,29 +91,29 @@ class WordStream(ABC):
     def integers(self, high: int, *shape: int) -> Tensor:
         """Returns int64 [shape] from 0 to `high` - 1.
 
-        Each number is a word modulo `high`. So probabilities have a relative error of up to
-        `high` / 2^64.
+        Each number is a word modulo `high`. So the probability of a number has a relative error of
+        up to `high` / 2^64.
         """
         if not 0 < high <= 2**63:
             raise RecipeError(
                 f"got {high}", place="high", cure="give a whole number from 1 to 2^63"
             )
-        # Rejecting words would be exact, but would draw an unknown number of words.
+        # Rejection sampling would be exact, but would draw a number of words that varies.
         drawn = self.words(math.prod(shape)) % np.uint64(high)
         return torch.from_numpy(drawn.astype(np.int64)).view(shape)
 
     def permutation(self, size: int) -> Tensor:
         """Returns int64 [size]: the order that sorts `size` random words.
 
-        All orders are equally likely unless two words are equal, which has a probability of
+        All orders are equally likely unless two words are equal, which has a probability below
         size^2 / 2^65.
         """
         return torch.from_numpy(np.argsort(self.words(size), kind="stable").astype(np.int64))
 
     def subset(self, size: int, count: int) -> Tensor:
-        """Returns int64 [count], sorted: the positions of the smallest of `size` words.
+        """Returns int64 [count], sorted: the positions of the `count` smallest of `size` words.
 
-        If `count` is more than `size`, it returns all positions.
+        If `count` is larger than `size`, it returns all `size` positions.
         """
         if count < 0:
             raise RecipeError(f"got {count}", place="count", cure="give 0 or more")
@@ -193,7 +196,7 @@ class TorchRandom:
         self._device = "cpu" if generator is None else generator.device
 
     def normal(self, *shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
-        """Returns standard normals [shape]; float32 ones have 24 random bits and are below 5.8."""
+        """Returns standard normals [shape]; float32 ones have 24 bits and stay within +-5.8."""
         return torch.randn(shape, generator=self.generator, device=self._device, dtype=dtype)
 
     def uniform(self, *shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -261,5 +264,8 @@ def public_stream(seed: int, *words: str | int) -> PhiloxRandom:
 
 
 def private_stream(seed: int, *words: str | int, exact: bool = False) -> AesCtrRandom:
-    """Returns the stream named by `words` under `seed`, for noise and keys; as secret as `seed`."""
+    """Returns the stream named by `words` under `seed`, for noise and keys; as secret as `seed`.
+
+    `exact` has the meaning that it has in `AesCtrRandom`.
+    """
     return AesCtrRandom(secret_key(seed, *words), exact=exact)

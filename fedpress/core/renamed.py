@@ -20,8 +20,8 @@ class Renamed:
     """A renamed setting: `key = old` of a table was replaced by `now_key = now`.
 
     If `now` is None, the old setting has no effect any more and is dropped. Several objects may
-    have the same old setting: then `with_new_keys` uses the first one's new setting, and
-    `with_old_keys` turns each new setting back into the old one.
+    have the same old setting: then `with_new_keys` uses the new setting of the first of them, and
+    `with_old_keys` turns any of their new settings back into the old setting.
     """
 
     key: str
@@ -31,7 +31,7 @@ class Renamed:
 
     @property
     def sentence(self) -> str:
-        """The warning, with what to write instead."""
+        """The text of the warning; it says what to write instead."""
         old = f"{self.key} = {_toml(self.old)}"
         if self.now is None:
             return f"{old} is still read, but has no effect any more; leave it out"
@@ -45,7 +45,7 @@ def with_new_keys(
     """Returns `table` with the new settings, and a warning for each old setting that it had.
 
     Raises:
-        SettingError: if `table` has both the old and the new setting, and they contradict.
+        SettingError: if `table` has both the old setting and the new key, and they contradict.
 
     >>> row = Renamed("sum", "secure", "aggregator", "secure")
     >>> with_new_keys({"sum": "secure"}, (row,))[0]
@@ -59,7 +59,7 @@ def with_new_keys(
         warnings.append(row.sentence)
         if row.now is None:
             continue
-        # Both keys with the same meaning are accepted; `{"kind": ...}` is the long form of a word.
+        # Both keys may be given if they mean the same. {"kind": "mean"} means the same as "mean".
         if out.get(row.now_key, row.now) not in (row.now, {"kind": row.now}):
             new = f"{row.now_key} = {_toml(out[row.now_key])}"
             raise SettingError(
@@ -73,6 +73,8 @@ def with_new_keys(
 
 def with_old_keys(table: Mapping[str, Any], rows: tuple[Renamed, ...]) -> dict[str, Any]:
     """Returns settings in JSON types with the old keys and values.
+
+    An old setting without effect (`now` is None) is added if `table` does not have `now_key`.
 
     A run finds its finished stages (such as "train") by a hash of their settings. The hash is
     computed from the old keys, so that runs of an older version can be resumed.

@@ -27,13 +27,13 @@ def decoded(
 ) -> dict[str, np.ndarray]:
     """Returns the result of `decode()`, from the cache if it has a copy.
 
-    A copy is valid while path, size and modification time of all files are the same. If the cache
-    cannot be read or written, this is ignored.
+    A copy is valid while path, size and modification time of all files are the same. Errors
+    while the cache is read or written are ignored.
 
     Args:
-        name: name of the data set, with which the name of the copy begins.
+        name: name of the data set; the file name of the copy begins with it.
         files: the files that `decode` reads.
-        decode: reads the files, which takes long.
+        decode: reads the files into arrays by name; this is slow.
     """
     stats = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     key = blake2b(repr(sorted(stats)).encode(), digest_size=12).hexdigest()

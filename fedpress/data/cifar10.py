@@ -15,8 +15,9 @@ from fedpress.data.examples import Progress, SourceRows
 from fedpress.data.settings import DataSettings
 from fedpress.errors import DataError
 
+# Names of the classes, in the order of their numbers.
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
-# Modules with functions `find` and `read`, one for each way in which the data set is published.
+# The data set is published in two file layouts. Each module finds and reads the files of one.
 LAYOUTS = (cifar10_parquet, cifar10_archive)
 
 
@@ -55,7 +56,7 @@ def _locate(settings: DataSettings, progress: Progress | None) -> tuple[ModuleTy
         raise DataError(
             f"no such path '{path}'",
             place="source 'cifar10'",
-            cure="check it, or leave it out to download",
+            cure="check the path, or leave it out to download",
         )
     for layout in LAYOUTS:
         files = layout.find(path)

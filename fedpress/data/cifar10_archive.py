@@ -17,7 +17,8 @@ from fedpress.data.examples import Progress
 from fedpress.errors import DataError
 
 URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
-# Published by the author. It finds damage; the pickles are read safely anyway.
+# The author publishes this checksum. It serves to find damaged files. MD5 does not stop attackers,
+# but the pickles are read without running code in them.
 MD5 = "c58f30108f718f92721af3bbe74f3473"
 ARCHIVE = "cifar-10-python.tar.gz"
 FOLDER = "cifar-10-batches-py"
@@ -26,13 +27,13 @@ BATCH_NAMES = (*BATCHES["train"], *BATCHES["test"])
 
 
 def find(path: Path) -> list[Path]:
-    """Returns the archive, or the six files of its folder, in or just below `path`.
+    """Returns the archive, or the six files unpacked from it, in `path` or a usual folder below it.
 
     Returns:
-        The paths; an empty list if there is neither archive nor folder.
+        The paths; only `path` if it is a file; an empty list if nothing is found.
 
     Raises:
-        DataError: if one of the six files is missing.
+        DataError: if some `data_batch` files are unpacked, but one of the six files is missing.
     """
     if path.is_file():
         return [path]
@@ -129,13 +130,17 @@ def _members(files: list[Path]) -> Iterator[tuple[str, str, bytes]]:
 def read_batch(content: bytes, where: str) -> tuple[np.ndarray, np.ndarray]:
     """Returns images uint8 [n, 3, 32, 32] and labels int64 [n] of one pickled batch.
 
+    Args:
+        content: the bytes of the pickle file.
+        where: name of the batch in errors.
+
     Raises:
         DataError: if the content is not a batch of CIFAR-10.
     """
     try:
         batch = _PlainUnpickler(io.BytesIO(content), encoding="bytes").load()
-        # A row of the file has all red values, then all green, then all blue; each plane row by
-        # row.
+        # A row of the file has all red values, then all green, then all blue;
+        # the values of a colour are ordered row by row.
         pixels = batch[b"data"].pixels().reshape(-1, 3, 32, 32)
         labels = np.array(batch[b"labels"], dtype=np.int64)
         if len(labels) != len(pixels):

@@ -19,9 +19,10 @@ def find(path: Path) -> list[Path]:
     """Returns the parquet files in `path` or in the usual folders below it; else an empty list.
 
     Raises:
-        DataError: if one of several numbered files is missing.
+        DataError: if there are only train files or only test files, or if one of several numbered
+            files is missing.
     """
-    # The folders that copies of the hub's repository have.
+    # Folders in which copies of the hub's repository keep the files.
     for folder in (
         path,
         path / "plain_text",
@@ -68,7 +69,7 @@ def read(files: list[Path], progress: Progress | None) -> dict[str, tuple[np.nda
     """Returns `train` and `test`: uint8 images [n, 3, 32, 32] and int64 labels [n].
 
     Raises:
-        DataError: if a file or an image in it is corrupt.
+        DataError: if a file or an image in it is corrupt, or is not from CIFAR-10.
     """
     parts = {}
     for part in ("train", "test"):

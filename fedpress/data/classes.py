@@ -1,8 +1,8 @@
 """Determines the list of classes: from the recipe, public rows, or labels that are declared public.
 
-The list decides the size of the model's last layer, and is saved with the model. So a label that
-only private rows have must not become a class. Otherwise everybody could see that such a row
-exists.
+A recipe is the TOML file that describes a run. The list decides the size of the model's last layer,
+and is saved with the model. So a label that only private rows have must not become a class.
+Otherwise everybody could see that such a row exists.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from fedpress.data.settings import DataSettings
 from fedpress.errors import DataError
 
 OTHER = "other"
+"""Value of the setting `unknown`, and the name of the class that unknown labels then join."""
 
 
 def label_is_public(settings: DataSettings) -> bool:
@@ -65,13 +66,14 @@ def number_classes(
 
     Args:
         codes: int64 [n]: position of each row's label in `words`; -1 if the label is not there.
-        words: the labels of all rows; the classes keep their order.
+        words: the different labels of all rows, in the order in which classes are numbered.
         public: positions of the public rows.
         settings: the `[data]` table of the recipe.
         what: name of the labels in an error.
 
     Raises:
-        DataError: if there are fewer than two classes, or no row may define them.
+        DataError: if no row may define classes, there are fewer than two classes, or no row belongs
+            to any of them.
     """
     # A list in the recipe is public, so no row needs to be looked at.
     if settings.classes is not None:

@@ -1,4 +1,4 @@
-"""Reads columns of a table: finds the type of text, and numbers the classes of a label column.
+"""Reads columns of a table: finds the type of text columns, and numbers the classes of labels.
 
 The type of a column and its classes are taken from public rows only (`Column.typed`), because a
 single private row must not add a class to a model that others receive.
@@ -56,13 +56,13 @@ class Column:
         return cls(name, column, settings.source == "csv", settings.decimal)
 
     def typed(self, rows: np.ndarray | None = None) -> Any:
-        """Converts all values to the type of the values in `rows`; other cells become null.
+        """Converts the text of all rows to the type of the text in `rows`; other text becomes null.
 
         Example: if `rows` have "3" and "4.5", the type is float64. A cell "unknown" in another row
-        becomes null.
+        becomes null. Values that are not text in the file are returned unchanged.
 
         Args:
-            rows: positions of the rows that decide the type; None: all rows.
+            rows: positions of the rows that decide the type; None or empty: all rows.
         """
         if not self.text:
             return self.values
@@ -79,7 +79,7 @@ class Column:
         return self.cast(kind)
 
     def cast(self, kind: Any) -> Any:
-        """Converts text to numbers, booleans or times; other text becomes null."""
+        """Converts the text to the pyarrow type `kind`; text of another type becomes null."""
         text = self._plain_text(self.values, kind)
         try:
             return text.cast(kind)
@@ -137,7 +137,7 @@ def class_codes(column: Any, name: str, role: str) -> tuple[Tensor, tuple[str, .
         int64 [n], positions in the second result; and the sorted values as text.
 
     Raises:
-        DataError: if a value is missing, or is neither an integer nor a word.
+        DataError: if a value is missing, or is not a whole number, a word or a boolean.
     """
     where = f"{role} column '{name}'"
     refuse_missing(column, where)
@@ -194,7 +194,8 @@ class LabelColumn:
         Private rows may be used, because these labels only decide which client gets a row.
 
         Raises:
-            DataError: if a label is missing, or nearly every row has a different label.
+            DataError: if a label is missing; or, unless the recipe lists the classes, if the number
+                of different labels is more than half the number of rows.
         """
         column = self.column.typed()
         refuse_missing(column, self._where)
@@ -223,7 +224,8 @@ class LabelColumn:
             public: positions of the public rows.
 
         Raises:
-            DataError: if no row may define the classes, or there are fewer than two classes.
+            DataError: if no row may define the classes, a row that defines them has no valid label,
+                there are fewer than two classes, or no row belongs to any of them.
         """
         if self.settings.classes is not None:
             return with_other_class(self._listed(self.settings.classes), self.settings, self._where)
@@ -256,13 +258,14 @@ class LabelColumn:
         """Returns the class number of every row: its position in the list `classes` of the recipe.
 
         The list holds text; the column may have another type. The class "1" matches the text "1",
-        the text "1.0", the integer 1 and the float 1.0.
+        the text "1.0", the integer 1 and the float 1.0. The classes "true" and "false" match
+        booleans, and text in upper or lower case.
         """
         column, wanted = self.column, list(names)
         values = column.values
         if all(map(_is_integer, wanted)):
-            # Without leading zeros, because the integers of the file are written without them
-            # below.
+            # Without leading zeros, because integers from the file are turned into text without
+            # them.
             wanted = [str(int(name)) for name in wanted]
             if column.text:
                 values = column.cast(pa.float64())

@@ -17,11 +17,11 @@ import pyarrow.csv
 from fedpress.data.settings import DataSettings
 from fedpress.errors import DataError
 
-# Texts of a missing cell.
+# Texts that stand for a missing cell.
 NO_VALUE = ["", "?", "NA", "N/A", "NaN", "nan", "null", "NULL", "None"]
 # Usual delimiters, and how they are written in TOML.
 DELIMITERS = {",": ",", ";": ";", "\t": "\\t", "|": "|"}
-# Number of bytes at the start of a file from which its kind is recognised.
+# The kind of a file is recognised from this many bytes at its start.
 HEAD = 1 << 16
 FOREIGN = (
     (b"PK\x03\x04", "a zip or Excel file", "save it as CSV"),
@@ -65,8 +65,8 @@ def read_csv(path: Path, settings: DataSettings) -> Any:
         return _parse(path, settings.delimiter, encoding, newlines=False)
     except (UnicodeError, pa.ArrowException, OSError) as error:
         first = error
-    # A quoted cell may contain line breaks. Reading with them allowed is slower, so this comes
-    # second.
+    # A quoted cell may contain line breaks. Allowing them makes reading slower, so this is
+    # tried second.
     try:
         return _parse(path, settings.delimiter, encoding, newlines=True)
     except (UnicodeError, pa.ArrowException, OSError):
@@ -169,8 +169,14 @@ def refuse_other_delimiter(
 ) -> None:
     """Refuses a header that was read as one column because the delimiter is wrong.
 
+    Args:
+        settings: the `[data]` table of the recipe.
+        header: the column names; if there are several, the delimiter is taken to be right.
+        path: the file, for the error; None: `settings.path`.
+
     Raises:
-        DataError: if the header seems to have another delimiter; the error names it.
+        DataError: if the header seems to have another delimiter, which the error names; or if it is
+            the line `sep=` that tells Excel the delimiter.
     """
     if len(header) != 1:
         return
@@ -191,7 +197,7 @@ def refuse_other_delimiter(
 
 
 def _brief(error: BaseException) -> str:
-    """Returns the reason of an error without the text of the row, which may be private."""
+    """Returns the reason of an error, without the text of the row: this may be private."""
     message = str(error).splitlines()[0] if str(error) else type(error).__name__
     found = re.search(r"(Row #\d+: )?Expected \d+ columns, got \d+", message)
     if found:

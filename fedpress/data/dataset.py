@@ -44,8 +44,8 @@ class FederatedData:
         labelled: whether `y` has real labels. If not, only the inputs are used, for calibration and
             for comparing outputs.
         preparation: how raw rows of a table become inputs; None for other sources. It is saved
-            beside exported files. So everything in it is either declared in the recipe or comes
-            from public rows.
+            beside exported files. So everything in it either is in the recipe (the TOML file
+            that describes the run) or comes from public rows.
         task: what is learned. By default a classification if there are class names or integer
             targets; else a regression of float targets in their own units.
     """
@@ -64,7 +64,8 @@ class FederatedData:
     task: Task = None  # type: ignore[assignment]  # __post_init__ gives it one
 
     def __post_init__(self) -> None:
-        # The server's data of a deployment has no clients: their data lies on other machines.
+        # In a deployment the server's data has no clients, because their data is on other machines.
+        # So it is enough if any part has examples.
         if not any(len(arrays) for _, arrays in self._parts()):
             raise DataError(
                 "there is no client", place=f"data '{self.name}'", cure="give at least one"
@@ -72,7 +73,7 @@ class FederatedData:
         # The dataclass is frozen, but still under construction.
         if self.task is None:
             object.__setattr__(self, "task", self._default_task())
-        # The two are separate fields, so a caller may give contradicting values.
+        # `num_classes` and `class_names` are separate fields, so they may contradict each other.
         if self.num_classes != len(self.class_names):
             raise DataError(
                 f"{self.num_classes} classes but {len(self.class_names)} class names",
@@ -90,7 +91,7 @@ class FederatedData:
                 )
             where = f"data '{self.name}': {part}"
             _check_like(where, arrays, first)
-            # A task does not know which part it checks.
+            # A task does not know which part it checks, so the part is named here.
             try:
                 self.task.check_targets(arrays.y)
             except DataError as error:
@@ -198,10 +199,11 @@ def _as_json(shape: Shape) -> JsonValue:
 
 
 def _check_like(where: str, arrays: Arrays, first: Arrays) -> None:
-    """Checks that a part has the shapes and types of the `first` client, and finite features.
+    """Checks that a part has the shapes and types of the part `first`, and finite features.
 
     Raises:
-        DataError: if a shape or type differs, or a feature is not finite; the error names the part.
+        DataError: if a shape or type differs, a type is not allowed, or a feature is not finite.
+            The error calls the part `where`.
     """
     several = isinstance(arrays.x, NamedInputs)
     allowed = [torch.uint8, torch.float32, torch.int64]

@@ -55,7 +55,7 @@ def apportion(weights: np.ndarray, total: int) -> np.ndarray:
     """
     exact = weights / weights.sum() * total
     counts: np.ndarray = np.floor(exact).astype(np.int64)
-    # Largest remainders first. The sort is stable, so that ties are resolved equally everywhere.
+    # Largest remainders first. The sort is stable, so that all machines break ties alike.
     order = np.argsort(counts - exact, kind="stable")
     counts[order[: total - counts.sum()]] += 1
     return counts
@@ -63,6 +63,10 @@ def apportion(weights: np.ndarray, total: int) -> np.ndarray:
 
 def client_and_row_count(available: int, ask: PartitionSize) -> tuple[int, int]:
     """Returns the number of clients, and the number of rows for all clients together.
+
+    Args:
+        available: number of rows that can be divided.
+        ask: the requested numbers.
 
     Raises:
         DataError: if there are too few rows.
@@ -101,12 +105,12 @@ def numpy_generator(chance: RandomSource) -> np.random.Generator:
 def rows_by_class(labels: Tensor, chance: RandomSource) -> list[Tensor]:
     """Returns the shuffled row positions of each class that occurs."""
     order = chance.permutation(len(labels))
-    # One permutation serves all classes: within each class the order is random too.
+    # One permutation is enough: it also puts the rows of each class in random order.
     return [order[labels[order] == label] for label in labels.unique()]
 
 
 def deal_counts(rows: list[Tensor], counts: np.ndarray) -> list[Tensor]:
-    """Deals the rows of each class in order: client i gets `counts[i, c]` rows of class c."""
+    """Deals the rows of each class in order: client i gets `counts[i, c]` of `rows[c]`."""
     ends = counts.cumsum(axis=0)
     starts = ends - counts
     dealt = []
@@ -125,8 +129,8 @@ def fit_to_supply(mixes: np.ndarray, each: int, supply: np.ndarray) -> np.ndarra
 
     Args:
         mixes: [clients, classes]: shares of the classes that each client wants.
-        each: rows of a client.
-        supply: [classes]: rows of each class.
+        each: number of rows of each client.
+        supply: [classes]: number of rows that each class has.
 
     Returns:
         int64 [clients, classes]; each row sums to `each`.

@@ -17,7 +17,7 @@ def read_digits() -> SourceRows:
     Source: UCI "Optical recognition of handwritten digits", Alpaydin and Kaynak 1998.
     """
     x, labels = _digits()
-    # Copies, since the caller may change what it gets.
+    # Copies, because the tensors are cached and the caller may change them.
     return SourceRows("digits", Arrays(x.clone(), labels.clone()), tuple("0123456789"))
 
 

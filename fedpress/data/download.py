@@ -14,13 +14,15 @@ from fedpress.core.files import take_place, writing
 from fedpress.data.examples import Progress
 from fedpress.errors import DataError
 
+# Largest number of bytes that are read at once.
 BLOCK = 1 << 18
+# The download fails after this many attempts in a row that bring no new bytes.
 ATTEMPTS = 3
 TIMEOUT_SECONDS = 30.0
 
 
 class _BrokenOff(Exception):
-    """The connection failed or ended early; the bytes so far are kept."""
+    """The connection or the server failed; the bytes so far are kept, and it is tried again."""
 
 
 def fetch(
@@ -28,15 +30,16 @@ def fetch(
 ) -> Path:
     """Downloads `url` to the file `target`, and returns the path.
 
-    The bytes go to a partial file, `target.part`, which a later call continues. The file gets its
-    name at the end, when its checksum is right.
+    The bytes go to a partial file, `target.part`, which a later call continues. When it is
+    complete and its checksum is right, it is renamed to `target`.
 
     Args:
         url: http or https address.
         target: path of the complete file; its folders are made.
         md5: hexadecimal checksum of the complete file.
-        progress: called with the number of bytes so far.
-        wait: seconds before the second attempt; before the third attempt, twice as many.
+        progress: called with the number of bytes so far, and with the total if it is known.
+        wait: seconds before the next attempt; twice as many after two attempts in a row without
+            new bytes.
 
     Raises:
         DataError: if there is no network, the server refuses, the disk is full, or the checksum

@@ -21,9 +21,9 @@ class TargetRows:
     """The targets of all rows.
 
     Attributes:
-        y: class numbers int64 [n], with -1 for a label that is not in `names`; or numbers float32
-            [n] or [n, k].
-        names: names of the classes, or of the k numbers.
+        y: class numbers int64 [n], with -1 for a label that is not in `names`; or int64 [n, ...]
+            with a class for each position, such as a pixel; or numbers float32 [n] or [n, k].
+        names: names of the classes, or of the k numbers of each row.
         known: bool [n]: whether a row has a valid target; other rows are dropped.
     """
 
@@ -57,8 +57,8 @@ class SourceRows:
     """Rows for training, and for testing if the source has its own test set.
 
     Classes and inputs decide the shape of the model, which everybody sees. So only public rows may
-    decide them. It is not known before the split which rows are public. So `targets` and `inputs`
-    are functions, which are called after the split.
+    decide them. Which rows are public is known only after the split. Therefore `targets` and
+    `inputs` are functions, which are called after the split.
 
     Attributes:
         name: name of the source.

@@ -26,7 +26,8 @@ from fedpress.data.preparation import InputColumn, Kind, Preparation, Unknown
 from fedpress.data.settings import DataSettings
 from fedpress.errors import DataError
 
-# Each word becomes an input. A column with more different words usually holds names or free text.
+# A column of words may have this many different words, because each becomes an input. A column
+# with more usually holds names or free text.
 MOST_WORDS = 100
 
 
@@ -51,8 +52,9 @@ class FeatureColumns:
             public: positions of the public rows.
 
         Raises:
-            DataError: if a column holds neither numbers nor words, has too many words, or has a
-                missing cell that may not be filled.
+            DataError: if a column holds neither numbers nor words, has too many words or decimal
+                commas; if no public row gives the words or the mean of a column; or if a column
+                of numbers has other text although the setting `missing` is "error".
         """
         rows = public.numpy()
         blocks: list[np.ndarray] = []
@@ -82,7 +84,7 @@ class FeatureColumns:
         """Returns how raw rows become inputs.
 
         Args:
-            learned: the columns.
+            learned: the columns, without fill values.
             fill: means of the public rows [d], for missing cells; None without public rows.
         """
         if self.settings.missing == "mean" and fill is not None:
@@ -196,6 +198,11 @@ def one_hot_block(
 ) -> tuple[np.ndarray, np.ndarray]:
     """One-hot encodes words: "nurse" in ("cook", "nurse") becomes 0, 1.
 
+    Args:
+        values: the words of a column, one for each row.
+        words: the words that have inputs.
+        unknown: what happens to other words (see `InputColumn.unknown`).
+
     Returns:
         float32 [n, k] with NaN for missing cells, and bool [n]: whether the word is unknown.
     """
@@ -207,7 +214,7 @@ def one_hot_block(
     block = np.zeros((len(positions), len(words)), dtype=np.float32)
     known = np.flatnonzero(positions >= 0)
     block[known, positions[known]] = 1.0
-    # If a word is missing, all its inputs are NaN until they are filled, as with numbers.
+    # Missing cells stay NaN until they are filled, like missing numbers.
     block[missing] = np.nan
     return block, is_unknown
 

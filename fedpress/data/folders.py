@@ -14,16 +14,16 @@ from fedpress.data.examples import InputRows, Progress, SourceRows, TargetRows
 from fedpress.data.settings import DataSettings
 from fedpress.errors import DataError
 
-# Other files in the folders, such as notes, are ignored.
+# Endings of image files. Other files in the folders, such as notes, are ignored.
 ENDINGS = frozenset((".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"))
 
 
 def read_folders(settings: DataSettings, progress: Progress | None) -> SourceRows:
     """Returns uint8 images [n, C, H, W] in the order of their paths.
 
-    Images are decoded after the split into public and private rows, because a public image decides
-    the size and the number of channels. Decoded images are never written to the cache folder,
-    because they may be private.
+    Images are decoded after the split into public and private rows, because the first public
+    image decides the size and the number of channels; if no image is public, the first image does.
+    Decoded images are never written to the cache folder, because they may be private.
 
     Raises:
         DataError: if there are no images, or a client has none. For an unreadable image the error

@@ -31,11 +31,11 @@ def call_function(settings: DataSettings, seed: int) -> FederatedData | SourceRo
     from client name to a pair (x, y), whose rows are then split as the settings say:
 
     - x is uint8 images [n, C, H, W], or numbers [n, ...], or a dictionary of such arrays by the
-      names of forward's arguments. In a dictionary, integers (token ids, lengths) and booleans
-      keep their type.
+      names of forward's arguments. Numbers become float32, but in a dictionary integers (token
+      ids, lengths) become int64, and booleans stay booleans.
     - y is class numbers from 0 up or words [n]; numbers [n] or [n, k] for a regression; booleans
-      [n, k] for several labels. If the recipe says `task = "classification"`, it may be class
-      numbers [n, ...] for each position, with -100 for positions that do not count.
+      [n, k] for several labels. If the recipe says `task = "classification"`, y may also be
+      class numbers [n, ...], one for each position, with -100 for positions that do not count.
 
     Raises:
         DataError: if the function is missing, fails, or returns something else.
@@ -44,7 +44,7 @@ def call_function(settings: DataSettings, seed: int) -> FederatedData | SourceRo
     function = _find(settings.source, where)
     known = {"path": settings.path, "seed": seed}
     try:
-        # A function that takes only some of the two arguments is fine.
+        # The function may take one of these arguments, both or neither.
         taken = inspect.signature(function).parameters
         arguments = {name: value for name, value in known.items() if name in taken}
         found = function(**arguments)
@@ -157,7 +157,8 @@ def _names_of_numbers(
 def _of_positions(settings: DataSettings, rows: SourceRows, y: Tensor, where: str) -> SourceRows:
     """Returns rows with a class number for each position, such as a pixel or token: y [n, ...].
 
-    Partitioners need one label for each row. They get the most frequent class of the row.
+    Partitioners, which divide rows among clients, need one label for each row. It is the most
+    frequent class of the row.
     """
     counted = y != IGNORED
     if bool((y[counted] < 0).any()):
@@ -220,7 +221,7 @@ def _client(pair: Any, where: str) -> tuple[Inputs, np.ndarray]:
         x = _named(x, where)
     else:
         shape = str(list(x.shape))
-        # Bytes can only be images [n, C, H, W]; other numbers are features or sequences.
+        # uint8 can only be images [n, C, H, W]; other numbers are features or sequences.
         fits = x.ndim == 4 or (x.ndim >= 2 and x.dtype != torch.uint8)
         if x.dtype != torch.uint8:
             x = x.to(torch.float32)
@@ -274,7 +275,7 @@ def _in_our_type(t: Tensor) -> Tensor:
 def _named(x: Mapping[str, Tensor], where: str) -> NamedInputs:
     """Checks and converts several inputs: numbers, integers, booleans or uint8 images."""
     for name, t in x.items():
-        # Bytes of another shape may be images without channels, or numbers. We do not guess.
+        # uint8 of another shape may be images without channels, or numbers. We do not guess.
         if (t.dtype == torch.uint8 and t.ndim != 4) or t.is_complex():
             raise DataError(
                 f"'{name}' holds {t.dtype} of shape {list(t.shape)}",
@@ -290,8 +291,8 @@ def _named(x: Mapping[str, Tensor], where: str) -> NamedInputs:
 def _numbered(y: np.ndarray, where: str) -> tuple[Tensor, tuple[str, ...]]:
     """Returns labels as int64 [n], and their names.
 
-    Example: ["ill", "well", "ill"] gives [0, 1, 0] and ("ill", "well"). Labels that are class
-    numbers already have no names.
+    Example: ["ill", "well", "ill"] gives [0, 1, 0] and ("ill", "well"). Labels that are
+    class numbers or booleans have no names: the second result is empty.
     """
     if y.dtype.kind in "US":
         words, positions = np.unique(y, return_inverse=True)

@@ -33,7 +33,7 @@ FORMATS = (
 """Formats that pillow decodes itself; for some others, such as EPS, it would start a program."""
 # Modes of pillow without colours.
 GREY = ("1", "L", "LA", "I;16")
-# Images between two calls of `progress`.
+# Number of images between two calls of `progress`.
 REPORT_EVERY = 500
 
 
@@ -45,13 +45,13 @@ def decode(
     like: int = 0,
     progress: Progress | None = None,
 ) -> Tensor:
-    """Decodes images to uint8 [n, C, H, W]; C is 1 if the image `like` is grey, else 3.
+    """Decodes images to uint8 [n, C, H, W]; C is 1 if the image at `like` is grey, else 3.
 
     Only one thread is used. Two threads were measured and were not faster, because pillow holds
     Python's global lock.
 
     Args:
-        images: the content or the path of each file.
+        images: the content or the path of each file; None counts as an unreadable file.
         where: function that maps the position of an image to its name in errors.
         size: height and width of the result; None: images are not resized and must have the same
             size.
@@ -108,8 +108,8 @@ def _decode_one(
         if size is not None and pixels.size != (size, size):
             pixels = pixels.resize((size, size), Image.Resampling.BILINEAR)
         return np.asarray(pixels)
-    # Pillow raises SyntaxError for a broken PNG. Its messages contain the path, and a folder in the
-    # path may be a private label, so they are not shown.
+    # Pillow raises SyntaxError for a broken PNG. Pillow's messages are not shown: they contain the
+    # path, and a folder in the path may be a private label.
     except (OSError, ValueError, SyntaxError) as error:
         raise DataError(
             f"not a readable image ({type(error).__name__})",

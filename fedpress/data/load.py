@@ -24,6 +24,7 @@ SOURCES: dict[str, Callable[[DataSettings, Progress | None], SourceRows]] = {
     "parquet": tables.read_tables,
     "folders": folders.read_folders,
 }
+"""Name of each built-in source -> the function that reads its rows."""
 
 
 def load(settings: DataSettings, seed: int, *, progress: Progress | None = None) -> FederatedData:
@@ -35,7 +36,7 @@ def load(settings: DataSettings, seed: int, *, progress: Progress | None = None)
         progress: called as `progress(what, done, total)` during downloads and decoding.
 
     Raises:
-        DataError: if data is missing, corrupt, or too small for what is asked.
+        DataError: if data is missing, corrupt, or has fewer rows than the settings ask for.
 
     >>> load(DataSettings(source="digits", examples_per_client=60), seed=0).describe()["private"]
     600
@@ -63,7 +64,7 @@ def _read(settings: DataSettings, seed: int, progress: Progress | None) -> Feder
 
 
 def _at_size(examples: SourceRows, side: int | None) -> SourceRows:
-    """Resizes images that are already decoded to `side` pixels; None: does not resize."""
+    """Resizes images that are decoded already; `side`: height and width, None: no change."""
     if side is None:
         return examples
     test = examples.test and _resized(examples.test, side)
@@ -71,7 +72,7 @@ def _at_size(examples: SourceRows, side: int | None) -> SourceRows:
 
 
 def _resized(arrays: Arrays, side: int) -> Arrays:
-    """Returns images at `side` pixels, and other examples as they are.
+    """Returns images with height and width `side`, and other examples unchanged.
 
     Raises:
         DataError: if an example has several inputs, because it is not known which are images.

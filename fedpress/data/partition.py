@@ -1,4 +1,8 @@
-"""The ways to divide rows among clients, such as "iid" or "dirichlet"; each is a settings class."""
+"""The ways to divide rows among clients, such as "iid" or "dirichlet"; each is a settings class.
+
+The method `deal` of each class divides the rows of `pool` into as many clients and rows as `ask`
+requests; random numbers come from `chance`.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +35,7 @@ class _Settings(BaseModel, frozen=True, extra="forbid"):
 
 
 class Iid(_Settings, frozen=True):
-    """Random samples of equal size; sizes differ by one row at most."""
+    """Random samples whose sizes differ by one row at most."""
 
     kind: Literal["iid"] = "iid"
 
@@ -43,9 +47,10 @@ class Iid(_Settings, frozen=True):
 
 
 class Quantity(_Settings, frozen=True):
-    """Random samples of unequal sizes: the i-th largest is proportional to `i ** -skew`.
+    """Random samples of unequal sizes: the i-th largest is about proportional to `i ** -skew`.
 
-    `examples_per_client` is the mean size. A skew of 0 is iid; a skew of 1 follows Zipf's law.
+    Every client has at least one row. `examples_per_client` is the mean size. A skew
+    of 0 is iid; a skew of 1 follows Zipf's law.
     """
 
     kind: Literal["quantity"] = "quantity"
@@ -69,12 +74,13 @@ class Quantity(_Settings, frozen=True):
 
 
 class Dirichlet(_Settings, frozen=True):
-    """Label skew: class shares are drawn from Dirichlet(alpha); a small alpha means few classes.
+    """Label skew: class shares are drawn from Dirichlet(alpha).
 
-    With `examples_per_client`, each client draws its own mix of classes, and has exactly this
-    number of rows (Hsu et al. 2019, "Measuring the effects of non-identical data distribution",
-    section 3). Without it, the rows of each class are divided among the clients by shares that are
-    drawn for the class. Then the clients' sizes differ too (Yurochkin et al. 2019, section 4).
+    With a small alpha each client has few classes. With `examples_per_client`, each client draws
+    its own mix of classes, and has exactly this number of rows (Hsu et al. 2019, "Measuring the
+    effects of non-identical data distribution", section 3). Without it, the rows of each class are
+    divided among the clients by shares that are drawn for the class. Then the clients' sizes differ
+    too (Yurochkin et al. 2019, section 4).
     """
 
     kind: Literal["dirichlet"] = "dirichlet"
@@ -106,7 +112,10 @@ class Dirichlet(_Settings, frozen=True):
 
 
 class Shards(_Settings, frozen=True):
-    """Every client has rows of `classes_per_client` classes; clients share a class evenly.
+    """Every client has rows of `classes_per_client` classes.
+
+    With `examples_per_client`, a client has equally many rows of each of its classes. Without it,
+    the clients that hold a class share all rows of the class evenly.
 
     This is the "pathological non-iid" split of McMahan et al. 2017, section 3, with one difference:
     no shard has rows of two classes.
@@ -194,9 +203,9 @@ class Shards(_Settings, frozen=True):
 class Natural(_Settings, frozen=True):
     """Every client is one natural client of the data: a person, a hospital, a folder.
 
-    `num_clients` natural clients are chosen at random, and at most `examples_per_client` rows of
-    each are used. The other rows are not used. They must not become public, because they belong to
-    a natural client.
+    `num_clients` natural clients are chosen at random, by default all. At most
+    `examples_per_client` rows of each are used. The other rows are not used. They must not become
+    public, because they belong to a natural client.
     """
 
     kind: Literal["natural"] = "natural"
@@ -251,3 +260,4 @@ Partition = Annotated[
     Annotated[Iid | Quantity | Dirichlet | Shards | Natural, Field(discriminator="kind")],
     BeforeValidator(_from_word),
 ]
+"""Type of the setting `partition`: a word such as "iid", or a table with `kind` and options."""

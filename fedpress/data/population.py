@@ -11,6 +11,7 @@ from fedpress.core.names import ClientId
 from fedpress.errors import DataError
 
 CURE = "take what the server of this run sent"
+"""What an error about unreadable text suggests."""
 
 
 @dataclass(frozen=True)
@@ -19,10 +20,10 @@ class Population:
 
     Attributes:
         names: names of all clients, in an order that never changes.
-        examples: number of examples of each client; None if whole clients are protected, because
-            the number is then private.
-        identities: public signing key of each client (Ed25519, 32 bytes); empty if updates are not
-            added in a secure sum, which needs these keys.
+        examples: number of examples of each client; None if the unit of privacy is a client:
+            then the number is private.
+        identities: public signing key of each client (Ed25519, 32 bytes); empty if the run has
+            no secure sum of updates, which needs these keys.
 
     Raises:
         DataError: if a name occurs twice, or numbers or keys do not belong to the named clients.

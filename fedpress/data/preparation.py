@@ -1,6 +1,7 @@
 """`Preparation`: how rows of a table become the inputs of a network; saved as `inputs.json`.
 
-A device needs this file in addition to the exported model. `fedpress.data.prepare` applies it.
+A device needs this file in addition to the exported model. `fedpress.data.prepare` converts rows
+with it.
 """
 
 from __future__ import annotations
@@ -15,8 +16,11 @@ from fedpress.core.examples import Preprocess
 from fedpress.errors import DataError
 
 Kind = Literal["number", "truth", "words"]
+"""Kind of a column (see `InputColumn.kind`)."""
 Unknown = Literal["zeros", "other", "refused"]
+"""What happens to a word that is not listed (see `InputColumn.unknown`)."""
 Missing = Literal["error", "drop", "mean"]
+"""What a missing cell does: an error, its row is dropped, or the mean replaces it."""
 
 
 @dataclass(frozen=True)
@@ -50,8 +54,8 @@ class InputColumn:
 class Preparation:
     """The columns of a table in the order of their inputs, and the standardisation.
 
-    It is saved beside exported files. So everything in it is either declared in the recipe or comes
-    from public rows.
+    It is saved beside exported files. So everything in it either is in the recipe (the TOML file
+    that describes the run) or comes from public rows.
 
     Attributes:
         columns: the columns, in the order of their inputs.
@@ -102,14 +106,14 @@ class Preparation:
             "decimal": self.decimal,
             "mean": list(self.mean),
             "std": list(self.std),
-            # A hint for readers of the file: the exported network does not standardise.
+            # Tells whoever reads `inputs.json` that the exported network does not standardise.
             "standardised_by_the_file": False,
             "class_names": list(self.class_names),
         }
 
     @classmethod
     def read(cls, path: str | Path) -> Preparation:
-        """Reads the file `inputs.json` beside an exported or packed file.
+        """Reads the file `inputs.json`, which lies beside an exported or packed file.
 
         Raises:
             DataError: if the file cannot be read, or its parts contradict each other.
@@ -127,7 +131,7 @@ class Preparation:
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> Preparation:
-        """Reads the output of `to_json`, which may come from a stranger.
+        """Reads the output of `to_json`, which may come from an untrusted sender.
 
         Raises:
             DataError: if parts are missing or contradict each other.

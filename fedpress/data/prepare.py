@@ -25,12 +25,12 @@ def prepare(rows: Sequence[Mapping[str, Any]], preparation: Preparation) -> Tens
         rows: a dictionary for each row, by column name; further columns are ignored. Values are
             text, as `csv.DictReader` returns it, or numbers, booleans and words. A missing cell is
             None, NaN, or one of the texts in `preparation.gaps`.
-        preparation: the result of `Preparation.read("inputs.json")`, or the attribute of a loaded
-            data set.
+        preparation: the result of `Preparation.read("inputs.json")`, or the attribute
+            `preparation` of a loaded data set.
 
     Raises:
-        DataError: if a row lacks a column, or has a missing cell or an unknown word that training
-            did not allow.
+        DataError: if a row lacks a column, has a missing cell or an unknown word that training did
+            not allow, or has a value of a wrong type or an infinite number.
 
     >>> age = InputColumn("age", "number", fill=(40.0,))
     >>> job = InputColumn("job", "words", ("cook", "nurse"), fill=(0.5, 0.5))
@@ -56,7 +56,7 @@ def _cell(row: Mapping[str, Any], at: int, column: InputColumn, preparation: Pre
             cure="add the column, with None where it has no value",
         )
     value = row[column.name]
-    # pandas has NaN for a missing cell, also among words.
+    # pandas marks a missing cell by NaN, in columns of words too.
     if isinstance(value, float | np.floating) and math.isnan(value):
         return None
     if isinstance(value, str) and value in preparation.gaps:
@@ -110,7 +110,8 @@ def _words(cells: list[Any], name: str) -> Any:
 
 def _numbers(cells: list[Any], column: InputColumn, decimal: str) -> np.ndarray:
     """Returns float32 [n, 1], with NaN for missing cells and for text that is not a number."""
-    # Text is converted by the same code as in training; other cells are null in this step.
+    # Text is converted by the same code as in training; the other cells follow in the loop
+    # below.
     texts = [cell if isinstance(cell, str) else None for cell in cells]
     values = pa.chunked_array([pa.array(texts, pa.string())])
     kind = pa.bool_() if column.kind == "truth" else pa.float64()

@@ -12,7 +12,9 @@ from fedpress.data.partition import Partition
 from fedpress.errors import Argument, FedpressError, SettingError, suggestion
 
 BUILT_IN = ("digits", "cifar10", "csv", "parquet", "folders")
+"""Names of the sources that need no function of the user."""
 Share = Annotated[float, Field(ge=0, lt=1)]
+"""Type of a share of rows: at least 0 and below 1."""
 
 
 def _known_source(source: object) -> object:
@@ -28,7 +30,7 @@ def _known_source(source: object) -> object:
 
 def _known_encoding(name: str) -> str:
     try:
-        # Encodings have many spellings ("utf8", "UTF-8"): only using one shows if Python knows it.
+        # Encodings have many spellings ("utf8", "UTF-8"), so the name is tried here.
         "".encode(name)
     except (LookupError, ValueError) as error:
         raise SettingError(
@@ -72,13 +74,14 @@ def _all_different(names: tuple[str, ...]) -> tuple[str, ...]:
 Names = Annotated[
     tuple[str, ...], BeforeValidator(_as_words), AfterValidator(_all_different), Field(min_length=1)
 ]
-"""A list of different words; numbers may be written without quotes."""
+"""A list of different words; integers and booleans may be written without quotes."""
 
 
 class DataSettings(BaseModel, frozen=True, extra="forbid"):
     """Which rows are private to which client, which are public, and which are for testing.
 
-    The rows are split in this order:
+    A natural client is the client that the data itself names for a row, such as a hospital. The
+    rows are split in this order:
 
     1. Rows of `public_clients` become public.
     2. The test set is the rows of `test_clients`, or the source's own test set, or a share
@@ -133,7 +136,9 @@ class DataSettings(BaseModel, frozen=True, extra="forbid"):
     )
     # From the public part: choices that are made on private rows would cost privacy.
     validation: Annotated[int, Field(ge=0)] | Share = Field(
-        0.1, description="rows of the public part, as a whole number, or as a share below 1"
+        0.1,
+        description="number of public rows for validation, or their share of the public part "
+        "(below 1)",
     )
     client_column: str | None = Field(
         None,
@@ -157,8 +162,8 @@ class DataSettings(BaseModel, frozen=True, extra="forbid"):
     )
     feature_columns: tuple[str, ...] | None = Field(
         None,
-        description="the columns to predict from; by default all others; one column of images is "
-        "decoded",
+        description="the columns to predict from; by default all others; a single column of images "
+        "is decoded",
     )
     drop_columns: tuple[str, ...] = Field((), description="columns to leave out of the features")
     delimiter: str = Field(
@@ -172,8 +177,8 @@ class DataSettings(BaseModel, frozen=True, extra="forbid"):
     )
     encoding: Annotated[str, AfterValidator(_known_encoding)] | None = Field(
         None,
-        description="of a CSV file, such as latin-1; by default UTF-8, or UTF-16 with a byte order "
-        "mark",
+        description="encoding of a CSV file, such as latin-1; by default UTF-8, or UTF-16 with a "
+        "byte order mark",
     )
     # An error by default, since both other ways change what the model learns.
     missing: Literal["error", "drop", "mean"] = Field(
@@ -195,7 +200,7 @@ class DataSettings(BaseModel, frozen=True, extra="forbid"):
     public_words: tuple[str, ...] = Field(
         (),
         description="columns whose list of words is no secret, so that it is taken from private "
-        "rows too; the label's column stands for the classes",
+        "rows too; with the label column, all labels become classes",
     )
     # Private rows may have labels that no public row has, and these must not become classes.
     unknown: Literal["drop", "other"] | None = Field(
@@ -215,7 +220,9 @@ class DataSettings(BaseModel, frozen=True, extra="forbid"):
         (), description="mean of each channel or feature; by default that of the public part"
     )
     std: tuple[Annotated[float, Field(gt=0)], ...] = Field(
-        (), description="standard deviation of each channel or feature; by default likewise"
+        (),
+        description="standard deviation of each channel or feature; by default that of the "
+        "public part",
     )
 
     @property

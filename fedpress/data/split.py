@@ -25,12 +25,13 @@ def split_rows(examples: SourceRows, settings: DataSettings, seed: int) -> Feder
     """Splits the rows as `DataSettings` says; equal seeds give equal splits.
 
     Raises:
-        DataError: if there are too few rows for the sizes in the settings.
+        DataError: if there are too few rows for the sizes in the settings, or the settings do not
+            fit the data: for example, they name a client that it does not have.
     """
     partition = settings.partition
     if partition is None:
         partition = Iid() if examples.owners is None else Natural()
-    # First all rows of named clients are taken out; shares are then taken of the other clients.
+    # Clients that the settings name are taken out with all their rows, before the shares.
     rows = torch.arange(len(examples.train))
     public, rows = _split_off_clients(examples, rows, settings.public_clients, "public_clients")
     test, rows = _split_off_test(examples, rows, settings, seed)
@@ -128,6 +129,8 @@ def _split_off_share(
 ) -> tuple[Tensor, Tensor]:
     """Splits off a random share of each natural client's rows.
 
+    If the source names no clients, all rows count as the rows of one client.
+
     Args:
         examples: the rows of the source.
         rows: positions of the rows to split.
@@ -142,10 +145,10 @@ def _split_off_share(
     drawn = [torch.zeros(0, dtype=torch.int64)]
     for owner in owners.unique().tolist():
         own = torch.nonzero(owners == owner).flatten()
-        # The random stream depends on the client's name, so that adding a client changes no other.
+        # The random stream depends on the client's name, so that it is the same if others join.
         name = examples.owner_names[owner] if examples.owner_names else ""
         order = public_stream(seed, "data", stream, name).permutation(len(own))
-        # The small addition is needed because 0.3 * 10 can be slightly below 3 in floating point.
+        # The small addition is needed because 0.29 * 100 is slightly below 29 in floating point.
         count = int(share * len(own) + 1e-9)
         drawn.append(own[order[:count]])
     taken = torch.cat(drawn)
@@ -167,7 +170,7 @@ def _split_off_validation(
                 "lower validation, or declare more rows public with public_share or public_clients"
             ),
         )
-    # This random stream is separate, so that the sizes of other parts do not change the order.
+    # A random stream of its own, so that draws for other parts do not change the order.
     order = public[public_stream(seed, "data", "validation").permutation(len(public))]
     return order[:count], order[count:]
 
@@ -187,7 +190,7 @@ def _assemble(examples: SourceRows, settings: DataSettings, parts: Parts) -> Fed
         inputs = InputRows(examples.train.x, torch.zeros(len(examples.train), dtype=torch.bool))
     else:
         inputs = examples.inputs(parts.public[found.known[parts.public]])
-    # A row needs both a target and inputs.
+    # A row without a target or without inputs is dropped.
     usable = found.known & ~inputs.left_out
     _check_clients(parts, usable)
     left_out: dict[str, int] = {}
@@ -279,6 +282,6 @@ def _preprocess(public: Inputs, settings: DataSettings) -> Preprocess:
         raise DataError(
             f"{len(settings.mean)} values for examples of {public.shape[1]} channels",
             place="mean",
-            cure="give one of each",
+            cure="give one mean and one std for each channel, or for all channels",
         )
     return Preprocess(settings.mean, settings.std)

@@ -21,7 +21,8 @@ from fedpress.data.settings import DataSettings
 from fedpress.data.targets import READERS, targets_of
 from fedpress.errors import DataError, suggestion
 
-# With `client_column = "file"` each file is a client, named by the file.
+# With `client_column = "file"` each file is a client with the name of the file, unless the table
+# has a column "file".
 FILE = "file"
 
 
@@ -35,7 +36,7 @@ def read_tables(settings: DataSettings, progress: Progress | None) -> SourceRows
     files = find(settings.path, settings.source)
     table = _concatenate([_read_file(file, settings) for file in files], files)
     names = _feature_names(table, settings)
-    # Before the split, so that shares and sizes refer to rows that are really used.
+    # Incomplete rows are dropped before the split, so that shares refer to rows that are used.
     if settings.missing == "drop":
         used = [*names, *settings.label_columns]
         if settings.client_column:

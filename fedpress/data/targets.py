@@ -2,7 +2,8 @@
 
 Partitioners, which divide rows among clients, need one label for each row. If the target is a
 number, this label is the decile of the number. So with `dirichlet` some clients get mostly high
-values and other clients mostly low values. If a row has several labels, it is their combination.
+values and other clients mostly low values. If the target is several labels, each combination of
+labels counts as one label.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ from fedpress.data.settings import DataSettings
 from fedpress.errors import DataError
 from fedpress.tasks.base import Targets
 
-GROUPS = 10  # deciles
+# Numbers are divided into this many groups (deciles).
+GROUPS = 10
 
 
 class TargetReader(Protocol):
@@ -76,7 +78,7 @@ class NumberColumns:
         """Returns int64 [n]: the decile of each row's value in the first column, from 0 to 9.
 
         Raises:
-            DataError: if a value is missing.
+            DataError: if a value is missing in any column.
         """
         for column in self.columns:
             refuse_missing(column.values, f"label column '{column.name}'")
@@ -86,7 +88,7 @@ class NumberColumns:
         """Returns float32 [n], or [n, k] for several columns.
 
         Raises:
-            DataError: if a public row has no finite number.
+            DataError: if a public row lacks a finite number, or every row lacks one.
         """
         y = torch.from_numpy(np.stack([_as_numbers(column) for column in self.columns], 1))
         known = y.isfinite().all(1)
@@ -98,7 +100,7 @@ class NumberColumns:
                     place=f"label column '{column.name}'",
                     cure="name a column of numbers",
                 )
-        # Only said for the whole column: an error must not describe single private rows.
+        # Raised only if no row is usable: an error must not describe single private rows.
         if not bool(known.any()):
             raise DataError(
                 "no row holds a number",

@@ -19,11 +19,12 @@ from fedpress.deploy.examples import InputSpec, check_tensors, example_of, is_sh
 from fedpress.errors import Argument, ExportError
 from fedpress.nn.observers import Observer
 
-# Allowed error of an output, relative to the largest logit, or absolute where all are below 1.
-# Float: runtimes add float32 numbers in another order than torch.
+# Allowed absolute error of an output. If the largest absolute value of the output is above 1, the
+# allowed error is multiplied by it. This value is for files that compute in float: runtimes add
+# numbers in another order than torch.
 TOLERANCE = 1e-4
-# Integers: a value halfway between two steps may be rounded up in one runtime and down in another,
-# and the later layers compute with that difference.
+# The same for files that compute on integers: a value halfway between two steps may be rounded up in
+# one runtime and down in another, and the later layers compute with that difference.
 ROUNDING = 0.05
 
 
@@ -43,9 +44,10 @@ class Job:
         batches: batches of public examples for calibration, in the form of `example` or as
             standardised float32 [n, *input_shape]. If there are any, the file computes on 8-bit
             integers, else in float. In both cases quantized weights are stored in few bits.
-        observer: how value ranges are computed from the calibration (`fedpress.nn.observers`).
-        weight_bits: bits of weights that are float in the model; 7 for processors on which sums of
-            8-bit products overflow (see docs/devices.md).
+        observer: name of the rule that computes value ranges from the calibration batches (see
+            `fedpress.nn.observers`).
+        weight_bits: bits to which float weights of the model are quantized; 7 for processors on
+            which sums of 8-bit products overflow (see docs/devices.md).
     """
 
     input_shape: tuple[int, ...] = ()
@@ -140,8 +142,8 @@ class Artifact:
         path: the file.
         file_bytes: size of the file.
         metadata: the entries that are stored in the file.
-        left_float: module or operation that computes in float although integers were asked for ->
-            the reason.
+        left_float: module or operation that computes in float although integers were asked for, or
+            whose weights are stored in more bits than they need -> the reason.
         program: the quantized graph from which the file was made, for comparing outputs; None if
             the file was made from the float model.
         rounds: whether the file rounds activations. Two runtimes may then round the same value to

@@ -54,8 +54,14 @@ def ranges(
 
     A tensor that was not finite on some batch has (NaN, NaN).
 
+    Args:
+        graph: the captured model.
+        batches: standardised examples.
+        observer: name of the rule that computes the range; "minmax" takes the least and the largest
+            value, other rules use a histogram of the values.
+
     Raises:
-        ExportError: if a batch does not fit or is not finite.
+        ExportError: if a batch does not fit or is not finite, or the model fails on it.
     """
     recorder = _RangeRecorder(graph)
     inputs = [n for n in graph.graph.nodes if n.op == "placeholder"]
@@ -79,7 +85,7 @@ def ranges(
         found[node] = histogram.low, histogram.high
         if histogram.high > histogram.low:
             found[node] = OBSERVERS[observer](histogram, grid)
-    # NaN is for the caller to report: only it knows which values are quantized.
+    # The caller must report NaN, because only the caller knows which values are quantized.
     return found | dict.fromkeys(recorder.not_finite, (math.nan, math.nan))
 
 

@@ -28,9 +28,10 @@ from fedpress.deploy.examples import (
 from fedpress.errors import ExportError
 from fedpress.nn.resize import copied
 
+# Name of the batch dimension in graphs and files.
 BATCH = "batch"
 
-# The folder of the repository. For an installed package it is another folder, without constraints.
+# The folder of the repository. In an installed package this folder has no constraints file.
 CLONE = Path(__file__).parents[2]
 
 # What torch.export says when the batch size is a constant in the graph.
@@ -73,7 +74,7 @@ def extra(name: str, constraints: str = "constraints.txt") -> str:
 
 
 def require(*packages: str, install: str = "") -> dict[str, Any]:
-    """Imports optional `packages` by name when they are needed, and returns them by name.
+    """Imports optional `packages` at the time of the call, and returns the modules by name.
 
     Args:
         packages: names to import, such as "onnxruntime".
@@ -113,7 +114,7 @@ def capture(
         model: the model, which maps a batch to one tensor, or to tensors in tuples and
             dictionaries.
         given: shape of one float32 example, or a batch of inputs.
-        batch: the batch size of the graph; None leaves it free.
+        batch: the batch size of the graph; None: the graph takes any batch size.
 
     Raises:
         ExportError: if the model cannot be captured, or a parameter is not finite. The error names
@@ -211,7 +212,7 @@ def _blame(model: nn.Module, error: BaseException) -> str:
     """Returns the name of the innermost module that was running when `error` was raised."""
     names = {id(module): name for name, module in model.named_modules()}
     inner: nn.Module = model
-    # The traceback is ordered from the outermost call to the innermost, so the last module is it.
+    # The traceback is ordered from the outermost call to the innermost, so the last match counts.
     frame = error.__traceback__
     while frame:
         owner = frame.tb_frame.f_locals.get("self")

@@ -33,8 +33,8 @@ class DeviceGraph:
         rounded: the quantized program in torch, whose outputs the file must reproduce; None for a
             model without any quantization.
         integer: whether activations are quantized, with ranges from calibration batches.
-        rounds: whether any activation is rounded. This can be so without calibration, if the
-            quantize stage has quantized the inputs of layers.
+        rounds: whether any activation is rounded. This can be so without calibration, if layers of
+            the model have quantized inputs.
     """
 
     graph: fx.GraphModule
@@ -62,8 +62,8 @@ def device_graph(
             `IntegerFormat`).
 
     Raises:
-        ExportError: if the model cannot be captured, or a calibration batch does not fit or is not
-            finite.
+        ExportError: if the model cannot be captured, takes anything but one float32 tensor, or
+            returns more than one tensor; or if a calibration batch does not fit or is not finite.
     """
     shape = job.one_shape(format)
     if job.batches or any(True for _ in quantized_layers(model)):
@@ -110,7 +110,7 @@ def _keep_spatial_means_(graph: fx.GraphModule) -> None:
             continue
         source = node.args[0]
         channels = source.meta["val"].shape[1]
-        # If the old mean was rounded after it, the new one gets the same rounding before the view.
+        # If the old mean is rounded, the new mean is rounded in the same way, before the view.
         roundings = [u for u in node.users if u.target is ops.quantize_per_tensor.default]
         with graph.graph.inserting_before(node):
             kept = graph.graph.call_function(aten.mean.dim, (source, [-1, -2], True))
@@ -145,7 +145,8 @@ def _is_spatial_mean(node: fx.Node) -> bool:
 def dequantize_for_each_reader_(graph: fx.GraphModule) -> None:
     """Copies a dequantization that several operations read, so that each reads its own.
 
-    A partitioner can then accept one reader together with its dequantization, and not the others.
+    A partitioner (it selects the operations that a backend computes) can then accept one reader
+    together with its dequantization, and refuse the others.
     """
     for node in list(graph.graph.nodes):
         if node.target is torch.ops.quantized_decomposed.dequantize_per_tensor.default:
@@ -161,8 +162,8 @@ def coded_weights(graph: fx.GraphModule, *, groups: bool = False) -> Iterator[tu
 
     Args:
         graph: the graph.
-        groups: whether to yield weights with several scales per output channel, or weights with
-            one.
+        groups: True yields only weights with several scales per output channel, False only
+            weights with one scale per output channel.
     """
     ops = torch.ops.quantized_decomposed
     wanted = ops.dequantize_per_channel.default
@@ -180,9 +181,9 @@ def make_float_(graph: fx.GraphModule, node: fx.Node) -> None:
         if isinstance(argument, fx.Node):
             arguments[at] = constant_of(graph, argument)
     target: Any = node.target
+    # The weight is computed by the same operation as in the graph, so that no bit changes.
     with torch.no_grad():
         value: Tensor = target(*arguments)
-    # Computed by the same operation as in the graph, so that no bit changes.
     name = str(node.all_input_nodes[0].target).removesuffix("_codes") + "_float"
     owner, _, key = name.rpartition(".")
     graph.get_submodule(owner).register_buffer(key, value)
@@ -205,8 +206,8 @@ def constant_of(graph: fx.GraphModule, node: fx.Node) -> Tensor:
 def captured_output() -> Iterator[Callable[[], str]]:
     """Captures what runtimes print, also from C++; yields a function that returns the text so far.
 
-    C++ code writes directly to the file descriptors 1 and 2, so these are replaced by a temporary
-    file, and restored at the end.
+    It returns at most the first MiB. C++ code writes directly to the file descriptors 1 and 2, so
+    these are replaced by a temporary file, and restored at the end.
     """
     with contextlib.ExitStack() as stack:
         taken = stack.enter_context(tempfile.TemporaryFile())
@@ -225,7 +226,7 @@ def captured_output() -> Iterator[Callable[[], str]]:
 
 
 def first_line(error: BaseException) -> str:
-    """Returns the line of an error's message that gives the reason; else the error's type."""
+    """Returns the first line of an error's message that gives a reason; else the error's type."""
     for line in map(str.strip, str(error).splitlines()):
         # OpenVINO's messages begin with a line of its own source code.
         if line and not line.startswith("Exception from"):

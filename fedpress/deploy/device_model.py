@@ -21,9 +21,10 @@ from fedpress.errors import DataError, ExportError
 from fedpress.nn.quantized import is_qparam
 from fedpress.tasks import Classification, of_model
 
+# Python module of ExecuTorch that runs programs that train.
 RUNTIME = "executorch.extension.training"
 NET = "net."
-"""Prefix of the parameter names in a program: `ondevice._Trained` has the model as `net`."""
+"""Prefix of all parameter names in a program (the attribute `net` of `ondevice._Trained`)."""
 
 
 class DeviceModel(nn.Module):
@@ -31,6 +32,13 @@ class DeviceModel(nn.Module):
 
     Code that reads or overwrites parameters (`core.parameters`, a federated client) can use it like
     any other module. It has no forward; `backward`, `mean_gradient` and `logits` run the program.
+
+    Attributes:
+        metadata: the entries that are stored in the file.
+        batch_size: number of examples in one run of the program.
+        input_shape: shape of one example.
+        task: the task whose loss the program computes.
+        outputs: number of outputs for one example.
     """
 
     def __init__(self, program: bytes | str | Path) -> None:
@@ -40,7 +48,7 @@ class DeviceModel(nn.Module):
             program: the path of a file, or the bytes of the file.
 
         Raises:
-            ExportError: if the file is damaged, or is not a training program.
+            ExportError: if the file is missing or damaged, or is not a training program.
         """
         super().__init__()
         data = program if isinstance(program, bytes) else _read_file(program)
@@ -132,7 +140,7 @@ class DeviceModel(nn.Module):
                     f"got {list(x.shape)}, {list(y.shape)} and {list(weights.shape)}"
                 ),
                 place="x",
-                cure="fill the batch up with weights of 0",
+                cure="pad the batch with examples of weight 0",
             )
         return self._run(x, self._checked(y), weights)
 
@@ -166,7 +174,8 @@ class DeviceModel(nn.Module):
     def mean_gradient(self, x: Tensor, y: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Returns the mean loss over a batch [n, ...] of any size, and its gradients by name.
 
-        Loss and gradients are summed over runs of the program, each on `batch_size` examples.
+        The program runs on `batch_size` examples at a time, each with weight 1 / n. Loss and
+        gradients are summed over the runs.
 
         Raises:
             ExportError: if there is no example, the numbers of examples and targets differ, or
@@ -176,7 +185,7 @@ class DeviceModel(nn.Module):
             raise ExportError(
                 f"got {len(x)} examples and {len(y)} targets",
                 place="y",
-                cure="give one target each, and at least one",
+                cure="give at least one example, and one target for each",
             )
         total = torch.zeros(())
         gradients: dict[str, Tensor] = {}
@@ -223,7 +232,10 @@ class DeviceModel(nn.Module):
             yield self._padded(part, targets, len(x))
 
     def _padded(self, x: Tensor, y: Tensor, n: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Pads a part of a batch of `n` examples to `batch_size`, with zeros of weight 0."""
+        """Pads a part of a batch of `n` examples to `batch_size`, with zeros of weight 0.
+
+        The weights of its examples are 1 / n.
+        """
         lacks = self.batch_size - len(x)
         weights = torch.cat([torch.full((len(x),), 1 / n), torch.zeros(lacks)])
         return (

@@ -86,7 +86,7 @@ def check_tensors(example: Any, where: str) -> None:
 
 
 def rows_of(example: Example) -> int:
-    """Returns the batch size."""
+    """Returns the number of rows, that is, the batch size."""
     return len(tensors_of(example)[0])
 
 
@@ -127,14 +127,17 @@ def ordered(model: nn.Module, example: Example) -> Example:
 
 
 def by_name(example: Example, names: Sequence[str]) -> list[Tensor]:
-    """Returns the tensors, in the order of `names` if these are the keys of the example."""
+    """Returns the tensors in the order of `names`, if these are the keys of the example.
+
+    Otherwise they keep their order.
+    """
     if isinstance(example, Mapping) and set(example) == set(names):
         return [example[name] for name in names]
     return tensors_of(example)
 
 
 def names_of(model: nn.Module, example: Example) -> list[str]:
-    """Returns the argument names of the tensors in forward; a single tensor is called `input`."""
+    """Returns the name of forward's argument for each tensor; `input` for a lone unnamed tensor."""
     args, named = arguments(example)
     if not named and len(args) == 1:
         return ["input"]
@@ -142,7 +145,7 @@ def names_of(model: nn.Module, example: Example) -> list[str]:
     for parameter in inspect.signature(model.forward).parameters.values():
         if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD):
             names.append(parameter.name)
-    # Tensors beyond the named arguments go into forward's *args, which has one name for all.
+    # Tensors beyond the named arguments go into forward's *args, so they get numbers as names.
     for at in range(len(names), len(args)):
         names.append(f"input_{at}")
     return [*names[: len(args)], *named]
@@ -213,7 +216,9 @@ def flatten(given: Any) -> tuple[Structure, list[Tensor], list[str]]:
 
 
 def unflatten(structure: Structure, parts: Sequence[Any]) -> Any:
-    """Rebuilds the structure from `parts`: the reverse of `flatten`, with tuples and dictionaries.
+    """Rebuilds the structure from `parts`: the reverse of `flatten`.
+
+    Lists, tuples and dataclasses become tuples and dictionaries.
 
     >>> unflatten({"logits": 0, "hidden": [1, None]}, ["a", "b"])
     {'logits': 'a', 'hidden': ('b', None)}
@@ -242,8 +247,8 @@ def in_batches(run: Callable[[Example], list[Tensor]], example: Example, size: i
     for part in in_parts(example, size):
         outputs = run(part)
         here = [t.dim() > 0 and len(t) == rows_of(part) for t in outputs]
-        # An output may have as many entries as the batch by chance. In a smaller last batch that
-        # chance is excluded.
+        # An output may have as many entries as the batch by chance. If the last batch is smaller,
+        # such an output is recognised there.
         has_batch = [a and b for a, b in zip(has_batch or here, here, strict=True)]
         found.append(outputs)
 

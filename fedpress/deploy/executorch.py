@@ -27,6 +27,7 @@ from fedpress.deploy.device import (
 from fedpress.deploy.session import FileInput, Session
 from fedpress.errors import ExportError
 
+# Arguments of `pip install` for the package.
 INSTALL = extra("executorch")
 # Operations that XNNPACK accepts, but computes in float after dequantizing their inputs.
 FLOAT_INSIDE = ("avg_pool2d", "bmm")
@@ -38,11 +39,11 @@ def export_executorch(model: torch.nn.Module, path: str | Path, job: Job) -> Art
     """Writes `model` in evaluation mode as an ExecuTorch program for batches of one.
 
     XNNPACK is a library of fast kernels for the processors of phones. With calibration batches in
-    `job`, convolutions, linear layers, sums, means and pools compute on 8-bit integers. XNNPACK has
-    no convolution with 4-bit weights, so weights of fewer than 8 bits are stored in 8 bits; without
-    calibration they are stored as float32. Operations that XNNPACK does not support run in
-    ExecuTorch's portable kernels. `left_float` of the result lists all exceptions. The model is not
-    changed.
+    `job`, convolutions, linear layers, sums, means and max pools compute on 8-bit integers. XNNPACK
+    has no convolution with 4-bit weights, so weights of fewer than 8 bits are stored in 8 bits.
+    Without calibration all quantized weights are stored as float32. Operations that XNNPACK does
+    not support run in ExecuTorch's portable kernels. `left_float` of the result lists all
+    exceptions. The model is not changed.
 
     Raises:
         ExportError: if the model cannot be captured or lowered, or if the file cannot be written.
@@ -79,13 +80,13 @@ def _lower(made: DeviceGraph, job: Job, metadata: dict[str, str]) -> tuple[bytes
     outside: dict[str, str] = {}
     edge = _partitioned(made, job, metadata)
     # Outside of XNNPACK's partitions no kernel reads integer weights. Such weights are made float,
-    # and the graph is lowered again. That may move further layers out of the partitions, so it is
-    # repeated until none is left.
+    # and the graph is lowered again. That may move further layers out of the partitions, so this
+    # is repeated until no integer weights are left outside.
     while stuck := _layers_left_on_codes(edge):
         for name, node in coded_weights(made.graph):
             if name in stuck:
                 make_float_(made.graph, node)
-                outside[name] = "XNNPACK does not take it on integers; computes in float"
+                outside[name] = "XNNPACK does not take it with integer weights; computes in float"
         edge = _partitioned(made, job, metadata)
     if made.integer:
         for node in _operations_inside(edge):
@@ -183,10 +184,10 @@ def _run_once(data: bytes, input_shape: tuple[int, ...]) -> None:
 
 
 def refused_kernel(printed: str) -> str | None:
-    """Returns a description of the operation that the runtime cannot run; None if there is none.
+    """Returns a description of the operation that the runtime cannot run; None if no name is found.
 
-    The runtime's exceptions contain only an error code. The name of the operation is searched in
-    the text that the runtime has printed.
+    The runtime's exceptions contain only an error code. The name of the operation is taken
+    from `printed`, the text that the runtime has printed.
 
     >>> refused_kernel("[method.cpp:822] Missing operator: [23] aten::avg_pool2d_backward.out")
     "no kernel that runs the operation 'aten::avg_pool2d_backward' of this model"
@@ -216,7 +217,7 @@ def open_executorch(path: str | Path, threads: int = 0) -> Session:
     Args:
         path: the file.
         threads: size of XNNPACK's thread pool, which all programs of this process share; 0: one for
-            each core.
+            each logical processor.
 
     Raises:
         ExportError: if the file cannot be loaded. The session raises the same error if the file
@@ -265,8 +266,14 @@ def open_executorch(path: str | Path, threads: int = 0) -> Session:
 def load_method(runtime: Any, path: str | Path, method: str) -> tuple[Any, Any]:
     """Returns the program of a file and one of its methods.
 
+    Args:
+        runtime: the Python module `executorch.runtime`.
+        path: the file.
+        method: name of the method.
+
     Raises:
-        ExportError: if the file is damaged or needs a kernel that this runtime lacks.
+        ExportError: if the file is damaged, has no such method, or needs a kernel that this runtime
+            lacks.
     """
     try:
         with captured_output():

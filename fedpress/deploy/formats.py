@@ -48,13 +48,14 @@ class Format:
 
     def missing(self) -> str | None:
         """Returns the command that installs missing packages; None if all are installed."""
-        # Looks for the packages without importing them, which takes seconds.
+        # The packages are not imported, because imports take seconds.
         if all(find_spec(name) is not None for name in self.packages):
             return None
         return f"pip install {self.install}"
 
 
-# ExecuTorch and LiteRT programs have fixed sizes; a device answers one request at a time.
+# ExecuTorch and LiteRT programs have a fixed batch size. It is 1 here, because a device answers one
+# request at a time.
 FORMATS: dict[str, Format] = {
     "onnx": Format(
         suffix=".onnx",
@@ -91,6 +92,7 @@ FORMATS: dict[str, Format] = {
         open=open_openvino,
     ),
 }
+"""Name of each format, as users write it -> its description."""
 
 
 def unknown_format(format: str) -> ExportError:
@@ -142,7 +144,7 @@ def format_of(path: str | Path) -> Format:
 
 
 def file_bytes(path: str | Path) -> int:
-    """Returns the size of an artifact in bytes.
+    """Returns the size of an exported file in bytes.
 
     For OpenVINO it includes the weights, which are in a second file.
 
@@ -160,7 +162,7 @@ def file_bytes(path: str | Path) -> int:
 
 
 def open_file(path: str | Path, *, threads: int = 0) -> Session:
-    """Loads an artifact. The session is called like the model, with numpy arrays for tensors.
+    """Loads an exported file. The session is called like the model, with numpy arrays for tensors.
 
     Args:
         path: the file.
@@ -170,6 +172,6 @@ def open_file(path: str | Path, *, threads: int = 0) -> Session:
         ExportError: if the file cannot be loaded.
     """
     row = format_of(path)
-    # Called for its error: it names the missing file, also OpenVINO's second one.
+    # Called only for its error, which names a missing file, also OpenVINO's second file.
     file_bytes(path)
     return row.open(Path(path), threads)

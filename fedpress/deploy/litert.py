@@ -25,7 +25,9 @@ from fedpress.deploy.device import (
 from fedpress.deploy.session import FileInput, Session
 from fedpress.errors import ExportError
 
+# Arguments of `pip install` for the packages.
 INSTALL = extra("litert", "constraints-litert.txt")
+# Python module that runs files.
 RUNTIME = "ai_edge_litert.interpreter"
 # Codes of the file format: TensorType.INT8, INT4 and FLOAT32, BuiltinOperator.QUANTIZE.
 EIGHT_BITS, FOUR_BITS = 9, 17
@@ -51,7 +53,7 @@ MOVES = {
     "SELECT",
 }
 READERS = {(3, 1), (4, 1), (9, 1), (6, 0)}
-"""Kernels that read 4-bit weights, as (operation, index of the argument).
+"""Kernels that read 4-bit weights: code of the operation, and index of its argument for weights.
 
 The operations are CONV_2D, DEPTHWISE_CONV_2D, FULLY_CONNECTED and DEQUANTIZE.
 """
@@ -75,7 +77,7 @@ def export_litert(model: nn.Module, path: str | Path, job: Job) -> Artifact:
     for name, node in coded_weights(made.graph, groups=True):
         make_float_(made.graph, node)
         made.left_float[name] = (
-            "LiteRT has one scale per output channel; its weights are stored as float"
+            "its weights have several scales per output channel, LiteRT has one; stored as float"
         )
     for _, node in coded_weights(made.graph):
         _quantize_from_float_(made.graph, node)
@@ -146,7 +148,7 @@ def _compressed(data: bytes, metadata: dict[str, str]) -> tuple[bytes, list[str]
     """Stores constants as integers, packs 4-bit weights two to a byte, and adds the metadata.
 
     Returns:
-        The file, and the operations in it that compute on floats.
+        The file, and the names of operations in it that compute on floats.
     """
     import flatbuffers
     from ai_edge_litert import schema_py_generated as schema
@@ -199,7 +201,7 @@ def _float_operations(file: Any, graph: Any) -> Iterator[str]:
 
 
 def _operation_code(file: Any, operator: Any) -> int:
-    # A code up to 127 may be in the old field only. The schema says to use the larger of the two.
+    # A code up to 127 may be in the old field only. The schema says to use the larger field.
     entry = file.operatorCodes[operator.opcodeIndex]
     return int(max(entry.builtinCode, entry.deprecatedBuiltinCode))
 
@@ -221,7 +223,7 @@ def _packable_weights(file: Any, graph: Any) -> Iterator[Any]:
 
 
 def _store_codes_(file: Any, graph: Any) -> None:
-    """Replaces float constants that the graph quantizes by their 8-bit codes."""
+    """Stores the 8-bit codes of float constants that the graph quantizes, not the constants."""
     kept = []
     for operator in graph.operators:
         source = graph.tensors[operator.inputs[0]]
@@ -250,7 +252,7 @@ def open_litert(path: str | Path, threads: int = 0) -> Session:
 
     Args:
         path: the file.
-        threads: number of threads; 0: one for each core.
+        threads: number of threads; 0: one for each logical processor.
 
     Raises:
         ExportError: if the file cannot be loaded. The session raises the same error if the file

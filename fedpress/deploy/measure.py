@@ -1,4 +1,4 @@
-"""Measures models and exported files side by side: latency, peak memory and roofline."""
+"""Measures models and files side by side: latency, peak memory, and share of the possible speed."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def export_all(
 
     Args:
         model: the model.
-        job: settings of the float export.
+        job: settings of the export; its `batches` are ignored.
         folder: folder for the files.
         formats: keys of `FORMATS`; None: all formats whose packages are installed.
         calibration: batches of standardised examples, to measure value ranges for int8.

@@ -25,6 +25,11 @@ def peak_memory(runnable: Runnable, given: InputSpec, *, batch: int = 1) -> int:
     The runtime is imported first, so its own memory is not counted. A model runs as its captured
     graph, in eager torch.
 
+    Args:
+        runnable: a model, or the path of an exported file.
+        given: shape of one float32 example, or a batch of inputs.
+        batch: number of examples in the run.
+
     Raises:
         ExportError: if `runnable` cannot be run.
     """
@@ -59,8 +64,8 @@ def peak_memory(runnable: Runnable, given: InputSpec, *, batch: int = 1) -> int:
     return int(done.stdout.splitlines()[-1])
 
 
-# Outside Linux the peak memory of a process cannot be reset. So the program first imports the
-# runtime and runs torch once, and reports only the growth after that.
+# Outside Linux the peak memory of a process cannot be reset. So this program first imports
+# the runtime (for a model, it runs torch once), and reports only the growth after that.
 _PROBE = """
 import json, resource, sys
 import numpy as np

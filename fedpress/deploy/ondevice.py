@@ -25,8 +25,8 @@ from fedpress.nn.compact import compact_
 from fedpress.nn.resize import copied
 from fedpress.tasks import Classification, Task
 
-# Allowed error of a gradient, relative to the largest gradient of the parameter: two programs may
-# sum float32 numbers in another order.
+# Allowed relative error of outputs, of the loss and of the gradient of a parameter: two programs
+# may sum float32 numbers in different orders.
 TOLERANCE = 1e-3
 
 
@@ -62,8 +62,8 @@ def export_training(
     since some of ExecuTorch's kernels for training are wrong (see `deploy.pooling`).
 
     For a sparse weight, only the values that are not pruned are parameters (see
-    `fedpress.nn.compact`). So pruned values stay 0, and the flat vector of parameters is the same
-    as for other clients of a federate stage.
+    `fedpress.nn.compact`). So pruned values stay 0, and the flat vector of parameters has the
+    same layout as that of the other clients in federated training.
 
     Args:
         model: the model, which maps float32 [N, *input_shape] to [N, outputs]; it is not changed.
@@ -124,7 +124,7 @@ def _check_no_dropout(model: nn.Module) -> None:
 
 
 def _copy(model: nn.Module) -> nn.Module:
-    """Returns a copy in evaluation mode on the CPU, after the checks of its parameters."""
+    """Returns a copy in evaluation mode on the CPU, and checks its parameters."""
     net = copied(model).to("cpu").eval()
     check_finite(net)
     first_name: dict[nn.Parameter, str] = {}
@@ -200,13 +200,13 @@ def _check_trainable(trained: _Trained, example: tuple[Tensor, Tensor, Tensor]) 
                 "but a program for devices has one mode"
             ),
             place="model",
-            cure="take that out of its forward",
+            cure="remove this difference from its forward",
         )
     if (among_others - logits)[0].abs().max() > allowed:
         raise ExportError(
             (
-                "the logits of one example depend on the others of its batch (a batch norm "
-                "without running statistics?), but devices fill batches up"
+                "the logits of one example depend on other examples of its batch (a batch norm "
+                "without running statistics?), but devices pad batches"
             ),
             place="model",
             cure="use group norm",
@@ -296,7 +296,8 @@ def _compare(data: bytes, trained: _Trained, example: tuple[Tensor, Tensor, Tens
     """Compares loss and gradients of the program with those of torch's autograd.
 
     Raises:
-        ExportError: if one differs; the error names the first parameter.
+        ExportError: if the loss or a gradient differs. The error names the first parameter with a
+            wrong gradient.
     """
     device = DeviceModel(data)
     loss, _ = device.backward(*example)

@@ -32,11 +32,13 @@ from fedpress.errors import ExportError
 from fedpress.nn.quantized import quantized_layers
 from fedpress.nn.resize import copied
 
-# Torch's exporter is written against this opset; runtimes of recent years read it.
+# Version of the ONNX operations. Torch's exporter is written for this version, and runtimes of
+# recent years read it.
 OPSET = 18
 # The newest version of the file format that onnxruntime loads.
 MAX_IR_VERSION = 13
-# Metadata key of files in which integer kernels read weights of 8 bits (see `deploy.processor`).
+# Metadata key of files in which integer kernels read weights of more than 7 bits (see
+# `deploy.processor`).
 WIDE = "wide_weights"
 # Metadata key for the structure of several outputs, as JSON (`deploy.examples.Structure`).
 OUTPUTS = "outputs"
@@ -44,7 +46,7 @@ OUTPUTS = "outputs"
 
 @dataclass(frozen=True)
 class OnnxModel:
-    """An ONNX message before it is written, with the attributes of its `Artifact`."""
+    """An ONNX message (`proto`) before it is written, and the attributes of its `Artifact`."""
 
     proto: Any
     metadata: dict[str, str]
@@ -273,7 +275,7 @@ def _copy_before_views_(program: torch.export.ExportedProgram) -> None:
 
 def _translations() -> dict[Any, Any]:
     """Returns translations of operations that torch's exporter translates wrongly or not at all."""
-    # Quantizing a model imports the module that registers these operations.
+    # These operations are registered when a model is quantized; other graphs do not have them.
     if not hasattr(torch.ops.quantized_decomposed, "quantize_per_tensor"):
         return {}
     require("onnxscript")
@@ -310,9 +312,9 @@ def _translations() -> dict[Any, Any]:
 
 
 def _remove_traces_(proto: Any) -> None:
-    """Names the batch dimension, and removes the exporter's annotations.
+    """Removes the exporter's annotations: stack traces with source paths of the user's machine.
 
-    These contain stack traces with source paths of the user's machine.
+    Also names the batch dimension, and lowers the version of the file format if needed.
     """
     graph = proto.graph
     # The exporter gives the batch size a name such as s77.

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 SMALL_TYPES = (("INT2", 2, 25), ("INT4", 4, 21))
-"""ONNX types of fewer than 8 bits: name, bits, and the first opset that has it."""
+"""ONNX types of fewer than 8 bits: name, bits, and the first opset that has the type."""
 
 # Integer kernels multiply and sum four 8-bit input channels in one instruction.
 CHANNELS_AT_ONCE = 4
@@ -23,7 +23,7 @@ NARROW = 63
 def make_integer_(proto: Any, fewest_bits: int = 2) -> bool:
     """Rewrites an ONNX ModelProto with quantize and dequantize nodes, in place.
 
-    The computed values do not change. The steps:
+    The computed values do not change. The main steps:
 
     - Images with fewer than four channels are padded to four.
     - Biases become int32 with scale (input scale * weight scale), as integer kernels add them.
@@ -135,7 +135,7 @@ def _attribute(node: Any, name: str, default: int) -> int:
 
 
 def _pool_means_(graph: _Graph) -> None:
-    """Replaces a ReduceMean over height and width between dequantize and quantize by pooling."""
+    """Turns each ReduceMean over height and width between dequantize and quantize into pooling."""
     for mean in graph.of_type("ReduceMean"):
         if not _is_quantized_spatial_mean(graph, mean):
             continue
@@ -307,8 +307,8 @@ def _rewrite_weights_(graph: _Graph) -> bool:
         del dequantize.input[2:]
         wide = _is_wide(codes)
         if wide or any(n.op_type != "Conv" for n in layers):
-            # But two parts of onnxruntime need them, as a separate constant for each weight: the
-            # protection against overflow, and the kernel QGemm.
+            # Two parts of onnxruntime need zero points all the same, as a separate constant for
+            # each weight: the protection against overflow, and the kernel QGemm.
             dequantize.input.append(
                 graph.add(f"{dequantize.input[0]}_0", np.zeros(scales.shape, np.int8))
             )
@@ -342,11 +342,11 @@ def _product(graph: _Graph, dequantize: Any, codes: np.ndarray, scales: np.ndarr
 def _keep_float_weights_(graph: _Graph) -> None:
     """Prevents onnxruntime from quantizing float weights of layers whose inputs are integers.
 
-    Such layers are transposed convolutions, and those whose weights are quantized in groups or by a
-    codebook. If their input is dequantized with a single scale, onnxruntime quantizes the weights
-    to 8 bits with a single scale (its `WeightBiasQuantization`), and they would differ from the
-    model's. It does not if the input has one scale for each channel. So the single scale is
-    repeated for all channels, which changes no value.
+    Such layers are transposed convolutions, and layers whose weights are quantized in groups or by
+    a codebook. If the input of such a layer is dequantized with a single scale, onnxruntime
+    quantizes the weights to 8 bits with a single scale (its `WeightBiasQuantization`), and they
+    would differ from the model's weights. onnxruntime does not do this if the input has one scale
+    for each channel. So the single scale is repeated for all channels, which changes no value.
     """
     shapes = {v.name: v.type.tensor_type.shape.dim for v in graph.proto.value_info}
     for layer in graph.of_type("Conv", "ConvTranspose", "Gemm"):

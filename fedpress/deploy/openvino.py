@@ -20,9 +20,11 @@ from fedpress.deploy.processor import options_for
 from fedpress.deploy.session import FileInput, Session
 from fedpress.errors import ExportError
 
+# Arguments of `pip install` for the package.
 INSTALL = extra("openvino")
 # OpenVINO's reader of ONNX files does not know INT2.
 FEWEST_BITS = 4
+# What `left_float` says about weights of 8 bits.
 OVERFLOW = (
     "overflow on x86 without VNNI, where they are computed in float; "
     "quantize to 7 bits (WeightQuantization(bits=7))"
@@ -36,9 +38,9 @@ def export_openvino(model: nn.Module, path: str | Path, job: Job) -> Artifact:
 
     Float weights are quantized to 7 bits and not to 8. On x86 processors without VNNI, OpenVINO
     sums 8-bit products in 16 bits. With 8-bit weights this overflows silently: the accuracy of a
-    pruned ResNet-18 fell from 93.1% to 86.7%. 8 bits are not faster. If the model already has
-    weights of 8 bits, these are kept and listed in `left_float`. On processors where they would
-    overflow, `open_openvino` computes with them in float.
+    pruned ResNet-18 fell from 93.1% to 86.7%. 8-bit weights are not faster than 7-bit weights. If
+    the model already has weights of 8 bits, these are kept and listed in `left_float`. On
+    processors where they would overflow, `open_openvino` computes with them in float.
 
     Raises:
         ExportError: if the model cannot be exported, or if a file cannot be written.
@@ -56,7 +58,7 @@ def export_openvino(model: nn.Module, path: str | Path, job: Job) -> Artifact:
                 found = openvino.Core().read_model(str(source))
                 for name, value in made.metadata.items():
                     found.set_rt_info(value, ["fedpress", name])
-                # By default it stores float weights in fp16, which changes them.
+                # By default OpenVINO stores float weights in fp16, which changes them.
                 openvino.save_model(found, str(graph), compress_to_fp16=False)
         # OpenVINO raises RuntimeError and types of its own.
         except Exception as error:

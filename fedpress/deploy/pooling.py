@@ -16,8 +16,8 @@ def rewrite_pooling_(graph: fx.GraphModule) -> None:
 
     ExecuTorch's kernel for the gradient of max pooling adds to uninitialised memory. It is replaced
     by operations that add each gradient at the position of its maximum. ExecuTorch has no kernel
-    for the gradient of average pooling. If the windows do not overlap, it is replaced by operations
-    that spread each gradient over its window.
+    for the gradient of average pooling. If the windows cover the input without overlap, gap or
+    padding, it is replaced by operations that spread each gradient over its window.
     """
     for node in list(graph.graph.nodes):
         if node.target is aten.max_pool2d_with_indices_backward.default:
@@ -59,7 +59,7 @@ def _with_tensors(values: Sequence[Any], tensors: Sequence[Tensor]) -> list[Any]
 def _scattered_to_maxima(gradient: Tensor, x: Tensor, *others: Any) -> Tensor:
     """Gradient of max pooling for input x [n, c, h, w].
 
-    The last argument holds the position of each maximum in its image.
+    The last argument holds the position of each maximum in its channel, flattened to [h * w].
     """
     planes = x.shape[:2]
     positions = others[-1].reshape(*planes, -1)

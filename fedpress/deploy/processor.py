@@ -1,7 +1,8 @@
 """Detects this machine's processor, and chooses the runtime options that the processor needs.
 
 To add an option, add a row to `OPTIONS`. `open_file` sets the options that apply. The export and
-measure stages record options and processor beside every latency and parity.
+measure stages record options and processor beside every latency, and beside every comparison with
+the model's outputs (parity).
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ FEATURES = {
     "i8mm": ("i8mm", "i8mm"),
     "bf16": ("bf16", "bf16"),
 }
-# Instructions that sum products of 8-bit numbers in 32 bits.
+# x86 instructions that sum products of 8-bit numbers in 32 bits.
 VNNI = {"avx_vnni", "avx512_vnni", "amx_int8"}
 
 
@@ -41,7 +42,7 @@ class Processor:
     Attributes:
         machine: instruction set, such as "x86_64" or "arm64".
         name: name of the product.
-        cores: number of cores of this machine.
+        cores: number of logical processors of this machine.
         features: instructions that the processor has, as keys of `FEATURES`.
 
     >>> Processor("x86_64", "an old one", 4, ("avx2",)).overflows
@@ -93,7 +94,7 @@ OPTIONS: tuple[RuntimeOption, ...] = (
         "session.x64quantprecision",
         "1",
         lambda processor, wide: wide and processor.overflows,
-        "8-bit weights overflow in 16 bits without VNNI; "
+        "without VNNI, sums of products with 8-bit weights overflow 16 bits; "
         "with VNNI the option changes no value and takes 2.6 times as long",
     ),
     RuntimeOption(
@@ -115,11 +116,14 @@ OPTIONS: tuple[RuntimeOption, ...] = (
         "LP_TRANSFORMS_MODE",
         "NO",
         lambda processor, wide: wide and processor.overflows,
-        "8-bit weights overflow in 16 bits without VNNI, and OpenVINO has no exact integers: "
-        "they are computed in float",
+        "without VNNI, sums of products with 8-bit weights overflow 16 bits, and OpenVINO has no "
+        "integer kernels that avoid this: the layers are computed in float",
     ),
 )
-"""Runtimes without a row (ExecuTorch, LiteRT, torch) compute the same on every processor."""
+"""All options. Runtimes without a row (ExecuTorch, LiteRT, torch) need none.
+
+They compute the same on every processor.
+"""
 
 
 def options_for(runtime: str, *, wide: bool, processor: Processor | None = None) -> dict[str, str]:
@@ -170,6 +174,7 @@ def as_json(processor: Processor) -> dict[str, Any]:
     return asdict(processor) | {"features": list(processor.features)}
 
 
+# Name of a runtime -> name of the package whose version is recorded.
 PACKAGES = {
     "onnxruntime": "onnxruntime",
     "OpenVINO": "openvino",

@@ -88,7 +88,7 @@ def _quickest(run: Callable[[], Any], seconds: float) -> float:
             run()
         spent = thread_time() - begin
         # The clock of a thread is coarse: a short product may seem to take no time. So the number
-        # of products in a sample is doubled until it is long enough.
+        # of runs in a sample is doubled until the sample is long enough.
         if spent < SHORTEST_SAMPLE:
             runs *= 2
         else:

@@ -30,7 +30,7 @@ from fedpress.deploy.session import Session
 from fedpress.errors import ExportError
 from fedpress.tasks import Task
 
-# Bounds the memory for outputs and activations when many examples are run.
+# Number of examples in one run; it bounds the memory for outputs and activations.
 BATCH_SIZE = 256
 
 
@@ -39,11 +39,13 @@ class Parity:
     """Differences between the outputs of a file and of the model.
 
     Attributes:
-        max_abs_error: the largest absolute difference of an output.
+        max_abs_error: the largest absolute difference of a float output.
         same_argmax_share: share of examples with equal predictions. The prediction is the argmax of
-            the output `logits`; if no output has this name, of the first output.
+            the output `logits`; if no output has this name, of the first output. If this output
+            has no classes, the share is 1.
         examples: number of examples compared.
-        relative_error: norm of the differences over the norm of the model's outputs.
+        relative_error: norm of the differences / norm of the model's outputs, over all float
+            outputs.
         conditions: runtime, version, threads, options and processor.
     """
 
@@ -89,7 +91,8 @@ def parity(
         path: the file.
         x: the examples, such as float32 [n, *input_shape].
         tolerance: allowed absolute error of an output. If the largest absolute value of the output
-            is above 1, the allowed error is multiplied by it. See `Artifact.tolerance`.
+            is above 1, the allowed error is multiplied by it. In outputs of integers or booleans,
+            this share of the values may differ. See `Artifact.tolerance`.
 
     Raises:
         ExportError: if an output differs by more than allowed, if no example can be compared, or if

@@ -7,9 +7,10 @@ The graph runs in torch. Every exported file is made from the graph, and the out
 compared.
 
 torchao's PT2E makes such graphs too. Its int8 is as accurate: 93.16% on CIFAR-10, ours 93.14%
-(torchao 0.18, x86 quantizer; benchmarks/bits.py). It is not used here for two reasons. It has only
-8-bit weights, and no weights of 4 or 2 bits or in groups. And each of its quantizers is for one
-backend, while this graph is lowered to all four runtimes.
+(torchao 0.18, x86 quantizer; benchmarks/bits.py). PT2E is not used here for two reasons. It
+has only 8-bit weights, and no weights of 4 or 2 bits or in groups. And each of its quantizers is
+for one backend, while this graph is exported to four runtimes (onnxruntime, OpenVINO, ExecuTorch
+and LiteRT).
 """
 
 from fedpress.deploy.qdq.graph import IntegerFormat

@@ -55,9 +55,12 @@ def activation_qparams(
 
     Args:
         rewrite: the graph; operations that compute in float are added to its `left_float`.
-        layers: the layers whose weights are integers. If the input of a layer was always 0, the
-            `inputs` of the layer get a smaller scale.
+        layers: the layers whose weights are integers. If a layer prescribes the quantization of its
+            input (`inputs`), and this input was always 0, `inputs` may get a smaller scale.
         ranges: range of each value on the calibration examples.
+
+    Returns:
+        The quantization of each value that is rounded; empty if only weights are quantized.
 
     Raises:
         ExportError: if a value was not finite on the calibration examples.
@@ -72,7 +75,8 @@ def activation_qparams(
         rewrite, [n for n in nodes if _is_computed_in_float(n, integer.operations)]
     )
 
-    # A layer may prescribe the quantization of its input. It applies to all values on that grid.
+    # A layer may prescribe the quantization of its input. All values that share scale and zero
+    # point with this input get the same quantization.
     prescribed: dict[fx.Node, QParams] = {}
     for node, layer in layers.items():
         if layer.inputs is not None:
@@ -160,7 +164,8 @@ def _values_to_round(
     """
     operations = integer.operations
     fused = _fused_results(nodes, operations)
-    # With `float_output` a linear layer or product gives floats if no integer kernel reads them.
+    # With `float_output` a linear layer or matrix product gives floats if no integer kernel reads
+    # them.
     unrounded: set[fx.Node] = set()
     if rewrite.format.float_output:
         products = {v for v in operations if v.target in LINEAR | MATRIX_PRODUCTS}

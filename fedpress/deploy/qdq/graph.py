@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 Activations = Literal["uint8", "int8"]
+"""Integer type of quantized activations."""
 aten = torch.ops.aten
 
 
@@ -25,7 +26,7 @@ class IntegerFormat:
         float_output: whether the output of a linear layer or matrix product is float if no integer
             operation reads it.
         four_bit_shift: number of bits by which kernels shift 4-bit weights and the int32 bias to
-            the left. The bias then has this many bits less.
+            the left. So the bias may use this many bits fewer.
     """
 
     activations: Activations = "uint8"
@@ -184,7 +185,7 @@ class Rewrite:
 
     def remove_unread_(self) -> None:
         """Removes tensors that nothing reads any more, such as float weights beside their codes."""
-        # Only then is it known which tensors are still read.
+        # Operations without readers go first, because they still read tensors.
         self.graph.eliminate_dead_code()
         used = {node.target for node in self.graph.nodes if node.op == "get_attr"}
         names = [name for name, _ in self.module.named_parameters(remove_duplicate=False)]

@@ -23,6 +23,7 @@ TRANSPOSED = {
 }
 # Products of two activations, as in attention.
 MATRIX_PRODUCTS = {aten.matmul.default, aten.bmm.default}
+# Operations on two tensors; integer kernels exist for them.
 ELEMENTWISE = {aten.add.Tensor, aten.add_.Tensor, aten.mul.Tensor, aten.mul_.Tensor}
 MEANS = {
     *(aten.mean.dim, aten.avg_pool1d.default, aten.avg_pool2d.default),
@@ -47,7 +48,7 @@ CLIPS = {
     aten.hardtanh_.default,
     aten.relu6.default,
 }
-"""Operations that clip. A kernel clips while it rounds: a layer is not rounded before its clip."""
+"""Operations that clip. A kernel clips while it rounds: only the clipped value is rounded."""
 
 
 def only_moves_values(node: fx.Node) -> bool:

@@ -32,6 +32,7 @@ from fedpress.nn.observers import Observer
 from fedpress.nn.quantized import quantized_layers
 
 ANY = IntegerFormat()
+"""The format if none is given: uint8 activations and 8-bit weights."""
 
 
 @dataclass(frozen=True)
@@ -62,23 +63,24 @@ def quantized_program(
 
     Layers that are quantized already keep their codes, scales and input quantization. With
     `batches`, float weights are quantized to int8 per output channel. The inputs and outputs of
-    convolutions, linear layers, matrix products, additions, products, means and concatenations are
-    quantized to 8 bits, over their ranges on the batches. Without batches, nothing more is
-    quantized. Example: a model with 4-bit weights is stored in 4 bits and computes in float.
+    convolutions, linear layers, matrix products, additions, multiplications, means and
+    concatenations are quantized to 8 bits, over their ranges on the batches. Without batches,
+    nothing more is quantized. Example: a model with 4-bit weights is stored in 4 bits and computes
+    in float.
 
     Args:
         model: the model, which maps a batch to one tensor or more; it is not changed.
         given: shape of one float32 example, or a batch of inputs.
         batches: standardised public examples for calibration, such as float32 [n, *input_shape].
         format: the integers of the runtime.
-        observer: how value ranges are computed from the calibration.
+        observer: name of the rule that computes value ranges from the calibration.
         batch: the batch size of the graph; None: any.
 
     Raises:
         ExportError: if the model cannot be captured, or a calibration batch does not fit or is not
             finite.
     """
-    # Importing it registers the operations `quantized_decomposed.*`.
+    # This import registers the operations `quantized_decomposed.*`.
     from torch.ao.quantization.fx import _decomposed  # noqa: F401
 
     plain, layers = plain_copy(model, format.activations)

@@ -27,6 +27,7 @@ from fedpress.nn.quantized import (
 )
 from fedpress.nn.resize import copied
 
+# Bits of a weight -> its largest code; the least code is minus this number.
 HIGHEST_CODE = {8: 127, 7: 63}
 
 # Largest int32 bias: half of the range of int32, to leave room for the products that are added.
@@ -58,8 +59,8 @@ def plain_copy(
             found.reason = "its inputs are binary (+1 or -1)"
             if inputs.dynamic:
                 found.reason = "its inputs are quantized dynamically, with a scale for each batch"
-            # No quantize operation can express these two. Instead the layer's own rounding runs
-            # before it as a hook, and is captured with the graph.
+            # No quantize operation can express binary or dynamic inputs. Instead the layer's own
+            # rounding runs before it as a hook, and is captured with the graph.
             twin = copied(layer)
             layer.register_forward_pre_hook(
                 lambda _, args, twin=twin: (twin.quantized_input(args[0]), *args[1:])
@@ -159,7 +160,8 @@ def _scale_codes_(layer: LayerQuantization | None, factor: Tensor) -> None:
 def quantize_weights_(rewrite: Rewrite) -> dict[fx.Node, LayerQuantization]:
     """Returns the quantization of all layers whose weights are integers times scales.
 
-    The other layers are added to `left_float`, with the reason.
+    Layers whose weight is computed in forward are added to `left_float`. If activations are
+    quantized too, so are layers that have a `reason` or several scales per output channel.
     """
     chosen: dict[fx.Node, LayerQuantization] = {}
     # A weight that two layers share must be rounded once, so that both use the same codes.
