@@ -44,7 +44,7 @@ class ServerNetwork:
     timeout: float | None = None
 
     def open(self, session: str, clients: Sequence[ClientId] | None) -> RemoteTransport:
-        """Returns a transport to `clients`; see `Network`."""
+        """Returns a transport to `clients`; see `fedpress.workspace.state.Network`."""
         # None stands for a new run: it takes the clients that are connected when it begins.
         if clients is None:
             clients = self.gather()

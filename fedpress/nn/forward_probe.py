@@ -196,5 +196,5 @@ def _random_input(layer: nn.Module) -> Tensor:
 
 
 def _rounded(x: Tensor) -> Tensor:
-    """Rounds to multiples of 1/4: like all grids of quantized inputs, this grid includes 0."""
+    """Rounds to multiples of 1/4. This grid includes 0, as grids of inputs of several bits do."""
     return (x * 4).round() / 4

@@ -1,4 +1,4 @@
-"""Lists the three names of each command argument: in Python, in a recipe and on the command line.
+"""Lists the names of each command argument: in Python, on the command line and in a recipe.
 
 An error names arguments as Python or a recipe does. A user of the command line sees flags instead:
 
@@ -32,7 +32,8 @@ class Row:
         name: name in Python, such as `data`.
         flag: flag on the command line, such as `--data`; capitals such as `MODEL` for a positional
             argument.
-        keys: keys of a recipe with the same meaning, such as `data.source`; cures name the first.
+        keys: keys of a recipe with the same meaning, such as `data.source`. Errors of a recipe
+            suggest the first of them. Empty: no key has this meaning.
     """
 
     name: str
@@ -67,9 +68,11 @@ ROWS = (
 """Arguments with several names. Keys of a stage, such as `keep_params`, have only one name."""
 
 FLAGS = {row.name: row.flag for row in ROWS}
+"""Argument -> its flag, or capitals such as `MODEL` for a positional argument."""
 KEYS = {row.name: f"recipe.{row.keys[0]}" for row in ROWS if row.keys}
 """Argument -> the key of a recipe with the same meaning."""
 NAMES = {f"recipe.{key}": row.name for row in ROWS for key in row.keys}
+"""Key of a recipe -> the argument with the same meaning."""
 PARTS = ("recipe.data.public_share", "recipe.data.validation")
 """Keys that set the number of public examples and of validation examples."""
 _STAGE = re.compile(r"recipe\.stage\[0\](?: \([^)]*\))?")  # a command is a recipe of one stage
@@ -113,7 +116,7 @@ def errors_of_command(kind: str, *, all_public: bool = False) -> Iterator[None]:
 
     def named(argument: Argument) -> Argument:
         if all_public and argument.name in PARTS and argument.value is not None:
-            # A larger share would not help, because all examples are public already.
+            # A larger public share would add no examples, because all are public already.
             return Argument("data", "SOURCE")
         return replace(argument, name=command_place(argument.name, kind))
 
@@ -126,7 +129,7 @@ def errors_of_command(kind: str, *, all_public: bool = False) -> Iterator[None]:
 
 
 def shell_text(part: Argument | Shell) -> str:
-    """Writes an argument that an error suggests for the command line: as a flag, or `key=value`.
+    """Returns an argument that an error suggests as command-line text: a flag, or `key=value`.
 
     >>> shell_text(Argument("data", "SOURCE")), shell_text(Argument("allow_code", ("nets:Net",)))
     ('--data SOURCE', '--allow-code nets:Net')

@@ -19,7 +19,7 @@ from fedpress.workspace.state import Network
 def check_recipe(
     recipe: Recipe, data: FederatedData, network: Network | None = None
 ) -> list[dict[str, Any]]:
-    """Checks every stage in order, and returns for each stage the results that are known already.
+    """Checks every stage in order, and returns what is known about its result before the run.
 
     Args:
         recipe: the checked settings.
@@ -53,7 +53,7 @@ def check_recipe(
 def _check_clients(recipe: Recipe, data: FederatedData) -> None:
     """Refuses a recipe that needs clients but has no data.
 
-    Without this check, the stage would train on the random placeholder example.
+    Without this check, the stage would train on the random example that stands for missing data.
 
     Raises:
         DataError: if there are no data and a stage needs clients.

@@ -31,8 +31,9 @@ ROUNDING_FACTS = (
     "device",
     "threads",
 )
-"""Facts that decide how sums are rounded. If one changes, a resumed run gives other bits."""
+"""Facts that affect how sums are rounded. If one changes, a resumed run may give other bits."""
 LIBRARIES = ("torch", "numpy", "safetensors", "dp-accounting", "onnx", "onnxruntime", "pydantic")
+"""Packages whose versions are written."""
 
 
 def write_environment(
@@ -51,9 +52,9 @@ def write_environment(
         device: device of the stages; None: the default of `fedpress.training.device.find`.
 
     Returns:
-        Warnings for a resumed run. There are two kinds. First: the processor, the number of threads
-        or a version has changed, so the last bits of the weights will differ from an uninterrupted
-        run. Second: the file with the records of earlier rounds is missing.
+        Warnings for a resumed run that is not finished. There are two kinds. First: one of
+        `ROUNDING_FACTS` has changed, so the last bits of the weights will differ from an
+        uninterrupted run. Second: the file with the records of earlier rounds is missing.
     """
     path, now = folder.path / "environment.json", environment(command, device)
     warnings: list[str] = []
@@ -94,7 +95,7 @@ def _other_bits(first: dict[str, Any], now: dict[str, Any]) -> list[str]:
     if not differ:
         return []
     return [
-        f"this run was begun elsewhere ({'; '.join(differ)}): it continues, but its bits will "
+        f"this run was begun under other conditions ({'; '.join(differ)}): it continues, but its bits will "
         "differ from those of an uninterrupted run"
     ]
 
@@ -138,7 +139,10 @@ def _processor() -> str:
 
 
 def machine() -> str:
-    """Describes this machine: processor, cores, GPU and system, such as "..., 2 cores, Linux"."""
+    """Describes this machine: processor, cores, GPU and system, such as "..., 2 cores, Linux".
+
+    The number of cores is that of logical processors.
+    """
     gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
     return f"{_processor()}, {os.cpu_count()} cores{gpu}, {platform.system()}"
 

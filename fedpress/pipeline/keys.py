@@ -34,10 +34,11 @@ NAMES = ("kind", "name")
 
 
 def settings_of(recipe: Recipe) -> dict[str, Any]:
-    """Returns the settings of a recipe as JSON, as the file `settings.json` of a run has them.
+    """Returns the settings of a recipe as JSON values, as the file `settings.json` has them.
 
-    The path of the data and the device are left out: they may differ when a run is resumed on
-    another machine. The path of a saved model is replaced by a hash of its weights.
+    The device and the path of the data are left out: both may differ when a run is resumed on
+    another machine. Paths of saved models, state dicts and teachers are replaced by hashes of what
+    they contain.
     """
     tree: dict[str, Any] = json.loads(recipe.model_dump_json())
     tree["data"].pop("path", None)

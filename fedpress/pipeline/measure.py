@@ -16,6 +16,7 @@ COSTS = (
     "task", "test_examples", "loss", "parameters", "nonzero_parameters", "macs", "file_bytes",
     "packed_file_bytes", "latency_ms", "runtime", "conditions",
 )  # fmt: skip
+"""Keys that `measure` may return for every task, beside the metrics of the task."""
 
 
 def measured_keys(task: Task) -> tuple[str, ...]:
@@ -53,7 +54,8 @@ def measure(state: State, *, latency: bool = True) -> dict[str, Any]:
         "macs": macs_of(state),
         "file_bytes": storage.file_bytes(state.spec, model),
     }
-    # Zeros make neither the float32 file nor the MACs smaller. Only these two numbers show them.
+    # Zeros make neither the float32 file nor the MACs smaller. Only the two numbers below show the
+    # effect of zeros.
     if state.spec.sparse or "density" in state.facts:
         line["nonzero_parameters"] = storage.nonzero_parameters(model)
         line["packed_file_bytes"] = storage.packed_file_bytes(state.spec, model)

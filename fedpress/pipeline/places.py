@@ -47,7 +47,7 @@ def recipe_place(place: str, index: int, stage: Stage) -> str:
     key = _key(place, index, stage)
     if key is not None:
         return key
-    # Files and messages keep their own name, behind the stage in which the error occurred.
+    # The name of a file or message is kept; the stage in which the error occurred goes before it.
     at = f"recipe.stage[{index}] ({stage.name})"
     return f"{at}: {place}" if place else at
 
@@ -113,8 +113,8 @@ def errors_of_stage(index: int, stage: Stage) -> Iterator[None]:
 
     try:
         yield
-    # The place of these errors is a file of the run folder or an option of the command, not a key
-    # of the recipe.
+    # The place of such an error is a file of the run folder or an option of the command, not an
+    # argument of the stage.
     except (RunError, NetworkError):
         raise
     except FedpressError as error:

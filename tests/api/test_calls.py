@@ -572,7 +572,7 @@ def test_the_preprocessing_of_a_model_from_elsewhere_is_asked_for_and_used():
         ({"mean": "non"}, "mean: got 'non'"),
         ({"mean": [0.5]}, "^std: not given; .* such as std=.*"),
         ({"mean": [0.5], "std": [0.0]}, "^std: got .*above 0"),
-        ({"mean": [0.5, 0.5], "std": [1.0]}, "std: 1 values for 2 of mean"),
+        ({"mean": [0.5, 0.5], "std": [1.0]}, "std: 1 values of std for 2 of mean"),
         ({"mean": "none", "std": [1.0]}, "^std: .* leave it out"),
     ):
         with pytest.raises(DataError, match=message):

@@ -28,7 +28,7 @@ class _QuantSubclass(QuantLayer):
 def quantized_class(kind: type[nn.Module]) -> type[QuantLayer]:
     """Returns the quantized class for a class of layers, such as `QuantLinear` for `nn.Linear`.
 
-    For a user-defined class it is created.
+    For a user-defined class, a quantized class is created.
 
     Raises:
         KeyError: if layers of this class cannot be quantized.
@@ -122,7 +122,7 @@ def _why_forward_is_unknown(module: nn.Module) -> str | None:
     """Returns a reason if the module's class does not tell what its forward computes."""
     # A function assigned to `module.forward` hides the forward of the class.
     if "forward" in module.__dict__:
-        return "its forward was replaced by another function; quantize it before that"
+        return "its forward was replaced by another function; quantize the layer before that"
     if _can_be_known(type(module)):
         return None
     for kind in QUANTIZED_CLASSES:
@@ -136,8 +136,8 @@ def _why_weight_does_not_fit(module: nn.Module) -> str | None:
     """Returns a reason if forward changes the weight, or the weight is not float32."""
     if isinstance(module, nn.Embedding) and (module.max_norm is not None or module.sparse):
         return (
-            "it changes its rows itself (max_norm) or has sparse gradients, "
-            "which quantized weights do not take"
+            "it changes its rows itself (max_norm) or has sparse gradients; "
+            "quantized weights support neither"
         )
     # Scales and rounded weights are float32.
     for key in weight_keys(module):

@@ -47,14 +47,15 @@ class Standardization:
             The standardisation; None if neither argument is given.
 
         Raises:
-            DataError: if `mean` or `std` is not a row of numbers, or their lengths differ.
+            DataError: if `mean` or `std` is neither a finite number nor a sequence of such numbers,
+                if a std is not above 0 or is given with a word as mean, or if the lengths differ.
         """
         if mean is None and std is None:
             return None
         if mean in ("none", "data"):
             if std is not None:
                 raise DataError(
-                    f"with the mean '{mean}' there is nothing to divide by",
+                    f"with mean='{mean}' no std can be given",
                     place="std",
                     cure="leave it out",
                 )
@@ -64,7 +65,7 @@ class Standardization:
         deviations = _numbers("std", std, above_0=True, beside=(", all above 0",))
         if len(means) != len(deviations):
             raise DataError(
-                f"{len(deviations)} values for {len(means)} of mean",
+                f"{len(deviations)} values of std for {len(means)} of mean",
                 place="std",
                 cure="give one mean and one std for each channel",
             )
@@ -90,7 +91,7 @@ def _numbers(
         name: name of the argument.
         given: a number, or a sequence of numbers.
         above_0: whether all numbers must be above 0.
-        beside: end of the sentence in the error that says what to give instead.
+        beside: text at the end of the error's cure, such as ", all above 0".
     """
     try:
         values = (given,) if isinstance(given, int | float) else given
@@ -116,7 +117,7 @@ class ChosenData:
         source: name of the data, such as "cifar10" or "csv"; None: the data of the run that wrote
             the model, if there is such a run.
         path: file or folder that the source reads.
-        shape: shape of one example, for an architecture without data.
+        shape: shape of one example; needed for an architecture if there are no data.
         data_set: data set in memory, instead of a source.
         given: standardisation that the user asks for. None: the standardisation of the saved
             model; without a saved model, the mean and std of the public examples.
@@ -197,7 +198,9 @@ class ChosenData:
         return table | (self.given.table() if self.given is not None else {})
 
     def question(self, chosen_model: ChosenModel, keys: Sequence[Override]) -> DataError | None:
-        """Returns a warning if another program trained the model, and its mean and std are unknown.
+        """Returns a warning if another program trained the model, and `mean` is not given.
+
+        There is also no warning if the data come from no source, such as data in memory.
 
         It is only a warning, because the measured accuracy is right if the model was trained on
         the same data.
@@ -223,8 +226,8 @@ class ChosenData:
 
 
 def table_of(data: FederatedData) -> dict[str, Any]:
-    """Returns the `[data]` table for a data set in memory: shape and number of classes only."""
-    # The recipe is text and cannot hold the data. It only needs what the checks before the run use.
+    """Returns the `[data]` table of a data set in memory: shape, number of classes, mean and std."""
+    # The recipe is text and cannot hold the examples. The checks before a run need only these facts.
     dtype = dtype_of(data.public.x)
     kinds = ":int64" if dtype == "int64" else ""
     count = data.num_classes if data.labelled else 0

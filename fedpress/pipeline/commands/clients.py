@@ -28,6 +28,7 @@ from fedpress.pipeline.commands.given import (
 from fedpress.tasks import Binary, Classification, Task
 
 PAIR = "a pair (inputs, labels), a torch Dataset or a DataLoader"
+"""What the data of one client may be, for errors."""
 
 
 @dataclass(frozen=True)
@@ -68,8 +69,9 @@ class Clients:
             saved: task of a saved model; None for other models.
 
         Raises:
-            DataError: if a part has no labels, or its examples have another shape or dtype than
-                those of the first client.
+            DataError: if there are no clients, if a part has no examples or no labels, if clients
+                have examples of different shapes or dtypes, or if labels and model fit no task.
+            RecipeError: if there is no task of the name `self.task`.
         """
         if not isinstance(self.clients, Mapping) or not self.clients:
             raise DataError(
@@ -155,7 +157,7 @@ class Clients:
         if found is not None:
             return Binary(tuple(self.classes or ()))
         count = classes_in(outputs) or len(self.classes or ())
-        # Outputs that do not fit the names mean a wrong list or a wrong model.
+        # If there are more or fewer names than outputs, the list or the model is wrong.
         if self.classes and len(self.classes) != count:
             raise DataError(
                 f"{len(self.classes)} names, but the model has {count} outputs",
@@ -202,7 +204,7 @@ def _pair(place: str, data: Any) -> tuple[Inputs, Tensor]:
     """Reads one data set.
 
     Raises:
-        DataError: if it has no example or no labels, or one label does not belong to one input.
+        DataError: if it has no examples or no labels, or not as many labels as inputs.
     """
     try:
         x, y = pair_of(data)

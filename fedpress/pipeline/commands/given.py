@@ -25,6 +25,7 @@ TAKEN = (
     "(inputs, labels), a torch "
     "Dataset or DataLoader, or a FederatedData"
 )
+"""What the argument `data=` may be, for errors."""
 TEST_SHARE = 0.2
 """Share of the examples that becomes the test set; with `clients=`, of each client's examples."""
 VALIDATION_SHARE = 0.1
@@ -60,7 +61,9 @@ def in_memory(
         seed: seed for the choice of test and validation examples.
 
     Raises:
-        DataError: if `data` has another type, or its labels are not class numbers.
+        DataError: if `data` has another type or no examples, if there are not as many labels as
+            inputs, or if class numbers are negative or too large for the model. Labels that fit no
+            task raise no error: they are dropped.
     """
     x, y = pair_of(data)
     if not len(x):
@@ -194,7 +197,7 @@ def as_taken(
 
 @torch.no_grad()
 def check_taken(x: Inputs, model: nn.Module, preprocess: Preprocess, place: str) -> None:
-    """Checks that a model takes the first examples.
+    """Checks that a model takes the first two examples.
 
     Raises:
         DataError: if the model fails. If it can be found out which inputs the model takes, the
@@ -239,7 +242,7 @@ def classes_in(outputs: tuple[int, ...] | None) -> int:
 
 def unlabelled(x: Inputs, preprocess: Preprocess) -> FederatedData:
     """Returns a data set of inputs without labels; all examples are in its public part."""
-    # A data set has a label for each example, so these zeros stand in; `labelled=False` says so.
+    # A data set must have a label for each example. `labelled=False` says that these zeros are none.
     public = Arrays(x, torch.zeros(len(x), dtype=torch.int64))
     none = Arrays(x[:0], public.y[:0])
     one = public.take(torch.zeros(1, dtype=torch.int64))
@@ -261,7 +264,7 @@ def pair_of(data: Any) -> tuple[Inputs, Tensor | None]:
 
     Raises:
         DataError: if `data` has an unknown type (`TAKEN` lists the known types), or its items
-            differ in shape.
+            cannot be joined, for instance because they differ in shape.
     """
     if isinstance(data, Tensor | np.ndarray | Mapping):
         return inputs_of(data), None
@@ -318,7 +321,7 @@ def _joined(items: Iterable[Any], join: Any) -> tuple[Inputs, Tensor | None]:
                 place="data",
                 cure="add a transform that converts it to a tensor",
             ) from error
-    # Items with and without labels would be joined to the wrong pairs.
+    # Otherwise labels would be paired with the inputs of other items.
     if labels and len(labels) != len(inputs):
         raise DataError(
             "some items have labels and some have none",
@@ -364,8 +367,8 @@ def inputs_of(x: Tensor | np.ndarray | Mapping[str, Any]) -> Inputs:
     """Returns inputs as uint8, float32 or int64; named inputs may also be bool.
 
     Raises:
-        DataError: if the first dimension does not count examples, or the inputs are complex
-            numbers.
+        DataError: if a tensor has fewer than two dimensions (named inputs: no dimension that counts
+            examples), or the inputs are complex numbers.
     """
     if isinstance(x, Mapping):
         named = {name: _typed(torch.as_tensor(value)) for name, value in x.items()}

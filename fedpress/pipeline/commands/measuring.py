@@ -44,8 +44,8 @@ def measure(
     Example: the file in the format "onnx" runs in ONNX Runtime.
 
     Args:
-        models: one model or several: folders of models or runs, packed files, exported files,
-            `module:function`, or modules in memory.
+        models: one model or several: folders of models or runs, packed files (as `fedpress.save`
+            writes them), exported files, `module:function`, or modules in memory.
         formats: formats to export each model to, names of `fedpress.deploy.FORMATS`, such as
             "onnx". None: all installed formats, except those that cannot export the model.
         int8: whether to also export each model with 8-bit integers. The ranges of activations in
@@ -53,14 +53,14 @@ def measure(
             outputs are not.
         batches: batch sizes.
         threads: numbers of threads.
-        seconds: time limit for each model, runtime, batch size and number of threads.
+        seconds: time limit for each combination of model or file, batch size and number of threads.
         input_shape: shape of one example, for functions and modules; a list of shapes for modules
             of several inputs.
         checkpoint: file with a state dict for the model that `module:function` builds.
         allow_code: names `module:function` that may be called to build models.
 
     Returns:
-        A dictionary. "records": for each pair of model and runtime the record of
+        A dictionary. "records": for each model and each exported file the record of
         `fedpress.deploy.measure`, with one more key, "parameters". "left_out": name of an export
         that failed -> reason.
 
@@ -126,7 +126,7 @@ class Inputs:
         return cls(several, one_shape(input_shape) if several is None else None)
 
     def example(self) -> Example | None:
-        """Returns a batch of random inputs for a module of several inputs; None for one input."""
+        """Returns a batch of random inputs for a module with several inputs, else None."""
         if self.several is None:
             return None
         chance = public_stream(0, "measure")
@@ -139,7 +139,7 @@ class Entry:
 
     Attributes:
         chosen_model: the model, or the path of an exported file.
-        takes: the inputs: shape of one example, or a batch of inputs.
+        takes: what the model takes: the shape of one example, or a batch of inputs.
         parameters: number of parameters; None for an exported file without a known model.
         macs: multiply-adds of one example; 0 if unknown.
         activations: number of values that all layers output for one example; 0 if unknown.
@@ -197,7 +197,7 @@ def _chosen(models: Any, checkpoint: Path | None) -> Sequence[str | Path | nn.Mo
                 ),
                 place="models",
             )
-    # A state dict is for a model that is still to be built.
+    # A state dict can only be loaded into a model that is built here.
     if checkpoint is not None and any(isinstance(one, nn.Module) for one in found or ()):
         raise ModelError(
             "a module has weights of its own",
@@ -220,7 +220,7 @@ def _is_exported(path: Path) -> bool:
 def _entry_of_file(file: Path, name: str, inputs: Inputs) -> Entry:
     """Makes the entry of an exported file.
 
-    If the file is in a run folder, parameters and MACs are counted in the model of the run.
+    If the file is in the folder `artifacts` of a run, its counts are those of the run's model.
     """
     near = _model_beside(file)
     takes = inputs.example() or _given(near[0] if near else None, name, inputs.shape)
@@ -276,7 +276,7 @@ class Entries:
         # Two models may have the same name, so each gets a folder of its own.
         place = folder / str(number)
         place.mkdir()
-        # Only size and latency of these files are shown, so noise is enough for the ranges.
+        # Of these files only size and latency are shown, so ranges that come from noise are enough.
         noise = [_noise(entry.takes)] if int8 else []
         job = _job(spec, entry.takes)
         files, left = deploy.export_all(model, job, place, formats=formats, calibration=noise)

@@ -70,8 +70,8 @@ class OneStage:
                 model, if there is one.
 
         Raises:
-            RecipeError: if a key is unknown or a value is wrong. The error names the key as in
-                `keys`.
+            RecipeError: if a key is unknown, a value is wrong, or a command such as prune gets none
+                of the keys that say how much to keep. The error names the key as in `keys`.
             ModelError: if the model cannot be built, or its input shape is not known.
         """
         examples = examples or ChosenData()
@@ -140,10 +140,10 @@ class OneStage:
         )
 
     def load_data(self, progress: Progress | None = None) -> FederatedData:
-        """Loads the data, and checks that they have the same classes as the model.
+        """Loads the data, and checks that they have the same classes or targets as the model.
 
         Raises:
-            DataError: if the classes differ, or the data cannot be read.
+            DataError: if the classes or targets differ, or the data cannot be read.
         """
         spec = self.spec
         with self._naming():
@@ -199,7 +199,7 @@ class OneStage:
                 (why, "") if always else (f"{self.kind} with {why}", ", or leave that out")
             )
             raise DataError(
-                # Labels of another kind, such as a one-hot matrix, count as none too.
+                # Labels that fit no task, such as a one-hot matrix, count as no labels.
                 f"{who} learns from labels, but these inputs have no labels that fit a task",
                 place="data",
                 cure=(

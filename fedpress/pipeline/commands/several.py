@@ -22,6 +22,7 @@ from fedpress.errors import Argument, ModelError
 from fedpress.stages.table import commands
 
 Shapes = tuple[tuple[int, ...], ...]
+"""Shape of each input of a model, without the batch dimension."""
 
 
 def several_shapes(input_shape: Any) -> Shapes | None:
@@ -118,7 +119,7 @@ def check(kind: str, model: object, data: object, out: object) -> None:
         ModelError: if the stage or an argument does not work on such a model.
     """
     kinds = [row.kind for row in commands().values() if row.load().several_inputs]
-    # Only some stages have been written for a row of joined inputs.
+    # Only some stages work on a row of joined inputs.
     if kind not in kinds:
         raise ModelError(
             "it takes models of one input",

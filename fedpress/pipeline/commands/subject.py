@@ -31,8 +31,10 @@ from fedpress.pipeline.start import NO_DATA
 from fedpress.workspace.atomic import read_json
 
 DATA = ("give ", Argument("data", "SOURCE"))
-# The source `no_data` below, by its name in files of older versions (see `own_modules.MOVED`).
+"""Cure of errors about data that are missing or not named."""
+# The name that files of older versions have (see `own_modules.MOVED`).
 NO_SOURCE = "fedpress.commands.subject:no_data"
+"""Source of the placeholder data set, which `no_data` below makes."""
 
 
 @dataclass(frozen=True)
@@ -124,10 +126,10 @@ class ChosenModel:
             return spec.build_for_user()[1]
 
     def opened(self, shape: tuple[int, ...] | None = None) -> tuple[ModelSpec, nn.Module]:
-        """Opens a saved model, or builds the model of a function and loads its weights.
+        """Opens a saved model, or builds the architecture and loads its weights.
 
         Args:
-            shape: shape of one example; needed for a function.
+            shape: shape of one example; needed if the model is not a saved one.
 
         Raises:
             ModelError: if the model is damaged, its weights do not fit, or no shape is given.
@@ -150,8 +152,8 @@ class ChosenModel:
             None if no run wrote the model, or that run had no data.
 
         Raises:
-            ModelError: if the run does not name its data, has other random streams, or would call a
-                function that the user has not allowed.
+            ModelError: if the run does not name its data, was made with another version of the
+                random streams, or its data come from a function that the user has not allowed.
         """
         if self.run is None:
             return None
@@ -307,7 +309,8 @@ def outputs_of(model: nn.Module, shape: tuple[int, ...]) -> Outputs:
     """Runs the model on two random float examples; if it fails on these, on two rows of token ids.
 
     Raises:
-        ModelError: if the model fails on floats and on token ids.
+        ModelError: if the model fails on floats and on token ids, or has floating-point parameters
+            that are not float32.
     """
     # A float16 model fails on float32 inputs, with an error about layers and not about dtypes.
     kinds = {p.dtype for p in model.parameters() if p.is_floating_point()} - {torch.float32}

@@ -90,7 +90,8 @@ def effective(
         text: TOML text of a recipe.
         overrides: changes such as `stage.2.num_rounds=5`. Their paths are relative to the current
             folder.
-        folder: folder of the recipe file; None if the recipe is not from a file.
+        folder: folder of the recipe file. None if the recipe is not from a file: then its relative
+            paths are relative to the current folder, and stay so if there are no overrides.
 
     Raises:
         RecipeError: if the text is not TOML, or an override has no place in the recipe.

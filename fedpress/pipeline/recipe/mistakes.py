@@ -70,8 +70,8 @@ def _mistake(error: Any, place: str, recipe: type[BaseModel]) -> RecipeError:
     """Converts one error of pydantic.
 
     Args:
-        error: the error. It contains a `SettingError` if a check of fedpress has failed, and not a
-            check of pydantic.
+        error: the error. If the check that failed is one of fedpress's own, it contains a
+            `SettingError`.
         place: where the mistake is, such as `recipe.stage[1]`.
         recipe: the settings class.
     """
@@ -120,7 +120,7 @@ def _complaint(error: Any, recipe: type[BaseModel]) -> tuple[str, str]:
         return "no such key", suggestion(str(loc[-1]), known) or "see fedpress check --schema"
     if kind == "missing":
         return "this key is missing", "add it (fedpress check --schema lists all keys)"
-    # pydantic calls `kind`, which selects the class of a table, the tag of a union.
+    # The key `kind` selects the class of a table. pydantic calls it the tag of a union.
     if kind.startswith("union_tag"):
         known = list(_schema_at(loc, recipe)["discriminator"]["mapping"])
         every = ", ".join(known)

@@ -36,7 +36,7 @@ class Override:
         The value is written as in TOML, but text needs no quotes. `none` removes the key.
 
         Raises:
-            RecipeError: if there is no key, or the value is nested too deeply.
+            RecipeError: if there is no `=` or no key, or the value is nested too deeply.
 
         >>> Override.parse("stage.2.lr=0.1").value, Override.parse("name=none").value
         (0.1, None)
@@ -71,7 +71,7 @@ class Override:
 
     @property
     def place(self) -> str:
-        """What errors about this override begin with; a long override is cut."""
+        """Beginning of errors about this override, which names it; a long override is cut."""
         text = self.text
         return f"override '{text}'" if len(text) < 100 else f"override '{text[:40]}...'"
 
@@ -135,7 +135,8 @@ def _free_name(kind: str, taken: Collection[str | None]) -> str:
 
 
 def _override_(tree: dict[str, Any], override: Override) -> None:
-    # Later functions are recursive and would fail on a very deep key. No setting is that deep.
+    # Functions that read the result are recursive and would fail on a key with very many parts. No
+    # setting has so many.
     words = override.key.split(".")
     if limits.above("depth", len(words)):
         raise RecipeError(TOO_DEEP, place=override.place, cure=SHORTEN)
@@ -167,7 +168,7 @@ def _index(items: list[Any], key: str, at: str, override: Override) -> int:
         if len(named) > 1:
             known = " or ".join(str(items[i].get("name", i)) for i in named)
             raise RecipeError(
-                f"{at}.{key} stands for more than one",
+                f"{at}.{key} stands for more than one entry",
                 place=override.place,
                 cure=f"write {known} instead of {key}",
             )
@@ -179,7 +180,7 @@ def _index(items: list[Any], key: str, at: str, override: Override) -> int:
     known = f"numbered from 0 to {len(items) - 1}"
     if words := [str(item["name"]) for _, item in tables if "name" in item]:
         known += f", or named {', '.join(words)}"
-    raise RecipeError(f"there is no {at}.{key}", place=override.place, cure=f"they are {known}")
+    raise RecipeError(f"there is no {at}.{key}", place=override.place, cure=f"entries are {known}")
 
 
 def _value(text: str) -> Any:

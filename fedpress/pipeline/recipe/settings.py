@@ -46,7 +46,7 @@ class ModelSettings(BaseModel):
     checkpoint: Path | None = Field(
         None,
         description="a saved model instead of an architecture: its folder, a run, a stage of a "
-        "run, or a packed file",
+        "run, or a file that the stage pack or fedpress.save wrote",
     )
     weights: Path | None = Field(
         None,

@@ -12,6 +12,7 @@ from fedpress.pipeline.recipe.settings import schema_tree
 from fedpress.pipeline.recipe.text import in_one_line, plain
 
 Node = Mapping[str, Any]
+"""A part of a JSON schema."""
 REQUIRED = "required"
 """Shown instead of a default for a key that must be given."""
 
@@ -78,14 +79,16 @@ def key_tables(words: Sequence[str] = ()) -> list[KeyTable]:
     return [table for table in tables if not asked or asked & {table.word, *table.part_of}]
 
 
-# Making the schema takes half a second, and nine functions of `fedpress.api` need it.
+# Making the schema takes half a second, and many functions of `fedpress.api` need it.
 @cache
 def _all_tables() -> tuple[KeyTable, ...]:
     return tuple(_Reader(schema_tree()).tables())
 
 
 def keys(kind: str) -> tuple[KeyRow, ...]:
-    """Returns the keys of a kind of stage, such as "prune", with the keys of its nested tables.
+    """Returns the keys of a kind of stage, such as "prune".
+
+    Keys of nested tables are included. Only a table with a `kind` has a `KeyTable` of its own.
 
     >>> keys("pack")
     ()

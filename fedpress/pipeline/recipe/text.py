@@ -20,7 +20,9 @@ MODEL_KEYS = {key: words for row in STAGES for key, words in row.load().saved_mo
 """Keys whose value is the path of a saved model -> words such as "dense" that are no path."""
 
 TOO_DEEP = "lists and tables are nested too deeply"
+"""Problem of errors about the depth of a recipe."""
 SHORTEN = "no setting is nested so deeply: close a bracket or shorten a key"
+"""Cure of the same errors."""
 
 
 def names() -> list[str]:
@@ -38,7 +40,7 @@ def find(name_or_path: str) -> str:
             of a file. If both exist, the recipe of fedpress is taken.
 
     Raises:
-        RecipeError: if there is neither such a recipe nor such a file.
+        RecipeError: if there is neither such a recipe nor such a file, or the file cannot be read.
     """
     path = Path(name_or_path)
     if name_or_path in names():
@@ -265,7 +267,7 @@ def anchor_(tree: dict[str, Any], folder: Path) -> None:
         # A path is relative to the recipe's folder. In older versions it was relative to the
         # current folder, which still works.
         beside, here = folder / table[key], Path.cwd() / table[key]
-        # A user's function may take any text as its path, so it need not exist.
+        # A user's function may take any text as its path, so no file of this name need exist.
         own_function = key == "path" and ":" in str(table.get("source", ""))
         if _exists(beside) or not (_exists(here) or own_function):
             table[key] = str(beside.resolve())

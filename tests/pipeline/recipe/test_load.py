@@ -217,16 +217,16 @@ def test_did_you_mean_proposes_only_keys_of_that_place(digits):
         ("seed.x=1", "seed is a single value, it has no key 'x'"),
         (
             "stage.9.lr=1",
-            "there is no stage.9; they are numbered from 0 to 4, or named dense, prune, fine-tune",
+            "there is no stage.9; entries are numbered from 0 to 4, or named dense, prune, fine-tune",
         ),
         ("stage.-1.lr=1", "there is no stage.-1"),
         ("stage.².lr=1", "there is no stage.²"),
         ("stage.dnse.lr=1", "there is no stage.dnse"),
         (
             "stage.train.lr=1",
-            "stage.train stands for more than one; write dense or fine-tune instead of train",
+            "stage.train stands for more than one entry; write dense or fine-tune instead of train",
         ),
-        ("stage.3.trainable.5=x", "there is no stage.3.trainable.5; they are numbered from 0 to 0"),
+        ("stage.3.trainable.5=x", "there is no stage.3.trainable.5; entries are numbered from 0 to 0"),
         ("nowhere.at.all=1", "recipe.nowhere: no such key"),
     ],
 )
