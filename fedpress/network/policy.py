@@ -44,7 +44,7 @@ def _families(names: tuple[str, ...]) -> tuple[str, ...]:
     """Checks that all names are architectures of fedpress."""
     for name in names:
         if name not in ARCHITECTURES:
-            known = f"use some of {', '.join(ARCHITECTURES)}; functions of your own go into the key code"
+            known = f"use some of {', '.join(ARCHITECTURES)}; own functions go into the key code"
             raise SettingError(
                 f"there is no '{name}'", cure=suggestion(name, list(ARCHITECTURES), known)
             )
@@ -106,8 +106,8 @@ class PrivacyRules(BaseModel):
     )
     secure_noise: bool = Field(
         default=True,
-        description="whether noise and keys must come from the operating system; the server can compute "
-        "noise and keys that follow from the seed",
+        description="whether noise and keys must come from the operating system; the server can "
+        "compute noise and keys that follow from the seed",
         examples=[True],
     )
 

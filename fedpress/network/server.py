@@ -60,7 +60,7 @@ class ServerNetwork:
         """Waits until enough clients are connected, and returns the names of the connected ones.
 
         Raises:
-            NetworkError: if fewer clients than wanted have connected after `timeout` seconds.
+            NetworkError: if too few clients have connected after `timeout` seconds.
         """
         # Without TLS there is no list of clients beforehand: then one client is enough.
         wanted = self.min_clients or max(len(self.link.online()), 1)

@@ -131,7 +131,7 @@ class Sessions:
         session = self.open_sessions.get(name) or self._restored(name)
         if session is None:
             raise WireError(
-                "nothing was offered to this client, or the offer went to another process with its key",
+                "nothing was offered to this client, or another process with its key got the offer",
                 place=message.kind,
                 cure="see whether two processes run with the folder or key of this client",
             )

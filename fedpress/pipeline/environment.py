@@ -95,8 +95,8 @@ def _other_bits(first: dict[str, Any], now: dict[str, Any]) -> list[str]:
     if not differ:
         return []
     return [
-        f"this run was begun under other conditions ({'; '.join(differ)}): it continues, but its bits will "
-        "differ from those of an uninterrupted run"
+        f"this run was begun under other conditions ({'; '.join(differ)}): it continues, but "
+        "its bits will differ from those of an uninterrupted run"
     ]
 
 

@@ -226,8 +226,8 @@ class ChosenData:
 
 
 def table_of(data: FederatedData) -> dict[str, Any]:
-    """Returns the `[data]` table of a data set in memory: shape, number of classes, mean and std."""
-    # The recipe is text and cannot hold the examples. The checks before a run need only these facts.
+    """Returns the `[data]` table for a data set in memory: shape, classes, mean and std."""
+    # The recipe is text and cannot hold the examples. Checks before a run need only these facts.
     dtype = dtype_of(data.public.x)
     kinds = ":int64" if dtype == "int64" else ""
     count = data.num_classes if data.labelled else 0

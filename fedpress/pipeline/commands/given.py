@@ -242,7 +242,7 @@ def classes_in(outputs: tuple[int, ...] | None) -> int:
 
 def unlabelled(x: Inputs, preprocess: Preprocess) -> FederatedData:
     """Returns a data set of inputs without labels; all examples are in its public part."""
-    # A data set must have a label for each example. `labelled=False` says that these zeros are none.
+    # A data set must have a label for each example. `labelled=False`: these zeros are no labels.
     public = Arrays(x, torch.zeros(len(x), dtype=torch.int64))
     none = Arrays(x[:0], public.y[:0])
     one = public.take(torch.zeros(1, dtype=torch.int64))

@@ -32,9 +32,9 @@ from fedpress.workspace.atomic import read_json
 
 DATA = ("give ", Argument("data", "SOURCE"))
 """Cure of errors about data that are missing or not named."""
-# The name that files of older versions have (see `own_modules.MOVED`).
+# The name of `no_data` in files of older versions (see `own_modules.MOVED`).
 NO_SOURCE = "fedpress.commands.subject:no_data"
-"""Source of the placeholder data set, which `no_data` below makes."""
+"""Source of the placeholder data set, which the function `no_data` below makes."""
 
 
 @dataclass(frozen=True)

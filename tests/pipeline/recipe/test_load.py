@@ -226,7 +226,10 @@ def test_did_you_mean_proposes_only_keys_of_that_place(digits):
             "stage.train.lr=1",
             "stage.train stands for more than one entry; write dense or fine-tune instead of train",
         ),
-        ("stage.3.trainable.5=x", "there is no stage.3.trainable.5; entries are numbered from 0 to 0"),
+        (
+            "stage.3.trainable.5=x",
+            "there is no stage.3.trainable.5; entries are numbered from 0 to 0",
+        ),
         ("nowhere.at.all=1", "recipe.nowhere: no such key"),
     ],
 )
