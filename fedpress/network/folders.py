@@ -295,7 +295,7 @@ def _check_names(names: Sequence[ClientId]) -> None:
         raise NetworkError("got none", place="clients", cure="give a number or names: --clients 3")
     for name in names:
         plain = name.replace("-", "").replace("_", "").replace(".", "")
-        # "." and ".." are folders of their own; "-name" would look like an option of a command.
+        # A folder named "." or ".." exists already; "-name" would look like an option of a command.
         if not plain.isalnum() or name.startswith((".", "-")) or len(name) > 60:
             raise NetworkError(
                 f"got '{name}'",

@@ -119,7 +119,7 @@ class InputQuantization(BaseModel):
     The grid is (c - zero_point) * scale with integers c from 0 to 2^bits - 1.
 
     One-bit inputs are different. Each channel has a threshold, the `middle`: values below it become
-    middle - scale, other values middle + scale. The sign instead would always be +1 after a ReLU.
+    middle - scale, other values middle + scale. After a ReLU the sign alone would always be +1.
     The middle is learned, as in ReActNet (Liu et al. 2020, arXiv:2003.03488, section 4.1). XNOR-Net
     has a batch norm before the sign instead (Rastegari et al. 2016, arXiv:1603.05279, section 3.2).
     With `middle=False` one-bit inputs are -scale or scale, by their sign.

@@ -1,4 +1,4 @@
-"""Measures the model after a stage: metrics on the test set, parameters, MACs, file, latency."""
+"""Measures the model after a stage: metrics on the test set, parameters, MACs, file size, latency."""
 
 from __future__ import annotations
 

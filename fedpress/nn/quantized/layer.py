@@ -162,8 +162,8 @@ class QuantLayer(nn.Module):
             code = quantize(weight.detach(), values.detach(), quantization)
             # Weights and centroids are trained. A weight may change its cluster. A centroid gets
             # the sum of its weights' gradients (Han et al. 2016, arXiv:1510.00149, section 3.3).
-            # Here the sum is multiplied by clusters / weights: the mean, if all clusters are
-            # equally large.
+            # Here the sum is multiplied by the number of clusters / the number of weights. If all
+            # clusters are equally large, this gives the mean.
             centroids = scale_gradient(values, len(values) / weight.numel())
             chosen = centroids[(code - quantization.lowest).long()]
             return self.unrows(chosen + (weight - weight.detach()))

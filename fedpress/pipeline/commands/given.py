@@ -85,7 +85,7 @@ def in_memory(
     if task is not None and task.targets != "classes":
         return _divided(Arrays(x, y.to(torch.float32)), preprocess, seed, task=task)
     if y.dim() != 1 or y.is_floating_point() or y.is_complex():
-        # No task fits such labels, for example of a segmentation. The inputs can still calibrate.
+        # No task fits such labels, as of a segmentation. The inputs can still be used to calibrate.
         return unlabelled(x, preprocess)
     _check_classes(y, outputs)
     # A small data set may lack the last classes, so the number of the model's outputs counts too. A

@@ -191,7 +191,7 @@ class ChosenModel:
         # settings.json has no path, since a path may differ between machines. The recipe has one.
         try:
             path = tomllib.loads((self.run / "recipe.toml").read_text("utf-8"))["data"].get("path")
-        # A damaged recipe only costs the path; most sources find their data without one.
+        # If the recipe is damaged, only the path is unknown, and most sources need none.
         except (OSError, KeyError, TypeError, AttributeError, ValueError, RecursionError):
             path = None
         return table | ({"path": path} if path else {}), int(settings["seed"])
