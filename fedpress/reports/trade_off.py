@@ -21,8 +21,8 @@ from fedpress.reports.plot import (
 from fedpress.reports.reading import Json
 
 MOST_NAMED = 12
-"""Most points of the Pareto front with a name in the picture; with more, names would overlap, and
-only tooltips and the table have them."""
+"""Largest number of points on the Pareto front whose names are drawn. With more points the names
+would overlap, so only the tooltips and the table show them."""
 
 
 def trade_offs(page: Json, cost: str, word: str) -> list[Figure]:
@@ -126,8 +126,11 @@ def trade_off(page: Json, cost: str, word: str, *, runtime: str | None = None) -
     Args:
         page: the content of `sweep.json`.
         cost: the key of the cost, such as "file_bytes".
-        word: its name, such as "size".
+        word: the name of the cost in sentences, such as "size".
         runtime: draw only stages that were measured in this runtime; None: all.
+
+    Returns:
+        The figure; None if no stage has both this cost and a metric.
     """
     points = _points(page, cost, runtime)
     if not points:
@@ -142,7 +145,7 @@ def trade_off(page: Json, cost: str, word: str, *, runtime: str | None = None) -
     # For an error metric, such as MAE, good points are at the bottom.
     higher = metric.metric.better == "higher"
     worst = _worst([point.height for point in ends.values() or points], metric)
-    # An error is at least 0, which is where its axis begins.
+    # An error is never below 0, so its axis begins at 0.
     if higher:
         low, high = worst, _highest(points, metric)
     else:
@@ -165,7 +168,7 @@ def _points(page: Json, cost: str, runtime: str | None) -> list[Point]:
     points = []
     for variant in page["variants"]:
         for stage in variant["stages"]:
-            # Measured elsewhere, for example in torch before the export.
+            # Leave out stages measured elsewhere, for example in torch before the export.
             if runtime is not None and str(stage.get("runtime")) != runtime:
                 continue
             if (
@@ -173,7 +176,7 @@ def _points(page: Json, cost: str, runtime: str | None) -> list[Point]:
                 or MetricFormat.of([stage]).value(stage) is None
             ):
                 continue
-            # The last stage of a failed variant is not what the recipe asked for.
+            # A failed variant stopped early: its last stage is not the last one of its recipe.
             end = stage is variant["stages"][-1] and not variant["error"]
             points.append(Point(variant["name"], stage, end))
     return points
@@ -181,7 +184,8 @@ def _points(page: Json, cost: str, runtime: str | None) -> list[Point]:
 
 def _distinct(points: Sequence[Point]) -> list[Point]:
     """Returns each stage once, even if several variants share it."""
-    # Variants that begin with the same settings reuse their first stages, down to the seconds.
+    # Variants that begin with the same settings share the results of their first stages, so even
+    # the measured seconds are equal.
     seen: dict[tuple[Any, ...], Point] = {}
     for point in points:
         stage = point.stage
@@ -190,18 +194,19 @@ def _distinct(points: Sequence[Point]) -> list[Point]:
 
 
 def _worst(ends: Sequence[float], metric: MetricFormat) -> float:
-    """Returns the worst metric on the axis: somewhat worse than the last stage of any variant.
+    """Returns the worst metric on the axis: somewhat worse than the worst of `ends`.
 
-    Stages with a worse metric are not drawn. Example: a network that was just pruned may only
-    guess. On an axis down to its accuracy, all other points would look equal.
+    Stages with a worse metric are not drawn. Example: a network that was just pruned may be no
+    better than guessing. If the axis reached down to its accuracy, all other points would look
+    equal.
 
     Args:
-        ends: metrics of the last stages.
+        ends: metrics of the variants' last stages.
         metric: format of the metric.
     """
     span = max(ends) - min(ends)
     if metric.metric.better == "lower":
-        # `span` is 0 if all variants are equally good.
+        # If all variants are equally good, `span` is 0, and the axis still needs some height.
         return max(ends) + (span or 0.1 * abs(max(ends)) or 1.0)
     if metric.metric.share:
         return max(0.0, min(ends) - max(2.0, span))

@@ -25,7 +25,7 @@ def number(value: Any) -> float | None:
 
 
 def numbers(lines: Iterable[Mapping[str, Any]], key: str) -> list[float]:
-    """Returns the number that each record has under `key`; records without one are left out.
+    """Returns the number that each record has under `key`; records without a number are left out.
 
     >>> numbers([{"loss": 0.5}, {}, {"loss": "damaged"}, {"loss": 0.25}], "loss")
     [0.5, 0.25]
@@ -39,7 +39,7 @@ def numbers(lines: Iterable[Mapping[str, Any]], key: str) -> list[float]:
 
 
 def lines_with(lines: Iterable[Line], key: str) -> list[Line]:
-    """Returns the lines that have a number under a key.
+    """Returns the records that have a number under `key`.
 
     >>> lines_with([{"loss": 0.5}, {}, {"loss": "damaged"}], "loss")
     [{'loss': 0.5}]
@@ -48,7 +48,7 @@ def lines_with(lines: Iterable[Line], key: str) -> list[Line]:
 
 
 def count(value: Any, unit: str = "") -> str:
-    """Returns a count with three digits, a decimal prefix and its `unit`.
+    """Returns a count with its `unit`; from 1,000 on with three digits and a decimal prefix.
 
     >>> count(11_173_962), count(168_000_000, "MAC"), count(None)
     ('11.2 M', '168 MMAC', '–')
@@ -59,7 +59,7 @@ def count(value: Any, unit: str = "") -> str:
     if x is None:
         return DASH
     for size, prefix in PREFIXES:
-        if abs(x) >= size * 0.9995:  # 999.7 k reads as 1.00 M
+        if abs(x) >= size * 0.9995:  # 999.7 k would be rounded to 1000 k, so it is 1.00 M
             return f"{_three_digits(x / size)} {prefix}{unit}"
     return f"{x:.0f} {unit}".rstrip()
 
@@ -110,7 +110,7 @@ def points(value: Any, reference: Any) -> str:
 
 
 def milliseconds(value: Any) -> str:
-    """Returns a latency with two or three digits.
+    """Returns a latency with about two or three digits, and at most three decimals.
 
     >>> milliseconds(3.71), milliseconds(0.0287), milliseconds(0.4234), milliseconds(12.94)
     ('3.7 ms', '0.029 ms', '0.42 ms', '12.9 ms')
@@ -126,7 +126,7 @@ def milliseconds(value: Any) -> str:
 
 
 def seconds(value: Any) -> str:
-    """Returns a time span with two or three digits.
+    """Returns a time span in seconds, minutes or hours, with at most one decimal.
 
     >>> seconds(0.42), seconds(54.2), seconds(150), seconds(750), seconds(5_540)
     ('0.4 s', '54 s', '2 min 30 s', '13 min', '1 h 32 min')
@@ -150,14 +150,15 @@ def epsilon(value: Any) -> str:
     ('7.99', '8.00', '–')
     """
     x = number(value)
+    # 1e-6, because 0.07 * 100 is slightly above 7 in floating point, but must give 0.07.
     return DASH if x is None else f"{math.ceil(x * 100 - 1e-6) / 100:.2f}"
 
 
 def rounded_up(value: float, digits: int = 4) -> str:
-    """Returns a number rounded up to `digits` digits.
+    """Returns a number with `digits` significant digits, rounded up.
 
-    Epsilon and the noise multiplier are rounded up: with less noise, or a smaller epsilon, the
-    guarantee would not hold.
+    Epsilon and the noise multiplier are rounded up, because the guarantee would not hold with a
+    smaller epsilon or with less noise.
 
     >>> rounded_up(3.39432), rounded_up(8.0), rounded_up(1.23e-7, 2)
     ('3.395', '8', '1.3e-07')
@@ -175,7 +176,7 @@ def rounded_up(value: float, digits: int = 4) -> str:
 
 
 def compact(value: Any) -> str:
-    """Returns a number, such as a delta or a setting, in its shortest form.
+    """Returns a number, such as a delta or a setting, with as few digits as possible, at most six.
 
     >>> compact(1e-5), compact(0.5)
     ('1e-5', '0.5')

@@ -19,8 +19,9 @@ from fedpress.reports.reading import read_run
 # Not 0.0.0.0: other machines must not reach the page.
 LOOPBACK = "127.0.0.1"
 PATIENCE = 10.0
-"""Seconds that a browser may take for its question."""
+"""Seconds for which the server waits for a browser to send a request or to read the answer."""
 REPORT = "report"
+"""Path of the run's report on the server."""
 # The page shows results of private work: no cache may store it and no other site may embed it.
 HEADERS = {
     "Cache-Control": "no-store",
@@ -89,7 +90,7 @@ def write_live(folder: Path, out: Path) -> Path:
     """Writes the page to a file, as the run is now; the file does not update itself.
 
     Raises:
-        RunError: if `folder` is no run folder, or `out` cannot be written.
+        RunError: if no run has begun in `folder`, or `out` cannot be written.
     """
     check_folder(folder)
     report = folder / "report.html"
@@ -142,13 +143,13 @@ def serve(folder: Path, port: int = 0) -> ThreadingHTTPServer:
         raise NetworkError(
             f"cannot be opened ({reason})",
             place=f"port {port}",
-            cure="give another one with --port, or none",
+            cure="give another port with --port, or leave --port out",
         ) from error
     return server
 
 
 class _Server(ThreadingHTTPServer):
-    """A web server with a thread for each request; open requests do not keep the command alive."""
+    """A web server with a thread for each request; the command can end while requests still run."""
 
     daemon_threads = True
 
@@ -188,7 +189,8 @@ class _Handler(BaseHTTPRequestHandler):
         return main_html(self.run_folder, report=REPORT)
 
     def _report(self) -> str:
-        # The report is made anew. The file report.html in a stranger's folder may hold any script.
+        # The report is made anew: if the folder comes from somebody else, its file report.html may
+        # contain any script.
         try:
             return render(read_run(self.run_folder))
         except RunError as error:

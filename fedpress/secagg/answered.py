@@ -20,7 +20,7 @@ class AnsweredRounds:
     """The answered requests of the newest rounds.
 
     Attributes:
-        client: name of the client, for errors.
+        client: name of the client, for error messages.
         rounds: round -> step ("mask" or "unmask") -> hexadecimal digest of the answered request.
             The key "context" holds the digest of the round itself (see `PublicRound`).
     """
@@ -41,15 +41,18 @@ class AnsweredRounds:
             question: digest of the request.
 
         Raises:
-            SecureError: if a different request of this step was answered, or one of a later round.
+            SecureError: if a different request of this step was answered, if the round was answered
+                with another cohort, or if a later round was answered and this one is not
+                remembered.
         """
-        # Only the newest rounds are remembered, so an older round could be answered twice.
+        # Only the newest rounds are remembered. Without this check an older round could be answered
+        # twice.
         newest = max(self.rounds, default=public.number)
         if public.number not in self.rounds and public.number < newest:
             raise SecureError(
                 f"it is over, round {newest} was answered",
                 place=f"round {public.number}",
-                cure="ask about a later one",
+                cure="ask about a later round",
             )
         steps = self.rounds.setdefault(public.number, {"context": public.context.hex()})
         same_round = steps["context"] == public.context.hex()
@@ -57,7 +60,7 @@ class AnsweredRounds:
             raise SecureError(
                 f"{self.client!r} answered another {step} question",
                 place=f"round {public.number}",
-                cure="repeat the same one or go on",
+                cure="repeat the same question, or go on with the next step",
             )
         for old in sorted(self.rounds)[:-MAX_ROUNDS]:
             del self.rounds[old]
@@ -66,10 +69,10 @@ class AnsweredRounds:
         """Refuses all rounds up to the last one of `saved`; nothing else of `saved` is used.
 
         Args:
-            saved: result of `to_json` of the same run under another name.
+            saved: result of `to_json`, from the time when this run had another name.
 
         Raises:
-            TypeError: if `saved` is not a result of `to_json`; or ValueError.
+            TypeError: if `saved` is not a result of `to_json`. May also be a ValueError.
         """
         rounds = [int(number) for number in saved]  # type: ignore[union-attr, arg-type]
         self.rounds = {}
@@ -90,7 +93,8 @@ class AnsweredRounds:
         """Reads a result of `to_json`.
 
         Raises:
-            KeyError: if `saved` is something else; or AttributeError, TypeError, ValueError.
+            KeyError: if `saved` is anything else. May also be an AttributeError, TypeError or
+                ValueError.
         """
         rounds: dict[str, dict[str, str]] = saved  # type: ignore[assignment]
         answered = {}

@@ -47,7 +47,7 @@ from fedpress.secagg.shares import share_secrets
 
 
 class SecAggClient:
-    """One client of a secure sum.
+    """One client of a secure sum, in which the server learns only the sum of the clients' vectors.
 
     The answer to a repeated request has the same bytes, also after a restart. A different request
     for the same step of a round is refused: two vectors under the same masks would reveal their
@@ -57,20 +57,20 @@ class SecAggClient:
         name: the client's name, unique in the run.
         secret: 32 bytes that only this client has, the same in every run.
         plan: the settings on which server and clients agree.
-        identities: client name -> its public key from `identity`, known before the run and not from
-            an untrusted server.
+        identities: name of each client -> its public key, a result of `identity`. The keys must be
+            known before the run, and must not come from an untrusted server.
         run: name of the run, the same for all clients.
 
     Raises:
-        RecipeError: if the secret has not 32 bytes, or does not fit this client's public key in
-            `identities`.
+        RecipeError: if the secret does not have 32 bytes, or does not fit this client's public key
+            in `identities`.
     """
 
     def __init__(
         self, name: str, secret: bytes, plan: SecurePlan, identities: Mapping[str, bytes], run: str
     ) -> None:
         if len(secret) != 32:
-            raise RecipeError(f"got {len(secret)} bytes, expected 32 random ones", place="secret")
+            raise RecipeError(f"got {len(secret)} bytes, expected 32 random bytes", place="secret")
         # With another identity, all other clients would refuse this client's signatures.
         if identities.get(name) != identity(secret):
             raise RecipeError(
@@ -102,7 +102,7 @@ class SecAggClient:
             roster: names, keys and signatures of all clients, from the server.
 
         Raises:
-            WireError: if the roster is faulty.
+            WireError: if the roster is faulty, or does not have this client's key.
             SecureError: if another roster was accepted in this run.
         """
         checked = Roster.from_message(roster, self._setup)
@@ -117,13 +117,15 @@ class SecAggClient:
 
         Args:
             values: whole numbers, int64 [d]; the sum is modulo 2^bits.
-            round: number of the round; it must not be below that of an earlier round.
+            round: number of the round. A new round has a higher number than all rounds before it.
             cohort: names of all clients of the round, including this one.
 
         Raises:
             RecipeError: if the values have another type, are empty, or exceed the plan's bound.
-            WireError: if the cohort is not as planned.
-            SecureError: if other values were masked in this round, or a later round was answered.
+            WireError: if the cohort does not have the planned size, lacks this client, or has a
+                client that is not in the roster.
+            SecureError: if this client has no roster, has masked other values in this round or for
+                another cohort, or has answered a later round.
         """
         words = self._checked_words(values)
         public = self._public_round(round, cohort, len(values))
@@ -132,7 +134,7 @@ class SecAggClient:
         question = digest_all([b"values", public.context, values.detach().contiguous().numpy()])
         self._answered.answer_once_(public, "mask", question)
         # Derived from the request: a repeated request gets the same random bytes and so the same
-        # answer; another request gets others.
+        # answer. A different request gets different bytes.
         key = derive(self._secret, "mask", public.context, question)
 
         own_seed = derive(key, "own", size=SEED)
@@ -177,10 +179,11 @@ class SecAggClient:
         return sealed
 
     def unmask(self, request: SecAggMessage) -> SecAggMessage:
-        """Returns this member's shares of the seeds, for one list of clients that reported.
+        """Returns this client's shares of the seeds, for one list of clients that reported.
 
-        This is the second exchange of a round. It stops a server that sends different lists to
-        different members:
+        This is the second exchange of a round. Only members of the committee are asked: clients of
+        the cohort that were drawn to help to unmask. The exchange stops a server that sends
+        different lists to different members:
 
         - The answer is encrypted with a new key, and this key is shared among the members of the
           committee by secret sharing.
@@ -193,9 +196,11 @@ class SecAggClient:
             request: one of `SecureRound.requests`.
 
         Raises:
-            WireError: if the request is faulty, or a client on the list did not report.
-            SecureError: if the list is too short, if another list was answered in this round, or if
-                a later round was answered.
+            WireError: if the request is faulty, if a client on the list did not report, or if this
+                client is not in the committee.
+            SecureError: if this client masked no vector in this round; if the list has too few
+                clients, or too few neighbours of a client; if another list was answered in this
+                round; or if a later round was answered.
         """
         place = "unmask"
         public = self._public_round(
@@ -249,7 +254,7 @@ class SecAggClient:
             raise WireError(
                 f"{self.name!r} is not in the committee of round {public.number}",
                 place="unmask.cohort",
-                cure="ask its members",
+                cure="ask the members of the committee",
             )
         if not self._answered.took_part(public):
             raise SecureError(
@@ -334,11 +339,12 @@ class SecAggClient:
         self._answered = answered
 
     def take_over_(self, state: Mapping[str, JSON]) -> None:
-        """Takes over the state of the same run under another name, as after an update of fedpress.
+        """Takes over a state that was saved when this run had another name.
 
-        All clients exchange keys again, but the last answered round remains answered. Otherwise a
-        second sum of the same vectors could be opened, under new masks and for another list of
-        clients. The difference of the two sums would reveal single clients.
+        An update of fedpress can change the name. Then all clients exchange keys again, but this
+        client refuses all rounds up to the last one that it answered. Otherwise a second sum of the
+        same vectors could be opened, under new masks and for another list of clients. The
+        difference of the two sums would reveal single clients.
 
         Raises:
             RecipeError: if `state` is not a result of the method `state`.
@@ -395,7 +401,9 @@ class SecAggClient:
     def _public_round(self, number: int, cohort: Sequence[str], size: int) -> PublicRound:
         if self._roster is None:
             raise SecureError(
-                "this client has no roster of this run", place="roster", cure="send it first"
+                "this client has no roster of this run",
+                place="roster",
+                cure="send the roster first",
             )
         public = PublicRound.of(self._setup, self._roster, number, cohort, size)
         if self.name not in public.names:
@@ -461,10 +469,10 @@ class SecAggClient:
         return derive(self._shared_secret(other), "seal", public.context, owner, holder)
 
     def _pad(self, public: PublicRound, label: bytes, owner: str, holder: str) -> bytes:
-        """Returns the pad that hides the holder's share of the key of the owner's answer.
+        """Returns the pad that hides one share of the key that encrypts the owner's answer.
 
-        Owner and holder derive the same pad only if the server sent both the same list, whose
-        digest is `label`.
+        It is the share for the member `holder`. Owner and holder derive the same pad only if the
+        server sent both the same list, whose digest is `label`.
         """
         other = holder if owner == self.name else owner
         return derive(self._shared_secret(other), "lock", label, owner, holder)

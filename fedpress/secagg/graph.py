@@ -22,10 +22,10 @@ from fedpress.core.random import keystream
 
 MAX_RISK = 2.0**-64
 """Allowed probability that a round's graph or committee is insecure. A server that tries 2^24
-cohorts still succeeds with probability 2^-40 only."""
+cohorts still succeeds with probability 2^-40 at most."""
 
 COMPLETE_COHORT = 32
-"""Up to this cohort the complete graph is used: it costs little, and its risk is 0."""
+"""Cohorts of up to this many clients use the complete graph: it costs little, and its risk is 0."""
 
 MAX_MISS = 2.0**-10
 """Allowed probability that a round fails by chance with no more drop-outs than planned."""
@@ -92,9 +92,9 @@ def sparsest(cohort: int, dropped: int, corrupt: int) -> tuple[float, int]:
 
 
 def _reliable_neighbours(edge_prob: float, alive: int) -> int:
-    """Returns the largest k such that each of `alive` clients has at least k neighbours.
+    """Returns the largest k such that each of `alive` clients has at least k neighbours among them.
 
-    This may fail with probability `MAX_MISS`, by a union bound over the clients.
+    The probability that a client has fewer is at most `MAX_MISS` (a union bound over the clients).
     """
     # Logarithms: the binomial coefficients of thousands of clients overflow a float.
     below = 0.0

@@ -16,13 +16,13 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 Item: TypeAlias = str | int | bytes
 SIGNATURE = 64
-"""Bytes of an Ed25519 signature."""
+"""Size in bytes of an Ed25519 signature."""
 
 NONCE = 12
-"""Bytes of a ChaCha20-Poly1305 nonce."""
+"""Size in bytes of a ChaCha20-Poly1305 nonce."""
 
 TAG = 16
-"""Bytes of the authentication tag of ChaCha20-Poly1305."""
+"""Size in bytes of the authentication tag of ChaCha20-Poly1305."""
 
 
 def derive(key: bytes, *items: Item, size: int = 32) -> bytes:
@@ -45,7 +45,7 @@ def digest(*items: Item) -> bytes:
 
 
 def digest_all(items: Iterable[Item | np.ndarray]) -> bytes:
-    """Returns the digest of items, like `digest`; contiguous arrays are read without a copy."""
+    """Returns the digest of items, like `digest`; arrays must be contiguous, and are not copied."""
     hasher = blake2b(digest_size=32)
     for item in items:
         # Type and length precede each item, so that ("ab", "c") and ("a", "bc") differ.
@@ -153,11 +153,11 @@ def unseal(key: bytes, nonce: bytes, data: bytes, about: bytes) -> bytes | None:
 
 
 def _signer(secret: bytes) -> Ed25519PrivateKey:
-    # "identity": a key that signs must not be used for key agreement as well.
+    # The label "identity" gives a separate key: a signing key must not serve for key agreement too.
     return Ed25519PrivateKey.from_private_bytes(derive(secret, "identity"))
 
 
 def _statement(items: tuple[Item, ...]) -> bytes:
-    # `repr` distinguishes a text from its bytes, and quotes separate the items. The first item
-    # prevents that a signature of another protocol is valid here.
+    # `repr` distinguishes a text from its bytes, and quotes separate the items. Because of the first
+    # item, signatures of other protocols are invalid here.
     return repr(("fedpress secure 1", *items)).encode()

@@ -16,11 +16,12 @@ from fedpress.core.random import keystream
 from fedpress.secagg.keys import derive
 
 CHUNK = 1 << 17
-"""Number of values to which all masks are added before the next ones, to stay in the cache."""
+"""Number of values in a chunk. All masks are added to one chunk, then to the next, so that the chunk
+stays in the processor's cache."""
 
 
 def word_type(bits: int) -> np.dtype:
-    """Returns the smallest unsigned type of at least `bits` bits.
+    """Returns the smallest of uint16, uint32 and uint64 that has at least `bits` bits.
 
     Arithmetic in this type wraps around at a multiple of 2^bits, so intermediate sums need no
     reduction modulo 2^bits.
@@ -35,7 +36,8 @@ def word_type(bits: int) -> np.dtype:
 
 def tensor_type(bits: int) -> torch.dtype:
     """Returns the type in which masked values from 0 to 2^bits - 1 are sent."""
-    # torch has no unsigned types of these sizes, so 32 bits need an int64.
+    # Signed types, because torch supports unsigned types of these sizes only in part. So 32 bits
+    # need an int64.
     return torch.int32 if bits <= 31 else torch.int64
 
 
@@ -55,7 +57,7 @@ def add_masks_(words: np.ndarray, seeds: Sequence[tuple[bytes, bool]]) -> None:
     for start in range(0, len(words), CHUNK):
         part = words[start : start + CHUNK]
         for key, add in keys:
-            # `start` must be a multiple of the cipher's block size, and chunks are.
+            # `start`, in bytes, must be a multiple of the cipher's block size; `CHUNK` makes it so.
             mask = keystream(key, part.nbytes, start=start * words.itemsize).view(words.dtype)
             if add:
                 part += mask

@@ -51,7 +51,7 @@ def read_bytes(message: SecAggMessage, name: str, shape: Sequence[int], place: s
 def read_tensor(
     message: SecAggMessage, name: str, dtype: torch.dtype, shape: Sequence[int], place: str
 ) -> Tensor:
-    """Returns the contiguous CPU tensor `name` of exactly `dtype` and `shape`.
+    """Returns the tensor `name` of exactly `dtype` and `shape`, contiguous and on the CPU.
 
     Args:
         message: the received message.
@@ -61,7 +61,7 @@ def read_tensor(
         place: name of the message in errors, such as "unmask".
 
     Raises:
-        WireError: if the tensor is missing, or has another type or shape.
+        WireError: if the tensor is missing, is sparse, or has another type or shape.
     """
     got = message.tensors.get(name)
     if not isinstance(got, Tensor):
@@ -79,10 +79,10 @@ def read_tensor(
 
 
 def read_number(message: SecAggMessage, name: str, place: str) -> int:
-    """Returns the header field `name`, a whole number >= 0.
+    """Returns the header field `name`, a whole number from 0 to 2^62 - 1.
 
     Raises:
-        WireError: if the field is missing or something else.
+        WireError: if the field is missing or anything else.
     """
     got = message.header.get(name)
     # A bool is an int in Python, but not a number here.
@@ -97,7 +97,7 @@ def read_names(message: SecAggMessage, name: str, place: str) -> list[str]:
     """Returns the header field `name`, a list of strings.
 
     Raises:
-        WireError: if the field is missing or something else.
+        WireError: if the field is missing or anything else.
     """
     got = message.header.get(name)
     if not isinstance(got, list):

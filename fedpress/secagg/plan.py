@@ -1,6 +1,7 @@
 """The settings of a secure sum, and the numbers that follow from them for privacy and drop-outs.
 
-The committee of a round are the clients that help to unmask its sum.
+In a secure sum the server learns only the sum of the clients' masked vectors. The committee of a
+round is the group of clients that help to unmask its sum.
 """
 
 from __future__ import annotations
@@ -13,10 +14,10 @@ from fedpress.errors import RecipeError
 from fedpress.secagg import graph
 
 WHOLE_COMMITTEE = 100
-"""Up to this cohort, the committee has all clients."""
+"""In cohorts of up to this many clients, all clients are in the committee."""
 
 MAX_COHORT = 5_000
-"""Largest cohort that can be planned."""
+"""Largest number of clients in a cohort."""
 
 
 @dataclass(frozen=True)
@@ -29,14 +30,15 @@ class SecurePlan:
     Args:
         cohort: number of clients in every round.
         bits: sums are exact modulo 2^bits; from 2 to 62.
-        max_dropout: share of the cohort that may drop out in a round, before or after they report
-            (send their masked vectors).
+        max_dropout: share of the cohort that may drop out in a round, before or after reporting
+            (sending a masked vector).
         max_corrupt: share of the cohort that may collude with a dishonest server.
         bound: largest absolute value in a client's vector, so that no sum overflows. None allows
             any value modulo 2^bits; then the caller must make sure that the sum fits.
 
     Raises:
-        RecipeError: if a number is out of range, or if no committee is safe.
+        RecipeError: if a number is out of range, if `bits` are too few for `bound`, if a sum may
+            have fewer than two honest clients, or if no committee is safe.
 
     >>> plan = SecurePlan(cohort=10, bits=18)
     >>> plan.survivors, plan.committee, plan.threshold, plan.edge_prob
@@ -154,8 +156,9 @@ def _committee(cohort: int, dropped: int, corrupt: int) -> tuple[int, int]:
 
     Each honest member answers for one list only. So two different lists cannot both get `threshold`
     answers if 2 threshold > size + number of corrupt members. A committee smaller than the cohort
-    is drawn at random. With probability `graph.MAX_RISK` it may have too many corrupt members; with
-    probability `graph.MAX_MISS` too many of its members may drop out.
+    is drawn at random. The probability that it has too many corrupt members is at most
+    `graph.MAX_RISK`; the probability that too many of its members drop out is at most
+    `graph.MAX_MISS`.
     """
     # In steps of ten, because a few members too many cost little.
     for size in range(WHOLE_COMMITTEE, cohort, 10):
@@ -171,9 +174,9 @@ def _committee(cohort: int, dropped: int, corrupt: int) -> tuple[int, int]:
 
 
 def _staying(cohort: int, alive: int, size: int) -> int:
-    """Returns the least number of `size` randomly drawn clients that do not drop out.
+    """Returns how many of `size` randomly drawn clients stay (do not drop out) at least.
 
-    With probability `graph.MAX_MISS` it may be fewer.
+    The probability that fewer stay is at most `graph.MAX_MISS`.
 
     Args:
         cohort: number of clients to draw from.
@@ -193,7 +196,10 @@ def _staying(cohort: int, alive: int, size: int) -> int:
 
 
 def _tail_probability(cohort: int, marked: int, size: int, least: int) -> float:
-    """Returns the probability that `least` or more of `size` drawn clients are `marked` ones."""
+    """Returns the probability that at least `least` of `size` drawn clients are marked.
+
+    The `size` clients are drawn from `cohort` clients, of which `marked` clients are marked.
+    """
     if least <= 0:
         return 1.0
     ways = 0

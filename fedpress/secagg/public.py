@@ -1,4 +1,4 @@
-"""Public data of a secure sum, which server and clients compute equally.
+"""Public data of a secure sum: server and clients each compute them, with the same result.
 
 These are the roster (the signed keys of all clients), the mask graph, and the committee (the
 clients that help to unmask a sum).
@@ -21,7 +21,7 @@ from fedpress.secagg.message import JSON, SecAggMessage, as_tensor, read_bytes, 
 from fedpress.secagg.plan import SecurePlan
 
 SEED = 16
-"""Bytes of a mask's seed, and of the commitment to it."""
+"""Size in bytes of a mask's seed, and of the commitment to this seed."""
 
 
 @dataclass(frozen=True)
@@ -68,8 +68,9 @@ class Roster:
         """Reads and checks a roster.
 
         Raises:
-            WireError: if a name is unknown or listed twice, a key is not signed by its owner, two
-                keys are equal, or a key does not allow key agreement.
+            WireError: if a field is missing, names are not sorted or listed twice, a key is not
+                signed by a known client with this name, two keys are equal, or a key does not allow
+                key agreement.
         """
         names = read_names(message, "names", "roster")
         keys = read_bytes(message, "keys", (len(names), 32), "roster")
@@ -100,7 +101,7 @@ class Roster:
 
     @cached_property
     def key_of(self) -> dict[str, bytes]:
-        """The key of each client by its name."""
+        """Name of each client -> its key."""
         return dict(zip(self.names, self.keys, strict=True))
 
 
@@ -121,7 +122,7 @@ def _checked_roster(
     # Sorted, so that all clients compute the same digest.
     if sorted(set(names)) != list(names):
         raise WireError(
-            "expected different names in order",
+            "expected different names in sorted order",
             place="roster.names",
             cure="send each client once",
         )
@@ -155,11 +156,11 @@ def _rows(data: bytes, size: int) -> tuple[bytes, ...]:
 
 @dataclass(frozen=True)
 class PublicRound:
-    """Public data of one round, computed equally by server and clients.
+    """Public data of one round: server and clients each compute them, with the same result.
 
     Attributes:
         number: number of the round.
-        names: names of the cohort, sorted. Clients are numbered by their position in it.
+        names: names of the cohort, sorted. The number of a client is its position in `names`.
         size: number of values in each vector.
         context: 32-byte digest of run, plan, roster, number, size and cohort.
         plan: the plan of the run.
@@ -185,7 +186,8 @@ class PublicRound:
             size: number of values in each vector.
 
         Raises:
-            WireError: if the cohort is not of the planned size, or a client is not in the roster.
+            WireError: if the cohort does not have the planned size, has a client twice, or has a
+                client that is not in the roster.
         """
         # Sorted, so that the order in which the server lists the cohort does not matter.
         names = tuple(sorted(cohort))
@@ -209,15 +211,18 @@ class PublicRound:
     @cached_property
     def edges(self) -> np.ndarray:
         """Which clients share a mask: bool [cohort, cohort]."""
-        # Drawn from a digest of the cohort: a client cannot choose its neighbours, and the server
-        # gets another graph only with another cohort.
+        # Drawn from a digest of round and cohort: a client cannot choose its neighbours, and in one
+        # round the server gets another graph only with another cohort.
         return graph.edges(derive(self.context, "graph"), len(self.names), self.plan.edge_prob)
 
     @cached_property
     def committee(self) -> tuple[int, ...]:
-        """Numbers of the committee members, sorted; position k gets the shares of point k + 1."""
-        # Drawn from a digest of the round, so the server cannot choose members; it gets another
-        # committee only with another cohort.
+        """Numbers of the members, sorted; the member at position k gets the shares for point k + 1.
+
+        A point is the argument of a polynomial in Shamir's secret sharing.
+        """
+        # Drawn from a digest of round and cohort, so the server cannot choose members. In one round
+        # it gets another committee only with another cohort.
         by_lot = sorted(range(len(self.names)), key=lambda i: digest("committee", self.context, i))
         return tuple(sorted(by_lot[: self.plan.committee]))
 
@@ -237,7 +242,8 @@ class PublicRound:
     def too_few(self, reported: np.ndarray) -> str:
         """Returns why a sum of the clients that `reported` (bool [cohort]) must not be unmasked.
 
-        Empty if it may be. Example: "5 of 10 clients reported, and at least 7 must".
+        Example: "5 of 10 clients reported, and at least 7 must". If the sum may be unmasked, the
+        text is empty.
         """
         count = int(reported.sum())
         if count < self.plan.survivors:
@@ -280,9 +286,9 @@ def list_digest(public: PublicRound, reported: np.ndarray, digests: np.ndarray) 
 def seeds_to_open(public: PublicRound, client: int, reported: np.ndarray) -> list[int]:
     """Returns which seeds of a reporting `client` the committee opens, as row numbers.
 
-    Row 0 is the client's own seed; it is always opened. A seed that the client shares with a
-    neighbour is opened only if this neighbour did not report. Seeds shared with reporting
-    neighbours must stay secret: their masks cancel in the sum, and if they were opened, the
-    client's vector would be revealed.
+    Row 0 is the client's own seed; it is always opened. The following rows are the seeds that the
+    client shares with its neighbours, in the order of `neighbours`. Such a seed is opened only if
+    the neighbour did not report. Seeds shared with reporting neighbours must stay secret: their
+    masks cancel in the sum, and opening these seeds would reveal the client's vector.
     """
     return [0, *(1 + np.flatnonzero(~reported[public.neighbours(client)]))]

@@ -43,7 +43,7 @@ class SecureRound:
         self._public = public
         self._plan = setup.plan
         self._number = {name: i for i, name in enumerate(public.names)}
-        # Each masked vector is added when it arrives, so only one vector is in memory.
+        # Each masked vector is added when it arrives, so that it need not be stored.
         self._total = np.zeros(public.size, word_type(self._plan.bits))
         self._reports: dict[int, dict[str, np.ndarray]] = {}
         # Which clients reported, bool [cohort]; None until the requests are made.
@@ -110,12 +110,13 @@ class SecureRound:
         After this call no client can report, because the committee answers for one list only.
 
         Raises:
-            SecureError: if too few clients reported, or two neighbours have different masks.
+            SecureError: if too few clients or members of the committee reported, or two neighbours
+                have different masks.
         """
         public = self._public
         reported = np.zeros(len(public.names), bool)
         reported[list(self._reports)] = True
-        # `too_few` counts the neighbours of reporting clients, so it needs at least one.
+        # `too_few` takes a minimum over the reporting clients, so it needs at least one of them.
         problem = "no client reported"
         if reported.any():
             problem = public.too_few(reported)
@@ -177,7 +178,7 @@ class SecureRound:
         clients = self._clients_in_sum()
         members = len(public.members(self._asked))
         rows = sum(map(len, self._wanted))
-        # All sizes follow from the list, so a member cannot make the server store more than that.
+        # All expected sizes follow from the list, so a member cannot make the server store more.
         shapes = {
             "body": (len(clients) + rows * SEED + TAG,),
             "commitment": (SEED,),
@@ -233,7 +234,7 @@ class SecureRound:
         return self._number[name]
 
     def _disagreement(self) -> str:
-        """Returns which client committed to other masks than its neighbours; "" if none did.
+        """Returns a sentence that names a client with other masks than its neighbours; "" if none.
 
         Different masks do not cancel, so the sum would silently be wrong.
         """
@@ -248,8 +249,8 @@ class SecureRound:
         wrong = (table != table.transpose(1, 0, 2)).any(2) & both[:, None] & both[None, :]
         if not wrong.any():
             return ""
-        # If two clients differ, either may be wrong; a client that differs from most others is the
-        # most likely one.
+        # If two clients differ, either may be wrong. Most likely it is the client that differs from
+        # the largest number of neighbours.
         name = public.names[int(wrong.sum(1).argmax())]
         return f"{name!r} and its neighbours do not agree on their masks"
 
@@ -309,7 +310,7 @@ class SecureRound:
         return found
 
     def _seeds(self, bodies: Mapping[int, bytes]) -> np.ndarray:
-        """Returns the seeds to open of all clients in the sum, uint8 [seeds, SEED].
+        """Recovers the seeds that are opened, of all clients in the sum, uint8 [seeds, SEED].
 
         Args:
             bodies: the decrypted answers by position in the committee. Each begins with a byte for
@@ -331,7 +332,7 @@ class SecureRound:
         ends = np.cumsum([0, *map(len, self._wanted)])
         seeds = np.zeros((ends[-1], SEED), np.uint8)
 
-        # Clients whose shares were readable for the same members are recovered in one call.
+        # One call recovers the seeds of all clients whose shares the same members could decrypt.
         groups: dict[bytes, list[int]] = {}
         for at in range(len(clients)):
             groups.setdefault(unread[:, at].tobytes(), []).append(at)
@@ -351,7 +352,8 @@ class SecureRound:
         """Returns the secrets of `shares` [points, secrets, SEED].
 
         Raises:
-            SecureError: if one of them does not match its commitment in `expected`.
+            SecureError: if a secret cannot be recovered so that it matches its commitment in
+                `expected`.
         """
         commitments = [row.tobytes() for row in expected]
         found, lost = recover_secrets(

@@ -38,8 +38,8 @@ class SecAggServer:
             message: result of `SecAggClient.join`.
 
         Raises:
-            WireError: if the client did not sign the key or has joined before, or if the roster was
-                made already.
+            WireError: if the client did not sign the key, if it has joined before or has the key of
+                another client, or if the roster was made already.
         """
         key = read_bytes(message, "key", (32,), "join").tobytes()
         signature = read_bytes(message, "signature", (SIGNATURE,), "join").tobytes()
@@ -48,15 +48,15 @@ class SecAggServer:
             raise WireError(
                 f"{name!r} joined twice or after the roster was made",
                 place="join",
-                cure="join once, before the roster",
+                cure="join once, before the roster is made",
             )
         if not self._setup.signed(name, signature, "join", name, key):
             raise WireError(
                 f"not signed by {name!r} for this run and plan",
                 place="join.signature",
-                cure="use the same settings",
+                cure="use the same settings as the server",
             )
-        # With a copy of another client's key, it would share that client's masks.
+        # A client with a copy of another client's key would share that client's masks.
         if any(key == other for other, _ in self._joined.values()):
             raise WireError(
                 f"{name!r} has the key of another client", place="join.key", cure="send your own"
@@ -76,7 +76,7 @@ class SecAggServer:
                 raise SecureError(
                     f"{len(self._joined)} clients joined, a round needs {self._setup.plan.cohort}",
                     place="join",
-                    cure="wait for more",
+                    cure="wait for more clients",
                 )
             names = tuple(sorted(self._joined))
             keys, signatures = zip(*(self._joined[name] for name in names), strict=True)
@@ -124,15 +124,15 @@ class SecAggServer:
             The server's side of the round.
 
         Raises:
-            RecipeError: if the cohort is not as planned, or a client in it did not accept the
-                roster.
+            RecipeError: if the cohort does not have the planned size, or a client in it did not
+                accept the roster; also if `size` is below 1.
         """
         # A client that did not confirm this roster may have another one, with other keys.
         if self._roster is None or not self._accepted.issuperset(cohort) or size < 1:
             raise RecipeError(
                 "a client in it did not accept the roster",
                 place="cohort",
-                cure="choose only clients that did",
+                cure="choose only clients that accepted it",
             )
         try:
             public = PublicRound.of(self._setup, self._roster, round, cohort, size)

@@ -21,15 +21,15 @@ POLYNOMIAL = 0x1100B
 """x^16 + x^12 + x^3 + x + 1, which defines the field; x generates its multiplicative group."""
 
 MAX_TRIES = 300
-"""Number of random choices of share holders that are tried to recover a secret."""
+"""Largest number of random sets of share holders that are tried to recover one secret."""
 
 
 @cache
 def field_tables() -> tuple[np.ndarray, np.ndarray]:
     """Returns the tables (exp, log) of the field, uint16 [4 * ORDER + 1] and int32 [ORDER + 1].
 
-    Zero has no logarithm. The table contains 2 * ORDER in its place, and exp is 0 from 2 * ORDER
-    on. So a product with 0 needs no special case.
+    Zero has no logarithm. The table log contains 2 * ORDER for it, and the table exp is 0 from
+    2 * ORDER on. So a product with 0 needs no special case.
     """
     exp = np.zeros(4 * ORDER + 1, np.uint16)
     log = np.full(ORDER + 1, 2 * ORDER, np.int32)
@@ -62,7 +62,7 @@ def share_secrets(
         points: different numbers from 1 to 65535; the value at 0 is the secret itself.
         threshold: number of shares that give the secret.
         key: 32 secret bytes from which the polynomials are drawn. Never use a key for two different
-            inputs: with the same polynomials, the shares of two secrets differ by their XOR.
+            inputs: with the same polynomials, the XOR of two shares is the XOR of the two secrets.
 
     Returns:
         uint8 [points, secrets, bytes].
@@ -171,7 +171,7 @@ def _search(
         right: returns whether given bytes are the right secret.
         rng: chooses the holders.
     """
-    # There is only one choice, and the caller has tried it.
+    # Then there is only one set of holders, and the caller has tried it.
     if threshold == len(place):
         return None
     for _ in range(MAX_TRIES):
@@ -186,7 +186,7 @@ def _log_weights(points: np.ndarray, at: int) -> np.ndarray:
     _, log = field_tables()
     above = log.take(points ^ at).astype(np.int64)
     between = points[:, None] ^ points[None, :]
-    # Lagrange's product has no factor for the point itself: 1 has logarithm 0.
+    # Lagrange's product has no factor for the point itself. So this factor is 1, with logarithm 0.
     np.fill_diagonal(between, 1)
     below = log.take(between).astype(np.int64).sum(1)
     logarithms: np.ndarray = (above.sum() - above - below) % ORDER

@@ -321,7 +321,7 @@ def test_joining_with_a_forged_signature_twice_or_late_is_refused(people):
 
 def test_wrong_identities_and_secrets_are_refused():
     known = {"c0": identity(secret("c0"))}
-    with pytest.raises(RecipeError, match="expected 32 random ones"):
+    with pytest.raises(RecipeError, match="expected 32 random bytes"):
         SecAggClient("c0", b"short", SecurePlan(2, 18), known, "run")
     with pytest.raises(RecipeError, match="does not belong to its secret"):
         SecAggClient("c0", secret("c1"), SecurePlan(2, 18), known, "run")
