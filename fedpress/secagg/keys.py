@@ -158,6 +158,6 @@ def _signer(secret: bytes) -> Ed25519PrivateKey:
 
 
 def _statement(items: tuple[Item, ...]) -> bytes:
-    # `repr` distinguishes a text from its bytes, and quotes separate the items. Because of the first
-    # item, signatures of other protocols are invalid here.
+    # `repr` distinguishes a text from its bytes, and quotes separate the items. The first item
+    # makes signatures of other protocols invalid here.
     return repr(("fedpress secure 1", *items)).encode()

@@ -16,8 +16,8 @@ from fedpress.core.random import keystream
 from fedpress.secagg.keys import derive
 
 CHUNK = 1 << 17
-"""Number of values in a chunk. All masks are added to one chunk, then to the next, so that the chunk
-stays in the processor's cache."""
+"""Number of values in a chunk. All masks are added to one chunk, then to the next: a chunk stays in
+the processor's cache."""
 
 
 def word_type(bits: int) -> np.dtype:

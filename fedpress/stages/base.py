@@ -12,13 +12,13 @@ from fedpress.workspace.stage_folder import StageFolder
 from fedpress.workspace.state import State, Tick
 
 DIFFERENCES = "told"
-"""Fact of a stage: setting -> a sentence that says how the result differs from it. Example:
-{"keep_params": "0.5066, the nearest to 0.5 that the widths allow"}. Files since version 0.1 have
-the key "told"."""
+"""Key in the result of a stage. Its value maps a setting to a sentence on how the result differs
+from this setting. Example: {"keep_params": "0.5066, the nearest to 0.5 that the widths allow"}. All
+files since version 0.1 have the key "told", so it must stay."""
 
 
 class Stage:
-    """Base of the settings classes, one for each kind of stage.
+    """Base class of all settings classes; each kind of stage has one settings class.
 
     The fields of a settings class are the keys of its `[[stage]]` table in a recipe. `check` finds
     errors before the run, and `run` does the work. Most kinds of stages need few of the attributes
@@ -90,11 +90,12 @@ class Stage:
         """Finds errors that would stop the run, without doing the work.
 
         Args:
-            state: model, data, seed, device and ledger before the stage.
+            state: model, data, seed, device and ledger (the privacy costs so far) before the stage.
 
         Returns:
             The state after the stage: its model has the right shapes, but not the final weights.
-            And results that are known already, such as `epsilon`, which `fedpress check` shows.
+            And the results that are known before the run, such as `epsilon`; `fedpress check` shows
+            them.
         """
 
     @abstractmethod
@@ -102,7 +103,7 @@ class Stage:
         """Does the work, from the last checkpoint in `folder` if there is one.
 
         Args:
-            state: model, data, seed, device and ledger before the stage.
+            state: model, data, seed, device and ledger (the privacy costs so far) before the stage.
             folder: the stage's folder in the run folder.
 
         Yields:

@@ -13,7 +13,11 @@ from fedpress.workspace.state import State
 
 
 def train_epochs(fit: Fit, state: State) -> Iterator[Step | EpochRecord]:
-    """Trains on the public examples, from the present epoch of `fit` to the last epoch."""
+    """Trains on the public examples, from the present epoch of `fit` to the last epoch.
+
+    Yields:
+        A `Step` after each optimizer step, and an `EpochRecord` after each epoch.
+    """
     data = state.data
     return fit.epochs(data.public, data.validation, data.preprocess)
 
@@ -33,8 +37,8 @@ def epoch_milestone(
 
     Args:
         epoch: number, loss and validation score of the epoch.
-        more: text after the note.
-        before: text before the note.
+        more: text to append to the note.
+        before: text to put before the note.
         **facts: further entries of the record, such as the size of images.
     """
     record = {

@@ -25,13 +25,13 @@ from fedpress.tasks import Task
 from fedpress.workspace.stage_folder import StageFolder
 from fedpress.workspace.state import Name, State, Tick
 
-# Examples in a batch when ranges are measured.
 BATCH = 64
+"""Number of examples in a batch when the ranges of layer inputs are measured."""
 MAX_OUTPUT_ERROR = 0.02
 """Larger relative errors of the outputs, |file - model| / |model|, are mentioned in the result."""
 MAX_METRIC_CHANGE = 0.005
-"""Larger changes of the metric are mentioned in the result: 0.5 points of accuracy, or 0.5% of any
-other metric, such as an error in euros."""
+"""Larger changes of the metric are mentioned in the result. It is 0.5 percentage points of a metric
+that is a share, such as accuracy, and 0.5% of any other metric, such as an error in euros."""
 
 
 class ExportStage(BaseModel, Stage):
@@ -86,7 +86,7 @@ class ExportStage(BaseModel, Stage):
 
         Raises:
             ExportError: if the model cannot be exported, or packages are missing.
-            DataError: if int8 is set and there are no public examples to measure ranges.
+            DataError: if int8 is set and there are no public examples to measure ranges on.
         """
         with tempfile.TemporaryDirectory() as folder:
             artifact = self._export(
@@ -116,10 +116,10 @@ class ExportStage(BaseModel, Stage):
         yield Tick(1, 4, "comparing with torch")
         test = state.data.test
         x = self._parity_inputs(state)
-        # First the file against the graph that it was written from (for int8 the quantized one):
-        # only float rounding may differ, so a larger error is a bug of the export.
+        # First compare the file with the graph that it was written from (for int8 the quantized
+        # graph). Only float rounding may differ, so a larger error is a bug of the export.
         same = deploy.parity(artifact.program or model, path, x, tolerance=artifact.tolerance)
-        # Then against the float model: this shows what int8 costs.
+        # Then compare it with the model in torch: this shows what int8 costs.
         agree, apart = _compared(task, deploy.logits(model, x), deploy.file_logits(path, x))
 
         yield Tick(2, 4, f"measuring {task.shown_metrics[0].name}")
@@ -133,7 +133,7 @@ class ExportStage(BaseModel, Stage):
         parity = {
             "max_abs_error": same.max_abs_error,
             "relative_error": same.relative_error,
-            # A task without classes has no largest output to agree on.
+            # Without classes the largest output means nothing.
             "same_argmax_share": None if agree is None else same.same_argmax_share,
             "same_argmax_as_model": agree,
             "relative_error_of_model": apart,
@@ -226,8 +226,8 @@ def _compared(task: Task, in_torch: Tensor, in_file: Tensor) -> tuple[float | No
     """Compares outputs [n, ...] of the exported file with outputs of the model.
 
     Returns:
-        The share of examples with the same prediction (None if predictions are numbers), and the
-        relative error |file - model| / |model| of the outputs.
+        The share of examples with the same prediction: None if predictions are numbers, 1 if
+        outputs have one axis only. And the relative error |file - model| / |model| of the outputs.
     """
     agree = task.agreement(in_torch, in_file) if in_torch.dim() > 1 else 1.0
     # The clamp avoids 0 / 0 if all outputs are zero.

@@ -33,7 +33,7 @@ class Simulation:
 
 
 def bind(stage: FederateSettings, state: State, folder: Path | None = None) -> Simulation:
-    """Builds server and clients of the stage, and lets them agree on its settings.
+    """Builds server and clients of the stage, and sends the messages by which they agree on it.
 
     Args:
         stage: the settings.
@@ -43,6 +43,7 @@ def bind(stage: FederateSettings, state: State, folder: Path | None = None) -> S
     Raises:
         RecipeError: if a setting does not fit.
         PrivacyError: if the budget cannot be kept.
+        TrainingError: if clients on other machines do not accept, or a client does not register.
     """
     if state.network is not None:
         return Simulation(bind_deployed(stage, state, state.network, folder), {})
@@ -59,7 +60,7 @@ def bind(stage: FederateSettings, state: State, folder: Path | None = None) -> S
                 "leave deadline out"
             ),
         )
-    # Called again in every process that runs clients.
+    # A function, because every other process that runs clients must call it too.
     build = partial(
         CommonInputs.of,
         stage,

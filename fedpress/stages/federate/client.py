@@ -31,15 +31,17 @@ from fedpress.training.evaluate import evaluate
 from fedpress.wire.message import Message, pack, unpack
 
 IDENTITY = "identity"
-"""Entry of a client's memory with the 32 secret bytes of its keys, where it has long-lived ones."""
+"""Name of an entry in a client's memory: the 32 secret bytes from which its keys follow. Only a
+client that keeps its keys for several runs has this entry."""
 
 
 @dataclass(eq=False)
 class ClientSide:
-    """One client, from its first message ("register") to the last.
+    """One client of a stage, which answers all messages of the server.
 
-    The server first asks the client to register, which returns public facts. Then it asks the
-    client to agree to the planned stage. Only after that does the client answer in rounds.
+    The server first asks the client to register; the client answers with public facts. Then the
+    server asks the client to agree to the planned stage. Only a client that has agreed answers in
+    rounds.
 
     Attributes:
         name: name of the client in the transport, which carries the messages.
@@ -48,8 +50,8 @@ class ClientSide:
         memory: stores the client's secret and its state between rounds.
         client: answers in the rounds; None until this client has agreed.
         contract: the plan of the stage that this client has agreed to; None before.
-        model: the model to train in place of `common.model`; None: that model.
-        source: computes gradients in place of the default of `ClientPlan`; None: the default.
+        model: the model that this client trains; None: `common.model`.
+        source: computes the gradients; None: the default of `ClientPlan`.
     """
 
     name: ClientId
@@ -105,13 +107,13 @@ class ClientSide:
         return Message("registered", header)
 
     def _agree(self, message: Message) -> Message:
-        """Plans the stage for the clients that the server names, and compares plan and settings.
+        """Plans the stage for the clients that the server names, and compares it with its plan.
 
         Raises:
-            WireError: if they differ from the server's; the error names the setting. From then on
-                this client refuses every request.
+            WireError: if the two plans differ; the error names the setting. From then on this
+                client refuses every request but "register" and "agree".
         """
-        # A refused agreement must also end an earlier one.
+        # If this client refuses now, an agreement from before must not stay valid.
         self.withdraw()
         try:
             population = Population.from_json(read_text(message, "population"))
@@ -140,13 +142,13 @@ class ClientSide:
         self._refusal = None
 
     def _check_own(self, population: Population) -> None:
-        """Checks that the server names this client with its own number of examples and key.
+        """Checks that the server names this client, with its right number of examples and its key.
 
         The noise is planned from the number of examples. A malicious server could make the noise
         too small by claiming that this client has more examples.
 
         Raises:
-            WireError: if number or key differ.
+            WireError: if the server does not name this client, or gives another number or key.
         """
         if self.name not in population.names:
             raise WireError(
@@ -159,7 +161,7 @@ class ClientSide:
             own = len(self.arrays)
             if claimed != own:
                 raise WireError(
-                    f"the server says that {self.name!r} has {claimed}, it has {own}",
+                    f"the server says that {self.name!r} has {claimed}, but it has {own}",
                     place="agree.population.examples",
                     cure="let this client register again",
                 )
@@ -203,8 +205,8 @@ class ClientSide:
         stored = load_json(self.memory, "member")
         if stored.get("run") == run:
             member.load_state_(stored)
-        # An older version stored another name of the run. Its answered rounds still count, because
-        # answering one twice would reveal the update.
+        # An older version stored another name of the run. Rounds answered then still count as
+        # answered, because a second answer in the same round would reveal the update.
         elif stored:
             member.take_over_(stored)
         return member
@@ -223,15 +225,15 @@ class ClientSide:
         """Answers with the metric of the server's model on this client's own examples.
 
         Raises:
-            WireError: under privacy, because the metric depends on private data; or if the
-                parameters do not fit the model.
+            WireError: under privacy, because the metric depends on private data; if the message
+                belongs to another agreement; or if the parameters do not fit the model.
         """
         client.check_agreement(message)
         if client.uplink.privacy is not None:
             raise WireError(
                 "a metric on private examples is private too",
                 place="evaluate",
-                cure="leave it out under privacy",
+                cure="send no 'evaluate' under privacy",
             )
         model = self.common.model
         parameters.assign_(model, client.read_params(message))

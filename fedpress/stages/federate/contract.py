@@ -91,16 +91,17 @@ class Contract:
         """Returns the ledger entries of the rounds from `first` to `last`; none without privacy.
 
         Args:
-            tasks: number of tasks of each client in these rounds.
-            first: first round.
-            last: last round.
+            tasks: number of tasks of each client in these rounds (a task: asked in one round).
+            first: number of the first round.
+            last: number of the last round.
 
         Returns:
-            An entry for each client with a task. If all clients have the same cost, a single entry
-            for the population.
+            An entry for each client with a task; or, if the plan has one cost for all clients, a
+            single entry for the whole population.
         """
         planned = self.protection
-        # With correlated noise all rounds together are one mechanism, charged in the first round.
+        # With correlated noise all rounds together are one mechanism. The first round is charged
+        # for it.
         if not planned.costs or (planned.charged_once and first > 1):
             return []
         if POPULATION in planned.costs:
@@ -114,7 +115,7 @@ class Contract:
         return entries
 
     def planned_charges(self, name: ClientId) -> list[LedgerEntry]:
-        """Returns the ledger entries of all rounds that one client must expect.
+        """Returns the ledger entries that one client must expect, for all rounds together.
 
         Only the server may know how often a client is really asked. So the entries are for the
         largest number of rounds in which any client is asked.
@@ -141,8 +142,9 @@ class Contract:
     def _charged_at_first(self) -> bool:
         """Whether a client is charged for the whole run with its first answer.
 
-        Random participation costs less privacy per round, but then all rounds count, also those in
-        which the client is not asked. The client does not see these rounds and cannot count them.
+        This is so with correlated noise, and if clients take part at random. Random participation
+        costs less privacy per round, but then all rounds count, also those in which the client is
+        not asked. The client does not see these rounds and cannot count them.
         """
         common = self.protection.costs.get(POPULATION)
         drawn = common is not None and common.sampling_prob < 1
@@ -154,7 +156,7 @@ def unprotected(stage: FederateSettings) -> LedgerEntry:
 
     After this entry no later stage can promise privacy to the same clients.
     """
-    # A noise multiplier of 0 is an infinite epsilon.
+    # A noise multiplier of 0 means an infinite epsilon.
     return LedgerEntry(POPULATION, stage.name, 1.0, 0.0, 1)
 
 
@@ -271,7 +273,7 @@ def _bind_contract(
     trust = trust_of_stage(stage)
     # Checked before the noise is calibrated, because that takes seconds.
     check_schedule(stage.schedule, needs_of(stage))
-    # The schedule sets the cohort: with a buffered one it is the buffer.
+    # The schedule sets the size of the cohort: a buffered schedule sets it to its buffer size.
     cohort = stage.schedule.cohort(stage.cohort, len(population), stage.sampling)
     # Drawn from the seed, because clients must not know the server's secret. The real draw has
     # other clients, but the same number of tasks, and the plan depends only on this number.
@@ -355,7 +357,7 @@ def owns_keys(stage: FederateSettings) -> bool:
 
 def _aggregator(stage: FederateSettings, planned: Protection, population: Population) -> Aggregator:
     if planned.grid is None:
-        # Without a grid it is not "secure"; the settings of all other rows are aggregators.
+        # Without a grid the kind is not "secure". The settings of all other kinds are aggregators.
         return cast(Aggregator, stage.aggregator or Mean())
     # In the order of the population, so that the tuple is equal on both sides.
     identities = tuple(population.identities.items())
@@ -379,7 +381,7 @@ class Prepare:
 
 
 def algorithm_of(stage: FederateSettings) -> Algorithm:
-    """Returns the algorithm: `algorithm`, or FedProx or FedAvg by the keys of version 0.1."""
+    """Returns `algorithm` if it is set; else FedProx if `proximal_mu` is above 0; else FedAvg."""
     if stage.algorithm is not None:
         return stage.algorithm
     if stage.proximal_mu:

@@ -39,11 +39,11 @@ def bind_deployed(
         stage: the settings.
         state: the state of the run; it has no client's data.
         network: connects to the clients.
-        folder: where the server stores its secret and the list of clients; None for `check`, after
-            which clients store nothing either.
+        folder: where the server stores its secret and the list of clients. None for `check`: then
+            neither server nor clients store anything.
 
     Raises:
-        TrainingError: if no client accepts; the error contains the first refusal.
+        TrainingError: if no client accepts or registers; the error contains the first reason.
         RecipeError: if a setting does not fit.
         PrivacyError: if the budget cannot be kept.
     """
@@ -69,12 +69,14 @@ def bind_deployed(
         inputs=inputs,
         labels=network.labels,
     )
-    # With no clients: their names would be part of the folder's name, but are not known yet.
+    # The list of clients is empty, because their names are not known yet. With names, the folder's
+    # name would depend on them.
     memory = memories_of(common, [], folder)[1]
     stored = load_json(memory, POPULATION)
     population = Population.from_json(stored["json"]) if stored else None
-    # Random, and stored with the population. A stage that starts again from the first round gets
-    # another session, so that clients do not confuse its requests with earlier requests.
+    # The session is random, and stored with the population. A stage that starts again from the
+    # first round gets another session, so that clients do not confuse its requests with earlier
+    # requests.
     session = str(stored.get("session") or secrets.token_hex(8))
     transport = network.open(session, None if population is None else population.names)
     header: dict[str, JSON] = {"stage": stage.name, "trial": folder is None}

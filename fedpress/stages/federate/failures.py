@@ -12,17 +12,18 @@ from fedpress.federation.failures import Tally
 from fedpress.stages.federate.server import ServerSide
 
 PRIVATE = "kept private"
+"""Stands in place of a reason that may depend on private examples."""
 SHOWN = 3
-"""Number of clients named in a line of the terminal; the report names all."""
+"""Largest number of clients named in a line of the terminal; the report names all."""
 REPORTED_FROM = 4.0
 """A noised count above this many standard deviations is reported (false alarm: 1 in 30,000)."""
 STOPS_FROM = 5.0
 """A noised count above this many standard deviations can stop a run (false alarm: 1 in 3
 million)."""
 ALL = 0.9
-"""The run stops if at least this share of the units fails."""
+"""The run stops if at least this share of the protected units (clients or examples) fails."""
 MANY = 1 / 3
-"""The run warns if at least this share of the units fails."""
+"""The run warns if at least this share of the units, or of the clients' answers, fails."""
 RECENT = 32
 """Largest number of rounds whose counts are added up to decide about a stop. In a sum the noise is
 relatively smaller than in one round."""
@@ -38,6 +39,7 @@ PUBLIC_ERRORS = frozenset(
 )
 """Errors whose text never depends on examples: only on messages, keys, files or noised numbers."""
 UNITS = {"client": "clients", "sample": "examples"}
+"""Protected unit -> its plural in messages."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ class Failures:
     "failed" (an error). A unit that fails contributes zero to the sum of updates.
 
     Attributes:
-        asked: number of requests in all rounds.
+        asked: number of answers that the server waited for, in all rounds.
         refused: client -> (number of rounds in which its answer did not count, last reason).
         counted: noised numbers of failed units; None without privacy.
         of: expected number of units in all rounds.
@@ -70,7 +72,7 @@ class Failures:
 
         Args:
             record: the public part of the round's record.
-            drawn: clients that were asked.
+            drawn: clients whose answers the round waited for.
             server: the server's side of the stage.
         """
         refused = dict(self.refused)
@@ -105,7 +107,7 @@ class Failures:
     @property
     def significant(self) -> bool:
         """Whether the counts are too large to be only noise, so some units did fail."""
-        # Less than 1% is not reported, even if the count is precise.
+        # Failures of less than 1% of the units are not reported, even if the count is precise.
         if self.counted is None or self.counted.total < 0.01 * self.of:
             return False
         larger = max(self.counted.not_finite, self.counted.failed)
@@ -225,7 +227,7 @@ def public_reasons(refused: Mapping[str, str], server: ServerSide) -> dict[str, 
 
     Under privacy the text of an error may depend on private examples, for instance "token 9999 is
     beyond the vocabulary". Errors about messages, files, disks and keys do not depend on examples.
-    Nor does a "DivergedError", because it is raised for parameters after noised steps.
+    A "DivergedError" does not either, because it is raised for parameters after noised steps.
     """
     if server.uplink.privacy is None:
         return dict(refused)

@@ -23,14 +23,15 @@ from fedpress.stages.federate.settings import FederateSettings
 BITS = 16
 """Default bits of a secure sum without noise. The rounding error is far below the update's size."""
 CLIP_NORM = 10.0
-"""Default clip norm of a secure sum without privacy. Usual updates are shorter, so it only prevents
-overflow."""
+"""Default clip norm of a secure sum without privacy. Usual updates are shorter, so the clip leaves
+them as they are: it only prevents overflow."""
 NOISED_LIST = 'uplink = [{ kind = "rotate" }, { kind = "discretize" }]'
 PLAIN_LIST = (
     f'uplink = [{{ kind = "clip", clip_norm = {CLIP_NORM} }}, {{ kind = "rotate" }}, '
     '{ kind = "discretize" }]'
 )
-"""Recipe lines for a secure sum, used in cures. With privacy a clip is added automatically."""
+"""Recipe lines for a secure sum, with privacy (`NOISED_LIST`) and without. Error messages suggest
+them. With privacy a clip is added automatically."""
 
 
 @dataclass(frozen=True)
@@ -122,8 +123,8 @@ def plan_grid(
         cohort: how the clients of a round are chosen.
         sensitivity: largest L2 norm by which one protected unit (an example or a client) changes a
             client's vector; if None, the bound on the norm of the vector itself.
-        sampling_prob: probability that an example is in a round.
-        times: number of rounds in which a unit takes part; all rounds if None.
+        sampling_prob: probability that an example is used in a round.
+        times: number of rounds in which a protected unit takes part; None: all rounds.
 
     Raises:
         RecipeError: if the codecs do not fit a secure sum.
@@ -172,7 +173,7 @@ def _before_grid(
     line = PLAIN_LIST if stage.privacy is None else NOISED_LIST
     if at is None:
         raise RecipeError(
-            "a secure sum adds integers",
+            "a secure sum adds integers, and no codec rounds updates to integers",
             place="uplink",
             cure=f'end the list with {{ kind = "discretize" }}, as in {line}',
         )
@@ -203,7 +204,7 @@ def _open_grid(
         RecipeError: if the bits cannot hold the sum.
     """
     half = distributed.USED_RANGE * 2 ** (bits - 1)
-    # Largest value of one client, so that the sum of all honest clients cannot overflow.
+    # No client may send a larger value, so that the sum of all honest clients cannot overflow.
     largest = math.floor(half / clients)
     if largest < 2:
         least = math.ceil(math.log2(2 * clients / distributed.USED_RANGE)) + 1

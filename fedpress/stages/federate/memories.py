@@ -12,6 +12,7 @@ from fedpress.federation import ClientState, DiskState, InMemoryState
 from fedpress.stages.federate.contract import CommonInputs
 
 SERVER = "server"
+"""Name of the folder of the server's storage."""
 
 
 def memories_of(

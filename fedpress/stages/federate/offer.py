@@ -2,8 +2,8 @@
 
 In a simulation, server and clients are built from one recipe. Over a network, clients have no
 recipe, so the server sends them an offer first: settings, model and seed. An offer contains no
-code. The model is a spec (the name of an architecture, and its arguments) and tensors, which the
-client checks like a file from a stranger.
+code. It describes the model by a spec (the name of an architecture, and its arguments) and tensors.
+The client checks both like a file from an unknown source.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def code_named(message: Message) -> str | None:
 
 
 class OfferedStage(FederateSettings):
-    """The settings of a federate stage, as a client gets them; a client does not run the stage."""
+    """The settings of a federate stage as a client gets them. The class cannot run the stage."""
 
 
 class _Facts(BaseModel):
@@ -112,7 +112,7 @@ class Offer:
             are not tables.
         labels: columns to predict, for a table.
         fedpress: version of fedpress on the server.
-        streams: version of the random streams on the server.
+        streams: version of the server's random streams. Other versions draw other numbers.
     """
 
     stage: FederateSettings
@@ -190,8 +190,8 @@ class Offer:
         """Reads an offer from an untrusted server; no code is imported or called.
 
         Raises:
-            WireError: if an entry is invalid, or the model or data would need code that this client
-                has not allowed.
+            WireError: if an entry is invalid, or the model or the task would need code that this
+                client has not allowed.
         """
         texts = {name: read_text(message, name) for name in TEXTS}
         place = ""
@@ -215,8 +215,8 @@ class Offer:
             seed = int(facts.seed)
         except FedpressError as error:
             raise WireError(error.problem, place=f"offer.{place}", cure=error.cure) from error
-        # A malicious message may contain anything; the client must answer with an error and live
-        # on.
+        # A malicious message may contain anything. The client must answer with an error and keep
+        # running.
         except (ValidationError, SafetensorError, ValueError, TypeError) as error:
             said = " ".join(str(error).split())[:300]
             cure = "use the same fedpress on both sides"
@@ -238,7 +238,8 @@ class Offer:
         """Builds the model, and returns everything that a client needs to take part in the stage.
 
         Raises:
-            WireError: if the model cannot be built from the spec, or the tensors do not fit it.
+            WireError: if the server has another version of the random streams, the model cannot be
+                built from the spec, or the tensors do not fit it.
         """
         # Other streams give other noise and other batches than the server has planned.
         if self.streams != STREAMS:

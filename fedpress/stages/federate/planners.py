@@ -157,19 +157,21 @@ def _joint_step(case: PlanningCase) -> tuple[PrivacyPlan, float]:
 def _check_joint(stage: FederateSettings) -> None:
     """Refuses settings and codecs that do not fit one joint gradient step.
 
-    These are settings for several local steps, and codecs that could raise the sensitivity, that
-    is, the change of the sum that one example can cause.
+    Such settings are meant for several local steps. Such codecs could raise the sensitivity: the
+    largest change of the sum that one example can cause.
 
     Raises:
         RecipeError: if there is such a setting or codec.
     """
-    check_is_sgd(stage, "with this trust the clients of a cohort take one step together")
+    check_is_sgd(
+        stage, "with this value of `trust`, the clients of a cohort take one step together"
+    )
     for name, fine in (("epochs", 1), ("momentum", 0.0), ("lr_decay", 1.0)):
         if getattr(stage, name) != fine:
             raise RecipeError(
                 (
-                    f"got {getattr(stage, name):g}, but with this trust the clients of a cohort "
-                    "take one step together"
+                    f"got {getattr(stage, name):g}, but with this value of `trust`, the clients of "
+                    "a cohort take one step together"
                 ),
                 place=f"{name}",
                 cure=f"set {name} = {fine:g}; for momentum, set it in stage.server",
@@ -179,7 +181,7 @@ def _check_joint(stage: FederateSettings) -> None:
     # may change the step of the grid, or the positions that are sent.
     fine_here = ("clip", "randomk", "rotate", "discretize") if secure else ("clip", "randomk")
     for transform in stage.uplink:
-        # An unbiased codec scales values up, and with them the sensitivity.
+        # An unbiased codec multiplies values by a factor above 1, and so the sensitivity.
         if transform.kind not in fine_here or getattr(transform, "unbiased", False):
             raise RecipeError(
                 "it could let one example move a client's sum by more than the clip norm",
@@ -285,7 +287,7 @@ def _correlated(case: PlanningCase, plan: PrivacyPlan) -> Protection:
 
 
 def _calibrated(plan: PrivacyPlan, private: PrivacySettings, steps: int) -> PrivacyPlan:
-    """Returns `plan` with the noise multiplier of the settings, or one that gives their epsilon.
+    """Returns `plan` with the noise multiplier of the settings, or calibrated to their epsilon.
 
     Args:
         plan: the plan; its noise multiplier is replaced.

@@ -81,8 +81,9 @@ def _check_codecs(stage: FederateSettings, secure: bool, cohort: Cohort) -> None
         RecipeError: if a codec does not fit, or the cohorts of a secure sum differ in size.
     """
     for transform in stage.uplink:
-        # An unbiased codec scales the sent values up, so its error is at least as long as the
-        # update. Added to the next update, it would grow without limit.
+        # An unbiased codec multiplies the sent values by a factor above 1, so its error may be
+        # longer than the update. If each error were added to the next update, errors could grow
+        # without limit.
         if stage.error_feedback and getattr(transform, "unbiased", False):
             raise RecipeError(
                 f"'{transform.kind}' is unbiased, so its error would grow from round to round",
@@ -116,7 +117,7 @@ def _check_codecs(stage: FederateSettings, secure: bool, cohort: Cohort) -> None
 def _check_promise(
     stage: FederateSettings, trust: Trust, population: Population, cohort: Cohort
 ) -> None:
-    """Refuses a sampling with which the guarantee would be wrong, and a delta that makes it empty.
+    """Refuses a sampling that breaks the guarantee, and a delta with which it protects nobody.
 
     Raises:
         RecipeError: if there is such a setting.
@@ -141,8 +142,8 @@ def _check_promise(
             place="sampling",
             cure="set sampling = 'poisson', or take all clients",
         )
-    # A mechanism that publishes one unit at random satisfies delta = 1 / units, so delta must be
-    # smaller.
+    # A mechanism that publishes one unit, drawn at random, has epsilon 0 and delta = 1 / units. So
+    # delta must be smaller.
     units = len(population) if trust.unit == "client" else population.total
     if private.delta >= 1 / units:
         raise RecipeError(

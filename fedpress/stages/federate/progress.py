@@ -34,7 +34,7 @@ class Progress:
         server_state: state of the server's optimizer and algorithm, such as momentum.
         round: number of finished rounds.
         best: the best validation score so far; None if there is none.
-        best_round: the round with this score.
+        best_round: the round with the best score; 0 if there is none.
         bytes_up: bytes from the clients in all rounds.
         bytes_down: bytes to the clients in all rounds.
         set_up: bytes (up, down) of the messages before the first round, which are not part of
@@ -81,7 +81,7 @@ class Progress:
             record: the public part of the round's record.
             validation: evaluation of the new model; None without a validation set.
             task: compares scores.
-            **more: further fields.
+            **more: further fields of the new progress, such as `ledger`.
         """
         score = json_number(validation.score) if validation else None
         # Any score is better than None, so the first one becomes the best.

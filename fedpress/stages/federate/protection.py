@@ -74,7 +74,7 @@ def repeated(event: MechanismEvent, count: int) -> MechanismEvent:
 
 
 def steps_per_round(stage: FederateSettings, examples: int) -> int:
-    """Returns the number of local steps in a round of a client with this many examples."""
+    """Returns how many local steps a client with this many examples takes in a round."""
     if trust_of_stage(stage).steps == "joint":
         return 1
     return stage.epochs * math.ceil(examples / stage.batch_size)

@@ -18,9 +18,9 @@ from fedpress.training.evaluate import Evaluation
 def public_part(record: RoundRecord, server: ServerSide) -> RoundRecord:
     """Returns the part of a round's record that may be stored.
 
-    If the server adds the noise, only the server may know which clients took part. Then no client
-    is named. And the planned bytes are stored instead of the real bytes, because the size of a
-    packed update depends on private data.
+    If the server adds the noise, only the server may know which clients took part. Then the stored
+    record names no client, and has the planned bytes instead of the real bytes, because the size of
+    a packed update depends on private data.
     """
     if not server.hides_cohort:
         return record

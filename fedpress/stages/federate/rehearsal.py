@@ -34,7 +34,7 @@ def rehearse(clients: Sequence[ClientSide], public: Sequence[Arrays], task: Task
         task: makes up targets for made-up examples.
 
     Raises:
-        RecipeError: if the step fails; the error contains the cause.
+        RecipeError: if the step fails on all trial examples of a kind; the error has the cause.
     """
     for client in _one_of_each_kind(clients):
         _rehearse_kind(client, public, task)
@@ -62,7 +62,7 @@ def _rehearse_kind(client: ClientSide, public: Sequence[Arrays], task: Task) -> 
         share = Argument("data.public_share", 0.1)
         cure += [", or give public examples of this kind by ", share, " to try it on"]
     said = str(cause).partition("\n")[0]
-    # Without the cure of the training's error, which is meant for errors on private examples.
+    # A TrainingError also has a cure. It is left out, because it is meant for private examples.
     if isinstance(cause, TrainingError):
         said = cause.problem
     raise RecipeError(
@@ -86,7 +86,7 @@ def trial_examples(
 ) -> Iterator[tuple[str, Arrays]]:
     """Yields trial examples of the same shape and dtype as `like`.
 
-    These are public examples if there are any of this kind. Otherwise several batches are made up,
+    If there are public examples of this kind, one batch of them. Otherwise several made-up batches,
     because it is unknown which values the network accepts, such as floats or token ids.
 
     Args:

@@ -1,4 +1,4 @@
-"""Runs the rounds of a federate stage; each round is charged to the ledger, run and evaluated.
+"""Runs the rounds of a federate stage: charges each round to the ledger, runs and evaluates it.
 
 The ledger is the list of all privacy costs of a run. Epsilon is computed from it.
 """
@@ -32,7 +32,9 @@ log = logger(__name__)
 
 
 class FederatedRounds:
-    """The rounds of a federate stage; `fedpress.workspace.drive` runs them and resumes them from checkpoints.
+    """The rounds of a federate stage.
+
+    `fedpress.workspace.drive` runs them, and resumes them from checkpoints.
 
     Attributes:
         server: the server's side of the stage.
@@ -68,8 +70,8 @@ class FederatedRounds:
             record = next(running)
             shown = public_part(record, server)
             yield self._take(record, shown, ledger)
-            # This check comes after the milestone: the epsilon of the round is spent, so the round
-            # must be saved even if the run stops here.
+            # This check comes after the milestone, which saves the round. The epsilon of the round
+            # is spent, even if the run stops here.
             check_failures(server, self.now)
             yield from self._warnings(shown, len(record.timing.answered), warned=warned)
         last = last_warning(server, self.now.failures)
@@ -136,12 +138,13 @@ class FederatedRounds:
 
         Args:
             shown: the public part of the round's record.
-            answered: number of clients that answered in the round.
+            answered: number of clients whose answers the round waited for.
             warned: whether an earlier round has already warned of failures.
         """
         reasons = public_reasons(shown.refused, self.server)
         warning = refusal_line(reasons, answered, shown.round)
-        # Compared without the number of the round, so that the same clients are reported once.
+        # Compared without the number of the round, so that the same refusals in the next round are
+        # not reported again.
         if warning and warning.partition(":")[2] != self._warned.partition(":")[2]:
             # Safe to log: `public_reasons` has removed private text.
             log.warning("%s", warning)

@@ -35,7 +35,7 @@ from fedpress.wire.message import Message, pack
 PRIVACY_KEYS = ("unit", "delta", "noise_multiplier", "clip_norm", "sampling_prob")
 """Fields of a privacy plan that are shown in the result."""
 ROUNDING = 1e-9
-"""Relative excess of the budget that floating-point rounding may cause."""
+"""Share by which epsilon may exceed the budget, because of floating-point rounding."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,7 +49,7 @@ class ServerSide:
         ledger: privacy spent before this stage. If this stage has no privacy, the ledger also
             contains an entry of infinite epsilon.
         secret: key of the server's noise and draws (256 bits). If None, they follow from the seed.
-        set_up: bytes of the messages before the first round (register and agree).
+        set_up: bytes of the messages before the first round (offer, register, agree).
     """
 
     common: CommonInputs
@@ -215,7 +215,7 @@ class ServerSide:
         return ledger.spend(*charges, epsilon=budget, delta=private.delta)
 
     def schedule_facts(self) -> dict[str, Any]:
-        """Returns entries of the result about the schedule; none for synchronous rounds."""
+        """Returns facts about the schedule; none if it sends one model per round to all clients."""
         if self.stage.schedule.one_model:
             return {}
         return {"schedule": self.stage.schedule.kind, "most_tasks": self.participation.max_tasks}
@@ -261,7 +261,8 @@ class ServerSide:
         most = max(plans, key=lambda plan: (plan.sampling_prob, plan.steps_per_round))
         facts = {name: getattr(most, name) for name in PRIVACY_KEYS}
         facts["trust"] = self.uplink.trust.kind
-        # With an adaptive clip the plan is in units of the present clip norm, so its own is 1.
+        # With an adaptive clip the plan is in units of the present clip norm, so its clip norm is
+        # always 1. The initial clip norm says more.
         if self.uplink.adaptive is not None:
             facts["clip_norm"] = self.uplink.adaptive.initial
         return facts

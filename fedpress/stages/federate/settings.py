@@ -33,7 +33,7 @@ class PrivacySettings(ReadsOldKeys):
     # Recipes and run folders of older versions have the old values.
     renamed: ClassVar[tuple[Renamed, ...]] = (Renamed("trust", "secure", "trust", "distributed"),)
 
-    # No default: what must be protected, only the user can know.
+    # No default, because only the user can know what must be protected.
     unit: Literal["sample", "client"] = Field(
         description="what is protected: sample (one example) or client (all examples of a client)"
     )
@@ -42,7 +42,7 @@ class PrivacySettings(ReadsOldKeys):
         description="who adds the noise: local (each client), distributed (all clients together, "
         "in a secure sum), central (the server)",
     )
-    # Should be well below 1 / (number of protected units); `privacy.py` checks this.
+    # Should be well below 1 / (number of protected units). `privacy.py` refuses this value or more.
     delta: float = Field(
         1e-5, gt=0, lt=1, description="delta of (epsilon, delta)-differential privacy"
     )
@@ -68,8 +68,8 @@ class PrivacySettings(ReadsOldKeys):
     )
     secure_noise: bool = Field(
         False,
-        description="draw noise from the operating system, on a public grid; a run cannot be "
-        "repeated then",
+        description="draw noise from the operating system's random numbers, and round it to a "
+        "public grid; then a run cannot be repeated",
     )
 
     @model_validator(mode="after")
@@ -102,8 +102,8 @@ class PrivacySettings(ReadsOldKeys):
                     place=name,
                     cure=f"leave {name} out",
                 )
-        # Correlated noise cancels part of the noise of earlier rounds, which must have the same
-        # scale for that.
+        # Correlated noise cancels part of the noise of earlier rounds. This works only if the noise
+        # of all rounds has the same scale.
         if self.adaptive is not None and self.correlated is not None:
             raise SettingError(
                 "correlated noise needs one clip norm, and adaptive changes it",
@@ -125,12 +125,12 @@ class CorrelatedNoise(BaseModel):
 
     # Each band costs a draw of noise in every round, and more bands hardly lower the error.
     bands: int = Field(
-        16, ge=2, le=64, description="number of rounds whose independent noise is mixed into one"
+        16, ge=2, le=64, description="number of rounds whose noise is mixed into the noise of one"
     )
 
 
 class FederateSettings(LocalSettings, ReadsOldKeys):
-    """The keys of a federate stage; `LocalSettings` has those of local training."""
+    """The keys of a federate stage. The keys of local training are in `LocalSettings`."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     renamed: ClassVar[tuple[Renamed, ...]] = (
@@ -220,7 +220,7 @@ class FederateSettings(LocalSettings, ReadsOldKeys):
         1 / 3,
         ge=0,
         lt=0.5,
-        description="share of a cohort that may drop out of a secure sum without its failing",
+        description="largest share of a cohort whose drop-out does not make a secure sum fail",
     )
     target_metric: float | None = Field(
         None, description="stop when the task's primary metric on the validation set reaches this"

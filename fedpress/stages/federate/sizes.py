@@ -39,8 +39,8 @@ def message_sizes(contract: Contract, params: Tensor) -> dict[str, Any]:
     terms = contract.terms
     uplink = contract.uplink
     chance = public_stream(0, "sizes")
-    # About the size of real updates, relative to the parameters. The size matters with `downlink`,
-    # where it is added to the parameters.
+    # Values about as large as in real updates, relative to the parameters. Their size matters with
+    # `downlink`, where the change is added to the parameters.
     scale = 1e-3 * float(params.std()) if len(params) > 1 else 1e-3
     change = chance.normal(len(params), dtype=torch.float32) * scale
     names = list(contract.population.names)[: uplink.cohort.size]
@@ -81,7 +81,7 @@ def message_sizes(contract: Contract, params: Tensor) -> dict[str, Any]:
 def _down(
     contract: Contract, params: Tensor, change: Tensor, invitation: dict[str, JSON]
 ) -> tuple[int, int]:
-    """Returns the bytes of a client's first request to train ("fit"), and of each later request."""
+    """Returns the bytes of a client's first request to train, and of each later request."""
     terms = contract.terms
     header: dict[str, JSON] = {"round": 1, "agreement": terms.agreement.fingerprint, **invitation}
     if terms.algorithm.keeps_state:

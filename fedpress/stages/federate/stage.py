@@ -30,8 +30,8 @@ class FederateStage(FederateSettings, Stage):
 
     needs_clients: ClassVar[bool] = True
     places: ClassVar[Mapping[str, str]] = {
-        # Functions that the stage calls name their own arguments; errors show the keys on the
-        # right.
+        # Functions that the stage calls name their own arguments in errors (left). The user sees
+        # the keys of the recipe instead (right).
         "adaptive": "privacy.adaptive",
         "bands": "privacy.correlated.bands",
         "bits": "uplink.discretize.bits",
@@ -59,7 +59,7 @@ class FederateStage(FederateSettings, Stage):
         """Plans codecs, privacy and schedule; returns also the bytes, the noise and epsilon.
 
         Raises:
-            RecipeError: if settings do not fit together.
+            RecipeError: if settings do not fit together, or a trial step on public examples fails.
             PrivacyError: if this stage and earlier stages together would exceed the budget.
         """
         word = state.data.task.shown_metrics[0]
@@ -121,7 +121,7 @@ class FederateStage(FederateSettings, Stage):
         for warning in self.warnings:
             yield Tick(0, self.num_rounds, "", f"warning: stage.{self.name}.{warning}")
         # Without a checkpoint the stage starts from the first round. Simulated clients must forget
-        # that they have answered it, or they would refuse. Clients over a network do not forget:
+        # earlier answers to this round, or they would refuse. Clients over a network do not forget:
         # they send the same bytes again, since new answers would cost privacy again.
         if not folder.begun and state.network is None:
             folder.forget()

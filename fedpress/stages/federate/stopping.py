@@ -17,8 +17,8 @@ MAX_CLOSED_ROUNDS = 3
 def is_finished(server: ServerSide, now: Progress) -> bool:
     """Whether no further round follows.
 
-    There are four reasons: the last round is done; an earlier check has stopped the run; the metric
-    has reached its target; the metric has not improved for `patience` rounds.
+    There are four reasons: the last round is done; the next round would exceed the privacy budget;
+    the metric has reached its target; the metric has not improved for `patience` rounds.
     """
     stage = server.stage
     task = server.common.task
@@ -89,7 +89,7 @@ def check_failures(server: ServerSide, now: Progress) -> None:
     Raises:
         TrainingError: if the noised counts of failures show that nearly all units fail.
     """
-    # The counts have noise. `all_failing` is only true if noise alone can hardly explain them.
+    # The counts have noise. `all_failing` is true only if noise can hardly be the reason.
     if now.failures.all_failing:
         many = f"{now.failures.estimate(server.unit)} contributed nothing up to round {now.round}"
         cause = now.failures.cause(_rates(server))

@@ -201,7 +201,7 @@ def test_a_client_refuses_what_the_server_invents_about_it():
         return ask(clients["a"], Message("agree", {}, tensors))
 
     assert told(true).kind == "agreed"
-    with pytest.raises(WireError, match=r"the server says that 'a' has 11, it has 10"):
+    with pytest.raises(WireError, match=r"the server says that 'a' has 11, but it has 10"):
         told(replace(true, examples={**true.counts, "a": 11}))
     with pytest.raises(WireError, match="does not name 'a'"):
         told(Population(NAMES[1:], {name: true.counts[name] for name in NAMES[1:]}))
