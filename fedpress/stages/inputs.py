@@ -12,7 +12,7 @@ def write_inputs_json(state: State, folder: StageFolder) -> None:
     data = state.data
     if data.preparation is None:
         return
-    # The mean and std with which the model was trained, which may differ from the mean and std of
-    # these data.
+    # The device needs the mean and std with which the model was trained. They may differ from the
+    # mean and std of these data.
     used = data.preparation.with_standardisation(data.preprocess, data.class_names)
     write_json_with_checksum(folder.run / "artifacts" / INPUTS, used.to_json(), folder.run)

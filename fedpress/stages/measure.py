@@ -25,7 +25,10 @@ from fedpress.workspace.state import Name, State, Tick
 
 
 class MeasureStage(BaseModel, Stage):
-    """`[[stage]] kind = "measure"`: writes latency, memory and share of peak to measure.json."""
+    """`[[stage]] kind = "measure"`: writes latency, memory and share of peak speed to measure.json.
+
+    The share of peak speed is the speed of a run / the largest speed that this machine allows.
+    """
 
     changes_model: ClassVar = False
     repeats_measurements: ClassVar = True
@@ -34,7 +37,7 @@ class MeasureStage(BaseModel, Stage):
 
     kind: Literal["measure"]
     name: Name = "measure"
-    # 1 is what a device does for one request; 64 shows the throughput.
+    # A batch of 1 is what a device computes for one request; a batch of 64 shows the throughput.
     batches: tuple[int, ...] = Field((1, 64), min_length=1, description="batch sizes to time")
     # One thread for the cost of the model itself, two to see whether it can use more cores.
     threads: tuple[int, ...] = Field(

@@ -29,7 +29,8 @@ def draw_calibration(state: State, n: int, seed: int) -> Arrays:
     """Draws up to `n` different public examples at random.
 
     Raises:
-        DataError: if there are no public examples, or all drawn examples have the same label.
+        DataError: if there are no public examples, or if there are several classes and all drawn
+            examples have the same label.
     """
     public = state.data.public
     if not len(public):
@@ -44,8 +45,8 @@ def draw_calibration(state: State, n: int, seed: int) -> Arrays:
         name = state.data.class_names[int(drawn.y[0])]
         raise DataError(
             (
-                f"all {len(drawn)} public examples are of the one class '{name}', expected at "
-                f"least 2 of {state.data.num_classes}"
+                f"all {len(drawn)} drawn public examples have the class '{name}', expected at "
+                f"least 2 of {state.data.num_classes} classes"
             ),
             place="calibration",
             cure=f"raise calibration (now {n}), or give public data of more classes",

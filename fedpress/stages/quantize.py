@@ -116,13 +116,15 @@ class QuantizeStage(TeacherTrainSettings, Stage):
     observer: quantizing.Observer = Field(
         "minmax", description="how the range of a layer's inputs is measured"
     )
-    # The correction is exact: a layer is linear, so the mean error of its output is a constant.
+    # The correction is exact: the mean error of an output channel is a constant, which its bias can
+    # cancel.
     correct_bias: bool = Field(
         True, description="change biases so that the mean output of each layer stays as it was"
     )
     fold: bool | None = Field(
         None,
-        description="fold batch norms into the layer before; by default for int only",
+        description="fold each batch norm into the layer before it; by default for int only, and "
+        "not if an earlier stage has clustered weights",
     )
     calibration: int = Field(
         512, ge=1, description="public examples for ranges, rounding and biases"
@@ -193,7 +195,9 @@ class QuantizeStage(TeacherTrainSettings, Stage):
         return "epochs" if self.epochs else ""
 
     def check(self, state: State) -> tuple[State, dict[str, Any]]:
-        """Quantizes a copy of the model, to find errors. The run will quantize the same layers.
+        """Quantizes a copy of the model, to find errors before the run.
+
+        The run will quantize the same layers.
 
         Raises:
             ModelError: if no layer can be quantized.
@@ -226,7 +230,8 @@ class QuantizeStage(TeacherTrainSettings, Stage):
         spec, table, left = self._prepare_(model, state)
         batches = self._batches(state, seed)
         if self.mixed:
-            # Four batches are enough to rank the layers, and each is measured at all bits.
+            # Each layer is measured at all bits, which takes long. Four batches are enough to rank
+            # the layers.
             choices = quantizing.measure_choices(model, table, self.mixed, batches[:4])
             chosen = quantizing.choose_bits(choices, self.max_bytes or 0)
             table = _with_bits(table, chosen)
@@ -239,7 +244,7 @@ class QuantizeStage(TeacherTrainSettings, Stage):
             observer=self.observer,
             correct_bias=self._corrects(),
         )
-        # A kept weight that rounds to 0 is not pruned: it is noted, so that it can be trained.
+        # A kept weight that rounds to 0 is not pruned. It is noted, so that training may change it.
         noted = note_kept_zeros_(model, kept)
         spec = spec.model_copy(
             update={"quantized": {**spec.quantized, **table}, "kept_zeros": noted}
@@ -386,7 +391,7 @@ def _bits(scheme: QuantizationScheme) -> int:
 
 
 def _stays_float(model: nn.Module) -> tuple[float, list[str]]:
-    """Returns the share of parameters that stay float, and the three modules with most of them.
+    """Returns the share of parameters that stay float, and the three modules with the most of them.
 
     Scales and codebooks are not counted at all: they belong to the quantized weights.
     """

@@ -68,12 +68,12 @@ STAGES = (
     Row(
         "pack",
         "fedpress.stages.pack:PackStage",
-        "Writes one small file that gives the same bits back.",
+        "Writes one small file, from which exactly the same weights can be read.",
     ),
     Row(
         "export",
         "fedpress.stages.export:ExportStage",
-        "Writes the file that a device runs, for instance int8=true, and runs it back.",
+        "Writes the file that a device runs, for instance int8=true, and runs it to check it.",
     ),
     Row(
         "federate",

@@ -32,9 +32,10 @@ from fedpress.training.settings import TrainSettings
 from fedpress.workspace.drive import Milestone, Snapshot
 from fedpress.workspace.state import State, Tick
 
-# Examples that go through teacher and student once, to learn the shapes of their features.
 EXAMPLES = 64
+"""Number of examples that go through teacher and student once, to find the shapes of features."""
 TEACHERS_IN_RUN = ("dense", "before")
+"""Values of `teacher` that are not paths: the models from before pruning and before this stage."""
 SAVED_MODELS = {"teacher": TEACHERS_IN_RUN}
 """`Stage.saved_models` of a stage with a teacher."""
 
@@ -42,9 +43,10 @@ SAVED_MODELS = {"teacher": TEACHERS_IN_RUN}
 TEACHER_CURE = (
     "give the path of a saved model, such as ",
     Argument("teacher", "runs/dense"),
-    ", or in a recipe that has cut the model before, 'dense'",
+    ", or 'dense' in a recipe with an earlier stage that prunes the model",
 )
-"""The cure if a teacher is missing. 'dense' needs an earlier stage, which a command has not."""
+"""The cure if a teacher is missing. 'dense' needs an earlier stage, and a command has no such
+stage."""
 
 
 class TeacherTrainSettings(TrainSettings):
@@ -104,7 +106,10 @@ class TeacherTrainSettings(TrainSettings):
 
 
 class StageTraining:
-    """The training of a stage; `fedpress.workspace.drive` runs it, also from a checkpoint."""
+    """The training of a stage.
+
+    `fedpress.workspace.drive` runs it, and resumes it from checkpoints.
+    """
 
     def __init__(
         self,
@@ -155,7 +160,7 @@ class StageTraining:
 
 
 def saved_teacher(where: str) -> tuple[ModelSpec | None, nn.Module]:
-    """Loads a teacher from its path, or returns the module that was passed to a Python call.
+    """Loads a teacher from its path, or returns a copy of the module passed to a Python call.
 
     Returns:
         The teacher's spec (None for a module), and the teacher.
@@ -168,7 +173,8 @@ def saved_teacher(where: str) -> tuple[ModelSpec | None, nn.Module]:
     try:
         return storage.load(Path(where))
     except ModelError as error:
-        # The original cure is for `model`, which takes more kinds of models than `teacher` does.
+        # The original cure is for the key `model`, which accepts more kinds of models than
+        # `teacher` does.
         if error.place == "model":
             error.place = "teacher"
             error.cure = "give the folder of a model or of a run, or a packed file"
@@ -187,7 +193,7 @@ def _teacher(where: str, state: State) -> nn.Module:
     Raises:
         RecipeError: if there is no such teacher.
         TrainingError: if classes or inputs of the teacher differ from the data.
-        ModelError: if the teacher's files are corrupt.
+        ModelError: if the teacher does not exist, or its files are corrupt.
     """
     if where == "before":
         spec = state.spec

@@ -43,7 +43,7 @@ def test_public_examples_that_are_not_finite_are_refused_when_the_data_is_made(b
 
 def test_one_class_is_refused_by_its_name_unless_there_is_only_one():
     here = state(torch.zeros(20, 3), torch.ones(20, dtype=torch.int64))
-    with pytest.raises(DataError, match="all 20 public examples are of the one class 'dog'"):
+    with pytest.raises(DataError, match="all 20 drawn public examples have the class 'dog'"):
         draw_calibration(here, 64, 0)
     one = Arrays(torch.zeros(4, 3), torch.zeros(4, dtype=torch.int64))
     data = FederatedData("tiny", {"a": one}, one, one, one, 1, ("dog",), Preprocess())

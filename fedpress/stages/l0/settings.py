@@ -12,7 +12,7 @@ from fedpress.workspace.state import Name
 
 
 class L0Settings(TrainSettings):
-    """The keys of an l0 stage."""
+    """The keys of an l0 stage, which learns a gate (a factor from 0 to 1) per weight or channel."""
 
     kind: Literal["l0"]
     name: Name = "l0"
@@ -24,7 +24,7 @@ class L0Settings(TrainSettings):
         le=1,
         description="share to keep: of the weights, or of all parameters if unit is channels",
     )
-    # After that, weights and gates adapt at the final density.
+    # In the rest of the training, weights and gates adapt at the final density.
     until: float = Field(
         0.6, gt=0, le=1, description="share of the training after which the density is reached"
     )
@@ -68,7 +68,7 @@ class L0Settings(TrainSettings):
                 cure=("give ", Argument("epochs", 10)),
             )
         # With `patience` or `ema` the training returns other weights than those of the last step.
-        # The final gates fit only the weights of the last step.
+        # The gates are returned as they are after the last step, and fit no other weights.
         if self.patience:
             raise SettingError(
                 "early stopping could return weights from before the density is reached",

@@ -57,8 +57,9 @@ class L0Stage(L0Settings, Stage):
     Each weight w (or channel) is multiplied by a random gate between 0 and 1, whose distribution is
     learned (Louizos, Welling & Kingma 2018, arXiv:1712.01312). A controller adapts lambda: the
     expected density falls to `density` in the first part of the training (`until`) and then stays
-    there. At the end the gates are ranked, and exactly the share `density` with the highest gates
-    is kept.
+    there. At the end the gates are ranked, and the share `density` with the highest gates is kept:
+    exactly this share of weights, but only about this share with channels, whose numbers become
+    multiples of `round_to`.
     Pruned weights become zeros, which later stages keep; pruned channels are removed. A stage
     `kind = "train"` should follow, to train the remaining weights without gates.
     """
@@ -85,7 +86,7 @@ class L0Stage(L0Settings, Stage):
                 place="l0",
                 cure="put this stage before the quantization",
             )
-        # Only for its error: there may be no public examples.
+        # Called only for its error: there may be no public examples.
         draw_calibration(state, self.calibration, 0)
         model = copied(state.model)
         if self.unit == "channels":
@@ -172,8 +173,8 @@ class L0Stage(L0Settings, Stage):
             "whole_layers": dict(plan.unprunable),
         }
         notes = dict(plan.notes)
-        # If an earlier stage has pruned, the density could refer to that network or to the dense
-        # one. The note gives both shares.
+        # If an earlier stage has pruned, the density could refer to the network before this stage
+        # or to the dense network. The note gives both shares.
         if plan.parameters_before < state.dense:
             words = [notes["density"]] if "density" in notes else []
             share = share_in_words(state.dense, plan.parameters_before, plan.parameters_after)

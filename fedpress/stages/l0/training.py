@@ -21,18 +21,21 @@ from fedpress.workspace.drive import Milestone, Snapshot
 from fedpress.workspace.state import State, Tick
 
 LOG_ALPHA_DISTANCE = 20.0
-"""How far a gate's log alpha can move until the density must be reached. Half of it closes an open
-gate."""
+"""How far log alpha, the trained parameter of a gate, can move until the density must be reached.
+Half of this distance closes an open gate."""
 MAX_GATE_LR = 0.5
-"""Largest learning rate of gates: with larger steps they would oscillate."""
+"""Largest default of the gates' learning rate: with larger steps gates would oscillate."""
 ADAM_BETAS = (0.9, 0.99)
+"""Adam's decay rates for the averages of the gates' gradients and squared gradients."""
 ADAM_EPSILON = 1e-16
 """The usual 1e-8 is larger than the gradient of a single gate among ten million, so Adam would
 hardly move it."""
 
 
 class GatedTraining:
-    """A training of weights and gates; `fedpress.workspace.drive` runs it and resumes it from checkpoints.
+    """A training of weights and gates.
+
+    `fedpress.workspace.drive` runs it, and resumes it from checkpoints.
 
     Attributes:
         steps: number of training steps until the density must be reached.
@@ -71,7 +74,8 @@ class GatedTraining:
     def events(self) -> Iterator[Tick | Milestone]:
         """Trains to the last epoch; after each step of the weights the gates take a step."""
         with self.gates.applied_to(self.fit.model):
-            # A new stream for each epoch, so that a run resumed there draws the same gates.
+            # Each epoch has its own random stream, so that a run that is resumed after an epoch
+            # draws the same gates.
             self.gates.generator = public_stream(self.seed, "gates", self.fit.epoch)
             for event in train_epochs(self.fit, self.source):
                 if isinstance(event, Step):
@@ -94,7 +98,8 @@ class GatedTraining:
         if self.controller is None:
             # Scaled by the first loss and density, because losses differ in size between tasks.
             self.controller = DensityController(balance(loss, density, self.gates))
-        # The gates may begin below the wanted density. Then the density stays where it is.
+        # The gates may begin below the wanted density. Then the target is the density at the
+        # beginning.
         end = min(self.stage.density, self.begin)
         # The target falls by the same factor in every step.
         target = geometric_density(self.done / self.steps, start=self.begin, end=end)

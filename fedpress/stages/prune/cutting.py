@@ -46,16 +46,20 @@ from fedpress.workspace.state import State, Tick
 
 BATCH = 256
 REFIT = 512
-"""Public examples on which norms are fitted: enough, because a channel has only two parameters."""
+"""Largest number of public examples on which norms are fitted. So few are enough, because a channel
+has only two parameters."""
 
 
 class PruneWork:
-    """The work of a prune stage; `fedpress.workspace.drive` runs it and resumes it from checkpoints.
+    """The work of a prune stage.
+
+    `fedpress.workspace.drive` runs it, and resumes it from checkpoints.
 
     Attributes:
         model: the present network, on the CPU.
         early: a copy of the network with the weights from the beginning of the stage, but without
-            the channels removed so far. A rewind resets the model to this copy.
+            the channels removed so far. With the setting `rewind`, each cut resets the model to
+            this copy.
         plans: the plans of all cuts so far.
         step: number of finished cuts.
         tuned: whether the training before the next cut is done.
@@ -64,7 +68,8 @@ class PruneWork:
         start: cost before the first cut, such as the number of parameters; None until it is known.
         error: largest difference between the outputs before and after the last cut.
         restored: number of examples from which batch-norm statistics were recomputed.
-        inexact: results of the last cut if the cut changed the outputs of the network.
+        inexact: facts about the last cut if it was approximate (removed channels although outputs
+            change); else empty.
     """
 
     def __init__(self, stage: PruneSettings, state: State, index: int) -> None:
@@ -183,8 +188,8 @@ class PruneWork:
         """Returns the progress: each cut counts as its training steps and four more steps.
 
         Args:
-            part: which of the four steps is done, 0 to 4; during the training before them, minus
-                the number of training steps that remain.
+            part: how many of these four steps are done, 0 to 4. During the training, which comes
+                before them: minus the number of training steps that remain.
             note: text beside the progress bar.
         """
         per_cut = 4 + self._training_steps
@@ -217,7 +222,7 @@ class PruneWork:
         self.fit = None
         self.model = fit.result_().to("cpu").eval()
         # A checkpoint stores contiguous tensors, and rounding depends on the memory layout. Without
-        # this a run that was never killed would differ from a resumed one in the last bits.
+        # this line an uninterrupted run would differ from a resumed run in the last bits.
         for tensor in (*self.model.parameters(), *self.model.buffers()):
             tensor.data = tensor.data.contiguous()
         self.tuned = True
@@ -313,7 +318,7 @@ class PruneWork:
                 self.start = now
         if not self.plans:
             check_share_left("keep_latency", keep, now / self.start)
-        # Each remaining cut reduces the latency by the same factor, beginning at the present one.
+        # From the present latency on, each remaining cut reduces the latency by the same factor.
         left = self.stage.steps - self.step
         final = keep * self.start
         wanted: float = now ** (1 - 1 / left) * final ** (1 / left)
@@ -334,8 +339,8 @@ class PruneWork:
         units = compress.channel_units(model, graph, scores)
         known = list(self.points)
         densities = self.stage.densities
-        # The default densities stop before a layer would lose its last channel. Densities of the
-        # recipe are all measured.
+        # The default densities stop at `min_keep`, and where even the widest layer has only one
+        # channel. Densities that the recipe gives are all measured.
         if "densities" not in self.stage.model_fields_set:
             one_channel = 1 / max(layer.channels for layer in graph.groups)
             densities = densities_down_to(max(self.stage.min_keep, one_channel), densities)
@@ -375,6 +380,9 @@ class PruneWork:
             dense: the network before the cut.
             plan: the plan of the cut; `plan.approximate` lists the norms whose channels were
                 removed although this changes outputs.
+
+        Yields:
+            A milestone with the differences of the outputs.
 
         Returns:
             Entries of the result about the remaining difference to the outputs of `dense`; empty

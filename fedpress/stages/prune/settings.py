@@ -25,6 +25,7 @@ from fedpress.training.settings import TrainSettings
 from fedpress.workspace.state import Name, State
 
 TARGET_KEYS = ("keep_params", "keep_macs", "keep_latency", "max_bytes")
+"""Keys that set the target of a prune stage; a stage has exactly one target."""
 
 
 class PruneSettings(BaseModel):
@@ -71,7 +72,7 @@ class PruneSettings(BaseModel):
     scope: Literal["global", "layer", "sensitivity"] = Field(
         "global",
         description="global: one ranking over all layers; layer: the same share of each layer; "
-        "sensitivity: shares that raise the loss equally",
+        "sensitivity: shares at which the pruning of each layer raises the loss by the same amount",
     )
     # Processors are fast with widths that are multiples of 8.
     round_to: int = Field(8, ge=1, description="numbers of channels become multiples of this")
@@ -112,11 +113,13 @@ class PruneSettings(BaseModel):
         1, ge=1, description="number of cuts; each one reduces the cost by the same factor"
     )
     # No training after the last cut: a later `train` stage does that.
-    finetune: TrainSettings | None = Field(None, description="training between the cuts")
+    finetune: TrainSettings | None = Field(
+        None, description="training between the cuts; with rewind before each cut"
+    )
     rewind: bool = Field(
         False,
-        description="train before each cut, and reset the remaining weights to their initial "
-        "values after it",
+        description="train before each cut; after it, reset the remaining weights to their values "
+        "at the beginning of the stage",
     )
 
     @model_validator(mode="before")
@@ -136,7 +139,8 @@ class PruneSettings(BaseModel):
 
     @model_validator(mode="after")
     def _fits_together(self) -> PruneSettings:
-        # It always removes the channel of the lowest score in all layers, so it has no scope.
+        # "single-channel" always removes the channel with the lowest score of all layers, so it has
+        # no scope.
         if self.scope != "global" and self.strategy == "single-channel":
             raise SettingError(
                 f"got '{self.scope}', but strategy 'single-channel' ranks all layers together",
@@ -155,7 +159,7 @@ class PruneSettings(BaseModel):
                     Argument("data.public_share", 0.1),
                 ),
             )
-        # At 0 the layer has no channel, and at 1 nothing is pruned.
+        # At density 0 a layer has no channel, and at density 1 nothing is pruned.
         if any(not 0 < density < 1 for density in self.densities):
             raise SettingError(
                 f"got {list(self.densities)}, expected numbers between 0 and 1",
@@ -165,7 +169,7 @@ class PruneSettings(BaseModel):
         if (self.steps > 1 or self.rewind) and self.finetune is None:
             if self.rewind:
                 place = "rewind"
-                problem = "there is no training before the cut that it could undo"
+                problem = "there is no training before the cut, so there is nothing to undo"
             else:
                 place = "steps"
                 problem = f"there is no training between the {self.steps} cuts"
@@ -191,7 +195,8 @@ class PruneSettings(BaseModel):
     def target_setting(self) -> tuple[str, float]:
         """The key that sets the target, and its value."""
         given = [key for key in TARGET_KEYS if getattr(self, key) is not None]
-        # Exactly one: `_one_target` has refused more, and set a default for none.
+        # There is exactly one: `_one_target` refuses several targets, and sets a default if none is
+        # given.
         value: float = getattr(self, given[0])
         return given[0], value
 
@@ -240,7 +245,7 @@ def cut_target(
         wanted = value
     elif key == "keep_macs":
         cost = graph.macs
-        # Of the dense network: an earlier stage may have pruned this one.
+        # A share of the dense network's multiply-adds: an earlier stage may have pruned the model.
         dense = compress.macs(state.dense_network(), example_input(state)[:1])
         wanted = value * dense
     else:

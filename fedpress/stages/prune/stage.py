@@ -76,7 +76,7 @@ class PruneStage(PruneSettings, Stage):
                 cure="put this stage before the quantization",
             )
         ignored_names(state.model, self.ignore)
-        # Only for its error: there may be no public examples.
+        # Called only for its error: there may be no public examples.
         public_examples(self, state, 0)
         if self.finetune is not None:
             with renaming({key: f"finetune.{key}" for key in type(self.finetune).model_fields}):
@@ -84,12 +84,12 @@ class PruneStage(PruneSettings, Stage):
         model = copied(state.model)
         graph = trace_channels(model.eval(), state, self)
         row = SCORES[self.score]
-        # Only for its error: a layer may have no scales for the score to read.
+        # Called only for its error: a layer may have no scales for the score to read.
         if row.needs_scales:
             compress.score(model, graph, self.score)
         plan = self._trial_plan(state, model, graph)
         compress.remove_(model, plan)
-        # Only for its error: measuring the latency needs an export, which may fail.
+        # Called only for its error: measuring the latency needs an export, which may fail.
         if self.keep_latency is not None:
             latency_ms(model, state, seconds=0.0)
         facts: dict[str, Any] = {
@@ -139,7 +139,7 @@ class PruneStage(PruneSettings, Stage):
             "whole_layers": dict(work.plans[0].unprunable),
             "restored_examples": work.restored,
         }
-        # An approximate cut has results of its own, such as a larger parity error.
+        # An approximate cut (which changes outputs) adds results, such as a larger parity error.
         inexact = dict(work.inexact)
         notes = {**_notes(state, work.plans), **inexact.pop(DIFFERENCES, {})}
         left = inexact.pop("left", {})

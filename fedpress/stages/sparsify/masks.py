@@ -51,7 +51,7 @@ def weights_to_prune(settings: SparsifySettings, model: nn.Module, state: State)
         if why is not None:
             misfits[weight.name] = why
     chosen = tuple(w for w in weights.chosen if w.name not in misfits)
-    # A stage that prunes nothing would pass silently.
+    # Without this error, a stage that prunes nothing would end without a word.
     if not chosen:
         name, why = next(iter(misfits.items()))
         raise RecipeError(
@@ -71,7 +71,7 @@ def _check_names(settings: SparsifySettings, weights: Weights) -> None:
         # A misspelt name must not silently leave its weight dense.
         why = weights.dense.get(name)
         hint = f" ({why})" if why else ""
-        some = f"use such as {', '.join(known[:3])}"
+        some = f"use names such as {', '.join(known[:3])}"
         raise RecipeError(
             f"no weight '{name}' is pruned here{hint}",
             place="densities",
@@ -95,7 +95,8 @@ def choose_masks(
         scores: name of a weight -> scores of its entries; the lowest are pruned.
         density: share of all entries to keep.
         within: masks of earlier stages; only entries that they keep can be kept.
-        points: measured sensitivities; if there are none, all layers are ranked together.
+        points: measured sensitivities, for the scope "sensitivity". If there are none, that scope
+            ranks all layers together.
     """
     if settings.densities:
         scope: Scope | dict[str, float] = settings.densities
@@ -105,7 +106,8 @@ def choose_masks(
     else:
         scope = settings.scope
     pattern = Pattern.parse(settings.pattern)
-    # The function calls both settings `scope`; an error must name the key that the user gave.
+    # The settings `scope` and `densities` are the same argument `scope` of `masks_from_scores`. An
+    # error must name the key that the user gave.
     with renaming({"scope": "densities"} if settings.densities else {}):
         return masks_from_scores(
             weights, scores, pattern, density=density, scope=scope, within=within

@@ -38,7 +38,8 @@ class SparsifySettings(TrainSettings):
     scope: Literal["global", "uniform", "erk", "sensitivity"] = Field(
         "global",
         description="global: one ranking over all layers; uniform: the same density for each; erk: "
-        "higher densities for small layers; sensitivity: densities that raise the loss equally",
+        "higher densities for small layers; sensitivity: densities at which the pruning of each "
+        "weight raises the loss by the same amount",
     )
     densities: dict[str, float] = Field(
         {}, description="density of each weight by name, in place of a scope"
@@ -67,7 +68,10 @@ class SparsifySettings(TrainSettings):
         0, ge=0, description="rewind: epoch to whose weights the network is reset after each cut"
     )
     drop: float = Field(
-        0.3, gt=0, lt=1, description="rigl: share of each layer's weights moved at the first change"
+        0.3,
+        gt=0,
+        lt=1,
+        description="rigl: share of each layer's kept weights that the first change replaces",
     )
     # These two layers have few weights, and the network is sensitive to zeros in them.
     keep_first: bool = Field(True, description="leave the first layer dense")
@@ -142,7 +146,8 @@ class SparsifySettings(TrainSettings):
                 place="begin",
                 cure="leave begin out, or lower it",
             )
-        # The weights to reset to must exist before the first cut, at the end of the first training.
+        # The first cut comes after `epochs` epochs. The weights to reset to must be from an earlier
+        # epoch.
         if self.schedule == "rewind" and self.rewind_to >= self.epochs:
             raise SettingError(
                 f"got {self.rewind_to}, expected less than epochs = {self.epochs}",

@@ -33,9 +33,9 @@ class SparsifyStage(SparsifySettings, Stage):
     - "one-shot" prunes before the first epoch.
     - "gradual" prunes in steps from `begin` to `until` of the training; the density follows a cubic
       function (Zhu & Gupta 2017, arXiv:1710.01878).
-    - "rewind" repeats three steps `rounds` times: train for `epochs`; prune; reset the remaining
-      weights to their values at epoch `rewind_to`. Then it trains a last time (lottery tickets,
-      Frankle et al. 2020, arXiv:1912.05671).
+    - "rewind" repeats three steps `rounds` times: train until epoch `epochs`; prune; reset the
+      remaining weights to their values at epoch `rewind_to`, from which the next training goes on.
+      Then it trains a last time (lottery tickets, Frankle et al. 2020, arXiv:1912.05671).
     - "rigl" prunes before the first epoch. In the first part of the training (until the share
       `until`), it replaces the smallest weights by pruned weights with large gradients (Evci et al.
       2020, arXiv:1911.11134).
@@ -72,7 +72,8 @@ class SparsifyStage(SparsifySettings, Stage):
         masks = choose_masks(self, weights.chosen, scores, self.target(weights), within)
         reached = density_of(masks)
         wanted = self.target(weights)
-        # Large blocks in small layers allow few densities, so the nearest may be far off.
+        # With large blocks in small layers only few densities are possible, so the nearest possible
+        # density may be far from the wanted density.
         fixed = Pattern.parse(self.pattern).density is not None
         if not fixed and abs(reached - wanted) > 0.01 + 0.1 * wanted:
             raise RecipeError(
@@ -81,7 +82,7 @@ class SparsifyStage(SparsifySettings, Stage):
                     f"{reached:.4g}"
                 ),
                 place="density",
-                cure="take the nearest, or smaller blocks",
+                cure="give the nearest density, or a pattern of smaller blocks",
             )
         apply_masks_(weights.chosen, masks)
         rounds = 1 + self.rounds if self.schedule == "rewind" else 1

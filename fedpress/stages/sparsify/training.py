@@ -62,7 +62,8 @@ class MaskedTraining:
         masks: name of a weight -> mask of the entries that are kept now.
         rounds: number of trainings; more than one only for the schedule "rewind".
         round: number of the present training, from 0.
-        resumed: whether a checkpoint was loaded. Then the cut before the first step is done.
+        resumed: whether a checkpoint was loaded. Then the schedule has already done its work before
+            the first step.
         early: state of the training at epoch `rewind_to`; empty before this epoch.
         points: sensitivities, measured before the first cut.
     """
@@ -100,7 +101,7 @@ class MaskedTraining:
         return total_steps(self.stage.epochs, self.stage.batch_size, self.source)
 
     def events(self) -> Iterator[Tick | Milestone]:
-        """Trains the model; with the schedule "rewind" several times, from the early weights."""
+        """Trains the model; with "rewind" several times, each time again from the early weights."""
         if not self.resumed:
             self.schedule_(0)
         watching = self.movement.recording() if self.movement else nullcontext()
@@ -132,7 +133,7 @@ class MaskedTraining:
             yield epoch_milestone(event, more=more, cut=self.round, density=density)
 
     def schedule_(self, step: int) -> None:
-        """Calls the schedule, before the first step (0) or after step number `step`."""
+        """Calls the schedule, before the first step (`step` = 0) or after step number `step`."""
         SCHEDULES[self.stage.schedule](self, step)
 
     def note_epoch_(self) -> None:
@@ -241,7 +242,7 @@ class MaskedTraining:
         self.round = facts["round"]
         self.early = tensors_under(tensors, "early/")
         self.points = [SensitivityPoint.from_json(point) for point in facts["points"]]
-        # Checkpoints are loaded to the CPU.
+        # A checkpoint is loaded to the CPU, so its masks must be moved.
         masks = tensors_under(tensors, "mask/")
         self.keep_({name: mask.to(self.fit.device) for name, mask in masks.items()})
         if self.movement:
