@@ -1,4 +1,4 @@
-"""Checks a recipe and its overrides, and opens the folder of a new or a resumed run.
+"""Checks a recipe and its overrides, and creates the folder of a new run or opens an existing one.
 
 A recipe is a TOML file with the settings of a run. An override changes one of these settings:
 `stage.2.num_rounds=5`. The run folder gets the results and checkpoints.
@@ -113,8 +113,8 @@ class CheckedRun:
                 resumed run is not locked here.
 
         Returns:
-            The folder, and warnings about a resumed run, for example that its results will differ
-            in the last bits.
+            The folder, and warnings about a resumed run, for example that its results will not be
+            equal bit by bit to those of an uninterrupted run.
         """
         folder = self.folder
         if folder is None:

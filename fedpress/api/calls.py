@@ -84,15 +84,15 @@ def call(
             needs it. A list of shapes means several inputs. Then the model must be a module, which
             can be pruned, quantized or exported without data; the result stays in memory.
         mean: mean of each channel, for a model that was trained by another program (images are
-            scaled to 0..1 first). "none": no standardisation. "data": mean and std of the source's
-            public part.
+            scaled to 0..1 first). "none": no standardisation. "data": mean and std of the public
+            examples, which belong to no client.
         std: standard deviation of each channel.
         out: run folder to write; None: the result stays in memory.
-        device: device to train and measure on: "auto", "cpu", "cuda", "cuda:1" or "mps"; None is
-            "auto".
+        device: device to train and measure on: "cpu", "cuda", "cuda:1", "mps" or "auto" (a CUDA GPU
+            if there is one, else the CPU); None is "auto".
         class_weights: weight of each class in the loss, as a list; "balanced": weights from the
-            class counts of the public part; None: equal weights. In a recipe and on the command
-            line this is the key `data.class_weights`.
+            number of public examples of each class; None: equal weights. In a recipe and on the
+            command line this is the key `data.class_weights`.
         allow_code: functions that may be called to build a model, as `module:function`: the given
             model, the model of the run that wrote it, or a teacher. A `model` given as
             `module:function` need not be listed.
@@ -326,7 +326,8 @@ def _checked(kind: str, opened: CallModel, data: FederatedData, out: object) -> 
     """
     if opened.module is None or opened.named is None:
         return opened
-    # Real examples: token ids, for example, must be below the size of the vocabulary.
+    # Outputs are compared on real examples, because token ids, for instance, must be below the size
+    # of the vocabulary.
     arrays = data.public if len(data.public) else next(iter(data.clients.values()))
     name = opened.chosen_model.model["arguments"]["name"]
     if memory.check_buildable(opened.module, name, data.preprocess(arrays.x[:2])):
@@ -379,7 +380,8 @@ def _data_set(
         DataError: if `data` has a type that `call` does not take.
     """
     found = _as_federated(data, chosen_model, given, keys)
-    # A source applies this key when it loads the data. Data in memory have no source.
+    # A source applies `data.class_weights` when it loads the data. Data in memory have no source,
+    # so the key is applied here.
     weights = next((key.value for key in keys if key.key == "data.class_weights"), None)
     if weights is None:
         return found
@@ -449,7 +451,7 @@ def _refuse_what_cannot_be_saved(kind: str, model: nn.Module, out: object) -> No
     else:
         error = not_buildable(model, place="out", what="the folder")
         error.add_cure(", or leave out ", Argument("out"), " and keep the result in memory")
-    # A warning is enough here: an exported file runs without the Python class.
+    # For an export a warning is enough: the exported file runs without the Python class.
     if row.reports_artifact:
         warnings.warn(str(error), stacklevel=4)
         return

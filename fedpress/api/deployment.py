@@ -61,7 +61,8 @@ rows belong to one client."""
 def _read(recipe: str, **changed: object) -> tuple[FederatedData, Recipe]:
     """Loads the client's data with the recipe's settings; `changed` replaces source and path.
 
-    Nearly all examples get into the public part of the data set.
+    About a fifth of the examples become the test set, one example belongs to a client, and all
+    others are public.
     """
     checked = begin.load(recipe)[1]
     kept = checked.data.model_dump(exclude_unset=True, exclude={*SPLIT})

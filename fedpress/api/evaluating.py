@@ -201,7 +201,8 @@ def predict(
         inputs: uint8 images, numbers or token ids [n, ...]; a dictionary of such arrays for a model
             of several inputs; the path of a .npy file, or of a .npz file for several inputs; a
             Dataset or DataLoader, whose labels are ignored. For a saved model the inputs are
-            standardised as in its training. A module gets the inputs unchanged.
+            standardised as in its training. A module gets the inputs unchanged, except that uint8
+            images are scaled to 0..1.
         checkpoint: file with a state dict for the model that `module:function` builds.
         mean: mean of each input channel, for a model that was trained by another program. Inputs
             become (x - mean) / std.
@@ -306,7 +307,8 @@ def _read(inputs: Any) -> Inputs:
     try:
         return pair_of(inputs)[0]
     except DataError as error:
-        # `pair_of` names the argument of the other calls; here the argument is `inputs`.
+        # The error of `pair_of` names the argument `data`, as other calls have it. `predict` has
+        # `inputs` instead.
         if error.place == "data":
             error.place = "inputs"
         raise

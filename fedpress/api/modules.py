@@ -42,7 +42,8 @@ def not_buildable(module: nn.Module, *, place: str, what: str = "it") -> ModelEr
         cure=importable,
     )
     if memory.spec_of(module) is not None:
-        # After pruning, the state dict no longer fits the network that a function builds.
+        # A call of fedpress, such as prune, has made this module. Its state dict may no longer fit
+        # the network that a function builds, so the second cure below is left out.
         error.add_cure("; then repeat the calls that made it")
         return error
     error.add_cure(

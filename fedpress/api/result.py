@@ -30,8 +30,8 @@ class Result:
         model: the new model.
         before: facts about the old model, such as accuracy, parameters, macs, file_bytes and
             latency_ms.
-        after: the same facts about the new model, and facts of the stage such as `bytes_up` and
-            `epsilon`.
+        after: the same facts about the new model, and facts of the stage such as `bytes_up` (bytes
+            that all clients have sent) and `epsilon`.
         mean: mean of each input channel; the model expects inputs (x - mean) / std.
         std: standard deviation of each input channel.
         records: one record per epoch or round, as in `records.jsonl` of a run.

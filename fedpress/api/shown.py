@@ -20,7 +20,8 @@ def as_text(table: Table) -> str:
     dense  314 kB
     """
     out = io.StringIO()
-    # In a notebook rich would display the table instead of writing it to the file.
+    # force_jupyter=False, because in a notebook rich would otherwise display the table instead of
+    # writing it to `out`.
     Console(file=out, width=WIDTH, color_system=None, force_jupyter=False).print(as_rich(table))
     lines = (line.rstrip() for line in out.getvalue().splitlines())
     return "\n".join(lines)

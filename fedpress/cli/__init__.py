@@ -41,7 +41,8 @@ if TYPE_CHECKING:
 
 # Heavy imports (torch, pydantic models) stay inside the commands, so that
 # `fedpress privacy` answers at once.
-# pretty_exceptions: the tracebacks of typer can show local variables, which may be private data.
+# pretty_exceptions_enable is False, because typer's tracebacks can show local variables, which may
+# be private data.
 app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -162,7 +163,7 @@ def list_recipes(
         typer.Option(help="Copy this recipe to NAME.toml here.", autocompletion=completion.recipes),
     ] = None,
 ) -> None:
-    """Lists the shipped recipes; copies one to edit."""
+    """Lists the shipped recipes; with --copy, copies one of them here for editing."""
     from fedpress.pipeline import recipe as recipes
 
     if copy is None:
@@ -205,7 +206,7 @@ def epsilon(
 
 @privacy_app.command()
 def noise(
-    epsilon: Annotated[float, typer.Option(help="The budget.")],
+    epsilon: Annotated[float, typer.Option(help="The budget: largest epsilon.")],
     sampling_prob: Annotated[
         float, typer.Option(help="Chance that one unit takes part in a step (1 = always).")
     ],

@@ -34,7 +34,7 @@ GivenModel = Annotated[
 
 def add_commands(app: typer.Typer) -> None:
     """Adds the commands of this file to `app`."""
-    # Named by hand: a function `eval` would hide Python's own.
+    # The name is given here, because a function named `eval` would hide Python's own `eval`.
     app.command(name="eval")(evaluate)
     app.command()(predict)
     app.command()(save)

@@ -51,6 +51,7 @@ Insecure = Annotated[
     typer.Option("--insecure", help="No TLS and no keys: on this machine alone, to try it out."),
 ]
 LOOPBACK = "127.0.0.1"
+"""Address that only programs on this machine can reach."""
 
 
 def add_commands(app: typer.Typer) -> None:
@@ -198,7 +199,7 @@ def public_alone(path: Path | None) -> list[str]:
     if path is None:
         return []
     # A data set must have a client, so one client gets a single example. The server drops client
-    # and example (`without_clients`); all other rows stay public.
+    # and example (`without_clients`); the other rows are public or test rows.
     keys = ["data.num_clients=1", "data.examples_per_client=1", "data.partition.kind=iid"]
     # These keys would divide the rows by client, which has no meaning for public rows.
     keys += ["data.client_column=none", "data.public_clients=[]", "data.test_clients=[]"]
@@ -236,7 +237,8 @@ def _open(
     with terminal.waiting(out_stream, "starting the SuperLink"):
         from fedpress.transport.flower import Address, ServerLink, SuperLink
 
-        # Beside the run folder, not in it: a new run demands that its folder does not exist.
+        # The SuperLink's files are beside the run folder, because a new run demands that its folder
+        # does not exist.
         home = place.with_name(f"{place.name}.superlink")
         if folder is None:
             warn(["--insecure: whoever is on this machine can read and change all messages"])
@@ -398,7 +400,7 @@ class _Who:
         place: the client's folder, for its state.
         address: address and certificate of the server.
         key: private key by which the server recognises this client; None with --insecure.
-        threads: threads of torch.
+        threads: number of threads that torch uses.
     """
 
     name: str
@@ -517,7 +519,7 @@ def _take_part(
         typer.echo(f"{who.name}: {in_one_line(sentence)}")
 
     sessions.told = say
-    # A thread of its own answers pings while this one trains.
+    # `Correspondence` answers pings in a thread of its own, while this thread trains.
     correspondence = Correspondence(NodeLink(who.address, who.key), who.name, say)
     for answered in serve(correspondence, sessions):
         say(

@@ -220,7 +220,7 @@ def _made_ready(asked: Asked, out_stream: Console) -> Ready:
             lock_until_exit(place)
         folder = RunFolder.resume(place, settings_of(bound.recipe)) if asked.resume else None
         if folder is None:
-            # Before the data are loaded, which may take minutes.
+            # Checked before the data are loaded, because that may take minutes.
             RunFolder.check_free(place, bound.text)
     if bound.note is not None:
         out_stream.print(error_text(bound.note), markup=False, soft_wrap=True)

@@ -169,7 +169,7 @@ def _execute(
     place = begun.place
     saved = "all up to the last epoch or round is saved"
     with stopping(f"\nstopped; {saved}; go on with: {resume_command(place)}"):
-        # Only here the folder is created: a command that fails before leaves nothing behind.
+        # The folder is created only here, so a command that fails earlier leaves nothing behind.
         folder, notes = begun.start(shlex.join(["fedpress", *sys.argv[1:]]), exit_stack)
         warn(notes)
         out_stream.print(f"{begun.recipe.name} into {place}", markup=False, soft_wrap=True)

@@ -35,7 +35,7 @@ class Clip(BaseModel):
 
     def bind(self, bound: Bound) -> tuple[Clip, Bound]:
         """Returns this object as the transform, and a bound with norms of at most `clip_norm`."""
-        # Clipping needs nothing but its settings, so they are the transform too.
+        # Clipping needs nothing but its settings, so this object is also the transform.
         # No single value is larger than the L2 norm, hence the bound on `linf`.
         return self, replace(
             bound,

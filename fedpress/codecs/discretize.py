@@ -28,10 +28,10 @@ class Discretize(BaseModel):
 
     Example: with scale = 100, the value 0.0137 becomes 1 (probability 0.63) or 2 (0.37).
 
-    The expected result is the clamped and scaled value. If the rounded vector is longer than a
-    public bound (probability e^-0.5 at most), the rounding is drawn again, up to `TRIES` times. So
-    the L2 bound always holds (conditional rounding: Kairouz, Liu & Steinke 2021, arXiv:2102.06387,
-    section 3).
+    A single rounding has the clamped and scaled value as its expectation. If the rounded vector is
+    longer than a public bound (probability e^-0.5 at most), the rounding is drawn again, up to
+    `TRIES` times in all. So the L2 bound always holds (conditional rounding: Kairouz, Liu & Steinke
+    2021, arXiv:2102.06387, section 3).
 
     Secure aggregation plans `scale` (grid steps for 1.0 of the update) and `limit` (largest value
     before scaling) from `bits`, the number of clients in a round and the noise. If the unit of

@@ -22,7 +22,7 @@ Ints = NDArray[np.signedinteger]
 """An array of signed integers, such as levels."""
 
 CHUNK = 1 << 16
-"""Number of values processed at a time. They fit into the processor's cache, which is faster."""
+"""Number of values processed at a time. So few fit into the processor's cache, which is faster."""
 
 FLOAT_MAX = float(np.finfo(np.float32).max)
 """Largest finite float32."""

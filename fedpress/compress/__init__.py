@@ -1,4 +1,7 @@
-"""Makes models smaller: channel pruning, sparsity, quantization, distillation; counts the cost."""
+"""Makes models smaller: channel pruning, sparsity, quantization, distillation; counts their cost.
+
+The cost of a model is its parameters, multiply-adds, bytes and latency.
+"""
 
 from fedpress.compress.cost import Latency, latency, macs, parameters, state_bytes
 from fedpress.compress.prune.approximate import (

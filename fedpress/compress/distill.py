@@ -190,7 +190,7 @@ class Distillation:
         self, student: nn.Module, example: Inputs, chance: RandomSource
     ) -> None:
         """Runs both networks on `example`, checks that they fit, and creates the projections."""
-        # Batch norms would change in training mode, and a batch of one would fail.
+        # In training mode this run would change the running statistics of batch norms.
         modes = [(module, module.training) for module in student.modules()]
         student.eval()
         try:

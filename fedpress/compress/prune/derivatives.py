@@ -41,7 +41,7 @@ def differentiable(
         for weight in weights:
             # Frozen weights are scored too, because they can be pruned like trainable ones.
             weight.requires_grad_(True)
-        # The fused attention kernels have no second derivative, which GraSP needs.
+        # The fused attention kernels have no second derivative, which the score GraSP needs.
         with sdpa_kernel(SDPBackend.MATH):
             yield
     finally:

@@ -67,7 +67,7 @@ def channel_graph(
             cannot be pruned.
         tensor_axes: the ids of each axis of each tensor.
         shapes: shape of every parameter.
-        example: the inputs that were traced.
+        example: the inputs with which the model was traced.
     """
     labels = ids.labels()
     # Arrays are keyed by `id(axis)`, not by their content: two axes may have the same ids.
@@ -188,7 +188,7 @@ def _grouping(ids: ChannelIds, labels: Ints, tensor_axes: Sequence[TensorAxis]) 
         key = tuple(owner for owner, _ in places)
         classes_by_owners.setdefault(key, []).append(label)
 
-    # All ids of an axis have the same role, so its first id stands for it.
+    # All ids of an axis have the same role, so the role is stored under the first id only.
     roles = {}
     for axis, role, _ in ids.roles:
         if len(axis):

@@ -32,7 +32,7 @@ def apply_operation(
     Args:
         node: the operation.
         values: the values of all earlier nodes.
-        ids: the collector, to which the rule adds united and kept ids.
+        ids: collects the ids that the rule unites or keeps.
     """
     ids.operation = str(node.target)
     ids.target = node.target
@@ -243,7 +243,7 @@ def _run_decomposed(graph: torch.fx.Graph, given: Sequence[Value], ids: ChannelI
     Args:
         graph: the graph of these operations.
         given: the values of the graph's placeholders.
-        ids: the collector, to which the rules add united and kept ids.
+        ids: collects the ids that the rules unite or keep.
     """
     values: dict[torch.fx.Node, Any] = {}
     rest = iter(given)
