@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 from pydantic import BaseModel
 
 JSON: TypeAlias = "bool | int | float | str | list[JSON] | dict[str, JSON] | None"
+"""A value that JSON can hold."""
 
 
 def canonical(value: Any) -> JSON:
@@ -20,8 +21,8 @@ def canonical(value: Any) -> JSON:
     and client must agree. A function is represented by its name.
 
     Raises:
-        TypeError: if `value` has another type, is a lambda, or is a dictionary in which two keys
-            have the same text, such as 1 and "1".
+        TypeError: if `value` or a value in it has none of these types, is a lambda, or is a
+            dictionary in which two keys have the same text, such as 1 and "1".
 
     >>> canonical((1, math.inf, b"key"))
     [1, 'inf', '6b6579']
@@ -48,7 +49,7 @@ def canonical(value: Any) -> JSON:
 def _table(entries: Mapping[Any, Any]) -> dict[str, JSON]:
     table = {str(key): canonical(item) for key, item in entries.items()}
     if len(table) < len(entries):
-        raise TypeError(f"two keys of {list(entries)} have one name; give each its own")
+        raise TypeError(f"two keys of {list(entries)} have the same text; give each its own")
     return table
 
 
@@ -56,7 +57,7 @@ def _name(function: Any) -> str:
     """Returns a function's name; a method's name includes its class, such as `Sgd.step`."""
     if function.__name__ == "<lambda>":
         raise TypeError(
-            "all lambdas have one name; define a function, or a class with a method `agreed`"
+            "all lambdas have the same name; define a function, or a class with a method `agreed`"
         )
     # The qualified name of an inner function contains the function around it, such as
     # `test_a.<locals>.f`. Only `f` is taken, because it may be defined elsewhere on the client.

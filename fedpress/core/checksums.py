@@ -68,7 +68,7 @@ def digest(path: Path, start: int, end: int) -> str:
     """Returns the digest of some bytes of a file, in hex.
 
     Raises:
-        OSError: if it cannot be read.
+        OSError: if the file cannot be read.
     """
     found = hashlib.blake2b(digest_size=16)
     with open(path, "rb") as file:
@@ -107,9 +107,9 @@ def _name(path: Path, folder: Path) -> str:
 
 
 def list_of(path: Path) -> Path:
-    """Returns the path of the list in the nearest parent folder that has a list.
+    """Returns the path of the list in the nearest of three parent folders that has a list.
 
-    If there is none, it is the path of a list in the folder of the file.
+    If none of them has a list, it is the path that a list in the folder of the file would have.
     """
     for folder in list(path.absolute().parents)[:PARENTS]:
         if (folder / NAME).is_file():
@@ -136,7 +136,7 @@ def fault(path: Path, *, grows: bool = False) -> str | None:
     """
     log = list_of(path)
     folder, name = log.parent, _name(path, log.parent)
-    # A running process may replace file and list between the two reads, so up to three attempts.
+    # Another process may replace file and list between the two reads, so they are repeated twice.
     for _ in range(3):
         try:
             lines = [line for line in read_lines(folder) if line.name == name]
@@ -192,7 +192,11 @@ def _parsed(text: str) -> Line | None:
 
 
 def compact(folder: Path) -> None:
-    """Shortens the list in `folder`: drops lines of replaced contents and of missing files."""
+    """Shortens the list in `folder`: drops lines of replaced contents and of missing files.
+
+    Raises:
+        DamagedList: if a line is invalid.
+    """
     lines = read_lines(folder)
     kept: list[Line] = []
     for name in dict.fromkeys(line.name for line in lines):
@@ -213,7 +217,7 @@ def _append(log: Path, line: Line, sync: bool) -> None:
     with open(log, "ab+", opener=_no_link) as file:
         if file.tell():
             file.seek(-1, os.SEEK_END)
-            # Half a line was left by a killed process, which then never replaced its file.
+            # A killed process left half a line. It was killed before it replaced its file.
             if file.read(1) != b"\n":
                 file.truncate(_last_newline(log))
         file.write(text)
@@ -232,7 +236,7 @@ def _last_newline(log: Path) -> int:
 
 
 def _whole(path: Path, lines: Iterable[Line]) -> Line | None:
-    """Returns a line for all bytes of the file with its digest; None if there is none."""
+    """Returns the line whose range is the whole file and whose digest fits; None if none fits."""
     size = path.stat().st_size
     fitting = [line for line in lines if line.start == 0 and line.end == size]
     if not fitting:
@@ -243,7 +247,8 @@ def _whole(path: Path, lines: Iterable[Line]) -> Line | None:
 
 def _grown(path: Path, lines: list[Line]) -> bool:
     """Returns whether all ranges that were appended to the current file are undamaged."""
-    # A line from byte 0 on was written when the file began anew: earlier lines are of the old one.
+    # A line that starts at byte 0 is the first of a new file; the lines before it belong to the old
+    # file.
     since = 0
     for at, line in enumerate(lines):
         if line.start == 0:

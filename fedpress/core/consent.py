@@ -91,7 +91,7 @@ def check(name: str, allow_code: Collection[str] | str, place: str) -> None:
     Raises:
         ModelError: if the function is not allowed.
     """
-    # First: a damaged name must not lead to the advice to allow it.
+    # Checked first, so that the error for a damaged name does not advise to allow it.
     if not NAME.fullmatch(name):
         raise ModelError(
             f"{name[:80]!r} is neither an architecture of fedpress nor module:function",

@@ -22,6 +22,9 @@ class Arrays:
     Examples are uint8 images [n, C, H, W], float32 features or int64 ids [n, ...]. If the network
     takes several inputs, `x` is a dictionary of such tensors, by the names of forward's arguments
     (`NamedInputs`).
+
+    Raises:
+        DataError: if the numbers of examples and targets differ.
     """
 
     x: Inputs
@@ -84,7 +87,8 @@ class Preprocess:
     def __call__(self, x: Inputs) -> Inputs:
         """Returns standardised float32 of the same shape as `x` [n, C, ...].
 
-        Integers (token ids) keep their type, and so do booleans among several inputs.
+        Without means, int64 (token ids) is returned unchanged. Among several inputs, booleans are
+        returned unchanged too.
 
         Raises:
             DataError: if the number of means is neither C nor 1, or `x` has several inputs and
@@ -117,8 +121,8 @@ class Preprocess:
     def fit(cls, x: Inputs) -> Preprocess:
         """Computes mean and std per channel of examples `x` [n, C, ...].
 
-        The examples must be public, because nothing protects their statistics. A constant channel
-        gets std 1. For several inputs (`NamedInputs`), there are no statistics.
+        The examples must be public, because their statistics get no noise. A constant channel gets
+        std 1. For several inputs (`NamedInputs`), there are no statistics.
 
         Raises:
             DataError: if there are no examples, or a value is NaN or infinite.

@@ -22,13 +22,13 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 def replacing(path: Path, *, durable: bool = True, shared: bool = False) -> Iterator[Path]:
     """Yields a temporary path beside `path`, which is renamed to `path` at the end of the block.
 
-    If the block fails, the temporary file is removed and the old one stays.
+    If the block fails, the temporary file is removed and the old file at `path` stays.
 
     Args:
         path: the file; its folder must exist.
         durable: whether to wait until the content is on the disk before the rename. True: even
-            after a power failure there is the old file or the complete new one. False: this holds
-            only after a killed process, but writing is faster.
+            after a power failure there is the old file or the complete new one. False: writing is
+            faster, but a power failure may damage the file; a killed process still does not.
         shared: whether several processes may write `path` at the same time. True: each uses a
             temporary name of its own. False: all use one name, so the next process overwrites the
             temporary file that a killed process has left.
@@ -65,7 +65,7 @@ def writing(
     full: Words = "free some space",
     other: Words = "choose another place",
 ) -> Iterator[None]:
-    """Turns an OSError while a file is written into an error with place and cure.
+    """Turns an OSError or an error of safetensors in the block into one with place and cure.
 
     Args:
         path: the file that is written.
@@ -98,6 +98,6 @@ def _number(error: OSError | SafetensorError) -> int | None:
 
 def sync(path: Path) -> None:
     """Waits until the content of `path` is on the disk."""
-    # Opening for reading is enough: fsync waits for the file, not for one writer.
+    # Opening for reading is enough: fsync waits for what any process has written to the file.
     with open(path, "rb") as file:
         os.fsync(file.fileno())

@@ -27,12 +27,12 @@ Shape: TypeAlias = tuple[int, ...] | dict[str, tuple[int, ...]]
 class NamedInputs(Mapping[str, Tensor]):
     """A batch for a model with several inputs: tensors [n, ...] by the names of its arguments.
 
-    As for a tensor, `len(x)` is the number of examples, and `x[1:]` selects examples. `x["ids"]` is
-    the tensor of one name.
+    These are the arguments of the model's `forward`. As for a tensor, `len(x)` is the number of
+    examples, and `x[1:]` selects examples. `x["ids"]` is the tensor with the name "ids".
 
     Raises:
-        DataError: if there is no tensor, a name cannot be an argument, or the tensors have
-            different numbers of rows.
+        DataError: if there is no tensor, a name cannot be an argument, a value is not a tensor with
+            a first axis, or the tensors have different numbers of rows.
 
     >>> x = NamedInputs({"tokens": torch.ones(3, 5).long(), "lengths": torch.tensor([5, 2, 1])})
     >>> len(x), x[1:]["lengths"].tolist(), list(x)
@@ -93,10 +93,10 @@ class NamedInputs(Mapping[str, Tensor]):
         return self._from_columns([t.tensor_split(parts) for t in self._tensors.values()])
 
     def _from_columns(self, columns: list[tuple[Tensor, ...]]) -> tuple[NamedInputs, ...]:
-        """Returns parts that have all tensors, from a list of parts for each tensor (transposes).
+        """Returns the parts of a batch: part i has part i of every tensor.
 
         Args:
-            columns: the parts of each tensor.
+            columns: for each tensor, its parts.
         """
         found = []
         for row in zip(*columns, strict=True):
@@ -210,7 +210,7 @@ def positional(model: nn.Module, x: Example) -> tuple[Tensor, ...]:
 
 
 def join(parts: Sequence[Inputs]) -> Inputs:
-    """Concatenates batches with the same inputs."""
+    """Concatenates the examples of batches; all batches have the same input names."""
     named = [tensors_by_name(part) for part in parts]
     joined = {name: torch.cat([one[name] for one in named]) for name in named[0]}
     if isinstance(parts[0], NamedInputs):
@@ -272,7 +272,7 @@ def signature_of(x: Inputs) -> tuple[tuple[str, tuple[int, ...], torch.dtype], .
     found = []
     for name, t in tensors_by_name(x).items():
         found.append((name, tuple(t.shape[1:]), t.dtype))
-    # Sorted: two dictionaries with another order of names are the same call.
+    # Sorted, because the order of names in a dictionary does not matter for the call.
     return tuple(sorted(found, key=lambda part: part[0]))
 
 
@@ -287,7 +287,8 @@ def shape_of(x: Inputs) -> Shape:
 def dtype_of(x: Inputs) -> str | dict[str, str]:
     """Returns the dtype that a network gets after `Preprocess`: "float32", "int64" or "bool".
 
-    With several inputs, there is a dtype for each name.
+    This holds for a `Preprocess` without means; with means it gives float32. With several inputs,
+    there is a dtype for each name.
     """
     # `Preprocess` turns every other type, bytes included, into float32.
     whole = {torch.int64: "int64", torch.bool: "bool"}

@@ -57,7 +57,10 @@ LIMITS = {
     ),
     "pixels": Limit("FEDPRESS_MAX_PIXELS", 2**26, "pixels of one image"),
 }
-"""2^31 values are 8 GiB of float32; 2^26 pixels are an image of 8192 x 8192, 201 MB in RGB."""
+"""Name of a size -> its limit.
+
+2^31 values are 8 GiB of float32; 2^26 pixels are an image of 8192 x 8192, 201 MB in RGB.
+"""
 
 
 # Eight parameters count as one module, because an LSTM of a thousand layers is a single module.
@@ -158,7 +161,9 @@ def depth(tree: Any) -> int:
 
 
 def check_tree(tree: Any, place: str, *, lists: bool = True) -> None:
-    """Checks a description from a file: its depth, every integer, and the lengths of its lists.
+    """Checks a description from a file: its depth, its integers, and the lengths of its lists.
+
+    Integers that count layers, such as `num_layers`, have the limit "layers", others "values".
 
     Args:
         tree: lists, dictionaries and values.
@@ -230,9 +235,9 @@ class _ActivationLimit(TorchDispatchMode):
 def check_activations(model: nn.Module, example: Inputs, place: str) -> None:
     """Checks the sizes of all activations of `model` on `example`, without computing them.
 
-    A network with few parameters can still fill the memory by a large padding, stride or output
-    size. A network that cannot run on the example passes this check: it fails before it needs
-    memory.
+    A network with few parameters can still fill the memory if it has, for instance, a large padding
+    or output size. A network that cannot run on the example passes this check, because it fails
+    when it is run.
 
     Raises:
         ModelError: if a tensor has more values than the limit.
@@ -246,10 +251,10 @@ def check_activations(model: nn.Module, example: Inputs, place: str) -> None:
     try:
         with torch.no_grad(), _ActivationLimit(place):
             torch.func.functional_call(model.eval(), shapes, *arguments(example.to("meta")))
-    # Listed first, because `except Exception` would swallow it.
+    # Before `except Exception`, which would catch it too.
     except AboveLimit:
         raise
-    # Shapes that do not fit. The user sees that error when the network is run.
+    # For instance shapes that do not fit. The user sees such an error when the network is run.
     except Exception:
         return
     finally:
@@ -268,7 +273,8 @@ def limited_building(place: str, *, meta: bool = False) -> Iterator[None]:
             number of modules is limited.
 
     Raises:
-        ModelError: in the block, before a tensor or module is made that exceeds a limit.
+        ModelError: in the block, before a tensor is made, or a module or parameter is registered,
+            that exceeds a limit.
     """
     modules = parameters = 0
 
@@ -295,7 +301,9 @@ def limited_building(place: str, *, meta: bool = False) -> Iterator[None]:
 
 
 def count_values(build: Any, arguments: dict[str, Any]) -> int:
-    """Returns the number of values of the network `build(**arguments)`, without allocating them.
+    """Returns the number of parameter and buffer values of the network `build(**arguments)`.
+
+    The network is built on the meta device, so the values take no memory.
 
     Raises:
         ModelError: if it has more modules than the limit.

@@ -20,12 +20,14 @@ from fedpress.errors import ModelError
 from fedpress.nn.resize import copied
 
 Batch = list[Tensor]
+"""The tensors that a model takes as positional inputs."""
 TRAINING_TOLERANCE = 1e-3
-"""Smallest tolerance in training mode, where norms over few values amplify rounding errors."""
+"""Training mode gets at least this tolerance: norms over few values amplify rounding errors."""
 KEEP_MODULE_CURE = (
     "a size written into its forward may be at fault: keep that module as it is by naming it "
     "in `ignore`"
 )
+"""The cure that both errors of the comparison suggest."""
 aten = torch.ops.aten
 
 
@@ -41,11 +43,12 @@ def check_parity(
     """Checks that the pruned network equals the dense one with the same channels zeroed.
 
     Both networks run in evaluation and in training mode, on a random batch shaped like `example`
-    and on a batch with one example more. Floats and the indices of embeddings are random; other
-    integers are those of `example`, shuffled between examples. In training mode every random draw
-    (dropout, noise) is replaced by its mean, because two networks of different shapes would draw
-    different numbers. A mode or batch size that the dense network itself cannot run is skipped. If
-    norms are approximate (`plan.approximate`), constants replace their statistics.
+    and on a batch with one example more. Floats and the indices of embeddings are random. Other
+    integers, and floats that hold different integers, are values of `example`, shuffled between
+    examples. In training mode the random draws in `MEANS` (dropout, noise) are replaced by their
+    means, because two networks of different shapes would draw different numbers. Training mode and
+    the larger batch are skipped if the dense network itself cannot run them. If norms are
+    approximate (`plan.approximate`), constants replace their statistics.
 
     Args:
         dense: the network before pruning.
@@ -55,12 +58,12 @@ def check_parity(
         tolerance: largest difference that is accepted in evaluation mode.
 
     Returns:
-        The largest difference of an output in evaluation mode, divided by the largest number in
-        this output (at least 1e-6).
+        The largest difference of an output in evaluation mode, divided by the largest absolute
+        value in this output (at least 1e-6).
 
     Raises:
-        ModelError: if the pruned network does not run, or the difference is above `tolerance` or
-            not a number.
+        ModelError: if the pruned network does not run, or a difference is not a number or above
+            `tolerance` (in training mode: above `TRAINING_TOLERANCE` if that is larger).
     """
     # The comparison sets torch's seed, which must not change the caller's random numbers.
     with torch.random.fork_rng(devices=[]), constant_statistics(plan):
@@ -82,12 +85,12 @@ def _compare(
         wanted = _outputs(masked, batch)
     worst = _difference(wanted, small, batch, tolerance, "")
 
-    # A wrong number such as `view(2, -1)` is right for the traced batch size only.
+    # A size in the code, as in `view(2, -1)`, may be right for the traced batch size only.
     wanted_of_larger = _try_outputs(masked, larger)
     if wanted_of_larger is not None:
         when = " on a batch of another size"
         worst = max(worst, _difference(wanted_of_larger, small, larger, tolerance, when))
-    # In training mode norms amplify rounding errors, so a stricter tolerance would fail by them.
+    # In training mode norms amplify rounding errors: they alone would exceed a smaller tolerance.
     for each in (batch, larger):
         _compare_training(masked, small, each, max(tolerance, TRAINING_TOLERANCE))
     return worst
@@ -103,7 +106,7 @@ def _masked(dense: nn.Module, plan: PruningPlan, *, nearly: bool = False) -> nn.
 def trial_batch(dense: nn.Module, example: Example) -> Batch:
     """Returns random inputs for `parity_fault`, with one example more than `example` if possible.
 
-    Another batch size finds sizes that are right for the traced batch only.
+    A different batch size reveals sizes in the code that are right for the traced batch only.
     """
     with torch.random.fork_rng(devices=[]):
         model = copied(dense).eval()
@@ -117,7 +120,8 @@ def parity_fault(
 ) -> str | None:
     """Compares the networks as `check_parity` does, on one batch; returns the problem or None.
 
-    Training mode is compared in float32 first, which is fast; in float64 only if that fails.
+    Training mode is compared in float32 first, which is fast. If the outputs differ too much, the
+    comparison in float64 decides.
     """
     with torch.random.fork_rng(devices=[]), constant_statistics(plan):
         small = copied(pruned).eval()
@@ -146,10 +150,11 @@ def _compare_training(
     tolerance: float,
     in_float64: Sequence[bool] = (True, False),
 ) -> None:
-    """Compares in training mode, in the first of the given precisions that the masked model runs.
+    """Compares in training mode, in the first given precision in which the masked model runs.
 
     By default float64 comes first, because batch norms over few examples amplify rounding errors.
-    Some models do not run in float64; they are compared in float32.
+    Some models do not run in float64; they are compared in float32. A model that runs in neither
+    is not compared.
     """
     for use_float64 in in_float64:
         masked_copy = copied(masked).train()
@@ -172,7 +177,7 @@ def _compare_training(
 def _difference(
     wanted: Sequence[Tensor], small: nn.Module, batch: Batch, tolerance: float, when: str
 ) -> float:
-    """Returns the largest difference of the outputs of `small` from `wanted`, as in `_error`.
+    """Returns the largest difference between the outputs of `small` and `wanted`, see `_error`.
 
     Raises:
         ModelError: if `small` does not run, or the difference is above `tolerance` or not a number.
@@ -182,7 +187,7 @@ def _difference(
         for a, b in zip(wanted, _outputs(small, batch), strict=True):
             if a.numel():
                 errors.append(_error(a, b))
-        # The maximum of tensors is NaN if one of them is; that of Python's numbers need not be.
+        # torch's maximum is NaN if one value is NaN; Python's `max` may return another value.
         worst = torch.stack(errors).max().item() if errors else 0.0
     except Exception as error:  # the user's code may raise anything
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -192,7 +197,7 @@ def _difference(
             cure=KEEP_MODULE_CURE,
         ) from error
 
-    # Written so that NaN fails too.
+    # `not <=` instead of `>`, so that NaN fails too.
     if not worst <= tolerance:
         raise ModelError(
             (
@@ -206,7 +211,7 @@ def _difference(
 
 
 def _error(wanted: Tensor, given: Tensor) -> Tensor:
-    """Returns the largest difference, divided by the largest finite number of `wanted`.
+    """Returns the largest difference, divided by the largest finite absolute value of `wanted`.
 
     Entries that are NaN in both, or the same infinity in both, count as equal.
     """
@@ -275,7 +280,7 @@ def _has_examples(x: Tensor, size: int) -> bool:
 
 
 def _without_last(larger: Batch, example: tuple[Tensor, ...], size: int) -> Batch:
-    """Returns the first `size` examples of a batch with one more than `example`."""
+    """Returns the first `size` examples of `larger`, a batch with one example more."""
     batch = []
     for x, like in zip(larger, example, strict=True):
         batch.append(x[:size] if _has_examples(like, size) else x)
@@ -329,7 +334,8 @@ def _vocabularies(model: nn.Module, example: tuple[Tensor, ...]) -> list[int | N
             x = torch.randint(2, x.shape, generator=draw).to(x.device, x.dtype)
         bits.append(x)
 
-    # If the model fails on these values, no vocabulary is found, and `trial_batches` shuffles.
+    # If the model fails on these values, the embeddings that did not run are not found; inputs
+    # that are their indices are then shuffled.
     lookups = _Lookups()
     with lookups:
         _try_outputs(model, bits)
@@ -378,8 +384,8 @@ def _in_place(default: float, mean: Any) -> Any:
     """Returns a function that fills the tensor with the mean of its distribution.
 
     Args:
-        default: the mean of the distribution without parameters.
-        mean: takes its parameters.
+        default: the mean if the call gives no parameters of the distribution.
+        mean: function that computes the mean from these parameters.
     """
 
     def fill(func: Any, args: Any, options: Any) -> Any:
@@ -419,3 +425,4 @@ MEANS: dict[Any, Any] = {
     aten.normal_: _in_place(0.0, lambda mean, std=1.0: mean),
     aten.exponential_: _in_place(1.0, lambda rate: 1 / rate),
 }
+"""Random operation -> function of (operation, args, options) that returns the mean of the draw."""

@@ -20,9 +20,9 @@ from fedpress.nn.forward_sizes import Numbers
 
 Scope = Literal["global", "layer", "sensitivity"]
 MOST_OVERSHOOT = 2.0
-"""A target is refused if the narrowest allowed network costs more than this times the target."""
+"""A target is refused if the narrowest allowed network costs over this many times the target."""
 MOST_THRESHOLDS = 20
-"""How many thresholds at most are tried as a start; the first is nearly always good enough."""
+"""Largest number of thresholds to start the search from; the first is nearly always enough."""
 OLD_NAMES = {"whole": "unprunable", "told": "notes"}
 """Names of a plan's fields in version 0.1, whose files are still read."""
 
@@ -88,9 +88,9 @@ def plan(
     """Chooses the channels to keep so that `keep_params` of the parameters remain.
 
     With `target`, another cost is reduced instead, for instance multiply-adds. First a threshold on
-    the scores is searched, the same for all layers, and every width (number of kept channels) is
-    rounded to a multiple of `round_to`. Then single layers are made one step wider or narrower
-    until the cost is as near to the target as possible. If no widths come within `tolerance`, the
+    the scores is searched, the same for all layers. Every width (kept channels, times the indices
+    that one channel takes) is rounded to a multiple of `round_to`. Then single layers are made one
+    step wider or narrower while this helps. If no widths come within `tolerance` of the target, the
     nearest widths are taken, and the plan's `notes` say so: "0.5066, the nearest to 0.5 that the
     widths allow".
 
@@ -100,7 +100,7 @@ def plan(
         scores: one vector [channels] per layer of `graph`; the lowest scores are pruned first.
         keep_params: share of the parameters to keep, in (0, 1].
         target: used instead of `keep_params` (see `fedpress.compress.prune.targets`).
-        round_to: widths become multiples of this; narrower layers keep their width.
+        round_to: a layer's width becomes a multiple of this, or stays as it is.
         scope: "global" uses one threshold for all channels; "layer" prunes the same share of each
             layer; "sensitivity" prunes every layer until the loss has grown by the same amount,
             according to the measured `points`.
@@ -129,7 +129,7 @@ def plan(
         if target.miss(best) <= largest_miss:
             break
 
-    # Below a limit every cost is accepted; above it the miss is infinite.
+    # If the target is a limit, every cost up to it is accepted, and the miss above it is infinite.
     is_exceeded = target.miss(best) == float("inf")
     missed = target.miss(best) > largest_miss and not target.limit
     if is_exceeded or (missed and (exact or _is_far(allowed, target))):
@@ -169,9 +169,10 @@ def _order(
 
 
 def allowed_widths(layer: ChannelGroup, round_to: int, min_keep: float) -> list[int]:
-    """Returns the widths that a layer may have, rising: multiples of `round_to`, and its own width.
+    """Returns the numbers of channels that a layer may keep, rising; the last is all channels.
 
-    With `round_to` = 8 a layer of 12 channels may become 8 wide or stay 12 wide.
+    For the others, channels times `layer.unit` (indices per channel) is a multiple of `round_to`.
+    With `round_to` = 8 and unit 1, a layer of 12 channels may keep 8 or 12 channels.
     """
     # A channel may be several indices wide, for instance a head of width 64: any number of such
     # heads is a multiple of 8 already.
@@ -190,7 +191,7 @@ def make_plan(
 ) -> PruningPlan:
     """Returns the plan that keeps the `kept[i]` channels of layer i with the highest scores.
 
-    Of equal scores the first channel is kept.
+    If scores are equal, the first channels are kept.
 
     Raises:
         ModelError: if a layer would keep no channel, or more than it has.
@@ -200,7 +201,7 @@ def make_plan(
             raise ModelError(
                 f"the plan keeps {n} of the {layer.channels} channels of '{layer.name}'",
                 place="kept",
-                cure="keep at least one",
+                cure="keep at least 1 channel and at most all",
             )
     pruned = []
     layers = []
@@ -246,7 +247,7 @@ def check_settings(graph: ChannelGraph, round_to: int, min_keep: float, scope: s
         )
 
     if not graph.groups:
-        # Three reasons are enough to see the kind, and fit into a message.
+        # Three reasons show what is wrong, and fit into a message.
         first = list(graph.unprunable.items())[:3]
         reasons = "; ".join(f"'{name}': {why}" for name, why in first) or "it has no layers"
         every_reason = " ".join(graph.unprunable.values())
@@ -263,9 +264,9 @@ def check_settings(graph: ChannelGraph, round_to: int, min_keep: float, scope: s
 def _thresholds(
     order: Sequence[Tensor], allowed: Sequence[list[int]], target: Target
 ) -> Iterator[list[int]]:
-    """Yields rounded widths, first for the threshold whose cost is nearest to `target`.
+    """Yields rounded widths for thresholds whose cost is farther and farther from `target`.
 
-    Then come thresholds farther and farther from it, alternately above and below.
+    Costs above and below the target alternate. The first is the nearest cost above it.
     """
     rising = [values.sort().values for values in order]
     thresholds = [-float("inf"), *torch.cat(rising).unique().tolist()]
@@ -352,7 +353,7 @@ def _unreachable(
     def shown(cost: float) -> str:
         return f"{cost:.0f}" if target.limit else f"{cost / full:.4g}"
 
-    # Two cases: no widths are small enough, or those that are miss the target.
+    # Two cases: even the narrowest network costs too much, or no widths come near enough.
     if least > target.wanted:
         # Rounded up, so that the share can be met when the user asks for it.
         smallest = shown(least if target.limit else ceil(least / full * 1e4) / 1e4 * full)

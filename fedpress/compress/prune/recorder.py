@@ -21,7 +21,7 @@ from fedpress.nn.forward_sizes import INDEXING, SIZED, find_call_site, indices_o
 CALL_TAG = "fedpress_call"
 """Key in a node's metadata for the index of its call in `Recorder.calls`.
 
--1 in torch's attention, which computes all sizes from its tensors.
+The index is -1 for nodes of torch's attention, which computes all sizes from its tensors.
 """
 
 
@@ -39,7 +39,7 @@ class Recorder(TorchFunctionMode):
         # A module is recognised by its dictionary of parameters, because `torch.export` may run a
         # shallow copy of the module, which shares that dictionary.
         self._names = {id(module._parameters): name for name, module in model.named_modules()}
-        # For each module that runs now: how often each place was reached in this forward.
+        # For each module: how often each place was reached in its latest forward.
         self._counts: dict[int, Counter[str]] = {}
 
     def __enter__(self) -> Recorder:
@@ -124,7 +124,7 @@ def _slice_positions(x: Tensor, index: Any) -> list[int]:
 
 
 def _dims_taken(item: Any) -> int:
-    """Returns how many axes of a tensor one item of an indexing covers (an ellipsis counts 0)."""
+    """Returns how many axes of a tensor one item of an index covers (an ellipsis counts 0)."""
     if item is None or item is Ellipsis or isinstance(item, bool):
         return 0
     if isinstance(item, Tensor) and item.dtype == torch.bool:
@@ -133,7 +133,7 @@ def _dims_taken(item: Any) -> int:
 
 
 def _numbers_taken(item: Any) -> int:
-    """Returns how many numbers of the call one item of an indexing has."""
+    """Returns how many numbers one item of an index adds to those recorded for the call."""
     if isinstance(item, slice):
         return 3
     if isinstance(item, list):

@@ -29,7 +29,7 @@ def remove_(model: nn.Module, plan: PruningPlan) -> None:
     gradients, so create the optimizer afterwards.
 
     Raises:
-        ModelError: if the model lacks a tensor of the plan, or the tensor is too small for it.
+        ModelError: if a tensor of the plan is missing in the model or lacks an index of the plan.
     """
     _check_fits(model, plan.keep)
     keep_indices_(model, plan.keep, plan.numbers)
@@ -58,7 +58,7 @@ def mask_(model: nn.Module, plan: PruningPlan, *, nearly: bool = False) -> None:
             standard deviation computes 0 / 0 for zeros, but finite numbers for nearly zero ones.
 
     Raises:
-        ModelError: if the model lacks a tensor of the plan, or the tensor is too small for it.
+        ModelError: if a tensor of the plan is missing in the model or lacks an index of the plan.
     """
     _check_fits(model, plan.keep)
     # `weight_norm` computes g * v / |v|: a zeroed v would give 0 / 0, so only g is zeroed, which
@@ -80,7 +80,7 @@ def mask_(model: nn.Module, plan: PruningPlan, *, nearly: bool = False) -> None:
 
 
 def _directions(model: nn.Module) -> dict[str, int]:
-    """Returns the name of each weight norm's direction v -> the axis that its length g has."""
+    """Returns for each weight norm: name of its direction v -> axis along which g has lengths."""
     found: dict[str, int] = {}
     for name, module in model.named_modules():
         if isinstance(module, ParametrizationList):
@@ -95,7 +95,7 @@ def _directions(model: nn.Module) -> dict[str, int]:
 
 
 def _check_fits(model: nn.Module, keep: Mapping[str, Mapping[int, tuple[int, ...]]]) -> None:
-    """Raises an error if a tensor of the plan is missing in the model, or has another shape."""
+    """Raises an error if a tensor of the plan is missing, or lacks an index of the plan."""
     for name, axes in keep.items():
         try:
             shape = get_tensor(model, name).shape
@@ -116,7 +116,7 @@ def _check_fits(model: nn.Module, keep: Mapping[str, Mapping[int, tuple[int, ...
 
 
 def _shrink(old: Tensor, axes: Mapping[int, tuple[int, ...]]) -> Tensor:
-    """Returns `old` with only the given indices of each axis, as a parameter if it is one."""
+    """Returns `old` with only the given indices of each axis; a parameter stays a parameter."""
     new = old.detach()
     for axis, kept in axes.items():
         new = new.index_select(axis, torch.tensor(kept, device=old.device))

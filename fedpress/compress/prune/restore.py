@@ -18,8 +18,8 @@ from fedpress.nn.batch_norm import ONE_VALUE, BatchNorm
 def restore_batch_norm_(model: nn.Module, batches: Iterable[Inputs]) -> int:
     """Re-estimates the running statistics of every batch norm as plain averages over `batches`.
 
-    No weight changes. Dropout is off, and modes, momenta and counters are restored. Frozen batch
-    norms are re-estimated too.
+    No weight changes. Dropout is off, and modes, momenta and counters are restored. Batch norms in
+    evaluation mode (frozen ones) are re-estimated too.
 
     Args:
         model: any module; without batch norms nothing changes.
@@ -32,7 +32,7 @@ def restore_batch_norm_(model: nn.Module, batches: Iterable[Inputs]) -> int:
         DataError: if there are no batches, or a batch has a single value per channel, which has no
             variance. The model is then unchanged.
     """
-    # The first batch is taken before the old statistics are cleared.
+    # The first batch is taken before the old statistics are cleared: without it nothing changes.
     stream = iter(batches)
     first = next(stream, None)
     if first is None:
@@ -57,7 +57,7 @@ def restore_batch_norm_(model: nn.Module, batches: Iterable[Inputs]) -> int:
             raise DataError(
                 "batch-norm statistics cannot be taken from a batch of one example",
                 place="batches",
-                cure="give two or more public examples",
+                cure="give batches of two or more examples",
             ) from error
     return seen
 

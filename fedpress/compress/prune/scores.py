@@ -1,15 +1,15 @@
 """Scores the channels of a network; the channels with the lowest scores are pruned first.
 
-`SCORES` has a row for each score. A score is a sum over all tensors that hold the channel. It is
-divided by the mean of its layer, because one threshold is applied to all layers, and layers of
-different width and depth have different scales.
+`SCORES` has a row for each score. A score is computed from the tensors that hold the channel, in
+most rows as a sum over their entries. It is divided by the mean of its layer, because one threshold
+is applied to all layers, and layers of different width and depth have different scales.
 
 A weight that computes a channel *writes* it; a weight that sums over the channel *reads* it. Scores
 with gradients use the weights that read the channel: if a batch norm follows the weights that write
 the channel, the loss does not depend on the scale of these weights.
 
-Two scores of single weights, in `fedpress.compress.sparse`, are missing here. LAMP would order the
-channels of a layer as "l2" does; movement is accumulated while a network trains.
+`fedpress.compress.sparse` scores single weights. Two of its scores are missing here: LAMP would
+order the channels of a layer as "l2" does, and movement is accumulated while a network trains.
 """
 
 from __future__ import annotations
@@ -203,7 +203,7 @@ def grasp(graph: ChannelGraph, inputs: ScoreInputs) -> list[Tensor]:
 
 def random(graph: ChannelGraph, inputs: ScoreInputs) -> list[Tensor]:
     """Scores by uniform random numbers, as a baseline for all other scores."""
-    # `raw_scores` has checked this.
+    # `raw_scores` has checked that there is a generator.
     assert inputs.generator is not None
     chance = as_random_source(inputs.generator)
     return [chance.uniform(group.channels, dtype=torch.float32) for group in graph.groups]
@@ -244,8 +244,8 @@ def score(
 
     Raises:
         RecipeError: if there is no such score.
-        ModelError: if the score needs an argument or a layer that is missing, or a score is not
-            finite.
+        ModelError: if an argument, batch norm or parameter that the score needs is missing, if
+            `losses` yields nothing, or if a score is not finite.
     """
     raw = raw_scores(model, graph, score, losses=losses, generator=generator)
     return [divided_by_mean(values) for values in raw]
@@ -316,6 +316,9 @@ def readers(group: ChannelGroup, model: nn.Module) -> Sequence[ChannelSlice]:
 
     If no parameter reads them, it returns the slices of those that write them; if none writes them
     either, the slices of all parameters that hold them.
+
+    Raises:
+        ModelError: if no parameter holds the channels.
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
     for slices in (group.slices_with_role("read"), group.slices_with_role("write"), group.slices):
@@ -381,8 +384,8 @@ def _weight_times_derivative(
 ) -> Iterator[dict[str, Tensor]]:
     """Yields for each loss the products w * derivative, by name of the parameter w.
 
-    These are the parameters that read channels. If a weight is computed from parameters (weight
-    norm), w are these parameters, because pruning removes parts of them.
+    The parameters are those that read channels. If a weight is computed from parameters (weight
+    norm), the products are of these parameters, because pruning removes parts of them.
     """
     assert inputs.losses is not None
     parameters = dict(inputs.model.named_parameters(remove_duplicate=False))

@@ -25,6 +25,7 @@ from fedpress.errors import ModelError, RecipeError
 from fedpress.tasks.base import json_number
 
 DENSITIES = (0.9, 0.7, 0.5, 0.3, 0.1)
+"""The densities that are measured by default."""
 LOWER_DENSITIES = (0.05, 0.03, 0.02, 0.01, 0.005, 0.002, 0.001)
 """Measured besides the usual densities if a layer may be pruned below 0.1."""
 
@@ -32,7 +33,7 @@ TIE_BREAK = 1e-9
 """Small slope added to the curves, so that channels have an order where a curve is flat."""
 
 Measure = Callable[[], tuple[float, float | None]]
-"""Evaluates the model; returns its loss and its primary metric, or None without a metric."""
+"""Evaluates the model; returns its loss and its primary metric (None if it has no metric)."""
 
 
 def densities_down_to(lowest: float, usual: Sequence[float] = DENSITIES) -> tuple[float, ...]:
@@ -102,8 +103,8 @@ def sensitivity(
 ) -> Iterator[SensitivityPoint]:
     """Yields the loss at each of `densities` for one unit after the other.
 
-    All tensors are restored. The first point of each unit has density 1; this loss is measured once
-    for all units.
+    Each unit is restored after it is measured. The first point of each unit has density 1; its loss
+    is measured once for all units.
 
     Args:
         units: layers (`channel_units`) or weight tensors (`weight_unit`).
@@ -112,7 +113,7 @@ def sensitivity(
         known: points of an earlier call that was stopped; they are yielded without a measurement.
 
     Raises:
-        RecipeError: if a density is out of range.
+        RecipeError: if a density is not between 0 and 1, or no density is given.
         ModelError: if the loss of the unpruned model is not finite.
     """
     # At 0 the layer would be gone, and 1 is measured anyway.
@@ -167,7 +168,7 @@ def channel_units(
 def _masked(
     tensors: dict[str, Tensor], layer: ChannelGroup, best_first: Tensor, density: float
 ) -> Iterator[None]:
-    """Zeroes the channels of `layer` beyond the best `density` of them, within the block."""
+    """Within the block, keeps the share `density` of best channels; the others are zero."""
     pruned = best_first[max(1, round(density * layer.channels)) :]
     # Only the zeroed entries are saved, not whole tensors.
     touched = []
@@ -218,7 +219,7 @@ def loss_curves(points: Sequence[SensitivityPoint]) -> dict[str, tuple[list[floa
 
     The growth is the loss minus the loss at density 1. It is made monotonic: if the loss falls at a
     lower density, this is noise, and the growth at the higher density is used. A loss that is not
-    finite counts as the largest growth of all layers.
+    finite counts as the largest finite growth of all layers.
 
     Raises:
         RecipeError: if a layer has no point at density 1.
@@ -283,14 +284,15 @@ def extended_to_zero(
 def growth_by_channel(
     graph: ChannelGraph, scores: Sequence[Tensor], points: Sequence[SensitivityPoint]
 ) -> list[Tensor]:
-    """Returns for each channel the growth of the loss if it and all channels below it are pruned.
+    """Returns for each channel the growth of the loss if its layer is pruned up to this channel.
 
-    Channels below are those of the same layer with lower scores. One threshold on these numbers
-    prunes every layer up to the same growth of the loss. Curves are interpolated linearly between
-    the measured densities; below the lowest density they continue as in `extended_to_zero`.
+    That is, if the channel and all channels of its layer with lower scores are pruned. One
+    threshold on these numbers prunes every layer up to the same growth of the loss. Curves are
+    interpolated linearly between the measured densities; below the lowest density they continue as
+    in `extended_to_zero`.
 
     Raises:
-        RecipeError: if a layer has not been measured.
+        RecipeError: if a layer was not measured at density 1 and at another density.
     """
     known = loss_curves(points)
     most = max((heights[0] for _, heights in known.values()), default=0.0)
@@ -308,7 +310,7 @@ def growth_by_channel(
         # If the channel at position i is pruned, the i channels before it are kept.
         kept_share = np.arange(len(values)) / len(values)
         growth = np.interp(kept_share, density, height)
-        # Where a curve is flat, channels with lower scores still come first.
+        # Where a curve is flat, channels with lower scores are still pruned first.
         growth += TIE_BREAK * (1 + height.max()) * (1 - kept_share)
 
         by_channel = torch.empty(len(values), dtype=torch.float64)

@@ -27,7 +27,7 @@ from fedpress.core.random_source import Source
 from fedpress.errors import RecipeError
 
 BEYOND_TARGET = 0.9
-"""Channels are removed down to 0.9 times the target, so that rounding may widen layers again."""
+"""Channels are removed down to this share of the target, because rounding widens some layers."""
 
 
 def prune_single_channel(
@@ -47,9 +47,10 @@ def prune_single_channel(
 ) -> PruningPlan:
     """Plans the removal of channels one at a time, lowest score first, then rounds the widths.
 
-    The scores "l1" and "l2" are updated after every channel. Most other scores need forward and
-    backward passes, so these scores are computed again only after `every` removals, with the
-    removed channels set to zero. "random" is drawn once. All tensors of `model` are restored.
+    The scores "l1" and "l2" are updated after every channel. "random" is drawn once. All other
+    scores are computed again only after `every` removals, with the removed channels set to zero,
+    because most of these scores need forward and backward passes. All tensors of `model` are
+    restored.
 
     Args:
         model: the traced model.
@@ -57,7 +58,7 @@ def prune_single_channel(
         score: a key of `fedpress.compress.SCORES`, such as "l1".
         keep_params: share of the parameters to keep, in (0, 1].
         target: used instead of `keep_params` (see `fedpress.compress.prune.targets`).
-        round_to: widths become multiples of this.
+        round_to: a layer's width becomes a multiple of this, or stays as it is.
         min_keep: smallest share of its channels that a layer keeps.
         tolerance: largest difference between the wanted and the reached cost that needs no note in
             the plan, as a share of the whole network's cost.
@@ -98,7 +99,11 @@ def prune_single_channel(
 
 
 Scorer = Callable[[list[Tensor], tuple[int, int] | None], dict[int, Tensor]]
-"""Takes masks of the kept channels and the (layer, channel) just removed; returns new scores."""
+"""Returns the new scores, layer -> [channels], of the layers whose scores are computed again.
+
+Takes a mask of the kept channels for each layer, and the (layer, channel) that was just removed
+(None before the first removal).
+"""
 
 
 def _removal_order(
@@ -130,7 +135,7 @@ def _removal_order(
 
 
 class _Remaining:
-    """The remaining channels of all layers, with their scores, while they are removed one by one.
+    """The channels that remain while channels are removed one by one, with their scores.
 
     Scores are divided by the mean over all channels of the layer; a removed channel counts with its
     last score. With the mean over the remaining channels alone, a layer of equally important
@@ -152,14 +157,17 @@ class _Remaining:
         self.worst: dict[int, tuple[float, int]] = {}
 
     def rescore_(self, scores: Mapping[int, Tensor]) -> None:
-        """Stores new raw scores of some layers; removed channels (score 0) keep their last one."""
+        """Stores new raw scores of some layers.
+
+        A removed channel whose new score is 0 keeps its last score.
+        """
         for i, values in scores.items():
             known = self.masks[i] | values.ne(0)
             self.raw[i] = torch.where(known, values, self.raw[i])
             self.worst.pop(i, None)
 
     def worst_channel(self) -> tuple[int, int] | None:
-        """Returns the (layer, channel) to remove next; None if no layer may lose another."""
+        """Returns the (layer, channel) to remove next; None if every layer is at its floor."""
         for i in range(len(self.kept)):
             if i not in self.worst:
                 self.worst[i] = self._worst_of(i)
@@ -232,8 +240,8 @@ def _scorer(
 def _magnitudes(model: nn.Module, graph: ChannelGraph, *, power: Literal[1, 2]) -> Scorer:
     """Returns a `Scorer` for "l1" (power 1) or "l2" (power 2) that updates scores cheaply.
 
-    |w|^power is summed over the kernel once. After a removal, only layers whose weights read the
-    removed channel are summed again.
+    |w|^power is summed once over the axes without channels, such as the kernel. After a removal,
+    only layers whose weights read the removed channel are summed again.
     """
     axes: set[tuple[str, int]] = set()
     writers: dict[str, set[int]] = {}  # tensor -> the layers that it writes
@@ -277,7 +285,7 @@ def _magnitudes(model: nn.Module, graph: ChannelGraph, *, power: Literal[1, 2]) 
 
 
 def _zero_(tensors: dict[str, Tensor], group: ChannelGroup, channel: int, *, but: str = "") -> None:
-    """Zeroes a channel in all `tensors`, except where its role is `but`."""
+    """Zeroes a channel in all `tensors`, except in those where it has the role `but`."""
     for s in group.slices:
         if s.tensor in tensors and s.role != but:
             values = tensors[s.tensor]

@@ -120,7 +120,7 @@ def next_share(
     A measured cost, such as latency, cannot be computed from widths. So the caller prunes,
     measures, adds (share, cost) to `tried` and calls this function again. The cost is modelled as
     c * share^p between the nearest measurements above and below `wanted`. If no measurement is
-    below, p is taken from the two lowest ones above.
+    below, p comes from the two smallest shares above (p = 1 if there is only one share).
 
     Args:
         tried: shares in (0, 1] and their measured costs, including the unpruned network (1.0,
@@ -138,7 +138,7 @@ def next_share(
     >>> next_share([(1.0, 8.0), (0.4875, 3.95)], 4.0) is None
     True
     """
-    # A cost of exactly `wanted` is fast enough.
+    # A cost of exactly `wanted` is low enough.
     below = [(share, cost) for share, cost in tried if cost <= wanted]
     if len(tried) > tries or any(cost >= (1 - tolerance) * wanted for _, cost in below):
         return None

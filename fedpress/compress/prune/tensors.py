@@ -1,4 +1,4 @@
-"""Returns a model's tensors by name; weights computed by weight norm or masks replace originals."""
+"""Returns a model's tensors by name, also with the weights that weight norm or masks compute."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from torch.nn.utils import parametrize
 
 
 def tensors_of(model: nn.Module) -> dict[str, Tensor]:
-    """Returns all parameters and buffers of `model` by name; a shared one under each of its names.
+    """Returns all parameters and buffers of `model` by name; a shared tensor under all its names.
 
-    They are detached, but share their memory with the model.
+    The tensors are detached, but share their memory with the model.
     """
     named = {
         **dict(model.named_parameters(remove_duplicate=False)),
@@ -28,7 +28,8 @@ def effective_tensors(model: nn.Module) -> dict[str, Tensor]:
 
     A weight may be computed from other tensors (its originals) by a parametrization, `weight_norm`
     or `torch.nn.utils.prune`. Scores must see the computed weight, not the original tensor of the
-    same shape: the direction v of a weight norm, for instance, does not contain the weight's size.
+    same shape. For instance, the direction v of a weight norm does not show how large the weight
+    is.
     """
     tensors = tensors_of(model)
     for name, module in model.named_modules(remove_duplicate=False):

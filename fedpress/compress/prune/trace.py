@@ -23,7 +23,10 @@ from fedpress.core.inputs import Example, positional
 from fedpress.errors import ModelError
 
 TRIALS = 3
-"""How many rounds of trials at most; after each, the groups that failed are kept."""
+"""Largest number of rounds in which each group of channels is pruned on trial.
+
+Groups whose trial fails in a round are not prunable in the next round.
+"""
 
 
 def trace(
@@ -41,7 +44,8 @@ def trace(
         example: its input [n, ...], a tuple of inputs, or a dictionary by the names of forward's
             first arguments. Use at least two examples: with one, the batch axis looks like any
             other axis of size 1.
-        unprunable: names of modules (or name prefixes) that must keep all their outputs.
+        unprunable: names of modules that must keep all their outputs; a name also stands for all
+            modules inside that module.
         ignore: names or patterns ("block.3.*") of modules or weights that must keep all their
             outputs and inputs.
         approximate: kinds of norms whose channels may be pruned although the result is then not
@@ -66,17 +70,18 @@ def trace(
     ids.ignored = ignored_names(model, ignore)
     walk = Walk(exported, ids, _first_names(model), recorder.calls)
     _keep_unsaved(ids, walk.tensor_axes, model)
-    # Reasons recorded from here on do not belong to an operation, so none must be named in them.
+    # From here on no operation is the reason, so the names of module and operation are cleared.
     ids.module = ids.operation = ""
     _keep_named(ids, unprunable)
     _keep_ignored(ids, walk.tensor_axes, model)
-    # After all kept ids are known: they decide which axis of a reshape can be pruned.
+    # Called once all kept ids are known, because they decide which axis of a reshape is pruned.
     ids.resolve_splits()
 
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
     unused = dict.fromkeys(walk.unused(), "forward does not use it")
-    # Outputs are not compared in two cases, where copies only have to run: half precision rounds
-    # more than the comparison allows, and `torch.cond` is compiled anew for each copy (slow).
+    # Each group is tried on a pruned copy of the model, and the outputs of copy and model are
+    # compared. In two cases the copy only has to run: half precision rounds more than the
+    # comparison allows, and `torch.cond` is compiled anew for each copy, which is slow.
     compare = not (_has_half_precision(exported) or _has_branches(exported))
     for _ in range(TRIALS):
         graph = channel_graph(ids, walk.tensor_axes, shapes, arguments)
@@ -128,7 +133,7 @@ def _keep_unsaved(ids: ChannelIds, tensor_axes: Sequence[TensorAxis], model: nn.
     saved = model.state_dict().keys()
     for name, _, axis in tensor_axes:
         if name not in saved:
-            ids.keep(axis, f"the buffer '{name}' has them, but is not saved (persistent=False)")
+            ids.keep(axis, f"the buffer '{name}' has them too, but is not saved (persistent=False)")
 
 
 def _keep_group(
@@ -163,7 +168,7 @@ def _keep_named(ids: ChannelIds, unprunable: Sequence[str]) -> None:
 
 
 def _keep_ignored(ids: ChannelIds, tensor_axes: Sequence[TensorAxis], model: nn.Module) -> None:
-    """Keeps all channels of ignored weights; `Walk` has kept those in ignored modules already."""
+    """Keeps all channels of ignored weights; `Walk` has kept the channels of ignored modules."""
     first = _first_names(model)
     names = {first[name] for name in ids.ignored if name in first}
     for name, _, axis in tensor_axes:

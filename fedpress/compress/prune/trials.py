@@ -69,7 +69,7 @@ class _Evidence:
 
     Attributes:
         wrong: numbers for which the code passed another value than the smaller model needs.
-        changed: numbers that had to change, compared with the whole model, in at least one trial.
+        changed: numbers for which a smaller model needs another value than the whole model.
         out_of_proportion: numbers that were not in proportion to the length of their axis.
     """
 
@@ -98,7 +98,8 @@ class _Evidence:
     def adjusts_itself(self, number: SizedNumber) -> bool:
         """Returns whether the code itself computes the right number for smaller tensors.
 
-        If the number did not have to change in any trial, this is unknown, and the answer is False.
+        False also if this is unknown: the number depends on channels, but every smaller model
+        needed the same value as the whole model.
         """
         untested = bool(number.length.indices_per_channel) and number.site not in self.changed
         return number.site not in self.wrong and not untested
@@ -130,7 +131,7 @@ def _passed_numbers(
 def groups_that_fail(
     model: nn.Module, graph: ChannelGraph, arguments: Sequence[Tensor], *, compare: bool
 ) -> dict[int, str]:
-    """Returns the groups that cannot be pruned because a smaller copy fails, with the reason.
+    """Returns index -> reason for each group that cannot be pruned because a smaller copy fails.
 
     Two kinds of failure are found: sizes outside of recorded calls (`x.size(0) // self.num_heads`),
     and modules that run only in training, such as an auxiliary head, and were therefore not pruned.
@@ -209,7 +210,8 @@ def _quiet() -> Iterator[None]:
 def _trial_counts(graph: ChannelGraph, step: int) -> list[int]:
     """Returns how many channels each group loses in a trial; a group of one channel loses none.
 
-    Groups of equal width lose different numbers of channels, so that their sizes can be told apart.
+    Groups of equal width lose different numbers of channels if they are wide enough, so that their
+    sizes can be told apart.
     """
     counts = []
     for i, group in enumerate(graph.groups):

@@ -1,7 +1,7 @@
 """Goes through a captured graph and applies each operation's pruning rule to its inputs' ids.
 
-Each index of each axis has an id. A rule says which ids must be pruned together (united), which
-cannot be pruned (kept), and which ids the axes of the output have.
+Each index of a channel axis has an id. A rule says which ids must be pruned together (united),
+which cannot be pruned (kept), and which ids the axes of the output have.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ class Walk:
             else:
                 self._visit(node)
 
-        # Only the model's own outputs have fixed sizes; those of an inner graph are used further.
+        # The model's outputs have fixed sizes; outputs of an inner graph are inputs of later nodes.
         if given is None:
             self._ids.operation = ""
             for value in values_in(result):
@@ -99,7 +99,7 @@ class Walk:
         return result
 
     def _run_inner_graph(self, node: torch.fx.Node, module: torch.fx.GraphModule) -> Any:
-        """Walks a graph under `torch.no_grad()` or `torch.autocast`.
+        """Walks a graph that runs under `torch.no_grad()` or `torch.autocast`.
 
         Other inner graphs, such as the branches of `torch.cond`, are not walked: all channels that
         reach them are kept.
@@ -186,7 +186,7 @@ class Walk:
         )
 
     def _constant(self, node: torch.fx.Node, stored_name: str | None) -> Tensor | None:
-        """Returns the tensor of a buffer or constant that holds integers or booleans."""
+        """Returns a buffer or constant that holds a few integers or booleans, else None."""
         lifted = self._exported.graph_signature.inputs_to_lifted_tensor_constants
         name = stored_name or lifted.get(node.name) or ""
         tensor = {**self._exported.state_dict, **self._exported.constants}.get(name)
@@ -201,8 +201,8 @@ def _graph_of(module: torch.fx.GraphModule, argument: Any) -> Any:
 
 
 def _live_nodes(graph: torch.fx.Graph) -> set[torch.fx.Node]:
-    """Returns the nodes that an output depends on, and those that change a tensor in place."""
-    # Backwards, so that users of a node come before it.
+    """Returns the nodes that give outputs or change tensors in place, and all that these need."""
+    # Backwards, so that the users of a node come before the node.
     live: set[torch.fx.Node] = set()
     for node in reversed(graph.nodes):
         if node.op == "output" or node in live or mutates(node):

@@ -8,7 +8,7 @@ from torch import Tensor
 from fedpress.errors import ModelError, RecipeError
 
 MOST_EXACT_VALUES = 1024
-"""Most distinct weights for the exact solution, whose time and memory are quadratic in them."""
+"""The exact solution is used up to this many distinct weights; its cost grows quadratically."""
 
 
 def shared_values(weight: Tensor, count: int) -> Tensor:
@@ -16,10 +16,10 @@ def shared_values(weight: Tensor, count: int) -> Tensor:
 
     In one dimension dynamic programming solves k-means exactly (Wang & Song 2011, Ckmeans.1d.dp).
     It is used for up to 1024 distinct entries. If there are more, the sorted entries are first
-    averaged in 1024 parts of equal size; the exact solution for these averages is then improved by
+    averaged in 1024 parts of equal size. Then the exact solution for these averages is improved by
     Lloyd's iterations on all entries. One of the values is always 0, so that pruned weights stay
-    pruned (Han et al. 2016, arXiv:1510.00149, section 3). If there are fewer distinct entries than
-    `count`, the last value is repeated.
+    pruned (Han et al. 2016, arXiv:1510.00149, section 3). If fewer than `count` values are needed,
+    the largest value is repeated.
 
     Args:
         weight: a tensor of any shape.
@@ -104,7 +104,7 @@ def _optimal_values(points: Tensor, mass: Tensor, count: int) -> Tensor:
 def _cell_costs(points: Tensor, mass: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Returns for each cell (the points i to j - 1) its mean and two costs, at [i, j].
 
-    The first cost is the squared error if the cell has its mean as value, the second if it has 0.
+    The first cost is the squared error if the cell's value is its mean, the second if it is 0.
     """
     zero = points.new_zeros(1)
     differences = []
@@ -121,7 +121,9 @@ def _cell_costs(points: Tensor, mass: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _lloyd(flat: Tensor, values: Tensor, *, steps: int = 50) -> Tensor:
-    """Improves centroids by Lloyd's iterations: each moves to the mean of its nearest weights.
+    """Improves centroids by Lloyd's iterations.
+
+    In each iteration a centroid moves to the mean of the weights that are nearest to it.
 
     Args:
         flat: all weights, ascending.
@@ -130,7 +132,7 @@ def _lloyd(flat: Tensor, values: Tensor, *, steps: int = 50) -> Tensor:
     """
     sums = torch.cat([flat.new_zeros(1), flat.cumsum(0)])
     for _ in range(steps):
-        # Each value has the weights between the midpoints to its neighbours.
+        # The nearest weights lie between the midpoints to the neighbouring centroids.
         ends = torch.searchsorted(flat, (values[1:] + values[:-1]) / 2)
         edges = torch.cat([ends.new_zeros(1), ends, ends.new_full((1,), len(flat))])
         size = edges.diff()

@@ -51,6 +51,7 @@ def find_folds(
 
     Raises:
         ModelError: if `torch.export` cannot capture the model's graph.
+        RecipeError: if a pattern of `ignore` matches nothing.
     """
     norms = {}
     for n, m in model.named_modules():
@@ -152,13 +153,13 @@ def _why_not_into(
     """Returns why a batch norm cannot be folded into the operation `before` it, or None."""
     if before.target not in FOLDED_INTO:
         return f"the operation before it is {before.target}, not a convolution or linear layer"
-    # A second user needs the output without the norm.
+    # Another operation that uses the output needs it without the norm.
     if len(before.users) > 1:
         return "something else uses the output of the same layer"
 
     name = _owner(before.args[1], owned)
     if name is None:
-        return "the weight before it is computed"
+        return "the layer before it computes its weight from other tensors"
     tensors = (before.args[1], norm.args[3])
     if any(isinstance(tensor, fx.Node) and len(tensor.users) > 1 for tensor in tensors):
         return f"it, or '{name}' before it, is used more than once"
@@ -188,7 +189,7 @@ def _why_not_bias(
     if not isinstance(bias, fx.Node):
         return None
     if _owner(bias, owned) is None:
-        return "the bias before it is computed"
+        return "the layer before it computes its bias from other tensors"
     own = model.get_submodule(name)._parameters.get("bias")
     owners = []
     for n, p in model.named_parameters(remove_duplicate=False):
@@ -213,7 +214,7 @@ def fold_(model: nn.Module, folds: Mapping[str, str]) -> None:
         folds: batch norm -> layer, from `find_folds`.
 
     Raises:
-        ModelError: if a layer has a codebook, or a running variance is not finite.
+        ModelError: if a layer has a codebook, or the factor or shift of a norm is not finite.
     """
     factors: dict[str, tuple[Tensor, Tensor]] = {}
     for norm, into in folds.items():
@@ -246,9 +247,9 @@ def _weights_of(layer: nn.Module) -> str | None:
 
 
 def _scale_weight_(layer: nn.Module, factor: Tensor) -> None:
-    """Multiplies each output channel of a layer's weight by `factor` [out]; its scale by |factor|.
+    """Multiplies each output channel of a layer's weight by `factor` [out].
 
-    A float layer has no scales.
+    The scales of a quantized layer are multiplied by |factor|.
     """
     assert isinstance(layer.weight, Tensor)
     materialize_(layer)

@@ -25,7 +25,7 @@ from fedpress.nn.quantized import quantized_class, weight_keys
 from fedpress.nn.resize import get_tensor
 
 CELLS = 4096
-"""Number of steps into which the budget is divided; with single bytes the search would be slow."""
+"""Largest number of steps that divide the budget; steps of one byte would make the search slow."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,8 @@ def measure_choices(
 
     The change is the mean Kullback-Leibler divergence, in nats, from the class probabilities of the
     float model to those of the quantized model. It needs no labels. `choose_bits` adds the
-    divergences of single layers; small ones nearly add up.
+    divergences of single layers: as long as they are small, their sum is nearly that of all layers
+    together.
 
     Args:
         model: a classifier that returns logits [n, classes]; its weights are restored.
@@ -84,7 +85,7 @@ def measure_choices(
     """
     if not batches:
         raise DataError(
-            "the bits are chosen by public examples",
+            "bits are chosen from the model's outputs on public examples, and got none",
             place="batches",
             cure="give at least one batch",
         )
@@ -98,9 +99,9 @@ def measure_choices(
         for name, scheme in table.items():
             if scheme.weights is None or scheme.weights.kind != "int":
                 raise RecipeError(
-                    f"'{name}' is not quantized to integers, but only these have a choice of bits",
+                    f"'{name}' is not quantized to integers, so it has no choice of bits",
                     place="table",
-                    cure="use int",
+                    cure="use weights of kind 'int', or leave this layer out",
                 )
             layer = model.get_submodule(name)
             found[name] = []
@@ -167,8 +168,9 @@ def _divergence(model: nn.Module, batches: Sequence[Inputs], wanted: Sequence[Te
 def choose_bits(choices: Mapping[str, Sequence[BitChoice]], max_bytes: int) -> dict[str, int]:
     """Returns the bits of each layer with the smallest sum of divergences within `max_bytes`.
 
-    This is a multiple-choice knapsack problem. It is solved by dynamic programming over sizes that
-    are rounded up to 1/4096 of the bytes beyond the smallest choices.
+    This is a multiple-choice knapsack problem. It is solved by dynamic programming over the bytes
+    that a choice needs beyond the layer's smallest choice, rounded up to steps. A step is 1/4096 of
+    the bytes that all smallest choices together leave free, and at least one byte.
 
     Raises:
         RecipeError: if even the smallest choice of each layer does not fit.

@@ -35,9 +35,9 @@ from fedpress.nn.resize import get_tensor
 
 Rounding = Literal["nearest", "second-order"]
 PATCHES = 4096
-"""Most patches of a batch for the second moments.
+"""Number of patches of a batch, up to a factor of 2, that second moments are computed from.
 
-Neighbouring patches of images are similar, so more of them would cost time and add little.
+Neighbouring patches of images are similar, so more patches would cost time and add little.
 """
 
 
@@ -66,9 +66,10 @@ def quantizable(
 
     Raises:
         ModelError: if a name of `keep` is not a layer with weights, or no layer can be quantized.
+        RecipeError: if a pattern of `ignore` matches nothing.
     """
     table, left = _possible_layers(model, scheme, sparse)
-    # Float weights: only layers whose inputs are quantized have something to do.
+    # If weights stay float, only layers whose inputs are quantized change.
     if scheme.weights is None:
         table = {name: own for name, own in table.items() if own.inputs is not None}
     names = [*table]
@@ -107,7 +108,7 @@ def _nothing_left(left: Mapping[str, str]) -> ModelError:
 def _possible_layers(
     model: nn.Module, scheme: QuantizationScheme, sparse: Collection[str]
 ) -> tuple[dict[str, QuantizationScheme], dict[str, str]]:
-    """Returns the layers that can be quantized at all, and the others with the reason."""
+    """Returns the layers that can be quantized -> scheme, and the other layers -> reason."""
     table: dict[str, QuantizationScheme] = {}
     left: dict[str, str] = {}
     owners = _owners(model)
@@ -202,7 +203,8 @@ def quantize_(
 
     Raises:
         ModelError: if a weight is not finite, or a layer cannot be quantized.
-        DataError: if batches are needed and there are none, or they contain NaN.
+        DataError: if batches are needed and there are none, or a layer receives NaN or infinite
+            values.
     """
     _check_finite(model, table)
     second_order = rounding == "second-order"
@@ -213,7 +215,10 @@ def quantize_(
         raise DataError(
             "this method needs public examples",
             place="batches",
-            cure="give batches, or round weights to the nearest",
+            cure=(
+                "give batches, or set rounding='nearest' and correct_bias=False and leave all "
+                "inputs float"
+            ),
         )
 
     layers: dict[str, nn.Module] = {}
@@ -378,8 +383,8 @@ def _input_moments(
             )
         layer = layers[name]
         x = x.detach().float()
-        # A subclass may change its input first (padding): then the input of its convolution or
-        # product is used.
+        # A subclass may change its input first, for instance pad it. Then `x` becomes what its
+        # convolution or matrix product gets.
         if type(layer) not in OPERATIONS and not isinstance(layer, QuantLayer):
             layer, x = plain_equivalent(layer, x)
         x = as_batch(layer, x)

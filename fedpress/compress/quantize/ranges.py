@@ -15,24 +15,27 @@ from fedpress.nn.quant_scheme import InputQuantization, calculate_qparams
 from fedpress.nn.quantized import QuantLayer, quantized_layers
 
 ROUNDING = 1e-6
-"""A channel counts as constant if it varies less than this, relative to its largest value."""
+"""One-bit inputs count as constant if their mean distance from the middle is at most this.
+
+The number is a share of the layer's largest absolute input.
+"""
 
 
 @torch.no_grad()
 def calibrate_(
     model: nn.Module, batches: Sequence[Example], *, observer: Observer = "minmax"
 ) -> dict[str, str]:
-    """Sets scale and zero point of all quantized inputs from the layers' inputs on `batches`.
+    """Sets scale and zero point of the quantized inputs that need it, from inputs on `batches`.
 
     During calibration the inputs are not quantized. A range always includes 0. A one-bit input is
-    middle - scale or middle + scale, with a middle for each channel. The middle is set to the mean
-    of the channel, and the scale to the mean distance from the middle, which gives the least
-    squared error (XNOR-Net, Rastegari et al. 2016, arXiv:1603.05279, section 3.1, applied to values
-    minus their mean).
+    middle - scale or middle + scale. Each channel has a middle, its mean; if the scheme has no
+    middle, it is 0. The scale is the mean distance from the middle, which gives the least squared
+    error (XNOR-Net, Rastegari et al. 2016, arXiv:1603.05279, section 3.1, applied to values minus
+    their mean).
 
     Args:
         model: a model with quantized layers.
-        batches: public inputs; nothing protects the ranges that follow from them.
+        batches: public inputs; the ranges reveal something about them, since no noise is added.
         observer: how a range is chosen from the observed values, such as "minmax".
 
     Returns:
@@ -153,7 +156,7 @@ def _mean_distances(
     Inputs without a middle are measured from 0.
     """
     totals: dict[str, tuple[float, int]] = {}
-    # Read before the run: meanwhile `run_with_observer` removes the inputs from the schemes.
+    # Read before the run, during which `run_with_observer` removes the inputs from the schemes.
     middles: dict[str, Tensor] = {}
     for name, layer in layers.items():
         inputs = layer.scheme.inputs
@@ -182,7 +185,7 @@ def _check_informative(
                 "on the public examples, so one bit cannot tell examples apart"
             ),
             place="inputs.bits",
-            cure="leave the layer float by `keep`, or take 8 bits",
+            cure="name the layer in `keep`, so that it stays float, or take 8 bits",
         )
     if not quantization.middle and (seen.low >= 0 or seen.high <= 0):
         raise DataError(

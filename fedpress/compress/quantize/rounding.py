@@ -18,7 +18,7 @@ from fedpress.nn.quantized import QuantLayer
 BLOCK = 128
 """Columns that GPTQ rounds before it updates all later columns, as in the paper."""
 SCALES = 80
-"""Number of scales that are tried for each row, from the full range down to a fifth of it."""
+"""Number of scales tried for each row (or group), from the full range down to a fifth of it."""
 
 
 def best_scale(weight: Tensor, quantization: WeightQuantization) -> Tensor:
@@ -92,7 +92,8 @@ def second_moment(layer: nn.Module, x: Tensor, *, most: int) -> tuple[Tensor, in
     Args:
         layer: a linear layer or a convolution.
         x: inputs with an axis of examples in front.
-        most: about how many patches to use, at equal distances.
+        most: how many patches to use at least, at equal distances, if the batch has so many; fewer
+            than twice as many are used.
 
     Returns:
         The sum, [groups, k, k] float32, and the number of patches.

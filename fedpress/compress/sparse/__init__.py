@@ -1,4 +1,4 @@
-"""Makes weights sparse: masks say which entries are zero, schedules how many at each step."""
+"""Makes weights sparse: masks say which entries stay, schedules say how many stay at each step."""
 
 from fedpress.compress.sparse.masks import (
     Masks,

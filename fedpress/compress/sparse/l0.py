@@ -25,13 +25,13 @@ from fedpress.core.random_source import Source, as_random_source
 from fedpress.errors import ModelError
 
 BETA = 2 / 3
-"""Temperature, as in the paper's experiments."""
+"""Temperature of the concrete variables, as in the paper's experiments."""
 LOW, HIGH = -0.1, 1.1
 """The interval that concrete variables are stretched to, as in the paper's experiments."""
 START = 0.9
 """Sigmoid of the initial log alpha; the gate without randomness is then 0.98."""
 SMALLEST_GATE = 0.05
-"""Smallest factor for a kept weight: nearly 0, it would hardly be trained in later stages."""
+"""Smallest value of a kept gate: a weight times nearly 0 would hardly train in later stages."""
 CLOSED = -1e4
 """Log alpha of a permanently closed gate: its sigmoid and its gradient are 0 in float32."""
 
@@ -70,6 +70,9 @@ class Gates(nn.Module):
             model's parameters, by name.
         share: differentiable function from the probabilities that gates are open to the expected
             share of parameters that are kept.
+
+    Attributes:
+        generator: source of the random numbers in `draw`; None for torch's global generator.
     """
 
     def __init__(
@@ -142,7 +145,7 @@ class Gates(nn.Module):
 
     @torch.no_grad()
     def materialize_(self, model: nn.Module) -> None:
-        """Multiplies the parameters of `model` by their gates, but at least by `SMALLEST_GATE`."""
+        """Multiplies the parameters of `model` by gates, each raised to `SMALLEST_GATE` or more."""
         # No weight becomes 0 here: the caller's mask, not the gate's value, says what is pruned.
         factors = self.factors([expected_gate(a).clamp_min(SMALLEST_GATE) for a in self.log_alphas])
         parameters = dict(model.named_parameters())
@@ -208,11 +211,12 @@ def weight_gates(
 
 
 def channel_gates(model: nn.Module, graph: ChannelGraph, *, generator: Source) -> Gates:
-    """Returns a gate for every channel of `graph`, which multiplies the weights that read it.
+    """Returns a gate for every channel of `graph`; it multiplies the weights that read the channel.
 
     A weight that computes a channel writes it; a weight that sums over the channel reads it. All
     weights that read a channel, for instance in a residual network, share its gate. The weights
-    that write the channel are not multiplied: a norm after them would undo the factor.
+    that write the channel are multiplied only if no weight reads it: a norm after them would undo
+    the factor.
 
     Args:
         model: the traced model.
@@ -314,9 +318,10 @@ class DensityController:
     the density is below the target, lambda may become negative, so that closed gates open again.
 
     Args:
-        scale: unit of lambda, and its first value: the lambda at which the gradients of density and
-            loss are equally large (see `balance`).
-        lambda_: integral part of an earlier controller, to continue a stopped training.
+        scale: unit of lambda and its first value. Take the lambda at which the gradients of loss
+            and lambda * density are equally large (see `balance`).
+        lambda_: first value of the integral part: that of an earlier controller if a stopped
+            training continues, else None for `scale`.
         integral_gain: change of the integral part per step and unit of error, in units of `scale`.
         proportional_gain: proportional part per unit of error, in units of `scale`.
     """

@@ -45,7 +45,7 @@ def level_densities(
     Each weight has a curve: the loss as a function of its density. Curves are linear between
     measured densities; below the lowest one they continue as `extended_to_zero` says. A curve is
     measured with a single weight pruned, so it underestimates the loss if all weights are pruned
-    far. Therefore every weight keeps a minimum density (`lowest_densities`).
+    to low densities. Therefore every weight keeps a minimum density (`lowest_densities`).
 
     Args:
         weights: the weights to choose densities for.
@@ -53,7 +53,7 @@ def level_densities(
         density: share of all entries to keep.
 
     Raises:
-        RecipeError: if a weight has not been measured.
+        RecipeError: if a weight was not measured at density 1 and at another density.
     """
     known = loss_curves(points)
     most = max((heights[0] for _, heights in known.values()), default=0.0)

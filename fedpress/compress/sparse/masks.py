@@ -36,13 +36,15 @@ def masks_from_scores(
 
     A pattern such as "block" keeps or zeroes several entries together; such entries are a unit. The
     score of a unit is the mean over its entries, and the number of kept entries is the nearest that
-    whole units allow. Of equal scores the first is kept. Every weight keeps at least one unit.
+    whole units allow. Of equal scores the first is kept. Every weight keeps at least one unit,
+    unless `within` allows it no entry.
 
     Args:
         weights: the weights that share the budget.
         scores: scores by name, in the shapes of the weights.
-        pattern: which entries are kept or zeroed together. N:M keeps at least N of M in every
-            group, and more if `density` is above N / M.
+        pattern: which entries are kept or zeroed together. N:M keeps N of every M inputs, or
+            ceil(density * M) if that is more, or fewer where `within` allows fewer; it ignores
+            `scope`.
         density: share of the entries to keep, in (0, 1].
         scope: "global" uses one threshold for all weights; "uniform" keeps the same share of each;
             "erk" keeps a larger share of small weights (Erdos-Renyi kernel, Evci et al. 2020,
@@ -51,7 +53,8 @@ def masks_from_scores(
         within: an earlier mask of each weight, by name; only entries of this mask may be kept.
 
     Raises:
-        RecipeError: if `density` is out of range, or asks for more entries than `within` has.
+        RecipeError: if `density` is out of range, or asks for more entries than `within` has, or if
+            `scope` has no valid density for a weight.
         ModelError: if a score is NaN.
     """
     check_density(density)
@@ -63,12 +66,12 @@ def masks_from_scores(
         total += w.size
         available += int(allowed[w.name].sum())
     wanted = round(density * total)
-    # N:M has a fixed number of entries, whatever an earlier mask leaves.
+    # N:M keeps what an earlier mask leaves of each group, so it never asks for too many entries.
     if wanted > available and pattern.kind != "n:m":
         raise RecipeError(
             f"got {density:g}, but only {available / total:.4g} of these weights are left",
             place="density",
-            cure="give less",
+            cure="give a smaller share",
         )
     for w in weights:
         checked[w.name] = _check_scores(w, scores[w.name])
@@ -130,7 +133,8 @@ def divide_budget(
             density for each weight by name.
 
     Returns:
-        The number of entries to keep of each weight; their sum is `wanted`.
+        The number of entries to keep of each weight. Their sum is `wanted`, or the number of
+        allowed entries if that is smaller.
 
     Raises:
         RecipeError: if a weight has no density, or a density is out of range.
@@ -196,9 +200,9 @@ def _density_given(densities: Mapping[str, float], name: str) -> float:
     """Returns a weight's density from the user's table; raises an error if it is missing."""
     if name not in densities:
         raise RecipeError(
-            f"'{name}' has none",
+            f"the weight '{name}' has no density",
             place="scope",
-            cure="give one for each weight that may have zeros",
+            cure="give a density for each weight that may have zeros",
         )
     check_density(densities[name], where=f"scope.{name}")
     return densities[name]
@@ -244,7 +248,7 @@ class _Units:
 
 
 def _fill_global(units: Sequence[_Units], wanted: int) -> list[Tensor]:
-    """Chooses the best units of all weights together; keeps the best unit of each weight anyway."""
+    """Chooses the best units of all weights together; keeps each weight's best unit anyway."""
     values = []
     costs = []
     least = 0
@@ -304,7 +308,7 @@ def _check_scores(weight: Weight, scores: Tensor) -> Tensor:
     """Returns the scores on the weight's device.
 
     Raises:
-        ModelError: if one is NaN.
+        ModelError: if a score is NaN.
     """
     if scores.isnan().any():
         raise ModelError(

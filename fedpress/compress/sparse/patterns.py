@@ -1,8 +1,8 @@
 """Defines sparsity patterns: which entries of a weight are kept or zeroed together.
 
 "unstructured": each entry alone. N:M such as "2:4": 2 of every 4 consecutive inputs are kept. A
-block such as "4x1": the weights of 4 outputs and 1 input. "filter": all weights of an output
-channel. "channel": all weights of an input channel.
+block such as "4x1": the weights of 4 outputs and 1 input, at one position of the kernel. "filter":
+all weights of an output channel. "channel": all weights of an input channel.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ class Pattern:
         return None
 
     def units(self, weight: Weight) -> Tensor:
-        """Returns which unit each entry belongs to: a unit's number, int64 in the weight's shape.
+        """Returns the number of the unit of each entry, int64 in the weight's shape.
 
         The entries of a unit are kept or zeroed together. Blocks at the edge of a weight are
         smaller if the block size does not divide the weight's size. N:M has no units; use `n_of_m`.

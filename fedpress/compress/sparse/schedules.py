@@ -28,8 +28,8 @@ def cubic_density(progress: float, *, start: float, end: float) -> float:
 def iterative_density(round: int, rounds: int, *, start: float, end: float) -> float:
     """Returns the density after `round` of `rounds` rounds of iterative magnitude pruning.
 
-    Each round keeps the same share of the weights (Frankle & Carbin 2019, arXiv:1803.03635, section
-    2).
+    Each round keeps the same share of the weights that the previous round kept (Frankle & Carbin
+    2019, arXiv:1803.03635, section 2).
 
     >>> iterative_density(1, 2, start=1.0, end=0.25)
     0.5
@@ -85,7 +85,8 @@ def regrow(
         within: masks of the entries that may grow, by name; None for all entries.
 
     Returns:
-        The new masks, with the same number of kept entries in each layer.
+        The new masks. Each weight keeps as many entries as before; with whole units, or if too few
+        entries may grow, the number can differ.
     """
     new_masks: Masks = {}
     for w in weights:
@@ -95,7 +96,7 @@ def regrow(
         remaining = kept - int(share * kept)
         if remaining == kept or remaining < 1:
             continue
-        # The remaining entries are chosen among the kept ones.
+        # The entries that remain are the largest of those kept so far.
         sizes = {w.name: w.value.detach().abs()}
         kept_density = remaining / w.size
         remaining_masks = masks_from_scores(

@@ -87,8 +87,8 @@ def fisher(inputs: WeightScoreInputs) -> Values:
     """Scores by w^2 F / 2, with F the mean square of dL/dw over the losses.
 
     This is a second-order estimate of how much the loss changes if w becomes 0: Optimal Brain
-    Damage (LeCun et al. 1990) with the diagonal Fisher information as Hessian. For it, each loss
-    should be the loss of one example. The model is in evaluation mode.
+    Damage (LeCun et al. 1990) with the diagonal Fisher information as Hessian. F is the Fisher
+    information only if each loss is that of one example. The model is in evaluation mode.
     """
     return _over_batches(inputs, "fisher", lambda w, g: (w * g).square() / 2)
 
@@ -133,7 +133,7 @@ def movement(inputs: WeightScoreInputs) -> Values:
     paper a pruned weight may become nonzero again; here it stays 0, so its score does not change
     any more.
     """
-    # Only these schedules prune while the network trains.
+    # Only the schedules that the cure names prune while the network trains.
     if inputs.moved is None:
         raise ModelError(
             "the score 'movement' is accumulated while the network trains",
@@ -210,7 +210,11 @@ class Movement:
 
     @contextmanager
     def recording(self) -> Iterator[None]:
-        """Adds the gradient of each backward pass in the block; does not change the model."""
+        """Within the block, adds -w * w.grad after each backward pass.
+
+        Gradients that an earlier pass left in `w.grad` count again, so clear them before each pass.
+        The model is not changed.
+        """
         handles = []
         for w in self.weights:
             handles.append(w.value.register_post_accumulate_grad_hook(self._add(w)))

@@ -12,6 +12,7 @@ from fedpress.compress.prune.ignoring import ignored_names
 from fedpress.errors import ModelError, RecipeError
 
 LAYERS = (nn.Linear, nn.modules.conv._ConvNd, nn.MultiheadAttention, nn.RNNBase)
+"""Types of layers whose weights can be made sparse."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,7 +76,7 @@ def find_weights(
         ignore: names of modules or parameters, or patterns with `*`, to leave dense.
 
     Raises:
-        RecipeError: if a pattern matches no weight.
+        RecipeError: if a pattern of `keep` matches no weight, or one of `ignore` nothing.
         ModelError: if all weights stay dense.
     """
     found, dense = _all_weights(model)
@@ -102,7 +103,7 @@ def find_weights(
             f"no weight of this model may have zeros ({_first_reasons(dense)})",
             place="model",
             cure=(
-                "set keep_first = false or keep_last = false, name less in keep and ignore, or "
+                "set keep_first = false or keep_last = false, name fewer in keep and ignore, or "
                 "use a larger model"
             ),
         )
@@ -127,7 +128,10 @@ def _matching(names: Sequence[str], pattern: str) -> list[str]:
 
 
 def _all_weights(model: nn.Module) -> tuple[dict[str, Weight], dict[str, str]]:
-    """Returns the weights that can be sparse by name, and all others with a reason each."""
+    """Returns two dictionaries by name: the weights that can be sparse, and why others cannot be.
+
+    The others are all other parameters of two or more axes.
+    """
     # A shared weight has its first name everywhere.
     names = {id(p): name for name, p in model.named_parameters()}
     found: dict[str, Weight] = {}
@@ -170,4 +174,4 @@ def _first_reasons(reasons: Mapping[str, str]) -> str:
     some = []
     for name, why in list(reasons.items())[:3]:
         some.append(f"'{name}': {why}")
-    return "; ".join(some) or "it has no such layer"
+    return "; ".join(some) or "it has no convolution, linear, attention or recurrent layer"

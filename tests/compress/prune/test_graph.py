@@ -119,7 +119,7 @@ def test_a_group_norm_loses_whole_groups(traced):
         (lambda x: torch.softmax(x, 1), "mixed across channels"),
         (lambda x: F.pad(x, (0, 0, 0, 0, 2, -2)), "cut or repeated"),
         (lambda x: torch.cat(x.split(5, 1), 1), "unequal parts"),
-        (lambda x: x[:, torch.arange(15, -1, -1)], "taken by number"),
+        (lambda x: x[:, torch.arange(15, -1, -1)], "taken by index"),
         (
             lambda x: torch.matmul(x.flatten(2).mT, x.flatten(2))[:, :16, :, None],
             "product of activations",

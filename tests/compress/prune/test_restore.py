@@ -69,7 +69,8 @@ def test_a_batch_of_one_example_is_refused_and_changes_nothing():
         nn.Conv1d(2, 3, 1), nn.BatchNorm1d(3), nn.Flatten(), nn.Linear(12, 3), nn.BatchNorm1d(3)
     )
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    with pytest.raises(DataError, match="a batch of one example; give two or more public examples"):
+    message = "a batch of one example; give batches of two or more examples"
+    with pytest.raises(DataError, match=message):
         restore_batch_norm_(model, [torch.randn(5, 2, 4), torch.randn(1, 2, 4)])
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     assert all(module.training for module in model.modules())

@@ -149,7 +149,7 @@ def test_what_cannot_be_folded_is_listed_with_the_reason():
         "first": "not a convolution or linear layer",
         "read_norm": "something else uses the output of the same layer",
         "twice_norm": "is used more than once",
-        "own_norm": "the weight before it is computed",
+        "own_norm": "the layer before it computes its weight from other tensors",
         "unused": "forward does not use it",
         "fresh": "no running statistics",
         "row_norm": "another axis",

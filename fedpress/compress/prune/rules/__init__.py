@@ -1,8 +1,9 @@
-"""Has a pruning rule for each ATen operation: which channels are pruned together, which cannot be.
+"""Pruning rules of ATen operations: which channels are pruned together, which cannot be pruned.
 
-Each index of each axis of a tensor has an id. A rule *unites* the ids of channels that must be
-pruned together, and *keeps* ids that cannot be pruned. Example: the rule of `cat` concatenates the
-ids along `dim` and unites the ids of all tensors along every other axis.
+Each index of a channel axis has an id; other axes, such as the batch, have None. A rule *unites*
+the ids of channels that must be pruned together, and *keeps* ids that cannot be pruned. Example:
+the rule of `cat` concatenates the ids along `dim` and unites the ids of all tensors along every
+other axis.
 
 A rule takes the collector `ids` (`ChannelIds`), the shape of the output, and the arguments of the
 operation, with tensors as `Value`s. It returns the ids of the output's axes; a list of these if the

@@ -1,7 +1,8 @@
 """Pruning rules of matrix products: with weights, and between activations as in attention.
 
-A rule unites the ids of channels that must be pruned together, keeps ids of channels that cannot be
-pruned, and returns the ids of the output's axes.
+Each index of a channel axis has an id. A rule unites the ids of channels that must be pruned
+together, keeps the ids of channels that cannot be pruned, and returns the ids of the output's axes.
+Its argument `shape` is the shape of the output.
 """
 
 from __future__ import annotations
@@ -25,9 +26,9 @@ from fedpress.compress.prune.rules.table import (
 )
 
 ALIGNED = 8
-"""Channels of grouped products are pruned in blocks of 8: the kernel needs rows of n * 16 bytes."""
+"""Grouped products lose channels in blocks of 8: their kernel takes rows of 16, 32, ... bytes."""
 PRODUCT = "a product of activations, which may be scaled by its size"
-"""Attention divides by the square root of the summed axis, so that axis must keep its size."""
+"""Reason why a summed axis is kept: attention divides by the square root of its size."""
 
 
 @rule("matmul", "mm", "bmm", "mv")
@@ -51,7 +52,8 @@ def matmul(ids: ChannelIds, shape: Shape, x: Value, y: Value) -> Axes:
     elif x_is_weight and not y_is_weight:
         _apply_weight(ids, x_summed, y_summed, rows)
     elif ids.target is aten.mv.default and x.zero_when_masked and y.zero_when_masked:
-        # Spectral norm multiplies a weight by a vector; masked entries add 0 to the sum.
+        # Spectral norm multiplies a weight by a vector. The parity check sets pruned entries to 0,
+        # so they add nothing to the sum.
         ids.unite(x_summed, y_summed)
     else:
         ids.keep_all((x_summed, y_summed), PRODUCT)
@@ -92,11 +94,11 @@ def _apply_weight(ids: ChannelIds, weight: Axis, source: Axis, out: Axes) -> Non
 
 @rule("dot", "vdot")
 def dot(ids: ChannelIds, shape: Shape, x: Value, y: Value) -> Axes:
-    """Dot product of two vectors: entries can be pruned only if masked ones are 0 in both vectors.
+    """Dot product of two vectors: entries can be pruned if pruned ones would be 0 in both vectors.
 
-    Masked means: set to 0 in the weights, as the check of pruning does.
+    The parity check compares the pruned network with one whose pruned weights are 0 (masked).
     """
-    # Otherwise a pruned channel, which is not 0 in the masked network, is missing from the sum.
+    # Otherwise the masked network adds an entry to the sum that the pruned network does not have.
     if x.zero_when_masked and y.zero_when_masked:
         ids.unite(x.axes[0], y.axes[0])
     else:
@@ -138,8 +140,8 @@ def grouped_matmul(
 ) -> Axes:
     """Grouped product: multiplies each row of [n, in] by one of the weights [experts, in, out].
 
-    All experts lose the same channels, in blocks of 8. Other shapes are treated as products of
-    activations.
+    All experts lose the same channels, in blocks of 8. Two factors with 3 axes each are a batched
+    product (`matmul`). For any other shapes all axes are kept.
     """
     if len(x.shape) == len(y.shape) == 3:
         return matmul(ids, shape, x, y)
@@ -148,7 +150,7 @@ def grouped_matmul(
         return ()
 
     # The router's outputs count the experts, and it selects them by index.
-    ids.keep(y.axes[0], "experts are chosen by number")
+    ids.keep(y.axes[0], "experts are chosen by index")
     for axis in (x.axes[1], *y.axes[1:]):
         _unite_blocks(ids, axis, ALIGNED)
     if _are_weights(x, y) == [False, True]:
@@ -161,7 +163,7 @@ def grouped_matmul(
 
 
 def _unite_blocks(ids: ChannelIds, axis: Axis, size: int) -> None:
-    """Unites each block of `size` consecutive channels; keeps an axis that has a shorter block."""
+    """Unites each block of `size` consecutive channels; keeps an axis whose last block is short."""
     if axis is None:
         return
     if len(axis) % size:
@@ -217,7 +219,10 @@ def attention(
 
 
 def _unite_batch(ids: ChannelIds, shape: Shape, *values: Value) -> Axes:
-    """Unites the batch axes of a product, such as heads; splits prefer to prune along them."""
+    """Unites the batch axes of a product, such as heads.
+
+    If a reshape splits an axis into a batch axis and others, the batch axis is pruned if possible.
+    """
     axes = elementwise(ids, shape, *values)
     for axis in axes:
         ids.prefer_axis(axis)
@@ -239,7 +244,7 @@ def einsum(
     """`einsum("bij,jk->bik", x, w)`: all axes with the same letter are united.
 
     The axes of a letter that is summed over (j) are kept, unless one of them is an axis of a
-    weight.
+    weight. If all factors are weights, they are kept too.
     """
     terms, out = einsum_letters(equation, [len(value.shape) for value in values])
     sizes, axes = _letter_axes(ids, terms, values)

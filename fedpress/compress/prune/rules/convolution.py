@@ -1,8 +1,9 @@
 """Pruning rules of convolutions, linear layers and embeddings.
 
-Their weights have input channels (role "read") and output channels (role "write"). A rule unites
-the ids of channels that must be pruned together, keeps ids of channels that cannot be pruned, and
-returns the ids of the output's axes.
+Their weights have input channels (role "read") and output channels (role "write"). Each index of a
+channel axis has an id. A rule unites the ids of channels that must be pruned together, keeps the
+ids of channels that cannot be pruned, and returns the ids of the output's axes. Its argument
+`shape` is the shape of the output.
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ def convolution(
     """Convolution with weight [out, in / groups, kernel].
 
     In a plain convolution, input and output channels are pruned independently. In a depthwise
-    convolution, an input channel and its outputs are one channel. In a grouped convolution, every
-    group loses the same positions.
+    convolution, an input channel is pruned together with its output channels. In a grouped
+    convolution, every group loses the channels at the same positions within the group.
     """
     channel_dim = _channel_axis(ids, x, weight)
     source = x.axes[channel_dim]
@@ -69,14 +70,15 @@ def transposed_convolution(
 ) -> Axes:
     """Transposed convolution with weight [in, out / groups, kernel].
 
-    All groups share axis 1 of the weight, so every group loses the same output positions.
+    All groups share axis 1 of the weight, so every group loses the output channels at the same
+    positions within the group.
     """
     channel_dim = _channel_axis(ids, x, weight)
     source = x.axes[channel_dim]
     read, write = weight.axes[:2]
     ids.unite(read, source)
     out = write
-    # Depthwise: each input channel has its own kernel, so input and output channel are the same.
+    # Depthwise: each input channel has its own kernels, and is pruned with its output channels.
     if groups == weight.shape[0] > 1:
         ids.keep(write, "depthwise kernel")
         out = repeat_each(source, weight.shape[1])
@@ -120,7 +122,8 @@ def _unite_groups(ids: ChannelIds, axis: Axis, groups: int, first: Axis = None) 
         ids: the collector of united and kept ids.
         axis: ids of the channels, [groups * size].
         groups: number of groups.
-        first: [size], an axis that all groups share, if there is one.
+        first: ids of an axis [size] that all groups share, such as that of a weight; None if there
+            is no such axis.
     """
     if axis is None:
         ids.keep(first, "it is combined with an axis of fixed size")
@@ -210,7 +213,7 @@ def embedding(
 ) -> Axes:
     """Embedding table [words, width]: channels of the width can be pruned, the words are kept."""
     # The input holds row numbers. If a row were removed, they would point to other words.
-    ids.keep(weight.axes[0], "rows are looked up by number")
+    ids.keep(weight.axes[0], "rows are looked up by index")
     ids.mark_role(weight.axes[1], "write")
     return (*indices.axes, weight.axes[1])
 
@@ -229,6 +232,6 @@ def embedding_bag(
 
     torch returns three more tensors (offsets and sizes of the bags), which have no channels.
     """
-    ids.keep(weight.axes[0], "rows are looked up by number")
+    ids.keep(weight.axes[0], "rows are looked up by index")
     ids.mark_role(weight.axes[1], "write")
     return [(None, weight.axes[1]), (), (), ()]

@@ -1,4 +1,4 @@
-"""Decomposes operations without a pruning rule into operations with rules, by PyTorch's tables.
+"""Decomposes operations without a pruning rule into operations with rules, using PyTorch's tables.
 
 A rule says which channels of an operation are pruned together and which are kept (not pruned).
 Examples of decompositions: `torch.hstack` is one `cat`; `torch.diff` is two slices and a
@@ -63,7 +63,7 @@ def decompose_operation(
 
 def _decomposition(operation: Any) -> Callable[..., Any] | None:
     """Returns the function that computes `operation` by other operations."""
-    # The composite kernel comes first: it calls ATen operations, where Python's table sometimes
+    # The composite kernel comes first. It calls ATen operations, whereas Python's table sometimes
     # ends in `prims`, for which there are no rules.
     if isinstance(operation, torch._ops.OpOverload) and operation._can_decompose():
         return operation.decompose

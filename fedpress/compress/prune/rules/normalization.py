@@ -1,7 +1,8 @@
 """Pruning rules of normalisation layers: per channel, over groups of channels, or over all.
 
-A rule unites the ids of channels that must be pruned together, keeps ids of channels that cannot be
-pruned, and returns the ids of the output's axes.
+Each index of a channel axis has an id. A rule unites the ids of channels that must be pruned
+together, keeps the ids of channels that cannot be pruned, and returns the ids of the output's axes.
+Its argument `shape` is the shape of the output.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from fedpress.compress.prune.ids import ChannelIds, Value
 from fedpress.compress.prune.rules.table import Axes, Shape, rule, values_among
 
 MEAN = "a mean over channels"
+"""Reason why channels are kept: a norm averages over them."""
 
 
 @rule("batch_norm.default", "instance_norm.default")
@@ -36,7 +38,7 @@ def batch_norm(
             ids.keep(axis, MEAN)
     for vector in values_among((weight, bias, *rest[:2])):  # `rest` begins with mean and variance
         ids.unite(x.axes[1], vector.axes[0])
-    # Scores such as `bn_scale` look at this scale.
+    # Scores such as `bn_scale` read the parameter with the role "scale".
     if weight is not None:
         ids.mark_role(weight.axes[0], "scale")
     return x.axes
@@ -57,7 +59,7 @@ def group_norm(
     With a single group it is a layer norm over channels, which `approximate` may allow to prune.
     """
     channels = x.axes[1]
-    # Standardised weights have channels on these axes too.
+    # If the norm standardises a weight, these axes have channels too.
     ids.keep_all(x.axes[2:], MEAN)
     if channels is not None:
         is_layer_norm = groups == 1
@@ -79,8 +81,8 @@ def layer_norm(
 ) -> Axes:
     """Layer norm: all channels share mean and variance, so all are kept by default.
 
-    If the user allows it (`ids.approximate`), channels can be pruned; mean and variance are then
-    those of the remaining channels.
+    If the user allows it (`ids.approximate`) and the norm covers a single axis, channels can be
+    pruned; mean and variance are then those of the remaining channels.
     """
     # Scale and shift, if the norm has them.
     parameters = values_among(rest[:2])
@@ -99,8 +101,8 @@ def layer_norm(
 def weight_norm(ids: ChannelIds, shape: Shape, v: Value, g: Value, dim: int = 0) -> Axes:
     """Weight norm, g * v / norm(v), with a length `g` for each index of axis `dim`.
 
-    With dim = -1 there is a single length. Masked weights are 0 and add nothing to the norm, so all
-    axes can lose channels (Salimans and Kingma 2016, arXiv:1602.07868).
+    With dim = -1 there is a single length. The parity check sets pruned weights to 0. They add
+    nothing to the norm, so all axes can lose channels (Salimans and Kingma 2016, arXiv:1602.07868).
     """
     # A single length has no axis to unite with.
     if dim == -1:
@@ -110,7 +112,7 @@ def weight_norm(ids: ChannelIds, shape: Shape, v: Value, g: Value, dim: int = 0)
         if d == dim:
             ids.unite(axis, v.axes[d])
         else:
-            ids.keep(axis, "one length for all")
+            ids.keep(axis, "one length for all channels")
     return v.axes
 
 

@@ -1,7 +1,8 @@
 """Pruning rules of indexing: `x[:, 2:8]`, `x[:, 3]`, `x[:, index]`, `gather` and similar ones.
 
-A rule unites the ids of channels that must be pruned together, keeps ids of channels that cannot be
-pruned, and returns the ids of the output's axes. Numbers in the user's code, such as 2 and 8, are
+Each index of a channel axis has an id. A rule unites the ids of channels that must be pruned
+together, keeps the ids of channels that cannot be pruned, and returns the ids of the output's axes.
+Its argument `shape` is the shape of the output. Numbers in the user's code, such as 2 and 8, are
 recorded, so that they can be corrected after pruning.
 """
 
@@ -19,7 +20,7 @@ from fedpress.compress.prune.rules.table import (
     rule,
 )
 
-BY_NUMBER = "channels are taken by number"
+BY_NUMBER = "channels are taken by index"
 """Reason why channels are kept: their indices are written in the code or come from the input."""
 
 
@@ -37,7 +38,8 @@ def take_slice(
 
     With step 1, `start` and `end` in the code are corrected after pruning. `x[:, ::2]` over the
     whole axis can be pruned too: channels 2i and 2i + 1 are united, so `::2` still takes the right
-    channels. The ids of other slices with steps are kept.
+    channels. For all other slices the axis is kept, and also for step 1 if the slice was not
+    recorded in the user's code.
     """
     if shape == x.shape:
         return x.axes
@@ -95,7 +97,10 @@ def select(ids: ChannelIds, shape: Shape, x: Value, dim: int = 0, *rest: Any) ->
 
 @rule("gather", "take_along_dim")
 def gather(ids: ChannelIds, shape: Shape, x: Value, *args: Any, **options: Any) -> Axes:
-    """`gather(x, dim, index)`: `dim` is kept; the other axes of `x` and `index` are united."""
+    """`gather(x, dim, index)`: axis `dim` is kept.
+
+    The other axes of `x` and `index` are united where they have the same size.
+    """
     given = arguments_by_name(ids, [x, *args], options)
     dim = given["dim"]
     index: Value = given["index"] if "index" in given else given["indices"]
@@ -114,8 +119,8 @@ def gather(ids: ChannelIds, shape: Shape, x: Value, *args: Any, **options: Any) 
             ids.unite(axis, index_axis)
             axes.append(axis)
         else:
-            # `dim` itself, or an axis on which `index` is shorter than `x`: only the first places
-            # are then read.
+            # `dim` itself, or an axis on which `index` is shorter than `x`: only the first indices
+            # of `x` are then read.
             ids.keep_all((axis, index_axis), BY_NUMBER)
             axes.append(None)
     return tuple(axes)

@@ -1,7 +1,7 @@
 """Pruning rules of fake quantization, which rounds values in quantization-aware training.
 
-A rule unites the ids of channels that must be pruned together, and returns the ids of the output's
-axes.
+Each index of a channel axis has an id. A rule unites the ids of channels that must be pruned
+together, and returns the ids of the output's axes. Its argument `shape` is the shape of the output.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def per_channel(
 ) -> Axes:
     """Fake quantization with a scale and a zero point for each index of `axis`.
 
-    Both are pruned with their index.
+    A scale and a zero point are pruned with their index.
     """
     # Otherwise the remaining scales would be applied to the wrong channels.
     ids.unite(x.axes[axis], scale.axes[0])

@@ -1,8 +1,9 @@
 """Pruning rules of recurrent layers (LSTM, GRU, RNN), whose hidden units are the channels.
 
 A hidden unit is one row of each gate's weights and one column of the weights that read the state.
-A rule unites the ids of channels that must be pruned together, keeps ids of channels that cannot be
-pruned, and returns the ids of the output's axes.
+Each index of a channel axis has an id. A rule unites the ids of channels that must be pruned
+together, keeps the ids of channels that cannot be pruned, and returns the ids of the output's axes.
+Its argument `shape` is the shape of the output, and `start` has the initial states.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ def recurrent_layer(
     steps = int(np.prod(x.shape[:-1]))
 
     if per_cell != (4 if has_bias else 2):
-        # With `proj_size` each cell has another weight, which makes the state narrower than the
+        # With `proj_size` each cell has one more weight, which makes the state narrower than the
         # gates; this case is not pruned.
         _keep_projected(ids, steps, x, weights, states)
         return [(None,) * len(x.shape)] * (1 + len(states))

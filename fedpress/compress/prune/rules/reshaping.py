@@ -2,8 +2,9 @@
 
 If one axis is split into several, or several are joined, only one of the several can be pruned.
 Example: [n, 32] viewed as [n, 4, 8] can lose heads (4 channels of eight ids each), or the same
-positions in all heads (8 channels of four ids each). A rule unites ids that must be pruned
-together, keeps ids that cannot be pruned, and returns the ids of the output's axes.
+positions in all heads (8 channels of four ids each). Each index of a channel axis has an id. A
+rule unites ids that must be pruned together, keeps ids that cannot be pruned, and returns the ids
+of the output's axes. Its argument `shape` is the shape of the output.
 """
 
 from __future__ import annotations
@@ -19,7 +20,10 @@ from fedpress.compress.prune.ids import Axis, ChannelIds, Ints, Value
 from fedpress.compress.prune.rules.table import Axes, Shape, rule, values_among
 
 Length = tuple[Ints, bool]
-"""The ids that determine the length of an axis, and whether it is a multiple of their number."""
+"""The ids that determine the length of an axis, and how.
+
+The length is the number of these ids (False), or a multiple of that number (True).
+"""
 
 
 @rule(
@@ -70,8 +74,9 @@ def _note_sizes(
 ) -> None:
     """Records which sizes in the call are lengths of channel axes.
 
-    In `view(n, 4, 8)` the sizes of all axes begin at position 0. In `unflatten(1, (4, 8))` the axis
-    is at position 0, and the sizes of the new axes begin at position 1.
+    Positions count the numbers of the call. In `view(n, 4, 8)` the sizes of all axes begin at
+    position 0. In `unflatten(1, (4, 8))` position 0 is the axis, and the sizes of the new axes
+    begin at position 1.
     """
     unflatten = "unflatten" in ids.operation
     first_axis = first_position = 0
@@ -91,7 +96,11 @@ def _note_sizes(
 
 @rule("view.dtype")
 def reinterpret(ids: ChannelIds, shape: Shape, x: Value, dtype: Any) -> Axes:
-    """`x.view(dtype)` reads the same bits as another type; another width changes the last axis."""
+    """`x.view(dtype)` reads the same bits as values of another type.
+
+    If one value of the new type has more or fewer bits, the size of the last axis changes, and the
+    axis is kept.
+    """
     if shape == x.shape:
         return x.axes
     ids.keep(x.axes[-1], "bits are read as other numbers")

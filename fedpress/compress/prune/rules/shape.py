@@ -1,7 +1,8 @@
 """Pruning rules of `cat`, `stack`, `pad`, `permute`, `expand`, `repeat`, `zeros` and similar ones.
 
-A rule unites the ids of channels that must be pruned together, keeps ids of channels that cannot be
-pruned, and returns the ids of the output's axes. Sizes in the user's code, such as 16 in
+Each index of a channel axis has an id. A rule unites the ids of channels that must be pruned
+together, keeps the ids of channels that cannot be pruned, and returns the ids of the output's axes.
+Its argument `shape` is the shape of the output. Sizes in the user's code, such as 16 in
 `zeros(n, 16)`, are recorded, so that they can be corrected after pruning.
 """
 
@@ -71,7 +72,7 @@ def pad(ids: ChannelIds, shape: Shape, x: Value, widths: Sequence[int], *rest: A
     Example: a ResNet shortcut pads zeros up to the width of the next stage. The new channels are
     pruned with the channels of the block that they are added to.
     """
-    # Other modes repeat or reflect channels, whose copies would have to be pruned with them.
+    # Other padding modes copy channels, and the copies would have to be pruned with the channels.
     adds_zeros = not rest or rest[0] in ("constant", 0, 0.0)
     axes: list[Axis] = []
     for i, axis in enumerate(x.axes):
@@ -164,7 +165,7 @@ def repeat_interleave(
     A channel is pruned with its copies.
     """
     if dim is None:
-        ids.keep_all(x.axes, "channels are taken by number")
+        ids.keep_all(x.axes, "channels are taken by index")
         return (None,) * len(shape)
     dim %= len(x.shape)
     return replace_entry(x.axes, dim, repeat_each(x.axes[dim], times))
@@ -172,7 +173,10 @@ def repeat_interleave(
 
 @rule("pixel_shuffle.default", "pixel_unshuffle.default")
 def shuffle_pixels(ids: ChannelIds, shape: Shape, x: Value, factor: int) -> Axes:
-    """`pixel_shuffle`: factor^2 channels become pixels of one channel, so they are united."""
+    """`pixel_shuffle`: factor^2 channels become pixels of one channel, so they are united.
+
+    `pixel_unshuffle` makes factor^2 channels of one; all of them get its id.
+    """
     # Images may come without a batch axis, so axes are counted from the end.
     axis = x.axes[-3]
     block = factor * factor
@@ -186,7 +190,7 @@ def shuffle_pixels(ids: ChannelIds, shape: Shape, x: Value, factor: int) -> Axes
 
 @rule("channel_shuffle.default", "native_channel_shuffle.default")
 def shuffle_channels(ids: ChannelIds, shape: Shape, x: Value, groups: int) -> Axes:
-    """`channel_shuffle` interleaves the channels of groups; groups lose the same positions."""
+    """`channel_shuffle` interleaves the channels of groups; all lose the same positions."""
     axis = x.axes[1]
     if axis is None:
         return x.axes

@@ -1,7 +1,9 @@
 """Pruning rules of pooling, interpolation, sampling and Fourier transforms.
 
-Channels pass through unchanged. Ids on the axes along which an operation works (height, width,
-depth) are kept, that is, they cannot be pruned. Ids that must be pruned together are united.
+Each index of a channel axis has an id. Channels pass through unchanged. Ids on the axes along
+which an operation works (height, width, depth) are kept, that is, they cannot be pruned. Ids that
+must be pruned together are united. A rule returns the ids of the output's axes; its argument
+`shape` is the shape of the output.
 """
 
 from __future__ import annotations
@@ -26,7 +28,9 @@ from fedpress.compress.prune.rules.table import (
 )
 
 SPACE = "kernel or image size"
+"""Reason why ids on height and width are kept."""
 MIXED = "values are mixed across channels"
+"""Reason why the ids of transformed axes are kept."""
 
 
 @rule("max_pool1d", "max_pool2d", "max_pool3d", "avg_pool1d", "avg_pool2d", "avg_pool3d")
@@ -53,7 +57,7 @@ def pooling(ids: ChannelIds, shape: Shape, x: Value, *args: Any, **options: Any)
         else:  # the samples [n, channels, 2 or 3] of fractional pooling
             ids.keep(x.axes[-space - 1], "samples are drawn for each channel")
 
-    # A network may pool over channels, by moving them to the end.
+    # A network may pool over channels, if it moves them to the last axis.
     channel_parts = []
     for value in aligned:
         ids.keep_all(value.axes[-space:], "pooling runs over channels")
@@ -120,7 +124,7 @@ def col2im(
 
 @rule("unfold")
 def unfold(ids: ChannelIds, shape: Shape, x: Value, dim: int, size: int, step: int) -> Axes:
-    """`x.unfold`: the windowed axis is kept; the new last axis (within a window) has no ids."""
+    """`x.unfold`: the windowed axis is kept; the new last axis (place in the window) has no ids."""
     # A 0-d tensor has one window.
     if not x.shape:
         return (None,)
@@ -162,7 +166,7 @@ def diagonal(ids: ChannelIds, shape: Shape, x: Value, *rest: Any, **options: Any
     others: list[Axis] = []
     for d, axis in enumerate(x.axes):
         if d in pair:
-            ids.keep(axis, "channels are taken by number")
+            ids.keep(axis, "a diagonal pairs channels by their index")
         else:
             others.append(axis)
     return (*others, None)

@@ -1,9 +1,10 @@
 """Pruning rules of `split`, `chunk` and similar operations.
 
 `split([4, 12])`: each part is pruned independently. `split(4)` and `chunk(2)`: all parts have the
-same size, so they must lose the same positions. A rule unites the ids of channels that must be
-pruned together, and keeps ids of channels that cannot be pruned. Sizes in the user's code, such as
-4 and 12, are recorded, so that they can be corrected after pruning.
+same size, so each must lose the channels at the same positions within the part. Each index of a
+channel axis has an id. A rule unites the ids of channels that must be pruned together, keeps the
+ids of channels that cannot be pruned, and returns the ids of each part's axes. Sizes in the user's
+code, such as 4 and 12, are recorded, so that they can be corrected after pruning.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ from fedpress.compress.prune.ids import Axis, ChannelIds, Value
 from fedpress.compress.prune.rules.table import Axes, Shape, replace_entry, rule, slice_axis
 
 UNEQUAL = "channels are cut into unequal parts"
+"""Reason why an axis is kept: after pruning torch would choose other sizes of the parts."""
 BY_NUMBER = "channels are split by number"
+"""Reason why an axis is kept: the numbers that split it cannot be corrected after pruning."""
 
 
 @rule("tensor_split.indices", "hsplit.array", "vsplit.array", "dsplit.array")
@@ -33,13 +36,13 @@ def split_at(
         from_start = end if end >= 0 else max(0, end + size)
         places.append(min(size, from_start))
 
-    # Places that are not ascending, such as [12, 4], make an empty part. No corrected numbers give
-    # an empty part for every plan.
+    # Numbers that fall, such as [12, 4], make an empty part. After pruning, no corrected numbers
+    # keep this part empty for every choice of channels.
     if ids.call is None or places != sorted(places):
         ids.keep(axis, BY_NUMBER)
     for i, place in enumerate(places):
         if ends[i] < 0:
-            # Numbers are corrected as lengths from the start, so a place from the end cannot be.
+            # A corrected number is a length from the start, so a negative number is not corrected.
             ids.keep(axis, BY_NUMBER)
         else:
             ids.note_size(i, slice_axis(axis, None, place))

@@ -2,7 +2,9 @@
 
 These operations mix values along some axes. Channels along these axes are kept, that is, they
 cannot be pruned. Exceptions are norms of weights, and norms that the user allows to change
-(`approximate`). Ids of channels that must be pruned together are united.
+(`approximate`). Each index of a channel axis has an id. Ids of channels that must be pruned
+together are united. A rule returns the ids of the output's axes; its argument `shape` is the shape
+of the output.
 """
 
 from __future__ import annotations
@@ -27,7 +29,9 @@ UNCHANGED_BY_ZEROS = ("sum", "linalg_vector_norm", "norm")
 MEANS = ("mean", "var", "std", "var_mean", "std_mean")
 """Statistics that hand-written normalisation layers consist of."""
 STATISTIC = "a statistic over channels"
+"""Reason why channels are kept: the operation reduces them to one value."""
 MIXED = "values are mixed across channels"
+"""Reason why channels are kept: an output channel depends on several input channels."""
 
 
 @rule(
@@ -82,8 +86,9 @@ MIXED = "values are mixed across channels"
 def mix_along_axes(ids: ChannelIds, shape: Shape, x: Value, *rest: Any, **options: Any) -> Axes:
     """Operations that mix, count or move values along some axes: the ids of these axes are kept.
 
-    They are not kept in two cases: in sums and norms of weights, where masked weights (set to 0)
-    add 0, and in means of hand-written norms, if the user allows it (`approximate`).
+    They are not kept in three cases: in sums and norms of weights, because the parity check sets
+    pruned weights to 0, which adds nothing; in statistics of hand-written norms, if the user allows
+    it (`approximate`); and if no output depends on the operation.
     """
     rank = len(x.shape)
     name = ids.operation.split(".")[1]
@@ -93,7 +98,8 @@ def mix_along_axes(ids: ChannelIds, shape: Shape, x: Value, *rest: Any, **option
         others[d] = None
     keeps_rank = len(shape) == rank
 
-    # A mean that keeps its axis is part of a hand-written norm: x - x.mean(1, keepdim=True).
+    # A mean that keeps its axis (with size 1) is part of a hand-written norm, for instance
+    # x - x.mean(1, keepdim=True).
     if name in MEANS and keeps_rank and not x.from_weights:
         # Global response norm divides the norm of each channel by the mean of these norms.
         kind = "grn" if x.channel_norm else "layer_norm"
@@ -219,9 +225,9 @@ def distances(
 def linear_algebra(ids: ChannelIds, shape: Shape, *args: Any, **options: Any) -> Axes:
     """Linear algebra on the last two axes, which are kept; the axes before them are a batch."""
     values = values_among(args)
+    # For instance every entry of an inverse depends on every entry of the matrix.
     for value in values:
         ids.keep_all(value.axes[-2:], MIXED)
-    # For instance every entry of an inverse depends on every entry of the matrix.
     batches = [without_last_axes(value, 2) for value in values]
     return elementwise(ids, batches[0].shape, *batches)
 

@@ -1,7 +1,8 @@
 """Has the table of pruning rules (ATen operation -> rule), and functions that rules share.
 
-A rule unites the ids of channels that must be pruned together, keeps ids of channels that cannot be
-pruned, and returns the ids of the output's axes.
+Each index of a channel axis has an id. A rule unites the ids of channels that must be pruned
+together, keeps the ids of channels that cannot be pruned, and returns the ids of the output's axes.
+Its argument `shape` is the shape of the output.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ Shape = tuple[int, ...]
 Rule = Callable[..., Any]
 R = TypeVar("R", bound=Rule)
 RULES: dict[Any, Rule] = {}
+"""Overload of an ATen operation -> its rule; filled by `rule`."""
 RULES_OF_OTHER_LIBRARIES: dict[str, Rule] = {}
 """Rules of other libraries' operations by name, since torch has these only after their import."""
 
@@ -88,7 +90,7 @@ def _functional_form(operation: Any) -> Any:
 def arguments_by_name(
     ids: ChannelIds, args: Sequence[Any], options: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Returns the arguments of the present operation by name, with its defaults."""
+    """Returns the arguments of the operation `ids.target` by name; missing ones have defaults."""
     given = dict(options)
     # The schema gives positional arguments their names.
     arguments = ids.target._schema.arguments
@@ -277,11 +279,11 @@ _ZERO_OF_ZERO = ("abs", "square", "pow", "mul", "mv")
 KEEPS_ZEROS = frozenset((*_ZERO_OF_ZERO, *_SAME_VALUES, *_SOME_VALUES))
 """Operations whose output is zero where their first input is zero.
 
-Norms of weights (weight norm, spectral norm) consist of them and of sums.
+Norms of weights (weight norm, spectral norm) consist of these operations and of sums.
 """
 
 
 def keeps_zeros(operation: Any, values: Sequence[Value]) -> bool:
-    """Returns whether the output for `values` is zero where their channels are masked."""
+    """Returns whether the output is zero at channels that the parity check sets to 0 (masks)."""
     name = operation._schema.name.removeprefix("aten::")
     return name in KEEPS_ZEROS and bool(values) and values[0].zero_when_masked

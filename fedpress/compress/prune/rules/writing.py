@@ -2,7 +2,8 @@
 
 Channel j of `y` and channel index[j] of `x` are united (they are pruned together), and the indices
 are renumbered after pruning. This needs indices that are the same for every input; otherwise the
-channels are kept (they cannot be pruned).
+channels are kept (they cannot be pruned). Each index of a channel axis has an id. A rule returns
+the ids of the output's axes, which are those of `x`; its argument `shape` is the output's shape.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from fedpress.compress.prune.rules.table import (
     without_last_axes,
 )
 
-BY_NUMBER = "channels are written by number"
+BY_NUMBER = "channels are written by index"
+"""Reason why channels are kept: the indices cannot be renumbered after pruning."""
 
 
 @rule("index_put", "index_put_")
@@ -37,7 +39,8 @@ def index_put(
 ) -> Axes:
     """`x[:, index] = source`: channel index[j] of `x` and channel j of `source` are united.
 
-    Axes without an index are united too. An axis whose indices depend on the input is kept.
+    On axes without an index, `x` and `source` are united. Indexed axes are kept if there are
+    several indices, or if the index depends on the input or is not a vector.
     """
     # `x[:, index]` has the indices [None, index]: a missing index also counts as one axis.
     indexed: list[tuple[int, int, Value]] = []  # first axis, number of axes, index
@@ -66,9 +69,9 @@ def index_put(
 def _indexed_part(
     ids: ChannelIds, x: Value, indexed: Sequence[tuple[int, int, Value]], source: Value
 ) -> Value:
-    """Returns the selected part of `x`, for several indices, or an index that is not constant.
+    """Returns the part of `x` that is written to, if its indices cannot be renumbered.
 
-    The indexed axes are kept. In the part, the axes of the indices replace them, without ids.
+    The indexed axes are kept. The part has the axes of the indices in their place, without ids.
     """
     taken, rank = _taken_axes(indexed)
     ids.keep_all([x.axes[d] for d in taken], BY_NUMBER)
@@ -128,7 +131,7 @@ def index_copy(
 ) -> Axes:
     """`x.index_copy_(dim, index, source)` writes slice j of `source` to slice index[j] of `x`.
 
-    These slices are united.
+    These slices are united. If `index` depends on the input, axis `dim` of `x` is kept.
     """
     # torch accepts dim 0 for a 0-d tensor.
     dim %= max(len(x.shape), 1)
@@ -162,7 +165,8 @@ def scatter(
     """`scatter(x, 1, index, source)` writes source[i, j] to x[i, index[i, j]].
 
     If all rows of `index` are equal, channel j of `source` and channel index[0, j] of `x` are
-    united; otherwise `dim` is kept. Along the other axes all three tensors are united.
+    united; otherwise `dim` is kept. Along the other axes all three tensors are united. If their
+    sizes there differ, all axes are kept.
     """
     dim %= max(len(x.shape), 1)
     # ATen calls the source `src` in some overloads; in others it is a plain number.
@@ -175,7 +179,7 @@ def scatter(
         written.append(source)
 
     if not all(_same_other_axes(x, part, dim) for part in written):
-        # `index` is shorter than `x` on another axis, so only the first places there are written.
+        # `index` is shorter than `x` on another axis, where only the first indices are written.
         for value in (x, *written):
             ids.keep_all(value.axes, BY_NUMBER)
         return x.axes
@@ -226,7 +230,7 @@ def _part_at_places(ids: ChannelIds, dim: int, x: Value, at: int, places: Ints) 
 
     Args:
         ids: the collector of united and kept ids.
-        dim: the dimension of the tensor of indices along which the indices differ.
+        dim: the axis of the tensor of indices along which the indices differ.
         x: the tensor that is written to.
         at: the indexed axis of `x`.
         places: the indices on that axis; negative ones count from the end.
