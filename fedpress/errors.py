@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 OWN_ARGUMENTS = ("data", "model")
-"""Arguments that take no dictionary, unlike `privacy=`; keys are passed as `**{"data.x": 1}`."""
+"""Python arguments that take a value of their own. So a key of `data` cannot be passed as
+`data={"x": 1}`, as `privacy` takes its keys, but is passed as `**{"data.x": 1}`."""
 
 
 @dataclass(frozen=True)
@@ -18,10 +19,10 @@ class Argument:
     A Python user reads `out="runs/a"`; a user of the command line reads `--out runs/a`.
 
     Attributes:
-        name: name in Python, such as `keep_params`; `privacy.epsilon` is a key of a table;
-            `recipe.seed` is a key of a recipe.
-        value: example value; a word in capitals such as `SOURCE` is for the reader to fill in.
-            None: only the name is written.
+        name: name in Python, such as `keep_params`. `privacy.epsilon` is the key `epsilon` of the
+            argument `privacy`; `recipe.seed` is the key `seed` of a recipe.
+        value: example value; a word in capitals such as `SOURCE` stands for a value that the reader
+            must choose. None: only the name is written.
     """
 
     name: str
@@ -91,7 +92,7 @@ class FedpressError(Exception):
     """Base of all errors that a user can act on; the command line prints them and exits with 2.
 
     Attributes:
-        problem: what is wrong, with the value that was found and the one that was expected.
+        problem: what is wrong, with the value that was found and the expected value.
         place: location of the problem: an argument, a key of a recipe, a field of a message, or a
             file. A function names its own argument. A caller that got the value from a user
             replaces this name by the key that the user wrote (see `renaming`).
@@ -107,7 +108,7 @@ class FedpressError(Exception):
 
     def __init__(self, problem: str, *, place: str | Path = "", cure: Words = "") -> None:
         # Pickle calls the class with `Exception.args` and then restores __dict__. With more than
-        # `problem` in `args` that call would fail.
+        # `problem` in `args` this call would fail: `place` and `cure` are keyword arguments.
         super().__init__(problem)
         self.place = str(place)
         self.problem = problem
@@ -160,15 +161,15 @@ class FedpressError(Exception):
 
 
 class RecipeError(FedpressError):
-    """A recipe is wrong: an unknown key, a type, a range, or settings that do not go together."""
+    """A recipe is wrong: unknown key, wrong type, value out of range, or settings in conflict."""
 
 
 class SettingError(RecipeError, ValueError):
     """Error in a validator of a settings class; pydantic collects it as a ValueError.
 
-    `place` and the arguments in the cure are keys of that class, such as `lr`. The reader of the
-    recipe adds where the table is: `recipe.stage[2].lr`. Leave `place` empty in the validator of
-    a field and in a check of all settings together: pydantic adds the location.
+    `place` and the arguments in the cure are keys of the settings class, such as `lr`. The code
+    that reads the recipe adds the location of the table: `recipe.stage[2].lr`. Leave `place` empty
+    in the validator of a field and in a check of all settings together: pydantic adds the location.
     """
 
     @classmethod
@@ -210,7 +211,7 @@ class SecureError(FedpressError):
 
 
 class ExportError(FedpressError):
-    """A model cannot be exported, or the artifact differs from the model."""
+    """A model cannot be exported, or an exported file cannot be run or differs from the model."""
 
 
 class NetworkError(FedpressError):
@@ -228,7 +229,7 @@ class NetworkError(FedpressError):
 
 
 class PolicyError(FedpressError):
-    """A data owner's policy is wrong, or its ledger cannot be read or written."""
+    """A data owner's policy, or the owner's ledger of answers and privacy cost, cannot be used."""
 
 
 class RunError(FedpressError):
@@ -257,7 +258,9 @@ def renaming(keys: Mapping[str, str]) -> Iterator[None]:
 
 
 def renamed(place: str, keys: Mapping[str, str]) -> str:
-    """Replaces the longest argument of `keys` that `place` begins with; see `renaming`.
+    """Replaces the beginning of `place` if it is a name in `keys`; see `renaming`.
+
+    Only whole names count. If several fit, the longest is replaced.
 
     >>> renamed("chain[1].bits", {"chain": "uplink"}), renamed("chains", {"chain": "uplink"})
     ('uplink[1].bits', 'chains')
@@ -313,7 +316,7 @@ def suggestion(word: str, known: Sequence[str], otherwise: str = "") -> str:
     >>> suggestion("x", ["epsilon", "delta"], "give a budget")
     'give a budget'
     """
-    from difflib import get_close_matches  # only a mistake needs it
+    from difflib import get_close_matches  # imported here, because it is only used after a mistake
 
     # 0.6 is difflib's default: one or two wrong letters in a word of six are still found.
     near = get_close_matches(word, known, n=1, cutoff=0.6)

@@ -19,7 +19,7 @@ class FileInput:
 
     Attributes:
         name: name of the input in the file.
-        shape: sizes of the input; a string such as "batch" stands for any size.
+        shape: size of each axis; a string such as "batch" stands for any size.
         dtype: the numpy dtype of the input.
     """
 
@@ -33,14 +33,16 @@ class Session:
     """A file loaded into its runtime. It is called like the model, with numpy arrays for tensors.
 
     Arguments are passed by position in the order of `inputs`, or by name. A single output is
-    returned as an array. Several outputs are returned in a tuple or a dictionary, as by the model.
+    returned as an array. Several outputs are returned in tuples and dictionaries, nested as the
+    model returns them.
 
     Attributes:
         path: the file.
         runtime: name of the runtime, such as "onnxruntime".
         inputs: all inputs, in order.
         outputs: names of all outputs, in order.
-        structure: the containers of the outputs (see `deploy.examples.Structure`).
+        structure: how outputs are nested in tuples and dictionaries; 0: one array (see
+            `deploy.examples.Structure`).
         threads: number of threads; 0: the runtime chooses.
         options: options that were set in the runtime (see `deploy.processor`).
         compute: runs the file: maps a list of arrays in the order of `inputs` to a list of arrays
@@ -60,8 +62,8 @@ class Session:
         """Runs the file.
 
         Raises:
-            ExportError: if an input is missing, unknown or of another type, or if the runtime
-                cannot run the file.
+            ExportError: if an input is missing or unknown, if an input of integers or bools gets
+                other numbers, or if the runtime cannot run the file.
         """
         return unflatten(self.structure, self.flat(*args, **named))
 
@@ -81,13 +83,14 @@ class Session:
         """Returns the arguments as arrays in the order of `inputs`.
 
         Raises:
-            ExportError: if an input is missing, unknown or of another type.
+            ExportError: if an input is missing or unknown, or if an input of integers or bools gets
+                other numbers.
         """
         # A single dictionary holds all inputs by name.
         if len(args) == 1 and isinstance(args[0], Mapping):
             named, args = {**args[0], **named}, ()
         names = [each.name for each in self.inputs]
-        # An argument by name replaces one by position.
+        # An input that is given twice, by position and by name, takes the value given by name.
         given = {**dict(zip(names, args, strict=False)), **named}
         missing = [name for name in names if name not in given]
         unknown = sorted(given.keys() - set(names))
@@ -95,7 +98,7 @@ class Session:
         if len(args) > len(names):
             unknown = [f"{len(args)} by position", *unknown]
         if missing or unknown:
-            wrong = f"lacks {', '.join(missing)}" if missing else f"has no {', '.join(unknown)}"
+            wrong = f"lacks {', '.join(missing)}" if missing else f"has extra {', '.join(unknown)}"
             raise ExportError(
                 f"the call {wrong}", place="x", cure=f"{self.path} takes {', '.join(names)}"
             )
@@ -105,7 +108,8 @@ class Session:
 def _converted(file_input: FileInput, value: Any, path: str) -> np.ndarray:
     """Returns `value` in the dtype of the input.
 
-    Floats may lose digits. Floats for an integer input are refused: their fraction would be lost.
+    Floats may lose digits. An input of integers or bools takes only integers and bools: of floats
+    the fraction would be lost.
     """
     found = np.asarray(value)
     if found.dtype == file_input.dtype:

@@ -1,4 +1,4 @@
-"""Measures latencies of several models and files, in turn, so that they can be compared."""
+"""Measures the latencies of several models and files; they run in turn, to be comparable."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ Runnable = nn.Module | Path
 """A model, which runs in eager torch, or an exported file, which runs in its own runtime."""
 
 Runner = Callable[[Example], object]
+"""Runs a model or a file once on a batch."""
 
 
 @dataclass(frozen=True)
@@ -34,8 +35,8 @@ class Timing:
         p25_ms: lower quartile over the runs.
         p75_ms: upper quartile over the runs.
         best_ms: fastest run.
-        cpu_ms: median processor time of the calling thread. With one thread, this excludes the time
-            that other processes took.
+        cpu_ms: median processor time of the calling thread. It excludes the time that other
+            processes took. With several threads it also excludes the work of the other threads.
         runs: number of runs.
     """
 
@@ -61,7 +62,7 @@ def time_in_turn(
     """Times every model and file at every batch size and number of threads.
 
     In each round, every model and file runs once. So other load on the machine slows all of them
-    alike.
+    alike. Models are put into evaluation mode, and stay in it.
 
     Args:
         runnables: name -> model or file.
@@ -70,20 +71,24 @@ def time_in_turn(
         threads: numbers of threads.
         seconds: time for all runs of one model at one batch size and number of threads, without
             warm-up.
-        min_runs: fewest runs, even if they take longer.
+        min_runs: least number of runs, even if they take more than `seconds`.
+
+    Returns:
+        Name -> one `Timing` for each number of threads and each batch size that it takes.
 
     Raises:
         ExportError: if a file cannot be run.
     """
     found: dict[str, list[Timing]] = {name: [] for name in runnables}
     for count in threads:
-        # The number of threads of a session is fixed when it is opened, so all are opened for each.
+        # A session keeps the number of threads with which it was opened, so each file is opened
+        # again for each number.
         with torch_threads(count):
             runners = {name: _runner(runnable, count) for name, runnable in runnables.items()}
             for size in batches:
                 able = {n: run for n, run in runners.items() if _takes(runnables[n], size)}
                 x = random_rows(given, size)
-                # All share the time, so each gets `seconds`.
+                # The time limit holds for all of them together, so that each gets `seconds`.
                 times = _run_in_turn(able, x, seconds * len(able), min_runs)
                 for name, seconds_of_runs in times.items():
                     found[name].append(_timing(size, count, seconds_of_runs))
@@ -93,8 +98,11 @@ def time_in_turn(
 def _run_in_turn(
     runners: Mapping[str, Runner], x: Example, seconds: float, min_runs: int
 ) -> dict[str, list[tuple[float, float]]]:
-    """Runs all in turn; returns for each name the wall and processor seconds of each run."""
-    # The first runs allocate memory, and are slower.
+    """Runs all in turn; returns for each name the wall and processor seconds of each run.
+
+    `seconds` is the time for all runs of all runners together.
+    """
+    # The first runs are not timed: they allocate memory, and are slower.
     for run in runners.values():
         for _ in range(2):
             run(x)
@@ -133,7 +141,7 @@ def _runner(runnable: Runnable, threads: int) -> Runner:
             return session.compute(ready[id(x)])
 
         return run_file
-    # Dropout and batch statistics of training mode are not what a device computes.
+    # A device runs the model in evaluation mode, without dropout and batch statistics.
     model = runnable.eval()
 
     @torch.inference_mode()

@@ -1,7 +1,7 @@
 """The agreement: all settings that must be equal on the server and on each client, as JSON.
 
-The server compares it with every client before the first round. Example: if a client trained with
-another learning rate or another seed, the run would silently give a wrong result.
+Before the first round the server sends it to every client, which compares it with its own. If a
+client trained with another learning rate or seed, the run would silently give a wrong result.
 """
 
 from __future__ import annotations
@@ -24,16 +24,21 @@ from fedpress.federation.uplink import Uplink
 from fedpress.tasks import Task
 
 FEDAVG = FedAvg()
+"""The default algorithm."""
 VERSION = 1
 """Version of the agreement's format; increase it if an entry keeps its name but changes meaning."""
 MAX_VALUE_CHARS = 120
-"""An error cuts longer values: an entry may hold a list of all clients."""
+"""Longer values are cut in error messages: an entry may hold a list of all clients."""
 Norm = Literal["frozen", "batch"]
+"""See `Terms.norm`."""
 
 
 @dataclass(frozen=True)
 class Agreement:
     """The settings of one side. Server and client agree if their fingerprints are equal.
+
+    Attributes:
+        entries: name of a field of `Terms` -> its value as JSON.
 
     >>> ours, theirs = Agreement({"norm": "frozen"}), Agreement({"norm": "batch"})
     >>> ours.fingerprint == theirs.fingerprint
@@ -62,7 +67,7 @@ class Agreement:
 
     @classmethod
     def from_json(cls, text: str) -> Agreement:
-        """Reads a text in the format of `to_json`, which may come from a stranger.
+        """Reads a text in the format of `to_json`. The sender need not be trusted.
 
         Raises:
             WireError: if the text is not a JSON object.
@@ -120,7 +125,7 @@ class Terms:
 
     Attributes:
         layout: names and shapes of the trainable parameters.
-        settings: how a client trains, such as its learning rate.
+        settings: how a client trains in a round, such as its learning rate.
         uplink: how updates are encoded, sent to the server and averaged.
         seed: seed of the run. The agreement contains only a digest of it. A client with another
             seed would draw other masks and rotations, and the mean of the updates would be noise.
@@ -128,8 +133,8 @@ class Terms:
             is a random generator, for augmentation.
         task: what is learned, such as classification; it gives the loss.
         downlink: how the model is encoded for the clients; None: parameters are sent as float32.
-        norm: "frozen" fixes the statistics of batch norms (scale and bias train); "batch" uses the
-            statistics of each batch.
+        norm: "frozen" fixes the statistics of batch norms (their scale and bias are still trained);
+            "batch" uses the statistics of each batch.
         error_feedback: whether clients add the coding error of one update to the next update (Seide
             et al. 2014; Karimireddy et al. 2019, arXiv:1901.09847).
         num_rounds: number of planned rounds; None for no limit.
@@ -168,7 +173,7 @@ class Terms:
                     f"update, but the uplink is for {list(extras)}"
                 ),
                 place="algorithm",
-                cure="bind it with extras = algorithm.extras_up",
+                cure="bind the uplink with extras = algorithm.extras_up",
             )
 
         if self.algorithm.needs_equal_weights and self.uplink.weights != "equal":
@@ -185,7 +190,7 @@ class Terms:
     def agreement(self) -> Agreement:
         """The agreement: an entry for each field, and the versions of format and random streams."""
         entries = {one.name: canonical(getattr(self, one.name)) for one in fields(self)}
-        # Not the seed itself: in a simulation, noise and keys can be computed from it.
+        # The seed itself is not sent: in a simulation, noise and keys can be computed from it.
         entries["seed"] = commitment(self.seed)
         return Agreement({"version": VERSION, "streams": random.STREAMS, **entries})
 
@@ -193,8 +198,9 @@ class Terms:
 def commitment(seed: int) -> str:
     """Returns a digest of `seed`, by which two sides compare their seeds without sending them.
 
-    A small seed can be found by trying all values. Secrets are therefore drawn from 256 random bits
-    of the operating system (`secure_noise`, `secure_keys`), not from the seed.
+    A small seed can be found by trying all values. With the settings `secure_noise` and
+    `secure_keys`, noise and keys are therefore drawn from 256 random bits of the operating system,
+    not from the seed.
     """
     return random.fingerprint("fedpress seed", seed)[:32]
 

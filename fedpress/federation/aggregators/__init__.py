@@ -1,4 +1,4 @@
-"""The table of aggregators: how the server combines the vectors of a round into one."""
+"""The table of aggregators: how the server combines the clients' vectors of a round into one."""
 
 from collections.abc import Mapping
 from typing import Annotated, Any, TypeAlias, get_args
@@ -15,6 +15,7 @@ Row: TypeAlias = Mean | Secure | Median | Trimmed
 AGGREGATORS: Mapping[str, type[BaseModel]] = {
     row.model_fields["kind"].default: row for row in get_args(Row)
 }
+"""Name in a recipe, such as "mean" -> class of the aggregator's settings."""
 _Table: TypeAlias = Annotated[Row, Field(discriminator="kind")]
 
 

@@ -24,9 +24,9 @@ class Contribution:
     """One client's vectors and weight, to be added to an aggregate.
 
     Attributes:
-        key: names the client and the round.
+        key: seeds the client's random streams of this round; it contains the client's name.
         weight: weight of the client in a mean.
-        vectors: the decoded vectors, clipped to their bounds; empty in a secure sum.
+        vectors: name -> decoded vector, clipped to its bound; empty in a secure sum.
         tensors: the received tensors, still encoded; in a secure sum they are masked.
         secure: header fields of the secure sum; empty for other aggregators.
     """
@@ -43,7 +43,8 @@ class Total:
     """The result of an aggregation.
 
     Attributes:
-        vectors: name -> sum of this vector (or its centre, such as a median), in float64.
+        vectors: name -> sum of this vector over the clients, or a centre such as their median, in
+            float64.
         weight: sum of the clients' weights; 0 if there is no update.
     """
 
@@ -92,7 +93,8 @@ class Session(Protocol):
         Args:
             vector_codecs: one codec for each vector that a client sends; the first is the update's.
             cohort: the clients that are asked.
-            key: key of the server in this round; needed to decode a secure sum.
+            key: seeds the server's random streams of this round, with which a secure sum is
+                decoded.
 
         Raises:
             SecureError: if a secure sum over this cohort is not possible.
@@ -115,12 +117,12 @@ class Aggregator(Protocol):
 
     @property
     def weights(self) -> Weights:
-        """The supported weights of clients: "examples" (any weights) or "equal" only."""
+        """Either "equal": all clients must have the same weight; or "examples": any weights work."""
         ...
 
     @property
     def sums(self) -> bool:
-        """Whether the result is a sum, which is divided later, or else a centre (a median)."""
+        """True if the result is a sum, which is divided later; False for a centre (a median)."""
         ...
 
     def sensitivity(self, moved: Bound, cohort: int) -> float | None:
@@ -149,5 +151,8 @@ class Aggregator(Protocol):
         Args:
             transport: carries messages to the clients; None if the aggregator sends none.
             run: name of the run.
+
+        Raises:
+            SecureError: if a secure sum is not possible, for instance with too few clients.
         """
         ...

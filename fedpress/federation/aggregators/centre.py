@@ -51,7 +51,7 @@ class CoordinateWise(BaseModel):
     def sensitivity(self, moved: Bound, cohort: int) -> float | None:
         """Returns None: there is no bound.
 
-        One client can move a median from one value to the next, at any distance.
+        One client can move a median to the next value, however far away this value is.
         """
         return None
 
@@ -63,7 +63,7 @@ class CoordinateWise(BaseModel):
         return self
 
     def invite(self, cohort: Sequence[ClientId]) -> dict[str, JSON]:
-        """Returns nothing: clients need not know the cohort."""
+        """Returns no header fields: clients need not know the cohort."""
         return {}
 
     def begin(
@@ -80,7 +80,7 @@ class KeptUpdates:
     Attributes:
         sizes: name of a vector -> its size.
         centre: function that computes the centre: values [n, d] -> [d] in float64.
-        kept: for each client its vectors by name.
+        kept: one dictionary for each update: name of a vector -> float32 values.
     """
 
     sizes: dict[str, int]

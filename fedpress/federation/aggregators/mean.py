@@ -1,4 +1,4 @@
-"""The weighted mean of the updates, computed as a running sum, with one vector in memory."""
+"""The weighted mean of the updates: a running sum, so updates need not be kept in memory."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Mean(BaseModel):
         return True
 
     def sensitivity(self, moved: Bound, cohort: int) -> float | None:
-        """Returns the L2 bound of one vector: the sum moves exactly as far as one vector."""
+        """Returns the L2 bound of one vector: with weight 1, the sum moves as far as the vector."""
         return moved.l2
 
     def check(self, vector_codecs: Sequence[VectorCodec]) -> None:
@@ -52,7 +52,7 @@ class Mean(BaseModel):
         return self
 
     def invite(self, cohort: Sequence[ClientId]) -> dict[str, JSON]:
-        """Returns nothing: clients need not know the cohort."""
+        """Returns no header fields: clients need not know the cohort."""
         return {}
 
     def begin(
@@ -69,6 +69,10 @@ class RunningSum:
     """The weighted sum of each named vector.
 
     Sums are float64, because float32 rounding errors would add up over a large cohort.
+
+    Attributes:
+        sums: name of a vector -> sum of weight x vector over the clients so far.
+        weight: sum of the clients' weights so far.
     """
 
     sums: dict[str, Tensor] = field(default_factory=dict)
@@ -77,7 +81,7 @@ class RunningSum:
     def add(self, contribution: Contribution) -> None:
         """Adds each vector of a client, multiplied by the client's weight."""
         for name, total in self.sums.items():
-            # In place, so that memory is one float64 vector for any number of clients.
+            # In place: the memory does not grow with the number of clients.
             total.add_(contribution.vectors[name].double(), alpha=contribution.weight)
         self.weight += contribution.weight
 

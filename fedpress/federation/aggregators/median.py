@@ -13,8 +13,8 @@ class Median(CoordinateWise):
     """Takes the median of each coordinate (Yin et al. 2018, arXiv:1803.01498, option I).
 
     As long as fewer than half of the clients send arbitrary values, each coordinate lies within the
-    range of the honest clients' values. For an even number of values it is the mean of the two in
-    the middle.
+    range of the honest clients' values. The median of an even number of values is the mean of the
+    two in the middle.
 
     >>> import torch
     >>> rows = torch.tensor([[1.0, 5.0], [2.0, 9.0], [100.0, 6.0], [4.0, 0.0]])

@@ -26,7 +26,7 @@ from fedpress.wire.message import Message
 
 
 class Secure(BaseModel):
-    """The value `aggregator = "secure"` of a recipe. The stage plans a `SecureSum` for it."""
+    """The value `aggregator = "secure"` of a recipe. The stage makes a `SecureSum` in its place."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -43,10 +43,10 @@ class SecureSum:
     """Settings of the secure sum of a run; see docs/secure-aggregation.md.
 
     Attributes:
-        plan: cohort, bits, drop-outs and thresholds.
+        plan: number of clients, bits of a sum, and how many clients may drop out or be dishonest.
         size: number of values in each client's vector.
-        limit: largest absolute value in a sum of honest clients. A larger value means an overflow,
-            or that a client did not follow the protocol.
+        limit: largest absolute value that a sum has if all clients are honest. A larger value means
+            an overflow, or that a client did not follow the protocol.
         identities: name and public signing key of every client, known to all before the run.
     """
 
@@ -57,8 +57,8 @@ class SecureSum:
     kind: Literal["secure"] = "secure"
 
     def agreed(self) -> dict[str, object]:
-        """Returns the values that server and client compare, with a digest of the public keys."""
-        # A digest, since the keys of thousands of clients would make each agreement long.
+        """Returns the values that server and client compare; a digest replaces the public keys."""
+        # The keys of thousands of clients would make each agreement long.
         parts: list[ClientId | bytes] = []
         for name, public_key in self.identities:
             parts += [name, public_key]
@@ -96,6 +96,8 @@ class SecureSum:
     def check(self, vector_codecs: Sequence[VectorCodec]) -> None:
         """Checks that only the update is sent, and that its codecs are additive and give integers.
 
+        With additive codecs, a sum of encoded vectors decodes to the sum of the vectors.
+
         Raises:
             RecipeError: if there are further vectors, or if the update's codecs do not fit.
         """
@@ -114,7 +116,7 @@ class SecureSum:
             # Masks are whole numbers modulo 2^bits; floats would not cancel exactly.
             if not codec.end.integer:
                 raise RecipeError(
-                    "a secure sum adds whole numbers",
+                    "a secure sum adds whole numbers, and these codecs give floats",
                     place="chain",
                     cure=(
                         'end the list with { kind = "clip", clip_norm = 10.0 }, '
@@ -126,7 +128,7 @@ class SecureSum:
         """Exchanges keys, once for each run: collects each client's key, and sends all keys to all.
 
         Raises:
-            SecureError: if too few clients take part.
+            SecureError: if too few clients take part, or `transport` is None.
         """
         if transport is None:
             raise SecureError(
@@ -145,7 +147,8 @@ class SecureSum:
         except SecureError as error:
             error.problem += _reasons(absent, clients)
             raise
-        # Clients that joined must also accept the roster, so they count as absent until they do.
+        # Clients that joined must also accept the roster (the list of all keys), so they count as
+        # absent until they do.
         for name in clients:
             absent.setdefault(name, "no reply came")
         # Clients check the roster's signatures with the identities that they knew before the run.
@@ -180,7 +183,8 @@ class SecureSession:
         """Starts the sum of one round.
 
         Raises:
-            SecureError: if a client of the cohort did not take part in the exchange of keys.
+            SecureError: if the cohort is not as planned, or if a client in it did not take part in
+                the exchange of keys.
         """
         try:
             opened = self.server.open(key.round, cohort, self.aggregator.size)
@@ -195,9 +199,9 @@ class MaskedSum:
     """The masked sum of one round.
 
     Attributes:
-        session: the secure sums of the run.
+        session: settings of the secure sum, and the transport.
         codec: decodes the sum.
-        key: key of the server in this round.
+        key: seeds the server's random streams of this round, with which the sum is decoded.
         opened: the server's side of this round's protocol.
     """
 
@@ -215,7 +219,8 @@ class MaskedSum:
         """Asks the committee (clients that help to unmask) for shares, and decodes the sum.
 
         Raises:
-            SecureError: if too few members answer, or if a value of the sum exceeds the limit.
+            SecureError: if too few members of the committee answer, or if a value of the sum
+                exceeds the limit.
         """
         requests = {}
         for name, part in self.opened.requests().items():

@@ -18,6 +18,7 @@ Row: TypeAlias = FedAvg | FedProx | FedAvgM | FedAdam | Scaffold | QFedAvg
 ALGORITHMS: Mapping[str, type[AlgorithmRow]] = {
     row.model_fields["kind"].default: row for row in get_args(Row)
 }
+"""Name in a recipe, such as "fedavg" -> class of the algorithm's settings."""
 _Table: TypeAlias = Annotated[Row, Field(discriminator="kind")]
 
 

@@ -17,6 +17,7 @@ from fedpress.federation.vectors import UPDATE, ExtraVector, Vectors
 ClientState: TypeAlias = Vectors
 """The algorithm's vectors that a client stores between its rounds."""
 ServerState: TypeAlias = dict[str, Tensor]
+"""The tensors that the server keeps between rounds, such as a momentum."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class RoundInfo:
 
     Attributes:
         round: number of the server step, from 1.
-        cohort: number of clients in the mean; the planned number if it is secret who replied.
+        cohort: number of clients in the mean. If it is secret who replied, the planned number.
         population: number of all clients.
     """
 
@@ -77,7 +78,10 @@ class Algorithm(Protocol):
 
     @property
     def reads_loss(self) -> bool:
-        """Whether a client computes the loss of its examples; not allowed under sample privacy."""
+        """Whether a client's vectors depend on the value of its loss, not only on gradients.
+
+        This is not allowed under sample privacy, because the loss gets no noise.
+        """
         ...
 
     @property
@@ -152,7 +156,10 @@ class Algorithm(Protocol):
 
 
 class AlgorithmRow(BaseModel):
-    """The base class of all algorithms. It does what FedAvg does; a subclass overrides the rest."""
+    """The base class of all algorithms. It does what FedAvg does; subclasses override parts of it.
+
+    Example: FedProx overrides `client_update`.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -244,7 +251,7 @@ def check_fits(
         unit: what privacy protects: "sample", "client", or None without privacy.
 
     Raises:
-        RecipeError: if the algorithm does not work.
+        RecipeError: if the algorithm does not work with these settings or this privacy.
     """
     algorithm.check(settings)
     # With joint steps each client sends one sum of gradients and takes no local steps.
@@ -252,7 +259,7 @@ def check_fits(
         raise RecipeError(
             (
                 f"'{algorithm.kind}' corrects several local steps, but with unit 'sample' and "
-                "this trust all clients take one step together"
+                "this value of trust all clients take one step together"
             ),
             place="algorithm",
             cure='set trust = "local", or algorithm = "fedavg"',

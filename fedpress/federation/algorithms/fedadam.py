@@ -11,7 +11,11 @@ from fedpress.federation.algorithms.optimizers import Adam, Server
 
 
 class FedAdam(AlgorithmRow):
-    """The algorithm FedAdam (`algorithm = "fedadam"`): minus the mean update is Adam's gradient."""
+    """The algorithm FedAdam (`algorithm = "fedadam"`).
+
+    The server takes a step of Adam, without bias correction. Its gradient is the mean update with
+    the opposite sign.
+    """
 
     kind: Literal["fedadam"] = "fedadam"
     lr: float = Field(default=0.01, gt=0, description="learning rate of the server")

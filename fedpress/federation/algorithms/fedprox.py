@@ -39,7 +39,7 @@ class FedProx(AlgorithmRow):
 
     @property
     def penalties(self) -> Mapping[str, float]:
-        """The proximal term, which makes training diverge if lr >= 2 / proximal_mu."""
+        """The proximal term. A local learning rate of 2 / proximal_mu or more may diverge."""
         return {"proximal_mu": self.proximal_mu}
 
     def client_update(

@@ -9,10 +9,11 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 ServerState: TypeAlias = dict[str, Tensor]
+"""The tensors that an optimizer keeps between rounds, such as `velocity`."""
 
 
 class ServerOptimizer(Protocol):
-    """Takes a step along the mean update, which has the role of a negative gradient.
+    """Takes a step along the mean update, which serves as the negative gradient.
 
     Both methods are pure functions of flat float32 vectors. The state is a dictionary of tensors.
     """
@@ -111,8 +112,10 @@ class Adam(BaseModel):
 
 
 Server = Annotated[Average | Momentum | Adam, Field(discriminator="kind")]
+"""The settings of one server optimizer, chosen by `kind`."""
 SERVERS: dict[str, type[Average] | type[Momentum] | type[Adam]] = {
     "average": Average,
     "momentum": Momentum,
     "adam": Adam,
 }
+"""Name in a recipe -> class of the server optimizer."""

@@ -14,7 +14,8 @@ from fedpress.federation.local import LocalSettings, LocalWork, Measures, check_
 from fedpress.federation.vectors import UPDATE, ExtraVector, Vectors
 
 TINY = 1e-10
-"""Lower bound of loss and mean curvature, against divisions by 0."""
+"""Lower bound of the loss, and without `clip_norm` of the mean curvature, against divisions by
+0."""
 
 
 class QFedAvg(AlgorithmRow):
@@ -48,8 +49,11 @@ class QFedAvg(AlgorithmRow):
         """Checks that the local optimizer is SGD.
 
         The estimate of the curvature uses 1 / lr as the Lipschitz constant of the gradient.
+
+        Raises:
+            RecipeError: if it is not.
         """
-        check_is_sgd(settings, "'qfedavg' measures the curvature of the loss by the rate of SGD")
+        check_is_sgd(settings, "'qfedavg' estimates the curvature from the learning rate of SGD")
 
     def client_update(
         self, model: nn.Module, work: LocalWork, down: Vectors, state: ClientState
@@ -70,6 +74,6 @@ class QFedAvg(AlgorithmRow):
     ) -> tuple[ServerState, Tensor]:
         """Adds the mean update divided by the mean curvature."""
         # Privacy noise may make the mean curvature tiny or negative, and the step huge or reversed.
-        # With a bound it is therefore clamped to at least a tenth of the bound.
+        # If `clip_norm` bounds a client's curvature, the mean is kept at a tenth of it or above.
         least = TINY if self.clip_norm is None else self.clip_norm / 10
         return state, params + mean[UPDATE] / mean["curvature"].clamp(min=least)

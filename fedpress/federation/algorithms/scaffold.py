@@ -1,12 +1,14 @@
 """SCAFFOLD: control variates remove the drift of local steps on unequal clients.
 
-Karimireddy et al. 2020, arXiv:1910.06378, algorithm 1 with option II. With x the server's
-parameters, y those of a client, K local steps of rate lr, and control variates c (server) and c_i
-(client):
+Karimireddy et al. 2020, arXiv:1910.06378, algorithm 1 with option II. x are the server's
+parameters, y a client's. c is the server's control variate, c_i a client's, and g_i a client's
+gradient. A client takes K local steps of learning rate lr. S are the clients of the round, N is
+the number of all clients.
 
     K times:  y <- y - lr (g_i(y) - c_i + c)
     then      c_i' = c_i - c + (x - y) / (K lr),   sent: update y - x, control c_i' - c_i
-    server    x <- x + step of its optimizer along the mean update,   c <- c + |S| / N mean control
+    server    x <- x + step of its optimizer along the mean update,
+              c <- c + |S| / N (mean of the sent controls)
 
 So c stays the mean of all c_i. Where the mean gradient of all clients is zero, the corrected steps
 are zero, too: local steps do not move away from the common optimum.
@@ -38,9 +40,9 @@ class Scaffold(AlgorithmRow):
     Server and client both add the decoded change of the control (after clip, codec and noise). So a
     coding error becomes part of the next change, and c stays the mean of all c_i.
 
-    Under client privacy `clip_norm` bounds the control of one client. A control is about as large
-    as one gradient, an update as large as K lr gradients. So (clip_norm of the update) / (K lr)
-    clips both about equally often.
+    Under client privacy `clip_norm` bounds the change of one client's control. This change is about
+    as large as one gradient, and an update as large as K lr gradients. So with `clip_norm` = (clip
+    norm of the update) / (K lr) both are clipped about equally often.
 
     Under sample privacy the control is computed from noised steps and the server's vectors: it is
     post-processing and costs no privacy.
@@ -50,12 +52,12 @@ class Scaffold(AlgorithmRow):
     server: Server = Field(
         default=Average(), description="optimizer of the server: average, momentum or adam"
     )
-    uplink: tuple[AnyTransform, ...] = Field((), description="codecs of the control, in order")
+    uplink: tuple[AnyTransform, ...] = Field((), description="codecs of the sent control, in order")
     clip_norm: float | None = Field(
         None,
         gt=0,
         allow_inf_nan=False,
-        description="L2 bound of the control; needed under client privacy",
+        description="L2 bound of the sent control; needed under client privacy",
     )
 
     @property
@@ -103,7 +105,7 @@ class Scaffold(AlgorithmRow):
                     "from its update"
                 ),
                 place="momentum",
-                cure='set momentum = 0, and server = { kind = "momentum" } in its table if wanted',
+                cure='set momentum = 0; the table scaffold may set server = { kind = "momentum" }',
             )
 
     def client_init(self, size: int) -> ClientState:
@@ -150,6 +152,7 @@ class Scaffold(AlgorithmRow):
         """Moves the parameters by the optimizer, and c by |S| / N times the mean change."""
         own = {name: tensor for name, tensor in state.items() if name != CONTROL}
         own, params = self.server.step(own, params, mean[UPDATE])
-        # Only |S| of the N clients have changed their controls, so the mean of all moves less.
+        # Only |S| of the N clients have changed their controls, so the mean over all N clients
+        # changes by |S| / N of the mean over these |S|.
         control = state[CONTROL] + mean[CONTROL] * (info.cohort / info.population)
         return {**own, CONTROL: control}, params
