@@ -38,7 +38,7 @@ from fedpress.wire.message import Message, pack, unpack
 STATE = "state."
 """Prefix of the algorithm's tensors in a client's storage. Example: `state.control`."""
 TASK = "task"
-"""Name of the stored number of the round after which the state was saved."""
+"""Name under which a stored state keeps its round: the round after which it was saved."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,9 +47,9 @@ class Client:
 
     Attributes:
         name: the client's name in the transport.
-        arrays: its private examples.
-        model: the model to train. Every request overwrites its trainable parameters, so clients in
-            one process may share it. Its buffers are restored after every round.
+        arrays: the client's private examples.
+        model: the model to train. Every "fit" request overwrites its trainable parameters, so
+            clients in one process may share it. Its buffers are restored after every round.
         plan: the settings agreed with the server, and how the client trains.
         memory: stores the client's state between rounds.
         member: the client's side of the secure sum; None for a plain sum.
@@ -93,7 +93,7 @@ class Client:
         return self.plan.terms.uplink
 
     def handle(self, request: bytes) -> bytes:
-        """Answers one message; both are bytes. See `answer`."""
+        """Answers one message; request and answer are serialized messages. See `answer`."""
         return pack(self.answer(unpack(request)))
 
     def answer(self, message: Message) -> Message:
@@ -102,7 +102,9 @@ class Client:
         Raises:
             WireError: if the request is damaged or does not fit the agreed terms.
             SecureError: if the answer would reveal a single client's update.
-            TrainingError: if the local update fails. Under privacy the error does not say why.
+            TrainingError: if the local update fails, unless the client must then send zeros (see
+                `Trust.on_failure`). The error hides the cause if privacy demands it.
+            Exception: any error of the user's network, without privacy.
         """
         check_header(message.kind, message.header)
         if message.kind == "agree":
@@ -127,7 +129,8 @@ class Client:
         header = self._header(down, vectors, measured, key)
         scale = self._update_scale(message)
 
-        # The residual is added before the clip, so that the sum of both stays within the bound.
+        # The residual (the coding error of the last update) is added before the clip, so that the
+        # sum of residual and update stays within the bound.
         if terms.error_feedback and "residual" in before:
             vectors = {**vectors, UPDATE: vectors[UPDATE] + before["residual"]}
         if uplink.adaptive is not None:
@@ -159,7 +162,7 @@ class Client:
             before: the state before the local update.
             computed: the state that the local update computed.
             tensors: the encoded vectors that are sent to the server.
-            key: key of this client in this round.
+            key: seeds this client's random streams of this round.
         """
         algorithm = self.terms.algorithm
         if not algorithm.keeps_state:
@@ -179,7 +182,7 @@ class Client:
             down: the vectors from the server.
             vectors: the vectors to send, before they are encoded.
             measured: measures of the local update.
-            key: key of this client in this round.
+            key: seeds this client's random streams of this round.
         """
         uplink = self.uplink
         trust = uplink.trust
@@ -212,9 +215,10 @@ class Client:
     def _try_fit(
         self, down: Vectors, state: Vectors, key: Key
     ) -> tuple[Vectors, Vectors, Measures]:
-        """Returns the result of `_fit`; if it fails and this must stay secret, zeros instead.
+        """Returns the result of `_fit`; zeros if `_fit` fails and the failure must stay secret.
 
-        With zeros the algorithm's state stays as before.
+        With zeros the algorithm's state stays as before. If the failure need not stay secret,
+        raises an error.
         """
         try:
             return self._fit(down, state, key)
@@ -252,7 +256,8 @@ class Client:
                 cure=LOST_STATE,
             )
         latest = self.memory.load(round)
-        # Saving under an older round deletes the states of later rounds, which were not used.
+        # Saving under an older round deletes the states of later rounds, whose answers the server
+        # has not used.
         if int(latest[TASK]) != counted:
             self.memory.save(counted, state)
         return parameters.tensors_under(state, STATE)
@@ -288,7 +293,7 @@ class Client:
         return float(need("fit", message.header, "clip_norm"))
 
     def _key(self, request: Message) -> Key:
-        """Checks a "fit" request, and returns the key from which this round's randomness comes."""
+        """Checks a "fit" request, and returns the key that seeds this round's random streams."""
         if request.kind != "fit":
             raise WireError(
                 f"got {request.kind!r}, expected 'fit'",
@@ -303,7 +308,8 @@ class Client:
         """Refuses a request whose agreement differs from this client's own.
 
         Raises:
-            WireError: if the fingerprints differ. Which entry differs, the answer to "agree" tells.
+            WireError: if the fingerprints differ. The answer to "agree" names the entry that
+                differs.
         """
         own = self.terms.agreement.fingerprint
         received = request.header.get("agreement")
@@ -372,7 +378,7 @@ class Client:
         Args:
             down: the vectors from the server.
             state: the algorithm's state of this client.
-            key: key of this client in this round.
+            key: seeds this client's random streams of this round.
 
         Returns:
             The vectors to send (on the CPU), the next state, and the measures.
@@ -430,14 +436,14 @@ class Client:
         if self.terms.norm == "frozen":
             freeze_batch_norm_(self.model)
         try:
-            # Dropout draws from torch's global generator. It is seeded here, so that every run has
-            # the same bits, and restored afterwards for other code.
+            # Dropout draws from torch's global generator. This generator is seeded here, so that
+            # every run has the same bits, and is restored afterwards for other code.
             with torch.random.fork_rng():
                 torch.manual_seed(key.client_seed("dropout"))
                 yield
         finally:
             # A buffer may contain statistics of private examples. Clients may share the model, so
-            # these must not be there when the next request comes.
+            # these statistics are removed before the next request comes.
             with torch.no_grad():
                 for buffer, before in zip(self.model.buffers(), buffers, strict=True):
                     buffer.copy_(before)

@@ -66,8 +66,8 @@ class ClientPlan:
         Args:
             terms: the settings agreed with the server.
             model: the model to train.
-            source: function that computes the gradients, such as `device_steps`; None: chosen by
-                the kind of privacy in `terms`.
+            source: function that computes the gradients, such as `device_steps`; None: the function
+                that `GRADIENT_SOURCES` has for the privacy in `terms`.
             privacy: this client's own privacy plan under unit "sample", else None.
 
         Raises:
@@ -82,7 +82,8 @@ class ClientPlan:
         layout = parameters.Layout.of(model)
         if layout.size != uplink.size or layout != terms.layout:
             raise RecipeError(
-                f"the model trains {layout.size} values but the uplink is for {uplink.size}",
+                f"the model trains {layout.size} values but the uplink is for {uplink.size}, or "
+                "names or shapes of parameters differ",
                 place="model",
                 cure="use the same model and the same `trainable` as the server",
             )
@@ -112,7 +113,7 @@ def _check_fit(
     # Gradients of another source would be neither clipped nor noised.
     if trust.steps != "plain" and source is not None:
         raise RecipeError(
-            "under privacy, gradients are computed by torch; another source is not possible",
+            "under unit 'sample' torch computes the gradients; another source is not possible",
             place="source",
             cure="leave source out",
         )

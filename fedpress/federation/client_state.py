@@ -25,10 +25,10 @@ from fedpress.errors import Argument, RunError
 JSON_TENSOR = "json"
 """Name of the uint8 tensor with the JSON text of an entry."""
 COMPACT_EVERY = 64
-"""Rounds after which the list of checksums is compacted. Every save appends a line to it."""
+"""The list of checksums is compacted in every 64th round, because every save appends a line."""
 MAX_STATES = 2
-"""States that are stored: of the last round and of the one before. A server that was stopped in the
-last round repeats it, and the client then needs the older state."""
+"""Number of stored states: of the last two rounds. A server that was stopped in the last round
+repeats this round, and the client then needs the older state."""
 
 
 class ClientState(Protocol):
@@ -81,6 +81,10 @@ def save_json(memory: ClientState, name: str, value: Mapping[str, Any]) -> None:
 class InMemoryState:
     """Storage in memory; it is lost when the process ends.
 
+    Attributes:
+        rounds: round -> the state after this round.
+        notes: name of an entry -> its tensors.
+
     >>> memory = InMemoryState()
     >>> memory.save(3, {})
     >>> memory.load(3), sorted(memory.rounds)
@@ -97,7 +101,7 @@ class InMemoryState:
 
     def save(self, round: int, state: Mapping[str, Tensor]) -> None:
         """See `ClientState`."""
-        # States of `round` and of later rounds are dropped: the server has gone back before them.
+        # States of `round` and of later rounds are dropped: the server has gone back to `round`.
         before = sorted(r for r in self.rounds if r < round)[-(MAX_STATES - 1) :]
         self.rounds = {r: self.rounds[r] for r in before} | {round: dict(state)}
 
@@ -119,6 +123,10 @@ class DiskState:
     """Storage in a folder, for clients that may be restarted.
 
     Every file is replaced atomically, so a crash leaves the old file or the new one.
+
+    Attributes:
+        folder: holds one file for each state (`12.safetensors`) and each entry
+            (`note-answered.safetensors`).
     """
 
     folder: Path

@@ -20,14 +20,15 @@ treats the client as one that it never asked."""
 
 @dataclass(eq=False)
 class Counted:
-    """The number of the last used answer of each client (0: none was used yet).
+    """The number of each client's last answer that the server used (0: it has used none).
 
     A lost or refused answer changes nothing on the server. So the server sends this number with
     each request, and the client continues from the state that it stored with that answer. Only
     algorithms whose clients keep a state need this.
 
     Attributes:
-        last: client -> number of the task (the round of the model that it trained).
+        last: client -> number of the task that it answered, which is the round of the model that
+            it trained; 0: no answer was used.
 
     >>> counted = Counted.open(["a", "b"], {})
     >>> counted.note_answer("a", 3, refused="")
@@ -39,7 +40,12 @@ class Counted:
 
     @classmethod
     def open(cls, clients: Sequence[ClientId], state: Mapping[str, Tensor]) -> Counted:
-        """Starts with zeros, or restores a result of `state` if it is not empty."""
+        """Restores the object from `state`, a result of `Counted.state`; if empty, starts with 0.
+
+        Args:
+            clients: all clients, in the same order as when the state was made.
+            state: the stored tensors; empty before the first round.
+        """
         tasks = state["tasks"].tolist() if state else [0] * len(clients)
         return cls(dict(zip(clients, tasks, strict=True)))
 

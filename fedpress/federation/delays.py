@@ -51,9 +51,9 @@ class Constant(BaseModel):
 class Lognormal(BaseModel):
     """Devices of different speed: median x exp(devices x N1 + tasks x N2).
 
-    N1 is a normal random number of the device, N2 one of the task; `devices` and `tasks` are
-    standard deviations of the logarithm. With `devices = 1.0` one client in six is at least 2.7
-    times slower than the median, and one in 44 at least 7.4 times.
+    N1 is a standard normal number that is drawn once for each device; N2 is drawn for each task.
+    So `devices` and `tasks` are standard deviations of the logarithm. With `devices = 1.0` one
+    client in six takes at least 2.7 times as long as the median, and one in 44 at least 7.4 times.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -80,7 +80,7 @@ class Lognormal(BaseModel):
 
     def draw(self, seed: int, client: ClientId, task: int) -> float:
         """See `Delays`."""
-        # The stream's name has no task: a slow device is slow in all its tasks.
+        # The stream's name has no task, so N1 is equal in all tasks: a slow device stays slow.
         device = _normal(seed, "delay", client)
         # A device is not equally fast each time: other programs run on it, and networks vary.
         once = _normal(seed, "delay", client, "task", task)
@@ -106,13 +106,16 @@ class Exponential(BaseModel):
 
 
 AnyDelays: TypeAlias = Annotated[Constant | Lognormal | Exponential, Field(discriminator="kind")]
+"""A table of a recipe, such as `{ kind = "lognormal", median = 2.0 }`."""
 DELAYS: dict[str, type[Constant] | type[Lognormal] | type[Exponential]] = {
     "constant": Constant,
     "lognormal": Lognormal,
     "exponential": Exponential,
 }
+"""Name in a recipe -> class of the distribution."""
 
 
 def _normal(seed: int, *words: str | int) -> float:
-    # Public, since a delay tells nothing about data: everybody with the seed may compute it.
+    # Drawn from a public stream, since a delay tells nothing about data: everybody with the seed
+    # may compute it.
     return float(public_stream(seed, *words).normal())

@@ -1,8 +1,8 @@
 """The downlink: compresses the model on its way to the clients, as a difference to their old copy.
 
 The server remembers which copy of the model each client has. It encodes the difference between its
-own model and that copy. Server and client then both add the decoded difference to the copy. So an
-encoding error becomes part of the next difference, which is error feedback from server to client
+own model and this copy. Server and client then both add the decoded difference to the copy. So an
+encoding error becomes part of the next difference. This is error feedback from server to client
 (Tang et al. 2019, "DoubleSqueeze", arXiv:1905.05957). Clients that were asked in the same rounds
 have the same copy.
 """
@@ -36,8 +36,8 @@ LOST_MODEL = "send the full model"
 """The cure in the error of a client that lost its copy. The server looks for these words, and then
 sends the full model."""
 MAX_COPY_BYTES = 1 << 30
-"""Memory limit for copies on the server. Beyond it the oldest copies are dropped; clients that have
-one get the full model next time."""
+"""Memory limit for copies on the server, which always keeps at least one. Beyond the limit the
+oldest copies are dropped, and clients that have a dropped copy get the full model next time."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class Downlink:
         Args:
             tensors: the encoded model or difference.
             held: the client's old copy [d]; None: it has no copy.
-            key: key with which the server encoded.
+            key: seeds the random streams with which the server encoded.
 
         Raises:
             WireError: if the tensors do not decode to d finite values.
@@ -119,7 +119,10 @@ class Broadcast:
     def open(
         cls, downlink: Downlink, seed: int, clients: Sequence[ClientId], state: Mapping[str, Tensor]
     ) -> Broadcast:
-        """Starts without copies, or restores a result of `state` if it is not empty."""
+        """Restores the object from `state`, a result of `Broadcast.state`.
+
+        If `state` is empty, no client has a copy.
+        """
         rows = state["holds"].tolist() if state else [NO_COPY] * len(clients)
         holds = {}
         for client, row in zip(clients, rows, strict=True):
@@ -150,7 +153,7 @@ class Broadcast:
         Returns:
             For each client the round of its old copy (0: it has no copy), and the tensors to send.
         """
-        # The key names no client, so that clients with the same copy get the same message.
+        # The key contains no client's name: clients with the same copy get the same message.
         key = Key(self.seed, round, SERVER)
         made: dict[tuple[int, int], tuple[int, int]] = {}
         messages: dict[tuple[int, int], tuple[int, dict[str, Tensor]]] = {}

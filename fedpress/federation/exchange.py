@@ -12,6 +12,7 @@ from fedpress.wire.message import Message
 RequestId: TypeAlias = int
 """Number of one sent message; unique within a transport."""
 Answer: TypeAlias = tuple[ClientId, RequestId, Message]
+"""The client, the id of the request, and the client's answer."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,8 @@ def exchange(
 ) -> Iterator[tuple[ClientId, Message]]:
     """Sends each client its message, and yields client and answer for each answer that comes.
 
+    Ends when all have answered, or when no answer came within `timeout`.
+
     Other requests may be open at the same time; the transport keeps their answers.
 
     Args:
@@ -90,8 +93,8 @@ def exchange(
             if answer is None:
                 return
             client, request, reply = answer
-            # Removed before the yield: if the caller stops its loop there, the `finally` below
-            # must not cancel a request that was answered.
+            # Removed before the yield: if the caller stops its loop, the `finally` below must not
+            # cancel this request, which was answered.
             waiting.remove(request)
             yield client, reply
     finally:

@@ -23,7 +23,7 @@ from fedpress.privacy.noise.mechanism import noise_sum
 from fedpress.privacy.plan import PrivacyPlan
 
 MAX_NOISE_STDS = 12.0
-"""Gaussian noise exceeds this many standard deviations with probability 1e-32."""
+"""Gaussian noise exceeds this many standard deviations with a probability below 1e-32."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,8 @@ class Tally:
             most: largest possible number of failures.
             noise: standard deviation of the noise on each count.
         """
-        # Noise may make a count negative, and both counts together exceed `most` by two rooms.
+        # Noise may make a count negative by up to `room`, and raise both counts together above
+        # `most` by up to 2 x `room`.
         room = MAX_NOISE_STDS * noise
         not_negative = min(self.not_finite, self.failed) >= -room
         return not_negative and self.total <= most + 2 * room
@@ -83,7 +84,7 @@ class Tally:
 
         Args:
             plan: gives the noise multiplier.
-            key: key of the client in this round, from which the noise is drawn.
+            key: seeds the client's random streams of this round, from which the noise is drawn.
             steps: number of steps whose counts this tally adds up; each step gets its own noise.
             hidden: fingerprint of the data that the noise hides. The random stream is named by it,
                 so that two different answers never get the same noise.

@@ -33,10 +33,12 @@ class RoundMean:
 
     Attributes:
         vectors: name -> mean of this vector, float32; empty if there is no usable update.
-        rows: one row for each client in the mean; empty if privacy forbids to name clients.
+        rows: one row for each client in the mean; empty in a secure sum, and if privacy forbids to
+            name clients.
         refused: client whose reply is not in the mean -> the reason.
         state: state of correlated noise and adaptive clip norm, for the next round.
-        failures: noisy counts of failed examples or clients; None without privacy.
+        failures: noisy counts of failed examples or clients; None without privacy, or if the
+            updates could not be added up.
         cohort: number of clients in the mean. If it is secret who replied, the planned number.
     """
 
@@ -82,7 +84,7 @@ def gather(
     try:
         begun = session or uplink.aggregator.open(None, "")
         gatherer.gathering = begun.begin(uplink.vector_codecs, cohort, key)
-    # The run goes on without this round: in the next round, enough clients may be there again.
+    # The run goes on, and this round has no update: in the next round, enough clients may be there.
     except SecureError as problem:
         gatherer.closed = str(problem)
     return gatherer
@@ -99,7 +101,7 @@ def round_mean(
     state: Mapping[str, Tensor] | None = None,
     secret: int | None = None,
 ) -> RoundMean:
-    """Returns the mean of replies that have all come already.
+    """Returns the mean of `replies`, if all of them have come already.
 
     Args:
         uplink: see `gather`, also for the other arguments.
@@ -125,7 +127,7 @@ class Gatherer:
 
     Attributes:
         uplink: how updates are decoded, aggregated and noised.
-        key: key of the server in this round.
+        key: seeds the server's random streams of this round.
         cohort: the clients that were asked.
         state: state of correlated noise and adaptive clip norm.
         gathering: the aggregate of the updates so far; None if it cannot be computed.
@@ -186,9 +188,9 @@ class Gatherer:
     def close(self) -> RoundMean:
         """Closes the aggregate, adds the server's noise, divides, and returns the mean.
 
-        If whole clients are protected, it is private, too, whether a client replied. So the divisor
-        is a public number instead of the number of replies, and noise is added even if nobody
-        replied.
+        If privacy protects whole clients, the fact that a client replied is private, too. So the
+        divisor is a public number instead of the number of replies, and noise is added even if
+        nobody replied.
         """
         if self.gathering is None:
             return self._without_aggregate(self.closed)
@@ -196,7 +198,8 @@ class Gatherer:
             total = self.gathering.close()
         except SecureError as problem:
             return self._without_aggregate(str(problem))
-        # Before the noise is added: the name of the counts' noise contains a digest of the sums.
+        # Counted before noise is added to the sums: a digest of the exact sums is in the name of
+        # the random stream from which the noise of the counts is drawn.
         failures = self._count_failures(total)
         if not self.uplink.trust.fixed_divisor:
             means = self._weighted_means(total)
@@ -237,7 +240,7 @@ class Gatherer:
         """Adds an update to the aggregate.
 
         Args:
-            key: key of the client in the round of its task.
+            key: seeds the client's random streams in the round of its task.
             reply: the client's answer.
             scale: see `take`.
 
@@ -247,10 +250,11 @@ class Gatherer:
         uplink = self.uplink
         header, tensors = self._open(reply, key.round)
         updates_seen = uplink.aggregator.sees_updates
-        # Numbers of examples are read only if a record may tell something about one client.
+        # Numbers of examples are read only if the record of the round may name clients.
         named = updates_seen and uplink.trust.names_clients
         examples: int = need("update", header, "examples") if named else 1
-        # Before the vectors are added, because a faulty header must refuse the whole update.
+        # Read before the vectors are added: if a field of the header is faulty, the whole update is
+        # refused.
         self._note(key.client, header)
         if self.gathering is None:
             return

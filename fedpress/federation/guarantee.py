@@ -35,7 +35,7 @@ class Guarantee:
 
     @property
     def trust_row(self) -> Trust:
-        """The row of the table `TRUSTS` for this unit and trust: rules that the run must keep.
+        """The row of the table `TRUSTS` for this unit and trust; it has the rules for the run.
 
         Raises:
             RecipeError: if the table has no such row.
@@ -46,7 +46,7 @@ class Guarantee:
         """Checks that the guarantee covers all vectors that a client sends.
 
         Raises:
-            RecipeError: if a vector is not covered, or if the adaptive clip norm is not possible.
+            RecipeError: if a vector is not covered, or if the clip norm cannot adapt here.
         """
         row = self.trust_row
         row.check_vectors(self.plan, payload.extras)
@@ -56,7 +56,7 @@ class Guarantee:
         # may see this bit: it adds the noise to the count of all bits.
         if (row.unit, row.kind) != ("client", "central"):
             raise RecipeError(
-                f"got unit {row.unit!r} with trust '{row.kind}', where its bits would get no noise",
+                f"got unit {row.unit!r} with trust '{row.kind}', where clients' bits get no noise",
                 place="adaptive",
                 cure="leave adaptive out, or take unit 'client' with trust 'central'",
             )
@@ -80,4 +80,4 @@ class Guarantee:
 
 
 NO_PRIVACY = Guarantee()
-"""The guarantee of a run without a privacy plan: none."""
+"""What a run without a privacy plan guarantees: nothing."""

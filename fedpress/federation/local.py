@@ -32,7 +32,9 @@ from fedpress.training.optimizers import ADAMS
 from fedpress.training.settings import BETAS, DEFAULTS, Betas, fit_to_optimizer_
 
 Prepare: TypeAlias = "Callable[[Inputs, RandomSource], Inputs]"
+"""Turns raw examples [k, ...] into network input; see `LocalPlan.prepare`."""
 Measures: TypeAlias = "dict[str, JSON]"
+"""Numbers measured in training, such as {"loss": 0.31, "steps": 12}."""
 
 
 class LocalSettings(BaseModel):
@@ -50,7 +52,7 @@ class LocalSettings(BaseModel):
         "where the privacy plan sets the number of steps",
     )
     batch_size: int = Field(
-        default=64, ge=1, description="rows in a local step; the mean under unit 'sample'"
+        default=64, ge=1, description="rows in a local step; under unit 'sample' their mean number"
     )
     lr: float = Field(
         default=0.05, gt=0, description="local learning rate; default of adamw and adam: 0.001"
@@ -76,8 +78,8 @@ class LocalSettings(BaseModel):
 
     @model_validator(mode="after")
     def _fits_optimizer(self) -> LocalSettings:
-        # Only lr has a default per optimizer. AdamW's usual weight decay is not one: a client takes
-        # few steps, so there is no decay unless the recipe asks for it.
+        # Only lr has a default that depends on the optimizer. AdamW's usual weight decay is not
+        # used by default: a client takes only few steps in a round.
         lr = {"lr": DEFAULTS[self.optimizer]["lr"]} if self.optimizer in DEFAULTS else {}
         fit_to_optimizer_(self, self.optimizer, lr)
         return self
@@ -134,9 +136,10 @@ class Outcome:
 
 
 Steps: TypeAlias = "Generator[Step, None, Outcome]"
+"""All local steps of one round; the generator returns the outcome."""
 GradientSource: TypeAlias = "Callable[[nn.Module, LocalWork], Steps]"
-"""Yields each step after its gradient is computed. The optimizer steps when the caller asks for the
-next one, so the caller may change the gradient in between."""
+"""Yields each step after its gradient is computed. The optimizer is called when the caller asks for
+the next step, so the caller may change the gradient before."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -169,12 +172,12 @@ class LocalWork:
     Attributes:
         arrays: the client's examples. An algorithm must not read them itself, because under sample
             privacy only the steps have noise. It loops over `begin`, or calls `loss`.
-        key: key of this client in this round, from which all its randomness is drawn.
+        key: seeds all random streams of this client in this round.
         plan: how the client trains.
         start: the server's parameters [d]; None: they are read from the model.
         extras: further vectors that the steps depend on: those from the server, and the client's
             state of the algorithm. Under sample privacy the noise is drawn from a stream whose name
-            contains their fingerprint.
+            contains a fingerprint of these vectors.
     """
 
     arrays: Arrays
@@ -281,7 +284,7 @@ class LocalRun:
 
 
 def plain_steps(model: nn.Module, work: LocalWork) -> Steps:
-    """Trains without privacy of single examples: epochs over shuffled batches, any optimizer.
+    """Trains in epochs over shuffled batches, without protecting single examples.
 
     Args:
         model: the model to train.
@@ -322,7 +325,8 @@ def plain_steps(model: nn.Module, work: LocalWork) -> Steps:
 def _gradients(params: list[nn.Parameter]) -> list[Tensor]:
     """Returns the gradients of `params`; zeros for parameters that the loss does not depend on.
 
-    A correction such as FedProx's also acts on those parameters, so it needs a tensor to change.
+    A correction such as FedProx's also acts on parameters without a gradient, so it needs a tensor
+    to change.
     """
     found = []
     for p in params:
@@ -364,7 +368,7 @@ def _forget_(params: list[nn.Parameter]) -> None:
 
 def _diverged(work: LocalWork, index: Tensor, steps: int) -> DivergedError:
     """Returns the error for a loss that is not finite; `index` are the last batch's examples."""
-    # Checks only the last batch, because all examples could take long.
+    # Checks only the last batch, because checking all examples could take long.
     batch = tensors_by_name(work.arrays.x[index])
     broken = not all(bool(torch.isfinite(part).all()) for part in batch.values())
     data = ""
@@ -409,10 +413,11 @@ def too_large(
 
 
 def shuffled_batches(model: nn.Module, n: int, size: int, shuffle: RandomSource) -> list[Tensor]:
-    """Returns the batches of one epoch over `n` examples: int64 index tensors of up to `size`.
+    """Returns the batches of one epoch over `n` examples: int64 index tensors of `size` examples.
 
-    The last batch has the remaining examples. If that is one example and the model has a batch norm
-    in training mode, it is added to the batch before, because a batch norm cannot average over one.
+    The last batch has the remaining examples. If only one example remains and the model has a batch
+    norm in training mode, this example is added to the batch before: a batch norm cannot average
+    over one value.
     """
     batches = list(shuffle.permutation(n).split(size))
     last_is_single = size > 1 and len(batches) > 1 and len(batches[-1]) == 1

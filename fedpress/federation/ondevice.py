@@ -37,8 +37,8 @@ def device_steps(model: nn.Module, work: LocalWork) -> Steps:
         Each step after its gradient is computed.
 
     Raises:
-        RecipeError: if `model` is not a `DeviceModel`, the settings ask for another precision than
-            float32, or the examples have several inputs.
+        RecipeError: if `model` is not a `DeviceModel`, if the settings ask for bf16 or another
+            optimizer than SGD, or if the examples have several inputs.
         DivergedError: if the loss is not finite.
     """
     settings = work.plan.settings

@@ -25,9 +25,9 @@ HEADERS = "headers"
 class Outbox:
     """The unanswered tasks of a run, with their messages.
 
-    A client may work longer than one server step, so the server must remember its message. Clients
-    with the same message share one object. Example: with 100 clients at work on 3 versions of the
-    model, 3 models are in memory, not 100.
+    A client may work longer than one server step, so the server must remember the message that it
+    sent to the client. Clients with the same message share one object. Example: with 100 clients at
+    work on 3 versions of the model, 3 models are in memory, not 100.
 
     Attributes:
         transport: carries messages to the clients.
@@ -57,8 +57,8 @@ class Outbox:
         tasks = {self.open[one][0]: one for one in waiting}
         answer = self.transport.receive(tasks, patience)
         if answer is None:
-            # Only one task is cancelled per call: the caller calls once for each task, and learns
-            # for each whether it was answered.
+            # Only one task is cancelled in each call: the caller calls again for the other tasks,
+            # and learns of each whether it was answered.
             self.cancel(waiting[:1])
             return waiting[0], None
         _, request, reply = answer
@@ -106,7 +106,7 @@ class Outbox:
     def load_(self, at_work: Sequence[Assignment], state: Mapping[str, Tensor]) -> None:
         """Sends the messages of a checkpoint again, in the same order.
 
-        A client that has answered before the server stopped gives the same answer again.
+        A client that had answered before the server stopped gives the same answer again.
 
         Args:
             at_work: the tasks that were open.

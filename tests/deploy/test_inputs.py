@@ -161,7 +161,7 @@ def test_inputs_by_name_and_a_dictionary_of_outputs_come_back_as_they_are(tmp_pa
         assert found.examples == rows
     with pytest.raises(ExportError, match=r"lacks mask.*takes ids, mask"):
         session(ids(2).numpy())
-    with pytest.raises(ExportError, match=r"has no types.*takes ids, mask"):
+    with pytest.raises(ExportError, match=r"has extra types.*takes ids, mask"):
         session(ids(2).numpy(), masks(2).numpy(), types=ids(2).numpy())
 
 

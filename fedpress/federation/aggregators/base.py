@@ -117,7 +117,7 @@ class Aggregator(Protocol):
 
     @property
     def weights(self) -> Weights:
-        """Either "equal": all clients must have the same weight; or "examples": any weights work."""
+        """Either "equal": all clients must have the same weight; or "examples": any weights."""
         ...
 
     @property
