@@ -44,9 +44,9 @@ def private_steps(model: nn.Module, work: LocalWork) -> Steps:
     """Takes the planned number of DP-SGD steps (Abadi et al. 2016, arXiv:1607.00133, algorithm 1).
 
     The outcome's measures are the number of steps and the counts of failed examples (see `Tally`).
-    An algorithm may change the gradient of a step, which is noised already. If the change is
-    computed from the server's vectors and earlier noised steps, it is post-processing and costs no
-    privacy.
+    When a step is yielded, its gradient has its noise already, and an algorithm may change it. A
+    change that is computed from the server's vectors and earlier noised steps is post-processing
+    and costs no privacy.
 
     Args:
         model: the model to train.
@@ -72,8 +72,8 @@ def private_steps(model: nn.Module, work: LocalWork) -> Steps:
         return laid_out(work.plan.prepare(x, chance), model)
 
     def noise(total: Tensor) -> RandomSource:
-        # The name contains the number of the step: the sums of two empty batches are equal, and
-        # without the number both would get the same noise.
+        # The name of the stream contains the number of the step: the sums of two empty batches are
+        # equal, and without the number both would get the same noise.
         hidden = random.fingerprint(next(number), total)
         return work.key.private_stream("noise", inputs, hidden)
 
@@ -192,7 +192,7 @@ def rehearse_private(model: nn.Module, work: LocalWork) -> None:
             model, loss, x, y, clip_norm=plan.clip_norm, method=method, verify="gradients"
         )
         # A layer that is initialised with zeros (as in many residual networks) may make every
-        # gradient zero at the start. So the model is tried again with other parameters.
+        # gradient zero at the start. So the model is then tried again with changed parameters.
         if not total.any() and not raw.failed:
             _perturb_(model)
             total, raw = clipped_gradient_sum(model, loss, x, y, clip_norm=plan.clip_norm)
@@ -249,13 +249,14 @@ def inputs_fingerprint(model: nn.Module, work: LocalWork) -> str:
     """Returns a fingerprint of all known inputs of a private answer: model, settings, examples.
 
     The random streams for batches, augmentation, dropout and noise are named by this fingerprint.
-    Equal inputs give the same answer bit for bit, which costs no privacy. Different inputs get
-    independent randomness. Examples are other parameters in the same round, or another noise
-    multiplier under the same seed.
+    Equal inputs give the same answer bit for bit, which costs no privacy. Different inputs (such as
+    other parameters in the same round, or another noise multiplier under the same seed) get
+    independent randomness.
 
-    The examples are hashed in every round, in case they were changed. A gradient may also depend on
-    inputs that are not known here (code of the network, an algorithm's changes of earlier steps).
-    Therefore the name of a step's noise also contains the sum to which it is added.
+    The training examples are hashed in every round, in case they were changed. A gradient may also
+    depend on inputs that are not known here (code of the network, an algorithm's changes of earlier
+    steps). Therefore the random stream of a step's noise is also named by the sum to which the
+    noise is added.
     """
     state = model.state_dict()
     about = {

@@ -2,15 +2,16 @@
 
 | kind | from | answered by | purpose |
 | --- | --- | --- | --- |
-| `offer` | server | `offered`, `refused` | over a network: settings and model of a training stage |
+| `offer` | server | `offered`, `refused` | over a network: sends settings and model of a stage |
 | `register` | server | `registered` | ask for a client's public facts: examples, signing key |
 | `agree` | server | `agreed` | compare the client's settings with the server's |
-| `join`, `roster` | server | `join`, `accepted` | exchange keys for secure sums, once a run |
+| `join` | server | `join` | ask for the client's key for secure sums, once a run |
+| `roster` | server | `accepted` | send the keys of all clients, once a run |
 | `fit` | server | `update` | train for one round from the server's parameters |
 | `unmask` | server | `shares` | ask for the key shares that open one secure sum |
 | `evaluate` | server | `evaluated` | metric on a client's own examples; refused under privacy |
-| | | `error` | replaces any answer when a client fails: the reason |
-| | | `refused` | replaces any answer that a data owner's policy forbids: rule and reason |
+| | | `error` | replaces any answer if a client fails; it has the reason |
+| | | `refused` | replaces any answer that a data owner's policy forbids; has rule and reason |
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ FIELDS: Mapping[str, Mapping[str, FieldKind]] = {
         "counted": whole(0),
         # In a secure sum: the clients of the round, whose masks cancel.
         "cohort": NAMES,
-        # With an adaptive clip norm: its current value. The client divides its update by it.
+        # With an adaptive clip norm: the current clip norm, by which the client divides its update.
         "clip_norm": POSITIVE,
     },
     "update": {
@@ -84,7 +85,7 @@ FIELDS: Mapping[str, Mapping[str, FieldKind]] = {
 """Kind of message -> field -> its type and limits. Fields that are not listed are ignored."""
 
 MAX_REASON_CHARS = 500
-"""A client's reason is cut to this length."""
+"""The reason in a client's message "error" or "refused" is cut to this length."""
 
 REPORT: Mapping[str, FieldKind] = {"round": whole(0)}
 """Fields of the nested object `secure` in the header of an update."""
@@ -94,7 +95,8 @@ def check_header(kind: str, header: Mapping[str, Any]) -> None:
     """Checks every known field in `header`; missing fields are not an error (see `need`).
 
     Raises:
-        WireError: with the message's kind, the field, its value and the expected type.
+        WireError: if a field has another type or exceeds a limit; the error names kind, field,
+            value and expected type.
 
     >>> check_header("fit", {"round": 3})
     >>> check_header("fit", {"round": True})  # doctest: +ELLIPSIS
@@ -128,7 +130,7 @@ def refusal_of(reply: Message) -> str | None:
     """Returns the reason if `reply` is an error or a refusal; None for any other message.
 
     Raises:
-        WireError: if the reason is not a text.
+        WireError: if the reason, or the rule of a refusal, is not a text.
 
     >>> refusal_of(Message("refused", {"rule": "min_cohort", "reason": "got 2, allowed are 5"}))
     "the owner's policy says no to min_cohort: got 2, allowed are 5"
@@ -153,7 +155,7 @@ def text_tensor(text: str) -> Tensor:
 
 
 def read_text(message: Message, name: str) -> str:
-    """Returns the text in the tensor `name` of an untrusted message; see `text_tensor`.
+    """Returns the text in the tensor `name` of an untrusted message (as `text_tensor` makes it).
 
     Raises:
         WireError: if the tensor is missing, or is not UTF-8 text.

@@ -1,4 +1,4 @@
-"""Replay guard: under privacy a client answers each round once, and only the planned rounds."""
+"""Under privacy a client answers one request in each round, and only in the planned rounds."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def answer_once(message: Message, round: int, terms: Terms, memory: ClientState)
 
     Args:
         message: the message "fit".
-        round: number of the round whose model the training starts from.
+        round: number of the round that the request belongs to.
         terms: the planned numbers of rounds and of tasks (trainings of one client).
         memory: stores the fingerprints of answered requests.
 

@@ -16,18 +16,19 @@ from fedpress.errors import RecipeError
 class Cohort:
     """How many clients take part in each round, and how they are drawn.
 
-    These settings are public. Which clients a round draws may have to stay secret.
+    These settings are public. The names of the clients that are drawn may have to stay secret.
 
     Attributes:
-        size: number of clients in a round; under "poisson" its mean.
+        size: number of clients in a round; under "poisson" the mean number.
         population: number of all clients.
         sampling: "fixed" draws exactly `size` clients without replacement. "poisson" draws each
             client independently with probability size / population, so a round may have more,
             fewer or no clients. "cyclic" shuffles all clients once and takes the next `size` in
-            every round, so a client's turn comes every `period` rounds.
+            every round, so a client's turn comes every `period` rounds. If `size` does not divide
+            `population`, the last round of each period has fewer clients.
 
     Raises:
-        RecipeError: if `size` is not between 1 and `population`.
+        RecipeError: if `sampling` is unknown, or `size` is not between 1 and `population`.
     """
 
     size: int
@@ -54,9 +55,9 @@ class Cohort:
     def sampling_prob(self) -> float:
         """Sampling probability of a client that the privacy accountant may use, from 0 to 1.
 
-        Only "poisson" gives amplification here. For "fixed", amplification is known only for
-        neighbours that replace one client. Their sensitivity is twice as large, so at usual sizes
-        nothing is gained.
+        Only "poisson" gives privacy amplification here. For "fixed", amplification is known only if
+        neighbouring populations differ by the replacement of one client. The sensitivity is then
+        twice as large, so at usual sizes nothing is gained.
 
         >>> Cohort(10, 100).sampling_prob, Cohort(10, 100, "poisson").sampling_prob
         (1.0, 0.1)
@@ -65,7 +66,7 @@ class Cohort:
 
     @property
     def period(self) -> int:
-        """Minimum number of rounds from one round of a client to its next round.
+        """Least number of rounds from one round in which a client takes part to its next one.
 
         >>> Cohort(10, 95, "cyclic").period, Cohort(10, 95).period
         (10, 1)
@@ -76,6 +77,9 @@ class Cohort:
         """Draws the clients of `round`; returns them in the order of `clients` [population].
 
         The draw depends on seed and round only, so a repeated round asks the same clients.
+
+        Raises:
+            RecipeError: if `clients` are not `population` many.
 
         >>> cohort = Cohort(2, 3)
         >>> first = cohort.draw(["a", "b", "c"], seed=1, round=1)

@@ -1,4 +1,4 @@
-"""Answers the server's messages that set up and open a secure sum, for one client.
+"""A client's answers to the messages with which the server prepares and opens a secure sum.
 
 "join" asks for the client's public key, "roster" brings the keys of all clients, and "unmask" asks
 for the shares that open the sum of a round.

@@ -43,7 +43,7 @@ from fedpress.wire.message import Message
 
 @dataclass(frozen=True, eq=False)
 class RoundRecord:
-    """The result of one round; its `params` and `server_state` are enough to resume (see `Start`).
+    """The result of one round. A run resumes from `round`, `params` and `server_state` (`Start`).
 
     Attributes:
         round: number of the round, from 1.
@@ -52,9 +52,9 @@ class RoundRecord:
             `<part>/<name>`. Example: `optimizer/velocity`.
         bytes_up: size of all messages from the clients in this round.
         bytes_down: size of all messages to the clients in this round.
-        clients: one row for each update in the mean, in client order. A row has those of `client`,
-            `examples`, `loss`, `update_norm` and `steps` that privacy allows. There are no rows if
-            privacy forbids to name clients.
+        clients: one row for each update in the mean, in the order in which they were added. A row
+            has `client`, `examples`, `loss`, `update_norm` and `steps`, except those that privacy
+            forbids. There are no rows in a secure sum, and if privacy forbids to name clients.
         refused: client whose answer is missing or was not used -> the reason.
         seconds: wall time of the round.
         failures: noisy counts of examples (or clients) without a usable gradient; None without
@@ -111,8 +111,8 @@ def rounds(
     round. So a resumed run gives the same bits as an uninterrupted run.
 
     Args:
-        terms: the settings that server and clients share. Clients check their fingerprint in every
-            request. If `num_rounds` is None, the rounds never end.
+        terms: the settings that server and clients share. Every request contains a fingerprint of
+            them, which the client checks. If `terms.num_rounds` is None, the rounds never end.
         transport: carries messages to the clients.
         start: the parameters and, for a resumed run, the server's state.
         secret: key of the server's noise and sampling (256 bits). If None, both follow from the
@@ -120,8 +120,9 @@ def rounds(
         delays: how long clients take, on a virtual clock; None: there is no virtual clock.
 
     Raises:
-        RecipeError: if parameters, clients or schedule do not fit the uplink. This call raises the
-            error, before the first round runs.
+        RecipeError: if parameters, number of clients or schedule do not fit the uplink, or if
+            downlink or algorithm do not work with the schedule. This call raises the error, before
+            the first round runs.
     """
     uplink = terms.uplink
     params = start.params
@@ -202,7 +203,7 @@ class _Run:
         clients: names of all clients, in the transport's order.
         params: the server's parameters [d].
         parts: the server's state: name from `PARTS` -> tensors by name.
-        session: the server's side of the aggregation (a plain or a secure sum).
+        session: the server's side of the aggregation, such as a secure sum.
         scheduler: decides when which client is asked.
         outbox: tasks that were sent and are not answered yet.
         latest: the message with the newest model; None before the first message is sent.
@@ -265,7 +266,8 @@ class _Run:
         timing, late = self.scheduler.end()
         for client, reason in late.items():
             gatherer.take(client, error(reason), task=number)
-        # After a deadline, or with over-selection, tasks stay open whose answers nobody waits for.
+        # After a deadline, or with over-selection, some tasks are still open, but nobody waits for
+        # their answers.
         stopped = self.outbox.cancel_all_but(self.scheduler.at_work)
         mean = gatherer.close()
         self._note_answers(mean, timing, stopped, number, broadcast)
@@ -362,8 +364,8 @@ class _Run:
         }
         if terms.uplink.adaptive is not None:
             header["clip_norm"] = terms.uplink.update_scale(self.parts["uplink"])
-        # Under buffered steps, clients are asked at several times with the same model. Reusing
-        # the message means that it is serialized once.
+        # A buffered schedule asks clients at several times with the same model. The message is
+        # reused, so that it is serialized once.
         if self.latest is None or self.latest.header != header:
             extras = terms.algorithm.server_down(self.parts["optimizer"])
             self.latest = Message("fit", header, {PARAMS: self.params, **extras})

@@ -21,14 +21,16 @@ from fedpress.privacy.noise.mechanism import add_noise, noise_sum
 from fedpress.privacy.plan import PrivacyPlan
 
 KEYS = "noise_keys"
-"""Name in the state of the keys of past draws for the updates' noise."""
+"""Name of the state's tensor with the keys that seeded past draws of the update's noise."""
 FAILURE_KEYS = "failure_keys"
-"""The same for the noise of failure counts."""
+"""Name of the state's tensor with the keys that seeded past draws of noise on failure counts."""
 
 
 @dataclass(frozen=True)
 class ServerNoise:
-    """Gaussian noise of standard deviation `plan.noise_std` on each value of a sum.
+    """Gaussian noise on each value of a sum.
+
+    Without a factorization its standard deviation is `plan.noise_std`.
 
     Attributes:
         plan: clip norm and noise multiplier.
@@ -41,7 +43,10 @@ class ServerNoise:
 
     @property
     def multiplier(self) -> float:
-        """Standard deviation of the noise on one value of a round, divided by the clip norm."""
+        """Standard deviation of the noise on one value of a round, divided by the clip norm.
+
+        With a factorization the first rounds have less noise, because there are fewer draws.
+        """
         if self.factorization is None:
             return self.plan.noise_multiplier
         root = math.sqrt(sum(w * w for w in self.factorization.coefficients))
@@ -51,8 +56,8 @@ class ServerNoise:
     def _scaling(self) -> tuple[object, ...]:
         """The settings that decide the scale of the noise; the random stream is named by them.
 
-        Otherwise the same draw z could be added to the same sum s at two scales, and two such
-        answers would reveal s: (s + 2z) - 2 (s + z) = -s.
+        Without them in the name, the same draw z could be added to the same sum s at two scales,
+        and the two answers would reveal s: (s + 2z) - 2 (s + z) = -s.
         """
         return (self.plan,) if self.factorization is None else (self.plan, self.factorization)
 
@@ -64,7 +69,7 @@ class ServerNoise:
         Args:
             counts: float64 [k]; one protected unit changes one count by at most 1.
             state: state of the noise after the last round.
-            key: key of the server in this round.
+            key: seeds the server's random streams of this round.
             hidden: fingerprint of the sums of this round, by which the random stream is named.
 
         Returns:
@@ -81,13 +86,14 @@ class ServerNoise:
         """Adds noise to the sum of one vector, such as the update.
 
         The noise is a pseudorandom function of the key and of the sum. Another sum, or the same sum
-        under another plan, gets independent noise. So two runs with one seed cannot be subtracted
-        to remove the noise. The same sum gets the same noise, which reveals nothing new.
+        under another plan, gets independent noise. So the noise cannot be removed by subtracting
+        the results of two runs with one seed. The same sum gets the same noise, which reveals
+        nothing new.
 
         Args:
             total: the sum [d].
             state: state of the noise after the last round.
-            key: key of the server in this round.
+            key: seeds the server's random streams of this round.
             name: name of the vector.
 
         Returns:
@@ -112,7 +118,7 @@ class ServerNoise:
         Args:
             total: values [d].
             state: state of the noise after the last round.
-            key: key of the server in this round.
+            key: seeds the server's random streams of this round.
             word: first part of the random stream's name, such as "noise".
             hidden: second part of this name: a fingerprint of the values.
             keys_name: name of the entry in the state that holds the keys of past draws.

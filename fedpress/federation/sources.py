@@ -10,4 +10,4 @@ GRADIENT_SOURCES: Mapping[str, GradientSource] = {
     "private": private_steps,
     "joint": joint_steps,
 }
-"""Keyed by `Trust.steps`. On a device `ondevice.device_steps` replaces "plain"."""
+"""Value of `Trust.steps` -> function. On a device `ondevice.device_steps` replaces "plain"."""

@@ -1,6 +1,7 @@
 """The table of trust models: what privacy protects, who adds the noise, what clients may report.
 
-A run picks one row: a kind of this table, and the protected unit (one example, or one client).
+A run picks a row of `TRUSTS` by a kind of this table and the protected unit: one example ("sample")
+or all examples of one client ("client").
 
 | kind | who adds the noise | who learns only private results |
 | --- | --- | --- |
@@ -29,7 +30,9 @@ from fedpress.federation.vectors import ExtraVector
 from fedpress.privacy.plan import PrivacyPlan
 
 Unit: TypeAlias = Literal["sample", "client"]
+"""What privacy protects; see `Trust.unit`."""
 Kind: TypeAlias = Literal["open", "local", "distributed", "central"]
+"""Who adds the noise; see the table at the top of this file."""
 
 
 @dataclass(frozen=True)
@@ -50,8 +53,9 @@ class Trust:
         hides_cohort: whether only the server may know which clients took part in a round.
         fixed_divisor: whether a sum is divided by a public number, however many clients replied.
             Otherwise it is divided by the sum of the clients' weights.
-        keeps_residual: whether a client may use error feedback. Not if noise is added to the vector
-            itself: the residual would contain the noise, and the next update would remove it.
+        keeps_residual: whether a client may use error feedback. It may not if it adds noise to the
+            vector itself: the residual would contain the noise, and the next update would remove
+            it.
         on_failure: what a client does if its training fails. "raises": it sends the error.
             "hides_cause": it sends an error without the cause. "counts_client": it sends zeros, and
             counts as one failed client. "counts_batch": it sends zeros, and counts its expected
@@ -78,7 +82,7 @@ class Trust:
 
     @property
     def on_aggregate(self) -> bool:
-        """Whether noise is added to the sum, whose sensitivity must then be finite."""
+        """Whether only the sum has all the noise; the sum's sensitivity must then be finite."""
         return self.noise in ("sum", "server")
 
     def codecs(
@@ -92,7 +96,7 @@ class Trust:
             vectors: number of vectors that a client sends, see `per_vector_multiplier`.
 
         Returns:
-            A clip, followed by noise if each client adds noise to its vector. Nothing if
+            A clip, followed by noise if each client adds all the noise to its vector. Nothing if
             `clip_norm` is None.
         """
         if clip_norm is None:
@@ -111,8 +115,9 @@ class Trust:
             start: bound of the vector before the first codec.
             end: bound of the encoded vector, after the last codec.
         """
-        # Without noise on the aggregate: the largest norm that an honest client's vector can have.
-        # It is infinite if clients add noise to it, because clipping would change the noise.
+        # Without noise on the aggregate, the bound is the largest norm that an honest client's
+        # vector can have. It is infinite if clients add noise to the vector, because clipping would
+        # change the noise.
         l2 = end.decoded_l2
         # Noise on the aggregate is proportional to the clip norm. Codecs may make a vector longer
         # (rounding does, slightly), so the server clips it back to the clip norm.
@@ -139,7 +144,8 @@ class Trust:
         """Checks that the privacy guarantee holds with plan, cohort, weights and aggregator.
 
         Raises:
-            RecipeError: if one of them breaks the guarantee.
+            RecipeError: if one of them breaks the guarantee, or if the aggregator does not have
+                these weights.
         """
         if weights not in ("examples", "equal"):
             raise RecipeError(f"got {weights!r}, expected 'examples' or 'equal'", place="weights")
@@ -287,8 +293,8 @@ class Trust:
         Without the check one client could stop the run for all by reporting a huge number.
 
         Raises:
-            WireError: if the client reports more failures than it has examples, or a negative
-                number, and noise cannot be the reason.
+            WireError: if a count is negative or the counts are too large, by more than noise can
+                explain. At most examples x steps failures are possible, or 1 under unit "client".
         """
         tally = Tally(*need("update", header, "failures"))
         most = 1.0
@@ -323,13 +329,13 @@ class Trust:
 
 
 def per_vector_multiplier(noise_multiplier: float, vectors: int) -> float:
-    """Returns the noise multiplier for each of m vectors, so that all together cost like one.
+    """Returns the noise multiplier of each of m vectors that together cost as much as one vector.
 
     One client moves vector i by at most the clip norm C_i of this vector. If vector i is divided by
     C_i sqrt(m), all m vectors together form one vector that a client moves by at most 1. This joint
     vector gets noise of standard deviation `noise_multiplier`, so vector i itself gets noise of
     standard deviation noise_multiplier sqrt(m) C_i. The m vectors are then one Gaussian mechanism,
-    which the ledger charges with `noise_multiplier`.
+    which costs as much privacy as one vector with `noise_multiplier`.
 
     Args:
         noise_multiplier: noise multiplier of the joint vector.
@@ -389,7 +395,11 @@ OLD_KINDS = {"secure": "distributed"}
 
 
 def trust_of(unit: Unit | None, kind: str | None = None) -> Trust:
-    """Returns the row of `unit` (None: no privacy) and `kind` (None: the default of the unit).
+    """Returns the row of `unit` and `kind`.
+
+    Args:
+        unit: what privacy protects; None: no privacy, and `kind` is ignored.
+        kind: who adds the noise; None: the default of the unit.
 
     Raises:
         RecipeError: if there is no such row.
@@ -423,13 +433,13 @@ def _check_client_unit(plan: PrivacyPlan, cohort: Cohort, weights: Weights) -> N
             place="weights",
             cure='set weights = "equal"',
         )
-    # The noise is multiplier x clip norm, so it would be infinite, or none at all.
+    # The noise is multiplier x clip norm: other clip norms would make it infinite or 0.
     if not 0 < plan.clip_norm < math.inf:
         raise RecipeError(
             f"got {plan.clip_norm}, expected a finite bound above 0",
             place="privacy.clip_norm",
         )
-    # A smaller probability than the cohort's would claim too much amplification.
+    # A plan with a smaller probability than the cohort's would claim too much amplification.
     if plan.sampling_prob != cohort.sampling_prob:
         raise RecipeError(
             (

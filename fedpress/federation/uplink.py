@@ -43,8 +43,8 @@ class Uplink:
         divisor: public number by which a private sum is divided, however many clients replied.
         noise: noise that the server adds, with trust "central"; else None.
         adaptive: how the clip norm adapts to the norms of the updates; None: it is fixed. If it
-            adapts, each request contains the current clip norm, and clients divide their updates
-            by it.
+            adapts, each request contains the current clip norm, by which clients divide their
+            updates.
     """
 
     vector_codecs: tuple[VectorCodec, ...]
@@ -86,7 +86,7 @@ class Uplink:
         guarantee.check(payload)
 
         noise = trust.server_noise(plan, guarantee.noise)
-        # Under unit "sample" each example's gradient is clipped, so the update needs no clip.
+        # Under unit "sample" each example's gradient is clipped, so the update is not clipped.
         clip_norm = plan.clip_norm if plan is not None and trust.unit == "client" else None
         vectors = payload.vectors(clip_norm)
         binder = _Binder(trust, plan, aggregator, cohort.size, noise, len(vectors))
@@ -196,7 +196,8 @@ class _Binder:
             RecipeError: if the codecs do not fit together.
         """
         privacy = self.trust.codecs(self.plan, vector.clip_norm, self.vectors)
-        # Clip and noise come first, as the noise must be added to the clipped vector itself.
+        # Clip and noise come first: the noise must be added to the clipped vector, before other
+        # codecs change it.
         codecs = (*privacy, *vector.codecs)
         with renaming(_places(name, len(privacy), len(vector.codecs))):
             chain, end = bind_chain(codecs, start)

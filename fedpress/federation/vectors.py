@@ -11,11 +11,12 @@ from torch import Tensor
 from fedpress.codecs import Bound, Settings
 
 Vectors: TypeAlias = Mapping[str, Tensor]
-"""Name -> float32 [size]."""
+"""Name of a vector -> its values, float32 [size]."""
 UPDATE = "update"
-"""Sent by every client: its parameters after local training minus the server's."""
+"""Name of the vector that every client sends. For FedAvg, its values are the client's parameters
+after local training minus the server's."""
 PARAMS = "params"
-"""Sent to every client: the server's parameters."""
+"""Name of the vector that the server sends to every client: the server's parameters."""
 
 
 @dataclass(frozen=True)

@@ -18,10 +18,12 @@ from fedpress.federation.schedules.buffered import Buffered
 from fedpress.federation.schedules.synchronous import Synchronous
 
 AnySchedule: TypeAlias = Annotated[Synchronous | Buffered, Field(discriminator="kind")]
+"""A table of a recipe, such as `{ kind = "buffered", buffer = 10 }`."""
 SCHEDULES: dict[str, type[Synchronous] | type[Buffered]] = {
     "synchronous": Synchronous,
     "buffered": Buffered,
 }
+"""Name in a recipe -> class of the schedule's settings."""
 
 __all__ = [
     "SCHEDULES",

@@ -1,8 +1,8 @@
 """The interface of a schedule: when the server asks which client, and when it takes a step.
 
 A schedule handles no messages, so a run can be simulated without training. With `delays` a schedule
-has a virtual clock: each task takes a simulated time, and answers are taken in the order of these
-times.
+has a virtual clock: each task takes a simulated time, and these times decide which answers are in a
+server step.
 
 A task is one local training of one client. It is named by the client and a number: after v server
 steps the model has version v, and a task that starts from this version has number v + 1. The server
@@ -47,7 +47,7 @@ class Timing:
         answered: clients whose answers the step waited for, including late and refused answers.
         staleness: for each answer in the step, in the order of the sum, the number of server steps
             that were taken while its client was working.
-        late: clients of `answered` that missed the deadline.
+        late: clients of `answered` that missed the deadline on the virtual clock.
         spare: clients that were asked but not needed, because enough other clients were faster.
         simulated_seconds: virtual time since the start of the run; None without delays.
     """
@@ -102,7 +102,7 @@ class Scheduler(Protocol):
         ...
 
     def wait(self) -> list[Assignment]:
-        """Returns the tasks from which the next answer must come.
+        """Returns the tasks of which one must be answered next.
 
         The list is empty if the step has all its answers.
         """
@@ -136,7 +136,11 @@ class Participation(Protocol):
 
     @property
     def composed_tasks(self) -> int:
-        """Number of tasks of one client that the accountant composes when noise is planned."""
+        """Number of tasks of one client that the accountant composes when noise is planned.
+
+        In synchronous rounds it is the number of rounds, although a client may be asked in fewer.
+        In a buffered schedule it equals `max_tasks`.
+        """
         ...
 
     @property
@@ -163,12 +167,15 @@ class Schedule(Protocol):
 
     @property
     def one_model(self) -> bool:
-        """Whether all updates of a step start from one model, and the step's clients are known."""
+        """Whether all updates of a step start from one model.
+
+        It is then also known which clients a step asks when the step begins.
+        """
         ...
 
     @property
     def timed(self) -> bool:
-        """Whether the schedule depends on time, so that a simulation needs `delays`."""
+        """Whether the schedule has a deadline, so that a simulation needs `delays`."""
         ...
 
     @property
@@ -210,8 +217,9 @@ def look_ahead(
 ) -> list[list[ClientId]]:
     """Simulates a run without training; returns the clients asked in each of `num_steps` steps.
 
-    The result does not depend on data: clients are drawn by the seed, and delays decide who answers
-    first. A refused answer counts in its step like a used answer, so refusals change nothing here.
+    The result does not depend on data: the seed decides which clients are drawn, and the delays
+    decide which client answers first. A refused answer counts in its step like a used answer, so
+    refusals change nothing here.
     """
     scheduler = schedule.open(context, {})
     asked: list[list[ClientId]] = []
@@ -220,7 +228,7 @@ def look_ahead(
         # A buffered schedule asks again after each answer, see below.
         names = [one.client for one in scheduler.ask()]
         while waiting := scheduler.wait():
-            # As in a run with delays, where `wait` returns one task at a time.
+            # With delays `wait` returns one task at a time, so the order is that of a real run.
             scheduler.take(waiting[0])
             names += [one.client for one in scheduler.ask()]
         scheduler.end()

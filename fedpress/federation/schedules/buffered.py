@@ -1,4 +1,4 @@
-"""The buffered schedule (FedBuff): a server step after every `buffer` updates, asynchronously."""
+"""The buffered schedule (FedBuff): clients work asynchronously; `buffer` updates make a step."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ from fedpress.federation.schedules.base import (
 
 
 class Buffered(BaseModel):
-    """FedBuff: `concurrency` clients work at any time; every `buffer` updates make a server step.
+    """FedBuff: up to `concurrency` clients work at a time; `buffer` updates make a server step.
 
     Nguyen et al. 2022 (arXiv:2106.06639), algorithm 1. When a client answers, the server asks
-    another client, which is drawn from those that neither work nor have an update in the buffer. An
-    update that is s steps old is multiplied by (1 + s)^-staleness_exponent.
+    another client, which is drawn from the clients that neither work nor have an update in the
+    buffer. An update that is s steps old is multiplied by (1 + s)^-staleness_exponent.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -53,7 +53,7 @@ class Buffered(BaseModel):
 
     @property
     def timed(self) -> bool:
-        """No: without delays, answers are taken in the order of asking."""
+        """No: there is no deadline, and a simulation without delays takes answers in order."""
         return False
 
     @property
@@ -74,7 +74,7 @@ class Buffered(BaseModel):
                 place="size",
                 cure="leave cohort out",
             )
-        # Other samplings would claim that clients are drawn independently in each step.
+        # Any other value would claim a way of sampling that this schedule does not use.
         if sampling != "fixed":
             raise RecipeError(
                 (
@@ -84,7 +84,7 @@ class Buffered(BaseModel):
                 place="sampling",
                 cure="leave sampling out",
             )
-        # With fewer clients than places the buffer would never be full.
+        # With fewer clients than places in the buffer, the buffer would never be full.
         if self.buffer > population:
             raise RecipeError(
                 (
@@ -184,7 +184,7 @@ class _BufferedScheduler:
         clients = self._context.clients
         stream = private_stream(self._context.seed, "cohort", self._draws)
         # Rejection sampling needs no list of the idle clients, of which there may be thousands. It
-        # is fast, because few clients are busy.
+        # is fast if most clients are idle, as usual.
         while True:
             client = clients[int(stream.integers(len(clients)))]
             if client not in busy:
@@ -207,7 +207,7 @@ class _BufferedScheduler:
         """See `Scheduler`."""
         self._working.remove(assignment)
         self._taken.append(assignment)
-        # An answer may have been due in an earlier step, but the clock must not go backwards.
+        # Without `max` the clock would go backwards if the answer was due before the current time.
         self._now = max(self._now, assignment.due)
 
     def end(self) -> tuple[Timing, dict[ClientId, str]]:

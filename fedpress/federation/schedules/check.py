@@ -13,15 +13,15 @@ from fedpress.federation.uplink import Uplink
 
 @dataclass(frozen=True)
 class Needs:
-    """Which parts a run has, of those that do not work with every schedule.
+    """Some parts do not work with every schedule; this says which of these parts a run has.
 
     Attributes:
-        secure: a secure sum; its clients must be known before they answer.
-        downlink: the model is sent as a difference to each client's copy.
-        adaptive: the clip norm adapts to the norms of the updates.
-        correlated: the noise is correlated over the steps.
-        client_state: clients store a state of the algorithm.
-        hides_clients: noise on the sum hides whether a client took part (client privacy).
+        secure: whether the run has a secure sum, whose clients must be known before they answer.
+        downlink: whether the model is sent as a difference to each client's copy.
+        adaptive: whether the clip norm adapts to the norms of the updates.
+        correlated: whether the noise is correlated over the steps.
+        client_state: whether clients store a state of the algorithm.
+        hides_clients: whether noise on the sum hides that a client took part (client privacy).
     """
 
     secure: bool = False
@@ -85,8 +85,8 @@ def _check_many_models(schedule: Schedule, needs: Needs) -> None:
     reasons = {
         "secure": (
             "a secure sum",
-            "masks cancel only among clients that know each other before they answer, and it is "
-            "not known before which clients will be in a sum",
+            "masks cancel only among clients that know each other before they answer, but here "
+            "nobody knows beforehand which clients will be in a sum",
             'set aggregator = "mean"',
         ),
         "downlink": (

@@ -23,6 +23,7 @@ from fedpress.federation.schedules.base import (
 )
 
 UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0}
+"""Suffix of a time in a recipe -> seconds."""
 
 
 def _seconds(value: object) -> object:
@@ -41,6 +42,8 @@ def _seconds(value: object) -> object:
 
 class Synchronous(BaseModel):
     """The server sends the model to a cohort, and takes a step when all answers have come.
+
+    With a deadline or over-selection, it does not wait for all answers.
 
     Attributes:
         deadline: seconds after which the server stops waiting; also a text such as "90s", "5m" or
@@ -134,7 +137,8 @@ class _SynchronousScheduler:
         self._wanted = len(names)
         if self._settings.drops:
             self._wanted = min(len(names), context.cohort.size)
-        # For a deadline in real time. A monotonic clock, because the wall clock may be adjusted.
+        # Start of the deadline in real time. A monotonic clock, because the wall clock may be
+        # adjusted.
         self._started = time.monotonic()
         self._open = self._expected()
 
@@ -180,8 +184,9 @@ class _SynchronousScheduler:
         left = [one for one in self._asked if one not in taken]
         late: dict[ClientId, str] = {}
         now = max((one.due for one in self._taken), default=self._now)
-        # With too few answers, the server has waited until the deadline, and the other clients are
-        # late. With enough answers, the other clients were not needed.
+        # If there are too few answers, the other clients missed the deadline on the virtual clock.
+        # (In real time `take` is called for every client, also at the deadline.) If there are
+        # enough answers, the other clients were not needed.
         if len(taken) < self._wanted:
             assert self._settings.deadline is not None
             late = {one.client: self._late(one) for one in left}
@@ -202,7 +207,7 @@ class _SynchronousScheduler:
         return timing, late
 
     def _late(self, one: Assignment) -> str:
-        """Returns the reason why a client is left out: when its answer would have come."""
+        """Returns the reason why a client is left out: its simulated time and the deadline."""
         seconds = one.due - self._now
         return (
             f"late: its answer would have come after {seconds:.4g} s, and the deadline is "
@@ -215,7 +220,7 @@ class _SynchronousScheduler:
 
     @property
     def patience(self) -> float | None:
-        """Real seconds until the deadline; None without one, or with delays."""
+        """Real seconds until the deadline; None without a deadline, or with a virtual clock."""
         if self._context.delays is not None or self._settings.deadline is None:
             return None
         return max(0.0, self._started + self._settings.deadline - time.monotonic())
