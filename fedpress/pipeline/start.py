@@ -105,8 +105,9 @@ def first_state(recipe: Recipe, data: data_sets.FederatedData) -> State:
         **({"class_names": data.class_names, "task": data.task.to_json()} if data.labelled else {}),
         "input_dtype": dtype_of(examples.x),
     }
-    # torch.nn draws new weights from the global generator. It is seeded from a random stream of
-    # its own, "weights", so that the run's other random numbers do not depend on it.
+    # torch.nn draws new weights from the global generator. Its seed is drawn from the random stream
+    # "weights", which nothing else uses, so that other random numbers of the run do not depend on
+    # the weights.
     torch.manual_seed(derive(recipe.seed, "weights"))
     if recipe.model.checkpoint is not None:
         spec, model = saved_model(recipe.model.checkpoint)
@@ -248,15 +249,16 @@ def _check_outputs(
 
 
 def with_parent(state: State, before: State, load: Loader | None) -> State:
-    """Returns the state after a stage; sets `parent` if no earlier stage has changed the spec.
+    """Returns the state after a stage; sets an unset `parent` if this stage changed the spec.
 
-    The parent is the model before the first stage that changed the spec, for example before the
-    first pruning. A later stage with `teacher = "dense"` distils from this model.
+    So the parent is the trained model before the first stage that changed its spec, for example
+    before the first pruning. A later stage with `teacher = "dense"` distils from the parent.
 
     Args:
         state: the state after a stage.
         before: the state before this stage.
-        load: loads the model before the stage; None if that model is untrained.
+        load: loads the model before the stage; None if this model is untrained, and then `parent`
+            stays unset.
     """
     if (
         state.parent is None

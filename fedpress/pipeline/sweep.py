@@ -368,9 +368,9 @@ def _worth(stage: dict[str, Any]) -> float:
 def pareto(points: Sequence[tuple[float, float]]) -> list[int]:
     """Returns the positions of the Pareto-optimal points (cost, value), by rising cost.
 
-    A point is not optimal if another point is at least as good in both numbers and better in one
-    (a low cost and a high value are good). Points with NaN are left out. The time is O(n log n)
-    (Kung et al. 1975).
+    A point is not optimal if another point is at least as good in both numbers and better in at
+    least one (a low cost and a high value are good). Points with NaN are left out. The time is
+    O(n log n) (Kung et al. 1975).
 
     >>> pareto([(2.0, 0.9), (1.0, 0.8), (3.0, 0.85)])
     [1, 0]

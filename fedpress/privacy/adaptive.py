@@ -41,7 +41,7 @@ class AdaptiveClip:
     lr: Annotated[float, Field(description="learning rate of the logarithm of the clip norm")] = 0.2
     count_noise: Annotated[
         float | None,
-        Field(description="noise on the number of unclipped clients; by default from the cohort"),
+        Field(description="standard deviation of the noise on the sum of bits; default: computed"),
     ] = None
 
     def __post_init__(self) -> None:

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Iterable
 
 MAX_EXCESS = 700.0
-"""Function values are clipped to this, because Brent's method cannot handle infinite ones."""
+"""Function values are clipped to +- this number, because Brent's method needs finite values."""
 
 BEST_RTOL = 1e-15
 """About the smallest relative distance that Brent's method can reach in double precision."""
@@ -31,8 +31,8 @@ def safe_root(
 
     Args:
         excess: above 0 where the guarantee does not hold, at most 0 where it holds; monotone
-            between `unsafe` and `safe`. It may be called twice with the same number: cache it if it
-            is slow.
+            between `unsafe` and `safe`. The function may be called twice with the same number, so
+            cache a slow function.
         unsafe: one end of the interval, where the guarantee does not hold; above 0.
         safe: the other end, where the guarantee holds; above 0.
         rtol: approximate relative distance from the root.

@@ -30,8 +30,8 @@ def comparison_table(before: Json, after: Json) -> Table:
     numbers were measured in different ways, such as latencies in two runtimes.
 
     Args:
-        before: the result of the stage before.
-        after: the result of the stage itself.
+        before: the measured numbers of the model that was given to the command.
+        after: the result of the command's stage.
     """
     rows = [
         *_metric_rows(before, after),

@@ -1,4 +1,8 @@
-"""Draws the figures of compression: sensitivity, density, bits of each layer, bytes of a file."""
+"""Draws the figures of compression: sensitivity, density, bits of each layer, bytes of a file.
+
+The argument `name` is the name of the stage, for the title. A function returns None if the run has
+no data for its figure.
+"""
 
 from __future__ import annotations
 
@@ -30,13 +34,6 @@ def sensitivity_curves(name: str, records: list[Json]) -> Figure | None:
 
     Each point was measured with one layer pruned and all other layers whole. The 8 most sensitive
     layers are coloured.
-
-    Args:
-        name: name of the stage, for the title.
-        records: the records of the stage.
-
-    Returns:
-        The figure; None if no record has a sensitivity.
     """
     points = []
     for record in records:
@@ -93,10 +90,7 @@ def _layer_curve(layer: str, curve: list[Json], shown_by: MetricFormat, color: C
 
 
 def density_over_epochs(name: str, epochs: list[Json]) -> Figure | None:
-    """Draws the density over the epochs, and below it lambda, the weight of a penalty on density.
-
-    Returns None if no epoch records a density.
-    """
+    """Draws the density over the epochs, and below it lambda, the weight of the density penalty."""
     density, weight = values(epochs, "density", 100), values(epochs, "lambda")
     # Only stages that prune or sparsify over several epochs record a density.
     known = [d for d in density if d is not None]

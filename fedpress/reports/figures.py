@@ -45,8 +45,8 @@ def figures(run: Run) -> list[Figure]:
     for steps in records_by_stage(run.records):
         epochs = [step for step in steps if "epoch" in step]
         rounds = [step for step in steps if "round" in step]
-        # Pruning in several steps records the layers after each step: the last record is the final
-        # one.
+        # Pruning in several steps records the layers after each step: the last record has the
+        # final layers.
         cut = next((step for step in reversed(steps) if "layers" in step), {})
         name = name_of(steps[-1])
         found += [

@@ -53,7 +53,7 @@ def labels(figure: Figure, panel: Panel, x: Scale, y: Scale, frame: Box) -> list
         y: scale of the vertical axis.
         frame: the box that all labels must be inside of.
     """
-    # Grows with each label, so that the next one avoids it.
+    # The box of each label is added, so that the next label avoids it.
     taken = _taken(panel, x, y)
     drawn = [_top_note(note, x, y) for note in figure.notes]
     for series in panel.series:

@@ -11,8 +11,8 @@ from fedpress.reports.scales import Part, Scale, pixel_of, smallest_distance, st
 from fedpress.reports.svg import element, pixels
 
 # Every element makes the page larger and slower. A figure is at most 980 pixels wide.
-MOST_HOVERED = 90  # about how many points of a series have a tooltip at most
-MOST_VERTICES = 400  # about how many points of a line, or bars, are drawn at most
+MOST_HOVERED = 90  # approximate limit for the points of a series that have a tooltip
+MOST_VERTICES = 400  # approximate limit for the points of a line, or the bars, that are drawn
 
 Place = tuple[float, float] | None
 """A pixel in the picture; None for a point that is not shown."""

@@ -101,7 +101,8 @@ def sweep_outcome(page: Json) -> str:
 def _smallest_near(best: Json, rows: Sequence[Json], metric: MetricFormat) -> Json:
     """Returns the row with the smallest file whose metric is within one standard error of `best`.
 
-    Returns `best` itself if no other row is so close, or its standard error is not known.
+    Returns `best` itself if no row so close has a smaller file, or if the standard error of `best`
+    is not known.
     """
     # Differences within one standard error may be chance; then the smaller file is the better
     # choice.

@@ -236,7 +236,7 @@ def _spent_on_samples(gaussian: tuple[GaussianEvent, ...], delta: float, points:
         return Spent(min(by_losses, by_renyi), upper_bound=True)
 
     # Sampling never increases epsilon, so the closed form without sampling is a bound as well. If
-    # nearly all units take part, it may be slightly below the result of the grid.
+    # nearly all units take part, the closed form may be slightly below the result of the grid.
     unsampled = tuple(replace(event, sampling_prob=1.0) for event in gaussian)
     without_sampling = _gaussian_epsilon(total_mu(unsampled), delta)
 

@@ -195,7 +195,7 @@ def check_delta(delta: float) -> None:
     """Raises RecipeError unless `delta` is inside (0, 1) and at least `LEAST_DELTA`."""
     if not 0 < delta < 1:
         raise RecipeError(
-            f"got {delta}, expected a number inside (0, 1), below one over the number of units",
+            f"got {delta}, expected a number inside (0, 1), best below 1 / number of units",
             place="delta",
         )
     if delta < LEAST_DELTA:

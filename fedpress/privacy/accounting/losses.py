@@ -217,8 +217,8 @@ class _Composition:
         Sums below the range wrap around to its upper end, with weight e^(-tilt * length). They are
         negligible if the length is at least log_tail / tilt; or if sums are below the range with
         probability at most `TAIL_SHARE` * delta (Chernoff's bound). Sums above the range wrap
-        around to its lower end, with weight e^(tilt * length). They matter only for losses of at
-        least `lowest`.
+        around to its lower end, with weight e^(tilt * length). They matter only if they land at
+        `lowest` or above, where `lowest` is the smallest epsilon that is looked for.
         """
         from scipy import fft
 

@@ -119,8 +119,9 @@ class Factorization:
 
         Args:
             draws: the vectors z [d] of this round and of earlier rounds, newest first. Their
-                standard deviation is `fresh_std`. If it is 1 instead, the caller multiplies the
-                result by `sensitivity` and passes it to `mechanism.add_noise`.
+                standard deviation is `fresh_std`. If the vectors have standard deviation 1 instead,
+                the caller multiplies the result by `sensitivity` and passes it to
+                `mechanism.add_noise`.
         """
         import torch
 
@@ -219,7 +220,7 @@ def _optimized(rounds: int, participations: int, min_separation: int, bands: int
 
     def log_error(free: np.ndarray) -> float:
         w = [1.0, *free.tolist()]
-        # If the search takes too long a step, C overflows.
+        # If a step of the search is too long, C overflows.
         with np.errstate(over="ignore", invalid="ignore"):
             moved = sensitivity(w, rounds, participations, min_separation)
         if not math.isfinite(moved):
@@ -243,7 +244,7 @@ def _search(
     """Returns candidates for w[1:]: two starting points, and the optimum found from each.
 
     The starting points are `square_root_coefficients`, and the weights of the plan with half as
-    many bands. Since they are candidates too, more bands are never worse than fewer.
+    many bands. Since both are candidates too, the result is never worse than this plan.
     """
     import numpy as np
     from scipy.optimize import minimize

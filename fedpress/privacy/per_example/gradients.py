@@ -1,7 +1,7 @@
 """The sum of clipped per-sample gradients for DP-SGD, with sensitivity `clip_norm`.
 
 There are three methods: "loop" (one backward pass per sample: slow, always correct), "ghost" and
-"vmap" (the whole batch at once). The fast methods are compared with the loop while they run.
+"vmap" (the whole batch at once). The fast methods can be compared with the loop while they run.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from fedpress.privacy.per_example.persample import (
 )
 
 Method = Literal["ghost", "vmap", "loop"]
+"""How the sum is computed; see the text at the top of this file."""
 
 Verify = Literal["nothing", "losses", "gradients"]
 """What is compared with the plain loop in every chunk of samples."""

@@ -20,7 +20,8 @@ from fedpress.core.parameters import trainable
 from fedpress.privacy.per_example.guard import Guard
 
 LossFn = Callable[[Tensor, Tensor], Tensor]
-"""Function (outputs [n, ...], labels [n]) -> mean loss, a scalar. Here n is always 1 or 2."""
+"""Function (outputs [n, ...], labels [n]) -> mean loss, a scalar. It is called for one example at a
+time: n is 1, or 2 for two copies of the example."""
 
 BLOCK = 1024
 """Squares are summed in float32 within blocks of this size, and in float64 over blocks."""
@@ -126,7 +127,7 @@ def _measure_one(views: list[Tensor], query: Query) -> tuple[Sample, list[tuple[
 
 
 def _gradient(query: Query, x: Inputs, y: Tensor) -> tuple[Tensor, tuple[Tensor | None, ...]]:
-    """Returns the loss of a batch and the gradient of each trainable parameter, None if unused."""
+    """Returns the loss of a batch, and for each trainable parameter its gradient or None."""
     loss = query.loss_fn(call(query.model, x), y)
     # A parameter that this sample does not reach has no gradient.
     return loss, torch.autograd.grad(loss, trainable(query.model), allow_unused=True)
@@ -194,7 +195,7 @@ def clip_factors(norms: Tensor, clip_norm: float) -> Tensor:
 
 
 def _redo_not_finite_(measured: Measured, views: list[Tensor], query: Query) -> Measured:
-    """Repeats samples without a finite float32 norm by the loop, which also tries float64."""
+    """Repeats samples without a finite float32 norm with the loop, which also tries float64."""
     for i, sample in enumerate(measured):
         if not math.isfinite(sample.norm):
             measured[i] = add_loop_(views, query.one(i))[0]
