@@ -81,7 +81,7 @@ def fingerprint(*parts: object) -> str:
     """Returns a 256-bit digest of `parts`, in hex.
 
     A tensor is hashed by dtype, shape and bytes, `NamedInputs` by sorted names and tensors, and any
-    other value by its canonical JSON.
+    other value by its canonical JSON (see `core.canonical`).
 
     Raises:
         TypeError: if a value has no canonical JSON. Its `repr` is not hashed instead,

@@ -72,7 +72,7 @@ def with_new_keys(
 
 
 def with_old_keys(table: Mapping[str, Any], rows: tuple[Renamed, ...]) -> dict[str, Any]:
-    """Returns settings in JSON types with the old keys and values.
+    """Returns `table` (settings in JSON types) with the old keys and values.
 
     An old setting without effect (`now` is None) is added if `table` does not have `now_key`.
 
@@ -106,7 +106,7 @@ class ReadsOldKeys(BaseModel):
     @model_validator(mode="wrap")
     @classmethod
     def _read(cls, value: Any, validate: Callable[[Any], Any]) -> Any:
-        # A finished settings object, or a value of a wrong type, which `validate` refuses.
+        # Settings objects need no reading, and `validate` refuses values of other types.
         if not isinstance(value, Mapping):
             return validate(value)
         table, said = with_new_keys(value, cls.renamed)

@@ -37,7 +37,8 @@ class FederatedData:
         num_classes: number of classes; labels are 0 to num_classes - 1. 0 for tasks without
             classes.
         class_names: one name per class.
-        preprocess: maps raw examples to the input of a network; fitted on `public` only.
+        preprocess: maps raw examples to the input of a network; given in the recipe, or fitted on
+            `public` only.
         left_out: numbers of rows that were dropped because their label or a word is unknown, by the
             keys "public", "validation", "test" and "clients" (all clients together; this number is
             private). Empty if the source defines all classes itself.

@@ -42,7 +42,7 @@ class FeatureColumns:
     settings: DataSettings
 
     def inputs(self, public: Tensor) -> InputRows:
-        """Returns float32 [n, d] for all rows.
+        """Returns the inputs of all rows, float32 [n, d].
 
         Public rows decide whether a column holds numbers or words, which words it has, and the mean
         that fills missing cells. A word that only private rows have gets no input of its own: the

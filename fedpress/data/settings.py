@@ -99,8 +99,8 @@ class DataSettings(BaseModel, frozen=True, extra="forbid"):
     )
     path: Annotated[Path, AfterValidator(_with_home)] | None = Field(
         None,
-        description="file or folder; a name with * stands for several files; without it cifar10 is "
-        "downloaded",
+        description="file or folder; a name with * stands for several files; without a path "
+        "cifar10 is downloaded",
     )
     # For machines without a network, where a clear error is better than a timeout.
     download: bool = Field(
@@ -113,7 +113,7 @@ class DataSettings(BaseModel, frozen=True, extra="forbid"):
         "names clients, else iid",
     )
     num_clients: int | None = Field(
-        default=None, ge=1, description="by default 10, or every natural client"
+        default=None, ge=1, description="number of clients; by default 10, or every natural client"
     )
     examples_per_client: int | None = Field(
         default=None, ge=1, description="private rows of each client; by default all rows are dealt"
@@ -157,8 +157,8 @@ class DataSettings(BaseModel, frozen=True, extra="forbid"):
     )
     class_weights: Literal["balanced"] | tuple[float, ...] | None = Field(
         None,
-        description="how much each class counts in the loss: a list, or balanced (by the public "
-        "part alone); by default all alike",
+        description="how much each class counts in the loss: a list, or balanced (computed "
+        "from the public part alone); by default all alike",
     )
     feature_columns: tuple[str, ...] | None = Field(
         None,
@@ -193,7 +193,7 @@ class DataSettings(BaseModel, frozen=True, extra="forbid"):
     )
     words: dict[str, Names] = Field(
         {},
-        description='the words of a column of words, such as { job = ["cook", "nurse"] }; by '
+        description='the words that a column may have, such as { job = ["cook", "nurse"] }; by '
         "default those of the public part",
     )
     # By default none: a list of words may reveal that a private row with a rare word exists.
@@ -213,8 +213,8 @@ class DataSettings(BaseModel, frozen=True, extra="forbid"):
         default=None,
         ge=1,
         le=4096,
-        description="height and width to which images are resized; without it all must have the "
-        "same size",
+        description="height and width to which images are resized; without it all images must "
+        "have the same size",
     )
     mean: tuple[float, ...] = Field(
         (), description="mean of each channel or feature; by default that of the public part"

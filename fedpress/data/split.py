@@ -22,7 +22,7 @@ from fedpress.tasks import Task
 
 
 def split_rows(examples: SourceRows, settings: DataSettings, seed: int) -> FederatedData:
-    """Splits the rows as `DataSettings` says; equal seeds give equal splits.
+    """Splits the rows in the order that `DataSettings` describes; equal seeds give equal splits.
 
     Raises:
         DataError: if there are too few rows for the sizes in the settings, or the settings do not

@@ -23,8 +23,8 @@ from fedpress.nn.observers import Observer
 # allowed error is multiplied by it. This value is for files that compute in float: runtimes add
 # numbers in another order than torch.
 TOLERANCE = 1e-4
-# The same for files that compute on integers: a value halfway between two steps may be rounded up in
-# one runtime and down in another, and the later layers compute with that difference.
+# The same for files that compute on integers: a value halfway between two steps may be rounded up
+# in one runtime and down in another, and the later layers compute with that difference.
 ROUNDING = 0.05
 
 
@@ -43,7 +43,8 @@ class Job:
         metadata: more entries for the file's metadata, such as class names.
         batches: batches of public examples for calibration, in the form of `example` or as
             standardised float32 [n, *input_shape]. If there are any, the file computes on 8-bit
-            integers, else in float. In both cases quantized weights are stored in few bits.
+            integers, else in float. In both cases quantized weights are stored in few
+            bits if the format supports this.
         observer: name of the rule that computes value ranges from the calibration batches (see
             `fedpress.nn.observers`).
         weight_bits: bits to which float weights of the model are quantized; 7 for processors on

@@ -169,12 +169,12 @@ def batch_dims(model: nn.Module, example: Example, spec: Any) -> dict[str, Any]:
 def flatten(given: Any) -> tuple[Structure, list[Tensor], list[str]]:
     """Flattens the outputs of a model.
 
-    They may be nested dictionaries (such as the outputs of transformers), tuples, lists and
+    The outputs may be nested dictionaries (such as the outputs of transformers), tuples, lists and
     dataclasses; None stays None.
 
     Returns:
-        The structure, the tensors in order, and a name for each: `logits` for a single tensor, else
-        the keys and indices that lead to it, joined by `_`.
+        The structure, the tensors in order, and a name for each: `logits` if the model returns just
+        a tensor, else the keys and indices that lead to the tensor, joined by `_`.
 
     Raises:
         ExportError: if an output is of another type.

@@ -60,8 +60,8 @@ def export_onnx(model: nn.Module, path: str | Path, job: Job) -> Artifact:
 
     The inputs have the names of forward's arguments; a single tensor is called `input`. A single
     output is called `logits`; tensors in tuples and dictionaries have names such as `hidden_0`.
-    Weights of quantized layers are stored in as many bits as they have. An older file at `path` is
-    replaced only when the new one is complete. The model is not changed.
+    Weights of quantized layers are stored in 2, 4 or 8 bits, the fewest that hold them.
+    An older file at `path` is replaced only when the new one is complete. The model is not changed.
 
     Raises:
         ExportError: if the model cannot be captured or converted (naming the module or operation),

@@ -95,8 +95,8 @@ def parity(
             this share of the values may differ. See `Artifact.tolerance`.
 
     Raises:
-        ExportError: if an output differs by more than allowed, if no example can be compared, or if
-            the file cannot be run.
+        ExportError: if an output has another shape or differs by more than allowed, if no example
+            can be compared, or if the file cannot be run.
     """
     names, expected = _model_outputs(model, x)
     session, got = _file_outputs(path, x)

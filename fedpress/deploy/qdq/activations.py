@@ -303,7 +303,10 @@ def _calibrated(found: Range, activations: Activations) -> QParams:
 
 
 def _is_computed_in_float(node: fx.Node, operations: Collection[fx.Node]) -> bool:
-    """Returns whether `node` is arithmetic on floats that is not in the integer `operations`."""
+    """Returns whether `node` is arithmetic on floats that is not in the integer `operations`.
+
+    Layers do not count, because `quantize_weights_` reports them.
+    """
     if node.op != "call_function" or not node.all_input_nodes:
         return False
     if node in operations or node.target in LAYERS or only_moves_values(node):

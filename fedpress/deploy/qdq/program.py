@@ -61,7 +61,8 @@ def quantized_program(
 ) -> QuantizedProgram:
     """Captures `model`, folds its batch norms, and quantizes what integer arithmetic needs.
 
-    Layers that are quantized already keep their codes, scales and input quantization. With
+    Layers that are quantized already keep their codes, scales and input quantization; these
+    change only for folded batch norms, large biases and inputs that were always 0. With
     `batches`, float weights are quantized to int8 per output channel. The inputs and outputs of
     convolutions, linear layers, matrix products, additions, multiplications, means and
     concatenations are quantized to 8 bits, over their ranges on the batches. Without batches,
