@@ -55,8 +55,8 @@ class OwnModules:
 def set_folders(*folders: Path) -> None:
     """Sets the folders of the user's own modules, and removes the working folder from `sys.path`.
 
-    `python -m` and `python -c` put the working folder first in `sys.path`. It is removed unless
-    PYTHONPATH names it.
+    `python -m` and `python -c` put the working folder first in `sys.path`. That entry is removed
+    unless PYTHONPATH names the working folder.
     """
     # This call replaces the finder of an earlier call.
     sys.meta_path[:] = [finder for finder in sys.meta_path if not isinstance(finder, OwnModules)]

@@ -1,7 +1,7 @@
 """Derives the seed or key of a random stream from the run's seed and the stream's name.
 
-Example: `derive(seed, "round", 3)` is the seed of a stream named ("round", 3). It does not depend
-on what was drawn before. The streams themselves are in `random_source`.
+Example: `derive(seed, "round", 3)` is the seed of a stream named ("round", 3). The seed does not
+depend on what was drawn before. The streams themselves are in `random_source`.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ from fedpress.errors import RecipeError
 
 
 class RandomSource(Protocol):
-    """A stream of random numbers; every call continues where the last one ended."""
+    """A stream of random numbers; every call continues where the last call ended."""
 
     @property
     def exact(self) -> bool:
@@ -196,11 +196,11 @@ class TorchRandom:
         self._device = "cpu" if generator is None else generator.device
 
     def normal(self, *shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
-        """Returns standard normals [shape]; float32 ones have 24 bits and stay within +-5.8."""
+        """Returns standard normals [shape]; in float32 they have 24 bits and stay within +-5.8."""
         return torch.randn(shape, generator=self.generator, device=self._device, dtype=dtype)
 
     def uniform(self, *shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
-        """Returns numbers [shape]; float32 ones have 24 bits, which biases small probabilities."""
+        """Returns numbers [shape]; float32 has 24 bits, so `u < p` is biased for small p."""
         return torch.rand(shape, generator=self.generator, device=self._device, dtype=dtype)
 
     def integers(self, high: int, *shape: int) -> Tensor:

@@ -120,7 +120,8 @@ def _refuse_encoding(path: Path, encoding: str) -> None:
     else:
         return
     place, why = f"'{path}'", f"not {encoding.upper()}"
-    # In UTF-16 one byte of every Latin character is 0: the first if it is big-endian.
+    # In UTF-16 one byte of every Latin character is 0: the first byte in big-endian order, else the
+    # second.
     if data.count(0) > len(data) // 4:
         order = "be" if data[::2].count(0) > data[1::2].count(0) else "le"
         raise DataError(

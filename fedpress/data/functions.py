@@ -146,7 +146,7 @@ def _of_classes(
 def _names_of_numbers(
     y: Tensor, public: Tensor, settings: DataSettings, where: str
 ) -> tuple[str, ...]:
-    """Returns the class names of the recipe, or else the numbers up to the largest public one."""
+    """Returns the class names of the recipe, or else all numbers up to the largest public label."""
     if settings.classes is not None:
         return settings.classes
     rows = rows_that_define_classes(public, len(y), settings, where)

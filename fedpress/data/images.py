@@ -55,8 +55,8 @@ def decode(
         where: function that maps the position of an image to its name in errors.
         size: height and width of the result; None: images are not resized and must have the same
             size.
-        like: position of the image that decides the number of channels and the size. It should be
-            public, because everybody sees the input shape of the model.
+        like: position of the image that decides the number of channels and the size. The image
+            should be public, because everybody sees the input shape of the model.
         progress: called with the number of decoded images.
 
     Raises:

@@ -88,7 +88,7 @@ class Dirichlet(_Settings, frozen=True):
         default=0.5,
         gt=0,
         le=1e6,
-        description="concentration of the Dirichlet distribution; with a small one each client "
+        description="concentration of the Dirichlet distribution; with a small alpha each client "
         "holds few classes",
     )
 
@@ -179,7 +179,7 @@ class Shards(_Settings, frozen=True):
         """Checks that the supply of each class is enough, and that every held class gets a row."""
         # A client needs at least one row of every class that it holds.
         demand = np.maximum(counts, holds).sum(axis=0)
-        # Only the first class, since an error names one mistake.
+        # Only the first such class, because an error names one mistake.
         for label in np.flatnonzero(demand > supply)[:1]:
             raise DataError(
                 (

@@ -133,7 +133,7 @@ def _concatenate(tables: list[Any], files: list[Path]) -> Any:
                 place=f"'{file}'",
                 cure="give each a different name",
             )
-    # "permissive": one file may have integers where another has decimals.
+    # "permissive", because one file may have integers where another file has decimals.
     try:
         return pa.concat_tables(tables, promote_options="permissive")
     except pa.ArrowException as error:

@@ -160,8 +160,8 @@ def trace(
         model: the model, in evaluation mode.
         example: a batch of two rows or more.
         free: whether the graph takes any batch size; if not, only the batch size of `example`.
-        strict: whether torch analyses the code of forward instead of running it. This supports
-            `len(x)`, but fewer features of Python.
+        strict: whether torch analyses the code of forward instead of running it. Strict
+            mode supports `len(x)`, but fewer features of Python.
     """
     args, named = arguments(example)
     shapes = batch_dims(model, example, {0: torch.export.Dim(BATCH)}) if free else None

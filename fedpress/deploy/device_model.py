@@ -131,7 +131,7 @@ class DeviceModel(nn.Module):
         Raises:
             ExportError: if a shape does not fit, or a target is invalid for the task.
         """
-        # The shapes are fixed in the program, and a wrong one could crash the runtime.
+        # The shapes are fixed in the program, and a wrong shape could crash the runtime.
         wanted = (self.batch_size, *self.input_shape)
         if tuple(x.shape) != wanted or {len(y), *weights.shape} != {self.batch_size}:
             raise ExportError(

@@ -277,7 +277,7 @@ def load_method(runtime: Any, path: str | Path, method: str) -> tuple[Any, Any]:
     """
     try:
         with captured_output():
-            # The runtime verifies the complete file here. A damaged one could crash it later.
+            # The runtime verifies the complete file here. A damaged file could crash it later.
             program = runtime.Runtime.get().load_program(Path(path))
             return program, program.load_method(method)
     except KeyError as error:

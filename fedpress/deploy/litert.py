@@ -36,8 +36,8 @@ FLOAT, QUANTIZE = 0, 114
 FOUR_BIT_SHIFT = 4
 """Bits by which XNNPACK's linear layers shift int4 weights and the int32 bias to the left.
 
-They keep an int4 weight in the upper half of a byte and multiply it as int8. So all sums are 16
-times as large, and a bias of more than 28 bits overflows silently.
+These layers keep an int4 weight in the upper half of a byte and multiply it as int8. So all sums
+are 16 times as large, and a bias of more than 28 bits overflows silently.
 """
 
 # Operations that move or convert values, and do no arithmetic.

@@ -40,7 +40,7 @@ def peak_memory(runnable: Runnable, given: InputSpec, *, batch: int = 1) -> int:
                 torch.export.save(capture(runnable, given), path)
         else:
             path = Path(runnable)
-        # Passed as a file: the other process cannot see this one's tensors.
+        # The batch is passed as a file, because another process cannot see our tensors.
         x = random_rows(given, batch)
         args, named = array_call(x)
         arrays = Path(folder) / "x.npz"

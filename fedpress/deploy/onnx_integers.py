@@ -30,8 +30,8 @@ def make_integer_(proto: Any, fewest_bits: int = 2) -> bool:
     - Means over the whole image become GlobalAveragePool, for which there is an integer kernel.
     - Weights that the graph transposes for a matrix product are stored transposed.
     - Weights that float operations read become a product of codes and scales. onnxruntime computes
-      a product of constants once, when it loads the file. It would compute a DequantizeLinear in
-      every run.
+      a product of constants once, when it loads the file. A DequantizeLinear would be computed
+      in every run.
     - Codes that fit are stored as INT4 or INT2, followed by a Cast that is also computed once. So
       4-bit and ternary weights make the file small and still run on 8-bit kernels.
 
@@ -40,8 +40,8 @@ def make_integer_(proto: Any, fewest_bits: int = 2) -> bool:
         fewest_bits: 4 if the runtime cannot read INT2, else 2.
 
     Returns:
-        Whether integer kernels read weights of more than 7 bits. They can overflow on processors
-        that add two products in 16 bits.
+        Whether integer kernels read weights of more than 7 bits. Their products can overflow
+        on processors that add two products in 16 bits.
     """
     graph = _Graph(proto.graph)
     _pool_means_(graph)
@@ -142,8 +142,8 @@ def _pool_means_(graph: _Graph) -> None:
         (quantize,) = graph.readers(mean.output[0])
         out, codes = mean.output[0], quantize.output[0]
         graph.replace_(mean, [graph.node("GlobalAveragePool", [mean.input[0]], out)])
-        # Unlike the mean, the pool keeps both dimensions, so a Flatten is needed. It comes after
-        # the quantize node: between pool and quantize it would prevent the integer kernel.
+        # Unlike the mean, the pool keeps both dimensions, so a Flatten is needed. It is put
+        # after the quantize node: between pool and quantize it would prevent the integer kernel.
         if not _attribute(mean, "keepdims", 1):
             spatial = graph.node("QuantizeLinear", [out, *quantize.input[1:]], codes + "_wide")
             graph.replace_(quantize, [spatial, graph.node("Flatten", [codes + "_wide"], codes)])

@@ -14,10 +14,11 @@ aten = torch.ops.aten
 def rewrite_pooling_(graph: fx.GraphModule) -> None:
     """Replaces the gradient operations of max and average pooling in `graph`.
 
-    ExecuTorch's kernel for the gradient of max pooling adds to uninitialised memory. It is replaced
-    by operations that add each gradient at the position of its maximum. ExecuTorch has no kernel
-    for the gradient of average pooling. If the windows cover the input without overlap, gap or
-    padding, it is replaced by operations that spread each gradient over its window.
+    ExecuTorch's kernel for the gradient of max pooling adds to uninitialised memory. The operation
+    is replaced by operations that add each gradient at the position of its maximum. ExecuTorch has
+    no kernel for the gradient of average pooling. If the windows cover the input without overlap,
+    gap or padding, this operation is replaced by operations that spread each gradient over its
+    window.
     """
     for node in list(graph.graph.nodes):
         if node.target is aten.max_pool2d_with_indices_backward.default:

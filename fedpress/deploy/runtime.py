@@ -275,7 +275,7 @@ def main_outputs(path: str | Path, x: Inputs, preprocess: Preprocess) -> Tensor:
     Raises:
         ExportError: if the file cannot be run.
     """
-    # Some formats take one batch size only, which is 1 for phones.
+    # The formats for phones take only batches of 1.
     size = format_of(path).batch or BATCH_SIZE
     session = open_file(path)
     found = []

@@ -3,8 +3,8 @@
 QDQ stands for quantize-dequantize. The graph is an ordinary `torch.export` program with the
 operations `quantized_decomposed.(de)quantize_per_tensor` on activations, and
 `dequantize_per_channel` (for groups `dequantize_per_channel_group`) on the int8 codes of weights.
-The graph runs in torch. Every exported file is made from the graph, and the outputs of both are
-compared.
+The graph runs in torch. Every exported file is made from the graph, and the outputs of file and
+graph are compared.
 
 torchao's PT2E makes such graphs too. Its int8 is as accurate: 93.16% on CIFAR-10, ours 93.14%
 (torchao 0.18, x86 quantizer; benchmarks/bits.py). PT2E is not used here for two reasons. It

@@ -197,7 +197,10 @@ def _rounded(rewrite: Rewrite, weight: fx.Node, inputs: QParams | None) -> Layer
 
 
 def _round_weight(weight: Tensor, bits: Literal[7, 8], name: str) -> tuple[Tensor, Tensor]:
-    """Returns int8 codes, and one scale per output channel: its largest weight / highest code."""
+    """Returns int8 codes, and one scale per output channel.
+
+    A scale is the largest absolute weight of the channel / the highest code; 1 if all are 0.
+    """
     if not bool(weight.isfinite().all()):
         raise ExportError(
             f"{layer_of(name)!r} has NaN or infinite weights",
