@@ -16,13 +16,14 @@ JSON: TypeAlias = "bool | int | float | str | list[JSON] | dict[str, JSON] | Non
 def canonical(value: Any) -> JSON:
     """Returns `value` as JSON without class names, so that classes may be renamed.
 
-    Settings and dataclasses become dictionaries of their fields, with `kind` if the class has one.
-    If an object has a method `agreed`, its result is converted instead: the values on which server
-    and client must agree. A function is represented by its name.
+    Settings (pydantic models) and dataclasses become dictionaries of their fields; that of a
+    dataclass also has its `kind`, if it has one. If an object has a method `agreed`, its result is
+    converted instead: the values on which server and client must agree. A function is represented
+    by its name.
 
     Raises:
-        TypeError: if `value` or a value in it has none of these types, is a lambda, or is a
-            dictionary in which two keys have the same text, such as 1 and "1".
+        TypeError: if `value` or a value in it is of another type and no JSON value, is a lambda, or
+            is a dictionary in which two keys have the same text, such as 1 and "1".
 
     >>> canonical((1, math.inf, b"key"))
     [1, 'inf', '6b6579']

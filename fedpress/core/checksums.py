@@ -1,8 +1,8 @@
 """Detects damaged files by a list of checksums: the file `checksums` of a run folder.
 
 Each line has the BLAKE2b digest of a range of bytes, a CRC of the line itself, the range and the
-name of the file. The CRC is needed because of the name: if a flipped bit changed it, no line would
-be found for the file, and it would pass unchecked.
+name of the file. The CRC protects the name: if a flipped bit changed the name, no line would be
+found for the file, and the file would not be checked.
 
 - A file that is replaced atomically has a line for all of its bytes, which is written before the
   replacement. A process that is killed in between leaves one line too many. So a file counts as
@@ -65,7 +65,7 @@ class Line:
 
 
 def digest(path: Path, start: int, end: int) -> str:
-    """Returns the digest of some bytes of a file, in hex.
+    """Returns the digest of the bytes `start` to `end` (exclusive) of a file, in hex.
 
     Raises:
         OSError: if the file cannot be read.
@@ -136,7 +136,7 @@ def fault(path: Path, *, grows: bool = False) -> str | None:
     """
     log = list_of(path)
     folder, name = log.parent, _name(path, log.parent)
-    # Another process may replace file and list between the two reads, so they are repeated twice.
+    # Another process may replace file and list between the two reads, so up to three attempts.
     for _ in range(3):
         try:
             lines = [line for line in read_lines(folder) if line.name == name]
@@ -149,7 +149,7 @@ def fault(path: Path, *, grows: bool = False) -> str | None:
     what = "its content is not what was written"
     if size < end:
         what = f"it has {size:,} of {end:,} bytes"
-    return f"{what}, by its checksum in '{log}'"
+    return f"{what}, according to its checksum in '{log}'"
 
 
 def read_lines(folder: Path) -> list[Line]:
@@ -217,7 +217,8 @@ def _append(log: Path, line: Line, sync: bool) -> None:
     with open(log, "ab+", opener=_no_link) as file:
         if file.tell():
             file.seek(-1, os.SEEK_END)
-            # A killed process left half a line. It was killed before it replaced its file.
+            # Half a line: the process was killed before it replaced its file, so the line is not
+            # needed.
             if file.read(1) != b"\n":
                 file.truncate(_last_newline(log))
         file.write(text)

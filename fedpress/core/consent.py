@@ -96,7 +96,7 @@ def check(name: str, allow_code: Collection[str] | str, place: str) -> None:
         raise ModelError(
             f"{name[:80]!r} is neither an architecture of fedpress nor module:function",
             place=place,
-            cure="do not use this file, or get it anew from where it came",
+            cure="do not use this file, or get it again from its source",
         )
     if allowed(name) or name in checked(allow_code):
         return

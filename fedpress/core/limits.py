@@ -113,7 +113,7 @@ def above(name: str, got: int, *, counting: bool = False) -> Excess | None:
     Args:
         name: key of `LIMITS`.
         got: the size.
-        counting: whether `got` is a running count, whose final value is unknown. The error then
+        counting: whether `got` is a running count, whose final value is unknown. The cure then
             advises at least twice the limit.
 
     >>> above("depth", 3)
@@ -269,8 +269,8 @@ def limited_building(place: str, *, meta: bool = False) -> Iterator[None]:
 
     Args:
         place: name of the network in errors.
-        meta: whether it is built on the meta device. Tensors take no memory there, so only the
-            number of modules is limited.
+        meta: whether the networks are built on the meta device. Tensors take no memory there, so
+            only the number of modules is limited.
 
     Raises:
         ModelError: in the block, before a tensor is made, or a module or parameter is registered,

@@ -53,7 +53,7 @@ def check_parity(
     Args:
         dense: the network before pruning.
         pruned: the network after `remove_`.
-        plan: the plan by which it was pruned.
+        plan: the plan that `pruned` was made with.
         example: inputs like those that were traced.
         tolerance: largest difference that is accepted in evaluation mode.
 
@@ -275,7 +275,7 @@ def trial_batches(model: nn.Module, example: tuple[Tensor, ...]) -> tuple[Batch,
 
 
 def _has_examples(x: Tensor, size: int) -> bool:
-    """Returns whether the first axis of an input counts the `size` examples of the batch."""
+    """Returns whether the first axis of an input counts examples, so that its length is `size`."""
     return x.dim() > 0 and x.shape[0] == size
 
 
@@ -364,7 +364,7 @@ class _Lookups(TorchFunctionMode):
 
 
 class _RandomMeans(TorchDispatchMode):
-    """Replaces every random draw by the mean of its distribution."""
+    """Replaces the random draws in `MEANS` by the means of their distributions."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Calls `func`, or returns the mean of what it draws."""

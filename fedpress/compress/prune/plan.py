@@ -1,4 +1,4 @@
-"""Chooses by scores which channels to keep, so that a cost target is met: the pruning plan."""
+"""Makes a pruning plan: chooses the channels to keep by scores, so that a cost target is met."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ MOST_OVERSHOOT = 2.0
 MOST_THRESHOLDS = 20
 """Largest number of thresholds to start the search from; the first is nearly always enough."""
 OLD_NAMES = {"whole": "unprunable", "told": "notes"}
-"""Names of a plan's fields in version 0.1, whose files are still read."""
+"""Field of a plan in version 0.1 -> its present name; files of that version are still read."""
 
 
 class LayerChange(BaseModel, frozen=True):
@@ -123,7 +123,7 @@ def plan(
     best = full_widths(graph)
     for start in islice(_thresholds(order, allowed, target), MOST_THRESHOLDS):
         kept = _correct(start, allowed, target, largest_miss)
-        # Widths are rounded, so a threshold farther from the target may lead to nearer widths.
+        # Because widths are rounded, a later threshold may lead to a cost nearer to the target.
         if target.miss(kept) < target.miss(best):
             best = kept
         if target.miss(best) <= largest_miss:
@@ -292,7 +292,7 @@ def _thresholds(
 
 
 def _nearest(n: int, choice: Sequence[int]) -> int:
-    """Returns the nearest allowed width, the larger one of two that are equally near."""
+    """Returns the allowed width nearest to `n`; if two are equally near, the larger one."""
     return min(reversed(choice), key=lambda width: abs(width - n))
 
 

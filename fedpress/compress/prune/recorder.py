@@ -58,7 +58,8 @@ class Recorder(TorchFunctionMode):
     def call_counts(self) -> dict[tuple[str, str], int]:
         """Returns how many calls one forward makes at each place: (module, place) -> calls.
 
-        If a module runs several times, the forward with the most calls counts.
+        A place is file, line and column. If a module runs several times, the forward with the most
+        calls counts.
         """
         found: dict[tuple[str, str], int] = {}
         for call in self.calls:
@@ -83,7 +84,7 @@ class Recorder(TorchFunctionMode):
         key = id(found.module._parameters)
         name = self._names.get(key)
         counts = self._counts.get(key)
-        # None if the module is not part of the model, or if its code runs outside of a forward.
+        # No name: the module is not part of the model. No counts: its code runs outside of forward.
         if name is None or counts is None:
             return func(*args, **options)
 

@@ -39,7 +39,13 @@ def remove_(model: nn.Module, plan: PruningPlan) -> None:
 def keep_indices_(
     model: nn.Module, keep: Mapping[str, Mapping[int, tuple[int, ...]]], numbers: Numbers
 ) -> None:
-    """Keeps only the given indices of tensors, and corrects the given numbers in forward code."""
+    """Keeps only the given indices of tensors, and corrects the given numbers in forward code.
+
+    Args:
+        model: changed in place.
+        keep: tensor name -> axis -> indices to keep.
+        numbers: corrections of sizes that are written into forward code.
+    """
     smaller = {}
     for name, axes in keep.items():
         smaller[name] = _shrink(get_tensor(model, name), axes)

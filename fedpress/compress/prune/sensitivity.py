@@ -42,6 +42,10 @@ def densities_down_to(lowest: float, usual: Sequence[float] = DENSITIES) -> tupl
     Densities below 0.001 are not measured. The curve of losses must not be extrapolated far: a
     layer that can be pruned to 0.1 without loss may be needed at 0.01.
 
+    Args:
+        lowest: lowest density that a layer may be pruned to.
+        usual: densities that are measured in any case.
+
     >>> densities_down_to(0.04)
     (0.9, 0.7, 0.5, 0.3, 0.1, 0.05, 0.03)
     """
@@ -109,7 +113,7 @@ def sensitivity(
     Args:
         units: layers (`channel_units`) or weight tensors (`weight_unit`).
         measure: returns the loss and the primary metric of the model in its present state.
-        densities: densities in (0, 1).
+        densities: densities to measure besides 1, each in (0, 1).
         known: points of an earlier call that was stopped; they are yielded without a measurement.
 
     Raises:
@@ -168,7 +172,7 @@ def channel_units(
 def _masked(
     tensors: dict[str, Tensor], layer: ChannelGroup, best_first: Tensor, density: float
 ) -> Iterator[None]:
-    """Within the block, keeps the share `density` of best channels; the others are zero."""
+    """Within the block, keeps the best channels, a share of `density`; the others are zero."""
     pruned = best_first[max(1, round(density * layer.channels)) :]
     # Only the zeroed entries are saved, not whole tensors.
     touched = []

@@ -109,10 +109,11 @@ Takes a mask of the kept channels for each layer, and the (layer, channel) that 
 def _removal_order(
     graph: ChannelGraph, scorer: Scorer, floors: Sequence[int], target: Target
 ) -> list[Tensor]:
-    """Removes channels until the cost is 0.9 times `target`; returns the order as scores.
+    """Removes channels until the cost is at most 0.9 times `target`; returns the order as scores.
 
-    The first removed channel gets the score 0, the second 1, and so on; the remaining channels get
-    larger scores. So `plan` removes them in this order.
+    It stops earlier if every layer has its smallest width. The first removed channel gets the score
+    0, the second 1, and so on; the remaining channels get larger scores. So `plan` removes channels
+    in this order.
     """
     rest = _Remaining(graph, floors)
     pruned: list[tuple[int, int]] = []

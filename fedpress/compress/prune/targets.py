@@ -126,7 +126,7 @@ def next_share(
         tried: shares in (0, 1] and their measured costs, including the unpruned network (1.0,
             cost).
         wanted: the cost to reach, above 0.
-        tries: how many shares to try at most, besides 1.0.
+        tries: largest number of shares to try, besides 1.0.
         tolerance: a cost is accepted if it is below `wanted` by at most this share.
 
     Returns:

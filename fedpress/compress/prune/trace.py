@@ -54,7 +54,7 @@ def trace(
 
     Raises:
         ModelError: if the model cannot be captured, forward's first arguments are not those of
-            `example`, or `unprunable` names no module with channels.
+            `example`, or a name in `unprunable` is no module that has output channels.
         RecipeError: if a pattern of `ignore` matches nothing, or `approximate` has an unknown kind
             of norm.
     """
@@ -133,7 +133,10 @@ def _keep_unsaved(ids: ChannelIds, tensor_axes: Sequence[TensorAxis], model: nn.
     saved = model.state_dict().keys()
     for name, _, axis in tensor_axes:
         if name not in saved:
-            ids.keep(axis, f"the buffer '{name}' has them too, but is not saved (persistent=False)")
+            ids.keep(
+                axis,
+                f"the buffer '{name}' has the same channels and is not saved (persistent=False)",
+            )
 
 
 def _keep_group(

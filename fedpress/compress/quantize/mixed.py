@@ -85,7 +85,7 @@ def measure_choices(
     """
     if not batches:
         raise DataError(
-            "bits are chosen from the model's outputs on public examples, and got none",
+            "got no public examples, but bits are chosen from the model's outputs on them",
             place="batches",
             cure="give at least one batch",
         )
@@ -171,6 +171,10 @@ def choose_bits(choices: Mapping[str, Sequence[BitChoice]], max_bytes: int) -> d
     This is a multiple-choice knapsack problem. It is solved by dynamic programming over the bytes
     that a choice needs beyond the layer's smallest choice, rounded up to steps. A step is 1/4096 of
     the bytes that all smallest choices together leave free, and at least one byte.
+
+    Args:
+        choices: name of each layer -> its choices, for instance from `measure_choices`.
+        max_bytes: largest sum of the sizes of the choices.
 
     Raises:
         RecipeError: if even the smallest choice of each layer does not fit.

@@ -350,7 +350,7 @@ def _check_finite(model: nn.Module, table: Mapping[str, QuantizationScheme]) -> 
                 raise ModelError(
                     f"'{name}' has NaN or infinite weights",
                     place="model",
-                    cure="load a checkpoint from before it broke",
+                    cure="load a checkpoint from before training broke",
                 )
 
 

@@ -16,7 +16,7 @@ from fedpress.nn.quant_scheme import (
 from fedpress.nn.quantized import QuantLayer
 
 BLOCK = 128
-"""Columns that GPTQ rounds before it updates all later columns, as in the paper."""
+"""Number of columns that GPTQ rounds before it updates all later columns, as in the paper."""
 SCALES = 80
 """Number of scales tried for each row (or group), from the full range down to a fifth of it."""
 

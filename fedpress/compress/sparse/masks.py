@@ -36,8 +36,8 @@ def masks_from_scores(
 
     A pattern such as "block" keeps or zeroes several entries together; such entries are a unit. The
     score of a unit is the mean over its entries, and the number of kept entries is the nearest that
-    whole units allow. Of equal scores the first is kept. Every weight keeps at least one unit,
-    unless `within` allows it no entry.
+    whole units allow. If scores are equal, the first units are kept. Every weight keeps at least
+    one unit, unless `within` allows it no entry.
 
     Args:
         weights: the weights that share the budget.

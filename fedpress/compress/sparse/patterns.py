@@ -106,7 +106,7 @@ class Pattern:
 def n_of_m(scores: Tensor, weight: Weight, n: int, m: int) -> Tensor:
     """Returns the mask that keeps the `n` highest scores of every `m` consecutive inputs.
 
-    Of equal scores the first is kept.
+    If scores are equal, the first entries are kept.
 
     Args:
         scores: scores in the shape of the weight.

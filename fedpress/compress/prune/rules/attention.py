@@ -65,7 +65,7 @@ def matmul(ids: ChannelIds, shape: Shape, x: Value, y: Value) -> Axes:
         batch_shape = shape[: len(shape) - len(rows) - len(columns)]
         batch = _unite_batch(ids, batch_shape, without_last_axes(x, 2), without_last_axes(y, 2))
         out = (*batch, *rows, *columns)
-    # torch's FlopCounterMode does not count matrix-vector products either.
+    # Matrix-vector products are not counted, as in torch's FlopCounterMode.
     if len(x.shape) > 1 and len(y.shape) > 1:
         summed = ids_or_sizes(x.shape[-1:], x.axes[-1:])
         ids.count_multiply_adds(1, *ids_or_sizes(shape, out), *summed)
@@ -244,7 +244,7 @@ def einsum(
     """`einsum("bij,jk->bik", x, w)`: all axes with the same letter are united.
 
     The axes of a letter that is summed over (j) are kept, unless one of them is an axis of a
-    weight. If all factors are weights, they are kept too.
+    weight. If all factors are weights, these axes are always kept.
     """
     terms, out = einsum_letters(equation, [len(value.shape) for value in values])
     sizes, axes = _letter_axes(ids, terms, values)

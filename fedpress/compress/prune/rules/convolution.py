@@ -212,7 +212,7 @@ def embedding(
     ids: ChannelIds, shape: Shape, weight: Value, indices: Value, *rest: Any, **options: Any
 ) -> Axes:
     """Embedding table [words, width]: channels of the width can be pruned, the words are kept."""
-    # The input holds row numbers. If a row were removed, they would point to other words.
+    # The input holds row numbers. If a row were removed, these numbers would mean other words.
     ids.keep(weight.axes[0], "rows are looked up by index")
     ids.mark_role(weight.axes[1], "write")
     return (*indices.axes, weight.axes[1])

@@ -153,7 +153,7 @@ def index(ids: ChannelIds, shape: Shape, x: Value, *args: Any, **options: Any) -
     """`x[:, index]`: indexed axes are kept.
 
     If only one axis is indexed, the axes of `index` replace it in the result, and all other axes
-    pass on their ids.
+    pass on their ids. If several axes are indexed, and for `masked_select`, all axes are kept.
     """
     indices = args[0] if args and isinstance(args[0], list | tuple) else []
     indexed = [d for d, index in enumerate(indices) if isinstance(index, Value)]

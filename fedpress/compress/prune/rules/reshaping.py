@@ -20,9 +20,9 @@ from fedpress.compress.prune.ids import Axis, ChannelIds, Ints, Value
 from fedpress.compress.prune.rules.table import Axes, Shape, rule, values_among
 
 Length = tuple[Ints, bool]
-"""The ids that determine the length of an axis, and how.
+"""Two facts about the length of an axis: the ids that determine it, and whether it is a multiple.
 
-The length is the number of these ids (False), or a multiple of that number (True).
+The length is the number of these ids, or, if the bool is True, a multiple of that number.
 """
 
 
@@ -165,7 +165,7 @@ def _pieces(ids: ChannelIds, old: Sequence[Piece], new: Sequence[int]) -> list[l
     new_ends = np.cumprod(new).tolist()
     ends = sorted({1, *old_ends, *new_ends})
     if any(b % a for a, b in pairwise(ends)):
-        # For example [6, 4] -> [4, 6]: the boundaries 6 and 4 have no common factorisation.
+        # For example [6, 4] -> [4, 6]: neither of the boundaries 4 and 6 divides the other.
         ids.keep_all([axis for _, axis in old], "a reshape mixes parts of several axes")
         return [[(size, None)] for size in new]
 

@@ -24,7 +24,7 @@ R = TypeVar("R", bound=Rule)
 RULES: dict[Any, Rule] = {}
 """Overload of an ATen operation -> its rule; filled by `rule`."""
 RULES_OF_OTHER_LIBRARIES: dict[str, Rule] = {}
-"""Rules of other libraries' operations by name, since torch has these only after their import."""
+"""Rules of other libraries' operations, by name: torch has them only if a library is imported."""
 
 
 def rule(*names: str) -> Callable[[R], R]:
