@@ -22,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from fedpress.deploy.processor import this_processor
@@ -227,8 +228,24 @@ def processor_seconds(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-def official(folder: Path, rounds: int, port: int) -> list[float]:
-    """Returns the seconds of the rounds of two official SuperNodes, all defaults."""
+def official(
+    folder: Path,
+    rounds: int,
+    port: int,
+    *,
+    host: str = "127.0.0.1",
+    namespaces: Sequence[str] = ("", "", ""),
+) -> list[float]:
+    """Returns the seconds of the rounds of official SuperNodes, all defaults.
+
+    Args:
+        folder: an empty folder.
+        rounds: how many.
+        port: of the SuperLink; the nodes take the ports above it.
+        host: address of the SuperLink.
+        namespaces: network namespace of the server and of each node; "" is this one.
+    """
+    inside = [["ip", "netns", "exec", name] if name else [] for name in namespaces]
     for name, text in APP.items():
         path = folder / "app" / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -237,7 +254,7 @@ def official(folder: Path, rounds: int, port: int) -> list[float]:
     home = folder / "home"
     home.mkdir()
     (home / "config.toml").write_text(
-        f'[superlink]\ndefault = "loop"\n[superlink.loop]\naddress = "127.0.0.1:{port}"\n'
+        f'[superlink]\ndefault = "loop"\n[superlink.loop]\naddress = "{host}:{port}"\n'
         "insecure = true\n"
     )
     bin_folder = Path(sys.executable).parent
@@ -248,18 +265,19 @@ def official(folder: Path, rounds: int, port: int) -> list[float]:
             sys.exit(f"{name} is not installed")
         tools[name] = found
     env = {**environment(folder), "FLWR_HOME": str(home)}
-    address = ["--host", "127.0.0.1", "--port"]
     with (folder / "log").open("wb") as out:
         options = {"cwd": folder, "env": env, "stdout": out, "stderr": out, "process_group": 0}
-        words = [tools["flower-superlink"], "--insecure", *address, str(port)]
+        words = [*inside[0], tools["flower-superlink"], "--insecure"]
+        words += ["--host", host, "--port", str(port)]
         started = [subprocess.Popen(words, **options)]  # type: ignore[call-overload]
         time.sleep(8)
-        for at in range(2):
-            words = [tools["flower-supernode"], "--insecure", "--superlink", f"127.0.0.1:{port}"]
-            words += [*address, str(port + 100 + at)]
+        for at, prefix in enumerate(inside[1:]):
+            words = [*prefix, tools["flower-supernode"], "--insecure"]
+            words += ["--superlink", f"{host}:{port}"]
+            words += ["--host", "127.0.0.1", "--port", str(port + 100 + at)]
             started.append(subprocess.Popen(words, **options))  # type: ignore[call-overload]
         try:
-            words = [tools["flwr"], "run", "app", "loop", "--stream"]
+            words = [*inside[0], tools["flwr"], "run", "app", "loop", "--stream"]
             subprocess.run(
                 words, cwd=folder, env=env, stdout=out, stderr=out, timeout=300, check=True
             )
