@@ -90,8 +90,17 @@ def _layer_curve(layer: str, curve: list[Json], shown_by: MetricFormat, color: C
 
 
 def density_over_epochs(name: str, epochs: list[Json]) -> Figure | None:
-    """Draws the density over the epochs, and below it lambda, the weight of the density penalty."""
-    density, weight = values(epochs, "density", 100), values(epochs, "lambda")
+    """Draws the density over the epochs, and below it lambda, the weight of a penalty on density.
+
+    Returns None if no epoch records a density.
+    """
+    # An l0 stage records the density that its gates have on average, and lambda.
+    expected = values(epochs, "expected_density", 100)
+    weight = values(epochs, "lambda_")
+    density = [
+        settled if settled is not None else mean
+        for settled, mean in zip(values(epochs, "density", 100), expected, strict=True)
+    ]
     # Only stages that prune or sparsify over several epochs record a density.
     known = [d for d in density if d is not None]
     if not known:

@@ -34,7 +34,7 @@ def test_density_is_drawn_with_lambda_where_there_is_one():
     plain = density_over_epochs("s", [{"epoch": 1, "density": 1.0}, {"epoch": 2, "density": 0.1}])
     assert plain is not None
     assert plain.caption.endswith("from 100.0% to 10.0%.")
-    both = density_over_epochs("s", [{"epoch": 1, "density": 0.5, "lambda": 0.1}])
+    both = density_over_epochs("s", [{"epoch": 1, "expected_density": 0.5, "lambda_": 0.1}])
     assert both is not None
     assert [series.y for series in both.series] == [[50.0], [0.1]]
 

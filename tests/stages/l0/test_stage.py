@@ -3,6 +3,7 @@ from pydantic import ValidationError
 
 from fedpress.errors import ModelError, RecipeError, TrainingError
 from fedpress.models import load_model
+from fedpress.reports.compression import density_over_epochs
 from fedpress.stages.l0.stage import L0Stage
 from tests.harness import Killed, begun, checked, finish, told
 from tests.stages.recipes import HEAD, TRAIN, zeros
@@ -28,6 +29,8 @@ def test_the_expected_density_falls_and_lambda_is_told(tmp_path):
     assert len(path) == 6
     assert path[0] > path[1] > path[2] > path[3]
     assert all(isinstance(r["lambda_"], float) for r in lines)
+    drawn = density_over_epochs("l0", lines)
+    assert [panel.y.title for panel in drawn.panels] == ["kept (%)", "λ"]
 
 
 def test_channels_are_gone_and_the_count_is_met(tmp_path):
