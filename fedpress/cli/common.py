@@ -59,6 +59,16 @@ Device = Annotated[
     ),
 ]
 Data = Annotated[Path | None, typer.Option(help="Folder or file of the data set; sets data.path.")]
+NetworkFolder = Annotated[
+    Path | None,
+    typer.Option("--network", help="This machine's folder, made by fedpress network init."),
+]
+Insecure = Annotated[
+    bool,
+    typer.Option("--insecure", help="No TLS and no keys: on this machine alone, to try it out."),
+]
+LOOPBACK = "127.0.0.1"
+"""Address that only programs on this machine can reach."""
 
 
 def required_recipe(recipe: str | None, context: typer.Context) -> str:
@@ -215,3 +225,22 @@ def load_data(recipe: Recipe, out_stream: Console) -> FederatedData:
     if said:
         out_stream.print(said, markup=False, soft_wrap=True)
     return loaded
+
+
+@contextmanager
+def quit_on_term() -> Iterator[None]:
+    """Inside the block, SIGTERM ends the command as Ctrl-C does.
+
+    systemd and Docker send SIGTERM to stop a process. By default Python would then end at once,
+    without closing the connection.
+    """
+    import signal
+
+    def stop(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

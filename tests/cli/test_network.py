@@ -8,7 +8,7 @@ import pytest
 pytest.importorskip("flwr")
 
 from fedpress.api import begin
-from fedpress.cli.network import public_alone
+from fedpress.cli.server import public_alone
 from fedpress.network.folders import ClientFolder, ServerFolder
 from fedpress.pipeline.start import load_data
 
