@@ -1,4 +1,4 @@
-"""Recognises files of other programs, such as ONNX, that a user gives as a model.
+"""Recognises files of other programs or formats, such as ONNX, that a user gives as a model.
 
 The error about such a file then says how its model can be used in fedpress. A file is recognised by
 its first bytes, or by the list of files in an archive. Nothing is unpickled, because a pickle may
@@ -21,10 +21,12 @@ from fedpress.errors import Argument, Shell, Words
 HEAD = 4096
 # At most this many bytes of a pickle are scanned. A state dict of 100,000 tensors has fewer.
 LONGEST_PICKLE = 1 << 24
+# The beginning of fedpress's own packed files contains these bytes.
 FORMAT = b"fedpress packed model"
 # The number at the beginning of files that torch.save wrote before version 1.6.
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
-# Modules whose classes occur in the pickle of a state dict. A pickled network has other classes.
+# Modules whose classes occur in the pickle of a state dict. A pickled network also has classes of
+# other modules.
 OF_TENSORS = (
     "collections",
     "torch",
@@ -39,6 +41,7 @@ OF_TENSORS = (
 
 # Placeholder for the path of the file in the cures below.
 HERE = "PATH OF THIS FILE"
+# Parts of the advice that the errors below give.
 BUILDER = Argument("model", "package.module:function")
 GIVE_BUILDER = ("give what builds the network, with these weights: ", BUILDER, " and ")
 WEIGHTS = (*GIVE_BUILDER, Argument("checkpoint", HERE))
@@ -71,7 +74,7 @@ def identify(path: Path) -> Foreign | None:
 
     Returns:
         What the file is, and how its model can be used in fedpress. None if the path does not
-        exist, or if it may be a file of fedpress.
+        exist or cannot be read, or if it may be a file or folder of fedpress.
 
     >>> identify(Path("no-such-file")) is None
     True
@@ -82,7 +85,7 @@ def identify(path: Path) -> Foreign | None:
             found = _folder(path)
         elif path.is_file():
             found = _file(path)
-    # The file cannot be opened. The code that reads it later will report the reason.
+    # The file cannot be read. The code that loads it later will report the reason.
     except (OSError, ValueError, RuntimeError, zipfile.BadZipFile):
         return None
     if found is None:
@@ -109,7 +112,7 @@ def _file(path: Path) -> Finding | None:
         try:
             return _zip(path)
         except zipfile.BadZipFile:
-            return "a damaged archive, as torch.save writes it", "copy it again"
+            return "a damaged archive (torch.save writes such archives)", "copy it again"
     # Content comes before the suffix, because a file may have any name.
     for matches, what, cure in BY_HEAD:
         if matches(head):
@@ -122,7 +125,7 @@ def _file(path: Path) -> Finding | None:
     suffix = path.suffix.lower()
     if suffix in BY_SUFFIX:
         return BY_SUFFIX[suffix]
-    # A damaged file of a kind that fedpress reads. Its reader will report what is damaged.
+    # A damaged file of a kind that fedpress reads. The code that loads it will report the damage.
     if suffix == ".safetensors" or FORMAT in head:
         return None
     if path.name == "spec.json":
@@ -175,7 +178,7 @@ BY_HEAD: tuple[tuple[Callable[[bytes], bool], str, Words], ...] = (
     ),
     (
         _begins_with(b"\x89HDF\r\n\x1a\n"),
-        "an HDF5 file, mostly of Keras",
+        "an HDF5 file, as Keras writes them",
         BUILD_AGAIN,
     ),
     (
@@ -213,12 +216,13 @@ BY_HEAD: tuple[tuple[Callable[[bytes], bool], str, Words], ...] = (
 
 BY_SUFFIX: dict[str, Finding] = {
     ".onnx": ("an ONNX file", EXPORTED),
-    ".tflite": ("a LiteRT (TensorFlow Lite) file, and damaged", EXPORTED),
+    ".tflite": ("a damaged LiteRT (TensorFlow Lite) file", EXPORTED),
     ".pb": ("a TensorFlow graph", BUILD_AGAIN),
     ".py": ("a Python file", "give the function in it that builds the network: module:function"),
     ".toml": ("a recipe, not a model", f"start it with: fedpress run {HERE}"),
     ".bin": ("a file of weights without a description", BUILD),
 }
+"""Suffix -> what such a file is, and how its model can be used here; if `BY_HEAD` finds nothing."""
 
 
 # Files that an archive of torch.export holds, in its two formats.

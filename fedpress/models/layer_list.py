@@ -18,7 +18,7 @@ from fedpress.core import limits
 from fedpress.errors import ModelError
 
 NAME = "torch-layers"
-"""The architecture of such a network in a saved file."""
+"""Name that saved files give to the architecture of such a network."""
 _NAMES = """
 Linear Bilinear Conv1d Conv2d Conv3d ConvTranspose1d ConvTranspose2d ConvTranspose3d Embedding
 EmbeddingBag BatchNorm1d BatchNorm2d BatchNorm3d InstanceNorm1d InstanceNorm2d InstanceNorm3d
@@ -34,6 +34,7 @@ ReflectionPad1d ReflectionPad2d ReflectionPad3d ReplicationPad1d ReplicationPad2
 ReplicationPad3d CircularPad1d CircularPad2d CircularPad3d RNN LSTM GRU
 """
 LAYERS = frozenset(_NAMES.split())
+"""Names of the classes of torch.nn that a file may name."""
 # Arguments of recurrent layers: torch takes them as *args, so the signature does not name them.
 RECURRENT = (
     "input_size",
@@ -47,6 +48,7 @@ RECURRENT = (
 )
 # Arguments of torch's layers that a file may not set: a network is built in float32 on the CPU.
 DEVICE_ARGUMENTS = ("device", "dtype")
+# Attributes in which torch keeps the hooks of a module.
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks")
 
 
@@ -59,7 +61,9 @@ def build(layers: dict[str, dict[str, JsonValue]]) -> nn.Module:
             must come before its layers.
 
     Raises:
-        ModelError: if a layer is not in `LAYERS`, or its arguments do not fit.
+        ModelError: if the network itself is missing, if a layer is neither a `Sequential` nor in
+            `LAYERS`, if it is not inside a `Sequential`, if its arguments do not fit, or if a limit
+            of `fedpress.core.limits` is exceeded.
 
     >>> linear = {"layer": "Linear", "in_features": 4, "out_features": 2}
     >>> build({"": {"layer": "Sequential"}, "0": linear})
@@ -142,11 +146,11 @@ def _tuples(value: Any) -> Any:
 def describe(model: nn.Module) -> dict[str, JsonValue] | None:
     """Returns the arguments with which `build` makes this network; None if `build` cannot make it.
 
-    To be sure, a second network is built from these arguments. Both must have the same classes,
-    the same tensor names and shapes, and the same `repr`, which shows the arguments of each layer.
+    To be sure, a second network is built from these arguments. Both must have the same `repr`,
+    which shows class and arguments of each layer, and the same names, dtypes and shapes of tensors.
     """
     layers: dict[str, JsonValue] = {}
-    # `build` would make two independent layers from one that is used twice.
+    # If one layer is used twice, `build` would make two independent layers of it.
     modules = list(model.named_modules(remove_duplicate=False))
     if len({id(module) for _, module in modules}) != len(modules):
         return None

@@ -2,7 +2,7 @@
 
 A recipe (the settings of a run) is text. It refers to a user's module by the name under which the
 module is registered here. This name is valid only in this process. For other processes, this file
-looks for a `Buildable`: a class and its arguments that build the same network.
+looks for a `Buildable`: an architecture and its arguments that build the same network.
 """
 
 from __future__ import annotations
@@ -29,16 +29,22 @@ from fedpress.errors import ModelError
 from fedpress.models import layer_list
 from fedpress.nn.resize import copied
 
-# The architecture of a registered module; its argument is the module's name. It stands in saved
-# recipes and must not change.
+# The architecture of a registered module; its argument is the module's name. Saved recipes contain
+# this text, so it must not change.
 IN_MEMORY = "fedpress.models.memory:held"
-# A recipe names a registered teacher by this prefix and its name, such as "memory:1".
+# A recipe names a registered teacher (a network to distill from) by this prefix and the name under
+# which it is registered, such as "memory:1".
 TEACHER = "memory:"
 
 
 @dataclass(frozen=True)
 class Buildable:
-    """An architecture and its arguments, from which another process can rebuild a network."""
+    """An architecture and its arguments, from which another process can rebuild a network.
+
+    Attributes:
+        architecture: a name of fedpress such as "torch-layers", or `package.module:Class`.
+        arguments: arguments of the architecture, by name.
+    """
 
     architecture: str
     arguments: dict[str, JsonValue]
@@ -63,8 +69,8 @@ class _Remembered:
     origin: _Registered | None
 
 
-# Weak references: an entry exists as long as its `with registered(...)` block, or as long as a
-# network that was made from the module.
+# Weak references: an entry exists until its `with registered(...)` block has ended, and no network
+# that was made from the module exists any more.
 _registered: WeakValueDictionary[str, _Registered] = WeakValueDictionary()
 _numbers = count(1)
 _specs: WeakKeyDictionary[nn.Module, _Remembered] = WeakKeyDictionary()
@@ -80,8 +86,9 @@ def registered(
         module: the module; it is not changed.
         named: the architecture to write into files (see `find_buildable`). None: another process
             cannot open files of the model.
-        spec: the spec of the module, if the module is the result of an earlier call (see
-            `spec_that_builds`). Saved files then include the changes of that call, such as pruning.
+        spec: the spec of the module, if an earlier call of fedpress returned the module (see
+            `spec_that_builds`). Saved files then include the changes that this call made, such as
+            pruning.
     """
     name = str(next(_numbers))
     here = _Registered(module, named, spec)
@@ -121,27 +128,27 @@ held = registered_copy
 
 
 def remember_spec(module: nn.Module, spec: Any) -> None:
-    """Stores the spec of a network that a call returns, as long as the network exists."""
+    """Stores the spec of a network that fedpress returns to the user, until the network is gone."""
     _specs[module] = _Remembered(spec, _registered_as(spec.architecture, spec.arguments))
 
 
 def spec_of(module: nn.Module) -> Any:
-    """Returns the spec of a network that a call has returned; None for any other network."""
+    """Returns the spec of a network that fedpress has returned; None for any other network."""
     found = _specs.get(module)
     return None if found is None else found.spec
 
 
 def spec_that_builds(module: nn.Module) -> Any:
-    """Returns the spec of a network that a call has returned, if it still builds this network.
+    """Returns the spec of a network that fedpress has returned, if the spec still builds it.
 
-    Returns None if no call returned the network, or if the user has changed its layers or
+    Returns None if fedpress did not return this network, or if the user has changed its layers or
     attributes since then.
     """
     spec = spec_of(module)
     if spec is None:
         return None
     try:
-        # Fresh weights are drawn: the user's own sequence of random numbers must not move.
+        # Building draws random weights. fork_rng restores the user's random state afterwards.
         with torch.random.fork_rng(devices=[]):
             again = spec.build()
         again.load_state_dict(module.state_dict())
@@ -164,8 +171,8 @@ def _registered_as(architecture: str, arguments: Mapping[str, JsonValue]) -> _Re
 def buildable_for_files(architecture: str, arguments: dict[str, JsonValue]) -> Buildable:
     """Returns the architecture and arguments to write into files.
 
-    For a registered module these are the ones of its `Buildable`, if it has one. Otherwise they are
-    the arguments of this function.
+    If a registered module has a `Buildable`, this is returned. Otherwise the result has the
+    arguments of this function.
     """
     found = _registered_as(architecture, arguments)
     if found is not None and found.named is not None:
@@ -197,7 +204,7 @@ def find_buildable(module: nn.Module) -> Buildable | None:
             return None
         rebuilt = _built(module, arguments)
         same = _same(rebuilt, module)
-    # A user's constructor may raise anything. It then needs other arguments than these.
+    # A user's constructor may raise anything. If it raises, these are not the right arguments.
     except Exception:
         return None
     return Buildable(f"{kind.__module__}:{kind.__name__}", arguments) if same else None
@@ -224,7 +231,7 @@ def why_no_name(module: nn.Module) -> str:
             "its class is defined in a script, notebook or function, where no other process can "
             "import it"
         )
-    return "its class does not build the same network from attributes named as its arguments"
+    return "its class cannot rebuild it from the attributes that have the names of its arguments"
 
 
 def _same(one: nn.Module, other: nn.Module) -> bool:
@@ -250,8 +257,8 @@ def check_buildable(module: nn.Module, name: str, x: Inputs) -> bool:
     """Compares the outputs of a module with the outputs of a network built from its `Buildable`.
 
     `find_buildable` cannot compare some attributes, but they may change the outputs of a network.
-    If the outputs differ, the `Buildable` is removed from the registry, so that it is not written
-    into files.
+    If the outputs differ or the built network fails, the `Buildable` is removed from the registry,
+    so that it is not written into files.
 
     Args:
         module: the user's module.
@@ -259,8 +266,9 @@ def check_buildable(module: nn.Module, name: str, x: Inputs) -> bool:
         x: a batch of examples.
 
     Returns:
-        False if the outputs differ, else True. Nothing is compared if the module is a list of
-        torch.nn layers, or if it fails on `x`. The caller runs the module later and notices this.
+        False if the outputs differ or the built network fails, else True. Nothing is compared if
+        the module has no `Buildable`, if its `Buildable` is a list of torch.nn layers, or if the
+        module itself fails on `x`. The caller runs the module later and notices the failure.
     """
     found = _registered[name]
     if found.named is None or ":" not in found.named.architecture:
@@ -272,7 +280,7 @@ def check_buildable(module: nn.Module, name: str, x: Inputs) -> bool:
     try:
         theirs = _outputs(_built(module, found.named.arguments), x)
         same = len(mine) == len(theirs) and all(map(_equal, mine, theirs))
-    # The user's module runs, but the rebuilt one fails.
+    # The user's module runs, but the rebuilt module fails.
     except Exception:
         same = False
     if not same:

@@ -12,6 +12,7 @@ from fedpress.errors import ModelError
 from fedpress.nn.batch_norm import BatchNorm
 
 Norm = Literal["batch", "group"]
+"""The kind of normalisation layer."""
 
 
 class WSConv2d(nn.Conv2d):
@@ -35,7 +36,10 @@ class WSConv2d(nn.Conv2d):
 
 
 def conv(i: int, o: int, kernel: int, *, stride: int = 1, norm: Norm = "batch") -> nn.Conv2d:
-    """Makes a same-padded convolution without bias, weight-standardised for `norm="group"`."""
+    """Makes a convolution from `i` to `o` channels, padded by kernel // 2 and without bias.
+
+    For `norm="group"` it is weight-standardised.
+    """
     # No bias: the normalisation layer that follows adds one.
     kind = WSConv2d if norm == "group" else nn.Conv2d
     return kind(i, o, kernel, stride=stride, padding=kernel // 2, bias=False)
@@ -44,7 +48,7 @@ def conv(i: int, o: int, kernel: int, *, stride: int = 1, norm: Norm = "batch") 
 def norm_layer(channels: int, norm: Norm) -> nn.Module:
     """Makes a normalisation layer for `channels` channels.
 
-    Group norm gets the largest number of groups up to 32 that divides the channels.
+    For "group", the number of groups is the largest number up to 32 that divides `channels`.
 
     Raises:
         ModelError: if `norm` is neither "batch" nor "group".
@@ -61,7 +65,8 @@ def freeze_batch_norm_(model: nn.Module) -> nn.Module:
     """Puts every batch norm into evaluation mode: its statistics are fixed, scale and bias train.
 
     Then no example influences the output for another example, as per-example clipping requires.
-    The statistics also stay the same on all clients. `model.train()` undoes the freezing.
+    The statistics also stay the same on all clients. `model.train()` undoes the freezing. Returns
+    `model`.
     """
     for module in model.modules():
         if isinstance(module, BatchNorm):

@@ -12,6 +12,12 @@ class CNN(nn.Module):
     """Two convolutions and two linear layers, as in pfl-research.
 
     It has 1,626,442 parameters for 3x32x32 images and 10 classes.
+
+    Args:
+        num_classes: number of logits.
+        in_channels: channels of an image.
+        image_size: height and width of an image.
+        dropout: probability after the pooling, and after the first linear layer.
     """
 
     def __init__(
@@ -29,7 +35,7 @@ class CNN(nn.Module):
         self.hidden = nn.Linear(64 * ((image_size - 4) // 2) ** 2, 128)
         self.head = nn.Linear(128, num_classes)
         self.dropout = dropout
-        # The same as in pfl-research, so that results can be compared.
+        # The same initialisation as in pfl-research, so that results can be compared.
         for layer in (self.conv1, self.conv2, self.hidden, self.head):
             nn.init.xavier_uniform_(layer.weight)
 
@@ -43,7 +49,13 @@ class CNN(nn.Module):
 
 
 class MLP(nn.Module):
-    """Linear layers with ReLU between them; the input is the flattened example."""
+    """Linear layers with ReLU between them; the input is the flattened example.
+
+    Args:
+        in_features: number of values of an example.
+        hidden: width of each hidden layer.
+        num_classes: number of logits.
+    """
 
     def __init__(
         self, *, in_features: int, hidden: tuple[int, ...] = (128, 64), num_classes: int = 10

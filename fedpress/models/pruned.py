@@ -1,6 +1,7 @@
 """Finds the changes that pruning made to a network, and repeats them on a dense network.
 
-A spec (the JSON description of a saved model) stores these changes as shapes, numbers and groups.
+A spec (the JSON description of a saved model) stores these changes as shapes of tensors, numbers in
+forward code, and numbers of groups of convolutions.
 """
 
 from __future__ import annotations
@@ -15,14 +16,15 @@ from fedpress.nn.resize import get_tensor, is_depthwise, replace_tensors_, set_g
 
 
 def resize_(model: nn.Module, shapes: dict[str, tuple[int, ...]]) -> None:
-    """Replaces parameters and buffers by zeros of smaller shapes, and updates the sizes in layers.
+    """Replaces parameters and buffers by smaller tensors of zeros, and updates the layers' sizes.
 
     Args:
         model: the network.
         shapes: name of the parameter or buffer -> new shape.
 
     Raises:
-        ModelError: if a name is not in the model, or a new shape is larger than the old shape.
+        ModelError: if a name is not in the model, or if a new shape has another number of axes, a
+            larger axis, or an axis of size 0.
     """
     new: dict[str, Tensor] = {}
     for name, shape in shapes.items():
@@ -92,7 +94,8 @@ def set_groups_of_spec_(model: nn.Module, groups: dict[str, int]) -> None:
         groups: name of a convolution -> number of groups.
 
     Raises:
-        ModelError: if there is no such convolution, or the number does not divide its channels.
+        ModelError: if there is no such convolution, or if the number is below 1 or does not divide
+            the first axis of the convolution's weight.
     """
     modules = dict(model.named_modules())
     for name, count in groups.items():
@@ -118,7 +121,7 @@ def what_pruning_changed(model: nn.Module, dense: nn.Module) -> dict[str, Any]:
     old = _convolutions(dense)
     groups = {}
     for name, module in _convolutions(model).items():
-        # In a depthwise convolution the groups equal the channels, so the new shape implies them.
+        # A depthwise convolution has as many groups as channels, so its shape implies the number.
         if name in old and module.groups != old[name].groups and not is_depthwise(old[name]):
             groups[name] = module.groups
     return {

@@ -9,7 +9,10 @@ from fedpress.models.norms import Norm, conv, norm_layer
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions with a shortcut; it has a 1x1 convolution if the shape changes."""
+    """Two 3x3 convolutions from `i` to `o` channels, with a shortcut around them.
+
+    If the shape changes, the shortcut has a 1x1 convolution.
+    """
 
     def __init__(self, i: int, o: int, *, stride: int, norm: Norm) -> None:
         super().__init__()
@@ -17,7 +20,7 @@ class BasicBlock(nn.Module):
         self.norm1 = norm_layer(o, norm)
         self.conv2 = conv(o, o, 3, norm=norm)
         self.norm2 = norm_layer(o, norm)
-        # The sum of block and shortcut needs equal shapes.
+        # The outputs of convolutions and shortcut are added, so they must have equal shapes.
         self.shortcut: nn.Module = nn.Identity()
         if stride != 1 or i != o:
             self.shortcut = nn.Sequential(
@@ -34,6 +37,13 @@ class ResNet(nn.Module):
     """Stem, stages of basic blocks, mean pooling and a linear head.
 
     The first stage keeps height and width; every other stage halves them.
+
+    Args:
+        widths: number of channels of each stage.
+        blocks: number of basic blocks in each stage.
+        num_classes: number of logits.
+        in_channels: channels of an image.
+        norm: kind of the normalisation layers.
     """
 
     def __init__(
@@ -84,7 +94,7 @@ def resnet18(*, num_classes: int = 10, in_channels: int = 3, norm: Norm = "batch
 def resnet_small(
     *, num_classes: int = 10, in_channels: int = 3, width: int = 16, norm: Norm = "batch"
 ) -> ResNet:
-    """Makes a small ResNet: three stages of one block, with `width` to 4 x `width` channels."""
+    """Makes a small ResNet: three stages of one block, with 1, 2 and 4 times `width` channels."""
     widths = (width, 2 * width, 4 * width)
     return ResNet(
         widths=widths, blocks=1, num_classes=num_classes, in_channels=in_channels, norm=norm

@@ -29,7 +29,7 @@ def save_model(folder: Path, spec: ModelSpec, model: nn.Module) -> None:
         # Tensors are copied, because safetensors refuses tensors that share memory.
         tensors[name] = value.detach().to("cpu", copy=True).contiguous()
     save_file(tensors, folder / "model.safetensors")
-    # Last: a folder counts as a model only if it has a spec.
+    # The spec is written last: a folder counts as a model only if it has a spec.
     (folder / "spec.json").write_text(spec.model_dump_json(indent=1) + "\n")
 
 
@@ -43,7 +43,7 @@ def load_model(folder: Path, allow_code: Collection[str] | str = ()) -> tuple[Mo
 
     Raises:
         ModelError: if a file is missing or corrupt, if the tensors do not fit the spec, if the spec
-            names a function that is not allowed, or if its sizes exceed `fedpress.core.limits`.
+            names a function that is not allowed, or if the network exceeds `fedpress.core.limits`.
     """
     spec_file, tensor_file = Path(folder) / "spec.json", Path(folder) / "model.safetensors"
     if not Path(folder).exists():

@@ -39,6 +39,7 @@ ARCHITECTURES: dict[str, Any] = {
     "mlp": MLP,
     layer_list.NAME: layer_list.build,
 }
+"""Name in a spec -> class or function that builds the network."""
 
 STRUCTURE = (
     "architecture",
@@ -51,10 +52,11 @@ STRUCTURE = (
     "folded",
     "quantized",
 )
-"""Fields of a spec that say how its network is built. The other fields describe its data."""
+"""Fields of a spec that say how the network is built. The other fields describe inputs and task."""
 
 
-# Bounds the memory of a long-running process. Forgotten specs are only checked once more.
+# Largest number of specs in `_RUN_WITHIN_LIMITS`, to bound the memory of a long-running process. A
+# spec that is dropped is checked once more.
 MOST_REMEMBERED = 1000
 _RUN_WITHIN_LIMITS: set[tuple[Any, tuple[int, ...], bytes]] = set()
 """Specs whose networks are known to run within the limits, as (builder, limits, digest)."""
@@ -70,8 +72,8 @@ class ModelSpec(BaseModel):
         numbers: sizes in forward code, such as the 4 in `view(n, 4, 8)`, that pruning changed.
         groups: name of a convolution -> its number of groups, if shapes do not imply the number.
         sparse: names of parameters whose zeros are pruned weights; training keeps these zeros.
-        kept_zeros: names of quantized parameters in `sparse` that have a buffer which marks kept
-            zeros: entries that pruning kept, but that quantization rounded to 0.
+        kept_zeros: names of quantized parameters in `sparse` with kept zeros: values that pruning
+            kept, but that quantization rounded to 0. A buffer marks these values.
         folded: name of a batch norm -> name of the layer into which it was folded.
         quantized: name of a layer -> how its weights and inputs are quantized.
         input_shape: shape of one example; for several inputs {argument of forward: shape}.
@@ -80,7 +82,7 @@ class ModelSpec(BaseModel):
         class_names: names of the classes of a classification.
         task: kind and options of the task, such as regression with mean and std, as `Task.to_json`
             returns them. Empty for classification, which needs only `class_names`.
-        input_dtype: dtype of an example; for several inputs {argument of forward: dtype}.
+        input_dtype: dtype of one example; for several inputs {argument of forward: dtype}.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -118,16 +120,16 @@ class ModelSpec(BaseModel):
         return self
 
     def example(self, n: int, chance: Source = None) -> Inputs:
-        """Returns `n` examples [n, *input_shape] to run the network on.
+        """Returns `n` artificial examples [n, *input_shape] to run the network on.
 
         Args:
             n: number of examples.
             chance: random source of normally distributed float inputs. None: float inputs are 0.
 
         Returns:
-            The examples. An integer input is 0, because every embedding has the token id 0. With
-            several inputs, integers and bools are 1: they may be lengths or masks, and with 0 the
-            network would ignore the example.
+            The examples. A single input of integers is 0, because every embedding has the token id
+            0. With several inputs, integers and bools are 1: they may be lengths or masks, and with
+            0 the network would ignore the example.
         """
 
         def floats_or_zeros(shape: tuple[int, ...], dtype: str) -> Tensor:
@@ -223,7 +225,8 @@ class ModelSpec(BaseModel):
 
     def _check_activations(self, model: nn.Module, place: str) -> None:
         """Checks the sizes of all activations, unless this spec was checked before."""
-        # A run loads the same network many times, and the sizes follow from the spec alone.
+        # Checked once: a run loads the same network many times, and the sizes follow from the spec
+        # alone.
         text = self.model_dump_json().encode()
         builder = ARCHITECTURES[self.architecture]
         key = (builder, limits.all_limits(), sha256(text).digest())

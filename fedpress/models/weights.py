@@ -22,15 +22,16 @@ INSIDE = ("state_dict", "model_state_dict", "model")
 def load_weights_(model: nn.Module, path: Path) -> tuple[str, ...]:
     """Loads a state dict into `model`, from safetensors or a file of `torch.save`.
 
-    No code of the file is run. All names may share the prefix of a wrapper, such as `module.` from
-    DistributedDataParallel. Two tensors `x_orig` and `x_mask` of `torch.nn.utils.prune` are
-    replaced by their product, named `x`.
+    No code of the file is run. A checkpoint may hold the state dict under one of the keys `INSIDE`.
+    A prefix that all names share, such as `module.` from DistributedDataParallel, is removed. Two
+    tensors `x_orig` and `x_mask` of `torch.nn.utils.prune` are replaced by their product, named
+    `x`.
 
     Returns:
         The names of the parameters that had masks, for `ModelSpec.sparse`.
 
     Raises:
-        ModelError: if the file is missing, is not a state dict, or does not fit the model.
+        ModelError: if the file is missing, has no state dict, or does not fit the model.
     """
     wanted = set(model.state_dict())
     tensors = _without_prefix(_read_state_dict(Path(path)), wanted)
@@ -116,7 +117,7 @@ def _without_prefix(tensors: dict[str, Tensor], wanted: set[str]) -> dict[str, T
 def _apply_masks(
     tensors: dict[str, Tensor], wanted: set[str]
 ) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-    """Replaces `x_orig` and `x_mask` by their product `x`; returns tensors and all names `x`."""
+    """Replaces `x_orig` and `x_mask` by their product `x`; also returns the names of products."""
     # If the model itself is masked, it has `x_orig` and no `x`, so nothing is replaced.
     found = dict(tensors)
     masked = []

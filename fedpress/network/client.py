@@ -40,8 +40,9 @@ def serve(
 
     Args:
         correspondence: thread that holds the connection to the server.
-        sessions: compute the answers.
-        stopped: is asked before each call whether to stop.
+        sessions: the training sessions of this client, which compute the answers.
+        stopped: returns True to stop. It is called between two answers, and every second while the
+            client waits.
 
     Yields:
         A record of each answered call.
@@ -52,7 +53,7 @@ def serve(
     correspondence.start()
     try:
         while not stopped():
-            # Not longer than a second, so that `stopped` is asked often enough.
+            # Waits at most a second, so that `stopped` is called often enough.
             call = correspondence.next_call(timeout=1.0)
             if call is None:
                 continue

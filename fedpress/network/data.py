@@ -29,9 +29,11 @@ from fedpress.errors import DataError
 from fedpress.stages.federate.offer import Offer
 
 ARRAYS = (".safetensors", ".npz")
+"""Suffixes of files of arrays."""
 TABLES = {".csv": "csv", ".parquet": "parquet"}
+"""Suffix of a table -> its source in a recipe."""
 INPUT = "x."
-"""Prefix of the inputs of a model with several, by argument of forward: `x.ids`, `x.mask`."""
+"""Prefix of the arrays of a model with several inputs. An argument of forward follows: `x.ids`."""
 
 
 @dataclass(eq=False)
@@ -65,8 +67,8 @@ class ClientData:
         """Returns the examples in the layout that the offered model needs.
 
         Raises:
-            DataError: if the data have another layout. The text says which layout was found and
-                which is needed.
+            DataError: if the data cannot be read, have another layout, or lack examples. For
+                another layout the error says which was found and which is needed.
         """
         if self.path.is_dir():
             found = self._images(offer)
@@ -79,14 +81,17 @@ class ClientData:
         return found
 
     def _table(self, offer: Offer) -> Arrays:
-        """Reads a table as the offer's columns say; rows without a known label are left out."""
+        """Reads the columns of a table that the offer names.
+
+        Rows without a known label are left out, and rows with a word that cannot be encoded.
+        """
         if offer.inputs is None:
             raise DataError(
                 "the server's data are no table",
                 place=f"'{self.path}'",
                 cure="give prepared arrays, a .safetensors or .npz file with x and y",
             )
-        # Columns and word lists come from the server, so all clients encode a row equally.
+        # Columns and word lists come from the server, so equal rows are encoded equally everywhere.
         about = Preparation.from_json(offer.inputs)
         settings = DataSettings(
             source=TABLES[self.path.suffix],
@@ -118,8 +123,8 @@ class ClientData:
                 place=f"'{self.path}'",
                 cure=f"expected the labels {', '.join(map(str, offer.task.names))}",
             )
-        # Mean 0 and std 1 leave the numbers as they are. The client's side of the stage
-        # standardises them later, as in a simulation; here it would happen twice.
+        # Mean 0 and std 1 leave the numbers as they are. The client's side of the stage will
+        # standardise them. If they were standardised here, it would happen twice.
         raw = replace(about, mean=(0.0,) * about.width, std=(1.0,) * about.width)
         return Arrays(prepare(rows, raw), targets.y[keep])
 
@@ -134,7 +139,7 @@ class ClientData:
                 cure="give prepared arrays, a .safetensors or .npz file with x and y",
             )
         names = list(map(str, offer.task.names))
-        # Sorted below, so that the same folder gives the same order on each machine.
+        # Folders and files are sorted, so that their order is the same on each machine.
         files, y = [], []
         for folder in sorted(path for path in self.path.iterdir() if path.is_dir()):
             # A folder of another name has no class in this run; its images are left out.
@@ -162,13 +167,13 @@ def check_layout(found: Arrays, offer: Offer, place: str) -> None:
         place: the file or folder, for errors.
 
     Raises:
-        DataError: if they do not fit. The text says which shape was found and which is needed. It
-            shows no value of the data, because the server receives the text.
+        DataError: if they do not fit, if an example has NaN or infinite values, or if there are no
+            examples. The error shows shapes, but no value of the data: the server receives it.
     """
     wanted = offer.spec.input_shape
     if shape_of(found.x) != wanted:
         raise DataError(
-            f"its examples have the shape {shape_text(shape_of(found.x))}, the recipe's "
+            f"its examples have the shape {shape_text(shape_of(found.x))}, but the recipe needs "
             f"{shape_text(wanted)}",
             place=place,
             cure="prepare them as the recipe does",
@@ -195,10 +200,10 @@ def read_arrays(path: Path) -> Arrays:
 
     Args:
         path: a file with the examples `x` and the targets `y`. If the model has several inputs,
-            there is one array for each, such as `x.ids` and `x.mask`.
+            there is one array for each input, such as `x.ids` and `x.mask`.
 
     Raises:
-        DataError: if the file has another content.
+        DataError: if the file cannot be read, or does not have these arrays.
     """
     try:
         if path.suffix == ".npz":
@@ -248,7 +253,7 @@ def _read(path: Path, settings: DataSettings) -> Any:
 
 
 def _known_words(table: Any, about: Preparation) -> Tensor:
-    """Returns which rows can be encoded, bool [n]: all words are known where they must be.
+    """Returns for each row whether it can be encoded, bool [n].
 
     A column with `unknown == "refused"` has no code for words that are not in its list.
     """

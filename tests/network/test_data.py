@@ -242,7 +242,7 @@ def test_images_for_a_table_and_a_table_for_images_say_what_is_needed(visits, sc
 @pytest.mark.parametrize(
     ("x", "y", "problem"),
     [
-        (torch.zeros(4, 6), torch.zeros(4).long(), r"shape \[6\], the recipe's \[5\]"),
+        (torch.zeros(4, 6), torch.zeros(4).long(), r"shape \[6\], but the recipe needs \[5\]"),
         (torch.zeros(4, 5, 1), torch.zeros(4).long(), "shape"),
         (torch.full((4, 5), torch.nan), torch.zeros(4).long(), "NaN"),
         (torch.full((4, 5), torch.inf), torch.zeros(4).long(), "NaN or infinite"),
