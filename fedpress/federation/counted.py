@@ -58,7 +58,7 @@ class Counted:
 
         Args:
             client: the client that answered.
-            task: number of its task.
+            task: number of the task that it answered.
             refused: why the answer was refused; "" if it was used.
         """
         if not refused:

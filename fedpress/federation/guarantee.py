@@ -22,7 +22,8 @@ class Guarantee:
             then any of these plans stands here.
         trust: who adds the noise: "local" (each client), "distributed" (all clients together) or
             "central" (the server); None for the default of the unit.
-        noise: noise that the server adds, with trust "central"; None: independent noise.
+        noise: noise that the server adds under trust "central"; None: independent noise. It is
+            ignored under other trusts.
         adaptive: how the clip norm adapts to the norms of the updates; None: it is fixed.
         divisor: public number by which a private sum is divided; None: the size of the cohort.
     """

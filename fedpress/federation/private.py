@@ -56,7 +56,8 @@ def private_steps(model: nn.Module, work: LocalWork) -> Steps:
         Each step after its noised gradient is computed.
 
     Raises:
-        RecipeError: if there is no plan of unit "sample", or a setting that DP-SGD does not allow.
+        RecipeError: if the plan does not protect single examples (unit "sample"), or if the
+            settings have a weight decay.
     """
     settings = work.plan.settings
     plan = check_private(settings, work.plan.privacy)
@@ -130,7 +131,8 @@ def joint_steps(model: nn.Module, work: LocalWork) -> Steps:
         work: the client's training in this round.
 
     Raises:
-        RecipeError: if there is no plan of unit "sample", or a setting that DP-SGD does not allow.
+        RecipeError: if the plan does not protect single examples (unit "sample"), or if the
+            settings have a weight decay.
     """
     # A gradient source is a generator; this line makes the function one.
     yield from ()
@@ -285,7 +287,8 @@ def check_private(settings: LocalSettings, plan: PrivacyPlan | None) -> PrivacyP
     """Returns `plan` after checking that DP-SGD is possible with this plan and these settings.
 
     Raises:
-        RecipeError: if DP-SGD is not possible.
+        RecipeError: if the plan does not protect single examples (unit "sample"), or if the
+            settings have a weight decay.
     """
     if plan is None or plan.unit != "sample":
         raise RecipeError(

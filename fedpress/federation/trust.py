@@ -82,7 +82,7 @@ class Trust:
 
     @property
     def on_aggregate(self) -> bool:
-        """Whether only the sum has all the noise; the sum's sensitivity must then be finite."""
+        """Whether only the sum of the vectors has the full noise, and so needs a sensitivity."""
         return self.noise in ("sum", "server")
 
     def codecs(

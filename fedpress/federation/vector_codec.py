@@ -73,7 +73,7 @@ class VectorCodec:
         return check_float(vector, self.size, self.name)
 
     def receive(self, tensors: Mapping[str, Tensor], key: Key) -> Tensor:
-        """Decodes a vector, and clips it to `bound` in case a dishonest client did not clip it.
+        """Decodes a vector, and clips it to the L2 norm of `bound`, in case the client did not.
 
         Raises:
             WireError: see `decode`.
@@ -82,7 +82,10 @@ class VectorCodec:
         return clip(vector, self.bound.l2) if self.bound.l2 < math.inf else vector
 
     def owns(self, tensor: str) -> bool:
-        """Returns whether the tensor with the name `tensor` is part of this vector."""
+        """Returns whether the tensor with the name `tensor` may be part of this vector.
+
+        Names of the update have no prefix, so its codec returns True for every name (see `divide`).
+        """
         return tensor.startswith(self._prefix)
 
     @property

@@ -59,10 +59,10 @@ class _Registered:
 
 @dataclass(frozen=True, eq=False)
 class _Remembered:
-    """The spec of a network that a command returned.
+    """The spec (`ModelSpec`: how to build it) of a network that fedpress returned to the user.
 
-    `origin` is the registered module from which the command made the network; None if there is
-    none.
+    `origin` is the registered module from which the network was made; None if there is none. It is
+    stored to keep the module registered as long as the network exists.
     """
 
     spec: Any
@@ -343,7 +343,8 @@ def _settings(module: nn.Module) -> list[tuple[str, dict[str, Any]]]:
 def _is_setting(name: str, value: object) -> bool:
     """Returns whether an attribute may change the outputs of a module.
 
-    Examples: hooks, and a `forward` that was set on the object. Tensors are compared elsewhere.
+    Examples: hooks, and a `forward` that was set on the object. Parameters and buffers are compared
+    elsewhere.
     """
     if name in ("training", "_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
         return False
@@ -355,8 +356,8 @@ def _is_setting(name: str, value: object) -> bool:
 def _comparable(value: Any) -> Any:
     """Converts an attribute to a value that can be compared between two networks.
 
-    Functions are compared by code, defaults and closure. If an object has no `__eq__`, only its
-    type is compared.
+    Functions are compared by code, defaults and closure. An object without its own `__eq__` is
+    compared by identity if it can be called, else by its type alone.
     """
     if isinstance(value, Tensor):
         return ("tensor", str(value.dtype), value.tolist())

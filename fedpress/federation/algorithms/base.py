@@ -111,7 +111,7 @@ class Algorithm(Protocol):
 
         Args:
             model: the model; its parameters are `down["params"]`.
-            work: yields the local steps; see `LocalWork.begin`.
+            work: the client's training in this round; `work.begin` gives the local steps.
             down: vectors from the server: "params", and the vectors of `extras_down`.
             state: state of this client after its last answer that the server used.
 

@@ -63,7 +63,7 @@ class Synchronous(BaseModel):
         default=1.0,
         ge=1,
         le=10,
-        description="factor on the clients that are asked; the first answers are used",
+        description="factor on the number of asked clients; the first answers are used",
     )
 
     @property
