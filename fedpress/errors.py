@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 OWN_ARGUMENTS = ("data", "model")
-"""Python arguments that take a value of their own. So a key of `data` cannot be passed as
-`data={"x": 1}`, as `privacy` takes its keys, but is passed as `**{"data.x": 1}`."""
+"""Python arguments whose keys cannot be passed in a dictionary, because they take data or a model. A
+key of `data` is passed as `**{"data.x": 1}`, a key of `privacy` as `privacy={"epsilon": 8.0}`."""
 
 
 @dataclass(frozen=True)

@@ -66,7 +66,7 @@ class Cohort:
 
     @property
     def period(self) -> int:
-        """Least number of rounds from one round in which a client takes part to its next one.
+        """A client that was drawn in a round is drawn again after this many rounds at the earliest.
 
         >>> Cohort(10, 95, "cyclic").period, Cohort(10, 95).period
         (10, 1)

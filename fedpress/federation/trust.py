@@ -144,7 +144,7 @@ class Trust:
         """Checks that the privacy guarantee holds with plan, cohort, weights and aggregator.
 
         Raises:
-            RecipeError: if one of them breaks the guarantee, or if the aggregator does not have
+            RecipeError: if one of them breaks the guarantee, or if the aggregator does not support
                 these weights.
         """
         if weights not in ("examples", "equal"):

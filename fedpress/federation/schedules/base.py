@@ -102,7 +102,7 @@ class Scheduler(Protocol):
         ...
 
     def wait(self) -> list[Assignment]:
-        """Returns the tasks of which one must be answered next.
+        """Returns the tasks to wait for: the next answer must be to one of them.
 
         The list is empty if the step has all its answers.
         """
@@ -169,7 +169,7 @@ class Schedule(Protocol):
     def one_model(self) -> bool:
         """Whether all updates of a step start from one model.
 
-        It is then also known which clients a step asks when the step begins.
+        If so, all clients that a step asks are known when the step begins.
         """
         ...
 
