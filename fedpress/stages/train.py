@@ -44,11 +44,13 @@ class TrainStage(TeacherTrainSettings, Stage):
         return self
 
     def setting_reading_labels(self) -> str:
-        """Returns the kind of the stage, because training always reads labels."""
+        """Returns the kind of the stage: not one setting but training itself needs labels."""
         return self.kind
 
     def check(self, state: State) -> tuple[State, dict[str, Any]]:
-        """Checks settings, data and teacher; returns the number of examples and steps.
+        """Checks settings, data and teacher; returns `state` and the planned amount of work.
+
+        The planned amount is a dictionary with the numbers of examples, epochs and steps.
 
         Raises:
             TrainingError: if the settings do not fit the data, for instance because the public part
@@ -57,7 +59,7 @@ class TrainStage(TeacherTrainSettings, Stage):
         """
         data = state.data
         check_public_training(state, self)
-        # Only for its errors: the teacher is loaded and run on a few examples.
+        # The result is not used. The call raises an error if the teacher does not exist or not fit.
         self.objective(state, 0)
         examples = len(data.public)
         return state, {
@@ -68,7 +70,7 @@ class TrainStage(TeacherTrainSettings, Stage):
 
     def run(self, state: State, folder: StageFolder) -> Generator[Tick, None, State]:
         """Trains the model; yields a tick for every step, saves a checkpoint after every epoch."""
-        # A seed of its own: two train stages of one recipe must not draw the same batches.
+        # Each stage has its own seed, so that two train stages of one recipe draw other batches.
         seed = derive(state.seed, "stage", folder.index)
         distillation = self.objective(state, seed)
         work = StageTraining(state.model, self, state, seed=seed, distillation=distillation)

@@ -1,4 +1,4 @@
-"""Masks of the weights that earlier stages have set to zero, and that must stay zero."""
+"""Masks of weights: which entries earlier stages have set to zero. These must stay zero."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from fedpress.workspace.state import State
 
 
 def allowed_masks(model: nn.Module, state: State, weights: Weights) -> Masks:
-    """Returns a mask for each chosen weight: False where an earlier stage has pruned the entry."""
+    """Returns a mask for each weight of `weights.chosen`, the weights that a stage makes sparse.
+
+    A mask is False where an earlier stage has pruned the entry, else True.
+    """
     old = masks_of(model, state.spec.sparse)
     full = {w.name: torch.ones_like(w.value, dtype=torch.bool) for w in weights.chosen}
     return {name: old.get(name, mask) for name, mask in full.items()}
@@ -24,6 +27,6 @@ def with_sparse_weights(spec: ModelSpec, masks: Masks) -> ModelSpec:
         spec: the spec of the model. `sparse` has the names of all weights with pruned entries.
         masks: name of a weight -> mask of its kept entries.
     """
-    # A mask without False prunes nothing, so its weight stays a dense one.
+    # A mask that is True everywhere prunes nothing, so its weight is not added.
     new = [name for name, mask in masks.items() if not mask.all() and name not in spec.sparse]
     return spec.model_copy(update={"sparse": (*spec.sparse, *new)})

@@ -1,4 +1,4 @@
-"""Loads saved models of every kind, and packs a model losslessly into one small file."""
+"""Loads saved models, packs a model losslessly into one small file, and measures file sizes."""
 
 # Other folders import these names from here and not from the files.
 from fedpress.storage.load import load

@@ -1,10 +1,11 @@
 """Lossless compression of quantized weights, with a frequency table for each class of weights.
 
 A code is the integer of a quantized weight. In a trained layer some channels have larger weights
-than others, so the distribution of their codes is wider. The file has a small integer for every
-output channel, input channel and kernel position of a layer. The sum of a weight's three integers
-is the logarithm of the expected distance between its code and the median code. Weights with similar
-sums form a class, and each class has its own frequency table for entropy coding.
+than others, so the distribution of their codes is wider. The file has one small integer for each
+output channel, one for each input channel and one for each kernel position of a layer. So every
+weight has three of these integers. Their sum, divided by a constant, estimates log2 of the distance
+between the weight's code and the median code. Weights with similar sums form a class, and each
+class has its own frequency table for entropy coding.
 """
 
 from __future__ import annotations
@@ -22,16 +23,20 @@ from torch import Tensor
 from fedpress.wire.packing import expand, shrink
 from fedpress.wire.reader import ByteReader, fail, varint
 
-# Resolutions of the logarithms that the encoder tries, in integer steps per factor of two. With 0
-# all weights are in one class; this gives the smallest file if all channels are alike.
+# The encoder tries these resolutions of the logarithms and keeps the smaller result. With 6, adding
+# 6 to an integer means twice the distance. With 0 all integers are 0, so all weights are in one
+# class; this gives the smaller result if all channels are alike.
 STEPS = (0, 6)
 # Maximum number of classes. Each class adds a frequency table to the file.
 MAX_CLASSES = 64
 Codes = NDArray[np.int8]
+"""Codes of weights, or the small integers of channels and positions."""
 
 
 def shrink_codes(tensors: Sequence[Tensor]) -> bytes:
-    """Compresses int8 `tensors` [out, in, ...] with the same quantization, without their shapes.
+    """Compresses the codes of several weights, int8 [out, in, ...], with the same quantization.
+
+    The bytes do not contain the shapes, which are an argument of `expand_codes`.
 
     >>> len(shrink_codes([torch.zeros(64, 64, 3, 3, dtype=torch.int8)])) < 100
     True
@@ -41,11 +46,15 @@ def shrink_codes(tensors: Sequence[Tensor]) -> bytes:
 
 
 def expand_codes(data: memoryview, shapes: Sequence[Sequence[int]], place: str) -> list[Tensor]:
-    """Returns the int8 tensors that `shrink_codes` compressed; `shapes` are their shapes.
+    """Returns the int8 tensors that `shrink_codes` compressed.
+
+    Args:
+        data: the compressed bytes.
+        shapes: shapes of the tensors.
+        place: name of the data in errors.
 
     Raises:
-        WireError: if the bytes are no valid output of `shrink_codes`; the error names a field of
-            `place`.
+        WireError: if the bytes are no valid output of `shrink_codes`.
     """
     out = [torch.empty(tuple(shape), dtype=torch.int8) for shape in shapes]
     # These are views of `out`, so writing to them below fills the result.
@@ -63,8 +72,8 @@ def expand_codes(data: memoryview, shapes: Sequence[Sequence[int]], place: str) 
     counts = np.bincount(classes, minlength=int(class_of_sum.max()) + 1)
 
     flat = np.empty(len(classes), np.int8)
-    # The file has the codes class by class. The same stable sort as in `_shrink` gives their
-    # places.
+    # The file has the codes class by class. The same stable sort as in `_shrink` tells to which
+    # weight each code belongs.
     order = np.argsort(classes, kind="stable")
     at = 0
     for count in counts:
@@ -165,11 +174,16 @@ def _span(sums: Sequence[NDArray[np.int16]]) -> tuple[int, int]:
 
 
 def _join_classes(sums: NDArray[np.int64], codes: Codes) -> NDArray[np.uint8]:
-    """Returns the class of each sum, counted from 0.
+    """Returns the class number of each possible sum; the first class is 0.
 
     At first every sum is a class of its own. Each step joins the two neighbouring classes whose
-    union saves the most bits: the union needs one frequency table less, but has longer codes. The
-    steps end when no union saves bits and there are at most `MAX_CLASSES` classes.
+    union saves the most bits: the union needs one frequency table less, but its weights take more
+    bits. The steps end when every union would take more bits than it saves and there are at most
+    `MAX_CLASSES` classes, or when one class is left.
+
+    Args:
+        sums: the sum of each weight, minus the smallest sum.
+        codes: the code of each weight.
     """
     number = int(sums.max(initial=0)) + 1
     pairs = 256 * sums + codes.view(np.uint8)
@@ -190,9 +204,12 @@ def _join_classes(sums: NDArray[np.int64], codes: Codes) -> NDArray[np.uint8]:
 
 
 def _bits(counts: NDArray[np.int64]) -> float:
-    """Estimates the bits of a class: the entropy of its codes, a byte for each code, and a header.
+    """Estimates the bits of a class: the entropy of its codes, a frequency table, and a header.
 
-    The byte for each code is its entry in the frequency table. The header has about 6 bytes.
+    The table has a byte for each value that occurs among the codes. The header has about 6 bytes.
+
+    Args:
+        counts: how often each value occurs.
     """
     used = counts[counts > 0]
     return float(used @ np.log2(used.sum() / used)) + 8.0 * (len(used) + 6)
@@ -201,7 +218,13 @@ def _bits(counts: NDArray[np.int64]) -> float:
 def _classes_of(
     sums: Sequence[NDArray[np.int16]], low: int, class_of_sum: NDArray[Any]
 ) -> NDArray[Any]:
-    """Returns the class of every weight of all tensors, flat; `low` is the smallest sum."""
+    """Returns the class of every weight of all tensors, flat.
+
+    Args:
+        sums: the sum of each weight of each tensor.
+        low: the smallest sum.
+        class_of_sum: the class of each possible sum, from `low` on.
+    """
     found = [class_of_sum[s.reshape(-1) - low] for s in sums]
     return np.concatenate(found) if found else np.empty(0, class_of_sum.dtype)
 

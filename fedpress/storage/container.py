@@ -16,8 +16,11 @@ from safetensors import SafetensorError, deserialize
 from fedpress.errors import ModelError
 
 FORMAT = "fedpress packed model"
+"""Text in the header by which a packed model is recognised."""
 VERSION = 1
+"""Version of the format; files of other versions are refused."""
 CURE = "copy or pack it again"
+"""The advice in errors about a damaged file."""
 
 
 def damaged(place: str, problem: str) -> NoReturn:
@@ -28,7 +31,12 @@ def damaged(place: str, problem: str) -> NoReturn:
 def to_bytes(blobs: Mapping[str, bytes], spec: str, table: str) -> bytes:
     """Returns the bytes of a safetensors file with a tensor of bytes (U8) for every blob.
 
-    Spec and table are stored in the header's metadata. Equal arguments give equal bytes.
+    Equal arguments give equal bytes.
+
+    Args:
+        blobs: byte strings by name.
+        spec: how to build the model, as JSON; stored in the header's metadata.
+        table: which tensors are in which blob, as JSON; stored in the header's metadata.
     """
     metadata = {"format": FORMAT, "version": str(VERSION), "spec": spec, "table": table}
     metadata["checksum"] = _checksum(blobs, spec, table)
@@ -69,7 +77,7 @@ def from_bytes(data: bytes, place: str) -> tuple[dict[str, bytes], str, str]:
         raise ModelError(
             (f"a safetensors file, but not a packed model (its metadata has no format '{FORMAT}')"),
             place=place,
-            cure="give one that fedpress packed, or the folder of a model",
+            cure="give a file that fedpress packed, or the folder of a model",
         )
     if metadata.get("version") != str(VERSION):
         raise ModelError(
@@ -82,7 +90,7 @@ def from_bytes(data: bytes, place: str) -> tuple[dict[str, bytes], str, str]:
         )
     complete = {"spec", "table", "checksum"} <= metadata.keys()
     if not complete or any(t["dtype"] != "U8" for t in found.values()):
-        damaged(place, "a part of its header is missing")
+        damaged(place, "its header is incomplete or lists another type than bytes")
     blobs = {name: bytes(t["data"]) for name, t in found.items()}
     if _checksum(blobs, metadata["spec"], metadata["table"]) != metadata["checksum"]:
         damaged(place, "its checksum is wrong")
@@ -90,7 +98,7 @@ def from_bytes(data: bytes, place: str) -> tuple[dict[str, bytes], str, str]:
 
 
 def _checksum(blobs: Mapping[str, bytes], spec: str, table: str) -> str:
-    """Returns the 16-byte BLAKE2b hash, in hex, of spec, table and all blobs.
+    """Returns the 16-byte BLAKE2b hash, in hex, of spec, table, and names and bytes of all blobs.
 
     The hash detects accidental damage. It does not prove who wrote the file: anybody can compute
     it.

@@ -1,8 +1,8 @@
 """Lossless compression of floats by byte planes and by masks of nonzero values.
 
-A byte plane has the first bytes of all floats, or all second bytes, and so on. The exponents of
-weights repeat, the mantissas do not. The plane of the exponents has its own frequency table for
-entropy coding, so it compresses well.
+A byte plane has the first bytes of all floats, or all second bytes, and so on. Many weights have
+the same exponent, but their mantissas differ. Each plane has its own frequency table for entropy
+coding, so the plane with the exponents compresses well.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ WHOLE, PLANES, SPARSE = range(3)
 # The unsigned integer type for the bits of a float, by the float's size in bytes.
 WORDS: dict[int, type[np.unsignedinteger]] = {2: np.uint16, 4: np.uint32, 8: np.uint64}
 Words = NDArray[np.unsignedinteger]
+"""The bits of floats as unsigned integers."""
 
 
 def shrink_floats(values: Tensor) -> bytes:
@@ -45,11 +46,16 @@ def shrink_floats(values: Tensor) -> bytes:
 
 
 def expand_floats(data: memoryview, dtype: torch.dtype, size: int, place: str) -> Tensor:
-    """Returns the `size` floats that `shrink_floats` compressed.
+    """Returns the floats that `shrink_floats` compressed.
+
+    Args:
+        data: the compressed bytes.
+        dtype: type of the floats.
+        size: number of floats.
+        place: name of the data in errors.
 
     Raises:
-        WireError: if the bytes are no valid output of `shrink_floats`; the error names a field of
-            `place`.
+        WireError: if the bytes are no valid output of `shrink_floats`.
     """
     reader = ByteReader(data)
     form = reader.byte(f"{place}.form")

@@ -14,20 +14,23 @@ from fedpress.storage.packed import unpack
 
 
 def load(path: Path, allow_code: Collection[str] | str = ()) -> tuple[ModelSpec, nn.Module]:
-    """Loads a saved model: a folder with spec.json, a run (its last stage), or a packed file.
+    """Loads a saved model: a folder with spec.json, the folder of a run, or a packed file.
+
+    Of a run it loads the model of the last finished stage.
 
     Args:
         path: the folder or file.
-        allow_code: functions, as `module:function`, that the file may name to build its network,
-            such as "nets:Net". Architectures of fedpress, and functions that the user of this
-            process has already named, are always allowed.
+        allow_code: the function or functions, such as "nets:Net" (`module:function`), that the
+            file may name to build its network. Architectures of fedpress, and functions that the
+            user of this process has already named, are always allowed.
 
     Returns:
         The spec (how to build the model), and the model.
 
     Raises:
-        ModelError: if there is no model, if it is damaged, or if it names a function that is not
-            allowed. If the file comes from another program, the error says how to use it here.
+        ModelError: if there is no model, if the run has no finished stage, if the model is damaged,
+            or if it names a function that is not allowed. If the file comes from another program,
+            the error says how to use it here.
     """
     path = Path(path)
     # Files of other programs are recognised first, because opening some (pickles) is dangerous.

@@ -29,12 +29,13 @@ from fedpress.wire.packing import expand, shrink
 
 @dataclass(frozen=True)
 class Packed:
-    """Sizes and exceptions of a packed file.
+    """Sizes of a packed file, and the quantized layers that it stores as floats.
 
     Attributes:
-        file_bytes: size of the file.
-        kinds: kind of content -> bytes. The kinds are "codes" (quantized weights), "scales", "norm"
-            (normalisation layers), "weights" (float weights), "rest" (biases and others), "header".
+        file_bytes: size of the file in bytes.
+        kinds: kind of content -> compressed size in bytes. The kinds are "codes" (quantized
+            weights), "scales" (parameters of quantizers), "norm" (normalisation layers), "weights"
+            (other tensors of two or more dimensions), "rest" (biases and others), "header".
         float_layers: name of each quantized layer whose weights had to be stored as floats -> the
             reason.
     """
@@ -85,9 +86,11 @@ def _check_round_trip(spec: ModelSpec, model: nn.Module, data: bytes) -> None:
     """Checks that unpacking the bytes gives the same spec, tensors and buffers.
 
     Raises:
-        ModelError: if something differs; the error names the first tensor, or "spec".
+        ModelError: if something differs; the error names the first tensor or buffer that differs,
+            or "spec".
     """
-    # The user has already called this architecture to build the model, so consent is implied.
+    # An architecture with a colon is a user's function. The user has already called it to build the
+    # model, so it may be called again.
     own = (spec.architecture,) if ":" in spec.architecture else ()
     back, twin = from_bytes(data, "pack", own)
     theirs = twin.state_dict()
@@ -140,7 +143,11 @@ def unpack(path: Path, allow_code: Collection[str] | str = ()) -> tuple[ModelSpe
 
 
 def to_bytes(spec: ModelSpec, model: nn.Module) -> tuple[bytes, Packed]:
-    """Returns the bytes of a packed file, and its sizes. Equal models give equal bytes."""
+    """Returns the bytes of a packed file, and their sizes. Equal models give equal bytes.
+
+    Raises:
+        ModelError: if a tensor has a type that cannot be packed.
+    """
     codes, float_layers = _codes(model)
     tensors = model.state_dict()
     table = TensorTable.of(model, codes)
@@ -199,8 +206,8 @@ def from_bytes(
             f"its tensors do not fit its spec ('{different}' differs)",
             place=place,
             cure=(
-                f"the code of '{spec.architecture}' may have changed since packing: unpack with the "
-                "code of that time"
+                f"the code of '{spec.architecture}' may have changed since packing: unpack with "
+                "the code of that time"
             ),
         )
     _fill_(model, table, blobs, place)
@@ -254,7 +261,10 @@ def _fill_(model: nn.Module, table: TensorTable, blobs: Mapping[str, bytes], pla
 
 
 def _codes(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Returns the int8 codes of quantized weights by name, and `Packed.float_layers`."""
+    """Returns the int8 codes of quantized weights by name, and the layers stored as floats.
+
+    The second result is `Packed.float_layers`: name of the layer -> the reason.
+    """
     codes: dict[str, Tensor] = {}
     float_layers: dict[str, str] = {}
     for name, layer in quantized_layers(model):

@@ -1,4 +1,4 @@
-"""Sizes of a model in bytes: as a saved file (`file_bytes`) and packed (`packed_file_bytes`)."""
+"""Sizes of a model: bytes of its saved file, bytes of its packed file, and nonzero parameters."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ def file_bytes(spec: ModelSpec | None, model: nn.Module) -> int:
     """Returns the size of a saved model in bytes, as commands and reports show it.
 
     For a float model this is the size of all tensors. For a quantized model it is the size of the
-    packed file, because a file of float32 tensors would be as large as without quantization.
+    packed file, because a file of float32 tensors would be as large as without quantization. If
+    `spec` is None or the model cannot be packed, it is the size of all tensors.
     """
     schemes = {name: layer.scheme for name, layer in quantized_layers(model)}
     if spec is None or not schemes:
@@ -38,7 +39,7 @@ def packed_file_bytes(spec: ModelSpec | None, model: nn.Module) -> int | None:
 
 
 def nonzero_parameters(model: nn.Module) -> int:
-    """Counts the values in parameters that are not 0.
+    """Counts the nonzero values of all parameters.
 
     >>> from torch import nn
     >>> layer = nn.Linear(3, 2, bias=False)

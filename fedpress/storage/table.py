@@ -15,14 +15,17 @@ from torch import Tensor, nn
 from fedpress.errors import ModelError, SettingError
 from fedpress.nn.quantized import is_qparam, quantized_weights
 
-# Tensors of at most 4096 values share a blob with other tensors of their kind. Each blob has a
-# header and a frequency table, and these may take more bytes than a small tensor.
+# Tensors of at most so many values share a blob with similar tensors (see `TensorTable.of`). Each
+# blob has a header and a frequency table, and these may take more bytes than a small tensor.
 SMALL = 4096
 Type = Literal[
     "float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool"
 ]
+"""Name of a dtype that a packed file can store."""
 TYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in get_args(Type)}
+"""Name of a dtype -> the dtype."""
 Size = Annotated[int, Field(ge=0, lt=1 << 48, strict=True)]
+"""Size of one dimension of a tensor; the limit is for damaged files."""
 
 
 class Blob(BaseModel):
@@ -39,8 +42,8 @@ class TensorTable(BaseModel):
 
     Attributes:
         blobs: blobs by name. A name is `kind:what:dtype`, such as "weights:conv1.weight:float32".
-            For the integers of quantized weights `what` is the quantization, as in
-            "codes:int4:float32".
+            `what` is the name of a large tensor, the last part of the name of small tensors, as in
+            "rest:bias:float32", or the quantization of integer codes, as in "codes:int4:float32".
         same: name of a tensor -> name of the earlier tensor with which it shares its memory.
     """
 
@@ -75,8 +78,13 @@ class TensorTable(BaseModel):
     def of(cls, model: nn.Module, codes: Mapping[str, Tensor]) -> TensorTable:
         """Assigns the tensors of `model` to blobs.
 
-        A large tensor gets its own blob. Small tensors of the same kind share a blob, and so do
-        weights in `codes` with the same quantization.
+        A tensor of more than `SMALL` values gets its own blob. Small tensors share a blob if their
+        kinds, their dtypes and the last parts of their names (such as "bias") are equal. Quantized
+        weights share a blob if their quantizations and dtypes are equal.
+
+        Args:
+            model: the model.
+            codes: integer codes of those quantized weights that are not stored as floats, by name.
 
         Raises:
             ModelError: if a tensor has a dtype that is not in `TYPES`.
@@ -109,7 +117,13 @@ class TensorTable(BaseModel):
 
 
 def _kind_of(leaf: str, value: Tensor, *, norm: bool) -> str:
-    """Returns the kind of a tensor. Values of one kind have similar bits and share a blob."""
+    """Returns the kind of a tensor: values of one kind have similar bits.
+
+    Args:
+        leaf: last part of the tensor's name, such as "bias".
+        value: the tensor.
+        norm: whether the tensor belongs to a normalisation layer.
+    """
     if is_qparam(leaf):
         return "scales"
     if norm:

@@ -30,7 +30,7 @@ DEFAULT: dict[str, str] = {
     "flags": Multilabel.kind,
     "numbers": Regression.kind,
 }
-"""The default task for each kind of targets."""
+"""Kind of targets (see `fedpress.tasks.base.Targets`) -> name of the default task."""
 
 
 def find(kind: str) -> type[Task]:
@@ -106,7 +106,7 @@ def make(given: str | Mapping[str, Any], names: tuple[str, ...], public: Tensor)
         raise RecipeError(
             f"{row.kind} does not take {options}: {error}",
             place="task",
-            cure="leave these options out, or give each a value like its default",
+            cure="leave these options out, or give each a value of the same type as its default",
         ) from error
 
 
@@ -137,7 +137,12 @@ def of_model(saved: Mapping[str, Any], class_names: tuple[str, ...]) -> Task:
 
 
 def task_of(line: Mapping[str, Any]) -> type[Task]:
-    """Returns the class of the task that a stage's result names (an entry of `result.json`)."""
+    """Returns the class of the task in the result of a stage.
+
+    Args:
+        line: the stage's entry in the file `result.json`; its key "task" has the task's name.
+            Without a known name the task is classification.
+    """
     # Version 0.1.0 only had classification, and did not store the task.
     return TASKS.get(str(line.get("task")), Classification)
 

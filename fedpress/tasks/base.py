@@ -20,6 +20,7 @@ from fedpress.errors import DataError, ModelError, RecipeError
 from fedpress.tasks.weights import ClassWeights
 
 Reduction = Literal["mean", "sum", "none"]
+"""What is returned for the losses of a batch's examples: their mean, their sum, or all of them."""
 Sums = Mapping[str, Tensor]
 """Name -> sum over examples. Example: {"right": tensor(90), "examples": tensor(100)}."""
 
@@ -37,7 +38,7 @@ class Metric:
         name: name in tables and figures, such as "balanced accuracy".
         better: whether higher or lower values are better.
         share: whether values are shares from 0 to 1, which are shown in percent.
-        digits: number of decimals that are shown, if values are not shares.
+        digits: number of decimals shown; not used if `share` is True.
         meaning: an explanation for the report, such as "0.5 is chance".
     """
 
@@ -111,7 +112,7 @@ class Task(ABC):
             public: public targets [n, ...]; n may be 0. Fitted values are published with the model,
                 so they must not depend on private targets.
         """
-        # Most tasks fit nothing.
+        # The base class fits nothing.
         del public
         return cls(names)  # type: ignore[call-arg]
 
@@ -138,7 +139,7 @@ class Task(ABC):
 
     @property
     def outputs(self) -> int:
-        """Number of outputs of the network for one example, or for each position of an example."""
+        """Number of outputs of the network for one example, or for each of its tokens."""
         return len(self.names)
 
     @abstractmethod
@@ -155,18 +156,19 @@ class Task(ABC):
 
     @abstractmethod
     def metrics(self, outputs: Tensor, targets: Tensor) -> Sums:
-        """Returns the sums of a batch from which `summary` computes the metrics.
+        """Returns sums over the examples of a batch; `summary` computes the metrics from them.
 
-        Add the sums of several batches with `merged`.
+        `merged` adds the sums of several batches.
         """
 
     @abstractmethod
     def summary(self, sums: Sums) -> dict[str, JsonValue]:
         """Computes the metrics by key; None for a metric that is undefined on these examples.
 
-        A key that ends in `_warning` is a sentence if the model is useless, else None. The key of
-        the primary metric with the ending `_error`, such as `accuracy_error`, is the standard error
-        of this metric. A task leaves it out if there is no simple formula.
+        The value of a key that ends in `_warning` is a sentence if the model is useless or the
+        metric says nothing, else None. The key of the primary metric with the ending `_error`, such
+        as `accuracy_error`, has the standard error of this metric. A task without a simple formula
+        for the standard error leaves this key out.
         """
 
     def score_sums(self, outputs: Tensor, targets: Tensor) -> Sums:
@@ -198,13 +200,16 @@ class Task(ABC):
     def smoothed(self, amount: float) -> Task:
         """Returns the task with label smoothing.
 
+        Args:
+            amount: share of the target that is spread over all classes; 0: no smoothing.
+
         Raises:
-            RecipeError: if the targets are not classes.
+            RecipeError: if `amount` is not 0 and the task has no label smoothing.
         """
         # 0 is the default of the setting, so every task must accept it.
         if amount:
             raise RecipeError(
-                f"the task is {self.kind}, which has no labels to smooth",
+                f"the task is {self.kind}, which has no label smoothing",
                 place="label_smoothing",
                 cure="leave it out",
             )
@@ -219,7 +224,7 @@ class Task(ABC):
                 Counts of private targets would cost privacy.
 
         Raises:
-            RecipeError: if the targets are not classes, or the weights do not fit the classes.
+            RecipeError: if the task has no class weights, or the weights do not fit the classes.
             DataError: if the public targets cannot be balanced.
         """
         del given, public
@@ -227,7 +232,7 @@ class Task(ABC):
 
     @property
     def unweighted(self) -> Task:
-        """The task without class weights. Reported losses are computed by it."""
+        """The same task without class weights. Reported losses are losses of this task."""
         return self
 
     def check(self, outputs: object, targets: Tensor) -> None:
@@ -277,7 +282,10 @@ class Task(ABC):
         return column.expand(shape).contiguous()
 
     def to_json(self) -> dict[str, JsonValue]:
-        """Returns kind, names and options as JSON; a device needs them to interpret outputs."""
+        """Returns what a device needs to interpret outputs, as JSON: kind and names.
+
+        Subclasses add their options.
+        """
         return {"kind": self.kind, "names": list(self.names)}
 
     def to_targets(self, outputs: Tensor) -> Tensor:
@@ -285,7 +293,7 @@ class Task(ABC):
         return outputs
 
     def answers(self, outputs: Tensor) -> Tensor:
-        """Returns predictions: class numbers, 0 or 1 per label, or numbers in targets' units."""
+        """Returns predictions: class numbers, 0 or 1 per label, or numbers in the targets' unit."""
         return self.to_targets(outputs)
 
     def probabilities(self, outputs: Tensor) -> Tensor | None:
@@ -311,7 +319,7 @@ def merged(first: Sums, *others: Sums) -> dict[str, Tensor]:
     """
     total = dict(first)
     for sums in others:
-        # A missing name raises a KeyError: parts with different sums must not be added silently.
+        # A name that `first` lacks raises a KeyError, since different sums must not be added.
         for name, value in sums.items():
             total[name] = total[name] + value
     return total

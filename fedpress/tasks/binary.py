@@ -64,7 +64,7 @@ class Binary(Task):
     def loss(self, outputs: Tensor, targets: Tensor, *, reduction: Reduction = "mean") -> Tensor:
         """Returns the log loss in nats."""
         logits = outputs.float().reshape(len(targets))
-        # Not by `pos_weight`, because torch has that for class 1 only.
+        # torch's argument `pos_weight` is not used, because it only weighs class 1.
         if self.class_weights:
             each = F.binary_cross_entropy_with_logits(logits, targets.float(), reduction="none")
             first, second = self.class_weights
@@ -89,7 +89,7 @@ class Binary(Task):
 
     def agreement(self, first: Tensor, second: Tensor) -> float | None:
         """Returns the share of examples with equal predictions."""
-        # Compared as logits: two sigmoids less to compute.
+        # Comparing logits, and not probabilities, saves two sigmoids.
         border = self._logit_of_threshold
         return ((first >= border) == (second >= border)).float().mean().item()
 
@@ -118,7 +118,7 @@ class Binary(Task):
         return sums
 
     def summary(self, sums: Sums) -> dict[str, JsonValue]:
-        """Computes the metrics and further values of `Classification`, and these values.
+        """Computes the metrics and further values of `Classification` except `macro_f1`, and these.
 
         - `f1`: F1 of class 1.
         - `auc_error`: standard error of the AUC.
@@ -139,7 +139,7 @@ class Binary(Task):
         return {**super().to_json(), "threshold": self.threshold}
 
     def check_targets(self, targets: Tensor) -> None:
-        """Checks that targets are 0 or 1."""
+        """Checks that targets are 0 or 1, int64 [n]."""
         Classification(self.names).check_targets(targets)
         if targets.dim() != 1:
             raise DataError(

@@ -1,6 +1,6 @@
 """Classification: predicts one of several classes, for an example or each of its positions.
 
-Positions are, for example, the tokens of a text.
+The positions of a text, for example, are its tokens.
 """
 
 from __future__ import annotations
@@ -21,13 +21,15 @@ from fedpress.tasks.weights import ClassWeights
 IGNORED = -100
 """Target of a position without a label, such as the padding of a short sequence."""
 
-# With more classes no AUC is computed, because it needs two histograms of 4,096 bins for each.
+# With more classes no AUC is computed: it needs two histograms of 4,096 bins for each class.
 MAX_AUC_CLASSES = 1000
-# With more classes no confusion matrix is computed, because its size grows with the square.
+# With more classes no confusion matrix is computed: it has a row and a column for each class.
 MAX_CONFUSION_CLASSES = 50
 
-AUC_MEANING = "for two classes that of class 1, else the mean over the classes; 0.5 is chance"
+AUC_MEANING = "AUC of class 1 if there are two classes, else mean over the classes; 0.5 is chance"
+"""Explanation of the metric in reports."""
 CALIBRATION_MEANING = "mean difference between the model's confidence and its accuracy"
+"""Explanation of the metric in reports."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,7 @@ class Classification(Task):
         return reduced(each.flatten(1).sum(1) / counted, reduction)
 
     def soft_loss(self, outputs: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-        """Returns T^2 KL(teacher || student) at temperature T, averaged over examples, in nats.
+        """Returns T^2 KL(teacher || student) at temperature T in nats, the mean over all positions.
 
         Hinton, Vinyals, Dean (2015, arXiv:1503.02531), section 2. The factor T^2 makes the size of
         the gradient independent of T.
@@ -109,7 +111,7 @@ class Classification(Task):
         return (first.argmax(1) == second.argmax(1)).float().mean().item()
 
     def smoothed(self, amount: float) -> Classification:
-        """Returns the task with label smoothing."""
+        """Returns the task with label smoothing; the same task if `amount` is 0."""
         return replace(self, label_smoothing=amount) if amount else self
 
     def weighted(self, given: ClassWeights, public: Tensor) -> Classification:
@@ -148,6 +150,7 @@ class Classification(Task):
         """Returns the sums: labels, predictions and right predictions by class, and histograms.
 
         The histograms are those of `fedpress.tasks.ranking`, for AUC and calibration error.
+        "broken" counts the predictions with NaN, "unranked" those without a softmax.
         """
         # To [examples * positions, classes].
         logits = outputs.detach().double().movedim(1, -1).flatten(0, -2)
@@ -158,7 +161,8 @@ class Classification(Task):
         right = answers == labels
         broken = logits.isnan().any(1)
         confidence = logits.softmax(1).amax(1)
-        # NaN and some infinite logits have no softmax, so AUC and calibration leave them out.
+        # NaN and some infinite logits have no softmax. They are not in the histograms; if there are
+        # any, `summary` gives neither AUC nor calibration error.
         sure = confidence.isfinite()
         sums = {
             "labels": labels.bincount(minlength=classes),
@@ -197,7 +201,8 @@ class Classification(Task):
         - `accuracy_error`: standard error of the accuracy; None if examples have several positions.
         - `majority_share`: share of the most frequent class, 0 to 1.
         - `accuracy_warning`: a sentence if the accuracy means nothing, else None.
-        - `confusion`: for each class, how often each class was predicted; None for many classes.
+        - `confusion`: for each class, how often each class was predicted; None if there are more
+          than `MAX_CONFUSION_CLASSES` classes.
         """
         labels, answers, right = (sums[key].double() for key in ("labels", "answers", "right"))
         n = float(labels.sum())
@@ -233,7 +238,10 @@ class Classification(Task):
         }
 
     def _warning(self, sums: Sums) -> str | None:
-        """Returns why the accuracy means nothing, for instance a single class; else None."""
+        """Returns a sentence if the accuracy means nothing, else None.
+
+        This is so, for instance, if all labels or all predictions are the same class.
+        """
         labels, answers = sums["labels"], sums["answers"]
         n, largest = int(labels.sum()), int(labels.argmax())
         name, share = self.names[largest], int(labels.max()) / n
@@ -271,7 +279,7 @@ class Classification(Task):
         if not isinstance(got, list) or len(got) != len(expected):
             raise ModelError(
                 f"gives outputs {of_one} for one example, not [classes] as a classifier does, "
-                "and accuracy needs one",
+                "and accuracy needs a classifier",
                 place="outputs",
                 cure=f"make it return {len(self.names)} numbers for each label",
             )
@@ -282,7 +290,7 @@ class Classification(Task):
         )
 
     def check_targets(self, targets: Tensor) -> None:
-        """Checks that targets are class numbers."""
+        """Checks that targets are class numbers; at positions also `IGNORED` is valid."""
         if targets.dtype != torch.int64 or targets.dim() < 1:
             raise DataError(
                 f"labels of type {targets.dtype} and {targets.dim()} dimensions",

@@ -1,6 +1,7 @@
-"""Computes metrics of torchmetrics from sums: their states are added over batches and clients.
+"""Computes metrics of torchmetrics from sums over batches and clients.
 
-Example: the state of MAE is the sum of absolute errors and the number of examples.
+A metric object of torchmetrics has a state of a few tensors. Example: the state of MAE is the sum
+of absolute errors and the number of examples. The states of batches and clients are added.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ def library_sums(
             if getattr(reduction, "__name__", "") != "dim_zero_sum":
                 raise TypeError(
                     f"{type(metric).__name__}: its state '{state}' is no sum; "
-                    "give it thresholds=, or take another"
+                    "give it thresholds=, or take another metric"
                 )
         if len(predictions):
             metric.update(predictions, targets)

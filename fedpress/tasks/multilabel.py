@@ -1,4 +1,4 @@
-"""Multilabel classification: an example may have any number of labels, also none."""
+"""Multilabel classification: an example has any number of labels, or none."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Multilabel(Task):
     def loss(self, outputs: Tensor, targets: Tensor, *, reduction: Reduction = "mean") -> Tensor:
         """Returns the log loss in nats; the loss of an example is the mean over its labels."""
         logits = outputs.float()
-        # Weights act on examples with the label only: their ratio to the other examples matters.
+        # A weight acts only on examples that have the label. Examples without it have weight 1.
         factor = logits.new_tensor(self.class_weights) if self.class_weights else None
         each = F.binary_cross_entropy_with_logits(
             logits, targets, reduction="none", pos_weight=factor
@@ -56,7 +56,7 @@ class Multilabel(Task):
         return reduced(each.mean(1), reduction)
 
     def weighted(self, given: ClassWeights, public: Tensor) -> Multilabel:
-        """Returns the task with class weights, which act where a label is 1."""
+        """Returns the task with class weights: factors on the loss of a label where it is 1."""
         if given != "balanced":
             return replace(self, class_weights=weights.check(given, self.names))
         positive = public.long().sum(0)
@@ -70,7 +70,7 @@ class Multilabel(Task):
 
     def soft_loss(self, outputs: Tensor, teacher: Tensor, temperature: float) -> Tensor:
         """Returns T^2 times the cross-entropy with the teacher's probabilities at temperature T."""
-        # Independent labels have no softmax, so each label is a distillation of its own.
+        # Labels are independent, so there is no softmax over them: each is distilled by itself.
         soft = (teacher / temperature).sigmoid()
         loss = F.binary_cross_entropy_with_logits(outputs / temperature, soft)
         return loss * temperature**2
@@ -113,13 +113,16 @@ class Multilabel(Task):
         }
 
     def summary(self, sums: Sums) -> dict[str, JsonValue]:
-        """Computes the metrics by key, and a warning if all examples get the same labels."""
+        """Computes the metrics by key, and `macro_f1_warning`.
+
+        This is a sentence if an output is NaN or all examples get the same labels, else None.
+        """
         found: dict[str, JsonValue] = {**library_values(self._library_metrics, sums)}
         n, broken = int(sums["examples"]), int(sums["broken"])
         found["auc"] = None
         if not broken:
             area = ranking.aucs(sums["scores"])
-            # A label that all examples have, or none, has no AUC and is left out of the mean.
+            # A label that every example has, or no example, has no AUC. The mean leaves it out.
             found["auc"] = json_number(area[~area.isnan()].mean())
         warning = None
         answers = sums["answers"]

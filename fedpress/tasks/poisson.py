@@ -87,7 +87,10 @@ class Poisson(Task):
         return outputs.exp()
 
     def metrics(self, outputs: Tensor, targets: Tensor) -> Sums:
-        """Returns sums over examples of deviance and absolute error (means over the k counts)."""
+        """Returns sums over examples of deviance and absolute error.
+
+        The deviance and the error of an example are means over its k counts.
+        """
         # In float64: a sum over a million examples would lose digits in float32.
         counts = self._columns(targets).double()
         log_rates = self._columns(outputs.detach().double())
@@ -108,7 +111,8 @@ class Poisson(Task):
     def summary(self, sums: Sums) -> dict[str, JsonValue]:
         """Computes the metrics by key, and these further values.
 
-        - `deviance_warning`: a sentence if the model is no better than the mean, else None.
+        - `deviance_warning`: a sentence if a rate is not finite, or the model is no better than
+          always predicting the public mean; else None.
         - `deviance_error`: standard error of the mean deviance.
         """
         n, broken = int(sums["examples"]), int(sums["broken"])

@@ -3,8 +3,8 @@
 Histograms of batches or clients can be added, so no scores need to be stored. The bins are narrow
 near 0 and wide far from 0. torchmetrics computes AUC from histograms too (`thresholds=`), but takes
 longer: for 10,000 examples of 10 classes in 257 bins it took 0.66 s, this file 0.012 s (one core).
-It also leaves out the curve before the first and after the last threshold: it returned 0.743 where
-the exact area is 0.7753. The bins here give 0.7753.
+torchmetrics also leaves out the ROC curve before the first and after the last threshold: it
+returned 0.743 where the exact area is 0.7753. The bins here give 0.7753.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 
 BINS = 4096
-# The bins end at asinh(1.6e6) = 15. Larger scores share the last bin.
+"""Number of bins of a histogram of scores."""
+# A bin is a range of asinh(score). The bins end at asinh(1.6e6) = 15; all larger scores are in the
+# last bin, and all scores below -1.6e6 in the first.
 WIDEST = 15.0
 # The number of bins of Guo et al. 2017 (arXiv:1706.04599).
 CALIBRATION_BINS = 15
@@ -29,8 +31,8 @@ def score_counts(scores: Tensor, positive: Tensor) -> Tensor:
         positive: whether the example belongs to the class, bool [n, k].
     """
     n, k = scores.shape
-    # asinh is increasing. Its bins are narrow near 0, where probabilities change fast, and it still
-    # separates 100 from 200.
+    # asinh is increasing, so it keeps the order of scores. Its bins are narrow near 0, where
+    # probabilities change fast, and scores of 100 and 200 still are in different bins.
     place = (torch.asinh(scores.double()) / WIDEST).clamp(-1, 1)
     known = ~place.isnan()
     at = ((place.nan_to_num() + 1) / 2 * (BINS - 1)).round().long()
@@ -84,9 +86,10 @@ def auc_standard_error(area: float, positives: int, negatives: int) -> float | N
 
 
 def calibration_counts(confidence: Tensor, right: Tensor) -> Tensor:
-    """Returns the histogram of confidences, float64 [3, CALIBRATION_BINS].
+    """Returns a histogram over bins of the confidence, float64 [3, CALIBRATION_BINS].
 
-    Its rows are the number of examples, the sum of confidences, and the number of right answers.
+    For each bin it has the number of examples, the sum of their confidences, and the number of
+    right answers.
 
     Args:
         confidence: probability of the predicted class, 0 to 1, [n].
@@ -100,7 +103,10 @@ def calibration_counts(confidence: Tensor, right: Tensor) -> Tensor:
 
 
 def calibration_error(counts: Tensor) -> Tensor:
-    """Returns the expected calibration error: mean |confidence - accuracy|, weighted by bin."""
+    """Returns the expected calibration error from `calibration_counts`.
+
+    It is the mean over bins of |mean confidence - accuracy|, weighted by the number of examples.
+    """
     examples, confidence, right = counts
     error: Tensor = (confidence - right).abs().sum() / examples.sum()
     return error

@@ -66,7 +66,7 @@ class Regression(Task):
                     "standard deviations"
                 ),
                 place="task 'regression'",
-                cure="give one of each for every number",
+                cure="give one mean and one standard deviation for every number",
             )
 
     @classmethod
@@ -76,7 +76,7 @@ class Regression(Task):
             return cls(names)
         columns = public.double().reshape(len(public), len(names))
         std = columns.std(0, correction=0)
-        # A constant target has std 0, by which one cannot divide.
+        # A constant target has std 0. It gets 1 instead, because the loss divides by std.
         std = torch.where(std > torch.finfo(torch.float32).tiny, std, 1.0)
         return cls(names, tuple(columns.mean(0).tolist()), tuple(std.tolist()))
 
@@ -98,7 +98,11 @@ class Regression(Task):
         return outputs * outputs.new_tensor(self.std) + outputs.new_tensor(self.mean)
 
     def metrics(self, outputs: Tensor, targets: Tensor) -> Sums:
-        """Returns the states of torchmetrics' MAE, RMSE and R2, and sums of absolute errors."""
+        """Returns the states of torchmetrics' MAE, RMSE and R2, and sums of absolute errors.
+
+        "error" is the sum of the model's absolute errors, "standard_error" the sum of those of the
+        public mean.
+        """
         # In float64: a sum over a million examples would lose digits in float32.
         columns = self._columns(targets).double()
         predicted = self.to_targets(self._columns(outputs.detach().double()))
@@ -106,7 +110,8 @@ class Regression(Task):
         broken = ~predicted.isfinite().all(1)
         # Without a public mean, any value will do: `summary` does not use this sum.
         mean = columns.new_tensor(self.mean or [0.0] * len(self.names))
-        # torchmetrics has no sum of squared errors of MAE, which its standard error needs.
+        # The standard error of the MAE needs the sum of squared absolute errors, which torchmetrics
+        # does not give.
         each = (predicted - columns).abs().mean(1)
         return {
             **sums,
@@ -131,7 +136,8 @@ class Regression(Task):
     def summary(self, sums: Sums) -> dict[str, JsonValue]:
         """Computes the metrics by key, and these further values.
 
-        - `mae_warning`: a sentence if the model is no better than the mean, else None.
+        - `mae_warning`: a sentence if an output is not finite, or the MAE or R² is no better than
+          that of always predicting the mean; else None.
         - `mae_error`: standard error of the MAE.
         """
         values = library_values(self._library_metrics, sums)
@@ -145,7 +151,7 @@ class Regression(Task):
                 f"with a mean absolute error of {values['mae']:.4g} the model is no better than "
                 f"always answering the mean of the public part ({of_mean:.4g})"
             )
-        # The MAE may be better than that of the mean while the squared error is not.
+        # A model may have a better MAE than the mean, but a worse squared error.
         elif values["r2"] is not None and values["r2"] <= 0:
             warning = "R² is not above 0: the model is no better than always answering the mean"
         return {

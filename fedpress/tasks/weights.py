@@ -15,9 +15,9 @@ from torch import Tensor
 from fedpress.errors import Argument, DataError, RecipeError
 
 ClassWeights = Literal["balanced"] | Sequence[float]
-"""The value in a recipe: "balanced", or a weight for each class."""
+"""The value of the key `class_weights` in a recipe: "balanced", or a weight for each class."""
 
-# Errors for more classes than this do not show an example list.
+# An error shows an example of a list of weights only for at most so many classes.
 MOST_SHOWN = 8
 
 
@@ -25,7 +25,8 @@ def check(given: Sequence[float], names: Sequence[str]) -> tuple[float, ...]:
     """Checks the class weights of a recipe and returns them as a tuple.
 
     Raises:
-        RecipeError: if there is not one finite number above 0 for each class.
+        RecipeError: if `given` is a string, or does not have one finite number above 0 for each
+            class.
 
     >>> check([1, 3], ("no", "yes"))
     (1.0, 3.0)
@@ -85,7 +86,7 @@ def balance_labels(positive: Tensor, n: int, names: Sequence[str]) -> tuple[floa
         names: names of the labels.
 
     Raises:
-        DataError: if all public examples have one of the labels, or no public example has it.
+        DataError: if there is a label that all public examples have, or that none has.
     """
     _check_all_there(positive, names, "with label")
     _check_all_there(n - positive, names, "without label")

@@ -11,11 +11,14 @@ from fedpress.core.random_source import Source, as_random_source
 
 
 class Augment(BaseModel):
-    """Settings of random changes of training images. Sizes are shares of the image's side.
+    """Settings of random changes of training images.
+
+    Sizes are shares of the image's side; if an image is not square, of its width.
 
     With `flip = "random"` each image is mirrored with probability 1/2. With "alternate" each image
     is mirrored in every other epoch, so two consecutive epochs show both versions (the derandomised
-    flip of airbench, Jordan 2024, arXiv:2404.00498).
+    flip of airbench, Jordan 2024, arXiv:2404.00498). Federated training has no such epochs:
+    "alternate" then does the same as "random".
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -52,7 +55,8 @@ def augment(x: Inputs, how: Augment, generator: Source, *, flipped: Tensor | Non
         x: images of bytes or floats.
         how: the settings.
         generator: the random source, on the CPU.
-        flipped: which images to mirror in this epoch, bool [n]; used for flip "alternate".
+        flipped: which images to mirror in this epoch, bool [n]; used only for flip "alternate".
+            None: each image is mirrored with probability 1/2.
     """
     if not is_image(x) or not len(x):
         return x
@@ -72,7 +76,7 @@ def augment(x: Inputs, how: Augment, generator: Source, *, flipped: Tensor | Non
 def random_shift(x: Tensor, most: int, generator: Source) -> Tensor:
     """Shifts each image of `x` [n, C, H, W] by up to `most` pixels, with reflected borders."""
     n, _, height, width = x.shape
-    # A shift is smaller than the image: beyond that there are no pixels to reflect.
+    # A shift must be smaller than the image, because only its own pixels can be reflected.
     most = min(most, height - 1, width - 1)
     dy, dx = (as_random_source(generator).integers(2 * most + 1, 2, n, 1) - most).to(x.device)
     rows = _mirrored(dy + torch.arange(height, device=x.device), height).view(n, 1, height, 1)
@@ -89,7 +93,7 @@ def _mirrored(index: Tensor, size: int) -> Tensor:
 
 
 def cutout(x: Tensor, side: int, generator: Source) -> Tensor:
-    """Sets a square of `side` pixels in each image of `x` to grey (DeVries & Taylor 2017).
+    """Sets a square with sides of `side` pixels in each image to grey (DeVries & Taylor 2017).
 
     Grey is 128 for bytes, and 0 for floats, which are standardised.
     """

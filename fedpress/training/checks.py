@@ -1,6 +1,6 @@
 """Checks before training starts, so that it does not fail after hours.
 
-Checked are examples, validation set, image sizes and batch norms.
+They check, among others, the examples, the validation set, image sizes and batch norms.
 """
 
 from __future__ import annotations
@@ -46,7 +46,8 @@ def check_training(
         task: the task of the data.
 
     Raises:
-        TrainingError: if a setting does not fit; the error names the setting.
+        TrainingError: if settings, model and data do not fit together; the error names the
+            setting, "train" (the examples) or "model".
         RecipeError: if label smoothing is set, but the task has none.
     """
     task.smoothed(settings.label_smoothing)  # raises the RecipeError
@@ -86,7 +87,7 @@ def _check_examples(
         batch_norm_scales(model)  # raises an error if there are none
     alone = min(settings.batch_size, len(train)) == 1
     if alone and _needs_two(model, preprocess(train.x[:1])):
-        # Two errors, because the user must change the setting or the data.
+        # Two different errors: the cause is either the setting or the data.
         if settings.batch_size == 1:
             raise TrainingError(
                 "got 1, but a batch norm needs two examples to average over",
@@ -150,7 +151,7 @@ def _needs_two(model: nn.Module, x: Inputs) -> bool:
     if not uses_batch_statistics(twin):
         return False
     at = next((p.device for p in twin.parameters()), x.device)
-    # Other errors of the network are reported by other checks.
+    # A ValueError with another message is not about batch norms, so other checks report it.
     try:
         with torch.no_grad():
             call(twin, x.to(at))

@@ -15,6 +15,7 @@ from fedpress.core.inputs import Inputs, map_inputs
 from fedpress.errors import Argument, SettingError, TrainingError, inside, suggestion
 
 Precision = Literal["auto", "float32", "bf16"]
+"""Number format of forward passes; `uses_bf16` says when "auto" is bf16."""
 NAMES = ("auto", "cpu", "cuda", "cuda:1", "mps")
 """Valid device names, for errors; any number may follow "cuda:"."""
 
@@ -34,6 +35,7 @@ def check_name(name: str) -> str:
 
 
 DeviceName = Annotated[str, AfterValidator(check_name)]
+"""A valid name of a device, as a type for pydantic."""
 
 
 def devices() -> tuple[str, ...]:
@@ -48,8 +50,9 @@ def find(name: str = "auto") -> torch.device:
     """Returns the device with this `name`.
 
     Args:
-        name: a name from `devices()`, or "auto": the first CUDA GPU, or the CPU if there is no CUDA
-            GPU. "auto" never chooses an Apple GPU ("mps"), because Apple GPUs have no float64.
+        name: a name from `devices()`; "cuda", torch's current CUDA GPU, by default the first; or
+            "auto", which means "cuda" if there is a CUDA GPU, else the CPU. "auto" never chooses an
+            Apple GPU ("mps"), because Apple GPUs have no float64.
 
     Raises:
         TrainingError: if this machine has no such device; the error lists the devices it has.
@@ -81,7 +84,7 @@ def uses_bf16(model: nn.Module, precision: Precision) -> bool:
     """Returns whether forward passes use autocast to bfloat16.
 
     "auto" uses it for convolutional networks of at least 500,000 parameters, on a CUDA GPU or a CPU
-    with bfloat16 instructions. Smaller networks were not faster with it.
+    with AVX-512 bfloat16 instructions. In measurements smaller networks were not faster with it.
     """
     if precision != "auto":
         return precision == "bf16"
@@ -99,11 +102,13 @@ def autocast(model: nn.Module, precision: Precision) -> AbstractContextManager[o
 
 
 def memory_format(x: Tensor, model: nn.Module | None = None) -> torch.memory_format:
-    """Returns the memory format of a batch: channels-last for images if safe, else contiguous.
+    """Returns the memory format of a batch: channels-last or contiguous.
+
+    It is channels-last for images of several channels, if `takes_channels_last(model)`.
 
     Args:
         x: a batch [n, ...].
-        model: the model that gets the batch; None: channels-last counts as safe.
+        model: the model that gets the batch; None: any model that takes channels-last.
     """
     # With one channel both formats have the same layout.
     images = x.dim() == 4 and x.shape[1] > 1
@@ -113,7 +118,7 @@ def memory_format(x: Tensor, model: nn.Module | None = None) -> torch.memory_for
 
 
 def laid_out(x: Inputs, model: nn.Module) -> Inputs:
-    """Converts a batch to the memory format in which `model` runs fastest."""
+    """Converts a batch to the memory format for `model` (see `memory_format`)."""
     return map_inputs(x, lambda t: t.contiguous(memory_format=memory_format(t, model)))
 
 
@@ -139,7 +144,7 @@ def takes_channels_last(model: nn.Module, at: torch.device | None = None) -> boo
 
 
 def place_(model: nn.Module, at: torch.device | None = None) -> nn.Module:
-    """Moves `model` to a device. Convolution weights become channels-last if that is safe.
+    """Moves `model` to a device. Weights of Conv2d become channels-last if that is safe.
 
     Args:
         model: changed in place.

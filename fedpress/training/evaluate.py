@@ -40,8 +40,8 @@ class Evaluation:
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Puts all modules into evaluation mode; restores the mode of each module at the end.
 
-    `model.train()` at the end would also set batch norms to training mode that are frozen on
-    purpose.
+    `model.train()` at the end would put all modules into training mode, also frozen batch norms,
+    which are in evaluation mode on purpose.
     """
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
@@ -91,7 +91,7 @@ def evaluate(
     with evaluating(model), torch.inference_mode(), autocast(model, precision):
         for x, y in zip(arrays.x.split(batch_size), arrays.y.split(batch_size), strict=True):
             found = outputs(model, laid_out(preprocess(x.to(at)), model)).float()
-            # Sums, because the last batch may be smaller than the others.
+            # Sums and not means, because the last batch may be smaller than the others.
             loss += float(plain.loss(found, y.to(at), reduction="sum"))
             # Metrics are computed in float64, which Apple GPUs do not have.
             count = task.metrics if all_metrics else task.score_sums

@@ -30,7 +30,10 @@ from fedpress.training.settings import TrainSettings
 log = logger(__name__)
 
 Objective = Callable[[nn.Module, Inputs, Tensor, Tensor], Tensor]
-"""Computes a step's loss from model, standardised inputs, float32 outputs, targets ([n, ...])."""
+"""Function of a batch that returns its loss.
+
+Its arguments are the model, and standardised inputs, float32 outputs and targets [n, ...].
+"""
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,7 @@ class Step:
 
 
 class Fit:
-    """A training run: iterate over `epochs()` to train.
+    """A training of a model. Iterating over `epochs()` does the training.
 
     `epochs()` yields after every step, so the caller can change weights between steps, for example
     to apply masks. A training that is resumed with `state()` and `load_()` gives bit-identical
@@ -79,6 +82,15 @@ class Fit:
             trained too, but is not part of the result.
         sparse: names of pruned parameters, whose zeros stay zero.
         device: the device for training; None: `find()`.
+
+    Attributes:
+        epoch: number of finished epochs.
+        best: best validation score and its epoch, from 0; the epoch is -1 before the first score.
+        best_weights: weights of that epoch, as a state dict; empty without `patience`.
+        optimizers: the optimizers.
+        average: the moving average of the weights; None without `ema`.
+        zeros: pairs of a pruned parameter and the mask of its pruned entries.
+        scales: batch-norm scales under the L1 penalty `bn_penalty`.
     """
 
     def __init__(
@@ -99,7 +111,6 @@ class Fit:
         self.task = task.smoothed(settings.label_smoothing)
         self.helpers = (helpers or nn.Module()).to(self.device)
         weights = dict(model.named_parameters(remove_duplicate=False))
-        # (parameter, mask of its pruned entries)
         self.zeros = [(weights[name], ~kept) for name, kept in kept_entries(model, sparse).items()]
         self.scales: list[nn.Parameter] = []
         if settings.epochs and settings.bn_penalty:
@@ -127,8 +138,8 @@ class Fit:
     def result_(self) -> nn.Module:
         """Returns the model with its final weights.
 
-        They are the weights of the last epoch; with `patience` those of the epoch with the best
-        validation metric. With `ema` they are a moving average over steps.
+        They are those of the last epoch; with `patience`, those of the epoch with the best
+        validation metric. With `ema`, it is the moving average of the weights at that epoch.
         """
         if self.settings.patience and self.best_weights:
             self.model.load_state_dict(self.best_weights)
@@ -161,7 +172,7 @@ class Fit:
 
         Raises:
             TrainingError: if the settings do not fit the data (see `check_training`).
-            DivergedError: if the loss or a weight is not finite.
+            DivergedError: if the loss or a trained parameter is not finite.
         """
         check_training(self.model, self.settings, train, validation, preprocess, self.task)
         # All examples are moved at once: copying each batch to a GPU would take longer.
@@ -189,7 +200,7 @@ class Fit:
             )
 
     def _remember_(self, score: float, *, full_size: bool) -> None:
-        """Keeps the weights of the best epoch."""
+        """Notes the score if it is the best so far; with `patience` also keeps the weights."""
         # Scores at a smaller image size cannot be compared with scores at full size.
         if self.settings.patience and not full_size:
             return
@@ -210,7 +221,8 @@ class Fit:
         # odd epochs. So two consecutive epochs show both versions of every image.
         mirrored = public_stream(self.seed, "flip").uniform(n) < 0.5
         mirrored ^= self.epoch % 2 == 1
-        # The last, incomplete batch is skipped. Its examples differ from epoch to epoch.
+        # An incomplete batch at the end is skipped; each epoch skips other examples. If there are
+        # fewer examples than a batch has, they are the only batch.
         steps = max(1, n // s.batch_size)
         self.model.train()
         total = 0.0
@@ -227,7 +239,7 @@ class Fit:
                 )
             total += loss
             yield Step(self.epoch * steps + step + 1, s.epochs * steps)
-        # The last step may have made a weight infinite; no loss was computed after it.
+        # If the last step made a weight infinite, no later loss of this epoch shows it.
         for name, parameter in self.model.named_parameters():
             if parameter.requires_grad and not torch.isfinite(parameter).all():
                 raise self._diverged(f"'{name}' is not finite after epoch {self.epoch + 1}")

@@ -24,12 +24,14 @@ ENTRY_STATES = ("momentum_buffer", "exp_avg", "exp_avg_sq")
 
 
 class Optimizers:
-    """The optimizers of a training: one for all parameters, or Muon for hidden weights plus SGD.
+    """The optimizers of a training: one for all parameters, or Muon and SGD together.
+
+    Muon trains the hidden weights (see `hidden_weights`), and SGD then trains all other parameters.
 
     Args:
         model: the model whose trainable parameters are optimized.
-        helpers: a module that only training uses, such as a projection for distillation. SGD or
-            Adam, never Muon, trains its parameters.
+        helpers: a module that only training uses, such as a projection for distillation. Muon
+            never trains its parameters.
         settings: name of the optimizer, learning rates, momentum and weight decay.
 
     Attributes:
@@ -47,8 +49,8 @@ class Optimizers:
         if not rest and not hidden and settings.epochs:
             raise nothing_to_train()
 
-        # Muon takes matrices only. A step on such a view changes the weight, since they share
-        # memory.
+        # Muon takes matrices only, so each weight gets a view that is a matrix. A step on the view
+        # changes the weight, since they share memory.
         self.views = [(p, _view(p)) for p in hidden]
         matrices = [view for _, view in self.views]
         found = (_elementwise(rest, settings, spared=qparam_ids(model)), _muon(matrices, settings))
@@ -74,7 +76,7 @@ class Optimizers:
     def forget_(self, weight: nn.Parameter, where: Tensor) -> None:
         """Sets the optimizer's state to 0 for some entries of `weight`.
 
-        Call this when pruned entries become trainable again, because their momentum is outdated.
+        Call it when pruned entries become trainable again: their momentum is from before pruning.
 
         Args:
             weight: a parameter of the model.
@@ -128,9 +130,15 @@ def _muon(matrices: list[nn.Parameter], settings: TrainSettings) -> torch.optim.
 def _elementwise(
     parameters: list[nn.Parameter], settings: TrainSettings, *, spared: set[int]
 ) -> torch.optim.Optimizer | None:
-    """Makes SGD, Adam or AdamW, without weight decay for norms, biases and `spared`.
+    """Makes SGD, Adam or AdamW; returns None if there are no parameters.
 
-    `spared` are the ids of the step sizes of quantizers. Returns None if there are no parameters.
+    Parameters with at most one dimension (norms and biases) get no weight decay, nor do the step
+    sizes of quantizers.
+
+    Args:
+        parameters: the parameters to train.
+        settings: the settings of the training.
+        spared: Python ids of the step sizes of quantizers.
     """
     if not parameters:
         return None
@@ -150,7 +158,9 @@ def _elementwise(
 
 
 class Muon(torch.optim.Muon):
-    """torch's Muon (Jordan 2024) with the same defaults and state, but orthogonalised in float32.
+    """torch's Muon (Jordan 2024), but it orthogonalises in float32.
+
+    The state and the defaults of momentum and weight decay are those of torch.
 
     `torch.optim.Muon` multiplies in bfloat16. Processors without bfloat16 instructions emulate
     bfloat16, which is many times slower than float32: a step of the optimizer takes longer than the
@@ -204,8 +214,8 @@ def orthogonalized(matrix: Tensor) -> Tensor:
     """Returns a matrix [m, n] with the singular vectors of `matrix` and singular values near 1.
 
     The computation starts from X = matrix / norm(matrix) and takes five Newton-Schulz steps
-    X <- (a + b S + c S^2) X with S = X X^T (Jordan 2024). Singular values are between 0.7 and 1.2
-    afterwards. Singular values that were below a thousandth of the norm stay below 0.7, as in other
+    X <- (a + b S + c S^2) X with S = X X^T (Jordan 2024). Afterwards singular values are between
+    0.7 and 1.2. Only those that were below a thousandth of the norm stay below 0.7, as in other
     implementations.
 
     The factors (a + b S + c S^2) of all steps are polynomials of the first S, so they commute. For
@@ -214,7 +224,7 @@ def orthogonalized(matrix: Tensor) -> Tensor:
     fewer multiplications than five products with X. For a square matrix it takes a quarter more.
     """
     x = matrix.float()
-    # The Gram matrix is taken over the shorter side.
+    # S is [m, m], so it is smallest if the first dimension is the shorter one.
     if len(x) > x.shape[1]:
         x = x.T
     # After division by the norm all singular values are at most 1, as the steps need to converge.
@@ -239,11 +249,12 @@ def _factor(gram: Tensor) -> Tensor:
 
 
 def hidden_weights(model: nn.Module) -> list[nn.Parameter]:
-    """Returns the weights that Muon optimizes: all Conv2d and Linear layers except first and last.
+    """Returns the weights that Muon optimizes.
 
-    SGD optimizes the first and the last of these layers. With weight norm, for example, the weight
-    is computed and is no parameter; SGD also optimizes the parameters from which it is computed. A
-    weight that two layers share is listed once.
+    These are the trainable weights of all Conv2d and Linear layers except the first and the last of
+    these layers. A weight that is no parameter is left out: with weight norm, for example, it is
+    computed from two parameters. SGD optimizes everything else. A weight that two layers share is
+    listed once.
     """
     weights = [m.weight for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
     ends = {id(w) for w in (*weights[:1], *weights[-1:])}
@@ -258,8 +269,12 @@ def hidden_weights(model: nn.Module) -> list[nn.Parameter]:
 def as_matrix(x: Tensor, weight: Tensor) -> Tensor:
     """Returns a filter [o, i, h, w], or its gradient, as a matrix [o, h*w*i].
 
-    The columns are in the order of the memory of `weight`. If `x` has the memory layout of
-    `weight`, the result shares the memory of `x`; otherwise it is a copy.
+    Tensors of other than four dimensions are returned unchanged.
+
+    Args:
+        x: the filter or its gradient.
+        weight: the filter. Its memory layout gives the order of the columns. If `x` has the same
+            layout, the result shares the memory of `x`; otherwise it is a copy.
     """
     if x.dim() != 4:
         return x

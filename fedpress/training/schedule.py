@@ -1,7 +1,7 @@
-"""Learning-rate schedules: each maps the share of training done to a factor on the learning rate.
+"""Learning-rate schedules: the finished share of training -> a factor on the learning rate.
 
-Each schedule has a counterpart in `torch.optim.lr_scheduler`. The functions here have no state, so
-a resumed run need not load any.
+Each schedule has a counterpart in `torch.optim.lr_scheduler`. The functions here have no state that
+a resumed run would have to load.
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ from collections.abc import Callable
 
 from fedpress.training.settings import TrainSettings
 
-# Smallest factor during the warm-up. With 0 the first step would change nothing.
+# Smallest factor during the warm-up, except of "onecycle". With 0 the first step would change
+# nothing.
 LEAST = 0.02
-# First and last factor of the cycle, as in torch's `OneCycleLR` by default.
+# First and last factor of "onecycle", the defaults of torch's `OneCycleLR`.
 FIRST, LAST = 1 / 25, 1 / 25 / 1e4
 
 

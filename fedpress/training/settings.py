@@ -16,14 +16,16 @@ from fedpress.training.augment import Augment
 from fedpress.training.device import Precision
 
 BETAS = (0.9, 0.999)
+"""Default `betas` of AdamW and Adam."""
 Betas = tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]]
+"""Shares of the old value in the running means of the gradient and of its square."""
 
 DEFAULTS = {"adamw": {"lr": 1e-3, "weight_decay": 1e-2}, "adam": {"lr": 1e-3, "weight_decay": 0.0}}
-"""Defaults of AdamW and Adam that differ from those of SGD; the values are torch's."""
+"""Optimizer -> key -> default, where it differs from the default of SGD. The values are torch's."""
 
 
 def fit_to_optimizer_(settings: BaseModel, optimizer: str, defaults: Mapping[str, float]) -> None:
-    """Sets keys that the user did not give to the defaults of the optimizer.
+    """Sets the keys in `defaults` that the user did not give.
 
     Args:
         settings: settings with `momentum` and `betas`; changed in place during validation.
@@ -32,7 +34,7 @@ def fit_to_optimizer_(settings: BaseModel, optimizer: str, defaults: Mapping[str
 
     Raises:
         SettingError: if the user gave a key that this optimizer does not have, such as `momentum`
-            for "adam".
+            for "adam", with another value than the default of the class.
     """
     foreign, own = ("momentum", "betas") if optimizer in DEFAULTS else ("betas", "momentum")
     # A key with its default value has no effect, so it is no error.
@@ -55,8 +57,9 @@ class TrainSettings(BaseModel):
     Optimizers: "sgd" with Nesterov momentum; "adamw" (Loshchilov & Hutter 2019, arXiv:1711.05101)
     and "adam" (Kingma & Ba 2015, arXiv:1412.6980); "muon" (orthogonalised momentum, Jordan 2024)
     for hidden weights, with SGD at `head_lr` for all other parameters. During the share `warmup` of
-    the steps the learning rate rises linearly, then it follows `lr_schedule`. Weight decay acts on
-    weights, never on biases, norms and step sizes of quantizers. See `docs/training.md`.
+    the steps the learning rate rises, then it follows `lr_schedule`. It rises linearly, or with
+    "onecycle" along a cosine. Weight decay acts on weights, never on biases, norms and step sizes
+    of quantizers. See `docs/training.md`.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -68,14 +71,14 @@ class TrainSettings(BaseModel):
         default="sgd", description="the rule that turns gradients into steps"
     )
     lr: float = Field(
-        default=0.1, gt=0, description="peak learning rate; of adamw and adam 0.001 by default"
+        default=0.1, gt=0, description="peak learning rate; default of adamw and adam: 0.001"
     )
     lr_schedule: Literal["linear", "cosine", "constant", "step", "onecycle"] = Field(
         default="linear",
         description="course of the learning rate after the warm-up: linear and cosine fall to 0; "
         "step falls at lr_milestones; onecycle rises and falls along cosines",
     )
-    # Shares and not epochs, so that a recipe with another number of epochs keeps its shape.
+    # Shares of the training, not epochs: they also fit if the user changes the number of epochs.
     lr_milestones: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = Field(
         default=(0.5, 0.75), description="step only: the rate falls after these shares of training"
     )
@@ -104,7 +107,8 @@ class TrainSettings(BaseModel):
     bn_penalty: float = Field(
         default=0.0,
         ge=0,
-        description="strength of the L1 penalty on batch-norm scales, for the score 'bn_scale'",
+        description="strength of the L1 penalty on batch-norm scales, for the pruning score "
+        "'bn_scale'",
     )
     warmup: float = Field(
         default=0.2, ge=0, lt=1, description="share of the steps over which the learning rate rises"
