@@ -123,8 +123,8 @@ class Stored:
 
     Attributes:
         memory: the client's stored state.
-        set_up: earlier messages that a new process must handle again: the agreement (all clients of
-            the run), and the roster of a secure sum (public keys of the clients).
+        set_up: earlier messages that a new process must handle again: the agreement (names all
+            clients of the run), and the roster of a secure sum (has the clients' public keys).
     """
 
     memory: InMemoryState
@@ -137,7 +137,7 @@ class Reply:
 
     Attributes:
         data: bytes of the answer.
-        writes: what the client has stored meanwhile.
+        writes: what the client stored while it worked on the request.
     """
 
     data: bytes
@@ -163,8 +163,9 @@ class Host:
             build: pickled function that creates the inputs that all sides share:
                 `build(device=...)`.
             sides: pickled dictionary: client name -> side without `common` and `memory`.
-            device: where the clients train.
-            threads: threads of torch. They decide the order of float sums, and so the exact bits.
+            device: the device on which the clients train, "cpu" or "cuda".
+            threads: number of threads of torch. It decides the order in which floats are added, and
+                so the exact bits of results.
 
         Returns:
             Why loading failed; empty if it succeeded.

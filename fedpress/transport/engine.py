@@ -30,7 +30,8 @@ class LocalEngine:
     ) -> LocalTransport:
         """Returns a transport to `clients`; see `fedpress.workspace.state.Engine`.
 
-        `build` makes inputs for other processes, so it is not needed here.
+        An engine with other processes calls `build` there to make the inputs that clients share.
+        Here all clients are in this process, so it is not called.
         """
         return LocalTransport({name: side.handle for name, side in clients.items()})
 
@@ -68,8 +69,8 @@ def engine_settings(engine: str | Mapping[str, Any] = "local") -> EngineSettings
             `{"kind": "ray", "actors": 4}`.
 
     Raises:
-        RecipeError: if a setting is wrong.
-        NetworkError: if the engine is not installed.
+        RecipeError: if there is no such engine, or a setting is wrong.
+        NetworkError: if the engine is "ray" and Ray is not installed.
 
     >>> engine_settings("local")
     LocalSettings(kind='local')
@@ -94,7 +95,7 @@ def engine_settings(engine: str | Mapping[str, Any] = "local") -> EngineSettings
 
 def _mistake(error: ValidationError) -> RecipeError:
     """Converts the first error of pydantic into an error with place and cure."""
-    # One at a time: the other errors often follow from the first.
+    # Only the first error is shown, because the others often follow from it.
     first = error.errors()[0]
     key = str(first["loc"][0])
     # The same words as in the other errors of fedpress: "got ..., expected ...".

@@ -14,7 +14,8 @@ from typing import Literal, Protocol
 from fedpress.core.names import ClientId
 
 What = Literal["call", "answer", "ping", "pong"]
-"""Kinds of parcels: the server calls or pings, a client answers or pongs."""
+"""Kinds of parcels. The server sends a call (a request) or a ping (a check that the client is
+there). A client replies to a call with an answer, and to a ping with a pong."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class Parcel:
     Attributes:
         what: kind of the parcel.
         request: id of the call; the answer has the same id. If the server does not know whether a
-            call arrived, it sends the call again with the same id. So the client works on it once.
+            call arrived, it sends the call again with the same id. A client works on each id once.
         session: id of the session (one stage of one run); empty for a ping.
         body: bytes of a message; for a pong the JSON of `Presence`.
     """
@@ -89,6 +90,11 @@ class Pace:
     LONGEST = 2.0
 
     def __init__(self, now: object = time.monotonic) -> None:
+        """Starts with the shortest pause.
+
+        Args:
+            now: function that returns the time in seconds.
+        """
         # The clock is an argument, so that tests need not sleep.
         self._now = now
         self._last = self._read()

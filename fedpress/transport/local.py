@@ -21,8 +21,8 @@ class LocalTransport:
     """Sends a message by calling a function of the client, its handler.
 
     If a handler raises, the answer has kind "error": the client is dropped from the round, and the
-    run continues. A handler is called only when its answer is received, so a request that is
-    cancelled before costs no work.
+    run continues. A handler is called only by `receive`, so a request that is cancelled before
+    costs no work.
     """
 
     def __init__(self, handlers: Mapping[ClientId, Handler], *, max_bytes: int = MAX_BYTES) -> None:
@@ -49,7 +49,7 @@ class LocalTransport:
         return list(self.handlers)
 
     def send(self, client: ClientId, message: Message) -> RequestId:
-        """Packs `message` and keeps it until its answer is received or cancelled."""
+        """Packs `message` and keeps it until `receive` or `cancel` is called for the request."""
         packed = self._packed.of(message)
         self._traffic += Traffic(down=len(packed.data))
         self._sent += 1

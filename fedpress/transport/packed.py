@@ -57,7 +57,7 @@ class PackedMessages:
         self._by_id: WeakValueDictionary[int, PackedMessage] = WeakValueDictionary()
 
     def of(self, message: Message) -> PackedMessage:
-        """Returns `message` with its bytes; the same object each time for the same message."""
+        """Returns `message` with its bytes; the same object as before while that is still held."""
         packed = self._by_id.get(id(message))
         if packed is None:
             data = pack(message)
@@ -78,6 +78,6 @@ def read_answer(data: bytes, max_bytes: int) -> Message:
     """
     try:
         return unpack(data, max_bytes=max_bytes)
-    # As an answer and not as an exception: one client must not end the run for all.
+    # Returned and not raised: the bytes of one client must not end the run for all clients.
     except WireError as problem:
         return error(f"WireError: {problem}")

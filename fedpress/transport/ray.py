@@ -36,15 +36,18 @@ from fedpress.wire.message import MAX_BYTES, Message, pack
 log = logger(__name__)
 
 WINDOW = 2
-"""Requests that an actor has at once: one at work, and one so that it need not wait for the next."""
+"""Most requests that an actor has at once: the one it works on, and the next one, so that it need
+not wait."""
 SET_UP = ("agree", "roster")
-"""Messages that a client in a new process must get again, in this order."""
+"""Kinds of messages that a client in a new process must get again, in this order."""
 START_WITHIN = 300.0
 """Seconds after which an actor that has not started counts as failed."""
 LOST = "the process of this client was lost; a new one takes its place"
+"""Text of the answer to a request whose actor was lost."""
 QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
-"""Set before Ray is imported: no telemetry, and CUDA_VISIBLE_DEVICES is left as it is in actors
-without a GPU. This will become Ray's default; until then Ray warns if it is not set."""
+"""Environment variables that are set before Ray is imported. The first switches off telemetry. With
+the second, Ray leaves CUDA_VISIBLE_DEVICES as it is in actors without a GPU; this will become the
+default of Ray, and until then Ray warns if the variable is not set."""
 
 
 def check_installed() -> None:
@@ -63,12 +66,13 @@ class RaySettings(BaseModel):
     """Where the actors run, and what each of them takes.
 
     Attributes:
-        address: of a running cluster, of which this machine is a node: "auto" or HOST:PORT. None:
-            Ray is started on this machine, and ended with the run.
-        cpus_per_client: CPUs of an actor, which runs one client at a time. Torch uses as many
-            threads, rounded down, but at least one.
-        gpus_per_client: GPUs of an actor; 0: the clients train on the CPU.
-        actors: number of actors; None: as many as the cluster has room for.
+        address: address of a running cluster, of which this machine is a node: "auto" or HOST:PORT.
+            None: Ray is started on this machine, and ended with the run.
+        cpus_per_client: number of CPUs of an actor, which runs one client at a time. Torch uses as
+            many threads, rounded down, but at least one.
+        gpus_per_client: number of GPUs of an actor; 0: the clients train on the CPU.
+        actors: largest number of actors; None: as many as the cluster has room for. There are never
+            more actors than clients.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -93,7 +97,7 @@ class RaySettings(BaseModel):
         return value
 
     def model_post_init(self, context: Any) -> None:
-        """Checks that Ray is there, so that its absence is told before any work."""
+        """Checks that Ray is installed, so that the error comes before any work."""
         check_installed()
 
     @property
@@ -103,7 +107,7 @@ class RaySettings(BaseModel):
 
     @property
     def size(self) -> str:
-        """What an actor takes, in words."""
+        """Numbers of CPUs and GPUs of an actor, in words."""
         return f"{self.cpus_per_client:g} CPUs and {self.gpus_per_client:g} GPUs"
 
     @contextmanager
@@ -122,7 +126,7 @@ class RaySettings(BaseModel):
             os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
         import ray
 
-        # A notebook may be connected already.
+        # A notebook may be connected to a cluster already.
         own = not ray.is_initialized()
         if own:
             _connect(ray, self.address)
@@ -144,7 +148,7 @@ def _connect(ray: Any, address: str | None) -> None:
         NetworkError: if that fails.
     """
     cure = (
-        "start one on this machine with ray start --head, or leave out ",
+        "start a cluster on this machine with ray start --head, or leave out ",
         Argument("engine.address"),
     )
     if address not in (None, "auto"):
@@ -174,7 +178,13 @@ def _connect(ray: Any, address: str | None) -> None:
 
 @dataclass(eq=False)
 class RayEngine:
-    """Runs simulated clients as actors; see `fedpress.workspace.state.Engine`."""
+    """Runs simulated clients as actors; see `fedpress.workspace.state.Engine`.
+
+    Attributes:
+        settings: what each actor takes.
+        ray: the imported library.
+        latest: transport to the actors of the current stage; None if there are no actors.
+    """
 
     settings: RaySettings
     ray: Any
@@ -207,10 +217,10 @@ class RayEngine:
         return self.latest
 
     def number_of_actors(self, clients: int) -> int:
-        """Returns how many actors to start.
+        """Returns how many actors to start for a number of clients.
 
         Raises:
-            NetworkError: if the cluster has no room for them.
+            NetworkError: if the cluster has less room than `settings.actors`, or no room at all.
         """
         room = self._room()
         wanted = self.settings.actors or 1
@@ -230,7 +240,7 @@ class RayEngine:
         return min(clients, self.settings.actors or room)
 
     def _room(self) -> int:
-        """Returns how many actors fit on the nodes. An actor cannot lie on two nodes."""
+        """Returns how many actors fit on the nodes. An actor cannot use CPUs of two nodes."""
         settings = self.settings
         room = 0
         for node in self.ray.nodes():
@@ -244,17 +254,17 @@ class RayEngine:
         return room
 
     def end_stage(self) -> None:
-        """Ends the actors."""
+        """Ends the actors of the current stage."""
         if self.latest is not None:
             self.latest.close()
         self.latest = None
 
 
 def _pickled(ray: Any, what: Any) -> bytes:
-    """Pickles for another machine, which need not have the user's own modules.
+    """Pickles `what` for another machine, which need not have the user's own modules.
 
     Raises:
-        NetworkError: if something cannot be pickled.
+        NetworkError: if `what` cannot be pickled.
     """
     for name in own_modules.found():
         if name in sys.modules:
@@ -280,7 +290,7 @@ class Home:
         sides: reference, in Ray's object store, to the pickled sides of these clients, without
             what all sides share and without what a client has stored.
         actor: handle of the actor; None: not started, or lost.
-        waiting: requests that it has not got yet.
+        waiting: requests that were not sent to the actor yet.
         working: request -> reference to its reply, in the order in which the actor works.
     """
 
@@ -293,11 +303,11 @@ class Home:
 
 @dataclass(frozen=True, eq=False)
 class Cluster:
-    """Starts actors.
+    """Starts and ends actors.
 
     Attributes:
         settings: what each actor takes.
-        ray: the library.
+        ray: the imported library.
         build: reference to the pickled function that makes what all sides share.
     """
 
@@ -309,20 +319,22 @@ class Cluster:
         """Starts the actors of `homes` at the same time, and waits until all have their clients.
 
         Raises:
-            NetworkError: if one does not start, has other versions, or cannot load its clients.
+            NetworkError: if an actor does not start, has other versions than this process, or
+                cannot load its clients.
         """
         settings = self.settings
         remote = self.ray.remote(Host).options(
             num_cpus=settings.cpus_per_client,
             num_gpus=settings.gpus_per_client,
-            # A lost actor is started again here, because it needs what its clients have stored.
+            # Ray must not start a lost actor again: a new actor also needs what its clients have
+            # stored, which only this process has.
             max_restarts=0,
             scheduling_strategy="SPREAD",
         )
         device = "cuda" if settings.gpus_per_client else "cpu"
         for home in homes:
             home.actor = remote.remote()
-        # Compared before the pickles are loaded: another version of fedpress may be unable to.
+        # Compared before the pickles are loaded, since another version may be unable to load them.
         for found in self._all([home.actor.versions.remote() for home in homes]):
             for name, own in versions().items():
                 if found[name] != own:
@@ -346,10 +358,10 @@ class Cluster:
                 )
 
     def _all(self, references: list[Any]) -> list[Any]:
-        """Waits for results.
+        """Waits for the results of calls to actors.
 
         Raises:
-            NetworkError: if they do not come.
+            NetworkError: if an actor fails, or a result is missing after `START_WITHIN` seconds.
         """
         try:
             found: list[Any] = self.ray.get(references, timeout=START_WITHIN)
@@ -376,13 +388,14 @@ class Cluster:
 class RayTransport:
     """Carries messages to clients in actors, which work at the same time.
 
-    A client whose actor is lost gives an answer of kind "error" for the request at work; the actor
-    is started again, and requests that had waited for the lost one are answered by the new one.
+    If an actor is lost, the request that it worked on gets an answer of kind "error". A new actor
+    is started, and answers the requests that the lost one had not begun.
 
     What a client stores comes back with its answer, and `receive` writes it to the server's storage
     (`memories`) when it returns the answer. A request that is cancelled while a client works on it
     leaves no trace, as with the local transport: before its next request the client is set back to
-    what is stored there. This is enough because schedules ask a client one thing at a time.
+    what is stored in `memories`. This is enough, because a schedule never sends a client two
+    requests at a time.
     """
 
     def __init__(
@@ -411,10 +424,10 @@ class RayTransport:
         self._sent = 0
         self._open: dict[RequestId, tuple[ClientId, PackedMessage]] = {}
         self._replies: dict[RequestId, Reply] = {}
-        # Clients whose actor lacks what they have stored: it goes with their next request.
+        # Clients whose stored state must be sent to their actor with their next request.
         self._away = set(self._memories)
         self._set_up: dict[ClientId, dict[str, bytes]] = {name: {} for name in self._memories}
-        # The bytes of a message to many clients are in the object store once.
+        # The bytes of a message to many clients are put into Ray's object store only once.
         self._packed = PackedMessages(self._ray.put)
 
     @property
@@ -445,6 +458,13 @@ class RayTransport:
         The answer to a later request may be ready sooner, but it waits: a schedule that takes the
         first answers must choose the same clients as with the local transport.
 
+        Args:
+            requests: the requests to wait for.
+            timeout: seconds after which None is returned; None: no limit.
+
+        Returns:
+            The answer; None after `timeout` seconds, or if none of `requests` is open.
+
         Raises:
             NetworkError: if a lost actor cannot be started again.
         """
@@ -464,7 +484,7 @@ class RayTransport:
         return self._deliver(first)
 
     def cancel(self, requests: Collection[RequestId]) -> None:
-        """Closes `requests`: those that no client works on yet cost no work."""
+        """Forgets `requests`. A request that was not sent to an actor yet costs no work."""
         for request in requests:
             if request not in self._open:
                 continue
@@ -481,7 +501,7 @@ class RayTransport:
         self._cluster.end(self.homes)
 
     def _feed(self, home: Home) -> None:
-        """Gives waiting requests to an actor, and starts it first if it was lost."""
+        """Sends waiting requests to an actor; if it was lost, a new actor is started first."""
         while home.waiting and len(home.working) < WINDOW:
             if home.actor is None:
                 log.warning("the actor of %s is started again", ", ".join(home.clients[:3]))
@@ -501,7 +521,7 @@ class RayTransport:
             home.working[request] = home.actor.answer.remote(client, packed.shared, stored)
 
     def _stored(self, client: ClientId) -> Stored | None:
-        """Returns what to send with a client's next request; None if its actor has it already."""
+        """Returns the state to send with a client's next request; None if its actor has it."""
         if client not in self._away:
             return None
         known = self._set_up[client]
@@ -512,7 +532,7 @@ class RayTransport:
         """Takes the replies that an actor has ready, and gives it more work."""
         while home.working:
             request, reference = next(iter(home.working.items()))
-            # The actor works in order, so no later one is ready if this one is not.
+            # The actor works in order, so no later reply is ready if this one is not.
             if not self._ray.wait([reference], timeout=0)[0]:
                 break
             del home.working[request]
@@ -522,13 +542,13 @@ class RayTransport:
                 log.warning("an actor was lost: %s", problem)
                 reply = Reply(pack(error(LOST)))
                 self._leave(home)
-            # It may have been cancelled meanwhile.
+            # The request may have been cancelled meanwhile.
             if request in self._open:
                 self._replies[request] = reply
         self._feed(home)
 
     def _leave(self, home: Home) -> None:
-        """Gives an actor up; requests behind the one at work wait for the next actor."""
+        """Ends a lost actor. Requests that it had not begun wait for the next actor."""
         self._cluster.end([home])
         for request in reversed(home.working):
             if request in self._open:

@@ -27,13 +27,13 @@ from fedpress.wire.message import MAX_BYTES, Message
 log = logger(__name__)
 
 PING_AFTER = 3.0
-"""Seconds without an answer after which a client is pinged, and again after as many more."""
+"""A client that does not answer a call is pinged after so many seconds, and after as many again."""
 PONG_WITHIN = 12.0
-"""Seconds after which a ping counts as lost: its client may have been killed with it in hand."""
+"""Seconds after which a ping counts as lost. The client may have been killed after it got it."""
 LOST_AFTER = 60.0
-"""Seconds of silence after which a client that is offline counts as lost for this call."""
+"""A call is given up if its client is offline and has sent nothing for so many seconds."""
 MOST_LOSSES = 5
-"""Lost answers to one call after which its client counts as lost."""
+"""A call is given up when the network has lost it, or its answer, so many times."""
 
 
 @dataclass(frozen=True)
@@ -238,7 +238,7 @@ class RemoteTransport:
             call.heard = call.asked = now
 
     def _poll(self) -> bool:
-        """Handles all parcels that have arrived; returns whether there was an answer to a call."""
+        """Handles all parcels that have arrived; returns whether one of them finished a call."""
         tickets = {call.ticket: request for request, call in self._calls.items() if call.ticket}
         pings = {call.ping: request for request, call in self._calls.items() if call.ping}
         found = self.link.poll([*tickets, *pings])
@@ -246,7 +246,7 @@ class RemoteTransport:
         for ticket, answer in found.items():
             if ticket in pings:
                 self._take_pong(pings[ticket], answer)
-            # Not if an earlier parcel of this loop has closed the call.
+            # An earlier parcel of this loop may have closed the call.
             elif tickets[ticket] in self._calls:
                 took = self._take(tickets[ticket], answer) or took
         self._look_after()
@@ -323,7 +323,10 @@ class RemoteTransport:
         self._boots[client] = [*(one for one in boots if one != boot), boot]
 
     def _look_after(self) -> None:
-        """Pings online clients that have not answered for long; gives up those offline too long."""
+        """Pings online clients that have not answered for long, and reports offline clients.
+
+        Calls to clients that have been offline and silent for too long are given up.
+        """
         now = time.monotonic()
         late = {
             request: call
@@ -366,6 +369,10 @@ def presences(
 
     Returns:
         Client name -> content of its pong. Clients that did not answer in time are missing.
+
+    Raises:
+        WireError: if a client's reply is not a pong.
+        NetworkError: if the network itself does not work.
     """
     ping = Parcel("ping", secrets.token_hex(8), "", b"")
     tickets = link.send({name: ping for name, there in names.items() if there})

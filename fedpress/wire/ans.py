@@ -1,9 +1,11 @@
 """Codes integers by their frequencies (ANS), with a frequency table for each class of blocks.
 
 ANS is asymmetric numeral systems (Duda 2013, arXiv:1311.2540); the library constriction does the
-coding. `classes` says what a class of blocks and a symbol are. Writer and reader need identical
-models. So a table is sent as logarithms in eighths of a bit, which become integer weights by bit
-shifts only; floating-point logarithms could differ between machines.
+coding. A block has neighbouring values of a vector; blocks with similar values form a class (see
+`classes`). A symbol is the position of a value in a range: in the range from -3 on, -3 has symbol
+0. Writer and reader need identical probabilities of symbols. So a table is sent as logarithms in
+eighths of a bit, which become integer weights by bit shifts only; floating-point logarithms could
+differ between machines.
 """
 
 from __future__ import annotations
@@ -24,22 +26,23 @@ Coder: Any = constriction.stream.stack.AnsCoder
 Categorical: Any = constriction.stream.model.Categorical
 
 MAX_SYMBOLS = 4096
-"""Limit of the number of symbols of a table; values outside of its range are escaped."""
+"""Limit of the number of symbols of a table. A value outside of the table's range is escaped: it is
+coded as the escape symbol, and sent separately."""
 
 MAX_ROWS = 16
-"""Limit of the number of rows that have separate tables."""
+"""Limit of the number of rows of a tensor; each row has its own tables."""
 
 CHUNK = 1 << 16
 """Symbols decoded at a time, to bound memory and to stay in the processor's cache."""
 
 ABSENT = 255
-"""The code of a symbol that does not occur."""
+"""The code of a symbol that does not occur (see `FrequencyTable.codes`)."""
 
 ESCAPE_BYTES = 5
-"""Estimated size of an escaped value."""
+"""Estimated size of an escaped value, in bytes."""
 
 EIGHTHS = np.array([round(2 ** (30 - i / 8)) for i in range(8)], np.int64)
-"""Weights of the codes 0 to 7: 2^30 down to 2^(30 - 7/8)."""
+"""Weights (relative frequencies) of the codes 0 to 7: 2^30 down to 2^(30 - 7/8)."""
 
 
 def _weight(code: int) -> int:
@@ -57,8 +60,9 @@ class FrequencyTable:
 
     Attributes:
         low: the value of the first symbol; the next symbol is `low` + 1, and so on.
-        codes: code of each symbol, uint8: 8 * log2(largest frequency / its frequency), rounded.
-            The last code belongs to the escape symbol if there is one.
+        codes: code of each symbol, uint8: 8 * log2(largest frequency / its frequency), rounded;
+            `ABSENT` if the symbol does not occur. If there is an escape symbol, the last code
+            belongs to it.
         escape: whether there is an escape symbol, which represents all other values.
     """
 
@@ -241,7 +245,14 @@ class _Stream:
         return self._used == len(self._escaped) and bool(self._coder.is_empty())
 
     def read(self, model: Any, table: FrequencyTable, size: int, dtype: np.dtype) -> Ints:
-        """Returns the next `size` values of `table`, whose `model` is None for a single symbol."""
+        """Returns the next values of one class and row.
+
+        Args:
+            model: `table.model()`; None if the table has a single symbol.
+            table: the frequency table of the class and row.
+            size: number of values.
+            dtype: type of the values.
+        """
         # A single symbol needs no bits.
         if model is None:
             return np.full(size, table.low, dtype)
@@ -261,7 +272,10 @@ class _Stream:
 
 @dataclass(frozen=True, eq=False)
 class _Window:
-    """Values as symbols: value - low inside a range of `size` values, else the symbol `size`.
+    """Values as symbols.
+
+    A value in the range of `size` values from `low` on has the symbol value - low. All other values
+    have the symbol `size`.
 
     Attributes:
         symbols: the symbol of each value, uint8 or uint16 [n].
@@ -298,9 +312,10 @@ def _window(values: Ints) -> _Window:
 
 
 def _parts(matrix: Ints, layout: BlockClasses) -> list[Callable[[], Ints]]:
-    """Returns a function per class and row that gathers its values, in the stream's order.
+    """Returns one function for each class and row, in the order of the stream.
 
-    Functions instead of arrays, so that only one part is in memory at a time.
+    The function gathers the values of this class and row. Arrays would take more memory; with
+    functions only one part is in memory at a time.
     """
     whole = matrix.shape[1] // layout.width
     groups = layout.groups(whole)
@@ -322,7 +337,7 @@ def _histogram(symbols: Ints, size: int) -> NDArray[np.int64]:
     """Returns how often each of `size` symbols occurs, int64 [size]."""
     if symbols.dtype != np.uint8 or len(symbols) < 1 << 16:
         return np.bincount(symbols, minlength=size)
-    # Faster than counting bytes: two neighbouring bytes are counted as one 16-bit symbol.
+    # Two neighbouring bytes are counted as one 16-bit symbol, which is faster than counting bytes.
     even = len(symbols) // 2 * 2
     pairs = np.bincount(symbols[:even].view(np.uint16), minlength=1 << 16).reshape(256, 256)
     counts: NDArray[np.int64] = pairs.sum(0) + pairs.sum(1)

@@ -1,10 +1,11 @@
-"""Groups blocks of an integer vector with similar values, so that they share a frequency table.
+"""Divides an integer vector into blocks; blocks with similar values share a frequency table.
 
-The entropy coder (`ans`) uses the tables. An update has large values in one layer and small ones in
-the next, and most values of one filter have the same sign. With one table for all values, coding
-takes more bits; with a table per block, the tables take more bits. So blocks are grouped into
-classes by their mean absolute value, and by mean value / mean absolute value (the sign). Block size
-and number of classes minimise the estimated bits, including class numbers and tables.
+The entropy coder (`ans`) uses the tables. A model update has large values in one layer and small
+values in the next, and often many values of a filter have the same sign. With one table for all
+values, coding takes more bits; with a table per block, the tables take more bits. So blocks are
+grouped into classes by their mean absolute value, and by mean value / mean absolute value (the
+sign). Block size and number of classes are chosen to minimise the estimated bits, including class
+numbers and tables.
 
 A symbol is the position of a value in a range of values: in the range from -3 on, -3 has symbol 0.
 """
@@ -38,7 +39,7 @@ DOUBLINGS = (1, 2, 3, 4, 6)
 """Block sizes that are tried: the minimum block, doubled this many times."""
 
 SIGNED_SIZE = 8
-"""Classes by sign are always tried with blocks of this many minimum blocks."""
+"""Classes by sign are always tried with blocks of the size of this many minimum blocks."""
 
 SAMPLE = 1 << 16
 """Number of values from which the bits of a choice of classes are measured."""
@@ -59,9 +60,10 @@ class BlockClasses:
     ids: NDArray[np.uint8]
 
     def groups(self, whole: int) -> list[NDArray[np.intp]]:
-        """Returns for each class the sorted positions of its blocks, of the first `whole` blocks.
+        """Returns for each class the sorted positions of its blocks.
 
-        These are the blocks with all columns; a shorter last block is left out.
+        Args:
+            whole: number of blocks with `width` columns; a shorter last block is left out.
         """
         # A stable sort, because the stream has a class's blocks in the order of the row.
         order = np.argsort(self.ids[:whole], kind="stable")
@@ -86,7 +88,7 @@ def choose_classes(values: Ints, center: int, share: float = 1.0) -> BlockClasse
     rows, columns = values.shape
     one_class = BlockClasses(max(columns, 1), 1, np.zeros(1, np.uint8))
     width = smallest_width(rows)
-    # A vector this short does not pay for several tables.
+    # For so short a vector, several tables take more bits than they save.
     if columns // width < 8:
         return one_class
     # Sums of larger blocks are sums over minimum blocks, so the values are read only once.
@@ -231,7 +233,7 @@ def _cut(means: Floats, size: int, rows: int, share: float) -> tuple[float, NDAr
 def _costs(
     means: Floats, bins: NDArray[np.intp], size: int, rows: int, share: float
 ) -> NDArray[np.float64]:
-    """Returns the bits of a class that takes the bins from a to b - 1, at [a, b]."""
+    """Returns a matrix: [a, b] has the bits of a class with the bins from a to b - 1."""
     counts = np.concatenate([[0], np.cumsum(np.bincount(bins, minlength=BINS))]).astype(np.float64)
     sums = np.concatenate([[0.0], np.cumsum(np.bincount(bins, means, minlength=BINS))])
     number = counts[None, :] - counts[:, None]

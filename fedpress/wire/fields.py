@@ -69,11 +69,13 @@ def _is_pair_of_counts(value: Any) -> bool:
 
 NUMBER = FieldKind("a finite number", _is_number)
 POSITIVE = FieldKind("a finite number above 0", _is_positive)
+"""A float above 0, such as 1.0; the int 1 is refused."""
 TEXT = FieldKind("text", lambda value: type(value) is str)
 FLAG = FieldKind("true or false", lambda value: type(value) is bool)
 NAMES = FieldKind("a list of names", _is_list_of_names)
 TABLE = FieldKind("a table", lambda value: type(value) is dict)
 COUNTS = FieldKind(f"two numbers from -{MAX_WHOLE} to {MAX_WHOLE}", _is_pair_of_counts)
+"""Two counts; noise may make them negative or fractions."""
 
 
 def check_field(place: str, name: str, value: Any, kind: FieldKind) -> None:

@@ -22,7 +22,9 @@ from fedpress.wire.packing import expand, shrink
 from fedpress.wire.reader import ByteReader, fail, varint
 
 MAGIC = b"FPRS"
+"""First bytes of every message."""
 VERSION = 2
+"""Version of the format; messages of other versions are refused."""
 FRAME = struct.Struct("<4sHII")
 """Magic, version, length of the payload, CRC-32 of the payload."""
 
@@ -54,6 +56,7 @@ DTYPES = {
     "U8": torch.uint8,
 }
 CODES = {dtype: code for code, dtype in enumerate(DTYPES.values())}
+"""Type of a tensor -> its position in `DTYPES`."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,13 +78,14 @@ def pack(message: Message) -> bytes:
     """Returns the bytes of `message`; equal messages give equal bytes.
 
     Raises:
-        WireError: if the header contains something that JSON readers refuse, such as infinity, a
-            tensor's dtype cannot be sent, or a name is no UTF-8 or too long.
+        WireError: if the header has a value that JSON readers refuse, such as infinity; if the
+            dtype of a tensor is not in `DTYPES`; or if the kind or a tensor's name cannot be
+            written in UTF-8, or is longer than `MAX_NAME_BYTES`.
 
     >>> pack(Message("hello", {"round": 1}))[:4]
     b'FPRS'
     """
-    # Checked by the sender too: otherwise the error would come only when the receiver reads it.
+    # The sender checks the header too: else the error would only come at the receiver.
     _check_json(dict(message.header), "message.header")
     for name, tensor in message.tensors.items():
         if tensor.dtype not in CODES:
@@ -260,7 +264,10 @@ def _text(reader: ByteReader, place: str, most: int) -> str:
 
 
 def _check_json(value: JSON, place: str) -> None:
-    """Raises WireError for values that some JSON readers refuse: NaN, infinity, huge integers."""
+    """Raises WireError for values that are not JSON, or that some JSON readers refuse.
+
+    Some readers refuse NaN, infinity and integers that do not fit 64 bits.
+    """
     if isinstance(value, dict):
         for key, item in value.items():
             if not isinstance(key, str):
@@ -278,7 +285,9 @@ def _check_json(value: JSON, place: str) -> None:
     # Many JSON readers store whole numbers in 64 bits.
     elif isinstance(value, int) and abs(value) >= 1 << 63:
         raise WireError(
-            "got an integer of more than 64 bits", place=place, cure="send it as a string"
+            "got an integer outside of -(2^63 - 1) to 2^63 - 1",
+            place=place,
+            cure="send it as a string",
         )
     elif not isinstance(value, str | int | float | None):
         raise WireError(

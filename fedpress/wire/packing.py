@@ -19,10 +19,11 @@ from fedpress.wire.classes import Ints
 from fedpress.wire.reader import ByteReader, fail, varint, zigzag
 
 RAW, NBIT, ANS, SPARSE = range(4)
+"""The number of each form, the first byte of packed values."""
 
 MAX_DEPTH = 3
 """Packed bytes may contain packed bytes up to this depth: a sparse tensor has a packed bitmap, and
-that has packed class numbers. Without a limit an attacker could nest them endlessly."""
+the bitmap has packed class numbers. Without a limit an attacker could nest them endlessly."""
 
 SAMPLE = 1 << 16
 """Number of values of a long tensor from which its entropy is estimated."""
@@ -37,7 +38,8 @@ def shrink(tensor: Tensor) -> bytes:
     >>> len(shrink(torch.zeros(1000))), len(shrink(torch.arange(1000)))
     (6, 1253)
     """
-    # Codecs return a matrix with few rows if the rows have different frequencies of values.
+    # A matrix with few rows comes from a codec (a compression of model updates) whose rows have
+    # different frequencies of values. So each row gets its own tables.
     rows = tensor.shape[0] if tensor.ndim == 2 and 2 <= tensor.shape[0] <= ans.MAX_ROWS else 1
     return _shrink(_array(tensor), tensor.is_floating_point(), rows)
 
@@ -232,7 +234,7 @@ def _ans_pays(values: Ints, bits: int, size: int) -> bool:
     # For so few values, frequency tables would take more bytes than the values.
     if len(values) < 16:
         return False
-    # For values of up to 8 bits the estimate would save little time, so coding is simply tried.
+    # For a range of up to 8 bits the estimate would save little time, so coding is simply tried.
     if bits <= 8:
         return True
     if len(values) <= 2 * SAMPLE:
@@ -244,7 +246,8 @@ def _ans_pays(values: Ints, bits: int, size: int) -> bool:
 def _sampled(values: Ints, run: int = 1024) -> Ints:
     """Returns `SAMPLE` values: runs of `run` neighbours, evenly spread.
 
-    Runs, because the entropy coder uses that neighbours often have similar values.
+    Neighbours often have similar values, and the entropy coder makes use of this. Single values
+    would not show it.
     """
     runs = len(values) // run
     chosen = np.linspace(0, runs - 1, SAMPLE // run).astype(np.intp)

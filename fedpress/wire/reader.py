@@ -8,7 +8,13 @@ from fedpress.errors import WireError
 
 
 def fail(place: str, problem: str, cure: str = "send it again") -> NoReturn:
-    """Raises a WireError about the field `place` of a message. Example: `message.crc32: ...`."""
+    """Raises a WireError about a field of a message.
+
+    Args:
+        place: name of the field, such as "crc32"; the error shows it as `message.crc32`.
+        problem: what is wrong.
+        cure: what the user can do.
+    """
     raise WireError(problem, place=f"message.{place}", cure=cure)
 
 
@@ -92,5 +98,5 @@ class ByteReader:
         return half if value % 2 == 0 else -half - 1
 
     def part(self, field: str) -> ByteReader:
-        """Returns a reader of the next part, which is a length as `varint` and as many bytes."""
+        """Reads a length as `varint`, and returns a reader of so many next bytes."""
         return ByteReader(self.take(self.varint(field, self.left), field))

@@ -19,6 +19,7 @@ from fedpress.core import checksums, files
 from fedpress.errors import Argument, RunError, Shell, Words
 
 Json = Mapping[str, JsonValue]
+"""A JSON object."""
 
 
 def writing(path: Path) -> AbstractContextManager[None]:
@@ -50,7 +51,11 @@ def replacing(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def replacing_with_checksum(path: Path, run: Path) -> Iterator[Path]:
-    """Does the same as `replacing`, and adds the checksum of the new file to the list in `run`.
+    """Does the same as `replacing`, and adds the new file's checksum to the list of the run.
+
+    Args:
+        path: the file.
+        run: folder of the run.
 
     Raises:
         RunError: if `path` cannot be written. Then the old file stays.
@@ -63,7 +68,7 @@ def replacing_with_checksum(path: Path, run: Path) -> Iterator[Path]:
 
 
 def check_undamaged(path: Path, cure: Words, *, grows: bool = False, what: str = "corrupt") -> None:
-    """Compares a file with its checksum. A missing file, or a file without checksum, is no error.
+    """Compares a file with its checksum. No file or no checksum is no error.
 
     Args:
         path: the file.
@@ -72,7 +77,7 @@ def check_undamaged(path: Path, cure: Words, *, grows: bool = False, what: str =
         what: first words of the error.
 
     Raises:
-        RunError: if the file differs from its checksum.
+        RunError: if the file differs from its checksum, or cannot be read.
     """
     if not path.exists():
         return
@@ -96,7 +101,13 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_json_with_checksum(path: Path, value: Any, run: Path) -> None:
-    """Does the same as `write_json`, and adds the file's checksum to the list in `run`."""
+    """Does the same as `write_json`, and adds the file's checksum to the list of the run.
+
+    Args:
+        path: the file.
+        value: the value to write.
+        run: folder of the run.
+    """
     with replacing_with_checksum(path, run) as temporary:
         temporary.write_text(_as_json(value), "utf-8")
 
@@ -119,10 +130,14 @@ def finite(value: Any) -> Any:
 def read_json(path: Path, *, cure: Words = "delete the folder and run again") -> dict[str, Any]:
     """Reads a JSON object.
 
+    Args:
+        path: the file.
+        cure: the error's advice if the file is damaged.
+
     Raises:
         RunError: if the file is missing, differs from its checksum, or is not a JSON object.
     """
-    # First: "differs from its checksum" is a clearer reason than a JSON error in the middle.
+    # The checksum is checked first: that it differs is a clearer reason than a JSON error.
     check_undamaged(path, cure)
     try:
         value = json.loads(path.read_text("utf-8"))

@@ -22,14 +22,14 @@ _REWRITTEN: Words = (
     " writes it again",
 )
 CURES: dict[str, Words] = {
-    "recipe.toml": ("move it away, and name the recipe beside ", Argument("resume")),
+    "recipe.toml": ("move it away, and give the recipe together with ", Argument("resume")),
     "environment.json": "delete this file",
     "before.json": "delete this file to measure the model again",
     "result.json": _REWRITTEN,
     "ledger.json": _REWRITTEN,
     records.NAME: records.CURE,
 }
-# Part of several errors: a new run need not do everything again.
+# Part of the advice in several errors to start a new run.
 REUSE_HINT = "it can copy the finished stages that are equal: fedpress run RECIPE --from"
 
 
@@ -58,10 +58,13 @@ def check_links(run: Path) -> None:
 
 
 def check_run(run: Path) -> None:
-    """Compares every file of the run with its checksum, then compacts the list of checksums.
+    """Compares the files of the run with their checksums, then compacts the list of checksums.
+
+    `_is_checked_here` says which files are left out.
 
     Raises:
-        RunError: if a file is damaged; the error names the first one and says what to do.
+        RunError: if a file is damaged, or a symbolic link points out of the folder; the error names
+            the first such file and says what to do.
     """
     # Links come first, because reading a file follows its link.
     check_links(run)
@@ -114,5 +117,9 @@ def _cure(run: Path, path: Path) -> Words:
 
 
 def new_run_cure(path: Path) -> str:
-    """Returns the advice of an error about a damaged file that the run cannot write again."""
+    """Returns the advice of an error about a damaged file that the run cannot write again.
+
+    Args:
+        path: folder of the damaged run.
+    """
     return f"start a new run with --out NEW ({REUSE_HINT} {path})"

@@ -19,7 +19,7 @@ log = logger(__name__)
 
 @dataclass(frozen=True)
 class Snapshot:
-    """The state of a computation for a checkpoint: named tensors, and facts in JSON types.
+    """The state of a computation for a checkpoint: named tensors, and facts as JSON values.
 
     The computation may change these tensors in its next step: copy or save them at once.
     """
@@ -62,7 +62,10 @@ class Resumable(Protocol):
 
 
 def drive(work: Resumable, folder: StageFolder) -> Generator[Tick, None, None]:
-    """Runs `work` from the last checkpoint in `folder` to its end; yields a `Tick` for every step.
+    """Runs `work` from the last checkpoint in `folder` to the end of `work`.
+
+    It yields a `Tick` for every step. If the text beside the progress bar changes between steps, it
+    yields the last tick again with the new text.
 
     Raises:
         RunError: if the checkpoint is damaged, or the folder cannot be written.

@@ -30,7 +30,7 @@ from fedpress.workspace.stage_folder import StageFolder
 
 @dataclass(frozen=True)
 class RunFolder:
-    """The folder of one run, new, interrupted or finished."""
+    """The folder `path` of one run, which is new, interrupted or finished."""
 
     path: Path
 
@@ -45,7 +45,8 @@ class RunFolder:
                 resumed, such as the device.
 
         Raises:
-            RunError: if the folder already contains a run or other files.
+            RunError: if the folder already contains a run or other files, another process works in
+                it, or it cannot be written.
         """
         cls.check_free(path, recipe_text)
         with writing(path):
@@ -102,7 +103,8 @@ class RunFolder:
         """Checks that a new run in this folder would replace nothing.
 
         Raises:
-            RunError: if the folder contains a run or other files, or `path` is a file.
+            RunError: if the folder contains a run or other files, another process works in it, or
+                `path` is a file.
         """
         lock.check_unlocked(path)
         if (path / "settings.json").exists():
@@ -148,6 +150,10 @@ class RunFolder:
     @classmethod
     def resume(cls, path: Path, settings: Json) -> RunFolder:
         """Opens the folder of an interrupted run.
+
+        Args:
+            path: the folder.
+            settings: all settings of the recipe to resume with, as in `create`.
 
         Raises:
             RunError: if there is no run; if its settings differ from `settings`; if it is not

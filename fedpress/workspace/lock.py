@@ -25,8 +25,8 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 NAME = "lock"
-# A process that asks who has the lock takes the lock for an instant, so one refusal can be a false
-# alarm. `_acquire` tries again so many times.
+# `holder` takes the lock for an instant to see whether it is free. Another process is then refused
+# although nobody works in the folder, so `_acquire` tries again so many times.
 RETRIES = 3
 # Folder and thread -> how many `with locked(folder)` blocks the thread is in.
 _held_here: dict[tuple[str, int], int] = {}
@@ -66,7 +66,12 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def holder(folder: Path) -> str | None:
-    """Describes the process that works in `folder`; None if none does, or this thread does."""
+    """Describes the process that works in `folder`.
+
+    Returns:
+        A description for errors; None if no process works there, if only this thread does, or if
+        the lock file cannot be read.
+    """
     path = folder / NAME
     if (str(folder.resolve()), threading.get_ident()) in _held_here:
         return None
@@ -227,7 +232,10 @@ def _is_dead(owner: dict[str, Any]) -> bool:
 
 
 def process_start(pid: int) -> str | None:
-    """Returns when a process was started, in clock ticks since boot; None outside of Linux."""
+    """Returns when a process was started, in clock ticks since boot.
+
+    None if this is unknown, because the process does not exist or the system is not Linux.
+    """
     try:
         # The start time is field 22. Field 2 is the command in brackets, which may contain spaces.
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]

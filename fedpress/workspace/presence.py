@@ -15,9 +15,10 @@ from fedpress.core import files
 
 NAME = "presence.json"
 MOST_NAMED = 200
-"""Clients that the file names, so that it stays small: those in trouble come first."""
+"""Largest number of clients in the file, so that it stays small. Clients that are offline or late
+come first."""
 MOST_LETTERS = 300
-"""Longest text of a client that the file takes over."""
+"""Number of letters after which a text that a client has sent is cut off."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class ClientNow:
         heard: time of the client's last answer; None: the client has not answered yet.
         asked: time of the request that the client has not answered yet; None: it has answered all
             requests.
-        awaited: whether the server still waits for this answer.
+        awaited: whether the server still waits for the answer to that request.
         seconds: how long the client's last answer took; None: the client has not answered yet.
     """
 
@@ -48,8 +49,8 @@ class RefusedNow:
 
     Attributes:
         name: name of the client; "" if the file must not name clients.
-        rule: the rule of the client's policy that the run breaks.
-        reason: explanation for a reader.
+        rule: name of the rule that the run breaks; the client's policy consists of rules.
+        reason: explanation in words.
     """
 
     name: str

@@ -23,7 +23,7 @@ from fedpress.workspace.atomic import (
 )
 
 NAME = "records.jsonl"
-# For a damaged file.
+# The advice in errors about a damaged file.
 CURE = "delete this file to go on without the records so far (models and results do not need them)"
 
 
@@ -71,7 +71,7 @@ class Records:
 
     def add(self, facts: Json) -> None:
         """Appends one record; it is on the disk when the call returns."""
-        # A checksum of only the new bytes: the file may be long, and every epoch adds a line.
+        # Only the new bytes get a checksum: the file may be long, and every epoch adds a line.
         with writing(self.path):
             start = self.path.stat().st_size if self.path.exists() else 0
             with open(self.path, "a", encoding="utf-8") as file:
@@ -84,7 +84,7 @@ class Records:
         """Keeps the first `count` records, removes all others, and an incomplete line at the end.
 
         Raises:
-            RunError: if there are fewer than `count` records, because some were lost.
+            RunError: if records were lost (see `check_count`).
         """
         # If the file is missing, the user has followed CURE and deleted it. The run continues.
         if not self.path.exists():
@@ -97,14 +97,14 @@ class Records:
                 temporary.write_bytes(b"".join(lines[:count]))
 
     def check_count(self, count: int) -> None:
-        """Checks that there are at least `count` records, if the run has no checksums.
+        """Checks that there are at least `count` records, if the file has no checksum.
 
-        Only runs of older versions have no checksums. In newer runs the checksum shows every loss
-        (see `check_undamaged`). There, fewer records can be correct: if the user has deleted a
-        damaged file, the records start again from 0.
+        Only in runs of older versions it has none. In newer runs the checksum shows every loss (see
+        `check_undamaged`), and fewer records can be correct: if the user has deleted a damaged
+        file, the records start again from 0.
 
         Raises:
-            RunError: if there are fewer than `count` records.
+            RunError: if the file exists, has no checksum, and has fewer than `count` records.
         """
         found = self.count()
         if found < count and self.path.exists() and not checksums.has_line(self.path):

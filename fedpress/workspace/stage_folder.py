@@ -46,7 +46,12 @@ CHECKSUMMED_BEFORE = (PROGRESS, "result.json")
 
 @dataclass(frozen=True)
 class Done:
-    """A finished stage: its entry in the run's result, and the number of records when it ended."""
+    """A finished stage.
+
+    Attributes:
+        result: the stage's entry in the result of the run.
+        records: number of records of the whole run when the stage ended.
+    """
 
     result: dict[str, Any]
     records: int
@@ -82,8 +87,11 @@ class StageFolder:
     def begin(self, records: int) -> float:
         """Removes the records of steps that the resumed stage will repeat.
 
-        They are the records after the last checkpoint. If there is no checkpoint, they are all
-        records after the first `records`, the number of records of earlier stages.
+        They are the records after the last checkpoint; without a checkpoint, all records of this
+        stage.
+
+        Args:
+            records: number of records of earlier stages. Without a checkpoint only these stay.
 
         Returns:
             The seconds spent until the checkpoint.
@@ -93,7 +101,7 @@ class StageFolder:
         return float(facts.get("seconds", 0.0))
 
     def save_progress(self, tensors: Mapping[str, Tensor], facts: Json) -> None:
-        """Saves a checkpoint atomically in one file: named tensors, and facts in JSON types."""
+        """Saves a checkpoint atomically in one file: named tensors, and facts as JSON values."""
         # Cloned, since safetensors refuses tensors that share memory.
         copies = {k: v.detach().to("cpu").contiguous().clone() for k, v in tensors.items()}
         # With the number of records, `begin` can remove those that come after the checkpoint.
@@ -103,7 +111,7 @@ class StageFolder:
         log.debug("checkpoint written: %s", self._progress)
 
     def load_progress(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Returns tensors and facts of the last checkpoint; two empty dictionaries without one.
+        """Returns tensors and facts of the last checkpoint; both are empty if there is none.
 
         Raises:
             RunError: if the checkpoint is corrupt.
@@ -184,7 +192,8 @@ class StageFolder:
         """Returns the result if the stage is finished and has the same `key`, else None.
 
         Args:
-            key: hash of the settings, the seed and all earlier stages (see `stage_keys`).
+            key: hash of everything that the result depends on: the settings, the seed and all
+                earlier stages (see `fedpress.pipeline.keys.stage_keys`).
 
         Raises:
             RunError: if the result file was damaged.
@@ -235,7 +244,8 @@ class StageFolder:
         if done is None:
             return None
         cure = f"delete '{theirs._result}'; then this run does the stage itself"
-        # The files of the stage are checked before anything is copied.
+        # The files in the stage's folder are checked before anything is copied. The exported model
+        # is checked below.
         for path in sorted(theirs.path.iterdir()):
             if path.is_file():
                 check_undamaged(path, cure)

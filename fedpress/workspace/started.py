@@ -18,12 +18,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 KEY_BYTES = 32
+"""Length of the user's key."""
 # Functions of fedpress that its commands write into recipes, by their names in saved files.
 OWN = ("fedpress.commands.subject:no_data", "fedpress.models.memory:held")
 
 
 def functions_of(text: str) -> list[str]:
-    """Returns the `module:function` names in a recipe's TOML text; [] if the text is no recipe.
+    """Returns the functions that a recipe names: its architecture and the source of its data.
+
+    Args:
+        text: the recipe's TOML text. If it is not valid TOML, the result is empty.
 
     >>> functions_of('model = {architecture = "nets:Net"}')
     ['nets:Net']
@@ -57,7 +61,7 @@ def sign(names: Sequence[str], recipe: str | None) -> str | None:
 
 
 def is_signed(found: object, names: Sequence[str], recipe: str | None) -> bool:
-    """Whether `found` is this user's signature for these functions and this recipe."""
+    """Whether `found`, from a run folder, is this user's signature; see `sign`."""
     right = sign(names, recipe)
     if right is None or not isinstance(found, str):
         return False

@@ -26,7 +26,7 @@ Name = Annotated[
 ]
 """The name of a recipe or stage, which is also the name of its folder."""
 
-# A function instead of a model: most runs never need it, and it would double the memory.
+# A function instead of a model: few runs need the model, and it would double the memory.
 Loader = Callable[[], tuple[ModelSpec, nn.Module]]
 
 
@@ -71,14 +71,13 @@ class State:
 
     Attributes:
         spec: how to build the model: architecture, arguments and shapes.
-        model: the model after the last stage.
+        model: the model after the stage before; at first the untrained or given model.
         data: the federated data set.
         seed: the run's seed.
         dense: number of parameters before any pruning.
         ledger: the privacy spent so far; None: no privacy was spent.
-        score: the task's primary metric on the test set after the last stage; None before the
-            first.
-        facts: facts that the last stage adds to its entry in the result, such as `bytes_up`.
+        score: the task's primary metric of `model` on the test set; None before the first stage.
+        facts: facts that the stage before adds to its entry in the result, such as `bytes_up`.
         parent: loads the model as it was before the first stage that made it smaller; None: no
             stage has made it smaller.
         device: device on which stages train and measure. Latency is always measured on the CPU.
@@ -104,16 +103,19 @@ class State:
     given: nn.Module | None = None
 
     def dense_network(self) -> nn.Module:
-        """Returns the network before any pruning. Settings such as `keep_macs` are shares of it."""
+        """Returns the network before any pruning.
+
+        Settings such as `keep_macs` are shares of the cost of this network.
+        """
         # A user's module may be pruned already, which the spec's architecture does not know.
         return self.given if self.given is not None else self.spec.build_dense()
 
     def example(self, n: int) -> Inputs:
         """Returns `n` prepared examples [n, ...] to trace the model and to count operations on.
 
-        For a model with one input see `ModelSpec.example`. For a model with several inputs they are
-        public or test examples, if there are any. Made-up integers may be invalid: a length, for
-        example, must fit the other inputs.
+        A model with one input gets made-up examples (see `ModelSpec.example`). A model with several
+        inputs gets public or test examples, if there are any: made-up integers may be invalid,
+        since a length, for example, must fit the other inputs.
         """
         parts = (self.data.public, self.data.test)
         rows = next((part.x for part in parts if len(part)), None)
@@ -174,3 +176,4 @@ class StageFinished:
 
 
 Event = Tick | StageStarted | StageFinished
+"""What a running pipeline of stages yields."""

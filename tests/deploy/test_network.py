@@ -340,7 +340,7 @@ def test_a_port_in_use_is_told(fleet, link, tmp_path):
 def test_a_second_client_with_one_key_is_told_and_the_run_goes_on(fleet, link, tmp_path):
     second = fleet.client("c0", home=fleet.copied("c0", "second"), log="second.log")
     try:
-        second.wait_for("a client with it is connected")
+        second.wait_for("a client with this key is connected")
         run = deployed(SHORT, link, tmp_path)
         list(run.rounds())
     finally:

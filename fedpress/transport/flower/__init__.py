@@ -1,20 +1,20 @@
-"""Everything that touches Flower: the process of its SuperLink, and both ends of the wire.
+"""All code that uses Flower: its server process (the SuperLink), and the connections to it.
 
-Flower carries bytes here and nothing else. The server starts the SuperLink with its task executor
-switched off (`--isolation process`), takes the run's only task itself, and sends messages under the
-token of that task; a client speaks Flower's Fleet API from one long-lived process. So no bundle of
-code is ever loaded on any side: there is neither a ServerApp nor a ClientApp, and a round starts no
-process.
+Flower only carries bytes here. Usually it loads a bundle of code, a ServerApp and a ClientApp, and
+starts processes for them. Here it does not: the server starts the SuperLink with the option
+`--isolation process`, by which the SuperLink runs no tasks itself. The server takes the only task
+of the run, and sends messages with the token of that task. A client is one process, which uses
+Flower's Fleet API. So no bundle of code is ever loaded, and a round starts no process.
 
-Private modules of Flower are used, so its version is pinned exactly. In another version
-`tests/deploy/test_flower.py` names what has moved.
+Private modules of Flower are used, so its version is pinned exactly. With another version
+`tests/deploy/test_flower.py` fails and shows which names have moved.
 """
 
 from __future__ import annotations
 
 from fedpress.transport.flower.pinned import check_installed
 
-# Before any import of flwr, so that a missing or other Flower is told with its cure.
+# Before any import of flwr: the error for a missing Flower, or another version, says what to do.
 check_installed()
 
 from fedpress.transport.flower.address import Address  # noqa: E402

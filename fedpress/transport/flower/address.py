@@ -1,4 +1,4 @@
-"""Where a SuperLink listens, and what its answers and failures mean."""
+"""The address of a SuperLink (Flower's server process), and errors about connections to it."""
 
 from __future__ import annotations
 
@@ -23,8 +23,10 @@ from fedpress.errors import NetworkError
 T = TypeVar("T")
 
 BEAT = float(HEARTBEAT_MIN_INTERVAL)
-"""Seconds between signs of life. Flower's own is 30 s, and a client that was killed and started
-again may not connect before two of them have passed."""
+"""Seconds between two heartbeats of a client, by which the SuperLink knows that it is online.
+
+Flower's default is 30 s. Here it is shorter, because a client that was killed and started again is
+refused until two of these intervals have passed."""
 
 
 @dataclass(frozen=True)
@@ -32,9 +34,10 @@ class Address:
     """Where a SuperLink listens, and how its certificate is checked.
 
     Attributes:
-        host: name or address.
-        port: of the one port that it has.
-        ca: certificate of the authority that signed the server's; None without TLS.
+        host: host name or IP address.
+        port: number of the SuperLink's only port.
+        ca: file with the certificate of the authority that signed the server's certificate; None:
+            the connection does not use TLS.
     """
 
     host: str
@@ -49,11 +52,15 @@ class Address:
 
     @property
     def url(self) -> str:
-        """Its address for a browser."""
+        """The address as a URL: http without TLS, else https."""
         return f"{'http' if self.ca is None else 'https'}://{self.text}"
 
     def client(self, kind: type[T], interceptors: Iterable[Any]) -> T:
         """Returns a client of one of Flower's APIs.
+
+        Args:
+            kind: Flower's class of the client, such as `FleetHttpClient`.
+            interceptors: objects that change each request before it is sent.
 
         Raises:
             NetworkError: if the certificate cannot be read.
@@ -74,7 +81,7 @@ class Address:
 
 @contextmanager
 def explained(address: Address) -> Iterator[None]:
-    """Turns what the network raises into a `NetworkError` that says what to do."""
+    """Converts errors of the connection in the block to a `NetworkError` that says what to do."""
     try:
         yield
     except httpx.HTTPStatusError as error:
@@ -86,17 +93,17 @@ def explained(address: Address) -> Iterator[None]:
 def _status_problem(error: httpx.HTTPStatusError, address: Address) -> NetworkError:
     status = error.response.status_code
     said = error.response.text[:200]
-    # Not `refused`: a SuperLink that was just started learns the keys a moment later, and a key
-    # that is listed later lets a waiting client in.
+    # Without `refused`, so that the client tries again: a SuperLink that was just started gets the
+    # keys of clients a moment later, and the user may add a missing key while the client waits.
     asked = error.request.url.path
     if status == httpx.codes.PRECONDITION_FAILED and asked.endswith("/activate-node"):
         return NetworkError(
-            "the server does not list the key of this client, or a client with it is connected",
+            "the server does not list this client's key, or a client with this key is connected",
             place=address.text,
             cure=(
                 "give node.pub to whoever runs the server, who writes it to server.toml and starts "
                 f"the server again; a second client needs a key of its own (fedpress network add); "
-                f"after a kill this one connects within {HEARTBEAT_PATIENCE * BEAT:.0f} s"
+                f"a killed client can connect again after {HEARTBEAT_PATIENCE * BEAT:.0f} s"
             ),
         )
     if status == httpx.codes.UNAUTHORIZED:
@@ -110,12 +117,19 @@ def _status_problem(error: httpx.HTTPStatusError, address: Address) -> NetworkEr
             refused=True,
         )
     return NetworkError(
-        f"the server answered {status} ({said})", place=address.text, cure="see its superlink.log"
+        f"the server answered {status} ({said})",
+        place=address.text,
+        cure="see superlink.log on the server",
     )
 
 
 def transport_problem(error: Exception, address: Address) -> NetworkError:
-    """Returns what to tell and do about `error`: no connection, or no trust in the certificate."""
+    """Returns an error that says what to do if there is no connection or a wrong certificate.
+
+    Args:
+        error: what the connection raised.
+        address: address of the SuperLink.
+    """
     said = f"{type(error).__name__}: {error}"
     low = said.lower()
     if "certificate has expired" in low:

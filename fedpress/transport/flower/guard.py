@@ -34,9 +34,11 @@ class Guard:
         self._secret = secret.encode()
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        """Answers 403 to a request without the secret, 413 to a long one; passes on all others.
+        """Checks a request, and passes it on to Flower if it is allowed.
 
-        The arguments are those of the ASGI standard.
+        A request that needs the secret and lacks it gets the answer 403, and a request of more than
+        `MOST` bytes the answer 413. A websocket is closed. The arguments are those of the ASGI
+        standard.
         """
         if scope["type"] == "websocket":
             # Flower has no websockets. If a later version adds one, it must not be open to all.
@@ -63,7 +65,7 @@ class Guard:
             return event
 
         length = dict(scope["headers"]).get(b"content-length", b"0")
-        # Longer than 20 digits: `int` raises an error for thousands of digits.
+        # At most 20 digits, because `int` raises an error for thousands of digits.
         if not length.isdigit() or len(length) > 20 or int(length) > MOST:
             await _refuse(send, 413, f"at most {MOST} bytes".encode())
             return

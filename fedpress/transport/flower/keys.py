@@ -1,4 +1,4 @@
-"""Keys of nodes as Flower names them."""
+"""Public keys of clients, in the form by which Flower identifies them as nodes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fedpress.errors import NetworkError
 
 @contextmanager
 def registered_before() -> Iterator[None]:
-    """Lets a key pass that the SuperLink knows already."""
+    """Ignores the error in the block that a key is already registered at the SuperLink."""
     try:
         yield
     except httpx.HTTPStatusError as error:
@@ -26,7 +26,10 @@ def registered_before() -> Iterator[None]:
 
 
 def node_key(openssh: str) -> bytes:
-    """Returns a public key as Flower names nodes by it.
+    """Converts a client's public key to the bytes by which Flower identifies the client.
+
+    Args:
+        openssh: the public key as OpenSSH text, the content of `node.pub`.
 
     Raises:
         NetworkError: if it is no elliptic-curve key in OpenSSH's format.
@@ -41,6 +44,6 @@ def node_key(openssh: str) -> bytes:
         ) from error
     if not isinstance(key, ec.EllipticCurvePublicKey):
         raise NetworkError(
-            "not a key on an elliptic curve", place=openssh[:60], cure="take one of P-384"
+            "not a key on an elliptic curve", place=openssh[:60], cure="take a P-384 key"
         )
     return public_key_to_bytes(key)

@@ -1,4 +1,8 @@
-"""Parcels as messages of Flower, and messages that arrive piece by piece."""
+"""Converts parcels to messages of Flower and back, and transfers messages piece by piece.
+
+A parcel (`fedpress.transport.link.Parcel`) is one transfer between the server and one client. A
+message of Flower consists of objects; each has an id and is transferred by itself.
+"""
 
 from __future__ import annotations
 
@@ -38,27 +42,28 @@ from flwr.supercore.inflatable.inflatable_utils import (
 from fedpress.transport.link import Lost, Parcel
 
 CHUNK = FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE
-"""Bytes of a body that travel as one object."""
+"""Size of the pieces, in bytes, into which Flower cuts a body; each piece is an object."""
 UPLOAD = 150.0
-"""Seconds between two pieces of a message; the SuperLink ends an upload after 180 without one."""
+"""Seconds without a new piece after which an incomplete message counts as lost. The SuperLink ends
+an upload after 180 s without a new piece."""
 
 
 def to_record(body: bytes) -> ArrayRecord:
-    """Writes the body of a parcel as one array of Flower, which travels in pieces of `CHUNK` bytes.
+    """Converts the body of a parcel to an array of Flower, sent in pieces of `CHUNK` bytes.
 
-    Of Flower's types it is the quickest: a ConfigRecord of 4 MB takes 17 ms to write, an array 3.
+    The array is Flower's fastest type for bytes: 4 MB take 3 ms, in a ConfigRecord 17 ms.
     """
     array = Array(dtype="uint8", shape=(len(body),), stype="raw", data=body)
     return ArrayRecord({"data": array}, keep_input=False)
 
 
 def to_records(parcel: Parcel, body: ArrayRecord | None = None) -> RecordDict:
-    """Writes a parcel as Flower's records.
+    """Converts a parcel to Flower's records.
 
     Args:
         parcel: the parcel.
-        body: `to_record(parcel.body)`, if several parcels have the same body; the ids of its pieces
-            are then computed once.
+        body: the result of `to_record(parcel.body)`. Give the same result for several parcels with
+            the same body: the ids of its pieces are then computed only once.
     """
     head: dict[str, Any] = {
         "what": parcel.what,
@@ -69,10 +74,11 @@ def to_records(parcel: Parcel, body: ArrayRecord | None = None) -> RecordDict:
 
 
 def to_parcel(message: Message) -> Parcel:
-    """Reads what `to_records` wrote, from anybody.
+    """Converts a message to a parcel. The message is not trusted: anybody may have sent it.
 
     Raises:
-        ValueError: if it is something else.
+        ValueError: if the message reports an error in place of content.
+        Exception: any other error, if the content was not made by `to_records`.
     """
     if message.has_error():
         raise ValueError(f"{message.error.reason}")
@@ -91,20 +97,30 @@ def to_parcel(message: Message) -> Parcel:
 
 @dataclass(frozen=True, eq=False)
 class Incoming:
-    """A parcel that has come, and the message that an answer must refer to."""
+    """A received parcel, and the message in which it came; an answer must refer to this message."""
 
     parcel: Parcel
     message: Message
 
 
 class Arriving:
-    """A message whose objects are fetched as they arrive; nobody has checked its size.
+    """A message of which some objects may not have arrived yet.
 
-    Its sender announces all objects first and sends them then. Nothing here waits for them, because
-    others must not wait for a sender that is slow, or that never sends what it has announced.
+    Its sender first announces the ids of all objects, and then sends the objects. Their number and
+    sizes are not trusted. No method waits for an object: messages of other senders must not wait
+    for a sender that is slow, or that never sends what it has announced.
+
+    Attributes:
+        root: id of the message.
     """
 
     def __init__(self, tree: ObjectTree, max_bytes: int) -> None:
+        """Prepares the transfer.
+
+        Args:
+            tree: the announced ids.
+            max_bytes: longest accepted message, in bytes.
+        """
         self.root = tree.object_id
         self._names = list(dict.fromkeys(one.object_id for one in iterate_object_tree(tree)))
         self._max_bytes = max_bytes
@@ -114,20 +130,24 @@ class Arriving:
         self._latest = time.monotonic()
 
     def read(self, pull: Callable[[str], bytes]) -> Incoming | None:
-        """Fetches what has arrived; returns the parcel when it is complete, else None.
+        """Fetches the objects that have arrived; returns the parcel if all have, else None.
+
+        Args:
+            pull: function that returns an object by its id.
 
         Raises:
-            ValueError: if it is too long or no parcel.
-            ObjectPullError: if it will not arrive.
+            ValueError: if the message is too long, or is no parcel.
+            ObjectPullError: if the message counts as lost, for instance because no object arrived
+                for `UPLOAD` seconds.
         """
-        # A body is cut into pieces of CHUNK bytes. Beside them there are five small objects.
+        # A body is cut into pieces of CHUNK bytes. A message has five more objects, all small.
         if len(self._names) > self._max_bytes // CHUNK + 8:
             raise ValueError(self._too_long)
 
         def take(name: str) -> bytes:
             if self._size > self._max_bytes:
                 raise ValueError(self._too_long)
-            # It is asked for again at the next look.
+            # An object that has not arrived is asked for again by the next call of `read`.
             with suppress(ObjectUnavailableError):
                 content = pull(name)
                 # Several threads fetch at the same time.
@@ -151,15 +171,15 @@ class Arriving:
             assert isinstance(message, Message)
             message.metadata.__dict__["_message_id"] = self.root
             return Incoming(to_parcel(message), message)
-        # Whatever a stranger sends may be wrong in any way.
+        # Any exception, because the message of a stranger may be wrong in any way.
         except Exception as error:
             raise ValueError(f"not a parcel ({type(error).__name__}: {error})") from error
 
     def _check_repeats(self) -> None:
-        """Checks the length of the arrays: one may name the same piece thousands of times.
+        """Checks the length of the arrays: an array may name the same piece thousands of times.
 
         Raises:
-            ValueError: if they would be too long.
+            ValueError: if the arrays would be too long.
         """
         pieces = 0
         for content in self._contents.values():
@@ -176,12 +196,12 @@ class Arriving:
 
 @dataclass(frozen=True, eq=False)
 class Outgoing:
-    """A message that is announced first; its objects follow, those that are not there yet.
+    """A message to send. Its object ids are announced first; then the SuperLink asks for objects.
 
     Attributes:
-        message: with its id.
+        message: the message, with its id.
         head: the message without its content, as Flower's protobuf.
-        tree: ids of its objects.
+        tree: ids of the message's objects.
     """
 
     message: Message
@@ -190,13 +210,17 @@ class Outgoing:
 
     @classmethod
     def of(cls, message: Message) -> Outgoing:
-        """Gives `message` its id. Only within `no_object_id_recompute`, which keeps ids."""
+        """Gives `message` its id.
+
+        Call it only within Flower's `no_object_id_recompute`, which keeps ids after they are
+        computed.
+        """
         message.metadata.__dict__["_message_id"] = message.object_id
         bare = remove_content_from_message(message) if message.has_content() else message
         return cls(message, message_to_proto(bare), get_object_tree(message))
 
     def objects(self) -> dict[str, Any]:
-        """Returns its objects by their ids; equal parts of several messages have one id."""
+        """Returns the message's objects by id; equal objects of several messages have equal ids."""
         return dict(get_all_nested_objects(self.message))
 
 
@@ -204,11 +228,11 @@ def upload(api: Any, node: Node, run: int, announced: Any, objects: Mapping[str,
     """Sends those of `objects` that the SuperLink asked for when they were announced.
 
     Args:
-        api: client of the API of this side.
+        api: client of Flower's API for the sender.
         node: the sender.
-        run: the messages' run.
-        announced: the answer to `PushMessages`.
-        objects: by their ids.
+        run: id of the run to which the messages belong.
+        announced: the SuperLink's answer to the announcement (`PushMessages`).
+        objects: id -> object.
     """
     push = make_push_object_fn_protobuf(api.PushObject, node, run, announced.session_id)
     push_objects(dict(objects), push, object_ids_to_push=set(announced.objects_to_push))
@@ -218,13 +242,14 @@ def take(api: Any, node: Node, run: int, arriving: Arriving) -> Incoming | Lost 
     """Fetches what has arrived of a message, and confirms the message when it is complete.
 
     Args:
-        api: client of the API of this side.
+        api: client of Flower's API for the receiver.
         node: the receiver.
-        run: the message's run.
+        run: id of the run to which the message belongs.
         arriving: the message.
 
     Returns:
-        None if more will arrive; `Lost` if it never will be complete, or is no parcel.
+        The parcel if the message is complete; None if objects are still missing; `Lost` if the
+        message counts as lost, is too long, or is no parcel.
     """
     pull = make_pull_object_fn_protobuf(api.PullObject, node, run)
     found: Incoming | Lost | None
@@ -233,10 +258,10 @@ def take(api: Any, node: Node, run: int, arriving: Arriving) -> Incoming | Lost 
     except ObjectPullError as error:
         found = Lost(str(error))
     except ValueError as error:
-        # Its sender made it so: sent again it would be the same.
+        # The sender made a wrong message, and would send the same message again.
         found = Lost(str(error), again=False)
     if found is not None:
-        # The SuperLink then deletes it.
+        # The SuperLink then deletes the message.
         api.ConfirmMessageReceived(
             ConfirmMessageReceivedRequest(node=node, run_id=run, message_object_id=arriving.root)
         )

@@ -1,4 +1,4 @@
-"""A client's end of the wire: one connection for the lifetime of its process."""
+"""A client's connection to the SuperLink (Flower's server process), open as long as it runs."""
 
 from __future__ import annotations
 
@@ -51,9 +51,9 @@ log = logger(__name__)
 
 
 class NodeLink:
-    """A client's end of the wire: one connection, for one thread.
+    """A client's connection to the SuperLink. Only one thread may call its methods.
 
-    It never asks for the bundle of a run, and unpacks nothing but parcels.
+    It never fetches Flower's bundle of code for a run, and reads nothing but parcels.
     """
 
     def __init__(
@@ -63,12 +63,13 @@ class NodeLink:
         *,
         max_bytes: int = MAX_BYTES,
     ) -> None:
-        """Prepares it; `connect` connects.
+        """Prepares the connection; `connect` opens it.
 
         Args:
-            address: of the SuperLink.
-            private_key: of this node; None makes one, for a SuperLink without TLS.
-            max_bytes: longest message that is fetched.
+            address: address of the SuperLink.
+            private_key: key of this client; None: a new key, which only a SuperLink without TLS
+                accepts.
+            max_bytes: longest accepted message, in bytes.
         """
         self._given = private_key is not None
         if private_key is None:
@@ -92,10 +93,10 @@ class NodeLink:
         """Connects, or connects again after the SuperLink was started anew.
 
         Raises:
-            NetworkError: if that fails; `refused` says whether trying again makes no sense.
+            NetworkError: if that fails. Its attribute `refused` is True if it would fail again.
         """
         with explained(self._address):
-            # It refuses to activate a node that it takes to be connected.
+            # The SuperLink refuses to activate a node that counts as connected.
             if self._is_known():
                 return
             if not self._given:
@@ -105,20 +106,20 @@ class NodeLink:
                 ActivateNodeRequest(public_key=self._key, heartbeat_interval=BEAT)
             )
         self._node = Node(node_id=answer.node_id)
-        # Whatever was on its way through another SuperLink is gone.
+        # A new SuperLink does not have the objects of messages that the old one had announced.
         self._arriving.clear()
         if not self._heart.ident:
             self._heart.start()
 
     def _beats(self) -> None:
-        """Shows the SuperLink that this client is online, until `close`.
+        """Sends heartbeats until `close`, by which the SuperLink knows that this client is online.
 
-        A thread of its own: on a slow line one message may take minutes.
+        It runs in its own thread, because the main thread may send one message for minutes.
         """
         while not self._closed.wait(BEAT / 3):
             try:
                 self._beat()
-            # Whoever receives or sends sees that the SuperLink is gone, and connects again.
+            # Ignored, because the main thread meets the same error, and connects again.
             except httpx.HTTPError as error:
                 log.debug("heartbeat: %s", error)
 
@@ -136,10 +137,10 @@ class NodeLink:
             return False
 
     def receive(self) -> Incoming | None:
-        """Returns the next parcel for this client; None if there is none now.
+        """Returns the next complete parcel for this client; None if there is none now.
 
         Raises:
-            NetworkError: if the server cannot be reached.
+            NetworkError: if the server cannot be reached, or refuses.
         """
         with explained(self._address):
             answer = self._client.PullMessages(PullMessagesRequest(node=self._node))
@@ -160,8 +161,13 @@ class NodeLink:
     def reply(self, incoming: Incoming, parcel: Parcel, seconds: float = 0.0) -> bool:
         """Sends an answer; returns False if nobody waits for it any more.
 
+        Args:
+            incoming: what is answered.
+            parcel: the answer.
+            seconds: how long the client worked on the answer.
+
         Raises:
-            NetworkError: if the server cannot be reached.
+            NetworkError: if the server cannot be reached, or refuses for another reason.
         """
         with no_object_id_recompute():
             outgoing = Outgoing.of(Message(to_records(parcel), reply_to=incoming.message))
@@ -180,7 +186,7 @@ class NodeLink:
             except NetworkError as error:
                 cause = error.__cause__
                 gone = (httpx.codes.FORBIDDEN, httpx.codes.NOT_FOUND)
-                # The run is over, or was started again: its server does not wait for this.
+                # The run is over, or was started again: no server waits for this answer.
                 if isinstance(cause, httpx.HTTPStatusError) and cause.response.status_code in gone:
                     log.info("an answer was dropped: its run is over")
                     return False
@@ -191,7 +197,7 @@ class NodeLink:
         return True
 
     def close(self) -> None:
-        """Says goodbye, if the server is there."""
+        """Closes the connection; tells the SuperLink before, if it can be reached."""
         self._closed.set()
         if self._heart.ident:
             self._heart.join()

@@ -1,4 +1,4 @@
-"""The one version of Flower that is used, with telemetry and updates off."""
+"""The one version of Flower that fedpress works with; switches off telemetry and update checks."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ QUIET = {
     "FLWR_DISABLE_UPDATE_CHECK": "1",
     "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
 }
-# Before flwr is imported: it reads them once.
+"""Environment variables by which Flower sends no telemetry, checks for no update and installs no
+packages."""
+# Set before flwr is imported, because flwr reads them only then.
 os.environ.update(QUIET)
 
 FLOWER = "1.42.0"
@@ -20,10 +22,10 @@ FLOWER = "1.42.0"
 
 
 def check_installed() -> None:
-    """Checks that Flower is installed in the version that this file was written for.
+    """Checks that the version `FLOWER` of Flower is installed.
 
     Raises:
-        NetworkError: if it is not, with the command that installs it.
+        NetworkError: if it is not; the error has the command that installs it.
     """
     cure = 'pip install "fedpress[network]"'
     try:

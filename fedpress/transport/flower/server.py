@@ -1,4 +1,4 @@
-"""The server's end of the wire: it takes the run's task, sends parcels and fetches answers."""
+"""The server's connection to the SuperLink (Flower's server process), by which parcels are sent."""
 
 from __future__ import annotations
 
@@ -63,11 +63,13 @@ log = logger(__name__)
 T = TypeVar("T")
 
 RETRY = 0.02
-"""Seconds between two looks for the names of clients without keys."""
+"""Seconds between two polls while clients without keys are asked for their names."""
 PATIENCE = 300.0
-"""Seconds for which a SuperLink that is gone is connected to again."""
+"""Seconds for which the server tries again to connect to a SuperLink that is gone."""
 ACQUIRE = "/flwr.proto.Runtime/AcquireTask"
+"""Name of the request that takes a task; it needs the secret."""
 SECRET_HEADER = "fedpress-secret"
+"""HTTP header with the secret, by which the guard before the SuperLink knows the server."""
 BUNDLE = {
     # Flower wants a bundle for every run. This one is empty, and nobody loads it.
     "pyproject.toml": b"""[project]
@@ -87,19 +89,20 @@ clientapp = "nothing:app"
     "nothing.py": b"app = None\n",
     "LICENSE": b"Apache-2.0\n",
 }
+"""Files of the bundle: file name -> content."""
 
 
 @dataclass(eq=False)
 class ServerLink:
-    """The server's end of the wire; see `fedpress.transport.link.Link`.
+    """The server's connection to all clients; see `fedpress.transport.link.Link`.
 
     Attributes:
-        address: of the SuperLink.
-        secret: shared with the SuperLink.
-        keys: public key of each client's node, as OpenSSH text, in the order of the clients; None
-            without TLS, where clients are known by the names that they give.
-        superlink: the process, if this server has started it.
-        max_bytes: longest answer that is fetched.
+        address: address of the SuperLink.
+        secret: bytes that only the server and the SuperLink know; requests of the server have them.
+        keys: client name -> public key as OpenSSH text, in the order of the clients. None: without
+            TLS clients have no keys, and are asked for their names.
+        superlink: the SuperLink's process; None if this server has not started it.
+        max_bytes: longest accepted answer, in bytes.
     """
 
     address: Address
@@ -140,7 +143,7 @@ class ServerLink:
             )
             found = self._runtime.PullTaskInput(PullTaskInputRequest())
         self._run = found.run.run_id
-        # Flower's Message reads them from there.
+        # Flower's class Message reads the ids from TaskIdentity.
         TaskIdentity.task_id = found.task_id
         TaskIdentity.run_id = found.run.run_id
         TaskIdentity.node_id = found.context.node_id
@@ -162,7 +165,8 @@ class ServerLink:
         )
         end = time.monotonic() + START
         with closing(client):
-            # On a SuperLink that others use, tasks of other runs may come first; nobody runs these.
+            # If others use the SuperLink too, tasks of their runs may come first. They are taken,
+            # but nobody runs them.
             while time.monotonic() < end:
                 found = client.AcquireTask(
                     AcquireTaskRequest(supported_task_types=[TaskType.SERVER_APP])
@@ -171,15 +175,20 @@ class ServerLink:
                     return str(found.token)
                 time.sleep(0.1)
         raise NetworkError(
-            "the SuperLink gave its task to another process",
+            "the SuperLink gave the run's task to another process",
             place=self.address.text,
             cure="start it with --isolation process and the same secret",
         )
 
     def _healed(self, work: Callable[[], T], nothing: T) -> T:
-        """Does `work`; starts the SuperLink again, or connects again, if it is gone.
+        """Returns the result of `work()`; connects again if the SuperLink is gone.
 
-        Whatever was on its way is lost then: `nothing` is returned, and the transport sends again.
+        If this server had started the SuperLink, and its process has ended, the process is started
+        again. All messages on their way are then lost: `nothing` is returned, and the transport
+        sends them again.
+
+        Raises:
+            NetworkError: if connecting fails for `PATIENCE` seconds.
         """
         try:
             return work()
@@ -202,7 +211,7 @@ class ServerLink:
                 wait = min(2 * wait, 15.0)
 
     def _forget(self) -> None:
-        """Drops what only the lost SuperLink knew."""
+        """Closes the connection, and forgets ids and messages of the SuperLink that is gone."""
         if self._heartbeat is not None:
             self._heartbeat.stop()
             self._heartbeat = None
@@ -223,7 +232,7 @@ class ServerLink:
             return False
 
     def online(self) -> Mapping[ClientId, bool]:
-        """See `Link`; nodes with keys that are not listed are left out."""
+        """See `Link`. Nodes whose key is not in `keys` are left out."""
         return self._healed(self._look, {})
 
     def _look(self) -> Mapping[ClientId, bool]:
@@ -244,7 +253,10 @@ class ServerLink:
         return found
 
     def _name_strangers(self, nodes: Collection[int]) -> None:
-        """Asks new nodes for the names of their clients; only without TLS, on this machine."""
+        """Asks new nodes for the names of their clients, for two seconds at most.
+
+        It is called only without TLS, which is for clients on this machine.
+        """
         new = [node for node in nodes if node not in self._names]
         if not new:
             return
@@ -276,7 +288,7 @@ class ServerLink:
         assert self._runtime is not None
         node = Node(node_id=SUPERLINK_NODE_ID)
         with explained(self.address), no_object_id_recompute():
-            # A broadcast has one body for all: its pieces are hashed once.
+            # Parcels with the same body share one record, so its pieces are hashed only once.
             bodies = {id(parcel.body): to_record(parcel.body) for parcel in parcels.values()}
             outgoing = {}
             for to, parcel in parcels.items():
@@ -300,7 +312,7 @@ class ServerLink:
     def poll(self, tickets: Collection[str]) -> dict[str, Parcel | Lost]:
         """See `Link`."""
         known = [ticket for ticket in tickets if ticket in self._tickets]
-        # Sent through a SuperLink that is gone.
+        # Other tickets come from a SuperLink that is gone.
         found: dict[str, Parcel | Lost] = {
             ticket: Lost("the SuperLink was started again")
             for ticket in tickets
@@ -310,16 +322,16 @@ class ServerLink:
         return found | self._healed(lambda: self._fetch(known), nothing) if known else found
 
     def _fetch(self, tickets: Collection[str]) -> dict[str, Parcel | Lost]:
-        """Fetches all answers that are whole; one that is still uploaded stays for the next time.
+        """Fetches all complete answers; an answer that is still uploaded is left for a later call.
 
-        So a client on a slow line keeps nobody waiting.
+        So nobody waits for a client with a slow connection.
         """
         assert self._runtime is not None
         node = Node(node_id=SUPERLINK_NODE_ID)
         found: dict[str, Parcel | Lost] = {}
         with explained(self.address):
             new = [ticket for ticket in tickets if ticket not in self._arriving]
-            # Without names it would ask for everything that there is.
+            # A request without ids would ask for all messages.
             pulled = PullAppMessagesRequest(message_ids=new)
             answer = self._runtime.PullMessages(pulled) if new else PullAppMessagesResponse()
             for head, tree in zip(answer.messages_list, answer.message_object_trees, strict=True):
@@ -328,7 +340,7 @@ class ServerLink:
                     found[ticket] = Lost(head.error.reason)
                 else:
                     self._arriving[ticket] = Arriving(tree, self.max_bytes)
-            # Also those that nobody waits for any more, so that the SuperLink forgets them.
+            # Also answers that nobody waits for any more, so that the SuperLink deletes them.
             for ticket, arriving in list(self._arriving.items()):
                 fetched = take(self._runtime, node, self._run, arriving)
                 if fetched is None:
@@ -339,7 +351,7 @@ class ServerLink:
         return found
 
     def close(self) -> None:
-        """Ends the run, and the SuperLink if it was started here."""
+        """Closes the connection; ends the SuperLink if this server has started it."""
         if self._heartbeat is not None and self._heartbeat.is_running:
             self._heartbeat.stop()
         if self._runtime is not None:
@@ -350,7 +362,7 @@ class ServerLink:
 
 @dataclass(frozen=True)
 class _Secret:
-    """Adds to each request what shows that it comes from the server."""
+    """Adds the secret to each request, which shows that the request comes from the server."""
 
     secret: bytes
 
@@ -360,6 +372,6 @@ class _Secret:
 
 
 def _register(control: ControlHttpClient, name: ClientId, key: bytes) -> None:
-    """Tells the SuperLink the key of a client; again after it was started again."""
+    """Registers the key of a client at the SuperLink; a key that it knows already is no error."""
     with registered_before():
         control.RegisterNode(RegisterNodeRequest(public_key=key, name=name))

@@ -1,4 +1,4 @@
-"""The SuperLink as a process of its own, and how it is started again."""
+"""Starts the SuperLink (Flower's server process), and starts it again after it has died."""
 
 from __future__ import annotations
 
@@ -22,10 +22,11 @@ START = 60.0
 
 
 class SuperLink:
-    """A SuperLink in a process of its own, which ends with this process.
+    """A SuperLink in its own process, which ends when this process ends.
 
-    Its database lives in memory: nothing of a run is kept there, since checkpoints are the run
-    folder's. A SuperLink that was killed is started again by `ServerLink`.
+    The SuperLink's database is in memory, and is lost with the process. A run can do without it,
+    because its checkpoints are in the run folder. `ServerLink` starts a SuperLink again that was
+    killed.
     """
 
     def __init__(
@@ -37,15 +38,17 @@ class SuperLink:
         certificate: Path | None = None,
         key: Path | None = None,
     ) -> None:
-        """Starts it.
+        """Starts the SuperLink.
 
         Args:
-            address: where this server reaches it; with a `ca` it speaks TLS and asks clients for
-                their keys.
-            folder: for its log and the secret that this process shares with it.
-            bind: the address that it listens on; that of `address` if None.
-            certificate: of the server, in PEM.
-            key: of the certificate.
+            address: where this process reaches the SuperLink. If it has a `ca`, the SuperLink uses
+                TLS and accepts only clients with registered keys.
+            folder: folder for the SuperLink's log, and for the secret that this process shares with
+                the SuperLink.
+            bind: host name or IP address on which the SuperLink listens; None: the host of
+                `address`.
+            certificate: file with the server's certificate, in PEM; used only with TLS.
+            key: file with the private key of the certificate.
 
         Raises:
             NetworkError: if it does not start, for instance because the port is in use.
@@ -64,21 +67,21 @@ class SuperLink:
 
     @property
     def secret(self) -> bytes:
-        """What shows the SuperLink that a request comes from this server."""
+        """The secret by which the SuperLink knows that a request comes from this server."""
         return self.secret_file.read_bytes()
 
     @property
     def running(self) -> bool:
-        """Whether the process is there."""
+        """Whether the SuperLink's process still runs."""
         return self._process.poll() is None
 
     def restart(self) -> None:
-        """Starts it again after its process has died."""
+        """Ends the process if it still runs, and starts a new one."""
         self.close()
         self._process = self._start()
 
     def _start(self) -> subprocess.Popen[bytes]:
-        # Flower fails late, and in a log, if the port is taken.
+        # If the port is in use, Flower fails late, and says so only in its log.
         _check_free(self._bind, self.address.port)
         words = [sys.executable, "-m", "fedpress.transport.flower.guard", str(os.getpid())]
         words += ["--host", self._bind, "--port", str(self.address.port)]
@@ -98,7 +101,7 @@ class SuperLink:
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,
                 env={**os.environ, **QUIET, "FLWR_HOME": str(home)},
-                # Ctrl-C in the terminal must reach the server alone, which then stops it.
+                # Ctrl-C in the terminal must reach only this process. It then ends the SuperLink.
                 process_group=0,
             )
         try:
