@@ -165,7 +165,7 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         """Answers one GET request."""
         # The name of another site may resolve to 127.0.0.1 ("DNS rebinding"). A script of that site
-        # could then read this page. Its requests have the name of the site as their host.
+        # could then read this page. Requests of such a script have the other site as their `Host`.
         if self.headers.get("Host") not in self._hosts():
             self._send(HTTPStatus.FORBIDDEN, "text/plain", "ask for 127.0.0.1")
             return

@@ -50,7 +50,7 @@ class AnsweredRounds:
         newest = max(self.rounds, default=public.number)
         if public.number not in self.rounds and public.number < newest:
             raise SecureError(
-                f"it is over, round {newest} was answered",
+                f"it is over: round {newest} was answered already",
                 place=f"round {public.number}",
                 cure="ask about a later round",
             )

@@ -74,7 +74,7 @@ class SecAggClient:
         # With another identity, all other clients would refuse this client's signatures.
         if identities.get(name) != identity(secret):
             raise RecipeError(
-                f"the identity of {name!r} does not belong to its secret",
+                f"the identity of {name!r} does not belong to the client's secret",
                 place="identities",
                 cure="give identity(secret) for this client",
             )
@@ -172,8 +172,8 @@ class SecAggClient:
         shares = share_secrets(rows, points, threshold, derive(key, "polynomials"))
         sealed = []
         for k, share in zip(public.committee, shares, strict=True):
-            # One nonce is enough, because each member has another key. The context as associated
-            # data prevents that shares of another round are accepted in this one.
+            # One nonce is enough, because each member has a different key. The context is the
+            # associated data, so shares of another round cannot be decrypted in this round.
             seal_key = self._seal_key(public, self.name, public.names[k])
             sealed.append(seal(seal_key, nonce, share.tobytes(), public.context))
         return sealed
@@ -408,7 +408,7 @@ class SecAggClient:
         public = PublicRound.of(self._setup, self._roster, number, cohort, size)
         if self.name not in public.names:
             raise WireError(
-                f"{self.name!r} was asked but is not in it",
+                f"{self.name!r} was asked but is not in the cohort",
                 place="round.cohort",
                 cure="ask only clients of the cohort",
             )
@@ -443,7 +443,11 @@ class SecAggClient:
                 )
         problem = public.too_few(reported)
         if problem:
-            raise SecureError(problem, place=f"round {public.number}", cure="the sum stays closed")
+            raise SecureError(
+                problem,
+                place=f"round {public.number}",
+                cure="go on with the next round; this sum stays secret",
+            )
         return reported, list_digest(public, reported, digests)
 
     def _shared_secret(self, other: str) -> bytes:

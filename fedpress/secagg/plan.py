@@ -72,8 +72,8 @@ class SecurePlan:
         if honest < 2:
             raise RecipeError(
                 (
-                    f"with {self.cohort} clients a sum may have only {honest} honest ones, which "
-                    "hides no client"
+                    f"with {self.cohort} clients a sum may have fewer than 2 honest clients "
+                    f"({honest}), which hides no client"
                 ),
                 place="max_dropout",
                 cure="take a larger cohort or a lower max_dropout",
@@ -94,7 +94,7 @@ class SecurePlan:
         if not 0 < largest < 1 << (self.bits - 1):
             needed = largest.bit_length() + 1
             raise RecipeError(
-                f"got {self.bits}, and {self.cohort} values up to {bound} need {needed} bits",
+                f"got {self.bits}, but a sum of {self.cohort} values up to {bound} needs {needed}",
                 place="bits",
                 cure=f"take {needed} or more",
             )

@@ -130,7 +130,7 @@ def _checked_roster(
     # A client with a copy of another client's key would share that client's masks.
     if len(set(roster.keys)) != len(names):
         raise WireError(
-            "two clients have the same key", place="roster.keys", cure="send each client's own"
+            "two clients have the same key", place="roster.keys", cure="send each client's own key"
         )
     setup = SecAggSetup(plan, dict(identities), run)
     for name, key, signature in zip(names, roster.keys, roster.signatures, strict=True):

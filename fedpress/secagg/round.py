@@ -126,7 +126,7 @@ class SecureRound:
                 f"{len(members)} of the committee reported, and at least {self._plan.threshold} "
                 "must"
             )
-        # Checked before the committee is asked, because it answers only one list per round.
+        # Checked before the committee is asked, because the committee answers one list per round.
         problem = problem or self._disagreement()
         if problem:
             raise self._closed(problem)
@@ -383,7 +383,9 @@ class SecureRound:
     def _closed(self, problem: str) -> SecureError:
         """Returns the error that the sum of this round cannot be unmasked."""
         return SecureError(
-            problem, place=f"round {self._public.number}", cure="the sum stays closed"
+            problem,
+            place=f"round {self._public.number}",
+            cure="go on with the next round; this sum stays secret",
         )
 
 

@@ -59,7 +59,9 @@ class SecAggServer:
         # A client with a copy of another client's key would share that client's masks.
         if any(key == other for other, _ in self._joined.values()):
             raise WireError(
-                f"{name!r} has the key of another client", place="join.key", cure="send your own"
+                f"{name!r} has the key of another client",
+                place="join.key",
+                cure="send the key of this client",
             )
         self._joined[name] = key, signature
 

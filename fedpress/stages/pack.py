@@ -1,4 +1,4 @@
-"""The pack stage: compresses the model losslessly into one file."""
+"""The pack stage: compresses the model into one file, from which the same weights can be read."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fedpress.workspace.state import Name, State, Tick
 
 
 class PackStage(BaseModel, Stage):
-    """`[[stage]] kind = "pack"`: writes a packed file to artifacts/, and unpacks it to check it."""
+    """`[[stage]] kind = "pack"`: writes a packed (compressed) file to artifacts/, and checks it."""
 
     changes_model: ClassVar = False
     needs_buildable_spec: ClassVar = True

@@ -38,8 +38,9 @@ BATCH = 64
 class QuantizeStage(TeacherTrainSettings, Stage):
     """`[[stage]] kind = "quantize"`: fewer bits for weights, and for the inputs of layers.
 
-    With `epochs = 0` the network is only rounded (post-training quantization). With more epochs it
-    is rounded and then trained with quantization in the forward pass (quantization-aware training).
+    With `epochs = 0` the network is only rounded (post-training quantization). With one epoch or
+    more it is rounded and then trained with quantization in the forward pass (quantization-aware
+    training).
     The scales are trained too (learned step size, Esser et al. 2020, arXiv:1902.08153).
     """
 
@@ -158,7 +159,7 @@ class QuantizeStage(TeacherTrainSettings, Stage):
         if not self.mixed:
             if self.max_bytes is not None:
                 raise SettingError(
-                    "it is the budget of mixed bits, and there are none",
+                    "it is the budget of mixed bits, and mixed is not given",
                     place="max_bytes",
                     cure=("give ", Argument("mixed", (2, 4, 8)), ", or leave max_bytes out"),
                 )

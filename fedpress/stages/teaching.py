@@ -222,8 +222,8 @@ def _teacher(where: str, state: State) -> nn.Module:
     if spec.input_shape != state.spec.input_shape:
         raise TrainingError(
             (
-                f"'{where}' takes examples of shape {shape_text(spec.input_shape)}, the data's "
-                f"have {shape_text(state.spec.input_shape)}"
+                f"'{where}' takes examples of shape {shape_text(spec.input_shape)}, but the data "
+                f"have shape {shape_text(state.spec.input_shape)}"
             ),
             place="teacher",
             cure="give a teacher of the same inputs",

@@ -365,7 +365,7 @@ def test_no_promise_can_follow_an_open_stage(tiny, tmp_path, whole):
         ),
         (
             "privacy={unit='sample', epsilon=8.0, delta=0.1}\n",
-            "delta: got 0.1, which would allow to publish one of the",
+            "delta: got 0.1, which would allow publishing one of the",
         ),
     ],
 )

@@ -42,7 +42,7 @@ def test_another_cohort_in_the_same_round_is_refused():
 def test_a_round_that_is_over_is_refused(people):
     _, members = people
     members["c0"].mask(ONE, round=5, cohort=list(members))
-    with pytest.raises(SecureError, match="round 4: it is over"):
+    with pytest.raises(SecureError, match="round 4: it is over: round"):
         members["c0"].mask(ONE, round=4, cohort=list(members))
 
 
@@ -218,7 +218,7 @@ def test_strangers_doubles_and_other_sizes_of_cohort_are_refused(people):
         with pytest.raises(RecipeError, match="cohort"):
             combiner.open(1, cohort, 3)
     _, more = group(3, extra=1)
-    with pytest.raises(WireError, match="'c3' was asked but is not in it"):
+    with pytest.raises(WireError, match="'c3' was asked but is not in the cohort"):
         more["c3"].mask(ONE, round=1, cohort=["c0", "c1", "c2"])
 
 
@@ -323,7 +323,7 @@ def test_wrong_identities_and_secrets_are_refused():
     known = {"c0": identity(secret("c0"))}
     with pytest.raises(RecipeError, match="expected 32 random bytes"):
         SecAggClient("c0", b"short", SecurePlan(2, 18), known, "run")
-    with pytest.raises(RecipeError, match="does not belong to its secret"):
+    with pytest.raises(RecipeError, match="does not belong to the client's secret"):
         SecAggClient("c0", secret("c1"), SecurePlan(2, 18), known, "run")
 
 

@@ -216,7 +216,7 @@ def test_values_that_are_no_whole_numbers_are_refused(values):
 
 
 def test_within_the_bound_of_the_plan_no_sum_can_overflow():
-    with pytest.raises(RecipeError, match="got 8, and 4 values up to 32 need 9 bits"):
+    with pytest.raises(RecipeError, match="got 8, but a sum of 4 values up to 32 needs 9"):
         SecurePlan(4, 8, bound=32)
     combiner, members = group(4, bits=8, bound=31)
     values = torch.tensor([[31, -31]] * 4)

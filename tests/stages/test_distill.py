@@ -220,7 +220,7 @@ def test_distill_without_a_teacher_is_refused():
         (
             {"input_shape": (3, 8, 8)},
             TrainingError,
-            r"takes examples of shape \[3, 8, 8\], the data's have \[1, 8, 8\]",
+            r"takes examples of shape \[3, 8, 8\], but the data have shape \[1, 8, 8\]",
         ),
     ],
 )

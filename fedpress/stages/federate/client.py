@@ -107,7 +107,7 @@ class ClientSide:
         return Message("registered", header)
 
     def _agree(self, message: Message) -> Message:
-        """Plans the stage for the clients that the server names, and compares it with its plan.
+        """Plans the stage for the clients that the server names, and compares both sides' plans.
 
         Raises:
             WireError: if the two plans differ; the error names the setting. From then on this

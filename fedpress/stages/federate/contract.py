@@ -275,8 +275,8 @@ def _bind_contract(
     check_schedule(stage.schedule, needs_of(stage))
     # The schedule sets the size of the cohort: a buffered schedule sets it to its buffer size.
     cohort = stage.schedule.cohort(stage.cohort, len(population), stage.sampling)
-    # Drawn from the seed, because clients must not know the server's secret. The real draw has
-    # other clients, but the same number of tasks, and the plan depends only on this number.
+    # Drawn from the seed, because clients must not know the server's secret. The real draw may
+    # ask other clients, but it has the same number of tasks, and the plan needs only this number.
     context = ScheduleContext(population.names, cohort, seed, seed, stage.delays)
     participation = stage.schedule.plan_participation(context, stage.num_rounds)
     planned = plan_protection(stage, population, participation, cohort, layout.shapes)
@@ -406,6 +406,6 @@ def _trainable(model: nn.Module, patterns: tuple[str, ...]) -> nn.Module:
         raise RecipeError(
             f"no parameter matches {list(patterns)}",
             place="trainable",
-            cure=f"names look like {names} and '*' matches all",
+            cure=f"give names such as {names}, or '*' for all",
         )
     return model

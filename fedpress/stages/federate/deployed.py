@@ -101,7 +101,7 @@ def bind_deployed(
 
 
 def _in_real_time(stage: FederateSettings) -> FederateSettings:
-    """Returns the settings without the virtual clock of a simulation.
+    """Returns the settings without simulated delays, since clients over a network take real time.
 
     Raises:
         RecipeError: if the stage has privacy and a buffered schedule. The noise depends on the
@@ -112,7 +112,7 @@ def _in_real_time(stage: FederateSettings) -> FederateSettings:
             "who answers first decides who is asked next, so over a network nobody knows how "
             "often each client is asked, and the noise cannot be planned",
             place="schedule",
-            cure="leave schedule out (synchronous rounds), or privacy",
+            cure="leave out schedule (then rounds are synchronous) or privacy",
         )
     return stage.model_copy(update={"delays": None})
 

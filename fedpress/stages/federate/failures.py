@@ -51,7 +51,8 @@ class Failures:
     "failed" (an error). A unit that fails contributes zero to the sum of updates.
 
     Attributes:
-        asked: number of answers that the server waited for, in all rounds.
+        asked: number of answers that the server waited for, in all rounds. If only the server may
+            know who takes part, the planned number.
         refused: client -> (number of rounds in which its answer did not count, last reason).
         counted: noised numbers of failed units; None without privacy.
         of: expected number of units in all rounds.

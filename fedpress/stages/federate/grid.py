@@ -121,8 +121,8 @@ def plan_grid(
         chain: codecs of the uplink, with a `discretize`.
         start: bounds of the norms of an update before the first codec.
         cohort: how the clients of a round are chosen.
-        sensitivity: largest L2 norm by which one protected unit (an example or a client) changes a
-            client's vector; if None, the bound on the norm of the vector itself.
+        sensitivity: largest L2 norm of the change that one protected unit (an example or a client)
+            can make to a client's vector; None: the bound on the norm of the vector itself.
         sampling_prob: probability that an example is used in a round.
         times: number of rounds in which a protected unit takes part; None: all rounds.
 
@@ -183,7 +183,7 @@ def _before_grid(
         raise RecipeError(
             "a secure sum could overflow, because the norm of updates is not bounded",
             place="uplink",
-            cure=f"put 'clip' before it, as in {line}",
+            cure=f"keep 'discretize' and put 'clip' before it, as in {line}",
         )
     return discretize, bound
 

@@ -246,7 +246,7 @@ class Offer:
             raise WireError(
                 f"the server draws random streams of version {self.streams}, this client {STREAMS}",
                 place="offer.facts.streams",
-                cure=f"install the server's fedpress ({self.fedpress}) here, or this one there",
+                cure=f"install fedpress {self.fedpress} here, or this client's on the server",
             )
         try:
             model = self.spec.build_within_limits()

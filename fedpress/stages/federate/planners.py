@@ -115,7 +115,8 @@ def _sample_distributed(case: PlanningCase) -> Protection:
     """
     plan, divisor = _joint_step(case)
     # A secure sum needs a bound on each client's sum of gradients, but the size of a Poisson batch
-    # is not bounded. So the sum is clipped to the largest norm of a batch of the expected size.
+    # is not bounded. So the sum is clipped to the largest norm of a batch of the expected size, at
+    # the client with the largest number of examples.
     # Clipping is a projection onto a ball and moves no two vectors further apart, so one example
     # still changes the sum by at most one clip norm.
     usual = plan.sampling_prob * max(case.population.counts.values())
@@ -181,7 +182,7 @@ def _check_joint(stage: FederateSettings) -> None:
     # may change the step of the grid, or the positions that are sent.
     fine_here = ("clip", "randomk", "rotate", "discretize") if secure else ("clip", "randomk")
     for transform in stage.uplink:
-        # An unbiased codec multiplies values by a factor above 1, and so the sensitivity.
+        # An unbiased codec multiplies values by a factor above 1, which raises the sensitivity.
         if transform.kind not in fine_here or getattr(transform, "unbiased", False):
             raise RecipeError(
                 "it could let one example move a client's sum by more than the clip norm",

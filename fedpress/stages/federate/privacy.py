@@ -105,7 +105,7 @@ def _check_codecs(stage: FederateSettings, secure: bool, cohort: Cohort) -> None
     uneven = cohort.sampling == "cyclic" and cohort.population % cohort.size
     if secure and (cohort.sampling == "poisson" or uneven):
         raise RecipeError(
-            "noise and bits of a secure sum are planned for cohorts of one size",
+            "noise and bits of a secure sum are planned for cohorts of equal size",
             place="sampling",
             cure=(
                 f"got '{cohort.sampling}' cohorts of {cohort.size} in {cohort.population}; use "
@@ -148,7 +148,7 @@ def _check_promise(
     if private.delta >= 1 / units:
         raise RecipeError(
             (
-                f"got {private.delta:g}, which would allow to publish one of the {units} protected "
+                f"got {private.delta:g}, which would allow publishing one of the {units} protected "
                 f"{private.unit}s"
             ),
             place="privacy.delta",

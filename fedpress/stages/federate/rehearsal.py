@@ -23,14 +23,13 @@ EXAMPLES = 4
 
 
 def rehearse(clients: Sequence[ClientSide], public: Sequence[Arrays], task: Task) -> None:
-    """Tries a private training step for one client of each shape and dtype of examples.
+    """Tries a private training step, once for each kind of examples that clients have.
 
-    Nothing but shape and dtype is read from private examples.
+    A kind is a shape and a dtype. Nothing else is read from private examples.
 
     Args:
         clients: all clients.
-        public: public parts of the data. If no part has examples of this shape and dtype, examples
-            are made up.
+        public: public parts of the data. For a kind that no public part has, examples are made up.
         task: makes up targets for made-up examples.
 
     Raises:

@@ -96,7 +96,8 @@ class ServerSide:
         registered = transport.traffic - before
         refused = agree(transport, contract)
         agreed = transport.traffic - before - registered
-        # A refusal is longer than an agreement, so the real bytes could reveal who refused.
+        # A refusal is longer than an agreement, so the real bytes would reveal whether a client
+        # refused.
         if trust.hides_cohort:
             agreed = Traffic(_bytes_if_all_agree(contract), agreed.down)
         set_up = (earlier or Traffic()) + registered + agreed
@@ -107,7 +108,7 @@ class ServerSide:
             raise RecipeError(
                 f"no client agrees, for instance {name} ({refused[name]})",
                 place="federate",
-                cure="start all of them with this recipe",
+                cure="start all clients with this recipe",
             )
         return side
 

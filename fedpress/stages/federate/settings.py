@@ -30,7 +30,7 @@ class PrivacySettings(ReadsOldKeys):
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
-    # Recipes and run folders of older versions have the old values.
+    # Recipes and run folders of older versions have trust = "secure", which is now "distributed".
     renamed: ClassVar[tuple[Renamed, ...]] = (Renamed("trust", "secure", "trust", "distributed"),)
 
     # No default, because only the user can know what must be protected.

@@ -34,7 +34,8 @@ def message_sizes(contract: Contract, params: Tensor) -> dict[str, Any]:
     Returns:
         Bits per value and bytes per round, from the clients ("up") and to them ("down").
         `bytes_down_first_time`: bytes of the first model that a client receives; None if each
-        model is sent whole. `bytes_set_up`: bytes of the keys of a secure sum; 0 for a plain sum.
+        model is sent whole. `bytes_set_up`: bytes of the messages that exchange the keys of a
+        secure sum; 0 for a plain sum.
     """
     terms = contract.terms
     uplink = contract.uplink

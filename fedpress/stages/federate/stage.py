@@ -56,10 +56,10 @@ class FederateStage(FederateSettings, Stage):
         return self.privacy is not None
 
     def check(self, state: State) -> tuple[State, dict[str, Any]]:
-        """Plans codecs, privacy and schedule; returns also the bytes, the noise and epsilon.
+        """Plans codecs, privacy and schedule; also returns the bytes, the noise and epsilon.
 
         Raises:
-            RecipeError: if settings do not fit together, or a trial step on public examples fails.
+            RecipeError: if settings do not fit together, or a private step fails on trial examples.
             PrivacyError: if this stage and earlier stages together would exceed the budget.
         """
         word = state.data.task.shown_metrics[0]

@@ -44,8 +44,8 @@ def count_closed_rounds(server: ServerSide, record: RoundRecord, before: int) ->
         before: the count before this round.
 
     Raises:
-        TrainingError: if no update was used; in a secure sum, or if all clients were late, only
-            after three such rounds in a row.
+        TrainingError: if no update was used and the next round would fail too, or if no update was
+            used in three rounds in a row.
     """
     answered = record.timing.answered
     if not answered or set(answered) != set(record.refused):

@@ -293,8 +293,8 @@ class PruneWork:
             share, ms = min(self.tried, key=lambda pair: pair[1])
             raise RecipeError(
                 (
-                    f"got {keep:g}, which is {wanted:.3g} ms in this cut, but the fastest one "
-                    f"measured ({share:.1%} of the parameters) takes {ms:.3g} ms"
+                    f"got {keep:g}, which is {wanted:.3g} ms in this cut, but the fastest "
+                    f"network measured ({share:.1%} of the parameters) takes {ms:.3g} ms"
                 ),
                 place="keep_latency",
                 cure="raise keep_latency",

@@ -133,7 +133,8 @@ class SparsifySettings(TrainSettings):
                 place="epochs",
                 cure=("give ", Argument("epochs", 10)),
             )
-        # Early stopping returns the best weights, which may have more nonzero entries than wanted.
+        # Early stopping returns the weights of the best epoch. In this epoch the final zeros may not
+        # have been chosen yet.
         if self.schedule in ("gradual", "rigl") and self.patience:
             raise SettingError(
                 f"early stopping could return weights from before the end of '{self.schedule}'",

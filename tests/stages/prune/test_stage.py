@@ -121,7 +121,7 @@ def test_what_cannot_be_that_fast_is_refused_with_the_fastest(tmp_path):
     text = WIDE + PRUNE + "min_keep = 0.9\nkeep_latency = 0.05\n"
     with pytest.raises(
         RecipeError,
-        match=r"keep_latency: got 0\.05, .*the fastest one measured \(.*% of the parameters\) takes",
+        match=r"keep_latency: got 0\.05, .*the fastest network measured \(.*% of the parameters\) takes",
     ):
         stages(text, tmp_path / "run")
 
