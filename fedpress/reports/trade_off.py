@@ -48,9 +48,9 @@ def trade_offs(page: Json, cost: str, word: str) -> list[Figure]:
 
 
 def _runtimes(page: Json) -> list[str]:
-    """Returns the runtimes in which the last stages of variants were measured.
+    """Returns the runtimes in which the last stages of variants without an error were measured.
 
-    If no variant has ended, returns the runtimes of all stages.
+    If there is no such variant, returns the runtimes of all stages.
     """
     ends: list[Json] = []
     stages: list[Json] = []
@@ -107,7 +107,7 @@ class Cost:
 
     @classmethod
     def of(cls, key: str, points: Sequence[Point]) -> Cost:
-        """Chooses the unit by the largest of the `points`."""
+        """Chooses the unit by the largest cost of the `points`."""
         if key == "latency_ms":
             return cls(key, "ms", 1.0)
         prefix, size = units.scale(max(point.stage[key] for point in points))

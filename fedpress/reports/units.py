@@ -102,6 +102,8 @@ def percent(value: Any, digits: int = 2) -> str:
 def points(value: Any, reference: Any) -> str:
     """Returns the change of a fraction against a `reference`, in percentage points with its sign.
 
+    If one of the two numbers is missing, the text is empty.
+
     >>> points(0.9241, 0.9253), points(0.9, 0.8), points(0.9, None)
     ('-0.12', '+10.00', '')
     """
@@ -155,7 +157,7 @@ def epsilon(value: Any) -> str:
 
 
 def rounded_up(value: float, digits: int = 4) -> str:
-    """Returns a number with `digits` significant digits, rounded up.
+    """Returns a number rounded up, with at most `digits` significant digits.
 
     Epsilon and the noise multiplier are rounded up, because the guarantee would not hold with a
     smaller epsilon or with less noise.

@@ -71,7 +71,8 @@ class L0Stage(L0Settings, Stage):
     def check(self, state: State) -> tuple[State, dict[str, Any]]:
         """Prunes a copy of the model by magnitude, to find errors before the run.
 
-        `run` prunes the same number of entries, but chooses them by their gates.
+        `run` chooses by gates what to prune. It prunes the same number of weights, or about the
+        same number of parameters in channels.
 
         Raises:
             RecipeError: if the density cannot be reached.

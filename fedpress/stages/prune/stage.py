@@ -104,8 +104,8 @@ class PruneStage(PruneSettings, Stage):
     def _trial_plan(self, state: State, model: nn.Module, graph: ChannelGraph) -> PruningPlan:
         """Plans the cut for `check`, which must be fast and must not train or measure.
 
-        The L2 norm stands in for scores that need a loss, a global ranking for the sensitivity, and
-        multiply-adds for the latency.
+        The L2 norm stands in for scores that need a loss or the scales of norms, a global ranking
+        for the sensitivity, and multiply-adds for the latency.
         """
         row = SCORES[self.score]
         score = "l2" if row.needs == "losses" or row.needs_scales else self.score
@@ -126,7 +126,7 @@ class PruneStage(PruneSettings, Stage):
         )
 
     def run(self, state: State, folder: StageFolder) -> Generator[Tick, None, State]:
-        """Prunes; saves a checkpoint after every training epoch, measurement and cut."""
+        """Prunes; saves checkpoints after training epochs, measurements and cuts."""
         work = PruneWork(self, state, folder.index)
         yield from drive(work, folder)
         for number, plan in enumerate(work.plans, 1):

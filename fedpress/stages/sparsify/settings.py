@@ -133,8 +133,8 @@ class SparsifySettings(TrainSettings):
                 place="epochs",
                 cure=("give ", Argument("epochs", 10)),
             )
-        # Early stopping returns the weights of the best epoch. In this epoch the final zeros may not
-        # have been chosen yet.
+        # Early stopping returns the weights of the best epoch. This epoch may be before the end of
+        # the schedule.
         if self.schedule in ("gradual", "rigl") and self.patience:
             raise SettingError(
                 f"early stopping could return weights from before the end of '{self.schedule}'",

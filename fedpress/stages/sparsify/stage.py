@@ -59,7 +59,8 @@ class SparsifyStage(SparsifySettings, Stage):
         Raises:
             RecipeError: if no weight fits the pattern, or the density cannot be reached.
             ModelError: if the model has no weight that can be pruned.
-            DataError: if public examples are needed (for scores or training) and there are none.
+            DataError: if public examples are needed (for scores, sensitivity or training) and there
+                are none.
         """
         ignored_names(state.model, self.ignore)
         check_public_training(state, self)

@@ -257,7 +257,7 @@ def _one_shot(work: MaskedTraining, step: int) -> None:
 
 
 def _gradual(work: MaskedTraining, step: int) -> None:
-    """Prunes more after every `every` steps; at `until` the final density is reached exactly."""
+    """Prunes in steps from `begin` to `until`; at `until` the final density is reached."""
     first = round(work.stage.begin * work.steps)
     last = max(1, round(work.stage.until * work.steps))
     due = (step - first) % work.stage.every == 0 or step == last
@@ -276,7 +276,7 @@ def _rewind(work: MaskedTraining, step: int) -> None:
 
 
 def _rigl(work: MaskedTraining, step: int) -> None:
-    """Prunes before the first step; then replaces entries every `every` steps, fewer each time."""
+    """Prunes before the first step; then, before `until`, replaces fewer and fewer entries."""
     last = work.stage.until * work.steps
     if step == 0:
         work.cut_(work.density)
