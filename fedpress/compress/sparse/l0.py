@@ -145,7 +145,7 @@ class Gates(nn.Module):
 
     @torch.no_grad()
     def materialize_(self, model: nn.Module) -> None:
-        """Multiplies the parameters of `model` by their gates; the least gate is `SMALLEST_GATE`."""
+        """Multiplies the parameters of `model` by their gates, of at least `SMALLEST_GATE` each."""
         # No weight becomes 0 here: the caller's mask, not the gate's value, says what is pruned.
         factors = self.factors([expected_gate(a).clamp_min(SMALLEST_GATE) for a in self.log_alphas])
         parameters = dict(model.named_parameters())
