@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 OWN_ARGUMENTS = ("data", "model")
-"""Python arguments whose keys cannot be passed in a dictionary, because they take data or a model. A
+"""Python arguments whose keys cannot be passed in a dictionary: they take data or a model. A
 key of `data` is passed as `**{"data.x": 1}`, a key of `privacy` as `privacy={"epsilon": 8.0}`."""
 
 

@@ -80,8 +80,8 @@ def set_numbers_of_spec_(model: nn.Module, numbers: Numbers) -> None:
             str(error),
             place="spec.numbers",
             cure=(
-                "load the spec that was saved with this model, and use the code that was pruned; or "
-                "prune again"
+                "load the spec that was saved with this model, and use the code that was pruned; "
+                "or prune again"
             ),
         ) from error
 
