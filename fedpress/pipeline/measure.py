@@ -1,4 +1,4 @@
-"""Measures the model after a stage: metrics on the test set, parameters, MACs, file size, latency."""
+"""Measures the model after a stage: metrics on the test set, parameters, MACs, bytes, latency."""
 
 from __future__ import annotations
 

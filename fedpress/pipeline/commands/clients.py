@@ -194,8 +194,8 @@ class Clients:
         elif kind.targets == "classes":
             width = classes_in(outputs) or width
         names = tuple(self.classes or map(str, range(width)))
-        # An empty tensor: a task such as regression computes mean and std of the targets, but private
-        # targets must not be read.
+        # An empty tensor: a task such as regression computes mean and std of the targets, but
+        # private targets must not be read.
         none = y[:0].to(torch.int64 if kind.targets == "classes" else torch.float32)
         return tasks.make(given, names, none)
 
