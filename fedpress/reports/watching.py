@@ -87,7 +87,7 @@ def main_html(folder: Path, *, report: str = "") -> str:
 
 
 def write_live(folder: Path, out: Path) -> Path:
-    """Writes the page to a file, with the present state of the run; the file does not update itself.
+    """Writes the page to a file, with the present state of the run; the file never changes itself.
 
     Raises:
         RunError: if no run has begun in `folder`, or `out` cannot be written.

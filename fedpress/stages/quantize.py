@@ -111,8 +111,8 @@ class QuantizeStage(TeacherTrainSettings, Stage):
     )
     rounding: Literal["nearest", "second-order"] | None = Field(
         None,
-        description="nearest, or second-order (GPTQ); by default second-order below 8 bits without "
-        "epochs, else nearest",
+        description="nearest, or second-order (GPTQ); by default nearest with epochs or for 8-bit "
+        "int, else second-order",
     )
     observer: quantizing.Observer = Field(
         "minmax", description="how the range of a layer's inputs is measured"

@@ -161,7 +161,8 @@ class FederateSettings(LocalSettings, ReadsOldKeys):
     weights: Literal["examples", "equal"] | None = Field(
         None,
         description="weights of the clients' mean: by number of examples, or equal; by default "
-        "examples, and equal under client privacy",
+        "examples; equal under privacy (but for unit sample with trust local), or if the algorithm "
+        "or aggregator needs it",
     )
     server: Server = Field(
         Average(), description="optimizer of the server: average, momentum or adam"
