@@ -52,7 +52,6 @@ ONE_STEP = (
     "example's gradient is clipped, and noise is added to the sum."
 )
 CLIENT_SOFTWARE = "Each client's own software, which clips and adds noise."
-SERVER_TOO = "against all who lack the noise's seed, the server too"
 TAKES_PART = "That a client takes part, and in which rounds."
 OWN_SCORES = (
     "What the model is worth to each client is measured on the client's own examples; it is an "
@@ -62,10 +61,10 @@ SECRET_COHORTS = [
     "Secret cohorts: ε holds only while nobody but the server knows who took part in which round."
 ]
 SEED = (
-    "Whoever knows the seed. So that a run can be repeated, its noise follows from the seed: who "
-    "has the seed can compute the noise and subtract it. In this simulation one seed makes all "
-    "the noise, so ε holds against those who do not have it. With truly private data choose your "
-    "own seed, and keep it and this page to yourself."
+    "Whoever knows the seed, for instance from the recipe. So that a run can be repeated, all its "
+    "noise follows from the seed: who has the seed can compute the noise and subtract it. With "
+    "truly private data set secure_noise; or choose your own seed, and keep it and this page to "
+    "yourself."
 )
 LISTED = (
     "That a client is on the list, and when it was asked: a buffered schedule asks next whoever "
@@ -76,7 +75,7 @@ SECURE_SUM = (
     "it colluded with more clients than the plan allows for."
 )
 SEED_KEYS = (
-    "Whoever knows the seed: in this simulation the keys of the secure sum follow from it. With "
+    "Whoever knows the seed: the keys of the secure sum follow from it. With "
     "truly private data set secure_keys or secure_noise."
 )
 HIDDEN_UPDATES = (
@@ -86,12 +85,14 @@ NO_BOUND = (
     "No differential privacy: raw data stays with the clients, but there is no bound on what "
     "updates reveal about it."
 )
-LIMITS = [
+OTHER_RUNS = (
     "Other runs on the same data, also those of a sweep or of a search for good settings: their ε "
-    "must be added to the ε of this run.",
+    "must be added to the ε of this run."
+)
+ROUNDING = (
     "Attacks on rounding: the noise is drawn in floating point, whose rounding may reveal digits "
-    "of the number under the noise (Mironov 2012).",
-]
+    "of the number under the noise (Mironov 2012). secure_noise rounds it to a grid."
+)
 
 
 def protections(stages: list[Json]) -> list[Protection]:
@@ -151,7 +152,7 @@ def _by_unit(title: str, stage: Json) -> Protection:
         title=title,
         summary=f"{budget(stage)} was spent for {unknown}.",
         protected=[],
-        trusted=[SEED],
+        trusted=_seed(stage),
         unprotected=PUBLIC,
     )
 
@@ -215,7 +216,7 @@ def _sample(title: str, stage: Json) -> Protection:
         return _sample_central(title, stage)
     return Protection(
         title=title,
-        summary=f"{_example(stage)}, against all who lack the noise's seed.",
+        summary=f"{_example(stage)}, against {_everybody(stage)}.",
         protected=[
             "Each example of each client: gradients are clipped per example and noise is added "
             "inside the client, so the updates that the server sees are covered, and with them "
@@ -225,14 +226,14 @@ def _sample(title: str, stage: Json) -> Protection:
         trusted=[
             "Each client's own software, which clips and adds the noise before anything leaves "
             "the client.",
-            SEED,
+            *_seed(stage),
         ],
         unprotected=[
             GROUPS,
             "Updates were summed without a secure sum: the server sees each client's noisy "
             "update by itself.",
             COUNTS,
-            *LIMITS,
+            *_limits(stage),
             *PUBLIC,
         ],
     )
@@ -240,7 +241,7 @@ def _sample(title: str, stage: Json) -> Protection:
 
 def _sample_distributed(title: str, stage: Json) -> Protection:
     """Returns the guarantee if each client adds a share of the noise, in a secure sum."""
-    summary = f"{_example(stage)}, against everybody, the server too, who lacks the noise's seed."
+    summary = f"{_example(stage)}, against {_everybody(stage)}, the server too."
     clips = (
         "Each client's own software, which clips its gradients, adds its share of the noise and "
         "hides the result."
@@ -249,8 +250,8 @@ def _sample_distributed(title: str, stage: Json) -> Protection:
         title=title,
         summary=summary,
         protected=[ONE_STEP, _odds(stage, "Adding or removing one example"), SECURE_SUM],
-        trusted=[*_keys(stage), clips, OTHERS, SEED],
-        unprotected=[GROUPS, COUNTS, *LIMITS, *PUBLIC],
+        trusted=[*_keys(stage), clips, OTHERS, *_seed(stage)],
+        unprotected=[GROUPS, COUNTS, *_limits(stage), *PUBLIC],
     )
 
 
@@ -267,10 +268,24 @@ def _sample_central(title: str, stage: Json) -> Protection:
             *_keys(stage),
             "Each client's own software, which clips its gradients.",
             server,
-            SEED,
+            *_seed(stage),
         ],
-        unprotected=[GROUPS, COUNTS, *LIMITS, *PUBLIC],
+        unprotected=[GROUPS, COUNTS, *_limits(stage), *PUBLIC],
     )
+
+
+def _seed(stage: Json) -> list[str]:
+    """Returns a warning if the noise follows from the seed. Version 0.2.0 does not say whether."""
+    return [] if stage.get("noise_source") == "system" else [SEED]
+
+
+def _everybody(stage: Json) -> str:
+    return "everybody" if not _seed(stage) else "all who lack the noise's seed"
+
+
+def _limits(stage: Json) -> list[str]:
+    # Secret noise is rounded to a grid, where rounding reveals nothing.
+    return [OTHER_RUNS, *([ROUNDING] if _seed(stage) else [])]
 
 
 def _keys(stage: Json) -> list[str]:
@@ -302,12 +317,12 @@ def _client(title: str, stage: Json) -> Protection:
             "The server. It sees every client's update without noise (no secure sum was used), "
             "adds the noise, and must not keep or show the updates.",
             *(SECRET_COHORTS if sampled else []),
-            SEED,
+            *_seed(stage),
         ],
         unprotected=[
             "Nothing is hidden from the server: a client's update can reveal its examples.",
             *_listed(stage),
-            *LIMITS,
+            *_limits(stage),
             *PUBLIC,
         ],
     )
@@ -321,10 +336,10 @@ def _client_local(title: str, stage: Json) -> Protection:
     )
     return Protection(
         title=title,
-        summary=f"{_whole_client(stage)}, {SERVER_TOO}.",
+        summary=f"{_whole_client(stage)}, against {_everybody(stage)}, the server too.",
         protected=[own_noise, _odds(stage, _one_client(stage))],
-        trusted=[*_keys(stage), CLIENT_SOFTWARE, SEED],
-        unprotected=[TAKES_PART, *_listed(stage), *LIMITS, *PUBLIC],
+        trusted=[*_keys(stage), CLIENT_SOFTWARE, *_seed(stage)],
+        unprotected=[TAKES_PART, *_listed(stage), *_limits(stage), *PUBLIC],
     )
 
 
@@ -336,10 +351,10 @@ def _client_distributed(title: str, stage: Json) -> Protection:
     )
     return Protection(
         title=title,
-        summary=f"{_whole_client(stage)}, {SERVER_TOO}.",
+        summary=f"{_whole_client(stage)}, against {_everybody(stage)}, the server too.",
         protected=[joint_noise, _odds(stage, _one_client(stage)), SECURE_SUM],
-        trusted=[*_keys(stage), CLIENT_SOFTWARE, OTHERS, SEED],
-        unprotected=[TAKES_PART, *_listed(stage), *LIMITS, *PUBLIC],
+        trusted=[*_keys(stage), CLIENT_SOFTWARE, OTHERS, *_seed(stage)],
+        unprotected=[TAKES_PART, *_listed(stage), *_limits(stage), *PUBLIC],
     )
 
 

@@ -117,3 +117,16 @@ def test_a_secure_sum_without_privacy_hides_updates_and_promises_no_more():
     assert "single updates are hidden" in it.summary
     assert not it.protected
     assert any("keys of the secure sum follow" in line for line in it.trusted)
+
+
+@pytest.mark.parametrize("unit", ["sample", "client"])
+@pytest.mark.parametrize("trust", ["local", "central", "distributed"])
+def test_noise_from_the_system_leaves_no_seed_and_no_rounding_to_fear(unit, trust):
+    seeded = everything(protection(federated(unit=unit, trust=trust)))
+    secret = everything(protection(federated(unit=unit, trust=trust, noise_source="system")))
+    assert "the noise's seed" in seeded or trust == "central"
+    for words in ("knows the seed", "Attacks on rounding"):
+        assert words in seeded
+        assert words not in secret
+    assert "noise's seed" not in secret
+    assert "Other runs on the same data" in secret

@@ -121,6 +121,7 @@ def stage_facts(server: ServerSide, now: Progress, score_before: float | None) -
         "bytes": "planned" if server.hides_cohort else "counted",
         "sum": "secure" if server.protection.grid is not None else "plain",
         "keys": server.keys,
+        "noise_source": server.noise_source,
         "epsilon": epsilon,
         "epsilon_is": note,
         f"client_{metric}": server.client_scores(now.params),

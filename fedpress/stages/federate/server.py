@@ -162,6 +162,13 @@ class ServerSide:
         return found
 
     @property
+    def noise_source(self) -> str | None:
+        """Origin of the noise: "system" (secret and random) or "seed"; None without privacy."""
+        if self.stage.privacy is None:
+            return None
+        return "system" if self.stage.privacy.secure_noise else "seed"
+
+    @property
     def keys(self) -> str | None:
         """Origin of a secure sum's keys: "system" (random) or "seed"; None for a plain sum."""
         if self.protection.grid is None:
