@@ -220,8 +220,8 @@ class Task(ABC):
 
         Args:
             given: "balanced", or a weight for each class.
-            public: public targets [n, ...]; "balanced" weights are computed from their counts.
-                Counts of private targets would cost privacy.
+            public: public targets [n, ...]; "balanced" weights are computed from the number of
+                targets of each class. Such counts of private targets would cost privacy.
 
         Raises:
             RecipeError: if the task has no class weights, or the weights do not fit the classes.

@@ -139,7 +139,7 @@ class Fit:
         """Returns the model with its final weights.
 
         They are those of the last epoch; with `patience`, those of the epoch with the best
-        validation metric. With `ema`, it is the moving average of the weights at that epoch.
+        validation metric. With `ema`, the moving average of the weights at that epoch is taken.
         """
         if self.settings.patience and self.best_weights:
             self.model.load_state_dict(self.best_weights)

@@ -36,7 +36,7 @@ class Optimizers:
 
     Attributes:
         each: torch's optimizers, Muon last.
-        views: for Muon, pairs of a convolution's weight and a matrix that shares its memory.
+        views: for Muon, pairs of a hidden weight and a matrix that shares its memory.
 
     Raises:
         TrainingError: if `epochs` is above 0 but no parameter is trainable.
@@ -188,7 +188,15 @@ class Muon(torch.optim.Muon):
     def step(  # type: ignore[override]
         self, closure: Callable[[], float] | None = None
     ) -> float | None:
-        """Takes one step; matrices without a gradient are not changed."""
+        """Takes one step; matrices without a gradient are not changed.
+
+        Args:
+            closure: function that computes gradients and returns the loss; None: the gradients are
+                there already.
+
+        Returns:
+            The loss that `closure` returned; None without a closure.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():

@@ -67,7 +67,7 @@ class Write:
 
 @dataclass(eq=False)
 class RecordedState:
-    """A client's stored state, in memory, that also records all writes (see `ClientState`).
+    """A client's stored state, in memory (see `ClientState`). It also records all writes.
 
     Attributes:
         stored: the state.
@@ -183,7 +183,7 @@ class Host:
         return ""
 
     def answer(self, client: ClientId, request: bytes, stored: Stored | None = None) -> Reply:
-        """Answers a request to a client, in the same way as the local transport.
+        """Answers a request to a client. An exception becomes an answer of kind "error".
 
         Args:
             client: name of the client.

@@ -50,7 +50,7 @@ class LocalSettings(BaseModel):
 
 
 class EngineSettings(Protocol):
-    """What the settings of every engine can do."""
+    """The interface of the settings of an engine."""
 
     def open(self) -> AbstractContextManager[Engine]:
         """Starts the engine, and stops it after the block."""

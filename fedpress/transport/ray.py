@@ -217,7 +217,7 @@ class RayEngine:
         return self.latest
 
     def number_of_actors(self, clients: int) -> int:
-        """Returns how many actors to start for a number of clients.
+        """Returns how many actors to start for so many clients.
 
         Raises:
             NetworkError: if the cluster has less room than `settings.actors`, or no room at all.

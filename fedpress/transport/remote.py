@@ -27,7 +27,8 @@ from fedpress.wire.message import MAX_BYTES, Message
 log = logger(__name__)
 
 PING_AFTER = 3.0
-"""A client that does not answer a call is pinged after so many seconds, and after as many again."""
+"""Seconds between two checks of a call without an answer. A check pings the client if it is online
+and has no open ping."""
 PONG_WITHIN = 12.0
 """Seconds after which a ping counts as lost. The client may have been killed after it got it."""
 LOST_AFTER = 60.0
@@ -122,7 +123,7 @@ class RemoteTransport:
         names: names of the clients of this run, in a fixed order.
         session: id of the session (one stage of one run).
         max_bytes: longest accepted answer, in bytes.
-        lost_after: after so many seconds of silence, the answer of an offline client is given up.
+        lost_after: seconds; a call is given up if its client is offline and silent for longer.
         traffic: bytes of all messages so far.
         told: is called with a sentence when a client is offline or was started again, or when two
             processes answer as one client.
@@ -259,7 +260,7 @@ class RemoteTransport:
             self._close(request, error(f"WireError: {answer.reason}"))
             return True
         if isinstance(answer, Lost):
-            # The network lost the call or its answer. Nobody knows which, so it is sent again.
+            # Nobody knows whether the network lost the call or its answer: the call is sent again.
             log.info("a call to '%s' is sent again (%s)", call.client, answer.reason)
             call.ticket = ""
             call.losses += 1
@@ -333,7 +334,7 @@ class RemoteTransport:
             for request, call in self._calls.items()
             if request not in self._unsent and now - call.asked > PING_AFTER
         }
-        # Nothing is late in most rounds: the network is then not asked who is online.
+        # In an ordinary round no call is late, and the network need not be asked who is online.
         if not late:
             return
         online = self.link.online()

@@ -262,7 +262,7 @@ class _Stream:
         outside = index == table.symbols
         count = int(np.count_nonzero(outside))
         if count > len(self._escaped) - self._used:
-            fail(f"{self._place}.escapes", f"more than the {len(self._escaped)} announced")
+            fail(f"{self._place}.escapes", f"more values than the {len(self._escaped)} announced")
         index[outside] = 0
         values = _shifted(index, table.low, dtype)
         values[outside] = self._escaped[self._used : self._used + count]

@@ -115,7 +115,7 @@ def unpack(data: bytes, *, max_bytes: int = MAX_BYTES) -> Message:
         max_bytes: limit of the size of `data`, and of the total size of its unpacked tensors.
 
     Raises:
-        WireError: if a field is invalid, with its name.
+        WireError: if a field is invalid; the error names the field.
 
     >>> unpack(pack(Message("hello", {"round": 1}))).header
     {'round': 1}
@@ -211,7 +211,7 @@ def _packed_tensors(reader: ByteReader, max_bytes: int) -> dict[str, _PackedTens
             fail(
                 place,
                 f"dtype {code} is unknown",
-                f"use one of {', '.join(DTYPES)} (from 0 on)",
+                f"use one of {', '.join(DTYPES)} (numbered from 0)",
             )
         dtype = list(DTYPES.values())[code]
         dimensions = reader.byte(place)

@@ -1,7 +1,8 @@
-"""Packs a tensor losslessly in the smallest of four forms.
+"""Packs a tensor losslessly in the shortest of four forms.
 
-The forms are raw, n-bit integers, entropy-coded integers (ANS), and sparse. Unpacking returns the
-same bits. The file `FORMAT.md` in this folder describes the bytes.
+The forms are raw, n-bit integers, entropy-coded integers (ANS), and sparse. ANS and sparse are only
+tried if they are likely to be shorter. Unpacking returns the same bits. The file `FORMAT.md` in
+this folder describes the bytes.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ def expand(data: memoryview, dtype: torch.dtype, shape: list[int], place: str) -
     Args:
         data: the packed bytes.
         dtype: type of the tensor.
-        shape: its shape; the caller has checked that it fits in memory.
+        shape: shape of the tensor; the caller has checked that the tensor fits in memory.
         place: name of the tensor in errors.
 
     Raises:

@@ -38,7 +38,7 @@ def writing(path: Path) -> AbstractContextManager[None]:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yields a temporary path; at the end of the block the file there replaces the file `path`.
+    """Yields a temporary path. At the end of the block, the file at this path replaces `path`.
 
     If the block fails, the temporary file is removed and the old file stays.
 

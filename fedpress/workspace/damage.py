@@ -15,12 +15,13 @@ from fedpress.workspace.stage_folder import PROGRESS, files_of
 
 # Files of a stage that are compared with their checksums later, when a resumed run reads them.
 CHECKED_WHEN_READ = (PROGRESS, "model.safetensors", "spec.json")
-# Cures for damage of the files of a run, by name.
+# The advice if a file that a resumed run writes anew is damaged.
 _REWRITTEN: Words = (
     "delete this file: ",
     Argument("resume"),
     " writes it again",
 )
+# Name of a file in the run folder -> the advice if this file is damaged.
 CURES: dict[str, Words] = {
     "recipe.toml": ("move it away, and give the recipe together with ", Argument("resume")),
     "environment.json": "delete this file",

@@ -35,7 +35,7 @@ class Milestone:
     Attributes:
         record: line for the records of the run; empty: no record is written.
         note: new text beside the progress bar; None: the text does not change.
-        timed: whether the seconds since the start are added to the record.
+        timed: whether the seconds since the start of the stage are added to the record.
         saves: whether a checkpoint is saved. The computation must be resumable from here.
     """
 

@@ -102,6 +102,11 @@ class RunFolder:
     def check_free(cls, path: Path, recipe_text: str) -> None:
         """Checks that a new run in this folder would replace nothing.
 
+        Args:
+            path: the folder.
+            recipe_text: the recipe of the new run as TOML. The folder may have a recipe.toml with
+                exactly this text.
+
         Raises:
             RunError: if the folder contains a run or other files, another process works in it, or
                 `path` is a file.

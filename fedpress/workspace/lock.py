@@ -37,8 +37,8 @@ def locked(folder: Path) -> Iterator[None]:
     """Holds the lock of `folder` during the block: an flock on the file `lock` in the folder.
 
     The text of the file names the process that has the lock. On file systems without flock, the
-    folder is locked as long as the file exists and its process is alive. A thread that has the lock
-    may take it a second time.
+    folder is locked as long as the file exists and the process that it names is alive. A thread
+    that has the lock may take it a second time.
 
     Raises:
         RunError: if another process has the lock (the error names it), or if the folder cannot be
@@ -58,7 +58,7 @@ def locked(folder: Path) -> Iterator[None]:
         yield
     finally:
         del _held_here[key]
-        # The file is removed before the lock is released. Afterwards another process could already
+        # The file is removed before the lock is released: after that, another process could already
         # have locked it.
         with suppress(OSError):
             (folder / NAME).unlink(missing_ok=True)

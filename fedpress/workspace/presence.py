@@ -85,7 +85,8 @@ class PresenceNow:
         Raises:
             OSError: if the file cannot be written.
         """
-        # Not synced to the disk, which would be slow: after a power failure no client is online.
+        # Not synced to the disk, which would be slow. A power failure may lose the file, but after
+        # it no client is online anyway.
         with files.replacing(folder / NAME, durable=False) as part:
             part.write_text(json.dumps(asdict(self.shown())), "utf-8")
 

@@ -104,7 +104,7 @@ class StageFolder:
         """Saves a checkpoint atomically in one file: named tensors, and facts as JSON values."""
         # Cloned, since safetensors refuses tensors that share memory.
         copies = {k: v.detach().to("cpu").contiguous().clone() for k, v in tensors.items()}
-        # With the number of records, `begin` can remove those that come after the checkpoint.
+        # The number of records tells `begin` which records come after the checkpoint.
         metadata = json.dumps({**facts, "records": self.records.count()})
         with replacing_with_checksum(self._progress, self.run) as temporary:
             save_file(copies, temporary, metadata={"fedpress": metadata})
@@ -141,6 +141,8 @@ class StageFolder:
 
     def finish(self, spec: ModelSpec, model: nn.Module, result: Json, *, key: str) -> Done:
         """Saves the stage's model and result, and marks the stage as finished.
+
+        Then it deletes the checkpoint and the folder `memory`.
 
         Args:
             spec: the model's spec.

@@ -1,9 +1,9 @@
 """Signs run folders, so that the user who started a run can resume it without a new consent.
 
 A user who starts a recipe consents to call the functions that it names, such as "nets:Net". A run
-folder also contains a recipe, but the folder may come from a stranger. Its functions are called
-without a new consent only if the folder has the user's signature (HMAC-SHA256). The key is in a
-file in the user's home.
+folder also contains a recipe, but the folder may come from a stranger. The functions in this
+recipe are called without a new consent only if the folder has the user's signature (HMAC-SHA256).
+The key is in a file in the user's home.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ def sign(names: Sequence[str], recipe: str | None) -> str | None:
 
     Args:
         names: the functions that the run's recipe names.
-        recipe: path of the recipe file. The path is signed too, because modules are searched in the
-            file's folder.
+        recipe: path of the recipe file; None: the recipe is not a file. The path is signed too,
+            because modules are searched in the file's folder.
     """
     key = _key()
     if key is None:

@@ -98,7 +98,10 @@ def _status_problem(error: httpx.HTTPStatusError, address: Address) -> NetworkEr
     asked = error.request.url.path
     if status == httpx.codes.PRECONDITION_FAILED and asked.endswith("/activate-node"):
         return NetworkError(
-            "the server does not list this client's key, or a client with this key is connected",
+            (
+                "the server does not list the key of this client, or a client with this key is "
+                "connected"
+            ),
             place=address.text,
             cure=(
                 "give node.pub to whoever runs the server, who writes it to server.toml and starts "

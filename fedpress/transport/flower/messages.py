@@ -239,7 +239,9 @@ def upload(api: Any, node: Node, run: int, announced: Any, objects: Mapping[str,
 
 
 def take(api: Any, node: Node, run: int, arriving: Arriving) -> Incoming | Lost | None:
-    """Fetches what has arrived of a message, and confirms the message when it is complete.
+    """Fetches the objects of a message that have arrived.
+
+    A message that is complete, or never will be, is confirmed, so that the SuperLink deletes it.
 
     Args:
         api: client of Flower's API for the receiver.
@@ -261,7 +263,6 @@ def take(api: Any, node: Node, run: int, arriving: Arriving) -> Incoming | Lost 
         # The sender made a wrong message, and would send the same message again.
         found = Lost(str(error), again=False)
     if found is not None:
-        # The SuperLink then deletes the message.
         api.ConfirmMessageReceived(
             ConfirmMessageReceivedRequest(node=node, run_id=run, message_object_id=arriving.root)
         )

@@ -1,4 +1,4 @@
-"""A client's connection to the SuperLink (Flower's server process), open as long as it runs."""
+"""A client's connection to the SuperLink (Flower's server process): one for the whole process."""
 
 from __future__ import annotations
 
@@ -197,7 +197,7 @@ class NodeLink:
         return True
 
     def close(self) -> None:
-        """Closes the connection; tells the SuperLink before, if it can be reached."""
+        """Closes the connection; before, it tells the SuperLink that this client leaves."""
         self._closed.set()
         if self._heart.ident:
             self._heart.join()

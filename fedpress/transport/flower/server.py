@@ -181,11 +181,11 @@ class ServerLink:
         )
 
     def _healed(self, work: Callable[[], T], nothing: T) -> T:
-        """Returns the result of `work()`; connects again if the SuperLink is gone.
+        """Returns the result of `work()`; if it raises a NetworkError, connects again.
 
         If this server had started the SuperLink, and its process has ended, the process is started
-        again. All messages on their way are then lost: `nothing` is returned, and the transport
-        sends them again.
+        again first. Messages on their way through the old connection are lost. So `nothing` is
+        returned after connecting again, and the transport sends them again.
 
         Raises:
             NetworkError: if connecting fails for `PATIENCE` seconds.
