@@ -83,7 +83,7 @@ def trace(
     # compared. In two cases the copy only has to run: half precision rounds more than the
     # comparison allows, and `torch.cond` is compiled anew for each copy, which is slow.
     compare = not (_has_half_precision(exported) or _has_branches(exported))
-    for _ in range(TRIALS):
+    for trial in range(TRIALS + 1):
         graph = channel_graph(ids, walk.tensor_axes, shapes, arguments)
         graph = replace(
             graph,
@@ -92,6 +92,9 @@ def trace(
             approximate=tuple(ids.approximated),
         )
         graph = drop_self_adjusting_numbers(model, graph, arguments)
+        # Groups that failed in the last trial are kept in this graph.
+        if trial == TRIALS:
+            break
         failing = groups_that_fail(model, graph, arguments, compare=compare)
         if not failing:
             break

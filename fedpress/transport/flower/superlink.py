@@ -13,12 +13,19 @@ from typing import Any
 
 import httpx
 
+from fedpress.core.log import logger
 from fedpress.errors import NetworkError
 from fedpress.transport.flower.address import Address, transport_problem
 from fedpress.transport.flower.pinned import QUIET
 
+log = logger(__name__)
+
 START = 60.0
 """Seconds that a SuperLink may take to start."""
+STARTS = 3
+"""How often it is started before a kill during the start counts as an error."""
+LET_GO = 10.0
+"""Seconds that the SuperLink of a server that was killed may take to end, and to free the port."""
 
 
 class SuperLink:
@@ -60,7 +67,8 @@ class SuperLink:
         self._key = key
         folder.mkdir(parents=True, exist_ok=True)
         self.secret_file = folder / "superlink.secret"
-        if not self.secret_file.exists():
+        self._began_before = self.secret_file.exists()
+        if not self._began_before:
             self.secret_file.touch(mode=0o600)
             self.secret_file.write_bytes(os.urandom(32))
         self._process = self._start()
@@ -81,8 +89,29 @@ class SuperLink:
         self._process = self._start()
 
     def _start(self) -> subprocess.Popen[bytes]:
+        """Starts the process; starts it again if somebody kills it before it is up."""
         # If the port is in use, Flower fails late, and says so only in its log.
-        _check_free(self._bind, self.address.port)
+        _check_free(self._bind, self.address.port, LET_GO if self._began_before else 0.0)
+        self._began_before = True
+        for left in reversed(range(STARTS)):
+            process = self._launch()
+            try:
+                self._wait_until_up(process)
+                return process
+            except BaseException as error:
+                status = process.poll()
+                process.kill()
+                process.wait()
+                # A negative status is the number of a signal. Whoever sent it, for instance a
+                # system that is short of memory, may not send it again; a fault of the SuperLink's
+                # own would come again.
+                killed = status is not None and status < 0
+                if not left or not killed or not isinstance(error, NetworkError):
+                    raise
+                log.warning("the SuperLink was killed while it started, and is started again")
+        raise AssertionError("the last start returns or raises")
+
+    def _launch(self) -> subprocess.Popen[bytes]:
         words = [sys.executable, "-m", "fedpress.transport.flower.guard", str(os.getpid())]
         words += ["--host", self._bind, "--port", str(self.address.port)]
         words += ["--isolation", "process", "--superexec-auth-secret-file", str(self.secret_file)]
@@ -95,7 +124,7 @@ class SuperLink:
             words += ["--enable-supernode-auth"]
         home = self.folder / "flower"
         with (self.folder / "superlink.log").open("ab") as out:
-            process = subprocess.Popen(
+            return subprocess.Popen(
                 words,
                 stdout=out,
                 stderr=subprocess.STDOUT,
@@ -104,13 +133,6 @@ class SuperLink:
                 # Ctrl-C in the terminal must reach only this process. It then ends the SuperLink.
                 process_group=0,
             )
-        try:
-            self._wait_until_up(process)
-        except BaseException:
-            process.kill()
-            process.wait()
-            raise
-        return process
 
     def _wait_until_up(self, process: subprocess.Popen[bytes]) -> None:
         end = time.monotonic() + START
@@ -149,18 +171,24 @@ def _context(ca: Path) -> ssl.SSLContext:
     return context
 
 
-def _check_free(host: str, port: int) -> None:
+def _check_free(host: str, port: int, patience: float) -> None:
+    """Checks that the port is free, or becomes free within `patience` seconds."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            raise NetworkError(
-                f"the SuperLink cannot listen there ({error.strerror})",
-                place=f"{host}:{port}",
-                cure="end the process that uses the port, or give another one",
-            ) from error
+    end = time.monotonic() + patience
+    while True:
+        with socket.socket(family) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((host, port))
+                return
+            except OSError as error:
+                if time.monotonic() >= end:
+                    raise NetworkError(
+                        f"the SuperLink cannot listen there ({error.strerror})",
+                        place=f"{host}:{port}",
+                        cure="end the process that uses the port, or give another one",
+                    ) from error
+        time.sleep(0.1)
 
 
 def _last_line(path: Path) -> str:
