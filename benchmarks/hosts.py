@@ -160,7 +160,12 @@ async def relay(seconds: float) -> None:
         await sending
 
     async def both(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        far_reader, far_writer = await asyncio.open_connection(SECOND, PORT)
+        try:
+            far_reader, far_writer = await asyncio.open_connection(SECOND, PORT)
+        except OSError:
+            # The server is not up yet.
+            writer.close()
+            return
         await asyncio.gather(
             late(reader, far_writer), late(far_reader, writer), return_exceptions=True
         )
@@ -366,7 +371,9 @@ def main() -> None:
     if given.relay is not None:
         asyncio.run(relay(given.relay))
         return
-    print(f"{this_processor()}, {os.cpu_count()} cores")
+    print(f"{this_processor()}, {os.cpu_count()} cores", flush=True)
+    # Stopped from outside, too, nothing is left behind.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(1))
     hosts = Hosts()
     try:
         with tempfile.TemporaryDirectory() as name:

@@ -149,12 +149,19 @@ def transport_problem(error: Exception, address: Address) -> NetworkError:
             cure="connect by the name that fedpress network init --host was given",
             refused=True,
         )
-    if "certificate" in low or "ssl" in low or "tls" in low:
+    if "certificate" in low:
         return NetworkError(
             f"the server's certificate is not signed by {address.ca} ({said})",
             place=address.text,
             cure="copy ca.crt anew from whoever runs the server",
             refused=True,
+        )
+    # Not `refused`: a proxy breaks off the handshake while the server behind it is started again.
+    if "ssl" in low or "tls" in low:
+        return NetworkError(
+            f"no secure connection can be made ({said})",
+            place=address.text,
+            cure="see whether fedpress server runs there, and whether another program has the port",
         )
     return NetworkError(
         f"the server cannot be reached ({said})",
