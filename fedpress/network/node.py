@@ -98,6 +98,7 @@ class Correspondence:
         self.answered: OrderedDict[str, Parcel] = OrderedDict()
         self._stopped = threading.Event()
         self._failure: BaseException | None = None
+        self._was_connected = False
         # A daemon, so that it cannot keep a process alive whose training thread has failed.
         self._thread = threading.Thread(target=self._run, name="fedpress-network", daemon=True)
 
@@ -162,7 +163,9 @@ class Correspondence:
             try:
                 self._wire.connect()
             except NetworkError as problem:
-                if problem.refused:
+                # A server that let this client in before may do so again, for instance once a
+                # clock that was set wrong is right.
+                if problem.refused and not self._was_connected:
                     raise
                 # The same reason is told once, not at every attempt.
                 if str(problem) != told:
@@ -176,6 +179,7 @@ class Correspondence:
                 wait = min(2 * wait, LONGEST_WAIT)
             else:
                 self._told("connected")
+                self._was_connected = True
                 return True
         return False
 

@@ -212,6 +212,17 @@ def test_a_refusal_ends_the_wait_with_its_error(started):
         here.next_call(PATIENCE)
 
 
+def test_a_client_that_was_let_in_before_waits_for_the_server_to_do_so_again(started):
+    wire, told = Wire(), []
+    started(wire, told)
+    until(lambda: wire.connected)
+    # As after a jump of this machine's clock, which makes certificates and signatures wrong.
+    wire.connecting = [lost("this machine's clock is wrong", refused=True)]
+    wire.receiving.append(lost())
+    until(lambda: wire.connected == 2)
+    assert any("clock is wrong" in sentence for sentence in told)
+
+
 def test_a_fault_of_the_thread_is_raised_where_calls_are_waited_for(started):
     wire = Wire()
     wire.receiving.append(ZeroDivisionError("fault"))
