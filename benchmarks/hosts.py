@@ -39,6 +39,8 @@ SECOND = "10.77.0.254"
 """The server's other address: a relay in a client's namespace stands for the first."""
 CLIENTS = ("c0", "c1", "c2")
 RATE = "10mbit"
+WIDTH = 2048
+"""Of the hidden layers on slow lines: 4.3 M values, so that the line is what a round waits for."""
 RECIPE = """
 name = "hosts"
 seed = {seed}
@@ -257,7 +259,7 @@ def line(hosts: Hosts, folder: Path) -> None:
     found = {}
     with hosts.slow_lines():
         for name, more in {"float32": "", "8 bits": CODED}.items():
-            place = Place(folder / name.split()[0], hidden=[1024, 1024], rounds=6, more=more)
+            place = Place(folder / name.split()[0], hidden=[WIDTH, WIDTH], rounds=5, more=more)
             records = place.deploy()
             seconds = seconds_of(place.folder / "far")
             show(f"{RATE}: {name}", seconds)
@@ -270,7 +272,7 @@ def line(hosts: Hosts, folder: Path) -> None:
 
 def official(hosts: Hosts, folder: Path) -> None:
     """Official Flower nodes with as many float32 values on the same lines."""
-    values = 65 * 1024 + 1025 * 1024 + 1025 * 10
+    values = 65 * WIDTH + (WIDTH + 1) * WIDTH + (WIDTH + 1) * 10
     apps = {}
     for name, text in deployment.APP.items():
         # New numbers in every message: Flower sends equal arrays once.
