@@ -261,8 +261,11 @@ class RemoteTransport:
             return True
         if isinstance(answer, Lost):
             # Nobody knows whether the network lost the call or its answer: the call is sent again.
-            log.info("a call to '%s' is sent again (%s)", call.client, answer.reason)
+            log.info("a call to '%s' was lost (%s)", call.client, answer.reason)
             call.ticket = ""
+            # `_look_after` sends it when the client is back, or gives up after `lost_after`.
+            if not self.link.online().get(call.client):
+                return False
             call.losses += 1
             if call.losses >= MOST_LOSSES:
                 self._close(request, error(f"lost: {answer.reason}"))

@@ -342,3 +342,28 @@ def test_a_client_whose_answers_are_lost_for_ever_does_not_hold_the_round(time):
     wire.poll = losing
     requests = [over.send(name, Message("m")) for name in "ab"]
     assert over.receive(requests)[0] == "b"
+
+
+def test_calls_to_a_client_that_is_cut_off_wait_until_it_is_back(time):
+    over, wire, _ = network("a", lost_after=60.0)
+    poll, back = wire.poll, 40.0
+    began = time.monotonic()
+
+    def unavailable(tickets):
+        # As Flower says at once of a node that is offline.
+        wire.clients["a"].online = wire.clients["a"].works = time.monotonic() > began + back
+        if wire.clients["a"].online:
+            return poll(tickets)
+        return dict.fromkeys(tickets, Lost("the node is unavailable"))
+
+    wire.poll = unavailable
+    request = over.send("a", Message("m"))
+    assert over.receive([request]) is not None
+    assert back < time.monotonic() - began < back + 10
+    assert over.receive([request]) is None
+
+    began, back = time.monotonic(), 1000.0
+    request = over.send("a", Message("m"))
+    _, _, message = over.receive([request])
+    assert "offline" in str(message.header)
+    assert 60 <= time.monotonic() - began < 70
