@@ -35,7 +35,7 @@ from fedpress.reports.html import write_report
 from fedpress.reports.reading import read_run
 from fedpress.reports.stage_table import stage_table
 from fedpress.reports.table import Table
-from fedpress.transport.engine import EngineSettings, engine_settings
+from fedpress.transport.engine import EngineSettings, engine_settings, open_engine
 from fedpress.workspace.folder import RunFolder
 from fedpress.workspace.state import Event
 
@@ -177,7 +177,7 @@ class Run:
             self._work = replace(work, begun=replace(work.begun, folder=folder))
             for note in notes:
                 warnings.warn(note, stacklevel=2)
-            engine = held.enter_context(work.engine.open())
+            engine = held.enter_context(open_engine(work.engine))
             yield from own_random_numbers(
                 runs.execute(work.begun.recipe, folder, work.data, reuse=work.reuse, engine=engine)
             )

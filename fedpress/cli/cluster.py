@@ -69,7 +69,7 @@ class Given:
             RecipeError: if an option is wrong.
             NetworkError: if Ray is not installed, or the cluster cannot be reached.
         """
-        from fedpress.transport.engine import engine_settings
+        from fedpress.transport.engine import engine_settings, open_engine
 
         settings = {
             "address": self.address,
@@ -79,5 +79,5 @@ class Given:
         }
         # Left out if not given: the local engine has no such settings, and Ray has defaults.
         given = {key: value for key, value in settings.items() if value is not None}
-        with engine_settings({"kind": self.engine, **given}).open() as engine:
+        with open_engine(engine_settings({"kind": self.engine, **given})) as engine:
             yield engine

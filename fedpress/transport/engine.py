@@ -17,7 +17,8 @@ from fedpress.core.names import ClientId
 from fedpress.errors import Argument, RecipeError, SettingError, Words, suggestion
 from fedpress.transport.actor import Side
 from fedpress.transport.local import LocalTransport
-from fedpress.transport.ray import RaySettings
+from fedpress.transport.ray.engine import open_ray
+from fedpress.transport.ray.settings import RaySettings
 from fedpress.workspace.state import Engine
 
 
@@ -43,22 +44,46 @@ class LocalSettings(BaseModel):
 
     kind: Literal["local"] = "local"
 
-    @contextmanager
-    def open(self) -> Iterator[LocalEngine]:
-        """Yields the engine; there is nothing to start or to stop."""
-        yield LocalEngine()
+
+@contextmanager
+def open_local(settings: LocalSettings) -> Iterator[LocalEngine]:
+    """Yields the engine; there is nothing to start or to stop."""
+    yield LocalEngine()
 
 
 class EngineSettings(Protocol):
     """The interface of the settings of an engine."""
 
-    def open(self) -> AbstractContextManager[Engine]:
-        """Starts the engine, and stops it after the block."""
+    @property
+    def kind(self) -> str:
+        """Name of the engine."""
         ...
 
 
-ENGINES: dict[str, Callable[..., EngineSettings]] = {"local": LocalSettings, "ray": RaySettings}
-"""Name of an engine -> its settings."""
+@dataclass(frozen=True)
+class Row:
+    """An engine.
+
+    Attributes:
+        settings: the class of its settings.
+        open: starts the engine with these settings, and stops it after the block.
+    """
+
+    settings: Callable[..., EngineSettings]
+    open: Callable[[Any], AbstractContextManager[Engine]]
+
+
+ENGINES = {"local": Row(LocalSettings, open_local), "ray": Row(RaySettings, open_ray)}
+"""Name of an engine -> its row."""
+
+
+def open_engine(settings: EngineSettings) -> AbstractContextManager[Engine]:
+    """Starts an engine, and stops it after the block.
+
+    Raises:
+        NetworkError: if the engine is "ray", and there is no cluster at the address, or no room.
+    """
+    return ENGINES[settings.kind].open(settings)
 
 
 def engine_settings(engine: str | Mapping[str, Any] = "local") -> EngineSettings:
@@ -88,7 +113,7 @@ def engine_settings(engine: str | Mapping[str, Any] = "local") -> EngineSettings
             cure=suggestion(str(kind), list(ENGINES)) or ("give ", Argument("engine", "ray")),
         )
     try:
-        return ENGINES[kind](**table)
+        return ENGINES[kind].settings(**table)
     except ValidationError as error:
         raise _mistake(error) from error
 

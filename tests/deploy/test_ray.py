@@ -21,8 +21,8 @@ from fedpress.federation.exchange import exchange
 from fedpress.pipeline import recipe as recipes
 from fedpress.pipeline.start import first_state, load_data
 from fedpress.stages.federate.binding import bind
-from fedpress.transport.engine import engine_settings
-from fedpress.transport.ray import LOST
+from fedpress.transport.engine import engine_settings, open_engine
+from fedpress.transport.ray.transport import LOST
 from fedpress.wire import Message, pack, unpack
 
 if find_spec("ray") is None:  # not imported here: it reads the token then
@@ -124,7 +124,7 @@ def opened(cluster):
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    with engine_settings({"kind": "ray", "address": cluster}).open() as engine:
+    with open_engine(engine_settings({"kind": "ray", "address": cluster})) as engine:
         for _ in range(600):
             if sum(node["Alive"] for node in ray.nodes()) == 2:
                 break

@@ -6,8 +6,8 @@ import pytest
 
 from fedpress.errors import NetworkError, RecipeError
 from fedpress.transport import LocalTransport
-from fedpress.transport import ray as ray_module
-from fedpress.transport.engine import engine_settings
+from fedpress.transport.engine import engine_settings, open_engine
+from fedpress.transport.ray import settings as ray_module
 from fedpress.wire import Message, pack
 
 
@@ -17,7 +17,7 @@ class Side:
 
 
 def test_the_local_engine_is_the_local_transport():
-    with engine_settings().open() as engine:
+    with open_engine(engine_settings()) as engine:
         transport = engine.connect({"b": Side(), "a": Side()}, dict)
     assert isinstance(transport, LocalTransport)
     assert transport.clients() == ["b", "a"]
