@@ -114,9 +114,10 @@ def _probe(layer: nn.Module, x: Tensor) -> WeightReads:
 def why_not_plain(layer: nn.Module) -> str | None:
     """Returns why a subclass cannot be quantized like its base layer; None if it can be.
 
-    The weight must be used exactly once, by the operation of the base layer, with the layer's bias.
-    The input of this operation must consist of entries of the layer's input and zeros, as after
-    padding. Then rounding the layer's input is the same as rounding the input of the operation.
+    The weight must be used exactly once, by the operation of the base layer, with the layer's bias
+    unchanged. The input of this operation must consist of entries of the layer's input and zeros,
+    as after padding. Then rounding the layer's input is the same as rounding the input of the
+    operation. What forward does with the output of the operation is free.
     """
     base = base_layer(type(layer))
     assert base is not None
@@ -134,16 +135,22 @@ def why_not_plain(layer: nn.Module) -> str | None:
         first = (str(problem).strip().splitlines() or [type(problem).__name__])[0]
         return f"it does not run on an ordinary input ({first[:120]})"
 
-    if reads.others:
-        return f"it reads its weight by '{reads.others[0]}'"
-    if len(reads.calls) != 1 or len(rounded_reads.calls) != 1:
-        return f"it uses its weight {len(reads.calls)} times in one forward"
-    call = reads.calls[0]
-    if (call.get("bias") is None) != (layer._parameters.get("bias") is None):
-        return "it adds its bias in its own way"
+    # Forward may depend on the values of its input, so both runs are checked.
+    for run in (reads, rounded_reads):
+        if run.others:
+            return f"it reads its weight by '{run.others[0]}'"
+        if len(run.calls) != 1:
+            return f"it uses its weight {len(run.calls)} times in one forward"
+        if run.calls[0].get("bias") is not run.layer._parameters.get("bias"):
+            return "it adds its bias in its own way"
 
-    # Rounding after the preparation must equal rounding before it.
-    given = call["input"]
+    # Only copies and zeros. Functions such as x + 1 and -x pass the test of rounding below.
+    given = reads.calls[0]["input"]
+    copied = torch.isin(given, x.to(given.dtype)) | (given == 0)
+    if not bool(copied.all()):
+        return "it changes the values of its input"
+    # Rounding after the preparation must equal rounding before it. This finds a choice of entries
+    # that depends on their values, for instance by a threshold.
     given_rounded = rounded_reads.calls[0]["input"]
     if given.shape != given_rounded.shape or not torch.equal(_rounded(given), given_rounded):
         return "it changes the values of its input"
@@ -151,10 +158,11 @@ def why_not_plain(layer: nn.Module) -> str | None:
 
 
 def plain_equivalent(layer: nn.Module, x: Tensor) -> tuple[nn.Module, Tensor]:
-    """Returns a base layer and its input that together compute what a subclass computes for `x`.
+    """Returns a base layer with the sizes of a subclass, and the input of its operation for `x`.
 
     Example: for a subclass that pads its input, a `Conv2d` and the padded input. The base layer is
-    on the meta device: its weight has a shape but no values.
+    on the meta device: its weight has a shape but no values. It only says how the weight meets the
+    input, for instance which patches of an image a convolution reads.
     """
     call = _probe(layer, x).calls[0]
     given = call["input"]
@@ -196,5 +204,8 @@ def _random_input(layer: nn.Module) -> Tensor:
 
 
 def _rounded(x: Tensor) -> Tensor:
-    """Rounds to multiples of 1/4. This grid includes 0, as grids of inputs of several bits do."""
+    """Rounds to multiples of 1/4.
+
+    0 is a multiple of 1/4. Quantization grids of inputs with more than one bit contain 0 too.
+    """
     return (x * 4).round() / 4

@@ -89,6 +89,44 @@ class BiasApart(nn.Linear):
         return F.linear(x, self.weight) + 2 * self.bias
 
 
+class DoublesBias(nn.Linear):
+    def forward(self, x):
+        return F.linear(x, self.weight, self.bias * 2)
+
+
+class Shifts(nn.Linear):
+    def forward(self, x):
+        return super().forward(x + 1)
+
+
+class Turns(nn.Linear):
+    def forward(self, x):
+        return super().forward(-x)
+
+
+class Limits(nn.Conv2d):
+    def forward(self, x):
+        return super().forward(x.clamp(-1, 1))
+
+
+class DropsSmall(nn.Linear):
+    def forward(self, x):
+        return super().forward(x * (x.abs() > 0.3))
+
+
+class OnGridTwice(nn.Linear):
+    """Applies the weight a second time to an input that is rounded to quarters."""
+
+    def forward(self, x):
+        on_grid = torch.equal(x, (x * 4).round() / 4)
+        return super().forward(super().forward(x) if on_grid else x)
+
+
+class Rectifies(nn.Linear):
+    def forward(self, x):
+        return super().forward(x.relu())
+
+
 class Wants(nn.Linear):
     def forward(self, x, mask):
         return super().forward(x * mask)
@@ -100,6 +138,7 @@ GOOD = {
     "mirrored": (Mirrors(3, 4, 3, groups=1), (2, 3, 7, 7)),
     "activated": (Activates(5, 4), (2, 5)),
     "nothing": (Nothing(5, 4, bias=False), (2, 3, 5)),
+    "rectified": (Rectifies(5, 4), (2, 5)),
 }
 BAD = {
     "standardised": (Standardised(3, 4, 3), "reads its weight by"),
@@ -109,6 +148,12 @@ BAD = {
     "scaled": (Scales(3, 4), "changes the values of its input"),
     "adapted": (Adapted(3, 4), "weights beside its own"),
     "bias apart": (BiasApart(3, 4), "adds its bias in its own way"),
+    "bias doubled": (DoublesBias(3, 4), "adds its bias in its own way"),
+    "shifted": (Shifts(3, 4), "changes the values of its input"),
+    "negated": (Turns(3, 4), "changes the values of its input"),
+    "clamped": (Limits(3, 4, 3), "changes the values of its input"),
+    "small ones dropped": (DropsSmall(64, 4), "changes the values of its input"),
+    "twice on the grid": (OnGridTwice(4, 4), "uses its weight 2 times"),
     "more inputs": (Wants(3, 4), "does not run on an ordinary input"),
 }
 
