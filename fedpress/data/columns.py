@@ -62,11 +62,12 @@ class Column:
         becomes null. Values that are not text in the file are returned unchanged.
 
         Args:
-            rows: positions of the rows that decide the type; None or empty: all rows.
+            rows: positions of the rows that decide the type; None: all rows. If there are none, the
+                type is float64.
         """
         if not self.text:
             return self.values
-        if rows is None or not len(rows):
+        if rows is None:
             kind = self._kind(self.values)
         else:
             kind = self._kind(self.values.take(pa.array(rows)))

@@ -128,6 +128,9 @@ class FeatureColumns:
         kind: Kind = "truth" if types.is_boolean(values.type) else "number"
         # Public rows have numbers here. `typed` turned private cells with other text into null.
         not_numbers = values.is_null().to_numpy() & column.values.is_valid().to_numpy()
+        # Without public rows a column of text counts as numbers, whatever private rows hold.
+        if not_numbers.any() and not len(public) and not list_is_public:
+            raise _no_public_words(column.name)
         if not_numbers.any() and self.settings.missing == "error":
             raise DataError(
                 "it holds numbers, but some rows have other text in this column",
@@ -146,14 +149,7 @@ class FeatureColumns:
         elif len(public):
             seen = values.take(pa.array(public))
         else:
-            raise DataError(
-                "it holds words, but there is no public row from which to take the list of words",
-                place=f"feature column '{name}'",
-                cure=(
-                    f'add words = {{ "{name}" = ["WORD", "WORD"] }} to [data], or public_words = '
-                    f'["{name}"] if the list is no secret, or public_share = 0.1'
-                ),
-            )
+            raise _no_public_words(name)
         if len(seen.unique()) > MOST_WORDS:
             raise DataError(
                 f"it has more than {MOST_WORDS} different words, too many for one input each",
@@ -191,6 +187,17 @@ class FeatureColumns:
                 place=f"feature column '{column.name}'",
                 cure=cure,
             )
+
+
+def _no_public_words(name: str) -> DataError:
+    return DataError(
+        "it holds words, but there is no public row from which to take the list of words",
+        place=f"feature column '{name}'",
+        cure=(
+            f'add words = {{ "{name}" = ["WORD", "WORD"] }} to [data], or public_words = '
+            f'["{name}"] if the list is no secret, or public_share = 0.1'
+        ),
+    )
 
 
 def one_hot_block(

@@ -153,6 +153,25 @@ def test_words_come_from_public_rows_or_the_recipe(tmp_path, source):
     assert "spy" not in str(got.value)
 
 
+def test_without_public_rows_private_rows_do_not_decide_what_a_column_holds(tmp_path):
+    lines = [f"{SITES[i % 3]},{30 + i},{('true', 'false')[i % 2]},{i % 2}" for i in range(60)]
+    (tmp_path / "t.csv").write_text("\n".join(["site,age,member,diag", *lines]))
+    keys = {
+        "source": "csv",
+        "path": tmp_path / "t.csv",
+        "client_column": "site",
+        "label_column": "diag",
+        "public_clients": [],
+        "validation": 0,
+        "classes": ["0", "1"],
+    }
+    with pytest.raises(DataError, match=r"'member': it holds words, but there is no public row"):
+        read(keys)
+    # The declared columns, and columns of numbers, need no public rows.
+    assert read(keys, public_words=["member"]).example_shape == (2,)
+    assert read(keys, drop_columns=["member"]).example_shape == (1,)
+
+
 @pytest.mark.parametrize("odd", ["age", "diag"])
 def test_a_private_word_among_numbers_changes_no_column(tmp_path, odd):
     lines = [f"{SITES[i % 3]},{30 + i},{(2, 10)[i % 2]}" for i in range(60)]
