@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from fedpress.core.files import replacing, writing
 from fedpress.errors import ModelError, WireError, placing
 from fedpress.models import ModelSpec
-from fedpress.nn.quantized import quantized_layers, quantized_weights
+from fedpress.nn.quantized import quantized_layers, quantized_weights, weight_name
 from fedpress.storage import container
 from fedpress.storage.codes import expand_codes, shrink_codes
 from fedpress.storage.container import damaged
@@ -279,7 +279,7 @@ def _codes(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
             # Packing must be lossless, so weights that changed after quantization are stored as
             # floats.
             if _same_bits(layer.dequantize(found, key), getattr(layer, key)):
-                codes[f"{name}.{key}"] = found.cpu()
+                codes[weight_name(name, key)] = found.cpu()
             else:
                 why = "its weights are not quantized values; materialize_ rounds them"
                 float_layers[name] = why

@@ -505,3 +505,18 @@ def test_every_kind_of_layer_on_a_grid_comes_back_from_a_packed_file_and_from_a_
     assert torch.equal(twin.eval()(x), model(x))
     save_model(tmp_path / "m", spec, model)
     assert_same_bits(load_model(tmp_path / "m")[1], model)
+
+
+def test_a_model_that_is_itself_a_quantized_layer_is_packed_as_integers():
+    table = {"": QuantizationScheme(weights=GRIDS["int4"])}
+    spec = ModelSpec(
+        architecture="torch.nn:Linear",
+        arguments={"in_features": 64, "out_features": 32},
+        input_shape=(64,),
+        quantized=table,
+    )
+    model = nn.Linear(64, 32)
+    quantize_layers_(model, table)
+    data, packed = to_bytes(spec, materialize_(model))
+    assert packed.kinds["codes"] < 64 * 32 * 4 / 8 * 1.1
+    assert_same_bits(model, from_bytes(data, "model", allow_code=("torch.nn:Linear",))[1])

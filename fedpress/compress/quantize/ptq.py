@@ -29,6 +29,7 @@ from fedpress.nn.quantized import (
     materialize_,
     quantize_layers_,
     weight_keys,
+    weight_name,
     why_not_quantizable,
 )
 from fedpress.nn.resize import get_tensor
@@ -159,7 +160,7 @@ def _why_shared(name: str, module: nn.Module, owners: Mapping[int, list[str]]) -
 
 def _has_zeros(name: str, module: nn.Module, sparse: Collection[str]) -> bool:
     """Returns whether zeros in a weight of the module are pruned weights."""
-    return any(f"{name}.{key}" in sparse for key in weight_keys(module))
+    return any(weight_name(name, key) in sparse for key in weight_keys(module))
 
 
 def _has_weights(module: nn.Module) -> bool:

@@ -24,6 +24,7 @@ from fedpress.nn.quantized import (
     materialize_,
     quantized_layers,
     remove_quantization_,
+    weight_name,
 )
 from fedpress.nn.resize import copied
 
@@ -52,9 +53,9 @@ def plain_copy(
     layers: dict[str, LayerQuantization] = {}
     for name, layer in [*quantized_layers(model)]:
         for key in layer.keys:
-            layers[f"{name}.{key}"] = _codes_of(layer, key)
+            layers[weight_name(name, key)] = _codes_of(layer, key)
         inputs = layer.scheme.inputs
-        found = layers.get(f"{name}.weight", LayerQuantization())
+        found = layers.get(weight_name(name, "weight"), LayerQuantization())
         if inputs is not None and (inputs.dynamic or inputs.bits == 1):
             found.reason = "its inputs are binary (+1 or -1)"
             if inputs.dynamic:

@@ -14,7 +14,13 @@ from fedpress.nn.quantized.convert import materialize_, quantize_layers_, remove
 from fedpress.nn.quantized.kept_zeros import kept_entries, note_kept_zeros_, register_kept_zeros_
 from fedpress.nn.quantized.layer import QuantLayer, qparam_ids, quantized_layers, quantized_weights
 from fedpress.nn.quantized.layers import INPUT_QUANTIZED, QUANTIZED_CLASSES
-from fedpress.nn.quantized.names import codebook_name, is_qparam, scale_name, weight_keys
+from fedpress.nn.quantized.names import (
+    codebook_name,
+    is_qparam,
+    scale_name,
+    weight_keys,
+    weight_name,
+)
 
 __all__ = [
     "INPUT_QUANTIZED",
@@ -34,5 +40,6 @@ __all__ = [
     "remove_quantization_",
     "scale_name",
     "weight_keys",
+    "weight_name",
     "why_not_quantizable",
 ]

@@ -26,7 +26,13 @@ from fedpress.nn.quant_scheme import (
     scale_gradient,
     straight_through,
 )
-from fedpress.nn.quantized.names import codebook_name, is_qparam, scale_name, weight_keys
+from fedpress.nn.quantized.names import (
+    codebook_name,
+    is_qparam,
+    scale_name,
+    weight_keys,
+    weight_name,
+)
 
 GRADIENT_WINDOW = 1.25
 """Half-width of the window around the middle in which one-bit inputs have a gradient.
@@ -310,5 +316,5 @@ def quantized_weights(model: nn.Module) -> dict[str, tuple[QuantLayer, str]]:
     found = {}
     for name, layer in quantized_layers(model):
         for key in layer.keys:
-            found[f"{name}.{key}"] = layer, key
+            found[weight_name(name, key)] = layer, key
     return found

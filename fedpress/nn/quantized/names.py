@@ -21,6 +21,15 @@ def weight_keys(module: nn.Module) -> tuple[str, ...]:
     return ("weight",)
 
 
+def weight_name(layer: str, key: str) -> str:
+    """Returns the name of a weight in the model; `layer` is empty if the model itself is the layer.
+
+    >>> weight_name("head", "weight"), weight_name("", "weight")
+    ('head.weight', 'weight')
+    """
+    return f"{layer}.{key}" if layer else key
+
+
 def scale_name(key: str) -> str:
     """Returns the name of the scales of a weight: "weight" -> "weight_scale"."""
     return f"{key}_scale"
