@@ -79,7 +79,8 @@ Resume = Annotated[
 Mean = Annotated[
     str | None,
     typer.Option(
-        help="Channel means used in training (0.485,0.456,0.406), or the word none or data."
+        help="Channel means used in training, such as 0.485,0.456,0.406; none: inputs stay as they "
+        "are; data: computed from the data."
     ),
 ]
 Std = Annotated[str | None, typer.Option(help="Standard deviation, such as 0.229,0.224,0.225.")]
@@ -147,7 +148,8 @@ def command_of(kind: str) -> Callable[..., None]:
         help="Settings; --keys lists them.",
         autocompletion=completion.stage_keys(kind),
     )
-    # Each kind completes its own keys, so this annotation is added after the definition above.
+    # Shell completion suggests the keys of this kind only, so the annotation of `keys` depends on
+    # `kind` and is set here.
     command.__annotations__["keys"] = Annotated[list[str] | None, settings]
     return command
 
@@ -246,8 +248,8 @@ def _ordered(asked: Asked) -> tuple[Path, OneStage]:
         words = [*([asked.model] if asked.model is not None else []), *asked.keys]
         # typer takes RUN of `--resume RUN` for the argument MODEL, so all words are searched.
         found, rest = run_to_resume(words) if asked.out is None else (asked.out, words)
-        # With further words, they are read below as for a new run, and the settings must be those
-        # of the interrupted run.
+        # If there are further words, all arguments are read below as for a new run. The resulting
+        # settings must equal those of the interrupted run.
         if found is not None and not rest and OneStage.lies_in(asked.kind, found):
             return found, OneStage.of_folder(
                 found, [*map(Override.parse, with_device([], asked.device))]
@@ -292,12 +294,14 @@ def _run(ready: Ready, out_stream: Console) -> Result:
 def _show(ready: Ready, result: Result, out_stream: Console, *, as_json: bool) -> None:
     """Prints a comparison of the model before and after, and the paths of the written files."""
     from fedpress.cli import terminal
+    from fedpress.pipeline.commands.subject import NO_SOURCE
 
     terminal.show_result(out_stream, dict(result.before), dict(result.after))
     if not len(ready.data.test):
-        out_stream.print(
-            "no metrics, since no data were given; give --data SOURCE to measure", markup=False
-        )
+        why = "no data were given; give --data SOURCE to measure"
+        if ready.bound.recipe.data.source != NO_SOURCE:
+            why = "the data have no test examples"
+        out_stream.print(f"no metrics, since {why}", markup=False)
     if result.artifact is not None:
         out_stream.print(f"file: {result.artifact}", markup=False, soft_wrap=True)
     out_stream.print(f"model: {result.folder}", markup=False, soft_wrap=True)

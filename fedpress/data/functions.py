@@ -85,7 +85,8 @@ def _find(source: str, where: str) -> Callable[..., Any]:
 def _examples(settings: DataSettings, pairs: dict[str, Any], where: str) -> SourceRows:
     clients = {name: _client(pair, f"{where}: client '{name}'") for name, pair in pairs.items()}
     x, labels = _concatenate(clients, where)
-    # Every row keeps its client, so that `partition = "natural"` can give it back.
+    # The client of every row is stored, so that `partition = "natural"` can assign the row to the
+    # same client.
     sizes = torch.tensor([len(x) for x, _ in clients.values()])
     owners = torch.arange(len(clients)).repeat_interleave(sizes)
     # Integers are classes, unless the recipe names a task that predicts numbers, such as "poisson".
@@ -167,6 +168,12 @@ def _of_positions(settings: DataSettings, rows: SourceRows, y: Tensor, where: st
             place=where,
             cure=f"expected class numbers from 0 up, and {IGNORED} for positions without a class",
         )
+    if not bool(counted.any()):
+        raise DataError(
+            f"all labels are {IGNORED}, which is no class",
+            place=where,
+            cure="give some positions class numbers from 0 up",
+        )
     most = int(y.max()) + 1
     votes = torch.stack([(y == label).flatten(1).sum(1) for label in range(most)], 1)
 
@@ -237,7 +244,8 @@ def _client(pair: Any, where: str) -> tuple[Inputs, np.ndarray]:
         raise DataError(
             f"x of shape {shape} and y of shape {list(y.shape)}",
             place=where,
-            cure="expected uint8 images [n, C, H, W] or numbers [n, d], and y [n] or [n, k]",
+            cure="expected uint8 images [n, C, H, W] or numbers of two or more dimensions [n, ...], "
+            "and y [n] or [n, k] or, for a class at each position, whole numbers [n, ...]",
         )
     if len(y) == 0:
         raise DataError("no examples", place=where, cure="leave it out or give it some")

@@ -301,9 +301,10 @@ class OwnerLedger:
             raise
         # Before DatabaseError, which is its base class.
         except sqlite3.OperationalError as error:
-            # The file is locked, read-only or gone, or the disk is full.
+            # The file is locked, read-only or gone, or the disk is full. Reading fails too while
+            # another process has locked the file for itself.
             raise PrivacyError(
-                f"cannot be written ({error})",
+                f"cannot be read or written ({error})",
                 place=self.path,
                 cure="free some space, or stop the process that uses it; nothing is answered "
                 "until then",

@@ -89,9 +89,11 @@ class SecurePlan:
             )
 
     def _check_bound(self, bound: int) -> None:
+        if bound < 1:
+            raise RecipeError(f"got {bound}, expected a whole number above 0", place="bound")
         # One bit is the sign, so the largest sum must stay below half of 2^bits.
         largest = bound * self.cohort
-        if not 0 < largest < 1 << (self.bits - 1):
+        if largest >= 1 << (self.bits - 1):
             needed = largest.bit_length() + 1
             raise RecipeError(
                 f"got {self.bits}, but a sum of {self.cohort} values up to {bound} needs {needed}",

@@ -126,13 +126,22 @@ class SecAggServer:
             The server's side of the round.
 
         Raises:
-            RecipeError: if the cohort does not have the planned size, or a client in it did not
-                accept the roster; also if `size` is below 1.
+            RecipeError: if there is no roster yet, `size` is below 1, a client in the cohort did
+                not accept the roster, or the cohort does not have the planned size.
         """
-        # A client that did not confirm this roster may have another one, with other keys.
-        if self._roster is None or not self._accepted.issuperset(cohort) or size < 1:
+        if self._roster is None:
             raise RecipeError(
-                "a client in it did not accept the roster",
+                "there is no roster yet",
+                place="roster",
+                cure="call `roster`, and `accepted` with the answer of each client",
+            )
+        if size < 1:
+            raise RecipeError(f"got {size}, expected a whole number above 0", place="size")
+        # A client that did not confirm this roster may have another one, with other keys.
+        strangers = set(cohort).difference(self._accepted)
+        if strangers:
+            raise RecipeError(
+                f"{min(strangers)!r} did not accept the roster",
                 place="cohort",
                 cure="choose only clients that accepted it",
             )

@@ -37,8 +37,8 @@ def locked(folder: Path) -> Iterator[None]:
     """Holds the lock of `folder` during the block: an flock on the file `lock` in the folder.
 
     The text of the file names the process that has the lock. On file systems without flock, the
-    folder is locked as long as the file exists and the process that it names is alive. A thread
-    that has the lock may take it a second time.
+    folder is locked as long as the file exists, names a process, and this process is not known to
+    be dead. A thread that has the lock may take it a second time.
 
     Raises:
         RunError: if another process has the lock (the error names it), or if the folder cannot be
@@ -58,8 +58,8 @@ def locked(folder: Path) -> Iterator[None]:
         yield
     finally:
         del _held_here[key]
-        # The file is removed before the lock is released: after that, another process could already
-        # have locked it.
+        # The file is removed while the lock is still held. Once the lock is released, another
+        # process may lock the same file, which must not be removed then.
         with suppress(OSError):
             (folder / NAME).unlink(missing_ok=True)
         os.close(handle)
@@ -86,7 +86,9 @@ def holder(folder: Path) -> str | None:
         if result == "taken":
             return None
         owner = _read_owner(path)
-        if result == "unknown" and _is_dead(owner):
+        # `_acquire` takes the lock in these cases too. A process may have died before it wrote its
+        # name.
+        if result == "unknown" and (not owner or _is_dead(owner)):
             return None
         return _describe(owner)
     finally:

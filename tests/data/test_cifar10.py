@@ -120,7 +120,7 @@ def test_without_path_and_download_the_cure_is_told():
 @pytest.mark.parametrize(
     ("path", "message"),
     [
-        ("nowhere", "no such path '.*nowhere'; check it"),
+        ("nowhere", "no such path '.*nowhere'; check the path"),
         (".", "neither train-.*parquet nor cifar-10-python.tar.gz nor"),
     ],
 )

@@ -102,3 +102,9 @@ def test_missing_and_failing_functions_are_named(own):
         load(ask(), 0)
     with pytest.raises(DataError, match=r"no function 'mak'; did you mean 'make'"):
         load(ask("mak"), 0)
+
+
+def test_positions_without_any_class_are_refused(own):
+    own.make = lambda: {"a": (np.zeros((4, 2)), np.full((4, 2), -100))}
+    with pytest.raises(DataError, match="all labels are -100, which is no class; give some pos"):
+        load(ask(task="classification"), 0)

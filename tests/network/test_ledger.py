@@ -204,7 +204,7 @@ def test_a_full_disk_is_told_and_nothing_is_half_written(path):
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, before[1]))
     try:
-        with pytest.raises(PrivacyError, match=r"cannot be written.*free some space"):
+        with pytest.raises(PrivacyError, match=r"cannot be read or written.*free some space"):
             fill()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)

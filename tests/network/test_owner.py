@@ -454,8 +454,8 @@ def test_a_ledger_that_does_not_work_refuses_and_says_so_on_both_sides(
     raw.execute("BEGIN IMMEDIATE")
     reasons = refusals(server)
     raw.rollback()
-    assert (
-        reasons[0] == "the owner's policy says no to ledger: the owner's ledger cannot be written"
+    assert reasons[0] == (
+        "the owner's policy says no to ledger: the owner's ledger cannot be read or written"
     )
     assert str(tmp_path) not in reasons[0]
     assert "ledger.sqlite" in caplog.text

@@ -225,6 +225,17 @@ def test_within_the_bound_of_the_plan_no_sum_can_overflow():
         members["c0"].mask(torch.tensor([-32]), round=2, cohort=list(members))
 
 
+def test_a_round_that_cannot_open_names_its_reason():
+    combiner, members = group(3)
+    with pytest.raises(RecipeError, match=r"^size: got 0, expected a whole number above 0"):
+        combiner.open(1, list(members), 0)
+    with pytest.raises(RecipeError, match=r"^cohort: 'x' did not accept the roster"):
+        combiner.open(1, ["c0", "c1", "x"], 3)
+    early = SecAggServer(SecurePlan(3, 18), {}, "run")
+    with pytest.raises(RecipeError, match=r"^roster: there is no roster yet; call `roster`"):
+        early.open(1, list(members), 3)
+
+
 def test_the_server_keeps_one_vector_however_many_report():
     combiner, members = group(6)
     values = numbers(6, size=10_000)
@@ -271,7 +282,7 @@ def test_too_many_wrong_answers_keep_the_sum_closed():
         ({"max_dropout": float("nan")}, "max_dropout"),
         ({"max_corrupt": -0.1}, "max_corrupt"),
         ({"max_corrupt": 0.4}, "max_corrupt"),
-        ({"bound": 0}, "bits"),
+        ({"bound": 0}, "bound"),
         ({"cohort": 3, "max_corrupt": 0.49}, "max_dropout"),
     ],
 )

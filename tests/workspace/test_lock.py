@@ -118,6 +118,14 @@ class TestWithoutLocksOfTheSystem:
         with lock.locked(tmp_path):
             pass
 
+    @pytest.mark.parametrize("content", [b"", b"{"])
+    def test_a_file_that_names_nobody_holds_nothing(self, tmp_path, content):
+        (tmp_path / "lock").write_bytes(content)
+        assert lock.holder(tmp_path) is None
+        lock.check_unlocked(tmp_path)
+        with lock.locked(tmp_path):
+            pass
+
     def test_of_another_machine_nothing_is_known(self, tmp_path):
         self.note(tmp_path, host="elsewhere", pid=1)
         with pytest.raises(RunError, match="process 1 on elsewhere"), lock.locked(tmp_path):

@@ -34,6 +34,15 @@ def net(width=8):
     return nn.Sequential(conv, nn.BatchNorm2d(width), nn.ReLU(), nn.Flatten(), nn.Linear(width * 36, 10))
 """
 
+NO_TEST_ROWS = """
+from dataclasses import replace
+from fedpress.data import DataSettings, load
+
+def make():
+    data = load(DataSettings(source="digits"), 0)
+    return replace(data, test=data.test.take([]))
+"""
+
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, tiny):
@@ -112,6 +121,11 @@ def test_without_data_a_command_says_what_it_could_not_do(shell, trained, tmp_pa
     said = shell("train", alone, "epochs=1")
     assert said.code == 2
     assert "no examples" in said.err
+    Path("no_test_rows.py").write_text(NO_TEST_ROWS)
+    said = shell(
+        "prune", alone, "keep_params=0.5", "--data", "no_test_rows:make", "--out", "no-test"
+    )
+    assert "no metrics, since the data have no test examples\n" in said.out, said.err
     said = shell("prune", alone, "keep_params=0.5", "--data", "digits", "--json", "--out", "with")
     assert json.loads(said.out)["after"]["accuracy"] > 0.05
 
