@@ -43,12 +43,22 @@ def parameters(model: nn.Module) -> int:
 def state_bytes(model: nn.Module) -> int:
     """Returns the bytes of all parameters and saved buffers; a shared tensor counts once.
 
+    Shared is a tensor that the model has under several names. A buffer that is a part of another
+    tensor counts by itself, as packed files store it.
+
     >>> state_bytes(nn.Linear(3, 2))
     32
     """
-    # Shared tensors are stored once, and lie at the same address.
-    unique = {t.data_ptr(): t for t in model.state_dict().values()}
-    return sum(t.numel() * t.element_size() for t in unique.values())
+    total = 0
+    seen = set()
+    # `keep_vars` gives the tensors themselves: on the meta device they have no addresses.
+    for tensor in model.state_dict(keep_vars=True).values():
+        address = tensor.data_ptr() or id(tensor)
+        memory = (address, tensor.dtype, tensor.shape, tensor.stride())
+        if memory not in seen:
+            seen.add(memory)
+            total += tensor.numel() * tensor.element_size()
+    return total
 
 
 def _attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
@@ -77,7 +87,8 @@ def macs(model: nn.Module, example: Example) -> int:
     """Counts the multiply-adds of convolutions and matrix products in one forward pass.
 
     torch's FlopCounterMode counts the operations that really run, with two FLOPs per multiply-add.
-    If the model fails on a batch of one, it runs on two copies, and the count is halved.
+    If the model fails on a batch of one example, it gets a batch with this example twice, and the
+    count is halved.
 
     Args:
         model: any module.
@@ -102,7 +113,8 @@ def macs(model: nn.Module, example: Example) -> int:
 def activations(model: nn.Module, example: Example) -> int:
     """Returns the number of output values of all innermost modules in one forward pass.
 
-    If the model fails on a batch of one, it runs on two copies, and the count is halved.
+    If the model fails on a batch of one example, it gets a batch with this example twice, and the
+    count is halved.
 
     >>> activations(nn.Sequential(nn.Linear(3, 2), nn.ReLU()), torch.zeros(1, 3))
     4
@@ -137,7 +149,8 @@ def activations(model: nn.Module, example: Example) -> int:
 def latency(model: nn.Module, example: Example, *, repeats: int = 30, warmup: int = 5) -> Latency:
     """Measures the time of one forward pass on one example, in eager torch on one thread.
 
-    If the model fails on a batch of one, it runs on two copies, and the time is halved. The number
+    If the model fails on a batch of one example, it gets a batch with this example twice, and the
+    time is halved. The number
     of threads and the model's modes are restored.
 
     Args:

@@ -288,16 +288,15 @@ def dtype_of(x: Inputs) -> str | dict[str, str]:
     """Returns the dtype that a network gets after `Preprocess`: "float32", "int64" or "bool".
 
     This holds for a `Preprocess` without means; with means it gives float32. With several inputs,
-    there is a dtype for each name.
+    there is a dtype for each name; only then it may be "bool".
     """
     # `Preprocess` turns every other type, bytes included, into float32.
-    whole = {torch.int64: "int64", torch.bool: "bool"}
-    dtypes = {}
-    for name, t in tensors_by_name(x).items():
-        dtypes[name] = whole.get(t.dtype, "float32")
-    if isinstance(x, NamedInputs):
-        return dtypes
-    return dtypes[""]
+    whole = {torch.int64: "int64"}
+    if not isinstance(x, NamedInputs):
+        return whole.get(x.dtype, "float32")
+    # Among several inputs, booleans stay booleans: they are usually masks.
+    whole[torch.bool] = "bool"
+    return {name: whole.get(t.dtype, "float32") for name, t in x.items()}
 
 
 def shapes_in(shape: Shape) -> list[tuple[int, ...]]:

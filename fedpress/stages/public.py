@@ -29,8 +29,8 @@ def draw_calibration(state: State, n: int, seed: int) -> Arrays:
     """Draws up to `n` different public examples at random.
 
     Raises:
-        DataError: if there are no public examples, or if there are several classes and all drawn
-            examples have the same label.
+        DataError: if there are no public examples, if `n` is 0, or if there are several classes and
+            all drawn examples have the same label.
     """
     public = state.data.public
     if not len(public):
@@ -38,6 +38,12 @@ def draw_calibration(state: State, n: int, seed: int) -> Arrays:
             "it needs public examples, but the public part of the data is empty",
             place="calibration",
             cure=("give public examples by ", Argument("data.public_share", 0.1)),
+        )
+    if n < 1:
+        raise DataError(
+            f"got {n}, but it needs public examples",
+            place="calibration",
+            cure=("give ", Argument("calibration", 256)),
         )
     drawn = public.take(public_stream(seed, "calibration").permutation(len(public))[:n])
     # Scores computed from one class would prune channels that the other classes need.

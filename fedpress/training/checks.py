@@ -85,20 +85,19 @@ def _check_examples(
         )
     if settings.bn_penalty:
         batch_norm_scales(model)  # raises an error if there are none
-    alone = min(settings.batch_size, len(train)) == 1
-    if alone and _needs_two(model, preprocess(train.x[:1])):
-        # Two different errors: the cause is either the setting or the data.
-        if settings.batch_size == 1:
-            raise TrainingError(
-                "got 1, but a batch norm needs two examples to average over",
-                place="batch_size",
-                cure="take 2 or more",
-            )
-        raise TrainingError(
-            "the public part has one example, but a batch norm needs two to average over",
-            place="train",
-            cure=("give more public examples by ", Argument("data.public_share", 0.1)),
-        )
+    if min(settings.batch_size, len(train)) > 1:
+        return
+    why = _why_not_one(model, preprocess(train.x[:1]))
+    if why is None:
+        return
+    # Two different errors: the cause is either the setting or the data.
+    if settings.batch_size == 1:
+        raise TrainingError(f"got 1, but {why}", place="batch_size", cure="take 2 or more")
+    raise TrainingError(
+        f"the public part has one example, but {why}",
+        place="train",
+        cure=("give more public examples by ", Argument("data.public_share", 0.1)),
+    )
 
 
 def _check_image_sizes(
@@ -140,8 +139,8 @@ def batch_norm_scales(model: nn.Module) -> list[nn.Parameter]:
     return scales
 
 
-def _needs_two(model: nn.Module, x: Inputs) -> bool:
-    """Returns whether a batch norm of `model` cannot train on a single example `x` [1, ...].
+def _why_not_one(model: nn.Module, x: Inputs) -> str | None:
+    """Returns why a model with batch norms cannot train on one example `x` [1, ...], else None.
 
     In training mode a batch norm needs more than one value for each channel. A convolution gives
     one value per pixel, so batch norms after convolutions can train on one image.
@@ -149,12 +148,15 @@ def _needs_two(model: nn.Module, x: Inputs) -> bool:
     # A copy is run, because the forward pass changes running statistics.
     twin = copied(model).train()
     if not uses_batch_statistics(twin):
-        return False
+        return None
     at = next((p.device for p in twin.parameters()), x.device)
-    # A ValueError with another message is not about batch norms, so other checks report it.
     try:
         with torch.no_grad():
             call(twin, x.to(at))
-    except ValueError as error:
-        return ONE_VALUE in str(error)
-    return False
+    # A user's forward may raise anything, for instance after a `squeeze()` of the batch.
+    except Exception as error:
+        if ONE_VALUE in str(error):
+            return "a batch norm needs two examples to average over"
+        first_line = (str(error).splitlines() or [type(error).__name__])[0]
+        return f"the network fails on a single example ({first_line})"
+    return None

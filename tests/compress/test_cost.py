@@ -44,6 +44,18 @@ def test_shared_weights_are_counted_once(traced):
     assert state_bytes(model) == 4 * (parameters(model) + 16)
 
 
+def test_a_buffer_that_is_a_part_of_another_counts_by_itself():
+    model = nn.Module()
+    model.register_buffer("whole", torch.zeros(10))
+    model.register_buffer("part", model.whole[:2])
+    model.register_buffer("same", model.whole.view(10))
+    assert state_bytes(model) == 4 * (10 + 2)
+
+
+def test_tensors_without_values_have_their_own_bytes():
+    assert state_bytes(nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3)).to("meta")) == 4 * 2 * 12
+
+
 def test_latency_is_measured_on_one_thread_and_puts_things_back():
     threads, seen = torch.get_num_threads(), []
     model = nn.Sequential(nn.Linear(3, 3), nn.Dropout(0.5)).train()

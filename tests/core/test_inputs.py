@@ -11,6 +11,7 @@ from fedpress.core.examples import Arrays, Preprocess
 from fedpress.core.inputs import (
     NamedInputs,
     call,
+    dtype_of,
     inputs_text,
     join,
     positional,
@@ -180,3 +181,14 @@ def test_shapes_and_forms_are_told_by_name():
     assert inputs_text(x) == "tokens [5] int64, lengths [] int64, sensors [2, 3] float32"
     assert signature_of(x) == signature_of(some(9, seed=1))
     assert signature_of(x) != signature_of(NamedInputs({"tokens": x["tokens"]}))
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.bool, torch.uint8, torch.int32, torch.int64, torch.float64]
+)
+def test_the_dtype_that_is_told_is_the_one_that_a_network_gets(dtype):
+    alone = torch.ones(2, 3, dtype=dtype)
+    named = NamedInputs({"x": alone})
+    standardise = Preprocess()
+    assert dtype_of(alone) == str(standardise(alone).dtype).removeprefix("torch.")
+    assert dtype_of(named) == {"x": str(standardise(named)["x"].dtype).removeprefix("torch.")}

@@ -75,3 +75,9 @@ def test_norms_stay_where_there_is_nothing_to_restore_them_from(empty):
     assert restore_norms_(torch.nn.Sequential(norm), here, public, batch=4) == 0
     assert restore_norms_(torch.nn.Linear(3, 2), here, here.data.public, batch=4) == 0
     assert torch.equal(norm.running_mean, torch.zeros(3))
+
+
+def test_no_example_is_no_evidence():
+    here = state(torch.zeros(20, 3), torch.arange(20) % 2)
+    with pytest.raises(DataError, match=r"calibration: got 0, .* give calibration=256"):
+        draw_calibration(here, 0, 0)

@@ -35,6 +35,26 @@ def test_one_public_example_under_batch_norm_is_refused_only_where_nothing_can_b
     )  # 8 x 8 pixels have statistics
 
 
+def test_a_network_that_fails_on_a_single_example_is_refused():
+    class Squeezes(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.norm, self.head = (
+                nn.Conv2d(3, 4, 3),
+                nn.BatchNorm2d(4),
+                nn.Linear(144, 10),
+            )
+
+        def forward(self, x):
+            return self.head(self.norm(self.conv(x)).squeeze().flatten(1))
+
+    with pytest.raises(
+        TrainingError,
+        match=r"^batch_size: got 1, but the network fails on a single example \(mat1 and mat2",
+    ):
+        fit_all(fitting(Squeezes(), settings(batch_size=1), seed=0), images(4))
+
+
 @pytest.mark.parametrize(
     ("changes", "train", "validation", "message"),
     [

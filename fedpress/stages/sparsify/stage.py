@@ -86,8 +86,11 @@ class SparsifyStage(SparsifySettings, Stage):
                 cure="give the nearest density, or a pattern of smaller blocks",
             )
         apply_masks_(weights.chosen, masks)
-        rounds = 1 + self.rounds if self.schedule == "rewind" else 1
-        facts = {**_facts(model, weights, masks), "epochs": self.epochs * rounds}
+        epochs = self.epochs
+        if self.schedule == "rewind":
+            # After each cut the training goes on from epoch `rewind_to`.
+            epochs += self.rounds * (self.epochs - self.rewind_to)
+        facts = {**_facts(model, weights, masks), "epochs": epochs}
         return replace(state, spec=with_sparse_weights(state.spec, masks), model=model), facts
 
     def run(self, state: State, folder: StageFolder) -> Generator[Tick, None, State]:

@@ -229,6 +229,14 @@ def test_without_batch_norm_and_losses_no_public_examples_are_needed(tmp_path):
             checked(needy)
 
 
+def test_a_sensitivity_is_not_measured_on_no_example():
+    text = HEAD[: HEAD.index("[[stage]]")] + PRUNE + 'scope = "sensitivity"\n'
+    text = text.replace("calibration = 64", "calibration = 0")
+    assert checked(text), "the validation set is there to measure on"
+    with pytest.raises(DataError, match=r"calibration: got 0, .*calibration = 256"):
+        checked(text.replace("validation = 60", "validation = 0"))
+
+
 @pytest.mark.parametrize(
     ("fields", "says"),
     [

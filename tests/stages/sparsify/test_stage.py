@@ -202,6 +202,13 @@ def test_checking_tells_the_density_and_gives_the_model_on_with_its_zeros():
     assert line["nonzero_parameters"] < line["parameters"]
 
 
+def test_checking_counts_the_epochs_of_every_training(tmp_path):
+    text = HEAD + SPARSIFY + "density = 0.1\nschedule = 'rewind'\n" + SCHEDULES["rewind"]
+    finish(text, tmp_path / "run")
+    trained = [line for line in told(tmp_path / "run") if "epoch" in line]
+    assert checked(text)[0]["epochs"] == len(trained) == 2 + 1 + 1
+
+
 @pytest.mark.parametrize(
     ("text", "kind", "said"),
     [
