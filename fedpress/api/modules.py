@@ -12,7 +12,7 @@ from fedpress.models import ModelSpec, memory
 
 
 def building_spec(module: nn.Module) -> ModelSpec | None:
-    """Returns the spec with which any process can build a module that a call has returned.
+    """Returns the spec from which any process can build a module that fedpress returned.
 
     Returns None in three cases: no call of fedpress returned this module; the user changed the
     module afterwards; or only this process can build the module, for example because its class is

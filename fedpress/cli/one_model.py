@@ -148,8 +148,7 @@ def command_of(kind: str) -> Callable[..., None]:
         help="Settings; --keys lists them.",
         autocompletion=completion.stage_keys(kind),
     )
-    # Shell completion suggests the keys of this kind only, so the annotation of `keys` depends on
-    # `kind` and is set here.
+    # Set here, since shell completion suggests only the keys of this `kind`.
     command.__annotations__["keys"] = Annotated[list[str] | None, settings]
     return command
 

@@ -74,10 +74,10 @@ def with_new_keys(
 def with_old_keys(table: Mapping[str, Any], rows: tuple[Renamed, ...]) -> dict[str, Any]:
     """Returns `table` (settings in JSON types) with the old keys and values.
 
-    An old setting without effect (`now` is None) is added if `table` does not have `now_key`.
-
     A run finds its finished stages (such as "train") by a hash of their settings. The hash is
-    computed from the old keys, so that runs of an older version can be resumed.
+    computed from the old keys, so that runs of an older version can be resumed. Older versions
+    always wrote a setting that has no effect any more (`now` is None), so it is put back if `table`
+    does not have `now_key`.
 
     >>> row = Renamed("sum", "secure", "aggregator", "secure")
     >>> with_old_keys({"aggregator": {"kind": "secure"}}, (row,))

@@ -57,7 +57,8 @@ def _missing_shards(part: str, names: list[str]) -> list[str]:
         if "-of-" not in name:
             continue
         count = name.split("-of-")[1].split(".")[0]
-        # Not the hub's naming: the name does not say how many files there should be.
+        # In older copies a hash follows, as in `train-00000-of-00002-0a1b.parquet`. The hashes in
+        # the names of the other files are not known, so they are not checked.
         if not count.isdigit():
             return []
         wanted = [f"{part}-{i:05d}-of-{count}.parquet" for i in range(int(count))]

@@ -41,9 +41,11 @@ def export_executorch(model: torch.nn.Module, path: str | Path, job: Job) -> Art
     XNNPACK is a library of fast kernels for the processors of phones. With calibration batches in
     `job`, convolutions, linear layers, sums, means and max pools compute on 8-bit integers. XNNPACK
     has no convolution with 4-bit weights, so weights of fewer than 8 bits are stored in 8 bits.
-    Without calibration all quantized weights are stored as float32. Operations that XNNPACK does
-    not support run in ExecuTorch's portable kernels. `left_float` of the result lists all
-    exceptions. The model is not changed.
+    Weights with several scales per output channel are stored as float32; without calibration, all
+    quantized weights are. Operations that XNNPACK does not support run in ExecuTorch's portable
+    kernels. `left_float` of the result names every module or operation that does not compute on
+    8-bit integers although the model asks for them, and those in portable kernels, with the reason.
+    The model is not changed.
 
     Raises:
         ExportError: if the model cannot be captured or lowered, or if the file cannot be written.
@@ -179,7 +181,8 @@ def _run_once(data: bytes, input_shape: tuple[int, ...]) -> None:
             raise ExportError(
                 f"ExecuTorch has {what}",
                 place="model",
-                cure="replace it by operations of 1-d or 2-d images, or export as onnx",
+                cure="replace it by an operation on sequences [1, C, L] or images [1, C, H, W], "
+                "or export as onnx",
             ) from error
 
 

@@ -122,7 +122,7 @@ OPTIONS: tuple[RuntimeOption, ...] = (
 )
 """All options. Runtimes without a row (ExecuTorch, LiteRT, torch) need none.
 
-They compute the same on every processor.
+They compute in the precision of the file on every processor; the last bits of floats may differ.
 """
 
 
@@ -205,7 +205,8 @@ def _features() -> set[str]:
 
 
 def _name() -> str:
-    # x86 calls the entry "model name", ARM "Model"; other systems than Linux have neither.
+    # x86 calls the entry "model name", and some ARM boards have "Model". Most ARM servers, and other
+    # systems than Linux, have neither.
     return _cpuinfo("model name", "Model") or platform.processor() or platform.machine()
 
 

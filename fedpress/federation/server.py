@@ -338,7 +338,8 @@ class _Run:
 
     def _take_step(self, mean: RoundMean, number: int) -> None:
         """Takes the algorithm's server step, if there is at least one usable update."""
-        # Without an update the model stays: a step of zeros would still move a momentum.
+        # Without an update the model stays as it is. A step with a zero update would still change
+        # it, since the momentum of earlier rounds would move it.
         if not mean.vectors:
             return
         algorithm = self.server.terms.algorithm

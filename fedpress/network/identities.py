@@ -55,7 +55,8 @@ class KnownIdentities:
                 f"it cannot be read ({error})",
                 # The error is sent to the server, which need not know the file's folder.
                 place=self.path.name,
-                cure="bring the file back from a copy, or compare the keys with another client's",
+                cure="restore the file from a copy, or write it anew with keys that you have "
+                "compared with another client's file",
             ) from error
 
     def compare(self, identities: Mapping[ClientId, bytes]) -> Refusal | None:

@@ -129,7 +129,7 @@ def errors_of_command(kind: str, *, all_public: bool = False) -> Iterator[None]:
 
 
 def shell_text(part: Argument | Shell) -> str:
-    """Returns an argument that an error suggests as command-line text: a flag, or `key=value`.
+    """Converts an argument that an error suggests to command-line text: a flag, or `key=value`.
 
     >>> shell_text(Argument("data", "SOURCE")), shell_text(Argument("allow_code", ("nets:Net",)))
     ('--data SOURCE', '--allow-code nets:Net')

@@ -55,10 +55,12 @@ class LedgerEntry:
         steps: number of noised sums.
         first_round: first round of the entry, from 1; 0 if the mechanism does not run in rounds.
         last_round: last round of the entry; 0 if the mechanism does not run in rounds.
-        l2: see `SkellamEvent`; 0 for Gaussian noise.
-        l1: see `SkellamEvent`; 0 for Gaussian noise.
-        variance: see `SkellamEvent`; 0 for Gaussian noise.
-        failure: see `SkellamEvent`; 0 for Gaussian noise.
+        l2: L2 sensitivity of the sum with Skellam noise, in grid units (see `SkellamEvent`); 0 for
+            Gaussian noise.
+        l1: L1 sensitivity of that sum, in grid units; 0 for Gaussian noise.
+        variance: variance of the Skellam noise, in grid units squared; 0 for Gaussian noise.
+        failure: probability with which one unit moves the sum by more than `l2` in one step; 0 for
+            Gaussian noise.
 
     Raises:
         RecipeError: if a number is out of range, or if `noise_multiplier` contradicts the fields of

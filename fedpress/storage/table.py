@@ -42,8 +42,9 @@ class TensorTable(BaseModel):
 
     Attributes:
         blobs: blobs by name. A name is `kind:what:dtype`, such as "weights:conv1.weight:float32".
-            `what` is the name of a large tensor, the last part of the name of small tensors, as in
-            "rest:bias:float32", or the quantization of integer codes, as in "codes:int4:float32".
+            `what` depends on the blob. One large tensor: its name. Several small tensors: the last
+            part of their names, as in "rest:bias:float32". Integer codes: their quantization, as in
+            "codes:int4:float32".
         same: name of a tensor -> name of the earlier tensor with which it shares its memory.
     """
 

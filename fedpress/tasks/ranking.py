@@ -81,7 +81,7 @@ def auc_standard_error(area: float, positives: int, negatives: int) -> float | N
         + (positives - 1) * (two_positives - area**2)
         + (negatives - 1) * (two_negatives - area**2)
     ) / (positives * negatives)
-    # For an AUC below 0.5 the approximation may be slightly negative.
+    # Near an AUC of 1, rounding errors may make it slightly negative.
     return math.sqrt(max(0.0, variance))
 
 

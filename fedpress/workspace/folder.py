@@ -61,7 +61,9 @@ class RunFolder:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """All settings with which the run was started, including defaults.
+        """The settings with which the run was started, as they were given to `create`.
+
+        Settings that may change when the run is resumed, such as the device, are not among them.
 
         Raises:
             RunError: if settings.json is missing or damaged.

@@ -102,7 +102,8 @@ def effective(
         anchor_(anchored, folder)
     if anchored == found and not overrides:
         return text
-    # The paths of the recipe file are absolute by now, so this changes only paths of overrides.
+    # Paths of a recipe file are absolute by now. Paths of overrides, and of a recipe that is not
+    # from a file, are relative to the current folder.
     changed = overridden(anchored, overrides)
     anchor_(changed, Path.cwd())
     name_stages_(changed)

@@ -69,8 +69,8 @@ def bind_deployed(
         inputs=inputs,
         labels=network.labels,
     )
-    # The list of clients is empty, because their names are not known yet. With names, the folder's
-    # name would depend on them.
+    # Names are left out ([]): the name of the storage folder is a hash of settings and client names,
+    # and the names are not known before the folder is read.
     memory = memories_of(common, [], folder)[1]
     stored = load_json(memory, POPULATION)
     population = Population.from_json(stored["json"]) if stored else None
@@ -109,8 +109,8 @@ def _in_real_time(stage: FederateSettings) -> FederateSettings:
     """
     if stage.privacy is not None and stage.schedule.kind == "buffered":
         raise RecipeError(
-            "who answers first decides who is asked next, so over a network nobody knows how "
-            "often each client is asked, and the noise cannot be planned",
+            "the order of the answers determines which client is asked next; over a network this "
+            "order is not known in advance, so the noise cannot be planned",
             place="schedule",
             cure="leave out schedule (then rounds are synchronous) or privacy",
         )

@@ -42,7 +42,8 @@ class PrivacySettings(ReadsOldKeys):
         description="who adds the noise: local (each client), distributed (all clients together, "
         "in a secure sum), central (the server)",
     )
-    # Should be well below 1 / (number of protected units). `privacy.py` refuses this value or more.
+    # Should be well below 1 / (number of protected units). `fedpress.stages.federate.privacy` refuses
+    # delta >= 1 / (number of units).
     delta: float = Field(
         1e-5, gt=0, lt=1, description="delta of (epsilon, delta)-differential privacy"
     )
@@ -125,7 +126,10 @@ class CorrelatedNoise(BaseModel):
 
     # Each band costs a draw of noise in every round, and more bands hardly lower the error.
     bands: int = Field(
-        16, ge=2, le=64, description="number of rounds whose noise is mixed into the noise of one"
+        16,
+        ge=2,
+        le=64,
+        description="number of rounds whose noise is combined in the noise of each round",
     )
 
 
@@ -160,9 +164,9 @@ class FederateSettings(LocalSettings, ReadsOldKeys):
     )
     weights: Literal["examples", "equal"] | None = Field(
         None,
-        description="weights of the clients' mean: by number of examples, or equal; by default "
-        "examples; equal under privacy (but for unit sample with trust local), or if the algorithm "
-        "or aggregator needs it",
+        description="weights of the clients' mean: examples (by number of examples) or equal; the "
+        "default is equal with privacy (except unit sample with trust local) or if the algorithm "
+        "or aggregator needs it, else examples",
     )
     server: Server = Field(
         Average(), description="optimizer of the server: average, momentum or adam"

@@ -45,7 +45,6 @@ class FederateStage(FederateSettings, Stage):
         "quantile": "privacy.adaptive.quantile",
         "sampling_prob": "sampling",
         "size": "cohort",
-        "steps_per_round": "privacy.steps_per_round",
         "trust": "privacy.trust",
         "unit": "privacy.unit",
     }
@@ -56,7 +55,11 @@ class FederateStage(FederateSettings, Stage):
         return self.privacy is not None
 
     def check(self, state: State) -> tuple[State, dict[str, Any]]:
-        """Plans codecs, privacy and schedule; also returns the bytes, the noise and epsilon.
+        """Plans codecs, privacy and schedule; trains nothing.
+
+        Returns:
+            The state after the stage, with all rounds charged to the ledger; and facts for the
+            user, such as bytes, noise and epsilon.
 
         Raises:
             RecipeError: if settings do not fit together, or a private step fails on trial examples.
@@ -121,8 +124,9 @@ class FederateStage(FederateSettings, Stage):
         for warning in self.warnings:
             yield Tick(0, self.num_rounds, "", f"warning: stage.{self.name}.{warning}")
         # Without a checkpoint the stage starts from the first round. Simulated clients must forget
-        # earlier answers to this round, or they would refuse. Clients over a network do not forget:
-        # they send the same bytes again, since new answers would cost privacy again.
+        # what they answered before the restart, or they would refuse to answer the same rounds
+        # again. Clients over a network do not forget: they send the same bytes again, since new
+        # answers would cost privacy again.
         if not folder.begun and state.network is None:
             folder.forget()
         server = bind(self, state, folder.memory).server

@@ -1,7 +1,8 @@
 """Pruning rules of `cat`, `stack`, `pad`, `permute`, `expand`, `repeat`, `zeros` and similar ones.
 
 Each index of a channel axis has an id. A rule unites the ids of channels that must be pruned
-together, keeps the ids of channels that cannot be pruned, and returns the ids of the output's axes.
+together, marks the ids of channels that must not be pruned (`ids.keep`), and returns the ids of the
+output's axes.
 Its argument `shape` is the shape of the output. Sizes in the user's code, such as 16 in
 `zeros(n, 16)`, are recorded, so that they can be corrected after pruning.
 """
@@ -119,7 +120,10 @@ def permute(ids: ChannelIds, shape: Shape, x: Value, *dims: Any) -> Axes:
 
 @rule("expand", "expand_as", "broadcast_to")
 def expand(ids: ChannelIds, shape: Shape, x: Value, sizes: Any = (), **options: Any) -> Axes:
-    """`expand`: copies `x` along new axes and axes of size 1; these axes get new ids."""
+    """`expand`: copies `x` along new axes and axes of size 1.
+
+    These axes get new ids. `expand_as(other)` gives them the ids of the axes of `other`.
+    """
     new_axes = len(shape) - len(x.shape)
     old_shape = (1,) * new_axes + x.shape
     axes = list(elementwise(ids, shape, x))
@@ -165,7 +169,7 @@ def repeat_interleave(
     A channel is pruned with its copies.
     """
     if dim is None:
-        ids.keep_all(x.axes, "channels are taken by index")
+        ids.keep_all(x.axes, "repeat_interleave without dim flattens all axes into one")
         return (None,) * len(shape)
     dim %= len(x.shape)
     return replace_entry(x.axes, dim, repeat_each(x.axes[dim], times))
@@ -190,7 +194,10 @@ def shuffle_pixels(ids: ChannelIds, shape: Shape, x: Value, factor: int) -> Axes
 
 @rule("channel_shuffle.default", "native_channel_shuffle.default")
 def shuffle_channels(ids: ChannelIds, shape: Shape, x: Value, groups: int) -> Axes:
-    """`channel_shuffle` interleaves the channels of groups; all lose the same positions."""
+    """`channel_shuffle` interleaves the channels of groups.
+
+    Every group must lose the channels at the same positions in it.
+    """
     axis = x.axes[1]
     if axis is None:
         return x.axes
