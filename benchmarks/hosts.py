@@ -59,7 +59,7 @@ batch_size = 20
 {more}
 """
 CODED = 'uplink = [{ kind = "quantize", bits = 8 }]\ndownlink = [{ kind = "quantize", bits = 8 }]'
-SLOW = "local_epochs = 5\nlr = 0.02\n"
+SLOW = "epochs = 30\nlr = 0.00033\n"
 BUFFERED = 'schedule = { kind = "buffered", buffer = 2 }\n'
 ACCURACY = 0.9
 
@@ -346,7 +346,7 @@ def slow(hosts: Hosts, folder: Path) -> None:
                 seed=seed,
                 examples=400,
                 hidden=[512, 512],
-                rounds=12 if name == "synchronous" else 60,
+                rounds=14 if name == "synchronous" else 45,
                 more=SLOW + more,
             )
             seconds = 0.0

@@ -331,7 +331,8 @@ def skellam(
         f"noise multiplier {units.rounded_up(plan.noise_multiplier)}"
     )
     typer.echo(
-        f"epsilon {units.rounded_up(plan.epsilon)} at delta {delta:g}\n\nbits  epsilon with this noise"
+        f"epsilon {units.rounded_up(plan.epsilon)} at delta {delta:g}\n\n"
+        "bits  epsilon with this noise"
     )
     for width, spent in rows:
         typer.echo(f"{width:4}  {'does not fit' if spent is None else units.rounded_up(spent)}")

@@ -79,7 +79,10 @@ class RayEngine:
         wanted = self.settings.actors or 1
         if room < wanted:
             raise NetworkError(
-                f"the cluster has room for {room} actors of {self.settings.size}, expected {wanted}",
+                (
+                    f"the cluster has room for {room} actors of {self.settings.size}, "
+                    f"expected {wanted}"
+                ),
                 place="engine.actors" if self.settings.actors else "engine",
                 cure=(
                     "add nodes, or lower ",
