@@ -330,10 +330,8 @@ def skellam(
         f"{plan.bits} bits, scale {plan.scale:.4g}, "
         f"noise multiplier {units.rounded_up(plan.noise_multiplier)}"
     )
-    typer.echo(
-        f"epsilon {units.rounded_up(plan.epsilon)} at delta {delta:g}\n\n"
-        "bits  epsilon with this noise"
-    )
+    typer.echo(f"epsilon {units.rounded_up(plan.epsilon)} at delta {delta:g}")
+    typer.echo("\nbits  epsilon with this noise")
     for width, spent in rows:
         typer.echo(f"{width:4}  {'does not fit' if spent is None else units.rounded_up(spent)}")
 
