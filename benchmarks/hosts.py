@@ -234,7 +234,7 @@ class Place:
             for one in clients.values():
                 one.send_signal(signal.SIGCONT)
                 one.send_signal(signal.SIGTERM)
-                one.wait(20)
+                one.wait(120)
         return records_of(self.folder / out)
 
 

@@ -323,7 +323,7 @@ def test_the_bits_of_an_adaptive_clip_go_to_a_trusted_server_alone(unit, trust):
     plan = None if unit is None else PrivacyPlan(unit, 1.0, 1.0, 1.0)
     moving = AdaptiveClip(initial=1.0, count_noise=1.0)
     promise = Guarantee(plan=plan, trust=trust, adaptive=moving)
-    with pytest.raises(RecipeError, match="its bits would get no noise"):
+    with pytest.raises(RecipeError, match="where clients' bits get no noise"):
         Uplink.bind(Payload(3), Cohort(2, 2), weights="equal", guarantee=promise)
 
 
