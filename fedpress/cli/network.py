@@ -1,4 +1,4 @@
-"""The commands `fedpress network init|add|renew|split`: keys, folders and data of a deployment."""
+"""The commands `fedpress network init`, `add`, `renew` and `split`: keys, folders and data."""
 
 from __future__ import annotations
 
