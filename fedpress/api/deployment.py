@@ -14,9 +14,10 @@ from fedpress.api import begin
 from fedpress.core.examples import Arrays
 from fedpress.core.inputs import shape_of, shape_text
 from fedpress.data import FederatedData
+from fedpress.data.labelled_rows import TABLES
 from fedpress.data.settings import DataSettings
 from fedpress.errors import DataError
-from fedpress.network.data import ARRAYS, TABLES, ClientData, read_arrays
+from fedpress.network.data import ARRAYS, ClientData, read_arrays
 from fedpress.pipeline.recipe import Recipe
 from fedpress.pipeline.start import first_state, load_data
 

@@ -6,8 +6,9 @@ outputs become predictions, and which loss and metrics are computed.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ from fedpress.api.calls import DataArguments, Mean, Model, bind, call_scope, mod
 from fedpress.core.examples import Preprocess
 from fedpress.core.inputs import Inputs, inputs_text
 from fedpress.data import FederatedData
+from fedpress.data.labelled_rows import TABLES, labelled_rows
+from fedpress.data.settings import DataSettings
 from fedpress.errors import Argument, DataError, ModelError
 from fedpress.models import ModelSpec, memory
 from fedpress.nn.expected_input import input_cure
@@ -57,7 +60,9 @@ def evaluate(
         data: a pair (inputs, labels), a torch Dataset or a DataLoader: all examples are used. The
             name of a source of data such as "digits", or a `FederatedData`: the test part is used.
             None: the test part of the run that wrote the model.
-        path: file or folder of the source, if `data` names a source that reads files.
+        path: file or folder of the source, if `data` names a source that reads files. Without
+            `data`, a .csv or .parquet file with the columns of the run that wrote the model: all
+            its rows are prepared as that run prepared its own, and all are used.
         checkpoint: file with a state dict for the model that `module:function` builds.
         mean: mean of each input channel, for a model that was trained by another program. Inputs
             become (x - mean) / std.
@@ -96,8 +101,14 @@ def evaluate(
     # For data in memory, `Clients` has the task already.
     if task is not None and not in_memory:
         settings["data.task"] = task
+    table = Path(path) if data is None and path is not None else None
+    if table is not None and table.suffix in TABLES:
+        # The run's own data say how rows become inputs, and which classes there are.
+        arguments = replace(arguments, path=None)
     with call_scope(allow_code) as stack:
         _, bound, loaded = bind("measure", model, arguments, settings, stack)
+        if table is not None and table.suffix in TABLES:
+            loaded = _with_rows(loaded, table, bound.recipe.data)
         if not len(loaded.test):
             raise _nothing_to_measure_on()
         with errors_of_command("evaluate"):
@@ -110,6 +121,28 @@ def evaluate(
             all_metrics=True,
         )
     return {**found.metrics, "loss": found.loss, "examples": found.examples}
+
+
+def _with_rows(loaded: FederatedData, table: Path, settings: DataSettings) -> FederatedData:
+    """Returns the data set with all rows of another table as its test part.
+
+    Raises:
+        DataError: if the data of the run are no table, or the other table does not fit them.
+    """
+    if loaded.preparation is None:
+        raise DataError(
+            "the model was not trained on a table, by a run that is known here",
+            place=f"'{table}'",
+            cure=("give ", Argument("data", "(INPUTS, LABELS)"), ", or a source and its path"),
+        )
+    rows, left_out = labelled_rows(table, loaded.preparation, settings, loaded.task)
+    if left_out:
+        warnings.warn(
+            f"{left_out} rows of '{table}' are left out: they have no label, or a label or word "
+            "that the run does not know",
+            stacklevel=3,
+        )
+    return replace(loaded, test=rows)
 
 
 def _nothing_to_measure_on() -> DataError:

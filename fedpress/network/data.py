@@ -6,7 +6,7 @@ The server's offer (its first message) says which layout this is: columns, label
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
@@ -19,19 +19,15 @@ from torch import Tensor
 
 from fedpress.core.examples import Arrays
 from fedpress.core.inputs import NamedInputs, shape_of, shape_text, tensors_by_name
-from fedpress.data import columns, csv, images, tables
-from fedpress.data.columns import Column
+from fedpress.data import images
+from fedpress.data.labelled_rows import TABLES, labelled_rows
 from fedpress.data.preparation import Preparation
-from fedpress.data.prepare import prepare
 from fedpress.data.settings import DataSettings
-from fedpress.data.targets import READERS
 from fedpress.errors import DataError
 from fedpress.stages.federate.offer import Offer
 
 ARRAYS = (".safetensors", ".npz")
 """Suffixes of files of arrays."""
-TABLES = {".csv": "csv", ".parquet": "parquet"}
-"""Suffix of a table -> its source in a recipe."""
 INPUT = "x."
 """Prefix of the arrays of a model with several inputs. An argument of forward follows: `x.ids`."""
 
@@ -94,39 +90,11 @@ class ClientData:
         # Columns and word lists come from the server, so equal rows are encoded equally everywhere.
         about = Preparation.from_json(offer.inputs)
         settings = DataSettings(
-            source=TABLES[self.path.suffix],
-            path=self.path,
-            label_column=offer.labels,
-            task=offer.task.kind,
-            classes=offer.task.names if offer.task.targets == "classes" else None,
-            # A label that the recipe does not know cannot be trained on: its row is left out.
-            unknown="drop",
-            **self.keys,
+            source=TABLES[self.path.suffix], path=self.path, label_column=offer.labels, **self.keys
         )
-        table = _read(self.path, settings)
-        needed = [column.name for column in about.columns]
-        missing = [name for name in [*needed, *offer.labels] if name not in table.column_names]
-        if missing:
-            raise DataError(
-                f"it lacks the columns {', '.join(missing)} (it has "
-                f"{', '.join(table.column_names)})",
-                place=f"'{self.path}'",
-                cure="name its columns as the recipe does",
-            )
-        labels = tuple(Column.of(table, name, settings) for name in offer.labels)
-        targets = READERS[offer.task.targets](labels, settings).targets(torch.arange(0))
-        keep = targets.known & _known_words(table, about)
-        rows = table.select(needed).filter(keep.numpy()).to_pylist()
-        if not rows:
-            raise DataError(
-                "no row has a label and words that the recipe knows",
-                place=f"'{self.path}'",
-                cure=f"expected the labels {', '.join(map(str, offer.task.names))}",
-            )
-        # Mean 0 and std 1 leave the numbers as they are. The client's side of the stage will
-        # standardise them. If they were standardised here, it would happen twice.
-        raw = replace(about, mean=(0.0,) * about.width, std=(1.0,) * about.width)
-        return Arrays(prepare(rows, raw), targets.y[keep])
+        # The client's side of the stage will standardise the rows.
+        arrays, _ = labelled_rows(self.path, about, settings, offer.task)
+        return arrays
 
     def _images(self, offer: Offer) -> Arrays:
         """Reads a folder of images, and scales them to the model's input size."""
@@ -246,20 +214,3 @@ def write_arrays(path: Path, arrays: Arrays) -> None:
         for name, part in parts.items()
     }
     save_file({**tensors, "y": arrays.y.contiguous().clone()}, path)
-
-
-def _read(path: Path, settings: DataSettings) -> Any:
-    return tables.read_parquet(path) if path.suffix == ".parquet" else csv.read_csv(path, settings)
-
-
-def _known_words(table: Any, about: Preparation) -> Tensor:
-    """Returns for each row whether it can be encoded, bool [n].
-
-    A column with `unknown == "refused"` has no code for words that are not in its list.
-    """
-    known = torch.ones(table.num_rows, dtype=torch.bool)
-    for column in about.columns:
-        if column.kind == "words" and column.unknown == "refused":
-            words = columns.as_text(table[column.name])
-            known &= torch.from_numpy(columns.positions_in(words, column.words) >= 0)
-    return known

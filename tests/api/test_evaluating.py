@@ -11,6 +11,8 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import fedpress
+from fedpress.data.preparation import Preparation
+from fedpress.data.prepare import prepare
 from fedpress.errors import FedpressError, ModelError
 
 X = torch.randn(120, 6, generator=torch.Generator().manual_seed(0))
@@ -215,3 +217,82 @@ def test_labels_to_measure_on_are_named_as_the_argument():
 def test_a_device_that_is_missing_is_named_as_the_argument():
     with pytest.raises(FedpressError, match=r"^device: there is no 'cuda' .*; give device="):
         fedpress.evaluate(net(), (X, Y), device="cuda")
+
+
+def visits(path, count, seed, shift=0.0, ward="ab"):
+    """Writes a table whose class follows from its two numbers, and returns its rows."""
+    draw = np.random.default_rng(seed)
+    rows = []
+    for _ in range(count):
+        age, pressure = draw.normal(50, 10), draw.normal(120, 15)
+        ill = "yes" if (age - 50) / 10 + (pressure - 120) / 15 > 0 else "no"
+        where = ward[draw.integers(len(ward))]
+        rows.append({"age": age + shift, "pressure": pressure, "ward": where, "ill": ill})
+    with path.open("w", newline="") as file:
+        table = csv.DictWriter(file, list(rows[0]))
+        table.writeheader()
+        table.writerows(rows)
+    return rows
+
+
+@pytest.fixture(scope="module")
+def table_run(tmp_path_factory):
+    """A run on a table of visits, which exports its network and the preparation of its rows."""
+    place = tmp_path_factory.mktemp("visits")
+    visits(place / "train.csv", 400, seed=0)
+    data = {
+        "source": "csv",
+        "path": str(place / "train.csv"),
+        "label_column": "ill",
+        "num_clients": 2,
+        "public_share": 0.5,
+    }
+    model = {
+        "architecture": "mlp",
+        "arguments": {"in_features": 4, "hidden": [8], "num_classes": 2},
+    }
+    stages = [{"kind": "train", "epochs": 40, "lr": 0.1}, {"kind": "export"}]
+    return fedpress.run({"data": data, "model": model, "stage": stages}, out=place / "run")
+
+
+def test_all_rows_of_another_table_are_measured_as_the_run_prepares_them(
+    table_run, tmp_path, shell
+):
+    rows = visits(tmp_path / "new.csv", 150, seed=1)
+    found = fedpress.evaluate(table_run.path, path=tmp_path / "new.csv")
+    # The oracle: the file that lies beside an exported network.
+    about = Preparation.read(table_run.path / "artifacts" / "inputs.json")
+    inputs = [{name: row[name] for name in ("age", "pressure", "ward")} for row in rows]
+    answers = fedpress.predict(table_run.path, prepare(inputs, about), mean="none").labels
+    right = [answer == row["ill"] for answer, row in zip(answers, rows, strict=True)]
+    assert found["examples"] == 150
+    assert found["accuracy"] == pytest.approx(np.mean(right))
+    assert found["accuracy"] > 0.9
+    # Means of the new table would hide that all its patients are older.
+    visits(tmp_path / "old.csv", 150, seed=1, shift=60.0)
+    older = fedpress.evaluate(table_run.path, path=tmp_path / "old.csv")
+    assert older["accuracy"] < 0.7
+    said = shell("eval", table_run.path, "--path", tmp_path / "new.csv", "--json")
+    assert json.loads(said.out) == found
+
+
+def test_rows_that_the_run_does_not_know_are_left_out_and_told(table_run, tmp_path):
+    rows = visits(tmp_path / "new.csv", 20, seed=2)
+    rows[3]["ill"], rows[4]["ill"] = "perhaps", ""
+    with (tmp_path / "new.csv").open("w", newline="") as file:
+        table = csv.DictWriter(file, list(rows[0]))
+        table.writeheader()
+        table.writerows(rows)
+    with pytest.warns(UserWarning, match="2 rows of .*new.csv' are left out"):
+        found = fedpress.evaluate(table_run.path, path=tmp_path / "new.csv")
+    assert found["examples"] == 18
+
+
+def test_another_table_needs_the_columns_of_the_run(table_run, run, tmp_path):
+    visits(tmp_path / "new.csv", 10, seed=3)
+    text = (tmp_path / "new.csv").read_text()
+    (tmp_path / "new.csv").write_text(text.replace("pressure", "bp"))
+    with pytest.raises(FedpressError, match="lacks the columns pressure"):
+        fedpress.evaluate(table_run.path, path=tmp_path / "new.csv")
+    with pytest.raises(FedpressError, match="not trained on a table"):
+        fedpress.evaluate(run.path, path=tmp_path / "new.csv")

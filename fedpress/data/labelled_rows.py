@@ -1,0 +1,99 @@
+"""Reads labelled rows of a table for a network that was trained on another table.
+
+The preparation and the classes are those of the training. So equal rows become equal inputs, even
+if this table has other words, other classes or other means.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedpress.core.examples import Arrays
+from fedpress.data import columns, csv, tables
+from fedpress.data.columns import Column
+from fedpress.data.preparation import Preparation
+from fedpress.data.prepare import prepare
+from fedpress.data.settings import DataSettings
+from fedpress.data.targets import READERS
+from fedpress.errors import DataError
+from fedpress.tasks.base import Task
+
+TABLES = {".csv": "csv", ".parquet": "parquet"}
+"""Suffix of a table -> its source in a recipe."""
+
+
+def labelled_rows(
+    path: Path, about: Preparation, settings: DataSettings, task: Task
+) -> tuple[Arrays, int]:
+    """Reads the rows of a table.
+
+    Args:
+        path: a .csv or .parquet file with the columns of the training.
+        about: the columns of the network's inputs, with their words.
+        settings: label columns, and how to read the file (delimiter, decimal, encoding); its path,
+            classes and task are ignored.
+        task: the network's task, with its classes.
+
+    Returns:
+        The examples, not standardised, and how many rows were left out: rows without a label, with
+        a label that the task does not know, or with a word that cannot be encoded.
+
+    Raises:
+        DataError: if the file cannot be read, lacks columns, or has no row that can be used.
+    """
+    settings = settings.model_copy(
+        update={
+            "source": TABLES[path.suffix],
+            "path": path,
+            "task": task.kind,
+            "classes": task.names if task.targets == "classes" else None,
+            # A label that the task does not know cannot be learned or measured: its row is dropped.
+            "unknown": "drop",
+        }
+    )
+    table = _read(path, settings)
+    needed = [column.name for column in about.columns]
+    labels = settings.label_columns
+    missing = [name for name in [*needed, *labels] if name not in table.column_names]
+    if missing:
+        raise DataError(
+            f"it lacks the columns {', '.join(missing)} (it has {', '.join(table.column_names)})",
+            place=f"'{path}'",
+            cure="name its columns as the recipe does",
+        )
+    read = tuple(Column.of(table, name, settings) for name in labels)
+    targets = READERS[task.targets](read, settings).targets(torch.arange(0))
+    keep = targets.known & _known_words(table, about)
+    rows = table.select(needed).filter(keep.numpy()).to_pylist()
+    if not rows:
+        raise DataError(
+            "no row has a label and words that the recipe knows",
+            place=f"'{path}'",
+            cure=f"expected the labels {', '.join(map(str, task.names))}",
+        )
+    # Mean 0 and std 1 leave the numbers as they are: whoever uses the rows standardises them. If
+    # they were standardised here, it would happen twice.
+    raw = replace(about, mean=(0.0,) * about.width, std=(1.0,) * about.width)
+    return Arrays(prepare(rows, raw), targets.y[keep]), table.num_rows - len(rows)
+
+
+def _read(path: Path, settings: DataSettings) -> Any:
+    return tables.read_parquet(path) if path.suffix == ".parquet" else csv.read_csv(path, settings)
+
+
+def _known_words(table: Any, about: Preparation) -> Tensor:
+    """Returns for each row whether it can be encoded, bool [n].
+
+    A column with `unknown == "refused"` has no code for words that are not in its list.
+    """
+    known = torch.ones(table.num_rows, dtype=torch.bool)
+    for column in about.columns:
+        if column.kind == "words" and column.unknown == "refused":
+            words = columns.as_text(table[column.name])
+            known &= torch.from_numpy(columns.positions_in(words, column.words) >= 0)
+    return known
