@@ -1,4 +1,4 @@
-"""Suggests a fix for examples that a model does not take, such as `x.permute(0, 3, 1, 2)`.
+"""Suggests a fix for inputs that a model does not take: `torch.as_tensor(x).permute(0, 3, 1, 2)`.
 
 The fix is part of an error message. The model is run on the examples in other forms: with the axes
 in another order, with a channel axis, or flattened. If no form works, the message says which shape
@@ -31,7 +31,7 @@ def input_cure(model: nn.Module, x: object, otherwise: str) -> str:
         otherwise: the text that is returned if no fix is found.
 
     >>> input_cure(nn.Conv2d(3, 4, 3), torch.rand(2, 16, 16, 3), "?")
-    'give x.permute(0, 3, 1, 2), examples of shape [3, 16, 16], which it takes'
+    'give torch.as_tensor(x).permute(0, 3, 1, 2), examples of shape [3, 16, 16], which it takes'
     >>> input_cure(nn.Linear(4, 2), torch.rand(2, 5), "?")
     'its first layer, Linear, takes examples of shape [4]'
     """
@@ -53,14 +53,17 @@ def input_cure(model: nn.Module, x: object, otherwise: str) -> str:
 
 def _forms(x: Tensor) -> Iterator[tuple[str, Tensor]]:
     """Yields (code, batch): the batch `x` in another form, and the code that makes this form."""
+    # The user's `x` may be an array of NumPy, which has no `permute`.
+    own = "torch.as_tensor(x)"
     axes = range(1, x.dim())
     if len(axes) <= MOST_AXES:
         for order in permutations(axes):
             if list(order) != list(axes):
-                yield f"x.permute({', '.join(map(str, (0, *order)))})", x.permute(0, *order)
-    yield "x.unsqueeze(1)", x.unsqueeze(1)  # images of one channel, without an axis for it
+                words = ", ".join(map(str, (0, *order)))
+                yield f"{own}.permute({words})", x.permute(0, *order)
+    yield f"{own}.unsqueeze(1)", x.unsqueeze(1)  # images of one channel, without an axis for it
     if x.dim() > 2:
-        yield "x.flatten(1)", x.flatten(1)
+        yield f"{own}.flatten(1)", x.flatten(1)
 
 
 def _first_layer(model: nn.Module) -> tuple[str, str] | None:

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import re
 
 import numpy as np
 import pytest
@@ -203,7 +204,8 @@ def test_images_with_channels_last_are_told_as_such(call):
     small = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(144, 2))
     given = (images, Y[:40] % 2) if call is fedpress.evaluate else images
     with pytest.raises(
-        FedpressError, match=r"give x.permute\(0, 3, 1, 2\), examples of shape \[3, 8"
+        FedpressError,
+        match=r"give torch.as_tensor\(x\).permute\(0, 3, 1, 2\), examples of shape \[3, 8",
     ):
         call(small, given)
 
@@ -296,3 +298,27 @@ def test_another_table_needs_the_columns_of_the_run(table_run, run, tmp_path):
         fedpress.evaluate(table_run.path, path=tmp_path / "new.csv")
     with pytest.raises(FedpressError, match="not trained on a table"):
         fedpress.evaluate(run.path, path=tmp_path / "new.csv")
+
+
+@pytest.mark.parametrize("as_objects", [False, True])
+def test_labels_that_are_words_are_refused_with_a_cure_that_works(as_objects):
+    names = np.array(["cold", "flu", "well"])[Y.numpy()]
+    labels = names.astype(object) if as_objects else names
+    with pytest.raises(FedpressError, match="expected numbers") as raised:
+        fedpress.evaluate(net(), (X, labels))
+    assert "names, y = numpy.unique(y, return_inverse=True)" in str(raised.value)
+    _, y = np.unique(names, return_inverse=True)
+    assert fedpress.evaluate(net(), (X, y))["examples"] == 120
+    with pytest.raises(FedpressError, match="expected numbers"):
+        fedpress.federate(net(), clients={"a": (X, labels), "b": (X, labels)}, num_rounds=1)
+    with pytest.raises(FedpressError, match="expected numbers"):
+        fedpress.train(net(), data=(X, labels), epochs=1)
+
+
+def test_the_cure_for_another_order_of_axes_works_on_arrays_too():
+    module = nn.Sequential(nn.Conv1d(3, 4, 3), nn.AdaptiveAvgPool1d(1), nn.Flatten())
+    x = np.zeros((8, 16, 3), dtype=np.float32)
+    with pytest.raises(FedpressError) as raised:
+        fedpress.predict(module, x)
+    cure = re.search(r"give (torch\.as_tensor\(x\).*?), examples", str(raised.value))[1]
+    assert len(fedpress.predict(module, eval(cure, {"torch": torch, "x": x}))) == 8

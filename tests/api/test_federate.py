@@ -94,7 +94,7 @@ def test_a_result_is_the_model_of_the_next_call():
         ({"clients": three(), "public": (X, Y + 9)}, "^public: some labels.*; give class"),
         (
             {"clients": {"a": (X[:, :, None], Y)}},
-            r"^clients\['a'\]: the model.*x.permute\(0, 2, 1\)",
+            r"^clients\['a'\]: the model.*torch.as_tensor\(x\).permute\(0, 2, 1\)",
         ),
         ({"clients": three(), "data": "digits"}, "^data: clients are given too"),
         ({"clients": three(), "classes": ["a", "b"]}, "^classes: 2 names, .* 3 outputs"),

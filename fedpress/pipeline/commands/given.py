@@ -274,7 +274,7 @@ def pair_of(data: Any) -> tuple[Inputs, Tensor | None]:
         and isinstance(data[0], Tensor | np.ndarray | Mapping)
         and isinstance(data[1], Tensor | np.ndarray)
     ):
-        return inputs_of(data[0]), torch.as_tensor(data[1])
+        return inputs_of(data[0]), _labels_of(data[1])
     if isinstance(data, DataLoader):
         return _joined(data, torch.cat)
     if isinstance(data, Dataset) and isinstance(data, Sized):
@@ -287,6 +287,22 @@ def pair_of(data: Any) -> tuple[Inputs, Tensor | None]:
             cure="give it a __len__, or an IterableDataset in a DataLoader, or tensors",
         )
     raise DataError(f"got {type(data).__name__}, expected {TAKEN}", place="data")
+
+
+def _labels_of(labels: Tensor | np.ndarray) -> Tensor:
+    """Converts labels in memory to a tensor.
+
+    Raises:
+        DataError: if they are no numbers, for instance words.
+    """
+    # The kinds of numbers: bool, signed and unsigned integers, floats.
+    if isinstance(labels, np.ndarray) and labels.dtype.kind not in "biuf":
+        raise DataError(
+            f"labels of the type {labels.dtype}, expected numbers",
+            place="labels",
+            cure="number the classes: names, y = numpy.unique(y, return_inverse=True)",
+        )
+    return torch.as_tensor(labels)
 
 
 def _joined(items: Iterable[Any], join: Any) -> tuple[Inputs, Tensor | None]:
