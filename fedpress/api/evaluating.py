@@ -349,6 +349,17 @@ def _read(inputs: Any) -> Inputs:
 
 def _arrays_of(path: Path) -> np.ndarray | dict[str, np.ndarray]:
     """Reads a NumPy file. Nothing is unpickled, since a pickle may run any code."""
+    if path.suffix in TABLES:
+        raise DataError(
+            f"'{path}' is a table, expected prepared inputs",
+            place="inputs",
+            cure=(
+                "turn its rows into inputs with fedpress.data.prepare and the run's "
+                "artifacts/inputs.json, write them with numpy.save, and give ",
+                Argument("mean", "none"),
+                " (docs/data.md)",
+            ),
+        )
     try:
         found = np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:

@@ -105,6 +105,7 @@ def test_the_command_predicts_from_a_file_as_python_does(run, shell, tmp_path):
         ("pickle.npy", "inputs: cannot read 'pickle.npy'"),
         ("shape.npy", "inputs: it does not take examples of"),
         ("flat.npy", "inputs: "),
+        ("rows.csv", "turn its rows into inputs with fedpress.data.prepare"),
     ],
 )
 def test_a_file_that_is_no_input_is_refused_and_nothing_is_unpickled(
