@@ -11,7 +11,7 @@ import hashlib
 import os
 import sqlite3
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -399,6 +399,14 @@ class OwnerLedger:
         rows = self._read("SELECT round FROM rounds WHERE run = ?", (run,))
         return {row[0] for row in rows}
 
+    def unfinished(self, data: int, *, recipe: str, rounds: int) -> set[str]:
+        """Returns the runs of a recipe on the same data with fewer than `rounds` answered rounds."""
+        query = (
+            "SELECT run FROM rounds WHERE recipe = ? AND round > 0 "
+            f"AND data IN {self._same(data)} GROUP BY run HAVING count(*) < ?"
+        )
+        return {row[0] for row in self._read(query, (recipe, rounds))}
+
     def rounds_of_today(self, data: int) -> int:
         """Returns how many rounds of all runs were answered on these data in the last 24 hours.
 
@@ -408,7 +416,7 @@ class OwnerLedger:
         return int(self._read(query, (self.now() - DAY,))[0][0])
 
     def charges(
-        self, data: int, *, recipe: str | None = None, besides: str | None = None
+        self, data: int, *, recipe: str | None = None, besides: Collection[str] = ()
     ) -> list[Charge]:
         """Returns the privacy costs of all answers about the same data.
 
@@ -416,16 +424,16 @@ class OwnerLedger:
             data: number of the data.
             recipe: fingerprint of a recipe: only its charges are returned; None: those of all
                 recipes.
-            besides: a run whose charges are left out; None: no run is left out.
+            besides: runs whose charges are left out.
         """
         query = f"SELECT unit, {', '.join(ENTRY)} FROM charges WHERE data IN {self._same(data)}"
         values: list[str] = []
         if recipe is not None:
             query += " AND recipe = ?"
             values.append(recipe)
-        if besides is not None:
-            query += " AND run != ?"
-            values.append(besides)
+        if besides:
+            query += f" AND run NOT IN ({', '.join('?' * len(besides))})"
+            values += besides
         found = []
         for unit, *fields in self._read(query, values):
             # The party is not stored: every charge in this file is about the owner's data.

@@ -7,7 +7,7 @@ and the ledger (a file with the privacy cost of all earlier answers about the sa
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -119,7 +119,7 @@ class OwnerGate:
         """See `Gate`."""
         kind = f"{CHECK} of a run" if trial else "run"
         question = self._question(asked)
-        return self._noted(question, kind, lambda: self._of_run(asked, contract))
+        return self._noted(question, kind, lambda: self._of_run(asked, contract, trial))
 
     def called(self, asked: Asked, contract: Contract, message: Message) -> Refusal | None:
         """See `Gate`."""
@@ -194,7 +194,7 @@ class OwnerGate:
             )
         return None
 
-    def _of_run(self, asked: Asked, contract: Contract) -> Refusal | None:
+    def _of_run(self, asked: Asked, contract: Contract, trial: bool) -> Refusal | None:
         """Applies the rules about the number of clients, and checks the budget for the whole run.
 
         A run that would use up the budget half-way is refused before its first round.
@@ -203,10 +203,19 @@ class OwnerGate:
         if few is not None or self.policy.privacy is None:
             return few
         run = _run(asked, contract)
+        besides = {run}
+        if trial:
+            # A server that was killed checks again before it goes on, and a trial does not say
+            # which run will go on. The run itself is checked when it does.
+            besides |= self.ledger.unfinished(
+                self.data,
+                recipe=asked.offer.fingerprint,
+                rounds=contract.participation.max_tasks,
+            )
         unit = _unit(contract)
         planned = [Charge(unit, entry) for entry in contract.planned_charges(asked.name)]
         latest = self.ledger.latest_charge(self.data, besides=run)
-        over = self._over(self.policy.privacy, asked, run, planned)
+        over = self._over(self.policy.privacy, asked, besides, planned)
         if over is None:
             self._fits[run] = latest
         return over
@@ -215,7 +224,7 @@ class OwnerGate:
         self,
         rules: PrivacyRules,
         asked: Asked,
-        run: str | None,
+        besides: Collection[str],
         charges: list[Charge],
     ) -> Refusal | None:
         """Returns a refusal if `charges` would exceed a limit of epsilon, else None.
@@ -223,9 +232,8 @@ class OwnerGate:
         Args:
             rules: the policy's rules of privacy.
             asked: what the client takes part in.
-            run: name of a run if `charges` are the costs of the whole run. Its charges in the
-                ledger are then left out, so that they do not count twice. None if `charges` come on
-                top of everything in the ledger.
+            besides: names of runs whose charges in the ledger are left out, since `charges` are
+                the costs of the whole run. Empty if `charges` come on top of everything.
             charges: privacy costs that are not in the ledger yet.
         """
         limits = {
@@ -233,7 +241,7 @@ class OwnerGate:
             "total_epsilon": (rules.total_epsilon, None, "of all recipes on these data"),
         }
         for rule, (limit, recipe, what) in limits.items():
-            before = self.ledger.charges(self.data, recipe=recipe, besides=run)
+            before = self.ledger.charges(self.data, recipe=recipe, besides=besides)
             epsilon = spent([*before, *charges], unit=rules.unit, delta=rules.delta)
             # Else a run planned for exactly the limit could be refused because of rounding.
             if epsilon > limit * (1 + ROUNDING):
@@ -309,7 +317,7 @@ class OwnerGate:
         latest = self.ledger.latest_charge(self.data, besides=run)
         if self._fits.get(run) == latest and answered < contract.participation.max_tasks:
             return None
-        return self._over(rules, asked, None, charges)
+        return self._over(rules, asked, (), charges)
 
 
 def _check_installed(name: str, policy: Path | None) -> None:

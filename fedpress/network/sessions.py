@@ -97,6 +97,7 @@ class Sessions:
 
     def __post_init__(self) -> None:
         self.open_sessions: dict[str, Session] = {}
+        self._latest_refusal = ""
 
     def answer(self, name: str, request: bytes) -> bytes:
         """Answers one message of the session `name`.
@@ -137,18 +138,27 @@ class Sessions:
             )
         return self._handled(session, message, request)
 
+    def _refused(self, refusal: Refusal) -> Message:
+        """Tells the owner of a refusal, and returns it as the answer to the server."""
+        sentence = f"refused ({refusal.rule}): {refusal.reason}"
+        # A run that goes on without this client asks it again in every round.
+        if sentence != self._latest_refusal:
+            self.told(sentence)
+        self._latest_refusal = sentence
+        return refusal.to_message()
+
     def _offered(self, name: str, message: Message, request: bytes) -> Message:
         """Answers an offer: "offered" if it is accepted, "refused" if not."""
         trial = message.header.get("trial") is True
         # Decided before the whole offer is read, because reading it calls the code that it names.
         code = code_named(message)
         if code is not None and (refusal := self.gate.code_named(name, code)) is not None:
-            return _told(refusal)
+            return self._refused(refusal)
         offer = Offer.from_message(message)
         asked = Asked(name, self.name, offer)
         refusal = self.gate.offered(asked, trial=trial)
         if refusal is not None:
-            return _told(refusal)
+            return self._refused(refusal)
         # The data are read only after the policy has accepted the offer: a server that is not
         # allowed must learn nothing, not even that the data have an error.
         arrays = self.examples(offer)
@@ -186,7 +196,7 @@ class Sessions:
         if later and contract is not None:
             refusal = self.gate.called(session.asked, contract, message)
             if refusal is not None:
-                return _told(refusal)
+                return self._refused(refusal)
         answer = unpack(half.handle(request), max_bytes=self.max_bytes)
         if message.kind == "agree" and half.contract is not None:
             try:
@@ -198,7 +208,7 @@ class Sessions:
             session.refusal = refusal
             if refusal is not None:
                 half.withdraw()
-                return _told(refusal)
+                return self._refused(refusal)
         if session.folder is not None and message.kind in SET_UP:
             _keep(session.folder, message.kind, request)
         return self.gate.leaving(session.asked, answer)
@@ -277,12 +287,6 @@ def _drawn_with(memory: ClientState) -> str:
         stored = {"name": secrets.token_hex(16)}
         save_json(memory, "drawn", stored)
     return str(stored["name"])
-
-
-def _told(refusal: Refusal) -> Message:
-    """Logs a refusal for the owner, and returns it as the answer to the server."""
-    log.warning("refused (%s): %s", refusal.rule, refusal.reason)
-    return refusal.to_message()
 
 
 def _keep(folder: Path, kind: str, request: bytes) -> None:

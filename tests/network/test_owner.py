@@ -24,6 +24,7 @@ from fedpress.network.policy import Policy, PrivacyRules
 from fedpress.network.spending import Charge, spent
 from fedpress.privacy.ledger import Ledger, LedgerEntry
 from fedpress.stages.federate.offer import Offer
+from fedpress.stages.federate.server import agree
 from fedpress.wire.message import Message, pack, unpack
 from tests.network.deployment import PRIVATE, RECIPE, Machines, run
 
@@ -278,6 +279,38 @@ def test_every_answered_round_is_charged_once_also_after_a_restart(tmp_path):
     found.start()
     run(found.bind(tmp_path / "memory"))
     assert [charge.entry.first_round for charge in book.charges(own)] == [1, 2, 3]
+
+
+def test_the_owner_is_told_once_why_the_client_does_not_take_part(tmp_path):
+    found = machines(tmp_path, policy({"max_epsilon": 0.1}))
+    said = []
+    found.sessions["c0"].told = said.append
+    assert all(refusals(found.bind(tmp_path / "memory")))
+    assert len(said) == 1
+    assert said[0].startswith("refused (privacy.max_epsilon): epsilon of this recipe would be")
+
+
+def agreed_in_a_trial(found) -> dict[str, str]:
+    """Checks the recipe, and returns who refuses and why."""
+    server = found.bind(None)
+    return agree(server.transport, server.contract)
+
+
+@pytest.mark.parametrize("key", ["max_epsilon", "total_epsilon"])
+def test_a_killed_server_may_check_and_go_on_where_the_budget_is_just_enough(tmp_path, key):
+    needed = planned(tmp_path)
+    found = machines(tmp_path, policy({key: needed}))
+    run(found.bind(tmp_path / "memory"), 1)
+    found.start()
+    # As `fedpress server` does before a run: a trial, which does not say which run will go on.
+    assert agreed_in_a_trial(found) == {}
+    records = run(found.bind(tmp_path / "memory"))
+    assert not any(record.refused for record in records)
+    own = found.gates["c0"]
+    assert spent(own.ledger.charges(own.data), unit="sample", delta=1e-5) <= needed * (1 + 1e-9)
+    # The run is finished: nothing of it can go on, and the budget is spent.
+    found.start()
+    assert key in agreed_in_a_trial(found)["c0"]
 
 
 def test_the_same_question_to_a_client_that_forgot_its_secret_costs_again(tmp_path):
