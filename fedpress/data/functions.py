@@ -244,7 +244,8 @@ def _client(pair: Any, where: str) -> tuple[Inputs, np.ndarray]:
         raise DataError(
             f"x of shape {shape} and y of shape {list(y.shape)}",
             place=where,
-            cure="expected uint8 images [n, C, H, W] or numbers of two or more dimensions [n, ...], "
+            cure="expected uint8 images [n, C, H, W] or numbers of two or more dimensions "
+            "[n, ...], "
             "and y [n] or [n, k] or, for a class at each position, whole numbers [n, ...]",
         )
     if len(y) == 0:

@@ -205,8 +205,8 @@ def _features() -> set[str]:
 
 
 def _name() -> str:
-    # x86 calls the entry "model name", and some ARM boards have "Model". Most ARM servers, and other
-    # systems than Linux, have neither.
+    # x86 calls the entry "model name", and some ARM boards have "Model". Most ARM servers, and
+    # other systems than Linux, have neither.
     return _cpuinfo("model name", "Model") or platform.processor() or platform.machine()
 
 

@@ -400,7 +400,7 @@ class OwnerLedger:
         return {row[0] for row in rows}
 
     def unfinished(self, data: int, *, recipe: str, rounds: int) -> set[str]:
-        """Returns the runs of a recipe on the same data with fewer than `rounds` answered rounds."""
+        """Returns the runs of a recipe on these data with fewer than `rounds` answered rounds."""
         query = (
             "SELECT run FROM rounds WHERE recipe = ? AND round > 0 "
             f"AND data IN {self._same(data)} GROUP BY run HAVING count(*) < ?"

@@ -69,8 +69,8 @@ def bind_deployed(
         inputs=inputs,
         labels=network.labels,
     )
-    # Names are left out ([]): the name of the storage folder is a hash of settings and client names,
-    # and the names are not known before the folder is read.
+    # Names are left out ([]): the name of the storage folder is a hash of settings and client
+    # names, and the names are not known before the folder is read.
     memory = memories_of(common, [], folder)[1]
     stored = load_json(memory, POPULATION)
     population = Population.from_json(stored["json"]) if stored else None

@@ -108,7 +108,10 @@ class ServerSide:
             raise RecipeError(
                 f"no client agrees, for instance {name} ({refused[name]})",
                 place="federate",
-                cure="change the recipe or ask the owners of the data; all clients need the same recipe",
+                cure=(
+                    "change the recipe or ask the owners of the data; all clients need the same "
+                    "recipe"
+                ),
             )
         return side
 

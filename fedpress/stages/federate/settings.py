@@ -42,8 +42,8 @@ class PrivacySettings(ReadsOldKeys):
         description="who adds the noise: local (each client), distributed (all clients together, "
         "in a secure sum), central (the server)",
     )
-    # Should be well below 1 / (number of protected units). `fedpress.stages.federate.privacy` refuses
-    # delta >= 1 / (number of units).
+    # Should be well below 1 / (number of protected units). `fedpress.stages.federate.privacy`
+    # refuses delta >= 1 / (number of units).
     delta: float = Field(
         1e-5, gt=0, lt=1, description="delta of (epsilon, delta)-differential privacy"
     )
