@@ -32,7 +32,6 @@ CALLED = {
     "flwr.app.message.remove_content_from_message": ("message",),
     "flwr.cli.build.build_fab_from_files": ("files",),
     "flwr.common.serde.message_to_proto": ("message",),
-    "flwr.supercore.app_utils.start_parent_process_monitor": ("parent_pid",),
     "flwr.supercore.heartbeat.HeartbeatSender": ("heartbeat_fn",),
     "flwr.supercore.inflatable.inflatable_object.get_all_nested_objects": ("obj",),
     "flwr.supercore.inflatable.inflatable_object.get_object_body": ("object_content", "cls"),

@@ -11,6 +11,8 @@ from __future__ import annotations
 import hmac
 import os
 import sys
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +81,17 @@ async def _refuse(send: Any, status: int, body: bytes) -> None:
     await send({"type": "http.response.body", "body": body})
 
 
+def _end_with(parent: int) -> None:
+    """Ends this process soon after its parent process has ended.
+
+    Flower's own monitor sends SIGINT, which is lost while the SuperLink starts: it then held the
+    port for ever. Nothing is lost by an end at once, since the database is in memory.
+    """
+    while os.getppid() == parent:
+        time.sleep(0.2)
+    os._exit(0)
+
+
 def main(arguments: list[str]) -> None:
     """Runs the SuperLink.
 
@@ -87,13 +100,12 @@ def main(arguments: list[str]) -> None:
     """
     # Before the imports, because Flower reads these variables when it is imported.
     os.environ.update(QUIET)
-    from flwr.supercore.app_utils import start_parent_process_monitor
     from flwr.superlink import extensions
     from flwr.superlink.cli import flower_superlink
     from starlette.middleware import Middleware
 
     parent, *words = arguments
-    start_parent_process_monitor(int(parent))
+    threading.Thread(target=_end_with, args=(int(parent),), daemon=True).start()
     # As hexadecimal digits, because an HTTP header cannot contain all bytes.
     secret = Path(words[words.index("--superexec-auth-secret-file") + 1]).read_bytes().hex()
     # Flower asks this function for middleware; in the open-source build it returns none.

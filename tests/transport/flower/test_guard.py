@@ -1,6 +1,11 @@
 """The guard before Flower's SuperLink: strangers reach the clients' paths alone, and with short requests."""
 
 import asyncio
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 
@@ -117,3 +122,31 @@ def test_start_and_end_of_the_program_go_through_and_sockets_do_not():
     assert ask("", kind="lifespan")[1].paths == [""]
     status, app = ask(CONTROL, kind="websocket")
     assert (status, app.paths) == ("websocket.close", [])
+
+
+# Starts the SuperLink's process and ends at once, as a server does that is killed.
+KILLED = """
+import os, subprocess, sys
+words = [sys.executable, "-m", "fedpress.transport.flower.guard", str(os.getpid()), *sys.argv[1:]]
+print(subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL).pid, flush=True)
+os._exit(0)
+"""
+
+
+def test_a_superlink_whose_server_is_killed_while_it_starts_ends_too(tmp_path):
+    (tmp_path / "secret").write_bytes(b"x" * 32)
+    words = ["--insecure", "--host", "127.0.0.1", "--port", "0", "--isolation", "process"]
+    words += ["--superexec-auth-secret-file", str(tmp_path / "secret")]
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED, *words],
+        capture_output=True,
+        text=True,
+        check=True,
+        # As in a background job of a shell, where SIGINT is ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),
+    )
+    place = Path(f"/proc/{int(done.stdout)}")
+    end = time.monotonic() + 30
+    while place.exists() and "(zombie)" not in (place / "status").read_text():
+        assert time.monotonic() < end, "it is still there"
+        time.sleep(0.1)
