@@ -27,6 +27,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import deployment
 from deployment import FEDPRESS, environment, run, seconds_of, show
@@ -206,7 +207,7 @@ class Place:
         self,
         out: str = "far",
         meanwhile: Callable[[Path, dict[str, subprocess.Popen[bytes]]], None] | None = None,
-    ) -> list[dict[str, object]]:
+    ) -> list[dict[str, Any]]:
         """Runs the recipe across the hosts, and returns the records of its rounds.
 
         Args:
@@ -238,7 +239,7 @@ class Place:
         return records_of(self.folder / out)
 
 
-def records_of(place: Path) -> list[dict[str, object]]:
+def records_of(place: Path) -> list[dict[str, Any]]:
     """Returns the records of the rounds of a run, as far as it has come."""
     path = place / "records.jsonl"
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
@@ -263,7 +264,7 @@ def line(hosts: Hosts, folder: Path) -> None:
             records = place.deploy()
             seconds = seconds_of(place.folder / "far")
             show(f"{RATE}: {name}", seconds)
-            sent = [int(r["bytes_up"]) + int(r["bytes_down"]) for r in records[1:]]  # type: ignore[call-overload]
+            sent = [int(r["bytes_up"]) + int(r["bytes_down"]) for r in records[1:]]
             found[name] = statistics.median(seconds), statistics.median(sent)
         official(hosts, folder / "official")
     (long, much), (short, little) = found["float32"], found["8 bits"]
@@ -312,8 +313,8 @@ def cut(hosts: Hosts, folder: Path) -> None:
         times.append(time.time())
 
     records = place.deploy(meanwhile=pull)
-    alone = [r for r in records if "c0" not in {c["client"] for c in r["clients"]}]  # type: ignore[attr-defined]
-    seconds = [float(r["seconds"]) for r in records]  # type: ignore[arg-type]
+    alone = [r for r in records if "c0" not in {c["client"] for c in r["clients"]}]
+    seconds = [float(r["seconds"]) for r in records]
     model = Path("stages") / "0-federate" / "model.safetensors"
     same = (place.folder / "far" / model).read_bytes() == (
         place.folder / "near" / model
@@ -321,7 +322,7 @@ def cut(hosts: Hosts, folder: Path) -> None:
     print(
         f"cut for a minute: {len(records)} rounds, longest {max(seconds):.0f} s, {len(alone)} of "
         f"them without c0 (rounds {[r['round'] for r in alone][:3]}...), in the last one "
-        f"{len(records[-1]['clients'])} clients; same bits as in one process: {same}"  # type: ignore[arg-type]
+        f"{len(records[-1]['clients'])} clients; same bits as in one process: {same}"
     )
 
 
@@ -351,8 +352,8 @@ def slow(hosts: Hosts, folder: Path) -> None:
             )
             seconds = 0.0
             for record in place.deploy(meanwhile=brake):
-                seconds += float(record["seconds"])  # type: ignore[arg-type]
-                if float(record["accuracy"]) >= ACCURACY:  # type: ignore[arg-type]
+                seconds += float(record["seconds"])
+                if float(record["accuracy"]) >= ACCURACY:
                     reached.append(seconds)
                     break
             said = f"{seconds:.1f} s to {ACCURACY:.0%} in round {record['round']}"

@@ -101,13 +101,14 @@ def evaluate(
     # For data in memory, `Clients` has the task already.
     if task is not None and not in_memory:
         settings["data.task"] = task
-    table = Path(path) if data is None and path is not None else None
-    if table is not None and table.suffix in TABLES:
+    table = None
+    if data is None and path is not None and Path(path).suffix in TABLES:
+        table = Path(path)
         # The run's own data say how rows become inputs, and which classes there are.
         arguments = replace(arguments, path=None)
     with call_scope(allow_code) as stack:
         _, bound, loaded = bind("measure", model, arguments, settings, stack)
-        if table is not None and table.suffix in TABLES:
+        if table is not None:
             loaded = _with_rows(loaded, table, bound.recipe.data)
         if not len(loaded.test):
             raise _nothing_to_measure_on()
