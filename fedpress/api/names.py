@@ -74,7 +74,7 @@ ROWS = (
     ),
     Row("network.client.serve", "fedpress client", "takes part with the data of this machine"),
     Row("api.approving.approve", "fedpress client approve RECIPE", "an owner's yes to a recipe"),
-    Row("network.owner.status", "fedpress client status", "what was asked, refused and spent"),
+    Row("network.status.status", "fedpress client status", "what was asked, refused and spent"),
     # Classes: no command makes such an object, so `command` says how the command line shows it.
     Row("Recipe", "RECIPE, a TOML file", "the settings of a run, checked"),
     Row("Run", "RUN, a run folder", "a run: its result, model, records and events"),

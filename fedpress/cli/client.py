@@ -272,15 +272,15 @@ def status(
     import dataclasses
     import json
 
-    from fedpress.network import owner
     from fedpress.network import policy as policies
+    from fedpress.network import status as statuses
     from fedpress.network.ledger import OwnerLedger, default_path
 
     book = OwnerLedger(ledger or default_path())
     # Unit and delta are those of the policy, so that epsilon compares with the policy's limits.
-    rows = owner.status(book, policies.read(policy) if policy else policies.Policy())
+    rows = statuses.status(book, policies.read(policy) if policy else policies.Policy())
     if as_json:
         typer.echo(json.dumps([dataclasses.asdict(row) for row in rows]))
         return
-    for line in owner.table(rows):
+    for line in statuses.table(rows):
         typer.echo(line)

@@ -29,6 +29,11 @@ PATIENCE = 30.0
 """Seconds to wait for another process that writes."""
 DAY = 86_400.0
 """Seconds of a day."""
+CHECK = "check"
+"""Beginning of the kinds of decisions about a trial.
+
+In a trial the server only asks before a run whether the client would accept.
+"""
 
 TABLES: dict[str, tuple[str, str]] = {
     # Each row is a path and the digest of the content found there. Data are recognised later by

@@ -7,8 +7,8 @@ and the ledger (a file with the privacy cost of all earlier answers about the sa
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Collection, Iterable
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from fedpress.core import consent
@@ -16,7 +16,7 @@ from fedpress.core.log import logger
 from fedpress.errors import PolicyError, PrivacyError
 from fedpress.network import policy as policies
 from fedpress.network.gate import Asked, Refusal, unnamed_code
-from fedpress.network.ledger import DataKey, OwnerLedger, Question, default_path
+from fedpress.network.ledger import CHECK, DataKey, OwnerLedger, Question, default_path
 from fedpress.network.policy import Policy, PrivacyRules
 from fedpress.network.spending import Charge, Unit, spent
 from fedpress.privacy.ledger import LedgerEntry
@@ -27,11 +27,6 @@ from fedpress.wire.message import Message
 
 log = logger(__name__)
 
-CHECK = "check"
-"""Beginning of the kinds of decisions about a trial.
-
-In a trial the server only asks before a run whether the client would accept.
-"""
 ROUNDING = 1e-9
 """Share of a limit of epsilon by which it may be exceeded, because of floating-point rounding."""
 
@@ -459,118 +454,3 @@ def _too_few(policy: Policy, contract: Contract) -> Refusal | None:
 def _below(policy: Policy, count: int, where: str) -> Refusal:
     few = f"{count} clients {where}, allowed are {policy.min_cohort} or more"
     return Refusal("min_cohort", few)
-
-
-@dataclass(frozen=True)
-class StatusRow:
-    """A row of the owner's status table: what one server asked with one recipe about some data.
-
-    The last row of each data set contains the totals.
-
-    Attributes:
-        data: path of the data; the latest path if they were moved.
-        recipe: fingerprint of the recipe's terms; "total" in the row of totals; empty for an offer
-            that was refused before it was read.
-        stage: name of the stage.
-        server: first 12 digits of the fingerprint of the server's certificate; empty without TLS.
-        approved: whether the owner has approved the recipe.
-        asked: number of sessions in which the server offered the stage.
-        answered: number of answered rounds.
-        refused: the rule of the latest refusal, and its reason; empty if nothing was refused.
-        epsilon: epsilon that this recipe has spent on these data, through all servers together.
-    """
-
-    data: str
-    recipe: str
-    stage: str
-    server: str
-    approved: bool
-    asked: int
-    answered: int
-    refused: str
-    epsilon: float
-
-
-HEADINGS = ("data", "recipe", "stage", "server", "approved", "asked", "answered", "epsilon")
-"""Headings of the status table. Refusals are no column: they are listed below the table."""
-TOTAL = "total"
-"""Value of `StatusRow.recipe` in a row of totals."""
-
-
-def status(ledger: OwnerLedger, policy: Policy) -> list[StatusRow]:
-    """Returns the rows of the status table for all data of a ledger.
-
-    Args:
-        ledger: the owner's ledger.
-        policy: its unit and delta are used to compute epsilon. If it has no rules of privacy, the
-            defaults are used: one row, at delta 1e-5.
-    """
-    found: list[StatusRow] = []
-    seen: set[int] = set()
-    for row in ledger.rows("data"):
-        # Copies and changed files share one budget, so they are one data set here.
-        if row["id"] not in seen:
-            seen |= ledger.same_data(row["id"])
-            found += _status_of_data(ledger, policy.privacy or PrivacyRules(), row["id"])
-    return found
-
-
-def _status_of_data(ledger: OwnerLedger, rules: PrivacyRules, data: int) -> list[StatusRow]:
-    """Returns the rows of one data set, and its row of totals."""
-    same = ledger.same_data(data)
-    place = [row["path"] for row in ledger.rows("data") if row["id"] in same][-1]
-    decisions = [row for row in ledger.rows("decisions") if row["data"] in same]
-    rounds = [row for row in ledger.rows("rounds") if row["data"] in same]
-    # By recipe and server: the same recipe may come from two servers.
-    found: dict[tuple[str, str], StatusRow] = {}
-    sessions: dict[tuple[str, str], set[str]] = {}
-    for row in [*decisions, *rounds]:
-        recipe = row["recipe"]
-        key = (recipe, row["server"])
-        if key not in found:
-            charges = ledger.charges(data, recipe=recipe)
-            found[key] = StatusRow(
-                place,
-                recipe,
-                row["stage"],
-                row["server"][:12],
-                ledger.approved(recipe),
-                asked=0,
-                answered=0,
-                refused="",
-                epsilon=spent(charges, unit=rules.unit, delta=rules.delta),
-            )
-        one = found[key]
-        # A trial is not counted: before a run a server only checks whether it would be accepted.
-        if not row.get("kind", "").startswith(CHECK):
-            sessions.setdefault(key, set()).add(row["session"])
-        # Round 0 stands for evaluations.
-        if row.get("round"):
-            found[key] = replace(one, answered=one.answered + 1)
-        elif row.get("rule"):
-            found[key] = replace(one, refused=f"{row['rule']}: {row['reason']}")
-    rows = [replace(one, asked=len(sessions.get(key, ()))) for key, one in found.items()]
-    total = spent(ledger.charges(data), unit=rules.unit, delta=rules.delta)
-    answered = sum(row.answered for row in rows)
-    asked = sum(row.asked for row in rows)
-    return [*rows, StatusRow(place, TOTAL, "", "", False, asked, answered, "", total)]
-
-
-def table(rows: Iterable[StatusRow]) -> list[str]:
-    """Returns the lines of a text table: headings, the rows, and below them the refusals."""
-    cells = [list(HEADINGS)]
-    refused = []
-    for row in rows:
-        approved = "" if row.recipe == TOTAL else ("yes" if row.approved else "no")
-        recipe = row.recipe or "(not read)"
-        name = Path(row.data).name
-        numbers = [str(row.asked), str(row.answered), f"{row.epsilon:.3g}"]
-        cells.append([name, recipe, row.stage, row.server, approved, *numbers])
-        if row.refused:
-            refused.append(f"refused {recipe} on {name}: {row.refused}")
-    widths = [max(len(line[at]) for line in cells) for at in range(len(HEADINGS))]
-    lines = []
-    for line in cells:
-        padded = [cell.ljust(width) for cell, width in zip(line, widths, strict=True)]
-        lines.append("  ".join(padded).rstrip())
-    return [*lines, *refused]

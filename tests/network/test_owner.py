@@ -19,9 +19,10 @@ from fedpress.federation.protocol import refusal_of, text_tensor
 from fedpress.network import ledger as ledgers
 from fedpress.network.gate import Asked
 from fedpress.network.ledger import DAY, DataKey, OwnerLedger, Question
-from fedpress.network.owner import OwnerGate, StatusRow, status, table
+from fedpress.network.owner import OwnerGate
 from fedpress.network.policy import Policy, PrivacyRules
 from fedpress.network.spending import Charge, spent
+from fedpress.network.status import StatusRow, status, table
 from fedpress.privacy.ledger import Ledger, LedgerEntry
 from fedpress.stages.federate.offer import Offer
 from fedpress.stages.federate.server import agree
