@@ -4,7 +4,7 @@ Every step is a Gaussian or Skellam mechanism on a Poisson sample; neighbouring 
 adding or removing one unit. An event is a number of steps with the same mechanism. The method
 depends on the events:
 
-- Gaussian without sampling: the closed form of Balle & Wang 2018.
+- Gaussian without sampling: the closed form of Balle & Wang 2018, see `closed_form`.
 - Gaussian with sampling: privacy loss distributions (Koskela et al. 2020; Doroshenko et al. 2022,
   "Connect the dots") by the library dp-accounting, whose discretisation only rounds epsilon up. If
   dp-accounting would be too slow or too imprecise (rare sampling, low noise, many steps or events,
@@ -22,7 +22,7 @@ from functools import cache, lru_cache
 from typing import TYPE_CHECKING
 
 from fedpress.errors import PrivacyError, RecipeError
-from fedpress.privacy.accounting import losses, renyi
+from fedpress.privacy.accounting import closed_form, losses, renyi
 from fedpress.privacy.accounting.events import (
     GaussianEvent,
     MechanismEvent,
@@ -194,7 +194,7 @@ def noise_multiplier(*, epsilon: float, delta: float, sampling_prob: float, step
     # The central limit of the composition (Bu et al. 2020, "Deep learning with Gaussian
     # differential privacy") is a good first guess, and exact without sampling. With sampling it is
     # only a guess, because the limit may be below the true value.
-    mu = _gaussian_mu(epsilon, delta)
+    mu = closed_form.largest_mu(epsilon, delta)
     if sampling_prob == 1:
         guess = math.sqrt(steps) / mu
     else:
@@ -225,7 +225,7 @@ def _spent(events: tuple[MechanismEvent, ...], delta: float, points: int = losse
         epsilon = _mixture(merge_similar(gaussian, MOST_EVENTS), skellam, delta)
         return Spent(epsilon, upper_bound=True)
     if all(event.sampling_prob == 1 for event in gaussian):
-        return Spent(_gaussian_epsilon(total_mu(gaussian), delta))
+        return Spent(closed_form.epsilon_of(closed_form.total_mu(gaussian), delta))
     return _spent_on_samples(gaussian, delta, points)
 
 
@@ -238,7 +238,7 @@ def _spent_on_samples(gaussian: tuple[GaussianEvent, ...], delta: float, points:
     # Sampling never increases epsilon, so the closed form without sampling is a bound as well. If
     # nearly all units take part, the closed form may be slightly below the result of the grid.
     unsampled = tuple(replace(event, sampling_prob=1.0) for event in gaussian)
-    without_sampling = _gaussian_epsilon(total_mu(unsampled), delta)
+    without_sampling = closed_form.epsilon_of(closed_form.total_mu(unsampled), delta)
 
     merged = _merge_unsampled(gaussian)
     table = _loss_table(merged, delta)
@@ -271,7 +271,7 @@ def _in_range(events: tuple[GaussianEvent, ...]) -> tuple[GaussianEvent, ...]:
 def _merge_unsampled(events: tuple[GaussianEvent, ...]) -> list[GaussianEvent]:
     """Replaces all events without sampling by one event with one step and the same epsilon."""
     merged = [event for event in events if event.sampling_prob < 1]
-    mu = total_mu(events)
+    mu = closed_form.total_mu(events)
     if mu > 0:
         merged.append(GaussianEvent(1.0, 1 / mu, 1))
     return merged
@@ -293,18 +293,6 @@ def _suits_dp_accounting(events: list[GaussianEvent], delta: float) -> bool:
     # step's standard deviation, and then the bound is loose.
     fine = grid <= 0.1 * total_std / math.sqrt(steps)
     return fine and max(widest, 16 * total_std) <= LONGEST_TABLE * grid
-
-
-def total_mu(events: tuple[GaussianEvent, ...]) -> float:
-    """Returns sensitivity / noise of the Gaussian mechanism that equals all unsampled `events`.
-
-    Gaussian mechanisms without sampling compose exactly: mu^2 = sum of steps / noise^2.
-    """
-    square = 0.0
-    for event in events:
-        if event.sampling_prob == 1:
-            square += event.steps / event.noise_multiplier**2
-    return math.sqrt(square)
 
 
 def _loss_table(
@@ -435,47 +423,6 @@ def _step_losses(sampling_prob: float, noise: float, grid: float) -> PrivacyLoss
         value_discretization_interval=grid,
         use_connect_dots=True,
     )
-
-
-def gaussian_log_delta(mu: float, epsilon: float) -> float:
-    """Returns log delta of the Gaussian mechanism with sensitivity / noise = `mu`.
-
-    Balle & Wang 2018 (arXiv:1805.06530), Theorem 8.
-    """
-    from scipy.special import log_ndtr
-
-    # Logarithms, because both terms underflow if delta is tiny.
-    first = float(log_ndtr(mu / 2 - epsilon / mu))
-    second = epsilon + float(log_ndtr(-mu / 2 - epsilon / mu))
-    if second >= first:
-        return -math.inf
-    return first + math.log(-math.expm1(second - first))
-
-
-def _gaussian_epsilon(mu: float, delta: float) -> float:
-    if mu == 0 or gaussian_log_delta(mu, 0.0) <= math.log(delta):
-        return 0.0
-    # log delta is almost linear in epsilon, so Brent's method needs few steps.
-    target = math.log(delta)
-
-    def excess(epsilon: float) -> float:
-        return gaussian_log_delta(mu, epsilon) - target
-
-    ends = bracket(excess, 1.0)
-    assert ends is not None, "delta falls to 0 as epsilon grows"
-    return safe_root(excess, unsafe=ends[0], safe=ends[1])
-
-
-def _gaussian_mu(epsilon: float, delta: float) -> float:
-    """Returns the largest `mu` whose Gaussian mechanism is (epsilon, delta)-private."""
-    target = math.log(delta)
-
-    def excess(noise: float) -> float:
-        return gaussian_log_delta(1 / noise, epsilon) - target
-
-    ends = bracket(excess, 1.0)
-    assert ends is not None, "delta falls to 0 as the noise grows"
-    return 1 / safe_root(excess, unsafe=ends[0], safe=ends[1])
 
 
 def _smallest_noise(spent: Callable[[float], float], target: float, guess: float) -> float:
