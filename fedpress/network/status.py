@@ -4,11 +4,35 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from fedpress.network.ledger import CHECK, OwnerLedger
 from fedpress.network.policy import Policy, PrivacyRules
 from fedpress.network.spending import spent
+
+
+@dataclass(frozen=True)
+class Refused:
+    """All refusals by one rule of the policy.
+
+    Attributes:
+        rule: key of the policy, such as `privacy.max_epsilon`.
+        reason: the reason of the latest refusal.
+        times: how often it was refused. The ledger stores the same refusal in one session once,
+            however often the server asks.
+        last: date and time of the latest refusal, such as "2026-11-30 21:04 UTC".
+    """
+
+    rule: str
+    reason: str
+    times: int
+    last: str
+
+    def __str__(self) -> str:
+        often = f"{self.times} times, last " if self.times > 1 else ""
+        return f"{self.rule}: {self.reason} ({often}{self.last})"
 
 
 @dataclass(frozen=True)
@@ -26,7 +50,7 @@ class StatusRow:
         approved: whether the owner has approved the recipe.
         asked: number of sessions in which the server offered the stage.
         answered: number of answered rounds.
-        refused: the rule of the latest refusal, and its reason; empty if nothing was refused.
+        refused: the refusals, one entry for each rule; the rule that refused last comes last.
         epsilon: epsilon that this recipe has spent on these data, through all servers together.
     """
 
@@ -37,7 +61,7 @@ class StatusRow:
     approved: bool
     asked: int
     answered: int
-    refused: str
+    refused: tuple[Refused, ...]
     epsilon: float
 
 
@@ -87,7 +111,7 @@ def _status_of_data(ledger: OwnerLedger, rules: PrivacyRules, data: int) -> list
                 ledger.approved(recipe),
                 asked=0,
                 answered=0,
-                refused="",
+                refused=(),
                 epsilon=spent(charges, unit=rules.unit, delta=rules.delta),
             )
         one = found[key]
@@ -98,12 +122,21 @@ def _status_of_data(ledger: OwnerLedger, rules: PrivacyRules, data: int) -> list
         if row.get("round"):
             found[key] = replace(one, answered=one.answered + 1)
         elif row.get("rule"):
-            found[key] = replace(one, refused=f"{row['rule']}: {row['reason']}")
+            found[key] = replace(one, refused=_with_refusal(one.refused, row))
     rows = [replace(one, asked=len(sessions.get(key, ()))) for key, one in found.items()]
     total = spent(ledger.charges(data), unit=rules.unit, delta=rules.delta)
     answered = sum(row.answered for row in rows)
     asked = sum(row.asked for row in rows)
-    return [*rows, StatusRow(place, TOTAL, "", "", False, asked, answered, "", total)]
+    return [*rows, StatusRow(place, TOTAL, "", "", False, asked, answered, (), total)]
+
+
+def _with_refusal(before: tuple[Refused, ...], row: dict[str, Any]) -> tuple[Refused, ...]:
+    """Returns the refusals `before` and that of a row of the ledger's table "decisions"."""
+    # Counted by rule: the reasons of one rule may differ in a number, such as an epsilon.
+    times = 1 + sum(one.times for one in before if one.rule == row["rule"])
+    last = datetime.fromtimestamp(row["time"], UTC).strftime("%Y-%m-%d %H:%M UTC")
+    others = [one for one in before if one.rule != row["rule"]]
+    return (*others, Refused(row["rule"], row["reason"], times, last))
 
 
 def table(rows: Iterable[StatusRow]) -> list[str]:
@@ -116,8 +149,7 @@ def table(rows: Iterable[StatusRow]) -> list[str]:
         name = Path(row.data).name
         numbers = [str(row.asked), str(row.answered), f"{row.epsilon:.3g}"]
         cells.append([name, recipe, row.stage, row.server, approved, *numbers])
-        if row.refused:
-            refused.append(f"refused {recipe} on {name}: {row.refused}")
+        refused += [f"refused {recipe} on {name}: {one}" for one in row.refused]
     widths = [max(len(line[at]) for line in cells) for at in range(len(HEADINGS))]
     lines = []
     for line in cells:
