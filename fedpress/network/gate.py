@@ -21,7 +21,8 @@ class Refusal:
 
     Attributes:
         rule: the key of the policy that forbids the answer, such as `privacy.max_epsilon`.
-        reason: a sentence for people. It must not tell anything about the data.
+        reason: a sentence for people, with a cure after a semicolon. The server gets it too, so it
+            must not tell anything about the data.
     """
 
     rule: str
@@ -113,4 +114,5 @@ class NoPolicy:
 def unnamed_code(name: str) -> Refusal:
     """Returns the refusal of a model whose function `name` the owner does not allow."""
     # Cut, because the name comes from the server and may be of any length.
-    return Refusal("code", f"the model is built by {name[:80]}, which is not allowed here")
+    named = f"the model is built by {name[:80]}, which is not allowed here"
+    return Refusal("code", f"{named}; its owner can name it in the policy, under code")

@@ -171,13 +171,19 @@ class OwnerGate:
             log.error("%s", problem)
             # The server receives this text. It has no path, and no details in parentheses: they
             # would tell the server something about this machine.
-            return Refusal("ledger", f"the owner's ledger {problem.problem.partition(' (')[0]}")
+            said = problem.problem.partition(" (")[0]
+            return Refusal(
+                "ledger", f"the owner's ledger {said}; the output of that client names a cure"
+            )
 
     def _of_offer(self, offer: Offer) -> Refusal | None:
         """Applies all rules that need only the offer, and not the agreement."""
         # Checked when the gate was opened, too; a gate can also be made without `open`.
         if self.policy.server is not None and self.policy.server != self.server:
-            return Refusal("server", "another server's certificate is allowed")
+            return Refusal(
+                "server",
+                "another server's certificate is allowed; the owner names this one in the policy",
+            )
         for rule in OFFER_RULES:
             refusal = rule(self.policy, offer)
             if refusal is not None:
@@ -185,7 +191,8 @@ class OwnerGate:
         if self.policy.require_approval and not self.ledger.approved(offer.fingerprint):
             return Refusal(
                 "require_approval",
-                f"the owner has not approved the recipe with the fingerprint {offer.fingerprint}",
+                f"the owner has not approved the recipe with the fingerprint {offer.fingerprint}; "
+                "to approve it there: fedpress client approve RECIPE",
             )
         return None
 
@@ -243,7 +250,8 @@ class OwnerGate:
                 return Refusal(
                     f"privacy.{rule}",
                     f"epsilon {what} would be {epsilon:.3g} for each {rules.unit} at delta "
-                    f"{rules.delta:g}, allowed is {limit:g}",
+                    f"{rules.delta:g}, allowed is {limit:g}; ask for less, with a smaller epsilon "
+                    "or fewer rounds, or the owner allows more",
                 )
         return None
 
@@ -255,7 +263,10 @@ class OwnerGate:
             return _below(self.policy, len(set(map(str, named))), "in this round")
         if message.kind == "evaluate":
             if "score" not in self.policy.metrics:
-                return Refusal("metrics", "the score on the owner's examples may not leave")
+                return Refusal(
+                    "metrics",
+                    "the score on the owner's examples may not leave; the run goes on without it",
+                )
             # In a private stage the client itself refuses to evaluate, which costs no privacy.
             if contract.stage.privacy is not None:
                 return None
@@ -286,7 +297,9 @@ class OwnerGate:
                 return None
             limit = self.policy.rounds_per_day
             if limit is not None and round and self.ledger.rounds_of_today(self.data) >= limit:
-                return Refusal("rounds_per_day", f"{limit} in 24 hours are allowed")
+                return Refusal(
+                    "rounds_per_day", f"{limit} in 24 hours are allowed; it answers again later"
+                )
             entries: list[LedgerEntry] = contract.charges_of_answer(
                 asked.name, round, first=not answered
             )
@@ -360,7 +373,11 @@ def _family(policy: Policy, offer: Offer) -> Refusal | None:
     architecture = offer.spec.architecture
     if architecture in policy.families or architecture in policy.code:
         return None
-    return Refusal("families", f"models of the family '{architecture[:80]}' are not allowed")
+    allowed = ", ".join(policy.families)
+    return Refusal(
+        "families",
+        f"models of the family '{architecture[:80]}' are not allowed; take one of {allowed}",
+    )
 
 
 def _size(policy: Policy, offer: Offer) -> Refusal | None:
@@ -369,7 +386,8 @@ def _size(policy: Policy, offer: Offer) -> Refusal | None:
     if policy.max_parameters is None or size <= policy.max_parameters:
         return None
     return Refusal(
-        "max_parameters", f"the model has {size} numbers, allowed are {policy.max_parameters}"
+        "max_parameters",
+        f"the model has {size} numbers, allowed are {policy.max_parameters}; take a smaller model",
     )
 
 
@@ -405,13 +423,21 @@ def _private(policy: Policy, offer: Offer) -> Refusal | None:
         return None
     trust = trust_of_stage(offer.stage)
     if offer.stage.privacy is None:
-        return Refusal("privacy", "the stage promises no differential privacy")
+        return Refusal(
+            "privacy", "the stage promises no differential privacy; give it a table privacy"
+        )
     # Not the other way round: protection of a whole client also protects each of its rows.
     if rules.unit == "client" and trust.unit != "client":
-        return Refusal("privacy.unit", f"it protects single {trust.unit}s, not the whole client")
+        return Refusal(
+            "privacy.unit",
+            f'it protects single {trust.unit}s, not the whole client; set unit = "client"',
+        )
     if trust.kind not in rules.trust:
         allowed = ", ".join(rules.trust)
-        return Refusal("privacy.trust", f"the noise is '{trust.kind}', allowed is {allowed}")
+        return Refusal(
+            "privacy.trust",
+            f"the noise is '{trust.kind}', allowed is {allowed}; set trust = \"{rules.trust[0]}\"",
+        )
     return None
 
 
@@ -419,7 +445,11 @@ def _measures(policy: Policy, offer: Offer) -> Refusal | None:
     """Refuses a stage that needs the number of examples, if this number must not leave."""
     if "examples" in policy.metrics or not counts_are_public(offer.stage):
         return None
-    return Refusal("metrics", "the number of examples may not leave, and this recipe needs it")
+    return Refusal(
+        "metrics",
+        "the number of examples may not leave, and this recipe needs it; protect whole clients, "
+        'with unit = "client"',
+    )
 
 
 OFFER_RULES: tuple[Callable[[Policy, Offer], Refusal | None], ...] = (
@@ -452,5 +482,5 @@ def _too_few(policy: Policy, contract: Contract) -> Refusal | None:
 
 
 def _below(policy: Policy, count: int, where: str) -> Refusal:
-    few = f"{count} clients {where}, allowed are {policy.min_cohort} or more"
+    few = f"{count} clients {where}, allowed are {policy.min_cohort} or more; let more take part"
     return Refusal("min_cohort", few)

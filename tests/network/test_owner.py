@@ -127,6 +127,8 @@ def test_each_rule_about_an_offer_allows_and_refuses(tmp_path, allows, refuses, 
     found = own.offered(asked, trial=False)
     assert found is not None
     assert found.rule == rule
+    # The server shows it: the cure stands after a semicolon.
+    assert "; " in found.reason
 
 
 def test_a_secure_sum_whose_keys_follow_from_the_seed_is_none(tmp_path):
@@ -256,6 +258,7 @@ def test_only_approved_recipes_take_part_and_a_changed_one_is_another(tmp_path):
     assert "c0" not in server.population.names
     (told,) = found.sentences
     assert told.startswith("client 'c0' does not take part (the owner's policy says no to require")
+    assert told.endswith("; to approve it there: fedpress client approve RECIPE)")
 
 
 @pytest.mark.parametrize("rest", ["", PRIVATE, SECURE, CENTRAL, WHOLE, "cohort = 2\nlr = 0.5\n"])
@@ -436,7 +439,9 @@ def test_rounds_per_day_hold_for_all_runs_and_whatever_the_clock_says(tmp_path):
     server = found.bind(tmp_path / "memory")
     first = refusals(server)
     assert first[:2] == ["", ""]
-    assert first[2] == ("the owner's policy says no to rounds_per_day: 2 in 24 hours are allowed")
+    assert first[2].startswith(
+        "the owner's policy says no to rounds_per_day: 2 in 24 hours are allowed; "
+    )
     now[0] -= 100 * DAY
     assert refusals(found.bind(tmp_path / "memory"))[2]
     now[0] += 101 * DAY + 1
@@ -489,7 +494,8 @@ def test_a_ledger_that_does_not_work_refuses_and_says_so_on_both_sides(
     reasons = refusals(server)
     raw.rollback()
     assert reasons[0] == (
-        "the owner's policy says no to ledger: the owner's ledger cannot be read or written"
+        "the owner's policy says no to ledger: the owner's ledger cannot be read or written; "
+        "the output of that client names a cure"
     )
     assert str(tmp_path) not in reasons[0]
     assert "ledger.sqlite" in caplog.text
@@ -540,7 +546,7 @@ def test_the_status_is_a_table_of_what_was_asked_answered_refused_and_spent(tmp_
     ]
     assert lines[1].split()[:3] == ["own", rows[0].recipe, "federate"]
     assert lines[2].split()[:2] == ["own", "total"]
-    assert "on own: rounds_per_day: 2 in 24 hours are allowed (" in lines[3]
+    assert "on own: rounds_per_day: 2 in 24 hours are allowed; " in lines[3]
 
 
 def test_a_refusal_in_the_middle_of_a_run_is_read_as_such():

@@ -23,6 +23,8 @@ from fedpress.stages.federate.settings import FederateSettings
 from fedpress.wire.message import Message
 from fedpress.workspace.state import Network, State
 
+SILENT = "no reply came; see whether it is running"
+"""Why a client that has not answered the offer does not take part."""
 POPULATION = "population"
 """Entry of the server's storage: the clients with which the stage began."""
 
@@ -131,7 +133,7 @@ def offer_to_all(
         TrainingError: if no client accepts.
     """
     names = transport.clients()
-    answers: dict[ClientId, str] = dict.fromkeys(names, "no reply came")
+    answers: dict[ClientId, str] = dict.fromkeys(names, SILENT)
     for name, reply in exchange(transport, dict.fromkeys(names, offer)):
         try:
             answers[name] = refusal_of(reply) or f"it sent {reply.kind!r}"

@@ -344,7 +344,10 @@ def register(transport: Transport, left_out: Callable[[str], None] | None = None
     registered = tuple(name for name in names if name not in silent)
     for name, why in silent.items():
         if left_out is not None and registered:
-            left_out(f"client '{name}' does not take part: it did not register ({why})")
+            left_out(
+                f"client '{name}' does not take part: it did not register ({why}); see whether it "
+                "is running"
+            )
             continue
         # In a simulation every client is present, so a client that does not register is a bug.
         raise TrainingError(
