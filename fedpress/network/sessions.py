@@ -80,7 +80,7 @@ class Sessions:
         program: an exported training program (.pte), run by ExecuTorch in place of torch; None:
             torch trains.
         device: where the client trains.
-        max_bytes: longest accepted message, in bytes.
+        max_bytes: longest message that is accepted or sent, in bytes.
         told: is called with a sentence when a message could not be answered.
     """
 
@@ -111,7 +111,14 @@ class Sessions:
             "refused"; a bad message raises nothing.
         """
         try:
-            return pack(self._answer(name, request))
+            data = pack(self._answer(name, request))
+            if len(data) > self.max_bytes:
+                raise WireError(
+                    f"the answer has {len(data)} bytes, more than the {self.max_bytes} allowed",
+                    place="message.length",
+                    cure="raise max_bytes",
+                )
+            return data
         except _Refused as refused:
             return pack(refused.answer)
         # The server is told about any error, as in a simulation, and the client keeps running.
@@ -197,7 +204,7 @@ class Sessions:
             refusal = self.gate.called(session.asked, contract, message)
             if refusal is not None:
                 return self._refused(refusal)
-        answer = unpack(half.handle(request), max_bytes=self.max_bytes)
+        answer = half.answer(message)
         if message.kind == "agree" and half.contract is not None:
             try:
                 refusal = self._agreed(session, half.contract)

@@ -24,7 +24,7 @@ from fedpress.core.names import ClientId
 from fedpress.core.random import STREAMS
 from fedpress.federation import ClientState, InMemoryState
 from fedpress.federation.exchange import failure
-from fedpress.wire.message import pack
+from fedpress.wire.message import Message, pack
 
 
 class Side(Protocol):
@@ -40,6 +40,14 @@ class Side(Protocol):
 
     def handle(self, request: bytes) -> bytes:
         """Returns the bytes of the answer to one message, or raises."""
+        ...
+
+    def answer(self, message: Message) -> Message:
+        """Does the same as `handle`, for messages that need not become bytes, or raises.
+
+        The answer may share memory with `message` and with what the client stores, so the caller
+        does not change it in place.
+        """
         ...
 
 

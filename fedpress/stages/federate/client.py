@@ -65,24 +65,30 @@ class ClientSide:
     _refusal: FedpressError | None = field(default=None, repr=False)
 
     def handle(self, request: bytes) -> bytes:
-        """Answers one message of the server; question and answer are bytes.
+        """Answers one message; request and answer are serialized messages. See `answer`."""
+        return pack(self.answer(unpack(request)))
+
+    def answer(self, message: Message) -> Message:
+        """Answers one message of the server.
+
+        Neither side changes the tensors of the other in place: in one process both messages may
+        share them.
 
         Raises:
             WireError: if the request is invalid, or this client has not agreed.
             FedpressError: any error of `Client.answer`.
         """
-        message = unpack(request)
         check_header(message.kind, message.header)
         if message.kind == "register":
-            return pack(self._register())
+            return self._register()
         if message.kind == "agree":
-            return pack(self._agree(message))
+            return self._agree(message)
         # Until it has agreed, this client only sends public facts.
         if self.client is None:
             raise self._refused(message.kind)
         if message.kind == "evaluate":
-            return pack(self._evaluate(self.client, message))
-        return pack(self.client.answer(message))
+            return self._evaluate(self.client, message)
+        return self.client.answer(message)
 
     def _refused(self, question: str) -> WireError:
         """Returns the error for a request that comes before this client has agreed.

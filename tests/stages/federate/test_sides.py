@@ -9,7 +9,7 @@ from torch import nn
 
 from fedpress.core.examples import Arrays, Preprocess
 from fedpress.data.population import Population
-from fedpress.errors import RecipeError, WireError
+from fedpress.errors import FedpressError, RecipeError, WireError
 from fedpress.federation import InMemoryState
 from fedpress.federation.protocol import text_tensor
 from fedpress.models import ModelSpec
@@ -232,6 +232,29 @@ def test_accuracy_on_private_examples_is_refused_by_the_client_itself():
         header = {"agreement": server.contract.terms.agreement.fingerprint}
         with pytest.raises(WireError, match="is private too"):
             ask(clients["a"], Message("evaluate", header, {"params": params}))
+
+
+@pytest.mark.parametrize("keys", [{}, {"privacy": CLIENT}, {"aggregator": "secure"}])
+def test_a_message_gets_the_answer_that_its_bytes_get(keys):
+    answers = []
+    for as_bytes in (True, False):
+        clients = clients_of(common(**keys))
+        server = ServerSide.bind(common(**keys), transport_to(clients))
+        params = torch.cat([p.detach().reshape(-1) for p in server.model.parameters()])
+        header = {"round": 1, "agreement": server.contract.terms.agreement.fingerprint}
+        fit = Message("fit", {**header, "cohort": list(NAMES)}, {"params": params})
+        got = []
+        for request in (Message("register"), Message("join"), fit, Message("evaluate")):
+            try:
+                if as_bytes:
+                    got.append(clients["a"].handle(pack(request)))
+                else:
+                    got.append(pack(clients["a"].answer(request)))
+            except FedpressError as problem:
+                got.append(str(problem))
+        answers.append(got)
+    assert answers[0] == answers[1]
+    assert isinstance(answers[0][0], bytes)
 
 
 def test_without_privacy_every_client_says_what_the_model_is_worth_to_it():
