@@ -192,8 +192,9 @@ def _serve(
         out_stream.print(in_one_line(sentence), markup=False, soft_wrap=True)
 
     labels = begun.recipe.data.label_columns
-    observed = ObservedLink(link, hidden=hides_cohort(begun.recipe.stage))
-    network = ServerNetwork(observed, labels, lost_after, say, min_clients, wait)
+    hidden = hides_cohort(begun.recipe.stage)
+    observed = ObservedLink(link, hidden=hidden)
+    network = ServerNetwork(observed, labels, lost_after, say, min_clients, wait, hidden)
     # The check asks the clients whether they accept, so they must be connected.
     network.gather()
     with terminal.waiting(out_stream, "checking that everything fits together"):

@@ -34,6 +34,7 @@ class ServerNetwork:
         min_clients: number of clients that must be connected before a stage begins; None: all
             clients that `server.toml` lists.
         timeout: seconds to wait for these clients; None: without limit.
+        hidden: whether only the server may know which clients are asked in a round.
     """
 
     link: Link
@@ -42,6 +43,7 @@ class ServerNetwork:
     told: Callable[[str], None] = log.info
     min_clients: int | None = None
     timeout: float | None = None
+    hidden: bool = False
 
     def open(self, session: str, clients: Sequence[ClientId] | None) -> RemoteTransport:
         """Returns a transport to `clients`; see `fedpress.workspace.state.Network`."""
@@ -54,6 +56,7 @@ class ServerNetwork:
             session,
             lost_after=self.lost_after,
             told=self.told,
+            hidden=self.hidden,
         )
 
     def gather(self) -> list[ClientId]:

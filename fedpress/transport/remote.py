@@ -127,6 +127,8 @@ class RemoteTransport:
         traffic: bytes of all messages so far.
         told: is called with a sentence when a client is offline or was started again, or when two
             processes answer as one client.
+        hidden: whether only the server may know which clients are asked in a round. Then the
+            sentences name no client: they are about clients that are asked.
     """
 
     link: Link
@@ -136,6 +138,7 @@ class RemoteTransport:
     lost_after: float = LOST_AFTER
     told: Callable[[str], None] = lambda sentence: log.info("%s", sentence)
     traffic: Traffic = field(default_factory=Traffic)
+    hidden: bool = False
 
     def __post_init__(self) -> None:
         # Part of every call's id. Random: after a crash of the server, late answers to calls of the
@@ -261,7 +264,7 @@ class RemoteTransport:
             return True
         if isinstance(answer, Lost):
             # Nobody knows whether the network lost the call or its answer: the call is sent again.
-            log.info("a call to '%s' was lost (%s)", call.client, answer.reason)
+            log.info("a call to %s was lost (%s)", self._shown(call.client), answer.reason)
             call.ticket = ""
             # `_look_after` sends it when the client is back, or gives up after `lost_after`.
             if not self.link.online().get(call.client):
@@ -298,7 +301,7 @@ class RemoteTransport:
         try:
             presence = Presence.from_bytes(answer.body)
         except WireError as problem:
-            log.warning("client '%s': %s", call.client, problem)
+            log.warning("%s: %s", self._shown(call.client), problem)
             return
         call.heard = time.monotonic()
         self._note_boot(call.client, presence.boot)
@@ -318,13 +321,16 @@ class RemoteTransport:
             return
         if boot in boots:
             self.told(
-                f"two processes answer as client '{client}', with one key: end one of them, or "
+                f"two processes answer as {self._shown(client)}, with one key: end one of them, or "
                 "give it a folder of its own (fedpress network add)"
             )
         elif boots:
-            self.told(f"client '{client}' was started again")
+            self.told(f"{self._shown(client)} was started again")
         # The latest boot comes last.
         self._boots[client] = [*(one for one in boots if one != boot), boot]
+
+    def _shown(self, client: ClientId) -> str:
+        return "a client of the round" if self.hidden else f"client '{client}'"
 
     def _look_after(self) -> None:
         """Pings online clients that have not answered for long, and reports offline clients.
@@ -355,7 +361,7 @@ class RemoteTransport:
                 continue
             call.ping = ""
             silent = now - call.heard
-            self.told(f"client '{call.client}' is offline for {silent:.0f} s")
+            self.told(f"{self._shown(call.client)} is offline for {silent:.0f} s")
             if silent > self.lost_after:
                 reason = f"it is offline for more than {self.lost_after:.0f} s"
                 self._close(request, error(f"lost: {reason}"))

@@ -168,6 +168,26 @@ def test_an_offline_client_is_given_up_after_its_time(time):
     assert all("'a' is offline" in sentence for sentence in told)
 
 
+def test_no_client_is_named_where_only_the_server_may_know_who_is_asked(time, caplog):
+    caplog.set_level("DEBUG", "fedpress")
+    over, wire, told = network("anna", "ben", lost_after=20.0, hidden=True)
+    wire.clients["anna"].online = False
+    wire.clients["ben"].works = False
+    requests = [over.send(name, Message("m")) for name in ("anna", "ben")]
+    over.receive(requests, timeout=10.0)
+    wire.clients["ben"].start_again()
+    wire.clients["ben"].works = True
+    wire.lose = 1
+    for request in requests:
+        over.receive([request])
+    assert "a client of the round was started again" in told
+    assert any("is offline" in sentence for sentence in told)
+    said = "".join(told) + caplog.text
+    assert "was lost" in said
+    assert "anna" not in said
+    assert "ben" not in said
+
+
 def test_a_client_that_comes_back_in_time_is_not_given_up(time):
     over, wire, _ = network("a", lost_after=20.0)
     client = wire.clients["a"]

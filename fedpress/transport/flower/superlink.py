@@ -66,6 +66,9 @@ class SuperLink:
         self._certificate = certificate
         self._key = key
         folder.mkdir(parents=True, exist_ok=True)
+        # Flower logs each answer with the number of its client, and with privacy of whole clients
+        # nobody else may know who took part in a round.
+        folder.chmod(0o700)
         self.secret_file = folder / "superlink.secret"
         self._began_before = self.secret_file.exists()
         if not self._began_before:

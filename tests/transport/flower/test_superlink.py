@@ -56,6 +56,8 @@ def test_one_that_is_killed_while_it_starts_is_started_again(tmp_path, program, 
     count = program(kills=2)
     made = SuperLink(Address("127.0.0.1", port), tmp_path / "run")
     assert made.running
+    # Its log tells who answers.
+    assert (tmp_path / "run").stat().st_mode & 0o077 == 0
     assert count.read_text() == "3"
     made.close()
     assert not made.running
