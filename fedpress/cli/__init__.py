@@ -22,6 +22,7 @@ from fedpress.cli.common import (
     Device,
     ListTables,
     Overrides,
+    Public,
     allow_code,
     error_text,
     exit_stack,
@@ -34,9 +35,13 @@ from fedpress.cli.common import (
 from fedpress.cli.logs import show_log, take_flag
 from fedpress.cli.run import run
 from fedpress.cli.watch import watch
-from fedpress.errors import FedpressError, RecipeError, RunError
+from fedpress.errors import DataError, FedpressError, RecipeError, RunError
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
+    from fedpress.data import FederatedData
+    from fedpress.pipeline.recipe import Recipe
     from fedpress.privacy.accounting.accountant import Spent
 
 # Heavy imports (torch, pydantic models) stay inside the commands, so that
@@ -85,6 +90,7 @@ def check(
     ] = None,
     overrides: Overrides = None,
     data: Data = None,
+    public: Public = None,
     device: Device = None,
     schema: Annotated[
         bool, typer.Option("--schema", help="Print the JSON schema of recipes.")
@@ -110,32 +116,41 @@ def check(
         )
     from fedpress.api import begin
     from fedpress.cli import terminal
+    from fedpress.cli.server import public_alone, server_data
     from fedpress.pipeline.check import check_recipe
 
     allow_code(code)
-    _, wanted = begin.load(recipe, with_device(overrides, device), data)
+    words = [*with_device(overrides, device), *public_alone(public)]
+    _, wanted = begin.load(recipe, words, data)
     out_stream = terminal.console(quiet=as_json)
-    loaded = load_data(wanted, out_stream)
+    elsewhere = public is not None
+    loaded = server_data(wanted, out_stream) if elsewhere else _all_data(wanted, out_stream)
     with terminal.waiting(out_stream, "checking that everything fits together"):
-        lines = check_recipe(wanted, loaded)
+        lines = check_recipe(wanted, loaded, clients_elsewhere=elsewhere)
     # The JSON may be passed on, so for a private recipe it tells less about the data.
     if as_json:
-        typer.echo(
-            json.dumps(
-                {
-                    "recipe": wanted.name,
-                    "data": loaded.describe(private=wanted.private),
-                    "stages": lines,
-                }
-            )
-        )
+        about = loaded.describe(private=wanted.private)
+        typer.echo(json.dumps({"recipe": wanted.name, "data": about, "stages": lines}))
         return
     terminal.show_check(
         out_stream, f"{wanted.name}: {wanted.description}", loaded.describe(), lines
     )
-    out_stream.print(
-        f"everything fits together; start it with: fedpress run {recipe}", markup=False
-    )
+    start = f"fedpress server {recipe} --public {public}" if elsewhere else f"fedpress run {recipe}"
+    out_stream.print(f"everything fits together; start it with: {start}", markup=False)
+
+
+def _all_data(recipe: Recipe, out_stream: Console) -> FederatedData:
+    """Loads the data of a recipe; if the clients' file is missing, the error names `--public`."""
+    try:
+        return load_data(recipe, out_stream)
+    except DataError as error:
+        path = recipe.data.path
+        missing = path is not None and "*" not in path.name and not path.exists()
+        # A server has no file of its clients.
+        if missing and any(stage.needs_clients for stage in recipe.stage):
+            words = (error.cure,) if isinstance(error.cure, str) else error.cure
+            error.cure = (*words, "; if the clients have the data, give --public FILE")
+        raise
 
 
 @app.command()

@@ -59,6 +59,11 @@ Device = Annotated[
     ),
 ]
 Data = Annotated[Path | None, typer.Option(help="Folder or file of the data set; sets data.path.")]
+Public = Annotated[
+    Path | None,
+    typer.Option(help="The server's file or folder, with public rows alone; sets data.path."),
+]
+"""`--public` of commands on the server's machine, where the clients' data are not."""
 NetworkFolder = Annotated[
     Path | None,
     typer.Option("--network", help="This machine's folder, made by fedpress network init."),

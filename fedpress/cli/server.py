@@ -16,6 +16,7 @@ from fedpress.cli.common import (
     Insecure,
     NetworkFolder,
     Overrides,
+    Public,
     exit_stack,
     in_one_line,
     load_data,
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
     from fedpress.api.begin import CheckedRun
     from fedpress.data import FederatedData
+    from fedpress.pipeline.recipe import Recipe
     from fedpress.transport.flower import ServerLink
 
 
@@ -39,10 +41,7 @@ def server(
     recipe: Annotated[str, typer.Argument(help="Name of a shipped recipe, or a TOML file.")],
     overrides: Overrides = None,
     network: NetworkFolder = None,
-    public: Annotated[
-        Path | None,
-        typer.Option(help="File or folder with public rows alone; sets data.path."),
-    ] = None,
+    public: Public = None,
     min_clients: Annotated[
         int | None, typer.Option(min=1, help="Clients to wait for; by default all known ones.")
     ] = None,
@@ -67,8 +66,7 @@ def server(
     words = with_device(overrides, device)
     with stopping("stopped before the run began; nothing was changed"):
         begun = _begun(recipe, [*words, *public_alone(public)], out)
-        # The clients have their own examples. The server keeps its public and test data only.
-        loaded = load_data(begun.recipe, out_stream).without_clients()
+        loaded = server_data(begun.recipe, out_stream)
         link = _open(network, insecure, port, begun.place, out_stream)
     said = "\nstopped; all rounds so far are saved; the same command goes on"
     with stopping(said), quit_on_term():
@@ -101,6 +99,11 @@ def public_alone(path: Path | None) -> list[str]:
     # These keys would divide the rows by client, which has no meaning for public rows.
     keys += ["data.client_column=none", "data.public_clients=[]", "data.test_clients=[]"]
     return [f"data.path={path.resolve()}", *keys]
+
+
+def server_data(recipe: Recipe, out_stream: Console) -> FederatedData:
+    """Loads the server's own data: the public, validation and test parts, without clients."""
+    return load_data(recipe, out_stream).without_clients()
 
 
 def _open(

@@ -15,9 +15,16 @@ from fedpress.pipeline.recipe import Recipe
 from fedpress.pipeline.start import NO_DATA, first_state, spec_and_model, with_parent
 from fedpress.workspace.state import Network
 
+ELSEWHERE = "on other machines: fedpress server checks this stage with them before the run"
+"""What is said of a stage that needs clients which cannot be asked now."""
+
 
 def check_recipe(
-    recipe: Recipe, data: FederatedData, network: Network | None = None
+    recipe: Recipe,
+    data: FederatedData,
+    network: Network | None = None,
+    *,
+    clients_elsewhere: bool = False,
 ) -> list[dict[str, Any]]:
     """Checks every stage in order, and returns what is known about its result before the run.
 
@@ -25,6 +32,8 @@ def check_recipe(
         recipe: the checked settings.
         data: the loaded data set.
         network: reaches clients on other machines; None: the clients are simulated.
+        clients_elsewhere: whether the clients are on other machines and cannot be asked now. Then
+            stages that need clients are not checked.
 
     Returns:
         One dictionary for each stage: its kind, its name, the parameters and MACs of the model
@@ -40,8 +49,10 @@ def check_recipe(
     for index, stage in enumerate(recipe.stage):
         # `stage.check` returns a model with the shapes after the stage: the next stage needs them.
         before = state
-        with errors_of_stage(index, stage):
-            state, facts = stage.check(state)
+        facts: dict[str, Any] = {"clients": ELSEWHERE}
+        if not (clients_elsewhere and stage.needs_clients):
+            with errors_of_stage(index, stage):
+                state, facts = stage.check(state)
         state = with_parent(state, before, partial(spec_and_model, before) if trained else None)
         # Any stage may train, so from here on the model counts as trained.
         trained = True

@@ -123,7 +123,9 @@ def test_split_writes_a_file_for_each_client_and_never_over_another(shell, tmp_p
     assert "examples of shape" in checked.out
 
 
-def test_a_file_of_public_rows_takes_the_place_of_the_recipes_clients(tmp_path):
+@pytest.fixture
+def hospitals(tmp_path):
+    """Returns a recipe whose clients' table is not here, and the table of the server."""
     table = tmp_path / "public.csv"
     rows = [f"{at}.5,{'ill' if at % 2 else 'healthy'}" for at in range(40)]
     table.write_text("\n".join(["age,outcome", *rows]))
@@ -133,7 +135,25 @@ def test_a_file_of_public_rows_takes_the_place_of_the_recipes_clients(tmp_path):
         'client_column = "hospital"\npublic_clients = ["open"]\n[model]\narchitecture = "mlp"\n'
         'arguments = { in_features = 1 }\n[[stage]]\nkind = "federate"\nnum_rounds = 1\n'
     )
+    return recipe, table
+
+
+def test_a_file_of_public_rows_takes_the_place_of_the_recipes_clients(hospitals):
+    recipe, table = hospitals
     data = load_data(begin.load(str(recipe), public_alone(table))[1])
     assert len(data.public) > 20
     # The server leaves the only client's example out.
     assert not data.without_clients().clients
+
+
+def test_a_server_checks_its_part_without_the_file_of_the_clients(shell, hospitals):
+    recipe, table = hospitals
+    said = shell("check", recipe)
+    assert said.code == 2
+    assert "all.csv'; check the path; " in said.err
+    assert "if the clients have the data, give --public FILE" in said.err
+    said = shell("check", recipe, "--public", table)
+    assert said.code == 0
+    assert "0 clients" in said.out
+    assert "fedpress server checks this stage" in " ".join(said.out.split())
+    assert "fedpress server" in said.out.splitlines()[-1]
