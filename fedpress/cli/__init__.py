@@ -136,7 +136,8 @@ def check(
         out_stream, f"{wanted.name}: {wanted.description}", loaded.describe(), lines
     )
     start = f"fedpress server {recipe} --public {public}" if elsewhere else f"fedpress run {recipe}"
-    out_stream.print(f"everything fits together; start it with: {start}", markup=False)
+    said = f"everything fits together; start it with: {start}"
+    out_stream.print(said, markup=False, soft_wrap=True)
 
 
 def _all_data(recipe: Recipe, out_stream: Console) -> FederatedData:

@@ -133,7 +133,7 @@ def hospitals(tmp_path):
     recipe.write_text(
         'name = "r"\n[data]\nsource = "csv"\npath = "all.csv"\nlabel_column = "outcome"\n'
         'client_column = "hospital"\npublic_clients = ["open"]\n[model]\narchitecture = "mlp"\n'
-        'arguments = { in_features = 1 }\n[[stage]]\nkind = "federate"\nnum_rounds = 1\n'
+        'arguments = { in_features = 1, num_classes = 2 }\n[[stage]]\nkind = "federate"\nnum_rounds = 1\n'
     )
     return recipe, table
 
