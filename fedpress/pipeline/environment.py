@@ -154,14 +154,23 @@ def _commit() -> str | None:
     if not (root / ".git").exists():
         return None
     try:
-        out = subprocess.run(
-            ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=10"],
-            capture_output=True,
-            text=True,
-            timeout=10,
-            check=True,
-        )
+        commit = _git(root, "describe", "--always", "--abbrev=10")
+        # Not `describe --dirty`: it writes the repository's index, and would leave a lock behind if
+        # it were killed then, for instance because the disk is full.
+        changed = _git(root, "status", "--porcelain", "--untracked-files=no")
     # git is not installed, too slow, or refuses a folder of another user. The run goes on.
     except (OSError, subprocess.SubprocessError):
         return None
-    return out.stdout.strip()
+    return f"{commit}-dirty" if changed else commit
+
+
+def _git(root: Path, *words: str) -> str:
+    """Returns what a command of git prints; git writes nothing in the repository."""
+    done = subprocess.run(
+        ["git", "--no-optional-locks", "-C", str(root), *words],
+        capture_output=True,
+        text=True,
+        timeout=10,
+        check=True,
+    )
+    return done.stdout.strip()
