@@ -25,6 +25,7 @@ from fedpress.network.spending import Charge, spent
 from fedpress.network.status import StatusRow, status, table
 from fedpress.privacy.ledger import Ledger, LedgerEntry
 from fedpress.stages.federate.offer import Offer
+from fedpress.stages.federate.refusals import AGREED_NOW
 from fedpress.stages.federate.server import agree
 from fedpress.wire.message import Message, pack, unpack
 from tests.network.deployment import PRIVATE, RECIPE, Machines, run
@@ -294,6 +295,49 @@ def test_the_owner_is_told_once_why_the_client_does_not_take_part(tmp_path):
     assert said[0].startswith("refused (privacy.max_epsilon): epsilon of this recipe would be")
 
 
+def rounds_of(server, found):
+    """Yields after each round why `c0` is not in it, and what it was asked."""
+    for record in server.rounds(Start(parameters.flatten(server.model))):
+        asked = [kind for name, kind in found.asked if name == "c0"]
+        found.asked.clear()
+        yield record.refused.get("c0", ""), asked
+
+
+def test_an_owner_who_refuses_the_run_is_asked_again_when_the_client_was_started_again(tmp_path):
+    found = machines(tmp_path, policy({"max_epsilon": 0.1}))
+    server = found.bind(tmp_path / "memory")
+    found.asked.clear()
+    rounds = rounds_of(server, found)
+    reason, asked = next(rounds)
+    assert "privacy.max_epsilon" in reason
+    assert asked == []
+    found.gates["c0"].policy = policy()
+    found.start()
+    assert next(rounds) == (AGREED_NOW, ["agree"])
+    assert next(rounds) == ("", ["fit"])
+
+
+def test_an_owner_who_approves_during_the_run_is_asked_again(tmp_path):
+    path = tmp_path / "recipe.toml"
+    path.write_text(RECIPE + PRIVATE)
+    found = machines(tmp_path, policy(require_approval=True))
+    book = found.gates["c0"].ledger
+    approve(path, ledger=book.path)
+    found.bind(tmp_path / "memory")
+    # The server is started again, and goes on with the same clients.
+    approve(path, ledger=book.path, withdraw=True)
+    found.start()
+    server = found.bind(tmp_path / "memory")
+    found.asked.clear()
+    rounds = rounds_of(server, found)
+    reason, asked = next(rounds)
+    assert "require_approval" in reason
+    assert asked == []
+    approve(path, ledger=book.path)
+    assert next(rounds) == (AGREED_NOW, ["agree"])
+    assert next(rounds) == ("", ["fit"])
+
+
 def agreed_in_a_trial(found) -> dict[str, str]:
     """Checks the recipe, and returns who refuses and why."""
     server = found.bind(None)
@@ -506,17 +550,17 @@ def test_a_charge_without_an_answer_is_kept_and_not_charged_again(tmp_path, monk
 
     found = machines(tmp_path, policy())
     server = found.bind(tmp_path / "memory")
-    real = ClientSide.handle
+    real = ClientSide.answer
 
     class Killed(BaseException):
         pass
 
-    def dies(self, request):
-        if self.name == "c0" and unpack(request).kind == "fit":
+    def dies(self, message):
+        if self.name == "c0" and message.kind == "fit":
             raise Killed
-        return real(self, request)
+        return real(self, message)
 
-    monkeypatch.setattr(ClientSide, "handle", dies)
+    monkeypatch.setattr(ClientSide, "answer", dies)
     with pytest.raises(Killed):
         run(server)
     own = found.gates["c0"]
