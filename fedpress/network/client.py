@@ -50,9 +50,12 @@ def serve(
     Raises:
         NetworkError: if the server refuses this client.
     """
+    # Read here and not in the connection's thread, because a ledger is used by one thread.
+    correspondence.consent = sessions.gate.consent()
     correspondence.start()
     try:
         while not stopped():
+            correspondence.consent = sessions.gate.consent()
             # Waits at most a second, so that `stopped` is called often enough.
             call = correspondence.next_call(timeout=1.0)
             if call is None:

@@ -81,6 +81,14 @@ class Gate(Protocol):
         """
         ...
 
+    def consent(self) -> str:
+        """Returns a text that changes when the owner approves a recipe or takes it back.
+
+        The server gets it, and asks again where the owner refused before. So it must tell nothing
+        else.
+        """
+        ...
+
     def leaving(self, asked: Asked, answer: Message) -> Message:
         """Returns `answer` without the metrics that the owner does not allow to leave."""
         ...
@@ -105,6 +113,10 @@ class NoPolicy:
     def called(self, asked: Asked, contract: Contract, message: Message) -> Refusal | None:
         """See `Gate`."""
         return None
+
+    def consent(self) -> str:
+        """See `Gate`."""
+        return ""
 
     def leaving(self, asked: Asked, answer: Message) -> Message:
         """See `Gate`."""

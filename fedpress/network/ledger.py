@@ -501,6 +501,10 @@ class OwnerLedger:
         found = self._read(query, (recipe,))
         return bool(found and found[0][0])
 
+    def latest_approval(self) -> int:
+        """Returns the number of the latest approval or withdrawal of any recipe; 0 if none."""
+        return int(self._read("SELECT max(id) FROM approvals")[0][0] or 0)
+
     def rows(self, table: str) -> list[dict[str, Any]]:
         """Returns all rows of a table, oldest first."""
         names = [row[1] for row in self._read(f"PRAGMA table_info({table})")]

@@ -77,6 +77,7 @@ class Correspondence:
     Attributes:
         name: name of the client.
         boot: random id of this process. A new id tells the server that the client was restarted.
+        consent: text that changes when the owner approves a recipe; the server reads it in pongs.
         answered: id of a call -> its answer, for the latest calls, in case one arrives twice.
     """
 
@@ -90,6 +91,7 @@ class Correspondence:
         """
         self.name = name
         self.boot = secrets.token_hex(8)
+        self.consent = ""
         self._wire = wire
         self._told = told
         self._calls: queue.Queue[Any] = queue.Queue()
@@ -211,7 +213,7 @@ class Correspondence:
         parcel = incoming.parcel
         if parcel.what == "ping":
             working = tuple(self._working)
-            presence = Presence(self.name, self.boot, working, __version__)
+            presence = Presence(self.name, self.boot, working, __version__, self.consent)
             pong = Parcel("pong", parcel.request, "", presence.to_bytes())
             self._wire.reply(incoming, pong)
         elif parcel.what != "call":

@@ -47,12 +47,14 @@ class Presence:
             the client was started again.
         working: ids of the calls that the client has received but not yet answered.
         fedpress: the client's version of fedpress.
+        consent: text that changes when the owner approves a recipe, or takes an approval back.
     """
 
     name: ClientId
     boot: str
     working: tuple[str, ...] = ()
     fedpress: str = ""
+    consent: str = ""
 
     def to_bytes(self) -> bytes:
         """Returns the body of a pong, as JSON."""
@@ -61,6 +63,7 @@ class Presence:
             "boot": self.boot,
             "working": list(self.working),
             "fedpress": self.fedpress,
+            "consent": self.consent,
         }
         return json.dumps(content).encode()
 
@@ -75,7 +78,9 @@ class Presence:
             content = json.loads(body)
             working = tuple(map(str, content["working"]))
             name = str(content["name"])
-            return cls(name, str(content["boot"]), working, str(content["fedpress"]))
+            # An older client sends no `consent`.
+            consent = str(content.get("consent", ""))
+            return cls(name, str(content["boot"]), working, str(content["fedpress"]), consent)
         # RecursionError: JSON may nest thousands of lists.
         except (ValueError, KeyError, TypeError, RecursionError) as problem:
             raise WireError(
@@ -147,6 +152,9 @@ class RemoteTransport:
         self._calls: dict[RequestId, _Call] = {}
         self._answers: dict[RequestId, tuple[ClientId, Message]] = {}
         self._boots: dict[ClientId, list[str]] = {}
+        self._marks: dict[ClientId, str] = {}
+        # Pings of `mark` that are not answered yet: ticket and time.
+        self._mark_pings: dict[ClientId, tuple[str, float]] = {}
         self._sent = 0
         # Calls that wait to be sent; a dictionary as an ordered set. Two checks may find the same
         # call lost, but it must be sent again only once.
@@ -215,6 +223,26 @@ class RemoteTransport:
             self._answers.pop(request, None)
             self._unsent.pop(request, None)
 
+    def mark(self, client: ClientId) -> str:
+        """Pings a client that is not called, and returns what is known of it without waiting.
+
+        Returns:
+            Text of its latest pong that changes if the client was started again, or its owner
+            approved a recipe; "" if no pong has come yet.
+        """
+        self._poll()
+        now = time.monotonic()
+        open_ping = self._mark_pings.get(client)
+        if open_ping is None or now - open_ping[1] > PONG_WITHIN:
+            self._mark_pings[client] = self._ping(client), now
+        return self._marks.get(client, "")
+
+    def _ping(self, client: ClientId) -> str:
+        """Sends a ping, and returns its ticket."""
+        ping = Parcel("ping", f"{self._prefix}-ping", "", b"")
+        # There is no ticket if the SuperLink (Flower's server) restarts at this moment.
+        return self.link.send({client: ping}).get(client, "")
+
     def _flush(self) -> None:
         """Sends all waiting calls."""
         waiting, self._unsent = list(self._unsent), {}
@@ -245,10 +273,14 @@ class RemoteTransport:
         """Handles all parcels that have arrived; returns whether one of them finished a call."""
         tickets = {call.ticket: request for request, call in self._calls.items() if call.ticket}
         pings = {call.ping: request for request, call in self._calls.items() if call.ping}
-        found = self.link.poll([*tickets, *pings])
+        marks = {ticket: client for client, (ticket, _) in self._mark_pings.items() if ticket}
+        found = self.link.poll([*tickets, *pings, *marks])
         took = False
         for ticket, answer in found.items():
-            if ticket in pings:
+            if ticket in marks:
+                del self._mark_pings[marks[ticket]]
+                self._read_pong(marks[ticket], answer)
+            elif ticket in pings:
                 self._take_pong(pings[ticket], answer)
             # An earlier parcel of this loop may have closed the call.
             elif tickets[ticket] in self._calls:
@@ -296,19 +328,27 @@ class RemoteTransport:
         if call is None:
             return
         call.ping = ""
-        if isinstance(answer, Lost):
-            return
-        try:
-            presence = Presence.from_bytes(answer.body)
-        except WireError as problem:
-            log.warning("%s: %s", self._shown(call.client), problem)
+        presence = self._read_pong(call.client, answer)
+        if presence is None:
             return
         call.heard = time.monotonic()
-        self._note_boot(call.client, presence.boot)
         # Usually the client works on the call. If not, the call was lost when the client's process
         # was killed, or the answer is on its way; sending the call again is right in both cases.
         if call.ticket and call.parcel.request not in presence.working:
             self._unsent[request] = None
+
+    def _read_pong(self, client: ClientId, answer: Parcel | Lost) -> Presence | None:
+        """Notes what a pong says about its client; returns None if it was lost or is unreadable."""
+        if isinstance(answer, Lost):
+            return None
+        try:
+            presence = Presence.from_bytes(answer.body)
+        except WireError as problem:
+            log.warning("%s: %s", self._shown(client), problem)
+            return None
+        self._marks[client] = f"{presence.boot} {presence.consent}"
+        self._note_boot(client, presence.boot)
+        return presence
 
     def _note_boot(self, client: ClientId, boot: str) -> None:
         """Reports that a client was started again, or that two processes answer as one client.
@@ -354,9 +394,7 @@ class RemoteTransport:
                 if not call.ticket:
                     self._unsent[request] = None
                 elif not call.ping or now - call.pinged > PONG_WITHIN:
-                    ping = Parcel("ping", f"{self._prefix}-ping", "", b"")
-                    # There is no ticket if the SuperLink (Flower's server) restarts at this moment.
-                    call.ping = self.link.send({call.client: ping}).get(call.client, "")
+                    call.ping = self._ping(call.client)
                     call.pinged = now
                 continue
             call.ping = ""

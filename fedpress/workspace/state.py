@@ -36,6 +36,8 @@ class Network(Protocol):
     def open(self, session: str, clients: Sequence[str] | None) -> Any:
         """Returns a transport (`fedpress.federation.Transport`) to clients.
 
+        It also has a method `mark`, see `fedpress.transport.remote.RemoteTransport.mark`.
+
         Args:
             session: id of the stage to which the messages belong.
             clients: names of the clients, in this order; None: all clients that are connected now.

@@ -16,6 +16,7 @@ from fedpress.pipeline.start import first_state, load_data
 from fedpress.stages.federate.binding import bind
 from fedpress.stages.federate.server import ServerSide
 from fedpress.transport import LocalTransport
+from fedpress.wire.message import kind_of
 
 RECIPE = """
 [data]
@@ -40,6 +41,17 @@ secure_noise = true
 """
 
 
+class Marked(LocalTransport):
+    """Also tells whether something has changed at a client."""
+
+    def __init__(self, handlers: Any, machines: Machines) -> None:
+        super().__init__(handlers)
+        self.machines = machines
+
+    def mark(self, client: str) -> str:
+        return f"{self.machines.boots} {self.machines.gates[client].consent()}"
+
+
 @dataclass(eq=False)
 class Machines:
     """The clients' machines; `network` is the server's way to them."""
@@ -50,6 +62,7 @@ class Machines:
     labels: tuple[str, ...] = ("label",)
     opened: list[str] = field(default_factory=list)
     sentences: list[str] = field(default_factory=list)
+    asked: list[tuple[str, str]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.recipe = recipes.load(self.text)
@@ -59,6 +72,7 @@ class Machines:
     def start(self) -> None:
         """Starts the clients' processes, or starts them again."""
         self.sessions = {}
+        self.boots = getattr(self, "boots", 0) + 1
         for name, gate in self.gates.items():
             examples = partial(lambda offer, name: self.data.clients[name], name=name)
             self.sessions[name] = Sessions(name, self.folder / name, examples, gate)
@@ -69,9 +83,10 @@ class Machines:
         names = self.sessions if clients is None else clients
 
         def answer(name: str, request: bytes) -> bytes:
+            self.asked.append((name, kind_of(request)))
             return self.sessions[name].answer(session, request)
 
-        return LocalTransport({name: partial(answer, name) for name in names})
+        return Marked({name: partial(answer, name) for name in names}, self)
 
     def told(self, sentence: str) -> None:
         """See `fedpress.workspace.state.Network`."""

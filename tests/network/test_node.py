@@ -8,6 +8,7 @@ import pytest
 from fedpress.errors import NetworkError
 from fedpress.network import node
 from fedpress.network.client import serve
+from fedpress.network.gate import NoPolicy
 from fedpress.network.node import Correspondence
 from fedpress.transport.link import Parcel
 from fedpress.transport.remote import Presence
@@ -249,6 +250,8 @@ def test_stopping_says_goodbye(started):
 
 def test_serve_answers_calls_with_the_sessions_and_tells_what_it_did():
     class Sessions:
+        gate = NoPolicy()
+
         def answer(self, session, body):
             assert session == "aa" * 8
             return body.upper()
@@ -262,3 +265,36 @@ def test_serve_answers_calls_with_the_sessions_and_tells_what_it_did():
     assert [(one.bytes_in, one.bytes_out) for one in found] == [(8, 8), (8, 8)]
     assert wire.replies[0][1].body == b"QUESTION"
     assert wire.closed
+
+
+def test_serve_notices_that_the_owner_approved_something():
+    class Gate(NoPolicy):
+        approved = "nothing"
+
+        def consent(self):
+            return self.approved
+
+    class Sessions:
+        gate = Gate()
+
+    seen = []
+    here = Correspondence(Wire(), "a", lambda sentence: None)
+
+    def stopped():
+        seen.append(here.consent)
+        Gate.approved = "a recipe"
+        return len(seen) == 2
+
+    list(serve(here, Sessions(), stopped=stopped))
+    assert seen == ["nothing", "a recipe"]
+
+
+def test_a_pong_passes_on_that_the_owner_approved_something(started):
+    wire = Wire()
+    started(wire).consent = "a recipe"
+    wire.comes.append(ping())
+    until(lambda: wire.replies)
+    body = wire.replies[0][1].body
+    assert Presence.from_bytes(body).consent == "a recipe"
+    # An older client says nothing of it.
+    assert Presence.from_bytes(body.replace(b"consent", b"another")).consent == ""

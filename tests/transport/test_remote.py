@@ -168,6 +168,22 @@ def test_an_offline_client_is_given_up_after_its_time(time):
     assert all("'a' is offline" in sentence for sentence in told)
 
 
+def test_the_mark_of_a_client_changes_when_it_is_started_again(time):
+    over, wire, told = network("a")
+    assert over.mark("a") == ""
+    first = over.mark("a")
+    assert first
+    assert over.mark("a") == first
+    wire.clients["a"].start_again()
+    over.mark("a")
+    assert over.mark("a") not in ("", first)
+    assert told == ["client 'a' was started again"]
+    # Nothing was called, and nobody who is offline is waited for.
+    assert wire.clients["a"].calls == []
+    wire.clients["a"].online = False
+    assert over.mark("a") == over.mark("a") != ""
+
+
 def test_no_client_is_named_where_only_the_server_may_know_who_is_asked(time, caplog):
     caplog.set_level("DEBUG", "fedpress")
     over, wire, told = network("anna", "ben", lost_after=20.0, hidden=True)

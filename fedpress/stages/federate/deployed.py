@@ -18,6 +18,8 @@ from fedpress.stages.federate.client import secret_of
 from fedpress.stages.federate.contract import CommonInputs
 from fedpress.stages.federate.memories import memories_of
 from fedpress.stages.federate.offer import Offer
+from fedpress.stages.federate.protection import is_secure
+from fedpress.stages.federate.refusals import WithoutRefusers
 from fedpress.stages.federate.server import ServerSide, register
 from fedpress.stages.federate.settings import FederateSettings
 from fedpress.wire.message import Message
@@ -92,14 +94,21 @@ def bind_deployed(
         transport = network.open(session, population.names)
         save_json(memory, POPULATION, {"json": population.to_json(), "session": session})
     secure_noise = stage.privacy is not None and stage.privacy.secure_noise
+    # The keys of a secure sum are exchanged before the first round, so a client that refuses then
+    # cannot come in later: it never counts as changed.
+    mark = _unchanged if is_secure(stage) else transport.mark
     return ServerSide.bind(
         common,
-        transport,
+        WithoutRefusers(transport, mark),
         ledger=state.ledger,
         secret=secret_of(memory) if secure_noise else None,
         population=population,
         earlier=earlier,
     )
+
+
+def _unchanged(client: ClientId) -> str:
+    return ""
 
 
 def _in_real_time(stage: FederateSettings) -> FederateSettings:
