@@ -16,7 +16,7 @@ from fedpress.core.inputs import shape_of, shape_text
 from fedpress.data import FederatedData
 from fedpress.data.labelled_rows import TABLES
 from fedpress.data.settings import DataSettings
-from fedpress.errors import DataError
+from fedpress.errors import DataError, RecipeError
 from fedpress.network.data import ARRAYS, ClientData, read_arrays
 from fedpress.pipeline.recipe import Recipe
 from fedpress.pipeline.start import first_state, load_data
@@ -24,6 +24,9 @@ from fedpress.pipeline.start import first_state, load_data
 
 def check_client(recipe: str, path: Path) -> str:
     """Checks the data at `path`; returns a sentence with number, shape and task of the examples.
+
+    The columns of a table are compared with `feature_columns` of the recipe. If it names none, all
+    others than the labels are taken, and the sentence lists them.
 
     Classes and categories are checked here only if the recipe lists them. Otherwise the server
     finds them in its public rows, and the client checks them when the server offers it the run.
@@ -45,13 +48,32 @@ def check_client(recipe: str, path: Path) -> str:
         found, about = _table(recipe, path)
     else:
         found, about = _arrays(recipe, path)
-    first_state(about, found)  # builds the model and calls it on the first examples
+    columns = _unnamed_columns(found, about)
+    try:
+        first_state(about, found)  # builds the model and calls it on the first examples
+    except RecipeError as error:
+        # The owner of the data cannot change the recipe, and may have other columns than it needs.
+        if columns:
+            error.cure = f"see whether the data have the server's columns; they have {columns}"
+        raise
     part = found.public
     count = len(part) + len(found.test) + sum(map(len, found.clients.values()))
-    return (
+    said = (
         f"{count} examples of shape {shape_text(shape_of(part.x))}, task "
         f"{found.task.kind}: they fit {about.name}"
     )
+    if columns:
+        said += (
+            f"; the recipe names no feature_columns, so compare these with the server's: {columns}"
+        )
+    return said
+
+
+def _unnamed_columns(data: FederatedData, recipe: Recipe) -> str:
+    """Returns the columns of a table that were taken because the recipe names none; else ""."""
+    if data.preparation is None or recipe.data.feature_columns is not None:
+        return ""
+    return ", ".join(column.name for column in data.preparation.columns)
 
 
 SPLIT = ("client_column", "public_clients", "test_clients", "public_share")

@@ -135,9 +135,23 @@ def check(
     terminal.show_check(
         out_stream, f"{wanted.name}: {wanted.description}", loaded.describe(), lines
     )
+    if elsewhere:
+        _name_columns(wanted, loaded, out_stream)
     start = f"fedpress server {recipe} --public {public}" if elsewhere else f"fedpress run {recipe}"
     said = f"everything fits together; start it with: {start}"
     out_stream.print(said, markup=False, soft_wrap=True)
+
+
+def _name_columns(recipe: Recipe, data: FederatedData, out_stream: Console) -> None:
+    """Prints the line of a recipe with which clients can compare their columns, if it is missing.
+
+    The clients have the recipe and not the server's table.
+    """
+    if data.preparation is None or recipe.data.feature_columns is not None:
+        return
+    names = json.dumps([column.name for column in data.preparation.columns], ensure_ascii=False)
+    said = "so that fedpress client --check can compare the columns, write under [data]:"
+    out_stream.print(f"{said} feature_columns = {names}", markup=False, soft_wrap=True)
 
 
 def _all_data(recipe: Recipe, out_stream: Console) -> FederatedData:

@@ -61,8 +61,11 @@ def labelled_rows(
     labels = settings.label_columns
     missing = [name for name in [*needed, *labels] if name not in table.column_names]
     if missing:
+        has = f"it has {', '.join(table.column_names)}"
+        if meant := tables.similar_columns(missing, table.column_names):
+            has = f"{meant} {has}"
         raise DataError(
-            f"it lacks the columns {', '.join(missing)} (it has {', '.join(table.column_names)})",
+            f"it lacks the columns {', '.join(missing)} ({has})",
             place=f"'{path}'",
             cure="name its columns as the recipe does",
         )

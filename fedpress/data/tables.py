@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -159,20 +160,36 @@ def _check_columns(table: Any, settings: DataSettings) -> None:
     """Checks that the table has every column that the settings name."""
     for key in COLUMN_KEYS:
         given = getattr(settings, key) or ()
-        for name in [given] if isinstance(given, str) else given:
-            if name in table.column_names:
-                continue
-            # With a wrong delimiter the header is one long name, and no column is found.
-            if settings.source == "csv":
-                csv.refuse_other_delimiter(settings, table.column_names)
-            known = ", ".join(table.column_names[:12])
-            if len(table.column_names) > 12:
-                known += ", ..."
-            raise DataError(
-                f"no column '{name}' in '{settings.path}' (it has {known})",
-                place=key,
-                cure=suggestion(name, table.column_names) or "name one that it has",
-            )
+        names = [given] if isinstance(given, str) else given
+        missing = [name for name in names if name not in table.column_names]
+        if not missing:
+            continue
+        # With a wrong delimiter the header is one long name, and no column is found.
+        if settings.source == "csv":
+            csv.refuse_other_delimiter(settings, table.column_names)
+        known = ", ".join(table.column_names[:12])
+        if len(table.column_names) > 12:
+            known += ", ..."
+        listed = ", ".join(f"'{name}'" for name in missing)
+        raise DataError(
+            f"no column {listed} in '{settings.path}' (it has {known})",
+            place=key,
+            cure=similar_columns(missing, table.column_names) or "name one that it has",
+        )
+
+
+def similar_columns(missing: Sequence[str], there: Sequence[str]) -> str:
+    """Returns for each missing column which one may be meant; "" if none is similar.
+
+    >>> similar_columns(["pressure"], ["age", "blood_pressure"])
+    "did you mean 'blood_pressure'?"
+    >>> similar_columns(["pressure", "job"], ["blood_pressure", "jobs"])
+    "'pressure': did you mean 'blood_pressure'? 'job': did you mean 'jobs'?"
+    """
+    if len(missing) == 1:
+        return suggestion(missing[0], there)
+    found = [(name, suggestion(name, there)) for name in missing]
+    return " ".join(f"'{name}': {meant}" for name, meant in found if meant)
 
 
 def _feature_names(table: Any, settings: DataSettings) -> list[str]:

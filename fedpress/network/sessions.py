@@ -21,7 +21,7 @@ from fedpress.core.examples import Arrays
 from fedpress.core.files import replacing, writing
 from fedpress.core.log import logger
 from fedpress.core.names import ClientId
-from fedpress.errors import FedpressError, WireError
+from fedpress.errors import DataError, FedpressError, WireError
 from fedpress.federation import ClientState, DiskState, InMemoryState, device_steps
 from fedpress.federation.client_state import load_json, save_json
 from fedpress.federation.exchange import failure
@@ -168,7 +168,11 @@ class Sessions:
             return self._refused(refusal)
         # The data are read only after the policy has accepted the offer: a server that is not
         # allowed must learn nothing, not even that the data have an error.
-        arrays = self.examples(offer)
+        try:
+            arrays = self.examples(offer)
+        except DataError as problem:
+            self.told(f"the data do not fit the offer: {problem}")
+            raise _Refused(_for_server(problem)) from problem
         folder = None if trial else self.folder / name
         memory: ClientState = InMemoryState() if folder is None else DiskState(folder / "memory")
         if self.identity is not None:
@@ -276,15 +280,29 @@ class Sessions:
 
 
 class _Refused(Exception):
-    """Raised when a stored session is opened again and the gate no longer allows it.
+    """Raised if this client cannot take part.
+
+    Either a stored session is opened again and the gate no longer allows it, or the data do not fit
+    the offer.
 
     Attributes:
-        answer: the refusal, which is sent to the server.
+        answer: the refusal or error, which is sent to the server.
     """
 
     def __init__(self, answer: Message) -> None:
         super().__init__(answer.kind)
         self.answer = answer
+
+
+def _for_server(problem: DataError) -> Message:
+    """Returns the error about this client's data that the server may read.
+
+    It has no path, and nothing in parentheses at its end, where other columns may be named.
+    """
+    # The place of a file is quoted; others, such as "label column 'y'", are known to the server.
+    place = "" if problem.place.startswith("'") else problem.place
+    said = re.sub(r" \(.*\)$", "", problem.problem, flags=re.DOTALL)
+    return failure(DataError(said, place=place, cure=problem.cure))
 
 
 def _drawn_with(memory: ClientState) -> str:

@@ -88,7 +88,20 @@ def test_arrays_that_fit_pass(recipe, tmp_path):
 def test_a_table_that_fits_passes_without_the_servers(recipe, tmp_path):
     said = check_client(recipe(TABLE), table(tmp_path / "own.csv"))
     assert said.startswith("40 examples of shape")
+    assert "they fit checked" in said
+    # The recipe does not say which columns it needs.
+    assert said.endswith("compare these with the server's: age, pressure")
+
+
+def test_columns_that_the_recipe_names_are_compared(recipe, tmp_path):
+    named = recipe(TABLE.replace("\nclasses", '\nfeature_columns = ["age", "pressure"]\nclasses'))
+    said = check_client(named, table(tmp_path / "own.csv", ("outcome", "pressure", "age")))
     assert said.endswith("they fit checked")
+    path = table(tmp_path / "own.csv")
+    path.write_text(path.read_text().replace("age,pressure", "years,blood_pressure"))
+    with pytest.raises(FedpressError, match="no column 'age', 'pressure' in") as caught:
+        check_client(named, path)
+    assert "'pressure': did you mean 'blood_pressure'?" in str(caught.value)
 
 
 def test_a_folder_of_images_that_fits_passes(recipe, tmp_path):
@@ -110,7 +123,7 @@ def test_other_shapes_and_missing_columns_are_told(recipe, tmp_path):
     assert caught.value.cure
     with pytest.raises(FedpressError, match="outcome"):
         check_client(recipe(TABLE), table(tmp_path / "own.csv", ("age", "pressure")))
-    with pytest.raises(FedpressError):
+    with pytest.raises(FedpressError, match=r"the server's columns; they have age$"):
         check_client(recipe(TABLE), table(tmp_path / "own.csv", ("age", "outcome")))
 
 

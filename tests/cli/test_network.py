@@ -157,3 +157,9 @@ def test_a_server_checks_its_part_without_the_file_of_the_clients(shell, hospita
     assert "0 clients" in said.out
     assert "fedpress server checks this stage" in " ".join(said.out.split())
     assert "fedpress server" in said.out.splitlines()[-1]
+    # The line makes the clients' check see another name of a column.
+    assert 'write under [data]: feature_columns = ["age"]' in said.out
+    recipe.write_text(recipe.read_text().replace("[data]", '[data]\nfeature_columns = ["age"]'))
+    said = shell("check", recipe, "--public", table)
+    assert said.code == 0
+    assert "write under" not in said.out

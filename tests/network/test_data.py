@@ -172,6 +172,25 @@ def test_a_missing_column_is_named_beside_those_that_are_there(visits, tmp_path,
     assert str(path) in str(caught.value.place)
 
 
+def test_renamed_columns_are_named_one_by_one_and_their_order_does_not_matter(visits, tmp_path):
+    rows, data, offer = visits
+    renamed = [
+        {
+            **row,
+            "patient_age": row["age"],
+            "blood_pressure": row["pressure"],
+        }
+        for row in rows["north"]
+    ]
+    columns = ["patient_age", "blood_pressure", "job", "outcome"]
+    path = write_csv(tmp_path / "own.csv", renamed, columns)
+    with pytest.raises(DataError, match="lacks the columns age, pressure ") as caught:
+        ClientData(path).arrays(offer)
+    assert "'pressure': did you mean 'blood_pressure'?" in str(caught.value)
+    moved = write_csv(tmp_path / "moved.csv", rows["north"], [*reversed(COLUMNS)])
+    equal(ClientData(moved).arrays(offer), data.clients["north"])
+
+
 def test_labels_that_nobody_knows_are_told_with_those_that_are_expected(visits, tmp_path):
     rows, _, offer = visits
     path = write_csv(tmp_path / "own.csv", [{**row, "outcome": "x"} for row in rows["north"]])

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fedpress.core import parameters
-from fedpress.errors import NetworkError
+from fedpress.errors import DataError, NetworkError
 from fedpress.federation import Start
 from fedpress.federation.exchange import exchange
 from fedpress.federation.protocol import text_tensor
@@ -143,6 +143,30 @@ def test_garbage_is_an_error_and_the_client_stays(tmp_path, body):
     session, _ = questions(here, tmp_path / "server")
     assert unpack(here.sessions["c0"].answer(session, body)).kind == "error"
     assert ask(here, "c0", session, Message("register")).kind == "registered"
+
+
+def test_the_server_learns_neither_a_path_nor_a_column_that_the_recipe_does_not_name(tmp_path):
+    here = machines(tmp_path)
+    _, offer = questions(here, tmp_path / "server")
+    told = []
+
+    def examples(offer):
+        raise DataError(
+            "it lacks the columns age (it has hiv, pressure)",
+            place="'/data/visits.csv'",
+            cure="name its columns as the recipe does",
+        )
+
+    here.sessions["c0"].examples = examples
+    here.sessions["c0"].told = told.append
+    answer = ask(here, "c0", "1" * 16, offer)
+    assert answer.kind == "error"
+    assert answer.header["reason"] == (
+        "DataError: it lacks the columns age; name its columns as the recipe does"
+    )
+    (said,) = told
+    assert "visits.csv" in said
+    assert "hiv" in said
 
 
 def test_a_message_that_is_too_long_is_not_read(tmp_path):
