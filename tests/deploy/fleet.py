@@ -292,7 +292,7 @@ class Deployed:
     @property
     def session(self) -> str:
         """Name of the stage at the clients."""
-        return self.side.transport.session  # type: ignore[attr-defined]
+        return self.side.transport.transport.session  # type: ignore[attr-defined]
 
 
 def deployed(
