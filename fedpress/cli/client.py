@@ -203,6 +203,11 @@ def _take_part(
     from fedpress.workspace import lock
 
     own = ClientData(data)
+    if program is not None:
+        from fedpress.deploy.device_model import DeviceModel
+
+        # A missing file or runtime is told now, and not only when the server offers a run.
+        DeviceModel(program)
     # Two processes with one folder would answer the same calls, and disturb each other's state.
     exit_stack.enter_context(lock.locked(who.place))
     # The number of threads is fixed, because it decides in which order floats are added up, and so

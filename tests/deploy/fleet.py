@@ -211,13 +211,16 @@ class Fleet:
         *,
         home: Path | None = None,
         data: Path | None = None,
+        program: Path | None = None,
         limits: Callable[[], None] | None = None,
         log: str | None = None,
     ) -> Command:
-        """Starts a client, by default with its own folder and data."""
+        """Starts a client, by default with its own folder and data, and with torch."""
         home = home or self.home(name)
         words = ["client", "--network", str(home), "--ledger", str(home / "ledger.sqlite")]
         words += ["--data", str(data or self.data(name))]
+        if program is not None:
+            words += ["--program", str(program)]
         return self.command(*words, log=log or f"{name}.log", limits=limits)
 
     def copied(self, name: str, to: str) -> Path:

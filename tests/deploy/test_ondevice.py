@@ -465,6 +465,15 @@ def test_zeros_of_a_sparse_model_stay_and_the_kept_values_train_as_in_torch(tmp_
         assert not torch.equal(after.get_parameter(name), model.get_parameter(name))
 
 
+def test_a_zero_by_chance_is_trained(tmp_path):
+    """The shipped CNN starts with one zero among 18,432 weights: its programs lacked that weight."""
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 50), nn.ReLU(), nn.Linear(50, 3))
+    with torch.no_grad():
+        model[1].weight[3, 4] = 0
+    export_training(model, tmp_path / "p.pte", input_shape=SHAPE, batch_size=4)
+    assert parameters.Layout.of(DeviceModel(tmp_path / "p.pte")) == parameters.Layout.of(model)
+
+
 def test_a_sparse_name_that_the_model_lacks_is_refused(tmp_path):
     with pytest.raises(ExportError, match="no parameter 'other'"):
         export_training(nn.Linear(4, 3), tmp_path / "p.pte", input_shape=(4,), sparse=["other"])
