@@ -17,6 +17,7 @@ from socket import create_server
 
 import pytest
 import torch
+from flwr.app.message import array as flower_array
 
 from fedpress.core.examples import Arrays
 from fedpress.errors import NetworkError
@@ -168,14 +169,30 @@ def too_long(wire: NodeLink, incoming: Incoming) -> None:
     wire.reply(incoming, Parcel("answer", asked.request, asked.session, os.urandom(20 << 20)))
 
 
+def zeros(wire: NodeLink, incoming: Incoming) -> None:
+    """Sends 400 MB of zeros, which are one piece of 5 MB that is named 80 times."""
+    asked = incoming.parcel
+    wire.reply(incoming, Parcel("answer", asked.request, asked.session, bytes(400 << 20)))
+
+
+def thick(wire: NodeLink, incoming: Incoming) -> None:
+    """Sends 14 MB in two pieces, which are longer than pieces may be."""
+    asked = incoming.parcel
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(flower_array, "FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE", 7 << 20)
+        wire.reply(incoming, Parcel("answer", asked.request, asked.session, os.urandom(14 << 20)))
+
+
 @pytest.mark.parametrize(
     ("spoil", "said"),
     [
         (garbage, "WireError"),
         (another_call, "it answered another call"),
         (too_long, "bytes that are accepted"),
+        (zeros, "bytes that are accepted"),
+        (thick, "a piece of more than"),
     ],
-    ids=["garbage", "another call", "too long"],
+    ids=["garbage", "another call", "too long", "zeros", "thick pieces"],
 )
 def test_a_bad_answer_is_refused_and_the_run_goes_on(
     spoil: Callable[[NodeLink, Incoming], None], said, fleet, link, tmp_path, monkeypatch

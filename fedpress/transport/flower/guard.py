@@ -3,11 +3,12 @@
 The control interface of Flower's open-source build has no authentication: anybody who reaches the
 port may submit runs, stop runs and register nodes. The guard passes a request to this interface on
 only if it has a secret, which our server reads from a file. The guard also limits the length of
-requests. The process ends when its parent process ends.
+requests, and of messages (see `store`). The process ends when its parent process ends.
 """
 
 from __future__ import annotations
 
+import gc
 import hmac
 import os
 import sys
@@ -21,6 +22,8 @@ from fedpress.transport.flower.server import SECRET_HEADER
 
 MOST = 8 << 20
 """Longest request in bytes; longer bodies are sent in several requests."""
+GARBAGE = 64 << 20
+"""Bytes of requests and answers after which unused memory is looked for."""
 OPEN = ("/v1/fleet/", "/health")
 """Beginnings of the paths that clients may request."""
 
@@ -34,6 +37,7 @@ class Guard:
     def __init__(self, app: Any, secret: str) -> None:
         self._app = app
         self._secret = secret.encode()
+        self._passed = 0
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         """Checks a request, and passes it on to Flower if it is allowed.
@@ -61,6 +65,7 @@ class Guard:
             nonlocal took
             event = await receive()
             took += len(event.get("body", b""))
+            self._passed += len(event.get("body", b""))
             if took > MOST:
                 # Flower then drops the request, as if the sender had closed the connection.
                 return {"type": "http.disconnect"}
@@ -71,7 +76,17 @@ class Guard:
         if not length.isdigit() or len(length) > 20 or int(length) > MOST:
             await _refuse(send, 413, f"at most {MOST} bytes".encode())
             return
-        await self._app(scope, limited, send)
+
+        async def counted(event: Any) -> None:
+            self._passed += len(event.get("body", b""))
+            await send(event)
+
+        await self._app(scope, limited, counted)
+        # A finished request is part of a cycle of references, so Python frees its bytes only when
+        # it looks for cycles. That depends on the number of objects: gigabytes would be left.
+        if self._passed > GARBAGE:
+            self._passed = 0
+            gc.collect()
 
 
 async def _refuse(send: Any, status: int, body: bytes) -> None:
@@ -100,9 +115,12 @@ def main(arguments: list[str]) -> None:
     """
     # Before the imports, because Flower reads these variables when it is imported.
     os.environ.update(QUIET)
+    from flwr.supercore.object_store import object_store_factory
     from flwr.superlink import extensions
     from flwr.superlink.cli import flower_superlink
     from starlette.middleware import Middleware
+
+    from fedpress.transport.flower.store import LimitedStore
 
     parent, *words = arguments
     threading.Thread(target=_end_with, args=(int(parent),), daemon=True).start()
@@ -110,6 +128,9 @@ def main(arguments: list[str]) -> None:
     secret = Path(words[words.index("--superexec-auth-secret-file") + 1]).read_bytes().hex()
     # Flower asks this function for middleware; in the open-source build it returns none.
     extensions.get_middleware = lambda: (Middleware(Guard, secret=secret),)
+    object_store_factory.InMemoryObjectStore = LimitedStore  # type: ignore[attr-defined]
+    # What is loaded by now is never freed: without it, looking for garbage takes a millisecond.
+    gc.freeze()
     sys.argv = ["flower-superlink", *words]
     flower_superlink()
 
