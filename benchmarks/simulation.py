@@ -53,6 +53,9 @@ PINS = {
 }
 """Name of a rival -> what its environment holds; torch is installed first."""
 
+OLDEST_PYTHON = {"blazefl": "3.12"}
+"""Name of a rival -> the version of Python that it needs, if this one may be too old."""
+
 SCRIPTS = {
     "fedpress": "ours.py",
     "plain": "plain.py",
@@ -266,10 +269,10 @@ def prepare(environments: Path, names: Sequence[str]) -> None:
             continue
         shutil.rmtree(place, ignore_errors=True)
         place.parent.mkdir(parents=True, exist_ok=True)
-        python = sys.executable
-        if name == "blazefl":
-            # It needs Python 3.12.
-            python = shutil.which("python3.13") or shutil.which("python3.12") or python
+        python = _interpreter(OLDEST_PYTHON.get(name))
+        if python is None:
+            print(f"{name}: not installed; it needs Python {OLDEST_PYTHON[name]} in the PATH")
+            continue
         steps = [[python, "-m", "venv", str(place)]]
         pip = [str(place / "bin" / "python"), "-m", "pip", "install", "--quiet"]
         steps += [[*pip, TORCH], [*pip, *PINS[name]]]
@@ -280,6 +283,17 @@ def prepare(environments: Path, names: Sequence[str]) -> None:
             continue
         (place / "ready").write_text("\n".join(PINS[name]), "utf-8")
         print(f"{name}: ready in {place}")
+
+
+def _interpreter(version: str | None) -> str | None:
+    """Returns this interpreter, or one of `version` from the PATH if it is given; None: no such."""
+    if version is None:
+        return sys.executable
+    found = shutil.which(f"python{version}")
+    # A manager of versions may have a program of that name that only tells how to install it.
+    if found is None or subprocess.run([found, "-V"], capture_output=True).returncode:
+        return None
+    return found
 
 
 def machine_now() -> dict[str, Any]:
@@ -492,7 +506,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--data",
         type=Path,
-        default=os.environ.get("FEDPRESS_CIFAR10"),
+        default=os.environ.get("FEDPRESS_CIFAR10") or None,
         help="folder of CIFAR-10; default: the variable FEDPRESS_CIFAR10, else made images",
     )
     made.add_argument("--rounds", type=int, default=6, help="rounds of a run; the first is warm-up")
