@@ -49,8 +49,13 @@ def ours(
 ) -> tuple[Callable[[Tensor], bytes], Callable[[bytes], Tensor]]:
     """Returns encoder and decoder of a whole message."""
     chain, _ = bind_chain([settings], Bound(size=size))
+
+    def encoded(x: Tensor) -> bytes:
+        tensors = encode_chain(chain, x, KEY)
+        return pack(Message("update", {"round": 1}, tensors, frozenset(tensors)))
+
     return (
-        lambda x: pack(Message("update", {"round": 1}, encode_chain(chain, x, KEY))),
+        encoded,
         lambda data: decode_chain(chain, unpack(data).tensors, KEY),
     )
 

@@ -20,6 +20,7 @@ from fedpress.codecs.base import (
 )
 from fedpress.codecs.clip import Clip
 from fedpress.codecs.discretize import Discretize
+from fedpress.codecs.lossless import Lossless
 from fedpress.codecs.lowrank import LowRank
 from fedpress.codecs.noise import Noise
 from fedpress.codecs.powers import Powers
@@ -39,6 +40,7 @@ TransformSettings: TypeAlias = (
     | Ternary
     | Discretize
     | Noise
+    | Lossless
 )
 """All transforms. To add one, write a file in this folder and list its settings class here."""
 # Read from each class, so that a kind is written in one place only.
@@ -59,6 +61,7 @@ __all__ = [
     "Discretize",
     "Encoded",
     "Key",
+    "Lossless",
     "LowRank",
     "Noise",
     "Powers",

@@ -151,7 +151,7 @@ class Client:
             self._remember(self.member)
         if after:
             self.memory.save(key.round, after)
-        return Message("update", header, tensors)
+        return Message("update", header, tensors, uplink.packed_floats(tensors))
 
     def _state_after(
         self, before: Vectors, computed: Vectors, tensors: dict[str, Tensor], key: Key

@@ -69,6 +69,14 @@ class Downlink:
         with renaming({"chain": "first"} if whole else {}):
             return bind_chain(chain, Bound(self.size, shapes=self.shapes))[0]
 
+    def packed_floats(self, tensors: Mapping[str, Tensor], *, whole: bool) -> frozenset[str]:
+        """Returns the names of encoded `tensors` whose floats are packed in the shortest form.
+
+        A full model without codecs is sent raw.
+        """
+        chain = self.first if whole else self.chain
+        return frozenset(tensors if chain else ())
+
     def encode(self, params: Tensor, held: Tensor | None, key: Key) -> dict[str, Tensor]:
         """Encodes `params` [d] for clients whose copy is `held` [d] (None: they have no copy)."""
         # A difference has smaller values than the model, so it needs fewer bits.

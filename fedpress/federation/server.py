@@ -413,7 +413,9 @@ def _requests(
     for client, (version, tensors) in coded.items():
         # `encode_for` returns one dictionary for all clients that hold the same model.
         if id(tensors) not in made:
-            made[id(tensors)] = Message("fit", {**header, "from": version}, {**tensors, **extras})
+            packed = broadcast.downlink.packed_floats(tensors, whole=not version)
+            told = {**header, "from": version}
+            made[id(tensors)] = Message("fit", told, {**tensors, **extras}, packed)
         requests[client] = made[id(tensors)]
     return requests
 
@@ -431,7 +433,7 @@ def _with_counted(
         last = counted.last[client]
         if (id(message), last) not in made:
             header = {**message.header, "counted": last}
-            made[id(message), last] = Message("fit", header, message.tensors)
+            made[id(message), last] = replace(message, header=header)
         result[client] = made[id(message), last]
     return result
 

@@ -130,6 +130,15 @@ class Uplink:
             tensors |= codec.encode(scaled, key)
         return tensors
 
+    def packed_floats(self, tensors: Mapping[str, Tensor]) -> frozenset[str]:
+        """Returns the names of encoded `tensors` whose floats are packed in the shortest form."""
+        parts = divide(self.vector_codecs, tensors)
+        names: set[str] = set()
+        for codec in self.vector_codecs:
+            if codec.packs_floats:
+                names |= parts[codec.name].keys()
+        return frozenset(names)
+
     def decode(self, tensors: Mapping[str, Tensor], key: Key) -> dict[str, Tensor]:
         """Decodes untrusted `tensors` to vectors by name, without clipping them.
 
@@ -202,7 +211,9 @@ class _Binder:
         with renaming(_places(name, len(privacy), len(vector.codecs))):
             chain, end = bind_chain(codecs, start)
         bound = self.trust.decoded_bound(vector.clip_norm, start, end)
-        return VectorCodec(name, bound, chain, codecs, end, self._noise(vector.clip_norm))
+        noise = self._noise(vector.clip_norm)
+        packs_floats = bool(vector.codecs)
+        return VectorCodec(name, bound, chain, codecs, end, noise, packs_floats)
 
     def _noise(self, clip_norm: float | None) -> ServerNoise | None:
         """Returns the server's noise on the aggregate of a vector with L2 bound `clip_norm`.

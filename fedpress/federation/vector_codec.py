@@ -28,6 +28,9 @@ class VectorCodec:
         codecs: the settings from which `chain` was made.
         end: limits of the output of the last transform, that is, of the numbers that are sent.
         noise: noise that the server adds to the aggregate of this vector; None: no noise.
+        packs_floats: whether floats among its tensors are packed in the shortest form: so if the
+            sender chose codecs, which may leave zeros. Clip and noise of a privacy plan do not
+            count. An uncoded vector is sent raw: packing would take longer than training.
     """
 
     name: str
@@ -36,6 +39,7 @@ class VectorCodec:
     codecs: tuple[Settings, ...]
     end: Bound
     noise: ServerNoise | None = None
+    packs_floats: bool = False
 
     def agreed(self) -> dict[str, object]:
         """Returns the fields that server and client compare; `chain` and `end` follow from them."""

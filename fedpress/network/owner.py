@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Callable, Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from pathlib import Path
 
@@ -147,7 +147,7 @@ class OwnerGate:
         if answer.kind != "update" or "loss" in self.policy.metrics or "loss" not in answer.header:
             return answer
         header = {name: value for name, value in answer.header.items() if name != "loss"}
-        return Message(answer.kind, header, answer.tensors)
+        return replace(answer, header=header)
 
     def _question(self, asked: Asked) -> Question:
         offer = asked.offer

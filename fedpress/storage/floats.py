@@ -33,7 +33,7 @@ def shrink_floats(values: Tensor) -> bytes:
     (18, 7)
     """
     words = _words(values)
-    options = [bytes([WHOLE]) + shrink(values)]
+    options = [bytes([WHOLE]) + shrink(values, pack_floats=True)]
     if len(words):
         options.append(bytes([PLANES]) + _planes(words))
         # Compared as integers, so that -0.0 counts as nonzero: its sign bit is set.

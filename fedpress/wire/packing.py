@@ -1,7 +1,8 @@
 """Packs a tensor losslessly in the shortest of four forms.
 
 The forms are raw, n-bit integers, entropy-coded integers (ANS), and sparse. ANS and sparse are only
-tried if they are likely to be shorter. Unpacking returns the same bits. The file `FORMAT.md` in
+tried if they are likely to be shorter. Floats are raw, unless the sender asks for the shortest
+form: then zeros are left out. Unpacking returns the same bits. The file `FORMAT.md` in
 this folder describes the bytes.
 """
 
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -33,16 +35,43 @@ SAMPLE = 1 << 16
 WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-def shrink(tensor: Tensor) -> bytes:
+def shrink(tensor: Tensor, *, pack_floats: bool = False) -> bytes:
     """Returns the packed values of `tensor`, without its type and shape.
 
-    >>> len(shrink(torch.zeros(1000))), len(shrink(torch.arange(1000)))
-    (6, 1253)
+    Args:
+        tensor: the values.
+        pack_floats: whether floats are packed in the shortest form. Otherwise they are raw, so
+            their number of bytes follows from the shape.
+
+    >>> len(shrink(torch.zeros(1000))), len(shrink(torch.zeros(1000), pack_floats=True))
+    (4001, 6)
+    >>> len(shrink(torch.arange(1000)))
+    1253
     """
-    # A matrix with few rows comes from a codec (a compression of model updates) whose rows have
-    # different frequencies of values. So each row gets its own tables.
-    rows = tensor.shape[0] if tensor.ndim == 2 and 2 <= tensor.shape[0] <= ans.MAX_ROWS else 1
-    return _shrink(_array(tensor), tensor.is_floating_point(), rows)
+    if not tensor.numel():
+        return b""
+    values = _array(tensor)
+    if _is_raw(tensor, pack_floats):
+        return _raw(values)
+    return _shrink(values, tensor.is_floating_point(), _rows_of(tensor))
+
+
+def shrunk_size(tensor: Tensor, *, pack_floats: bool = False) -> int:
+    """Returns the number of bytes of `shrink`, exactly.
+
+    Only entropy coding and zeros need the packer to run. The sizes of the forms raw and n-bit are
+    computed.
+
+    >>> shrunk_size(torch.zeros(1000)), shrunk_size(torch.arange(1000))
+    (4001, 1253)
+    """
+    if not tensor.numel():
+        return 0
+    if _is_raw(tensor, pack_floats):
+        return 1 + tensor.numel() * tensor.element_size()
+    values = _array(tensor)
+    plain, coded = _choose(values, tensor.is_floating_point(), _rows_of(tensor))
+    return len(coded) or plain.size
 
 
 def expand(data: memoryview, dtype: torch.dtype, shape: list[int], place: str) -> Tensor:
@@ -93,17 +122,57 @@ def _array(tensor: Tensor) -> Ints:
     return array
 
 
+def _is_raw(tensor: Tensor, pack_floats: bool) -> bool:
+    return tensor.is_floating_point() and not pack_floats
+
+
+def _rows_of(tensor: Tensor) -> int:
+    """Returns the number of rows of a tensor, each of which gets its own frequency tables."""
+    # A matrix with few rows comes from a codec (a compression of model updates) whose rows have
+    # different frequencies of values. Any other tensor is one row.
+    if tensor.ndim == 2 and 2 <= tensor.shape[0] <= ans.MAX_ROWS:
+        return tensor.shape[0]
+    return 1
+
+
+@dataclass(frozen=True)
+class _Plain:
+    """How values are packed without entropy coding: raw or as n-bit integers.
+
+    Attributes:
+        form: `RAW` or `NBIT`.
+        low: the smallest value.
+        bits: number of bits of a value's distance from `low`.
+        size: number of bytes, with the byte of the form.
+    """
+
+    form: int
+    low: int
+    bits: int
+    size: int
+
+
 def _shrink(values: Ints, floats: bool, rows: int = 1, depth: int = 0) -> bytes:
-    """Packs `values` [n] in the smallest form.
+    """Packs `values` [n] in the smallest form; see `_choose` for the arguments."""
+    if not len(values):
+        return b""
+    plain, coded = _choose(values, floats, rows, depth)
+    if coded:
+        return coded
+    if plain.form == NBIT:
+        return bytes([NBIT]) + _nbit(values, plain.low, plain.bits)
+    return _raw(values)
+
+
+def _choose(values: Ints, floats: bool, rows: int = 1, depth: int = 0) -> tuple[_Plain, bytes]:
+    """Returns the smaller plain form, and the coded bytes (empty if they are not smaller).
 
     Args:
-        values: integers, or the bits of floats viewed as integers.
+        values: integers, or the bits of floats viewed as integers; at least one.
         floats: whether `values` are bits of floats; only the forms raw and sparse pack floats.
         rows: number of rows of the tensor.
         depth: nesting depth; 0 for the tensor itself, 1 for a bitmap inside, and so on.
     """
-    if not len(values):
-        return b""
 
     def nested(inner: Ints) -> bytes:
         return _shrink(inner, False, depth=depth + 1)
@@ -122,11 +191,18 @@ def _shrink(values: Ints, floats: bool, rows: int = 1, depth: int = 0) -> bytes:
         if (floats or values.itemsize > 2) and _sparse_pays(values, size):
             coded = bytes([SPARSE]) + _sparse(values, floats, nested)
             size, best = _shorter(coded, size, best)
-    if best:
-        return best
     if nbit < raw:
-        return bytes([NBIT]) + _nbit(values, low, bits)
-    return bytes([RAW]) + values.astype(values.dtype.newbyteorder("<"), copy=False).tobytes()
+        # `nbit` is an estimate that decides between the forms; this is the exact size.
+        head = 2 + len(zigzag(low))
+        return _Plain(NBIT, low, bits, head + _plane_bytes(len(values), bits)), best
+    return _Plain(RAW, 0, 0, raw), best
+
+
+def _raw(values: Ints) -> bytes:
+    """Returns the form and the values as they are in memory, in little-endian order."""
+    little = np.ascontiguousarray(values, values.dtype.newbyteorder("<"))
+    # One copy of the values: joining reads them where they are.
+    return b"".join((bytes([RAW]), little.data))
 
 
 def _shorter(coded: bytes, size: int, best: bytes) -> tuple[int, bytes]:
@@ -175,7 +251,12 @@ def _range_of(values: Ints) -> tuple[int, int]:
 
 def _nbit_bytes(count: int, bits: int) -> int:
     # Eight bytes are an estimate for form, lowest value and number of bits.
-    return bits // 8 * count + bits % 8 * -(-count // 8) + 8
+    return _plane_bytes(count, bits) + 8
+
+
+def _plane_bytes(count: int, bits: int) -> int:
+    """Returns the bytes of the planes of `_nbit`."""
+    return bits // 8 * count + bits % 8 * -(-count // 8)
 
 
 def _nbit(values: Ints, low: int, bits: int) -> bytes:

@@ -36,7 +36,8 @@ def gauss(n: int = 200_000, seed: int = 0) -> torch.Tensor:
 def travelled(settings, x: torch.Tensor, key: Key = KEY) -> tuple[torch.Tensor, float]:
     """What arrives, and the true bits a value of the message."""
     chain, _ = bind_chain([settings], Bound(size=x.numel()))
-    data = pack(Message("update", {"round": 1}, encode_chain(chain, x, key)))
+    tensors = encode_chain(chain, x, key)
+    data = pack(Message("update", {"round": 1}, tensors, frozenset(tensors)))
     return decode_chain(chain, unpack(data).tensors, key), 8 * len(data) / max(x.numel(), 1)
 
 

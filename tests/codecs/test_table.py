@@ -44,6 +44,8 @@ ROWS = {
     "powers-3": [{"kind": "powers", "k": 3}],
     "sign": [{"kind": "sign"}],
     "ternary": [{"kind": "ternary"}],
+    "lossless": [{"kind": "lossless"}],
+    "topk-lossless": [{"kind": "topk", "density": 0.1}, {"kind": "lossless"}],
     "topk-quantize": [{"kind": "topk", "density": 0.1}, {"kind": "quantize", "bits": 4}],
 }
 SHAPES = {1: ((1,),), 2: ((2,),), 7: ((7,),), 300: ((12, 20), (60,)), 1024: ((32, 2, 4, 4),)}
@@ -128,7 +130,16 @@ def test_sums_of_additive_rows_decode_to_the_sum(row):
     assert torch.allclose(together, apart, atol=1e-5)
 
 
-ALONE = ["topk", "lowrank", "quantize", "quantize-unbiased", "powers", "sign", "ternary"]
+ALONE = [
+    "topk",
+    "lowrank",
+    "lossless",
+    "quantize",
+    "quantize-unbiased",
+    "powers",
+    "sign",
+    "ternary",
+]
 
 
 @pytest.mark.parametrize("row", [*ALONE, "quantize-int8", "topk-quantize"])

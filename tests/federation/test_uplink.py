@@ -376,3 +376,17 @@ def test_with_any_codec_one_client_moves_a_plain_private_sum_by_at_most_the_clip
             uplink, [("c0", Message("update", {"round": round}, sent))], seed=1, round=round
         ).update
         assert float(moved.double().norm()) <= C / 3 * (1 + 1e-6)
+
+
+def test_only_vectors_with_codecs_have_their_floats_packed():
+    plain = Uplink.bind(Payload(64), Cohort(3, 3))
+    coded = Uplink.bind(Payload(64, chain=(TopK(density=0.3),)), Cohort(3, 3))
+    planned = Uplink.bind(
+        Payload(64),
+        Cohort(3, 3),
+        weights="equal",
+        guarantee=Guarantee(client_plan(Cohort(3, 3), 0.0, C)),
+    )
+    for uplink, names in ((plain, set()), (coded, {"values"}), (planned, set())):
+        tensors = uplink.encode({"update": torch.ones(64)}, Key(1, 1, "c0"))
+        assert uplink.packed_floats(tensors) == names

@@ -13,7 +13,18 @@ from hypothesis import strategies as st
 
 import fedpress.wire
 from fedpress.errors import WireError
-from fedpress.wire.message import DTYPES, FRAME, MAGIC, MAX_TENSORS, VERSION, Message, pack, unpack
+from fedpress.wire.message import (
+    DTYPES,
+    FRAME,
+    MAGIC,
+    MAX_TENSORS,
+    VERSION,
+    Message,
+    deliver,
+    pack,
+    packed_size,
+    unpack,
+)
 from fedpress.wire.reader import varint
 
 UPDATE = Message("update", {"round": 3, "examples": 600}, {"values": torch.tensor([1.0, -0.5])})
@@ -169,7 +180,8 @@ def test_small_messages_carry_little_besides_their_content():
 
 
 def test_a_message_that_would_unpack_to_too_much_is_refused_before_it_is_unpacked(monkeypatch):
-    data = pack(Message("m", {}, {"a": torch.zeros(600), "b": torch.zeros(600)}))
+    tensors = {"a": torch.zeros(600), "b": torch.zeros(600)}
+    data = pack(Message("m", {}, tensors, frozenset(tensors)))
     assert len(data) < 60
     assert unpack(data, max_bytes=4800).tensors["b"].shape == (600,)
     monkeypatch.setattr("fedpress.wire.message.expand", lambda *_: pytest.fail("was unpacked"))
@@ -263,3 +275,82 @@ def test_invented_payloads_raise_nothing_but_wire_errors(header, tensors, rest):
     only_wire_errors(
         framed(part(b"m") + part(text) + varint(len(tensors)) + b"".join(tensors) + rest)
     )
+
+
+def outcome(action):
+    """What `action` returns as bytes, or its error: two of them can be compared."""
+    try:
+        message = action()
+    except WireError as error:
+        return str(error)
+    return message.header, list(message.tensors), pack(message)
+
+
+def delivered(message, **limits):
+    return deliver(message, packed_size(message), **limits)
+
+
+def unpacked(message, **limits):
+    return unpack(pack(message), **limits)
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=str)
+@pytest.mark.parametrize("shape", [(), (1,), (0,), (3, 0, 2), (2, 3, 4), (4, 300)], ids=str)
+def test_size_and_delivery_of_every_tensor_are_those_of_its_bytes(dtype, shape):
+    sent = torch.randn(shape, generator=torch.Generator().manual_seed(0)).mul(9).to(dtype)
+    for names in (frozenset(), frozenset({"t"})):
+        message = Message("m", {"n": 1}, {"t": sent, "a": sent.clone()}, names)
+        assert packed_size(message) == len(pack(message))
+        assert outcome(lambda: delivered(message)) == outcome(lambda: unpacked(message))  # noqa: B023
+
+
+STRANGE = {
+    "rich": RICH,
+    "no tensors": Message("m"),
+    "strided": Message("m", {}, {"t": torch.arange(12.0).view(3, 4).T}),
+    "gradient": Message("m", {}, {"t": torch.ones(3, requires_grad=True)}),
+    "long header": Message("m", {"text": "x" * (1 << 20)}),
+    "many tensors": Message("m", {}, {str(i): torch.zeros(1) for i in range(MAX_TENSORS + 1)}),
+    "long name": Message("m", {}, {"x" * 1025: torch.zeros(1)}),
+    "long kind": Message("m" * 1025),
+    "nine dimensions": Message("m", {}, {"t": torch.zeros(1, 1, 1, 1, 1, 1, 1, 1, 1)}),
+    "complex": Message("m", {}, {"t": torch.zeros(1, dtype=torch.complex64)}),
+    "infinite": Message("m", {"x": math.inf}),
+    "tuple": Message("m", {"x": (1, 2)}),
+    "key of a number": Message("m", {"x": {1: 2}}),
+    "too long": Message("m", {}, {"t": torch.zeros(2000)}),
+    "unpacks to too much": Message("m", {}, {"t": torch.zeros(2000)}, frozenset({"t"})),
+    "subclass of float": Message("m", {"x": torch.tensor(2.5, dtype=torch.float64).numpy()[()]}),
+}
+
+
+@pytest.mark.parametrize("name", STRANGE)
+def test_a_message_is_delivered_or_refused_as_if_it_went_through_bytes(name):
+    message = STRANGE[name]
+    limits = {"max_bytes": 4000} if "too" in name else {}
+    assert outcome(lambda: delivered(message, **limits)) == outcome(
+        lambda: unpacked(message, **limits)
+    )
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.dictionaries(
+        st.text(max_size=5),
+        st.recursive(
+            st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+            lambda inner: st.lists(inner, max_size=3),
+            max_leaves=5,
+        ),
+        max_size=4,
+    )
+)
+def test_any_header_is_delivered_or_refused_as_if_it_went_through_bytes(header):
+    message = Message("m", header)
+    assert outcome(lambda: delivered(message)) == outcome(lambda: unpacked(message))
+
+
+def test_a_delivered_tensor_shares_the_memory_of_the_sent_one():
+    sent = torch.ones(3)
+    got = delivered(Message("m", {}, {"t": sent})).tensors["t"]
+    assert got.data_ptr() == sent.data_ptr()

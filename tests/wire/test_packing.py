@@ -15,7 +15,7 @@ from hypothesis.extra import numpy as hn
 from fedpress.errors import WireError
 from fedpress.wire import ans, classes, packing
 from fedpress.wire.message import DTYPES, FRAME, MAGIC, VERSION, Message, pack, unpack
-from fedpress.wire.packing import ANS, NBIT, RAW, SPARSE, estimate_bits, expand, shrink
+from fedpress.wire.packing import ANS, NBIT, RAW, SPARSE, estimate_bits, expand, shrink, shrunk_size
 from fedpress.wire.reader import ByteReader, varint, zigzag
 
 N = 20_000
@@ -72,7 +72,7 @@ TENSORS = {
 @pytest.mark.parametrize("name", TENSORS)
 def test_tensors_come_back_to_the_bit_in_the_form_that_suits_them(name):
     tensor, form = TENSORS[name]
-    data = shrink(tensor)
+    data = shrink(tensor, pack_floats=True)
     assert data[0] == form
     assert len(data) <= 1 + tensor.nbytes
     assert same_bits(back(data, tensor), tensor)
@@ -89,7 +89,10 @@ def test_tensors_come_back_to_the_bit_in_the_form_that_suits_them(name):
 @settings(max_examples=150, deadline=None)
 def test_any_tensor_comes_back_to_the_bit(array):
     tensor = torch.from_numpy(array)
-    assert same_bits(back(shrink(tensor), tensor), tensor)
+    for pack_floats in (False, True):
+        data = shrink(tensor, pack_floats=pack_floats)
+        assert same_bits(back(data, tensor), tensor)
+        assert shrunk_size(tensor, pack_floats=pack_floats) == len(data)
 
 
 @pytest.mark.parametrize("n", [1, 15, 16, 17, 255, 256, 257, 4095, 4096, 4097, 70_001])
@@ -106,7 +109,7 @@ def test_every_size_comes_back(n, scale):
 def test_minus_zero_and_not_a_number_survive_a_sparse_tensor():
     tensor = torch.zeros(1000)
     tensor[3], tensor[5], tensor[7] = -0.0, math.nan, -math.inf
-    data = shrink(tensor)
+    data = shrink(tensor, pack_floats=True)
     assert data[0] == SPARSE
     assert same_bits(back(data, tensor), tensor)
 
@@ -325,10 +328,40 @@ def test_thousands_of_mutated_messages_raise_nothing_but_wire_errors(count):
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=str)
 def test_every_type_is_packed(dtype):
     zeros = torch.zeros(5000).to(dtype)
-    assert len(shrink(zeros)) < 10
-    assert same_bits(back(shrink(zeros), zeros).view(torch.uint8), zeros.view(torch.uint8))
+    data = shrink(zeros, pack_floats=True)
+    assert len(data) < 10
+    assert same_bits(back(data, zeros).view(torch.uint8), zeros.view(torch.uint8))
 
 
 def test_strided_tensors_are_packed():
     t = gauss(1).view(100, 200).T
     assert torch.equal(back(packing.shrink(t), t), t)
+
+
+@pytest.mark.parametrize("pack_floats", [False, True])
+@pytest.mark.parametrize("name", TENSORS)
+def test_the_computed_size_is_the_packed_one(name, pack_floats):
+    tensor = TENSORS[name][0]
+    for each in (tensor, tensor[:1], tensor[:0], tensor.reshape(-1)[::3]):
+        size = shrunk_size(each, pack_floats=pack_floats)
+        assert size == len(shrink(each, pack_floats=pack_floats))
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=str)
+@pytest.mark.parametrize("bits", [1, 3, 8, 13])
+def test_the_size_of_every_type_and_range_is_computed(dtype, bits):
+    top = min(2**bits - 1, 127)
+    values = torch.randint(0, top + 1, (5003,), generator=chance()).to(dtype)
+    for each in (values, values - top // 2 if dtype != torch.uint8 else values):
+        assert shrunk_size(each) == len(shrink(each))
+
+
+def test_floats_are_raw_unless_the_sender_asks_for_less():
+    zeros = torch.zeros(1000)
+    assert shrink(zeros)[0] == RAW
+    assert shrink(zeros) == bytes([RAW]) + bytes(4000)
+    assert shrink(zeros, pack_floats=True)[0] == SPARSE
+
+
+def test_a_raw_size_needs_no_values():
+    assert shrunk_size(torch.empty(1 << 20, 1 << 20, device="meta")) == 1 + (4 << 40)

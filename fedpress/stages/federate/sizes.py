@@ -1,4 +1,4 @@
-"""Computes the bytes of a federate stage's messages before it runs, by packing example messages."""
+"""Computes the bytes of a federate stage's messages before it runs, from example messages."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from fedpress.federation.vectors import PARAMS, UPDATE
 from fedpress.secagg import SecAggClient, identity
 from fedpress.stages.federate.contract import Contract
 from fedpress.transport import Handler, LocalTransport
-from fedpress.wire.message import Message, pack, unpack
+from fedpress.wire.message import Message, pack, packed_size, unpack
 
 
 def message_sizes(contract: Contract, params: Tensor) -> dict[str, Any]:
@@ -50,6 +50,7 @@ def message_sizes(contract: Contract, params: Tensor) -> dict[str, Any]:
     for codec in uplink.vector_codecs:
         vectors[codec.name] = chance.normal(codec.size, dtype=torch.float32)
     tensors = uplink.encode(vectors | {UPDATE: change}, key)
+    packed = uplink.packed_floats(tensors)
     header: dict[str, JSON] = {"round": 1, "examples": 1, "loss": 1.0, "steps": 1}
     # Noised counts of failures have all digits of a float64, which take more bytes than integers.
     if uplink.privacy is not None and not uplink.trust.hides_cohort:
@@ -64,7 +65,7 @@ def message_sizes(contract: Contract, params: Tensor) -> dict[str, Any]:
             del header[name]
         header["secure"] = dict(part.header)
         tensors = dict(part.tensors)
-    up = len(pack(Message("update", header, tensors)))
+    up = packed_size(Message("update", header, tensors, packed))
     first, down = _down(contract, params, change, session.invite(names))
     size = max(1, len(params))
     cohort = uplink.cohort.size
@@ -87,11 +88,10 @@ def _down(
     header: dict[str, JSON] = {"round": 1, "agreement": terms.agreement.fingerprint, **invitation}
     if terms.algorithm.keeps_state:
         header["counted"] = 0
-    # Random values as in later rounds, because the zeros of the first round pack to almost nothing.
     extras = {}
     for name, extra in terms.algorithm.extras_down.items():
         extras[name] = change[: extra.size].clone()
-    whole = len(pack(Message("fit", header, {PARAMS: params, **extras})))
+    whole = packed_size(Message("fit", header, {PARAMS: params, **extras}))
     if terms.downlink is None:
         return whole, whole
     client = contract.population.names[0]
@@ -99,8 +99,9 @@ def _down(
     sent = []
     for round, model in ((1, params), (2, params + change)):
         version, tensors = broadcast.encode_for(round, model, [client])[client]
-        message = Message("fit", {**header, "from": version}, {**tensors, **extras})
-        sent.append(len(pack(message)))
+        packed = terms.downlink.packed_floats(tensors, whole=not version)
+        told = {**header, "from": version}
+        sent.append(packed_size(Message("fit", told, {**tensors, **extras}, packed)))
         broadcast.mark_arrived({})
     return sent[0], sent[1]
 
