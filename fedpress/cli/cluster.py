@@ -22,6 +22,14 @@ Engine = Annotated[
         rich_help_panel=PANEL,
     ),
 ]
+Bytes = Annotated[
+    str | None,
+    typer.Option(
+        "--bytes",
+        help="Local messages: computed (their bytes are only counted) or real (they are packed).",
+        rich_help_panel=PANEL,
+    ),
+]
 Address = Annotated[
     str | None,
     typer.Option(
@@ -49,6 +57,7 @@ class Given:
 
     Attributes:
         engine: "local" or "ray".
+        bytes: "computed" or "real"; only for the local engine.
         address: address of a running Ray cluster.
         cpus_per_client: CPUs of each actor (a Ray process in which clients run).
         gpus_per_client: GPUs of each actor.
@@ -56,6 +65,7 @@ class Given:
     """
 
     engine: str
+    bytes: str | None
     address: str | None
     cpus_per_client: float | None
     gpus_per_client: float | None
@@ -72,12 +82,13 @@ class Given:
         from fedpress.transport.engine import engine_settings, open_engine
 
         settings = {
+            "bytes": self.bytes,
             "address": self.address,
             "cpus_per_client": self.cpus_per_client,
             "gpus_per_client": self.gpus_per_client,
             "actors": self.actors,
         }
-        # Left out if not given: the local engine has no such settings, and Ray has defaults.
+        # Left out if not given: each engine has other settings, with defaults.
         given = {key: value for key, value in settings.items() if value is not None}
         with open_engine(engine_settings({"kind": self.engine, **given})) as engine:
             yield engine

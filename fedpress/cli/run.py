@@ -63,6 +63,7 @@ def run(
     ] = None,
     list_keys: ListTables = False,
     engine: cluster.Engine = "local",
+    bytes: cluster.Bytes = None,
     ray_address: cluster.Address = None,
     cpus_per_client: cluster.Cpus = None,
     gpus_per_client: cluster.Gpus = None,
@@ -78,7 +79,7 @@ def run(
         return
     from fedpress.cli import terminal
 
-    settings = cluster.Given(engine, ray_address, cpus_per_client, gpus_per_client, actors)
+    given = cluster.Given(engine, bytes, ray_address, cpus_per_client, gpus_per_client, actors)
     allow_code(code)
     out_stream = terminal.console(quiet=as_json)
     # Everything that can fail is checked in this block, before the run folder is created.
@@ -88,7 +89,7 @@ def run(
             from fedpress.workspace.folder import RunFolder
 
             # First, because the likeliest failure is a Ray cluster that cannot be reached.
-            runner = exit_stack.enter_context(settings.open())
+            runner = exit_stack.enter_context(given.open())
             words = with_device(words, device)
             bind = _begun if resume else _new
             begun = bind(context, words, data, out)

@@ -1,7 +1,7 @@
 """Engines decide where simulated clients run: in this process, or in actors of a Ray cluster.
 
 The engine is not a key of the recipe (the file that describes a run), because it must not change a
-result: with every engine the clients send the same bytes.
+result: with every engine the clients send the same messages, and as many bytes.
 """
 
 from __future__ import annotations
@@ -24,7 +24,13 @@ from fedpress.workspace.state import Engine
 
 @dataclass(frozen=True)
 class LocalEngine:
-    """Runs all clients in this process, one after another."""
+    """Runs all clients in this process, one after another.
+
+    Attributes:
+        real_bytes: whether messages are converted to bytes and back; else their bytes are counted.
+    """
+
+    real_bytes: bool = False
 
     def connect(
         self, clients: Mapping[ClientId, Side], build: Callable[..., Any]
@@ -34,21 +40,29 @@ class LocalEngine:
         An engine with other processes calls `build` there to make the inputs that clients share.
         Here all clients are in this process, so it is not called.
         """
-        return LocalTransport({name: side.handle for name, side in clients.items()})
+        if self.real_bytes:
+            return LocalTransport({name: side.handle for name, side in clients.items()})
+        return LocalTransport.of_messages({name: side.answer for name, side in clients.items()})
 
 
 class LocalSettings(BaseModel):
-    """Settings of the local engine: there are none except its name."""
+    """Settings of the local engine.
+
+    Attributes:
+        bytes: "computed": messages are handed over as they are, and their bytes are counted.
+            "real": they are converted to bytes and back, as over a network. The results are equal.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     kind: Literal["local"] = "local"
+    bytes: Literal["computed", "real"] = "computed"
 
 
 @contextmanager
 def open_local(settings: LocalSettings) -> Iterator[LocalEngine]:
     """Yields the engine; there is nothing to start or to stop."""
-    yield LocalEngine()
+    yield LocalEngine(real_bytes=settings.bytes == "real")
 
 
 class EngineSettings(Protocol):
@@ -75,6 +89,8 @@ class Row:
 
 ENGINES = {"local": Row(LocalSettings, open_local), "ray": Row(RaySettings, open_ray)}
 """Name of an engine -> its row."""
+FIELDS = {"local": LocalSettings.model_fields, "ray": RaySettings.model_fields}
+"""Name of an engine -> its settings by name, to say which engine has a setting."""
 
 
 def open_engine(settings: EngineSettings) -> AbstractContextManager[Engine]:
@@ -98,7 +114,7 @@ def engine_settings(engine: str | Mapping[str, Any] = "local") -> EngineSettings
         NetworkError: if the engine is "ray" and Ray is not installed.
 
     >>> engine_settings("local")
-    LocalSettings(kind='local')
+    LocalSettings(kind='local', bytes='computed')
     >>> engine_settings("rya")
     Traceback (most recent call last):
         ...
@@ -137,8 +153,10 @@ def _mistake(error: ValidationError) -> RecipeError:
         problem, cure = own.problem, own.cure
     if first["type"] == "extra_forbidden":
         problem = "no such setting of this engine"
-        cure = suggestion(key, list(RaySettings.model_fields)) or "leave it out"
+        keys = [key for fields in FIELDS.values() for key in fields]
+        cure = suggestion(key, keys) or "leave it out"
         # The key exists, but for another engine than the chosen one.
-        if key in RaySettings.model_fields:
-            cure = ("give ", Argument("engine", "ray"), ", or leave it out")
+        for engine, fields in FIELDS.items():
+            if key in fields:
+                cure = ("give ", Argument("engine", engine), ", or leave it out")
     return RecipeError(problem, place=f"engine.{key}", cure=cure)

@@ -13,14 +13,27 @@ from fedpress.wire import Message, pack
 
 class Side:
     def handle(self, request):
-        return pack(Message("m"))
+        return pack(Message("bytes"))
+
+    def answer(self, message):
+        return Message("message")
 
 
-def test_the_local_engine_is_the_local_transport():
-    with open_engine(engine_settings()) as engine:
-        transport = engine.connect({"b": Side(), "a": Side()}, dict)
+@pytest.mark.parametrize(
+    ("engine", "kind"),
+    [
+        ("local", "message"),
+        ({"kind": "local", "bytes": "computed"}, "message"),
+        ({"kind": "local", "bytes": "real"}, "bytes"),
+    ],
+)
+def test_the_local_engine_is_the_local_transport(engine, kind):
+    with open_engine(engine_settings(engine)) as opened:
+        transport = opened.connect({"b": Side(), "a": Side()}, dict)
     assert isinstance(transport, LocalTransport)
     assert transport.clients() == ["b", "a"]
+    request = transport.send("a", Message("m"))
+    assert transport.receive([request])[2].kind == kind
 
 
 @pytest.mark.parametrize(
@@ -29,6 +42,8 @@ def test_the_local_engine_is_the_local_transport():
         ("rya", r"engine: got 'rya', expected local or ray; did you mean 'ray'\?"),
         ({}, r"engine: got None, expected local or ray; give engine=\"ray\""),
         ({"kind": "local", "actors": 2}, r"engine.actors: no such setting .* give engine=\"ray\""),
+        ({"kind": "local", "bytes": "true"}, r"engine.bytes: got 'true', expected 'computed' or"),
+        ({"kind": "ray", "bytes": "real"}, r"engine.bytes: no such .* give engine=\"local\""),
         ({"kind": "ray", "actor": 2}, r"engine.actor: .* did you mean 'actors'\?"),
         (
             {"kind": "ray", "actors": 0},

@@ -4,10 +4,11 @@ import weakref
 import pytest
 import torch
 
+from fedpress.errors import WireError
 from fedpress.federation.exchange import Traffic, exchange
 from fedpress.transport import LocalTransport
 from fedpress.transport import packed as packed_module
-from fedpress.wire import Message, pack, unpack
+from fedpress.wire import Message, pack, packed_size, unpack
 
 
 def echo(data: bytes) -> bytes:
@@ -136,3 +137,70 @@ def test_an_exchange_that_is_left_early_leaves_nothing_open():
     next(replies)
     replies.close()
     assert transport.receive(range(10)) is None
+
+
+def answering(message: Message) -> Message:
+    return Message("echo", message.header, message.tensors)
+
+
+def raising(message: Message) -> Message:
+    raise ValueError("disk is gone")
+
+
+def infinite(message: Message) -> Message:
+    return Message("m", {"x": float("inf")})
+
+
+def long(message: Message) -> Message:
+    return Message("m", {}, {"t": torch.zeros(999)})
+
+
+def strange(message: Message) -> Message:
+    return Message("m", {}, {"t": torch.zeros(2, dtype=torch.complex64)})
+
+
+@pytest.mark.parametrize("answer", [answering, raising, infinite, long, strange])
+def test_messages_have_the_traffic_the_limits_and_the_errors_of_bytes(answer):
+    requests = [
+        Message("m", {"n": 1}, {"t": torch.ones(3)}),
+        Message("m", {"text": "x" * (1 << 20)}),
+        Message("m"),
+    ]
+    seen = []
+    for transport in (
+        LocalTransport({"a": lambda data: pack(answer(unpack(data)))}, max_bytes=1000),
+        LocalTransport.of_messages({"a": answer}, max_bytes=1000),
+    ):
+        for request in requests:
+            ((_, reply),) = exchange(transport, {"a": request})
+            seen.append((reply.kind, reply.header, pack(reply), transport.traffic))
+    assert seen[:3] == seen[3:]
+    assert transport.clients() == ["a"]
+
+
+@pytest.mark.parametrize("make", [LocalTransport, LocalTransport.of_messages])
+def test_a_request_that_cannot_be_packed_is_refused_when_it_is_sent(make):
+    with pytest.raises(WireError, match="got inf"):
+        make({"a": answering}).send("a", Message("m", {"x": float("inf")}))
+
+
+def test_a_message_to_many_clients_is_counted_once(monkeypatch):
+    counted = []
+    monkeypatch.setattr(
+        packed_module, "packed_size", lambda m: counted.append(m.kind) or packed_size(m)
+    )
+    transport = LocalTransport.of_messages(dict.fromkeys("abc", answering))
+    message = Message("m", {}, {"t": torch.ones(3)})
+    for client in "abc":
+        transport.send(client, message)
+    assert counted == ["m"]
+    assert transport.traffic.down == 3 * len(pack(message))
+
+
+def test_an_interrupt_of_a_message_is_not_swallowed():
+    def interrupted(message: Message) -> Message:
+        raise KeyboardInterrupt
+
+    transport = LocalTransport.of_messages({"a": interrupted})
+    with pytest.raises(KeyboardInterrupt):
+        list(exchange(transport, {"a": Message("m")}))
