@@ -15,8 +15,9 @@ trains parameters of any other layer.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from torch.nn.grad import conv2d_weight
 from fedpress.core.inputs import call
 from fedpress.core.parameters import trainable
 from fedpress.privacy.per_example.persample import (
+    BLOCK,
     Measured,
     Query,
     Sample,
@@ -35,8 +37,14 @@ from fedpress.privacy.per_example.persample import (
     row_norms,
 )
 
-ROUNDING = 2.0**-23
-"""Relative distance of two neighbouring float32 numbers."""
+UNIT = 2.0**-24
+"""Largest relative error of one rounding to float32."""
+
+COLUMNS = 256 * BLOCK
+"""Columns of per-sample gradients that are converted to float32 at a time: they fit in a cache."""
+
+TOGETHER = 8
+"""Samples that are processed at a time where copies of all samples would not fit in a cache."""
 
 
 @dataclass(frozen=True)
@@ -47,14 +55,14 @@ class ParameterTerm:
         squares: squared norms of the per-sample gradients of this parameter, float64 [n].
         total: clip factors [n] -> sum over samples of factor * gradient, float32 of the parameter's
             shape.
-        magnitude: for each sample, a bound on the sum of the absolute values of the summands of any
-            entry of its gradient, float64 [n]. If the summands cancel in `total`, the rounding
-            error is relative to `magnitude`, not to the norm.
+        rounding: for each sample, a bound on the L2 norm of the rounding error of its gradient
+            within `total`, float64 [n]. It is not relative to the norm, because the products that
+            are summed may cancel. 0 if the norm is that of the very values that are summed.
     """
 
     squares: Tensor
     total: Callable[[Tensor], Tensor]
-    magnitude: Tensor | float = 0.0
+    rounding: Tensor | float = 0.0
 
 
 Rule = Callable[[Any, Tensor, Tensor], dict[str, ParameterTerm]]
@@ -167,8 +175,8 @@ def terms_of(module: nn.Module, a: Tensor, b: Tensor) -> list[tuple[nn.Parameter
         a: inputs of the layer [n, ...].
         b: gradients of the samples' losses with respect to the layer's outputs [n, ...].
     """
-    # Convolutions compute per-sample gradients in 16 bits under autocast, see `_conv`.
-    if not isinstance(module, nn.Conv2d):
+    # Their inputs are the largest, so their rules convert a few samples at a time, or none.
+    if not isinstance(module, nn.Conv2d | nn.BatchNorm2d):
         a = a.float()
         b = b.float()
     terms = RULES[type(module)](module, a, b)
@@ -180,14 +188,14 @@ def terms_of(module: nn.Module, a: Tensor, b: Tensor) -> list[tuple[nn.Parameter
 
 
 def norms_of(terms: list[ParameterTerm], n: int, device: torch.device) -> Tensor:
-    """Returns the norms [n], increased by the possible rounding error of the clipped sum."""
+    """Returns the norms [n], increased by the rounding errors that the terms declare."""
     squares = torch.zeros(n, dtype=torch.float64, device=device)
     rounding = torch.zeros_like(squares)
     for term in terms:
         # Rounding may make a square slightly negative.
         squares += term.squares.clamp_min(0)
-        rounding += (ROUNDING * torch.as_tensor(term.magnitude)) ** 2
-    return squares.sqrt() * (1 + 4 * ROUNDING) + rounding.sqrt()
+        rounding += torch.as_tensor(term.rounding) ** 2
+    return squares.sqrt() + rounding.sqrt()
 
 
 def _add_apart_(bad: Tensor, views: list[Tensor], query: Query) -> Measured:
@@ -210,9 +218,19 @@ def _add_apart_(bad: Tensor, views: list[Tensor], query: Query) -> Measured:
 
 
 def _explicit(gradients: Tensor, shape: torch.Size) -> ParameterTerm:
-    """Returns the term of a parameter with this `shape` from the per-sample gradients [n, ...]."""
-    flat = gradients.flatten(1).float()
-    return ParameterTerm(row_norms(flat).square(), lambda scale: (scale @ flat).view(shape))
+    """Returns the term of a parameter with this `shape` from the per-sample gradients [n, ...].
+
+    The gradients may have 16 bits. Norm and sum are computed in float32 from the same 16-bit
+    values, so the clip factor bounds exactly what is added, however coarse these values are.
+    """
+    # Converted block by block, because a float32 copy of everything takes longer than the sum.
+    parts = gradients.flatten(1).split(COLUMNS, dim=1)
+    norms = torch.stack([row_norms(part.float()) for part in parts]).norm(dim=0)
+
+    def total(scale: Tensor) -> Tensor:
+        return torch.cat([scale @ part.float() for part in parts]).view(shape)
+
+    return ParameterTerm(norms.square(), total)
 
 
 def _linear(module: nn.Linear, a: Tensor, b: Tensor) -> dict[str, ParameterTerm]:
@@ -233,7 +251,7 @@ def _linear(module: nn.Linear, a: Tensor, b: Tensor) -> dict[str, ParameterTerm]
         weight = ParameterTerm(
             squares=_gram(a.double()).mul_(_gram(b.double())).sum((1, 2)),
             total=lambda scale: (b * scale[:, None, None]).flatten(0, 1).T @ a.flatten(0, 1),
-            magnitude=_magnitude(a, b),
+            rounding=_rounding(a, b, positions),
         )
     return {"weight": weight, "bias": _explicit(b.sum(1), shape[:1])}
 
@@ -241,49 +259,104 @@ def _linear(module: nn.Linear, a: Tensor, b: Tensor) -> dict[str, ParameterTerm]
 def _conv(module: nn.Conv2d, a: Tensor, b: Tensor) -> dict[str, ParameterTerm]:
     """Rule of convolutions: a [n, i, H, W], b [n, o, H', W']."""
     shape = module.weight.shape
-    if module.groups == 1 and _ghost_is_cheaper(module, a, b):
-        # In 16 bits the rounding error of the sum would depend on all samples, so one more sample
-        # could move the sum by more than the clip norm.
-        a = a.float()
-        b = b.float()
-
-        def total(scale: Tensor) -> Tensor:
-            return _weight_gradient(module, a, b * scale[:, None, None, None])[0]
-
-        weight = ParameterTerm(convolution_squares(module, a, b), total, _magnitude(a, b))
+    if module.groups > 1:
+        weight = _explicit(_grouped_gradients(module, a, b), shape)
+    elif _ghost_is_cheaper(module, a, b):
+        weight = _conv_by_norm(module, a.float(), b.float())
     else:
-        # For small weights, eight samples as groups of one convolution were measured fastest.
-        together = 8 if shape.numel() < 2**16 else 1
-        gradients = []
-        pairs = zip(a.to(b.dtype).split(together), b.split(together), strict=True)
-        for some_a, some_b in pairs:
-            gradients.append(_weight_gradient(module, some_a, some_b, samples=len(some_a)))
-        weight = _explicit(torch.cat(gradients), shape)
-    return {"weight": weight, "bias": _explicit(b.float().sum((2, 3)), shape[:1])}
+        weight = _last_to_first(_explicit(patch_gradients(module, a, b), _channels_last(shape)))
+    terms = {"weight": weight}
+    if module.bias is not None:
+        terms["bias"] = _explicit(b.sum((2, 3), dtype=torch.float32), shape[:1])
+    return terms
 
 
-def _weight_gradient(module: nn.Conv2d, a: Tensor, b: Tensor, samples: int = 1) -> Tensor:
-    """Returns weight gradients [samples, o, i, kh, kw].
+def _conv_by_norm(module: nn.Conv2d, a: Tensor, b: Tensor) -> ParameterTerm:
+    """Returns the weight's term by ghost norms, from float32 `a` and `b`.
 
-    If `samples` is 1, this is the gradient of the whole batch; otherwise one gradient per sample.
+    In 16 bits the rounding error of the sum would depend on all samples, so one more sample could
+    move the sum by more than the clip norm.
     """
+    shape = module.weight.shape
+    settings = (module.stride, module.padding, module.dilation)
+
+    def total(scale: Tensor) -> Tensor:
+        summed: Tensor = conv2d_weight(a, shape, b * scale[:, None, None, None], *settings)
+        return summed
+
+    # The gradient is a product of b and the patches of a; a pixel is in at most kh * kw patches.
+    rounding = _rounding(a, b, b.shape[2] * b.shape[3]) * math.sqrt(math.prod(module.kernel_size))
+    return ParameterTerm(convolution_squares(module, a, b), total, rounding)
+
+
+def patch_gradients(module: nn.Conv2d, a: Tensor, b: Tensor) -> Tensor:
+    """Returns per-sample weight gradients in the type of `b`, [n, o, kh * kw * i].
+
+    Each is a matrix product of output gradients and patches. Processors accumulate products of 16
+    bits in float32; only the result is rounded to 16 bits.
+    """
+    (ph, pw), (sh, sw), (dh, dw) = _pairs(module.padding), module.stride, module.dilation
+    kh, kw = module.kernel_size
+    o, i = module.weight.shape[:2]
+    gradients = b.new_empty(len(b), o, kh * kw * i)
+    pieces = (t.split(TOGETHER) for t in (a, b, gradients))
+    for some_a, some_b, out in zip(*pieces, strict=True):
+        # Channels last: the values of a pixel are neighbours, so patches are copied in long runs.
+        pixels = F.pad(some_a.to(b.dtype).permute(0, 2, 3, 1), (0, 0, pw, pw, ph, ph))
+        windows = pixels.unfold(1, dh * (kh - 1) + 1, sh).unfold(2, dw * (kw - 1) + 1, sw)
+        # [n, H', W', i, kh, kw] -> [n, H' * W', kh * kw * i]
+        patches = (
+            windows[..., ::dh, ::dw].permute(0, 1, 2, 4, 5, 3).reshape(len(some_a), -1, kh * kw * i)
+        )
+        torch.bmm(some_b.permute(0, 2, 3, 1).flatten(1, 2).transpose(1, 2), patches, out=out)
+    return gradients
+
+
+def _grouped_gradients(module: nn.Conv2d, a: Tensor, b: Tensor) -> Tensor:
+    """Returns per-sample weight gradients [n, o, i / groups, kh, kw] of a grouped convolution."""
     o, *rest = module.weight.shape
-    if samples > 1:
+    # For small weights, eight samples as groups of one convolution were measured fastest.
+    together = TOGETHER if module.weight.numel() < 2**16 else 1
+    gradients = []
+    for some_a, some_b in zip(a.to(b.dtype).split(together), b.split(together), strict=True):
+        n = len(some_a)
         # Samples become groups of channels of one image.
-        a, b = (v.contiguous().view(1, -1, *v.shape[2:]) for v in (a, b))
-    settings = (module.stride, module.padding, module.dilation, samples * module.groups)
-    weight: Tensor = conv2d_weight(a, (samples * o, *rest), b, *settings)
-    return weight.view(samples, o, *rest)
+        image, gradient = (v.contiguous().view(1, -1, *v.shape[2:]) for v in (some_a, some_b))
+        settings = (module.stride, module.padding, module.dilation, n * module.groups)
+        weight = conv2d_weight(image, (n * o, *rest), gradient, *settings)
+        gradients.append(weight.view(n, o, *rest))
+    return torch.cat(gradients)
+
+
+def _channels_last(shape: torch.Size) -> torch.Size:
+    """Returns the shape [o, kh, kw, i] of a weight [o, i, kh, kw]."""
+    o, i, kh, kw = shape
+    return torch.Size((o, kh, kw, i))
+
+
+def _last_to_first(term: ParameterTerm) -> ParameterTerm:
+    """Returns the term of a weight [o, i, kh, kw] from that of the same weight [o, kh, kw, i]."""
+    return replace(term, total=lambda scale: term.total(scale).permute(0, 3, 1, 2))
+
+
+def _pairs(padding: object) -> tuple[int, int]:
+    """Returns a convolution's padding as numbers; `supports` refuses names such as "same"."""
+    assert isinstance(padding, tuple), "a name of a padding instead of numbers"
+    return int(padding[0]), int(padding[1])
 
 
 def _ghost_is_cheaper(module: nn.Conv2d, a: Tensor, b: Tensor) -> bool:
-    """Returns whether Gram matrices need fewer multiplications than per-sample gradients.
+    """Returns whether Gram matrices cost less time than per-sample gradients.
 
-    In measurements this was true for images below 16 x 16.
+    In measurements this was true for images below 16 x 16, and in 16 bits below 8 x 8: per-sample
+    gradients are products in the type of `b`, Gram matrices and the sum after them are not.
     """
-    pixels = (a.shape[2] + 2 * int(module.padding[0])) * (a.shape[3] + 2 * int(module.padding[1]))
+    ph, pw = _pairs(module.padding)
+    pixels = (a.shape[2] + 2 * ph) * (a.shape[3] + 2 * pw)
     places = b.shape[2] * b.shape[3]
-    return 2 * (pixels**2 * a.shape[1] + places**2 * b.shape[1]) < places * module.weight.numel()
+    each = 2 if b.dtype == torch.float32 else 8
+    gram = pixels**2 * a.shape[1] + places**2 * b.shape[1]
+    return each * gram < places * module.weight.numel()
 
 
 def convolution_squares(module: nn.Conv2d, a: Tensor, b: Tensor) -> Tensor:
@@ -293,7 +366,7 @@ def convolution_squares(module: nn.Conv2d, a: Tensor, b: Tensor) -> Tensor:
     are sums of products of pixels, so patches need not be copied.
     """
     (sh, sw), (dh, dw), (kh, kw) = module.stride, module.dilation, module.kernel_size
-    ph, pw = int(module.padding[0]), int(module.padding[1])
+    ph, pw = _pairs(module.padding)
     padded = F.pad(a, (pw, pw, ph, ph)).double()
     n, _, height, width = padded.shape
     h, w = b.shape[2:]
@@ -313,34 +386,49 @@ def _gram(rows: Tensor) -> Tensor:
     return torch.bmm(rows, rows.transpose(1, 2))
 
 
-def _magnitude(a: Tensor, b: Tensor) -> Tensor:
-    """Returns |a| |b| of each sample, float64 [n].
+def _rounding(a: Tensor, b: Tensor, positions: int) -> Tensor:
+    """Returns a bound on the error of summing a sample's products in float32, float64 [n].
 
-    By Cauchy-Schwarz, this bounds the sum of absolute summands of each gradient entry.
+    A sum of k products, in any order, has an error of at most (k + 1) UNIT times the sum of their
+    absolute values (Higham 2002, section 3.1); one more for the clip factor on `b`. By
+    Cauchy-Schwarz, those absolute values have at most the L2 norm |a| |b| over all entries.
     """
-    bound: Tensor = a.flatten(1).norm(dim=1).double() * b.flatten(1).norm(dim=1).double()
-    return bound
+    sizes: Tensor = a.flatten(1).norm(dim=1).double() * b.flatten(1).norm(dim=1).double()
+    return (positions + 2) * UNIT * sizes
 
 
-def _affine(normal: Tensor, b: Tensor, channels: int) -> dict[str, ParameterTerm]:
-    """Rule for scale and bias of a normalisation with channels in dimension 1.
+def _affine(scale: Tensor, bias: Tensor) -> dict[str, ParameterTerm]:
+    """Returns the terms of a normalisation's scale and bias from their gradients [n, c] each."""
+    shape = scale.shape[1:]
+    return {"weight": _explicit(scale, shape), "bias": _explicit(bias, shape)}
 
-    `normal` [n, c, ...] is the output of the layer before scale and bias.
-    """
-    each = (normal * b).reshape(len(b), channels, -1).sum(2)
-    bias = b.reshape(len(b), channels, -1).sum(2)
-    shape = torch.Size([channels])
-    return {"weight": _explicit(each, shape), "bias": _explicit(bias, shape)}
+
+def _over_places(values: Tensor) -> Tensor:
+    """Returns the sums over all dimensions after the channels: [n, c, ...] -> [n, c]."""
+    places = tuple(range(2, values.dim()))
+    return values.sum(places) if places else values
 
 
 def _batch_norm(module: nn.BatchNorm2d, a: Tensor, b: Tensor) -> dict[str, ParameterTerm]:
     """Rule of batch normalisation with frozen statistics (`check_separable` allows no other)."""
-    normal = F.batch_norm(a, module.running_mean, module.running_var, eps=module.eps)
-    return _affine(normal, b, module.num_features)
+    mean, var = module.running_mean, module.running_var
+    # `check_separable` refuses a batch norm without statistics.
+    assert mean is not None
+    assert var is not None
+    centre = mean.view(-1, *[1] * (a.dim() - 2))
+    scales, biases = [], []
+    for some_a, some_b in zip(a.split(TOGETHER), b.split(TOGETHER), strict=True):
+        wide = some_b.float()
+        # The subtraction of a float32 mean gives float32.
+        scales.append(_over_places((some_a - centre).mul_(wide)))
+        biases.append(_over_places(wide))
+    # The divisor is the same at all places, so it is applied to the sums.
+    return _affine(torch.cat(scales) * (var + module.eps).rsqrt(), torch.cat(biases))
 
 
 def _group_norm(module: nn.GroupNorm, a: Tensor, b: Tensor) -> dict[str, ParameterTerm]:
-    return _affine(F.group_norm(a, module.num_groups, eps=module.eps), b, module.num_channels)
+    normal = F.group_norm(a, module.num_groups, eps=module.eps)
+    return _affine(_over_places(normal * b), _over_places(b))
 
 
 def _layer_norm(module: nn.LayerNorm, a: Tensor, b: Tensor) -> dict[str, ParameterTerm]:
