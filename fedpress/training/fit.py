@@ -26,6 +26,7 @@ from fedpress.training.evaluate import evaluate, outputs
 from fedpress.training.optimizers import Optimizers
 from fedpress.training.schedule import factor
 from fedpress.training.settings import TrainSettings
+from fedpress.training.watch import Watch, steps_late
 
 log = logger(__name__)
 
@@ -82,6 +83,8 @@ class Fit:
             trained too, but is not part of the result.
         sparse: names of pruned parameters, whose zeros stay zero.
         device: the device for training; None: `find()`.
+        late: number of steps after which a loss is read; None: `steps_late` of the device. It
+            changes no result.
 
     Attributes:
         epoch: number of finished epochs.
@@ -104,8 +107,10 @@ class Fit:
         helpers: nn.Module | None = None,
         sparse: Sequence[str] = (),
         device: torch.device | None = None,
+        late: int | None = None,
     ) -> None:
         self.device = device or find()
+        self.late = steps_late(self.device) if late is None else late
         self.model, self.settings, self.seed = place_(model, self.device), settings, seed
         self.objective = objective or self._task_loss
         self.task = task.smoothed(settings.label_smoothing)
@@ -172,7 +177,9 @@ class Fit:
 
         Raises:
             TrainingError: if the settings do not fit the data (see `check_training`).
-            DivergedError: if the loss or a trained parameter is not finite.
+            DivergedError: if the loss or a trained parameter is not finite. The error names the
+                step. After a loss that is not finite, the training is in the state before its step,
+                even if the loss was read later.
         """
         check_training(self.model, self.settings, train, validation, preprocess, self.task)
         # All examples are moved at once: copying each batch to a GPU would take longer.
@@ -225,25 +232,55 @@ class Fit:
         # fewer examples than a batch has, they are the only batch.
         steps = max(1, n // s.batch_size)
         self.model.train()
-        total = 0.0
+        watch = Watch(self.state if self.late else self._buffers, self.late)
+        losses: list[float] = []
         for step in range(steps):
             index = order[step * s.batch_size : (step + 1) * s.batch_size]
             done = (self.epoch + step / steps) / s.epochs
             self.optimizers.set_rate_(factor(done, s))
             batch = train.take(index)
             x = augment(batch.x, s.augment, chance, flipped=mirrored[index])
-            loss = self._step(preprocess(x.to(self.device)), batch.y.to(self.device))
-            if not math.isfinite(loss):
-                raise self._diverged(
-                    f"the loss is {loss} at epoch {self.epoch + 1}, step {step + 1}"
-                )
-            total += loss
+            watch.keep_()
+            loss = self._loss(preprocess(x.to(self.device)), batch.y.to(self.device))
+            # Checked before the step: on a CPU, a bad loss then changes no weight.
+            losses += self._finite(watch, watch.see(loss))
+            self._step_(loss)
             yield Step(self.epoch * steps + step + 1, s.epochs * steps)
+        losses += self._finite(watch, watch.rest())
         # If the last step made a weight infinite, no later loss of this epoch shows it.
         for name, parameter in self.model.named_parameters():
             if parameter.requires_grad and not torch.isfinite(parameter).all():
                 raise self._diverged(f"'{name}' is not finite after epoch {self.epoch + 1}")
+        # One by one, since Python 3.12 rounds `sum` differently.
+        total = 0.0
+        for value in losses:
+            total += value
         return total / steps
+
+    def _finite(self, watch: Watch, read: Iterator[tuple[int, float]]) -> list[float]:
+        """Returns the losses in `read`; at one that is not finite, restores the state and raises.
+
+        The state is that before the step of this loss.
+        """
+        losses = []
+        for step, loss in read:
+            if not math.isfinite(loss):
+                kept = watch.kept(step)
+                if self.late:
+                    self.load_(kept)
+                else:
+                    for name, buffer in self._buffers().items():
+                        buffer.copy_(kept[name])
+                raise self._diverged(
+                    f"the loss is {loss} at epoch {self.epoch + 1}, step {step + 1}"
+                )
+            losses.append(loss)
+        return losses
+
+    def _buffers(self) -> dict[str, Tensor]:
+        """Returns what a forward pass can change, under the names of `state`."""
+        out = {f"model/{k}": v for k, v in self.model.named_buffers()}
+        return out | {f"helpers/{k}": v for k, v in self.helpers.named_buffers()}
 
     def _diverged(self, what: str) -> DivergedError:
         s = self.settings
@@ -259,7 +296,7 @@ class Fit:
             ),
         )
 
-    def _step(self, x: Inputs, y: Tensor) -> float:
+    def _loss(self, x: Inputs, y: Tensor) -> Tensor:
         x = laid_out(x, self.model)
         with autocast(self.model, self.settings.precision):
             logits = outputs(self.model, x)
@@ -269,7 +306,10 @@ class Fit:
         if self.scales:
             lengths = torch.stack([scale.abs().sum() for scale in self.scales])
             loss = loss + self.settings.bn_penalty * lengths.sum()
-        loss.backward()
+        return loss
+
+    def _step_(self, loss: Tensor) -> None:
+        loss.backward()  # type: ignore[no-untyped-call]
         self.optimizers.step_()
         # Masking gradients is not enough: momentum and weight decay move pruned weights too.
         with torch.no_grad():
@@ -279,7 +319,6 @@ class Fit:
         self.helpers.zero_grad(set_to_none=True)
         if self.average is not None:
             self.average.update_parameters(self.model)
-        return float(loss.detach())
 
     def _task_loss(self, model: nn.Module, x: Inputs, outputs: Tensor, y: Tensor) -> Tensor:
         return self.task.loss(outputs, y)
