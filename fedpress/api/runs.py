@@ -95,7 +95,7 @@ class Run:
         data: Data = None,
         out: str | Path | None = None,
         reuse: str | Path | None = None,
-        engine: Engine = "local",
+        engine: Engine = "auto",
         allow_code: Collection[str] | str = (),
         **overrides: Any,
     ) -> Run:
@@ -116,7 +116,7 @@ class Run:
         recipe: Source | None = None,
         *,
         data: Data = None,
-        engine: Engine = "local",
+        engine: Engine = "auto",
         allow_code: Collection[str] | str = (),
         **overrides: Any,
     ) -> Run:
@@ -260,7 +260,7 @@ def run(
     out: str | Path | None = None,
     resume: str | Path | None = None,
     reuse: str | Path | None = None,
-    engine: Engine = "local",
+    engine: Engine = "auto",
     allow_code: Collection[str] | str = (),
     progress: bool | None = None,
     **overrides: Any,
@@ -276,9 +276,10 @@ def run(
         resume: folder of an interrupted run to continue, instead of a new run.
         reuse: folder of another run. Its finished stages are copied in order, until one has other
             settings than in this run.
-        engine: where simulated clients run: "local" in this process, or "ray" in actors of Ray,
-            which takes `address`, `cpus_per_client`, `gpus_per_client` and `actors`, as in
-            `{"kind": "ray", "actors": 4}`. It does not change the result.
+        engine: where simulated clients run: "local" in this process; "processes" in several, which
+            takes `workers`; "ray" in actors of Ray, which takes `address`, `cpus_per_client`,
+            `gpus_per_client` and `actors`, as in `{"kind": "ray", "actors": 4}`. "auto" begins in
+            this process and starts others if that pays back. It does not change the result.
         allow_code: functions that may be called to build models, as `module:function`. They stay
             allowed in this process.
         progress: whether to show progress bars; None: in a notebook or terminal only.

@@ -1,4 +1,4 @@
-"""Options that choose where simulated clients run: in this process, or on a Ray cluster."""
+"""Options that choose where simulated clients run: in which processes, on which machines."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ import typer
 if TYPE_CHECKING:
     from fedpress.workspace import state
 
-PANEL = "Simulation on a cluster"
+PANEL = "Where simulated clients run"
 """Title of these options in the help."""
 Engine = Annotated[
     str,
     typer.Option(
-        help="Where simulated clients work: local (this process) or ray (actors of Ray).",
+        help="local (this process), processes (worker processes), ray (actors of Ray), or auto "
+        "(workers if that pays back).",
         rich_help_panel=PANEL,
     ),
 ]
@@ -28,6 +29,12 @@ Bytes = Annotated[
         "--bytes",
         help="Local messages: computed (their bytes are only counted) or real (they are packed).",
         rich_help_panel=PANEL,
+    ),
+]
+Workers = Annotated[
+    int | None,
+    typer.Option(
+        help="Number of worker processes; by default one for each core.", rich_help_panel=PANEL
     ),
 ]
 Address = Annotated[
@@ -56,7 +63,8 @@ class Given:
     """Values of the options in this file; None for an option that the user did not give.
 
     Attributes:
-        engine: "local" or "ray".
+        engine: "auto", "local", "processes" or "ray".
+        workers: number of worker processes.
         bytes: "computed" or "real"; only for the local engine.
         address: address of a running Ray cluster.
         cpus_per_client: CPUs of each actor (a Ray process in which clients run).
@@ -65,6 +73,7 @@ class Given:
     """
 
     engine: str
+    workers: int | None
     bytes: str | None
     address: str | None
     cpus_per_client: float | None
@@ -82,6 +91,7 @@ class Given:
         from fedpress.transport.engine import engine_settings, open_engine
 
         settings = {
+            "workers": self.workers,
             "bytes": self.bytes,
             "address": self.address,
             "cpus_per_client": self.cpus_per_client,

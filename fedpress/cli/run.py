@@ -38,6 +38,10 @@ if TYPE_CHECKING:
     from fedpress.workspace.folder import RunFolder
     from fedpress.workspace.state import Engine
 
+Reuse = Annotated[
+    Path | None, typer.Option("--from", help="A run whose equal first stages are copied.")
+]
+
 
 def run(
     context: typer.Context,
@@ -58,11 +62,10 @@ def run(
             "--resume", help="Resume an interrupted run: --resume RUN; nothing else is needed."
         ),
     ] = False,
-    reuse: Annotated[
-        Path | None, typer.Option("--from", help="A run whose equal first stages are copied.")
-    ] = None,
+    reuse: Reuse = None,
     list_keys: ListTables = False,
-    engine: cluster.Engine = "local",
+    engine: cluster.Engine = "auto",
+    workers: cluster.Workers = None,
     bytes: cluster.Bytes = None,
     ray_address: cluster.Address = None,
     cpus_per_client: cluster.Cpus = None,
@@ -79,7 +82,9 @@ def run(
         return
     from fedpress.cli import terminal
 
-    given = cluster.Given(engine, bytes, ray_address, cpus_per_client, gpus_per_client, actors)
+    given = cluster.Given(
+        engine, workers, bytes, ray_address, cpus_per_client, gpus_per_client, actors
+    )
     allow_code(code)
     out_stream = terminal.console(quiet=as_json)
     # Everything that can fail is checked in this block, before the run folder is created.

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from fedpress.core.inputs import Example, call, map_inputs, tensors_of
+from fedpress.core.threads import torch_threads
 
 T = TypeVar("T")
 
@@ -169,14 +170,9 @@ def latency(model: nn.Module, example: Example, *, repeats: int = 30, warmup: in
             times.append(1e3 * (perf_counter() - start))
         return times
 
-    threads = torch.get_num_threads()
-    try:
-        # With several threads the time depends on what else the machine does.
-        torch.set_num_threads(1)
-        with _evaluating(model):
-            times, copies = _run_with_one_or_two(clock, map_inputs(example, lambda t: t[:1]))
-    finally:
-        torch.set_num_threads(threads)
+    # With several threads the time depends on what else the machine does.
+    with torch_threads(1), _evaluating(model):
+        times, copies = _run_with_one_or_two(clock, map_inputs(example, lambda t: t[:1]))
     # The median is not moved by a few slow calls, as a mean would be.
     each = torch.tensor(times[warmup:]) / copies
     low, median, high = each.quantile(torch.tensor([0.25, 0.5, 0.75])).tolist()

@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from fedpress.core.threads import torch_threads
 from fedpress.deploy.capture import require
-from fedpress.deploy.timing import Timing, torch_threads
+from fedpress.deploy.timing import Timing
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter, thread_time
@@ -13,6 +12,7 @@ import torch
 from torch import nn
 
 from fedpress.core.inputs import Example, arguments
+from fedpress.core.threads import torch_threads
 from fedpress.deploy.examples import InputSpec, random_rows
 from fedpress.deploy.formats import format_of, open_file
 from fedpress.deploy.runtime import array_call
@@ -150,14 +150,3 @@ def _runner(runnable: Runnable, threads: int) -> Runner:
         return model(*args, **named)
 
     return run
-
-
-@contextmanager
-def torch_threads(count: int) -> Iterator[None]:
-    """Sets torch's number of threads, and restores the old one at the end."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

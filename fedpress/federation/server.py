@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from fedpress.core.canonical import JSON
-from fedpress.core.finite import is_finite
 from fedpress.core.names import ClientId
+from fedpress.core.threads import torch_threads
 from fedpress.errors import DivergedError, RecipeError
 from fedpress.federation.aggregators.base import Session
 from fedpress.federation.agreement import Terms
@@ -177,7 +177,10 @@ class _Server:
         numbers = count(start.round + 1) if last is None else range(start.round + 1, last + 1)
         try:
             for number in numbers:
-                record = run.step(number)
+                # The number of threads decides the order in which floats are added. So with one
+                # thread the bits do not depend on the machine's cores or on where clients work.
+                with torch_threads(1):
+                    record = run.step(number)
                 traffic = self.transport.traffic - before
                 yield replace(
                     record,
@@ -381,7 +384,7 @@ class _Run:
 
 
 def _check_finite(params: Tensor, round: int, algorithm: Algorithm) -> None:
-    if not is_finite(params):
+    if not bool(torch.isfinite(params).all()):
         raise DivergedError(
             f"the server's model is not finite after round {round}",
             place="server",

@@ -61,6 +61,7 @@ ROWS = (
     Row("seeds", "--seeds"),
     Row("engine", "--engine"),
     Row("engine.bytes", "--bytes"),
+    Row("engine.workers", "--workers"),
     Row("engine.address", "--ray-address"),
     Row("engine.cpus_per_client", "--cpus-per-client"),
     Row("engine.gpus_per_client", "--gpus-per-client"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Generator, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
@@ -20,6 +21,7 @@ from fedpress.pipeline.result import write_result
 from fedpress.pipeline.start import first_state, parent_of, with_parent
 from fedpress.privacy.ledger import Ledger
 from fedpress.stages.base import Stage
+from fedpress.transport.engine import engine_settings, open_engine
 from fedpress.workspace.folder import RunFolder
 from fedpress.workspace.stage_folder import Done, StageFolder
 from fedpress.workspace.state import (
@@ -53,8 +55,8 @@ def execute(
         reuse: folder of another run. Each stage before the first one whose settings differ is
             copied from it, if the other run has finished this stage.
         network: reaches clients on other machines; None: the clients of `data` are simulated.
-        engine: runs simulated clients, for example in several processes; None: in this process.
-            The result is the same for every engine.
+        engine: runs simulated clients; None: the default engine, "auto". The result is the same for
+            every engine.
 
     Yields:
         Events of the run, such as `StageStarted` and `StageFinished`.
@@ -64,7 +66,10 @@ def execute(
             another version of the random streams.
         FedpressError: if a stage fails; finished stages and checkpoints are kept.
     """
-    with folder.locked():
+    with ExitStack() as held:
+        held.enter_context(folder.locked())
+        if engine is None and network is None:
+            engine = held.enter_context(open_engine(engine_settings()))
         first = replace(first_state(recipe, data), network=network, engine=engine)
         yield from _stages(recipe, folder, data, reuse, first)
 

@@ -338,6 +338,19 @@ class SecAggClient:
             ) from error
         self._answered = answered
 
+    def recall_(self, state: Mapping[str, JSON]) -> None:
+        """Restores what was answered, and keeps the roster that this client has.
+
+        Args:
+            state: a result of `state`, or {}: nothing was answered yet.
+        """
+        self._answered = AnsweredRounds(self.name)
+        if state.get("run") == self._setup.run:
+            self._answered = AnsweredRounds.from_json(self.name, state["answered"])
+        # Saved when this run had another name.
+        elif state:
+            self.take_over_(state)
+
     def take_over_(self, state: Mapping[str, JSON]) -> None:
         """Takes over a state that was saved when this run had another name.
 

@@ -38,6 +38,15 @@ class Side(Protocol):
     common: Any
     memory: ClientState
 
+    @property
+    def num_examples(self) -> int:
+        """Number of the client's examples, by which its work is estimated."""
+        ...
+
+    def recall(self) -> None:
+        """Reads from `memory` what this client has answered, perhaps in another process."""
+        ...
+
     def handle(self, request: bytes) -> bytes:
         """Returns the bytes of the answer to one message, or raises."""
         ...

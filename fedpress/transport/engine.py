@@ -1,4 +1,4 @@
-"""Engines decide where simulated clients run: in this process, or in actors of a Ray cluster.
+"""Engines decide where simulated clients run: in this process, in others, or on a Ray cluster.
 
 The engine is not a key of the recipe (the file that describes a run), because it must not change a
 result: with every engine the clients send the same messages, and as many bytes.
@@ -15,8 +15,16 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from fedpress.core.names import ClientId
 from fedpress.errors import Argument, RecipeError, SettingError, Words, suggestion
+from fedpress.federation import Transport
 from fedpress.transport.actor import Side
 from fedpress.transport.local import LocalTransport
+from fedpress.transport.processes.engine import (
+    ProcessEngine,
+    can_fork,
+    device_of,
+    open_processes,
+)
+from fedpress.transport.processes.settings import ProcessSettings
 from fedpress.transport.ray.engine import open_ray
 from fedpress.transport.ray.settings import RaySettings
 from fedpress.workspace.state import Engine
@@ -65,6 +73,49 @@ def open_local(settings: LocalSettings) -> Iterator[LocalEngine]:
     yield LocalEngine(real_bytes=settings.bytes == "real")
 
 
+class AutoSettings(BaseModel):
+    """Settings of the default engine: there are none except its name."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: Literal["auto"] = "auto"
+
+
+PATIENCE = 0.5
+"""Seconds of the clients' work in this process before the default engine starts workers, which takes
+about a tenth of it. So a stage never takes much longer than with the better engine."""
+
+
+@dataclass(frozen=True)
+class AutoEngine:
+    """Runs clients in this process, and in worker processes if their work takes long.
+
+    Attributes:
+        processes: starts the workers; None if this system cannot fork, or has one core.
+    """
+
+    processes: ProcessEngine | None
+
+    def connect(self, clients: Mapping[ClientId, Side], build: Callable[..., Any]) -> Transport:
+        """Returns a transport to `clients`; see `fedpress.workspace.state.Engine`."""
+        # Processes cannot share a GPU as well as one process can use it.
+        if self.processes is None or device_of(clients).type != "cpu":
+            return LocalEngine().connect(clients, build)
+        return self.processes.connect(clients, build)
+
+
+@contextmanager
+def open_auto(settings: AutoSettings) -> Iterator[AutoEngine]:
+    """Yields the engine, and ends its workers after the block."""
+    workers = ProcessSettings().number
+    if workers == 1 or not can_fork():
+        yield AutoEngine(None)
+        return
+    with open_processes(ProcessSettings()) as processes:
+        processes.patience = PATIENCE
+        yield AutoEngine(processes)
+
+
 class EngineSettings(Protocol):
     """The interface of the settings of an engine."""
 
@@ -83,14 +134,17 @@ class Row:
         open: starts the engine with these settings, and stops it after the block.
     """
 
-    settings: Callable[..., EngineSettings]
+    settings: type[BaseModel]
     open: Callable[[Any], AbstractContextManager[Engine]]
 
 
-ENGINES = {"local": Row(LocalSettings, open_local), "ray": Row(RaySettings, open_ray)}
+ENGINES = {
+    "auto": Row(AutoSettings, open_auto),
+    "local": Row(LocalSettings, open_local),
+    "processes": Row(ProcessSettings, open_processes),
+    "ray": Row(RaySettings, open_ray),
+}
 """Name of an engine -> its row."""
-FIELDS = {"local": LocalSettings.model_fields, "ray": RaySettings.model_fields}
-"""Name of an engine -> its settings by name, to say which engine has a setting."""
 
 
 def open_engine(settings: EngineSettings) -> AbstractContextManager[Engine]:
@@ -102,7 +156,7 @@ def open_engine(settings: EngineSettings) -> AbstractContextManager[Engine]:
     return ENGINES[settings.kind].open(settings)
 
 
-def engine_settings(engine: str | Mapping[str, Any] = "local") -> EngineSettings:
+def engine_settings(engine: str | Mapping[str, Any] = "auto") -> EngineSettings:
     """Returns the settings of an engine.
 
     Args:
@@ -114,27 +168,29 @@ def engine_settings(engine: str | Mapping[str, Any] = "local") -> EngineSettings
         NetworkError: if the engine is "ray" and Ray is not installed.
 
     >>> engine_settings("local")
-    LocalSettings(kind='local', bytes='computed')
+    LocalSettings(kind='local')
     >>> engine_settings("rya")
     Traceback (most recent call last):
         ...
-    fedpress.errors.RecipeError: engine: got 'rya', expected local or ray; did you mean 'ray'?
+    fedpress.errors.RecipeError: engine: got 'rya', expected auto, local, processes or ray; did you mean 'ray'?
     """
     table = {"kind": engine} if isinstance(engine, str) else dict(engine)
     kind = table.get("kind")
     if kind not in ENGINES:
+        *first, last = ENGINES
         raise RecipeError(
-            f"got {kind!r}, expected {' or '.join(ENGINES)}",
+            f"got {kind!r}, expected {', '.join(first)} or {last}",
             place="engine",
-            cure=suggestion(str(kind), list(ENGINES)) or ("give ", Argument("engine", "ray")),
+            cure=suggestion(str(kind), list(ENGINES)) or ("give ", Argument("engine", "auto")),
         )
     try:
-        return ENGINES[kind].settings(**table)
+        settings: EngineSettings = ENGINES[kind].settings(**table)  # type: ignore[assignment]
     except ValidationError as error:
-        raise _mistake(error) from error
+        raise _mistake(error, kind) from error
+    return settings
 
 
-def _mistake(error: ValidationError) -> RecipeError:
+def _mistake(error: ValidationError, kind: str) -> RecipeError:
     """Converts the first error of pydantic into an error with place and cure."""
     # Only the first error is shown, because the others often follow from it.
     first = error.errors()[0]
@@ -153,10 +209,8 @@ def _mistake(error: ValidationError) -> RecipeError:
         problem, cure = own.problem, own.cure
     if first["type"] == "extra_forbidden":
         problem = "no such setting of this engine"
-        keys = [key for fields in FIELDS.values() for key in fields]
-        cure = suggestion(key, keys) or "leave it out"
-        # The key exists, but for another engine than the chosen one.
-        for engine, fields in FIELDS.items():
-            if key in fields:
-                cure = ("give ", Argument("engine", engine), ", or leave it out")
+        cure = suggestion(key, list(ENGINES[kind].settings.model_fields)) or "leave it out"
+        for name, row in ENGINES.items():
+            if key in row.settings.model_fields:
+                cure = ("give ", Argument("engine", name), ", or leave it out")
     return RecipeError(problem, place=f"engine.{key}", cure=cure)

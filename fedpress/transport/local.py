@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias
 
 from fedpress.core.names import ClientId
+from fedpress.core.threads import torch_threads
 from fedpress.federation.exchange import Answer, RequestId, Traffic, failure
 from fedpress.transport.packed import (
     CountedMessages,
@@ -112,7 +113,9 @@ class LocalTransport:
         if first is None:
             return None
         client, prepared = self._open.pop(first)
-        answer, size = self._way.ask(client, prepared)
+        # One thread, as in every engine: it decides in which order floats are added.
+        with torch_threads(1):
+            answer, size = self._way.ask(client, prepared)
         self._traffic += Traffic(up=size)
         return client, first, answer
 

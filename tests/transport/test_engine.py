@@ -39,8 +39,8 @@ def test_the_local_engine_is_the_local_transport(engine, kind):
 @pytest.mark.parametrize(
     ("engine", "sentence"),
     [
-        ("rya", r"engine: got 'rya', expected local or ray; did you mean 'ray'\?"),
-        ({}, r"engine: got None, expected local or ray; give engine=\"ray\""),
+        ("rya", r"engine: got 'rya', expected auto, local, processes or ray; did you mean 'ray'\?"),
+        ({}, r"engine: got None, .* or ray; give engine=\"auto\""),
         ({"kind": "local", "actors": 2}, r"engine.actors: no such setting .* give engine=\"ray\""),
         ({"kind": "local", "bytes": "true"}, r"engine.bytes: got 'true', expected 'computed' or"),
         ({"kind": "ray", "bytes": "real"}, r"engine.bytes: no such .* give engine=\"local\""),

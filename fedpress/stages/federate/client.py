@@ -64,6 +64,20 @@ class ClientSide:
     source: GradientSource | None = None
     _refusal: FedpressError | None = field(default=None, repr=False)
 
+    @property
+    def num_examples(self) -> int:
+        """Number of this client's examples."""
+        return len(self.arrays)
+
+    def recall(self) -> None:
+        """Reads from `memory` which messages of a secure sum this client has answered.
+
+        Several processes may answer for one client, one after another. In a secure sum, each must
+        know what the others have answered.
+        """
+        if self.client is not None and self.client.member is not None:
+            self.client.member.recall_(load_json(self.memory, "member"))
+
     def handle(self, request: bytes) -> bytes:
         """Answers one message; request and answer are serialized messages. See `answer`."""
         return pack(self.answer(unpack(request)))

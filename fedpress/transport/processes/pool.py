@@ -1,0 +1,292 @@
+"""A pool of worker processes: starts them, gives them requests, and notices if one dies."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import warnings
+import weakref
+from collections import deque
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from multiprocessing import connection, get_context
+from multiprocessing.connection import Connection
+from multiprocessing.context import ForkProcess
+
+from fedpress.core.log import logger
+from fedpress.core.names import ClientId
+from fedpress.federation import InMemoryState
+from fedpress.federation.exchange import RequestId
+from fedpress.transport.actor import Side, Write
+from fedpress.transport.packed import CountedMessage
+from fedpress.transport.processes.pending import SwitchedState
+from fedpress.transport.processes.slots import Piece, Slots
+from fedpress.transport.processes.worker import Done, Job, work
+from fedpress.wire.message import Message
+
+log = logger(__name__)
+
+REQUEST_SLOTS = 4
+"""Number of different messages to clients that shared memory holds at a time."""
+ANSWERS_PER_WORKER = 3
+"""Slots for answers: one is written, one waits to be taken, one is added to the mean."""
+ANSWER_FACTOR = 4
+"""A slot for answers is so many times as large as a request: an update, and what a client stores."""
+SHORT = 1 << 14
+"""Longest job in bytes that fits into a pipe from which nobody reads."""
+ROOM = 1 << 20
+"""Bytes that each slot has for small tensors."""
+
+
+@dataclass(eq=False)
+class Request:
+    """A request that workers are to answer.
+
+    Attributes:
+        number: id of the request.
+        client: name of the client.
+        counted: the message.
+        answer_in: slot for the answer; None: it comes through the pipe.
+        deaths: number of workers that have died while they answered it.
+    """
+
+    number: RequestId
+    client: ClientId
+    counted: CountedMessage
+    answer_in: int | None = None
+    deaths: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class Result:
+    """The result of one request.
+
+    Attributes:
+        answer: the client's answer. Its tensors may lie in a slot, which is free again as soon as
+            nothing uses them.
+        size: bytes of the answer, as if it were sent over a network.
+        writes: what the client wants to store; its tensors lie in the same slot.
+    """
+
+    answer: Message
+    size: int
+    writes: tuple[Write, ...] = ()
+
+
+@dataclass(eq=False)
+class Worker:
+    """A worker process.
+
+    Attributes:
+        process: the process.
+        pipe: takes jobs, and brings results.
+        working: the requests that it has, in the order in which it answers them.
+    """
+
+    process: ForkProcess
+    pipe: Connection
+    working: deque[Request] = field(default_factory=deque)
+
+
+@dataclass(frozen=True, eq=False)
+class Placed:
+    """The tensors of a message, in shared memory if `slot` is not None."""
+
+    slot: int | None
+    pieces: tuple[Piece, ...]
+
+
+class Pool:
+    """Worker processes, which are forks of this process.
+
+    Attributes:
+        workers: the running workers.
+    """
+
+    def __init__(
+        self,
+        sides: Mapping[ClientId, Side],
+        memories: Mapping[ClientId, SwitchedState],
+        number: int,
+        max_bytes: int,
+    ) -> None:
+        """Starts nothing yet.
+
+        Args:
+            sides: name of each client -> the object that answers for it.
+            memories: name of each client -> its storage.
+            number: number of workers.
+            max_bytes: largest accepted answer, in bytes.
+        """
+        self._max_bytes = max_bytes
+        self.number = number
+        self.workers: list[Worker] = []
+        self._sides = sides
+        self._memories = memories
+        self._life: tuple[int, int] | None = None
+        self._requests = Slots(0, 1)
+        self._answers = Slots(0, 1)
+        self._placed: weakref.WeakKeyDictionary[Message, Placed] = weakref.WeakKeyDictionary()
+
+    def start(self, first: Message) -> None:
+        """Forks all workers; they know what the clients have agreed on by now.
+
+        Args:
+            first: a request. Shared memory is planned for messages of its size.
+
+        Raises:
+            RunError: if the system has too little shared memory.
+        """
+        size = sum(tensor.numel() * tensor.element_size() for tensor in first.tensors.values())
+        self._requests = Slots(REQUEST_SLOTS, size + ROOM)
+        answers = ANSWERS_PER_WORKER * self.number
+        self._answers = Slots(answers, ANSWER_FACTOR * size + ROOM)
+        self._placed.clear()
+        self._life = os.pipe()
+        for _ in range(self.number):
+            self.workers.append(self._forked())
+        log.info("clients work in %d processes", self.number)
+
+    def _forked(self) -> Worker:
+        assert self._life is not None
+        ours, theirs = connection.Pipe()
+        arguments = (
+            theirs,
+            self._life,
+            self._sides,
+            self._memories,
+            self._requests,
+            self._answers,
+            self._max_bytes,
+        )
+        process = get_context("fork").Process(target=work, args=arguments, daemon=True)
+        with warnings.catch_warnings():
+            # Python warns of forks beside threads. The workers use none of this process's locks.
+            warnings.simplefilter("ignore", DeprecationWarning)
+            process.start()
+        # Only the worker has this end now, so that its death closes the pipe.
+        theirs.close()
+        return Worker(process, ours)
+
+    def give(self, worker: Worker, request: Request, stored: InMemoryState | None) -> bool:
+        """Gives a request to a worker.
+
+        Args:
+            worker: the worker.
+            request: the request.
+            stored: what the client has stored; None: the worker reads it from the disk.
+
+        Returns:
+            Whether the worker has it now. A worker that is still busy takes small jobs only.
+        """
+        message = request.counted.message
+        placed = self._place(message)
+        slot = self._answers.take()
+        job = pickle.dumps(
+            Job(
+                request.client,
+                message.kind,
+                dict(message.header),
+                placed.pieces,
+                placed.slot,
+                slot,
+                stored,
+            )
+        )
+        # Neither side reads while it writes. If a busy worker is to write a long result while a
+        # long job is written to it, both would wait forever.
+        if worker.working and (slot is None or len(job) > SHORT):
+            if slot is not None:
+                self._answers.give(slot)
+            return False
+        request.answer_in = slot
+        worker.working.append(request)
+        # If it has just died, `wait` finds that out.
+        with suppress(OSError):
+            worker.pipe.send_bytes(job)
+        return True
+
+    def _place(self, message: Message) -> Placed:
+        """Returns the tensors of a message in shared memory; they are copied there once."""
+        placed = self._placed.get(message)
+        if placed is None:
+            slot = self._requests.take()
+            (pieces,) = self._requests.write(slot, message.tensors)
+            placed = Placed(slot, pieces)
+            if slot is not None:
+                weakref.finalize(placed, self._requests.give, slot).atexit = False
+            self._placed[message] = placed
+        return placed
+
+    def wait(self, timeout: float | None) -> tuple[list[tuple[Request, Result]], list[Request]]:
+        """Waits until a worker has a result, or dies.
+
+        Args:
+            timeout: seconds after which it returns nothing; None: no limit.
+
+        Returns:
+            The results; and the requests of workers that have died. Such workers are replaced.
+        """
+        found: list[tuple[Request, Result]] = []
+        lost: list[Request] = []
+        by_pipe = {worker.pipe: worker for worker in self.workers}
+        for pipe in connection.wait(list(by_pipe), timeout):
+            worker = by_pipe[pipe]  # type: ignore[index]
+            try:
+                done: Done = pickle.loads(worker.pipe.recv_bytes())
+            except (EOFError, OSError):
+                lost += self._replace(worker)
+                continue
+            request = worker.working.popleft()
+            found.append((request, self._read(request, done)))
+        return found, lost
+
+    def _read(self, request: Request, done: Done) -> Result:
+        """Returns a result, whose tensors stay where they are."""
+        for line in done.log:
+            logger(line.logger).log(line.level, "%s", line.text)
+        tensors, *stored = self._answers.read(
+            request.answer_in, done.pieces, *done.stored, give=True
+        )
+        writes = []
+        for write, values in zip(done.writes, stored, strict=True):
+            writes.append(replace(write, tensors=values))
+        return Result(Message(done.kind, done.header, tensors), done.size, tuple(writes))
+
+    def _replace(self, dead: Worker) -> list[Request]:
+        """Starts a new worker in the place of a dead one, and returns the requests of that one."""
+        dead.process.join()
+        dead.pipe.close()
+        log.warning(
+            "a worker process has ended (exit code %s); a new one takes its place",
+            dead.process.exitcode,
+        )
+        self.workers[self.workers.index(dead)] = self._forked()
+        # It was busy with the first of its requests.
+        for request in list(dead.working)[:1]:
+            request.deaths += 1
+        return self._taken_from(dead)
+
+    def _taken_from(self, worker: Worker) -> list[Request]:
+        """Returns the requests that an ended worker had; their slots are free again."""
+        for request in worker.working:
+            if request.answer_in is not None:
+                self._answers.give(request.answer_in)
+        return list(worker.working)
+
+    def end(self) -> list[Request]:
+        """Ends all workers, and returns the requests that they had."""
+        left: list[Request] = []
+        for worker in self.workers:
+            worker.process.kill()
+        for worker in self.workers:
+            worker.process.join()
+            worker.pipe.close()
+            left += self._taken_from(worker)
+        self.workers = []
+        if self._life is not None:
+            os.close(self._life[0])
+            os.close(self._life[1])
+            self._life = None
+        return left

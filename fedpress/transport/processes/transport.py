@@ -1,0 +1,228 @@
+"""The transport to clients in worker processes: deals out requests, and takes the answers."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
+
+from fedpress.core.names import ClientId
+from fedpress.core.threads import torch_threads
+from fedpress.federation import DiskState
+from fedpress.federation.exchange import Answer, RequestId, Traffic, error, failure
+from fedpress.transport.actor import Side
+from fedpress.transport.packed import CountedMessages, deliver_answer
+from fedpress.transport.processes.pending import SwitchedState
+from fedpress.transport.processes.pool import Pool, Request, Result
+from fedpress.wire.message import MAX_BYTES, Message
+
+WORK = ("fit", "evaluate")
+"""Kinds of requests that workers answer. All others are answered in this process."""
+SET_UP = ("agree", "roster")
+"""Kinds of requests that change a client beyond what it stores. Workers are made anew after them."""
+AHEAD = 4
+"""The next request is the longest of so many waiting ones for each worker."""
+LIVES = 2
+"""Number of workers that may die over one request before its client counts as failed."""
+
+
+class ProcessTransport:
+    """Carries messages to clients that work in several processes at the same time.
+
+    The workers are forked when they are first needed, so they know all that the clients have agreed
+    on, and each can answer for every client. What a client stores comes back with its answer, and
+    `receive` writes it. So a request that is cancelled leaves no trace, as with the local
+    transport. If a worker dies, its requests go to others.
+
+    Answers are returned in the order in which the requests were sent, and each client computes with
+    one thread, so results have the same bits as with the local transport.
+    """
+
+    def __init__(
+        self,
+        sides: Mapping[ClientId, Side],
+        workers: int,
+        *,
+        patience: float = 0.0,
+        max_bytes: int = MAX_BYTES,
+    ) -> None:
+        """Makes a transport; processes are started later.
+
+        Args:
+            sides: name of each client -> the object that answers for it; its `memory` is wrapped, so
+                that workers can put another in its place.
+            workers: number of worker processes.
+            patience: seconds for which clients work in this process before workers are started. A
+                short stage then needs none.
+            max_bytes: largest accepted answer, in bytes.
+        """
+        self._sides = dict(sides)
+        self._memories: dict[ClientId, SwitchedState] = {}
+        for name, side in sides.items():
+            self._memories[name] = SwitchedState(side.memory)
+            side.memory = self._memories[name]
+        self._pool = Pool(self._sides, self._memories, workers, max_bytes)
+        self._patience = patience
+        self._max_bytes = max_bytes
+        self._traffic = Traffic()
+        self._counted = CountedMessages()
+        self._sent = 0
+        self._open: dict[RequestId, Request] = {}
+        # Requests for workers that none of them has, in the order in which they were sent.
+        self._waiting: list[Request] = []
+        self._results: dict[RequestId, Result] = {}
+
+    @property
+    def traffic(self) -> Traffic:
+        """Bytes carried since the transport was made."""
+        return self._traffic
+
+    def clients(self) -> Sequence[ClientId]:
+        """Names of the clients, in the order in which they were given."""
+        return list(self._sides)
+
+    @property
+    def num_workers(self) -> int:
+        """Number of running worker processes."""
+        return len(self._pool.workers)
+
+    def send(self, client: ClientId, message: Message) -> RequestId:
+        """Gives `message` to a worker, or lets it wait for its turn."""
+        counted = self._counted.of(message)
+        self._traffic += Traffic(down=counted.size)
+        self._sent += 1
+        request = Request(self._sent, client, counted)
+        self._open[self._sent] = request
+        if message.kind in SET_UP:
+            self._wait_again(self._pool.end())
+        if message.kind in WORK:
+            self._waiting.append(request)
+            self._feed()
+        return self._sent
+
+    def receive(
+        self, requests: Collection[RequestId], timeout: float | None = None
+    ) -> Answer | None:
+        """Waits for the answer to the first of `requests`, in the order in which they were sent.
+
+        Args:
+            requests: the requests to wait for.
+            timeout: seconds after which None is returned; None: no limit.
+
+        Returns:
+            The answer; None after `timeout` seconds, or if none of `requests` is open.
+
+        Raises:
+            RunError: if the system has too little shared memory.
+        """
+        first = next((request for request in self._open if request in requests), None)
+        if first is None:
+            return None
+        if self._open[first].counted.message.kind not in WORK:
+            return self._answer_here(self._open[first])
+        end = None if timeout is None else time.monotonic() + timeout
+        while first not in self._results:
+            if not self._pool.workers:
+                if self._patience > 0:
+                    return self._answer_here(self._open[first])
+                self._pool.start(self._open[first].counted.message)
+                self._feed()
+            left = None if end is None else max(0.0, end - time.monotonic())
+            results, lost = self._pool.wait(left)
+            if not results and not lost:
+                return None
+            for request, result in results:
+                # Nobody wants the result of a request that was cancelled.
+                if request.number in self._open:
+                    self._results[request.number] = result
+            self._wait_again(lost)
+            self._feed()
+        return self._deliver(self._open[first])
+
+    def cancel(self, requests: Collection[RequestId]) -> None:
+        """Forgets `requests`. Those that no worker has yet cost no work."""
+        for number in requests:
+            request = self._open.pop(number, None)
+            self._results.pop(number, None)
+            if request in self._waiting:
+                self._waiting.remove(request)
+
+    def close(self) -> None:
+        """Ends the workers."""
+        self._pool.end()
+
+    def _feed(self) -> None:
+        """Gives waiting requests to workers that have nothing to do."""
+        workers = self._pool.workers
+        # A second request spares a worker from waiting for this process. At the end of a round it
+        # could only keep another worker from taking it.
+        most = 2 if len(self._waiting) > 2 * len(workers) else 1
+        for depth in range(most):
+            for worker in workers:
+                if not self._waiting or len(worker.working) > depth:
+                    continue
+                request = self._longest()
+                memory = self._memories[request.client].target
+                stored = None if isinstance(memory, DiskState) else memory.copied()
+                if self._pool.give(worker, request, stored):
+                    self._waiting.remove(request)
+
+    def _longest(self) -> Request:
+        """Returns the waiting request with the most examples, among the first ones.
+
+        Only the first ones, because answers are returned in the order of sending: an answer that
+        comes much too early would have to be kept.
+        """
+        first = self._waiting[: AHEAD * len(self._pool.workers)]
+        return max(first, key=lambda request: self._sides[request.client].num_examples)
+
+    def _wait_again(self, lost: Sequence[Request]) -> None:
+        """Lets requests wait again whose workers have ended, at the first places."""
+        again = []
+        for request in lost:
+            if request.number not in self._open:
+                continue
+            if request.deaths < LIVES:
+                again.append(request)
+                continue
+            reason = f"{request.deaths} worker processes have ended while it worked"
+            self._results[request.number] = Result(*deliver_answer(error(reason), self._max_bytes))
+        self._waiting = again + self._waiting
+
+    def _answer_here(self, request: Request) -> Answer:
+        """Answers a request in this process, with one thread as in a worker."""
+        began = time.monotonic()
+        del self._open[request.number]
+        side = self._sides[request.client]
+        try:
+            with torch_threads(1):
+                side.recall()
+                answer = side.answer(request.counted.delivered())
+        # A client that fails must not end the run.
+        except Exception as problem:
+            answer = failure(problem)
+        if request in self._waiting:
+            self._waiting.remove(request)
+            self._patience -= time.monotonic() - began
+        return self._answer(request, *deliver_answer(answer, self._max_bytes))
+
+    def _deliver(self, request: Request) -> Answer:
+        """Writes what the client has stored, and returns its answer."""
+        del self._open[request.number]
+        result = self._results.pop(request.number)
+        answer, size = result.answer, result.size
+        memory = self._sides[request.client].memory
+        # Before the answer is used: after a crash a client must still know what it has answered.
+        try:
+            for write in result.writes:
+                # Copied, because storage in memory would keep the slot.
+                own = {name: tensor.clone() for name, tensor in write.tensors.items()}
+                replace(write, tensors=own).store(memory)
+        # A full disk: the client fails, as it does in the local transport.
+        except Exception as problem:
+            answer, size = deliver_answer(failure(problem), self._max_bytes)
+        return self._answer(request, answer, size)
+
+    def _answer(self, request: Request, answer: Message, size: int) -> Answer:
+        self._traffic += Traffic(up=size)
+        return request.client, request.number, answer
