@@ -2,8 +2,11 @@
 
 Both sides run in one process and take turns, and the median of the ratios of neighbours is reported with its spread,
 so that whatever else the machine does hurts both. The plain loop is the one below: float32, NCHW, SGD.
+The last line compares the arithmetic of a training step with the fastest matrix product of the same precision; with
+`--clock cpu --threads 1` all times are processor seconds, which a busy machine does not stretch.
 
-    python benchmarks/training.py [--batch 128] [--threads 2] [--repeats 7] [--quick] [--json]
+    python benchmarks/training.py [--batch 128] [--threads 2] [--repeats 7] [--clock wall] [--quick]
+        [--json]
 """
 
 from __future__ import annotations
@@ -13,14 +16,14 @@ import json
 import os
 import platform
 import statistics
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import private_step
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from fedpress.core.examples import Arrays, Preprocess
 from fedpress.models.resnet import resnet18
@@ -61,14 +64,29 @@ def plain_steps(data: Arrays, batch: int) -> Iterator[Tensor]:
         yield loss.detach()
 
 
-def seconds(step: Callable[[], object]) -> float:
-    """Returns the wall-clock seconds that `step` takes."""
-    start = time.perf_counter()
-    step()
-    return time.perf_counter() - start
+def matrix_peak(dtype: torch.dtype, *, repeats: int, clock: str, squares: Sequence[int]) -> float:
+    """Returns the floating-point operations per second of the fastest square matrix product."""
+    best = 0.0
+    for side in squares:
+        a, b = torch.randn(side, side, dtype=dtype), torch.randn(side, side, dtype=dtype)
+        torch.mm(a, b)
+        took = min(
+            private_step.seconds(lambda a=a, b=b: torch.mm(a, b), private_step.CLOCKS[clock])
+            for _ in range(repeats)
+        )
+        best = max(best, 2 * side**3 / took)
+    return best
 
 
-def training_row(*, batch: int, repeats: int) -> Row:
+def operations() -> int:
+    """Returns the floating-point operations of products in a training step of ResNet-18, per image."""
+    model = resnet18()
+    with FlopCounterMode(display=False) as counter:
+        F.cross_entropy(model(torch.zeros(2, 3, 32, 32)), torch.zeros(2).long()).backward()
+    return counter.get_total_flops() // 2
+
+
+def training_row(*, batch: int, repeats: int, clock: str = "wall", squares: Sequence[int]) -> Row:
     """Compares the steps of `Fit`, as a recipe runs them, with those of the plain loop."""
     data = examples(batch * (repeats + WARM))
     torch.manual_seed(0)
@@ -83,15 +101,20 @@ def training_row(*, batch: int, repeats: int) -> Row:
     for at in range(repeats + WARM):
         sides = [("plain", plain), ("ours", ours)]
         took = {
-            name: seconds(lambda steps=steps: next(steps))
+            name: private_step.seconds(lambda steps=steps: next(steps), private_step.CLOCKS[clock])
             for name, steps in (sides if at % 2 else sides[::-1])
         }
         pairs.append((took["plain"], took["ours"]))
     pairs = pairs[WARM:]
     ratios = sorted(a / b for a, b in pairs)
+    dtype = torch.bfloat16 if uses_bf16(fit.model, "auto") else torch.float32
+    peak = matrix_peak(dtype, repeats=repeats, clock=clock, squares=squares)
+    speed = operations() * batch / statistics.median(b for _, b in pairs)
     return {
         "what": "training",
-        "precision": "bfloat16" if uses_bf16(fit.model, "auto") else "float32",
+        "precision": str(dtype).removeprefix("torch."),
+        "peak_flops": peak,
+        "share_of_peak": speed / peak,
         "batch": batch,
         "pairs": repeats,
         "plain_images_per_s": batch / statistics.median(a for a, _ in pairs),
@@ -102,9 +125,9 @@ def training_row(*, batch: int, repeats: int) -> Row:
     }
 
 
-def private_row(*, batch: int, repeats: int, autocast: torch.dtype | None) -> Row:
+def private_row(*, batch: int, repeats: int, autocast: torch.dtype | None, clock: str) -> Row:
     """Compares a private step of the network of 30% with a plain step of it, at the same precision."""
-    row = private_step.measure(batch=batch, repeats=repeats, autocast=autocast)
+    row = private_step.measure(batch=batch, repeats=repeats, autocast=autocast, clock=clock)
     speeds = {
         "plain_images_per_s": batch / float(row["plain_s"]),
         "images_per_s": batch / float(row["private_s"]),
@@ -154,6 +177,13 @@ def table(about: Row, rows: list[Row]) -> str:
             "{ratio:.2f} ({ratio_low:.2f}-{ratio_high:.2f}, {pairs})".format(**row)
             + f" times {meaning}; goal {word} {goal:g}"
         )
+    lines += [
+        "products of the training step: {share_of_peak:.0%} of the {precision} matrix peak, {0:.0f} GFLOP/s".format(
+            float(row["peak_flops"]) / 1e9, **row
+        )
+        for row in rows
+        if "peak_flops" in row
+    ]
     return "\n".join(lines)
 
 
@@ -163,6 +193,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--clock", choices=private_step.CLOCKS, default="wall")
     parser.add_argument(
         "--quick", action="store_true", help="batch 4 and one pair: only shows that it runs"
     )
@@ -171,9 +202,11 @@ def main() -> None:
     batch, repeats = (4, 1) if chosen.quick else (chosen.batch, chosen.repeats)
     torch.set_num_threads(chosen.threads)
     about = machine()
-    rows = [training_row(batch=batch, repeats=repeats)]
+    squares = (64,) if chosen.quick else (1024, 1536, 2048, 3072)
+    rows = [training_row(batch=batch, repeats=repeats, clock=chosen.clock, squares=squares)]
     rows += [
-        private_row(batch=batch, repeats=repeats, autocast=kind) for kind in (None, torch.bfloat16)
+        private_row(batch=batch, repeats=repeats, autocast=kind, clock=chosen.clock)
+        for kind in (None, torch.bfloat16)
     ]
     print(json.dumps({**about, "rows": rows}, indent=1) if chosen.json else table(about, rows))
 

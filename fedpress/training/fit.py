@@ -309,7 +309,7 @@ class Fit:
         return loss
 
     def _step_(self, loss: Tensor) -> None:
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         self.optimizers.step_()
         # Masking gradients is not enough: momentum and weight decay move pruned weights too.
         with torch.no_grad():

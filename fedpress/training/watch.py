@@ -50,7 +50,8 @@ class Watch:
     @torch.no_grad()
     def keep_(self) -> None:
         """Copies the state before a step, if no loss so far was bad."""
-        small, large = {}, {}
+        small: State = {}
+        large: State = {}
         for name, value in self._state().items():
             is_small = value.device.type == "cpu" and value.numel() <= SMALL
             (small if is_small else large)[name] = value
