@@ -45,14 +45,18 @@ class _ComputedByValue(TorchFunctionMode):
 Module = TypeVar("Module", bound=nn.Module)
 
 
-def copied(model: Module) -> Module:
+def copied(model: Module, instead: Mapping[int, Any] | None = None) -> Module:
     """Returns a deep copy of `model`, even if some of its attributes are computed tensors.
 
     `torch.nn.utils.weight_norm` and `spectral_norm` store the computed weight in an attribute, and
     user code may store outputs. Such tensors are copied without their gradient history.
+
+    Args:
+        model: any module.
+        instead: `id` of a tensor of the model -> what the copy has in its place, everywhere.
     """
     with _ComputedByValue():
-        return deepcopy(model)
+        return deepcopy(model, dict(instead or {}))
 
 
 def replace_tensors_(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.fx import config as fx_config
 from torch.utils._pytree import tree_leaves
 
 from fedpress.compress.prune.ids import Ints
@@ -346,7 +348,8 @@ def capture(model: nn.Module, arguments: tuple[Tensor, ...]) -> torch.export.Exp
     try:
         # The fast path of attention is one operation, so the graph would not show the heads.
         torch.backends.mha.set_fastpath_enabled(False)
-        return torch.export.export(model.eval(), arguments, strict=False)
+        with _without_stack_traces():
+            return torch.export.export(model.eval(), arguments, strict=False)
     except Exception as error:  # torch.export raises whatever the user's code raises
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(
@@ -362,6 +365,21 @@ def capture(model: nn.Module, arguments: tuple[Tensor, ...]) -> torch.export.Exp
             module.training = mode
         for module, before in attributes:
             _restore_attributes_(module, before)
+
+
+@contextmanager
+def _without_stack_traces() -> Iterator[None]:
+    """Keeps torch from storing a stack trace with each node, which takes a third of a capture."""
+    # Versions before 2.13 may lack the switch.
+    before = getattr(fx_config, "do_not_emit_stack_traces", None)
+    if before is None:
+        yield
+        return
+    fx_config.do_not_emit_stack_traces = True
+    try:
+        yield
+    finally:
+        fx_config.do_not_emit_stack_traces = before
 
 
 def tensors_in(output: object) -> list[Tensor]:

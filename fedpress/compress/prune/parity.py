@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fedpress.compress.prune.approximate import constant_statistics
+from fedpress.compress.prune.dry_runs import CalledFunctions
 from fedpress.compress.prune.graph import tensors_in
 from fedpress.compress.prune.plan import PruningPlan
 from fedpress.compress.prune.remove import mask_
@@ -79,7 +82,8 @@ def _compare(
     batch, larger = trial_batches(masked, positional(masked, example))
     mask_(masked, plan)
     wanted = _outputs(masked, batch)
-    if not _all_finite(wanted) and _all_finite(_outputs(copied(dense).eval(), batch)):
+    nearly = not _all_finite(wanted) and _all_finite(_outputs(copied(dense).eval(), batch))
+    if nearly:
         # Code that normalises weights (weight standardisation) computes 0 / 0 for zeroed channels.
         masked = _masked(dense, plan, nearly=True)
         wanted = _outputs(masked, batch)
@@ -90,9 +94,14 @@ def _compare(
     if wanted_of_larger is not None:
         when = " on a batch of another size"
         worst = max(worst, _difference(wanted_of_larger, small, larger, tolerance, when))
+
+    # Not copies of those that have run: hooks that a first forward registers refer to the original.
+    def fresh() -> tuple[nn.Module, nn.Module]:
+        return _masked(dense, plan, nearly=nearly), copied(pruned)
+
     # In training mode norms amplify rounding errors: they alone would exceed a smaller tolerance.
     for each in (batch, larger):
-        _compare_training(masked, small, each, max(tolerance, TRAINING_TOLERANCE))
+        _compare_training(fresh(), fresh, each, max(tolerance, TRAINING_TOLERANCE))
     return worst
 
 
@@ -106,7 +115,7 @@ def _masked(dense: nn.Module, plan: PruningPlan, *, nearly: bool = False) -> nn.
 def trial_batch(dense: nn.Module, example: Example) -> Batch:
     """Returns random inputs for `parity_fault`, with one example more than `example` if possible.
 
-    A different batch size reveals sizes in the code that are right for the traced batch only.
+    Unlike `drawn_batch`, it runs the model to find values on which it runs.
     """
     with torch.random.fork_rng(devices=[]):
         model = copied(dense).eval()
@@ -114,64 +123,130 @@ def trial_batch(dense: nn.Module, example: Example) -> Batch:
         return batch if _try_outputs(model, larger) is None else larger
 
 
+@dataclass(frozen=True)
+class Candidate:
+    """A batch on which two networks may be compared.
+
+    Attributes:
+        make: returns the inputs.
+        calls: the torch functions that the network must call on them, in order; None for any.
+    """
+
+    make: Callable[[], Batch]
+    calls: Sequence[Any] | None = None
+
+
+def drawn_batch(example: tuple[Tensor, ...]) -> Batch:
+    """Returns random inputs with one example more than `example`, for a model without embeddings.
+
+    A different batch size reveals sizes in the code that are right for the traced batch only.
+    """
+    return _random_batch(example, [None] * len(example))
+
+
 @torch.no_grad()
 def parity_fault(
-    dense: nn.Module, pruned: nn.Module, plan: PruningPlan, batch: Batch, *, tolerance: float
+    dense: nn.Module,
+    make_pruned: Callable[[], nn.Module],
+    plan: PruningPlan,
+    candidates: Sequence[Candidate],
+    *,
+    tolerance: float,
 ) -> str | None:
     """Compares the networks as `check_parity` does, on one batch; returns the problem or None.
 
-    Training mode is compared in float32 first, which is fast. If the outputs differ too much, the
-    comparison in float64 decides.
+    Args:
+        dense: the network before pruning.
+        make_pruned: makes the pruned network; each network made is run, and may change.
+        plan: the plan that it is made with.
+        candidates: batches, of which the first is taken on which the masked network runs and
+            calls the wanted functions; the last one is taken if there is none.
+        tolerance: largest difference that is accepted in evaluation mode.
     """
     with torch.random.fork_rng(devices=[]), constant_statistics(plan):
-        small = copied(pruned).eval()
-        masked = _masked(dense, plan)
-        wanted = _try_outputs(masked, batch)
-        if wanted is not None and not _all_finite(wanted):  # 0 / 0, as in `_compare`
+        small = make_pruned().eval()
+        for candidate in candidates:
+            batch = candidate.make()
+            masked = _masked(dense, plan)
+            called = CalledFunctions()
+            wanted = _try_outputs(masked, batch, called)
+            if wanted is None:
+                continue
+            # Numbers that are not finite are not compared, so small images must not cause them.
+            if candidate.calls is None or (
+                candidate.calls == called.functions and _all_finite(wanted)
+            ):
+                break
+        nearly = wanted is not None and not _all_finite(wanted)  # 0 / 0, as in `_compare`
+        if nearly:
             masked = _masked(dense, plan, nearly=True)
             wanted = _try_outputs(masked, batch)
         try:
             if wanted is not None and _all_finite(wanted):
                 _difference(wanted, small, batch, tolerance, "")
-            try:
-                _compare_training(masked, small, batch, TRAINING_TOLERANCE, in_float64=(False,))
-            except ModelError:
-                # This may be rounding alone: float64, which is slower, decides.
-                _compare_training(masked, small, batch, TRAINING_TOLERANCE)
+            # The first networks may change, so that others are needed for float64.
+            _compare_training(
+                (masked, small),
+                lambda: (_masked(dense, plan, nearly=nearly), make_pruned()),
+                batch,
+                TRAINING_TOLERANCE,
+            )
         except ModelError as error:
             return error.problem
     return None
 
 
 def _compare_training(
-    masked: nn.Module,
-    small: nn.Module,
+    networks: tuple[nn.Module, nn.Module],
+    make_networks: Callable[[], tuple[nn.Module, nn.Module]],
     batch: Batch,
     tolerance: float,
-    in_float64: Sequence[bool] = (True, False),
 ) -> None:
-    """Compares in training mode, in the first given precision in which the masked model runs.
+    """Compares masked and pruned network in training mode, in float32 and if need be in float64.
 
-    By default float64 comes first, because batch norms over few examples amplify rounding errors.
-    Some models do not run in float64; they are compared in float32. A model that runs in neither
-    is not compared.
+    Float32 is fast, but batch norms over few examples amplify its rounding errors: if the outputs
+    differ by more than `tolerance`, float64 decides. So it does if the outputs are not finite. A
+    model that does not run in float64 is judged by float32; one that runs in neither is not
+    compared.
+
+    Args:
+        networks: the masked and the pruned network; both may change.
+        make_networks: makes both once more.
+        batch: their inputs.
+        tolerance: largest difference that is accepted.
     """
-    for use_float64 in in_float64:
-        masked_copy = copied(masked).train()
-        small_copy = copied(small).train()
-        values = batch
-        if use_float64:
-            # Not `masked_copy.double()`: a model may have an attribute `double`.
-            nn.Module.double(masked_copy)
-            nn.Module.double(small_copy)
-            values = []
-            for x in batch:
-                values.append(x.double() if x.is_floating_point() else x)
-        with _RandomMeans():  # type: ignore[no-untyped-call]
-            wanted = _try_outputs(masked_copy, values)
-            if wanted is not None:
-                _difference(wanted, small_copy, values, tolerance, " in training mode")
-                return
+    fault = None
+    try:
+        if _compare_trained(*networks, batch, tolerance, use_float64=False):
+            return
+    except ModelError as error:
+        fault = error
+    is_finite = _compare_trained(*make_networks(), batch, tolerance, use_float64=True)
+    if fault is not None and is_finite is None:
+        raise fault
+
+
+def _compare_trained(
+    masked: nn.Module, small: nn.Module, batch: Batch, tolerance: float, *, use_float64: bool
+) -> bool | None:
+    """Compares in training mode and one precision; both models may change.
+
+    Returns:
+        Whether the outputs of the masked model are finite, or None if it does not run.
+    """
+    masked.train()
+    small.train()
+    if use_float64:
+        # Not `masked.double()`: a model may have an attribute `double`.
+        nn.Module.double(masked)
+        nn.Module.double(small)
+        batch = [x.double() if x.is_floating_point() else x for x in batch]
+    with _RandomMeans():  # type: ignore[no-untyped-call]
+        wanted = _try_outputs(masked, batch)
+        if wanted is None:
+            return None
+        _difference(wanted, small, batch, tolerance, " in training mode")
+    return _all_finite(wanted)
 
 
 def _difference(
@@ -227,12 +302,20 @@ def _error(wanted: Tensor, given: Tensor) -> Tensor:
     return (difference / largest.clamp_min(1e-6)).double()
 
 
-def _outputs(model: nn.Module, batch: Batch) -> list[Tensor]:
-    """Returns the outputs of `model`, float32 or float64, with the same random draws each time."""
+def _outputs(model: nn.Module, batch: Batch, called: CalledFunctions | None = None) -> list[Tensor]:
+    """Returns the outputs of `model`, float32 or float64, with the same random draws each time.
+
+    Args:
+        model: the model.
+        batch: its inputs.
+        called: gets the torch functions that the model calls.
+    """
     torch.manual_seed(0)
     given = [x.clone() for x in batch]  # forward may write into its inputs
+    with called or nullcontext():
+        result = model(*given)
     outputs = []
-    for output in tensors_in(model(*given)):
+    for output in tensors_in(result):
         outputs.append(output if output.dtype == torch.float64 else output.float())
     return outputs
 
@@ -241,10 +324,12 @@ def _all_finite(outputs: Sequence[Tensor]) -> bool:
     return all(bool(output.isfinite().all()) for output in outputs)
 
 
-def _try_outputs(model: nn.Module, batch: Batch) -> list[Tensor] | None:
+def _try_outputs(
+    model: nn.Module, batch: Batch, called: CalledFunctions | None = None
+) -> list[Tensor] | None:
     """Returns the outputs, or None if the model cannot run on this batch or in this mode."""
     try:
-        return _outputs(model, batch)
+        return _outputs(model, batch, called)
     except Exception:  # if the dense network does not run, there is nothing to compare with
         return None
 
@@ -255,12 +340,9 @@ def trial_batches(model: nn.Module, example: tuple[Tensor, ...]) -> tuple[Batch,
     Three kinds of values are tried, and the first on which the model runs is taken: random values;
     those of `example`, shuffled between examples; `example` itself with its first row repeated.
     """
-    # The first axis of the first tensor counts examples.
-    size = next((x.shape[0] for x in example if x.dim()), 0)
+    size = _examples(example)
     draw = torch.Generator().manual_seed(0)
-    drawn = []
-    for x, vocabulary in zip(example, _vocabularies(model, example), strict=True):
-        drawn.append(_drawn(x, vocabulary, size, draw))
+    drawn = _random_batch(example, _vocabularies(model, example), draw)
     shuffled = []
     extended = []
     for x in example:
@@ -272,6 +354,25 @@ def trial_batches(model: nn.Module, example: tuple[Tensor, ...]) -> tuple[Batch,
         if _try_outputs(model, batch) is not None:
             return batch, larger
     return _without_last(extended, example, size), extended
+
+
+def _random_batch(
+    example: tuple[Tensor, ...],
+    vocabularies: Sequence[int | None],
+    draw: torch.Generator | None = None,
+) -> Batch:
+    """Returns random values of the kinds in `example`, with one example more; see `_drawn`."""
+    draw = draw or torch.Generator().manual_seed(0)
+    size = _examples(example)
+    drawn = []
+    for x, vocabulary in zip(example, vocabularies, strict=True):
+        drawn.append(_drawn(x, vocabulary, size, draw))
+    return drawn
+
+
+def _examples(example: Sequence[Tensor]) -> int:
+    """Returns how many examples the inputs hold: the length of the first axis of the first one."""
+    return next((x.shape[0] for x in example if x.dim()), 0)
 
 
 def _has_examples(x: Tensor, size: int) -> bool:
@@ -334,6 +435,8 @@ def _vocabularies(model: nn.Module, example: tuple[Tensor, ...]) -> list[int | N
             x = torch.randint(2, x.shape, generator=draw).to(x.device, x.dtype)
         bits.append(x)
 
+    if not any(candidates):
+        return [None] * len(example)
     # If the model fails on these values, the embeddings that did not run are not found; inputs
     # that are their indices are then shuffled.
     lookups = _Lookups()

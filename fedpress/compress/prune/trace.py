@@ -83,6 +83,7 @@ def trace(
     # compared. In two cases the copy only has to run: half precision rounds more than the
     # comparison allows, and `torch.cond` is compiled anew for each copy, which is slow.
     compare = not (_has_half_precision(exported) or _has_branches(exported))
+    embeds = _has_embeddings(exported)
     for trial in range(TRIALS + 1):
         graph = channel_graph(ids, walk.tensor_axes, shapes, arguments)
         graph = replace(
@@ -95,7 +96,7 @@ def trace(
         # Groups that failed in the last trial are kept in this graph.
         if trial == TRIALS:
             break
-        failing = groups_that_fail(model, graph, arguments, compare=compare)
+        failing = groups_that_fail(model, graph, arguments, compare=compare, embeds=embeds)
         if not failing:
             break
         for group, reason in failing.items():
@@ -109,6 +110,15 @@ def _has_half_precision(exported: torch.export.ExportedProgram) -> bool:
         dtype = getattr(node.meta.get("val"), "dtype", None)
         if dtype in (torch.float16, torch.bfloat16):
             return True
+    return False
+
+
+def _has_embeddings(exported: torch.export.ExportedProgram) -> bool:
+    """Returns whether the graph, or a graph inside it, looks up rows of an embedding."""
+    for module in exported.graph_module.modules():
+        for node in module.graph.nodes if isinstance(module, torch.fx.GraphModule) else ():
+            if "embedding" in str(node.target):
+                return True
     return False
 
 

@@ -8,7 +8,7 @@ places, such as `x / self.width`, give wrong results when channels are pruned?
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Any
@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fedpress.compress.prune.dry_runs import dry_calls, meta_copy, smaller_images
 from fedpress.compress.prune.graph import (
     ChannelGraph,
     NumberSite,
@@ -23,13 +24,15 @@ from fedpress.compress.prune.graph import (
     capture,
     kept_indices,
 )
-from fedpress.compress.prune.parity import parity_fault, trial_batch
+from fedpress.compress.prune.parity import Candidate, drawn_batch, parity_fault, trial_batch
 from fedpress.compress.prune.plan import PruningPlan
 from fedpress.compress.prune.remove import keep_indices_
 from fedpress.nn.forward_sizes import Numbers, numbers_in, record_numbers_
 from fedpress.nn.resize import copied
 
 TOLERANCE = 1e-5  # as in `check_parity`
+Passed = dict[str, dict[str, list[Any]]]
+"""Module -> call -> the numbers that the module's code passes in this call."""
 
 
 @torch.no_grad()
@@ -111,25 +114,41 @@ class _Evidence:
 
 def _passed_numbers(
     model: nn.Module, graph: ChannelGraph, arguments: Sequence[Tensor], counts: Sequence[int]
-) -> dict[str, dict[str, list[Any]]]:
+) -> Passed:
     """Returns the numbers that the code of a smaller copy passes: module -> call -> numbers."""
-    small = _smaller_copy(model, graph, counts, for_traced_batch=True)
     modules = sorted({number.site.module for number in graph.sized_numbers})
-    passed = record_numbers_(small, modules)
-    # The copy may fail here; the numbers up to that point are still valid, and `groups_that_fail`
-    # runs it again.
-    with suppress(Exception):
-        small(*arguments)
+    passed: Passed = {}
+
+    def recording(*, of_meta: bool) -> nn.Module:
+        nonlocal passed
+        small = _smaller_copy(model, graph, counts, for_traced_batch=True, of_meta=of_meta)
+        passed = record_numbers_(small, modules)
+        return small
+
+    if dry_calls(lambda: recording(of_meta=True), arguments) is None:
+        small = recording(of_meta=False)
+        # The copy may fail here; the numbers up to that point are still valid, and
+        # `groups_that_fail` runs it again.
+        with suppress(Exception):
+            small(*arguments)
     if any(number.site.call not in passed[number.site.module] for number in graph.sized_numbers):
         # Some code takes another path while it is captured (`torch.compiler.is_exporting()`).
+        eager = passed
+        small = recording(of_meta=False)
         with suppress(Exception), _quiet():
             capture(small, tuple(arguments))
+        passed = {module: {**eager[module], **passed[module]} for module in modules}
     return passed
 
 
 @torch.no_grad()
 def groups_that_fail(
-    model: nn.Module, graph: ChannelGraph, arguments: Sequence[Tensor], *, compare: bool
+    model: nn.Module,
+    graph: ChannelGraph,
+    arguments: Sequence[Tensor],
+    *,
+    compare: bool,
+    embeds: bool = True,
 ) -> dict[int, str]:
     """Returns index -> reason for each group that cannot be pruned because a smaller copy fails.
 
@@ -143,11 +162,12 @@ def groups_that_fail(
         arguments: the inputs that were traced.
         compare: whether the outputs of a copy are compared with the model whose pruned channels
             are zero, as in `check_parity`; otherwise copies only have to run.
+        embeds: whether the model may have embeddings, whose inputs must be valid indices.
     """
     if not graph.groups:
         return {}
     failing: dict[int, str] = {}
-    batch = trial_batch(model, tuple(arguments)) if compare else None
+    trials = _Trials(model, graph, tuple(arguments), compare=compare, embeds=embeds)
     counts = _trial_counts(graph, 1)
     # Bisection: usually few groups fail, so one trial shows that many others are fine.
     pending = [list(range(len(graph.groups)))]
@@ -157,7 +177,7 @@ def groups_that_fail(
         some = [0] * len(counts)
         for i in tried:
             some[i] = counts[i]
-        reason = _failure(model, graph, some, arguments, batch)
+        reason = trials.failure(some)
         if len(tried) > 1:
             if reason:
                 middle = len(tried) // 2
@@ -170,30 +190,88 @@ def groups_that_fail(
         for count in sorted({1, channels // 2}) if channels > 1 else ():
             alone = [0] * len(graph.groups)
             alone[single] = count
-            reason = reason or _failure(model, graph, alone, arguments, batch)
+            reason = reason or trials.failure(alone)
         if reason:
             failing[single] = reason
     return failing
 
 
-def _failure(
-    model: nn.Module,
-    graph: ChannelGraph,
-    counts: Sequence[int],
-    arguments: Sequence[Tensor],
-    batch: list[Tensor] | None,
-) -> str | None:
-    """Returns how a copy without the first `counts[i]` channels of group i fails, or None."""
-    small = _smaller_copy(model, graph, counts)
-    try:
-        small(*arguments)
-    except Exception as error:  # the user's code may raise anything
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        return f"the code does not run with fewer of its channels ({reason})"
-    if batch is None:
-        return None
-    fault = parity_fault(model, small, _plan(model, graph, counts), batch, tolerance=TOLERANCE)
-    return fault and f"with fewer of its channels {fault}"
+class _Trials:
+    """Runs smaller copies of one model, on inputs as small as its code allows.
+
+    A copy first runs on the traced inputs without values (see `dry_runs`). Then its outputs are
+    compared with those of the masked model: on small images if the code calls the same functions
+    on them as on the traced ones, else on inputs of the traced size.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        graph: ChannelGraph,
+        arguments: tuple[Tensor, ...],
+        *,
+        compare: bool,
+        embeds: bool,
+    ) -> None:
+        self._model = model
+        self._graph = graph
+        self._arguments = arguments
+        self._compare = compare
+        self._embeds = embeds
+        self._small_images = smaller_images(arguments)
+        # Kind of batch -> the batch, once it is made.
+        self._batches: dict[str, list[Tensor]] = {}
+
+    def failure(self, counts: Sequence[int]) -> str | None:
+        """Returns how a copy without the first `counts[i]` channels of group i fails, or None."""
+        calls = None
+        if self._compare:
+            calls = dry_calls(lambda: self._smaller(counts, of_meta=True), self._arguments)
+        if calls is None:
+            try:
+                self._smaller(counts)(*self._arguments)
+            except Exception as error:  # the user's code may raise anything
+                reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+                return f"the code does not run with fewer of its channels ({reason})"
+        if not self._compare:
+            return None
+        fault = parity_fault(
+            self._model,
+            lambda: self._smaller(counts),
+            _plan(self._model, self._graph, counts),
+            self._candidates(calls),
+            tolerance=TOLERANCE,
+        )
+        return fault and f"with fewer of its channels {fault}"
+
+    def _candidates(self, calls: Sequence[Any] | None) -> list[Candidate]:
+        """Returns the batches for a copy that calls these functions on the traced inputs."""
+        # Random values on which the model has been found to run.
+        tested = Candidate(self._batch("tested", lambda: trial_batch(self._model, self._arguments)))
+        if self._embeds:
+            return [tested]
+        candidates = [
+            Candidate(self._batch("traced", lambda: drawn_batch(self._arguments))),
+            tested,
+        ]
+        images = self._small_images
+        if calls is not None and images is not None:
+            small = self._batch("small", lambda: drawn_batch(tuple(images)))
+            candidates.insert(0, Candidate(small, calls))
+        return candidates
+
+    def _smaller(self, counts: Sequence[int], *, of_meta: bool = False) -> nn.Module:
+        return _smaller_copy(self._model, self._graph, counts, of_meta=of_meta)
+
+    def _batch(self, kind: str, make: Callable[[], list[Tensor]]) -> Callable[[], list[Tensor]]:
+        """Returns a function that makes a batch when it is first called."""
+
+        def made() -> list[Tensor]:
+            if kind not in self._batches:
+                self._batches[kind] = make()
+            return self._batches[kind]
+
+        return made
 
 
 @contextmanager
@@ -225,11 +303,24 @@ def _first_channels(counts: Sequence[int]) -> list[Tensor]:
 
 
 def _smaller_copy(
-    model: nn.Module, graph: ChannelGraph, counts: Sequence[int], *, for_traced_batch: bool = False
+    model: nn.Module,
+    graph: ChannelGraph,
+    counts: Sequence[int],
+    *,
+    for_traced_batch: bool = False,
+    of_meta: bool = False,
 ) -> nn.Module:
-    """Returns a copy without the first `counts[i]` channels of group i."""
+    """Returns a copy without the first `counts[i]` channels of group i.
+
+    Args:
+        model: the traced model.
+        graph: its channels.
+        counts: how many channels each group loses.
+        for_traced_batch: see `ChannelGraph.corrections`.
+        of_meta: whether the copy has tensors without values, see `meta_copy`.
+    """
     pruned = _first_channels(counts)
-    small = copied(model).eval()
+    small = meta_copy(model) if of_meta else copied(model).eval()
     keep_indices_(
         small,
         kept_indices(model, graph, pruned),

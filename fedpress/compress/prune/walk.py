@@ -53,7 +53,13 @@ class Walk:
         calls: Sequence[ForwardCall],
     ) -> None:
         self.tensor_axes: list[TensorAxis] = []
-        self._exported = exported
+        # Each of these properties is computed anew whenever it is read, which takes long.
+        signature = exported.graph_signature
+        self._parameters = signature.inputs_to_parameters
+        self._buffers = signature.inputs_to_buffers
+        self._lifted = signature.inputs_to_lifted_tensor_constants
+        self._inputs = frozenset(signature.user_inputs)
+        self._tensors = {**exported.state_dict, **exported.constants}
         self._ids = ids
         self._calls = calls
         self._first_names = first_names
@@ -154,16 +160,14 @@ class Walk:
 
     def _source(self, node: torch.fx.Node) -> Value:
         """Returns the value of a parameter, a buffer, a constant in the code, or an input."""
-        signature = self._exported.graph_signature
         shape = shape_of(node)
-        stored = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
-        stored_name = stored.get(node.name)
+        stored_name = self._parameters.get(node.name) or self._buffers.get(node.name)
         constant = self._constant(node, stored_name)
         if stored_name is None:
             return Value(
                 shape,
                 (None,) * len(shape),
-                from_input=node.name in signature.user_inputs,
+                from_input=node.name in self._inputs,
                 is_boolean=is_boolean(node),
                 constant=constant,
             )
@@ -172,7 +176,7 @@ class Walk:
         axes = tuple(self._ids.fresh(size) for size in shape)
         name = self._first_names[stored_name]
         self.tensor_axes += [(name, i, axis) for i, axis in enumerate(axes)]
-        is_parameter = node.name in signature.inputs_to_parameters
+        is_parameter = node.name in self._parameters
         if is_parameter:
             self._is_used[name] = self._is_used.get(name, False) or bool(node.users)
         return Value(
@@ -187,9 +191,8 @@ class Walk:
 
     def _constant(self, node: torch.fx.Node, stored_name: str | None) -> Tensor | None:
         """Returns a buffer or constant that holds a few integers or booleans, else None."""
-        lifted = self._exported.graph_signature.inputs_to_lifted_tensor_constants
-        name = stored_name or lifted.get(node.name) or ""
-        tensor = {**self._exported.state_dict, **self._exported.constants}.get(name)
+        name = stored_name or self._lifted.get(node.name) or ""
+        tensor = self._tensors.get(name)
         return tensor if isinstance(tensor, Tensor) and can_be_constant(tensor) else None
 
 
