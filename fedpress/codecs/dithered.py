@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fedpress.codecs.base import Encoded, Key
 from fedpress.codecs.levels import (
+    CHUNK,
     FLOAT_MAX,
     Floats,
     Ints,
@@ -104,7 +105,7 @@ class DitheredQuantizer:
         # Padded with zeros: the matrix [phases, n / phases] needs a full last column.
         y = np.zeros(-(-len(picked) // phases) * phases, np.float32)
         np.divide(picked, peak, out=y[: len(picked)])
-        spread = np.sqrt(block_means(y * y, self.block).astype(np.float64))
+        spread = np.sqrt(block_means(y, self.block, squares=True).astype(np.float64))
         # Rounded to float32, because it is sent as float32: encoder and decoder must compute the
         # same steps.
         middle = float(np.float32(max(np.median(spread), 1e-6)))
@@ -113,14 +114,15 @@ class DitheredQuantizer:
             exponents = np.clip(
                 np.rint(2 * np.log2(spread / middle)), -MAX_EXPONENT, MAX_EXPONENT
             ).astype(np.int8)
-        u = self.dither(len(y), key)
-        level = self._noise_level(y, u, spread, middle, exponents, key)
+        words = self._dither_words(len(y), key)
+        level = self._noise_level(y, words, spread, middle, exponents, key)
         steps = _steps(middle, level)[exponents.astype(np.intp) + MAX_EXPONENT].astype(np.float32)
+        largest = max(float(y.max()), -float(y.min()))
         # The dither moves a value by at most one level.
-        q = np.empty(len(y), smallest_type(float(np.abs(y).max() / steps.min()) + 1))
+        q = np.empty(len(y), smallest_type(float(np.float32(largest) / steps.min()) + 1))
         for start, end, step in chunks(len(y), self.block, steps):
             part = y[start:end] / step
-            part += u[start:end]
+            part += _uniform_of(words[start:end])
             q[start:end] = np.rint(part, out=part)
         side = {
             "scales": torch.from_numpy(exponents),
@@ -131,7 +133,7 @@ class DitheredQuantizer:
     def _noise_level(
         self,
         y: Floats,
-        u: Floats,
+        words: NDArray[np.uint16],
         spread: NDArray[np.float64],
         middle: float,
         exponents: NDArray[np.int8],
@@ -141,7 +143,7 @@ class DitheredQuantizer:
 
         Args:
             y: the sent values, divided by the largest absolute value.
-            u: their dither.
+            words: their dither, see `_dither_words`.
             spread: root mean square of each block.
             middle: the median spread.
             exponents: exponents of the blocks: spread = middle * 2**(exponent / 2).
@@ -152,7 +154,7 @@ class DitheredQuantizer:
         """
         at = self._sampled(spread, len(y))
         some = y[at]
-        some_u = u[at]
+        some_u = _uniform_of(words[at])
         some_exponents = exponents[at // self.block].astype(np.intp) + MAX_EXPONENT
         share = some.size / len(y)
 
@@ -202,11 +204,11 @@ class DitheredQuantizer:
         steps = _steps(middle, level)[exponents.numpy().astype(np.intp) + MAX_EXPONENT].astype(
             np.float32
         )
-        u = self.dither(columns * phases, key)
+        words = self._dither_words(columns * phases, key)
         in_order = self._from_rows(q, key)
         y = np.empty(columns * phases, np.float32)
         for start, end, step in chunks(len(y), self.block, steps):
-            part = in_order[start:end] - u[start:end]
+            part = in_order[start:end] - _uniform_of(words[start:end])
             part *= step
             y[start:end] = part
         # A value is sent with probability 1 / group, so multiplying it by the size of the group
@@ -286,19 +288,21 @@ class DitheredQuantizer:
         Its top bits are the phase, (position + shift) modulo the number of phases. The shift is
         random, so that over the keys the dither of each position is uniform.
         """
-        bits = random_words(key, "dither", size)
+        return _uniform_of(self._dither_words(size, key))
+
+    def _dither_words(self, size: int, key: Key) -> NDArray[np.uint16]:
+        """Returns the dither of `size` values as whole numbers: u = (word + 1/2) / 2**16 - 1/2."""
+        words = random_words(key, "dither", size)
         phases = self.rows
         low = 16 - (phases.bit_length() - 1)
-        bits &= np.uint16((1 << low) - 1)
-        whole = size // phases * phases
         pattern = ((np.arange(phases) + self._shift(key)) % phases << low).astype(np.uint16)
-        bits[:whole].reshape(-1, phases)[:] |= pattern
-        bits[whole:] |= pattern[: size - whole]
-        u = bits.astype(np.float32)
-        u += np.float32(0.5)
-        u *= np.float32(2**-16)
-        u -= np.float32(0.5)
-        return u
+        # Long enough for one quick pass over each chunk: `phases` divides `CHUNK`.
+        tiled = np.tile(pattern, CHUNK // phases)
+        for at in range(0, size, CHUNK):
+            part = words[at : at + CHUNK]
+            part &= np.uint16((1 << low) - 1)
+            part |= tiled[: part.size]
+        return words
 
     def _shift(self, key: Key) -> int:
         """Returns the phase of position 0."""
@@ -306,11 +310,25 @@ class DitheredQuantizer:
 
     def _to_rows(self, q: Ints, key: Key) -> Ints:
         """Returns levels [n] as a matrix [phases, n / phases] with one phase in each row."""
-        return np.ascontiguousarray(np.roll(q.reshape(-1, self.rows).T, self._shift(key), axis=0))
+        shift = self._shift(key)
+        columns = q.reshape(-1, self.rows)
+        rows = np.empty((self.rows, len(columns)), q.dtype)
+        # In pieces, so that the strided reads of one piece stay in the processor's cache.
+        for at in range(0, len(columns), CHUNK):
+            for phase in range(self.rows):
+                part = columns[at : at + CHUNK, phase]
+                rows[(phase + shift) % self.rows, at : at + CHUNK] = part
+        return rows
 
     def _from_rows(self, rows: Ints, key: Key) -> Ints:
         """Undoes `_to_rows`."""
-        return np.ascontiguousarray(np.roll(rows, -self._shift(key), axis=0).T).reshape(-1)
+        shift = self._shift(key)
+        columns = np.empty((rows.shape[1], self.rows), rows.dtype)
+        for at in range(0, len(columns), CHUNK):
+            for phase in range(self.rows):
+                part = rows[(phase + shift) % self.rows, at : at + CHUNK]
+                columns[at : at + CHUNK, phase] = part
+        return columns.reshape(-1)
 
     def _places(self, key: Key) -> NDArray[np.intp]:
         """Draws a position in each group of `group` values.
@@ -340,6 +358,16 @@ class DitheredQuantizer:
         inside = places < self.size
         out[places[inside]] = picked[inside]
         return out
+
+
+def _uniform_of(words: NDArray[np.uint16]) -> Floats:
+    """Returns (word + 1/2) / 2**16 - 1/2 of each word, float32: uniform on [-1/2, 1/2)."""
+    u = words.astype(np.float32)
+    # The constants are powers of two, so all but the last sum are exact.
+    u += np.float32(0.5)
+    u *= np.float32(2**-16)
+    u -= np.float32(0.5)
+    return u
 
 
 def _steps(middle: float, level: float) -> NDArray[np.float64]:

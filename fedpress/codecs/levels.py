@@ -164,14 +164,30 @@ def reduce_blocks(function: np.ufunc, values: Floats, block: int) -> Floats:
     return out
 
 
-def block_means(values: Floats, block: int) -> Floats:
-    """Returns the mean of each block of `values` [n]; the last block may be shorter."""
+def block_means(values: Floats, block: int, *, squares: bool = False) -> Floats:
+    """Returns the mean of each block of `values` [n]; the last block may be shorter.
+
+    With `squares`, it returns the mean of the squared values.
+    """
     if not values.size:
         return np.zeros(0, np.float32)
-    starts = np.arange(0, values.size, block)
-    # In float64: float32 sums over large blocks would lose digits.
-    sums = np.add.reduceat(values, starts, dtype=np.float64)
-    return (sums / np.diff(starts, append=values.size)).astype(np.float32)
+    sums = np.empty(-(-values.size // block))
+    # In float64: float32 sums over large blocks would lose digits. A chunk at a time, because the
+    # float64 copy of all values would leave the processor's cache.
+    step = max(CHUNK // block, 1) * block
+    for at in range(0, values.size, step):
+        part = values[at : at + step]
+        if squares:
+            part = part * part
+        wide = part.astype(np.float64)
+        whole = wide.size // block * block
+        first = at // block
+        sums[first : first + whole // block] = wide[:whole].reshape(-1, block).sum(1)
+        if whole < wide.size:
+            sums[-1] = wide[whole:].sum()
+    sizes = np.full(len(sums), block)
+    sizes[-1] = values.size - block * (len(sums) - 1)
+    return (sums / sizes).astype(np.float32)
 
 
 def chunks(size: int, block: int, scales: Floats) -> list[tuple[int, int, Floats]]:

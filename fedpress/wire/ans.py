@@ -10,7 +10,7 @@ differ between machines.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -98,9 +98,14 @@ def encode_ints(values: Ints, rows: int, nested: Callable[[Ints], bytes]) -> byt
     originals = values.reshape(rows, -1)
     coded = []
     escaped = []
-    for part, original in zip(_parts(matrix, layout), _parts(originals, layout), strict=True):
+    parts = zip(
+        _tables(matrix, layout, window),
+        _parts(matrix, layout),
+        _parts(originals, layout),
+        strict=True,
+    )
+    for table, part, original in parts:
         symbols = part()
-        table = _table(_histogram(symbols, window.size + 1), window.low, window.size)
         # constriction needs int32.
         index = symbols.astype(np.int32)
         index -= table.low - window.low
@@ -159,12 +164,16 @@ def coded_bits(values: Ints, rows: int = 1, share: float = 1.0) -> float:
 def _counts_by_class(row: Ints, layout: BlockClasses, width: int) -> NDArray[np.int64]:
     """Returns how often each of `width` symbols occurs in each class, int64 [classes, width]."""
     whole = row.size // layout.width
-    # Symbol and class are combined to one number, so that one pass counts all classes.
-    keys = row.astype(np.intp)
-    in_blocks = keys[: whole * layout.width].reshape(whole, -1)
-    in_blocks += (layout.ids[:whole].astype(np.intp) * width)[:, None]
-    keys[whole * layout.width :] += int(layout.ids[-1]) * width
-    counts: NDArray[np.int64] = np.bincount(keys, minlength=width * layout.count)
+    in_blocks = row[: whole * layout.width].reshape(whole, -1)
+    offsets = (layout.ids.astype(np.intp) * width)[:, None]
+    size = width * layout.count
+    # Symbol and class are combined to one number, so that one pass counts all classes; in pieces
+    # that stay in the processor's cache.
+    counts = np.bincount(row[whole * layout.width :] + offsets[-1], minlength=size)
+    piece = max(CHUNK // layout.width, 1)
+    for at in range(0, whole, piece):
+        keys = in_blocks[at : at + piece] + offsets[at : min(at + piece, whole)]
+        counts += np.bincount(keys.reshape(-1), minlength=size)
     return counts.reshape(-1, width)
 
 
@@ -333,6 +342,73 @@ def _parts(matrix: Ints, layout: BlockClasses) -> list[Callable[[], Ints]]:
     return [partial(gather, row, number) for number in range(layout.count) for row in matrix]
 
 
+def _tables(matrix: Ints, layout: BlockClasses, window: _Window) -> Iterator[FrequencyTable]:
+    """Yields the table of each class and row, in the order of the stream."""
+    width = window.size + 1
+    counts = np.empty((layout.count, len(matrix), width), np.int64)
+    for at, row in enumerate(matrix):
+        if layout.count == 1:
+            counts[0, at] = _histogram(row, width)
+        else:
+            counts[:, at] = _counts_by_class(row, layout, width)
+    # Many at once, because a call for each table takes longer than the coding of a short part; but
+    # not all at once, to bound memory.
+    of_parts = counts.reshape(-1, width)
+    step = max(CHUNK // width, 1)
+    for start in range(0, len(of_parts), step):
+        yield from _trimmed_tables(of_parts[start : start + step], window.low)
+
+
+def _trimmed_tables(counts: NDArray[np.int64], low: int) -> Iterator[FrequencyTable]:
+    """Yields the table of each row of `counts`.
+
+    Rare symbols at both ends are left out if escaping them takes fewer bytes than table entries.
+
+    Args:
+        counts: how often each symbol occurs [tables, symbols + 1]; the last column counts values
+            outside of the window.
+        low: the value of symbol 0.
+    """
+    inner = counts[:, :-1]
+    size = inner.shape[1]
+    at = np.arange(size)
+    used = inner > 0
+    first = used.argmax(1)[:, None]
+    last = size - used[:, ::-1].argmax(1)[:, None]
+    # To begin at a symbol saves a byte for each table entry before it, and costs escapes.
+    before = inner.cumsum(1) - inner
+    never = -ESCAPE_BYTES * int(counts.sum()) - size
+    saved = np.where((at >= first) & (at < last), at - ESCAPE_BYTES * before, never)
+    first = saved.argmax(1)[:, None]
+    after = inner.sum(1)[:, None] - before - inner
+    saved = np.where((at >= first) & (at < last), -at - ESCAPE_BYTES * after, never)
+    last = size - saved[:, ::-1].argmax(1)[:, None]
+
+    kept = np.where((at >= first) & (at < last), inner, 0)
+    escapes = counts.sum(1) - kept.sum(1)
+    codes = _codes(np.concatenate([kept, escapes[:, None]], 1))
+    occurs = used.any(1)
+    for number, row in enumerate(codes):
+        start = int(first[number, 0])
+        end = int(last[number, 0])
+        if not occurs[number]:
+            # All values of this part are outside of the window.
+            yield FrequencyTable(low, np.array([ABSENT, 0], np.uint8), True)
+        elif escapes[number]:
+            yield FrequencyTable(low + start, np.append(row[start:end], row[size]), True)
+        else:
+            yield FrequencyTable(low + start, row[start:end], False)
+
+
+def _codes(counts: NDArray[np.int64]) -> NDArray[np.uint8]:
+    """Returns the code of each symbol (see `FrequencyTable.codes`) for tables [n, symbols]."""
+    # The maximum avoids a division by 0 for symbols that do not occur.
+    ratios = counts.max(1, keepdims=True) / np.maximum(counts, 1)
+    codes = np.minimum(np.rint(8 * np.log2(ratios)), ABSENT - 1).astype(np.uint8)
+    codes[counts == 0] = ABSENT
+    return codes
+
+
 def _histogram(symbols: Ints, size: int) -> NDArray[np.int64]:
     """Returns how often each of `size` symbols occurs, int64 [size]."""
     if symbols.dtype != np.uint8 or len(symbols) < 1 << 16:
@@ -344,41 +420,6 @@ def _histogram(symbols: Ints, size: int) -> NDArray[np.int64]:
     # An odd number of symbols leaves one to be counted.
     counts[symbols[even:]] += 1
     return counts[:size]
-
-
-def _table(counts: NDArray[np.int64], low: int, size: int) -> FrequencyTable:
-    """Returns the table of one class and row.
-
-    Rare symbols at both ends are left out if escaping them takes fewer bytes than table entries.
-
-    Args:
-        counts: how often each symbol occurs; the last entry counts values outside of the window.
-        low: the value of symbol 0 of the window.
-        size: number of symbols of the window.
-    """
-    inner = counts[:size]
-    used = np.flatnonzero(inner)
-    # All values of this part are outside of the window.
-    if not len(used):
-        return FrequencyTable(low, np.array([ABSENT, 0], np.uint8), True)
-    first = int(used[0])
-    last = int(used[-1]) + 1
-    first += _cheapest(inner[first:last])
-    last -= _cheapest(inner[first:last][::-1])
-    kept = inner[first:last]
-    escapes = int(counts.sum() - kept.sum())
-    if escapes:
-        kept = np.append(kept, escapes)
-    with np.errstate(divide="ignore"):
-        codes = np.minimum(np.rint(8 * np.log2(kept.max() / kept)), ABSENT - 1)
-    codes = np.where(kept > 0, codes, ABSENT).astype(np.uint8)
-    return FrequencyTable(low + first, codes, escapes > 0)
-
-
-def _cheapest(counts: NDArray[np.int64]) -> int:
-    """Returns how many leading symbols take fewer bytes as escapes than as table entries."""
-    saved = np.arange(len(counts)) - ESCAPE_BYTES * (np.cumsum(counts) - counts)
-    return int(saved.argmax())
 
 
 def _entropy(counts: NDArray[np.integer]) -> float:

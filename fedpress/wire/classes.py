@@ -41,6 +41,9 @@ DOUBLINGS = (1, 2, 3, 4, 6)
 SIGNED_SIZE = 8
 """Classes by sign are always tried with blocks of the size of this many minimum blocks."""
 
+PIECE = 1 << 15
+"""Number of values summed at a time."""
+
 SAMPLE = 1 << 16
 """Number of values from which the bits of a choice of classes are measured."""
 
@@ -152,12 +155,16 @@ def _block_sums(values: Ints, center: int, width: int) -> tuple[Floats, Floats]:
     sums = np.zeros(blocks)
     signed_sums = np.zeros(blocks)
     ones = np.ones(width, np.float32)
+    # Whole blocks, in pieces that stay in the processor's cache. The sums are exact.
+    piece = max(PIECE // width, 1)
     for row in values:
-        away = row[: blocks * width].astype(np.float32)
-        away -= center
-        signed_sums += away.reshape(blocks, width) @ ones
-        np.abs(away, out=away)
-        sums += away.reshape(blocks, width) @ ones
+        in_blocks = row[: blocks * width].reshape(blocks, width)
+        for at in range(0, blocks, piece):
+            away = in_blocks[at : at + piece].astype(np.float32)
+            away -= center
+            signed_sums[at : at + piece] += away @ ones
+            np.abs(away, out=away)
+            sums[at : at + piece] += away @ ones
     return sums, signed_sums
 
 
@@ -227,7 +234,10 @@ def _cut(means: Floats, size: int, rows: int, share: float) -> tuple[float, NDAr
     for count in range(best_count, 1, -1):
         at = int(steps[count - 2][at])
         cuts.append(at)
-    return best, _numbered(np.searchsorted(np.array(cuts[::-1]), bins, side="right"))[0]
+    # The class of each bin, with classes that have no block left out of the numbering.
+    of_bins = np.searchsorted(np.array(cuts[::-1]), every[:BINS], side="right")
+    used = np.bincount(of_bins, np.bincount(bins, minlength=BINS)) > 0
+    return best, (np.cumsum(used) - 1).astype(np.uint8)[of_bins][bins]
 
 
 def _costs(
@@ -260,15 +270,17 @@ def _split_by_sign(
     """
     # The lower bound avoids 0 / 0 for blocks of zeros.
     sign = _grouped(signed_sums, times) / np.maximum(_grouped(sums, times), 1e-9)
-    side = np.searchsorted(cuts, sign)
-    ids, count = _numbered(layout.ids.astype(np.intp) * (len(cuts) + 1) + side)
+    ids = layout.ids * np.uint8(len(cuts) + 1)
+    for cut in cuts:
+        ids += sign > cut
+    ids, count = _numbered(ids)
     return BlockClasses(layout.width, count, ids)
 
 
-def _numbered(ids: NDArray[np.intp]) -> tuple[NDArray[np.uint8], int]:
+def _numbered(ids: NDArray[np.uint8]) -> tuple[NDArray[np.uint8], int]:
     """Renumbers the classes so that none is empty; returns each block's class and their number."""
     used = np.bincount(ids) > 0
-    return (np.cumsum(used) - 1)[ids].astype(np.uint8), int(used.sum())
+    return (np.cumsum(used) - 1).astype(np.uint8)[ids], int(used.sum())
 
 
 def _measured_bits(values: Ints, layout: BlockClasses, share: float) -> float:
