@@ -84,8 +84,10 @@ RIVALS = (
 WITH: dict[str, dict[str, Any]] = {
     "": {},
     "coded": {"uplink": [{"kind": "quantize", "rate": 0.488, "unbiased": True}]},
+    # A client that joins must displace no other, so the cohort's size varies; 50 on average.
     "private": {
-        "privacy": {"unit": "client", "noise_multiplier": 1.0, "delta": 1e-4, "clip_norm": 0.4}
+        "sampling": "poisson",
+        "privacy": {"unit": "client", "noise_multiplier": 1.0, "delta": 1e-4, "clip_norm": 0.4},
     },
     "secure": {"aggregator": "secure"},
 }
