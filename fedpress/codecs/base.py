@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fedpress.core import random
+from fedpress.core.finite import is_finite
 from fedpress.core.names import ClientId
 from fedpress.core.random_source import RandomSource, private_stream, public_stream
 from fedpress.errors import WireError, inside
@@ -181,7 +182,7 @@ def check_float(values: Tensor, size: int, name: str) -> Tensor:
             cure="use the same recipe on both sides",
         )
     # One NaN would make the whole mean NaN.
-    if not bool(torch.isfinite(values).all()):
+    if not is_finite(values):
         raise WireError("it contains NaN or infinity", place=name, cure="lower the learning rate")
     return values
 

@@ -16,6 +16,7 @@ from fedpress.codecs import VALUES, Clip, Key
 from fedpress.core import parameters, random
 from fedpress.core.canonical import JSON
 from fedpress.core.examples import Arrays
+from fedpress.core.finite import is_finite, norm
 from fedpress.core.names import ClientId
 from fedpress.errors import DivergedError, RecipeError, WireError
 from fedpress.federation.agreement import Agreement, Terms
@@ -134,7 +135,7 @@ class Client:
         if terms.error_feedback and "residual" in before:
             vectors = {**vectors, UPDATE: vectors[UPDATE] + before["residual"]}
         if uplink.adaptive is not None:
-            header["below"] = float(vectors[UPDATE].double().norm()) <= scale
+            header["below"] = norm(vectors[UPDATE]) <= scale
         tensors = uplink.encode(vectors, key, scale=scale)
 
         after |= self._state_after(state, next_state, tensors, key)
@@ -394,7 +395,7 @@ class Client:
         work = LocalWork(self.arrays, key, self.plan.local, params, extras | stored)
         with self._at_work(key):
             vectors, after, measured = algorithm.client_update(self.model, work, down, state)
-        if not all(bool(torch.isfinite(vector).all()) for vector in vectors.values()):
+        if not all(is_finite(vector) for vector in vectors.values()):
             settings = too_large(work.plan.settings, work.lr, penalties=algorithm.penalties)
             raise DivergedError(
                 f"after {measured.get('steps', 1)} steps it is not finite in round {key.round}",
@@ -457,7 +458,7 @@ def _finite(request: Message, name: str, size: int | None = None) -> Tensor:
     """
     vector = request.tensors.get(name)
     fits = vector is not None and vector.dtype == torch.float32
-    if vector is None or not fits or not bool(torch.isfinite(vector).all()):
+    if vector is None or not fits or not is_finite(vector):
         raise WireError(
             "expected finite float32 values",
             place=f"{request.kind}.{name}",

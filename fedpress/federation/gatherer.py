@@ -11,6 +11,7 @@ from torch import Tensor
 from fedpress.codecs import Key
 from fedpress.core import random
 from fedpress.core.canonical import JSON
+from fedpress.core.finite import norm
 from fedpress.core.names import ClientId
 from fedpress.errors import RecipeError, SecureError, WireError
 from fedpress.federation.aggregators.base import Contribution, Gathering, Session, Total
@@ -272,9 +273,9 @@ class Gatherer:
         if not named:
             return
         measured = {n: header[n] for n in uplink.trust.reported_measures if n in header}
-        norm = float(vectors[UPDATE].double().norm())
+        length = norm(vectors[UPDATE])
         self.rows.append(
-            {"client": key.client, "examples": examples, **measured, "update_norm": norm}
+            {"client": key.client, "examples": examples, **measured, "update_norm": length}
         )
 
     def _note(self, client: ClientId, header: Mapping[str, JSON]) -> None:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fedpress.core.canonical import JSON
+from fedpress.core.finite import is_finite
 from fedpress.core.names import ClientId
 from fedpress.core.threads import torch_threads
 from fedpress.errors import DivergedError, RecipeError
@@ -384,7 +385,7 @@ class _Run:
 
 
 def _check_finite(params: Tensor, round: int, algorithm: Algorithm) -> None:
-    if not bool(torch.isfinite(params).all()):
+    if not is_finite(params):
         raise DivergedError(
             f"the server's model is not finite after round {round}",
             place="server",

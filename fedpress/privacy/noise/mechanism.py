@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from fedpress.core.finite import is_finite
 from fedpress.core.random_source import Source, as_random_source
 from fedpress.errors import PrivacyError, RecipeError
 from fedpress.privacy.plan import PrivacyPlan
@@ -50,13 +51,15 @@ def clip(update: Tensor, clip_norm: float) -> Tensor:
     # In float32, squares of values above 1e19 overflow, and sums of millions of squares are too
     # small.
     exact = update.detach().double()
-    if not torch.isfinite(exact).all():
+    norm = float(torch.linalg.vector_norm(exact))
+    # A finite norm needs no second pass. The norm of float64 values may overflow, though all of
+    # them are finite.
+    if not norm < math.inf and not is_finite(exact):
         raise PrivacyError(
             "holds NaN or infinite values, expected finite ones",
             place="update",
             cure="drop this contribution",
         )
-    norm = float(torch.linalg.vector_norm(exact))
     # Returned before the division by the norm, which may be 0.
     if norm <= clip_norm:
         return update.detach().float()
